@@ -1,0 +1,59 @@
+"""Every error that rankscope raises on purpose: it says what, where, and what to do next.
+
+The command line prints the message without a traceback and exits with `exit_code`. Each class also
+inherits the standard exception that a caller would expect to catch.
+"""
+
+
+class RankscopeError(Exception):
+    """Base of all errors raised on purpose.
+
+    `what` is one sentence (with the file, line or field it is about); `todo` is the way out, in one sentence.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, todo: str = "") -> None:
+        super().__init__(f"{what}\n  {todo}" if todo else what)
+        self.what = what
+        self.todo = todo
+
+    def __reduce__(self) -> tuple[type["RankscopeError"], tuple[str, str]]:
+        return type(self), (self.what, self.todo)
+
+
+class StudyError(RankscopeError, ValueError):
+    """The study asks for something wrong or contradictory (exit code 2)."""
+
+    exit_code = 2
+
+
+class DataError(RankscopeError, ValueError):
+    """The data cannot be used (exit code 3)."""
+
+    exit_code = 3
+
+
+class ModelError(RankscopeError, ValueError):
+    """The model or tokenizer cannot be used (exit code 3)."""
+
+    exit_code = 3
+
+
+class StudyDirectoryError(RankscopeError, OSError):
+    """The study's directory cannot be read or written as it should (exit code 2)."""
+
+    exit_code = 2
+
+    def __str__(self) -> str:  # OSError formats its arguments as an errno pair
+        return f"{self.what}\n  {self.todo}" if self.todo else self.what
+
+
+class MissingExtraError(RankscopeError, ImportError):
+    """An optional part is not installed (exit code 2)."""
+
+    exit_code = 2
+
+
+class WorkerError(RankscopeError, RuntimeError):
+    """A child process ended without finishing its work (exit code 1)."""

@@ -1,0 +1,313 @@
+"""What is asked: a study as frozen pydantic models, YAML in and out.
+
+    spec -> data -> lora -> train, measure -> study -> analysis -> report
+
+A `StudySpec` is complete: every default is written out in the study's directory, so that the file alone says
+what was done. Names follow PEFT and transformers where they have one.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from rankscope.errors import StudyError
+
+DEFAULT_TEMPLATE = "### Question: {instruction}\n{input}\n ### Answer:"
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str | int | float) else value
+
+
+def _unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    duplicates = sorted({str(value) for value in values if values.count(value) > 1})
+    if duplicates:
+        raise ValueError(f"listed twice: {', '.join(duplicates)}")
+    return values
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelSpec(_Frozen):
+    """The frozen base model: a hub id or a folder with safetensors weights."""
+
+    id: str = Field(min_length=1)
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto`: bfloat16 on a GPU that has it, float32 elsewhere. Adapters are always float32."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:1`."""
+
+
+class DataSpec(_Frozen):
+    """Instruction data: a hub id, or a JSON, JSONL, CSV or Parquet file."""
+
+    id: str = Field(min_length=1)
+    config: str | None = None
+    """The configuration's name, for hub data that has several."""
+    revision: str | None = None
+    split: str = "train"
+    format: Literal["auto", "alpaca", "prompt_completion", "messages"] = "auto"
+    template: str = DEFAULT_TEMPLATE
+    """The prompt of alpaca rows. The line with `{input}` is left out where a row has none."""
+    loss_on: Literal["completion", "all"] = "completion"
+    max_length: PositiveInt = 1024
+    """In tokens. Longer rows are cut at the end, and counted."""
+    max_rows: PositiveInt | None = None
+    """Use only the first rows, for a quick look."""
+    eval_rows: PositiveInt | None = None
+    """Rows held out. Default: 5% of the rows, at least 32 and at most 1,000."""
+    split_seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _template_has_instruction(self) -> Self:
+        if "{instruction}" not in self.template or "{input}" not in self.template:
+            raise ValueError("template must contain {instruction} and {input}: a row's input is never dropped")
+        return self
+
+
+class AdapterSpec(_Frozen):
+    """What every candidate shares of its LoRA adapter."""
+
+    alpha: PositiveFloat | Annotated[str, Field(pattern=r"^\d+(\.\d+)?r$")] = 32.0
+    """A number, or a multiple of the rank such as `2r`."""
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], BeforeValidator(_as_list)] = "all-linear"
+    lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    use_rslora: bool = False
+    """Scale by alpha/sqrt(rank) instead of alpha/rank (Kalajdzievski 2023, arXiv:2312.03732)."""
+    init_lora_weights: Literal["kaiming", "gaussian"] = "kaiming"
+    """PEFT's default (`kaiming`) or `gaussian`; B starts at zero in both."""
+
+
+class TrainingSpec(_Frozen):
+    """The recipe, the same for every trial. One of `steps` and `epochs` is used."""
+
+    steps: PositiveInt | None = None
+    epochs: PositiveFloat | None = None
+    """Default: 1 epoch, where `steps` is not given either."""
+    batch_size: PositiveInt = 8
+    """Examples of one trial in one micro-step; an optimizer step sees `gradient_accumulation_steps` of them."""
+    gradient_accumulation_steps: PositiveInt = 1
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = Field(default=0.03, ge=0.0, le=1.0)
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    max_grad_norm: float = Field(default=1.0, ge=0.0)
+    """Each trial's gradient is clipped to this norm by itself; 0 means no clipping."""
+    adam_beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    adam_beta2: float = Field(default=0.999, ge=0.0, lt=1.0)
+    adam_epsilon: PositiveFloat = 1e-8
+    base_dropout: Literal["off", "keep"] = "off"
+    """The base model's own dropout: noise in a comparison, so off (design decision 8)."""
+    evals: PositiveInt = 4
+    """How often the held-out loss is taken, evenly over the schedule; the last one is at its end."""
+    engine: Literal["packed", "peft"] = "packed"
+    isolated: bool = False
+    """Train every trial alone, in a process of its own."""
+    trials_per_pack: PositiveInt | None = None
+    """At most so many trials train together. Default: as many as memory allows."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give steps or epochs, not both")
+        return self
+
+
+class MeasureSpec(_Frozen):
+    """How each candidate's cost is measured, alone, in fresh processes."""
+
+    profiles: bool = True
+    repeats: PositiveInt = 2
+    """Fresh processes for each candidate, interleaved with those of the others."""
+    warmup_steps: int = Field(default=2, ge=0)
+    steps: PositiveInt = 8
+
+
+class VerdictSpec(_Frozen):
+    """How the conclusion is drawn."""
+
+    margin: PositiveFloat = 0.01
+    """A rank is good enough when its regret is below this share of the best candidate's loss."""
+    confidence: float = Field(default=0.95, gt=0.5, lt=1.0)
+
+
+class Candidate(_Frozen):
+    """One adapter configuration."""
+
+    rank: PositiveInt
+    learning_rate: PositiveFloat
+    lora_alpha: PositiveFloat
+    target_modules: Literal["all-linear"] | tuple[str, ...]
+    lora_dropout: float
+    use_rslora: bool
+    init_lora_weights: Literal["kaiming", "gaussian"]
+
+    @property
+    def name(self) -> str:
+        """A file name such as `r008-lr2e-4`; unique within a study."""
+        return f"r{self.rank:03d}-lr{_short(self.learning_rate)}"
+
+    @property
+    def scaling(self) -> float:
+        """The factor of B A x: alpha/rank, or alpha/sqrt(rank) with `use_rslora`."""
+        return self.lora_alpha / (self.rank**0.5 if self.use_rslora else self.rank)
+
+
+class Trial(_Frozen):
+    """A candidate with one seed."""
+
+    candidate: Candidate
+    seed: int = Field(ge=0)
+
+    @property
+    def name(self) -> str:
+        return f"{self.candidate.name}-s{self.seed}"
+
+
+class StudySpec(_Frozen):
+    """One question: a model, data, candidates, seeds and a recipe."""
+
+    name: str = Field(default="rankscope-study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    model: ModelSpec
+    data: DataSpec
+    ranks: Annotated[tuple[PositiveInt, ...], BeforeValidator(_as_list), Field(min_length=1)] = (8, 128, 256)
+    learning_rates: Annotated[tuple[PositiveFloat, ...], BeforeValidator(_as_list), Field(min_length=1)] = (2e-4,)
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_as_list), Field(min_length=1)] = (
+        0,
+        1,
+        2,
+    )
+    adapter: AdapterSpec = AdapterSpec()
+    training: TrainingSpec = TrainingSpec()
+    measure: MeasureSpec = MeasureSpec()
+    verdict: VerdictSpec = VerdictSpec()
+
+    @model_validator(mode="after")
+    def _nothing_twice(self) -> Self:
+        for field in ("ranks", "learning_rates", "seeds"):
+            try:
+                _unique(getattr(self, field))
+            except ValueError as error:
+                raise ValueError(f"{field}: {error}") from None
+        names = [candidate.name for candidate in self.candidates()]
+        _unique(tuple(names))
+        return self
+
+    def candidates(self) -> list[Candidate]:
+        """The grid of ranks and learning rates, lowest rank first."""
+        shared = self.adapter.model_dump(exclude={"alpha"})
+        return [
+            Candidate(rank=rank, learning_rate=rate, lora_alpha=_alpha(self.adapter.alpha, rank), **shared)
+            for rank, rate in product(sorted(self.ranks), sorted(self.learning_rates))
+        ]
+
+    def trials(self) -> list[Trial]:
+        """Every candidate with every seed, in a fixed order."""
+        return [Trial(candidate=candidate, seed=seed) for seed in self.seeds for candidate in self.candidates()]
+
+
+def _alpha(alpha: float | str, rank: int) -> float:
+    return float(alpha.removesuffix("r")) * rank if isinstance(alpha, str) else alpha
+
+
+def _short(value: float) -> str:
+    """`0.0002` -> `2e-4`, `0.00015` -> `1.5e-4`: the shortest exact form, safe in a file name."""
+    digits = 0
+    while float(f"{value:.{digits}e}") != value:
+        digits += 1
+    mantissa, exponent = f"{value:.{digits}e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def resolve_spec(values: Mapping[str, Any], source: str = "the study") -> StudySpec:
+    """Validates a nested mapping. `source` names where it came from, in errors.
+
+    Raises:
+        StudyError: a field is unknown, missing or wrong; the message names each, and the nearest known name.
+    """
+    try:
+        return StudySpec.model_validate(dict(values))
+    except ValidationError as error:
+        lines = [_explain(dict(detail)) for detail in error.errors()]
+        raise StudyError(
+            f"{source} is wrong:\n" + "\n".join(f"  - {line}" for line in dict.fromkeys(lines)),
+            "Correct these fields and run again; `rankscope run --help` and studies/ show valid ones.",
+        ) from None
+
+
+def _explain(detail: dict[str, Any]) -> str:
+    path = [part for part in detail["loc"] if not (isinstance(part, str) and re.search(r"[\[\(]|^constrained", part))]
+    where = ".".join(str(part) for part in path) or "study"
+    if detail["type"] == "extra_forbidden":
+        known = _known_fields(path[:-1])
+        near = difflib.get_close_matches(str(path[-1]), known, n=1)
+        return f"{where}: unknown field" + (f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}")
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    given = detail.get("input")
+    shown = "" if detail["type"] == "missing" or isinstance(given, dict | BaseModel) else f" (got {given!r})"
+    return f"{where}: {message}{shown}"
+
+
+def _known_fields(path: Sequence[Any]) -> list[str]:
+    model: Any = StudySpec
+    for part in path:
+        model = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
+    return sorted(getattr(model, "model_fields", {}))
+
+
+def read_study_file(path: Path) -> dict[str, Any]:
+    """Reads a study's YAML as a mapping, not yet validated.
+
+    Raises:
+        StudyError: the file is missing, is not YAML, or is not a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StudyError(f"{path}: no such study file", "Give the path of a .yaml file, or use --model.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyError(f"{path}: cannot be read: {error}", "Check that it is a readable UTF-8 file.") from None
+    except yaml.YAMLError as error:
+        raise StudyError(f"{path}: not valid YAML: {error}", "Correct the file at that line.") from None
+    if not isinstance(values, dict):
+        raise StudyError(f"{path}: expected fields such as model and data, found {type(values).__name__}")
+    return values
+
+
+def write_yaml(spec: StudySpec) -> str:
+    """The complete study as YAML text; `resolve_spec(yaml.safe_load(text))` gives the same study."""
+    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def set_value(values: dict[str, Any], assignment: str) -> None:
+    """Applies one `--set training.steps=200` to a nested mapping, in place; the value is read as YAML."""
+    key, equals, text = assignment.partition("=")
+    if not equals or not key:
+        raise StudyError(f"--set {assignment}: expected KEY=VALUE", "For example --set training.steps=200.")
+    *parents, last = key.split(".")
+    target = values
+    for parent in parents:
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            raise StudyError(f"--set {assignment}: {parent} is not a group of fields")
+    try:
+        target[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise StudyError(f"--set {assignment}: the value is not valid YAML", "Put it in quotes.") from None
