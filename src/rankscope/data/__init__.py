@@ -1,0 +1,21 @@
+"""Data: from a file or the hub to tokens with the positions to learn, and to batches.
+
+sources -> records -> prompts -> tokens (with split) -> batches
+"""
+
+from rankscope.data.batches import batch_indices, steps_per_epoch
+from rankscope.data.records import Records, load_records
+from rankscope.data.tokens import Example, TokenizedData, Tokens, load, prepare, save
+
+__all__ = [
+    "Example",
+    "Records",
+    "TokenizedData",
+    "Tokens",
+    "batch_indices",
+    "load",
+    "load_records",
+    "prepare",
+    "save",
+    "steps_per_epoch",
+]

@@ -1,0 +1,40 @@
+"""Batches: which examples a step sees, a pure function of (seed, step), so that a resume has nothing to restore."""
+
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+
+def steps_per_epoch(examples: int, batch_size: int) -> int:
+    """How many batches cover every example once; the last may be smaller (as with transformers' Trainer).
+
+    Raises:
+        ValueError: a count is below 1.
+    """
+    if examples < 1 or batch_size < 1:
+        raise ValueError(f"examples and batch_size must be at least 1, got {examples} and {batch_size}")
+    return -(-examples // batch_size)
+
+
+def batch_indices(examples: int, batch_size: int, seed: int, step: int) -> npt.NDArray[np.int64]:
+    """The examples of micro-step `step`, counted from 0 over the whole schedule: int64, (batch_size,) or fewer.
+
+    Epoch e is the permutation of `numpy.random.default_rng([seed, e])`, cut into batches, so trials with one seed
+    see the same examples in the same order, whatever their rank.
+
+    Raises:
+        ValueError: a count is below 1, or seed or step is negative.
+    """
+    if seed < 0 or step < 0:
+        raise ValueError(f"seed and step must not be negative, got {seed} and {step}")
+    epoch, batch = divmod(step, steps_per_epoch(examples, batch_size))
+    start = batch * batch_size
+    return _permutation(examples, seed, epoch)[
+        start : start + batch_size
+    ].copy()  # the cached one stays whole
+
+
+@lru_cache(maxsize=16)  # a pack asks for its seeds in turn at each step; 8 bytes an example each
+def _permutation(examples: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch]).permutation(examples)

@@ -1,0 +1,154 @@
+"""Prompts: a record as the text to read and the text to learn, and both as token ids.
+
+Prompt and completion are tokenised apart, so that the boundary of the loss is exact: no token spans both.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rankscope.data.records import Format
+from rankscope.errors import DataError, ModelError
+from rankscope.spec import DataSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_PLACEHOLDER = re.compile(r"\{(instruction|input)\}")
+_PROBE = "The answer is 42."
+
+
+class Rendered(NamedTuple):
+    """One row as text."""
+
+    prompt: str
+    completion: str
+    is_chat: bool
+    """The text comes from a chat template, which writes the special tokens itself."""
+
+
+class Encoded(NamedTuple):
+    """One row as token ids, not yet truncated."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+
+
+def render(
+    row: dict[str, Any], spec: DataSpec, format: Format, tokenizer: "PreTrainedTokenizerBase"
+) -> Rendered:
+    """Writes a record's prompt and completion.
+
+    - alpaca: `spec.template`, filled; the completion is a space and the output. Data are put in literally: braces
+      in them stay. Where a row's input is blank, the template's lines with `{input}` are left out (a line that also
+      holds `{instruction}` stays, with nothing in the place of the input).
+    - prompt_completion: both texts as they are.
+    - messages, or lists of messages: the tokenizer's chat template. The completion is what the template writes
+      after the generation prompt: the last message and its end mark.
+
+    Raises:
+        DataError: there is no chat template, it refuses the conversation, or it writes the earlier messages
+            differently once the answer follows, so that the answer cannot be told from the prompt.
+    """
+    if format == "alpaca":
+        return Rendered(_fill(spec.template, row), " " + row["output"], is_chat=False)
+    if format == "messages":
+        return _render_chat(row["messages"][:-1], row["messages"][-1:], tokenizer)
+    if isinstance(row["prompt"], list):
+        return _render_chat(row["prompt"], row["completion"], tokenizer)
+    return Rendered(row["prompt"], row["completion"], is_chat=False)
+
+
+def _fill(template: str, row: dict[str, str]) -> str:
+    if not row["input"].strip():
+        lines = template.split("\n")
+        template = "\n".join(line for line in lines if "{input}" not in line or "{instruction}" in line)
+        row = {**row, "input": ""}
+    return _PLACEHOLDER.sub(
+        lambda found: row[found[1]], template
+    )  # one pass: "{input}" in an instruction stays
+
+
+def _render_chat(
+    prompt: list[dict[str, str]], completion: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase"
+) -> Rendered:
+    if not tokenizer.chat_template:
+        raise DataError(
+            "the rows are conversations, but the model's tokenizer has no chat template",
+            "Choose a chat (instruct) model, or data in the alpaca or prompt_completion format.",
+        )
+    try:
+        before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        whole = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+    except Exception as error:  # a template is a program: it raises what it likes
+        raise DataError(
+            f"the model's chat template refuses the conversation: {error}",
+            "Remove such rows (often a system message, or roles that do not alternate), or choose another model.",
+        ) from None
+    if not isinstance(before, str) or not isinstance(whole, str):
+        raise TypeError("apply_chat_template(tokenize=False) returned no text")
+    if not whole.startswith(before):
+        raise DataError(
+            "the model's chat template is not prefix-preserving: it writes the messages before the answer "
+            "differently once the answer follows, so that the answer cannot be told from the prompt",
+            "Choose another model, or data in the alpaca or prompt_completion format.",
+        )
+    return Rendered(before, whole.removeprefix(before), is_chat=True)
+
+
+def encode(rows: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase") -> list[Encoded]:
+    """Tokenises all prompts in one call and all completions in another.
+
+    A plain prompt begins with the special tokens that the tokenizer puts in front of text (often bos); those that
+    it would append are left out, for they would stand between prompt and completion. A plain completion ends with
+    eos (once). A chat's text is tokenised as it stands.
+
+    Raises:
+        ModelError: the tokenizer has no eos token, and plain completions need one.
+    """
+    prompts = _ids([row.prompt for row in rows], tokenizer)
+    completions = _ids([row.completion for row in rows], tokenizer)
+    if all(row.is_chat for row in rows):
+        return [Encoded(*pair) for pair in zip(prompts, completions, strict=True)]
+    front, eos = _special_tokens_in_front(tokenizer), _eos(tokenizer)
+    return [
+        Encoded(prompt, completion)
+        if row.is_chat
+        else Encoded(front + prompt, completion if completion[-1:] == [eos] else [*completion, eos])
+        for row, prompt, completion in zip(rows, prompts, completions, strict=True)
+    ]
+
+
+def _ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase", special: bool = False) -> list[list[int]]:
+    encoding = tokenizer(
+        texts,
+        add_special_tokens=special,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,  # no warning about rows longer than the model takes: they are truncated, and counted
+    )
+    return [list(ids) for ids in encoding["input_ids"]]
+
+
+def _special_tokens_in_front(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """What the tokenizer puts before text, found by comparing a probe with and without special tokens."""
+    [bare], [dressed] = _ids([_PROBE], tokenizer), _ids([_PROBE], tokenizer, special=True)
+    for front in range(len(dressed) - len(bare), -1, -1):
+        if dressed[front : front + len(bare)] == bare:
+            return dressed[:front]
+    raise ModelError(
+        f"the tokenizer changes text when it adds special tokens: {bare} became {dressed}",
+        "Choose another model.",
+    )
+
+
+def _eos(tokenizer: "PreTrainedTokenizerBase") -> int:
+    eos = tokenizer.eos_token_id
+    if not isinstance(eos, int):
+        raise ModelError(
+            "the model's tokenizer has no end-of-sequence token, so a completion could not end",
+            "Choose a model whose tokenizer has one (eos_token in its tokenizer_config.json).",
+        )
+    return eos

@@ -1,0 +1,165 @@
+"""Records: rows of one known format, checked once, with a fingerprint.
+
+| format            | columns                                   | what is learned                       |
+|-------------------|-------------------------------------------|---------------------------------------|
+| alpaca            | instruction, output (input is optional)   | output                                |
+| prompt_completion | prompt, completion (text, or messages)    | completion                            |
+| messages          | messages, the last one by the assistant   | the last message; the others are read |
+"""
+
+import hashlib
+import json
+from typing import Any, Literal, NamedTuple
+
+from rankscope.data.sources import Table, kind, read_table
+from rankscope.errors import DataError
+from rankscope.spec import DataSpec
+
+Format = Literal["alpaca", "prompt_completion", "messages"]
+
+REQUIRED: dict[Format, tuple[str, ...]] = {
+    "alpaca": ("instruction", "output"),
+    "prompt_completion": ("prompt", "completion"),
+    "messages": ("messages",),
+}
+
+
+class Source(NamedTuple):
+    """Where records came from."""
+
+    id: str
+    revision: str | None
+    """The hub's commit (or the revision asked for, where it is not known); None for local data."""
+
+
+class Records(NamedTuple):
+    """Checked rows, in the order of the source."""
+
+    rows: list[dict[str, Any]]
+    """Only the columns of the format. alpaca: three texts, `input` is "" where there is none."""
+    format: Format
+    fingerprint: str
+    """sha256 of the rows: the same rows give the same one, whether they came as CSV or from the hub."""
+    source: Source
+
+
+def load_records(spec: DataSpec) -> Records:
+    """Reads `spec.id` and checks every row.
+
+    A null or absent `input` means no input; columns that the format does not use are ignored.
+
+    Raises:
+        DataError: the source cannot be read, its columns fit no format (or several), or rows are wrong: a null,
+            a number or a list where text belongs, broken Unicode, a conversation that the assistant does not end.
+            File, line, row and field are named.
+    """
+    table = read_table(spec)
+    if not table.rows:
+        raise DataError(f"{table.name}: no rows", "Give data with at least a few dozen rows.")
+    format = _resolve_format(spec.format, table)
+    rows, problems = [], []
+    for index, raw in enumerate(table.rows):
+        try:
+            rows.append(_canonical(raw, format))
+        except _WrongRowError as error:
+            problems.append(f"{table.where(index)}: {error}")
+    if problems:
+        shown = "\n".join(f"  - {problem}" for problem in problems[:3])
+        count = "1 row is" if len(problems) == 1 else f"{len(problems):,} rows are"
+        more = "\n  - ..." if len(problems) > 3 else ""
+        raise DataError(f"{count} wrong, read as {format}:\n{shown}{more}", "Correct or remove these rows.")
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(canonical_text(row).encode() + b"\n")
+    return Records(rows, format, digest.hexdigest(), Source(spec.id, table.revision))
+
+
+def canonical_text(row: dict[str, Any]) -> str:
+    """A row as JSON with sorted keys: equal rows, and only they, give equal text."""
+    return json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def _resolve_format(asked: str, table: Table) -> Format:
+    fitting = [name for name, columns in REQUIRED.items() if set(columns) <= set(table.columns)]
+    found = f"{table.name}: found the columns {', '.join(map(str, table.columns)) or '(none)'}"
+    if asked != "auto":
+        for name in fitting:
+            if name == asked:
+                return name
+        raise DataError(
+            f"{found}; the format {asked} needs {_needs(asked)}", "Rename the columns, or set data.format."
+        )
+    if len(fitting) > 1:
+        raise DataError(f"{found}, which fit {' and '.join(fitting)}", "Set data.format to the one you mean.")
+    if not fitting:
+        needs = "; ".join(f"{name} needs {_needs(name)}" for name in REQUIRED)
+        raise DataError(f"{found}, which fit no format: {needs}", "Rename the columns.")
+    return fitting[0]
+
+
+def _needs(name: str) -> str:
+    columns = next(columns for known, columns in REQUIRED.items() if known == name)
+    return " and ".join(columns) + (" (input is optional)" if name == "alpaca" else "")
+
+
+class _WrongRowError(ValueError):
+    """What is wrong with one row, beginning with the field."""
+
+
+def _canonical(raw: dict[str, Any], format: Format) -> dict[str, Any]:
+    for field in REQUIRED[format]:
+        if field not in raw:
+            raise _WrongRowError(f"`{field}` is missing (found {', '.join(map(str, raw)) or 'nothing'})")
+    if format == "alpaca":
+        given = raw.get("input")
+        return {
+            "instruction": _text(raw["instruction"], "instruction"),
+            "input": "" if given is None else _text(given, "input"),
+            "output": _text(raw["output"], "output"),
+        }
+    if format == "messages":
+        messages = _messages(raw["messages"], "messages")
+        if len(messages) < 2:
+            raise _WrongRowError("`messages` needs at least two: something to answer, and the answer")
+        return {"messages": _ended_by_assistant(messages, "messages")}
+    prompt, completion = raw["prompt"], raw["completion"]
+    if isinstance(prompt, list) and isinstance(completion, list):  # TRL's conversational form
+        answer = _ended_by_assistant(_messages(completion, "completion"), "completion")
+        return {"prompt": _messages(prompt, "prompt"), "completion": answer}
+    if isinstance(prompt, list) and isinstance(completion, str):
+        raise _WrongRowError("`completion` is text but `prompt` is a list of messages: both must be the same")
+    return {"prompt": _text(prompt, "prompt"), "completion": _text(completion, "completion")}
+
+
+def _text(value: Any, field: str) -> str:
+    if not isinstance(value, str):
+        raise _WrongRowError(f"`{field}` is {kind(value)}, expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise _WrongRowError(
+            f"`{field}` holds half of a surrogate pair at character {error.start + 1}"
+        ) from None
+    return value
+
+
+def _messages(value: Any, field: str) -> list[dict[str, str]]:
+    if not isinstance(value, list):
+        raise _WrongRowError(f"`{field}` is {kind(value)}, expected a list of messages with role and content")
+    if not value:
+        raise _WrongRowError(f"`{field}` is an empty list")
+    messages = []
+    for index, message in enumerate(value):
+        if not isinstance(message, dict):
+            raise _WrongRowError(
+                f"`{field}[{index}]` is {kind(message)}, expected an object with role and content"
+            )
+        parts = {part: _text(message.get(part), f"{field}[{index}].{part}") for part in ("role", "content")}
+        messages.append(parts)
+    return messages
+
+
+def _ended_by_assistant(messages: list[dict[str, str]], field: str) -> list[dict[str, str]]:
+    if messages[-1]["role"] != "assistant":
+        raise _WrongRowError(f"`{field}` ends with the role {messages[-1]['role']!r}, expected assistant")
+    return messages

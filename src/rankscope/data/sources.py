@@ -1,0 +1,282 @@
+"""Where rows come from: a local file, a local folder, or the hub. Nothing here knows what a row means.
+
+Text files are parsed here rather than by `datasets`, because only then can an error name the line. Nothing from the
+data is ever executed: loading scripts and pickles are refused by `datasets` (4 and later), and
+`trust_remote_code` is never passed.
+"""
+
+import csv
+import gzip
+import io
+import json
+import re
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rankscope.errors import DataError
+from rankscope.spec import DataSpec
+
+COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages")
+"""Every column that some format reads; others are not even loaded where that saves time."""
+
+FILE_TYPES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
+
+_BLANKS = re.compile(r"[ \t\r\n]*")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+class Table(NamedTuple):
+    """Rows as they stand in the source, not yet checked."""
+
+    name: str
+    """The file, folder or hub id, as errors name it."""
+    rows: list[dict[str, Any]]
+    columns: tuple[str, ...]
+    """All column names of the source, in order of appearance."""
+    lines: tuple[int, ...] | None = None
+    """The line, from 1, on which each row starts; None where the source has no lines."""
+    revision: str | None = None
+    """The hub's commit, or the revision asked for where the commit is not known; None for local data."""
+
+    def where(self, index: int) -> str:
+        """Names row `index` (from 0) for an error: `data.jsonl, line 7` or `data.json, line 12, row 3`."""
+        if self.lines is None:
+            return f"{self.name}, row {index + 1}"
+        line = f"{self.name}, line {self.lines[index]}"
+        return line if self.lines[index] == index + 1 else f"{line}, row {index + 1}"
+
+
+def read_table(spec: DataSpec) -> Table:
+    """Reads the first `spec.max_rows` rows (default: all) of the file, folder or hub data set `spec.id`.
+
+    A local file or folder of that name comes before the hub.
+
+    Raises:
+        DataError: the source is missing, unreadable, damaged, or of an unknown type; file and line are named.
+    """
+    path = Path(spec.id).expanduser()
+    if path.is_file():
+        _refuse_hub_fields(spec, "split", "config", "revision")
+        return _read_file(path, spec.max_rows)
+    if path.is_dir():
+        _refuse_hub_fields(spec, "revision")
+        return _read_with_datasets(spec, str(path), local=True)
+    if path.suffix.lower() in (*FILE_TYPES, ".gz") or not _HUB_ID.fullmatch(spec.id):
+        raise DataError(
+            f"{spec.id}: no such file or folder", "Check the path, or give a hub id such as owner/name."
+        )
+    return _read_with_datasets(spec, spec.id, local=False)
+
+
+def _refuse_hub_fields(spec: DataSpec, *fields: str) -> None:
+    """A revision or split that cannot be honoured is an error: ignoring it would train on other rows than asked."""
+    for field in fields:
+        value = getattr(spec, field)
+        if value != DataSpec.model_fields[field].default:
+            raise DataError(
+                f"{spec.id}: data.{field} is {value!r}, but local data has no {field}", "Remove it."
+            )
+
+
+def _read_file(path: Path, limit: int | None) -> Table:
+    name = str(path)
+    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+    if suffix not in FILE_TYPES:
+        raise DataError(
+            f"{name}: unknown file type {suffix or '(no suffix)'}",
+            f"Name it by what it holds: {', '.join(FILE_TYPES)} (text may be gzipped).",
+        )
+    if suffix == ".parquet":
+        return _read_parquet(path, limit)
+    text = _read_text(path)
+    if suffix == ".csv":
+        numbered = _csv_rows(name, text)
+    elif text.lstrip(" \t\r\n").startswith("["):  # by content: many .json files hold one object a line
+        numbered = _json_list(name, text)
+    else:
+        numbered = _json_lines(name, text)
+    return _table(name, islice(numbered, limit))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+        if content.startswith(b"\x1f\x8b"):  # gzip, whatever the file is called
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read: {error}", "Check the file, or fetch it again.") from None
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}, line {line}: not valid UTF-8 (byte 0x{content[error.start]:02x})",
+            "Save the file as UTF-8.",
+        ) from None
+
+
+def _table(name: str, numbered: Iterable[tuple[int, Any]]) -> Table:
+    rows: list[dict[str, Any]] = []
+    lines: list[int] = []
+    columns: dict[str, None] = {}
+    for line, value in numbered:
+        if not isinstance(value, dict):
+            raise DataError(
+                f"{name}, line {line}: row {len(rows) + 1} is {kind(value)}, expected an object",
+                'Write each row as {"instruction": ..., "output": ...}.',
+            )
+        rows.append(value)
+        lines.append(line)
+        columns.update(dict.fromkeys(value))
+    return Table(name, rows, tuple(columns), tuple(lines))
+
+
+def kind(value: Any) -> str:
+    """A JSON value's type in a reader's words."""
+    names = {
+        type(None): "null",
+        bool: "true/false",
+        int: "a number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+    }
+    return names.get(type(value), "an object" if isinstance(value, dict) else type(value).__name__)
+
+
+def _json_lines(name: str, text: str) -> Iterator[tuple[int, Any]]:
+    for line, content in enumerate(
+        text.split("\n"), start=1
+    ):  # splitlines would also cut at U+2028 inside text
+        if content.strip():
+            yield line, _decode(name, content.strip(), 0, line)[0]
+
+
+def _json_list(name: str, text: str) -> Iterator[tuple[int, Any]]:
+    """The items of one JSON list with their lines, read one by one: `json.loads` would lose the lines."""
+    position = _skip_blanks(text, text.index("[") + 1)
+    line, counted = 1, 0
+    done = text.startswith("]", position)
+    while not done:
+        line += text.count("\n", counted, position)
+        counted = position
+        value, position = _decode(name, text, position, line)
+        yield line, value
+        position = _skip_blanks(text, position)
+        done = text.startswith("]", position)
+        if not done and not text.startswith(",", position):
+            raise _bad_json(name, text.count("\n", 0, position) + 1, "expected , or ] after a row")
+        if not done:
+            position = _skip_blanks(text, position + 1)
+    rest = _skip_blanks(text, position + 1)
+    if rest < len(text):
+        raise _bad_json(name, text.count("\n", 0, rest) + 1, "something follows the closing ]")
+
+
+def _skip_blanks(text: str, position: int) -> int:
+    match = _BLANKS.match(text, position)
+    return match.end() if match else position
+
+
+def _decode(name: str, text: str, position: int, line: int) -> tuple[Any, int]:
+    """Decodes the JSON value at `position`, which stands on `line`; returns it and where it ends."""
+    try:
+        value, end = json.JSONDecoder().raw_decode(text, position)
+        if position == 0 and _skip_blanks(text, end) < len(text):  # JSONL: one value fills its line
+            raise json.JSONDecodeError("something follows the object", text, end)
+    except json.JSONDecodeError as error:
+        raise _bad_json(name, line + text.count("\n", position, error.pos), error.msg) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; a list nested too deep
+        raise _bad_json(name, line, str(error)) from None
+    return value, end
+
+
+def _bad_json(name: str, line: int, message: str) -> DataError:
+    return DataError(
+        f"{name}, line {line}: not valid JSON: {message}",
+        "Correct that line; expected is one list of objects, or one object a line.",
+    )
+
+
+def _csv_rows(name: str, text: str) -> Iterator[tuple[int, Any]]:
+    previous_limit = csv.field_size_limit(
+        min(sys.maxsize, 2**31 - 1)
+    )  # the default refuses fields over 128 KiB
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise DataError(
+                f"{name}, line 1: a column is named twice: {', '.join(header)}", "Rename one of them."
+            )
+        line = reader.line_num + 1
+        for values in reader:
+            if len(values) > len(header):
+                raise DataError(
+                    f"{name}, line {line}: {len(values)} values for {len(header)} columns",
+                    "Put text that contains commas in double quotes.",
+                )
+            if values:
+                yield line, dict(zip(header, values, strict=False))  # a short row lacks its last columns
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(
+            f"{name}, line {reader.line_num}: not valid CSV: {error}", "Correct that line."
+        ) from None
+    finally:
+        csv.field_size_limit(previous_limit)
+
+
+def _read_parquet(path: Path, limit: int | None) -> Table:
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    try:
+        with pq.ParquetFile(path) as file:
+            columns = tuple(file.schema_arrow.names)
+            content = file.read(columns=[column for column in columns if column in COLUMNS])
+        rows = content.slice(0, limit).to_pylist()
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path}: not readable as Parquet: {error}", "Check the file, or fetch it again."
+        ) from None
+    return Table(str(path), rows, columns)
+
+
+def _read_with_datasets(spec: DataSpec, source: str, *, local: bool) -> Table:
+    """Loads a folder or a hub id by `datasets`, which caches what it fetched and reads the cache when offline."""
+    import datasets  # type: ignore[import-untyped]
+
+    try:
+        if local and any((Path(source) / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
+            loaded = datasets.load_from_disk(source)  # what Dataset.save_to_disk wrote
+            dataset = loaded[spec.split] if isinstance(loaded, dict) else loaded
+        else:
+            dataset = datasets.load_dataset(
+                source, name=spec.config, split=spec.split, revision=spec.revision
+            )
+        columns = tuple(dataset.column_names)
+        if spec.max_rows is not None:
+            dataset = dataset.select(range(min(spec.max_rows, len(dataset))))
+        rows = dataset.select_columns([column for column in columns if column in COLUMNS]).to_list()
+    except Exception as error:  # datasets raises some thirty classes, from its own to pyarrow's and httpx's
+        cause = error.__cause__ or error
+        todo = "Check the folder's files, and data.config and data.split."
+        if not local:
+            todo = (
+                "Check data.id, config, split and revision, and the connection; or give a local file instead."
+            )
+        message = str(cause).strip().split("\n")[0]
+        raise DataError(f"{source}: cannot be loaded: {type(cause).__name__}: {message}", todo) from error
+    return Table(source, rows, columns, revision=None if local else _commit(dataset) or spec.revision)
+
+
+def _commit(dataset: Any) -> str | None:
+    """The hub commit of a loaded data set: the last folder of its cache path (.../CONFIG/0.0.0/COMMIT/x.arrow)."""
+    folders = [Path(file["filename"]).parent.name for file in dataset.cache_files]
+    return next((folder for folder in folders if _COMMIT.fullmatch(folder)), None)

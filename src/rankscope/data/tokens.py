@@ -1,0 +1,237 @@
+"""Tokens: all rows as token ids with the positions to learn, split in train and eval, kept as one safetensors file.
+
+records -> drop duplicates -> prompt and completion -> token ids -> cut to max_length -> split
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from rankscope.data.prompts import encode, render
+from rankscope.data.records import Records, canonical_text, load_records
+from rankscope.data.split import held_out
+from rankscope.errors import DataError, ModelError, StudyDirectoryError
+from rankscope.files import read_json, write_atomic, write_json
+from rankscope.spec import DataSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ROWS_AT_ONCE = 8192
+"""Rows in one tokenizer call: enough for full speed, few enough that memory does not grow with the data."""
+
+
+class Example(NamedTuple):
+    """One sequence of n tokens."""
+
+    ids: npt.NDArray[np.int32]  # (n,)
+    is_label: npt.NDArray[np.bool_]  # (n,)
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """S sequences laid end to end, N tokens in all."""
+
+    ids: npt.NDArray[np.int32]  # (N,)
+    is_label: npt.NDArray[np.bool_]  # (N,)
+    """True where this token is a target to be predicted; never at a sequence's first token, which nothing predicts."""
+    offsets: npt.NDArray[np.int64]  # (S + 1,)
+    """Sequence i is `ids[offsets[i]:offsets[i + 1]]`."""
+
+    @classmethod
+    def from_examples(cls, examples: Sequence[Example]) -> Self:
+        """Lays examples end to end, in order."""
+        offsets = np.zeros(len(examples) + 1, dtype=np.int64)
+        np.cumsum([len(example.ids) for example in examples], out=offsets[1:])
+        return cls(
+            ids=np.concatenate([np.empty(0, np.int32), *(example.ids for example in examples)]),
+            is_label=np.concatenate([np.empty(0, np.bool_), *(example.is_label for example in examples)]),
+            offsets=offsets,
+        )
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> Example:
+        index = range(len(self))[index]  # raises IndexError, and counts negative ones from the end
+        span = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+        return Example(self.ids[span], self.is_label[span])
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each sequence, (S,)."""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedData:
+    """What every trial of a study reads."""
+
+    train: Tokens
+    eval: Tokens
+    facts: dict[str, Any]
+    """What was done, for data/facts.json and the report: `id`, `revision` (the hub's commit; None for local data),
+    `fingerprint` (sha256 of the rows read), `format`, `loss_on`, `max_length`; in rows `rows_read` =
+    `duplicates_dropped` + `rows_without_label_dropped` + `rows_train` + `rows_eval`, and `truncated` (of train and
+    eval, cut to max_length); in tokens `train_tokens`, `train_label_tokens`, `eval_tokens`, `eval_label_tokens`,
+    `mean_length` and `longest` (of train and eval, after the cut)."""
+
+
+def prepare(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> TokenizedData:
+    """Reads, renders, tokenises, cuts and splits the data of a study. The same input always gives the same tokens.
+
+    `vocab_size` is the number of rows of the model's embedding.
+
+    Raises:
+        DataError: see `load_records` and `render`; or too few rows remain to train on and to hold out.
+        ModelError: the tokenizer has no eos token, or gives ids that the model does not have.
+    """
+    records = load_records(spec)
+    numbers = _first_of_equal(records.rows)
+    prompts: list[str] = []
+    examples: list[Example] = []
+    truncated = without_label = 0
+    for start in range(0, len(numbers), _ROWS_AT_ONCE):
+        chunk = numbers[start : start + _ROWS_AT_ONCE]
+        rendered = [_render(records, number, spec, tokenizer) for number in chunk]
+        for row, encoded in zip(rendered, encode(rendered, tokenizer), strict=True):
+            example = _example(encoded.prompt_ids, encoded.completion_ids, spec)
+            if not example.is_label.any():
+                without_label += 1
+                continue
+            truncated += len(encoded.prompt_ids) + len(encoded.completion_ids) > spec.max_length
+            prompts.append(row.prompt)
+            examples.append(example)
+    _check_ids(examples, vocab_size)
+    chosen = held_out(prompts, spec.eval_rows, spec.split_seed)
+    _check_split(chosen, without_label, spec)
+    train = Tokens.from_examples(
+        [example for example, held in zip(examples, chosen, strict=True) if not held]
+    )
+    heldout = Tokens.from_examples([example for example, held in zip(examples, chosen, strict=True) if held])
+    lengths = np.concatenate([train.lengths, heldout.lengths])
+    facts = {
+        "id": records.source.id,
+        "revision": records.source.revision,
+        "fingerprint": records.fingerprint,
+        "format": records.format,
+        "loss_on": spec.loss_on,
+        "max_length": spec.max_length,
+        "rows_read": len(records.rows),
+        "duplicates_dropped": len(records.rows) - len(numbers),
+        "rows_without_label_dropped": without_label,
+        "rows_train": len(train),
+        "rows_eval": len(heldout),
+        "truncated": truncated,
+        "train_tokens": len(train.ids),
+        "train_label_tokens": int(train.is_label.sum()),
+        "eval_tokens": len(heldout.ids),
+        "eval_label_tokens": int(heldout.is_label.sum()),
+        "mean_length": float(lengths.mean()),
+        "longest": int(lengths.max()),
+    }
+    return TokenizedData(train, heldout, facts)
+
+
+def _first_of_equal(rows: Sequence[dict[str, Any]]) -> list[int]:
+    """The positions of the rows that equal no earlier one."""
+    first: dict[str, int] = {}
+    for number, row in enumerate(rows):
+        first.setdefault(canonical_text(row), number)
+    return list(first.values())
+
+
+def _render(records: Records, number: int, spec: DataSpec, tokenizer: "PreTrainedTokenizerBase") -> Any:
+    try:
+        return render(records.rows[number], spec, records.format, tokenizer)
+    except DataError as error:
+        raise DataError(f"{records.source.id}, row {number + 1}: {error.what}", error.todo) from None
+
+
+def _example(prompt: list[int], completion: list[int], spec: DataSpec) -> Example:
+    ids = np.array((prompt + completion)[: spec.max_length], dtype=np.int32)
+    is_label = np.ones(len(ids), dtype=np.bool_)
+    is_label[: 1 if spec.loss_on == "all" else max(1, len(prompt))] = False
+    return Example(ids, is_label)
+
+
+def _check_ids(examples: Sequence[Example], vocab_size: int) -> None:
+    highest = max((int(example.ids.max()) for example in examples), default=0)
+    if highest >= vocab_size:
+        raise ModelError(
+            f"the tokenizer gives the token id {highest}, but the model's vocabulary has {vocab_size} entries",
+            "Use the tokenizer that belongs to the model.",
+        )
+
+
+def _check_split(chosen: npt.NDArray[np.bool_], without_label: int, spec: DataSpec) -> None:
+    rows, held = len(chosen), int(chosen.sum())
+    if rows == 0:
+        raise DataError(
+            f"{spec.id}: no row has a token to learn within max_length {spec.max_length} "
+            f"({without_label:,} rows were dropped)",
+            "Raise data.max_length; the prompts alone fill it.",
+        )
+    dropped = f" ({without_label:,} more had no token to learn)" if without_label else ""
+    remain = f"{spec.id}: {rows:,} different rows{dropped} with"
+    if rows < 3 or rows - held < 2:
+        asked = f" {spec.eval_rows:,} asked to be held out" if spec.eval_rows else f" {held:,} held out"
+        raise DataError(
+            f"{remain}{asked} leave fewer than 2 to train on", "Give more rows, or lower data.eval_rows."
+        )
+    if held == 0:
+        raise DataError(
+            f"{remain} so few different prompts that none can be held out: rows with the same prompt stay together",
+            "Give data with more different prompts, or set data.eval_rows to at least the rows of one prompt.",
+        )
+
+
+def save(data: TokenizedData, folder: Path) -> None:
+    """Publishes `folder/tokens.safetensors`, then `folder/facts.json` with its hash: facts stand for whole tokens.
+
+    The tensors are `train.ids`, `train.is_label`, `train.offsets`, and the same for `eval`.
+    """
+    from safetensors.numpy import save as to_bytes
+
+    content = to_bytes(
+        {
+            f"{side}.{name}": np.ascontiguousarray(getattr(tokens, name))
+            for side, tokens in (("train", data.train), ("eval", data.eval))
+            for name in ("ids", "is_label", "offsets")
+        }
+    )
+    write_atomic(folder / "tokens.safetensors", content)
+    write_json(folder / "facts.json", {**data.facts, "tokens_sha256": hashlib.sha256(content).hexdigest()})
+
+
+def load(folder: Path) -> TokenizedData:
+    """Reads what `save` wrote.
+
+    Raises:
+        StudyDirectoryError: a file is missing, or the tokens are not those that the facts were written for.
+    """
+    from safetensors.numpy import load as from_bytes
+
+    facts = read_json(folder / "facts.json")
+    path = folder / "tokens.safetensors"
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise StudyDirectoryError(f"{path}: cannot be read: {error.strerror}", _AGAIN) from None
+    if hashlib.sha256(content).hexdigest() != facts.pop("tokens_sha256", None):
+        raise StudyDirectoryError(f"{path}: not the tokens that facts.json was written for", _AGAIN)
+    # Copies, because safetensors gives read-only views, of which torch.from_numpy warns.
+    tensors = {name: array.copy() for name, array in from_bytes(content).items()}
+    train, heldout = (
+        Tokens(tensors[f"{side}.ids"], tensors[f"{side}.is_label"], tensors[f"{side}.offsets"])
+        for side in ("train", "eval")
+    )
+    return TokenizedData(train, heldout, facts)
+
+
+_AGAIN = "Delete the study's data folder and run it again: only what is missing is done."
