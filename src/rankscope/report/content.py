@@ -1,0 +1,244 @@
+"""What a report says, in one language, before it has a form: HTML and Markdown render the same content."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from rankscope.report.catalogue import Catalogue
+from rankscope.report.facts import Fact, data_facts, machine_facts
+from rankscope.report.figures import Figure, curve_figures, heldout_figures
+from rankscope.report.formats import change, duration, known, loss, percent, rate, signed, size
+from rankscope.report.sentences import candidate_name, verdict_sentence
+from rankscope.report.tables import by_candidate, has_gpu
+from rankscope.spec import write_yaml
+from rankscope.study import Evidence
+
+
+class Saving(NamedTuple):
+    """One cost of the recommended candidate beside that of the largest rank."""
+
+    label: str
+    value: str
+    instead: str
+    change: str
+    less: bool
+
+
+class Table(NamedTuple):
+    """Text cells; `numeric` says which columns are aligned as numbers, `chosen` which row the verdict chose."""
+
+    caption: str
+    headers: list[str]
+    numeric: list[bool]
+    rows: list[list[str]]
+    chosen: int | None = None
+
+
+class Content(NamedTuple):
+    """Everything in the order in which it is shown."""
+
+    title: str
+    subtitle: str
+    outcome: str
+    rank: str
+    sentence: str
+    savings_title: str
+    savings: list[Saving]
+    savings_note: str
+    cost: str
+    cost_notes: list[str]
+    caveats: list[str]
+    curves: list[Figure]
+    heldout: list[Figure]
+    candidates: Table
+    trials: Table
+    data: list[Fact]
+    machine: list[Fact]
+    reproduce: str
+    study: str
+    limits: list[str]
+    version: str
+
+
+def compose(
+    evidence: Evidence, verdict: Mapping[str, Any] | None, text: Catalogue, study_name: str, reproduce: str
+) -> Content:
+    """Puts the report together. `verdict` may be None, and any table of the evidence may be empty."""
+    table = by_candidate(evidence, verdict)
+    rank = (verdict or {}).get("rank")
+    savings_title, savings, savings_note = _savings(verdict, table, text)
+    cost, cost_notes = _cost(verdict, table, text)
+    caveats = [text.get(f"caveat.{code}", str(code)) for code in (verdict or {}).get("caveats", [])]
+    return Content(
+        title=text("page.title", study=study_name),
+        subtitle=text("page.subtitle", model=evidence.spec.model.id, data=evidence.spec.data.id),
+        outcome=text(f"outcome.{verdict['outcome'] if verdict else 'none'}"),
+        rank="" if rank is None else str(rank),
+        sentence=verdict_sentence(verdict, text.language),
+        savings_title=savings_title,
+        savings=savings,
+        savings_note=savings_note,
+        cost=cost,
+        cost_notes=cost_notes,
+        caveats=caveats,
+        curves=curve_figures(evidence, table, text),
+        heldout=heldout_figures(evidence, verdict, table, text),
+        candidates=_candidates(evidence, verdict, table, text),
+        trials=_trials(evidence, text),
+        data=data_facts(evidence.data_facts, text),
+        machine=machine_facts(evidence.machine, text),
+        reproduce=reproduce,
+        study=write_yaml(evidence.spec),
+        limits=_limits(evidence, verdict, text),
+        version=str((evidence.machine.get("versions") or {}).get("rankscope") or ""),
+    )
+
+
+def _chosen(verdict: Mapping[str, Any] | None, table: pd.DataFrame) -> "pd.Series[Any] | None":
+    rows = table[table["candidate"] == (verdict or {}).get("candidate")]
+    return None if rows.empty else rows.iloc[0]
+
+
+def _savings(
+    verdict: Mapping[str, Any] | None, table: pd.DataFrame, text: Catalogue
+) -> tuple[str, list[Saving], str]:
+    """The chosen candidate's costs against the largest rank's, at the same learning rate where both have it."""
+    chosen = _chosen(verdict, table)
+    if chosen is None or verdict is None:
+        return "", [], ""
+    largest_rank = table[table["rank"] == table["rank"].max()]
+    same_rate = largest_rank[largest_rank["learning_rate"] == chosen["learning_rate"]]
+    largest = (largest_rank if same_rate.empty else same_rate).iloc[0]
+    title = text("saving.title", name=candidate_name(verdict, largest["candidate"], text))
+    if largest["rank"] == chosen["rank"]:
+        return title, [], text("saving.none")
+    wanted: list[tuple[str, str, Callable[[float], str]]] = [
+        ("gpu_peak", "gpu_allocated_peak_bytes", size),
+        ("cpu_peak", "rss_peak_bytes", size),
+        ("runtime", "runtime_seconds", lambda value: duration(value, text)),
+        ("adapter", "adapter_bytes", size),
+    ]
+    savings = [
+        Saving(
+            text(f"saving.{label}"),
+            number(chosen[column]),
+            text("saving.instead", value=number(largest[column])),
+            change(chosen[column], largest[column]),
+            bool(chosen[column] < largest[column]),
+        )
+        for label, column, number in wanted
+        if known(chosen[column]) and known(largest[column]) and largest[column] > 0
+    ]
+    return title, savings, "" if known(chosen["rss_peak_bytes"]) else text("saving.unmeasured")
+
+
+def _cost(verdict: Mapping[str, Any] | None, table: pd.DataFrame, text: Catalogue) -> tuple[str, list[str]]:
+    chosen = _chosen(verdict, table)
+    if chosen is None or verdict is None:
+        return "", []
+    if verdict["candidate"] == verdict["best_candidate"]:
+        return "", [text("cost.nothing")]
+    if not known(chosen["regret"]):
+        return "", [text("cost.unknown")]
+    notes = []
+    if known(chosen["regret_share"]):
+        notes.append(text("cost.share", share=percent(chosen["regret_share"])))
+    if known(chosen["regret_low"]) and known(chosen["regret_high"]):
+        notes.append(
+            text(
+                "cost.interval",
+                confidence=percent(verdict["confidence"]),
+                low=signed(chosen["regret_low"]),
+                high=signed(chosen["regret_high"]),
+            )
+        )
+    else:
+        notes.append(text("cost.no_interval"))
+    return text("cost.nats", value=signed(chosen["regret"])), notes
+
+
+def _candidates(
+    evidence: Evidence, verdict: Mapping[str, Any] | None, table: pd.DataFrame, text: Catalogue
+) -> Table:
+    none, gpu = text("none"), has_gpu(evidence)
+
+    def show(value: float, number: Callable[[float], str]) -> str:
+        return number(value) if known(value) else none
+
+    def interval(low: float, high: float, number: Callable[[float], str]) -> str:
+        return f" [{number(low)}, {number(high)}]" if known(low) and known(high) else ""
+
+    def on_gpu(value: float) -> str:
+        return show(value, size) if gpu else text("table.no_gpu")
+
+    rows = []
+    for row in table.to_dict("records"):
+        spread = f" ± {loss(row['eval_loss_sd'])}" if known(row["eval_loss_sd"]) else ""
+        within = none if not known(row["within_margin"]) else text("table.yes" if row["within_margin"] else "table.no")
+        rows.append(
+            [
+                str(row["rank"]),
+                rate(row["learning_rate"]),
+                f"{row['lora_alpha']:g}",
+                f"{row['scaling']:.4g}",
+                show(row["trainable_params"], lambda value: f"{value:,.0f}"),
+                show(row["adapter_bytes"], size),
+                f"{row['finished']} / {row['trials']}",
+                show(row["train_loss"], loss),
+                show(row["eval_loss"], loss) + spread,
+                show(row["regret"], signed) + interval(row["regret_low"], row["regret_high"], signed),
+                within,
+                show(row["rss_mean_bytes"], size),
+                show(row["rss_peak_bytes"], size),
+                on_gpu(row["gpu_allocated_mean_bytes"]),
+                on_gpu(row["gpu_allocated_peak_bytes"]),
+                show(row["step_seconds"], lambda value: f"{value:.3g}"),
+                show(row["runtime_seconds"], lambda value: duration(value, text)),
+            ]
+        )
+    names = ["rank", "learning_rate", "alpha", "scaling", "params", "adapter", "finished", "train_loss", "eval_loss"]
+    names += ["regret", "within", "cpu_mean", "cpu_peak", "gpu_mean", "gpu_peak", "step_seconds", "runtime"]
+    confidence = (verdict or {}).get("confidence", evidence.spec.verdict.confidence)
+    return Table(
+        text("table.candidates", confidence=percent(confidence)),
+        [text(f"table.{name}") for name in names],
+        [True] * len(names),
+        rows,
+        next((index for index, name in enumerate(table["candidate"]) if name == (verdict or {}).get("candidate")), None),
+    )
+
+
+def _trials(evidence: Evidence, text: Catalogue) -> Table:
+    none = text("none")
+    rows = [
+        [
+            str(row["trial"]),
+            str(row["rank"]),
+            rate(row["learning_rate"]),
+            str(row["seed"]),
+            text.get(f"status.{row['status']}", str(row["status"])),
+            str(row["reason"]) if isinstance(row["reason"], str) else none,
+            f"{row['steps']:,.0f}" if known(row["steps"]) else none,
+            loss(row["train_loss"]) if known(row["train_loss"]) else none,
+            loss(row["eval_loss"]) if known(row["eval_loss"]) else none,
+        ]
+        for row in evidence.results.to_dict("records")
+    ]
+    names = ["trial", "rank", "learning_rate", "seed", "status", "reason", "steps", "train_loss", "eval_loss"]
+    numeric = [name not in ("trial", "status", "reason") for name in names]
+    return Table(text("table.trials"), [text(f"table.{name}") for name in names], numeric, rows)
+
+
+def _limits(evidence: Evidence, verdict: Mapping[str, Any] | None, text: Catalogue) -> list[str]:
+    spec = evidence.spec
+    margin = (verdict or {}).get("margin", spec.verdict.margin)
+    limits = [text("limit.scope"), text("limit.loss"), text("limit.margin", margin=percent(margin)), text("limit.seeds")]
+    if len(spec.ranks) > 1 and not isinstance(spec.adapter.alpha, str):
+        limits.append(text("limit.alpha"))
+    if not evidence.profiles.empty:
+        limits.append(text("limit.costs", steps=int(evidence.profiles["steps"].max())))
+    truncated = evidence.data_facts.get("truncated")
+    if isinstance(truncated, int) and truncated:
+        limits.append(text("limit.truncated", rows=f"{truncated:,}"))
+    return limits

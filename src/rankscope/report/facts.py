@@ -1,0 +1,55 @@
+"""The facts about data and machine as label and value. Unknown keys are shown under their own name, never dropped."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from rankscope.report.catalogue import Catalogue
+from rankscope.report.formats import size
+
+
+class Fact(NamedTuple):
+    label: str
+    value: str
+
+
+def data_facts(facts: Mapping[str, Any], text: Catalogue) -> list[Fact]:
+    """The content of data/facts.json, in its order."""
+    return [Fact(text.get(f"fact.{key}", key), _show(key, value, text)) for key, value in _flatten(facts).items()]
+
+
+def machine_facts(machine: Mapping[str, Any], text: Catalogue) -> list[Fact]:
+    """The content of machine.json, in its order. Names of versions are those of the packages."""
+    facts = []
+    for key, value in _flatten(machine).items():
+        group, _, name = key.partition(".")
+        label = {"hardware": name, "model": f"model_{name}"}.get(group, key if group != "versions" else "")
+        shown = text.get(f"machine.{label}", name or key)
+        empty_gpus = label == "gpus" and not value
+        facts.append(Fact(shown, text("machine.no_gpu") if empty_gpus else _show(name or key, value, text)))
+    return facts
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _show(key: str, value: Any, text: Catalogue) -> str:
+    if value is None:
+        return text("none")
+    if isinstance(value, bool):
+        return text("table.yes" if value else "table.no")
+    if key.endswith("_bytes") and isinstance(value, int | float):
+        return size(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):  # such as a GPU: its name, and its memory in brackets
+        parts = [_show(name, part, text) for name, part in value.items()]
+        return f"{parts[0]} ({', '.join(parts[1:])})" if len(parts) > 1 else "".join(parts)
+    if isinstance(value, list | tuple):
+        return ", ".join(_show(key, part, text) for part in value)
+    return str(value)

@@ -1,0 +1,106 @@
+"""The report as one offline page: template.html, the charts' specifications, and the Vega libraries inline.
+
+Nothing of the model or the data can run: jinja2 escapes all text, the charts' JSON cannot close its script element,
+and the page's Content-Security-Policy allows exactly the two scripts written here, by their hashes, and no network.
+Vega evaluates its expressions with an interpreter (`ast: true`), so that the policy needs no `unsafe-eval`.
+"""
+
+import base64
+import hashlib
+import json
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import altair as alt
+import jinja2
+import vl_convert
+from markupsafe import Markup
+
+from rankscope.report import charts
+from rankscope.report.catalogue import Catalogue
+from rankscope.report.content import Content
+from rankscope.report.figures import Figure
+
+VEGA_LITE = ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
+"""The version that altair writes, in the form that vl_convert wants: `6.4`."""
+
+START = """
+const page = JSON.parse(document.getElementById("page-data").textContent);
+const dark = matchMedia("(prefers-color-scheme: dark)");
+function draw() {
+  const name = dark.matches ? "dark" : "light";
+  for (const [id, spec] of Object.entries(page.charts)) {
+    vegaEmbed("#" + id, spec, {
+      mode: "vega-lite", renderer: "svg", actions: false, ast: true, defaultStyle: false,
+      config: page.themes[name], tooltip: {theme: name},
+    });
+  }
+}
+draw();
+dark.addEventListener("change", draw);
+"""
+
+
+def render(content: Content, text: Catalogue) -> str:
+    """The page as text, below 3 MB."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    file = resources.files("rankscope.report") / "template.html"
+    template = environment.from_string(file.read_text(encoding="utf-8"))
+    page_data = {
+        "themes": {"light": charts.theme(), "dark": charts.theme(dark=True)},
+        "charts": {
+            chart_id(figure, number): _specification(panel.chart, figure.alternative)
+            for figure in (*content.curves, *content.heldout)
+            for number, panel in enumerate(figure.panels)
+        },
+    }
+    libraries = _libraries()
+    return template.render(
+        content=content,
+        text=text,
+        chart_id=chart_id,
+        page_data=Markup(json_in_html(page_data)),
+        libraries=Markup(libraries),
+        start=Markup(START),
+        script_sources=f"'{_hash(libraries)}' '{_hash(START)}'",
+    )
+
+
+def chart_id(figure: Figure, number: int) -> str:
+    return f"chart-{figure.name}-{number}"
+
+
+def json_in_html(value: Any) -> str:
+    """JSON that cannot end its script element: `<`, `>` and `&` are written as escapes, which JSON allows in strings.
+
+    No number or mark of JSON contains them. U+2028 and U+2029 are escaped by `ensure_ascii`.
+    """
+    content = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return content.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _specification(chart: alt.Chart, alternative: str) -> dict[str, Any]:
+    spec: dict[str, Any] = chart.properties(width="container", description=alternative).to_dict()
+    del spec["$schema"], spec["config"]  # an address that is never fetched, and a theme that the page replaces
+    spec["datasets"] = {
+        name: [{key: _short(cell) for key, cell in row.items()} for row in rows]
+        for name, rows in spec["datasets"].items()
+    }
+    return spec
+
+
+def _short(value: Any) -> Any:
+    """Six significant digits: more than a screen shows, and a third of the bytes."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+@cache
+def _libraries() -> str:
+    """Vega, Vega-Lite and Vega-Embed, from vl_convert's own copy. Making the bundle takes about two seconds."""
+    bundle: str = vl_convert.javascript_bundle(vl_version=VEGA_LITE)
+    return bundle.replace("</script", "<\\/script").replace("\r", "")
+
+
+def _hash(script: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -1,0 +1,75 @@
+"""The report as Markdown: the same content as the page, with links to the figures beside it."""
+
+import re
+from collections.abc import Iterable
+
+from rankscope.report.catalogue import Catalogue
+from rankscope.report.content import Content, Table
+from rankscope.report.facts import Fact
+from rankscope.report.figures import Figure
+
+
+def render(content: Content, text: Catalogue) -> str:
+    """GitHub-flavoured Markdown. Text from the model, the data and the study is escaped."""
+    parts = [f"# {escape(content.title)}", escape(content.subtitle), f"## {text('section.verdict')}"]
+    headline = f"{content.outcome}: {content.rank}" if content.rank else content.outcome
+    parts += [f"**{escape(headline)}**", escape(content.sentence)]
+    if content.savings:
+        parts += [
+            f"{escape(content.savings_title)}:",
+            _list(f"{saving.label}: {saving.value} {saving.instead} ({saving.change})" for saving in content.savings),
+        ]
+    if content.savings_note:
+        parts.append(escape(content.savings_note))
+    cost = [f"{text('cost.regret')}: {content.cost}"] if content.cost else []
+    if cost or content.cost_notes:
+        parts += [f"{text('cost.title')}:", _list([*cost, *content.cost_notes])]
+    if content.caveats:
+        parts += [f"{text('caveat.title')}:", _list(content.caveats)]
+    parts.append(f"## {text('section.curves')}")
+    parts += [_figure(figure) for figure in content.curves]
+    parts.append(f"## {text('section.heldout')}")
+    parts += [_figure(figure) for figure in content.heldout]
+    parts += [f"## {text('section.candidates')}", _table(content.candidates), text("unit.note")]
+    parts += [f"## {text('section.trials')}", _table(content.trials)]
+    parts += [f"## {text('section.data')}", _facts(content.data, text)]
+    parts += [f"## {text('section.machine')}", _facts(content.machine, text)]
+    parts += [f"## {text('section.reproduce')}", text("reproduce.command"), _code(content.reproduce, "sh")]
+    parts += [text("reproduce.study"), _code(content.study, "yaml")]
+    parts += [f"## {text('section.limits')}", _list(content.limits)]
+    return "\n\n".join(parts) + "\n"
+
+
+def escape(value: str) -> str:
+    """Makes a string plain text in a paragraph, list or table cell: no markup, no HTML, no second line."""
+    line = " ".join(value.split())
+    return re.sub(r"([\\`*_{}\[\]<>|~#])", r"\\\1", line.replace("&", "&amp;"))
+
+
+def _figure(figure: Figure) -> str:
+    image = f"![{escape(figure.alternative)}](figures/{figure.name}.svg)\n\n" if figure.panels else ""
+    return f"### {escape(figure.title)}\n\n{image}{escape(figure.note)}"
+
+
+def _table(table: Table) -> str:
+    alignment = ["---:" if numeric else "---" for numeric in table.numeric]
+    lines = [[escape(header) for header in table.headers], alignment]
+    lines += [[escape(cell) for cell in row] for row in table.rows]
+    return escape(table.caption) + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _facts(facts: list[Fact], text: Catalogue) -> str:
+    if not facts:
+        return text("table.missing")
+    rows = [[fact.label, fact.value] for fact in facts]
+    return _table(Table(text("table.facts"), [text("table.key"), text("table.value")], [False, False], rows))
+
+
+def _list(items: Iterable[str]) -> str:
+    return "\n".join(f"- {escape(item)}" for item in items)
+
+
+def _code(content: str, language: str) -> str:
+    longest = max((len(run) for run in re.findall(r"`+", content)), default=0)
+    fence = "`" * max(3, longest + 1)  # a fence longer than any inside, so that text cannot close it
+    return f"{fence}{language}\n{content.rstrip()}\n{fence}"

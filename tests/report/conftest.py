@@ -1,0 +1,180 @@
+"""A made-up study: three ranks, three seeds, whose every number is known to the tests."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from rankscope.spec import StudySpec, resolve_spec
+from rankscope.study import Evidence
+
+FINAL_LOSS = {8: 1.231, 128: 1.224, 256: 1.229}
+HOSTILE = "<script>alert(1)</script>"
+
+
+def make_spec(**values: Any) -> StudySpec:
+    defaults = {
+        "name": "opt350m-codealpaca",
+        "model": {"id": "facebook/opt-350m"},
+        "data": {"id": "lucasmccabe-lmi/CodeAlpaca-20k"},
+        "ranks": [8, 128, 256],
+        "seeds": [0, 1, 2],
+    }
+    return resolve_spec(defaults | values)
+
+
+def make_evidence(spec: StudySpec | None = None, *, steps: int = 120, gpu: bool = False, profiles: bool = True) -> Evidence:
+    """Complete evidence: all trials done. Losses fall with steps, memory and time rise with rank."""
+    spec = spec or make_spec()
+    noise = np.random.default_rng(7)
+    results, curves = [], []
+    for trial in spec.trials():
+        candidate = trial.candidate
+        identity = {"trial": trial.name, "candidate": candidate.name, "rank": candidate.rank,
+                    "learning_rate": candidate.learning_rate, "seed": trial.seed}  # fmt: skip
+        final = FINAL_LOSS.get(candidate.rank, 1.25) + 0.004 * (trial.seed - 1) + 20 * (candidate.learning_rate - 2e-4)
+        results.append(
+            identity
+            | {
+                "lora_alpha": candidate.lora_alpha, "scaling": candidate.scaling, "use_rslora": False,
+                "target_modules": "all-linear", "status": "done", "reason": None, "engine": "packed", "pack": "p000",
+                "steps": float(steps), "tokens": steps * 900.0, "trainable_params": 110_592.0 * candidate.rank,
+                "adapter_bytes": 442_368.0 * candidate.rank, "train_loss": final - 0.1, "eval_loss": final,
+                "eval_perplexity": math.exp(final), "eval_accuracy": 0.7, "train_seconds": 300.0,
+                "tokens_per_second": steps * 3.0,
+            }  # fmt: skip
+        )
+        for step in range(steps + 1):
+            evaluated = step % max(1, steps // 4) == 0
+            level = final + 1.6 * math.exp(-6 * step / steps)
+            curves.append(
+                identity
+                | {
+                    "step": step, "epoch": step / steps,
+                    "train_loss": math.nan if step == 0 else level - 0.1 + noise.normal(0, 0.06),
+                    "eval_loss": level if evaluated else math.nan, "grad_norm": 0.5, "step_learning_rate": 2e-4,
+                    "tokens": 900.0, "label_tokens": 400.0, "step_seconds": 0.4,
+                }  # fmt: skip
+            )
+    profile_rows, samples = _costs(spec, noise, gpu) if profiles else ([], [])
+    return Evidence(
+        spec=spec,
+        results=pd.DataFrame(results),
+        curves=pd.DataFrame(curves),
+        profiles=pd.DataFrame(profile_rows),
+        samples=pd.DataFrame(samples),
+        examples=pd.DataFrame(),
+        machine={
+            "hardware": {
+                "cpu": "AMD EPYC 7763", "cores": 16, "memory_bytes": 128_000_000_000,
+                "gpus": [{"name": "NVIDIA H100", "memory_bytes": 80_000_000_000}] if gpu else [],
+            },
+            "versions": {"rankscope": "0.1.0", "python": "3.11.2", "torch": "2.11.0", "transformers": "5.17.0",
+                         "peft": "0.19.0"},
+            "model": {"id": spec.model.id, "revision": "08ab08cc", "parameters": 331_196_416, "dtype": "float32",
+                      "fingerprint": "sha256:3f9a"},
+            "device": "cuda" if gpu else "cpu",
+        },
+        data_facts={
+            "id": spec.data.id, "fingerprint": "sha256:77b1", "format": "alpaca", "rows_read": 20_022,
+            "rows_train": 18_980, "rows_eval": 1_000, "duplicates_dropped": 42, "truncated": 3,
+            "train_tokens": 2_310_552, "max_length": 1024, "a_new_fact": 5,
+        },
+    )  # fmt: skip
+
+
+def _costs(spec: StudySpec, noise: np.random.Generator, gpu: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    profiles, samples = [], []
+    for candidate in spec.candidates():
+        identity = {"candidate": candidate.name, "rank": candidate.rank, "learning_rate": candidate.learning_rate}
+        base = 1.9e9 + 3.1e6 * candidate.rank
+        for repeat in range(spec.measure.repeats):
+            profiles.append(
+                identity
+                | {
+                    "repeat": repeat, "load_seconds": 3.2, "steps": 8,
+                    "step_seconds_median": 0.4 + candidate.rank / 1000 + 0.01 * repeat,
+                    "step_seconds_mean": 0.41 + candidate.rank / 1000, "tokens_per_second": 2100.0,
+                    "runtime_seconds": 960 + candidate.rank * 2.2 + 12 * repeat, "rss_base_bytes": 4.1e8,
+                    "rss_mean_bytes": base, "rss_peak_bytes": base * 1.22 + 1e6 * repeat,
+                    "gpu_allocated_mean_bytes": base * 1.5 if gpu else math.nan,
+                    "gpu_allocated_peak_bytes": base * 2.5 if gpu else math.nan,
+                    "gpu_reserved_mean_bytes": base * 1.7 if gpu else math.nan,
+                    "gpu_reserved_peak_bytes": base * 2.7 if gpu else math.nan,
+                    "trainable_params": 110_592 * candidate.rank,
+                }  # fmt: skip
+            )
+            for step in range(0, 9):
+                for part in range(4):
+                    samples.append(
+                        identity
+                        | {
+                            "repeat": repeat, "phase": "load" if step == 0 else "train",
+                            "step": math.nan if step == 0 else step, "seconds": step + part / 4,
+                            "rss_bytes": base + noise.normal(0, 2e7) + 3e7 * (part == 2),
+                            "gpu_allocated_bytes": base * 1.5 + 1e8 * part if gpu else math.nan,
+                            "gpu_reserved_bytes": base * 1.7 if gpu else math.nan,
+                        }  # fmt: skip
+                    )
+    return profiles, samples
+
+
+def make_verdict(evidence: Evidence, outcome: str = "recommended", chosen: int = 0, **values: Any) -> dict[str, Any]:
+    """A verdict on complete evidence; `chosen` is an index of its candidates."""
+    losses = evidence.results[evidence.results["status"] == "done"].groupby("candidate")["eval_loss"].mean()
+    best = losses.min()
+    one_seed = len(evidence.spec.seeds) == 1
+    comparison = []
+    for candidate in evidence.spec.candidates():
+        loss = losses.get(candidate.name)
+        regret = None if loss is None else float(loss - best)
+        comparison.append(
+            {
+                "candidate": candidate.name, "rank": candidate.rank, "learning_rate": candidate.learning_rate,
+                "eval_loss": None if loss is None else float(loss),
+                "eval_loss_low": None if loss is None or one_seed else float(loss - 0.006),
+                "eval_loss_high": None if loss is None or one_seed else float(loss + 0.006),
+                "regret": regret,
+                "regret_low": None if regret is None or one_seed else regret - 0.002,
+                "regret_high": None if regret is None or one_seed else regret + 0.003,
+                "regret_share": None if regret is None else regret / float(best),
+                "within_margin": None if regret is None else regret / float(best) < 0.01,
+            }  # fmt: skip
+        )
+    decided = outcome != "not_enough_evidence"
+    return {
+        "schema": 1,
+        "outcome": outcome,
+        "rank": comparison[chosen]["rank"] if decided else None,
+        "candidate": comparison[chosen]["candidate"] if decided else None,
+        "best_candidate": str(losses.idxmin()),
+        "margin": 0.01,
+        "confidence": 0.95,
+        "seeds": len(evidence.spec.seeds),
+        "more_seeds": None,
+        "caveats": ["one_learning_rate"],
+        "comparison": comparison,
+    } | values
+
+
+@pytest.fixture(scope="session")
+def evidence() -> Evidence:
+    return make_evidence()
+
+
+@pytest.fixture(scope="session")
+def verdict(evidence: Evidence) -> dict[str, Any]:
+    return make_verdict(evidence)
+
+
+def replace_trial(evidence: Evidence, index: int, **values: Any) -> Evidence:
+    """The same evidence with one trial's row changed."""
+    results = evidence.results.copy()
+    for column, value in values.items():
+        results[column] = results[column].astype("object" if isinstance(value, str) else results[column].dtype)
+        results.loc[index, column] = value
+    return evidence._replace(results=results)
+
+
