@@ -1,4 +1,4 @@
-"""Batches: which examples a step sees, a pure function of (seed, step), so that a resume has nothing to restore."""
+"""Batches: which examples a step sees. A pure function of (seed, step): a resume has nothing to restore."""
 
 from functools import lru_cache
 
@@ -18,10 +18,10 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
 
 
 def batch_indices(examples: int, batch_size: int, seed: int, step: int) -> npt.NDArray[np.int64]:
-    """The examples of micro-step `step`, counted from 0 over the whole schedule: int64, (batch_size,) or fewer.
+    """The examples of micro-step `step`, counted from 0 over the whole schedule: (batch_size,) or fewer.
 
-    Epoch e is the permutation of `numpy.random.default_rng([seed, e])`, cut into batches, so trials with one seed
-    see the same examples in the same order, whatever their rank.
+    Epoch e is the permutation of `numpy.random.default_rng([seed, e])`, cut into batches, so trials with one
+    seed see the same examples in the same order, whatever their rank.
 
     Raises:
         ValueError: a count is below 1, or seed or step is negative.

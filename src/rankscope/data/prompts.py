@@ -39,12 +39,12 @@ def render(
 ) -> Rendered:
     """Writes a record's prompt and completion.
 
-    - alpaca: `spec.template`, filled; the completion is a space and the output. Data are put in literally: braces
-      in them stay. Where a row's input is blank, the template's lines with `{input}` are left out (a line that also
-      holds `{instruction}` stays, with nothing in the place of the input).
+    - alpaca: `spec.template`, filled; the completion is a space and the output. Data are put in literally:
+      braces in them stay. Where a row's input is blank, the template's lines with `{input}` are left out (a
+      line that also holds `{instruction}` stays, with nothing in the place of the input).
     - prompt_completion: both texts as they are.
-    - messages, or lists of messages: the tokenizer's chat template. The completion is what the template writes
-      after the generation prompt: the last message and its end mark.
+    - messages, or lists of messages: the tokenizer's chat template. The completion is what the template
+      writes after the generation prompt: the last message and its end mark.
 
     Raises:
         DataError: there is no chat template, it refuses the conversation, or it writes the earlier messages
@@ -83,7 +83,7 @@ def _render_chat(
     except Exception as error:  # a template is a program: it raises what it likes
         raise DataError(
             f"the model's chat template refuses the conversation: {error}",
-            "Remove such rows (often a system message, or roles that do not alternate), or choose another model.",
+            "Remove such rows (often a system message, or roles out of turn), or take another model.",
         ) from None
     if not isinstance(before, str) or not isinstance(whole, str):
         raise TypeError("apply_chat_template(tokenize=False) returned no text")
@@ -99,9 +99,9 @@ def _render_chat(
 def encode(rows: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase") -> list[Encoded]:
     """Tokenises all prompts in one call and all completions in another.
 
-    A plain prompt begins with the special tokens that the tokenizer puts in front of text (often bos); those that
-    it would append are left out, for they would stand between prompt and completion. A plain completion ends with
-    eos (once). A chat's text is tokenised as it stands.
+    A plain prompt begins with the special tokens that the tokenizer puts in front of text (often bos); those
+    that it would append are left out, for they would stand between prompt and completion. A plain completion
+    ends with eos (once). A chat's text is tokenised as it stands.
 
     Raises:
         ModelError: the tokenizer has no eos token, and plain completions need one.

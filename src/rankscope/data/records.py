@@ -49,14 +49,17 @@ def load_records(spec: DataSpec) -> Records:
     A null or absent `input` means no input; columns that the format does not use are ignored.
 
     Raises:
-        DataError: the source cannot be read, its columns fit no format (or several), or rows are wrong: a null,
-            a number or a list where text belongs, broken Unicode, a conversation that the assistant does not end.
-            File, line, row and field are named.
+        DataError: the source cannot be read, its columns fit no format (or several), or rows are wrong: a
+            null, a number or a list where text belongs, broken Unicode, a conversation that the assistant
+            does not end. File, line, row and field are named.
     """
     table = read_table(spec)
-    if not table.rows:
-        raise DataError(f"{table.name}: no rows", "Give data with at least a few dozen rows.")
+    empty = DataError(f"{table.name}: no rows", "Give data with at least a few dozen rows.")
+    if not table.rows and not table.columns:
+        raise empty
     format = _resolve_format(spec.format, table)
+    if not table.rows:
+        raise empty
     rows, problems = [], []
     for index, raw in enumerate(table.rows):
         try:

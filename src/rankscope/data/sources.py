@@ -1,7 +1,7 @@
 """Where rows come from: a local file, a local folder, or the hub. Nothing here knows what a row means.
 
-Text files are parsed here rather than by `datasets`, because only then can an error name the line. Nothing from the
-data is ever executed: loading scripts and pickles are refused by `datasets` (4 and later), and
+Text files are parsed here rather than by `datasets`, because only then can an error name the line. Nothing
+from the data is ever executed: loading scripts and pickles are refused by `datasets` (4 and later), and
 `trust_remote_code` is never passed.
 """
 
@@ -74,7 +74,7 @@ def read_table(spec: DataSpec) -> Table:
 
 
 def _refuse_hub_fields(spec: DataSpec, *fields: str) -> None:
-    """A revision or split that cannot be honoured is an error: ignoring it would train on other rows than asked."""
+    """What cannot be honoured is an error: else one would train on other rows than those asked for."""
     for field in fields:
         value = getattr(spec, field)
         if value != DataSpec.model_fields[field].default:
@@ -216,13 +216,14 @@ def _csv_rows(name: str, text: str) -> Iterator[tuple[int, Any]]:
             )
         line = reader.line_num + 1
         for values in reader:
-            if len(values) > len(header):
+            if values and len(values) != len(header):
+                count = f"{len(values)} value" + "s" * (len(values) != 1)
                 raise DataError(
-                    f"{name}, line {line}: {len(values)} values for {len(header)} columns",
+                    f"{name}, line {line}: {count} for {len(header)} columns",
                     "Put text that contains commas in double quotes.",
                 )
             if values:
-                yield line, dict(zip(header, values, strict=False))  # a short row lacks its last columns
+                yield line, dict(zip(header, values, strict=True))
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
@@ -249,7 +250,7 @@ def _read_parquet(path: Path, limit: int | None) -> Table:
 
 
 def _read_with_datasets(spec: DataSpec, source: str, *, local: bool) -> Table:
-    """Loads a folder or a hub id by `datasets`, which caches what it fetched and reads the cache when offline."""
+    """Loads a folder or a hub id by `datasets`, which caches what it fetched and reads that when offline."""
     import datasets  # type: ignore[import-untyped]
 
     try:
@@ -277,6 +278,6 @@ def _read_with_datasets(spec: DataSpec, source: str, *, local: bool) -> Table:
 
 
 def _commit(dataset: Any) -> str | None:
-    """The hub commit of a loaded data set: the last folder of its cache path (.../CONFIG/0.0.0/COMMIT/x.arrow)."""
+    """The hub commit of loaded data: the last folder of its cache path (.../CONFIG/0.0.0/COMMIT/x.arrow)."""
     folders = [Path(file["filename"]).parent.name for file in dataset.cache_files]
     return next((folder for folder in folders if _COMMIT.fullmatch(folder)), None)

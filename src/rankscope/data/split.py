@@ -15,12 +15,13 @@ def default_eval_rows(rows: int) -> int:
 def held_out(prompts: Sequence[str], eval_rows: int | None, seed: int) -> npt.NDArray[np.bool_]:
     """Marks the rows to hold out, (S,) for the S rows with these prompts.
 
-    Rows with the same prompt stay together, so that no question lies on both sides. The groups are taken in the
-    order of sha256("SEED:PROMPT") until `eval_rows` rows are held out; one too large for that (it would hold out more
-    than half of all rows) is passed over. The choice depends on the set of rows, not on their order in the file.
+    Rows with the same prompt stay together, so that no question lies on both sides. The groups are taken in
+    the order of sha256("SEED:PROMPT") until `eval_rows` rows are held out; one too large for that (it would
+    hold out more than half of all rows) is passed over. The choice depends on the set of rows, not on their
+    order in the file.
 
-    A group counts as a whole, so that somewhat more rows than `eval_rows` may be held out, or, where a few prompts
-    are shared by most rows, fewer or none.
+    A group counts as a whole, so that somewhat more rows than `eval_rows` may be held out, or, where a few
+    prompts are shared by most rows, fewer or none.
     """
     wanted = default_eval_rows(len(prompts)) if eval_rows is None else eval_rows
     most = max(wanted, len(prompts) // 2)

@@ -1,10 +1,10 @@
-"""Tokens: all rows as token ids with the positions to learn, split in train and eval, kept as one safetensors file.
+"""Tokens: all rows as token ids with the positions to learn, split in train and eval, and kept in one file.
 
 records -> drop duplicates -> prompt and completion -> token ids -> cut to max_length -> split
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from rankscope.data.prompts import encode, render
+from rankscope.data.prompts import Rendered, encode, render
 from rankscope.data.records import Records, canonical_text, load_records
 from rankscope.data.split import held_out
 from rankscope.errors import DataError, ModelError, StudyDirectoryError
@@ -39,7 +39,7 @@ class Tokens:
 
     ids: npt.NDArray[np.int32]  # (N,)
     is_label: npt.NDArray[np.bool_]  # (N,)
-    """True where this token is a target to be predicted; never at a sequence's first token, which nothing predicts."""
+    """True where this token is a target to predict; never at a sequence's first, which nothing predicts."""
     offsets: npt.NDArray[np.int64]  # (S + 1,)
     """Sequence i is `ids[offsets[i]:offsets[i + 1]]`."""
 
@@ -62,6 +62,9 @@ class Tokens:
         span = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
         return Example(self.ids[span], self.is_label[span])
 
+    def __iter__(self) -> Iterator[Example]:
+        return (self[index] for index in range(len(self)))
+
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Tokens of each sequence, (S,)."""
@@ -75,15 +78,15 @@ class TokenizedData:
     train: Tokens
     eval: Tokens
     facts: dict[str, Any]
-    """What was done, for data/facts.json and the report: `id`, `revision` (the hub's commit; None for local data),
-    `fingerprint` (sha256 of the rows read), `format`, `loss_on`, `max_length`; in rows `rows_read` =
-    `duplicates_dropped` + `rows_without_label_dropped` + `rows_train` + `rows_eval`, and `truncated` (of train and
-    eval, cut to max_length); in tokens `train_tokens`, `train_label_tokens`, `eval_tokens`, `eval_label_tokens`,
-    `mean_length` and `longest` (of train and eval, after the cut)."""
+    """What was done, for data/facts.json and the report: `id`, `revision` (the hub's commit; None for local
+    data), `fingerprint` (sha256 of the rows read), `format`, `loss_on`, `max_length`; in rows `rows_read` =
+    `duplicates_dropped` + `rows_without_label_dropped` + `rows_train` + `rows_eval`, and `truncated` (those
+    of train and eval cut to max_length); in tokens `train_tokens`, `train_label_tokens`, `eval_tokens`,
+    `eval_label_tokens`, `mean_length` and `longest` (of the rows of train and eval, after the cut)."""
 
 
 def prepare(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> TokenizedData:
-    """Reads, renders, tokenises, cuts and splits the data of a study. The same input always gives the same tokens.
+    """Reads, renders, tokenises, cuts and splits the data of a study; the same input gives the same tokens.
 
     `vocab_size` is the number of rows of the model's embedding.
 
@@ -146,7 +149,7 @@ def _first_of_equal(rows: Sequence[dict[str, Any]]) -> list[int]:
     return list(first.values())
 
 
-def _render(records: Records, number: int, spec: DataSpec, tokenizer: "PreTrainedTokenizerBase") -> Any:
+def _render(records: Records, number: int, spec: DataSpec, tokenizer: "PreTrainedTokenizerBase") -> Rendered:
     try:
         return render(records.rows[number], spec, records.format, tokenizer)
     except DataError as error:
@@ -164,7 +167,7 @@ def _check_ids(examples: Sequence[Example], vocab_size: int) -> None:
     highest = max((int(example.ids.max()) for example in examples), default=0)
     if highest >= vocab_size:
         raise ModelError(
-            f"the tokenizer gives the token id {highest}, but the model's vocabulary has {vocab_size} entries",
+            f"the tokenizer gives token id {highest}, but the model's vocabulary has {vocab_size} entries",
             "Use the tokenizer that belongs to the model.",
         )
 
@@ -186,13 +189,13 @@ def _check_split(chosen: npt.NDArray[np.bool_], without_label: int, spec: DataSp
         )
     if held == 0:
         raise DataError(
-            f"{remain} so few different prompts that none can be held out: rows with the same prompt stay together",
-            "Give data with more different prompts, or set data.eval_rows to at least the rows of one prompt.",
+            f"{remain} too few different prompts to hold one out: rows with the same prompt stay together",
+            "Give data with more different prompts, or raise data.eval_rows to the rows of one prompt.",
         )
 
 
 def save(data: TokenizedData, folder: Path) -> None:
-    """Publishes `folder/tokens.safetensors`, then `folder/facts.json` with its hash: facts stand for whole tokens.
+    """Publishes `folder/tokens.safetensors`, then `folder/facts.json` with its hash: facts mean whole tokens.
 
     The tensors are `train.ids`, `train.is_label`, `train.offsets`, and the same for `eval`.
     """
