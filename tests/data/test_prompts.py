@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from rankscope.data.prompts import Rendered, encode, render
 from rankscope.errors import DataError, ModelError
@@ -117,6 +117,13 @@ def test_special_tokens_stand_in_front_and_eos_ends_it_once(
         assert tokenizer.decode(encoded.completion_ids) == " 1, 2</s>"
     dressed = tokenizer(prompt)["input_ids"]
     assert dressed[: len(encoded.prompt_ids)] == encoded.prompt_ids
+
+
+def test_a_tokenizer_written_in_python_works_too() -> None:
+    tokenizer = ByT5Tokenizer()  # no files; appends eos
+    [encoded] = encode([Rendered("Q: é", " ja", is_chat=False)], tokenizer)
+    assert tokenizer.decode(encoded.prompt_ids) == "Q: é"
+    assert tokenizer.decode(encoded.completion_ids) == " ja</s>"
 
 
 def test_texts_and_chats_in_one_call_are_each_treated_as_what_they_are(

@@ -76,6 +76,14 @@ def test_parquet_and_folders_give_the_same_rows(tmp_path: Path, monkeypatch: pyt
     assert len({records.fingerprint for records in found}) == 1
 
 
+def test_saved_data_give_the_split_asked_for(tmp_path: Path) -> None:
+    saved = {"train": datasets.Dataset.from_list(ROWS[:1]), "test": datasets.Dataset.from_list(ROWS[1:])}
+    datasets.DatasetDict(saved).save_to_disk(tmp_path / "saved")
+    assert load_records(DataSpec(id=str(tmp_path / "saved"), split="test")).rows == ROWS[1:]
+    with pytest.raises(DataError, match=r"saved: cannot be loaded: .* the splits train, test"):
+        load_records(DataSpec(id=str(tmp_path / "saved"), split="validation"))
+
+
 def test_hub_data_is_asked_for_as_the_spec_says_and_its_commit_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

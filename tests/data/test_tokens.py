@@ -143,6 +143,19 @@ def test_train_keeps_the_order_of_the_file(spec: Write, tokenizer: PreTrainedTok
     assert order == sorted(order)
 
 
+def test_the_split_does_not_depend_on_the_order_of_the_file(
+    spec: Write, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows = [*alpaca(60), *({**row, "output": "again"} for row in alpaca(20))]
+    data = prepared(spec, rows, tokenizer)
+    shuffled = prepared(spec, rows[::-1], tokenizer)
+    sides = [texts(data.train, tokenizer), texts(data.eval, tokenizer)]
+    assert [sorted(side) for side in sides] == [
+        sorted(texts(tokens, tokenizer)) for tokens in (shuffled.train, shuffled.eval)
+    ]
+    assert not {prompt for prompt, _ in sides[0]} & {prompt for prompt, _ in sides[1]}
+
+
 def test_chunks_do_not_show(
     spec: Write, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import json
 from typing import Any, Literal, NamedTuple
 
-from rankscope.data.sources import Table, kind, read_table
+from rankscope.data.sources import Table, kind, listed, read_table
 from rankscope.errors import DataError
 from rankscope.spec import DataSpec
 
@@ -84,7 +84,7 @@ def canonical_text(row: dict[str, Any]) -> str:
 
 def _resolve_format(asked: str, table: Table) -> Format:
     fitting = [name for name, columns in REQUIRED.items() if set(columns) <= set(table.columns)]
-    found = f"{table.name}: found the columns {', '.join(map(str, table.columns)) or '(none)'}"
+    found = f"{table.name}: found the columns {listed(table.columns)}"
     if asked != "auto":
         for name in fitting:
             if name == asked:
@@ -112,7 +112,7 @@ class _WrongRowError(ValueError):
 def _canonical(raw: dict[str, Any], format: Format) -> dict[str, Any]:
     for field in REQUIRED[format]:
         if field not in raw:
-            raise _WrongRowError(f"`{field}` is missing (found {', '.join(map(str, raw)) or 'nothing'})")
+            raise _WrongRowError(f"`{field}` is missing (found {listed(raw)})")
     if format == "alpaca":
         given = raw.get("input")
         return {

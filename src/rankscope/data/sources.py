@@ -9,8 +9,10 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 import sys
+import textwrap
 import zlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -59,11 +61,11 @@ def read_table(spec: DataSpec) -> Table:
     Raises:
         DataError: the source is missing, unreadable, damaged, or of an unknown type; file and line are named.
     """
-    path = Path(spec.id).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(spec.id))
+    if os.path.isfile(path):  # unlike Path's own, these call a name that is no path at all absent
         _refuse_hub_fields(spec, "split", "config", "revision")
         return _read_file(path, spec.max_rows)
-    if path.is_dir():
+    if os.path.isdir(path):
         _refuse_hub_fields(spec, "revision")
         return _read_with_datasets(spec, str(path), local=True)
     if path.suffix.lower() in (*FILE_TYPES, ".gz") or not _HUB_ID.fullmatch(spec.id):
@@ -134,6 +136,12 @@ def _table(name: str, numbered: Iterable[tuple[int, Any]]) -> Table:
         lines.append(line)
         columns.update(dict.fromkeys(value))
     return Table(name, rows, tuple(columns), tuple(lines))
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Names for an error, at most 20 of them: `a, b`; `(none)` where there is none."""
+    shown = [str(name).encode(errors="backslashreplace").decode() for name in names]
+    return ", ".join(shown[:20]) + (", ..." if len(shown) > 20 else "") if shown else "(none)"
 
 
 def kind(value: Any) -> str:
@@ -212,7 +220,7 @@ def _csv_rows(name: str, text: str) -> Iterator[tuple[int, Any]]:
         header = next(reader, [])
         if len(set(header)) < len(header):
             raise DataError(
-                f"{name}, line 1: a column is named twice: {', '.join(header)}", "Rename one of them."
+                f"{name}, line 1: a column is named twice: {listed(header)}", "Rename one of them."
             )
         line = reader.line_num + 1
         for values in reader:
@@ -255,8 +263,7 @@ def _read_with_datasets(spec: DataSpec, source: str, *, local: bool) -> Table:
 
     try:
         if local and any((Path(source) / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
-            loaded = datasets.load_from_disk(source)  # what Dataset.save_to_disk wrote
-            dataset = loaded[spec.split] if isinstance(loaded, dict) else loaded
+            dataset = _saved_split(datasets.load_from_disk(source), spec)
         else:
             dataset = datasets.load_dataset(
                 source, name=spec.config, split=spec.split, revision=spec.revision
@@ -266,15 +273,24 @@ def _read_with_datasets(spec: DataSpec, source: str, *, local: bool) -> Table:
             dataset = dataset.select(range(min(spec.max_rows, len(dataset))))
         rows = dataset.select_columns([column for column in columns if column in COLUMNS]).to_list()
     except Exception as error:  # datasets raises some thirty classes, from its own to pyarrow's and httpx's
-        cause = error.__cause__ or error
+        wraps = isinstance(error, datasets.exceptions.DatasetGenerationError)  # which says nothing itself
+        cause = (error.__cause__ if wraps else None) or error
         todo = "Check the folder's files, and data.config and data.split."
         if not local:
             todo = (
                 "Check data.id, config, split and revision, and the connection; or give a local file instead."
             )
-        message = str(cause).strip().split("\n")[0]
+        message = textwrap.shorten(str(cause), 500, placeholder=" ...")
         raise DataError(f"{source}: cannot be loaded: {type(cause).__name__}: {message}", todo) from error
     return Table(source, rows, columns, revision=None if local else _commit(dataset) or spec.revision)
+
+
+def _saved_split(saved: Any, spec: DataSpec) -> Any:
+    """One split of what `save_to_disk` wrote: a dict of splits, or the only one."""
+    splits = dict(saved) if isinstance(saved, dict) else {str(saved.split or "train"): saved}
+    if spec.config is not None or spec.split not in splits:
+        raise ValueError(f"saved data have no config, and here the splits {listed(splits)}")
+    return splits[spec.split]
 
 
 def _commit(dataset: Any) -> str | None:
