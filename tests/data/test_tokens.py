@@ -213,8 +213,14 @@ def test_three_rows_are_enough(spec: Write, tokenizer: PreTrainedTokenizerFast) 
 def test_ids_that_the_model_does_not_have_are_refused(
     spec: Write, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    with pytest.raises(ModelError, match=r"token id [0-9]+, but the model's vocabulary has 100 entries"):
-        prepare(spec("rows.json", json.dumps(alpaca(9))), tokenizer, 100)
+    asked = spec("rows.json", json.dumps(alpaca(9)))
+    data = prepare(asked, tokenizer, len(tokenizer))
+    highest = int(max(data.train.ids.max(), data.eval.ids.max()))
+    prepare(asked, tokenizer, highest + 1)
+    with pytest.raises(
+        ModelError, match=f"token id {highest}, but the model's vocabulary has {highest} entries"
+    ):
+        prepare(asked, tokenizer, highest)
 
 
 def test_tokens_are_a_sequence() -> None:
@@ -244,6 +250,7 @@ def test_what_is_saved_is_what_is_loaded(
     save(data, tmp_path / "data")
     found = load(tmp_path / "data")
     assert_equal(found, data)
+    # torch.from_numpy warns of arrays that cannot be written
     assert all(array.flags.writeable for array in (found.train.ids, found.train.is_label, found.eval.offsets))
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["facts.json", "tokens.safetensors"]
 

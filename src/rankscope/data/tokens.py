@@ -203,7 +203,7 @@ def save(data: TokenizedData, folder: Path) -> None:
 
     content = to_bytes(
         {
-            f"{side}.{name}": np.ascontiguousarray(getattr(tokens, name))
+            f"{side}.{name}": getattr(tokens, name)
             for side, tokens in (("train", data.train), ("eval", data.eval))
             for name in ("ids", "is_label", "offsets")
         }
@@ -228,8 +228,7 @@ def load(folder: Path) -> TokenizedData:
         raise StudyDirectoryError(f"{path}: cannot be read: {error.strerror}", _AGAIN) from None
     if hashlib.sha256(content).hexdigest() != facts.pop("tokens_sha256", None):
         raise StudyDirectoryError(f"{path}: not the tokens that facts.json was written for", _AGAIN)
-    # Copies, because safetensors gives read-only views, of which torch.from_numpy warns.
-    tensors = {name: array.copy() for name, array in from_bytes(content).items()}
+    tensors = from_bytes(content)
     train, heldout = (
         Tokens(tensors[f"{side}.ids"], tensors[f"{side}.is_label"], tensors[f"{side}.offsets"])
         for side in ("train", "eval")
