@@ -1,0 +1,282 @@
+"""The command line. Parses, calls, and prints: what is done stands elsewhere.
+
+torch, transformers and pandas are imported inside the commands, so that `rankscope --help` answers at once.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from rankscope import __version__
+from rankscope.errors import RankscopeError, StudyError
+from rankscope.spec import StudySpec, assemble, read_study_file
+
+app = typer.Typer(
+    name="rankscope",
+    help="Which LoRA rank should I use, and what does it cost me?",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out_console = Console(highlight=False)
+error_console = Console(stderr=True, highlight=False)
+
+EMBEDDED_STUDY = Path(__file__).parent / "demo" / "study.yaml"
+
+StudyFile = Annotated[
+    Path | None, typer.Argument(metavar="[STUDY.yaml]", help="A study's file. Without it and --model: the embedded study.")
+]
+Model = Annotated[str | None, typer.Option(help="Base model: hub id or folder.")]
+Dataset = Annotated[str | None, typer.Option(help="Instruction data: hub id, or a JSON, JSONL, CSV or Parquet file.")]
+Ranks = Annotated[str | None, typer.Option(help="LoRA ranks, such as 8,128,256.")]
+Alpha = Annotated[str | None, typer.Option(help="lora_alpha: a number, or a multiple of the rank such as 2r.")]
+Rates = Annotated[str | None, typer.Option("--learning-rates", help="Such as 1e-4,3e-4.")]
+Seeds = Annotated[str | None, typer.Option(help="Such as 0,1,2: each candidate is trained with each seed.")]
+Steps = Annotated[int | None, typer.Option(help="Optimizer steps of each trial.")]
+Epochs = Annotated[float | None, typer.Option(help="Instead of --steps.")]
+BatchSize = Annotated[int | None, typer.Option(help="Examples in a step of one trial.")]
+MaxLength = Annotated[int | None, typer.Option(help="Longest sequence in tokens; longer rows are cut and counted.")]
+Modules = Annotated[str | None, typer.Option(help="all-linear, or names such as q_proj,v_proj.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:1.")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32 or bfloat16, of the base model.")]
+Engine = Annotated[str | None, typer.Option(help="packed, or peft: one trial at a time by PEFT's own forward.")]
+Isolated = Annotated[bool | None, typer.Option("--isolated", help="Train every trial alone, in its own process.")]
+Out = Annotated[Path | None, typer.Option(help="The study's directory. Default: its name.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any field: training.steps=200.")]
+Language = Annotated[str, typer.Option("--lang", help="Language of the report: en or ko.")]
+
+
+@app.callback(invoke_without_command=True)
+def _global(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"rankscope {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    study: StudyFile = None,
+    model: Model = None,
+    dataset: Dataset = None,
+    ranks: Ranks = None,
+    alpha: Alpha = None,
+    learning_rates: Rates = None,
+    seeds: Seeds = None,
+    steps: Steps = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    max_length: MaxLength = None,
+    target_modules: Modules = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    engine: Engine = None,
+    isolated: Isolated = None,
+    out: Out = None,
+    set_: Sets = None,
+    lang: Language = "en",
+) -> None:
+    """Train every rank, measure what it costs, and conclude. On a study that exists: do only what is missing."""
+    spec = _spec(study, set_, **{k: v for k, v in locals().items() if k not in ("study", "set_", "out", "lang")})
+    path = out or Path(spec.name)
+    from rankscope import runner
+    from rankscope.progress import TerminalProgress
+    from rankscope.report.sentences import verdict_sentence
+
+    out_console.print(f"Study {spec.name} in {path}{'/' if not str(path).endswith('/') else ''}", markup=False)
+    try:
+        with TerminalProgress(out_console) as progress:
+            result = runner.run_study(spec, path, progress)
+            page = runner.finish(result, lang)
+    except KeyboardInterrupt:
+        from rankscope.study import Study
+
+        if (path / "study.yaml").exists():
+            runner.mark_interrupted(Study.open(path))
+        error_console.print("Interrupted. The same command goes on with what is missing.", style="yellow")
+        raise typer.Exit(130) from None
+    _print_results(result.results(), result.profiles(), result.verdict)
+    out_console.print(f"\n[bold]{verdict_sentence(result.verdict, lang)}[/bold]")
+    out_console.print(f"Report: {page}", markup=False, soft_wrap=True)
+    left = runner.unfinished(result)
+    if left:
+        for trial in left:
+            record = result.trial_record(trial)
+            error_console.print(f"{trial.name}: {record['status']}: {record.get('reason')}", markup=False, style="yellow")
+        raise typer.Exit(4)
+
+
+@app.command()
+def plan(
+    study: StudyFile = None,
+    model: Model = None,
+    dataset: Dataset = None,
+    ranks: Ranks = None,
+    alpha: Alpha = None,
+    learning_rates: Rates = None,
+    seeds: Seeds = None,
+    steps: Steps = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    max_length: MaxLength = None,
+    target_modules: Modules = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    engine: Engine = None,
+    isolated: Isolated = None,
+    out: Out = None,
+    set_: Sets = None,
+) -> None:
+    """Show what `run` would do: trials, parameters, data and packs. Nothing is trained or written."""
+    spec = _spec(study, set_, **{k: v for k, v in locals().items() if k not in ("study", "set_", "out")})
+    from rankscope.lora.base import free_bytes, resolve_device
+    from rankscope.lora.count import base_params, trainable_params
+    from rankscope.plan import BYTES_PER_PARAMETER, divide_into_packs
+    from rankscope.report.formats import size
+    from rankscope.runner import prepare_data
+    from rankscope.train.pack import total_steps
+
+    params = {candidate.name: trainable_params(spec.model, candidate) for candidate in spec.candidates()}
+    base = base_params(spec.model)
+    data = prepare_data(spec)
+    training = spec.training
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("candidate", "alpha", "scaling", "trainable parameters", "of the base", "adapter and optimizer"):
+        table.add_column(column, justify="left" if column == "candidate" else "right")
+    for candidate in spec.candidates():
+        count = params[candidate.name]
+        share, memory = f"{count / base:.2%}", size(count * BYTES_PER_PARAMETER)
+        table.add_row(candidate.name, f"{candidate.lora_alpha:g}", f"{candidate.scaling:g}", f"{count:,}", share, memory)
+    facts, steps_in_all = data.facts, total_steps(training, len(data.train))
+    free = free_bytes(resolve_device(spec.model.device))
+    most = 1 if training.isolated else training.trials_per_pack
+    packs = divide_into_packs(spec.trials(), params, free, most)
+    out_console.print(f"Model  {spec.model.id}: {base:,} parameters", markup=False)
+    out_console.print(
+        f"Data   {facts['id']}: {facts['rows_train']:,} rows to train on, {facts['rows_eval']:,} held out; "
+        f"{facts['truncated']:,} cut, {facts['duplicates_dropped']:,} duplicates and "
+        f"{facts['rows_without_label_dropped']:,} without a label dropped",
+        markup=False,
+    )
+    out_console.print(table)
+    out_console.print(f"{len(spec.trials())} trials of {steps_in_all:,} steps in {len(packs)} packs:")
+    for number, trials in enumerate(packs):
+        out_console.print(f"  p{number:03d}  {', '.join(trial.name for trial in trials)}", markup=False)
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A study's directory.")], lang: Language = "en"
+) -> None:
+    """Conclude again from a study's files, and rebuild its report."""
+    from rankscope.report.sentences import verdict_sentence
+    from rankscope.runner import finish
+    from rankscope.study import Study
+
+    study = Study.open(directory)
+    page = finish(study, lang)
+    out_console.print(verdict_sentence(study.verdict, lang), markup=False)
+    out_console.print(f"Report: {page}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, devices and optional parts."""
+    from rankscope.measure.machine import hardware, optional_parts, versions
+    from rankscope.report.formats import size
+
+    for name, found in versions().items():
+        out_console.print(f"{name:<14} {found or 'not installed'}", markup=False)
+    facts = hardware()
+    out_console.print(f"{'cpu':<14} {facts['cpu']}, {facts['cores']} cores, {size(facts['memory_bytes'])}", markup=False)
+    for gpu in facts["gpus"]:
+        out_console.print(f"{'gpu':<14} {gpu['name']}, {size(gpu['memory_bytes'])}", markup=False)
+    if not facts["gpus"]:
+        out_console.print(f"{'gpu':<14} none that torch can use: studies run on the CPU", markup=False)
+    for name, found in optional_parts().items():
+        out_console.print(f"{name:<14} {found or f'not installed (optional: pip install {name})'}", markup=False)
+    out_console.print(f"{'disk':<14} {size(shutil.disk_usage('.').free)} free here", markup=False)
+
+
+def _spec(study: Path | None, sets: list[str] | None, **options: Any) -> StudySpec:
+    """The study that the arguments ask for."""
+    for name in ("ranks", "learning_rates", "seeds", "target_modules"):
+        if isinstance(options.get(name), str) and options[name] != "all-linear":
+            options[name] = _list(name, options[name])
+    if options.get("alpha") is not None:
+        options["alpha"] = _number(options["alpha"])
+    if study is not None:
+        values = read_study_file(study)
+    elif options.get("model") is None and options.get("dataset") is None:
+        values = read_study_file(EMBEDDED_STUDY)
+    elif options.get("model") is None or options.get("dataset") is None:
+        missing = "--dataset" if options.get("dataset") is None else "--model"
+        raise StudyError(f"{missing} is missing", "Give both --model and --dataset, or a study file, or neither.")
+    else:
+        values = {}
+    return assemble(values, options, sets or ())
+
+
+def _list(name: str, text: str) -> list[Any]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    return parts if name == "target_modules" else [_number(part) for part in parts]
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _print_results(results: Any, profiles: Any, verdict: dict[str, Any]) -> None:
+    from rankscope.report.catalogue import load
+    from rankscope.report.formats import duration, loss, signed, size
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("candidate", "train loss", "held-out loss", "regret", "CPU mean", "CPU peak", "GPU peak", "s/step", "runtime"):
+        table.add_column(column, justify="left" if column == "candidate" else "right")
+    regrets = {row["candidate"]: row["regret"] for row in verdict["comparison"]}
+    for candidate, trials in results.groupby("candidate", sort=False):
+        cells = [loss(trials["train_loss"].mean()), loss(trials["eval_loss"].mean())]
+        cells.append(signed(regrets[candidate]) if candidate in regrets else "–")
+        profile = profiles[profiles["candidate"] == candidate].mean(numeric_only=True) if len(profiles) else None
+        if profile is None or profile.isna().get("rss_mean_bytes", True):
+            cells += ["–"] * 5
+        else:
+            gpu = profile.get("gpu_allocated_peak_bytes")
+            cells += [
+                size(profile["rss_mean_bytes"]),
+                size(profile["rss_peak_bytes"]),
+                size(gpu) if gpu == gpu and gpu is not None else "no GPU",
+                f"{profile['step_seconds_median']:.3g}",
+                duration(profile["runtime_seconds"], load("en")),
+            ]
+        table.add_row(candidate, *cells)
+    out_console.print(table)
+
+
+def main() -> None:
+    """Runs the command line; an error on purpose is printed in a few lines, without a traceback."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]  # accepted anywhere
+    try:
+        app()
+    except RankscopeError as error:
+        if debug:
+            raise
+        error_console.print(f"error: {error}", markup=False, style="red", soft_wrap=True)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Jobs as child processes of this one, one after the other: a fresh process for every pack and profile."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rankscope import errors
+from rankscope.errors import RankscopeError, WorkerError
+from rankscope.files import read_json, write_json
+
+POLL_SECONDS = 0.5
+
+
+def run_locally(study_path: Path, job: Mapping[str, Any], folder: Path, poll: Callable[[], None]) -> RankscopeError | None:
+    """Runs one job to its end, calling `poll` twice a second; returns what went wrong, or None.
+
+    `folder` receives job.json, log.txt (all that the process prints) and, after a failure, error.json.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    error_file, job_file = folder / "error.json", folder / "job.json"
+    error_file.unlink(missing_ok=True)
+    write_json(job_file, job)
+    command = [sys.executable, "-m", "rankscope.launch.worker", str(study_path), str(job_file)]
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    with (folder / "log.txt").open("ab") as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+        try:
+            while _running(process):
+                poll()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    if process.returncode == 0:
+        return None
+    if error_file.exists():
+        error = read_json(error_file)
+        kind = getattr(errors, error["kind"], WorkerError)
+        return kind(error["what"], error["todo"] or f"Its log: {folder / 'log.txt'}")
+    signal = f" by signal {-process.returncode}" if process.returncode < 0 else ""
+    return WorkerError(
+        f"{job['kind']} {folder.name} ended{signal} without a word (exit code {process.returncode})",
+        f"Signal 9 is often the system running out of memory. Its log: {folder / 'log.txt'}",
+    )
+
+
+def _running(process: subprocess.Popen[bytes]) -> bool:
+    try:
+        process.wait(POLL_SECONDS)
+    except subprocess.TimeoutExpired:
+        return True
+    return False

@@ -1,0 +1,90 @@
+"""What a child process does: one pack, or one repeat of one profile.
+
+    python -m rankscope.launch.worker STUDY_DIRECTORY JOB_FILE
+
+A failure is recorded twice: in trial.json of every trial that did not finish, and in error.json beside the job's
+file for the process that started this one.
+"""
+
+import faulthandler
+import logging
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from rankscope.errors import RankscopeError
+from rankscope.files import read_json, write_json
+from rankscope.spec import Trial
+from rankscope.study import Study
+
+
+def run_job(study: Study, job: dict[str, Any]) -> None:
+    """Runs one job of the study in this process."""
+    from rankscope.data.tokens import load
+
+    data = load(study.path / "data")
+    if job["kind"] == "pack":
+        from rankscope.train.loop import train_pack
+
+        trials = _trials(study, job)
+        train_pack(study.spec, trials, {t.name: study.trial_folder(t) for t in trials}, data, job["pack"])
+    else:
+        from rankscope.measure.profile import profile_candidate
+
+        (candidate,) = [c for c in study.spec.candidates() if c.name == job["candidate"]]
+        file = study.profile_file(candidate)
+        repeats = read_json(file)["repeats"] if file.exists() else []
+        repeats.append(profile_candidate(study.spec, candidate, data))
+        write_json(file, {"schema": 1, "candidate": candidate.model_dump(mode="json"), "repeats": repeats})
+
+
+def _trials(study: Study, job: dict[str, Any]) -> list[Trial]:
+    return [trial for trial in study.spec.trials() if trial.name in job["trials"]]
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _record_failure(study: Study, job: dict[str, Any], error: BaseException) -> None:
+    status = "oom" if _out_of_memory(error) else "failed"
+    reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+    for trial in _trials(study, job) if job["kind"] == "pack" else []:
+        record = study.trial_record(trial)
+        if record["status"] in ("pending", "running"):
+            record = {"schema": 1, "trial": trial.name, "results": None} | record | trial.model_dump(mode="json")
+            write_json(
+                study.trial_folder(trial) / "trial.json", record | {"status": status, "reason": reason, "pack": job["pack"]}
+            )
+
+
+def main(study_path: str, job_file: str) -> int:
+    """Returns the exit code: 0, or the one that the error asks for."""
+    faulthandler.enable()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    study = Study.open(study_path)
+    job = read_json(Path(job_file))
+    try:
+        run_job(study, job)
+    except Exception as error:
+        traceback.print_exc()
+        _record_failure(study, job, error)
+        known = isinstance(error, RankscopeError)
+        write_json(
+            Path(job_file).with_name("error.json"),
+            {
+                "kind": type(error).__name__,
+                "what": error.what if known else f"{type(error).__name__}: {error}",  # type: ignore[union-attr]
+                "todo": error.todo if known else "",  # type: ignore[union-attr]
+                "exit_code": error.exit_code if known else 1,  # type: ignore[union-attr]
+            },
+        )
+        return error.exit_code if known else 1  # type: ignore[union-attr]
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

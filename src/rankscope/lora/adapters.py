@@ -1,0 +1,101 @@
+"""Adapters on a frozen model. PEFT owns them: matching, initialisation, scaling and saving are its own."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save
+from torch import nn
+from transformers import PreTrainedModel
+
+from rankscope.errors import StudyError
+from rankscope.files import write_atomic
+from rankscope.spec import Candidate, Trial
+
+
+def lora_config(candidate: Candidate, base: str | None = None) -> LoraConfig:
+    """The candidate as PEFT's own configuration; `base` is the base model's id or folder, for the saved file."""
+    modules = candidate.target_modules
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        r=candidate.rank,
+        lora_alpha=candidate.lora_alpha,  # type: ignore[arg-type]  # PEFT divides it; a float is fine
+        target_modules=modules if isinstance(modules, str) else list(modules),
+        lora_dropout=candidate.lora_dropout,
+        use_rslora=candidate.use_rslora,
+        init_lora_weights=True if candidate.init_lora_weights == "kaiming" else "gaussian",
+    )
+
+
+def add_adapter(model: PreTrainedModel, trial: Trial, base: str | None = None) -> LoraConfig:
+    """Injects the trial's adapter under the trial's name, initialised from the trial's seed alone.
+
+    The seed is set before the adapter is built, in a fork of the random state, so that an adapter starts from the
+    same numbers whatever else is in the pack.
+
+    Raises:
+        StudyError: the target modules match nothing, or cannot carry LoRA.
+    """
+    config = lora_config(trial.candidate, base)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        torch.manual_seed(trial.seed)
+        try:
+            inject_adapter_in_model(config, model, adapter_key(trial.name))
+        except ValueError as error:
+            raise StudyError(
+                f"adapter.target_modules: {str(error).strip().splitlines()[0]}",
+                f"Linear modules of this model: {', '.join(linear_names(model))}.",
+            ) from None
+    for parameter in adapter_parameters(model, trial.name):
+        parameter.data = parameter.data.float()  # float32 masters, whatever the base's dtype
+        parameter.requires_grad_(True)  # PEFT enables the active adapter only
+    return config
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """The last parts of the names of all linear modules, for error messages and plans."""
+    from transformers.pytorch_utils import Conv1D
+
+    return sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)})
+
+
+def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
+    """Every layer that carries adapters, in the model's order."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+
+
+def adapter_weights(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """The adapter's parameters under PEFT's saved names: `base_model.model.….lora_A.weight`."""
+    key = adapter_key(adapter)
+    weights = {}
+    for name, layer in lora_layers(model):
+        for part, modules in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+            if key in modules:
+                weights[f"base_model.model.{name}.{part}.weight"] = modules[key].weight
+    return weights
+
+
+def adapter_parameters(model: nn.Module, adapter: str) -> list[nn.Parameter]:
+    """The adapter's parameters, in the model's order."""
+    return list(adapter_weights(model, adapter).values())
+
+
+def save_adapter(weights: Mapping[str, nn.Parameter], config: LoraConfig, folder: Path) -> int:
+    """Writes PEFT's adapter_model.safetensors and adapter_config.json; returns the weights' size in bytes."""
+    tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    content = save(tensors, metadata={"format": "pt"})
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "adapter_model.safetensors", content)
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    return len(content)
+
+
+def adapter_key(adapter: str) -> str:
+    """Module names may not contain a dot, a learning rate such as 1.5e-4 does."""
+    return adapter.replace(".", "_")

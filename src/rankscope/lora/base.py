@@ -1,0 +1,141 @@
+"""The frozen base model and its tokenizer, from a hub id or a folder."""
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from rankscope import demo
+from rankscope.errors import ModelError, StudyError
+from rankscope.spec import EMBEDDED, ModelSpec
+
+# Nothing of a model is ever executed: no code from its folder, no pickled weights (design decision 9).
+_SAFE: dict[str, Any] = {"trust_remote_code": False}
+
+
+def location(spec: ModelSpec) -> str:
+    """A hub id or a folder; `embedded` is the small model that comes with rankscope."""
+    return str(demo.model_path()) if spec.id == EMBEDDED else spec.id
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` takes the first GPU, or the CPU.
+
+    Raises:
+        StudyError: the device does not exist here.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise StudyError(f"model.device: {device!r} is not a device", "Use auto, cpu, cuda or cuda:1.") from None
+    if resolved.type not in ("cpu", "cuda"):
+        raise StudyError(f"model.device: {device} is not supported", "Use auto, cpu, cuda or cuda:1.")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise StudyError(
+            f"model.device: {device} asked for, but {torch.cuda.device_count()} CUDA devices are visible",
+            "Use --device cpu, or see `rankscope doctor`.",
+        )
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU that has it, float32 elsewhere."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+
+
+def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
+    """Raises ModelError when there is no usable tokenizer."""
+    try:
+        return AutoTokenizer.from_pretrained(location(spec), revision=spec.revision, **_SAFE)
+    except Exception as error:
+        raise _cannot_load(spec, "tokenizer", error) from error
+
+
+def load_config(spec: ModelSpec) -> Any:
+    """The model's configuration; raises ModelError when there is none."""
+    try:
+        return AutoConfig.from_pretrained(location(spec), revision=spec.revision, **_SAFE)
+    except Exception as error:
+        raise _cannot_load(spec, "configuration", error) from error
+
+
+def load_model(spec: ModelSpec, attention: str | None = None) -> PreTrainedModel:
+    """Loads the frozen base onto its device, in evaluation mode (its own dropout off).
+
+    `attention` names a registered attention implementation; None leaves the model's default.
+
+    Raises:
+        ModelError: no such model, no safetensors weights, weights missing, or an architecture that transformers
+            does not have.
+        StudyError: the device does not exist.
+    """
+    device = resolve_device(spec.device)
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            location(spec),
+            revision=spec.revision,
+            dtype=resolve_dtype(spec.dtype, device),
+            use_safetensors=True,
+            output_loading_info=True,
+            **({"attn_implementation": attention} if attention else {}),
+            **_SAFE,
+        )
+    except Exception as error:
+        raise _cannot_load(spec, "model", error) from error
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"model {spec.id}: its files lack {len(missing)} weights, {missing[0]} for one",
+            "They would be random numbers; use a complete checkpoint of a causal language model.",
+        )
+    return freeze(model.to(device))
+
+
+def freeze(model: PreTrainedModel) -> PreTrainedModel:
+    """Turns off gradients, dropout and the key-value cache."""
+    model.requires_grad_(False)
+    model.eval()
+    model.config.use_cache = False
+    return model
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that this process could still take on `device`: of the GPU, or of the machine (and its cgroup)."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    available = psutil.virtual_memory().available
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        return min(available, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    except (OSError, ValueError):  # no cgroup v2, or no limit
+        return available
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """sha256 over names, shapes and up to 4,096 spread values of every weight: enough to tell checkpoints apart."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        flat = weight.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 4096)].float().cpu().contiguous()
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _cannot_load(spec: ModelSpec, part: str, error: Exception) -> ModelError:
+    logging.getLogger(__name__).debug("loading failed", exc_info=error)
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    if Path(spec.id).is_dir():
+        todo = "The folder must hold config.json, *.safetensors and the tokenizer's files."
+    else:
+        todo = "Check the id (hub id or folder), the network, and `hf auth login` for a gated model."
+    return ModelError(f"{part} of {spec.id} cannot be loaded: {reason}", todo)

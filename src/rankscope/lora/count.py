@@ -1,0 +1,48 @@
+"""How many parameters an adapter has, from the model's configuration alone: nothing is loaded."""
+
+import torch
+from peft import inject_adapter_in_model
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from rankscope.errors import ModelError, StudyError
+from rankscope.lora.adapters import adapter_parameters, linear_names, lora_config
+from rankscope.lora.base import load_config
+from rankscope.spec import Candidate, ModelSpec
+
+
+def skeleton(spec: ModelSpec) -> PreTrainedModel:
+    """The model without weights, on the meta device.
+
+    Raises:
+        ModelError: transformers has no causal language model of this architecture.
+    """
+    config = load_config(spec)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        raise ModelError(
+            f"model {spec.id}: {str(error).splitlines()[0]}", "Use a causal language model that transformers has."
+        ) from None
+
+
+def base_params(spec: ModelSpec) -> int:
+    """Parameters of the base model; tied weights count once."""
+    return sum(parameter.numel() for parameter in skeleton(spec).parameters())
+
+
+def trainable_params(spec: ModelSpec, candidate: Candidate) -> int:
+    """Parameters of the candidate's adapter.
+
+    Raises:
+        StudyError: the target modules match nothing in this model.
+    """
+    model = skeleton(spec)
+    try:
+        inject_adapter_in_model(lora_config(candidate), model, "count", low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise StudyError(
+            f"adapter.target_modules: {str(error).strip().splitlines()[0]}",
+            f"Linear modules of this model: {', '.join(linear_names(model))}.",
+        ) from None
+    return sum(parameter.numel() for parameter in adapter_parameters(model, "count"))

@@ -1,0 +1,124 @@
+"""How sequences and trials lie in a flattened batch, and how the layers of the model get to know it.
+
+The sequences of all trials of a pack are laid end to end, trial by trial, without padding: `(1, T)` token ids.
+Attention needs to know where sequences begin, LoRA layers where trials do. Neither can be passed through every
+model's forward, so the layout of the running forward is a context variable.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from rankscope.data.tokens import Tokens
+
+
+class NotPackable(Exception):
+    """The model does something that the packed forward does not cover; the message says what."""
+
+
+class Segment(NamedTuple):
+    """The tokens of one trial, `[start, stop)`, and its sequences within them."""
+
+    adapter: str
+    start: int
+    stop: int
+    lengths: tuple[int, ...]
+    dropout: tuple[torch.Generator, ...]
+    """One random stream for each sequence, which runs on from layer to layer; empty in evaluation.
+
+    A stream depends on the trial's seed, the step and the example's place in the step alone: how a step is divided,
+    and what else is packed, changes nothing.
+    """
+
+
+class Layout(NamedTuple):
+    """A flattened batch of T tokens: the segments of its trials, in order, without gaps."""
+
+    segments: tuple[Segment, ...]
+    tokens: int
+
+    @property
+    def sequence_starts(self) -> tuple[int, ...]:
+        """S + 1 offsets, the last one T."""
+        starts = [0]
+        for segment in self.segments:
+            for length in segment.lengths:
+                starts.append(starts[-1] + length)
+        return tuple(starts)
+
+
+class FlatBatch(NamedTuple):
+    """What one forward of the packed model takes. L is the number of label tokens, S that of sequences."""
+
+    layout: Layout
+    input_ids: torch.Tensor  # (1, T)
+    position_ids: torch.Tensor  # (1, T), restarting at 0 in each sequence
+    label_positions: torch.Tensor  # (L,), the positions whose next token is a label
+    targets: torch.Tensor  # (L,), that next token
+    label_sequence: torch.Tensor  # (L,), the sequence (0..S-1) each label belongs to
+
+
+class Slice(NamedTuple):
+    """Some examples for one adapter; with one seed each for LoRA dropout, or none for evaluation."""
+
+    adapter: str
+    examples: Sequence[int]
+    dropout_seeds: Sequence[int] = ()
+
+
+def flatten(tokens: Tokens, slices: Sequence[Slice], device: torch.device) -> FlatBatch:
+    """Lays the examples of each slice end to end."""
+    segments, ids, positions, label_positions, label_sequence = [], [], [], [], []
+    start, sequence = 0, 0
+    for adapter, examples, dropout_seeds in slices:
+        begin, lengths = start, []
+        for example in examples:
+            example_ids, is_label = tokens[int(example)]
+            ids.append(example_ids)
+            positions.append(np.arange(len(example_ids)))
+            labels = np.flatnonzero(is_label[1:])  # the token before predicts each label
+            label_positions.append(start + labels)
+            label_sequence.append(np.full(len(labels), sequence))
+            lengths.append(len(example_ids))
+            start += len(example_ids)
+            sequence += 1
+        streams = tuple(torch.Generator(device).manual_seed(seed) for seed in dropout_seeds)
+        segments.append(Segment(adapter, begin, start, tuple(lengths), streams))
+
+    def tensor(parts: list[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device, non_blocking=True)
+
+    input_ids, where = tensor(ids), tensor(label_positions)
+    return FlatBatch(
+        layout=Layout(tuple(segments), start),
+        input_ids=input_ids[None],
+        position_ids=tensor(positions)[None],
+        label_positions=where,
+        targets=input_ids[where + 1],
+        label_sequence=tensor(label_sequence),
+    )
+
+
+_current: ContextVar[Layout | None] = ContextVar("rankscope_layout", default=None)
+
+
+@contextmanager
+def use_layout(layout: Layout) -> Iterator[None]:
+    """Makes `layout` the one that attention and LoRA layers read while the body runs."""
+    token = _current.set(layout)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current_layout() -> Layout:
+    """The layout of the running forward."""
+    layout = _current.get()
+    if layout is None:
+        raise RuntimeError("a packed model was called outside of use_layout")
+    return layout

@@ -1,0 +1,119 @@
+"""The packed forward: each segment of a flattened batch goes through its own adapter, over one frozen base.
+
+    y = W x + b                       for all T tokens at once
+    y[seg] += s B (A drop(x[seg]))    for each segment, in place
+
+PEFT's layers stay what they are; only their `forward` is replaced.
+"""
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rankscope.lora.adapters import adapter_key, lora_layers
+from rankscope.lora.layout import NotPackable, Segment, current_layout
+
+
+def pack_layers(model: PreTrainedModel) -> None:
+    """Replaces the forward of every LoRA layer by the packed one. `unpack_layers` undoes it.
+
+    Raises:
+        NotPackable: a layer is not plain LoRA over a linear module, or the output layer carries an adapter.
+    """
+    head = model.get_output_embeddings()
+    for name, layer in lora_layers(model):
+        if type(layer) is not LoraLinear:
+            raise NotPackable(f"{name} is a {type(layer).__name__} of PEFT, not plain LoRA on a linear layer")
+        if layer.lora_variant or any(layer.lora_bias.values()):
+            raise NotPackable(f"{name} carries a variant of LoRA")
+        if layer is head:
+            raise NotPackable(f"{name}, the output layer, carries an adapter")
+        layer.forward = _PackedForward(layer)
+
+
+def unpack_layers(model: PreTrainedModel) -> None:
+    """Gives every LoRA layer its own forward back."""
+    for _, layer in lora_layers(model):
+        layer.__dict__.pop("forward", None)
+
+
+class _PackedForward:
+    """The packed forward of one layer. `x` is (1, T, D) or (T, D); the result has O for D."""
+
+    def __init__(self, layer: LoraLinear) -> None:
+        self.layer = layer
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer, layout = self.layer, current_layout()
+        flat = x.reshape(-1, x.shape[-1])  # (T, D): a frozen weight's product is slower with 3-D operands
+        if flat.shape[0] != layout.tokens:
+            raise NotPackable(f"a layer was given {flat.shape[0]} of the batch's {layout.tokens} tokens")
+        out = layer.base_layer(flat, *args, **kwargs)  # (T, O)
+        weights, spans, keeps = [], [], []
+        for segment in layout.segments:
+            key = adapter_key(segment.adapter)
+            if key in layer.lora_A:
+                weights += [layer.lora_A[key].weight, layer.lora_B[key].weight]
+                spans.append((segment.start, segment.stop, layer.scaling[key]))
+                keeps.append(_dropout_keep(layer.lora_dropout[key], segment, flat))
+        if spans:
+            out = _AddLora.apply(out, flat, spans, keeps, *weights)
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+
+class _AddLora(torch.autograd.Function):
+    """Adds s B (A drop(x)) to the rows of each span of `out`, in place.
+
+    Shapes: out (T, O), x (T, D), A (R, D), B (O, R). `keeps` holds what each span's dropout keeps, or None. Saved for backward are x (which the base layer's input is already), A x of shape (t, R), and the masks.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, x: Tensor, spans: list[Any], keeps: list[Any], *weights: Tensor) -> Tensor:
+        hidden = []
+        for (start, stop, scaling), keep, a, b in zip(spans, keeps, weights[::2], weights[1::2], strict=True):
+            inputs = _drop(x[start:stop], keep)
+            h = inputs @ a.to(x.dtype).T  # (t, R)
+            out[start:stop].addmm_(h, b.to(x.dtype).T, alpha=scaling)
+            hidden.append(h)
+        ctx.mark_dirty(out)
+        ctx.spans, ctx.keeps = spans, keeps
+        ctx.save_for_backward(x, *weights, *hidden)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        x, *saved = ctx.saved_tensors
+        count = len(ctx.spans)
+        weights, hidden = saved[: 2 * count], saved[2 * count :]
+        grad_x = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
+        grad_weights: list[Tensor] = []
+        for i, (start, stop, scaling) in enumerate(ctx.spans):
+            a, b, keep = weights[2 * i].to(x.dtype), weights[2 * i + 1].to(x.dtype), ctx.keeps[i]
+            inputs = _drop(x[start:stop], keep)
+            grad_h = (grad[start:stop] @ b).mul_(scaling)  # (t, R)
+            grad_weights += [grad_h.T @ inputs, (grad[start:stop].T @ hidden[i]).mul_(scaling)]
+            if grad_x is not None:
+                grad_inputs = grad_h @ a
+                grad_x[start:stop] = _drop(grad_inputs, keep)
+        return grad, grad_x, None, None, *grad_weights
+
+
+def _dropout_keep(dropout: nn.Module, segment: Segment, x: Tensor) -> tuple[Tensor, float] | None:
+    """What dropout keeps of a segment, a bool (t, D), and the factor 1/(1-p); None without dropout.
+
+    On the CPU a sequence's stream draws the very numbers that `torch.nn.Dropout` draws for that sequence alone.
+    """
+    if not segment.dropout or not isinstance(dropout, nn.Dropout) or dropout.p == 0.0:
+        return None
+    keep = torch.empty(segment.stop - segment.start, x.shape[1], dtype=torch.bool, device=x.device)
+    parts = keep.split(segment.lengths)
+    for part, stream in zip(parts, segment.dropout, strict=True):
+        part.bernoulli_(1 - dropout.p, generator=stream)
+    return keep, 1 / (1 - dropout.p)
+
+
+def _drop(x: Tensor, keep: tuple[Tensor, float] | None) -> Tensor:
+    return x if keep is None else (x * keep[0]).mul_(keep[1])

@@ -1,0 +1,62 @@
+"""What a study ran on: hardware, versions, model."""
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+PACKAGES = ("torch", "transformers", "peft", "datasets", "tokenizers", "safetensors", "numpy", "pandas", "altair")
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python, rankscope and the libraries whose behaviour shows in results; None where not installed."""
+    packages = {name: _installed(name) for name in ("rankscope", *PACKAGES)}
+    return {"python": platform.python_version(), **packages}
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, memory and GPUs; sizes in bytes."""
+    import torch
+
+    gpus = []
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            gpus.append({"name": properties.name, "memory_bytes": properties.total_memory})
+    return {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": gpus,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+OPTIONAL_PARTS = ("bitsandbytes", "wandb", "tensorboard", "mlflow", "trackio", "ray")
+
+
+def optional_parts() -> dict[str, str | None]:
+    """Versions of the libraries that rankscope can use and does not need."""
+    return {name: _installed(name) for name in OPTIONAL_PARTS}
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,198 @@
+"""The main path: prepare the data, train the packs, measure the profiles, conclude, report.
+
+Every step looks at the study's directory first and does only what is missing.
+"""
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from rankscope import demo
+from rankscope.analysis.verdict import conclude
+from rankscope.data.tokens import TokenizedData, load, prepare, save
+from rankscope.errors import RankscopeError
+from rankscope.files import read_json, write_json
+from rankscope.launch.local import run_locally
+from rankscope.lora.base import free_bytes, load_config, load_tokenizer, resolve_device, resolve_dtype
+from rankscope.lora.count import base_params, trainable_params
+from rankscope.measure.machine import hardware, versions
+from rankscope.plan import FINISHED, divide_into_packs, missing_profiles, missing_trials
+from rankscope.report import build
+from rankscope.spec import EMBEDDED, StudySpec, Trial, assemble
+from rankscope.study import Study
+
+
+class Progress(Protocol):
+    """What a run tells of itself. `rankscope.progress` shows it; a caller may pass its own."""
+
+    def say(self, message: str) -> None:
+        """A sentence to be kept."""
+        ...
+
+    def training(self, study: Study, pack: str, trials: Sequence[Trial], steps: int) -> None:
+        """A pack begins."""
+        ...
+
+    def measuring(self, done: int, total: int, name: str) -> None:
+        """A profile begins, after `done` of `total`."""
+        ...
+
+    def poll(self) -> None:
+        """Called twice a second while a job runs; the study's files say how far it is."""
+        ...
+
+
+def run(
+    *,
+    out: Path | str | None = None,
+    progress: Progress | None = None,
+    sets: Sequence[str] = (),
+    study: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Study:
+    """Runs a study from its question to its report, and returns it.
+
+    `options` are those of the command line: `model`, `dataset`, `ranks`, `learning_rates`, `seeds`, `alpha`, `steps`,
+    and the others of `rankscope.spec.OPTION_FIELDS`; `study` is a mapping like a study's YAML, which they override.
+    `out` is the study's directory (default: its name). On a directory that holds the same study only what is missing
+    is done.
+
+    Example: `rankscope.run(model="facebook/opt-350m", dataset="code.jsonl", ranks=[8, 64], steps=200)`
+
+    Raises:
+        StudyError: the question is wrong, or `out` holds another study.
+        DataError, ModelError: the data or the model cannot be used.
+        WorkerError: a child process ended without finishing its work.
+    """
+    spec = assemble(study or {}, options, sets)
+    return run_study(spec, Path(out or spec.name), progress or _Silent())
+
+
+def run_study(spec: StudySpec, out: Path, progress: Progress) -> Study:
+    """The main path, for a resolved study. Trials that fail are recorded, not raised: see `unfinished`."""
+    resolve_device(spec.model.device)
+    params = {candidate.name: trainable_params(spec.model, candidate) for candidate in spec.candidates()}
+    prepared = None if (out / "data" / "facts.json").exists() else prepare_data(spec)
+    study = Study.create(out, spec)
+    if prepared is not None:
+        save(prepared, study.path / "data")
+    data = load(study.path / "data")
+    if not (study.path / "machine.json").exists():
+        write_json(study.path / "machine.json", describe_machine(spec))
+    train(study, data, params, progress)
+    measure(study, progress)
+    finish(study)
+    return study
+
+
+def prepare_data(spec: StudySpec) -> TokenizedData:
+    """Reads and tokenises the data, once for all trials."""
+    where = {"id": str(demo.data_path())} if spec.data.id == EMBEDDED else {}
+    config = load_config(spec.model)
+    text_config = config.get_text_config()
+    data = prepare(spec.data.model_copy(update=where), load_tokenizer(spec.model), text_config.vocab_size)
+    return TokenizedData(data.train, data.eval, data.facts | {"id": spec.data.id})
+
+
+def describe_machine(spec: StudySpec) -> dict[str, Any]:
+    """machine.json: what the study runs on, and the model it starts from."""
+    device = resolve_device(spec.model.device)
+    model = {
+        "id": spec.model.id,
+        "revision": getattr(load_config(spec.model), "_commit_hash", None) or spec.model.revision,
+        "parameters": base_params(spec.model),
+        "dtype": str(resolve_dtype(spec.model.dtype, device)).removeprefix("torch."),
+    }
+    return {"hardware": hardware(), "versions": versions(), "model": model, "device": str(device)}
+
+
+def train(study: Study, data: TokenizedData, params: Mapping[str, int], progress: Progress) -> None:
+    """Trains the trials that have no result yet, pack by pack."""
+    from rankscope.train.pack import total_steps
+
+    training = study.spec.training
+    most = 1 if training.isolated else training.trials_per_pack
+    free = free_bytes(resolve_device(study.spec.model.device))
+    packs = divide_into_packs(missing_trials(study), params, free, most)
+    first = sum(1 for _ in (study.path / "packs").glob("p*"))
+    for number, trials in enumerate(packs, start=first):
+        pack = f"p{number:03d}"
+        progress.training(study, pack, trials, total_steps(training, len(data.train)))
+        job = {"kind": "pack", "pack": pack, "trials": [trial.name for trial in trials]}
+        error = _launch(study, job, study.path / "packs" / pack, progress.poll)
+        _settle(study, trials, pack, error)
+        if error is not None and error.exit_code in (2, 3):  # the study, the model or the data: all packs would fail
+            raise error
+        if error is not None:
+            progress.say(f"pack {pack} did not finish: {error}")
+        for reason in {study.trial_record(trial).get("engine_reason") for trial in trials} - {None}:
+            progress.say(f"Trained by PEFT's own forward, one trial at a time, since this model cannot be packed: {reason}")
+
+
+def measure(study: Study, progress: Progress) -> None:
+    """Measures the profiles that are missing, each repeat in a process of its own."""
+    jobs = missing_profiles(study)
+    failed: set[str] = set()
+    for number, (candidate, repeat) in enumerate(jobs):
+        if candidate.name in failed:
+            continue
+        progress.measuring(number, len(jobs), candidate.name)
+        job = {"kind": "profile", "candidate": candidate.name, "repeat": repeat}
+        error = _launch(study, job, study.path / "profiles" / "jobs" / candidate.name, progress.poll)
+        if error is not None:
+            failed.add(candidate.name)
+            progress.say(f"profile of {candidate.name} did not finish: {error}")
+
+
+def finish(study: Study, language: str = "en") -> Path:
+    """Draws the conclusion and builds the report; returns the path of its page."""
+    evidence = study.evidence()
+    verdict = conclude(evidence)
+    write_json(study.path / "verdict.json", verdict)
+    return build(evidence, verdict, study.path / "report", language, reproduce=reproduce_command(study.spec))
+
+
+def reproduce_command(spec: StudySpec) -> str:
+    """The command that runs this study again from its study.yaml."""
+    return f"rankscope run study.yaml --out {shlex.quote(spec.name)}"
+
+
+def unfinished(study: Study) -> list[Trial]:
+    """Trials that did not end as `done`."""
+    return [trial for trial in study.spec.trials() if study.trial_record(trial)["status"] != "done"]
+
+
+def _launch(study: Study, job: Mapping[str, Any], folder: Path, poll: Callable[[], None]) -> RankscopeError | None:
+    return run_locally(study.path, job, folder, poll)
+
+
+def _settle(study: Study, trials: Sequence[Trial], pack: str, error: RankscopeError | None) -> None:
+    """Marks the trials of a pack whose process died before it could do so itself."""
+    for trial in trials:
+        file = study.trial_folder(trial) / "trial.json"
+        record = study.trial_record(trial)
+        if record["status"] in ("pending", "running"):
+            reason = error.what if error else "the pack ended before this trial did"
+            record = {"schema": 1, "trial": trial.name, "results": None} | record | trial.model_dump(mode="json")
+            write_json(file, record | {"status": "failed", "reason": reason, "pack": pack})
+
+
+def mark_interrupted(study: Study) -> None:
+    """Marks running trials as interrupted, after Ctrl-C."""
+    for trial in study.spec.trials():
+        file = study.trial_folder(trial) / "trial.json"
+        if file.exists() and (record := read_json(file))["status"] == "running":
+            write_json(file, record | {"status": "interrupted", "reason": "interrupted by the user"})
+
+
+class _Silent:
+    """Progress that shows nothing."""
+
+    def say(self, message: str) -> None: ...
+    def training(self, study: Study, pack: str, trials: Sequence[Trial], steps: int) -> None: ...
+    def measuring(self, done: int, total: int, name: str) -> None: ...
+    def poll(self) -> None: ...
+
+
+__all__ = ["FINISHED", "Progress", "finish", "run", "run_study", "unfinished"]

@@ -1,0 +1,130 @@
+"""Causal attention inside each sequence of a flattened batch, registered with transformers' AttentionInterface.
+
+Nothing is padded and no mask is built: the mask function returns None, and sequences are told apart by the layout.
+OPT in transformers 5 builds its mask without looking at position ids, so plain sdpa would silently let the
+sequences of a flattened batch see each other.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from rankscope.lora.layout import NotPackable, current_layout
+
+NAME = "rankscope"
+
+# Keyword arguments that models pass along and that change nothing here. Any other one that is not None would.
+_HARMLESS = {
+    "position_ids", "position_embeddings", "cache_position", "use_cache", "output_attentions", "return_dict",
+    "output_hidden_states", "output_router_logits", "logits_to_keep", "past_key_values", "layer_idx", "is_causal",
+    "num_items_in_batch",
+}  # fmt: skip
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """query (1, H, T, d), key and value (1, G, T, d) with G dividing H -> (1, T, H, d).
+
+    A `sliding_window` of w lets a token see itself and the w - 1 before it; `softcap` bounds the scores by
+    c tanh(s / c) (Gemma 2).
+
+    Raises:
+        NotPackable: the model asks for something that is not covered (a mask of its own, attention sinks, …).
+    """
+    unknown = sorted(k for k, v in kwargs.items() if v is not None and v is not False and k not in _HARMLESS)
+    if attention_mask is not None or unknown or not getattr(module, "is_causal", True):
+        raise NotPackable(f"its attention asks for {', '.join(unknown) or 'a mask of its own'}")
+    if query.shape[0] != 1 or query.shape[2] != current_layout().tokens:
+        raise NotPackable("its attention changes the batch's shape")
+    starts = current_layout().sequence_starts
+    longest = max(stop - start for start, stop in pairwise(starts))
+    window = sliding_window if sliding_window is not None and sliding_window < longest else None
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not softcap and not dropout:
+        return _varlen(query, key, value, starts, longest, scaling, window), None
+    parts = [
+        _one(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scaling, dropout, window, softcap).transpose(1, 2)
+        for a, b in pairwise(starts)
+    ]
+    return torch.cat(parts, dim=1), None
+
+
+def _one(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """One sequence: (1, H, t, d) -> (1, H, t, d)."""
+    length = query.shape[2]
+    windowed = window is not None and window < length
+    if not windowed and not softcap:
+        return F.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
+        )
+    position = torch.arange(length, device=query.device)
+    distance = position[:, None] - position[None, :]
+    allowed = (distance >= 0) & (distance < window) if windowed and window else distance >= 0
+    if not softcap:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=allowed, dropout_p=dropout, scale=scaling, enable_gqa=True
+        )
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return F.dropout(weights, dropout, training=dropout > 0) @ value
+
+
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: tuple[int, ...],
+    longest: int,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """All sequences in one kernel, on a GPU in half precision. Not yet run on one: see docs/lab-notes.md."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    offsets = torch.tensor(starts, dtype=torch.int32, device=query.device)
+    out = varlen_attn(
+        query[0].transpose(0, 1).contiguous(),
+        key[0].transpose(0, 1).contiguous(),
+        value[0].transpose(0, 1).contiguous(),
+        offsets,
+        offsets,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    return out[None]
+
+
+def no_mask(*args: Any, **kwargs: Any) -> None:
+    """The mask function that goes with `packed_attention`: there is none."""
+
+
+AttentionInterface.register(NAME, packed_attention)
+AttentionMaskInterface.register(NAME, no_mask)

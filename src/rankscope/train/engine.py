@@ -1,0 +1,215 @@
+"""The two ways to compute losses and gradients of trials, behind one protocol.
+
+`packed` runs all trials in one flattened batch; `peft` runs one trial at a time by PEFT's own forward on padded
+batches. Both leave the gradients in the adapters' parameters and give the same numbers, up to rounding.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rankscope.data.tokens import Tokens
+from rankscope.lora.adapters import adapter_key, lora_layers
+from rankscope.lora.layout import FlatBatch, Slice, flatten, use_layout
+from rankscope.train.loss import Head, label_losses
+
+EVAL_TOKENS = 4096
+"""Tokens of one evaluation forward, so that evaluation needs less memory than training."""
+
+
+class BatchLoss(NamedTuple):
+    """The loss of one trial's step: nats a label token, over all of the step's label tokens."""
+
+    loss: float
+    tokens: int
+    label_tokens: int
+
+
+class ExampleLosses(NamedTuple):
+    """Held-out losses of one trial, each of shape (examples,)."""
+
+    loss: np.ndarray  # mean over the example's label tokens, in nats
+    label_tokens: np.ndarray
+    correct_tokens: np.ndarray  # labels that have the highest logit
+
+    @property
+    def mean(self) -> float:
+        """The mean loss over all label tokens: sum of losses over number of labels, not a mean of means."""
+        return float(np.average(self.loss, weights=self.label_tokens))
+
+    @property
+    def accuracy(self) -> float:
+        """The share of label tokens predicted right (teacher-forced)."""
+        return float(self.correct_tokens.sum() / self.label_tokens.sum())
+
+
+class Engine(Protocol):
+    """What the training loop needs of an engine."""
+
+    name: str
+
+    def accumulate(self, tokens: Tokens, slices: Sequence[Slice]) -> list[BatchLoss]:
+        """Adds the gradient of each slice's mean loss to its adapter's parameters."""
+        ...
+
+    def evaluate(self, tokens: Tokens, adapters: Sequence[str]) -> list[ExampleLosses]:
+        """The loss of every example under each adapter, without gradient or dropout."""
+        ...
+
+
+class PackedEngine:
+    """All trials in one flattened batch, divided into forwards of at most `tokens_per_forward` tokens."""
+
+    name = "packed"
+
+    def __init__(self, model: PreTrainedModel, tokens_per_forward: int) -> None:
+        self.model = model
+        self.head = Head(model)
+        self.tokens_per_forward = tokens_per_forward
+
+    def hidden(self, batch: FlatBatch) -> Tensor:
+        """The trunk's last hidden states at the label positions, (L, D)."""
+        with use_layout(batch.layout):
+            trunk = getattr(self.model, self.model.base_model_prefix)
+            out = trunk(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+        return out.last_hidden_state[0, batch.label_positions]
+
+    def accumulate(self, tokens: Tokens, slices: Sequence[Slice]) -> list[BatchLoss]:
+        labels = [_label_counts(tokens, slice_.examples) for slice_ in slices]
+        order = {slice_.adapter: number for number, slice_ in enumerate(slices)}
+        sums = np.zeros(len(slices))
+        for group in divide(tokens, slices, self.tokens_per_forward):
+            batch = flatten(tokens, group, self.model.device)
+            owner = torch.tensor(
+                [order[part.adapter] for part in group for _ in part.examples], device=self.model.device
+            )[batch.label_sequence]  # (L,), which slice each label belongs to
+            share = torch.tensor([1 / max(1, count.sum()) for count in labels], device=self.model.device)
+            out = label_losses(self.head, self.hidden(batch), batch.targets, share[owner].float())
+            out.total.backward()  # type: ignore[no-untyped-call]
+            sums += np.bincount(owner.cpu(), weights=out.losses.double().cpu(), minlength=len(slices))
+        return [
+            BatchLoss(float(total / count.sum()), int(tokens.lengths[slice_.examples].sum()), int(count.sum()))
+            for total, count, slice_ in zip(sums, labels, slices, strict=True)
+        ]
+
+    @torch.no_grad()
+    def evaluate(self, tokens: Tokens, adapters: Sequence[str]) -> list[ExampleLosses]:
+        counts = _label_counts(tokens, range(len(tokens)))
+        losses, correct = np.zeros((2, len(adapters), len(tokens)))
+        budget = min(EVAL_TOKENS, self.tokens_per_forward)
+        for number, adapter in enumerate(adapters):
+            for (part,) in divide(tokens, [Slice(adapter, range(len(tokens)))], budget):
+                batch = flatten(tokens, [part], self.model.device)
+                hidden = self.hidden(batch)
+                out = label_losses(self.head, hidden, batch.targets, torch.ones_like(hidden[:, 0]).float())
+                where = batch.label_sequence.cpu()
+                losses[number, part.examples] = np.bincount(where, out.losses.double().cpu(), len(part.examples))
+                correct[number, part.examples] = np.bincount(where, out.correct.double().cpu(), len(part.examples))
+        return [ExampleLosses(loss / counts, counts, hits) for loss, hits in zip(losses, correct, strict=True)]
+
+
+class PeftEngine:
+    """One trial at a time, by PEFT's forward and the model's own attention, on right-padded batches."""
+
+    name = "peft"
+
+    def __init__(self, model: PreTrainedModel, batch_size: int) -> None:
+        self.model = model
+        self.batch_size = batch_size
+
+    def _activate(self, adapter: str) -> None:
+        for _, layer in lora_layers(self.model):
+            layer.set_adapter(adapter_key(adapter))
+
+    def _losses(self, tokens: Tokens, examples: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Losses and hits of each label, laid out as (examples, longest - 1), zero elsewhere."""
+        ids, mask, is_label = pad(tokens, examples, self.model.device)
+        autocast = self.model.dtype != torch.float32  # float32 adapters over a bfloat16 base, as TRL trains them
+        with torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=autocast):
+            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logits, targets, wanted = logits[:, :-1].float(), ids[:, 1:], is_label[:, 1:]
+        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+        return loss * wanted, (logits.argmax(dim=-1) == targets) & wanted
+
+    def accumulate(self, tokens: Tokens, slices: Sequence[Slice]) -> list[BatchLoss]:
+        results = []
+        for slice_ in slices:
+            self._activate(slice_.adapter)
+            _set_dropout(self.model, bool(slice_.dropout_seeds))
+            labels, total = int(_label_counts(tokens, slice_.examples).sum()), 0.0
+            for start in range(0, len(slice_.examples), self.batch_size):
+                part = slice_.examples[start : start + self.batch_size]
+                with torch.random.fork_rng(enabled=bool(slice_.dropout_seeds)):
+                    if slice_.dropout_seeds:
+                        torch.manual_seed(slice_.dropout_seeds[start])
+                    loss, _ = self._losses(tokens, part)
+                (loss.sum() / max(1, labels)).backward()  # type: ignore[no-untyped-call]
+                total += float(loss.detach().double().sum())
+            results.append(BatchLoss(total / labels, int(tokens.lengths[slice_.examples].sum()), labels))
+        return results
+
+    @torch.no_grad()
+    def evaluate(self, tokens: Tokens, adapters: Sequence[str]) -> list[ExampleLosses]:
+        counts = _label_counts(tokens, range(len(tokens)))
+        results = []
+        _set_dropout(self.model, False)
+        for adapter in adapters:
+            self._activate(adapter)
+            losses, correct = np.zeros((2, len(tokens)))
+            for start in range(0, len(tokens), self.batch_size):
+                part = range(start, min(start + self.batch_size, len(tokens)))
+                loss, hits = self._losses(tokens, part)
+                losses[part] = loss.double().sum(dim=1).cpu()
+                correct[part] = hits.sum(dim=1).cpu()
+            results.append(ExampleLosses(losses / counts, counts, correct))
+        return results
+
+
+def divide(tokens: Tokens, slices: Sequence[Slice], tokens_per_forward: int) -> list[list[Slice]]:
+    """Cuts the sequences of `slices`, in order, into groups of at most `tokens_per_forward` tokens.
+
+    A sequence is never cut: one that is longer makes a group by itself.
+    """
+    groups: list[list[Slice]] = [[]]
+    used = 0
+    for slice_ in slices:
+        start, examples, seeds = 0, slice_.examples, slice_.dropout_seeds
+        for number, example in enumerate(examples):
+            length = int(tokens.lengths[int(example)])
+            if used and used + length > tokens_per_forward:
+                if number > start:
+                    groups[-1].append(Slice(slice_.adapter, examples[start:number], seeds[start:number]))
+                groups.append([])
+                start, used = number, 0
+            used += length
+        groups[-1].append(Slice(slice_.adapter, examples[start:], seeds[start:]))
+    return groups
+
+
+def pad(tokens: Tokens, examples: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Right-padded token ids, attention mask and label mask, each (examples, longest). The pad id is never read."""
+    parts = [tokens[int(example)] for example in examples]
+    longest = max(len(ids) for ids, _ in parts)
+    ids = np.zeros((len(parts), longest), dtype=np.int64)
+    mask, is_label = np.zeros((2, len(parts), longest), dtype=bool)
+    for row, (part, labels) in enumerate(parts):
+        ids[row, : len(part)], mask[row, : len(part)], is_label[row, : len(part)] = part, True, labels
+    return (
+        torch.from_numpy(ids).to(device),
+        torch.from_numpy(mask.astype(np.int64)).to(device),
+        torch.from_numpy(is_label).to(device),
+    )
+
+
+def _label_counts(tokens: Tokens, examples: Sequence[int]) -> np.ndarray:
+    """Label tokens of each example, (examples,)."""
+    return np.array([int(tokens[int(example)][1][1:].sum()) for example in examples])
+
+
+def _set_dropout(model: PreTrainedModel, training: bool) -> None:
+    for _, layer in lora_layers(model):
+        layer.lora_dropout.train(training)

@@ -1,0 +1,199 @@
+"""The pack's training loop: reads top to bottom, without callbacks."""
+
+import gc
+import logging
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from rankscope.data.batches import steps_per_epoch
+from rankscope.data.tokens import TokenizedData
+from rankscope.files import JsonlWriter, write_json
+from rankscope.lora.adapters import save_adapter
+from rankscope.lora.base import free_bytes, load_model
+from rankscope.lora.layout import NotPackable
+from rankscope.spec import StudySpec, TrainingSpec, Trial
+from rankscope.train.engine import Engine, ExampleLosses, PackedEngine, PeftEngine
+from rankscope.train.pack import (
+    Member,
+    StepMetrics,
+    effective_batch_size,
+    finite_weights,
+    make_member,
+    total_steps,
+    train_step,
+)
+from rankscope.train.probe import make_packable
+
+log = logging.getLogger(__name__)
+
+SHARE_OF_FREE_MEMORY = 0.6
+"""Of the memory free after loading, what a forward's saved tensors may take; the rest is for what is fleeting."""
+
+
+class EngineChoice(NamedTuple):
+    """The engine that trains, and why it is not the packed one where it is not."""
+
+    engine: Engine
+    reason: str | None
+
+
+def choose_engine(model: PreTrainedModel, members: Sequence[Member], training: TrainingSpec) -> EngineChoice:
+    """The packed engine where the model can be packed (probed on the model itself), PEFT's own elsewhere."""
+    if training.engine == "peft":
+        return EngineChoice(PeftEngine(model, training.batch_size), None)
+    if training.base_dropout == "keep":
+        model.train()
+    try:
+        per_token = make_packable(model, [member.trial.name for member in members])
+    except NotPackable as error:
+        log.warning("%s cannot be packed: %s. Its trials are trained by PEFT's forward.", type(model).__name__, error)
+        return EngineChoice(PeftEngine(model, training.batch_size), str(error))
+    budget = max(1, int(free_bytes(model.device) * SHARE_OF_FREE_MEMORY / per_token))
+    log.info("packed: %.2f MB a token, at most %d tokens a forward", per_token / 1e6, budget)
+    return EngineChoice(PackedEngine(model, budget), None)
+
+
+def train_pack(
+    spec: StudySpec, trials: Sequence[Trial], folders: Mapping[str, Path], data: TokenizedData, pack: str
+) -> None:
+    """Trains `trials` together from their first step to their last, and writes each one's files in its folder.
+
+    trial.json holds status and results, metrics.jsonl a line a step, eval.json the final held-out loss of each
+    example, adapter/ the adapter in PEFT's format. A trial whose loss or gradient is not finite is frozen where it
+    is and recorded as diverged; the others go on.
+    """
+    training = spec.training
+    model = load_model(spec.model)
+    if training.base_dropout == "keep":
+        model.train()
+    steps = total_steps(training, len(data.train))
+    per_epoch = steps_per_epoch(len(data.train), effective_batch_size(training))
+    members = [make_member(model, trial, training, steps, spec.model.id) for trial in trials]
+    engine, reason = choose_engine(model, members, training)
+    eval_steps = {math.ceil(steps * (i + 1) / training.evals) for i in range(training.evals)}
+    writers: dict[str, JsonlWriter] = {}
+    histories: dict[str, list[StepMetrics]] = {}
+    seconds = 0.0
+    for trial in trials:
+        shutil.rmtree(folders[trial.name], ignore_errors=True)  # what a run that was killed left behind
+        writers[trial.name] = JsonlWriter(folders[trial.name] / "metrics.jsonl")
+        histories[trial.name] = []
+    record = _Recorder(folders, pack, engine.name, reason)
+    for trial in trials:
+        record(trial, "running")
+
+    before = engine.evaluate(data.eval, [trials[0].name])[0]  # B is zero: the base model's own loss for every trial
+    for trial in trials:
+        writers[trial.name].write({"step": 0, "epoch": 0.0, "eval_loss": before.mean})
+
+    active = list(members)
+    for step in range(steps):
+        start = time.perf_counter()
+        metrics = train_step(engine, active, data.train, training, step)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        step_seconds = time.perf_counter() - start
+        seconds += step_seconds
+        for member, result in zip(list(active), metrics, strict=True):
+            name = member.trial.name
+            if not result.finite:
+                active.remove(member)
+                what = "loss" if not math.isfinite(result.loss) else "gradient"
+                record(member.trial, "diverged", f"{what} not finite at step {step + 1}")
+                continue
+            histories[name].append(result)
+            writers[name].write(
+                {
+                    "step": step + 1,
+                    "epoch": (step + 1) / per_epoch,
+                    "train_loss": result.loss,
+                    "grad_norm": result.grad_norm,
+                    "step_learning_rate": result.learning_rate,
+                    "tokens": result.tokens,
+                    "label_tokens": result.label_tokens,
+                    "step_seconds": step_seconds,
+                }
+            )
+        if not active:
+            break
+        if step + 1 in eval_steps:
+            evals = engine.evaluate(data.eval, [member.trial.name for member in active])
+            for member, held_out in zip(active, evals, strict=True):
+                if math.isfinite(held_out.mean):
+                    writers[member.trial.name].write({"step": step + 1, "eval_loss": held_out.mean})
+            if step + 1 == steps:
+                for member, held_out in zip(active, evals, strict=True):
+                    _finish(record, member, held_out, histories[member.trial.name], seconds, folders)
+    for writer in writers.values():
+        writer.close()
+    del model, members, active, engine
+    gc.collect()
+
+
+class _Recorder:
+    """Writes trial.json."""
+
+    def __init__(self, folders: Mapping[str, Path], pack: str, engine: str, engine_reason: str | None) -> None:
+        self.folders = folders
+        self.shared = {"pack": pack, "engine": engine, "engine_reason": engine_reason}
+
+    def __call__(
+        self, trial: Trial, status: str, reason: str | None = None, results: Mapping[str, Any] | None = None
+    ) -> None:
+        write_json(
+            self.folders[trial.name] / "trial.json",
+            {
+                "schema": 1,
+                "trial": trial.name,
+                "status": status,
+                "reason": reason,
+                **self.shared,
+                **trial.model_dump(mode="json"),
+                "results": results,
+            },
+        )
+
+
+def _finish(
+    record: _Recorder,
+    member: Member,
+    held_out: ExampleLosses,
+    history: Sequence[StepMetrics],
+    seconds: float,
+    folders: Mapping[str, Path],
+) -> None:
+    """Writes a trial's last files; trial.json comes last, so that `done` means that all is there."""
+    trial, folder = member.trial, folders[member.trial.name]
+    if not math.isfinite(held_out.mean) or not finite_weights(member):
+        record(trial, "diverged", f"held-out loss or weights not finite after step {len(history)}")
+        return
+    examples = {
+        "example": list(range(len(held_out.loss))),
+        "loss": held_out.loss.tolist(),
+        "label_tokens": held_out.label_tokens.tolist(),
+        "correct_tokens": held_out.correct_tokens.astype(int).tolist(),
+    }
+    write_json(folder / "eval.json", {"schema": 1, "step": len(history), "examples": examples})
+    adapter_bytes = save_adapter(member.weights, member.config, folder / "adapter")
+    tail = history[-max(1, len(history) // 10) :]
+    tokens = sum(step.tokens for step in history)
+    results = {
+        "steps": len(history),
+        "tokens": tokens,
+        "trainable_params": sum(parameter.numel() for parameter in member.parameters),
+        "adapter_bytes": adapter_bytes,
+        "train_loss": sum(step.loss for step in tail) / len(tail),
+        "eval_loss": held_out.mean,
+        "eval_perplexity": math.exp(min(held_out.mean, 700.0)),
+        "eval_accuracy": held_out.accuracy,
+        "train_seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+    }
+    record(trial, "done", results=results)

@@ -1,0 +1,95 @@
+"""Cross-entropy at the label positions only, in chunks: all logits never exist at once."""
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as TrunkOutput
+
+CHUNK_BYTES = 2**26
+"""Size of one chunk's float32 logits; about three of them are alive at once."""
+
+
+class Head:
+    """From hidden states (L, D) to logits (L, V), by the model's own forward.
+
+    What a causal language model does after its trunk (soft-capping in Gemma, scaling in Granite and Cohere) stays
+    its own business: a shallow copy of the model is run whose trunk returns the hidden states it is given.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._trunk = _Given()
+        self._model = copy.copy(model)
+        self._model._modules = {**model._modules, model.base_model_prefix: self._trunk}
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        self._trunk.hidden = hidden[None]
+        logits = self._model(inputs_embeds=hidden[None], use_cache=False).logits
+        assert isinstance(logits, Tensor)
+        return logits[0]
+
+
+class _Given(nn.Module):
+    """A trunk that returns what it was given. Some models call `model.decoder` instead of `model`."""
+
+    hidden: Tensor
+
+    @property
+    def decoder(self) -> "_Given":
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> TrunkOutput:
+        return TrunkOutput(last_hidden_state=self.hidden)  # type: ignore[arg-type]
+
+
+class LabelLosses(NamedTuple):
+    """For L label tokens: the weighted sum (a scalar that carries the gradient), each loss in nats, each hit."""
+
+    total: Tensor  # ()
+    losses: Tensor  # (L,) float32, without gradient
+    correct: Tensor  # (L,) bool: the label has the highest logit
+
+
+def label_losses(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, weights: Tensor) -> LabelLosses:
+    """Cross-entropy of each label, and their sum weighted by `weights`.
+
+    Shapes: hidden (L, D), targets (L,) token ids, weights (L,). The gradient with respect to `hidden` is worked out
+    chunk by chunk in the forward (as in Liger Kernel, arXiv:2410.10989), so that no logits wait for the backward.
+    """
+    return LabelLosses(*_ChunkedCrossEntropy.apply(hidden, targets, weights, head))
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, weights: Tensor, head: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        correct = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        start, size = 0, 64  # the first chunk is small, to learn V
+        while start < len(targets):
+            part = slice(start, start + size)
+            with torch.set_grad_enabled(grad is not None):
+                chunk = hidden[part].detach().requires_grad_(grad is not None)
+                logits = head(chunk).float()
+                loss = F.cross_entropy(logits, targets[part], reduction="none")
+                if grad is not None:
+                    (grad[part],) = torch.autograd.grad(loss @ weights[part], chunk)
+            losses[part] = loss.detach()
+            correct[part] = logits.detach().argmax(dim=-1) == targets[part]
+            start += size
+            size = max(16, CHUNK_BYTES // (4 * logits.shape[-1]))
+        if grad is not None:
+            ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(losses, correct)
+        return losses @ weights, losses, correct
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> Any:  # type: ignore[override]
+        (grad,) = ctx.saved_tensors
+        return grad * grad_total, None, None, None

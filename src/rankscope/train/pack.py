@@ -1,0 +1,125 @@
+"""A pack: trials that train together over one frozen base, each with an optimizer and a random stream of its own."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from peft import LoraConfig
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel, get_scheduler
+
+from rankscope.data.batches import batch_indices, steps_per_epoch
+from rankscope.data.tokens import Tokens
+from rankscope.lora.adapters import adapter_weights, add_adapter
+from rankscope.lora.layout import Slice
+from rankscope.spec import TrainingSpec, Trial
+from rankscope.train.engine import Engine
+
+
+class StepMetrics(NamedTuple):
+    """One optimizer step of one trial."""
+
+    loss: float  # nats a label token, mean over the step's label tokens
+    grad_norm: float  # before clipping
+    learning_rate: float
+    tokens: int
+    label_tokens: int
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+class Member(NamedTuple):
+    """A trial's training state."""
+
+    trial: Trial
+    config: LoraConfig
+    weights: dict[str, nn.Parameter]  # under PEFT's saved names
+    optimizer: AdamW
+    scheduler: LRScheduler
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.weights.values())
+
+
+def total_steps(training: TrainingSpec, examples: int) -> int:
+    """Optimizer steps of the whole schedule."""
+    if training.steps is not None:
+        return training.steps
+    per_epoch = steps_per_epoch(examples, effective_batch_size(training))
+    return max(1, math.ceil((training.epochs or 1.0) * per_epoch))
+
+
+def effective_batch_size(training: TrainingSpec) -> int:
+    """Examples of one trial that one optimizer step sees."""
+    return training.batch_size * training.gradient_accumulation_steps
+
+
+def make_member(
+    model: PreTrainedModel, trial: Trial, training: TrainingSpec, steps: int, base: str | None = None
+) -> Member:
+    """Injects the trial's adapter and gives it its optimizer and schedule."""
+    config = add_adapter(model, trial, base)
+    weights = adapter_weights(model, trial.name)
+    optimizer = AdamW(
+        weights.values(),
+        lr=trial.candidate.learning_rate,
+        betas=(training.adam_beta1, training.adam_beta2),
+        eps=training.adam_epsilon,
+        weight_decay=training.weight_decay,
+        fused=True,
+    )
+    kind = "constant_with_warmup" if training.lr_scheduler_type == "constant" else training.lr_scheduler_type
+    scheduler = get_scheduler(kind, optimizer, math.ceil(training.warmup_ratio * steps), steps)
+    return Member(trial, config, weights, optimizer, scheduler)
+
+
+def train_step(
+    engine: Engine, members: Sequence[Member], tokens: Tokens, training: TrainingSpec, step: int
+) -> list[StepMetrics]:
+    """One optimizer step of every member. `step` counts from 0 over the whole schedule.
+
+    A member whose loss or gradient is not finite is left unchanged; the caller reads that from its metrics.
+    """
+    slices = []
+    for member in members:
+        seed, dropout = member.trial.seed, member.trial.candidate.lora_dropout
+        examples = batch_at(member.trial, tokens, training, step)
+        seeds = [stream_seed(seed, step, place) for place in range(len(examples))] if dropout else []
+        slices.append(Slice(member.trial.name, examples, seeds))
+        member.optimizer.zero_grad(set_to_none=True)
+    metrics = []
+    for member, batch in zip(members, engine.accumulate(tokens, slices), strict=True):
+        norm = nn.utils.get_total_norm([p.grad for p in member.parameters if p.grad is not None])
+        rate = member.scheduler.get_last_lr()[0]
+        result = StepMetrics(batch.loss, float(norm), rate, batch.tokens, batch.label_tokens)
+        if result.finite:
+            if training.max_grad_norm:
+                nn.utils.clip_grads_with_norm_(member.parameters, training.max_grad_norm, norm)
+            member.optimizer.step()
+            member.scheduler.step()
+        metrics.append(result)
+    return metrics
+
+
+def batch_at(trial: Trial, tokens: Tokens, training: TrainingSpec, step: int) -> np.ndarray:
+    """The examples that `trial` sees at `step`: the same for every trial with its seed."""
+    return batch_indices(len(tokens), effective_batch_size(training), trial.seed, step)
+
+
+def stream_seed(seed: int, step: int, place: int) -> int:
+    """The seed of one example's dropout stream: a hash, so that neighbouring seeds give unrelated streams."""
+    digest = hashlib.blake2b(f"{seed}:{step}:{place}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1  # torch takes 63 bits
+
+
+def finite_weights(member: Member) -> bool:
+    """Whether every weight of the adapter is a finite number."""
+    return all(bool(torch.isfinite(parameter).all()) for parameter in member.parameters)

@@ -1,0 +1,73 @@
+"""Tiny random models of many architectures, for parity tests. Weights are large enough for attention to matter."""
+
+from typing import Any
+
+import torch
+from transformers import (
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    PhiConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers import AutoModelForCausalLM
+
+VOCAB = 131
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": 2,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+}
+_GLU: dict[str, Any] = {**_COMMON, "intermediate_size": 48, "num_key_value_heads": 2}
+_OPT: dict[str, Any] = {**_COMMON, "ffn_dim": 64, "dropout": 0.1}
+
+CONFIGS: dict[str, Any] = {
+    "opt-post-norm": lambda: OPTConfig(**_OPT, word_embed_proj_dim=16, do_layer_norm_before=False),
+    "opt-pre-norm": lambda: OPTConfig(**_OPT, word_embed_proj_dim=32, do_layer_norm_before=True),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=2, eos_token_id=2
+    ),
+    "llama-gqa": lambda: LlamaConfig(**_GLU),
+    "qwen2": lambda: Qwen2Config(**_GLU),
+    "qwen3": lambda: Qwen3Config(**_GLU, head_dim=8),
+    "mistral-window": lambda: MistralConfig(**_GLU, head_dim=8, sliding_window=5),
+    "gemma2": lambda: Gemma2Config(**_GLU, head_dim=8, sliding_window=5, query_pre_attn_scalar=8),
+    "gemma3": lambda: Gemma3TextConfig(
+        **{**_GLU, "num_hidden_layers": 3}, head_dim=8, sliding_window=5, query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "gpt-neox": lambda: GPTNeoXConfig(**_COMMON, intermediate_size=64),
+    "phi": lambda: PhiConfig(**{**_GLU, "num_key_value_heads": 4}),
+    "mixtral": lambda: MixtralConfig(**_GLU, head_dim=8, num_local_experts=4, num_experts_per_tok=2),
+}  # fmt: skip
+UNPACKABLE: dict[str, Any] = {
+    "falcon": lambda: FalconConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
+}
+
+
+def tiny_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A frozen model of architecture `name`, the same weights each time."""
+    config = (CONFIGS | UNPACKABLE)[name]()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and "norm" not in parameter_name:
+                parameter.mul_(4.0)  # 0.02 is so small that a leak or a wrong position would hardly show
+    model = model.to(dtype).eval()
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model
