@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pytest
 
 from rankscope.spec import StudySpec, resolve_spec
 from rankscope.study import Evidence
@@ -25,7 +24,9 @@ def make_spec(**values: Any) -> StudySpec:
     return resolve_spec(defaults | values)
 
 
-def make_evidence(spec: StudySpec | None = None, *, steps: int = 120, gpu: bool = False, profiles: bool = True) -> Evidence:
+def make_evidence(
+    spec: StudySpec | None = None, *, steps: int = 120, gpu: bool = False, profiles: bool = True
+) -> Evidence:
     """Complete evidence: all trials done. Losses fall with steps, memory and time rise with rank."""
     spec = spec or make_spec()
     noise = np.random.default_rng(7)
@@ -34,17 +35,33 @@ def make_evidence(spec: StudySpec | None = None, *, steps: int = 120, gpu: bool 
         candidate = trial.candidate
         identity = {"trial": trial.name, "candidate": candidate.name, "rank": candidate.rank,
                     "learning_rate": candidate.learning_rate, "seed": trial.seed}  # fmt: skip
-        final = FINAL_LOSS.get(candidate.rank, 1.25) + 0.004 * (trial.seed - 1) + 20 * (candidate.learning_rate - 2e-4)
+        final = (
+            FINAL_LOSS.get(candidate.rank, 1.25)
+            + 0.004 * (trial.seed - 1)
+            + 20 * (candidate.learning_rate - 2e-4)
+        )
         results.append(
             identity
             | {
-                "lora_alpha": candidate.lora_alpha, "scaling": candidate.scaling, "use_rslora": False,
-                "target_modules": "all-linear", "status": "done", "reason": None, "engine": "packed", "pack": "p000",
-                "steps": float(steps), "tokens": steps * 900.0, "trainable_params": 110_592.0 * candidate.rank,
-                "adapter_bytes": 442_368.0 * candidate.rank, "train_loss": final - 0.1, "eval_loss": final,
-                "eval_perplexity": math.exp(final), "eval_accuracy": 0.7, "train_seconds": 300.0,
+                "lora_alpha": candidate.lora_alpha,
+                "scaling": candidate.scaling,
+                "use_rslora": False,
+                "target_modules": "all-linear",
+                "status": "done",
+                "reason": None,
+                "engine": "packed",
+                "pack": "p000",
+                "steps": float(steps),
+                "tokens": steps * 900.0,
+                "trainable_params": 110_592.0 * candidate.rank,
+                "adapter_bytes": 442_368.0 * candidate.rank,
+                "train_loss": final - 0.1,
+                "eval_loss": final,
+                "eval_perplexity": math.exp(final),
+                "eval_accuracy": 0.7,
+                "train_seconds": 300.0,
                 "tokens_per_second": steps * 3.0,
-            }  # fmt: skip
+            }
         )
         for step in range(steps + 1):
             evaluated = step % max(1, steps // 4) == 0
@@ -52,11 +69,16 @@ def make_evidence(spec: StudySpec | None = None, *, steps: int = 120, gpu: bool 
             curves.append(
                 identity
                 | {
-                    "step": step, "epoch": step / steps,
+                    "step": step,
+                    "epoch": step / steps,
                     "train_loss": math.nan if step == 0 else level - 0.1 + noise.normal(0, 0.06),
-                    "eval_loss": level if evaluated else math.nan, "grad_norm": 0.5, "step_learning_rate": 2e-4,
-                    "tokens": 900.0, "label_tokens": 400.0, "step_seconds": 0.4,
-                }  # fmt: skip
+                    "eval_loss": level if evaluated else math.nan,
+                    "grad_norm": 0.5,
+                    "step_learning_rate": 2e-4,
+                    "tokens": 900.0,
+                    "label_tokens": 400.0,
+                    "step_seconds": 0.4,
+                }
             )
     profile_rows, samples = _costs(spec, noise, gpu) if profiles else ([], [])
     return Evidence(
@@ -71,10 +93,9 @@ def make_evidence(spec: StudySpec | None = None, *, steps: int = 120, gpu: bool 
                 "cpu": "AMD EPYC 7763", "cores": 16, "memory_bytes": 128_000_000_000,
                 "gpus": [{"name": "NVIDIA H100", "memory_bytes": 80_000_000_000}] if gpu else [],
             },
-            "versions": {"rankscope": "0.1.0", "python": "3.11.2", "torch": "2.11.0", "transformers": "5.17.0",
-                         "peft": "0.19.0"},
-            "model": {"id": spec.model.id, "revision": "08ab08cc", "parameters": 331_196_416, "dtype": "float32",
-                      "fingerprint": "sha256:3f9a"},
+            "versions": {"rankscope": "0.1.0", "python": "3.11.2", "torch": "2.11.0", "peft": "0.19.0"},
+            "model": {"id": spec.model.id, "revision": "08ab08cc", "parameters": 331_196_416,
+                      "dtype": "float32", "fingerprint": "sha256:3f9a"},
             "device": "cuda" if gpu else "cpu",
         },
         data_facts={
@@ -85,43 +106,58 @@ def make_evidence(spec: StudySpec | None = None, *, steps: int = 120, gpu: bool 
     )  # fmt: skip
 
 
-def _costs(spec: StudySpec, noise: np.random.Generator, gpu: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _costs(
+    spec: StudySpec, noise: np.random.Generator, gpu: bool
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     profiles, samples = [], []
     for candidate in spec.candidates():
-        identity = {"candidate": candidate.name, "rank": candidate.rank, "learning_rate": candidate.learning_rate}
+        identity = {
+            "candidate": candidate.name,
+            "rank": candidate.rank,
+            "learning_rate": candidate.learning_rate,
+        }
         base = 1.9e9 + 3.1e6 * candidate.rank
         for repeat in range(spec.measure.repeats):
             profiles.append(
                 identity
                 | {
-                    "repeat": repeat, "load_seconds": 3.2, "steps": 8,
+                    "repeat": repeat,
+                    "load_seconds": 3.2,
+                    "steps": 8,
                     "step_seconds_median": 0.4 + candidate.rank / 1000 + 0.01 * repeat,
-                    "step_seconds_mean": 0.41 + candidate.rank / 1000, "tokens_per_second": 2100.0,
-                    "runtime_seconds": 960 + candidate.rank * 2.2 + 12 * repeat, "rss_base_bytes": 4.1e8,
-                    "rss_mean_bytes": base, "rss_peak_bytes": base * 1.22 + 1e6 * repeat,
+                    "step_seconds_mean": 0.41 + candidate.rank / 1000,
+                    "tokens_per_second": 2100.0,
+                    "runtime_seconds": 960 + candidate.rank * 2.2 + 12 * repeat,
+                    "rss_base_bytes": 4.1e8,
+                    "rss_mean_bytes": base,
+                    "rss_peak_bytes": base * 1.22 + 1e6 * repeat,
                     "gpu_allocated_mean_bytes": base * 1.5 if gpu else math.nan,
                     "gpu_allocated_peak_bytes": base * 2.5 if gpu else math.nan,
                     "gpu_reserved_mean_bytes": base * 1.7 if gpu else math.nan,
                     "gpu_reserved_peak_bytes": base * 2.7 if gpu else math.nan,
                     "trainable_params": 110_592 * candidate.rank,
-                }  # fmt: skip
+                }
             )
             for step in range(0, 9):
                 for part in range(4):
                     samples.append(
                         identity
                         | {
-                            "repeat": repeat, "phase": "load" if step == 0 else "train",
-                            "step": math.nan if step == 0 else step, "seconds": step + part / 4,
+                            "repeat": repeat,
+                            "phase": "load" if step == 0 else "train",
+                            "step": math.nan if step == 0 else step,
+                            "seconds": step + part / 4,
                             "rss_bytes": base + noise.normal(0, 2e7) + 3e7 * (part == 2),
                             "gpu_allocated_bytes": base * 1.5 + 1e8 * part if gpu else math.nan,
                             "gpu_reserved_bytes": base * 1.7 if gpu else math.nan,
-                        }  # fmt: skip
+                        }
                     )
     return profiles, samples
 
 
-def make_verdict(evidence: Evidence, outcome: str = "recommended", chosen: int = 0, **values: Any) -> dict[str, Any]:
+def make_verdict(
+    evidence: Evidence, outcome: str = "recommended", chosen: int = 0, **values: Any
+) -> dict[str, Any]:
     """A verdict on complete evidence; `chosen` is an index of its candidates."""
     losses = evidence.results[evidence.results["status"] == "done"].groupby("candidate")["eval_loss"].mean()
     best = losses.min()
@@ -132,7 +168,9 @@ def make_verdict(evidence: Evidence, outcome: str = "recommended", chosen: int =
         regret = None if loss is None else float(loss - best)
         comparison.append(
             {
-                "candidate": candidate.name, "rank": candidate.rank, "learning_rate": candidate.learning_rate,
+                "candidate": candidate.name,
+                "rank": candidate.rank,
+                "learning_rate": candidate.learning_rate,
                 "eval_loss": None if loss is None else float(loss),
                 "eval_loss_low": None if loss is None or one_seed else float(loss - 0.006),
                 "eval_loss_high": None if loss is None or one_seed else float(loss + 0.006),
@@ -141,7 +179,7 @@ def make_verdict(evidence: Evidence, outcome: str = "recommended", chosen: int =
                 "regret_high": None if regret is None or one_seed else regret + 0.003,
                 "regret_share": None if regret is None else regret / float(best),
                 "within_margin": None if regret is None else regret / float(best) < 0.01,
-            }  # fmt: skip
+            }
         )
     decided = outcome != "not_enough_evidence"
     return {
@@ -159,22 +197,12 @@ def make_verdict(evidence: Evidence, outcome: str = "recommended", chosen: int =
     } | values
 
 
-@pytest.fixture(scope="session")
-def evidence() -> Evidence:
-    return make_evidence()
-
-
-@pytest.fixture(scope="session")
-def verdict(evidence: Evidence) -> dict[str, Any]:
-    return make_verdict(evidence)
-
-
 def replace_trial(evidence: Evidence, index: int, **values: Any) -> Evidence:
     """The same evidence with one trial's row changed."""
     results = evidence.results.copy()
     for column, value in values.items():
-        results[column] = results[column].astype("object" if isinstance(value, str) else results[column].dtype)
+        results[column] = results[column].astype(
+            "object" if isinstance(value, str) else results[column].dtype
+        )
         results.loc[index, column] = value
     return evidence._replace(results=results)
-
-

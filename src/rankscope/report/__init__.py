@@ -1,10 +1,10 @@
 """The report of a study: one offline page, the same in Markdown, tables and figures.
 
-    sentences, catalogue, formats   words and numbers; imports nothing heavy
-    tables, series                  evidence -> tidy frames
-    charts                          tidy frame -> altair chart; to change a chart, change it there
-    content                         all of it put together, in one language
-    html, markdown, write          content -> files
+sentences, catalogue, formats   words and numbers; imports nothing heavy
+tables, series                  evidence -> tidy frames
+charts                          tidy frame -> altair chart; to change a chart, change it there
+content                         all of it put together, in one language
+html, markdown, write          content -> files
 """
 
 from collections.abc import Mapping
@@ -28,15 +28,16 @@ def build(
 ) -> Path:
     """Writes index.html, report.md, results.csv, results.parquet and figures/ into `folder`.
 
-    `verdict` is the content of verdict.json, or None before there is one. `study_name` defaults to the study's own;
-    `reproduce` is the command that is shown. Each file is whole or absent. Works on partial evidence.
+    `verdict` is the content of verdict.json, or None before there is one. `study_name` defaults to the
+    study's own; `reproduce` is the command that is shown. Each file is whole or absent. Works on partial
+    evidence.
 
     Returns: the path of index.html.
 
     Raises:
         StudyError: there is no catalogue in `language`.
     """
-    # The command line imports rankscope.report.sentences, which runs this file: pandas and altair wait until here.
+    # The command line imports rankscope.report.sentences, which runs this file: pandas and altair wait.
     from rankscope.report.write import write_report
 
     return write_report(

@@ -1,4 +1,4 @@
-"""Every visible string of the report, one YAML file a language. Imports nothing heavy: the command line uses it."""
+"""Every visible string of the report, one YAML file a language. Imports nothing heavy."""
 
 from functools import cache
 from importlib import resources
@@ -22,7 +22,7 @@ class Catalogue:
         return self._texts[key].format(**values)
 
     def get(self, key: str, default: str) -> str:
-        """The string, or `default` for what no catalogue can know, such as a new status or a field of the data."""
+        """The string, or `default` for what no catalogue can know, such as a field of the data."""
         return self._texts.get(key, default)
 
     def count(self, key: str, number: int) -> str:

@@ -1,8 +1,8 @@
 """The charts of a report: each function takes a tidy frame and gives an `altair.Chart`. Change a chart here.
 
-A rank has one colour, one dash and one place in every chart. Colours are Okabe and Ito's, which people with colour
-vision deficiency can tell apart (https://jfly.uni-koeln.de/color/), without those too pale on their background.
-Labels are the text of the catalogue; no string of the model or the data enters a chart.
+A rank has one colour, one dash and one place in every chart. Colours are Okabe and Ito's, which people with
+colour vision deficiency can tell apart (https://jfly.uni-koeln.de/color/), without those too pale on their
+background. Labels are the catalogue's; no string of the model or the data enters a chart.
 """
 
 import re
@@ -42,6 +42,7 @@ def theme(dark: bool = False) -> dict[str, Any]:
             "tickColor": grid,
             "titlePadding": 10,
             "labelPadding": 6,
+            "tickCount": 6,
         },
         "axisX": {"grid": False},
         "legend": {
@@ -53,8 +54,6 @@ def theme(dark: bool = False) -> dict[str, Any]:
             "titlePadding": 8,
             "labelFontSize": 12,
             "titleFontSize": 12,
-            "symbolSize": 160,
-            "symbolStrokeWidth": 2.5,
         },
         "title": {"color": ink, "subtitleColor": muted, "anchor": "start", "fontSize": 14, "offset": 14},
         "text": {"color": ink, "fill": ink},
@@ -63,11 +62,11 @@ def theme(dark: bool = False) -> dict[str, Any]:
     }
 
 
-def training_loss(frame: pd.DataFrame, text: Catalogue, ranks: list[int], y_range: tuple[float, float]) -> alt.Chart:
+def training_loss(
+    frame: pd.DataFrame, text: Catalogue, ranks: list[int], y_range: tuple[float, float]
+) -> alt.Chart:
     """`step rank mean low high smooth_mean smooth_low smooth_high`; a switch chooses the smoothed curve."""
-    switch = alt.param(
-        name="smooth", value=True, bind=alt.binding_checkbox(name=text("chart.smooth"))
-    )
+    switch = alt.param(name="smooth", value=True, bind=alt.binding_checkbox(name=text("chart.smooth")))
     shown = {
         "shown": "smooth ? datum.smooth_mean : datum.mean",
         "shown_low": "smooth ? datum.smooth_low : datum.low",
@@ -78,14 +77,21 @@ def training_loss(frame: pd.DataFrame, text: Catalogue, ranks: list[int], y_rang
     return chart.add_params(switch)
 
 
-def heldout_by_step(frame: pd.DataFrame, text: Catalogue, ranks: list[int], y_range: tuple[float, float]) -> alt.Chart:
+def heldout_by_step(
+    frame: pd.DataFrame, text: Catalogue, ranks: list[int], y_range: tuple[float, float]
+) -> alt.Chart:
     """`step rank mean low high`, in nats."""
     base = _plain(frame)
     return _lines(base, frame, text, ranks, text("chart.eval_steps.y"), y_range, ".4f", points=True)
 
 
 def memory_by_step(
-    frame: pd.DataFrame, text: Catalogue, ranks: list[int], y_range: tuple[float, float], kind: str, unit: Unit
+    frame: pd.DataFrame,
+    text: Catalogue,
+    ranks: list[int],
+    y_range: tuple[float, float],
+    kind: str,
+    unit: Unit,
 ) -> alt.Chart:
     """`step rank mean low high` in bytes; `kind` is `cpu` or `gpu`."""
     scaled = frame.assign(**{column: frame[column] / unit.factor for column in ("mean", "low", "high")})
@@ -104,7 +110,12 @@ def runtime(frame: pd.DataFrame, text: Catalogue, ranks: list[int], unit: Unit, 
     bars = (
         alt.Chart(values)
         .mark_bar(opacity=0.45, cornerRadiusEnd=2, size=_bar_size(values))
-        .encode(**x, y=mean, color=_colour(ranks, text, legend=False), tooltip=_tooltip(text, values, mean_title=y_title))
+        .encode(
+            **x,
+            y=mean,
+            color=_colour(ranks, text),
+            tooltip=_tooltip(text, values, mean_title=y_title),
+        )
     )
     dots = (
         alt.Chart(values)
@@ -112,8 +123,8 @@ def runtime(frame: pd.DataFrame, text: Catalogue, ranks: list[int], unit: Unit, 
         .encode(
             **x,
             y=alt.Y("value:Q", title=y_title),
-            color=_colour(ranks, text, legend=False),
-            shape=_shape(ranks),
+            color=_colour(ranks, text),
+            shape=_shape(ranks, text),
             tooltip=[
                 alt.Tooltip("rank:O", title=text("chart.rank")),
                 alt.Tooltip("rate:N", title=text("chart.learning_rate")),
@@ -125,7 +136,9 @@ def runtime(frame: pd.DataFrame, text: Catalogue, ranks: list[int], unit: Unit, 
     return _sized(bars + dots)
 
 
-def memory_by_rank(frame: pd.DataFrame, text: Catalogue, ranks: list[int], kind: str, unit: Unit) -> alt.Chart:
+def memory_by_rank(
+    frame: pd.DataFrame, text: Catalogue, ranks: list[int], kind: str, unit: Unit
+) -> alt.Chart:
     """`rank learning_rate average peak` in bytes: a bar for the average, a line above it for the peak."""
     values = frame.assign(
         average=frame["average"] / unit.factor,
@@ -134,7 +147,7 @@ def memory_by_rank(frame: pd.DataFrame, text: Catalogue, ranks: list[int], kind:
     )
     x = _by_rank(values, text, ranks)
     title = text(f"chart.{kind}_memory.y", unit=unit.name)
-    colour = _colour(ranks, text, legend=False)
+    colour = _colour(ranks, text)
     tooltip = [
         alt.Tooltip("rank:O", title=text("chart.rank")),
         alt.Tooltip("rate:N", title=text("chart.learning_rate")),
@@ -152,7 +165,9 @@ def memory_by_rank(frame: pd.DataFrame, text: Catalogue, ranks: list[int], kind:
     layers = [bars, peaks]
     if not _several_rates(values):  # numbers over bars that stand side by side would overlap
         layers.append(base.mark_text(dy=-10).encode(**x, y="peak:Q", text=alt.Text("peak:Q", format=".3~g")))
-        layers.append(base.mark_text(dy=14).encode(**x, y="average:Q", text=alt.Text("average:Q", format=".3~g")))
+        layers.append(
+            base.mark_text(dy=14).encode(**x, y="average:Q", text=alt.Text("average:Q", format=".3~g"))
+        )
     return _sized(alt.layer(*layers))
 
 
@@ -163,13 +178,18 @@ def heldout_by_rank(
     ranks: list[int],
     margin: tuple[float, float] | None,
 ) -> alt.Chart:
-    """`seeds`: `rank learning_rate seed eval_loss`; `candidates`: `rank learning_rate eval_loss eval_loss_low
-    eval_loss_high` (NaN where there is no interval). `margin` is the shaded range of good enough losses (nats).
+    """`seeds`: `rank learning_rate seed eval_loss`; `candidates`: `rank learning_rate eval_loss
+    eval_loss_low eval_loss_high` (NaN where there is no interval). `margin` is the shaded range of losses
+    that are good enough (nats).
     """
     seeds = seeds.assign(rate=seeds["learning_rate"].map(rate))
     candidates = candidates.assign(rate=candidates["learning_rate"].map(rate))
     title, scale = text("chart.eval_by_rank.y"), alt.Scale(zero=False, nice=True, padding=12)
-    x, colour, shape = _by_rank(seeds, text, ranks), _colour(ranks, text, legend=False), _shape(ranks)
+    x, colour, shape = (
+        _by_rank(seeds, text, ranks),
+        _colour(ranks, text),
+        _shape(ranks, text),
+    )
     identity = [
         alt.Tooltip("rank:O", title=text("chart.rank")),
         alt.Tooltip("rate:N", title=text("chart.learning_rate")),
@@ -177,13 +197,17 @@ def heldout_by_rank(
     layers = []
     if margin is not None:
         band = pd.DataFrame({"from": [margin[0]], "to": [margin[1]]})
-        layers.append(alt.Chart(band).mark_rect(opacity=0.13).encode(y=alt.Y("from:Q", scale=scale), y2="to:Q"))
+        layers.append(
+            alt.Chart(band).mark_rect(opacity=0.13).encode(y=alt.Y("from:Q", scale=scale), y2="to:Q")
+        )
     known = candidates[candidates["eval_loss_low"].notna() & candidates["eval_loss_high"].notna()]
     if not known.empty:
         layers.append(
             alt.Chart(known)
             .mark_rule(strokeWidth=2.5)
-            .encode(**x, y=alt.Y("eval_loss_low:Q", title=title, scale=scale), y2="eval_loss_high:Q", color=colour)
+            .encode(
+                **x, y=alt.Y("eval_loss_low:Q", title=title, scale=scale), y2="eval_loss_high:Q", color=colour
+            )
         )
     layers.append(
         alt.Chart(candidates)
@@ -220,7 +244,9 @@ def heldout_by_rank(
 
 
 def _plain(frame: pd.DataFrame) -> alt.Chart:
-    return alt.Chart(frame).transform_calculate(shown="datum.mean", shown_low="datum.low", shown_high="datum.high")
+    return alt.Chart(frame).transform_calculate(
+        shown="datum.mean", shown_low="datum.low", shown_high="datum.high"
+    )
 
 
 def _lines(
@@ -235,24 +261,36 @@ def _lines(
     points: bool,
 ) -> alt.Chart:
     """A mean line and a band for each rank; under the pointer, the values of all ranks at that step."""
-    x = alt.X("step:Q", title=text("chart.step"), axis=alt.Axis(format="~s", tickMinStep=1), scale=alt.Scale(nice=False))
-    y = alt.Y("shown:Q", title=title, scale=alt.Scale(domain=list(y_range), zero=False, nice=True))
-    colour = _colour(ranks, text, legend=True)
-    dash = alt.StrokeDash(
-        "rank:N", sort=ranks, scale=alt.Scale(domain=ranks, range=_cycle(DASHES, ranks)), title=text("chart.rank")
+    x = alt.X(
+        "step:Q",
+        title=text("chart.step"),
+        axis=alt.Axis(format="~s", tickMinStep=1, tickCount=6),
+        scale=alt.Scale(nice=False),
     )
+    y = alt.Y("shown:Q", title=title, scale=alt.Scale(domain=list(y_range), zero=False, nice=True))
+    colour = _colour(ranks, text, legend="symbol" if points else "stroke")
     layers = []
     if (frame["high"] > frame["low"]).any():
-        layers.append(base.mark_area(opacity=0.15).encode(x=x, y=alt.Y("shown_low:Q", title=title), y2="shown_high:Q", color=colour))
-    layers.append(base.mark_line(strokeWidth=2, clip=True).encode(x=x, y=y, color=colour, strokeDash=dash))
-    if points:
-        layers.append(
-            base.mark_point(filled=True, size=36, opacity=1).encode(x=x, y=y, color=colour, shape=_shape(ranks))
-        )
+        low = alt.Y("shown_low:Q", title=title)
+        layers.append(base.mark_area(opacity=0.15).encode(x=x, y=low, y2="shown_high:Q", color=colour))
+    line = base.mark_line(strokeWidth=2, clip=True).encode(x=x, y=y, color=colour)
+    if points:  # their shapes tell the ranks apart without colour; elsewhere dashes do
+        marks = base.mark_point(filled=True, size=40, opacity=1)
+        shape = _shape(ranks, text, legend="symbol")
+        layers += [line, marks.encode(x=x, y=y, color=colour, shape=shape)]
+    else:
+        layers.append(line.encode(strokeDash=_dash(ranks, text)))
     present = [rank for rank in ranks if (frame["rank"] == rank).any()]
-    panel = re.sub(r"\W", "_", rate(frame["learning_rate"].iloc[0]))  # panels of one file need names of their own
+    panel = re.sub(
+        r"\W", "_", rate(frame["learning_rate"].iloc[0])
+    )  # panels of one file need names of their own
     nearest = alt.selection_point(
-        name=f"nearest_{panel}", nearest=True, on="pointerover", clear="pointerout", fields=["step"], empty=False
+        name=f"nearest_{panel}",
+        nearest=True,
+        on="pointerover",
+        clear="pointerout",
+        fields=["step"],
+        empty=False,
     )
     hover = (
         base.transform_pivot("rank", value="shown", groupby=["step"])
@@ -264,7 +302,10 @@ def _lines(
                 alt.Tooltip("step:Q", title=text("chart.step")),
                 *(
                     alt.Tooltip(
-                        field=str(rank), type="quantitative", format=number, title=text("name.rank", rank=rank)
+                        field=str(rank),
+                        type="quantitative",
+                        format=number,
+                        title=text("name.rank", rank=rank),
                     )
                     for rank in present
                 ),
@@ -280,20 +321,48 @@ def _sized(chart: Any) -> alt.Chart:
     return sized
 
 
-def _colour(ranks: list[int], text: Catalogue, *, legend: bool) -> alt.Color:
-    shown = alt.Legend(title=text("chart.rank")) if legend else None
-    return alt.Color("rank:N", sort=ranks, scale=alt.Scale(domain=ranks), legend=shown, title=text("chart.rank"))
+def _colour(ranks: list[int], text: Catalogue, *, legend: str = "") -> alt.Color:
+    scale = alt.Scale(domain=ranks)
+    return alt.Color(
+        "rank:N", sort=ranks, scale=scale, legend=_legend(text, legend), title=text("chart.rank")
+    )
 
 
-def _shape(ranks: list[int]) -> alt.Shape:
-    return alt.Shape("rank:N", sort=ranks, scale=alt.Scale(domain=ranks, range=_cycle(SHAPES, ranks)), legend=None)
+def _shape(ranks: list[int], text: Catalogue, *, legend: str = "") -> alt.Shape:
+    scale = alt.Scale(domain=ranks, range=_cycle(SHAPES, ranks))
+    return alt.Shape(
+        "rank:N", sort=ranks, scale=scale, legend=_legend(text, legend), title=text("chart.rank")
+    )
+
+
+def _dash(ranks: list[int], text: Catalogue) -> alt.StrokeDash:
+    scale = alt.Scale(domain=ranks, range=_cycle(DASHES, ranks))
+    legend = _legend(text, "stroke")
+    return alt.StrokeDash("rank:N", sort=ranks, scale=scale, legend=legend, title=text("chart.rank"))
+
+
+def _legend(text: Catalogue, kind: str) -> alt.Legend | None:
+    """One legend for colour and dash (`stroke`) or colour and shape (`symbol`), or none (empty).
+
+    Full opacity, for else the paleness of a band passes to its symbols.
+    """
+    if not kind:
+        return None
+    title = text("chart.rank")
+    if kind == "stroke":
+        return alt.Legend(title=title, symbolOpacity=1, symbolType="stroke", symbolSize=400)
+    return alt.Legend(title=title, symbolOpacity=1, symbolStrokeWidth=0, symbolSize=90)
 
 
 def _by_rank(frame: pd.DataFrame, text: Catalogue, ranks: list[int]) -> dict[str, Any]:
     """Ranks side by side, and within a rank its learning rates from low to high, where there are several."""
     channels: dict[str, Any] = {
         "x": alt.X(
-            "rank:N", sort=ranks, title=text("chart.rank"), scale=alt.Scale(domain=ranks), axis=alt.Axis(labelAngle=0)
+            "rank:N",
+            sort=ranks,
+            title=text("chart.rank"),
+            scale=alt.Scale(domain=ranks),
+            axis=alt.Axis(labelAngle=0),
         )
     }
     if _several_rates(frame):

@@ -26,7 +26,10 @@ class Saving(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Text cells; `numeric` says which columns are aligned as numbers, `chosen` which row the verdict chose."""
+    """Cells of text, in which a line break parts a value from its interval.
+
+    `numeric` says which columns are aligned as numbers, `chosen` which row the verdict chose.
+    """
 
     caption: str
     headers: list[str]
@@ -103,7 +106,7 @@ def _chosen(verdict: Mapping[str, Any] | None, table: pd.DataFrame) -> "pd.Serie
 def _savings(
     verdict: Mapping[str, Any] | None, table: pd.DataFrame, text: Catalogue
 ) -> tuple[str, list[Saving], str]:
-    """The chosen candidate's costs against the largest rank's, at the same learning rate where both have it."""
+    """The chosen candidate's costs against the largest rank's, at the same learning rate if both have it."""
     chosen = _chosen(verdict, table)
     if chosen is None or verdict is None:
         return "", [], ""
@@ -167,15 +170,20 @@ def _candidates(
         return number(value) if known(value) else none
 
     def interval(low: float, high: float, number: Callable[[float], str]) -> str:
-        return f" [{number(low)}, {number(high)}]" if known(low) and known(high) else ""
+        return f"\n[{number(low)}, {number(high)}]" if known(low) and known(high) else ""
 
-    def on_gpu(value: float) -> str:
-        return show(value, size) if gpu else text("table.no_gpu")
+    def both(average_bytes: float, peak_bytes: float) -> str:
+        average, peak = show(average_bytes, size), show(peak_bytes, size)
+        return average if average == peak == none else f"{average} /\n{peak}"
 
     rows = []
     for row in table.to_dict("records"):
-        spread = f" ± {loss(row['eval_loss_sd'])}" if known(row["eval_loss_sd"]) else ""
-        within = none if not known(row["within_margin"]) else text("table.yes" if row["within_margin"] else "table.no")
+        spread = f"\n± {loss(row['eval_loss_sd'])}" if known(row["eval_loss_sd"]) else ""
+        within = (
+            none
+            if not known(row["within_margin"])
+            else text("table.yes" if row["within_margin"] else "table.no")
+        )
         rows.append(
             [
                 str(row["rank"]),
@@ -187,25 +195,32 @@ def _candidates(
                 f"{row['finished']} / {row['trials']}",
                 show(row["train_loss"], loss),
                 show(row["eval_loss"], loss) + spread,
-                show(row["regret"], signed) + interval(row["regret_low"], row["regret_high"], signed),
+                show(row["regret"], loss) + interval(row["regret_low"], row["regret_high"], loss),
                 within,
-                show(row["rss_mean_bytes"], size),
-                show(row["rss_peak_bytes"], size),
-                on_gpu(row["gpu_allocated_mean_bytes"]),
-                on_gpu(row["gpu_allocated_peak_bytes"]),
+                both(row["rss_mean_bytes"], row["rss_peak_bytes"]),
+                both(row["gpu_allocated_mean_bytes"], row["gpu_allocated_peak_bytes"])
+                if gpu
+                else text("table.no_gpu"),
                 show(row["step_seconds"], lambda value: f"{value:.3g}"),
                 show(row["runtime_seconds"], lambda value: duration(value, text)),
             ]
         )
-    names = ["rank", "learning_rate", "alpha", "scaling", "params", "adapter", "finished", "train_loss", "eval_loss"]
-    names += ["regret", "within", "cpu_mean", "cpu_peak", "gpu_mean", "gpu_peak", "step_seconds", "runtime"]
+    names = ["rank", "learning_rate", "alpha", "scaling", "params", "adapter", "finished", "train_loss"]
+    names += ["eval_loss", "regret", "within", "cpu_memory", "gpu_memory", "step_seconds", "runtime"]
     confidence = (verdict or {}).get("confidence", evidence.spec.verdict.confidence)
     return Table(
         text("table.candidates", confidence=percent(confidence)),
         [text(f"table.{name}") for name in names],
         [True] * len(names),
         rows,
-        next((index for index, name in enumerate(table["candidate"]) if name == (verdict or {}).get("candidate")), None),
+        next(
+            (
+                index
+                for index, name in enumerate(table["candidate"])
+                if name == (verdict or {}).get("candidate")
+            ),
+            None,
+        ),
     )
 
 
@@ -233,7 +248,12 @@ def _trials(evidence: Evidence, text: Catalogue) -> Table:
 def _limits(evidence: Evidence, verdict: Mapping[str, Any] | None, text: Catalogue) -> list[str]:
     spec = evidence.spec
     margin = (verdict or {}).get("margin", spec.verdict.margin)
-    limits = [text("limit.scope"), text("limit.loss"), text("limit.margin", margin=percent(margin)), text("limit.seeds")]
+    limits = [
+        text("limit.scope"),
+        text("limit.loss"),
+        text("limit.margin", margin=percent(margin)),
+        text("limit.seeds"),
+    ]
     if len(spec.ranks) > 1 and not isinstance(spec.adapter.alpha, str):
         limits.append(text("limit.alpha"))
     if not evidence.profiles.empty:

@@ -1,4 +1,4 @@
-"""The facts about data and machine as label and value. Unknown keys are shown under their own name, never dropped."""
+"""The facts about data and machine as label and value. Unknown keys are shown under their own name."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,7 +14,9 @@ class Fact(NamedTuple):
 
 def data_facts(facts: Mapping[str, Any], text: Catalogue) -> list[Fact]:
     """The content of data/facts.json, in its order."""
-    return [Fact(text.get(f"fact.{key}", key), _show(key, value, text)) for key, value in _flatten(facts).items()]
+    return [
+        Fact(text.get(f"fact.{key}", key), _show(key, value, text)) for key, value in _flatten(facts).items()
+    ]
 
 
 def machine_facts(machine: Mapping[str, Any], text: Catalogue) -> list[Fact]:
@@ -32,7 +34,9 @@ def machine_facts(machine: Mapping[str, Any], text: Catalogue) -> list[Fact]:
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        flat |= (
+            _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        )
     return flat
 
 

@@ -1,4 +1,4 @@
-"""The figures of a report: which charts there are, what they say in words, and what stands where one is missing."""
+"""The figures of a report: which charts there are, what they say in words, what stands in for one."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -30,10 +30,8 @@ class Figure(NamedTuple):
     panels: list[Panel]
 
 
-def curve_figures(
-    evidence: Evidence, table: pd.DataFrame, text: Catalogue
-) -> list[Figure]:
-    """The four graphs of the original question (loss, CPU memory, GPU memory, runtime), and memory by rank."""
+def curve_figures(evidence: Evidence, table: pd.DataFrame, text: Catalogue) -> list[Figure]:
+    """The four graphs of the original question (loss, CPU and GPU memory, runtime), and memory by rank."""
     gpu = has_gpu(evidence)
     found = [
         _training_loss(evidence, table, text),
@@ -65,11 +63,19 @@ def _training_loss(evidence: Evidence, table: pd.DataFrame, text: Catalogue) -> 
     return Figure("train-loss", title, note, _say(title, table, "train_loss", loss, text), panels)
 
 
-def _memory_by_step(evidence: Evidence, table: pd.DataFrame, text: Catalogue, kind: str, column: str) -> Figure:
+def _memory_by_step(
+    evidence: Evidence, table: pd.DataFrame, text: Catalogue, kind: str, column: str
+) -> Figure:
     name, title = f"{kind}-memory-steps", text(f"chart.{kind}_steps.title")
     frame, _ = series.memory(evidence, column)
     if frame.empty:
-        return Figure(name, title, text("chart.cpu_steps.absent" if kind == "cpu" else "chart.gpu_steps.unsampled"), "", [])
+        return Figure(
+            name,
+            title,
+            text("chart.cpu_steps.absent" if kind == "cpu" else "chart.gpu_steps.unsampled"),
+            "",
+            [],
+        )
     ranks, unit = _ranks(evidence), size_unit(frame["high"].max())
     panels = _by_rate(frame, text, lambda rows, y: charts.memory_by_step(rows, text, ranks, y, kind, unit))
     average = "rss_mean_bytes" if kind == "cpu" else "gpu_allocated_mean_bytes"
@@ -89,13 +95,15 @@ def _runtime(evidence: Evidence, text: Catalogue) -> Figure:
     unit = time_unit(frame["seconds"].max(), text)
     dot = text("chart.repeat" if profiled else "chart.seed")
     chart = charts.runtime(frame, text, _ranks(evidence), unit, dot)
-    means = frame.groupby(["candidate", "rank", "learning_rate"], as_index=False)["seconds"].mean()
-    alternative = _say(title, means.sort_values("rank"), "seconds", lambda value: duration(value, text), text)
+    means = frame.groupby(["candidate", "rank"])["seconds"].mean().reset_index()
+    alternative = _say(title, means, "seconds", lambda value: duration(value, text), text)
     note = _with_rates(text("chart.runtime.note" if profiled else "chart.runtime.note_trials"), frame, text)
     return Figure("runtime", title, note, alternative, [Panel("", chart)])
 
 
-def _memory_by_rank(evidence: Evidence, table: pd.DataFrame, text: Catalogue, kind: str, prefix: str) -> Figure:
+def _memory_by_rank(
+    evidence: Evidence, table: pd.DataFrame, text: Catalogue, kind: str, prefix: str
+) -> Figure:
     name, title = f"{kind}-memory", text(f"chart.{kind}_memory.title")
     columns = {f"{prefix}_mean_bytes": "average", f"{prefix}_peak_bytes": "peak"}
     known = table[table[f"{prefix}_peak_bytes"].notna()]
@@ -162,10 +170,14 @@ def _ranks(evidence: Evidence) -> list[int]:
 
 def _with_rates(note: str, frame: pd.DataFrame, text: Catalogue) -> str:
     rates = sorted(frame["learning_rate"].unique())
-    return note if len(rates) == 1 else f"{note} {text('chart.rates_note', rates=', '.join(map(rate, rates)))}"
+    return (
+        note if len(rates) == 1 else f"{note} {text('chart.rates_note', rates=', '.join(map(rate, rates)))}"
+    )
 
 
-def _say(title: str, table: pd.DataFrame, column: str, number: Callable[[float], str], text: Catalogue) -> str:
+def _say(
+    title: str, table: pd.DataFrame, column: str, number: Callable[[float], str], text: Catalogue
+) -> str:
     """The alternative text: the title and the final value of each rank (the best of its learning rates)."""
     lowest = table[table[column].notna()].groupby("rank")[column].min()
     values = "; ".join(text("chart.value", rank=rank, value=number(value)) for rank, value in lowest.items())

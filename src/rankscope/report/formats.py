@@ -29,7 +29,7 @@ def size_unit(largest_bytes: float) -> Unit:
 
 
 def time_unit(largest_seconds: float, text: Catalogue) -> Unit:
-    """Minutes from two minutes on, hours from two hours on: below that, three digits say more in the smaller one."""
+    """Minutes from two minutes on, hours from two hours on: below, the smaller unit says more."""
     if largest_seconds >= 7200:
         return Unit(text("unit.hours"), 3600.0)
     if largest_seconds >= 120:
@@ -55,7 +55,7 @@ def percent(share: float) -> str:
 
 
 def change(new: float, old: float) -> str:
-    """The relative change with its sign: `−38%`. Below half a percent it is `±0%`."""
+    """The relative change in percent, with its sign; `±0%` below half a percent."""
     percents = round((new / old - 1) * 100)
     return "±0%" if percents == 0 else signed(percents, 0) + "%"
 

@@ -1,8 +1,9 @@
 """The report as one offline page: template.html, the charts' specifications, and the Vega libraries inline.
 
-Nothing of the model or the data can run: jinja2 escapes all text, the charts' JSON cannot close its script element,
-and the page's Content-Security-Policy allows exactly the two scripts written here, by their hashes, and no network.
-Vega evaluates its expressions with an interpreter (`ast: true`), so that the policy needs no `unsafe-eval`.
+Nothing of the model or the data can run: jinja2 escapes all text, the charts' JSON cannot close its script
+element, and the page's Content-Security-Policy allows exactly the two scripts written here, by their hashes,
+and no network. Vega evaluates its expressions with an interpreter (`ast: true`), so that the policy needs no
+`unsafe-eval`.
 """
 
 import base64
@@ -72,9 +73,9 @@ def chart_id(figure: Figure, number: int) -> str:
 
 
 def json_in_html(value: Any) -> str:
-    """JSON that cannot end its script element: `<`, `>` and `&` are written as escapes, which JSON allows in strings.
+    """JSON that cannot end its script element: `<`, `>` and `&` become escapes, which JSON allows in strings.
 
-    No number or mark of JSON contains them. U+2028 and U+2029 are escaped by `ensure_ascii`.
+    Nothing but a string of JSON contains them. U+2028 and U+2029 are escaped by `ensure_ascii`.
     """
     content = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return content.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
@@ -82,7 +83,10 @@ def json_in_html(value: Any) -> str:
 
 def _specification(chart: alt.Chart, alternative: str) -> dict[str, Any]:
     spec: dict[str, Any] = chart.properties(width="container", description=alternative).to_dict()
-    del spec["$schema"], spec["config"]  # an address that is never fetched, and a theme that the page replaces
+    del (
+        spec["$schema"],
+        spec["config"],
+    )  # an address that is never fetched, and a theme that the page replaces
     spec["datasets"] = {
         name: [{key: _short(cell) for key, cell in row.items()} for row in rows]
         for name, rows in spec["datasets"].items()
@@ -97,8 +101,8 @@ def _short(value: Any) -> Any:
 
 @cache
 def _libraries() -> str:
-    """Vega, Vega-Lite and Vega-Embed, from vl_convert's own copy. Making the bundle takes about two seconds."""
-    bundle: str = vl_convert.javascript_bundle(vl_version=VEGA_LITE)
+    """Vega, Vega-Lite and Vega-Embed, from vl_convert's own copy. Bundling takes about two seconds."""
+    bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VEGA_LITE)
     return bundle.replace("</script", "<\\/script").replace("\r", "")
 
 

@@ -8,14 +8,17 @@ from rankscope.report.formats import percent, rate
 
 
 def verdict_sentence(verdict: Mapping[str, Any] | None, language: str = "en") -> str:
-    """Says what to do, and how sure that is. `verdict` is the content of verdict.json, or None before there is one."""
+    """Says what to do, and how sure that is.
+
+    `verdict` is the content of verdict.json, or None before there is one.
+    """
     text = load(language)
     if verdict is None:
         return text("sentence.none")
     outcome, more = verdict["outcome"], verdict.get("more_seeds")
     values = {"seeds": text.count("seeds", verdict["seeds"])}
     if more:
-        values["more"] = text.count("seeds", more)
+        values["more"] = text.count("more_seeds", more)
     if outcome == "not_enough_evidence":
         return text("sentence.not_enough_evidence_more" if more else "sentence.not_enough_evidence", **values)
     values |= {
@@ -30,12 +33,13 @@ def verdict_sentence(verdict: Mapping[str, Any] | None, language: str = "en") ->
         return text("sentence.recommended", **values)
     lowest = min(row["rank"] for row in verdict["comparison"])
     return text(
-        "sentence.recommended_is_lowest" if verdict["rank"] == lowest else "sentence.recommended_is_best", **values
+        "sentence.recommended_is_lowest" if verdict["rank"] == lowest else "sentence.recommended_is_best",
+        **values,
     )
 
 
 def candidate_name(verdict: Mapping[str, Any], candidate: str | None, text: Catalogue) -> str:
-    """`rank 8`, with its learning rate where the study compares several; the plain name if it is not compared."""
+    """`rank 8`, with its learning rate if several are compared; the bare name if it is not compared."""
     rates = {row["learning_rate"] for row in verdict["comparison"]}
     for row in verdict["comparison"]:
         if row["candidate"] == candidate:

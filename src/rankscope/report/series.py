@@ -1,4 +1,4 @@
-"""Evidence as the tidy frames that the charts draw: thinned to what a screen can show, aggregated over seeds."""
+"""Evidence as the tidy frames that the charts draw: thinned to what a screen shows, aggregated over seeds."""
 
 from typing import NamedTuple
 
@@ -7,24 +7,24 @@ import pandas as pd
 from rankscope.study import Evidence
 
 POINTS = 4000
-"""Points of all lines of one figure together. A page stays under its 3 MB, and a line keeps 30 points or more."""
+"""Of all lines of one figure together, so that a page stays under its 3 MB; a line keeps 30 or more."""
 SMOOTHING_SHARE = 0.05
 """The smoothed curve is a centred moving average over this share of the points."""
 KEYS = ["candidate", "rank", "learning_rate"]
 
 
 class Series(NamedTuple):
-    """`frame` has `candidate rank learning_rate step` and the values; a point stands for `steps_a_point` steps."""
+    """`frame` has `candidate rank learning_rate step` and values; a point is `steps_a_point` steps."""
 
     frame: pd.DataFrame
     steps_a_point: int
 
 
 def training_loss(evidence: Evidence) -> Series:
-    """`mean low high` over seeds at each step, and `smooth_mean smooth_low smooth_high` of the smoothed curves.
+    """`mean low high` over seeds at each step, and `smooth_mean smooth_low smooth_high` of smoothed curves.
 
-    A mean over a trial that stopped midway would jump where it stops, so only finished trials count; of a candidate
-    that has none, those that are still going. Loss in nats.
+    A mean over a trial that stopped midway would jump where it stops, so only finished trials count; of a
+    candidate that has none, those that did not diverge. Loss in nats.
     """
     curves = _usable(evidence)
     curves = curves[curves["train_loss"].notna() & (curves["step"] > 0)]
@@ -32,26 +32,20 @@ def training_loss(evidence: Evidence) -> Series:
         return Series(_empty("mean", "low", "high", "smooth_mean", "smooth_low", "smooth_high"), 1)
     width = _bin_width(curves)
     binned = curves.assign(step=_bin_ends(curves, width))
-    seeds = binned.groupby([*KEYS, "seed", "step"], as_index=False)["train_loss"].mean()
+    seeds = binned.groupby([*KEYS, "seed", "step"])["train_loss"].mean().reset_index()
     window = max(3, round(seeds["step"].nunique() * SMOOTHING_SHARE))
     seeds["smooth"] = seeds.groupby([*KEYS, "seed"])["train_loss"].transform(
         lambda losses: losses.rolling(window, center=True, min_periods=1).mean()
     )
-    return Series(
-        seeds.groupby([*KEYS, "step"], as_index=False).agg(
-            mean=("train_loss", "mean"),
-            low=("train_loss", "min"),
-            high=("train_loss", "max"),
-            smooth_mean=("smooth", "mean"),
-            smooth_low=("smooth", "min"),
-            smooth_high=("smooth", "max"),
-        ),
-        width,
+    raw = _spread(seeds, "train_loss")
+    smooth = _spread(seeds, "smooth").rename(
+        columns=lambda name: name if name in raw.columns[:4] else f"smooth_{name}"
     )
+    return Series(raw.merge(smooth, on=[*KEYS, "step"]), width)
 
 
 def heldout_loss(evidence: Evidence) -> Series:
-    """`mean low high` of the held-out loss (nats) over seeds, at each evaluation; step 0 is before training."""
+    """`mean low high` of the held-out loss (nats) over seeds at each evaluation; step 0: before training."""
     curves = _usable(evidence)
     return Series(_spread(curves[curves["eval_loss"].notna()], "eval_loss"), 1)
 
@@ -76,9 +70,10 @@ def heldout_by_seed(evidence: Evidence) -> pd.DataFrame:
 
 
 def runtimes(evidence: Evidence) -> tuple[pd.DataFrame, bool]:
-    """One row a measurement: `candidate rank learning_rate number seconds`, and whether they come from profiles.
+    """One row a measurement: `candidate rank learning_rate number seconds`, and whether profiles gave them.
 
-    Without profiles, trials that had a pack to themselves tell their own time; others shared it and are left out.
+    Without profiles, trials that had a pack to themselves tell their own time; others shared it, and are left
+    out.
     """
     profiles = evidence.profiles
     if not profiles.empty and profiles["runtime_seconds"].notna().any():

@@ -1,4 +1,4 @@
-"""Evidence aggregated to one row a candidate. A number is defined here, once, and every table and card reads it."""
+"""Evidence aggregated to one row a candidate: each number is defined here, once."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -33,9 +33,9 @@ def by_candidate(evidence: Evidence, verdict: Mapping[str, Any] | None) -> pd.Da
     train_loss eval_loss eval_loss_sd` and those of `COMPARED` and `COSTS`; what is not known is NaN.
 
     Losses (nats a label token) are means over finished trials, `eval_loss_sd` their sample standard deviation
-    (NaN with one). Intervals and regret are the verdict's. Averages of memory (bytes) and runtime (seconds) are
-    means over the profile's repeats, peaks are the highest repeat, `step_seconds` is the median of the repeats'
-    medians.
+    (NaN with one). Intervals and regret are the verdict's. Averages of memory (bytes) and runtime (seconds)
+    are means over the profile's repeats, peaks are the highest repeat, `step_seconds` is the median of the
+    repeats' medians.
     """
     results = evidence.results
     done = results[results["status"] == "done"].groupby("candidate")

@@ -36,7 +36,7 @@ def write_report(
     """See `rankscope.report.build`."""
     text = load(language)
     content = compose(evidence, verdict, text, study_name, reproduce)
-    # Figures are files for other people's documents: where no font can draw the language, English beats empty boxes.
+    # Figures go into other documents: where no font here has a language's letters, English beats boxes.
     drawn = content if can_draw(text) else compose(evidence, verdict, load("en"), study_name, reproduce)
     for figure in (*drawn.curves, *drawn.heldout):
         file = folder / "figures" / figure.name
@@ -78,4 +78,6 @@ def can_draw(text: Catalogue) -> bool:
 
 
 def _letter_svg(letter: str) -> str:
-    return f'<svg xmlns="http://www.w3.org/2000/svg" width="40" height="40"><text y="30">{letter}</text></svg>'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="40" height="40"><text y="30">{letter}</text></svg>'
+    )

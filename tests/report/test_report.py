@@ -1,0 +1,410 @@
+"""The report's files, from complete, partial and hostile evidence."""
+
+import base64
+import hashlib
+import json
+import math
+import re
+from html.parser import HTMLParser
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import pandas as pd
+import pytest
+from report_evidence import HOSTILE, make_evidence, make_spec, make_verdict, replace_trial
+
+from rankscope.report import build, charts, series, write
+from rankscope.report.catalogue import load
+from rankscope.report.content import compose
+from rankscope.report.html import json_in_html
+from rankscope.report.markdown import escape
+from rankscope.report.tables import by_candidate
+from rankscope.study import Evidence
+
+CPU_FIGURES = {
+    "train-loss", "cpu-memory-steps", "runtime", "cpu-memory", "heldout-loss-rank", "heldout-loss-steps",
+}  # fmt: skip
+GPU_FIGURES = CPU_FIGURES | {"gpu-memory-steps", "gpu-memory"}
+
+
+class Page(HTMLParser):
+    """What a browser would see: tags with their attributes, the text outside scripts, and the scripts."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.text = ""
+        self._inside = ""
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "script":
+            self.scripts[-1] += data
+        elif self._inside != "style":
+            self.text += data + "\n"
+
+    @property
+    def charts(self) -> dict[str, Any]:
+        return json.loads(self.scripts[0])["charts"]
+
+
+def read_page(folder: Path) -> Page:
+    return Page((folder / "index.html").read_text(encoding="utf-8"))
+
+
+def figures(folder: Path, kind: str) -> set[str]:
+    return {file.stem for file in (folder / "figures").glob(f"*.{kind}")}
+
+
+@pytest.fixture(scope="module")
+def evidence() -> Evidence:
+    return make_evidence()
+
+
+@pytest.fixture(scope="module")
+def folder(evidence: Evidence, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    path = build(evidence, make_verdict(evidence), folder, reproduce="rankscope run studies/opt.yaml")
+    assert path == folder / "index.html"
+    return folder
+
+
+def test_all_files_are_there_and_no_others(folder: Path) -> None:
+    names = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    images = {f"figures/{name}.{kind}" for name in CPU_FIGURES for kind in ("svg", "png")}
+    assert names == images | {"index.html", "report.md", "results.csv", "results.parquet"}
+
+
+def test_images_hold_a_drawing(folder: Path) -> None:
+    for name in CPU_FIGURES:
+        svg = (folder / "figures" / f"{name}.svg").read_text()
+        assert svg.startswith("<svg")
+        assert svg.count("<path") > 3
+        assert (folder / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_csv_and_the_parquet_are_the_results(folder: Path, evidence: Evidence) -> None:
+    from_csv = pd.read_csv(StringIO((folder / "results.csv").read_text()))
+    # CSV has no way to write "no text": an empty field reads as NaN.
+    pd.testing.assert_frame_equal(from_csv, evidence.results.assign(reason=math.nan), check_dtype=False)
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(folder / "results.parquet"), evidence.results, check_dtype=False
+    )
+
+
+def test_the_page_is_small_and_fetches_nothing(folder: Path) -> None:
+    assert (folder / "index.html").stat().st_size < 3_000_000
+    tags = read_page(folder).tags
+    assert {tag for tag, _ in tags} & {"link", "img", "iframe", "object", "embed", "base", "form"} == set()
+    fetching = [
+        (tag, name) for tag, attributes in tags for name in attributes if name in ("src", "href", "srcset")
+    ]
+    assert fetching == []
+    style = re.search(r"<style>(.*?)</style>", (folder / "index.html").read_text(), re.DOTALL)
+    assert style is not None
+    assert "url(" not in style.group(1)
+    assert "@import" not in style.group(1)
+
+
+def test_the_policy_allows_the_page_s_scripts_and_nothing_else(folder: Path) -> None:
+    page = read_page(folder)
+    policy = next(attributes["content"] for tag, attributes in page.tags if "http-equiv" in attributes)
+    rules = dict(rule.strip().split(" ", 1) for rule in str(policy).split(";"))
+    assert rules["default-src"] == "'none'"
+    hashes = [
+        base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in page.scripts[1:]
+    ]
+    assert rules["script-src"] == " ".join(f"'sha256-{value}'" for value in hashes)
+    assert len(hashes) == 2
+
+
+def test_the_page_says_the_verdict_the_savings_and_the_cost(folder: Path) -> None:
+    text = read_page(folder).text
+    for expected in (
+        "Recommended rank\n8\n",
+        "Use rank 8: its held-out loss is within 1% of the best candidate's (rank 128)",
+        "What it saves against rank 256",
+        "2.35 GB\n\N{MINUS SIGN}29%\ninstead of 3.29 GB",
+        "16.4 min\n\N{MINUS SIGN}36%\ninstead of 25.5 min",
+        "3.54 MB\n\N{MINUS SIGN}97%\ninstead of 113 MB",
+        "+0.0070 nats\n0.572% of the best loss\n95% interval: +0.0050 to +0.0100 nats",
+        "Only one learning rate was tried.",
+        "No GPU was used",
+        "rankscope run studies/opt.yaml",
+        "AMD EPYC 7763",
+        "a_new_fact",
+        "id: facebook/opt-350m",
+    ):
+        assert expected in text
+
+
+def test_sections_come_in_the_order_of_the_questions(folder: Path) -> None:
+    headings = re.findall(r'<h2 id="(\w+)">', (folder / "index.html").read_text())
+    assert headings == ["curves", "heldout", "candidates", "trials", "data", "machine", "reproduce", "limits"]
+
+
+def test_every_chart_has_its_place_its_words_and_its_numbers(folder: Path) -> None:
+    page = read_page(folder)
+    places = {str(a["id"]): str(a["aria-label"]) for _, a in page.tags if a.get("class") == "chart"}
+    assert places.keys() == page.charts.keys() == {f"chart-{name}-0" for name in CPU_FIGURES}
+    assert "Rank 8: 1.2310; Rank 128: 1.2240" in places["chart-heldout-loss-rank-0"]
+    assert "Rank 8: 16.4 min" in places["chart-runtime-0"]
+    for name, spec in page.charts.items():
+        assert spec["description"] == places[name]
+        assert any(rows for rows in spec["datasets"].values())
+
+
+def test_every_chart_is_a_valid_specification(folder: Path) -> None:
+    for spec in read_page(folder).charts.values():
+        alt.Chart.from_dict(spec | {"$schema": alt.SCHEMA_URL}, validate=True).to_dict(validate=True)
+
+
+def test_the_markdown_has_the_verdict_the_tables_and_the_figures(folder: Path) -> None:
+    markdown = (folder / "report.md").read_text(encoding="utf-8")
+    assert "**Recommended rank: 8**" in markdown
+    assert "Use rank 8:" in markdown
+    rows = [line for line in markdown.splitlines() if line.startswith("| 8 | 2e-4 | 32 |")]
+    assert len(rows) == 1
+    assert "1.2310 ± 0.0040" in rows[0]
+    assert "0.0070 \\[0.0050, 0.0100\\]" in rows[0]
+    assert "1.92 GB / 2.35 GB" in rows[0]
+    assert markdown.count("| r008-lr2e-4-s") == 3
+    linked = set(re.findall(r"\(figures/([\w-]+)\.svg\)", markdown))
+    assert linked == CPU_FIGURES
+
+
+def test_korean_report(evidence: Evidence, tmp_path: Path) -> None:
+    build(evidence, make_verdict(evidence), tmp_path, "ko")
+    page = read_page(tmp_path)
+    assert ("html", {"lang": "ko"}) in page.tags
+    for expected in (
+        "권장 랭크",
+        "권장 설정은 랭크 8이며",
+        "스텝에 따른 학습 손실",
+        "GPU를 사용하지 않았으므로",
+    ):
+        assert expected in page.text
+    assert "Recommended" not in page.text
+    assert "**권장 랭크: 8**" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_with_a_gpu_its_memory_is_drawn_for_each_learning_rate(tmp_path: Path) -> None:
+    evidence = make_evidence(make_spec(learning_rates=[1e-4, 2e-4]), gpu=True, steps=40)
+    build(evidence, make_verdict(evidence, chosen=1), tmp_path)
+    page = read_page(tmp_path)
+    assert figures(tmp_path, "svg") == figures(tmp_path, "png") == GPU_FIGURES
+    assert {"chart-gpu-memory-steps-0", "chart-gpu-memory-steps-1"} <= page.charts.keys()
+    assert "No GPU" not in page.text
+    assert "no GPU" not in page.text
+    assert "Peak GPU memory\n4.81 GB" in page.text
+    assert "Learning rate 1e-4" in page.text
+    assert "NVIDIA H100 (80.0 GB)" in page.text
+
+
+def test_a_long_study_of_many_candidates_stays_small(tmp_path: Path) -> None:
+    spec = make_spec(ranks=[4, 8, 16, 32, 64, 128, 256], learning_rates=[1e-4, 2e-4, 4e-4], seeds=[0])
+    evidence = make_evidence(spec, steps=1500, profiles=False)
+    frame, steps_a_point = series.training_loss(evidence)
+    assert steps_a_point == 8
+    assert len(frame) <= series.POINTS
+    content = compose(evidence, make_verdict(evidence), load("en"), "long", "rankscope run")
+    specs = [
+        panel.chart.to_dict() for figure in (*content.curves, *content.heldout) for panel in figure.panels
+    ]
+    assert len(json.dumps(specs)) < 1_500_000
+
+
+def test_nothing_has_run_yet(tmp_path: Path) -> None:
+    complete = make_evidence(profiles=False)
+    empty = complete.results.assign(status="pending", train_loss=math.nan, eval_loss=math.nan, steps=math.nan)
+    evidence = complete._replace(results=empty, curves=complete.curves.iloc[:0], machine={}, data_facts={})
+    build(evidence, None, tmp_path)
+    page = read_page(tmp_path)
+    assert page.charts == {}
+    assert not (tmp_path / "figures").exists()
+    assert "There is no verdict yet." in page.text
+    assert page.text.count("pending") == 9
+    assert "nan" not in page.text
+
+
+def test_a_rebuilt_report_keeps_no_figure_that_it_no_longer_has(evidence: Evidence, tmp_path: Path) -> None:
+    build(evidence, make_verdict(evidence), tmp_path)
+    build(
+        evidence._replace(profiles=pd.DataFrame(), samples=pd.DataFrame()), make_verdict(evidence), tmp_path
+    )
+    assert figures(tmp_path, "svg") == figures(tmp_path, "png") == {
+        "train-loss", "heldout-loss-rank", "heldout-loss-steps",
+    }  # fmt: skip
+    page = read_page(tmp_path)
+    assert "Costs were not profiled" in page.text
+    assert "Runtime was not measured" in page.text
+
+
+def test_one_rank_and_one_seed() -> None:
+    evidence = make_evidence(make_spec(ranks=[8], seeds=[0]), steps=20)
+    verdict = make_verdict(
+        evidence, "not_enough_evidence", caveats=["one_seed", "one_learning_rate"], more_seeds=2
+    )
+    content = compose(evidence, verdict, load("en"), "one", "rankscope run")
+    assert content.rank == ""
+    assert content.savings == []
+    assert content.caveats[0].startswith("Only one seed was run")
+    row = dict(zip(content.candidates.headers, content.candidates.rows[0], strict=True))
+    assert row["Held-out loss"] == "1.2270"
+    assert row["Regret (nats)"] == "0.0000"
+    marks = str(content.curves[0].panels[0].chart.to_dict())
+    assert "'area'" not in marks
+    assert "'line'" in marks
+
+
+def test_the_largest_rank_saves_nothing_and_the_best_costs_nothing(evidence: Evidence) -> None:
+    largest = compose(evidence, make_verdict(evidence, chosen=2), load("en"), "x", "y")
+    assert largest.savings == []
+    assert largest.savings_note.startswith("This is the largest rank tried")
+    best = compose(evidence, make_verdict(evidence, chosen=1), load("en"), "x", "y")
+    assert best.cost == ""
+    assert best.cost_notes == ["Nothing measurable, it has the lowest held-out loss of all candidates."]
+
+
+def test_a_diverged_trial_is_told_and_left_out(evidence: Evidence) -> None:
+    changed = replace_trial(
+        evidence,
+        0,
+        status="diverged",
+        reason="loss is not finite at step 12",
+        eval_loss=math.nan,
+        train_loss=math.nan,
+    )
+    content = compose(changed, make_verdict(changed), load("en"), "x", "y")
+    assert content.trials.rows[0][4:] == [
+        "diverged",
+        "loss is not finite at step 12",
+        "120",
+        *[load("en")("none")] * 2,
+    ]
+    row = content.candidates.rows[0]
+    assert row[6] == "2 / 3"
+    assert row[8].startswith("1.2330")  # the mean of seeds 1 and 2, 1.231 and 1.235
+    drawn = series.training_loss(changed).frame
+    of_two = series.training_loss(evidence._replace(results=changed.results)).frame
+    pd.testing.assert_frame_equal(drawn, of_two)
+    first = drawn[drawn["rank"] == 8].iloc[0]
+    rows = changed.curves[(changed.curves["rank"] == 8) & (changed.curves["step"] == 1)]
+    assert first["mean"] == pytest.approx(rows[rows["seed"] > 0]["train_loss"].mean())
+
+
+def test_hostile_text_stays_text(evidence: Evidence, tmp_path: Path) -> None:
+    spec = make_spec(model={"id": HOSTILE}, data={"id": f"x]({HOSTILE})|`"})
+    hostile = make_evidence(spec, steps=8)
+    hostile = replace_trial(hostile, 0, status="failed", reason=f"{HOSTILE}</script><!-- | \n## heading")
+    hostile = hostile._replace(
+        data_facts={"id": HOSTILE, HOSTILE: {HOSTILE: HOSTILE}, "prompt": "${alert(1)} {{ 7 * 7 }}"},
+        machine={
+            "hardware": {"gpus": [{"name": HOSTILE}]},
+            "versions": {HOSTILE: HOSTILE},
+            "model": {"id": HOSTILE},
+        },
+    )
+    verdict = make_verdict(hostile, caveats=[HOSTILE])
+    build(hostile, verdict, tmp_path, study_name=HOSTILE, reproduce=f"rankscope run {HOSTILE} ```")
+    page = read_page(tmp_path)
+    assert [attributes.get("type") for tag, attributes in page.tags if tag == "script"] == [
+        "application/json",
+        None,
+        None,
+    ]
+    assert [name for _, attributes in page.tags for name in attributes if name.startswith("on")] == []
+    assert HOSTILE in page.text
+    assert "{{ 7 * 7 }}" in page.text
+    assert "alert(1)" not in "".join(page.scripts)
+    markdown = (tmp_path / "report.md").read_text()
+    outside_code = re.sub(r"^(`{3,})\w*\n.*?^\1$", "", markdown, flags=re.DOTALL | re.MULTILINE)
+    assert "<script" not in outside_code.replace("\\<", "")
+    assert "\n## heading" not in markdown
+    assert "````sh\nrankscope run <script>alert(1)</script> ```\n````" in markdown
+
+
+def test_json_cannot_leave_its_script() -> None:
+    value = {"</script><!--": ["<script>", "&amp;", "\u2028"]}
+    written = json_in_html(value)
+    assert not set("<>&\u2028") & set(written)
+    assert json.loads(written) == value
+
+
+def test_markdown_escape() -> None:
+    assert escape("a | b\n# [x](y) <b> `c` 5 * 3") == "a \\| b \\# \\[x\\](y) \\<b\\> \\`c\\` 5 \\* 3"
+
+
+def test_by_candidate_defines_each_number(evidence: Evidence) -> None:
+    table = by_candidate(evidence, make_verdict(evidence)).set_index("rank")
+    assert list(table.index) == [8, 128, 256]
+    row = table.loc[8]
+    assert row["eval_loss"] == pytest.approx(1.231)
+    assert row["eval_loss_sd"] == pytest.approx(0.004)
+    assert row["regret"] == pytest.approx(0.007)
+    base = 1.9e9 + 3.1e6 * 8
+    assert row["rss_mean_bytes"] == pytest.approx(base)
+    assert row["rss_peak_bytes"] == pytest.approx(base * 1.22 + 1e6)  # the higher of two repeats
+    assert row["step_seconds"] == pytest.approx(0.413)  # the median of 0.408 and 0.418
+    assert row["runtime_seconds"] == pytest.approx(960 + 8 * 2.2 + 6)
+    assert math.isnan(row["gpu_allocated_peak_bytes"])
+
+
+def test_trials_in_packs_of_their_own_tell_their_runtime(evidence: Evidence) -> None:
+    shared = evidence._replace(profiles=pd.DataFrame(), samples=pd.DataFrame())
+    assert series.runtimes(shared)[0].empty
+    alone = shared._replace(results=shared.results.assign(pack=[f"p{i:03d}" for i in range(9)]))
+    frame, profiled = series.runtimes(alone)
+    assert not profiled
+    assert list(frame["seconds"]) == [300.0] * 9
+
+
+def test_smoothing_keeps_a_constant_and_calms_noise(evidence: Evidence) -> None:
+    frame = series.training_loss(evidence).frame
+    late = frame[(frame["step"] > 90) & (frame["rank"] == 8)]
+    assert late["smooth_mean"].diff().std() < late["mean"].diff().std() / 2
+    flat = evidence._replace(curves=evidence.curves.assign(train_loss=2.0))
+    assert series.training_loss(flat).frame["smooth_mean"].to_numpy() == pytest.approx(2.0)
+
+
+def test_memory_is_drawn_from_training_samples_only(evidence: Evidence) -> None:
+    frame = series.memory(evidence, "rss_bytes").frame
+    assert sorted(frame["step"].unique()) == list(range(1, 9))
+    row = frame[(frame["rank"] == 8) & (frame["step"] == 3)].iloc[0]
+    samples = evidence.samples
+    expected = samples[(samples["rank"] == 8) & (samples["step"] == 3)]["rss_bytes"]
+    assert (row["mean"], row["low"], row["high"]) == pytest.approx(
+        (expected.mean(), expected.min(), expected.max())
+    )
+    assert series.memory(evidence, "gpu_allocated_bytes").frame.empty
+
+
+def test_ranks_beyond_the_palette_still_differ() -> None:
+    ranks = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    spec = charts._dash(ranks, load("en")).to_dict()
+    colours = charts.theme()["range"]["category"]
+    pairs = {
+        (colours[index % len(colours)], tuple(dash)) for index, dash in enumerate(spec["scale"]["range"])
+    }
+    assert len(pairs) == len(ranks)
+
+
+def test_a_machine_without_the_letters_draws_figures_in_english(
+    evidence: Evidence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write, "_letter_svg", lambda letter: '<svg xmlns="http://www.w3.org/2000/svg"/>')
+    build(evidence, make_verdict(evidence), tmp_path, "ko")
+    assert "Training loss (nats)" in (tmp_path / "figures" / "train-loss.svg").read_text()
+    assert "권장 랭크" in read_page(tmp_path).text
