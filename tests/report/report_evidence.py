@@ -131,10 +131,10 @@ def _costs(
                     "rss_base_bytes": 4.1e8,
                     "rss_mean_bytes": base,
                     "rss_peak_bytes": base * 1.22 + 1e6 * repeat,
-                    "gpu_allocated_mean_bytes": base * 1.5 if gpu else math.nan,
-                    "gpu_allocated_peak_bytes": base * 2.5 if gpu else math.nan,
-                    "gpu_reserved_mean_bytes": base * 1.7 if gpu else math.nan,
-                    "gpu_reserved_peak_bytes": base * 2.7 if gpu else math.nan,
+                    "gpu_allocated_mean_bytes": base * 1.5 if gpu else None,
+                    "gpu_allocated_peak_bytes": base * 2.5 if gpu else None,
+                    "gpu_reserved_mean_bytes": base * 1.7 if gpu else None,
+                    "gpu_reserved_peak_bytes": base * 2.7 if gpu else None,
                     "trainable_params": 110_592 * candidate.rank,
                 }
             )
@@ -148,8 +148,8 @@ def _costs(
                             "step": math.nan if step == 0 else step,
                             "seconds": step + part / 4,
                             "rss_bytes": base + noise.normal(0, 2e7) + 3e7 * (part == 2),
-                            "gpu_allocated_bytes": base * 1.5 + 1e8 * part if gpu else math.nan,
-                            "gpu_reserved_bytes": base * 1.7 if gpu else math.nan,
+                            "gpu_allocated_bytes": base * 1.5 + 1e8 * part if gpu else None,
+                            "gpu_reserved_bytes": base * 1.7 if gpu else None,
                         }
                     )
     return profiles, samples
@@ -158,28 +158,29 @@ def _costs(
 def make_verdict(
     evidence: Evidence, outcome: str = "recommended", chosen: int = 0, **values: Any
 ) -> dict[str, Any]:
-    """A verdict on complete evidence; `chosen` is an index of its candidates."""
-    losses = evidence.results[evidence.results["status"] == "done"].groupby("candidate")["eval_loss"].mean()
-    best = losses.min()
-    one_seed = len(evidence.spec.seeds) == 1
-    comparison = []
-    for candidate in evidence.spec.candidates():
-        loss = losses.get(candidate.name)
-        regret = None if loss is None else float(loss - best)
+    """A verdict with a row for each rank at its best learning rate, as `rankscope.analysis` writes it.
+
+    `chosen` is an index of the compared ranks, lowest first.
+    """
+    results, one_seed = evidence.results, len(evidence.spec.seeds) == 1
+    done = results[results["status"] == "done"].groupby(["rank", "candidate", "learning_rate"])
+    means = done["eval_loss"].mean().reset_index()
+    rows = means.loc[means.groupby("rank")["eval_loss"].idxmin()].to_dict("records")
+    best = min(rows, key=lambda row: row["eval_loss"])
+    comparison: list[dict[str, Any]] = []
+    for row in rows:
+        regret = row["eval_loss"] - best["eval_loss"]
+        intervals = {
+            "eval_loss_low": row["eval_loss"] - 0.006,
+            "eval_loss_high": row["eval_loss"] + 0.006,
+            "regret_low": regret - 0.002,
+            "regret_high": regret + 0.003,
+        }
+        share = regret / best["eval_loss"]
         comparison.append(
-            {
-                "candidate": candidate.name,
-                "rank": candidate.rank,
-                "learning_rate": candidate.learning_rate,
-                "eval_loss": None if loss is None else float(loss),
-                "eval_loss_low": None if loss is None or one_seed else float(loss - 0.006),
-                "eval_loss_high": None if loss is None or one_seed else float(loss + 0.006),
-                "regret": regret,
-                "regret_low": None if regret is None or one_seed else regret - 0.002,
-                "regret_high": None if regret is None or one_seed else regret + 0.003,
-                "regret_share": None if regret is None else regret / float(best),
-                "within_margin": None if regret is None else regret / float(best) < 0.01,
-            }
+            row
+            | (dict.fromkeys(intervals) if one_seed else intervals)
+            | {"regret": regret, "regret_share": share, "within_margin": None if one_seed else share < 0.01}
         )
     decided = outcome != "not_enough_evidence"
     return {
@@ -187,12 +188,12 @@ def make_verdict(
         "outcome": outcome,
         "rank": comparison[chosen]["rank"] if decided else None,
         "candidate": comparison[chosen]["candidate"] if decided else None,
-        "best_candidate": str(losses.idxmin()),
+        "best_candidate": best["candidate"],
         "margin": 0.01,
         "confidence": 0.95,
         "seeds": len(evidence.spec.seeds),
         "more_seeds": None,
-        "caveats": ["one_learning_rate"],
+        "caveats": ["one_learning_rate"] if len(evidence.spec.learning_rates) == 1 else [],
         "comparison": comparison,
     } | values
 

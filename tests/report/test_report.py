@@ -13,7 +13,6 @@ from typing import Any
 import altair as alt
 import pandas as pd
 import pytest
-from report_evidence import HOSTILE, make_evidence, make_spec, make_verdict, replace_trial
 
 from rankscope.report import build, charts, series, write
 from rankscope.report.catalogue import load
@@ -22,6 +21,7 @@ from rankscope.report.html import json_in_html
 from rankscope.report.markdown import escape
 from rankscope.report.tables import by_candidate
 from rankscope.study import Evidence
+from report.report_evidence import HOSTILE, make_evidence, make_spec, make_verdict, replace_trial
 
 CPU_FIGURES = {
     "train-loss", "cpu-memory-steps", "runtime", "cpu-memory", "heldout-loss-rank", "heldout-loss-steps",
@@ -134,7 +134,7 @@ def test_the_page_says_the_verdict_the_savings_and_the_cost(folder: Path) -> Non
     text = read_page(folder).text
     for expected in (
         "Recommended rank\n8\n",
-        "Use rank 8: its held-out loss is within 1% of the best candidate's (rank 128)",
+        "Use rank 8: the lowest rank whose held-out loss is within 1% of the best candidate's (rank 128)",
         "What it saves against rank 256",
         "2.35 GB\n\N{MINUS SIGN}29%\ninstead of 3.29 GB",
         "16.4 min\n\N{MINUS SIGN}36%\ninstead of 25.5 min",
@@ -202,7 +202,7 @@ def test_korean_report(evidence: Evidence, tmp_path: Path) -> None:
 
 def test_with_a_gpu_its_memory_is_drawn_for_each_learning_rate(tmp_path: Path) -> None:
     evidence = make_evidence(make_spec(learning_rates=[1e-4, 2e-4]), gpu=True, steps=40)
-    build(evidence, make_verdict(evidence, chosen=1), tmp_path)
+    build(evidence, make_verdict(evidence), tmp_path)
     page = read_page(tmp_path)
     assert figures(tmp_path, "svg") == figures(tmp_path, "png") == GPU_FIGURES
     assert {"chart-gpu-memory-steps-0", "chart-gpu-memory-steps-1"} <= page.charts.keys()
@@ -210,6 +210,7 @@ def test_with_a_gpu_its_memory_is_drawn_for_each_learning_rate(tmp_path: Path) -
     assert "no GPU" not in page.text
     assert "Peak GPU memory\n4.81 GB" in page.text
     assert "Learning rate 1e-4" in page.text
+    assert "What it saves against rank 256 at learning rate 1e-4" in page.text
     assert "NVIDIA H100 (80.0 GB)" in page.text
 
 
@@ -334,6 +335,19 @@ def test_hostile_text_stays_text(evidence: Evidence, tmp_path: Path) -> None:
     assert "<script" not in outside_code.replace("\\<", "")
     assert "\n## heading" not in markdown
     assert "````sh\nrankscope run <script>alert(1)</script> ```\n````" in markdown
+
+
+def test_an_empty_comparison_is_a_verdict_too(evidence: Evidence) -> None:
+    verdict = make_verdict(evidence, "not_enough_evidence", best_candidate=None, seeds=0, comparison=[])
+    content = compose(evidence, verdict, load("en"), "x", "y")
+    assert content.sentence == "There is not enough evidence for a conclusion."
+    assert (content.rank, content.savings_title, content.cost) == ("", "", "")
+
+
+def test_embedded_model_and_data_are_named_in_words() -> None:
+    evidence = make_evidence(make_spec(model={"id": "embedded"}, data={"id": "embedded"}), steps=8)
+    content = compose(evidence, None, load("en"), "x", "y")
+    assert content.subtitle == "the embedded model on the embedded data"
 
 
 def test_json_cannot_leave_its_script() -> None:

@@ -5,12 +5,12 @@ import subprocess
 import sys
 
 import pytest
-from report_evidence import make_evidence, make_spec, make_verdict
 
 from rankscope.errors import StudyError
 from rankscope.report import formats
 from rankscope.report.catalogue import LANGUAGES, load
 from rankscope.report.sentences import verdict_sentence
+from report.report_evidence import make_evidence, make_spec, make_verdict
 
 ALIKE = "The ranks cannot be told apart over 3 seeds at 95% confidence; rank 8 is the cheapest of them"
 TOO_LITTLE = "There is not enough evidence for a conclusion"
@@ -48,11 +48,11 @@ def test_an_unknown_language_is_refused_with_the_known_ones() -> None:
     ("outcome", "chosen", "more", "expected"),
     [
         ("recommended", 0, None,
-         "Use rank 8: its held-out loss is within 1% of the best candidate's (rank 128), "
+         "Use rank 8: the lowest rank whose held-out loss is within 1% of the best candidate's (rank 128), "
          "with 95% confidence over 3 seeds."),
         ("recommended", 1, None,
-         "Use rank 128: it has the lowest held-out loss, and no cheaper rank is shown to "
-         "come within 1% of it (95% confidence, 3 seeds)."),
+         "Use rank 128: it has the lowest held-out loss, and every lower rank is more than 1% "
+         "worse (95% confidence, 3 seeds)."),
         ("not_distinguishable", 0, None, f"{ALIKE}."),
         ("not_distinguishable", 0, 4, f"{ALIKE}, and about 4 more seeds would tell."),
         ("not_enough_evidence", 0, None, f"{TOO_LITTLE}."),
@@ -71,7 +71,14 @@ def test_the_lowest_rank_that_is_also_the_best_says_so() -> None:
 
 def test_the_learning_rate_is_named_where_several_are_compared() -> None:
     evidence = make_evidence(make_spec(learning_rates=[1e-4, 2e-4]))
-    assert "Use rank 8 at learning rate 2e-4:" in verdict_sentence(make_verdict(evidence, chosen=1))
+    assert "Use rank 8 at learning rate 1e-4:" in verdict_sentence(make_verdict(evidence))
+
+
+def test_a_rank_without_another_says_so() -> None:
+    evidence = make_evidence(make_spec(ranks=[8]))
+    assert verdict_sentence(make_verdict(evidence)).startswith(
+        "Use rank 8: it is the only rank that finished"
+    )
 
 
 def test_no_verdict_yet() -> None:

@@ -18,7 +18,10 @@ WIDTH, HEIGHT = 640, 280
 """Of a figure file, in pixels. On the page a chart is as wide as its column."""
 DASHES = [[1, 0], [7, 3], [2, 2], [9, 3, 2, 3], [12, 4], [4, 2, 1, 2], [1, 4], [5, 5]]
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
-FONT = "system-ui, -apple-system, 'Segoe UI', 'Noto Sans', 'Noto Sans KR', sans-serif"
+FONT = (
+    "system-ui, -apple-system, 'Segoe UI', 'Noto Sans', 'Apple SD Gothic Neo', 'Malgun Gothic', "
+    "'Noto Sans KR', 'Noto Sans CJK KR', sans-serif"
+)
 
 
 def theme(dark: bool = False) -> dict[str, Any]:
@@ -164,9 +167,9 @@ def memory_by_rank(
     )
     layers = [bars, peaks]
     if not _several_rates(values):  # numbers over bars that stand side by side would overlap
-        layers.append(base.mark_text(dy=-10).encode(**x, y="peak:Q", text=alt.Text("peak:Q", format=".3~g")))
+        layers.append(base.mark_text(dy=-10).encode(**x, y="peak:Q", text=alt.Text("peak:Q", format=".3r")))
         layers.append(
-            base.mark_text(dy=14).encode(**x, y="average:Q", text=alt.Text("average:Q", format=".3~g"))
+            base.mark_text(dy=14).encode(**x, y="average:Q", text=alt.Text("average:Q", format=".3r"))
         )
     return _sized(alt.layer(*layers))
 

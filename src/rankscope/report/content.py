@@ -11,7 +11,7 @@ from rankscope.report.figures import Figure, curve_figures, heldout_figures
 from rankscope.report.formats import change, duration, known, loss, percent, rate, signed, size
 from rankscope.report.sentences import candidate_name, verdict_sentence
 from rankscope.report.tables import by_candidate, has_gpu
-from rankscope.spec import write_yaml
+from rankscope.spec import EMBEDDED, write_yaml
 from rankscope.study import Evidence
 
 
@@ -75,7 +75,7 @@ def compose(
     caveats = [text.get(f"caveat.{code}", str(code)) for code in (verdict or {}).get("caveats", [])]
     return Content(
         title=text("page.title", study=study_name),
-        subtitle=text("page.subtitle", model=evidence.spec.model.id, data=evidence.spec.data.id),
+        subtitle=_subtitle(evidence, text),
         outcome=text(f"outcome.{verdict['outcome'] if verdict else 'none'}"),
         rank="" if rank is None else str(rank),
         sentence=verdict_sentence(verdict, text.language),
@@ -98,6 +98,15 @@ def compose(
     )
 
 
+def _subtitle(evidence: Evidence, text: Catalogue) -> str:
+    model, data = evidence.spec.model.id, evidence.spec.data.id
+    return text(
+        "page.subtitle",
+        model=text("page.embedded_model") if model == EMBEDDED else model,
+        data=text("page.embedded_data") if data == EMBEDDED else data,
+    )
+
+
 def _chosen(verdict: Mapping[str, Any] | None, table: pd.DataFrame) -> "pd.Series[Any] | None":
     rows = table[table["candidate"] == (verdict or {}).get("candidate")]
     return None if rows.empty else rows.iloc[0]
@@ -106,14 +115,13 @@ def _chosen(verdict: Mapping[str, Any] | None, table: pd.DataFrame) -> "pd.Serie
 def _savings(
     verdict: Mapping[str, Any] | None, table: pd.DataFrame, text: Catalogue
 ) -> tuple[str, list[Saving], str]:
-    """The chosen candidate's costs against the largest rank's, at the same learning rate if both have it."""
+    """The chosen candidate's costs against those of the largest rank that is compared."""
     chosen = _chosen(verdict, table)
     if chosen is None or verdict is None:
         return "", [], ""
-    largest_rank = table[table["rank"] == table["rank"].max()]
-    same_rate = largest_rank[largest_rank["learning_rate"] == chosen["learning_rate"]]
-    largest = (largest_rank if same_rate.empty else same_rate).iloc[0]
-    title = text("saving.title", name=candidate_name(verdict, largest["candidate"], text))
+    name = max(verdict["comparison"], key=lambda row: row["rank"])["candidate"]
+    largest = table[table["candidate"] == name].iloc[0]
+    title = text("saving.title", name=candidate_name(verdict, name, text))
     if largest["rank"] == chosen["rank"]:
         return title, [], text("saving.none")
     wanted: list[tuple[str, str, Callable[[float], str]]] = [
@@ -254,6 +262,8 @@ def _limits(evidence: Evidence, verdict: Mapping[str, Any] | None, text: Catalog
         text("limit.margin", margin=percent(margin)),
         text("limit.seeds"),
     ]
+    if len(spec.learning_rates) > 1:
+        limits.append(text("limit.rates"))
     if len(spec.ranks) > 1 and not isinstance(spec.adapter.alpha, str):
         limits.append(text("limit.alpha"))
     if not evidence.profiles.empty:

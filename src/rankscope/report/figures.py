@@ -125,7 +125,7 @@ def _heldout_by_rank(
     finished = table[table["eval_loss"].notna()]
     margin, note = None, text("chart.eval_by_rank.note")
     if verdict is not None and verdict["comparison"]:
-        best = finished["eval_loss"].min()
+        best = min(row["eval_loss"] for row in verdict["comparison"])
         margin = (best, best * (1 + verdict["margin"]))
         note = text(
             "chart.eval_by_rank.note_margin",

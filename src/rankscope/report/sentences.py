@@ -31,19 +31,15 @@ def verdict_sentence(verdict: Mapping[str, Any] | None, language: str = "en") ->
         return text("sentence.not_distinguishable_more" if more else "sentence.not_distinguishable", **values)
     if verdict["candidate"] != verdict["best_candidate"]:
         return text("sentence.recommended", **values)
-    lowest = min(row["rank"] for row in verdict["comparison"])
-    return text(
-        "sentence.recommended_is_lowest" if verdict["rank"] == lowest else "sentence.recommended_is_best",
-        **values,
-    )
+    ranks = {row["rank"] for row in verdict["comparison"]}
+    if len(ranks) == 1:
+        return text("sentence.recommended_only", **values)
+    return text(f"sentence.recommended_is_{'lowest' if verdict['rank'] == min(ranks) else 'best'}", **values)
 
 
-def candidate_name(verdict: Mapping[str, Any], candidate: str | None, text: Catalogue) -> str:
-    """`rank 8`, with its learning rate if several are compared; the bare name if it is not compared."""
-    rates = {row["learning_rate"] for row in verdict["comparison"]}
-    for row in verdict["comparison"]:
-        if row["candidate"] == candidate:
-            if len(rates) == 1:
-                return text("name.rank", rank=row["rank"])
-            return text("name.rank_and_rate", rank=row["rank"], rate=rate(row["learning_rate"]))
-    return candidate or text("unknown")
+def candidate_name(verdict: Mapping[str, Any], candidate: str, text: Catalogue) -> str:
+    """`rank 8`, with its learning rate if the study tried several. `candidate` is one of the comparison's."""
+    row = next(row for row in verdict["comparison"] if row["candidate"] == candidate)
+    if "one_learning_rate" in verdict["caveats"]:
+        return text("name.rank", rank=row["rank"])
+    return text("name.rank_and_rate", rank=row["rank"], rate=rate(row["learning_rate"]))

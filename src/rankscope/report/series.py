@@ -59,7 +59,8 @@ def memory(evidence: Evidence, column: str) -> Series:
     if samples.empty:
         return Series(_empty("mean", "low", "high"), 1)
     width = _bin_width(samples)
-    return Series(_spread(samples.assign(step=_bin_ends(samples, width)), column), width)
+    values = {"step": _bin_ends(samples, width), column: samples[column].astype("float64")}
+    return Series(_spread(samples.assign(**values), column), width)
 
 
 def heldout_by_seed(evidence: Evidence) -> pd.DataFrame:

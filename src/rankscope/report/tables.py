@@ -16,14 +16,8 @@ COMPARED = (
     "regret_share",
     "within_margin",
 )
-COSTS = (
-    "rss_mean_bytes",
-    "rss_peak_bytes",
-    "gpu_allocated_mean_bytes",
-    "gpu_allocated_peak_bytes",
-    "step_seconds",
-    "runtime_seconds",
-)
+GPU = ("gpu_allocated_mean_bytes", "gpu_allocated_peak_bytes")
+COSTS = ("rss_mean_bytes", "rss_peak_bytes", *GPU, "step_seconds", "runtime_seconds")
 
 
 def by_candidate(evidence: Evidence, verdict: Mapping[str, Any] | None) -> pd.DataFrame:
@@ -61,7 +55,8 @@ def by_candidate(evidence: Evidence, verdict: Mapping[str, Any] | None) -> pd.Da
 def _costs(profiles: pd.DataFrame) -> pd.DataFrame:
     if profiles.empty:
         return pd.DataFrame(columns=list(COSTS), index=pd.Index([], name="candidate"), dtype="float64")
-    repeats = profiles.groupby("candidate")
+    columns = ["rss_mean_bytes", "rss_peak_bytes", *GPU, "step_seconds_median", "runtime_seconds"]
+    repeats = profiles.astype(dict.fromkeys(columns, "float64")).groupby("candidate")  # None without a GPU
     return pd.DataFrame(
         {
             "rss_mean_bytes": repeats["rss_mean_bytes"].mean(),

@@ -78,6 +78,5 @@ def can_draw(text: Catalogue) -> bool:
 
 
 def _letter_svg(letter: str) -> str:
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="40" height="40"><text y="30">{letter}</text></svg>'
-    )
+    text = f'<text y="30" font-family="sans-serif">{letter}</text>'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" width="40" height="40">{text}</svg>'
