@@ -87,11 +87,13 @@ def run_study(spec: StudySpec, out: Path, progress: Progress) -> Study:
 
 
 def prepare_data(spec: StudySpec) -> TokenizedData:
-    """Reads and tokenises the data, once for all trials."""
-    where = {"id": str(demo.data_path())} if spec.data.id == EMBEDDED else {}
-    config = load_config(spec.model)
-    text_config = config.get_text_config()
-    data = prepare(spec.data.model_copy(update=where), load_tokenizer(spec.model), text_config.vocab_size)
+    """Reads and tokenises the data, once for all trials. Rows are cut where the model's positions end, at the latest."""
+    config = load_config(spec.model).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or spec.data.max_length
+    changes: dict[str, Any] = {"max_length": min(spec.data.max_length, positions)}
+    if spec.data.id == EMBEDDED:
+        changes["id"] = str(demo.data_path())
+    data = prepare(spec.data.model_copy(update=changes), load_tokenizer(spec.model), config.vocab_size)
     return TokenizedData(data.train, data.eval, data.facts | {"id": spec.data.id})
 
 

@@ -42,7 +42,8 @@ def add_adapter(model: PreTrainedModel, trial: Trial, base: str | None = None) -
     """
     config = lora_config(trial.candidate, base)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # many adapters: meant
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # PEFT corrects it for Conv1D
         torch.manual_seed(trial.seed)
         try:
             inject_adapter_in_model(config, model, adapter_key(trial.name))
@@ -52,7 +53,8 @@ def add_adapter(model: PreTrainedModel, trial: Trial, base: str | None = None) -
                 f"Linear modules of this model: {', '.join(linear_names(model))}.",
             ) from None
     for parameter in adapter_parameters(model, trial.name):
-        parameter.data = parameter.data.float()  # float32 masters, whatever the base's dtype
+        # float32 masters over a half-precision base, as mixed-precision training has them
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         parameter.requires_grad_(True)  # PEFT enables the active adapter only
     return config
 

@@ -66,10 +66,11 @@ class PackedEngine:
 
     name = "packed"
 
-    def __init__(self, model: PreTrainedModel, tokens_per_forward: int) -> None:
+    def __init__(self, model: PreTrainedModel, tokens_per_forward: int, base_dropout: bool = False) -> None:
         self.model = model
         self.head = Head(model)
         self.tokens_per_forward = tokens_per_forward
+        self.base_dropout = base_dropout
 
     def hidden(self, batch: FlatBatch) -> Tensor:
         """The trunk's last hidden states at the label positions, (L, D)."""
@@ -79,6 +80,7 @@ class PackedEngine:
         return out.last_hidden_state[0, batch.label_positions]
 
     def accumulate(self, tokens: Tokens, slices: Sequence[Slice]) -> list[BatchLoss]:
+        self.model.train(self.base_dropout)
         labels = [_label_counts(tokens, slice_.examples) for slice_ in slices]
         order = {slice_.adapter: number for number, slice_ in enumerate(slices)}
         sums = np.zeros(len(slices))
@@ -98,6 +100,7 @@ class PackedEngine:
 
     @torch.no_grad()
     def evaluate(self, tokens: Tokens, adapters: Sequence[str]) -> list[ExampleLosses]:
+        self.model.eval()
         counts = _label_counts(tokens, range(len(tokens)))
         losses, correct = np.zeros((2, len(adapters), len(tokens)))
         budget = min(EVAL_TOKENS, self.tokens_per_forward)
@@ -117,9 +120,10 @@ class PeftEngine:
 
     name = "peft"
 
-    def __init__(self, model: PreTrainedModel, batch_size: int) -> None:
+    def __init__(self, model: PreTrainedModel, batch_size: int, base_dropout: bool = False) -> None:
         self.model = model
         self.batch_size = batch_size
+        self.base_dropout = base_dropout
 
     def _activate(self, adapter: str) -> None:
         for _, layer in lora_layers(self.model):
@@ -136,10 +140,12 @@ class PeftEngine:
         return loss * wanted, (logits.argmax(dim=-1) == targets) & wanted
 
     def accumulate(self, tokens: Tokens, slices: Sequence[Slice]) -> list[BatchLoss]:
+        self.model.train(self.base_dropout)
         results = []
         for slice_ in slices:
             self._activate(slice_.adapter)
-            _set_dropout(self.model, bool(slice_.dropout_seeds))
+            for _, layer in lora_layers(self.model):
+                layer.lora_dropout.train(bool(slice_.dropout_seeds))
             labels, total = int(_label_counts(tokens, slice_.examples).sum()), 0.0
             for start in range(0, len(slice_.examples), self.batch_size):
                 part = slice_.examples[start : start + self.batch_size]
@@ -155,8 +161,8 @@ class PeftEngine:
     @torch.no_grad()
     def evaluate(self, tokens: Tokens, adapters: Sequence[str]) -> list[ExampleLosses]:
         counts = _label_counts(tokens, range(len(tokens)))
+        self.model.eval()
         results = []
-        _set_dropout(self.model, False)
         for adapter in adapters:
             self._activate(adapter)
             losses, correct = np.zeros((2, len(tokens)))
@@ -209,7 +215,3 @@ def _label_counts(tokens: Tokens, examples: Sequence[int]) -> np.ndarray:
     """Label tokens of each example, (examples,)."""
     return np.array([int(tokens[int(example)][1][1:].sum()) for example in examples])
 
-
-def _set_dropout(model: PreTrainedModel, training: bool) -> None:
-    for _, layer in lora_layers(model):
-        layer.lora_dropout.train(training)

@@ -46,18 +46,17 @@ class EngineChoice(NamedTuple):
 
 def choose_engine(model: PreTrainedModel, members: Sequence[Member], training: TrainingSpec) -> EngineChoice:
     """The packed engine where the model can be packed (probed on the model itself), PEFT's own elsewhere."""
+    dropout = training.base_dropout == "keep"
     if training.engine == "peft":
-        return EngineChoice(PeftEngine(model, training.batch_size), None)
-    if training.base_dropout == "keep":
-        model.train()
+        return EngineChoice(PeftEngine(model, training.batch_size, dropout), None)
     try:
         per_token = make_packable(model, [member.trial.name for member in members])
     except NotPackable as error:
         log.warning("%s cannot be packed: %s. Its trials are trained by PEFT's forward.", type(model).__name__, error)
-        return EngineChoice(PeftEngine(model, training.batch_size), str(error))
+        return EngineChoice(PeftEngine(model, training.batch_size, dropout), str(error))
     budget = max(1, int(free_bytes(model.device) * SHARE_OF_FREE_MEMORY / per_token))
     log.info("packed: %.2f MB a token, at most %d tokens a forward", per_token / 1e6, budget)
-    return EngineChoice(PackedEngine(model, budget), None)
+    return EngineChoice(PackedEngine(model, budget, dropout), None)
 
 
 def train_pack(
@@ -71,8 +70,6 @@ def train_pack(
     """
     training = spec.training
     model = load_model(spec.model)
-    if training.base_dropout == "keep":
-        model.train()
     steps = total_steps(training, len(data.train))
     per_epoch = steps_per_epoch(len(data.train), effective_batch_size(training))
     members = [make_member(model, trial, training, steps, spec.model.id) for trial in trials]

@@ -2,13 +2,14 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as TrunkOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 CHUNK_BYTES = 2**26
 """Size of one chunk's float32 logits; about three of them are alive at once."""
@@ -42,8 +43,17 @@ class _Given(nn.Module):
     def decoder(self) -> "_Given":
         return self
 
-    def forward(self, *args: Any, **kwargs: Any) -> TrunkOutput:
-        return TrunkOutput(last_hidden_state=self.hidden)  # type: ignore[arg-type]
+    def forward(self, *args: Any, **kwargs: Any) -> "_TrunkOutput":
+        return _TrunkOutput(last_hidden_state=self.hidden)  # type: ignore[arg-type]
+
+
+@dataclass
+class _TrunkOutput(BaseModelOutputWithPast):
+    """Models copy from a trunk's output what theirs has (cross attentions, router logits): here it is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 class LabelLosses(NamedTuple):

@@ -88,6 +88,8 @@ def train_step(
 
     A member whose loss or gradient is not finite is left unchanged; the caller reads that from its metrics.
     """
+    if training.base_dropout == "keep":  # the base's own dropout draws from the global stream
+        torch.manual_seed(stream_seed(members[0].trial.seed, step, -1))
     slices = []
     for member in members:
         seed, dropout = member.trial.seed, member.trial.candidate.lora_dropout
