@@ -132,6 +132,8 @@ def _heldout_by_rank(
             confidence=percent(verdict["confidence"]),
             margin=percent(verdict["margin"]),
         )
+        if finished["learning_rate"].nunique() > 1:
+            note = f"{note} {text('chart.eval_by_rank.rates')}"
     columns = ["candidate", "rank", "learning_rate", "eval_loss", "eval_loss_low", "eval_loss_high"]
     chart = charts.heldout_by_rank(seeds, finished[columns], text, _ranks(evidence), margin)
     alternative = _say(title, finished, "eval_loss", loss, text)
