@@ -66,7 +66,7 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "norm" not in parameter_name:
-                parameter.mul_(4.0)  # 0.02 is so small that a leak or a wrong position would hardly show
+                parameter.mul_(2.0)  # 0.02 is so small that a leak or a wrong position would hardly show
     model = model.to(dtype).eval()
     model.requires_grad_(False)
     model.config.use_cache = False

@@ -1,0 +1,100 @@
+"""Adapters: their start depends on the seed alone, and what is saved loads in PEFT and does the same."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import CONFIGS, tiny_model
+from peft import PeftModel
+from reference import make_trial, random_tokens
+
+from rankscope.data.tokens import Tokens
+from rankscope.errors import StudyError
+from rankscope.lora.adapters import adapter_weights, add_adapter, save_adapter
+from rankscope.lora.layout import Slice, flatten
+from rankscope.spec import TrainingSpec, Trial
+from rankscope.train.engine import PackedEngine
+from rankscope.train.loop import choose_engine
+from rankscope.train.pack import Member, make_member, train_step
+
+CPU = torch.device("cpu")
+TRAINING = TrainingSpec(steps=5, batch_size=4, warmup_ratio=0.0)
+
+
+def train(name: str, trials: list[Trial], tokens: Tokens) -> tuple[PackedEngine, list[Member]]:
+    model = tiny_model(name)
+    members = [make_member(model, trial, TRAINING, 5, "base/model") for trial in trials]
+    engine, reason = choose_engine(model, members, TRAINING)
+    assert reason is None or name == "mixtral"
+    for step in range(5):
+        train_step(engine, members, tokens, TRAINING, step)
+    return engine, members  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")
+def test_saved_adapter_gives_the_same_logits_in_peft(name: str, rslora: bool, tmp_path: Path) -> None:
+    if name == "mixtral":
+        pytest.skip("not packed with all-linear: the next test")
+    tokens = random_tokens(20)
+    plain = [make_trial(8, 1e-2), make_trial(3, 1.5e-2, seed=1)]
+    trials = [t.model_copy(update={"candidate": t.candidate.model_copy(update={"use_rslora": rslora})}) for t in plain]
+    engine, members = train(name, trials, tokens)
+    for member in members:
+        folder = tmp_path / member.trial.name
+        size = save_adapter(member.weights, member.config, folder)
+        assert size == (folder / "adapter_model.safetensors").stat().st_size
+        batch = flatten(tokens, [Slice(member.trial.name, [0])], CPU)
+        loaded = PeftModel.from_pretrained(tiny_model(name), str(folder)).eval()
+        with torch.no_grad():
+            got = engine.head(engine.hidden(batch))
+            logits = loaded(input_ids=batch.input_ids).logits[0, batch.label_positions]
+            base = tiny_model(name)(input_ids=batch.input_ids).logits[0, batch.label_positions]
+        torch.testing.assert_close(got, logits, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(got, base, atol=1e-2), "the adapter must do something"
+        assert loaded.peft_config["default"].base_model_name_or_path == "base/model"
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.*target_parameters.*")
+def test_saved_adapter_of_experts_loads_in_peft(tmp_path: Path) -> None:
+    """all-linear reaches Mixtral's experts in PEFT; the peft engine trains them."""
+    tokens, trial = random_tokens(20), make_trial(4, 1e-2)
+    engine, (member,) = train("mixtral", [trial], tokens)
+    assert engine.name == "peft"
+    save_adapter(member.weights, member.config, tmp_path / "adapter")
+    ids = torch.from_numpy(tokens[0].ids).long()[None]
+    loaded = PeftModel.from_pretrained(tiny_model("mixtral"), str(tmp_path / "adapter")).eval()
+    engine.model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids).logits, engine.model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_start_depends_on_the_seed_alone() -> None:
+    """Not on what was injected before, nor on the random state at that time."""
+    first, second = tiny_model("llama-gqa"), tiny_model("llama-gqa")
+    trial = make_trial(8, 1e-3, seed=5)
+    add_adapter(first, trial)
+    add_adapter(second, make_trial(3, 1e-3, seed=9))
+    torch.manual_seed(1234)
+    add_adapter(second, trial)
+    expected, got = adapter_weights(first, trial.name), adapter_weights(second, trial.name)
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+    other = tiny_model("llama-gqa")
+    add_adapter(other, make_trial(8, 1e-3, seed=6))
+    assert any(not torch.equal(a, b) for a, b in zip(expected.values(), adapter_weights(other, "r008-lr1e-3-s6").values()))
+
+
+def test_all_adapters_stay_trainable_and_the_base_frozen() -> None:
+    model = tiny_model("llama-gqa")
+    for rank in (2, 4, 8):
+        add_adapter(model, make_trial(rank, 1e-3))
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name, _ in model.named_parameters() if "lora_" in name} == trainable
+
+
+def test_modules_that_match_nothing_are_named() -> None:
+    with pytest.raises(StudyError, match=r"target_modules[\s\S]*q_proj"):
+        add_adapter(tiny_model("llama-gqa"), make_trial(8, 1e-3, modules=("query",)))

@@ -1,0 +1,107 @@
+"""The command line as a user meets it: in a process of its own, with its exit codes and messages."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from folders import write_data, write_model
+
+
+def rankscope(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rankscope.cli", *arguments]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, env=environment, check=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("cli")
+    write_model(root / "model")
+    write_data(root / "data.json")
+    return root
+
+
+def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
+    code = (
+        "import sys, rankscope.cli\n"
+        "try: rankscope.cli.app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print('HEAVY', sorted({'torch', 'transformers', 'pandas', 'altair', 'datasets', 'peft'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert "HEAVY []" in done.stdout
+    for command in ("run", "plan", "report", "doctor"):
+        assert command in done.stdout
+
+
+def test_run_and_report(folder: Path) -> None:
+    arguments = ["--model", "model", "--dataset", "data.json", "--ranks", "2,4", "--seeds", "0", "--steps", "3"]
+    done = rankscope("run", *arguments, "--out", "out", "--set", "measure.profiles=false", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "r002-lr2e-4" in done.stdout
+    assert "not enough evidence" in done.stdout
+    assert (folder / "out" / "report" / "index.html").exists()
+    assert "step" in done.stdout
+    (folder / "out" / "report" / "index.html").unlink()
+    again = rankscope("report", "out", "--lang", "ko", cwd=folder)
+    assert again.returncode == 0, again.stderr
+    assert 'lang="ko"' in (folder / "out" / "report" / "index.html").read_text()
+
+
+def test_plan_trains_and_writes_nothing(folder: Path, tmp_path: Path) -> None:
+    arguments = ["--model", str(folder / "model"), "--dataset", str(folder / "data.json"), "--ranks", "2,4"]
+    done = rankscope("plan", *arguments, "--steps", "5", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "6 trials of 5 steps in 1 packs" in done.stdout
+    # q, k, v, out: 32x32; fc1, fc2: 32x64; project_in and project_out: 16x32; two layers
+    assert f"{2 * (2 * (4 * 64 + 2 * 96) + 2 * 48):,}" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trial_that_diverges_gives_exit_code_4(folder: Path) -> None:
+    done = rankscope(
+        "run", "--model", "model", "--dataset", "data.json", "--ranks", "2", "--seeds", "0", "--steps", "4",
+        "--learning-rates", "1e-3,1e30", "--out", "diverging", "--set", "measure.profiles=false",
+        "--set", "training.max_grad_norm=0", "--set", "training.warmup_ratio=0", cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 4, done.stderr
+    assert "r002-lr1e30-s0: diverged" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--model", "model", "--dataset", "data.json", "--ranks", "0"], 2, "ranks.0"),
+        (["--model", "model", "--dataset", "data.json", "--ranks", "eight"], 2, "ranks.0"),
+        (["--model", "model", "--dataset", "data.json", "--ranks", "8,8"], 2, "listed twice"),
+        (["--model", "model"], 2, "--dataset is missing"),
+        (["--model", "model", "--dataset", "data.json", "--set", "training.stepz=3"], 2, "did you mean steps?"),
+        (["--model", "model", "--dataset", "data.json", "--target-modules", "query"], 2, "q_proj"),
+        (["--model", "model", "--dataset", "data.json", "--device", "cuda:7"], 2, "doctor"),
+        (["missing.yaml"], 2, "no such study file"),
+        (["--model", "nowhere/nothing", "--dataset", "data.json"], 3, "nowhere/nothing"),
+        (["--model", "model", "--dataset", "missing.json"], 3, "missing.json"),
+    ],
+)
+def test_errors_are_short_and_leave_nothing(folder: Path, arguments: list[str], code: int, message: str) -> None:
+    before = set(folder.iterdir())
+    done = rankscope("run", *arguments, "--out", "wrong", cwd=folder)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 6
+    assert set(folder.iterdir()) == before, "no half-made study"
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = rankscope("--debug", "report", "nothing", cwd=tmp_path)
+    assert "Traceback" in done.stderr
+
+
+def test_doctor(tmp_path: Path) -> None:
+    done = rankscope("doctor", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "transformers" in done.stdout
+    assert "cores" in done.stdout

@@ -1,0 +1,85 @@
+"""The study as text: defaults written out, errors that name the field, the grid of candidates."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rankscope.errors import StudyError
+from rankscope.spec import assemble, read_study_file, resolve_spec, set_value, write_yaml
+
+BASE = {"model": {"id": "a/model"}, "data": {"id": "a/dataset"}}
+STUDIES = [*Path("studies").glob("*.yaml"), Path("src/rankscope/demo/study.yaml")]
+
+
+def test_yaml_round_trip() -> None:
+    spec = resolve_spec(BASE | {"adapter": {"alpha": "2r", "target_modules": ["q_proj", "v_proj"]}, "seeds": [3]})
+    assert resolve_spec(yaml.safe_load(write_yaml(spec))) == spec
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=str)
+def test_shipped_studies_are_valid(path: Path) -> None:
+    spec = resolve_spec(read_study_file(Path(__file__).parents[1] / path))
+    assert spec.ranks == (8, 128, 256)
+    assert spec.seeds == (0, 1, 2)
+
+
+def test_candidates_are_the_grid() -> None:
+    spec = resolve_spec(BASE | {"ranks": [16, 4], "learning_rates": [1.5e-4, 1e-3], "seeds": [7]})
+    assert [trial.name for trial in spec.trials()] == [
+        "r004-lr1.5e-4-s7", "r004-lr1e-3-s7", "r016-lr1.5e-4-s7", "r016-lr1e-3-s7",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("alpha", "rslora", "scaling"), [(32, False, 32 / 16), ("2r", False, 2.0), (32, True, 8.0), ("1.5r", True, 6.0)]
+)
+def test_scaling(alpha: object, rslora: bool, scaling: float) -> None:
+    spec = resolve_spec(BASE | {"ranks": [16], "adapter": {"alpha": alpha, "use_rslora": rslora}})
+    assert spec.candidates()[0].scaling == pytest.approx(scaling)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rank": [8]}, "rank: unknown field; did you mean ranks?"),
+        ({"training": {"stepz": 5}}, "training.stepz: unknown field; did you mean steps?"),
+        ({"training": {"steps": 5, "epochs": 1}}, "give steps or epochs, not both"),
+        ({"ranks": []}, "ranks"),
+        ({"ranks": [8, -1]}, "ranks.1"),
+        ({"seeds": [1, 1]}, "seeds: listed twice: 1"),
+        ({"adapter": {"alpha": "2x"}}, "adapter.alpha"),
+        ({"adapter": {"lora_dropout": 1.0}}, "adapter.lora_dropout"),
+        ({"data": {"id": "x", "template": "{instruction}"}}, "a row's input is never dropped"),
+        ({"name": "../up"}, "name"),
+        ({"model": {}}, "model.id"),
+        ({"learning_rates": [float("nan")]}, "learning_rates.0"),
+    ],
+)
+def test_errors_name_the_field(values: dict, message: str) -> None:
+    with pytest.raises(StudyError) as caught:
+        resolve_spec(BASE | values)
+    assert message in str(caught.value)
+
+
+def test_options_and_assignments_override_the_file() -> None:
+    spec = assemble(
+        BASE | {"training": {"epochs": 3}, "ranks": [8]}, {"steps": 50, "ranks": [4], "seeds": None}, ["adapter.alpha=2r"]
+    )
+    assert (spec.training.steps, spec.training.epochs, spec.ranks, spec.seeds) == (50, None, (4,), (0, 1, 2))
+    assert spec.adapter.alpha == "2r"
+    assert spec.name == "model-dataset"
+
+
+@pytest.mark.parametrize("assignment", ["training.steps", "=5", "ranks.x=5", "name=[1"])
+def test_wrong_assignments(assignment: str) -> None:
+    with pytest.raises(StudyError, match="--set|ranks"):
+        set_value({"ranks": [8]}, assignment)
+
+
+@pytest.mark.parametrize("content", ["- a\n- b", "a: [1", "\xff"])
+def test_wrong_study_files(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(StudyError, match=r"study\.yaml"):
+        read_study_file(path)

@@ -1,0 +1,42 @@
+"""Chunked cross-entropy against torch's own on all logits at once."""
+
+import pytest
+import torch
+from models import CONFIGS, tiny_model
+
+import rankscope.train.loss
+from rankscope.train.loss import Head, label_losses
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 4 * 131 * 100, 2**26])
+def test_equals_cross_entropy(monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
+    monkeypatch.setattr(rankscope.train.loss, "CHUNK_BYTES", chunk_bytes)
+    torch.manual_seed(0)
+    weight = torch.randn(131, 16)
+    hidden, targets, weights = torch.randn(300, 16), torch.randint(0, 131, (300,)), torch.rand(300)
+    mine, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    got = label_losses(lambda h: h @ weight.T, mine, targets, weights)
+    logits = theirs @ weight.T
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    (3 * got.total).backward()
+    (3 * expected @ weights).backward()
+    torch.testing.assert_close(got.losses, expected.detach())
+    torch.testing.assert_close(mine.grad, theirs.grad)
+    assert torch.equal(got.correct, logits.argmax(-1) == targets)
+
+
+def test_no_gradient_is_worked_out_in_evaluation() -> None:
+    weight = torch.randn(131, 16)
+    with torch.no_grad():
+        got = label_losses(lambda h: h @ weight.T, torch.randn(9, 16), torch.arange(9), torch.ones(9))
+    assert not got.total.requires_grad
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_head_is_the_models_own(name: str) -> None:
+    """Soft-capping and the like included: the head of the trunk's hidden states gives the model's logits."""
+    model = tiny_model(name)
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        hidden = getattr(model, model.base_model_prefix)(input_ids=ids).last_hidden_state[0]
+        torch.testing.assert_close(Head(model)(hidden), model(input_ids=ids).logits[0])
