@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -18,7 +19,6 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
-from transformers import AutoModelForCausalLM
 
 VOCAB = 131
 _COMMON: dict[str, Any] = {

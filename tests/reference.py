@@ -21,7 +21,9 @@ class Trained(NamedTuple):
     weights: dict[str, Tensor]
 
 
-def make_trial(rank: int, rate: float, seed: int = 0, dropout: float = 0.0, modules: str | tuple[str, ...] = "all-linear") -> Trial:
+def make_trial(
+    rank: int, rate: float, seed: int = 0, dropout: float = 0.0, modules: str | tuple[str, ...] = "all-linear"
+) -> Trial:
     return Trial(
         candidate=Candidate(
             rank=rank,
@@ -47,7 +49,9 @@ def random_tokens(examples: int, seed: int = 0, shortest: int = 4, longest: int 
     return Tokens.from_examples(rows)
 
 
-def train_with_peft(model: PreTrainedModel, trial: Trial, tokens: Tokens, training: TrainingSpec, steps: int) -> Trained:
+def train_with_peft(
+    model: PreTrainedModel, trial: Trial, tokens: Tokens, training: TrainingSpec, steps: int
+) -> Trained:
     """PEFT's forward, transformers' loss, torch's AdamW and clipping, on right-padded batches; linear schedule.
 
     With LoRA dropout the batch must be one sequence, whose dropout stream is set before the forward.

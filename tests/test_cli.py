@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from folders import write_data, write_model
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from folders import write_data, write_model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import rankscope
+from folders import write_data, write_model
 from rankscope.data.tokens import load
 from rankscope.errors import StudyError
 from rankscope.files import read_json

@@ -64,7 +64,9 @@ def test_errors_name_the_field(values: dict, message: str) -> None:
 
 def test_options_and_assignments_override_the_file() -> None:
     spec = assemble(
-        BASE | {"training": {"epochs": 3}, "ranks": [8]}, {"steps": 50, "ranks": [4], "seeds": None}, ["adapter.alpha=2r"]
+        BASE | {"training": {"epochs": 3}, "ranks": [8]},
+        {"steps": 50, "ranks": [4], "seeds": None},
+        ["adapter.alpha=2r"],
     )
     assert (spec.training.steps, spec.training.epochs, spec.ranks, spec.seeds) == (50, None, (4,), (0, 1, 2))
     assert spec.adapter.alpha == "2r"
@@ -73,7 +75,7 @@ def test_options_and_assignments_override_the_file() -> None:
 
 @pytest.mark.parametrize("assignment", ["training.steps", "=5", "ranks.x=5", "name=[1"])
 def test_wrong_assignments(assignment: str) -> None:
-    with pytest.raises(StudyError, match="--set|ranks"):
+    with pytest.raises(StudyError, match=r"--set|ranks"):
         set_value({"ranks": [8]}, assignment)
 
 

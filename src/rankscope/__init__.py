@@ -1,8 +1,8 @@
 """rankscope: which LoRA rank should I use, and what does it cost me?
 
-    study = rankscope.run(model="facebook/opt-350m", dataset="code.jsonl", ranks=[8, 64])
-    study.verdict, study.results(), study.curves()
-    rankscope.open("opt-350m-code")
+study = rankscope.run(model="facebook/opt-350m", dataset="code.jsonl", ranks=[8, 64])
+study.verdict, study.results(), study.curves()
+rankscope.open("opt-350m-code")
 """
 
 from typing import TYPE_CHECKING, Any

@@ -29,7 +29,8 @@ error_console = Console(stderr=True, highlight=False)
 EMBEDDED_STUDY = Path(__file__).parent / "demo" / "study.yaml"
 
 StudyFile = Annotated[
-    Path | None, typer.Argument(metavar="[STUDY.yaml]", help="A study's file. Without it and --model: the embedded study.")
+    Path | None,
+    typer.Argument(metavar="[STUDY.yaml]", help="A study's file. Without it and --model: the embedded study."),
 ]
 Model = Annotated[str | None, typer.Option(help="Base model: hub id or folder.")]
 Dataset = Annotated[str | None, typer.Option(help="Instruction data: hub id, or a JSON, JSONL, CSV or Parquet file.")]
@@ -109,7 +110,9 @@ def run(
     if left:
         for trial in left:
             record = result.trial_record(trial)
-            error_console.print(f"{trial.name}: {record['status']}: {record.get('reason')}", markup=False, style="yellow")
+            error_console.print(
+                f"{trial.name}: {record['status']}: {record.get('reason')}", markup=False, style="yellow"
+            )
         raise typer.Exit(4)
 
 
@@ -153,7 +156,9 @@ def plan(
     for candidate in spec.candidates():
         count = params[candidate.name]
         share, memory = f"{count / base:.2%}", size(count * BYTES_PER_PARAMETER)
-        table.add_row(candidate.name, f"{candidate.lora_alpha:g}", f"{candidate.scaling:g}", f"{count:,}", share, memory)
+        table.add_row(
+            candidate.name, f"{candidate.lora_alpha:g}", f"{candidate.scaling:g}", f"{count:,}", share, memory
+        )
     facts, steps_in_all = data.facts, total_steps(training, len(data.train))
     free = free_bytes(resolve_device(spec.model.device))
     most = 1 if training.isolated else training.trials_per_pack
@@ -195,7 +200,9 @@ def doctor() -> None:
     for name, found in versions().items():
         out_console.print(f"{name:<14} {found or 'not installed'}", markup=False)
     facts = hardware()
-    out_console.print(f"{'cpu':<14} {facts['cpu']}, {facts['cores']} cores, {size(facts['memory_bytes'])}", markup=False)
+    out_console.print(
+        f"{'cpu':<14} {facts['cpu']}, {facts['cores']} cores, {size(facts['memory_bytes'])}", markup=False
+    )
     for gpu in facts["gpus"]:
         out_console.print(f"{'gpu':<14} {gpu['name']}, {size(gpu['memory_bytes'])}", markup=False)
     if not facts["gpus"]:
@@ -243,7 +250,17 @@ def _print_results(results: Any, profiles: Any, verdict: dict[str, Any]) -> None
     from rankscope.report.formats import duration, loss, signed, size
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("candidate", "train loss", "held-out loss", "regret", "CPU mean", "CPU peak", "GPU peak", "s/step", "runtime"):
+    for column in (
+        "candidate",
+        "train loss",
+        "held-out loss",
+        "regret",
+        "CPU mean",
+        "CPU peak",
+        "GPU peak",
+        "s/step",
+        "runtime",
+    ):
         table.add_column(column, justify="left" if column == "candidate" else "right")
     regrets = {row["candidate"]: row["regret"] for row in verdict["comparison"]}
     for candidate, trials in results.groupby("candidate", sort=False):

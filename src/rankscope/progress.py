@@ -113,7 +113,13 @@ class TerminalProgress:
 
     def _table(self) -> Group:
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for column, justify in (("trial", "left"), ("step", "right"), ("loss", "right"), ("held-out", "right"), ("", "left")):
+        for column, justify in (
+            ("trial", "left"),
+            ("step", "right"),
+            ("loss", "right"),
+            ("held-out", "right"),
+            ("", "left"),
+        ):
             table.add_column(column, justify=justify)  # type: ignore[arg-type]
         for name, f in self._trials:
             bar = ProgressBar(total=self._steps, completed=f.step, width=20)

@@ -129,7 +129,9 @@ def train(study: Study, data: TokenizedData, params: Mapping[str, int], progress
         if error is not None:
             progress.say(f"pack {pack} did not finish: {error}")
         for reason in {study.trial_record(trial).get("engine_reason") for trial in trials} - {None}:
-            progress.say(f"Trained by PEFT's own forward, one trial at a time, since this model cannot be packed: {reason}")
+            progress.say(
+                f"Trained by PEFT's own forward, one trial at a time, since this model cannot be packed: {reason}"
+            )
 
 
 def measure(study: Study, progress: Progress) -> None:

@@ -192,7 +192,7 @@ class Study:
 
     def samples(self) -> "pd.DataFrame":
         """One row a memory sample: `candidate rank learning_rate repeat phase step seconds rss_bytes
-        gpu_allocated_bytes gpu_reserved_bytes` (`phase` is load, warmup, train or eval; GPU columns are NaN without one).
+        gpu_allocated_bytes gpu_reserved_bytes` (`phase`: load, warmup, train or eval; GPU columns are NaN without one).
         """
         import pandas as pd
 

@@ -20,9 +20,7 @@ CHAT = [
 ]
 
 
-def fill(
-    tokenizer: PreTrainedTokenizerFast, instruction: str, given: str, template: str = SPEC.template
-) -> str:
+def fill(tokenizer: PreTrainedTokenizerFast, instruction: str, given: str, template: str = SPEC.template) -> str:
     row = {"instruction": instruction, "input": given, "output": "o"}
     return render(row, DataSpec(id="x", template=template), "alpaca", tokenizer).prompt
 
@@ -40,9 +38,7 @@ def fill(
         ),
     ],
 )
-def test_the_default_template(
-    instruction: str, given: str, prompt: str, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_the_default_template(instruction: str, given: str, prompt: str, tokenizer: PreTrainedTokenizerFast) -> None:
     assert fill(tokenizer, instruction, given) == prompt
 
 

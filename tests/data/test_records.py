@@ -109,9 +109,7 @@ def test_hub_failure_says_what_to_check(monkeypatch: pytest.MonkeyPatch) -> None
         raise ConnectionError("Couldn't reach 'owner/name' on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(
-        DataError, match=r"owner/name: cannot be loaded: ConnectionError: Couldn't.*\n.*local file"
-    ):
+    with pytest.raises(DataError, match=r"owner/name: cannot be loaded: ConnectionError: Couldn't.*\n.*local file"):
         load_records(DataSpec(id="owner/name"))
 
 
@@ -268,9 +266,7 @@ def test_parquet_columns_of_no_format_are_named(tmp_path: Path) -> None:
 
 
 def test_a_format_that_the_columns_do_not_fit_says_what_it_needs(spec: Write) -> None:
-    with pytest.raises(
-        DataError, match="found the columns instruction, output; the format messages needs messages"
-    ):
+    with pytest.raises(DataError, match="found the columns instruction, output; the format messages needs messages"):
         load_records(spec("a.json", one(), format="messages"))
 
 
@@ -295,9 +291,7 @@ def test_a_folder_with_a_loading_script_is_not_executed(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_folder_without_the_split_says_which_there_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_without_the_split_says_which_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "train.jsonl").write_text(JSONL)

@@ -32,18 +32,13 @@ def alpaca(count: int, start: int = 0) -> list[dict[str, str]]:
     ]
 
 
-def prepared(
-    spec: Write, rows: list[Any], tokenizer: PreTrainedTokenizerFast, **fields: Any
-) -> TokenizedData:
+def prepared(spec: Write, rows: list[Any], tokenizer: PreTrainedTokenizerFast, **fields: Any) -> TokenizedData:
     return prepare(spec("rows.json", json.dumps(rows), **fields), tokenizer, len(tokenizer))
 
 
 def texts(tokens: Tokens, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, str]]:
     """What is read and what is learned, of every sequence."""
-    return [
-        (str(tokenizer.decode(ids[~is_label])), str(tokenizer.decode(ids[is_label])))
-        for ids, is_label in tokens
-    ]
+    return [(str(tokenizer.decode(ids[~is_label])), str(tokenizer.decode(ids[is_label]))) for ids, is_label in tokens]
 
 
 def test_labels_are_the_completion_and_eos_and_no_input_is_lost(
@@ -53,9 +48,7 @@ def test_labels_are_the_completion_and_eos_and_no_input_is_lost(
     data = prepared(spec, rows, tokenizer, eval_rows=5)
     expected = {
         (
-            f"<s>### Question: {row['instruction']}\n"
-            + (f"{row['input']}\n" if row["input"] else "")
-            + " ### Answer:",
+            f"<s>### Question: {row['instruction']}\n" + (f"{row['input']}\n" if row["input"] else "") + " ### Answer:",
             f" {row['output']}</s>",
         )
         for row in rows
@@ -64,9 +57,7 @@ def test_labels_are_the_completion_and_eos_and_no_input_is_lost(
     assert (len(data.train), len(data.eval)) == (35, 5)
 
 
-def test_loss_on_all_learns_everything_but_the_first_token(
-    spec: Write, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_loss_on_all_learns_everything_but_the_first_token(spec: Write, tokenizer: PreTrainedTokenizerFast) -> None:
     data = prepared(spec, alpaca(40), tokenizer, loss_on="all")
     for ids, is_label in data.train:
         assert not is_label[0]
@@ -75,9 +66,7 @@ def test_loss_on_all_learns_everything_but_the_first_token(
     assert data.facts["train_label_tokens"] == data.facts["train_tokens"] - len(data.train)
 
 
-def test_the_first_token_is_never_a_label(
-    spec: Write, make_tokenizer: Callable[..., PreTrainedTokenizerFast]
-) -> None:
+def test_the_first_token_is_never_a_label(spec: Write, make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> None:
     bare = make_tokenizer(after=None)
     rows = [{"prompt": "" if number < 9 else "q", "completion": f"{number} x"} for number in range(20)]
     data = prepared(spec, rows, bare, eval_rows=11)  # the rows without prompt are one group
@@ -106,9 +95,7 @@ def test_a_row_of_exactly_max_length_is_not_cut(spec: Write, tokenizer: PreTrain
     assert prepared(spec, rows, tokenizer, max_length=3).facts["truncated"] == 6
 
 
-def test_exact_duplicates_are_dropped_and_the_first_is_kept(
-    spec: Write, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_exact_duplicates_are_dropped_and_the_first_is_kept(spec: Write, tokenizer: PreTrainedTokenizerFast) -> None:
     rows = alpaca(10)
     data = prepared(spec, [*rows, *rows[:4], {**rows[0], "input": None, "id": 1}], tokenizer, eval_rows=2)
     assert data.facts["duplicates_dropped"] == 5
@@ -143,9 +130,7 @@ def test_train_keeps_the_order_of_the_file(spec: Write, tokenizer: PreTrainedTok
     assert order == sorted(order)
 
 
-def test_the_split_does_not_depend_on_the_order_of_the_file(
-    spec: Write, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_the_split_does_not_depend_on_the_order_of_the_file(spec: Write, tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [*alpaca(60), *({**row, "output": "again"} for row in alpaca(20))]
     data = prepared(spec, rows, tokenizer)
     shuffled = prepared(spec, rows[::-1], tokenizer)
@@ -156,9 +141,7 @@ def test_the_split_does_not_depend_on_the_order_of_the_file(
     assert not {prompt for prompt, _ in sides[0]} & {prompt for prompt, _ in sides[1]}
 
 
-def test_chunks_do_not_show(
-    spec: Write, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chunks_do_not_show(spec: Write, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = prepared(spec, alpaca(50), tokenizer)
     monkeypatch.setattr(tokens_module, "_ROWS_AT_ONCE", 7)
     assert_equal(prepared(spec, alpaca(50), tokenizer), whole)
@@ -210,16 +193,12 @@ def test_three_rows_are_enough(spec: Write, tokenizer: PreTrainedTokenizerFast) 
     assert (len(data.train), len(data.eval)) == (2, 1)
 
 
-def test_ids_that_the_model_does_not_have_are_refused(
-    spec: Write, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_ids_that_the_model_does_not_have_are_refused(spec: Write, tokenizer: PreTrainedTokenizerFast) -> None:
     asked = spec("rows.json", json.dumps(alpaca(9)))
     data = prepare(asked, tokenizer, len(tokenizer))
     highest = int(max(data.train.ids.max(), data.eval.ids.max()))
     prepare(asked, tokenizer, highest + 1)
-    with pytest.raises(
-        ModelError, match=f"token id {highest}, but the model's vocabulary has {highest} entries"
-    ):
+    with pytest.raises(ModelError, match=f"token id {highest}, but the model's vocabulary has {highest} entries"):
         prepare(asked, tokenizer, highest)
 
 
@@ -243,9 +222,7 @@ def assert_equal(found: TokenizedData, expected: TokenizedData) -> None:
             np.testing.assert_array_equal(array, getattr(getattr(expected, side), name), strict=True)
 
 
-def test_what_is_saved_is_what_is_loaded(
-    spec: Write, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_what_is_saved_is_what_is_loaded(spec: Write, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     data = prepared(spec, alpaca(40), tokenizer)
     save(data, tmp_path / "data")
     found = load(tmp_path / "data")
@@ -255,9 +232,7 @@ def test_what_is_saved_is_what_is_loaded(
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["facts.json", "tokens.safetensors"]
 
 
-def test_the_same_data_gives_the_same_bytes(
-    spec: Write, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_the_same_data_gives_the_same_bytes(spec: Write, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     for name in ("a", "b"):
         save(prepared(spec, alpaca(40), tokenizer), tmp_path / name)
     for file in ("tokens.safetensors", "facts.json"):
@@ -301,9 +276,7 @@ def test_damaged_files_are_refused(
         load(folder)
 
 
-def test_neither_import_nor_load_needs_torch(
-    spec: Write, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_neither_import_nor_load_needs_torch(spec: Write, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     save(prepared(spec, alpaca(40), tokenizer), tmp_path / "data")
     code = (
         "import sys, pathlib, rankscope.data as data; data.load(pathlib.Path(sys.argv[1]));"

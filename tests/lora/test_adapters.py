@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import CONFIGS, tiny_model
 from peft import PeftModel
-from reference import make_trial, random_tokens
 
+from models import CONFIGS, tiny_model
 from rankscope.data.tokens import Tokens
 from rankscope.errors import StudyError
 from rankscope.lora.adapters import adapter_weights, add_adapter, save_adapter
@@ -16,6 +15,7 @@ from rankscope.spec import TrainingSpec, Trial
 from rankscope.train.engine import PackedEngine
 from rankscope.train.loop import choose_engine
 from rankscope.train.pack import Member, make_member, train_step
+from reference import make_trial, random_tokens
 
 CPU = torch.device("cpu")
 TRAINING = TrainingSpec(steps=5, batch_size=4, warmup_ratio=0.0)
@@ -68,7 +68,9 @@ def test_saved_adapter_of_experts_loads_in_peft(tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(tiny_model("mixtral"), str(tmp_path / "adapter")).eval()
     engine.model.eval()
     with torch.no_grad():
-        torch.testing.assert_close(loaded(input_ids=ids).logits, engine.model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            loaded(input_ids=ids).logits, engine.model(input_ids=ids).logits, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_start_depends_on_the_seed_alone() -> None:
@@ -84,7 +86,10 @@ def test_start_depends_on_the_seed_alone() -> None:
     assert all(torch.equal(expected[key], got[key]) for key in expected)
     other = tiny_model("llama-gqa")
     add_adapter(other, make_trial(8, 1e-3, seed=6))
-    assert any(not torch.equal(a, b) for a, b in zip(expected.values(), adapter_weights(other, "r008-lr1e-3-s6").values()))
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(expected.values(), adapter_weights(other, "r008-lr1e-3-s6").values(), strict=True)
+    )
 
 
 def test_all_adapters_stay_trainable_and_the_base_frozen() -> None:

@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from models import CONFIGS, tiny_model
-from reference import VOCAB, make_trial, random_tokens
 
+from models import CONFIGS, tiny_model
 from rankscope.data.tokens import Example, Tokens
-from rankscope.lora.adapters import add_adapter, adapter_parameters
+from rankscope.lora.adapters import adapter_parameters, add_adapter
 from rankscope.lora.layout import FlatBatch, Slice, flatten, use_layout
 from rankscope.lora.packed import _AddLora
 from rankscope.train.engine import PackedEngine
 from rankscope.train.probe import make_packable
+from reference import VOCAB, make_trial, random_tokens
 
 CPU = torch.device("cpu")
 

@@ -35,11 +35,7 @@ def make_evidence(
         candidate = trial.candidate
         identity = {"trial": trial.name, "candidate": candidate.name, "rank": candidate.rank,
                     "learning_rate": candidate.learning_rate, "seed": trial.seed}  # fmt: skip
-        final = (
-            FINAL_LOSS.get(candidate.rank, 1.25)
-            + 0.004 * (trial.seed - 1)
-            + 20 * (candidate.learning_rate - 2e-4)
-        )
+        final = FINAL_LOSS.get(candidate.rank, 1.25) + 0.004 * (trial.seed - 1) + 20 * (candidate.learning_rate - 2e-4)
         results.append(
             identity
             | {
@@ -106,9 +102,7 @@ def make_evidence(
     )  # fmt: skip
 
 
-def _costs(
-    spec: StudySpec, noise: np.random.Generator, gpu: bool
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _costs(spec: StudySpec, noise: np.random.Generator, gpu: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     profiles, samples = [], []
     for candidate in spec.candidates():
         identity = {
@@ -155,9 +149,7 @@ def _costs(
     return profiles, samples
 
 
-def make_verdict(
-    evidence: Evidence, outcome: str = "recommended", chosen: int = 0, **values: Any
-) -> dict[str, Any]:
+def make_verdict(evidence: Evidence, outcome: str = "recommended", chosen: int = 0, **values: Any) -> dict[str, Any]:
     """A verdict with a row for each rank at its best learning rate, as `rankscope.analysis` writes it.
 
     `chosen` is an index of the compared ranks, lowest first.
@@ -202,8 +194,6 @@ def replace_trial(evidence: Evidence, index: int, **values: Any) -> Evidence:
     """The same evidence with one trial's row changed."""
     results = evidence.results.copy()
     for column, value in values.items():
-        results[column] = results[column].astype(
-            "object" if isinstance(value, str) else results[column].dtype
-        )
+        results[column] = results[column].astype("object" if isinstance(value, str) else results[column].dtype)
         results.loc[index, column] = value
     return evidence._replace(results=results)

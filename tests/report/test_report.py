@@ -99,18 +99,14 @@ def test_the_csv_and_the_parquet_are_the_results(folder: Path, evidence: Evidenc
     from_csv = pd.read_csv(StringIO((folder / "results.csv").read_text()))
     # CSV has no way to write "no text": an empty field reads as NaN.
     pd.testing.assert_frame_equal(from_csv, evidence.results.assign(reason=math.nan), check_dtype=False)
-    pd.testing.assert_frame_equal(
-        pd.read_parquet(folder / "results.parquet"), evidence.results, check_dtype=False
-    )
+    pd.testing.assert_frame_equal(pd.read_parquet(folder / "results.parquet"), evidence.results, check_dtype=False)
 
 
 def test_the_page_is_small_and_fetches_nothing(folder: Path) -> None:
     assert (folder / "index.html").stat().st_size < 3_000_000
     tags = read_page(folder).tags
     assert {tag for tag, _ in tags} & {"link", "img", "iframe", "object", "embed", "base", "form"} == set()
-    fetching = [
-        (tag, name) for tag, attributes in tags for name in attributes if name in ("src", "href", "srcset")
-    ]
+    fetching = [(tag, name) for tag, attributes in tags for name in attributes if name in ("src", "href", "srcset")]
     assert fetching == []
     style = re.search(r"<style>(.*?)</style>", (folder / "index.html").read_text(), re.DOTALL)
     assert style is not None
@@ -123,9 +119,7 @@ def test_the_policy_allows_the_page_s_scripts_and_nothing_else(folder: Path) -> 
     policy = next(attributes["content"] for tag, attributes in page.tags if "http-equiv" in attributes)
     rules = dict(rule.strip().split(" ", 1) for rule in str(policy).split(";"))
     assert rules["default-src"] == "'none'"
-    hashes = [
-        base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in page.scripts[1:]
-    ]
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in page.scripts[1:]]
     assert rules["script-src"] == " ".join(f"'sha256-{value}'" for value in hashes)
     assert len(hashes) == 2
 
@@ -221,9 +215,7 @@ def test_a_long_study_of_many_candidates_stays_small(tmp_path: Path) -> None:
     assert steps_a_point == 8
     assert len(frame) <= series.POINTS
     content = compose(evidence, make_verdict(evidence), load("en"), "long", "rankscope run")
-    specs = [
-        panel.chart.to_dict() for figure in (*content.curves, *content.heldout) for panel in figure.panels
-    ]
+    specs = [panel.chart.to_dict() for figure in (*content.curves, *content.heldout) for panel in figure.panels]
     assert len(json.dumps(specs)) < 1_500_000
 
 
@@ -242,9 +234,7 @@ def test_nothing_has_run_yet(tmp_path: Path) -> None:
 
 def test_a_rebuilt_report_keeps_no_figure_that_it_no_longer_has(evidence: Evidence, tmp_path: Path) -> None:
     build(evidence, make_verdict(evidence), tmp_path)
-    build(
-        evidence._replace(profiles=pd.DataFrame(), samples=pd.DataFrame()), make_verdict(evidence), tmp_path
-    )
+    build(evidence._replace(profiles=pd.DataFrame(), samples=pd.DataFrame()), make_verdict(evidence), tmp_path)
     assert figures(tmp_path, "svg") == figures(tmp_path, "png") == {
         "train-loss", "heldout-loss-rank", "heldout-loss-steps",
     }  # fmt: skip
@@ -255,9 +245,7 @@ def test_a_rebuilt_report_keeps_no_figure_that_it_no_longer_has(evidence: Eviden
 
 def test_one_rank_and_one_seed() -> None:
     evidence = make_evidence(make_spec(ranks=[8], seeds=[0]), steps=20)
-    verdict = make_verdict(
-        evidence, "not_enough_evidence", caveats=["one_seed", "one_learning_rate"], more_seeds=2
-    )
+    verdict = make_verdict(evidence, "not_enough_evidence", caveats=["one_seed", "one_learning_rate"], more_seeds=2)
     content = compose(evidence, verdict, load("en"), "one", "rankscope run")
     assert content.rank == ""
     assert content.savings == []
@@ -399,9 +387,7 @@ def test_memory_is_drawn_from_training_samples_only(evidence: Evidence) -> None:
     row = frame[(frame["rank"] == 8) & (frame["step"] == 3)].iloc[0]
     samples = evidence.samples
     expected = samples[(samples["rank"] == 8) & (samples["step"] == 3)]["rss_bytes"]
-    assert (row["mean"], row["low"], row["high"]) == pytest.approx(
-        (expected.mean(), expected.min(), expected.max())
-    )
+    assert (row["mean"], row["low"], row["high"]) == pytest.approx((expected.mean(), expected.min(), expected.max()))
     assert series.memory(evidence, "gpu_allocated_bytes").frame.empty
 
 
@@ -409,9 +395,7 @@ def test_ranks_beyond_the_palette_still_differ() -> None:
     ranks = [1, 2, 4, 8, 16, 32, 64, 128, 256]
     spec = charts._dash(ranks, load("en")).to_dict()
     colours = charts.theme()["range"]["category"]
-    pairs = {
-        (colours[index % len(colours)], tuple(dash)) for index, dash in enumerate(spec["scale"]["range"])
-    }
+    pairs = {(colours[index % len(colours)], tuple(dash)) for index, dash in enumerate(spec["scale"]["range"])}
     assert len(pairs) == len(ranks)
 
 

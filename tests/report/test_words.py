@@ -28,9 +28,7 @@ def test_catalogues_have_the_same_keys_and_placeholders() -> None:
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_string_of_a_catalogue_is_text(language: str) -> None:
-    assert [
-        key for key, text in load(language).items().items() if not isinstance(text, str) or not text
-    ] == []
+    assert [key for key, text in load(language).items().items() if not isinstance(text, str) or not text] == []
 
 
 def test_korean_is_translated() -> None:
@@ -76,9 +74,7 @@ def test_the_learning_rate_is_named_where_several_are_compared() -> None:
 
 def test_a_rank_without_another_says_so() -> None:
     evidence = make_evidence(make_spec(ranks=[8]))
-    assert verdict_sentence(make_verdict(evidence)).startswith(
-        "Use rank 8: it is the only rank that finished"
-    )
+    assert verdict_sentence(make_verdict(evidence)).startswith("Use rank 8: it is the only rank that finished")
 
 
 def test_no_verdict_yet() -> None:

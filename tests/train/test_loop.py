@@ -4,14 +4,14 @@ import math
 from pathlib import Path
 
 import pytest
-from folders import write_data, write_model
-from reference import random_tokens
 
+from folders import write_model
 from rankscope.data.tokens import TokenizedData
 from rankscope.files import read_json, read_jsonl
 from rankscope.spec import DataSpec, ModelSpec, StudySpec, TrainingSpec
 from rankscope.train.loop import train_pack
 from rankscope.train.pack import total_steps
+from reference import random_tokens
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,11 @@ def test_a_diverging_trial_is_recorded_and_harms_no_other(model: str, data: Toke
     assert not (tmp_path / "mixed" / "r004-lr1e30-s0" / "adapter").exists()
     assert good["status"] == "done"
     losses = {
-        kind: [row["train_loss"] for row in read_jsonl(tmp_path / kind / good["trial"] / "metrics.jsonl") if "train_loss" in row]
+        kind: [
+            row["train_loss"]
+            for row in read_jsonl(tmp_path / kind / good["trial"] / "metrics.jsonl")
+            if "train_loss" in row
+        ]
         for kind in ("alone", "mixed")
     }
     assert len(losses["mixed"]) == 8
@@ -72,9 +76,9 @@ def test_both_engines_and_a_kept_base_dropout(model: str, data: TokenizedData, t
     """The engines agree with the base's dropout off; with it on, training differs and evaluation still has none."""
     training = TrainingSpec(steps=5, batch_size=4)
     packed = run(study(model, training=training), data, tmp_path / "packed")["r004-lr1e-3-s0"]
-    peft = run(
-        study(model, training=training.model_copy(update={"engine": "peft"})), data, tmp_path / "peft"
-    )["r004-lr1e-3-s0"]
+    peft = run(study(model, training=training.model_copy(update={"engine": "peft"})), data, tmp_path / "peft")[
+        "r004-lr1e-3-s0"
+    ]
     assert (packed["engine"], peft["engine"]) == ("packed", "peft")
     assert packed["results"]["eval_loss"] == pytest.approx(peft["results"]["eval_loss"], rel=1e-5)
     for engine in ("packed", "peft"):

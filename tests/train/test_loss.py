@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from models import CONFIGS, tiny_model
 
 import rankscope.train.loss
+from models import CONFIGS, tiny_model
 from rankscope.train.loss import Head, label_losses
 
 

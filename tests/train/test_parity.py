@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from models import CONFIGS, tiny_model
-from reference import Trained, make_trial, random_tokens, train_with_peft
 
+from models import CONFIGS, tiny_model
 from rankscope.data.tokens import Tokens
 from rankscope.spec import TrainingSpec, Trial
 from rankscope.train.engine import PackedEngine
 from rankscope.train.pack import make_member, train_step
 from rankscope.train.probe import make_packable
+from reference import Trained, make_trial, random_tokens, train_with_peft
 
 STEPS = 20
 WEIGHT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -44,7 +44,9 @@ def assert_same(got: Trained, expected: Trained) -> None:
     assert got.weights.keys() == expected.weights.keys()
     for key, value in expected.weights.items():
         tolerance = WEIGHT_TOLERANCE[value.dtype]
-        torch.testing.assert_close(got.weights[key], value, rtol=0, atol=tolerance, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(
+            got.weights[key], value, rtol=0, atol=tolerance, msg=lambda m, key=key: f"{key}: {m}"
+        )
 
 
 def trials_for(name: str, dropout: float) -> list[Trial]:
@@ -59,7 +61,12 @@ def trials_for(name: str, dropout: float) -> list[Trial]:
 
 def recipe(batch_size: int) -> TrainingSpec:
     return TrainingSpec(
-        steps=STEPS, batch_size=batch_size, lr_scheduler_type="linear", warmup_ratio=0.0, weight_decay=0.01, max_grad_norm=1.0
+        steps=STEPS,
+        batch_size=batch_size,
+        lr_scheduler_type="linear",
+        warmup_ratio=0.0,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
     )
 
 

@@ -4,9 +4,8 @@ import logging
 
 import pytest
 import torch
-from models import UNPACKABLE, tiny_model
-from reference import make_trial, random_tokens, train_with_peft
 
+from models import UNPACKABLE, tiny_model
 from rankscope.lora.adapters import add_adapter
 from rankscope.lora.layout import NotPackable
 from rankscope.spec import TrainingSpec
@@ -14,6 +13,7 @@ from rankscope.train.engine import PackedEngine
 from rankscope.train.loop import choose_engine
 from rankscope.train.pack import make_member, train_step
 from rankscope.train.probe import make_packable
+from reference import make_trial, random_tokens, train_with_peft
 
 TRAINING = TrainingSpec(steps=6, batch_size=4, lr_scheduler_type="linear", warmup_ratio=0.0)
 
@@ -75,14 +75,16 @@ def test_a_failed_probe_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPat
 
 
 def test_bytes_per_token_grow_with_adapters() -> None:
-    """The probe's count is of what is really saved: more rank saves more, and a dozen tokens save that many times it."""
+    """The probe's count is of what is really saved: the saved A x grows with the rank."""
     counts = []
     for rank in (4, 64):
         model, trial = tiny_model("llama-gqa"), make_trial(rank, 1e-3)
         add_adapter(model, trial)
         counts.append(make_packable(model, [trial.name]))
     layers, modules = 2, 7
-    assert counts[1] - counts[0] == pytest.approx(60 * 4 * layers * modules, rel=0.05)  # h = A x of each module, float32
+    assert counts[1] - counts[0] == pytest.approx(
+        60 * 4 * layers * modules, rel=0.05
+    )  # h = A x of each module, float32
 
 
 def test_bfloat16_packed_is_close_to_peft_under_autocast() -> None:

@@ -75,15 +75,14 @@ def compare(examples: pd.DataFrame, confidence: float) -> list[Comparison]:
         return []
     best = losses.mean(axis="columns").idxmin()
     rows = []
-    for key, values in losses.iterrows():
-        rank, candidate, learning_rate = key  # type: ignore[misc]
-        regret = (values - losses.loc[best]).to_numpy()
+    for (rank, candidate, learning_rate), values in zip(losses.index.to_list(), losses.to_numpy(), strict=True):
+        regret = values - losses.loc[best].to_numpy()
         rows.append(
             Comparison(
                 candidate=candidate,
                 rank=int(rank),
                 learning_rate=float(learning_rate),
-                eval_loss=t_interval(values.to_numpy(), confidence),
+                eval_loss=t_interval(values, confidence),
                 regret=t_interval(regret, confidence),
                 regret_by_seed=tuple(float(value) for value in regret),
             )

@@ -30,9 +30,7 @@ def batch_indices(examples: int, batch_size: int, seed: int, step: int) -> npt.N
         raise ValueError(f"seed and step must not be negative, got {seed} and {step}")
     epoch, batch = divmod(step, steps_per_epoch(examples, batch_size))
     start = batch * batch_size
-    return _permutation(examples, seed, epoch)[
-        start : start + batch_size
-    ].copy()  # the cached one stays whole
+    return _permutation(examples, seed, epoch)[start : start + batch_size].copy()  # the cached one stays whole
 
 
 @lru_cache(maxsize=16)  # a pack asks for its seeds in turn at each step; 8 bytes an example each

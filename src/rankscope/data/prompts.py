@@ -34,9 +34,7 @@ class Encoded(NamedTuple):
     completion_ids: list[int]
 
 
-def render(
-    row: dict[str, Any], spec: DataSpec, format: Format, tokenizer: "PreTrainedTokenizerBase"
-) -> Rendered:
+def render(row: dict[str, Any], spec: DataSpec, format: Format, tokenizer: "PreTrainedTokenizerBase") -> Rendered:
     """Writes a record's prompt and completion.
 
     - alpaca: `spec.template`, filled; the completion is a space and the output. Data are put in literally:
@@ -64,9 +62,7 @@ def _fill(template: str, row: dict[str, str]) -> str:
         lines = template.split("\n")
         template = "\n".join(line for line in lines if "{input}" not in line or "{instruction}" in line)
         row = {**row, "input": ""}
-    return _PLACEHOLDER.sub(
-        lambda found: row[found[1]], template
-    )  # one pass: "{input}" in an instruction stays
+    return _PLACEHOLDER.sub(lambda found: row[found[1]], template)  # one pass: "{input}" in an instruction stays
 
 
 def _render_chat(

@@ -89,9 +89,7 @@ def _resolve_format(asked: str, table: Table) -> Format:
         for name in fitting:
             if name == asked:
                 return name
-        raise DataError(
-            f"{found}; the format {asked} needs {_needs(asked)}", "Rename the columns, or set data.format."
-        )
+        raise DataError(f"{found}; the format {asked} needs {_needs(asked)}", "Rename the columns, or set data.format.")
     if len(fitting) > 1:
         raise DataError(f"{found}, which fit {' and '.join(fitting)}", "Set data.format to the one you mean.")
     if not fitting:
@@ -140,9 +138,7 @@ def _text(value: Any, field: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise _WrongRowError(
-            f"`{field}` holds half of a surrogate pair at character {error.start + 1}"
-        ) from None
+        raise _WrongRowError(f"`{field}` holds half of a surrogate pair at character {error.start + 1}") from None
     return value
 
 
@@ -154,9 +150,7 @@ def _messages(value: Any, field: str) -> list[dict[str, str]]:
     messages = []
     for index, message in enumerate(value):
         if not isinstance(message, dict):
-            raise _WrongRowError(
-                f"`{field}[{index}]` is {kind(message)}, expected an object with role and content"
-            )
+            raise _WrongRowError(f"`{field}[{index}]` is {kind(message)}, expected an object with role and content")
         parts = {part: _text(message.get(part), f"{field}[{index}].{part}") for part in ("role", "content")}
         messages.append(parts)
     return messages

@@ -69,9 +69,7 @@ def read_table(spec: DataSpec) -> Table:
         _refuse_hub_fields(spec, "revision")
         return _read_with_datasets(spec, str(path), local=True)
     if path.suffix.lower() in (*FILE_TYPES, ".gz") or not _HUB_ID.fullmatch(spec.id):
-        raise DataError(
-            f"{spec.id}: no such file or folder", "Check the path, or give a hub id such as owner/name."
-        )
+        raise DataError(f"{spec.id}: no such file or folder", "Check the path, or give a hub id such as owner/name.")
     return _read_with_datasets(spec, spec.id, local=False)
 
 
@@ -80,9 +78,7 @@ def _refuse_hub_fields(spec: DataSpec, *fields: str) -> None:
     for field in fields:
         value = getattr(spec, field)
         if value != DataSpec.model_fields[field].default:
-            raise DataError(
-                f"{spec.id}: data.{field} is {value!r}, but local data has no {field}", "Remove it."
-            )
+            raise DataError(f"{spec.id}: data.{field} is {value!r}, but local data has no {field}", "Remove it.")
 
 
 def _read_file(path: Path, limit: int | None) -> Table:
@@ -158,9 +154,7 @@ def kind(value: Any) -> str:
 
 
 def _json_lines(name: str, text: str) -> Iterator[tuple[int, Any]]:
-    for line, content in enumerate(
-        text.split("\n"), start=1
-    ):  # splitlines would also cut at U+2028 inside text
+    for line, content in enumerate(text.split("\n"), start=1):  # splitlines would also cut at U+2028 inside text
         if content.strip():
             yield line, _decode(name, content.strip(), 0, line)[0]
 
@@ -212,16 +206,12 @@ def _bad_json(name: str, line: int, message: str) -> DataError:
 
 
 def _csv_rows(name: str, text: str) -> Iterator[tuple[int, Any]]:
-    previous_limit = csv.field_size_limit(
-        min(sys.maxsize, 2**31 - 1)
-    )  # the default refuses fields over 128 KiB
+    previous_limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses fields over 128 KiB
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         header = next(reader, [])
         if len(set(header)) < len(header):
-            raise DataError(
-                f"{name}, line 1: a column is named twice: {listed(header)}", "Rename one of them."
-            )
+            raise DataError(f"{name}, line 1: a column is named twice: {listed(header)}", "Rename one of them.")
         line = reader.line_num + 1
         for values in reader:
             if values and len(values) != len(header):
@@ -234,9 +224,7 @@ def _csv_rows(name: str, text: str) -> Iterator[tuple[int, Any]]:
                 yield line, dict(zip(header, values, strict=True))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(
-            f"{name}, line {reader.line_num}: not valid CSV: {error}", "Correct that line."
-        ) from None
+        raise DataError(f"{name}, line {reader.line_num}: not valid CSV: {error}", "Correct that line.") from None
     finally:
         csv.field_size_limit(previous_limit)
 
@@ -251,9 +239,7 @@ def _read_parquet(path: Path, limit: int | None) -> Table:
             content = file.read(columns=[column for column in columns if column in COLUMNS])
         rows = content.slice(0, limit).to_pylist()
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: not readable as Parquet: {error}", "Check the file, or fetch it again."
-        ) from None
+        raise DataError(f"{path}: not readable as Parquet: {error}", "Check the file, or fetch it again.") from None
     return Table(str(path), rows, columns)
 
 
@@ -265,9 +251,7 @@ def _read_with_datasets(spec: DataSpec, source: str, *, local: bool) -> Table:
         if local and any((Path(source) / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
             dataset = _saved_split(datasets.load_from_disk(source), spec)
         else:
-            dataset = datasets.load_dataset(
-                source, name=spec.config, split=spec.split, revision=spec.revision
-            )
+            dataset = datasets.load_dataset(source, name=spec.config, split=spec.split, revision=spec.revision)
         columns = tuple(dataset.column_names)
         if spec.max_rows is not None:
             dataset = dataset.select(range(min(spec.max_rows, len(dataset))))
@@ -277,9 +261,7 @@ def _read_with_datasets(spec: DataSpec, source: str, *, local: bool) -> Table:
         cause = (error.__cause__ if wraps else None) or error
         todo = "Check the folder's files, and data.config and data.split."
         if not local:
-            todo = (
-                "Check data.id, config, split and revision, and the connection; or give a local file instead."
-            )
+            todo = "Check data.id, config, split and revision, and the connection; or give a local file instead."
         message = textwrap.shorten(str(cause), 500, placeholder=" ...")
         raise DataError(f"{source}: cannot be loaded: {type(cause).__name__}: {message}", todo) from error
     return Table(source, rows, columns, revision=None if local else _commit(dataset) or spec.revision)

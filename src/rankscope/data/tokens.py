@@ -6,6 +6,7 @@ records -> drop duplicates -> prompt and completion -> token ids -> cut to max_l
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -65,10 +66,15 @@ class Tokens:
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
 
-    @property
+    @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Tokens of each sequence, (S,)."""
         return np.diff(self.offsets)
+
+    @cached_property
+    def label_counts(self) -> npt.NDArray[np.int64]:
+        """Label tokens of each sequence, (S,)."""
+        return np.diff(np.concatenate([[0], np.cumsum(self.is_label)])[self.offsets])
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,9 +119,7 @@ def prepare(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", vocab_size: in
     _check_ids(examples, vocab_size)
     chosen = held_out(prompts, spec.eval_rows, spec.split_seed)
     _check_split(chosen, without_label, spec)
-    train = Tokens.from_examples(
-        [example for example, held in zip(examples, chosen, strict=True) if not held]
-    )
+    train = Tokens.from_examples([example for example, held in zip(examples, chosen, strict=True) if not held])
     heldout = Tokens.from_examples([example for example, held in zip(examples, chosen, strict=True) if held])
     lengths = np.concatenate([train.lengths, heldout.lengths])
     facts = {
@@ -184,9 +188,7 @@ def _check_split(chosen: npt.NDArray[np.bool_], without_label: int, spec: DataSp
     remain = f"{spec.id}: {rows:,} different rows{dropped} with"
     if rows < 3 or rows - held < 2:
         asked = f" {spec.eval_rows:,} asked to be held out" if spec.eval_rows else f" {held:,} held out"
-        raise DataError(
-            f"{remain}{asked} leave fewer than 2 to train on", "Give more rows, or lower data.eval_rows."
-        )
+        raise DataError(f"{remain}{asked} leave fewer than 2 to train on", "Give more rows, or lower data.eval_rows.")
     if held == 0:
         raise DataError(
             f"{remain} too few different prompts to hold one out: rows with the same prompt stay together",

@@ -14,7 +14,9 @@ from rankscope.files import read_json, write_json
 POLL_SECONDS = 0.5
 
 
-def run_locally(study_path: Path, job: Mapping[str, Any], folder: Path, poll: Callable[[], None]) -> RankscopeError | None:
+def run_locally(
+    study_path: Path, job: Mapping[str, Any], folder: Path, poll: Callable[[], None]
+) -> RankscopeError | None:
     """Runs one job to its end, calling `poll` twice a second; returns what went wrong, or None.
 
     `folder` receives job.json, log.txt (all that the process prints) and, after a failure, error.json.

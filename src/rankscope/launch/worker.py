@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from rankscope.errors import RankscopeError
+from rankscope.errors import RankscopeError, WorkerError
 from rankscope.files import read_json, write_json
 from rankscope.spec import Trial
 from rankscope.study import Study
@@ -57,7 +57,8 @@ def _record_failure(study: Study, job: dict[str, Any], error: BaseException) -> 
         if record["status"] in ("pending", "running"):
             record = {"schema": 1, "trial": trial.name, "results": None} | record | trial.model_dump(mode="json")
             write_json(
-                study.trial_folder(trial) / "trial.json", record | {"status": status, "reason": reason, "pack": job["pack"]}
+                study.trial_folder(trial) / "trial.json",
+                record | {"status": status, "reason": reason, "pack": job["pack"]},
             )
 
 
@@ -72,17 +73,10 @@ def main(study_path: str, job_file: str) -> int:
     except Exception as error:
         traceback.print_exc()
         _record_failure(study, job, error)
-        known = isinstance(error, RankscopeError)
-        write_json(
-            Path(job_file).with_name("error.json"),
-            {
-                "kind": type(error).__name__,
-                "what": error.what if known else f"{type(error).__name__}: {error}",  # type: ignore[union-attr]
-                "todo": error.todo if known else "",  # type: ignore[union-attr]
-                "exit_code": error.exit_code if known else 1,  # type: ignore[union-attr]
-            },
-        )
-        return error.exit_code if known else 1  # type: ignore[union-attr]
+        known = error if isinstance(error, RankscopeError) else WorkerError(f"{type(error).__name__}: {error}")
+        report = {"kind": type(known).__name__, "what": known.what, "todo": known.todo}
+        write_json(Path(job_file).with_name("error.json"), report)
+        return known.exit_code
     return 0
 
 

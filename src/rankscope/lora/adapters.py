@@ -74,11 +74,13 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
 def adapter_weights(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """The adapter's parameters under PEFT's saved names: `base_model.model.….lora_A.weight`."""
     key = adapter_key(adapter)
-    weights = {}
+    weights: dict[str, nn.Parameter] = {}
     for name, layer in lora_layers(model):
         for part, modules in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
             if key in modules:
-                weights[f"base_model.model.{name}.{part}.weight"] = modules[key].weight
+                weight = modules[key].weight
+                assert isinstance(weight, nn.Parameter)
+                weights[f"base_model.model.{name}.{part}.weight"] = weight
     return weights
 
 

@@ -79,7 +79,7 @@ def load_model(spec: ModelSpec, attention: str | None = None) -> PreTrainedModel
     """
     device = resolve_device(spec.device)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             location(spec),
             revision=spec.revision,
             dtype=resolve_dtype(spec.dtype, device),
@@ -90,6 +90,7 @@ def load_model(spec: ModelSpec, attention: str | None = None) -> PreTrainedModel
         )
     except Exception as error:
         raise _cannot_load(spec, "model", error) from error
+    model, loading = loaded
     missing = sorted(loading["missing_keys"])
     if missing:
         raise ModelError(

@@ -19,7 +19,8 @@ def skeleton(spec: ModelSpec) -> PreTrainedModel:
     config = load_config(spec)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return model
     except ValueError as error:
         raise ModelError(
             f"model {spec.id}: {str(error).splitlines()[0]}", "Use a causal language model that transformers has."

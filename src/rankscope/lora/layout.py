@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from rankscope.data.tokens import Tokens
@@ -62,11 +63,15 @@ class FlatBatch(NamedTuple):
     label_sequence: torch.Tensor  # (L,), the sequence (0..S-1) each label belongs to
 
 
+Examples = Sequence[int] | npt.NDArray[np.int64]
+"""Numbers of examples, in an order."""
+
+
 class Slice(NamedTuple):
     """Some examples for one adapter; with one seed each for LoRA dropout, or none for evaluation."""
 
     adapter: str
-    examples: Sequence[int]
+    examples: Examples
     dropout_seeds: Sequence[int] = ()
 
 

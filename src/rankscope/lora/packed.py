@@ -31,7 +31,7 @@ def pack_layers(model: PreTrainedModel) -> None:
             raise NotPackable(f"{name} carries a variant of LoRA")
         if layer is head:
             raise NotPackable(f"{name}, the output layer, carries an adapter")
-        layer.forward = _PackedForward(layer)
+        layer.forward = _PackedForward(layer)  # type: ignore[method-assign]
 
 
 def unpack_layers(model: PreTrainedModel) -> None:
@@ -51,7 +51,7 @@ class _PackedForward:
         flat = x.reshape(-1, x.shape[-1])  # (T, D): a frozen weight's product is slower with 3-D operands
         if flat.shape[0] != layout.tokens:
             raise NotPackable(f"a layer was given {flat.shape[0]} of the batch's {layout.tokens} tokens")
-        out = layer.base_layer(flat, *args, **kwargs)  # (T, O)
+        out: Tensor = layer.base_layer(flat, *args, **kwargs)  # (T, O)
         weights, spans, keeps = [], [], []
         for segment in layout.segments:
             key = adapter_key(segment.adapter)
@@ -60,7 +60,7 @@ class _PackedForward:
                 spans.append((segment.start, segment.stop, layer.scaling[key]))
                 keeps.append(_dropout_keep(layer.lora_dropout[key], segment, flat))
         if spans:
-            out = _AddLora.apply(out, flat, spans, keeps, *weights)
+            out = _AddLora.apply(out, flat, spans, keeps, *weights)  # type: ignore[no-untyped-call]
         return out.view(*x.shape[:-1], out.shape[-1])
 
 
@@ -84,7 +84,7 @@ class _AddLora(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         x, *saved = ctx.saved_tensors
         count = len(ctx.spans)
         weights, hidden = saved[: 2 * count], saved[2 * count :]

@@ -65,9 +65,7 @@ def theme(dark: bool = False) -> dict[str, Any]:
     }
 
 
-def training_loss(
-    frame: pd.DataFrame, text: Catalogue, ranks: list[int], y_range: tuple[float, float]
-) -> alt.Chart:
+def training_loss(frame: pd.DataFrame, text: Catalogue, ranks: list[int], y_range: tuple[float, float]) -> alt.Chart:
     """`step rank mean low high smooth_mean smooth_low smooth_high`; a switch chooses the smoothed curve."""
     switch = alt.param(name="smooth", value=True, bind=alt.binding_checkbox(name=text("chart.smooth")))
     shown = {
@@ -80,9 +78,7 @@ def training_loss(
     return chart.add_params(switch)
 
 
-def heldout_by_step(
-    frame: pd.DataFrame, text: Catalogue, ranks: list[int], y_range: tuple[float, float]
-) -> alt.Chart:
+def heldout_by_step(frame: pd.DataFrame, text: Catalogue, ranks: list[int], y_range: tuple[float, float]) -> alt.Chart:
     """`step rank mean low high`, in nats."""
     base = _plain(frame)
     return _lines(base, frame, text, ranks, text("chart.eval_steps.y"), y_range, ".4f", points=True)
@@ -139,9 +135,7 @@ def runtime(frame: pd.DataFrame, text: Catalogue, ranks: list[int], unit: Unit, 
     return _sized(bars + dots)
 
 
-def memory_by_rank(
-    frame: pd.DataFrame, text: Catalogue, ranks: list[int], kind: str, unit: Unit
-) -> alt.Chart:
+def memory_by_rank(frame: pd.DataFrame, text: Catalogue, ranks: list[int], kind: str, unit: Unit) -> alt.Chart:
     """`rank learning_rate average peak` in bytes: a bar for the average, a line above it for the peak."""
     values = frame.assign(
         average=frame["average"] / unit.factor,
@@ -168,9 +162,7 @@ def memory_by_rank(
     layers = [bars, peaks]
     if not _several_rates(values):  # numbers over bars that stand side by side would overlap
         layers.append(base.mark_text(dy=-10).encode(**x, y="peak:Q", text=alt.Text("peak:Q", format=".3r")))
-        layers.append(
-            base.mark_text(dy=14).encode(**x, y="average:Q", text=alt.Text("average:Q", format=".3r"))
-        )
+        layers.append(base.mark_text(dy=14).encode(**x, y="average:Q", text=alt.Text("average:Q", format=".3r")))
     return _sized(alt.layer(*layers))
 
 
@@ -200,17 +192,13 @@ def heldout_by_rank(
     layers = []
     if margin is not None:
         band = pd.DataFrame({"from": [margin[0]], "to": [margin[1]]})
-        layers.append(
-            alt.Chart(band).mark_rect(opacity=0.13).encode(y=alt.Y("from:Q", scale=scale), y2="to:Q")
-        )
+        layers.append(alt.Chart(band).mark_rect(opacity=0.13).encode(y=alt.Y("from:Q", scale=scale), y2="to:Q"))
     known = candidates[candidates["eval_loss_low"].notna() & candidates["eval_loss_high"].notna()]
     if not known.empty:
         layers.append(
             alt.Chart(known)
             .mark_rule(strokeWidth=2.5)
-            .encode(
-                **x, y=alt.Y("eval_loss_low:Q", title=title, scale=scale), y2="eval_loss_high:Q", color=colour
-            )
+            .encode(**x, y=alt.Y("eval_loss_low:Q", title=title, scale=scale), y2="eval_loss_high:Q", color=colour)
         )
     layers.append(
         alt.Chart(candidates)
@@ -247,9 +235,7 @@ def heldout_by_rank(
 
 
 def _plain(frame: pd.DataFrame) -> alt.Chart:
-    return alt.Chart(frame).transform_calculate(
-        shown="datum.mean", shown_low="datum.low", shown_high="datum.high"
-    )
+    return alt.Chart(frame).transform_calculate(shown="datum.mean", shown_low="datum.low", shown_high="datum.high")
 
 
 def _lines(
@@ -284,9 +270,7 @@ def _lines(
     else:
         layers.append(line.encode(strokeDash=_dash(ranks, text)))
     present = [rank for rank in ranks if (frame["rank"] == rank).any()]
-    panel = re.sub(
-        r"\W", "_", rate(frame["learning_rate"].iloc[0])
-    )  # panels of one file need names of their own
+    panel = re.sub(r"\W", "_", rate(frame["learning_rate"].iloc[0]))  # panels of one file need names of their own
     nearest = alt.selection_point(
         name=f"nearest_{panel}",
         nearest=True,
@@ -326,16 +310,12 @@ def _sized(chart: Any) -> alt.Chart:
 
 def _colour(ranks: list[int], text: Catalogue, *, legend: str = "") -> alt.Color:
     scale = alt.Scale(domain=ranks)
-    return alt.Color(
-        "rank:N", sort=ranks, scale=scale, legend=_legend(text, legend), title=text("chart.rank")
-    )
+    return alt.Color("rank:N", sort=ranks, scale=scale, legend=_legend(text, legend), title=text("chart.rank"))
 
 
 def _shape(ranks: list[int], text: Catalogue, *, legend: str = "") -> alt.Shape:
     scale = alt.Scale(domain=ranks, range=_cycle(SHAPES, ranks))
-    return alt.Shape(
-        "rank:N", sort=ranks, scale=scale, legend=_legend(text, legend), title=text("chart.rank")
-    )
+    return alt.Shape("rank:N", sort=ranks, scale=scale, legend=_legend(text, legend), title=text("chart.rank"))
 
 
 def _dash(ranks: list[int], text: Catalogue) -> alt.StrokeDash:

@@ -112,9 +112,7 @@ def _chosen(verdict: Mapping[str, Any] | None, table: pd.DataFrame) -> "pd.Serie
     return None if rows.empty else rows.iloc[0]
 
 
-def _savings(
-    verdict: Mapping[str, Any] | None, table: pd.DataFrame, text: Catalogue
-) -> tuple[str, list[Saving], str]:
+def _savings(verdict: Mapping[str, Any] | None, table: pd.DataFrame, text: Catalogue) -> tuple[str, list[Saving], str]:
     """The chosen candidate's costs against those of the largest rank that is compared."""
     chosen = _chosen(verdict, table)
     if chosen is None or verdict is None:
@@ -169,9 +167,7 @@ def _cost(verdict: Mapping[str, Any] | None, table: pd.DataFrame, text: Catalogu
     return text("cost.nats", value=signed(chosen["regret"])), notes
 
 
-def _candidates(
-    evidence: Evidence, verdict: Mapping[str, Any] | None, table: pd.DataFrame, text: Catalogue
-) -> Table:
+def _candidates(evidence: Evidence, verdict: Mapping[str, Any] | None, table: pd.DataFrame, text: Catalogue) -> Table:
     none, gpu = text("none"), has_gpu(evidence)
 
     def show(value: float, number: Callable[[float], str]) -> str:
@@ -187,11 +183,7 @@ def _candidates(
     rows = []
     for row in table.to_dict("records"):
         spread = f"\n± {loss(row['eval_loss_sd'])}" if known(row["eval_loss_sd"]) else ""
-        within = (
-            none
-            if not known(row["within_margin"])
-            else text("table.yes" if row["within_margin"] else "table.no")
-        )
+        within = none if not known(row["within_margin"]) else text("table.yes" if row["within_margin"] else "table.no")
         rows.append(
             [
                 str(row["rank"]),
@@ -206,9 +198,7 @@ def _candidates(
                 show(row["regret"], loss) + interval(row["regret_low"], row["regret_high"], loss),
                 within,
                 both(row["rss_mean_bytes"], row["rss_peak_bytes"]),
-                both(row["gpu_allocated_mean_bytes"], row["gpu_allocated_peak_bytes"])
-                if gpu
-                else text("table.no_gpu"),
+                both(row["gpu_allocated_mean_bytes"], row["gpu_allocated_peak_bytes"]) if gpu else text("table.no_gpu"),
                 show(row["step_seconds"], lambda value: f"{value:.3g}"),
                 show(row["runtime_seconds"], lambda value: duration(value, text)),
             ]
@@ -222,11 +212,7 @@ def _candidates(
         [True] * len(names),
         rows,
         next(
-            (
-                index
-                for index, name in enumerate(table["candidate"])
-                if name == (verdict or {}).get("candidate")
-            ),
+            (index for index, name in enumerate(table["candidate"]) if name == (verdict or {}).get("candidate")),
             None,
         ),
     )

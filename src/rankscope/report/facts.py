@@ -14,9 +14,7 @@ class Fact(NamedTuple):
 
 def data_facts(facts: Mapping[str, Any], text: Catalogue) -> list[Fact]:
     """The content of data/facts.json, in its order."""
-    return [
-        Fact(text.get(f"fact.{key}", key), _show(key, value, text)) for key, value in _flatten(facts).items()
-    ]
+    return [Fact(text.get(f"fact.{key}", key), _show(key, value, text)) for key, value in _flatten(facts).items()]
 
 
 def machine_facts(machine: Mapping[str, Any], text: Catalogue) -> list[Fact]:
@@ -34,9 +32,7 @@ def machine_facts(machine: Mapping[str, Any], text: Catalogue) -> list[Fact]:
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= (
-            _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-        )
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 

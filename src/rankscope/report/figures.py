@@ -63,9 +63,7 @@ def _training_loss(evidence: Evidence, table: pd.DataFrame, text: Catalogue) -> 
     return Figure("train-loss", title, note, _say(title, table, "train_loss", loss, text), panels)
 
 
-def _memory_by_step(
-    evidence: Evidence, table: pd.DataFrame, text: Catalogue, kind: str, column: str
-) -> Figure:
+def _memory_by_step(evidence: Evidence, table: pd.DataFrame, text: Catalogue, kind: str, column: str) -> Figure:
     name, title = f"{kind}-memory-steps", text(f"chart.{kind}_steps.title")
     frame, _ = series.memory(evidence, column)
     if frame.empty:
@@ -101,9 +99,7 @@ def _runtime(evidence: Evidence, text: Catalogue) -> Figure:
     return Figure("runtime", title, note, alternative, [Panel("", chart)])
 
 
-def _memory_by_rank(
-    evidence: Evidence, table: pd.DataFrame, text: Catalogue, kind: str, prefix: str
-) -> Figure:
+def _memory_by_rank(evidence: Evidence, table: pd.DataFrame, text: Catalogue, kind: str, prefix: str) -> Figure:
     name, title = f"{kind}-memory", text(f"chart.{kind}_memory.title")
     columns = {f"{prefix}_mean_bytes": "average", f"{prefix}_peak_bytes": "peak"}
     known = table[table[f"{prefix}_peak_bytes"].notna()]
@@ -172,14 +168,10 @@ def _ranks(evidence: Evidence) -> list[int]:
 
 def _with_rates(note: str, frame: pd.DataFrame, text: Catalogue) -> str:
     rates = sorted(frame["learning_rate"].unique())
-    return (
-        note if len(rates) == 1 else f"{note} {text('chart.rates_note', rates=', '.join(map(rate, rates)))}"
-    )
+    return note if len(rates) == 1 else f"{note} {text('chart.rates_note', rates=', '.join(map(rate, rates)))}"
 
 
-def _say(
-    title: str, table: pd.DataFrame, column: str, number: Callable[[float], str], text: Catalogue
-) -> str:
+def _say(title: str, table: pd.DataFrame, column: str, number: Callable[[float], str], text: Catalogue) -> str:
     """The alternative text: the title and the final value of each rank (the best of its learning rates)."""
     lowest = table[table[column].notna()].groupby("rank")[column].min()
     values = "; ".join(text("chart.value", rank=rank, value=number(value)) for rank, value in lowest.items())

@@ -17,10 +17,7 @@ def render(content: Content, text: Catalogue) -> str:
     if content.savings:
         parts += [
             f"{escape(content.savings_title)}:",
-            _list(
-                f"{saving.label}: {saving.value} {saving.instead} ({saving.change})"
-                for saving in content.savings
-            ),
+            _list(f"{saving.label}: {saving.value} {saving.instead} ({saving.change})" for saving in content.savings),
         ]
     if content.savings_note:
         parts.append(escape(content.savings_note))

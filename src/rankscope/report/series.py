@@ -38,9 +38,7 @@ def training_loss(evidence: Evidence) -> Series:
         lambda losses: losses.rolling(window, center=True, min_periods=1).mean()
     )
     raw = _spread(seeds, "train_loss")
-    smooth = _spread(seeds, "smooth").rename(
-        columns=lambda name: name if name in raw.columns[:4] else f"smooth_{name}"
-    )
+    smooth = _spread(seeds, "smooth").rename(columns=lambda name: name if name in raw.columns[:4] else f"smooth_{name}")
     return Series(raw.merge(smooth, on=[*KEYS, "step"]), width)
 
 

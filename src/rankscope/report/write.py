@@ -59,9 +59,7 @@ def write_report(
 
 def render_image(figure: Figure) -> Image:
     """The figure on white, with its title; panels stand under one another."""
-    panels = [
-        panel.chart.properties(title=panel.title) if panel.title else panel.chart for panel in figure.panels
-    ]
+    panels = [panel.chart.properties(title=panel.title) if panel.title else panel.chart for panel in figure.panels]
     chart = alt.vconcat(*panels) if len(panels) > 1 else panels[0]
     spec = chart.properties(title=figure.title).to_dict() | {"config": charts.theme(), "background": "white"}
     spec["padding"] = 16

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from rankscope.data.tokens import Tokens
 from rankscope.lora.adapters import adapter_key, lora_layers
-from rankscope.lora.layout import FlatBatch, Slice, flatten, use_layout
+from rankscope.lora.layout import Examples, FlatBatch, Slice, flatten, use_layout
 from rankscope.train.loss import Head, label_losses
 
 EVAL_TOKENS = 4096
@@ -77,11 +77,12 @@ class PackedEngine:
         with use_layout(batch.layout):
             trunk = getattr(self.model, self.model.base_model_prefix)
             out = trunk(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
-        return out.last_hidden_state[0, batch.label_positions]
+        states: Tensor = out.last_hidden_state
+        return states[0, batch.label_positions]
 
     def accumulate(self, tokens: Tokens, slices: Sequence[Slice]) -> list[BatchLoss]:
         self.model.train(self.base_dropout)
-        labels = [_label_counts(tokens, slice_.examples) for slice_ in slices]
+        labels = [int(tokens.label_counts[slice_.examples].sum()) for slice_ in slices]
         order = {slice_.adapter: number for number, slice_ in enumerate(slices)}
         sums = np.zeros(len(slices))
         for group in divide(tokens, slices, self.tokens_per_forward):
@@ -89,19 +90,19 @@ class PackedEngine:
             owner = torch.tensor(
                 [order[part.adapter] for part in group for _ in part.examples], device=self.model.device
             )[batch.label_sequence]  # (L,), which slice each label belongs to
-            share = torch.tensor([1 / max(1, count.sum()) for count in labels], device=self.model.device)
+            share = torch.tensor([1 / count for count in labels], device=self.model.device)
             out = label_losses(self.head, self.hidden(batch), batch.targets, share[owner].float())
-            out.total.backward()  # type: ignore[no-untyped-call]
+            out.total.backward()
             sums += np.bincount(owner.cpu(), weights=out.losses.double().cpu(), minlength=len(slices))
         return [
-            BatchLoss(float(total / count.sum()), int(tokens.lengths[slice_.examples].sum()), int(count.sum()))
+            BatchLoss(float(total / count), int(tokens.lengths[slice_.examples].sum()), count)
             for total, count, slice_ in zip(sums, labels, slices, strict=True)
         ]
 
     @torch.no_grad()
     def evaluate(self, tokens: Tokens, adapters: Sequence[str]) -> list[ExampleLosses]:
         self.model.eval()
-        counts = _label_counts(tokens, range(len(tokens)))
+        counts = tokens.label_counts
         losses, correct = np.zeros((2, len(adapters), len(tokens)))
         budget = min(EVAL_TOKENS, self.tokens_per_forward)
         for number, adapter in enumerate(adapters):
@@ -129,7 +130,7 @@ class PeftEngine:
         for _, layer in lora_layers(self.model):
             layer.set_adapter(adapter_key(adapter))
 
-    def _losses(self, tokens: Tokens, examples: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _losses(self, tokens: Tokens, examples: Examples) -> tuple[Tensor, Tensor]:
         """Losses and hits of each label, laid out as (examples, longest - 1), zero elsewhere."""
         ids, mask, is_label = pad(tokens, examples, self.model.device)
         autocast = self.model.dtype != torch.float32  # float32 adapters over a bfloat16 base, as TRL trains them
@@ -146,21 +147,21 @@ class PeftEngine:
             self._activate(slice_.adapter)
             for _, layer in lora_layers(self.model):
                 layer.lora_dropout.train(bool(slice_.dropout_seeds))
-            labels, total = int(_label_counts(tokens, slice_.examples).sum()), 0.0
+            labels, total = int(tokens.label_counts[slice_.examples].sum()), 0.0
             for start in range(0, len(slice_.examples), self.batch_size):
                 part = slice_.examples[start : start + self.batch_size]
                 with torch.random.fork_rng(enabled=bool(slice_.dropout_seeds)):
                     if slice_.dropout_seeds:
                         torch.manual_seed(slice_.dropout_seeds[start])
                     loss, _ = self._losses(tokens, part)
-                (loss.sum() / max(1, labels)).backward()  # type: ignore[no-untyped-call]
+                (loss.sum() / labels).backward()
                 total += float(loss.detach().double().sum())
             results.append(BatchLoss(total / labels, int(tokens.lengths[slice_.examples].sum()), labels))
         return results
 
     @torch.no_grad()
     def evaluate(self, tokens: Tokens, adapters: Sequence[str]) -> list[ExampleLosses]:
-        counts = _label_counts(tokens, range(len(tokens)))
+        counts = tokens.label_counts
         self.model.eval()
         results = []
         for adapter in adapters:
@@ -196,7 +197,7 @@ def divide(tokens: Tokens, slices: Sequence[Slice], tokens_per_forward: int) -> 
     return groups
 
 
-def pad(tokens: Tokens, examples: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def pad(tokens: Tokens, examples: Examples, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Right-padded token ids, attention mask and label mask, each (examples, longest). The pad id is never read."""
     parts = [tokens[int(example)] for example in examples]
     longest = max(len(ids) for ids, _ in parts)
@@ -209,9 +210,3 @@ def pad(tokens: Tokens, examples: Sequence[int], device: torch.device) -> tuple[
         torch.from_numpy(mask.astype(np.int64)).to(device),
         torch.from_numpy(is_label).to(device),
     )
-
-
-def _label_counts(tokens: Tokens, examples: Sequence[int]) -> np.ndarray:
-    """Label tokens of each example, (examples,)."""
-    return np.array([int(tokens[int(example)][1][1:].sum()) for example in examples])
-

@@ -67,7 +67,8 @@ def _random_tokens(model: PreTrainedModel) -> Tokens:
 def _plain_logits(model: PreTrainedModel, ids: np.ndarray) -> Tensor:
     """The logits (t - 1, V) of one sequence alone, by the model's own forward and attention."""
     batch = torch.from_numpy(ids.astype(np.int64))[None].to(model.device)
-    return model(input_ids=batch, use_cache=False).logits[0, :-1].float()
+    logits: Tensor = model(input_ids=batch, use_cache=False).logits
+    return logits[0, :-1].float()
 
 
 @torch.no_grad()
@@ -105,7 +106,7 @@ def _bytes_per_token(model: PreTrainedModel, tokens: Tokens, adapters: Sequence[
     with use_layout(batch.layout), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         hidden = engine.hidden(batch)
     weight = torch.ones(len(batch.targets), device=model.device)
-    label_losses(engine.head, hidden, batch.targets, weight).total.backward()  # type: ignore[no-untyped-call]
+    label_losses(engine.head, hidden, batch.targets, weight).total.backward()
     for adapter in adapters:
         for parameter in adapter_parameters(model, adapter):
             parameter.grad = None
