@@ -87,7 +87,7 @@ def run_study(spec: StudySpec, out: Path, progress: Progress) -> Study:
 
 
 def prepare_data(spec: StudySpec) -> TokenizedData:
-    """Reads and tokenises the data, once for all trials. Rows are cut where the model's positions end, at the latest."""
+    """Reads and tokenises the data, once for all trials. Rows are cut at the last of the model's positions at most."""
     config = load_config(spec.model).get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or spec.data.max_length
     changes: dict[str, Any] = {"max_length": min(spec.data.max_length, positions)}

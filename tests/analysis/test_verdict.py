@@ -25,8 +25,8 @@ def examples(losses: Mapping[tuple[int, float], Sequence[float]], count: int = 4
                 pd.DataFrame(
                     {
                         "trial": f"{name}-s{seed}", "candidate": name, "rank": rank, "learning_rate": rate,
-                        "seed": seed, "example": range(count), "loss": loss + spread - spread.mean(), "label_tokens": 10,
-                        "correct_tokens": 5,
+                        "seed": seed, "example": range(count), "loss": loss + spread - spread.mean(),
+                        "label_tokens": 10, "correct_tokens": 5,
                     }
                 )
             )  # fmt: skip

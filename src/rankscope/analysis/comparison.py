@@ -73,10 +73,10 @@ def compare(examples: pd.DataFrame, confidence: float) -> list[Comparison]:
     losses = seed_losses(judged[judged["candidate"].isin(chosen)])
     if losses.empty or not len(losses.columns):
         return []
-    best = losses.mean(axis="columns").idxmin()
+    values_of_best = losses.to_numpy()[losses.mean(axis="columns").argmin()]
     rows = []
     for (rank, candidate, learning_rate), values in zip(losses.index.to_list(), losses.to_numpy(), strict=True):
-        regret = values - losses.loc[best].to_numpy()
+        regret = values - values_of_best
         rows.append(
             Comparison(
                 candidate=candidate,

@@ -67,7 +67,8 @@ class _PackedForward:
 class _AddLora(torch.autograd.Function):
     """Adds s B (A drop(x)) to the rows of each span of `out`, in place.
 
-    Shapes: out (T, O), x (T, D), A (R, D), B (O, R). `keeps` holds what each span's dropout keeps, or None. Saved for backward are x (which the base layer's input is already), A x of shape (t, R), and the masks.
+    Shapes: out (T, O), x (T, D), A (R, D), B (O, R). `keeps` holds what each span's dropout keeps, or None. Saved for
+    backward are x (which the base layer's input is already), A x of shape (t, R), and what dropout keeps.
     """
 
     @staticmethod

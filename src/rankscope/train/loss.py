@@ -44,7 +44,7 @@ class _Given(nn.Module):
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> "_TrunkOutput":
-        return _TrunkOutput(last_hidden_state=self.hidden)  # type: ignore[arg-type]
+        return _TrunkOutput(last_hidden_state=self.hidden)
 
 
 @dataclass
@@ -70,7 +70,7 @@ def label_losses(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tens
     Shapes: hidden (L, D), targets (L,) token ids, weights (L,). The gradient with respect to `hidden` is worked out
     chunk by chunk in the forward (as in Liger Kernel, arXiv:2410.10989), so that no logits wait for the backward.
     """
-    return LabelLosses(*_ChunkedCrossEntropy.apply(hidden, targets, weights, head))
+    return LabelLosses(*_ChunkedCrossEntropy.apply(hidden, targets, weights, head))  # type: ignore[no-untyped-call]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -100,6 +100,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return losses @ weights, losses, correct
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> Any:
         (grad,) = ctx.saved_tensors
         return grad * grad_total, None, None, None
