@@ -56,7 +56,8 @@ def seed_losses(examples: pd.DataFrame) -> pd.DataFrame:
 def best_rates(examples: pd.DataFrame) -> list[str]:
     """For each rank the candidate with the lowest loss: its best learning rate. Lowest rank first."""
     means = seed_losses(examples).mean(axis="columns").reset_index(name="loss")
-    return [str(group.loc[group["loss"].idxmin(), "candidate"]) for _, group in means.groupby("rank")]
+    best = means.sort_values("loss").drop_duplicates("rank").sort_values("rank")
+    return best["candidate"].to_list()
 
 
 def compare(examples: pd.DataFrame, confidence: float) -> list[Comparison]:

@@ -100,8 +100,8 @@ def train_step(
     metrics = []
     for member, batch in zip(members, engine.accumulate(tokens, slices), strict=True):
         norm: torch.Tensor = nn.utils.get_total_norm([p.grad for p in member.parameters if p.grad is not None])
-        rate = member.scheduler.get_last_lr()[0]
-        result = StepMetrics(batch.loss, float(norm.detach()), rate, batch.tokens, batch.label_tokens)
+        rate = float(member.scheduler.get_last_lr()[0])
+        result = StepMetrics(batch.loss, float(norm), rate, batch.tokens, batch.label_tokens)
         if result.finite:
             if training.max_grad_norm:
                 nn.utils.clip_grads_with_norm_(member.parameters, training.max_grad_norm, norm)
