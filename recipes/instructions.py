@@ -22,8 +22,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from corpus import SourceFile, read_corpus
 from tokenizers import Tokenizer
+
+from corpus import SourceFile, read_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER_FILE = ROOT / "src" / "rankscope" / "demo" / "model" / "tokenizer.json"

@@ -23,10 +23,12 @@ from typing import NamedTuple
 
 import altair as alt
 import numpy as np
+import pandas as pd
 import torch
-from corpus import Corpus, SourceFile, read_corpus
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+
+from corpus import Corpus, SourceFile, read_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL_DIRECTORY = ROOT / "src" / "rankscope" / "demo" / "model"
@@ -52,7 +54,7 @@ class Settings:
     The defaults are the recipe; the command's options exist to try it in less time.
     """
 
-    steps: int = 3600
+    steps: int = 2196
     batch_sequences: int = 4
     learning_rate: float = 1.2e-3
     decay_fraction: float = 0.25
@@ -143,9 +145,7 @@ def build_model() -> OPTForCausalLM:
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, files: tuple[SourceFile, ...]) -> torch.Tensor:
     """Lay the files' tokens end to end, each file closed by `</s>`. Returns int64 of shape (tokens,)."""
-    encodings = tokenizer.backend_tokenizer.encode_batch(
-        [file.text for file in files], add_special_tokens=False
-    )
+    encodings = tokenizer.backend_tokenizer.encode_batch([file.text for file in files], add_special_tokens=False)
     return torch.from_numpy(np.concatenate([np.array([*encoding.ids, END_ID]) for encoding in encodings]))
 
 
@@ -225,7 +225,7 @@ def draw_curves(records: list[dict[str, float]], path: Path) -> None:
         if key in record
     ]
     chart = (
-        alt.Chart(alt.Data(values=points))
+        alt.Chart(pd.DataFrame(points))
         .mark_line()
         .encode(
             x=alt.X("tokens:Q", title="tokens seen", axis=alt.Axis(format="~s")),
@@ -336,30 +336,36 @@ def pretrain(
     draw_curves(records, results_directory / "pretrain.svg")
 
 
+def evaluate_shipped(corpus: Corpus, model_directory: Path) -> HeldoutLoss:
+    """Measure a saved model as its user loads it: float16 weights, computed with in float32."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_directory)
+    model = OPTForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
+    heldout_files = corpus.part("pretrain-heldout")
+    heldout_bytes = sum(len(file.text.encode()) for file in heldout_files)
+    return heldout_loss(model, cut_sequences(token_stream(tokenizer, heldout_files)), heldout_bytes)
+
+
 def main() -> None:
     """Run the recipe, or a shorter try of it with `--steps` and another output folder."""
     defaults = Settings()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=defaults.steps)
-    parser.add_argument(
-        "--minutes", type=float, default=math.inf, help="take fewer steps, to fit into this time"
-    )
+    parser.add_argument("--minutes", type=float, default=math.inf, help="take fewer steps, to fit into this time")
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
-    parser.add_argument(
-        "--no-compile", action="store_true", help="where there is no C++ compiler: a third slower"
-    )
+    parser.add_argument("--no-compile", action="store_true", help="where there is no C++ compiler: a third slower")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--try-in", type=Path, help="write model and results under this folder instead")
+    parser.add_argument("--evaluate", action="store_true", help="only measure the model that is there")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    model_directory = arguments.try_in / "model" if arguments.try_in else MODEL_DIRECTORY
+    if arguments.evaluate:
+        print(json.dumps(evaluate_shipped(read_corpus(), model_directory)._asdict()))
+        return
     pretrain(
-        Settings(
-            steps=arguments.steps, learning_rate=arguments.learning_rate, compiled=not arguments.no_compile
-        ),
+        Settings(steps=arguments.steps, learning_rate=arguments.learning_rate, compiled=not arguments.no_compile),
         read_corpus(),
-        arguments.try_in / "model" if arguments.try_in else MODEL_DIRECTORY,
+        model_directory,
         arguments.try_in / "results" if arguments.try_in else RESULTS_DIRECTORY,
         arguments.minutes,
     )
