@@ -4,9 +4,11 @@ torch, transformers and pandas are imported inside the commands, so that `ranksc
 """
 
 import shutil
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +18,9 @@ from rankscope import __version__
 from rankscope.errors import RankscopeError, StudyError
 from rankscope.spec import StudySpec, assemble, read_study_file
 
+if TYPE_CHECKING:
+    from rankscope.study import Study
+
 app = typer.Typer(
     name="rankscope",
     help="Which LoRA rank should I use, and what does it cost me?",
@@ -24,6 +29,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 out_console = Console(highlight=False)
+if not out_console.is_terminal:
+    out_console.width = max(out_console.width, 120)  # a table in a log file is not to be squeezed
 error_console = Console(stderr=True, highlight=False)
 
 EMBEDDED_STUDY = Path(__file__).parent / "demo" / "study.yaml"
@@ -92,20 +99,17 @@ def run(
     from rankscope.report.sentences import verdict_sentence
 
     out_console.print(f"Study {spec.name} in {path}{'/' if not str(path).endswith('/') else ''}", markup=False)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is treated like Ctrl-C
     try:
         with TerminalProgress(out_console) as progress:
-            result = runner.run_study(spec, path, progress)
-            page = runner.finish(result, lang)
+            result = runner.run_study(spec, path, progress, lang)
     except KeyboardInterrupt:
-        from rankscope.study import Study
-
-        if (path / "study.yaml").exists():
-            runner.mark_interrupted(Study.open(path))
+        runner.mark_interrupted(path)
         error_console.print("Interrupted. The same command goes on with what is missing.", style="yellow")
         raise typer.Exit(130) from None
-    _print_results(result.results(), result.profiles(), result.verdict)
-    out_console.print(f"\n[bold]{verdict_sentence(result.verdict, lang)}[/bold]")
-    out_console.print(f"Report: {page}", markup=False, soft_wrap=True)
+    _print_results(result)
+    out_console.print(f"\n{verdict_sentence(result.verdict, lang)}", markup=False, style="bold", soft_wrap=True)
+    out_console.print(f"Report: {result.path / 'report' / 'index.html'}", markup=False, soft_wrap=True)
     left = runner.unfinished(result)
     if left:
         for trial in left:
@@ -245,41 +249,35 @@ def _number(text: str) -> Any:
     return text
 
 
-def _print_results(results: Any, profiles: Any, verdict: dict[str, Any]) -> None:
+def _print_results(study: "Study") -> None:
+    """The table by candidate, with the numbers of the report."""
     from rankscope.report.catalogue import load
-    from rankscope.report.formats import duration, loss, signed, size
+    from rankscope.report.formats import duration, known, loss, signed, size
+    from rankscope.report.tables import by_candidate, has_gpu
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in (
-        "candidate",
-        "train loss",
-        "held-out loss",
-        "regret",
-        "CPU mean",
-        "CPU peak",
-        "GPU peak",
-        "s/step",
-        "runtime",
-    ):
-        table.add_column(column, justify="left" if column == "candidate" else "right")
-    regrets = {row["candidate"]: row["regret"] for row in verdict["comparison"]}
-    for candidate, trials in results.groupby("candidate", sort=False):
-        cells = [loss(trials["train_loss"].mean()), loss(trials["eval_loss"].mean())]
-        cells.append(signed(regrets[candidate]) if candidate in regrets else "–")
-        profile = profiles[profiles["candidate"] == candidate].mean(numeric_only=True) if len(profiles) else None
-        if profile is None or profile.isna().get("rss_mean_bytes", True):
-            cells += ["–"] * 5
-        else:
-            gpu = profile.get("gpu_allocated_peak_bytes")
-            cells += [
-                size(profile["rss_mean_bytes"]),
-                size(profile["rss_peak_bytes"]),
-                size(gpu) if gpu == gpu and gpu is not None else "no GPU",
-                f"{profile['step_seconds_median']:.3g}",
-                duration(profile["runtime_seconds"], load("en")),
-            ]
-        table.add_row(candidate, *cells)
+    evidence = study.evidence()
+    gpu = has_gpu(evidence)
+    columns: dict[str, tuple[str, Callable[[float], str]]] = {
+        "train loss": ("train_loss", loss),
+        "held-out loss": ("eval_loss", loss),
+        "regret": ("regret", signed),
+        "CPU mean": ("rss_mean_bytes", size),
+        "CPU peak": ("rss_peak_bytes", size),
+        "GPU mean": ("gpu_allocated_mean_bytes", size),
+        "GPU peak": ("gpu_allocated_peak_bytes", size),
+        "s/step": ("step_seconds", lambda seconds: f"{seconds:.3g}"),
+        "runtime": ("runtime_seconds", lambda seconds: duration(seconds, load("en"))),
+    }
+    shown = {title: column for title, column in columns.items() if gpu or not title.startswith("GPU")}
+    table = Table("candidate", box=None, pad_edge=False, header_style="bold")
+    for title in shown:
+        table.add_column(title, justify="right")
+    for _, row in by_candidate(evidence, study.verdict).iterrows():
+        cells = [show(row[field]) if known(row[field]) else "–" for field, show in shown.values()]
+        table.add_row(row["candidate"], *cells)
     out_console.print(table)
+    if not gpu:
+        out_console.print("No GPU was used, so there is no GPU memory to show.")
 
 
 def main() -> None:

@@ -77,7 +77,7 @@ class TerminalProgress:
             self._live.stop()
 
     def say(self, message: str) -> None:
-        self.console.print(message, highlight=False, markup=False)
+        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def training(self, study: Study, pack: str, trials: Sequence[Trial], steps: int) -> None:
         self._title = f"Pack {pack}: {len(trials)} trials, {steps} steps"
@@ -98,7 +98,7 @@ class TerminalProgress:
         elif self._trials and time.monotonic() - self._last_line >= LINE_EVERY_SECONDS:
             self._last_line = time.monotonic()
             losses = "  ".join(f"{name} {_loss(f.train_loss)}" for name, f in self._trials)
-            self.say(f"  step {self._step()}/{self._steps}, {self._left()}  {losses}")
+            self.say(f"  step {self._step()}/{self._steps}, {self._left()}: {losses}")
 
     def _step(self) -> int:
         return max(follower.step for _, follower in self._trials)

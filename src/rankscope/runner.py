@@ -17,7 +17,7 @@ from rankscope.launch.local import run_locally
 from rankscope.lora.base import free_bytes, load_config, load_tokenizer, resolve_device, resolve_dtype
 from rankscope.lora.count import base_params, trainable_params
 from rankscope.measure.machine import hardware, versions
-from rankscope.plan import FINISHED, divide_into_packs, missing_profiles, missing_trials
+from rankscope.plan import divide_into_packs, missing_profiles, missing_trials
 from rankscope.report import build
 from rankscope.spec import EMBEDDED, StudySpec, Trial, assemble
 from rankscope.study import Study
@@ -69,7 +69,7 @@ def run(
     return run_study(spec, Path(out or spec.name), progress or _Silent())
 
 
-def run_study(spec: StudySpec, out: Path, progress: Progress) -> Study:
+def run_study(spec: StudySpec, out: Path, progress: Progress, language: str = "en") -> Study:
     """The main path, for a resolved study. Trials that fail are recorded, not raised: see `unfinished`."""
     resolve_device(spec.model.device)
     params = {candidate.name: trainable_params(spec.model, candidate) for candidate in spec.candidates()}
@@ -82,7 +82,7 @@ def run_study(spec: StudySpec, out: Path, progress: Progress) -> Study:
         write_json(study.path / "machine.json", describe_machine(spec))
     train(study, data, params, progress)
     measure(study, progress)
-    finish(study)
+    finish(study, language)
     return study
 
 
@@ -182,8 +182,11 @@ def _settle(study: Study, trials: Sequence[Trial], pack: str, error: RankscopeEr
             write_json(file, record | {"status": "failed", "reason": reason, "pack": pack})
 
 
-def mark_interrupted(study: Study) -> None:
-    """Marks running trials as interrupted, after Ctrl-C."""
+def mark_interrupted(path: Path) -> None:
+    """Marks the running trials of the study in `path`, if there is one yet, as interrupted."""
+    if not (path / "study.yaml").exists():
+        return
+    study = Study.open(path)
     for trial in study.spec.trials():
         file = study.trial_folder(trial) / "trial.json"
         if file.exists() and (record := read_json(file))["status"] == "running":
@@ -197,6 +200,3 @@ class _Silent:
     def training(self, study: Study, pack: str, trials: Sequence[Trial], steps: int) -> None: ...
     def measuring(self, done: int, total: int, name: str) -> None: ...
     def poll(self) -> None: ...
-
-
-__all__ = ["FINISHED", "Progress", "finish", "run", "run_study", "unfinished"]

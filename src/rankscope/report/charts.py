@@ -253,7 +253,7 @@ def _lines(
     x = alt.X(
         "step:Q",
         title=text("chart.step"),
-        axis=alt.Axis(format=",", tickMinStep=1, tickCount=6),
+        axis=alt.Axis(format=",d", tickMinStep=1, tickCount=6),
         scale=alt.Scale(nice=False),
     )
     y = alt.Y("shown:Q", title=title, scale=alt.Scale(domain=list(y_range), zero=False, nice=True))
