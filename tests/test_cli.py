@@ -51,6 +51,31 @@ def test_run_and_report(folder: Path) -> None:
     assert 'lang="ko"' in (folder / "out" / "report" / "index.html").read_text()
 
 
+def test_a_run_that_is_stopped_goes_on(folder: Path) -> None:
+    """A polite kill in mid-training: exit code 130, nothing half-made passes for done, and the same command finishes."""
+    arguments = ["run", "--model", "model", "--dataset", "data.json", "--ranks", "2", "--seeds", "0", "--steps", "300"]
+    arguments += ["--out", "stopped", "--set", "measure.profiles=false"]
+    command = [sys.executable, "-m", "rankscope.cli", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    metrics = folder / "stopped" / "trials" / "r002-lr2e-4-s0" / "metrics.jsonl"
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_bytes().splitlines()) > 2):
+        assert process.poll() is None, "ended before it could be stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"goes on" in errors
+    record = read_json(metrics.with_name("trial.json"))
+    assert record["status"] == "interrupted"
+    assert rankscope(*arguments, cwd=folder).returncode == 0
+    assert read_json(metrics.with_name("trial.json"))["results"]["steps"] == 300
+    steps = [row["step"] for row in read_jsonl(metrics) if "train_loss" in row]
+    assert steps == list(range(1, 301))
+
+
 def test_plan_trains_and_writes_nothing(folder: Path, tmp_path: Path) -> None:
     arguments = ["--model", str(folder / "model"), "--dataset", str(folder / "data.json"), "--ranks", "2,4"]
     done = rankscope("plan", *arguments, "--steps", "5", cwd=tmp_path)

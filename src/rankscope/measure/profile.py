@@ -10,7 +10,7 @@ import torch
 
 from rankscope.data.tokens import TokenizedData, Tokens
 from rankscope.lora.base import load_model, resolve_device
-from rankscope.measure.sampler import MemorySampler
+from rankscope.measure.sampler import MemorySampler, peak_rss, reset_peak_rss
 from rankscope.spec import Candidate, StudySpec, Trial
 from rankscope.train.engine import EVAL_TOKENS
 from rankscope.train.loop import choose_engine
@@ -19,7 +19,11 @@ from rankscope.train.pack import batch_at, make_member, total_steps, train_step
 
 @dataclass(frozen=True)
 class ProfileSummary:
-    """One repeat. Memory is that of the training phase (after warm-up, without loading or evaluation)."""
+    """One repeat. Memory is that of the training phase (after warm-up, without loading or evaluation).
+
+    `rss_mean_bytes` is the mean of samples each 20 ms and at each step's end; `rss_peak_bytes` is the kernel's own
+    high-water mark of that phase on Linux, the highest sample elsewhere.
+    """
 
     load_seconds: float
     steps: int
@@ -60,11 +64,13 @@ def profile_candidate(spec: StudySpec, candidate: Candidate, data: TokenizedData
         sampler.take()
         base = sampler.rows[-1][3]
         where = spread(steps, measure.warmup_steps + measure.steps)
-        seconds, tokens = [], []
+        seconds, tokens, kernel_peak = [], [], False
         for number, step in enumerate(where):
             measured = number >= measure.warmup_steps
-            if number == measure.warmup_steps and device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
+            if number == measure.warmup_steps:
+                kernel_peak = reset_peak_rss()
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(device)
             sampler.step, sampler.phase = number, "train" if measured else "warmup"
             start = time.perf_counter()
             (metrics,) = train_step(engine, [member], data.train, training, step)
@@ -74,7 +80,7 @@ def profile_candidate(spec: StudySpec, candidate: Candidate, data: TokenizedData
                 seconds.append(time.perf_counter() - start)
                 tokens.append(metrics.tokens)
             sampler.take()
-        gpu_peaks = _gpu_peaks(device)
+        gpu_peaks, rss_peak = _gpu_peaks(device), peak_rss() if kernel_peak else 0
         sampler.phase = "eval"
         start = time.perf_counter()
         held_out = _first(data.eval, 2 * EVAL_TOKENS)
@@ -95,7 +101,7 @@ def profile_candidate(spec: StudySpec, candidate: Candidate, data: TokenizedData
         runtime_seconds=sum(seconds) / sum(tokens) * schedule_tokens + eval_seconds_per_token * eval_tokens,
         rss_base_bytes=base,
         rss_mean_bytes=statistics.fmean(row[3] for row in during),
-        rss_peak_bytes=max(row[3] for row in during),
+        rss_peak_bytes=max(rss_peak, *(row[3] for row in during)),
         gpu_allocated_mean_bytes=_mean([row[4] for row in during]),
         gpu_allocated_peak_bytes=gpu_peaks[0],
         gpu_reserved_mean_bytes=_mean([row[5] for row in during]),

@@ -1,12 +1,12 @@
 """Causal attention inside each sequence of a flattened batch, registered with transformers' AttentionInterface.
 
-Nothing is padded and no mask is built: the mask function returns None, and sequences are told apart by the layout.
+Nothing is padded and no mask is built: sequences are told apart by the layout.
 OPT in transformers 5 builds its mask without looking at position ids, so plain sdpa would silently let the
 sequences of a flattened batch see each other.
 """
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: "Tensor | LocalMask | None",
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -46,6 +46,8 @@ def packed_attention(
         NotPackable: the model asks for something that is not covered (a mask of its own, attention sinks, …).
     """
     unknown = sorted(k for k, v in kwargs.items() if v is not None and v is not False and k not in _HARMLESS)
+    if isinstance(attention_mask, LocalMask) and attention_mask.size == sliding_window:
+        attention_mask = None
     if attention_mask is not None or unknown or not getattr(module, "is_causal", True):
         raise NotPackable(f"its attention asks for {', '.join(unknown) or 'a mask of its own'}")
     if query.shape[0] != 1 or query.shape[2] != current_layout().tokens:
@@ -122,9 +124,20 @@ def _varlen(
     return out[None]
 
 
-def no_mask(*args: Any, **kwargs: Any) -> None:
-    """The mask function that goes with `packed_attention`: there is none."""
+class LocalMask(NamedTuple):
+    """Stands for a mask that lets a token see only those near it: a window, or a chunk. Never a tensor.
+
+    A layer that is given one must name the same window as its own; one that does not (chunked attention) is not
+    packed, whatever the length of the sequences that the probe tries.
+    """
+
+    size: int
+
+
+def packed_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> LocalMask | None:
+    """The mask function that goes with `packed_attention`: it builds nothing, and passes on what is asked for."""
+    return None if local_size is None else LocalMask(local_size)
 
 
 AttentionInterface.register(NAME, packed_attention)
-AttentionMaskInterface.register(NAME, no_mask)
+AttentionMaskInterface.register(NAME, packed_mask)
