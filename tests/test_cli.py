@@ -1,13 +1,16 @@
 """The command line as a user meets it: in a process of its own, with its exit codes and messages."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from folders import write_data, write_model
+from rankscope.files import read_json, read_jsonl
 
 
 def rankscope(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -52,7 +55,7 @@ def test_run_and_report(folder: Path) -> None:
 
 
 def test_a_run_that_is_stopped_goes_on(folder: Path) -> None:
-    """A polite kill in mid-training: exit code 130, nothing half-made passes for done, and the same command finishes."""
+    """A polite kill in mid-training: exit code 130, nothing half-made passes for done, the same command finishes."""
     arguments = ["run", "--model", "model", "--dataset", "data.json", "--ranks", "2", "--seeds", "0", "--steps", "300"]
     arguments += ["--out", "stopped", "--set", "measure.profiles=false"]
     command = [sys.executable, "-m", "rankscope.cli", *arguments]
