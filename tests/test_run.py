@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import rankscope
 from folders import write_data, write_model
 from rankscope.data.tokens import load
-from rankscope.errors import StudyError
+from rankscope.errors import StudyDirectoryError, StudyError
 from rankscope.files import read_json
 from rankscope.runner import unfinished
 from rankscope.study import Study
@@ -136,6 +136,18 @@ def test_run_again_does_only_what_is_missing(study: Study, folders: Path, tmp_pa
     np.testing.assert_allclose(
         read_json(lost / "eval.json")["examples"]["loss"], expected["examples"]["loss"], rtol=1e-4
     )  # alone, where it was packed before
+
+
+def test_two_runs_at_once_are_refused(study: Study) -> None:
+    other = Study.open(study.path)
+    with (
+        study.lock(),
+        pytest.raises(StudyDirectoryError, match=r"another run is writing to it \(process \d+ on"),
+        other.lock(),
+    ):
+        pass
+    with other.lock():
+        pass  # free again
 
 
 def test_another_study_in_the_same_place_is_refused(study: Study, folders: Path) -> None:

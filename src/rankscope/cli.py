@@ -147,7 +147,7 @@ def plan(
     from rankscope.lora.count import base_params, trainable_params
     from rankscope.plan import BYTES_PER_PARAMETER, divide_into_packs
     from rankscope.report.formats import size
-    from rankscope.runner import prepare_data
+    from rankscope.runner import describe_data, prepare_data
     from rankscope.train.pack import total_steps
 
     params = {candidate.name: trainable_params(spec.model, candidate) for candidate in spec.candidates()}
@@ -163,17 +163,12 @@ def plan(
         table.add_row(
             candidate.name, f"{candidate.lora_alpha:g}", f"{candidate.scaling:g}", f"{count:,}", share, memory
         )
-    facts, steps_in_all = data.facts, total_steps(training, len(data.train))
+    steps_in_all = total_steps(training, len(data.train))
     free = free_bytes(resolve_device(spec.model.device))
     most = 1 if training.isolated else training.trials_per_pack
     packs = divide_into_packs(spec.trials(), params, free, most)
-    out_console.print(f"Model  {spec.model.id}: {base:,} parameters", markup=False)
-    out_console.print(
-        f"Data   {facts['id']}: {facts['rows_train']:,} rows to train on, {facts['rows_eval']:,} held out; "
-        f"{facts['truncated']:,} cut, {facts['duplicates_dropped']:,} duplicates and "
-        f"{facts['rows_without_label_dropped']:,} without a label dropped",
-        markup=False,
-    )
+    out_console.print(f"Model {spec.model.id}: {base:,} parameters", markup=False)
+    out_console.print(describe_data(data.facts), markup=False, soft_wrap=True)
     out_console.print(table)
     out_console.print(f"{len(spec.trials())} trials of {steps_in_all:,} steps in {len(packs)} packs:")
     for number, trials in enumerate(packs):

@@ -4,15 +4,15 @@ Every step looks at the study's directory first and does only what is missing.
 """
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from rankscope import demo
 from rankscope.analysis.verdict import conclude
 from rankscope.data.tokens import TokenizedData, load, prepare, save
-from rankscope.errors import RankscopeError
-from rankscope.files import read_json, write_json
+from rankscope.files import write_json
 from rankscope.launch.local import run_locally
 from rankscope.lora.base import free_bytes, load_config, load_tokenizer, resolve_device, resolve_dtype
 from rankscope.lora.count import base_params, trainable_params
@@ -78,11 +78,13 @@ def run_study(spec: StudySpec, out: Path, progress: Progress, language: str = "e
     if prepared is not None:
         save(prepared, study.path / "data")
     data = load(study.path / "data")
-    if not (study.path / "machine.json").exists():
-        write_json(study.path / "machine.json", describe_machine(spec))
-    train(study, data, params, progress)
-    measure(study, progress)
-    finish(study, language)
+    progress.say(describe_data(data.facts))
+    with study.lock():
+        if not (study.path / "machine.json").exists():
+            write_json(study.path / "machine.json", describe_machine(spec))
+        train(study, data, params, progress)
+        measure(study, progress)
+        finish(study, language)
     return study
 
 
@@ -95,6 +97,15 @@ def prepare_data(spec: StudySpec) -> TokenizedData:
         changes["id"] = str(demo.data_path())
     data = prepare(spec.data.model_copy(update=changes), load_tokenizer(spec.model), config.vocab_size)
     return TokenizedData(data.train, data.eval, data.facts | {"id": spec.data.id})
+
+
+def describe_data(facts: Mapping[str, Any]) -> str:
+    """What was read and what was left out, in one line."""
+    return (
+        f"Data {facts['id']}: {facts['rows_train']:,} rows to train on, {facts['rows_eval']:,} held out, "
+        f"{facts['mean_length']:.0f} tokens a row; {facts['truncated']:,} cut to {facts['max_length']:,} tokens, "
+        f"{facts['duplicates_dropped']:,} duplicates, {facts['rows_without_label_dropped']:,} without a label left out"
+    )
 
 
 def describe_machine(spec: StudySpec) -> dict[str, Any]:
@@ -120,10 +131,13 @@ def train(study: Study, data: TokenizedData, params: Mapping[str, int], progress
     first = sum(1 for _ in (study.path / "packs").glob("p*"))
     for number, trials in enumerate(packs, start=first):
         pack = f"p{number:03d}"
+        for trial in trials:  # what a run that was stopped left behind; gone before anyone follows the new files
+            shutil.rmtree(study.trial_folder(trial), ignore_errors=True)
         progress.training(study, pack, trials, total_steps(training, len(data.train)))
         job = {"kind": "pack", "pack": pack, "trials": [trial.name for trial in trials]}
-        error = _launch(study, job, study.path / "packs" / pack, progress.poll)
-        _settle(study, trials, pack, error)
+        error = run_locally(study.path, job, study.path / "packs" / pack, progress.poll)
+        for trial in trials:  # those of a process that died before it could record anything itself
+            study.settle(trial, "failed", error.what if error else "the pack ended before this trial did", pack)
         if error is not None and error.exit_code in (2, 3):  # the study, the model or the data: all packs would fail
             raise error
         if error is not None:
@@ -143,7 +157,7 @@ def measure(study: Study, progress: Progress) -> None:
             continue
         progress.measuring(number, len(jobs), candidate.name)
         job = {"kind": "profile", "candidate": candidate.name, "repeat": repeat}
-        error = _launch(study, job, study.path / "profiles" / "jobs" / candidate.name, progress.poll)
+        error = run_locally(study.path, job, study.path / "profiles" / "jobs" / candidate.name, progress.poll)
         if error is not None:
             failed.add(candidate.name)
             progress.say(f"profile of {candidate.name} did not finish: {error}")
@@ -167,30 +181,14 @@ def unfinished(study: Study) -> list[Trial]:
     return [trial for trial in study.spec.trials() if study.trial_record(trial)["status"] != "done"]
 
 
-def _launch(study: Study, job: Mapping[str, Any], folder: Path, poll: Callable[[], None]) -> RankscopeError | None:
-    return run_locally(study.path, job, folder, poll)
-
-
-def _settle(study: Study, trials: Sequence[Trial], pack: str, error: RankscopeError | None) -> None:
-    """Marks the trials of a pack whose process died before it could do so itself."""
-    for trial in trials:
-        file = study.trial_folder(trial) / "trial.json"
-        record = study.trial_record(trial)
-        if record["status"] in ("pending", "running"):
-            reason = error.what if error else "the pack ended before this trial did"
-            record = {"schema": 1, "trial": trial.name, "results": None} | record | trial.model_dump(mode="json")
-            write_json(file, record | {"status": "failed", "reason": reason, "pack": pack})
-
-
 def mark_interrupted(path: Path) -> None:
     """Marks the running trials of the study in `path`, if there is one yet, as interrupted."""
     if not (path / "study.yaml").exists():
         return
     study = Study.open(path)
     for trial in study.spec.trials():
-        file = study.trial_folder(trial) / "trial.json"
-        if file.exists() and (record := read_json(file))["status"] == "running":
-            write_json(file, record | {"status": "interrupted", "reason": "interrupted by the user"})
+        if study.trial_record(trial)["status"] == "running":
+            study.settle(trial, "interrupted", "interrupted by the user")
 
 
 class _Silent:

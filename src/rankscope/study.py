@@ -13,14 +13,19 @@
 Each file has one writer. The tables below are tidy pandas DataFrames, whose columns are their contract.
 """
 
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import yaml
+from filelock import FileLock, Timeout
 
 from rankscope.errors import StudyDirectoryError, StudyError
-from rankscope.files import read_json, read_jsonl, write_atomic
+from rankscope.files import read_json, read_jsonl, write_atomic, write_json
 from rankscope.spec import Candidate, StudySpec, Trial, resolve_spec, write_yaml
 
 if TYPE_CHECKING:
@@ -102,6 +107,37 @@ class Study:
         """trial.json, or `{"status": "pending"}` before the trial has begun."""
         file = self.trial_folder(trial) / "trial.json"
         return read_json(file) if file.exists() else {"status": "pending"}
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the study while a run writes to it. The system lets go of it when the process ends, however it ends.
+
+        Raises:
+            StudyDirectoryError: another run holds it; the message says which process.
+        """
+        holder = self.path / ".lock-holder"
+        lock = FileLock(self.path / ".lock", blocking=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise StudyDirectoryError(
+                f"{self.path}: another run is writing to it ({holder.read_text().strip()})",
+                "Wait for it to end, or choose another --out.",
+            ) from None
+        try:
+            write_atomic(holder, f"process {os.getpid()} on {platform.node()}\n")
+            yield
+        finally:
+            lock.release()
+
+    def settle(self, trial: Trial, status: str, reason: str, pack: str | None = None) -> None:
+        """Ends a trial that did not end by itself: one that is pending or running gets `status` and `reason`."""
+        record = self.trial_record(trial)
+        if record["status"] not in ("pending", "running"):
+            return
+        known = {"schema": SCHEMA, "trial": trial.name, "results": None, "pack": pack} | record
+        ended = trial.model_dump(mode="json") | {"status": status, "reason": reason}
+        write_json(self.trial_folder(trial) / "trial.json", known | ended)
 
     @property
     def machine(self) -> dict[str, Any]:

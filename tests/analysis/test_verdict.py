@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from rankscope.analysis.comparison import compare, t_interval
+from rankscope.analysis.comparison import best_rates, compare, t_interval
 from rankscope.analysis.verdict import conclude
 from rankscope.spec import resolve_spec
 from rankscope.study import Evidence
@@ -59,9 +59,34 @@ def test_equal_ranks_recommend_the_smallest() -> None:
     assert (verdict["outcome"], verdict["rank"]) == ("recommended", 8)
 
 
-def test_noise_larger_than_the_difference_is_not_distinguishable() -> None:
-    verdict = verdict_on({(8, 1e-3): [2.0, 2.2, 1.95], (256, 1e-3): [2.1, 1.95, 2.06]})
+def test_no_difference_within_narrow_intervals_is_not_distinguishable() -> None:
+    verdict = verdict_on({(8, 1e-3): [2.015, 1.995, 2.005], (256, 1e-3): [2.0, 2.0, 2.0]})
+    assert verdict["comparison"][0]["regret_low"] < 0 < 0.02 < verdict["comparison"][0]["regret_high"]
     assert (verdict["outcome"], verdict["rank"]) == ("not_distinguishable", 8)
+
+
+@pytest.mark.parametrize("shift", [-0.1, 0.1])
+def test_much_noise_is_not_evidence_of_no_difference(shift: float) -> None:
+    """Neither for calling ranks alike, nor for the rank that happens to be the best of the sample."""
+    verdict = verdict_on({(8, 1e-3): [2.0 + shift, 2.2 + shift, 1.95 + shift], (256, 1e-3): [2.1, 1.95, 2.06]})
+    assert (verdict["outcome"], verdict["rank"]) == ("not_enough_evidence", None)
+
+
+def test_a_candidate_that_fails_takes_no_evidence_from_the_others() -> None:
+    losses = {(8, 1e-3): [2.1, 2.1, 2.1], (64, 1e-3): [2.0, 2.01, 2.0], (256, 1e-3): [1.9, 9.0, 9.0]}
+    frame = examples(losses)
+    frame = frame[~((frame["rank"] == 256) & (frame["seed"] > 0))]
+    comparison = compare(frame, 0.95)
+    assert [row.rank for row in comparison] == [8, 64]
+    assert len(comparison[0].regret_by_seed) == 3
+
+
+def test_a_rate_is_not_chosen_from_nothing() -> None:
+    """No seed was finished by every candidate; each rank's best rate is still the better one."""
+    frame = examples({(8, 1e-4): [2.0, 2.0], (8, 1e-3): [1.0, 1.0], (64, 1e-4): [2.0, 2.0], (64, 1e-3): [1.0, 1.0]})
+    frame = frame[~((frame["learning_rate"] == 1e-4) & (frame["rank"] == 8) & (frame["seed"] == 0))]
+    frame = frame[~((frame["learning_rate"] == 1e-4) & (frame["rank"] == 64) & (frame["seed"] == 1))]
+    assert best_rates(frame) == ["r008-lr0.001", "r064-lr0.001"]
 
 
 def test_worse_but_perhaps_within_the_margin_asks_for_more_seeds() -> None:
@@ -114,9 +139,10 @@ def test_the_rate_is_chosen_and_judged_on_different_examples() -> None:
 
 
 def test_seeds_that_a_candidate_did_not_finish_are_left_out() -> None:
-    frame = examples({(8, 1e-3): [2.1, 2.1, 9.0], (256, 1e-3): [2.0, 2.0, 2.0]})
-    frame = frame[~((frame["rank"] == 256) & (frame["seed"] == 2))]
-    assert compare(frame, 0.95)[0].regret.mean == pytest.approx(0.1)
+    frame = examples({(8, 1e-3): [2.1, 9.0, 2.1], (256, 1e-3): [2.0, 2.0, 9.0]})
+    frame = frame[~((frame["rank"] == 256) & (frame["seed"] == 2)) & ~((frame["rank"] == 8) & (frame["seed"] == 1))]
+    (rank_8, _) = compare(frame, 0.95)
+    assert rank_8.regret_by_seed == pytest.approx([0.1])
 
 
 def test_no_trial_finished() -> None:

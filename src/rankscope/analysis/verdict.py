@@ -1,7 +1,9 @@
 """The verdict: the smallest rank that is good enough, or a plain statement that the evidence does not tell.
 
 A rank is good enough (non-inferior) when the upper bound of its regret lies below the margin, `verdict.margin` of the
-best candidate's loss; it is worse when the lower bound lies above; else it is undetermined.
+best candidate's loss; it is worse when the lower bound lies above; else it is undetermined. The best of the sample is
+good enough only where no other rank's interval reaches beyond the margin on the better side: with few seeds and much
+noise, being best in the sample says little.
 """
 
 import math
@@ -22,7 +24,8 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
     """verdict.json, as plain data.
 
     `outcome` is `recommended` (`rank` is the smallest that is good enough, and every smaller one is worse),
-    `not_distinguishable` (no rank differs from the best beyond noise; `rank` is the cheapest), or
+    `not_distinguishable` (no rank differs from the best, by intervals of at most four margins' width; `rank` is the
+    cheapest), or
     `not_enough_evidence` (`rank` is None). `more_seeds` says how many more seeds would settle it if losses vary as
     they did, None where it is settled or cannot be said. `comparison` has a row for each rank at its best learning
     rate; `caveats` are codes that the report puts in words.
@@ -48,24 +51,24 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
     best = min(comparison, key=lambda row: row.eval_loss.mean)
     margin = spec.verdict.margin * best.eval_loss.mean
     verdict["best_candidate"] = best.candidate
-    verdict["comparison"] = [_row(row, best, margin) for row in comparison]
+    verdict["comparison"] = [_row(row, best, margin, comparison) for row in comparison]
     verdict |= _decide(comparison, best, margin, confidence)
     return verdict
 
 
 def _decide(comparison: Sequence[Comparison], best: Comparison, margin: float, confidence: float) -> dict[str, Any]:
-    if len(comparison) > 1 and len(best.regret_by_seed) < 2:
-        return {"more_seeds": 2}  # three seeds are the fewest whose spread says something
     if len(comparison) == 1:
         return {"outcome": "recommended", "rank": best.rank, "candidate": best.candidate}
+    if len(best.regret_by_seed) < 2:
+        return {"more_seeds": 2}  # three seeds are the fewest whose spread says something
     for row in comparison:
-        if _within(row, best, margin):
+        if _within(row, best, margin, comparison):
             return {"outcome": "recommended", "rank": row.rank, "candidate": row.candidate}
-        if not _worse(row, margin):
-            break  # undetermined: whether a smaller rank is good enough is the question
-    more = _more_seeds(row, margin, confidence)
+        if row is best or not _worse(row, margin):
+            break  # undetermined: whether this rank is good enough is the question
+    more = _more_seeds(comparison, best, margin, confidence)
     others = [other for other in comparison if other is not best]
-    if all(other.regret.low is not None and other.regret.low <= 0 for other in others):
+    if all(_near(other, margin) for other in others):
         cheapest = comparison[0]
         return {
             "outcome": "not_distinguishable",
@@ -76,26 +79,38 @@ def _decide(comparison: Sequence[Comparison], best: Comparison, margin: float, c
     return {"more_seeds": more}
 
 
-def _within(row: Comparison, best: Comparison, margin: float) -> bool:
-    return row is best or (row.regret.high is not None and row.regret.high <= margin)
+def _within(row: Comparison, best: Comparison, margin: float, comparison: Sequence[Comparison]) -> bool:
+    """Good enough. For the best of the sample: no other is better than it by more than the margin."""
+    if row is best:
+        return all(
+            other is best or (other.regret.low is not None and other.regret.low >= -margin) for other in comparison
+        )
+    return row.regret.high is not None and row.regret.high <= margin
 
 
 def _worse(row: Comparison, margin: float) -> bool:
     return row.regret.low is not None and row.regret.low > margin
 
 
-def _more_seeds(row: Comparison, margin: float, confidence: float) -> int | None:
-    """Seeds to add until the interval of `row`, with its present mean and spread, lies on one side of the margin."""
-    seeds, spread = len(row.regret_by_seed), float(np.std(row.regret_by_seed, ddof=1))
+def _near(row: Comparison, margin: float) -> bool:
+    """No difference is seen, by an interval narrow enough to mean it: at most two margins to either side."""
+    low, high = row.regret.low, row.regret.high
+    return low is not None and high is not None and low <= 0 and high - low <= 4 * margin
+
+
+def _more_seeds(comparison: Sequence[Comparison], best: Comparison, margin: float, confidence: float) -> int | None:
+    """Seeds to add until every interval, with its present mean and spread, lies on one side of the margin."""
+    others = [np.array(row.regret_by_seed) for row in comparison if row is not best]
     for more in range(1, MOST_MORE_SEEDS + 1):
-        n = seeds + more
-        if stats.t.ppf((1 + confidence) / 2, n - 1) * spread / math.sqrt(n) <= abs(margin - row.regret.mean):
+        n = len(best.regret_by_seed) + more
+        reach = stats.t.ppf((1 + confidence) / 2, n - 1) / math.sqrt(n)
+        if all(reach * np.std(regrets, ddof=1) <= abs(margin - regrets.mean()) for regrets in others):
             return more
     return None
 
 
-def _row(row: Comparison, best: Comparison, margin: float) -> dict[str, Any]:
-    known = row.regret.high is not None or row is best
+def _row(row: Comparison, best: Comparison, margin: float, comparison: Sequence[Comparison]) -> dict[str, Any]:
+    known = row.regret.high is not None
     return {
         "candidate": row.candidate,
         "rank": row.rank,
@@ -107,7 +122,7 @@ def _row(row: Comparison, best: Comparison, margin: float) -> dict[str, Any]:
         "regret_low": row.regret.low,
         "regret_high": row.regret.high,
         "regret_share": row.regret.mean / best.eval_loss.mean,
-        "within_margin": _within(row, best, margin) if known else None,
+        "within_margin": _within(row, best, margin, comparison) if known else None,
     }
 
 

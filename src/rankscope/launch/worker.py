@@ -53,13 +53,7 @@ def _record_failure(study: Study, job: dict[str, Any], error: BaseException) -> 
     status = "oom" if _out_of_memory(error) else "failed"
     reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
     for trial in _trials(study, job) if job["kind"] == "pack" else []:
-        record = study.trial_record(trial)
-        if record["status"] in ("pending", "running"):
-            record = {"schema": 1, "trial": trial.name, "results": None} | record | trial.model_dump(mode="json")
-            write_json(
-                study.trial_folder(trial) / "trial.json",
-                record | {"status": status, "reason": reason, "pack": job["pack"]},
-            )
+        study.settle(trial, status, reason, job["pack"])
 
 
 def main(study_path: str, job_file: str) -> int:

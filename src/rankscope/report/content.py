@@ -248,6 +248,8 @@ def _limits(evidence: Evidence, verdict: Mapping[str, Any] | None, text: Catalog
         text("limit.margin", margin=percent(margin)),
         text("limit.seeds"),
     ]
+    if len(spec.ranks) > 1:
+        limits.append(text("limit.selection"))
     if len(spec.learning_rates) > 1:
         limits.append(text("limit.rates"))
     if len(spec.ranks) > 1 and not isinstance(spec.adapter.alpha, str):
