@@ -5,16 +5,21 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    CodeGenConfig,
     FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTJConfig,
+    GPTNeoConfig,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
     OPTConfig,
     PhiConfig,
+    PhimoeConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
@@ -55,6 +60,27 @@ CONFIGS: dict[str, Any] = {
 }  # fmt: skip
 UNPACKABLE: dict[str, Any] = {
     "falcon": lambda: FalconConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
+    "gpt-j": lambda: GPTJConfig(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128, rotary_dim=8, bos_token_id=2, eos_token_id=2
+    ),
+    "gpt-neo": lambda: GPTNeoConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=128,
+        window_size=5,
+        bos_token_id=2,
+        eos_token_id=2,
+    ),
+    "codegen": lambda: CodeGenConfig(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128, rotary_dim=8, bos_token_id=2, eos_token_id=2
+    ),
+    "bloom": lambda: BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, bos_token_id=2, eos_token_id=2),
+    "phimoe-window": lambda: PhimoeConfig(
+        **_GLU, sliding_window=5, num_local_experts=4, num_experts_per_tok=2, head_dim=8
+    ),
 }
 
 

@@ -145,7 +145,7 @@ def plan(
     spec = _spec(study, set_, **{k: v for k, v in locals().items() if k not in ("study", "set_", "out")})
     from rankscope.lora.base import free_bytes, resolve_device
     from rankscope.lora.count import base_params, trainable_params
-    from rankscope.plan import BYTES_PER_PARAMETER, divide_into_packs
+    from rankscope.plan import BYTES_PER_PARAMETER, divide_into_packs, most_per_pack
     from rankscope.report.formats import size
     from rankscope.runner import describe_data, prepare_data
     from rankscope.train.pack import total_steps
@@ -165,8 +165,7 @@ def plan(
         )
     steps_in_all = total_steps(training, len(data.train))
     free = free_bytes(resolve_device(spec.model.device))
-    most = 1 if training.isolated else training.trials_per_pack
-    packs = divide_into_packs(spec.trials(), params, free, most)
+    packs = divide_into_packs(spec.trials(), params, free, most_per_pack(training))
     out_console.print(f"Model {spec.model.id}: {base:,} parameters", markup=False)
     out_console.print(describe_data(data.facts), markup=False, soft_wrap=True)
     out_console.print(table)

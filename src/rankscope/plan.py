@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from rankscope.files import read_json
-from rankscope.spec import Candidate, Trial
+from rankscope.spec import Candidate, TrainingSpec, Trial
 from rankscope.study import Study
 
 BYTES_PER_PARAMETER = 16
@@ -23,6 +23,14 @@ class ProfileJob(NamedTuple):
 
     candidate: Candidate
     repeat: int
+
+
+def most_per_pack(training: TrainingSpec) -> int | None:
+    """How many trials may train together at most; None means as many as memory allows.
+
+    With the base's own dropout kept, trials draw from one random stream, so only one at a time is independent.
+    """
+    return 1 if training.isolated or training.base_dropout == "keep" else training.trials_per_pack
 
 
 def divide_into_packs(

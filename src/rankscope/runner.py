@@ -17,7 +17,7 @@ from rankscope.launch.local import run_locally
 from rankscope.lora.base import free_bytes, load_config, load_tokenizer, resolve_device, resolve_dtype
 from rankscope.lora.count import base_params, trainable_params
 from rankscope.measure.machine import hardware, versions
-from rankscope.plan import divide_into_packs, missing_profiles, missing_trials
+from rankscope.plan import divide_into_packs, missing_profiles, missing_trials, most_per_pack
 from rankscope.report import build
 from rankscope.spec import EMBEDDED, StudySpec, Trial, assemble
 from rankscope.study import Study
@@ -125,9 +125,8 @@ def train(study: Study, data: TokenizedData, params: Mapping[str, int], progress
     from rankscope.train.pack import total_steps
 
     training = study.spec.training
-    most = 1 if training.isolated else training.trials_per_pack
     free = free_bytes(resolve_device(study.spec.model.device))
-    packs = divide_into_packs(missing_trials(study), params, free, most)
+    packs = divide_into_packs(missing_trials(study), params, free, most_per_pack(training))
     first = sum(1 for _ in (study.path / "packs").glob("p*"))
     for number, trials in enumerate(packs, start=first):
         pack = f"p{number:03d}"

@@ -118,7 +118,7 @@ class TrainingSpec(_Frozen):
     adam_beta2: float = Field(default=0.999, ge=0.0, lt=1.0)
     adam_epsilon: PositiveFloat = 1e-8
     base_dropout: Literal["off", "keep"] = "off"
-    """The base model's own dropout: noise in a comparison, so off (design decision 8)."""
+    """The base model's own dropout: noise in a comparison, so off. With `keep` every trial trains alone."""
     evals: PositiveInt = 4
     """How often the held-out loss is taken, evenly over the schedule; the last one is at its end."""
     engine: Literal["packed", "peft"] = "packed"

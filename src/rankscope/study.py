@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA = 1
-STATUSES = ("pending", "running", "done", "diverged", "oom", "failed", "interrupted")
 
 
 class Evidence(NamedTuple):
@@ -104,7 +103,10 @@ class Study:
         return self.path / "profiles" / f"{candidate.name}.json"
 
     def trial_record(self, trial: Trial) -> dict[str, Any]:
-        """trial.json, or `{"status": "pending"}` before the trial has begun."""
+        """trial.json, or `{"status": "pending"}` before the trial has begun.
+
+        A status is one of pending, running, done, diverged, oom, failed, interrupted.
+        """
         file = self.trial_folder(trial) / "trial.json"
         return read_json(file) if file.exists() else {"status": "pending"}
 

@@ -19,6 +19,7 @@ def run_locally(
 ) -> RankscopeError | None:
     """Runs one job to its end, calling `poll` twice a second; returns what went wrong, or None.
 
+    The child holds the other end of a pipe that closes when this process ends, however it ends: it never outlives it.
     `folder` receives job.json, log.txt (all that the process prints) and, after a failure, error.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -28,7 +29,7 @@ def run_locally(
     command = [sys.executable, "-m", "rankscope.launch.worker", str(study_path), str(job_file)]
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     with (folder / "log.txt").open("ab") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment)
         try:
             while _running(process):
                 poll()

@@ -8,7 +8,9 @@ file for the process that started this one.
 
 import faulthandler
 import logging
+import os
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import Any
@@ -74,5 +76,16 @@ def main(study_path: str, job_file: str) -> int:
     return 0
 
 
+def _end_with_parent() -> None:
+    """Ends this process when its standard input closes, which is when the process that started it ends."""
+
+    def wait() -> None:
+        sys.stdin.buffer.read()
+        os._exit(1)
+
+    threading.Thread(target=wait, name="rankscope-parent", daemon=True).start()
+
+
 if __name__ == "__main__":
+    _end_with_parent()
     sys.exit(main(*sys.argv[1:]))

@@ -31,6 +31,21 @@ def lora_config(candidate: Candidate, base: str | None = None) -> LoraConfig:
     )
 
 
+def inject(config: LoraConfig, model: nn.Module, name: str, empty: bool = False) -> None:
+    """PEFT's injection; with `empty` on the meta device.
+
+    Raises:
+        StudyError: the target modules match nothing, or cannot carry LoRA; the message names those that can.
+    """
+    try:
+        inject_adapter_in_model(config, model, name, low_cpu_mem_usage=empty)
+    except ValueError as error:
+        raise StudyError(
+            f"adapter.target_modules: {str(error).strip().splitlines()[0]}",
+            f"Linear modules of this model: {', '.join(linear_names(model))}.",
+        ) from None
+
+
 def add_adapter(model: PreTrainedModel, trial: Trial, base: str | None = None) -> LoraConfig:
     """Injects the trial's adapter under the trial's name, initialised from the trial's seed alone.
 
@@ -45,13 +60,7 @@ def add_adapter(model: PreTrainedModel, trial: Trial, base: str | None = None) -
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # many adapters: meant
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # PEFT corrects it for Conv1D
         torch.manual_seed(trial.seed)
-        try:
-            inject_adapter_in_model(config, model, adapter_key(trial.name))
-        except ValueError as error:
-            raise StudyError(
-                f"adapter.target_modules: {str(error).strip().splitlines()[0]}",
-                f"Linear modules of this model: {', '.join(linear_names(model))}.",
-            ) from None
+        inject(config, model, adapter_key(trial.name))
     for parameter in adapter_parameters(model, trial.name):
         # float32 masters over a half-precision base, as mixed-precision training has them
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))

@@ -114,11 +114,14 @@ def free_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     available = psutil.virtual_memory().available
+    cgroup = Path("/sys/fs/cgroup")
     try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        return min(available, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # no cgroup v2, or no limit
         return available
+    reclaimable = int(statistics.get("inactive_file", 0))  # the page cache counts as used, and yields when needed
+    return max(0, min(available, limit - used + reclaimable))
 
 
 def fingerprint(model: PreTrainedModel) -> str:

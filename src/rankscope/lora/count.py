@@ -1,11 +1,10 @@
 """How many parameters an adapter has, from the model's configuration alone: nothing is loaded."""
 
 import torch
-from peft import inject_adapter_in_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rankscope.errors import ModelError, StudyError
-from rankscope.lora.adapters import adapter_parameters, linear_names, lora_config
+from rankscope.errors import ModelError
+from rankscope.lora.adapters import adapter_parameters, inject, lora_config
 from rankscope.lora.base import load_config
 from rankscope.spec import Candidate, ModelSpec
 
@@ -39,11 +38,5 @@ def trainable_params(spec: ModelSpec, candidate: Candidate) -> int:
         StudyError: the target modules match nothing in this model.
     """
     model = skeleton(spec)
-    try:
-        inject_adapter_in_model(lora_config(candidate), model, "count", low_cpu_mem_usage=True)
-    except ValueError as error:
-        raise StudyError(
-            f"adapter.target_modules: {str(error).strip().splitlines()[0]}",
-            f"Linear modules of this model: {', '.join(linear_names(model))}.",
-        ) from None
+    inject(lora_config(candidate), model, "count", empty=True)
     return sum(parameter.numel() for parameter in adapter_parameters(model, "count"))

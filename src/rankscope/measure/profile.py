@@ -14,7 +14,7 @@ from rankscope.measure.sampler import MemorySampler, peak_rss, reset_peak_rss
 from rankscope.spec import Candidate, StudySpec, Trial
 from rankscope.train.engine import EVAL_TOKENS
 from rankscope.train.loop import choose_engine
-from rankscope.train.pack import batch_at, make_member, total_steps, train_step
+from rankscope.train.pack import batch_at, eval_steps, make_member, total_steps, train_step
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ProfileSummary:
     runtime_seconds: float
     """Of the whole schedule: time a token of the measured steps, times the schedule's tokens, and its evaluations."""
     rss_base_bytes: int
-    """After loading the model, before the first step."""
+    """After loading the base model, before the adapter is added."""
     rss_mean_bytes: float
     rss_peak_bytes: int
     gpu_allocated_mean_bytes: float | None
@@ -57,12 +57,12 @@ def profile_candidate(spec: StudySpec, candidate: Candidate, data: TokenizedData
     with MemorySampler(device) as sampler:
         start = time.perf_counter()
         model = load_model(spec.model)
-        steps = total_steps(training, len(data.train))
-        member = make_member(model, trial, training, steps, spec.model.id)
-        engine, _ = choose_engine(model, [member], training)
         load_seconds = time.perf_counter() - start
         sampler.take()
         base = sampler.rows[-1][3]
+        steps = total_steps(training, len(data.train))
+        member = make_member(model, trial, training, steps, spec.model.id)
+        engine, _ = choose_engine(model, [member], training)
         where = spread(steps, measure.warmup_steps + measure.steps)
         seconds, tokens, kernel_peak = [], [], False
         for number, step in enumerate(where):
@@ -87,7 +87,7 @@ def profile_candidate(spec: StudySpec, candidate: Candidate, data: TokenizedData
         engine.evaluate(held_out, [trial.name])
         eval_seconds_per_token = (time.perf_counter() - start) / int(held_out.offsets[-1])
     schedule_tokens = sum(int(data.train.lengths[batch_at(trial, data.train, training, s)].sum()) for s in range(steps))
-    eval_tokens = int(data.eval.offsets[-1]) * (training.evals + 1)
+    eval_tokens = int(data.eval.offsets[-1]) * (1 + len(eval_steps(training, steps)))
     columns = ("phase", "step", "seconds", "rss_bytes", "gpu_allocated_bytes", "gpu_reserved_bytes")
     samples = dict(zip(columns, map(list, zip(*sampler.rows, strict=True)), strict=True))
     during = [row for row in sampler.rows if row[0] == "train"]

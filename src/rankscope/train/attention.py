@@ -46,9 +46,10 @@ def packed_attention(
         NotPackable: the model asks for something that is not covered (a mask of its own, attention sinks, …).
     """
     unknown = sorted(k for k, v in kwargs.items() if v is not None and v is not False and k not in _HARMLESS)
-    if isinstance(attention_mask, LocalMask) and attention_mask.size == sliding_window:
-        attention_mask = None
-    if attention_mask is not None or unknown or not getattr(module, "is_causal", True):
+    masked = attention_mask.size if isinstance(attention_mask, LocalMask) else None
+    if masked != sliding_window:
+        raise NotPackable(f"its mask has a window of {masked}, its attention one of {sliding_window}")
+    if isinstance(attention_mask, Tensor) or unknown or not getattr(module, "is_causal", True):
         raise NotPackable(f"its attention asks for {', '.join(unknown) or 'a mask of its own'}")
     if query.shape[0] != 1 or query.shape[2] != current_layout().tokens:
         raise NotPackable("its attention changes the batch's shape")

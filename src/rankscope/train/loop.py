@@ -16,7 +16,7 @@ from rankscope.data.batches import steps_per_epoch
 from rankscope.data.tokens import TokenizedData
 from rankscope.files import JsonlWriter, write_json
 from rankscope.lora.adapters import save_adapter
-from rankscope.lora.base import free_bytes, load_model
+from rankscope.lora.base import fingerprint, free_bytes, load_model
 from rankscope.lora.layout import NotPackable
 from rankscope.spec import StudySpec, TrainingSpec, Trial
 from rankscope.train.engine import Engine, ExampleLosses, PackedEngine, PeftEngine
@@ -24,6 +24,7 @@ from rankscope.train.pack import (
     Member,
     StepMetrics,
     effective_batch_size,
+    eval_steps,
     finite_weights,
     make_member,
     total_steps,
@@ -70,11 +71,12 @@ def train_pack(
     """
     training = spec.training
     model = load_model(spec.model)
+    weights = fingerprint(model)
     steps = total_steps(training, len(data.train))
     per_epoch = steps_per_epoch(len(data.train), effective_batch_size(training))
     members = [make_member(model, trial, training, steps, spec.model.id) for trial in trials]
     engine, reason = choose_engine(model, members, training)
-    eval_steps = {math.ceil(steps * (i + 1) / training.evals) for i in range(training.evals)}
+    evaluated = eval_steps(training, steps)
     writers: dict[str, JsonlWriter] = {}
     histories: dict[str, list[StepMetrics]] = {}
     seconds = 0.0
@@ -82,7 +84,7 @@ def train_pack(
         shutil.rmtree(folders[trial.name], ignore_errors=True)  # what a run that was killed left behind
         writers[trial.name] = JsonlWriter(folders[trial.name] / "metrics.jsonl")
         histories[trial.name] = []
-    record = _Recorder(folders, pack, engine.name, reason)
+    record = _Recorder(folders, {"pack": pack, "engine": engine.name, "engine_reason": reason, "model_sha256": weights})
     for trial in trials:
         record(trial, "running")
 
@@ -120,7 +122,7 @@ def train_pack(
             )
         if not active:
             break
-        if step + 1 in eval_steps:
+        if step + 1 in evaluated:
             evals = engine.evaluate(data.eval, [member.trial.name for member in active])
             for member, held_out in zip(active, evals, strict=True):
                 if math.isfinite(held_out.mean):
@@ -137,9 +139,9 @@ def train_pack(
 class _Recorder:
     """Writes trial.json."""
 
-    def __init__(self, folders: Mapping[str, Path], pack: str, engine: str, engine_reason: str | None) -> None:
+    def __init__(self, folders: Mapping[str, Path], shared: Mapping[str, Any]) -> None:
         self.folders = folders
-        self.shared = {"pack": pack, "engine": engine, "engine_reason": engine_reason}
+        self.shared = shared
 
     def __call__(
         self, trial: Trial, status: str, reason: str | None = None, results: Mapping[str, Any] | None = None

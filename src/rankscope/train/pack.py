@@ -57,6 +57,11 @@ def total_steps(training: TrainingSpec, examples: int) -> int:
     return max(1, math.ceil((training.epochs or 1.0) * per_epoch))
 
 
+def eval_steps(training: TrainingSpec, steps: int) -> set[int]:
+    """After which steps the held-out loss is taken: evenly spread, the last one among them."""
+    return {math.ceil(steps * (i + 1) / training.evals) for i in range(training.evals)}
+
+
 def effective_batch_size(training: TrainingSpec) -> int:
     """Examples of one trial that one optimizer step sees."""
     return training.batch_size * training.gradient_accumulation_steps
