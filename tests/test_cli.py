@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from folders import write_data, write_model
@@ -54,25 +55,34 @@ def test_run_and_report(folder: Path) -> None:
     assert 'lang="ko"' in (folder / "out" / "report" / "index.html").read_text()
 
 
-def test_a_run_that_is_stopped_goes_on(folder: Path) -> None:
-    """A polite kill in mid-training: exit code 130, nothing half-made passes for done, the same command finishes."""
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
+def test_a_run_that_is_stopped_goes_on(folder: Path, how: signal.Signals) -> None:
+    """In mid-training: nothing half-made passes for done, the child ends too, the same command finishes."""
+    out = f"stopped-{how.name}"
     arguments = ["run", "--model", "model", "--dataset", "data.json", "--ranks", "2", "--seeds", "0", "--steps", "300"]
-    arguments += ["--out", "stopped", "--set", "measure.profiles=false"]
+    arguments += ["--out", out, "--set", "measure.profiles=false"]
     command = [sys.executable, "-m", "rankscope.cli", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    metrics = folder / "stopped" / "trials" / "r002-lr2e-4-s0" / "metrics.jsonl"
+    metrics = folder / out / "trials" / "r002-lr2e-4-s0" / "metrics.jsonl"
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
     deadline = time.monotonic() + 120
     while not (metrics.exists() and len(metrics.read_bytes().splitlines()) > 2):
         assert process.poll() is None, "ended before it could be stopped"
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    children = psutil.Process(process.pid).children()
+    assert len(children) == 1
+    process.send_signal(how)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert b"goes on" in errors
-    record = read_json(metrics.with_name("trial.json"))
-    assert record["status"] == "interrupted"
+    psutil.wait_procs(children, timeout=20)
+    assert not children[0].is_running(), "a child outlived its parent"
+    if how == signal.SIGTERM:
+        assert process.returncode == 130
+        assert b"goes on" in errors
+        assert read_json(metrics.with_name("trial.json"))["status"] == "interrupted"
+    else:
+        assert process.returncode == -signal.SIGKILL
+    assert read_json(metrics.with_name("trial.json"))["status"] != "done"
     assert rankscope(*arguments, cwd=folder).returncode == 0
     assert read_json(metrics.with_name("trial.json"))["results"]["steps"] == 300
     steps = [row["step"] for row in read_jsonl(metrics) if "train_loss" in row]

@@ -80,7 +80,8 @@ def _end_with_parent() -> None:
     """Ends this process when its standard input closes, which is when the process that started it ends."""
 
     def wait() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1):  # not sys.stdin, whose lock a waiting thread would hold at this process's own end
+            pass
         os._exit(1)
 
     threading.Thread(target=wait, name="rankscope-parent", daemon=True).start()
