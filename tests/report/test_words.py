@@ -12,7 +12,10 @@ from rankscope.report.catalogue import LANGUAGES, load
 from rankscope.report.sentences import verdict_sentence
 from report.report_evidence import make_evidence, make_spec, make_verdict
 
-ALIKE = "The ranks cannot be told apart over 3 seeds at 95% confidence, by intervals of at most four margins of 1%; rank 8 is the cheapest of them"
+ALIKE = (
+    "The ranks cannot be told apart over 3 seeds at 95% confidence, by intervals of at most four margins of 1%; "
+    "rank 8 is the cheapest of them"
+)
 TOO_LITTLE = "There is not enough evidence for a conclusion"
 
 

@@ -28,14 +28,16 @@ def run_locally(
     write_json(job_file, job)
     command = [sys.executable, "-m", "rankscope.launch.worker", str(study_path), str(job_file)]
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-    with (folder / "log.txt").open("ab") as log:
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment) as process:
-            try:
-                while _running(process):
-                    poll()
-            except BaseException:
-                process.terminate()
-                raise
+    with (
+        (folder / "log.txt").open("ab") as log,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment) as process,
+    ):
+        try:
+            while _running(process):
+                poll()
+        except BaseException:
+            process.terminate()
+            raise
     if process.returncode == 0:
         return None
     if error_file.exists():
