@@ -2,7 +2,7 @@
 
     NAME/
       study.yaml                  the question, resolved and complete
-      machine.json                hardware, versions, model and data fingerprints
+      machine.json                hardware, versions, model (its fingerprint is in trial.json, the data's in facts.json)
       data/                       tokens.safetensors, facts.json (what every trial reads)
       trials/r008-lr2e-4-s0/      trial.json, metrics.jsonl, eval.json, adapter/
       packs/p000/                 job.json, log.txt
