@@ -38,6 +38,10 @@ SHARE_OF_FREE_MEMORY = 0.6
 """Of the memory free after loading, what a forward's saved tensors may take; the rest is for what is fleeting."""
 
 
+CPU_TOKENS_PER_FORWARD = 1536
+"""On a CPU larger forwards gain nothing and fall out of its caches: docs/lab-notes.md."""
+
+
 class EngineChoice(NamedTuple):
     """The engine that trains, and why it is not the packed one where it is not."""
 
@@ -56,6 +60,8 @@ def choose_engine(model: PreTrainedModel, members: Sequence[Member], training: T
         log.warning("%s cannot be packed: %s. Its trials are trained by PEFT's forward.", type(model).__name__, error)
         return EngineChoice(PeftEngine(model, training.batch_size, dropout), str(error))
     budget = max(1, int(free_bytes(model.device) * SHARE_OF_FREE_MEMORY / per_token))
+    if model.device.type == "cpu":
+        budget = min(budget, CPU_TOKENS_PER_FORWARD)
     log.info("packed: %.2f MB a token, at most %d tokens a forward", per_token / 1e6, budget)
     return EngineChoice(PackedEngine(model, budget, dropout), None)
 
