@@ -150,7 +150,7 @@ def plan(
     from rankscope.runner import describe_data, prepare_data
     from rankscope.train.pack import total_steps
 
-    params = {candidate.name: trainable_params(spec.model, candidate) for candidate in spec.candidates()}
+    params = trainable_params(spec.model, spec.candidates())
     base = base_params(spec.model)
     data = prepare_data(spec)
     training = spec.training

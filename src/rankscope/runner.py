@@ -72,14 +72,14 @@ def run(
 def run_study(spec: StudySpec, out: Path, progress: Progress, language: str = "en") -> Study:
     """The main path, for a resolved study. Trials that fail are recorded, not raised: see `unfinished`."""
     resolve_device(spec.model.device)
-    params = {candidate.name: trainable_params(spec.model, candidate) for candidate in spec.candidates()}
+    params = trainable_params(spec.model, spec.candidates())
     prepared = None if (out / "data" / "facts.json").exists() else prepare_data(spec)
     study = Study.create(out, spec)
-    if prepared is not None:
-        save(prepared, study.path / "data")
-    data = load(study.path / "data")
-    progress.say(describe_data(data.facts))
     with study.lock():
+        if prepared is not None:
+            save(prepared, study.path / "data")
+        data = load(study.path / "data")
+        progress.say(describe_data(data.facts))
         if not (study.path / "machine.json").exists():
             write_json(study.path / "machine.json", describe_machine(spec))
         train(study, data, params, progress)

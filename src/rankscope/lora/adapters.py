@@ -37,13 +37,16 @@ def inject(config: LoraConfig, model: nn.Module, name: str, empty: bool = False)
     Raises:
         StudyError: the target modules match nothing, or cannot carry LoRA; the message names those that can.
     """
-    try:
-        inject_adapter_in_model(config, model, name, low_cpu_mem_usage=empty)
-    except ValueError as error:
-        raise StudyError(
-            f"adapter.target_modules: {str(error).strip().splitlines()[0]}",
-            f"Linear modules of this model: {', '.join(linear_names(model))}.",
-        ) from None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # many adapters: meant
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # PEFT corrects it for Conv1D
+        try:
+            inject_adapter_in_model(config, model, name, low_cpu_mem_usage=empty)
+        except ValueError as error:
+            raise StudyError(
+                f"adapter.target_modules: {str(error).strip().splitlines()[0]}",
+                f"Linear modules of this model: {', '.join(linear_names(model))}.",
+            ) from None
 
 
 def add_adapter(model: PreTrainedModel, trial: Trial, base: str | None = None) -> LoraConfig:
@@ -56,9 +59,7 @@ def add_adapter(model: PreTrainedModel, trial: Trial, base: str | None = None) -
         StudyError: the target modules match nothing, or cannot carry LoRA.
     """
     config = lora_config(trial.candidate, base)
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # many adapters: meant
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # PEFT corrects it for Conv1D
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(trial.seed)
         inject(config, model, adapter_key(trial.name))
     for parameter in adapter_parameters(model, trial.name):

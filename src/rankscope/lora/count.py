@@ -1,10 +1,12 @@
 """How many parameters an adapter has, from the model's configuration alone: nothing is loaded."""
 
+from collections.abc import Sequence
+
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rankscope.errors import ModelError
-from rankscope.lora.adapters import adapter_parameters, inject, lora_config
+from rankscope.lora.adapters import adapter_key, adapter_parameters, inject, lora_config
 from rankscope.lora.base import load_config
 from rankscope.spec import Candidate, ModelSpec
 
@@ -31,12 +33,13 @@ def base_params(spec: ModelSpec) -> int:
     return sum(parameter.numel() for parameter in skeleton(spec).parameters())
 
 
-def trainable_params(spec: ModelSpec, candidate: Candidate) -> int:
-    """Parameters of the candidate's adapter.
+def trainable_params(spec: ModelSpec, candidates: Sequence[Candidate]) -> dict[str, int]:
+    """Parameters of each candidate's adapter, by the candidate's name.
 
     Raises:
         StudyError: the target modules match nothing in this model.
     """
     model = skeleton(spec)
-    inject(lora_config(candidate), model, "count", empty=True)
-    return sum(parameter.numel() for parameter in adapter_parameters(model, "count"))
+    for candidate in candidates:
+        inject(lora_config(candidate), model, adapter_key(candidate.name), empty=True)
+    return {c.name: sum(p.numel() for p in adapter_parameters(model, c.name)) for c in candidates}

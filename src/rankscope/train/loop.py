@@ -1,9 +1,7 @@
 """The pack's training loop: reads top to bottom, without callbacks."""
 
-import gc
 import logging
 import math
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -72,7 +70,7 @@ def train_pack(
     """Trains `trials` together from their first step to their last, and writes each one's files in its folder.
 
     trial.json holds status and results, metrics.jsonl a line a step, eval.json the final held-out loss of each
-    example, adapter/ the adapter in PEFT's format. A trial whose loss or gradient is not finite is frozen where it
+    example, adapter/ the adapter in PEFT's format; the folders must be new. A trial whose loss or gradient is not finite is frozen where it
     is and recorded as diverged; the others go on.
     """
     training = spec.training
@@ -87,7 +85,6 @@ def train_pack(
     histories: dict[str, list[StepMetrics]] = {}
     seconds = 0.0
     for trial in trials:
-        shutil.rmtree(folders[trial.name], ignore_errors=True)  # what a run that was killed left behind
         writers[trial.name] = JsonlWriter(folders[trial.name] / "metrics.jsonl")
         histories[trial.name] = []
     record = _Recorder(folders, {"pack": pack, "engine": engine.name, "engine_reason": reason, "model_sha256": weights})
@@ -138,8 +135,6 @@ def train_pack(
                     _finish(record, member, held_out, histories[member.trial.name], seconds, folders)
     for writer in writers.values():
         writer.close()
-    del model, members, active, engine
-    gc.collect()
 
 
 class _Recorder:
