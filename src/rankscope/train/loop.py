@@ -70,8 +70,8 @@ def train_pack(
     """Trains `trials` together from their first step to their last, and writes each one's files in its folder.
 
     trial.json holds status and results, metrics.jsonl a line a step, eval.json the final held-out loss of each
-    example, adapter/ the adapter in PEFT's format; the folders must be new. A trial whose loss or gradient is not finite is frozen where it
-    is and recorded as diverged; the others go on.
+    example, adapter/ the adapter in PEFT's format; the folders must be new. A trial whose loss or gradient is not
+    finite is frozen where it is and recorded as diverged; the others go on.
     """
     training = spec.training
     model = load_model(spec.model)
