@@ -92,7 +92,8 @@ def train_with_peft(
         if trial.candidate.lora_dropout:
             assert len(batch) == 1
             torch.manual_seed(stream_seed(trial.seed, step, 0))
-        loss = peft_model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        logits = peft_model(input_ids=ids, attention_mask=mask).logits  # transformers' own loss rounds to float32
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)

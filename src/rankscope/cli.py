@@ -1,6 +1,7 @@
 """The command line. Parses, calls, and prints: what is done stands elsewhere.
 
-torch, transformers and pandas are imported inside the commands, so that `rankscope --help` answers at once.
+torch, transformers, pandas and rankscope's own models (pydantic) are imported inside the commands, so that
+`rankscope --help` answers at once.
 """
 
 import shutil
@@ -12,13 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from rankscope import __version__
 from rankscope.errors import RankscopeError, StudyError
-from rankscope.spec import StudySpec, assemble, read_study_file
 
 if TYPE_CHECKING:
+    from rankscope.spec import StudySpec
     from rankscope.study import Study
 
 app = typer.Typer(
@@ -143,6 +143,8 @@ def plan(
 ) -> None:
     """Show what `run` would do: trials, parameters, data and packs. Nothing is trained or written."""
     spec = _spec(study, set_, **{k: v for k, v in locals().items() if k not in ("study", "set_", "out")})
+    from rich.table import Table
+
     from rankscope.lora.base import free_bytes, resolve_device
     from rankscope.lora.count import base_params, trainable_params
     from rankscope.plan import BYTES_PER_PARAMETER, divide_into_packs, most_per_pack
@@ -210,8 +212,10 @@ def doctor() -> None:
     out_console.print(f"{'disk':<14} {size(shutil.disk_usage('.').free)} free here", markup=False)
 
 
-def _spec(study: Path | None, sets: list[str] | None, **options: Any) -> StudySpec:
+def _spec(study: Path | None, sets: list[str] | None, **options: Any) -> "StudySpec":
     """The study that the arguments ask for."""
+    from rankscope.spec import assemble, read_study_file
+
     for name in ("ranks", "learning_rates", "seeds", "target_modules"):
         if isinstance(options.get(name), str) and options[name] != "all-linear":
             options[name] = _list(name, options[name])
@@ -245,6 +249,8 @@ def _number(text: str) -> Any:
 
 def _print_results(study: "Study") -> None:
     """The table by candidate, with the numbers of the report."""
+    from rich.table import Table
+
     from rankscope.report.catalogue import load
     from rankscope.report.formats import duration, known, loss, signed, size
     from rankscope.report.tables import by_candidate, has_gpu

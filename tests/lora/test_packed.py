@@ -7,8 +7,8 @@ import torch
 from models import CONFIGS, tiny_model
 from rankscope.data.tokens import Example, Tokens
 from rankscope.lora.adapters import adapter_parameters, add_adapter
-from rankscope.lora.layout import FlatBatch, Slice, flatten, use_layout
-from rankscope.lora.packed import _AddLora
+from rankscope.lora.layout import FlatBatch, NotPackable, Slice, flatten, use_layout
+from rankscope.lora.packed import _PackedLinear
 from rankscope.train.engine import PackedEngine
 from rankscope.train.probe import make_packable
 from reference import VOCAB, make_trial, random_tokens
@@ -27,10 +27,26 @@ def test_gradients_of_the_packed_update() -> None:
     keeps = [None, (torch.rand(5, 4, generator=rng) < 0.7, 1 / 0.7)]
     weights = [random(2, 4), random(6, 2), random(3, 4), random(6, 3)]
 
-    def update(out: torch.Tensor, x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-        return _AddLora.apply(out.clone(), x, spans, keeps, *weights)
+    weight, bias = random(6, 4).detach(), random(6).detach()
 
-    assert torch.autograd.gradcheck(update, (random(8, 6), random(8, 4), *weights))
+    def layer(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        return _PackedLinear.apply(x, weight, bias, spans, keeps, *weights)
+
+    assert torch.autograd.gradcheck(layer, (random(8, 4), *weights))
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_is_not_packed() -> None:
+    class Doubled(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model = tiny_model("qwen2")
+    layer = model.model.layers[0].mlp
+    layer.up_proj = Doubled(layer.up_proj.in_features, layer.up_proj.out_features, bias=False)
+    trial = make_trial(4, 1e-3)
+    add_adapter(model, trial)
+    with pytest.raises(NotPackable, match="Doubled"):
+        make_packable(model, [trial.name])
 
 
 def with_random_adapters(name: str) -> tuple[PackedEngine, list[str]]:

@@ -1,7 +1,7 @@
 """The packed forward: each segment of a flattened batch goes through its own adapter, over one frozen base.
 
-    y = W x + b                       for all T tokens at once
-    y[seg] += s B (A drop(x[seg]))    for each segment, in place
+    y = x W.T + b                          for all T tokens at once
+    y[seg] += s (drop(x[seg]) A.T) B.T     for each segment, in place
 
 PEFT's layers stay what they are; only their `forward` is replaced.
 """
@@ -9,9 +9,11 @@ PEFT's layers stay what they are; only their `forward` is replaced.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from rankscope.lora.adapters import adapter_key, lora_layers
 from rankscope.lora.layout import NotPackable, Segment, current_layout
@@ -29,6 +31,10 @@ def pack_layers(model: PreTrainedModel) -> None:
             raise NotPackable(f"{name} is a {type(layer).__name__} of PEFT, not plain LoRA on a linear layer")
         if layer.lora_variant or any(layer.lora_bias.values()):
             raise NotPackable(f"{name} carries a variant of LoRA")
+        if type(layer.get_base_layer()).forward not in (nn.Linear.forward, Conv1D.forward):
+            raise NotPackable(
+                f"{name} adapts a {type(layer.get_base_layer()).__name__}, which has a forward of its own"
+            )
         if layer is head:
             raise NotPackable(f"{name}, the output layer, carries an adapter")
         layer.forward = _PackedForward(layer)  # type: ignore[method-assign]
@@ -46,12 +52,11 @@ class _PackedForward:
     def __init__(self, layer: LoraLinear) -> None:
         self.layer = layer
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        layer, layout = self.layer, current_layout()
+    def __call__(self, x: Tensor) -> Tensor:
+        layer, layout, base = self.layer, current_layout(), self.layer.get_base_layer()
         flat = x.reshape(-1, x.shape[-1])  # (T, D): a frozen weight's product is slower with 3-D operands
         if flat.shape[0] != layout.tokens:
             raise NotPackable(f"a layer was given {flat.shape[0]} of the batch's {layout.tokens} tokens")
-        out: Tensor = layer.base_layer(flat, *args, **kwargs)  # (T, O)
         weights, spans, keeps = [], [], []
         for segment in layout.segments:
             key = adapter_key(segment.adapter)
@@ -59,47 +64,57 @@ class _PackedForward:
                 weights += [layer.lora_A[key].weight, layer.lora_B[key].weight]
                 spans.append((segment.start, segment.stop, layer.scaling[key]))
                 keeps.append(_dropout_keep(layer.lora_dropout[key], segment, flat))
-        if spans:
-            out = _AddLora.apply(out, flat, spans, keeps, *weights)  # type: ignore[no-untyped-call]
+        weight = base.weight if isinstance(base, nn.Linear) else base.weight.T  # Conv1D holds (D, O)
+        out: Tensor = _PackedLinear.apply(flat, weight, base.bias, spans, keeps, *weights)  # type: ignore[no-untyped-call]
         return out.view(*x.shape[:-1], out.shape[-1])
 
 
-class _AddLora(torch.autograd.Function):
-    """Adds s B (A drop(x)) to the rows of each span of `out`, in place.
+class _PackedLinear(torch.autograd.Function):
+    """The frozen product and every span's update, whose input gradients add up in one buffer.
 
-    Shapes: out (T, O), x (T, D), A (R, D), B (O, R). `keeps` holds what each span's dropout keeps, or None. Saved for
-    backward are x (which the base layer's input is already), A x of shape (t, R), and what dropout keeps.
+    Shapes: x (T, D), weight (O, D), bias (O,) or None, A (R, D), B (O, R). `keeps` holds what each span's dropout
+    keeps, or None. Saved for backward are x (which q, k and v share), s A x of shape (t, R), and what dropout keeps.
+
+    The order of products, (x A) B and not x (W + B A): a merged weight would have to be made again in the backward or
+    kept for every trial, and then costs more until a span has more than 2 D O / (D + O) tokens.
     """
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, x: Tensor, spans: list[Any], keeps: list[Any], *weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        spans: list[tuple[int, int, float]],
+        keeps: list[Any],
+        *weights: Tensor,
+    ) -> Tensor:
+        out = F.linear(x, weight, bias)
         hidden = []
         for (start, stop, scaling), keep, a, b in zip(spans, keeps, weights[::2], weights[1::2], strict=True):
-            inputs = _drop(x[start:stop], keep)
-            h = inputs @ a.to(x.dtype).T  # (t, R)
-            out[start:stop].addmm_(h, b.to(x.dtype).T, alpha=scaling)
+            h = (_drop(x[start:stop], keep) @ a.to(x.dtype).T).mul_(scaling)  # (t, R)
+            out[start:stop].addmm_(h, b.to(x.dtype).T)
             hidden.append(h)
-        ctx.mark_dirty(out)
         ctx.spans, ctx.keeps = spans, keeps
-        ctx.save_for_backward(x, *weights, *hidden)
+        ctx.save_for_backward(x, weight, *weights, *hidden)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, *saved = ctx.saved_tensors
+        x, weight, *saved = ctx.saved_tensors
         count = len(ctx.spans)
         weights, hidden = saved[: 2 * count], saved[2 * count :]
-        grad_x = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
+        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
         grad_weights: list[Tensor] = []
         for i, (start, stop, scaling) in enumerate(ctx.spans):
-            a, b, keep = weights[2 * i].to(x.dtype), weights[2 * i + 1].to(x.dtype), ctx.keeps[i]
-            inputs = _drop(x[start:stop], keep)
-            grad_h = (grad[start:stop] @ b).mul_(scaling)  # (t, R)
-            grad_weights += [grad_h.T @ inputs, (grad[start:stop].T @ hidden[i]).mul_(scaling)]
-            if grad_x is not None:
-                grad_inputs = grad_h @ a
-                grad_x[start:stop] = _drop(grad_inputs, keep)
-        return grad, grad_x, None, None, *grad_weights
+            a, b, keep, g = weights[2 * i].to(x.dtype), weights[2 * i + 1].to(x.dtype), ctx.keeps[i], grad[start:stop]
+            grad_h = (g @ b).mul_(scaling)  # (t, R)
+            grad_weights += [grad_h.T @ _drop(x[start:stop], keep), g.T @ hidden[i]]
+            if grad_x is not None and keep is None:
+                grad_x[start:stop].addmm_(grad_h, a)
+            elif grad_x is not None:
+                grad_x[start:stop] += _drop(grad_h @ a, keep)
+        return grad_x, None, None, None, None, *grad_weights
 
 
 def _dropout_keep(dropout: nn.Module, segment: Segment, x: Tensor) -> tuple[Tensor, float] | None:

@@ -58,10 +58,10 @@ def packed_attention(
     window = sliding_window if sliding_window is not None and sliding_window < longest else None
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not softcap and not dropout:
         return _varlen(query, key, value, starts, longest, scaling, window), None
-    parts = [
-        _one(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scaling, dropout, window, softcap).transpose(1, 2)
-        for a, b in pairwise(starts)
-    ]
+    lengths = [stop - start for start, stop in pairwise(starts)]
+    # split, not slices, whose backward would fill a zero tensor of all tokens for each sequence
+    sequences = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    parts = [_one(q, k, v, scaling, dropout, window, softcap).transpose(1, 2) for q, k, v in sequences]
     return torch.cat(parts, dim=1), None
 
 

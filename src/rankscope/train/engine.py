@@ -84,14 +84,14 @@ class PackedEngine:
         self.model.train(self.base_dropout)
         labels = [int(tokens.label_counts[slice_.examples].sum()) for slice_ in slices]
         order = {slice_.adapter: number for number, slice_ in enumerate(slices)}
-        share = torch.tensor([1 / count for count in labels], device=self.model.device)
+        share = torch.tensor([1 / count for count in labels], dtype=torch.float64, device=self.model.device)
         sums = np.zeros(len(slices))
         for group in divide(tokens, slices, self.tokens_per_forward):
             batch = flatten(tokens, group, self.model.device)
             owner = torch.tensor(
                 [order[part.adapter] for part in group for _ in part.examples], device=self.model.device
             )[batch.label_sequence]  # (L,), which slice each label belongs to
-            out = label_losses(self.head, self.hidden(batch), batch.targets, share[owner].float())
+            out = label_losses(self.head, self.hidden(batch), batch.targets, share[owner])
             out.total.backward()
             sums += np.bincount(owner.cpu(), weights=out.losses.double().cpu(), minlength=len(slices))
         return [

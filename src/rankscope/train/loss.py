@@ -1,7 +1,7 @@
 """Cross-entropy at the label positions only, in chunks: all logits never exist at once."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 CHUNK_BYTES = 2**26
-"""Size of one chunk's float32 logits; about three of them are alive at once."""
+"""Size of one chunk's float32 logits; about two of them are alive at once."""
 
 
 class Head:
@@ -73,6 +73,10 @@ def label_losses(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tens
     return LabelLosses(*_ChunkedCrossEntropy.apply(hidden, targets, weights, head))  # type: ignore[no-untyped-call]
 
 
+def _chunks(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, count, size))
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -81,23 +85,26 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         correct = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        start, size = 0, 64  # the first chunk is small, to learn V
-        while start < len(targets):
-            part = slice(start, start + size)
+        with torch.no_grad():
+            vocab_size = head(hidden[:1]).shape[-1]
+        for part in _chunks(len(targets), max(16, CHUNK_BYTES // (4 * vocab_size))):
             with torch.set_grad_enabled(grad is not None):
                 chunk = hidden[part].detach().requires_grad_(grad is not None)
-                logits = head(chunk).float()
-                loss = F.cross_entropy(logits, targets[part], reduction="none")
-                if grad is not None:
-                    (grad[part],) = torch.autograd.grad(loss @ weights[part], chunk)
-            losses[part] = loss.detach()
+                logits = head(chunk)
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            log_probs = F.log_softmax(logits.detach(), dim=-1)
+            rows = torch.arange(len(log_probs), device=hidden.device)
+            losses[part] = -log_probs[rows, targets[part]]
             correct[part] = logits.detach().argmax(dim=-1) == targets[part]
-            start += size
-            size = max(16, CHUNK_BYTES // (4 * logits.shape[-1]))
+            if grad is not None:  # of the loss to the logits: weight (p - 1{target}), in the buffer of log p
+                grad_logits = log_probs.exp_()
+                grad_logits[rows, targets[part]] -= 1
+                grad_logits *= weights[part, None].to(grad_logits.dtype)
+                (grad[part],) = torch.autograd.grad(logits, chunk, grad_logits)
         if grad is not None:
             ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(losses, correct)
-        return losses @ weights, losses, correct
+        return losses @ weights.float(), losses, correct
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> Any:
