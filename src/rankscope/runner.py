@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 from rankscope import demo
 from rankscope.analysis.verdict import conclude
-from rankscope.data.tokens import TokenizedData, load, prepare, save
+from rankscope.data.cache import prepare_cached
+from rankscope.data.tokens import TokenizedData, load, save
 from rankscope.files import write_json
 from rankscope.launch.local import run_locally
 from rankscope.lora.base import free_bytes, load_config, load_tokenizer, resolve_device, resolve_dtype
@@ -95,7 +96,7 @@ def prepare_data(spec: StudySpec) -> TokenizedData:
     changes: dict[str, Any] = {"max_length": min(spec.data.max_length, positions)}
     if spec.data.id == EMBEDDED:
         changes["id"] = str(demo.data_path())
-    data = prepare(spec.data.model_copy(update=changes), load_tokenizer(spec.model), config.vocab_size)
+    data = prepare_cached(spec.data.model_copy(update=changes), load_tokenizer(spec.model), config.vocab_size)
     return TokenizedData(data.train, data.eval, data.facts | {"id": spec.data.id})
 
 

@@ -1,9 +1,10 @@
 """Data: from a file or the hub to tokens with the positions to learn, and to batches.
 
-sources -> records -> prompts -> tokens (with split) -> batches
+sources -> records -> prompts -> tokens (with split, cached) -> batches
 """
 
 from rankscope.data.batches import batch_indices, steps_per_epoch
+from rankscope.data.cache import prepare_cached
 from rankscope.data.records import Records, load_records
 from rankscope.data.tokens import Example, TokenizedData, Tokens, load, prepare, save
 
@@ -16,6 +17,7 @@ __all__ = [
     "load",
     "load_records",
     "prepare",
+    "prepare_cached",
     "save",
     "steps_per_epoch",
 ]

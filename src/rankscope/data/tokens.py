@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 _ROWS_AT_ONCE = 8192
 """Rows in one tokenizer call: enough for full speed, few enough that memory does not grow with the data."""
 
+TOKENS_VERSION = 1
+"""Raise it when the same rows give other tokens or facts than before: cached ones are then made anew."""
+
 
 class Example(NamedTuple):
     """One sequence of n tokens."""
@@ -100,7 +103,11 @@ def prepare(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", vocab_size: in
         DataError: see `load_records` and `render`; or too few rows remain to train on and to hold out.
         ModelError: the tokenizer has no eos token, or gives ids that the model does not have.
     """
-    records = load_records(spec)
+    return tokenize(load_records(spec), spec, tokenizer, vocab_size)
+
+
+def tokenize(records: Records, spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> TokenizedData:
+    """`prepare`, for records that are read already."""
     numbers = _first_of_equal(records.rows)
     prompts: list[str] = []
     examples: list[Example] = []
