@@ -146,14 +146,14 @@ def plan(
     from rich.table import Table
 
     from rankscope.lora.base import free_bytes, resolve_device
-    from rankscope.lora.count import base_params, trainable_params
-    from rankscope.plan import BYTES_PER_PARAMETER, divide_into_packs, most_per_pack
+    from rankscope.plan import divide_into_packs
     from rankscope.report.formats import size
     from rankscope.runner import describe_data, prepare_data
-    from rankscope.train.pack import total_steps
+    from rankscope.train.memory import BYTES_PER_PARAMETER, predict
+    from rankscope.train.pack import effective_batch_size, total_steps
 
-    params = trainable_params(spec.model, spec.candidates())
-    base = base_params(spec.model)
+    prediction = predict(spec)
+    params, base = prediction.params, prediction.base_params
     data = prepare_data(spec)
     training = spec.training
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -167,13 +167,19 @@ def plan(
         )
     steps_in_all = total_steps(training, len(data.train))
     free = free_bytes(resolve_device(spec.model.device))
-    packs = divide_into_packs(spec.trials(), params, free, most_per_pack(training))
+    packs = divide_into_packs(spec.trials(), prediction, free, training, data.train)
     out_console.print(f"Model {spec.model.id}: {base:,} parameters", markup=False)
     out_console.print(describe_data(data.facts), markup=False, soft_wrap=True)
     out_console.print(table)
     out_console.print(f"{len(spec.trials())} trials of {steps_in_all:,} steps in {len(packs)} packs:")
+    step_tokens = float(data.train.lengths.mean()) * effective_batch_size(training)
     for number, trials in enumerate(packs):
-        out_console.print(f"  p{number:03d}  {', '.join(trial.name for trial in trials)}", markup=False)
+        peak = prediction.peak_bytes(trials, free, len(trials) * step_tokens)
+        fits = "" if peak <= free else f", more than the {size(free)} that are free"
+        names = ", ".join(trial.name for trial in trials)
+        out_console.print(f"  p{number:03d}  {names}: about {size(peak)}{fits}", markup=False, soft_wrap=True)
+    if prediction.reason:
+        out_console.print(f"Without activations, which cannot be predicted: {prediction.reason}", markup=False)
 
 
 @app.command()

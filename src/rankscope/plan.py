@@ -1,18 +1,18 @@
 """What would run: which trials train together, and what is still missing of a study."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from rankscope.data.tokens import Tokens
 from rankscope.files import read_json
 from rankscope.spec import Candidate, TrainingSpec, Trial
 from rankscope.study import Study
+from rankscope.train.memory import FULL_STEP_TOKENS, Prediction
+from rankscope.train.pack import effective_batch_size
 
-BYTES_PER_PARAMETER = 16
-"""Of an adapter in training: weight, gradient and AdamW's two moments, in float32."""
-
-SHARE_OF_FREE_MEMORY = 0.4
-"""What the adapters of one pack may take; the rest is for the base model and activations."""
+SHARE_OF_FREE_MEMORY = 0.9
+"""What a pack may take of the memory that is free: the prediction is not exact."""
 
 FINISHED = ("done", "diverged")
 """Statuses that are results. Everything else is trained again."""
@@ -26,7 +26,7 @@ class ProfileJob(NamedTuple):
 
 
 def most_per_pack(training: TrainingSpec) -> int | None:
-    """How many trials may train together at most; None means as many as memory allows.
+    """How many trials may train together at most; None means as many as pay and fit.
 
     With the base's own dropout kept, trials draw from one random stream, so only one at a time is independent.
     """
@@ -34,23 +34,25 @@ def most_per_pack(training: TrainingSpec) -> int | None:
 
 
 def divide_into_packs(
-    trials: Sequence[Trial], params: Mapping[str, int], free_bytes: int, most: int | None
+    trials: Sequence[Trial], prediction: Prediction, free: int, training: TrainingSpec, tokens: Tokens
 ) -> list[list[Trial]]:
-    """Consecutive trials that train together: at most `most`, and no more than memory holds adapters for.
+    """Consecutive trials that train together: no more than fit in `free` bytes, nor more than fill the device.
 
-    `params` gives trainable parameters by candidate name. The tokens of a step need no care here: a pack divides
-    its steps into forwards that fit.
+    A trial that does not fit even alone is a pack all the same: the prediction is no proof, and its step is divided
+    down to single sequences.
     """
-    room = free_bytes * SHARE_OF_FREE_MEMORY
+    step_tokens = float(tokens.lengths.mean()) * effective_batch_size(training)
+    filled = max(1, int(FULL_STEP_TOKENS[prediction.device] / step_tokens))
+    most = most_per_pack(training) or filled
+    longest = int(tokens.lengths.max())
     packs: list[list[Trial]] = []
-    used = 0.0
     for trial in trials:
-        needed = params[trial.candidate.name] * BYTES_PER_PARAMETER
-        if not packs or len(packs[-1]) == most or used + needed > room:
-            packs.append([])
-            used = 0.0
-        packs[-1].append(trial)
-        used += needed
+        grown = [*packs[-1], trial] if packs else []
+        needed = prediction.fixed_bytes(grown) + longest * prediction.bytes_per_token(grown)
+        if grown and len(grown) <= most and needed <= free * SHARE_OF_FREE_MEMORY:
+            packs[-1] = grown
+        else:
+            packs.append([trial])
     return packs
 
 

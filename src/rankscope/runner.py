@@ -13,15 +13,17 @@ from rankscope import demo
 from rankscope.analysis.verdict import conclude
 from rankscope.data.cache import prepare_cached
 from rankscope.data.tokens import TokenizedData, load, save
+from rankscope.errors import RankscopeError
 from rankscope.files import write_json
 from rankscope.launch.local import run_locally
 from rankscope.lora.base import free_bytes, load_config, load_tokenizer, resolve_device, resolve_dtype
-from rankscope.lora.count import base_params, trainable_params
 from rankscope.measure.machine import hardware, versions
-from rankscope.plan import divide_into_packs, missing_profiles, missing_trials, most_per_pack
+from rankscope.plan import divide_into_packs, missing_profiles, missing_trials
 from rankscope.report import build
+from rankscope.report.formats import size
 from rankscope.spec import EMBEDDED, StudySpec, Trial, assemble
 from rankscope.study import Study
+from rankscope.train.memory import Prediction, predict
 
 
 class Progress(Protocol):
@@ -73,7 +75,7 @@ def run(
 def run_study(spec: StudySpec, out: Path, progress: Progress, language: str = "en") -> Study:
     """The main path, for a resolved study. Trials that fail are recorded, not raised: see `unfinished`."""
     resolve_device(spec.model.device)
-    params = trainable_params(spec.model, spec.candidates())
+    prediction = predict(spec)
     prepared = None if (out / "data" / "facts.json").exists() else prepare_data(spec)
     study = Study.create(out, spec)
     with study.lock():
@@ -82,8 +84,8 @@ def run_study(spec: StudySpec, out: Path, progress: Progress, language: str = "e
         data = load(study.path / "data")
         progress.say(describe_data(data.facts))
         if not (study.path / "machine.json").exists():
-            write_json(study.path / "machine.json", describe_machine(spec))
-        train(study, data, params, progress)
+            write_json(study.path / "machine.json", describe_machine(spec, prediction.base_params))
+        train(study, data, prediction, progress)
         measure(study, progress)
         finish(study, language)
     return study
@@ -109,43 +111,83 @@ def describe_data(facts: Mapping[str, Any]) -> str:
     )
 
 
-def describe_machine(spec: StudySpec) -> dict[str, Any]:
+def describe_machine(spec: StudySpec, parameters: int) -> dict[str, Any]:
     """machine.json: what the study runs on, and the model it starts from."""
     device = resolve_device(spec.model.device)
     model = {
         "id": spec.model.id,
         "revision": getattr(load_config(spec.model), "_commit_hash", None) or spec.model.revision,
-        "parameters": base_params(spec.model),
+        "parameters": parameters,
         "dtype": str(resolve_dtype(spec.model.dtype, device)).removeprefix("torch."),
     }
     return {"hardware": hardware(), "versions": versions(), "model": model, "device": str(device)}
 
 
-def train(study: Study, data: TokenizedData, params: Mapping[str, int], progress: Progress) -> None:
-    """Trains the trials that have no result yet, pack by pack."""
+def train(study: Study, data: TokenizedData, prediction: Prediction, progress: Progress) -> None:
+    """Trains the trials that have no result yet: packs one after the other in one process, which loads the model once.
+
+    A pack that ends its process is recorded, and those after it go on in a new one.
+    """
     from rankscope.train.pack import total_steps
 
     training = study.spec.training
     free = free_bytes(resolve_device(study.spec.model.device))
-    packs = divide_into_packs(missing_trials(study), params, free, most_per_pack(training))
     first = sum(1 for _ in (study.path / "packs").glob("p*"))
-    for number, trials in enumerate(packs, start=first):
-        pack = f"p{number:03d}"
+    divided = divide_into_packs(missing_trials(study), prediction, free, training, data.train)
+    packs = {f"p{number:03d}": trials for number, trials in enumerate(divided, start=first)}
+    steps = total_steps(training, len(data.train))
+    for trials in packs.values():
         for trial in trials:  # what a run that was stopped left behind; gone before anyone follows the new files
             shutil.rmtree(study.trial_folder(trial), ignore_errors=True)
-        progress.training(study, pack, trials, total_steps(training, len(data.train)))
-        job = {"kind": "pack", "pack": pack, "trials": [trial.name for trial in trials]}
-        error = run_locally(study.path, job, study.path / "packs" / pack, progress.poll)
-        for trial in trials:  # those of a process that died before it could record anything itself
-            study.settle(trial, "failed", error.what if error else "the pack ended before this trial did", pack)
+    while packs:
+        ahead = list(packs)
+
+        def poll(packs: Mapping[str, Sequence[Trial]] = packs, ahead: list[str] = ahead) -> None:
+            while ahead and (ahead[0] == next(iter(packs)) or study.pack_record(ahead[0])):
+                progress.training(study, ahead[0], packs[ahead[0]], steps)
+                ahead.pop(0)
+            progress.poll()
+
+        job = {"kind": "packs", "packs": {pack: [trial.name for trial in packs[pack]] for pack in packs}}
+        error = run_locally(study.path, job, study.path / "packs" / next(iter(packs)), poll)
         if error is not None and error.exit_code in (2, 3):  # the study, the model or the data: all packs would fail
             raise error
-        if error is not None:
-            progress.say(f"pack {pack} did not finish: {error}")
+        packs = _after(study, packs, error, progress)
+
+
+def _after(
+    study: Study, packs: Mapping[str, list[Trial]], error: RankscopeError | None, progress: Progress
+) -> dict[str, list[Trial]]:
+    """Settles what a process has done or left undone, tells of it, and returns the packs that it did not reach."""
+    left = dict(packs)
+    for pack, trials in packs.items():
+        record = study.pack_record(pack)
+        if record is None and len(left) < len(packs):
+            break
+        left.pop(pack)
+        for trial in trials:  # those of a process that died before it could record anything itself
+            study.settle(trial, "failed", error.what if error else "the pack ended before this trial did", pack)
         for reason in {study.trial_record(trial).get("engine_reason") for trial in trials} - {None}:
             progress.say(
                 f"Trained by PEFT's own forward, one trial at a time, since this model cannot be packed: {reason}"
             )
+        if record and record["results"]:
+            progress.say(describe_pack(record))
+        elif error is not None:
+            progress.say(f"pack {pack} did not finish: {error}")
+            break
+    return left
+
+
+def describe_pack(record: Mapping[str, Any]) -> str:
+    """How near to the machine's limit a pack ran."""
+    results = record["results"]
+    peak = results["gpu_allocated_peak_bytes"] or results["rss_peak_bytes"]
+    return (
+        f"Pack {record['pack']}: {results['step_seconds'] / results['steps']:.3g} s a step; "
+        f"{results['useful_flops_per_second'] / 1e9:,.0f} useful GFLOP/s, {results['product_share']:.0%} of what plain "
+        f"matrix products of its shapes reach here; peak {size(peak)}"
+    )
 
 
 def measure(study: Study, progress: Progress) -> None:

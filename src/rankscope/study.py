@@ -110,6 +110,11 @@ class Study:
         file = self.trial_folder(trial) / "trial.json"
         return read_json(file) if file.exists() else {"status": "pending"}
 
+    def pack_record(self, pack: str) -> dict[str, Any] | None:
+        """pack.json: the pack's trials, and its `results` once it has ended; None before it has begun."""
+        file = self.path / "packs" / pack / "pack.json"
+        return read_json(file) if file.exists() else None
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Holds the study while a run writes to it. The system lets go of it when the process ends, however it ends.

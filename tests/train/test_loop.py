@@ -8,6 +8,7 @@ import pytest
 from folders import write_model
 from rankscope.data.tokens import TokenizedData
 from rankscope.files import read_json, read_jsonl
+from rankscope.lora.base import load_model
 from rankscope.spec import DataSpec, ModelSpec, StudySpec, TrainingSpec
 from rankscope.train.loop import train_pack
 from rankscope.train.pack import total_steps
@@ -31,7 +32,7 @@ def study(model: str, **changes: object) -> StudySpec:
 
 def run(spec: StudySpec, data: TokenizedData, folder: Path) -> dict[str, dict]:
     trials = spec.trials()
-    train_pack(spec, trials, {t.name: folder / t.name for t in trials}, data, "p000")
+    train_pack(load_model(spec.model), spec, trials, {t.name: folder / t.name for t in trials}, data, "p000", "hash")
     return {t.name: read_json(folder / t.name / "trial.json") for t in trials}
 
 

@@ -9,10 +9,11 @@ from models import UNPACKABLE, tiny_model
 from rankscope.lora.adapters import add_adapter
 from rankscope.lora.layout import NotPackable
 from rankscope.spec import TrainingSpec
+from rankscope.train.cost import count_cost
 from rankscope.train.engine import PackedEngine
 from rankscope.train.loop import choose_engine
 from rankscope.train.pack import make_member, train_step
-from rankscope.train.probe import make_packable
+from rankscope.train.probe import make_packable, probe_tokens
 from reference import make_trial, random_tokens, train_with_peft
 
 TRAINING = TrainingSpec(steps=6, batch_size=4, lr_scheduler_type="linear", warmup_ratio=0.0)
@@ -25,7 +26,7 @@ def test_unpackable_architectures_are_trained_as_peft_does(name: str, caplog: py
     model = tiny_model(name)
     member = make_member(model, trial, TRAINING, 6)
     with caplog.at_level(logging.WARNING):
-        engine, reason = choose_engine(model, [member], TRAINING)
+        engine, reason, _ = choose_engine(model, [member], TRAINING)
     assert engine.name == "peft"
     assert reason is not None
     assert "cannot be packed" in caplog.text
@@ -81,7 +82,10 @@ def test_bytes_per_token_grow_with_adapters() -> None:
     for rank in (4, 64):
         model, trial = tiny_model("llama-gqa"), make_trial(rank, 1e-3)
         add_adapter(model, trial)
-        counts.append(make_packable(model, [trial.name]))
+        make_packable(model, [trial.name])
+        engine, tokens = PackedEngine(model, 1 << 30), probe_tokens(model)
+        cost = count_cost(model, trial.name, lambda e=engine, t=trial.name, x=tokens: e.forward(x, t), tokens)
+        counts.append(cost.bytes_per_token)
     layers, modules = 2, 7
     assert counts[1] - counts[0] == pytest.approx(
         60 * 4 * layers * modules, rel=0.05
@@ -95,7 +99,7 @@ def test_bfloat16_packed_is_close_to_peft_under_autocast() -> None:
         model = tiny_model("llama-gqa", torch.bfloat16)
         member = make_member(model, trial, TRAINING, 6)
         training = TRAINING.model_copy(update={"engine": kind})
-        engine, _ = choose_engine(model, [member], training)
+        engine = choose_engine(model, [member], training).engine
         assert engine.name == kind
         assert all(weight.dtype == torch.float32 for weight in member.weights.values())
         losses[kind] = [train_step(engine, [member], tokens, training, step)[0].loss for step in range(6)]
@@ -108,6 +112,6 @@ def test_memory_budget_divides_the_step(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(loop, "free_bytes", lambda device: 1_000_000)
     model, trial = tiny_model("opt-post-norm"), make_trial(4, 1e-3)
     member = make_member(model, trial, TRAINING, 6)
-    engine, _ = choose_engine(model, [member], TRAINING)
+    engine = choose_engine(model, [member], TRAINING).engine
     assert isinstance(engine, PackedEngine)
     assert 50 < engine.tokens_per_forward < 500

@@ -1,4 +1,4 @@
-"""What a child process does: one pack, or one repeat of one profile.
+"""What a child process does: packs one after the other, or one repeat of one profile.
 
     python -m rankscope.launch.worker STUDY_DIRECTORY JOB_FILE
 
@@ -12,13 +12,16 @@ import os
 import sys
 import threading
 import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rankscope.errors import RankscopeError, WorkerError
 from rankscope.files import read_json, write_json
-from rankscope.spec import Trial
 from rankscope.study import Study
+
+if TYPE_CHECKING:
+    from rankscope.data.tokens import TokenizedData
 
 
 def run_job(study: Study, job: dict[str, Any]) -> None:
@@ -26,11 +29,8 @@ def run_job(study: Study, job: dict[str, Any]) -> None:
     from rankscope.data.tokens import load
 
     data = load(study.path / "data")
-    if job["kind"] == "pack":
-        from rankscope.train.loop import train_pack
-
-        trials = _trials(study, job)
-        train_pack(study.spec, trials, {t.name: study.trial_folder(t) for t in trials}, data, job["pack"])
+    if job["kind"] == "packs":
+        _train_packs(study, job["packs"], data)
     else:
         from rankscope.measure.profile import profile_candidate
 
@@ -41,8 +41,26 @@ def run_job(study: Study, job: dict[str, Any]) -> None:
         write_json(file, {"schema": 1, "candidate": candidate.model_dump(mode="json"), "repeats": repeats})
 
 
-def _trials(study: Study, job: dict[str, Any]) -> list[Trial]:
-    return [trial for trial in study.spec.trials() if trial.name in job["trials"]]
+def _train_packs(study: Study, packs: Mapping[str, Sequence[str]], data: "TokenizedData") -> None:
+    """Trains packs of trials, given by name, one after the other over one model that is loaded once.
+
+    `packs/NAME/pack.json` is written when a pack starts, and again with what it measured when it ends.
+    """
+    from rankscope.lora.adapters import remove_adapters
+    from rankscope.lora.base import fingerprint, load_model
+    from rankscope.train.loop import train_pack
+
+    model = load_model(study.spec.model)
+    weights, attention = fingerprint(model), model.config._attn_implementation
+    trials = {trial.name: trial for trial in study.spec.trials()}
+    for pack, names in packs.items():
+        record = {"schema": 1, "pack": pack, "trials": list(names), "results": None}
+        write_json(study.path / "packs" / pack / "pack.json", record)
+        folders = {name: study.trial_folder(trials[name]) for name in names}
+        results = train_pack(model, study.spec, [trials[name] for name in names], folders, data, pack, weights)
+        write_json(study.path / "packs" / pack / "pack.json", record | {"results": results._asdict()})
+        remove_adapters(model)
+        model.set_attn_implementation(attention)
 
 
 def _out_of_memory(error: BaseException) -> bool:
@@ -54,8 +72,11 @@ def _out_of_memory(error: BaseException) -> bool:
 def _record_failure(study: Study, job: dict[str, Any], error: BaseException) -> None:
     status = "oom" if _out_of_memory(error) else "failed"
     reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-    for trial in _trials(study, job) if job["kind"] == "pack" else []:
-        study.settle(trial, status, reason, job["pack"])
+    for pack, names in job.get("packs", {}).items():
+        if (study.path / "packs" / pack / "pack.json").exists():  # this one, or one before it, whose trials are settled
+            for trial in study.spec.trials():
+                if trial.name in names:
+                    study.settle(trial, status, reason, pack)
 
 
 def main(study_path: str, job_file: str) -> int:

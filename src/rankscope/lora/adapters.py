@@ -69,6 +69,14 @@ def add_adapter(model: PreTrainedModel, trial: Trial, base: str | None = None) -
     return config
 
 
+def remove_adapters(model: PreTrainedModel) -> None:
+    """Puts every base layer back in its place: the model is as it was before the first adapter."""
+    for name, layer in lora_layers(model):
+        model.set_submodule(name, layer.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
 def linear_names(model: nn.Module) -> list[str]:
     """The last parts of the names of all linear modules, for error messages and plans."""
     from transformers.pytorch_utils import Conv1D

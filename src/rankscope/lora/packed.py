@@ -105,16 +105,25 @@ class _PackedLinear(torch.autograd.Function):
         count = len(ctx.spans)
         weights, hidden = saved[: 2 * count], saved[2 * count :]
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
-        grad_weights: list[Tensor] = []
+        grad_weights: list[Tensor | None] = []
         for i, (start, stop, scaling) in enumerate(ctx.spans):
             a, b, keep, g = weights[2 * i].to(x.dtype), weights[2 * i + 1].to(x.dtype), ctx.keeps[i], grad[start:stop]
             grad_h = (g @ b).mul_(scaling)  # (t, R)
-            grad_weights += [grad_h.T @ _drop(x[start:stop], keep), g.T @ hidden[i]]
+            inputs = _drop(x[start:stop], keep)
+            grad_weights += [_grad(weights[2 * i], grad_h.T, inputs), _grad(weights[2 * i + 1], g.T, hidden[i])]
             if grad_x is not None and keep is None:
                 grad_x[start:stop].addmm_(grad_h, a)
             elif grad_x is not None:
                 grad_x[start:stop] += _drop(grad_h @ a, keep)
         return grad_x, None, None, None, None, *grad_weights
+
+
+def _grad(weight: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
+    """The gradient `left @ right`, or None once it is added to the one that earlier forwards of the step left."""
+    if weight.grad is None or weight.dtype != left.dtype:
+        return left @ right
+    weight.grad.addmm_(left, right)
+    return None
 
 
 def _dropout_keep(dropout: nn.Module, segment: Segment, x: Tensor) -> tuple[Tensor, float] | None:

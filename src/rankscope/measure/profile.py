@@ -62,7 +62,7 @@ def profile_candidate(spec: StudySpec, candidate: Candidate, data: TokenizedData
         base = sampler.rows[-1][3]
         steps = total_steps(training, len(data.train))
         member = make_member(model, trial, training, steps, spec.model.id)
-        engine, _ = choose_engine(model, [member], training)
+        engine = choose_engine(model, [member], training).engine
         where = spread(steps, measure.warmup_steps + measure.steps)
         seconds, tokens, kernel_peak = [], [], False
         for number, step in enumerate(where):

@@ -52,6 +52,10 @@ class Engine(Protocol):
 
     name: str
 
+    def forward(self, tokens: Tokens, adapter: str) -> Tensor:
+        """What the trunk makes of all of `tokens` under one adapter, for counting its cost."""
+        ...
+
     def accumulate(self, tokens: Tokens, slices: Sequence[Slice]) -> list[BatchLoss]:
         """Adds the gradient of each slice's mean loss to its adapter's parameters."""
         ...
@@ -71,6 +75,9 @@ class PackedEngine:
         self.head = Head(model)
         self.tokens_per_forward = tokens_per_forward
         self.base_dropout = base_dropout
+
+    def forward(self, tokens: Tokens, adapter: str) -> Tensor:
+        return self.hidden(flatten(tokens, [Slice(adapter, range(len(tokens)))], self.model.device))
 
     def hidden(self, batch: FlatBatch) -> Tensor:
         """The trunk's last hidden states at the label positions, (L, D)."""
@@ -117,18 +124,38 @@ class PackedEngine:
 
 
 class PeftEngine:
-    """One trial at a time, by PEFT's forward and the model's own attention, on right-padded batches."""
+    """One trial at a time, by PEFT's forward and the model's own attention, on right-padded batches.
+
+    A forward takes at most `batch_size` rows, and fewer where they would have more than `tokens_per_forward` tokens.
+    """
 
     name = "peft"
 
-    def __init__(self, model: PreTrainedModel, batch_size: int, base_dropout: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, batch_size: int, base_dropout: bool = False, tokens_per_forward: int = 1 << 30
+    ) -> None:
         self.model = model
         self.batch_size = batch_size
+        self.tokens_per_forward = tokens_per_forward
         self.base_dropout = base_dropout
 
     def _activate(self, adapter: str) -> None:
         for _, layer in lora_layers(self.model):
             layer.set_adapter(adapter_key(adapter))
+
+    def forward(self, tokens: Tokens, adapter: str) -> Tensor:
+        self._activate(adapter)
+        rows = [self._trunk(torch.from_numpy(ids.astype(np.int64))[None].to(self.model.device)) for ids, _ in tokens]
+        return torch.cat(rows, dim=1)
+
+    def _trunk(self, input_ids: Tensor) -> Tensor:
+        hidden: Tensor = getattr(self.model, self.model.base_model_prefix)(input_ids, use_cache=False).last_hidden_state
+        return hidden
+
+    def _rows(self, tokens: Tokens, examples: Examples) -> int:
+        """Rows of one forward."""
+        longest = int(tokens.lengths[list(examples)].max())
+        return max(1, min(self.batch_size, self.tokens_per_forward // longest))
 
     def _losses(self, tokens: Tokens, examples: Examples) -> tuple[Tensor, Tensor]:
         """Losses and hits of each label, laid out as (examples, longest - 1), zero elsewhere."""
@@ -148,8 +175,9 @@ class PeftEngine:
             for _, layer in lora_layers(self.model):
                 layer.lora_dropout.train(bool(slice_.dropout_seeds))
             labels, total = int(tokens.label_counts[slice_.examples].sum()), 0.0
-            for start in range(0, len(slice_.examples), self.batch_size):
-                part = slice_.examples[start : start + self.batch_size]
+            rows = self._rows(tokens, slice_.examples)
+            for start in range(0, len(slice_.examples), rows):
+                part = slice_.examples[start : start + rows]
                 with torch.random.fork_rng(enabled=bool(slice_.dropout_seeds)):
                     if slice_.dropout_seeds:
                         torch.manual_seed(slice_.dropout_seeds[start])
@@ -167,8 +195,9 @@ class PeftEngine:
         for adapter in adapters:
             self._activate(adapter)
             losses, correct = np.zeros((2, len(tokens)))
-            for start in range(0, len(tokens), self.batch_size):
-                part = range(start, min(start + self.batch_size, len(tokens)))
+            rows = self._rows(tokens, range(len(tokens)))
+            for start in range(0, len(tokens), rows):
+                part = range(start, min(start + rows, len(tokens)))
                 loss, hits = self._losses(tokens, part)
                 losses[part] = loss.double().sum(dim=1).cpu()
                 correct[part] = hits.sum(dim=1).cpu()

@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +15,13 @@ from rankscope.data.batches import steps_per_epoch
 from rankscope.data.tokens import TokenizedData
 from rankscope.files import JsonlWriter, write_json
 from rankscope.lora.adapters import save_adapter
-from rankscope.lora.base import fingerprint, free_bytes, load_model
+from rankscope.lora.base import free_bytes
 from rankscope.lora.layout import NotPackable
+from rankscope.measure.sampler import peak_rss, reset_peak_rss
 from rankscope.spec import StudySpec, TrainingSpec, Trial
+from rankscope.train.cost import Cost, Products, count_cost, product_rate
 from rankscope.train.engine import Engine, ExampleLosses, PackedEngine, PeftEngine
+from rankscope.train.memory import tokens_per_forward
 from rankscope.train.pack import (
     Member,
     StepMetrics,
@@ -28,62 +32,98 @@ from rankscope.train.pack import (
     total_steps,
     train_step,
 )
-from rankscope.train.probe import make_packable
+from rankscope.train.probe import make_packable, probe_tokens
 
 log = logging.getLogger(__name__)
 
-SHARE_OF_FREE_MEMORY = 0.6
-"""Of the memory free after loading, what a forward's saved tensors may take; the rest is for what is fleeting."""
-
-
-CPU_TOKENS_PER_FORWARD = 1536
-"""On a CPU larger forwards gain nothing and fall out of its caches: docs/lab-notes.md."""
+LOGIT_BYTES = 16
+"""Of one logit of PEFT's forward: the logits and log-probabilities in float32, and the gradients of both."""
 
 
 class EngineChoice(NamedTuple):
-    """The engine that trains, and why it is not the packed one where it is not."""
+    """The engine that trains, why it is not the packed one where it is not, and each trial's cost."""
 
     engine: Engine
     reason: str | None
+    costs: dict[str, Cost]
 
 
 def choose_engine(model: PreTrainedModel, members: Sequence[Member], training: TrainingSpec) -> EngineChoice:
-    """The packed engine where the model can be packed (probed on the model itself), PEFT's own elsewhere."""
-    dropout = training.base_dropout == "keep"
-    if training.engine == "peft":
-        return EngineChoice(PeftEngine(model, training.batch_size, dropout), None)
-    try:
-        per_token = make_packable(model, [member.trial.name for member in members])
-    except NotPackable as error:
-        log.warning("%s cannot be packed: %s. Its trials are trained by PEFT's forward.", type(model).__name__, error)
-        return EngineChoice(PeftEngine(model, training.batch_size, dropout), str(error))
-    budget = max(1, int(free_bytes(model.device) * SHARE_OF_FREE_MEMORY / per_token))
-    if model.device.type == "cpu":
-        budget = min(budget, CPU_TOKENS_PER_FORWARD)
-    log.info("packed: %.2f MB a token, at most %d tokens a forward", per_token / 1e6, budget)
-    return EngineChoice(PackedEngine(model, budget, dropout), None)
+    """The packed engine where the model can be packed (probed on the model itself), PEFT's own elsewhere.
+
+    Its forwards have as many tokens as the memory that is free after loading allows.
+    """
+    dropout, reason = training.base_dropout == "keep", None
+    names = [member.trial.name for member in members]
+    engine: PackedEngine | PeftEngine = PeftEngine(model, training.batch_size, dropout)
+    if training.engine == "packed":
+        try:
+            make_packable(model, names)
+            engine = PackedEngine(model, 1 << 30, dropout)
+        except NotPackable as error:
+            reason = str(error)
+            log.warning(
+                "%s cannot be packed: %s. Its trials are trained by PEFT's forward.", type(model).__name__, error
+            )
+    tokens = probe_tokens(model)
+    costs = {
+        name: count_cost(model, name, lambda name=name: engine.forward(tokens, name), tokens)  # type: ignore[misc]
+        for name in names
+    }
+    per_token = max(cost.bytes_per_token for cost in costs.values())
+    if engine.name == "peft":
+        per_token += LOGIT_BYTES * model.config.get_text_config().vocab_size
+    still_to_come = sum(p.numel() for m in members for p in m.parameters) * 12  # gradients, and AdamW's two moments
+    engine.tokens_per_forward = tokens_per_forward(
+        free_bytes(model.device) - still_to_come, per_token, model.device.type
+    )
+    log.info("%s: %.2f MB a token, at most %d a forward", engine.name, per_token / 1e6, engine.tokens_per_forward)
+    return EngineChoice(engine, reason, costs)
+
+
+class PackResults(NamedTuple):
+    """What a pack measured of itself."""
+
+    steps: int
+    step_seconds: float  # of all steps
+    useful_flops: float  # of all steps: see `Cost`
+    useful_flops_per_second: float
+    product_flops_per_second: float
+    """Of plain matrix products of the first step's shapes, timed after the last."""
+    product_share: float
+    """Useful over plain: 1 would be a step that is nothing but products of real tokens."""
+    rss_peak_bytes: int
+    gpu_allocated_peak_bytes: int | None
 
 
 def train_pack(
-    spec: StudySpec, trials: Sequence[Trial], folders: Mapping[str, Path], data: TokenizedData, pack: str
-) -> None:
+    model: PreTrainedModel,
+    spec: StudySpec,
+    trials: Sequence[Trial],
+    folders: Mapping[str, Path],
+    data: TokenizedData,
+    pack: str,
+    weights: str,
+) -> PackResults:
     """Trains `trials` together from their first step to their last, and writes each one's files in its folder.
 
-    trial.json holds status and results, metrics.jsonl a line a step, eval.json the final held-out loss of each
-    example, adapter/ the adapter in PEFT's format; the folders must be new. A trial whose loss or gradient is not
-    finite is frozen where it is and recorded as diverged; the others go on.
+    `weights` is the base model's fingerprint. trial.json holds status and results, metrics.jsonl a line a step,
+    eval.json the final held-out loss of each example, adapter/ the adapter in PEFT's format; the folders must be new.
+    A trial whose loss or gradient is not finite is frozen where it is and recorded as diverged; the others go on.
     """
+    reset_peak_rss()
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
     training = spec.training
-    model = load_model(spec.model)
-    weights = fingerprint(model)
     steps = total_steps(training, len(data.train))
     per_epoch = steps_per_epoch(len(data.train), effective_batch_size(training))
     members = [make_member(model, trial, training, steps, spec.model.id) for trial in trials]
-    engine, reason = choose_engine(model, members, training)
+    engine, reason, costs = choose_engine(model, members, training)
     evaluated = eval_steps(training, steps)
     writers: dict[str, JsonlWriter] = {}
     histories: dict[str, list[StepMetrics]] = {}
-    seconds = 0.0
+    seconds = flops = 0.0
+    products = Products()
     for trial in trials:
         writers[trial.name] = JsonlWriter(folders[trial.name] / "metrics.jsonl")
         histories[trial.name] = []
@@ -98,11 +138,13 @@ def train_pack(
     active = list(members)
     for step in range(steps):
         start = time.perf_counter()
-        metrics = train_step(engine, active, data.train, training, step)
+        with products if step == 0 else nullcontext():
+            metrics = train_step(engine, active, data.train, training, step)
         if model.device.type == "cuda":
             torch.cuda.synchronize()
         step_seconds = time.perf_counter() - start
         seconds += step_seconds
+        flops += sum(costs[m.trial.name].step_flops(result) for m, result in zip(active, metrics, strict=True))
         for member, result in zip(list(active), metrics, strict=True):
             name = member.trial.name
             if not result.finite:
@@ -135,6 +177,10 @@ def train_pack(
                     _finish(record, member, held_out, histories[member.trial.name], seconds, folders)
     for writer in writers.values():
         writer.close()
+    gpu = torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else None
+    peak = peak_rss()
+    rate = product_rate(products.shapes, model.device, model.dtype)
+    return PackResults(step + 1, seconds, flops, flops / seconds, rate, flops / seconds / rate, peak, gpu)
 
 
 class _Recorder:

@@ -1,4 +1,4 @@
-"""Can this model be packed, and how much memory does a token of it take? Asked of the real model, before training.
+"""Can this model be packed? Asked of the real model, before training.
 
 No list of architectures: two forwards of the loaded model are compared. An architecture that ignores the
 registered attention (some still carry their own) lets sequences of a flattened batch see each other, which shows.
@@ -12,36 +12,27 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rankscope.data.tokens import Tokens
-from rankscope.lora.adapters import adapter_parameters
-from rankscope.lora.layout import NotPackable, Slice, flatten, use_layout
+from rankscope.lora.layout import NotPackable, Slice, flatten
 from rankscope.lora.packed import pack_layers, unpack_layers
 from rankscope.train.attention import NAME
 from rankscope.train.engine import PackedEngine
-from rankscope.train.loss import label_losses
 
 _LENGTHS = (7, 12, 5, 9)
 
 
-def make_packable(model: PreTrainedModel, adapters: Sequence[str]) -> int:
+def make_packable(model: PreTrainedModel, adapters: Sequence[str]) -> None:
     """Turns the model's attention and LoRA layers to the packed forward, and checks it against the model's own.
-
-    Returns the bytes that a training forward keeps for the backward, for each token (saved tensors of the trunk,
-    weights not counted).
 
     Raises:
         NotPackable: with the reason; the model is then as before.
     """
     own_attention = model.config._attn_implementation
     try:
-        tokens = _random_tokens(model)
+        tokens = probe_tokens(model)
         expected = [_plain_logits(model, tokens[i][0]) for i in range(len(tokens))]
-        pack_layers(model)
-        model.set_attn_implementation(NAME)
-        if model.config._attn_implementation != NAME:  # refused without an error: GPT-J, GPT-Neo, Falcon
-            raise NotPackable("its attention cannot be replaced")
+        use_packed_forward(model)
         got = _packed_logits(model, tokens, adapters)
         _compare(expected, got, model.dtype)
-        return _bytes_per_token(model, tokens, adapters)
     except NotPackable:
         _restore(model, own_attention)
         raise
@@ -50,12 +41,25 @@ def make_packable(model: PreTrainedModel, adapters: Sequence[str]) -> int:
         raise NotPackable(f"its packed forward fails: {str(error).strip().splitlines()[0]}") from error
 
 
+def use_packed_forward(model: PreTrainedModel) -> None:
+    """Replaces attention and LoRA layers, unchecked.
+
+    Raises:
+        NotPackable: where that is seen to be impossible at once.
+    """
+    pack_layers(model)
+    model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME:  # refused without an error: GPT-J, GPT-Neo, Falcon
+        raise NotPackable("its attention cannot be replaced")
+
+
 def _restore(model: PreTrainedModel, attention: str) -> None:
+    """Gives attention and LoRA layers their own forward back."""
     unpack_layers(model)
     model.set_attn_implementation(attention)
 
 
-def _random_tokens(model: PreTrainedModel) -> Tokens:
+def probe_tokens(model: PreTrainedModel) -> Tokens:
     """Four short sequences of random ids; never the pad id, which some models treat apart."""
     rng = np.random.default_rng(0)
     config = model.config.get_text_config()
@@ -91,26 +95,3 @@ def _compare(expected: Sequence[Tensor], got: Sequence[Tensor], dtype: torch.dty
             raise NotPackable(
                 f"flattened sequences give other logits than single ones ({difference / scale:.1e} relative)"
             )
-
-
-def _bytes_per_token(model: PreTrainedModel, tokens: Tokens, adapters: Sequence[str]) -> int:
-    """Runs one forward and backward of all adapters and counts the tensors it saves, each storage once."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    saved: dict[int, int] = {}
-
-    def count(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    engine = PackedEngine(model, tokens_per_forward=1 << 30)
-    batch = flatten(tokens, [Slice(adapter, range(len(tokens))) for adapter in adapters], model.device)
-    with use_layout(batch.layout), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        hidden = engine.hidden(batch)
-    weight = torch.ones(len(batch.targets), device=model.device)
-    label_losses(engine.head, hidden, batch.targets, weight).total.backward()
-    for adapter in adapters:
-        for parameter in adapter_parameters(model, adapter):
-            parameter.grad = None
-    return sum(saved.values()) // batch.layout.tokens

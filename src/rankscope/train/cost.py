@@ -1,0 +1,104 @@
+"""What a training step costs, counted: FLOPs and saved bytes of a token, and how fast plain products of its shapes run.
+
+Counting needs one forward and backward of four short sequences, on the loaded model or on one without weights (the
+meta device): so memory is predicted before anything is loaded.
+"""
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+from rankscope.data.tokens import Tokens
+from rankscope.lora.adapters import adapter_parameters
+from rankscope.train.pack import StepMetrics
+
+_aten = torch.ops.aten
+_PRODUCTS = {_aten.mm: 0, _aten.addmm: 1, _aten.addmm_: 1}
+"""Operators, and the place of the left operand among their arguments."""
+
+
+class Cost(NamedTuple):
+    """Of training one adapter over its base model."""
+
+    bytes_per_token: int
+    """What a forward keeps for the backward: its saved tensors, each storage once, weights not counted."""
+    flops_per_token: int
+    """Of the trunk's matrix products, forward and backward, LoRA's included. Attention's products over pairs of
+    tokens are left out: below 1,024 tokens a few per cent, and a number that is then too low, never too high."""
+    flops_per_label: int
+    """Of the output layer: forward, and backward to its input."""
+
+    def step_flops(self, metrics: StepMetrics) -> float:
+        """Useful FLOPs of a step: real tokens and labels only, whatever was padded or computed besides."""
+        return self.flops_per_token * metrics.tokens + self.flops_per_label * metrics.label_tokens
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products that run inside it, by shape: (m, k) @ (k, n)."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.shapes: Counter[tuple[int, int, int]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        first = _PRODUCTS.get(func.overloadpacket)
+        if first is not None:
+            left, right = args[first : first + 2]
+            self.shapes[left.shape[0], left.shape[1], right.shape[1]] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def flops(self) -> int:
+        return sum(2 * m * k * n * count for (m, k, n), count in self.shapes.items())
+
+
+def count_cost(model: PreTrainedModel, adapter: str, forward: Callable[[], Tensor], tokens: Tokens) -> Cost:
+    """The cost of `forward`, which runs `tokens` through the trunk under `adapter` and returns its hidden states."""
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with Products() as products:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            hidden = forward()
+        hidden.backward(torch.ones_like(hidden))
+    for parameter in adapter_parameters(model, adapter):
+        parameter.grad = None
+    total = int(tokens.offsets[-1])
+    head = model.get_output_embeddings()
+    return Cost(sum(saved.values()) // total, products.flops // total, 4 * head.weight.numel())
+
+
+def product_rate(shapes: Mapping[tuple[int, int, int], int], device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of plain products of these shapes, each as often as counted: the median of five, after two to warm up."""
+    flops = seconds = 0.0
+    for (m, k, n), count in shapes.items():
+        left, right = torch.rand(m, k, device=device, dtype=dtype), torch.rand(k, n, device=device, dtype=dtype)
+        out = left @ right
+        times = []
+        for _ in range(7):
+            _synchronize(device)
+            start = time.perf_counter()
+            torch.mm(left, right, out=out)
+            _synchronize(device)
+            times.append(time.perf_counter() - start)
+        flops += 2 * m * k * n * count
+        seconds += statistics.median(times[2:]) * count
+    return flops / seconds
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
