@@ -77,13 +77,20 @@ class PackedEngine:
         self.base_dropout = base_dropout
 
     def forward(self, tokens: Tokens, adapter: str) -> Tensor:
-        return self.hidden(flatten(tokens, [Slice(adapter, range(len(tokens)))], self.model.device))
+        batch = flatten(tokens, [Slice(adapter, range(len(tokens)))], self.model.device)
+        # Given a mask, transformers does not look for sequences in the positions, which the meta device cannot do.
+        return self.hidden(batch, torch.ones_like(batch.input_ids))
 
-    def hidden(self, batch: FlatBatch) -> Tensor:
+    def hidden(self, batch: FlatBatch, attention_mask: Tensor | None = None) -> Tensor:
         """The trunk's last hidden states at the label positions, (L, D)."""
         with use_layout(batch.layout):
             trunk = getattr(self.model, self.model.base_model_prefix)
-            out = trunk(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+            out = trunk(
+                input_ids=batch.input_ids,
+                attention_mask=attention_mask,
+                position_ids=batch.position_ids,
+                use_cache=False,
+            )
         states: Tensor = out.last_hidden_state
         return states[0, batch.label_positions]
 

@@ -1,0 +1,59 @@
+"""How trials are divided into packs."""
+
+import numpy as np
+import pytest
+
+from rankscope.data.tokens import Tokens
+from rankscope.plan import divide_into_packs
+from rankscope.spec import DataSpec, ModelSpec, StudySpec, TrainingSpec
+from rankscope.train.memory import FULL_STEP_TOKENS, Prediction, predict
+
+PLENTY = 10**12
+
+
+@pytest.fixture(scope="module")
+def spec() -> StudySpec:
+    return StudySpec(
+        model=ModelSpec(id="embedded", device="cpu"), data=DataSpec(id="unused"), ranks=(8, 128, 256), seeds=(0, 1)
+    )
+
+
+@pytest.fixture(scope="module")
+def prediction(spec: StudySpec) -> Prediction:
+    return predict(spec)
+
+
+def rows_of(length: int) -> Tokens:
+    count = 50
+    offsets = np.arange(0, (count + 1) * length, length, dtype=np.int64)
+    return Tokens(np.zeros(count * length, np.int32), np.ones(count * length, np.bool_), offsets)
+
+
+def sizes(spec: StudySpec, prediction: Prediction, free: int, tokens: Tokens, **training: object) -> list[int]:
+    packs = divide_into_packs(spec.trials(), prediction, free, TrainingSpec(batch_size=8, **training), tokens)  # type: ignore[arg-type]
+    assert [trial for pack in packs for trial in pack] == spec.trials()
+    return [len(pack) for pack in packs]
+
+
+def test_a_pack_takes_as_many_trials_as_fill_a_step(spec: StudySpec, prediction: Prediction) -> None:
+    third = FULL_STEP_TOKENS["cpu"] // (3 * 8)
+    assert sizes(spec, prediction, PLENTY, rows_of(third)) == [3, 3]
+    assert sizes(spec, prediction, PLENTY, rows_of(10 * third)) == [1] * 6
+    assert sizes(spec, prediction, PLENTY, rows_of(third), gradient_accumulation_steps=3) == [1] * 6
+
+
+def test_the_user_may_say_how_many(spec: StudySpec, prediction: Prediction) -> None:
+    assert sizes(spec, prediction, PLENTY, rows_of(500), trials_per_pack=4) == [4, 2]
+    assert sizes(spec, prediction, PLENTY, rows_of(5), isolated=True) == [1] * 6
+    assert sizes(spec, prediction, PLENTY, rows_of(5), base_dropout="keep") == [1] * 6
+
+
+def test_a_pack_takes_no_more_than_fit(spec: StudySpec, prediction: Prediction) -> None:
+    two = spec.trials()[:2]
+    free = int((prediction.fixed_bytes(two) + 5 * prediction.bytes_per_token(two)) / 0.9) + 1000
+    packs = sizes(spec, prediction, free, rows_of(5), trials_per_pack=6)
+    assert packs == [2, 1, 2, 1]  # 8 and 128, 256 alone
+
+
+def test_a_trial_that_does_not_fit_is_tried_all_the_same(spec: StudySpec, prediction: Prediction) -> None:
+    assert sizes(spec, prediction, 1, rows_of(5)) == [1] * 6
