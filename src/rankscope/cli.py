@@ -141,7 +141,7 @@ def plan(
     out: Out = None,
     set_: Sets = None,
 ) -> None:
-    """Show what `run` would do: trials, parameters, data and packs. Nothing is trained or written."""
+    """Show what `run` would do: trials, parameters, packs and their memory. Nothing is trained, no study written."""
     spec = _spec(study, set_, **{k: v for k, v in locals().items() if k not in ("study", "set_", "out")})
     from rich.table import Table
 

@@ -140,19 +140,34 @@ def train(study: Study, data: TokenizedData, prediction: Prediction, progress: P
         for trial in trials:  # what a run that was stopped left behind; gone before anyone follows the new files
             shutil.rmtree(study.trial_folder(trial), ignore_errors=True)
     while packs:
-        ahead = list(packs)
-
-        def poll(packs: Mapping[str, Sequence[Trial]] = packs, ahead: list[str] = ahead) -> None:
-            while ahead and (ahead[0] == next(iter(packs)) or study.pack_record(ahead[0])):
-                progress.training(study, ahead[0], packs[ahead[0]], steps)
-                ahead.pop(0)
-            progress.poll()
-
+        teller = _Teller(study, packs, steps, progress)
         job = {"kind": "packs", "packs": {pack: [trial.name for trial in packs[pack]] for pack in packs}}
-        error = run_locally(study.path, job, study.path / "packs" / next(iter(packs)), poll)
+        error = run_locally(study.path, job, study.path / "packs" / next(iter(packs)), teller.poll)
+        teller.poll()
         if error is not None and error.exit_code in (2, 3):  # the study, the model or the data: all packs would fail
             raise error
         packs = _after(study, packs, error, progress)
+
+
+class _Teller:
+    """Tells of packs that begin and end, as their files show it. The first counts as begun: it waits for the model."""
+
+    def __init__(self, study: Study, packs: Mapping[str, Sequence[Trial]], steps: int, progress: Progress) -> None:
+        self.study, self.packs, self.steps, self.progress = study, packs, steps, progress
+        self.to_begin, self.to_end = list(packs), list(packs)
+        self._begin()
+
+    def _begin(self) -> None:
+        pack = self.to_begin.pop(0)
+        self.progress.training(self.study, pack, self.packs[pack], self.steps)
+
+    def poll(self) -> None:
+        while self.to_end and (record := self.study.pack_record(self.to_end[0])) and record["results"]:
+            self.to_end.pop(0)
+            self.progress.say(describe_pack(record))
+        while self.to_begin and self.study.pack_record(self.to_begin[0]):
+            self._begin()
+        self.progress.poll()
 
 
 def _after(
@@ -171,9 +186,7 @@ def _after(
             progress.say(
                 f"Trained by PEFT's own forward, one trial at a time, since this model cannot be packed: {reason}"
             )
-        if record and record["results"]:
-            progress.say(describe_pack(record))
-        elif error is not None:
+        if error is not None and not (record and record["results"]):
             progress.say(f"pack {pack} did not finish: {error}")
             break
     return left
