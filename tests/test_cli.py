@@ -95,7 +95,8 @@ def test_plan_trains_and_writes_nothing(folder: Path, tmp_path: Path) -> None:
     arguments = ["--model", str(folder / "model"), "--dataset", str(folder / "data.json"), "--ranks", "2,4"]
     done = rankscope("plan", *arguments, "--steps", "5", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "6 trials of 5 steps in 1 packs" in done.stdout
+    assert "6 trials of 5 steps in 3 packs" in done.stdout
+    assert "r002-lr2e-4-s0, r004-lr2e-4-s0: about" in done.stdout
     # q, k, v, out: 32x32; fc1, fc2: 32x64; project_in and project_out: 16x32; two layers
     assert f"{2 * (2 * (4 * 64 + 2 * 96) + 2 * 48):,}" in done.stdout
     assert list(tmp_path.iterdir()) == []
