@@ -7,7 +7,8 @@ meta device): so memory is predicted before anything is loaded.
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +58,13 @@ class Products(TorchDispatchMode):
     @property
     def flops(self) -> int:
         return sum(2 * m * k * n * count for (m, k, n), count in self.shapes.items())
+
+
+def count_costs(
+    model: PreTrainedModel, adapters: Iterable[str], forward: Callable[[Tokens, str], Tensor], tokens: Tokens
+) -> dict[str, Cost]:
+    """The cost of each adapter; `forward` is an engine's."""
+    return {adapter: count_cost(model, adapter, partial(forward, tokens, adapter), tokens) for adapter in adapters}
 
 
 def count_cost(model: PreTrainedModel, adapter: str, forward: Callable[[], Tensor], tokens: Tokens) -> Cost:

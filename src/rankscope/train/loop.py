@@ -19,9 +19,9 @@ from rankscope.lora.base import free_bytes
 from rankscope.lora.layout import NotPackable
 from rankscope.measure.sampler import peak_rss, reset_peak_rss
 from rankscope.spec import StudySpec, TrainingSpec, Trial
-from rankscope.train.cost import Cost, Products, count_cost, product_rate
+from rankscope.train.cost import Cost, Products, count_costs, product_rate
 from rankscope.train.engine import Engine, ExampleLosses, PackedEngine, PeftEngine
-from rankscope.train.memory import tokens_per_forward
+from rankscope.train.memory import BYTES_PER_PARAMETER, tokens_per_forward
 from rankscope.train.pack import (
     Member,
     StepMetrics,
@@ -65,15 +65,11 @@ def choose_engine(model: PreTrainedModel, members: Sequence[Member], training: T
             log.warning(
                 "%s cannot be packed: %s. Its trials are trained by PEFT's forward.", type(model).__name__, error
             )
-    tokens = probe_tokens(model)
-    costs = {
-        name: count_cost(model, name, lambda name=name: engine.forward(tokens, name), tokens)  # type: ignore[misc]
-        for name in names
-    }
+    costs = count_costs(model, names, engine.forward, probe_tokens(model))
     per_token = max(cost.bytes_per_token for cost in costs.values())
     if engine.name == "peft":
         per_token += LOGIT_BYTES * model.config.get_text_config().vocab_size
-    still_to_come = sum(p.numel() for m in members for p in m.parameters) * 12  # gradients, and AdamW's two moments
+    still_to_come = sum(p.numel() for m in members for p in m.parameters) * (BYTES_PER_PARAMETER - 4)  # but weights
     engine.tokens_per_forward = tokens_per_forward(
         free_bytes(model.device) - still_to_come, per_token, model.device.type
     )

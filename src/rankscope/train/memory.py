@@ -1,14 +1,14 @@
 """How much memory training takes, predicted before anything is loaded, and how a step is divided to fit."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from rankscope.lora.adapters import adapter_key, adapter_parameters, inject, lora_config
 from rankscope.lora.base import resolve_device, resolve_dtype
-from rankscope.lora.count import skeleton
 from rankscope.lora.layout import NotPackable
+from rankscope.lora.skeleton import skeleton
 from rankscope.spec import StudySpec, Trial
-from rankscope.train.cost import Cost, count_cost
+from rankscope.train.cost import Cost, count_costs
 from rankscope.train.engine import PackedEngine, PeftEngine
 from rankscope.train.loss import CHUNK_BYTES
 from rankscope.train.probe import probe_tokens, use_packed_forward
@@ -82,10 +82,9 @@ def predict(spec: StudySpec) -> Prediction:
     for candidate in candidates:
         inject(lora_config(candidate), model, adapter_key(candidate.name), empty=True)
     params = {c.name: sum(p.numel() for p in adapter_parameters(model, c.name)) for c in candidates}
-    costs: Mapping[str, Cost] = {}
+    costs: dict[str, Cost] = {}
     reason = None
     try:
-        tokens = probe_tokens(model)
         engine: PackedEngine | PeftEngine = PeftEngine(model, spec.training.batch_size)
         if spec.training.engine == "packed":
             use_packed_forward(model)
@@ -93,10 +92,7 @@ def predict(spec: StudySpec) -> Prediction:
         for candidate in candidates:
             for parameter in adapter_parameters(model, candidate.name):
                 parameter.requires_grad_(True)
-        costs = {
-            c.name: count_cost(model, c.name, lambda c=c: engine.forward(tokens, c.name), tokens)  # type: ignore[misc]
-            for c in candidates
-        }
+        costs = count_costs(model, [c.name for c in candidates], engine.forward, probe_tokens(model))
     except (NotPackable, NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return Prediction(device.type, base, base * dtype.itemsize, params, dict(costs), reason)
+    return Prediction(device.type, base, base * dtype.itemsize, params, costs, reason)
