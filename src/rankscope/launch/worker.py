@@ -13,6 +13,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,7 @@ def _train_packs(study: Study, packs: Mapping[str, Sequence[str]], data: "Tokeni
     """
     from rankscope.lora.adapters import remove_adapters
     from rankscope.lora.base import fingerprint, load_model
+    from rankscope.measure.pack import measure_pack
     from rankscope.train.loop import train_pack
 
     model = load_model(study.spec.model)
@@ -57,7 +59,9 @@ def _train_packs(study: Study, packs: Mapping[str, Sequence[str]], data: "Tokeni
         record = {"schema": 1, "pack": pack, "trials": list(names), "results": None}
         write_json(study.path / "packs" / pack / "pack.json", record)
         folders = {name: study.trial_folder(trials[name]) for name in names}
-        results = train_pack(model, study.spec, [trials[name] for name in names], folders, data, pack, weights)
+        members = [trials[name] for name in names]
+        train = partial(train_pack, model, study.spec, members, folders, data, pack, weights)
+        results = measure_pack(train, model.device, model.dtype)
         write_json(study.path / "packs" / pack / "pack.json", record | {"results": results._asdict()})
         remove_adapters(model)
         model.set_attn_implementation(attention)

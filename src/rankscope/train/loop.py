@@ -17,9 +17,8 @@ from rankscope.files import JsonlWriter, write_json
 from rankscope.lora.adapters import save_adapter
 from rankscope.lora.base import free_bytes
 from rankscope.lora.layout import NotPackable
-from rankscope.measure.sampler import peak_rss, reset_peak_rss
 from rankscope.spec import StudySpec, TrainingSpec, Trial
-from rankscope.train.cost import Cost, Products, count_costs, product_rate
+from rankscope.train.cost import Cost, Products, count_costs
 from rankscope.train.engine import Engine, ExampleLosses, PackedEngine, PeftEngine
 from rankscope.train.memory import BYTES_PER_PARAMETER, tokens_per_forward
 from rankscope.train.pack import (
@@ -77,19 +76,13 @@ def choose_engine(model: PreTrainedModel, members: Sequence[Member], training: T
     return EngineChoice(engine, reason, costs)
 
 
-class PackResults(NamedTuple):
-    """What a pack measured of itself."""
+class PackRun(NamedTuple):
+    """What a pack's training took."""
 
     steps: int
     step_seconds: float  # of all steps
     useful_flops: float  # of all steps: see `Cost`
-    useful_flops_per_second: float
-    product_flops_per_second: float
-    """Of plain matrix products of the first step's shapes, timed after the last."""
-    product_share: float
-    """Useful over plain: 1 would be a step that is nothing but products of real tokens."""
-    rss_peak_bytes: int
-    gpu_allocated_peak_bytes: int | None
+    products: Mapping[tuple[int, int, int], int]  # the first step's matrix products, by shape
 
 
 def train_pack(
@@ -100,16 +93,13 @@ def train_pack(
     data: TokenizedData,
     pack: str,
     weights: str,
-) -> PackResults:
+) -> PackRun:
     """Trains `trials` together from their first step to their last, and writes each one's files in its folder.
 
     `weights` is the base model's fingerprint. trial.json holds status and results, metrics.jsonl a line a step,
     eval.json the final held-out loss of each example, adapter/ the adapter in PEFT's format; the folders must be new.
     A trial whose loss or gradient is not finite is frozen where it is and recorded as diverged; the others go on.
     """
-    reset_peak_rss()
-    if model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(model.device)
     training = spec.training
     steps = total_steps(training, len(data.train))
     per_epoch = steps_per_epoch(len(data.train), effective_batch_size(training))
@@ -173,10 +163,7 @@ def train_pack(
                     _finish(record, member, held_out, histories[member.trial.name], seconds, folders)
     for writer in writers.values():
         writer.close()
-    gpu = torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else None
-    peak = peak_rss()
-    rate = product_rate(products.shapes, model.device, model.dtype)
-    return PackResults(step + 1, seconds, flops, flops / seconds, rate, flops / seconds / rate, peak, gpu)
+    return PackRun(step + 1, seconds, flops, products.shapes)
 
 
 class _Recorder:
