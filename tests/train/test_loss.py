@@ -10,7 +10,7 @@ from rankscope.train.loss import Head, label_losses
 
 @pytest.mark.parametrize("chunk_bytes", [1, 4 * 131 * 100, 2**26])
 def test_equals_cross_entropy(monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
-    monkeypatch.setattr(rankscope.train.loss, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setitem(rankscope.train.loss.CHUNK_BYTES, "cpu", chunk_bytes)
     torch.manual_seed(0)
     weight = torch.randn(131, 16)
     hidden, targets, weights = torch.randn(300, 16), torch.randint(0, 131, (300,)), torch.rand(300)

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from models import CONFIGS, tiny_model
 from rankscope.data.tokens import Tokens
+from rankscope.lora.layout import Slice, flatten
 from rankscope.spec import TrainingSpec, Trial
 from rankscope.train.engine import PackedEngine
 from rankscope.train.pack import make_member, train_step
@@ -101,7 +103,37 @@ def test_packed_equals_packed_alone(name: str, dropout: float) -> None:
         assert_same(got, alone)
 
 
-@pytest.mark.parametrize("tokens_per_forward", [1, 40, 100])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_recomputing_changes_rounding_only(name: str) -> None:
+    """Forwards of one token at most: each sequence is longer, and every layer runs again in its backward."""
+    tokens, trials, training = random_tokens(30), trials_for(name, 0.2), recipe(batch_size=4)
+    kept = train_packed(name, trials, tokens, training)
+    recomputed = train_packed(name, trials, tokens, training, tokens_per_forward=1)
+    for got, expected in zip(recomputed, kept, strict=True):
+        assert_same(got, expected)
+
+
+def test_recomputing_keeps_less() -> None:
+    tokens, trial = random_tokens(1), make_trial(8, 1e-3)
+    model = tiny_model("opt-post-norm")
+    make_member(model, trial, recipe(batch_size=1), STEPS)
+    make_packable(model, [trial.name])
+    engine, saved = PackedEngine(model, 1 << 30), []
+    for most_kept in (None, 1):
+        batch, kept = flatten(tokens, [Slice(trial.name, [0])], model.device, most_kept), 0
+
+        def note(tensor: Tensor) -> Tensor:
+            nonlocal kept
+            kept += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            engine.hidden(batch)
+        saved.append(kept)
+    assert saved[1] < saved[0] / 4
+
+
+@pytest.mark.parametrize("tokens_per_forward", [40, 100])
 def test_dividing_a_step_changes_rounding_only(tokens_per_forward: int) -> None:
     tokens, trials, training = random_tokens(30), trials_for("opt-post-norm", 0.2), recipe(batch_size=4)
     whole = train_packed("opt-post-norm", trials, tokens, training)

@@ -51,6 +51,7 @@ def _train_packs(study: Study, packs: Mapping[str, Sequence[str]], data: "Tokeni
     from rankscope.lora.base import fingerprint, load_model
     from rankscope.measure.pack import measure_pack
     from rankscope.train.loop import train_pack
+    from rankscope.train.probe import use_own_forward
 
     model = load_model(study.spec.model)
     weights, attention = fingerprint(model), model.config._attn_implementation
@@ -63,8 +64,8 @@ def _train_packs(study: Study, packs: Mapping[str, Sequence[str]], data: "Tokeni
         train = partial(train_pack, model, study.spec, members, folders, data, pack, weights)
         results = measure_pack(train, model.device, model.dtype)
         write_json(study.path / "packs" / pack / "pack.json", record | {"results": results._asdict()})
+        use_own_forward(model, attention)
         remove_adapters(model)
-        model.set_attn_implementation(attention)
 
 
 def _out_of_memory(error: BaseException) -> bool:

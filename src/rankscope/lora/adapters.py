@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from rankscope.errors import StudyError
-from rankscope.files import write_atomic
+from rankscope.files import published
 from rankscope.spec import Candidate, Trial
 
 
@@ -110,12 +110,12 @@ def adapter_parameters(model: nn.Module, adapter: str) -> list[nn.Parameter]:
 def save_adapter(weights: Mapping[str, nn.Parameter], config: LoraConfig, folder: Path) -> int:
     """Writes PEFT's adapter_model.safetensors and adapter_config.json; returns the weights' size in bytes."""
     tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-    content = save(tensors, metadata={"format": "pt"})
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "adapter_model.safetensors", content)
+    file = folder / "adapter_model.safetensors"
+    with published(file) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
     config.inference_mode = True
     config.save_pretrained(str(folder))
-    return len(content)
+    return file.stat().st_size
 
 
 def adapter_key(adapter: str) -> str:

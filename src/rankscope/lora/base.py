@@ -1,7 +1,9 @@
 """The frozen base model and its tokenizer, from a hub id or a folder."""
 
+import ctypes
 import hashlib
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,17 @@ def free_bytes(device: torch.device) -> int:
         return available
     reclaimable = int(statistics.get("inactive_file", 0))  # the page cache counts as used, and yields when needed
     return max(0, min(available, limit - used + reclaimable))
+
+
+def give_back_freed(device: torch.device) -> None:
+    """Gives memory that a CPU's tensors have freed back to the system, so that resident memory is what is in use.
+
+    glibc keeps it, in pieces that the next forward's tensors may not fit: measured, 0.4 GB more at opt-350m's size.
+    """
+    if device.type == "cpu" and sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries do not have it
+        if trim is not None:
+            trim(0)
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -41,6 +41,13 @@ class Layout(NamedTuple):
 
     segments: tuple[Segment, ...]
     tokens: int
+    recompute: bool = False
+    """Whether decoder layers keep their inputs only, and run again in the backward: see `train.recompute`."""
+
+    @property
+    def streams(self) -> list[torch.Generator]:
+        """Dropout's, of all sequences."""
+        return [stream for segment in self.segments for stream in segment.dropout]
 
     @property
     def sequence_starts(self) -> tuple[int, ...]:
@@ -75,8 +82,8 @@ class Slice(NamedTuple):
     dropout_seeds: Sequence[int] = ()
 
 
-def flatten(tokens: Tokens, slices: Sequence[Slice], device: torch.device) -> FlatBatch:
-    """Lays the examples of each slice end to end."""
+def flatten(tokens: Tokens, slices: Sequence[Slice], device: torch.device, most_kept: int | None = None) -> FlatBatch:
+    """Lays the examples of each slice end to end. With more than `most_kept` tokens the layout asks to recompute."""
     segments, ids, positions, label_positions, label_sequence = [], [], [], [], []
     start, sequence = 0, 0
     for adapter, examples, dropout_seeds in slices:
@@ -99,7 +106,7 @@ def flatten(tokens: Tokens, slices: Sequence[Slice], device: torch.device) -> Fl
 
     input_ids, where = tensor(ids), tensor(label_positions)
     return FlatBatch(
-        layout=Layout(tuple(segments), start),
+        layout=Layout(tuple(segments), start, recompute=most_kept is not None and start > most_kept),
         input_ids=input_ids[None],
         position_ids=tensor(positions)[None],
         label_positions=where,

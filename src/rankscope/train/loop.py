@@ -39,6 +39,11 @@ LOGIT_BYTES = 16
 """Of one logit of PEFT's forward: the logits and log-probabilities in float32, and the gradients of both."""
 
 
+GIVE_BACK_BYTES = 1 << 28
+"""Forwards that keep more are worth giving back: 1% of a step's time or less at opt-350m's size (0.6 GB), where it
+saves 0.4 GB, but 20% with the embedded model, whose forwards keep 0.04 GB (docs/lab-notes.md)."""
+
+
 class EngineChoice(NamedTuple):
     """The engine that trains, why it is not the packed one where it is not, and each trial's cost."""
 
@@ -72,6 +77,7 @@ def choose_engine(model: PreTrainedModel, members: Sequence[Member], training: T
     engine.tokens_per_forward = tokens_per_forward(
         free_bytes(model.device) - still_to_come, per_token, model.device.type
     )
+    engine.gives_back = per_token * engine.tokens_per_forward > GIVE_BACK_BYTES
     log.info("%s: %.2f MB a token, at most %d a forward", engine.name, per_token / 1e6, engine.tokens_per_forward)
     return EngineChoice(engine, reason, costs)
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-CHUNK_BYTES = 2**26
-"""Size of one chunk's float32 logits; about two of them are alive at once."""
+CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**26}
+"""Size of one chunk's float32 logits, of which about two are alive at once. On a CPU what stays in its cache is faster
+(measured, docs/lab-notes.md); on a GPU a product needs more rows to fill it (not measured)."""
 
 
 class Head:
@@ -87,7 +88,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         with torch.no_grad():
             vocab_size = head(hidden[:1]).shape[-1]
-        for part in _chunks(len(targets), max(16, CHUNK_BYTES // (4 * vocab_size))):
+        for part in _chunks(len(targets), max(16, CHUNK_BYTES[hidden.device.type] // (4 * vocab_size))):
             with torch.set_grad_enabled(grad is not None):
                 chunk = hidden[part].detach().requires_grad_(grad is not None)
                 logits = head(chunk)

@@ -48,7 +48,7 @@ class Prediction(NamedTuple):
 
     def fixed_bytes(self, trials: Sequence[Trial]) -> int:
         """All but what grows with a forward's tokens: process, base model, adapters, the loss's two buffers."""
-        return PROCESS_BYTES[self.device] + self.base_bytes + self.adapter_bytes(trials) + 2 * CHUNK_BYTES
+        return PROCESS_BYTES[self.device] + self.base_bytes + self.adapter_bytes(trials) + 2 * CHUNK_BYTES[self.device]
 
     def bytes_per_token(self, trials: Sequence[Trial]) -> int:
         """Saved tensors of one token, of the candidate that takes most; 0 where they are not predictable."""

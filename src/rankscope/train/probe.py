@@ -16,6 +16,7 @@ from rankscope.lora.layout import NotPackable, Slice, flatten
 from rankscope.lora.packed import pack_layers, unpack_layers
 from rankscope.train.attention import NAME
 from rankscope.train.engine import PackedEngine
+from rankscope.train.recompute import keep_layers, recompute_layers
 
 _LENGTHS = (7, 12, 5, 9)
 
@@ -34,10 +35,10 @@ def make_packable(model: PreTrainedModel, adapters: Sequence[str]) -> None:
         got = _packed_logits(model, tokens, adapters)
         _compare(expected, got, model.dtype)
     except NotPackable:
-        _restore(model, own_attention)
+        use_own_forward(model, own_attention)
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
-        _restore(model, own_attention)
+        use_own_forward(model, own_attention)
         raise NotPackable(f"its packed forward fails: {str(error).strip().splitlines()[0]}") from error
 
 
@@ -48,14 +49,16 @@ def use_packed_forward(model: PreTrainedModel) -> None:
         NotPackable: where that is seen to be impossible at once.
     """
     pack_layers(model)
+    recompute_layers(model)
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:  # refused without an error: GPT-J, GPT-Neo, Falcon
         raise NotPackable("its attention cannot be replaced")
 
 
-def _restore(model: PreTrainedModel, attention: str) -> None:
-    """Gives attention and LoRA layers their own forward back."""
+def use_own_forward(model: PreTrainedModel, attention: str) -> None:
+    """Gives attention, by name, and all layers their own forward back."""
     unpack_layers(model)
+    keep_layers(model)
     model.set_attn_implementation(attention)
 
 

@@ -1,0 +1,64 @@
+"""Activation checkpointing for forwards that are too long to keep (Chen et al. 2016, arXiv:1604.06174).
+
+A sequence is never cut, so one that is longer than a forward should be would take memory that no division of the step
+can save. Such a forward keeps the decoder layers' inputs only, and each layer is run again in its backward.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from rankscope.lora.layout import Layout, current_layout, use_layout
+
+
+def recompute_layers(model: nn.Module) -> None:
+    """Lets every decoder layer follow the layout's `recompute`. `keep_layers` undoes it."""
+    for layer in _decoder_layers(model):
+        layer.forward = _Recomputed(layer)
+
+
+def keep_layers(model: nn.Module) -> None:
+    """Gives every decoder layer its own forward back."""
+    for layer in _decoder_layers(model):
+        layer.__dict__.pop("forward", None)
+
+
+def _decoder_layers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+class _Recomputed:
+    """A decoder layer's forward; transformers' own checkpointing asks for training mode, which turns on dropout."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.forward = layer.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        layout = current_layout()
+        if not layout.recompute or not torch.is_grad_enabled():
+            return self.forward(*args, **kwargs)
+        states = [stream.get_state() for stream in layout.streams]
+        contexts = partial(_contexts, layout, states)
+        return checkpoint(self.forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+
+def _contexts(
+    layout: Layout, states: list[torch.Tensor]
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Around a layer's first run, where the layout is there already, and around its second."""
+    return nullcontext(), _again(layout, states)
+
+
+@contextmanager
+def _again(layout: Layout, states: list[torch.Tensor]) -> Iterator[None]:
+    """Around a layer's second run, in the backward: the same layout, and dropout's streams where they then were."""
+    for stream, state in zip(layout.streams, states, strict=True):
+        stream.set_state(state)
+    with use_layout(layout):
+        yield
