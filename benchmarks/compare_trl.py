@@ -38,6 +38,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -49,6 +50,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rankscope.files import read_json, read_jsonl, write_json
+from rankscope.launch.local import ENVIRONMENT
 from rankscope.measure.machine import hardware, versions
 from rankscope.study import Study
 
@@ -61,9 +63,6 @@ TOLERANCE = 1e-4
 
 SHARED = ("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm")
 """Fields of the study's training that have the same name in TRL's configuration."""
-
-_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "THP_MEM_ALLOC_ENABLE": "1"}
-"""Of every child; the user's own environment comes first."""
 
 
 class Cost(NamedTuple):
@@ -94,14 +93,17 @@ class Process(NamedTuple):
 
 def run_child(command: Sequence[str], folder: Path) -> Process:
     """Runs a command to its end; `folder` takes its output and, so that every repeat tokenises anew, its cache."""
-    environment = _ENVIRONMENT | os.environ | {"RANKSCOPE_CACHE": str(folder / "cache")}
+    environment = ENVIRONMENT | os.environ | {"RANKSCOPE_CACHE": str(folder / "cache")}
     log = folder / "log.txt"
     start = time.perf_counter()
-    with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out, env=environment) as process:
+    with (
+        log.open("wb") as out,
+        subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True) as process,
+    ):
         try:
             _, status, usage = os.wait4(process.pid, 0)
         except BaseException:
-            process.terminate()
+            os.killpg(process.pid, signal.SIGTERM)  # with what it has started: an orphan would slow what runs next
             raise
         process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.perf_counter() - start
@@ -328,6 +330,7 @@ def main() -> None:
         study, rank, result, *flags = sys.argv[2:]
         train_with_trl(Path(study), int(rank), Path(result), flags == ["--grouped"])
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children are ended, too
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="embedded", help="embedded, a folder or a hub id")
     parser.add_argument("--dataset", default="embedded", help="embedded, a file or a hub id")

@@ -35,6 +35,7 @@ import numpy as np
 import torch
 
 from rankscope.data.tokens import Example, Tokens
+from rankscope.launch.local import ENVIRONMENT
 from rankscope.lora.base import load_model
 from rankscope.measure.machine import hardware, versions
 from rankscope.measure.sampler import peak_rss
@@ -193,7 +194,7 @@ def random_tokens(rows: int, vocabulary: int) -> Tokens:
 def measure_in_child(point: Point, args: argparse.Namespace) -> Cost:
     command = [sys.executable, __file__, "--point", json.dumps(point), "--device", args.device]
     command += ["--steps", str(args.steps), "--threads", str(args.threads)]
-    environment = {"THP_MEM_ALLOC_ENABLE": "1", **os.environ, "OMP_NUM_THREADS": str(args.threads)}  # as a study's
+    environment = ENVIRONMENT | os.environ | {"OMP_NUM_THREADS": str(args.threads)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{point} failed ({done.returncode}):\n{done.stderr[-2000:]}")

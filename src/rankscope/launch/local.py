@@ -13,7 +13,7 @@ from rankscope.files import read_json, write_json
 
 POLL_SECONDS = 0.5
 
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
     "THP_MEM_ALLOC_ENABLE": "1",  # torch's CPU allocator asks for huge pages: half the page faults, docs/lab-notes.md
@@ -34,7 +34,7 @@ def run_locally(
     error_file.unlink(missing_ok=True)
     write_json(job_file, job)
     command = [sys.executable, "-m", "rankscope.launch.worker", str(study_path), str(job_file)]
-    environment = _ENVIRONMENT | os.environ
+    environment = ENVIRONMENT | os.environ
     with (
         (folder / "log.txt").open("ab") as log,
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment) as process,

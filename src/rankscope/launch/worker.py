@@ -62,7 +62,7 @@ def _train_packs(study: Study, packs: Mapping[str, Sequence[str]], data: "Tokeni
         folders = {name: study.trial_folder(trials[name]) for name in names}
         members = [trials[name] for name in names]
         train = partial(train_pack, model, study.spec, members, folders, data, pack, weights)
-        results = measure_pack(train, model.device, model.dtype)
+        results = measure_pack(train, model.device)
         write_json(study.path / "packs" / pack / "pack.json", record | {"results": results._asdict()})
         use_own_forward(model, attention)
         remove_adapters(model)

@@ -127,9 +127,9 @@ def free_bytes(device: torch.device) -> int:
 
 
 def give_back_freed(device: torch.device) -> None:
-    """Gives memory that a CPU's tensors have freed back to the system, so that resident memory is what is in use.
+    """Gives the memory that a CPU's tensors have freed, which glibc keeps, back to the system.
 
-    glibc keeps it, in pieces that the next forward's tensors may not fit: measured, 0.4 GB more at opt-350m's size.
+    Not for every forward: taking it again costs 10% of a step at opt-350m's size (docs/lab-notes.md).
     """
     if device.type == "cpu" and sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries do not have it

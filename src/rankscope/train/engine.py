@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from rankscope.data.tokens import Tokens
 from rankscope.lora.adapters import adapter_key, lora_layers
-from rankscope.lora.base import give_back_freed
 from rankscope.lora.layout import Examples, FlatBatch, Slice, flatten, use_layout
 from rankscope.train.loss import Head, label_losses
 
@@ -52,8 +51,6 @@ class Engine(Protocol):
     """What the training loop needs of an engine."""
 
     name: str
-    gives_back: bool
-    """Whether each forward begins by giving back to the system what the one before it has freed."""
 
     def forward(self, tokens: Tokens, adapter: str) -> Tensor:
         """What the trunk makes of all of `tokens` under one adapter, for counting its cost."""
@@ -78,7 +75,6 @@ class PackedEngine:
         self.head = Head(model)
         self.tokens_per_forward = tokens_per_forward
         self.base_dropout = base_dropout
-        self.gives_back = False
 
     def forward(self, tokens: Tokens, adapter: str) -> Tensor:
         batch = flatten(tokens, [Slice(adapter, range(len(tokens)))], self.model.device)
@@ -105,8 +101,6 @@ class PackedEngine:
         share = torch.tensor([1 / count for count in labels], dtype=torch.float64, device=self.model.device)
         sums = np.zeros(len(slices))
         for group in divide(tokens, slices, self.tokens_per_forward):
-            if self.gives_back:
-                give_back_freed(self.model.device)
             batch = flatten(tokens, group, self.model.device, most_kept=self.tokens_per_forward)
             owner = torch.tensor(
                 [order[part.adapter] for part in group for _ in part.examples], device=self.model.device
@@ -151,7 +145,6 @@ class PeftEngine:
         self.batch_size = batch_size
         self.tokens_per_forward = tokens_per_forward
         self.base_dropout = base_dropout
-        self.gives_back = False
 
     def _activate(self, adapter: str) -> None:
         for _, layer in lora_layers(self.model):
@@ -191,8 +184,6 @@ class PeftEngine:
             labels, total = int(tokens.label_counts[slice_.examples].sum()), 0.0
             rows = self._rows(tokens, slice_.examples)
             for start in range(0, len(slice_.examples), rows):
-                if self.gives_back:
-                    give_back_freed(self.model.device)
                 part = slice_.examples[start : start + rows]
                 with torch.random.fork_rng(enabled=bool(slice_.dropout_seeds)):
                     if slice_.dropout_seeds:

@@ -18,7 +18,7 @@ from rankscope.lora.adapters import save_adapter
 from rankscope.lora.base import free_bytes
 from rankscope.lora.layout import NotPackable
 from rankscope.spec import StudySpec, TrainingSpec, Trial
-from rankscope.train.cost import Cost, Products, count_costs
+from rankscope.train.cost import Cost, Products, count_costs, product_rate
 from rankscope.train.engine import Engine, ExampleLosses, PackedEngine, PeftEngine
 from rankscope.train.memory import BYTES_PER_PARAMETER, tokens_per_forward
 from rankscope.train.pack import (
@@ -37,11 +37,6 @@ log = logging.getLogger(__name__)
 
 LOGIT_BYTES = 16
 """Of one logit of PEFT's forward: the logits and log-probabilities in float32, and the gradients of both."""
-
-
-GIVE_BACK_BYTES = 1 << 28
-"""Forwards that keep more are worth giving back: 1% of a step's time or less at opt-350m's size (0.6 GB), where it
-saves 0.4 GB, but 20% with the embedded model, whose forwards keep 0.04 GB (docs/lab-notes.md)."""
 
 
 class EngineChoice(NamedTuple):
@@ -77,7 +72,6 @@ def choose_engine(model: PreTrainedModel, members: Sequence[Member], training: T
     engine.tokens_per_forward = tokens_per_forward(
         free_bytes(model.device) - still_to_come, per_token, model.device.type
     )
-    engine.gives_back = per_token * engine.tokens_per_forward > GIVE_BACK_BYTES
     log.info("%s: %.2f MB a token, at most %d a forward", engine.name, per_token / 1e6, engine.tokens_per_forward)
     return EngineChoice(engine, reason, costs)
 
@@ -88,7 +82,8 @@ class PackRun(NamedTuple):
     steps: int
     step_seconds: float  # of all steps
     useful_flops: float  # of all steps: see `Cost`
-    products: Mapping[tuple[int, int, int], int]  # the first step's matrix products, by shape
+    product_rates: tuple[float, float]
+    """FLOP/s of plain matrix products of the first step's shapes, timed after the first step and after the last."""
 
 
 def train_pack(
@@ -114,7 +109,7 @@ def train_pack(
     evaluated = eval_steps(training, steps)
     writers: dict[str, JsonlWriter] = {}
     histories: dict[str, list[StepMetrics]] = {}
-    seconds = flops = 0.0
+    seconds = flops = rate = 0.0
     products = Products()
     for trial in trials:
         writers[trial.name] = JsonlWriter(folders[trial.name] / "metrics.jsonl")
@@ -137,6 +132,8 @@ def train_pack(
         step_seconds = time.perf_counter() - start
         seconds += step_seconds
         flops += sum(costs[m.trial.name].step_flops(result) for m, result in zip(active, metrics, strict=True))
+        if step == 0:
+            rate = product_rate(products.shapes, model.device, model.dtype)
         for member, result in zip(list(active), metrics, strict=True):
             name = member.trial.name
             if not result.finite:
@@ -169,7 +166,8 @@ def train_pack(
                     _finish(record, member, held_out, histories[member.trial.name], seconds, folders)
     for writer in writers.values():
         writer.close()
-    return PackRun(step + 1, seconds, flops, products.shapes)
+    rates = rate, product_rate(products.shapes, model.device, model.dtype)
+    return PackRun(step + 1, seconds, flops, rates)
 
 
 class _Recorder:
