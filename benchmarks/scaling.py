@@ -39,7 +39,7 @@ from rankscope.launch.local import ENVIRONMENT
 from rankscope.lora.base import load_model
 from rankscope.measure.machine import hardware, versions
 from rankscope.measure.sampler import peak_rss
-from rankscope.spec import assemble
+from rankscope.options import assemble
 from rankscope.train.loop import choose_engine
 from rankscope.train.pack import make_member, train_step
 

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
+from torch.nn import Module, Parameter
 from transformers import PreTrainedModel
 
 from rankscope.data.tokens import Example, Tokens
@@ -75,29 +76,50 @@ def train_with_peft(
         parameters, lr=trial.candidate.learning_rate, weight_decay=training.weight_decay, betas=(0.9, 0.999), eps=1e-8
     )
     losses = []
-    per_epoch = -(-len(tokens) // training.batch_size)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = trial.candidate.learning_rate * (steps - step) / steps
-        order = np.random.default_rng([trial.seed, step // per_epoch]).permutation(len(tokens))
-        start = step % per_epoch * training.batch_size
-        batch = order[start : start + training.batch_size]
-        longest = max(len(tokens[int(i)].ids) for i in batch)
-        ids = torch.ones(len(batch), longest, dtype=torch.long)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-        for row, i in enumerate(batch):
-            sequence, is_label = (torch.from_numpy(part) for part in tokens[int(i)])
-            ids[row, : len(sequence)], mask[row, : len(sequence)] = sequence.long(), 1
-            labels[row, : len(sequence)] = torch.where(is_label, sequence.long(), -100)
+        batch = padded_batch(tokens, trial.seed, step, training.batch_size)
         if trial.candidate.lora_dropout:
-            assert len(batch) == 1
+            assert len(batch.ids) == 1
             torch.manual_seed(stream_seed(trial.seed, step, 0))
-        logits = peft_model(input_ids=ids, attention_mask=mask).logits  # transformers' own loss rounds to float32
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
-        optimizer.step()
-        losses.append(float(loss.detach()))
+        losses.append(plain_step(peft_model, batch, parameters, optimizer, training.max_grad_norm))
     weights = {n.replace(".default.", "."): p.detach() for n, p in peft_model.named_parameters() if p.requires_grad}
     return Trained(losses, weights)
+
+
+class Batch(NamedTuple):
+    """Right-padded, each (examples, longest)."""
+
+    ids: Tensor
+    mask: Tensor
+    labels: Tensor  # -100 where there is nothing to learn
+
+
+def padded_batch(tokens: Tokens, seed: int, step: int, batch_size: int) -> Batch:
+    """What a trial with `seed` sees at `step`."""
+    per_epoch = -(-len(tokens) // batch_size)
+    order = np.random.default_rng([seed, step // per_epoch]).permutation(len(tokens))
+    start = step % per_epoch * batch_size
+    examples = order[start : start + batch_size]
+    longest = max(len(tokens[int(i)].ids) for i in examples)
+    ids = torch.ones(len(examples), longest, dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for row, i in enumerate(examples):
+        sequence, is_label = (torch.from_numpy(part) for part in tokens[int(i)])
+        ids[row, : len(sequence)], mask[row, : len(sequence)] = sequence.long(), 1
+        labels[row, : len(sequence)] = torch.where(is_label, sequence.long(), -100)
+    return Batch(ids, mask, labels)
+
+
+def plain_step(
+    model: Module, batch: Batch, parameters: list[Parameter], optimizer: torch.optim.Optimizer, max_norm: float
+) -> float:
+    """One step by the model's own forward; returns the loss before it."""
+    logits = model(input_ids=batch.ids, attention_mask=batch.mask).logits  # transformers' own loss rounds to float32
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), batch.labels[:, 1:])
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    optimizer.step()
+    return float(loss.detach())

@@ -99,7 +99,25 @@ def test_plan_trains_and_writes_nothing(folder: Path, tmp_path: Path) -> None:
     assert "r002-lr2e-4-s0, r004-lr2e-4-s0: about" in done.stdout
     # q, k, v, out: 32x32; fc1, fc2: 32x64; project_in and project_out: 16x32; two layers
     assert f"{2 * (2 * (4 * 64 + 2 * 96) + 2 * 48):,}" in done.stdout
+    for told in ("activations", "logits", "fits", "Largest rank that fits: 32 on all-linear", "The whole study: about"):
+        assert told in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_for_a_gpu_that_is_not_here(folder: Path) -> None:
+    arguments = ["plan", "--model", "model", "--dataset", "data.json", "--ranks", "2,4", "--steps", "5"]
+    done = rankscope(*arguments, "--gpu-memory", "24GB", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "within 90% of a GPU with 24.0 GB" in done.stdout
+    assert "cuda, bfloat16" in done.stdout
+    assert "Time: not predicted" in done.stdout
+    assert max(len(line) for line in done.stdout.splitlines() if line.startswith(("r002", "candidate"))) <= 120
+    small = rankscope(*arguments, "--gpu-memory", "10kB", cwd=folder)
+    assert "Largest rank that fits: none" in small.stdout
+    wrong = rankscope(*arguments, "--gpu-memory", "plenty", cwd=folder)
+    assert wrong.returncode == 2
+    assert "--gpu-memory plenty" in wrong.stderr
+    assert "24GB" in wrong.stderr
 
 
 def test_a_trial_that_diverges_gives_exit_code_4(folder: Path) -> None:
@@ -118,6 +136,12 @@ def test_a_trial_that_diverges_gives_exit_code_4(folder: Path) -> None:
         (["--model", "model", "--dataset", "data.json", "--ranks", "0"], 2, "ranks.0"),
         (["--model", "model", "--dataset", "data.json", "--ranks", "eight"], 2, "ranks.0"),
         (["--model", "model", "--dataset", "data.json", "--ranks", "8,8"], 2, "listed twice"),
+        (["--model", "model", "--dataset", "data.json", "--ranks", "full"], 2, "at least one number"),
+        (
+            ["--model", "model", "--dataset", "data.json", "--set", "measure.forgetting=no.txt"],
+            3,
+            "no.txt: no such file",
+        ),
         (["--model", "model"], 2, "--dataset is missing"),
         (["--model", "model", "--dataset", "data.json", "--set", "training.stepz=3"], 2, "did you mean steps?"),
         (["--model", "model", "--dataset", "data.json", "--target-modules", "query"], 2, "q_proj"),

@@ -1,11 +1,15 @@
-"""How trials are divided into packs."""
+"""How trials are divided into packs, and in which order profiles are measured."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from rankscope.data.tokens import Tokens
-from rankscope.plan import divide_into_packs
+from rankscope.files import write_json
+from rankscope.plan import ProfileJob, divide_into_packs, missing_profiles
 from rankscope.spec import DataSpec, ModelSpec, StudySpec, TrainingSpec
+from rankscope.study import Study
 from rankscope.train.memory import FULL_STEP_TOKENS, Prediction, predict
 
 PLENTY = 10**12
@@ -57,3 +61,20 @@ def test_a_pack_takes_no_more_than_fit(spec: StudySpec, prediction: Prediction) 
 
 def test_a_trial_that_does_not_fit_is_tried_all_the_same(spec: StudySpec, prediction: Prediction) -> None:
     assert sizes(spec, prediction, 1, rows_of(5)) == [1] * 6
+
+
+def test_profiles_are_interleaved_and_each_rank_is_measured_once_the_first_twice_over(
+    spec: StudySpec, tmp_path: Path
+) -> None:
+    study = Study(tmp_path, spec.model_copy(update={"learning_rates": (1e-4, 2e-4)}))
+    names = {"r008", "r128", "r256", "control"}
+    jobs = missing_profiles(study)
+    assert [job.repeat for job in jobs] == [0] * 4 + [1] * 4
+    assert {job.profile for job in jobs[:4]} == {job.profile for job in jobs[4:]} == names
+    assert [job.profile for job in jobs[:4]] != [job.profile for job in jobs[4:]], "a new order in each repeat"
+    assert jobs == missing_profiles(study), "the same each time"
+    assert study.profiled()["control"] == study.profiled()["r008"] == study.spec.candidates()[0]
+    write_json(study.profile_file("r128"), {"repeats": [{}]})
+    write_json(study.profile_file("control"), {"repeats": [{}, {}]})
+    left = missing_profiles(study)
+    assert set(left) == {ProfileJob("r008", 0), ProfileJob("r256", 0)} | {ProfileJob(n, 1) for n in names - {"control"}}

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import rankscope
 from folders import write_data, write_model
+from rankscope import cli
+from rankscope.analysis.noise import noise_floor
 from rankscope.data.tokens import load
 from rankscope.errors import StudyDirectoryError, StudyError
 from rankscope.files import read_json
@@ -88,15 +90,27 @@ def test_held_out_loss_can_be_recomputed_from_the_saved_adapter(study: Study, fo
 
 
 def test_profiles_measure_each_candidate(study: Study) -> None:
-    profiles = study.profiles()
-    assert list(profiles.groupby("candidate").size()) == [2, 2]
+    everything = study.profiles()
+    assert list(everything.groupby(["control", "candidate"]).size()) == [2, 2, 2], "each twice, the first twice over"
+    assert sorted(path.stem for path in (study.path / "profiles").glob("*.json")) == ["control", "r002", "r016"]
+    profiles = everything[~everything["control"]]
     assert (profiles["rss_peak_bytes"] >= profiles["rss_mean_bytes"]).all()
     assert (profiles["rss_base_bytes"] > 100e6).all()
     assert (profiles["step_seconds_median"] > 0).all()
     assert (profiles["steps"] == 2).all()
     assert list(profiles["trainable_params"].unique()) == list(study.results()["trainable_params"].unique())
+    assert set(profiles["adapter_bytes"]) == set(study.results()["adapter_bytes"])
+    noise = noise_floor(everything, "rss_mean_bytes")
+    assert noise is not None
+    assert noise.measurements == 4
+    assert 0 < noise.floor < 0.5
     samples = study.samples()
     assert set(samples["phase"]) == {"load", "warmup", "train", "eval"}
+
+
+def test_the_noise_is_told_below_the_table(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    cli._print_results(study)
+    assert "Noise: rank 2, measured 4 times, differed from itself by up to" in capsys.readouterr().out
 
 
 def test_verdict_and_report(study: Study) -> None:
@@ -136,6 +150,24 @@ def test_run_again_does_only_what_is_missing(study: Study, folders: Path, tmp_pa
     np.testing.assert_allclose(
         read_json(lost / "eval.json")["examples"]["loss"], expected["examples"]["loss"], rtol=1e-4
     )  # alone, where it was packed before
+
+
+def test_isolated_trials_have_a_process_each(folders: Path, tmp_path: Path) -> None:
+    options = OPTIONS | {"ranks": [2], "seeds": [0], "learning_rates": [1e-3, 5e-3], "steps": 2}
+    study = rankscope.run(
+        model=str(folders / "model"), dataset=str(folders / "data.json"), out=tmp_path / "study", isolated=True,
+        sets=(*SETS, "measure.repeats=1"), **options,
+    )  # fmt: skip
+    assert unfinished(study) == []
+    jobs = [read_json(file)["packs"] for file in sorted((study.path / "packs").glob("*/job.json"))]
+    assert jobs == [{f"p{number:03d}": [trial.name]} for number, trial in enumerate(study.spec.trials())]
+    results = study.results()
+    assert (results["eval_seconds"] > 0).all()
+    profiles = study.profiles()
+    assert list(profiles["candidate"]) == ["r002-lr1e-3", "r002-lr5e-3", "r002-lr1e-3"]
+    assert list(profiles["control"]) == [False, False, True]
+    first, other, _ = profiles["runtime_seconds"]
+    assert first == other, "a rank is profiled once for all its learning rates"
 
 
 def test_two_runs_at_once_are_refused(study: Study) -> None:

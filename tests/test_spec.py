@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from rankscope.errors import StudyError
-from rankscope.spec import assemble, read_study_file, resolve_spec, set_value, write_yaml
+from rankscope.options import assemble, read_study_file, set_value
+from rankscope.spec import resolve_spec, write_yaml
 
 BASE = {"model": {"id": "a/model"}, "data": {"id": "a/dataset"}}
 STUDIES = [*Path("studies").glob("*.yaml"), Path("src/rankscope/demo/study.yaml")]
@@ -57,6 +58,46 @@ def test_scaling(alpha: object, rslora: bool, scaling: float) -> None:
     ],
 )
 def test_errors_name_the_field(values: dict, message: str) -> None:
+    with pytest.raises(StudyError) as caught:
+        resolve_spec(BASE | values)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("ranks", [[4, "full"], ["full", 4]])
+def test_full_among_the_ranks_is_the_reference(ranks: list[object]) -> None:
+    spec = assemble(BASE, {"ranks": ranks, "learning_rates": [3e-4, 1e-3], "seeds": [0, 7]})
+    assert (spec.ranks, spec.reference.full) == ((4,), True)
+    names = [trial.name for trial in spec.reference_trials()]
+    assert names == ["full-lr3e-5-s0", "full-lr1e-4-s0", "full-lr3e-5-s7", "full-lr1e-4-s7"]
+    assert resolve_spec(yaml.safe_load(write_yaml(spec))) == spec
+    assert len(spec.trials()) == 4
+
+
+def test_the_reference_s_own_learning_rates() -> None:
+    values = BASE | {"ranks": [4, "full"], "reference": {"learning_rates": 1e-6}, "seeds": [0]}
+    assert [trial.name for trial in resolve_spec(values).reference_trials()] == ["full-lr1e-6-s0"]
+    assert resolve_spec(BASE).reference_trials() == []
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"ranks": ["full"]}, "at least one number"),
+        ({"ranks": "full"}, "at least one number"),
+        ({"ranks": [4, "full", "full"]}, "listed twice: full"),
+        ({"ranks": [4, "ful"]}, "ranks.1"),
+        ({"ranks": [4, "full"], "reference": {"full": False}}, "reference.full is false"),
+        ({"ranks": [4, "full"], "reference": {"rates": [1e-5]}}, "reference.rates: unknown field"),
+        ({"ranks": [4, "full"], "reference": "yes"}, "reference"),
+        ({"reference": {"learning_rates": [1e-5]}}, "full is false"),
+        ({"reference": {"full": True, "learning_rates": []}}, "reference.learning_rates"),
+        ({"reference": {"full": True, "learning_rates": [-1.0]}}, "reference.learning_rates.0"),
+        ({"reference": {"full": True, "learning_rates": [1e-5, 1e-5]}}, "listed twice: 1e-05"),
+        ({"measure": {"forgetting": ""}}, "measure.forgetting"),
+        ({"measure": {"forgetting": "a.txt", "forgetting_rows": 0}}, "measure.forgetting_rows"),
+    ],
+)
+def test_nonsense_about_the_reference_and_forgetting(values: dict, message: str) -> None:
     with pytest.raises(StudyError) as caught:
         resolve_spec(BASE | values)
     assert message in str(caught.value)

@@ -41,7 +41,9 @@ StudyFile = Annotated[
 ]
 Model = Annotated[str | None, typer.Option(help="Base model: hub id or folder.")]
 Dataset = Annotated[str | None, typer.Option(help="Instruction data: hub id, or a JSON, JSONL, CSV or Parquet file.")]
-Ranks = Annotated[str | None, typer.Option(help="LoRA ranks, such as 8,128,256.")]
+Ranks = Annotated[
+    str | None, typer.Option(help="LoRA ranks, such as 8,128,256; full adds full fine-tuning, as a reference.")
+]
 Alpha = Annotated[str | None, typer.Option(help="lora_alpha: a number, or a multiple of the rank such as 2r.")]
 Rates = Annotated[str | None, typer.Option("--learning-rates", help="Such as 1e-4,3e-4.")]
 Seeds = Annotated[str | None, typer.Option(help="Such as 0,1,2: each candidate is trained with each seed.")]
@@ -54,6 +56,9 @@ Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:1.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32 or bfloat16, of the base model.")]
 Engine = Annotated[str | None, typer.Option(help="packed, or peft: one trial at a time by PEFT's own forward.")]
 Isolated = Annotated[bool | None, typer.Option("--isolated", help="Train every trial alone, in its own process.")]
+MaxMemory = Annotated[str | None, typer.Option(help="Recommend no rank that needs more GPU memory: 24GB.")]
+MaxRuntime = Annotated[str | None, typer.Option(help="Recommend no rank whose training takes longer: 2h.")]
+GpuMemory = Annotated[str | None, typer.Option(help="Plan for a GPU of this size, which need not be here: 24GB.")]
 Out = Annotated[Path | None, typer.Option(help="The study's directory. Default: its name.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any field: training.steps=200.")]
 Language = Annotated[str, typer.Option("--lang", help="Language of the report: en or ko.")]
@@ -87,6 +92,8 @@ def run(
     dtype: Dtype = None,
     engine: Engine = None,
     isolated: Isolated = None,
+    max_gpu_memory: MaxMemory = None,
+    max_runtime: MaxRuntime = None,
     out: Out = None,
     set_: Sets = None,
     lang: Language = "en",
@@ -140,46 +147,13 @@ def plan(
     isolated: Isolated = None,
     out: Out = None,
     set_: Sets = None,
+    gpu_memory: GpuMemory = None,
 ) -> None:
-    """Show what `run` would do: trials, parameters, packs and their memory. Nothing is trained, no study written."""
-    spec = _spec(study, set_, **{k: v for k, v in locals().items() if k not in ("study", "set_", "out")})
-    from rich.table import Table
+    """Show what `run` would do and take: packs, memory by part, time, what fits. Nothing is trained or written."""
+    spec = _spec(study, set_, **{k: v for k, v in locals().items() if k not in ("study", "set_", "out", "gpu_memory")})
+    from rankscope.preview import parse_gpu_memory, show_plan
 
-    from rankscope.lora.base import free_bytes, resolve_device
-    from rankscope.plan import divide_into_packs
-    from rankscope.report.formats import size
-    from rankscope.runner import describe_data, prepare_data
-    from rankscope.train.memory import BYTES_PER_PARAMETER, predict
-    from rankscope.train.pack import effective_batch_size, total_steps
-
-    prediction = predict(spec)
-    params, base = prediction.params, prediction.base_params
-    data = prepare_data(spec)
-    training = spec.training
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("candidate", "alpha", "scaling", "trainable parameters", "of the base", "adapter and optimizer"):
-        table.add_column(column, justify="left" if column == "candidate" else "right")
-    for candidate in spec.candidates():
-        count = params[candidate.name]
-        share, memory = f"{count / base:.2%}", size(count * BYTES_PER_PARAMETER)
-        table.add_row(
-            candidate.name, f"{candidate.lora_alpha:g}", f"{candidate.scaling:g}", f"{count:,}", share, memory
-        )
-    steps_in_all = total_steps(training, len(data.train))
-    free = free_bytes(resolve_device(spec.model.device))
-    packs = divide_into_packs(spec.trials(), prediction, free, training, data.train)
-    out_console.print(f"Model {spec.model.id}: {base:,} parameters", markup=False)
-    out_console.print(describe_data(data.facts), markup=False, soft_wrap=True)
-    out_console.print(table)
-    out_console.print(f"{len(spec.trials())} trials of {steps_in_all:,} steps in {len(packs)} packs:")
-    step_tokens = float(data.train.lengths.mean()) * effective_batch_size(training)
-    for number, trials in enumerate(packs):
-        peak = prediction.peak_bytes(trials, free, len(trials) * step_tokens)
-        fits = "" if peak <= free else f", more than the {size(free)} that are free"
-        names = ", ".join(trial.name for trial in trials)
-        out_console.print(f"  p{number:03d}  {names}: about {size(peak)}{fits}", markup=False, soft_wrap=True)
-    if prediction.reason:
-        out_console.print(f"Without activations, which cannot be predicted: {prediction.reason}", markup=False)
+    show_plan(spec, out_console, parse_gpu_memory(gpu_memory))
 
 
 @app.command()
@@ -220,7 +194,7 @@ def doctor() -> None:
 
 def _spec(study: Path | None, sets: list[str] | None, **options: Any) -> "StudySpec":
     """The study that the arguments ask for."""
-    from rankscope.spec import assemble, read_study_file
+    from rankscope.options import assemble, read_study_file
 
     for name in ("ranks", "learning_rates", "seeds", "target_modules"):
         if isinstance(options.get(name), str) and options[name] != "all-linear":
@@ -258,6 +232,7 @@ def _print_results(study: "Study") -> None:
     from rich.table import Table
 
     from rankscope.report.catalogue import load
+    from rankscope.report.costs import noise_sentence
     from rankscope.report.formats import duration, known, loss, signed, size
     from rankscope.report.tables import by_candidate, has_gpu
 
@@ -282,6 +257,9 @@ def _print_results(study: "Study") -> None:
         cells = [show(row[field]) if known(row[field]) else "–" for field, show in shown.values()]
         table.add_row(row["candidate"], *cells)
     out_console.print(table)
+    noise = noise_sentence(evidence.profiles, load("en"))
+    if noise:
+        out_console.print(noise, markup=False, soft_wrap=True)
     if not gpu:
         out_console.print("No GPU was used, so there is no GPU memory to show.")
 

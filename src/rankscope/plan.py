@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from rankscope.data.tokens import Tokens
-from rankscope.files import read_json
-from rankscope.spec import Candidate, TrainingSpec, Trial
+from rankscope.spec import FullTrial, TrainingSpec, Trial
 from rankscope.study import Study
 from rankscope.train.memory import FULL_STEP_TOKENS, Prediction
 from rankscope.train.pack import effective_batch_size
@@ -19,9 +18,9 @@ FINISHED = ("done", "diverged")
 
 
 class ProfileJob(NamedTuple):
-    """One repeat of one candidate's profile."""
+    """One repeat of one of `Study.profiled`."""
 
-    candidate: Candidate
+    profile: str
     repeat: int
 
 
@@ -61,22 +60,22 @@ def missing_trials(study: Study) -> list[Trial]:
     return [trial for trial in study.spec.trials() if study.trial_record(trial)["status"] not in FINISHED]
 
 
+def missing_reference(study: Study) -> list[FullTrial]:
+    """Trials of full fine-tuning without a result yet."""
+    return [trial for trial in study.spec.reference_trials() if study.trial_record(trial)["status"] not in FINISHED]
+
+
 def missing_profiles(study: Study) -> list[ProfileJob]:
-    """Repeats not yet measured: repeat by repeat, the candidates of each in a random order.
+    """Repeats not yet measured: repeat by repeat, in each all candidates and the control in a random order.
 
     Interleaved, so that a drift of the machine does not look like an effect of rank; the order is the same each time
     for one study.
     """
     if not study.spec.measure.profiles:
         return []
+    done = {name: len(study.profile_repeats(name)) for name in study.profiled()}
     jobs = []
     for repeat in range(study.spec.measure.repeats):
-        candidates = study.spec.candidates()
-        random.Random(repeat).shuffle(candidates)
-        jobs += [ProfileJob(candidate, repeat) for candidate in candidates if repeat >= _repeats_done(study, candidate)]
+        order = random.Random(repeat).sample(list(done), len(done))
+        jobs += [ProfileJob(name, repeat) for name in order if repeat >= done[name]]
     return jobs
-
-
-def _repeats_done(study: Study, candidate: Candidate) -> int:
-    file = study.profile_file(candidate)
-    return len(read_json(file)["repeats"]) if file.exists() else 0

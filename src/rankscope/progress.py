@@ -18,7 +18,7 @@ from rich.text import Text
 
 from rankscope.report.catalogue import load
 from rankscope.report.formats import duration
-from rankscope.spec import Trial
+from rankscope.spec import AnyTrial, FullTrial, Trial
 from rankscope.study import Study
 
 LINE_EVERY_SECONDS = 15.0
@@ -80,7 +80,13 @@ class TerminalProgress:
         self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def training(self, study: Study, pack: str, trials: Sequence[Trial], steps: int) -> None:
-        self._title = f"Pack {pack}: {len(trials)} trials, {steps} steps"
+        self._begin(f"Pack {pack}: {len(trials)} trials, {steps} steps", study, trials, steps)
+
+    def reference(self, study: Study, trial: FullTrial, steps: int) -> None:
+        self._begin(f"Full fine-tuning, {trial.name}: {steps} steps", study, [trial], steps)
+
+    def _begin(self, title: str, study: Study, trials: Sequence[AnyTrial], steps: int) -> None:
+        self._title = title
         self._trials = [(trial.name, Follower(study.trial_folder(trial) / "metrics.jsonl")) for trial in trials]
         self._steps, self._start, self._measuring = steps, time.monotonic(), ""
         self.say(self._title)

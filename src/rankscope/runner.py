@@ -12,16 +12,19 @@ from typing import Any, Protocol
 from rankscope import demo
 from rankscope.analysis.verdict import conclude
 from rankscope.data.cache import prepare_cached
+from rankscope.data.general import with_general_text
 from rankscope.data.tokens import TokenizedData, load, save
 from rankscope.errors import RankscopeError
 from rankscope.files import write_json
+from rankscope.forecast import forecast
 from rankscope.launch.local import run_locally
 from rankscope.lora.base import free_bytes, load_config, load_tokenizer, resolve_device, resolve_dtype
 from rankscope.measure.machine import hardware, versions
-from rankscope.plan import divide_into_packs, missing_profiles, missing_trials
+from rankscope.options import assemble
+from rankscope.plan import divide_into_packs, missing_profiles, missing_reference, missing_trials
 from rankscope.report import build
 from rankscope.report.formats import size
-from rankscope.spec import EMBEDDED, StudySpec, Trial, assemble
+from rankscope.spec import EMBEDDED, AnyTrial, FullTrial, StudySpec, Trial
 from rankscope.study import Study
 from rankscope.train.memory import Prediction, predict
 
@@ -35,6 +38,10 @@ class Progress(Protocol):
 
     def training(self, study: Study, pack: str, trials: Sequence[Trial], steps: int) -> None:
         """A pack begins."""
+        ...
+
+    def reference(self, study: Study, trial: FullTrial, steps: int) -> None:
+        """A trial of full fine-tuning begins."""
         ...
 
     def measuring(self, done: int, total: int, name: str) -> None:
@@ -57,7 +64,7 @@ def run(
     """Runs a study from its question to its report, and returns it.
 
     `options` are those of the command line: `model`, `dataset`, `ranks`, `learning_rates`, `seeds`, `alpha`, `steps`,
-    and the others of `rankscope.spec.OPTION_FIELDS`; `study` is a mapping like a study's YAML, which they override.
+    and the others of `rankscope.options.OPTION_FIELDS`; `study` is a mapping like a study's YAML, which they override.
     `out` is the study's directory (default: its name). On a directory that holds the same study only what is missing
     is done.
 
@@ -85,8 +92,12 @@ def run_study(spec: StudySpec, out: Path, progress: Progress, language: str = "e
         progress.say(describe_data(data.facts))
         if not (study.path / "machine.json").exists():
             write_json(study.path / "machine.json", describe_machine(spec, prediction.base_params))
+        if not (study.path / "prediction.json").exists():
+            found = forecast(spec, prediction, data, free_bytes(resolve_device(spec.model.device)))
+            write_json(study.path / "prediction.json", found.describe(prediction))
         train(study, data, prediction, progress)
         measure(study, progress)
+        train_reference(study, data, progress)
         finish(study, language)
     return study
 
@@ -98,8 +109,12 @@ def prepare_data(spec: StudySpec) -> TokenizedData:
     changes: dict[str, Any] = {"max_length": min(spec.data.max_length, positions)}
     if spec.data.id == EMBEDDED:
         changes["id"] = str(demo.data_path())
-    data = prepare_cached(spec.data.model_copy(update=changes), load_tokenizer(spec.model), config.vocab_size)
-    return TokenizedData(data.train, data.eval, data.facts | {"id": spec.data.id})
+    tokenizer, measured = load_tokenizer(spec.model), spec.measure
+    data = prepare_cached(spec.data.model_copy(update=changes), tokenizer, config.vocab_size)
+    data = TokenizedData(data.train, data.eval, data.facts | {"id": spec.data.id})
+    if measured.forgetting is None:
+        return data
+    return with_general_text(data, measured.forgetting, measured.forgetting_rows, tokenizer, config.vocab_size)
 
 
 def describe_data(facts: Mapping[str, Any]) -> str:
@@ -126,7 +141,7 @@ def describe_machine(spec: StudySpec, parameters: int) -> dict[str, Any]:
 def train(study: Study, data: TokenizedData, prediction: Prediction, progress: Progress) -> None:
     """Trains the trials that have no result yet: packs one after the other in one process, which loads the model once.
 
-    A pack that ends its process is recorded, and those after it go on in a new one.
+    A pack that ends its process is recorded, and those after it go on in a new one. Isolated trials have one each.
     """
     from rankscope.train.pack import total_steps
 
@@ -140,13 +155,15 @@ def train(study: Study, data: TokenizedData, prediction: Prediction, progress: P
         for trial in trials:  # what a run that was stopped left behind; gone before anyone follows the new files
             shutil.rmtree(study.trial_folder(trial), ignore_errors=True)
     while packs:
-        teller = _Teller(study, packs, steps, progress)
-        job = {"kind": "packs", "packs": {pack: [trial.name for trial in packs[pack]] for pack in packs}}
-        error = run_locally(study.path, job, study.path / "packs" / next(iter(packs)), teller.poll)
+        here = dict(list(packs.items())[:1]) if training.isolated else packs
+        teller = _Teller(study, here, steps, progress)
+        job = {"kind": "packs", "packs": {pack: [trial.name for trial in here[pack]] for pack in here}}
+        error = run_locally(study.path, job, study.path / "packs" / next(iter(here)), teller.poll)
         teller.poll()
         if error is not None and error.exit_code in (2, 3):  # the study, the model or the data: all packs would fail
             raise error
-        packs = _after(study, packs, error, progress)
+        left = _after(study, here, error, progress)
+        packs = {pack: trials for pack, trials in packs.items() if pack in left or pack not in here}
 
 
 class _Teller:
@@ -207,15 +224,30 @@ def measure(study: Study, progress: Progress) -> None:
     """Measures the profiles that are missing, each repeat in a process of its own."""
     jobs = missing_profiles(study)
     failed: set[str] = set()
-    for number, (candidate, repeat) in enumerate(jobs):
-        if candidate.name in failed:
+    for number, (name, repeat) in enumerate(jobs):
+        if name in failed:
             continue
-        progress.measuring(number, len(jobs), candidate.name)
-        job = {"kind": "profile", "candidate": candidate.name, "repeat": repeat}
-        error = run_locally(study.path, job, study.path / "profiles" / "jobs" / candidate.name, progress.poll)
+        progress.measuring(number, len(jobs), name)
+        job = {"kind": "profile", "profile": name, "repeat": repeat}
+        error = run_locally(study.path, job, study.path / "profiles" / "jobs" / name, progress.poll)
         if error is not None:
-            failed.add(candidate.name)
-            progress.say(f"profile of {candidate.name} did not finish: {error}")
+            failed.add(name)
+            progress.say(f"profile of {name} did not finish: {error}")
+
+
+def train_reference(study: Study, data: TokenizedData, progress: Progress) -> None:
+    """Trains what is missing of full fine-tuning, each trial in a process of its own; one that fails ends no study."""
+    from rankscope.train.pack import total_steps
+
+    steps = total_steps(study.spec.training, len(data.train))
+    for trial in missing_reference(study):
+        folder = study.trial_folder(trial)
+        shutil.rmtree(folder, ignore_errors=True)  # what a run that was stopped left behind
+        progress.reference(study, trial, steps)
+        error = run_locally(study.path, {"kind": "reference", "trial": trial.name}, folder, progress.poll)
+        study.settle(trial, "failed", error.what if error else "its process ended before this trial did")
+        if error is not None:
+            progress.say(f"{trial.name} did not finish: {error}")
 
 
 def finish(study: Study, language: str = "en") -> Path:
@@ -231,9 +263,13 @@ def reproduce_command(spec: StudySpec) -> str:
     return f"rankscope run study.yaml --out {shlex.quote(spec.name)}"
 
 
-def unfinished(study: Study) -> list[Trial]:
-    """Trials that did not end as `done`."""
-    return [trial for trial in study.spec.trials() if study.trial_record(trial)["status"] != "done"]
+def unfinished(study: Study) -> list[AnyTrial]:
+    """Trials, also of the reference, that did not end as `done`."""
+    return [trial for trial in _all_trials(study) if study.trial_record(trial)["status"] != "done"]
+
+
+def _all_trials(study: Study) -> list[AnyTrial]:
+    return [*study.spec.trials(), *study.spec.reference_trials()]
 
 
 def mark_interrupted(path: Path) -> None:
@@ -241,7 +277,7 @@ def mark_interrupted(path: Path) -> None:
     if not (path / "study.yaml").exists():
         return
     study = Study.open(path)
-    for trial in study.spec.trials():
+    for trial in _all_trials(study):
         if study.trial_record(trial)["status"] == "running":
             study.settle(trial, "interrupted", "interrupted by the user")
 
@@ -251,5 +287,6 @@ class _Silent:
 
     def say(self, message: str) -> None: ...
     def training(self, study: Study, pack: str, trials: Sequence[Trial], steps: int) -> None: ...
+    def reference(self, study: Study, trial: FullTrial, steps: int) -> None: ...
     def measuring(self, done: int, total: int, name: str) -> None: ...
     def poll(self) -> None: ...

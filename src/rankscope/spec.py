@@ -6,12 +6,11 @@ A `StudySpec` is complete: every default is written out in the study's directory
 what was done. Names follow PEFT and transformers where they have one.
 """
 
-import copy
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from itertools import product
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
@@ -27,6 +26,7 @@ from pydantic import (
 )
 
 from rankscope.errors import StudyError
+from rankscope.units import parse_bytes, parse_seconds
 
 EMBEDDED = "embedded"
 """As model.id or data.id: the small pretrained model, or the real code, that come with rankscope."""
@@ -142,6 +142,10 @@ class MeasureSpec(_Frozen):
     """Fresh processes for each candidate, interleaved with those of the others."""
     warmup_steps: int = Field(default=2, ge=0)
     steps: PositiveInt = 8
+    forgetting: str | None = Field(default=None, min_length=1)
+    """General text, whose loss is taken before and after training: a .txt file, or data with a `text` column."""
+    forgetting_rows: PositiveInt = 64
+    """At most so many sequences of it, each of at most `data.max_length` tokens."""
 
 
 class VerdictSpec(_Frozen):
@@ -150,6 +154,49 @@ class VerdictSpec(_Frozen):
     margin: PositiveFloat = 0.01
     """A rank is good enough when its regret is below this share of the best candidate's loss."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1.0)
+    max_gpu_memory: Annotated[PositiveInt, BeforeValidator(parse_bytes)] | None = None
+    """In bytes, or as `24GB`: a rank that needs more is not recommended."""
+    max_runtime: Annotated[PositiveFloat, BeforeValidator(parse_seconds)] | None = None
+    """Of one trial, trained alone; in seconds, or as `2h`: a rank that needs more is not recommended."""
+
+
+FULL = "full"
+"""Among the ranks: full fine-tuning, as the reference."""
+
+LORA_RATE_OVER_FULL = 10
+"""How much higher LoRA's best learning rate is than full fine-tuning's: about tenfold at every rank, model and data
+set in Schulman et al. 2025, "LoRA Without Regret" (https://thinkingmachines.ai/blog/lora/)."""
+
+
+class ReferenceSpec(_Frozen):
+    """Full fine-tuning, every weight of the model, on the same batches: what the candidates' regret is held against."""
+
+    full: bool = False
+    learning_rates: Annotated[tuple[PositiveFloat, ...], BeforeValidator(_as_list), Field(min_length=1)] | None = None
+    """Default: a tenth of each candidate learning rate, since full fine-tuning needs lower ones."""
+
+    @model_validator(mode="after")
+    def _rates_need_full(self) -> Self:
+        if self.learning_rates is not None and not self.full:
+            raise ValueError("learning_rates are given, but full is false: nothing would be trained at them")
+        _unique(self.learning_rates or ())
+        return self
+
+
+class FullTrial(_Frozen):
+    """Full fine-tuning at one learning rate with one seed."""
+
+    learning_rate: PositiveFloat
+    seed: int = Field(ge=0)
+
+    @property
+    def candidate_name(self) -> str:
+        """A file name such as `full-lr2e-5`."""
+        return f"{FULL}-lr{_short(self.learning_rate)}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.candidate_name}-s{self.seed}"
 
 
 class Candidate(_Frozen):
@@ -185,6 +232,10 @@ class Trial(_Frozen):
         return f"{self.candidate.name}-s{self.seed}"
 
 
+AnyTrial = Trial | FullTrial
+"""What is trained to its end: a trial of a candidate, or of the reference."""
+
+
 class StudySpec(_Frozen):
     """One question: a model, data, candidates, seeds and a recipe."""
 
@@ -200,8 +251,29 @@ class StudySpec(_Frozen):
     )
     adapter: AdapterSpec = AdapterSpec()
     training: TrainingSpec = TrainingSpec()
+    reference: ReferenceSpec = ReferenceSpec()
     measure: MeasureSpec = MeasureSpec()
     verdict: VerdictSpec = VerdictSpec()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _full_is_the_reference(cls, values: Any) -> Any:
+        """`full` among the ranks asks for the reference: a candidate's rank is always a number."""
+        ranks = _as_list(values.get("ranks")) if isinstance(values, Mapping) else None
+        if not isinstance(ranks, list | tuple) or FULL not in ranks:
+            return values
+        numbers = [rank for rank in ranks if rank != FULL]
+        reference = values.get("reference") or {}
+        if isinstance(reference, ReferenceSpec):
+            reference = reference.model_dump(exclude_defaults=True)
+        if len(ranks) - len(numbers) > 1:
+            raise ValueError(f"ranks: listed twice: {FULL}")
+        if not numbers:
+            raise ValueError(f"ranks: {FULL} is what ranks are held against: give at least one number beside it")
+        if isinstance(reference, Mapping) and reference.get("full") is False:
+            raise ValueError(f"ranks: {FULL} is among them, but reference.full is false")
+        wanted = {**reference, "full": True} if isinstance(reference, Mapping) else reference
+        return {**values, "ranks": numbers, "reference": wanted}
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> Self:
@@ -226,9 +298,21 @@ class StudySpec(_Frozen):
         """Every candidate with every seed, in a fixed order."""
         return [Trial(candidate=candidate, seed=seed) for seed in self.seeds for candidate in self.candidates()]
 
+    def reference_trials(self) -> list[FullTrial]:
+        """Full fine-tuning at each of its learning rates with every seed; none where it was not asked for."""
+        if not self.reference.full:
+            return []
+        rates = self.reference.learning_rates or [_divided(r, LORA_RATE_OVER_FULL) for r in self.learning_rates]
+        return [FullTrial(learning_rate=rate, seed=seed) for seed in self.seeds for rate in sorted(rates)]
+
 
 def _alpha(alpha: float | str, rank: int) -> float:
     return float(alpha.removesuffix("r")) * rank if isinstance(alpha, str) else alpha
+
+
+def _divided(value: float, divisor: int) -> float:
+    """In decimal, so that a tenth of 3e-4 is 3e-5 and not 2.9999999999999997e-5."""
+    return float(Decimal(str(value)) / divisor)
 
 
 def _short(value: float) -> str:
@@ -276,109 +360,6 @@ def _known_fields(path: Sequence[Any]) -> list[str]:
     return sorted(getattr(model, "model_fields", {}))
 
 
-def read_study_file(path: Path) -> dict[str, Any]:
-    """Reads a study's YAML as a mapping, not yet validated.
-
-    Raises:
-        StudyError: the file is missing, is not YAML, or is not a mapping.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise StudyError(f"{path}: no such study file", "Give the path of a .yaml file, or use --model.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise StudyError(f"{path}: cannot be read: {error}", "Check that it is a readable UTF-8 file.") from None
-    except yaml.YAMLError as error:
-        raise StudyError(f"{path}: not valid YAML: {error}", "Correct the file at that line.") from None
-    if not isinstance(values, dict):
-        raise StudyError(f"{path}: expected fields such as model and data, found {type(values).__name__}")
-    return values
-
-
 def write_yaml(spec: StudySpec) -> str:
     """The complete study as YAML text; `resolve_spec(yaml.safe_load(text))` gives the same study."""
     return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def set_value(values: dict[str, Any], assignment: str) -> None:
-    """Applies one `--set training.steps=200` to a nested mapping, in place; the value is read as YAML.
-
-    Raises:
-        StudyError: it is not KEY=VALUE, or the value is not YAML.
-    """
-    key, equals, text = assignment.partition("=")
-    if not equals or not key:
-        raise StudyError(f"--set {assignment}: expected KEY=VALUE", "For example --set training.steps=200.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise StudyError(f"--set {assignment}: the value is not valid YAML", "Put it in quotes.") from None
-    set_field(values, key, value)
-
-
-def set_field(values: dict[str, Any], key: str, value: Any) -> None:
-    """Sets `training.steps` in a nested mapping, in place."""
-    *parents, last = key.split(".")
-    target = values
-    for parent in parents:
-        target = target.setdefault(parent, {})
-        if not isinstance(target, dict):
-            raise StudyError(f"{key}: {parent} is not a group of fields")
-    target[last] = value
-
-
-OPTION_FIELDS = {
-    "name": "name",
-    "model": "model.id",
-    "revision": "model.revision",
-    "dtype": "model.dtype",
-    "device": "model.device",
-    "dataset": "data.id",
-    "max_length": "data.max_length",
-    "loss_on": "data.loss_on",
-    "ranks": "ranks",
-    "learning_rates": "learning_rates",
-    "seeds": "seeds",
-    "alpha": "adapter.alpha",
-    "target_modules": "adapter.target_modules",
-    "lora_dropout": "adapter.lora_dropout",
-    "use_rslora": "adapter.use_rslora",
-    "steps": "training.steps",
-    "epochs": "training.epochs",
-    "batch_size": "training.batch_size",
-    "engine": "training.engine",
-    "isolated": "training.isolated",
-}
-"""The options of the command line and of `rankscope.run`, and the field each one sets."""
-
-
-def assemble(values: Mapping[str, Any], options: Mapping[str, Any], assignments: Sequence[str] = ()) -> StudySpec:
-    """A study from a file's values, options over them (None means not given), and `--set` assignments over both.
-
-    Raises:
-        StudyError: an option or field is unknown or wrong.
-    """
-    merged = copy.deepcopy(dict(values))
-    for option, value in options.items():
-        if option not in OPTION_FIELDS:
-            near = difflib.get_close_matches(option, OPTION_FIELDS, n=1)
-            raise StudyError(f"{option}: unknown option" + (f"; did you mean {near[0]}?" if near else ""))
-        if value is not None:
-            set_field(merged, OPTION_FIELDS[option], value)
-    training = merged.get("training")
-    if isinstance(training, dict):  # a length given by option replaces the file's
-        if options.get("steps") is not None and options.get("epochs") is None:
-            training.pop("epochs", None)
-        if options.get("epochs") is not None and options.get("steps") is None:
-            training.pop("steps", None)
-    for assignment in assignments:
-        set_value(merged, assignment)
-    if "name" not in merged:
-        merged["name"] = _default_name(merged)
-    return resolve_spec(merged)
-
-
-def _default_name(values: Mapping[str, Any]) -> str:
-    parts = [values.get(group, {}).get("id", "") for group in ("model", "data")]
-    words = [re.sub(r"[^A-Za-z0-9._-]+", "-", Path(part).stem).strip("-._") for part in parts if isinstance(part, str)]
-    return "-".join(word for word in words if word)[:100] or "study"

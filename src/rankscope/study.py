@@ -4,9 +4,12 @@
       study.yaml                  the question, resolved and complete
       machine.json                hardware, versions, model (its fingerprint is in trial.json, the data's in facts.json)
       data/                       tokens.safetensors, facts.json (what every trial reads)
+      prediction.json             memory and time of each candidate, told before anything was trained
       trials/r008-lr2e-4-s0/      trial.json, metrics.jsonl, eval.json, adapter/
+      reference/full-lr2e-5-s0/   of full fine-tuning: the same files without weights, and job.json, log.txt
       packs/p000/                 job.json, log.txt
-      profiles/r008-lr2e-4.json   time and memory of each repeat, with samples
+      profiles/r008.json          time and memory of each repeat of a rank's profile, with samples
+      profiles/control.json       the same of the lowest rank, measured twice over: the noise of every cost
       verdict.json
       report/                     index.html, report.md, results.csv, results.parquet, figures/
 
@@ -15,10 +18,11 @@ Each file has one writer. The tables below are tidy pandas DataFrames, whose col
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import yaml
@@ -26,12 +30,15 @@ from filelock import FileLock, Timeout
 
 from rankscope.errors import StudyDirectoryError, StudyError
 from rankscope.files import read_json, read_jsonl, write_atomic, write_json
-from rankscope.spec import Candidate, StudySpec, Trial, resolve_spec, write_yaml
+from rankscope.spec import AnyTrial, Candidate, StudySpec, Trial, resolve_spec, write_yaml
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA = 1
+
+CONTROL = "control"
+"""The name of the profile that measures the first candidate once more."""
 
 
 class Evidence(NamedTuple):
@@ -45,6 +52,12 @@ class Evidence(NamedTuple):
     examples: "pd.DataFrame"
     machine: dict[str, Any]
     data_facts: dict[str, Any]
+    reference: "pd.DataFrame"
+    """`Study.reference_examples()`: empty where the study has no reference."""
+    prediction: Mapping[str, Any] = MappingProxyType({})
+    """See `Study.prediction`."""
+    reference_results: "pd.DataFrame | None" = None
+    """`Study.reference_results()`; None is the same as an empty table."""
 
 
 class Study:
@@ -96,13 +109,27 @@ class Study:
             raise StudyError(f"{file}: damaged: {error}", "Restore the file, or run the study anew.") from None
         return cls(path, resolve_spec(values if isinstance(values, dict) else {}, source=str(file)))
 
-    def trial_folder(self, trial: Trial) -> Path:
-        return self.path / "trials" / trial.name
+    def trial_folder(self, trial: AnyTrial) -> Path:
+        return self.path / ("trials" if isinstance(trial, Trial) else "reference") / trial.name
 
-    def profile_file(self, candidate: Candidate) -> Path:
-        return self.path / "profiles" / f"{candidate.name}.json"
+    def profiled(self) -> dict[str, Candidate]:
+        """What is profiled, by name: each rank once, since its cost does not depend on the learning rate, and the
+        lowest rank once more as the control.
+        """
+        first: dict[str, Candidate] = {}
+        for candidate in self.spec.candidates():
+            first.setdefault(f"r{candidate.rank:03d}", candidate)
+        return first | {CONTROL: next(iter(first.values()))}
 
-    def trial_record(self, trial: Trial) -> dict[str, Any]:
+    def profile_file(self, name: str) -> Path:
+        return self.path / "profiles" / f"{name}.json"
+
+    def profile_repeats(self, name: str) -> list[dict[str, Any]]:
+        """The repeats measured so far: see `rankscope.measure.profile.profile_candidate`."""
+        file = self.profile_file(name)
+        return list(read_json(file)["repeats"]) if file.exists() else []
+
+    def trial_record(self, trial: AnyTrial) -> dict[str, Any]:
         """trial.json, or `{"status": "pending"}` before the trial has begun.
 
         A status is one of pending, running, done, diverged, oom, failed, interrupted.
@@ -137,7 +164,7 @@ class Study:
         finally:
             lock.release()
 
-    def settle(self, trial: Trial, status: str, reason: str, pack: str | None = None) -> None:
+    def settle(self, trial: AnyTrial, status: str, reason: str, pack: str | None = None) -> None:
         """Ends a trial that did not end by itself: one that is pending or running gets `status` and `reason`."""
         record = self.trial_record(trial)
         if record["status"] not in ("pending", "running"):
@@ -154,6 +181,12 @@ class Study:
     def data_facts(self) -> dict[str, Any]:
         return read_json(self.path / "data" / "facts.json")
 
+    @property
+    def prediction(self) -> dict[str, Any]:
+        """prediction.json: see `rankscope.forecast.StudyForecast.describe`; empty where there is none."""
+        file = self.path / "prediction.json"
+        return read_json(file) if file.exists() else {}
+
     @cached_property
     def verdict(self) -> dict[str, Any]:
         """verdict.json: see `rankscope.analysis.verdict.Verdict`."""
@@ -162,33 +195,43 @@ class Study:
     def results(self) -> "pd.DataFrame":
         """One row a trial: `trial candidate rank learning_rate lora_alpha scaling use_rslora target_modules seed
         status reason engine pack steps tokens trainable_params adapter_bytes train_loss eval_loss eval_perplexity
-        eval_accuracy train_seconds tokens_per_second`.
+        eval_accuracy general_loss_before general_loss_after train_seconds eval_seconds tokens_per_second`.
 
         `train_loss` is the mean over the last tenth of the steps, `eval_loss` the final held-out loss (nats a label
-        token); both are NaN for a trial that did not finish. `tokens_per_second` counts the trial's own tokens over
-        the time of the pack it shared.
+        token); both are NaN for a trial that did not finish. `train_seconds` is the time of its pack's steps,
+        `eval_seconds` of its evaluations; loading and saving are in neither. `tokens_per_second` counts the trial's own
+        tokens over the time of the pack it shared. `general_loss_…` is the loss on `measure.forgetting` before training
+        and after (nats a token); NaN without one.
         """
         import pandas as pd
 
-        rows = []
-        for trial in self.spec.trials():
-            record = self.trial_record(trial)
-            rows.append(
-                {
-                    **_identity(trial),
-                    "lora_alpha": trial.candidate.lora_alpha,
-                    "scaling": trial.candidate.scaling,
-                    "use_rslora": trial.candidate.use_rslora,
-                    "target_modules": _modules(trial.candidate),
-                    "status": record["status"],
-                    "reason": record.get("reason"),
-                    "engine": record.get("engine"),
-                    "pack": record.get("pack"),
-                    **{name: (record.get("results") or {}).get(name) for name in RESULT_FIELDS},
-                }
-            )
-        frame = pd.DataFrame(rows)
+        rows = [
+            {
+                **_identity(trial),
+                "lora_alpha": trial.candidate.lora_alpha,
+                "scaling": trial.candidate.scaling,
+                "use_rslora": trial.candidate.use_rslora,
+                "target_modules": _modules(trial.candidate),
+                **self._outcome(trial),
+            }
+            for trial in self.spec.trials()
+        ]
+        return pd.DataFrame(rows).astype(dict.fromkeys(RESULT_FIELDS, "float64"))
+
+    def reference_results(self) -> "pd.DataFrame":
+        """The columns of `results()` that say something of full fine-tuning, one row a trial; the rank is 0. Empty
+        where the study has no reference.
+        """
+        import pandas as pd
+
+        rows = [{**_identity(trial), **self._outcome(trial)} for trial in self.spec.reference_trials()]
+        frame = pd.DataFrame(rows, columns=[*IDENTITY_FIELDS, *OUTCOME_FIELDS, *RESULT_FIELDS])
         return frame.astype(dict.fromkeys(RESULT_FIELDS, "float64"))
+
+    def _outcome(self, trial: AnyTrial) -> dict[str, Any]:
+        record = self.trial_record(trial)
+        results = record.get("results") or {}
+        return {name: record.get(name) for name in OUTCOME_FIELDS} | {name: results.get(name) for name in RESULT_FIELDS}
 
     def curves(self) -> "pd.DataFrame":
         """One row a step of a trial: `trial candidate rank learning_rate seed step epoch train_loss eval_loss
@@ -211,10 +254,17 @@ class Study:
         """One row a held-out example of a finished trial: `trial candidate rank learning_rate seed example loss
         label_tokens correct_tokens` (`loss` is the mean over the example's label tokens, in nats).
         """
+        return self._examples(self.spec.trials())
+
+    def reference_examples(self) -> "pd.DataFrame":
+        """The same of full fine-tuning, whose rank is 0."""
+        return self._examples(self.spec.reference_trials())
+
+    def _examples(self, trials: Sequence[AnyTrial]) -> "pd.DataFrame":
         import pandas as pd
 
         frames = []
-        for trial in self.spec.trials():
+        for trial in trials:
             file = self.trial_folder(trial) / "eval.json"
             if file.exists() and self.trial_record(trial)["status"] == "done":
                 frames.append(pd.DataFrame({**_identity(trial), **read_json(file)["examples"]}))
@@ -222,36 +272,39 @@ class Study:
         return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
 
     def profiles(self) -> "pd.DataFrame":
-        """One row a repeat of a candidate's profile: `candidate rank learning_rate repeat` and the fields of
-        `rankscope.measure.profile.ProfileSummary`; empty where nothing was profiled.
+        """One row a repeat of a candidate's profile: `candidate rank learning_rate repeat control` and the columns of
+        `rankscope.measure.profile.profile_candidate`'s summary; empty where nothing was profiled.
+
+        A rank is profiled once, so that its learning rates have the same numbers. Rows with `control` are those of the
+        second profile of the first candidate: what differs between them and its own is noise.
         """
         import pandas as pd
 
         rows = [
-            {**_candidate_identity(candidate), "repeat": number, **repeat["summary"]}
-            for candidate, number, repeat in self._repeats()
+            {**_candidate_identity(candidate), "repeat": number, "control": name == CONTROL, **repeat["summary"]}
+            for name, measured in self.profiled().items()
+            for candidate in self.spec.candidates()
+            if candidate == measured or (candidate.rank == measured.rank and name != CONTROL)
+            for number, repeat in enumerate(self.profile_repeats(name))
         ]
-        return pd.DataFrame(rows)
+        frame = pd.DataFrame(rows)
+        numbers = [name for name in frame if str(name).endswith(("_bytes", "_per_token"))]  # None without a GPU
+        return frame.astype(dict.fromkeys(numbers, "float64"))
 
     def samples(self) -> "pd.DataFrame":
         """One row a memory sample: `candidate rank learning_rate repeat phase step seconds rss_bytes
-        gpu_allocated_bytes gpu_reserved_bytes` (`phase`: load, warmup, train or eval; GPU columns are NaN without one).
+        gpu_allocated_bytes gpu_reserved_bytes gpu_nvml_bytes` (`phase`: load, warmup, train or eval; GPU columns are
+        NaN without one). Of each rank the candidate that was measured; the control's are left out.
         """
         import pandas as pd
 
         frames = [
             pd.DataFrame({**_candidate_identity(candidate), "repeat": number, **repeat["samples"]})
-            for candidate, number, repeat in self._repeats()
+            for name, candidate in self.profiled().items()
+            if name != CONTROL
+            for number, repeat in enumerate(self.profile_repeats(name))
         ]
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
-
-    def _repeats(self) -> list[tuple[Candidate, int, dict[str, Any]]]:
-        return [
-            (candidate, number, repeat)
-            for candidate in self.spec.candidates()
-            if self.profile_file(candidate).exists()
-            for number, repeat in enumerate(read_json(self.profile_file(candidate))["repeats"])
-        ]
 
     def evidence(self) -> Evidence:
         """Reads everything once."""
@@ -264,10 +317,14 @@ class Study:
             examples=self.examples(),
             machine=self.machine,
             data_facts=self.data_facts,
+            prediction=self.prediction,
+            reference=self.reference_examples(),
+            reference_results=self.reference_results(),
         )
 
 
 IDENTITY_FIELDS = ("trial", "candidate", "rank", "learning_rate", "seed")
+OUTCOME_FIELDS = ("status", "reason", "engine", "pack")
 RESULT_FIELDS = (
     "steps",
     "tokens",
@@ -277,7 +334,10 @@ RESULT_FIELDS = (
     "eval_loss",
     "eval_perplexity",
     "eval_accuracy",
+    "general_loss_before",
+    "general_loss_after",
     "train_seconds",
+    "eval_seconds",
     "tokens_per_second",
 )
 CURVE_FIELDS = (
@@ -293,8 +353,11 @@ CURVE_FIELDS = (
 )
 
 
-def _identity(trial: Trial) -> dict[str, Any]:
-    return {"trial": trial.name, **_candidate_identity(trial.candidate), "seed": trial.seed}
+def _identity(trial: AnyTrial) -> dict[str, Any]:
+    if isinstance(trial, Trial):
+        return {"trial": trial.name, **_candidate_identity(trial.candidate), "seed": trial.seed}
+    names = {"trial": trial.name, "candidate": trial.candidate_name}
+    return names | {"rank": 0, "learning_rate": trial.learning_rate, "seed": trial.seed}
 
 
 def _candidate_identity(candidate: Candidate) -> dict[str, Any]:

@@ -14,7 +14,7 @@ BLOCK = 200_000_000
 def test_samples_see_a_block_that_is_held() -> None:
     with MemorySampler(torch.device("cpu")) as sampler:
         time.sleep(0.1)
-        sampler.phase = "train"
+        sampler.begin("train")
         block = np.ones(BLOCK, dtype=np.uint8)
         time.sleep(0.2)
         del block
@@ -22,7 +22,19 @@ def test_samples_see_a_block_that_is_held() -> None:
     during = max(row[3] for row in sampler.rows if row[0] == "train")
     assert during - before == pytest.approx(BLOCK, rel=0.05)
     assert len(sampler.rows) >= 8
-    assert all(row[4] is None and row[5] is None for row in sampler.rows), "no GPU columns on a CPU"
+    assert all(row[4:] == (None, None, None) for row in sampler.rows), "no GPU columns on a CPU"
+
+
+def test_each_phase_has_a_peak_of_its_own() -> None:
+    if not reset_peak_rss():
+        pytest.skip("this system has no /proc/self/clear_refs")
+    with MemorySampler(torch.device("cpu")) as sampler:
+        sampler.begin("train")
+        np.ones(BLOCK, dtype=np.uint8).sum()
+        sampler.begin("eval")
+    assert set(sampler.peaks) == {"load", "train", "eval"}
+    for quiet in ("load", "eval"):
+        assert sampler.peaks["train"]["rss"] - sampler.peaks[quiet]["rss"] == pytest.approx(BLOCK, rel=0.1)
 
 
 def test_the_kernels_peak_is_not_missed_and_starts_anew() -> None:

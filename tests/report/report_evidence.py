@@ -30,7 +30,7 @@ def make_evidence(
     """Complete evidence: all trials done. Losses fall with steps, memory and time rise with rank."""
     spec = spec or make_spec()
     noise = np.random.default_rng(7)
-    results, curves = [], []
+    results, curves, forgetting = [], [], spec.measure.forgetting is not None
     for trial in spec.trials():
         candidate = trial.candidate
         identity = {"trial": trial.name, "candidate": candidate.name, "rank": candidate.rank,
@@ -55,7 +55,10 @@ def make_evidence(
                 "eval_loss": final,
                 "eval_perplexity": math.exp(final),
                 "eval_accuracy": 0.7,
+                "general_loss_before": 3.1 if forgetting else math.nan,
+                "general_loss_after": 3.1 + candidate.rank / 1000 + trial.seed / 100 if forgetting else math.nan,
                 "train_seconds": 300.0,
+                "eval_seconds": 12.0,
                 "tokens_per_second": steps * 3.0,
             }
         )
@@ -99,12 +102,48 @@ def make_evidence(
             "rows_train": 18_980, "rows_eval": 1_000, "duplicates_dropped": 42, "truncated": 3,
             "train_tokens": 2_310_552, "max_length": 1024, "a_new_fact": 5,
         },
+        reference=pd.DataFrame(),
+        reference_results=_reference(spec),
     )  # fmt: skip
 
 
+def _reference(spec: StudySpec) -> pd.DataFrame | None:
+    """Full fine-tuning, better than every rank at the lowest of its rates; the highest diverged with every seed."""
+    trials = spec.reference_trials()
+    if not trials:
+        return None
+    rates = sorted({trial.learning_rate for trial in trials})
+    rows = []
+    for trial in trials:
+        final = 1.2 + 0.004 * (trial.seed - 1) + 0.1 * rates.index(trial.learning_rate)
+        diverged = len(rates) > 1 and trial.learning_rate == rates[-1]
+        rows.append(
+            {
+                "trial": trial.name,
+                "candidate": trial.candidate_name,
+                "rank": 0,
+                "learning_rate": trial.learning_rate,
+                "seed": trial.seed,
+                "status": "diverged" if diverged else "done",
+                "reason": "loss not finite at step 7" if diverged else None,
+                "steps": math.nan if diverged else 120.0,
+                "train_loss": math.nan if diverged else final - 0.1,
+                "eval_loss": math.nan if diverged else final,
+                "eval_perplexity": math.nan if diverged else math.exp(final),
+                "eval_accuracy": math.nan if diverged else 0.72,
+                "general_loss_before": math.nan if diverged else 3.1,
+                "general_loss_after": math.nan if diverged else 3.6,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
 def _costs(spec: StudySpec, noise: np.random.Generator, gpu: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    profiles, samples = [], []
-    for candidate in spec.candidates():
+    """Rows for every candidate, samples of each rank once; then the control's rows."""
+    profiles: list[dict[str, Any]] = []
+    samples: list[dict[str, Any]] = []
+    first = spec.candidates()[0]
+    for candidate, control in [*((candidate, False) for candidate in spec.candidates()), (first, True)]:
         identity = {
             "candidate": candidate.name,
             "rank": candidate.rank,
@@ -116,22 +155,30 @@ def _costs(spec: StudySpec, noise: np.random.Generator, gpu: bool) -> tuple[list
                 identity
                 | {
                     "repeat": repeat,
+                    "control": control,
                     "load_seconds": 3.2,
                     "steps": 8,
                     "step_seconds_median": 0.4 + candidate.rank / 1000 + 0.01 * repeat,
                     "step_seconds_mean": 0.41 + candidate.rank / 1000,
+                    "step_seconds_p10": 0.35 + candidate.rank / 1000,
+                    "step_seconds_p90": 0.5 + candidate.rank / 1000,
                     "tokens_per_second": 2100.0,
-                    "runtime_seconds": 960 + candidate.rank * 2.2 + 12 * repeat,
+                    "runtime_seconds": 960 + candidate.rank * 2.2 + 12 * repeat + 6 * control,
+                    "joules_per_token": 0.012 if gpu else math.nan,
                     "rss_base_bytes": 4.1e8,
-                    "rss_mean_bytes": base,
-                    "rss_peak_bytes": base * 1.22 + 1e6 * repeat,
-                    "gpu_allocated_mean_bytes": base * 1.5 if gpu else None,
-                    "gpu_allocated_peak_bytes": base * 2.5 if gpu else None,
-                    "gpu_reserved_mean_bytes": base * 1.7 if gpu else None,
-                    "gpu_reserved_peak_bytes": base * 2.7 if gpu else None,
+                    **_memory("", base, gpu),
+                    **_memory("load_", 4e8, gpu),
+                    **_memory("eval_", base * 0.9, gpu),
+                    "rss_peak_bytes": base * 1.22 + 1e6 * repeat + 2e6 * control,
+                    "rss_above_base_mean_bytes": base - 4.1e8,
+                    "rss_above_base_peak_bytes": base * 1.22 - 4.1e8,
+                    "rss_above_base_p99_bytes": base * 1.2 - 4.1e8,
                     "trainable_params": 110_592 * candidate.rank,
+                    "adapter_bytes": 442_368.0 * candidate.rank,
                 }
             )
+            if control or candidate.learning_rate != first.learning_rate:
+                continue
             for step in range(0, 9):
                 for part in range(4):
                     samples.append(
@@ -144,9 +191,20 @@ def _costs(spec: StudySpec, noise: np.random.Generator, gpu: bool) -> tuple[list
                             "rss_bytes": base + noise.normal(0, 2e7) + 3e7 * (part == 2),
                             "gpu_allocated_bytes": base * 1.5 + 1e8 * part if gpu else None,
                             "gpu_reserved_bytes": base * 1.7 if gpu else None,
+                            "gpu_nvml_bytes": base * 1.9 if gpu else None,
                         }
                     )
     return profiles, samples
+
+
+def _memory(phase: str, rss: float, gpu: bool) -> dict[str, float]:
+    shares = {"rss": (1.0, 1.22, 1.2), "gpu_allocated": (1.5, 2.5, 2.4), "gpu_reserved": (1.7, 2.7, 2.6)}
+    shares["gpu_nvml"] = (1.9, 2.9, 2.8)
+    return {
+        f"{phase}{kind}_{statistic}_bytes": rss * share if kind == "rss" or gpu else math.nan
+        for kind, of_kind in shares.items()
+        for statistic, share in zip(("mean", "peak", "p99"), of_kind, strict=True)
+    }
 
 
 def make_verdict(evidence: Evidence, outcome: str = "recommended", chosen: int = 0, **values: Any) -> dict[str, Any]:
@@ -176,7 +234,7 @@ def make_verdict(evidence: Evidence, outcome: str = "recommended", chosen: int =
         )
     decided = outcome != "not_enough_evidence"
     return {
-        "schema": 1,
+        "schema": 2,
         "outcome": outcome,
         "rank": comparison[chosen]["rank"] if decided else None,
         "candidate": comparison[chosen]["candidate"] if decided else None,
@@ -184,7 +242,12 @@ def make_verdict(evidence: Evidence, outcome: str = "recommended", chosen: int =
         "margin": 0.01,
         "confidence": 0.95,
         "seeds": len(evidence.spec.seeds),
+        "examples": 100,
+        "scaling": {"alpha": evidence.spec.adapter.alpha, "use_rslora": evidence.spec.adapter.use_rslora},
         "more_seeds": None,
+        "undetermined": [],
+        "left_out": [],
+        "claims": [],
         "caveats": ["one_learning_rate"] if len(evidence.spec.learning_rates) == 1 else [],
         "comparison": comparison,
     } | values

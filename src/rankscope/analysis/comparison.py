@@ -1,13 +1,24 @@
-"""Regret: how much worse each candidate is than the best, paired by seed.
+"""How much worse each candidate is than the best, and how sure that is: paired by seed and by held-out example.
 
 A trial's held-out loss is the sum of its losses over all label tokens divided by their number (nats a token). Trials
-with one seed saw the same examples in the same order, so candidates are compared seed by seed: the regret of a
-candidate with one seed is its loss minus the best candidate's with that seed, and its interval is Student's t over
-seeds (paired t; Student 1908). One seed gives no interval. The best is picked by the losses that it is then compared
-by, so regrets lean high: a claim that a rank is good enough is the safer for it, a claim that one is worse is not.
+with one seed saw the same examples in the same order, and all trials are judged on the same held-out examples, so two
+candidates are compared pair by pair:
+
+    loss[s, e] - other loss[s, e] = difference + seed s + example e + what is left
+
+with seeds and examples both drawn at random (crossed random effects). Their variances come from the analysis of
+variance (Searle, Casella and McCulloch 1992, chapter 4). The interval's t is the mean of those of the two degrees of
+freedom, each weighted by its share of the variance (Cochran and Cox 1957, section 4.14). Why not a percentile
+bootstrap: with two or three seeds it covers far less than it says (docs/method.md, docs/results/simulation.md).
+
+The regret of a candidate is its loss minus the lowest loss of all candidates. Which one is truly the lowest is not
+known, so what is claimed of a regret has to hold whichever it is (as in multiple comparisons with the best: Edwards and
+Hsu 1983, JASA 78).
 """
 
 import math
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -15,92 +26,193 @@ import pandas as pd
 from scipy import stats
 
 
-class Interval(NamedTuple):
-    """A mean and its two-sided confidence bounds; the bounds are None where fewer than two values are known."""
+class Estimate(NamedTuple):
+    """A mean over seeds and held-out examples, in nats a label token, and its standard errors."""
 
     mean: float
-    low: float | None
-    high: float | None
+    seed_error: float | None
+    """Of seeds and what is left, with seeds - 1 degrees of freedom; None with one seed."""
+    example_error: float
+    """Of examples that differ alike for every seed, with examples - 1 degrees of freedom."""
+    seeds: int
+    examples: int
+
+    def half_width(self, confidence: float) -> float:
+        """Half of the two-sided interval; infinite with one seed: nothing is known of how seeds vary."""
+        if self.seed_error is None:
+            return math.inf
+        seed, example = self.seed_error**2, self.example_error**2
+        if not seed + example:
+            return 0.0
+        share = seed / (seed + example)
+        t = share * _quantile(confidence, self.seeds - 1) + (1 - share) * _quantile(confidence, self.examples - 1)
+        return t * math.sqrt(seed + example)
+
+    def interval(self, confidence: float) -> tuple[float, float]:
+        half = self.half_width(confidence)
+        return self.mean - half, self.mean + half
+
+    def with_seeds(self, seeds: int) -> "Estimate":
+        """What so many seeds would give, if they vary as these do."""
+        error = None if self.seed_error is None else self.seed_error * math.sqrt(self.seeds / seeds)
+        return self._replace(seed_error=error, seeds=seeds)
+
+
+@cache
+def _quantile(confidence: float, degrees: int) -> float:
+    """Student's t, two-sided."""
+    return float(stats.t.ppf((1 + confidence) / 2, degrees))
+
+
+def estimate(values: np.ndarray, label_tokens: np.ndarray) -> Estimate:
+    """The mean of `values` (S, E) over seeds and examples, these weighted by `label_tokens` (E,).
+
+    A mean with random weights is a ratio, whose variance is that of its linear part, w (value - mean).
+    """
+    seeds, examples = values.shape
+    weights = label_tokens / label_tokens.mean()
+    mean = float((weights * values).mean())
+    parts = weights * (values - mean)
+    if seeds < 2 or examples < 2:
+        return Estimate(mean, None, 0.0, seeds, examples)
+    by_seed, by_example = parts.mean(axis=1), parts.mean(axis=0)
+    left = parts - by_seed[:, None] * weights - by_example  # a seed's effect reaches a part as its weight
+    left_square = float((left**2).sum()) / ((seeds - 1) * (examples - 1))
+    seed_square = examples * float(by_seed.var(ddof=1))
+    example_square = seeds * float(by_example.var(ddof=1))
+    count = seeds * examples
+    return Estimate(
+        mean,
+        math.sqrt(seed_square / count),
+        math.sqrt(max(0.0, example_square - left_square) / count),
+        seeds,
+        examples,
+    )
 
 
 class Comparison(NamedTuple):
-    """One candidate against the best. Losses and regrets in nats a label token."""
+    """One candidate beside the others. Losses in nats a label token."""
 
     candidate: str
     rank: int
     learning_rate: float
-    eval_loss: Interval
-    regret: Interval
-    regret_by_seed: tuple[float, ...]
+    eval_loss: Estimate
+    differences: dict[str, Estimate]
+    """This candidate's loss minus each other one's."""
+    excesses: dict[str, Estimate]
+    """This candidate's loss minus (1 + margin) times each other one's: above 0 where it is worse than the margin
+    allows. So the margin's own uncertainty, a share of a loss that is estimated, counts as well."""
+
+    def with_seeds(self, seeds: int) -> "Comparison":
+        """What so many seeds would give, if they vary as these do."""
+        return self._replace(
+            differences={name: found.with_seeds(seeds) for name, found in self.differences.items()},
+            excesses={name: found.with_seeds(seeds) for name, found in self.excesses.items()},
+        )
 
 
-def t_interval(values: np.ndarray, confidence: float) -> Interval:
-    """Student's t interval of the mean of independent values."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return Interval(mean, None, None)
-    half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
-    return Interval(mean, mean - half, mean + half)
+class Bounds(NamedTuple):
+    """Of a regret, which is never negative; None where it is not known."""
+
+    low: float | None
+    high: float | None
 
 
-def seed_losses(examples: pd.DataFrame) -> pd.DataFrame:
-    """Held-out loss with (rank, candidate, learning_rate) as rows and seeds as columns, NaN where not finished.
+def may_be_best(rows: Sequence[Comparison], confidence: float) -> set[str]:
+    """The candidates that no other is shown to be better than. The best of the sample is always one."""
+    return {row.candidate for row in rows if all(d.interval(confidence)[0] <= 0 for d in row.differences.values())}
 
-    `examples` is `Study.examples()`, or part of it.
+
+def bounds(rows: Sequence[Comparison], confidence: float) -> list[Bounds]:
+    """The interval of each candidate's regret, where each difference has an interval at `confidence`.
+
+    Above: its largest difference to any other could not be larger. Below: its least difference to any that may be the
+    best; zero where it may be the best itself.
     """
-    weighted = examples.assign(nats=examples["loss"] * examples["label_tokens"])
-    sums = weighted.groupby(["rank", "candidate", "learning_rate", "seed"])[["nats", "label_tokens"]].sum()
-    frame: pd.DataFrame = (sums["nats"] / sums["label_tokens"]).unstack("seed")
-    return frame
+    best = may_be_best(rows, confidence)
+    found = []
+    for row in rows:
+        own = {name: difference.interval(confidence) for name, difference in row.differences.items()}
+        high = max((high for _, high in own.values()), default=math.inf)
+        if math.isinf(high):
+            found.append(Bounds(None, None))
+            continue
+        low = 0.0 if row.candidate in best else max(0.0, min(own[name][0] for name in best))
+        found.append(Bounds(low, max(0.0, high)))
+    return found
 
 
-def paired(losses: pd.DataFrame) -> pd.DataFrame:
-    """The candidates that finished the most seeds, on the seeds that all of them finished.
+def losses_by_candidate(examples: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Held-out losses of each candidate, lowest rank first, with the seeds that all of them finished as rows and
+    examples as columns.
 
-    One that finished fewer is left out, rather than its missing seeds taken from everybody: a candidate that fails
-    must not make the others' evidence smaller.
+    A candidate that finished fewer seeds than others is left out, rather than its missing seeds taken from everybody:
+    one that fails must not make the others' evidence smaller. `examples` is `Study.examples()`, or part of it.
     """
-    finished = losses.notna().sum(axis="columns")
-    most: pd.DataFrame = losses[finished == finished.max()]
-    return most.dropna(axis="columns")
+    tables = {
+        str(name): part.pivot(index="seed", columns="example", values="loss")
+        for (_, _, name), part in examples.groupby(["rank", "learning_rate", "candidate"])
+    }
+    most = max((len(table) for table in tables.values()), default=0)
+    tables = {name: table for name, table in tables.items() if len(table) == most}
+    shared = sorted(set.intersection(*(set(table.index) for table in tables.values()))) if tables else []
+    return {name: table.loc[shared] for name, table in tables.items()} if shared else {}
+
+
+def label_tokens(examples: pd.DataFrame) -> np.ndarray:
+    """Of each held-out example, (E,), in the order of their numbers."""
+    return examples.groupby("example")["label_tokens"].first().to_numpy(dtype=np.float64)
 
 
 def best_rates(examples: pd.DataFrame) -> list[str]:
     """For each rank the candidate with the lowest loss, among its rates that finished the most seeds. Lowest first."""
     best = []
-    for _, losses in seed_losses(examples).groupby(level="rank"):
-        means = paired(losses).mean(axis="columns")
-        if means.notna().any():
-            best.append(str(means.index.get_level_values("candidate").to_list()[int(means.argmin())]))
+    for _, part in examples.groupby("rank"):
+        tokens, tables = label_tokens(part), losses_by_candidate(part)
+        means = {name: estimate(table.to_numpy(), tokens).mean for name, table in tables.items()}
+        if means:
+            best.append(min(means, key=lambda name: means[name]))
     return best
 
 
-def compare(examples: pd.DataFrame, confidence: float) -> list[Comparison]:
-    """Each rank at its best learning rate against the best of them, lowest rank first.
+def judged_examples(examples: pd.DataFrame) -> pd.DataFrame:
+    """Those of each rank's best learning rate, on which ranks are compared.
 
-    With several learning rates a rank's rate is chosen on the even-numbered half of the held-out examples and judged
-    on the odd-numbered one: chosen and judged on the same examples, a rank with more rates would look better than it
-    is. Ranks that finished fewer seeds than others are left out (see `paired`).
+    With several rates a rank's is chosen on the even-numbered half of the held-out examples and judged on the
+    odd-numbered one: chosen and judged on the same examples, a rank with more rates would look better than it is. The
+    luck of a seed is shared by both halves, and stays.
     """
-    rates = examples["learning_rate"].nunique()
+    if examples["learning_rate"].nunique() == 1:
+        return examples
     odd = examples["example"] % 2 == 1
-    chosen = best_rates(examples[~odd] if rates > 1 else examples)
-    judged = examples[odd] if rates > 1 else examples
-    losses = paired(seed_losses(judged[judged["candidate"].isin(chosen)]))
-    if losses.empty:
-        return []
-    best = losses.to_numpy()[losses.mean(axis="columns").argmin()]
-    rows = []
-    for (rank, candidate, learning_rate), values in zip(losses.index.to_list(), losses.to_numpy(), strict=True):
-        regret = values - best
-        rows.append(
-            Comparison(
-                candidate=candidate,
-                rank=int(rank),
-                learning_rate=float(learning_rate),
-                eval_loss=t_interval(values, confidence),
-                regret=t_interval(regret, confidence),
-                regret_by_seed=tuple(float(value) for value in regret),
-            )
+    return examples[odd & examples["candidate"].isin(best_rates(examples[~odd]))]
+
+
+def compare(examples: pd.DataFrame, margin: float) -> list[Comparison]:
+    """Each rank at its best learning rate beside the others, lowest rank first; `margin` is a share of the loss."""
+    judged = judged_examples(examples)
+    tables = losses_by_candidate(judged)
+    first = judged.groupby("candidate")[["rank", "learning_rate"]].first()
+    identity = {str(name): (int(rank), float(rate)) for name, rank, rate in first.itertuples()}
+    losses = {name: table.to_numpy() for name, table in tables.items()}
+    return compare_losses(losses, identity, label_tokens(judged), margin) if losses else []
+
+
+def compare_losses(
+    losses: Mapping[str, np.ndarray], identity: Mapping[str, tuple[int, float]], tokens: np.ndarray, margin: float
+) -> list[Comparison]:
+    """The same from losses (S, E) by candidate, whose rank and learning rate `identity` tells; tokens (E,)."""
+    return [
+        Comparison(
+            name,
+            *identity[name],
+            eval_loss=estimate(own, tokens),
+            differences={other: estimate(own - theirs, tokens) for other, theirs in losses.items() if other != name},
+            excesses={
+                other: estimate(own - (1 + margin) * theirs, tokens)
+                for other, theirs in losses.items()
+                if other != name
+            },
         )
-    return rows
+        for name, own in losses.items()
+    ]

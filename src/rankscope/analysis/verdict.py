@@ -1,137 +1,242 @@
 """The verdict: the smallest rank that is good enough, or a plain statement that the evidence does not tell.
 
-A rank is good enough (non-inferior) when the upper bound of its regret lies below the margin, `verdict.margin` of the
-best candidate's loss; it is worse when the lower bound lies above; else it is undetermined. The best of the sample is
-good enough only where no other rank's interval reaches beyond the margin on the better side: with few seeds and much
-noise, being best in the sample says little.
+A rank is good enough (non-inferior) when its loss is shown to be at most the best candidate's times 1 + margin,
+whichever candidate is the best; it is worse when it is shown to be above. Several ranks are tested at once, so claims
+are made at a level that is divided among them (Bonferroni): the chance that any rank called good enough is not stays
+below 1 - confidence, and so does the chance that any called worse is not (benchmarks/simulate.py).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from scipy import stats
+import pandas as pd
 
-from rankscope.analysis.comparison import Comparison, compare
+from rankscope.analysis.budget import over_budget
+from rankscope.analysis.claims import judge_claims
+from rankscope.analysis.comparison import (
+    Comparison,
+    bounds,
+    compare,
+    estimate,
+    judged_examples,
+    label_tokens,
+    losses_by_candidate,
+    may_be_best,
+)
 from rankscope.spec import EMBEDDED
 from rankscope.study import Evidence
 
-MOST_MORE_SEEDS = 30
+MOST_MORE_SEEDS = 50
+
+NEAR = 2.0
+"""Ranks are not distinguishable where no difference is seen and the cheapest may lose at most so many margins."""
+
+States = Mapping[str, bool | None]
+"""Of each candidate: True is good enough, False is worse, None is neither shown."""
 
 
 def conclude(evidence: Evidence) -> dict[str, Any]:
     """verdict.json, as plain data.
 
-    `outcome` is `recommended` (`rank` is the smallest that is good enough, and every smaller one is worse),
-    `not_distinguishable` (no rank differs from the best, by intervals of at most four margins' width; `rank` is the
-    cheapest), or
-    `not_enough_evidence` (`rank` is None). `more_seeds` says how many more seeds would settle it if losses vary as
-    they did, None where it is settled or cannot be said. `comparison` has a row for each rank at its best learning
-    rate; `caveats` are codes that the report puts in words.
+    `outcome` is one of
+    - `recommended`: `rank` is the smallest within the budget that is shown to be good enough. Where smaller ones are
+      neither shown to be good enough nor worse, `undetermined` names them.
+    - `not_distinguishable`: no rank is seen to differ from another, by intervals narrow enough to mean it; `rank` is
+      the cheapest.
+    - `best_in_budget`: every rank inside the budget is worse than the margin allows; `rank` is the best of them.
+    - `nothing_in_budget`: no rank is known to be inside the budget; `rank` is None.
+    - `not_enough_evidence`: `rank` is None.
+
+    `more_seeds` is the least number of added seeds that would settle it if means and spreads stayed as they are; None
+    where all is settled or none up to 50 would. `comparison` has a row for each rank at its best learning rate,
+    `left_out` names ranks without one; `claims` are the four of the original study; `caveats` are codes that the report
+    puts in words.
     """
     spec, confidence = evidence.spec, evidence.spec.verdict.confidence
-    comparison = compare(evidence.examples, confidence) if len(evidence.examples) else []
-    caveats = _caveats(evidence)
+    rows = compare(evidence.examples, spec.verdict.margin) if len(evidence.examples) else []
+    compared = [row.candidate for row in rows]
     verdict: dict[str, Any] = {
-        "schema": 1,
+        "schema": 2,
         "outcome": "not_enough_evidence",
         "rank": None,
         "candidate": None,
         "best_candidate": None,
         "margin": spec.verdict.margin,
         "confidence": confidence,
-        "seeds": len(comparison[0].regret_by_seed) if comparison else 0,
+        "seeds": rows[0].eval_loss.seeds if rows else 0,
+        "examples": rows[0].eval_loss.examples if rows else 0,
+        "scaling": {"alpha": spec.adapter.alpha, "use_rslora": spec.adapter.use_rslora},
         "more_seeds": None,
-        "caveats": caveats,
+        "undetermined": [],
+        "left_out": sorted(set(spec.ranks) - {row.rank for row in rows}),
         "comparison": [],
+        "claims": judge_claims(evidence, compared),
+        "caveats": [],
     }
-    if not comparison:
-        return verdict
-    best = min(comparison, key=lambda row: row.eval_loss.mean)
-    margin = spec.verdict.margin * best.eval_loss.mean
-    verdict["best_candidate"] = best.candidate
-    verdict["comparison"] = [_row(row, best, margin, comparison) for row in comparison]
-    verdict |= _decide(comparison, best, margin, confidence)
+    over = over_budget(spec.verdict, evidence.profiles, compared)
+    if rows:
+        decision, states = decide(rows, confidence, over)
+        verdict |= decision | {"comparison": _table(rows, states, over, evidence)}
+    verdict["caveats"] = _caveats(evidence, verdict, rows, over)
     return verdict
 
 
-def _decide(comparison: Sequence[Comparison], best: Comparison, margin: float, confidence: float) -> dict[str, Any]:
-    if len(comparison) == 1:
-        return {"outcome": "recommended", "rank": best.rank, "candidate": best.candidate}
-    if len(best.regret_by_seed) < 2:
-        return {"more_seeds": 2}  # three seeds are the fewest whose spread says something
-    for row in comparison:
-        if _within(row, best, margin, comparison):
-            return {"outcome": "recommended", "rank": row.rank, "candidate": row.candidate}
-        if row is best or not _worse(row, margin):
-            break  # undetermined: whether this rank is good enough is the question
-    more = _more_seeds(comparison, best, margin, confidence)
-    others = [other for other in comparison if other is not best]
-    if all(_near(other, margin) for other in others):
-        cheapest = comparison[0]
-        return {
-            "outcome": "not_distinguishable",
-            "rank": cheapest.rank,
-            "candidate": cheapest.candidate,
-            "more_seeds": more,
-        }
-    return {"more_seeds": more}
+def best_of(rows: Sequence[Comparison]) -> Comparison:
+    """The candidate with the lowest held-out loss in the sample."""
+    return min(rows, key=lambda row: row.eval_loss.mean)
 
 
-def _within(row: Comparison, best: Comparison, margin: float, comparison: Sequence[Comparison]) -> bool:
-    """Good enough. For the best of the sample: no other is better than it by more than the margin."""
-    if row is best:
-        return all(
-            other is best or (other.regret.low is not None and other.regret.low >= -margin) for other in comparison
+def decide(
+    rows: Sequence[Comparison], confidence: float, over: Mapping[str, list[str]] | None = None
+) -> tuple[dict[str, Any], States]:
+    """What is concluded, as fields of verdict.json, and the state of each candidate.
+
+    `over` names what each candidate exceeds of the budget.
+    """
+    over, seeds = over or {}, rows[0].eval_loss.seeds
+    states = _states(rows, confidence)
+    found = {"best_candidate": best_of(rows).candidate} | _outcome(rows, states, confidence, over)
+    if seeds > 1 and not _settled(found):
+        counts = range(1, MOST_MORE_SEEDS + 1)
+        found["more_seeds"] = next((n for n in counts if _would_settle(rows, seeds + n, confidence, over)), None)
+    return found, states
+
+
+def _would_settle(rows: Sequence[Comparison], seeds: int, confidence: float, over: Mapping[str, list[str]]) -> bool:
+    more = [row.with_seeds(seeds) for row in rows]
+    return _settled(_outcome(more, _states(more, confidence), confidence, over))
+
+
+def _settled(found: Mapping[str, Any]) -> bool:
+    """Whether more evidence could not change what is open: nothing is."""
+    return found["outcome"] not in ("not_enough_evidence", "not_distinguishable") and not found.get("undetermined")
+
+
+def _levels(candidates: int, confidence: float) -> tuple[float, float]:
+    """Two-sided confidence of one difference, for claims of good enough and of worse.
+
+    One candidate is the best, so there are `candidates - 1` others about which a claim can be wrong. Good enough is
+    wrong on one side only, which gives twice the level, but never less than what is shown.
+    """
+    share = (1 - confidence) / max(1, candidates - 1)
+    return max(confidence, 1 - 2 * share), 1 - share
+
+
+def _states(rows: Sequence[Comparison], confidence: float) -> States:
+    good, worse = _levels(len(rows), confidence)
+    best = may_be_best(rows, worse)
+    states: dict[str, bool | None] = {}
+    for row in rows:
+        highs = [excess.interval(good)[1] for excess in row.excesses.values()]
+        lows = [row.excesses[name].interval(worse)[0] for name in best if name != row.candidate]
+        states[row.candidate] = None
+        if highs and max(highs) <= 0:
+            states[row.candidate] = True
+        elif row.candidate not in best and min(lows) > 0:
+            states[row.candidate] = False
+    return states
+
+
+def _outcome(
+    rows: Sequence[Comparison], states: States, confidence: float, over: Mapping[str, list[str]]
+) -> dict[str, Any]:
+    inside = [row for row in rows if not over.get(row.candidate)]
+    if not inside:
+        return {"outcome": "nothing_in_budget"}
+    if len(rows) == 1:
+        return _chosen("recommended", rows[0])
+    for row in inside:
+        if states[row.candidate]:
+            below = [other.candidate for other in inside if other.rank < row.rank and states[other.candidate] is None]
+            return _chosen("recommended", row) | {"undetermined": below}
+    if len(inside) < len(rows) and all(states[row.candidate] is False for row in inside):
+        return _chosen("best_in_budget", best_of(inside))
+    if len(inside) == len(rows) and _alike(rows, confidence):
+        return _chosen("not_distinguishable", inside[0])
+    return {"outcome": "not_enough_evidence"}
+
+
+def _chosen(outcome: str, row: Comparison) -> dict[str, Any]:
+    return {"outcome": outcome, "rank": row.rank, "candidate": row.candidate}
+
+
+def _alike(rows: Sequence[Comparison], confidence: float) -> bool:
+    """No difference is seen between any two, and the first one's regret is at most a few margins."""
+    alike = len(may_be_best(rows, confidence)) == len(rows)
+    margins = [rows[0].differences[name].mean - rows[0].excesses[name].mean for name in rows[0].excesses]
+    high = bounds(rows, confidence)[0].high
+    return alike and high is not None and high <= NEAR * min(margins)
+
+
+def _table(
+    rows: Sequence[Comparison], states: States, over: Mapping[str, list[str]], evidence: Evidence
+) -> list[dict[str, Any]]:
+    confidence = evidence.spec.verdict.confidence
+    best = best_of(rows)
+    full = over_full(evidence)
+    table = []
+    for row, bound in zip(rows, bounds(rows, confidence), strict=True):
+        low, high = (value if math.isfinite(value) else None for value in row.eval_loss.interval(confidence))
+        regret = 0.0 if row is best else row.differences[best.candidate].mean
+        table.append(
+            {
+                "candidate": row.candidate,
+                "rank": row.rank,
+                "learning_rate": row.learning_rate,
+                "eval_loss": row.eval_loss.mean,
+                "eval_loss_low": low,
+                "eval_loss_high": high,
+                "regret": regret,
+                "regret_low": bound.low,
+                "regret_high": bound.high,
+                "regret_share": regret / best.eval_loss.mean,
+                "within_margin": states[row.candidate],
+                "over_budget": over.get(row.candidate, []),
+                **full.get(row.candidate, {}),
+            }
         )
-    return row.regret.high is not None and row.regret.high <= margin
+    return table
 
 
-def _worse(row: Comparison, margin: float) -> bool:
-    return row.regret.low is not None and row.regret.low > margin
+def over_full(evidence: Evidence) -> dict[str, dict[str, float | None]]:
+    """Each compared candidate's loss minus that of full fine-tuning at its best rate: `over_full`, `over_full_low`,
+    `over_full_high`; on the seeds that both finished. Empty where the study has no reference."""
+    if evidence.reference.empty:
+        return {}
+    reference, judged = judged_examples(evidence.reference), judged_examples(evidence.examples)
+    shared = sorted(set(reference["example"]) & set(judged["example"]))  # half of them, where one had several rates
+    judged, reference = (table[table["example"].isin(shared)] for table in (judged, reference))
+    full = next(iter(losses_by_candidate(reference).values()), pd.DataFrame())
+    found: dict[str, dict[str, float | None]] = {}
+    for name, losses in losses_by_candidate(judged).items():
+        seeds = losses.index.intersection(full.index)
+        if len(seeds):
+            difference = estimate((losses.loc[seeds] - full.loc[seeds]).to_numpy(), label_tokens(judged))
+            ends = (
+                end if math.isfinite(end) else None for end in difference.interval(evidence.spec.verdict.confidence)
+            )
+            found[name] = {
+                "over_full": difference.mean,
+                **dict(zip(("over_full_low", "over_full_high"), ends, strict=True)),
+            }
+    return found
 
 
-def _near(row: Comparison, margin: float) -> bool:
-    """No difference is seen, by an interval narrow enough to mean it: at most two margins to either side."""
-    low, high = row.regret.low, row.regret.high
-    return low is not None and high is not None and low <= 0 and high - low <= 4 * margin
-
-
-def _more_seeds(comparison: Sequence[Comparison], best: Comparison, margin: float, confidence: float) -> int | None:
-    """Seeds to add until every interval, with its present mean and spread, lies on one side of the margin."""
-    others = [np.array(row.regret_by_seed) for row in comparison if row is not best]
-    for more in range(1, MOST_MORE_SEEDS + 1):
-        n = len(best.regret_by_seed) + more
-        reach = stats.t.ppf((1 + confidence) / 2, n - 1) / math.sqrt(n)
-        if all(reach * np.std(regrets, ddof=1) <= abs(margin - regrets.mean()) for regrets in others):
-            return more
-    return None
-
-
-def _row(row: Comparison, best: Comparison, margin: float, comparison: Sequence[Comparison]) -> dict[str, Any]:
-    known = row.regret.high is not None
-    return {
-        "candidate": row.candidate,
-        "rank": row.rank,
-        "learning_rate": row.learning_rate,
-        "eval_loss": row.eval_loss.mean,
-        "eval_loss_low": row.eval_loss.low,
-        "eval_loss_high": row.eval_loss.high,
-        "regret": row.regret.mean,
-        "regret_low": row.regret.low,
-        "regret_high": row.regret.high,
-        "regret_share": row.regret.mean / best.eval_loss.mean,
-        "within_margin": _within(row, best, margin, comparison) if known else None,
-    }
-
-
-def _caveats(evidence: Evidence) -> list[str]:
+def _caveats(
+    evidence: Evidence, verdict: Mapping[str, Any], rows: Sequence[Comparison], over: Mapping[str, list[str]]
+) -> list[str]:
     spec = evidence.spec
+    rates = sorted(evidence.examples["learning_rate"].unique()) if rows else sorted(spec.learning_rates)
+    open_ = bool(rows) and verdict["seeds"] > 1 and not _settled(verdict) and verdict["more_seeds"] is None
     found = {
-        "one_learning_rate": len(spec.learning_rates) == 1,
-        "one_seed": len(spec.seeds) == 1,
+        "one_learning_rate": len(rates) == 1,
+        "rate_at_edge": len(rates) > 1 and any(row.learning_rate in (rates[0], rates[-1]) for row in rows),
+        "one_seed": verdict["seeds"] == 1,
+        "seeds_would_not_do": open_,
+        "ranks_left_out": bool(rows) and bool(verdict["left_out"]),
         "some_trials_unfinished": bool((evidence.results["status"] != "done").any()),
+        "budget_unmeasured": any("unmeasured" in reasons for reasons in over.values()),
         "embedded_data": EMBEDDED in (spec.data.id, spec.model.id),
     }
     return [code for code, true in found.items() if true]

@@ -5,6 +5,7 @@ sources -> records -> prompts -> tokens (with split, cached) -> batches
 
 from rankscope.data.batches import batch_indices, steps_per_epoch
 from rankscope.data.cache import prepare_cached
+from rankscope.data.general import with_general_text
 from rankscope.data.records import Records, load_records
 from rankscope.data.tokens import Example, TokenizedData, Tokens, load, prepare, save
 
@@ -20,4 +21,5 @@ __all__ = [
     "prepare_cached",
     "save",
     "steps_per_epoch",
+    "with_general_text",
 ]

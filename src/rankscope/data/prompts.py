@@ -102,11 +102,11 @@ def encode(rows: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase") -> li
     Raises:
         ModelError: the tokenizer has no eos token, and plain completions need one.
     """
-    prompts = _ids([row.prompt for row in rows], tokenizer)
-    completions = _ids([row.completion for row in rows], tokenizer)
+    prompts = token_ids([row.prompt for row in rows], tokenizer)
+    completions = token_ids([row.completion for row in rows], tokenizer)
     if all(row.is_chat for row in rows):
         return [Encoded(*pair) for pair in zip(prompts, completions, strict=True)]
-    front, eos = _special_tokens_in_front(tokenizer), _eos(tokenizer)
+    front, eos = special_tokens_in_front(tokenizer), _eos(tokenizer)
     return [
         Encoded(prompt, completion)
         if row.is_chat
@@ -115,7 +115,8 @@ def encode(rows: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase") -> li
     ]
 
 
-def _ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase", special: bool = False) -> list[list[int]]:
+def token_ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase", special: bool = False) -> list[list[int]]:
+    """The ids of each text, uncut; with the special tokens that the tokenizer adds only where `special`."""
     encoding = tokenizer(
         texts,
         add_special_tokens=special,
@@ -128,9 +129,9 @@ def _ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase", special: bool =
     return [list(ids) for ids in encoding["input_ids"]]
 
 
-def _special_tokens_in_front(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def special_tokens_in_front(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """What the tokenizer puts before text, found by comparing a probe with and without special tokens."""
-    [bare], [dressed] = _ids([_PROBE], tokenizer), _ids([_PROBE], tokenizer, special=True)
+    [bare], [dressed] = token_ids([_PROBE], tokenizer), token_ids([_PROBE], tokenizer, special=True)
     for front in range(len(dressed) - len(bare), -1, -1):
         if dressed[front : front + len(bare)] == bare:
             return dressed[:front]

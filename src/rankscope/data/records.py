@@ -64,7 +64,7 @@ def load_records(spec: DataSpec) -> Records:
     for index, raw in enumerate(table.rows):
         try:
             rows.append(_canonical(raw, format))
-        except _WrongRowError as error:
+        except WrongRowError as error:
             problems.append(f"{table.where(index)}: {error}")
     if problems:
         shown = "\n".join(f"  - {problem}" for problem in problems[:3])
@@ -103,60 +103,61 @@ def _needs(name: str) -> str:
     return " and ".join(columns) + (" (input is optional)" if name == "alpaca" else "")
 
 
-class _WrongRowError(ValueError):
+class WrongRowError(ValueError):
     """What is wrong with one row, beginning with the field."""
 
 
 def _canonical(raw: dict[str, Any], format: Format) -> dict[str, Any]:
     for field in REQUIRED[format]:
         if field not in raw:
-            raise _WrongRowError(f"`{field}` is missing (found {listed(raw)})")
+            raise WrongRowError(f"`{field}` is missing (found {listed(raw)})")
     if format == "alpaca":
         given = raw.get("input")
         return {
-            "instruction": _text(raw["instruction"], "instruction"),
-            "input": "" if given is None else _text(given, "input"),
-            "output": _text(raw["output"], "output"),
+            "instruction": checked_text(raw["instruction"], "instruction"),
+            "input": "" if given is None else checked_text(given, "input"),
+            "output": checked_text(raw["output"], "output"),
         }
     if format == "messages":
         messages = _messages(raw["messages"], "messages")
         if len(messages) < 2:
-            raise _WrongRowError("`messages` needs at least two: something to answer, and the answer")
+            raise WrongRowError("`messages` needs at least two: something to answer, and the answer")
         return {"messages": _ended_by_assistant(messages, "messages")}
     prompt, completion = raw["prompt"], raw["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):  # TRL's conversational form
         answer = _ended_by_assistant(_messages(completion, "completion"), "completion")
         return {"prompt": _messages(prompt, "prompt"), "completion": answer}
     if isinstance(prompt, list) and isinstance(completion, str):
-        raise _WrongRowError("`completion` is text but `prompt` is a list of messages: both must be the same")
-    return {"prompt": _text(prompt, "prompt"), "completion": _text(completion, "completion")}
+        raise WrongRowError("`completion` is text but `prompt` is a list of messages: both must be the same")
+    return {"prompt": checked_text(prompt, "prompt"), "completion": checked_text(completion, "completion")}
 
 
-def _text(value: Any, field: str) -> str:
+def checked_text(value: Any, field: str) -> str:
+    """`value`, where it is text that can be written as UTF-8; raises WrongRowError where it is not."""
     if not isinstance(value, str):
-        raise _WrongRowError(f"`{field}` is {kind(value)}, expected text")
+        raise WrongRowError(f"`{field}` is {kind(value)}, expected text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise _WrongRowError(f"`{field}` holds half of a surrogate pair at character {error.start + 1}") from None
+        raise WrongRowError(f"`{field}` holds half of a surrogate pair at character {error.start + 1}") from None
     return value
 
 
 def _messages(value: Any, field: str) -> list[dict[str, str]]:
     if not isinstance(value, list):
-        raise _WrongRowError(f"`{field}` is {kind(value)}, expected a list of messages with role and content")
+        raise WrongRowError(f"`{field}` is {kind(value)}, expected a list of messages with role and content")
     if not value:
-        raise _WrongRowError(f"`{field}` is an empty list")
+        raise WrongRowError(f"`{field}` is an empty list")
     messages = []
     for index, message in enumerate(value):
         if not isinstance(message, dict):
-            raise _WrongRowError(f"`{field}[{index}]` is {kind(message)}, expected an object with role and content")
-        parts = {part: _text(message.get(part), f"{field}[{index}].{part}") for part in ("role", "content")}
+            raise WrongRowError(f"`{field}[{index}]` is {kind(message)}, expected an object with role and content")
+        parts = {part: checked_text(message.get(part), f"{field}[{index}].{part}") for part in ("role", "content")}
         messages.append(parts)
     return messages
 
 
 def _ended_by_assistant(messages: list[dict[str, str]], field: str) -> list[dict[str, str]]:
     if messages[-1]["role"] != "assistant":
-        raise _WrongRowError(f"`{field}` ends with the role {messages[-1]['role']!r}, expected assistant")
+        raise WrongRowError(f"`{field}` ends with the role {messages[-1]['role']!r}, expected assistant")
     return messages

@@ -14,7 +14,7 @@ import re
 import sys
 import textwrap
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,10 +53,10 @@ class Table(NamedTuple):
         return line if self.lines[index] == index + 1 else f"{line}, row {index + 1}"
 
 
-def read_table(spec: DataSpec) -> Table:
+def read_table(spec: DataSpec, wanted: Sequence[str] = COLUMNS) -> Table:
     """Reads the first `spec.max_rows` rows (default: all) of the file, folder or hub data set `spec.id`.
 
-    A local file or folder of that name comes before the hub.
+    A local file or folder of that name comes before the hub. Columns that are not `wanted` may be left out of the rows.
 
     Raises:
         DataError: the source is missing, unreadable, damaged, or of an unknown type; file and line are named.
@@ -64,13 +64,13 @@ def read_table(spec: DataSpec) -> Table:
     path = Path(os.path.expanduser(spec.id))
     if os.path.isfile(path):  # unlike Path's own, these call a name that is no path at all absent
         _refuse_hub_fields(spec, "split", "config", "revision")
-        return _read_file(path, spec.max_rows)
+        return _read_file(path, spec.max_rows, wanted)
     if os.path.isdir(path):
         _refuse_hub_fields(spec, "revision")
-        return _read_with_datasets(spec, str(path), local=True)
+        return _read_with_datasets(spec, str(path), wanted, local=True)
     if path.suffix.lower() in (*FILE_TYPES, ".gz") or not _HUB_ID.fullmatch(spec.id):
         raise DataError(f"{spec.id}: no such file or folder", "Check the path, or give a hub id such as owner/name.")
-    return _read_with_datasets(spec, spec.id, local=False)
+    return _read_with_datasets(spec, spec.id, wanted, local=False)
 
 
 def _refuse_hub_fields(spec: DataSpec, *fields: str) -> None:
@@ -81,7 +81,7 @@ def _refuse_hub_fields(spec: DataSpec, *fields: str) -> None:
             raise DataError(f"{spec.id}: data.{field} is {value!r}, but local data has no {field}", "Remove it.")
 
 
-def _read_file(path: Path, limit: int | None) -> Table:
+def _read_file(path: Path, limit: int | None, wanted: Sequence[str]) -> Table:
     name = str(path)
     suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
     if suffix not in FILE_TYPES:
@@ -90,8 +90,8 @@ def _read_file(path: Path, limit: int | None) -> Table:
             f"Name it by what it holds: {', '.join(FILE_TYPES)} (text may be gzipped).",
         )
     if suffix == ".parquet":
-        return _read_parquet(path, limit)
-    text = _read_text(path)
+        return _read_parquet(path, limit, wanted)
+    text = read_text(path)
     if suffix == ".csv":
         numbered = _csv_rows(name, text)
     elif text.lstrip(" \t\r\n").startswith("["):  # by content: many .json files hold one object a line
@@ -101,7 +101,12 @@ def _read_file(path: Path, limit: int | None) -> Table:
     return _table(name, islice(numbered, limit))
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A file's text, gzipped or not.
+
+    Raises:
+        DataError: it cannot be read, or is not UTF-8; the line is named.
+    """
     try:
         content = path.read_bytes()
         if content.startswith(b"\x1f\x8b"):  # gzip, whatever the file is called
@@ -229,21 +234,21 @@ def _csv_rows(name: str, text: str) -> Iterator[tuple[int, Any]]:
         csv.field_size_limit(previous_limit)
 
 
-def _read_parquet(path: Path, limit: int | None) -> Table:
+def _read_parquet(path: Path, limit: int | None, wanted: Sequence[str]) -> Table:
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     try:
         with pq.ParquetFile(path) as file:
             columns = tuple(file.schema_arrow.names)
-            content = file.read(columns=[column for column in columns if column in COLUMNS])
+            content = file.read(columns=[column for column in columns if column in wanted])
         rows = content.slice(0, limit).to_pylist()
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not readable as Parquet: {error}", "Check the file, or fetch it again.") from None
     return Table(str(path), rows, columns)
 
 
-def _read_with_datasets(spec: DataSpec, source: str, *, local: bool) -> Table:
+def _read_with_datasets(spec: DataSpec, source: str, wanted: Sequence[str], *, local: bool) -> Table:
     """Loads a folder or a hub id by `datasets`, which caches what it fetched and reads that when offline."""
     import datasets  # type: ignore[import-untyped]
 
@@ -255,7 +260,7 @@ def _read_with_datasets(spec: DataSpec, source: str, *, local: bool) -> Table:
         columns = tuple(dataset.column_names)
         if spec.max_rows is not None:
             dataset = dataset.select(range(min(spec.max_rows, len(dataset))))
-        rows = dataset.select_columns([column for column in columns if column in COLUMNS]).to_list()
+        rows = dataset.select_columns([column for column in columns if column in wanted]).to_list()
     except Exception as error:  # datasets raises some thirty classes, from its own to pyarrow's and httpx's
         wraps = isinstance(error, datasets.exceptions.DatasetGenerationError)  # which says nothing itself
         cause = (error.__cause__ if wraps else None) or error

@@ -91,7 +91,10 @@ class TokenizedData:
     data), `fingerprint` (sha256 of the rows read), `format`, `loss_on`, `max_length`; in rows `rows_read` =
     `duplicates_dropped` + `rows_without_label_dropped` + `rows_train` + `rows_eval`, and `truncated` (those
     of train and eval cut to max_length); in tokens `train_tokens`, `train_label_tokens`, `eval_tokens`,
-    `eval_label_tokens`, `mean_length` and `longest` (of the rows of train and eval, after the cut)."""
+    `eval_label_tokens`, `mean_length` and `longest` (of the rows of train and eval, after the cut). With general
+    text also `general_text` (its id), `general_sequences` and `general_label_tokens`."""
+    general: Tokens | None = None
+    """General text, every token a label, to measure forgetting on; None where the study asks for none."""
 
 
 def prepare(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> TokenizedData:
@@ -123,7 +126,7 @@ def tokenize(records: Records, spec: DataSpec, tokenizer: "PreTrainedTokenizerBa
             truncated += len(encoded.prompt_ids) + len(encoded.completion_ids) > spec.max_length
             prompts.append(row.prompt)
             examples.append(example)
-    _check_ids(examples, vocab_size)
+    check_ids(examples, vocab_size)
     chosen = held_out(prompts, spec.eval_rows, spec.split_seed)
     _check_split(chosen, without_label, spec)
     train = Tokens.from_examples([example for example, held in zip(examples, chosen, strict=True) if not held])
@@ -174,7 +177,8 @@ def _example(prompt: list[int], completion: list[int], spec: DataSpec) -> Exampl
     return Example(ids, is_label)
 
 
-def _check_ids(examples: Sequence[Example], vocab_size: int) -> None:
+def check_ids(examples: Sequence[Example], vocab_size: int) -> None:
+    """Raises ModelError where a token id is none of the `vocab_size` rows of the model's embedding."""
     highest = max((int(example.ids.max()) for example in examples), default=0)
     if highest >= vocab_size:
         raise ModelError(
@@ -206,14 +210,16 @@ def _check_split(chosen: npt.NDArray[np.bool_], without_label: int, spec: DataSp
 def save(data: TokenizedData, folder: Path) -> None:
     """Publishes `folder/tokens.safetensors`, then `folder/facts.json` with its hash: facts mean whole tokens.
 
-    The tensors are `train.ids`, `train.is_label`, `train.offsets`, and the same for `eval`.
+    The tensors are `train.ids`, `train.is_label`, `train.offsets`, and the same for `eval` and, where there is one,
+    `general`.
     """
     from safetensors.numpy import save as to_bytes
 
     content = to_bytes(
         {
             f"{side}.{name}": getattr(tokens, name)
-            for side, tokens in (("train", data.train), ("eval", data.eval))
+            for side, tokens in (("train", data.train), ("eval", data.eval), ("general", data.general))
+            if tokens is not None
             for name in ("ids", "is_label", "offsets")
         }
     )
@@ -238,11 +244,15 @@ def load(folder: Path) -> TokenizedData:
     if hashlib.sha256(content).hexdigest() != facts.pop("tokens_sha256", None):
         raise StudyDirectoryError(f"{path}: not the tokens that facts.json was written for", _AGAIN)
     tensors = from_bytes(content)
-    train, heldout = (
+    train, heldout, general = (
         Tokens(tensors[f"{side}.ids"], tensors[f"{side}.is_label"], tensors[f"{side}.offsets"])
-        for side in ("train", "eval")
+        if f"{side}.ids" in tensors
+        else None
+        for side in ("train", "eval", "general")
     )
-    return TokenizedData(train, heldout, facts)
+    if train is None or heldout is None:
+        raise StudyDirectoryError(f"{path}: holds no rows to train on or to hold out", _AGAIN)
+    return TokenizedData(train, heldout, facts, general)
 
 
 _AGAIN = "Delete the study's data folder and run it again: only what is missing is done."

@@ -1,4 +1,4 @@
-"""What a child process does: packs one after the other, or one repeat of one profile.
+"""What a child process does: packs one after the other, a trial of full fine-tuning, or one repeat of one profile.
 
     python -m rankscope.launch.worker STUDY_DIRECTORY JOB_FILE
 
@@ -32,14 +32,18 @@ def run_job(study: Study, job: dict[str, Any]) -> None:
     data = load(study.path / "data")
     if job["kind"] == "packs":
         _train_packs(study, job["packs"], data)
+    elif job["kind"] == "reference":
+        from rankscope.train.full import train_full
+
+        (trial,) = [trial for trial in study.spec.reference_trials() if trial.name == job["trial"]]
+        train_full(study.spec, trial, study.trial_folder(trial), data)
     else:
         from rankscope.measure.profile import profile_candidate
 
-        (candidate,) = [c for c in study.spec.candidates() if c.name == job["candidate"]]
-        file = study.profile_file(candidate)
-        repeats = read_json(file)["repeats"] if file.exists() else []
-        repeats.append(profile_candidate(study.spec, candidate, data))
-        write_json(file, {"schema": 1, "candidate": candidate.model_dump(mode="json"), "repeats": repeats})
+        name, candidate = job["profile"], study.profiled()[job["profile"]]
+        repeats = [*study.profile_repeats(name), profile_candidate(study.spec, candidate, data)]
+        record = {"schema": 2, "profile": name, "candidate": candidate.model_dump(mode="json"), "repeats": repeats}
+        write_json(study.profile_file(name), record)
 
 
 def _train_packs(study: Study, packs: Mapping[str, Sequence[str]], data: "TokenizedData") -> None:
@@ -82,6 +86,9 @@ def _record_failure(study: Study, job: dict[str, Any], error: BaseException) -> 
             for trial in study.spec.trials():
                 if trial.name in names:
                     study.settle(trial, status, reason, pack)
+    for full in study.spec.reference_trials():
+        if full.name == job.get("trial"):
+            study.settle(full, status, reason)
 
 
 def main(study_path: str, job_file: str) -> int:

@@ -4,10 +4,12 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import psutil
 import torch
+
+from rankscope.measure.nvml import open_nvml
 
 INTERVAL_SECONDS = 0.02
 
@@ -29,42 +31,84 @@ def peak_rss() -> int:
     raise OSError("/proc/self/status has no VmHWM")
 
 
-class MemorySampler:
-    """Rows of (phase, step, seconds, rss_bytes, gpu_allocated_bytes, gpu_reserved_bytes), one each 20 ms.
+class Sample(NamedTuple):
+    """Memory at one moment, in bytes. The GPU's is None without one."""
 
-    `rss_bytes` is the resident set of this process: what the operating system holds in RAM for it, shared libraries
-    included. The GPU columns are the caching allocator's, None without a GPU. The work says in which phase and step
-    it is by setting `phase` and `step`.
+    phase: str
+    step: int
+    seconds: float  # since the sampler was made
+    rss_bytes: int
+    """The resident set of this process: what the system holds in RAM for it, shared libraries included."""
+    gpu_allocated_bytes: int | None
+    gpu_reserved_bytes: int | None
+    """Both of torch's caching allocator."""
+    gpu_nvml_bytes: int | None
+    """See `rankscope.measure.nvml.Nvml.used_bytes`."""
+
+
+class MemorySampler:
+    """Takes a `Sample` each 20 ms. The work says in which step it is by setting `step`, and calls `begin` at a phase.
+
+    `peaks` has, for each phase that has ended, those that were not sampled but counted by the kernel (`rss`, on Linux)
+    and by torch's allocator (`gpu_allocated`, `gpu_reserved`), in bytes.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.phase, self.step = "load", 0
-        self.rows: list[tuple[str, int, float, int, int | None, int | None]] = []
+        self.rows: list[Sample] = []
+        self.peaks: dict[str, dict[str, int]] = {}
+        self.nvml = open_nvml(device)
         self._device = device
+        self._kernel = False
         self._process = psutil.Process()
         self._start = time.perf_counter()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rankscope-memory", daemon=True)
 
-    def take(self) -> None:
+    def take(self) -> Sample:
         """Takes one sample now."""
-        gpu = self._device.type == "cuda" and torch.cuda.is_initialized()
-        self.rows.append(
-            (
-                self.phase,
-                self.step,
-                round(time.perf_counter() - self._start, 4),
-                self._process.memory_info().rss,
-                torch.cuda.memory_allocated(self._device) if gpu else None,
-                torch.cuda.memory_reserved(self._device) if gpu else None,
-            )
+        gpu = self._gpu()
+        sample = Sample(
+            self.phase,
+            self.step,
+            round(time.perf_counter() - self._start, 4),
+            self._process.memory_info().rss,
+            torch.cuda.memory_allocated(self._device) if gpu else None,
+            torch.cuda.memory_reserved(self._device) if gpu else None,
+            self.nvml.used_bytes() if self.nvml else None,
         )
+        self.rows.append(sample)
+        return sample
+
+    def begin(self, phase: str) -> None:
+        """Ends the phase that was. The peaks of `phase` start anew."""
+        self._end_phase()
+        self.phase = phase
+        self._reset_peaks()
+
+    def _end_phase(self) -> None:
+        self.take()
+        self.peaks[self.phase] = {"rss": peak_rss()} if self._kernel else {}
+        if self._gpu():
+            self.peaks[self.phase] |= {
+                "gpu_allocated": torch.cuda.max_memory_allocated(self._device),
+                "gpu_reserved": torch.cuda.max_memory_reserved(self._device),
+            }
+
+    def _reset_peaks(self) -> None:
+        self._kernel = reset_peak_rss()
+        if self._gpu():
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def _gpu(self) -> bool:
+        return self._device.type == "cuda" and torch.cuda.is_initialized()
 
     def _run(self) -> None:
         while not self._stop.wait(INTERVAL_SECONDS):
             self.take()
 
     def __enter__(self) -> Self:
+        self._reset_peaks()
         self.take()
         self._thread.start()
         return self
@@ -74,4 +118,4 @@ class MemorySampler:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        self.take()
+        self._end_phase()

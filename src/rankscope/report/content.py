@@ -5,37 +5,17 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from rankscope.report.also import also_measured, also_notes, rank_name
 from rankscope.report.catalogue import Catalogue
+from rankscope.report.costs import Saving, cost_tables, noise_sentence, savings
 from rankscope.report.facts import Fact, data_facts, machine_facts
 from rankscope.report.figures import Figure, curve_figures, heldout_figures
-from rankscope.report.formats import change, duration, known, loss, percent, rate, signed, size
-from rankscope.report.sentences import candidate_name, verdict_sentence
-from rankscope.report.tables import by_candidate, has_gpu
+from rankscope.report.formats import Table, duration, known, loss, percent, rate, signed, size
+from rankscope.report.predictions import prediction_tables
+from rankscope.report.sentences import claim_sentences, verdict_sentence
+from rankscope.report.tables import by_candidate, chosen_row, has_gpu
 from rankscope.spec import EMBEDDED, write_yaml
 from rankscope.study import Evidence
-
-
-class Saving(NamedTuple):
-    """One cost of the recommended candidate beside that of the largest rank."""
-
-    label: str
-    value: str
-    instead: str
-    change: str
-    less: bool
-
-
-class Table(NamedTuple):
-    """Cells of text, in which a line break parts a value from its interval.
-
-    `numeric` says which columns are aligned as numbers, `chosen` which row the verdict chose.
-    """
-
-    caption: str
-    headers: list[str]
-    numeric: list[bool]
-    rows: list[list[str]]
-    chosen: int | None = None
 
 
 class Content(NamedTuple):
@@ -52,9 +32,14 @@ class Content(NamedTuple):
     cost: str
     cost_notes: list[str]
     caveats: list[str]
+    claims: list[str]
     curves: list[Figure]
     heldout: list[Figure]
     candidates: Table
+    noise: str
+    costs: list[Table]
+    also: Table
+    also_notes: list[str]
     trials: Table
     data: list[Fact]
     machine: list[Fact]
@@ -70,7 +55,7 @@ def compose(
     """Puts the report together. `verdict` may be None, and any table of the evidence may be empty."""
     table = by_candidate(evidence, verdict)
     rank = (verdict or {}).get("rank")
-    savings_title, savings, savings_note = _savings(verdict, table, text)
+    saved = savings(evidence, verdict, table, text)
     cost, cost_notes = _cost(verdict, table, text)
     caveats = [text.get(f"caveat.{code}", str(code)) for code in (verdict or {}).get("caveats", [])]
     return Content(
@@ -79,15 +64,20 @@ def compose(
         outcome=text(f"outcome.{verdict['outcome'] if verdict else 'none'}"),
         rank="" if rank is None else str(rank),
         sentence=verdict_sentence(verdict, text.language),
-        savings_title=savings_title,
-        savings=savings,
-        savings_note=savings_note,
+        savings_title=saved.title,
+        savings=saved.savings,
+        savings_note=saved.note,
         cost=cost,
         cost_notes=cost_notes,
         caveats=caveats,
+        claims=claim_sentences(verdict, text.language),
         curves=curve_figures(evidence, table, text),
         heldout=heldout_figures(evidence, verdict, table, text),
         candidates=_candidates(evidence, verdict, table, text),
+        noise=noise_sentence(evidence.profiles, text),
+        costs=[*cost_tables(evidence, text), *prediction_tables(evidence, text)],
+        also=also_measured(evidence, text),
+        also_notes=also_notes(evidence, text),
         trials=_trials(evidence, text),
         data=data_facts(evidence.data_facts, text),
         machine=machine_facts(evidence.machine, text),
@@ -107,43 +97,8 @@ def _subtitle(evidence: Evidence, text: Catalogue) -> str:
     )
 
 
-def _chosen(verdict: Mapping[str, Any] | None, table: pd.DataFrame) -> "pd.Series[Any] | None":
-    rows = table[table["candidate"] == (verdict or {}).get("candidate")]
-    return None if rows.empty else rows.iloc[0]
-
-
-def _savings(verdict: Mapping[str, Any] | None, table: pd.DataFrame, text: Catalogue) -> tuple[str, list[Saving], str]:
-    """The chosen candidate's costs against those of the largest rank that is compared."""
-    chosen = _chosen(verdict, table)
-    if chosen is None or verdict is None:
-        return "", [], ""
-    name = max(verdict["comparison"], key=lambda row: row["rank"])["candidate"]
-    largest = table[table["candidate"] == name].iloc[0]
-    title = text("saving.title", name=candidate_name(verdict, name, text))
-    if largest["rank"] == chosen["rank"]:
-        return title, [], text("saving.none")
-    wanted: list[tuple[str, str, Callable[[float], str]]] = [
-        ("gpu_peak", "gpu_allocated_peak_bytes", size),
-        ("cpu_peak", "rss_peak_bytes", size),
-        ("runtime", "runtime_seconds", lambda value: duration(value, text)),
-        ("adapter", "adapter_bytes", size),
-    ]
-    savings = [
-        Saving(
-            text(f"saving.{label}"),
-            number(chosen[column]),
-            text("saving.instead", value=number(largest[column])),
-            change(chosen[column], largest[column]),
-            bool(chosen[column] < largest[column]),
-        )
-        for label, column, number in wanted
-        if known(chosen[column]) and known(largest[column]) and largest[column] > 0
-    ]
-    return title, savings, "" if known(chosen["rss_peak_bytes"]) else text("saving.unmeasured")
-
-
 def _cost(verdict: Mapping[str, Any] | None, table: pd.DataFrame, text: Catalogue) -> tuple[str, list[str]]:
-    chosen = _chosen(verdict, table)
+    chosen = chosen_row(verdict, table)
     if chosen is None or verdict is None:
         return "", []
     if verdict["candidate"] == verdict["best_candidate"]:
@@ -220,10 +175,13 @@ def _candidates(evidence: Evidence, verdict: Mapping[str, Any] | None, table: pd
 
 def _trials(evidence: Evidence, text: Catalogue) -> Table:
     none = text("none")
+    records = evidence.results.to_dict("records")
+    if evidence.reference_results is not None:
+        records += evidence.reference_results.to_dict("records")
     rows = [
         [
             str(row["trial"]),
-            str(row["rank"]),
+            rank_name(row["rank"], text),
             rate(row["learning_rate"]),
             str(row["seed"]),
             text.get(f"status.{row['status']}", str(row["status"])),
@@ -232,7 +190,7 @@ def _trials(evidence: Evidence, text: Catalogue) -> Table:
             loss(row["train_loss"]) if known(row["train_loss"]) else none,
             loss(row["eval_loss"]) if known(row["eval_loss"]) else none,
         ]
-        for row in evidence.results.to_dict("records")
+        for row in records
     ]
     names = ["trial", "rank", "learning_rate", "seed", "status", "reason", "steps", "train_loss", "eval_loss"]
     numeric = [name not in ("trial", "status", "reason") for name in names]
@@ -252,7 +210,7 @@ def _limits(evidence: Evidence, verdict: Mapping[str, Any] | None, text: Catalog
         limits.append(text("limit.selection"))
     if len(spec.learning_rates) > 1:
         limits.append(text("limit.rates"))
-    if len(spec.ranks) > 1 and not isinstance(spec.adapter.alpha, str):
+    if len(spec.ranks) > 1 and not isinstance(spec.adapter.alpha, str) and not spec.adapter.use_rslora:
         limits.append(text("limit.alpha"))
     if not evidence.profiles.empty:
         limits.append(text("limit.costs", steps=int(evidence.profiles["steps"].max())))

@@ -102,7 +102,7 @@ def _runtime(evidence: Evidence, text: Catalogue) -> Figure:
 def _memory_by_rank(evidence: Evidence, table: pd.DataFrame, text: Catalogue, kind: str, prefix: str) -> Figure:
     name, title = f"{kind}-memory", text(f"chart.{kind}_memory.title")
     columns = {f"{prefix}_mean_bytes": "average", f"{prefix}_peak_bytes": "peak"}
-    known = table[table[f"{prefix}_peak_bytes"].notna()]
+    known = table[table[f"{prefix}_peak_bytes"].notna()].drop_duplicates("rank")  # the same for its learning rates
     if known.empty:
         return Figure(name, title, text(f"chart.{kind}_memory.absent"), "", [])
     frame = known[["candidate", "rank", "learning_rate", *columns]].rename(columns=columns)

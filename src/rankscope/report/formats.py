@@ -1,4 +1,4 @@
-"""Numbers as people read them. Sizes are decimal (1 MB = 1e6 bytes), times are s, min or h."""
+"""Numbers and tables as people read them. Sizes are decimal (1 MB = 1e6 bytes), times are s, min or h."""
 
 import math
 from decimal import Decimal
@@ -14,6 +14,19 @@ class Unit(NamedTuple):
 
     name: str
     factor: float
+
+
+class Table(NamedTuple):
+    """Cells of text, in which a line break parts a value from its interval.
+
+    `numeric` says which columns are aligned as numbers, `chosen` which row the verdict chose.
+    """
+
+    caption: str
+    headers: list[str]
+    numeric: list[bool]
+    rows: list[list[str]]
+    chosen: int | None = None
 
 
 def known(value: float | None) -> bool:
@@ -52,6 +65,11 @@ def duration(seconds: float, text: Catalogue) -> str:
 def percent(share: float) -> str:
     """`0.01` -> `1%`, `0.0025` -> `0.25%`."""
     return f"{share * 100:.3g}%"
+
+
+def signed_percent(share: float) -> str:
+    """`0.0213` -> `+2.13%`."""
+    return f"{share * 100:+.3g}%".replace("-", MINUS)
 
 
 def change(new: float, old: float) -> str:

@@ -4,9 +4,10 @@ import re
 from collections.abc import Iterable
 
 from rankscope.report.catalogue import Catalogue
-from rankscope.report.content import Content, Table
+from rankscope.report.content import Content
 from rankscope.report.facts import Fact
 from rankscope.report.figures import Figure
+from rankscope.report.formats import Table
 
 
 def render(content: Content, text: Catalogue) -> str:
@@ -17,7 +18,9 @@ def render(content: Content, text: Catalogue) -> str:
     if content.savings:
         parts += [
             f"{escape(content.savings_title)}:",
-            _list(f"{saving.label}: {saving.value} {saving.instead} ({saving.change})" for saving in content.savings),
+            _list(
+                f"{saving.label}: {saving.value} {saving.instead} ({saving.difference})" for saving in content.savings
+            ),
         ]
     if content.savings_note:
         parts.append(escape(content.savings_note))
@@ -26,11 +29,16 @@ def render(content: Content, text: Catalogue) -> str:
         parts += [f"{text('cost.title')}:", _list([*cost, *content.cost_notes])]
     if content.caveats:
         parts += [f"{text('caveat.title')}:", _list(content.caveats)]
+    if content.claims:
+        parts += [f"{text('claim.title')}:", _list(content.claims)]
     parts.append(f"## {text('section.curves')}")
     parts += [_figure(figure) for figure in content.curves]
     parts.append(f"## {text('section.heldout')}")
     parts += [_figure(figure) for figure in content.heldout]
-    parts += [f"## {text('section.candidates')}", _table(content.candidates), text("unit.note")]
+    parts += [f"## {text('section.candidates')}", _table(content.candidates)]
+    parts += [escape(content.noise)] if content.noise else []
+    parts += [*(_table(table) for table in content.costs), text("unit.note")]
+    parts += [f"## {text('section.also')}", _table(content.also), *map(escape, content.also_notes)]
     parts += [f"## {text('section.trials')}", _table(content.trials)]
     parts += [f"## {text('section.data')}", _facts(content.data, text)]
     parts += [f"## {text('section.machine')}", _facts(content.machine, text)]

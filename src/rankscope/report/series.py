@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from rankscope.report.tables import rank_profiles
 from rankscope.study import Evidence
 
 POINTS = 4000
@@ -71,18 +72,20 @@ def heldout_by_seed(evidence: Evidence) -> pd.DataFrame:
 def runtimes(evidence: Evidence) -> tuple[pd.DataFrame, bool]:
     """One row a measurement: `candidate rank learning_rate number seconds`, and whether profiles gave them.
 
-    Without profiles, trials that had a pack to themselves tell their own time; others shared it, and are left
-    out.
+    Without profiles, trials that had a pack to themselves tell their own time, of steps and evaluations; others
+    shared it, and are left out.
     """
-    profiles = evidence.profiles
+    profiles = rank_profiles(evidence)
     if not profiles.empty and profiles["runtime_seconds"].notna().any():
-        known = profiles[profiles["runtime_seconds"].notna()]
-        named = known.rename(columns={"repeat": "number", "runtime_seconds": "seconds"})
+        named = profiles[profiles["runtime_seconds"].notna()].rename(
+            columns={"repeat": "number", "runtime_seconds": "seconds"}
+        )
         return named[[*KEYS, "number", "seconds"]].reset_index(drop=True), True
     results = evidence.results
     trials_in_pack = results.groupby("pack")["trial"].transform("size")
     alone = results[(trials_in_pack == 1) & (results["status"] == "done") & results["train_seconds"].notna()]
-    named = alone.rename(columns={"seed": "number", "train_seconds": "seconds"})
+    named = alone.rename(columns={"seed": "number"})
+    named["seconds"] = alone["train_seconds"] + alone["eval_seconds"].fillna(0.0)
     return named[[*KEYS, "number", "seconds"]].reset_index(drop=True), False
 
 

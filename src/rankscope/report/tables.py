@@ -29,7 +29,7 @@ def by_candidate(evidence: Evidence, verdict: Mapping[str, Any] | None) -> pd.Da
     Losses (nats a label token) are means over finished trials, `eval_loss_sd` their sample standard deviation
     (NaN with one). Intervals and regret are the verdict's. Averages of memory (bytes) and runtime (seconds)
     are means over the profile's repeats, peaks are the highest repeat, `step_seconds` is the median of the
-    repeats' medians.
+    repeats' medians. A rank is profiled once: its costs are those of each of its learning rates.
     """
     results = evidence.results
     done = results[results["status"] == "done"].groupby("candidate")
@@ -47,16 +47,23 @@ def by_candidate(evidence: Evidence, verdict: Mapping[str, Any] | None) -> pd.Da
     for column in COMPARED:
         known = [compared.get(name, {}).get(column) for name in table.index]
         table[column] = pd.Series(known, index=table.index, dtype="float64")
-    table = table.join(_costs(evidence.profiles))
+    table = table.join(_costs(rank_profiles(evidence)), on="rank")
     order = [candidate.name for candidate in evidence.spec.candidates()]
     return table.reindex([name for name in order if name in table.index]).reset_index(names="candidate")
 
 
+def rank_profiles(evidence: Evidence) -> pd.DataFrame:
+    """The rows of `Study.profiles` without repetition: one a repeat of a rank's profile, without the control's."""
+    profiles = evidence.profiles
+    return profiles if profiles.empty else profiles[~profiles["control"]].drop_duplicates(["rank", "repeat"])
+
+
 def _costs(profiles: pd.DataFrame) -> pd.DataFrame:
+    """One row a rank."""
     if profiles.empty:
-        return pd.DataFrame(columns=list(COSTS), index=pd.Index([], name="candidate"), dtype="float64")
+        return pd.DataFrame(columns=list(COSTS), index=pd.Index([], name="rank", dtype="int64"), dtype="float64")
     columns = ["rss_mean_bytes", "rss_peak_bytes", *GPU, "step_seconds_median", "runtime_seconds"]
-    repeats = profiles.astype(dict.fromkeys(columns, "float64")).groupby("candidate")  # None without a GPU
+    repeats = profiles.astype(dict.fromkeys(columns, "float64")).groupby("rank")  # None without a GPU
     return pd.DataFrame(
         {
             "rss_mean_bytes": repeats["rss_mean_bytes"].mean(),
@@ -67,6 +74,12 @@ def _costs(profiles: pd.DataFrame) -> pd.DataFrame:
             "runtime_seconds": repeats["runtime_seconds"].mean(),
         }
     )
+
+
+def chosen_row(verdict: Mapping[str, Any] | None, table: pd.DataFrame) -> "pd.Series[Any] | None":
+    """The row of `by_candidate` that the verdict chose, or None."""
+    rows = table[table["candidate"] == (verdict or {}).get("candidate")]
+    return None if rows.empty else rows.iloc[0]
 
 
 def has_gpu(evidence: Evidence) -> bool:

@@ -4,6 +4,7 @@ Counting needs one forward and backward of four short sequences, on the loaded m
 meta device): so memory is predicted before anything is loaded.
 """
 
+import math
 import statistics
 import time
 from collections import Counter
@@ -36,9 +37,13 @@ class Cost(NamedTuple):
     flops_per_label: int
     """Of the output layer: forward, and backward to its input."""
 
+    def flops(self, tokens: int, label_tokens: int) -> float:
+        """Of training on so many tokens."""
+        return self.flops_per_token * tokens + self.flops_per_label * label_tokens
+
     def step_flops(self, metrics: StepMetrics) -> float:
         """Useful FLOPs of a step: real tokens and labels only, whatever was padded or computed besides."""
-        return self.flops_per_token * metrics.tokens + self.flops_per_label * metrics.label_tokens
+        return self.flops(metrics.tokens, metrics.label_tokens)
 
 
 class Products(TorchDispatchMode):
@@ -89,21 +94,29 @@ def count_cost(model: PreTrainedModel, adapter: str, forward: Callable[[], Tenso
     return Cost(sum(saved.values()) // total, products.flops // total, 4 * head.weight.numel())
 
 
-def product_rate(shapes: Mapping[tuple[int, int, int], int], device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of plain products of these shapes, each as often as counted: the median of five, after two to warm up."""
+def product_rate(
+    shapes: Mapping[tuple[int, int, int], int], device: torch.device, dtype: torch.dtype, most_seconds: float = math.inf
+) -> float:
+    """FLOP/s of plain products of these shapes, each as often as counted: the median of five, after two to warm up.
+
+    After `most_seconds` what is left is taken to run as fast as what was timed; the shapes that take most come first.
+    """
     flops = seconds = 0.0
-    for (m, k, n), count in shapes.items():
+    end = time.perf_counter() + most_seconds
+    for (m, k, n), count in sorted(shapes.items(), key=lambda item: -math.prod(item[0]) * item[1]):
         left, right = torch.rand(m, k, device=device, dtype=dtype), torch.rand(k, n, device=device, dtype=dtype)
         out = left @ right
-        times = []
-        for _ in range(7):
+        times: list[float] = []
+        while len(times) < 7 and (len(times) < 2 or time.perf_counter() < end):
             _synchronize(device)
             start = time.perf_counter()
             torch.mm(left, right, out=out)
             _synchronize(device)
             times.append(time.perf_counter() - start)
         flops += 2 * m * k * n * count
-        seconds += statistics.median(times[2:]) * count
+        seconds += statistics.median(times[min(2, len(times) - 1) :]) * count
+        if time.perf_counter() > end:
+            break
     return flops / seconds
 
 

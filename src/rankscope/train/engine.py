@@ -51,6 +51,8 @@ class Engine(Protocol):
     """What the training loop needs of an engine."""
 
     name: str
+    mixed: bool
+    """Whether products are in bfloat16 over float32 weights, as full fine-tuning over a bfloat16 base has it."""
 
     def forward(self, tokens: Tokens, adapter: str) -> Tensor:
         """What the trunk makes of all of `tokens` under one adapter, for counting its cost."""
@@ -65,10 +67,19 @@ class Engine(Protocol):
         ...
 
 
+def mixed_precision(device: torch.device, enabled: bool) -> torch.autocast:
+    """Products in bfloat16 over float32 weights. Nothing cast is kept: what was cast without a gradient has none."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=False)
+
+
 class PackedEngine:
-    """All trials in one flattened batch, divided into forwards of at most `tokens_per_forward` tokens."""
+    """All trials in one flattened batch, divided into forwards of at most `tokens_per_forward` tokens.
+
+    With `mixed` products are in bfloat16: for float32 weights that are trained themselves.
+    """
 
     name = "packed"
+    mixed = False
 
     def __init__(self, model: PreTrainedModel, tokens_per_forward: int, base_dropout: bool = False) -> None:
         self.model = model
@@ -105,7 +116,8 @@ class PackedEngine:
             owner = torch.tensor(
                 [order[part.adapter] for part in group for _ in part.examples], device=self.model.device
             )[batch.label_sequence]  # (L,), which slice each label belongs to
-            out = label_losses(self.head, self.hidden(batch), batch.targets, share[owner])
+            with mixed_precision(self.model.device, self.mixed):
+                out = label_losses(self.head, self.hidden(batch), batch.targets, share[owner], self.head.trained)
             out.total.backward()
             sums += np.bincount(owner.cpu(), weights=out.losses.double().cpu(), minlength=len(slices))
         return [
@@ -122,8 +134,9 @@ class PackedEngine:
         for number, adapter in enumerate(adapters):
             for (part,) in divide(tokens, [Slice(adapter, range(len(tokens)))], budget):
                 batch = flatten(tokens, [part], self.model.device)
-                hidden = self.hidden(batch)
-                out = label_losses(self.head, hidden, batch.targets, torch.ones_like(hidden[:, 0]).float())
+                with mixed_precision(self.model.device, self.mixed):
+                    hidden = self.hidden(batch)
+                    out = label_losses(self.head, hidden, batch.targets, torch.ones_like(hidden[:, 0]).float())
                 where = batch.label_sequence.cpu()
                 losses[number, part.examples] = np.bincount(where, out.losses.double().cpu(), len(part.examples))
                 correct[number, part.examples] = np.bincount(where, out.correct.double().cpu(), len(part.examples))
@@ -134,9 +147,11 @@ class PeftEngine:
     """One trial at a time, by PEFT's forward and the model's own attention, on right-padded batches.
 
     A forward takes at most `batch_size` rows, and fewer where they would have more than `tokens_per_forward` tokens.
+    With `mixed` products are in bfloat16, as they are over a bfloat16 base in any case.
     """
 
     name = "peft"
+    mixed = False
 
     def __init__(
         self, model: PreTrainedModel, batch_size: int, base_dropout: bool = False, tokens_per_forward: int = 1 << 30
@@ -167,8 +182,8 @@ class PeftEngine:
     def _losses(self, tokens: Tokens, examples: Examples) -> tuple[Tensor, Tensor]:
         """Losses and hits of each label, laid out as (examples, longest - 1), zero elsewhere."""
         ids, mask, is_label = pad(tokens, examples, self.model.device)
-        autocast = self.model.dtype != torch.float32  # float32 adapters over a bfloat16 base, as TRL trains them
-        with torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=autocast):
+        mixed = self.mixed or self.model.dtype != torch.float32  # float32 adapters over a bfloat16 base, as TRL has it
+        with mixed_precision(self.model.device, mixed):
             logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         logits, targets, wanted = logits[:, :-1].float(), ids[:, 1:], is_label[:, 1:]
         loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
@@ -178,21 +193,32 @@ class PeftEngine:
         self.model.train(self.base_dropout)
         results = []
         for slice_ in slices:
-            self._activate(slice_.adapter)
-            for _, layer in lora_layers(self.model):
-                layer.lora_dropout.train(bool(slice_.dropout_seeds))
             labels, total = int(tokens.label_counts[slice_.examples].sum()), 0.0
-            rows = self._rows(tokens, slice_.examples)
-            for start in range(0, len(slice_.examples), rows):
-                part = slice_.examples[start : start + rows]
-                with torch.random.fork_rng(enabled=bool(slice_.dropout_seeds)):
-                    if slice_.dropout_seeds:
-                        torch.manual_seed(slice_.dropout_seeds[start])
-                    loss, _ = self._losses(tokens, part)
+            for part in self.parts(tokens, slice_):
+                loss = self.losses(tokens, part)
                 (loss.sum() / labels).backward()
                 total += float(loss.detach().double().sum())
             results.append(BatchLoss(total / labels, int(tokens.lengths[slice_.examples].sum()), labels))
         return results
+
+    def parts(self, tokens: Tokens, slice_: Slice) -> list[Slice]:
+        """The forwards of one slice."""
+        rows = self._rows(tokens, slice_.examples)
+        starts = range(0, len(slice_.examples), rows)
+        return [
+            Slice(slice_.adapter, slice_.examples[start : start + rows], slice_.dropout_seeds[start : start + rows])
+            for start in starts
+        ]
+
+    def losses(self, tokens: Tokens, slice_: Slice) -> Tensor:
+        """One forward: losses of each label, zero elsewhere, with LoRA dropout where the slice has seeds."""
+        self._activate(slice_.adapter)
+        for _, layer in lora_layers(self.model):
+            layer.lora_dropout.train(bool(slice_.dropout_seeds))
+        with torch.random.fork_rng(enabled=bool(slice_.dropout_seeds)):
+            if slice_.dropout_seeds:
+                torch.manual_seed(slice_.dropout_seeds[0])
+            return self._losses(tokens, slice_.examples)[0]
 
     @torch.no_grad()
     def evaluate(self, tokens: Tokens, adapters: Sequence[str]) -> list[ExampleLosses]:

@@ -12,15 +12,15 @@ import torch
 from transformers import PreTrainedModel
 
 from rankscope.data.batches import steps_per_epoch
-from rankscope.data.tokens import TokenizedData
+from rankscope.data.tokens import TokenizedData, Tokens
 from rankscope.files import JsonlWriter, write_json
 from rankscope.lora.adapters import save_adapter
 from rankscope.lora.base import free_bytes
 from rankscope.lora.layout import NotPackable
-from rankscope.spec import StudySpec, TrainingSpec, Trial
+from rankscope.spec import AnyTrial, StudySpec, TrainingSpec, Trial
 from rankscope.train.cost import Cost, Products, count_costs, product_rate
 from rankscope.train.engine import Engine, ExampleLosses, PackedEngine, PeftEngine
-from rankscope.train.memory import BYTES_PER_PARAMETER, tokens_per_forward
+from rankscope.train.memory import BYTES_PER_PARAMETER, LOGIT_BYTES, tokens_per_forward
 from rankscope.train.pack import (
     Member,
     StepMetrics,
@@ -34,9 +34,6 @@ from rankscope.train.pack import (
 from rankscope.train.probe import make_packable, probe_tokens
 
 log = logging.getLogger(__name__)
-
-LOGIT_BYTES = 16
-"""Of one logit of PEFT's forward: the logits and log-probabilities in float32, and the gradients of both."""
 
 
 class EngineChoice(NamedTuple):
@@ -65,6 +62,8 @@ def choose_engine(model: PreTrainedModel, members: Sequence[Member], training: T
                 "%s cannot be packed: %s. Its trials are trained by PEFT's forward.", type(model).__name__, error
             )
     costs = count_costs(model, names, engine.forward, probe_tokens(model))
+    for member in members:  # what counting left on weights that are no adapter's
+        member.optimizer.zero_grad(set_to_none=True)
     per_token = max(cost.bytes_per_token for cost in costs.values())
     if engine.name == "peft":
         per_token += LOGIT_BYTES * model.config.get_text_config().vocab_size
@@ -95,30 +94,52 @@ def train_pack(
     pack: str,
     weights: str,
 ) -> PackRun:
-    """Trains `trials` together from their first step to their last, and writes each one's files in its folder.
+    """Gives each of `trials` its adapter and trains them together: see `train_members`.
 
-    `weights` is the base model's fingerprint. trial.json holds status and results, metrics.jsonl a line a step,
-    eval.json the final held-out loss of each example, adapter/ the adapter in PEFT's format; the folders must be new.
+    `weights` is the base model's fingerprint.
+    """
+    steps = total_steps(spec.training, len(data.train))
+    members = [make_member(model, trial, spec.training, steps, spec.model.id) for trial in trials]
+    choice = choose_engine(model, members, spec.training)
+    facts = {"pack": pack, "engine": choice.engine.name, "engine_reason": choice.reason, "model_sha256": weights}
+    return train_members(model, spec.training, members, choice, folders, data, facts)
+
+
+def train_members(
+    model: PreTrainedModel,
+    training: TrainingSpec,
+    members: Sequence[Member],
+    choice: EngineChoice,
+    folders: Mapping[str, Path],
+    data: TokenizedData,
+    facts: Mapping[str, Any],
+) -> PackRun:
+    """Trains all `members` from their first step to their last, and writes the files of each in its trial's folder.
+
+    trial.json holds status, results and `facts`, metrics.jsonl a line a step, eval.json the final held-out loss of
+    each example, adapter/ the adapter in PEFT's format (nothing in full fine-tuning); the folders must be new.
     A trial whose loss or gradient is not finite is frozen where it is and recorded as diverged; the others go on.
     """
-    training = spec.training
+    engine, _, costs = choice
+    trials = [member.trial for member in members]
     steps = total_steps(training, len(data.train))
     per_epoch = steps_per_epoch(len(data.train), effective_batch_size(training))
-    members = [make_member(model, trial, training, steps, spec.model.id) for trial in trials]
-    engine, reason, costs = choose_engine(model, members, training)
     evaluated = eval_steps(training, steps)
     writers: dict[str, JsonlWriter] = {}
     histories: dict[str, list[StepMetrics]] = {}
-    seconds = flops = rate = 0.0
+    seconds = eval_seconds = flops = rate = 0.0
     products = Products()
     for trial in trials:
         writers[trial.name] = JsonlWriter(folders[trial.name] / "metrics.jsonl")
         histories[trial.name] = []
-    record = _Recorder(folders, {"pack": pack, "engine": engine.name, "engine_reason": reason, "model_sha256": weights})
+    record = _Recorder(folders, facts)
     for trial in trials:
         record(trial, "running")
 
-    before = engine.evaluate(data.eval, [trials[0].name])[0]  # B is zero: the base model's own loss for every trial
+    start = time.perf_counter()
+    before = engine.evaluate(data.eval, [trials[0].name])[0]  # the base model's own loss for every trial: B is zero
+    eval_seconds += time.perf_counter() - start
+    (general_before,) = _general_losses(engine, data.general, [trials[0].name])
     for trial in trials:
         writers[trial.name].write({"step": 0, "epoch": 0.0, "eval_loss": before.mean})
 
@@ -157,13 +178,17 @@ def train_pack(
         if not active:
             break
         if step + 1 in evaluated:
+            start = time.perf_counter()
             evals = engine.evaluate(data.eval, [member.trial.name for member in active])
+            eval_seconds += time.perf_counter() - start
             for member, held_out in zip(active, evals, strict=True):
                 if math.isfinite(held_out.mean):
                     writers[member.trial.name].write({"step": step + 1, "eval_loss": held_out.mean})
             if step + 1 == steps:
-                for member, held_out in zip(active, evals, strict=True):
-                    _finish(record, member, held_out, histories[member.trial.name], seconds, folders)
+                general = _general_losses(engine, data.general, [member.trial.name for member in active])
+                for member, held_out, after in zip(active, evals, general, strict=True):
+                    history, times = histories[member.trial.name], (seconds, eval_seconds)
+                    _finish(record, member, held_out, history, times, (general_before, after), folders)
     for writer in writers.values():
         writer.close()
     rates = rate, product_rate(products.shapes, model.device, model.dtype)
@@ -178,7 +203,7 @@ class _Recorder:
         self.shared = shared
 
     def __call__(
-        self, trial: Trial, status: str, reason: str | None = None, results: Mapping[str, Any] | None = None
+        self, trial: AnyTrial, status: str, reason: str | None = None, results: Mapping[str, Any] | None = None
     ) -> None:
         write_json(
             self.folders[trial.name] / "trial.json",
@@ -194,15 +219,28 @@ class _Recorder:
         )
 
 
+def _general_losses(engine: Engine, tokens: Tokens | None, names: Sequence[str]) -> list[float | None]:
+    """The loss on the general text under each adapter, in nats a token; None where there is no text, or no number."""
+    if tokens is None:
+        return [None] * len(names)
+    means = [losses.mean for losses in engine.evaluate(tokens, names)]
+    return [mean if math.isfinite(mean) else None for mean in means]
+
+
 def _finish(
     record: _Recorder,
     member: Member,
     held_out: ExampleLosses,
     history: Sequence[StepMetrics],
-    seconds: float,
+    seconds: tuple[float, float],
+    general: tuple[float | None, float | None],
     folders: Mapping[str, Path],
 ) -> None:
-    """Writes a trial's last files; trial.json comes last, so that `done` means that all is there."""
+    """Writes a trial's last files; trial.json comes last, so that `done` means that all is there.
+
+    `seconds` are those of the pack's steps, and of its evaluations; `general` are the losses on the general text before
+    training and after.
+    """
     trial, folder = member.trial, folders[member.trial.name]
     if not math.isfinite(held_out.mean) or not finite_weights(member):
         record(trial, "diverged", f"held-out loss or weights not finite after step {len(history)}")
@@ -214,7 +252,7 @@ def _finish(
         "correct_tokens": held_out.correct_tokens.astype(int).tolist(),
     }
     write_json(folder / "eval.json", {"schema": 1, "step": len(history), "examples": examples})
-    adapter_bytes = save_adapter(member.weights, member.config, folder / "adapter")
+    adapter_bytes = save_adapter(member.weights, member.config, folder / "adapter") if member.config else None
     tail = history[-max(1, len(history) // 10) :]
     tokens = sum(step.tokens for step in history)
     results = {
@@ -226,7 +264,10 @@ def _finish(
         "eval_loss": held_out.mean,
         "eval_perplexity": math.exp(min(held_out.mean, 700.0)),
         "eval_accuracy": held_out.accuracy,
-        "train_seconds": seconds,
-        "tokens_per_second": tokens / seconds,
+        "general_loss_before": general[0],
+        "general_loss_after": general[1],
+        "train_seconds": seconds[0],
+        "eval_seconds": seconds[1],
+        "tokens_per_second": tokens / seconds[0],
     }
     record(trial, "done", results=results)

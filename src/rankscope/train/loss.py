@@ -1,7 +1,7 @@
 """Cross-entropy at the label positions only, in chunks: all logits never exist at once."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,6 +27,11 @@ class Head:
         self._trunk = _Given()
         self._model = copy.copy(model)
         self._model._modules = {**model._modules, model.base_model_prefix: self._trunk}
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """Its weights that are trained: none beside adapters, all of them in full fine-tuning."""
+        return [parameter for parameter in self._model.parameters() if parameter.requires_grad]
 
     def __call__(self, hidden: Tensor) -> Tensor:
         self._trunk.hidden = hidden[None]
@@ -65,13 +70,23 @@ class LabelLosses(NamedTuple):
     correct: Tensor  # (L,) bool: the label has the highest logit
 
 
-def label_losses(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, weights: Tensor) -> LabelLosses:
+def label_losses(
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    trained: Sequence[nn.Parameter] = (),
+) -> LabelLosses:
     """Cross-entropy of each label, and their sum weighted by `weights`.
 
     Shapes: hidden (L, D), targets (L,) token ids, weights (L,). The gradient with respect to `hidden` is worked out
-    chunk by chunk in the forward (as in Liger Kernel, arXiv:2410.10989), so that no logits wait for the backward.
+    chunk by chunk in the forward (as in Liger Kernel, arXiv:2410.10989), so that no logits wait for the backward; and
+    so is that of the head's `trained` parameters, which takes a buffer of their size.
     """
-    return LabelLosses(*_ChunkedCrossEntropy.apply(hidden, targets, weights, head))  # type: ignore[no-untyped-call]
+    if not torch.is_grad_enabled():
+        trained = ()  # a parameter asks for its gradient even where none is to be worked out
+    out = _ChunkedCrossEntropy.apply(hidden, targets, weights, head, *trained)  # type: ignore[no-untyped-call]
+    return LabelLosses(*out)
 
 
 def _chunks(count: int, size: int) -> Iterator[slice]:
@@ -81,11 +96,12 @@ def _chunks(count: int, size: int) -> Iterator[slice]:
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, weights: Tensor, head: Callable[[Tensor], Tensor]
+        ctx: Any, hidden: Tensor, targets: Tensor, weights: Tensor, head: Callable[[Tensor], Tensor], *trained: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         correct = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        head_grads = [torch.zeros_like(parameter) for parameter in trained]
         with torch.no_grad():
             vocab_size = head(hidden[:1]).shape[-1]
         for part in _chunks(len(targets), max(16, CHUNK_BYTES[hidden.device.type] // (4 * vocab_size))):
@@ -101,13 +117,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_logits = log_probs.exp_()
                 grad_logits[rows, targets[part]] -= 1
                 grad_logits *= weights[part, None].to(grad_logits.dtype)
-                (grad[part],) = torch.autograd.grad(logits, chunk, grad_logits)
+                grad[part], *parts = torch.autograd.grad(logits, (chunk, *trained), grad_logits)
+                for total, one in zip(head_grads, parts, strict=True):
+                    total += one
         if grad is not None:
-            ctx.save_for_backward(grad)
+            ctx.save_for_backward(grad, *head_grads)
         ctx.mark_non_differentiable(losses, correct)
         return losses @ weights.float(), losses, correct
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> Any:
-        (grad,) = ctx.saved_tensors
-        return grad * grad_total, None, None, None
+        grad, *head_grads = ctx.saved_tensors
+        return grad * grad_total, None, None, None, *(one * grad_total for one in head_grads)

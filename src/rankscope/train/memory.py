@@ -1,23 +1,40 @@
 """How much memory training takes, predicted before anything is loaded, and how a step is divided to fit."""
 
-from collections.abc import Sequence
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from rankscope.lora.adapters import adapter_key, adapter_parameters, inject, lora_config
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+from rankscope.data.tokens import Tokens
+from rankscope.lora.adapters import adapter_parameters, lora_layers
 from rankscope.lora.base import resolve_device, resolve_dtype
 from rankscope.lora.layout import NotPackable
 from rankscope.lora.skeleton import skeleton
 from rankscope.spec import StudySpec, Trial
+from rankscope.train.allocator import held_bytes
 from rankscope.train.cost import Cost, count_costs
 from rankscope.train.engine import PackedEngine, PeftEngine
 from rankscope.train.loss import CHUNK_BYTES
-from rankscope.train.probe import probe_tokens, use_packed_forward
+from rankscope.train.probe import probe_tokens, use_own_forward, use_packed_forward
+from rankscope.train.rehearsal import Event, add_fake_adapters, rehearse
 
 BYTES_PER_PARAMETER = 16
 """Of an adapter in training: weight, gradient and AdamW's two moments, in float32."""
 
-PROCESS_BYTES = {"cpu": 500_000_000, "cuda": 0}
+LOGIT_BYTES = 16
+"""Of one logit of PEFT's forward: the logits and log-probabilities in float32, and the gradients of both."""
+
+PROCESS_BYTES = {"cpu": 460_000_000, "cuda": 0}
 """Python with torch and transformers loaded, and threads' buffers: measured 0.41 to 0.50 GB on a CPU."""
+
+UNSEEN_SHARE = {"cpu": 0.5, "cuda": 0.0}
+"""Of activations and logits: what operators allocate within themselves, and the holes which that leaves. Fitted to both
+the embedded model (4 million parameters) and opt-350m's shape, on one machine with glibc:
+docs/results/memory-prediction.md. On a GPU never measured."""
 
 SHARE_OF_FREE_MEMORY = 0.6
 """Of the memory that is free beside weights and adapters, what a forward's saved tensors may take; the rest is for
@@ -31,16 +48,52 @@ FULL_STEP_TOKENS = {"cpu": 1536, "cuda": 1 << 14}
 measured, docs/lab-notes.md; on a GPU not yet."""
 
 
+class Parts(NamedTuple):
+    """Memory at its peak, in bytes, by what holds it at that moment."""
+
+    process: int
+    """Python with its libraries; on a GPU nothing, since torch's allocator does not count what CUDA takes itself."""
+    base: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """What a forward keeps for its backward, and what is fleeting."""
+    logits: int
+    retained: int
+    """Freed, but kept by the C library's allocator (`rankscope.train.allocator`); and `UNSEEN_SHARE`."""
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+class Peak(NamedTuple):
+    """Of a pack, or of one trial alone."""
+
+    parts: Parts
+    forward_tokens: int
+    """Of the largest forward."""
+    products: Counter[tuple[int, int, int]]
+    """Matrix products of that forward, by shape."""
+
+
 class Prediction(NamedTuple):
     """Of a study, by candidate name."""
 
     device: str  # cpu or cuda
+    dtype: torch.dtype
+    engine: str  # packed, or peft
     base_params: int
     base_bytes: int
     params: dict[str, int]
     costs: dict[str, Cost]
     """Empty where they are not predictable: see `reason`."""
     reason: str | None
+    logit_bytes_per_token: int
+    """Of all positions' logits, which PEFT's own forward keeps; 0 for the packed one."""
+    full_rank: int
+    """The highest rank that an update of any adapted layer can have: a higher one adds parameters and nothing else."""
 
     def adapter_bytes(self, trials: Sequence[Trial]) -> int:
         """Weights, gradients and optimizer states of all trials' adapters."""
@@ -52,7 +105,8 @@ class Prediction(NamedTuple):
 
     def bytes_per_token(self, trials: Sequence[Trial]) -> int:
         """Saved tensors of one token, of the candidate that takes most; 0 where they are not predictable."""
-        return max((self.costs[t.candidate.name].bytes_per_token for t in trials if self.costs), default=0)
+        kept = max((self.costs[t.candidate.name].bytes_per_token for t in trials if self.costs), default=0)
+        return kept + self.logit_bytes_per_token
 
     def peak_bytes(self, trials: Sequence[Trial], free: int, step_tokens: float) -> int:
         """The peak of a pack whose steps have `step_tokens` tokens, on a device with `free` bytes."""
@@ -67,32 +121,129 @@ def tokens_per_forward(free: int, bytes_per_token: int, device: str) -> int:
     return max(1, min(fitting, TOKENS_PER_FORWARD[device]))
 
 
-def predict(spec: StudySpec) -> Prediction:
-    """Counts on a model without weights (the meta device) that carries all candidates' adapters.
+def predict(spec: StudySpec, device: torch.device | None = None) -> Prediction:
+    """Counts on a model of fake tensors that carries all candidates' adapters.
+
+    `device` need not exist; without it the study's own is taken. On a GPU that does not exist `auto` is bfloat16.
 
     Raises:
-        StudyError: the target modules match nothing in this model, or the device does not exist.
+        StudyError: the target modules match nothing in this model, or the study's device does not exist.
         ModelError: transformers has no causal language model of this architecture.
     """
-    device = resolve_device(spec.model.device)
-    dtype = resolve_dtype(spec.model.dtype, device)
+    if device is None:
+        device = resolve_device(spec.model.device)
+        dtype = resolve_dtype(spec.model.dtype, device)
+    else:
+        auto = spec.model.dtype == "auto"
+        dtype = torch.bfloat16 if auto and device.type == "cuda" else resolve_dtype(spec.model.dtype, device)
     model = skeleton(spec.model, dtype)
     base = sum(parameter.numel() for parameter in model.parameters())
-    candidates = spec.candidates()
-    for candidate in candidates:
-        inject(lora_config(candidate), model, adapter_key(candidate.name), empty=True)
-    params = {c.name: sum(p.numel() for p in adapter_parameters(model, c.name)) for c in candidates}
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    candidates = {candidate.name: candidate for candidate in spec.candidates()}
+    add_fake_adapters(model, candidates, mode, _stand_in(device))
+    params = {name: sum(p.numel() for p in adapter_parameters(model, name)) for name in candidates}
+    full_rank = max(min(layer.in_features or 1, layer.out_features or 1) for _, layer in lora_layers(model))
     costs: dict[str, Cost] = {}
-    reason = None
+    reason, engine_name = None, str(spec.training.engine)
     try:
-        engine: PackedEngine | PeftEngine = PeftEngine(model, spec.training.batch_size)
-        if spec.training.engine == "packed":
+        with mode:
+            engine = _engine(model, spec, 1 << 30)
+            engine_name = engine.name
+            costs = count_costs(model, list(candidates), engine.forward, probe_tokens(model))
+    except Exception as error:  # whatever a model does that fake tensors cannot: it is not to keep a study from running
+        reason = _reason(error)
+    logits = LOGIT_BYTES * model.config.get_text_config().vocab_size if engine_name == "peft" else 0
+    return Prediction(
+        device.type, dtype, engine_name, base, base * dtype.itemsize, params, costs, reason, logits, full_rank
+    )
+
+
+def predict_peak(
+    spec: StudySpec, prediction: Prediction, trials: Sequence[Trial], tokens: Tokens, free: int
+) -> Peak | str:
+    """The peak of these trials, trained together on a device with `free` bytes; why not, where it cannot be told.
+
+    Their steps are rehearsed on fake tensors, and on a CPU what the allocator keeps of them is asked of itself.
+    """
+    device = _stand_in(torch.device(prediction.device))
+    most = tokens_per_forward(
+        free - prediction.fixed_bytes(trials), prediction.bytes_per_token(trials), prediction.device
+    )
+    try:
+        model = skeleton(spec.model, prediction.dtype)
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        add_fake_adapters(model, {trial.name: trial.candidate for trial in trials}, mode, device)
+        with mode:
+            engine = _engine(model, spec, most)
+        rehearsal = rehearse(model, engine, mode, spec, trials, tokens)
+    except Exception as error:
+        return _reason(error)
+    held = None
+    if prediction.device == "cpu":
+        held = held_bytes((event.storage, event.bytes) for event in rehearsal.script)
+    at_peak = peak_of(rehearsal.script, held)
+    if device.type != prediction.device and prediction.engine == "packed":
+        at_peak["logits"] *= CHUNK_BYTES[prediction.device] // CHUNK_BYTES[device.type]
+    at_peak["retained"] += int(UNSEEN_SHARE[prediction.device] * most_kept(rehearsal.script))
+    parts = Parts(process=PROCESS_BYTES[prediction.device], base=prediction.base_bytes, **at_peak)
+    return Peak(parts, rehearsal.forward_tokens, rehearsal.products)
+
+
+def peak_of(script: Sequence[Event], held: Sequence[int] | None) -> dict[str, int]:
+    """What is alive by part, and what is retained, when most is held from the system; without `held`, when most is
+    alive."""
+    live = dict.fromkeys(("adapter", "gradients", "optimizer", "activations", "logits"), 0)
+    peak, total, at_peak = -1, 0, dict(live)
+    for event, holds in zip(script, held or itertools.repeat(None), strict=held is not None):
+        live[event.part] += event.bytes
+        total += event.bytes
+        if (total if holds is None else holds) > peak:
+            peak, at_peak = total if holds is None else holds, dict(live)
+    return at_peak | {"retained": max(0, peak - sum(at_peak.values()))}
+
+
+def most_kept(script: Sequence[Event]) -> int:
+    """The most bytes of activations and logits together."""
+    sizes = (event.bytes for event in script if event.part in ("activations", "logits"))
+    return max(itertools.accumulate(sizes), default=0)
+
+
+def largest_rank(totals: Mapping[int, int], most: int, budget: float, least_slope: float = 0.0) -> int:
+    """The largest rank up to `most` whose peak is within `budget` bytes; 0 where none is.
+
+    `totals` holds the peaks of two ranks or more; between and beyond the lowest and the highest they lie on a line,
+    since all that depends on the rank is proportional to it. A rank adds `least_slope` bytes at least: where memory is
+    short the higher rank was predicted with smaller forwards.
+    """
+    low, high = min(totals), max(totals)
+    slope = max(least_slope, (totals[high] - totals[low]) / (high - low))
+    fits, too_large = 0, most + 1
+    while too_large - fits > 1:
+        rank = (fits + too_large) // 2
+        if totals[low] + slope * (rank - low) <= budget:
+            fits = rank
+        else:
+            too_large = rank
+    return fits
+
+
+def _stand_in(device: torch.device) -> torch.device:
+    """Where fake tensors lie: a torch without CUDA has no backward for a GPU's, so the CPU's stand for them."""
+    return device if device.type == "cpu" or torch.backends.cuda.is_built() else torch.device("cpu")
+
+
+def _engine(model: PreTrainedModel, spec: StudySpec, most: int) -> PackedEngine | PeftEngine:
+    """The one that `rankscope.train.loop.choose_engine` takes, but for what only a comparison of logits can show."""
+    training, dropout = spec.training, spec.training.base_dropout == "keep"
+    if training.engine == "packed":
+        own_attention = model.config._attn_implementation
+        try:
             use_packed_forward(model)
-            engine = PackedEngine(model, 1 << 30)
-        for candidate in candidates:
-            for parameter in adapter_parameters(model, candidate.name):
-                parameter.requires_grad_(True)
-        costs = count_costs(model, [c.name for c in candidates], engine.forward, probe_tokens(model))
-    except (NotPackable, NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return Prediction(device.type, base, base * dtype.itemsize, params, costs, reason)
+            return PackedEngine(model, most, dropout)
+        except NotPackable:
+            use_own_forward(model, own_attention)
+    return PeftEngine(model, training.batch_size, dropout, most)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

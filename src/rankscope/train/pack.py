@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from rankscope.data.batches import batch_indices, steps_per_epoch
 from rankscope.data.tokens import Tokens
 from rankscope.lora.adapters import adapter_weights, add_adapter
 from rankscope.lora.layout import Slice
-from rankscope.spec import TrainingSpec, Trial
+from rankscope.spec import AnyTrial, TrainingSpec, Trial
 from rankscope.train.engine import Engine
 
 
@@ -38,15 +38,19 @@ class StepMetrics(NamedTuple):
 class Member(NamedTuple):
     """A trial's training state."""
 
-    trial: Trial
-    config: LoraConfig
-    weights: dict[str, nn.Parameter]  # under PEFT's saved names
+    trial: AnyTrial
+    config: LoraConfig | None  # None in full fine-tuning
+    weights: dict[str, nn.Parameter]  # what is trained; an adapter's under PEFT's saved names
     optimizer: AdamW
     scheduler: LRScheduler
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         return list(self.weights.values())
+
+    @property
+    def lora_dropout(self) -> float:
+        return self.config.lora_dropout if self.config else 0.0
 
 
 def total_steps(training: TrainingSpec, examples: int) -> int:
@@ -73,17 +77,29 @@ def make_member(
     """Injects the trial's adapter and gives it its optimizer and schedule."""
     config = add_adapter(model, trial, base)
     weights = adapter_weights(model, trial.name)
-    optimizer = AdamW(
-        weights.values(),
-        lr=trial.candidate.learning_rate,
+    optimizer = make_optimizer(list(weights.values()), trial.candidate.learning_rate, training)
+    return Member(trial, config, weights, optimizer, make_scheduler(optimizer, training, steps))
+
+
+def make_optimizer(weights: Sequence[nn.Parameter], learning_rate: float, training: TrainingSpec) -> AdamW:
+    """AdamW. Weight decay leaves out biases and norms, as transformers' Trainer has it; an adapter has none."""
+    matrices, vectors = [w for w in weights if w.dim() > 1], [w for w in weights if w.dim() <= 1]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return AdamW(
+        [group for group in groups if group["params"]],
+        lr=learning_rate,
         betas=(training.adam_beta1, training.adam_beta2),
         eps=training.adam_epsilon,
         weight_decay=training.weight_decay,
         fused=True,
     )
+
+
+def make_scheduler(optimizer: AdamW, training: TrainingSpec, steps: int) -> LRScheduler:
+    """The learning rate over the whole schedule, as transformers has it."""
     kind = "constant_with_warmup" if training.lr_scheduler_type == "constant" else training.lr_scheduler_type
-    scheduler = get_scheduler(kind, optimizer, math.ceil(training.warmup_ratio * steps), steps)
-    return Member(trial, config, weights, optimizer, scheduler)
+    scheduler: LRScheduler = get_scheduler(kind, optimizer, math.ceil(training.warmup_ratio * steps), steps)
+    return scheduler
 
 
 def train_step(
@@ -97,9 +113,9 @@ def train_step(
         torch.manual_seed(stream_seed(members[0].trial.seed, step, -1))
     slices = []
     for member in members:
-        seed, dropout = member.trial.seed, member.trial.candidate.lora_dropout
         examples = batch_at(member.trial, tokens, training, step)
-        seeds = [stream_seed(seed, step, place) for place in range(len(examples))] if dropout else []
+        places = range(len(examples)) if member.lora_dropout else ()
+        seeds = [stream_seed(member.trial.seed, step, place) for place in places]
         slices.append(Slice(member.trial.name, examples, seeds))
         member.optimizer.zero_grad(set_to_none=True)
     metrics = []
@@ -116,7 +132,7 @@ def train_step(
     return metrics
 
 
-def batch_at(trial: Trial, tokens: Tokens, training: TrainingSpec, step: int) -> np.ndarray:
+def batch_at(trial: AnyTrial, tokens: Tokens, training: TrainingSpec, step: int) -> np.ndarray:
     """The examples that `trial` sees at `step`: the same for every trial with its seed."""
     return batch_indices(len(tokens), effective_batch_size(training), trial.seed, step)
 
@@ -128,5 +144,5 @@ def stream_seed(seed: int, step: int, place: int) -> int:
 
 
 def finite_weights(member: Member) -> bool:
-    """Whether every weight of the adapter is a finite number."""
+    """Whether every weight that is trained is a finite number."""
     return all(bool(torch.isfinite(parameter).all()) for parameter in member.parameters)

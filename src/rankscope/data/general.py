@@ -1,0 +1,104 @@
+"""General text, to see what training makes a model forget: a text file, or data whose rows have a `text` column.
+
+text -> token ids -> sequences of at most max_length tokens, every token a label
+
+A row begins a sequence of its own; a text file is one row. Every sequence begins with the special tokens that the
+tokenizer puts in front of text, which are no labels.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rankscope.data.prompts import special_tokens_in_front, token_ids
+from rankscope.data.records import WrongRowError, checked_text
+from rankscope.data.sources import Table, listed, read_table, read_text
+from rankscope.data.tokens import Example, TokenizedData, Tokens, check_ids
+from rankscope.errors import DataError
+from rankscope.spec import DataSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_COLUMN = "text"
+
+_ROWS_A_SEQUENCE = 16
+"""Rows read for each sequence that is wanted. A row with text makes at least one; many collections have blank rows."""
+
+_CHARACTERS_A_TOKEN = 16
+"""Characters tokenised for each token that is wanted, so that a large file takes no longer than a small one."""
+
+
+def with_general_text(
+    data: TokenizedData, id: str, most: int, tokenizer: "PreTrainedTokenizerBase", vocab_size: int
+) -> TokenizedData:
+    """`data` with the first `most` sequences of the general text `id`, cut as its own rows were.
+
+    Raises:
+        DataError: the text cannot be read, has no `text` column, or no token to predict.
+        ModelError: the tokenizer gives ids that the model does not have.
+    """
+    tokens = load_general_text(id, most, data.facts["max_length"], tokenizer, vocab_size)
+    facts = {"general_text": id, "general_sequences": len(tokens), "general_label_tokens": int(tokens.is_label.sum())}
+    return TokenizedData(data.train, data.eval, data.facts | facts, tokens)
+
+
+def load_general_text(
+    id: str, most: int, max_length: int, tokenizer: "PreTrainedTokenizerBase", vocab_size: int
+) -> Tokens:
+    """The first `most` sequences, each of at most `max_length` tokens. See `with_general_text`."""
+    front = special_tokens_in_front(tokenizer)
+    room = max_length - len(front)
+    examples: list[Example] = []
+    for text in _texts(id, most):
+        (ids,) = token_ids([text[: _CHARACTERS_A_TOKEN * most * max_length]], tokenizer)
+        for start in range(0, len(ids), room) if room > 0 else ():
+            sequence = np.array([*front, *ids[start : start + room]], dtype=np.int32)
+            is_label = np.ones(len(sequence), dtype=np.bool_)
+            is_label[: max(1, len(front))] = False
+            if is_label.any():
+                examples.append(Example(sequence, is_label))
+        if len(examples) >= most:
+            break
+    if not examples:
+        raise DataError(
+            f"measure.forgetting: {id} has no token to predict within data.max_length {max_length}",
+            "Give a text of at least a few sentences.",
+        )
+    check_ids(examples[:most], vocab_size)
+    return Tokens.from_examples(examples[:most])
+
+
+def _texts(id: str, most: int) -> Iterator[str]:
+    """The texts of the rows, without blank ones."""
+    try:
+        table = _read(id, most)
+    except DataError as error:
+        raise DataError(
+            f"measure.forgetting: {error.what}", f"Give a .txt file, or data whose rows have a `{_COLUMN}` column."
+        ) from None
+    if _COLUMN not in table.columns:
+        raise DataError(
+            f"measure.forgetting: {table.name}: found the columns {listed(table.columns)}, but no `{_COLUMN}`",
+            f"Give a .txt file, or rename the column with the text to `{_COLUMN}`.",
+        )
+    for index, row in enumerate(table.rows):
+        try:
+            text = checked_text(row.get(_COLUMN), _COLUMN)
+        except WrongRowError as error:
+            raise DataError(f"measure.forgetting: {table.where(index)}: {error}", "Correct or remove it.") from None
+        if text.strip():
+            yield text
+
+
+def _read(id: str, most: int) -> Table:
+    """Rows with their text; a text file is one row."""
+    path = Path(os.path.expanduser(id))
+    if not path.name.lower().endswith((".txt", ".txt.gz")):
+        return read_table(DataSpec(id=id, max_rows=_ROWS_A_SEQUENCE * most), (_COLUMN,))
+    if not path.is_file():
+        raise DataError(f"{id}: no such file")
+    return Table(str(path), [{_COLUMN: read_text(path)}], (_COLUMN,))

@@ -1,0 +1,144 @@
+"""What `rankscope plan` shows: what would run, what it would take, and what fits. Nothing is trained or written."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from rankscope.data.tokens import TokenizedData
+from rankscope.errors import StudyError
+from rankscope.forecast import Forecast, StudyForecast, forecast, largest_fitting_rank, study_seconds
+from rankscope.lora.base import free_bytes, resolve_device
+from rankscope.plan import SHARE_OF_FREE_MEMORY, divide_into_packs
+from rankscope.report.catalogue import load
+from rankscope.report.formats import duration, percent, size
+from rankscope.runner import describe_data, prepare_data
+from rankscope.spec import StudySpec, Trial
+from rankscope.train.memory import Peak, Prediction, predict, predict_peak
+from rankscope.train.pack import effective_batch_size, total_steps
+from rankscope.units import parse_bytes
+
+
+def parse_gpu_memory(text: str | None) -> int | None:
+    """The bytes of `--gpu-memory 24GB`; None where it is not given.
+
+    Raises:
+        StudyError: it is not a size.
+    """
+    try:
+        return None if text is None else parse_bytes(text)
+    except ValueError as error:
+        raise StudyError(f"--gpu-memory {text}: {error}", "For example --gpu-memory 24GB.") from None
+
+
+def show_plan(spec: StudySpec, console: Console, gpu_memory: int | None = None) -> None:
+    """Prints the plan. `gpu_memory` is the size in bytes of a GPU that need not exist; without it this machine counts.
+
+    Raises:
+        StudyError, DataError, ModelError: as a run would.
+    """
+    device = torch.device("cuda") if gpu_memory else resolve_device(spec.model.device)
+    prediction = predict(spec, device if gpu_memory else None)
+    free = gpu_memory or free_bytes(device)
+    data = prepare_data(spec)
+    found = forecast(spec, prediction, data, free, here=not gpu_memory)
+    console.print(f"Model {spec.model.id}: {prediction.base_params:,} parameters", markup=False)
+    console.print(describe_data(data.facts), markup=False, soft_wrap=True)
+    console.print(_candidates(spec, found, free))
+    for line in _notes(spec, prediction, found, data, free, gpu_memory is not None):
+        console.print(line, markup=False, soft_wrap=True)
+    packs = divide_into_packs(spec.trials(), prediction, free, spec.training, data.train)
+    steps = total_steps(spec.training, len(data.train))
+    console.print(f"{len(spec.trials())} trials of {steps:,} steps in {len(packs)} packs:")
+    for line in _packs(spec, prediction, found.candidates, packs, data, free):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _candidates(spec: StudySpec, found: StudyForecast, free: int) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    names = ["candidate", "scaling", "trainable", "base", "adapter", "activations", "logits", "other", "total", "fits"]
+    for name in [*names, "s/step", "runtime"]:
+        table.add_column(name, justify="left" if name == "candidate" else "right", no_wrap=True)
+    for candidate in spec.candidates():
+        row = found.candidates[candidate.name]
+        memory = ["–"] * 7
+        if row.parts and row.peak_bytes:
+            parts = row.parts
+            adapter = parts["adapter"] + parts["gradients"] + parts["optimizer"]
+            other = parts["process"] + parts["retained"]
+            columns = (parts["base"], adapter, parts["activations"], parts["logits"], other, row.peak_bytes)
+            memory = [*map(size, columns), "yes" if row.peak_bytes <= free * SHARE_OF_FREE_MEMORY else "no"]
+        times = ["–"] * 2
+        if row.step_seconds is not None and row.runtime_seconds is not None:
+            times = [f"{row.step_seconds:.2g}", duration(row.runtime_seconds, load("en"))]
+        table.add_row(candidate.name, f"{candidate.scaling:.3g}", f"{row.trainable_params:,}", *memory, *times)
+    return table
+
+
+def _notes(
+    spec: StudySpec, prediction: Prediction, found: StudyForecast, data: TokenizedData, free: int, hypothetical: bool
+) -> list[str]:
+    """What the table's columns mean, the largest rank that fits, and the time of the whole study."""
+    kind = str(prediction.dtype).removeprefix("torch.")
+    where = f"a GPU with {size(free)}" if hypothetical else f"the {size(free)} that are free here"
+    tokens = max((row.forward_tokens or 0 for row in found.candidates.values()), default=0)
+    notes = [
+        f"Memory: predicted peak of each candidate trained alone ({prediction.device}, {kind}, forwards of up to "
+        f"{tokens:,} tokens).",
+        "  adapter: with gradients and optimizer. other: the process, and what the allocator keeps of freed tensors.",
+        f"  fits: within {percent(SHARE_OF_FREE_MEMORY)} of {where}.",
+    ]
+    if found.reason:
+        notes.append(f"  Not all of it can be predicted: {found.reason}")
+    largest = largest_fitting_rank(spec, prediction, found.candidates, data.train, free)
+    if largest is not None:
+        notes.append(_largest(spec, prediction, largest))
+    seconds = study_seconds(spec, found.candidates)
+    if seconds is None or found.product_flops_per_second is None:
+        return [*notes, "Time: not predicted, since this device's speed is not known here."]
+    trials, profiles = (duration(part, load("en")) for part in seconds)
+    measured = (
+        "as measured on two CPUs, so within about 30%"
+        if prediction.device == "cpu"
+        else "which was never measured on a GPU: this can be far off"
+    )
+    return [
+        *notes,
+        f"Time: about; FLOPs at {found.product_share:.0%} of plain matrix products "
+        f"({found.product_flops_per_second / 1e9:,.0f} GFLOP/s here), {measured}.",
+        f"The whole study: about {duration(sum(seconds), load('en'))}: trials {trials}, profiles {profiles}.",
+    ]
+
+
+def _largest(spec: StudySpec, prediction: Prediction, rank: int) -> str:
+    modules = spec.adapter.target_modules
+    on = modules if isinstance(modules, str) else ", ".join(modules)
+    if rank == 0:
+        return f"Largest rank that fits: none, on {on}."
+    if rank == prediction.full_rank:
+        return f"Largest rank that fits: {rank:,} on {on}, the full rank of its layers: more would add nothing."
+    return f"Largest rank that fits: {rank:,} on {on} (as a power of two: {1 << (rank.bit_length() - 1):,})."
+
+
+def _packs(
+    spec: StudySpec,
+    prediction: Prediction,
+    forecasts: Mapping[str, Forecast],
+    packs: Sequence[Sequence[Trial]],
+    data: TokenizedData,
+    free: int,
+) -> list[str]:
+    """One line a pack. Packs of the same candidates need the same memory."""
+    known: dict[tuple[str, ...], int | None] = {(name,): row.peak_bytes for name, row in forecasts.items()}
+    step_tokens = float(data.train.lengths.mean()) * effective_batch_size(spec.training)
+    lines = []
+    for number, trials in enumerate(packs):
+        names = tuple(trial.candidate.name for trial in trials)
+        if names not in known:
+            peak = predict_peak(spec, prediction, trials, data.train, free)
+            known[names] = peak.parts.total if isinstance(peak, Peak) else None
+        total = known[names] or prediction.peak_bytes(trials, free, len(trials) * step_tokens)
+        fits = "" if total <= free else f", more than the {size(free)} there are"
+        lines.append(f"  p{number:03d}  {', '.join(trial.name for trial in trials)}: about {size(total)}{fits}")
+    return lines

@@ -1,0 +1,104 @@
+"""What a report says of costs: noise beside every difference, and costs in detail."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from rankscope.report.catalogue import load
+from rankscope.report.content import Content, compose
+from rankscope.report.costs import noise_sentence
+from rankscope.report.tables import by_candidate
+from rankscope.study import Evidence
+from report.report_evidence import make_evidence, make_spec, make_verdict
+
+
+@pytest.fixture(scope="module")
+def evidence() -> Evidence:
+    return make_evidence()
+
+
+def content_of(evidence: Evidence, language: str = "en") -> Content:
+    return compose(evidence, make_verdict(evidence), load(language), "x", "y")
+
+
+def test_noise_stands_beside_every_measured_difference(evidence: Evidence) -> None:
+    peak, runtime, adapter = content_of(evidence).savings
+    # runtimes of rank 8: 977.6, 989.6, and the control's 983.6, 995.6; peaks differ by 3 MB in 2,350
+    assert runtime.noise == "differences below 1.8% are noise here"
+    assert runtime.less
+    assert peak.noise == "differences below 0.1% are noise here"
+    assert adapter.noise == "", "a file's size is counted, not measured"
+    assert runtime.difference == f"{runtime.change}; {runtime.noise}"
+
+
+def test_a_difference_within_the_noise_is_marked(evidence: Evidence) -> None:
+    profiles = evidence.profiles.copy()
+    profiles.loc[profiles["rank"] == 256, "runtime_seconds"] = 990.0
+    peak, runtime, _ = content_of(evidence._replace(profiles=profiles)).savings
+    assert runtime.noise == "not a difference: noise here is 1.8%"
+    assert not runtime.less
+    assert peak.less
+
+
+def test_the_noise_is_said_in_a_sentence(evidence: Evidence) -> None:
+    assert noise_sentence(evidence.profiles, load("en")) == (
+        "Noise: rank 8, measured 4 times, differed from itself by up to 0.1% in average CPU memory, 0.1% in peak CPU "
+        "memory, 2.4% in seconds a step, 1.8% in runtime. Smaller differences between ranks are noise."
+    )
+    assert content_of(evidence).noise.startswith("Noise: rank 8")
+    assert content_of(evidence, "ko").noise.startswith("측정 오차: 랭크 8 하나를 4번")
+
+
+def test_without_a_control_nothing_is_said_of_noise(evidence: Evidence) -> None:
+    profiles = evidence.profiles[~evidence.profiles["control"]]
+    content = content_of(evidence._replace(profiles=profiles))
+    assert content.noise == ""
+    assert {saving.noise for saving in content.savings} == {""}
+    assert all(saving.less for saving in content.savings)
+    bare = content_of(evidence._replace(profiles=pd.DataFrame(), samples=pd.DataFrame()))
+    assert (bare.noise, bare.costs) == ("", [])
+
+
+def test_costs_in_detail_have_a_row_a_rank_and_their_noise(evidence: Evidence) -> None:
+    memory, time = content_of(evidence).costs
+    assert [row[:2] for row in memory.rows] == [
+        ["8", "CPU, resident"], ["128", "CPU, resident"], ["256", "CPU, resident"], ["Noise", "CPU, resident"],
+    ]  # fmt: skip
+    first = dict(zip(memory.headers, memory.rows[0], strict=True))
+    assert first["99th percentile"] == "2.31 GB"
+    assert first["Above the base, average"] == "1.51 GB"
+    assert first["Loading, peak"] == "488 MB"
+    assert dict(zip(memory.headers, memory.rows[-1], strict=True))["Peak"] == "0.1%"
+    of_time = dict(zip(time.headers, time.rows[0], strict=True))
+    assert of_time["Seconds a step, 10th percentile"] == "0.358"
+    assert of_time["Seconds a step, median"] == "0.413"
+    assert of_time["Tokens a second"] == "2,100"
+    assert of_time["GPU energy (J a token)"] == load("en")("none")
+
+
+def test_with_a_gpu_each_kind_of_memory_has_its_rows() -> None:
+    evidence = make_evidence(make_spec(learning_rates=[1e-4, 2e-4]), gpu=True, steps=8)
+    memory, time = content_of(evidence).costs
+    assert len(memory.rows) == (3 + 1) * 4, "ranks and their noise, once for all learning rates"
+    rows = {(row[0], row[1]): row for row in memory.rows}
+    assert rows["8", "GPU, by the driver"][3] == "5.58 GB"
+    assert time.rows[0][-1] == "0.012"
+
+
+def test_a_control_does_not_move_its_candidate_s_costs(evidence: Evidence) -> None:
+    shifted = evidence.profiles.copy()
+    shifted.loc[shifted["control"], ["runtime_seconds", "rss_peak_bytes"]] *= 3
+    verdict = make_verdict(evidence)
+    pd.testing.assert_frame_equal(
+        by_candidate(evidence._replace(profiles=shifted), verdict), by_candidate(evidence, verdict)
+    )
+
+
+def test_every_learning_rate_of_a_rank_has_its_cost() -> None:
+    evidence = make_evidence(make_spec(learning_rates=[1e-4, 2e-4]), steps=8)
+    table = by_candidate(evidence, None)
+    assert len(table) == 6
+    assert table.groupby("rank")["runtime_seconds"].nunique().eq(1).all()
+    assert table["runtime_seconds"].notna().all()
+    assert math.isnan(table["gpu_allocated_peak_bytes"].iloc[0])
