@@ -45,6 +45,8 @@ def profile_candidate(spec: StudySpec, candidate: Candidate, data: TokenizedData
         start = time.perf_counter()
         model = load_model(spec.model)
         load_seconds = time.perf_counter() - start
+        for weight in model.parameters():
+            weight.sum()  # weights of a mapped file are not in memory before they are read
         base = sampler.take().rss_bytes
         sampler.begin("warmup")
         steps = total_steps(training, len(data.train))
