@@ -66,7 +66,9 @@ def judged(examples: pd.DataFrame) -> pd.DataFrame:
     return with_most_seeds(examples)
 
 
-def analysis_of_variance(table: pd.DataFrame, weight: pd.Series, level: float) -> tuple[float, float]:
+def analysis_of_variance(
+    table: pd.DataFrame, weight: pd.Series, level: float, seeds_only: bool = False
+) -> tuple[float, float]:
     """Mean of a seeds x examples table weighted by label tokens, and half of its interval at `level`."""
     long = table.stack().rename("value").reset_index()
     long["w"] = long["example"].map(weight / weight.mean())
@@ -77,6 +79,8 @@ def analysis_of_variance(table: pd.DataFrame, weight: pd.Series, level: float) -
     fitted = long["seed"].map(by_seed) * long["w"] + long["example"].map(by_example)
     left = ((long["part"] - fitted) ** 2).sum() / ((seeds - 1) * (examples - 1))
     variances = np.array([examples * by_seed.var(), max(0.0, seeds * by_example.var() - left)]) / (seeds * examples)
+    if seeds_only:
+        variances[1] = 0.0
     if not variances.sum():
         return float(mean), 0.0
     t = stats.t.ppf(0.5 + level / 2, [seeds - 1, examples - 1])
@@ -104,7 +108,7 @@ def recompute(study: Path) -> dict[str, Any]:
     }
     if len(tables) < 2 or examples["seed"].nunique() < 2 or spec["verdict"]["max_gpu_memory"]:
         raise SystemExit(2)
-    loss = {rank: analysis_of_variance(table, weight, confidence) for rank, table in tables.items()}
+    loss = {rank: analysis_of_variance(table, weight, confidence, seeds_only=True) for rank, table in tables.items()}
     best, others = min(loss, key=lambda rank: loss[rank][0]), len(tables) - 1
     level_good, level_worse = max(confidence, 1 - 2 * (1 - confidence) / others), 1 - (1 - confidence) / others
 

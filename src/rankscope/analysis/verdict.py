@@ -177,7 +177,8 @@ def _table(
     full = over_full(evidence)
     table = []
     for row, bound in zip(rows, bounds(rows, confidence), strict=True):
-        low, high = (value if math.isfinite(value) else None for value in row.eval_loss.interval(confidence))
+        on_these = row.eval_loss._replace(example_error=0.0)  # between candidates what examples share does not count
+        low, high = (value if math.isfinite(value) else None for value in on_these.interval(confidence))
         regret = 0.0 if row is best else row.differences[best.candidate].mean
         table.append(
             {
