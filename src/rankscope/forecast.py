@@ -17,7 +17,7 @@ RATE_SECONDS = 2.0
 """At most, for timing plain matrix products."""
 
 SMALL_MODEL_PARAMS = 50_000_000
-PRODUCT_SHARE = {"small": 0.6, "large": 0.7}
+PRODUCT_SHARE = {"small": 0.5, "large": 0.7}
 """How much of plain products' rate a step's useful FLOPs reach on a CPU, below and above that size."""
 
 START_SECONDS = 6.0

@@ -99,7 +99,7 @@ def _notes(
         return [*notes, "Time: not predicted, since this device's speed is not known here."]
     trials, profiles = (duration(part, load("en")) for part in seconds)
     measured = (
-        "as measured on two CPUs, so within about 30%"
+        "where packs reached 45% to 75% on one CPU: a rough guide, within about a third"
         if prediction.device == "cpu"
         else "which was never measured on a GPU: this can be far off"
     )
