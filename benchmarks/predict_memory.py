@@ -69,7 +69,7 @@ def compare(spec: StudySpec, folder: Path) -> list[dict[str, Any]]:
     study = Study.create(folder, spec)
     save(data, folder / "data")
     for repeat in range(spec.measure.repeats):
-        for name in study.profiled():
+        for name in study.spec.profiled():
             if name != CONTROL:
                 print(f"profile {repeat + 1} of {name}", file=sys.stderr)
                 job = {"kind": "profile", "profile": name, "repeat": repeat}

@@ -73,7 +73,7 @@ def test_profiles_are_interleaved_and_each_rank_is_measured_once_the_first_twice
     assert {job.profile for job in jobs[:4]} == {job.profile for job in jobs[4:]} == names
     assert [job.profile for job in jobs[:4]] != [job.profile for job in jobs[4:]], "a new order in each repeat"
     assert jobs == missing_profiles(study), "the same each time"
-    assert study.profiled()["control"] == study.profiled()["r008"] == study.spec.candidates()[0]
+    assert study.spec.profiled()["control"] == study.spec.profiled()["r008"] == study.spec.candidates()[0]
     write_json(study.profile_file("r128"), {"repeats": [{}]})
     write_json(study.profile_file("control"), {"repeats": [{}, {}]})
     left = missing_profiles(study)

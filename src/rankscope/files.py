@@ -30,7 +30,7 @@ def published(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    _flush(path.parent)  # the rename too survives a power cut
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -39,12 +39,8 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def sync_folder(folder: Path) -> None:
-    """Flushes a folder's entries, so that a rename in it survives a power cut."""
-    _flush(folder)
-
-
 def _flush(path: Path) -> None:
+    """Writes a file's bytes, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

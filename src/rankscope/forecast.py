@@ -86,12 +86,12 @@ def forecast(
     spec: StudySpec, prediction: Prediction, data: TokenizedData, free: int, here: bool = True
 ) -> StudyForecast:
     """Forecasts every candidate on a device with `free` bytes; `here` says whether it is this machine's."""
-    peaks: dict[str, Peak] = {}
+    peaks: dict[int, Peak] = {}  # by rank: a learning rate changes nothing, and a rehearsal takes seconds
     reason = prediction.reason
-    for candidate in spec.candidates():
+    for rank, candidate in {candidate.rank: candidate for candidate in spec.profiled().values()}.items():
         found = predict_peak(spec, prediction, [_trial(spec, candidate)], data.train, free)
         if isinstance(found, Peak):
-            peaks[candidate.name] = found
+            peaks[rank] = found
         else:
             reason = reason or found
     rate = _rate(peaks, prediction) if here else None
@@ -99,7 +99,7 @@ def forecast(
     work = _work(spec, prediction.engine, data)
     candidates = {}
     for candidate in spec.candidates():
-        peak, cost = peaks.get(candidate.name), prediction.costs.get(candidate.name)
+        peak, cost = peaks.get(candidate.rank), prediction.costs.get(candidate.name)
         train = runtime = None
         if rate and cost:
             train = work.train_flops(cost) / (rate * share)
@@ -125,12 +125,9 @@ def study_seconds(spec: StudySpec, forecasts: Mapping[str, Forecast]) -> tuple[f
     )
     if not spec.measure.profiles:
         return trials, 0.0
-    by_rank: dict[int, Forecast] = {}
-    for candidate in spec.candidates():
-        by_rank.setdefault(candidate.rank, forecasts[candidate.name])
-    profiled = [*by_rank.values(), next(iter(by_rank.values()))]  # the lowest once more, as the control
     steps = spec.measure.warmup_steps + spec.measure.steps
-    once = sum(START_SECONDS + steps * (found.step_seconds or 0) for found in profiled)
+    profiled = spec.profiled().values()
+    once = sum(START_SECONDS + steps * (forecasts[candidate.name].step_seconds or 0) for candidate in profiled)
     return trials, spec.measure.repeats * once
 
 
@@ -165,7 +162,7 @@ def _trial(spec: StudySpec, candidate: Candidate) -> Trial:
     return Trial(candidate=candidate, seed=spec.seeds[0])
 
 
-def _rate(peaks: Mapping[str, Peak], prediction: Prediction) -> float | None:
+def _rate(peaks: Mapping[int, Peak], prediction: Prediction) -> float | None:
     if not peaks:
         return None
     products = next(iter(peaks.values())).products

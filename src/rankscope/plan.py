@@ -18,7 +18,7 @@ FINISHED = ("done", "diverged")
 
 
 class ProfileJob(NamedTuple):
-    """One repeat of one of `Study.profiled`."""
+    """One repeat of one of `StudySpec.profiled`."""
 
     profile: str
     repeat: int
@@ -73,7 +73,7 @@ def missing_profiles(study: Study) -> list[ProfileJob]:
     """
     if not study.spec.measure.profiles:
         return []
-    done = {name: len(study.profile_repeats(name)) for name in study.profiled()}
+    done = {name: len(study.profile_repeats(name)) for name in study.spec.profiled()}
     jobs = []
     for repeat in range(study.spec.measure.repeats):
         order = random.Random(repeat).sample(list(done), len(done))

@@ -31,6 +31,9 @@ from rankscope.units import parse_bytes, parse_seconds
 EMBEDDED = "embedded"
 """As model.id or data.id: the small pretrained model, or the real code, that come with rankscope."""
 
+CONTROL = "control"
+"""The name of the profile that measures the first candidate once more."""
+
 DEFAULT_TEMPLATE = "### Question: {instruction}\n{input}\n ### Answer:"
 
 
@@ -297,6 +300,15 @@ class StudySpec(_Frozen):
     def trials(self) -> list[Trial]:
         """Every candidate with every seed, in a fixed order."""
         return [Trial(candidate=candidate, seed=seed) for seed in self.seeds for candidate in self.candidates()]
+
+    def profiled(self) -> dict[str, Candidate]:
+        """What is profiled, by name: each rank once, since its cost does not depend on the learning rate, and the
+        lowest rank once more as the control.
+        """
+        first: dict[str, Candidate] = {}
+        for candidate in self.candidates():
+            first.setdefault(f"r{candidate.rank:03d}", candidate)
+        return first | {CONTROL: next(iter(first.values()))}
 
     def reference_trials(self) -> list[FullTrial]:
         """Full fine-tuning at each of its learning rates with every seed; none where it was not asked for."""

@@ -30,15 +30,12 @@ from filelock import FileLock, Timeout
 
 from rankscope.errors import StudyDirectoryError, StudyError
 from rankscope.files import read_json, read_jsonl, write_atomic, write_json
-from rankscope.spec import AnyTrial, Candidate, StudySpec, Trial, resolve_spec, write_yaml
+from rankscope.spec import CONTROL, AnyTrial, Candidate, StudySpec, Trial, resolve_spec, write_yaml
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA = 1
-
-CONTROL = "control"
-"""The name of the profile that measures the first candidate once more."""
 
 
 class Evidence(NamedTuple):
@@ -111,15 +108,6 @@ class Study:
 
     def trial_folder(self, trial: AnyTrial) -> Path:
         return self.path / ("trials" if isinstance(trial, Trial) else "reference") / trial.name
-
-    def profiled(self) -> dict[str, Candidate]:
-        """What is profiled, by name: each rank once, since its cost does not depend on the learning rate, and the
-        lowest rank once more as the control.
-        """
-        first: dict[str, Candidate] = {}
-        for candidate in self.spec.candidates():
-            first.setdefault(f"r{candidate.rank:03d}", candidate)
-        return first | {CONTROL: next(iter(first.values()))}
 
     def profile_file(self, name: str) -> Path:
         return self.path / "profiles" / f"{name}.json"
@@ -282,7 +270,7 @@ class Study:
 
         rows = [
             {**_candidate_identity(candidate), "repeat": number, "control": name == CONTROL, **repeat["summary"]}
-            for name, measured in self.profiled().items()
+            for name, measured in self.spec.profiled().items()
             for candidate in self.spec.candidates()
             if candidate == measured or (candidate.rank == measured.rank and name != CONTROL)
             for number, repeat in enumerate(self.profile_repeats(name))
@@ -300,7 +288,7 @@ class Study:
 
         frames = [
             pd.DataFrame({**_candidate_identity(candidate), "repeat": number, **repeat["samples"]})
-            for name, candidate in self.profiled().items()
+            for name, candidate in self.spec.profiled().items()
             if name != CONTROL
             for number, repeat in enumerate(self.profile_repeats(name))
         ]

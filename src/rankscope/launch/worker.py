@@ -40,7 +40,7 @@ def run_job(study: Study, job: dict[str, Any]) -> None:
     else:
         from rankscope.measure.profile import profile_candidate
 
-        name, candidate = job["profile"], study.profiled()[job["profile"]]
+        name, candidate = job["profile"], study.spec.profiled()[job["profile"]]
         repeats = [*study.profile_repeats(name), profile_candidate(study.spec, candidate, data)]
         record = {"schema": 2, "profile": name, "candidate": candidate.model_dump(mode="json"), "repeats": repeats}
         write_json(study.profile_file(name), record)

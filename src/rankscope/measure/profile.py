@@ -15,7 +15,7 @@ from rankscope.measure.summary import summarise_memory, summarise_steps
 from rankscope.spec import Candidate, StudySpec, Trial
 from rankscope.train.engine import EVAL_TOKENS
 from rankscope.train.loop import choose_engine
-from rankscope.train.pack import batch_at, eval_steps, make_member, total_steps, train_step
+from rankscope.train.pack import batch_at, eval_steps, make_member, spread, total_steps, train_step
 
 
 def profile_candidate(spec: StudySpec, candidate: Candidate, data: TokenizedData) -> dict[str, Any]:
@@ -92,11 +92,6 @@ def profile_candidate(spec: StudySpec, candidate: Candidate, data: TokenizedData
     }
     samples = dict(zip(Sample._fields, map(list, zip(*sampler.rows, strict=True)), strict=True))
     return {"summary": summary, "step_seconds": seconds, "step_tokens": tokens, "samples": samples}
-
-
-def spread(steps: int, count: int) -> list[int]:
-    """`count` steps spread evenly over a schedule of `steps`, repeating some where it is shorter."""
-    return [i * steps // count for i in range(count)]
 
 
 def _first(tokens: Tokens, count: int) -> Tokens:

@@ -66,6 +66,11 @@ def eval_steps(training: TrainingSpec, steps: int) -> set[int]:
     return {math.ceil(steps * (i + 1) / training.evals) for i in range(training.evals)}
 
 
+def spread(steps: int, count: int) -> list[int]:
+    """`count` steps spread evenly over a schedule of `steps`, repeating some where it is shorter."""
+    return [i * steps // count for i in range(count)]
+
+
 def effective_batch_size(training: TrainingSpec) -> int:
     """Examples of one trial that one optimizer step sees."""
     return training.batch_size * training.gradient_accumulation_steps
@@ -111,12 +116,8 @@ def train_step(
     """
     if training.base_dropout == "keep":  # the base's own dropout draws from the global stream
         torch.manual_seed(stream_seed(members[0].trial.seed, step, -1))
-    slices = []
+    slices = [step_slice(member.trial, member.lora_dropout, tokens, training, step) for member in members]
     for member in members:
-        examples = batch_at(member.trial, tokens, training, step)
-        places = range(len(examples)) if member.lora_dropout else ()
-        seeds = [stream_seed(member.trial.seed, step, place) for place in places]
-        slices.append(Slice(member.trial.name, examples, seeds))
         member.optimizer.zero_grad(set_to_none=True)
     metrics = []
     for member, batch in zip(members, engine.accumulate(tokens, slices), strict=True):
@@ -130,6 +131,13 @@ def train_step(
             member.scheduler.step()
         metrics.append(result)
     return metrics
+
+
+def step_slice(trial: AnyTrial, lora_dropout: float, tokens: Tokens, training: TrainingSpec, step: int) -> Slice:
+    """What `trial` trains on at `step`, with a dropout stream for each example where there is dropout."""
+    examples = batch_at(trial, tokens, training, step)
+    places = range(len(examples)) if lora_dropout else ()
+    return Slice(trial.name, examples, [stream_seed(trial.seed, step, place) for place in places])
 
 
 def batch_at(trial: AnyTrial, tokens: Tokens, training: TrainingSpec, step: int) -> np.ndarray:

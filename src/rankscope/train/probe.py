@@ -19,6 +19,8 @@ from rankscope.train.engine import PackedEngine
 from rankscope.train.recompute import keep_layers, recompute_layers
 
 _LENGTHS = (7, 12, 5, 9)
+PROBE_TOKENS = sum(_LENGTHS)
+"""Of `probe_tokens`."""
 
 
 def make_packable(model: PreTrainedModel, adapters: Sequence[str]) -> None:
@@ -66,7 +68,7 @@ def probe_tokens(model: PreTrainedModel) -> Tokens:
     """Four short sequences of random ids; never the pad id, which some models treat apart."""
     rng = np.random.default_rng(0)
     config = model.config.get_text_config()
-    ids = rng.integers(0, config.vocab_size, sum(_LENGTHS), dtype=np.int32)
+    ids = rng.integers(0, config.vocab_size, PROBE_TOKENS, dtype=np.int32)
     pad = getattr(config, "pad_token_id", None)
     ids[ids == pad] = 0 if pad != 0 else 1
     is_label = np.ones(len(ids), dtype=bool)

@@ -25,10 +25,8 @@ from rankscope.spec import Candidate, StudySpec, Trial
 from rankscope.train.cost import Products
 from rankscope.train.engine import PackedEngine, PeftEngine, divide
 from rankscope.train.loss import label_losses
-from rankscope.train.pack import batch_at, stream_seed, total_steps
-
-PROBE_TOKENS = 33
-"""Of `rankscope.train.probe.probe_tokens`."""
+from rankscope.train.pack import spread, step_slice, total_steps
+from rankscope.train.probe import PROBE_TOKENS
 
 RECOMPUTED_TAKES_LESS = 4
 """Times the tokens of a full forward: up to there a recomputed one, which keeps its layers' inputs and one layer, takes
@@ -120,8 +118,7 @@ def rehearse(
     carries the trials' adapters, by trial name.
     """
     steps = total_steps(spec.training, len(tokens))
-    count = spec.measure.warmup_steps + spec.measure.steps
-    chosen = [i * steps // count for i in range(count)]
+    chosen = spread(steps, spec.measure.warmup_steps + spec.measure.steps)
     searched = sorted({*chosen, *range(min(steps, MOST_STEPS_SEARCHED))})
     schedule = {step: _groups(engine, spec, trials, tokens, step) for step in searched}
     largest: dict[bool, tuple[int, _Group]] = {}  # by whether it is recomputed
@@ -154,12 +151,7 @@ def _groups(
     engine: PackedEngine | PeftEngine, spec: StudySpec, trials: Sequence[Trial], tokens: Tokens, step: int
 ) -> list[_Group]:
     """The forwards of one step."""
-    slices = []
-    for trial in trials:
-        examples = batch_at(trial, tokens, spec.training, step)
-        dropout = trial.candidate.lora_dropout
-        seeds = [stream_seed(trial.seed, step, place) for place in range(len(examples))] if dropout else []
-        slices.append(Slice(trial.name, examples, seeds))
+    slices = [step_slice(trial, trial.candidate.lora_dropout, tokens, spec.training, step) for trial in trials]
     if isinstance(engine, PackedEngine):
         groups = divide(tokens, slices, engine.tokens_per_forward)
         return [_Group(sum(int(tokens.lengths[s.examples].sum()) for s in group), group) for group in groups]
