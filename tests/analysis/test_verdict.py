@@ -288,3 +288,50 @@ def test_full_fine_tuning_is_a_reference() -> None:
     rows = conclude(evidence)["comparison"]
     assert [row["over_full"] for row in rows] == pytest.approx([0.2, 0.1, 0.1], abs=2e-3)
     assert all(row["over_full_low"] < row["over_full"] < row["over_full_high"] for row in rows)
+
+
+def test_a_seeds_effect_is_not_taken_from_that_of_examples() -> None:
+    """Seeds and examples add up exactly, and examples differ in weight: nothing is left, and both are found whole."""
+    seeds, effects, tokens = (
+        np.array([-1.0, 0.0, 1.0]),
+        np.array([0.3, -0.2, 0.4, 0.1]),
+        np.array([1.0, 2.0, 3.0, 10.0]),
+    )
+    found = estimate(seeds[:, None] + effects, tokens)
+    parts = tokens / tokens.mean() * (effects - np.average(effects, weights=tokens))
+    assert found.example_error == pytest.approx(parts.std(ddof=1) / 2)
+
+
+def test_with_more_ranks_a_claim_asks_for_more() -> None:
+    """The same two ranks, alone and beside four that are plainly worse: one claim of one, and one claim of five."""
+    two = {(8, 1e-3): [2.00265, 2.007, 2.01135], (256, 1e-3): [2.0, 2.0, 2.0]}
+    beside = {(rank, 1e-3): [3.0, 3.0, 3.0] for rank in (16, 32, 64, 128)}
+    alone, among = verdict_on(two)["comparison"][0], verdict_on(two | beside)["comparison"][0]
+    assert (alone["rank"], alone["within_margin"]) == (8, True)
+    assert (among["rank"], among["within_margin"]) == (8, None)
+    assert alone["regret_high"] == pytest.approx(among["regret_high"])  # what is shown stays
+
+
+def claims_on(measured: pd.DataFrame) -> dict[str, str]:
+    return {row["claim"]: row["outcome"] for row in verdict_on(BUDGETED, measured)["claims"]}
+
+
+def test_the_lowest_rank_must_be_below_each_other_one() -> None:
+    """Rank 64 is above rank 8 in one repeat and below it in the other."""
+    measured = profiles({8: 100, 64: 200, 256: 300})
+    measured.loc[measured["rank"] == 64, "rss_mean_bytes"] = [1.001e9, 0.999e9]
+    assert claims_on(measured)["cpu_memory_lowest_then_flat"] == "not_distinguishable"
+
+
+def test_an_effect_below_the_noise_is_not_distinguishable() -> None:
+    measured = profiles({8: 100, 64: 120, 256: 150})
+    assert claims_on(measured)["runtime_rises"] == "held"
+    control = measured[measured["rank"] == 8].assign(control=True)
+    control["runtime_seconds"] += 500  # the same candidate, measured again, differs by more than the ranks do
+    assert claims_on(pd.concat([measured, control]))["runtime_rises"] == "not_distinguishable"
+
+
+def test_a_best_rate_at_the_edge_of_those_tried_is_told() -> None:
+    middle = {(8, 1e-4): [2.5, 2.5], (8, 1e-3): [2.0, 2.0], (8, 1e-2): [2.5, 2.5]}
+    assert "rate_at_edge" not in verdict_on(middle)["caveats"]
+    assert "rate_at_edge" in verdict_on(middle | {(8, 1e-2): [1.5, 1.5]})["caveats"]
