@@ -1,8 +1,10 @@
 """Tiny random models of many architectures, for parity tests. Weights are large enough for attention to matter."""
 
+from importlib.metadata import version
 from typing import Any
 
 import torch
+from packaging.version import Version
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -60,9 +62,6 @@ CONFIGS: dict[str, Any] = {
 }  # fmt: skip
 UNPACKABLE: dict[str, Any] = {
     "falcon": lambda: FalconConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
-    "gpt-j": lambda: GPTJConfig(
-        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128, rotary_dim=8, bos_token_id=2, eos_token_id=2
-    ),
     "gpt-neo": lambda: GPTNeoConfig(
         vocab_size=VOCAB,
         hidden_size=32,
@@ -74,14 +73,20 @@ UNPACKABLE: dict[str, Any] = {
         bos_token_id=2,
         eos_token_id=2,
     ),
-    "codegen": lambda: CodeGenConfig(
-        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128, rotary_dim=8, bos_token_id=2, eos_token_id=2
-    ),
     "bloom": lambda: BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, bos_token_id=2, eos_token_id=2),
     "phimoe-window": lambda: PhimoeConfig(
         **_GLU, sliding_window=5, num_local_experts=4, num_experts_per_tok=2, head_dim=8
     ),
 }
+_SINCE_5_24: dict[str, Any] = {  # before, transformers' attention of these could not be replaced
+    "gpt-j": lambda: GPTJConfig(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128, rotary_dim=8, bos_token_id=2, eos_token_id=2
+    ),
+    "codegen": lambda: CodeGenConfig(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128, rotary_dim=8, bos_token_id=2, eos_token_id=2
+    ),
+}
+(CONFIGS if Version(version("transformers")) >= Version("5.24") else UNPACKABLE).update(_SINCE_5_24)
 
 
 def tiny_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -49,7 +49,7 @@ measured, docs/lab-notes.md; on a GPU not yet."""
 
 
 class Parts(NamedTuple):
-    """Memory at its peak, in bytes, by what holds it at that moment."""
+    """Memory at its peak, in bytes, by what holds it when most is alive."""
 
     process: int
     """Python with its libraries; on a GPU nothing, since torch's allocator does not count what CUDA takes itself."""
@@ -61,7 +61,8 @@ class Parts(NamedTuple):
     """What a forward keeps for its backward, and what is fleeting."""
     logits: int
     retained: int
-    """Freed, but kept by the C library's allocator (`rankscope.train.allocator`); and `UNSEEN_SHARE`."""
+    """The most that the C library's allocator holds (`rankscope.train.allocator`) above what is alive; and
+    `UNSEEN_SHARE`."""
 
     @property
     def total(self) -> int:
@@ -190,16 +191,15 @@ def predict_peak(
 
 
 def peak_of(script: Sequence[Event], held: Sequence[int] | None) -> dict[str, int]:
-    """What is alive by part, and what is retained, when most is held from the system; without `held`, when most is
-    alive."""
+    """What is alive by part when most is alive, and what more than that is held from the system when most is."""
     live = dict.fromkeys(("adapter", "gradients", "optimizer", "activations", "logits"), 0)
-    peak, total, at_peak = -1, 0, dict(live)
-    for event, holds in zip(script, held or itertools.repeat(None), strict=held is not None):
+    most, total, at_peak = -1, 0, dict(live)
+    for event in script:
         live[event.part] += event.bytes
         total += event.bytes
-        if (total if holds is None else holds) > peak:
-            peak, at_peak = total if holds is None else holds, dict(live)
-    return at_peak | {"retained": max(0, peak - sum(at_peak.values()))}
+        if total > most:
+            most, at_peak = total, dict(live)
+    return at_peak | {"retained": max(0, max(held or (), default=0) - most)}
 
 
 def most_kept(script: Sequence[Event]) -> int:

@@ -53,7 +53,7 @@ def use_packed_forward(model: PreTrainedModel) -> None:
     pack_layers(model)
     recompute_layers(model)
     model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:  # refused without an error: GPT-J, GPT-Neo, Falcon
+    if model.config._attn_implementation != NAME:  # refused without an error: GPT-Neo, Falcon
         raise NotPackable("its attention cannot be replaced")
 
 
