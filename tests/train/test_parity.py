@@ -17,7 +17,7 @@ from rankscope.train.probe import make_packable
 from reference import Trained, make_trial, random_tokens, train_with_peft
 
 STEPS = 20
-WEIGHT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+WEIGHT_TOLERANCE = {torch.float32: 3e-4, torch.float64: 1e-9}
 """Absolute, after 20 steps of AdamW. In float32 AdamW blows rounding up where a gradient is nearly zero (it divides by
 its size); float64 shows that nothing but rounding differs."""
 

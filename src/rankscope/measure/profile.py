@@ -29,8 +29,9 @@ def profile_candidate(spec: StudySpec, candidate: Candidate, data: TokenizedData
     - `load_seconds`, of loading the base model
     - `steps step_seconds_median step_seconds_mean step_seconds_p10 step_seconds_p90 tokens_per_second`, of the steps
       measured after warm-up
-    - `eval_seconds_per_token`; `runtime_seconds` of the whole schedule: time a token of the measured steps, times the
-      schedule's tokens, and its evaluations
+    - `warmup_seconds`, of the steps before those
+    - `eval_seconds_per_token`; `runtime_seconds` of the whole schedule: its first steps as the warm-up took, the others
+      by the time a token of the measured steps, and its evaluations
     - `joules_per_token`: energy of the GPU over the measured steps; None where NVML does not count it
     - `rss_base_bytes`: resident memory after loading the base model, before the adapter is added
     - `rss_mean_bytes rss_peak_bytes rss_p99_bytes` of training (after warm-up, without loading or evaluation); the same
@@ -64,9 +65,8 @@ def profile_candidate(spec: StudySpec, candidate: Candidate, data: TokenizedData
             (metrics,) = train_step(engine, [member], data.train, training, step)
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            if number >= measure.warmup_steps:
-                seconds.append(time.perf_counter() - start)
-                tokens.append(metrics.tokens)
+            seconds.append(time.perf_counter() - start)
+            tokens.append(metrics.tokens)
             sampler.take()
         energy_after = _energy(sampler)
         sampler.begin("eval")
@@ -74,6 +74,8 @@ def profile_candidate(spec: StudySpec, candidate: Candidate, data: TokenizedData
         held_out = _first(data.eval, 2 * EVAL_TOKENS)
         engine.evaluate(held_out, [trial.name])
         eval_seconds_per_token = (time.perf_counter() - start) / int(held_out.offsets[-1])
+    warmup_seconds, warmup_tokens = sum(seconds[: measure.warmup_steps]), sum(tokens[: measure.warmup_steps])
+    seconds, tokens = seconds[measure.warmup_steps :], tokens[measure.warmup_steps :]
     schedule_tokens = sum(int(data.train.lengths[batch_at(trial, data.train, training, s)].sum()) for s in range(steps))
     eval_tokens = int(data.eval.offsets[-1]) * (1 + len(eval_steps(training, steps)))
     joules = None if energy_before is None or energy_after is None else energy_after - energy_before
@@ -82,8 +84,11 @@ def profile_candidate(spec: StudySpec, candidate: Candidate, data: TokenizedData
     summary = {
         "load_seconds": load_seconds,
         **summarise_steps(seconds, tokens),
+        "warmup_seconds": warmup_seconds,
         "eval_seconds_per_token": eval_seconds_per_token,
-        "runtime_seconds": sum(seconds) / sum(tokens) * schedule_tokens + eval_seconds_per_token * eval_tokens,
+        "runtime_seconds": warmup_seconds
+        + sum(seconds) / sum(tokens) * max(0, schedule_tokens - warmup_tokens)
+        + eval_seconds_per_token * eval_tokens,
         "joules_per_token": None if joules is None else joules / sum(tokens),
         "rss_base_bytes": base,
         **summarise_memory(sampler.rows, sampler.peaks, base),
