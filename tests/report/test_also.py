@@ -55,17 +55,21 @@ def test_full_fine_tuning_is_a_row_at_its_best_rate() -> None:
     assert len(trials) == 9
     assert sum(row[5] == "loss not finite at step 7" for row in trials) == 3
     assert len(found.candidates.rows) == 1, "the reference is no candidate"
+    assert rows(found)["8"]["Over full fine-tuning (nats)"] == "+0.0310\n[+0.0210, +0.0410]"
+    assert full["Over full fine-tuning (nats)"] == "–"
+    one = rows(content(ranks=[8, "full"], seeds=[0]))["8"]["Over full fine-tuning (nats)"]
+    assert one == "+0.0270", "no interval with one seed"
 
 
 def test_full_fine_tuning_that_never_finished_says_so() -> None:
     evidence = make_evidence(make_spec(ranks=[8, "full"]), steps=8)
     assert evidence.reference_results is not None
     none = evidence.reference_results.assign(status="oom", eval_loss=math.nan)
-    row = full_fine_tuning(evidence._replace(reference_results=none)).iloc[0]
+    row = full_fine_tuning(evidence._replace(reference_results=none), None).iloc[0]
     assert (row["finished"], row["diverged"]) == (0, 0)
     assert math.isnan(row["eval_loss"])
-    assert full_fine_tuning(evidence._replace(reference_results=None)).empty
-    assert full_fine_tuning(evidence._replace(reference_results=none.iloc[:0])).empty
+    assert full_fine_tuning(evidence._replace(reference_results=None), None).empty
+    assert full_fine_tuning(evidence._replace(reference_results=none.iloc[:0]), None).empty
 
 
 def test_diverged_trials_are_counted_and_left_out_of_the_means() -> None:

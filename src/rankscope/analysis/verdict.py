@@ -10,8 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pandas as pd
-
 from rankscope.analysis.budget import over_budget
 from rankscope.analysis.claims import judge_claims
 from rankscope.analysis.comparison import (
@@ -50,8 +48,8 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
 
     `more_seeds` is the least number of added seeds that would settle it if means and spreads stayed as they are; None
     where all is settled or none up to 50 would. `comparison` has a row for each rank at its best learning rate,
-    `left_out` names ranks without one; `claims` are the four of the original study; `caveats` are codes that the report
-    puts in words.
+    `left_out` names ranks without one, `reference_candidate` is full fine-tuning at its best one; `claims` are the four
+    of the original study; `caveats` are codes that the report puts in words.
     """
     spec, confidence = evidence.spec, evidence.spec.verdict.confidence
     rows = compare(evidence.examples, spec.verdict.margin) if len(evidence.examples) else []
@@ -70,6 +68,7 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
         "more_seeds": None,
         "undetermined": [],
         "left_out": sorted(set(spec.ranks) - {row.rank for row in rows}),
+        "reference_candidate": None,
         "comparison": [],
         "claims": judge_claims(evidence, compared),
         "caveats": [],
@@ -77,7 +76,9 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
     over = over_budget(spec.verdict, evidence.profiles, compared)
     if rows:
         decision, states = decide(rows, confidence, over)
-        verdict |= decision | {"comparison": _table(rows, states, over, evidence)}
+        reference, over_reference = over_full(evidence)
+        verdict |= decision | {"reference_candidate": reference}
+        verdict["comparison"] = _table(rows, states, over, over_reference, confidence)
     verdict["caveats"] = _caveats(evidence, verdict, rows, over)
     return verdict
 
@@ -170,11 +171,13 @@ def _alike(rows: Sequence[Comparison], confidence: float) -> bool:
 
 
 def _table(
-    rows: Sequence[Comparison], states: States, over: Mapping[str, list[str]], evidence: Evidence
+    rows: Sequence[Comparison],
+    states: States,
+    over: Mapping[str, list[str]],
+    over_reference: Mapping[str, Mapping[str, float | None]],
+    confidence: float,
 ) -> list[dict[str, Any]]:
-    confidence = evidence.spec.verdict.confidence
     best = best_of(rows)
-    full = over_full(evidence)
     table = []
     for row, bound in zip(rows, bounds(rows, confidence), strict=True):
         on_these = row.eval_loss._replace(example_error=0.0)  # between candidates what examples share does not count
@@ -194,34 +197,31 @@ def _table(
                 "regret_share": regret / best.eval_loss.mean,
                 "within_margin": states[row.candidate],
                 "over_budget": over.get(row.candidate, []),
-                **full.get(row.candidate, {}),
+                **over_reference.get(row.candidate, {}),
             }
         )
     return table
 
 
-def over_full(evidence: Evidence) -> dict[str, dict[str, float | None]]:
-    """Each compared candidate's loss minus that of full fine-tuning at its best rate: `over_full`, `over_full_low`,
-    `over_full_high`; on the seeds that both finished. Empty where the study has no reference."""
+def over_full(evidence: Evidence) -> tuple[str | None, dict[str, dict[str, float | None]]]:
+    """Full fine-tuning at its best rate, by name, and each compared candidate's loss minus its: `over_full`,
+    `over_full_low`, `over_full_high`; on the seeds that both finished. None and empty where no reference finished."""
     if evidence.reference.empty:
-        return {}
+        return None, {}
     reference, judged = judged_examples(evidence.reference), judged_examples(evidence.examples)
     shared = sorted(set(reference["example"]) & set(judged["example"]))  # half of them, where one had several rates
     judged, reference = (table[table["example"].isin(shared)] for table in (judged, reference))
-    full = next(iter(losses_by_candidate(reference).values()), pd.DataFrame())
+    best, full = next(iter(losses_by_candidate(reference).items()))
     found: dict[str, dict[str, float | None]] = {}
     for name, losses in losses_by_candidate(judged).items():
         seeds = losses.index.intersection(full.index)
         if len(seeds):
             difference = estimate((losses.loc[seeds] - full.loc[seeds]).to_numpy(), label_tokens(judged))
-            ends = (
+            low, high = (
                 end if math.isfinite(end) else None for end in difference.interval(evidence.spec.verdict.confidence)
             )
-            found[name] = {
-                "over_full": difference.mean,
-                **dict(zip(("over_full_low", "over_full_high"), ends, strict=True)),
-            }
-    return found
+            found[name] = {"over_full": difference.mean, "over_full_low": low, "over_full_high": high}
+    return best, found
 
 
 def _caveats(

@@ -1,6 +1,7 @@
 """What people also ask for: perplexity, token accuracy, forgetting, diverged trials, and full fine-tuning beside it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
 
 import pandas as pd
 
@@ -29,43 +30,48 @@ def also_by_candidate(results: pd.DataFrame) -> pd.DataFrame:
     return table.join(done.groupby("candidate")[_MEANS].mean()).reset_index(names="candidate")
 
 
-def full_fine_tuning(evidence: Evidence) -> pd.DataFrame:
-    """The row of `also_by_candidate` of full fine-tuning at its best rate; none where the study has no reference.
-
-    The best is the lowest mean held-out loss among the rates with the most finished trials.
-    """
+def full_fine_tuning(evidence: Evidence, verdict: Mapping[str, Any] | None) -> pd.DataFrame:
+    """The row of `also_by_candidate` of full fine-tuning at the rate that the verdict found best, or at the first where
+    none finished; none where the study has no reference."""
     if evidence.reference_results is None or evidence.reference_results.empty:
         return pd.DataFrame()
     table = also_by_candidate(evidence.reference_results)
-    most: pd.DataFrame = table[table["finished"] == table["finished"].max()]
-    return most.sort_values("eval_loss", na_position="last").head(1)
+    best = table[table["candidate"] == (verdict or {}).get("reference_candidate")]
+    return table.head(1) if best.empty else best
 
 
-def also_measured(evidence: Evidence, text: Catalogue) -> Table:
-    """The table: a row a candidate, and one of full fine-tuning. Forgetting has a column where it was asked for."""
+def also_measured(evidence: Evidence, verdict: Mapping[str, Any] | None, text: Catalogue) -> Table:
+    """The table: a row a candidate, and one of full fine-tuning. Forgetting and the loss over that of full fine-tuning
+    have a column where they were asked for."""
     none = text("none")
 
-    def show(value: float, number: Callable[[float], str]) -> str:
-        return number(value) if known(value) else none
+    def show(value: float | None, number: Callable[[float], str]) -> str:
+        return number(value) if value is not None and known(value) else none
 
-    records = also_by_candidate(evidence.results).to_dict("records")
-    records += full_fine_tuning(evidence).to_dict("records")
-    forgetting = evidence.spec.measure.forgetting is not None
-    rows = [
-        [
-            rank_name(row["rank"], text),
-            rate(row["learning_rate"]),
-            show(row["eval_loss"], loss),
-            show(row["eval_perplexity"], lambda value: f"{value:.4g}"),
-            show(row["eval_accuracy"], percent),
-            *([show(row["general_change"], signed)] if forgetting else []),
-            f"{row['diverged']} / {row['trials']}",
-        ]
-        for row in records
-    ]
-    names = ["rank", "learning_rate", "eval_loss", "perplexity", "accuracy"]
-    names += ["forgetting", "diverged"] if forgetting else ["diverged"]
-    return Table(text("also.caption"), [text(f"table.{name}") for name in names], [True] * len(names), rows)
+    compared = {row["candidate"]: row for row in (verdict or {}).get("comparison", [])}
+
+    def over_full(candidate: str) -> str:
+        row = compared.get(candidate, {})
+        low, high = row.get("over_full_low"), row.get("over_full_high")
+        interval = "" if low is None or high is None else f"\n[{signed(low)}, {signed(high)}]"
+        return show(row.get("over_full"), signed) + interval
+
+    full = full_fine_tuning(evidence, verdict)
+    columns: dict[str, Callable[[Mapping[Hashable, Any]], str]] = {
+        "rank": lambda row: rank_name(row["rank"], text),
+        "learning_rate": lambda row: rate(row["learning_rate"]),
+        "eval_loss": lambda row: show(row["eval_loss"], loss),
+    }
+    if not full.empty:
+        columns["over_full"] = lambda row: over_full(row["candidate"])
+    columns["perplexity"] = lambda row: show(row["eval_perplexity"], lambda value: f"{value:.4g}")
+    columns["accuracy"] = lambda row: show(row["eval_accuracy"], percent)
+    if evidence.spec.measure.forgetting is not None:
+        columns["forgetting"] = lambda row: show(row["general_change"], signed)
+    columns["diverged"] = lambda row: f"{row['diverged']} / {row['trials']}"
+    records = also_by_candidate(evidence.results).to_dict("records") + full.to_dict("records")
+    rows = [[cell(row) for cell in columns.values()] for row in records]
+    return Table(text("also.caption"), [text(f"table.{name}") for name in columns], [True] * len(columns), rows)
 
 
 def also_notes(evidence: Evidence, text: Catalogue) -> list[str]:

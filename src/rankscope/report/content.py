@@ -76,7 +76,7 @@ def compose(
         candidates=_candidates(evidence, verdict, table, text),
         noise=noise_sentence(evidence.profiles, text),
         costs=[*cost_tables(evidence, text), *prediction_tables(evidence, text)],
-        also=also_measured(evidence, text),
+        also=also_measured(evidence, verdict, text),
         also_notes=also_notes(evidence, text),
         trials=_trials(evidence, text),
         data=data_facts(evidence.data_facts, text),
