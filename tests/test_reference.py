@@ -15,9 +15,8 @@ import rankscope
 from folders import write_data, write_model
 from rankscope import runner
 from rankscope.data.tokens import load
-from rankscope.errors import DataError, WorkerError
+from rankscope.errors import DataError, OutOfMemoryError, WorkerError
 from rankscope.files import read_json
-from rankscope.launch import worker
 from rankscope.study import Study
 
 OPTIONS: dict[str, Any] = {
@@ -149,13 +148,14 @@ def test_a_trial_that_fails_is_recorded_and_ends_no_study(
     assert "the child ended by signal 9" in (copy / "report" / "report.md").read_text()
 
 
-def test_memory_that_runs_out_is_recorded_by_the_child(study: Study, tmp_path: Path) -> None:
+def test_memory_that_runs_out_is_recorded(
+    study: Study, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copy = tmp_path / "study"
     shutil.copytree(study.path, copy)
     shutil.rmtree(copy / "reference" / FOLDERS[0])
-    other = Study.open(copy)
-    worker._record_failure(other, {"kind": "reference", "trial": FOLDERS[0]}, MemoryError("no more"))
-    assert list(other.reference_results()["status"]) == ["oom", "done"]
+    monkeypatch.setattr(runner, "run_locally", lambda *_: OutOfMemoryError("no more"))
+    assert list(run(root, copy).reference_results()["status"]) == ["oom", "done"]
 
 
 def test_a_general_text_that_is_missing_ends_the_run_before_it_begins(root: Path) -> None:

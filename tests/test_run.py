@@ -1,6 +1,5 @@
 """The main path from end to end, in real child processes, on a tiny model and real files."""
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -145,8 +144,8 @@ def test_run_again_does_only_what_is_missing(study: Study, folders: Path, tmp_pa
     )
     assert unfinished(again) == []
     assert (kept / "trial.json").stat().st_mtime_ns == before
-    assert sorted(path.name for path in (copy / "packs").iterdir()) == ["p000", "p001"]
-    assert json.loads((copy / "packs" / "p001" / "job.json").read_text())["packs"] == {"p001": ["r016-lr5e-3-s1"]}
+    assert sorted(path.name for path in (copy / "packs").iterdir()) == ["division.json", "p000"]
+    assert "from step 0 of 6, with 1 trials" in (copy / "packs" / "p000" / "log.txt").read_text()
     np.testing.assert_allclose(
         read_json(lost / "eval.json")["examples"]["loss"], expected["examples"]["loss"], rtol=1e-4
     )  # alone, where it was packed before

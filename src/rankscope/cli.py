@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from rankscope import __version__
+from rankscope.console import PlainConsole
 from rankscope.errors import RankscopeError, StudyError
 
 if TYPE_CHECKING:
@@ -28,10 +28,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out_console = Console(highlight=False)
+out_console = PlainConsole(highlight=False)
 if not out_console.is_terminal:
     out_console.width = max(out_console.width, 120)  # a table in a log file is not to be squeezed
-error_console = Console(stderr=True, highlight=False)
+error_console = PlainConsole(stderr=True, highlight=False)
 
 EMBEDDED_STUDY = Path(__file__).parent / "demo" / "study.yaml"
 

@@ -4,6 +4,8 @@ The command line prints the message without a traceback and exits with `exit_cod
 inherits the standard exception that a caller would expect to catch.
 """
 
+from collections.abc import Iterator
+
 
 class RankscopeError(Exception):
     """Base of all errors raised on purpose.
@@ -17,6 +19,13 @@ class RankscopeError(Exception):
         super().__init__(f"{what}\n  {todo}" if todo else what)
         self.what = what
         self.todo = todo
+
+    @classmethod
+    def all_kinds(cls) -> Iterator[type["RankscopeError"]]:
+        """This class and all that inherit from it."""
+        yield cls
+        for kind in cls.__subclasses__():
+            yield from kind.all_kinds()
 
     def __reduce__(self) -> tuple[type["RankscopeError"], tuple[str, str]]:
         return type(self), (self.what, self.todo)
@@ -57,3 +66,18 @@ class MissingExtraError(RankscopeError, ImportError):
 
 class WorkerError(RankscopeError, RuntimeError):
     """A child process ended without finishing its work (exit code 1)."""
+
+    status = "failed"
+    """Of the trials that it left behind."""
+
+
+class OutOfMemoryError(WorkerError, MemoryError):
+    """There was not enough memory, on the GPU or for the process."""
+
+    status = "oom"
+
+
+class KilledError(WorkerError):
+    """Somebody ended the process."""
+
+    status = "interrupted"

@@ -4,17 +4,21 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rankscope.data.tokens import Tokens
-from rankscope.spec import FullTrial, TrainingSpec, Trial
-from rankscope.study import Study
+from rankscope.data.tokens import TokenizedData, Tokens
+from rankscope.spec import AnyTrial, FullTrial, StudySpec, TrainingSpec, Trial
+from rankscope.study import FINISHED, Division, Study
+from rankscope.train.checkpoint import KEPT
 from rankscope.train.memory import FULL_STEP_TOKENS, Prediction
-from rankscope.train.pack import effective_batch_size
+from rankscope.train.pack import effective_batch_size, total_steps
 
 SHARE_OF_FREE_MEMORY = 0.9
 """What a pack may take of the memory that is free: the prediction is not exact."""
 
-FINISHED = ("done", "diverged")
-"""Statuses that are results. Everything else is trained again."""
+LINE_BYTES = 250
+"""Of a step in metrics.jsonl."""
+
+REST_BYTES = 30_000_000
+"""Of a study's report, profiles and logs: measured 3 to 12 MB."""
 
 
 class ProfileJob(NamedTuple):
@@ -55,14 +59,42 @@ def divide_into_packs(
     return packs
 
 
+def disk_bytes(spec: StudySpec, prediction: Prediction, packs: Sequence[Sequence[Trial]], data: TokenizedData) -> int:
+    """What a study still writes at most: adapters, the checkpoints of its largest pack, tokens, curves and the rest."""
+    steps = total_steps(spec.training, len(data.train))
+    trials = [trial for pack in packs for trial in pack]
+    adapters = sum(4 * prediction.params[trial.candidate.name] for trial in trials)
+    trained = [sum(prediction.params[trial.candidate.name] for trial in pack) for pack in packs]
+    reference = [prediction.base_params] if spec.reference_trials() else []
+    checkpoints = 12 * (KEPT + 1) * max(trained + reference, default=0)  # weights and two moments, in float32
+    tokens = 5 * (len(data.train.ids) + len(data.eval.ids))
+    return adapters + checkpoints + tokens + LINE_BYTES * steps * len(trials) + REST_BYTES
+
+
+def open_packs(study: Study, prediction: Prediction, free: int, tokens: Tokens) -> dict[str, list[Trial]]:
+    """Packs with a trial that has no result yet, in their order; the study is divided into packs where it is not."""
+    division = study.division()
+    if not division.packs:
+        trials = study.spec.trials()
+        division = Division(
+            division.named(divide_into_packs(trials, prediction, free, study.spec.training, tokens)), {}
+        )
+        study.write_division(division)
+    return {pack: trials for pack, trials in division.packs.items() if any(not _finished(study, t) for t in trials)}
+
+
 def missing_trials(study: Study) -> list[Trial]:
     """Trials without a result yet."""
-    return [trial for trial in study.spec.trials() if study.trial_record(trial)["status"] not in FINISHED]
+    return [trial for trial in study.spec.trials() if not _finished(study, trial)]
+
+
+def _finished(study: Study, trial: AnyTrial) -> bool:
+    return study.trial_record(trial)["status"] in FINISHED
 
 
 def missing_reference(study: Study) -> list[FullTrial]:
     """Trials of full fine-tuning without a result yet."""
-    return [trial for trial in study.spec.reference_trials() if study.trial_record(trial)["status"] not in FINISHED]
+    return [trial for trial in study.spec.reference_trials() if not _finished(study, trial)]
 
 
 def missing_profiles(study: Study) -> list[ProfileJob]:

@@ -10,7 +10,7 @@ from rankscope.data.tokens import TokenizedData
 from rankscope.errors import StudyError
 from rankscope.forecast import Forecast, StudyForecast, forecast, largest_fitting_rank, study_seconds
 from rankscope.lora.base import free_bytes, resolve_device
-from rankscope.plan import SHARE_OF_FREE_MEMORY, divide_into_packs
+from rankscope.plan import SHARE_OF_FREE_MEMORY, disk_bytes, divide_into_packs
 from rankscope.report.catalogue import load
 from rankscope.report.formats import duration, percent, size
 from rankscope.runner import describe_data, prepare_data
@@ -53,6 +53,11 @@ def show_plan(spec: StudySpec, console: Console, gpu_memory: int | None = None) 
     console.print(f"{len(spec.trials())} trials of {steps:,} steps in {len(packs)} packs:")
     for line in _packs(spec, prediction, found.candidates, packs, data, free):
         console.print(line, markup=False, soft_wrap=True)
+    if reference := spec.reference_trials():
+        console.print(
+            f"{len(reference)} trials of full fine-tuning, each alone: their memory and time are not predicted."
+        )
+    console.print(f"On the disk: at most about {size(disk_bytes(spec, prediction, packs, data))}.")
 
 
 def _candidates(spec: StudySpec, found: StudyForecast, free: int) -> Table:

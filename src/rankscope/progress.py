@@ -38,6 +38,8 @@ class Follower:
     def read(self) -> None:
         try:
             with self.path.open("rb") as file:
+                if self.path.stat().st_size < self._offset:  # cut back to a checkpoint
+                    self._offset = 0
                 file.seek(self._offset)
                 content = file.read()
         except FileNotFoundError:
@@ -62,6 +64,7 @@ class TerminalProgress:
         self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
         self._trials: list[tuple[str, Follower]] = []
         self._title, self._steps, self._start, self._last_line = "", 0, time.monotonic(), 0.0
+        self._before = 0
         self._measuring = ""
 
     def __enter__(self) -> Self:
@@ -89,6 +92,9 @@ class TerminalProgress:
         self._title = title
         self._trials = [(trial.name, Follower(study.trial_folder(trial) / "metrics.jsonl")) for trial in trials]
         self._steps, self._start, self._measuring = steps, time.monotonic(), ""
+        for _, follower in self._trials:
+            follower.read()
+        self._before = self._step()
         self.say(self._title)
 
     def measuring(self, done: int, total: int, name: str) -> None:
@@ -112,10 +118,10 @@ class TerminalProgress:
     def _left(self) -> str:
         """Time left for the pack, from the time its steps and evaluations took so far."""
         step = self._step()
-        if not step:
+        if step <= self._before:
             return "loading"
         elapsed = time.monotonic() - self._start
-        return f"about {duration(elapsed / step * (self._steps - step), load('en'))} left"
+        return f"about {duration(elapsed / (step - self._before) * (self._steps - step), load('en'))} left"
 
     def _table(self) -> Group:
         table = Table(box=None, pad_edge=False, header_style="bold")

@@ -3,6 +3,7 @@
 Every step looks at the study's directory first and does only what is missing.
 """
 
+import itertools
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,18 +15,25 @@ from rankscope.analysis.verdict import conclude
 from rankscope.data.cache import prepare_cached
 from rankscope.data.general import with_general_text
 from rankscope.data.tokens import TokenizedData, load, save
-from rankscope.errors import RankscopeError
+from rankscope.errors import DataError, KilledError, RankscopeError, StudyDirectoryError, WorkerError
 from rankscope.files import write_json
 from rankscope.forecast import forecast
 from rankscope.launch.local import run_locally
-from rankscope.lora.base import free_bytes, load_config, load_tokenizer, resolve_device, resolve_dtype
+from rankscope.lora.base import commit, free_bytes, load_config, load_tokenizer, resolve_device, resolve_dtype
 from rankscope.measure.machine import hardware, versions
 from rankscope.options import assemble
-from rankscope.plan import divide_into_packs, missing_profiles, missing_reference, missing_trials
+from rankscope.plan import (
+    disk_bytes,
+    divide_into_packs,
+    missing_profiles,
+    missing_reference,
+    missing_trials,
+    open_packs,
+)
 from rankscope.report import build
 from rankscope.report.formats import size
 from rankscope.spec import EMBEDDED, AnyTrial, FullTrial, StudySpec, Trial
-from rankscope.study import Study
+from rankscope.study import FINISHED, Study
 from rankscope.train.memory import Prediction, predict
 
 
@@ -83,12 +91,16 @@ def run_study(spec: StudySpec, out: Path, progress: Progress, language: str = "e
     """The main path, for a resolved study. Trials that fail are recorded, not raised: see `unfinished`."""
     resolve_device(spec.model.device)
     prediction = predict(spec)
-    prepared = None if (out / "data" / "facts.json").exists() else prepare_data(spec)
+    prepared = None
+    if not (out / "study.yaml").exists():  # nothing is made before the data are known to be usable, and to have room
+        prepared = prepare_data(spec)
+        check_space(spec, out, prediction, spec.trials(), prepared)
     study = Study.create(out, spec)
     with study.lock():
-        if prepared is not None:
-            save(prepared, study.path / "data")
-        data = load(study.path / "data")
+        for name in study.remove_damaged():
+            progress.say(f"{name} was damaged: it is removed, and made again.")
+        data = _study_data(study, prepared)
+        check_space(spec, out, prediction, missing_trials(study), data)
         progress.say(describe_data(data.facts))
         if not (study.path / "machine.json").exists():
             write_json(study.path / "machine.json", describe_machine(spec, prediction.base_params))
@@ -100,6 +112,26 @@ def run_study(spec: StudySpec, out: Path, progress: Progress, language: str = "e
         train_reference(study, data, progress)
         finish(study, language)
     return study
+
+
+def _study_data(study: Study, prepared: TokenizedData | None) -> TokenizedData:
+    """The study's tokens, which are saved where they are not yet.
+
+    Raises:
+        DataError: trials have seen other tokens.
+    """
+    folder = study.path / "data"
+    if not (folder / "facts.json").exists():
+        save(prepared or prepare_data(study.spec), folder)
+    data = load(folder)
+    for trial in study.all_trials():
+        seen = study.trial_record(trial).get("tokens_sha256", data.sha256)
+        if seen != data.sha256:
+            raise DataError(
+                f"{study.spec.data.id}: not the rows that {trial.name} was trained on",
+                "Give the rows that the study began with, or choose another --out.",
+            )
+    return data
 
 
 def prepare_data(spec: StudySpec) -> TokenizedData:
@@ -117,6 +149,26 @@ def prepare_data(spec: StudySpec) -> TokenizedData:
     return with_general_text(data, measured.forgetting, measured.forgetting_rows, tokenizer, config.vocab_size)
 
 
+def check_space(
+    spec: StudySpec, out: Path, prediction: Prediction, missing: Sequence[Trial], data: TokenizedData
+) -> None:
+    """Sees to it that what is still missing of the study has room on the disk.
+
+    Raises:
+        StudyDirectoryError: it has not.
+    """
+    free_memory = free_bytes(resolve_device(spec.model.device))
+    packs = divide_into_packs(missing, prediction, free_memory, spec.training, data.train)
+    needed = disk_bytes(spec, prediction, packs, data) if missing else 0
+    folder = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise StudyDirectoryError(
+            f"{out}: about {size(needed)} are needed on the disk, and {size(free)} are free",
+            "Make room, choose another --out, or try fewer or lower ranks.",
+        )
+
+
 def describe_data(facts: Mapping[str, Any]) -> str:
     """What was read and what was left out, in one line."""
     return (
@@ -131,7 +183,7 @@ def describe_machine(spec: StudySpec, parameters: int) -> dict[str, Any]:
     device = resolve_device(spec.model.device)
     model = {
         "id": spec.model.id,
-        "revision": getattr(load_config(spec.model), "_commit_hash", None) or spec.model.revision,
+        "revision": commit(spec.model) or spec.model.revision,
         "parameters": parameters,
         "dtype": str(resolve_dtype(spec.model.dtype, device)).removeprefix("torch."),
     }
@@ -141,19 +193,17 @@ def describe_machine(spec: StudySpec, parameters: int) -> dict[str, Any]:
 def train(study: Study, data: TokenizedData, prediction: Prediction, progress: Progress) -> None:
     """Trains the trials that have no result yet: packs one after the other in one process, which loads the model once.
 
-    A pack that ends its process is recorded, and those after it go on in a new one. Isolated trials have one each.
+    A pack that ends its process is divided or recorded, and those after it go on in a new one. Isolated trials have one
+    process each.
     """
     from rankscope.train.pack import total_steps
 
     training = study.spec.training
     free = free_bytes(resolve_device(study.spec.model.device))
-    first = sum(1 for _ in (study.path / "packs").glob("p*"))
-    divided = divide_into_packs(missing_trials(study), prediction, free, training, data.train)
-    packs = {f"p{number:03d}": trials for number, trials in enumerate(divided, start=first)}
+    packs = open_packs(study, prediction, free, data.train)
     steps = total_steps(training, len(data.train))
-    for trials in packs.values():
-        for trial in trials:  # what a run that was stopped left behind; gone before anyone follows the new files
-            shutil.rmtree(study.trial_folder(trial), ignore_errors=True)
+    for pack in packs:
+        (study.path / "packs" / pack / "pack.json").unlink(missing_ok=True)  # of a run that was stopped
     while packs:
         here = dict(list(packs.items())[:1]) if training.isolated else packs
         teller = _Teller(study, here, steps, progress)
@@ -163,7 +213,7 @@ def train(study: Study, data: TokenizedData, prediction: Prediction, progress: P
         if error is not None and error.exit_code in (2, 3):  # the study, the model or the data: all packs would fail
             raise error
         left = _after(study, here, error, progress)
-        packs = {pack: trials for pack, trials in packs.items() if pack in left or pack not in here}
+        packs = left | {pack: trials for pack, trials in packs.items() if pack not in here}
 
 
 class _Teller:
@@ -190,33 +240,45 @@ class _Teller:
 def _after(
     study: Study, packs: Mapping[str, list[Trial]], error: RankscopeError | None, progress: Progress
 ) -> dict[str, list[Trial]]:
-    """Settles what a process has done or left undone, tells of it, and returns the packs that it did not reach."""
-    left = dict(packs)
-    for pack, trials in packs.items():
-        record = study.pack_record(pack)
-        if record is None and len(left) < len(packs):
-            break
-        left.pop(pack)
-        for trial in trials:  # those of a process that died before it could record anything itself
-            study.settle(trial, "failed", error.what if error else "the pack ended before this trial did", pack)
+    """Settles what a process has done or left undone, tells of it, and returns the packs that are still to be trained.
+
+    A pack in which it ended by an error is divided in two, to be trained anew: less memory is needed then, and one
+    trial that cannot be trained does not keep the others from it.
+    """
+    error = error or WorkerError("the process ended before its packs did")
+    status = getattr(error, "status", WorkerError.status)
+    for number, (pack, trials) in enumerate(packs.items()):
         for reason in {study.trial_record(trial).get("engine_reason") for trial in trials} - {None}:
             progress.say(
                 f"Trained by PEFT's own forward, one trial at a time, since this model cannot be packed: {reason}"
             )
-        if error is not None and not (record and record["results"]):
-            progress.say(f"pack {pack} did not finish: {error}")
-            break
-    return left
+        record = study.pack_record(pack)
+        if record and record["results"]:
+            continue
+        rest = dict(list(packs.items())[number + 1 :])
+        unfinished = [trial for trial in trials if study.trial_record(trial)["status"] not in FINISHED]
+        if record and len(unfinished) > 1 and status != KilledError.status:
+            parts = study.divide(pack, unfinished)
+            progress.say(f"Pack {pack} is divided into {' and '.join(parts)}, and trained again: {error.what}")
+            return parts | rest
+        progress.say(f"Pack {pack} did not finish: {error}")
+        stopped = {pack: trials} if record else packs  # what ends before the first pack begins would end all of them
+        for trial in itertools.chain(*stopped.values()):
+            study.settle(trial, status, error.what, pack)
+        return {name: trials for name, trials in rest.items() if name not in stopped}
+    return {}
 
 
 def describe_pack(record: Mapping[str, Any]) -> str:
     """How near to the machine's limit a pack ran."""
     results = record["results"]
     peak = results["gpu_allocated_peak_bytes"] or results["rss_peak_bytes"]
+    share = ""
+    if results["product_share"] is not None:
+        share = f", {results['product_share']:.0%} of what plain matrix products of its shapes reach here"
     return (
         f"Pack {record['pack']}: {results['step_seconds'] / results['steps']:.3g} s a step; "
-        f"{results['useful_flops_per_second'] / 1e9:,.0f} useful GFLOP/s, {results['product_share']:.0%} of what plain "
-        f"matrix products of its shapes reach here; peak {size(peak)}"
+        f"{results['useful_flops_per_second'] / 1e9:,.0f} useful GFLOP/s{share}; peak {size(peak)}"
     )
 
 
@@ -241,12 +303,13 @@ def train_reference(study: Study, data: TokenizedData, progress: Progress) -> No
 
     steps = total_steps(study.spec.training, len(data.train))
     for trial in missing_reference(study):
-        folder = study.trial_folder(trial)
-        shutil.rmtree(folder, ignore_errors=True)  # what a run that was stopped left behind
         progress.reference(study, trial, steps)
-        error = run_locally(study.path, {"kind": "reference", "trial": trial.name}, folder, progress.poll)
-        study.settle(trial, "failed", error.what if error else "its process ended before this trial did")
+        job = {"kind": "reference", "trial": trial.name}
+        error = run_locally(study.path, job, study.trial_folder(trial), progress.poll)
+        if error is not None and error.exit_code in (2, 3):
+            raise error
         if error is not None:
+            study.settle(trial, getattr(error, "status", WorkerError.status), error.what)
             progress.say(f"{trial.name} did not finish: {error}")
 
 
@@ -265,11 +328,7 @@ def reproduce_command(spec: StudySpec) -> str:
 
 def unfinished(study: Study) -> list[AnyTrial]:
     """Trials, also of the reference, that did not end as `done`."""
-    return [trial for trial in _all_trials(study) if study.trial_record(trial)["status"] != "done"]
-
-
-def _all_trials(study: Study) -> list[AnyTrial]:
-    return [*study.spec.trials(), *study.spec.reference_trials()]
+    return [trial for trial in study.all_trials() if study.trial_record(trial)["status"] != "done"]
 
 
 def mark_interrupted(path: Path) -> None:
@@ -277,7 +336,7 @@ def mark_interrupted(path: Path) -> None:
     if not (path / "study.yaml").exists():
         return
     study = Study.open(path)
-    for trial in _all_trials(study):
+    for trial in study.all_trials():
         if study.trial_record(trial)["status"] == "running":
             study.settle(trial, "interrupted", "interrupted by the user")
 

@@ -129,6 +129,10 @@ class TrainingSpec(_Frozen):
     """Train every trial alone, in a process of its own."""
     trials_per_pack: PositiveInt | None = None
     """At most so many trials train together. Default: as many as memory allows."""
+    checkpoint_minutes: PositiveFloat = 5.0
+    """A pack that is stopped goes on from its last checkpoint; one is written this often, and at the schedule's end."""
+    checkpoint_steps: PositiveInt | None = None
+    """Write a checkpoint every so many steps instead."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

@@ -7,7 +7,8 @@
       prediction.json             memory and time of each candidate, told before anything was trained
       trials/r008-lr2e-4-s0/      trial.json, metrics.jsonl, eval.json, adapter/
       reference/full-lr2e-5-s0/   of full fine-tuning: the same files without weights, and job.json, log.txt
-      packs/p000/                 job.json, log.txt
+      packs/division.json         which trials train together
+      packs/p000/                 pack.json, job.json, log.txt; checkpoints/ until it has ended
       profiles/r008.json          time and memory of each repeat of a rank's profile, with samples
       profiles/control.json       the same of the lowest rank, measured twice over: the noise of every cost
       verdict.json
@@ -16,11 +17,13 @@
 Each file has one writer. The tables below are tidy pandas DataFrames, whose columns are their contract.
 """
 
+import hashlib
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -29,13 +32,31 @@ import yaml
 from filelock import FileLock, Timeout
 
 from rankscope.errors import StudyDirectoryError, StudyError
-from rankscope.files import read_json, read_jsonl, write_atomic, write_json
+from rankscope.files import (
+    damaged,
+    file_hashes,
+    file_sha256,
+    inside,
+    read_json,
+    read_jsonl,
+    refuse_links_out,
+    write_atomic,
+    write_json,
+)
 from rankscope.spec import CONTROL, AnyTrial, Candidate, StudySpec, Trial, resolve_spec, write_yaml
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA = 1
+
+FINISHED = ("done", "diverged")
+"""Statuses that are results. Everything else is trained again."""
+
+TRIAL_FILES = ("metrics.jsonl", "eval.json", "adapter/*")
+"""What trial.json of a trial that has ended holds the hashes of."""
+
+_QUESTION_HASH = "# sha256 of all lines above: "
 
 
 class Evidence(NamedTuple):
@@ -55,6 +76,27 @@ class Evidence(NamedTuple):
     """See `Study.prediction`."""
     reference_results: "pd.DataFrame | None" = None
     """`Study.reference_results()`; None is the same as an empty table."""
+    divided: Sequence[str] = ()
+    """Trials whose pack ended with an error and was divided."""
+
+
+class Division(NamedTuple):
+    """Which trials train together. Once made it stays, so that a run that goes on rounds as it did before."""
+
+    packs: dict[str, list[Trial]]
+    """In the order in which they are trained."""
+    divided: dict[str, list[str]]
+    """Of a pack that ended with an error: those that were made of it. It is in `packs` no more."""
+
+    def trials_of_divided(self) -> list[str]:
+        """The names of all trials that once were in a pack that was divided."""
+        made = {part for parts in self.divided.values() for part in parts}
+        return [trial.name for pack, trials in self.packs.items() if pack in made for trial in trials]
+
+    def named(self, trials: Sequence[Sequence[Trial]]) -> dict[str, list[Trial]]:
+        """New packs, under names that no pack has had."""
+        first = len(self.packs) + len(self.divided)
+        return {f"p{number:03d}": list(pack) for number, pack in enumerate(trials, start=first)}
 
 
 class Study:
@@ -82,10 +124,8 @@ class Study:
             return study
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise StudyError(f"{path} exists and is not a study", "Choose another --out.")
-        try:
-            write_atomic(path / "study.yaml", write_yaml(spec))
-        except OSError as error:
-            raise StudyDirectoryError(f"{path}: cannot be written: {error.strerror}", "Choose another --out.") from None
+        question = write_yaml(spec)
+        write_atomic(path / "study.yaml", f"{question}{_QUESTION_HASH}{_sha256(question)}\n")
         return cls(path, spec)
 
     @classmethod
@@ -93,24 +133,39 @@ class Study:
         """Opens an existing study.
 
         Raises:
-            StudyDirectoryError: there is none at `path`.
+            StudyDirectoryError: there is none at `path`, or a symbolic link leads out of it.
             StudyError: its study.yaml is damaged.
         """
         path = Path(path)
         file = path / "study.yaml"
         if not file.is_file():
             raise StudyDirectoryError(f"{path}: not a study (no study.yaml)", "Give the directory that `run` printed.")
+        refuse_links_out(path)
         try:
-            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+            question, _, sha256 = file.read_text(encoding="utf-8").partition(_QUESTION_HASH)
+            values = yaml.safe_load(question)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise StudyError(f"{file}: damaged: {error}", "Restore the file, or run the study anew.") from None
+        if sha256.strip() != _sha256(question):
+            raise StudyError(
+                f"{file}: damaged, or changed since the study began: it does not match the hash in its last line",
+                "Restore it; to ask something else, give it to `rankscope run` with another --out.",
+            )
         return cls(path, resolve_spec(values if isinstance(values, dict) else {}, source=str(file)))
 
+    def file(self, *parts: str) -> Path:
+        """A file or folder of the study: see `rankscope.files.inside`."""
+        return inside(self.path, *parts)
+
+    def all_trials(self) -> list[AnyTrial]:
+        """Those of the candidates and of the reference."""
+        return [*self.spec.trials(), *self.spec.reference_trials()]
+
     def trial_folder(self, trial: AnyTrial) -> Path:
-        return self.path / ("trials" if isinstance(trial, Trial) else "reference") / trial.name
+        return self.file("trials" if isinstance(trial, Trial) else "reference", trial.name)
 
     def profile_file(self, name: str) -> Path:
-        return self.path / "profiles" / f"{name}.json"
+        return self.file("profiles", f"{name}.json")
 
     def profile_repeats(self, name: str) -> list[dict[str, Any]]:
         """The repeats measured so far: see `rankscope.measure.profile.profile_candidate`."""
@@ -125,9 +180,36 @@ class Study:
         file = self.trial_folder(trial) / "trial.json"
         return read_json(file) if file.exists() else {"status": "pending"}
 
+    def division(self) -> "Division":
+        """Which trials train together."""
+        file = self.file("packs", "division.json")
+        if not file.exists():
+            return Division({}, {})
+        record = read_json(file)
+        for pack in record["packs"]:
+            self.file("packs", pack)  # refused where it leads elsewhere: folders of that name are written and removed
+        trials = {trial.name: trial for trial in self.spec.trials()}
+        packs = {pack: [trials[name] for name in names] for pack, names in record["packs"].items()}
+        return Division(packs, record["divided"])
+
+    def write_division(self, division: "Division") -> None:
+        packs = {pack: [trial.name for trial in trials] for pack, trials in division.packs.items()}
+        write_json(self.file("packs", "division.json"), {"schema": SCHEMA, "packs": packs, "divided": division.divided})
+
+    def divide(self, pack: str, trials: Sequence[Trial]) -> dict[str, list[Trial]]:
+        """Makes two packs of the `trials` of one, forgets its checkpoints, and returns them."""
+        division, half = self.division(), (len(trials) + 1) // 2
+        parts = division.named([trials[:half], trials[half:]])
+        packs: dict[str, list[Trial]] = {}
+        for name, members in division.packs.items():
+            packs |= parts if name == pack else {name: members}
+        self.write_division(Division(packs, division.divided | {pack: list(parts)}))
+        shutil.rmtree(self.file("packs", pack, "checkpoints"), ignore_errors=True)
+        return parts
+
     def pack_record(self, pack: str) -> dict[str, Any] | None:
         """pack.json: the pack's trials, and its `results` once it has ended; None before it has begun."""
-        file = self.path / "packs" / pack / "pack.json"
+        file = self.file("packs", pack, "pack.json")
         return read_json(file) if file.exists() else None
 
     @contextmanager
@@ -137,13 +219,13 @@ class Study:
         Raises:
             StudyDirectoryError: another run holds it; the message says which process.
         """
-        holder = self.path / ".lock-holder"
-        lock = FileLock(self.path / ".lock", blocking=False)
+        holder = self.file(".lock-holder")
+        lock = FileLock(self.file(".lock"), blocking=False)
         try:
             lock.acquire()
         except Timeout:
             raise StudyDirectoryError(
-                f"{self.path}: another run is writing to it ({holder.read_text().strip()})",
+                f"{self.path}: another run is writing to it ({_text_of(holder) or 'it has just begun'})",
                 "Wait for it to end, or choose another --out.",
             ) from None
         try:
@@ -157,28 +239,74 @@ class Study:
         record = self.trial_record(trial)
         if record["status"] not in ("pending", "running"):
             return
+        steps = [row["step"] for row in read_jsonl(self.trial_folder(trial) / "metrics.jsonl")]
+        where = f", after step {max(steps)}" if steps and max(steps) else ""
         known = {"schema": SCHEMA, "trial": trial.name, "results": None, "pack": pack} | record
-        ended = trial.model_dump(mode="json") | {"status": status, "reason": reason}
+        files = file_hashes(self.trial_folder(trial), TRIAL_FILES)
+        ended = trial.model_dump(mode="json") | {"status": status, "reason": reason + where, "files": files}
         write_json(self.trial_folder(trial) / "trial.json", known | ended)
+
+    def _whole(self, trial: AnyTrial, name: str) -> Path:
+        """The path of a trial's file, of which trial.json has the hash where the trial has ended.
+
+        Raises:
+            StudyDirectoryError: it is missing, or not what was written.
+        """
+        path, files = inside(self.trial_folder(trial), name), self.trial_record(trial).get("files") or {}
+        if name in files and not path.is_file():
+            raise damaged(path, "missing")
+        if name in files and file_sha256(path) != files[name]:
+            raise damaged(path, "its content does not match its hash in trial.json")
+        return path
+
+    def remove_damaged(self) -> list[str]:
+        """Removes what is damaged and can be made again; the names of what was removed. The lock must be held."""
+        from rankscope.data.tokens import load
+
+        removed = []
+        records = ["machine.json", "prediction.json", "verdict.json", "packs/division.json"]
+        records += [f"profiles/{name}.json" for name in self.spec.profiled()]
+        records += [str(file.relative_to(self.path)) for file in self.path.glob("packs/*/pack.json")]
+        for name in records:
+            file = self.file(name)
+            if file.exists() and not _is_whole(partial(read_json, file)):
+                file.unlink()
+                removed.append(name)
+        if self.file("data").exists() and not _is_whole(partial(load, self.file("data"))):
+            shutil.rmtree(self.file("data"))
+            removed.append("data")
+        for trial in self.all_trials():
+            if not _is_whole(partial(self._check, trial)):
+                shutil.rmtree(self.trial_folder(trial))
+                removed.append(str(self.trial_folder(trial).relative_to(self.path)))
+        return removed
+
+    def _check(self, trial: AnyTrial) -> None:
+        """Raises StudyDirectoryError where a file of the trial is damaged."""
+        record = self.trial_record(trial)
+        if record["status"] == "done" and not record["files"].keys() >= {"metrics.jsonl", "eval.json"}:
+            raise damaged(self.trial_folder(trial) / "trial.json", "no hashes of its files")
+        for name in record.get("files") or {}:
+            self._whole(trial, name)
 
     @property
     def machine(self) -> dict[str, Any]:
-        return read_json(self.path / "machine.json")
+        return read_json(self.file("machine.json"))
 
     @property
     def data_facts(self) -> dict[str, Any]:
-        return read_json(self.path / "data" / "facts.json")
+        return read_json(self.file("data", "facts.json"))
 
     @property
     def prediction(self) -> dict[str, Any]:
         """prediction.json: see `rankscope.forecast.StudyForecast.describe`; empty where there is none."""
-        file = self.path / "prediction.json"
+        file = self.file("prediction.json")
         return read_json(file) if file.exists() else {}
 
     @cached_property
     def verdict(self) -> dict[str, Any]:
         """verdict.json: see `rankscope.analysis.verdict.Verdict`."""
-        return read_json(self.path / "verdict.json")
+        return read_json(self.file("verdict.json"))
 
     def results(self) -> "pd.DataFrame":
         """One row a trial: `trial candidate rank learning_rate lora_alpha scaling use_rslora target_modules seed
@@ -232,9 +360,9 @@ class Study:
         rows = []
         for trial in self.spec.trials():
             steps: dict[int, dict[str, Any]] = {}
-            for row in read_jsonl(self.trial_folder(trial) / "metrics.jsonl"):
+            for row in read_jsonl(self._whole(trial, "metrics.jsonl")):
                 steps.setdefault(row["step"], {}).update(row)
-            rows += [{**_identity(trial), **row} for _, row in sorted(steps.items())]
+            rows += [{**row, **_identity(trial)} for _, row in sorted(steps.items())]
         frame = pd.DataFrame(rows, columns=columns)
         return frame.astype(dict.fromkeys(CURVE_FIELDS[1:], "float64"))
 
@@ -253,9 +381,9 @@ class Study:
 
         frames = []
         for trial in trials:
-            file = self.trial_folder(trial) / "eval.json"
-            if file.exists() and self.trial_record(trial)["status"] == "done":
-                frames.append(pd.DataFrame({**_identity(trial), **read_json(file)["examples"]}))
+            if self.trial_record(trial)["status"] == "done":
+                examples = read_json(self._whole(trial, "eval.json"))["examples"]
+                frames.append(pd.DataFrame({**examples, **_identity(trial)}))
         columns = [*IDENTITY_FIELDS, "example", "loss", "label_tokens", "correct_tokens"]
         return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
 
@@ -308,6 +436,7 @@ class Study:
             prediction=self.prediction,
             reference=self.reference_examples(),
             reference_results=self.reference_results(),
+            divided=self.division().trials_of_divided(),
         )
 
 
@@ -339,6 +468,25 @@ CURVE_FIELDS = (
     "label_tokens",
     "step_seconds",
 )
+
+
+def _is_whole(read: Callable[[], object]) -> bool:
+    try:
+        read()
+    except StudyDirectoryError:
+        return False
+    return True
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _identity(trial: AnyTrial) -> dict[str, Any]:

@@ -159,7 +159,9 @@ def test_general_loss_is_that_of_the_trained_model(folder: str, data: TokenizedD
     training = TrainingSpec(steps=5, batch_size=4)
     member = make_full_member(model, TRIAL, training, 5)
     choice = choose_engine(model, [member], training)
-    train_members(model, training, [member], choice, {TRIAL.name: tmp_path}, data, {})
+    train_members(
+        model, training, [member], choice, {TRIAL.name: tmp_path}, tmp_path / "checkpoints", data, {"model_sha256": "x"}
+    )
     use_own_forward(model, own)
     results = read_json(tmp_path / "trial.json")["results"]
     assert results["general_loss_before"] == pytest.approx(before, rel=1e-5)

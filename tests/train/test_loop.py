@@ -32,7 +32,16 @@ def study(model: str, **changes: object) -> StudySpec:
 
 def run(spec: StudySpec, data: TokenizedData, folder: Path) -> dict[str, dict]:
     trials = spec.trials()
-    train_pack(load_model(spec.model), spec, trials, {t.name: folder / t.name for t in trials}, data, "p000", "hash")
+    train_pack(
+        load_model(spec.model),
+        spec,
+        trials,
+        {t.name: folder / t.name for t in trials},
+        folder / "checkpoints",
+        data,
+        "p000",
+        "hash",
+    )
     return {t.name: read_json(folder / t.name / "trial.json") for t in trials}
 
 

@@ -95,6 +95,8 @@ class TokenizedData:
     text also `general_text` (its id), `general_sequences` and `general_label_tokens`."""
     general: Tokens | None = None
     """General text, every token a label, to measure forgetting on; None where the study asks for none."""
+    sha256: str = ""
+    """Of the file that it was loaded from; empty before it is saved."""
 
 
 def prepare(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> TokenizedData:
@@ -241,7 +243,8 @@ def load(folder: Path) -> TokenizedData:
         content = path.read_bytes()
     except OSError as error:
         raise StudyDirectoryError(f"{path}: cannot be read: {error.strerror}", _AGAIN) from None
-    if hashlib.sha256(content).hexdigest() != facts.pop("tokens_sha256", None):
+    sha256 = hashlib.sha256(content).hexdigest()
+    if sha256 != facts.pop("tokens_sha256", None):
         raise StudyDirectoryError(f"{path}: not the tokens that facts.json was written for", _AGAIN)
     tensors = from_bytes(content)
     train, heldout, general = (
@@ -252,7 +255,7 @@ def load(folder: Path) -> TokenizedData:
     )
     if train is None or heldout is None:
         raise StudyDirectoryError(f"{path}: holds no rows to train on or to hold out", _AGAIN)
-    return TokenizedData(train, heldout, facts, general)
+    return TokenizedData(train, heldout, facts, general, sha256)
 
 
-_AGAIN = "Delete the study's data folder and run it again: only what is missing is done."
+_AGAIN = "Run the study again: what is damaged is made again."

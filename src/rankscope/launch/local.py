@@ -5,10 +5,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from signal import SIGINT, SIGKILL, SIGTERM
 from typing import Any
 
-from rankscope import errors
-from rankscope.errors import RankscopeError, WorkerError
+from rankscope.errors import KilledError, OutOfMemoryError, RankscopeError, StudyDirectoryError, WorkerError
 from rankscope.files import read_json, write_json
 
 POLL_SECONDS = 0.5
@@ -30,7 +30,7 @@ def run_locally(
     `folder` receives job.json, log.txt (all that the process prints) and, after a failure, error.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    error_file, job_file = folder / "error.json", folder / "job.json"
+    error_file, job_file, kills = folder / "error.json", folder / "job.json", _memory_kills()
     error_file.unlink(missing_ok=True)
     write_json(job_file, job)
     command = [sys.executable, "-m", "rankscope.launch.worker", str(study_path), str(job_file)]
@@ -49,13 +49,25 @@ def run_locally(
         return None
     if error_file.exists():
         error = read_json(error_file)
-        kind = getattr(errors, error["kind"], WorkerError)
+        kind = {kind.__name__: kind for kind in RankscopeError.all_kinds()}.get(error["kind"], WorkerError)
         return kind(error["what"], error["todo"] or f"Its log: {folder / 'log.txt'}")
-    signal = f" by signal {-process.returncode}" if process.returncode < 0 else ""
-    return WorkerError(
-        f"{job['kind']} {folder.name} ended{signal} without a word (exit code {process.returncode})",
-        f"Signal 9 is often the system running out of memory. Its log: {folder / 'log.txt'}",
-    )
+    log_hint = f"Its log: {folder / 'log.txt'}"
+    if -process.returncode == SIGKILL and _memory_kills() > kills:
+        return OutOfMemoryError(f"{job['kind']} {folder.name}: the system ended it for lack of memory", log_hint)
+    if -process.returncode in (SIGKILL, SIGTERM, SIGINT):
+        return KilledError(f"{job['kind']} {folder.name} was killed (signal {-process.returncode})", log_hint)
+    if process.returncode == StudyDirectoryError.exit_code:  # and no room for error.json
+        return StudyDirectoryError(f"{folder}: cannot be written", "Make room on its disk and run the study again.")
+    return WorkerError(f"{job['kind']} {folder.name} ended without a word (exit code {process.returncode})", log_hint)
+
+
+def _memory_kills() -> int:
+    """How many processes the kernel has ended for lack of memory since it started; 0 where it does not tell."""
+    try:
+        counters = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    except OSError:
+        return 0
+    return int(counters.get("oom_kill", 0))
 
 
 def _running(process: subprocess.Popen[bytes]) -> bool:

@@ -2,22 +2,23 @@
 
     python -m rankscope.launch.worker STUDY_DIRECTORY JOB_FILE
 
-A failure is recorded twice: in trial.json of every trial that did not finish, and in error.json beside the job's
-file for the process that started this one.
+A failure is recorded in error.json beside the job's file, for the process that started this one.
 """
 
 import faulthandler
 import logging
 import os
+import shutil
 import sys
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankscope.errors import RankscopeError, WorkerError
+from rankscope.errors import ModelError, OutOfMemoryError, RankscopeError, StudyDirectoryError, WorkerError
 from rankscope.files import read_json, write_json
 from rankscope.study import Study
 
@@ -49,7 +50,8 @@ def run_job(study: Study, job: dict[str, Any]) -> None:
 def _train_packs(study: Study, packs: Mapping[str, Sequence[str]], data: "TokenizedData") -> None:
     """Trains packs of trials, given by name, one after the other over one model that is loaded once.
 
-    `packs/NAME/pack.json` is written when a pack starts, and again with what it measured when it ends.
+    `packs/NAME/pack.json` is written when a pack starts, and again with what it measured when it ends; then its
+    checkpoints go.
     """
     from rankscope.lora.adapters import remove_adapters
     from rankscope.lora.base import fingerprint, load_model
@@ -59,36 +61,37 @@ def _train_packs(study: Study, packs: Mapping[str, Sequence[str]], data: "Tokeni
 
     model = load_model(study.spec.model)
     weights, attention = fingerprint(model), model.config._attn_implementation
+    for trial in study.spec.trials():
+        if study.trial_record(trial).get("model_sha256", weights) != weights:
+            raise ModelError(
+                f"{study.spec.model.id}: not the weights that {trial.name} was trained on",
+                "Give the model that the study began with (machine.json has its commit on the hub), or another --out.",
+            )
     trials = {trial.name: trial for trial in study.spec.trials()}
     for pack, names in packs.items():
         record = {"schema": 1, "pack": pack, "trials": list(names), "results": None}
         write_json(study.path / "packs" / pack / "pack.json", record)
         folders = {name: study.trial_folder(trials[name]) for name in names}
         members = [trials[name] for name in names]
-        train = partial(train_pack, model, study.spec, members, folders, data, pack, weights)
+        checkpoints = study.path / "packs" / pack / "checkpoints"
+        train = partial(train_pack, model, study.spec, members, folders, checkpoints, data, pack, weights)
         results = measure_pack(train, model.device)
         write_json(study.path / "packs" / pack / "pack.json", record | {"results": results._asdict()})
+        shutil.rmtree(checkpoints, ignore_errors=True)
         use_own_forward(model, attention)
         remove_adapters(model)
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def _known(error: Exception) -> RankscopeError:
+    """The error as one that says what to do."""
     import torch
 
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _record_failure(study: Study, job: dict[str, Any], error: BaseException) -> None:
-    status = "oom" if _out_of_memory(error) else "failed"
-    reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-    for pack, names in job.get("packs", {}).items():
-        if (study.path / "packs" / pack / "pack.json").exists():  # this one, or one before it, whose trials are settled
-            for trial in study.spec.trials():
-                if trial.name in names:
-                    study.settle(trial, status, reason, pack)
-    for full in study.spec.reference_trials():
-        if full.name == job.get("trial"):
-            study.settle(full, status, reason)
+    if isinstance(error, RankscopeError):
+        return error
+    what = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return OutOfMemoryError(what)
+    return WorkerError(what)
 
 
 def main(study_path: str, job_file: str) -> int:
@@ -101,10 +104,10 @@ def main(study_path: str, job_file: str) -> int:
         run_job(study, job)
     except Exception as error:
         traceback.print_exc()
-        _record_failure(study, job, error)
-        known = error if isinstance(error, RankscopeError) else WorkerError(f"{type(error).__name__}: {error}")
+        known = _known(error)
         report = {"kind": type(known).__name__, "what": known.what, "todo": known.todo}
-        write_json(Path(job_file).with_name("error.json"), report)
+        with suppress(StudyDirectoryError):  # on a full disk the exit code has to do
+            write_json(Path(job_file).with_name("error.json"), report)
         return known.exit_code
     return 0
 

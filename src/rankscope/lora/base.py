@@ -2,7 +2,9 @@
 
 import ctypes
 import hashlib
+import json
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,15 @@ from typing import Any
 import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from rankscope import demo
 from rankscope.errors import ModelError, StudyError
 from rankscope.spec import EMBEDDED, ModelSpec
 
-# Nothing of a model is ever executed: no code from its folder, no pickled weights (design decision 9).
+# Nothing of a model is ever executed: no code from its folder, no pickled weights (design decision 9, SECURITY.md).
 _SAFE: dict[str, Any] = {"trust_remote_code": False}
 
 
@@ -62,11 +67,47 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
 
 
 def load_config(spec: ModelSpec) -> Any:
-    """The model's configuration; raises ModelError when there is none."""
+    """The model's configuration; raises ModelError when there is none, or when loading the model would not be safe."""
     try:
-        return AutoConfig.from_pretrained(location(spec), revision=spec.revision, **_SAFE)
+        config = AutoConfig.from_pretrained(location(spec), revision=spec.revision, **_SAFE)
+        unsafe = _unsafe(spec, config)
     except Exception as error:
         raise _cannot_load(spec, "configuration", error) from error
+    if unsafe:
+        raise ModelError(f"model {spec.id}: {unsafe}", "Use a plain base model with safetensors weights.")
+    return config
+
+
+def commit(spec: ModelSpec) -> str | None:
+    """The commit that the hub's files of this model have, in hex; None for a folder that is no copy of the hub's."""
+    file = _file(spec, CONFIG_NAME)
+    found = re.search(r"/snapshots/([0-9a-f]{40})/", file.as_posix()) if file else None
+    return found[1] if found else None
+
+
+def _unsafe(spec: ModelSpec, config: Any) -> str | None:
+    """What transformers would accept and we do not: adapters inside the model, which may be pickles and change the
+    base; weights that are no safetensors, or lie elsewhere; attention that is fetched from the hub as code.
+    """
+    if _file(spec, ADAPTER_CONFIG_NAME):
+        return f"there is an adapter in it ({ADAPTER_CONFIG_NAME}), which would be loaded with it"
+    index = _file(spec, SAFE_WEIGHTS_INDEX_NAME)
+    named = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index else []
+    for file in [*named, getattr(config, "transformers_weights", None) or SAFE_WEIGHTS_NAME]:
+        if not file.endswith(".safetensors") or Path(file).name != file:
+            return f"it names {file!r} as its weights, which is no safetensors file beside {CONFIG_NAME}"
+    for part in (config, config.get_text_config()):
+        if "/" in str(part._attn_implementation):
+            return f"{CONFIG_NAME} asks for attention {part._attn_implementation!r}, which is code from the hub"
+    return None
+
+
+def _file(spec: ModelSpec, name: str) -> Path | None:
+    """A file of the model, fetched where it has to be; None where there is none of that name, or none can be had."""
+    lenient = ("missing_entries", "connection_errors", "gated_repo")  # loading says what is wrong in better words
+    options: dict[str, Any] = {f"_raise_exceptions_for_{name}": False for name in lenient}
+    found = cached_file(location(spec), name, revision=spec.revision, **options)
+    return Path(found) if found else None
 
 
 def load_model(spec: ModelSpec, attention: str | None = None) -> PreTrainedModel:
@@ -76,13 +117,15 @@ def load_model(spec: ModelSpec, attention: str | None = None) -> PreTrainedModel
 
     Raises:
         ModelError: no such model, no safetensors weights, weights missing, or an architecture that transformers
-            does not have.
+            does not have; see also `load_config`.
         StudyError: the device does not exist.
     """
     device = resolve_device(spec.device)
+    config = load_config(spec)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             location(spec),
+            config=config,
             revision=spec.revision,
             dtype=resolve_dtype(spec.dtype, device),
             use_safetensors=True,

@@ -18,9 +18,9 @@ class PackResults(NamedTuple):
     step_seconds: float  # of all steps
     useful_flops: float  # of all steps: see `rankscope.train.cost.Cost`
     useful_flops_per_second: float
-    product_flops_per_second: float
-    """Of plain matrix products of the first step's shapes: the mean of two timings, after the first and the last."""
-    product_share: float
+    product_flops_per_second: float | None
+    """Of plain matrix products of one step's shapes: the mean of two timings; None where there are none."""
+    product_share: float | None
     """Useful over plain: 1 would be a step that is nothing but products of real tokens."""
     rss_peak_bytes: int
     gpu_allocated_peak_bytes: int | None
@@ -35,5 +35,6 @@ def measure_pack(train: Callable[[], PackRun], device: torch.device) -> PackResu
     run = train()
     gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     peak, useful = peak_rss(), run.useful_flops / run.step_seconds
-    rate = statistics.fmean(run.product_rates)
-    return PackResults(run.steps, run.step_seconds, run.useful_flops, useful, rate, useful / rate, peak, gpu)
+    rate = statistics.fmean(run.product_rates) if run.product_rates else None
+    share = useful / rate if rate else None
+    return PackResults(run.steps, run.step_seconds, run.useful_flops, useful, rate, share, peak, gpu)

@@ -214,6 +214,10 @@ def _limits(evidence: Evidence, verdict: Mapping[str, Any] | None, text: Catalog
         limits.append(text("limit.alpha"))
     if not evidence.profiles.empty:
         limits.append(text("limit.costs", steps=int(evidence.profiles["steps"].max())))
+    if (evidence.results["status"] == "diverged").any():
+        limits.append(text("limit.diverged"))
+    if evidence.divided:
+        limits.append(text("limit.divided", trials=", ".join(evidence.divided)))
     truncated = evidence.data_facts.get("truncated")
     if isinstance(truncated, int) and truncated:
         limits.append(text("limit.truncated", rows=f"{truncated:,}"))

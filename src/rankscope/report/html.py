@@ -2,8 +2,8 @@
 
 Nothing of the model or the data can run: jinja2 escapes all text, the charts' JSON cannot close its script
 element, and the page's Content-Security-Policy allows exactly the two scripts written here, by their hashes,
-and no network. Vega evaluates its expressions with an interpreter (`ast: true`), so that the policy needs no
-`unsafe-eval`.
+and no network: markup that came through unescaped could not run or fetch either (tests/security/test_browser.py).
+Vega evaluates its expressions with an interpreter (`ast: true`), so that the policy needs no `unsafe-eval`.
 """
 
 import base64
@@ -22,6 +22,7 @@ from rankscope.report import charts
 from rankscope.report.catalogue import Catalogue
 from rankscope.report.content import Content
 from rankscope.report.figures import Figure
+from rankscope.report.visible import visible
 
 VEGA_LITE = ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
 """The version that altair writes, in the form that vl_convert wants: `6.4`."""
@@ -45,7 +46,9 @@ dark.addEventListener("change", draw);
 
 def render(content: Content, text: Catalogue) -> str:
     """The page as text, below 3 MB."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_only_visible
+    )
     file = resources.files("rankscope.report") / "template.html"
     template = environment.from_string(file.read_text(encoding="utf-8"))
     page_data = {
@@ -61,11 +64,15 @@ def render(content: Content, text: Catalogue) -> str:
         content=content,
         text=text,
         chart_id=chart_id,
-        page_data=Markup(json_in_html(page_data)),
-        libraries=Markup(libraries),
-        start=Markup(START),
+        page_data=Markup(json_in_html(page_data)),  # noqa: S704  # cannot end its script element
+        libraries=Markup(libraries),  # noqa: S704  # vl_convert's own
+        start=Markup(START),  # noqa: S704  # written above
         script_sources=f"'{_hash(libraries)}' '{_hash(START)}'",
     )
+
+
+def _only_visible(value: Any) -> Any:
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def chart_id(figure: Figure, number: int) -> str:

@@ -8,6 +8,7 @@ from rankscope.report.content import Content
 from rankscope.report.facts import Fact
 from rankscope.report.figures import Figure
 from rankscope.report.formats import Table
+from rankscope.report.visible import visible
 
 
 def render(content: Content, text: Catalogue) -> str:
@@ -50,7 +51,7 @@ def render(content: Content, text: Catalogue) -> str:
 
 def escape(value: str) -> str:
     """Makes a string plain text in a paragraph, list or table cell: no markup, no HTML, no second line."""
-    line = " ".join(value.split())
+    line = visible(" ".join(value.split()))
     return re.sub(r"([\\`*_{}\[\]<>|~#])", r"\\\1", line.replace("&", "&amp;"))
 
 
@@ -78,6 +79,7 @@ def _list(items: Iterable[str]) -> str:
 
 
 def _code(content: str, language: str) -> str:
+    content = visible(content)
     longest = max((len(run) for run in re.findall(r"`+", content)), default=0)
     fence = "`" * max(3, longest + 1)  # a fence longer than any inside, so that text cannot close it
     return f"{fence}{language}\n{content.rstrip()}\n{fence}"

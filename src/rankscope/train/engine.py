@@ -53,6 +53,7 @@ class Engine(Protocol):
     name: str
     mixed: bool
     """Whether products are in bfloat16 over float32 weights, as full fine-tuning over a bfloat16 base has it."""
+    tokens_per_forward: int
 
     def forward(self, tokens: Tokens, adapter: str) -> Tensor:
         """What the trunk makes of all of `tokens` under one adapter, for counting its cost."""

@@ -3,6 +3,7 @@
 Engine, loss, schedule, clipping and loop are those of packs (`rankscope.train.loop`); only what is trained differs.
 """
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -41,6 +42,8 @@ def train_full(spec: StudySpec, trial: FullTrial, folder: Path, data: TokenizedD
         "engine": "packed" if choice.engine.name == "packed" else "padded",
         "engine_reason": choice.reason,
         "model_sha256": weights,
+        "tokens_sha256": data.sha256,
         "weights": NOT_SAVED,
     }
-    train_members(model, spec.training, [member], choice, {trial.name: folder}, data, facts)
+    train_members(model, spec.training, [member], choice, {trial.name: folder}, folder / "checkpoints", data, facts)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)

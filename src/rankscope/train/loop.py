@@ -2,9 +2,11 @@
 
 import logging
 import math
+import shutil
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +15,14 @@ from transformers import PreTrainedModel
 
 from rankscope.data.batches import steps_per_epoch
 from rankscope.data.tokens import TokenizedData, Tokens
-from rankscope.files import JsonlWriter, write_json
+from rankscope.errors import ModelError
+from rankscope.files import JsonlWriter, file_hashes, read_json, read_jsonl, write_json
 from rankscope.lora.adapters import save_adapter
 from rankscope.lora.base import free_bytes
 from rankscope.lora.layout import NotPackable
 from rankscope.spec import AnyTrial, StudySpec, TrainingSpec, Trial
+from rankscope.study import FINISHED, TRIAL_FILES
+from rankscope.train.checkpoint import load_checkpoint, save_checkpoint
 from rankscope.train.cost import Cost, Products, count_costs, product_rate
 from rankscope.train.engine import Engine, ExampleLosses, PackedEngine, PeftEngine
 from rankscope.train.memory import BYTES_PER_PARAMETER, LOGIT_BYTES, tokens_per_forward
@@ -81,8 +86,18 @@ class PackRun(NamedTuple):
     steps: int
     step_seconds: float  # of all steps
     useful_flops: float  # of all steps: see `Cost`
-    product_rates: tuple[float, float]
-    """FLOP/s of plain matrix products of the first step's shapes, timed after the first step and after the last."""
+    product_rates: tuple[float, float] | None
+    """FLOP/s of plain matrix products of one step's shapes, timed after the process's first step and after its last;
+    None where it had no step left to do."""
+
+
+@dataclass
+class _Tally:
+    """What a pack has taken so far, over all the processes that trained it: kept in its checkpoints."""
+
+    step_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    useful_flops: float = 0.0
 
 
 def train_pack(
@@ -90,6 +105,7 @@ def train_pack(
     spec: StudySpec,
     trials: Sequence[Trial],
     folders: Mapping[str, Path],
+    checkpoints: Path,
     data: TokenizedData,
     pack: str,
     weights: str,
@@ -101,8 +117,14 @@ def train_pack(
     steps = total_steps(spec.training, len(data.train))
     members = [make_member(model, trial, spec.training, steps, spec.model.id) for trial in trials]
     choice = choose_engine(model, members, spec.training)
-    facts = {"pack": pack, "engine": choice.engine.name, "engine_reason": choice.reason, "model_sha256": weights}
-    return train_members(model, spec.training, members, choice, folders, data, facts)
+    facts = {
+        "pack": pack,
+        "engine": choice.engine.name,
+        "engine_reason": choice.reason,
+        "model_sha256": weights,
+        "tokens_sha256": data.sha256,
+    }
+    return train_members(model, spec.training, members, choice, folders, checkpoints, data, facts)
 
 
 def train_members(
@@ -111,88 +133,160 @@ def train_members(
     members: Sequence[Member],
     choice: EngineChoice,
     folders: Mapping[str, Path],
+    checkpoints: Path,
     data: TokenizedData,
     facts: Mapping[str, Any],
 ) -> PackRun:
-    """Trains all `members` from their first step to their last, and writes the files of each in its trial's folder.
+    """Trains all `members` to their last step, from the newest checkpoint or from the first step, and writes the files
+    of each in its trial's folder.
 
     trial.json holds status, results and `facts`, metrics.jsonl a line a step, eval.json the final held-out loss of
-    each example, adapter/ the adapter in PEFT's format (nothing in full fine-tuning); the folders must be new.
+    each example, adapter/ the adapter in PEFT's format (nothing in full fine-tuning).
     A trial whose loss or gradient is not finite is frozen where it is and recorded as diverged; the others go on.
+    A trial that was done already takes part all the same, so that the others' numbers are what they would have been.
     """
     engine, _, costs = choice
-    trials = [member.trial for member in members]
     steps = total_steps(training, len(data.train))
     per_epoch = steps_per_epoch(len(data.train), effective_batch_size(training))
     evaluated = eval_steps(training, steps)
-    writers: dict[str, JsonlWriter] = {}
-    histories: dict[str, list[StepMetrics]] = {}
-    seconds = eval_seconds = flops = rate = 0.0
-    products = Products()
-    for trial in trials:
-        writers[trial.name] = JsonlWriter(folders[trial.name] / "metrics.jsonl")
-        histories[trial.name] = []
     record = _Recorder(folders, facts)
-    for trial in trials:
-        record(trial, "running")
+    metrics_files = {name: folder / "metrics.jsonl" for name, folder in folders.items()}
+    saved = load_checkpoint(checkpoints, members, metrics_files)
+    if saved is None:
+        active = [member for member in members if record.status(member.trial) != "done"]
+        first, tally, general_before = 0, _Tally(), None
+        for member in active:
+            _clear(folders[member.trial.name])
+    else:
+        first, active = saved["step"], [member for member in members if member.trial.name in saved["active"]]
+        tally, general_before = _Tally(**saved["tally"]), saved["general_before"]
+        if saved["model_sha256"] != facts["model_sha256"]:
+            raise ModelError("the model is not the one that this study began with", "Choose another --out.")
+        engine.tokens_per_forward = saved["tokens_per_forward"]  # other forwards would round differently
+    log.info("from step %d of %d, with %d trials", first, steps, len(active))
+    unfinished = [member.trial for member in active if record.status(member.trial) != "done"]
+    with ExitStack() as files:
+        logs = {}
+        for trial in unfinished:
+            lines = saved["lines"][trial.name][0] if saved else None
+            logs[trial.name] = files.enter_context(JsonlWriter(metrics_files[trial.name], lines))
+        histories = {trial.name: _history(metrics_files[trial.name]) for trial in unfinished}
+        for trial in unfinished:
+            record(trial, "running")
 
-    start = time.perf_counter()
-    before = engine.evaluate(data.eval, [trials[0].name])[0]  # the base model's own loss for every trial: B is zero
-    eval_seconds += time.perf_counter() - start
-    (general_before,) = _general_losses(engine, data.general, [trials[0].name])
-    for trial in trials:
-        writers[trial.name].write({"step": 0, "epoch": 0.0, "eval_loss": before.mean})
+        if saved is None:
+            start, one = time.perf_counter(), [active[0].trial.name]
+            (before,) = engine.evaluate(data.eval, one)  # the base's own loss for every trial: B is zero
+            tally.eval_seconds += time.perf_counter() - start
+            (general_before,) = _general_losses(engine, data.general, one)
+            for log_ in logs.values():
+                log_.write({"step": 0, "epoch": 0.0, "eval_loss": before.mean})
 
-    active = list(members)
-    for step in range(steps):
-        start = time.perf_counter()
-        with products if step == 0 else nullcontext():
-            metrics = train_step(engine, active, data.train, training, step)
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-        step_seconds = time.perf_counter() - start
-        seconds += step_seconds
-        flops += sum(costs[m.trial.name].step_flops(result) for m, result in zip(active, metrics, strict=True))
-        if step == 0:
-            rate = product_rate(products.shapes, model.device, model.dtype)
-        for member, result in zip(list(active), metrics, strict=True):
-            name = member.trial.name
-            if not result.finite:
-                active.remove(member)
-                what = "loss" if not math.isfinite(result.loss) else "gradient"
-                record(member.trial, "diverged", f"{what} not finite at step {step + 1}")
-                continue
-            histories[name].append(result)
-            writers[name].write(
-                {
-                    "step": step + 1,
-                    "epoch": (step + 1) / per_epoch,
-                    "train_loss": result.loss,
-                    "grad_norm": result.grad_norm,
-                    "step_learning_rate": result.learning_rate,
-                    "tokens": result.tokens,
-                    "label_tokens": result.label_tokens,
-                    "step_seconds": step_seconds,
-                }
-            )
-        if not active:
-            break
-        if step + 1 in evaluated:
+        def save(step: int) -> None:
+            for log_ in logs.values():
+                log_.sync()
+            state = {
+                "trials": [member.trial.name for member in members],
+                "tally": asdict(tally),
+                "general_before": general_before,
+                "lines": {name: [log_.lines, log_.sha256] for name, log_ in logs.items()},
+                "tokens_per_forward": engine.tokens_per_forward,
+                "model_sha256": facts["model_sha256"],
+            }
+            save_checkpoint(checkpoints, step, active, state)
+
+        rate, products, saved_at, step = 0.0, Products(), time.monotonic(), first
+        for step in range(first + 1, steps + 1):
             start = time.perf_counter()
-            evals = engine.evaluate(data.eval, [member.trial.name for member in active])
-            eval_seconds += time.perf_counter() - start
-            for member, held_out in zip(active, evals, strict=True):
-                if math.isfinite(held_out.mean):
-                    writers[member.trial.name].write({"step": step + 1, "eval_loss": held_out.mean})
-            if step + 1 == steps:
-                general = _general_losses(engine, data.general, [member.trial.name for member in active])
-                for member, held_out, after in zip(active, evals, general, strict=True):
-                    history, times = histories[member.trial.name], (seconds, eval_seconds)
-                    _finish(record, member, held_out, history, times, (general_before, after), folders)
-    for writer in writers.values():
-        writer.close()
-    rates = rate, product_rate(products.shapes, model.device, model.dtype)
-    return PackRun(step + 1, seconds, flops, rates)
+            with products if step == first + 1 else nullcontext():
+                metrics = train_step(engine, active, data.train, training, step - 1)
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            step_seconds = time.perf_counter() - start
+            tally.step_seconds += step_seconds
+            flops = (costs[m.trial.name].step_flops(result) for m, result in zip(active, metrics, strict=True))
+            tally.useful_flops += sum(flops)
+            if step == first + 1:
+                rate = product_rate(products.shapes, model.device, model.dtype)
+            for member, result in zip(list(active), metrics, strict=True):
+                name = member.trial.name
+                if not result.finite:
+                    active.remove(member)
+                    what = "loss" if not math.isfinite(result.loss) else "gradient"
+                    record(member.trial, "diverged", f"{what} not finite at step {step}")
+                    continue
+                if name not in logs:
+                    continue
+                histories[name].append(result)
+                logs[name].write(_row(step, step / per_epoch, result, step_seconds))
+            if not active:
+                break
+            if step in evaluated and step < steps:
+                _evaluate(engine, data.eval, active, logs, step, tally)
+            due = time.monotonic() - saved_at >= 60 * training.checkpoint_minutes
+            if training.checkpoint_steps:
+                due = step % training.checkpoint_steps == 0
+            if due or step == steps:
+                save(step)
+                saved_at = time.monotonic()
+
+        if active:
+            evals = _evaluate(engine, data.eval, active, logs, steps, tally)
+            general = _general_losses(engine, data.general, [member.trial.name for member in active])
+            for member, held_out, after in zip(active, evals, general, strict=True):
+                if member.trial.name in logs:
+                    history, losses = histories[member.trial.name], (general_before, after)
+                    _finish(record, member, held_out, history, tally, losses, folders)
+    rates = (rate, product_rate(products.shapes, model.device, model.dtype)) if rate else None
+    return PackRun(step, tally.step_seconds, tally.useful_flops, rates)
+
+
+def _row(step: int, epoch: float, metrics: StepMetrics, seconds: float) -> dict[str, Any]:
+    """A line of metrics.jsonl."""
+    return {
+        "step": step,
+        "epoch": epoch,
+        "train_loss": metrics.loss,
+        "grad_norm": metrics.grad_norm,
+        "step_learning_rate": metrics.learning_rate,
+        "tokens": metrics.tokens,
+        "label_tokens": metrics.label_tokens,
+        "step_seconds": seconds,
+    }
+
+
+def _evaluate(
+    engine: Engine,
+    tokens: Tokens,
+    active: Sequence[Member],
+    logs: Mapping[str, JsonlWriter],
+    step: int,
+    tally: _Tally,
+) -> list[ExampleLosses]:
+    """The held-out losses of all active trials, also as a line of those that are not done."""
+    start = time.perf_counter()
+    evals = engine.evaluate(tokens, [member.trial.name for member in active])
+    tally.eval_seconds += time.perf_counter() - start
+    for member, held_out in zip(active, evals, strict=True):
+        if member.trial.name in logs and math.isfinite(held_out.mean):
+            logs[member.trial.name].write({"step": step, "eval_loss": held_out.mean})
+    return evals
+
+
+def _history(file: Path) -> list[StepMetrics]:
+    """The steps that metrics.jsonl holds."""
+    return [
+        StepMetrics(row["train_loss"], row["grad_norm"], row["step_learning_rate"], row["tokens"], row["label_tokens"])
+        for row in read_jsonl(file)
+        if "train_loss" in row
+    ]
+
+
+def _clear(folder: Path) -> None:
+    """Removes what an earlier start of a trial left behind."""
+    for name in ("trial.json", "metrics.jsonl", "eval.json"):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "adapter", ignore_errors=True)
 
 
 class _Recorder:
@@ -202,21 +296,26 @@ class _Recorder:
         self.folders = folders
         self.shared = shared
 
+    def status(self, trial: AnyTrial) -> str | None:
+        """What trial.json says; None without one."""
+        file = self.folders[trial.name] / "trial.json"
+        return str(read_json(file).get("status")) if file.exists() else None
+
     def __call__(
         self, trial: AnyTrial, status: str, reason: str | None = None, results: Mapping[str, Any] | None = None
     ) -> None:
-        write_json(
-            self.folders[trial.name] / "trial.json",
-            {
-                "schema": 1,
-                "trial": trial.name,
-                "status": status,
-                "reason": reason,
-                **self.shared,
-                **trial.model_dump(mode="json"),
-                "results": results,
-            },
-        )
+        folder = self.folders[trial.name]
+        record = {
+            "schema": 1,
+            "trial": trial.name,
+            "status": status,
+            "reason": reason,
+            **self.shared,
+            **trial.model_dump(mode="json"),
+            "results": results,
+            "files": file_hashes(folder, TRIAL_FILES) if status in FINISHED else {},
+        }
+        write_json(folder / "trial.json", record)
 
 
 def _general_losses(engine: Engine, tokens: Tokens | None, names: Sequence[str]) -> list[float | None]:
@@ -232,14 +331,13 @@ def _finish(
     member: Member,
     held_out: ExampleLosses,
     history: Sequence[StepMetrics],
-    seconds: tuple[float, float],
+    tally: _Tally,
     general: tuple[float | None, float | None],
     folders: Mapping[str, Path],
 ) -> None:
     """Writes a trial's last files; trial.json comes last, so that `done` means that all is there.
 
-    `seconds` are those of the pack's steps, and of its evaluations; `general` are the losses on the general text before
-    training and after.
+    `general` are the losses on the general text before training and after.
     """
     trial, folder = member.trial, folders[member.trial.name]
     if not math.isfinite(held_out.mean) or not finite_weights(member):
@@ -266,8 +364,8 @@ def _finish(
         "eval_accuracy": held_out.accuracy,
         "general_loss_before": general[0],
         "general_loss_after": general[1],
-        "train_seconds": seconds[0],
-        "eval_seconds": seconds[1],
-        "tokens_per_second": tokens / seconds[0],
+        "train_seconds": tally.step_seconds,
+        "eval_seconds": tally.eval_seconds,
+        "tokens_per_second": tokens / tally.step_seconds,
     }
     record(trial, "done", results=results)

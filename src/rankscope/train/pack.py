@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, get_scheduler
 
 from rankscope.data.batches import batch_indices, steps_per_epoch
@@ -42,7 +42,7 @@ class Member(NamedTuple):
     config: LoraConfig | None  # None in full fine-tuning
     weights: dict[str, nn.Parameter]  # what is trained; an adapter's under PEFT's saved names
     optimizer: AdamW
-    scheduler: LRScheduler
+    scheduler: LambdaLR
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -100,10 +100,10 @@ def make_optimizer(weights: Sequence[nn.Parameter], learning_rate: float, traini
     )
 
 
-def make_scheduler(optimizer: AdamW, training: TrainingSpec, steps: int) -> LRScheduler:
+def make_scheduler(optimizer: AdamW, training: TrainingSpec, steps: int) -> LambdaLR:
     """The learning rate over the whole schedule, as transformers has it."""
     kind = "constant_with_warmup" if training.lr_scheduler_type == "constant" else training.lr_scheduler_type
-    scheduler: LRScheduler = get_scheduler(kind, optimizer, math.ceil(training.warmup_ratio * steps), steps)
+    scheduler: LambdaLR = get_scheduler(kind, optimizer, math.ceil(training.warmup_ratio * steps), steps)
     return scheduler
 
 

@@ -1,0 +1,252 @@
+"""Kills runs at named and at random points, lets them go on, and compares all with a run that nobody killed.
+
+    python benchmarks/crash.py --kills 200 --seed 0
+
+One small study (the embedded model, two ranks, two seeds in two packs, LoRA dropout, gradient accumulation, two epochs)
+is run once to its end. Then it is begun again and again in new directories, and each run is killed by SIGKILL until one
+reaches its end. Half of the kills are at named points, half at a random moment:
+
+- flush: before a file's bytes are flushed to disk, of the nth file
+- rename: before a finished file takes its name; renamed: right after
+- append: in the middle of a line that is appended to metrics.jsonl
+- random: a moment between the start and the time that the whole run took; of the supervisor and all its children, or
+  (one in three) of the child that trains alone
+
+Named points are reached by a `sitecustomize` module that is put in the way of the processes: nothing in rankscope knows
+of them. A kill counts where a process ended by SIGKILL. Checked after each kill, and in the end:
+
+- no finished trial was lost or trained again: its trial.json is byte for byte what it was
+- no step stands in metrics.jsonl twice, or is left out
+- every loss, held-out loss and adapter is bitwise that of the run that nobody killed
+- what was resumed from a checkpoint began at most `--interval` steps before the last step that had been recorded
+
+The exit code is 1 where one of these does not hold, where a study never resumed from a checkpoint, or where the kills
+did not happen.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+POINTS = ("flush", "rename", "renamed", "append")
+MOST_PER_STUDY = 12
+
+HOOK = """
+import io, os, signal
+point, _, nth = os.environ.get("CRASH_AT", "").partition(":")
+child = "rankscope.launch.worker" in open("/proc/self/cmdline").read()
+if point and child == (os.environ["CRASH_IN"] == "child"):
+    left = int(nth)
+    def passing(here):
+        global left
+        if here == point:
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+    fsync, replace, open_ = os.fsync, os.replace, io.open
+    def fsync_(descriptor):
+        passing("flush")
+        fsync(descriptor)
+    def replace_(source, target, **kwargs):
+        passing("rename")
+        replace(source, target, **kwargs)
+        passing("renamed")
+    os.fsync, os.replace = fsync_, replace_
+    def opening(file, mode="r", *args, **kwargs):
+        opened = open_(file, mode, *args, **kwargs)
+        if "a" in mode and str(file).endswith("metrics.jsonl"):
+            write = opened.write
+            class Appending:
+                def write(self, text):
+                    if point == "append" and left == 1:
+                        write(text[: len(text) // 2])
+                        opened.flush()
+                    passing("append")
+                    return write(text)
+                def __getattr__(self, name):
+                    return getattr(opened, name)
+            return Appending()
+        return opened
+    io.open = opening
+"""
+
+
+class Outcome(NamedTuple):
+    """Of one study."""
+
+    kills: Counter[str]
+    resumed: int
+    """Packs that went on from a checkpoint."""
+    problems: list[str]
+
+
+def environment(**values: str) -> dict[str, str]:
+    """One thread for each process, so that several studies at a time do not get in each other's way."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", **values}
+
+
+def command(study: Path, interval: int) -> list[str]:
+    options = ["--ranks", "4,16", "--seeds", "0,1", "--steps", "9", "--batch-size", "4", "--out", str(study)]
+    sets = ["measure.profiles=false", "training.evals=3", "data.eval_rows=16", f"training.checkpoint_steps={interval}"]
+    sets += ["training.gradient_accumulation_steps=2", "adapter.lora_dropout=0.1", "data.max_rows=60"]
+    sets += ["training.trials_per_pack=2"]
+    run = [sys.executable, "-m", "rankscope.cli", "run", "--model", "embedded", "--dataset", "embedded", *options]
+    return run + [part for assignment in sets for part in ("--set", assignment)]
+
+
+def lines(file: Path) -> list[dict[str, object]]:
+    """The whole lines of a metrics.jsonl; a torn last one is left out."""
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+
+
+def contents(study: Path) -> dict[str, str]:
+    """What must be the same: losses of every step, held-out losses of every example, adapters."""
+    found = {}
+    for folder in sorted((study / "trials").iterdir()):
+        rows = [row | {"step_seconds": None} for row in lines(folder / "metrics.jsonl")]
+        found[f"{folder.name}/metrics"] = json.dumps(rows)
+        found[f"{folder.name}/eval"] = (folder / "eval.json").read_text()
+        adapter = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+        found[f"{folder.name}/adapter"] = hashlib.sha256(adapter).hexdigest()
+    return found
+
+
+def trained(study: Path) -> Counter[tuple[str, int]]:
+    """How often each training step of each trial stands in its metrics.jsonl."""
+    files = list((study / "trials").glob("*/metrics.jsonl"))
+    return Counter((file.parent.name, row["step"]) for file in files for row in lines(file) if "train_loss" in row)  # type: ignore[misc]
+
+
+def finished(study: Path) -> dict[str, str]:
+    """trial.json of every trial that is done."""
+    texts = {file.parent.name: file.read_text() for file in (study / "trials").glob("*/trial.json")}
+    return {trial: text for trial, text in texts.items() if json.loads(text)["status"] == "done"}
+
+
+def reached(study: Path) -> dict[str, int]:
+    """The last step that each pack has recorded, by its trials' metrics.jsonl."""
+    division = study / "packs" / "division.json"
+    packs = json.loads(division.read_text())["packs"] if division.exists() else {}
+    steps = trained(study)
+    return {pack: max((step for trial, step in steps if trial in names), default=0) for pack, names in packs.items()}
+
+
+def begins(study: Path) -> dict[str, list[int]]:
+    """The steps from which each process trained: by the log of the first pack of each job."""
+    logs = (study / "packs").glob("*/log.txt")
+    return {log.parent.name: list(map(int, re.findall(r"from step (\d+) of", log.read_text()))) for log in logs}
+
+
+def kill(study: Path, hook: Path, interval: int, rng: random.Random, seconds: float, named: bool) -> str | None:
+    """One run; the kind of its kill, or None where nothing was killed before it ended."""
+    kind = rng.choice(POINTS) if named else "random"
+    values = {"PYTHONPATH": os.pathsep.join([str(hook), os.environ.get("PYTHONPATH", "")])}
+    if named:
+        where = "child" if kind == "append" or rng.random() < 0.8 else "parent"
+        values |= {"CRASH_AT": f"{kind}:{rng.randint(1, 30 if where == 'child' else 8)}", "CRASH_IN": where}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    with subprocess.Popen(command(study, interval), env=environment(**values), **quiet) as process:  # type: ignore[call-overload]
+        if named:
+            return kind if process.wait() == -signal.SIGKILL or child_was_killed(study) else None
+        time.sleep(rng.uniform(0.0, seconds))
+        if process.poll() is not None:
+            return None
+        children = psutil.Process(process.pid).children()
+        if rng.random() < 1 / 3 and children:
+            children[0].kill()
+            process.wait()
+            return "random, child" if child_was_killed(study) else None
+        os.killpg(process.pid, signal.SIGKILL)
+        return "random" if process.wait() == -signal.SIGKILL else None
+
+
+def child_was_killed(study: Path) -> bool:
+    texts = [file.read_text() for file in (study / "trials").glob("*/trial.json")]
+    return any("(signal 9)" in str(json.loads(text)["reason"]) for text in texts)
+
+
+def one_study(folder: Path, number: int, seed: int, interval: int, seconds: float, expected: dict[str, str]) -> Outcome:
+    """Kills the run of one study until it reaches its end, and compares."""
+    rng, study = random.Random(seed * 1_000_003 + number), folder / f"study-{number}"
+    kills, problems, done, resumed = Counter[str](), [], {}, 0
+    for attempt in range(MOST_PER_STUDY):
+        before, begun = reached(study), begins(study)
+        kind = kill(study, folder / "hook", interval, rng, seconds, named=(number + attempt) % 2 == 0)
+        after = finished(study)
+        problems += [f"{study.name}: {t} was done and is not what it was" for t in done if after.get(t) != done[t]]
+        done |= after
+        problems += [f"{study.name}: {t} step {s} stands {n} times" for (t, s), n in trained(study).items() if n > 1]
+        for pack, starts in begins(study).items():
+            for start in starts[len(begun.get(pack, [])) :][:1]:
+                resumed += start > 0
+                if before.get(pack, 0) - start > interval:
+                    problems.append(f"{study.name}: {pack} had reached step {before[pack]} and went on from {start}")
+        if kind is None:
+            break
+        kills[kind] += 1
+    last = subprocess.run(command(study, interval), capture_output=True, text=True, check=False, env=environment())
+    if last.returncode:
+        return Outcome(kills, resumed, [*problems, f"{study.name} did not reach its end: {last.stderr[-300:]}"])
+    found = contents(study)
+    problems += [f"{study.name}: {part} differs" for part in expected if found.get(part) != expected[part]]
+    return Outcome(kills, resumed, problems)
+
+
+def studies(folder: Path, args: argparse.Namespace, seconds: float, expected: dict[str, str]) -> Iterator[Outcome]:
+    """Outcomes of study after study, `--jobs` at a time."""
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for start in range(0, args.kills, args.jobs):
+            numbers = range(start, start + args.jobs)
+            yield from pool.map(
+                lambda number: one_study(folder, number, args.seed, args.interval, seconds, expected), numbers
+            )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--interval", type=int, default=2, help="steps between checkpoints")
+    parser.add_argument("--jobs", type=int, default=2, help="studies at a time")
+    args = parser.parse_args()
+    kills, problems, resumed, count = Counter[str](), list[str](), 0, 0
+    with tempfile.TemporaryDirectory(prefix="rankscope-crash-") as name:
+        folder = Path(name)
+        (folder / "hook").mkdir()
+        (folder / "hook" / "sitecustomize.py").write_text(HOOK)
+        start = time.perf_counter()
+        subprocess.run(
+            command(folder / "whole", args.interval), check=True, stdout=subprocess.DEVNULL, env=environment()
+        )
+        seconds, expected = time.perf_counter() - start, contents(folder / "whole")
+        print(f"a run that nobody kills: {seconds:.0f} s", flush=True)
+        for outcome in studies(folder, args, seconds, expected):
+            kills, problems = kills + outcome.kills, problems + outcome.problems
+            resumed, count = resumed + outcome.resumed, count + 1
+            print(
+                f"{count} studies, {kills.total()} kills, {resumed} packs resumed, {len(problems)} problems", flush=True
+            )
+            if kills.total() >= args.kills:
+                break
+    print(f"{kills.total()} kills in {count} studies: {dict(kills)}; {resumed} packs went on from a checkpoint")
+    print("\n".join(problems) or "no finished trial lost, no step twice, everything bitwise as without a kill")
+    return int(bool(problems) or kills.total() < args.kills or not resumed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

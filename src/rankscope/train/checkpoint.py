@@ -1,0 +1,112 @@
+"""Checkpoints of a pack: what is needed to go on from a step as if nothing had happened.
+
+    packs/p000/checkpoints/step-00000120/
+      tensors.safetensors   each trial's weights and AdamW moments
+      state.json            step, time so far, how many lines of metrics.jsonl count, which trials have left the pack
+      manifest.json         sha256 of the two, written last: a checkpoint without it, or that it contradicts, is not one
+
+Batches and dropout are functions of (seed, step), and learning rates of the step, so there is no data or random state
+to keep. Two checkpoints are kept: should the newer be damaged, the older is used.
+"""
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from rankscope.errors import StudyDirectoryError
+from rankscope.files import file_sha256, published, read_json, write_json
+from rankscope.train.pack import Member
+
+KEPT = 2
+
+_FILES = ("tensors.safetensors", "state.json")
+
+log = logging.getLogger(__name__)
+
+
+def save_checkpoint(folder: Path, step: int, members: Sequence[Member], state: Mapping[str, Any]) -> None:
+    """Writes the checkpoint after `step` steps, and removes those before the last `KEPT`.
+
+    `members` are the trials still in training; `state` is what the loop wants back, as plain data: `trials` are all
+    trials of the pack, and `lines` the number and the hash of the lines in metrics.jsonl of those not done.
+    """
+    target = folder / f"step-{step:08d}"
+    shutil.rmtree(target, ignore_errors=True)  # an unfinished one of the same step
+    with published(target / "tensors.safetensors") as file:
+        save_file(_tensors(members), file)
+    active = [member.trial.name for member in members]
+    write_json(target / "state.json", {"schema": 1, "step": step, "active": active, **state})
+    write_json(target / "manifest.json", {"schema": 1, "files": {name: file_sha256(target / name) for name in _FILES}})
+    for old in sorted(folder.glob("step-*"))[:-KEPT]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(folder: Path, members: Sequence[Member], logs: Mapping[str, Path]) -> dict[str, Any] | None:
+    """Restores the newest whole checkpoint into those `members` that it holds, and returns its state with `active`,
+    their names; None where there is none. It must be one of these `members` together, and the lines that were in
+    `logs`, by trial, must still be there; one that cannot be used is removed."""
+    for target in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            _check(target)
+            state, tensors = read_json(target / "state.json"), load_file(target / "tensors.safetensors")
+            if state["trials"] != [member.trial.name for member in members]:
+                raise StudyDirectoryError(f"{target}: of other trials")
+            for trial, (count, sha256) in state["lines"].items():
+                _check_lines(logs[trial], count, sha256)
+        except (StudyDirectoryError, SafetensorError, OSError) as error:
+            log.warning("checkpoint not used: %s", error)
+            shutil.rmtree(target, ignore_errors=True)
+            continue
+        for member in members:
+            if member.trial.name in state["active"]:
+                _restore(member, tensors, state["step"])
+        return state
+    return None
+
+
+def _check(target: Path) -> None:
+    """Raises StudyDirectoryError where a file is not the one that was saved."""
+    hashes = read_json(target / "manifest.json").get("files")
+    for name in _FILES:
+        file = target / name
+        if not isinstance(hashes, dict) or not file.is_file() or file_sha256(file) != hashes.get(name):
+            raise StudyDirectoryError(f"{file}: not what its manifest says")
+
+
+def _check_lines(file: Path, count: int, sha256: str) -> None:
+    lines = file.read_bytes().splitlines(keepends=True)[:count]
+    if len(lines) < count or hashlib.sha256(b"".join(lines)).hexdigest() != sha256:
+        raise StudyDirectoryError(f"{file}: not the lines that were there")
+
+
+def _tensors(members: Sequence[Member]) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for member in members:
+        for name, weight in member.weights.items():
+            tensors[f"{member.trial.name}/{name}/weight"] = weight.detach()
+            for moment, value in member.optimizer.state[weight].items():  # empty where no gradient came
+                tensors[f"{member.trial.name}/{name}/{moment}"] = value
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _restore(member: Member, tensors: Mapping[str, torch.Tensor], step: int) -> None:
+    for name, weight in member.weights.items():
+        key = f"{member.trial.name}/{name}"
+        weight.data.copy_(tensors[f"{key}/weight"])
+        if f"{key}/step" in tensors:
+            moments = {moment: tensors[f"{key}/{moment}"].to(weight.device) for moment in ("exp_avg", "exp_avg_sq")}
+            member.optimizer.state[weight] = {"step": tensors[f"{key}/step"].to(weight.device), **moments}
+    scheduler = member.scheduler
+    scheduler.last_epoch = step
+    scheduler._last_lr = [
+        base * rate(step) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, learning_rate in zip(member.optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["lr"] = learning_rate

@@ -1,0 +1,228 @@
+"""A report full of hostile text, opened in a real browser: nothing of it runs, and nothing is fetched.
+
+Every payload marks the page's root element where it runs, and asks for an address of a listener on this machine where
+it is fetched. Escaping and the page's Content-Security-Policy must each be enough without the other; a page with
+neither shows that the payloads work.
+"""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+import pytest
+from markdown_it import MarkdownIt
+
+from folders import write_model
+from rankscope.data.tokens import prepare
+from rankscope.lora.base import load_tokenizer
+from rankscope.report import build
+from rankscope.spec import DataSpec, ModelSpec
+from rankscope.study import Evidence
+from report.report_evidence import make_evidence, make_spec, make_verdict, replace_trial
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+RUN = "document.documentElement.setAttribute('data-ran', 'yes')"
+
+PAYLOADS = {
+    "script": "<script>RUN; fetch('URL', {mode: 'no-cors'})</script>",
+    "after title": "</title><script>RUN</script>",
+    "after style": "</style><style>@import 'URL'; body { background: url(URL-background) }</style>",
+    "after json": "\"}]}</script><script>RUN; new Image().src = 'URL'</script>",
+    "after cdata and comment": "]]>--><svg onload=\"RUN\"><image href='URL'></image></svg>",
+    "attribute": '"\' onmouseover="RUN" autofocus onfocus=RUN x="',
+    "image": '"><img src=\'URL\' onerror="RUN">',
+    "frame": "'><iframe src='URL'></iframe>",
+    "frame of its own": '\'><iframe srcdoc="<script>parent.RUN</script>"></iframe>',
+    "address": '<a id=go href="javascript:RUN">x</a> [x](javascript:RUN) ![x](URL)',
+    "links": "<link rel=prefetch href='URL'><link rel=stylesheet href='URL-style'><base href='URL-base/'>",
+    "template": "{{ 7 * 7 }} ${RUN} `RUN` {% raw %}",
+    "moving on": "<meta http-equiv=refresh content='0; url=URL'>",
+    "unseen": "\x1b[31m\x00\u202e",
+}
+"""RUN and URL are replaced: what a payload runs, and what it fetches."""
+
+
+class Seen(NamedTuple):
+    """What became of a page."""
+
+    ran: bool
+    fetched: list[str]
+    """Paths that the listener was asked for."""
+    console: list[str]
+    """Messages of the page's console: refusals of its policy are among them."""
+    dom: str
+
+
+class Lab:
+    """A headless browser, and a listener that payloads point to."""
+
+    def __init__(self, browser: str | None, server: ThreadingHTTPServer, asked: list[str], folder: Path) -> None:
+        self.browser, self.server, self.asked, self.folder = browser, server, asked, folder
+
+    def payload(self, name: str) -> str:
+        url = f"http://127.0.0.1:{self.server.server_port}/{name.replace(' ', '-')}"
+        return PAYLOADS[name].replace("RUN", RUN).replace("URL", url)
+
+    @property
+    def all_payloads(self) -> str:
+        return " ".join(map(self.payload, PAYLOADS))
+
+    def open(self, source: str) -> Seen:
+        if self.browser is None:
+            pytest.skip(f"no browser to open a report in: none of {', '.join(BROWSERS)} is on PATH")
+        page = self.folder / "page.html"
+        page.write_text(source, encoding="utf-8")
+        self.asked.clear()
+        command = [self.browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        command += [f"--user-data-dir={self.folder / 'profile'}", "--enable-logging=stderr"]
+        command += ["--virtual-time-budget=10000", "--dump-dom", page.as_uri()]
+        done = subprocess.run(command, capture_output=True, timeout=120, check=True)
+        dom, log = (output.decode(errors="replace") for output in (done.stdout, done.stderr))
+        root = re.search(r"<html[^>]*>", dom)
+        assert root is not None, log
+        messages = re.findall(r"CONSOLE[:(]\d+\)?\] (.*)", log)
+        return Seen("data-ran" in root[0], sorted(self.asked), messages, dom)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    asked: list[str] = []
+
+    class Listener(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path.removeprefix("/"))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Listener) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield Lab(browser, server, asked, tmp_path_factory.mktemp("browser"))
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def folder(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a study whose every name and text is hostile, and whose rows are."""
+    root, bad = tmp_path_factory.mktemp("hostile"), lab.all_payloads
+    evidence = _evidence(root, bad)
+    build(evidence, _verdict(evidence, bad), root / "report", study_name=bad, reproduce=f"rankscope run {bad}")
+    return root / "report"
+
+
+def _evidence(root: Path, bad: str) -> Evidence:
+    model = write_model(root / "model")
+    data = root / f"{PAYLOADS['script'].replace('/', '∕')}.jsonl"
+    rows = [{"instruction": f"{bad} {number}", "input": bad, "output": bad} for number in range(12)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    tokenizer = load_tokenizer(ModelSpec(id=str(model)))
+    facts = prepare(DataSpec(id=str(data), max_length=100_000), tokenizer, 300).facts
+    spec = make_spec(
+        model={"id": bad, "revision": bad},
+        data={"id": bad, "revision": bad, "config": bad, "split": bad, "template": f"{bad} {{instruction}} {{input}}"},
+        adapter={"target_modules": [bad]},
+        measure={"forgetting": bad},
+    )
+    evidence = make_evidence(spec, steps=8, gpu=True)
+    evidence = replace_trial(evidence, 0, status="failed", reason=bad)
+    evidence = replace_trial(evidence, 1, status=bad, reason=f"{bad}\n\n# {bad}", trial=bad, target_modules=bad)
+    return evidence._replace(
+        divided=[bad],
+        data_facts=facts | {"id": bad, "revision": bad, "general_text": bad, bad: {bad: [bad]}},
+        machine={
+            "hardware": {"cpu": bad, "gpus": [{"name": bad, "memory_bytes": 1}], bad: bad},
+            "versions": {"rankscope": bad, bad: bad},
+            "model": {"id": bad, "revision": bad, bad: bad},
+            "device": bad,
+        },
+    )
+
+
+def _verdict(evidence: Evidence, bad: str) -> dict[str, object]:
+    return make_verdict(evidence, caveats=[bad], left_out=[bad], undetermined=[bad])
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> str:
+    return (folder / "index.html").read_text(encoding="utf-8")
+
+
+def test_the_payloads_work_where_nothing_stops_them(lab: Lab) -> None:
+    together = "".join(lab.payload(name) for name in PAYLOADS if name != "moving on")
+    seen = lab.open(f"<!doctype html><title>x</title><body>{together}")
+    assert seen.ran
+    assert {"script", "image", "frame", "links", "after-style-background", "links-style"} <= set(seen.fetched)
+    assert "moving-on" in lab.open(f"<!doctype html><body>{lab.payload('moving on')}").fetched
+
+
+@pytest.mark.parametrize(
+    "name", ["script", "after title", "after json", "after cdata and comment", "image", "frame of its own"]
+)
+def test_each_payload_that_should_run_does(name: str, lab: Lab) -> None:
+    before = {"after title": "<title>", "after json": '<script>x = {"y": [{"z": "'}
+    assert lab.open(f"<!doctype html><body>{before.get(name, '')}{lab.payload(name)}").ran
+
+
+def test_nothing_in_a_hostile_report_runs_and_nothing_is_fetched(lab: Lab, page: str) -> None:
+    seen = lab.open(page)
+    assert not seen.ran
+    assert seen.fetched == []
+    assert seen.console == [], "the policy refuses none of the page's own parts"
+    charts = page.count('<div class="chart"')
+    assert charts >= 8
+    assert seen.dom.count("<svg") >= charts, "the page's own scripts have drawn"
+    assert "7 * 7" in html.unescape(seen.dom)
+    assert not set("\x00\x1b\u202e") & set(seen.dom)
+
+
+def test_escaping_alone_is_enough(lab: Lab, page: str) -> None:
+    without = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
+    assert without != page
+    seen = lab.open(without)
+    assert (seen.ran, seen.fetched) == (False, [])
+
+
+def test_the_policy_alone_is_enough(lab: Lab, page: str) -> None:
+    """But for leaving the page (a refresh), which no policy in a page can refuse."""
+    raw = "".join(lab.payload(name) for name in PAYLOADS if name != "moving on")
+    seen = lab.open(page.replace("<main>", f"<main>{raw}", 1))
+    assert (seen.ran, seen.fetched) == (False, [])
+    assert len([message for message in seen.console if "Content Security Policy" in message]) >= 5
+
+
+def test_figures_have_no_script_and_refer_to_nothing(folder: Path) -> None:
+    figures = sorted((folder / "figures").glob("*.svg"))
+    assert len(figures) >= 8
+    for figure in figures:
+        for element in ElementTree.parse(figure).iter():  # noqa: S314  # rankscope wrote it
+            assert element.tag.rpartition("}")[2] not in ("script", "foreignObject", "image", "style", "a", "use")
+            for name, value in element.attrib.items():
+                assert not name.rpartition("}")[2].lower().startswith(("on", "href")), figure
+                assert not re.search(r"url\((?!['\"]?#)|javascript:|https?:", value), figure
+        assert RUN not in figure.read_text()
+
+
+def test_the_markdown_renders_to_its_own_figures_and_nothing_else(folder: Path) -> None:
+    """By a renderer that passes HTML through, as some do."""
+    source = (folder / "report.md").read_text(encoding="utf-8")
+    rendered = MarkdownIt("commonmark", {"html": True}).enable("table").render(source)
+    tags = re.findall(r"<[a-z][^>]*>", rendered)
+    names = {re.split(r"[\s>/]", tag[1:])[0] for tag in tags}
+    assert names <= {
+        "h1", "h2", "h3", "p", "strong", "ul", "li", "table", "thead", "tbody", "tr", "th", "td", "img", "pre", "code",
+    }  # fmt: skip
+    sources = re.findall(r'<img src="([^"]*)"', rendered)
+    assert len(sources) == rendered.count("<img") >= 8
+    assert all(re.fullmatch(r"figures/[a-z-]+\.svg", image) for image in sources)
+    assert not set("\x00\x1b\u202e") & set(source)

@@ -1,0 +1,191 @@
+"""One bad trial never harms the others, and what was stopped goes on: with real child processes that fail."""
+
+import errno
+import shutil
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import rankscope
+from folders import write_data, write_model
+from rankscope.console import PlainConsole
+from rankscope.errors import ModelError, StudyDirectoryError
+from rankscope.files import read_json, read_jsonl
+from rankscope.runner import unfinished
+from rankscope.study import Study
+
+OPTIONS: dict[str, Any] = {
+    "ranks": [2, 4, 8],
+    "seeds": [0],
+    "steps": 6,
+    "batch_size": 4,
+    "learning_rates": [5e-3],
+    "device": "cpu",
+}
+SETS = ("measure.profiles=false", "data.eval_rows=12", "training.evals=2", "training.checkpoint_steps=2")
+NAMES = ["r002-lr5e-3-s0", "r004-lr5e-3-s0", "r008-lr5e-3-s0"]
+
+
+class Said:
+    """Progress that keeps what was said."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.messages.append(message)
+
+    def training(self, *_: Any) -> None: ...
+    def reference(self, *_: Any) -> None: ...
+    def measuring(self, *_: Any) -> None: ...
+    def poll(self) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("failures")
+    write_model(root / "model")
+    write_data(root / "data.json")
+    return root
+
+
+def run(root: Path, out: Path, said: Said | None = None, **options: Any) -> Study:
+    return rankscope.run(
+        model=str(root / "model"), dataset=str(root / "data.json"), out=out, sets=SETS, progress=said,
+        **(OPTIONS | options),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(root: Path) -> Study:
+    return run(root, root / "whole")
+
+
+@pytest.fixture
+def harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Puts code in the way of each training step of the child processes; it sees `members` and `step`."""
+
+    def put(code: str) -> None:
+        folder = tmp_path / "hook"
+        folder.mkdir(exist_ok=True)
+        hook = f"""
+        import os, signal
+        if "rankscope.launch.worker" in open("/proc/self/cmdline").read():
+            import rankscope.train.loop as loop
+            own = loop.train_step
+            def harmed(engine, members, tokens, training, step):
+                names = [member.trial.name for member in members]
+                {code}
+                return own(engine, members, tokens, training, step)
+            loop.train_step = harmed
+        """
+        (folder / "sitecustomize.py").write_text(textwrap.dedent(hook))
+        monkeypatch.setenv("PYTHONPATH", str(folder))
+
+    return put
+
+
+def losses(study: Study, trial: str) -> Any:
+    return read_json(study.path / "trials" / trial / "eval.json")["examples"]["loss"]
+
+
+def rows(study: Study, trial: str) -> list[dict[str, Any]]:
+    return [row | {"step_seconds": 0} for row in read_jsonl(study.path / "trials" / trial / "metrics.jsonl")]
+
+
+def test_a_pack_without_enough_memory_is_divided(root: Path, whole: Study, tmp_path: Path, harm: Any) -> None:
+    harm("if len(members) > 1 and step == 3: raise MemoryError('no more')")
+    said = Said()
+    study = run(root, tmp_path / "study", said)
+    assert unfinished(study) == []
+    division = read_json(study.path / "packs" / "division.json")
+    assert division["divided"] == {"p000": ["p001", "p002"], "p001": ["p003", "p004"]}
+    assert division["packs"] == {"p003": NAMES[:1], "p004": NAMES[1:2], "p002": NAMES[2:]}
+    assert any("Pack p000 is divided into p001 and p002" in message for message in said.messages)
+    for name in NAMES:
+        np.testing.assert_allclose(losses(study, name), losses(whole, name), rtol=1e-4)
+    assert "divided" in (study.path / "report" / "report.md").read_text()
+    assert "divided" not in (whole.path / "report" / "report.md").read_text()
+    assert not list(study.path.glob("packs/*/checkpoints"))
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [("MemoryError('no more')", "oom"), ("RuntimeError('odd shape')", "failed")]
+)
+def test_a_trial_that_cannot_be_trained_keeps_no_other_from_it(
+    root: Path, whole: Study, tmp_path: Path, harm: Any, error: str, status: str
+) -> None:
+    harm(f"if '{NAMES[1]}' in names and step == 3: raise {error}")
+    study = run(root, tmp_path / "study")
+    results = study.results().set_index("trial")
+    assert list(results["status"]) == ["done", status, "done"]
+    assert error.split("'")[1] in results.loc[NAMES[1], "reason"]
+    assert results.loc[NAMES[1], "reason"].endswith(", after step 3")
+    for name in (NAMES[0], NAMES[2]):
+        np.testing.assert_allclose(losses(study, name), losses(whole, name), rtol=1e-4)
+
+
+def test_what_was_killed_goes_on_where_it_was(root: Path, whole: Study, tmp_path: Path, harm: Any) -> None:
+    harm("if step == 3: os.kill(os.getpid(), signal.SIGKILL)")
+    said = Said()
+    study = run(root, tmp_path / "study", said)
+    assert list(study.results()["status"]) == ["interrupted"] * 3
+    assert set(study.results()["reason"]) == {"packs p000 was killed (signal 9), after step 3"}
+    assert any("did not finish" in message for message in said.messages)
+    harm("assert step >= 2, 'it began anew'")
+    study = run(root, tmp_path / "study")
+    assert list(study.results()["status"]) == ["done"] * 3
+    for name in NAMES:
+        assert losses(study, name) == losses(whole, name)
+        assert rows(study, name) == rows(whole, name)
+
+
+def test_a_diverged_trial_leaves_the_others_as_they_were(root: Path, whole: Study, tmp_path: Path) -> None:
+    both = run(root, tmp_path / "study", learning_rates=[5e-3, 1e30], ranks=[4])
+    results = both.results().set_index("status")
+    assert sorted(results.index) == ["diverged", "done"]
+    assert "not finite at step" in results.loc["diverged", "reason"]
+    np.testing.assert_allclose(losses(both, NAMES[1]), losses(whole, NAMES[1]), rtol=1e-4)
+
+
+def test_a_full_disk_ends_the_run_and_loses_nothing(root: Path, whole: Study, tmp_path: Path, harm: Any) -> None:
+    """The child's own writes fail as they do on a full disk; benchmarks/disk_full.py has a real one."""
+    harm(
+        "if step == 3: loop.JsonlWriter.sync = lambda self: (_ for _ in ()).throw("
+        f"__import__('rankscope.errors').errors.StudyDirectoryError('x: cannot be written: {errno.ENOSPC}'))"
+    )
+    with pytest.raises(StudyDirectoryError, match="cannot be written"):
+        run(root, tmp_path / "study")
+    harm("assert step >= 2, 'it began anew'")
+    study = run(root, tmp_path / "study")
+    assert [rows(study, name) for name in NAMES] == [rows(whole, name) for name in NAMES]
+
+
+def test_another_model_under_the_same_name_is_refused(root: Path, whole: Study, tmp_path: Path) -> None:
+    copy = tmp_path / "study"
+    shutil.copytree(whole.path, copy)
+    shutil.rmtree(copy / "trials" / NAMES[2])
+    file = root / "model" / "model.safetensors"
+    own = file.read_bytes()
+    try:
+        file.write_bytes(own[:-1] + bytes([own[-1] ^ 1]))
+        with pytest.raises(ModelError, match=f"not the weights that {NAMES[0]} was trained on"):
+            run(root, copy)
+    finally:
+        file.write_bytes(own)
+
+
+def test_what_a_terminal_would_obey_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    PlainConsole().print("a\x1b]0;title\x07b", markup=False)
+    assert capsys.readouterr().out == "a\ufffd]0;title\ufffdb\n"
+
+
+def test_too_little_space_is_said_before_the_start(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
+    with pytest.raises(StudyDirectoryError, match=r"about .* are needed on the disk, and 1.00 MB are free"):
+        run(root, tmp_path / "study")
+    assert not (tmp_path / "study").exists()

@@ -1,0 +1,226 @@
+"""A pack that is stopped goes on bitwise as if it had not been."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rankscope.train.loop as loop
+from folders import write_model
+from rankscope.data.tokens import TokenizedData
+from rankscope.errors import ModelError
+from rankscope.files import read_json, read_jsonl, write_json
+from rankscope.lora.base import load_model
+from rankscope.spec import AdapterSpec, DataSpec, ModelSpec, StudySpec, TrainingSpec
+from rankscope.train.loop import train_pack
+from reference import random_tokens
+
+STEPS = 9  # of 8 examples each, of 40: the second epoch begins in the fifth
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def data() -> TokenizedData:
+    return TokenizedData(random_tokens(36), random_tokens(8, seed=1), {})
+
+
+def study(model: str, **training: Any) -> StudySpec:
+    recipe = {"steps": STEPS, "batch_size": 4, "gradient_accumulation_steps": 2, "checkpoint_steps": 2, "evals": 3}
+    return StudySpec(
+        model=ModelSpec(id=model, device="cpu"),
+        data=DataSpec(id="unused"),
+        ranks=(2, 8),
+        seeds=(0,),
+        learning_rates=(1e-3,),
+        adapter=AdapterSpec(lora_dropout=0.1),
+        training=TrainingSpec(**(recipe | training)),
+    )
+
+
+def train(spec: StudySpec, data: TokenizedData, folder: Path, sha: str = "hash", most: int | None = None) -> None:
+    trials = spec.trials()[:most]
+    folders = {trial.name: folder / trial.name for trial in trials}
+    train_pack(load_model(spec.model), spec, trials, folders, folder / "checkpoints", data, "p000", sha)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, calls: int, name: str = "train_step") -> None:
+    """Raises at the `calls`th call of a function of the loop after this."""
+    own, left = getattr(loop, name), calls
+
+    def stopping(*args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Stopped
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(loop, name, stopping)
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """All that must be the same, whatever was stopped."""
+    found: dict[str, Any] = {}
+    for file in sorted(folder.glob("*/*")) + sorted(folder.glob("*/adapter/*")):
+        if file.name == "metrics.jsonl":
+            found[str(file.relative_to(folder))] = [row | {"step_seconds": 0} for row in read_jsonl(file)]
+        elif file.name == "trial.json":
+            record = read_json(file)
+            record["results"] = {k: v for k, v in record["results"].items() if "second" not in k}
+            del record["files"]["metrics.jsonl"]  # times differ
+            found[str(file.relative_to(folder))] = record
+        elif file.is_file():
+            found[str(file.relative_to(folder))] = file.read_bytes()
+    return found
+
+
+@pytest.mark.parametrize("stops", [(1,), (5,), (8,), (3, 2, 1)], ids=str)
+@pytest.mark.parametrize("training", [{}, {"engine": "peft"}, {"lr_scheduler_type": "constant"}], ids=str)
+def test_a_stopped_pack_goes_on_bitwise(
+    model: str,
+    data: TokenizedData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stops: Sequence[int],
+    training: dict[str, Any],
+) -> None:
+    spec = study(model, **training)
+    train(spec, data, tmp_path / "whole")
+    for stop in stops:
+        with monkeypatch.context() as patch:
+            stop_after(patch, stop)
+            with pytest.raises(Stopped):
+                train(spec, data, tmp_path / "stopped")
+    done: list[int] = []
+    with monkeypatch.context() as patch:
+        own = loop.train_step
+        patch.setattr(loop, "train_step", lambda *args: (done.append(args[-1]), own(*args))[1])
+        train(spec, data, tmp_path / "stopped")
+    assert len(done) == STEPS - sum(stop - stop % 2 for stop in stops), "it did not go on from the last checkpoint"
+    assert {Path(name).name for name in contents(tmp_path / "whole")} >= {"metrics.jsonl", "eval.json", "trial.json"}
+    assert any(name.endswith("adapter_model.safetensors") for name in contents(tmp_path / "whole"))
+    without = {k: v for k, v in contents(tmp_path / "stopped").items() if not k.startswith("checkpoints")}
+    assert without == {k: v for k, v in contents(tmp_path / "whole").items() if not k.startswith("checkpoints")}
+
+
+def test_the_bases_own_dropout_goes_on_bitwise(
+    model: str, data: TokenizedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = study(model, base_dropout="keep")
+    train(spec, data, tmp_path / "whole", most=1)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(Stopped):
+            train(spec, data, tmp_path / "stopped", most=1)
+    train(spec, data, tmp_path / "stopped", most=1)
+    name = spec.trials()[0].name
+    assert contents(tmp_path / "stopped")[f"{name}/eval.json"] == contents(tmp_path / "whole")[f"{name}/eval.json"]
+
+
+def test_a_trial_that_is_done_stays_as_it_is(
+    model: str, data: TokenizedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process ends between the last files of the first trial and those of the second."""
+    spec = study(model)
+    first, second = (trial.name for trial in spec.trials())
+    train(spec, data, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1, "_finish")
+        with pytest.raises(Stopped):
+            train(spec, data, tmp_path / "stopped")
+    files = {file: file.read_bytes() for file in (tmp_path / "stopped" / first).rglob("*") if file.is_file()}
+    assert read_json(tmp_path / "stopped" / second / "trial.json")["status"] == "running"
+    train(spec, data, tmp_path / "stopped")
+    assert {file: file.read_bytes() for file in files} == files
+    assert contents(tmp_path / "stopped")[f"{second}/eval.json"] == contents(tmp_path / "whole")[f"{second}/eval.json"]
+
+
+def stopped(model: str, data: TokenizedData, folder: Path, monkeypatch: pytest.MonkeyPatch) -> StudySpec:
+    spec = study(model)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        with pytest.raises(Stopped):
+            train(spec, data, folder)
+    return spec
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("harm", ["cut", "flip", "gone"])
+def test_a_damaged_checkpoint_is_seen_and_the_other_used(
+    model: str, data: TokenizedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, harm: str
+) -> None:
+    spec = stopped(model, data, tmp_path / "stopped", monkeypatch)
+    checkpoints = sorted((tmp_path / "stopped" / "checkpoints").iterdir())
+    assert [folder.name for folder in checkpoints] == ["step-00000004", "step-00000006"]
+    file = checkpoints[1] / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    if harm == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(content if harm == "flip" else content[: len(content) // 2])
+    steps: list[int] = []
+    own = loop.train_step
+    monkeypatch.setattr(loop, "train_step", lambda *args: (steps.append(args[-1]), own(*args))[1])
+    train(spec, data, tmp_path / "stopped")
+    assert steps[0] == 4
+    train(spec, data, tmp_path / "whole")
+    trial = f"{spec.trials()[1].name}/metrics.jsonl"
+    assert contents(tmp_path / "stopped")[trial] == contents(tmp_path / "whole")[trial]
+
+
+def test_another_model_is_refused(
+    model: str, data: TokenizedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = stopped(model, data, tmp_path, monkeypatch)
+    with pytest.raises(ModelError, match="not the one that this study began with"):
+        train(spec, data, tmp_path, sha="another")
+
+
+def test_a_checkpoint_of_other_trials_is_not_used(
+    model: str, data: TokenizedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = stopped(model, data, tmp_path, monkeypatch)
+    train(spec, data, tmp_path, most=1)
+    steps = [row["step"] for row in read_jsonl(tmp_path / spec.trials()[0].name / "metrics.jsonl")]
+    assert sorted(set(steps)) == list(range(STEPS + 1))
+    train(spec, data, tmp_path / "alone", most=1)
+    name = f"{spec.trials()[0].name}/eval.json"
+    assert (tmp_path / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    assert [folder.name for folder in sorted((tmp_path / "checkpoints").iterdir())] == [
+        "step-00000008",
+        "step-00000009",
+    ]
+
+
+@pytest.mark.parametrize("harm", ["cut", "flip"])
+def test_damaged_lines_are_seen_and_trained_again(
+    model: str, data: TokenizedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
+) -> None:
+    spec = stopped(model, data, tmp_path / "stopped", monkeypatch)
+    train(spec, data, tmp_path / "whole")
+    name = f"{spec.trials()[1].name}/metrics.jsonl"
+    file = tmp_path / "stopped" / name
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:3]) if harm == "cut" else file.read_text().replace("1", "2", 1))
+    train(spec, data, tmp_path / "stopped")
+    assert contents(tmp_path / "stopped")[name] == contents(tmp_path / "whole")[name]
+
+
+def test_a_manifest_that_names_other_files_is_none(
+    model: str, data: TokenizedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = stopped(model, data, tmp_path, monkeypatch)
+    for folder in (tmp_path / "checkpoints").iterdir():
+        write_json(folder / "manifest.json", {"schema": 1, "files": {"../../x": "y"}})
+    train(spec, data, tmp_path)
+    assert json.loads((tmp_path / spec.trials()[0].name / "trial.json").read_text())["status"] == "done"
