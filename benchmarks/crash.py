@@ -158,7 +158,8 @@ def kill(study: Path, hook: Path, interval: int, rng: random.Random, seconds: fl
     values = {"PYTHONPATH": os.pathsep.join([str(hook), os.environ.get("PYTHONPATH", "")])}
     if named:
         where = "child" if kind == "append" or rng.random() < 0.8 else "parent"
-        values |= {"CRASH_AT": f"{kind}:{rng.randint(1, 16 if where == "child" else 6)}", "CRASH_IN": where}
+        most = 16 if where == "child" else 6
+        values |= {"CRASH_AT": f"{kind}:{rng.randint(1, most)}", "CRASH_IN": where}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
     with subprocess.Popen(command(study, interval), env=environment(**values), **quiet) as process:  # type: ignore[call-overload]
         if named:
