@@ -3,8 +3,8 @@
     python benchmarks/crash.py --kills 200 --seed 0
 
 One small study (the embedded model, two ranks, two seeds in two packs, LoRA dropout, gradient accumulation, two epochs)
-is run once to its end. Then it is begun again and again in new directories, and each run is killed by SIGKILL until one
-reaches its end. Half of the kills are at named points, half at a random moment:
+is run once to its end. Then it is begun again and again in new directories, and each run is killed until one reaches
+its end. Half of the kills are at named points (SIGKILL), half at a random moment (SIGKILL, SIGTERM or SIGINT):
 
 - flush: before a file's bytes are flushed to disk, of the nth file
 - rename: before a finished file takes its name; renamed: right after
@@ -13,7 +13,7 @@ reaches its end. Half of the kills are at named points, half at a random moment:
   (one in three) of the child that trains alone
 
 Named points are reached by a `sitecustomize` module that is put in the way of the processes: nothing in rankscope knows
-of them. A kill counts where a process ended by SIGKILL. Checked after each kill, and in the end:
+of them. A kill counts where a process ended by its signal, or said that it was interrupted. Checked after each kill, and in the end:
 
 - no finished trial was lost or trained again: its trial.json is byte for byte what it was
 - no step stands in metrics.jsonl twice, or is left out
@@ -168,17 +168,18 @@ def kill(study: Path, hook: Path, interval: int, rng: random.Random, seconds: fl
         if process.poll() is not None:
             return None
         children = psutil.Process(process.pid).children()
+        sent = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
         if rng.random() < 1 / 3 and children:
-            children[0].kill()
+            children[0].send_signal(sent)
             process.wait()
-            return "random, child" if child_was_killed(study) else None
-        os.killpg(process.pid, signal.SIGKILL)
-        return "random" if process.wait() == -signal.SIGKILL else None
+            return f"{sent.name} to the child" if child_was_killed(study) else None
+        os.killpg(process.pid, sent)
+        return sent.name if process.wait() in (-sent, 130) else None
 
 
 def child_was_killed(study: Path) -> bool:
     texts = [file.read_text() for file in (study / "trials").glob("*/trial.json")]
-    return any("(signal 9)" in str(json.loads(text)["reason"]) for text in texts)
+    return any("was killed (signal" in str(json.loads(text)["reason"]) for text in texts)
 
 
 def one_study(folder: Path, number: int, seed: int, interval: int, seconds: float, expected: dict[str, str]) -> Outcome:
