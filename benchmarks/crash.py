@@ -13,7 +13,8 @@ its end. Half of the kills are at named points (SIGKILL), half at a random momen
   (one in three) of the child that trains alone
 
 Named points are reached by a `sitecustomize` module that is put in the way of the processes: nothing in rankscope knows
-of them. A kill counts where a process ended by its signal, or said that it was interrupted. Checked after each kill, and in the end:
+of them. A kill counts where a process ended by its signal, or said that it was interrupted. Checked after each kill,
+and in the end:
 
 - no finished trial was lost or trained again: its trial.json is byte for byte what it was
 - no step stands in metrics.jsonl twice, or is left out
