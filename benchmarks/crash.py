@@ -2,7 +2,7 @@
 
     python benchmarks/crash.py --kills 200 --seed 0
 
-One small study (the embedded model, two ranks, two seeds in two packs, LoRA dropout, gradient accumulation, five epochs)
+One small study (embedded model, two ranks, two seeds in two packs, LoRA dropout, gradient accumulation, five epochs)
 is run once to its end. Then it is begun again and again in new directories, and each run is killed until one reaches
 its end. Half of the kills are at named points (SIGKILL), half at a random moment (SIGKILL, SIGTERM or SIGINT):
 
