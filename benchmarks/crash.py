@@ -2,14 +2,14 @@
 
     python benchmarks/crash.py --kills 200 --seed 0
 
-One small study (embedded model, two ranks, two seeds in two packs, LoRA dropout, gradient accumulation, five epochs)
+One small study (embedded model, two ranks and seeds in two packs, LoRA dropout, gradient accumulation, seven epochs)
 is run once to its end. Then it is begun again and again in new directories, and each run is killed until one reaches
 its end. Half of the kills are at named points (SIGKILL), half at a random moment (SIGKILL, SIGTERM or SIGINT):
 
 - flush: before a file's bytes are flushed to disk, of the nth file
 - rename: before a finished file takes its name; renamed: right after
 - append: in the middle of a line that is appended to metrics.jsonl
-- random: a moment between the start and the time that the whole run took; of the supervisor and all its children, or
+- random: a moment in the first 30 seconds; of the supervisor and all its children, or
   (one in three) of the child that trains alone
 
 Named points are reached by a `sitecustomize` module that is put in the way of the processes: nothing in rankscope knows
@@ -45,7 +45,9 @@ from typing import NamedTuple
 import psutil
 
 POINTS = ("flush", "rename", "renamed", "append")
-MOST_PER_STUDY = 20
+MOST_PER_STUDY = 30
+MOST_SECONDS = 30.0
+"""Until a random kill: most of a run that goes on is its start, and later moments come as it gets further."""
 
 HOOK = """
 import io, os, signal
@@ -102,7 +104,7 @@ def environment(**values: str) -> dict[str, str]:
 
 
 def command(study: Path, interval: int) -> list[str]:
-    options = ["--ranks", "4,16", "--seeds", "0,1", "--steps", "30", "--batch-size", "4", "--out", str(study)]
+    options = ["--ranks", "4,16", "--seeds", "0,1", "--steps", "40", "--batch-size", "4", "--out", str(study)]
     sets = ["measure.profiles=false", "training.evals=3", "data.eval_rows=16", f"training.checkpoint_steps={interval}"]
     sets += ["training.gradient_accumulation_steps=2", "adapter.lora_dropout=0.1", "data.max_rows=60"]
     sets += ["training.trials_per_pack=2"]
@@ -165,7 +167,7 @@ def kill(study: Path, hook: Path, interval: int, rng: random.Random, seconds: fl
     with subprocess.Popen(command(study, interval), env=environment(**values), **quiet) as process:  # type: ignore[call-overload]
         if named:
             return kind if process.wait() == -signal.SIGKILL or child_was_killed(study) else None
-        time.sleep(rng.uniform(0.0, seconds))
+        time.sleep(rng.uniform(0.0, min(seconds, MOST_SECONDS)))
         if process.poll() is not None:
             return None
         children = psutil.Process(process.pid).children()
@@ -199,9 +201,9 @@ def one_study(folder: Path, number: int, seed: int, interval: int, seconds: floa
                 resumed += start > 0
                 if before.get(pack, 0) - start > interval:
                     problems.append(f"{study.name}: {pack} had reached step {before[pack]} and went on from {start}")
-        if kind is None:
+        kills += Counter([kind] if kind else [])
+        if len(done) == len(list((folder / "whole" / "trials").iterdir())):
             break
-        kills[kind] += 1
     last = subprocess.run(command(study, interval), capture_output=True, text=True, check=False, env=environment())
     if last.returncode:
         return Outcome(kills, resumed, [*problems, f"{study.name} did not reach its end: {last.stderr[-300:]}"])
