@@ -188,7 +188,8 @@ def child_was_killed(study: Path) -> bool:
 def one_study(folder: Path, number: int, seed: int, interval: int, seconds: float, expected: dict[str, str]) -> Outcome:
     """Kills the run of one study until it reaches its end, and compares."""
     rng, study = random.Random(seed * 1_000_003 + number), folder / f"study-{number}"
-    kills, problems, done, resumed = Counter[str](), [], {}, 0
+    kills, problems, resumed = Counter[str](), list[str](), 0
+    done: dict[str, str] = {}
     for attempt in range(MOST_PER_STUDY):
         before, begun = reached(study), begins(study)
         kind = kill(study, folder / "hook", interval, rng, seconds, named=(number + attempt) % 2 == 0)

@@ -210,7 +210,7 @@ def _spec(study: Path | None, sets: list[str] | None, **options: Any) -> "StudyS
         raise StudyError(f"{missing} is missing", "Give both --model and --dataset, or a study file, or neither.")
     else:
         values = {}
-    return assemble(values, options, sets or ())
+    return assemble(values, options, sets or (), study)
 
 
 def _list(name: str, text: str) -> list[Any]:

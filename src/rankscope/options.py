@@ -3,9 +3,9 @@
 import copy
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -13,23 +13,85 @@ from rankscope.errors import StudyError
 from rankscope.spec import StudySpec, resolve_spec
 
 
+class _Yaml(NamedTuple):
+    """What YAML text says, and the line on which each field stands, `training.steps` for one."""
+
+    values: Any
+    lines: dict[str, int]
+
+
 def read_study_file(path: Path) -> dict[str, Any]:
     """Reads a study's YAML as a mapping, not yet validated.
 
     Raises:
-        StudyError: the file is missing, is not YAML, or is not a mapping.
+        StudyError: the file is missing, is not YAML, has a field twice, or is not a mapping.
     """
+    values = _parse_file(path).values
+    if not isinstance(values, dict):
+        found = "nothing" if values is None else type(values).__name__
+        raise StudyError(
+            f"{path}: expected fields such as model and data, found {found}", "studies/ has files to begin with."
+        )
+    return values
+
+
+def _parse_file(path: Path) -> _Yaml:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise StudyError(f"{path}: no such study file", "Give the path of a .yaml file, or use --model.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise StudyError(f"{path}: cannot be read: {error}", "Check that it is a readable UTF-8 file.") from None
-    except yaml.YAMLError as error:
-        raise StudyError(f"{path}: not valid YAML: {error}", "Correct the file at that line.") from None
-    if not isinstance(values, dict):
-        raise StudyError(f"{path}: expected fields such as model and data, found {type(values).__name__}")
-    return values
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise StudyError(f"{path}, line {line}: not valid UTF-8", "Save the file as UTF-8.") from None
+    except OSError as error:
+        raise StudyError(f"{path}: cannot be read: {error.strerror}", "Give the path of a .yaml file.") from None
+    try:
+        return _parse(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise StudyError(
+            f"{path}, line {line}: not valid YAML: {_problem(error)}", "Correct the file at that line."
+        ) from None
+    except Exception as error:  # YAML's constructors raise what they like: !!int x, a date that does not exist
+        raise StudyError(f"{path}: not valid YAML: {_problem(error)}", "Correct the file.") from None
+
+
+def _parse(text: str) -> _Yaml:
+    """`yaml.safe_load`, with lines, and without a field that stands twice: its first value would be lost unseen."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        lines: dict[str, int] = {}
+        for field, mark in _fields(node, "", set()) if node else ():
+            if field in lines:
+                raise yaml.MarkedYAMLError(problem=f"{field} stands on line {lines[field]} already", problem_mark=mark)
+            lines[field] = mark.line + 1
+        return _Yaml(loader.construct_document(node) if node else None, lines)
+    finally:
+        loader.dispose()
+
+
+def _fields(node: yaml.Node, prefix: str, seen: set[int]) -> Iterator[tuple[str, yaml.Mark]]:
+    """Every field below `node` with where it stands; what an alias repeats only once."""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    inner: list[tuple[str, yaml.Mark, yaml.Node]] = []
+    if isinstance(node, yaml.MappingNode):
+        inner = [(str(key.value), key.start_mark, value) for key, value in node.value if key.tag != _MERGE]
+    elif isinstance(node, yaml.SequenceNode):
+        inner = [(str(number), item.start_mark, item) for number, item in enumerate(node.value)]
+    for name, mark, value in inner:
+        yield prefix + name, mark
+        yield from _fields(value, f"{prefix}{name}.", seen)
+
+
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+def _problem(error: Exception) -> str:
+    """In one line."""
+    return str(getattr(error, "problem", None) or error or type(error).__name__).split("\n")[0]
 
 
 def set_value(values: dict[str, Any], assignment: str) -> None:
@@ -42,9 +104,11 @@ def set_value(values: dict[str, Any], assignment: str) -> None:
     if not equals or not key:
         raise StudyError(f"--set {assignment}: expected KEY=VALUE", "For example --set training.steps=200.")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise StudyError(f"--set {assignment}: the value is not valid YAML", "Put it in quotes.") from None
+        value = _parse(text).values
+    except Exception as error:
+        raise StudyError(
+            f"--set {assignment}: the value is not valid YAML: {_problem(error)}", "Put it in quotes."
+        ) from None
     set_field(values, key, value)
 
 
@@ -53,9 +117,11 @@ def set_field(values: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     target = values
     for parent in parents:
-        target = target.setdefault(parent, {})
+        if target.get(parent) is None:
+            target[parent] = {}
+        target = target[parent]
         if not isinstance(target, dict):
-            raise StudyError(f"{key}: {parent} is not a group of fields")
+            raise StudyError(f"{key}: {parent} is {target!r}, not a group of fields", "Name a field such as model.id.")
     target[last] = value
 
 
@@ -86,8 +152,12 @@ OPTION_FIELDS = {
 """The options of the command line and of `rankscope.run`, and the field each one sets."""
 
 
-def assemble(values: Mapping[str, Any], options: Mapping[str, Any], assignments: Sequence[str] = ()) -> StudySpec:
+def assemble(
+    values: Mapping[str, Any], options: Mapping[str, Any], assignments: Sequence[str] = (), file: Path | None = None
+) -> StudySpec:
     """A study from a file's values, options over them (None means not given), and `--set` assignments over both.
+
+    Errors name `file` and the line of what the values, which were read from it, have wrong.
 
     Raises:
         StudyError: an option or field is unknown or wrong.
@@ -96,7 +166,10 @@ def assemble(values: Mapping[str, Any], options: Mapping[str, Any], assignments:
     for option, value in options.items():
         if option not in OPTION_FIELDS:
             near = difflib.get_close_matches(option, OPTION_FIELDS, n=1)
-            raise StudyError(f"{option}: unknown option" + (f"; did you mean {near[0]}?" if near else ""))
+            raise StudyError(
+                f"{option}: unknown option" + (f"; did you mean {near[0]}?" if near else ""),
+                f"Known: {', '.join(OPTION_FIELDS)}.",
+            )
         if value is not None:
             set_field(merged, OPTION_FIELDS[option], value)
     training = merged.get("training")
@@ -109,10 +182,20 @@ def assemble(values: Mapping[str, Any], options: Mapping[str, Any], assignments:
         set_value(merged, assignment)
     if "name" not in merged:
         merged["name"] = _default_name(merged)
-    return resolve_spec(merged)
+    if file is None:
+        return resolve_spec(merged)
+    over = [OPTION_FIELDS[option] for option in options if options[option] is not None]
+    over += [assignment.partition("=")[0] for assignment in assignments]
+    lines = {
+        field: line
+        for field, line in _parse_file(file).lines.items()
+        if not any(f"{field}.".startswith(f"{given}.") for given in over)
+    }
+    return resolve_spec(merged, f"the study {file}", lines)
 
 
 def _default_name(values: Mapping[str, Any]) -> str:
-    parts = [values.get(group, {}).get("id", "") for group in ("model", "data")]
+    groups = [values.get(name) for name in ("model", "data")]
+    parts = [group.get("id") for group in groups if isinstance(group, dict)]
     words = [re.sub(r"[^A-Za-z0-9._-]+", "-", Path(part).stem).strip("-._") for part in parts if isinstance(part, str)]
     return "-".join(word for word in words if word)[:100] or "study"

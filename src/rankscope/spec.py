@@ -7,7 +7,6 @@ what was done. Names follow PEFT and transformers where they have one.
 """
 
 import difflib
-import re
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from itertools import product
@@ -22,6 +21,8 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -48,8 +49,36 @@ def _unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
+def _alpha_or_multiple(value: Any) -> Any:
+    text = str(value).strip()
+    try:
+        valid = 0 < float(text.removesuffix("r")) < float("inf")
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ValueError("expected a number above 0, or a multiple of the rank such as 2r")
+    return text if text.endswith("r") else float(text)
+
+
+def _all_linear_or_names(value: Any) -> Any:
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError("expected all-linear, or names of modules such as q_proj")
+    return value if value == "all-linear" else tuple(names)
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_not_one(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic takes `true` where a number belongs."""
+        values = value if isinstance(value, list | tuple) else [value]
+        is_switch = cls.model_fields[info.field_name or ""].annotation is bool
+        if not is_switch and any(isinstance(one, bool) for one in values):
+            raise ValueError("expected another value than true or false")
+        return value
 
 
 class ModelSpec(_Frozen):
@@ -93,9 +122,11 @@ class DataSpec(_Frozen):
 class AdapterSpec(_Frozen):
     """What every candidate shares of its LoRA adapter."""
 
-    alpha: PositiveFloat | Annotated[str, Field(pattern=r"^\d+(\.\d+)?r$")] = 32.0
+    alpha: Annotated[float | str, BeforeValidator(_alpha_or_multiple)] = 32.0
     """A number, or a multiple of the rank such as `2r`."""
-    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], BeforeValidator(_as_list)] = "all-linear"
+    target_modules: Annotated[Literal["all-linear"] | tuple[str, ...], BeforeValidator(_all_linear_or_names)] = (
+        "all-linear"
+    )
     lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     use_rslora: bool = False
     """Scale by alpha/sqrt(rank) instead of alpha/rank (Kalajdzievski 2023, arXiv:2312.03732)."""
@@ -158,7 +189,7 @@ class MeasureSpec(_Frozen):
 class VerdictSpec(_Frozen):
     """How the conclusion is drawn."""
 
-    margin: PositiveFloat = 0.01
+    margin: float = Field(default=0.01, gt=0.0, lt=1.0)
     """A rank is good enough when its regret is below this share of the best candidate's loss."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1.0)
     max_gpu_memory: Annotated[PositiveInt, BeforeValidator(parse_bytes)] | None = None
@@ -340,8 +371,14 @@ def _short(value: float) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
-def resolve_spec(values: Mapping[str, Any], source: str = "the study") -> StudySpec:
-    """Validates a nested mapping. `source` names where it came from, in errors.
+_MOST_SHOWN = 5
+"""Wrong fields of a study that an error shows."""
+
+
+def resolve_spec(
+    values: Mapping[str, Any], source: str = "the study", lines: Mapping[str, int] | None = None
+) -> StudySpec:
+    """Validates a nested mapping. `source` names where it came from, in errors; `lines` the line of a field there.
 
     Raises:
         StudyError: a field is unknown, missing or wrong; the message names each, and the nearest known name.
@@ -349,27 +386,58 @@ def resolve_spec(values: Mapping[str, Any], source: str = "the study") -> StudyS
     try:
         return StudySpec.model_validate(dict(values))
     except ValidationError as error:
-        lines = [_explain(dict(detail)) for detail in error.errors()]
+        found = list(dict.fromkeys(_explain(dict(detail), lines or {}) for detail in error.errors()))
+        shown = [f"  - {line}" for line in found[:_MOST_SHOWN]] + ["  - ..."] * (len(found) > _MOST_SHOWN)
         raise StudyError(
-            f"{source} is wrong:\n" + "\n".join(f"  - {line}" for line in dict.fromkeys(lines)),
+            f"{source} is wrong:\n" + "\n".join(shown),
             "Correct these fields and run again; `rankscope run --help` and studies/ show valid ones.",
         ) from None
 
 
-def _explain(detail: dict[str, Any]) -> str:
-    path = [part for part in detail["loc"] if not (isinstance(part, str) and re.search(r"[\[\(]|^constrained", part))]
-    where = ".".join(str(part) for part in path) or "study"
+def _explain(detail: dict[str, Any], lines: Mapping[str, int]) -> str:
+    path = [str(part) for part in detail["loc"]]
+    field = ".".join(path) or "study"
+    line = next((lines[name] for name in _with_parents(path) if name in lines), None)
+    where = f"line {line}, {field}" if line else field
     if detail["type"] == "extra_forbidden":
-        known = _known_fields(path[:-1])
-        near = difflib.get_close_matches(str(path[-1]), known, n=1)
-        return f"{where}: unknown field" + (f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}")
+        return f"{where}: unknown field; {_suggestion(path)}"
     message = str(detail["msg"]).removeprefix("Value error, ")
+    if detail["type"] == "model_type":
+        message = f"expected a group of the fields {', '.join(_fields(path))}"
+    elif detail["type"] == "too_short":
+        message = "expected at least one"
     given = detail.get("input")
-    shown = "" if detail["type"] == "missing" or isinstance(given, dict | BaseModel) else f" (got {given!r})"
+    shown = "" if detail["type"] == "missing" or isinstance(given, dict | BaseModel) else f" (got {_short_form(given)})"
     return f"{where}: {message}{shown}"
 
 
-def _known_fields(path: Sequence[Any]) -> list[str]:
+def _with_parents(path: Sequence[str]) -> list[str]:
+    """`training.steps` and `training`."""
+    return [".".join(path[:length]) for length in range(len(path), 0, -1)]
+
+
+def _short_form(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _suggestion(path: Sequence[str]) -> str:
+    """The nearest field of the same group; else one of any group."""
+    *group, name = path
+    known = _fields(group)
+    groups = [[field] for field in _fields([]) if _fields([field])]
+    elsewhere = {
+        ".".join([*other, field]): field for other in [[], *groups] if other != group for field in _fields(other)
+    }
+    same_name = [full for full, field in elsewhere.items() if field == name]
+    near = difflib.get_close_matches(name, known, n=1)
+    near_elsewhere = difflib.get_close_matches(name, elsewhere.values(), n=1)
+    fitting = same_name or near or [full for full, field in elsewhere.items() if field in near_elsewhere]
+    return f"did you mean {' or '.join(fitting)}?" if fitting else f"known: {', '.join(known)}"
+
+
+def _fields(path: Sequence[str]) -> list[str]:
+    """The names of a group's fields, the study's own for []; none where there is no such group."""
     model: Any = StudySpec
     for part in path:
         model = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
