@@ -2,7 +2,7 @@
 
     python benchmarks/crash.py --kills 200 --seed 0
 
-One small study (embedded model, two ranks and seeds in two packs, LoRA dropout, gradient accumulation, seven epochs)
+One small study (embedded model, four trials in a pack, LoRA dropout, gradient accumulation, eleven epochs)
 is run once to its end. Then it is begun again and again in new directories, and each run is killed until one reaches
 its end. Half of the kills are at named points (SIGKILL), half at a random moment (SIGKILL, SIGTERM or SIGINT):
 
@@ -104,10 +104,9 @@ def environment(**values: str) -> dict[str, str]:
 
 
 def command(study: Path, interval: int) -> list[str]:
-    options = ["--ranks", "4,16", "--seeds", "0,1", "--steps", "40", "--batch-size", "4", "--out", str(study)]
+    options = ["--ranks", "4,16", "--seeds", "0,1", "--steps", "60", "--batch-size", "4", "--out", str(study)]
     sets = ["measure.profiles=false", "training.evals=3", "data.eval_rows=16", f"training.checkpoint_steps={interval}"]
     sets += ["training.gradient_accumulation_steps=2", "adapter.lora_dropout=0.1", "data.max_rows=60"]
-    sets += ["training.trials_per_pack=2"]
     run = [sys.executable, "-m", "rankscope.cli", "run", "--model", "embedded", "--dataset", "embedded", *options]
     return run + [part for assignment in sets for part in ("--set", assignment)]
 
