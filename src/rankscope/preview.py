@@ -13,7 +13,7 @@ from rankscope.lora.base import free_bytes, resolve_device
 from rankscope.plan import SHARE_OF_FREE_MEMORY, disk_bytes, divide_into_packs
 from rankscope.report.catalogue import load
 from rankscope.report.formats import duration, percent, size
-from rankscope.runner import describe_data, prepare_data
+from rankscope.runner import check_ranks, describe_data, prepare_data
 from rankscope.spec import StudySpec, Trial
 from rankscope.train.memory import Peak, Prediction, predict, predict_peak
 from rankscope.train.pack import effective_batch_size, total_steps
@@ -40,6 +40,7 @@ def show_plan(spec: StudySpec, console: Console, gpu_memory: int | None = None) 
     """
     device = torch.device("cuda") if gpu_memory else resolve_device(spec.model.device)
     prediction = predict(spec, device if gpu_memory else None)
+    check_ranks(spec, prediction)
     free = gpu_memory or free_bytes(device)
     data = prepare_data(spec)
     found = forecast(spec, prediction, data, free, here=not gpu_memory)

@@ -15,7 +15,15 @@ from rankscope.analysis.verdict import conclude
 from rankscope.data.cache import prepare_cached
 from rankscope.data.general import with_general_text
 from rankscope.data.tokens import TokenizedData, load, save
-from rankscope.errors import DataError, KilledError, RankscopeError, StudyDirectoryError, WorkerError
+from rankscope.errors import (
+    DataError,
+    KilledError,
+    ModelError,
+    RankscopeError,
+    StudyDirectoryError,
+    StudyError,
+    WorkerError,
+)
 from rankscope.files import write_json
 from rankscope.forecast import forecast
 from rankscope.launch.local import run_locally
@@ -91,16 +99,30 @@ def run_study(spec: StudySpec, out: Path, progress: Progress, language: str = "e
     """The main path, for a resolved study. Trials that fail are recorded, not raised: see `unfinished`."""
     resolve_device(spec.model.device)
     prediction = predict(spec)
+    check_ranks(spec, prediction)
     prepared = None
     if not (out / "study.yaml").exists():  # nothing is made before the data are known to be usable, and to have room
         prepared = prepare_data(spec)
         check_space(spec, out, prediction, spec.trials(), prepared)
     study = Study.create(out, spec)
+    try:
+        _run(study, prediction, prepared, progress, language)
+    except (ModelError, DataError):
+        if prepared is not None and not any(file.stat().st_size for file in (out / "trials").glob("*/metrics.jsonl")):
+            shutil.rmtree(out)  # what cannot begin leaves nothing behind
+        raise
+    return study
+
+
+def _run(
+    study: Study, prediction: Prediction, prepared: TokenizedData | None, progress: Progress, language: str
+) -> None:
+    spec = study.spec
     with study.lock():
         for name in study.remove_damaged():
             progress.say(f"{name} was damaged: it is removed, and made again.")
         data = _study_data(study, prepared)
-        check_space(spec, out, prediction, missing_trials(study), data)
+        check_space(spec, study.path, prediction, missing_trials(study), data)
         progress.say(describe_data(data.facts))
         if not (study.path / "machine.json").exists():
             write_json(study.path / "machine.json", describe_machine(spec, prediction.base_params))
@@ -111,7 +133,16 @@ def run_study(spec: StudySpec, out: Path, progress: Progress, language: str = "e
         measure(study, progress)
         train_reference(study, data, progress)
         finish(study, language)
-    return study
+
+
+def check_ranks(spec: StudySpec, prediction: Prediction) -> None:
+    """Raises StudyError where a rank is larger than any update of an adapted layer can have."""
+    too_large = [rank for rank in spec.ranks if rank > prediction.full_rank]
+    if too_large:
+        raise StudyError(
+            f"ranks: {too_large[0]:,} is larger than {prediction.full_rank:,}, the full rank of the model's layers",
+            "Leave it out: it adds parameters and nothing else.",
+        )
 
 
 def _study_data(study: Study, prepared: TokenizedData | None) -> TokenizedData:

@@ -67,6 +67,10 @@ def _all_linear_or_names(value: Any) -> Any:
     return value if value == "all-linear" else tuple(names)
 
 
+Rank = Annotated[int, Field(gt=0, le=1 << 20)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -280,9 +284,9 @@ class StudySpec(_Frozen):
     name: str = Field(default="rankscope-study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     model: ModelSpec
     data: DataSpec
-    ranks: Annotated[tuple[PositiveInt, ...], BeforeValidator(_as_list), Field(min_length=1)] = (8, 128, 256)
+    ranks: Annotated[tuple[Rank, ...], BeforeValidator(_as_list), Field(min_length=1)] = (8, 128, 256)
     learning_rates: Annotated[tuple[PositiveFloat, ...], BeforeValidator(_as_list), Field(min_length=1)] = (2e-4,)
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_as_list), Field(min_length=1)] = (
+    seeds: Annotated[tuple[Seed, ...], BeforeValidator(_as_list), Field(min_length=1)] = (
         0,
         1,
         2,

@@ -9,7 +9,7 @@ import pytest
 
 import rankscope
 from folders import write_data, write_model
-from rankscope.files import read_json
+from rankscope.files import read_json, write_json
 from rankscope.runner import finish
 from rankscope.study import Study
 
@@ -44,12 +44,12 @@ def test_with_an_unfinished_trial_too(study: Study) -> None:
     trial = next(trial for trial in study.spec.trials() if trial.candidate.rank == 16 and trial.seed == 1)
     file = study.trial_folder(trial) / "trial.json"
     record = read_json(file)
-    file.write_text(json.dumps(record | {"status": "failed", "reason": "for the test"}))
+    write_json(file, record | {"status": "failed", "reason": "for the test"})
     try:
         finish(study)
         done = recompute(study)
     finally:
-        file.write_text(json.dumps(record))
+        write_json(file, record)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -15,6 +15,7 @@ from rankscope.data import TokenizedData, Tokens, load, prepare, save
 from rankscope.data import tokens as tokens_module
 from rankscope.data.tokens import Example
 from rankscope.errors import DataError, ModelError, StudyDirectoryError
+from rankscope.files import read_json, write_json
 from rankscope.spec import DataSpec
 
 Write = Callable[..., DataSpec]
@@ -246,9 +247,9 @@ def _flip(folder: Path) -> None:
 
 
 def _forget_hash(folder: Path) -> None:
-    facts = json.loads((folder / "facts.json").read_text())
+    facts = read_json(folder / "facts.json")
     del facts["tokens_sha256"]
-    (folder / "facts.json").write_text(json.dumps(facts))
+    write_json(folder / "facts.json", facts)
 
 
 @pytest.mark.parametrize(

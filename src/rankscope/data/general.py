@@ -68,7 +68,7 @@ def load_general_text(
             f"measure.forgetting: {id} has no token to predict within data.max_length {max_length}",
             "Give a text of at least a few sentences.",
         )
-    check_ids(examples[:most], vocab_size)
+    check_ids(examples[:most], tokenizer, vocab_size)
     return Tokens.from_examples(examples[:most])
 
 

@@ -70,7 +70,7 @@ def _render_chat(
 ) -> Rendered:
     if not tokenizer.chat_template:
         raise DataError(
-            "the rows are conversations, but the model's tokenizer has no chat template",
+            f"the rows are conversations, but the tokenizer of {tokenizer.name_or_path} has no chat template",
             "Choose a chat (instruct) model, or data in the alpaca or prompt_completion format.",
         )
     try:
@@ -136,7 +136,8 @@ def special_tokens_in_front(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
         if dressed[front : front + len(bare)] == bare:
             return dressed[:front]
     raise ModelError(
-        f"the tokenizer changes text when it adds special tokens: {bare} became {dressed}",
+        f"model {tokenizer.name_or_path}: the tokenizer changes text when it adds special tokens: {bare} became "
+        f"{dressed}",
         "Choose another model.",
     )
 
@@ -145,7 +146,7 @@ def _eos(tokenizer: "PreTrainedTokenizerBase") -> int:
     eos = tokenizer.eos_token_id
     if not isinstance(eos, int):
         raise ModelError(
-            "the model's tokenizer has no end-of-sequence token, so a completion could not end",
+            f"model {tokenizer.name_or_path}: the tokenizer has no end-of-sequence token, so a completion could not end",
             "Choose a model whose tokenizer has one (eos_token in its tokenizer_config.json).",
         )
     return eos

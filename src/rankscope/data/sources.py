@@ -27,9 +27,11 @@ COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages")
 
 FILE_TYPES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+"""What the hub may call a model or data set."""
+
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 class Table(NamedTuple):
@@ -68,7 +70,7 @@ def read_table(spec: DataSpec, wanted: Sequence[str] = COLUMNS) -> Table:
     if os.path.isdir(path):
         _refuse_hub_fields(spec, "revision")
         return _read_with_datasets(spec, str(path), wanted, local=True)
-    if path.suffix.lower() in (*FILE_TYPES, ".gz") or not _HUB_ID.fullmatch(spec.id):
+    if path.suffix.lower() in (*FILE_TYPES, ".gz") or not HUB_ID.fullmatch(spec.id):
         raise DataError(f"{spec.id}: no such file or folder", "Check the path, or give a hub id such as owner/name.")
     return _read_with_datasets(spec, spec.id, wanted, local=False)
 
@@ -262,6 +264,8 @@ def _read_with_datasets(spec: DataSpec, source: str, wanted: Sequence[str], *, l
             dataset = dataset.select(range(min(spec.max_rows, len(dataset))))
         rows = dataset.select_columns([column for column in columns if column in wanted]).to_list()
     except Exception as error:  # datasets raises some thirty classes, from its own to pyarrow's and httpx's
+        if local:
+            _check_files(Path(source))
         wraps = isinstance(error, datasets.exceptions.DatasetGenerationError)  # which says nothing itself
         cause = (error.__cause__ if wraps else None) or error
         todo = "Check the folder's files, and data.config and data.split."
@@ -270,6 +274,13 @@ def _read_with_datasets(spec: DataSpec, source: str, wanted: Sequence[str], *, l
         message = textwrap.shorten(str(cause), 500, placeholder=" ...")
         raise DataError(f"{source}: cannot be loaded: {type(cause).__name__}: {message}", todo) from error
     return Table(source, rows, columns, revision=None if local else _commit(dataset) or spec.revision)
+
+
+def _check_files(folder: Path) -> None:
+    """Raises DataError for the first file that cannot be read by itself: `datasets` names neither file nor line."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and Path(path.name.removesuffix(".gz")).suffix.lower() in FILE_TYPES:
+            _read_file(path, None, COLUMNS)
 
 
 def _saved_split(saved: Any, spec: DataSpec) -> Any:

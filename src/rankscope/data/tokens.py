@@ -128,7 +128,7 @@ def tokenize(records: Records, spec: DataSpec, tokenizer: "PreTrainedTokenizerBa
             truncated += len(encoded.prompt_ids) + len(encoded.completion_ids) > spec.max_length
             prompts.append(row.prompt)
             examples.append(example)
-    check_ids(examples, vocab_size)
+    check_ids(examples, tokenizer, vocab_size)
     chosen = held_out(prompts, spec.eval_rows, spec.split_seed)
     _check_split(chosen, without_label, spec)
     train = Tokens.from_examples([example for example, held in zip(examples, chosen, strict=True) if not held])
@@ -179,12 +179,13 @@ def _example(prompt: list[int], completion: list[int], spec: DataSpec) -> Exampl
     return Example(ids, is_label)
 
 
-def check_ids(examples: Sequence[Example], vocab_size: int) -> None:
+def check_ids(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> None:
     """Raises ModelError where a token id is none of the `vocab_size` rows of the model's embedding."""
     highest = max((int(example.ids.max()) for example in examples), default=0)
     if highest >= vocab_size:
         raise ModelError(
-            f"the tokenizer gives token id {highest}, but the model's vocabulary has {vocab_size} entries",
+            f"model {tokenizer.name_or_path}: the tokenizer gives token id {highest}, but the model's vocabulary has "
+            f"{vocab_size} entries (vocab_size in config.json)",
             "Use the tokenizer that belongs to the model.",
         )
 
@@ -195,10 +196,10 @@ def _check_split(chosen: npt.NDArray[np.bool_], without_label: int, spec: DataSp
         raise DataError(
             f"{spec.id}: no row has a token to learn within max_length {spec.max_length} "
             f"({without_label:,} rows were dropped)",
-            "Raise data.max_length; the prompts alone fill it.",
+            "Raise data.max_length, which is at most the model's positions: the prompts alone fill it.",
         )
     dropped = f" ({without_label:,} more had no token to learn)" if without_label else ""
-    remain = f"{spec.id}: {rows:,} different rows{dropped} with"
+    remain = f"{spec.id}: {rows:,} different row{'s' * (rows != 1)}{dropped} with"
     if rows < 3 or rows - held < 2:
         asked = f" {spec.eval_rows:,} asked to be held out" if spec.eval_rows else f" {held:,} held out"
         raise DataError(f"{remain}{asked} leave fewer than 2 to train on", "Give more rows, or lower data.eval_rows.")

@@ -35,18 +35,21 @@ def inject(config: LoraConfig, model: nn.Module, name: str, empty: bool = False)
     """PEFT's injection; with `empty` on the meta device.
 
     Raises:
-        StudyError: the target modules match nothing, or cannot carry LoRA; the message names those that can.
+        StudyError: a target module matches nothing, or cannot carry LoRA; the message names those that can.
     """
+    todo = f"Linear modules of this model: {', '.join(linear_names(model))}."
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # many adapters: meant
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # PEFT corrects it for Conv1D
         try:
             inject_adapter_in_model(config, model, name, low_cpu_mem_usage=empty)
         except ValueError as error:
-            raise StudyError(
-                f"adapter.target_modules: {str(error).strip().splitlines()[0]}",
-                f"Linear modules of this model: {', '.join(linear_names(model))}.",
-            ) from None
+            raise StudyError(f"adapter.target_modules: {str(error).strip().splitlines()[0]}", todo) from None
+    names = [f".{layer}" for layer, _ in lora_layers(model)]
+    asked = config.target_modules if isinstance(config.target_modules, set | list) else []
+    for module in sorted(asked):  # PEFT is content where one of them matches
+        if not any(name.endswith(f".{module}") for name in names):
+            raise StudyError(f"adapter.target_modules: {module} matches no module of this model", todo)
 
 
 def add_adapter(model: PreTrainedModel, trial: Trial, base: str | None = None) -> LoraConfig:

@@ -6,17 +6,20 @@ import json
 import logging
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from rankscope import demo
+from rankscope.data.sources import HUB_ID
 from rankscope.errors import ModelError, StudyError
 from rankscope.spec import EMBEDDED, ModelSpec
 
@@ -61,13 +64,17 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """Raises ModelError when there is no usable tokenizer."""
     try:
-        return AutoTokenizer.from_pretrained(location(spec), revision=spec.revision, **_SAFE)
+        tokenizer = AutoTokenizer.from_pretrained(location(spec), revision=spec.revision, **_SAFE)
     except Exception as error:
         raise _cannot_load(spec, "tokenizer", error) from error
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # what transformers makes of no file at all
+        raise _cannot_load(spec, "tokenizer", ValueError("it has no vocabulary"))
+    return tokenizer
 
 
 def load_config(spec: ModelSpec) -> Any:
     """The model's configuration; raises ModelError when there is none, or when loading the model would not be safe."""
+    _check_place(spec)
     try:
         config = AutoConfig.from_pretrained(location(spec), revision=spec.revision, **_SAFE)
         unsafe = _unsafe(spec, config)
@@ -76,6 +83,31 @@ def load_config(spec: ModelSpec) -> Any:
     if unsafe:
         raise ModelError(f"model {spec.id}: {unsafe}", "Use a plain base model with safetensors weights.")
     return config
+
+
+def _check_place(spec: ModelSpec) -> None:
+    """Raises ModelError where `spec.id` is neither the folder of a model nor an id that the hub could have."""
+    folder = Path(location(spec))
+    if folder.is_dir():
+        if spec.revision is not None:
+            raise ModelError(
+                f"model {spec.id}: model.revision is {spec.revision!r}, but a folder has no revision", "Remove it."
+            )
+        if (folder / ADAPTER_CONFIG_NAME).is_file() and not (folder / CONFIG_NAME).is_file():
+            raise ModelError(
+                f"model {spec.id}: an adapter ({ADAPTER_CONFIG_NAME}), not a model",
+                "Give the model that it was trained on: base_model_name_or_path in that file.",
+            )
+        if not (folder / CONFIG_NAME).is_file():
+            raise ModelError(f"model {spec.id}: no {CONFIG_NAME} in the folder", _FOLDER_HOLDS)
+        return
+    if folder.is_file():
+        raise ModelError(f"model {spec.id}: a file, not a folder", _FOLDER_HOLDS)
+    if not HUB_ID.fullmatch(spec.id):
+        raise ModelError(f"model {spec.id}: no such folder", "Check the id: a folder, or a hub id such as owner/name.")
+
+
+_FOLDER_HOLDS = "The folder must hold config.json, *.safetensors, and the tokenizer's files such as tokenizer.json."
 
 
 def commit(spec: ModelSpec) -> str | None:
@@ -116,8 +148,8 @@ def load_model(spec: ModelSpec, attention: str | None = None) -> PreTrainedModel
     `attention` names a registered attention implementation; None leaves the model's default.
 
     Raises:
-        ModelError: no such model, no safetensors weights, weights missing, or an architecture that transformers
-            does not have; see also `load_config`.
+        ModelError: no such model, no safetensors weights, weights missing or of other shapes than config.json says, or
+            an architecture that transformers does not have; see also `load_config`.
         StudyError: the device does not exist.
     """
     device = resolve_device(spec.device)
@@ -130,12 +162,21 @@ def load_model(spec: ModelSpec, attention: str | None = None) -> PreTrainedModel
             dtype=resolve_dtype(spec.dtype, device),
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to name them below
             **({"attn_implementation": attention} if attention else {}),
             **_SAFE,
         )
     except Exception as error:
         raise _cannot_load(spec, "model", error) from error
     model, loading = loaded
+    other_shapes = sorted(loading["mismatched_keys"])
+    if other_shapes:
+        name, found, expected = other_shapes[0]
+        raise ModelError(
+            f"model {spec.id}: weights of other shapes than {CONFIG_NAME} says: {name} is {list(found)}, expected "
+            f"{list(expected)}" + (f"; and {len(other_shapes) - 1} more" if other_shapes[1:] else ""),
+            f"Take {CONFIG_NAME} and the weights from the same checkpoint.",
+        )
     missing = sorted(loading["missing_keys"])
     if missing:
         raise ModelError(
@@ -193,9 +234,31 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 def _cannot_load(spec: ModelSpec, part: str, error: Exception) -> ModelError:
     logging.getLogger(__name__).debug("loading failed", exc_info=error)
-    reason = str(error).strip().split("\n")[0] or type(error).__name__
-    if Path(spec.id).is_dir():
-        todo = "The folder must hold config.json, *.safetensors and the tokenizer's files."
-    else:
-        todo = "Check the id (hub id or folder), the network, and `hf auth login` for a gated model."
+    folder = Path(location(spec))
+    reason = textwrap.shorten(str(error), 300, placeholder=" ...")
+    if isinstance(error, LookupError) or not reason:  # whose text is a key alone
+        reason = f"{type(error).__name__}: {reason}"
+    reason = _damaged(folder) or reason
+    todo = "Check the id (hub id or folder), the network, and `hf auth login` for a gated model."
+    if folder.is_dir():
+        todo = _FOLDER_HOLDS
+        others = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.gguf") for path in folder.glob(kind))
+        if part == "model" and others and not any(folder.glob("*.safetensors")):
+            todo = f"{others[0]} is not read: load the model where you trust it, and save it with save_pretrained."
     return ModelError(f"{part} of {spec.id} cannot be loaded: {reason}", todo)
+
+
+def _damaged(folder: Path) -> str | None:
+    """What is wrong with the first file of a model's folder that is no JSON or no safetensors by itself."""
+    for file in sorted(folder.glob("*.json")):
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            return f"{file}: not valid JSON: {error}"
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"{file}: damaged or cut short: {error}"
+    return None

@@ -12,14 +12,16 @@ def skeleton(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> PreTrainedM
     """The model without weights, on the meta device.
 
     Raises:
-        ModelError: transformers has no causal language model of this architecture.
+        ModelError: transformers has no causal language model of this architecture, or not one of this configuration.
     """
     config = load_config(spec)
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
             return freeze(model)
-    except ValueError as error:
+    except Exception as error:  # a model's code raises what it likes where a value of config.json makes no sense
+        reason = (str(error).splitlines() or [""])[0]
         raise ModelError(
-            f"model {spec.id}: {str(error).splitlines()[0]}", "Use a causal language model that transformers has."
+            f"model {spec.id}: none can be made of its config.json: {type(error).__name__}: {reason}",
+            "Use a causal language model that transformers has.",
         ) from None

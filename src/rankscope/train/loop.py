@@ -178,6 +178,11 @@ def train_members(
             start, one = time.perf_counter(), [active[0].trial.name]
             (before,) = engine.evaluate(data.eval, one)  # the base's own loss for every trial: B is zero
             tally.eval_seconds += time.perf_counter() - start
+            if not math.isfinite(before.mean):
+                raise ModelError(
+                    "the model's held-out loss is no finite number before training",
+                    "Its weights hold NaN or infinity, or overflow: try another model.dtype.",
+                )
             (general_before,) = _general_losses(engine, data.general, one)
             for log_ in logs.values():
                 log_.write({"step": 0, "epoch": 0.0, "eval_loss": before.mean})
