@@ -146,7 +146,7 @@ def _eos(tokenizer: "PreTrainedTokenizerBase") -> int:
     eos = tokenizer.eos_token_id
     if not isinstance(eos, int):
         raise ModelError(
-            f"model {tokenizer.name_or_path}: the tokenizer has no end-of-sequence token, so a completion could not end",
+            f"model {tokenizer.name_or_path}: the tokenizer has no end-of-sequence token, so no completion could end",
             "Choose a model whose tokenizer has one (eos_token in its tokenizer_config.json).",
         )
     return eos

@@ -49,8 +49,8 @@ def load_records(spec: DataSpec) -> Records:
     A null or absent `input` means no input; columns that the format does not use are ignored.
 
     Raises:
-        DataError: the source cannot be read, its columns fit no format (or several), or rows are wrong: a
-            null, a number or a list where text belongs, broken Unicode, a conversation that the assistant
+        DataError: the source cannot be read, its columns fit no format (or several), every answer is blank, or rows
+            are wrong: a null, a number or a list where text belongs, broken Unicode, a conversation that the assistant
             does not end. File, line, row and field are named.
     """
     table = read_table(spec)
@@ -71,6 +71,11 @@ def load_records(spec: DataSpec) -> Records:
         count = "1 row is" if len(problems) == 1 else f"{len(problems):,} rows are"
         more = "\n  - ..." if len(problems) > 3 else ""
         raise DataError(f"{count} wrong, read as {format}:\n{shown}{more}", "Correct or remove these rows.")
+    if not any(_answer(row).strip() for row in rows):
+        raise DataError(
+            f"{table.name}: every row's {REQUIRED[format][-1]} is blank: there is nothing to learn",
+            "Put the answers there, or set data.format to another one that the columns fit.",
+        )
     digest = hashlib.sha256()
     for row in rows:
         digest.update(canonical_text(row).encode() + b"\n")
@@ -130,6 +135,12 @@ def _canonical(raw: dict[str, Any], format: Format) -> dict[str, Any]:
     if isinstance(prompt, list) and isinstance(completion, str):
         raise WrongRowError("`completion` is text but `prompt` is a list of messages: both must be the same")
     return {"prompt": checked_text(prompt, "prompt"), "completion": checked_text(completion, "completion")}
+
+
+def _answer(row: dict[str, Any]) -> str:
+    """What is learned of a row."""
+    answer: Any = row.get("output", row.get("completion", row.get("messages")))
+    return answer if isinstance(answer, str) else str(answer[-1]["content"])
 
 
 def checked_text(value: Any, field: str) -> str:

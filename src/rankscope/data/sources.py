@@ -264,9 +264,9 @@ def _read_with_datasets(spec: DataSpec, source: str, wanted: Sequence[str], *, l
             dataset = dataset.select(range(min(spec.max_rows, len(dataset))))
         rows = dataset.select_columns([column for column in columns if column in wanted]).to_list()
     except Exception as error:  # datasets raises some thirty classes, from its own to pyarrow's and httpx's
-        if local:
-            _check_files(Path(source))
         wraps = isinstance(error, datasets.exceptions.DatasetGenerationError)  # which says nothing itself
+        if local and wraps:
+            _check_files(Path(source))
         cause = (error.__cause__ if wraps else None) or error
         todo = "Check the folder's files, and data.config and data.split."
         if not local:

@@ -199,7 +199,7 @@ def _check_split(chosen: npt.NDArray[np.bool_], without_label: int, spec: DataSp
             "Raise data.max_length, which is at most the model's positions: the prompts alone fill it.",
         )
     dropped = f" ({without_label:,} more had no token to learn)" if without_label else ""
-    remain = f"{spec.id}: {rows:,} different row{'s' * (rows != 1)}{dropped} with"
+    remain = f"{spec.id}: {rows:,} different rows{dropped} with"
     if rows < 3 or rows - held < 2:
         asked = f" {spec.eval_rows:,} asked to be held out" if spec.eval_rows else f" {held:,} held out"
         raise DataError(f"{remain}{asked} leave fewer than 2 to train on", "Give more rows, or lower data.eval_rows.")

@@ -239,6 +239,8 @@ def _cannot_load(spec: ModelSpec, part: str, error: Exception) -> ModelError:
     if isinstance(error, LookupError) or not reason:  # whose text is a key alone
         reason = f"{type(error).__name__}: {reason}"
     reason = _damaged(folder) or reason
+    if "trust_remote_code" in str(error):  # which transformers advises
+        reason = "it needs custom code of its own, which is never run"
     todo = "Check the id (hub id or folder), the network, and `hf auth login` for a gated model."
     if folder.is_dir():
         todo = _FOLDER_HOLDS
