@@ -99,11 +99,11 @@ def run_study(spec: StudySpec, out: Path, progress: Progress, language: str = "e
     """The main path, for a resolved study. Trials that fail are recorded, not raised: see `unfinished`."""
     resolve_device(spec.model.device)
     prediction = predict(spec)
-    check_ranks(spec, prediction)
     prepared = None
     if not (out / "study.yaml").exists():  # nothing is made before the data are known to be usable, and to have room
         prepared = prepare_data(spec)
         check_space(spec, out, prediction, spec.trials(), prepared)
+    check_ranks(spec, prediction)
     study = Study.create(out, spec)
     try:
         _run(study, prediction, prepared, progress, language)
