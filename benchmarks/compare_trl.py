@@ -119,7 +119,7 @@ def run_rankscope(args: argparse.Namespace, folder: Path) -> Cost:
     for name in ("model", "dataset", "ranks", "steps", "batch_size", "max_length", "target_modules"):
         command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     command += ["--learning-rates", str(args.learning_rate)]
-    for assignment in ("measure.profiles=false", "training.evals=1", "data.eval_rows=8"):
+    for assignment in ("measure.profiles=false", "measure.answers=0", "training.evals=1", "data.eval_rows=8"):
         command += ["--set", assignment]
     process = run_child(command, folder)
     study = Study.open(path)

@@ -2,15 +2,15 @@
 
     python benchmarks/crash.py --kills 200 --seed 0
 
-One small study (embedded model, four trials in a pack, LoRA dropout, gradient accumulation, eleven epochs)
+One small study (embedded model, four trials in a pack, LoRA dropout, gradient accumulation, nine epochs)
 is run once to its end. Then it is begun again and again in new directories, and each run is killed until one reaches
 its end. Half of the kills are at named points (SIGKILL), half at a random moment (SIGKILL, SIGTERM or SIGINT):
 
 - flush: before a file's bytes are flushed to disk, of the nth file
 - rename: before a finished file takes its name; renamed: right after
 - append: in the middle of a line that is appended to metrics.jsonl
-- random: a moment in the first 30 seconds; of the supervisor and all its children, or
-  (one in three) of the child that trains alone
+- random: a moment in the time that a whole run takes, or after a random number of steps (half of each); the supervisor
+  and all its children, or (one in three) the child that trains alone
 
 Named points are reached by a `sitecustomize` module that is put in the way of the processes: nothing in rankscope knows
 of them. A kill counts where a process ended by its signal, or said that it was interrupted. Checked after each kill,
@@ -46,8 +46,7 @@ import psutil
 
 POINTS = ("flush", "rename", "renamed", "append")
 MOST_PER_STUDY = 30
-MOST_SECONDS = 30.0
-"""Until a random kill: most of a run that goes on is its start, and later moments come as it gets further."""
+STEPS, TRIALS = 60, 4
 
 HOOK = """
 import io, os, signal
@@ -104,9 +103,10 @@ def environment(**values: str) -> dict[str, str]:
 
 
 def command(study: Path, interval: int) -> list[str]:
-    options = ["--ranks", "4,16", "--seeds", "0,1", "--steps", "60", "--batch-size", "4", "--out", str(study)]
-    sets = ["measure.profiles=false", "training.evals=3", "data.eval_rows=16", f"training.checkpoint_steps={interval}"]
-    sets += ["training.gradient_accumulation_steps=2", "adapter.lora_dropout=0.1", "data.max_rows=60"]
+    options = ["--ranks", "4,16", "--seeds", "0,1", "--steps", str(STEPS), "--batch-size", "1", "--out", str(study)]
+    sets = ["measure.profiles=false", "measure.answers=0", f"training.checkpoint_steps={interval}"]
+    sets += ["training.evals=3", "data.eval_rows=4", "data.max_length=64", f"training.trials_per_pack={TRIALS}"]
+    sets += ["training.gradient_accumulation_steps=2", "adapter.lora_dropout=0.1", "data.max_rows=20"]
     run = [sys.executable, "-m", "rankscope.cli", "run", "--model", "embedded", "--dataset", "embedded", *options]
     return run + [part for assignment in sets for part in ("--set", assignment)]
 
@@ -166,7 +166,7 @@ def kill(study: Path, hook: Path, interval: int, rng: random.Random, seconds: fl
     with subprocess.Popen(command(study, interval), env=environment(**values), **quiet) as process:  # type: ignore[call-overload]
         if named:
             return kind if process.wait() == -signal.SIGKILL or child_was_killed(study) else None
-        time.sleep(rng.uniform(0.0, min(seconds, MOST_SECONDS)))
+        wait_for_a_moment(process, study, rng, seconds)
         if process.poll() is not None:
             return None
         children = psutil.Process(process.pid).children()
@@ -177,6 +177,18 @@ def kill(study: Path, hook: Path, interval: int, rng: random.Random, seconds: fl
             return f"{sent.name} to the child" if child_was_killed(study) else None
         os.killpg(process.pid, sent)
         return sent.name if process.wait() in (-sent, 130) else None
+
+
+def wait_for_a_moment(process: "subprocess.Popen[bytes]", study: Path, rng: random.Random, seconds: float) -> None:
+    """Returns at a random time of a whole run, or in or after a random one of the steps that are left."""
+    if rng.random() < 0.5:
+        time.sleep(rng.uniform(0.0, seconds))
+        return
+    done = trained(study).total()
+    wanted = rng.randint(done, max(done, STEPS * TRIALS - 1))
+    while process.poll() is None and trained(study).total() < wanted:
+        time.sleep(0.05)
+    time.sleep(rng.uniform(0.0, 0.5))
 
 
 def child_was_killed(study: Path) -> bool:

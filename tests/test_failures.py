@@ -25,7 +25,13 @@ OPTIONS: dict[str, Any] = {
     "learning_rates": [5e-3],
     "device": "cpu",
 }
-SETS = ("measure.profiles=false", "data.eval_rows=12", "training.evals=2", "training.checkpoint_steps=2")
+SETS = (
+    "measure.profiles=false",
+    "measure.answers=0",
+    "data.eval_rows=12",
+    "training.evals=2",
+    "training.checkpoint_steps=2",
+)
 NAMES = ["r002-lr5e-3-s0", "r004-lr5e-3-s0", "r008-lr5e-3-s0"]
 
 

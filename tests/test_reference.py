@@ -37,7 +37,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(root: Path, out: Path) -> Study:
     sets = (
-        "measure.profiles=false", "data.eval_rows=12", "training.evals=2", "data.max_length=64",
+        "measure.profiles=false", "measure.answers=0", "data.eval_rows=12", "training.evals=2", "data.max_length=64",
         f"measure.forgetting={root / 'general.txt'}", "measure.forgetting_rows=5",
     )  # fmt: skip
     return rankscope.run(

@@ -132,6 +132,7 @@ def _run(
         train(study, data, prediction, progress)
         measure(study, progress)
         train_reference(study, data, progress)
+        answer(study, progress)
         finish(study, language)
 
 
@@ -342,6 +343,17 @@ def train_reference(study: Study, data: TokenizedData, progress: Progress) -> No
         if error is not None:
             study.settle(trial, getattr(error, "status", WorkerError.status), error.what)
             progress.say(f"{trial.name} did not finish: {error}")
+
+
+def answer(study: Study, progress: Progress) -> None:
+    """Lets the base model and each candidate answer the same held-out prompts, where that has not been done."""
+    trials = study.answered() if study.spec.measure.answers else []
+    if {trial.name for trial in trials} <= study.answers_record()["answers"].keys():
+        return
+    progress.say(f"Answers of {len(trials)} candidates to {study.spec.measure.answers} held-out prompts")
+    error = run_locally(study.path, {"kind": "answers"}, study.path / "answers", progress.poll)
+    if error is not None:
+        progress.say(f"The answers did not finish: {error}")
 
 
 def finish(study: Study, language: str = "en") -> Path:

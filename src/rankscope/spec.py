@@ -89,7 +89,9 @@ class ModelSpec(_Frozen):
     """The frozen base model: a hub id or a folder with safetensors weights."""
 
     id: str = Field(min_length=1)
+    """A hub id, a folder, or `embedded`: the small pretrained model that comes with rankscope."""
     revision: str | None = None
+    """A branch, tag or commit on the hub. A folder has none."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto`: bfloat16 on a GPU that has it, float32 elsewhere. Adapters are always float32."""
     device: str = "auto"
@@ -100,14 +102,19 @@ class DataSpec(_Frozen):
     """Instruction data: a hub id, or a JSON, JSONL, CSV or Parquet file."""
 
     id: str = Field(min_length=1)
+    """A hub id, a file, a folder, or `embedded`: the real code that comes with rankscope."""
     config: str | None = None
     """The configuration's name, for hub data that has several."""
     revision: str | None = None
+    """A branch, tag or commit on the hub. Files have none."""
     split: str = "train"
+    """The part to read of hub data, or of a folder. A single file has none."""
     format: Literal["auto", "alpaca", "prompt_completion", "messages"] = "auto"
+    """`auto`: the one that the columns fit. alpaca has `instruction`, `input` and `output`."""
     template: str = DEFAULT_TEMPLATE
     """The prompt of alpaca rows. The line with `{input}` is left out where a row has none."""
     loss_on: Literal["completion", "all"] = "completion"
+    """`completion`: the loss is taken on the answer alone; `all`: on the prompt too."""
     max_length: PositiveInt = 1024
     """In tokens. Longer rows are cut at the end, and counted."""
     max_rows: PositiveInt | None = None
@@ -115,6 +122,7 @@ class DataSpec(_Frozen):
     eval_rows: PositiveInt | None = None
     """Rows held out. Default: 5% of the rows, at least 32 and at most 1,000."""
     split_seed: int = Field(default=0, ge=0)
+    """Decides which rows are held out."""
 
     @model_validator(mode="after")
     def _template_has_instruction(self) -> Self:
@@ -131,7 +139,9 @@ class AdapterSpec(_Frozen):
     target_modules: Annotated[Literal["all-linear"] | tuple[str, ...], BeforeValidator(_all_linear_or_names)] = (
         "all-linear"
     )
+    """`all-linear`, or names of the layers that get an adapter, such as `q_proj`."""
     lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of an adapter's inputs that are dropped while it trains."""
     use_rslora: bool = False
     """Scale by alpha/sqrt(rank) instead of alpha/rank (Kalajdzievski 2023, arXiv:2312.03732)."""
     init_lora_weights: Literal["kaiming", "gaussian"] = "kaiming"
@@ -142,24 +152,33 @@ class TrainingSpec(_Frozen):
     """The recipe, the same for every trial. One of `steps` and `epochs` is used."""
 
     steps: PositiveInt | None = None
+    """Optimizer steps of each trial."""
     epochs: PositiveFloat | None = None
     """Default: 1 epoch, where `steps` is not given either."""
     batch_size: PositiveInt = 8
     """Examples of one trial in one micro-step; an optimizer step sees `gradient_accumulation_steps` of them."""
     gradient_accumulation_steps: PositiveInt = 1
+    """Micro-steps of an optimizer step."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate goes on after the warm-up: down to 0 at the end, or constant."""
     warmup_ratio: float = Field(default=0.03, ge=0.0, le=1.0)
+    """Share of the steps over which the learning rate rises from 0."""
     weight_decay: float = Field(default=0.0, ge=0.0)
+    """AdamW's, of matrices."""
     max_grad_norm: float = Field(default=1.0, ge=0.0)
     """Each trial's gradient is clipped to this norm by itself; 0 means no clipping."""
     adam_beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    """AdamW's decay of the gradient's running mean."""
     adam_beta2: float = Field(default=0.999, ge=0.0, lt=1.0)
+    """AdamW's decay of the running mean of its square."""
     adam_epsilon: PositiveFloat = 1e-8
+    """Added to AdamW's denominator."""
     base_dropout: Literal["off", "keep"] = "off"
     """The base model's own dropout: noise in a comparison, so off. With `keep` every trial trains alone."""
     evals: PositiveInt = 4
     """How often the held-out loss is taken, evenly over the schedule; the last one is at its end."""
     engine: Literal["packed", "peft"] = "packed"
+    """`packed`: trials train together; `peft`: one at a time by PEFT's own forward."""
     isolated: bool = False
     """Train every trial alone, in a process of its own."""
     trials_per_pack: PositiveInt | None = None
@@ -180,14 +199,21 @@ class MeasureSpec(_Frozen):
     """How each candidate's cost is measured, alone, in fresh processes."""
 
     profiles: bool = True
+    """Whether memory and time are measured at all."""
     repeats: PositiveInt = 2
     """Fresh processes for each candidate, interleaved with those of the others."""
     warmup_steps: int = Field(default=2, ge=0)
+    """Steps of a profile before the measured ones."""
     steps: PositiveInt = 8
+    """Measured steps of a profile, on batches spread evenly over the schedule."""
     forgetting: str | None = Field(default=None, min_length=1)
     """General text, whose loss is taken before and after training: a .txt file, or data with a `text` column."""
     forgetting_rows: PositiveInt = 64
     """At most so many sequences of it, each of at most `data.max_length` tokens."""
+    answers: int = Field(default=3, ge=0)
+    """Held-out prompts that the base model and each candidate answer at the end, to be read side by side."""
+    answer_tokens: PositiveInt = 96
+    """At most so many tokens an answer."""
 
 
 class VerdictSpec(_Frozen):
@@ -196,6 +222,7 @@ class VerdictSpec(_Frozen):
     margin: float = Field(default=0.01, gt=0.0, lt=1.0)
     """A rank is good enough when its regret is below this share of the best candidate's loss."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1.0)
+    """Of the intervals and of the verdict."""
     max_gpu_memory: Annotated[PositiveInt, BeforeValidator(parse_bytes)] | None = None
     """In bytes, or as `24GB`: a rank that needs more is not recommended."""
     max_runtime: Annotated[PositiveFloat, BeforeValidator(parse_seconds)] | None = None
@@ -214,6 +241,7 @@ class ReferenceSpec(_Frozen):
     """Full fine-tuning, every weight of the model, on the same batches: what the candidates' regret is held against."""
 
     full: bool = False
+    """Whether it is trained. `full` among the ranks says the same."""
     learning_rates: Annotated[tuple[PositiveFloat, ...], BeforeValidator(_as_list), Field(min_length=1)] | None = None
     """Default: a tenth of each candidate learning rate, since full fine-tuning needs lower ones."""
 
@@ -282,20 +310,31 @@ class StudySpec(_Frozen):
     """One question: a model, data, candidates, seeds and a recipe."""
 
     name: str = Field(default="rankscope-study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    """The study's directory, where no other is given. A file without one is named after its model and data."""
     model: ModelSpec
+    """The base model, which stays frozen."""
     data: DataSpec
+    """What is trained on, and held out."""
     ranks: Annotated[tuple[Rank, ...], BeforeValidator(_as_list), Field(min_length=1)] = (8, 128, 256)
+    """LoRA ranks to compare. `full` among them adds full fine-tuning, as a reference."""
     learning_rates: Annotated[tuple[PositiveFloat, ...], BeforeValidator(_as_list), Field(min_length=1)] = (2e-4,)
+    """Peak learning rates. With several, each rank is judged at its best one."""
     seeds: Annotated[tuple[Seed, ...], BeforeValidator(_as_list), Field(min_length=1)] = (
         0,
         1,
         2,
     )
+    """Each candidate is trained with each of them. One says nothing about how sure a difference is."""
     adapter: AdapterSpec = AdapterSpec()
+    """What every candidate shares of its LoRA adapter."""
     training: TrainingSpec = TrainingSpec()
+    """The recipe, the same for every trial."""
     reference: ReferenceSpec = ReferenceSpec()
+    """Full fine-tuning, as a reference."""
     measure: MeasureSpec = MeasureSpec()
+    """How each candidate's cost is measured."""
     verdict: VerdictSpec = VerdictSpec()
+    """How the conclusion is drawn."""
 
     @model_validator(mode="before")
     @classmethod

@@ -11,6 +11,7 @@
       packs/p000/                 pack.json, job.json, log.txt; checkpoints/ until it has ended
       profiles/r008.json          time and memory of each repeat of a rank's profile, with samples
       profiles/control.json       the same of the lowest rank, measured twice over: the noise of every cost
+      answers/                    answers.json: what the base and each candidate answer on the same held-out prompts
       verdict.json
       report/                     index.html, report.md, results.csv, results.parquet, figures/
 
@@ -78,6 +79,8 @@ class Evidence(NamedTuple):
     """`Study.reference_results()`; None is the same as an empty table."""
     divided: Sequence[str] = ()
     """Trials whose pack ended with an error and was divided."""
+    answers: "pd.DataFrame | None" = None
+    """`Study.answers()`; None is the same as an empty table."""
 
 
 class Division(NamedTuple):
@@ -259,12 +262,20 @@ class Study:
             raise damaged(path, "its content does not match its hash in trial.json")
         return path
 
+    def adapter_file(self, trial: Trial) -> Path:
+        """The weights of a trial that is done.
+
+        Raises:
+            StudyDirectoryError: they are missing or damaged.
+        """
+        return self._whole(trial, "adapter/adapter_model.safetensors")
+
     def remove_damaged(self) -> list[str]:
         """Removes what is damaged and can be made again; the names of what was removed. The lock must be held."""
         from rankscope.data.tokens import load
 
         removed = []
-        records = ["machine.json", "prediction.json", "verdict.json", "packs/division.json"]
+        records = ["machine.json", "prediction.json", "answers/answers.json", "verdict.json", "packs/division.json"]
         records += [f"profiles/{name}.json" for name in self.spec.profiled()]
         records += [str(file.relative_to(self.path)) for file in self.path.glob("packs/*/pack.json")]
         for name in records:
@@ -422,6 +433,35 @@ class Study:
         ]
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
+    def answered(self) -> list[Trial]:
+        """The trials whose adapters answer the held-out prompts: of each candidate the first that is done."""
+        done: dict[str, Trial] = {}
+        for trial in self.spec.trials():
+            if self.trial_record(trial)["status"] == "done":
+                done.setdefault(trial.candidate.name, trial)
+        return list(done.values())
+
+    def answers_record(self) -> dict[str, Any]:
+        """answers.json: see `rankscope.measure.answers.answer`; without answers where there is none."""
+        file = self.file("answers", "answers.json")
+        return read_json(file) if file.exists() else {"questions": [], "answers": {}}
+
+    def answers(self) -> "pd.DataFrame":
+        """One row an answer: `example prompt reference candidate rank answer`; `example` counts held-out rows,
+        `reference` is the row's own answer, and the candidate `base`, of rank 0, is the model without an adapter.
+        """
+        import pandas as pd
+
+        record, trials = self.answers_record(), {trial.name: trial.candidate for trial in self.spec.trials()}
+        rows = [
+            question | {"candidate": trials[name].name, "rank": trials[name].rank, "answer": text}
+            if name in trials
+            else question | {"candidate": name, "rank": 0, "answer": text}
+            for name, texts in record["answers"].items()
+            for question, text in zip(record["questions"], texts, strict=True)
+        ]
+        return pd.DataFrame(rows, columns=["example", "prompt", "reference", "candidate", "rank", "answer"])
+
     def evidence(self) -> Evidence:
         """Reads everything once."""
         return Evidence(
@@ -437,6 +477,7 @@ class Study:
             reference=self.reference_examples(),
             reference_results=self.reference_results(),
             divided=self.division().trials_of_divided(),
+            answers=self.answers(),
         )
 
 

@@ -1,4 +1,5 @@
-"""What a child process does: packs one after the other, a trial of full fine-tuning, or one repeat of one profile.
+"""What a child process does: packs one after the other, a trial of full fine-tuning, one repeat of one profile, or
+the candidates' answers.
 
     python -m rankscope.launch.worker STUDY_DIRECTORY JOB_FILE
 
@@ -23,6 +24,8 @@ from rankscope.files import read_json, write_json
 from rankscope.study import Study
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from rankscope.data.tokens import TokenizedData
 
 
@@ -38,6 +41,14 @@ def run_job(study: Study, job: dict[str, Any]) -> None:
 
         (trial,) = [trial for trial in study.spec.reference_trials() if trial.name == job["trial"]]
         train_full(study.spec, trial, study.trial_folder(trial), data)
+    elif job["kind"] == "answers":
+        from rankscope.measure.answers import answer
+
+        model, _ = _load_base(study)
+        adapters = {trial: study.adapter_file(trial) for trial in study.answered()}
+        write_json(
+            study.file("answers", "answers.json"), {"schema": 1} | answer(model, study.spec, adapters, data.eval)
+        )
     else:
         from rankscope.measure.profile import profile_candidate
 
@@ -54,19 +65,12 @@ def _train_packs(study: Study, packs: Mapping[str, Sequence[str]], data: "Tokeni
     checkpoints go.
     """
     from rankscope.lora.adapters import remove_adapters
-    from rankscope.lora.base import fingerprint, load_model
     from rankscope.measure.pack import measure_pack
     from rankscope.train.loop import train_pack
     from rankscope.train.probe import use_own_forward
 
-    model = load_model(study.spec.model)
-    weights, attention = fingerprint(model), model.config._attn_implementation
-    for trial in study.spec.trials():
-        if study.trial_record(trial).get("model_sha256", weights) != weights:
-            raise ModelError(
-                f"{study.spec.model.id}: not the weights that {trial.name} was trained on",
-                "Give the model that the study began with (machine.json has its commit on the hub), or another --out.",
-            )
+    model, weights = _load_base(study)
+    attention = model.config._attn_implementation
     trials = {trial.name: trial for trial in study.spec.trials()}
     for pack, names in packs.items():
         record = {"schema": 1, "pack": pack, "trials": list(names), "results": None}
@@ -80,6 +84,25 @@ def _train_packs(study: Study, packs: Mapping[str, Sequence[str]], data: "Tokeni
         shutil.rmtree(checkpoints, ignore_errors=True)
         use_own_forward(model, attention)
         remove_adapters(model)
+
+
+def _load_base(study: Study) -> tuple["PreTrainedModel", str]:
+    """The base model and its fingerprint.
+
+    Raises:
+        ModelError: it cannot be loaded, or is not the one that a trial was trained on.
+    """
+    from rankscope.lora.base import fingerprint, load_model
+
+    model = load_model(study.spec.model)
+    weights = fingerprint(model)
+    for trial in study.spec.trials():
+        if study.trial_record(trial).get("model_sha256", weights) != weights:
+            raise ModelError(
+                f"{study.spec.model.id}: not the weights that {trial.name} was trained on",
+                "Give the model that the study began with (machine.json has its commit on the hub), or another --out.",
+            )
+    return model, weights
 
 
 def _known(error: Exception) -> RankscopeError:
