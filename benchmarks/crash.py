@@ -21,6 +21,8 @@ and in the end:
 - every loss, held-out loss and adapter is bitwise that of the run that nobody killed
 - what was resumed from a checkpoint began at most `--interval` steps before the last step that had been recorded
 
+SIGTERM and SIGINT are heard between two steps: the process writes a checkpoint and ends.
+
 The exit code is 1 where one of these does not hold, where a study never resumed from a checkpoint, or where the kills
 did not happen.
 """
@@ -193,7 +195,8 @@ def wait_for_a_moment(process: "subprocess.Popen[bytes]", study: Path, rng: rand
 
 def child_was_killed(study: Path) -> bool:
     texts = [file.read_text() for file in (study / "trials").glob("*/trial.json")]
-    return any("was killed (signal" in str(json.loads(text)["reason"]) for text in texts)
+    reasons = [str(json.loads(text)["reason"]) for text in texts]
+    return any("was killed (signal" in reason or "stopped as asked" in reason for reason in reasons)
 
 
 def one_study(folder: Path, number: int, seed: int, interval: int, seconds: float, expected: dict[str, str]) -> Outcome:

@@ -1,6 +1,7 @@
 """The command line as a user meets it: in a process of its own, with its exit codes and messages."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,16 +58,19 @@ def test_run_and_report(folder: Path) -> None:
     assert 'lang="ko"' in (folder / "out" / "report" / "index.html").read_text()
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
 def test_a_run_that_is_stopped_goes_on(folder: Path, how: signal.Signals) -> None:
-    """In mid-training: nothing half-made passes for done, the child ends too, the same command finishes."""
+    """In mid-training: nothing half-made passes for done, the child ends too, the same command finishes. A run that is
+    asked to stop goes on from where it was; as in a terminal, SIGINT reaches the child too."""
     out = f"stopped-{how.name}"
     arguments = ["run", "--model", "model", "--dataset", "data.json", "--ranks", "2", "--seeds", "0", "--steps", "300"]
-    arguments += ["--out", out, "--set", "measure.profiles=false"]
+    arguments += ["--out", out, "--set", "measure.profiles=false", "--set", "measure.answers=0"]
     command = [sys.executable, "-m", "rankscope.cli", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     metrics = folder / out / "trials" / "r002-lr2e-4-s0" / "metrics.jsonl"
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+    process = subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment, start_new_session=True
+    )
     deadline = time.monotonic() + 120
     while not (metrics.exists() and len(metrics.read_bytes().splitlines()) > 2):
         assert process.poll() is None, "ended before it could be stopped"
@@ -74,13 +78,18 @@ def test_a_run_that_is_stopped_goes_on(folder: Path, how: signal.Signals) -> Non
         time.sleep(0.02)
     children = psutil.Process(process.pid).children()
     assert len(children) == 1
-    process.send_signal(how)
+    if how == signal.SIGINT:
+        os.killpg(process.pid, how)
+    else:
+        process.send_signal(how)
     _, errors = process.communicate(timeout=60)
     psutil.wait_procs(children, timeout=20)
     assert not children[0].is_running(), "a child outlived its parent"
-    if how == signal.SIGTERM:
+    reached = len(metrics.read_bytes().splitlines())
+    if how != signal.SIGKILL:
         assert process.returncode == 130
-        assert b"goes on" in errors
+        assert b"Stopping after this step" in errors
+        assert b"The same command goes on where it was:\n  rankscope run --model" in errors
         assert read_json(metrics.with_name("trial.json"))["status"] == "interrupted"
     else:
         assert process.returncode == -signal.SIGKILL
@@ -89,6 +98,11 @@ def test_a_run_that_is_stopped_goes_on(folder: Path, how: signal.Signals) -> Non
     assert read_json(metrics.with_name("trial.json"))["results"]["steps"] == 300
     steps = [row["step"] for row in read_jsonl(metrics) if "train_loss" in row]
     assert steps == list(range(1, 301))
+    (log,) = (folder / out).glob("packs/p000/log.txt")
+    begun = [int(step) for step in re.findall(r"from step (\d+) of", log.read_text())]
+    assert begun[0] == 0
+    assert begun[1] >= 2 if how != signal.SIGKILL else begun[1] == 0  # five minutes between checkpoints
+    assert begun[1] <= reached
 
 
 def test_plan_trains_and_writes_nothing(folder: Path, tmp_path: Path) -> None:

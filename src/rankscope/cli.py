@@ -4,11 +4,13 @@ torch, transformers, pandas and rankscope's own models (pydantic) are imported i
 `rankscope --help` answers at once.
 """
 
+import shlex
 import shutil
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -106,13 +108,15 @@ def run(
     from rankscope.report.sentences import verdict_sentence
 
     out_console.print(f"Study {spec.name} in {path}{'/' if not str(path).endswith('/') else ''}", markup=False)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is treated like Ctrl-C
+    for number in (signal.SIGINT, signal.SIGTERM):  # a polite kill is treated like Ctrl-C
+        signal.signal(number, _stop_politely)
     try:
         with TerminalProgress(out_console) as progress:
             result = runner.run_study(spec, path, progress, lang)
     except KeyboardInterrupt:
         runner.mark_interrupted(path)
-        error_console.print("Interrupted. The same command goes on with what is missing.", style="yellow")
+        again = shlex.join(["rankscope", *sys.argv[1:]])
+        error_console.print(f"Stopped. The same command goes on where it was:\n  {again}", markup=False, style="yellow")
         raise typer.Exit(130) from None
     _print_results(result)
     out_console.print(f"\n{verdict_sentence(result.verdict, lang)}", markup=False, style="bold", soft_wrap=True)
@@ -190,6 +194,14 @@ def doctor() -> None:
     for name, found in optional_parts().items():
         out_console.print(f"{name:<14} {found or f'not installed (optional: pip install {name})'}", markup=False)
     out_console.print(f"{'disk':<14} {size(shutil.disk_usage('.').free)} free here", markup=False)
+
+
+def _stop_politely(number: int, frame: FrameType | None) -> None:
+    """The first Ctrl-C ends the run, after the step that trains; the second at once."""
+    for again in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(again, signal.default_int_handler)
+    error_console.print("Stopping after this step, with a checkpoint. Ctrl-C again stops at once.", style="yellow")
+    raise KeyboardInterrupt
 
 
 def _spec(study: Path | None, sets: list[str] | None, **options: Any) -> "StudySpec":

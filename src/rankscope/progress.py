@@ -38,9 +38,10 @@ class Follower:
     def read(self) -> None:
         try:
             with self.path.open("rb") as file:
-                if self.path.stat().st_size < self._offset:  # cut back to a checkpoint
+                file.seek(max(0, self._offset - 1))
+                if self._offset and file.read(1) != b"\n":  # cut back to a checkpoint since, or begun anew
                     self._offset = 0
-                file.seek(self._offset)
+                    file.seek(0)
                 content = file.read()
         except FileNotFoundError:
             return

@@ -15,6 +15,7 @@ from rankscope.files import read_json, read_jsonl, write_json
 from rankscope.lora.base import load_model
 from rankscope.spec import AdapterSpec, DataSpec, ModelSpec, StudySpec, TrainingSpec
 from rankscope.train.loop import train_pack
+from rankscope.train.stopping import StopRequest
 from reference import random_tokens
 
 STEPS = 9  # of 8 examples each, of 40: the second epoch begins in the fifth
@@ -50,7 +51,7 @@ def study(model: str, **training: Any) -> StudySpec:
 def train(spec: StudySpec, data: TokenizedData, folder: Path, sha: str = "hash", most: int | None = None) -> None:
     trials = spec.trials()[:most]
     folders = {trial.name: folder / trial.name for trial in trials}
-    train_pack(load_model(spec.model), spec, trials, folders, folder / "checkpoints", data, "p000", sha)
+    train_pack(load_model(spec.model), spec, trials, folders, folder / "checkpoints", data, "p000", sha, StopRequest())
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, calls: int, name: str = "train_step") -> None:

@@ -18,6 +18,7 @@ from rankscope.train.full import make_full_member, train_full
 from rankscope.train.loop import choose_engine, train_members
 from rankscope.train.pack import train_step
 from rankscope.train.probe import make_packable, use_own_forward
+from rankscope.train.stopping import StopRequest
 from reference import Trained, padded_batch, plain_step, random_tokens
 
 STEPS = 20
@@ -115,7 +116,7 @@ def study(model: str, training: TrainingSpec, dtype: str = "float32") -> StudySp
 
 def test_the_files_of_a_trial(folder: str, data: TokenizedData, tmp_path: Path) -> None:
     training = TrainingSpec(steps=4, batch_size=4, evals=2)
-    train_full(study(folder, training), TRIAL, tmp_path, data)
+    train_full(study(folder, training), TRIAL, tmp_path, data, StopRequest())
     assert {path.name for path in tmp_path.iterdir()} == {"trial.json", "metrics.jsonl", "eval.json"}
     record = read_json(tmp_path / "trial.json")
     assert (record["trial"], record["status"], record["engine"]) == ("full-lr5e-4-s1", "done", "packed")
@@ -132,7 +133,7 @@ def test_the_files_of_a_trial(folder: str, data: TokenizedData, tmp_path: Path) 
 
 def test_a_trial_that_diverges_is_recorded(folder: str, data: TokenizedData, tmp_path: Path) -> None:
     training = TrainingSpec(steps=4, batch_size=4, warmup_ratio=0.0, max_grad_norm=0.0)
-    train_full(study(folder, training), FullTrial(learning_rate=1e30, seed=0), tmp_path, data)
+    train_full(study(folder, training), FullTrial(learning_rate=1e30, seed=0), tmp_path, data, StopRequest())
     record = read_json(tmp_path / "trial.json")
     assert record["status"] == "diverged"
     assert not (tmp_path / "eval.json").exists()
@@ -145,7 +146,7 @@ def test_over_a_bfloat16_base_the_weights_are_float32_and_products_are_not(
     losses = {}
     for dtype in ("float32", "bfloat16"):
         trial = FullTrial(learning_rate=1e-3, seed=0)
-        train_full(study(folder, training, dtype), trial, tmp_path / dtype, data)
+        train_full(study(folder, training, dtype), trial, tmp_path / dtype, data, StopRequest())
         results = read_json(tmp_path / dtype / "trial.json")["results"]
         losses[dtype] = [results["train_loss"], results["eval_loss"], results["general_loss_after"]]
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=1e-2)
@@ -159,9 +160,9 @@ def test_general_loss_is_that_of_the_trained_model(folder: str, data: TokenizedD
     training = TrainingSpec(steps=5, batch_size=4)
     member = make_full_member(model, TRIAL, training, 5)
     choice = choose_engine(model, [member], training)
-    train_members(
-        model, training, [member], choice, {TRIAL.name: tmp_path}, tmp_path / "checkpoints", data, {"model_sha256": "x"}
-    )
+    folders, facts = {TRIAL.name: tmp_path}, {"model_sha256": "x"}
+    checkpoints = tmp_path / "checkpoints"
+    train_members(model, training, [member], choice, folders, checkpoints, data, facts, StopRequest())
     use_own_forward(model, own)
     results = read_json(tmp_path / "trial.json")["results"]
     assert results["general_loss_before"] == pytest.approx(before, rel=1e-5)

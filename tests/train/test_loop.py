@@ -12,6 +12,7 @@ from rankscope.lora.base import load_model
 from rankscope.spec import DataSpec, ModelSpec, StudySpec, TrainingSpec
 from rankscope.train.loop import train_pack
 from rankscope.train.pack import total_steps
+from rankscope.train.stopping import StopRequest
 from reference import random_tokens
 
 
@@ -41,6 +42,7 @@ def run(spec: StudySpec, data: TokenizedData, folder: Path) -> dict[str, dict]:
         data,
         "p000",
         "hash",
+        StopRequest(),
     )
     return {t.name: read_json(folder / t.name / "trial.json") for t in trials}
 

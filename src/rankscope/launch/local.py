@@ -44,6 +44,10 @@ def run_locally(
                 poll()
         except BaseException:
             process.terminate()
+            try:
+                process.wait()  # training stops after its step, with a checkpoint
+            except KeyboardInterrupt:  # asked a second time
+                process.kill()
             raise
     if process.returncode == 0:
         return None

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankscope.errors import ModelError, OutOfMemoryError, RankscopeError, StudyDirectoryError, WorkerError
+from rankscope.errors import KilledError, ModelError, OutOfMemoryError, RankscopeError, StudyDirectoryError, WorkerError
 from rankscope.files import read_json, write_json
 from rankscope.study import Study
 
@@ -38,9 +38,11 @@ def run_job(study: Study, job: dict[str, Any]) -> None:
         _train_packs(study, job["packs"], data)
     elif job["kind"] == "reference":
         from rankscope.train.full import train_full
+        from rankscope.train.stopping import StopRequest
 
         (trial,) = [trial for trial in study.spec.reference_trials() if trial.name == job["trial"]]
-        train_full(study.spec, trial, study.trial_folder(trial), data)
+        with StopRequest() as stop:
+            train_full(study.spec, trial, study.trial_folder(trial), data, stop)
     elif job["kind"] == "answers":
         from rankscope.measure.answers import answer
 
@@ -68,22 +70,26 @@ def _train_packs(study: Study, packs: Mapping[str, Sequence[str]], data: "Tokeni
     from rankscope.measure.pack import measure_pack
     from rankscope.train.loop import train_pack
     from rankscope.train.probe import use_own_forward
+    from rankscope.train.stopping import StopRequest
 
     model, weights = _load_base(study)
     attention = model.config._attn_implementation
     trials = {trial.name: trial for trial in study.spec.trials()}
-    for pack, names in packs.items():
-        record = {"schema": 1, "pack": pack, "trials": list(names), "results": None}
-        write_json(study.path / "packs" / pack / "pack.json", record)
-        folders = {name: study.trial_folder(trials[name]) for name in names}
-        members = [trials[name] for name in names]
-        checkpoints = study.path / "packs" / pack / "checkpoints"
-        train = partial(train_pack, model, study.spec, members, folders, checkpoints, data, pack, weights)
-        results = measure_pack(train, model.device)
-        write_json(study.path / "packs" / pack / "pack.json", record | {"results": results._asdict()})
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        use_own_forward(model, attention)
-        remove_adapters(model)
+    with StopRequest() as stop:
+        for pack, names in packs.items():
+            record = {"schema": 1, "pack": pack, "trials": list(names), "results": None}
+            write_json(study.path / "packs" / pack / "pack.json", record)
+            folders = {name: study.trial_folder(trials[name]) for name in names}
+            members = [trials[name] for name in names]
+            checkpoints = study.path / "packs" / pack / "checkpoints"
+            train = partial(train_pack, model, study.spec, members, folders, checkpoints, data, pack, weights, stop)
+            results = measure_pack(train, model.device)
+            write_json(study.path / "packs" / pack / "pack.json", record | {"results": results._asdict()})
+            shutil.rmtree(checkpoints, ignore_errors=True)
+            use_own_forward(model, attention)
+            remove_adapters(model)
+            if stop.made:
+                raise KilledError("stopped as asked, between two packs")
 
 
 def _load_base(study: Study) -> tuple["PreTrainedModel", str]:

@@ -14,6 +14,7 @@ from rankscope.lora.base import fingerprint, load_model, resolve_device, resolve
 from rankscope.spec import FullTrial, StudySpec, TrainingSpec
 from rankscope.train.loop import choose_engine, train_members
 from rankscope.train.pack import Member, make_optimizer, make_scheduler, total_steps
+from rankscope.train.stopping import StopRequest
 
 NOT_SAVED = "the weights are not saved: they are as large as the model"
 
@@ -26,7 +27,7 @@ def make_full_member(model: PreTrainedModel, trial: FullTrial, training: Trainin
     return Member(trial, None, weights, optimizer, make_scheduler(optimizer, training, steps))
 
 
-def train_full(spec: StudySpec, trial: FullTrial, folder: Path, data: TokenizedData) -> None:
+def train_full(spec: StudySpec, trial: FullTrial, folder: Path, data: TokenizedData, stop: StopRequest) -> None:
     """Loads the model and trains all of it; the files in `folder` are those of any trial, without the weights.
 
     The weights are float32, as an adapter's are; over a bfloat16 base their products are in bfloat16 too (mixed
@@ -45,5 +46,6 @@ def train_full(spec: StudySpec, trial: FullTrial, folder: Path, data: TokenizedD
         "tokens_sha256": data.sha256,
         "weights": NOT_SAVED,
     }
-    train_members(model, spec.training, [member], choice, {trial.name: folder}, folder / "checkpoints", data, facts)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    checkpoints = folder / "checkpoints"
+    train_members(model, spec.training, [member], choice, {trial.name: folder}, checkpoints, data, facts, stop)
+    shutil.rmtree(checkpoints, ignore_errors=True)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from rankscope.data.batches import steps_per_epoch
 from rankscope.data.tokens import TokenizedData, Tokens
-from rankscope.errors import ModelError
+from rankscope.errors import KilledError, ModelError
 from rankscope.files import JsonlWriter, file_hashes, read_json, read_jsonl, write_json
 from rankscope.lora.adapters import save_adapter
 from rankscope.lora.base import free_bytes
@@ -37,6 +37,7 @@ from rankscope.train.pack import (
     train_step,
 )
 from rankscope.train.probe import make_packable, probe_tokens
+from rankscope.train.stopping import StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +110,7 @@ def train_pack(
     data: TokenizedData,
     pack: str,
     weights: str,
+    stop: StopRequest,
 ) -> PackRun:
     """Gives each of `trials` its adapter and trains them together: see `train_members`.
 
@@ -124,7 +126,7 @@ def train_pack(
         "model_sha256": weights,
         "tokens_sha256": data.sha256,
     }
-    return train_members(model, spec.training, members, choice, folders, checkpoints, data, facts)
+    return train_members(model, spec.training, members, choice, folders, checkpoints, data, facts, stop)
 
 
 def train_members(
@@ -136,6 +138,7 @@ def train_members(
     checkpoints: Path,
     data: TokenizedData,
     facts: Mapping[str, Any],
+    stop: StopRequest,
 ) -> PackRun:
     """Trains all `members` to their last step, from the newest checkpoint or from the first step, and writes the files
     of each in its trial's folder.
@@ -144,6 +147,10 @@ def train_members(
     each example, adapter/ the adapter in PEFT's format (nothing in full fine-tuning).
     A trial whose loss or gradient is not finite is frozen where it is and recorded as diverged; the others go on.
     A trial that was done already takes part all the same, so that the others' numbers are what they would have been.
+
+    Raises:
+        KilledError: to `stop` was asked for. The step that ran is ended, and a checkpoint written.
+        ModelError: the model is another than the checkpoint's, or gives no finite loss.
     """
     engine, _, costs = choice
     steps = total_steps(training, len(data.train))
@@ -231,9 +238,11 @@ def train_members(
             due = time.monotonic() - saved_at >= 60 * training.checkpoint_minutes
             if training.checkpoint_steps:
                 due = step % training.checkpoint_steps == 0
-            if due or step == steps:
+            if due or step == steps or stop.made:
                 save(step)
                 saved_at = time.monotonic()
+            if stop.made and step < steps:
+                raise KilledError("stopped as asked, with a checkpoint")
 
         if active:
             evals = _evaluate(engine, data.eval, active, logs, steps, tally)
