@@ -1,5 +1,6 @@
 """The command line as a user meets it: in a process of its own, with its exit codes and messages."""
 
+import json
 import os
 import re
 import signal
@@ -52,10 +53,33 @@ def test_run_and_report(folder: Path) -> None:
     assert "not enough evidence" in done.stdout
     assert (folder / "out" / "report" / "index.html").exists()
     assert "step" in done.stdout
+    dry = rankscope("run", *arguments, "--out", "out", "--set", "measure.profiles=false", "--dry-run", cwd=folder)
+    assert "out has 2 of the 2 trials" in " ".join(dry.stdout.split()), dry.stderr
+    other = rankscope("run", *arguments, "--out", "out", "--dry-run", "--steps", "4", cwd=folder)
+    assert other.returncode == 2, "it would be refused"
     (folder / "out" / "report" / "index.html").unlink()
     again = rankscope("report", "out", "--lang", "ko", cwd=folder)
     assert again.returncode == 0, again.stderr
     assert 'lang="ko"' in (folder / "out" / "report" / "index.html").read_text()
+
+
+def test_results_for_scripts(folder: Path) -> None:
+    arguments = ["run", "--model", "model", "--dataset", "data.json", "--ranks", "2", "--seeds", "0", "--steps", "3"]
+    arguments += ["--out", "scripts", "--set", "measure.profiles=false", "--set", "measure.answers=0"]
+    done = rankscope(*arguments, "--json", cwd=folder)
+    found = json.loads(done.stdout)
+    assert found["verdict"] == read_json(folder / "scripts/verdict.json")
+    (trial,) = found["trials"]
+    assert trial["eval_loss"] == read_json(folder / "scripts/trials/r002-lr2e-4-s0/trial.json")["results"]["eval_loss"]
+    assert found["candidates"][0]["rss_mean_bytes"] is None, "it was not measured"
+    assert "Pack p000" in done.stderr
+    again = rankscope("report", "scripts", "--json", cwd=folder)
+    assert json.loads(again.stdout) == found
+    assert Path(folder, found["report"]).is_file()
+    planned = json.loads(rankscope(*arguments, "--json", "--dry-run", cwd=folder).stdout)
+    assert planned["packs"] == {"p000": ["r002-lr2e-4-s0"]}
+    assert planned["prediction"]["candidates"]["r002-lr2e-4"]["trainable_params"] == trial["trainable_params"]
+    assert json.loads(rankscope("doctor", "--json", cwd=folder).stdout)["versions"]["torch"]
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)

@@ -18,6 +18,7 @@ from rankscope.analysis.noise import noise_floor
 from rankscope.data.tokens import load
 from rankscope.errors import StudyDirectoryError, StudyError
 from rankscope.files import read_json
+from rankscope.outcome import show_outcome
 from rankscope.runner import unfinished
 from rankscope.study import Study
 
@@ -108,7 +109,7 @@ def test_profiles_measure_each_candidate(study: Study) -> None:
 
 
 def test_the_noise_is_told_below_the_table(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
-    cli._print_results(study)
+    show_outcome(study, cli.out_console, "en")
     assert "Noise: rank 2, measured 4 times, differed from itself by up to" in capsys.readouterr().out
 
 

@@ -4,11 +4,12 @@ torch, transformers, pandas and rankscope's own models (pydantic) are imported i
 `rankscope --help` answers at once.
 """
 
+import json
 import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +22,6 @@ from rankscope.errors import RankscopeError, StudyError
 
 if TYPE_CHECKING:
     from rankscope.spec import StudySpec
-    from rankscope.study import Study
 
 app = typer.Typer(
     name="rankscope",
@@ -63,7 +63,16 @@ MaxRuntime = Annotated[str | None, typer.Option(help="Recommend no rank whose tr
 GpuMemory = Annotated[str | None, typer.Option(help="Plan for a GPU of this size, which need not be here: 24GB.")]
 Out = Annotated[Path | None, typer.Option(help="The study's directory. Default: its name.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any field: training.steps=200.")]
+ReportTo = Annotated[
+    str | None, typer.Option(help="Trackers that follow the run: wandb, tensorboard, mlflow, trackio; commas between.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, like `plan`, and end.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts; all else goes to stderr.")]
 Language = Annotated[str, typer.Option("--lang", help="Language of the report: en or ko.")]
+
+
+_NOT_ASKED = ("study", "set_", "out", "lang", "gpu_memory", "report_to", "dry_run", "json_")
+"""Arguments that say nothing of the question."""
 
 
 @app.callback(invoke_without_command=True)
@@ -98,29 +107,39 @@ def run(
     max_runtime: MaxRuntime = None,
     out: Out = None,
     set_: Sets = None,
+    report_to: ReportTo = None,
+    dry_run: DryRun = False,
+    json_: Json = False,
     lang: Language = "en",
 ) -> None:
     """Train every rank, measure what it costs, and conclude. On a study that exists: do only what is missing."""
-    spec = _spec(study, set_, **{k: v for k, v in locals().items() if k not in ("study", "set_", "out", "lang")})
+    spec = _spec(study, set_, **{name: value for name, value in locals().items() if name not in _NOT_ASKED})
     path = out or Path(spec.name)
     from rankscope import runner
+    from rankscope.outcome import describe_outcome, show_outcome
     from rankscope.progress import TerminalProgress
-    from rankscope.report.sentences import verdict_sentence
 
-    out_console.print(f"Study {spec.name} in {path}{'/' if not str(path).endswith('/') else ''}", markup=False)
+    console = error_console if json_ else out_console
+    if dry_run:
+        _show_plan(spec, None, json_)
+        if (path / "study.yaml").exists():
+            _show_progress_so_far(path, spec, console)
+        return
+    console.print(f"Study {spec.name} in {path}{'/' if not str(path).endswith('/') else ''}", markup=False)
     for number in (signal.SIGINT, signal.SIGTERM):  # a polite kill is treated like Ctrl-C
         signal.signal(number, _stop_politely)
     try:
-        with TerminalProgress(out_console) as progress:
-            result = runner.run_study(spec, path, progress, lang)
+        with TerminalProgress(console) as progress:
+            result = runner.run_study(spec, path, progress, lang, report_to or ())
     except KeyboardInterrupt:
         runner.mark_interrupted(path)
         again = shlex.join(["rankscope", *sys.argv[1:]])
         error_console.print(f"Stopped. The same command goes on where it was:\n  {again}", markup=False, style="yellow")
         raise typer.Exit(130) from None
-    _print_results(result)
-    out_console.print(f"\n{verdict_sentence(result.verdict, lang)}", markup=False, style="bold", soft_wrap=True)
-    out_console.print(f"Report: {result.path / 'report' / 'index.html'}", markup=False, soft_wrap=True)
+    if json_:
+        _print_json(describe_outcome(result))
+    else:
+        show_outcome(result, console, lang)
     left = runner.unfinished(result)
     if left:
         for trial in left:
@@ -152,35 +171,51 @@ def plan(
     out: Out = None,
     set_: Sets = None,
     gpu_memory: GpuMemory = None,
+    json_: Json = False,
 ) -> None:
     """Show what `run` would do and take: packs, memory by part, time, what fits. Nothing is trained or written."""
-    spec = _spec(study, set_, **{k: v for k, v in locals().items() if k not in ("study", "set_", "out", "gpu_memory")})
-    from rankscope.preview import parse_gpu_memory, show_plan
-
-    show_plan(spec, out_console, parse_gpu_memory(gpu_memory))
+    spec = _spec(study, set_, **{name: value for name, value in locals().items() if name not in _NOT_ASKED})
+    _show_plan(spec, gpu_memory, json_)
 
 
 @app.command()
 def report(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A study's directory.")], lang: Language = "en"
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A study's directory.")],
+    json_: Json = False,
+    lang: Language = "en",
 ) -> None:
     """Conclude again from a study's files, and rebuild its report."""
+    from rankscope.outcome import describe_outcome
     from rankscope.report.sentences import verdict_sentence
     from rankscope.runner import finish
     from rankscope.study import Study
 
     study = Study.open(directory)
     page = finish(study, lang)
+    if json_:
+        _print_json(describe_outcome(study))
+        return
     out_console.print(verdict_sentence(study.verdict, lang), markup=False)
     out_console.print(f"Report: {page}", markup=False, soft_wrap=True)
 
 
 @app.command()
-def doctor() -> None:
+def schema() -> None:
+    """Print the JSON schema of a study's file, by which an editor completes and checks it."""
+    from rankscope.schema import study_schema
+
+    _print_json(study_schema())
+
+
+@app.command()
+def doctor(json_: Json = False) -> None:
     """Show versions, devices and optional parts."""
     from rankscope.measure.machine import hardware, optional_parts, versions
     from rankscope.report.formats import size
 
+    if json_:
+        _print_json({"versions": versions(), "hardware": hardware(), "optional": optional_parts()})
+        return
     for name, found in versions().items():
         out_console.print(f"{name:<14} {found or 'not installed'}", markup=False)
     facts = hardware()
@@ -194,6 +229,27 @@ def doctor() -> None:
     for name, found in optional_parts().items():
         out_console.print(f"{name:<14} {found or f'not installed (optional: pip install {name})'}", markup=False)
     out_console.print(f"{'disk':<14} {size(shutil.disk_usage('.').free)} free here", markup=False)
+
+
+def _show_plan(spec: "StudySpec", gpu_memory: str | None, as_json: bool) -> None:
+    from rankscope.preview import describe_plan, make_plan, parse_gpu_memory, show_plan
+
+    plan = make_plan(spec, parse_gpu_memory(gpu_memory))
+    if as_json:
+        _print_json(describe_plan(plan))
+    else:
+        show_plan(plan, out_console)
+
+
+def _show_progress_so_far(path: Path, spec: "StudySpec", console: PlainConsole) -> None:
+    from rankscope.preview import show_progress_so_far
+    from rankscope.study import Study
+
+    show_progress_so_far(Study.create(path, spec), console)
+
+
+def _print_json(value: Mapping[str, Any]) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def _stop_politely(number: int, frame: FrameType | None) -> None:
@@ -237,43 +293,6 @@ def _number(text: str) -> Any:
         except ValueError:
             continue
     return text
-
-
-def _print_results(study: "Study") -> None:
-    """The table by candidate, with the numbers of the report."""
-    from rich.table import Table
-
-    from rankscope.report.catalogue import load
-    from rankscope.report.costs import noise_sentence
-    from rankscope.report.formats import duration, known, loss, signed, size
-    from rankscope.report.tables import by_candidate, has_gpu
-
-    evidence = study.evidence()
-    gpu = has_gpu(evidence)
-    columns: dict[str, tuple[str, Callable[[float], str]]] = {
-        "train loss": ("train_loss", loss),
-        "held-out loss": ("eval_loss", loss),
-        "regret": ("regret", signed),
-        "CPU mean": ("rss_mean_bytes", size),
-        "CPU peak": ("rss_peak_bytes", size),
-        "GPU mean": ("gpu_allocated_mean_bytes", size),
-        "GPU peak": ("gpu_allocated_peak_bytes", size),
-        "s/step": ("step_seconds", lambda seconds: f"{seconds:.3g}"),
-        "runtime": ("runtime_seconds", lambda seconds: duration(seconds, load("en"))),
-    }
-    shown = {title: column for title, column in columns.items() if gpu or not title.startswith("GPU")}
-    table = Table("candidate", box=None, pad_edge=False, header_style="bold")
-    for title in shown:
-        table.add_column(title, justify="right")
-    for _, row in by_candidate(evidence, study.verdict).iterrows():
-        cells = [show(row[field]) if known(row[field]) else "–" for field, show in shown.values()]
-        table.add_row(row["candidate"], *cells)
-    out_console.print(table)
-    noise = noise_sentence(evidence.profiles, load("en"))
-    if noise:
-        out_console.print(noise, markup=False, soft_wrap=True)
-    if not gpu:
-        out_console.print("No GPU was used, so there is no GPU memory to show.")
 
 
 def main() -> None:

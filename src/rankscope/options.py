@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from rankscope.errors import StudyError
-from rankscope.spec import StudySpec, resolve_spec
+from rankscope.spec import StudySpec, resolve_spec, short_form
 
 
 class _Yaml(NamedTuple):
@@ -98,7 +98,7 @@ def set_value(values: dict[str, Any], assignment: str) -> None:
     """Applies one `--set training.steps=200` to a nested mapping, in place; the value is read as YAML.
 
     Raises:
-        StudyError: it is not KEY=VALUE, or the value is not YAML.
+        StudyError: it is not KEY=VALUE, or the value is missing or not YAML.
     """
     key, equals, text = assignment.partition("=")
     if not equals or not key:
@@ -109,6 +109,8 @@ def set_value(values: dict[str, Any], assignment: str) -> None:
         raise StudyError(
             f"--set {assignment}: the value is not valid YAML: {_problem(error)}", "Put it in quotes."
         ) from None
+    if value is None and text.strip().lower() not in ("null", "~"):
+        raise StudyError(f"--set {assignment}: no value is given", f"For none, write --set {key}=null.")
     set_field(values, key, value)
 
 
@@ -121,7 +123,9 @@ def set_field(values: dict[str, Any], key: str, value: Any) -> None:
             target[parent] = {}
         target = target[parent]
         if not isinstance(target, dict):
-            raise StudyError(f"{key}: {parent} is {target!r}, not a group of fields", "Name a field such as model.id.")
+            raise StudyError(
+                f"{key}: {parent} is {short_form(target)}, not a group of fields", "Name a field such as model.id."
+            )
     target[last] = value
 
 

@@ -1,6 +1,7 @@
 """What `rankscope plan` shows: what would run, what it would take, and what fits. Nothing is trained or written."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -10,11 +11,18 @@ from rankscope.data.tokens import TokenizedData
 from rankscope.errors import StudyError
 from rankscope.forecast import Forecast, StudyForecast, forecast, largest_fitting_rank, study_seconds
 from rankscope.lora.base import free_bytes, resolve_device
-from rankscope.plan import SHARE_OF_FREE_MEMORY, disk_bytes, divide_into_packs
+from rankscope.plan import (
+    SHARE_OF_FREE_MEMORY,
+    disk_bytes,
+    divide_into_packs,
+    missing_profiles,
+    missing_reference,
+)
 from rankscope.report.catalogue import load
 from rankscope.report.formats import duration, percent, size
 from rankscope.runner import check_ranks, describe_data, prepare_data
 from rankscope.spec import StudySpec, Trial
+from rankscope.study import FINISHED, Study
 from rankscope.train.memory import Peak, Prediction, predict, predict_peak
 from rankscope.train.pack import effective_batch_size, total_steps
 from rankscope.units import parse_bytes
@@ -32,8 +40,35 @@ def parse_gpu_memory(text: str | None) -> int | None:
         raise StudyError(f"--gpu-memory {text}: {error}", "For example --gpu-memory 24GB.") from None
 
 
-def show_plan(spec: StudySpec, console: Console, gpu_memory: int | None = None) -> None:
-    """Prints the plan. `gpu_memory` is the size in bytes of a GPU that need not exist; without it this machine counts.
+class Plan(NamedTuple):
+    """What a run would do and take."""
+
+    spec: StudySpec
+    prediction: Prediction
+    data: TokenizedData
+    forecast: StudyForecast
+    packs: list[list[Trial]]
+    steps: int  # of each trial
+    free_bytes: int
+    hypothetical: bool
+    """The device need not be here."""
+
+    @property
+    def disk_bytes(self) -> int:
+        """At most, of the whole study."""
+        return disk_bytes(self.spec, self.prediction, self.packs, self.data)
+
+    @property
+    def largest_rank(self) -> int | None:
+        """See `largest_fitting_rank`."""
+        return largest_fitting_rank(
+            self.spec, self.prediction, self.forecast.candidates, self.data.train, self.free_bytes
+        )
+
+
+def make_plan(spec: StudySpec, gpu_memory: int | None = None) -> Plan:
+    """Works out the plan. `gpu_memory` is the size in bytes of a GPU that need not exist; without it this machine
+    counts.
 
     Raises:
         StudyError, DataError, ModelError: as a run would.
@@ -44,13 +79,19 @@ def show_plan(spec: StudySpec, console: Console, gpu_memory: int | None = None) 
     free = gpu_memory or free_bytes(device)
     data = prepare_data(spec)
     found = forecast(spec, prediction, data, free, here=not gpu_memory)
+    packs = divide_into_packs(spec.trials(), prediction, free, spec.training, data.train)
+    steps = total_steps(spec.training, len(data.train))
+    return Plan(spec, prediction, data, found, packs, steps, free, gpu_memory is not None)
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    """Prints the plan."""
+    spec, prediction, data, found, packs, steps, free, _ = plan
     console.print(f"Model {spec.model.id}: {prediction.base_params:,} parameters", markup=False)
     console.print(describe_data(data.facts), markup=False, soft_wrap=True)
     console.print(_candidates(spec, found, free))
-    for line in _notes(spec, prediction, found, data, free, gpu_memory is not None):
+    for line in _notes(plan):
         console.print(line, markup=False, soft_wrap=True)
-    packs = divide_into_packs(spec.trials(), prediction, free, spec.training, data.train)
-    steps = total_steps(spec.training, len(data.train))
     console.print(f"{len(spec.trials())} trials of {steps:,} steps in {len(packs)} packs:")
     for line in _packs(spec, prediction, found.candidates, packs, data, free):
         console.print(line, markup=False, soft_wrap=True)
@@ -58,7 +99,36 @@ def show_plan(spec: StudySpec, console: Console, gpu_memory: int | None = None) 
         console.print(
             f"{len(reference)} trials of full fine-tuning, each alone: their memory and time are not predicted."
         )
-    console.print(f"On the disk: at most about {size(disk_bytes(spec, prediction, packs, data))}.")
+    console.print(f"On the disk: at most about {size(plan.disk_bytes)}.")
+
+
+def describe_plan(plan: Plan) -> dict[str, Any]:
+    """The plan as data, for `--json`: bytes, seconds, tokens."""
+    seconds = study_seconds(plan.spec, plan.forecast.candidates)
+    return {
+        "model": {"id": plan.spec.model.id, "parameters": plan.prediction.base_params},
+        "data": plan.data.facts,
+        "prediction": plan.forecast.describe(plan.prediction),
+        "steps": plan.steps,
+        "packs": {f"p{number:03d}": [trial.name for trial in pack] for number, pack in enumerate(plan.packs)},
+        "reference": [trial.name for trial in plan.spec.reference_trials()],
+        "free_bytes": plan.free_bytes,
+        "largest_rank_that_fits": plan.largest_rank,
+        "disk_bytes": plan.disk_bytes,
+        "seconds": {"trials": seconds[0], "profiles": seconds[1]} if seconds else None,
+    }
+
+
+def show_progress_so_far(study: Study, console: Console) -> None:
+    """Says what a study that has begun has already: a run does only the rest."""
+    trials = study.spec.trials()
+    done = sum(study.trial_record(trial)["status"] in FINISHED for trial in trials)
+    console.print(
+        f"{study.path} has {done} of the {len(trials)} trials; {len(missing_profiles(study))} repeats of profiles and "
+        f"{len(missing_reference(study))} trials of full fine-tuning are missing too. A run would do what is missing.",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _candidates(spec: StudySpec, found: StudyForecast, free: int) -> Table:
@@ -82,10 +152,9 @@ def _candidates(spec: StudySpec, found: StudyForecast, free: int) -> Table:
     return table
 
 
-def _notes(
-    spec: StudySpec, prediction: Prediction, found: StudyForecast, data: TokenizedData, free: int, hypothetical: bool
-) -> list[str]:
+def _notes(plan: Plan) -> list[str]:
     """What the table's columns mean, the largest rank that fits, and the time of the whole study."""
+    spec, prediction, _, found, _, _, free, hypothetical = plan
     kind = str(prediction.dtype).removeprefix("torch.")
     where = f"a GPU with {size(free)}" if hypothetical else f"the {size(free)} that are free here"
     tokens = max((row.forward_tokens or 0 for row in found.candidates.values()), default=0)
@@ -97,7 +166,7 @@ def _notes(
     ]
     if found.reason:
         notes.append(f"  Not all of it can be predicted: {found.reason}")
-    largest = largest_fitting_rank(spec, prediction, found.candidates, data.train, free)
+    largest = plan.largest_rank
     if largest is not None:
         notes.append(_largest(spec, prediction, largest))
     seconds = study_seconds(spec, found.candidates)

@@ -1,14 +1,12 @@
 """Shows a run in the terminal: a live table, or a line now and then where there is no terminal.
 
-It reads what the child processes write (metrics.jsonl), so that a run needs no channel of its own.
+It reads what the child processes write, so that a run needs no channel of its own.
 """
 
-import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -16,45 +14,17 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from rankscope.live import Follower, LiveStudy, State
 from rankscope.report.catalogue import load
-from rankscope.report.formats import duration
+from rankscope.report.formats import duration, size
 from rankscope.spec import AnyTrial, FullTrial, Trial
 from rankscope.study import Study
 
 LINE_EVERY_SECONDS = 15.0
 """Between two lines where there is no terminal."""
 
-
-class Follower:
-    """Follows one trial's metrics.jsonl: reads only what is new."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.step, self.step_seconds = 0, 0.0
-        self.train_loss: float | None = None
-        self.eval_loss: float | None = None
-        self._offset = 0
-
-    def read(self) -> None:
-        try:
-            with self.path.open("rb") as file:
-                file.seek(max(0, self._offset - 1))
-                if self._offset and file.read(1) != b"\n":  # cut back to a checkpoint since, or begun anew
-                    self._offset = 0
-                    file.seek(0)
-                content = file.read()
-        except FileNotFoundError:
-            return
-        whole = content.rfind(b"\n") + 1
-        self._offset += whole
-        for line in content[:whole].splitlines():
-            row: dict[str, Any] = json.loads(line)
-            self.step = max(self.step, row["step"])
-            self.eval_loss = row.get("eval_loss", self.eval_loss)
-            if "train_loss" in row:
-                old = self.train_loss
-                self.train_loss = row["train_loss"] if old is None else 0.8 * old + 0.2 * row["train_loss"]
-                self.step_seconds = row["step_seconds"]
+WHOLE_EVERY_SECONDS = 10.0
+"""Between two looks at the whole study, whose files are many; at the pack that trains twice a second."""
 
 
 class TerminalProgress:
@@ -67,6 +37,9 @@ class TerminalProgress:
         self._title, self._steps, self._start, self._last_line = "", 0, time.monotonic(), 0.0
         self._before = 0
         self._measuring = ""
+        self._whole: LiveStudy | None = None
+        self._state: State | None = None
+        self._looked = 0.0
 
     def __enter__(self) -> Self:
         if self._live:
@@ -84,7 +57,9 @@ class TerminalProgress:
         self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def training(self, study: Study, pack: str, trials: Sequence[Trial], steps: int) -> None:
-        self._begin(f"Pack {pack}: {len(trials)} trials, {steps} steps", study, trials, steps)
+        packs = list(study.division().packs)
+        which = f"{pack} ({packs.index(pack) + 1} of {len(packs)})"
+        self._begin(f"Pack {which}: {len(trials)} trials, {steps} steps", study, trials, steps)
 
     def reference(self, study: Study, trial: FullTrial, steps: int) -> None:
         self._begin(f"Full fine-tuning, {trial.name}: {steps} steps", study, [trial], steps)
@@ -93,6 +68,8 @@ class TerminalProgress:
         self._title = title
         self._trials = [(trial.name, Follower(study.trial_folder(trial) / "metrics.jsonl")) for trial in trials]
         self._steps, self._start, self._measuring = steps, time.monotonic(), ""
+        if self._whole is None:
+            self._whole = LiveStudy(study, steps)
         for _, follower in self._trials:
             follower.read()
         self._before = self._step()
@@ -106,23 +83,34 @@ class TerminalProgress:
     def poll(self) -> None:
         for _, follower in self._trials:
             follower.read()
+        if self._whole and time.monotonic() - self._looked >= WHOLE_EVERY_SECONDS:
+            self._looked, self._state = time.monotonic(), self._whole.read()
         if self._live:
-            self._live.update(self._table() if self._trials else Text(self._measuring))
+            title = f"{self._measuring} · {self._left()}{self._memory()}"
+            self._live.update(self._table() if self._trials else Text(title, style="bold"))
         elif self._trials and time.monotonic() - self._last_line >= LINE_EVERY_SECONDS:
             self._last_line = time.monotonic()
             losses = "  ".join(f"{name} {_loss(f.train_loss)}" for name, f in self._trials)
-            self.say(f"  step {self._step()}/{self._steps}, {self._left()}: {losses}")
+            self.say(f"  step {self._step()}/{self._steps}, {self._left()}{self._memory()}: {losses}")
 
     def _step(self) -> int:
         return max(follower.step for _, follower in self._trials)
 
     def _left(self) -> str:
-        """Time left for the pack, from the time its steps and evaluations took so far."""
+        """Time left: for the pack from the time its steps and evaluations took so far, and for the whole study."""
+        whole = self._state.seconds_left if self._state else None
+        text = "" if whole is None else f"about {duration(whole, load('en'))} for the whole study"
+        if not self._trials:
+            return text or "the whole study's time is not known"
         step = self._step()
         if step <= self._before:
             return "loading"
-        elapsed = time.monotonic() - self._start
-        return f"about {duration(elapsed / (step - self._before) * (self._steps - step), load('en'))} left"
+        pack = (time.monotonic() - self._start) / (step - self._before) * (self._steps - step)
+        return f"about {duration(pack, load('en'))} left" + (f", {text}" if text else "")
+
+    def _memory(self) -> str:
+        """What the working process takes."""
+        return f" · {size(self._state.rss_bytes)}" if self._state and self._state.rss_bytes else ""
 
     def _table(self) -> Group:
         table = Table(box=None, pad_edge=False, header_style="bold")
@@ -137,7 +125,7 @@ class TerminalProgress:
         for name, f in self._trials:
             bar = ProgressBar(total=self._steps, completed=f.step, width=20)
             table.add_row(name, f"{f.step}/{self._steps}", _loss(f.train_loss), _loss(f.eval_loss), bar)
-        return Group(Text(f"{self._title} · {self._left()}", style="bold"), table)
+        return Group(Text(f"{self._title} · {self._left()}{self._memory()}", style="bold"), table)
 
 
 def _loss(value: float | None) -> str:

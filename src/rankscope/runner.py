@@ -42,6 +42,8 @@ from rankscope.report import build
 from rankscope.report.formats import size
 from rankscope.spec import EMBEDDED, AnyTrial, FullTrial, StudySpec, Trial
 from rankscope.study import FINISHED, Study
+from rankscope.track import choose_trackers
+from rankscope.track.beside import reporting
 from rankscope.train.memory import Prediction, predict
 
 
@@ -75,6 +77,7 @@ def run(
     progress: Progress | None = None,
     sets: Sequence[str] = (),
     study: Mapping[str, Any] | None = None,
+    report_to: str | Sequence[str] = (),
     **options: Any,
 ) -> Study:
     """Runs a study from its question to its report, and returns it.
@@ -82,21 +85,25 @@ def run(
     `options` are those of the command line: `model`, `dataset`, `ranks`, `learning_rates`, `seeds`, `alpha`, `steps`,
     and the others of `rankscope.options.OPTION_FIELDS`; `study` is a mapping like a study's YAML, which they override.
     `out` is the study's directory (default: its name). On a directory that holds the same study only what is missing
-    is done.
+    is done. `report_to` names trackers that follow the run: `wandb`, `tensorboard`, `mlflow`, `trackio`.
 
     Example: `rankscope.run(model="facebook/opt-350m", dataset="code.jsonl", ranks=[8, 64], steps=200)`
 
     Raises:
-        StudyError: the question is wrong, or `out` holds another study.
+        StudyError: the question is wrong, a tracker is unknown, or `out` holds another study.
+        MissingExtraError: a tracker is not installed.
         DataError, ModelError: the data or the model cannot be used.
         WorkerError: a child process ended without finishing its work.
     """
     spec = assemble(study or {}, options, sets)
-    return run_study(spec, Path(out or spec.name), progress or _Silent())
+    return run_study(spec, Path(out or spec.name), progress or _Silent(), report_to=report_to)
 
 
-def run_study(spec: StudySpec, out: Path, progress: Progress, language: str = "en") -> Study:
+def run_study(
+    spec: StudySpec, out: Path, progress: Progress, language: str = "en", report_to: str | Sequence[str] = ()
+) -> Study:
     """The main path, for a resolved study. Trials that fail are recorded, not raised: see `unfinished`."""
+    trackers = choose_trackers(report_to)
     resolve_device(spec.model.device)
     prediction = predict(spec)
     prepared = None
@@ -106,7 +113,7 @@ def run_study(spec: StudySpec, out: Path, progress: Progress, language: str = "e
     check_ranks(spec, prediction)
     study = Study.create(out, spec)
     try:
-        _run(study, prediction, prepared, progress, language)
+        _run(study, prediction, prepared, progress, language, trackers)
     except (ModelError, DataError):
         if prepared is not None and not any(file.stat().st_size for file in (out / "trials").glob("*/metrics.jsonl")):
             shutil.rmtree(out)  # what cannot begin leaves nothing behind
@@ -115,7 +122,12 @@ def run_study(spec: StudySpec, out: Path, progress: Progress, language: str = "e
 
 
 def _run(
-    study: Study, prediction: Prediction, prepared: TokenizedData | None, progress: Progress, language: str
+    study: Study,
+    prediction: Prediction,
+    prepared: TokenizedData | None,
+    progress: Progress,
+    language: str,
+    trackers: Sequence[str],
 ) -> None:
     spec = study.spec
     with study.lock():
@@ -129,11 +141,12 @@ def _run(
         if not (study.path / "prediction.json").exists():
             found = forecast(spec, prediction, data, free_bytes(resolve_device(spec.model.device)))
             write_json(study.path / "prediction.json", found.describe(prediction))
-        train(study, data, prediction, progress)
-        measure(study, progress)
-        train_reference(study, data, progress)
-        answer(study, progress)
-        finish(study, language)
+        with reporting(study, trackers, progress) as shown:
+            train(study, data, prediction, shown)
+            measure(study, shown)
+            train_reference(study, data, shown)
+            answer(study, shown)
+            finish(study, language)
 
 
 def check_ranks(spec: StudySpec, prediction: Prediction) -> None:

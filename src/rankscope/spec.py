@@ -19,7 +19,6 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveFloat,
-    PositiveInt,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -69,6 +68,8 @@ def _all_linear_or_names(value: Any) -> Any:
 
 Rank = Annotated[int, Field(gt=0, le=1 << 20)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+Count = Annotated[int, Field(gt=0, lt=1 << 63)]
+"""What fits in the 64 bits that counts have elsewhere."""
 
 
 class _Frozen(BaseModel):
@@ -115,13 +116,13 @@ class DataSpec(_Frozen):
     """The prompt of alpaca rows. The line with `{input}` is left out where a row has none."""
     loss_on: Literal["completion", "all"] = "completion"
     """`completion`: the loss is taken on the answer alone; `all`: on the prompt too."""
-    max_length: PositiveInt = 1024
+    max_length: Count = 1024
     """In tokens. Longer rows are cut at the end, and counted."""
-    max_rows: PositiveInt | None = None
+    max_rows: Count | None = None
     """Use only the first rows, for a quick look."""
-    eval_rows: PositiveInt | None = None
+    eval_rows: Count | None = None
     """Rows held out. Default: 5% of the rows, at least 32 and at most 1,000."""
-    split_seed: int = Field(default=0, ge=0)
+    split_seed: Seed = 0
     """Decides which rows are held out."""
 
     @model_validator(mode="after")
@@ -151,13 +152,13 @@ class AdapterSpec(_Frozen):
 class TrainingSpec(_Frozen):
     """The recipe, the same for every trial. One of `steps` and `epochs` is used."""
 
-    steps: PositiveInt | None = None
+    steps: Count | None = None
     """Optimizer steps of each trial."""
     epochs: PositiveFloat | None = None
     """Default: 1 epoch, where `steps` is not given either."""
-    batch_size: PositiveInt = 8
+    batch_size: Count = 8
     """Examples of one trial in one micro-step; an optimizer step sees `gradient_accumulation_steps` of them."""
-    gradient_accumulation_steps: PositiveInt = 1
+    gradient_accumulation_steps: Count = 1
     """Micro-steps of an optimizer step."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate goes on after the warm-up: down to 0 at the end, or constant."""
@@ -175,17 +176,17 @@ class TrainingSpec(_Frozen):
     """Added to AdamW's denominator."""
     base_dropout: Literal["off", "keep"] = "off"
     """The base model's own dropout: noise in a comparison, so off. With `keep` every trial trains alone."""
-    evals: PositiveInt = 4
+    evals: Count = 4
     """How often the held-out loss is taken, evenly over the schedule; the last one is at its end."""
     engine: Literal["packed", "peft"] = "packed"
     """`packed`: trials train together; `peft`: one at a time by PEFT's own forward."""
     isolated: bool = False
     """Train every trial alone, in a process of its own."""
-    trials_per_pack: PositiveInt | None = None
+    trials_per_pack: Count | None = None
     """At most so many trials train together. Default: as many as memory allows."""
     checkpoint_minutes: PositiveFloat = 5.0
     """A pack that is stopped goes on from its last checkpoint; one is written this often, and at the schedule's end."""
-    checkpoint_steps: PositiveInt | None = None
+    checkpoint_steps: Count | None = None
     """Write a checkpoint every so many steps instead."""
 
     @model_validator(mode="after")
@@ -200,19 +201,19 @@ class MeasureSpec(_Frozen):
 
     profiles: bool = True
     """Whether memory and time are measured at all."""
-    repeats: PositiveInt = 2
+    repeats: Count = 2
     """Fresh processes for each candidate, interleaved with those of the others."""
     warmup_steps: int = Field(default=2, ge=0)
     """Steps of a profile before the measured ones."""
-    steps: PositiveInt = 8
+    steps: Count = 8
     """Measured steps of a profile, on batches spread evenly over the schedule."""
     forgetting: str | None = Field(default=None, min_length=1)
     """General text, whose loss is taken before and after training: a .txt file, or data with a `text` column."""
-    forgetting_rows: PositiveInt = 64
+    forgetting_rows: Count = 64
     """At most so many sequences of it, each of at most `data.max_length` tokens."""
     answers: int = Field(default=3, ge=0)
     """Held-out prompts that the base model and each candidate answer at the end, to be read side by side."""
-    answer_tokens: PositiveInt = 96
+    answer_tokens: Count = 96
     """At most so many tokens an answer."""
 
 
@@ -223,7 +224,7 @@ class VerdictSpec(_Frozen):
     """A rank is good enough when its regret is below this share of the best candidate's loss."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1.0)
     """Of the intervals and of the verdict."""
-    max_gpu_memory: Annotated[PositiveInt, BeforeValidator(parse_bytes)] | None = None
+    max_gpu_memory: Annotated[Count, BeforeValidator(parse_bytes)] | None = None
     """In bytes, or as `24GB`: a rank that needs more is not recommended."""
     max_runtime: Annotated[PositiveFloat, BeforeValidator(parse_seconds)] | None = None
     """Of one trial, trained alone; in seconds, or as `2h`: a rank that needs more is not recommended."""
@@ -272,7 +273,7 @@ class FullTrial(_Frozen):
 class Candidate(_Frozen):
     """One adapter configuration."""
 
-    rank: PositiveInt
+    rank: Count
     learning_rate: PositiveFloat
     lora_alpha: PositiveFloat
     target_modules: Literal["all-linear"] | tuple[str, ...]
@@ -439,7 +440,7 @@ def resolve_spec(
 
 def _explain(detail: dict[str, Any], lines: Mapping[str, int]) -> str:
     path = [str(part) for part in detail["loc"]]
-    field = ".".join(path) or "study"
+    field = ".".join(part if part.isprintable() and len(part) < 60 else short_form(part) for part in path) or "study"
     line = next((lines[name] for name in _with_parents(path) if name in lines), None)
     where = f"line {line}, {field}" if line else field
     if detail["type"] == "extra_forbidden":
@@ -450,7 +451,7 @@ def _explain(detail: dict[str, Any], lines: Mapping[str, int]) -> str:
     elif detail["type"] == "too_short":
         message = "expected at least one"
     given = detail.get("input")
-    shown = "" if detail["type"] == "missing" or isinstance(given, dict | BaseModel) else f" (got {_short_form(given)})"
+    shown = "" if detail["type"] == "missing" or isinstance(given, dict | BaseModel) else f" (got {short_form(given)})"
     return f"{where}: {message}{shown}"
 
 
@@ -459,8 +460,12 @@ def _with_parents(path: Sequence[str]) -> list[str]:
     return [".".join(path[:length]) for length in range(len(path), 0, -1)]
 
 
-def _short_form(value: Any) -> str:
-    text = repr(value)
+def short_form(value: Any) -> str:
+    """A value in an error: in one line, and cut."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        text = "a number of thousands of digits"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -489,4 +494,14 @@ def _fields(path: Sequence[str]) -> list[str]:
 
 def write_yaml(spec: StudySpec) -> str:
     """The complete study as YAML text; `resolve_spec(yaml.safe_load(text))` gives the same study."""
-    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(spec.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """With quotes around U+0085, which PyYAML would write as it is and read as a line's end."""
+
+    def represent_str(self, text: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\x85" in text else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)

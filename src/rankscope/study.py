@@ -19,8 +19,10 @@ Each file has one writer. The tables below are tidy pandas DataFrames, whose col
 """
 
 import hashlib
+import math
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +31,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+import psutil
 import yaml
 from filelock import FileLock, Timeout
 
@@ -102,6 +105,24 @@ class Division(NamedTuple):
         return {f"p{number:03d}": list(pack) for number, pack in enumerate(trials, start=first)}
 
 
+class Holder(NamedTuple):
+    """The process that runs a study."""
+
+    pid: int
+    host: str
+
+    @property
+    def is_here(self) -> bool:
+        return self.host == platform.node()
+
+    def began(self) -> float:
+        """When it was started, in seconds since 1970; infinity where it is no more. Only where `is_here`."""
+        try:
+            return psutil.Process(self.pid).create_time()
+        except psutil.Error:
+            return math.inf
+
+
 class Study:
     """A study's directory. Opening reads nothing but study.yaml; every table is read when it is asked for."""
 
@@ -159,6 +180,11 @@ class Study:
     def file(self, *parts: str) -> Path:
         """A file or folder of the study: see `rankscope.files.inside`."""
         return inside(self.path, *parts)
+
+    @property
+    def report(self) -> Path:
+        """The report's page, which `rankscope report` builds."""
+        return self.path / "report" / "index.html"
 
     def all_trials(self) -> list[AnyTrial]:
         """Those of the candidates and of the reference."""
@@ -235,7 +261,18 @@ class Study:
             write_atomic(holder, f"process {os.getpid()} on {platform.node()}\n")
             yield
         finally:
+            holder.unlink(missing_ok=True)
             lock.release()
+
+    def holder(self) -> "Holder | None":
+        """Who runs the study now; None where nobody does."""
+        file = self.file(".lock-holder")
+        found = re.fullmatch(r"process (\d+) on (.*)", _text_of(file))
+        if not found:
+            return None
+        holder = Holder(int(found[1]), found[2])
+        # A killed run leaves the file behind, and its number may be another process's by now.
+        return holder if not holder.is_here or holder.began() <= file.stat().st_mtime else None
 
     def settle(self, trial: AnyTrial, status: str, reason: str, pack: str | None = None) -> None:
         """Ends a trial that did not end by itself: one that is pending or running gets `status` and `reason`."""
@@ -302,10 +339,12 @@ class Study:
 
     @property
     def machine(self) -> dict[str, Any]:
+        """machine.json: hardware, versions and the model that the study began with."""
         return read_json(self.file("machine.json"))
 
     @property
     def data_facts(self) -> dict[str, Any]:
+        """data/facts.json: what was read, and what was done with it; see `rankscope.data.tokens.TokenizedData`."""
         return read_json(self.file("data", "facts.json"))
 
     @property
@@ -316,7 +355,7 @@ class Study:
 
     @cached_property
     def verdict(self) -> dict[str, Any]:
-        """verdict.json: see `rankscope.analysis.verdict.Verdict`."""
+        """verdict.json: see `rankscope.analysis.verdict.conclude`."""
         return read_json(self.file("verdict.json"))
 
     def results(self) -> "pd.DataFrame":
@@ -478,6 +517,23 @@ class Study:
             reference_results=self.reference_results(),
             divided=self.division().trials_of_divided(),
             answers=self.answers(),
+        )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the verdict, and the results by trial."""
+        from html import escape
+
+        from rankscope.report.sentences import verdict_sentence  # which imports nothing of this
+
+        results = self.results()
+        done = int((results["status"] == "done").sum())
+        concluded = self.file("verdict.json").exists()
+        sentence = verdict_sentence(self.verdict, "en") if concluded else "There is no verdict yet."
+        shown = ["trial", "status", "train_loss", "eval_loss", "trainable_params", "tokens_per_second"]
+        table = results[shown].to_html(index=False, na_rep="–", float_format=lambda value: f"{value:,.4g}", border=0)
+        return (
+            f"<p><strong>{escape(self.spec.name)}</strong>: {done} of {len(results)} trials are done.</p>"
+            f"<p>{escape(sentence)}</p>{table}<p>{escape(str(self.report))}</p>"
         )
 
 

@@ -1,5 +1,6 @@
 """Malformed data, models and studies: a few lines that say what, where and what to do, and nothing half made."""
 
+import gzip
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForMaskedLM
 
 from folders import write_data, write_model
 from rankscope import cli
@@ -79,6 +81,13 @@ DATA: dict[str, tuple[str, str | bytes, list[str], list[str]]] = {
     ),
     "conversations": ("a.jsonl", '{"conversations": [{"from": "human"}]}', [], ["columns conversations"]),
     "escape sequence": ("a.json", '[{"\\u001b[31mred": 1}]', [], ["\ufffd[31mred"]),
+    "gzip named .json, cut": (
+        "a.json",
+        gzip.compress(LINES.encode())[:-20],
+        [],
+        ["a.json: cannot be read: Compressed"],
+    ),
+    "gzip of no text": ("a.json", gzip.compress(b"\xff\n"), [], ["a.json, line 1: not valid UTF-8"]),
     "general text missing": (
         "a.json",
         json.dumps(ROWS),
@@ -105,12 +114,35 @@ def only_a_pickle(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def encoder(folder: Path) -> None:
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
+    BertForMaskedLM(BertConfig(vocab_size=300, **sizes)).save_pretrained(folder)
+
+
+def index(folder: Path, **content: Any) -> None:
+    """An index, and the weights under another name than the one that is taken without it."""
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+
+
+def without_tokenizer(folder: Path) -> None:
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).unlink()
+
+
 MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no config.json": (lambda f: (f / "config.json").unlink(), ["must hold config.json"]),
     "config.json damaged": (lambda f: (f / "config.json").write_text('{"model_type": '), ["config.json"]),
     "unknown architecture": (lambda f: config(f, model_type="wonder"), ["wonder"]),
     "encoder and decoder": (lambda f: config(f, model_type="t5"), ["AutoModelForCausalLM", "causal language model"]),
     "no language model": (lambda f: config(f, model_type="vit"), ["causal language model"]),
+    "an encoder": (encoder, ["not a causal language model: BertForMaskedLM is an encoder", "is_decoder"]),
+    "attention to both sides": (lambda f: config(f, is_causal=False), ["not a causal language model: is_causal"]),
     "negative size": (lambda f: config(f, hidden_size=-32), ["none can be made of its config.json", "-32"]),
     "heads that do not divide": (lambda f: config(f, num_attention_heads=5), ["divisible by num_heads"]),
     "unknown activation": (lambda f: config(f, activation_function="wonder"), ["wonder"]),
@@ -119,9 +151,21 @@ MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "weights as a pickle": (only_a_pickle, ["model.safetensors"]),
     "weights cut": (lambda f: os.truncate(f / "model.safetensors", 50_000), ["incomplete metadata"]),
     "a weight missing": (lambda f: weights(f, lambda n, v: None if "1.fc1.weight" in n else v), ["lack 1 weights"]),
-    "a weight of another shape": (lambda f: weights(f, lambda n, v: v[:9] if "fc1.weight" in n else v), ["model"]),
+    "a weight of another shape": (
+        lambda f: weights(f, lambda n, v: v[:9] if "fc1.weight" in n else v),
+        ["layers.0.fc1.weight is [9, 32], expected [64, 32]", "from the same checkpoint"],
+    ),
+    "an index without weights": (lambda f: index(f, metadata={}), ["model.safetensors.index.json: no weight_map"]),
+    "an index of numbers": (lambda f: index(f, metadata={}, weight_map={"a": 1}), ["index.json: no weight_map"]),
+    "an index of lists": (lambda f: index(f, metadata={}, weight_map={"a": []}), ["index.json: no weight_map"]),
+    "an index without metadata": (lambda f: index(f, weight_map={"a": "model-1.safetensors"}), ["no metadata"]),
+    "a shard missing": (
+        lambda f: index(f, metadata={}, weight_map={"a": "model-00002-of-00002.safetensors"}),
+        ["names model-00002-of-00002.safetensors, which is not in the folder", "all of its *.safetensors"],
+    ),
+    "no tokenizer": (without_tokenizer, ["there is no file of a tokenizer in the folder", "save_pretrained"]),
     "not a number": (lambda f: weights(f, lambda n, v: v * float("nan")), ["no finite number before training"]),
-    "no tokenizer.json": (lambda f: (f / "tokenizer.json").unlink(), ["tokenizer of model cannot be loaded"]),
+    "no tokenizer.json": (lambda f: (f / "tokenizer.json").unlink(), ["there is no file of a tokenizer in the folder"]),
     "tokenizer.json damaged": (lambda f: (f / "tokenizer.json").write_text("{"), ["tokenizer of model cannot be"]),
     "no end of sequence": (lambda f: config(f, ("eos_token",), "tokenizer_config.json"), ["no end-of-sequence token"]),
     "ids beyond the embedding": (
@@ -178,6 +222,10 @@ OPTIONS: dict[str, list[str]] = {
     "--max-gpu-memory much": ["max_gpu_memory"],
     "--max-runtime soon": ["max_runtime"],
     "--target-modules query": ["adapter.target_modules", "query", "Linear modules of this model"],
+    "--target-modules q_proj,query": ["query matches no module", "Linear modules of this model: fc1, fc2, k_proj"],
+    "--target-modules q_porj,v_proj": ["q_porj matches no module of this model; did you mean q_proj or v_proj?"],
+    "--set measure.forgetting=": ["--set measure.forgetting=: no value is given", "measure.forgetting=null"],
+    "--set measure.forgetting=#x": ["no value is given"],
     "--set training.steps": ["expected KEY=VALUE"],
     "--set training.nothing=3": ["training.nothing: unknown field"],
     "--set training.steps.x=3": ["training.steps"],
@@ -265,6 +313,20 @@ def test_data_that_are_not_there(
     data: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check(capsys, monkeypatch, 3, [data, "Check"], "--model", "model", "--dataset", data, "--ranks", "2")
+
+
+@pytest.mark.parametrize("name", ["d", "d.json"])
+def test_a_folder_without_data(
+    name: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / name).mkdir()
+    fragments = [f"{name}: the folder holds no data files", ".jsonl"]
+    check(capsys, monkeypatch, 3, fragments, "--model", "model", "--dataset", name, "--ranks", "2")
+
+
+def test_a_folder_for_a_study(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "study.yaml").mkdir()
+    check(capsys, monkeypatch, 2, ["study.yaml: cannot be read", "path of a .yaml file"], "study.yaml")
 
 
 def test_the_same_from_a_process_of_its_own(here: Path) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import json
 from typing import Any, Literal, NamedTuple
 
-from rankscope.data.sources import Table, kind, listed, read_table
+from rankscope.data.sources import Table, kind, listed, read_table, shortened
 from rankscope.errors import DataError
 from rankscope.spec import DataSpec
 
@@ -170,5 +170,6 @@ def _messages(value: Any, field: str) -> list[dict[str, str]]:
 
 def _ended_by_assistant(messages: list[dict[str, str]], field: str) -> list[dict[str, str]]:
     if messages[-1]["role"] != "assistant":
-        raise WrongRowError(f"`{field}` ends with the role {messages[-1]['role']!r}, expected assistant")
+        role = shortened(repr(messages[-1]["role"]))
+        raise WrongRowError(f"`{field}` ends with the role {role}, expected assistant")
     return messages

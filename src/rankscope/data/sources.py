@@ -143,8 +143,19 @@ def _table(name: str, numbered: Iterable[tuple[int, Any]]) -> Table:
 
 def listed(names: Iterable[Any]) -> str:
     """Names for an error, at most 20 of them: `a, b`; `(none)` where there is none."""
-    shown = [str(name).encode(errors="backslashreplace").decode() for name in names]
+    shown = [_listed(str(name)) for name in names]
     return ", ".join(shown[:20]) + (", ..." if len(shown) > 20 else "") if shown else "(none)"
+
+
+def _listed(name: str) -> str:
+    """In quotes where it could not be told from its neighbours, or would stand on several lines."""
+    plain = name.encode(errors="backslashreplace").decode()
+    return shortened(plain if plain == " ".join(plain.split()) else repr(plain))
+
+
+def shortened(text: str) -> str:
+    """What an error shows of text from the data."""
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def kind(value: Any) -> str:
@@ -267,6 +278,10 @@ def _read_with_datasets(spec: DataSpec, source: str, wanted: Sequence[str], *, l
         wraps = isinstance(error, datasets.exceptions.DatasetGenerationError)  # which says nothing itself
         if local and wraps:
             _check_files(Path(source))
+        if local and isinstance(error, datasets.data_files.EmptyDatasetError):
+            raise DataError(
+                f"{source}: the folder holds no data files", f"Give it some: {', '.join(FILE_TYPES)}."
+            ) from None
         cause = (error.__cause__ if wraps else None) or error
         todo = "Check the folder's files, and data.config and data.split."
         if not local:

@@ -1,5 +1,6 @@
 """Adapters on a frozen model. PEFT owns them: matching, initialisation, scaling and saving are its own."""
 
+import difflib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,6 +39,13 @@ def inject(config: LoraConfig, model: nn.Module, name: str, empty: bool = False)
         StudyError: a target module matches nothing, or cannot carry LoRA; the message names those that can.
     """
     todo = f"Linear modules of this model: {', '.join(linear_names(model))}."
+    asked = config.target_modules if isinstance(config.target_modules, set | list) else []
+    names = [f".{name}" for name, _ in model.named_modules()]
+    for module in sorted(asked):  # PEFT is content where one of them matches
+        if not any(name.endswith(f".{module}") for name in names):
+            near = difflib.get_close_matches(module, linear_names(model), n=2, cutoff=0.5)
+            guess = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise StudyError(f"adapter.target_modules: {module} matches no module of this model{guess}", todo)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # many adapters: meant
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # PEFT corrects it for Conv1D
@@ -45,11 +53,6 @@ def inject(config: LoraConfig, model: nn.Module, name: str, empty: bool = False)
             inject_adapter_in_model(config, model, name, low_cpu_mem_usage=empty)
         except ValueError as error:
             raise StudyError(f"adapter.target_modules: {str(error).strip().splitlines()[0]}", todo) from None
-    names = [f".{layer}" for layer, _ in lora_layers(model)]
-    asked = config.target_modules if isinstance(config.target_modules, set | list) else []
-    for module in sorted(asked):  # PEFT is content where one of them matches
-        if not any(name.endswith(f".{module}") for name in names):
-            raise StudyError(f"adapter.target_modules: {module} matches no module of this model", todo)
 
 
 def add_adapter(model: PreTrainedModel, trial: Trial, base: str | None = None) -> LoraConfig:

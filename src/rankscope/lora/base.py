@@ -14,6 +14,10 @@ import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
@@ -73,15 +77,32 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
 
 
 def load_config(spec: ModelSpec) -> Any:
-    """The model's configuration; raises ModelError when there is none, or when loading the model would not be safe."""
+    """The model's configuration.
+
+    Raises:
+        ModelError: there is none, the model is no causal language model, a file of its weights is missing, or loading
+            it would not be safe.
+    """
     _check_place(spec)
+    folder = Path(location(spec))
     try:
         config = AutoConfig.from_pretrained(location(spec), revision=spec.revision, **_SAFE)
-        unsafe = _unsafe(spec, config)
+        shards = _shards(spec)
+        unsafe = _unsafe(spec, config, shards)
+    except ModelError:
+        raise
     except Exception as error:
         raise _cannot_load(spec, "configuration", error) from error
     if unsafe:
         raise ModelError(f"model {spec.id}: {unsafe}", "Use a plain base model with safetensors weights.")
+    missing = [file for file in shards if folder.is_dir() and not (folder / file).is_file()]
+    if missing and not (folder / SAFE_WEIGHTS_NAME).is_file():  # which is taken rather than the index
+        raise _wrong_index(spec, f"names {missing[0]}, which is not in the folder")
+    if not_causal := _not_causal(config):
+        raise ModelError(
+            f"model {spec.id}: not a causal language model: {not_causal}",
+            "Use a model that predicts each token from those before it, such as a LlamaForCausalLM.",
+        )
     return config
 
 
@@ -108,6 +129,12 @@ def _check_place(spec: ModelSpec) -> None:
 
 
 _FOLDER_HOLDS = "The folder must hold config.json, *.safetensors, and the tokenizer's files such as tokenizer.json."
+_TOKENIZER_TOO = (
+    "Save it beside the model, tokenizer.save_pretrained(folder), or copy tokenizer.json and tokenizer_config.json."
+)
+
+_VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+"""Of tokenizers, in transformers' names and in those of the formats that it converts."""
 
 
 def commit(spec: ModelSpec) -> str | None:
@@ -117,20 +144,72 @@ def commit(spec: ModelSpec) -> str | None:
     return found[1] if found else None
 
 
-def _unsafe(spec: ModelSpec, config: Any) -> str | None:
+def _unsafe(spec: ModelSpec, config: Any, shards: list[str]) -> str | None:
     """What transformers would accept and we do not: adapters inside the model, which may be pickles and change the
     base; weights that are no safetensors, or lie elsewhere; attention that is fetched from the hub as code.
     """
     if _file(spec, ADAPTER_CONFIG_NAME):
         return f"there is an adapter in it ({ADAPTER_CONFIG_NAME}), which would be loaded with it"
-    index = _file(spec, SAFE_WEIGHTS_INDEX_NAME)
-    named = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index else []
-    for file in [*named, getattr(config, "transformers_weights", None) or SAFE_WEIGHTS_NAME]:
+    for file in [*shards, getattr(config, "transformers_weights", None) or SAFE_WEIGHTS_NAME]:
         if not file.endswith(".safetensors") or Path(file).name != file:
             return f"it names {file!r} as its weights, which is no safetensors file beside {CONFIG_NAME}"
     for part in (config, config.get_text_config()):
         if "/" in str(part._attn_implementation):
             return f"{CONFIG_NAME} asks for attention {part._attn_implementation!r}, which is code from the hub"
+    return None
+
+
+def _shards(spec: ModelSpec) -> list[str]:
+    """The files that the weights' index names; none where there is no index.
+
+    Raises:
+        ModelError: it is not such an index as `save_pretrained` writes.
+    """
+    index = _file(spec, SAFE_WEIGHTS_INDEX_NAME)
+    if index is None:
+        return []
+    content = json.loads(index.read_text(encoding="utf-8"))
+    weights = content.get("weight_map") if isinstance(content, dict) else None
+    named = list(weights.values()) if isinstance(weights, dict) else []
+    if not named or not all(isinstance(file, str) for file in named):
+        raise _wrong_index(spec, "no weight_map, which says in which file each weight is")
+    if not isinstance(content.get("metadata"), dict):
+        raise _wrong_index(spec, "no metadata, without which transformers does not read it")
+    return named
+
+
+def _wrong_index(spec: ModelSpec, wrong: str) -> ModelError:
+    return ModelError(
+        f"model {spec.id}: {SAFE_WEIGHTS_INDEX_NAME}: {wrong}",
+        "Fetch the model again, with all of its *.safetensors files, or save it with save_pretrained.",
+    )
+
+
+_SEES_BOTH_SIDES = (True, "all")
+"""Values of `use_bidirectional_attention`; Gemma 4's `vision` concerns images alone."""
+
+
+def _not_causal(config: Any) -> str | None:
+    """Why what `AutoModelForCausalLM` would make of `config` lets a token see those after it, or lacks an encoder.
+
+    transformers gives encoders such as BERT a causal class too, which is causal only where `is_decoder` (XLM: `causal`)
+    says so. Their families are those that also have a class for masked tokens; elsewhere (GPT-NeoX) a false
+    `is_decoder` says nothing.
+    """
+    causal: set[str] = set()
+    for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        causal.update([names] if isinstance(names, str) else names)
+    asked = ", ".join(config.architectures or ()) or config.model_type
+    if config.is_encoder_decoder:
+        return None if causal.intersection(config.architectures or ()) else f"{asked} has an encoder besides"
+    decides = "causal" if hasattr(config, "causal") else "is_decoder"
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, decides, False):
+        return f"{asked} is an encoder, whose {decides} is not true in {CONFIG_NAME}"
+    text = config.get_text_config()
+    if getattr(text, "is_causal", None) is False:
+        return f"is_causal is false in {CONFIG_NAME}"
+    if getattr(text, "use_bidirectional_attention", None) in _SEES_BOTH_SIDES:
+        return f"use_bidirectional_attention is set in {CONFIG_NAME}"
     return None
 
 
@@ -238,12 +317,14 @@ def _cannot_load(spec: ModelSpec, part: str, error: Exception) -> ModelError:
     reason = textwrap.shorten(str(error), 300, placeholder=" ...")
     if isinstance(error, LookupError) or not reason:  # whose text is a key alone
         reason = f"{type(error).__name__}: {reason}"
+    if part == "tokenizer" and folder.is_dir() and not any(any(folder.glob(kind)) for kind in _VOCABULARIES):
+        reason = "there is no file of a tokenizer in the folder, such as tokenizer.json"
     reason = _damaged(folder) or reason
     if "trust_remote_code" in str(error):  # which transformers advises
         reason = "it needs custom code of its own, which is never run"
     todo = "Check the id (hub id or folder), the network, and `hf auth login` for a gated model."
     if folder.is_dir():
-        todo = _FOLDER_HOLDS
+        todo = _FOLDER_HOLDS if part != "tokenizer" else _TOKENIZER_TOO
         others = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.gguf") for path in folder.glob(kind))
         if part == "model" and others and not any(folder.glob("*.safetensors")):
             todo = f"{others[0]} is not read: load the model where you trust it, and save it with save_pretrained."

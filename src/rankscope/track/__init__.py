@@ -1,0 +1,121 @@
+"""Trackers: what a study measures, shown in the tools that people know. Each stands in one file.
+
+A tracker has one run for each trial, grouped by study. It lives in a process of its own (`rankscope.track.beside`),
+which follows the study's files (`rankscope.track.follow`): training knows nothing of it, and goes on whatever happens
+to it, a wait or a crash.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from rankscope.errors import MissingExtraError, StudyError
+
+STEP = "train/global_step"
+RANK = "rank"
+PROFILE_STEP = "system/step"
+"""What a point stands over: the optimizer step, the candidate's rank (0: full fine-tuning), the step of its profile."""
+
+
+class Point(NamedTuple):
+    """Metrics at one place of an axis."""
+
+    axis: str
+    step: int
+    metrics: dict[str, float]
+
+
+class Run(Protocol):
+    """One trial in a tracker. Methods return when the client has taken what they were given."""
+
+    def log(self, points: Sequence[Point]) -> None:
+        """Appends points, in order."""
+        ...
+
+    def finish(self, summary: Point, status: str) -> None:
+        """Ends the run; `status` is the trial's, such as `done` or `diverged`. A later session may begin it again.
+
+        The summary stands over the last step, and has metrics of its own; none where the trial has no result, or where
+        an earlier session has sent them.
+        """
+        ...
+
+
+class Tracker(Protocol):
+    """A tool that keeps runs. Any method may raise what its client raises."""
+
+    place: str
+    """Where the runs go, in any words without a key: where it changes, all is sent anew."""
+    note: str
+    """One line for the user on where that is, and how to look at it."""
+
+    def begin(self, trial: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> Run:
+        """Begins the run of a trial; `again`: takes up one that an earlier session of the study has begun as `run_id`.
+
+        `config` may hold mappings: see `flat`.
+        """
+        ...
+
+    def close(self) -> None:
+        """Lets go of the client, when all runs have been finished."""
+        ...
+
+
+class _Known(NamedTuple):
+    client: str
+    """The module to import: what must be installed."""
+    kind: str
+    """The class in rankscope.track.NAME, which is called with the study's folder for trackers, an absolute path."""
+
+
+TRACKERS = {
+    "wandb": _Known("wandb", "WandbTracker"),
+    "tensorboard": _Known("tensorboard", "TensorBoardTracker"),
+    "mlflow": _Known("mlflow", "MlflowTracker"),
+    "trackio": _Known("trackio", "TrackioTracker"),
+}
+
+
+def choose_trackers(asked: str | Sequence[str]) -> list[str]:
+    """The names of the trackers that are asked for, in a list or with commas between them. None is imported.
+
+    Raises:
+        StudyError: a name is unknown, or stands twice.
+        MissingExtraError: the client is not installed; the message has the command that installs it.
+    """
+    names = [name.strip() for name in (asked.split(",") if isinstance(asked, str) else asked)]
+    for number, name in enumerate(names):
+        if name not in TRACKERS:
+            near = difflib.get_close_matches(name.lower(), TRACKERS, n=1)
+            raise StudyError(
+                f"--report-to {name}: unknown tracker" + (f"; did you mean {near[0]}?" if near else ""),
+                f"Known: {', '.join(TRACKERS)}.",
+            )
+        if name in names[:number]:
+            raise StudyError(f"--report-to {name}: listed twice", "Name each tracker once.")
+        spec = find_spec(TRACKERS[name].client)
+        if spec is None or spec.origin is None:  # or merely a folder of that name: W&B makes one where it runs
+            raise MissingExtraError(
+                f"--report-to {name}: {TRACKERS[name].client} is not installed",
+                f"Install it: pip install 'rankscope[{name}]'",
+            )
+    return names
+
+
+def open_tracker(name: str, folder: Path) -> Tracker:
+    """Imports a tracker's client and makes the tracker; `folder` is the study's for trackers, an absolute path."""
+    tracker: Tracker = getattr(import_module(f"rankscope.track.{name}"), TRACKERS[name].kind)(folder)
+    return tracker
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`("training.steps", 200)` for each value of nested mappings; lists become words, None is left out."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            words = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+            yield f"{prefix}{key}", words

@@ -1,0 +1,88 @@
+"""The process of one tracker: `python -m rankscope.track STUDY NAME`, started by `rankscope.track.beside`.
+
+It ends when its standard input ends, which is also when the process that started it does. What it prints is shown to
+the user. What clients print is not kept: nobody knows what stands in it.
+"""
+
+import os
+import re
+import select
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import TextIO
+
+from filelock import FileLock
+
+from rankscope.files import write_atomic
+from rankscope.study import Study
+from rankscope.track import open_tracker
+from rankscope.track.follow import Follower
+
+FOLLOW_SECONDS = 1.0
+"""Between two looks at the study's files."""
+
+LAST_SECONDS = 300
+"""For the rest, when the study has ended. Whoever waits, waits less; this ends a process that nobody waits for."""
+
+REASON_LENGTH = 300
+"""Of what a client says went wrong: some add the page that a server answered with."""
+
+NICENESS = 10
+"""Training comes first where processors are few."""
+
+
+def main(path: Path, name: str) -> int:
+    """Follows the study until standard input ends; 1 where the tracker failed, of which one line is printed."""
+    os.nice(NICENESS)
+    with _own_output() as user:
+        try:
+            follow(Study.open(path), name, user)
+        except Exception as error:  # whatever a client raises
+            reason = redacted(str(error)).strip().partition("\n")[0] or type(error).__name__
+            print(f"{name}: {reason[:REASON_LENGTH]}", file=user, flush=True)
+            write_atomic(path / "tracking" / f"{name}.log", redacted(traceback.format_exc()))
+            return 1
+    return 0
+
+
+def follow(study: Study, name: str, user: TextIO) -> None:
+    folder = study.file("tracking").absolute()
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / f"{name}.lock"):  # the process of a run that was killed may still be sending
+        tracker = open_tracker(name, folder)
+        follower = Follower(study, tracker, name)
+        print(redacted(tracker.note), file=user, flush=True)
+        while not select.select([0], [], [], FOLLOW_SECONDS)[0]:
+            follower.poll()
+        signal.alarm(LAST_SECONDS)
+        follower.finish()
+        tracker.close()
+
+
+def _own_output() -> TextIO:
+    """Standard output for this module alone; whatever else is printed goes nowhere."""
+    user = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    return user
+
+
+def redacted(text: str) -> str:
+    """`text` without the secrets of the environment, and without passwords in addresses."""
+    secret = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+    for name, value in os.environ.items():
+        if secret.search(name) and len(value) >= 4:
+            text = text.replace(value, "***")
+    text = re.sub(r"//[^/@\s]+@", "//***@", text)
+    return re.sub(r"(?i)((?:token|key|password)=)[^&\s'\"]+", r"\1***", text)
+
+
+if __name__ == "__main__":
+    code = main(Path(sys.argv[1]), sys.argv[2])
+    sys.stdout.flush()
+    if code:
+        os._exit(code)  # a client that failed may wait for its server without end
+    sys.exit(code)

@@ -1,0 +1,85 @@
+"""MLflow: the study is an experiment, each trial a run; `pip install 'rankscope[mlflow]'`."""
+
+import os
+import shlex
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankscope.track import Point, flat
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+BATCH_METRICS, BATCH_PARAMS = 1000, 100
+"""The most that MLflow takes at once."""
+
+ID_TAG = "rankscope.run_id"
+STATUS_TAG = "rankscope.status"
+"""Tags of a run. MLflow gives runs ids of its own, and knows fewer statuses."""
+
+STATUSES = {"done": "FINISHED", "interrupted": "KILLED"}
+"""The others are FAILED."""
+
+
+class MlflowTracker:
+    """Runs go to MLFLOW_TRACKING_URI, or to a SQLite file in the study's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        from mlflow import MlflowClient
+
+        given = os.environ.get("MLFLOW_TRACKING_URI")
+        folder.mkdir(parents=True, exist_ok=True)
+        uri = given or f"sqlite:///{folder / 'mlflow.db'}"
+        self._client = MlflowClient(tracking_uri=uri)
+        self._artifacts = None if given else (folder / "mlflow-artifacts").as_uri()
+        self.place = given or "study"
+        self.note = (
+            "MLflow's runs go to MLFLOW_TRACKING_URI"
+            if given
+            else f"To look at the runs: mlflow ui --backend-store-uri {shlex.quote(uri)}"
+        )
+
+    def begin(self, trial: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> "_Run":
+        known = self._client.get_experiment_by_name(group)
+        experiment = known.experiment_id if known else self._client.create_experiment(group, self._artifacts)
+        if again and (found := self._client.search_runs([experiment], f"tags.`{ID_TAG}` = '{run_id}'")):
+            self._client.update_run(found[0].info.run_id, status="RUNNING")
+            return _Run(self._client, found[0].info.run_id)
+        run = self._client.create_run(experiment, run_name=trial, tags={ID_TAG: run_id})
+        self._log_params(run.info.run_id, dict(flat(config)))
+        return _Run(self._client, run.info.run_id)
+
+    def _log_params(self, mlflow_id: str, config: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        params = [Param(name, str(value)) for name, value in config.items()]
+        for batch in _batches(params, BATCH_PARAMS):
+            self._client.log_batch(mlflow_id, params=batch)
+
+    def close(self) -> None:
+        pass
+
+
+class _Run:
+    def __init__(self, client: "MlflowClient", mlflow_id: str) -> None:
+        self._client, self._id = client, mlflow_id
+
+    def log(self, points: Sequence[Point]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)  # the clock that MLflow has
+        metrics = [Metric(name, value, now, step) for _, step, found in points for name, value in found.items()]
+        for batch in _batches(metrics, BATCH_METRICS):
+            self._client.log_batch(self._id, metrics=batch)
+
+    def finish(self, summary: Point, status: str) -> None:
+        self.log([summary])
+        self._client.set_tag(self._id, STATUS_TAG, status)
+        self._client.set_terminated(self._id, STATUSES.get(status, "FAILED"))
+
+
+def _batches(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for first in range(0, len(values), size):
+        yield values[first : first + size]

@@ -1,0 +1,66 @@
+"""TensorBoard: event files in GROUP/TRIAL, written by its own writer; `pip install 'rankscope[tensorboard]'`."""
+
+import os
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rankscope.track import Point, flat
+
+
+class TensorBoardTracker:
+    """Event files lie in TENSORBOARD_LOGGING_DIR, as transformers' Trainer has it, or in the study's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        given = os.environ.get("TENSORBOARD_LOGGING_DIR")
+        self._folder = Path(given) if given else folder / "tensorboard"
+        self.place = given or "study"
+        self.note = f"To look at the curves: tensorboard --logdir {shlex.quote(str(self._folder))}"
+
+    def begin(self, trial: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> "_Run":
+        return _Run(self._folder / group / trial, run_id, dict(flat(config)))
+
+    def close(self) -> None:
+        pass
+
+
+class _Run:
+    """Another event file each time that the run is taken up; TensorBoard reads them as one."""
+
+    def __init__(self, folder: Path, run_id: str, config: Mapping[str, Any]) -> None:
+        from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._writer = EventFileWriter(str(folder))
+        self._add(hparams_pb(config, trial_id=run_id), 0)
+
+    def _add(self, summary: Any, step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def log(self, points: Sequence[Point]) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        for _, step, metrics in points:
+            values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+            self._add(Summary(value=values), step)
+        self._writer.flush()
+
+    def finish(self, summary: Point, status: str) -> None:
+        """The status is a text, and that of the session on TensorBoard's HPARAMS page."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+        from tensorboard.plugins.text.summary_v2 import text_pb
+
+        self.log([summary])
+        self._add(text_pb("status", status), summary.step)
+        if status != "interrupted":  # TensorBoard keeps the first end that it sees
+            ended = plugin_data_pb2.SessionEndInfo(
+                status=api_pb2.STATUS_SUCCESS if status == "done" else api_pb2.STATUS_FAILURE, end_time_secs=time.time()
+            )
+            data = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=ended))
+            self._add(Summary(value=[Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=data)]), summary.step)
+        self._writer.close()

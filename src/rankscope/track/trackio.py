@@ -1,0 +1,78 @@
+"""Trackio: the study is a group, each trial a run; `pip install 'rankscope[trackio]'`."""
+
+import os
+import shlex
+import warnings
+from collections.abc import Mapping, Sequence
+from contextvars import Context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankscope.track import Point, flat
+
+if TYPE_CHECKING:
+    from trackio.run import Run as TrackioRun
+
+
+class TrackioTracker:
+    """Runs go to TRACKIO_PROJECT (`rankscope`), and to TRACKIO_SPACE_ID or TRACKIO_SERVER_URL where one is set.
+
+    They are kept in TRACKIO_DIR, or in the study's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        remote = os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL")
+        given = os.environ.get("TRACKIO_DIR")
+        here = os.environ.setdefault("TRACKIO_DIR", str(folder / "trackio"))  # read when it is imported
+        self._project = os.environ.get("TRACKIO_PROJECT") or "rankscope"
+        self._failures: list[str] = []
+        warnings.simplefilter("always")
+        warnings.showwarning = self._hear
+        import trackio  # noqa: F401
+
+        self.place = f"{remote or given or 'study'}/{self._project}"
+        show = f"TRACKIO_DIR={shlex.quote(here)} trackio show --project {shlex.quote(self._project)}"
+        self.note = "Trackio sends the runs to its server" if remote else f"To look at the runs: {show}"
+
+    def _hear(self, message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
+        """Trackio writes from a thread, and tells of what it could not write by a warning."""
+        if "trackio" in Path(filename).parts:
+            self._failures.append(str(message))
+
+    def begin(self, trial: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> "_Run":
+        import trackio
+
+        run = Context().run(  # in a context of its own, since it ends the run of the present one
+            trackio.init,
+            project=self._project,
+            name=trial,
+            group=group,
+            config=dict(flat(config)),
+            resume="allow" if again else "never",
+            embed=False,
+            auto_log_gpu=False,  # of this process, not of the one that trains
+            auto_log_cpu=False,
+        )
+        return _Run(run, self._failures)
+
+    def close(self) -> None:
+        pass
+
+
+class _Run:
+    def __init__(self, run: "TrackioRun", failures: list[str]) -> None:
+        self._run, self._failures = run, failures
+
+    def log(self, points: Sequence[Point]) -> None:
+        for axis, step, metrics in points:
+            self._run.log({axis: step, **metrics}, step=step)
+        self._check()
+
+    def finish(self, summary: Point, status: str) -> None:
+        self._run.log({**summary.metrics, "status": status}, step=summary.step)
+        self._run.finish()
+        self._check()
+
+    def _check(self) -> None:
+        if self._failures:
+            raise RuntimeError(self._failures[0])

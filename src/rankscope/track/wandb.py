@@ -1,0 +1,104 @@
+"""Weights & Biases: the study is a group, each trial a run; `pip install 'rankscope[wandb]'`.
+
+Offline where WANDB_MODE says so, and where there is no API key: nobody is asked for one.
+"""
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankscope.track import PROFILE_STEP, RANK, STEP, Point
+
+if TYPE_CHECKING:
+    import wandb
+
+AXES = {STEP: ("train/*", "eval/*"), PROFILE_STEP: ("system/*",)}
+"""The axis of each group of charts. What stands over the rank has names of its own."""
+
+
+class WandbTracker:
+    """Runs go to WANDB_PROJECT (`rankscope`) of WANDB_ENTITY, and their files to WANDB_DIR (the study's folder)."""
+
+    def __init__(self, folder: Path) -> None:
+        os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "wandb-cache"))  # its logs, to which each run has a link
+        import wandb
+
+        self._folder = Path(os.environ.get("WANDB_DIR") or folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        settings = wandb.setup().settings
+        self._project = settings.project or "rankscope"
+        self._offline = settings.mode in ("offline", "dryrun")
+        if settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+            self._offline = True
+        if self._offline:
+            self.place = "offline"
+            sync = f"wandb sync {shlex.quote(str(self._folder / 'wandb'))}/offline-run-*"
+            self.note = f"W&B keeps the runs here, offline. To upload them: {sync}"
+        else:
+            self.place = f"{settings.base_url}/{settings.entity or ''}/{self._project}"
+            self.note = f"W&B sends the runs to {settings.base_url}, project {self._project}"
+
+    def begin(self, trial: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> "_Run":
+        import wandb
+
+        run = wandb.init(
+            project=self._project,
+            group=group,
+            name=trial,
+            id=run_id,
+            dir=self._folder,
+            config=dict(config),
+            allow_val_change=True,
+            mode="offline" if self._offline else None,  # None: what WANDB_MODE says
+            resume="allow",
+            reinit="create_new",
+            # What W&B would measure is this process, not the one that trains; and links would lead out of the study.
+            settings=wandb.Settings(
+                console="off",
+                silent=True,
+                symlink=False,
+                disable_git=True,
+                disable_code=True,
+                x_disable_stats=True,
+                x_disable_meta=True,
+                x_disable_machine_info=True,
+                x_save_requirements=False,
+            ),
+        )
+        for axis, metrics in AXES.items():
+            run.define_metric(axis)
+            for metric in metrics:
+                run.define_metric(metric, step_metric=axis)
+        run.define_metric(RANK)
+        self._remove_links()
+        return _Run(run)
+
+    def _remove_links(self) -> None:
+        """A study with absolute links could not be moved: see `rankscope.files.refuse_links_out`."""
+        for link in self._folder.glob("wandb/*run-*/logs/debug-core.log"):
+            if link.is_symlink():
+                link.unlink()
+
+    def close(self) -> None:
+        import wandb
+
+        wandb.teardown()
+        self._remove_links()
+
+
+class _Run:
+    def __init__(self, run: "wandb.Run") -> None:
+        self._run = run
+
+    def log(self, points: Sequence[Point]) -> None:
+        for point in points:
+            if point.axis == RANK:
+                for name in point.metrics:
+                    self._run.define_metric(name, step_metric=RANK)
+            self._run.log({point.axis: point.step, **point.metrics})
+
+    def finish(self, summary: Point, status: str) -> None:
+        self._run.summary.update({**summary.metrics, "status": status})
+        self._run.finish(exit_code=0 if status == "done" else 1)

@@ -1,0 +1,63 @@
+"""What is refused as no causal language model is what sees the tokens that follow: asked of the models themselves."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BertConfig,
+    ElectraConfig,
+    Gemma3TextConfig,
+    LlamaConfig,
+    RobertaConfig,
+    XLMConfig,
+)
+
+from models import CONFIGS, UNPACKABLE
+from rankscope.lora.base import _not_causal
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+GEMMA: dict[str, Any] = {**SIZES, "head_dim": 8, "num_key_value_heads": 2}
+XLM: dict[str, Any] = {"vocab_size": 64, "emb_dim": 32, "n_layers": 2, "n_heads": 4}
+ASKED: dict[str, Callable[[], Any]] = {
+    **CONFIGS,
+    **UNPACKABLE,
+    "bert": lambda: BertConfig(**SIZES),
+    "bert-decoder": lambda: BertConfig(**SIZES, is_decoder=True),
+    "roberta": lambda: RobertaConfig(**SIZES),
+    "roberta-decoder": lambda: RobertaConfig(**SIZES, is_decoder=True),
+    "electra": lambda: ElectraConfig(**SIZES, embedding_size=32),
+    "xlm": lambda: XLMConfig(**XLM),
+    "xlm-causal": lambda: XLMConfig(**XLM, causal=True),
+    "llama-both-sides": lambda: LlamaConfig(**SIZES, is_causal=False),
+    "gemma3-both-sides": lambda: Gemma3TextConfig(**GEMMA, use_bidirectional_attention=True),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_sees_later_tokens_is_refused(name: str) -> None:
+    config = ASKED[name]()
+    reason = _not_causal(config)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5.0)  # large enough for attention to show
+        ids = torch.arange(5, 13)[None]
+        other = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)
+        before, after = (model(input_ids=given, use_cache=False).logits[:, :-1] for given in (ids, other))
+    assert torch.allclose(before, after, atol=1e-4) == (reason is None), reason
+
+
+@pytest.mark.parametrize(
+    ("architectures", "refused"), [(["BartForConditionalGeneration"], True), (["BartForCausalLM"], False)]
+)
+def test_an_encoder_besides_the_decoder_is_refused(architectures: list[str], refused: bool) -> None:
+    assert (_not_causal(BartConfig(architectures=architectures)) is not None) == refused

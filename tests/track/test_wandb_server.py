@@ -1,0 +1,96 @@
+"""W&B with a server: online, and `wandb sync` of what was written offline. The server is our own, on this machine."""
+
+import base64
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rankscope.files import read_jsonl
+from rankscope.study import Study
+from rankscope.track.beside import reporting
+from track.readers import SECRETS, clear_environment
+from track.test_contract import FIXTURE, TRIAL, Told, cut_back
+from track.wandb_server import Received, WandbServer, wandb_server
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    (tmp_path / "home").mkdir()
+    clear_environment(monkeypatch, tmp_path / "home")
+    with wandb_server() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        yield server
+
+
+def interrupt_and_go_on(path: Path, told: Told) -> Study:
+    """Two sessions of one study."""
+    shutil.copytree(FIXTURE, path)
+    study = Study.open(path)
+    cut_back(study, 4)
+    with reporting(study, ["wandb"], told):
+        pass
+    shutil.copytree(FIXTURE, path, dirs_exist_ok=True)
+    with reporting(study, ["wandb"], told):
+        pass
+    return study
+
+
+def the_run(server: WandbServer) -> Received:
+    assert len(server.runs) == 12
+    (run,) = [run for run in server.runs.values() if run.asked["displayName"] == TRIAL]
+    return run
+
+
+def check(server: WandbServer, study: Study) -> None:
+    run = the_run(server)
+    assert run.asked["groupName"] == study.spec.name
+    assert json.loads(run.asked["config"])["rank"]["value"] == 8
+    rows = [row for _, row in sorted(run.history.items())]
+    expected = read_jsonl(FIXTURE / "trials" / TRIAL / "metrics.jsonl")
+    for name, field in (("train/loss", "train_loss"), ("eval/loss", "eval_loss")):
+        seen = [(row["train/global_step"], row[name]) for row in rows if name in row]
+        assert seen == [(row["step"], row[field]) for row in expected if field in row]
+    assert sum("train_runtime" in row for row in rows) == 1
+    assert [row["_step"] for row in rows] == sorted({row["_step"] for row in rows})
+
+
+def test_online_a_run_goes_on_where_it_was(
+    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online")
+    told = Told()
+    study = interrupt_and_go_on(tmp_path / "study", told)
+    assert told.lines == [f"W&B sends the runs to {server.url}, project rankscope"] * 2
+    check(server, study)
+    assert the_run(server).summary["average_cpu_memory_gb"] > 0
+    key = base64.b64encode(f"api:{SECRETS['WANDB_API_KEY']}".encode()).decode()
+    assert server.keys <= {f"Basic {key}", ""}
+    for file in study.path.rglob("*"):
+        assert not file.is_file() or SECRETS["WANDB_API_KEY"].encode() not in file.read_bytes()
+
+
+def test_what_was_written_offline_is_synced_whole(server: WandbServer, tmp_path: Path) -> None:
+    study = interrupt_and_go_on(tmp_path / "study", Told())
+    assert not server.runs
+    folders = sorted(str(folder) for folder in (study.path / "tracking" / "wandb").glob("offline-run-*"))
+    command = [sys.executable, "-m", "wandb", "sync", *folders]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=120, capture_output=True)
+    check(server, study)
+
+
+def test_without_a_key_it_is_offline_and_asks_nobody(
+    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.delenv("WANDB_MODE")
+    shutil.copytree(FIXTURE, tmp_path / "study")
+    told = Told()
+    with reporting(Study.open(tmp_path / "study"), ["wandb"], told):
+        pass
+    assert ["offline" in line and "wandb sync" in line for line in told.lines] == [True]
+    assert not server.runs
