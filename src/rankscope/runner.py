@@ -39,6 +39,7 @@ from rankscope.plan import (
     open_packs,
 )
 from rankscope.report import build
+from rankscope.report.card import write_cards
 from rankscope.report.formats import size
 from rankscope.spec import EMBEDDED, AnyTrial, FullTrial, StudySpec, Trial
 from rankscope.study import FINISHED, Study
@@ -370,10 +371,11 @@ def answer(study: Study, progress: Progress) -> None:
 
 
 def finish(study: Study, language: str = "en") -> Path:
-    """Draws the conclusion and builds the report; returns the path of its page."""
+    """Draws the conclusion, writes the adapters' model cards and builds the report; returns the path of its page."""
     evidence = study.evidence()
     verdict = conclude(evidence)
     write_json(study.path / "verdict.json", verdict)
+    write_cards(evidence, verdict, study.path / "trials")
     return build(evidence, verdict, study.path / "report", language, reproduce=reproduce_command(study.spec))
 
 

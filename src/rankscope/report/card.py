@@ -1,0 +1,88 @@
+"""A model card for each adapter, so that its folder can be shared as it is: what it is, how it was made, what it cost.
+
+The form is the hub's (https://huggingface.co/docs/hub/model-cards); the metadata are written by huggingface_hub.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from rankscope import __version__
+from rankscope.data.sources import HUB_ID
+from rankscope.files import write_atomic
+from rankscope.report.formats import known, percent, rate, size
+from rankscope.report.markdown import escape
+from rankscope.report.sentences import verdict_sentence
+from rankscope.spec import Trial
+from rankscope.study import Evidence
+
+
+def write_cards(evidence: Evidence, verdict: Mapping[str, Any], trials: Path) -> None:
+    """Writes README.md beside the weights of every trial in the folder `trials` that is done."""
+    results = {str(name): row for name, row in evidence.results.set_index("trial").T.to_dict().items()}
+    for trial in evidence.spec.trials():
+        if results[trial.name]["status"] == "done":
+            text = model_card(evidence, verdict, trial, results[trial.name])
+            write_atomic(trials / trial.name / "adapter" / "README.md", text)
+
+
+def model_card(evidence: Evidence, verdict: Mapping[str, Any], trial: Trial, results: Mapping[str, Any]) -> str:
+    """The card of one trial's adapter; `results` is its row of `Study.results()`."""
+    spec, candidate, machine = evidence.spec, trial.candidate, evidence.machine
+    metadata = ModelCardData(
+        base_model=_on_the_hub(spec.model.id),
+        datasets=[spec.data.id] if _on_the_hub(spec.data.id) else None,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["lora", "rankscope"],
+    )
+    modules, revision = candidate.target_modules, machine["model"].get("revision")
+    facts = {
+        "Base model": f"{spec.model.id}" + (f", revision {revision}" if revision else ""),
+        "Data": f"{spec.data.id}: {evidence.data_facts['rows_train']:,} rows, loss on {spec.data.loss_on}",
+        "Rank": f"{candidate.rank}",
+        "lora_alpha": f"{candidate.lora_alpha:g} (the update is scaled by {candidate.scaling:.4g})",
+        "Target modules": modules if isinstance(modules, str) else ", ".join(modules),
+        "LoRA dropout": f"{candidate.lora_dropout:g}",
+        "Learning rate": f"{rate(candidate.learning_rate)}, {spec.training.lr_scheduler_type}",
+        "Steps": f"{results['steps']:,.0f}, {spec.training.batch_size * spec.training.gradient_accumulation_steps} "
+        "examples each",
+        "Seed": f"{trial.seed}",
+        "Trainable parameters": f"{results['trainable_params']:,.0f}",
+        "Size": size(results["adapter_bytes"]),
+    }
+    measured = {
+        "Held-out loss": f"{results['eval_loss']:.4f} nats a label token, on {evidence.data_facts['rows_eval']:,} rows",
+        "Perplexity": f"{results['eval_perplexity']:.4g}",
+        "Token accuracy": percent(results["eval_accuracy"]) if known(results["eval_accuracy"]) else "unknown",
+        "Training loss": f"{results['train_loss']:.4f}, mean over the last tenth of the steps",
+    }
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    parts = [
+        f"---\n{metadata.to_yaml()}\n---",
+        f"# {escape(spec.name)}: {escape(trial.name)}",
+        f"A LoRA adapter of rank {candidate.rank}, one of the {len(spec.trials())} trials of a rankscope study.",
+        f"The study's verdict: {escape(verdict_sentence(verdict, 'en'))}",
+        "## How it was made",
+        _table(facts),
+        "## What was measured",
+        _table(measured),
+        "## Use",
+        "```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
+        'model = AutoPeftModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")\n```',
+        "Prompts must have the form that it was trained on: see `template` in the study's study.yaml.",
+        f"Made by rankscope {__version__} ({escape(versions)}).",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _on_the_hub(name: str) -> str | None:
+    """The id of a model or data set that the hub has; None for a file, a folder, or what comes with rankscope."""
+    return name if HUB_ID.fullmatch(name) and "/" in name and not Path(name).exists() else None
+
+
+def _table(facts: Mapping[str, str]) -> str:
+    rows = [f"| {escape(name)} | {escape(value)} |" for name, value in facts.items()]
+    return "\n".join(["| | |", "|---|---|", *rows])

@@ -1,0 +1,53 @@
+"""Model cards: true, loadable by the hub's own reader, and with nothing of others that acts."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from rankscope.files import read_json
+from rankscope.report.card import model_card
+from rankscope.runner import finish
+from rankscope.study import Study
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "study-0.1"
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    folder = tmp_path_factory.mktemp("card") / "study"
+    shutil.copytree(FIXTURE, folder)
+    study = Study.open(folder)
+    finish(study)
+    return study
+
+
+def test_every_adapter_has_a_card_with_its_own_facts(study: Study) -> None:
+    for trial in study.spec.trials():
+        folder = study.trial_folder(trial)
+        results = read_json(folder / "trial.json")["results"]
+        card = ModelCard.load(folder / "adapter" / "README.md")
+        assert card.data.library_name == "peft"
+        assert f"| Rank | {trial.candidate.rank} |" in card.text
+        assert f"{results['eval_loss']:.4f} nats a label token" in card.text
+        assert f"| Trainable parameters | {results['trainable_params']:,} |" in card.text
+    assert study.results()["status"].eq("done").all(), "a card is no damage"
+
+
+def test_only_what_the_hub_has_is_named_in_the_metadata(study: Study) -> None:
+    evidence, trial = study.evidence(), study.spec.trials()[0]
+    results = evidence.results.iloc[0].to_dict()
+    there = study.spec.model_copy(
+        update={
+            "model": study.spec.model.model_copy(update={"id": "owner/model"}),
+            "data": study.spec.data.model_copy(update={"id": "owner/data"}),
+        }
+    )
+    card = ModelCard(model_card(evidence._replace(spec=there), study.verdict, trial, results))
+    assert card.data.base_model == "owner/model"
+    assert card.data.datasets == ["owner/data"]
+    hostile = there.model_copy(update={"data": there.data.model_copy(update={"id": "<script>\n| x |\n---\n"})})
+    text = model_card(evidence._replace(spec=hostile), study.verdict, trial, results)
+    assert "<script>" not in text
+    assert ModelCard(text).data.datasets is None
