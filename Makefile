@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test docs clean
 
 demo: .venv/installed
 	$(BIN)/rankscope run --out rankscope-demo
@@ -12,6 +12,10 @@ test: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# The site, in build/site. Among the tests it is built too, and looked through: tests/docs/test_site.py.
+docs: .venv/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rankscope needs Python 3.11 or later; give one with make PYTHON=python3.11")'
@@ -27,4 +31,4 @@ test: .venv/installed-dev
 	touch $@
 
 clean:
-	rm -rf .venv rankscope-demo
+	rm -rf .venv rankscope-demo build

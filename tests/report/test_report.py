@@ -14,7 +14,7 @@ import altair as alt
 import pandas as pd
 import pytest
 
-from rankscope.report import build, charts, series, write
+from rankscope.report import build, charts, encodings, series, write
 from rankscope.report.catalogue import load
 from rankscope.report.content import compose
 from rankscope.report.html import json_in_html
@@ -24,9 +24,10 @@ from rankscope.study import Evidence
 from report.report_evidence import HOSTILE, make_evidence, make_spec, make_verdict, replace_trial
 
 CPU_FIGURES = {
-    "train-loss", "cpu-memory-steps", "runtime", "cpu-memory", "heldout-loss-rank", "heldout-loss-steps",
+    "train-loss", "heldout-loss-rank", "heldout-loss-steps", "cpu-memory", "cpu-memory-steps", "cpu-memory-time",
+    "runtime", "tokens-per-second", "loss-memory", "loss-runtime",
 }  # fmt: skip
-GPU_FIGURES = CPU_FIGURES | {"gpu-memory-steps", "gpu-memory"}
+GPU_FIGURES = CPU_FIGURES | {"gpu-memory", "gpu-memory-steps", "gpu-memory-time"}
 
 
 class Page(HTMLParser):
@@ -106,8 +107,8 @@ def test_the_page_is_small_and_fetches_nothing(folder: Path) -> None:
     assert (folder / "index.html").stat().st_size < 3_000_000
     tags = read_page(folder).tags
     assert {tag for tag, _ in tags} & {"link", "img", "iframe", "object", "embed", "base", "form"} == set()
-    fetching = [(tag, name) for tag, attributes in tags for name in attributes if name in ("src", "href", "srcset")]
-    assert fetching == []
+    addresses = [a[name] for _, a in tags for name in ("src", "href", "srcset") if name in a]
+    assert [address for address in addresses if not str(address).startswith("#")] == []
     style = re.search(r"<style>(.*?)</style>", (folder / "index.html").read_text(), re.DOTALL)
     assert style is not None
     assert "url(" not in style.group(1)
@@ -146,7 +147,12 @@ def test_the_page_says_the_verdict_the_savings_and_the_cost(folder: Path) -> Non
 
 def test_sections_come_in_the_order_of_the_questions(folder: Path) -> None:
     headings = re.findall(r'<h2 id="(\w+)">', (folder / "index.html").read_text())
-    assert headings == ["curves", "heldout", "candidates", "also", "trials", "data", "machine", "reproduce", "limits"]
+    assert headings == [
+        "loss", "memory", "time", "trade_off", "claims", "answers", "candidates", "also", "trials", "data", "machine",
+        "reproduce", "limits",
+    ]  # fmt: skip
+    linked = [attributes["href"] for tag, attributes in read_page(folder).tags if tag == "a"]
+    assert linked == ["#main", *(f"#{heading}" for heading in headings)]
 
 
 def test_every_chart_has_its_place_its_words_and_its_numbers(folder: Path) -> None:
@@ -198,7 +204,7 @@ def test_with_a_gpu_its_memory_is_drawn_once_a_rank(tmp_path: Path) -> None:
     evidence = make_evidence(make_spec(learning_rates=[1e-4, 2e-4]), gpu=True, steps=40)
     build(evidence, make_verdict(evidence), tmp_path)
     page = read_page(tmp_path)
-    assert figures(tmp_path, "svg") == figures(tmp_path, "png") == GPU_FIGURES
+    assert figures(tmp_path, "svg") == figures(tmp_path, "png") == GPU_FIGURES | {"learning-rate-map"}
     assert {"chart-train-loss-1", "chart-gpu-memory-steps-0"} <= page.charts.keys()
     assert "chart-gpu-memory-steps-1" not in page.charts, "memory does not depend on the learning rate"
     (bars,) = [rows for rows in page.charts["chart-gpu-memory-0"]["datasets"].values() if rows]
@@ -218,7 +224,7 @@ def test_a_long_study_of_many_candidates_stays_small(tmp_path: Path) -> None:
     assert steps_a_point == 8
     assert len(frame) <= series.POINTS
     content = compose(evidence, make_verdict(evidence), load("en"), "long", "rankscope run")
-    specs = [panel.chart.to_dict() for figure in (*content.curves, *content.heldout) for panel in figure.panels]
+    specs = [panel.chart.to_dict() for figure in content.figures for panel in figure.panels]
     assert len(json.dumps(specs)) < 1_500_000
 
 
@@ -256,7 +262,7 @@ def test_one_rank_and_one_seed() -> None:
     row = dict(zip(content.candidates.headers, content.candidates.rows[0], strict=True))
     assert row["Held-out loss"] == "1.2270"
     assert row["Regret (nats)"] == "0.0000"
-    marks = str(content.curves[0].panels[0].chart.to_dict())
+    marks = str(content.figures[0].panels[0].chart.to_dict())
     assert "'area'" not in marks
     assert "'line'" in marks
 
@@ -369,11 +375,12 @@ def test_by_candidate_defines_each_number(evidence: Evidence) -> None:
 
 def test_trials_in_packs_of_their_own_tell_their_runtime(evidence: Evidence) -> None:
     shared = evidence._replace(profiles=pd.DataFrame(), samples=pd.DataFrame())
-    assert series.runtimes(shared)[0].empty
+    assert series.measurements(shared, "runtime_seconds")[0].empty
     alone = shared._replace(results=shared.results.assign(pack=[f"p{i:03d}" for i in range(9)]))
-    frame, profiled = series.runtimes(alone)
+    frame, profiled = series.measurements(alone, "runtime_seconds")
     assert not profiled
-    assert list(frame["seconds"]) == [312.0] * 9
+    assert list(frame["value"]) == [312.0] * 9
+    assert list(series.measurements(alone, "tokens_per_second")[0]["value"]) == [360.0] * 9
 
 
 def test_smoothing_keeps_a_constant_and_calms_noise(evidence: Evidence) -> None:
@@ -396,7 +403,7 @@ def test_memory_is_drawn_from_training_samples_only(evidence: Evidence) -> None:
 
 def test_ranks_beyond_the_palette_still_differ() -> None:
     ranks = [1, 2, 4, 8, 16, 32, 64, 128, 256]
-    spec = charts._dash(ranks, load("en")).to_dict()
+    spec = encodings.dash(ranks, load("en")).to_dict()
     colours = charts.theme()["range"]["category"]
     pairs = {(colours[index % len(colours)], tuple(dash)) for index, dash in enumerate(spec["scale"]["range"])}
     assert len(pairs) == len(ranks)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
+import pandas as pd
 import pytest
 from markdown_it import MarkdownIt
 
@@ -137,7 +138,9 @@ def _evidence(root: Path, bad: str) -> Evidence:
     evidence = make_evidence(spec, steps=8, gpu=True)
     evidence = replace_trial(evidence, 0, status="failed", reason=bad)
     evidence = replace_trial(evidence, 1, status=bad, reason=f"{bad}\n\n# {bad}", trial=bad, target_modules=bad)
+    names = ("prompt", "reference", "candidate", "answer")
     return evidence._replace(
+        answers=pd.DataFrame([{"example": 0, "rank": 8, **dict.fromkeys(names, bad)}]),
         divided=[bad],
         data_facts=facts | {"id": bad, "revision": bad, "general_text": bad, bad: {bad: [bad]}},
         machine={
@@ -196,7 +199,7 @@ def test_escaping_alone_is_enough(lab: Lab, page: str) -> None:
 def test_the_policy_alone_is_enough(lab: Lab, page: str) -> None:
     """But for leaving the page (a refresh), which no policy in a page can refuse."""
     raw = "".join(lab.payload(name) for name in PAYLOADS if name != "moving on")
-    seen = lab.open(page.replace("<main>", f"<main>{raw}", 1))
+    seen = lab.open(re.sub(r"<main[^>]*>", lambda main: main[0] + raw, page, count=1))
     assert (seen.ran, seen.fetched) == (False, [])
     assert len([message for message in seen.console if "Content Security Policy" in message]) >= 5
 

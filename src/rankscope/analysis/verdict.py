@@ -38,6 +38,7 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
     """verdict.json, as plain data.
 
     `outcome` is one of
+
     - `recommended`: `rank` is the smallest within the budget that is shown to be good enough. Where smaller ones are
       neither shown to be good enough nor worse, `undetermined` names them.
     - `not_distinguishable`: no rank is seen to differ from another, by intervals narrow enough to mean it; `rank` is

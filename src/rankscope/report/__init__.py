@@ -2,7 +2,10 @@
 
 sentences, catalogue, formats   words and numbers; imports nothing heavy
 tables, series                  evidence -> tidy frames
-charts                          tidy frame -> altair chart; to change a chart, change it there
+colours, encodings              what all charts share
+charts, charts_by_rank          tidy frame -> altair chart; to change a chart, change it there
+loss_, memory_, speed_figures   which charts there are, in words and numbers too, and what stands in for one
+answers                         what the model and each candidate answer
 content                         all of it put together, in one language
 html, markdown, write          content -> files
 """

@@ -6,13 +6,17 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from rankscope.report.also import also_measured, also_notes, rank_name
+from rankscope.report.answers import Answered, answered
 from rankscope.report.catalogue import Catalogue
 from rankscope.report.costs import Saving, cost_tables, noise_sentence, savings
 from rankscope.report.facts import Fact, data_facts, machine_facts
-from rankscope.report.figures import Figure, curve_figures, heldout_figures
+from rankscope.report.figures import Figure, Section
 from rankscope.report.formats import Table, duration, known, loss, percent, rate, signed, size
+from rankscope.report.loss_figures import loss_figures
+from rankscope.report.memory_figures import memory_figures
 from rankscope.report.predictions import prediction_tables
 from rankscope.report.sentences import claim_sentences, verdict_sentence
+from rankscope.report.speed_figures import speed_figures, trade_off_figures
 from rankscope.report.tables import by_candidate, chosen_row, has_gpu
 from rankscope.spec import EMBEDDED, write_yaml
 from rankscope.study import Evidence
@@ -32,9 +36,9 @@ class Content(NamedTuple):
     cost: str
     cost_notes: list[str]
     caveats: list[str]
+    sections: list[Section]
     claims: list[str]
-    curves: list[Figure]
-    heldout: list[Figure]
+    answers: list[Answered]
     candidates: Table
     noise: str
     costs: list[Table]
@@ -47,6 +51,10 @@ class Content(NamedTuple):
     study: str
     limits: list[str]
     version: str
+
+    @property
+    def figures(self) -> list[Figure]:
+        return [figure for section in self.sections for figure in section.figures]
 
 
 def compose(
@@ -70,9 +78,14 @@ def compose(
         cost=cost,
         cost_notes=cost_notes,
         caveats=caveats,
+        sections=[
+            Section("loss", loss_figures(evidence, verdict, table, text)),
+            Section("memory", memory_figures(evidence, table, text)),
+            Section("time", speed_figures(evidence, text)),
+            Section("trade_off", trade_off_figures(evidence, verdict, table, text)),
+        ],
         claims=claim_sentences(verdict, text.language),
-        curves=curve_figures(evidence, table, text),
-        heldout=heldout_figures(evidence, verdict, table, text),
+        answers=answered(evidence, verdict, text),
         candidates=_candidates(evidence, verdict, table, text),
         noise=noise_sentence(evidence.profiles, text),
         costs=[*cost_tables(evidence, text), *prediction_tables(evidence, text)],

@@ -75,7 +75,7 @@ def savings(evidence: Evidence, verdict: Mapping[str, Any] | None, table: pd.Dat
             continue
         noise = noise_floor(evidence.profiles, column) if column in QUANTITIES.values() else None
         seen = noise is None or abs(new / old - 1) > noise.floor
-        beside = text("noise.beside" if seen else "noise.within", floor=_share(noise)) if noise else ""
+        beside = text("noise.beside" if seen else "noise.within", floor=noise_share(noise)) if noise else ""
         instead = text("saving.instead", value=number(old))
         found.append(
             Saving(text(f"saving.{label}"), number(new), instead, change(new, old), bool(new < old and seen), beside)
@@ -92,7 +92,8 @@ def noise_sentence(profiles: pd.DataFrame, text: Catalogue) -> str:
         return ""
     first = next(iter(known_floors.values()))
     floors = ", ".join(
-        text("noise.item", floor=_share(noise), quantity=text(f"noise.{name}")) for name, noise in known_floors.items()
+        text("noise.item", floor=noise_share(noise), quantity=text(f"noise.{name}"))
+        for name, noise in known_floors.items()
     )
     return text("noise.sentence", name=text("name.rank", rank=first.rank), times=first.measurements, floors=floors)
 
@@ -155,9 +156,10 @@ def _show(repeats: pd.DataFrame, column: str, how: str, number: Callable[[float]
 
 def _floor(evidence: Evidence, column: str, text: Catalogue) -> str:
     noise = noise_floor(evidence.profiles, column) if column in evidence.profiles else None
-    return _share(noise) if noise else text("none")
+    return noise_share(noise) if noise else text("none")
 
 
-def _share(noise: Noise) -> str:
-    """`3.1%`; what is smaller than a tenth of a per cent counts as that: it would read as no noise at all."""
+def noise_share(noise: Noise) -> str:
+    """The floor as it is shown: `3.1%`. What is smaller than a tenth of a per cent counts as that: it would read as no
+    noise at all."""
     return f"{max(noise.floor, 0.001):.1%}"

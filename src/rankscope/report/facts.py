@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from rankscope.report.catalogue import Catalogue
-from rankscope.report.formats import size
+from rankscope.report.formats import percent, size
 
 
 class Fact(NamedTuple):
@@ -13,7 +13,8 @@ class Fact(NamedTuple):
 
 
 def data_facts(facts: Mapping[str, Any], text: Catalogue) -> list[Fact]:
-    """The content of data/facts.json, in its order."""
+    """The content of data/facts.json, in its order; after labels, the tokens that are masked: read, but not learnt."""
+    facts = _with_masked(facts)
     return [Fact(text.get(f"fact.{key}", key), _show(key, value, text)) for key, value in _flatten(facts).items()]
 
 
@@ -27,6 +28,17 @@ def machine_facts(machine: Mapping[str, Any], text: Catalogue) -> list[Fact]:
         empty_gpus = label == "gpus" and not value
         facts.append(Fact(shown, text("machine.no_gpu") if empty_gpus else _show(name or key, value, text)))
     return facts
+
+
+def _with_masked(facts: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in facts.items():
+        found[key] = value
+        side, of_labels, _ = key.partition("_label_tokens")
+        tokens = facts.get(f"{side}_tokens")
+        if of_labels and isinstance(value, int) and isinstance(tokens, int) and tokens:
+            found[f"{side}_masked_tokens"] = f"{tokens - value:,} ({percent(1 - value / tokens)})"
+    return found
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

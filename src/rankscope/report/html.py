@@ -20,28 +20,33 @@ from markupsafe import Markup
 
 from rankscope.report import charts
 from rankscope.report.catalogue import Catalogue
+from rankscope.report.colours import DARK, LIGHT, PAGE, declarations
 from rankscope.report.content import Content
-from rankscope.report.figures import Figure
+from rankscope.report.figures import Figure, Panel
 from rankscope.report.visible import visible
 
 VEGA_LITE = ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
 """The version that altair writes, in the form that vl_convert wants: `6.4`."""
 
+SECTIONS = ("claims", "answers", "candidates", "also", "trials", "data", "machine", "reproduce", "limits")
+"""Those of the page after the figures', in its order."""
+
 START = """
 const page = JSON.parse(document.getElementById("page-data").textContent);
-const dark = matchMedia("(prefers-color-scheme: dark)");
-function draw() {
-  const name = dark.matches ? "dark" : "light";
-  for (const [id, spec] of Object.entries(page.charts)) {
-    vegaEmbed("#" + id, spec, {
-      mode: "vega-lite", renderer: "svg", actions: false, ast: true, defaultStyle: false,
-      config: page.themes[name], tooltip: {theme: name},
-    });
-  }
+for (const [id, spec] of Object.entries(page.charts)) {
+  const place = document.getElementById(id);
+  vegaEmbed(place, spec, {
+    mode: "vega-lite", renderer: "svg", actions: false, ast: true, defaultStyle: false,
+    config: page.theme, tooltip: {disableDefaultStyle: true},
+  }).then(() => {
+    place.setAttribute("role", "group");
+    place.removeAttribute("aria-roledescription");
+    place.querySelector("svg").setAttribute("aria-hidden", "true");
+  });
 }
-draw();
-dark.addEventListener("change", draw);
 """
+"""Charts take their colours from the page's style, so a change of theme, or of paper, draws nothing anew. Vega would
+have a screen reader say its English words for a chart and its groups; the label and the table say what is drawn."""
 
 
 def render(content: Content, text: Catalogue) -> str:
@@ -52,10 +57,10 @@ def render(content: Content, text: Catalogue) -> str:
     file = resources.files("rankscope.report") / "template.html"
     template = environment.from_string(file.read_text(encoding="utf-8"))
     page_data = {
-        "themes": {"light": charts.theme(), "dark": charts.theme(dark=True)},
+        "theme": charts.theme(PAGE),
         "charts": {
-            chart_id(figure, number): _specification(panel.chart, figure.alternative)
-            for figure in (*content.curves, *content.heldout)
+            chart_id(figure, number): _specification(panel.chart, panel_label(figure, panel))
+            for figure in content.figures
             for number, panel in enumerate(figure.panels)
         },
     }
@@ -64,6 +69,10 @@ def render(content: Content, text: Catalogue) -> str:
         content=content,
         text=text,
         chart_id=chart_id,
+        panel_label=panel_label,
+        section_names=[*(section.name for section in content.sections), *SECTIONS],
+        light=Markup(declarations(LIGHT)),  # noqa: S704  # colours alone
+        dark=Markup(declarations(DARK)),  # noqa: S704
         page_data=Markup(json_in_html(page_data)),  # noqa: S704  # cannot end its script element
         libraries=Markup(libraries),  # noqa: S704  # vl_convert's own
         start=Markup(START),  # noqa: S704  # written above
@@ -73,6 +82,11 @@ def render(content: Content, text: Catalogue) -> str:
 
 def _only_visible(value: Any) -> Any:
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def panel_label(figure: Figure, panel: Panel) -> str:
+    """What a screen reader says of a chart. Vega gives the chart's description to the element that holds it."""
+    return f"{panel.title}. {figure.alternative}" if panel.title else figure.alternative
 
 
 def chart_id(figure: Figure, number: int) -> str:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 
+from rankscope.report.answers import Answered
 from rankscope.report.catalogue import Catalogue
 from rankscope.report.content import Content
 from rankscope.report.facts import Fact
@@ -30,12 +31,12 @@ def render(content: Content, text: Catalogue) -> str:
         parts += [f"{text('cost.title')}:", _list([*cost, *content.cost_notes])]
     if content.caveats:
         parts += [f"{text('caveat.title')}:", _list(content.caveats)]
-    if content.claims:
-        parts += [f"{text('claim.title')}:", _list(content.claims)]
-    parts.append(f"## {text('section.curves')}")
-    parts += [_figure(figure) for figure in content.curves]
-    parts.append(f"## {text('section.heldout')}")
-    parts += [_figure(figure) for figure in content.heldout]
+    for section in content.sections:
+        parts += [f"## {text(f'section.{section.name}')}", *(_figure(figure) for figure in section.figures)]
+    parts.append(f"## {text('section.claims')}")
+    parts.append(_list(content.claims) if content.claims else text("claim.absent"))
+    parts += [f"## {text('section.answers')}", text("answer.note") if content.answers else text("answer.absent")]
+    parts += [part for prompt in content.answers for part in _answers(prompt, text)]
     parts += [f"## {text('section.candidates')}", _table(content.candidates)]
     parts += [escape(content.noise)] if content.noise else []
     parts += [*(_table(table) for table in content.costs), text("unit.note")]
@@ -58,6 +59,13 @@ def escape(value: str) -> str:
 def _figure(figure: Figure) -> str:
     image = f"![{escape(figure.alternative)}](figures/{figure.name}.svg)\n\n" if figure.panels else ""
     return f"### {escape(figure.title)}\n\n{image}{escape(figure.note)}"
+
+
+def _answers(prompt: Answered, text: Catalogue) -> list[str]:
+    parts = [f"### {escape(prompt.title)}", _code(prompt.prompt, "text")]
+    for answer in prompt.answers:
+        parts += [f"{escape(answer.name)}:", _code(answer.text or text("answer.empty"), "text")]
+    return parts
 
 
 def _table(table: Table) -> str:

@@ -43,7 +43,8 @@ def prediction_tables(evidence: Evidence, text: Catalogue) -> list[Table]:
 
 
 def _measured(profiles: pd.DataFrame, candidate: str, column: str, how: str) -> float:
-    """Of the candidate's repeats; NaN where it was not profiled."""
+    """Of the candidate's own repeats, not the control's; NaN where it was not profiled."""
     if profiles.empty or column not in profiles:
         return math.nan
-    return float(profiles.loc[profiles["candidate"] == candidate, column].astype("float64").agg(how))
+    own = (profiles["candidate"] == candidate) & ~profiles["control"]
+    return float(profiles.loc[own, column].astype("float64").agg(how))

@@ -4,11 +4,14 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from rankscope.analysis.comparison import judged_examples
 from rankscope.report.tables import rank_profiles
 from rankscope.study import Evidence
 
 POINTS = 4000
 """Of all lines of one figure together, so that a page stays under its 3 MB; a line keeps 30 or more."""
+POINTS_IN_TIME = 900
+"""Of memory against time, of all lines together: samples are many, and say the same over and over."""
 SMOOTHING_SHARE = 0.05
 """The smoothed curve is a centred moving average over this share of the points."""
 KEYS = ["candidate", "rank", "learning_rate"]
@@ -62,31 +65,66 @@ def memory(evidence: Evidence, column: str) -> Series:
     return Series(_spread(samples.assign(**values), column), width)
 
 
+def memory_by_time(evidence: Evidence, column: str) -> pd.DataFrame:
+    """`candidate rank learning_rate seconds phase mean low high` of a memory column (bytes) over the life of each
+    rank's first profile: loading, warm-up, training and evaluation. A point is the highest of its span.
+    """
+    samples = evidence.samples
+    if not samples.empty:
+        samples = samples[(samples["repeat"] == 0) & samples[column].notna()]
+    if samples.empty:
+        return pd.DataFrame(columns=[*KEYS, "seconds", "phase", "mean", "low", "high"])
+    points = max(30, POINTS_IN_TIME // samples["rank"].nunique())
+    width = max(float(samples["seconds"].max()) / points, 1e-3)
+    spans = samples.assign(span=(samples["seconds"] // width).astype("int64"), value=samples[column].astype("float64"))
+    highest = spans.groupby([*KEYS, "span"], as_index=False).agg(phase=("phase", "last"), mean=("value", "max"))
+    highest["seconds"] = highest.pop("span") * width
+    return highest.assign(low=highest["mean"], high=highest["mean"])
+
+
 def heldout_by_seed(evidence: Evidence) -> pd.DataFrame:
-    """One row a finished trial: `candidate rank learning_rate seed eval_loss` (nats)."""
-    results = evidence.results
+    """One row a finished trial: `candidate rank learning_rate seed eval_loss` (nats).
+
+    With several learning rates it is the loss on those held-out rows on which ranks are compared, so that the verdict's
+    intervals and margin are of the same rows: see `rankscope.analysis.comparison.judged_examples`.
+    """
+    results, examples = evidence.results, evidence.examples
     done = results[(results["status"] == "done") & results["eval_loss"].notna()]
-    return done[[*KEYS, "seed", "eval_loss"]].reset_index(drop=True)
+    columns = [*KEYS, "seed", "eval_loss"]
+    if examples.empty or examples["learning_rate"].nunique() == 1:
+        return done[columns].reset_index(drop=True)
+    judged = examples[examples["example"].isin(judged_examples(examples)["example"])]
+    sums = (
+        judged.assign(total=judged["loss"] * judged["label_tokens"]).groupby("trial")[["total", "label_tokens"]].sum()
+    )
+    losses = done["trial"].map(sums["total"] / sums["label_tokens"])
+    return done.assign(eval_loss=losses)[columns].dropna().reset_index(drop=True)
 
 
-def runtimes(evidence: Evidence) -> tuple[pd.DataFrame, bool]:
-    """One row a measurement: `candidate rank learning_rate number seconds`, and whether profiles gave them.
+def heldout_by_candidate(evidence: Evidence, table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `by_candidate` with a finished seed, with the means of `heldout_by_seed` as their `eval_loss`."""
+    means = heldout_by_seed(evidence).groupby("candidate")["eval_loss"].mean()
+    return table.assign(eval_loss=table["candidate"].map(means)).dropna(subset=["eval_loss"])
+
+
+def measurements(evidence: Evidence, column: str) -> tuple[pd.DataFrame, bool]:
+    """One row a measurement: `candidate rank learning_rate number value`, and whether profiles gave them. `column` is
+    `runtime_seconds` or `tokens_per_second`.
 
     Without profiles, trials that had a pack to themselves tell their own time, of steps and evaluations; others
     shared it, and are left out.
     """
     profiles = rank_profiles(evidence)
-    if not profiles.empty and profiles["runtime_seconds"].notna().any():
-        named = profiles[profiles["runtime_seconds"].notna()].rename(
-            columns={"repeat": "number", "runtime_seconds": "seconds"}
-        )
-        return named[[*KEYS, "number", "seconds"]].reset_index(drop=True), True
+    if not profiles.empty and profiles[column].notna().any():
+        named = profiles[profiles[column].notna()].rename(columns={"repeat": "number", column: "value"})
+        return named[[*KEYS, "number", "value"]].reset_index(drop=True), True
     results = evidence.results
     trials_in_pack = results.groupby("pack")["trial"].transform("size")
     alone = results[(trials_in_pack == 1) & (results["status"] == "done") & results["train_seconds"].notna()]
     named = alone.rename(columns={"seed": "number"})
-    named["seconds"] = alone["train_seconds"] + alone["eval_seconds"].fillna(0.0)
-    return named[[*KEYS, "number", "seconds"]].reset_index(drop=True), False
+    runtime = alone["train_seconds"] + alone["eval_seconds"].fillna(0.0)
+    named["value"] = runtime if column == "runtime_seconds" else alone["tokens_per_second"]
+    return named[[*KEYS, "number", "value"]].reset_index(drop=True), False
 
 
 def _usable(evidence: Evidence) -> pd.DataFrame:

@@ -38,7 +38,7 @@ def write_report(
     content = compose(evidence, verdict, text, study_name, reproduce)
     # Figures go into other documents: where no font here has a language's letters, English beats boxes.
     drawn = content if can_draw(text) else compose(evidence, verdict, load("en"), study_name, reproduce)
-    for figure in (*drawn.curves, *drawn.heldout):
+    for figure in drawn.figures:
         file = folder / "figures" / figure.name
         if figure.panels:
             image = render_image(figure)

@@ -63,12 +63,8 @@ class Follower:
             self._finish(trial)
 
     def _finish(self, trial: AnyTrial) -> None:
-        record, before, points = (
-            self.study.trial_record(trial),
-            self._sent.get(trial.name, {}),
-            self._cost_points(trial),
-        )
-        status = record["status"]
+        record, before = self.study.trial_record(trial), self._sent.get(trial.name, {})
+        status, points = record["status"], self._cost_points(trial)
         if status == "pending" and trial.name not in self._runs:
             return
         if status in ("pending", "running"):

@@ -1,0 +1,148 @@
+"""A headless Chromium that tests drive: clicks, hovers, keys, media; by the DevTools protocol over two pipes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+_START = """import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.dup2(int(sys.argv[2]), 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+"""The browser reads commands from descriptor 3 and answers on 4."""
+
+
+def find_browser() -> str | None:
+    return next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+class Browser:
+    """One page at a time. `messages` are the console's and the log's, `asked` the addresses other than the page's own.
+
+    No value that the page gives is run here; expressions run in the page, past its Content-Security-Policy.
+    """
+
+    def __init__(self, program: str, folder: Path) -> None:
+        self.messages: list[str] = []
+        self.asked: list[str] = []
+        self._page, self._session, self._number, self._rest = "", "", 0, b""
+        read_commands, self._write = os.pipe()
+        self._read, write_answers = os.pipe()
+        high = [os.dup(end) for end in (read_commands, write_answers)]  # so that neither is 3 or 4 itself
+        for end in (read_commands, write_answers):
+            os.close(end)
+        for end in high:
+            os.set_inheritable(end, True)
+        command = [sys.executable, "-c", _START, *map(str, high), program, "--headless", "--no-sandbox"]
+        command += ["--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", "--remote-debugging-pipe"]
+        self._process = subprocess.Popen(
+            [*command, f"--user-data-dir={folder}"], pass_fds=high, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        for end in high:
+            os.close(end)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._write)  # the browser ends with its pipe
+        self._process.wait(timeout=30)
+        os.close(self._read)
+
+    def call(self, method: str, **values: Any) -> dict[str, Any]:
+        """Runs a command of the protocol and returns its result."""
+        self._number += 1
+        command = {"id": self._number, "method": method, "params": values}
+        if self._session:
+            command["sessionId"] = self._session
+        os.write(self._write, json.dumps(command).encode() + b"\0")
+        while (answer := self._next()).get("id") != self._number:
+            self._note(answer)
+        if "error" in answer:
+            raise RuntimeError(f"{method}: {answer['error']}")
+        return dict(answer["result"])
+
+    def _next(self) -> dict[str, Any]:
+        while b"\0" not in self._rest:
+            chunk = os.read(self._read, 1 << 20)
+            if not chunk:
+                raise RuntimeError("the browser has ended")
+            self._rest += chunk
+        answer, _, self._rest = self._rest.partition(b"\0")
+        return dict(json.loads(answer))
+
+    def _note(self, event: dict[str, Any]) -> None:
+        method, values = event.get("method"), event.get("params", {})
+        if method == "Runtime.exceptionThrown":
+            self.messages.append(str(values["exceptionDetails"]))
+        elif method == "Runtime.consoleAPICalled":
+            self.messages.append(str(values["args"]))
+        elif method == "Log.entryAdded":
+            self.messages.append(values["entry"]["text"])
+        elif method == "Network.requestWillBeSent" and values["request"]["url"] != self._page:
+            self.asked.append(values["request"]["url"])
+
+    def open(self, page: Path, *, width: int = 1280, height: int = 800, dark: bool = False) -> None:
+        """Opens a page and waits until its charts are drawn."""
+        self._page, self._session = page.as_uri(), ""
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+        self.size(width, height)
+        self.media(dark=dark)
+        self.messages.clear()
+        self.asked.clear()
+        self.call("Page.navigate", url=self._page)
+        self.until("document.readyState === 'complete'")
+        self.until("[...document.querySelectorAll('.chart')].every(chart => chart.querySelector('svg[aria-hidden]'))")
+
+    def size(self, width: int, height: int = 800) -> None:
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+
+    def media(self, *, dark: bool = False, paper: bool = False) -> None:
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", media="print" if paper else "", features=[scheme])
+
+    def ask(self, expression: str) -> Any:
+        """The value of an expression in the page."""
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        if "exceptionDetails" in answer:
+            raise RuntimeError(f"{expression}: {answer['exceptionDetails']}")
+        return answer["result"].get("value")
+
+    def until(self, expression: str, seconds: float = 30) -> None:
+        """Waits until an expression is true in the page."""
+        end = time.monotonic() + seconds
+        while not self.ask(expression):
+            if time.monotonic() > end:
+                raise TimeoutError(expression)
+            time.sleep(0.05)
+
+    def hover(self, selector: str, across: float = 0.5, down: float = 0.5) -> None:
+        """Moves the pointer over an element, to a place within it."""
+        self.ask(f"document.querySelector({selector!r}).scrollIntoView({{block: 'center', behavior: 'instant'}})")
+        box = self.ask(
+            f"(({{x, y, width, height}}) => [x, y, width, height])"
+            f"(document.querySelector({selector!r}).getBoundingClientRect())"
+        )
+        x, y = box[0] + across * box[2], box[1] + down * box[3]
+        for step in (-3, 0):  # two moves: the second is within the chart
+            self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x + step, y=y)
+
+    def click(self, selector: str) -> None:
+        self.ask(f"document.querySelector({selector!r}).click()")
+
+    def press(self, key: str, code: int, text: str = "") -> None:
+        """Presses a key; `text` is what it would write, which some keys need to act."""
+        for kind in ("keyDown" if text else "rawKeyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, text=text)

@@ -1,0 +1,208 @@
+"""The figures' content: parts of memory, noise beside costs, the Pareto front, the map of rates; what stands in."""
+
+import math
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from rankscope.analysis.pareto import on_front
+from rankscope.report import series
+from rankscope.report.catalogue import load
+from rankscope.report.content import compose
+from rankscope.report.figures import Figure
+from rankscope.report.memory_figures import predicted_parts
+from rankscope.report.tables import by_candidate
+from rankscope.study import Evidence
+from report.report_evidence import make_evidence, make_spec, make_verdict, replace_trial
+
+PARTS = {
+    "process": 450_000_000, "base": 1_300_000_000, "adapter": 4_000_000, "gradients": 0, "optimizer": 8_000_000,
+    "activations": 40_000_000, "logits": 30_000_000, "retained": 50_000_000,
+}  # fmt: skip
+
+
+def predict(evidence: Evidence, device: str = "cpu") -> Evidence:
+    row = {"parts": PARTS, "peak_bytes": sum(PARTS.values()), "step_seconds": 0.5}
+    candidates = {candidate.name: row for candidate in evidence.spec.candidates()}
+    return evidence._replace(prediction={"device": device, "candidates": candidates})
+
+
+def figures(evidence: Evidence, language: str = "en", **verdict: Any) -> dict[str, Figure]:
+    content = compose(evidence, make_verdict(evidence, **verdict), load(language), "x", "y")
+    return {figure.name: figure for figure in content.figures}
+
+
+def drawn(figure: Figure) -> list[list[dict[str, Any]]]:
+    """The tables of a figure's first chart."""
+    return [rows for rows in figure.panels[0].chart.to_dict()["datasets"].values() if rows]
+
+
+def numbers(figure: Figure, row: int = 0) -> dict[str, str]:
+    assert figure.numbers is not None
+    return dict(zip(figure.numbers.headers, figure.numbers.rows[row], strict=True))
+
+
+def test_memory_is_stacked_by_part_beside_what_was_measured() -> None:
+    figure = figures(predict(make_evidence()))["cpu-memory"]
+    parts, measured = sorted(drawn(figure), key=len, reverse=True)
+    assert len(parts) == 3 * 7, "no rank has gradients at its peak"
+    assert [row["kind"] for row in measured] == ["measured"] * 3
+    assert sum(row["value"] for row in parts if row["rank"] == 8) == pytest.approx(1.882)
+    row = numbers(figure)
+    assert row["Base weights"] == "1.30 GB"
+    assert row["Predicted peak"] == "1.88 GB"
+    assert (row["Average"], row["Peak"]) == ("1.92 GB", "2.35 GB")
+    assert "predicted" in figure.note
+
+
+def test_a_prediction_is_of_one_device() -> None:
+    text, gpu = load("en"), predict(make_evidence(gpu=True, steps=8), "cuda")
+    assert predicted_parts(gpu, "cpu", text).empty
+    assert len(predicted_parts(gpu, "gpu", text)) == 3 * 7
+    found = figures(gpu)
+    assert "Base weights" in numbers(found["gpu-memory"])
+    assert "Base weights" not in numbers(found["cpu-memory"])
+
+
+def test_what_was_predicted_is_drawn_where_nothing_was_measured() -> None:
+    figure = figures(predict(make_evidence(profiles=False, steps=8)))["cpu-memory"]
+    assert figure.note.startswith("Nothing was profiled")
+    assert numbers(figure).keys() >= {"Base weights", "Predicted peak"}
+    assert "Peak" not in numbers(figure)
+    assert "Rank 8: 1.88 GB" in figure.alternative
+
+
+def test_noise_is_a_band_around_the_rank_that_was_measured_twice() -> None:
+    found = figures(make_evidence())
+    bands = [rows[0] for rows in drawn(found["runtime"]) if "from" in rows[0]]
+    floor, mean = 18 / 986.6, 983.6 / 60  # rank 8: 977.6 and 989.6, and 983.6 and 995.6 of the control
+    assert bands == [{"from": pytest.approx(mean * (1 - floor)), "to": pytest.approx(mean * (1 + floor))}]
+    assert "rank 8, measured again and again, differs from itself by up to 1.8%" in found["runtime"].note
+    assert "up to 0.1%" in found["tokens-per-second"].note, "no noise at all reads as a tenth of a per cent"
+    assert numbers(found["runtime"])["Each measurement"] == "16.3 min, 16.5 min"
+    assert numbers(found["tokens-per-second"])["Mean"] == "2,100"
+
+
+def test_noise_above_all_does_not_reach_below_zero() -> None:
+    evidence = make_evidence()
+    wild = evidence.profiles.copy()
+    wild.loc[wild["control"], "runtime_seconds"] *= 9
+    (band,) = [rows[0] for rows in drawn(figures(evidence._replace(profiles=wild))["runtime"]) if "from" in rows[0]]
+    assert band["from"] == 0
+
+
+def test_without_a_control_there_is_no_band() -> None:
+    evidence = make_evidence()
+    profiles = evidence.profiles[~evidence.profiles["control"]]
+    figure = figures(evidence._replace(profiles=profiles))["tokens-per-second"]
+    assert not any("from" in rows[0] for rows in drawn(figure))
+    assert "noise" not in figure.note
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([(1, 3), (2, 2), (3, 1)], [True, True, True]),
+        ([(1, 1), (2, 2), (1, 2)], [True, False, False]),
+        ([(1, 2), (1, 2), (2, 1)], [True, True, True]),
+        ([(1, 2), (math.nan, 1), (2, math.nan)], [True, False, False]),
+        ([], []),
+    ],
+)
+def test_the_front_has_those_that_none_beats(rows: list[tuple[float, float]], expected: list[bool]) -> None:
+    table = pd.DataFrame(rows, columns=["loss", "cost"], index=range(5, 5 + len(rows)), dtype="float64")
+    assert on_front(table, ["loss", "cost"]).tolist() == expected
+
+
+def test_a_candidate_with_more_loss_for_more_cost_is_off_the_front() -> None:
+    found = figures(make_evidence())
+    for name in ("loss-memory", "loss-runtime"):  # rank 256 costs most, and its loss is above rank 128's
+        assert [numbers(found[name], row)["On the front"] for row in range(3)] == ["yes", "yes", "no"]
+        assert found[name].alternative.endswith("On the Pareto front: rank 8, rank 128.")
+        points = max(drawn(found[name]), key=len)
+        assert [row["chosen"] for row in points] == [True, False, False]
+    assert "The ring" in found["loss-memory"].note
+
+
+def test_on_a_gpu_loss_is_weighed_against_its_memory() -> None:
+    figure = figures(make_evidence(gpu=True, steps=8))["loss-memory"]
+    assert numbers(figure)["Peak GPU memory (GB)"] == "4.81 GB"
+
+
+def test_one_candidate_has_nothing_to_weigh() -> None:
+    for evidence in (make_evidence(make_spec(ranks=[8]), steps=8), make_evidence(profiles=False, steps=8)):
+        figure = figures(evidence)["loss-runtime"]
+        assert figure.panels == []
+        assert figure.note.startswith("There are fewer than two candidates")
+
+
+def test_the_map_has_a_cell_a_candidate() -> None:
+    evidence = make_evidence(make_spec(learning_rates=[1e-4, 2e-4]), steps=8)
+    for seed in (0, 1, 2):
+        row = evidence.results.index[(evidence.results["rank"] == 8) & (evidence.results["learning_rate"] == 2e-4)][
+            seed
+        ]
+        evidence = replace_trial(evidence, int(row), status="diverged", eval_loss=math.nan)
+    figure = figures(evidence)["learning-rate-map"]
+    cells = {(row["rank"], row["rate"]): row for rows in drawn(figure) for row in rows}
+    assert len(cells) == 6
+    assert cells[8, "2e-4"]["label"] == "diverged"
+    assert cells[128, "1e-4"]["label"] == "1.2220"
+    assert {key for key, row in cells.items() if row["best"]} == {(8, "1e-4"), (128, "1e-4"), (256, "1e-4")}
+    assert numbers(figure) == {"Learning rate": "1e-4", "rank 8": "1.2290", "rank 128": "1.2220", "rank 256": "1.2270"}
+    assert "learning-rate-map" not in figures(make_evidence(steps=8)), "one rate is no map"
+
+
+def test_one_rate_that_nearly_diverged_leaves_colours_to_the_others() -> None:
+    evidence = make_evidence(make_spec(learning_rates=[1e-4, 2e-4]), steps=8)
+    evidence = replace_trial(evidence, 3, eval_loss=90.0)
+    layers = figures(evidence)["learning-rate-map"].panels[0].chart.to_dict()["layer"]
+    low, high = layers[0]["encoding"]["opacity"]["scale"]["domain"]
+    assert low == pytest.approx(1.222)
+    assert high < 1.3
+
+
+def test_with_several_rates_all_losses_of_a_figure_are_of_the_same_rows() -> None:
+    """The verdict judges on the odd rows, so that points drawn from all rows would lie beside their own intervals."""
+    evidence = make_evidence(make_spec(learning_rates=[1e-4, 2e-4]), steps=8)
+    keys = ["trial", "candidate", "rank", "learning_rate", "seed"]
+    even = evidence.results[keys].assign(example=0, loss=9.0, label_tokens=10.0)
+    odd = even.assign(example=1, loss=2.0, label_tokens=30.0)
+    far = even.assign(example=3, loss=4.0, label_tokens=10.0)
+    evidence = evidence._replace(examples=pd.concat([even, odd, far], ignore_index=True))
+    assert set(series.heldout_by_seed(evidence)["eval_loss"]) == {2.5}
+    table = series.heldout_by_candidate(evidence, by_candidate(evidence, None))
+    assert table["eval_loss"].tolist() == [2.5] * 6
+    assert numbers(figures(evidence)["loss-runtime"])["Held-out loss"] == "2.5000"
+
+
+def test_memory_against_time_keeps_its_peak_and_starts_with_loading() -> None:
+    evidence = make_evidence()
+    samples = evidence.samples.copy()
+    samples.loc[5, "rss_bytes"] = 9e9
+    frame = series.memory_by_time(evidence._replace(samples=samples), "rss_bytes")
+    assert frame["mean"].max() == 9e9
+    assert frame.loc[frame["seconds"].idxmin(), "phase"] == "load"
+    assert len(frame) <= series.POINTS_IN_TIME + 3
+    assert series.memory_by_time(evidence, "gpu_allocated_bytes").empty
+
+
+@pytest.mark.parametrize("language", ["en", "ko"])
+def test_every_drawn_figure_has_its_numbers(language: str) -> None:
+    evidence = predict(make_evidence(make_spec(learning_rates=[1e-4, 2e-4]), gpu=True, steps=40), "cuda")
+    for figure in figures(evidence, language).values():
+        assert figure.panels
+        assert figure.numbers is not None
+        assert figure.numbers.rows
+        assert all(len(row) == len(figure.numbers.headers) for row in figure.numbers.rows)
+        assert "nan" not in str(figure.numbers.rows)
+
+
+def test_masked_tokens_are_told() -> None:
+    evidence = make_evidence(steps=8)
+    facts = evidence.data_facts | {"train_label_tokens": 1_000_000, "eval_label_tokens": 5}
+    found = compose(evidence._replace(data_facts=facts), None, load("en"), "x", "y").data
+    named = {fact.label: fact.value for fact in found}
+    assert named["Training tokens masked (read, not learnt)"] == "1,310,552 (56.7%)"
+    assert "Held-out tokens masked" not in named, "how many there are in all is not known"

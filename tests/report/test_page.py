@@ -1,0 +1,216 @@
+"""The page in a real browser: charts are drawn, hover and switches work, keys reach everything, nothing is fetched."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from rankscope.report import build
+from rankscope.report.catalogue import LANGUAGES
+from rankscope.report.colours import DARK, LIGHT
+from rankscope.study import Evidence
+from report.browser import BROWSERS, Browser, find_browser
+from report.report_evidence import make_evidence, make_spec, make_verdict
+
+TRAIN_LOSS = "#chart-train-loss-0"
+TAB = ("Tab", 9)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    program = find_browser()
+    if program is None:
+        pytest.skip(f"no browser to open a report in: none of {', '.join(BROWSERS)} is on PATH")
+    with Browser(program, tmp_path_factory.mktemp("browser")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def evidence() -> Evidence:
+    """Of a study with everything that a page can show."""
+    made = make_evidence(make_spec(learning_rates=[1e-4, 2e-4]), gpu=True, steps=60)
+    parts = dict.fromkeys(("base", "adapter", "gradients", "optimizer", "activations", "logits"), 300_000_000)
+    row = {"parts": parts | {"process": 0, "retained": 0}, "peak_bytes": 1_800_000_000, "step_seconds": 0.5}
+    candidates = {candidate.name: candidate.rank for candidate in made.spec.candidates()}
+    return made._replace(
+        prediction={"device": "cuda", "candidates": dict.fromkeys(candidates, row)},
+        answers=answers({"base": 0} | candidates, prompts=2, words=90),
+    )
+
+
+def answers(ranks: dict[str, int], prompts: int, words: int) -> pd.DataFrame:
+    said = dict.fromkeys(("prompt", "reference", "answer"), "word " * words)
+    return pd.DataFrame(
+        [
+            {"example": number, "candidate": name, "rank": rank} | said
+            for number in range(prompts)
+            for name, rank in ranks.items()
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def page(evidence: Evidence, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(evidence, make_verdict(evidence), tmp_path_factory.mktemp("page"))
+
+
+def curve(browser: Browser) -> str:
+    """The path of the first rank's line of training loss."""
+    return str(browser.ask(f"document.querySelector('{TRAIN_LOSS} .mark-line path').getAttribute('d')"))
+
+
+def paper(browser: Browser) -> str:
+    return str(browser.ask("getComputedStyle(document.body).backgroundColor"))
+
+
+def rgb(colour: str) -> str:
+    return f"rgb({', '.join(str(int(colour[start : start + 2], 16)) for start in (1, 3, 5))})"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_chart_is_drawn_in_silence(browser: Browser, evidence: Evidence, language: str, tmp_path: Path) -> None:
+    browser.open(build(evidence, make_verdict(evidence), tmp_path, language))
+    marks = browser.ask(
+        "[...document.querySelectorAll('.chart')].map(chart => "
+        "[chart.id, chart.querySelectorAll('[class*=mark-] path, [class*=mark-] line, [class*=mark-] text').length])"
+    )
+    assert len(marks) == 16
+    assert {name: count for name, count in marks if count < 10} == {}
+    assert browser.messages == []
+    assert browser.asked == []
+
+
+def test_the_switch_smooths_the_curve_and_lets_it_be_again(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    smooth = curve(browser)
+    browser.click(f"{TRAIN_LOSS} input[type=checkbox]")
+    browser.until(f"document.querySelector('{TRAIN_LOSS} .mark-line path').getAttribute('d') !== {smooth!r}")
+    assert len(curve(browser)) > 200
+    browser.click(f"{TRAIN_LOSS} input[type=checkbox]")
+    browser.until(f"document.querySelector('{TRAIN_LOSS} .mark-line path').getAttribute('d') === {smooth!r}")
+
+
+def test_hover_shows_values(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    for place, expected in {
+        f"{TRAIN_LOSS} svg": ("rank 8", "rank 128", "rank 256"),
+        "#chart-gpu-memory-0 .mark-rect.role-mark path": ("0.3", "Base weights"),
+        "#chart-loss-runtime-0 .mark-symbol.role-mark[class*=layer_3] path": ("1e-4", "1.229"),  # the chosen one's
+        "#chart-learning-rate-map-0 .mark-rect.role-mark path": ("1e-4", "1.229"),
+    }.items():
+        browser.hover(place)
+        browser.until("document.querySelector('#vg-tooltip-element.visible') !== null")
+        shown = browser.ask("document.querySelector('#vg-tooltip-element').innerText")
+        assert [part for part in expected if part not in shown] == [], (place, shown)
+        browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=1, y=1)
+        browser.until("document.querySelector('#vg-tooltip-element.visible') === null")
+    assert browser.messages == []
+
+
+def test_the_theme_follows_the_system_and_the_switch(browser: Browser, page: Path) -> None:
+    line = f"getComputedStyle(document.querySelector('{TRAIN_LOSS} .mark-line path')).stroke"
+    browser.open(page, dark=True)
+    assert (paper(browser), browser.ask(line)) == (rgb(DARK["paper"]), rgb(DARK["rank-0"]))
+    browser.media(dark=False)
+    assert (paper(browser), browser.ask(line)) == (rgb(LIGHT["paper"]), rgb(LIGHT["rank-0"]))
+    for name, colours in (("dark", DARK), ("light", LIGHT)):
+        browser.click(f"#theme-{name}")
+        browser.media(dark=name == "light")  # the switch is stronger than the system
+        assert (paper(browser), browser.ask(line)) == (rgb(colours["paper"]), rgb(colours["rank-0"]))
+    browser.click("#theme-auto")
+    assert paper(browser) == rgb(DARK["paper"])
+
+
+def test_paper_is_light_whatever_the_theme_and_shows_what_is_cut_on_a_screen(browser: Browser, page: Path) -> None:
+    browser.open(page, dark=True)
+    browser.click("#theme-dark")
+    browser.media(dark=True, paper=True)
+    assert paper(browser) == rgb(LIGHT["paper"])
+    hidden = browser.ask(
+        "['nav', '.themes', '.vega-bindings'].map(s => getComputedStyle(document.querySelector(s)).display)"
+    )
+    assert hidden == ["none"] * 3
+    assert browser.ask("getComputedStyle(document.querySelector('.answers')).overflowX") == "visible"
+
+
+def test_a_phone_scrolls_tables_and_answers_but_not_the_page(browser: Browser, page: Path) -> None:
+    browser.open(page, width=390)
+    assert browser.ask("document.documentElement.scrollWidth") == 390
+    assert (
+        browser.ask(
+            "Math.max(...[...document.querySelectorAll('.chart svg')].map(s => s.getBoundingClientRect().right))"
+        )
+        <= 390
+    )
+    answers = browser.ask(
+        "(({scrollWidth, clientWidth}) => [scrollWidth, clientWidth])(document.querySelector('.answers'))"
+    )
+    assert answers[0] > answers[1]
+
+
+def test_keys_reach_the_skip_link_the_switches_and_the_numbers(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    reached = []
+    for _ in range(40):
+        browser.press(*TAB)
+        reached.append(
+            browser.ask(
+                "(e => e.id || e.getAttribute('href') || e.tagName + '.' + e.className)(document.activeElement)"
+            )
+        )
+    assert reached[0] == "#main"
+    assert reached.index("theme-auto") < reached.index("#loss") < reached.index("#limits") < reached.index("SUMMARY.")
+    browser.ask("document.querySelector('summary').focus()")
+    browser.press("Enter", 13, "\r")
+    browser.until("document.querySelector('details').open")
+    assert "1e-4" in browser.ask("document.querySelector('details table').innerText")
+
+
+def test_a_screen_reader_hears_names_and_sentences_and_no_marks(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    nodes = browser.call("Accessibility.getFullAXTree")["nodes"]
+    heard = [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in nodes if not node["ignored"]]
+    roles = [role for role, _ in heard]
+    assert {"main", "navigation", "banner", "contentinfo", "region", "heading", "radio", "checkbox"} <= set(roles)
+    assert not [role for role in roles if role.startswith("graphics")], "thousands of points say less than a sentence"
+    unnamed = [
+        role for role, name in heard if role in ("region", "group", "figure", "navigation", "radio") and not name
+    ]
+    assert unnamed == []
+    assert (
+        "group",
+        "Learning rate 1e-4. Held-out loss against steps. Rank 8: 1.2290; Rank 128: 1.2220; Rank 256: 1.2270.",
+    ) in heard
+    levels = browser.ask("[...document.querySelectorAll('h1, h2, h3, h4')].map(h => +h.tagName[1])")
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels)), "no level is left out"
+
+
+def test_text_can_be_read_on_its_background() -> None:
+    """By a contrast of 4.5, which WCAG 2.2 asks of text."""
+    for colours in (LIGHT, DARK):
+        for name in ("ink", "muted", "accent", "good"):
+            for under in ("paper", "raised"):
+                assert contrast(colours[name], colours[under]) >= 4.5, (name, under)
+
+
+def contrast(one: str, other: str) -> float:
+    lights = sorted((luminance(one), luminance(other)))
+    return (lights[1] + 0.05) / (lights[0] + 0.05)
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return sum(share * part for share, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_the_largest_page_stays_below_its_size(tmp_path: Path) -> None:
+    spec = make_spec(ranks=[4, 8, 16, 32, 64, 128, 256], learning_rates=[1e-4, 2e-4, 4e-4], seeds=[0, 1])
+    evidence = make_evidence(spec, steps=1200, gpu=True)
+    candidates = {candidate.name: candidate.rank for candidate in spec.candidates()}
+    long = evidence._replace(answers=answers(candidates, prompts=8, words=9999))
+    page = build(long, make_verdict(evidence), tmp_path)
+    assert page.stat().st_size < 3_000_000
