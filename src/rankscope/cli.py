@@ -5,10 +5,12 @@ torch, transformers, pandas and rankscope's own models (pydantic) are imported i
 """
 
 import json
+import os
 import shlex
 import shutil
 import signal
 import sys
+import webbrowser
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
@@ -197,6 +199,37 @@ def report(
         return
     out_console.print(verdict_sentence(study.verdict, lang), markup=False)
     out_console.print(f"Report: {page}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def watch(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A study's directory.")],
+    port: Annotated[int, typer.Option(help="Of the page, on this machine alone. Default: a free one.")] = 0,
+    terminal: Annotated[bool, typer.Option("--terminal", help="Here instead of in a browser.")] = False,
+    browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
+    lang: Language = "en",
+) -> None:
+    """Follow a study that runs, on a page that updates, or in the terminal. Ctrl-C ends the watching alone."""
+    from rankscope.study import Study
+    from rankscope.watch import Watch, address, serve, watch_terminal
+
+    watched = Watch(Study.open(directory), lang)
+    try:
+        if terminal:
+            watch_terminal(watched, out_console)
+            return
+        try:
+            server = serve(watched, port)
+        except OSError as error:
+            raise StudyError(f"--port {port}: {error.strerror}", "Choose another, or leave it out.") from None
+        out_console.print(
+            f"Watching {directory} at {address(server)} (Ctrl-C ends it; the study goes on)", markup=False
+        )
+        if browser and (sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()):
+            webbrowser.open(address(server))
+        server.serve_forever()
+    except KeyboardInterrupt:
+        return
 
 
 @app.command()

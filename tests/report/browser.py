@@ -91,9 +91,9 @@ class Browser:
         elif method == "Network.requestWillBeSent" and values["request"]["url"] != self._page:
             self.asked.append(values["request"]["url"])
 
-    def open(self, page: Path, *, width: int = 1280, height: int = 800, dark: bool = False) -> None:
+    def open(self, page: Path | str, *, width: int = 1280, height: int = 800, dark: bool = False) -> None:
         """Opens a page and waits until its charts are drawn."""
-        self._page, self._session = page.as_uri(), ""
+        self._page, self._session = page if isinstance(page, str) else page.as_uri(), ""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):

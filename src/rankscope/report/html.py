@@ -9,6 +9,7 @@ Vega evaluates its expressions with an interpreter (`ast: true`), so that the po
 import base64
 import hashlib
 import json
+from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -33,24 +34,74 @@ SECTIONS = ("claims", "answers", "candidates", "also", "trials", "data", "machin
 
 START = """
 const page = JSON.parse(document.getElementById("page-data").textContent);
-for (const [id, spec] of Object.entries(page.charts)) {
+const views = {};
+async function draw(id, spec) {
   const place = document.getElementById(id);
-  vegaEmbed(place, spec, {
+  const made = await vegaEmbed(place, spec, {
     mode: "vega-lite", renderer: "svg", actions: false, ast: true, defaultStyle: false,
     config: page.theme, tooltip: {disableDefaultStyle: true},
-  }).then(() => {
-    place.setAttribute("role", "group");
-    place.removeAttribute("aria-roledescription");
-    place.querySelector("svg").setAttribute("aria-hidden", "true");
   });
+  place.setAttribute("role", "group");
+  place.removeAttribute("aria-roledescription");
+  place.querySelector("svg").setAttribute("aria-hidden", "true");
+  return made.view;
 }
+for (const [id, spec] of Object.entries(page.charts)) draw(id, spec).then(view => { views[id] = view; });
 """
 """Charts take their colours from the page's style, so a change of theme, or of paper, draws nothing anew. Vega would
 have a screen reader say its English words for a chart and its groups; the label and the table say what is drawn."""
 
 
-def render(content: Content, text: Catalogue) -> str:
-    """The page as text, below 3 MB."""
+LIVE = """
+const drawn = {};
+function fill(now) {
+  const lines = document.getElementById("now-lines"), body = document.getElementById("now-rows");
+  lines.replaceChildren(...now.lines.map(line => Object.assign(document.createElement("li"), {textContent: line})));
+  body.replaceChildren(...now.rows.map(cells => {
+    const row = document.createElement("tr");
+    row.append(...cells.map((cell, place) => {
+      const made = document.createElement(place ? "td" : "th");
+      if (place > 1) made.className = "number";
+      if (!place) made.scope = "row";
+      made.textContent = cell;
+      return made;
+    }));
+    return row;
+  }));
+}
+async function redraw(id, spec) {
+  const text = JSON.stringify(spec);
+  if (drawn[id] === text) return;
+  let smooth;
+  try { smooth = views[id].signal("smooth"); } catch { /* no chart yet, or one without the switch */ }
+  views[id] = await draw(id, spec);
+  drawn[id] = text;
+  if (smooth !== undefined) await views[id].signal("smooth", smooth).runAsync();
+}
+async function ask() {
+  let wait = 2000;
+  try {
+    const answer = await fetch("news.json");
+    if (answer.ok) {
+      const news = await answer.json();
+      wait = news.again_ms;
+      const known = Object.keys(news.charts).every(id => document.getElementById(id));
+      if (news.part !== page.now.part || !known) { location.reload(); return; }
+      fill(news.now);
+      for (const [id, spec] of Object.entries(news.charts)) await redraw(id, spec);
+    }
+    document.getElementById("now-lost").hidden = true;
+  } catch { document.getElementById("now-lost").hidden = false; }
+  setTimeout(ask, wait);
+}
+fill(page.now);
+setTimeout(ask, 1000);
+"""
+"""Of a page that is watched: asks for news, and draws what has changed. Text comes in as text alone."""
+
+
+def render(content: Content, text: Catalogue, now: Mapping[str, Any] | None = None) -> str:
+    """The page as text, below 3 MB. With `now` (see `rankscope.watch`) a page that asks its server for news."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_only_visible
     )
@@ -58,13 +109,10 @@ def render(content: Content, text: Catalogue) -> str:
     template = environment.from_string(file.read_text(encoding="utf-8"))
     page_data = {
         "theme": charts.theme(PAGE),
-        "charts": {
-            chart_id(figure, number): _specification(panel.chart, panel_label(figure, panel))
-            for figure in content.figures
-            for number, panel in enumerate(figure.panels)
-        },
+        "charts": specifications(content),
+        "now": now,
     }
-    libraries = _libraries()
+    libraries, start = _libraries(), START + (LIVE if now else "")
     return template.render(
         content=content,
         text=text,
@@ -75,8 +123,9 @@ def render(content: Content, text: Catalogue) -> str:
         dark=Markup(declarations(DARK)),  # noqa: S704
         page_data=Markup(json_in_html(page_data)),  # noqa: S704  # cannot end its script element
         libraries=Markup(libraries),  # noqa: S704  # vl_convert's own
-        start=Markup(START),  # noqa: S704  # written above
-        script_sources=f"'{_hash(libraries)}' '{_hash(START)}'",
+        start=Markup(start),  # noqa: S704  # written above
+        script_sources=f"'{_hash(libraries)}' '{_hash(start)}'",
+        live=now is not None,
     )
 
 
@@ -87,6 +136,15 @@ def _only_visible(value: Any) -> Any:
 def panel_label(figure: Figure, panel: Panel) -> str:
     """What a screen reader says of a chart. Vega gives the chart's description to the element that holds it."""
     return f"{panel.title}. {figure.alternative}" if panel.title else figure.alternative
+
+
+def specifications(content: Content) -> dict[str, Any]:
+    """Vega-Lite's specification of each chart, by its element's id."""
+    return {
+        chart_id(figure, number): _specification(panel.chart, panel_label(figure, panel))
+        for figure in content.figures
+        for number, panel in enumerate(figure.panels)
+    }
 
 
 def chart_id(figure: Figure, number: int) -> str:
