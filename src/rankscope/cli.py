@@ -260,7 +260,8 @@ def doctor(json_: Json = False) -> None:
     if not facts["gpus"]:
         out_console.print(f"{'gpu':<14} none that torch can use: studies run on the CPU", markup=False)
     for name, found in optional_parts().items():
-        out_console.print(f"{name:<14} {found or f'not installed (optional: pip install {name})'}", markup=False)
+        missing = f"not installed (optional: pip install 'rankscope[{name}]')"
+        out_console.print(f"{name:<14} {found or missing}", markup=False)
     out_console.print(f"{'disk':<14} {size(shutil.disk_usage('.').free)} free here", markup=False)
 
 

@@ -12,6 +12,7 @@
       profiles/r008.json          time and memory of each repeat of a rank's profile, with samples
       profiles/control.json       the same of the lowest rank, measured twice over: the noise of every cost
       answers/                    answers.json: what the base and each candidate answer on the same held-out prompts
+      tracking/                   what trackers have been sent
       verdict.json
       report/                     index.html, report.md, results.csv, results.parquet, figures/
 

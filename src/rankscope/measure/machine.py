@@ -47,7 +47,7 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-OPTIONAL_PARTS = ("bitsandbytes", "wandb", "tensorboard", "mlflow", "trackio", "ray")
+OPTIONAL_PARTS = ("wandb", "tensorboard", "mlflow", "trackio")
 
 
 def optional_parts() -> dict[str, str | None]:
