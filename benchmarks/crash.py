@@ -29,6 +29,7 @@ did not happen.
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -40,7 +41,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -228,13 +229,21 @@ def one_study(folder: Path, number: int, seed: int, interval: int, seconds: floa
 
 
 def studies(folder: Path, args: argparse.Namespace, seconds: float, expected: dict[str, str]) -> Iterator[Outcome]:
-    """Outcomes of study after study, `--jobs` at a time."""
+    """Outcomes of study after study, `--jobs` at a time, until there were enough kills; what has begun is awaited."""
+    numbers, kills = itertools.count(), 0
     with ThreadPoolExecutor(args.jobs) as pool:
-        for start in range(0, args.kills, args.jobs):
-            numbers = range(start, start + args.jobs)
-            yield from pool.map(
-                lambda number: one_study(folder, number, args.seed, args.interval, seconds, expected), numbers
-            )
+
+        def begin() -> Future[Outcome]:
+            return pool.submit(one_study, folder, next(numbers), args.seed, args.interval, seconds, expected)
+
+        running = {begin() for _ in range(args.jobs)}
+        while running:
+            ended, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in ended:
+                kills += future.result().kills.total()
+                yield future.result()
+                if kills < args.kills:
+                    running.add(begin())
 
 
 def main() -> int:
@@ -258,11 +267,10 @@ def main() -> int:
         for outcome in studies(folder, args, seconds, expected):
             kills, problems = kills + outcome.kills, problems + outcome.problems
             resumed, count = resumed + outcome.resumed, count + 1
+            print("".join(f"{problem}\n" for problem in outcome.problems), end="")
             print(
                 f"{count} studies, {kills.total()} kills, {resumed} packs resumed, {len(problems)} problems", flush=True
             )
-            if kills.total() >= args.kills:
-                break
     print(f"{kills.total()} kills in {count} studies: {dict(kills)}; {resumed} packs went on from a checkpoint")
     print("\n".join(problems) or "no finished trial lost, no step twice, everything bitwise as without a kill")
     return int(bool(problems) or kills.total() < args.kills or not resumed)

@@ -74,7 +74,7 @@ def whole(root: Path) -> Study:
 def harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Puts code in the way of each training step of the child processes; it sees `members` and `step`."""
 
-    def put(code: str) -> None:
+    def put(code: str, more: str = "pass") -> None:
         folder = tmp_path / "hook"
         folder.mkdir(exist_ok=True)
         hook = f"""
@@ -87,6 +87,7 @@ def harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
                 {code}
                 return own(engine, members, tokens, training, step)
             loop.train_step = harmed
+            {more}
         """
         (folder / "sitecustomize.py").write_text(textwrap.dedent(hook))
         monkeypatch.setenv("PYTHONPATH", str(folder))
@@ -147,6 +148,19 @@ def test_what_was_killed_goes_on_where_it_was(root: Path, whole: Study, tmp_path
     for name in NAMES:
         assert losses(study, name) == losses(whole, name)
         assert rows(study, name) == rows(whole, name)
+
+
+def test_one_that_is_killed_as_it_goes_on_loses_nothing(root: Path, whole: Study, tmp_path: Path, harm: Any) -> None:
+    """When its metrics have been cut back to the checkpoint, and no longer have the hash of when it was stopped."""
+    harm("if step == 3: os.kill(os.getpid(), signal.SIGKILL)")
+    run(root, tmp_path / "study")
+    harm("pass", "loop._history = lambda file: os.kill(os.getpid(), signal.SIGKILL)")
+    run(root, tmp_path / "study")
+    harm("assert step >= 2, 'it began anew'")
+    said = Said()
+    study = run(root, tmp_path / "study", said)
+    assert not [message for message in said.messages if "damaged" in message]
+    assert [rows(study, name) for name in NAMES] == [rows(whole, name) for name in NAMES]
 
 
 def test_a_diverged_trial_leaves_the_others_as_they_were(root: Path, whole: Study, tmp_path: Path) -> None:

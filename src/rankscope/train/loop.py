@@ -175,11 +175,10 @@ def train_members(
     with ExitStack() as files:
         logs = {}
         for trial in unfinished:
+            record(trial, "running")  # before its metrics change: trial.json of one that was stopped has their hash
             lines = saved["lines"][trial.name][0] if saved else None
             logs[trial.name] = files.enter_context(JsonlWriter(metrics_files[trial.name], lines))
         histories = {trial.name: _history(metrics_files[trial.name]) for trial in unfinished}
-        for trial in unfinished:
-            record(trial, "running")
 
         if saved is None:
             start, one = time.perf_counter(), [active[0].trial.name]
