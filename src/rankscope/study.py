@@ -531,7 +531,11 @@ class Study:
         concluded = self.file("verdict.json").exists()
         sentence = verdict_sentence(self.verdict, "en") if concluded else "There is no verdict yet."
         shown = ["trial", "status", "train_loss", "eval_loss", "trainable_params", "tokens_per_second"]
-        table = results[shown].to_html(index=False, na_rep="–", float_format=lambda value: f"{value:,.4g}", border=0)
+        table = (
+            results[shown]
+            .astype({"trainable_params": "Int64"})
+            .to_html(index=False, na_rep="–", float_format=lambda value: f"{value:,.4g}", border=0)
+        )
         return (
             f"<p><strong>{escape(self.spec.name)}</strong>: {done} of {len(results)} trials are done.</p>"
             f"<p>{escape(sentence)}</p>{table}<p>{escape(str(self.report))}</p>"

@@ -41,8 +41,14 @@ def with_general_text(
         DataError: the text cannot be read, has no `text` column, or no token to predict.
         ModelError: the tokenizer gives ids that the model does not have.
     """
-    tokens = load_general_text(id, most, data.facts["max_length"], tokenizer, vocab_size)
-    facts = {"general_text": id, "general_sequences": len(tokens), "general_label_tokens": int(tokens.is_label.sum())}
+    table = _table(id, most)
+    tokens = _tokens(table, id, most, data.facts["max_length"], tokenizer, vocab_size)
+    facts = {
+        "general_text": id,
+        "general_text_revision": table.revision,
+        "general_sequences": len(tokens),
+        "general_label_tokens": int(tokens.is_label.sum()),
+    }
     return TokenizedData(data.train, data.eval, data.facts | facts, tokens)
 
 
@@ -50,10 +56,16 @@ def load_general_text(
     id: str, most: int, max_length: int, tokenizer: "PreTrainedTokenizerBase", vocab_size: int
 ) -> Tokens:
     """The first `most` sequences, each of at most `max_length` tokens. See `with_general_text`."""
+    return _tokens(_table(id, most), id, most, max_length, tokenizer, vocab_size)
+
+
+def _tokens(
+    table: Table, id: str, most: int, max_length: int, tokenizer: "PreTrainedTokenizerBase", vocab_size: int
+) -> Tokens:
     front = special_tokens_in_front(tokenizer)
     room = max_length - len(front)
     examples: list[Example] = []
-    for text in _texts(id, most):
+    for text in _texts(table):
         (ids,) = token_ids([text[: _CHARACTERS_A_TOKEN * most * max_length]], tokenizer)
         for start in range(0, len(ids), room) if room > 0 else ():
             sequence = np.array([*front, *ids[start : start + room]], dtype=np.int32)
@@ -72,8 +84,8 @@ def load_general_text(
     return Tokens.from_examples(examples[:most])
 
 
-def _texts(id: str, most: int) -> Iterator[str]:
-    """The texts of the rows, without blank ones."""
+def _table(id: str, most: int) -> Table:
+    """Rows with a text each."""
     try:
         table = _read(id, most)
     except DataError as error:
@@ -85,6 +97,11 @@ def _texts(id: str, most: int) -> Iterator[str]:
             f"measure.forgetting: {table.name}: found the columns {listed(table.columns)}, but no `{_COLUMN}`",
             f"Give a .txt file, or rename the column with the text to `{_COLUMN}`.",
         )
+    return table
+
+
+def _texts(table: Table) -> Iterator[str]:
+    """The texts of the rows, without blank ones."""
     for index, row in enumerate(table.rows):
         try:
             text = checked_text(row.get(_COLUMN), _COLUMN)

@@ -92,7 +92,7 @@ class TokenizedData:
     `duplicates_dropped` + `rows_without_label_dropped` + `rows_train` + `rows_eval`, and `truncated` (those
     of train and eval cut to max_length); in tokens `train_tokens`, `train_label_tokens`, `eval_tokens`,
     `eval_label_tokens`, `mean_length` and `longest` (of the rows of train and eval, after the cut). With general
-    text also `general_text` (its id), `general_sequences` and `general_label_tokens`."""
+    text also `general_text` (its id), `general_text_revision`, `general_sequences` and `general_label_tokens`."""
     general: Tokens | None = None
     """General text, every token a label, to measure forgetting on; None where the study asks for none."""
     sha256: str = ""
