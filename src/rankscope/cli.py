@@ -23,6 +23,7 @@ from rankscope.console import PlainConsole
 from rankscope.errors import RankscopeError, StudyError
 
 if TYPE_CHECKING:
+    from rankscope.report.formats import Table as Cells
     from rankscope.spec import StudySpec
 
 app = typer.Typer(
@@ -233,6 +234,35 @@ def watch(
 
 
 @app.command()
+def spectrum(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a PEFT LoRA adapter, or a hub id.")],
+    chart: Annotated[Path | None, typer.Option(help="Draw layers by module: a .html, .svg or .png file.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a hub id: branch, tag or commit.")] = None,
+    json_: Json = False,
+    lang: Language = "en",
+) -> None:
+    """Show how much of its rank an adapter really uses, by layer and module; also of one that was made elsewhere."""
+    from rankscope.lora.saved import find_adapter, read_adapter
+    from rankscope.lora.spectrum import spectrum as spectrum_of
+    from rankscope.report.catalogue import load
+    from rankscope.report.spectrum import module_table, save_chart, spectrum_chart
+
+    text, saved = load(lang), read_adapter(find_adapter(adapter, revision))
+    frame = spectrum_of(saved.layers)
+    console = error_console if json_ else out_console
+    if chart is not None:
+        save_chart(spectrum_chart(frame, text), chart)
+        console.print(f"Chart: {chart}", markup=False, soft_wrap=True)
+    if saved.others:
+        names = ", ".join(saved.others[:3]) + ", ..." * (len(saved.others) > 3)
+        console.print(text("spectrum.others", n=len(saved.others), names=names), markup=False, soft_wrap=True)
+    if json_:
+        _print_json({"adapter": adapter, "layers": frame.to_dict("records")})
+    else:
+        _print_table(module_table(frame, text))
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of a study's file, by which an editor completes and checks it."""
     from rankscope.schema import study_schema
@@ -280,6 +310,17 @@ def _show_progress_so_far(path: Path, spec: "StudySpec", console: PlainConsole) 
     from rankscope.study import Study
 
     show_progress_so_far(Study.create(path, spec), console)
+
+
+def _print_table(table: "Cells") -> None:
+    from rich.table import Table
+
+    shown = Table(box=None, pad_edge=False, header_style="bold", title=table.caption, title_justify="left")
+    for name, numeric in zip(table.headers, table.numeric, strict=True):
+        shown.add_column(name, justify="right" if numeric else "left")
+    for row in table.rows:
+        shown.add_row(*row)
+    out_console.print(shown)
 
 
 def _print_json(value: Mapping[str, Any]) -> None:
