@@ -1,7 +1,8 @@
 """An adapter as it lies in a folder, in PEFT's format: its factors and their scaling. Also one made elsewhere."""
 
+import json
 import re
-import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,14 +96,15 @@ def read_adapter(folder: Path) -> SavedAdapter:
 def _read_config(folder: Path) -> LoraConfig:
     if not (folder / CONFIG).is_file():
         raise ModelError(f"adapter {folder}: no {CONFIG} in the folder", "Give the folder of a PEFT LoRA adapter.")
+    known = {field.name for field in fields(LoraConfig) if field.init}  # a newer PEFT has more, not of the factors
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # fields of a newer PEFT, which say nothing of the factors
-            config = LoraConfig.from_pretrained(str(folder))
+        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        kind = values.get("peft_type")
+        config = LoraConfig(**{name: value for name, value in values.items() if name in known})
     except Exception as error:  # whatever PEFT makes of a damaged file
         raise ModelError(f"{folder / CONFIG}: cannot be read: {error}", "Restore it.") from None
-    if not isinstance(config, LoraConfig):
-        raise ModelError(f"{folder / CONFIG}: {config.peft_type}, not LORA", "Only LoRA has ranks to look at.")
+    if kind != "LORA":
+        raise ModelError(f"{folder / CONFIG}: peft_type is {kind!r}, not LORA", "Only LoRA has ranks to look at.")
     return config
 
 
