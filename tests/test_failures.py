@@ -16,6 +16,7 @@ from rankscope.errors import ModelError, StudyDirectoryError
 from rankscope.files import read_json, read_jsonl
 from rankscope.runner import unfinished
 from rankscope.study import Study
+from told import Told
 
 OPTIONS: dict[str, Any] = {
     "ranks": [2, 4, 8],
@@ -35,21 +36,6 @@ SETS = (
 NAMES = ["r002-lr5e-3-s0", "r004-lr5e-3-s0", "r008-lr5e-3-s0"]
 
 
-class Said:
-    """Progress that keeps what was said."""
-
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.messages.append(message)
-
-    def training(self, *_: Any) -> None: ...
-    def reference(self, *_: Any) -> None: ...
-    def measuring(self, *_: Any) -> None: ...
-    def poll(self) -> None: ...
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("failures")
@@ -58,7 +44,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(root: Path, out: Path, said: Said | None = None, **options: Any) -> Study:
+def run(root: Path, out: Path, said: Told | None = None, **options: Any) -> Study:
     return rankscope.run(
         model=str(root / "model"), dataset=str(root / "data.json"), out=out, sets=SETS, progress=said,
         **(OPTIONS | options),
@@ -105,13 +91,13 @@ def rows(study: Study, trial: str) -> list[dict[str, Any]]:
 
 def test_a_pack_without_enough_memory_is_divided(root: Path, whole: Study, tmp_path: Path, harm: Any) -> None:
     harm("if len(members) > 1 and step == 3: raise MemoryError('no more')")
-    said = Said()
+    said = Told()
     study = run(root, tmp_path / "study", said)
     assert unfinished(study) == []
     division = read_json(study.path / "packs" / "division.json")
     assert division["divided"] == {"p000": ["p001", "p002"], "p001": ["p003", "p004"]}
     assert division["packs"] == {"p003": NAMES[:1], "p004": NAMES[1:2], "p002": NAMES[2:]}
-    assert any("Pack p000 is divided into p001 and p002" in message for message in said.messages)
+    assert any("Pack p000 is divided into p001 and p002" in message for message in said.lines)
     for name in NAMES:
         np.testing.assert_allclose(losses(study, name), losses(whole, name), rtol=1e-4)
     assert "divided" in (study.path / "report" / "report.md").read_text()
@@ -137,11 +123,11 @@ def test_a_trial_that_cannot_be_trained_keeps_no_other_from_it(
 
 def test_what_was_killed_goes_on_where_it_was(root: Path, whole: Study, tmp_path: Path, harm: Any) -> None:
     harm("if step == 3: os.kill(os.getpid(), signal.SIGKILL)")
-    said = Said()
+    said = Told()
     study = run(root, tmp_path / "study", said)
     assert list(study.results()["status"]) == ["interrupted"] * 3
     assert set(study.results()["reason"]) == {"packs p000 was killed (signal 9), after step 3"}
-    assert any("did not finish" in message for message in said.messages)
+    assert any("did not finish" in message for message in said.lines)
     harm("assert step >= 2, 'it began anew'")
     study = run(root, tmp_path / "study")
     assert list(study.results()["status"]) == ["done"] * 3
@@ -157,9 +143,9 @@ def test_one_that_is_killed_as_it_goes_on_loses_nothing(root: Path, whole: Study
     harm("pass", "loop._history = lambda file: os.kill(os.getpid(), signal.SIGKILL)")
     run(root, tmp_path / "study")
     harm("assert step >= 2, 'it began anew'")
-    said = Said()
+    said = Told()
     study = run(root, tmp_path / "study", said)
-    assert not [message for message in said.messages if "damaged" in message]
+    assert not [message for message in said.lines if "damaged" in message]
     assert [rows(study, name) for name in NAMES] == [rows(whole, name) for name in NAMES]
 
 

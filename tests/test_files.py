@@ -1,5 +1,6 @@
 """Files that are whole or absent."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rankscope.errors import StudyDirectoryError
-from rankscope.files import JsonlWriter, read_json, read_jsonl, write_atomic, write_json
+from rankscope.files import JsonlTail, JsonlWriter, read_json, read_jsonl, write_atomic, write_json
 
 
 def test_json_round_trip_leaves_no_temporary_file(tmp_path: Path) -> None:
@@ -62,3 +63,30 @@ def test_damage_is_reported_with_its_line(tmp_path: Path) -> None:
         read_json(tmp_path / "x.json")
     with pytest.raises(StudyDirectoryError, match="missing"):
         read_json(tmp_path / "y.json")
+
+
+def test_lines_are_read_once_also_from_a_file_that_is_cut_back(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole = [b'{"step": %d, "train_loss": %s}\n' % (step, b"1" * (step + 1)) for step in range(8)]
+    tail = JsonlTail(path)
+    assert tail.read() == (1, [])
+    seen: list[int] = []
+
+    def read(content: list[bytes], torn: bytes = b"") -> None:
+        path.write_bytes(b"".join(content) + torn)
+        known = len(seen)
+        first, lines = tail.read()
+        seen.extend(json.loads(line)["step"] for number, line in enumerate(lines, first) if number > known)
+
+    read(whole[:2], torn=whole[2][:9])
+    assert seen == [0, 1]
+    read(whole[:4])
+    read(whole[:1])  # a checkpoint
+    assert seen == [0, 1, 2, 3]
+    read(whole[:3])
+    assert seen == [0, 1, 2, 3]
+    read(whole[:2])
+    read(whole[:7])  # cut back and grown again between two looks
+    assert seen == [0, 1, 2, 3, 4, 5, 6]
+    read(whole)
+    assert seen == list(range(8))

@@ -273,11 +273,14 @@ def schema() -> None:
 @app.command()
 def doctor(json_: Json = False) -> None:
     """Show versions, devices and optional parts."""
-    from rankscope.measure.machine import hardware, optional_parts, versions
+    from rankscope.measure.machine import hardware, installed, versions
     from rankscope.report.formats import size
+    from rankscope.track import TRACKERS
+
+    optional = {name: installed(name) for name in TRACKERS}
 
     if json_:
-        _print_json({"versions": versions(), "hardware": hardware(), "optional": optional_parts()})
+        _print_json({"versions": versions(), "hardware": hardware(), "optional": optional})
         return
     for name, found in versions().items():
         out_console.print(f"{name:<14} {found or 'not installed'}", markup=False)
@@ -289,7 +292,7 @@ def doctor(json_: Json = False) -> None:
         out_console.print(f"{'gpu':<14} {gpu['name']}, {size(gpu['memory_bytes'])}", markup=False)
     if not facts["gpus"]:
         out_console.print(f"{'gpu':<14} none that torch can use: studies run on the CPU", markup=False)
-    for name, found in optional_parts().items():
+    for name, found in optional.items():
         missing = f"not installed (optional: pip install 'rankscope[{name}]')"
         out_console.print(f"{name:<14} {found or missing}", markup=False)
     out_console.print(f"{'disk':<14} {size(shutil.disk_usage('.').free)} free here", markup=False)

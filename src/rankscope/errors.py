@@ -4,7 +4,8 @@ The command line prints the message without a traceback and exits with `exit_cod
 inherits the standard exception that a caller would expect to catch.
 """
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 
 
 class RankscopeError(Exception):
@@ -81,3 +82,14 @@ class KilledError(WorkerError):
     """Somebody ended the process."""
 
     status = "interrupted"
+
+
+def did_you_mean(name: str, known: Iterable[str], most: int = 1, cutoff: float = 0.6) -> str:
+    """`; did you mean x?` for an error about an unknown name; empty where nothing known is near."""
+    near = difflib.get_close_matches(name, list(known), most, cutoff)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def shortened(text: str, most: int = 60) -> str:
+    """What an error shows of a long text."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -215,6 +215,30 @@ class JsonlWriter:
         self.close()
 
 
+class JsonlTail:
+    """The whole lines of a JSONL file that grows, and that may be cut back or begun anew meanwhile."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset, self._lines = path, 0, 0
+
+    def read(self) -> tuple[int, list[bytes]]:
+        """What is new since the last call, and the number of its first line: 1 where it is the whole file."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(max(0, self._offset - 1))
+                if self._offset and file.read(1) != b"\n":  # cut back or begun anew, and perhaps grown since
+                    self._offset = self._lines = 0
+                    file.seek(0)
+                content = file.read()
+        except FileNotFoundError:
+            content = b""
+        whole = content[: content.rfind(b"\n") + 1]
+        first, lines = self._lines + 1, whole.splitlines()
+        self._offset += len(whole)
+        self._lines += len(lines)
+        return first, lines
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Reads the whole lines of a JSONL file; a torn last line is dropped, a missing file is empty.
 

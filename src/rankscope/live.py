@@ -6,45 +6,36 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from rankscope.files import JsonlTail
 from rankscope.forecast import START_SECONDS
 from rankscope.spec import AnyTrial, Trial
-from rankscope.study import FINISHED, Holder, Study
+from rankscope.study import FINISHED, NOT_ENDED, Holder, Study
 
 
 class Follower:
     """Follows one trial's metrics.jsonl: reads only what is new."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self._tail = JsonlTail(path)
         self._begin()
 
     def _begin(self) -> None:
-        self.step, self.step_seconds, self.seconds = 0, 0.0, 0.0
+        self.step, self.seconds = 0, 0.0
         self.train_loss: float | None = None
         """Smoothed: a fifth of each new step's."""
         self.eval_loss: float | None = None
-        self._offset = 0
 
     def read(self) -> None:
-        try:
-            with self.path.open("rb") as file:
-                file.seek(max(0, self._offset - 1))
-                if self._offset and file.read(1) != b"\n":  # cut back to a checkpoint since, or begun anew
-                    self._begin()
-                    file.seek(0)
-                content = file.read()
-        except FileNotFoundError:
-            return
-        whole = content.rfind(b"\n") + 1
-        self._offset += whole
-        for line in content[:whole].splitlines():
+        first, lines = self._tail.read()
+        if first == 1:
+            self._begin()
+        for line in lines:
             row: dict[str, Any] = json.loads(line)
             self.step = max(self.step, row["step"])
             self.eval_loss = row.get("eval_loss", self.eval_loss)
             if "train_loss" in row:
                 old = self.train_loss
                 self.train_loss = row["train_loss"] if old is None else 0.8 * old + 0.2 * row["train_loss"]
-                self.step_seconds = row["step_seconds"]
                 self.seconds += row["step_seconds"]
 
 
@@ -77,13 +68,13 @@ class LiveStudy:
 
     def __init__(self, study: Study, steps: int) -> None:
         self.study, self.steps = study, steps
-        self._followers = {
+        self.followers = {
             trial.name: Follower(study.trial_folder(trial) / "metrics.jsonl") for trial in study.all_trials()
         }
 
     def read(self) -> State:
         """The state now."""
-        for follower in self._followers.values():
+        for follower in self.followers.values():
             follower.read()
         study, holder = self.study, self.study.holder()
         statuses = {trial.name: study.trial_record(trial)["status"] for trial in study.all_trials()}
@@ -103,7 +94,7 @@ class LiveStudy:
         )
 
     def _trial(self, trial: AnyTrial, status: str) -> TrialState:
-        follower = self._followers[trial.name]
+        follower = self.followers[trial.name]
         rank = trial.candidate.rank if isinstance(trial, Trial) else 0
         return TrialState(trial.name, rank, status, follower.step, follower.train_loss, follower.eval_loss)
 
@@ -112,11 +103,11 @@ class LiveStudy:
         if holder is None:
             complete = set(statuses.values()) <= set(FINISHED) and not unmeasured
             return "done" if complete and self.study.file("verdict.json").exists() else "stopped"
-        if any(statuses[trial.name] in ("pending", "running") for trial in spec.trials()):
+        if any(statuses[trial.name] in NOT_ENDED for trial in spec.trials()):
             return "train"
         if unmeasured:
             return "profile"
-        if any(statuses[trial.name] in ("pending", "running") for trial in spec.reference_trials()):
+        if any(statuses[trial.name] in NOT_ENDED for trial in spec.reference_trials()):
             return "reference"
         answered = not spec.measure.answers or self.study.file("answers", "answers.json").exists()
         return "conclude" if answered else "answer"
@@ -136,11 +127,11 @@ class LiveStudy:
         division = self.study.division().packs.values()
         for members in division:
             for trial in members:
-                share = self._followers[trial.name].step / self.steps
+                share = self.followers[trial.name].step / self.steps
                 expected += predicted[trial.candidate.name] * share
                 if statuses[trial.name] not in FINISHED:
                     left += predicted[trial.candidate.name] * (1 - share)
-            taken += max(self._followers[trial.name].seconds for trial in members)
+            taken += max(self.followers[trial.name].seconds for trial in members)
         measure = self.study.spec.measure
         runtimes = [predicted[candidate.name] for candidate in self.study.spec.profiled().values()]
         if runtimes:

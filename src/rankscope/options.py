@@ -1,7 +1,6 @@
 """From a study's file, options and `--set KEY=VALUE` to the study that they ask for."""
 
 import copy
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from rankscope.errors import StudyError
+from rankscope.errors import StudyError, did_you_mean
 from rankscope.spec import StudySpec, resolve_spec, short_form
 
 
@@ -169,9 +168,8 @@ def assemble(
     merged = copy.deepcopy(dict(values))
     for option, value in options.items():
         if option not in OPTION_FIELDS:
-            near = difflib.get_close_matches(option, OPTION_FIELDS, n=1)
             raise StudyError(
-                f"{option}: unknown option" + (f"; did you mean {near[0]}?" if near else ""),
+                f"{option}: unknown option{did_you_mean(option, OPTION_FIELDS)}",
                 f"Known: {', '.join(OPTION_FIELDS)}.",
             )
         if value is not None:

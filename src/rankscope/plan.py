@@ -9,7 +9,7 @@ from rankscope.spec import AnyTrial, FullTrial, StudySpec, TrainingSpec, Trial
 from rankscope.study import FINISHED, Division, Study
 from rankscope.train.checkpoint import KEPT
 from rankscope.train.memory import FULL_STEP_TOKENS, Prediction
-from rankscope.train.pack import effective_batch_size, total_steps
+from rankscope.train.pack import total_steps
 
 SHARE_OF_FREE_MEMORY = 0.9
 """What a pack may take of the memory that is free: the prediction is not exact."""
@@ -44,7 +44,7 @@ def divide_into_packs(
     A trial that does not fit even alone is a pack all the same: the prediction is no proof, and its step is divided
     down to single sequences.
     """
-    step_tokens = float(tokens.lengths.mean()) * effective_batch_size(training)
+    step_tokens = float(tokens.lengths.mean()) * training.effective_batch_size
     filled = max(1, int(FULL_STEP_TOKENS[prediction.device] / step_tokens))
     most = most_per_pack(training) or filled
     longest = int(tokens.lengths.max())

@@ -22,9 +22,9 @@ from rankscope.report.catalogue import load
 from rankscope.report.formats import duration, percent, size
 from rankscope.runner import check_ranks, describe_data, prepare_data
 from rankscope.spec import StudySpec, Trial
-from rankscope.study import FINISHED, Study
+from rankscope.study import FINISHED, Division, Study
 from rankscope.train.memory import Peak, Prediction, predict, predict_peak
-from rankscope.train.pack import effective_batch_size, total_steps
+from rankscope.train.pack import total_steps
 from rankscope.units import parse_bytes
 
 
@@ -47,7 +47,7 @@ class Plan(NamedTuple):
     prediction: Prediction
     data: TokenizedData
     forecast: StudyForecast
-    packs: list[list[Trial]]
+    packs: dict[str, list[Trial]]
     steps: int  # of each trial
     free_bytes: int
     hypothetical: bool
@@ -56,7 +56,7 @@ class Plan(NamedTuple):
     @property
     def disk_bytes(self) -> int:
         """At most, of the whole study."""
-        return disk_bytes(self.spec, self.prediction, self.packs, self.data)
+        return disk_bytes(self.spec, self.prediction, list(self.packs.values()), self.data)
 
     @property
     def largest_rank(self) -> int | None:
@@ -79,7 +79,7 @@ def make_plan(spec: StudySpec, gpu_memory: int | None = None) -> Plan:
     free = gpu_memory or free_bytes(device)
     data = prepare_data(spec)
     found = forecast(spec, prediction, data, free, here=not gpu_memory)
-    packs = divide_into_packs(spec.trials(), prediction, free, spec.training, data.train)
+    packs = Division({}, {}).named(divide_into_packs(spec.trials(), prediction, free, spec.training, data.train))
     steps = total_steps(spec.training, len(data.train))
     return Plan(spec, prediction, data, found, packs, steps, free, gpu_memory is not None)
 
@@ -110,7 +110,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "data": plan.data.facts,
         "prediction": plan.forecast.describe(plan.prediction),
         "steps": plan.steps,
-        "packs": {f"p{number:03d}": [trial.name for trial in pack] for number, pack in enumerate(plan.packs)},
+        "packs": {pack: [trial.name for trial in trials] for pack, trials in plan.packs.items()},
         "reference": [trial.name for trial in plan.spec.reference_trials()],
         "free_bytes": plan.free_bytes,
         "largest_rank_that_fits": plan.largest_rank,
@@ -200,20 +200,20 @@ def _packs(
     spec: StudySpec,
     prediction: Prediction,
     forecasts: Mapping[str, Forecast],
-    packs: Sequence[Sequence[Trial]],
+    packs: Mapping[str, Sequence[Trial]],
     data: TokenizedData,
     free: int,
 ) -> list[str]:
     """One line a pack. Packs of the same candidates need the same memory."""
     known: dict[tuple[str, ...], int | None] = {(name,): row.peak_bytes for name, row in forecasts.items()}
-    step_tokens = float(data.train.lengths.mean()) * effective_batch_size(spec.training)
+    step_tokens = float(data.train.lengths.mean()) * spec.training.effective_batch_size
     lines = []
-    for number, trials in enumerate(packs):
+    for pack, trials in packs.items():
         names = tuple(trial.candidate.name for trial in trials)
         if names not in known:
             peak = predict_peak(spec, prediction, trials, data.train, free)
             known[names] = peak.parts.total if isinstance(peak, Peak) else None
         total = known[names] or prediction.peak_bytes(trials, free, len(trials) * step_tokens)
         fits = "" if total <= free else f", more than the {size(free)} there are"
-        lines.append(f"  p{number:03d}  {', '.join(trial.name for trial in trials)}: about {size(total)}{fits}")
+        lines.append(f"  {pack}  {', '.join(trial.name for trial in trials)}: about {size(total)}{fits}")
     return lines

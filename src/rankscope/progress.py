@@ -66,10 +66,10 @@ class TerminalProgress:
 
     def _begin(self, title: str, study: Study, trials: Sequence[AnyTrial], steps: int) -> None:
         self._title = title
-        self._trials = [(trial.name, Follower(study.trial_folder(trial) / "metrics.jsonl")) for trial in trials]
-        self._steps, self._start, self._measuring = steps, time.monotonic(), ""
         if self._whole is None:
             self._whole = LiveStudy(study, steps)
+        self._trials = [(trial.name, self._whole.followers[trial.name]) for trial in trials]
+        self._steps, self._start, self._measuring = steps, time.monotonic(), ""
         for _, follower in self._trials:
             follower.read()
         self._before = self._step()

@@ -14,7 +14,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
 from rankscope import spec
-from rankscope.units import _BYTES, _SECONDS
+from rankscope.units import BYTES, SECONDS
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -99,7 +99,7 @@ _ACCEPTED: dict[str, Callable[[JsonSchemaValue], JsonSchemaValue]] = {
     "_full_is_the_reference": _rank_or_full,
     "_alpha_or_multiple": _alpha,
     "_all_linear_or_names": _names,
-    "parse_bytes": _with_unit(_BYTES),
-    "parse_seconds": _with_unit(_SECONDS),
+    "parse_bytes": _with_unit(BYTES),
+    "parse_seconds": _with_unit(SECONDS),
 }
 """What each validator accepts, given the schema of what it hands on."""

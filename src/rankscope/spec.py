@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from rankscope.errors import StudyError
+from rankscope.errors import StudyError, shortened
 from rankscope.units import parse_bytes, parse_seconds
 
 EMBEDDED = "embedded"
@@ -188,6 +188,11 @@ class TrainingSpec(_Frozen):
     """A pack that is stopped goes on from its last checkpoint; one is written this often, and at the schedule's end."""
     checkpoint_steps: Count | None = None
     """Write a checkpoint every so many steps instead."""
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Examples of one trial that one optimizer step sees."""
+        return self.batch_size * self.gradient_accumulation_steps
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -466,7 +471,7 @@ def short_form(value: Any) -> str:
         text = repr(value)
     except ValueError:  # Python writes no number of more than 4,300 digits
         text = "a number of thousands of digits"
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return shortened(text, 80)
 
 
 def _suggestion(path: Sequence[str]) -> str:

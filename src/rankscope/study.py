@@ -48,6 +48,7 @@ from rankscope.files import (
     write_atomic,
     write_json,
 )
+from rankscope.nested import flatten
 from rankscope.spec import CONTROL, AnyTrial, Candidate, StudySpec, Trial, resolve_spec, write_yaml
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ SCHEMA = 1
 
 FINISHED = ("done", "diverged")
 """Statuses that are results. Everything else is trained again."""
+
+NOT_ENDED = ("pending", "running")
 
 TRIAL_FILES = ("metrics.jsonl", "eval.json", "adapter/*")
 """What trial.json of a trial that has ended holds the hashes of."""
@@ -278,7 +281,7 @@ class Study:
     def settle(self, trial: AnyTrial, status: str, reason: str, pack: str | None = None) -> None:
         """Ends a trial that did not end by itself: one that is pending or running gets `status` and `reason`."""
         record = self.trial_record(trial)
-        if record["status"] not in ("pending", "running"):
+        if record["status"] not in NOT_ENDED:
             return
         steps = [row["step"] for row in read_jsonl(self.trial_folder(trial) / "metrics.jsonl")]
         where = f", after step {max(steps)}" if steps and max(steps) else ""
@@ -609,19 +612,9 @@ def _modules(candidate: Candidate) -> str:
 
 def _differences(old: StudySpec, new: StudySpec) -> list[str]:
     """Fields that differ, one line each. The device and what is measured beside training may change."""
-    before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    before, after = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
     return [
         f"{key}: {before.get(key)!r} there, {after.get(key)!r} asked for"
         for key in before | after
         if before.get(key) != after.get(key)
     ]
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -3,8 +3,8 @@
 import re
 from fractions import Fraction
 
-_BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
+BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 
 
 def parse_bytes(text: str | float) -> int:
@@ -14,7 +14,7 @@ def parse_bytes(text: str | float) -> int:
         ValueError: it is not a size of a byte or more; the message shows what is.
     """
     expected = "a size such as 24GB, 512MB or 16GiB"
-    size = int(_parse(text, _BYTES, "b", expected))
+    size = int(_parse(text, BYTES, "b", expected))
     if size < 1:
         raise ValueError(f"expected {expected}")
     return size
@@ -26,7 +26,7 @@ def parse_seconds(text: str | float) -> float:
     Raises:
         ValueError: it is not a time; the message shows what is.
     """
-    return float(_parse(text, _SECONDS, "s", "a time such as 90s, 45min or 2h"))
+    return float(_parse(text, SECONDS, "s", "a time such as 90s, 45min or 2h"))
 
 
 def _parse(text: str | float, units: dict[str, int], bare: str, expected: str) -> Fraction:

@@ -18,13 +18,14 @@ from rich.live import Live
 from rich.table import Table
 
 from rankscope.errors import StudyDirectoryError
+from rankscope.files import read_json
 from rankscope.live import LiveStudy, State
 from rankscope.report import html
 from rankscope.report.catalogue import Catalogue, load
-from rankscope.report.content import compose
+from rankscope.report.content import Content, compose
 from rankscope.report.formats import duration, loss, size
 from rankscope.runner import reproduce_command
-from rankscope.study import Study
+from rankscope.study import NOT_ENDED, Study
 from rankscope.train.pack import total_steps
 
 LOOPBACK = "127.0.0.1"
@@ -64,33 +65,29 @@ class Watch:
             return html.render(self._content(), self.text, now=now)
 
     def news(self) -> dict[str, Any]:
-        """What has changed since: `now`, the charts, what the page's other parts depend on, and when to ask again."""
+        """What has changed since: `now`, the charts, and when to ask again."""
         with self._lock:
             start = time.thread_time()
             state = self.state()
-            found = {"now": self._now(state), "charts": html.specifications(self._content()), "part": _part(state)}
+            found = {"now": self._now(state), "charts": html.specifications(self._content())}
             taken = time.thread_time() - start
             return found | {"again_ms": round(1000 * max(LEAST_SECONDS, taken / SHARE_OF_TIME))}
 
-    def _content(self) -> Any:
-        study = self.study
-        study.__dict__.pop("verdict", None)  # read anew
-        verdict = study.verdict if study.file("verdict.json").exists() else None
+    def _content(self) -> Content:
+        study, file = self.study, self.study.file("verdict.json")
+        verdict = read_json(file) if file.exists() else None  # `Study.verdict` is read once
         return compose(study.evidence(), verdict, self.text, study.spec.name, reproduce_command(study.spec))
 
     def _now(self, state: State) -> dict[str, Any]:
-        return {"lines": list(lines(state, self.text)), "rows": rows(state, self.text), "part": _part(state)}
-
-
-def _part(state: State) -> str:
-    """Changes when tables of the page do."""
-    statuses = ",".join(trial.status for trial in state.trials)
-    return f"{state.doing} {state.pack} {state.profiles_done} {statuses}"
+        """`part` changes when tables of the page do."""
+        statuses = ",".join(trial.status for trial in state.trials)
+        part = f"{state.doing} {state.pack} {state.profiles_done} {statuses}"
+        return {"lines": list(lines(state, self.text)), "rows": rows(state, self.text), "part": part}
 
 
 def lines(state: State, text: Catalogue) -> Iterator[str]:
     """What is done now, and how long it takes still."""
-    done = sum(trial.status not in ("pending", "running") for trial in state.trials)
+    done = sum(trial.status not in NOT_ENDED for trial in state.trials)
     yield text(f"live.{state.doing}", pack=state.pack or "", done=state.profiles_done + 1, total=state.profiles)
     yield text("live.trials", done=done, total=len(state.trials))
     if state.seconds_left and state.doing not in ("done", "stopped"):

@@ -19,9 +19,10 @@ from rankscope.study import Study
 from rankscope.track import beside, choose_trackers, flat
 from rankscope.track.__main__ import redacted
 from rankscope.track.beside import reporting
-from rankscope.track.follow import Lines, costs, memory_points
+from rankscope.track.follow import costs, memory_points
+from told import Told
 from track.readers import READERS, clear_environment
-from track.test_contract import FIXTURE, Told
+from track.test_contract import FIXTURE
 
 CLIENT = """
 import os, time
@@ -148,31 +149,6 @@ def test_a_client_that_is_missing_is_named_with_its_command(
     assert raised.value.exit_code == 2
 
 
-def test_lines_are_read_once_also_from_a_file_that_is_cut_back(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    whole = [b'{"step": %d, "train_loss": %s}\n' % (step, b"1" * (step + 1)) for step in range(8)]
-    lines = Lines(path)
-    assert list(lines.after(0)) == []
-    seen: list[int] = []
-
-    def read(content: list[bytes], torn: bytes = b"") -> None:
-        path.write_bytes(b"".join(content) + torn)
-        seen.extend(row["step"] for row in lines.after(len(seen)))
-
-    read(whole[:2], torn=whole[2][:9])
-    assert seen == [0, 1]
-    read(whole[:4])
-    read(whole[:1])  # a checkpoint
-    assert seen == [0, 1, 2, 3]
-    read(whole[:3])
-    assert seen == [0, 1, 2, 3]
-    read(whole[:2])
-    read(whole[:7])  # cut back and grown again between two looks
-    assert seen == [0, 1, 2, 3, 4, 5, 6]
-    read(whole)
-    assert seen == list(range(8))
-
-
 def test_memory_of_a_gpu_has_a_curve_of_its_own() -> None:
     columns: dict[str, list[Any]] = {
         "phase": ["load", "warmup", "train", "train"],
@@ -225,7 +201,7 @@ def test_secrets_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_flat() -> None:
-    assert dict(flat({"a": 1, "b": {"c": {"d": [1, 2]}, "e": None}})) == {"a": 1, "b.c.d": "1,2"}
+    assert flat({"a": 1, "b": {"c": {"d": [1, 2]}, "e": None}}) == {"a": 1, "b.c.d": "1,2"}
 
 
 def test_the_command_refuses_an_unknown_tracker_before_it_looks_at_anything(

@@ -4,7 +4,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
@@ -14,25 +14,11 @@ from rankscope.study import Study
 from rankscope.track import TRACKERS
 from rankscope.track.beside import reporting
 from rankscope.track.follow import metric_name
+from told import Told
 from track.readers import READERS, SECRETS, Seen, clear_environment
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "study-0.1"
 TRIAL, REFERENCE = "r008-lr5e-3-s1", "full-lr1e-4-s0"
-
-
-class Told:
-    """Progress that remembers what was said."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.lines.append(message)
-
-    def training(self, *_: Any) -> None: ...
-    def reference(self, *_: Any) -> None: ...
-    def measuring(self, *_: Any) -> None: ...
-    def poll(self) -> None: ...
 
 
 class Replayed(NamedTuple):

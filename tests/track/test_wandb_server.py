@@ -13,8 +13,9 @@ import pytest
 from rankscope.files import read_jsonl
 from rankscope.study import Study
 from rankscope.track.beside import reporting
+from told import Told
 from track.readers import SECRETS, clear_environment
-from track.test_contract import FIXTURE, TRIAL, Told, cut_back
+from track.test_contract import FIXTURE, TRIAL, cut_back
 from track.wandb_server import Received, WandbServer, wandb_server
 
 

@@ -11,8 +11,8 @@ import hashlib
 import json
 from typing import Any, Literal, NamedTuple
 
-from rankscope.data.sources import Table, kind, listed, read_table, shortened
-from rankscope.errors import DataError
+from rankscope.data.sources import Table, kind, listed, read_table
+from rankscope.errors import DataError, shortened
 from rankscope.spec import DataSpec
 
 Format = Literal["alpaca", "prompt_completion", "messages"]

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rankscope.errors import DataError
+from rankscope.errors import DataError, shortened
 from rankscope.spec import DataSpec
 
 COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages")
@@ -151,11 +151,6 @@ def _listed(name: str) -> str:
     """In quotes where it could not be told from its neighbours, or would stand on several lines."""
     plain = name.encode(errors="backslashreplace").decode()
     return shortened(plain if plain == " ".join(plain.split()) else repr(plain))
-
-
-def shortened(text: str) -> str:
-    """What an error shows of text from the data."""
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def kind(value: Any) -> str:

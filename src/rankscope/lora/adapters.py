@@ -1,6 +1,5 @@
 """Adapters on a frozen model. PEFT owns them: matching, initialisation, scaling and saving are its own."""
 
-import difflib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,11 +7,12 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from rankscope.errors import StudyError
+from rankscope.errors import StudyError, did_you_mean
 from rankscope.files import published
 from rankscope.spec import Candidate, Trial
 
@@ -43,8 +43,7 @@ def inject(config: LoraConfig, model: nn.Module, name: str, empty: bool = False)
     names = [f".{name}" for name, _ in model.named_modules()]
     for module in sorted(asked):  # PEFT is content where one of them matches
         if not any(name.endswith(f".{module}") for name in names):
-            near = difflib.get_close_matches(module, linear_names(model), n=2, cutoff=0.5)
-            guess = f"; did you mean {' or '.join(near)}?" if near else ""
+            guess = did_you_mean(module, linear_names(model), most=2, cutoff=0.5)
             raise StudyError(f"adapter.target_modules: {module} matches no module of this model{guess}", todo)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # many adapters: meant
@@ -116,7 +115,7 @@ def adapter_parameters(model: nn.Module, adapter: str) -> list[nn.Parameter]:
 def save_adapter(weights: Mapping[str, nn.Parameter], config: LoraConfig, folder: Path) -> int:
     """Writes PEFT's adapter_model.safetensors and adapter_config.json; returns the weights' size in bytes."""
     tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-    file = folder / "adapter_model.safetensors"
+    file = folder / SAFETENSORS_WEIGHTS_NAME
     with published(file) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     config.inference_mode = True

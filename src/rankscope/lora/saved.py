@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from huggingface_hub import hf_hub_download
 from peft import LoraConfig
+from peft.utils import CONFIG_NAME as CONFIG
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -15,8 +17,6 @@ from torch import Tensor
 
 from rankscope.data.sources import HUB_ID
 from rankscope.errors import ModelError
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.weight)?")
 

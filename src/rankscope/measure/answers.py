@@ -31,9 +31,7 @@ def questions(held_out: Tokens, count: int, max_length: int) -> list[Question]:
 
 def _question(number: int, example: Example) -> Question:
     first = int(example.is_label.argmax())
-    if (
-        first == 1
-    ):  # the loss is on all of the row, which has no answer to tell from the prompt: ask for its second half
+    if first == 1:  # the loss is on all of the row, which has no answer of its own: ask for its second half
         first = max(1, len(example.ids) // 2)
     return Question(number, example.ids[:first].tolist(), example.ids[first:].tolist())
 

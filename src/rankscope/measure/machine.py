@@ -14,7 +14,7 @@ PACKAGES = ("torch", "transformers", "peft", "datasets", "tokenizers", "safetens
 
 def versions() -> dict[str, str | None]:
     """Versions of Python, rankscope and the libraries whose behaviour shows in results; None where not installed."""
-    packages = {name: _installed(name) for name in ("rankscope", *PACKAGES)}
+    packages = {name: installed(name) for name in ("rankscope", *PACKAGES)}
     return {"python": platform.python_version(), **packages}
 
 
@@ -47,15 +47,7 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-OPTIONAL_PARTS = ("wandb", "tensorboard", "mlflow", "trackio")
-
-
-def optional_parts() -> dict[str, str | None]:
-    """Versions of the libraries that rankscope can use and does not need."""
-    return {name: _installed(name) for name in OPTIONAL_PARTS}
-
-
-def _installed(package: str) -> str | None:
+def installed(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:

@@ -47,8 +47,7 @@ def model_card(evidence: Evidence, verdict: Mapping[str, Any], trial: Trial, res
         "Target modules": modules if isinstance(modules, str) else ", ".join(modules),
         "LoRA dropout": f"{candidate.lora_dropout:g}",
         "Learning rate": f"{rate(candidate.learning_rate)}, {spec.training.lr_scheduler_type}",
-        "Steps": f"{results['steps']:,.0f}, {spec.training.batch_size * spec.training.gradient_accumulation_steps} "
-        "examples each",
+        "Steps": f"{results['steps']:,.0f}, {spec.training.effective_batch_size} examples each",
         "Seed": f"{trial.seed}",
         "Trainable parameters": f"{results['trainable_params']:,.0f}",
         "Size": size(results["adapter_bytes"]),

@@ -2,11 +2,11 @@
 
 from functools import cache
 from importlib import resources
-from typing import Any
 
 import yaml
 
 from rankscope.errors import StudyError
+from rankscope.nested import flatten
 
 LANGUAGES = ("en", "ko")
 
@@ -43,11 +43,4 @@ def load(language: str) -> Catalogue:
     if language not in LANGUAGES:
         raise StudyError(f"no report language {language!r}", f"Choose one of: {', '.join(LANGUAGES)}.")
     file = resources.files("rankscope.report") / "languages" / f"{language}.yaml"
-    return Catalogue(language, _flatten(yaml.safe_load(file.read_text(encoding="utf-8"))))
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+    return Catalogue(language, flatten(yaml.safe_load(file.read_text(encoding="utf-8"))))

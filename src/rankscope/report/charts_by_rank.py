@@ -218,9 +218,7 @@ def rate_map(frame: pd.DataFrame, text: Catalogue, ranks: list[int]) -> alt.Char
     least = float(known.min())
     depth = alt.Scale(domain=[least, most if most > least else least + 1], range=[0.5, 0.04], clamp=True)
     rates = [rate(value) for value in sorted(values["learning_rate"].unique(), reverse=True)]
-    x = alt.X(
-        "rank:N", sort=ranks, title=text("chart.rank"), axis=alt.Axis(labelAngle=0), scale=alt.Scale(domain=ranks)
-    )
+    x = rank_axis(text, ranks)
     y = alt.Y("rate:N", sort=rates, title=text("chart.learning_rate"), scale=alt.Scale(domain=rates))
     title = text("chart.eval_by_rank.y")
     tooltip = [*identity(text), alt.Tooltip("eval_loss:Q", title=title, format=".4f")]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from rankscope.nested import flatten
 from rankscope.report.catalogue import Catalogue
 from rankscope.report.formats import percent, size
 
@@ -15,13 +16,13 @@ class Fact(NamedTuple):
 def data_facts(facts: Mapping[str, Any], text: Catalogue) -> list[Fact]:
     """The content of data/facts.json, in its order; after labels, the tokens that are masked: read, but not learnt."""
     facts = _with_masked(facts)
-    return [Fact(text.get(f"fact.{key}", key), _show(key, value, text)) for key, value in _flatten(facts).items()]
+    return [Fact(text.get(f"fact.{key}", key), _show(key, value, text)) for key, value in flatten(facts).items()]
 
 
 def machine_facts(machine: Mapping[str, Any], text: Catalogue) -> list[Fact]:
     """The content of machine.json, in its order. Names of versions are those of the packages."""
     facts = []
-    for key, value in _flatten(machine).items():
+    for key, value in flatten(machine).items():
         group, _, name = key.partition(".")
         label = {"hardware": name, "model": f"model_{name}"}.get(group, key if group != "versions" else "")
         shown = text.get(f"machine.{label}", name or key)
@@ -39,13 +40,6 @@ def _with_masked(facts: Mapping[str, Any]) -> dict[str, Any]:
         if of_labels and isinstance(value, int) and isinstance(tokens, int) and tokens:
             found[f"{side}_masked_tokens"] = f"{tokens - value:,} ({percent(1 - value / tokens)})"
     return found
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _show(key: str, value: Any, text: Catalogue) -> str:

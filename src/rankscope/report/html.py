@@ -86,7 +86,7 @@ async function ask() {
       const news = await answer.json();
       wait = news.again_ms;
       const known = Object.keys(news.charts).every(id => document.getElementById(id));
-      if (news.part !== page.now.part || !known) { location.reload(); return; }
+      if (news.now.part !== page.now.part || !known) { location.reload(); return; }
       fill(news.now);
       for (const [id, spec] of Object.entries(news.charts)) await redraw(id, spec);
     }

@@ -5,14 +5,14 @@ which follows the study's files (`rankscope.track.follow`): training knows nothi
 to it, a wait or a crash.
 """
 
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from rankscope.errors import MissingExtraError, StudyError
+from rankscope.errors import MissingExtraError, StudyError, did_you_mean
+from rankscope.nested import flatten
 
 STEP = "train/global_step"
 RANK = "rank"
@@ -89,9 +89,8 @@ def choose_trackers(asked: str | Sequence[str]) -> list[str]:
     names = [name.strip() for name in (asked.split(",") if isinstance(asked, str) else asked)]
     for number, name in enumerate(names):
         if name not in TRACKERS:
-            near = difflib.get_close_matches(name.lower(), TRACKERS, n=1)
             raise StudyError(
-                f"--report-to {name}: unknown tracker" + (f"; did you mean {near[0]}?" if near else ""),
+                f"--report-to {name}: unknown tracker{did_you_mean(name.lower(), TRACKERS)}",
                 f"Known: {', '.join(TRACKERS)}.",
             )
         if name in names[:number]:
@@ -111,11 +110,10 @@ def open_tracker(name: str, folder: Path) -> Tracker:
     return tracker
 
 
-def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """`("training.steps", 200)` for each value of nested mappings; lists become words, None is left out."""
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            words = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
-            yield f"{prefix}{key}", words
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"training.steps": 200}` of nested mappings; lists become words, None is left out."""
+    return {
+        key: ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+        for key, value in flatten(config).items()
+        if value is not None
+    }

@@ -8,16 +8,15 @@ import hashlib
 import json
 import secrets
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from rankscope.errors import StudyDirectoryError
-from rankscope.files import read_json, write_json
+from rankscope.files import JsonlTail, read_json, write_json
 from rankscope.spec import CONTROL, AnyTrial, Trial
-from rankscope.study import SCHEMA, Study
+from rankscope.study import NOT_ENDED, SCHEMA, Study
 from rankscope.track import PROFILE_STEP, RANK, STEP, Point, Run, Tracker
 
 GB = 1e9
@@ -39,14 +38,14 @@ class Follower:
         kept = self._kept()
         self._session: str = kept["session"]
         self._sent: dict[str, dict[str, Any]] = kept["trials"]
-        self._lines = {trial.name: Lines(study.trial_folder(trial) / "metrics.jsonl") for trial in study.all_trials()}
+        self._tails = {
+            trial.name: JsonlTail(study.trial_folder(trial) / "metrics.jsonl") for trial in study.all_trials()
+        }
         self._runs: dict[str, Run] = {}
 
     def poll(self) -> None:
         """Sends the steps that are new, of all trials."""
-        rows = {
-            trial: list(self._lines[trial.name].after(self._sent_lines(trial))) for trial in self.study.all_trials()
-        }
+        rows = {trial: self._new_rows(trial) for trial in self.study.all_trials()}
         try:
             for trial, new in rows.items():
                 if new:
@@ -67,7 +66,7 @@ class Follower:
         status, points = record["status"], self._cost_points(trial)
         if status == "pending" and trial.name not in self._runs:
             return
-        if status in ("pending", "running"):
+        if status in NOT_ENDED:
             status = "interrupted"
         new_status, new_costs = before.get("status") != status, bool(points) and not before.get("costs")
         if not (new_status or new_costs or trial.name in self._runs):
@@ -88,9 +87,11 @@ class Follower:
                 return kept
         return {"session": secrets.token_hex(8), "trials": {}}
 
-    def _sent_lines(self, trial: AnyTrial) -> int:
-        lines: int = self._sent.get(trial.name, {}).get("lines", 0)
-        return lines
+    def _new_rows(self, trial: AnyTrial) -> list[dict[str, Any]]:
+        """Rows after those that have been sent, as far as they have not been read."""
+        sent: int = self._sent.get(trial.name, {}).get("lines", 0)
+        first, lines = self._tails[trial.name].read()
+        return [json.loads(line) for number, line in enumerate(lines, first) if number > sent]
 
     def _keep(self) -> None:
         write_json(self._file, {"schema": SCHEMA, "place": self._place, "session": self._session, "trials": self._sent})
@@ -119,34 +120,8 @@ class Follower:
         repeats = self._repeats(trial)
         if not isinstance(trial, Trial) or not repeats:
             return []
-        training = self.study.spec.training
-        examples = training.batch_size * training.gradient_accumulation_steps
+        examples = self.study.spec.training.effective_batch_size
         return [*memory_points(repeats), Point(RANK, trial.candidate.rank, costs(repeats, examples))]
-
-
-class Lines:
-    """The whole lines of a JSONL file that grows, and that may be cut back and grow again; reads what is new."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._offset, self._count = path, 0, 0
-
-    def after(self, number: int) -> Iterator[dict[str, Any]]:
-        """The rows after the first `number` of the file, as far as they have not been read."""
-        try:
-            with self._path.open("rb") as file:
-                file.seek(max(0, self._offset - 1))
-                if self._offset and file.read(1) != b"\n":  # cut back, and perhaps grown since
-                    self._offset = self._count = 0
-                    file.seek(0)
-                content = file.read()
-        except FileNotFoundError:
-            return
-        whole = content[: content.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        for line in whole.splitlines():
-            self._count += 1
-            if self._count > number:
-                yield json.loads(line)
 
 
 def metric_name(field: str) -> str:

@@ -48,7 +48,7 @@ class MlflowTracker:
             self._client.update_run(found[0].info.run_id, status="RUNNING")
             return _Run(self._client, found[0].info.run_id)
         run = self._client.create_run(experiment, run_name=trial, tags={ID_TAG: run_id})
-        self._log_params(run.info.run_id, dict(flat(config)))
+        self._log_params(run.info.run_id, flat(config))
         return _Run(self._client, run.info.run_id)
 
     def _log_params(self, mlflow_id: str, config: Mapping[str, Any]) -> None:

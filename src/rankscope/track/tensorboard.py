@@ -20,7 +20,7 @@ class TensorBoardTracker:
         self.note = f"To look at the curves: tensorboard --logdir {shlex.quote(str(self._folder))}"
 
     def begin(self, trial: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> "_Run":
-        return _Run(self._folder / group / trial, run_id, dict(flat(config)))
+        return _Run(self._folder / group / trial, run_id, flat(config))
 
     def close(self) -> None:
         pass

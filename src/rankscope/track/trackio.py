@@ -47,7 +47,7 @@ class TrackioTracker:
             project=self._project,
             name=trial,
             group=group,
-            config=dict(flat(config)),
+            config=flat(config),
             resume="allow" if again else "never",
             embed=False,
             auto_log_gpu=False,  # of this process, not of the one that trains

@@ -29,7 +29,6 @@ from rankscope.train.memory import BYTES_PER_PARAMETER, LOGIT_BYTES, tokens_per_
 from rankscope.train.pack import (
     Member,
     StepMetrics,
-    effective_batch_size,
     eval_steps,
     finite_weights,
     make_member,
@@ -154,7 +153,7 @@ def train_members(
     """
     engine, _, costs = choice
     steps = total_steps(training, len(data.train))
-    per_epoch = steps_per_epoch(len(data.train), effective_batch_size(training))
+    per_epoch = steps_per_epoch(len(data.train), training.effective_batch_size)
     evaluated = eval_steps(training, steps)
     record = _Recorder(folders, facts)
     metrics_files = {name: folder / "metrics.jsonl" for name, folder in folders.items()}

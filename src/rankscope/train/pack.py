@@ -57,7 +57,7 @@ def total_steps(training: TrainingSpec, examples: int) -> int:
     """Optimizer steps of the whole schedule."""
     if training.steps is not None:
         return training.steps
-    per_epoch = steps_per_epoch(examples, effective_batch_size(training))
+    per_epoch = steps_per_epoch(examples, training.effective_batch_size)
     return max(1, math.ceil((training.epochs or 1.0) * per_epoch))
 
 
@@ -69,11 +69,6 @@ def eval_steps(training: TrainingSpec, steps: int) -> set[int]:
 def spread(steps: int, count: int) -> list[int]:
     """`count` steps spread evenly over a schedule of `steps`, repeating some where it is shorter."""
     return [i * steps // count for i in range(count)]
-
-
-def effective_batch_size(training: TrainingSpec) -> int:
-    """Examples of one trial that one optimizer step sees."""
-    return training.batch_size * training.gradient_accumulation_steps
 
 
 def make_member(
@@ -142,7 +137,7 @@ def step_slice(trial: AnyTrial, lora_dropout: float, tokens: Tokens, training: T
 
 def batch_at(trial: AnyTrial, tokens: Tokens, training: TrainingSpec, step: int) -> np.ndarray:
     """The examples that `trial` sees at `step`: the same for every trial with its seed."""
-    return batch_indices(len(tokens), effective_batch_size(training), trial.seed, step)
+    return batch_indices(len(tokens), training.effective_batch_size, trial.seed, step)
 
 
 def stream_seed(seed: int, step: int, place: int) -> int:
