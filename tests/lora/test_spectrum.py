@@ -1,5 +1,6 @@
 """Spectra against a dense SVD of PEFT's own updates, in float64, on adapters of every kind of scaling."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from folders import write_model
-from rankscope.errors import ModelError
+from rankscope.cli import app
+from rankscope.errors import ModelError, StudyError
 from rankscope.lora.saved import CONFIG, WEIGHTS, find_adapter, read_adapter
 from rankscope.lora.spectrum import by_module, effective_rank, energy_rank, place, spectrum, stable_rank
 
@@ -117,3 +120,20 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
         read_adapter(folder)
     with pytest.raises(ModelError, match="no adapter_config"):
         read_adapter(find_adapter(str(tmp_path / "nowhere")))
+
+
+def test_the_command_shows_draws_and_prints_for_scripts(tmp_path: Path) -> None:
+    write_adapter(tmp_path, KINDS["plain"])
+    adapter, ask = str(tmp_path / "adapter"), CliRunner().invoke
+    table = ask(app, ["spectrum", adapter])
+    assert table.exit_code == 0
+    assert {"fc1", "self_attn.q_proj", "self_attn.v_proj"} <= set(table.stdout.split())
+    found = json.loads(ask(app, ["spectrum", adapter, "--json"]).stdout)
+    expected = spectrum(read_adapter(tmp_path / "adapter").layers)
+    assert [row["effective_rank"] for row in found["layers"]] == list(expected["effective_rank"])
+    for name, begin in (("a.svg", b"<svg"), ("a.png", b"\x89PNG"), ("a.html", b"<!DOCTYPE html>")):
+        assert ask(app, ["spectrum", adapter, "--chart", str(tmp_path / name)]).exit_code == 0
+        assert (tmp_path / name).read_bytes().lstrip().startswith(begin)
+    assert "https://cdn" not in (tmp_path / "a.html").read_text()
+    other = ask(app, ["spectrum", adapter, "--chart", str(tmp_path / "a.gif")])
+    assert isinstance(other.exception, StudyError)
