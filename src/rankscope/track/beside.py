@@ -22,7 +22,7 @@ FINISH_SECONDS, STOPPED_SECONDS = 120.0, 20.0
 def reporting(study: Study, names: Sequence[str], progress: "Progress") -> Iterator["Progress"]:
     """Sends the study to the trackers `names` while the body runs; the progress it yields also shows what they say.
 
-    A tracker that fails is told of in one line, and is no more for the rest of this run.
+    A tracker that fails is told of once, and is no more for the rest of this run.
     """
     if not names:
         yield progress
@@ -67,17 +67,13 @@ class _Process:
         if self._ended:
             return
         code = self._process.poll()
-        lines = (self._stdout.read() or b"").decode("utf-8", "replace").splitlines()
+        yield from (self._stdout.read() or b"").decode("utf-8", "replace").splitlines()  # the reason of a failure too
         if code is None:
-            yield from lines
             return
         self._let_go()
-        if code == 0:
-            yield from lines
-        else:
-            yield from lines[:-1]
-            reason = lines[-1] if lines else f"{self.name}: its process ended without a word (exit code {code})"
-            yield f"{reason}\n  The study goes on without {self.name}; run it again to send what is missing."
+        if code != 0:
+            ended = f"The study goes on without {self.name}, whose process ended (exit code {code})"
+            yield f"{ended}; run it again to send what is missing."
 
     def ask_to_end(self) -> None:
         self._stdin.close()
