@@ -254,7 +254,7 @@ def spectrum(
         save_chart(spectrum_chart(frame, text), chart)
         console.print(f"Chart: {chart}", markup=False, soft_wrap=True)
     if saved.others:
-        names = ", ".join(saved.others[:3]) + ", ..." * (len(saved.others) > 3)
+        names = ", ".join(list(saved.others)[:3]) + ", ..." * (len(saved.others) > 3)
         console.print(text("spectrum.others", n=len(saved.others), names=names), markup=False, soft_wrap=True)
     if json_:
         _print_json({"adapter": adapter, "layers": frame.to_dict("records")})

@@ -112,7 +112,7 @@ def adapter_parameters(model: nn.Module, adapter: str) -> list[nn.Parameter]:
     return list(adapter_weights(model, adapter).values())
 
 
-def save_adapter(weights: Mapping[str, nn.Parameter], config: LoraConfig, folder: Path) -> int:
+def save_adapter(weights: Mapping[str, torch.Tensor], config: LoraConfig, folder: Path) -> int:
     """Writes PEFT's adapter_model.safetensors and adapter_config.json; returns the weights' size in bytes."""
     tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
     file = folder / SAFETENSORS_WEIGHTS_NAME

@@ -4,19 +4,22 @@ import json
 import re
 from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from huggingface_hub import hf_hub_download
-from peft import LoraConfig
+from peft import LoraConfig, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME as CONFIG
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from rankscope.data.sources import HUB_ID
-from rankscope.errors import ModelError
+from rankscope.errors import ModelError, StudyError
+from rankscope.lora.adapters import adapter_key, inject, save_adapter
 
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.weight)?")
 
@@ -29,6 +32,12 @@ class Factors(NamedTuple):
     a: Tensor  # (R, D); a convolution's D is channels times kernel
     b: Tensor  # (O, R)
     scaling: float
+    keys: tuple[str, str]
+    """Names of `a` and `b` in the file."""
+    kernel: tuple[int, ...] = ()
+    """Of a convolution, with its channels: `a` is saved as (R, *kernel), `b` as (O, R, 1, ...)."""
+    dtype: torch.dtype = torch.float32
+    """In the file."""
 
     @property
     def rank(self) -> int:
@@ -41,8 +50,8 @@ class SavedAdapter(NamedTuple):
     config: LoraConfig
     layers: list[Factors]
     """In the file's order of names, blocks by number."""
-    others: list[str]
-    """Names of the file's other tensors: biases, DoRA's magnitudes, modules that were saved whole."""
+    others: dict[str, Tensor]
+    """The file's other tensors: biases, DoRA's magnitudes, modules that were saved whole."""
 
 
 def find_adapter(name: str, revision: str | None = None) -> Path:
@@ -77,20 +86,56 @@ def read_adapter(folder: Path) -> SavedAdapter:
         raise ModelError(f"{folder / WEIGHTS}: missing", "Weights are read from safetensors files only.") from None
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{folder / WEIGHTS}: damaged or cut short: {error}", "Restore it.") from None
-    factors: dict[str, dict[str, Tensor]] = {}
-    others = []
-    for key, tensor in tensors.items():
-        found = _FACTOR.fullmatch(key)
-        if found:
-            factors.setdefault(found[1], {})[found[2][-1]] = tensor.flatten(1).float()
-        else:
-            others.append(key)
-    layers = [
-        _layer(folder, name, pair, config) for name, pair in sorted(factors.items(), key=lambda item: _order(item[0]))
-    ]
+    keys: dict[str, dict[str, str]] = {}
+    for key in tensors:
+        if found := _FACTOR.fullmatch(key):
+            keys.setdefault(found[1], {})[found[2][-1]] = key
+    pairs = {name: {part: (key, tensors.pop(key)) for part, key in both.items()} for name, both in keys.items()}
+    layers = [_layer(folder, name, pairs[name], config) for name in sorted(pairs, key=_order)]
     if not layers:
         raise ModelError(f"{folder / WEIGHTS}: holds no LoRA factors", "Give an adapter in PEFT's format.")
-    return SavedAdapter(config, layers, others)
+    return SavedAdapter(config, layers, tensors)
+
+
+def write_adapter(adapter: SavedAdapter, folder: Path) -> int:
+    """Writes PEFT's two files; returns the size of the weights' file in bytes.
+
+    Raises:
+        StudyDirectoryError: a file cannot be written.
+    """
+    return save_adapter(_tensors(adapter), adapter.config, folder)
+
+
+def _tensors(adapter: SavedAdapter) -> dict[str, Tensor]:
+    """As they stand in the file."""
+    tensors = dict(adapter.others)
+    for layer in adapter.layers:
+        a, b = layer.a.to(layer.dtype), layer.b.to(layer.dtype)
+        if layer.kernel:
+            a, b = a.reshape(-1, *layer.kernel), b.reshape(*b.shape, *[1] * (len(layer.kernel) - 1))
+        tensors[layer.keys[0]], tensors[layer.keys[1]] = a, b
+    return tensors
+
+
+def attach(model: PreTrainedModel, name: str, adapter: SavedAdapter) -> None:
+    """Gives `model` the adapter, under `name`, beside what it has; its weights are float32 there.
+
+    Raises:
+        ModelError: the adapter does not fit the model.
+    """
+    key = adapter_key(name)
+    try:
+        inject(adapter.config, model, key)
+        result: Any = set_peft_model_state_dict(model, _tensors(adapter), adapter_name=key)
+    except (StudyError, RuntimeError, ValueError, KeyError) as error:
+        raise ModelError(f"the adapter does not fit the model: {str(error).strip().splitlines()[-1]}", _OTHER) from None
+    missing = [key for key in result.missing_keys if ".lora_" in key and f".{adapter_key(name)}" in key]
+    if result.unexpected_keys or missing:
+        odd = (result.unexpected_keys + missing)[0]
+        raise ModelError(f"the adapter does not fit the model: {odd} is of one and not of the other", _OTHER)
+
+
+_OTHER = "Give the model that the adapter was trained on."
 
 
 def _read_config(folder: Path) -> LoraConfig:
@@ -108,13 +153,24 @@ def _read_config(folder: Path) -> LoraConfig:
     return config
 
 
-def _layer(folder: Path, name: str, pair: dict[str, Tensor], config: LoraConfig) -> Factors:
-    if pair.keys() != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
-        shapes = ", ".join(f"{factor} {list(tensor.shape)}" for factor, tensor in sorted(pair.items()))
+def _layer(folder: Path, name: str, pair: dict[str, tuple[str, Tensor]], config: LoraConfig) -> Factors:
+    tensors = {part: tensor for part, (_, tensor) in sorted(pair.items())}
+    whole = tensors.keys() == {"A", "B"} and all(tensor.dim() >= 2 for tensor in tensors.values())
+    if not whole or tensors["A"].shape[0] != tensors["B"].shape[1] or not tensors["A"].shape[0]:
+        shapes = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in tensors.items())
         raise ModelError(f"{folder / WEIGHTS}: {name} has {shapes}: no pair of LoRA factors", "Restore it.")
-    rank, alphas = pair["A"].shape[0], config.alpha_pattern or {}
+    a, b = tensors["A"], tensors["B"]
+    rank, alphas = a.shape[0], config.alpha_pattern or {}
     alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
-    return Factors(name, pair["A"], pair["B"], alpha / (rank**0.5 if config.use_rslora else rank))
+    return Factors(
+        name,
+        a.flatten(1).float(),
+        b.flatten(1).float(),
+        alpha / (rank**0.5 if config.use_rslora else rank),
+        (pair["A"][0], pair["B"][0]),
+        tuple(a.shape[1:]) if a.dim() > 2 else (),
+        a.dtype,
+    )
 
 
 def _order(name: str) -> list[tuple[int, str]]:
