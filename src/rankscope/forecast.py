@@ -8,7 +8,7 @@ import torch
 
 from rankscope.data.tokens import TokenizedData, Tokens
 from rankscope.plan import SHARE_OF_FREE_MEMORY
-from rankscope.spec import Candidate, StudySpec, Trial
+from rankscope.spec import CONTROL, PLAIN, Candidate, StudySpec, Trial
 from rankscope.train.cost import Cost, product_rate
 from rankscope.train.memory import BYTES_PER_PARAMETER, Peak, Prediction, largest_rank, predict_peak
 from rankscope.train.pack import batch_at, eval_steps, total_steps
@@ -86,20 +86,23 @@ def forecast(
     spec: StudySpec, prediction: Prediction, data: TokenizedData, free: int, here: bool = True
 ) -> StudyForecast:
     """Forecasts every candidate on a device with `free` bytes; `here` says whether it is this machine's."""
-    peaks: dict[int, Peak] = {}  # by rank: a learning rate changes nothing, and a rehearsal takes seconds
+    peaks: dict[str, Peak] = {}  # by profile: a learning rate changes nothing, and a rehearsal takes seconds
     reason = prediction.reason
-    for rank, candidate in {candidate.rank: candidate for candidate in spec.profiled().values()}.items():
+    for name, candidate in spec.profiled().items():
+        if name == CONTROL:
+            continue
         found = predict_peak(spec, prediction, [_trial(spec, candidate)], data.train, free)
         if isinstance(found, Peak):
-            peaks[rank] = found
+            peaks[name] = found
         else:
             reason = reason or found
     rate = _rate(peaks, prediction) if here else None
     share = PRODUCT_SHARE["small" if prediction.base_params < SMALL_MODEL_PARAMS else "large"]
-    work = _work(spec, prediction.engine, data)
+    works = {engine: _work(spec, engine, data) for engine in {"peft", prediction.engine}}
     candidates = {}
     for candidate in spec.candidates():
-        peak, cost = peaks.get(candidate.rank), prediction.costs.get(candidate.name)
+        peak, cost = peaks.get(candidate.profile_name), prediction.costs.get(candidate.name)
+        work = works[prediction.engine if candidate.packable else "peft"]
         train = runtime = None
         if rate and cost:
             train = work.train_flops(cost) / (rate * share)
@@ -139,7 +142,7 @@ def largest_fitting_rank(
     totals = {
         candidate.rank: forecasts[candidate.name].peak_bytes or 0
         for candidate in spec.candidates()
-        if forecasts[candidate.name].peak_bytes
+        if forecasts[candidate.name].peak_bytes and candidate.variant == PLAIN
     }
     if len(totals) == 1:
         candidate = spec.candidates()[0]
@@ -162,7 +165,7 @@ def _trial(spec: StudySpec, candidate: Candidate) -> Trial:
     return Trial(candidate=candidate, seed=spec.seeds[0])
 
 
-def _rate(peaks: Mapping[int, Peak], prediction: Prediction) -> float | None:
+def _rate(peaks: Mapping[str, Peak], prediction: Prediction) -> float | None:
     if not peaks:
         return None
     products = next(iter(peaks.values())).products

@@ -138,6 +138,7 @@ OPTION_FIELDS = {
     "max_length": "data.max_length",
     "loss_on": "data.loss_on",
     "ranks": "ranks",
+    "variants": "variants",
     "learning_rates": "learning_rates",
     "seeds": "seeds",
     "alpha": "adapter.alpha",

@@ -7,11 +7,13 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from rankscope.analysis.cuts import curve_errors, loss_curve
 from rankscope.report.catalogue import load
 from rankscope.report.costs import noise_sentence
 from rankscope.report.formats import duration, known, loss, signed, size
 from rankscope.report.sentences import verdict_sentence
 from rankscope.report.tables import by_candidate, has_gpu
+from rankscope.report.variants import variant_sentences
 from rankscope.study import Study
 
 
@@ -19,6 +21,8 @@ def show_outcome(study: Study, console: Console, language: str) -> None:
     """Prints the table by candidate, with the numbers of the report, and the verdict."""
     _show_candidates(study, console)
     console.print(f"\n{verdict_sentence(study.verdict, language)}", markup=False, style="bold", soft_wrap=True)
+    for sentence in variant_sentences(study.verdict, load(language)):
+        console.print(sentence, markup=False, soft_wrap=True)
     console.print(f"Report: {study.report}", markup=False, soft_wrap=True)
 
 
@@ -30,7 +34,19 @@ def describe_outcome(study: Study) -> dict[str, Any]:
         "report": str(study.report),
         "verdict": study.verdict,
         "candidates": _records(by_candidate(evidence, study.verdict)),
-        "trials": _records(evidence.results),
+        "trials": _records(study.results()),
+    }
+
+
+def describe_curve(study: Study) -> dict[str, Any]:
+    """What `rankscope curve --json` prints: nats a label token, null for what is not known."""
+    evidence = study.evidence()
+    return {
+        "study": str(study.path),
+        "report": str(study.report),
+        "cuts": _records(study.cuts()),
+        "curve": _records(loss_curve(evidence)),
+        "errors": _records(curve_errors(evidence)),
     }
 
 

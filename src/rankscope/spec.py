@@ -67,6 +67,9 @@ def _all_linear_or_names(value: Any) -> Any:
 
 
 Rank = Annotated[int, Field(gt=0, le=1 << 20)]
+PLAIN: Literal["lora"] = "lora"
+Variant = Literal["rslora", "pissa", "olora", "loraplus", "dora", "pattern"]
+"""A kind of LoRA beside the plain one: see `rankscope.lora.variants`, and PEFT's pages on each."""
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 Count = Annotated[int, Field(gt=0, lt=1 << 63)]
 """What fits in the 64 bits that counts have elsewhere."""
@@ -147,6 +150,11 @@ class AdapterSpec(_Frozen):
     """Scale by alpha/sqrt(rank) instead of alpha/rank (Kalajdzievski 2023, arXiv:2312.03732)."""
     init_lora_weights: Literal["kaiming", "gaussian"] = "kaiming"
     """PEFT's default (`kaiming`) or `gaussian`; B starts at zero in both."""
+    loraplus_lr_ratio: float = Field(default=16.0, ge=1.0)
+    """Of the variant `loraplus`: B's learning rate over A's (Hayou et al. 2024, arXiv:2402.12354)."""
+    rank_pattern: dict[str, Rank] = {}
+    """Of the variant `pattern`: the ranks of layers, by name, that differ from the candidate's. `rankscope pattern`
+    proposes one."""
 
 
 class TrainingSpec(_Frozen):
@@ -285,11 +293,28 @@ class Candidate(_Frozen):
     lora_dropout: float
     use_rslora: bool
     init_lora_weights: Literal["kaiming", "gaussian"]
+    variant: Literal["lora"] | Variant = PLAIN
+    loraplus_lr_ratio: float = 1.0
+    rank_pattern: tuple[tuple[str, int], ...] = ()
 
     @property
     def name(self) -> str:
-        """A file name such as `r008-lr2e-4`; unique within a study."""
-        return f"r{self.rank:03d}-lr{_short(self.learning_rate)}"
+        """A file name such as `r008-lr2e-4`, or `r008-lr2e-4-pissa`; unique within a study."""
+        return f"r{self.rank:03d}-lr{_short(self.learning_rate)}{self._ending}"
+
+    @property
+    def profile_name(self) -> str:
+        """`r008`, or `r008-pissa`: what it costs does not depend on the learning rate."""
+        return f"r{self.rank:03d}{self._ending}"
+
+    @property
+    def _ending(self) -> str:
+        return "" if self.variant == PLAIN else f"-{self.variant}"
+
+    @property
+    def packable(self) -> bool:
+        """Whether it can train in a pack: DoRA has a forward of its own, which is PEFT's."""
+        return self.variant != "dora"
 
     @property
     def scaling(self) -> float:
@@ -331,6 +356,9 @@ class StudySpec(_Frozen):
         2,
     )
     """Each candidate is trained with each of them. One says nothing about how sure a difference is."""
+    variants: Annotated[tuple[Variant, ...], BeforeValidator(_as_list)] = ()
+    """Kinds of LoRA to train beside the plain one, at each rank and learning rate: rslora, pissa, olora, loraplus,
+    dora, pattern."""
     adapter: AdapterSpec = AdapterSpec()
     """What every candidate shares of its LoRA adapter."""
     training: TrainingSpec = TrainingSpec()
@@ -364,7 +392,7 @@ class StudySpec(_Frozen):
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> Self:
-        for field in ("ranks", "learning_rates", "seeds"):
+        for field in ("ranks", "learning_rates", "seeds", "variants"):
             try:
                 _unique(getattr(self, field))
             except ValueError as error:
@@ -373,25 +401,45 @@ class StudySpec(_Frozen):
         _unique(tuple(names))
         return self
 
+    @model_validator(mode="after")
+    def _variants_make_sense(self) -> Self:
+        if "rslora" in self.variants and self.adapter.use_rslora:
+            raise ValueError("variants: rslora is what adapter.use_rslora makes of all candidates")
+        if ("pattern" in self.variants) != bool(self.adapter.rank_pattern):
+            raise ValueError("variants: pattern and adapter.rank_pattern need each other: see `rankscope pattern`")
+        if "pattern" in self.variants and len(self.ranks) > 1:
+            raise ValueError("variants: pattern is held against one rank: give one")
+        return self
+
     def candidates(self) -> list[Candidate]:
-        """The grid of ranks and learning rates, lowest rank first."""
-        shared = self.adapter.model_dump(exclude={"alpha"})
-        return [
+        """The grid of ranks and learning rates, lowest rank first; then the same of each variant."""
+        shared = self.adapter.model_dump(exclude={"alpha", "loraplus_lr_ratio", "rank_pattern"})
+        plain = [
             Candidate(rank=rank, learning_rate=rate, lora_alpha=_alpha(self.adapter.alpha, rank), **shared)
             for rank, rate in product(sorted(self.ranks), sorted(self.learning_rates))
         ]
+        own: dict[str, dict[str, Any]] = {
+            "rslora": {"use_rslora": True},
+            "loraplus": {"loraplus_lr_ratio": self.adapter.loraplus_lr_ratio},
+            "pattern": {"rank_pattern": tuple(self.adapter.rank_pattern.items())},
+        }
+        others = [
+            candidate.model_copy(update={"variant": variant, **own.get(variant, {})})
+            for variant, candidate in product(self.variants, plain)
+        ]
+        return plain + others
 
     def trials(self) -> list[Trial]:
         """Every candidate with every seed, in a fixed order."""
         return [Trial(candidate=candidate, seed=seed) for seed in self.seeds for candidate in self.candidates()]
 
     def profiled(self) -> dict[str, Candidate]:
-        """What is profiled, by name: each rank once, since its cost does not depend on the learning rate, and the
-        lowest rank once more as the control.
+        """What is profiled, by name: each rank and variant once, since its cost does not depend on the learning rate,
+        and the lowest rank once more as the control.
         """
         first: dict[str, Candidate] = {}
         for candidate in self.candidates():
-            first.setdefault(f"r{candidate.rank:03d}", candidate)
+            first.setdefault(candidate.profile_name, candidate)
         return first | {CONTROL: next(iter(first.values()))}
 
     def reference_trials(self) -> list[FullTrial]:
@@ -497,8 +545,8 @@ def _fields(path: Sequence[str]) -> list[str]:
     return sorted(getattr(model, "model_fields", {}))
 
 
-def write_yaml(spec: StudySpec) -> str:
-    """The complete study as YAML text; `resolve_spec(yaml.safe_load(text))` gives the same study."""
+def write_yaml(spec: BaseModel) -> str:
+    """A complete study as YAML text; `resolve_spec(yaml.safe_load(text))` gives the same study."""
     return yaml.dump(spec.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 

@@ -22,6 +22,7 @@ from rankscope.analysis.comparison import (
     losses_by_candidate,
     may_be_best,
 )
+from rankscope.analysis.variants import judge_variants
 from rankscope.spec import EMBEDDED
 from rankscope.study import Evidence
 
@@ -50,7 +51,8 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
     `more_seeds` is the least number of added seeds that would settle it if means and spreads stayed as they are; None
     where all is settled or none up to 50 would. `comparison` has a row for each rank at its best learning rate,
     `left_out` names ranks without one, `reference_candidate` is full fine-tuning at its best one; `claims` are the four
-    of the original study; `caveats` are codes that the report puts in words.
+    of the original study; `variants` are those of `rankscope.analysis.variants`; `caveats` are codes that the report
+    puts in words.
     """
     spec, confidence = evidence.spec, evidence.spec.verdict.confidence
     rows = compare(evidence.examples, spec.verdict.margin) if len(evidence.examples) else []
@@ -72,6 +74,7 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
         "reference_candidate": None,
         "comparison": [],
         "claims": judge_claims(evidence, compared),
+        "variants": judge_variants(evidence),
         "caveats": [],
     }
     over = over_budget(spec.verdict, evidence.profiles, compared)

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankscope.lora.adapters import adapter_key, lora_layers
 from rankscope.lora.layout import NotPackable, Segment, current_layout
+from rankscope.lora.variants import start_of
 
 
 def pack_layers(model: PreTrainedModel) -> None:
@@ -64,6 +65,10 @@ class _PackedForward:
                 weights += [layer.lora_A[key].weight, layer.lora_B[key].weight]
                 spans.append((segment.start, segment.stop, layer.scaling[key]))
                 keeps.append(_dropout_keep(layer.lora_dropout[key], segment, flat))
+                if start := start_of(layer, key):
+                    weights += start
+                    spans.append((segment.start, segment.stop, -layer.scaling[key]))
+                    keeps.append(None)
         weight = base.weight if isinstance(base, nn.Linear) else base.weight.T  # Conv1D holds (D, O)
         out: Tensor = _PackedLinear.apply(flat, weight, base.bias, spans, keeps, *weights)  # type: ignore[no-untyped-call]
         return out.view(*x.shape[:-1], out.shape[-1])
@@ -73,7 +78,8 @@ class _PackedLinear(torch.autograd.Function):
     """The frozen product and every span's update, whose input gradients add up in one buffer.
 
     Shapes: x (T, D), weight (O, D), bias (O,) or None, A (R, D), B (O, R). `keeps` holds what each span's dropout
-    keeps, or None. Saved for backward are x (which q, k and v share), s A x of shape (t, R), and what dropout keeps.
+    keeps, or None. A span whose A and B are not trained is a start to be taken away: see `rankscope.lora.variants`.
+    Saved for backward are x (which q, k and v share), s A x of shape (t, R), and what dropout keeps.
 
     The order of products, (x A) B and not x (W + B A): a merged weight would have to be made again in the backward or
     kept for every trial, and then costs more until a span has more than 2 D O / (D + O) tokens.
@@ -94,7 +100,7 @@ class _PackedLinear(torch.autograd.Function):
         for (start, stop, scaling), keep, a, b in zip(spans, keeps, weights[::2], weights[1::2], strict=True):
             h = (_drop(x[start:stop], keep) @ a.to(x.dtype).T).mul_(scaling)  # (t, R)
             out[start:stop].addmm_(h, b.to(x.dtype).T)
-            hidden.append(h)
+            hidden.append(h if a.requires_grad else h[:0])
         ctx.spans, ctx.keeps = spans, keeps
         ctx.save_for_backward(x, weight, *weights, *hidden)
         return out
@@ -110,7 +116,10 @@ class _PackedLinear(torch.autograd.Function):
             a, b, keep, g = weights[2 * i].to(x.dtype), weights[2 * i + 1].to(x.dtype), ctx.keeps[i], grad[start:stop]
             grad_h = (g @ b).mul_(scaling)  # (t, R)
             inputs = _drop(x[start:stop], keep)
-            grad_weights += [_grad(weights[2 * i], grad_h.T, inputs), _grad(weights[2 * i + 1], g.T, hidden[i])]
+            if ctx.needs_input_grad[5 + 2 * i]:
+                grad_weights += [_grad(weights[2 * i], grad_h.T, inputs), _grad(weights[2 * i + 1], g.T, hidden[i])]
+            else:
+                grad_weights += [None, None]
             if grad_x is not None and keep is None:
                 grad_x[start:stop].addmm_(grad_h, a)
             elif grad_x is not None:

@@ -10,6 +10,7 @@ import torch
 from rankscope.data.tokens import TokenizedData, Tokens
 from rankscope.lora.adapters import lora_config, save_adapter
 from rankscope.lora.base import load_model, resolve_device
+from rankscope.lora.variants import exported
 from rankscope.measure.sampler import MemorySampler, Sample
 from rankscope.measure.summary import summarise_memory, summarise_steps
 from rankscope.spec import Candidate, StudySpec, Trial
@@ -80,7 +81,7 @@ def profile_candidate(spec: StudySpec, candidate: Candidate, data: TokenizedData
     eval_tokens = int(data.eval.offsets[-1]) * (1 + len(eval_steps(training, steps)))
     joules = None if energy_before is None or energy_after is None else energy_after - energy_before
     with tempfile.TemporaryDirectory() as folder:
-        adapter_bytes = save_adapter(member.weights, lora_config(candidate), Path(folder))
+        adapter_bytes = save_adapter(*exported(member.weights, member.start, lora_config(candidate)), Path(folder))
     summary = {
         "load_seconds": load_seconds,
         **summarise_steps(seconds, tokens),

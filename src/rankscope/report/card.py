@@ -15,17 +15,29 @@ from rankscope.files import write_atomic
 from rankscope.report.formats import known, percent, rate, size
 from rankscope.report.markdown import escape
 from rankscope.report.sentences import verdict_sentence
-from rankscope.spec import Trial
+from rankscope.spec import PLAIN, Trial
 from rankscope.study import Evidence
+
+VARIANTS = {
+    "rslora": "rsLoRA",
+    "pissa": "PiSSA, saved as plain LoRA of twice the rank over the base model as it came",
+    "olora": "OLoRA, saved as plain LoRA of twice the rank over the base model as it came",
+    "loraplus": "LoRA+",
+    "dora": "DoRA",
+    "pattern": "ranks by layer (rank_pattern)",
+}
 
 
 def write_cards(evidence: Evidence, verdict: Mapping[str, Any], trials: Path) -> None:
     """Writes README.md beside the weights of every trial in the folder `trials` that is done."""
-    results = {str(name): row for name, row in evidence.results.set_index("trial").T.to_dict().items()}
-    for trial in evidence.spec.trials():
-        if results[trial.name]["status"] == "done":
-            text = model_card(evidence, verdict, trial, results[trial.name])
-            write_atomic(trials / trial.name / "adapter" / "README.md", text)
+    for part in (evidence, evidence.variants):
+        if part is None:
+            continue
+        results = {str(name): row for name, row in part.results.set_index("trial").T.to_dict().items()}
+        for trial in part.spec.trials():
+            if trial.name in results and results[trial.name]["status"] == "done":
+                text = model_card(part, verdict, trial, results[trial.name])
+                write_atomic(trials / trial.name / "adapter" / "README.md", text)
 
 
 def model_card(evidence: Evidence, verdict: Mapping[str, Any], trial: Trial, results: Mapping[str, Any]) -> str:
@@ -43,6 +55,7 @@ def model_card(evidence: Evidence, verdict: Mapping[str, Any], trial: Trial, res
         "Base model": f"{spec.model.id}" + (f", revision {revision}" if revision else ""),
         "Data": f"{spec.data.id}: {evidence.data_facts['rows_train']:,} rows, loss on {spec.data.loss_on}",
         "Rank": f"{candidate.rank}",
+        **({} if candidate.variant == PLAIN else {"Variant of LoRA": VARIANTS[candidate.variant]}),
         "lora_alpha": f"{candidate.lora_alpha:g} (the update is scaled by {candidate.scaling:.4g})",
         "Target modules": modules if isinstance(modules, str) else ", ".join(modules),
         "LoRA dropout": f"{candidate.lora_dropout:g}",

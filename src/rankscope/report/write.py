@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import altair as alt
+import pandas as pd
 import vl_convert
 
 from rankscope.files import write_atomic
@@ -47,9 +48,11 @@ def write_report(
         else:  # an earlier report may have had it
             file.with_suffix(".svg").unlink(missing_ok=True)
             file.with_suffix(".png").unlink(missing_ok=True)
-    write_atomic(folder / "results.csv", evidence.results.to_csv(index=False))
+    results = [part.results for part in (evidence, evidence.variants) if part is not None]
+    table = pd.concat(results, ignore_index=True)
+    write_atomic(folder / "results.csv", table.to_csv(index=False))
     parquet = BytesIO()
-    evidence.results.to_parquet(parquet, index=False)
+    table.to_parquet(parquet, index=False)
     write_atomic(folder / "results.parquet", parquet.getvalue())
     write_atomic(folder / "report.md", markdown.render(content, text))
     page = folder / "index.html"

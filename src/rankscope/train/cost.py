@@ -4,6 +4,7 @@ Counting needs one forward and backward of four short sequences, on the loaded m
 meta device): so memory is predicted before anything is loaded.
 """
 
+import itertools
 import math
 import statistics
 import time
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 
 from rankscope.data.tokens import Tokens
 from rankscope.lora.adapters import adapter_parameters
+from rankscope.lora.variants import all_starts
 from rankscope.train.pack import StepMetrics
 
 _aten = torch.ops.aten
@@ -74,7 +76,8 @@ def count_costs(
 
 def count_cost(model: PreTrainedModel, adapter: str, forward: Callable[[], Tensor], tokens: Tokens) -> Cost:
     """The cost of `forward`, which runs `tokens` through the trunk under `adapter` and returns its hidden states."""
-    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept = itertools.chain(model.parameters(), all_starts(model))
+    weights = {tensor.untyped_storage()._cdata for tensor in kept}
     saved: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:

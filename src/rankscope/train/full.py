@@ -23,7 +23,7 @@ def make_full_member(model: PreTrainedModel, trial: FullTrial, training: Trainin
     """Lets every weight of `model` be trained, and gives the trial its optimizer and schedule. Tied weights are one."""
     model.requires_grad_(True)
     weights = dict(model.named_parameters())
-    optimizer = make_optimizer(list(weights.values()), trial.learning_rate, training)
+    optimizer = make_optimizer({trial.learning_rate: list(weights.values())}, training)
     return Member(trial, None, weights, optimizer, make_scheduler(optimizer, training, steps))
 
 

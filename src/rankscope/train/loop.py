@@ -20,6 +20,7 @@ from rankscope.files import JsonlWriter, file_hashes, read_json, read_jsonl, wri
 from rankscope.lora.adapters import save_adapter
 from rankscope.lora.base import free_bytes
 from rankscope.lora.layout import NotPackable
+from rankscope.lora.variants import exported
 from rankscope.spec import AnyTrial, StudySpec, TrainingSpec, Trial
 from rankscope.study import FINISHED, TRIAL_FILES
 from rankscope.train.checkpoint import load_checkpoint, save_checkpoint
@@ -362,7 +363,9 @@ def _finish(
         "correct_tokens": held_out.correct_tokens.astype(int).tolist(),
     }
     write_json(folder / "eval.json", {"schema": 1, "step": len(history), "examples": examples})
-    adapter_bytes = save_adapter(member.weights, member.config, folder / "adapter") if member.config else None
+    adapter_bytes = None
+    if member.config:
+        adapter_bytes = save_adapter(*exported(member.weights, member.start, member.config), folder / "adapter")
     tail = history[-max(1, len(history) // 10) :]
     tokens = sum(step.tokens for step in history)
     results = {

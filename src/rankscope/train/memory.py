@@ -14,7 +14,8 @@ from rankscope.lora.adapters import adapter_parameters, lora_layers
 from rankscope.lora.base import resolve_device, resolve_dtype
 from rankscope.lora.layout import NotPackable
 from rankscope.lora.skeleton import skeleton
-from rankscope.spec import StudySpec, Trial
+from rankscope.lora.variants import FROM_WEIGHTS
+from rankscope.spec import Candidate, StudySpec, Trial
 from rankscope.train.allocator import held_bytes
 from rankscope.train.cost import Cost, count_costs
 from rankscope.train.engine import PackedEngine, PeftEngine
@@ -97,8 +98,11 @@ class Prediction(NamedTuple):
     """The highest rank that an update of any adapted layer can have: a higher one adds parameters and nothing else."""
 
     def adapter_bytes(self, trials: Sequence[Trial]) -> int:
-        """Weights, gradients and optimizer states of all trials' adapters."""
-        return sum(self.params[trial.candidate.name] * BYTES_PER_PARAMETER for trial in trials)
+        """Weights, gradients and optimizer states of all trials' adapters, and what they began with."""
+        return sum(
+            self.params[trial.candidate.name] * (BYTES_PER_PARAMETER + 4 * (trial.candidate.variant in FROM_WEIGHTS))
+            for trial in trials
+        )
 
     def fixed_bytes(self, trials: Sequence[Trial]) -> int:
         """All but what grows with a forward's tokens: process, base model, adapters, the loss's two buffers."""
@@ -139,24 +143,49 @@ def predict(spec: StudySpec, device: torch.device | None = None) -> Prediction:
         dtype = torch.bfloat16 if auto and device.type == "cuda" else resolve_dtype(spec.model.dtype, device)
     model = skeleton(spec.model, dtype)
     base = sum(parameter.numel() for parameter in model.parameters())
+    candidates = {candidate.name: candidate for candidate in spec.candidates() if candidate.packable}
+    params, costs, engine_name, reason = _count(model, spec, candidates, device)
+    full_rank = max(min(layer.in_features or 1, layer.out_features or 1) for _, layer in lora_layers(model))
+    logits = LOGIT_BYTES * model.config.get_text_config().vocab_size
+    others = {candidate.name: candidate for candidate in spec.candidates() if not candidate.packable}
+    if others:
+        found = _count(skeleton(spec.model, dtype), spec, others, device)
+        params |= found.params
+        extra = 0 if engine_name == "peft" else logits
+        costs |= {n: cost._replace(bytes_per_token=cost.bytes_per_token + extra) for n, cost in found.costs.items()}
+        reason = reason or found.reason
+    logits = logits if engine_name == "peft" else 0
+    return Prediction(
+        device.type, dtype, engine_name, base, base * dtype.itemsize, params, costs, reason, logits, full_rank
+    )
+
+
+class _Counted(NamedTuple):
+    """Of the candidates that one model carries, by name."""
+
+    params: dict[str, int]
+    costs: dict[str, Cost]
+    engine: str
+    reason: str | None
+    """Why there are no costs."""
+
+
+def _count(
+    model: PreTrainedModel, spec: StudySpec, candidates: Mapping[str, Candidate], device: torch.device
+) -> _Counted:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    candidates = {candidate.name: candidate for candidate in spec.candidates()}
     add_fake_adapters(model, candidates, mode, _stand_in(device))
     params = {name: sum(p.numel() for p in adapter_parameters(model, name)) for name in candidates}
-    full_rank = max(min(layer.in_features or 1, layer.out_features or 1) for _, layer in lora_layers(model))
-    costs: dict[str, Cost] = {}
-    reason, engine_name = None, str(spec.training.engine)
+    engine_name = str(spec.training.engine)
     try:
         with mode:
             engine = _engine(model, spec, 1 << 30)
             engine_name = engine.name
-            costs = count_costs(model, list(candidates), engine.forward, probe_tokens(model))
+            return _Counted(
+                params, count_costs(model, list(candidates), engine.forward, probe_tokens(model)), engine_name, None
+            )
     except Exception as error:  # whatever a model does that fake tensors cannot: it is not to keep a study from running
-        reason = _reason(error)
-    logits = LOGIT_BYTES * model.config.get_text_config().vocab_size if engine_name == "peft" else 0
-    return Prediction(
-        device.type, dtype, engine_name, base, base * dtype.itemsize, params, costs, reason, logits, full_rank
-    )
+        return _Counted(params, {}, engine_name, _reason(error))
 
 
 def predict_peak(

@@ -2,21 +2,24 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from peft import LoraConfig
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, get_scheduler
 
 from rankscope.data.batches import batch_indices, steps_per_epoch
 from rankscope.data.tokens import Tokens
+from rankscope.errors import StudyError
 from rankscope.lora.adapters import adapter_weights, add_adapter
 from rankscope.lora.layout import Slice
+from rankscope.lora.variants import FROM_WEIGHTS, begin_from_weights, starts
 from rankscope.spec import AnyTrial, TrainingSpec, Trial
 from rankscope.train.engine import Engine
 
@@ -43,6 +46,7 @@ class Member(NamedTuple):
     weights: dict[str, nn.Parameter]  # what is trained; an adapter's under PEFT's saved names
     optimizer: AdamW
     scheduler: LambdaLR
+    start: Mapping[str, Tensor] = MappingProxyType({})  # what an adapter of PiSSA or OLoRA began with
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -54,11 +58,25 @@ class Member(NamedTuple):
 
 
 def total_steps(training: TrainingSpec, examples: int) -> int:
-    """Optimizer steps of the whole schedule."""
+    """Optimizer steps of the whole schedule.
+
+    Raises:
+        StudyError: they are more than `MOST_STEPS`.
+    """
+    steps: float
     if training.steps is not None:
-        return training.steps
-    per_epoch = steps_per_epoch(examples, training.effective_batch_size)
-    return max(1, math.ceil((training.epochs or 1.0) * per_epoch))
+        steps = training.steps
+    else:
+        steps = (training.epochs or 1.0) * steps_per_epoch(examples, training.effective_batch_size)
+    if steps > MOST_STEPS:
+        raise StudyError(
+            f"training: {steps:,.6g} optimizer steps a trial, more than {MOST_STEPS:,}", "Lower its steps or epochs."
+        )
+    return max(1, math.ceil(steps))
+
+
+MOST_STEPS = 1_000_000
+"""A mistake, rather than a fine-tuning; a plan looks at the batch of each."""
 
 
 def eval_steps(training: TrainingSpec, steps: int) -> set[int]:
@@ -75,19 +93,28 @@ def make_member(
     model: PreTrainedModel, trial: Trial, training: TrainingSpec, steps: int, base: str | None = None
 ) -> Member:
     """Injects the trial's adapter and gives it its optimizer and schedule."""
-    config = add_adapter(model, trial, base)
+    config, candidate = add_adapter(model, trial, base), trial.candidate
+    if candidate.variant in FROM_WEIGHTS:
+        begin_from_weights(model, trial.name, candidate.variant)
     weights = adapter_weights(model, trial.name)
-    optimizer = make_optimizer(list(weights.values()), trial.candidate.learning_rate, training)
-    return Member(trial, config, weights, optimizer, make_scheduler(optimizer, training, steps))
+    rates: dict[float, list[nn.Parameter]] = {candidate.learning_rate: []}
+    for name, weight in weights.items():
+        faster = candidate.loraplus_lr_ratio if ".lora_B." in name else 1.0
+        rates.setdefault(candidate.learning_rate * faster, []).append(weight)
+    optimizer = make_optimizer(rates, training)
+    scheduler = make_scheduler(optimizer, training, steps)
+    return Member(trial, config, weights, optimizer, scheduler, starts(model, trial.name))
 
 
-def make_optimizer(weights: Sequence[nn.Parameter], learning_rate: float, training: TrainingSpec) -> AdamW:
-    """AdamW. Weight decay leaves out biases and norms, as transformers' Trainer has it; an adapter has none."""
-    matrices, vectors = [w for w in weights if w.dim() > 1], [w for w in weights if w.dim() <= 1]
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+def make_optimizer(weights: Mapping[float, Sequence[nn.Parameter]], training: TrainingSpec) -> AdamW:
+    """AdamW for weights by their learning rate. Weight decay leaves out biases, norms and DoRA's magnitudes, as
+    transformers' Trainer has it."""
+    groups: list[dict[str, Any]] = []
+    for rate, parameters in weights.items():
+        groups.append({"params": [p for p in parameters if p.dim() > 1], "lr": rate})
+        groups.append({"params": [p for p in parameters if p.dim() <= 1], "lr": rate, "weight_decay": 0.0})
     return AdamW(
         [group for group in groups if group["params"]],
-        lr=learning_rate,
         betas=(training.adam_beta1, training.adam_beta2),
         eps=training.adam_epsilon,
         weight_decay=training.weight_decay,
@@ -103,15 +130,20 @@ def make_scheduler(optimizer: AdamW, training: TrainingSpec, steps: int) -> Lamb
 
 
 def train_step(
-    engine: Engine, members: Sequence[Member], tokens: Tokens, training: TrainingSpec, step: int
+    engine: Engine, members: Sequence[Member], tokens: Tokens, training: TrainingSpec, step: int | Sequence[int]
 ) -> list[StepMetrics]:
-    """One optimizer step of every member. `step` counts from 0 over the whole schedule.
+    """One optimizer step of every member. `step` counts from 0 over the whole schedule: one for all members, or each
+    member's own.
 
     A member whose loss or gradient is not finite is left unchanged; the caller reads that from its metrics.
     """
+    steps = [step] * len(members) if isinstance(step, int) else step
     if training.base_dropout == "keep":  # the base's own dropout draws from the global stream
-        torch.manual_seed(stream_seed(members[0].trial.seed, step, -1))
-    slices = [step_slice(member.trial, member.lora_dropout, tokens, training, step) for member in members]
+        torch.manual_seed(stream_seed(members[0].trial.seed, steps[0], -1))
+    slices = [
+        step_slice(member.trial, member.lora_dropout, tokens, training, own)
+        for member, own in zip(members, steps, strict=True)
+    ]
     for member in members:
         member.optimizer.zero_grad(set_to_none=True)
     metrics = []

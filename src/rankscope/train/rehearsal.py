@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from rankscope.data.tokens import Tokens
-from rankscope.lora.adapters import adapter_key, adapter_parameters, inject, lora_config
+from rankscope.lora.adapters import adapter_key, adapter_parameters, inject, lora_config, to_float32
 from rankscope.lora.layout import Slice, flatten
+from rankscope.lora.variants import FROM_WEIGHTS, all_starts, note_start
 from rankscope.spec import Candidate, StudySpec, Trial
 from rankscope.train.cost import Products
 from rankscope.train.engine import PackedEngine, PeftEngine, divide
@@ -96,12 +97,13 @@ def add_fake_adapters(
     """
     for name, candidate in candidates.items():
         inject(lora_config(candidate), model, adapter_key(name), empty=True)
-        for parameter in adapter_parameters(model, name):
-            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        to_float32(model, name)
     place(model, mode, device)
     for name in candidates:
         for parameter in adapter_parameters(model, name):
             parameter.requires_grad_(True)
+        if candidates[name].variant in FROM_WEIGHTS:
+            note_start(model, name)
 
 
 def rehearse(
@@ -137,7 +139,7 @@ def rehearse(
             long: _record(engine, recorder, tokens, group, list(itertools.chain(*parameters.values())))
             for long, (_, group) in largest.items()
         }
-    script = _Script(parameters)
+    script = _Script(parameters, [tensor.untyped_storage().nbytes() for tensor in all_starts(model)])
     some = next(iter(recordings.values()))
     script.count(some)
     for step in chosen:
@@ -211,7 +213,7 @@ class _Recorder(TorchDispatchMode):
         self._numbers: dict[int, int] = {}  # of storages alive
         self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._next = itertools.count()
-        for tensor in itertools.chain(model.parameters(), model.buffers()):
+        for tensor in itertools.chain(model.parameters(), model.buffers(), all_starts(model)):
             self._numbers[tensor.untyped_storage()._cdata] = -1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -244,13 +246,13 @@ class _Recorder(TorchDispatchMode):
 class _Script:
     """Puts recordings together to steps."""
 
-    def __init__(self, parameters: Mapping[str, Sequence[Tensor]]) -> None:
+    def __init__(self, parameters: Mapping[str, Sequence[Tensor]], starts: Sequence[int]) -> None:
         self.events: list[Event] = []
         self._numbers = itertools.count()
         self._gradients: list[Event] = []
         self._sizes = {trial: [p.untyped_storage().nbytes() for p in group] for trial, group in parameters.items()}
         self._optimizer = False
-        for size in itertools.chain(*self._sizes.values()):
+        for size in itertools.chain(starts, *self._sizes.values()):
             self._add("adapter", size)
 
     def count(self, recording: _Recording) -> None:
