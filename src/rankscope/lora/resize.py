@@ -4,13 +4,13 @@ The cut is the best of its rank in the Frobenius norm (Eckart and Young 1936). I
 to LoRA writes it: A = V^T, B = U S, and a scaling of 1.
 """
 
-import heapq
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+import copy
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from peft import LoraConfig
 from torch import Tensor
 
 from rankscope.errors import ModelError
@@ -44,18 +44,36 @@ def decompose(factors: Factors) -> Decomposed:
     return Decomposed(factors, q_b @ u, values, v @ q_a.T)
 
 
+_STARTS_IN_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Values of init_lora_weights that change the base model, and would again when a cut adapter is loaded."""
+
+_NOT_PLAIN = {
+    "use_dora": "DoRA's magnitudes belong to the whole update",
+    "lora_bias": "its factors have biases",
+    "use_qalora": "its factors are of pooled inputs",
+    "use_bdlora": "its factors are block-diagonal",
+    "kasa_config": "the base model was changed for it",
+    "monteclora_config": "its factors are random",
+    "arrow_config": "it routes between adapters",
+    "ensure_weight_tying": "two layers share its factors",
+    "target_parameters": "its factors are of many experts at once",
+}
+
+
 def check_resizable(adapter: SavedAdapter) -> None:
     """Raises ModelError where the adapter is more than its factors, so that cutting them would change the rest."""
-    config = adapter.config
-    start = config.init_lora_weights
-    if config.use_dora:
-        raise ModelError("the adapter is of DoRA, whose magnitudes belong to its factors", "Only plain LoRA is cut.")
-    if config.lora_bias:
-        raise ModelError("the adapter has biases in its factors (lora_bias)", "Only plain LoRA is cut.")
-    if isinstance(start, str) and start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga", "mica")):
+    start = str(adapter.config.init_lora_weights).lower()
+    for option, reason in _NOT_PLAIN.items():
+        if getattr(adapter.config, option, None):
+            raise ModelError(f"the adapter is no plain LoRA ({option}): {reason}", "Only plain LoRA is cut.")
+    if start.startswith(_STARTS_IN_BASE):
         raise ModelError(
             f"the adapter belongs to a base model that {start} changed",
             "Save it with PEFT's path_initial_model_for_weight_conversion, which makes plain LoRA of it.",
+        )
+    if adapter.unknown:
+        raise ModelError(
+            f"its configuration has {adapter.unknown[0]}, which the installed PEFT does not know", "Update PEFT."
         )
 
 
@@ -79,30 +97,52 @@ def ranks_by_sum(layers: Sequence[Decomposed], share: float) -> dict[str, int]:
 
 
 def ranks_within(layers: Sequence[Decomposed], parameters: int) -> dict[str, int]:
-    """Ranks that keep most energy with at most so many parameters, at least 1 for each layer.
+    """Ranks that keep most energy with at most so many parameters, but at least 1 for each layer.
 
-    Direction by direction, the one with most energy for each of its parameters first: since a layer's singular values
-    fall, that is the best there is, up to the last direction that no longer has room.
+    Direction by direction, as `most_energy_first` orders them, each that still has room. Where all layers are of one
+    size no ranks keep more; else none keep more by as much as the first direction that had no room.
     """
-    ranks = {layer.factors.layer: 1 for layer in layers}
-    left = parameters - sum(layer.parameters_per_rank for layer in layers)
-    heap = [_next(layer, number, 1) for number, layer in enumerate(layers) if len(layer.values) > 1]
-    heapq.heapify(heap)
-    while heap:
-        _, number, rank = heapq.heappop(heap)
-        layer = layers[number]
-        if layer.parameters_per_rank > left:
-            continue  # a smaller layer's may still fit
-        left -= layer.parameters_per_rank
-        ranks[layer.factors.layer] = rank + 1
-        if rank + 1 < len(layer.values):
-            heapq.heappush(heap, _next(layer, number, rank + 1))
-    return ranks
+    left, taken = parameters - sum(layer.parameters_per_rank for layer in layers), []
+    for number in most_energy_first(layers):
+        if layers[number].parameters_per_rank <= left:
+            left -= layers[number].parameters_per_rank
+            taken.append(number)
+    return ranks_of(layers, taken)
 
 
-def _next(layer: Decomposed, number: int, rank: int) -> tuple[float, int, int]:
-    """The direction after `rank`, as a heap takes it."""
-    return -float(layer.values[rank] ** 2) / layer.parameters_per_rank, number, rank
+def most_energy_first(layers: Sequence[Decomposed]) -> list[int]:
+    """All directions but each layer's first and those of zero, as numbers of layers: the one with most energy for each
+    of its parameters first."""
+    gains = [
+        (-float(value**2) / layer.parameters_per_rank, number)
+        for number, layer in enumerate(layers)
+        for value in layer.values[1:]
+        if value > 0
+    ]
+    return [number for _, number in sorted(gains)]
+
+
+def same_share_first(layers: Sequence[Decomposed]) -> list[int]:
+    """The same directions in the order in which `ranks_by_energy` takes them as its share rises."""
+    shares = [
+        (float(before), number)
+        for number, layer in enumerate(layers)
+        for value, before in zip(layer.values[1:], _shares(layer), strict=False)
+        if value > 0
+    ]
+    return [number for _, number in sorted(shares)]
+
+
+def _shares(layer: Decomposed) -> Tensor:
+    """The share of the energy that the first direction holds, the first two, and so on: (K,)."""
+    energy = (layer.values**2).cumsum(0)
+    return energy / energy[-1]
+
+
+def ranks_of(layers: Sequence[Decomposed], directions: Iterable[int]) -> dict[str, int]:
+    """Rank 1 for each layer, and 1 more for each time that its number is among the directions."""
+    more = Counter(directions)
+    return {layer.factors.layer: 1 + more[number] for number, layer in enumerate(layers)}
 
 
 def kept_energy(layers: Sequence[Decomposed], ranks: Mapping[str, int]) -> float:
@@ -112,24 +152,43 @@ def kept_energy(layers: Sequence[Decomposed], ranks: Mapping[str, int]) -> float
     return kept / total if total else 1.0
 
 
+def relative_error(whole: Factors, cut: Factors) -> float:
+    """The Frobenius norm of the difference of two updates over that of `whole`; 0 where that is 0.
+
+    It counts what the rounding to the file's own type adds.
+    """
+    b = torch.cat([whole.scaling * whole.b.double(), -cut.scaling * cut.b.to(cut.dtype).double()], dim=1)
+    a = torch.cat([whole.a.double(), cut.a.to(cut.dtype).double()])
+    norm = _norm(whole.scaling * whole.b.double(), whole.a.double())
+    return _norm(b, a) / norm if norm else 0.0
+
+
+def _norm(b: Tensor, a: Tensor) -> float:
+    """Of `b @ a`, (O, R) and (R, D), in the Frobenius norm."""
+    return float((torch.linalg.qr(b, mode="r").R @ torch.linalg.qr(a.T, mode="r").R.T).norm())
+
+
 def parameters(layers: Sequence[Decomposed], ranks: Mapping[str, int]) -> int:
     """Of an adapter with these ranks."""
     return sum(layer.parameters_per_rank * ranks[layer.factors.layer] for layer in layers)
 
 
 def resized(adapter: SavedAdapter, layers: Sequence[Decomposed], ranks: Mapping[str, int]) -> SavedAdapter:
-    """The adapter with each layer cut to its rank. `rank_pattern` names the layers that differ from the commonest."""
-    given = list(ranks.values())
-    common = max(set(given), key=lambda rank: (given.count(rank), rank))
-    pattern = {name: rank for name, rank in ranks.items() if rank != common}
-    old = {field.name: getattr(adapter.config, field.name) for field in fields(LoraConfig) if field.init}
-    changed = {
-        "r": common,
-        "lora_alpha": common,  # a scaling of 1
-        "rank_pattern": pattern,
-        "alpha_pattern": dict(pattern),
-        "use_rslora": False,
-        "init_lora_weights": True,
-    }
-    cut = [layer.cut(ranks[layer.factors.layer]) for layer in layers]
-    return SavedAdapter(LoraConfig(**{**old, **changed}), cut, adapter.others)
+    """The adapter with each layer cut to its rank.
+
+    `r` is the largest of them, by which servers size their buffers; `rank_pattern` names the layers that have less.
+    """
+    config = copy.deepcopy(adapter.config)
+    config.r = config.lora_alpha = max(ranks.values())  # a scaling of 1
+    lower = [name for name, rank in ranks.items() if rank < config.r]
+    config.rank_pattern = {_pattern(name, ranks): ranks[name] for name in lower}
+    config.alpha_pattern = dict(config.rank_pattern)
+    config.use_rslora, config.init_lora_weights, config.eva_config = False, True, None
+    return SavedAdapter(config, [layer.cut(ranks[layer.factors.layer]) for layer in layers], adapter.others)
+
+
+def _pattern(layer: str, layers: Iterable[str]) -> str:
+    """A key of rank_pattern that PEFT matches with this layer alone: its name, where no other one ends in it."""
+    like = re.compile(rf"(.*\.)?({layer})$")  # as PEFT reads it
+    alone = all(other == layer or not like.match(other) for other in layers)
+    return layer if alone else f"^{re.escape(layer)}"
