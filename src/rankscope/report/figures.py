@@ -1,6 +1,6 @@
 """What a figure is, and what all of them share; which there are is said in loss_, memory_ and speed_figures."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import altair as alt
@@ -35,10 +35,12 @@ class Figure(NamedTuple):
 
 
 class Section(NamedTuple):
-    """Figures under one heading; `name` is the page's anchor and a key of the catalogue."""
+    """Figures under one heading, and what follows them; `name` is the page's anchor and a key of the catalogue."""
 
     name: str
     figures: list[Figure]
+    sentences: Sequence[str] = ()
+    tables: Sequence[Table] = ()
 
 
 def absent(name: str, title: str, reason: str) -> Figure:
