@@ -1,0 +1,267 @@
+"""Does a search find the grid's best for a third of the grid's tokens?
+
+    python benchmarks/search.py grid      trains the grid once, and keeps its held-out losses (docs/results/search.json)
+    python benchmarks/search.py replay    searches over these curves, with many seeds, against random search
+    python benchmarks/search.py real      one search that trains, against its replay
+
+The grid: the embedded model and data, 6 ranks by 5 learning rates, one seed. In a replay the search's own driver runs,
+and a candidate's losses come from the grid's curves instead of from training. All have a budget of a third of the
+grid's training tokens. A search has succeeded when a candidate that it trained to its end is within the margin (1%) of
+the best of the grid.
+
+Among the grid's 30 candidates that is easy, so there are smaller budgets too, and a second space: all learning rates
+between the grid's, where the losses are interpolated.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rankscope.data.tokens import TokenizedData
+from rankscope.lora.base import load_model
+from rankscope.options import read_study_file
+from rankscope.runner import prepare_data
+from rankscope.search.driver import drive
+from rankscope.search.pack import PackTrainer, step_tokens
+from rankscope.search.run import run
+from rankscope.search.sampling import DONE, make_study, point_of
+from rankscope.search.space import Asked, Budget, SearchSpec, resolve_search
+
+DEMO = Path(__file__).parents[1] / "src/rankscope/demo/study.yaml"
+CURVES = Path(__file__).parents[1] / "docs/results/search.json"
+RANKS, RATES = (4, 8, 16, 32, 64, 128), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+STEPS, PLACES = 36, 4
+MARGIN = 0.01
+PARTS = (3, 5, 8)
+"""Budgets: these parts of the grid's tokens."""
+RECORDED = (4, 9, 12, 18, 36)
+"""Steps at which held-out losses are taken: the rungs of several reductions, and the end."""
+
+SETTINGS = {
+    "TPE, halving": {"sampler": "tpe", "pruner": "halving"},
+    "TPE": {"sampler": "tpe", "pruner": "none"},
+    "random, halving": {"sampler": "random", "pruner": "halving"},
+    "random": {"sampler": "random", "pruner": "none"},
+}
+
+
+def spec_of(seed: int = 0, between: bool = False, **changes: Any) -> SearchSpec:
+    """The search over the grid's candidates, or also `between` its learning rates; `seed` is the sampler's, and
+    training's is 0."""
+    values = {name: value for name, value in read_study_file(DEMO).items() if name not in ("ranks", "learning_rates")}
+    options = {"ranks": RANKS, "learning_rates": "1e-4..1e-2" if between else RATES, "steps": STEPS, "trials": 1}
+    sets = ("training.trials_per_pack=4",)
+    return resolve_search(values, options, sets).model_copy(update={"seed": seed, **changes})
+
+
+def train_grid(spec: SearchSpec, data: TokenizedData) -> dict[str, Any]:
+    """Held-out losses of every candidate at `RECORDED` steps, and the tokens of each step."""
+    trainer = PackTrainer(load_model(spec.study.model), spec, data, PLACES)
+    curves, points, start = [], spec.points(), time.perf_counter()
+    trials = [Asked(candidate=spec.candidate(point), seed=0, number=n) for n, point in enumerate(points)]
+    for first in range(0, len(trials), PLACES):
+        pack = trials[first : first + PLACES]
+        names = [asked.name for asked in pack]
+        losses: dict[str, dict[int, float]] = {name: {} for name in names}
+        for asked in pack:
+            trainer.add(asked)
+        for step in range(STEPS):
+            trained = trainer.step(dict.fromkeys(names, step))
+            assert all(math.isfinite(loss) for loss in trained.values()), "none of the grid diverges"
+            if step + 1 in RECORDED:
+                for name, loss in trainer.evaluate(dict.fromkeys(names, step + 1)).items():
+                    losses[name][step + 1] = loss
+        for asked in pack:
+            trainer.remove(asked.name)
+            place = {"rank": asked.candidate.rank, "learning_rate": asked.candidate.learning_rate}
+            curves.append(place | {"losses": losses[asked.name]})
+        print(f"{len(curves)} of {len(points)}, {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    return {"steps": STEPS, "step_tokens": step_tokens(spec, data), "curves": curves}
+
+
+class Replay:
+    """A `rankscope.search.driver.Trainer` over recorded curves; between two learning rates the losses lie on a line
+    over their logarithm."""
+
+    def __init__(self, curves: Mapping[tuple[int, float], Mapping[int, float]]) -> None:
+        self.curves = curves
+        self.training: dict[str, Mapping[int, float]] = {}
+
+    def add(self, asked: Asked) -> None:
+        rank, rate = asked.candidate.rank, math.log(asked.candidate.learning_rate)
+        known = [self.curves[rank, each] for each in RATES]
+        self.training[asked.name] = {
+            step: float(np.interp(rate, np.log(RATES), [curve[step] for curve in known])) for step in RECORDED
+        }
+
+    def remove(self, name: str) -> None:
+        del self.training[name]
+
+    def step(self, steps: Mapping[str, int]) -> dict[str, float]:
+        return dict.fromkeys(steps, 1.0)
+
+    def evaluate(self, steps: Mapping[str, int]) -> dict[str, float]:
+        return {name: self.training[name][step] for name, step in steps.items()}
+
+
+class Found(NamedTuple):
+    """What one search came to."""
+
+    regret: float
+    """Of its best candidate, as a share of the grid's best loss; infinity where none was trained to its end."""
+    share: float
+    """Of the grid's tokens, until a candidate within the margin was done; infinity where there was none."""
+    begun: int
+    stopped: int
+    best: tuple[int, float]
+
+
+class Grid(NamedTuple):
+    step_tokens: list[int]
+    curves: dict[tuple[int, float], dict[int, float]]
+
+    @classmethod
+    def read(cls) -> "Grid":
+        record = json.loads(CURVES.read_text())
+        curves = {
+            (curve["rank"], curve["learning_rate"]): {int(step): loss for step, loss in curve["losses"].items()}
+            for curve in record["curves"]
+        }
+        return cls(record["step_tokens"], curves)
+
+    @property
+    def best(self) -> float:
+        return min(curve[STEPS] for curve in self.curves.values())
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.step_tokens) * len(self.curves)
+
+
+def replay(grid: Grid, places: int, part: int = 3, **changes: Any) -> Found:
+    """One search over the curves, within a third, or another part, of the grid's tokens."""
+    spec = spec_of(budget=Budget(tokens=grid.tokens // part), **changes)
+    study, spent, first, best, of = make_study(spec), 0, float("inf"), float("inf"), (0, 0.0)
+    begun: set[str] = set()
+    stopped = 0
+    for moment in drive(study, spec, Replay(grid.curves), grid.step_tokens, places):
+        spent += moment.spent.tokens
+        begun |= moment.losses.keys()
+        for name, how in moment.ended.items():
+            stopped += how != DONE
+            if how == DONE and moment.held_out[name] < best:
+                best = moment.held_out[name]
+                number = int(name[1:].split("-")[0])
+                of = point_of(study.trials[number])[:2]
+                if best <= grid.best * (1 + MARGIN):
+                    first = min(first, spent / grid.tokens)
+    assert spent <= grid.tokens // part
+    return Found(best / grid.best - 1, first, len(begun), stopped, of)
+
+
+def show_grid(grid: Grid) -> Iterator[str]:
+    yield "| rank | " + " | ".join(f"{rate:g}" for rate in RATES) + " |"
+    yield "|---:|" + "---:|" * len(RATES)
+    for rank in RANKS:
+        yield (
+            f"| {rank} | "
+            + " | ".join(f"{grid.curves[rank, rate][STEPS] / grid.best - 1:.2%}" for rate in RATES)
+            + " |"
+        )
+
+
+def show_replays(grid: Grid, places: int, seeds: int, between: bool) -> Iterator[str]:
+    """Of each setting and budget: the share of seeds that came within the margin, the mean regret, the worst."""
+    yield f"| of {seeds} seeds | " + " | ".join(f"1/{part}: within | regret, mean | worst" for part in PARTS) + " |"
+    yield "|---|" + "---:|---:|---:|" * len(PARTS)
+    for name, setting in SETTINGS.items():
+        cells = []
+        for part in PARTS:
+            found = [replay(grid, places, part, seed=seed, between=between, **setting) for seed in range(seeds)]
+            regrets = [one.regret for one in found]
+            within = sum(regret <= MARGIN for regret in regrets) / seeds
+            cells += [f"{within:.0%}", f"{statistics.mean(regrets):.2%}", f"{max(regrets):.2%}"]
+        yield f"| {name} | " + " | ".join(cells) + " |"
+
+
+def show_five(grid: Grid, places: int) -> Iterator[str]:
+    yield "| | seed | best found | regret | tokens until within | begun | stopped early |"
+    yield "|---|---:|---|---:|---:|---:|---:|"
+    for name, setting in SETTINGS.items():
+        for seed in range(5):
+            one = replay(grid, places, seed=seed, **setting)
+            yield (
+                f"| {name} | {seed} | rank {one.best[0]}, {one.best[1]:g} | {one.regret:.2%} | {one.share:.1%} | "
+                f"{one.begun} | {one.stopped} |"
+            )
+
+
+def show_reductions(grid: Grid, places: int, seeds: int) -> Iterator[str]:
+    for reduction, rungs in ((2, 1), (2, 2), (3, 1), (3, 2), (4, 1)):
+        for sampler in ("tpe", "random"):
+            found = [
+                replay(grid, places, seed=seed, sampler=sampler, reduction=reduction, rungs=rungs)
+                for seed in range(seeds)
+            ]
+            within = sum(one.regret <= MARGIN for one in found) / seeds
+            yield (
+                f"reduction {reduction}, {rungs} rungs, {sampler}: {within:.0%} within, mean regret "
+                f"{statistics.mean(one.regret for one in found):.2%}, worst {max(one.regret for one in found):.2%}, "
+                f"tokens until within, median {statistics.median(one.share for one in found):.1%}"
+            )
+
+
+def real(grid: Grid, seed: int) -> Iterator[str]:
+    """A search that trains, and what its replay says."""
+    spec = spec_of(seed=seed, budget=Budget(tokens=grid.tokens // 3))
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        result = run(spec, Path(folder) / "search", lambda line: print(line, file=sys.stderr))
+    candidates = {candidate["trial"]: candidate for candidate in result["candidates"]}
+    differences = [
+        abs(loss / grid.curves[c["rank"], c["learning_rate"]][int(step)] - 1)
+        for c in candidates.values()
+        for step, loss in [*c["losses"].items(), *([(STEPS, c["eval_loss"])] if c["eval_loss"] else [])]
+    ]
+    told = replay(grid, PLACES, seed=seed)
+    best = candidates[result["best"]]
+    yield f"{time.perf_counter() - start:.0f} s; best: rank {best['rank']}, {best['learning_rate']:g}; "
+    yield f"regret {best['eval_loss'] / grid.best - 1:.2%} (replay {told.regret:.2%}), "
+    yield f"{len(candidates)} begun ({told.begun}), {result['spent']['tokens'] / grid.tokens:.1%} of its tokens; "
+    yield f"largest relative difference of a loss from the grid's: {max(differences):.1e} of {len(differences)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["grid", "replay", "reductions", "real"])
+    parser.add_argument("--seeds", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0, help="of the real search")
+    parser.add_argument("--places", type=int, default=PLACES)
+    arguments = parser.parse_args()
+    if arguments.what == "grid":
+        spec = spec_of()
+        CURVES.write_text(json.dumps(train_grid(spec, prepare_data(spec.study))) + "\n")
+        return
+    grid = Grid.read()
+    if arguments.what == "replay":
+        lines = [*show_grid(grid), "", *show_five(grid, arguments.places)]
+        for between in (False, True):
+            lines += ["", *show_replays(grid, arguments.places, arguments.seeds, between)]
+    elif arguments.what == "reductions":
+        lines = list(show_reductions(grid, arguments.places, arguments.seeds))
+    else:
+        lines = list(real(grid, arguments.seed))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

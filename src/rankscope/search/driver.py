@@ -1,0 +1,213 @@
+"""The search's loop. A candidate trains in one of the pack's places, at a step of its own schedule.
+
+At a rung its held-out loss is reported to Optuna and the pruner asked; where it says stop, the place goes to the next
+candidate. What trains is a parameter, so that a search can be replayed over recorded curves.
+
+The budget of tokens is never exceeded, since a step's tokens are known before: a candidate begins only where, beside
+what the others need up to their next rungs, enough is left for its whole schedule; and it goes on from a rung only
+where enough is left to its end. Time is turned into tokens at the rate so far.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import optuna
+
+from rankscope.search.folder import Spent
+from rankscope.search.sampling import (
+    DIVERGED,
+    DONE,
+    OUT_OF_BUDGET,
+    STOPPED,
+    draw,
+    end,
+    interrupted,
+    set_pruner,
+    suggested,
+)
+from rankscope.search.space import Asked, SearchSpec
+
+
+class Trainer(Protocol):
+    """What trains candidates. `steps` are the steps that candidates have behind them, by name."""
+
+    def add(self, asked: Asked) -> None:
+        """Gives a candidate a place, at step 0."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Frees its place."""
+        ...
+
+    def step(self, steps: Mapping[str, int]) -> Mapping[str, float]:
+        """Trains each by one step; its loss, which is not finite where the candidate diverged."""
+        ...
+
+    def evaluate(self, steps: Mapping[str, int]) -> Mapping[str, float]:
+        """The held-out loss of each."""
+        ...
+
+
+@dataclass
+class Running:
+    """A candidate in training."""
+
+    asked: Asked
+    trial: optuna.Trial
+    step: int = 0
+    seconds: float = 0.0
+    """Of the steps it took part in, divided among all that did."""
+    reported: int = 0
+    """The last rung that Optuna has the loss of: of an earlier run, where one was stopped."""
+
+    @property
+    def name(self) -> str:
+        return self.asked.name
+
+
+@dataclass
+class Moment:
+    """One step of the pack, and what followed from it. Those that have ended are not yet told or removed."""
+
+    spent: Spent  # by this step
+    losses: dict[str, tuple[int, float | None]]
+    """Step and training loss of each candidate; None where it is not finite."""
+    held_out: dict[str, float] = field(default_factory=dict)
+    ended: dict[str, str] = field(default_factory=dict)
+    """How candidates have ended: see `rankscope.search.sampling`."""
+
+    def row(self) -> dict[str, Any]:
+        """A line of steps.jsonl."""
+        row: dict[str, Any] = {**self.spent._asdict(), "losses": self.losses}
+        return row | {name: values for name in ("held_out", "ended") if (values := getattr(self, name))}
+
+
+def drive(
+    study: optuna.Study,
+    spec: SearchSpec,
+    trainer: Trainer,
+    step_tokens: Sequence[int],
+    places: int,
+    spent: Spent = Spent(),  # noqa: B008  # immutable
+    stopped: Callable[[], bool] = lambda: False,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[Moment]:
+    """Searches until the budget is spent or the space is; gives a moment after each step of the pack.
+
+    `step_tokens` are those of each step of the schedule, the same for all candidates; `spent` is what earlier runs
+    took. Candidates that those left in training begin anew, with the same parameters. Where `stopped` says so it ends
+    between two steps, and leaves those that train as they are.
+    """
+    steps, upto = len(step_tokens), list(itertools.accumulate(step_tokens, initial=0))
+    rungs = spec.rung_steps(steps)
+    set_pruner(study, spec, steps)
+    stops = [*rungs, steps]
+    waiting = interrupted(study)
+    asked = sum("trial" in trial.user_attrs for trial in study.get_trials(deepcopy=False))
+    running: dict[str, Running] = {}
+    exhausted = False
+    start = clock()
+
+    def need(one: Running) -> int:
+        """Tokens to its next rung, or to the end."""
+        return upto[next(stop for stop in stops if stop > one.step)] - upto[one.step]
+
+    def affords(step: int, others: Sequence[Running]) -> bool:
+        """Whether a candidate at `step` can be trained to its end."""
+        return left_tokens(spec, spent) - sum(map(need, others)) >= upto[steps] - upto[step]
+
+    while not stopped():
+        while len(running) < places and affords(0, list(running.values())):
+            if waiting:
+                drawn = suggested(waiting.pop(0), spec)
+            elif exhausted or (spec.budget.trials is not None and asked >= spec.budget.trials):
+                break
+            elif (found := draw(study, spec)) is None:
+                exhausted = True
+                break
+            else:
+                drawn = found
+            one = Running(
+                Asked(candidate=spec.candidate(drawn.point), seed=spec.training_seed, number=drawn.trial.number),
+                drawn.trial,
+            )
+            attributes = drawn.trial.user_attrs
+            asked += "trial" not in attributes
+            one.reported = max(map(int, study.trials[drawn.trial.number].intermediate_values), default=0)
+            drawn.trial.set_user_attr("trial", one.name)
+            running[one.name] = one
+            trainer.add(one.asked)
+        if not running:
+            for trial in waiting:  # what an earlier run began, and the budget does not reach
+                end(study, trial, OUT_OF_BUDGET)
+            return
+
+        losses = trainer.step({name: one.step for name, one in running.items()})
+        tokens = sum(step_tokens[one.step] for one in running.values())
+        for one in running.values():
+            one.step += 1
+        moment = Moment(spent, {name: (running[name].step, _finite(loss)) for name, loss in losses.items()})
+        moment.ended |= {name: DIVERGED for name, loss in losses.items() if not math.isfinite(loss)}
+        due = {n: one.step for n, one in running.items() if one.step in stops and n not in moment.ended}
+        held_out = dict(trainer.evaluate(due)) if due else {}
+        moment.held_out = {name: loss for name, loss in held_out.items() if math.isfinite(loss)}
+        moment.ended |= dict.fromkeys(held_out.keys() - moment.held_out.keys(), DIVERGED)
+        now = clock()
+        moment.spent = Spent(tokens, now - start)
+        start, spent = now, Spent(spent.tokens + tokens, spent.seconds + now - start)
+        for one in running.values():
+            one.seconds += moment.spent.seconds / len(running)
+
+        # The best first: the pruner compares with what it was told before, and else the first would go on unopposed.
+        undecided = sorted(moment.held_out, key=moment.held_out.__getitem__)
+        for number, name in enumerate(undecided):
+            one, loss = running[name], moment.held_out[name]
+            others = [
+                o for n, o in running.items() if n != name and n not in moment.ended and n not in undecided[number:]
+            ]
+            if one.step == steps:
+                moment.ended[name] = DONE
+            elif _stops(one, loss):
+                moment.ended[name] = STOPPED
+            elif not affords(one.step, others):
+                moment.ended[name] = OUT_OF_BUDGET
+        if spec.budget.hours is not None and spent.seconds >= 3600 * spec.budget.hours:
+            moment.ended |= {name: OUT_OF_BUDGET for name in running if name not in moment.ended}
+        yield moment
+
+        for name, how in moment.ended.items():
+            one = running.pop(name)
+            one.trial.set_user_attr("steps", one.step)
+            one.trial.set_user_attr("tokens", upto[one.step])
+            one.trial.set_user_attr("seconds", one.seconds)
+            if how == DIVERGED:
+                what = "held-out loss" if name in held_out else "loss or gradient"
+                one.trial.set_user_attr("reason", f"{what} not finite at step {one.step}")
+            end(study, one.trial, how, moment.held_out[name] if how == DONE else None)
+            trainer.remove(name)
+
+
+def left_tokens(spec: SearchSpec, spent: Spent) -> float:
+    """What may still be trained: of the budget's tokens, and of its time at the rate so far."""
+    budget = spec.budget
+    left = math.inf if budget.tokens is None else float(budget.tokens - spent.tokens)
+    if budget.hours is not None and spent.seconds:
+        left = min(left, (3600 * budget.hours - spent.seconds) * spent.tokens / spent.seconds)
+    return left
+
+
+def _stops(one: Running, loss: float) -> bool:
+    """Reports the loss at a rung, and asks the pruner. A rung that an earlier run has passed was decided there."""
+    if one.step < one.reported:
+        return False
+    if one.step > one.reported:
+        one.trial.report(loss, one.step)
+    return one.trial.should_prune()
+
+
+def _finite(loss: float) -> float | None:
+    return loss if math.isfinite(loss) else None

@@ -1,0 +1,107 @@
+"""A search's directory.
+
+    NAME/
+      search.yaml      the question, resolved and complete
+      machine.json     hardware, versions, model
+      data/            tokens.safetensors, facts.json (what every candidate reads)
+      optuna.log       Optuna's journal: `optuna-dashboard NAME/optuna.log` shows it while the search runs, and after
+      steps.jsonl      a line a step of the pack: seconds, tokens, and of each candidate its step and loss
+      result.json      candidates, the best, those within the margin of it, what was spent
+      adapters/        of the candidates within the margin of the best, in PEFT's format
+      confirm.yaml     a study that trains the best again, with several seeds
+      job/             job.json, log.txt of the child process
+
+Each file has one writer; the journal and what follows it are the child's.
+"""
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import yaml
+from pydantic import ValidationError
+
+from rankscope.errors import StudyDirectoryError, StudyError
+from rankscope.files import find_json, inside, is_free, read_jsonl, refuse_links_out, write_atomic, write_json
+from rankscope.search.space import SearchSpec
+from rankscope.spec import StudySpec, write_yaml
+from rankscope.study import differences_of, lock_folder, read_question, write_question
+
+SCHEMA = 1
+
+
+class Spent(NamedTuple):
+    """What a search has taken so far, over all its runs."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+class Search:
+    """A search's directory. Opening reads search.yaml alone."""
+
+    def __init__(self, path: Path, spec: SearchSpec) -> None:
+        self.path = path
+        self.spec = spec
+
+    @classmethod
+    def create(cls, path: Path, spec: SearchSpec) -> Self:
+        """Makes the directory, or takes it up again where it holds the same search; its budget may be another.
+
+        Raises:
+            StudyError: it holds another search, or something else; the message shows the difference.
+        """
+        if (path / "search.yaml").exists():
+            old, new = cls.open(path).spec.model_dump(mode="json"), spec.model_dump(mode="json")
+            differences = differences_of(old | {"budget": None}, new | {"budget": None})
+            if differences:
+                raise StudyError(
+                    f"{path} holds another search:\n" + "\n".join(f"  - {line}" for line in differences),
+                    "Choose another --out, or run it with the values it has.",
+                )
+        elif not is_free(path):
+            raise StudyError(f"{path} exists and is not a search", "Choose another --out.")
+        write_question(path / "search.yaml", write_yaml(spec))
+        return cls(path, spec)
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Opens an existing search.
+
+        Raises:
+            StudyDirectoryError: there is none at `path`, or a symbolic link leads out of it.
+            StudyError: its search.yaml is damaged.
+        """
+        file = path / "search.yaml"
+        if not file.is_file():
+            raise StudyDirectoryError(f"{path}: not a search (no search.yaml)", "Give the directory of a search.")
+        refuse_links_out(path)
+        try:
+            return cls(path, SearchSpec.model_validate(read_question(file)))
+        except ValidationError as error:
+            raise StudyError(f"{file}: {error.errors()[0]['msg']}", "Begin anew with another --out.") from None
+
+    def file(self, *parts: str) -> Path:
+        """A file or folder of the search: see `rankscope.files.inside`."""
+        return inside(self.path, *parts)
+
+    def lock(self) -> AbstractContextManager[None]:
+        """See `rankscope.study.lock_folder`."""
+        return lock_folder(self.path)
+
+    def spent(self) -> Spent:
+        rows = read_jsonl(self.file("steps.jsonl"))
+        return Spent(sum(row["tokens"] for row in rows), sum(row["seconds"] for row in rows))
+
+    def result(self) -> dict[str, Any] | None:
+        """See `rankscope.search.sampling.summary`; None before the first candidate is under way."""
+        return find_json(self.file("result.json"))
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        write_json(self.file("result.json"), {"schema": SCHEMA} | result)
+
+    def write_confirm(self, study: StudySpec) -> Path:
+        """Publishes the study that confirms the result."""
+        path = self.file("confirm.yaml")
+        write_atomic(path, yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+        return path

@@ -1,0 +1,107 @@
+"""What the child process of a search does."""
+
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from rankscope.data.tokens import load
+from rankscope.errors import DataError, KilledError, ModelError
+from rankscope.files import JsonlWriter
+from rankscope.lora.base import fingerprint, load_model
+from rankscope.search.driver import drive
+from rankscope.search.folder import Search, Spent
+from rankscope.search.pack import PackTrainer, step_tokens
+from rankscope.search.sampling import DONE, modules_text, open_journal, summary
+from rankscope.search.space import SearchSpec
+from rankscope.spec import StudySpec
+from rankscope.train.stopping import StopRequest
+
+log = logging.getLogger(__name__)
+
+WRITE_EVERY_SECONDS = 1.0
+"""result.json, where nothing but steps has changed."""
+
+
+def run_search(path: Path, places: int) -> None:
+    """Searches until the budget is spent; what an earlier run has done is taken up.
+
+    Raises:
+        KilledError: it was asked to stop, and has after a step.
+        ModelError, DataError: not what the search began with.
+    """
+    search = Search.open(path)
+    spec, data = search.spec, load(search.file("data"))
+    model = load_model(spec.study.model)
+    study = open_journal(search.file("optuna.log"), spec)
+    _check_same(study, {"model_sha256": fingerprint(model), "tokens_sha256": data.sha256})
+    trainer, tokens, spent = PackTrainer(model, spec, data, places), step_tokens(spec, data), search.spent()
+    study.set_user_attr("engine", trainer.engine.name)
+    study.set_user_attr("engine_reason", trainer.engine_reason)
+    written = 0.0
+    with StopRequest() as stop, JsonlWriter(search.file("steps.jsonl")) as steps:
+        for moment in drive(study, spec, trainer, tokens, places, spent, lambda: stop.made):
+            steps.write(moment.row())
+            spent = Spent(spent.tokens + moment.spent.tokens, spent.seconds + moment.spent.seconds)
+            for name, how in moment.ended.items():
+                if how == DONE and _is_good(moment.held_out[name], summary(study, spec, spent, False)):
+                    trainer.save(name, search.file("adapters", name))
+            if moment.held_out or moment.ended or time.monotonic() - written > WRITE_EVERY_SECONDS:
+                written = time.monotonic()
+                search.write_result(summary(study, spec, spent, False) | {"training": moment.losses})
+        if stop.made:
+            search.write_result(summary(study, spec, spent, False) | {"training": {}})
+            raise KilledError("stopped as asked")
+    result = summary(study, spec, spent, True)
+    _keep(search.file("adapters"), result["within_margin"])
+    if result["best"]:
+        search.write_confirm(confirming(spec, result))
+    search.write_result(result | {"training": {}})
+
+
+def _check_same(study: optuna.Study, facts: dict[str, str]) -> None:
+    """Raises where the model or the tokens are not those that the search began with; notes them where it begins."""
+    for (name, value), error in zip(facts.items(), (ModelError, DataError), strict=True):
+        if study.user_attrs.get(name, value) != value:
+            raise error(f"{name.split('_')[0]}: not what the search began with", "Choose another --out.")
+        if name not in study.user_attrs:
+            study.set_user_attr(name, value)
+
+
+def _is_good(loss: float, result: dict[str, Any]) -> bool:
+    """Whether a candidate that has just ended is within the margin of the best so far."""
+    losses = [float(c["eval_loss"]) for c in result["candidates"] if c["eval_loss"] is not None]
+    return loss <= min([loss, *losses]) * (1 + float(result["margin"]))
+
+
+def _keep(folder: Path, names: list[str]) -> None:
+    """Removes the adapters of all others."""
+    for path in folder.glob("*"):
+        if path.name not in names:
+            shutil.rmtree(path)
+
+
+def confirming(spec: SearchSpec, result: dict[str, Any]) -> StudySpec:
+    """A study that trains the best candidate with three seeds that the search has not seen, and beside it the one of
+    the lowest rank within the margin that shares its alpha and target modules; each rank at the rates of both.
+    """
+    candidates = {candidate["trial"]: candidate for candidate in result["candidates"]}
+    best = candidates[result["best"]]
+    alike = [
+        candidate
+        for candidate in map(candidates.__getitem__, result["within_margin"])
+        if all(candidate[name] == best[name] for name in ("alpha", "target_modules"))
+    ]
+    chosen = (best, min(alike, key=lambda candidate: int(candidate["rank"])))
+    (modules,) = [group for group in spec.space.target_modules if modules_text(group) == best["target_modules"]]
+    changes = {
+        "name": f"{spec.study.name[:92]}-confirm",
+        "ranks": tuple(sorted({candidate["rank"] for candidate in chosen})),
+        "learning_rates": tuple(sorted({candidate["learning_rate"] for candidate in chosen})),
+        "seeds": tuple(spec.training_seed + number for number in (1, 2, 3)),
+        "adapter": spec.study.adapter.model_copy(update={"alpha": best["alpha"], "target_modules": modules}),
+    }
+    return spec.study.model_copy(update=changes)
