@@ -5,6 +5,7 @@ It reads what the child processes write, so that a run needs no channel of its o
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -14,6 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from rankscope.errors import StudyDirectoryError
 from rankscope.live import Follower, LiveStudy, State
 from rankscope.report.catalogue import load
 from rankscope.report.formats import duration, size
@@ -70,8 +72,9 @@ class TerminalProgress:
             self._whole = LiveStudy(study, steps)
         self._trials = [(trial.name, self._whole.followers[trial.name]) for trial in trials]
         self._steps, self._start, self._measuring = steps, time.monotonic(), ""
-        for _, follower in self._trials:
-            follower.read()
+        with suppress(StudyDirectoryError):
+            for _, follower in self._trials:
+                follower.read()
         self._before = self._step()
         self.say(self._title)
 
@@ -81,10 +84,10 @@ class TerminalProgress:
             self.say(self._measuring)
 
     def poll(self) -> None:
-        for _, follower in self._trials:
-            follower.read()
-        if self._whole and time.monotonic() - self._looked >= WHOLE_EVERY_SECONDS:
-            self._looked, self._state = time.monotonic(), self._whole.read()
+        with suppress(
+            StudyDirectoryError
+        ):  # what is damaged is told when the run needs it; showing it ends no training
+            self._look()
         if self._live:
             title = f"{self._measuring} · {self._left()}{self._memory()}"
             self._live.update(self._table() if self._trials else Text(title, style="bold"))
@@ -92,6 +95,13 @@ class TerminalProgress:
             self._last_line = time.monotonic()
             losses = "  ".join(f"{name} {_loss(f.train_loss)}" for name, f in self._trials)
             self.say(f"  step {self._step()}/{self._steps}, {self._left()}{self._memory()}: {losses}")
+
+    def _look(self) -> None:
+        for _, follower in self._trials:
+            follower.read()
+        if self._whole and time.monotonic() - self._looked >= WHOLE_EVERY_SECONDS:
+            self._looked = time.monotonic()
+            self._state = self._whole.read()
 
     def _step(self) -> int:
         return max(follower.step for _, follower in self._trials)

@@ -144,6 +144,16 @@ MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "an encoder": (encoder, ["not a causal language model: BertForMaskedLM is an encoder", "is_decoder"]),
     "attention to both sides": (lambda f: config(f, is_causal=False), ["not a causal language model: is_causal"]),
     "negative size": (lambda f: config(f, hidden_size=-32), ["none can be made of its config.json", "-32"]),
+    "no positions": (
+        lambda f: config(f, max_position_embeddings=0),
+        ["config.json: max_position_embeddings is 0, expected a number of at least 1"],
+    ),
+    "less than no positions": (
+        lambda f: config(f, max_position_embeddings=-1),
+        ["config.json: max_position_embeddings is -1"],
+    ),
+    "architectures as a number": (lambda f: config(f, architectures=3), ["config.json: architectures is 3"]),
+    "architectures of numbers": (lambda f: config(f, architectures=[3]), ["config.json: architectures is [3]"]),
     "heads that do not divide": (lambda f: config(f, num_attention_heads=5), ["divisible by num_heads"]),
     "unknown activation": (lambda f: config(f, activation_function="wonder"), ["wonder"]),
     "remote code": (lambda f: config(f, model_type="wonder", auto_map={"AutoConfig": "m.C"}), ["custom code"]),
@@ -215,6 +225,9 @@ OPTIONS: dict[str, list[str]] = {
     "--alpha 2x": ["adapter.alpha", "multiple of the rank such as 2r"],
     "--alpha -3": ["adapter.alpha"],
     "--steps 0": ["training.steps"],
+    "--steps 9000000000000000000": ["training: 9e+18 optimizer steps a trial, more than 1,000,000", "Lower its steps"],
+    "--epochs 1e300": ["optimizer steps a trial, more than 1,000,000"],
+    "--epochs 1e308 --batch-size 1": ["training: inf optimizer steps a trial"],
     "--steps 5 --epochs 1": ["give steps or epochs, not both"],
     "--device tpu": ["device"],
     "--device cuda:7": ["cuda"],
@@ -259,15 +272,15 @@ def check(
     """Runs the command, and holds what it says against what it must."""
     monkeypatch.setattr(sys, "argv", ["rankscope", "run", *options, "--out", "out"])
     monkeypatch.setenv("COLUMNS", "1000")
+    capsys.readouterr()  # what the making of the bad thing has said
     with pytest.raises(SystemExit) as ended:
         cli.main()
-    lines = capsys.readouterr().err.strip().splitlines()
-    start = next((number for number, line in enumerate(lines) if line.startswith("error: ")), None)
-    assert start is not None, lines
-    error = "\n".join(lines[start:])
+    error = capsys.readouterr().err.strip()
+    lines = error.splitlines()
     assert ended.value.code == code, error
-    assert 2 <= len(lines) - start <= 9, error
     assert "Traceback" not in error
+    assert lines[0].startswith("error: "), "something stands before the error\n" + error
+    assert 2 <= len(lines) <= 9, error
     for fragment in fragments:
         assert fragment in error, error
     assert not Path("out").exists(), "a half-made study"

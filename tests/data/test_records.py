@@ -8,11 +8,13 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets  # type: ignore[import-untyped]
 import pandas as pd
 import pytest
+from datasets.packaged_modules.parquet.parquet import Parquet  # type: ignore[import-untyped]
 
 from rankscope.data import load_records
 from rankscope.errors import DataError
@@ -92,23 +94,36 @@ def test_hub_data_is_asked_for_as_the_spec_says_and_its_commit_is_kept(
     [arrow] = (tmp_path / commit).glob("*.arrow")
     asked: dict[str, Any] = {}
 
-    def load_dataset(path: str, **options: Any) -> datasets.Dataset:
-        asked.update(path=path, **options)
-        return datasets.Dataset.from_file(str(arrow))
+    class Builder(Parquet):
+        def __init__(self) -> None:
+            self.config = SimpleNamespace(data_files={"test": [f"hf://datasets/owner/name@{commit}/a.parquet"]})
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        def download_and_prepare(self) -> None:
+            asked["prepared"] = True
+
+        def as_dataset(self, split: str) -> datasets.Dataset:
+            assert asked["prepared"]
+            asked["split"] = split
+            return datasets.Dataset.from_file(str(arrow))
+
+    def load_dataset_builder(path: str, **options: Any) -> Builder:
+        asked.update(path=path, **options)
+        return Builder()
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     spec = DataSpec(id="owner/name", config="code", split="test", revision="main", max_rows=1)
     records = load_records(spec)
+    del asked["prepared"]
     assert asked == {"path": "owner/name", "name": "code", "split": "test", "revision": "main"}
     assert records.rows == ROWS[:1]
     assert records.source == ("owner/name", commit)
 
 
 def test_hub_failure_says_what_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(path: str, **options: Any) -> datasets.Dataset:
+    def load_dataset_builder(path: str, **options: Any) -> datasets.DatasetBuilder:
         raise ConnectionError("Couldn't reach 'owner/name' on the Hub")
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     with pytest.raises(DataError, match=r"owner/name: cannot be loaded: ConnectionError: Couldn't.*\n.*local file"):
         load_records(DataSpec(id="owner/name"))
 

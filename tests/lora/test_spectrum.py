@@ -131,7 +131,7 @@ def test_the_command_shows_draws_and_prints_for_scripts(tmp_path: Path) -> None:
     found = json.loads(ask(app, ["spectrum", adapter, "--json"]).stdout)
     expected = spectrum(read_adapter(tmp_path / "adapter").layers)
     assert [row["effective_rank"] for row in found["layers"]] == list(expected["effective_rank"])
-    for name, begin in (("a.svg", b"<svg"), ("a.png", b"\x89PNG"), ("a.html", b"<!DOCTYPE html>")):
+    for name, begin in (("a.svg", b"<svg"), ("a.png", b"\x89PNG"), ("a.html", b"<!doctype html>")):
         assert ask(app, ["spectrum", adapter, "--chart", str(tmp_path / name)]).exit_code == 0
         assert (tmp_path / name).read_bytes().lstrip().startswith(begin)
     assert "https://cdn" not in (tmp_path / "a.html").read_text()

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import pytest
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 _START = """import os, sys
 os.dup2(int(sys.argv[1]), 3)
@@ -19,8 +21,15 @@ os.execv(sys.argv[3], sys.argv[3:])
 """The browser reads commands from descriptor 3 and answers on 4."""
 
 
-def find_browser() -> str | None:
-    return next(filter(None, map(shutil.which, BROWSERS)), None)
+def need_browser() -> str:
+    """The path of a browser. Where there is none the test is skipped, and fails where RANKSCOPE_REQUIRE_BROWSER is set:
+    what only a browser can show must not be taken for shown.
+    """
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        told = f"no browser to open a page in: none of {', '.join(BROWSERS)} is on PATH"
+        (pytest.fail if os.environ.get("RANKSCOPE_REQUIRE_BROWSER") else pytest.skip)(told)
+    return found
 
 
 class Browser:

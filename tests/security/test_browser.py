@@ -8,7 +8,6 @@ neither shows that the payloads work.
 import html
 import json
 import re
-import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -19,17 +18,21 @@ from xml.etree import ElementTree
 
 import pandas as pd
 import pytest
+import torch
 from markdown_it import MarkdownIt
 
 from folders import write_model
 from rankscope.data.tokens import prepare
 from rankscope.lora.base import load_tokenizer
+from rankscope.lora.saved import Factors
+from rankscope.lora.spectrum import spectrum
 from rankscope.report import build
+from rankscope.report.catalogue import load
+from rankscope.report.spectrum import save_chart, spectrum_chart
 from rankscope.spec import DataSpec, ModelSpec
 from rankscope.study import Evidence
+from report.browser import need_browser
 from report.report_evidence import make_evidence, make_spec, make_verdict, replace_trial
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 RUN = "document.documentElement.setAttribute('data-ran', 'yes')"
 
@@ -66,8 +69,8 @@ class Seen(NamedTuple):
 class Lab:
     """A headless browser, and a listener that payloads point to."""
 
-    def __init__(self, browser: str | None, server: ThreadingHTTPServer, asked: list[str], folder: Path) -> None:
-        self.browser, self.server, self.asked, self.folder = browser, server, asked, folder
+    def __init__(self, server: ThreadingHTTPServer, asked: list[str], folder: Path) -> None:
+        self.server, self.asked, self.folder = server, asked, folder
 
     def payload(self, name: str) -> str:
         url = f"http://127.0.0.1:{self.server.server_port}/{name.replace(' ', '-')}"
@@ -78,11 +81,10 @@ class Lab:
         return " ".join(map(self.payload, PAYLOADS))
 
     def open(self, source: str) -> Seen:
-        if self.browser is None:
-            pytest.skip(f"no browser to open a report in: none of {', '.join(BROWSERS)} is on PATH")
+        browser = need_browser()
         page = self.folder / "page.html"
         page.write_text(source, encoding="utf-8")
-        command = [self.browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
         command += [f"--user-data-dir={self.folder / 'profile'}", "--enable-logging=stderr"]
         command += ["--virtual-time-budget=10000", "--dump-dom", page.as_uri()]
         for _ in range(3):  # on a busy machine the browser sometimes ends before it prints the page: then there is none
@@ -99,7 +101,6 @@ class Lab:
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     asked: list[str] = []
 
     class Listener(BaseHTTPRequestHandler):
@@ -112,7 +113,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Listener) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield Lab(browser, server, asked, tmp_path_factory.mktemp("browser"))
+        yield Lab(server, asked, tmp_path_factory.mktemp("browser"))
         server.shutdown()
 
 
@@ -211,12 +212,64 @@ def test_figures_have_no_script_and_refer_to_nothing(folder: Path) -> None:
     figures = sorted((folder / "figures").glob("*.svg"))
     assert len(figures) >= 8
     for figure in figures:
-        for element in ElementTree.parse(figure).iter():  # noqa: S314  # rankscope wrote it
-            assert element.tag.rpartition("}")[2] not in ("script", "foreignObject", "image", "style", "a", "use")
-            for name, value in element.attrib.items():
-                assert not name.rpartition("}")[2].lower().startswith(("on", "href")), figure
-                assert not re.search(r"url\((?!['\"]?#)|javascript:|https?:", value), figure
+        check_figure(figure)
         assert RUN not in figure.read_text()
+
+
+def check_figure(figure: Path) -> None:
+    for element in ElementTree.parse(figure).iter():  # noqa: S314  # rankscope wrote it
+        assert element.tag.rpartition("}")[2] not in ("script", "foreignObject", "image", "style", "a", "use")
+        for name, value in element.attrib.items():
+            assert not name.rpartition("}")[2].lower().startswith(("on", "href")), figure
+            if name != "aria-label":  # which is text
+                assert not re.search(r"url\((?!['\"]?#)|javascript:|https?:", value), figure
+
+
+@pytest.fixture(scope="module")
+def charts(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The chart of an adapter whose layers have hostile names, of every kind."""
+    folder = tmp_path_factory.mktemp("charts")
+    torch.manual_seed(0)
+    names = [*map(lab.payload, PAYLOADS), "\x00\x1b]0;x\x07\u202e"]
+    layers = [
+        Factors(f"model.layers.{block}.{name}", torch.randn(2, 8), torch.randn(8, 2), 1.0, ("", ""))
+        for block in range(2)
+        for name in names
+    ]
+    text = load("en")
+    chart = spectrum_chart(spectrum(layers), text)
+    for kind in ("html", "svg"):
+        save_chart(chart, folder / f"chart.{kind}", text)
+    return folder
+
+
+def test_a_chart_s_own_page_runs_and_fetches_nothing(lab: Lab, charts: Path) -> None:
+    page = (charts / "chart.html").read_text(encoding="utf-8")
+    seen = lab.open(page)
+    assert (seen.ran, seen.fetched, seen.console) == (False, [], [])
+    assert "<svg" in seen.dom, "the page's own scripts have drawn"
+    assert "7 * 7" in html.unescape(seen.dom)
+    without = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
+    assert without != page
+    seen = lab.open(without)
+    assert (seen.ran, seen.fetched) == (False, []), "escaping alone is enough"
+    raw = "".join(lab.payload(name) for name in PAYLOADS if name != "moving on")
+    seen = lab.open(page.replace("<body>", f"<body>{raw}"))
+    assert (seen.ran, seen.fetched) == (False, []), "the policy alone is enough"
+
+
+def test_a_chart_s_figure_is_harmless(charts: Path) -> None:
+    check_figure(charts / "chart.svg")
+
+
+def test_a_browser_can_be_required(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("RANKSCOPE_REQUIRE_BROWSER", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no browser"):
+        need_browser()
+    monkeypatch.setenv("RANKSCOPE_REQUIRE_BROWSER", "1")
+    with pytest.raises(pytest.fail.Exception, match="no browser"):
+        need_browser()
 
 
 def test_the_markdown_renders_to_its_own_figures_and_nothing_else(folder: Path) -> None:

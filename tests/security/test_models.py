@@ -1,11 +1,13 @@
 """Models and data from somebody else: no code of theirs runs, and only safetensors files are read as weights."""
 
+import io
 import json
 import os
 import pickle  # noqa: TID251  # to show that the trap works
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,6 +170,48 @@ def test_data_with_a_loading_script_or_a_pickle_run_nothing(tmp_path: Path) -> N
     with pytest.raises(DataError, match="unknown file type"):
         read_table(DataSpec(id=str(folder / "data.pkl")))
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("kind", ["tar", "h5", "xml", "lance", "eval", "png", "npy.tar"])
+def test_files_that_are_no_plain_rows_are_refused_before_they_are_read(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A .tar of .pth files is what `datasets` reads by torch.load."""
+
+    def unpickled(*_: Any, **__: Any) -> None:
+        raise AssertionError("torch.load was called")
+
+    (tmp_path / "rows").mkdir()
+    with tarfile.open(tmp_path / "rows" / f"a.{kind}", "w") as archive:
+        for name in ("0.instruction.txt", "0.pth"):
+            archive.addfile(tarfile.TarInfo(name), io.BytesIO())
+    monkeypatch.setattr(torch, "load", unpickled)
+    with pytest.raises(DataError, match=r"rows: holds \w+ files, which are not read"):
+        read_table(DataSpec(id=str(tmp_path / "rows")))
+
+
+@pytest.mark.parametrize("named", ["../elsewhere/a.json", "{root}/elsewhere/a.json", "rows/../../elsewhere/a.json"])
+def test_data_do_not_name_files_elsewhere(named: str, tmp_path: Path) -> None:
+    folder, row = tmp_path / "rows", '{"instruction": "a", "output": "b"}\n'
+    for place in (folder / "rows", tmp_path / "elsewhere"):
+        place.mkdir(parents=True)
+        (place / "a.json").write_text(row)
+    card = "---\nconfigs:\n- config_name: default\n  data_files: {}\n---\n"
+    (folder / "README.md").write_text(card.format(named.format(root=tmp_path)))
+    with pytest.raises(DataError, match=r"rows: names the file .*which is not in it"):
+        read_table(DataSpec(id=str(folder)))
+    (folder / "README.md").write_text(card.format("rows/*.json"))
+    assert len(read_table(DataSpec(id=str(folder))).rows) == 1
+
+
+def test_the_name_of_a_builder_is_no_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` would take all files of the working directory for it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.json").write_text('{"instruction": "a", "output": "b"}\n')
+    with pytest.raises(DataError, match="json: names the file"):
+        read_table(DataSpec(id="json"))
+    with pytest.raises(DataError, match="holds webdataset files"):
+        read_table(DataSpec(id="webdataset"))
 
 
 def test_the_hub_s_commit_is_known(model: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from rankscope.files import inside, write_json
 from rankscope.options import assemble, read_study_file
 from rankscope.spec import resolve_spec
 from rankscope.study import Study
-from report.report_evidence import make_spec
+from report.report_evidence import make_evidence, make_spec
 
 SPEC = make_spec(ranks=[8], seeds=[0], reference={"full": True})
 TRIAL = SPEC.trials()[0]
@@ -29,7 +29,7 @@ def outside(tmp_path: Path) -> Path:
     folder = tmp_path / "home"
     folder.mkdir()
     (folder / "secret").write_text(SECRET)
-    write_json(folder / "trial.json", {"status": "done", "reason": SECRET})
+    write_json(folder / "trial.json", {"status": "failed", "reason": SECRET})
     return folder
 
 
@@ -37,8 +37,10 @@ def outside(tmp_path: Path) -> Path:
 def study(tmp_path: Path) -> Path:
     """A study that can be reported: nothing has run yet."""
     study = Study.create(tmp_path / "study", SPEC)
-    write_json(study.path / "machine.json", {})
-    write_json(study.path / "data" / "facts.json", {})
+    evidence = make_evidence(SPEC)
+    write_json(study.path / "machine.json", evidence.machine)
+    facts = evidence.data_facts | {"rows_without_label_dropped": 0, "mean_length": 122.0}
+    write_json(study.path / "data" / "facts.json", facts)
     return study.path
 
 
@@ -125,10 +127,10 @@ def test_a_link_made_after_the_study_was_opened_is_refused_too(study: Path, outs
 
 def test_links_that_stay_inside_and_a_link_to_the_study_itself_are_fine(study: Path, tmp_path: Path) -> None:
     (study / "elsewhere").mkdir()
-    write_json(study / "elsewhere" / "trial.json", {"status": "done"})
+    write_json(study / "elsewhere" / "trial.json", {"status": "failed"})
     link(study / "trials" / TRIAL.name, Path("../elsewhere"))
     (tmp_path / "short").symlink_to(study)
-    assert Study.open(tmp_path / "short").trial_record(TRIAL)["status"] == "done"
+    assert Study.open(tmp_path / "short").trial_record(TRIAL)["status"] == "failed"
 
 
 def test_a_pipe_is_refused_rather_than_waited_for(study: Path) -> None:

@@ -1,8 +1,8 @@
 """Where rows come from: a local file, a local folder, or the hub. Nothing here knows what a row means.
 
 Text files are parsed here rather than by `datasets`, because only then can an error name the line. Nothing
-from the data is ever executed: loading scripts and pickles are refused by `datasets` (4 and later), and
-`trust_remote_code` is never passed.
+from the data is ever executed: `datasets` (4 and later) has no loading scripts, and of its builders only those of
+plain rows are let through: that of .tar files calls `torch.load`.
 """
 
 import csv
@@ -264,11 +264,16 @@ def _read_with_datasets(spec: DataSpec, source: str, wanted: Sequence[str], *, l
         if local and any((Path(source) / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
             dataset = _saved_split(datasets.load_from_disk(source), spec)
         else:
-            dataset = datasets.load_dataset(source, name=spec.config, split=spec.split, revision=spec.revision)
+            builder = datasets.load_dataset_builder(source, name=spec.config, revision=spec.revision)
+            _check_builder(builder, source, local=local)
+            builder.download_and_prepare()
+            dataset = builder.as_dataset(split=spec.split)
         columns = tuple(dataset.column_names)
         if spec.max_rows is not None:
             dataset = dataset.select(range(min(spec.max_rows, len(dataset))))
         rows = dataset.select_columns([column for column in columns if column in wanted]).to_list()
+    except DataError:
+        raise
     except Exception as error:  # datasets raises some thirty classes, from its own to pyarrow's and httpx's
         wraps = isinstance(error, datasets.exceptions.DatasetGenerationError)  # which says nothing itself
         if local and wraps:
@@ -284,6 +289,30 @@ def _read_with_datasets(spec: DataSpec, source: str, wanted: Sequence[str], *, l
         message = textwrap.shorten(str(cause), 500, placeholder=" ...")
         raise DataError(f"{source}: cannot be loaded: {type(cause).__name__}: {message}", todo) from error
     return Table(source, rows, columns, revision=None if local else _commit(dataset) or spec.revision)
+
+
+def _check_builder(builder: Any, source: str, *, local: bool) -> None:
+    """Raises DataError before a row is read, where reading could do more than parse rows, or would read elsewhere: the
+    README.md of data chooses files, and the files' names choose the builder.
+    """
+    from datasets.packaged_modules.arrow.arrow import Arrow  # type: ignore[import-untyped]
+    from datasets.packaged_modules.cache.cache import Cache  # type: ignore[import-untyped]
+    from datasets.packaged_modules.csv.csv import Csv  # type: ignore[import-untyped]
+    from datasets.packaged_modules.json.json import Json  # type: ignore[import-untyped]
+    from datasets.packaged_modules.parquet.parquet import Parquet  # type: ignore[import-untyped]
+    from datasets.packaged_modules.text.text import Text  # type: ignore[import-untyped]
+
+    if not isinstance(builder, Arrow | Cache | Csv | Json | Parquet | Text):  # Cache: Arrow files of an earlier time
+        found = type(builder).__module__.rsplit(".", 1)[-1]
+        raise DataError(
+            f"{source}: holds {found} files, which are not read: some of them can run code",
+            "Convert the rows to JSON, CSV, Parquet or Arrow, where you trust them.",
+        )
+    root = f"{os.path.realpath(source)}/" if local else "hf://"
+    for files in (builder.config.data_files or {}).values():
+        for file in map(str, files):
+            if ".." in Path(file).parts or not file.startswith(root):
+                raise DataError(f"{source}: names the file {shortened(file)!r}, which is not in it", "Give that file.")
 
 
 def _check_files(folder: Path) -> None:

@@ -24,7 +24,7 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from rankscope import demo
 from rankscope.data.sources import HUB_ID
-from rankscope.errors import ModelError, StudyError
+from rankscope.errors import ModelError, StudyError, shortened
 from rankscope.spec import EMBEDDED, ModelSpec
 
 # Nothing of a model is ever executed: no code from its folder, no pickled weights (design decision 9, SECURITY.md).
@@ -95,6 +95,8 @@ def load_config(spec: ModelSpec) -> Any:
         raise _cannot_load(spec, "configuration", error) from error
     if unsafe:
         raise ModelError(f"model {spec.id}: {unsafe}", "Use a plain base model with safetensors weights.")
+    if wrong := _wrong(config):
+        raise ModelError(f"model {spec.id}: {CONFIG_NAME}: {wrong}", f"Restore {CONFIG_NAME}, or correct it.")
     missing = [file for file in shards if folder.is_dir() and not (folder / file).is_file()]
     if missing and not (folder / SAFE_WEIGHTS_NAME).is_file():  # which is taken rather than the index
         raise _wrong_index(spec, f"names {missing[0]}, which is not in the folder")
@@ -183,6 +185,18 @@ def _wrong_index(spec: ModelSpec, wrong: str) -> ModelError:
         f"model {spec.id}: {SAFE_WEIGHTS_INDEX_NAME}: {wrong}",
         "Fetch the model again, with all of its *.safetensors files, or save it with save_pretrained.",
     )
+
+
+def _wrong(config: Any) -> str | None:
+    """What transformers takes, and what cannot be."""
+    names = config.architectures
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        return f"architectures is {shortened(repr(names))}, expected a list of names"
+    for part in (config, config.get_text_config()):
+        positions = getattr(part, "max_position_embeddings", None)
+        if positions is not None and not (isinstance(positions, int) and positions > 0):
+            return f"max_position_embeddings is {shortened(repr(positions))}, expected a number of at least 1"
+    return None
 
 
 _SEES_BOTH_SIDES = (True, "all")

@@ -1,17 +1,20 @@
 """An adapter as it lies in a folder, in PEFT's format: its factors and their scaling. Also one made elsewhere."""
 
-import json
+import copy
+import os
 import re
-from dataclasses import fields
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME as CONFIG
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
-from peft.utils.other import get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -19,7 +22,16 @@ from transformers import PreTrainedModel
 
 from rankscope.data.sources import HUB_ID
 from rankscope.errors import ModelError, StudyError
-from rankscope.lora.adapters import adapter_key, inject, save_adapter
+from rankscope.lora.adapter_config import checked_name, pattern_keys, read_config
+from rankscope.lora.adapters import (
+    adapter_key,
+    inject,
+    lora_layers,
+    remove_adapters,
+    save_adapter,
+    to_float32,
+)
+from rankscope.lora.pattern_keys import PatternKeys
 
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.weight)?")
 
@@ -52,21 +64,30 @@ class SavedAdapter(NamedTuple):
     """In the file's order of names, blocks by number."""
     others: dict[str, Tensor]
     """The file's other tensors: biases, DoRA's magnitudes, modules that were saved whole."""
+    unknown: tuple[str, ...] = ()
+    """What the configuration asks for, and the installed PEFT does not know."""
 
 
 def find_adapter(name: str, revision: str | None = None) -> Path:
     """The folder of an adapter: `name` itself, or that of its two files from the hub.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is none, or a revision is asked of a folder.
     """
     folder = Path(name)
-    if folder.is_dir() or not HUB_ID.fullmatch(name):
+    if os.path.isdir(folder) or not HUB_ID.fullmatch(name):
+        if revision is not None:
+            raise ModelError(f"adapter {name}: --revision {revision}, but a folder has no revision", "Leave it out.")
         return folder
     try:
         config, _ = (hf_hub_download(name, file, revision=revision) for file in (CONFIG, WEIGHTS))
     except Exception as error:  # the hub's client raises of its own, of requests, and of the file system
-        reason = str(error).strip().splitlines()[0]
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise ModelError(
+                f"adapter {name}: the hub has it, but without {CONFIG} or {WEIGHTS}",
+                "Give a LoRA adapter in PEFT's format; its weights are read from a safetensors file only.",
+            ) from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"adapter {name}: no such folder, and not on the hub: {reason}", "Give a folder, or a hub id."
         ) from None
@@ -77,9 +98,11 @@ def read_adapter(folder: Path) -> SavedAdapter:
     """Reads an adapter. Nothing of it is executed: its configuration is JSON, its weights are safetensors.
 
     Raises:
-        ModelError: a file is missing or damaged, it is no LoRA adapter, or a factor has no counterpart.
+        ModelError: a file is missing or damaged, it is no LoRA adapter, a factor has no counterpart or no finite
+            numbers, its rank is another than the configuration says, or a name is none of a module.
     """
-    config = _read_config(folder)
+    config, unknown = read_config(folder)
+    ranks, alphas = pattern_keys(folder, config)
     try:
         tensors = load_file(folder / WEIGHTS)
     except FileNotFoundError:
@@ -89,12 +112,15 @@ def read_adapter(folder: Path) -> SavedAdapter:
     keys: dict[str, dict[str, str]] = {}
     for key in tensors:
         if found := _FACTOR.fullmatch(key):
-            keys.setdefault(found[1], {})[found[2][-1]] = key
+            _check_name(folder, found[1])
+            other = keys.setdefault(found[1], {}).setdefault(found[2][-1], key)
+            if other != key:
+                raise ModelError(f"{folder / WEIGHTS}: {other} and {key} are one factor", "Remove one of them.")
     pairs = {name: {part: (key, tensors.pop(key)) for part, key in both.items()} for name, both in keys.items()}
-    layers = [_layer(folder, name, pairs[name], config) for name in sorted(pairs, key=_order)]
+    layers = [_layer(folder, name, pairs[name], config, ranks, alphas) for name in sorted(pairs, key=_order)]
     if not layers:
         raise ModelError(f"{folder / WEIGHTS}: holds no LoRA factors", "Give an adapter in PEFT's format.")
-    return SavedAdapter(config, layers, tensors)
+    return SavedAdapter(config, layers, tensors, unknown)
 
 
 def write_adapter(adapter: SavedAdapter, folder: Path) -> int:
@@ -123,11 +149,19 @@ def attach(model: PreTrainedModel, name: str, adapter: SavedAdapter) -> None:
     Raises:
         ModelError: the adapter does not fit the model.
     """
-    key = adapter_key(name)
+    key, config = adapter_key(name), _by_name(adapter)
     try:
-        inject(adapter.config, model, key)
-        result: Any = set_peft_model_state_dict(model, _tensors(adapter), adapter_name=key)
-    except (StudyError, RuntimeError, ValueError, KeyError) as error:
+        inject(config, model, key)
+        to_float32(model, name)
+        for _, layer in lora_layers(model):  # which are no modules of their own
+            for factors in (layer.lora_embedding_A, layer.lora_embedding_B):
+                if key in factors:
+                    factors[key].data = factors[key].data.float()
+        tensors = _tensors(adapter)
+        for other in adapter.others:  # PEFT looks for modules that were saved whole by their names in this model
+            tensors[other.removeprefix("base_model.model.")] = tensors.pop(other)
+        result: Any = set_peft_model_state_dict(model, tensors, adapter_name=key)
+    except (StudyError, RuntimeError, ValueError, KeyError, re.error) as error:
         raise ModelError(f"the adapter does not fit the model: {str(error).strip().splitlines()[-1]}", _OTHER) from None
     missing = [key for key in result.missing_keys if ".lora_" in key and f".{adapter_key(name)}" in key]
     if result.unexpected_keys or missing:
@@ -138,30 +172,93 @@ def attach(model: PreTrainedModel, name: str, adapter: SavedAdapter) -> None:
 _OTHER = "Give the model that the adapter was trained on."
 
 
-def _read_config(folder: Path) -> LoraConfig:
-    if not (folder / CONFIG).is_file():
-        raise ModelError(f"adapter {folder}: no {CONFIG} in the folder", "Give the folder of a PEFT LoRA adapter.")
-    known = {field.name for field in fields(LoraConfig) if field.init}  # a newer PEFT has more, not of the factors
+@contextmanager
+def attached(model: PreTrainedModel, name: str, adapter: SavedAdapter) -> Iterator[None]:
+    """Gives `model`, which has no adapter, this one while the body runs, with all that the file holds beside factors.
+
+    Raises:
+        ModelError: see `attach`.
+    """
+    biases = {key: bias.clone() for key, bias in model.named_parameters() if key.endswith("bias")}
     try:
-        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        kind = values.get("peft_type")
-        config = LoraConfig(**{name: value for name, value in values.items() if name in known})
-    except Exception as error:  # whatever PEFT makes of a damaged file
-        raise ModelError(f"{folder / CONFIG}: cannot be read: {error}", "Restore it.") from None
-    if kind != "LORA":
-        raise ModelError(f"{folder / CONFIG}: peft_type is {kind!r}, not LORA", "Only LoRA has ranks to look at.")
+        attach(model, name, adapter)
+        yield
+    finally:
+        remove_adapters(model)
+        for key, module in list(model.named_modules()):
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                model.set_submodule(key, module.original_module)
+        for key, bias in biases.items():  # which lie in the base itself
+            model.get_parameter(key).data.copy_(bias)
+
+
+def _by_name(adapter: SavedAdapter) -> LoraConfig:
+    """The configuration with the file's layers by their names: what somebody else's patterns match is found out by
+    `PatternKeys`, and no pattern comes to PEFT.
+
+    Raises:
+        ModelError: the adapter is one of experts, which PEFT finds by patterns alone, and has such.
+    """
+    config = copy.copy(adapter.config)
+    if config.target_parameters:
+        keys = [*(config.rank_pattern or ()), *(config.alpha_pattern or ())]
+        for wide in [keys, config.target_modules, config.exclude_modules, config.layers_pattern]:
+            names = [wide] if isinstance(wide, str) else wide or []
+            if not all(_PLAIN.fullmatch(name) for name in names):
+                raise ModelError(
+                    f"an adapter of experts with patterns in its {CONFIG}", "Name its modules without patterns."
+                )
+        return config
+    alphas = PatternKeys(config.alpha_pattern or {})
+    config.target_modules = [layer.layer for layer in adapter.layers]
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    found = {f"^{re.escape(layer.layer)}": layer for layer in adapter.layers}
+    config.rank_pattern = {key: layer.rank for key, layer in found.items() if layer.rank != config.r}
+    by_layer = {key: alphas.get(layer.layer, config.lora_alpha) for key, layer in found.items()}
+    config.alpha_pattern = {key: alpha for key, alpha in by_layer.items() if alpha != config.lora_alpha}
     return config
 
 
-def _layer(folder: Path, name: str, pair: dict[str, tuple[str, Tensor]], config: LoraConfig) -> Factors:
+_PLAIN = re.compile(r"[\w.^$\\-]*")
+"""A name, or one whose dots are escaped: as a regular expression it is as fast as it is long."""
+
+
+def _check_name(folder: Path, name: str) -> None:
+    try:
+        checked_name(name)
+    except ValueError as error:
+        raise ModelError(f"{folder / WEIGHTS}: {error}", "Use an adapter that PEFT has saved.") from None
+
+
+def _layer(
+    folder: Path,
+    name: str,
+    pair: dict[str, tuple[str, Tensor]],
+    config: LoraConfig,
+    ranks: PatternKeys[int],
+    alphas: PatternKeys[float],
+) -> Factors:
     tensors = {part: tensor for part, (_, tensor) in sorted(pair.items())}
-    whole = tensors.keys() == {"A", "B"} and all(tensor.dim() >= 2 for tensor in tensors.values())
-    if not whole or tensors["A"].shape[0] != tensors["B"].shape[1] or not tensors["A"].shape[0]:
-        shapes = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in tensors.items())
+    shapes = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in tensors.items())
+    whole = tensors.keys() == {"A", "B"} and all(tensor.dim() >= 2 and tensor.numel() for tensor in tensors.values())
+    if whole and tensors["B"].dim() > 2 and tensors["A"].shape[0] > tensors["B"].shape[1]:
+        raise ModelError(
+            f"{folder / WEIGHTS}: {name} has {shapes}: of a grouped convolution", "Its update is no product of two."
+        )
+    if not whole or tensors["A"].shape[0] != tensors["B"].shape[1]:
         raise ModelError(f"{folder / WEIGHTS}: {name} has {shapes}: no pair of LoRA factors", "Restore it.")
     a, b = tensors["A"], tensors["B"]
-    rank, alphas = a.shape[0], config.alpha_pattern or {}
-    alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
+    if not (a.is_floating_point() and b.is_floating_point()):
+        raise ModelError(f"{folder / WEIGHTS}: {name} is of {a.dtype} and {b.dtype}", "Factors are floating point.")
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise ModelError(f"{folder / WEIGHTS}: {name} holds NaN or infinity", "Its training diverged: take another.")
+    rank, said = a.shape[0], ranks.get(name, config.r)
+    if rank != said and not config.target_parameters:  # of experts, whose factors lie side by side
+        raise ModelError(
+            f"{folder / WEIGHTS}: {name} has rank {rank}, but {CONFIG} says {said}",
+            "Restore the file that was changed.",
+        )
+    alpha = alphas.get(name, config.lora_alpha)
     return Factors(
         name,
         a.flatten(1).float(),

@@ -1,4 +1,5 @@
-"""The report as one offline page: template.html, the charts' specifications, and the Vega libraries inline.
+"""The report as one offline page: template.html, the charts' specifications, and the Vega libraries inline; and one
+chart alone as a page of its own, chart.html.
 
 Nothing of the model or the data can run: jinja2 escapes all text, the charts' JSON cannot close its script
 element, and the page's Content-Security-Policy allows exactly the two scripts written here, by their hashes,
@@ -102,30 +103,46 @@ setTimeout(ask, 1000);
 
 def render(content: Content, text: Catalogue, now: Mapping[str, Any] | None = None) -> str:
     """The page as text, below 3 MB. With `now` (see `rankscope.watch`) a page that asks its server for news."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_only_visible
-    )
-    file = resources.files("rankscope.report") / "template.html"
-    template = environment.from_string(file.read_text(encoding="utf-8"))
     page_data = {
         "theme": charts.theme(PAGE),
         "charts": specifications(content),
         "now": now,
     }
-    libraries, start = _libraries(), START + (LIVE if now else "")
-    return template.render(
+    return _page(
+        "template.html",
+        page_data,
+        START + (LIVE if now else ""),
         content=content,
         text=text,
         chart_id=chart_id,
         panel_label=panel_label,
         section_names=[*(section.name for section in content.sections), *SECTIONS],
+        live=now is not None,
+    )
+
+
+def chart_page(chart: alt.LayerChart | alt.FacetChart, title: str, text: Catalogue) -> str:
+    """A page with this chart alone, in its own size; what is in the chart's data cannot run either."""
+    spec = chart.to_dict()
+    del spec["$schema"], spec["config"]
+    return _page("chart.html", {"theme": charts.theme(PAGE), "charts": {"chart": spec}}, START, title=title, text=text)
+
+
+def _page(template: str, page_data: Mapping[str, Any], start: str, **values: Any) -> str:
+    """A template, filled: with the data that the script `start` reads, the libraries, and a policy for these two."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_only_visible
+    )
+    file = resources.files("rankscope.report") / template
+    libraries = _libraries()
+    return environment.from_string(file.read_text(encoding="utf-8")).render(
+        **values,
         light=Markup(declarations(LIGHT)),  # noqa: S704  # colours alone
         dark=Markup(declarations(DARK)),  # noqa: S704  # colours alone
         page_data=Markup(json_in_html(page_data)),  # noqa: S704  # cannot end its script element
         libraries=Markup(libraries),  # noqa: S704  # vl_convert's own
         start=Markup(start),  # noqa: S704  # written above
         script_sources=f"'{_hash(libraries)}' '{_hash(start)}'",
-        live=now is not None,
     )
 
 

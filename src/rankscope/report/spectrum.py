@@ -4,13 +4,17 @@ from pathlib import Path
 
 import altair as alt
 import pandas as pd
+import vl_convert
 
 from rankscope.errors import StudyError
-from rankscope.files import writing
+from rankscope.files import write_atomic
 from rankscope.lora.spectrum import by_module
 from rankscope.report.catalogue import Catalogue
 from rankscope.report.charts import theme
 from rankscope.report.formats import Table
+from rankscope.report.html import VEGA_LITE, chart_page
+from rankscope.report.visible import visible
+from rankscope.report.write import PNG_SCALE
 
 KINDS = (".html", ".svg", ".png")
 
@@ -29,6 +33,8 @@ def module_table(frame: pd.DataFrame, text: Catalogue) -> Table:
 def spectrum_chart(frame: pd.DataFrame, text: Catalogue) -> alt.LayerChart | alt.FacetChart:
     """A cell a layer: how many directions hold 90% of its update's energy, of its rank."""
     shown = frame.drop(columns="singular_values").assign(share=frame["rank_90"] / frame["rank"])
+    for name in ("layer", "module"):
+        shown[name] = shown[name].map(visible)  # SVG is XML, which has no control characters
     shown["block"] = shown["block"].astype(str).replace("-1", text("none"))  # of no block
     modules = list(dict.fromkeys(shown["module"]))
     blocks = shown["block"].nunique()
@@ -58,7 +64,7 @@ def spectrum_chart(frame: pd.DataFrame, text: Catalogue) -> alt.LayerChart | alt
     return alt.layer(cells, numbers).properties(width=max(240, 76 * len(modules)), height=max(60, 22 * blocks))
 
 
-def save_chart(chart: alt.LayerChart | alt.FacetChart, file: Path) -> None:
+def save_chart(chart: alt.LayerChart | alt.FacetChart, file: Path, text: Catalogue) -> None:
     """Writes the chart as a page that needs no network, SVG or PNG, by the file's ending.
 
     Raises:
@@ -67,7 +73,8 @@ def save_chart(chart: alt.LayerChart | alt.FacetChart, file: Path) -> None:
     """
     if file.suffix.lower() not in KINDS:
         raise StudyError(f"--chart {file}: not a kind of chart", f"End its name with one of: {', '.join(KINDS)}.")
-    with writing(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        options = {"inline": True} if file.suffix.lower() == ".html" else {}
-        chart.configure(**{**theme(), "background": "white"}).save(str(file), scale_factor=2, **options)
+    if file.suffix.lower() == ".html":  # altair's own page does not escape what stands in its data
+        write_atomic(file, chart_page(chart, text("spectrum.title"), text))
+        return
+    svg = vl_convert.vegalite_to_svg(chart.to_dict() | {"config": theme(), "background": "white"}, vl_version=VEGA_LITE)
+    write_atomic(file, svg if file.suffix.lower() == ".svg" else vl_convert.svg_to_png(svg, scale=PNG_SCALE))

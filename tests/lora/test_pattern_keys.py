@@ -1,0 +1,69 @@
+"""Keys of rank_pattern against PEFT's own matching, and in a time that no key can stretch."""
+
+import re
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from peft.utils.other import get_pattern_key
+
+from rankscope.lora.pattern_keys import PatternKeys
+
+PARTS = ["a", "b", ".", r"\.", r"\d", "[ab]", "[^a]", "[0-9]", "1", "_", r"\w", "-"]
+one = st.builds("{}{}".format, st.sampled_from(PARTS), st.sampled_from(["", "", "?", "*", "+", "*?"]))
+plain = st.lists(one, max_size=4).map("".join)
+choice = st.lists(plain, min_size=1, max_size=3).map("|".join)
+group = st.builds("{}{}){}".format, st.sampled_from(["(", "(?:"]), choice, st.sampled_from(["", "?"]))
+keys = st.lists(st.one_of(plain, group, st.sampled_from(["^", "$", "|"])), max_size=4).map("".join)
+names = st.text("ab1._-", min_size=1, max_size=8)
+
+
+@given(st.dictionaries(keys, st.integers(), max_size=3), names)
+def test_the_value_is_the_one_that_peft_finds(patterns: dict[str, int], name: str) -> None:
+    found = get_pattern_key(list(patterns), name)
+    assert PatternKeys(patterns).get(name, -1) == patterns.get(found, -1)
+
+
+def test_keys_as_people_write_them() -> None:
+    layer = "model.layers.12.self_attn.q_proj"
+    for key in (
+        "q_proj",
+        layer,
+        r"^model\.layers\.12\.self_attn\.q_proj",
+        r"layers\.1[0-9]\.self_attn\.(q|k)_proj",
+        r".*\.(q_proj|v_proj)$",
+        r"^model.layers.\d+.*q_proj",
+    ):
+        assert PatternKeys({"k_proj": 1, key: 2}).get(layer, 0) == 2
+    for key in ("proj", "self_attn", r"^layers\.12\.self_attn\.q_proj", "(q|k)"):
+        assert PatternKeys({key: 2}).get(layer, 0) == 0
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *["(", ")", "a)", "(a", "*", "a**", "a{2}", "(a+)+$", "(a|a)*", r"(a)\1", "(?=a)", "(?i)a", "[b-a]", "[", "\\"],
+        *["a b", "a\n", "^*", "(?P<x>a)", "()*", "x" * 501],
+    ],
+)
+def test_others_are_refused(key: str) -> None:
+    with pytest.raises(ValueError, match="key"):
+        PatternKeys({key: 2})
+
+
+@pytest.mark.parametrize("key", [".*" * 200 + "x", "a?" * 160 + "a" * 160, "(a|a)" * 99, "(a*a*|a*)" * 50])
+def test_no_key_takes_long(key: str) -> None:
+    start = time.process_time()
+    assert PatternKeys({key: 2}).get("a" * 320 + "b", 0) == 0
+    assert time.process_time() - start < 2
+
+
+def test_the_trap_works() -> None:
+    """What a few more letters would make of it: twice the time a letter."""
+    start = time.process_time()
+    assert not re.match(r"(.*\.)?((a+)+$)$", "a" * 20 + "b")
+    slow = time.process_time() - start
+    start = time.process_time()
+    assert not re.match(r"(.*\.)?((a+)+$)$", "a" * 14 + "b")
+    assert slow > 8 * (time.process_time() - start)
