@@ -140,6 +140,8 @@ def _values(field: dict[str, Any]) -> str:
         return " or ".join(f"`{one}`" for one in field.get("enum", [field.get("const")]))
     if field["type"] == "array":
         return "a list of these" if "anyOf" in field["items"] else "a list"
+    if field["type"] == "object":
+        return f"a name and a {_values(field['additionalProperties'])}, for each"
     words = {"integer": "whole number", "number": "number", "string": "text", "boolean": "`true` or `false`"}
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     bounds = [f"{sign} {field[bound]:,}" for bound, sign in signs.items() if field.get(bound, _NO_BOUND) < _NO_BOUND]

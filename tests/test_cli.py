@@ -68,7 +68,7 @@ def test_results_for_scripts(folder: Path) -> None:
     arguments += ["--out", "scripts", "--set", "measure.profiles=false", "--set", "measure.answers=0"]
     done = rankscope(*arguments, "--json", cwd=folder)
     found = json.loads(done.stdout)
-    assert found["verdict"] == read_json(folder / "scripts/verdict.json")
+    assert found["verdict"] == read_json(folder / "scripts/verdict.json", schema=2)
     (trial,) = found["trials"]
     assert trial["eval_loss"] == read_json(folder / "scripts/trials/r002-lr2e-4-s0/trial.json")["results"]["eval_loss"]
     assert found["candidates"][0]["rss_mean_bytes"] is None, "it was not measured"

@@ -12,9 +12,11 @@ import pytest
 
 import rankscope
 from folders import write_data, write_model
+from rankscope.curve import take_curve
 from rankscope.errors import RankscopeError, StudyDirectoryError, StudyError
 from rankscope.files import read_json
 from rankscope.study import Study
+from told import Told
 
 OPTIONS: dict[str, Any] = {
     "ranks": [2, 4],
@@ -42,7 +44,9 @@ def run(root: Path, out: Path) -> Study:
 
 @pytest.fixture(scope="module")
 def study(root: Path) -> Study:
-    return run(root, root / "study")
+    study = run(root, root / "study")
+    take_curve(study, Told(), ranks=[1])
+    return study
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +92,7 @@ def test_every_file_that_is_harmed_is_seen_or_means_the_same(
     assert {name.name for name in names} >= {
         "study.yaml", "machine.json", "facts.json", "tokens.safetensors", "prediction.json", "division.json",
         "pack.json", "trial.json", "metrics.jsonl", "eval.json", "adapter_model.safetensors", "adapter_config.json",
-        "r002.json", "control.json", "verdict.json",
+        "r002.json", "control.json", "verdict.json", "curve.json",
     }  # fmt: skip
     for name in names:
         whole = (copy / name).read_bytes()

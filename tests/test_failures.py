@@ -1,6 +1,5 @@
 """One bad trial never harms the others, and what was stopped goes on: with real child processes that fail."""
 
-import errno
 import shutil
 import textwrap
 from pathlib import Path
@@ -14,7 +13,7 @@ from folders import write_data, write_model
 from rankscope.console import PlainConsole
 from rankscope.errors import ModelError, StudyDirectoryError
 from rankscope.files import read_json, read_jsonl
-from rankscope.runner import unfinished
+from rankscope.runner import unfinished, unmeasured
 from rankscope.study import Study
 from told import Told
 
@@ -158,16 +157,34 @@ def test_a_diverged_trial_leaves_the_others_as_they_were(root: Path, whole: Stud
 
 
 def test_a_full_disk_ends_the_run_and_loses_nothing(root: Path, whole: Study, tmp_path: Path, harm: Any) -> None:
-    """The child's own writes fail as they do on a full disk; benchmarks/disk_full.py has a real one."""
-    harm(
-        "if step == 3: loop.JsonlWriter.sync = lambda self: (_ for _ in ()).throw("
-        f"__import__('rankscope.errors').errors.StudyDirectoryError('x: cannot be written: {errno.ENOSPC}'))"
-    )
-    with pytest.raises(StudyDirectoryError, match="cannot be written"):
+    """No file of the child, its log and error.json included, takes one more byte, as the system has it; `test_files.py`
+    and benchmarks/disk_full.py fill real disks."""
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))"
+    harm(f"if step == 3: import resource; {limit}")
+    with pytest.raises(StudyDirectoryError, match=r"packs/p000: cannot be written"):
         run(root, tmp_path / "study")
     harm("assert step >= 2, 'it began anew'")
     study = run(root, tmp_path / "study")
     assert [rows(study, name) for name in NAMES] == [rows(whole, name) for name in NAMES]
+
+
+def test_a_profile_that_is_killed_is_told_and_measured_again(
+    root: Path, tmp_path: Path, harm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profiled = (*SETS, "measure.profiles=true", "measure.repeats=1", "measure.steps=2", "measure.warmup_steps=1")
+    monkeypatch.setitem(globals(), "SETS", profiled)
+    harm("pass", "os.kill(os.getpid(), signal.SIGKILL) if 'profiles' in open('/proc/self/cmdline').read() else None")
+    study = run(root, tmp_path / "study", ranks=[2], steps=2)
+    assert unfinished(study) == []
+    reason = "profile r002 was killed (signal 9)"
+    assert unmeasured(study)["r002"] == {"status": "interrupted", "reason": reason}
+    assert reason in (study.path / "report" / "report.md").read_text()
+    assert study.profiles().empty
+    harm("pass")
+    again = run(root, tmp_path / "study", ranks=[2], steps=2)
+    assert unmeasured(again) == {}
+    assert len(again.profile_repeats("r002")) == 1
+    assert "was killed" not in (study.path / "report" / "report.md").read_text()
 
 
 def test_another_model_under_the_same_name_is_refused(root: Path, whole: Study, tmp_path: Path) -> None:

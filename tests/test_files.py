@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,8 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from rankscope.errors import StudyDirectoryError
-from rankscope.files import JsonlTail, JsonlWriter, read_json, read_jsonl, write_atomic, write_json
+from rankscope.errors import DamagedError, StudyDirectoryError
+from rankscope.files import (
+    JsonlTail,
+    JsonlWriter,
+    file_sha256,
+    find_json,
+    read_json,
+    read_jsonl,
+    write_atomic,
+    write_json,
+)
 
 
 def test_json_round_trip_leaves_no_temporary_file(tmp_path: Path) -> None:
@@ -63,6 +73,66 @@ def test_damage_is_reported_with_its_line(tmp_path: Path) -> None:
         read_json(tmp_path / "x.json")
     with pytest.raises(StudyDirectoryError, match="missing"):
         read_json(tmp_path / "y.json")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path: Path) -> None:
+    """The first page of a process's memory is not there: reading it gives EIO, as a bad disk does."""
+    bad = Path("/proc/self/mem")
+    for read in (read_json, find_json, read_jsonl, file_sha256, JsonlWriter, lambda path: JsonlTail(path).read()):
+        with pytest.raises(StudyDirectoryError, match=r"mem: cannot be read: Input/output error") as caught:
+            read(bad)
+        assert not isinstance(caught.value, DamagedError)
+    assert find_json(tmp_path / "nothing" / "x.json") is None
+    with pytest.raises(DamagedError, match="missing"):
+        file_sha256(tmp_path / "x.json")
+
+
+def test_a_schema_that_is_no_number_is_damage(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"schema": "2"})
+    with pytest.raises(DamagedError, match="schema is '2'"):
+        read_json(tmp_path / "x.json", schema=2)
+
+
+FILL = """
+import sys
+from pathlib import Path
+from rankscope.errors import StudyDirectoryError
+from rankscope.files import JsonlWriter, read_jsonl
+
+file, lines = Path(sys.argv[1]) / "metrics.jsonl", 0
+try:
+    with JsonlWriter(file) as writer:
+        while True:
+            writer.write({"step": lines, "train_loss": 1.0})
+            lines += 1
+except BaseException as error:
+    assert type(error) is StudyDirectoryError, repr(error)
+    assert "metrics.jsonl: cannot be written: " + sys.argv[2] in str(error), error
+assert [row["step"] for row in read_jsonl(file)] == list(range(lines)), "what was written is whole"
+assert lines > 5, lines
+with_room = JsonlWriter(file)
+assert with_room.lines == lines, "a torn line is cut off"
+"""
+
+LIMITED = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))\n"
+
+
+def test_a_limit_of_size_is_said_once_and_as_what_it_is(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LIMITED + FILL, str(tmp_path), "File too large"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_full_disk_is_said_once_and_as_what_it_is(tmp_path: Path) -> None:
+    """A real one, a tmpfs of 16 kB in a namespace of its own."""
+    mount = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c")
+    mount += (f'mount -t tmpfs -o size=16k none "{tmp_path}" && exec "$@"', "sh")
+    if shutil.which("unshare") is None or subprocess.run([*mount, "true"], check=False).returncode:
+        pytest.skip("this system lets nobody mount in a namespace of their own")
+    command = [*mount, sys.executable, "-c", FILL, str(tmp_path), "No space left on device"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_lines_are_read_once_also_from_a_file_that_is_cut_back(tmp_path: Path) -> None:

@@ -7,9 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from rankscope.errors import StudyDirectoryError
 from rankscope.files import read_json, write_json
 from rankscope.live import Follower, LiveStudy
+from rankscope.progress import TerminalProgress
 from rankscope.study import Study
 
 FIXTURE = Path(__file__).parent / "fixtures" / "study-0.1"
@@ -100,3 +103,21 @@ def test_a_study_that_trains(study: Study) -> None:
     assert state.seconds_left is not None
     seconds = [json.loads(line).get("step_seconds", 0.0) for line in lines]
     assert state.seconds_left == pytest.approx(sum(seconds) / 2, rel=0.7), "packs of two share their steps' time"
+
+
+@pytest.mark.parametrize("line", ["z", "3", '{"stdp": 5}', '{"step": 5, "train_loss": "x", "step_seconds": 1}'])
+def test_a_damaged_line_ends_no_run_that_shows_it(line: str, study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    pack, (trial, *_) = next(iter(study.division().packs.items()))
+    file = study.trial_folder(trial) / "metrics.jsonl"
+    with TerminalProgress(Console()) as progress:
+        progress.training(study, pack, [trial], 9)
+        with file.open("a") as metrics:
+            metrics.write(f"{line}\n")
+        with pytest.raises(StudyDirectoryError, match=r"metrics\.jsonl: damaged"):
+            Follower(file).read()
+        progress.poll()
+        with file.open("a") as metrics:
+            metrics.write(lines(7, 7))
+        progress._last_line = -1e9
+        progress.poll()
+    assert "step 7/9" in capsys.readouterr().out

@@ -1,15 +1,21 @@
-"""How trials are divided into packs, and in which order profiles are measured."""
+"""How trials are divided into packs, what room they need, and in which order profiles are measured."""
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from rankscope.data.tokens import Tokens
+from rankscope import runner
+from rankscope.data.tokens import TokenizedData, Tokens
+from rankscope.errors import StudyDirectoryError
 from rankscope.files import write_json
-from rankscope.plan import ProfileJob, divide_into_packs, missing_profiles
-from rankscope.spec import DataSpec, ModelSpec, StudySpec, TrainingSpec
+from rankscope.plan import ProfileJob, disk_bytes, divide_into_packs, missing_profiles
+from rankscope.report.formats import size
+from rankscope.spec import DataSpec, ModelSpec, ReferenceSpec, StudySpec, TrainingSpec
 from rankscope.study import Study
+from rankscope.train.checkpoint import KEPT
 from rankscope.train.memory import FULL_STEP_TOKENS, Prediction, predict
 
 PLENTY = 10**12
@@ -61,6 +67,54 @@ def test_a_pack_takes_no_more_than_fit(spec: StudySpec, prediction: Prediction) 
 
 def test_a_trial_that_does_not_fit_is_tried_all_the_same(spec: StudySpec, prediction: Prediction) -> None:
     assert sizes(spec, prediction, 1, rows_of(5)) == [1] * 6
+
+
+def test_what_lies_there_is_not_asked_for_again(
+    spec: StudySpec, prediction: Prediction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A study that was stopped goes on where there is room for what is missing."""
+    spec = spec.model_copy(update={"ranks": (256,), "seeds": (0,)})
+    tokens = rows_of(20)
+    study, data, trials = Study(tmp_path, spec), TokenizedData(tokens, tokens, {}), spec.trials()
+    checkpoint = 12 * prediction.params[trials[0].candidate.name]
+    whole = disk_bytes(spec, prediction, [trials], [], data)
+    assert whole.checkpoints == (KEPT + 1) * checkpoint
+    free = sum(whole)
+
+    def check() -> None:
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        monkeypatch.setattr(runner.shutil, "disk_usage", lambda _: usage)
+        runner.check_space(spec, tmp_path, prediction, trials, [], data, study)
+
+    check()
+    for step in (10, 20):
+        file = tmp_path / "packs" / "p000" / "checkpoints" / f"step-{step:08d}" / "tensors.safetensors"
+        file.parent.mkdir(parents=True)
+        file.touch()
+        os.truncate(file, checkpoint)
+    free -= 2 * checkpoint
+    check()
+    free -= 1
+    with pytest.raises(StudyDirectoryError, match="are needed on the disk"):
+        check()
+    free = checkpoint  # and what lies there of one thing is no room for another
+    with pytest.raises(StudyDirectoryError, match="are needed on the disk"):
+        check()
+
+
+def test_the_reference_alone_needs_room_too(
+    spec: StudySpec, prediction: Prediction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec.model_copy(update={"reference": ReferenceSpec(full=True), "seeds": (0,)})
+    (trial,), tokens = spec.reference_trials(), rows_of(20)
+    data = TokenizedData(tokens, tokens, {})
+    needed = disk_bytes(spec, prediction, [], [trial], data)
+    assert needed.checkpoints == 12 * (KEPT + 1) * prediction.base_params
+    usage = shutil.disk_usage(tmp_path)._replace(free=1)
+    monkeypatch.setattr(runner.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(StudyDirectoryError, match=f"about {size(sum(needed))} are needed on the disk"):
+        runner.check_space(spec, tmp_path, prediction, [], [trial], data, Study(tmp_path, spec))
+    runner.check_space(spec, tmp_path, prediction, [], [], data, Study(tmp_path, spec))  # nothing is missing
 
 
 def test_profiles_are_interleaved_and_each_rank_is_measured_once_the_first_twice_over(

@@ -81,10 +81,11 @@ def test_a_folder_that_cannot_be_written(root: Path, tmp_path: Path) -> None:
     assert len(new.stderr.splitlines()) <= 4
     assert list(tmp_path.iterdir()) == []
     assert command(*asked, "--out", str(tmp_path / "study")).returncode == 0
-    there = command("report", str(tmp_path / "study"), inside=read_only(tmp_path))
-    assert there.returncode == 2
-    assert "cannot be written: Read-only file system" in there.stderr
-    assert "Traceback" not in there.stderr
+    for there in (["report", str(tmp_path / "study")], [*asked, "--out", str(tmp_path / "study")]):
+        refused = command(*there, inside=read_only(tmp_path))
+        assert refused.returncode == 2
+        assert "cannot be written: Read-only file system" in refused.stderr
+        assert "Traceback" not in refused.stderr
 
 
 def test_data_and_model_that_vanish(root: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from rankscope.files import read_json, write_json
 from rankscope.spec import AnyTrial
 from rankscope.study import Study
 from rankscope.watch import Watch, address, serve, watch_terminal
-from report.browser import BROWSERS, Browser, find_browser
+from report.browser import Browser, need_browser
 
 FIXTURE = Path(__file__).parent / "fixtures" / "study-0.1"
 
@@ -122,12 +122,14 @@ def test_nothing_to_wait_for_is_an_error(running: Running) -> None:
 
 
 def test_the_page_follows_a_run(
-    server: ThreadingHTTPServer, running: Running, tmp_path_factory: pytest.TempPathFactory
+    server: ThreadingHTTPServer,
+    running: Running,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Steps come in without a reload, the reader's switch stays as it was, and at the end the page is the last."""
-    program = find_browser()
-    if program is None:
-        pytest.skip(f"no browser to open a page in: none of {', '.join(BROWSERS)} is on PATH")
+    program = need_browser()
+    monkeypatch.setattr("rankscope.watch.SHARE_OF_TIME", 1.0)  # else a busy machine has the page wait for a minute
     step = "[...document.querySelectorAll('#now-rows tr')].at(-1).children[2].textContent"
     if running.study.spec.reference_trials():
         step = step.replace(".at(-1)", f"[{len(running.study.spec.trials()) - 1}]")

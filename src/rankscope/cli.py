@@ -4,6 +4,7 @@ torch, transformers, pandas and rankscope's own models (pydantic) are imported i
 `rankscope --help` answers at once.
 """
 
+import errno
 import json
 import os
 import shlex
@@ -20,7 +21,7 @@ import typer
 
 from rankscope import __version__
 from rankscope.console import PlainConsole
-from rankscope.errors import RankscopeError, StudyError
+from rankscope.errors import RankscopeError, StudyError, shortened
 
 if TYPE_CHECKING:
     from rankscope.report.formats import Table as Cells
@@ -48,6 +49,9 @@ Model = Annotated[str | None, typer.Option(help="Base model: hub id or folder.")
 Dataset = Annotated[str | None, typer.Option(help="Instruction data: hub id, or a JSON, JSONL, CSV or Parquet file.")]
 Ranks = Annotated[
     str | None, typer.Option(help="LoRA ranks, such as 8,128,256; full adds full fine-tuning, as a reference.")
+]
+Variants = Annotated[
+    str | None, typer.Option(help="Kinds of LoRA beside the plain one: rslora,pissa,olora,loraplus,dora.")
 ]
 Alpha = Annotated[str | None, typer.Option(help="lora_alpha: a number, or a multiple of the rank such as 2r.")]
 Rates = Annotated[str | None, typer.Option("--learning-rates", help="Such as 1e-4,3e-4.")]
@@ -94,6 +98,7 @@ def run(
     model: Model = None,
     dataset: Dataset = None,
     ranks: Ranks = None,
+    variants: Variants = None,
     alpha: Alpha = None,
     learning_rates: Rates = None,
     seeds: Seeds = None,
@@ -121,11 +126,12 @@ def run(
     from rankscope import runner
     from rankscope.outcome import describe_outcome, show_outcome
     from rankscope.progress import TerminalProgress
+    from rankscope.study import Study
 
     console = error_console if json_ else out_console
     if dry_run:
         _show_plan(spec, None, json_)
-        if (path / "study.yaml").exists():
+        if Study.is_at(path):
             _show_progress_so_far(path, spec, console)
         return
     console.print(f"Study {spec.name} in {path}{'/' if not str(path).endswith('/') else ''}", markup=False)
@@ -135,7 +141,6 @@ def run(
         with TerminalProgress(console) as progress:
             result = runner.run_study(spec, path, progress, lang, report_to or ())
     except KeyboardInterrupt:
-        runner.mark_interrupted(path)
         again = shlex.join(["rankscope", *sys.argv[1:]])
         error_console.print(f"Stopped. The same command goes on where it was:\n  {again}", markup=False, style="yellow")
         raise typer.Exit(130) from None
@@ -143,14 +148,71 @@ def run(
         _print_json(describe_outcome(result))
     else:
         show_outcome(result, console, lang)
-    left = runner.unfinished(result)
+    left = {trial.name: result.trial_record(trial) for trial in runner.unfinished(result)}
+    left |= {_unmeasured_name(name): failure for name, failure in runner.unmeasured(result).items()}
+    for name, record in left.items():
+        error_console.print(f"{name}: {record['status']}: {record.get('reason')}", markup=False, style="yellow")
     if left:
-        for trial in left:
-            record = result.trial_record(trial)
-            error_console.print(
-                f"{trial.name}: {record['status']}: {record.get('reason')}", markup=False, style="yellow"
-            )
         raise typer.Exit(4)
+
+
+@app.command()
+def search(
+    study: StudyFile = None,
+    model: Model = None,
+    dataset: Dataset = None,
+    ranks: Annotated[str | None, typer.Option(help="Such as 8,32,128, or 4..256: 4, 8, 16 up to 256.")] = None,
+    learning_rates: Annotated[
+        str | None, typer.Option("--learning-rates", help="Such as 1e-5..1e-3, log-uniform between them; or a list.")
+    ] = None,
+    alpha: Annotated[str | None, typer.Option(help="One lora_alpha or several: 16,32,2r.")] = None,
+    target_modules: Annotated[str | None, typer.Option(help="Groups, by semicolon: all-linear;q_proj,v_proj.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Budget: candidates that are begun. Default: 32.")] = None,
+    hours: Annotated[float | None, typer.Option(help="Budget: hours of training and evaluation.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Budget: training tokens of all candidates together.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="tpe or random.")] = None,
+    pruner: Annotated[str | None, typer.Option(help="halving: hopeless ones stop early; or none.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the sampler, and of every candidate's training.")] = None,
+    steps: Steps = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    max_length: MaxLength = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    engine: Engine = None,
+    out: Out = None,
+    set_: Sets = None,
+    json_: Json = False,
+) -> None:
+    """Find the best rank, learning rate, alpha and target modules within a budget. What was stopped goes on."""
+    options = {name: value for name, value in locals().items() if name not in _NOT_ASKED}
+    from rankscope.search import require_optuna
+
+    require_optuna()
+    from rankscope.search.folder import Search
+    from rankscope.search.run import run
+    from rankscope.search.show import SearchProgress, describe_result, show_result
+    from rankscope.search.space import resolve_search
+
+    values = _study_values(study, model, dataset)
+    if study is None and model is None:  # the embedded study's lists are not what is searched
+        values = {name: value for name, value in values.items() if name not in ("ranks", "learning_rates")}
+    spec = resolve_search(values, options, set_ or (), study)
+    path, console = out or Path(f"{spec.study.name}-search"), error_console if json_ else out_console
+    console.print(f"Search in {path}{'/' if not str(path).endswith('/') else ''}", markup=False)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop_politely)
+    try:
+        with SearchProgress(console) as progress:
+            result = run(spec, path, progress.say, progress.poll)
+    except KeyboardInterrupt:
+        again = shlex.join(["rankscope", *sys.argv[1:]])
+        error_console.print(f"Stopped. The same command goes on where it was:\n  {again}", markup=False, style="yellow")
+        raise typer.Exit(130) from None
+    if json_:
+        _print_json(describe_result(Search(path, spec), result))
+    else:
+        show_result(Search(path, spec), result, console)
 
 
 @app.command()
@@ -159,6 +221,7 @@ def plan(
     model: Model = None,
     dataset: Dataset = None,
     ranks: Ranks = None,
+    variants: Variants = None,
     alpha: Alpha = None,
     learning_rates: Rates = None,
     seeds: Seeds = None,
@@ -203,9 +266,79 @@ def report(
 
 
 @app.command()
+def curve(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A study's directory, run to its end.")],
+    ranks: Annotated[
+        str | None, typer.Option(help="Such as 1,2,4. Default: powers of two, and the study's own.")
+    ] = None,
+    recover: Annotated[int, typer.Option(metavar="STEPS", help="Also after so many training steps.")] = 0,
+    json_: Json = False,
+    lang: Language = "en",
+) -> None:
+    """Estimate the loss of every lower rank from the largest one, cut by SVD. Only what is missing is measured."""
+    from rankscope.curve import take_curve
+    from rankscope.outcome import describe_curve
+    from rankscope.progress import TerminalProgress
+    from rankscope.report.catalogue import load
+    from rankscope.report.cuts import cut_curve
+    from rankscope.study import Study
+
+    study, console = Study.open(directory), error_console if json_ else out_console
+    asked = None if ranks is None else _list("ranks", ranks)
+    try:
+        with TerminalProgress(console) as progress:
+            take_curve(study, progress, asked, recover, lang)
+    except KeyboardInterrupt:
+        error_console.print("Stopped. What was measured is kept; the same command goes on.", style="yellow")
+        raise typer.Exit(130) from None
+    if json_:
+        _print_json(describe_curve(study))
+        return
+    found = cut_curve(study.evidence(), load(lang))
+    for table in found.tables:
+        _print_table(table)
+    for sentence in found.sentences:
+        out_console.print(sentence, markup=False, soft_wrap=True)
+    out_console.print(f"Report: {study.report}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def pattern(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A study's directory, run to its end.")],
+    rank: Annotated[
+        int | None, typer.Option(help="The uniform rank to be held against. Default: the verdict's.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The new study's file.")] = Path("pattern.yaml"),
+    json_: Json = False,
+    lang: Language = "en",
+) -> None:
+    """Propose ranks by layer for the parameters of a uniform rank, as a study that trains and judges both."""
+    from rankscope.pattern import by_module, propose, write_proposal
+    from rankscope.report.catalogue import load
+    from rankscope.report.variants import pattern_table
+    from rankscope.study import Study
+
+    study, text = Study.open(directory), load(lang)
+    proposal = propose(study, rank)
+    write_proposal(proposal, out)
+    if json_:
+        _print_json(
+            {"study": str(out), "rank": proposal.rank, "parameters": proposal.parameters, "ranks": proposal.ranks}
+        )
+        return
+    _print_table(pattern_table(by_module(proposal), proposal.rank, text))
+    sizes = {"parameters": f"{proposal.parameters:,}", "uniform": f"{proposal.uniform_parameters:,}"}
+    out_console.print(text("pattern.parameters", rank=proposal.rank, **sizes), markup=False, soft_wrap=True)
+    command = shlex.join(["rankscope", "run", str(out)])
+    out_console.print(text("pattern.next", command=command), markup=False, soft_wrap=True)
+
+
+@app.command()
 def watch(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A study's directory.")],
-    port: Annotated[int, typer.Option(help="Of the page, on this machine alone. Default: a free one.")] = 0,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Of the page, on this machine alone. Default: a free one.")
+    ] = 0,
     terminal: Annotated[bool, typer.Option("--terminal", help="Here instead of in a browser.")] = False,
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
     lang: Language = "en",
@@ -251,7 +384,7 @@ def spectrum(
     frame = spectrum_of(saved.layers)
     console = error_console if json_ else out_console
     if chart is not None:
-        save_chart(spectrum_chart(frame, text), chart)
+        save_chart(spectrum_chart(frame, text), chart, text)
         console.print(f"Chart: {chart}", markup=False, soft_wrap=True)
     if saved.others:
         names = ", ".join(list(saved.others)[:3]) + ", ..." * (len(saved.others) > 3)
@@ -260,6 +393,73 @@ def spectrum(
         _print_json({"adapter": adapter, "layers": frame.to_dict("records")})
     else:
         _print_table(module_table(frame, text))
+
+
+@app.command()
+def resize(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a PEFT LoRA adapter, or a hub id.")],
+    rank: Annotated[int | None, typer.Option(min=1, help="Cut every layer to this rank.")] = None,
+    energy: Annotated[
+        str | None, typer.Option(help="Share of each layer's energy to keep, the sum of squared singular values: 0.95.")
+    ] = None,
+    cumulative: Annotated[
+        str | None, typer.Option(help="Share of the sum of each layer's singular values to keep: 0.95.")
+    ] = None,
+    budget_rank: Annotated[
+        int | None, typer.Option(min=1, help="As many parameters as with this rank, divided so that most energy stays.")
+    ] = None,
+    max_loss_increase: Annotated[
+        str | None, typer.Option(help="The smallest cut whose held-out loss rises by no more than this: 0.5%.")
+    ] = None,
+    uniform: Annotated[
+        bool, typer.Option("--uniform", help="With --max-loss-increase: one rank for all layers.")
+    ] = False,
+    model: Annotated[str | None, typer.Option(help="Base model. Default: the one that the adapter names.")] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Data whose held-out part the loss is taken on. Default: those of the adapter's study."),
+    ] = None,
+    max_length: MaxLength = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="With --dataset: data.eval_rows=500.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write. Default: beside the adapter, as ADAPTER-r16.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a hub id: branch, tag or commit.")] = None,
+    json_: Json = False,
+    lang: Language = "en",
+) -> None:
+    """Cut a trained adapter to lower ranks, the same for all layers or each its own, and say what was lost."""
+    from rankscope.report.catalogue import load
+    from rankscope.report.resize import rank_table, sentences, tried_table
+    from rankscope.resizing import choose_rule, describe
+    from rankscope.resizing import resize as resize_adapter
+
+    text = load(lang)
+    rule = choose_rule(
+        {
+            "rank": rank,
+            "energy": energy,
+            "cumulative": cumulative,
+            "budget_rank": budget_rank,
+            "max_loss_increase": max_loss_increase,
+        }
+    )
+    data = {"model": model, "dataset": dataset, "max_length": max_length, "device": device, "dtype": dtype}
+    result = resize_adapter(
+        adapter, rule, out, revision, uniform, data, set_ or (), lambda line: error_console.print(line, markup=False)
+    )
+    if json_:
+        _print_json(describe(result))
+        return
+    if result.loss is not None:
+        _print_table(tried_table(result.loss, text))
+    _print_table(rank_table(result.layers, text))
+    for line in sentences(result, text):
+        out_console.print(line, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -277,7 +477,7 @@ def doctor(json_: Json = False) -> None:
     from rankscope.report.formats import size
     from rankscope.track import TRACKERS
 
-    optional = {name: installed(name) for name in TRACKERS}
+    optional = {name: installed(name) for name in TRACKERS} | {"search": installed("optuna")}
 
     if json_:
         _print_json({"versions": versions(), "hardware": hardware(), "optional": optional})
@@ -296,6 +496,10 @@ def doctor(json_: Json = False) -> None:
         missing = f"not installed (optional: pip install 'rankscope[{name}]')"
         out_console.print(f"{name:<14} {found or missing}", markup=False)
     out_console.print(f"{'disk':<14} {size(shutil.disk_usage('.').free)} free here", markup=False)
+
+
+def _unmeasured_name(name: str) -> str:
+    return name if name == "answers" else f"profile of {name}"
 
 
 def _show_plan(spec: "StudySpec", gpu_memory: str | None, as_json: bool) -> None:
@@ -340,23 +544,29 @@ def _stop_politely(number: int, frame: FrameType | None) -> None:
 
 def _spec(study: Path | None, sets: list[str] | None, **options: Any) -> "StudySpec":
     """The study that the arguments ask for."""
-    from rankscope.options import assemble, read_study_file
+    from rankscope.options import assemble
 
-    for name in ("ranks", "learning_rates", "seeds", "target_modules"):
+    for name in ("ranks", "variants", "learning_rates", "seeds", "target_modules"):
         if isinstance(options.get(name), str) and options[name] != "all-linear":
             options[name] = _list(name, options[name])
     if options.get("alpha") is not None:
         options["alpha"] = _number(options["alpha"])
-    if study is not None:
-        values = read_study_file(study)
-    elif options.get("model") is None and options.get("dataset") is None:
-        values = read_study_file(EMBEDDED_STUDY)
-    elif options.get("model") is None or options.get("dataset") is None:
-        missing = "--dataset" if options.get("dataset") is None else "--model"
-        raise StudyError(f"{missing} is missing", "Give both --model and --dataset, or a study file, or neither.")
-    else:
-        values = {}
+    values = _study_values(study, options.get("model"), options.get("dataset"))
     return assemble(values, options, sets or (), study)
+
+
+def _study_values(study: Path | None, model: str | None, dataset: str | None) -> dict[str, Any]:
+    """What a study's file says; the embedded study's without one, a model and data; nothing beside these two."""
+    from rankscope.options import read_study_file
+
+    if study is not None:
+        return read_study_file(study)
+    if model is None and dataset is None:
+        return read_study_file(EMBEDDED_STUDY)
+    if model is None or dataset is None:
+        missing = "--dataset" if dataset is None else "--model"
+        raise StudyError(f"{missing} is missing", "Give both --model and --dataset, or a study file, or neither.")
+    return {}
 
 
 def _list(name: str, text: str) -> list[Any]:
@@ -384,6 +594,24 @@ def main() -> None:
             raise
         error_console.print(f"error: {error}", markup=False, style="red", soft_wrap=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        todo = _TODO.get(error.errno or 0)
+        if debug or todo is None:
+            raise
+        if error.filename is None:  # of the output, of which Python would try to write the rest at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        name = "the output" if error.filename is None else shortened(str(error.filename))
+        told = f"error: {name}: {error.strerror}\n  {todo}"
+        error_console.print(told, markup=False, style="red", soft_wrap=True)
+        sys.exit(2)
+
+
+_TODO = {
+    errno.ENAMETOOLONG: "Give a shorter name.",
+    errno.ENOSPC: "Make room there, and run again: a study that has begun goes on where it was.",
+    errno.EIO: "See what is wrong with that device, and run again.",
+}
+"""What to do about errors of the system that can come from any place, by their numbers."""
 
 
 if __name__ == "__main__":

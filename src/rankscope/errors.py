@@ -59,6 +59,13 @@ class StudyDirectoryError(RankscopeError, OSError):
         return f"{self.what}\n  {self.todo}" if self.todo else self.what
 
 
+class DamagedError(StudyDirectoryError):
+    """A file of a study is missing, or is not what was written: a run makes it again (exit code 2).
+
+    A file that is there and cannot be read is a StudyDirectoryError only: it may be whole.
+    """
+
+
 class MissingExtraError(RankscopeError, ImportError):
     """An optional part is not installed (exit code 2)."""
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,12 @@ from typing import Any, Self
 
 from safetensors import SafetensorError
 
-from rankscope.errors import RankscopeError, StudyDirectoryError
+from rankscope.errors import DamagedError, RankscopeError, StudyDirectoryError
+
+_MEND = "Mend that, or choose another --out, and run again: a study that has begun goes on where it was."
+
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
+"""The name of a file that `published` has not renamed yet."""
 
 
 @contextmanager
@@ -50,10 +56,41 @@ def writing(path: Path) -> Iterator[None]:
         if isinstance(error, RankscopeError) or (isinstance(error, SafetensorError) and "I/O error" not in str(error)):
             raise
         reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise StudyDirectoryError(f"{path}: cannot be written: {reason}", _MEND) from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Says of an error in the body that `path` is missing, or that it cannot be read, and why.
+
+    Raises:
+        DamagedError: it is missing.
+        StudyDirectoryError: it cannot be read, which is no sign that it is damaged.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise DamagedError(f"{path}: missing", "Run the study again: only what is missing is done.") from None
+    except OSError as error:
+        if isinstance(error, RankscopeError):
+            raise
         raise StudyDirectoryError(
-            f"{path}: cannot be written: {reason}",
-            "Mend that, or choose another --out, and run again: a study that has begun goes on where it was.",
+            f"{path}: cannot be read: {error.strerror or error}", "Mend that and try again: nothing was removed."
         ) from error
+
+
+@contextmanager
+def understood(path: Path) -> Iterator[None]:
+    """Takes an error in the body, which uses what `path` holds, for a sign that it is not what was written.
+
+    Its hash may be right: somebody has changed both, or it is of another program.
+    """
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+        if isinstance(error, RankscopeError):
+            raise
+        raise damaged(path, f"not as it is written: {type(error).__name__}: {error}") from error
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -77,28 +114,47 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_atomic(path, _json({**value, "sha256": _digest(value)}))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads what `write_json` wrote, without the hash.
+def read_json(path: Path, schema: int = 1) -> dict[str, Any]:
+    """Reads what `write_json` wrote, without the hash. `schema` is the newest that the caller knows.
 
     Raises:
-        StudyDirectoryError: the file is missing, damaged, or not what was written.
+        DamagedError: the file is missing, or not what was written.
+        StudyDirectoryError: it cannot be read, or a newer version wrote it.
     """
+    with reading(path):
+        content = path.read_bytes()
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise StudyDirectoryError(f"{path}: missing", "Run the study again: only what is missing is done.") from None
-    except (OSError, ValueError, RecursionError) as error:
+        value = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise damaged(path, str(error)) from None
     if not isinstance(value, dict):
         raise damaged(path, f"expected a JSON object, found {type(value).__name__}")
     if value.pop("sha256", None) != _digest(value):
         raise damaged(path, "its content does not match its sha256")
+    found = value.get("schema", schema)  # the oldest files have none
+    if not isinstance(found, int):
+        raise damaged(path, f"its schema is {found!r}, no number")
+    if found > schema:
+        raise StudyDirectoryError(
+            f"{path}: made by a newer rankscope: its schema is {found}, and this version knows {schema} at most",
+            "Use that version (`pip install --upgrade rankscope`), or choose another --out.",
+        )
     return value
 
 
-def damaged(path: Path, how: str) -> StudyDirectoryError:
+def find_json(path: Path, schema: int = 1) -> dict[str, Any] | None:
+    """The same; None where there is no such file."""
+    with reading(path):
+        try:
+            path.lstat()
+        except FileNotFoundError:
+            return None
+    return read_json(path, schema)
+
+
+def damaged(path: Path, how: str) -> DamagedError:
     """The error of a file that is not what was written."""
-    return StudyDirectoryError(f"{path}: damaged: {how}", "Run the study again: what is damaged is made again.")
+    return DamagedError(f"{path}: damaged: {how}", "Run the study again: what is damaged is made again.")
 
 
 def _json(value: Mapping[str, Any]) -> str:
@@ -110,15 +166,39 @@ def _digest(value: Mapping[str, Any]) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """The hash of a file's bytes."""
-    with path.open("rb") as content:
+    """The hash of a file's bytes.
+
+    Raises:
+        DamagedError: there is no such file.
+        StudyDirectoryError: it cannot be read.
+    """
+    with reading(path), path.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def file_hashes(folder: Path, patterns: Sequence[str]) -> dict[str, str]:
-    """The hash of each file in `folder` that a pattern matches, by its name there."""
-    files = sorted(file for pattern in patterns for file in folder.glob(pattern))
+    """The hash of each file in `folder` that a pattern matches, by its name there; without hidden ones, such as a
+    temporary file that a kill left behind."""
+    found = (file for pattern in patterns for file in folder.glob(pattern))
+    files = sorted(file for file in found if not file.name.startswith("."))
     return {file.relative_to(folder).as_posix(): file_sha256(file) for file in files}
+
+
+def leftovers(folder: Path) -> Iterator[Path]:
+    """The temporary files in `folder` and below it: of writers at work, or left behind by a kill."""
+    for place, _, names in os.walk(folder):
+        yield from (Path(place, name) for name in names if _TEMPORARY.fullmatch(name))
+
+
+def is_free(folder: Path) -> bool:
+    """Whether a study may begin there: there is nothing, or only the temporary file of a start that was killed."""
+    with reading(folder):
+        try:
+            return all(_TEMPORARY.fullmatch(file.name) for file in folder.iterdir())
+        except FileNotFoundError:
+            return True
+        except NotADirectoryError:
+            return False
 
 
 def inside(root: Path, *parts: str) -> Path:
@@ -160,6 +240,8 @@ def refuse_links_out(root: Path) -> None:
                 mode = path.lstat().st_mode
             except FileNotFoundError:  # a temporary file, published since
                 continue
+            except OSError as error:
+                raise StudyDirectoryError(f"{path}: cannot be read: {error.strerror}", "Mend that first.") from error
             if stat.S_ISLNK(mode):
                 inside(root, str(path.relative_to(root)))
             elif not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
@@ -174,23 +256,27 @@ class JsonlWriter:
 
     def __init__(self, path: Path, keep: int | None = None) -> None:
         self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            lines = path.read_bytes().splitlines(keepends=True)
-            whole = [line for line in lines[:keep] if line.endswith(b"\n")]
-            os.truncate(path, sum(map(len, whole)))
-        else:
-            whole = []
+        with reading(path):
+            try:
+                lines = path.read_bytes().splitlines(keepends=True)
+            except FileNotFoundError:
+                lines = []
+        whole = [line for line in lines[:keep] if line.endswith(b"\n")]
         self.lines, self._hash = len(whole), hashlib.sha256(b"".join(whole))
-        self._file = path.open("a", encoding="utf-8")
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Unbuffered: what a full disk does not take is not kept, to fail once more when the file is closed.
+            self._file = path.open("ab", buffering=0)
+            self._file.truncate(sum(map(len, whole)))
 
     def write(self, row: Mapping[str, Any]) -> None:
-        line = json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n"
+        line = (json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n").encode()
         with writing(self._path):
-            self._file.write(line)
-            self._file.flush()
+            left = memoryview(line)
+            while left:
+                left = left[self._file.write(left) :]
         self.lines += 1
-        self._hash.update(line.encode())
+        self._hash.update(line)
 
     @property
     def sha256(self) -> str:
@@ -203,8 +289,11 @@ class JsonlWriter:
 
     def close(self) -> None:
         if not self._file.closed:
-            self.sync()
-            self._file.close()
+            try:
+                self.sync()
+            finally:
+                with writing(self._path):
+                    self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -219,40 +308,49 @@ class JsonlTail:
     """The whole lines of a JSONL file that grows, and that may be cut back or begun anew meanwhile."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._offset, self._lines = path, 0, 0
+        self.path, self._offset, self._lines = path, 0, 0
 
     def read(self) -> tuple[int, list[bytes]]:
         """What is new since the last call, and the number of its first line: 1 where it is the whole file."""
-        try:
-            with self._path.open("rb") as file:
-                file.seek(max(0, self._offset - 1))
-                if self._offset and file.read(1) != b"\n":  # cut back or begun anew, and perhaps grown since
-                    self._offset = self._lines = 0
-                    file.seek(0)
-                content = file.read()
-        except FileNotFoundError:
-            content = b""
+        with reading(self.path):
+            try:
+                content = self._new()
+            except FileNotFoundError:
+                content = b""
         whole = content[: content.rfind(b"\n") + 1]
         first, lines = self._lines + 1, whole.splitlines()
         self._offset += len(whole)
         self._lines += len(lines)
         return first, lines
 
+    def _new(self) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(max(0, self._offset - 1))
+            if self._offset and file.read(1) != b"\n":  # cut back or begun anew, and perhaps grown since
+                self._offset = self._lines = 0
+                file.seek(0)
+            return file.read()
+
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Reads the whole lines of a JSONL file; a torn last line is dropped, a missing file is empty.
 
     Raises:
-        StudyDirectoryError: a line that is not the last is damaged.
+        DamagedError: a line that is not the last is damaged.
+        StudyDirectoryError: the file cannot be read.
     """
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")
+    with reading(path):
+        try:
+            lines = path.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return []
     rows = []
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is torn, or empty
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise damaged(path, f"line {number}: {error}") from None
+        if not isinstance(row, dict):
+            raise damaged(path, f"line {number}: expected a JSON object, found {type(row).__name__}")
         rows.append(row)
     return rows

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from rankscope.files import JsonlTail
+from rankscope.files import JsonlTail, understood
 from rankscope.forecast import START_SECONDS
 from rankscope.spec import AnyTrial, Trial
 from rankscope.study import FINISHED, NOT_ENDED, Holder, Study
@@ -26,17 +26,25 @@ class Follower:
         self.eval_loss: float | None = None
 
     def read(self) -> None:
+        """Reads what is new.
+
+        Raises:
+            DamagedError: it is no line of metrics.jsonl.
+        """
         first, lines = self._tail.read()
         if first == 1:
             self._begin()
-        for line in lines:
-            row: dict[str, Any] = json.loads(line)
-            self.step = max(self.step, row["step"])
-            self.eval_loss = row.get("eval_loss", self.eval_loss)
-            if "train_loss" in row:
-                old = self.train_loss
-                self.train_loss = row["train_loss"] if old is None else 0.8 * old + 0.2 * row["train_loss"]
-                self.seconds += row["step_seconds"]
+        with understood(self._tail.path):
+            for line in lines:
+                self._take(json.loads(line))
+
+    def _take(self, row: dict[str, Any]) -> None:
+        self.step = max(self.step, row["step"])
+        self.eval_loss = row.get("eval_loss", self.eval_loss)
+        if "train_loss" in row:
+            old = self.train_loss
+            self.train_loss = row["train_loss"] if old is None else 0.8 * old + 0.2 * row["train_loss"]
+            self.seconds += row["step_seconds"]
 
 
 class TrialState(NamedTuple):

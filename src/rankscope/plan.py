@@ -1,10 +1,13 @@
 """What would run: which trials train together, and what is still missing of a study."""
 
+import os
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from rankscope.data.tokens import TokenizedData, Tokens
+from rankscope.lora.variants import FROM_WEIGHTS
 from rankscope.spec import AnyTrial, FullTrial, StudySpec, TrainingSpec, Trial
 from rankscope.study import FINISHED, Division, Study
 from rankscope.train.checkpoint import KEPT
@@ -39,7 +42,8 @@ def most_per_pack(training: TrainingSpec) -> int | None:
 def divide_into_packs(
     trials: Sequence[Trial], prediction: Prediction, free: int, training: TrainingSpec, tokens: Tokens
 ) -> list[list[Trial]]:
-    """Consecutive trials that train together: no more than fit in `free` bytes, nor more than fill the device.
+    """Consecutive trials that train together: no more than fit in `free` bytes, nor more than fill the device. Trials
+    that cannot train in a pack come last, each alone.
 
     A trial that does not fit even alone is a pack all the same: the prediction is no proof, and its step is divided
     down to single sequences.
@@ -49,8 +53,8 @@ def divide_into_packs(
     most = most_per_pack(training) or filled
     longest = int(tokens.lengths.max())
     packs: list[list[Trial]] = []
-    for trial in trials:
-        grown = [*packs[-1], trial] if packs else []
+    for trial in sorted(trials, key=lambda trial: not trial.candidate.packable):
+        grown = [*packs[-1], trial] if packs and trial.candidate.packable else []
         needed = prediction.fixed_bytes(grown) + longest * prediction.bytes_per_token(grown)
         if grown and len(grown) <= most and needed <= free * SHARE_OF_FREE_MEMORY:
             packs[-1] = grown
@@ -59,16 +63,61 @@ def divide_into_packs(
     return packs
 
 
-def disk_bytes(spec: StudySpec, prediction: Prediction, packs: Sequence[Sequence[Trial]], data: TokenizedData) -> int:
-    """What a study still writes at most: adapters, the checkpoints of its largest pack, tokens, curves and the rest."""
+class Disk(NamedTuple):
+    """Bytes on the disk, by what takes them."""
+
+    trials: int
+    """Adapters and curves, also of the reference."""
+    checkpoints: int
+    """Of the pack, or the trial of the reference, whose are the largest: they go when it has ended."""
+    tokens: int
+    rest: int
+    """Report, profiles and logs."""
+
+    def beside(self, there: "Disk") -> int:
+        """What is still to come where `there` lies already, of the same trials."""
+        return sum(max(0, needed - lies) for needed, lies in zip(self, there, strict=True))
+
+
+NOTHING = Disk(0, 0, 0, 0)
+
+
+def disk_bytes(
+    spec: StudySpec,
+    prediction: Prediction,
+    packs: Sequence[Sequence[Trial]],
+    reference: Sequence[FullTrial],
+    data: TokenizedData,
+) -> Disk:
+    """What a study writes at most for these packs and trials of full fine-tuning."""
     steps = total_steps(spec.training, len(data.train))
     trials = [trial for pack in packs for trial in pack]
-    adapters = sum(4 * prediction.params[trial.candidate.name] for trial in trials)
+    # One that starts from the base's weights is saved at twice its rank: see `rankscope.lora.variants.exported`.
+    doubled = [trial.candidate.variant in FROM_WEIGHTS for trial in trials]
+    adapters = sum(4 * prediction.params[t.candidate.name] * (1 + d) for t, d in zip(trials, doubled, strict=True))
     trained = [sum(prediction.params[trial.candidate.name] for trial in pack) for pack in packs]
-    reference = [prediction.base_params] if spec.reference_trials() else []
-    checkpoints = 12 * (KEPT + 1) * max(trained + reference, default=0)  # weights and two moments, in float32
-    tokens = 5 * (len(data.train.ids) + len(data.eval.ids))
-    return adapters + checkpoints + tokens + LINE_BYTES * steps * len(trials) + REST_BYTES
+    trained += [prediction.base_params for _ in reference]
+    return Disk(
+        trials=adapters + LINE_BYTES * steps * (len(trials) + len(reference)),
+        checkpoints=12 * (KEPT + 1) * max(trained, default=0),  # weights and two moments, in float32
+        tokens=5 * (len(data.train.ids) + len(data.eval.ids)),
+        rest=REST_BYTES,
+    )
+
+
+def disk_taken(study: Study) -> Disk:
+    """What lies there of the trials that have no result yet, and of what all trials share."""
+    missing = [study.trial_folder(trial) for trial in study.all_trials() if not _finished(study, trial)]
+    kept = [*study.path.glob("packs/*/checkpoints"), *(folder / "checkpoints" for folder in missing)]
+    checkpoints = sum(map(_size_of, kept))
+    own = sum(map(_size_of, missing)) - sum(_size_of(folder / "checkpoints") for folder in missing)
+    rest = sum(_size_of(study.file(name)) for name in ("report", "profiles"))
+    return Disk(own, checkpoints, _size_of(study.file("data")), rest)
+
+
+def _size_of(folder: Path) -> int:
+    """Bytes of the files in `folder` and below it; 0 where it is not."""
+    return sum(Path(place, name).lstat().st_size for place, _, names in os.walk(folder) for name in names)
 
 
 def open_packs(study: Study, prediction: Prediction, free: int, tokens: Tokens) -> dict[str, list[Trial]]:

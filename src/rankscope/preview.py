@@ -56,7 +56,8 @@ class Plan(NamedTuple):
     @property
     def disk_bytes(self) -> int:
         """At most, of the whole study."""
-        return disk_bytes(self.spec, self.prediction, list(self.packs.values()), self.data)
+        reference = self.spec.reference_trials()
+        return sum(disk_bytes(self.spec, self.prediction, list(self.packs.values()), reference, self.data))
 
     @property
     def largest_rank(self) -> int | None:

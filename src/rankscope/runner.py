@@ -6,7 +6,8 @@ Every step looks at the study's directory first and does only what is missing.
 import itertools
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +32,9 @@ from rankscope.lora.base import commit, free_bytes, load_config, load_tokenizer,
 from rankscope.measure.machine import hardware, versions
 from rankscope.options import assemble
 from rankscope.plan import (
+    NOTHING,
     disk_bytes,
+    disk_taken,
     divide_into_packs,
     missing_profiles,
     missing_reference,
@@ -40,9 +43,10 @@ from rankscope.plan import (
 )
 from rankscope.report import build
 from rankscope.report.card import write_cards
+from rankscope.report.catalogue import load as load_catalogue
 from rankscope.report.formats import size
 from rankscope.spec import EMBEDDED, AnyTrial, FullTrial, StudySpec, Trial
-from rankscope.study import FINISHED, Study
+from rankscope.study import ANSWERS, CURVE, FINISHED, Study
 from rankscope.track import choose_trackers
 from rankscope.track.beside import reporting
 from rankscope.train.memory import Prediction, predict
@@ -103,14 +107,15 @@ def run(
 def run_study(
     spec: StudySpec, out: Path, progress: Progress, language: str = "en", report_to: str | Sequence[str] = ()
 ) -> Study:
-    """The main path, for a resolved study. Trials that fail are recorded, not raised: see `unfinished`."""
+    """The main path, for a resolved study. What fails is recorded, not raised: see `unfinished` and `unmeasured`."""
+    load_catalogue(language)  # refused now, not when all is trained
     trackers = choose_trackers(report_to)
     resolve_device(spec.model.device)
     prediction = predict(spec)
     prepared = None
-    if not (out / "study.yaml").exists():  # nothing is made before the data are known to be usable, and to have room
+    if not Study.is_at(out):  # nothing is made before the data are known to be usable, and to have room
         prepared = prepare_data(spec)
-        check_space(spec, out, prediction, spec.trials(), prepared)
+        check_space(spec, out, prediction, spec.trials(), spec.reference_trials(), prepared)
     check_ranks(spec, prediction)
     study = Study.create(out, spec)
     try:
@@ -131,11 +136,13 @@ def _run(
     trackers: Sequence[str],
 ) -> None:
     spec = study.spec
-    with study.lock():
+    with study.lock(), _marking_interrupted(study):
+        study.remove_leftovers()
         for name in study.remove_damaged():
-            progress.say(f"{name} was damaged: it is removed, and made again.")
+            again = "; `rankscope curve` makes it again" if name == CURVE else ", and made again"
+            progress.say(f"{name} was damaged: it is removed{again}.")
         data = _study_data(study, prepared)
-        check_space(spec, study.path, prediction, missing_trials(study), data)
+        check_space(spec, study.path, prediction, missing_trials(study), missing_reference(study), data, study)
         progress.say(describe_data(data.facts))
         if not (study.path / "machine.json").exists():
             write_json(study.path / "machine.json", describe_machine(spec, prediction.base_params))
@@ -196,16 +203,26 @@ def prepare_data(spec: StudySpec) -> TokenizedData:
 
 
 def check_space(
-    spec: StudySpec, out: Path, prediction: Prediction, missing: Sequence[Trial], data: TokenizedData
+    spec: StudySpec,
+    out: Path,
+    prediction: Prediction,
+    missing: Sequence[Trial],
+    reference: Sequence[FullTrial],
+    data: TokenizedData,
+    study: Study | None = None,
 ) -> None:
-    """Sees to it that what is still missing of the study has room on the disk.
+    """Sees to it that the `missing` trials, and those of the `reference`, have room on the disk, beside what lies there
+    of them in a `study` that has begun.
 
     Raises:
-        StudyDirectoryError: it has not.
+        StudyDirectoryError: they have not.
     """
+    if not missing and not reference:
+        return
     free_memory = free_bytes(resolve_device(spec.model.device))
     packs = divide_into_packs(missing, prediction, free_memory, spec.training, data.train)
-    needed = disk_bytes(spec, prediction, packs, data) if missing else 0
+    whole = disk_bytes(spec, prediction, packs, reference, data)
+    needed = whole.beside(disk_taken(study) if study else NOTHING)
     folder = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -294,7 +311,8 @@ def _after(
     error = error or WorkerError("the process ended before its packs did")
     status = getattr(error, "status", WorkerError.status)
     for number, (pack, trials) in enumerate(packs.items()):
-        for reason in {study.trial_record(trial).get("engine_reason") for trial in trials} - {None}:
+        packable = [trial for trial in trials if trial.candidate.packable]  # of DoRA's it is known before
+        for reason in {study.trial_record(trial).get("engine_reason") for trial in packable} - {None}:
             progress.say(
                 f"Trained by PEFT's own forward, one trial at a time, since this model cannot be packed: {reason}"
             )
@@ -329,7 +347,7 @@ def describe_pack(record: Mapping[str, Any]) -> str:
 
 
 def measure(study: Study, progress: Progress) -> None:
-    """Measures the profiles that are missing, each repeat in a process of its own."""
+    """Measures the profiles that are missing, each repeat in a process of its own; one that fails ends no study."""
     jobs = missing_profiles(study)
     failed: set[str] = set()
     for number, (name, repeat) in enumerate(jobs):
@@ -338,9 +356,17 @@ def measure(study: Study, progress: Progress) -> None:
         progress.measuring(number, len(jobs), name)
         job = {"kind": "profile", "profile": name, "repeat": repeat}
         error = run_locally(study.path, job, study.path / "profiles" / "jobs" / name, progress.poll)
+        if error is not None and error.exit_code in (2, 3):
+            raise error
+        study.write_failure(name, None if error is None else _failure(error))
         if error is not None:
             failed.add(name)
             progress.say(f"profile of {name} did not finish: {error}")
+
+
+def _failure(error: RankscopeError) -> dict[str, str]:
+    """What failures.json says of it."""
+    return {"status": getattr(error, "status", WorkerError.status), "reason": error.what}
 
 
 def train_reference(study: Study, data: TokenizedData, progress: Progress) -> None:
@@ -362,16 +388,20 @@ def train_reference(study: Study, data: TokenizedData, progress: Progress) -> No
 def answer(study: Study, progress: Progress) -> None:
     """Lets the base model and each candidate answer the same held-out prompts, where that has not been done."""
     trials = study.answered() if study.spec.measure.answers else []
-    if {trial.name for trial in trials} <= study.answers_record()["answers"].keys():
+    if not trials or study.has_answers():
         return
     progress.say(f"Answers of {len(trials)} candidates to {study.spec.measure.answers} held-out prompts")
     error = run_locally(study.path, {"kind": "answers"}, study.path / "answers", progress.poll)
+    if error is not None and error.exit_code in (2, 3):
+        raise error
+    study.write_failure(ANSWERS, None if error is None else _failure(error))
     if error is not None:
         progress.say(f"The answers did not finish: {error}")
 
 
 def finish(study: Study, language: str = "en") -> Path:
     """Draws the conclusion, writes the adapters' model cards and builds the report; returns the path of its page."""
+    load_catalogue(language)
     evidence = study.evidence()
     verdict = conclude(evidence)
     write_json(study.path / "verdict.json", verdict)
@@ -389,14 +419,21 @@ def unfinished(study: Study) -> list[AnyTrial]:
     return [trial for trial in study.all_trials() if study.trial_record(trial)["status"] != "done"]
 
 
-def mark_interrupted(path: Path) -> None:
-    """Marks the running trials of the study in `path`, if there is one yet, as interrupted."""
-    if not (path / "study.yaml").exists():
-        return
-    study = Study.open(path)
-    for trial in study.all_trials():
-        if study.trial_record(trial)["status"] == "running":
-            study.settle(trial, "interrupted", "interrupted by the user")
+def unmeasured(study: Study) -> dict[str, dict[str, str]]:
+    """What else did not finish: `Study.failures` of profiles and answers that are still missing."""
+    return study.unmet()
+
+
+@contextmanager
+def _marking_interrupted(study: Study) -> Iterator[None]:
+    """Marks the running trials as interrupted where the user ends the body. The lock must be held: they are its own."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        for trial in study.all_trials():
+            if study.trial_record(trial)["status"] == "running":
+                study.settle(trial, "interrupted", "interrupted by the user")
+        raise
 
 
 class _Silent:

@@ -11,7 +11,9 @@
       packs/p000/                 pack.json, job.json, log.txt; checkpoints/ until it has ended
       profiles/r008.json          time and memory of each repeat of a rank's profile, with samples
       profiles/control.json       the same of the lowest rank, measured twice over: the noise of every cost
+      failures.json               profiles and answers that did not finish when they were last tried, and why
       answers/                    answers.json: what the base and each candidate answer on the same held-out prompts
+      curve/                      curve.json: held-out losses of the largest rank's adapters, cut to lower ranks
       tracking/                   what trackers have been sent
       verdict.json
       report/                     index.html, report.md, results.csv, results.parquet, figures/
@@ -25,8 +27,9 @@ import os
 import platform
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
@@ -36,25 +39,53 @@ import psutil
 import yaml
 from filelock import FileLock, Timeout
 
-from rankscope.errors import StudyDirectoryError, StudyError
+from rankscope.errors import DamagedError, StudyDirectoryError, StudyError
 from rankscope.files import (
     damaged,
     file_hashes,
     file_sha256,
+    find_json,
     inside,
+    is_free,
+    leftovers,
     read_json,
     read_jsonl,
+    reading,
     refuse_links_out,
+    understood,
     write_atomic,
     write_json,
+    writing,
 )
 from rankscope.nested import flatten
-from rankscope.spec import CONTROL, AnyTrial, Candidate, StudySpec, Trial, resolve_spec, write_yaml
+from rankscope.records import (
+    AnswersRecord,
+    CurveRecord,
+    DivisionRecord,
+    EvalRecord,
+    FactsRecord,
+    FailuresRecord,
+    MachineRecord,
+    MetricsRow,
+    PackRecord,
+    PredictionRecord,
+    ProfileRecord,
+    Repeat,
+    TrialRecord,
+    VerdictRecord,
+    checked,
+)
+from rankscope.spec import CONTROL, FULL, PLAIN, AnyTrial, Candidate, StudySpec, Trial, resolve_spec, write_yaml
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA = 1
+
+PROFILE_SCHEMA = VERDICT_SCHEMA = 2
+
+LONG_AGO_SECONDS = 3600.0
+"""By then a temporary file is nobody's any more."""
 
 FINISHED = ("done", "diverged")
 """Statuses that are results. Everything else is trained again."""
@@ -63,6 +94,11 @@ NOT_ENDED = ("pending", "running")
 
 TRIAL_FILES = ("metrics.jsonl", "eval.json", "adapter/*")
 """What trial.json of a trial that has ended holds the hashes of."""
+
+CURVE = "curve/curve.json"
+
+ANSWERS = "answers"
+"""Their name among the failures."""
 
 _QUESTION_HASH = "# sha256 of all lines above: "
 
@@ -86,8 +122,17 @@ class Evidence(NamedTuple):
     """`Study.reference_results()`; None is the same as an empty table."""
     divided: Sequence[str] = ()
     """Trials whose pack ended with an error and was divided."""
+    left: Sequence[str] = ()
+    """Trials that went on in their pack without one that diverged."""
+    failures: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+    """See `Study.failures`."""
     answers: "pd.DataFrame | None" = None
     """`Study.answers()`; None is the same as an empty table."""
+    variants: "Evidence | None" = None
+    """The same of the variants of LoRA; all the rest is of plain LoRA, whose ranks are what the verdict is on. None
+    where there are none."""
+    cuts: "pd.DataFrame | None" = None
+    """`Study.cut_examples()`; None is the same as an empty table."""
 
 
 class Division(NamedTuple):
@@ -141,20 +186,25 @@ class Study:
         Raises:
             StudyError: it holds another study; the message shows the difference.
         """
-        if (path / "study.yaml").exists():
+        if cls.is_at(path):
             study = cls.open(path)
-            differences = _differences(study.spec, spec)
+            differences = differences_of(study.spec.model_dump(mode="json"), spec.model_dump(mode="json"))
             if differences:
                 raise StudyError(
                     f"{path} holds another study:\n" + "\n".join(f"  - {line}" for line in differences),
                     "Choose another --out, or run it with the values it has.",
                 )
             return study
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if not is_free(path):
             raise StudyError(f"{path} exists and is not a study", "Choose another --out.")
-        question = write_yaml(spec)
-        write_atomic(path / "study.yaml", f"{question}{_QUESTION_HASH}{_sha256(question)}\n")
+        write_question(path / "study.yaml", write_yaml(spec))
         return cls(path, spec)
+
+    @staticmethod
+    def is_at(path: Path) -> bool:
+        """Whether there is a study."""
+        with reading(path):
+            return (path / "study.yaml").is_file()
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
@@ -166,20 +216,10 @@ class Study:
         """
         path = Path(path)
         file = path / "study.yaml"
-        if not file.is_file():
+        if not cls.is_at(path):
             raise StudyDirectoryError(f"{path}: not a study (no study.yaml)", "Give the directory that `run` printed.")
         refuse_links_out(path)
-        try:
-            question, _, sha256 = file.read_text(encoding="utf-8").partition(_QUESTION_HASH)
-            values = yaml.safe_load(question)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise StudyError(f"{file}: damaged: {error}", "Restore the file, or run the study anew.") from None
-        if sha256.strip() != _sha256(question):
-            raise StudyError(
-                f"{file}: damaged, or changed since the study began: it does not match the hash in its last line",
-                "Restore it; to ask something else, give it to `rankscope run` with another --out.",
-            )
-        return cls(path, resolve_spec(values if isinstance(values, dict) else {}, source=str(file)))
+        return cls(path, resolve_spec(read_question(file), source=str(file)))
 
     def file(self, *parts: str) -> Path:
         """A file or folder of the study: see `rankscope.files.inside`."""
@@ -203,7 +243,32 @@ class Study:
     def profile_repeats(self, name: str) -> list[dict[str, Any]]:
         """The repeats measured so far: see `rankscope.measure.profile.profile_candidate`."""
         file = self.profile_file(name)
-        return list(read_json(file)["repeats"]) if file.exists() else []
+        record = find_json(file, PROFILE_SCHEMA)
+        return list(checked(record, ProfileRecord, file)["repeats"]) if record else []
+
+    def _repeats(self, name: str) -> list[dict[str, Any]]:
+        """The same, each with all that tables need."""
+        repeats = self.profile_repeats(name)
+        for repeat in repeats:
+            checked(repeat, Repeat, self.profile_file(name))
+        return repeats
+
+    def failures(self) -> dict[str, dict[str, str]]:
+        """failures.json: `{"status", "reason"}` by the name of the profile, or `answers`, that did not finish when a
+        run last tried it; a status is one of oom, failed, interrupted.
+        """
+        file = self.file("failures.json")
+        record = find_json(file)
+        return dict(checked(record, FailuresRecord, file)["failures"]) if record else {}
+
+    def write_failure(self, name: str, failure: Mapping[str, str] | None) -> None:
+        """Notes how a profile, or the answers, ended; None where they are whole."""
+        before = self.failures()
+        after = {other: known for other, known in before.items() if other != name}
+        if failure is not None:
+            after[name] = dict(failure)
+        if after != before:
+            write_json(self.file("failures.json"), {"schema": SCHEMA, "failures": after})
 
     def trial_record(self, trial: AnyTrial) -> dict[str, Any]:
         """trial.json, or `{"status": "pending"}` before the trial has begun.
@@ -211,18 +276,21 @@ class Study:
         A status is one of pending, running, done, diverged, oom, failed, interrupted.
         """
         file = self.trial_folder(trial) / "trial.json"
-        return read_json(file) if file.exists() else {"status": "pending"}
+        record = find_json(file)
+        return {"status": "pending"} if record is None else checked(record, TrialRecord, file)
 
     def division(self) -> "Division":
         """Which trials train together."""
         file = self.file("packs", "division.json")
-        if not file.exists():
+        record = find_json(file)
+        if record is None:
             return Division({}, {})
-        record = read_json(file)
+        checked(record, DivisionRecord, file)
         for pack in record["packs"]:
             self.file("packs", pack)  # refused where it leads elsewhere: folders of that name are written and removed
         trials = {trial.name: trial for trial in self.spec.trials()}
-        packs = {pack: [trials[name] for name in names] for pack, names in record["packs"].items()}
+        with understood(file):
+            packs = {pack: [trials[name] for name in names] for pack, names in record["packs"].items()}
         return Division(packs, record["divided"])
 
     def write_division(self, division: "Division") -> None:
@@ -243,30 +311,12 @@ class Study:
     def pack_record(self, pack: str) -> dict[str, Any] | None:
         """pack.json: the pack's trials, and its `results` once it has ended; None before it has begun."""
         file = self.file("packs", pack, "pack.json")
-        return read_json(file) if file.exists() else None
+        record = find_json(file)
+        return None if record is None else checked(record, PackRecord, file)
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Holds the study while a run writes to it. The system lets go of it when the process ends, however it ends.
-
-        Raises:
-            StudyDirectoryError: another run holds it; the message says which process.
-        """
-        holder = self.file(".lock-holder")
-        lock = FileLock(self.file(".lock"), blocking=False)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise StudyDirectoryError(
-                f"{self.path}: another run is writing to it ({_text_of(holder) or 'it has just begun'})",
-                "Wait for it to end, or choose another --out.",
-            ) from None
-        try:
-            write_atomic(holder, f"process {os.getpid()} on {platform.node()}\n")
-            yield
-        finally:
-            holder.unlink(missing_ok=True)
-            lock.release()
+    def lock(self) -> AbstractContextManager[None]:
+        """See `lock_folder`."""
+        return lock_folder(self.path)
 
     def holder(self) -> "Holder | None":
         """Who runs the study now; None where nobody does."""
@@ -283,8 +333,8 @@ class Study:
         record = self.trial_record(trial)
         if record["status"] not in NOT_ENDED:
             return
-        steps = [row["step"] for row in read_jsonl(self.trial_folder(trial) / "metrics.jsonl")]
-        where = f", after step {max(steps)}" if steps and max(steps) else ""
+        last = max((row["step"] for row in self._rows(self.trial_folder(trial) / "metrics.jsonl")), default=0)
+        where = f", after step {last}" if last else ""
         known = {"schema": SCHEMA, "trial": trial.name, "results": None, "pack": pack} | record
         files = file_hashes(self.trial_folder(trial), TRIAL_FILES)
         ended = trial.model_dump(mode="json") | {"status": status, "reason": reason + where, "files": files}
@@ -297,11 +347,17 @@ class Study:
             StudyDirectoryError: it is missing, or not what was written.
         """
         path, files = inside(self.trial_folder(trial), name), self.trial_record(trial).get("files") or {}
-        if name in files and not path.is_file():
-            raise damaged(path, "missing")
         if name in files and file_sha256(path) != files[name]:
             raise damaged(path, "its content does not match its hash in trial.json")
         return path
+
+    def _rows(self, file: Path) -> list[dict[str, Any]]:
+        """The lines of a metrics.jsonl.
+
+        Raises:
+            DamagedError: it holds something else.
+        """
+        return [checked(row, MetricsRow, file) for row in read_jsonl(file)]
 
     def adapter_file(self, trial: Trial) -> Path:
         """The weights of a trial that is done.
@@ -312,59 +368,106 @@ class Study:
         return self._whole(trial, "adapter/adapter_model.safetensors")
 
     def remove_damaged(self) -> list[str]:
-        """Removes what is damaged and can be made again; the names of what was removed. The lock must be held."""
+        """Removes what is damaged and can be made again; the names of what was removed. The lock must be held.
+
+        Raises:
+            StudyDirectoryError: a file cannot be read, or a newer version wrote it; nothing of it is removed.
+        """
         from rankscope.data.tokens import load
 
         removed = []
-        records = ["machine.json", "prediction.json", "answers/answers.json", "verdict.json", "packs/division.json"]
-        records += [f"profiles/{name}.json" for name in self.spec.profiled()]
-        records += [str(file.relative_to(self.path)) for file in self.path.glob("packs/*/pack.json")]
-        for name in records:
+        records: dict[str, Callable[[], object]] = {
+            "machine.json": lambda: self.machine,
+            "prediction.json": lambda: self.prediction,
+            "answers/answers.json": self.answers,
+            "verdict.json": self.find_verdict,
+            "failures.json": self.failures,
+            "packs/division.json": self.division,
+        }
+        records |= {f"profiles/{name}.json": partial(self._repeats, name) for name in self.spec.profiled()}
+        for file in self.path.glob("packs/*/pack.json"):
+            records[str(file.relative_to(self.path))] = partial(self.pack_record, file.parent.name)
+        for name, read in records.items():
             file = self.file(name)
-            if file.exists() and not _is_whole(partial(read_json, file)):
+            if _there(file) and not _is_whole(read):
                 file.unlink()
                 removed.append(name)
-        if self.file("data").exists() and not _is_whole(partial(load, self.file("data"))):
-            shutil.rmtree(self.file("data"))
+        data = self.file("data")
+        if _there(data) and not (_is_whole(partial(load, data)) and _is_whole(lambda: self.data_facts)):
+            shutil.rmtree(data)
             removed.append("data")
         for trial in self.all_trials():
+            folder = self.trial_folder(trial)
             if not _is_whole(partial(self._check, trial)):
-                shutil.rmtree(self.trial_folder(trial))
-                removed.append(str(self.trial_folder(trial).relative_to(self.path)))
+                shutil.rmtree(folder)
+                removed.append(str(folder.relative_to(self.path)))
+            elif not _is_whole(partial(self._rows, folder / "metrics.jsonl")):  # of one that has not ended
+                (folder / "metrics.jsonl").unlink()
+                removed.append(str((folder / "metrics.jsonl").relative_to(self.path)))
+        if _there(self.file(CURVE)) and not _is_whole(self.cut_examples):
+            self.file(CURVE).unlink()
+            removed.append(CURVE)
         return removed
 
+    def remove_leftovers(self) -> None:
+        """Removes temporary files that kills left behind. The lock must be held.
+
+        `report` needs none: what it writes is let be for an hour.
+        """
+        for file in leftovers(self.path):
+            name = file.relative_to(self.path)
+            of_report = name.parts[0] == "report" or file.name.startswith((".verdict.json.", ".README.md."))
+            with suppress(FileNotFoundError):  # another `report` has just published it
+                if not of_report or file.lstat().st_mtime < time.time() - LONG_AGO_SECONDS:
+                    file.unlink()
+
     def _check(self, trial: AnyTrial) -> None:
-        """Raises StudyDirectoryError where a file of the trial is damaged."""
+        """Raises DamagedError where a file of the trial is damaged."""
         record = self.trial_record(trial)
-        if record["status"] == "done" and not record["files"].keys() >= {"metrics.jsonl", "eval.json"}:
+        files = record.get("files") or {}
+        if record["status"] == "done" and not files.keys() >= {"metrics.jsonl", "eval.json"}:
             raise damaged(self.trial_folder(trial) / "trial.json", "no hashes of its files")
-        for name in record.get("files") or {}:
+        for name in files:
             self._whole(trial, name)
+        if files:
+            self._steps(trial)
+        if record["status"] == "done":
+            self._losses(trial)
 
     @property
     def machine(self) -> dict[str, Any]:
         """machine.json: hardware, versions and the model that the study began with."""
-        return read_json(self.file("machine.json"))
+        file = self.file("machine.json")
+        return checked(read_json(file), MachineRecord, file)
 
     @property
     def data_facts(self) -> dict[str, Any]:
         """data/facts.json: what was read, and what was done with it; see `rankscope.data.tokens.TokenizedData`."""
-        return read_json(self.file("data", "facts.json"))
+        file = self.file("data", "facts.json")
+        return checked(read_json(file), FactsRecord, file)
 
     @property
     def prediction(self) -> dict[str, Any]:
         """prediction.json: see `rankscope.forecast.StudyForecast.describe`; empty where there is none."""
         file = self.file("prediction.json")
-        return read_json(file) if file.exists() else {}
+        record = find_json(file)
+        return {} if record is None else checked(record, PredictionRecord, file)
 
     @cached_property
     def verdict(self) -> dict[str, Any]:
         """verdict.json: see `rankscope.analysis.verdict.conclude`."""
-        return read_json(self.file("verdict.json"))
+        file = self.file("verdict.json")
+        return checked(read_json(file, VERDICT_SCHEMA), VerdictRecord, file)
+
+    def find_verdict(self) -> dict[str, Any] | None:
+        """The same, read anew each time; None where there is none yet."""
+        file = self.file("verdict.json")
+        record = find_json(file, VERDICT_SCHEMA)
+        return None if record is None else checked(record, VerdictRecord, file)
 
     def results(self) -> "pd.DataFrame":
-        """One row a trial: `trial candidate rank learning_rate lora_alpha scaling use_rslora target_modules seed
-        status reason engine pack steps tokens trainable_params adapter_bytes train_loss eval_loss eval_perplexity
+        """One row a trial: `trial candidate variant rank learning_rate lora_alpha scaling use_rslora target_modules
+        seed status reason engine pack steps tokens trainable_params adapter_bytes train_loss eval_loss eval_perplexity
         eval_accuracy general_loss_before general_loss_after train_seconds eval_seconds tokens_per_second`.
 
         `train_loss` is the mean over the last tenth of the steps, `eval_loss` the final held-out loss (nats a label
@@ -404,7 +507,7 @@ class Study:
         return {name: record.get(name) for name in OUTCOME_FIELDS} | {name: results.get(name) for name in RESULT_FIELDS}
 
     def curves(self) -> "pd.DataFrame":
-        """One row a step of a trial: `trial candidate rank learning_rate seed step epoch train_loss eval_loss
+        """One row a step of a trial: `trial candidate variant rank learning_rate seed step epoch train_loss eval_loss
         grad_norm step_learning_rate tokens label_tokens step_seconds`; `eval_loss` is NaN between evaluations, and
         step 0 is the evaluation before training.
         """
@@ -413,15 +516,19 @@ class Study:
         columns = [*IDENTITY_FIELDS, *CURVE_FIELDS]
         rows = []
         for trial in self.spec.trials():
-            steps: dict[int, dict[str, Any]] = {}
-            for row in read_jsonl(self._whole(trial, "metrics.jsonl")):
-                steps.setdefault(row["step"], {}).update(row)
-            rows += [{**row, **_identity(trial)} for _, row in sorted(steps.items())]
+            rows += [{**row, **_identity(trial)} for row in self._steps(trial)]
         frame = pd.DataFrame(rows, columns=columns)
         return frame.astype(dict.fromkeys(CURVE_FIELDS[1:], "float64"))
 
+    def _steps(self, trial: AnyTrial) -> list[dict[str, Any]]:
+        """What metrics.jsonl says of each step."""
+        steps: dict[int, dict[str, Any]] = {}
+        for row in self._rows(self._whole(trial, "metrics.jsonl")):
+            steps.setdefault(row["step"], {}).update(row)
+        return [row for _, row in sorted(steps.items())]
+
     def examples(self) -> "pd.DataFrame":
-        """One row a held-out example of a finished trial: `trial candidate rank learning_rate seed example loss
+        """One row a held-out example of a finished trial: `trial candidate variant rank learning_rate seed example loss
         label_tokens correct_tokens` (`loss` is the mean over the example's label tokens, in nats).
         """
         return self._examples(self.spec.trials())
@@ -433,17 +540,23 @@ class Study:
     def _examples(self, trials: Sequence[AnyTrial]) -> "pd.DataFrame":
         import pandas as pd
 
-        frames = []
-        for trial in trials:
-            if self.trial_record(trial)["status"] == "done":
-                examples = read_json(self._whole(trial, "eval.json"))["examples"]
-                frames.append(pd.DataFrame({**examples, **_identity(trial)}))
+        done = [trial for trial in trials if self.trial_record(trial)["status"] == "done"]
+        frames = [self._losses(trial) for trial in done]
         columns = [*IDENTITY_FIELDS, "example", "loss", "label_tokens", "correct_tokens"]
         return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
 
+    def _losses(self, trial: AnyTrial) -> "pd.DataFrame":
+        """One row a held-out example of a trial that is done."""
+        import pandas as pd
+
+        file = self._whole(trial, "eval.json")
+        examples = checked(read_json(file), EvalRecord, file)["examples"]
+        with understood(file):
+            return pd.DataFrame({**examples, **_identity(trial)})
+
     def profiles(self) -> "pd.DataFrame":
-        """One row a repeat of a candidate's profile: `candidate rank learning_rate repeat control` and the columns of
-        `rankscope.measure.profile.profile_candidate`'s summary; empty where nothing was profiled.
+        """One row a repeat of a candidate's profile: `candidate variant rank learning_rate repeat control` and the
+        columns of `rankscope.measure.profile.profile_candidate`'s summary; empty where nothing was profiled.
 
         A rank is profiled once, so that its learning rates have the same numbers. Rows with `control` are those of the
         second profile of the first candidate: what differs between them and its own is noise.
@@ -454,26 +567,27 @@ class Study:
             {**_candidate_identity(candidate), "repeat": number, "control": name == CONTROL, **repeat["summary"]}
             for name, measured in self.spec.profiled().items()
             for candidate in self.spec.candidates()
-            if candidate == measured or (candidate.rank == measured.rank and name != CONTROL)
-            for number, repeat in enumerate(self.profile_repeats(name))
+            if candidate == measured or candidate.profile_name == name
+            for number, repeat in enumerate(self._repeats(name))
         ]
         frame = pd.DataFrame(rows)
         numbers = [name for name in frame if str(name).endswith(("_bytes", "_per_token"))]  # None without a GPU
         return frame.astype(dict.fromkeys(numbers, "float64"))
 
     def samples(self) -> "pd.DataFrame":
-        """One row a memory sample: `candidate rank learning_rate repeat phase step seconds rss_bytes
+        """One row a memory sample: `candidate variant rank learning_rate repeat phase step seconds rss_bytes
         gpu_allocated_bytes gpu_reserved_bytes gpu_nvml_bytes` (`phase`: load, warmup, train or eval; GPU columns are
         NaN without one). Of each rank the candidate that was measured; the control's are left out.
         """
         import pandas as pd
 
-        frames = [
-            pd.DataFrame({**_candidate_identity(candidate), "repeat": number, **repeat["samples"]})
-            for name, candidate in self.spec.profiled().items()
-            if name != CONTROL
-            for number, repeat in enumerate(self.profile_repeats(name))
-        ]
+        frames = []
+        for name, candidate in self.spec.profiled().items():
+            for number, repeat in enumerate([] if name == CONTROL else self._repeats(name)):
+                with understood(self.profile_file(name)):
+                    frames.append(
+                        pd.DataFrame({**_candidate_identity(candidate), "repeat": number, **repeat["samples"]})
+                    )
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
     def answered(self) -> list[Trial]:
@@ -487,7 +601,13 @@ class Study:
     def answers_record(self) -> dict[str, Any]:
         """answers.json: see `rankscope.measure.answers.answer`; without answers where there is none."""
         file = self.file("answers", "answers.json")
-        return read_json(file) if file.exists() else {"questions": [], "answers": {}}
+        record = find_json(file)
+        return {"questions": [], "answers": {}} if record is None else checked(record, AnswersRecord, file)
+
+    def has_answers(self) -> bool:
+        """Whether all that `answered` names have answered."""
+        answers: dict[str, list[str]] = self.answers_record()["answers"]
+        return {trial.name for trial in self.answered()} <= answers.keys()
 
     def answers(self) -> "pd.DataFrame":
         """One row an answer: `example prompt reference candidate rank answer`; `example` counts held-out rows,
@@ -496,18 +616,82 @@ class Study:
         import pandas as pd
 
         record, trials = self.answers_record(), {trial.name: trial.candidate for trial in self.spec.trials()}
-        rows = [
-            question | {"candidate": trials[name].name, "rank": trials[name].rank, "answer": text}
-            if name in trials
-            else question | {"candidate": name, "rank": 0, "answer": text}
-            for name, texts in record["answers"].items()
-            for question, text in zip(record["questions"], texts, strict=True)
-        ]
+        with understood(self.file("answers", "answers.json")):
+            rows = [
+                question | {"candidate": trials[name].name, "rank": trials[name].rank, "answer": text}
+                if name in trials
+                else question | {"candidate": name, "rank": 0, "answer": text}
+                for name, texts in record["answers"].items()
+                for question, text in zip(record["questions"], texts, strict=True)
+            ]
         return pd.DataFrame(rows, columns=["example", "prompt", "reference", "candidate", "rank", "answer"])
+
+    def curve_record(self) -> list[dict[str, Any]]:
+        """The `cuts` of curve.json, of adapters that are still those of their trials; empty where there are none.
+
+        Each has `trial adapter_sha256 rank recover_steps kept_energy eval_loss losses label_tokens`: the cut's rank,
+        steps of recovery training, the share of the update's energy that it keeps, and held-out losses in nats, all of
+        them together and of each example; null where the recovery diverged.
+        """
+        file, own = (
+            self.file(*CURVE.split("/")),
+            {trial.name: self.adapter_sha256(trial) for trial in self.spec.trials()},
+        )
+        record = find_json(file)
+        cuts = [] if record is None else checked(record, CurveRecord, file)["cuts"]
+        return [cut for cut in cuts if own.get(cut["trial"]) == cut["adapter_sha256"]]
+
+    def add_cuts(self, cuts: Sequence[Mapping[str, Any]]) -> None:
+        """Publishes curve.json with these beside what it has."""
+        if cuts:
+            write_json(self.file(*CURVE.split("/")), {"schema": SCHEMA, "cuts": [*self.curve_record(), *cuts]})
+
+    def adapter_sha256(self, trial: Trial) -> str | None:
+        """The hash of the weights of a trial that is done."""
+        sha256 = (self.trial_record(trial).get("files") or {}).get("adapter/adapter_model.safetensors")
+        return None if sha256 is None else str(sha256)
+
+    def cuts(self) -> "pd.DataFrame":
+        """One row a cut of `rankscope curve`: `trial candidate variant rank learning_rate seed cut_rank recover_steps
+        kept_energy eval_loss`. `rank` is the trained one, and where `cut_rank` is the same nothing was cut; `eval_loss`
+        is in nats a label token, NaN where recovery training diverged.
+        """
+        import pandas as pd
+
+        columns = [*IDENTITY_FIELDS, "cut_rank", "recover_steps", "kept_energy", "eval_loss"]
+        trials = {trial.name: trial for trial in self.spec.trials()}
+        rows = [
+            {
+                **_identity(trials[cut["trial"]]),
+                **cut,
+                "rank": trials[cut["trial"]].candidate.rank,
+                "cut_rank": cut["rank"],
+            }
+            for cut in self.curve_record()
+        ]
+        frame = pd.DataFrame(rows, columns=columns).astype({"eval_loss": "float64"})
+        return frame.sort_values(["seed", "recover_steps", "cut_rank"], ignore_index=True)
+
+    def cut_examples(self) -> "pd.DataFrame":
+        """One row a held-out example of a cut: the columns of `examples()` but `correct_tokens`, and `cut_rank
+        recover_steps`; without those whose recovery diverged.
+        """
+        import pandas as pd
+
+        columns = [*IDENTITY_FIELDS, "cut_rank", "recover_steps", "example", "loss", "label_tokens"]
+        trials, frames = {trial.name: trial for trial in self.spec.trials()}, []
+        for cut in self.curve_record():
+            if cut["losses"] is not None:
+                losses = {"loss": cut["losses"], "label_tokens": cut["label_tokens"]}
+                same = {"cut_rank": cut["rank"], "recover_steps": cut["recover_steps"]}
+                with understood(self.file(*CURVE.split("/"))):
+                    frame = pd.DataFrame({**losses, **_identity(trials[cut["trial"]]), **same})
+                frames.append(frame.assign(example=range(len(frame))))
+        return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
 
     def evidence(self) -> Evidence:
         """Reads everything once."""
-        return Evidence(
+        everything = Evidence(
             spec=self.spec,
             results=self.results(),
             curves=self.curves(),
@@ -520,8 +704,29 @@ class Study:
             reference=self.reference_examples(),
             reference_results=self.reference_results(),
             divided=self.division().trials_of_divided(),
+            left=self._left(),
+            failures=self.unmet(),
             answers=self.answers(),
+            cuts=self.cut_examples(),
         )
+        return _without_variants(everything) if self.spec.variants else everything
+
+    def _left(self) -> list[str]:
+        """Trials that went on in their pack without one that diverged."""
+        left: list[str] = []
+        for trials in self.division().packs.values():
+            statuses = {trial.name: self.trial_record(trial)["status"] for trial in trials}
+            if "diverged" in statuses.values():
+                left += [name for name, status in statuses.items() if status == "done"]
+        return left
+
+    def unmet(self) -> dict[str, dict[str, str]]:
+        """`failures()` of what is still missing."""
+        measure, done = self.spec.measure, {}
+        for name in self.spec.profiled() if measure.profiles else ():
+            done[name] = len(self.profile_repeats(name)) >= measure.repeats
+        done[ANSWERS] = not measure.answers or self.has_answers()
+        return {name: failure for name, failure in self.failures().items() if not done.get(name, True)}
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the verdict, and the results by trial."""
@@ -545,7 +750,7 @@ class Study:
         )
 
 
-IDENTITY_FIELDS = ("trial", "candidate", "rank", "learning_rate", "seed")
+IDENTITY_FIELDS = ("trial", "candidate", "variant", "rank", "learning_rate", "seed")
 OUTCOME_FIELDS = ("status", "reason", "engine", "pack")
 RESULT_FIELDS = (
     "steps",
@@ -576,11 +781,17 @@ CURVE_FIELDS = (
 
 
 def _is_whole(read: Callable[[], object]) -> bool:
+    """Whether it can be read; False where it is damaged, and its error where that cannot be known."""
     try:
         read()
-    except StudyDirectoryError:
+    except DamagedError:
         return False
     return True
+
+
+def _there(path: Path) -> bool:
+    with reading(path):
+        return path.exists()
 
 
 def _text_of(file: Path) -> str:
@@ -598,11 +809,34 @@ def _identity(trial: AnyTrial) -> dict[str, Any]:
     if isinstance(trial, Trial):
         return {"trial": trial.name, **_candidate_identity(trial.candidate), "seed": trial.seed}
     names = {"trial": trial.name, "candidate": trial.candidate_name}
-    return names | {"rank": 0, "learning_rate": trial.learning_rate, "seed": trial.seed}
+    return names | {"variant": FULL, "rank": 0, "learning_rate": trial.learning_rate, "seed": trial.seed}
 
 
 def _candidate_identity(candidate: Candidate) -> dict[str, Any]:
-    return {"candidate": candidate.name, "rank": candidate.rank, "learning_rate": candidate.learning_rate}
+    return {
+        "candidate": candidate.name,
+        "variant": candidate.variant,
+        "rank": candidate.rank,
+        "learning_rate": candidate.learning_rate,
+    }
+
+
+def _without_variants(evidence: Evidence) -> Evidence:
+    """Evidence of plain LoRA, which the verdict is on, with that of the variants beside it."""
+    others = {candidate.name for candidate in evidence.spec.candidates() if candidate.variant != PLAIN}
+
+    def part(is_variant: bool) -> dict[str, Any]:
+        fields = ("results", "curves", "profiles", "samples", "examples", "answers")
+        tables = {field: getattr(evidence, field) for field in fields}
+        return {
+            field: table[table["candidate"].isin(others) == is_variant].reset_index(drop=True)
+            for field, table in tables.items()
+            if table is not None and "candidate" in table
+        }
+
+    adapter = evidence.spec.adapter.model_copy(update={"rank_pattern": {}})
+    plain = evidence.spec.model_copy(update={"variants": (), "adapter": adapter})
+    return evidence._replace(**part(False), spec=plain, variants=evidence._replace(**part(True)))
 
 
 def _modules(candidate: Candidate) -> str:
@@ -610,11 +844,64 @@ def _modules(candidate: Candidate) -> str:
     return modules if isinstance(modules, str) else ",".join(modules)
 
 
-def _differences(old: StudySpec, new: StudySpec) -> list[str]:
-    """Fields that differ, one line each. The device and what is measured beside training may change."""
-    before, after = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
+def differences_of(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Fields that differ between two questions, one line each."""
+    before, after = flatten(old), flatten(new)
     return [
         f"{key}: {before.get(key)!r} there, {after.get(key)!r} asked for"
         for key in before | after
         if before.get(key) != after.get(key)
     ]
+
+
+def write_question(file: Path, question: str) -> None:
+    """Publishes YAML with the hash of its text in the last line."""
+    write_atomic(file, f"{question}{_QUESTION_HASH}{_sha256(question)}\n")
+
+
+def read_question(file: Path) -> dict[str, Any]:
+    """Reads what `write_question` wrote.
+
+    Raises:
+        StudyError: it is damaged, or was changed.
+    """
+    with reading(file):
+        content = file.read_bytes()
+    try:
+        question, _, sha256 = content.decode("utf-8").partition(_QUESTION_HASH)
+        values = yaml.safe_load(question)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise StudyError(f"{file}: damaged: {error}", "Restore the file, or run the study anew.") from None
+    if sha256.strip() != _sha256(question):
+        raise StudyError(
+            f"{file}: damaged, or changed since the study began: it does not match the hash in its last line",
+            "Restore it; to ask something else, give it to `rankscope run` with another --out.",
+        )
+    return values if isinstance(values, dict) else {}
+
+
+@contextmanager
+def lock_folder(path: Path) -> Iterator[None]:
+    """Holds a study's directory while a run writes to it. The system lets go of it when the process ends, however it
+    ends.
+
+    Raises:
+        StudyDirectoryError: another run holds it; the message says which process.
+    """
+    holder = inside(path, ".lock-holder")
+    lock = FileLock(inside(path, ".lock"), blocking=False)
+    with writing(path / ".lock"):
+        try:
+            lock.acquire()
+        except Timeout:
+            raise StudyDirectoryError(
+                f"{path}: another run is writing to it ({_text_of(holder) or 'it has just begun'})",
+                "Wait for it to end, or choose another --out.",
+            ) from None
+    try:
+        write_atomic(holder, f"process {os.getpid()} on {platform.node()}\n")
+        yield
+    finally:
+        with suppress(OSError):  # what is left behind is known by the time of its process
+            holder.unlink()
+        lock.release()

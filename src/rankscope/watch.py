@@ -18,7 +18,6 @@ from rich.live import Live
 from rich.table import Table
 
 from rankscope.errors import StudyDirectoryError
-from rankscope.files import read_json
 from rankscope.live import LiveStudy, State
 from rankscope.report import html
 from rankscope.report.catalogue import Catalogue, load
@@ -74,8 +73,8 @@ class Watch:
             return found | {"again_ms": round(1000 * max(LEAST_SECONDS, taken / SHARE_OF_TIME))}
 
     def _content(self) -> Content:
-        study, file = self.study, self.study.file("verdict.json")
-        verdict = read_json(file) if file.exists() else None  # `Study.verdict` is read once
+        study = self.study
+        verdict = study.find_verdict()  # `Study.verdict` is read once
         return compose(study.evidence(), verdict, self.text, study.spec.name, reproduce_command(study.spec))
 
     def _now(self, state: State) -> dict[str, Any]:

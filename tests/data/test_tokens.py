@@ -258,7 +258,7 @@ def _forget_hash(folder: Path) -> None:
         (_flip, "not the tokens that facts.json was written for"),
         (_forget_hash, "not the tokens that facts.json was written for"),
         (lambda folder: (folder / "tokens.safetensors").write_bytes(b""), "not the tokens"),
-        (lambda folder: (folder / "tokens.safetensors").unlink(), "tokens.safetensors: cannot be read"),
+        (lambda folder: (folder / "tokens.safetensors").unlink(), "tokens.safetensors: missing"),
         (lambda folder: (folder / "facts.json").unlink(), "facts.json: missing"),
         (lambda folder: (folder / "facts.json").write_text("{"), "facts.json: damaged"),
     ],

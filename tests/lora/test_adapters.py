@@ -9,7 +9,7 @@ from peft import PeftModel
 from models import CONFIGS, tiny_model
 from rankscope.data.tokens import Tokens
 from rankscope.errors import StudyError
-from rankscope.lora.adapters import adapter_weights, add_adapter, save_adapter
+from rankscope.lora.adapters import adapter_weights, add_adapter, lora_config, save_adapter
 from rankscope.lora.layout import Slice, flatten
 from rankscope.spec import TrainingSpec, Trial
 from rankscope.train.engine import PackedEngine
@@ -29,6 +29,26 @@ def train(name: str, trials: list[Trial], tokens: Tokens) -> tuple[PackedEngine,
     for step in range(5):
         train_step(engine, members, tokens, TRAINING, step)
     return engine, members  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_kill_before_a_file_has_its_name_leaves_the_old_one(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        if target.name == name:
+            raise KeyboardInterrupt
+        return own(self, target)
+
+    save_adapter({"a": torch.zeros(2)}, lora_config(make_trial(2, 1e-3).candidate), tmp_path)
+    before = (tmp_path / name).read_bytes()
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter({"a": torch.ones(2)}, lora_config(make_trial(4, 1e-3).candidate), tmp_path)
+    assert (tmp_path / name).read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
 @pytest.mark.parametrize("rslora", [False, True])

@@ -7,11 +7,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from analysis.test_cuts import with_cuts
 from rankscope.report import build
 from rankscope.report.catalogue import LANGUAGES
 from rankscope.report.colours import DARK, LIGHT
 from rankscope.study import Evidence
-from report.browser import BROWSERS, Browser, find_browser
+from report.browser import Browser, need_browser
 from report.report_evidence import make_evidence, make_spec, make_verdict
 
 TRAIN_LOSS = "#chart-train-loss-0"
@@ -20,10 +21,7 @@ TAB = ("Tab", 9)
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    program = find_browser()
-    if program is None:
-        pytest.skip(f"no browser to open a report in: none of {', '.join(BROWSERS)} is on PATH")
-    with Browser(program, tmp_path_factory.mktemp("browser")) as found:
+    with Browser(need_browser(), tmp_path_factory.mktemp("browser")) as found:
         yield found
 
 
@@ -78,6 +76,17 @@ def test_every_chart_is_drawn_in_silence(browser: Browser, evidence: Evidence, l
     )
     assert len(marks) == 16
     assert {name: count for name, count in marks if count < 10} == {}
+    assert browser.messages == []
+    assert browser.asked == []
+
+
+def test_charts_of_cuts_and_of_variants_are_drawn_in_silence(browser: Browser, tmp_path: Path) -> None:
+    evidence = with_cuts({4: 2.0, 16: 1.8}, {(0, 4): 2.1, (8, 4): 2.0, (0, 16): 1.8})
+    row = {"candidate": "r004-lr2e-4-pissa", "difference": -0.02, "low": -0.03, "high": -0.01, "outcome": "better"}
+    verdict = make_verdict(evidence) | {"variants": [row | {"variant": "pissa", "rank": rank} for rank in (4, 16)]}
+    browser.open(build(evidence._replace(variants=evidence), verdict, tmp_path))
+    for name in ("cut-loss-rank", "variants"):
+        assert browser.ask(f"document.querySelectorAll('[id^=chart-{name}] .mark-symbol path').length") > 1
     assert browser.messages == []
     assert browser.asked == []
 

@@ -183,6 +183,7 @@ def test_the_markdown_has_the_verdict_the_tables_and_the_figures(folder: Path) -
     assert markdown.count("| r008-lr2e-4-s") == 3
     linked = set(re.findall(r"\(figures/([\w-]+)\.svg\)", markdown))
     assert linked == CPU_FIGURES
+    assert markdown.count(", in numbers.") == len(CPU_FIGURES), "in words as in pictures"
 
 
 def test_korean_report(evidence: Evidence, tmp_path: Path) -> None:

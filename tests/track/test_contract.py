@@ -103,7 +103,7 @@ def test_a_run_has_the_config_and_its_group(replayed: Replayed) -> None:
 
 def test_costs_stand_over_the_rank(replayed: Replayed) -> None:
     """The original study's graphs beside the loss: average CPU memory, average GPU memory, runtime."""
-    summary = read_json(FIXTURE / "profiles" / "r008.json")["repeats"][0]["summary"]
+    summary = read_json(FIXTURE / "profiles" / "r008.json", schema=2)["repeats"][0]["summary"]
     seen = replayed.read()
     for name, value in {
         "average_cpu_memory_gb": summary["rss_mean_bytes"] / 1e9,

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from rankscope.data.prompts import Rendered, encode, render
 from rankscope.data.records import Records, canonical_text, load_records
 from rankscope.data.split import held_out
-from rankscope.errors import DataError, ModelError, StudyDirectoryError
-from rankscope.files import read_json, write_atomic, write_json
+from rankscope.errors import DataError, ModelError
+from rankscope.files import damaged, read_json, reading, understood, write_atomic, write_json
 from rankscope.spec import DataSpec
 
 if TYPE_CHECKING:
@@ -234,29 +234,26 @@ def load(folder: Path) -> TokenizedData:
     """Reads what `save` wrote.
 
     Raises:
-        StudyDirectoryError: a file is missing, or the tokens are not those that the facts were written for.
+        DamagedError: a file is missing, or the tokens are not those that the facts were written for.
+        StudyDirectoryError: one cannot be read.
     """
     from safetensors.numpy import load as from_bytes
 
     facts = read_json(folder / "facts.json")
     path = folder / "tokens.safetensors"
-    try:
+    with reading(path):
         content = path.read_bytes()
-    except OSError as error:
-        raise StudyDirectoryError(f"{path}: cannot be read: {error.strerror}", _AGAIN) from None
     sha256 = hashlib.sha256(content).hexdigest()
     if sha256 != facts.pop("tokens_sha256", None):
-        raise StudyDirectoryError(f"{path}: not the tokens that facts.json was written for", _AGAIN)
-    tensors = from_bytes(content)
-    train, heldout, general = (
-        Tokens(tensors[f"{side}.ids"], tensors[f"{side}.is_label"], tensors[f"{side}.offsets"])
-        if f"{side}.ids" in tensors
-        else None
-        for side in ("train", "eval", "general")
-    )
+        raise damaged(path, "not the tokens that facts.json was written for")
+    with understood(path):
+        tensors = from_bytes(content)
+        train, heldout, general = (
+            Tokens(tensors[f"{side}.ids"], tensors[f"{side}.is_label"], tensors[f"{side}.offsets"])
+            if f"{side}.ids" in tensors
+            else None
+            for side in ("train", "eval", "general")
+        )
     if train is None or heldout is None:
-        raise StudyDirectoryError(f"{path}: holds no rows to train on or to hold out", _AGAIN)
+        raise damaged(path, "holds no rows to train on or to hold out")
     return TokenizedData(train, heldout, facts, general, sha256)
-
-
-_AGAIN = "Run the study again: what is damaged is made again."

@@ -9,7 +9,7 @@ from signal import SIGINT, SIGKILL, SIGTERM
 from typing import Any
 
 from rankscope.errors import KilledError, OutOfMemoryError, RankscopeError, StudyDirectoryError, WorkerError
-from rankscope.files import read_json, write_json
+from rankscope.files import read_json, write_json, writing
 
 POLL_SECONDS = 0.5
 
@@ -28,15 +28,20 @@ def run_locally(
 
     The child holds the other end of a pipe that closes when this process ends, however it ends: it never outlives it.
     `folder` receives job.json, log.txt (all that the process prints) and, after a failure, error.json.
+
+    Raises:
+        StudyDirectoryError: one of these cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    error_file, job_file, kills = folder / "error.json", folder / "job.json", _memory_kills()
-    error_file.unlink(missing_ok=True)
+    error_file, job_file, log_file = (folder / name for name in ("error.json", "job.json", "log.txt"))
+    kills = _memory_kills()
     write_json(job_file, job)
+    with writing(log_file):
+        error_file.unlink(missing_ok=True)
+        log = log_file.open("ab")
     command = [sys.executable, "-m", "rankscope.launch.worker", str(study_path), str(job_file)]
     environment = ENVIRONMENT | os.environ
     with (
-        (folder / "log.txt").open("ab") as log,
+        log,
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment) as process,
     ):
         try:
@@ -54,8 +59,8 @@ def run_locally(
     if error_file.exists():
         error = read_json(error_file)
         kind = {kind.__name__: kind for kind in RankscopeError.all_kinds()}.get(error["kind"], WorkerError)
-        return kind(error["what"], error["todo"] or f"Its log: {folder / 'log.txt'}")
-    log_hint = f"Its log: {folder / 'log.txt'}"
+        return kind(error["what"], error["todo"] or f"Its log: {log_file}")
+    log_hint = f"Its log: {log_file}"
     if -process.returncode == SIGKILL and _memory_kills() > kills:
         return OutOfMemoryError(f"{job['kind']} {folder.name}: the system ended it for lack of memory", log_hint)
     if -process.returncode in (SIGKILL, SIGTERM, SIGINT):

@@ -1,11 +1,12 @@
-"""What a child process does: packs one after the other, a trial of full fine-tuning, one repeat of one profile, or
-the candidates' answers.
+"""What a child process does: packs one after the other, a trial of full fine-tuning, one repeat of one profile, the
+candidates' answers, or the losses of cut adapters.
 
     python -m rankscope.launch.worker STUDY_DIRECTORY JOB_FILE
 
 A failure is recorded in error.json beside the job's file, for the process that started this one.
 """
 
+import errno
 import faulthandler
 import logging
 import os
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from rankscope.data.tokens import TokenizedData
+
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+"""Of the disk itself: another trial would meet the same."""
+
+NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""In the texts of torch's RuntimeErrors, by which alone these are known."""
 
 
 def run_job(study: Study, job: dict[str, Any]) -> None:
@@ -51,6 +59,8 @@ def run_job(study: Study, job: dict[str, Any]) -> None:
         write_json(
             study.file("answers", "answers.json"), {"schema": 1} | answer(model, study.spec, adapters, data.eval)
         )
+    elif job["kind"] == "curve":
+        _cut_adapters(study, job["wanted"], data)
     else:
         from rankscope.measure.profile import profile_candidate
 
@@ -92,6 +102,20 @@ def _train_packs(study: Study, packs: Mapping[str, Sequence[str]], data: "Tokeni
                 raise KilledError("stopped as asked, between two packs")
 
 
+def _cut_adapters(study: Study, wanted: Mapping[str, Sequence[Sequence[int]]], data: "TokenizedData") -> None:
+    """Measures what is wanted of each trial, as pairs of rank and recovery steps; curve.json grows piece by piece."""
+    from rankscope.measure.cuts import Wanted, take_cuts
+
+    model, _ = _load_base(study)
+    trials = {trial.name: trial for trial in study.spec.trials()}
+    for name, pairs in wanted.items():
+        trial, folder = trials[name], study.adapter_file(trials[name]).parent
+        recorded = study.trial_record(trial)["results"]["eval_loss"]
+        same = {"trial": name, "adapter_sha256": study.adapter_sha256(trial)}
+        for cuts in take_cuts(model, study.spec, trial, folder, recorded, [Wanted(*pair) for pair in pairs], data):
+            study.add_cuts([same | cut.describe() for cut in cuts])
+
+
 def _load_base(study: Study) -> tuple["PreTrainedModel", str]:
     """The base model and its fingerprint.
 
@@ -118,7 +142,13 @@ def _known(error: Exception) -> RankscopeError:
     if isinstance(error, RankscopeError):
         return error
     what = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return StudyDirectoryError(
+            f"{error.filename or 'a file'}: cannot be read or written: {error.strerror}",
+            "Mend that and run the study again: it goes on where it was.",
+        )
+    no_memory = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or no_memory or any(t in str(error) for t in NO_MEMORY):
         return OutOfMemoryError(what)
     return WorkerError(what)
 
@@ -127,12 +157,17 @@ def main(study_path: str, job_file: str) -> int:
     """Returns the exit code: 0, or the one that the error asks for."""
     faulthandler.enable()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    study = Study.open(study_path)
     job = read_json(Path(job_file))
     try:
-        run_job(study, job)
+        if job["kind"] == "search":
+            from rankscope.search.job import run_search
+
+            run_search(Path(study_path), job["places"])
+        else:
+            run_job(Study.open(study_path), job)
     except Exception as error:
-        traceback.print_exc()
+        with suppress(OSError):  # the log is on the same disk, which may be full
+            traceback.print_exc()
         known = _known(error)
         report = {"kind": type(known).__name__, "what": known.what, "todo": known.todo}
         with suppress(StudyDirectoryError):  # on a full disk the exit code has to do

@@ -3,23 +3,24 @@
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from rankscope.errors import StudyError, did_you_mean
-from rankscope.files import published
+from rankscope.files import published, write_atomic
 from rankscope.spec import Candidate, Trial
 
 
 def lora_config(candidate: Candidate, base: str | None = None) -> LoraConfig:
     """The candidate as PEFT's own configuration; `base` is the base model's id or folder, for the saved file."""
-    modules = candidate.target_modules
+    modules, ranks = candidate.target_modules, dict(candidate.rank_pattern)
     return LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
@@ -28,6 +29,12 @@ def lora_config(candidate: Candidate, base: str | None = None) -> LoraConfig:
         target_modules=modules if isinstance(modules, str) else list(modules),
         lora_dropout=candidate.lora_dropout,
         use_rslora=candidate.use_rslora,
+        use_dora=candidate.variant == "dora",
+        rank_pattern=ranks,
+        # The scaling of a layer stays what it is at the candidate's rank: alpha/r, or alpha/sqrt(r).
+        alpha_pattern={
+            name: candidate.scaling * (rank**0.5 if candidate.use_rslora else rank) for name, rank in ranks.items()
+        },
         init_lora_weights=True if candidate.init_lora_weights == "kaiming" else "gaussian",
     )
 
@@ -67,11 +74,16 @@ def add_adapter(model: PreTrainedModel, trial: Trial, base: str | None = None) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(trial.seed)
         inject(config, model, adapter_key(trial.name))
+    to_float32(model, trial.name)
     for parameter in adapter_parameters(model, trial.name):
-        # float32 masters over a half-precision base, as mixed-precision training has them
-        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         parameter.requires_grad_(True)  # PEFT enables the active adapter only
     return config
+
+
+def to_float32(model: nn.Module, adapter: str) -> None:
+    """Float32 masters over a half-precision base, as mixed-precision training has them."""
+    for parameter in adapter_parameters(model, adapter):
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def remove_adapters(model: PreTrainedModel) -> None:
@@ -79,6 +91,23 @@ def remove_adapters(model: PreTrainedModel) -> None:
     for name, layer in lora_layers(model):
         model.set_submodule(name, layer.get_base_layer())
     if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
+def remove_adapter(model: PreTrainedModel, adapter: str) -> None:
+    """Takes one adapter off the model; a layer that then carries none is the base layer again."""
+    key, trained = adapter_key(adapter), [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for name, layer in lora_layers(model):
+        if key in layer.lora_A:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
+                layer.delete_adapter(key)
+        if not layer.lora_A:
+            model.set_submodule(name, layer.get_base_layer())
+    for parameter in trained:  # PEFT makes another adapter active, and freezes all but that one
+        parameter.requires_grad_(True)
+    del model.peft_config[key]
+    if not model.peft_config:
         del model.peft_config
 
 
@@ -104,6 +133,10 @@ def adapter_weights(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
                 weight = modules[key].weight
                 assert isinstance(weight, nn.Parameter)
                 weights[f"base_model.model.{name}.{part}.weight"] = weight
+        if key in layer.lora_magnitude_vector:  # DoRA's
+            magnitude = layer.lora_magnitude_vector[key].weight
+            assert isinstance(magnitude, nn.Parameter)
+            weights[f"base_model.model.{name}.lora_magnitude_vector"] = magnitude
     return weights
 
 
@@ -119,7 +152,10 @@ def save_adapter(weights: Mapping[str, torch.Tensor], config: LoraConfig, folder
     with published(file) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     config.inference_mode = True
-    config.save_pretrained(str(folder))
+    with TemporaryDirectory() as made:  # PEFT's own text, which it would write in place
+        config.save_pretrained(made)
+        text = Path(made, CONFIG_NAME).read_bytes()
+    write_atomic(folder / CONFIG_NAME, text)
     return file.stat().st_size
 
 

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rankscope.data.tokens import Example, Tokens
-from rankscope.lora.adapters import adapter_weights, add_adapter, remove_adapters
+from rankscope.lora.adapters import remove_adapters
 from rankscope.lora.base import load_tokenizer
+from rankscope.lora.saved import attach, read_adapter
 from rankscope.spec import StudySpec, Trial
 
 
@@ -46,10 +46,7 @@ def answer(model: PreTrainedModel, spec: StudySpec, adapters: Mapping[Trial, Pat
     asked = questions(held_out, spec.measure.answers, spec.data.max_length)
     answers = {"base": list(_generate(model, tokenizer, asked, spec.measure.answer_tokens))}
     for trial, file in adapters.items():
-        add_adapter(model, trial)
-        saved = load_file(file, device=str(model.device))
-        for name, weight in adapter_weights(model, trial.name).items():
-            weight.data.copy_(saved[name])
+        attach(model, trial.name, read_adapter(file.parent))
         answers[trial.name] = list(_generate(model, tokenizer, asked, spec.measure.answer_tokens))
         remove_adapters(model)
     texts = [

@@ -5,6 +5,7 @@ tables, series                  evidence -> tidy frames
 colours, encodings              what all charts share
 charts, charts_by_rank          tidy frame -> altair chart; to change a chart, change it there
 loss_, memory_, speed_figures   which charts there are, in words and numbers too, and what stands in for one
+cuts                            the curve from one training, cut to every rank
 answers                         what the model and each candidate answer
 content                         all of it put together, in one language
 html, markdown, write          content -> files

@@ -9,6 +9,7 @@ from rankscope.report.also import also_measured, also_notes, rank_name
 from rankscope.report.answers import Answered, answered
 from rankscope.report.catalogue import Catalogue
 from rankscope.report.costs import Saving, cost_tables, noise_sentence, savings
+from rankscope.report.cuts import cut_section
 from rankscope.report.facts import Fact, data_facts, machine_facts
 from rankscope.report.figures import Figure, Section
 from rankscope.report.formats import Table, duration, known, loss, percent, rate, signed, size
@@ -18,8 +19,9 @@ from rankscope.report.predictions import prediction_tables
 from rankscope.report.sentences import claim_sentences, verdict_sentence
 from rankscope.report.speed_figures import speed_figures, trade_off_figures
 from rankscope.report.tables import by_candidate, chosen_row, has_gpu
+from rankscope.report.variants import variant_section
 from rankscope.spec import EMBEDDED, write_yaml
-from rankscope.study import Evidence
+from rankscope.study import ANSWERS, Evidence
 
 
 class Content(NamedTuple):
@@ -80,6 +82,8 @@ def compose(
         caveats=caveats,
         sections=[
             Section("loss", loss_figures(evidence, verdict, table, text)),
+            *variant_section(evidence, verdict, text),
+            *cut_section(evidence, text),
             Section("memory", memory_figures(evidence, table, text)),
             Section("time", speed_figures(evidence, text)),
             Section("trade_off", trade_off_figures(evidence, verdict, table, text)),
@@ -95,7 +99,7 @@ def compose(
         data=data_facts(evidence.data_facts, text),
         machine=machine_facts(evidence.machine, text),
         reproduce=reproduce,
-        study=write_yaml(evidence.spec),
+        study=write_yaml((evidence.variants or evidence).spec),
         limits=_limits(evidence, verdict, text),
         version=str((evidence.machine.get("versions") or {}).get("rankscope") or ""),
     )
@@ -189,6 +193,8 @@ def _candidates(evidence: Evidence, verdict: Mapping[str, Any] | None, table: pd
 def _trials(evidence: Evidence, text: Catalogue) -> Table:
     none = text("none")
     records = evidence.results.to_dict("records")
+    if evidence.variants is not None:
+        records += evidence.variants.results.to_dict("records")
     if evidence.reference_results is not None:
         records += evidence.reference_results.to_dict("records")
     rows = [
@@ -231,6 +237,11 @@ def _limits(evidence: Evidence, verdict: Mapping[str, Any] | None, text: Catalog
         limits.append(text("limit.diverged"))
     if evidence.divided:
         limits.append(text("limit.divided", trials=", ".join(evidence.divided)))
+    if evidence.left:
+        limits.append(text("limit.left", trials=", ".join(evidence.left)))
+    for name, failure in evidence.failures.items():
+        what = text("limit.answers") if name == ANSWERS else text("limit.profile", name=name)
+        limits.append(text("limit.failed", what=what, reason=failure["reason"]))
     truncated = evidence.data_facts.get("truncated")
     if isinstance(truncated, int) and truncated:
         limits.append(text("limit.truncated", rows=f"{truncated:,}"))

@@ -33,6 +33,7 @@ def render(content: Content, text: Catalogue) -> str:
         parts += [f"{text('caveat.title')}:", _list(content.caveats)]
     for section in content.sections:
         parts += [f"## {text(f'section.{section.name}')}", *(_figure(figure) for figure in section.figures)]
+        parts += [*([_list(section.sentences)] if section.sentences else []), *map(_table, section.tables)]
     parts.append(f"## {text('section.claims')}")
     parts.append(_list(content.claims) if content.claims else text("claim.absent"))
     parts += [f"## {text('section.answers')}", text("answer.note") if content.answers else text("answer.absent")]
@@ -58,7 +59,8 @@ def escape(value: str) -> str:
 
 def _figure(figure: Figure) -> str:
     image = f"![{escape(figure.alternative)}](figures/{figure.name}.svg)\n\n" if figure.panels else ""
-    return f"### {escape(figure.title)}\n\n{image}{escape(figure.note)}"
+    numbers = f"\n\n{_table(figure.numbers)}" if figure.numbers and figure.panels else ""
+    return f"### {escape(figure.title)}\n\n{image}{escape(figure.note)}{numbers}"
 
 
 def _answers(prompt: Answered, text: Catalogue) -> list[str]:

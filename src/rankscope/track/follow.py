@@ -13,9 +13,9 @@ from contextlib import suppress
 from statistics import fmean
 from typing import Any
 
-from rankscope.errors import StudyDirectoryError
-from rankscope.files import JsonlTail, read_json, write_json
-from rankscope.spec import CONTROL, AnyTrial, Trial
+from rankscope.errors import DamagedError
+from rankscope.files import JsonlTail, read_json, understood, write_json
+from rankscope.spec import AnyTrial, Trial
 from rankscope.study import NOT_ENDED, SCHEMA, Study
 from rankscope.track import PROFILE_STEP, RANK, STEP, Point, Run, Tracker
 
@@ -80,11 +80,11 @@ class Follower:
         self._keep()
 
     def _kept(self) -> dict[str, Any]:
-        """What has been sent to the same place. Where it cannot be read, all is sent anew, as other runs."""
-        with suppress(StudyDirectoryError):
+        """What has been sent to the same place. Where that is damaged, all is sent anew, as other runs."""
+        with suppress(DamagedError), understood(self._file):
             kept = read_json(self._file)
             if kept["place"] == self._place:
-                return kept
+                return {"session": str(kept["session"]), "trials": dict(kept["trials"])}
         return {"session": secrets.token_hex(8), "trials": {}}
 
     def _new_rows(self, trial: AnyTrial) -> list[dict[str, Any]]:
@@ -110,11 +110,8 @@ class Follower:
         """All repeats of the profile of the trial's rank; none where it is not finished, nor of full fine-tuning."""
         if not isinstance(trial, Trial):
             return []
-        for name, candidate in self.study.spec.profiled().items():
-            if name != CONTROL and candidate.rank == trial.candidate.rank:
-                repeats = self.study.profile_repeats(name)
-                return repeats if len(repeats) >= self.study.spec.measure.repeats else []
-        return []
+        repeats = self.study.profile_repeats(trial.candidate.profile_name)
+        return repeats if len(repeats) >= self.study.spec.measure.repeats else []
 
     def _cost_points(self, trial: AnyTrial) -> list[Point]:
         repeats = self._repeats(trial)

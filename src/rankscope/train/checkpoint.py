@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from rankscope.errors import StudyDirectoryError
-from rankscope.files import file_sha256, published, read_json, write_json
+from rankscope.errors import DamagedError
+from rankscope.files import damaged, file_sha256, published, read_json, reading, understood, write_json
 from rankscope.train.pack import Member
 
 KEPT = 2
@@ -51,16 +50,23 @@ def save_checkpoint(folder: Path, step: int, members: Sequence[Member], state: M
 def load_checkpoint(folder: Path, members: Sequence[Member], logs: Mapping[str, Path]) -> dict[str, Any] | None:
     """Restores the newest whole checkpoint into those `members` that it holds, and returns its state with `active`,
     their names; None where there is none. It must be one of these `members` together, and the lines that were in
-    `logs`, by trial, must still be there; one that cannot be used is removed."""
+    `logs`, by trial, must still be there; one that is damaged is removed.
+
+    Raises:
+        StudyDirectoryError: one cannot be read, or a newer version wrote it.
+    """
     for target in sorted(folder.glob("step-*"), reverse=True):
         try:
             _check(target)
-            state, tensors = read_json(target / "state.json"), load_file(target / "tensors.safetensors")
-            if state["trials"] != [member.trial.name for member in members]:
-                raise StudyDirectoryError(f"{target}: of other trials")
-            for trial, (count, sha256) in state["lines"].items():
-                _check_lines(logs[trial], count, sha256)
-        except (StudyDirectoryError, SafetensorError, OSError) as error:
+            state = read_json(target / "state.json")
+            with reading(target / "tensors.safetensors"):
+                tensors = load_file(target / "tensors.safetensors")
+            with understood(target / "state.json"):
+                if state["trials"] != [member.trial.name for member in members]:
+                    raise damaged(target, "of other trials")
+                for trial, (count, sha256) in state["lines"].items():
+                    _check_lines(logs[trial], count, sha256)
+        except DamagedError as error:
             log.warning("checkpoint not used: %s", error)
             shutil.rmtree(target, ignore_errors=True)
             continue
@@ -72,18 +78,19 @@ def load_checkpoint(folder: Path, members: Sequence[Member], logs: Mapping[str, 
 
 
 def _check(target: Path) -> None:
-    """Raises StudyDirectoryError where a file is not the one that was saved."""
+    """Raises DamagedError where a file is not the one that was saved."""
     hashes = read_json(target / "manifest.json").get("files")
     for name in _FILES:
         file = target / name
-        if not isinstance(hashes, dict) or not file.is_file() or file_sha256(file) != hashes.get(name):
-            raise StudyDirectoryError(f"{file}: not what its manifest says")
+        if not isinstance(hashes, dict) or file_sha256(file) != hashes.get(name):
+            raise damaged(file, "not what its manifest says")
 
 
 def _check_lines(file: Path, count: int, sha256: str) -> None:
-    lines = file.read_bytes().splitlines(keepends=True)[:count]
+    with reading(file):
+        lines = file.read_bytes().splitlines(keepends=True)[:count]
     if len(lines) < count or hashlib.sha256(b"".join(lines)).hexdigest() != sha256:
-        raise StudyDirectoryError(f"{file}: not the lines that were there")
+        raise damaged(file, "not the lines that were there")
 
 
 def _tensors(members: Sequence[Member]) -> dict[str, torch.Tensor]:
