@@ -22,6 +22,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     write_model(root / "model")
     write_data(root / "data.json")
     sets = ("measure.repeats=1", "measure.steps=2", "measure.warmup_steps=1", "data.eval_rows=12", "training.evals=1")
+    sets = (*sets, "measure.answers=0")
     options = {"ranks": [2, 4, 16], "seeds": [0, 1], "steps": 5, "batch_size": 4, "learning_rates": [1e-3, 5e-3]}
     return rankscope.run(
         model=str(root / "model"), dataset=str(root / "data.json"), out=root / "study", sets=sets, **options
