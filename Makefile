@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test docs clean
+.PHONY: demo test test-slow docs clean
 
 demo: .venv/installed
 	$(BIN)/rankscope run --out rankscope-demo
@@ -12,6 +12,10 @@ test: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
+
+# What takes long: real kills, two runs at once, disks and hubs that fail.
+test-slow: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile -m slow
 
 # The site, in build/site. Among the tests it is built too, and looked through: tests/docs/test_site.py.
 docs: .venv/installed-dev

@@ -167,6 +167,7 @@ def test_seeds_that_are_not_done_are_left_out(copy: Study) -> None:
     assert set(table(copy)) == {(1, 0, 2), (1, 0, 8)}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_report")
 def test_one_that_is_killed_keeps_what_it_has(copy: Study, whole: Study, tmp_path: Path, monkeypatch: Any) -> None:
     """The child is killed after its third piece, in the second seed's training."""

@@ -168,6 +168,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(root: Path, whole: Study, tm
     assert [rows(study, name) for name in NAMES] == [rows(whole, name) for name in NAMES]
 
 
+@pytest.mark.slow
 def test_a_profile_that_is_killed_is_told_and_measured_again(
     root: Path, tmp_path: Path, harm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

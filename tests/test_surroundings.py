@@ -17,6 +17,8 @@ from rankscope.errors import ModelError
 from rankscope.runner import finish, unfinished
 from rankscope.study import Study
 
+pytestmark = pytest.mark.slow
+
 SETS = ("measure.profiles=false", "measure.answers=0", "training.evals=2", "data.eval_rows=12")
 
 

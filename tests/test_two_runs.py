@@ -16,6 +16,8 @@ from folders import write_data, write_model
 from rankscope.errors import StudyDirectoryError
 from rankscope.study import lock_folder
 
+pytestmark = pytest.mark.slow
+
 RUN = [
     *("run", "--model", "model", "--dataset", "data.json", "--ranks", "2", "--seeds", "0", "--steps", "100000"),
     *("--out", "out", "--set", "measure.profiles=false", "--set", "measure.answers=0"),

@@ -245,6 +245,7 @@ def test_a_search_that_is_done_is_told_again_and_a_larger_budget_goes_on(
         run(asked(root, trials=12), tmp_path / "more", lambda line: None)
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The child kills itself in its eighth step; the same search then finishes, and what had ended stays."""
     hook = """
@@ -289,6 +290,7 @@ def test_a_budget_below_one_schedule_is_refused(root: Path, tmp_path: Path) -> N
         run(asked(root, tokens=100, trials=None), tmp_path / "search", lambda line: None)
 
 
+@pytest.mark.slow
 def test_the_command_is_stopped_and_goes_on(root: Path, tmp_path: Path) -> None:
     arguments = [
         "search", "--model", str(root / "model"), "--dataset", str(root / "data.json"), "--ranks", "2..8",
