@@ -255,7 +255,7 @@ def test_a_profile_that_fails_is_recorded_told_and_measured_again(
     monkeypatch.setattr(runner, "run_locally", lambda path, job, folder, poll: ends[job["profile"]])
     said = Told()
     runner.measure(study, said)
-    assert runner.unmeasured(study) == {
+    assert study.unmet() == {
         "r002": {"status": "interrupted", "reason": KILLED.what},
         "r008": {"status": "oom", "reason": NO_MEMORY.what},
     }
@@ -271,7 +271,7 @@ def test_a_profile_that_fails_is_recorded_told_and_measured_again(
 
     monkeypatch.setattr(runner, "run_locally", measured)
     runner.measure(study, Told())
-    assert runner.unmeasured(study) == {}
+    assert study.unmet() == {}
     assert study.failures() == {}
 
 
@@ -305,7 +305,7 @@ def test_answers_that_fail_are_recorded(study: Study, monkeypatch: pytest.Monkey
     )
     monkeypatch.setattr(runner, "run_locally", lambda *_: NO_MEMORY)
     runner.answer(asked, Told())
-    assert runner.unmeasured(asked) == {"answers": {"status": "oom", "reason": NO_MEMORY.what}}
+    assert asked.unmet() == {"answers": {"status": "oom", "reason": NO_MEMORY.what}}
 
 
 def test_trials_beside_one_that_diverged_are_named(study: Study) -> None:

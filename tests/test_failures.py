@@ -13,7 +13,7 @@ from folders import write_data, write_model
 from rankscope.console import PlainConsole
 from rankscope.errors import ModelError, StudyDirectoryError
 from rankscope.files import read_json, read_jsonl
-from rankscope.runner import unfinished, unmeasured
+from rankscope.runner import unfinished
 from rankscope.study import Study
 from told import Told
 
@@ -178,12 +178,12 @@ def test_a_profile_that_is_killed_is_told_and_measured_again(
     study = run(root, tmp_path / "study", ranks=[2], steps=2)
     assert unfinished(study) == []
     reason = "profile r002 was killed (signal 9)"
-    assert unmeasured(study)["r002"] == {"status": "interrupted", "reason": reason}
+    assert study.unmet()["r002"] == {"status": "interrupted", "reason": reason}
     assert reason in (study.path / "report" / "report.md").read_text()
     assert study.profiles().empty
     harm("pass")
     again = run(root, tmp_path / "study", ranks=[2], steps=2)
-    assert unmeasured(again) == {}
+    assert again.unmet() == {}
     assert len(again.profile_repeats("r002")) == 1
     assert "was killed" not in (study.path / "report" / "report.md").read_text()
 

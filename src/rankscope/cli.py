@@ -12,7 +12,8 @@ import shutil
 import signal
 import sys
 import webbrowser
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -135,21 +136,14 @@ def run(
             _show_progress_so_far(path, spec, console)
         return
     console.print(f"Study {spec.name} in {path}{'/' if not str(path).endswith('/') else ''}", markup=False)
-    for number in (signal.SIGINT, signal.SIGTERM):  # a polite kill is treated like Ctrl-C
-        signal.signal(number, _stop_politely)
-    try:
-        with TerminalProgress(console) as progress:
-            result = runner.run_study(spec, path, progress, lang, report_to or ())
-    except KeyboardInterrupt:
-        again = shlex.join(["rankscope", *sys.argv[1:]])
-        error_console.print(f"Stopped. The same command goes on where it was:\n  {again}", markup=False, style="yellow")
-        raise typer.Exit(130) from None
+    with _stoppable(), TerminalProgress(console) as progress:
+        result = runner.run_study(spec, path, progress, lang, report_to or ())
     if json_:
         _print_json(describe_outcome(result))
     else:
         show_outcome(result, console, lang)
     left = {trial.name: result.trial_record(trial) for trial in runner.unfinished(result)}
-    left |= {_unmeasured_name(name): failure for name, failure in runner.unmeasured(result).items()}
+    left |= {_unmeasured_name(name): failure for name, failure in result.unmet().items()}
     for name, record in left.items():
         error_console.print(f"{name}: {record['status']}: {record.get('reason')}", markup=False, style="yellow")
     if left:
@@ -200,15 +194,8 @@ def search(
     spec = resolve_search(values, options, set_ or (), study)
     path, console = out or Path(f"{spec.study.name}-search"), error_console if json_ else out_console
     console.print(f"Search in {path}{'/' if not str(path).endswith('/') else ''}", markup=False)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop_politely)
-    try:
-        with SearchProgress(console) as progress:
-            result = run(spec, path, progress.say, progress.poll)
-    except KeyboardInterrupt:
-        again = shlex.join(["rankscope", *sys.argv[1:]])
-        error_console.print(f"Stopped. The same command goes on where it was:\n  {again}", markup=False, style="yellow")
-        raise typer.Exit(130) from None
+    with _stoppable(), SearchProgress(console) as progress:
+        result = run(spec, path, progress.say, progress.poll)
     if json_:
         _print_json(describe_result(Search(path, spec), result))
     else:
@@ -532,6 +519,19 @@ def _print_table(table: "Cells") -> None:
 
 def _print_json(value: Mapping[str, Any]) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Lets Ctrl-C, and a polite kill, end the body so that the same command goes on; it says so."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop_politely)
+    try:
+        yield
+    except KeyboardInterrupt:
+        again = shlex.join(["rankscope", *sys.argv[1:]])
+        error_console.print(f"Stopped. The same command goes on where it was:\n  {again}", markup=False, style="yellow")
+        raise typer.Exit(130) from None
 
 
 def _stop_politely(number: int, frame: FrameType | None) -> None:

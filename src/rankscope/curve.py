@@ -6,12 +6,12 @@ were trained, and the report shows both.
 
 from collections.abc import Sequence
 
-from rankscope.analysis.cuts import of_plain_candidates
+from rankscope.analysis.comparison import judged_examples
 from rankscope.errors import DamagedError, StudyError
 from rankscope.launch.local import run_locally
 from rankscope.report.catalogue import load
 from rankscope.runner import Progress, finish
-from rankscope.spec import Trial
+from rankscope.spec import PLAIN, Trial
 from rankscope.study import CURVE, Study
 
 MOST_RECOVERY = 100_000
@@ -58,7 +58,9 @@ def trained_trials(study: Study) -> list[Trial]:
         StudyError: there are none.
     """
     rank = max(study.spec.ranks)
-    judged = of_plain_candidates(study.spec, study.examples())
+    examples = study.examples()
+    plain = examples[examples["variant"] == PLAIN]
+    judged = plain if plain.empty else judged_examples(plain)
     names = set(judged.loc[judged["rank"] == rank, "candidate"])
     trials = [trial for trial in study.spec.trials() if trial.candidate.name in names]
     done = [trial for trial in trials if study.trial_record(trial)["status"] == "done"]

@@ -6,15 +6,13 @@ It reads what the child processes write, so that a run needs no channel of its o
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console, Group
-from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from rankscope.display import Display
 from rankscope.errors import StudyDirectoryError
 from rankscope.live import Follower, LiveStudy, State
 from rankscope.report.catalogue import load
@@ -22,41 +20,22 @@ from rankscope.report.formats import duration, size
 from rankscope.spec import AnyTrial, FullTrial, Trial
 from rankscope.study import Study
 
-LINE_EVERY_SECONDS = 15.0
-"""Between two lines where there is no terminal."""
-
 WHOLE_EVERY_SECONDS = 10.0
 """Between two looks at the whole study, whose files are many; at the pack that trains twice a second."""
 
 
-class TerminalProgress:
-    """The progress of `rankscope run`. Use as a context manager."""
+class TerminalProgress(Display):
+    """The progress of `rankscope run`."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
-        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+        super().__init__(console)
         self._trials: list[tuple[str, Follower]] = []
-        self._title, self._steps, self._start, self._last_line = "", 0, time.monotonic(), 0.0
+        self._title, self._steps, self._start = "", 0, time.monotonic()
         self._before = 0
         self._measuring = ""
         self._whole: LiveStudy | None = None
         self._state: State | None = None
         self._looked = 0.0
-
-    def __enter__(self) -> Self:
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live:
-            self._live.update(Text(""))
-            self._live.stop()
-
-    def say(self, message: str) -> None:
-        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def training(self, study: Study, pack: str, trials: Sequence[Trial], steps: int) -> None:
         packs = list(study.division().packs)
@@ -80,19 +59,16 @@ class TerminalProgress:
 
     def measuring(self, done: int, total: int, name: str) -> None:
         self._trials, self._measuring = [], f"Measuring cost, {done + 1} of {total}: {name}"
-        if not self._live:
+        if not self.is_drawn:
             self.say(self._measuring)
 
     def poll(self) -> None:
-        with suppress(
-            StudyDirectoryError
-        ):  # what is damaged is told when the run needs it; showing it ends no training
+        with suppress(StudyDirectoryError):  # damage is told when the run needs the file; showing it ends no training
             self._look()
-        if self._live:
+        if self.is_drawn:
             title = f"{self._measuring} · {self._left()}{self._memory()}"
-            self._live.update(self._table() if self._trials else Text(title, style="bold"))
-        elif self._trials and time.monotonic() - self._last_line >= LINE_EVERY_SECONDS:
-            self._last_line = time.monotonic()
+            self.draw(self._table() if self._trials else Text(title, style="bold"))
+        elif self._trials and self.line_is_due():
             losses = "  ".join(f"{name} {_loss(f.train_loss)}" for name, f in self._trials)
             self.say(f"  step {self._step()}/{self._steps}, {self._left()}{self._memory()}: {losses}")
 

@@ -107,7 +107,7 @@ def run(
 def run_study(
     spec: StudySpec, out: Path, progress: Progress, language: str = "en", report_to: str | Sequence[str] = ()
 ) -> Study:
-    """The main path, for a resolved study. What fails is recorded, not raised: see `unfinished` and `unmeasured`."""
+    """The main path, for a resolved study. What fails is recorded, not raised: see `unfinished` and `Study.unmet`."""
     load_catalogue(language)  # refused now, not when all is trained
     trackers = choose_trackers(report_to)
     resolve_device(spec.model.device)
@@ -417,11 +417,6 @@ def reproduce_command(spec: StudySpec) -> str:
 def unfinished(study: Study) -> list[AnyTrial]:
     """Trials, also of the reference, that did not end as `done`."""
     return [trial for trial in study.all_trials() if study.trial_record(trial)["status"] != "done"]
-
-
-def unmeasured(study: Study) -> dict[str, dict[str, str]]:
-    """What else did not finish: `Study.failures` of profiles and answers that are still missing."""
-    return study.unmet()
 
 
 @contextmanager

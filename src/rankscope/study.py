@@ -134,6 +134,11 @@ class Evidence(NamedTuple):
     cuts: "pd.DataFrame | None" = None
     """`Study.cut_examples()`; None is the same as an empty table."""
 
+    @property
+    def parts(self) -> "list[Evidence]":
+        """This, and that of the variants where there are some."""
+        return [self] if self.variants is None else [self, self.variants]
+
 
 class Division(NamedTuple):
     """Which trials train together. Once made it stays, so that a run that goes on rounds as it did before."""
@@ -633,12 +638,12 @@ class Study:
         steps of recovery training, the share of the update's energy that it keeps, and held-out losses in nats, all of
         them together and of each example; null where the recovery diverged.
         """
-        file, own = (
-            self.file(*CURVE.split("/")),
-            {trial.name: self.adapter_sha256(trial) for trial in self.spec.trials()},
-        )
+        file = self.file(*CURVE.split("/"))
         record = find_json(file)
-        cuts = [] if record is None else checked(record, CurveRecord, file)["cuts"]
+        if record is None:
+            return []
+        cuts = checked(record, CurveRecord, file)["cuts"]
+        own = {trial.name: self.adapter_sha256(trial) for trial in self.spec.trials()}
         return [cut for cut in cuts if own.get(cut["trial"]) == cut["adapter_sha256"]]
 
     def add_cuts(self, cuts: Sequence[Mapping[str, Any]]) -> None:

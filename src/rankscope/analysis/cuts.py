@@ -7,27 +7,17 @@ ranks are (`rankscope.analysis.comparison`).
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from rankscope.analysis.comparison import Estimate, estimate, judged_examples, label_tokens
-from rankscope.spec import StudySpec
 from rankscope.study import Evidence
 
 CURVE_COLUMNS = ["kind", "recover_steps", "rank", "seeds", "eval_loss", "eval_loss_low", "eval_loss_high"]
 ERROR_COLUMNS = ["recover_steps", "rank", "seeds", "cut", "trained", "error", "error_low", "error_high"]
 ERROR_COLUMNS += ["error_sd", "error_share", "within"]
-
-
-def of_plain_candidates(spec: StudySpec, examples: pd.DataFrame) -> pd.DataFrame:
-    """The examples on which ranks are compared, of plain LoRA's best learning rate of each rank."""
-    if examples.empty:
-        return examples
-    plain = {candidate.name for candidate in spec.candidates() if candidate.variant == "lora"}
-    own = examples[examples["candidate"].isin(plain)]
-    return own if own.empty else judged_examples(own)
 
 
 def loss_curve(evidence: Evidence) -> pd.DataFrame:
@@ -36,8 +26,8 @@ def loss_curve(evidence: Evidence) -> pd.DataFrame:
     `kind` is `trained`, `cut` or `recovered`. Losses in nats a label token, means over seeds; the interval is of the
     mean over the randomness of seeds, at the verdict's confidence (NaN with one seed).
     """
-    trained, cut = _tables(evidence)
-    tokens, confidence = _tokens(evidence), evidence.spec.verdict.confidence
+    trained, cut, tokens = _tables(evidence)
+    confidence = evidence.spec.verdict.confidence
     rows = []
     for rank, table in trained.items():
         rows.append({"kind": "trained", "recover_steps": 0, "rank": rank} | _mean(table, tokens, confidence))
@@ -56,8 +46,8 @@ def curve_errors(evidence: Evidence) -> pd.DataFrame:
     its share of the trained loss. `within` says whether it lies within the verdict's margin, on either side: True or
     False where the interval shows it, None where it does not; with one seed by the error itself.
     """
-    trained, cut = _tables(evidence)
-    tokens, verdict = _tokens(evidence), evidence.spec.verdict
+    trained, cut, tokens = _tables(evidence)
+    verdict = evidence.spec.verdict
     top = max(evidence.spec.ranks)
     rows = []
     for (steps, rank), table in cut.items():
@@ -115,24 +105,28 @@ def _finite(value: float) -> float:
     return value if math.isfinite(value) else math.nan
 
 
-def _tables(evidence: Evidence) -> tuple[dict[int, pd.DataFrame], dict[tuple[int, int], pd.DataFrame]]:
-    """Losses with seeds as rows and examples as columns: of trained ranks, and of cuts by recovery steps and rank."""
-    judged = of_plain_candidates(evidence.spec, evidence.examples)
-    if judged.empty:
-        return {}, {}
+class _Tables(NamedTuple):
+    """Losses with seeds as rows and examples as columns, of the examples on which ranks are compared."""
+
+    trained: dict[int, pd.DataFrame]
+    cut: dict[tuple[int, int], pd.DataFrame]
+    """By recovery steps and rank."""
+    label_tokens: np.ndarray  # (E,)
+
+
+def _tables(evidence: Evidence) -> _Tables:
+    if evidence.examples.empty:
+        return _Tables({}, {}, np.ones(0))
+    judged = judged_examples(evidence.examples)
     trained = {int(str(rank)): _table(part) for rank, part in judged.groupby("rank")}
+    tokens = label_tokens(judged)
     if evidence.cuts is None or evidence.cuts.empty:
-        return trained, {}
+        return _Tables(trained, {}, tokens)
     same = evidence.cuts["candidate"].isin(judged["candidate"]) & evidence.cuts["example"].isin(judged["example"])
     groups = evidence.cuts[same].groupby(["recover_steps", "cut_rank"])
-    return trained, {(int(str(steps)), int(str(rank))): _table(part) for (steps, rank), part in groups}
+    cut = {(int(str(steps)), int(str(rank))): _table(part) for (steps, rank), part in groups}
+    return _Tables(trained, cut, tokens)
 
 
 def _table(part: pd.DataFrame) -> pd.DataFrame:
     return part.pivot(index="seed", columns="example", values="loss")
-
-
-def _tokens(evidence: Evidence) -> np.ndarray:
-    """Label tokens of the examples that are compared."""
-    judged = of_plain_candidates(evidence.spec, evidence.examples)
-    return np.ones(0) if judged.empty else label_tokens(judged)

@@ -82,7 +82,10 @@ def add_adapter(model: PreTrainedModel, trial: Trial, base: str | None = None) -
 
 def to_float32(model: nn.Module, adapter: str) -> None:
     """Float32 masters over a half-precision base, as mixed-precision training has them."""
-    for parameter in adapter_parameters(model, adapter):
+    key = adapter_key(adapter)
+    of_embeddings = [f for _, layer in lora_layers(model) for f in (layer.lora_embedding_A, layer.lora_embedding_B)]
+    embeddings = [factors[key] for factors in of_embeddings if key in factors]
+    for parameter in [*adapter_parameters(model, adapter), *embeddings]:
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
 

@@ -26,7 +26,6 @@ from rankscope.lora.adapter_config import checked_name, pattern_keys, read_confi
 from rankscope.lora.adapters import (
     adapter_key,
     inject,
-    lora_layers,
     remove_adapters,
     save_adapter,
     to_float32,
@@ -153,10 +152,6 @@ def attach(model: PreTrainedModel, name: str, adapter: SavedAdapter) -> None:
     try:
         inject(config, model, key)
         to_float32(model, name)
-        for _, layer in lora_layers(model):  # which are no modules of their own
-            for factors in (layer.lora_embedding_A, layer.lora_embedding_B):
-                if key in factors:
-                    factors[key].data = factors[key].data.float()
         tensors = _tensors(adapter)
         for other in adapter.others:  # PEFT looks for modules that were saved whole by their names in this model
             tensors[other.removeprefix("base_model.model.")] = tensors.pop(other)

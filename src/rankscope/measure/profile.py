@@ -8,15 +8,13 @@ from typing import Any
 import torch
 
 from rankscope.data.tokens import TokenizedData, Tokens
-from rankscope.lora.adapters import lora_config, save_adapter
 from rankscope.lora.base import load_model, resolve_device
-from rankscope.lora.variants import exported
 from rankscope.measure.sampler import MemorySampler, Sample
 from rankscope.measure.summary import summarise_memory, summarise_steps
 from rankscope.spec import Candidate, StudySpec, Trial
 from rankscope.train.engine import EVAL_TOKENS
 from rankscope.train.loop import choose_engine
-from rankscope.train.pack import batch_at, eval_steps, make_member, spread, total_steps, train_step
+from rankscope.train.pack import batch_at, eval_steps, make_member, save_member, spread, total_steps, train_step
 
 
 def profile_candidate(spec: StudySpec, candidate: Candidate, data: TokenizedData) -> dict[str, Any]:
@@ -81,7 +79,7 @@ def profile_candidate(spec: StudySpec, candidate: Candidate, data: TokenizedData
     eval_tokens = int(data.eval.offsets[-1]) * (1 + len(eval_steps(training, steps)))
     joules = None if energy_before is None or energy_after is None else energy_after - energy_before
     with tempfile.TemporaryDirectory() as folder:
-        adapter_bytes = save_adapter(*exported(member.weights, member.start, lora_config(candidate)), Path(folder))
+        adapter_bytes = save_member(member, Path(folder))
     summary = {
         "load_seconds": load_seconds,
         **summarise_steps(seconds, tokens),

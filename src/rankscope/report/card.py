@@ -30,9 +30,7 @@ VARIANTS = {
 
 def write_cards(evidence: Evidence, verdict: Mapping[str, Any], trials: Path) -> None:
     """Writes README.md beside the weights of every trial in the folder `trials` that is done."""
-    for part in (evidence, evidence.variants):
-        if part is None:
-            continue
+    for part in evidence.parts:
         results = {str(name): row for name, row in part.results.set_index("trial").T.to_dict().items()}
         for trial in part.spec.trials():
             if trial.name in results and results[trial.name]["status"] == "done":

@@ -99,7 +99,7 @@ def compose(
         data=data_facts(evidence.data_facts, text),
         machine=machine_facts(evidence.machine, text),
         reproduce=reproduce,
-        study=write_yaml((evidence.variants or evidence).spec),
+        study=write_yaml(evidence.parts[-1].spec),
         limits=_limits(evidence, verdict, text),
         version=str((evidence.machine.get("versions") or {}).get("rankscope") or ""),
     )
@@ -192,9 +192,7 @@ def _candidates(evidence: Evidence, verdict: Mapping[str, Any] | None, table: pd
 
 def _trials(evidence: Evidence, text: Catalogue) -> Table:
     none = text("none")
-    records = evidence.results.to_dict("records")
-    if evidence.variants is not None:
-        records += evidence.variants.results.to_dict("records")
+    records = [row for part in evidence.parts for row in part.results.to_dict("records")]
     if evidence.reference_results is not None:
         records += evidence.reference_results.to_dict("records")
     rows = [

@@ -48,8 +48,7 @@ def write_report(
         else:  # an earlier report may have had it
             file.with_suffix(".svg").unlink(missing_ok=True)
             file.with_suffix(".png").unlink(missing_ok=True)
-    results = [part.results for part in (evidence, evidence.variants) if part is not None]
-    table = pd.concat(results, ignore_index=True)
+    table = pd.concat([part.results for part in evidence.parts], ignore_index=True)
     write_atomic(folder / "results.csv", table.to_csv(index=False))
     parquet = BytesIO()
     table.to_parquet(parquet, index=False)

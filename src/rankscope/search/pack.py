@@ -6,11 +6,20 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from rankscope.data.tokens import TokenizedData, Tokens
-from rankscope.lora.adapters import remove_adapter, save_adapter
+from rankscope.lora.adapters import remove_adapter
 from rankscope.lora.packed import pack_layers
-from rankscope.search.space import Asked, Point, SearchSpec
+from rankscope.search.space import Asked, SearchSpec
 from rankscope.train.loop import choose_engine
-from rankscope.train.pack import Member, batch_at, finite_weights, make_member, spread, total_steps, train_step
+from rankscope.train.pack import (
+    Member,
+    batch_at,
+    finite_weights,
+    make_member,
+    save_member,
+    spread,
+    total_steps,
+    train_step,
+)
 
 
 class PackTrainer:
@@ -28,12 +37,8 @@ class PackTrainer:
         self.members: dict[str, Member] = {}
         # Whether the model can be packed, and how large its forwards may be, is asked with all places taken by the
         # largest candidates.
-        groups, rank, alpha = spec.space.target_modules, max(spec.space.ranks), spec.space.alphas[0]
-        rate = spec.study.learning_rates[0]
-        largest = [
-            Asked(candidate=spec.candidate(Point(rank, rate, alpha, groups[n % len(groups)])), seed=0, number=n)
-            for n in range(max(places, len(groups)))
-        ]
+        groups = len(spec.space.target_modules)
+        largest = [spec.largest(number, number % groups) for number in range(max(places, groups))]
         choice = choose_engine(model, [self._member(asked) for asked in largest], self.training)
         self.engine, self.engine_reason = choice.engine, choice.reason
         for asked in largest:
@@ -73,9 +78,7 @@ class PackTrainer:
 
     def save(self, name: str, folder: Path) -> None:
         """Writes a candidate's adapter in PEFT's format."""
-        member = self.members[name]
-        assert member.config is not None
-        save_adapter(member.weights, member.config, folder)
+        save_member(self.members[name], folder)
 
 
 def rung_rows(spec: SearchSpec, data: TokenizedData, steps: int) -> Tokens:

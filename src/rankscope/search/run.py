@@ -14,7 +14,7 @@ from rankscope.runner import check_ranks, describe_data, describe_machine, prepa
 from rankscope.search import require_optuna
 from rankscope.search.folder import Search
 from rankscope.search.pack import step_tokens
-from rankscope.search.space import DEFAULT_RANKS, Asked, Point, SearchSpec, resolve_ranks
+from rankscope.search.space import DEFAULT_RANKS, SearchSpec, resolve_ranks
 from rankscope.train.memory import predict
 
 MOST_PLACES = 64
@@ -60,14 +60,11 @@ def run(
                 "Give more, or fewer --steps.",
             )
         say(describe_data(data.facts))
-        places = min(
-            len(
-                divide_into_packs(
-                    _largest(spec, number), prediction, free_bytes(device), spec.study.training, data.train
-                )[0]
-            )
-            for number, prediction in enumerate(predictions)
-        )
+        free, places = free_bytes(device), MOST_PLACES
+        for number, prediction in enumerate(predictions):
+            largest = [spec.largest(place, number) for place in range(MOST_PLACES)]
+            packs = divide_into_packs(largest, prediction, free, spec.study.training, data.train)
+            places = min(places, len(packs[0]))
         while True:
             say(f"{places} candidates train at a time, {len(tokens):,} steps of {sum(tokens):,} tokens each at most")
             job = {"kind": "search", "places": places}
@@ -89,10 +86,3 @@ def _corner(spec: SearchSpec, group: int) -> Any:
     adapter = spec.study.adapter.model_copy(update={"target_modules": spec.space.target_modules[group]})
     rate = spec.study.learning_rates[:1]
     return spec.study.model_copy(update={"ranks": (max(spec.space.ranks),), "learning_rates": rate, "adapter": adapter})
-
-
-def _largest(spec: SearchSpec, group: int) -> list[Asked]:
-    point = Point(
-        max(spec.space.ranks), spec.study.learning_rates[0], spec.study.adapter.alpha, spec.space.target_modules[group]
-    )
-    return [Asked(candidate=spec.candidate(point), seed=0, number=number) for number in range(MOST_PLACES)]

@@ -1,59 +1,37 @@
 """A search in the terminal: how far it is, and what it has found."""
 
 import shlex
-import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console, Group
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from rankscope.display import Display
 from rankscope.report.catalogue import load
 from rankscope.report.formats import duration
 from rankscope.search.folder import Search
-
-LINE_EVERY_SECONDS = 15.0
-"""Between two lines where there is no terminal."""
 
 SHOWN = 10
 """The best candidates in the table at the end."""
 
 
-class SearchProgress:
-    """The progress of `rankscope search`. Use as a context manager."""
+class SearchProgress(Display):
+    """The progress of `rankscope search`."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
-        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
-        self._last_line = time.monotonic()
-
-    def __enter__(self) -> Self:
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live:
-            self._live.update(Text(""))
-            self._live.stop()
-
-    def say(self, message: str) -> None:
-        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+        super().__init__(console)
+        self.line_is_due()  # at once there is nothing to tell
 
     def poll(self, search: Search) -> None:
         result = search.result()
         if result is None:
             return
-        if self._live:
-            self._live.update(Group(Text(progress_line(result), style="bold"), _training(result)))
-        elif time.monotonic() - self._last_line >= LINE_EVERY_SECONDS:
-            self._last_line = time.monotonic()
+        if self.is_drawn:
+            self.draw(Group(Text(progress_line(result), style="bold"), _training(result)))
+        elif self.line_is_due():
             self.say(f"  {progress_line(result)}")
 
 

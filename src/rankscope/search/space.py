@@ -94,6 +94,12 @@ class SearchSpec(_Part):
         }
         return self.model_copy(update=changes)
 
+    def largest(self, number: int, group: int) -> "Asked":
+        """A candidate of the highest rank on one of the groups of target modules: what any may take."""
+        rate, alpha = self.study.learning_rates[0], self.space.alphas[0]
+        point = Point(max(self.space.ranks), rate, alpha, self.space.target_modules[group])
+        return Asked(candidate=self.candidate(point), seed=0, number=number)
+
     def points(self) -> list["Point"]:
         """All points, where there are finitely many."""
         rates = self.space.learning_rates

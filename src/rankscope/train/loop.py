@@ -17,10 +17,8 @@ from rankscope.data.batches import steps_per_epoch
 from rankscope.data.tokens import TokenizedData, Tokens
 from rankscope.errors import KilledError, ModelError
 from rankscope.files import JsonlWriter, file_hashes, read_json, read_jsonl, write_json
-from rankscope.lora.adapters import save_adapter
 from rankscope.lora.base import free_bytes
 from rankscope.lora.layout import NotPackable
-from rankscope.lora.variants import exported
 from rankscope.spec import AnyTrial, StudySpec, TrainingSpec, Trial
 from rankscope.study import FINISHED, TRIAL_FILES
 from rankscope.train.checkpoint import load_checkpoint, save_checkpoint
@@ -33,6 +31,7 @@ from rankscope.train.pack import (
     eval_steps,
     finite_weights,
     make_member,
+    save_member,
     total_steps,
     train_step,
 )
@@ -363,9 +362,7 @@ def _finish(
         "correct_tokens": held_out.correct_tokens.astype(int).tolist(),
     }
     write_json(folder / "eval.json", {"schema": 1, "step": len(history), "examples": examples})
-    adapter_bytes = None
-    if member.config:
-        adapter_bytes = save_adapter(*exported(member.weights, member.start, member.config), folder / "adapter")
+    adapter_bytes = save_member(member, folder / "adapter")
     tail = history[-max(1, len(history) // 10) :]
     tokens = sum(step.tokens for step in history)
     results = {

@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -17,9 +18,9 @@ from transformers import PreTrainedModel, get_scheduler
 from rankscope.data.batches import batch_indices, steps_per_epoch
 from rankscope.data.tokens import Tokens
 from rankscope.errors import StudyError
-from rankscope.lora.adapters import adapter_weights, add_adapter
+from rankscope.lora.adapters import adapter_weights, add_adapter, save_adapter
 from rankscope.lora.layout import Slice
-from rankscope.lora.variants import FROM_WEIGHTS, begin_from_weights, starts
+from rankscope.lora.variants import FROM_WEIGHTS, begin_from_weights, exported, starts
 from rankscope.spec import AnyTrial, TrainingSpec, Trial
 from rankscope.train.engine import Engine
 
@@ -104,6 +105,13 @@ def make_member(
     optimizer = make_optimizer(rates, training)
     scheduler = make_scheduler(optimizer, training, steps)
     return Member(trial, config, weights, optimizer, scheduler, starts(model, trial.name))
+
+
+def save_member(member: Member, folder: Path) -> int | None:
+    """Writes a member's adapter as it is shared; the weights' size in bytes. None and nothing in full fine-tuning."""
+    if member.config is None:
+        return None
+    return save_adapter(*exported(member.weights, member.start, member.config), folder)
 
 
 def make_optimizer(weights: Mapping[float, Sequence[nn.Parameter]], training: TrainingSpec) -> AdamW:
