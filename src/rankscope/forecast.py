@@ -98,11 +98,12 @@ def forecast(
             reason = reason or found
     rate = _rate(peaks, prediction) if here else None
     share = PRODUCT_SHARE["small" if prediction.base_params < SMALL_MODEL_PARAMS else "large"]
-    works = {engine: _work(spec, engine, data) for engine in {"peft", prediction.engine}}
+    engines = {c.name: prediction.engine if c.packable else "peft" for c in spec.candidates()}
+    works = {engine: _work(spec, engine, data) for engine in set(engines.values())}
     candidates = {}
     for candidate in spec.candidates():
         peak, cost = peaks.get(candidate.profile_name), prediction.costs.get(candidate.name)
-        work = works[prediction.engine if candidate.packable else "peft"]
+        work = works[engines[candidate.name]]
         train = runtime = None
         if rate and cost:
             train = work.train_flops(cost) / (rate * share)
