@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from rankscope import cli, runner
+from launchers import Ending, place
+from rankscope import cli, jobs, runner
 from rankscope.errors import DamagedError, KilledError, OutOfMemoryError, StudyDirectoryError, StudyError
 from rankscope.files import damaged, file_hashes, read_json, write_json
 from rankscope.report import build
@@ -222,7 +223,7 @@ def test_a_second_run_that_is_stopped_marks_nothing_of_the_first(study: Study, m
 
 def test_the_run_that_holds_the_study_marks_what_it_was_doing(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     record = running(study)
-    monkeypatch.setattr(runner, "predict", lambda spec: None)
+    monkeypatch.setattr(runner, "predict", lambda *_: None)
     monkeypatch.setattr(runner, "check_ranks", lambda spec, prediction: None)
     monkeypatch.setattr(runner, "_study_data", interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -252,9 +253,8 @@ def test_a_profile_that_fails_is_recorded_told_and_measured_again(
     for name in ("r002", "r008"):
         (study.path / "profiles" / f"{name}.json").unlink()
     ends = {"r002": KILLED, "r008": NO_MEMORY}
-    monkeypatch.setattr(runner, "run_locally", lambda path, job, folder, poll: ends[job["profile"]])
     said = Told()
-    runner.measure(study, said)
+    jobs.measure(study, place(Ending(lambda path, job: ends[job["profile"]])), said)
     assert study.unmet() == {
         "r002": {"status": "interrupted", "reason": KILLED.what},
         "r008": {"status": "oom", "reason": NO_MEMORY.what},
@@ -266,11 +266,10 @@ def test_a_profile_that_fails_is_recorded_told_and_measured_again(
         assert what in report
         assert NO_MEMORY.what in report
 
-    def measured(path: Path, job: dict[str, Any], *_: Any) -> None:
+    def measured(path: Path, job: dict[str, Any]) -> None:
         (path / "profiles" / f"{job['profile']}.json").write_bytes(kept)
 
-    monkeypatch.setattr(runner, "run_locally", measured)
-    runner.measure(study, Told())
+    jobs.measure(study, place(Ending(measured)), Told())
     assert study.unmet() == {}
     assert study.failures() == {}
 
@@ -291,20 +290,18 @@ def test_a_disk_or_a_model_that_fails_ends_profiles_and_answers_too(
 ) -> None:
     (study.path / "profiles" / "r002.json").unlink()
     error = StudyDirectoryError("profiles/r002.json: cannot be written: No space left on device")
-    monkeypatch.setattr(runner, "run_locally", lambda *_: error)
     monkeypatch.setattr(Study, "has_answers", lambda self: False)
     asked = study.spec.model_copy(update={"measure": study.spec.measure.model_copy(update={"answers": 1})})
     with pytest.raises(StudyDirectoryError, match="No space left"):
-        getattr(runner, step)(Study(study.path, asked), Told())
+        getattr(jobs, step)(Study(study.path, asked), place(Ending(lambda *_: error)), Told())
     assert study.failures() == {}
 
 
-def test_answers_that_fail_are_recorded(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_that_fail_are_recorded(study: Study) -> None:
     asked = Study(
         study.path, study.spec.model_copy(update={"measure": study.spec.measure.model_copy(update={"answers": 1})})
     )
-    monkeypatch.setattr(runner, "run_locally", lambda *_: NO_MEMORY)
-    runner.answer(asked, Told())
+    jobs.answer(asked, place(Ending(lambda *_: NO_MEMORY)), Told())
     assert asked.unmet() == {"answers": {"status": "oom", "reason": NO_MEMORY.what}}
 
 

@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import rankscope
 from folders import write_data, write_model
+from launchers import Ending
 from rankscope import runner
 from rankscope.data.tokens import load
 from rankscope.errors import DataError, OutOfMemoryError, WorkerError
 from rankscope.files import read_json
+from rankscope.launch.local import LocalLauncher
 from rankscope.study import Study
 
 OPTIONS: dict[str, Any] = {
@@ -140,7 +142,8 @@ def test_a_trial_that_fails_is_recorded_and_ends_no_study(
     copy = tmp_path / "study"
     shutil.copytree(study.path, copy)
     shutil.rmtree(copy / "reference" / FOLDERS[1])
-    monkeypatch.setattr(runner, "run_locally", lambda *_: WorkerError("the child ended by signal 9"))
+    ending = Ending(lambda *_: WorkerError("the child ended by signal 9"), LocalLauncher(study.spec.model).site())
+    monkeypatch.setattr(runner, "make_launcher", lambda *_: ending)
     again = run(root, copy)
     assert list(again.reference_results()["status"]) == ["done", "failed"]
     assert again.reference_results()["reason"][1] == "the child ended by signal 9"
@@ -154,7 +157,8 @@ def test_memory_that_runs_out_is_recorded(
     copy = tmp_path / "study"
     shutil.copytree(study.path, copy)
     shutil.rmtree(copy / "reference" / FOLDERS[0])
-    monkeypatch.setattr(runner, "run_locally", lambda *_: OutOfMemoryError("no more"))
+    ending = Ending(lambda *_: OutOfMemoryError("no more"), LocalLauncher(study.spec.model).site())
+    monkeypatch.setattr(runner, "make_launcher", lambda *_: ending)
     assert list(run(root, copy).reference_results()["status"]) == ["oom", "done"]
 
 

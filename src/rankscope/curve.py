@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 from rankscope.analysis.comparison import judged_examples
 from rankscope.errors import DamagedError, StudyError
+from rankscope.jobs import Progress
 from rankscope.launch.local import run_locally
 from rankscope.report.catalogue import load
-from rankscope.runner import Progress, finish
+from rankscope.runner import finish
 from rankscope.spec import PLAIN, Trial
 from rankscope.study import CURVE, Study
 

@@ -1,24 +1,91 @@
-"""Jobs as child processes of this one, one after the other: a fresh process for every pack and profile."""
+"""Jobs as child processes on this machine: a fresh process for each, on each visible GPU one at a time."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from signal import SIGINT, SIGKILL, SIGTERM
-from typing import Any
+from typing import Any, Self
 
-from rankscope.errors import KilledError, OutOfMemoryError, RankscopeError, StudyDirectoryError, WorkerError
-from rankscope.files import read_json, write_json, writing
+import torch
 
-POLL_SECONDS = 0.5
+from rankscope.errors import RankscopeError
+from rankscope.launch import Job, Site
+from rankscope.launch.process import JobProcess
+from rankscope.launch.queue import POLL_SECONDS
+from rankscope.lora.base import free_bytes, resolve_device, resolve_dtype
+from rankscope.measure.machine import hardware, versions
+from rankscope.spec import ModelSpec
 
-ENVIRONMENT = {
-    "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONUNBUFFERED": "1",
-    "THP_MEM_ALLOC_ENABLE": "1",  # torch's CPU allocator asks for huge pages: half the page faults, docs/lab-notes.md
-}
-"""Of a child process; the user's own environment comes first."""
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+class LocalLauncher:
+    """Local child processes.
+
+    With `model.device` `auto` or `cuda` every visible GPU is a place; with `cuda:1` that one alone, and on a CPU the
+    machine.
+
+    Raises:
+        StudyError: the device does not exist here.
+    """
+
+    loads_once = True
+
+    def __init__(self, model: ModelSpec) -> None:
+        self._model, self._device = model, resolve_device(model.device)
+        self._devices, self._places = [self._device], list[Mapping[str, str]]([{}])
+        if self._device.type == "cuda" and ":" not in model.device and torch.cuda.device_count() > 1:
+            self._devices = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+            self._places = gpu_places(len(self._devices), os.environ)
+        self._free = list(range(len(self._places)))
+
+    def site(self) -> Site:
+        dtype = str(resolve_dtype(self._model.dtype, self._device)).removeprefix("torch.")
+        free = min(map(free_bytes, self._devices))
+        return Site(self._device.type, True, free, str(self._device), dtype, hardware(), versions())
+
+    def places(self) -> int:
+        return len(self._places)
+
+    def start(self, study: Path, job: Job) -> "LocalJob":
+        place = self._free.pop(0)
+        try:
+            process = JobProcess(study, job.content, study / job.folder, self._places[place])
+        except BaseException:
+            self._free.append(place)
+            raise
+        return LocalJob(job, process, lambda: self._free.append(place))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+class LocalJob:
+    """A job in a child process of this one, which writes the study's directory itself."""
+
+    def __init__(self, job: Job, process: JobProcess, let_go: Callable[[], None]) -> None:
+        self.job, self._process, self._let_go = job, process, let_go
+        self._ended = False
+        self.error, self.stop = process.error, process.stop
+
+    def is_running(self) -> bool:
+        if not self._ended and not self._process.is_running():
+            self._ended = True
+            self._let_go()
+        return not self._ended
+
+    def kill(self) -> None:
+        self._process.kill()
+        self.is_running()
+
+
+def gpu_places(count: int, environment: Mapping[str, str]) -> list[Mapping[str, str]]:
+    """The environment of a process on each of `count` visible GPUs, that it sees alone, with its share of the cores."""
+    visible = environment.get(VISIBLE)
+    names = visible.split(",")[:count] if visible else list(map(str, range(count)))
+    threads = max(1, len(os.sched_getaffinity(0)) // count) if hasattr(os, "sched_getaffinity") else 1
+    return [{VISIBLE: name, "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", str(threads))} for name in names]
 
 
 def run_locally(
@@ -26,62 +93,19 @@ def run_locally(
 ) -> RankscopeError | None:
     """Runs one job to its end, calling `poll` twice a second; returns what went wrong, or None.
 
-    The child holds the other end of a pipe that closes when this process ends, however it ends: it never outlives it.
-    `folder` receives job.json, log.txt (all that the process prints) and, after a failure, error.json.
-
     Raises:
-        StudyDirectoryError: one of these cannot be written.
+        StudyDirectoryError: a file in `folder` cannot be written.
     """
-    error_file, job_file, log_file = (folder / name for name in ("error.json", "job.json", "log.txt"))
-    kills = _memory_kills()
-    write_json(job_file, job)
-    with writing(log_file):
-        error_file.unlink(missing_ok=True)
-        log = log_file.open("ab")
-    command = [sys.executable, "-m", "rankscope.launch.worker", str(study_path), str(job_file)]
-    environment = ENVIRONMENT | os.environ
-    with (
-        log,
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment) as process,
-    ):
+    process = JobProcess(study_path, job, folder)
+    try:
+        while process.is_running(POLL_SECONDS):
+            poll()
+    except BaseException:
+        process.stop()
         try:
-            while _running(process):
-                poll()
-        except BaseException:
-            process.terminate()
-            try:
-                process.wait()  # training stops after its step, with a checkpoint
-            except KeyboardInterrupt:  # asked a second time
-                process.kill()
-            raise
-    if process.returncode == 0:
-        return None
-    if error_file.exists():
-        error = read_json(error_file)
-        kind = {kind.__name__: kind for kind in RankscopeError.all_kinds()}.get(error["kind"], WorkerError)
-        return kind(error["what"], error["todo"] or f"Its log: {log_file}")
-    log_hint = f"Its log: {log_file}"
-    if -process.returncode == SIGKILL and _memory_kills() > kills:
-        return OutOfMemoryError(f"{job['kind']} {folder.name}: the system ended it for lack of memory", log_hint)
-    if -process.returncode in (SIGKILL, SIGTERM, SIGINT):
-        return KilledError(f"{job['kind']} {folder.name} was killed (signal {-process.returncode})", log_hint)
-    if process.returncode == StudyDirectoryError.exit_code:  # and no room for error.json
-        return StudyDirectoryError(f"{folder}: cannot be written", "Make room on its disk and run the study again.")
-    return WorkerError(f"{job['kind']} {folder.name} ended without a word (exit code {process.returncode})", log_hint)
-
-
-def _memory_kills() -> int:
-    """How many processes the kernel has ended for lack of memory since it started; 0 where it does not tell."""
-    try:
-        counters = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
-    except OSError:
-        return 0
-    return int(counters.get("oom_kill", 0))
-
-
-def _running(process: subprocess.Popen[bytes]) -> bool:
-    try:
-        process.wait(POLL_SECONDS)
-    except subprocess.TimeoutExpired:
-        return True
-    return False
+            while process.is_running(POLL_SECONDS):
+                pass
+        except KeyboardInterrupt:  # asked a second time
+            process.kill()
+        raise
+    return process.error()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rankscope.study import Study
 
 if TYPE_CHECKING:
-    from rankscope.runner import Progress
+    from rankscope.jobs import Progress
 
 FINISH_SECONDS, STOPPED_SECONDS = 120.0, 20.0
 """How long the end of a study waits for trackers, all together; less where it was stopped or failed."""
@@ -100,7 +100,7 @@ class _Relay:
     def __init__(self, progress: "Progress", processes: Sequence[_Process]) -> None:
         self._progress, self._processes = progress, processes
         self.say, self.training = progress.say, progress.training
-        self.reference, self.measuring = progress.reference, progress.measuring
+        self.reference, self.measuring, self.ended = progress.reference, progress.measuring, progress.ended
 
     def poll(self) -> None:
         for process in self._processes:

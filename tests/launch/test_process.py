@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from rankscope.errors import KilledError, OutOfMemoryError, RankscopeError, StudyDirectoryError, WorkerError
-from rankscope.launch import local, worker
+from rankscope.launch import local, process, worker
 from rankscope.launch.local import run_locally
+
+pytestmark = pytest.mark.own_processes
 
 
 def end(folder: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> RankscopeError | None:
@@ -28,11 +30,11 @@ def test_a_process_that_the_kernel_ended_for_memory_is_told_from_one_that_was_ki
 ) -> None:
     """The kernel ends a process with SIGKILL, and counts it in /proc/vmstat."""
     counted = iter([3, 4])
-    monkeypatch.setattr(local, "_memory_kills", lambda: next(counted))
+    monkeypatch.setattr(process, "_memory_kills", lambda: next(counted))
     error = end(tmp_path, monkeypatch, "kill -KILL $$")
     assert isinstance(error, OutOfMemoryError)
     assert "profile r008: the system ended it for lack of memory" in error.what
-    monkeypatch.setattr(local, "_memory_kills", lambda: 4)
+    monkeypatch.setattr(process, "_memory_kills", lambda: 4)
     error = end(tmp_path, monkeypatch, "kill -KILL $$")
     assert isinstance(error, KilledError)
     assert "was killed (signal 9)" in error.what
@@ -41,7 +43,7 @@ def test_a_process_that_the_kernel_ended_for_memory_is_told_from_one_that_was_ki
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 def test_the_kernel_s_counter_is_read() -> None:
     (line,) = (line for line in Path("/proc/vmstat").read_text().splitlines() if line.startswith("oom_kill "))
-    assert local._memory_kills() >= int(line.split()[1])
+    assert process._memory_kills() >= int(line.split()[1])
 
 
 def test_other_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +106,7 @@ def test_the_exit_code_tells_where_the_log_and_error_json_have_no_room(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    local.write_json(tmp_path / "job.json", {"kind": "packs"})
+    process.write_json(tmp_path / "job.json", {"kind": "packs"})
     monkeypatch.setattr(worker, "run_job", full)
     monkeypatch.setattr(worker.Study, "open", lambda path: None)
     monkeypatch.setattr(worker.faulthandler, "enable", lambda: None)

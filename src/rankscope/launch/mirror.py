@@ -1,0 +1,228 @@
+"""What a job on another machine has written, brought into the study's directory: no shared file system is needed.
+
+The job works in a folder of its own, which begins with what it needs of the study. `Mirror` finds what has changed
+there since it last looked, and `Replica` does the same to the study's directory. A reader there sees what it would see
+of a job that writes there itself: a file that tells of others (trial.json, a checkpoint's manifest) comes after them,
+and of a metrics.jsonl only what is new is sent.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from rankscope.files import inside, published, write_atomic, writing
+
+PIECE_BYTES = 32 << 20
+"""Of a file that is sent in pieces."""
+
+TELLING = ("trial.json", "pack.json", "manifest.json", "error.json")
+"""They say that others are whole."""
+
+GROWING = (".jsonl", ".txt")
+"""Endings of files that are appended to."""
+
+_TAIL_BYTES = 4096
+
+
+class Change(NamedTuple):
+    """A piece of a file, or that it is gone."""
+
+    name: str  # below the study's directory
+    data: bytes | None = None  # None: it is gone
+    offset: int = 0
+    last: bool = True
+    """Nothing of the file comes after this piece."""
+    appended: bool = False
+    """The piece goes to the end of the file as it is, which so far has `offset` bytes."""
+
+
+class _Seen(NamedTuple):
+    inode: int
+    size: int
+    changed_ns: int
+    tail: bytes = b""  # of a growing file, what was last sent
+
+
+class Mirror:
+    """What has changed below a folder."""
+
+    def __init__(self, root: Path) -> None:
+        """What is there now is known already."""
+        self._root = root
+        self._seen = {name: self._look(name) for name in self._names()}
+
+    def changes(self) -> Iterator[Change]:
+        """What has changed since the last call, in the order in which it is to be applied."""
+        # What tells is read first, and applied last: all that it tells of was there before the others are looked for.
+        told = {name: self._read(name) for name in filter(_telling, self._names()) if self._is_new(name)}
+        names = self._names()
+        for name in names:
+            if not _telling(name) and self._is_new(name):
+                yield from self._send(name)
+        for name, read in told.items():
+            if read is not None:
+                self._seen[name], content = read
+                yield Change(name, content)
+        for name in sorted(self._seen.keys() - set(names), key=_telling, reverse=True):
+            del self._seen[name]
+            yield Change(name)
+
+    def _names(self) -> list[str]:
+        """All files but those that are still being written, which are hidden."""
+        return [
+            str(Path(place, name).relative_to(self._root))
+            for place, _, names in os.walk(self._root)
+            for name in names
+            if not name.startswith(".")
+        ]
+
+    def _stat(self, name: str) -> _Seen | None:
+        try:
+            found = (self._root / name).stat()
+        except FileNotFoundError:
+            return None
+        return _Seen(found.st_ino, found.st_size, found.st_mtime_ns)
+
+    def _is_new(self, name: str) -> bool:
+        known = self._seen.get(name)
+        return self._stat(name) != (known and known._replace(tail=b""))
+
+    def _look(self, name: str) -> _Seen:
+        seen = self._stat(name)
+        assert seen is not None  # nobody writes yet
+        if not name.endswith(GROWING):
+            return seen
+        with (self._root / name).open("rb") as file:
+            file.seek(max(0, seen.size - _TAIL_BYTES))
+            return seen._replace(tail=file.read(_TAIL_BYTES))
+
+    def _read(self, name: str) -> tuple[_Seen, bytes] | None:
+        """A small file; None where it has gone meanwhile."""
+        seen = self._stat(name)
+        if seen is None:
+            return None
+        try:
+            return seen, (self._root / name).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def _send(self, name: str) -> Iterator[Change]:
+        """The pieces of a file: all of it, or what was appended to one that grows."""
+        seen = self._stat(name)
+        if seen is None:
+            return
+        with suppress(FileNotFoundError), (self._root / name).open("rb") as file:
+            start = self._sent(name, seen, file.fileno())
+            file.seek(start)
+            offset, tail = start, self._seen[name].tail if start else b""
+            growing = name.endswith(GROWING)
+            while True:
+                piece = file.read(min(PIECE_BYTES, seen.size - offset))
+                last = offset + len(piece) >= seen.size or not piece
+                if growing:
+                    tail = (tail + piece)[-_TAIL_BYTES:]
+                yield Change(name, piece, offset, last, growing)
+                offset += len(piece)
+                if last:
+                    break
+            self._seen[name] = seen._replace(size=offset, tail=tail)
+
+    def _sent(self, name: str, now: _Seen, descriptor: int) -> int:
+        """How many bytes of a growing file were sent; 0 where it was cut back, or begun anew."""
+        before = self._seen.get(name)
+        if before is None or not name.endswith(GROWING) or before.inode != now.inode or before.size > now.size:
+            return 0
+        same = os.pread(descriptor, len(before.tail), before.size - len(before.tail)) == before.tail
+        return before.size if same else 0
+
+
+def _telling(name: str) -> bool:
+    return name.rpartition("/")[2] in TELLING
+
+
+class Replica:
+    """The study's directory, where what jobs have done in their folders is done again."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._grown: set[Path] = set()
+
+    def apply(self, changes: Iterable[Change]) -> None:
+        """Raises StudyDirectoryError where a file cannot be written, or would lie outside."""
+        for change in changes:
+            path = inside(self._root, change.name)
+            if change.data is None:
+                self._grown.discard(path)
+                self._remove(path)
+            elif change.appended:
+                _append(path, change.data, change.offset)
+                self._grown.add(path)
+            elif change.last and not change.offset:
+                if _telling(change.name):
+                    self._flush()
+                write_atomic(path, change.data)
+            else:
+                _put(path, change)
+
+    def _remove(self, path: Path) -> None:
+        """And the folders that are empty then."""
+        with writing(path):
+            path.unlink(missing_ok=True)
+        for folder in path.parents:
+            if folder == self._root:
+                break
+            with suppress(OSError):  # others are in it, or it is gone
+                folder.rmdir()
+
+    def _flush(self) -> None:
+        """Writes to disk what was appended: what follows tells of it."""
+        while self._grown:
+            path = self._grown.pop()
+            with writing(path), path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _append(path: Path, data: bytes, offset: int) -> None:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.truncate(offset)
+            file.write(data)
+
+
+def _put(path: Path, change: Change) -> None:
+    """A piece of a large file, which is published with its last piece."""
+    assert change.data is not None  # for mypy
+    partial = path.with_name(f".{path.name}.arriving.tmp")  # of the names that `leftovers` knows
+    _append(partial, change.data, change.offset)
+    if change.last:
+        with published(path) as file:
+            partial.replace(file)
+
+
+def pieces(root: Path, name: str) -> Iterator[Change]:
+    """A whole file, in pieces."""
+    size, offset = (root / name).stat().st_size, 0
+    with (root / name).open("rb") as file:
+        while True:
+            data = file.read(PIECE_BYTES)
+            last = offset + len(data) >= size or not data
+            yield Change(name, data, offset, last)
+            offset += len(data)
+            if last:
+                break
+
+
+def collect(root: Path, names: Iterable[str]) -> list[str]:
+    """The files of `names`, which are files and folders below `root`; those that are not there are left out."""
+    found: list[str] = []
+    for name in names:
+        path = inside(root, name)
+        if path.is_dir():
+            below = (Path(place, file) for place, _, files in os.walk(path) for file in files)
+            found += sorted(str(file.relative_to(root)) for file in below if not file.name.startswith("."))
+        elif path.is_file():
+            found.append(name)
+    return found
