@@ -64,6 +64,7 @@ def train_with_peft(
         lora_alpha=trial.candidate.lora_alpha,  # type: ignore[arg-type]
         target_modules=modules if isinstance(modules, str) else list(modules),
         lora_dropout=trial.candidate.lora_dropout,
+        use_dora=trial.candidate.variant == "dora",
         task_type="CAUSAL_LM",
     )
     peft_model = get_peft_model(model, config)

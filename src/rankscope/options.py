@@ -134,6 +134,7 @@ OPTION_FIELDS = {
     "revision": "model.revision",
     "dtype": "model.dtype",
     "device": "model.device",
+    "quantization": "model.quantization",
     "dataset": "data.id",
     "max_length": "data.max_length",
     "loss_on": "data.loss_on",

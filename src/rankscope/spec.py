@@ -100,6 +100,8 @@ class ModelSpec(_Frozen):
     """`auto`: bfloat16 on a GPU that has it, float32 elsewhere. Adapters are always float32."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
+    quantization: Literal["nf4", "int8"] | None = None
+    """Hold the base's linear layers in 4 bits (`nf4`) or 8 (`int8`), by bitsandbytes: `rankscope[quantization]`."""
 
 
 class DataSpec(_Frozen):
@@ -182,6 +184,8 @@ class TrainingSpec(_Frozen):
     """AdamW's decay of the running mean of its square."""
     adam_epsilon: PositiveFloat = 1e-8
     """Added to AdamW's denominator."""
+    optim: Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw_torch_fused"
+    """AdamW's states: in float32, or by bitsandbytes in 8 bits; `paged` ones leave a GPU that is full."""
     base_dropout: Literal["off", "keep"] = "off"
     """The base model's own dropout: noise in a comparison, so off. With `keep` every trial trains alone."""
     evals: Count = 4
@@ -409,6 +413,20 @@ class StudySpec(_Frozen):
             raise ValueError("variants: pattern and adapter.rank_pattern need each other: see `rankscope pattern`")
         if "pattern" in self.variants and len(self.ranks) > 1:
             raise ValueError("variants: pattern is held against one rank: give one")
+        return self
+
+    @model_validator(mode="after")
+    def _a_quantized_base_is_not_trained(self) -> Self:
+        kind = self.model.quantization
+        if kind and self.reference.full:
+            raise ValueError(
+                f"reference.full: the weights of a model in {kind} cannot be trained: leave one of them out"
+            )
+        if kind and (from_weights := sorted({"pissa", "olora"}.intersection(self.variants))):
+            raise ValueError(
+                f"variants: {from_weights[0]} begins from the base's weights, of which {kind} keeps few digits: leave "
+                "one of them out"
+            )
         return self
 
     def candidates(self) -> list[Candidate]:

@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import rankscope.train.loop as loop
 from folders import write_model
@@ -225,3 +228,23 @@ def test_a_manifest_that_names_other_files_is_none(
         write_json(folder / "manifest.json", {"schema": 1, "files": {"../../x": "y"}})
     train(spec, data, tmp_path)
     assert json.loads((tmp_path / spec.trials()[0].name / "trial.json").read_text())["status"] == "done"
+
+
+def test_8_bit_states_go_on_bitwise(data: TokenizedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters of 64 by 128 and more have states in 8 bits, biases of none; LoRA+ has rates of its own."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=131, pad_token_id=1)).save_pretrained(tmp_path / "model")
+    spec = study(str(tmp_path / "model"), optim="adamw_8bit", weight_decay=0.1)
+    spec = spec.model_copy(update={"ranks": (2, 64), "variants": ("loraplus",)})
+    train(spec, data, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(Stopped):
+            train(spec, data, tmp_path / "stopped")
+    kept = load_file(tmp_path / "stopped" / "checkpoints" / "step-00000004" / "tensors.safetensors")
+    assert {kept[name].dtype for name in kept if name.endswith("/state1")} == {torch.uint8, torch.float32}
+    assert {int(kept[name]) for name in kept if name.endswith("/step")} == {4}
+    train(spec, data, tmp_path / "stopped")
+    without = {k: v for k, v in contents(tmp_path / "stopped").items() if not k.startswith("checkpoints")}
+    assert without == {k: v for k, v in contents(tmp_path / "whole").items() if not k.startswith("checkpoints")}

@@ -12,7 +12,7 @@ from rankscope.errors import StudyError
 from rankscope.forecast import Forecast, forecast, largest_fitting_rank, study_seconds
 from rankscope.launch.local import run_locally
 from rankscope.options import assemble
-from rankscope.preview import parse_gpu_memory
+from rankscope.preview import make_fleet, make_plan, parse_gpu_flops, parse_gpu_memory
 from rankscope.runner import prepare_data
 from rankscope.spec import DataSpec, ModelSpec, StudySpec, TrainingSpec
 from rankscope.study import Study
@@ -140,6 +140,13 @@ def test_the_largest_rank_is_that_of_brute_force() -> None:
         assert largest_rank(totals, 1024, budget) == expected
 
 
+def test_a_rank_that_was_predicted_to_fit_is_not_doubted() -> None:
+    """Where memory is short the higher one has smaller forwards, and a line from the lower one leads too high."""
+    assert largest_rank({8: 800, 64: 900}, 1024, 950, least_slope=10.0) == 69
+    assert largest_rank({8: 800, 64: 1200}, 1024, 950, least_slope=10.0) == 23
+    assert largest_rank({8: 800, 64: 900}, 1024, 750, least_slope=10.0) == 3
+
+
 def test_the_largest_rank_that_fits_is_at_most_the_full_rank() -> None:
     spec = embedded().model_copy(update={"ranks": (8,)})  # one rank alone: a second one is looked at for the slope
     tokens = rows_of(*[60] * 24)
@@ -195,6 +202,34 @@ def test_nonsense_for_gpu_memory_is_refused_with_a_hint(text: str) -> None:
         parse_gpu_memory(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("400TFLOPS", 4e14), ("1.2 PFLOPS", 1.2e15), ("56gflops", 5.6e10), ("3e3", None), (None, None)],
+)
+def test_gpu_flops_are_read(text: str | None, expected: float | None) -> None:
+    if text is not None and expected is None:
+        with pytest.raises(StudyError, match="For example --gpu-flops 400TFLOPS"):
+            parse_gpu_flops(text)
+    else:
+        assert parse_gpu_flops(text) == expected
+
+
+def test_a_fleet_that_cannot_be_is_refused() -> None:
+    assert make_fleet(None, None) is None
+    assert make_fleet(None, 2.5) == (1, 2.5)
+    assert make_fleet(8, None) == (8, None)
+    for devices in (0, -1):
+        with pytest.raises(StudyError, match="expected 1 or more"):
+            make_fleet(devices, None)
+    for price in (0.0, -2.5, float("nan"), float("inf")):
+        with pytest.raises(StudyError, match="expected a price above 0"):
+            make_fleet(2, price)
+    spec = assemble({}, {"model": "embedded", "dataset": "embedded"})
+    with pytest.raises(StudyError, match="--gpu-memory is not"):
+        make_plan(spec, gpu_flops=4e14)
+
+
+@pytest.mark.own_processes
 def test_the_prediction_is_near_what_is_measured(tmp_path: Path) -> None:
     """Of the embedded model, in a real child process."""
     values = {"data": {"max_length": 128, "max_rows": 200, "eval_rows": 32}, "measure": {"steps": 4, "warmup_steps": 1}}
@@ -216,3 +251,26 @@ def test_the_prediction_is_near_what_is_measured(tmp_path: Path) -> None:
     assert run_locally(study.path, job, tmp_path / "job", lambda: None) is None
     measured = study.profiles()["rss_peak_bytes"].max()
     assert candidate.peak_bytes == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("engine", ["packed", "peft"])
+def test_gradient_checkpointing_is_planned_where_a_sequence_would_not_fit(
+    engine: str, device: str, tmp_path: Path
+) -> None:
+    """By both engines: its activations are then a part of those of one that is kept."""
+    tiny_model("llama-gqa").save_pretrained(tmp_path)
+    spec, tokens = embedded(engine=engine, batch_size=1), rows_of(*[100] * 8)
+    spec = spec.model_copy(update={"model": ModelSpec(id=str(tmp_path), device="cpu")})
+    prediction = predict(spec, torch.device(device))
+    trial = spec.trials()[0]
+    fixed, per_token = prediction.fixed_bytes([trial]), prediction.bytes_per_token([trial])
+    peaks = []
+    for free in (PLENTY, fixed + 50 * per_token):
+        found = predict_peak(spec, prediction, [trial], tokens, free)
+        assert isinstance(found, Peak), found
+        peaks.append(found)
+    kept, recomputed = peaks
+    assert (kept.recomputed_tokens, recomputed.recomputed_tokens) == (0, 100)
+    assert kept.forward_tokens == recomputed.forward_tokens == 100
+    assert recomputed.parts.activations < 0.8 * kept.parts.activations

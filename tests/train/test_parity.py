@@ -11,9 +11,11 @@ from models import CONFIGS, tiny_model
 from rankscope.data.tokens import Tokens
 from rankscope.lora.layout import Slice, flatten
 from rankscope.spec import TrainingSpec, Trial
-from rankscope.train.engine import PackedEngine
+from rankscope.train import loop, recompute
+from rankscope.train.engine import PackedEngine, PeftEngine
 from rankscope.train.pack import make_member, train_step
 from rankscope.train.probe import make_packable
+from rankscope.train.recompute import recompute_layers
 from reference import Trained, make_trial, random_tokens, train_with_peft
 
 STEPS = 20
@@ -158,3 +160,46 @@ def test_dropout_acts() -> None:
     (dropped,) = train_packed("opt-post-norm", [make_trial(8, 1e-2, dropout=0.2)], tokens, training)
     (plain,) = train_packed("opt-post-norm", [make_trial(8, 1e-2)], tokens, training)
     assert abs(dropped.losses[-1] - plain.losses[-1]) > 1e-3
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("name", ["opt-post-norm", "gpt2", "gemma2", "bloom", "falcon"])
+def test_recomputing_by_pefts_forward_changes_rounding_only(name: str, dropout: float) -> None:
+    """Rows that are longer than a forward may be: as `choose_engine` has it where memory is short."""
+    tokens, trial, training = random_tokens(30), make_trial(8, 3e-3, dropout=dropout), recipe(batch_size=1)
+    found, kept = [], []
+    for tokens_per_forward in (1 << 30, 1):
+        model = tiny_model(name)
+        member = make_member(model, trial, training, STEPS)
+        recompute_layers(model)
+        engine = PeftEngine(model, training.batch_size, tokens_per_forward=tokens_per_forward)
+        losses = [train_step(engine, [member], tokens, training, step)[0].loss for step in range(STEPS)]
+        found.append(Trained(losses, {key: weight.detach() for key, weight in member.weights.items()}))
+        saved: dict[int, int] = {}
+
+        def note(tensor: Tensor, saved: dict[int, int] = saved) -> Tensor:
+            saved[tensor.untyped_storage()._cdata] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            engine.losses(tokens, Slice(trial.name, [0], [0] if dropout else []))
+        kept.append(sum(saved.values()))
+    assert_same(found[1], found[0])
+    assert kept[1] < 0.7 * kept[0], "nothing was recomputed"
+
+
+@pytest.mark.parametrize("engine", ["packed", "peft"])
+@pytest.mark.parametrize(("free", "recomputed"), [(10**12, False), (0, True)])
+def test_what_is_recomputed_is_decided_by_the_memory_that_is_free(
+    monkeypatch: pytest.MonkeyPatch, engine: str, free: int, recomputed: bool
+) -> None:
+    monkeypatch.setattr(loop, "free_bytes", lambda device: free)
+    model, training = tiny_model("opt-post-norm"), recipe(batch_size=2).model_copy(update={"engine": engine})
+    member = make_member(model, make_trial(4, 1e-3), training, STEPS)
+    chosen = loop.choose_engine(model, [member], training).engine
+    calls = []
+    own = recompute.checkpoint
+    monkeypatch.setattr(recompute, "checkpoint", lambda *args, **kwargs: (calls.append(1), own(*args, **kwargs))[1])
+    train_step(chosen, [member], random_tokens(8), training, 0)
+    assert chosen.name == engine
+    assert len(calls) == (2 * 2 if recomputed else 0)  # two layers, of two sequences

@@ -155,6 +155,8 @@ def save_adapter(weights: Mapping[str, torch.Tensor], config: LoraConfig, folder
     with published(file) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     config.inference_mode = True
+    if isinstance(config.target_modules, set):  # whose order is another in each process
+        config.target_modules = sorted(config.target_modules)
     with TemporaryDirectory() as made:  # PEFT's own text, which it would write in place
         config.save_pretrained(made)
         text = Path(made, CONFIG_NAME).read_bytes()

@@ -25,6 +25,7 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 from rankscope import demo
 from rankscope.data.sources import HUB_ID
 from rankscope.errors import ModelError, StudyError, shortened
+from rankscope.lora.quantized import quantization_config, use_dequantized_forward
 from rankscope.spec import EMBEDDED, ModelSpec
 
 # Nothing of a model is ever executed: no code from its folder, no pickled weights (design decision 9, SECURITY.md).
@@ -95,6 +96,11 @@ def load_config(spec: ModelSpec) -> Any:
         raise _cannot_load(spec, "configuration", error) from error
     if unsafe:
         raise ModelError(f"model {spec.id}: {unsafe}", "Use a plain base model with safetensors weights.")
+    if getattr(config, "quantization_config", None):
+        raise ModelError(
+            f"model {spec.id}: its weights are quantized already ({_method(config)})",
+            "Give the model that it was made of, with model.quantization: nf4 or int8.",
+        )
     if wrong := _wrong(config):
         raise ModelError(f"model {spec.id}: {CONFIG_NAME}: {wrong}", f"Restore {CONFIG_NAME}, or correct it.")
     missing = [file for file in shards if folder.is_dir() and not (folder / file).is_file()]
@@ -199,6 +205,12 @@ def _wrong(config: Any) -> str | None:
     return None
 
 
+def _method(config: Any) -> str:
+    """How the weights of a quantized model are, as its configuration says."""
+    own = config.quantization_config
+    return shortened(str(own.get("quant_method") if isinstance(own, dict) else getattr(own, "quant_method", own)))
+
+
 _SEES_BOTH_SIDES = (True, "all")
 """Values of `use_bidirectional_attention`; Gemma 4's `vision` concerns images alone."""
 
@@ -244,19 +256,25 @@ def load_model(spec: ModelSpec, attention: str | None = None) -> PreTrainedModel
         ModelError: no such model, no safetensors weights, weights missing or of other shapes than config.json says, or
             an architecture that transformers does not have; see also `load_config`.
         StudyError: the device does not exist.
+        MissingExtraError: it is to be quantized, and bitsandbytes is not installed.
     """
     device = resolve_device(spec.device)
+    dtype = resolve_dtype(spec.dtype, device)
     config = load_config(spec)
+    options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    if spec.quantization:  # on the device, tensor by tensor: whole it might not fit there
+        options["quantization_config"] = quantization_config(spec.quantization, dtype)
+        options["device_map"] = {"": device}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             location(spec),
             config=config,
             revision=spec.revision,
-            dtype=resolve_dtype(spec.dtype, device),
+            dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # to name them below
-            **({"attn_implementation": attention} if attention else {}),
+            **options,
             **_SAFE,
         )
     except Exception as error:
@@ -276,6 +294,9 @@ def load_model(spec: ModelSpec, attention: str | None = None) -> PreTrainedModel
             f"model {spec.id}: its files lack {len(missing)} weights, {missing[0]} for one",
             "They would be random numbers; use a complete checkpoint of a causal language model.",
         )
+    if spec.quantization:
+        use_dequantized_forward(model)
+        return freeze(model)
     return freeze(model.to(device))
 
 

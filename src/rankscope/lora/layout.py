@@ -39,7 +39,7 @@ class Segment(NamedTuple):
 class Layout(NamedTuple):
     """A flattened batch of T tokens: the segments of its trials, in order, without gaps."""
 
-    segments: tuple[Segment, ...]
+    segments: tuple[Segment, ...]  # none in a padded batch, by PEFT's forward
     tokens: int
     recompute: bool = False
     """Whether decoder layers keep their inputs only, and run again in the backward: see `train.recompute`."""
@@ -126,6 +126,11 @@ def use_layout(layout: Layout) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
+
+
+def layout_if_any() -> Layout | None:
+    """The layout of the running forward, where it has one."""
+    return _current.get()
 
 
 def current_layout() -> Layout:

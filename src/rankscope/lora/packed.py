@@ -3,7 +3,7 @@
     y = x W.T + b                          for all T tokens at once
     y[seg] += s (drop(x[seg]) A.T) B.T     for each segment, in place
 
-PEFT's layers stay what they are; only their `forward` is replaced.
+PEFT's layers stay what they are; only their `forward` is replaced. A quantized W is dequantized for each product.
 """
 
 from typing import Any
@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankscope.lora.adapters import adapter_key, lora_layers
 from rankscope.lora.layout import NotPackable, Segment, current_layout
+from rankscope.lora.quantized import DequantizedForward, dequantized_forward
 from rankscope.lora.variants import start_of
 
 
@@ -28,17 +29,16 @@ def pack_layers(model: PreTrainedModel) -> None:
     """
     head = model.get_output_embeddings()
     for name, layer in lora_layers(model):
-        if type(layer) is not LoraLinear:
+        base = layer.get_base_layer()
+        if type(layer) is not LoraLinear and not dequantized_forward(base):
             raise NotPackable(f"{name} is a {type(layer).__name__} of PEFT, not plain LoRA on a linear layer")
         if layer.lora_variant or any(layer.lora_bias.values()):
             raise NotPackable(f"{name} carries a variant of LoRA")
-        if type(layer.get_base_layer()).forward not in (nn.Linear.forward, Conv1D.forward):
-            raise NotPackable(
-                f"{name} adapts a {type(layer.get_base_layer()).__name__}, which has a forward of its own"
-            )
+        if type(base).forward not in (nn.Linear.forward, Conv1D.forward) and not dequantized_forward(base):
+            raise NotPackable(f"{name} adapts a {type(base).__name__}, which has a forward of its own")
         if layer is head:
             raise NotPackable(f"{name}, the output layer, carries an adapter")
-        layer.forward = _PackedForward(layer)  # type: ignore[method-assign]
+        layer.__dict__["forward"] = _PackedForward(layer)
 
 
 def unpack_layers(model: PreTrainedModel) -> None:
@@ -50,7 +50,7 @@ def unpack_layers(model: PreTrainedModel) -> None:
 class _PackedForward:
     """The packed forward of one layer. `x` is (1, T, D) or (T, D); the result has O for D."""
 
-    def __init__(self, layer: LoraLinear) -> None:
+    def __init__(self, layer: Any) -> None:
         self.layer = layer
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class _PackedForward:
                     weights += start
                     spans.append((segment.start, segment.stop, -layer.scaling[key]))
                     keeps.append(None)
-        weight = base.weight if isinstance(base, nn.Linear) else base.weight.T  # Conv1D holds (D, O)
+        weight = dequantized_forward(base) or (base.weight if isinstance(base, nn.Linear) else base.weight.T)  # Conv1D
         out: Tensor = _PackedLinear.apply(flat, weight, base.bias, spans, keeps, *weights)  # type: ignore[no-untyped-call]
         return out.view(*x.shape[:-1], out.shape[-1])
 
@@ -89,28 +89,28 @@ class _PackedLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | DequantizedForward,
         bias: Tensor | None,
         spans: list[tuple[int, int, float]],
         keeps: list[Any],
         *weights: Tensor,
     ) -> Tensor:
-        out = F.linear(x, weight, bias)
+        out = F.linear(x, _matrix(weight, x.dtype), bias)
         hidden = []
         for (start, stop, scaling), keep, a, b in zip(spans, keeps, weights[::2], weights[1::2], strict=True):
             h = (_drop(x[start:stop], keep) @ a.to(x.dtype).T).mul_(scaling)  # (t, R)
             out[start:stop].addmm_(h, b.to(x.dtype).T)
             hidden.append(h if a.requires_grad else h[:0])
-        ctx.spans, ctx.keeps = spans, keeps
-        ctx.save_for_backward(x, weight, *weights, *hidden)
+        ctx.weight, ctx.spans, ctx.keeps = weight, spans, keeps
+        ctx.save_for_backward(x, *weights, *hidden)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight, *saved = ctx.saved_tensors
+        x, *saved = ctx.saved_tensors
         count = len(ctx.spans)
         weights, hidden = saved[: 2 * count], saved[2 * count :]
-        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        grad_x = grad @ _matrix(ctx.weight, grad.dtype) if ctx.needs_input_grad[0] else None
         grad_weights: list[Tensor | None] = []
         for i, (start, stop, scaling) in enumerate(ctx.spans):
             a, b, keep, g = weights[2 * i].to(x.dtype), weights[2 * i + 1].to(x.dtype), ctx.keeps[i], grad[start:stop]
@@ -125,6 +125,11 @@ class _PackedLinear(torch.autograd.Function):
             elif grad_x is not None:
                 grad_x[start:stop] += _drop(grad_h @ a, keep)
         return grad_x, None, None, None, None, *grad_weights
+
+
+def _matrix(weight: Tensor | DequantizedForward, dtype: torch.dtype) -> Tensor:
+    """(O, D)."""
+    return weight.weight(dtype) if isinstance(weight, DequantizedForward) else weight
 
 
 def _grad(weight: Tensor, left: Tensor, right: Tensor) -> Tensor | None:

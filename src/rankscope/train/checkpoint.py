@@ -1,7 +1,7 @@
 """Checkpoints of a pack: what is needed to go on from a step as if nothing had happened.
 
     packs/p000/checkpoints/step-00000120/
-      tensors.safetensors   each trial's weights and AdamW moments
+      tensors.safetensors   each trial's weights and the optimizer's states
       state.json            step, time so far, how many lines of metrics.jsonl count, which trials have left the pack
       manifest.json         sha256 of the two, written last: a checkpoint without it, or that it contradicts, is not one
 
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from rankscope.errors import DamagedError
 from rankscope.files import damaged, file_sha256, published, read_json, reading, understood, write_json
+from rankscope.train.optimizer import restore_state, saved_state
 from rankscope.train.pack import Member
 
 KEPT = 2
@@ -98,8 +99,8 @@ def _tensors(members: Sequence[Member]) -> dict[str, torch.Tensor]:
     for member in members:
         for name, weight in member.weights.items():
             tensors[f"{member.trial.name}/{name}/weight"] = weight.detach()
-            for moment, value in member.optimizer.state[weight].items():  # empty where no gradient came
-                tensors[f"{member.trial.name}/{name}/{moment}"] = value
+            for state, value in saved_state(member.optimizer, weight).items():
+                tensors[f"{member.trial.name}/{name}/{state}"] = value
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -107,9 +108,8 @@ def _restore(member: Member, tensors: Mapping[str, torch.Tensor], step: int) -> 
     for name, weight in member.weights.items():
         key = f"{member.trial.name}/{name}"
         weight.data.copy_(tensors[f"{key}/weight"])
-        if f"{key}/step" in tensors:
-            moments = {moment: tensors[f"{key}/{moment}"].to(weight.device) for moment in ("exp_avg", "exp_avg_sq")}
-            member.optimizer.state[weight] = {"step": tensors[f"{key}/step"].to(weight.device), **moments}
+        own = {full.removeprefix(f"{key}/"): value for full, value in tensors.items() if full.startswith(f"{key}/")}
+        restore_state(member.optimizer, weight, {state: value for state, value in own.items() if state != "weight"})
     scheduler = member.scheduler
     scheduler.last_epoch = step
     scheduler._last_lr = [

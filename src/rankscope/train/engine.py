@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from rankscope.data.tokens import Tokens
 from rankscope.lora.adapters import adapter_key, lora_layers
-from rankscope.lora.layout import Examples, FlatBatch, Slice, flatten, use_layout
+from rankscope.lora.layout import Examples, FlatBatch, Layout, Slice, flatten, use_layout
 from rankscope.train.loss import Head, label_losses
 
 EVAL_TOKENS = 4096
@@ -147,7 +147,8 @@ class PackedEngine:
 class PeftEngine:
     """One trial at a time, by PEFT's forward and the model's own attention, on right-padded batches.
 
-    A forward takes at most `batch_size` rows, and fewer where they would have more than `tokens_per_forward` tokens.
+    A forward takes at most `batch_size` rows, and fewer where they would have more than `tokens_per_forward` tokens. A
+    single row that has more is recomputed, where the model's layers are made to: see `train.recompute`.
     With `mixed` products are in bfloat16, as they are over a bfloat16 base in any case.
     """
 
@@ -184,7 +185,8 @@ class PeftEngine:
         """Losses and hits of each label, laid out as (examples, longest - 1), zero elsewhere."""
         ids, mask, is_label = pad(tokens, examples, self.model.device)
         mixed = self.mixed or self.model.dtype != torch.float32  # float32 adapters over a bfloat16 base, as TRL has it
-        with mixed_precision(self.model.device, mixed):
+        layout = Layout((), ids.numel(), recompute=ids.numel() > self.tokens_per_forward)
+        with mixed_precision(self.model.device, mixed), use_layout(layout):
             logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         logits, targets, wanted = logits[:, :-1].float(), ids[:, 1:], is_label[:, 1:]
         loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")

@@ -13,7 +13,8 @@ from rankscope.data.tokens import TokenizedData
 from rankscope.lora.base import fingerprint, load_model, resolve_device, resolve_dtype
 from rankscope.spec import FullTrial, StudySpec, TrainingSpec
 from rankscope.train.loop import choose_engine, train_members
-from rankscope.train.pack import Member, make_optimizer, make_scheduler, total_steps
+from rankscope.train.optimizer import make_optimizer
+from rankscope.train.pack import Member, make_scheduler, total_steps
 from rankscope.train.stopping import StopRequest
 
 NOT_SAVED = "the weights are not saved: they are as large as the model"

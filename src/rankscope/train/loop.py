@@ -24,7 +24,8 @@ from rankscope.study import FINISHED, TRIAL_FILES
 from rankscope.train.checkpoint import load_checkpoint, save_checkpoint
 from rankscope.train.cost import Cost, Products, count_costs, product_rate
 from rankscope.train.engine import Engine, ExampleLosses, PackedEngine, PeftEngine
-from rankscope.train.memory import BYTES_PER_PARAMETER, LOGIT_BYTES, tokens_per_forward
+from rankscope.train.memory import LOGIT_BYTES, tokens_per_forward
+from rankscope.train.optimizer import state_sizes
 from rankscope.train.pack import (
     Member,
     StepMetrics,
@@ -36,6 +37,7 @@ from rankscope.train.pack import (
     train_step,
 )
 from rankscope.train.probe import make_packable, probe_tokens
+from rankscope.train.recompute import recompute_layers
 from rankscope.train.stopping import StopRequest
 
 log = logging.getLogger(__name__)
@@ -66,13 +68,16 @@ def choose_engine(model: PreTrainedModel, members: Sequence[Member], training: T
             log.warning(
                 "%s cannot be packed: %s. Its trials are trained by PEFT's forward.", type(model).__name__, error
             )
+    if engine.name == "peft":
+        recompute_layers(model)
     costs = count_costs(model, names, engine.forward, probe_tokens(model))
     for member in members:  # what counting left on weights that are no adapter's
         member.optimizer.zero_grad(set_to_none=True)
     per_token = max(cost.bytes_per_token for cost in costs.values())
     if engine.name == "peft":
         per_token += LOGIT_BYTES * model.config.get_text_config().vocab_size
-    still_to_come = sum(p.numel() for m in members for p in m.parameters) * (BYTES_PER_PARAMETER - 4)  # but weights
+    sizes = [parameter.numel() for member in members for parameter in member.parameters]
+    still_to_come = sum(4 * size + sum(state_sizes(training.optim, size)) for size in sizes)  # gradients and states
     engine.tokens_per_forward = tokens_per_forward(
         free_bytes(model.device) - still_to_come, per_token, model.device.type
     )

@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from rankscope.data.tokens import Tokens
 from rankscope.lora.adapters import adapter_parameters, lora_layers
 from rankscope.lora.base import resolve_device, resolve_dtype
 from rankscope.lora.layout import NotPackable
+from rankscope.lora.quantized import base_bytes, parameter_count
 from rankscope.lora.skeleton import skeleton
 from rankscope.lora.variants import FROM_WEIGHTS
 from rankscope.spec import Candidate, StudySpec, Trial
@@ -20,11 +22,16 @@ from rankscope.train.allocator import held_bytes
 from rankscope.train.cost import Cost, count_costs
 from rankscope.train.engine import PackedEngine, PeftEngine
 from rankscope.train.loss import CHUNK_BYTES
+from rankscope.train.optimizer import check_optimizer, state_sizes
 from rankscope.train.probe import probe_tokens, use_own_forward, use_packed_forward
+from rankscope.train.recompute import recompute_layers
 from rankscope.train.rehearsal import Event, add_fake_adapters, rehearse
 
 BYTES_PER_PARAMETER = 16
-"""Of an adapter in training: weight, gradient and AdamW's two moments, in float32."""
+"""In training: weight, gradient and AdamW's two moments, in float32."""
+
+_BUT_STATES = 8
+"""Of these, weight and gradient: the optimizer's states may be smaller."""
 
 LOGIT_BYTES = 16
 """Of one logit of PEFT's forward: the logits and log-probabilities in float32, and the gradients of both."""
@@ -78,6 +85,8 @@ class Peak(NamedTuple):
     """Of the largest forward."""
     products: Counter[tuple[int, int, int]]
     """Matrix products of that forward, by shape."""
+    recomputed_tokens: int
+    """Of the longest forward whose layers run again in the backward (gradient checkpointing); 0 where none does."""
 
 
 class Prediction(NamedTuple):
@@ -96,13 +105,28 @@ class Prediction(NamedTuple):
     """Of all positions' logits, which PEFT's own forward keeps; 0 for the packed one."""
     full_rank: int
     """The highest rank that an update of any adapted layer can have: a higher one adds parameters and nothing else."""
+    optimizer_bytes: Mapping[str, int] = MappingProxyType({})
+    """Of the states of one trial's optimizer."""
 
     def adapter_bytes(self, trials: Sequence[Trial]) -> int:
         """Weights, gradients and optimizer states of all trials' adapters, and what they began with."""
         return sum(
-            self.params[trial.candidate.name] * (BYTES_PER_PARAMETER + 4 * (trial.candidate.variant in FROM_WEIGHTS))
+            self.params[trial.candidate.name] * (_BUT_STATES + 4 * (trial.candidate.variant in FROM_WEIGHTS))
+            + self.states(trial.candidate)
             for trial in trials
         )
+
+    def states(self, candidate: Candidate) -> int:
+        """Bytes of the optimizer's states; in float32 for a candidate that was not counted."""
+        return self.optimizer_bytes.get(candidate.name, 8 * self.params[candidate.name])
+
+    def checkpoint_bytes(self, trials: Sequence[Trial]) -> int:
+        """Of one checkpoint: weights and the optimizer's states."""
+        return sum(4 * self.params[trial.candidate.name] + self.states(trial.candidate) for trial in trials)
+
+    def rank_bytes(self, candidate: Candidate) -> float:
+        """The least that one more rank takes."""
+        return (_BUT_STATES * self.params[candidate.name] + self.states(candidate)) / candidate.rank
 
     def fixed_bytes(self, trials: Sequence[Trial]) -> int:
         """All but what grows with a forward's tokens: process, base model, adapters, the loss's two buffers."""
@@ -127,13 +151,15 @@ def tokens_per_forward(free: int, bytes_per_token: int, device: str) -> int:
 
 
 def predict(spec: StudySpec, device: torch.device | None = None) -> Prediction:
-    """Counts on a model of fake tensors that carries all candidates' adapters.
+    """Counts on a model of fake tensors that carries all candidates' adapters. What the study asks of bitsandbytes is
+    looked at first.
 
     `device` need not exist; without it the study's own is taken. On a GPU that does not exist `auto` is bfloat16.
 
     Raises:
         StudyError: the target modules match nothing in this model, or the study's device does not exist.
-        ModelError: transformers has no causal language model of this architecture.
+        ModelError: transformers has no causal language model of this architecture, or none that can be quantized.
+        MissingExtraError: bitsandbytes is asked for, and not installed.
     """
     if device is None:
         device = resolve_device(spec.model.device)
@@ -141,29 +167,30 @@ def predict(spec: StudySpec, device: torch.device | None = None) -> Prediction:
     else:
         auto = spec.model.dtype == "auto"
         dtype = torch.bfloat16 if auto and device.type == "cuda" else resolve_dtype(spec.model.dtype, device)
+    check_optimizer(spec.training, device)
     model = skeleton(spec.model, dtype)
-    base = sum(parameter.numel() for parameter in model.parameters())
+    base, held = parameter_count(model), base_bytes(model)
     candidates = {candidate.name: candidate for candidate in spec.candidates() if candidate.packable}
-    params, costs, engine_name, reason = _count(model, spec, candidates, device)
+    params, states, costs, engine_name, reason = _count(model, spec, candidates, device)
     full_rank = max(min(layer.in_features or 1, layer.out_features or 1) for _, layer in lora_layers(model))
     logits = LOGIT_BYTES * model.config.get_text_config().vocab_size
     others = {candidate.name: candidate for candidate in spec.candidates() if not candidate.packable}
     if others:
         found = _count(skeleton(spec.model, dtype), spec, others, device)
         params |= found.params
+        states |= found.states
         extra = 0 if engine_name == "peft" else logits
         costs |= {n: cost._replace(bytes_per_token=cost.bytes_per_token + extra) for n, cost in found.costs.items()}
         reason = reason or found.reason
     logits = logits if engine_name == "peft" else 0
-    return Prediction(
-        device.type, dtype, engine_name, base, base * dtype.itemsize, params, costs, reason, logits, full_rank
-    )
+    return Prediction(device.type, dtype, engine_name, base, held, params, costs, reason, logits, full_rank, states)
 
 
 class _Counted(NamedTuple):
     """Of the candidates that one model carries, by name."""
 
     params: dict[str, int]
+    states: dict[str, int]  # bytes of the optimizer's
     costs: dict[str, Cost]
     engine: str
     reason: str | None
@@ -175,17 +202,18 @@ def _count(
 ) -> _Counted:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     add_fake_adapters(model, candidates, mode, _stand_in(device))
-    params = {name: sum(p.numel() for p in adapter_parameters(model, name)) for name in candidates}
+    sizes = {name: [p.numel() for p in adapter_parameters(model, name)] for name in candidates}
+    params = {name: sum(own) for name, own in sizes.items()}
+    states = {name: sum(sum(state_sizes(spec.training.optim, size)) for size in own) for name, own in sizes.items()}
     engine_name = str(spec.training.engine)
     try:
         with mode:
             engine = _engine(model, spec, 1 << 30)
             engine_name = engine.name
-            return _Counted(
-                params, count_costs(model, list(candidates), engine.forward, probe_tokens(model)), engine_name, None
-            )
+            costs = count_costs(model, list(candidates), engine.forward, probe_tokens(model))
+            return _Counted(params, states, costs, engine_name, None)
     except Exception as error:  # whatever a model does that fake tensors cannot: it is not to keep a study from running
-        return _Counted(params, {}, engine_name, _reason(error))
+        return _Counted(params, states, {}, engine_name, _reason(error))
 
 
 def predict_peak(
@@ -205,7 +233,7 @@ def predict_peak(
         add_fake_adapters(model, {trial.name: trial.candidate for trial in trials}, mode, device)
         with mode:
             engine = _engine(model, spec, most)
-        rehearsal = rehearse(model, engine, mode, spec, trials, tokens)
+        rehearsal = rehearse(model, engine, mode, spec, trials, tokens, prediction.device)
     except Exception as error:
         return _reason(error)
     held = None
@@ -216,7 +244,7 @@ def predict_peak(
         at_peak["logits"] *= CHUNK_BYTES[prediction.device] // CHUNK_BYTES[device.type]
     at_peak["retained"] += int(UNSEEN_SHARE[prediction.device] * most_kept(rehearsal.script))
     parts = Parts(process=PROCESS_BYTES[prediction.device], base=prediction.base_bytes, **at_peak)
-    return Peak(parts, rehearsal.forward_tokens, rehearsal.products)
+    return Peak(parts, rehearsal.forward_tokens, rehearsal.products, rehearsal.recomputed_tokens)
 
 
 def peak_of(script: Sequence[Event], held: Sequence[int] | None) -> dict[str, int]:
@@ -246,7 +274,9 @@ def largest_rank(totals: Mapping[int, int], most: int, budget: float, least_slop
     """
     low, high = min(totals), max(totals)
     slope = max(least_slope, (totals[high] - totals[low]) / (high - low))
-    fits, too_large = 0, most + 1
+    known = max((rank for rank in totals if totals[rank] <= budget), default=0)
+    low = known or low
+    fits, too_large = known, max(most, known) + 1
     while too_large - fits > 1:
         rank = (fits + too_large) // 2
         if totals[low] + slope * (rank - low) <= budget:
@@ -271,6 +301,7 @@ def _engine(model: PreTrainedModel, spec: StudySpec, most: int) -> PackedEngine 
             return PackedEngine(model, most, dropout)
         except NotPackable:
             use_own_forward(model, own_attention)
+    recompute_layers(model)
     return PeftEngine(model, training.batch_size, dropout, most)
 
 

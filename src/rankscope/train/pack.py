@@ -5,13 +5,13 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, get_scheduler
 
@@ -23,6 +23,7 @@ from rankscope.lora.layout import Slice
 from rankscope.lora.variants import FROM_WEIGHTS, begin_from_weights, exported, starts
 from rankscope.spec import AnyTrial, TrainingSpec, Trial
 from rankscope.train.engine import Engine
+from rankscope.train.optimizer import make_optimizer
 
 
 class StepMetrics(NamedTuple):
@@ -45,7 +46,7 @@ class Member(NamedTuple):
     trial: AnyTrial
     config: LoraConfig | None  # None in full fine-tuning
     weights: dict[str, nn.Parameter]  # what is trained; an adapter's under PEFT's saved names
-    optimizer: AdamW
+    optimizer: Optimizer
     scheduler: LambdaLR
     start: Mapping[str, Tensor] = MappingProxyType({})  # what an adapter of PiSSA or OLoRA began with
 
@@ -114,23 +115,7 @@ def save_member(member: Member, folder: Path) -> int | None:
     return save_adapter(*exported(member.weights, member.start, member.config), folder)
 
 
-def make_optimizer(weights: Mapping[float, Sequence[nn.Parameter]], training: TrainingSpec) -> AdamW:
-    """AdamW for weights by their learning rate. Weight decay leaves out biases, norms and DoRA's magnitudes, as
-    transformers' Trainer has it."""
-    groups: list[dict[str, Any]] = []
-    for rate, parameters in weights.items():
-        groups.append({"params": [p for p in parameters if p.dim() > 1], "lr": rate})
-        groups.append({"params": [p for p in parameters if p.dim() <= 1], "lr": rate, "weight_decay": 0.0})
-    return AdamW(
-        [group for group in groups if group["params"]],
-        betas=(training.adam_beta1, training.adam_beta2),
-        eps=training.adam_epsilon,
-        weight_decay=training.weight_decay,
-        fused=True,
-    )
-
-
-def make_scheduler(optimizer: AdamW, training: TrainingSpec, steps: int) -> LambdaLR:
+def make_scheduler(optimizer: Optimizer, training: TrainingSpec, steps: int) -> LambdaLR:
     """The learning rate over the whole schedule, as transformers has it."""
     kind = "constant_with_warmup" if training.lr_scheduler_type == "constant" else training.lr_scheduler_type
     scheduler: LambdaLR = get_scheduler(kind, optimizer, math.ceil(training.warmup_ratio * steps), steps)

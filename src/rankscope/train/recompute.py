@@ -1,7 +1,8 @@
 """Activation checkpointing for forwards that are too long to keep (Chen et al. 2016, arXiv:1604.06174).
 
 A sequence is never cut, so one that is longer than a forward should be would take memory that no division of the step
-can save. Such a forward keeps the decoder layers' inputs only, and each layer is run again in its backward.
+can save. Such a forward keeps the decoder layers' inputs only, and each layer is run again in its backward: by the
+packed engine and by PEFT's.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rankscope.lora.layout import Layout, current_layout, use_layout
+from rankscope.lora.layout import Layout, layout_if_any, use_layout
 
 
 def recompute_layers(model: nn.Module) -> None:
@@ -40,8 +41,8 @@ class _Recomputed:
         self.forward = layer.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        layout = current_layout()
-        if not layout.recompute or not torch.is_grad_enabled():
+        layout = layout_if_any()
+        if layout is None or not layout.recompute or not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
         states = [stream.get_state() for stream in layout.streams]
         contexts = partial(_contexts, layout, states)

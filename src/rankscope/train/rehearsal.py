@@ -21,11 +21,13 @@ from transformers import PreTrainedModel
 from rankscope.data.tokens import Tokens
 from rankscope.lora.adapters import adapter_key, adapter_parameters, inject, lora_config, to_float32
 from rankscope.lora.layout import Slice, flatten
+from rankscope.lora.quantized import held_tensors, quantization_tensors
 from rankscope.lora.variants import FROM_WEIGHTS, all_starts, note_start
 from rankscope.spec import Candidate, StudySpec, Trial
 from rankscope.train.cost import Products
 from rankscope.train.engine import PackedEngine, PeftEngine, divide
 from rankscope.train.loss import label_losses
+from rankscope.train.optimizer import state_sizes, step_bytes
 from rankscope.train.pack import spread, step_slice, total_steps
 from rankscope.train.probe import PROBE_TOKENS
 
@@ -54,6 +56,8 @@ class Rehearsal(NamedTuple):
     """Matrix products of the largest forward, by shape."""
     forward_tokens: int
     """Of the largest forward."""
+    recomputed_tokens: int
+    """Of the longest forward whose layers run again in the backward; 0 where none does."""
 
 
 class _Group(NamedTuple):
@@ -72,7 +76,7 @@ class _Recording(NamedTuple):
 
 
 def place(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> None:
-    """Turns all parameters and buffers, which are on the meta device, into fake tensors on `device`, in place."""
+    """Turns all tensors of a model on the meta device into fake ones on `device`, in place."""
     made: dict[int, tuple[Tensor, Tensor]] = {}  # the old ones too, so that no id comes twice
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -85,6 +89,8 @@ def place(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> None:
                         fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
                     made[id(tensor)] = tensor, fake
                 tensors[name] = made[id(tensor)][1]  # type: ignore[assignment]
+    for holder, name in quantization_tensors(model):
+        setattr(holder, name, FakeTensor(mode, getattr(holder, name), device))
 
 
 def add_fake_adapters(
@@ -113,11 +119,12 @@ def rehearse(
     spec: StudySpec,
     trials: Sequence[Trial],
     tokens: Tokens,
+    device: str,
 ) -> Rehearsal:
     """Runs the largest forwards of the trials' schedule and puts the allocations of whole steps together from them.
 
     A forward of other sequences allocates as the largest does, in proportion to its tokens. `model` is fake and
-    carries the trials' adapters, by trial name.
+    carries the trials' adapters, by trial name; `device` is the type of the one that it stands for.
     """
     steps = total_steps(spec.training, len(tokens))
     chosen = spread(steps, spec.measure.warmup_steps + spec.measure.steps)
@@ -129,6 +136,7 @@ def rehearse(
             long = group.tokens > engine.tokens_per_forward
             if long not in largest or group.tokens >= largest[long][1].tokens:
                 largest[long] = step, group
+    recomputed = largest[True][1].tokens if True in largest else 0
     if len(largest) == 2 and largest[True][1].tokens <= RECOMPUTED_TAKES_LESS * engine.tokens_per_forward:
         del largest[True]
     chosen += [step for step, _ in largest.values()]
@@ -139,14 +147,15 @@ def rehearse(
             long: _record(engine, recorder, tokens, group, list(itertools.chain(*parameters.values())))
             for long, (_, group) in largest.items()
         }
-    script = _Script(parameters, [tensor.untyped_storage().nbytes() for tensor in all_starts(model)])
+    starts = [tensor.untyped_storage().nbytes() for tensor in all_starts(model)]
+    script = _Script(parameters, starts, spec.training.optim, device)
     some = next(iter(recordings.values()))
     script.count(some)
     for step in chosen:
         forwards = [(recordings.get(g.tokens > engine.tokens_per_forward, some), g.tokens) for g in schedule[step]]
         script.step([(recording, min(tokens, recording.tokens)) for recording, tokens in forwards])
     most = max((group for _, group in largest.values()), key=lambda group: group.tokens)
-    return Rehearsal(script.events, recorder.products.shapes, most.tokens)
+    return Rehearsal(script.events, recorder.products.shapes, most.tokens, recomputed)
 
 
 def _groups(
@@ -213,7 +222,7 @@ class _Recorder(TorchDispatchMode):
         self._numbers: dict[int, int] = {}  # of storages alive
         self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._next = itertools.count()
-        for tensor in itertools.chain(model.parameters(), model.buffers(), all_starts(model)):
+        for tensor in itertools.chain(held_tensors(model), model.buffers(), all_starts(model)):
             self._numbers[tensor.untyped_storage()._cdata] = -1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -246,11 +255,14 @@ class _Recorder(TorchDispatchMode):
 class _Script:
     """Puts recordings together to steps."""
 
-    def __init__(self, parameters: Mapping[str, Sequence[Tensor]], starts: Sequence[int]) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Sequence[Tensor]], starts: Sequence[int], optim: str, device: str
+    ) -> None:
         self.events: list[Event] = []
         self._numbers = itertools.count()
         self._gradients: list[Event] = []
         self._sizes = {trial: [p.untyped_storage().nbytes() for p in group] for trial, group in parameters.items()}
+        self._optim, self._device = optim, device
         self._optimizer = False
         for size in itertools.chain(starts, *self._sizes.values()):
             self._add("adapter", size)
@@ -274,11 +286,14 @@ class _Script:
         recorded = set().union(*(recording.trials for recording, _ in forwards))
         for trial in self._sizes.keys() - recorded:
             self._gradients += [self._add("gradients", size) for size in self._sizes[trial]]
-        if not self._optimizer:
-            for size in itertools.chain(*self._sizes.values()):  # AdamW's two moments, which its first step makes
-                self._add("optimizer", size)
+        counts = [size // 4 for size in itertools.chain(*self._sizes.values())]
+        if not self._optimizer:  # whose states its first step makes
+            for size in itertools.chain.from_iterable(state_sizes(self._optim, count) for count in counts):
                 self._add("optimizer", size)
             self._optimizer = True
+        if most := max(step_bytes(self._optim, count, self._device) for count in counts):
+            fleeting = self._add("optimizer", most)
+            self.events.append(fleeting._replace(bytes=-most))
 
     def _add(self, part: str, size: int) -> Event:
         event = Event(next(self._numbers), part, size)

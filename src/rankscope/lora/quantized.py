@@ -1,0 +1,207 @@
+"""A frozen base with quantized linear layers, by bitsandbytes: `pip install 'rankscope[quantization]'`.
+
+nf4   4 bits a weight, NormalFloat in blocks of 64 with one scale each, which are quantized once more (double
+      quantization): Dettmers et al. 2023, "QLoRA", arXiv:2305.14314
+int8  8 bits a weight, with one scale for each row: Dettmers et al. 2022, "LLM.int8()", arXiv:2208.07339
+
+transformers chooses the layers, all linear ones but the output layer, and quantizes them while it loads. Their products
+are of the base's dtype, over weights that are dequantized for each product and again in its backward:
+
+    y = x dequantize(W).T + b
+
+bitsandbytes' own forwards are not used. That of int8 quantizes activations too, all but the columns in which any token
+of the batch stands out, so that a trial's numbers would depend on what else is in the pack; and on CPUs with
+AVX512-BF16 that of nf4 rearranges the weights where it meets a batch without gradient.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from rankscope.errors import MissingExtraError, ModelError
+
+_NF4_BLOCK = 64
+_SCALES_BLOCK = 256
+"""Values that share a scale, and scales that do, as bitsandbytes has them by default."""
+
+
+def require_bitsandbytes(asked: str) -> None:
+    """Raises MissingExtraError where bitsandbytes is not installed; `asked` is the field that needs it."""
+    found = find_spec("bitsandbytes")
+    if found is None or found.origin is None:
+        raise MissingExtraError(
+            f"{asked}: bitsandbytes is not installed", "Install it: pip install 'rankscope[quantization]'"
+        )
+
+
+def quantization_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Of `model.quantization`; what is not quantized, and all products, are of `dtype`.
+
+    Raises:
+        MissingExtraError: bitsandbytes is not installed.
+    """
+    require_bitsandbytes(f"model.quantization: {kind}")
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+class DequantizedForward:
+    """The forward of one quantized layer: x (..., D) to (..., O)."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The layer's weight, (O, D)."""
+        if self.layer.quant_state is None:
+            scales = self.layer.state.SCB / 127  # the largest of each row, which is 127 in the weight
+            return self.layer.weight.data.to(dtype).mul_(scales[:, None])  # type: ignore[no-any-return]
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(self.layer.weight.data, self.layer.quant_state).to(dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = _DequantizedLinear.apply(x, self, self.layer.bias)  # type: ignore[no-untyped-call]
+        return out
+
+
+class _DequantizedLinear(torch.autograd.Function):
+    """Nothing is saved: the backward dequantizes the weight again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, source: DequantizedForward, bias: Tensor | None) -> Tensor:
+        ctx.source = source
+        return F.linear(x, source.weight(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad @ ctx.source.weight(grad.dtype), None, None
+
+
+def dequantized_forward(layer: nn.Module) -> DequantizedForward | None:
+    """The layer's, where it is quantized."""
+    forward = layer.__dict__.get("forward")
+    return forward if isinstance(forward, DequantizedForward) else None
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """All of them, by name."""
+    return ((name, layer) for name, layer in model.named_modules() if dequantized_forward(layer))
+
+
+def use_dequantized_forward(model: PreTrainedModel) -> None:
+    """Gives bitsandbytes' layers of a model that was loaded this forward.
+
+    Raises:
+        ModelError: there are none.
+    """
+    for kind, layer in _layers_of_bitsandbytes(model):
+        if kind == "int8":
+            layer.init_8bit_state()  # which its own forward does first: the scales move from the weight to the layer
+            layer.quant_state = None
+        layer.forward = DequantizedForward(layer)
+    _check_quantized(model)
+
+
+def _layers_of_bitsandbytes(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Each with its kind."""
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit | Linear8bitLt):
+            yield "nf4" if isinstance(layer, Linear4bit) else "int8", layer
+
+
+def _check_quantized(model: PreTrainedModel) -> None:
+    if not any(quantized_layers(model)):
+        raise ModelError(
+            f"model.quantization: no layer of a {type(model).__name__} can be quantized: its linear layers are of a "
+            "class of its own",
+            "Leave it out, or use bfloat16.",
+        )
+
+
+def quantize_skeleton(model: PreTrainedModel, kind: str, dtype: torch.dtype) -> None:
+    """Makes of a model on the meta device what loading makes of a real one: the same layers, with tensors of the same
+    shapes and types.
+
+    Raises:
+        MissingExtraError: bitsandbytes is not installed.
+        ModelError: no layer can be quantized.
+    """
+    quantizer = AutoHfQuantizer.from_config(quantization_config(kind, dtype), pre_quantized=False)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # of the biases
+    try:
+        quantizer.preprocess_model(model=model, device_map=None)
+    finally:
+        torch.set_default_dtype(before)
+    quantizer.postprocess_model(model)
+    from bitsandbytes.functional import QuantState
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    for _, layer in _layers_of_bitsandbytes(model):
+        rows, columns = layer.out_features, layer.in_features
+        if kind == "int8":
+            weight: Any = nn.Parameter(empty(rows, columns, dtype=torch.int8), requires_grad=False)
+            layer.quant_state, layer.state.SCB = None, empty(rows)
+        else:
+            weight = nn.Parameter(empty(-(-rows * columns // 2), 1, dtype=torch.uint8), requires_grad=False)
+            weight.compress_statistics, weight.quant_type = True, "nf4"  # which PEFT reads
+            blocks = -(-rows * columns // _NF4_BLOCK)
+            options: dict[str, Any] = {"code": empty(256), "blocksize": _SCALES_BLOCK, "dtype": torch.float32}
+            scales = QuantState(empty(-(-blocks // _SCALES_BLOCK)), **options)
+            options = {"code": empty(16), "blocksize": _NF4_BLOCK, "dtype": dtype, "quant_type": "nf4"}
+            options |= {"shape": torch.Size([rows, columns]), "offset": empty(), "state2": scales}
+            layer.quant_state = QuantState(empty(blocks, dtype=torch.uint8), **options)
+        layer.weight, layer.forward = weight, DequantizedForward(layer)
+        # PEFT's DoRA finds out how to dequantize by the weight's type, which this one has not, or as HQQ's layers say.
+        layer.W_q, layer.dequantize = weight, partial(layer.forward.weight, dtype)
+    _check_quantized(model)
+
+
+def quantization_tensors(model: nn.Module) -> list[tuple[Any, str]]:
+    """Where the quantized layers hold tensors beside their weights: each as its holder and the attribute's name."""
+    places: list[tuple[Any, str]] = []
+    for _, layer in quantized_layers(model):
+        if layer.quant_state is None:
+            places.append((layer.state, "SCB"))
+        else:
+            state = layer.quant_state
+            places += [(state, name) for name in ("absmax", "code", "offset")]
+            places += [(state.state2, name) for name in ("absmax", "code")]
+    return places
+
+
+def held_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """What holds the model's weights: its parameters, and what quantized layers have beside them."""
+    yield from model.parameters()
+    for holder, name in quantization_tensors(model):
+        yield getattr(holder, name)
+
+
+def base_bytes(model: nn.Module) -> int:
+    """Of the model's weights as they are held, each storage once."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in held_tensors(model)}
+    return sum(storages.values())
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Of the model's weights, each once, whatever holds them."""
+    quantized = {id(layer.weight): layer.in_features * layer.out_features for _, layer in quantized_layers(model)}
+    return sum(quantized.get(id(parameter), parameter.numel()) for parameter in model.parameters())
