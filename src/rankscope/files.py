@@ -21,6 +21,8 @@ _MEND = "Mend that, or choose another --out, and run again: a study that has beg
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
 """The name of a file that `published` has not renamed yet."""
 
+_DIGEST_AND_END = re.compile(rb'[0-9a-f]{64}"\n}\n')
+
 
 @contextmanager
 def published(path: Path) -> Iterator[Path]:
@@ -123,13 +125,19 @@ def read_json(path: Path, schema: int = 1) -> dict[str, Any]:
     """
     with reading(path):
         content = path.read_bytes()
+    return parse_json(content, path, schema)
+
+
+def parse_json(content: bytes, path: Path, schema: int = 1) -> dict[str, Any]:
+    """The same, of the `content` of a file that was read already."""
     try:
         value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise damaged(path, str(error)) from None
     if not isinstance(value, dict):
         raise damaged(path, f"expected a JSON object, found {type(value).__name__}")
-    if value.pop("sha256", None) != _digest(value):
+    sha256 = value.pop("sha256", None)
+    if sha256 is None or (sha256 != _digest_as_written(content) and sha256 != _digest(value)):
         raise damaged(path, "its content does not match its sha256")
     found = value.get("schema", schema)  # the oldest files have none
     if not isinstance(found, int):
@@ -165,15 +173,47 @@ def _digest(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(_json(value).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def file_sha256(path: Path) -> str:
-    """The hash of a file's bytes.
+def _digest_as_written(content: bytes) -> str | None:
+    """The same of a file that `write_json` wrote, from its bytes: writing a value out again to hash it takes most of
+    the time that reading thousands of files does. None where they do not end as it ends them."""
+    rest, key, end = content.rpartition(b',\n "sha256": "')
+    if not key or not _DIGEST_AND_END.fullmatch(end):
+        return None
+    return hashlib.sha256(rest + b"\n}\n").hexdigest()
+
+
+def file_sha256(path: Path, buffer: bytearray | None = None) -> str:
+    """The hash of a file's bytes, which are read through `buffer`: for thousands of files one may be given, since
+    getting memory for each takes as long as hashing it.
 
     Raises:
         DamagedError: there is no such file.
         StudyDirectoryError: it cannot be read.
     """
-    with reading(path), path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    found, view = hashlib.sha256(), memoryview(buffer or bytearray(1 << 18))
+    with reading(path), path.open("rb", buffering=0) as file:
+        while read := file.readinto(view):
+            found.update(view[:read])
+    return found.hexdigest()
+
+
+def read_whole(path: Path, sha256: str | None) -> bytes:
+    """A file's bytes, which must have this hash where there is one.
+
+    Raises:
+        DamagedError: they have not, or there is no such file.
+        StudyDirectoryError: it cannot be read.
+    """
+    with reading(path):
+        content = path.read_bytes()
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise unlike_its_hash(path)
+    return content
+
+
+def unlike_its_hash(path: Path) -> DamagedError:
+    """The error of a trial's file that is not what trial.json says."""
+    return damaged(path, "its content does not match its hash in trial.json")
 
 
 def file_hashes(folder: Path, patterns: Sequence[str]) -> dict[str, str]:
@@ -209,13 +249,13 @@ def inside(root: Path, *parts: str) -> Path:
     Raises:
         StudyDirectoryError: a part is absolute, has `..` or a NUL, or a link leads out of `root`.
     """
-    name, path = Path(*parts), root.joinpath(*parts)
-    if name.is_absolute() or ".." in name.parts or "\0" in str(name):
+    name, path = "/".join(parts), root.joinpath(*parts)
+    if any(map(os.path.isabs, parts)) or ".." in name.split("/") or "\0" in name:
         raise StudyDirectoryError(
-            f"{root}: {str(name)!r} is no name of a file in it", "Use the study only if you know who changed it."
+            f"{root}: {name!r} is no name of a file in it", "Use the study only if you know who changed it."
         )
     try:
-        stays = path.resolve().is_relative_to(root.resolve())
+        stays = _has_no_link(root, name) or path.resolve().is_relative_to(root.resolve())
     except (OSError, RuntimeError):  # links in a circle
         stays = False
     if not stays:
@@ -226,6 +266,22 @@ def inside(root: Path, *parts: str) -> Path:
     return path
 
 
+def _has_no_link(root: Path, name: str) -> bool:
+    """Whether it is clear that no part of `name` below `root` is a symbolic link: then the path leads where it says,
+    and need not be resolved, which takes ten times as long."""
+    place = str(root)
+    for part in name.split("/"):
+        place = f"{place}/{part}"
+        try:
+            if stat.S_ISLNK(os.lstat(place).st_mode):
+                return False
+        except FileNotFoundError:  # and nothing is below it
+            return True
+        except OSError:
+            return False
+    return True
+
+
 def refuse_links_out(root: Path) -> None:
     """Looks at everything under `root` before any of it is read or written through.
 
@@ -233,21 +289,27 @@ def refuse_links_out(root: Path) -> None:
         StudyDirectoryError: there is a symbolic link that leads out of `root`, or something that is neither a file nor
             a folder, such as a pipe, which would be waited for without end.
     """
-    for folder, folders, files in os.walk(root):
-        for name in (*folders, *files):
-            path = Path(folder, name)
-            try:
-                mode = path.lstat().st_mode
-            except FileNotFoundError:  # a temporary file, published since
-                continue
-            except OSError as error:
-                raise StudyDirectoryError(f"{path}: cannot be read: {error.strerror}", "Mend that first.") from error
-            if stat.S_ISLNK(mode):
-                inside(root, str(path.relative_to(root)))
-            elif not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+    folders = [str(root)]
+    while folders:
+        for entry in _entries(folders.pop()):
+            if entry.is_symlink():
+                inside(root, str(Path(entry.path).relative_to(root)))
+            elif entry.is_dir(follow_symlinks=False):
+                folders.append(entry.path)
+            elif not entry.is_file(follow_symlinks=False) and os.path.lexists(entry.path):  # else published since
                 raise StudyDirectoryError(
-                    f"{path}: neither a file nor a folder", "Remove it: no study has such things."
+                    f"{entry.path}: neither a file nor a folder", "Remove it: no study has such things."
                 )
+
+
+def _entries(folder: str) -> "list[os.DirEntry[str]]":
+    """What is in a folder, with the kinds that the system tells along with the names; nothing where it cannot be
+    listed, which is told when it is read."""
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError:
+        return []
 
 
 class JsonlWriter:

@@ -1,6 +1,6 @@
 """What a study will take, told before anything is trained: memory of each candidate by part, and time."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from rankscope.data.tokens import TokenizedData, Tokens
 from rankscope.plan import SHARE_OF_FREE_MEMORY
 from rankscope.spec import CONTROL, PLAIN, Candidate, StudySpec, Trial
 from rankscope.train.cost import Cost, product_rate
-from rankscope.train.memory import BYTES_PER_PARAMETER, Peak, Prediction, largest_rank, predict_peak
+from rankscope.train.memory import Peak, Prediction, largest_rank, predict_peak
 from rankscope.train.pack import batch_at, eval_steps, total_steps
 
 RATE_SECONDS = 2.0
@@ -38,6 +38,8 @@ class Forecast:
     """Mean over the schedule."""
     runtime_seconds: float | None
     """Of the schedule with its evaluations, as a profile counts it."""
+    recomputed_tokens: int = 0
+    """Of the longest sequence whose layers run again in the backward; 0 where none does."""
 
 
 class StudyForecast(NamedTuple):
@@ -47,7 +49,7 @@ class StudyForecast(NamedTuple):
     reason: str | None
     """Why memory, or a part of it, cannot be told."""
     product_flops_per_second: float | None
-    """Of plain matrix products on this machine, now."""
+    """Of plain matrix products: as it was given, else on this machine, now."""
     product_share: float
     """How much of it training is taken to reach."""
 
@@ -83,9 +85,18 @@ class _Work(NamedTuple):
 
 
 def forecast(
-    spec: StudySpec, prediction: Prediction, data: TokenizedData, free: int, here: bool = True
+    spec: StudySpec,
+    prediction: Prediction,
+    data: TokenizedData,
+    free: int,
+    here: bool = True,
+    product_flops_per_second: float | None = None,
 ) -> StudyForecast:
-    """Forecasts every candidate on a device with `free` bytes; `here` says whether it is this machine's."""
+    """Forecasts every candidate on a device with `free` bytes.
+
+    `product_flops_per_second` is its rate of plain matrix products; where it is not given it is measured, if the device
+    is this machine's, which `here` says.
+    """
     peaks: dict[str, Peak] = {}  # by profile: a learning rate changes nothing, and a rehearsal takes seconds
     reason = prediction.reason
     for name, candidate in spec.profiled().items():
@@ -96,7 +107,7 @@ def forecast(
             peaks[name] = found
         else:
             reason = reason or found
-    rate = _rate(peaks, prediction) if here else None
+    rate = product_flops_per_second or (_rate(peaks, prediction) if here else None)
     share = PRODUCT_SHARE["small" if prediction.base_params < SMALL_MODEL_PARAMS else "large"]
     engines = {c.name: prediction.engine if c.packable else "peft" for c in spec.candidates()}
     works = {engine: _work(spec, engine, data) for engine in set(engines.values())}
@@ -115,6 +126,7 @@ def forecast(
             forward_tokens=peak.forward_tokens if peak else None,
             step_seconds=train / work.steps if train is not None else None,
             runtime_seconds=runtime,
+            recomputed_tokens=peak.recomputed_tokens if peak else 0,
         )
     return StudyForecast(candidates, reason, rate, share)
 
@@ -133,6 +145,24 @@ def study_seconds(spec: StudySpec, forecasts: Mapping[str, Forecast]) -> tuple[f
     profiled = spec.profiled().values()
     once = sum(START_SECONDS + steps * (forecasts[candidate.name].step_seconds or 0) for candidate in profiled)
     return trials, spec.measure.repeats * once
+
+
+def pack_seconds(packs: Mapping[str, Sequence[Trial]], forecasts: Mapping[str, Forecast]) -> dict[str, float]:
+    """Of each pack in a process of its own: its start, and its trials' steps and evaluations one after the other.
+
+    That is what a pack takes whose step fills the device; one that does not fill it takes less.
+
+    Raises:
+        ValueError: times are not known.
+    """
+    runtimes = {name: found.runtime_seconds for name, found in forecasts.items()}
+    seconds = {}
+    for pack, trials in packs.items():
+        own = [runtimes[trial.candidate.name] for trial in trials]
+        if None in own:
+            raise ValueError("no times are forecast")
+        seconds[pack] = START_SECONDS + sum(second or 0.0 for second in own)
+    return seconds
 
 
 def largest_fitting_rank(
@@ -158,8 +188,7 @@ def largest_fitting_rank(
     if len(totals) < 2:
         return None
     first = spec.candidates()[0]
-    least = BYTES_PER_PARAMETER * prediction.params[first.name] / first.rank
-    return largest_rank(totals, prediction.full_rank, free * SHARE_OF_FREE_MEMORY, least)
+    return largest_rank(totals, prediction.full_rank, free * SHARE_OF_FREE_MEMORY, prediction.rank_bytes(first))
 
 
 def _trial(spec: StudySpec, candidate: Candidate) -> Trial:

@@ -76,16 +76,16 @@ class LiveStudy:
 
     def __init__(self, study: Study, steps: int) -> None:
         self.study, self.steps = study, steps
+        self._read_to_end: set[str] = set()
         self.followers = {
             trial.name: Follower(study.trial_folder(trial) / "metrics.jsonl") for trial in study.all_trials()
         }
 
     def read(self) -> State:
         """The state now."""
-        for follower in self.followers.values():
-            follower.read()
         study, holder = self.study, self.study.holder()
         statuses = {trial.name: study.trial_record(trial)["status"] for trial in study.all_trials()}
+        self._follow(statuses)
         trials = [self._trial(trial, statuses[trial.name]) for trial in study.all_trials()]
         names = list(study.spec.profiled()) if study.spec.measure.profiles else []
         measured = sum(min(len(study.profile_repeats(name)), study.spec.measure.repeats) for name in names)
@@ -100,6 +100,16 @@ class LiveStudy:
             seconds_left=self._seconds_left(statuses, profiles - measured),
             rss_bytes=_rss(holder),
         )
+
+    def _follow(self, statuses: dict[str, str]) -> None:
+        """Reads what is new of all trials but those that were read when they had ended."""
+        for name, status in statuses.items():
+            if name not in self._read_to_end:
+                self.followers[name].read()
+            if status in FINISHED:
+                self._read_to_end.add(name)
+            else:
+                self._read_to_end.discard(name)  # it was damaged, and is made again
 
     def _trial(self, trial: AnyTrial, status: str) -> TrialState:
         follower = self.followers[trial.name]

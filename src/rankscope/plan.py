@@ -1,13 +1,16 @@
 """What would run: which trials train together, and what is still missing of a study."""
 
+import heapq
+import math
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from rankscope.data.tokens import TokenizedData, Tokens
 from rankscope.lora.variants import FROM_WEIGHTS
+from rankscope.schedule import longest_first, lower_bound, simulate
 from rankscope.spec import AnyTrial, FullTrial, StudySpec, TrainingSpec, Trial
 from rankscope.study import FINISHED, Division, Study
 from rankscope.train.checkpoint import KEPT
@@ -19,6 +22,10 @@ SHARE_OF_FREE_MEMORY = 0.9
 
 LINE_BYTES = 250
 """Of a step in metrics.jsonl."""
+
+NEAR_THE_BOUND = 1.05
+"""Packs are made smaller for several devices only where that saves more than this factor, and no more once they are as
+near to devices that are never idle."""
 
 REST_BYTES = 30_000_000
 """Of a study's report, profiles and logs: measured 3 to 12 MB."""
@@ -40,10 +47,18 @@ def most_per_pack(training: TrainingSpec) -> int | None:
 
 
 def divide_into_packs(
-    trials: Sequence[Trial], prediction: Prediction, free: int, training: TrainingSpec, tokens: Tokens
+    trials: Sequence[Trial],
+    prediction: Prediction,
+    free: int,
+    training: TrainingSpec,
+    tokens: Tokens,
+    devices: int = 1,
 ) -> list[list[Trial]]:
-    """Consecutive trials that train together: no more than fit in `free` bytes, nor more than fill the device. Trials
-    that cannot train in a pack come last, each alone.
+    """Trials that train together: no more than fit in `free` bytes, nor more than fill the device. Trials that cannot
+    train in a pack come last, each alone.
+
+    On one device they are consecutive trials, as many as that allows. On several, which have `free` bytes each, packs
+    are smaller, so that all devices are busy to the end: see `_spread`.
 
     A trial that does not fit even alone is a pack all the same: the prediction is no proof, and its step is divided
     down to single sequences.
@@ -52,15 +67,72 @@ def divide_into_packs(
     filled = max(1, int(FULL_STEP_TOKENS[prediction.device] / step_tokens))
     most = most_per_pack(training) or filled
     longest = int(tokens.lengths.max())
+
+    candidates = {id(trial): trial.candidate.name for trial in trials}  # names are made anew each time
+    known: dict[tuple[str, ...], bool] = {}
+
+    def fits(pack: Sequence[Trial]) -> bool:
+        if len(pack) > most:
+            return False
+        names = tuple(candidates[id(trial)] for trial in pack)
+        if names not in known:
+            needed = prediction.fixed_bytes(pack) + longest * prediction.bytes_per_token(pack)
+            known[names] = needed <= free * SHARE_OF_FREE_MEMORY
+        return known[names]
+
     packs: list[list[Trial]] = []
-    for trial in sorted(trials, key=lambda trial: not trial.candidate.packable):
-        grown = [*packs[-1], trial] if packs and trial.candidate.packable else []
-        needed = prediction.fixed_bytes(grown) + longest * prediction.bytes_per_token(grown)
-        if grown and len(grown) <= most and needed <= free * SHARE_OF_FREE_MEMORY:
+    for trial in trials:
+        if not trial.candidate.packable:
+            continue
+        grown = [*packs[-1], trial] if packs else []
+        if grown and fits(grown):
             packs[-1] = grown
         else:
             packs.append([trial])
-    return packs
+    alone = [[trial] for trial in trials if not trial.candidate.packable]
+    return [*(packs if devices == 1 else _spread(packs, alone, prediction, fits, devices)), *alone]
+
+
+def _spread(
+    packs: Sequence[Sequence[Trial]],
+    alone: Sequence[Sequence[Trial]],
+    prediction: Prediction,
+    fits: Callable[[Sequence[Trial]], bool],
+    devices: int,
+) -> list[list[Trial]]:
+    """The trials of `packs` in more packs, for several devices that also train those of `alone`.
+
+    Packs take equally long, by the FLOPs of their candidates: the longest trials are dealt out first, each to the pack
+    that has least. As many rounds of packs are made, one a device, as are needed to come within `NEAR_THE_BOUND` of
+    the time in which the devices are never idle, and no more: each pack is a process that starts, and where it has few
+    trials it fills no device. Where no number of packs comes near, it is the best that was found.
+    """
+    trials = {trial.name: trial for pack in packs for trial in pack}
+    work = {name: work_of(trial, prediction) for name, trial in trials.items()}
+    others = {trial.name: work_of(trial, prediction) for (trial,) in alone}
+    order, bound = longest_first(work), lower_bound(work | others, devices)
+    best: list[list[str]] = []
+    least, rounds = math.inf, math.ceil(len(packs) / devices)
+    while trials and rounds:
+        number = min(rounds * devices, len(trials))
+        dealt, spread = simulate(order, work, number).jobs, [list[str]() for _ in range(number)]
+        for name in trials:
+            spread[dealt[name].device].append(name)
+        if all(len(pack) == 1 or fits([trials[name] for name in pack]) for pack in spread):
+            jobs = {pack[0]: sum(work[name] for name in pack) for pack in spread} | others
+            makespan = simulate(longest_first(jobs), jobs, devices).makespan
+            if NEAR_THE_BOUND * makespan < least:  # a little less is not worth more processes
+                best, least = spread, makespan
+        if least <= NEAR_THE_BOUND * bound or number == len(trials):
+            break
+        rounds = max(rounds + 1, rounds * 5 // 4)  # a few dozen times at most, however many trials there are
+    return [[trials[name] for name in pack] for pack in best]
+
+
+def work_of(trial: Trial, prediction: Prediction) -> float:
+    """How long a trial takes, in any unit; all the same where it is not known."""
+    cost = prediction.costs.get(trial.candidate.name)
+    return float(cost.flops_per_token) if cost else 1.0
 
 
 class Disk(NamedTuple):
@@ -69,7 +141,7 @@ class Disk(NamedTuple):
     trials: int
     """Adapters and curves, also of the reference."""
     checkpoints: int
-    """Of the pack, or the trial of the reference, whose are the largest: they go when it has ended."""
+    """Of the packs, or the trials of the reference, whose are the largest: they go when these have ended."""
     tokens: int
     rest: int
     """Report, profiles and logs."""
@@ -88,18 +160,20 @@ def disk_bytes(
     packs: Sequence[Sequence[Trial]],
     reference: Sequence[FullTrial],
     data: TokenizedData,
+    devices: int = 1,
 ) -> Disk:
-    """What a study writes at most for these packs and trials of full fine-tuning."""
+    """What a study writes at most for these packs and trials of full fine-tuning, of which each device trains one at a
+    time."""
     steps = total_steps(spec.training, len(data.train))
     trials = [trial for pack in packs for trial in pack]
     # One that starts from the base's weights is saved at twice its rank: see `rankscope.lora.variants.exported`.
     doubled = [trial.candidate.variant in FROM_WEIGHTS for trial in trials]
     adapters = sum(4 * prediction.params[t.candidate.name] * (1 + d) for t, d in zip(trials, doubled, strict=True))
-    trained = [sum(prediction.params[trial.candidate.name] for trial in pack) for pack in packs]
-    trained += [prediction.base_params for _ in reference]
+    # Of the reference: weights and two moments, in float32.
+    kept = [*map(prediction.checkpoint_bytes, packs), *(12 * prediction.base_params for _ in reference)]
     return Disk(
         trials=adapters + LINE_BYTES * steps * (len(trials) + len(reference)),
-        checkpoints=12 * (KEPT + 1) * max(trained, default=0),  # weights and two moments, in float32
+        checkpoints=(KEPT + 1) * sum(heapq.nlargest(devices, kept)),
         tokens=5 * (len(data.train.ids) + len(data.eval.ids)),
         rest=REST_BYTES,
     )
@@ -120,14 +194,16 @@ def _size_of(folder: Path) -> int:
     return sum(Path(place, name).lstat().st_size for place, _, names in os.walk(folder) for name in names)
 
 
-def open_packs(study: Study, prediction: Prediction, free: int, tokens: Tokens) -> dict[str, list[Trial]]:
-    """Packs with a trial that has no result yet, in their order; the study is divided into packs where it is not."""
+def open_packs(
+    study: Study, prediction: Prediction, free: int, tokens: Tokens, devices: int = 1
+) -> dict[str, list[Trial]]:
+    """Packs with a trial that has no result yet, in their order; the study is divided into packs, for so many devices,
+    where it is not."""
     division = study.division()
     if not division.packs:
         trials = study.spec.trials()
-        division = Division(
-            division.named(divide_into_packs(trials, prediction, free, study.spec.training, tokens)), {}
-        )
+        packs = divide_into_packs(trials, prediction, free, study.spec.training, tokens, devices)
+        division = Division(division.named(packs), {})
         study.write_division(division)
     return {pack: trials for pack, trials in division.packs.items() if any(not _finished(study, t) for t in trials)}
 

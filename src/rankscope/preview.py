@@ -1,5 +1,6 @@
 """What `rankscope plan` shows: what would run, what it would take, and what fits. Nothing is trained or written."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -7,9 +8,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from rankscope.base_size import too_large
 from rankscope.data.tokens import TokenizedData
 from rankscope.errors import StudyError
+from rankscope.fleet import COUNTED, NOT_COUNTED, Fleet, Takes, takes
 from rankscope.forecast import Forecast, StudyForecast, forecast, largest_fitting_rank, study_seconds
+from rankscope.launch.local import LocalLauncher
 from rankscope.lora.base import free_bytes, resolve_device
 from rankscope.plan import (
     SHARE_OF_FREE_MEMORY,
@@ -25,7 +29,7 @@ from rankscope.spec import StudySpec, Trial
 from rankscope.study import FINISHED, Division, Study
 from rankscope.train.memory import Peak, Prediction, predict, predict_peak
 from rankscope.train.pack import total_steps
-from rankscope.units import parse_bytes
+from rankscope.units import parse_bytes, parse_flops
 
 
 def parse_gpu_memory(text: str | None) -> int | None:
@@ -40,6 +44,31 @@ def parse_gpu_memory(text: str | None) -> int | None:
         raise StudyError(f"--gpu-memory {text}: {error}", "For example --gpu-memory 24GB.") from None
 
 
+def parse_gpu_flops(text: str | None) -> float | None:
+    """The operations a second of `--gpu-flops 400TFLOPS`; None where it is not given.
+
+    Raises:
+        StudyError: it is not a rate.
+    """
+    try:
+        return None if text is None else parse_flops(text)
+    except ValueError as error:
+        raise StudyError(f"--gpu-flops {text}: {error}", "For example --gpu-flops 400TFLOPS.") from None
+
+
+def make_fleet(devices: int | None, price: float | None) -> Fleet | None:
+    """The fleet of `--devices` (one, where only a price is given); None where neither is.
+
+    Raises:
+        StudyError: there are no such devices, or there is no such price.
+    """
+    if devices is not None and devices < 1:
+        raise StudyError(f"--devices {devices}: expected 1 or more", "For example --devices 8.")
+    if price is not None and not 0 < price < math.inf:
+        raise StudyError(f"--price {price}: expected a price above 0", "Of one device for an hour: --price 2.5.")
+    return None if devices is None and price is None else Fleet(devices or 1, price)
+
+
 class Plan(NamedTuple):
     """What a run would do and take."""
 
@@ -52,12 +81,20 @@ class Plan(NamedTuple):
     free_bytes: int
     hypothetical: bool
     """The device need not be here."""
+    fleet: Fleet | None
+    """Where it was asked for."""
 
     @property
     def disk_bytes(self) -> int:
         """At most, of the whole study."""
-        reference = self.spec.reference_trials()
-        return sum(disk_bytes(self.spec, self.prediction, list(self.packs.values()), reference, self.data))
+        packs, reference = list(self.packs.values()), self.spec.reference_trials()
+        devices = self.fleet.devices if self.fleet else 1
+        return sum(disk_bytes(self.spec, self.prediction, packs, reference, self.data, devices))
+
+    @property
+    def takes(self) -> Takes | None:
+        """Of the fleet; None without one, or where times are not known."""
+        return takes(self.spec, self.packs, self.forecast.candidates, self.fleet) if self.fleet else None
 
     @property
     def largest_rank(self) -> int | None:
@@ -67,27 +104,38 @@ class Plan(NamedTuple):
         )
 
 
-def make_plan(spec: StudySpec, gpu_memory: int | None = None) -> Plan:
-    """Works out the plan. `gpu_memory` is the size in bytes of a GPU that need not exist; without it this machine
-    counts.
+def make_plan(
+    spec: StudySpec, gpu_memory: int | None = None, gpu_flops: float | None = None, fleet: Fleet | None = None
+) -> Plan:
+    """Works out the plan. `gpu_memory` is the size in bytes of a GPU that need not exist, and `gpu_flops` its rate of
+    plain matrix products; without them this machine counts. `fleet` has several such devices; without it this
+    machine's GPUs count.
 
     Raises:
-        StudyError, DataError, ModelError: as a run would.
+        StudyError, DataError, ModelError: as a run would; and where a GPU's rate is given and not its memory.
     """
+    if gpu_flops and not gpu_memory:
+        raise StudyError(
+            "--gpu-flops is given, and --gpu-memory is not", "Describe the GPU by both: --gpu-memory 80GB."
+        )
     device = torch.device("cuda") if gpu_memory else resolve_device(spec.model.device)
     prediction = predict(spec, device if gpu_memory else None)
     check_ranks(spec, prediction)
     free = gpu_memory or free_bytes(device)
     data = prepare_data(spec)
-    found = forecast(spec, prediction, data, free, here=not gpu_memory)
-    packs = Division({}, {}).named(divide_into_packs(spec.trials(), prediction, free, spec.training, data.train))
-    steps = total_steps(spec.training, len(data.train))
-    return Plan(spec, prediction, data, found, packs, steps, free, gpu_memory is not None)
+    found = forecast(spec, prediction, data, free, not gpu_memory, gpu_flops)
+    places = 1 if gpu_memory else LocalLauncher(spec.model).places()
+    if fleet is None and places > 1:
+        fleet = Fleet(places, None)
+    devices = fleet.devices if fleet else 1
+    divided = divide_into_packs(spec.trials(), prediction, free, spec.training, data.train, devices)
+    packs, steps = Division({}, {}).named(divided), total_steps(spec.training, len(data.train))
+    return Plan(spec, prediction, data, found, packs, steps, free, gpu_memory is not None, fleet)
 
 
 def show_plan(plan: Plan, console: Console) -> None:
     """Prints the plan."""
-    spec, prediction, data, found, packs, steps, free, _ = plan
+    spec, prediction, data, found, packs, steps, free, _, _ = plan
     console.print(f"Model {spec.model.id}: {prediction.base_params:,} parameters", markup=False)
     console.print(describe_data(data.facts), markup=False, soft_wrap=True)
     console.print(_candidates(spec, found, free))
@@ -117,6 +165,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "largest_rank_that_fits": plan.largest_rank,
         "disk_bytes": plan.disk_bytes,
         "seconds": {"trials": seconds[0], "profiles": seconds[1]} if seconds else None,
+        "fleet": found.describe() if (found := plan.takes) else None,
     }
 
 
@@ -155,7 +204,7 @@ def _candidates(spec: StudySpec, found: StudyForecast, free: int) -> Table:
 
 def _notes(plan: Plan) -> list[str]:
     """What the table's columns mean, the largest rank that fits, and the time of the whole study."""
-    spec, prediction, _, found, _, _, free, hypothetical = plan
+    spec, prediction, _, found, _, _, free, hypothetical, _ = plan
     kind = str(prediction.dtype).removeprefix("torch.")
     where = f"a GPU with {size(free)}" if hypothetical else f"the {size(free)} that are free here"
     tokens = max((row.forward_tokens or 0 for row in found.candidates.values()), default=0)
@@ -167,23 +216,59 @@ def _notes(plan: Plan) -> list[str]:
     ]
     if found.reason:
         notes.append(f"  Not all of it can be predicted: {found.reason}")
+    notes += [*_checkpointing(found), *(too_large(spec.model, prediction, free) or ())]
     largest = plan.largest_rank
     if largest is not None:
         notes.append(_largest(spec, prediction, largest))
     seconds = study_seconds(spec, found.candidates)
     if seconds is None or found.product_flops_per_second is None:
-        return [*notes, "Time: not predicted, since this device's speed is not known here."]
+        known = " --gpu-flops says what it reaches." if hypothetical else ""
+        return [*notes, f"Time: not predicted, since this device's speed is not known here.{known}"]
     trials, profiles = (duration(part, load("en")) for part in seconds)
     measured = (
         "where packs reached 45% to 75% on one CPU: a rough guide, within about a third"
         if prediction.device == "cpu"
-        else "which was never measured on a GPU: this can be far off"
+        else "a share that was measured on a CPU and never on a GPU: this can be far off"
     )
     return [
         *notes,
         f"Time: about; FLOPs at {found.product_share:.0%} of plain matrix products "
-        f"({found.product_flops_per_second / 1e9:,.0f} GFLOP/s here), {measured}.",
-        f"The whole study: about {duration(sum(seconds), load('en'))}: trials {trials}, profiles {profiles}.",
+        f"({found.product_flops_per_second / 1e9:,.0f} GFLOP/s {'as given' if hypothetical else 'here'}), {measured}.",
+        f"The whole study: about {duration(sum(seconds), load('en'))} on one device: trials {trials}, profiles "
+        f"{profiles}.",
+        *_fleet(plan),
+    ]
+
+
+def _checkpointing(found: StudyForecast) -> list[str]:
+    """Which candidates have sequences that are longer than a forward may be."""
+    longest = {name: row.recomputed_tokens for name, row in found.candidates.items() if row.recomputed_tokens}
+    if not longest:
+        return []
+    names = "all candidates" if len(longest) == len(found.candidates) else ", ".join(longest)
+    return [
+        f"  Gradient checkpointing: {names}. Sequences that are longer than a forward may be here, the longest of "
+        f"{max(longest.values()):,} tokens, keep their layers' inputs only, and run each layer again in the backward."
+    ]
+
+
+def _fleet(plan: Plan) -> list[str]:
+    """Time, device hours and cost, where several devices or a price were asked for."""
+    found, text = plan.takes, load("en")
+    if found is None:
+        return []
+    devices, price = found.fleet
+    several = "s" * (devices > 1)
+    kind = f"GPU{several} of {size(plan.free_bytes)}" if plan.hypothetical else f"device{several} like this one"
+    trials, least = duration(found.trials_seconds, text), duration(found.least_trials_seconds, text)
+    cost = "" if found.cost is None else f" Cost: {found.cost:,.2f}, at {price:,.2f} a device hour."
+    return [
+        f"On {devices:,} {kind}: about {duration(found.makespan_seconds, text)}: trials {trials} (no order of these "
+        f"packs is shorter than {least}), then profiles {duration(found.profiles_seconds, text)}.",
+        f"  {found.device_hours:,.3g} device hours from beginning to end, {found.busy_seconds / 3600:,.3g} of them "
+        f"busy.{cost}",
+        f"  Counted: {COUNTED}.",
+        f"  Not counted: {NOT_COUNTED}.",
     ]
 
 

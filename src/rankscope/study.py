@@ -14,6 +14,7 @@
       failures.json               profiles and answers that did not finish when they were last tried, and why
       answers/                    answers.json: what the base and each candidate answer on the same held-out prompts
       curve/                      curve.json: held-out losses of the largest rank's adapters, cut to lower ranks
+      tables/                     curves.parquet, curves.json: all metrics.jsonl in columns, where they are very many
       tracking/                   what trackers have been sent
       verdict.json
       report/                     index.html, report.md, results.csv, results.parquet, figures/
@@ -39,6 +40,8 @@ import psutil
 import yaml
 from filelock import FileLock, Timeout
 
+from rankscope import tables
+from rankscope.curve_table import find_table
 from rankscope.errors import DamagedError, StudyDirectoryError, StudyError
 from rankscope.files import (
     damaged,
@@ -48,15 +51,18 @@ from rankscope.files import (
     inside,
     is_free,
     leftovers,
+    parse_json,
     read_json,
-    read_jsonl,
+    read_whole,
     reading,
     refuse_links_out,
     understood,
+    unlike_its_hash,
     write_atomic,
     write_json,
     writing,
 )
+from rankscope.metrics import read_rows
 from rankscope.nested import flatten
 from rankscope.records import (
     AnswersRecord,
@@ -66,16 +72,16 @@ from rankscope.records import (
     FactsRecord,
     FailuresRecord,
     MachineRecord,
-    MetricsRow,
     PackRecord,
     PredictionRecord,
     ProfileRecord,
+    Record,
     Repeat,
     TrialRecord,
     VerdictRecord,
     checked,
 )
-from rankscope.spec import CONTROL, FULL, PLAIN, AnyTrial, Candidate, StudySpec, Trial, resolve_spec, write_yaml
+from rankscope.spec import PLAIN, AnyTrial, FullTrial, StudySpec, Trial, resolve_spec, write_yaml
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,6 +92,9 @@ PROFILE_SCHEMA = VERDICT_SCHEMA = 2
 
 LONG_AGO_SECONDS = 3600.0
 """By then a temporary file is nobody's any more."""
+
+SETTLED_SECONDS = 2.0
+"""After that a file that was not written since may be taken for known."""
 
 FINISHED = ("done", "diverged")
 """Statuses that are results. Everything else is trained again."""
@@ -183,6 +192,7 @@ class Study:
     def __init__(self, path: Path, spec: StudySpec) -> None:
         self.path = path
         self.spec = spec
+        self._seen: dict[str, tuple[_Stamp, dict[str, Any]]] = {}
 
     @classmethod
     def create(cls, path: Path, spec: StudySpec) -> Self:
@@ -235,9 +245,36 @@ class Study:
         """The report's page, which `rankscope report` builds."""
         return self.path / "report" / "index.html"
 
+    @cached_property
+    def trials(self) -> list[Trial]:
+        """Those of the candidates, in a fixed order."""
+        return self.spec.trials()
+
+    @cached_property
+    def reference_trials(self) -> list[FullTrial]:
+        """Those of full fine-tuning."""
+        return self.spec.reference_trials()
+
     def all_trials(self) -> list[AnyTrial]:
-        """Those of the candidates and of the reference."""
-        return [*self.spec.trials(), *self.spec.reference_trials()]
+        """Both."""
+        return [*self.trials, *self.reference_trials]
+
+    def _read_once(self, file: Path, kind: type[Record]) -> dict[str, Any] | None:
+        """A file's record, which is read and checked anew only where the file may have changed; None without one.
+
+        Of ten thousand trials each file would else be read many times over.
+        """
+        stamp, place = _stamp(file), str(file)
+        seen = self._seen.get(place)
+        if seen is not None and stamp is not None and seen[0] == stamp:
+            return dict(seen[1])
+        record = find_json(file) if stamp is None else read_json(file)
+        if record is None:
+            return None
+        checked(record, kind, file)
+        if stamp is not None and stamp.is_settled():
+            self._seen[place] = (stamp, record)
+        return dict(record)
 
     def trial_folder(self, trial: AnyTrial) -> Path:
         return self.file("trials" if isinstance(trial, Trial) else "reference", trial.name)
@@ -251,8 +288,12 @@ class Study:
         record = find_json(file, PROFILE_SCHEMA)
         return list(checked(record, ProfileRecord, file)["repeats"]) if record else []
 
-    def _repeats(self, name: str) -> list[dict[str, Any]]:
-        """The same, each with all that tables need."""
+    def whole_repeats(self, name: str) -> list[dict[str, Any]]:
+        """The same, each with all that tables need.
+
+        Raises:
+            DamagedError: one has not.
+        """
         repeats = self.profile_repeats(name)
         for repeat in repeats:
             checked(repeat, Repeat, self.profile_file(name))
@@ -280,20 +321,21 @@ class Study:
 
         A status is one of pending, running, done, diverged, oom, failed, interrupted.
         """
-        file = self.trial_folder(trial) / "trial.json"
-        record = find_json(file)
-        return {"status": "pending"} if record is None else checked(record, TrialRecord, file)
+        return self._record_in(self.trial_folder(trial))
+
+    def _record_in(self, folder: Path) -> dict[str, Any]:
+        record = self._read_once(folder / "trial.json", TrialRecord)
+        return {"status": "pending"} if record is None else record
 
     def division(self) -> "Division":
         """Which trials train together."""
         file = self.file("packs", "division.json")
-        record = find_json(file)
+        record = self._read_once(file, DivisionRecord)
         if record is None:
             return Division({}, {})
-        checked(record, DivisionRecord, file)
         for pack in record["packs"]:
             self.file("packs", pack)  # refused where it leads elsewhere: folders of that name are written and removed
-        trials = {trial.name: trial for trial in self.spec.trials()}
+        trials = {trial.name: trial for trial in self.trials}
         with understood(file):
             packs = {pack: [trials[name] for name in names] for pack, names in record["packs"].items()}
         return Division(packs, record["divided"])
@@ -315,9 +357,7 @@ class Study:
 
     def pack_record(self, pack: str) -> dict[str, Any] | None:
         """pack.json: the pack's trials, and its `results` once it has ended; None before it has begun."""
-        file = self.file("packs", pack, "pack.json")
-        record = find_json(file)
-        return None if record is None else checked(record, PackRecord, file)
+        return self._read_once(self.file("packs", pack, "pack.json"), PackRecord)
 
     def lock(self) -> AbstractContextManager[None]:
         """See `lock_folder`."""
@@ -338,31 +378,28 @@ class Study:
         record = self.trial_record(trial)
         if record["status"] not in NOT_ENDED:
             return
-        last = max((row["step"] for row in self._rows(self.trial_folder(trial) / "metrics.jsonl")), default=0)
+        last = max((row["step"] for row in read_rows(self.trial_folder(trial) / "metrics.jsonl")), default=0)
         where = f", after step {last}" if last else ""
         known = {"schema": SCHEMA, "trial": trial.name, "results": None, "pack": pack} | record
         files = file_hashes(self.trial_folder(trial), TRIAL_FILES)
         ended = trial.model_dump(mode="json") | {"status": status, "reason": reason + where, "files": files}
         write_json(self.trial_folder(trial) / "trial.json", known | ended)
 
-    def _whole(self, trial: AnyTrial, name: str) -> Path:
+    def whole_file(self, trial: AnyTrial, name: str) -> Path:
         """The path of a trial's file, of which trial.json has the hash where the trial has ended.
 
         Raises:
             StudyDirectoryError: it is missing, or not what was written.
         """
-        path, files = inside(self.trial_folder(trial), name), self.trial_record(trial).get("files") or {}
-        if name in files and file_sha256(path) != files[name]:
-            raise damaged(path, "its content does not match its hash in trial.json")
+        path, sha256 = self.find_file(trial, name)
+        if sha256 is not None and file_sha256(path) != sha256:
+            raise unlike_its_hash(path)
         return path
 
-    def _rows(self, file: Path) -> list[dict[str, Any]]:
-        """The lines of a metrics.jsonl.
-
-        Raises:
-            DamagedError: it holds something else.
-        """
-        return [checked(row, MetricsRow, file) for row in read_jsonl(file)]
+    def find_file(self, trial: AnyTrial, name: str) -> tuple[Path, str | None]:
+        """The same path, and the hash; None where the trial has not ended. The file is not looked at."""
+        folder = self.trial_folder(trial)
+        return inside(folder, name), (self._record_in(folder).get("files") or {}).get(name)
 
     def adapter_file(self, trial: Trial) -> Path:
         """The weights of a trial that is done.
@@ -370,7 +407,7 @@ class Study:
         Raises:
             StudyDirectoryError: they are missing or damaged.
         """
-        return self._whole(trial, "adapter/adapter_model.safetensors")
+        return self.whole_file(trial, "adapter/adapter_model.safetensors")
 
     def remove_damaged(self) -> list[str]:
         """Removes what is damaged and can be made again; the names of what was removed. The lock must be held.
@@ -389,7 +426,7 @@ class Study:
             "failures.json": self.failures,
             "packs/division.json": self.division,
         }
-        records |= {f"profiles/{name}.json": partial(self._repeats, name) for name in self.spec.profiled()}
+        records |= {f"profiles/{name}.json": partial(self.whole_repeats, name) for name in self.spec.profiled()}
         for file in self.path.glob("packs/*/pack.json"):
             records[str(file.relative_to(self.path))] = partial(self.pack_record, file.parent.name)
         for name, read in records.items():
@@ -401,14 +438,21 @@ class Study:
         if _there(data) and not (_is_whole(partial(load, data)) and _is_whole(lambda: self.data_facts)):
             shutil.rmtree(data)
             removed.append("data")
+        folder = self.file("tables")
+        table = find_table(folder)
+        if table is None and _there(folder):
+            shutil.rmtree(folder)
+            removed.append("tables")
+        parsed = table.sha256 if table else {}
         for trial in self.all_trials():
             folder = self.trial_folder(trial)
-            if not _is_whole(partial(self._check, trial)):
+            metrics = folder / "metrics.jsonl"
+            if not _is_whole(partial(self._check, trial, parsed)):
                 shutil.rmtree(folder)
                 removed.append(str(folder.relative_to(self.path)))
-            elif not _is_whole(partial(self._rows, folder / "metrics.jsonl")):  # of one that has not ended
-                (folder / "metrics.jsonl").unlink()
-                removed.append(str((folder / "metrics.jsonl").relative_to(self.path)))
+            elif self.find_file(trial, metrics.name)[1] is None and not _is_whole(partial(read_rows, metrics)):
+                metrics.unlink()
+                removed.append(str(metrics.relative_to(self.path)))
         if _there(self.file(CURVE)) and not _is_whole(self.cut_examples):
             self.file(CURVE).unlink()
             removed.append(CURVE)
@@ -426,18 +470,20 @@ class Study:
                 if not of_report or file.lstat().st_mtime < time.time() - LONG_AGO_SECONDS:
                     file.unlink()
 
-    def _check(self, trial: AnyTrial) -> None:
-        """Raises DamagedError where a file of the trial is damaged."""
+    def _check(self, trial: AnyTrial, parsed: Mapping[str, str]) -> None:
+        """Raises DamagedError where a file of the trial is damaged. What a metrics.jsonl of a hash in `parsed` holds
+        was seen before."""
         record = self.trial_record(trial)
         files = record.get("files") or {}
         if record["status"] == "done" and not files.keys() >= {"metrics.jsonl", "eval.json"}:
             raise damaged(self.trial_folder(trial) / "trial.json", "no hashes of its files")
         for name in files:
-            self._whole(trial, name)
-        if files:
-            self._steps(trial)
+            self.whole_file(trial, name)
+        metrics = files.get("metrics.jsonl")
+        if metrics is not None and parsed.get(trial.name) != metrics:
+            tables.trial_steps(self, trial)
         if record["status"] == "done":
-            self._losses(trial)
+            self.held_out(trial)
 
     @property
     def machine(self) -> dict[str, Any]:
@@ -481,83 +527,50 @@ class Study:
         tokens over the time of the pack it shared. `general_loss_…` is the loss on `measure.forgetting` before training
         and after (nats a token); NaN without one.
         """
-        import pandas as pd
-
-        rows = [
-            {
-                **_identity(trial),
-                "lora_alpha": trial.candidate.lora_alpha,
-                "scaling": trial.candidate.scaling,
-                "use_rslora": trial.candidate.use_rslora,
-                "target_modules": _modules(trial.candidate),
-                **self._outcome(trial),
-            }
-            for trial in self.spec.trials()
-        ]
-        return pd.DataFrame(rows).astype(dict.fromkeys(RESULT_FIELDS, "float64"))
+        return tables.results(self)
 
     def reference_results(self) -> "pd.DataFrame":
         """The columns of `results()` that say something of full fine-tuning, one row a trial; the rank is 0. Empty
         where the study has no reference.
         """
-        import pandas as pd
-
-        rows = [{**_identity(trial), **self._outcome(trial)} for trial in self.spec.reference_trials()]
-        frame = pd.DataFrame(rows, columns=[*IDENTITY_FIELDS, *OUTCOME_FIELDS, *RESULT_FIELDS])
-        return frame.astype(dict.fromkeys(RESULT_FIELDS, "float64"))
-
-    def _outcome(self, trial: AnyTrial) -> dict[str, Any]:
-        record = self.trial_record(trial)
-        results = record.get("results") or {}
-        return {name: record.get(name) for name in OUTCOME_FIELDS} | {name: results.get(name) for name in RESULT_FIELDS}
+        return tables.reference_results(self)
 
     def curves(self) -> "pd.DataFrame":
         """One row a step of a trial: `trial candidate variant rank learning_rate seed step epoch train_loss eval_loss
         grad_norm step_learning_rate tokens label_tokens step_seconds`; `eval_loss` is NaN between evaluations, and
-        step 0 is the evaluation before training.
+        step 0 is the evaluation before training. `trial`, `candidate` and `variant` are categories.
         """
-        import pandas as pd
+        return tables.curves(self)
 
-        columns = [*IDENTITY_FIELDS, *CURVE_FIELDS]
-        rows = []
-        for trial in self.spec.trials():
-            rows += [{**row, **_identity(trial)} for row in self._steps(trial)]
-        frame = pd.DataFrame(rows, columns=columns)
-        return frame.astype(dict.fromkeys(CURVE_FIELDS[1:], "float64"))
-
-    def _steps(self, trial: AnyTrial) -> list[dict[str, Any]]:
-        """What metrics.jsonl says of each step."""
-        steps: dict[int, dict[str, Any]] = {}
-        for row in self._rows(self._whole(trial, "metrics.jsonl")):
-            steps.setdefault(row["step"], {}).update(row)
-        return [row for _, row in sorted(steps.items())]
+    def keep_tables(self) -> None:
+        """Writes tables/, from which curves are read in a tenth of the time, where there are so many rows that it
+        matters: see `rankscope.curve_table`. For the process that holds the lock, when trials have ended.
+        """
+        tables.keep_curves(self)
 
     def examples(self) -> "pd.DataFrame":
         """One row a held-out example of a finished trial: `trial candidate variant rank learning_rate seed example loss
         label_tokens correct_tokens` (`loss` is the mean over the example's label tokens, in nats).
         """
-        return self._examples(self.spec.trials())
+        return tables.examples(self, self.trials)
 
     def reference_examples(self) -> "pd.DataFrame":
         """The same of full fine-tuning, whose rank is 0."""
-        return self._examples(self.spec.reference_trials())
+        return tables.examples(self, self.reference_trials)
 
-    def _examples(self, trials: Sequence[AnyTrial]) -> "pd.DataFrame":
-        import pandas as pd
+    def held_out(self, trial: AnyTrial) -> dict[str, list[Any]]:
+        """eval.json of a trial that is done: in each list one value a held-out example.
 
-        done = [trial for trial in trials if self.trial_record(trial)["status"] == "done"]
-        frames = [self._losses(trial) for trial in done]
-        columns = [*IDENTITY_FIELDS, "example", "loss", "label_tokens", "correct_tokens"]
-        return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
-
-    def _losses(self, trial: AnyTrial) -> "pd.DataFrame":
-        """One row a held-out example of a trial that is done."""
-        import pandas as pd
-
-        file = self._whole(trial, "eval.json")
-        examples = checked(read_json(file), EvalRecord, file)["examples"]
-        with understood(file):
-            return pd.DataFrame({**examples, **_identity(trial)})
+        Raises:
+            StudyDirectoryError: it is missing or damaged.
+        """
+        file, sha256 = self.find_file(trial, "eval.json")
+        examples: dict[str, list[Any]] = checked(parse_json(read_whole(file, sha256), file), EvalRecord, file)[
+            "examples"
+        ]
+        if len(set(map(len, examples.values()))) > 1:
+            raise damaged(file, "not as it is written: its lists are not of one length")
+        return examples
 
     def profiles(self) -> "pd.DataFrame":
         """One row a repeat of a candidate's profile: `candidate variant rank learning_rate repeat control` and the
@@ -566,39 +579,19 @@ class Study:
         A rank is profiled once, so that its learning rates have the same numbers. Rows with `control` are those of the
         second profile of the first candidate: what differs between them and its own is noise.
         """
-        import pandas as pd
-
-        rows = [
-            {**_candidate_identity(candidate), "repeat": number, "control": name == CONTROL, **repeat["summary"]}
-            for name, measured in self.spec.profiled().items()
-            for candidate in self.spec.candidates()
-            if candidate == measured or candidate.profile_name == name
-            for number, repeat in enumerate(self._repeats(name))
-        ]
-        frame = pd.DataFrame(rows)
-        numbers = [name for name in frame if str(name).endswith(("_bytes", "_per_token"))]  # None without a GPU
-        return frame.astype(dict.fromkeys(numbers, "float64"))
+        return tables.profiles(self)
 
     def samples(self) -> "pd.DataFrame":
         """One row a memory sample: `candidate variant rank learning_rate repeat phase step seconds rss_bytes
         gpu_allocated_bytes gpu_reserved_bytes gpu_nvml_bytes` (`phase`: load, warmup, train or eval; GPU columns are
         NaN without one). Of each rank the candidate that was measured; the control's are left out.
         """
-        import pandas as pd
-
-        frames = []
-        for name, candidate in self.spec.profiled().items():
-            for number, repeat in enumerate([] if name == CONTROL else self._repeats(name)):
-                with understood(self.profile_file(name)):
-                    frames.append(
-                        pd.DataFrame({**_candidate_identity(candidate), "repeat": number, **repeat["samples"]})
-                    )
-        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+        return tables.samples(self)
 
     def answered(self) -> list[Trial]:
         """The trials whose adapters answer the held-out prompts: of each candidate the first that is done."""
         done: dict[str, Trial] = {}
-        for trial in self.spec.trials():
+        for trial in self.trials:
             if self.trial_record(trial)["status"] == "done":
                 done.setdefault(trial.candidate.name, trial)
         return list(done.values())
@@ -618,18 +611,12 @@ class Study:
         """One row an answer: `example prompt reference candidate rank answer`; `example` counts held-out rows,
         `reference` is the row's own answer, and the candidate `base`, of rank 0, is the model without an adapter.
         """
-        import pandas as pd
+        return tables.answers(self)
 
-        record, trials = self.answers_record(), {trial.name: trial.candidate for trial in self.spec.trials()}
-        with understood(self.file("answers", "answers.json")):
-            rows = [
-                question | {"candidate": trials[name].name, "rank": trials[name].rank, "answer": text}
-                if name in trials
-                else question | {"candidate": name, "rank": 0, "answer": text}
-                for name, texts in record["answers"].items()
-                for question, text in zip(record["questions"], texts, strict=True)
-            ]
-        return pd.DataFrame(rows, columns=["example", "prompt", "reference", "candidate", "rank", "answer"])
+    @property
+    def curve_file(self) -> Path:
+        """curve.json, which `rankscope curve` writes."""
+        return self.file(*CURVE.split("/"))
 
     def curve_record(self) -> list[dict[str, Any]]:
         """The `cuts` of curve.json, of adapters that are still those of their trials; empty where there are none.
@@ -638,18 +625,18 @@ class Study:
         steps of recovery training, the share of the update's energy that it keeps, and held-out losses in nats, all of
         them together and of each example; null where the recovery diverged.
         """
-        file = self.file(*CURVE.split("/"))
+        file = self.curve_file
         record = find_json(file)
         if record is None:
             return []
         cuts = checked(record, CurveRecord, file)["cuts"]
-        own = {trial.name: self.adapter_sha256(trial) for trial in self.spec.trials()}
+        own = {trial.name: self.adapter_sha256(trial) for trial in self.trials}
         return [cut for cut in cuts if own.get(cut["trial"]) == cut["adapter_sha256"]]
 
     def add_cuts(self, cuts: Sequence[Mapping[str, Any]]) -> None:
         """Publishes curve.json with these beside what it has."""
         if cuts:
-            write_json(self.file(*CURVE.split("/")), {"schema": SCHEMA, "cuts": [*self.curve_record(), *cuts]})
+            write_json(self.curve_file, {"schema": SCHEMA, "cuts": [*self.curve_record(), *cuts]})
 
     def adapter_sha256(self, trial: Trial) -> str | None:
         """The hash of the weights of a trial that is done."""
@@ -661,44 +648,20 @@ class Study:
         kept_energy eval_loss`. `rank` is the trained one, and where `cut_rank` is the same nothing was cut; `eval_loss`
         is in nats a label token, NaN where recovery training diverged.
         """
-        import pandas as pd
-
-        columns = [*IDENTITY_FIELDS, "cut_rank", "recover_steps", "kept_energy", "eval_loss"]
-        trials = {trial.name: trial for trial in self.spec.trials()}
-        rows = [
-            {
-                **_identity(trials[cut["trial"]]),
-                **cut,
-                "rank": trials[cut["trial"]].candidate.rank,
-                "cut_rank": cut["rank"],
-            }
-            for cut in self.curve_record()
-        ]
-        frame = pd.DataFrame(rows, columns=columns).astype({"eval_loss": "float64"})
-        return frame.sort_values(["seed", "recover_steps", "cut_rank"], ignore_index=True)
+        return tables.cuts(self)
 
     def cut_examples(self) -> "pd.DataFrame":
         """One row a held-out example of a cut: the columns of `examples()` but `correct_tokens`, and `cut_rank
         recover_steps`; without those whose recovery diverged.
         """
-        import pandas as pd
-
-        columns = [*IDENTITY_FIELDS, "cut_rank", "recover_steps", "example", "loss", "label_tokens"]
-        trials, frames = {trial.name: trial for trial in self.spec.trials()}, []
-        for cut in self.curve_record():
-            if cut["losses"] is not None:
-                losses = {"loss": cut["losses"], "label_tokens": cut["label_tokens"]}
-                same = {"cut_rank": cut["rank"], "recover_steps": cut["recover_steps"]}
-                with understood(self.file(*CURVE.split("/"))):
-                    frame = pd.DataFrame({**losses, **_identity(trials[cut["trial"]]), **same})
-                frames.append(frame.assign(example=range(len(frame))))
-        return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
+        return tables.cut_examples(self)
 
     def evidence(self) -> Evidence:
         """Reads everything once."""
+        results = self.results()
         everything = Evidence(
             spec=self.spec,
-            results=self.results(),
+            results=results,
             curves=self.curves(),
             profiles=self.profiles(),
             samples=self.samples(),
@@ -709,20 +672,20 @@ class Study:
             reference=self.reference_examples(),
             reference_results=self.reference_results(),
             divided=self.division().trials_of_divided(),
-            left=self._left(),
+            left=self._left(dict(zip(results["trial"], results["status"], strict=True))),
             failures=self.unmet(),
             answers=self.answers(),
             cuts=self.cut_examples(),
         )
         return _without_variants(everything) if self.spec.variants else everything
 
-    def _left(self) -> list[str]:
+    def _left(self, statuses: Mapping[str, str]) -> list[str]:
         """Trials that went on in their pack without one that diverged."""
         left: list[str] = []
         for trials in self.division().packs.values():
-            statuses = {trial.name: self.trial_record(trial)["status"] for trial in trials}
-            if "diverged" in statuses.values():
-                left += [name for name, status in statuses.items() if status == "done"]
+            names = [trial.name for trial in trials]
+            if "diverged" in map(statuses.get, names):
+                left += [name for name in names if statuses[name] == "done"]
         return left
 
     def unmet(self) -> dict[str, dict[str, str]]:
@@ -755,36 +718,6 @@ class Study:
         )
 
 
-IDENTITY_FIELDS = ("trial", "candidate", "variant", "rank", "learning_rate", "seed")
-OUTCOME_FIELDS = ("status", "reason", "engine", "pack")
-RESULT_FIELDS = (
-    "steps",
-    "tokens",
-    "trainable_params",
-    "adapter_bytes",
-    "train_loss",
-    "eval_loss",
-    "eval_perplexity",
-    "eval_accuracy",
-    "general_loss_before",
-    "general_loss_after",
-    "train_seconds",
-    "eval_seconds",
-    "tokens_per_second",
-)
-CURVE_FIELDS = (
-    "step",
-    "epoch",
-    "train_loss",
-    "eval_loss",
-    "grad_norm",
-    "step_learning_rate",
-    "tokens",
-    "label_tokens",
-    "step_seconds",
-)
-
-
 def _is_whole(read: Callable[[], object]) -> bool:
     """Whether it can be read; False where it is damaged, and its error where that cannot be known."""
     try:
@@ -792,6 +725,26 @@ def _is_whole(read: Callable[[], object]) -> bool:
     except DamagedError:
         return False
     return True
+
+
+class _Stamp(NamedTuple):
+    """By which it is seen that a file was published anew."""
+
+    modified_ns: int
+    size: int
+    inode: int
+
+    def is_settled(self) -> bool:
+        """Whether a file that is written after this moment has another: clocks of files tick in milliseconds."""
+        return time.time() - self.modified_ns / 1e9 > SETTLED_SECONDS
+
+
+def _stamp(file: Path) -> _Stamp | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return _Stamp(found.st_mtime_ns, found.st_size, found.st_ino)
 
 
 def _there(path: Path) -> bool:
@@ -810,22 +763,6 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _identity(trial: AnyTrial) -> dict[str, Any]:
-    if isinstance(trial, Trial):
-        return {"trial": trial.name, **_candidate_identity(trial.candidate), "seed": trial.seed}
-    names = {"trial": trial.name, "candidate": trial.candidate_name}
-    return names | {"variant": FULL, "rank": 0, "learning_rate": trial.learning_rate, "seed": trial.seed}
-
-
-def _candidate_identity(candidate: Candidate) -> dict[str, Any]:
-    return {
-        "candidate": candidate.name,
-        "variant": candidate.variant,
-        "rank": candidate.rank,
-        "learning_rate": candidate.learning_rate,
-    }
-
-
 def _without_variants(evidence: Evidence) -> Evidence:
     """Evidence of plain LoRA, which the verdict is on, with that of the variants beside it."""
     others = {candidate.name for candidate in evidence.spec.candidates() if candidate.variant != PLAIN}
@@ -842,11 +779,6 @@ def _without_variants(evidence: Evidence) -> Evidence:
     adapter = evidence.spec.adapter.model_copy(update={"rank_pattern": {}})
     plain = evidence.spec.model_copy(update={"variants": (), "adapter": adapter})
     return evidence._replace(**part(False), spec=plain, variants=evidence._replace(**part(True)))
-
-
-def _modules(candidate: Candidate) -> str:
-    modules = candidate.target_modules
-    return modules if isinstance(modules, str) else ",".join(modules)
 
 
 def differences_of(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -1,10 +1,11 @@
-"""Sizes and times as people write them: `24GB`, `1.5GiB`, `90min`."""
+"""Sizes, times and speeds as people write them: `24GB`, `1.5GiB`, `90min`, `400TFLOPS`."""
 
 import re
 from fractions import Fraction
 
 BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
+FLOPS = {"flops": 1, "gflops": 10**9, "tflops": 10**12, "pflops": 10**15}
 
 
 def parse_bytes(text: str | float) -> int:
@@ -27,6 +28,15 @@ def parse_seconds(text: str | float) -> float:
         ValueError: it is not a time; the message shows what is.
     """
     return float(_parse(text, SECONDS, "s", "a time such as 90s, 45min or 2h"))
+
+
+def parse_flops(text: str | float) -> float:
+    """`400TFLOPS` -> 4e14 operations a second; also GFLOPS and PFLOPS; a bare number is operations a second.
+
+    Raises:
+        ValueError: it is not a rate; the message shows what is.
+    """
+    return float(_parse(text, FLOPS, "flops", "a rate such as 400TFLOPS or 1.2PFLOPS"))
 
 
 def _parse(text: str | float, units: dict[str, int], bare: str, expected: str) -> Fraction:

@@ -30,15 +30,15 @@ def training_loss(evidence: Evidence) -> Series:
     A mean over a trial that stopped midway would jump where it stops, so only finished trials count; of a
     candidate that has none, those that did not diverge. Loss in nats.
     """
-    curves = _usable(evidence)
-    curves = curves[curves["train_loss"].notna() & (curves["step"] > 0)]
+    curves = _usable(evidence, "train_loss")
+    curves = curves[curves["step"] > 0]
     if curves.empty:
         return Series(_empty("mean", "low", "high", "smooth_mean", "smooth_low", "smooth_high"), 1)
     width = _bin_width(curves)
     binned = curves.assign(step=_bin_ends(curves, width))
-    seeds = binned.groupby([*KEYS, "seed", "step"])["train_loss"].mean().reset_index()
+    seeds = binned.groupby([*KEYS, "seed", "step"], observed=True)["train_loss"].mean().reset_index()
     window = max(3, round(seeds["step"].nunique() * SMOOTHING_SHARE))
-    seeds["smooth"] = seeds.groupby([*KEYS, "seed"])["train_loss"].transform(
+    seeds["smooth"] = seeds.groupby([*KEYS, "seed"], observed=True)["train_loss"].transform(
         lambda losses: losses.rolling(window, center=True, min_periods=1).mean()
     )
     raw = _spread(seeds, "train_loss")
@@ -48,8 +48,7 @@ def training_loss(evidence: Evidence) -> Series:
 
 def heldout_loss(evidence: Evidence) -> Series:
     """`mean low high` of the held-out loss (nats) over seeds at each evaluation; step 0: before training."""
-    curves = _usable(evidence)
-    return Series(_spread(curves[curves["eval_loss"].notna()], "eval_loss"), 1)
+    return Series(_spread(_usable(evidence, "eval_loss"), "eval_loss"), 1)
 
 
 def memory(evidence: Evidence, column: str) -> Series:
@@ -127,18 +126,21 @@ def measurements(evidence: Evidence, column: str) -> tuple[pd.DataFrame, bool]:
     return named[[*KEYS, "number", "value"]].reset_index(drop=True), False
 
 
-def _usable(evidence: Evidence) -> pd.DataFrame:
+def _usable(evidence: Evidence, column: str) -> pd.DataFrame:
+    """`KEYS seed step` and the column of `Evidence.curves`, where it has a value."""
     status = evidence.results.set_index("trial")[["candidate", "status"]]
     done = status[status["status"] == "done"]
     unfinished = status[~status["candidate"].isin(done["candidate"]) & (status["status"] != "diverged")]
-    trials = [*done.index, *unfinished.index]
-    return evidence.curves[evidence.curves["trial"].isin(trials)]
+    trials, curves = [*done.index, *unfinished.index], evidence.curves
+    kept = curves["trial"].isin(trials) & curves[column].notna()
+    return curves.loc[kept, [*KEYS, "seed", "step", column]]
 
 
 def _spread(rows: pd.DataFrame, column: str) -> pd.DataFrame:
-    return rows.groupby([*KEYS, "step"], as_index=False).agg(
+    spread = rows.groupby([*KEYS, "step"], as_index=False, observed=True).agg(
         mean=(column, "mean"), low=(column, "min"), high=(column, "max")
     )
+    return spread.astype({"candidate": "str"})  # no category, as in all other tables
 
 
 def _bin_width(rows: pd.DataFrame) -> int:

@@ -1,0 +1,295 @@
+"""How far a study can grow: the schedule of many trials on many devices, and reading ten million rows of metrics.
+
+    python benchmarks/scale.py schedule       10 to 10,000 trials on 1 to 1,000 devices, simulated
+    python benchmarks/scale.py read           writes studies of 10 to 10,000 trials of 1,000 rows, and reads them
+    python benchmarks/scale.py read --trials 10000 --keep FOLDER
+
+**schedule.** Trials have the ranks and step times that were measured in docs/results/scaling.md. The project's own code
+divides them into packs (by counted FLOPs) and orders them (by these times, which are what it knows). What then runs
+takes other times: each trial's is off by one of the errors measured in docs/results/runtime-prediction.md, drawn at
+random. Every pack is a process that takes time to start; on one device one process trains all.
+
+The bound is what no division and no order is shorter than: the trials' true times over the devices, or the longest
+trial, and one start. The scheduler's time is that of dividing, ordering and placing.
+
+**read.** Each study is read twice by processes of their own, `Study.open` and `Study.evidence`, which is all that the
+verdict and the report start from: from the files of each trial alone, and with tables/curves.parquet. Seconds are from
+the process's first line to its last, importing included; memory is the peak resident size. The files were written just
+before, so that they are read from memory, not from the disk. Exit code 1 where a target is missed.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rankscope.data.tokens import Tokens
+from rankscope.files import file_hashes, write_json
+from rankscope.forecast import START_SECONDS
+from rankscope.options import assemble
+from rankscope.plan import divide_into_packs
+from rankscope.schedule import longest_first, lower_bound, simulate
+from rankscope.spec import StudySpec, Trial
+from rankscope.study import TRIAL_FILES, Division, Study
+from rankscope.train.memory import predict
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+TRIALS = (10, 100, 1000, 10000)
+DEVICES = (1, 10, 100, 1000)
+STEPS = 200
+"""Of a trial whose schedule is simulated."""
+ROW_TOKENS = 48
+"""Of its data: four trials fill a step."""
+FREE_BYTES = 24_000_000_000
+
+CANDIDATES = 10
+"""Of a made study: five ranks at two learning rates; the rest are seeds."""
+EXAMPLES = 32
+"""Held out, of a made study: the fewest that rankscope holds out by itself."""
+EVALS = 4
+
+
+def made_spec(trials: int, rows: int) -> StudySpec:
+    """The question of a made study, of so many trials and rows of metrics in all."""
+    values = {
+        "ranks": [8, 16, 32, 64, 128],
+        "learning_rates": [1e-4, 1e-3],
+        "seeds": list(range(trials // CANDIDATES)),
+        "measure": {"profiles": False, "answers": 0},
+    }
+    options = {"model": "embedded", "dataset": "embedded", "steps": rows // trials - 1 - EVALS, "name": "made"}
+    return assemble(values, options)
+
+
+def write_trial(study: Study, trial: Trial, steps: int, pack: str) -> None:
+    """The files of a trial that is done, of made-up losses, as `rankscope.train.loop` writes them."""
+    folder, draw = study.trial_folder(trial), random.Random(trial.name).random
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter" / "adapter_config.json").write_text("{}\n")
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(trial.name.encode())
+    rate, evaluated = trial.candidate.learning_rate, {round((n + 1) * steps / EVALS) for n in range(EVALS)}
+    lines = ['{"step": 0, "epoch": 0.0, "eval_loss": 5.703777727167657}\n']
+    for step in range(1, steps + 1):
+        lines.append(
+            f'{{"step": {step}, "epoch": {step / 107}, "train_loss": {3 + draw()}, "grad_norm": {draw()}, '
+            f'"step_learning_rate": {rate * step / steps}, "tokens": {300 + int(99 * draw())}, '
+            f'"label_tokens": {100 + int(99 * draw())}, "step_seconds": {0.2 + 0.01 * draw()}}}\n'
+        )
+        if step in evaluated:
+            lines.append(f'{{"step": {step}, "eval_loss": {3 + draw()}}}\n')
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    examples = {
+        "example": list(range(EXAMPLES)),
+        "loss": [3 + draw() for _ in range(EXAMPLES)],
+        "label_tokens": [117] * EXAMPLES,
+        "correct_tokens": [50] * EXAMPLES,
+    }
+    write_json(folder / "eval.json", {"schema": 1, "trial": trial.name, "examples": examples})
+    results = {
+        "steps": steps,
+        "tokens": 350 * steps,
+        "trainable_params": 19200 * trial.candidate.rank,
+        "adapter_bytes": 76800 * trial.candidate.rank,
+        "train_loss": 3 + draw(),
+        "eval_loss": 3 + draw(),
+        "eval_perplexity": 30.0,
+        "eval_accuracy": 0.4,
+        "general_loss_before": None,
+        "general_loss_after": None,
+        "train_seconds": 0.2 * steps,
+        "eval_seconds": 1.0,
+        "tokens_per_second": 1750.0,
+    }
+    record = {
+        "schema": 1,
+        "trial": trial.name,
+        "status": "done",
+        "reason": None,
+        "pack": pack,
+        "engine": "packed",
+        "engine_reason": None,
+        "model_sha256": "0" * 64,
+        "tokens_sha256": "0" * 64,
+        **trial.model_dump(mode="json"),
+        "results": results,
+        "files": file_hashes(folder, TRIAL_FILES),
+    }
+    write_json(folder / "trial.json", record)
+
+
+def _write_trials(path: Path, spec: StudySpec, names: Sequence[str]) -> None:
+    os.fsync = lambda _: None  # what is made up need not outlive a power cut
+    study, trials = Study(path, spec), {trial.name: trial for trial in spec.trials()}
+    for name in names:
+        write_trial(study, trials[name], spec.training.steps or 0, f"p{int(name.split('-s')[1]):03d}")
+
+
+def make_study(path: Path, trials: int, rows: int) -> Study:
+    """Writes a study of trials that are done: real formats and hashes, made-up numbers."""
+    spec = made_spec(trials, rows)
+    study, all_trials = Study.create(path, spec), spec.trials()
+    names = [trial.name for trial in all_trials]
+    with ProcessPoolExecutor(2) as pool:
+        parts = [names[first : first + 250] for first in range(0, len(names), 250)]
+        list(pool.map(_write_trials, [path] * len(parts), [spec] * len(parts), parts))
+    packs: dict[str, list[Trial]] = {}
+    for trial in all_trials:
+        packs.setdefault(f"p{trial.seed:03d}", []).append(trial)
+    study.write_division(Division(packs, {}))
+    facts = dict.fromkeys(("truncated", "duplicates_dropped", "rows_without_label_dropped"), 0)
+    facts |= {"rows_train": 863, "rows_eval": EXAMPLES, "max_length": 128}
+    write_json(study.file("data", "facts.json"), facts | {"id": "embedded", "mean_length": 81.0})
+    model = {"id": "embedded", "parameters": 4404736}
+    write_json(study.file("machine.json"), {"hardware": {}, "versions": {}, "model": model})
+    return study
+
+
+class Measured(NamedTuple):
+    """What the simulation starts from."""
+
+    step_seconds: dict[int, float]
+    """By rank."""
+    errors: list[float]
+    """Predicted over true, minus 1."""
+
+
+def measured() -> Measured:
+    """From the tables of docs/results."""
+    ranks = (RESULTS / "scaling.md").read_text(encoding="utf-8").partition("## Rank")[2].partition("##")[0]
+    steps = {int(rank): float(s) for rank, s in re.findall(r"^\| (\d+) \| [\d,]+ \| ([\d.]+) \(", ranks, re.MULTILINE)}
+    errors = re.findall(r"([+-][\d.]+)% \|$", (RESULTS / "runtime-prediction.md").read_text(), re.MULTILINE)
+    assert len(steps) > 1
+    assert len(errors) > 1
+    return Measured(steps, [float(error) / 100 for error in errors])
+
+
+class Simulated(NamedTuple):
+    """What became of some trials on some devices. Times are in seconds."""
+
+    packs: int
+    makespan: float
+    bound: float
+    scheduler_seconds: float
+
+
+def simulate_study(known: Measured, trials: int, devices: int, seed: int = 0) -> Simulated:
+    """Divides, orders and runs so many trials on so many devices."""
+    ranks = sorted(known.step_seconds)
+    options = {"model": "embedded", "dataset": "embedded", "device": "cpu", "steps": STEPS, "ranks": ranks}
+    spec = assemble({"seeds": list(range(-(-trials // len(ranks))))}, options)
+    prediction, draw = predict(spec), random.Random(seed)
+    offsets = np.arange(0, 65 * ROW_TOKENS, ROW_TOKENS, dtype=np.int64)
+    rows = Tokens(np.zeros(64 * ROW_TOKENS, np.int32), np.ones(64 * ROW_TOKENS, np.bool_), offsets)
+    members = spec.trials()[:trials]
+    predicted = {trial.name: STEPS * known.step_seconds[trial.candidate.rank] for trial in members}
+    true = {name: seconds / (1 + draw.choice(known.errors)) for name, seconds in predicted.items()}
+
+    start = time.perf_counter()
+    packs = divide_into_packs(members, prediction, FREE_BYTES, spec.training, rows, devices)
+    named = Division({}, {}).named(packs)
+    expected = {pack: sum(predicted[trial.name] for trial in trials) for pack, trials in named.items()}
+    order = longest_first(expected)
+    simulate(order, expected, devices)
+    scheduler_seconds = time.perf_counter() - start
+
+    starts = START_SECONDS if devices > 1 else 0.0
+    takes = {pack: starts + sum(true[trial.name] for trial in trials) for pack, trials in named.items()}
+    makespan = simulate(order, takes, devices).makespan + (START_SECONDS if devices == 1 else 0.0)
+    return Simulated(len(packs), makespan, START_SECONDS + lower_bound(true, devices), scheduler_seconds)
+
+
+def show_schedules() -> Iterator[str]:
+    """A table, and what of the targets is missed."""
+    known, worst, slowest = measured(), 0.0, 0.0
+    yield "| trials | devices | packs | makespan, h | bound, h | makespan / bound | scheduler, s |"
+    yield "|---:|---:|---:|---:|---:|---:|---:|"
+    for trials in TRIALS:
+        for devices in DEVICES:
+            found = simulate_study(known, trials, devices)
+            worst, slowest = max(worst, found.makespan / found.bound), max(slowest, found.scheduler_seconds)
+            yield (
+                f"| {trials:,} | {devices:,} | {found.packs:,} | {found.makespan / 3600:.3g} | "
+                f"{found.bound / 3600:.3g} | {found.makespan / found.bound:.3f} | {found.scheduler_seconds:.2f} |"
+            )
+    yield f"\nWorst {worst:.3f} (target 1.15); scheduler at most {slowest:.2f} s (target 1 s)."
+    if worst > 1.15 or slowest > 1:
+        yield "MISSED"
+
+
+READ = """
+import json, resource, sys, time
+start = time.perf_counter()
+from rankscope.study import Study
+rows = len(Study.open(sys.argv[1]).evidence().curves)
+seconds, usage = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
+cpu_seconds, peak_bytes = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+print(json.dumps({"rows": rows, "seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak_bytes}))
+"""
+
+
+def read_apart(path: Path) -> dict[str, Any]:
+    """Reads a study in a process of its own: what it took."""
+    command = [sys.executable, "-c", READ, str(path)]
+    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return found
+
+
+def show_reading(trials: Sequence[int], keep: Path | None) -> Iterator[str]:
+    """A row of the table for each number of trials, and what of the targets is missed."""
+    yield (
+        "| trials | rows | metrics.jsonl | files alone: s | CPU s | peak | table written in, s | table | with it: s "
+        "| CPU s | peak |"
+    )
+    yield "|---:|" + "---:|" * 10
+    for count in trials:
+        with tempfile.TemporaryDirectory(prefix="rankscope-scale-") as temporary:
+            path = keep or Path(temporary) / "study"
+            study = Study.open(path) if Study.is_at(path) else make_study(path, count, 1000 * count)
+            for file in path.glob("tables/*"):
+                file.unlink()
+            size = sum(file.stat().st_size for file in path.glob("trials/*/metrics.jsonl"))
+            alone, start = read_apart(path), time.perf_counter()
+            study.keep_tables()
+            written = time.perf_counter() - start
+            cells = [f"{count:,}", f"{alone['rows']:,}", f"{size / 1e6:,.3g} MB", *_cells(alone)]
+            if (table := path / "tables" / "curves.parquet").exists():
+                found = read_apart(path)
+                cells += [f"{written:.1f}", f"{table.stat().st_size / 1e6:,.0f} MB", *_cells(found)]
+            else:
+                found = alone
+                cells += ["none is needed", "", "", "", ""]
+            yield f"| {' | '.join(cells)} |"
+            if found["seconds"] > 10 or found["peak_bytes"] > 2e9:
+                yield "MISSED"
+
+
+def _cells(found: dict[str, Any]) -> list[str]:
+    return [f"{found['seconds']:.1f}", f"{found['cpu_seconds']:.1f}", f"{found['peak_bytes'] / 1e9:.2f} GB"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["schedule", "read"])
+    parser.add_argument("--trials", type=int, nargs="+", default=TRIALS)
+    parser.add_argument("--keep", type=Path, help="where a study of one size is made, kept, and read again")
+    arguments = parser.parse_args()
+    missed = False
+    for line in show_schedules() if arguments.what == "schedule" else show_reading(arguments.trials, arguments.keep):
+        print(line, flush=True)
+        missed |= line == "MISSED"
+    sys.exit(missed)
+
+
+if __name__ == "__main__":
+    main()
