@@ -1,12 +1,31 @@
-"""Shared by all tests: one thread a process, so that tiny models are not slowed by waiting for each other; no test
-reads or writes the user's cache."""
+"""Shared by all tests: one thread a process, so that tiny models are not slowed by waiting for each other; jobs are
+forked; no test asks the hub, or reads or writes the user's cache."""
 
+import os
 from collections.abc import Iterator
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # its client reads that as it is imported
 
 import pytest
 import torch
 
+import forking
+from rankscope.launch import process
+
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    forking.own_processes = item.get_closest_marker("own_processes") is not None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forked_jobs() -> Iterator[None]:
+    """Jobs cost a fork, and not the seconds of imports: see `forking`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process, "subprocess", forking.instead_of_subprocess)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,14 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+import forking
 from folders import write_data, write_model
 from rankscope.files import read_json, read_jsonl
 
 
 def rankscope(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "rankscope.cli", *arguments]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    return forking.rankscope(arguments, cwd, {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"})
 
 
 @pytest.fixture(scope="module")
@@ -146,14 +145,22 @@ def test_plan_trains_and_writes_nothing(folder: Path, tmp_path: Path) -> None:
 
 def test_plan_for_a_gpu_that_is_not_here(folder: Path) -> None:
     arguments = ["plan", "--model", "model", "--dataset", "data.json", "--ranks", "2,4", "--steps", "5"]
-    done = rankscope(*arguments, "--gpu-memory", "24GB", cwd=folder)
+    fleet = ["--devices", "2", "--gpu-flops", "0.1GFLOPS", "--price", "2.5"]
+    done = rankscope(*arguments, "--gpu-memory", "24GB", *fleet, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "within 90% of a GPU with 24.0 GB" in done.stdout
     assert "cuda, bfloat16" in done.stdout
-    assert "Time: not predicted" in done.stdout
+    assert "FLOPs at 50% of plain matrix products (0 GFLOP/s as given), a share that was" in done.stdout
+    found = re.search(r"On 2 GPUs of 24.0 GB: about .*: trials .* \(no order .* than .*\), then", done.stdout)
+    assert found, done.stdout
+    hours = re.search(r"  ([0-9.]+) device hours .* Cost: ([0-9.]+), at 2.50 a device hour", done.stdout)
+    assert hours
+    assert float(hours[2]) == pytest.approx(2.5 * float(hours[1]), abs=0.01)
+    assert "6 trials of 5 steps in 2 packs" in done.stdout
     assert max(len(line) for line in done.stdout.splitlines() if line.startswith(("r002", "candidate"))) <= 120
     small = rankscope(*arguments, "--gpu-memory", "10kB", cwd=folder)
     assert "Largest rank that fits: none" in small.stdout
+    assert "Time: not predicted, since this device's speed is not known here. --gpu-flops" in small.stdout
     wrong = rankscope(*arguments, "--gpu-memory", "plenty", cwd=folder)
     assert wrong.returncode == 2
     assert "--gpu-memory plenty" in wrong.stderr

@@ -17,6 +17,8 @@ from rankscope.runner import unfinished
 from rankscope.study import Study
 from told import Told
 
+pytestmark = pytest.mark.own_processes  # code is put in their way as they start
+
 OPTIONS: dict[str, Any] = {
     "ranks": [2, 4, 8],
     "seeds": [0],

@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from launchers import HERE, Ending
 from rankscope import runner
 from rankscope.data.tokens import TokenizedData, Tokens
 from rankscope.errors import StudyDirectoryError
 from rankscope.files import write_json
+from rankscope.jobs import Place
 from rankscope.plan import ProfileJob, disk_bytes, divide_into_packs, missing_profiles
 from rankscope.report.formats import size
 from rankscope.spec import DataSpec, ModelSpec, ReferenceSpec, StudySpec, TrainingSpec
@@ -69,6 +71,11 @@ def test_a_trial_that_does_not_fit_is_tried_all_the_same(spec: StudySpec, predic
     assert sizes(spec, prediction, 1, rows_of(5)) == [1] * 6
 
 
+def at(prediction: Prediction) -> Place:
+    """Where there is memory enough."""
+    return Place(Ending(lambda *_: None), HERE, prediction)
+
+
 def test_what_lies_there_is_not_asked_for_again(
     spec: StudySpec, prediction: Prediction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,7 +91,7 @@ def test_what_lies_there_is_not_asked_for_again(
     def check() -> None:
         usage = shutil.disk_usage(tmp_path)._replace(free=free)
         monkeypatch.setattr(runner.shutil, "disk_usage", lambda _: usage)
-        runner.check_space(spec, tmp_path, prediction, trials, [], data, study)
+        runner.check_space(spec, tmp_path, at(prediction), trials, [], data, study)
 
     check()
     for step in (10, 20):
@@ -113,8 +120,8 @@ def test_the_reference_alone_needs_room_too(
     usage = shutil.disk_usage(tmp_path)._replace(free=1)
     monkeypatch.setattr(runner.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(StudyDirectoryError, match=f"about {size(sum(needed))} are needed on the disk"):
-        runner.check_space(spec, tmp_path, prediction, [], [trial], data, Study(tmp_path, spec))
-    runner.check_space(spec, tmp_path, prediction, [], [], data, Study(tmp_path, spec))  # nothing is missing
+        runner.check_space(spec, tmp_path, at(prediction), [], [trial], data, Study(tmp_path, spec))
+    runner.check_space(spec, tmp_path, at(prediction), [], [], data, Study(tmp_path, spec))  # nothing is missing
 
 
 def test_profiles_are_interleaved_and_each_rank_is_measured_once_the_first_twice_over(

@@ -80,7 +80,8 @@ def unsafe(code: str) -> Iterator[str]:
             for name in UNSAFE_ARGUMENTS & given.keys():
                 if given[name] != ("True" if name == "weights_only" else "False"):
                     yield f"gives {name}={given[name]}"
-            if called.endswith(".from_pretrained") or called.endswith(".from_config"):
+            loads = called.endswith((".from_pretrained", ".from_config"))
+            if loads and called != "AutoHfQuantizer.from_config":  # which only chooses how to quantize
                 if "trust_remote_code" not in given and given.get(None) != "_SAFE":
                     yield f"{called} without trust_remote_code=False"
                 if "ForCausalLM.from_pretrained" in called and given.get("use_safetensors") != "True":

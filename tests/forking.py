@@ -1,0 +1,128 @@
+"""Child processes without the seconds of imports: forked from a server that has imported already.
+
+They are otherwise what they are: with their own memory and output, killed and waited for as any other. Where the
+process itself is what is tested, the mark `own_processes` gives jobs real ones.
+"""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import IO, Any
+
+own_processes = False
+"""Whether the jobs of the test that runs now have real ones."""
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    ["rankscope.launch.worker", "rankscope.train.loop", "rankscope.measure.profile", "rankscope.runner"]
+)
+
+
+def start(command: Sequence[str], **options: Any) -> "subprocess.Popen[bytes] | Forked":
+    """What a job calls for `subprocess.Popen`."""
+    return subprocess.Popen(command, **options) if own_processes else Forked(command, **options)
+
+
+instead_of_subprocess = SimpleNamespace(Popen=start, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired)
+"""For `rankscope.launch.process`."""
+
+
+class Forked:
+    """As much of `subprocess.Popen` as a job needs."""
+
+    def __init__(
+        self, command: Sequence[str], stdin: int, stdout: IO[bytes], stderr: IO[bytes], env: Mapping[str, str]
+    ) -> None:
+        assert command[1:3] == ["-m", "rankscope.launch.worker"]
+        assert (stdin, stderr) == (subprocess.PIPE, stdout)
+        ours, theirs = os.pipe()
+        self.stdin = os.fdopen(theirs, "wb")
+        with Connection(ours) as end:
+            arguments = (end, stdout.name, dict(env), list(command[3:]))
+            self._process = _context.Process(target=_run_job, args=arguments)
+            self._process.start()
+        self.pid = self._process.pid
+        self.terminate, self.kill = self._process.terminate, self._process.kill
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("a job", timeout or 0.0)
+        return self._process.exitcode
+
+
+def rankscope(arguments: Sequence[str], cwd: Path, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """Runs the command line to its end, in a process of its own; its jobs are forked too."""
+    with TemporaryDirectory() as folder:
+        out, error = Path(folder, "out"), Path(folder, "error")
+        out.touch()
+        error.touch()
+        texts = (os.devnull, str(out), str(error))
+        process = _context.Process(target=_run_command, args=(list(arguments), str(cwd), dict(environment), texts))
+        process.start()
+        process.join(240)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired("rankscope", 240)
+        return subprocess.CompletedProcess(arguments, process.exitcode, out.read_text(), error.read_text())
+
+
+def _run_job(end: Connection, log: str, environment: dict[str, str], arguments: list[str]) -> None:
+    from rankscope.launch import worker
+
+    def work() -> int:
+        os.dup2(end.fileno(), 0)
+        worker._end_with_parent()
+        return worker.main(*arguments)
+
+    _become(work, environment, (os.devnull, log, log))
+
+
+def _run_command(arguments: list[str], cwd: str, environment: dict[str, str], texts: tuple[str, str, str]) -> None:
+    from rankscope.launch import process
+
+    def work() -> int:
+        os.chdir(cwd)
+        sys.argv = ["rankscope", *arguments]
+        process.subprocess = instead_of_subprocess  # type: ignore[assignment]
+        from rankscope import cli
+
+        try:
+            cli.main()
+        except SystemExit as ended:
+            return int(ended.code or 0)
+        return 0
+
+    _become(work, environment, texts)
+
+
+def _become(work: Callable[[], int], environment: dict[str, str], texts: tuple[str, str, str]) -> None:
+    """Ends this process with the exit code of `work`, once it has its own signals, environment and texts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, (text, mode) in enumerate(zip(texts, (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY), strict=True)):
+        os.dup2(os.open(text, mode | os.O_APPEND), number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    code = 1
+    try:
+        code = work()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
