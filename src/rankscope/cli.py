@@ -63,23 +63,47 @@ BatchSize = Annotated[int | None, typer.Option(help="Examples in a step of one t
 MaxLength = Annotated[int | None, typer.Option(help="Longest sequence in tokens; longer rows are cut and counted.")]
 Modules = Annotated[str | None, typer.Option(help="all-linear, or names such as q_proj,v_proj.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:1.")]
+Quantization = Annotated[str | None, typer.Option(help="nf4 or int8: the base's linear layers in 4 or 8 bits.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32 or bfloat16, of the base model.")]
 Engine = Annotated[str | None, typer.Option(help="packed, or peft: one trial at a time by PEFT's own forward.")]
 Isolated = Annotated[bool | None, typer.Option("--isolated", help="Train every trial alone, in its own process.")]
 MaxMemory = Annotated[str | None, typer.Option(help="Recommend no rank that needs more GPU memory: 24GB.")]
 MaxRuntime = Annotated[str | None, typer.Option(help="Recommend no rank whose training takes longer: 2h.")]
 GpuMemory = Annotated[str | None, typer.Option(help="Plan for a GPU of this size, which need not be here: 24GB.")]
+GpuFlops = Annotated[
+    str | None, typer.Option(help="What plain matrix products reach on that GPU: 400TFLOPS. Its time is told by it.")
+]
+Devices = Annotated[int | None, typer.Option(help="Plan for so many such devices: makespan and device hours.")]
+Price = Annotated[float | None, typer.Option(help="Of one device for an hour, in any currency: 2.5.")]
 Out = Annotated[Path | None, typer.Option(help="The study's directory. Default: its name.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any field: training.steps=200.")]
 ReportTo = Annotated[
     str | None, typer.Option(help="Trackers that follow the run: wandb, tensorboard, mlflow, trackio; commas between.")
+]
+Launching = Annotated[str, typer.Option("--launcher", help="Where jobs run: local, on all of its GPUs, or ray.")]
+RayAddress = Annotated[
+    str | None, typer.Option(help="A Ray cluster, HOST:PORT or auto. Default: RAY_ADDRESS, or Ray on this machine.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, like `plan`, and end.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts; all else goes to stderr.")]
 Language = Annotated[str, typer.Option("--lang", help="Language of the report: en or ko.")]
 
 
-_NOT_ASKED = ("study", "set_", "out", "lang", "gpu_memory", "report_to", "dry_run", "json_")
+_NOT_ASKED = (
+    "study",
+    "set_",
+    "out",
+    "lang",
+    "gpu_memory",
+    "gpu_flops",
+    "devices",
+    "price",
+    "report_to",
+    "launcher",
+    "ray_address",
+    "dry_run",
+    "json_",
+)
 """Arguments that say nothing of the question."""
 
 
@@ -110,6 +134,7 @@ def run(
     target_modules: Modules = None,
     device: Device = None,
     dtype: Dtype = None,
+    quantization: Quantization = None,
     engine: Engine = None,
     isolated: Isolated = None,
     max_gpu_memory: MaxMemory = None,
@@ -117,6 +142,8 @@ def run(
     out: Out = None,
     set_: Sets = None,
     report_to: ReportTo = None,
+    launcher: Launching = "local",
+    ray_address: RayAddress = None,
     dry_run: DryRun = False,
     json_: Json = False,
     lang: Language = "en",
@@ -137,7 +164,7 @@ def run(
         return
     console.print(f"Study {spec.name} in {path}{'/' if not str(path).endswith('/') else ''}", markup=False)
     with _stoppable(), TerminalProgress(console) as progress:
-        result = runner.run_study(spec, path, progress, lang, report_to or ())
+        result = runner.run_study(spec, path, progress, lang, report_to or (), launcher, ray_address)
     if json_:
         _print_json(describe_outcome(result))
     else:
@@ -173,6 +200,7 @@ def search(
     max_length: MaxLength = None,
     device: Device = None,
     dtype: Dtype = None,
+    quantization: Quantization = None,
     engine: Engine = None,
     out: Out = None,
     set_: Sets = None,
@@ -219,16 +247,20 @@ def plan(
     target_modules: Modules = None,
     device: Device = None,
     dtype: Dtype = None,
+    quantization: Quantization = None,
     engine: Engine = None,
     isolated: Isolated = None,
     out: Out = None,
     set_: Sets = None,
     gpu_memory: GpuMemory = None,
+    gpu_flops: GpuFlops = None,
+    devices: Devices = None,
+    price: Price = None,
     json_: Json = False,
 ) -> None:
     """Show what `run` would do and take: packs, memory by part, time, what fits. Nothing is trained or written."""
     spec = _spec(study, set_, **{name: value for name, value in locals().items() if name not in _NOT_ASKED})
-    _show_plan(spec, gpu_memory, json_)
+    _show_plan(spec, gpu_memory, json_, gpu_flops, devices, price)
 
 
 @app.command()
@@ -464,7 +496,8 @@ def doctor(json_: Json = False) -> None:
     from rankscope.report.formats import size
     from rankscope.track import TRACKERS
 
-    optional = {name: installed(name) for name in TRACKERS} | {"search": installed("optuna")}
+    optional = {name: installed(name) for name in TRACKERS}
+    optional |= {"search": installed("optuna"), "ray": installed("ray"), "quantization": installed("bitsandbytes")}
 
     if json_:
         _print_json({"versions": versions(), "hardware": hardware(), "optional": optional})
@@ -489,10 +522,17 @@ def _unmeasured_name(name: str) -> str:
     return name if name == "answers" else f"profile of {name}"
 
 
-def _show_plan(spec: "StudySpec", gpu_memory: str | None, as_json: bool) -> None:
-    from rankscope.preview import describe_plan, make_plan, parse_gpu_memory, show_plan
+def _show_plan(
+    spec: "StudySpec",
+    gpu_memory: str | None,
+    as_json: bool,
+    gpu_flops: str | None = None,
+    devices: int | None = None,
+    price: float | None = None,
+) -> None:
+    from rankscope.preview import describe_plan, make_fleet, make_plan, parse_gpu_flops, parse_gpu_memory, show_plan
 
-    plan = make_plan(spec, parse_gpu_memory(gpu_memory))
+    plan = make_plan(spec, parse_gpu_memory(gpu_memory), parse_gpu_flops(gpu_flops), make_fleet(devices, price))
     if as_json:
         _print_json(describe_plan(plan))
     else:

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rankscope.base_size import check_base_fits
 from rankscope.data.tokens import load, save
 from rankscope.errors import OutOfMemoryError, StudyError
 from rankscope.files import write_json
-from rankscope.launch.local import run_locally
-from rankscope.lora.base import free_bytes, resolve_device
+from rankscope.launch.local import LocalLauncher, run_locally
 from rankscope.plan import divide_into_packs
 from rankscope.runner import check_ranks, describe_data, describe_machine, prepare_data
 from rankscope.search import require_optuna
@@ -34,7 +34,7 @@ def run(
         WorkerError: the child process ended without finishing its work.
     """
     require_optuna()
-    device = resolve_device(spec.study.model.device)
+    site = LocalLauncher(spec.study.model).site()
     predictions = [predict(_corner(spec, number)) for number in range(len(spec.space.target_modules))]
     full_rank = min(prediction.full_rank for prediction in predictions)
     if spec.space.ranks == resolve_ranks(DEFAULT_RANKS) and full_rank < max(spec.space.ranks):
@@ -42,13 +42,14 @@ def run(
         spec = spec.up_to(full_rank)
     for number, prediction in enumerate(predictions):
         check_ranks(_corner(spec, number), prediction)
+        check_base_fits(spec.study.model, prediction, site.free_bytes)
     prepared = None if (out / "data" / "facts.json").exists() else prepare_data(spec.study)
     search = Search.create(out, spec)
     with search.lock():
         if prepared is not None:
             save(prepared, search.file("data"))
         if not search.file("machine.json").exists():
-            write_json(search.file("machine.json"), describe_machine(spec.study, predictions[0].base_params))
+            write_json(search.file("machine.json"), describe_machine(spec.study, predictions[0].base_params, site))
         result = search.result()
         if result is not None and result["finished"] and result["budget"] == spec.budget.model_dump(mode="json"):
             return result
@@ -60,7 +61,7 @@ def run(
                 "Give more, or fewer --steps.",
             )
         say(describe_data(data.facts))
-        free, places = free_bytes(device), MOST_PLACES
+        free, places = site.free_bytes, MOST_PLACES
         for number, prediction in enumerate(predictions):
             largest = [spec.largest(place, number) for place in range(MOST_PLACES)]
             packs = divide_into_packs(largest, prediction, free, spec.study.training, data.train)
