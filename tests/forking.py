@@ -6,16 +6,21 @@ process itself is what is tested, the mark `own_processes` gives jobs real ones.
 
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import IO, Any
+
+HOOK = "RANKSCOPE_TEST_HOOK"
+"""The environment's name for a file of code that a forked job runs before it works."""
 
 own_processes = False
 """Whether the jobs of the test that runs now have real ones."""
@@ -85,6 +90,9 @@ def _run_job(end: Connection, log: str, environment: dict[str, str], arguments: 
     def work() -> int:
         os.dup2(end.fileno(), 0)
         worker._end_with_parent()
+        sys.argv = ["rankscope.launch.worker", *arguments]
+        if hook := environment.get(HOOK):
+            runpy.run_path(hook)
         return worker.main(*arguments)
 
     _become(work, environment, (os.devnull, log, log))
@@ -124,5 +132,6 @@ def _become(work: Callable[[], int], environment: dict[str, str], texts: tuple[s
         traceback.print_exc()
     finally:
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+            with suppress(OSError):  # a disk that is full
+                stream.flush()
         os._exit(code)

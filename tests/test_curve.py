@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import forking
 import rankscope
 from folders import write_data, write_model
 from rankscope.cli import app
@@ -173,20 +174,18 @@ def test_one_that_is_killed_keeps_what_it_has(copy: Study, whole: Study, tmp_pat
     """The child is killed after its third piece, in the second seed's training."""
     hook = """
     import os, signal
-    if "rankscope.launch.worker" in open("/proc/self/cmdline").read():
-        from rankscope.study import Study
-        own, done = Study.add_cuts, []
-        def add(self, cuts):
-            own(self, cuts)
-            done.append(1)
-            if len(done) == 3:
-                os.kill(os.getpid(), signal.SIGKILL)
-        Study.add_cuts = add
+    from rankscope.study import Study
+    own, done = Study.add_cuts, []
+    def add(self, cuts):
+        own(self, cuts)
+        done.append(1)
+        if len(done) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+    Study.add_cuts = add
     """
-    (tmp_path / "hook").mkdir()
-    (tmp_path / "hook" / "sitecustomize.py").write_text(textwrap.dedent(hook))
+    (tmp_path / "hook.py").write_text(textwrap.dedent(hook))
     with monkeypatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(tmp_path / "hook"))
+        patch.setenv(forking.HOOK, str(tmp_path / "hook.py"))
         with pytest.raises(KilledError, match="curve curve was killed"):
             take_curve(copy, Told(), recover=12)
     kept = table(copy)

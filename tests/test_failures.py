@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import forking
 import rankscope
 from folders import write_data, write_model
 from rankscope.console import PlainConsole
@@ -16,8 +17,6 @@ from rankscope.files import read_json, read_jsonl
 from rankscope.runner import unfinished
 from rankscope.study import Study
 from told import Told
-
-pytestmark = pytest.mark.own_processes  # code is put in their way as they start
 
 OPTIONS: dict[str, Any] = {
     "ranks": [2, 4, 8],
@@ -66,18 +65,17 @@ def harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         folder.mkdir(exist_ok=True)
         hook = f"""
         import os, signal
-        if "rankscope.launch.worker" in open("/proc/self/cmdline").read():
-            import rankscope.train.loop as loop
-            own = loop.train_step
-            def harmed(engine, members, tokens, training, step):
-                names = [member.trial.name for member in members]
-                {code}
-                return own(engine, members, tokens, training, step)
-            loop.train_step = harmed
-            {more}
+        import rankscope.train.loop as loop
+        own = loop.train_step
+        def harmed(engine, members, tokens, training, step):
+            names = [member.trial.name for member in members]
+            {code}
+            return own(engine, members, tokens, training, step)
+        loop.train_step = harmed
+        {more}
         """
-        (folder / "sitecustomize.py").write_text(textwrap.dedent(hook))
-        monkeypatch.setenv("PYTHONPATH", str(folder))
+        (folder / "hook.py").write_text(textwrap.dedent(hook))
+        monkeypatch.setenv(forking.HOOK, str(folder / "hook.py"))
 
     return put
 
@@ -176,7 +174,7 @@ def test_a_profile_that_is_killed_is_told_and_measured_again(
 ) -> None:
     profiled = (*SETS, "measure.profiles=true", "measure.repeats=1", "measure.steps=2", "measure.warmup_steps=1")
     monkeypatch.setitem(globals(), "SETS", profiled)
-    harm("pass", "os.kill(os.getpid(), signal.SIGKILL) if 'profiles' in open('/proc/self/cmdline').read() else None")
+    harm("pass", "import sys; 'profiles' in sys.argv[2] and os.kill(os.getpid(), signal.SIGKILL)")
     study = run(root, tmp_path / "study", ranks=[2], steps=2)
     assert unfinished(study) == []
     reason = "profile r002 was killed (signal 9)"
