@@ -15,6 +15,14 @@ from rankscope.launch import process
 torch.set_num_threads(1)
 
 
+LONG = ("test_contract.py", "test_tour.py", "test_cli.py", "test_memory.py", "test_corruption.py", "test_failures.py")
+"""Files that would keep one worker busy after all others have ended, if they came last."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     forking.own_processes = item.get_closest_marker("own_processes") is not None

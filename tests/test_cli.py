@@ -81,9 +81,10 @@ def test_results_for_scripts(folder: Path) -> None:
     assert json.loads(rankscope("doctor", "--json", cwd=folder).stdout)["versions"]["torch"]
 
 
-@pytest.mark.parametrize(
-    "how", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name
-)
+SLOWLY = [pytest.param(how, marks=pytest.mark.slow) for how in (signal.SIGTERM, signal.SIGKILL)]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, *SLOWLY], ids=lambda how: how.name)
 def test_a_run_that_is_stopped_goes_on(folder: Path, how: signal.Signals) -> None:
     """In mid-training: nothing half-made passes for done, the child ends too, the same command finishes. A run that is
     asked to stop goes on from where it was; as in a terminal, SIGINT reaches the child too."""

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
+import forking
 from folders import write_data, write_model
 from rankscope import cli
 
@@ -355,7 +356,7 @@ def test_what_is_no_mistake_is_taken(here: Path) -> None:
     rows = [*ROWS, ROWS[0], {"instruction": "long", "output": "word " * 400}]
     (here / "a.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(rows).encode())
     config(here / "model", ("pad_token",), "tokenizer_config.json")
-    command = [sys.executable, "-m", "rankscope.cli", "plan", "--model", "model", "--dataset", "a.json", "--ranks", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = ["plan", "--model", "model", "--dataset", "a.json", "--ranks", "2"]
+    done = forking.rankscope(command, here, os.environ)
     assert done.returncode == 0, done.stderr
     assert "1 cut to 256 tokens, 1 duplicates" in done.stdout

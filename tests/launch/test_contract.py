@@ -23,8 +23,6 @@ from rankscope.spec import ModelSpec
 from rankscope.study import Study
 from told import Told
 
-pytestmark = pytest.mark.own_processes
-
 STEPS = 150
 OPTIONS: dict[str, Any] = {
     "ranks": [2, 4], "seeds": [0], "steps": STEPS, "batch_size": 4, "device": "cpu",
