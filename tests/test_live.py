@@ -85,7 +85,7 @@ def test_a_study_that_is_done(study: Study) -> None:
     assert state.rss_bytes is None
 
 
-def test_a_study_that_trains(study: Study) -> None:
+def test_a_study_that_trains(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of the steps of one of the trials are left: half of what its steps took is, too."""
     steps = read_json(next(study.path.glob("trials/*/trial.json")))["results"]["steps"]
     trial = study.spec.trials()[-1]
@@ -103,6 +103,10 @@ def test_a_study_that_trains(study: Study) -> None:
     assert state.seconds_left is not None
     seconds = [json.loads(line).get("step_seconds", 0.0) for line in lines]
     assert state.seconds_left == pytest.approx(sum(seconds) / 2, rel=0.7), "packs of two share their steps' time"
+    monkeypatch.setattr(LiveStudy, "_packs", lambda self: ["p000", "p001"])
+    on_two = LiveStudy(study, steps).read()
+    assert on_two.pack == "p000, p001"
+    assert on_two.seconds_left == pytest.approx(state.seconds_left / 2)
 
 
 @pytest.mark.parametrize("line", ["z", "3", '{"stdp": 5}', '{"step": 5, "train_loss": "x", "step_seconds": 1}'])

@@ -62,7 +62,7 @@ class State(NamedTuple):
     """A study now."""
 
     doing: str  # train, reference, profile, answer, conclude, done or stopped
-    pack: str | None  # that trains
+    pack: str | None  # that trains; with several devices several, and commas between them
     trials: list[TrialState]
     steps: int  # of each trial
     profiles_done: int
@@ -86,18 +86,19 @@ class LiveStudy:
         study, holder = self.study, self.study.holder()
         statuses = {trial.name: study.trial_record(trial)["status"] for trial in study.all_trials()}
         self._follow(statuses)
+        packs = self._packs()
         trials = [self._trial(trial, statuses[trial.name]) for trial in study.all_trials()]
         names = list(study.spec.profiled()) if study.spec.measure.profiles else []
         measured = sum(min(len(study.profile_repeats(name)), study.spec.measure.repeats) for name in names)
         profiles = len(names) * study.spec.measure.repeats
         return State(
             doing=self._doing(statuses, measured < profiles, holder),
-            pack=self._pack(),
+            pack=", ".join(packs) or None,
             trials=trials,
             steps=self.steps,
             profiles_done=measured,
             profiles=profiles,
-            seconds_left=self._seconds_left(statuses, profiles - measured),
+            seconds_left=self._seconds_left(statuses, profiles - measured, max(1, len(packs))),
             rss_bytes=_rss(holder),
         )
 
@@ -130,12 +131,14 @@ class LiveStudy:
         answered = not spec.measure.answers or self.study.file("answers", "answers.json").exists()
         return "conclude" if answered else "answer"
 
-    def _pack(self) -> str | None:
+    def _packs(self) -> list[str]:
+        """Those that train."""
         begun = [record for pack in self.study.division().packs if (record := self.study.pack_record(pack))]
-        return next((str(record["pack"]) for record in begun if record["results"] is None), None)
+        return [str(record["pack"]) for record in begun if record["results"] is None]
 
-    def _seconds_left(self, statuses: dict[str, str], profiles: int) -> float | None:
-        """What was predicted of the steps that are left, times how much longer the steps so far took than predicted."""
+    def _seconds_left(self, statuses: dict[str, str], profiles: int, devices: int) -> float | None:
+        """What was predicted of the steps that are left, shared by the devices that train now, and of the profiles,
+        times how much longer the steps so far took than predicted."""
         predicted = {
             name: found["runtime_seconds"] for name, found in self.study.prediction.get("candidates", {}).items()
         }
@@ -150,6 +153,7 @@ class LiveStudy:
                 if statuses[trial.name] not in FINISHED:
                     left += predicted[trial.candidate.name] * (1 - share)
             taken += max(self.followers[trial.name].seconds for trial in members)
+        left /= devices
         measure = self.study.spec.measure
         runtimes = [predicted[candidate.name] for candidate in self.study.spec.profiled().values()]
         if runtimes:
