@@ -87,7 +87,9 @@ def test_isolated_trials_are_a_job_each(question: Any, tmp_path: Path) -> None:
 
 
 def test_over_several_devices_every_pack_is_a_job_and_the_longest_comes_first(question: Any, tmp_path: Path) -> None:
-    _, launcher, _ = train(question, tmp_path, 2, trials_per_pack=1)
+    study, _, _ = train(question, tmp_path, 1, trials_per_pack=1)
+    assert [trials[0].candidate.rank for trials in study.division().packs.values()] == [2, 4, 16, 2, 4, 16]
+    _, launcher, _ = train(question, tmp_path, 2, trials_per_pack=1)  # it began on one
     ranks = [int(trials[0][1:4]) for job in packs(launcher) for trials in job.values()]
     assert ranks == [16, 16, 4, 4, 2, 2]
 
