@@ -1,7 +1,5 @@
 # `make demo` and `make test` need Python 3.11 or later and nothing else: they make .venv themselves.
 PYTHON ?= python3
-# Tests often wait, for processes and for a cluster: one worker more than there are cores keeps these busy.
-WORKERS ?= $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
 BIN := .venv/bin
 
 .PHONY: demo test test-slow docs clean
@@ -13,11 +11,11 @@ test: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 # What takes long: real kills, two runs at once, disks and hubs that fail.
 test-slow: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile -m slow
 
 # The site, in build/site. Among the tests it is built too, and looked through: tests/docs/test_site.py.
 docs: .venv/installed-dev

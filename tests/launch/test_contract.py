@@ -39,6 +39,7 @@ def _one_thread() -> Iterator[None]:
     """So that all processes round alike, whatever share of the cores a place gives them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("RAY_worker_niceness", "0")  # else all that runs beside would come first
         yield
 
 

@@ -333,6 +333,7 @@ def require_ray() -> Any:
         MissingExtraError: it is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+    os.environ.setdefault("RAY_worker_niceness", "0")  # of a Ray that is started here: its 15 gives way to all else
     try:
         import ray
     except ImportError:
