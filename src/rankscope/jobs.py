@@ -85,6 +85,8 @@ def train(study: Study, data: TokenizedData, place: Place, progress: Progress) -
     together = launcher.loads_once and places == 1 and not training.isolated
     step_tokens = float(data.train.lengths.mean()) * training.effective_batch_size
     teller = _Teller(study, total_steps(training, len(data.train)), progress)
+    known = study.with_known_model()  # by which a job elsewhere knows the model too
+    known_record = [f"trials/{known.name}/trial.json"] if known else []
 
     def jobs(packs: Mapping[str, Sequence[Trial]]) -> list[Job]:
         if together:
@@ -96,7 +98,7 @@ def train(study: Study, data: TokenizedData, place: Place, progress: Progress) -
         names = {pack: [trial.name for trial in trials] for pack, trials in packs.items()}
         folders = [f"trials/{name}" for name in itertools.chain(*names.values())]
         memory = max(place.host_bytes(trials, step_tokens) for trials in packs.values())
-        return Job({"kind": "packs", "packs": names}, f"packs/{next(iter(names))}", folders + _example(study), memory)
+        return Job({"kind": "packs", "packs": names}, f"packs/{next(iter(names))}", folders + known_record, memory)
 
     def ended(job: Job, error: RankscopeError | None) -> list[Job]:
         here = {pack: [teller.trials[name] for name in names] for pack, names in job.content["packs"].items()}
@@ -108,19 +110,13 @@ def train(study: Study, data: TokenizedData, place: Place, progress: Progress) -
     run_jobs(launcher, study.path, jobs(packs), teller.poll, ended, teller.begin)
 
 
-def _example(study: Study) -> list[str]:
-    """trial.json of a trial that has begun, by which a job knows the model that the study began with."""
-    known = (trial for trial in study.trials if "model_sha256" in study.trial_record(trial))
-    return [f"trials/{trial.name}/trial.json" for trial in itertools.islice(known, 1)]
-
-
 class _Teller:
     """Tells of packs that begin and end, as their files show it. The first of a job counts as begun: it waits for the
     model."""
 
     def __init__(self, study: Study, steps: int, progress: Progress) -> None:
         self.study, self.steps, self.progress = study, steps, progress
-        self.trials = {trial.name: trial for trial in study.spec.trials()}
+        self.trials = {trial.name: trial for trial in study.trials}
         self._to_begin: dict[str, list[str]] = {}  # by the folder of a running job
         self._packs: dict[str, list[Trial]] = {}
         self._begun: list[str] = []
@@ -285,7 +281,7 @@ def answer(study: Study, place: Place, progress: Progress) -> None:
     if not trials or study.has_answers():
         return
     progress.say(f"Answers of {len(trials)} candidates to {study.spec.measure.answers} held-out prompts")
-    reads = [f"trials/{trial.name}/trial.json" for trial in study.spec.trials()]
+    reads = [f"trials/{trial.name}/trial.json" for trial in study.trials]
     reads += [f"trials/{trial.name}/adapter" for trial in trials]
     error = _run(study, place, {"kind": "answers"}, "answers", reads, trials[:1], progress)
     study.write_failure(ANSWERS, None if error is None else _failure(error))

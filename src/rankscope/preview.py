@@ -1,8 +1,8 @@
 """What `rankscope plan` shows: what would run, what it would take, and what fits. Nothing is trained or written."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from rich.console import Console
@@ -14,7 +14,6 @@ from rankscope.errors import StudyError
 from rankscope.fleet import COUNTED, NOT_COUNTED, Fleet, Takes, takes
 from rankscope.forecast import Forecast, StudyForecast, forecast, largest_fitting_rank, study_seconds
 from rankscope.launch.local import LocalLauncher
-from rankscope.lora.base import free_bytes, resolve_device
 from rankscope.plan import (
     SHARE_OF_FREE_MEMORY,
     disk_bytes,
@@ -31,6 +30,8 @@ from rankscope.train.memory import Peak, Prediction, predict, predict_peak
 from rankscope.train.pack import total_steps
 from rankscope.units import parse_bytes, parse_flops
 
+Number = TypeVar("Number", int, float)
+
 
 def parse_gpu_memory(text: str | None) -> int | None:
     """The bytes of `--gpu-memory 24GB`; None where it is not given.
@@ -38,10 +39,7 @@ def parse_gpu_memory(text: str | None) -> int | None:
     Raises:
         StudyError: it is not a size.
     """
-    try:
-        return None if text is None else parse_bytes(text)
-    except ValueError as error:
-        raise StudyError(f"--gpu-memory {text}: {error}", "For example --gpu-memory 24GB.") from None
+    return _parsed("--gpu-memory", text, parse_bytes, "24GB")
 
 
 def parse_gpu_flops(text: str | None) -> float | None:
@@ -50,10 +48,14 @@ def parse_gpu_flops(text: str | None) -> float | None:
     Raises:
         StudyError: it is not a rate.
     """
+    return _parsed("--gpu-flops", text, parse_flops, "400TFLOPS")
+
+
+def _parsed(option: str, text: str | None, parse: Callable[[str], Number], example: str) -> Number | None:
     try:
-        return None if text is None else parse_flops(text)
+        return None if text is None else parse(text)
     except ValueError as error:
-        raise StudyError(f"--gpu-flops {text}: {error}", "For example --gpu-flops 400TFLOPS.") from None
+        raise StudyError(f"{option} {text}: {error}", f"For example {option} {example}.") from None
 
 
 def make_fleet(devices: int | None, price: float | None) -> Fleet | None:
@@ -118,13 +120,14 @@ def make_plan(
         raise StudyError(
             "--gpu-flops is given, and --gpu-memory is not", "Describe the GPU by both: --gpu-memory 80GB."
         )
-    device = torch.device("cuda") if gpu_memory else resolve_device(spec.model.device)
-    prediction = predict(spec, device if gpu_memory else None)
+    if gpu_memory:
+        prediction, free, places = predict(spec, torch.device("cuda")), gpu_memory, 1
+    else:
+        here = LocalLauncher(spec.model)
+        prediction, free, places = predict(spec), here.site().free_bytes, here.places()
     check_ranks(spec, prediction)
-    free = gpu_memory or free_bytes(device)
     data = prepare_data(spec)
     found = forecast(spec, prediction, data, free, not gpu_memory, gpu_flops)
-    places = 1 if gpu_memory else LocalLauncher(spec.model).places()
     if fleet is None and places > 1:
         fleet = Fleet(places, None)
     devices = fleet.devices if fleet else 1

@@ -327,6 +327,10 @@ class Study:
         record = self._read_once(folder / "trial.json", TrialRecord)
         return {"status": "pending"} if record is None else record
 
+    def with_known_model(self) -> Trial | None:
+        """The first trial that has begun, by whose record the model that the study began with is known."""
+        return next((trial for trial in self.trials if "model_sha256" in self.trial_record(trial)), None)
+
     def division(self) -> "Division":
         """Which trials train together."""
         file = self.file("packs", "division.json")

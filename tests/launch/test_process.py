@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rankscope.errors import KilledError, OutOfMemoryError, RankscopeError, StudyDirectoryError, WorkerError
-from rankscope.launch import local, process, worker
+from rankscope.launch import process, queue, worker
 from rankscope.launch.local import run_locally
 
 pytestmark = pytest.mark.own_processes
@@ -21,7 +21,7 @@ def end(folder: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> RankscopeErr
     child.write_text(f"#!/bin/sh\n{how}\n")
     child.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(child))
-    monkeypatch.setattr(local, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(queue, "POLL_SECONDS", 0.01)
     return run_locally(folder, {"kind": "profile"}, folder / "r008", lambda: None)
 
 

@@ -10,7 +10,7 @@ import torch
 from rankscope.errors import RankscopeError
 from rankscope.launch import Job, Site
 from rankscope.launch.process import JobProcess
-from rankscope.launch.queue import POLL_SECONDS
+from rankscope.launch.queue import run_one
 from rankscope.lora.base import free_bytes, resolve_device, resolve_dtype
 from rankscope.measure.machine import hardware, versions
 from rankscope.spec import ModelSpec
@@ -97,15 +97,4 @@ def run_locally(
         StudyDirectoryError: a file in `folder` cannot be written.
     """
     process = JobProcess(study_path, job, folder)
-    try:
-        while process.is_running(POLL_SECONDS):
-            poll()
-    except BaseException:
-        process.stop()
-        try:
-            while process.is_running(POLL_SECONDS):
-                pass
-        except KeyboardInterrupt:  # asked a second time
-            process.kill()
-        raise
-    return process.error()
+    return run_one(LocalJob(Job(job, str(folder)), process, lambda: None), poll)

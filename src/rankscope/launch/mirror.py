@@ -71,12 +71,7 @@ class Mirror:
 
     def _names(self) -> list[str]:
         """All files but those that are still being written, which are hidden."""
-        return [
-            str(Path(place, name).relative_to(self._root))
-            for place, _, names in os.walk(self._root)
-            for name in names
-            if not name.startswith(".")
-        ]
+        return _below(self._root, self._root)
 
     def _stat(self, name: str) -> _Seen | None:
         try:
@@ -202,6 +197,16 @@ def _put(path: Path, change: Change) -> None:
             partial.replace(file)
 
 
+def _below(root: Path, folder: Path) -> list[str]:
+    """The files in `folder` and below it, as names below `root`; without hidden ones."""
+    return [
+        str(Path(place, name).relative_to(root))
+        for place, _, names in os.walk(folder)
+        for name in names
+        if not name.startswith(".")
+    ]
+
+
 def pieces(root: Path, name: str) -> Iterator[Change]:
     """A whole file, in pieces."""
     size, offset = (root / name).stat().st_size, 0
@@ -221,8 +226,7 @@ def collect(root: Path, names: Iterable[str]) -> list[str]:
     for name in names:
         path = inside(root, name)
         if path.is_dir():
-            below = (Path(place, file) for place, _, files in os.walk(path) for file in files)
-            found += sorted(str(file.relative_to(root)) for file in below if not file.name.startswith("."))
+            found += sorted(_below(root, path))
         elif path.is_file():
             found.append(name)
     return found

@@ -40,6 +40,16 @@ def run_jobs(
         raise
 
 
+def run_one(one: Running, poll: Callable[[], None]) -> RankscopeError | None:
+    """Waits for a job that has been started; what went wrong, or None. `poll` and interruptions: see `run_jobs`."""
+    try:
+        _first_done([one], poll)
+    except BaseException:
+        _stop([one])
+        raise
+    return one.error()
+
+
 def _first_done(running: list[Running], poll: Callable[[], None]) -> list[Running]:
     """Waits until one has ended, or more."""
     while True:

@@ -76,14 +76,14 @@ class RayLauncher:
     loads_once = False
 
     def __init__(self, model: ModelSpec, address: str | None, say: Callable[[str], None]) -> None:
-        self._model, self._say = model, say
+        self._model, self.say = model, say
         self._ray = require_ray()
         self._began = not self._ray.is_initialized()
         if self._began:
             _connect(address)
         try:
-            self._kind = _kind(model.device, self._nodes())
-            self._share = share(self._nodes(), self._kind)
+            nodes = self._nodes()
+            self._share = share(nodes, _kind(model.device, nodes))
             self._profiled_on: str | None = None
             here = self._ray.get_runtime_context().get_node_id()  # it is lost with this process only
             mailbox = self._ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=_on(here))
@@ -122,7 +122,7 @@ class RayLauncher:
         }
         answered, late = self._ray.wait(list(asked), num_returns=len(asked), timeout=SURVEY_SECONDS)
         if not answered:
-            self._say("No device of the cluster is free yet; waiting for one")
+            self.say("No device of the cluster is free yet; waiting for one")
             answered, late = self._ray.wait(list(asked))
         for task in late:
             self._ray.cancel(task)
@@ -138,7 +138,7 @@ class RayLauncher:
         versions = [site.versions for site in sites.values()]
         for name, version in versions[0].items():
             if any(other[name] != version for other in versions):
-                self._say(f"The nodes have different versions of {name}; results may differ with where a trial ran.")
+                self.say(f"The nodes have different versions of {name}; results may differ with where a trial ran.")
         found = min(sites.values(), key=lambda site: site.free_bytes)
         return sites[first]._replace(here=False, free_bytes=found.free_bytes, hardware=hardware)
 
@@ -170,17 +170,13 @@ class RayLauncher:
             raise StudyError("no node of the Ray cluster can run a job any more", "Start one, and run the study again.")
         node = next((node for node in able if node.id == self._profiled_on), able[0])
         if self._profiled_on not in (None, node.id):
-            self._say(f"Costs are measured on another node from here on, {node.name}: the first is gone.")
+            self.say(f"Costs are measured on another node from here on, {node.name}: the first is gone.")
         self._profiled_on = node.id
         return node
 
     def _put(self, study: Path, names: Iterable[str]) -> dict[str, list[Any]]:
         """Each file in pieces, in Ray's object store."""
         return {name: [self._ray.put(change) for change in pieces(study, name)] for name in names}
-
-    def say(self, message: str) -> None:
-        """Tells the user."""
-        self._say(message)
 
     def stop(self, number: int) -> None:
         """Lets the task of that number know that its job should stop."""

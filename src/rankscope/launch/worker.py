@@ -8,7 +8,6 @@ A failure is recorded in error.json beside the job's file, for the process that 
 
 import errno
 import faulthandler
-import itertools
 import logging
 import os
 import shutil
@@ -127,13 +126,12 @@ def _load_base(study: Study) -> tuple["PreTrainedModel", str]:
 
     model = load_model(study.spec.model)
     weights = fingerprint(model)
-    known = ((trial, study.trial_record(trial).get("model_sha256")) for trial in study.trials)
-    for trial, found in itertools.islice(((trial, found) for trial, found in known if found), 1):
-        if found != weights:  # one tells for all: each of them was held against one before it
-            raise ModelError(
-                f"{study.spec.model.id}: not the weights that {trial.name} was trained on",
-                "Give the model that the study began with (machine.json has its commit on the hub), or another --out.",
-            )
+    known = study.with_known_model()  # one tells for all: each of them was held against one before it
+    if known is not None and study.trial_record(known)["model_sha256"] != weights:
+        raise ModelError(
+            f"{study.spec.model.id}: not the weights that {known.name} was trained on",
+            "Give the model that the study began with (machine.json has its commit on the hub), or another --out.",
+        )
     return model, weights
 
 
