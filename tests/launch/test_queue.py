@@ -7,7 +7,7 @@ import pytest
 
 from rankscope.errors import KilledError, RankscopeError
 from rankscope.launch import Job, Launcher, queue
-from rankscope.launch.queue import run_jobs
+from rankscope.launch.queue import run_jobs, run_one
 
 
 class Clockwork:
@@ -139,3 +139,16 @@ def test_a_second_interruption_ends_them_at_once(monkeypatch: pytest.MonkeyPatch
         run(launcher, jobs("a/1000", "b/1000"), poll=interrupt)
     assert launcher.events[2:] == ["stop a/1000", "stop b/1000", "kill a/1000", "kill b/1000"]
     assert len(asked) == 2
+
+
+def test_one_job_is_waited_for_and_stopped_in_the_same_way() -> None:
+    launcher = Clockwork(1)
+    assert run_one(launcher.start(Path(), Job({}, "a/3")), lambda: None) is None
+    assert launcher.events == ["start a/3", "end a/3"]
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_one(launcher.start(Path(), Job({}, "b/30")), interrupt)
+    assert launcher.events[2:] == ["start b/30", "stop b/30", "end b/30"]
