@@ -50,9 +50,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rankscope.files import read_json, read_jsonl, write_json
-from rankscope.launch.local import ENVIRONMENT
+from rankscope.jobs.local import ENVIRONMENT
 from rankscope.measure.machine import hardware, versions
-from rankscope.study import Study
+from rankscope.study.folder import Study
 
 # torch and TRL are imported in the children only: a child's ru_maxrss begins with the memory of the process it was
 # started from, so this one must stay small.
@@ -167,7 +167,7 @@ def train_with_trl(study_path: Path, rank: int, result: Path, grouped: bool) -> 
     from rankscope.data.batches import batch_indices
     from rankscope.data.tokens import load
     from rankscope.lora.adapters import lora_config
-    from rankscope.lora.base import load_config, load_tokenizer, location, resolve_device, resolve_dtype
+    from rankscope.model.load import load_config, load_tokenizer, location, resolve_device, resolve_dtype
 
     spec = Study.open(study_path).spec
     training = spec.training

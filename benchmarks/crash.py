@@ -54,7 +54,7 @@ STEPS, TRIALS = 60, 4
 HOOK = """
 import io, os, signal
 point, _, nth = os.environ.get("CRASH_AT", "").partition(":")
-child = "rankscope.launch.worker" in open("/proc/self/cmdline").read()
+child = "rankscope.jobs.worker" in open("/proc/self/cmdline").read()
 if point and child == (os.environ["CRASH_IN"] == "child"):
     left = int(nth)
     def passing(here):

@@ -3,7 +3,7 @@
     python benchmarks/predict_memory.py --model embedded --dataset embedded --ranks 8,128,256
     python benchmarks/predict_memory.py --model OPT350M --dataset code_alpaca_2k.json --ranks 8,128,256 --out FILE.json
 
-- predicted: `rankscope.forecast`, what `rankscope plan` shows, told before anything is loaded
+- predicted: `rankscope.plan.runtime`, what `rankscope plan` shows, told before anything is loaded
 - measured: rankscope's own profile, the highest peak of the training phase over `--repeats` fresh processes a rank
   (the kernel's high-water mark of resident memory on a CPU, torch's allocator on a GPU), and its median step
 - difference: predicted over measured, less one
@@ -19,15 +19,15 @@ from typing import Any
 
 from rankscope.data.tokens import save
 from rankscope.files import write_json
-from rankscope.forecast import forecast
-from rankscope.launch.local import run_locally
-from rankscope.lora.base import free_bytes, resolve_device
+from rankscope.jobs.local import run_locally
 from rankscope.measure.machine import hardware, versions
-from rankscope.options import assemble
-from rankscope.runner import prepare_data
-from rankscope.spec import StudySpec
-from rankscope.study import CONTROL, Study
-from rankscope.train.memory import predict
+from rankscope.model.load import free_bytes, resolve_device
+from rankscope.pipeline import prepare_data
+from rankscope.plan.memory import predict
+from rankscope.plan.runtime import forecast
+from rankscope.spec.models import StudySpec
+from rankscope.spec.options import assemble
+from rankscope.study.folder import CONTROL, Study
 
 
 def main() -> None:

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from rankscope.analysis.noise import noise_floor
-from rankscope.study import Study
+from rankscope.analysis.costs import noise_floor
+from rankscope.study.folder import Study
 
 TARGET = 0.05
 

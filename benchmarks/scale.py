@@ -36,13 +36,13 @@ import numpy as np
 
 from rankscope.data.tokens import Tokens
 from rankscope.files import file_hashes, write_json
-from rankscope.forecast import START_SECONDS
-from rankscope.options import assemble
-from rankscope.plan import divide_into_packs
+from rankscope.plan.memory import predict
+from rankscope.plan.packs import divide_into_packs
+from rankscope.plan.runtime import START_SECONDS
 from rankscope.schedule import longest_first, lower_bound, simulate
-from rankscope.spec import StudySpec, Trial
-from rankscope.study import TRIAL_FILES, Division, Study
-from rankscope.train.memory import predict
+from rankscope.spec.models import StudySpec, Trial
+from rankscope.spec.options import assemble
+from rankscope.study.folder import TRIAL_FILES, Division, Study
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 TRIALS = (10, 100, 1000, 10000)
@@ -230,7 +230,7 @@ def show_schedules() -> Iterator[str]:
 READ = """
 import json, resource, sys, time
 start = time.perf_counter()
-from rankscope.study import Study
+from rankscope.study.folder import Study
 rows = len(Study.open(sys.argv[1]).evidence().curves)
 seconds, usage = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
 cpu_seconds, peak_bytes = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024

@@ -35,13 +35,13 @@ import numpy as np
 import torch
 
 from rankscope.data.tokens import Example, Tokens
-from rankscope.launch.local import ENVIRONMENT
-from rankscope.lora.base import load_model
+from rankscope.jobs.local import ENVIRONMENT
 from rankscope.measure.machine import hardware, versions
 from rankscope.measure.sampler import peak_rss
-from rankscope.options import assemble
+from rankscope.model.load import load_model
+from rankscope.spec.options import assemble
 from rankscope.train.loop import choose_engine
-from rankscope.train.pack import make_member, train_step
+from rankscope.train.step import make_member, train_step
 
 ROW = 128
 """Tokens of a sequence."""

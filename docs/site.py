@@ -23,7 +23,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
-from rankscope.schema import study_schema
+from rankscope.spec.schema import study_schema
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import forking
-from rankscope.launch import process
+from rankscope.jobs import process
 
 torch.set_num_threads(1)
 

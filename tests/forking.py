@@ -27,7 +27,7 @@ own_processes = False
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["rankscope.launch.worker", "rankscope.train.loop", "rankscope.measure.profile", "rankscope.runner"]
+    ["rankscope.jobs.worker", "rankscope.train.loop", "rankscope.measure.profile", "rankscope.pipeline"]
 )
 
 
@@ -37,7 +37,7 @@ def start(command: Sequence[str], **options: Any) -> "subprocess.Popen[bytes] | 
 
 
 instead_of_subprocess = SimpleNamespace(Popen=start, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired)
-"""For `rankscope.launch.process`."""
+"""For `rankscope.jobs.process`."""
 
 
 class Forked:
@@ -46,7 +46,7 @@ class Forked:
     def __init__(
         self, command: Sequence[str], stdin: int, stdout: IO[bytes], stderr: IO[bytes], env: Mapping[str, str]
     ) -> None:
-        assert command[1:3] == ["-m", "rankscope.launch.worker"]
+        assert command[1:3] == ["-m", "rankscope.jobs.worker"]
         assert (stdin, stderr) == (subprocess.PIPE, stdout)
         ours, theirs = os.pipe()
         self.stdin = os.fdopen(theirs, "wb")
@@ -85,12 +85,12 @@ def rankscope(arguments: Sequence[str], cwd: Path, environment: Mapping[str, str
 
 
 def _run_job(end: Connection, log: str, environment: dict[str, str], arguments: list[str]) -> None:
-    from rankscope.launch import worker
+    from rankscope.jobs import worker
 
     def work() -> int:
         os.dup2(end.fileno(), 0)
         worker._end_with_parent()
-        sys.argv = ["rankscope.launch.worker", *arguments]
+        sys.argv = ["rankscope.jobs.worker", *arguments]
         if hook := environment.get(HOOK):
             runpy.run_path(hook)
         return worker.main(*arguments)
@@ -99,7 +99,7 @@ def _run_job(end: Connection, log: str, environment: dict[str, str], arguments: 
 
 
 def _run_command(arguments: list[str], cwd: str, environment: dict[str, str], texts: tuple[str, str, str]) -> None:
-    from rankscope.launch import process
+    from rankscope.jobs import process
 
     def work() -> int:
         os.chdir(cwd)

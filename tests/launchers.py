@@ -6,8 +6,8 @@ from types import SimpleNamespace
 from typing import Any, Self
 
 from rankscope.errors import RankscopeError
-from rankscope.jobs import Place
-from rankscope.launch import Job, Site
+from rankscope.jobs.job import Job, Site
+from rankscope.jobs.packs import Place
 
 HERE = Site("cpu", True, 1 << 33, "cpu", "float32", {}, {})
 

@@ -11,8 +11,8 @@ from torch.nn import Module, Parameter
 from transformers import PreTrainedModel
 
 from rankscope.data.tokens import Example, Tokens
-from rankscope.spec import Candidate, TrainingSpec, Trial
-from rankscope.train.pack import stream_seed
+from rankscope.spec.models import Candidate, TrainingSpec, Trial
+from rankscope.train.step import stream_seed
 
 VOCAB = 131
 

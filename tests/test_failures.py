@@ -11,11 +11,11 @@ import pytest
 import forking
 import rankscope
 from folders import write_data, write_model
-from rankscope.console import PlainConsole
 from rankscope.errors import ModelError, StudyDirectoryError
 from rankscope.files import read_json, read_jsonl
-from rankscope.runner import unfinished
-from rankscope.study import Study
+from rankscope.pipeline import unfinished
+from rankscope.study.folder import Study
+from rankscope.ui.console import PlainConsole
 from told import Told
 
 OPTIONS: dict[str, Any] = {

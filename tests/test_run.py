@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM
 import rankscope
 from folders import write_data, write_model
 from rankscope import cli
-from rankscope.analysis.noise import noise_floor
+from rankscope.analysis.costs import noise_floor
 from rankscope.data.tokens import load
 from rankscope.errors import StudyDirectoryError, StudyError
 from rankscope.files import read_json
-from rankscope.outcome import show_outcome
-from rankscope.runner import unfinished
-from rankscope.study import Study
+from rankscope.pipeline import unfinished
+from rankscope.study.folder import Study
+from rankscope.ui.outcome import show_outcome
 
 OPTIONS = {"ranks": [2, 16], "seeds": [0, 1], "steps": 6, "batch_size": 4, "learning_rates": [5e-3]}
 SETS = ("measure.repeats=2", "measure.steps=2", "measure.warmup_steps=1", "data.eval_rows=12", "training.evals=2")

@@ -14,8 +14,8 @@ import pytest
 import rankscope
 from folders import write_data, write_model
 from rankscope.errors import ModelError
-from rankscope.runner import finish, unfinished
-from rankscope.study import Study
+from rankscope.pipeline import finish, unfinished
+from rankscope.study.folder import Study
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ import pytest
 
 from folders import write_data, write_model
 from rankscope.errors import StudyDirectoryError
-from rankscope.study import lock_folder
+from rankscope.study.folder import lock_folder
 
 pytestmark = pytest.mark.slow
 
@@ -74,7 +74,7 @@ def test_a_second_run_is_refused_and_a_second_ctrl_c_ends_the_first_at_once(tmp_
 
 def test_the_lock_of_a_dead_process_holds_nobody_up(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom rankscope.study import lock_folder\n"
+        "import sys\nfrom pathlib import Path\nfrom rankscope.study.folder import lock_folder\n"
         f"with lock_folder(Path({str(tmp_path)!r})):\n    print('held', flush=True)\n    sys.stdin.read()\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:

@@ -15,8 +15,8 @@ from rankscope.data.tokens import load
 from rankscope.errors import StudyError
 from rankscope.lora.saved import read_adapter
 from rankscope.measure.profile import profile_candidate
-from rankscope.pattern import propose
-from rankscope.study import Study
+from rankscope.resize.pattern import propose
+from rankscope.study.folder import Study
 from told import Told
 
 VARIANTS = ["pissa", "dora"]

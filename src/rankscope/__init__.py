@@ -8,8 +8,8 @@ rankscope.open("opt-350m-code")
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rankscope.runner import run
-    from rankscope.study import Study
+    from rankscope.pipeline import run
+    from rankscope.study.folder import Study
 
     open = Study.open
 
@@ -20,11 +20,11 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """Imports what is asked for when it is asked for: torch takes seconds, `import rankscope` should not."""
     if name == "run":
-        from rankscope.runner import run
+        from rankscope.pipeline import run
 
         return run
     if name in ("Study", "open"):
-        from rankscope.study import Study
+        from rankscope.study.folder import Study
 
         return Study if name == "Study" else Study.open
     raise AttributeError(f"module 'rankscope' has no attribute {name!r}")

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rankscope import __version__
-from rankscope.console import PlainConsole
 from rankscope.errors import RankscopeError, StudyError, shortened
+from rankscope.ui.console import PlainConsole
 
 if TYPE_CHECKING:
-    from rankscope.report.formats import Table as Cells
-    from rankscope.spec import StudySpec
+    from rankscope.spec.models import StudySpec
+    from rankscope.text.formats import Table as Cells
 
 app = typer.Typer(
     name="rankscope",
@@ -151,10 +151,10 @@ def run(
     """Train every rank, measure what it costs, and conclude. On a study that exists: do only what is missing."""
     spec = _spec(study, set_, **{name: value for name, value in locals().items() if name not in _NOT_ASKED})
     path = out or Path(spec.name)
-    from rankscope import runner
-    from rankscope.outcome import describe_outcome, show_outcome
-    from rankscope.progress import TerminalProgress
-    from rankscope.study import Study
+    from rankscope import pipeline
+    from rankscope.study.folder import Study
+    from rankscope.ui.outcome import describe_outcome, show_outcome
+    from rankscope.ui.progress import TerminalProgress
 
     console = error_console if json_ else out_console
     if dry_run:
@@ -164,12 +164,12 @@ def run(
         return
     console.print(f"Study {spec.name} in {path}{'/' if not str(path).endswith('/') else ''}", markup=False)
     with _stoppable(), TerminalProgress(console) as progress:
-        result = runner.run_study(spec, path, progress, lang, report_to or (), launcher, ray_address)
+        result = pipeline.run_study(spec, path, progress, lang, report_to or (), launcher, ray_address)
     if json_:
         _print_json(describe_outcome(result))
     else:
         show_outcome(result, console, lang)
-    left = {trial.name: result.trial_record(trial) for trial in runner.unfinished(result)}
+    left = {trial.name: result.trial_record(trial) for trial in pipeline.unfinished(result)}
     left |= {_unmeasured_name(name): failure for name, failure in result.unmet().items()}
     for name, record in left.items():
         error_console.print(f"{name}: {record['status']}: {record.get('reason')}", markup=False, style="yellow")
@@ -213,8 +213,8 @@ def search(
     require_optuna()
     from rankscope.search.folder import Search
     from rankscope.search.run import run
-    from rankscope.search.show import SearchProgress, describe_result, show_result
     from rankscope.search.space import resolve_search
+    from rankscope.ui.search import SearchProgress, describe_result, show_result
 
     values = _study_values(study, model, dataset)
     if study is None and model is None:  # the embedded study's lists are not what is searched
@@ -270,10 +270,10 @@ def report(
     lang: Language = "en",
 ) -> None:
     """Conclude again from a study's files, and rebuild its report."""
-    from rankscope.outcome import describe_outcome
-    from rankscope.report.sentences import verdict_sentence
-    from rankscope.runner import finish
-    from rankscope.study import Study
+    from rankscope.pipeline import finish
+    from rankscope.study.folder import Study
+    from rankscope.text.verdict import verdict_sentence
+    from rankscope.ui.outcome import describe_outcome
 
     study = Study.open(directory)
     page = finish(study, lang)
@@ -295,12 +295,12 @@ def curve(
     lang: Language = "en",
 ) -> None:
     """Estimate the loss of every lower rank from the largest one, cut by SVD. Only what is missing is measured."""
-    from rankscope.curve import take_curve
-    from rankscope.outcome import describe_curve
-    from rankscope.progress import TerminalProgress
-    from rankscope.report.catalogue import load
-    from rankscope.report.cuts import cut_curve
-    from rankscope.study import Study
+    from rankscope.jobs.curve import take_curve
+    from rankscope.report.curve import cut_curve
+    from rankscope.study.folder import Study
+    from rankscope.text.catalogue import load
+    from rankscope.ui.outcome import describe_curve
+    from rankscope.ui.progress import TerminalProgress
 
     study, console = Study.open(directory), error_console if json_ else out_console
     asked = None if ranks is None else _list("ranks", ranks)
@@ -332,10 +332,10 @@ def pattern(
     lang: Language = "en",
 ) -> None:
     """Propose ranks by layer for the parameters of a uniform rank, as a study that trains and judges both."""
-    from rankscope.pattern import by_module, propose, write_proposal
-    from rankscope.report.catalogue import load
     from rankscope.report.variants import pattern_table
-    from rankscope.study import Study
+    from rankscope.resize.pattern import by_module, propose, write_proposal
+    from rankscope.study.folder import Study
+    from rankscope.text.catalogue import load
 
     study, text = Study.open(directory), load(lang)
     proposal = propose(study, rank)
@@ -363,8 +363,8 @@ def watch(
     lang: Language = "en",
 ) -> None:
     """Follow a study that runs, on a page that updates, or in the terminal. Ctrl-C ends the watching alone."""
-    from rankscope.study import Study
-    from rankscope.watch import Watch, address, serve, watch_terminal
+    from rankscope.study.folder import Study
+    from rankscope.ui.watch import Watch, address, serve, watch_terminal
 
     watched = Watch(Study.open(directory), lang)
     try:
@@ -395,9 +395,9 @@ def spectrum(
 ) -> None:
     """Show how much of its rank an adapter really uses, by layer and module; also of one that was made elsewhere."""
     from rankscope.lora.saved import find_adapter, read_adapter
-    from rankscope.lora.spectrum import spectrum as spectrum_of
-    from rankscope.report.catalogue import load
+    from rankscope.lora.svd import spectrum as spectrum_of
     from rankscope.report.spectrum import module_table, save_chart, spectrum_chart
+    from rankscope.text.catalogue import load
 
     text, saved = load(lang), read_adapter(find_adapter(adapter, revision))
     frame = spectrum_of(saved.layers)
@@ -452,10 +452,10 @@ def resize(
     lang: Language = "en",
 ) -> None:
     """Cut a trained adapter to lower ranks, the same for all layers or each its own, and say what was lost."""
-    from rankscope.report.catalogue import load
-    from rankscope.report.resize import rank_table, sentences, tried_table
-    from rankscope.resizing import choose_rule, describe
-    from rankscope.resizing import resize as resize_adapter
+    from rankscope.resize.command import choose_rule, describe
+    from rankscope.resize.command import resize as resize_adapter
+    from rankscope.resize.show import rank_table, sentences, tried_table
+    from rankscope.text.catalogue import load
 
     text = load(lang)
     rule = choose_rule(
@@ -484,7 +484,7 @@ def resize(
 @app.command()
 def schema() -> None:
     """Print the JSON schema of a study's file, by which an editor completes and checks it."""
-    from rankscope.schema import study_schema
+    from rankscope.spec.schema import study_schema
 
     _print_json(study_schema())
 
@@ -493,7 +493,7 @@ def schema() -> None:
 def doctor(json_: Json = False) -> None:
     """Show versions, devices and optional parts."""
     from rankscope.measure.machine import hardware, installed, versions
-    from rankscope.report.formats import size
+    from rankscope.text.formats import size
     from rankscope.track import TRACKERS
 
     optional = {name: installed(name) for name in TRACKERS}
@@ -530,7 +530,7 @@ def _show_plan(
     devices: int | None = None,
     price: float | None = None,
 ) -> None:
-    from rankscope.preview import describe_plan, make_fleet, make_plan, parse_gpu_flops, parse_gpu_memory, show_plan
+    from rankscope.ui.plan import describe_plan, make_fleet, make_plan, parse_gpu_flops, parse_gpu_memory, show_plan
 
     plan = make_plan(spec, parse_gpu_memory(gpu_memory), parse_gpu_flops(gpu_flops), make_fleet(devices, price))
     if as_json:
@@ -540,8 +540,8 @@ def _show_plan(
 
 
 def _show_progress_so_far(path: Path, spec: "StudySpec", console: PlainConsole) -> None:
-    from rankscope.preview import show_progress_so_far
-    from rankscope.study import Study
+    from rankscope.study.folder import Study
+    from rankscope.ui.plan import show_progress_so_far
 
     show_progress_so_far(Study.create(path, spec), console)
 
@@ -584,7 +584,7 @@ def _stop_politely(number: int, frame: FrameType | None) -> None:
 
 def _spec(study: Path | None, sets: list[str] | None, **options: Any) -> "StudySpec":
     """The study that the arguments ask for."""
-    from rankscope.options import assemble
+    from rankscope.spec.options import assemble
 
     for name in ("ranks", "variants", "learning_rates", "seeds", "target_modules"):
         if isinstance(options.get(name), str) and options[name] != "all-linear":
@@ -597,7 +597,7 @@ def _spec(study: Path | None, sets: list[str] | None, **options: Any) -> "StudyS
 
 def _study_values(study: Path | None, model: str | None, dataset: str | None) -> dict[str, Any]:
     """What a study's file says; the embedded study's without one, a model and data; nothing beside these two."""
-    from rankscope.options import read_study_file
+    from rankscope.spec.options import read_study_file
 
     if study is not None:
         return read_study_file(study)

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rankscope.forecast import START_SECONDS, Forecast, pack_seconds, study_seconds
+from rankscope.plan.runtime import START_SECONDS, Forecast, pack_seconds, study_seconds
 from rankscope.schedule import longest_first, lower_bound, simulate
-from rankscope.spec import StudySpec, Trial
+from rankscope.spec.models import StudySpec, Trial
 
 
 class Fleet(NamedTuple):

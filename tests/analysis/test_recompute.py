@@ -10,8 +10,8 @@ import pytest
 import rankscope
 from folders import write_data, write_model
 from rankscope.files import read_json, write_json
-from rankscope.runner import finish
-from rankscope.study import Study
+from rankscope.pipeline import finish
+from rankscope.study.folder import Study
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "recompute.py"
 

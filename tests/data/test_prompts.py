@@ -7,7 +7,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from rankscope.data.prompts import Rendered, encode, render
 from rankscope.errors import DataError, ModelError
-from rankscope.spec import DataSpec
+from rankscope.spec.models import DataSpec
 
 Make = Callable[..., PreTrainedTokenizerFast]
 SPEC = DataSpec(id="x")

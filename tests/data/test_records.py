@@ -18,7 +18,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet  # type: ignore[im
 
 from rankscope.data import load_records
 from rankscope.errors import DataError
-from rankscope.spec import DataSpec
+from rankscope.spec.models import DataSpec
 
 ROWS = [
     {"instruction": "Say hi", "input": "", "output": "hi"},

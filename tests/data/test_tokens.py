@@ -16,7 +16,7 @@ from rankscope.data import tokens as tokens_module
 from rankscope.data.tokens import Example
 from rankscope.errors import DataError, ModelError, StudyDirectoryError
 from rankscope.files import read_json, write_json
-from rankscope.spec import DataSpec
+from rankscope.spec.models import DataSpec
 
 Write = Callable[..., DataSpec]
 

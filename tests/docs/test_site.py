@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import rankscope.errors
-from rankscope.spec import StudySpec
+from rankscope.spec.models import StudySpec
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,8 +15,8 @@ import pytest
 from folders import write_data, write_model
 from rankscope.data.tokens import TokenizedData
 from rankscope.measure import profile
-from rankscope.runner import prepare_data
-from rankscope.spec import StudySpec, resolve_spec
+from rankscope.pipeline import prepare_data
+from rankscope.spec.models import StudySpec, resolve_spec
 
 BLOCK = 200_000_000
 SECONDS = 0.2

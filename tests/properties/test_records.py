@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rankscope.data import Records, load_records
 from rankscope.errors import DataError
-from rankscope.spec import DataSpec
+from rankscope.spec.models import DataSpec
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.sampled_from(
     ["[", "{}", "\r\n", "\ufeff", '"', ",", "\u2028", "\x00", "null", " x ", "{input}"]

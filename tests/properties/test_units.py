@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankscope.errors import StudyError
-from rankscope.spec import StudySpec, resolve_spec
+from rankscope.spec.models import StudySpec, resolve_spec
 from rankscope.units import parse_bytes, parse_seconds
 
 SIZES = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}

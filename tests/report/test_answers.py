@@ -9,8 +9,8 @@ import pytest
 
 from rankscope.report import build
 from rankscope.report.answers import LONGEST, answered
-from rankscope.report.catalogue import load
-from rankscope.study import Evidence
+from rankscope.study.folder import Evidence
+from rankscope.text.catalogue import load
 from report.report_evidence import HOSTILE, make_evidence, make_spec, make_verdict
 
 HOSTILE_ANSWER = f'{HOSTILE}</pre></script><img src=x onerror=alert(1)>\x1b[31m\u202e ``` {{{{ 7 * 7 }}}} "]}}'

@@ -5,11 +5,11 @@ import math
 import pandas as pd
 import pytest
 
-from rankscope.report.catalogue import load
 from rankscope.report.content import Content, compose
 from rankscope.report.costs import noise_sentence
 from rankscope.report.tables import by_candidate
-from rankscope.study import Evidence
+from rankscope.study.folder import Evidence
+from rankscope.text.catalogue import load
 from report.report_evidence import make_evidence, make_spec, make_verdict
 
 

@@ -7,13 +7,13 @@ import pandas as pd
 import pytest
 
 from rankscope.analysis.pareto import on_front
-from rankscope.report import series
-from rankscope.report.catalogue import load
+from rankscope.report import frames as series
 from rankscope.report.content import compose
 from rankscope.report.figures import Figure
-from rankscope.report.memory_figures import predicted_parts
+from rankscope.report.memory import predicted_parts
 from rankscope.report.tables import by_candidate
-from rankscope.study import Evidence
+from rankscope.study.folder import Evidence
+from rankscope.text.catalogue import load
 from report.report_evidence import make_evidence, make_spec, make_verdict, replace_trial
 
 PARTS = {

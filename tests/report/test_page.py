@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-
 from analysis.test_cuts import with_cuts
+
 from rankscope.report import build
-from rankscope.report.catalogue import LANGUAGES
 from rankscope.report.colours import DARK, LIGHT
-from rankscope.study import Evidence
+from rankscope.study.folder import Evidence
+from rankscope.text.catalogue import LANGUAGES
 from report.browser import Browser, need_browser
 from report.report_evidence import make_evidence, make_spec, make_verdict
 

@@ -14,13 +14,14 @@ import altair as alt
 import pandas as pd
 import pytest
 
-from rankscope.report import build, charts, encodings, series, write
-from rankscope.report.catalogue import load
+from rankscope.report import build, charts, encodings, write
+from rankscope.report import frames as series
 from rankscope.report.content import compose
 from rankscope.report.html import json_in_html
 from rankscope.report.markdown import escape
 from rankscope.report.tables import by_candidate
-from rankscope.study import Evidence
+from rankscope.study.folder import Evidence
+from rankscope.text.catalogue import load
 from report.report_evidence import HOSTILE, make_evidence, make_spec, make_verdict, replace_trial
 
 CPU_FIGURES = {

@@ -26,15 +26,15 @@ from folders import write_data, write_model
 from rankscope.data.tokens import TokenizedData, load
 from rankscope.errors import KilledError, OutOfMemoryError, StudyDirectoryError, StudyError
 from rankscope.files import read_jsonl
-from rankscope.lora.base import load_model
 from rankscope.lora.saved import find_adapter, read_adapter
+from rankscope.model.load import load_model
 from rankscope.search.folder import Search
-from rankscope.search.pack import PackTrainer, rung_rows, step_tokens
 from rankscope.search.run import run
 from rankscope.search.sampling import NAME
-from rankscope.search.show import progress_line
 from rankscope.search.space import Asked, Point, SearchSpec, resolve_search
-from rankscope.train.pack import batch_at
+from rankscope.search.trainer import PackTrainer, rung_rows, step_tokens
+from rankscope.train.step import batch_at
+from rankscope.ui.search import progress_line
 
 STEPS = 9
 """Rungs at 1 and 3."""
@@ -216,7 +216,7 @@ def test_optuna_and_its_dashboard_open_the_storage(found: tuple[Search, dict[str
 
 
 def test_the_confirming_study_runs_the_best_with_new_seeds(found: tuple[Search, dict[str, Any]]) -> None:
-    from rankscope.options import assemble, read_study_file
+    from rankscope.spec.options import assemble, read_study_file
 
     search, result = found
     study = assemble(read_study_file(search.path / "confirm.yaml"), {})
@@ -250,8 +250,8 @@ def test_a_killed_search_goes_on(root: Path, tmp_path: Path, monkeypatch: pytest
     """The child kills itself in its eighth step; the same search then finishes, and what had ended stays."""
     hook = """
     import os, signal
-    if "rankscope.launch.worker" in open("/proc/self/cmdline").read():
-        import rankscope.search.pack as pack
+    if "rankscope.jobs.worker" in open("/proc/self/cmdline").read():
+        import rankscope.search.trainer as pack
         own, count = pack.train_step, []
         def harmed(*args):
             count.append(1)

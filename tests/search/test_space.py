@@ -10,9 +10,9 @@ import yaml
 
 from rankscope import cli
 from rankscope.errors import StudyError
-from rankscope.options import read_study_file
 from rankscope.search.space import Point, RateRange, SearchSpec, resolve_search
-from rankscope.spec import write_yaml
+from rankscope.spec.models import write_yaml
+from rankscope.spec.options import read_study_file
 
 VALUES: dict[str, Any] = {"model": {"id": "m"}, "data": {"id": "d"}}
 

@@ -20,10 +20,10 @@ from typer.testing import CliRunner
 
 from folders import write_model
 from rankscope.cli import app
-from rankscope.console import PlainConsole
 from rankscope.errors import ModelError
 from rankscope.lora import saved
 from rankscope.lora.saved import CONFIG, WEIGHTS, attached, find_adapter, read_adapter
+from rankscope.ui.console import PlainConsole
 
 CONFIGURATION = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
 Q, V = "model.decoder.layers.0.self_attn.q_proj", "model.decoder.layers.1.self_attn.v_proj"

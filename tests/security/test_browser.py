@@ -23,14 +23,14 @@ from markdown_it import MarkdownIt
 
 from folders import write_model
 from rankscope.data.tokens import prepare
-from rankscope.lora.base import load_tokenizer
 from rankscope.lora.saved import Factors
-from rankscope.lora.spectrum import spectrum
+from rankscope.lora.svd import spectrum
+from rankscope.model.load import load_tokenizer
 from rankscope.report import build
-from rankscope.report.catalogue import load
 from rankscope.report.spectrum import save_chart, spectrum_chart
-from rankscope.spec import DataSpec, ModelSpec
-from rankscope.study import Evidence
+from rankscope.spec.models import DataSpec, ModelSpec
+from rankscope.study.folder import Evidence
+from rankscope.text.catalogue import load
 from report.browser import need_browser
 from report.report_evidence import make_evidence, make_spec, make_verdict, replace_trial
 

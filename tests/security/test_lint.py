@@ -139,6 +139,6 @@ def test_nobody_silences_these_rules_unseen() -> None:
 
 
 def test_the_models_arguments_are_what_they_are_called() -> None:
-    from rankscope.lora import base
+    from rankscope.model import load as base
 
     assert base._SAFE == {"trust_remote_code": False}

@@ -20,9 +20,9 @@ from folders import write_model
 from rankscope.data.prompts import render
 from rankscope.data.sources import read_table
 from rankscope.errors import DataError, ModelError
-from rankscope.lora.base import commit, load_config, load_model, load_tokenizer
 from rankscope.lora.skeleton import skeleton
-from rankscope.spec import DataSpec, ModelSpec
+from rankscope.model.load import commit, load_config, load_model, load_tokenizer
+from rankscope.spec.models import DataSpec, ModelSpec
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -221,8 +221,8 @@ def test_the_hub_s_commit_is_known(model: Path, tmp_path: Path) -> None:
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT)
     code = (
-        "from rankscope.lora.base import commit, load_config, load_model\n"
-        "from rankscope.spec import ModelSpec\n"
+        "from rankscope.model.load import commit, load_config, load_model\n"
+        "from rankscope.spec.models import ModelSpec\n"
         "spec = ModelSpec(id='someone/tiny', device='cpu')\n"
         "load_config(spec), load_model(spec)\n"
         f"print(commit(spec), commit(spec.model_copy(update={{'revision': '{COMMIT}'}})))"

@@ -11,9 +11,9 @@ import pytest
 from rankscope.cli import main
 from rankscope.errors import StudyDirectoryError, StudyError
 from rankscope.files import inside, write_json
-from rankscope.options import assemble, read_study_file
-from rankscope.spec import resolve_spec
-from rankscope.study import Study
+from rankscope.spec.models import resolve_spec
+from rankscope.spec.options import assemble, read_study_file
+from rankscope.study.folder import Study
 from report.report_evidence import make_evidence, make_spec
 
 SPEC = make_spec(ranks=[8], seeds=[0], reference={"full": True})

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import pytest
 
 from rankscope.files import read_json, read_jsonl, write_json
-from rankscope.spec import Trial
-from rankscope.study import Study
+from rankscope.spec.models import Trial
+from rankscope.study.folder import Study
 from rankscope.track import TRACKERS
-from rankscope.track.beside import reporting
 from rankscope.track.follow import metric_name
+from rankscope.track.tracker_process import reporting
 from told import Told
 from track.readers import READERS, SECRETS, Seen, clear_environment
 

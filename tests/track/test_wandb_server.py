@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from rankscope.files import read_jsonl
-from rankscope.study import Study
-from rankscope.track.beside import reporting
+from rankscope.study.folder import Study
+from rankscope.track.tracker_process import reporting
 from told import Told
 from track.readers import SECRETS, clear_environment
 from track.test_contract import FIXTURE, TRIAL, cut_back

@@ -15,8 +15,8 @@ from folders import write_model
 from rankscope.data.tokens import TokenizedData
 from rankscope.errors import ModelError
 from rankscope.files import read_json, read_jsonl, write_json
-from rankscope.lora.base import load_model
-from rankscope.spec import AdapterSpec, DataSpec, ModelSpec, StudySpec, TrainingSpec
+from rankscope.model.load import load_model
+from rankscope.spec.models import AdapterSpec, DataSpec, ModelSpec, StudySpec, TrainingSpec
 from rankscope.train.loop import train_pack
 from rankscope.train.stopping import StopRequest
 from reference import random_tokens

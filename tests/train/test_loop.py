@@ -8,10 +8,10 @@ import pytest
 from folders import write_model
 from rankscope.data.tokens import TokenizedData
 from rankscope.files import read_json, read_jsonl
-from rankscope.lora.base import load_model
-from rankscope.spec import DataSpec, ModelSpec, StudySpec, TrainingSpec
+from rankscope.model.load import load_model
+from rankscope.spec.models import DataSpec, ModelSpec, StudySpec, TrainingSpec
 from rankscope.train.loop import train_pack
-from rankscope.train.pack import total_steps
+from rankscope.train.step import total_steps
 from rankscope.train.stopping import StopRequest
 from reference import random_tokens
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from rankscope.errors import MissingExtraError, StudyError
-from rankscope.lora import quantized
-from rankscope.options import assemble
-from rankscope.spec import StudySpec, TrainingSpec
-from rankscope.train.memory import Peak, predict, predict_peak
+from rankscope.model import quantized
+from rankscope.plan.memory import Peak, predict, predict_peak
+from rankscope.spec.models import StudySpec, TrainingSpec
+from rankscope.spec.options import assemble
 from rankscope.train.optimizer import (
     SMALLEST_IN_8_BITS,
     check_optimizer,

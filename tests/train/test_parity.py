@@ -10,12 +10,12 @@ from torch import Tensor
 from models import CONFIGS, tiny_model
 from rankscope.data.tokens import Tokens
 from rankscope.lora.layout import Slice, flatten
-from rankscope.spec import TrainingSpec, Trial
+from rankscope.spec.models import TrainingSpec, Trial
 from rankscope.train import loop, recompute
 from rankscope.train.engine import PackedEngine, PeftEngine
-from rankscope.train.pack import make_member, train_step
 from rankscope.train.probe import make_packable
 from rankscope.train.recompute import recompute_layers
+from rankscope.train.step import make_member, train_step
 from reference import Trained, make_trial, random_tokens, train_with_peft
 
 STEPS = 20

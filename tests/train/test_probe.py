@@ -8,12 +8,12 @@ import torch
 from models import UNPACKABLE, tiny_model
 from rankscope.lora.adapters import add_adapter
 from rankscope.lora.layout import NotPackable
-from rankscope.spec import TrainingSpec
-from rankscope.train.cost import count_cost
+from rankscope.spec.models import TrainingSpec
 from rankscope.train.engine import PackedEngine
+from rankscope.train.flops import count_cost
 from rankscope.train.loop import choose_engine
-from rankscope.train.pack import make_member, train_step
 from rankscope.train.probe import make_packable, probe_tokens
+from rankscope.train.step import make_member, train_step
 from reference import make_trial, random_tokens, train_with_peft
 
 TRAINING = TrainingSpec(steps=6, batch_size=4, lr_scheduler_type="linear", warmup_ratio=0.0)

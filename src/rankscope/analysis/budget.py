@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from rankscope.spec import VerdictSpec
+from rankscope.spec.models import VerdictSpec
 
 
 def over_budget(verdict: VerdictSpec, profiles: pd.DataFrame, candidates: Sequence[str]) -> dict[str, list[str]]:

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from rankscope.analysis.noise import noise_floor
-from rankscope.study import Evidence
+from rankscope.analysis.costs import noise_floor
+from rankscope.study.folder import Evidence
 
 FLAT = 0.02
 """Flat means that the mean changes by at most this share between the second-lowest rank and the highest."""

@@ -23,8 +23,8 @@ from rankscope.analysis.comparison import (
     may_be_best,
 )
 from rankscope.analysis.variants import judge_variants
-from rankscope.spec import EMBEDDED
-from rankscope.study import Evidence
+from rankscope.spec.models import EMBEDDED
+from rankscope.study.folder import Evidence
 
 MOST_MORE_SEEDS = 50
 

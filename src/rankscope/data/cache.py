@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from rankscope.data.records import Records, load_records
 from rankscope.data.tokens import TOKENS_VERSION, TokenizedData, load, save, tokenize
 from rankscope.errors import StudyDirectoryError
-from rankscope.spec import DataSpec
+from rankscope.spec.models import DataSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

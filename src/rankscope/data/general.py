@@ -18,7 +18,7 @@ from rankscope.data.records import WrongRowError, checked_text
 from rankscope.data.sources import Table, listed, read_table, read_text
 from rankscope.data.tokens import Example, TokenizedData, Tokens, check_ids
 from rankscope.errors import DataError
-from rankscope.spec import DataSpec
+from rankscope.spec.models import DataSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

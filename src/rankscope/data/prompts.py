@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rankscope.data.records import Format
 from rankscope.errors import DataError, ModelError
-from rankscope.spec import DataSpec
+from rankscope.spec.models import DataSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from rankscope.data.sources import Table, kind, listed, read_table
 from rankscope.errors import DataError, shortened
-from rankscope.spec import DataSpec
+from rankscope.spec.models import DataSpec
 
 Format = Literal["alpaca", "prompt_completion", "messages"]
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rankscope.errors import DataError, shortened
-from rankscope.spec import DataSpec
+from rankscope.spec.models import DataSpec
 
 COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages")
 """Every column that some format reads; others are not even loaded where that saves time."""

@@ -18,7 +18,7 @@ from rankscope.data.records import Records, canonical_text, load_records
 from rankscope.data.split import held_out
 from rankscope.errors import DataError, ModelError
 from rankscope.files import damaged, read_json, reading, understood, write_atomic, write_json
-from rankscope.spec import DataSpec
+from rankscope.spec.models import DataSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

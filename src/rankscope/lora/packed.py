@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from rankscope.lora.adapters import adapter_key, lora_layers
 from rankscope.lora.layout import NotPackable, Segment, current_layout
-from rankscope.lora.quantized import DequantizedForward, dequantized_forward
 from rankscope.lora.variants import start_of
+from rankscope.model.quantized import DequantizedForward, dequantized_forward
 
 
 def pack_layers(model: PreTrainedModel) -> None:

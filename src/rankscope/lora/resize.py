@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rankscope.errors import ModelError
 from rankscope.lora.saved import Factors, SavedAdapter
-from rankscope.lora.spectrum import energy_rank
+from rankscope.lora.svd import energy_rank
 
 
 class Decomposed(NamedTuple):

@@ -4,9 +4,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rankscope.errors import ModelError
-from rankscope.lora.base import freeze, load_config
-from rankscope.lora.quantized import quantize_skeleton
-from rankscope.spec import ModelSpec
+from rankscope.model.load import freeze, load_config
+from rankscope.model.quantized import quantize_skeleton
+from rankscope.spec.models import ModelSpec
 
 
 def skeleton(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

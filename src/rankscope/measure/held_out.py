@@ -9,11 +9,11 @@ from transformers import PreTrainedModel
 
 from rankscope.data.tokens import Tokens
 from rankscope.errors import ModelError
-from rankscope.lora.base import free_bytes
 from rankscope.lora.layout import NotPackable
 from rankscope.lora.saved import SavedAdapter, attached
+from rankscope.model.load import free_bytes
+from rankscope.plan.memory import LOGIT_BYTES, tokens_per_forward
 from rankscope.train.engine import EVAL_TOKENS, Engine, ExampleLosses, PackedEngine, PeftEngine
-from rankscope.train.memory import LOGIT_BYTES, tokens_per_forward
 from rankscope.train.probe import make_packable, use_own_forward
 
 _ROWS = 8

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from rankscope.lora.base import give_back_freed
 from rankscope.measure.sampler import peak_rss, reset_peak_rss
+from rankscope.model.load import give_back_freed
 from rankscope.train.loop import PackRun
 
 
@@ -16,7 +16,7 @@ class PackResults(NamedTuple):
 
     steps: int
     step_seconds: float  # of all steps
-    useful_flops: float  # of all steps: see `rankscope.train.cost.Cost`
+    useful_flops: float  # of all steps: see `rankscope.train.flops.Cost`
     useful_flops_per_second: float
     product_flops_per_second: float | None
     """Of plain matrix products of one step's shapes: the mean of two timings; None where there are none."""

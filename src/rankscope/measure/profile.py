@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from rankscope.data.tokens import TokenizedData, Tokens
-from rankscope.lora.base import load_model, resolve_device
 from rankscope.measure.sampler import MemorySampler, Sample
 from rankscope.measure.summary import summarise_memory, summarise_steps
-from rankscope.spec import Candidate, StudySpec, Trial
+from rankscope.model.load import load_model, resolve_device
+from rankscope.spec.models import Candidate, StudySpec, Trial
 from rankscope.train.engine import EVAL_TOKENS
 from rankscope.train.loop import choose_engine
-from rankscope.train.pack import batch_at, eval_steps, make_member, save_member, spread, total_steps, train_step
+from rankscope.train.step import batch_at, eval_steps, make_member, save_member, spread, total_steps, train_step
 
 
 def profile_candidate(spec: StudySpec, candidate: Candidate, data: TokenizedData) -> dict[str, Any]:

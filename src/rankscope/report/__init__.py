@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rankscope.study import Evidence
+    from rankscope.study.folder import Evidence
 
 __all__ = ["build"]
 
@@ -41,7 +41,7 @@ def build(
     Raises:
         StudyError: there is no catalogue in `language`.
     """
-    # The command line imports rankscope.report.sentences, which runs this file: pandas and altair wait.
+    # The command line imports rankscope.text.verdict, which runs this file: pandas and altair wait.
     from rankscope.report.write import write_report
 
     return write_report(

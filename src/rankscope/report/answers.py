@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from rankscope.report.catalogue import Catalogue
-from rankscope.report.formats import rate
-from rankscope.study import Evidence
+from rankscope.study.folder import Evidence
+from rankscope.text.catalogue import Catalogue
+from rankscope.text.formats import rate
 
 LONGEST = 4000
 """Characters of one text: a row of the data may be as long as it likes, a page may not."""

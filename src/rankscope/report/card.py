@@ -12,11 +12,11 @@ from huggingface_hub import ModelCardData
 from rankscope import __version__
 from rankscope.data.sources import HUB_ID
 from rankscope.files import write_atomic
-from rankscope.report.formats import known, percent, rate, size
 from rankscope.report.markdown import escape
-from rankscope.report.sentences import verdict_sentence
-from rankscope.spec import PLAIN, Trial
-from rankscope.study import Evidence
+from rankscope.spec.models import PLAIN, Trial
+from rankscope.study.folder import Evidence
+from rankscope.text.formats import known, percent, rate, size
+from rankscope.text.verdict import verdict_sentence
 
 VARIANTS = {
     "rslora": "rsLoRA",

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import altair as alt
 import pandas as pd
 
-from rankscope.report.catalogue import Catalogue
 from rankscope.report.colours import LIGHT, numbered
 from rankscope.report.encodings import colour, dash, shape, sized
-from rankscope.report.formats import Unit, rate
+from rankscope.text.catalogue import Catalogue
+from rankscope.text.formats import Unit, rate
 
 FONT = (
     "system-ui, -apple-system, 'Segoe UI', 'Noto Sans', 'Apple SD Gothic Neo', 'Malgun Gothic', "

@@ -5,12 +5,12 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from rankscope.report.catalogue import Catalogue
 from rankscope.report.encodings import by_rank, colour, identity, rank_axis, several_rates, shape, sized
-from rankscope.report.formats import Unit, loss, rate
+from rankscope.text.catalogue import Catalogue
+from rankscope.text.formats import Unit, loss, rate
 
 PARTS = ("process", "base", "adapter", "gradients", "optimizer", "activations", "logits", "retained")
-"""Of a predicted peak, from the bottom of a bar to its top: see `rankscope.train.memory.Parts`. A part has one colour,
+"""Of a predicted peak, from the bottom of a bar to its top: see `rankscope.plan.memory.Parts`. A part has one colour,
 whichever others there are."""
 
 PART_COLUMNS = 3

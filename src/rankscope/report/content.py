@@ -5,23 +5,23 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from rankscope.report.also import also_measured, also_notes, rank_name
 from rankscope.report.answers import Answered, answered
-from rankscope.report.catalogue import Catalogue
 from rankscope.report.costs import Saving, cost_tables, noise_sentence, savings
-from rankscope.report.cuts import cut_section
+from rankscope.report.curve import cut_section
 from rankscope.report.facts import Fact, data_facts, machine_facts
 from rankscope.report.figures import Figure, Section
-from rankscope.report.formats import Table, duration, known, loss, percent, rate, signed, size
-from rankscope.report.loss_figures import loss_figures
-from rankscope.report.memory_figures import memory_figures
+from rankscope.report.loss import loss_figures
+from rankscope.report.memory import memory_figures
+from rankscope.report.other_metrics import also_measured, also_notes, rank_name
 from rankscope.report.predictions import prediction_tables
-from rankscope.report.sentences import claim_sentences, verdict_sentence
-from rankscope.report.speed_figures import speed_figures, trade_off_figures
+from rankscope.report.runtime import speed_figures, trade_off_figures
 from rankscope.report.tables import by_candidate, chosen_row, has_gpu
 from rankscope.report.variants import variant_section
-from rankscope.spec import EMBEDDED, write_yaml
-from rankscope.study import ANSWERS, Evidence
+from rankscope.spec.models import EMBEDDED, write_yaml
+from rankscope.study.folder import ANSWERS, Evidence
+from rankscope.text.catalogue import Catalogue
+from rankscope.text.formats import Table, duration, known, loss, percent, rate, signed, size
+from rankscope.text.verdict import claim_sentences, verdict_sentence
 
 
 class Content(NamedTuple):

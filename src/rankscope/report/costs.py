@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from rankscope.analysis.noise import Noise, noise_floor
-from rankscope.report.catalogue import Catalogue
-from rankscope.report.formats import Table, change, duration, known, size
-from rankscope.report.sentences import candidate_name
+from rankscope.analysis.costs import Noise, noise_floor
 from rankscope.report.tables import chosen_row, rank_profiles
-from rankscope.study import Evidence
+from rankscope.study.folder import Evidence
+from rankscope.text.catalogue import Catalogue
+from rankscope.text.formats import Table, change, duration, known, size
+from rankscope.text.verdict import candidate_name
 
 QUANTITIES = {
     "cpu_mean": "rss_mean_bytes",

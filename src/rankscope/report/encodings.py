@@ -5,8 +5,8 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from rankscope.report.catalogue import Catalogue
-from rankscope.report.formats import rate
+from rankscope.text.catalogue import Catalogue
+from rankscope.text.formats import rate
 
 WIDTH, HEIGHT = 640, 280
 """Of a figure file, in pixels. On the page a chart is as wide as its column."""

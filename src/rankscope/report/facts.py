@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from rankscope.nested import flatten
-from rankscope.report.catalogue import Catalogue
-from rankscope.report.formats import percent, size
+from rankscope.text.catalogue import Catalogue
+from rankscope.text.formats import percent, size
 
 
 class Fact(NamedTuple):

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import altair as alt
 import pandas as pd
 
-from rankscope.report.catalogue import Catalogue
-from rankscope.report.formats import Table, known, rate
-from rankscope.study import Evidence
+from rankscope.study.folder import Evidence
+from rankscope.text.catalogue import Catalogue
+from rankscope.text.formats import Table, known, rate
 
 POINTS_IN_TABLE = 6
 

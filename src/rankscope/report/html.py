@@ -21,11 +21,11 @@ import vl_convert
 from markupsafe import Markup
 
 from rankscope.report import charts
-from rankscope.report.catalogue import Catalogue
 from rankscope.report.colours import DARK, LIGHT, PAGE, declarations
 from rankscope.report.content import Content
 from rankscope.report.figures import Figure, Panel
 from rankscope.report.visible import visible
+from rankscope.text.catalogue import Catalogue
 
 VEGA_LITE = ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
 """The version that altair writes, in the form that vl_convert wants: `6.4`."""
@@ -102,7 +102,7 @@ setTimeout(ask, 1000);
 
 
 def render(content: Content, text: Catalogue, now: Mapping[str, Any] | None = None) -> str:
-    """The page as text, below 3 MB. With `now` (see `rankscope.watch`) a page that asks its server for news."""
+    """The page as text, below 3 MB. With `now` (see `rankscope.ui.watch`) a page that asks its server for news."""
     page_data = {
         "theme": charts.theme(PAGE),
         "charts": specifications(content),

@@ -4,12 +4,12 @@ import re
 from collections.abc import Iterable
 
 from rankscope.report.answers import Answered
-from rankscope.report.catalogue import Catalogue
 from rankscope.report.content import Content
 from rankscope.report.facts import Fact
 from rankscope.report.figures import Figure
-from rankscope.report.formats import Table
 from rankscope.report.visible import visible
+from rankscope.text.catalogue import Catalogue
+from rankscope.text.formats import Table
 
 
 def render(content: Content, text: Catalogue) -> str:

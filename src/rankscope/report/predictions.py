@@ -4,10 +4,10 @@ import math
 
 import pandas as pd
 
-from rankscope.report.catalogue import Catalogue
-from rankscope.report.formats import Table, change, known, rate, size
 from rankscope.report.tables import has_gpu
-from rankscope.study import Evidence
+from rankscope.study.folder import Evidence
+from rankscope.text.catalogue import Catalogue
+from rankscope.text.formats import Table, change, known, rate, size
 
 
 def prediction_tables(evidence: Evidence, text: Catalogue) -> list[Table]:

@@ -8,19 +8,19 @@ import vl_convert
 
 from rankscope.errors import StudyError
 from rankscope.files import write_atomic
-from rankscope.lora.spectrum import by_module
-from rankscope.report.catalogue import Catalogue
+from rankscope.lora.svd import by_module
 from rankscope.report.charts import theme
-from rankscope.report.formats import Table
 from rankscope.report.html import VEGA_LITE, chart_page
 from rankscope.report.visible import visible
 from rankscope.report.write import PNG_SCALE
+from rankscope.text.catalogue import Catalogue
+from rankscope.text.formats import Table
 
 KINDS = (".html", ".svg", ".png")
 
 
 def module_table(frame: pd.DataFrame, text: Catalogue) -> Table:
-    """What the layers of each module use of their rank, in the mean; `frame` is that of `rankscope.lora.spectrum`."""
+    """What the layers of each module use of their rank, in the mean; `frame` is that of `rankscope.lora.svd`."""
     table = by_module(frame)
     headers = [text(f"spectrum.{name}") for name in table.columns]
     rows = [

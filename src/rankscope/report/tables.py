@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from rankscope.study import Evidence
+from rankscope.study.folder import Evidence
 
 COMPARED = (
     "eval_loss_low",

@@ -6,12 +6,12 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from rankscope.report.catalogue import Catalogue
 from rankscope.report.encodings import colour, shape, sized
 from rankscope.report.figures import Figure, Panel, Section
-from rankscope.report.formats import Table, known, loss, percent, rate, signed, signed_percent, size
 from rankscope.report.tables import by_candidate
-from rankscope.study import Evidence
+from rankscope.study.folder import Evidence
+from rankscope.text.catalogue import Catalogue
+from rankscope.text.formats import Table, known, loss, percent, rate, signed, signed_percent, size
 
 
 def variant_section(evidence: Evidence, verdict: Mapping[str, Any] | None, text: Catalogue) -> list[Section]:
@@ -108,7 +108,7 @@ def variant_table(evidence: Evidence, verdict: Mapping[str, Any] | None, text: C
 
 
 def pattern_table(modules: pd.DataFrame, rank: int, text: Catalogue) -> Table:
-    """What a proposal of ranks by layer gives to each module; `modules` is `rankscope.pattern.by_module`'s."""
+    """What a proposal of ranks by layer gives to each module; `modules` is `rankscope.resize.pattern.by_module`'s."""
     names = ["module", "layers", "mean", "lowest", "highest"]
     rows = [
         [str(row["module"]), str(row["layers"]), f"{row['mean']:.1f}", str(row["lowest"]), str(row["highest"])]

@@ -11,10 +11,10 @@ import vl_convert
 
 from rankscope.files import write_atomic
 from rankscope.report import charts, html, markdown
-from rankscope.report.catalogue import Catalogue, load
 from rankscope.report.content import compose
 from rankscope.report.figures import Figure
-from rankscope.study import Evidence
+from rankscope.study.folder import Evidence
+from rankscope.text.catalogue import Catalogue, load
 
 PNG_SCALE = 2.0
 """Pixels for each point of the drawing: sharp in print and on dense screens."""

@@ -11,13 +11,13 @@ import optuna
 from rankscope.data.tokens import load
 from rankscope.errors import DataError, KilledError, ModelError
 from rankscope.files import JsonlWriter
-from rankscope.lora.base import fingerprint, load_model
+from rankscope.model.load import fingerprint, load_model
 from rankscope.search.driver import drive
 from rankscope.search.folder import Search, Spent
-from rankscope.search.pack import PackTrainer, step_tokens
 from rankscope.search.sampling import DONE, modules_text, open_journal, summary
 from rankscope.search.space import SearchSpec
-from rankscope.spec import StudySpec
+from rankscope.search.trainer import PackTrainer, step_tokens
+from rankscope.spec.models import StudySpec
 from rankscope.train.stopping import StopRequest
 
 log = logging.getLogger(__name__)

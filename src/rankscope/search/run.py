@@ -4,18 +4,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rankscope.base_size import check_base_fits
 from rankscope.data.tokens import load, save
 from rankscope.errors import OutOfMemoryError, StudyError
 from rankscope.files import write_json
-from rankscope.launch.local import LocalLauncher, run_locally
-from rankscope.plan import divide_into_packs
-from rankscope.runner import check_ranks, describe_data, describe_machine, prepare_data
+from rankscope.jobs.local import LocalLauncher, run_locally
+from rankscope.pipeline import check_ranks, describe_data, describe_machine, prepare_data
+from rankscope.plan.checks import check_base_fits
+from rankscope.plan.memory import predict
+from rankscope.plan.packs import divide_into_packs
 from rankscope.search import require_optuna
 from rankscope.search.folder import Search
-from rankscope.search.pack import step_tokens
 from rankscope.search.space import DEFAULT_RANKS, SearchSpec, resolve_ranks
-from rankscope.train.memory import predict
+from rankscope.search.trainer import step_tokens
 
 MOST_PLACES = 64
 

@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
 from rankscope.errors import StudyError, shortened
-from rankscope.options import assemble
-from rankscope.spec import AdapterSpec, Candidate, Count, Rank, Seed, StudySpec, Trial
+from rankscope.spec.models import AdapterSpec, Candidate, Count, Rank, Seed, StudySpec, Trial
+from rankscope.spec.options import assemble
 
 DEFAULT_RANKS = "4..256"
 DEFAULT_RATES = "3e-5..3e-3"

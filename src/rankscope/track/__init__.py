@@ -1,8 +1,9 @@
 """Trackers: what a study measures, shown in the tools that people know. Each stands in one file.
 
-A tracker has one run for each trial, grouped by study. It lives in a process of its own (`rankscope.track.beside`),
-which follows the study's files (`rankscope.track.follow`): training knows nothing of it, and goes on whatever happens
-to it, a wait or a crash.
+A tracker has one run for each trial, grouped by study. It lives in a process of its own
+(`rankscope.track.tracker_process`), which follows
+the study's files (`rankscope.track.follow`): training knows nothing of it, and goes on whatever happens to it, a wait
+or a crash.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The process of one tracker: `python -m rankscope.track STUDY NAME`, started by `rankscope.track.beside`.
+"""The process of one tracker: `python -m rankscope.track STUDY NAME`, started by `rankscope.track.tracker_process`.
 
 It ends when its standard input ends, which is also when the process that started it does. What it prints is shown to
 the user. What clients print is not kept: nobody knows what stands in it.
@@ -16,7 +16,7 @@ from typing import TextIO
 from filelock import FileLock
 
 from rankscope.files import write_atomic
-from rankscope.study import Study
+from rankscope.study.folder import Study
 from rankscope.track import open_tracker
 from rankscope.track.follow import Follower
 

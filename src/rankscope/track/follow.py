@@ -15,8 +15,8 @@ from typing import Any
 
 from rankscope.errors import DamagedError
 from rankscope.files import JsonlTail, read_json, understood, write_json
-from rankscope.spec import AnyTrial, Trial
-from rankscope.study import NOT_ENDED, SCHEMA, Study
+from rankscope.spec.models import AnyTrial, Trial
+from rankscope.study.folder import NOT_ENDED, SCHEMA, Study
 from rankscope.track import PROFILE_STEP, RANK, STEP, Point, Run, Tracker
 
 GB = 1e9

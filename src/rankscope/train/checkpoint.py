@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from rankscope.errors import DamagedError
 from rankscope.files import damaged, file_sha256, published, read_json, reading, understood, write_json
 from rankscope.train.optimizer import restore_state, saved_state
-from rankscope.train.pack import Member
+from rankscope.train.step import Member
 
 KEPT = 2
 

@@ -17,16 +17,18 @@ from rankscope.data.batches import steps_per_epoch
 from rankscope.data.tokens import TokenizedData, Tokens
 from rankscope.errors import KilledError, ModelError
 from rankscope.files import JsonlWriter, file_hashes, read_json, read_jsonl, write_json
-from rankscope.lora.base import free_bytes
 from rankscope.lora.layout import NotPackable
-from rankscope.spec import AnyTrial, StudySpec, TrainingSpec, Trial
-from rankscope.study import FINISHED, TRIAL_FILES
+from rankscope.model.load import free_bytes
+from rankscope.plan.memory import LOGIT_BYTES, tokens_per_forward
+from rankscope.spec.models import AnyTrial, StudySpec, TrainingSpec, Trial
+from rankscope.study.folder import FINISHED, TRIAL_FILES
 from rankscope.train.checkpoint import load_checkpoint, save_checkpoint
-from rankscope.train.cost import Cost, Products, count_costs, product_rate
 from rankscope.train.engine import Engine, ExampleLosses, PackedEngine, PeftEngine
-from rankscope.train.memory import LOGIT_BYTES, tokens_per_forward
+from rankscope.train.flops import Cost, Products, count_costs, product_rate
 from rankscope.train.optimizer import state_sizes
-from rankscope.train.pack import (
+from rankscope.train.probe import make_packable, probe_tokens
+from rankscope.train.recompute import recompute_layers
+from rankscope.train.step import (
     Member,
     StepMetrics,
     eval_steps,
@@ -36,8 +38,6 @@ from rankscope.train.pack import (
     total_steps,
     train_step,
 )
-from rankscope.train.probe import make_packable, probe_tokens
-from rankscope.train.recompute import recompute_layers
 from rankscope.train.stopping import StopRequest
 
 log = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from rankscope.errors import StudyError
-from rankscope.lora.quantized import require_bitsandbytes
-from rankscope.spec import TrainingSpec
+from rankscope.model.quantized import require_bitsandbytes
+from rankscope.spec.models import TrainingSpec
 
 SMALLEST_IN_8_BITS = 4096
 """Weights of a tensor: bitsandbytes keeps the states of smaller ones in float32."""

@@ -1,0 +1,132 @@
+"""Losses of cut adapters beside those of trained ranks: how wrong the estimate is where both are known.
+
+A cut is no training. The best adapter of a rank is at least as good on what it is trained on as any cut to that rank,
+so the curve of cuts bounds from above what a rank can reach there; whether training does reach lower, and by how much,
+is seen where the rank was trained too. Both are of the same seeds and held-out examples, and compared in pairs, as
+ranks are (`rankscope.analysis.comparison`).
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from rankscope.analysis.comparison import Estimate, estimate, judged_examples, label_tokens
+from rankscope.study.folder import Evidence
+
+CURVE_COLUMNS = ["kind", "recover_steps", "rank", "seeds", "eval_loss", "eval_loss_low", "eval_loss_high"]
+ERROR_COLUMNS = ["recover_steps", "rank", "seeds", "cut", "trained", "error", "error_low", "error_high"]
+ERROR_COLUMNS += ["error_sd", "error_share", "within"]
+
+
+def loss_curve(evidence: Evidence) -> pd.DataFrame:
+    """One row a point: `kind recover_steps rank seeds eval_loss eval_loss_low eval_loss_high`.
+
+    `kind` is `trained`, `cut` or `recovered`. Losses in nats a label token, means over seeds; the interval is of the
+    mean over the randomness of seeds, at the verdict's confidence (NaN with one seed).
+    """
+    trained, cut, tokens = _tables(evidence)
+    confidence = evidence.spec.verdict.confidence
+    rows = []
+    for rank, table in trained.items():
+        rows.append({"kind": "trained", "recover_steps": 0, "rank": rank} | _mean(table, tokens, confidence))
+    for (steps, rank), table in cut.items():
+        kind = "recovered" if steps else "cut"
+        rows.append({"kind": kind, "recover_steps": steps, "rank": rank} | _mean(table, tokens, confidence))
+    return pd.DataFrame(rows, columns=CURVE_COLUMNS)
+
+
+def curve_errors(evidence: Evidence) -> pd.DataFrame:
+    """One row for each cut to a rank that was trained too, the uncut rank left out: `recover_steps rank seeds cut
+    trained error error_low error_high error_sd error_share within`.
+
+    `error` is the cut's loss minus the trained one's in nats a label token, over the seeds that both have, with its
+    interval at the verdict's confidence and its standard deviation between seeds (both NaN with one); `error_share` is
+    its share of the trained loss. `within` says whether it lies within the verdict's margin, on either side: True or
+    False where the interval shows it, None where it does not; with one seed by the error itself.
+    """
+    trained, cut, tokens = _tables(evidence)
+    verdict = evidence.spec.verdict
+    top = max(evidence.spec.ranks)
+    rows = []
+    for (steps, rank), table in cut.items():
+        if rank not in trained or rank == top:
+            continue
+        seeds = table.index.intersection(trained[rank].index)
+        if seeds.empty:
+            continue
+        own, other = table.loc[seeds].to_numpy(), trained[rank].loc[seeds].to_numpy()
+        found, level = estimate(own - other, tokens), estimate(other, tokens).mean
+        low, high = found.interval(verdict.confidence)
+        by_seed = np.average(own - other, axis=1, weights=tokens)
+        rows.append(
+            {
+                "recover_steps": steps,
+                "rank": rank,
+                "seeds": len(seeds),
+                "cut": level + found.mean,
+                "trained": level,
+                "error": found.mean,
+                "error_low": _finite(low),
+                "error_high": _finite(high),
+                "error_sd": float(by_seed.std(ddof=1)) if len(seeds) > 1 else math.nan,
+                "error_share": found.mean / level,
+                "within": _within(found, level * verdict.margin, verdict.confidence),
+            }
+        )
+    return pd.DataFrame(rows, columns=ERROR_COLUMNS)
+
+
+def lowest_rank_within(points: pd.DataFrame, margin: float) -> int | None:
+    """The lowest rank of some points of `loss_curve` whose mean loss is at most 1 + `margin` times the highest rank's;
+    None without points."""
+    losses = {int(rank): float(loss) for rank, loss in zip(points["rank"], points["eval_loss"], strict=True)}
+    return min((rank for rank in losses if losses[rank] <= losses[max(losses)] * (1 + margin)), default=None)
+
+
+def _within(error: Estimate, margin: float, confidence: float) -> bool | None:
+    low, high = error.interval(confidence)
+    if math.isinf(high):
+        low = high = error.mean
+    if -margin <= low and high <= margin:
+        return True
+    return False if low > margin or high < -margin else None
+
+
+def _mean(table: pd.DataFrame, tokens: np.ndarray, confidence: float) -> dict[str, Any]:
+    found = estimate(table.to_numpy(), tokens)
+    low, high = found._replace(example_error=0.0).interval(confidence)  # all are judged on the same examples
+    ends = {"eval_loss_low": _finite(low), "eval_loss_high": _finite(high)}
+    return {"seeds": found.seeds, "eval_loss": found.mean} | ends
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else math.nan
+
+
+class _Tables(NamedTuple):
+    """Losses with seeds as rows and examples as columns, of the examples on which ranks are compared."""
+
+    trained: dict[int, pd.DataFrame]
+    cut: dict[tuple[int, int], pd.DataFrame]
+    """By recovery steps and rank."""
+    label_tokens: np.ndarray  # (E,)
+
+
+def _tables(evidence: Evidence) -> _Tables:
+    if evidence.examples.empty:
+        return _Tables({}, {}, np.ones(0))
+    judged = judged_examples(evidence.examples)
+    trained = {int(str(rank)): _table(part) for rank, part in judged.groupby("rank")}
+    tokens = label_tokens(judged)
+    if evidence.cuts is None or evidence.cuts.empty:
+        return _Tables(trained, {}, tokens)
+    same = evidence.cuts["candidate"].isin(judged["candidate"]) & evidence.cuts["example"].isin(judged["example"])
+    groups = evidence.cuts[same].groupby(["recover_steps", "cut_rank"])
+    cut = {(int(str(steps)), int(str(rank))): _table(part) for (steps, rank), part in groups}
+    return _Tables(trained, cut, tokens)
+
+
+def _table(part: pd.DataFrame) -> pd.DataFrame:
+    return part.pivot(index="seed", columns="example", values="loss")

@@ -1,0 +1,1 @@
+"""Kinds of job, and where they run: local processes or a Ray cluster."""

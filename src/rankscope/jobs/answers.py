@@ -1,0 +1,92 @@
+"""What each candidate answers on the same held-out prompts: for the eye, not for the verdict."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rankscope.data.tokens import Example, Tokens
+from rankscope.lora.adapters import remove_adapters
+from rankscope.lora.saved import attach, read_adapter
+from rankscope.model.load import load_tokenizer
+from rankscope.spec.models import StudySpec, Trial
+
+
+class Question(NamedTuple):
+    """The start of a held-out row, and how the row goes on."""
+
+    example: int
+    prompt_ids: list[int]
+    reference_ids: list[int]
+
+
+def questions(held_out: Tokens, count: int, max_length: int) -> list[Question]:
+    """The first `count` held-out rows; those that were cut come last, since their own answer is not whole."""
+    order = np.argsort(held_out.lengths >= max_length, kind="stable")[:count]
+    return [_question(int(number), held_out[int(number)]) for number in order]
+
+
+def _question(number: int, example: Example) -> Question:
+    first = int(example.is_label.argmax())
+    if first == 1:  # the loss is on all of the row, which has no answer of its own: ask for its second half
+        first = max(1, len(example.ids) // 2)
+    return Question(number, example.ids[:first].tolist(), example.ids[first:].tolist())
+
+
+def answer(model: PreTrainedModel, spec: StudySpec, adapters: Mapping[Trial, Path], held_out: Tokens) -> dict[str, Any]:
+    """Greedy answers of `model` and of each trial in `adapters` (the files of its weights), by PEFT's own forward.
+
+    Returns {"questions": [{"example", "prompt", "reference"}], "answers": {"base" or trial: [text]}}; each text has at
+    most `measure.answer_tokens` tokens, without the special ones. One prompt at a time, so that nothing is padded.
+    """
+    tokenizer = load_tokenizer(spec.model)
+    asked = questions(held_out, spec.measure.answers, spec.data.max_length)
+    answers = {"base": list(_generate(model, tokenizer, asked, spec.measure.answer_tokens))}
+    for trial, file in adapters.items():
+        attach(model, trial.name, read_adapter(file.parent))
+        answers[trial.name] = list(_generate(model, tokenizer, asked, spec.measure.answer_tokens))
+        remove_adapters(model)
+    texts = [
+        {
+            "example": question.example,
+            "prompt": _text(tokenizer, question.prompt_ids),
+            "reference": _text(tokenizer, question.reference_ids),
+        }
+        for question in asked
+    ]
+    return {"questions": texts, "answers": answers}
+
+
+def _generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Question], most: int
+) -> Iterator[str]:
+    ends = _ids(tokenizer.eos_token_id) | _ids(getattr(model.generation_config, "eos_token_id", None))
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for question in asked:
+        room = positions - len(question.prompt_ids) if positions else most
+        # A configuration of our own: the model's may ask for sampling, and two runs are to give the same answers.
+        model.generation_config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=max(1, min(most, room)),
+            eos_token_id=sorted(ends),
+            pad_token_id=min(ends),
+            use_cache=True,
+        )
+        prompt = torch.tensor([question.prompt_ids], device=model.device)
+        with torch.no_grad():
+            found: Any = model.generate(prompt, attention_mask=torch.ones_like(prompt))  # type: ignore[operator]
+        yield _text(tokenizer, found[0, len(question.prompt_ids) :].tolist())
+
+
+def _ids(value: int | Sequence[int] | None) -> set[int]:
+    """The ids of a field that holds one, several or none."""
+    if value is None:
+        return set()
+    return {value} if isinstance(value, int) else set(value)
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True))

@@ -1,0 +1,412 @@
+"""Jobs as Ray tasks, on a laptop, a server with several GPUs, or a cluster (https://docs.ray.io).
+
+A task runs one job's child process in a folder of its own on its node. What the job writes there is streamed to this
+process, which alone writes the study's directory: no shared file system is needed. A job whose node or worker is lost
+starts again on another from what has come, which is a checkpoint interval old at most.
+
+rankscope must be installed on every node, in the same version, and the model must be reachable from each.
+"""
+
+import itertools
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from rankscope import __version__
+from rankscope.errors import (
+    KilledError,
+    MissingExtraError,
+    OutOfMemoryError,
+    RankscopeError,
+    StudyError,
+    WorkerError,
+)
+from rankscope.jobs.job import Job, Site
+from rankscope.jobs.mirror import PIECE_BYTES, Change, Mirror, Replica, collect, pieces
+from rankscope.jobs.process import JobProcess
+from rankscope.jobs.queue import POLL_SECONDS
+from rankscope.spec.models import ModelSpec
+
+MOST_STARTS = 4
+"""Of one job, on nodes that are lost."""
+
+SURVEY_SECONDS = 120.0
+"""How long to wait for all nodes to tell what they have; those that have not by then are not waited for."""
+
+AHEAD = 4
+"""Messages of a job that may wait to be written here; then it waits too."""
+
+SHARED = ("study.yaml", "data")
+"""What every job reads of a study, and none changes."""
+
+
+class Node(NamedTuple):
+    """A node of the cluster that can run jobs."""
+
+    id: str
+    name: str
+    cpus: int
+    gpus: int
+    memory_bytes: int
+
+
+class Share(NamedTuple):
+    """What a job takes of a node."""
+
+    cpus: int
+    gpus: int
+
+    def times(self, node: Node) -> int:
+        """How many jobs a node can run at a time."""
+        return min(node.cpus // self.cpus if self.cpus else node.gpus, node.gpus if self.gpus else node.cpus)
+
+
+class RayLauncher:
+    """Ray tasks, on the cluster at `address`; without one, on that which `RAY_ADDRESS` names or that runs here, else
+    on a Ray of this machine alone, which ends with the run.
+
+    Raises:
+        MissingExtraError: Ray is not installed.
+        StudyError: there is no cluster at `address`, or no node of it has what `model.device` asks for.
+    """
+
+    loads_once = False
+
+    def __init__(self, model: ModelSpec, address: str | None, say: Callable[[str], None]) -> None:
+        self._model, self.say = model, say
+        self._ray = require_ray()
+        self._began = not self._ray.is_initialized()
+        if self._began:
+            _connect(address)
+        try:
+            nodes = self._nodes()
+            self._share = share(nodes, _kind(model.device, nodes))
+            self._profiled_on: str | None = None
+            here = self._ray.get_runtime_context().get_node_id()  # it is lost with this process only
+            mailbox = self._ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=_on(here))
+            self._mailbox: Any = mailbox.remote()
+            self._task: Any = self._ray.remote(_work)
+            self._shared: dict[str, list[Any]] = {}
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _nodes(self) -> list[Node]:
+        alive = [node for node in self._ray.nodes() if node["Alive"]]
+        return [
+            Node(
+                node["NodeID"],
+                node["NodeManagerHostname"],
+                int(node["Resources"].get("CPU", 0)),
+                int(node["Resources"].get("GPU", 0)),
+                int(node["Resources"].get("memory", 0)),
+            )
+            for node in alive
+        ]
+
+    def places(self) -> int:
+        return max(1, sum(map(self._share.times, self._able())))
+
+    def _able(self) -> list[Node]:
+        return [node for node in self._nodes() if self._share.times(node)]
+
+    def site(self) -> Site:
+        nodes = {node.id: node for node in self._able()}
+        look: Any = self._ray.remote(_look)
+        asked = {
+            look.options(num_cpus=0, num_gpus=self._share.gpus, scheduling_strategy=_on(node)).remote(self._model): node
+            for node in nodes
+        }
+        answered, late = self._ray.wait(list(asked), num_returns=len(asked), timeout=SURVEY_SECONDS)
+        if not answered:
+            self.say("No device of the cluster is free yet; waiting for one")
+            answered, late = self._ray.wait(list(asked))
+        for task in late:
+            self._ray.cancel(task)
+        try:
+            sites: dict[str, Site] = {asked[task]: self._ray.get(task) for task in answered}
+        except self._ray.exceptions.RayError as error:
+            raise _cannot_work(error) from error
+        first = next(iter(sites))
+        self._profiled_on = first
+        hardware = dict(sites[first].hardware)
+        if len(sites) > 1:
+            hardware["nodes"] = [{"name": nodes[node].name, **_short(site.hardware)} for node, site in sites.items()]
+        versions = [site.versions for site in sites.values()]
+        for name, version in versions[0].items():
+            if any(other[name] != version for other in versions):
+                self.say(f"The nodes have different versions of {name}; results may differ with where a trial ran.")
+        found = min(sites.values(), key=lambda site: site.free_bytes)
+        return sites[first]._replace(here=False, free_bytes=found.free_bytes, hardware=hardware)
+
+    def start(self, study: Path, job: Job) -> "RayJob":
+        return RayJob(self, study, job)
+
+    def submit(self, study: Path, job: Job, number: int) -> Any:
+        """Starts the job's task; the stream of its messages."""
+        if not self._shared:
+            self._shared = self._put(study, collect(study, SHARED))
+        files = self._shared | self._put(study, collect(study, (job.folder, *job.reads)))
+        options: dict[str, Any] = {"num_cpus": self._share.cpus, "num_gpus": self._share.gpus}
+        able = self._able()
+        if job.alone:
+            node = self._one_of(able)
+            able = [node]
+            options["scheduling_strategy"] = _on(node.id)
+            options["num_cpus"] = self._share.cpus if self._share.gpus else node.cpus
+        # More than any node has would be waited for without end.
+        options["memory"] = min(job.memory_bytes, max((node.memory_bytes for node in able), default=0))
+        task = self._task.options(
+            num_returns="streaming", max_retries=0, _generator_backpressure_num_objects=AHEAD, **options
+        )
+        return task.remote(files, dict(job.content), job.folder, str(study), self._mailbox, number)
+
+    def _one_of(self, able: Sequence[Node]) -> Node:
+        """The node of all jobs that are to be alone, so that costs can be compared."""
+        if not able:
+            raise StudyError("no node of the Ray cluster can run a job any more", "Start one, and run the study again.")
+        node = next((node for node in able if node.id == self._profiled_on), able[0])
+        if self._profiled_on not in (None, node.id):
+            self.say(f"Costs are measured on another node from here on, {node.name}: the first is gone.")
+        self._profiled_on = node.id
+        return node
+
+    def _put(self, study: Path, names: Iterable[str]) -> dict[str, list[Any]]:
+        """Each file in pieces, in Ray's object store."""
+        return {name: [self._ray.put(change) for change in pieces(study, name)] for name in names}
+
+    def stop(self, number: int) -> None:
+        """Lets the task of that number know that its job should stop."""
+        self._mailbox.stop.remote(number)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._began:
+            self._ray.shutdown()
+
+
+_numbers = itertools.count()
+
+
+class RayJob:
+    """A job that runs as a Ray task."""
+
+    def __init__(self, launcher: RayLauncher, study: Path, job: Job) -> None:
+        self.job, self._launcher, self._study = job, launcher, study
+        self._ray = require_ray()
+        self._starts, self._stopped = 0, False
+        self._ended, self._error = False, None  # type: bool, RankscopeError | None
+        self._start()
+
+    def _start(self) -> None:
+        self._starts += 1
+        self._number, self._replica = next(_numbers), Replica(self._study)
+        self._stream = self._launcher.submit(self._study, self.job, self._number)
+
+    def is_running(self) -> bool:
+        while not self._ended and self._ray.wait([self._stream], timeout=0)[0]:
+            try:
+                self._take(self._ray.get(next(self._stream)))
+            except self._ray.exceptions.OutOfMemoryError as error:
+                self._end(OutOfMemoryError(f"{self.job.folder}: Ray ended it for lack of memory", _first_line(error)))
+            except self._ray.exceptions.RayTaskError as error:
+                self._end(error.cause if isinstance(error.cause, RankscopeError) else _cannot_work(error))
+            except (self._ray.exceptions.RayError, StopIteration) as error:
+                self._lost(error)
+        return not self._ended
+
+    def _take(self, message: "Changes | Ended") -> None:
+        if isinstance(message, Ended):
+            self._end(message.error)
+        else:
+            self._replica.apply(message.changes)
+
+    def _end(self, error: RankscopeError | None) -> None:
+        self._ended, self._error = True, error
+
+    def _lost(self, error: Exception) -> None:
+        what = f"{self.job.folder}: its worker or node is lost ({type(error).__name__})"
+        if self._stopped or self._starts >= MOST_STARTS:
+            self._end(KilledError(what, "Run the study again: it goes on where it was."))
+            return
+        self._launcher.say(f"{what}; it goes on elsewhere from its last checkpoint")
+        self._start()
+
+    def error(self) -> RankscopeError | None:
+        return self._error
+
+    def stop(self) -> None:
+        self._stopped = True
+        self._launcher.stop(self._number)
+
+    def kill(self) -> None:
+        self._ray.cancel(self._stream, force=True)
+        self._end(KilledError(f"{self.job.folder} was killed"))
+
+
+class Changes(NamedTuple):
+    """A message of a task: what its job has written."""
+
+    changes: list[Change]
+
+
+class Ended(NamedTuple):
+    """The last message."""
+
+    error: RankscopeError | None
+
+
+class _Mailbox:
+    """An actor that holds which jobs should stop. It goes with the process that began it."""
+
+    def __init__(self) -> None:
+        self._stopped: set[int] = set()
+
+    def stop(self, number: int) -> None:
+        self._stopped.add(number)
+
+    def is_stopped(self, number: int) -> bool:
+        return number in self._stopped
+
+
+def _look(model: ModelSpec) -> Site:
+    """What a node has."""
+    from rankscope.jobs.local import LocalLauncher
+
+    return LocalLauncher(model).site()
+
+
+def _work(
+    files: dict[str, list[Any]], content: dict[str, Any], folder: str, study: str, mailbox: Any, number: int
+) -> "Iterator[Changes | Ended]":
+    """A task: runs the job in a folder that begins with `files`, and sends what it writes."""
+    ray = require_ray()
+    with tempfile.TemporaryDirectory(prefix="rankscope-") as scratch:
+        root = Path(scratch)
+        for name in files:
+            Replica(root).apply(ray.get(piece) for piece in files[name])
+        files.clear()
+        mirror = Mirror(root)
+        process = JobProcess(root, content, root / folder)
+        try:
+            going, stopped = True, False
+            while going:
+                going = process.is_running(POLL_SECONDS)
+                yield from _messages(mirror.changes())
+                if not stopped and ray.get(mailbox.is_stopped.remote(number)):
+                    stopped = True
+                    process.stop()
+            error = process.error()
+            if error is not None:
+                error = type(error)(error.what.replace(scratch, study), error.todo.replace(scratch, study))
+            yield Ended(error)
+        finally:
+            if process.is_running():  # this task is cancelled, or what asked for it is gone
+                process.kill()
+
+
+def _messages(changes: Iterable[Change]) -> Iterator[Changes]:
+    """Changes in groups of about `PIECE_BYTES`."""
+    group: list[Change] = []
+    for change in changes:
+        group.append(change)
+        if sum(len(one.data or b"") for one in group) >= PIECE_BYTES:
+            yield Changes(group)
+            group = []
+    if group:
+        yield Changes(group)
+
+
+def require_ray() -> Any:
+    """The module.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+    os.environ.setdefault("RAY_worker_niceness", "0")  # of a Ray that is started here: its 15 gives way to all else
+    try:
+        import ray
+    except ImportError:
+        raise MissingExtraError("Ray is not installed", "Install it: pip install 'rankscope[ray]'.") from None
+    return ray
+
+
+def _connect(address: str | None) -> None:
+    if address and address.startswith("ray://"):
+        raise StudyError(
+            f"--ray-address {address}: Ray's client cannot stream what a job writes",
+            "Run rankscope on a node of the cluster, by `ray job submit` for one, and give HOST:PORT or auto.",
+        )
+    ray = require_ray()
+    try:
+        ray.init(
+            address,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            include_dashboard=False if address is None else None,
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise StudyError(
+            f"Ray at {address or 'this machine'}: {_first_line(error)}",
+            "Give the address of a running cluster (`ray start --head` prints it), or none to start Ray here.",
+        ) from None
+
+
+def _kind(device: str, nodes: list[Node]) -> str:
+    """cpu or cuda, as the study asks and the cluster has."""
+    has_gpu = any(node.gpus for node in nodes)
+    if device == "auto":
+        return "cuda" if has_gpu else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise StudyError(f"model.device: {device}: Ray chooses the device of each job", "Use auto, cpu or cuda.")
+    if device == "cuda" and not has_gpu:
+        raise StudyError("model.device: cuda asked for, but no node of the Ray cluster has a GPU", "Use --device cpu.")
+    return device
+
+
+def share(nodes: list[Node], kind: str) -> Share:
+    """What each job takes: one GPU, with its share of the cores; without GPUs all cores of the smallest node.
+
+    Raises:
+        StudyError: no node can run anything.
+    """
+    if kind == "cuda":
+        return Share(min(node.cpus // node.gpus for node in nodes if node.gpus), 1)
+    cpus = [node.cpus for node in nodes if node.cpus]
+    if not cpus:
+        raise StudyError("no node of the Ray cluster has a CPU to give", "Start one: ray start --address HOST:PORT.")
+    return Share(min(cpus), 0)
+
+
+def _on(node: str) -> Any:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+
+
+def _cannot_work(error: Exception) -> RankscopeError:
+    """A task that could not even begin its job."""
+    if "No module named 'rankscope" in str(error):
+        return StudyError(
+            "rankscope is not installed on a node of the Ray cluster",
+            f"Install it on every node, with what the study needs: pip install rankscope=={__version__}",
+        )
+    return WorkerError(f"a task on the Ray cluster failed: {_last_line(error)}")
+
+
+def _short(hardware: dict[str, Any]) -> dict[str, Any]:
+    return {name: hardware[name] for name in ("cpu", "cores", "memory_bytes", "gpus")}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().rpartition("\n")[2]

@@ -1,0 +1,91 @@
+"""What people also ask for: perplexity, token accuracy, forgetting, diverged trials, and full fine-tuning beside it."""
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import pandas as pd
+
+from rankscope.study.folder import Evidence
+from rankscope.text.catalogue import Catalogue
+from rankscope.text.formats import Table, known, loss, percent, rate, signed
+
+_MEANS = ["eval_loss", "eval_perplexity", "eval_accuracy", "general_change"]
+
+
+def also_by_candidate(results: pd.DataFrame) -> pd.DataFrame:
+    """One row a candidate of `Study.results()`, or of `Study.reference_results()`, in their order.
+
+    Columns: `candidate rank learning_rate trials finished diverged eval_loss eval_perplexity eval_accuracy
+    general_change`. `general_change` is the loss on the general text after training minus before (nats a token). From
+    `eval_loss` on, means over finished trials; NaN where there is none.
+    """
+    change = results["general_loss_after"] - results["general_loss_before"]
+    status, candidate = results["status"], results["candidate"]
+    everything = results.groupby("candidate", sort=False)
+    table = everything[["rank", "learning_rate"]].first()
+    table["trials"] = everything.size()
+    table["finished"] = (status == "done").groupby(candidate).sum()
+    table["diverged"] = (status == "diverged").groupby(candidate).sum()
+    done = results.assign(general_change=change)[status == "done"]
+    return table.join(done.groupby("candidate")[_MEANS].mean()).reset_index(names="candidate")
+
+
+def full_fine_tuning(evidence: Evidence, verdict: Mapping[str, Any] | None) -> pd.DataFrame:
+    """The row of `also_by_candidate` of full fine-tuning at the rate that the verdict found best, or at the first where
+    none finished; none where the study has no reference."""
+    if evidence.reference_results is None or evidence.reference_results.empty:
+        return pd.DataFrame()
+    table = also_by_candidate(evidence.reference_results)
+    best = table[table["candidate"] == (verdict or {}).get("reference_candidate")]
+    return table.head(1) if best.empty else best
+
+
+def also_measured(evidence: Evidence, verdict: Mapping[str, Any] | None, text: Catalogue) -> Table:
+    """The table: a row a candidate, and one of full fine-tuning. Forgetting and the loss over that of full fine-tuning
+    have a column where they were asked for."""
+    none = text("none")
+
+    def show(value: float | None, number: Callable[[float], str]) -> str:
+        return number(value) if value is not None and known(value) else none
+
+    compared = {row["candidate"]: row for row in (verdict or {}).get("comparison", [])}
+
+    def over_full(candidate: str) -> str:
+        row = compared.get(candidate, {})
+        low, high = row.get("over_full_low"), row.get("over_full_high")
+        interval = "" if low is None or high is None else f"\n[{signed(low)}, {signed(high)}]"
+        return show(row.get("over_full"), signed) + interval
+
+    full = full_fine_tuning(evidence, verdict)
+    columns: dict[str, Callable[[Mapping[Hashable, Any]], str]] = {
+        "rank": lambda row: rank_name(row["rank"], text),
+        "learning_rate": lambda row: rate(row["learning_rate"]),
+        "eval_loss": lambda row: show(row["eval_loss"], loss),
+    }
+    if not full.empty:
+        columns["over_full"] = lambda row: over_full(row["candidate"])
+    columns["perplexity"] = lambda row: show(row["eval_perplexity"], lambda value: f"{value:.4g}")
+    columns["accuracy"] = lambda row: show(row["eval_accuracy"], percent)
+    if evidence.spec.measure.forgetting is not None:
+        columns["forgetting"] = lambda row: show(row["general_change"], signed)
+    columns["diverged"] = lambda row: f"{row['diverged']} / {row['trials']}"
+    records = also_by_candidate(evidence.results).to_dict("records") + full.to_dict("records")
+    rows = [[cell(row) for cell in columns.values()] for row in records]
+    return Table(text("also.caption"), [text(f"table.{name}") for name in columns], [True] * len(columns), rows)
+
+
+def also_notes(evidence: Evidence, text: Catalogue) -> list[str]:
+    """What forgetting means and what full fine-tuning is, in a sentence or two each, where the study has them."""
+    notes = []
+    before = evidence.results["general_loss_before"].dropna()
+    if evidence.spec.measure.forgetting is not None and not before.empty:
+        notes.append(text("also.forgetting", text=evidence.spec.measure.forgetting, before=loss(before.iloc[0])))
+    rates = sorted({trial.learning_rate for trial in evidence.spec.reference_trials()})
+    if rates:
+        notes.append(text("also.full", rates=", ".join(map(rate, rates))))
+    return notes
+
+
+def rank_name(rank: int, text: Catalogue) -> str:
+    """The rank, or the words for full fine-tuning, which has none (0)."""
+    return str(rank) if rank else text("table.full")

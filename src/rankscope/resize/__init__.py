@@ -1,0 +1,1 @@
+"""Smaller adapters by truncated SVD."""

@@ -1,0 +1,103 @@
+"""Candidates that share one base model, each at a step of its own schedule."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from rankscope.data.tokens import TokenizedData, Tokens
+from rankscope.lora.adapters import remove_adapter
+from rankscope.lora.packed import pack_layers
+from rankscope.search.space import Asked, SearchSpec
+from rankscope.train.loop import choose_engine
+from rankscope.train.step import (
+    Member,
+    batch_at,
+    finite_weights,
+    make_member,
+    save_member,
+    spread,
+    total_steps,
+    train_step,
+)
+
+
+class PackTrainer:
+    """A `rankscope.search.driver.Trainer` of at most `places` candidates at a time.
+
+    A candidate's losses are those of the same trial of `rankscope run`, up to rounding: the same initial weights,
+    batches and schedule. At rungs only a part of the held-out rows is taken: see `rung_rows`.
+    """
+
+    def __init__(self, model: PreTrainedModel, spec: SearchSpec, data: TokenizedData, places: int) -> None:
+        self.model, self.spec, self.data = model, spec, data
+        self.training = spec.study.training
+        self.steps = total_steps(self.training, len(data.train))
+        self.rung_data = rung_rows(spec, data, self.steps)
+        self.members: dict[str, Member] = {}
+        # Whether the model can be packed, and how large its forwards may be, is asked with all places taken by the
+        # largest candidates.
+        groups = len(spec.space.target_modules)
+        largest = [spec.largest(number, number % groups) for number in range(max(places, groups))]
+        choice = choose_engine(model, [self._member(asked) for asked in largest], self.training)
+        self.engine, self.engine_reason = choice.engine, choice.reason
+        for asked in largest:
+            remove_adapter(model, asked.name)
+
+    def _member(self, asked: Asked) -> Member:
+        return make_member(self.model, asked, self.training, self.steps, self.spec.study.model.id)
+
+    def add(self, asked: Asked) -> None:
+        self.members[asked.name] = self._member(asked)
+        if self.engine.name == "packed":
+            pack_layers(self.model)  # those that carried no adapter before
+
+    def remove(self, name: str) -> None:
+        del self.members[name]
+        remove_adapter(self.model, name)
+
+    def step(self, steps: Mapping[str, int]) -> dict[str, float]:
+        members = [self.members[name] for name in steps]
+        metrics = train_step(self.engine, members, self.data.train, self.training, list(steps.values()))
+        losses = {}
+        for name, result in zip(steps, metrics, strict=True):
+            losses[name] = result.loss if result.finite else float("nan")
+        return losses
+
+    def evaluate(self, steps: Mapping[str, int]) -> dict[str, float]:
+        ended = [name for name, step in steps.items() if step == self.steps]
+        losses: dict[str, float] = {}
+        for names, tokens in ((ended, self.data.eval), ([n for n in steps if n not in ended], self.rung_data)):
+            if names:
+                means = [result.mean for result in self.engine.evaluate(tokens, names)]
+                losses |= dict(zip(names, means, strict=True))
+        return {
+            name: loss if name not in ended or finite_weights(self.members[name]) else float("nan")
+            for name, loss in losses.items()
+        }
+
+    def save(self, name: str, folder: Path) -> None:
+        """Writes a candidate's adapter in PEFT's format."""
+        save_member(self.members[name], folder)
+
+
+def rung_rows(spec: SearchSpec, data: TokenizedData, steps: int) -> Tokens:
+    """The held-out rows that are looked at before the end of the schedule, the same at all rungs.
+
+    As many as were trained on up to the first rung: evaluation has no backward, so it takes at most about a third of
+    the time of training.
+    """
+    rungs = spec.rung_steps(steps)
+    trained = rungs[0] * spec.study.training.effective_batch_size if rungs else len(data.eval)
+    rows = min(trained, len(data.eval))
+    return Tokens.from_examples([data.eval[row] for row in spread(len(data.eval), rows)])
+
+
+def step_tokens(spec: SearchSpec, data: TokenizedData) -> list[int]:
+    """Training tokens of each step of the schedule: the same for all candidates, which have one seed."""
+    training = spec.study.training
+    (trial,) = spec.study.model_copy(
+        update={"ranks": spec.study.ranks[:1], "learning_rates": spec.study.learning_rates[:1]}
+    ).trials()
+    steps = range(total_steps(training, len(data.train)))
+    return [int(data.train.lengths[batch_at(trial, data.train, training, step)].sum()) for step in steps]

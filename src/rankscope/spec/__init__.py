@@ -1,0 +1,1 @@
+"""What is asked: the models of study.yaml, candidates, options."""

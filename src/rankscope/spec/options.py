@@ -1,0 +1,205 @@
+"""From a study's file, options and `--set KEY=VALUE` to the study that they ask for."""
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from rankscope.errors import StudyError, did_you_mean
+from rankscope.spec.models import StudySpec, resolve_spec, short_form
+
+
+class _Yaml(NamedTuple):
+    """What YAML text says, and the line on which each field stands, `training.steps` for one."""
+
+    values: Any
+    lines: dict[str, int]
+
+
+def read_study_file(path: Path) -> dict[str, Any]:
+    """Reads a study's YAML as a mapping, not yet validated.
+
+    Raises:
+        StudyError: the file is missing, is not YAML, has a field twice, or is not a mapping.
+    """
+    values = _parse_file(path).values
+    if not isinstance(values, dict):
+        found = "nothing" if values is None else type(values).__name__
+        raise StudyError(
+            f"{path}: expected fields such as model and data, found {found}", "studies/ has files to begin with."
+        )
+    return values
+
+
+def _parse_file(path: Path) -> _Yaml:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise StudyError(f"{path}: no such study file", "Give the path of a .yaml file, or use --model.") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise StudyError(f"{path}, line {line}: not valid UTF-8", "Save the file as UTF-8.") from None
+    except OSError as error:
+        raise StudyError(f"{path}: cannot be read: {error.strerror}", "Give the path of a .yaml file.") from None
+    try:
+        return _parse(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise StudyError(
+            f"{path}, line {line}: not valid YAML: {_problem(error)}", "Correct the file at that line."
+        ) from None
+    except Exception as error:  # YAML's constructors raise what they like: !!int x, a date that does not exist
+        raise StudyError(f"{path}: not valid YAML: {_problem(error)}", "Correct the file.") from None
+
+
+def _parse(text: str) -> _Yaml:
+    """`yaml.safe_load`, with lines, and without a field that stands twice: its first value would be lost unseen."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        lines: dict[str, int] = {}
+        for field, mark in _fields(node, "", set()) if node else ():
+            if field in lines:
+                raise yaml.MarkedYAMLError(problem=f"{field} stands on line {lines[field]} already", problem_mark=mark)
+            lines[field] = mark.line + 1
+        return _Yaml(loader.construct_document(node) if node else None, lines)
+    finally:
+        loader.dispose()
+
+
+def _fields(node: yaml.Node, prefix: str, seen: set[int]) -> Iterator[tuple[str, yaml.Mark]]:
+    """Every field below `node` with where it stands; what an alias repeats only once."""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    inner: list[tuple[str, yaml.Mark, yaml.Node]] = []
+    if isinstance(node, yaml.MappingNode):
+        inner = [(str(key.value), key.start_mark, value) for key, value in node.value if key.tag != _MERGE]
+    elif isinstance(node, yaml.SequenceNode):
+        inner = [(str(number), item.start_mark, item) for number, item in enumerate(node.value)]
+    for name, mark, value in inner:
+        yield prefix + name, mark
+        yield from _fields(value, f"{prefix}{name}.", seen)
+
+
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+def _problem(error: Exception) -> str:
+    """In one line."""
+    return str(getattr(error, "problem", None) or error or type(error).__name__).split("\n")[0]
+
+
+def set_value(values: dict[str, Any], assignment: str) -> None:
+    """Applies one `--set training.steps=200` to a nested mapping, in place; the value is read as YAML.
+
+    Raises:
+        StudyError: it is not KEY=VALUE, or the value is missing or not YAML.
+    """
+    key, equals, text = assignment.partition("=")
+    if not equals or not key:
+        raise StudyError(f"--set {assignment}: expected KEY=VALUE", "For example --set training.steps=200.")
+    try:
+        value = _parse(text).values
+    except Exception as error:
+        raise StudyError(
+            f"--set {assignment}: the value is not valid YAML: {_problem(error)}", "Put it in quotes."
+        ) from None
+    if value is None and text.strip().lower() not in ("null", "~"):
+        raise StudyError(f"--set {assignment}: no value is given", f"For none, write --set {key}=null.")
+    set_field(values, key, value)
+
+
+def set_field(values: dict[str, Any], key: str, value: Any) -> None:
+    """Sets `training.steps` in a nested mapping, in place."""
+    *parents, last = key.split(".")
+    target = values
+    for parent in parents:
+        if target.get(parent) is None:
+            target[parent] = {}
+        target = target[parent]
+        if not isinstance(target, dict):
+            raise StudyError(
+                f"{key}: {parent} is {short_form(target)}, not a group of fields", "Name a field such as model.id."
+            )
+    target[last] = value
+
+
+OPTION_FIELDS = {
+    "name": "name",
+    "model": "model.id",
+    "revision": "model.revision",
+    "dtype": "model.dtype",
+    "device": "model.device",
+    "quantization": "model.quantization",
+    "dataset": "data.id",
+    "max_length": "data.max_length",
+    "loss_on": "data.loss_on",
+    "ranks": "ranks",
+    "variants": "variants",
+    "learning_rates": "learning_rates",
+    "seeds": "seeds",
+    "alpha": "adapter.alpha",
+    "target_modules": "adapter.target_modules",
+    "lora_dropout": "adapter.lora_dropout",
+    "use_rslora": "adapter.use_rslora",
+    "steps": "training.steps",
+    "epochs": "training.epochs",
+    "batch_size": "training.batch_size",
+    "engine": "training.engine",
+    "isolated": "training.isolated",
+    "max_gpu_memory": "verdict.max_gpu_memory",
+    "max_runtime": "verdict.max_runtime",
+}
+"""The options of the command line and of `rankscope.run`, and the field each one sets."""
+
+
+def assemble(
+    values: Mapping[str, Any], options: Mapping[str, Any], assignments: Sequence[str] = (), file: Path | None = None
+) -> StudySpec:
+    """A study from a file's values, options over them (None means not given), and `--set` assignments over both.
+
+    Errors name `file` and the line of what the values, which were read from it, have wrong.
+
+    Raises:
+        StudyError: an option or field is unknown or wrong.
+    """
+    merged = copy.deepcopy(dict(values))
+    for option, value in options.items():
+        if option not in OPTION_FIELDS:
+            raise StudyError(
+                f"{option}: unknown option{did_you_mean(option, OPTION_FIELDS)}",
+                f"Known: {', '.join(OPTION_FIELDS)}.",
+            )
+        if value is not None:
+            set_field(merged, OPTION_FIELDS[option], value)
+    training = merged.get("training")
+    if isinstance(training, dict):  # a length given by option replaces the file's
+        if options.get("steps") is not None and options.get("epochs") is None:
+            training.pop("epochs", None)
+        if options.get("epochs") is not None and options.get("steps") is None:
+            training.pop("steps", None)
+    for assignment in assignments:
+        set_value(merged, assignment)
+    if "name" not in merged:
+        merged["name"] = _default_name(merged)
+    if file is None:
+        return resolve_spec(merged)
+    over = [OPTION_FIELDS[option] for option in options if options[option] is not None]
+    over += [assignment.partition("=")[0] for assignment in assignments]
+    lines = {
+        field: line
+        for field, line in _parse_file(file).lines.items()
+        if not any(f"{field}.".startswith(f"{given}.") for given in over)
+    }
+    return resolve_spec(merged, f"the study {file}", lines)
+
+
+def _default_name(values: Mapping[str, Any]) -> str:
+    groups = [values.get(name) for name in ("model", "data")]
+    parts = [group.get("id") for group in groups if isinstance(group, dict)]
+    words = [re.sub(r"[^A-Za-z0-9._-]+", "-", Path(part).stem).strip("-._") for part in parts if isinstance(part, str)]
+    return "-".join(word for word in words if word)[:100] or "study"

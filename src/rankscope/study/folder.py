@@ -1,0 +1,848 @@
+"""The study directory: open, resume, read results and curves.
+
+    NAME/
+      study.yaml                  the question, resolved and complete
+      machine.json                hardware, versions, model (its fingerprint is in trial.json, the data's in facts.json)
+      data/                       tokens.safetensors, facts.json (what every trial reads)
+      prediction.json             memory and time of each candidate, told before anything was trained
+      trials/r008-lr2e-4-s0/      trial.json, metrics.jsonl, eval.json, adapter/
+      reference/full-lr2e-5-s0/   of full fine-tuning: the same files without weights, and job.json, log.txt
+      packs/division.json         which trials train together
+      packs/p000/                 pack.json, job.json, log.txt; checkpoints/ until it has ended
+      profiles/r008.json          time and memory of each repeat of a rank's profile, with samples
+      profiles/control.json       the same of the lowest rank, measured twice over: the noise of every cost
+      failures.json               profiles and answers that did not finish when they were last tried, and why
+      answers/                    answers.json: what the base and each candidate answer on the same held-out prompts
+      curve/                      curve.json: held-out losses of the largest rank's adapters, cut to lower ranks
+      tables/                     curves.parquet, curves.json: all metrics.jsonl in columns, where they are very many
+      tracking/                   what trackers have been sent
+      verdict.json
+      report/                     index.html, report.md, results.csv, results.parquet, figures/
+
+Each file has one writer. The tables below are tidy pandas DataFrames, whose columns are their contract.
+"""
+
+import hashlib
+import math
+import os
+import platform
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import cached_property, partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import psutil
+import yaml
+from filelock import FileLock, Timeout
+
+from rankscope.errors import DamagedError, StudyDirectoryError, StudyError
+from rankscope.files import (
+    damaged,
+    file_hashes,
+    file_sha256,
+    find_json,
+    inside,
+    is_free,
+    leftovers,
+    parse_json,
+    read_json,
+    read_whole,
+    reading,
+    refuse_links_out,
+    understood,
+    unlike_its_hash,
+    write_atomic,
+    write_json,
+    writing,
+)
+from rankscope.nested import flatten
+from rankscope.spec.models import PLAIN, AnyTrial, FullTrial, StudySpec, Trial, resolve_spec, write_yaml
+from rankscope.study import tables
+from rankscope.study.curve_table import find_table
+from rankscope.study.metrics import read_rows
+from rankscope.study.records import (
+    AnswersRecord,
+    CurveRecord,
+    DivisionRecord,
+    EvalRecord,
+    FactsRecord,
+    FailuresRecord,
+    MachineRecord,
+    PackRecord,
+    PredictionRecord,
+    ProfileRecord,
+    Record,
+    Repeat,
+    TrialRecord,
+    VerdictRecord,
+    checked,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA = 1
+
+PROFILE_SCHEMA = VERDICT_SCHEMA = 2
+
+LONG_AGO_SECONDS = 3600.0
+"""By then a temporary file is nobody's any more."""
+
+SETTLED_SECONDS = 2.0
+"""After that a file that was not written since may be taken for known."""
+
+FINISHED = ("done", "diverged")
+"""Statuses that are results. Everything else is trained again."""
+
+NOT_ENDED = ("pending", "running")
+
+TRIAL_FILES = ("metrics.jsonl", "eval.json", "adapter/*")
+"""What trial.json of a trial that has ended holds the hashes of."""
+
+CURVE = "curve/curve.json"
+
+ANSWERS = "answers"
+"""Their name among the failures."""
+
+_QUESTION_HASH = "# sha256 of all lines above: "
+
+
+class Evidence(NamedTuple):
+    """All that a study knows, as plain data: what the analysis and the report start from."""
+
+    spec: StudySpec
+    results: "pd.DataFrame"
+    curves: "pd.DataFrame"
+    profiles: "pd.DataFrame"
+    samples: "pd.DataFrame"
+    examples: "pd.DataFrame"
+    machine: dict[str, Any]
+    data_facts: dict[str, Any]
+    reference: "pd.DataFrame"
+    """`Study.reference_examples()`: empty where the study has no reference."""
+    prediction: Mapping[str, Any] = MappingProxyType({})
+    """See `Study.prediction`."""
+    reference_results: "pd.DataFrame | None" = None
+    """`Study.reference_results()`; None is the same as an empty table."""
+    divided: Sequence[str] = ()
+    """Trials whose pack ended with an error and was divided."""
+    left: Sequence[str] = ()
+    """Trials that went on in their pack without one that diverged."""
+    failures: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+    """See `Study.failures`."""
+    answers: "pd.DataFrame | None" = None
+    """`Study.answers()`; None is the same as an empty table."""
+    variants: "Evidence | None" = None
+    """The same of the variants of LoRA; all the rest is of plain LoRA, whose ranks are what the verdict is on. None
+    where there are none."""
+    cuts: "pd.DataFrame | None" = None
+    """`Study.cut_examples()`; None is the same as an empty table."""
+
+    @property
+    def parts(self) -> "list[Evidence]":
+        """This, and that of the variants where there are some."""
+        return [self] if self.variants is None else [self, self.variants]
+
+
+class Division(NamedTuple):
+    """Which trials train together. Once made it stays, so that a run that goes on rounds as it did before."""
+
+    packs: dict[str, list[Trial]]
+    """In the order in which they are trained."""
+    divided: dict[str, list[str]]
+    """Of a pack that ended with an error: those that were made of it. It is in `packs` no more."""
+
+    def trials_of_divided(self) -> list[str]:
+        """The names of all trials that once were in a pack that was divided."""
+        made = {part for parts in self.divided.values() for part in parts}
+        return [trial.name for pack, trials in self.packs.items() if pack in made for trial in trials]
+
+    def named(self, trials: Sequence[Sequence[Trial]]) -> dict[str, list[Trial]]:
+        """New packs, under names that no pack has had."""
+        first = len(self.packs) + len(self.divided)
+        return {f"p{number:03d}": list(pack) for number, pack in enumerate(trials, start=first)}
+
+
+class Holder(NamedTuple):
+    """The process that runs a study."""
+
+    pid: int
+    host: str
+
+    @property
+    def is_here(self) -> bool:
+        return self.host == platform.node()
+
+    def began(self) -> float:
+        """When it was started, in seconds since 1970; infinity where it is no more. Only where `is_here`."""
+        try:
+            return psutil.Process(self.pid).create_time()
+        except psutil.Error:
+            return math.inf
+
+
+class Study:
+    """A study's directory. Opening reads nothing but study.yaml; every table is read when it is asked for."""
+
+    def __init__(self, path: Path, spec: StudySpec) -> None:
+        self.path = path
+        self.spec = spec
+        self._seen: dict[str, tuple[_Stamp, dict[str, Any]]] = {}
+
+    @classmethod
+    def create(cls, path: Path, spec: StudySpec) -> Self:
+        """Makes the directory, or takes it up again where it holds the same study.
+
+        Raises:
+            StudyError: it holds another study; the message shows the difference.
+        """
+        if cls.is_at(path):
+            study = cls.open(path)
+            differences = differences_of(study.spec.model_dump(mode="json"), spec.model_dump(mode="json"))
+            if differences:
+                raise StudyError(
+                    f"{path} holds another study:\n" + "\n".join(f"  - {line}" for line in differences),
+                    "Choose another --out, or run it with the values it has.",
+                )
+            return study
+        if not is_free(path):
+            raise StudyError(f"{path} exists and is not a study", "Choose another --out.")
+        write_question(path / "study.yaml", write_yaml(spec))
+        return cls(path, spec)
+
+    @staticmethod
+    def is_at(path: Path) -> bool:
+        """Whether there is a study."""
+        with reading(path):
+            return (path / "study.yaml").is_file()
+
+    @classmethod
+    def open(cls, path: Path | str) -> Self:
+        """Opens an existing study.
+
+        Raises:
+            StudyDirectoryError: there is none at `path`, or a symbolic link leads out of it.
+            StudyError: its study.yaml is damaged.
+        """
+        path = Path(path)
+        file = path / "study.yaml"
+        if not cls.is_at(path):
+            raise StudyDirectoryError(f"{path}: not a study (no study.yaml)", "Give the directory that `run` printed.")
+        refuse_links_out(path)
+        return cls(path, resolve_spec(read_question(file), source=str(file)))
+
+    def file(self, *parts: str) -> Path:
+        """A file or folder of the study: see `rankscope.files.inside`."""
+        return inside(self.path, *parts)
+
+    @property
+    def report(self) -> Path:
+        """The report's page, which `rankscope report` builds."""
+        return self.path / "report" / "index.html"
+
+    @cached_property
+    def trials(self) -> list[Trial]:
+        """Those of the candidates, in a fixed order."""
+        return self.spec.trials()
+
+    @cached_property
+    def reference_trials(self) -> list[FullTrial]:
+        """Those of full fine-tuning."""
+        return self.spec.reference_trials()
+
+    def all_trials(self) -> list[AnyTrial]:
+        """Both."""
+        return [*self.trials, *self.reference_trials]
+
+    def _read_once(self, file: Path, kind: type[Record]) -> dict[str, Any] | None:
+        """A file's record, which is read and checked anew only where the file may have changed; None without one.
+
+        Of ten thousand trials each file would else be read many times over.
+        """
+        stamp, place = _stamp(file), str(file)
+        seen = self._seen.get(place)
+        if seen is not None and stamp is not None and seen[0] == stamp:
+            return dict(seen[1])
+        record = find_json(file) if stamp is None else read_json(file)
+        if record is None:
+            return None
+        checked(record, kind, file)
+        if stamp is not None and stamp.is_settled():
+            self._seen[place] = (stamp, record)
+        return dict(record)
+
+    def trial_folder(self, trial: AnyTrial) -> Path:
+        return self.file("trials" if isinstance(trial, Trial) else "reference", trial.name)
+
+    def profile_file(self, name: str) -> Path:
+        return self.file("profiles", f"{name}.json")
+
+    def profile_repeats(self, name: str) -> list[dict[str, Any]]:
+        """The repeats measured so far: see `rankscope.measure.profile.profile_candidate`."""
+        file = self.profile_file(name)
+        record = find_json(file, PROFILE_SCHEMA)
+        return list(checked(record, ProfileRecord, file)["repeats"]) if record else []
+
+    def whole_repeats(self, name: str) -> list[dict[str, Any]]:
+        """The same, each with all that tables need.
+
+        Raises:
+            DamagedError: one has not.
+        """
+        repeats = self.profile_repeats(name)
+        for repeat in repeats:
+            checked(repeat, Repeat, self.profile_file(name))
+        return repeats
+
+    def failures(self) -> dict[str, dict[str, str]]:
+        """failures.json: `{"status", "reason"}` by the name of the profile, or `answers`, that did not finish when a
+        run last tried it; a status is one of oom, failed, interrupted.
+        """
+        file = self.file("failures.json")
+        record = find_json(file)
+        return dict(checked(record, FailuresRecord, file)["failures"]) if record else {}
+
+    def write_failure(self, name: str, failure: Mapping[str, str] | None) -> None:
+        """Notes how a profile, or the answers, ended; None where they are whole."""
+        before = self.failures()
+        after = {other: known for other, known in before.items() if other != name}
+        if failure is not None:
+            after[name] = dict(failure)
+        if after != before:
+            write_json(self.file("failures.json"), {"schema": SCHEMA, "failures": after})
+
+    def trial_record(self, trial: AnyTrial) -> dict[str, Any]:
+        """trial.json, or `{"status": "pending"}` before the trial has begun.
+
+        A status is one of pending, running, done, diverged, oom, failed, interrupted.
+        """
+        return self._record_in(self.trial_folder(trial))
+
+    def _record_in(self, folder: Path) -> dict[str, Any]:
+        record = self._read_once(folder / "trial.json", TrialRecord)
+        return {"status": "pending"} if record is None else record
+
+    def with_known_model(self) -> Trial | None:
+        """The first trial that has begun, by whose record the model that the study began with is known."""
+        return next((trial for trial in self.trials if "model_sha256" in self.trial_record(trial)), None)
+
+    def division(self) -> "Division":
+        """Which trials train together."""
+        file = self.file("packs", "division.json")
+        record = self._read_once(file, DivisionRecord)
+        if record is None:
+            return Division({}, {})
+        for pack in record["packs"]:
+            self.file("packs", pack)  # refused where it leads elsewhere: folders of that name are written and removed
+        trials = {trial.name: trial for trial in self.trials}
+        with understood(file):
+            packs = {pack: [trials[name] for name in names] for pack, names in record["packs"].items()}
+        return Division(packs, record["divided"])
+
+    def write_division(self, division: "Division") -> None:
+        packs = {pack: [trial.name for trial in trials] for pack, trials in division.packs.items()}
+        write_json(self.file("packs", "division.json"), {"schema": SCHEMA, "packs": packs, "divided": division.divided})
+
+    def divide(self, pack: str, trials: Sequence[Trial]) -> dict[str, list[Trial]]:
+        """Makes two packs of the `trials` of one, forgets its checkpoints, and returns them."""
+        division, half = self.division(), (len(trials) + 1) // 2
+        parts = division.named([trials[:half], trials[half:]])
+        packs: dict[str, list[Trial]] = {}
+        for name, members in division.packs.items():
+            packs |= parts if name == pack else {name: members}
+        self.write_division(Division(packs, division.divided | {pack: list(parts)}))
+        shutil.rmtree(self.file("packs", pack, "checkpoints"), ignore_errors=True)
+        return parts
+
+    def pack_record(self, pack: str) -> dict[str, Any] | None:
+        """pack.json: the pack's trials, and its `results` once it has ended; None before it has begun."""
+        return self._read_once(self.file("packs", pack, "pack.json"), PackRecord)
+
+    def lock(self) -> AbstractContextManager[None]:
+        """See `lock_folder`."""
+        return lock_folder(self.path)
+
+    def holder(self) -> "Holder | None":
+        """Who runs the study now; None where nobody does."""
+        file = self.file(".lock-holder")
+        found = re.fullmatch(r"process (\d+) on (.*)", _text_of(file))
+        if not found:
+            return None
+        holder = Holder(int(found[1]), found[2])
+        # A killed run leaves the file behind, and its number may be another process's by now.
+        return holder if not holder.is_here or holder.began() <= file.stat().st_mtime else None
+
+    def settle(self, trial: AnyTrial, status: str, reason: str, pack: str | None = None) -> None:
+        """Ends a trial that did not end by itself: one that is pending or running gets `status` and `reason`."""
+        record = self.trial_record(trial)
+        if record["status"] not in NOT_ENDED:
+            return
+        last = max((row["step"] for row in read_rows(self.trial_folder(trial) / "metrics.jsonl")), default=0)
+        where = f", after step {last}" if last else ""
+        known = {"schema": SCHEMA, "trial": trial.name, "results": None, "pack": pack} | record
+        files = file_hashes(self.trial_folder(trial), TRIAL_FILES)
+        ended = trial.model_dump(mode="json") | {"status": status, "reason": reason + where, "files": files}
+        write_json(self.trial_folder(trial) / "trial.json", known | ended)
+
+    def whole_file(self, trial: AnyTrial, name: str) -> Path:
+        """The path of a trial's file, of which trial.json has the hash where the trial has ended.
+
+        Raises:
+            StudyDirectoryError: it is missing, or not what was written.
+        """
+        path, sha256 = self.find_file(trial, name)
+        if sha256 is not None and file_sha256(path) != sha256:
+            raise unlike_its_hash(path)
+        return path
+
+    def find_file(self, trial: AnyTrial, name: str) -> tuple[Path, str | None]:
+        """The same path, and the hash; None where the trial has not ended. The file is not looked at."""
+        folder = self.trial_folder(trial)
+        return inside(folder, name), (self._record_in(folder).get("files") or {}).get(name)
+
+    def adapter_file(self, trial: Trial) -> Path:
+        """The weights of a trial that is done.
+
+        Raises:
+            StudyDirectoryError: they are missing or damaged.
+        """
+        return self.whole_file(trial, "adapter/adapter_model.safetensors")
+
+    def remove_damaged(self) -> list[str]:
+        """Removes what is damaged and can be made again; the names of what was removed. The lock must be held.
+
+        Raises:
+            StudyDirectoryError: a file cannot be read, or a newer version wrote it; nothing of it is removed.
+        """
+        from rankscope.data.tokens import load
+
+        removed = []
+        records: dict[str, Callable[[], object]] = {
+            "machine.json": lambda: self.machine,
+            "prediction.json": lambda: self.prediction,
+            "answers/answers.json": self.answers,
+            "verdict.json": self.find_verdict,
+            "failures.json": self.failures,
+            "packs/division.json": self.division,
+        }
+        records |= {f"profiles/{name}.json": partial(self.whole_repeats, name) for name in self.spec.profiled()}
+        for file in self.path.glob("packs/*/pack.json"):
+            records[str(file.relative_to(self.path))] = partial(self.pack_record, file.parent.name)
+        for name, read in records.items():
+            file = self.file(name)
+            if _there(file) and not _is_whole(read):
+                file.unlink()
+                removed.append(name)
+        data = self.file("data")
+        if _there(data) and not (_is_whole(partial(load, data)) and _is_whole(lambda: self.data_facts)):
+            shutil.rmtree(data)
+            removed.append("data")
+        folder = self.file("tables")
+        table = find_table(folder)
+        if table is None and _there(folder):
+            shutil.rmtree(folder)
+            removed.append("tables")
+        parsed = table.sha256 if table else {}
+        for trial in self.all_trials():
+            folder = self.trial_folder(trial)
+            metrics = folder / "metrics.jsonl"
+            if not _is_whole(partial(self._check, trial, parsed)):
+                shutil.rmtree(folder)
+                removed.append(str(folder.relative_to(self.path)))
+            elif self.find_file(trial, metrics.name)[1] is None and not _is_whole(partial(read_rows, metrics)):
+                metrics.unlink()
+                removed.append(str(metrics.relative_to(self.path)))
+        if _there(self.file(CURVE)) and not _is_whole(self.cut_examples):
+            self.file(CURVE).unlink()
+            removed.append(CURVE)
+        return removed
+
+    def remove_leftovers(self) -> None:
+        """Removes temporary files that kills left behind. The lock must be held.
+
+        `report` needs none: what it writes is let be for an hour.
+        """
+        for file in leftovers(self.path):
+            name = file.relative_to(self.path)
+            of_report = name.parts[0] == "report" or file.name.startswith((".verdict.json.", ".README.md."))
+            with suppress(FileNotFoundError):  # another `report` has just published it
+                if not of_report or file.lstat().st_mtime < time.time() - LONG_AGO_SECONDS:
+                    file.unlink()
+
+    def _check(self, trial: AnyTrial, parsed: Mapping[str, str]) -> None:
+        """Raises DamagedError where a file of the trial is damaged. What a metrics.jsonl of a hash in `parsed` holds
+        was seen before."""
+        record = self.trial_record(trial)
+        files = record.get("files") or {}
+        if record["status"] == "done" and not files.keys() >= {"metrics.jsonl", "eval.json"}:
+            raise damaged(self.trial_folder(trial) / "trial.json", "no hashes of its files")
+        for name in files:
+            self.whole_file(trial, name)
+        metrics = files.get("metrics.jsonl")
+        if metrics is not None and parsed.get(trial.name) != metrics:
+            tables.trial_steps(self, trial)
+        if record["status"] == "done":
+            self.held_out(trial)
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """machine.json: hardware, versions and the model that the study began with."""
+        file = self.file("machine.json")
+        return checked(read_json(file), MachineRecord, file)
+
+    @property
+    def data_facts(self) -> dict[str, Any]:
+        """data/facts.json: what was read, and what was done with it; see `rankscope.data.tokens.TokenizedData`."""
+        file = self.file("data", "facts.json")
+        return checked(read_json(file), FactsRecord, file)
+
+    @property
+    def prediction(self) -> dict[str, Any]:
+        """prediction.json: see `rankscope.plan.runtime.StudyForecast.describe`; empty where there is none."""
+        file = self.file("prediction.json")
+        record = find_json(file)
+        return {} if record is None else checked(record, PredictionRecord, file)
+
+    @cached_property
+    def verdict(self) -> dict[str, Any]:
+        """verdict.json: see `rankscope.analysis.verdict.conclude`."""
+        file = self.file("verdict.json")
+        return checked(read_json(file, VERDICT_SCHEMA), VerdictRecord, file)
+
+    def find_verdict(self) -> dict[str, Any] | None:
+        """The same, read anew each time; None where there is none yet."""
+        file = self.file("verdict.json")
+        record = find_json(file, VERDICT_SCHEMA)
+        return None if record is None else checked(record, VerdictRecord, file)
+
+    def results(self) -> "pd.DataFrame":
+        """One row a trial: `trial candidate variant rank learning_rate lora_alpha scaling use_rslora target_modules
+        seed status reason engine pack steps tokens trainable_params adapter_bytes train_loss eval_loss eval_perplexity
+        eval_accuracy general_loss_before general_loss_after train_seconds eval_seconds tokens_per_second`.
+
+        `train_loss` is the mean over the last tenth of the steps, `eval_loss` the final held-out loss (nats a label
+        token); both are NaN for a trial that did not finish. `train_seconds` is the time of its pack's steps,
+        `eval_seconds` of its evaluations; loading and saving are in neither. `tokens_per_second` counts the trial's own
+        tokens over the time of the pack it shared. `general_loss_…` is the loss on `measure.forgetting` before training
+        and after (nats a token); NaN without one.
+        """
+        return tables.results(self)
+
+    def reference_results(self) -> "pd.DataFrame":
+        """The columns of `results()` that say something of full fine-tuning, one row a trial; the rank is 0. Empty
+        where the study has no reference.
+        """
+        return tables.reference_results(self)
+
+    def curves(self) -> "pd.DataFrame":
+        """One row a step of a trial: `trial candidate variant rank learning_rate seed step epoch train_loss eval_loss
+        grad_norm step_learning_rate tokens label_tokens step_seconds`; `eval_loss` is NaN between evaluations, and
+        step 0 is the evaluation before training. `trial`, `candidate` and `variant` are categories.
+        """
+        return tables.curves(self)
+
+    def keep_tables(self) -> None:
+        """Writes tables/, from which curves are read in a tenth of the time, where there are so many rows that it
+        matters: see `rankscope.study.curve_table`. For the process that holds the lock, when trials have ended.
+        """
+        tables.keep_curves(self)
+
+    def examples(self) -> "pd.DataFrame":
+        """One row a held-out example of a finished trial: `trial candidate variant rank learning_rate seed example loss
+        label_tokens correct_tokens` (`loss` is the mean over the example's label tokens, in nats).
+        """
+        return tables.examples(self, self.trials)
+
+    def reference_examples(self) -> "pd.DataFrame":
+        """The same of full fine-tuning, whose rank is 0."""
+        return tables.examples(self, self.reference_trials)
+
+    def held_out(self, trial: AnyTrial) -> dict[str, list[Any]]:
+        """eval.json of a trial that is done: in each list one value a held-out example.
+
+        Raises:
+            StudyDirectoryError: it is missing or damaged.
+        """
+        file, sha256 = self.find_file(trial, "eval.json")
+        examples: dict[str, list[Any]] = checked(parse_json(read_whole(file, sha256), file), EvalRecord, file)[
+            "examples"
+        ]
+        if len(set(map(len, examples.values()))) > 1:
+            raise damaged(file, "not as it is written: its lists are not of one length")
+        return examples
+
+    def profiles(self) -> "pd.DataFrame":
+        """One row a repeat of a candidate's profile: `candidate variant rank learning_rate repeat control` and the
+        columns of `rankscope.measure.profile.profile_candidate`'s summary; empty where nothing was profiled.
+
+        A rank is profiled once, so that its learning rates have the same numbers. Rows with `control` are those of the
+        second profile of the first candidate: what differs between them and its own is noise.
+        """
+        return tables.profiles(self)
+
+    def samples(self) -> "pd.DataFrame":
+        """One row a memory sample: `candidate variant rank learning_rate repeat phase step seconds rss_bytes
+        gpu_allocated_bytes gpu_reserved_bytes gpu_nvml_bytes` (`phase`: load, warmup, train or eval; GPU columns are
+        NaN without one). Of each rank the candidate that was measured; the control's are left out.
+        """
+        return tables.samples(self)
+
+    def answered(self) -> list[Trial]:
+        """The trials whose adapters answer the held-out prompts: of each candidate the first that is done."""
+        done: dict[str, Trial] = {}
+        for trial in self.trials:
+            if self.trial_record(trial)["status"] == "done":
+                done.setdefault(trial.candidate.name, trial)
+        return list(done.values())
+
+    def answers_record(self) -> dict[str, Any]:
+        """answers.json: see `rankscope.jobs.answers.answer`; without answers where there is none."""
+        file = self.file("answers", "answers.json")
+        record = find_json(file)
+        return {"questions": [], "answers": {}} if record is None else checked(record, AnswersRecord, file)
+
+    def has_answers(self) -> bool:
+        """Whether all that `answered` names have answered."""
+        answers: dict[str, list[str]] = self.answers_record()["answers"]
+        return {trial.name for trial in self.answered()} <= answers.keys()
+
+    def answers(self) -> "pd.DataFrame":
+        """One row an answer: `example prompt reference candidate rank answer`; `example` counts held-out rows,
+        `reference` is the row's own answer, and the candidate `base`, of rank 0, is the model without an adapter.
+        """
+        return tables.answers(self)
+
+    @property
+    def curve_file(self) -> Path:
+        """curve.json, which `rankscope curve` writes."""
+        return self.file(*CURVE.split("/"))
+
+    def curve_record(self) -> list[dict[str, Any]]:
+        """The `cuts` of curve.json, of adapters that are still those of their trials; empty where there are none.
+
+        Each has `trial adapter_sha256 rank recover_steps kept_energy eval_loss losses label_tokens`: the cut's rank,
+        steps of recovery training, the share of the update's energy that it keeps, and held-out losses in nats, all of
+        them together and of each example; null where the recovery diverged.
+        """
+        file = self.curve_file
+        record = find_json(file)
+        if record is None:
+            return []
+        cuts = checked(record, CurveRecord, file)["cuts"]
+        own = {trial.name: self.adapter_sha256(trial) for trial in self.trials}
+        return [cut for cut in cuts if own.get(cut["trial"]) == cut["adapter_sha256"]]
+
+    def add_cuts(self, cuts: Sequence[Mapping[str, Any]]) -> None:
+        """Publishes curve.json with these beside what it has."""
+        if cuts:
+            write_json(self.curve_file, {"schema": SCHEMA, "cuts": [*self.curve_record(), *cuts]})
+
+    def adapter_sha256(self, trial: Trial) -> str | None:
+        """The hash of the weights of a trial that is done."""
+        sha256 = (self.trial_record(trial).get("files") or {}).get("adapter/adapter_model.safetensors")
+        return None if sha256 is None else str(sha256)
+
+    def cuts(self) -> "pd.DataFrame":
+        """One row a cut of `rankscope curve`: `trial candidate variant rank learning_rate seed cut_rank recover_steps
+        kept_energy eval_loss`. `rank` is the trained one, and where `cut_rank` is the same nothing was cut; `eval_loss`
+        is in nats a label token, NaN where recovery training diverged.
+        """
+        return tables.cuts(self)
+
+    def cut_examples(self) -> "pd.DataFrame":
+        """One row a held-out example of a cut: the columns of `examples()` but `correct_tokens`, and `cut_rank
+        recover_steps`; without those whose recovery diverged.
+        """
+        return tables.cut_examples(self)
+
+    def evidence(self) -> Evidence:
+        """Reads everything once."""
+        results = self.results()
+        everything = Evidence(
+            spec=self.spec,
+            results=results,
+            curves=self.curves(),
+            profiles=self.profiles(),
+            samples=self.samples(),
+            examples=self.examples(),
+            machine=self.machine,
+            data_facts=self.data_facts,
+            prediction=self.prediction,
+            reference=self.reference_examples(),
+            reference_results=self.reference_results(),
+            divided=self.division().trials_of_divided(),
+            left=self._left(dict(zip(results["trial"], results["status"], strict=True))),
+            failures=self.unmet(),
+            answers=self.answers(),
+            cuts=self.cut_examples(),
+        )
+        return _without_variants(everything) if self.spec.variants else everything
+
+    def _left(self, statuses: Mapping[str, str]) -> list[str]:
+        """Trials that went on in their pack without one that diverged."""
+        left: list[str] = []
+        for trials in self.division().packs.values():
+            names = [trial.name for trial in trials]
+            if "diverged" in map(statuses.get, names):
+                left += [name for name in names if statuses[name] == "done"]
+        return left
+
+    def unmet(self) -> dict[str, dict[str, str]]:
+        """`failures()` of what is still missing."""
+        measure, done = self.spec.measure, {}
+        for name in self.spec.profiled() if measure.profiles else ():
+            done[name] = len(self.profile_repeats(name)) >= measure.repeats
+        done[ANSWERS] = not measure.answers or self.has_answers()
+        return {name: failure for name, failure in self.failures().items() if not done.get(name, True)}
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the verdict, and the results by trial."""
+        from html import escape
+
+        from rankscope.text.verdict import verdict_sentence  # which imports nothing of this
+
+        results = self.results()
+        done = int((results["status"] == "done").sum())
+        concluded = self.file("verdict.json").exists()
+        sentence = verdict_sentence(self.verdict, "en") if concluded else "There is no verdict yet."
+        shown = ["trial", "status", "train_loss", "eval_loss", "trainable_params", "tokens_per_second"]
+        table = (
+            results[shown]
+            .astype({"trainable_params": "Int64"})
+            .to_html(index=False, na_rep="–", float_format=lambda value: f"{value:,.4g}", border=0)
+        )
+        return (
+            f"<p><strong>{escape(self.spec.name)}</strong>: {done} of {len(results)} trials are done.</p>"
+            f"<p>{escape(sentence)}</p>{table}<p>{escape(str(self.report))}</p>"
+        )
+
+
+def _is_whole(read: Callable[[], object]) -> bool:
+    """Whether it can be read; False where it is damaged, and its error where that cannot be known."""
+    try:
+        read()
+    except DamagedError:
+        return False
+    return True
+
+
+class _Stamp(NamedTuple):
+    """By which it is seen that a file was published anew."""
+
+    modified_ns: int
+    size: int
+    inode: int
+
+    def is_settled(self) -> bool:
+        """Whether a file that is written after this moment has another: clocks of files tick in milliseconds."""
+        return time.time() - self.modified_ns / 1e9 > SETTLED_SECONDS
+
+
+def _stamp(file: Path) -> _Stamp | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return _Stamp(found.st_mtime_ns, found.st_size, found.st_ino)
+
+
+def _there(path: Path) -> bool:
+    with reading(path):
+        return path.exists()
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _without_variants(evidence: Evidence) -> Evidence:
+    """Evidence of plain LoRA, which the verdict is on, with that of the variants beside it."""
+    others = {candidate.name for candidate in evidence.spec.candidates() if candidate.variant != PLAIN}
+
+    def part(is_variant: bool) -> dict[str, Any]:
+        fields = ("results", "curves", "profiles", "samples", "examples", "answers")
+        tables = {field: getattr(evidence, field) for field in fields}
+        return {
+            field: table[table["candidate"].isin(others) == is_variant].reset_index(drop=True)
+            for field, table in tables.items()
+            if table is not None and "candidate" in table
+        }
+
+    adapter = evidence.spec.adapter.model_copy(update={"rank_pattern": {}})
+    plain = evidence.spec.model_copy(update={"variants": (), "adapter": adapter})
+    return evidence._replace(**part(False), spec=plain, variants=evidence._replace(**part(True)))
+
+
+def differences_of(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Fields that differ between two questions, one line each."""
+    before, after = flatten(old), flatten(new)
+    return [
+        f"{key}: {before.get(key)!r} there, {after.get(key)!r} asked for"
+        for key in before | after
+        if before.get(key) != after.get(key)
+    ]
+
+
+def write_question(file: Path, question: str) -> None:
+    """Publishes YAML with the hash of its text in the last line."""
+    write_atomic(file, f"{question}{_QUESTION_HASH}{_sha256(question)}\n")
+
+
+def read_question(file: Path) -> dict[str, Any]:
+    """Reads what `write_question` wrote.
+
+    Raises:
+        StudyError: it is damaged, or was changed.
+    """
+    with reading(file):
+        content = file.read_bytes()
+    try:
+        question, _, sha256 = content.decode("utf-8").partition(_QUESTION_HASH)
+        values = yaml.safe_load(question)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise StudyError(f"{file}: damaged: {error}", "Restore the file, or run the study anew.") from None
+    if sha256.strip() != _sha256(question):
+        raise StudyError(
+            f"{file}: damaged, or changed since the study began: it does not match the hash in its last line",
+            "Restore it; to ask something else, give it to `rankscope run` with another --out.",
+        )
+    return values if isinstance(values, dict) else {}
+
+
+@contextmanager
+def lock_folder(path: Path) -> Iterator[None]:
+    """Holds a study's directory while a run writes to it. The system lets go of it when the process ends, however it
+    ends.
+
+    Raises:
+        StudyDirectoryError: another run holds it; the message says which process.
+    """
+    holder = inside(path, ".lock-holder")
+    lock = FileLock(inside(path, ".lock"), blocking=False)
+    with writing(path / ".lock"):
+        try:
+            lock.acquire()
+        except Timeout:
+            raise StudyDirectoryError(
+                f"{path}: another run is writing to it ({_text_of(holder) or 'it has just begun'})",
+                "Wait for it to end, or choose another --out.",
+            ) from None
+    try:
+        write_atomic(holder, f"process {os.getpid()} on {platform.node()}\n")
+        yield
+    finally:
+        with suppress(OSError):  # what is left behind is known by the time of its process
+            holder.unlink()
+        lock.release()

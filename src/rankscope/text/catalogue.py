@@ -1,0 +1,46 @@
+"""Every visible string of the report, one YAML file a language. Imports nothing heavy."""
+
+from functools import cache
+from importlib import resources
+
+import yaml
+
+from rankscope.errors import StudyError
+from rankscope.nested import flatten
+
+LANGUAGES = ("en", "ko")
+
+
+class Catalogue:
+    """The strings of one language: `text("chart.value", rank=8, value="1.2")`."""
+
+    def __init__(self, language: str, texts: dict[str, str]) -> None:
+        self.language = language
+        self._texts = texts
+
+    def __call__(self, key: str, **values: object) -> str:
+        return self._texts[key].format(**values)
+
+    def get(self, key: str, default: str) -> str:
+        """The string, or `default` for what no catalogue can know, such as a field of the data."""
+        return self._texts.get(key, default)
+
+    def count(self, key: str, number: int) -> str:
+        """`3 seeds` or `1 seed`."""
+        return self(f"count.{key}_one") if number == 1 else self(f"count.{key}_many", n=number)
+
+    def items(self) -> dict[str, str]:
+        return dict(self._texts)
+
+
+@cache
+def load(language: str) -> Catalogue:
+    """Reads a catalogue.
+
+    Raises:
+        StudyError: there is none in this language.
+    """
+    if language not in LANGUAGES:
+        raise StudyError(f"no report language {language!r}", f"Choose one of: {', '.join(LANGUAGES)}.")
+    file = resources.files("rankscope.text") / "languages" / f"{language}.yaml"
+    return Catalogue(language, flatten(yaml.safe_load(file.read_text(encoding="utf-8"))))

@@ -1,0 +1,121 @@
+"""Trackers beside a study: one process each, which the study never waits for before its end."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rankscope.study.folder import Study
+
+if TYPE_CHECKING:
+    from rankscope.jobs.packs import Progress
+
+FINISH_SECONDS, STOPPED_SECONDS = 120.0, 20.0
+"""How long the end of a study waits for trackers, all together; less where it was stopped or failed."""
+
+
+@contextmanager
+def reporting(study: Study, names: Sequence[str], progress: "Progress") -> Iterator["Progress"]:
+    """Sends the study to the trackers `names` while the body runs; the progress it yields also shows what they say.
+
+    A tracker that fails is told of once, and is no more for the rest of this run.
+    """
+    if not names:
+        yield progress
+        return
+    relay = _Relay(progress, [process for name in names if (process := _start(study, name, progress))])
+    seconds = STOPPED_SECONDS
+    try:
+        yield relay
+        seconds = FINISH_SECONDS
+    finally:
+        relay.finish(seconds)
+
+
+def _start(study: Study, name: str, progress: "Progress") -> "_Process | None":
+    try:
+        return _Process(study.path, name)
+    except OSError as error:  # no room for another process
+        progress.say(f"{name} cannot be started: {error}. The study goes on without it.")
+        return None
+
+
+class _Process:
+    """The process of one tracker, and what it says. It ends by itself where this one does, however that is."""
+
+    def __init__(self, study_path: Path, name: str) -> None:
+        self.name = name
+        self._ended = False
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "rankscope.track", str(study_path), name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the study; this one still has to send the rest
+        )
+        assert self._process.stdin is not None  # for mypy: both are pipes
+        assert self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        os.set_blocking(self._stdout.fileno(), False)
+
+    def said(self) -> Iterator[str]:
+        """What is new, in lines, and how it ended."""
+        if self._ended:
+            return
+        code = self._process.poll()
+        yield from (self._stdout.read() or b"").decode("utf-8", "replace").splitlines()  # the reason of a failure too
+        if code is None:
+            return
+        self._let_go()
+        if code != 0:
+            ended = f"The study goes on without {self.name}, whose process ended (exit code {code})"
+            yield f"{ended}; run it again to send what is missing."
+
+    def ask_to_end(self) -> None:
+        self._stdin.close()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it ended in time. Where it did not, it is ended: it might wait for its server without end."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            self._let_go()
+            return False
+        return True
+
+    def _let_go(self) -> None:
+        self._ended = True
+        self._stdout.close()
+
+
+class _Relay:
+    """The progress of a run that also shows what trackers say."""
+
+    def __init__(self, progress: "Progress", processes: Sequence[_Process]) -> None:
+        self._progress, self._processes = progress, processes
+        self.say, self.training = progress.say, progress.training
+        self.reference, self.measuring, self.ended = progress.reference, progress.measuring, progress.ended
+
+    def poll(self) -> None:
+        for process in self._processes:
+            for line in process.said():
+                self._progress.say(line)
+        self._progress.poll()
+
+    def finish(self, seconds: float) -> None:
+        for process in self._processes:
+            process.ask_to_end()
+        deadline = time.monotonic() + seconds
+        for process in self._processes:
+            if not process.wait(max(0.0, deadline - time.monotonic())):
+                self._progress.say(
+                    f"{process.name}: still sending after {seconds:.0f} s, and ended; the last may be missing there."
+                )
+            for line in process.said():
+                self._progress.say(line)

@@ -1,0 +1,128 @@
+"""What a training step costs, counted: FLOPs and saved bytes of a token, and how fast plain products of its shapes run.
+
+Counting needs one forward and backward of four short sequences, on the loaded model or on one without weights (the
+meta device): so memory is predicted before anything is loaded.
+"""
+
+import itertools
+import math
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+from rankscope.data.tokens import Tokens
+from rankscope.lora.adapters import adapter_parameters
+from rankscope.lora.variants import all_starts
+from rankscope.train.step import StepMetrics
+
+_aten = torch.ops.aten
+_PRODUCTS = {_aten.mm: 0, _aten.addmm: 1, _aten.addmm_: 1}
+"""Operators, and the place of the left operand among their arguments."""
+
+
+class Cost(NamedTuple):
+    """Of training one adapter over its base model."""
+
+    bytes_per_token: int
+    """What a forward keeps for the backward: its saved tensors, each storage once, weights not counted."""
+    flops_per_token: int
+    """Of the trunk's matrix products, forward and backward, LoRA's included. Attention's products over pairs of
+    tokens are left out: below 1,024 tokens a few per cent, and a number that is then too low, never too high."""
+    flops_per_label: int
+    """Of the output layer: forward, and backward to its input."""
+
+    def flops(self, tokens: int, label_tokens: int) -> float:
+        """Of training on so many tokens."""
+        return self.flops_per_token * tokens + self.flops_per_label * label_tokens
+
+    def step_flops(self, metrics: StepMetrics) -> float:
+        """Useful FLOPs of a step: real tokens and labels only, whatever was padded or computed besides."""
+        return self.flops(metrics.tokens, metrics.label_tokens)
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products that run inside it, by shape: (m, k) @ (k, n)."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.shapes: Counter[tuple[int, int, int]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        first = _PRODUCTS.get(func.overloadpacket)
+        if first is not None:
+            left, right = args[first : first + 2]
+            self.shapes[left.shape[0], left.shape[1], right.shape[1]] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def flops(self) -> int:
+        return sum(2 * m * k * n * count for (m, k, n), count in self.shapes.items())
+
+
+def count_costs(
+    model: PreTrainedModel, adapters: Iterable[str], forward: Callable[[Tokens, str], Tensor], tokens: Tokens
+) -> dict[str, Cost]:
+    """The cost of each adapter; `forward` is an engine's."""
+    return {adapter: count_cost(model, adapter, partial(forward, tokens, adapter), tokens) for adapter in adapters}
+
+
+def count_cost(model: PreTrainedModel, adapter: str, forward: Callable[[], Tensor], tokens: Tokens) -> Cost:
+    """The cost of `forward`, which runs `tokens` through the trunk under `adapter` and returns its hidden states."""
+    kept = itertools.chain(model.parameters(), all_starts(model))
+    weights = {tensor.untyped_storage()._cdata for tensor in kept}
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with Products() as products:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            hidden = forward()
+        hidden.backward(torch.ones_like(hidden))
+    for parameter in adapter_parameters(model, adapter):
+        parameter.grad = None
+    total = int(tokens.offsets[-1])
+    head = model.get_output_embeddings()
+    return Cost(sum(saved.values()) // total, products.flops // total, 4 * head.weight.numel())
+
+
+def product_rate(
+    shapes: Mapping[tuple[int, int, int], int], device: torch.device, dtype: torch.dtype, most_seconds: float = math.inf
+) -> float:
+    """FLOP/s of plain products of these shapes, each as often as counted: the median of five, after two to warm up.
+
+    After `most_seconds` what is left is taken to run as fast as what was timed; the shapes that take most come first.
+    """
+    flops = seconds = 0.0
+    end = time.perf_counter() + most_seconds
+    for (m, k, n), count in sorted(shapes.items(), key=lambda item: -math.prod(item[0]) * item[1]):
+        left, right = torch.rand(m, k, device=device, dtype=dtype), torch.rand(k, n, device=device, dtype=dtype)
+        out = left @ right
+        times: list[float] = []
+        while len(times) < 7 and (len(times) < 2 or time.perf_counter() < end):
+            _synchronize(device)
+            start = time.perf_counter()
+            torch.mm(left, right, out=out)
+            _synchronize(device)
+            times.append(time.perf_counter() - start)
+        flops += 2 * m * k * n * count
+        seconds += statistics.median(times[min(2, len(times) - 1) :]) * count
+        if time.perf_counter() > end:
+            break
+    return flops / seconds
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,85 @@
+"""What a run has found, for the terminal and for scripts."""
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from rankscope.analysis.curve import curve_errors, loss_curve
+from rankscope.report.costs import noise_sentence
+from rankscope.report.tables import by_candidate, has_gpu
+from rankscope.report.variants import variant_sentences
+from rankscope.study.folder import Study
+from rankscope.text.catalogue import load
+from rankscope.text.formats import duration, known, loss, signed, size
+from rankscope.text.verdict import verdict_sentence
+
+
+def show_outcome(study: Study, console: Console, language: str) -> None:
+    """Prints the table by candidate, with the numbers of the report, and the verdict."""
+    _show_candidates(study, console)
+    console.print(f"\n{verdict_sentence(study.verdict, language)}", markup=False, style="bold", soft_wrap=True)
+    for sentence in variant_sentences(study.verdict, load(language)):
+        console.print(sentence, markup=False, soft_wrap=True)
+    console.print(f"Report: {study.report}", markup=False, soft_wrap=True)
+
+
+def describe_outcome(study: Study) -> dict[str, Any]:
+    """The same as data, for `--json`: what is not known is null; bytes, seconds, nats a label token."""
+    evidence = study.evidence()
+    return {
+        "study": str(study.path),
+        "report": str(study.report),
+        "verdict": study.verdict,
+        "candidates": _records(by_candidate(evidence, study.verdict)),
+        "trials": _records(study.results()),
+    }
+
+
+def describe_curve(study: Study) -> dict[str, Any]:
+    """What `rankscope curve --json` prints: nats a label token, null for what is not known."""
+    evidence = study.evidence()
+    return {
+        "study": str(study.path),
+        "report": str(study.report),
+        "cuts": _records(study.cuts()),
+        "curve": _records(loss_curve(evidence)),
+        "errors": _records(curve_errors(evidence)),
+    }
+
+
+def _records(frame: pd.DataFrame) -> list[dict[Hashable, Any]]:
+    """One object a row, in full precision; NaN as None."""
+    values = frame.astype(object)
+    return values.where(values.notna(), None).to_dict("records")
+
+
+def _show_candidates(study: Study, console: Console) -> None:
+    evidence = study.evidence()
+    gpu = has_gpu(evidence)
+    columns: dict[str, tuple[str, Callable[[float], str]]] = {
+        "train loss": ("train_loss", loss),
+        "held-out loss": ("eval_loss", loss),
+        "regret": ("regret", signed),
+        "CPU mean": ("rss_mean_bytes", size),
+        "CPU peak": ("rss_peak_bytes", size),
+        "GPU mean": ("gpu_allocated_mean_bytes", size),
+        "GPU peak": ("gpu_allocated_peak_bytes", size),
+        "s/step": ("step_seconds", lambda seconds: f"{seconds:.3g}"),
+        "runtime": ("runtime_seconds", lambda seconds: duration(seconds, load("en"))),
+    }
+    shown = {title: column for title, column in columns.items() if gpu or not title.startswith("GPU")}
+    table = Table("candidate", box=None, pad_edge=False, header_style="bold")
+    for title in shown:
+        table.add_column(title, justify="right")
+    for _, row in by_candidate(evidence, study.verdict).iterrows():
+        cells = [show(row[field]) if known(row[field]) else "–" for field, show in shown.values()]
+        table.add_row(row["candidate"], *cells)
+    console.print(table)
+    noise = noise_sentence(evidence.profiles, load("en"))
+    if noise:
+        console.print(noise, markup=False, soft_wrap=True)
+    if not gpu:
+        console.print("No GPU was used, so there is no GPU memory to show.")

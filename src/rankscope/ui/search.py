@@ -1,0 +1,127 @@
+"""A search in the terminal: how far it is, and what it has found."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from rankscope.display import Display
+from rankscope.search.folder import Search
+from rankscope.text.catalogue import load
+from rankscope.text.formats import duration
+
+SHOWN = 10
+"""The best candidates in the table at the end."""
+
+
+class SearchProgress(Display):
+    """The progress of `rankscope search`."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self.line_is_due()  # at once there is nothing to tell
+
+    def poll(self, search: Search) -> None:
+        result = search.result()
+        if result is None:
+            return
+        if self.is_drawn:
+            self.draw(Group(Text(progress_line(result), style="bold"), _training(result)))
+        elif self.line_is_due():
+            self.say(f"  {progress_line(result)}")
+
+
+def progress_line(result: Mapping[str, Any]) -> str:
+    """Candidates, the best so far, and what is left of the budget."""
+    states = [candidate["state"] for candidate in result["candidates"]]
+    best = _by_name(result).get(result["best"] or "")
+    parts = [
+        f"{len(states)} candidates begun",
+        f"{states.count('stopped') + states.count('diverged')} stopped early",
+        f"{states.count('done')} done",
+        f"best {best['trial']} {best['eval_loss']:.4f}" if best else "none done yet",
+        f"left: {budget_left(result)}",
+    ]
+    return ", ".join(parts)
+
+
+def budget_left(result: Mapping[str, Any]) -> str:
+    """What is left of each limit that was given."""
+    budget, spent = result["budget"], result["spent"]
+    left = []
+    if budget["trials"] is not None:
+        left.append(f"{max(0, budget['trials'] - spent['trials'])} candidates")
+    if budget["tokens"] is not None:
+        left.append(f"{max(0, budget['tokens'] - spent['tokens']):,} tokens")
+    if budget["hours"] is not None:
+        left.append(duration(max(0.0, 3600 * budget["hours"] - spent["seconds"]), load("en")))
+    return ", ".join(left)
+
+
+def _training(result: Mapping[str, Any]) -> Table:
+    table = Table("candidate", box=None, pad_edge=False, header_style="bold")
+    for title in ("step", "loss"):
+        table.add_column(title, justify="right")
+    for name, (step, loss) in result["training"].items():
+        table.add_row(name, str(step), "–" if loss is None else f"{loss:.4f}")
+    return table
+
+
+def show_result(search: Search, result: Mapping[str, Any], console: Console) -> None:
+    """The best candidates, what is within the margin of the best, and how to confirm it."""
+    candidates = _by_name(result)
+    done = sorted((c for c in candidates.values() if c["eval_loss"] is not None), key=lambda c: float(c["eval_loss"]))
+    best, within = candidates.get(result["best"] or ""), set(result["within_margin"])
+    if best is None:
+        console.print("No candidate was trained to its end: the budget is too small, or all diverged.", style="bold")
+        return
+    table = Table("candidate", box=None, pad_edge=False, header_style="bold")
+    for title in ("rank", "learning rate", "alpha", "held-out loss", "over the best"):
+        table.add_column(title, justify="right")
+    table.add_column("target modules")
+    for one in done[:SHOWN]:
+        over = one["eval_loss"] / best["eval_loss"] - 1
+        mark = "" if one["trial"] in within else " *"
+        settings = (str(one["rank"]), f"{one['learning_rate']:.3g}", f"{one['lora_alpha']:g}")
+        table.add_row(one["trial"], *settings, f"{one['eval_loss']:.4f}", f"{over:.2%}{mark}", one["target_modules"])
+    console.print(table)
+    if len(within) < len(done):
+        console.print(f"* beyond the margin of {result['margin']:.3g} of the best's loss", markup=False)
+    for line in sentences(search.path, result):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def sentences(path: Path, result: Mapping[str, Any]) -> list[str]:
+    """What was found, in words."""
+    candidates, spent = _by_name(result), result["spent"]
+    best, smallest = candidates[result["best"]], candidates[result["smallest_rank"]]
+    count = len(result["within_margin"])
+    return [
+        f"\nBest: rank {best['rank']} at learning rate {best['learning_rate']:.3g}, alpha {best['lora_alpha']:g}, on "
+        f"{best['target_modules']}. Within the margin of it: {count}; the lowest rank among these is "
+        f"{smallest['rank']} ({smallest['trial']}).",
+        f"{spent['trials']} candidates, of which {result['share_stopped']:.0%} were stopped early; "
+        f"{spent['tokens']:,} training tokens, {duration(spent['seconds'], load('en'))}.",
+        f"One seed says nothing about how sure this is. To confirm it, with other seeds:\n  {confirm_command(path)}",
+        f"Adapters: {path / 'adapters'}. All candidates: optuna-dashboard {shlex.quote(str(path / 'optuna.log'))}",
+    ]
+
+
+def confirm_command(path: Path) -> str:
+    """The command that trains the best again."""
+    return shlex.join(["rankscope", "run", str(path / "confirm.yaml"), "--out", f"{path}-confirm"])
+
+
+def describe_result(search: Search, result: Mapping[str, Any]) -> dict[str, Any]:
+    """For `--json`."""
+    confirm = confirm_command(search.path) if result["best"] else None
+    shown = {name: value for name, value in result.items() if name not in ("training", "schema")}
+    return {"search": str(search.path), **shown, "confirm": confirm}
+
+
+def _by_name(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {candidate["trial"]: candidate for candidate in result["candidates"]}

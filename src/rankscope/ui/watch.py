@@ -1,0 +1,188 @@
+"""`rankscope watch`: follows a study that runs, on a live page in the looks of the report, or in the terminal.
+
+The page is the report of what there is so far, with a section on top that says what is done now. It asks this server
+for news; the server reads the study's files when it is asked, and never writes. It listens on the loopback address
+alone, and answers two paths of one study.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from rankscope.errors import StudyDirectoryError
+from rankscope.pipeline import reproduce_command
+from rankscope.report import html
+from rankscope.report.content import Content, compose
+from rankscope.study.folder import NOT_ENDED, Study
+from rankscope.text.catalogue import Catalogue, load
+from rankscope.text.formats import duration, loss, size
+from rankscope.train.step import total_steps
+from rankscope.ui.live import LiveStudy, State
+
+LOOPBACK = "127.0.0.1"
+
+LEAST_SECONDS = 2.0
+"""Between two questions of the page."""
+
+SHARE_OF_TIME = 0.05
+"""Of a core at most, for a page that is watched: what runs is being measured."""
+
+TERMINAL_SECONDS = 2.0
+
+
+class Watch:
+    """What the page shows of a study, each time anew."""
+
+    def __init__(self, study: Study, language: str) -> None:
+        self.study, self.text = study, load(language)
+        self._live: LiveStudy | None = None
+        self._lock = threading.Lock()  # a browser asks from several threads
+
+    def state(self) -> State:
+        """The study now.
+
+        Raises:
+            StudyDirectoryError: it has not begun yet.
+        """
+        if self._live is None:
+            steps = total_steps(self.study.spec.training, self.study.data_facts["rows_train"])
+            self._live = LiveStudy(self.study, steps)
+        return self._live.read()
+
+    def page(self) -> str:
+        """The whole page."""
+        with self._lock:
+            now = self._now(self.state())
+            return html.render(self._content(), self.text, now=now)
+
+    def news(self) -> dict[str, Any]:
+        """What has changed since: `now`, the charts, and when to ask again."""
+        with self._lock:
+            start = time.thread_time()
+            state = self.state()
+            found = {"now": self._now(state), "charts": html.specifications(self._content())}
+            taken = time.thread_time() - start
+            return found | {"again_ms": round(1000 * max(LEAST_SECONDS, taken / SHARE_OF_TIME))}
+
+    def _content(self) -> Content:
+        study = self.study
+        verdict = study.find_verdict()  # `Study.verdict` is read once
+        return compose(study.evidence(), verdict, self.text, study.spec.name, reproduce_command(study.spec))
+
+    def _now(self, state: State) -> dict[str, Any]:
+        """`part` changes when tables of the page do."""
+        statuses = ",".join(trial.status for trial in state.trials)
+        part = f"{state.doing} {state.pack} {state.profiles_done} {statuses}"
+        return {"lines": list(lines(state, self.text)), "rows": rows(state, self.text), "part": part}
+
+
+def lines(state: State, text: Catalogue) -> Iterator[str]:
+    """What is done now, and how long it takes still."""
+    done = sum(trial.status not in NOT_ENDED for trial in state.trials)
+    yield text(f"live.{state.doing}", pack=state.pack or "", done=state.profiles_done + 1, total=state.profiles)
+    yield text("live.trials", done=done, total=len(state.trials))
+    if state.seconds_left and state.doing not in ("done", "stopped"):
+        yield text("live.left", time=duration(state.seconds_left, text))
+    if state.rss_bytes:
+        yield text("live.memory", size=size(state.rss_bytes))
+
+
+def rows(state: State, text: Catalogue) -> list[list[str]]:
+    """A row a trial: name, status, step, training loss (smoothed), held-out loss."""
+
+    def number(value: float | None) -> str:
+        return text("none") if value is None else loss(value)
+
+    return [
+        [
+            trial.name,
+            text(f"status.{trial.status}"),
+            f"{trial.step:,} / {state.steps:,}",
+            number(trial.train_loss),
+            number(trial.eval_loss),
+        ]
+        for trial in state.trials
+    ]
+
+
+def serve(watch: Watch, port: int) -> ThreadingHTTPServer:
+    """The server, which is bound and not yet running; port 0 takes a free one."""
+    return ThreadingHTTPServer((LOOPBACK, port), _handler(watch))
+
+
+def address(server: ThreadingHTTPServer) -> str:
+    return f"http://{LOOPBACK}:{server.server_port}/"
+
+
+def _handler(watch: Watch) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            # A page of elsewhere whose name was made to lead here is told apart by the name it asked for.
+            port = self.connection.getsockname()[1]
+            if self.headers.get("Host") not in {f"{name}:{port}" for name in (LOOPBACK, "localhost")}:
+                self._answer(HTTPStatus.FORBIDDEN, "text/plain", "asked for under another name")
+                return
+            try:
+                if self.path == "/":
+                    self._answer(HTTPStatus.OK, "text/html", watch.page())
+                elif self.path == "/news.json":
+                    self._answer(HTTPStatus.OK, "application/json", json.dumps(watch.news(), allow_nan=False))
+                else:
+                    self._answer(HTTPStatus.NOT_FOUND, "text/plain", "nothing here")
+            except StudyDirectoryError as error:  # not begun, or just being written
+                self._answer(HTTPStatus.SERVICE_UNAVAILABLE, "text/plain", error.what, {"Refresh": "2"})
+
+        def _answer(self, status: HTTPStatus, kind: str, body: str, more: Mapping[str, str] | None = None) -> None:
+            content = body.encode()
+            self.send_response(status)
+            headers = {"Content-Type": f"{kind}; charset=utf-8", "Content-Length": str(len(content))}
+            headers |= {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY"}
+            for name, value in {**headers, **(more or {})}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Says nothing: the terminal is the user's."""
+
+    return Handler
+
+
+def watch_terminal(watch: Watch, console: Console) -> None:
+    """Shows the study in the terminal until it is done or stopped; without a terminal, once."""
+    with Live(console=console, auto_refresh=False, transient=False) as live:
+        while True:
+            state = _wait_for(watch)
+            live.update(_terminal_table(state, watch.text), refresh=True)
+            if state.doing in ("done", "stopped") or not console.is_terminal:
+                return
+            time.sleep(TERMINAL_SECONDS)
+
+
+def _wait_for(watch: Watch) -> State:
+    """The state, as soon as there is one."""
+    while True:
+        try:
+            return watch.state()
+        except StudyDirectoryError:
+            if watch.study.holder() is None:
+                raise
+            time.sleep(TERMINAL_SECONDS)
+
+
+def _terminal_table(state: State, text: Catalogue) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", title=" · ".join(lines(state, text)))
+    table.title_justify, table.title_style = "left", "bold"
+    for name in ("trial", "status", "steps", "train_loss", "eval_loss"):
+        table.add_column(text(f"table.{name}"), justify="left" if name in ("trial", "status") else "right")
+    for row in rows(state, text):
+        table.add_row(*row)
+    return table

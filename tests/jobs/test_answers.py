@@ -1,0 +1,92 @@
+"""Answers: those of PEFT and transformers by themselves, on the right part of the right rows."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import rankscope
+from folders import write_data, write_model
+from rankscope.data.tokens import Example, Tokens, load
+from rankscope.jobs.answers import questions
+from rankscope.study.folder import Study
+
+SETS = (
+    "measure.profiles=false",
+    "data.eval_rows=4",
+    "training.evals=1",
+    "measure.answers=2",
+    "measure.answer_tokens=5",
+)
+
+
+def example(length: int, prompt: int) -> Example:
+    return Example(np.arange(length, dtype=np.int32), np.arange(length) >= prompt)
+
+
+def test_a_question_ends_where_the_labels_begin() -> None:
+    (question,) = questions(Tokens.from_examples([example(6, 4)]), 1, 100)
+    assert question.prompt_ids == [0, 1, 2, 3]
+    assert question.reference_ids == [4, 5]
+
+
+def test_a_row_that_is_all_labels_is_asked_for_its_second_half() -> None:
+    (question,) = questions(Tokens.from_examples([example(6, 1)]), 1, 100)
+    assert question.prompt_ids == [0, 1, 2]
+
+
+def test_rows_that_were_cut_come_last() -> None:
+    rows = Tokens.from_examples([example(8, 2), example(5, 2), example(6, 2)])
+    assert [question.example for question in questions(rows, 2, 8)] == [1, 2]
+    assert [question.example for question in questions(rows, 3, 8)] == [1, 2, 0]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    root = tmp_path_factory.mktemp("answers")
+    write_model(root / "model")
+    write_data(root / "data.json")
+    files = {"model": str(root / "model"), "dataset": str(root / "data.json"), "out": root / "study"}
+    return rankscope.run(ranks=[2, 8], seeds=[0, 1], steps=4, learning_rates=[3e-2], sets=SETS, **files)
+
+
+def test_answers_are_those_of_peft_alone(study: Study) -> None:
+    answers = study.answers()
+    assert list(answers["candidate"].unique()) == ["base", "r002-lr3e-2", "r008-lr3e-2"]
+    assert list(answers.groupby("candidate").size()) == [2, 2, 2]
+    folder = Path(study.spec.model.id)
+    tokenizer, rows = AutoTokenizer.from_pretrained(folder), load(study.path / "data").eval
+    for candidate, own in answers.groupby("candidate"):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        if candidate != "base":
+            model = PeftModel.from_pretrained(model, study.path / "trials" / f"{candidate}-s0" / "adapter")
+        for row in own.to_dict("records"):
+            ids, labels = rows[row["example"]]
+            prompt = torch.tensor(ids[: int(labels.argmax())])[None]
+            assert row["prompt"] == tokenizer.decode(prompt[0], skip_special_tokens=True)
+            assert row["reference"] == tokenizer.decode(ids[int(labels.argmax()) :], skip_special_tokens=True)
+            for _ in range(5):
+                next_id = model(input_ids=prompt).logits[0, -1].argmax()
+                prompt = torch.cat([prompt, next_id.reshape(1, 1)], dim=1)
+                if next_id == tokenizer.eos_token_id:
+                    break
+            expected = tokenizer.decode(prompt[0, int(labels.argmax()) :], skip_special_tokens=True)
+            assert row["answer"] == expected
+
+
+def test_answers_differ_between_ranks_and_are_made_once(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there is not made again, and what was damaged is."""
+    answers = study.answers()
+    assert (answers.groupby("example")["answer"].nunique() > 1).any()
+    file = study.path / "answers" / "answers.json"
+    before, inode = file.read_bytes(), file.stat().st_ino
+    again = {"model": study.spec.model.id, "dataset": study.spec.data.id, "out": study.path}
+    options = {"ranks": [2, 8], "seeds": [0, 1], "steps": 4, "learning_rates": [3e-2], "sets": SETS}
+    rankscope.run(**again, **options)
+    assert file.stat().st_ino == inode
+    file.write_bytes(before[:-20])
+    rankscope.run(**again, **options)
+    assert file.read_bytes() == before

@@ -1,0 +1,136 @@
+"""What is handed to a launcher, in which order, and what follows from how it ended; nothing is trained."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from folders import write_data, write_model
+from launchers import HERE, Ending
+from rankscope.data.tokens import TokenizedData
+from rankscope.errors import KilledError, ModelError, OutOfMemoryError, RankscopeError
+from rankscope.files import write_json
+from rankscope.jobs import packs as jobs
+from rankscope.jobs.packs import Place
+from rankscope.pipeline import prepare_data
+from rankscope.plan.memory import predict
+from rankscope.spec.models import StudySpec
+from rankscope.spec.options import assemble
+from rankscope.study.folder import Study
+from told import Told
+
+
+@pytest.fixture(scope="module")
+def question(tmp_path_factory: pytest.TempPathFactory) -> tuple[StudySpec, TokenizedData]:
+    root = tmp_path_factory.mktemp("jobs")
+    asked = {"model": str(write_model(root / "model")), "dataset": str(write_data(root / "data.json"))}
+    spec = assemble({}, {**asked, "ranks": [2, 4, 16], "seeds": [0, 1], "steps": 3, "device": "cpu"})
+    return spec, prepare_data(spec)
+
+
+class Places(Ending):
+    """With so many devices; jobs end as `ends` says, and else as if all had been trained."""
+
+    def __init__(self, places: int, study: Study, ends: Iterable[RankscopeError | None] = ()) -> None:
+        left = iter(ends)
+        super().__init__(lambda path, job: self._end(job, next(left, None)))
+        self._places, self._study = places, study
+
+    def places(self) -> int:
+        return self._places
+
+    def _end(self, job: dict[str, Any], error: RankscopeError | None) -> RankscopeError | None:
+        for pack, trials in job["packs"].items():
+            record = {"schema": 1, "pack": pack, "trials": trials, "results": None}
+            if error is None:
+                record["results"] = {
+                    "steps": 3, "step_seconds": 1.0, "useful_flops_per_second": 1e9, "product_share": None,
+                    "rss_peak_bytes": 1, "gpu_allocated_peak_bytes": None,
+                }  # fmt: skip
+            write_json(self._study.file("packs", pack, "pack.json"), record)
+            if error is not None:
+                break  # the packs after it have not begun
+        return error
+
+
+def train(
+    question: tuple[StudySpec, TokenizedData],
+    path: Path,
+    places: int,
+    ends: Iterable[RankscopeError | None] = (),
+    **training: Any,
+) -> tuple[Study, Places, Told]:
+    spec, data = question
+    spec = spec.model_copy(update={"training": spec.training.model_copy(update=training)})
+    study = Study.create(path / "study", spec)
+    launcher, told = Places(places, study, ends), Told()
+    jobs.train(study, data, Place(launcher, HERE, predict(spec, torch.device("cpu"))), told)
+    return study, launcher, told
+
+
+def packs(launcher: Ending) -> list[dict[str, list[str]]]:
+    return [dict(job.content["packs"]) for job in launcher.started]
+
+
+def test_on_one_device_all_packs_are_one_job(question: Any, tmp_path: Path) -> None:
+    study, launcher, told = train(question, tmp_path, 1, trials_per_pack=2)
+    assert packs(launcher) == [{p: [t.name for t in trials] for p, trials in study.division().packs.items()}]
+    assert launcher.started[0].folder == "packs/p000"
+    assert [line.partition(":")[0] for line in told.lines] == ["Pack p000", "Pack p001", "Pack p002"]
+
+
+def test_isolated_trials_are_a_job_each(question: Any, tmp_path: Path) -> None:
+    _, launcher, _ = train(question, tmp_path, 1, isolated=True)
+    assert [len(job) for job in packs(launcher)] == [1] * 6
+
+
+def test_over_several_devices_every_pack_is_a_job_and_the_longest_comes_first(question: Any, tmp_path: Path) -> None:
+    study, _, _ = train(question, tmp_path, 1, trials_per_pack=1)
+    assert [trials[0].candidate.rank for trials in study.division().packs.values()] == [2, 4, 16, 2, 4, 16]
+    _, launcher, _ = train(question, tmp_path, 2, trials_per_pack=1)  # it began on one
+    ranks = [int(trials[0][1:4]) for job in packs(launcher) for trials in job.values()]
+    assert ranks == [16, 16, 4, 4, 2, 2]
+
+
+def test_a_job_says_what_it_reads_and_what_memory_it_takes(question: Any, tmp_path: Path) -> None:
+    spec, _ = question
+    first = spec.trials()[0].name
+    study = Study.create(tmp_path / "study", spec)
+    known = {"schema": 1, "trial": first, "status": "interrupted", "model_sha256": "abc", "results": None, "files": {}}
+    write_json(study.file("trials", first, "trial.json"), known)
+    _, launcher, _ = train(question, tmp_path, 2)
+    assert len(launcher.started) >= 2
+    for job in launcher.started:
+        (names,) = job.content["packs"].values()
+        assert job.reads == [*(f"trials/{name}" for name in names), f"trials/{first}/trial.json"]
+        assert 4e8 < job.memory_bytes < 2e9
+
+
+@pytest.mark.parametrize("places", [1, 2])
+def test_a_pack_without_room_is_divided_and_its_parts_come_next(question: Any, tmp_path: Path, places: int) -> None:
+    study, launcher, told = train(question, tmp_path, places, [OutOfMemoryError("no more")], trials_per_pack=3)
+    begun = [pack for job in packs(launcher) for pack in job]
+    if places == 1:
+        assert begun == ["p000", "p001", "p002", "p003", "p001"]
+        assert [list(job) for job in packs(launcher)] == [["p000", "p001"], ["p002", "p003", "p001"]]
+    else:
+        (divided,) = study.division().divided
+        assert begun[0] == divided
+        assert sorted(begun[2:]) == ["p002", "p003"]
+    assert any("is divided into p002 and p003" in line for line in told.lines)
+
+
+def test_a_pack_that_was_killed_keeps_no_other_from_training(question: Any, tmp_path: Path) -> None:
+    study, launcher, _ = train(question, tmp_path, 2, [KilledError("killed")], trials_per_pack=3)
+    first, second = (names for job in packs(launcher) for names in job.values())
+    statuses = {trial.name: study.trial_record(trial)["status"] for trial in study.spec.trials()}
+    assert {statuses[name] for name in first} == {"interrupted"}
+    assert {statuses[name] for name in second} == {"pending"}  # this launcher trains nothing
+    assert len(launcher.started) == 2
+
+
+def test_a_wrong_model_ends_the_run(question: Any, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="another"):
+        train(question, tmp_path, 2, [ModelError("another model")])

@@ -1,0 +1,183 @@
+"""Cut adapters against dense updates that are cut and merged by themselves, and what recovery training does."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from models import VOCAB, tiny_model
+from rankscope.data.tokens import Example, TokenizedData, Tokens
+from rankscope.errors import ModelError
+from rankscope.lora.adapters import (
+    adapter_weights,
+    add_adapter,
+    lora_config,
+    lora_layers,
+    remove_adapters,
+    save_adapter,
+)
+from rankscope.measure import truncation as cuts
+from rankscope.measure.truncation import Cut, Wanted, pieces, take_cuts
+from rankscope.spec.models import StudySpec, Trial, resolve_spec
+
+TRUE_RANK, RANK = 3, 8
+
+
+def make_tokens(count: int, seed: int) -> Tokens:
+    rng = np.random.default_rng(seed)
+    rows = [rng.integers(3, VOCAB, int(rng.integers(6, 14)), dtype=np.int32) for _ in range(count)]
+    return Tokens.from_examples([Example(ids, np.arange(len(ids)) >= 3) for ids in rows])
+
+
+DATA = TokenizedData(make_tokens(8, 1), make_tokens(8, 1), {})
+"""Trained on what is held out, so that training must lower its loss."""
+
+
+def make_spec(**values: Any) -> StudySpec:
+    training = {"steps": 6, "batch_size": 4} | values.pop("training", {})
+    defaults = {"model": {"id": "m"}, "data": {"id": "d"}, "ranks": [2, RANK], "learning_rates": [1e-2]}
+    return resolve_spec(defaults | {"training": training} | values)
+
+
+def plant(model: PreTrainedModel, spec: StudySpec, folder: Path) -> Trial:
+    """Saves an adapter of the highest rank whose every update has rank 3, in `adapter`; the model is as before."""
+    trial = spec.trials()[len(spec.ranks) - 1]
+    rank = trial.candidate.rank
+    add_adapter(model, trial)
+    weights, generator = adapter_weights(model, trial.name), torch.Generator().manual_seed(5)
+    for name, weight in weights.items():
+        size = weight.shape[1] if ".lora_A." in name else weight.shape[0]
+        thin = torch.randn(size, TRUE_RANK, generator=generator) * 0.3
+        mixed = thin @ torch.randn(TRUE_RANK, rank, generator=generator) / trial.candidate.scaling**0.5
+        weight.data.copy_(mixed.T if ".lora_A." in name else mixed)
+    save_adapter(weights, lora_config(trial.candidate), folder / "adapter")
+    remove_adapters(model)
+    return trial
+
+
+def dense_loss(spec: StudySpec, folder: Path, trial: Trial, rank: int) -> float:
+    """The held-out loss of a model into which each update, cut by a dense SVD, is merged; transformers' own forward."""
+    model = tiny_model("llama-gqa")
+    add_adapter(model, trial)
+    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+    updates = {}
+    for name, _ in lora_layers(model):
+        a, b = (saved[f"base_model.model.{name}.lora_{part}.weight"].double() for part in "AB")
+        u, values, v = torch.linalg.svd(trial.candidate.scaling * b @ a, full_matrices=False)
+        updates[name] = (u[:, :rank] * values[:rank] @ v[:rank]).float()
+    remove_adapters(model)
+    for name, update in updates.items():
+        model.get_submodule(name).weight.data += update
+    total, labels = 0.0, 0
+    for ids, is_label in (DATA.eval[number] for number in range(len(DATA.eval))):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor(ids, dtype=torch.int64)[None]).logits[0, :-1]
+        wanted = torch.tensor(is_label[1:])
+        targets = torch.tensor(ids[1:], dtype=torch.int64)
+        total += float(torch.nn.functional.cross_entropy(logits[wanted], targets[wanted], reduction="sum"))
+        labels += int(wanted.sum())
+    return total / labels
+
+
+def take(spec: StudySpec, folder: Path, wanted: list[Wanted], eval_loss: float | None = None) -> dict[Wanted, Cut]:
+    model = tiny_model("llama-gqa")
+    trial = plant(model, spec, folder)
+    recorded = dense_loss(spec, folder, trial, TRUE_RANK) if eval_loss is None else eval_loss
+    found = [cut for part in take_cuts(model, spec, trial, folder / "adapter", recorded, wanted, DATA) for cut in part]
+    assert not lora_layers(model), "the model is as it was"
+    assert len({(cut.rank, cut.recover_steps) for cut in found}) == len(found)
+    return {Wanted(cut.rank, cut.recover_steps): cut for cut in found}
+
+
+def loss_of(cut: Cut) -> float:
+    assert cut.losses is not None
+    return cut.losses.mean
+
+
+@pytest.mark.parametrize("engine", ["packed", "peft"])
+@pytest.mark.parametrize(
+    "adapter", [{"alpha": 32}, {"alpha": "2r"}, {"alpha": 4, "use_rslora": True}], ids=["fixed", "multiple", "rslora"]
+)
+def test_a_cut_is_the_best_update_of_its_rank(tmp_path: Path, adapter: dict[str, Any], engine: str) -> None:
+    """And a planted update of rank 3 loses nothing down to 3."""
+    spec = make_spec(adapter=adapter, training={"engine": engine})
+    ranks = [1, 2, 3, 5, RANK]
+    found = take(spec, tmp_path, [Wanted(rank, 0) for rank in ranks])
+    assert sorted(found) == [Wanted(rank, 0) for rank in ranks]
+    trial = plant(tiny_model("llama-gqa"), spec, tmp_path)
+    for rank in ranks:
+        expected = dense_loss(spec, tmp_path, trial, rank)
+        assert loss_of(found[Wanted(rank, 0)]) == pytest.approx(expected, rel=1e-4)
+    whole = loss_of(found[Wanted(RANK, 0)])
+    for rank in (3, 5):
+        assert loss_of(found[Wanted(rank, 0)]) == pytest.approx(whole, rel=1e-4)
+        assert found[Wanted(rank, 0)].kept_energy == pytest.approx(1)
+    for rank in (1, 2):
+        assert abs(loss_of(found[Wanted(rank, 0)]) - whole) > 1e-2, "which is seen where something is lost"
+        assert found[Wanted(rank, 0)].kept_energy < 0.99
+
+
+def test_a_rank_that_no_layer_has_loses_nothing(tmp_path: Path) -> None:
+    """The keys of the tiny model are 16 wide, so an update of them has 16 directions: four of the twenty stay zero."""
+    found = take(make_spec(ranks=[2, 24]), tmp_path, [Wanted(20, 0), Wanted(24, 0)])
+    assert loss_of(found[Wanted(20, 0)]) == pytest.approx(loss_of(found[Wanted(24, 0)]), rel=1e-5)
+
+
+def test_another_loss_than_the_recorded_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"held-out loss is .* here, and 3 was recorded"):
+        take(make_spec(), tmp_path, [Wanted(2, 0)], eval_loss=3.0)
+    with pytest.raises(ModelError, match="nan"):
+        take(make_spec(), tmp_path, [Wanted(2, 0)], eval_loss=math.nan)
+
+
+def test_only_what_is_wanted_is_measured(tmp_path: Path) -> None:
+    assert list(take(make_spec(), tmp_path, [Wanted(2, 3)])) == [Wanted(2, 3)]
+
+
+def test_recovery_goes_on_where_the_schedule_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the batches that come next, at a tenth of the rate, all cuts of a piece together; and it lowers the loss."""
+    seen: list[Any] = []
+
+    def noted(engine: Any, members: Any, tokens: Tokens, training: Any, step: int) -> Any:
+        found = own(engine, members, tokens, training, step)
+        seen.append((step, [member.trial.candidate.rank for member in members], found[0].learning_rate))
+        return found
+
+    own = cuts.train_step
+    monkeypatch.setattr(cuts, "train_step", noted)
+    wanted = [Wanted(rank, steps) for rank in (1, 2, 4) for steps in (0, 20)]
+    found = take(make_spec(), tmp_path, wanted)
+    assert [step for step, _, _ in seen] == list(range(6, 26))
+    assert {tuple(ranks) for _, ranks, _ in seen} == {(1, 2, 4)}
+    assert [rate for _, _, rate in seen] == pytest.approx([5e-4] + 19 * [1e-3])
+    for rank in (1, 2, 4):
+        assert loss_of(found[Wanted(rank, 20)]) < loss_of(found[Wanted(rank, 0)])
+        alone = take(make_spec(), tmp_path, [Wanted(rank, 20)])
+        assert loss_of(alone[Wanted(rank, 20)]) == pytest.approx(loss_of(found[Wanted(rank, 20)]), rel=1e-4)
+
+
+def test_a_recovery_that_diverges_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def harmed(engine: Any, members: Any, tokens: Tokens, training: Any, step: int) -> Any:
+        found = own(engine, members, tokens, training, step)
+        bad = [member.trial.candidate.rank == 2 for member in members]
+        return [one._replace(loss=math.nan) if wrong else one for wrong, one in zip(bad, found, strict=True)]
+
+    own = cuts.train_step
+    monkeypatch.setattr(cuts, "train_step", harmed)
+    found = take(make_spec(), tmp_path, [Wanted(2, 2), Wanted(4, 2)])
+    assert found[Wanted(2, 2)].losses is None
+    assert found[Wanted(2, 2)].describe()["eval_loss"] is None
+    assert math.isfinite(loss_of(found[Wanted(4, 2)]))
+
+
+def test_pieces_take_no_more_memory_than_the_trial() -> None:
+    assert pieces([1, 2, 4, 8, 16, 32, 64, 128], 256) == [[1, 2, 4, 8, 16, 32, 64, 128]]
+    assert pieces([1, 2, 4, 8, 32, 128], 128) == [[1, 2, 4, 8, 32], [128]]
+    assert pieces([3, 200, 255], 256) == [[3, 200], [255]]
+    assert pieces([1, 2], 256, alone=True) == [[1], [2]]
+    assert pieces([], 4) == []

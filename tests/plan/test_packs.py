@@ -1,0 +1,141 @@
+"""How trials are divided into packs, what room they need, and in which order profiles are measured."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launchers import HERE, Ending
+from rankscope import pipeline
+from rankscope.data.tokens import TokenizedData, Tokens
+from rankscope.errors import StudyDirectoryError
+from rankscope.files import write_json
+from rankscope.jobs.packs import Place
+from rankscope.plan.memory import FULL_STEP_TOKENS, Prediction, predict
+from rankscope.plan.packs import ProfileJob, disk_bytes, divide_into_packs, missing_profiles
+from rankscope.spec.models import DataSpec, ModelSpec, ReferenceSpec, StudySpec, TrainingSpec
+from rankscope.study.folder import Study
+from rankscope.text.formats import size
+from rankscope.train.checkpoint import KEPT
+
+PLENTY = 10**12
+
+
+@pytest.fixture(scope="module")
+def spec() -> StudySpec:
+    return StudySpec(
+        model=ModelSpec(id="embedded", device="cpu"), data=DataSpec(id="unused"), ranks=(8, 128, 256), seeds=(0, 1)
+    )
+
+
+@pytest.fixture(scope="module")
+def prediction(spec: StudySpec) -> Prediction:
+    return predict(spec)
+
+
+def rows_of(length: int) -> Tokens:
+    count = 50
+    offsets = np.arange(0, (count + 1) * length, length, dtype=np.int64)
+    return Tokens(np.zeros(count * length, np.int32), np.ones(count * length, np.bool_), offsets)
+
+
+def sizes(spec: StudySpec, prediction: Prediction, free: int, tokens: Tokens, **training: object) -> list[int]:
+    packs = divide_into_packs(spec.trials(), prediction, free, TrainingSpec(batch_size=8, **training), tokens)  # type: ignore[arg-type]
+    assert [trial for pack in packs for trial in pack] == spec.trials()
+    return [len(pack) for pack in packs]
+
+
+def test_a_pack_takes_as_many_trials_as_fill_a_step(spec: StudySpec, prediction: Prediction) -> None:
+    third = FULL_STEP_TOKENS["cpu"] // (3 * 8)
+    assert sizes(spec, prediction, PLENTY, rows_of(third)) == [3, 3]
+    assert sizes(spec, prediction, PLENTY, rows_of(10 * third)) == [1] * 6
+    assert sizes(spec, prediction, PLENTY, rows_of(third), gradient_accumulation_steps=3) == [1] * 6
+
+
+def test_the_user_may_say_how_many(spec: StudySpec, prediction: Prediction) -> None:
+    assert sizes(spec, prediction, PLENTY, rows_of(500), trials_per_pack=4) == [4, 2]
+    assert sizes(spec, prediction, PLENTY, rows_of(5), isolated=True) == [1] * 6
+    assert sizes(spec, prediction, PLENTY, rows_of(5), base_dropout="keep") == [1] * 6
+
+
+def test_a_pack_takes_no_more_than_fit(spec: StudySpec, prediction: Prediction) -> None:
+    two = spec.trials()[:2]
+    free = int((prediction.fixed_bytes(two) + 5 * prediction.bytes_per_token(two)) / 0.9) + 1000
+    packs = sizes(spec, prediction, free, rows_of(5), trials_per_pack=6)
+    assert packs == [2, 1, 2, 1]  # 8 and 128, 256 alone
+
+
+def test_a_trial_that_does_not_fit_is_tried_all_the_same(spec: StudySpec, prediction: Prediction) -> None:
+    assert sizes(spec, prediction, 1, rows_of(5)) == [1] * 6
+
+
+def at(prediction: Prediction) -> Place:
+    """Where there is memory enough."""
+    return Place(Ending(lambda *_: None), HERE, prediction)
+
+
+def test_what_lies_there_is_not_asked_for_again(
+    spec: StudySpec, prediction: Prediction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A study that was stopped goes on where there is room for what is missing."""
+    spec = spec.model_copy(update={"ranks": (256,), "seeds": (0,)})
+    tokens = rows_of(20)
+    study, data, trials = Study(tmp_path, spec), TokenizedData(tokens, tokens, {}), spec.trials()
+    checkpoint = 12 * prediction.params[trials[0].candidate.name]
+    whole = disk_bytes(spec, prediction, [trials], [], data)
+    assert whole.checkpoints == (KEPT + 1) * checkpoint
+    free = sum(whole)
+
+    def check() -> None:
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda _: usage)
+        pipeline.check_space(spec, tmp_path, at(prediction), trials, [], data, study)
+
+    check()
+    for step in (10, 20):
+        file = tmp_path / "packs" / "p000" / "checkpoints" / f"step-{step:08d}" / "tensors.safetensors"
+        file.parent.mkdir(parents=True)
+        file.touch()
+        os.truncate(file, checkpoint)
+    free -= 2 * checkpoint
+    check()
+    free -= 1
+    with pytest.raises(StudyDirectoryError, match="are needed on the disk"):
+        check()
+    free = checkpoint  # and what lies there of one thing is no room for another
+    with pytest.raises(StudyDirectoryError, match="are needed on the disk"):
+        check()
+
+
+def test_the_reference_alone_needs_room_too(
+    spec: StudySpec, prediction: Prediction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec.model_copy(update={"reference": ReferenceSpec(full=True), "seeds": (0,)})
+    (trial,), tokens = spec.reference_trials(), rows_of(20)
+    data = TokenizedData(tokens, tokens, {})
+    needed = disk_bytes(spec, prediction, [], [trial], data)
+    assert needed.checkpoints == 12 * (KEPT + 1) * prediction.base_params
+    usage = shutil.disk_usage(tmp_path)._replace(free=1)
+    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(StudyDirectoryError, match=f"about {size(sum(needed))} are needed on the disk"):
+        pipeline.check_space(spec, tmp_path, at(prediction), [], [trial], data, Study(tmp_path, spec))
+    pipeline.check_space(spec, tmp_path, at(prediction), [], [], data, Study(tmp_path, spec))  # nothing is missing
+
+
+def test_profiles_are_interleaved_and_each_rank_is_measured_once_the_first_twice_over(
+    spec: StudySpec, tmp_path: Path
+) -> None:
+    study = Study(tmp_path, spec.model_copy(update={"learning_rates": (1e-4, 2e-4)}))
+    names = {"r008", "r128", "r256", "control"}
+    jobs = missing_profiles(study)
+    assert [job.repeat for job in jobs] == [0] * 4 + [1] * 4
+    assert {job.profile for job in jobs[:4]} == {job.profile for job in jobs[4:]} == names
+    assert [job.profile for job in jobs[:4]] != [job.profile for job in jobs[4:]], "a new order in each repeat"
+    assert jobs == missing_profiles(study), "the same each time"
+    assert study.spec.profiled()["control"] == study.spec.profiled()["r008"] == study.spec.candidates()[0]
+    write_json(study.profile_file("r128"), {"repeats": [{}]})
+    write_json(study.profile_file("control"), {"repeats": [{}, {}]})
+    left = missing_profiles(study)
+    assert set(left) == {ProfileJob("r008", 0), ProfileJob("r256", 0)} | {ProfileJob(n, 1) for n in names - {"control"}}

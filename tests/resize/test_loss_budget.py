@@ -1,0 +1,98 @@
+"""The search for the smallest cut, on losses that are known for every cut."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from rankscope.lora.resize import Decomposed, parameters
+from rankscope.lora.saved import Factors
+from rankscope.resize.loss_budget import Ranks, Tried, best_of, families, smallest_within
+from rankscope.train.engine import ExampleLosses
+
+
+def make_layers(seed: int, count: int = 4, rank: int = 8) -> list[Decomposed]:
+    """Layers of random spectra and sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = []
+    for number in range(count):
+        values = torch.rand(rank, generator=generator, dtype=torch.float64).sort(descending=True)[0] ** 3
+        factors = Factors(f"layer{number}", torch.zeros(rank, 9), torch.zeros(9 + number, rank), 1.0, ("A", "B"))
+        layers.append(Decomposed(factors, torch.zeros(9 + number, rank), values, torch.zeros(rank, 9)))
+    return layers
+
+
+def losses(mean: float) -> ExampleLosses:
+    return ExampleLosses(np.array([mean]), np.array([1]), np.array([0]))
+
+
+def search(layers: list[Decomposed], loss: Callable[[Ranks], float], most: float, uniform: bool = False) -> list[Tried]:
+    return list(smallest_within(layers, families(layers, uniform), lambda ranks: losses(loss(ranks)), 1.0, most))
+
+
+def lost_energy(layers: list[Decomposed], weights: list[float]) -> Callable[[Ranks], float]:
+    """A loss that rises with each layer's lost energy, by a weight that the search does not know."""
+    return lambda ranks: (
+        1.0
+        + sum(
+            weight * float((layer.values[ranks[layer.factors.layer] :] ** 2).sum())
+            for weight, layer in zip(weights, layers, strict=True)
+        )
+    )
+
+
+@pytest.mark.parametrize("most", [1e-6, 0.003, 0.02, 0.1, 0.5, 0.99])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_smallest_cut_of_all_families_is_found(seed: int, most: float) -> None:
+    layers = make_layers(seed)
+    weights = torch.rand(4, generator=torch.Generator().manual_seed(seed + 50)).mul(2).tolist()
+    loss = lost_energy(layers, weights)
+    tried = search(layers, loss, most)
+    every = [family.ranks(number) for family in families(layers, False) for number in range(family.length)]
+    fewest = min(parameters(layers, ranks) for ranks in every if loss(ranks) - 1 <= most)
+    best = best_of(tried, most)
+    assert best is not None
+    assert best.parameters == parameters(layers, best.ranks) == fewest
+    assert best.increase == pytest.approx(loss(best.ranks) - 1)
+    assert len(tried) <= 24, "of 69 cuts"
+
+
+@pytest.mark.parametrize("rank", range(1, 9))
+def test_one_rank_for_all(rank: int) -> None:
+    layers = make_layers(0)
+    tried = search(layers, lambda ranks: 1.0 if min(ranks.values()) >= rank else 2.0, 0.01, uniform=True)
+    best = best_of(tried, 0.01)
+    assert best is not None
+    assert set(best.ranks.values()) == {rank}
+    assert {one.rule for one in tried} == {"uniform"}
+
+
+def test_a_family_that_divides_better_wins() -> None:
+    """One layer's energy counts for nothing, and a rule by energy gives it the most: equal ranks are better."""
+    layers = make_layers(1)
+    layers[0] = layers[0]._replace(values=layers[0].values * 1e4)
+    best = best_of(search(layers, lost_energy(layers, [0.0, 1.0, 1.0, 1.0]), 0.05), 0.05)
+    assert best is not None
+    assert best.rule in ("same_share", "uniform")
+
+
+def test_a_small_cut_within_the_budget_is_found_below_larger_ones_that_are_not() -> None:
+    layers = make_layers(2)
+    whole = parameters(layers, dict.fromkeys((layer.factors.layer for layer in layers), 8))
+
+    def loss(ranks: Ranks) -> float:
+        share = parameters(layers, ranks) / whole
+        return 1.0 if 0.2 < share < 0.4 or share > 0.9 else 2.0
+
+    best = best_of(search(layers, loss, 0.01), 0.01)
+    assert best is not None
+    assert 0.2 < best.parameters / whole < 0.25
+
+
+def test_where_not_even_the_whole_is_within_there_is_no_answer() -> None:
+    layers = make_layers(3)
+    tried = search(layers, lambda ranks: 2.0, 0.01)
+    assert best_of(tried, 0.01) is None
+    assert min(tried[-1].ranks.values()) == 8, "the whole was tried"
+    assert {one.rule for one in tried} == {"most_energy"}

@@ -1,0 +1,128 @@
+"""The study as text: defaults written out, errors that name the field, the grid of candidates."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rankscope.errors import StudyError
+from rankscope.spec.models import resolve_spec, write_yaml
+from rankscope.spec.options import assemble, read_study_file, set_value
+
+BASE = {"model": {"id": "a/model"}, "data": {"id": "a/dataset"}}
+STUDIES = [*Path("studies").glob("*.yaml"), Path("src/rankscope/demo/study.yaml")]
+
+
+def test_yaml_round_trip() -> None:
+    spec = resolve_spec(BASE | {"adapter": {"alpha": "2r", "target_modules": ["q_proj", "v_proj"]}, "seeds": [3]})
+    assert resolve_spec(yaml.safe_load(write_yaml(spec))) == spec
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=str)
+def test_shipped_studies_are_valid(path: Path) -> None:
+    spec = resolve_spec(read_study_file(Path(__file__).parents[2] / path))
+    assert spec.ranks == (8, 128, 256)
+    assert spec.seeds[:3] == (0, 1, 2)
+
+
+def test_candidates_are_the_grid() -> None:
+    spec = resolve_spec(BASE | {"ranks": [16, 4], "learning_rates": [1.5e-4, 1e-3], "seeds": [7]})
+    assert [trial.name for trial in spec.trials()] == [
+        "r004-lr1.5e-4-s7", "r004-lr1e-3-s7", "r016-lr1.5e-4-s7", "r016-lr1e-3-s7",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("alpha", "rslora", "scaling"), [(32, False, 32 / 16), ("2r", False, 2.0), (32, True, 8.0), ("1.5r", True, 6.0)]
+)
+def test_scaling(alpha: object, rslora: bool, scaling: float) -> None:
+    spec = resolve_spec(BASE | {"ranks": [16], "adapter": {"alpha": alpha, "use_rslora": rslora}})
+    assert spec.candidates()[0].scaling == pytest.approx(scaling)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rank": [8]}, "rank: unknown field; did you mean ranks?"),
+        ({"training": {"stepz": 5}}, "training.stepz: unknown field; did you mean steps?"),
+        ({"training": {"steps": 5, "epochs": 1}}, "give steps or epochs, not both"),
+        ({"ranks": []}, "ranks"),
+        ({"ranks": [8, -1]}, "ranks.1"),
+        ({"seeds": [1, 1]}, "seeds: listed twice: 1"),
+        ({"adapter": {"alpha": "2x"}}, "adapter.alpha"),
+        ({"adapter": {"lora_dropout": 1.0}}, "adapter.lora_dropout"),
+        ({"data": {"id": "x", "template": "{instruction}"}}, "a row's input is never dropped"),
+        ({"name": "../up"}, "name"),
+        ({"model": {}}, "model.id"),
+        ({"learning_rates": [float("nan")]}, "learning_rates.0"),
+    ],
+)
+def test_errors_name_the_field(values: dict, message: str) -> None:
+    with pytest.raises(StudyError) as caught:
+        resolve_spec(BASE | values)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("ranks", [[4, "full"], ["full", 4]])
+def test_full_among_the_ranks_is_the_reference(ranks: list[object]) -> None:
+    spec = assemble(BASE, {"ranks": ranks, "learning_rates": [3e-4, 1e-3], "seeds": [0, 7]})
+    assert (spec.ranks, spec.reference.full) == ((4,), True)
+    names = [trial.name for trial in spec.reference_trials()]
+    assert names == ["full-lr3e-5-s0", "full-lr1e-4-s0", "full-lr3e-5-s7", "full-lr1e-4-s7"]
+    assert resolve_spec(yaml.safe_load(write_yaml(spec))) == spec
+    assert len(spec.trials()) == 4
+
+
+def test_the_reference_s_own_learning_rates() -> None:
+    values = BASE | {"ranks": [4, "full"], "reference": {"learning_rates": 1e-6}, "seeds": [0]}
+    assert [trial.name for trial in resolve_spec(values).reference_trials()] == ["full-lr1e-6-s0"]
+    assert resolve_spec(BASE).reference_trials() == []
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"ranks": ["full"]}, "at least one number"),
+        ({"ranks": "full"}, "at least one number"),
+        ({"ranks": [4, "full", "full"]}, "listed twice: full"),
+        ({"ranks": [4, "ful"]}, "ranks.1"),
+        ({"ranks": [4, "full"], "reference": {"full": False}}, "reference.full is false"),
+        ({"ranks": [4, "full"], "reference": {"rates": [1e-5]}}, "reference.rates: unknown field"),
+        ({"ranks": [4, "full"], "reference": "yes"}, "reference"),
+        ({"reference": {"learning_rates": [1e-5]}}, "full is false"),
+        ({"reference": {"full": True, "learning_rates": []}}, "reference.learning_rates"),
+        ({"reference": {"full": True, "learning_rates": [-1.0]}}, "reference.learning_rates.0"),
+        ({"reference": {"full": True, "learning_rates": [1e-5, 1e-5]}}, "listed twice: 1e-05"),
+        ({"measure": {"forgetting": ""}}, "measure.forgetting"),
+        ({"measure": {"forgetting": "a.txt", "forgetting_rows": 0}}, "measure.forgetting_rows"),
+    ],
+)
+def test_nonsense_about_the_reference_and_forgetting(values: dict, message: str) -> None:
+    with pytest.raises(StudyError) as caught:
+        resolve_spec(BASE | values)
+    assert message in str(caught.value)
+
+
+def test_options_and_assignments_override_the_file() -> None:
+    spec = assemble(
+        BASE | {"training": {"epochs": 3}, "ranks": [8]},
+        {"steps": 50, "ranks": [4], "seeds": None},
+        ["adapter.alpha=2r"],
+    )
+    assert (spec.training.steps, spec.training.epochs, spec.ranks, spec.seeds) == (50, None, (4,), (0, 1, 2))
+    assert spec.adapter.alpha == "2r"
+    assert spec.name == "model-dataset"
+
+
+@pytest.mark.parametrize("assignment", ["training.steps", "=5", "ranks.x=5", "name=[1"])
+def test_wrong_assignments(assignment: str) -> None:
+    with pytest.raises(StudyError, match=r"--set|ranks"):
+        set_value({"ranks": [8]}, assignment)
+
+
+@pytest.mark.parametrize("content", ["- a\n- b", "a: [1", "\xff"])
+def test_wrong_study_files(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(StudyError, match=r"study\.yaml"):
+        read_study_file(path)

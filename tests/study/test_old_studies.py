@@ -1,0 +1,50 @@
+"""Study directories of each released format still open, and mean what they meant.
+
+One was made by each version whose format a later one changes: a tiny model, two ranks, two learning rates, two seeds, a
+general text, full fine-tuning; without logs and report.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rankscope
+from rankscope.analysis.verdict import conclude
+from rankscope.report import build
+
+STUDIES = sorted((Path(__file__).parents[1] / "fixtures").glob("study-*"))
+
+
+def test_there_are_some() -> None:
+    assert [study.name for study in STUDIES] == ["study-0.1"]
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
+def test_an_old_study_opens_and_concludes_as_it_did(path: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "study"
+    shutil.copytree(path, copy)
+    study = rankscope.open(copy)
+    assert study.remove_damaged() == []
+    evidence = study.evidence()
+    assert list(evidence.results["status"]) == ["done"] * 8
+    assert len(evidence.profiles) == 5  # each rank's for both of its rates, and the control's for one
+    assert_same(conclude(evidence), study.verdict)
+    build(evidence, study.verdict, copy / "report")
+    assert "full fine-tuning" in (copy / "report" / "index.html").read_text(encoding="utf-8")
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    """What the old file has; a newer version may say more."""
+    if isinstance(expected, dict):
+        for key, value in expected.items():
+            assert_same(found[key], value)
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    else:
+        assert found == expected

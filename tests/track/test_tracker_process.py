@@ -1,0 +1,240 @@
+"""What trackers cannot do to a study: stop it, hold it up, or tell secrets."""
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import rankscope
+from folders import write_data, write_model
+from rankscope.cli import app
+from rankscope.errors import MissingExtraError, StudyError
+from rankscope.files import read_json
+from rankscope.study.folder import Study
+from rankscope.track import choose_trackers, flat
+from rankscope.track import tracker_process as beside
+from rankscope.track.__main__ import redacted
+from rankscope.track.follow import costs, memory_points
+from rankscope.track.tracker_process import reporting
+from told import Told
+from track.readers import READERS, clear_environment
+from track.test_contract import FIXTURE
+
+CLIENT = """
+import os, time
+{at_import}
+class MlflowClient:
+    def __init__(self, tracking_uri): pass
+    def get_experiment_by_name(self, name): return None
+    def create_experiment(self, name, artifacts): return "1"
+    def create_run(self, *arguments, **named):
+        {at_begin}
+"""
+"""A client of MLflow's name that does what it is told."""
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
+    (tmp_path / "home").mkdir()
+    clear_environment(monkeypatch, tmp_path / "home")
+    shutil.copytree(FIXTURE, tmp_path / "study")
+    return Study.open(tmp_path / "study")
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, folder: Path, at_import: str = "", at_begin: str = "pass") -> None:
+    """Puts a client before the real one, for the processes that are started."""
+    (folder / "clients" / "mlflow").mkdir(parents=True)
+    code = CLIENT.format(at_import=at_import, at_begin=at_begin)
+    (folder / "clients" / "mlflow" / "__init__.py").write_text(code, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", f"{folder / 'clients'}:{Path(beside.__file__).parents[2]}")
+
+
+def follow_until_said(study: Study, names: list[str], said: str) -> Told:
+    """A run that polls until a line has `said` in it, and ends."""
+    told, end = Told(), time.monotonic() + 60
+    with reporting(study, names, told) as progress:
+        while not any(said in line for line in told.lines) and time.monotonic() < end:
+            progress.poll()
+            time.sleep(0.05)
+    return told
+
+
+@pytest.mark.parametrize(
+    ("at_import", "at_begin", "reason"),
+    [
+        ("", "raise ValueError('no route to https://me:hunter2@server: mlflow-password')", ["mlflow: no route to"]),
+        ("raise ImportError('half installed')", "pass", ["mlflow: half installed"]),
+        ("os._exit(3)", "pass", []),
+    ],
+)
+def test_a_client_that_fails_is_told_of_once_and_the_others_go_on(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_import: str, at_begin: str, reason: list[str]
+) -> None:
+    pretend(monkeypatch, tmp_path, at_import, at_begin)
+    told = follow_until_said(study, ["mlflow", "tensorboard"], "goes on without mlflow")
+    assert sum("goes on without mlflow" in line for line in told.lines) == 1
+    said = [line for line in told.lines if line.startswith("mlflow")]
+    assert [line[: len(start)] for line, start in zip(said, reason, strict=True)] == reason
+    assert "hunter2" not in "".join(told.lines)
+    log = study.path / "tracking" / "mlflow.log"
+    assert not log.exists() or "mlflow-password" not in log.read_text()
+    assert len(read_json(study.path / "tracking" / "tensorboard.json")["trials"]) == 12
+
+
+def test_a_client_that_waits_holds_up_nothing_but_the_end(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, tmp_path, at_begin="time.sleep(3600)")
+    monkeypatch.setattr(beside, "FINISH_SECONDS", 0.5)
+    told, start = Told(), time.monotonic()
+    with reporting(study, ["mlflow"], told) as progress:
+        for _ in range(3):
+            progress.poll()
+        assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
+    assert "still sending" in told.lines[-1]
+
+
+def test_an_error_of_the_study_passes_and_what_there_is_is_sent(study: Study) -> None:
+    def run() -> None:
+        with reporting(study, ["tensorboard"], Told()):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert len(read_json(study.path / "tracking" / "tensorboard.json")["trials"]) == 12
+
+
+def test_a_tracker_ends_with_the_process_that_started_it(study: Study) -> None:
+    command = [sys.executable, "-m", "rankscope.track", str(study.path), "tensorboard"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(60) == 0
+
+
+def test_a_damaged_record_of_what_was_sent_begins_new_runs(study: Study) -> None:
+    (study.path / "tracking").mkdir()
+    (study.path / "tracking" / "tensorboard.json").write_text("{", encoding="utf-8")
+    with reporting(study, ["tensorboard"], Told()):
+        pass
+    assert len(read_json(study.path / "tracking" / "tensorboard.json")["trials"]) == 12
+
+
+def test_names_are_checked() -> None:
+    assert choose_trackers("wandb, tensorboard") == ["wandb", "tensorboard"]
+    assert choose_trackers(["mlflow", "trackio"]) == ["mlflow", "trackio"]
+    assert choose_trackers(()) == []
+    with pytest.raises(StudyError, match="did you mean tensorboard"):
+        choose_trackers(["TensorBord"])
+    with pytest.raises(StudyError, match="listed twice"):
+        choose_trackers(["wandb", "wandb"])
+
+
+@pytest.mark.parametrize("folder_of_that_name", [False, True])
+def test_a_client_that_is_missing_is_named_with_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder_of_that_name: bool
+) -> None:
+    if folder_of_that_name:  # as W&B leaves one where it was used
+        (tmp_path / "wandb").mkdir()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "wandb"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(MissingExtraError, match=r"pip install 'rankscope\[wandb\]'") as raised:
+        choose_trackers(["wandb"])
+    assert raised.value.exit_code == 2
+
+
+def test_memory_of_a_gpu_has_a_curve_of_its_own() -> None:
+    columns: dict[str, list[Any]] = {
+        "phase": ["load", "warmup", "train", "train"],
+        "step": [0, 0, 1, 1],
+        "rss_bytes": [1e9, 2e9, 3e9, 5e9],
+        "gpu_allocated_bytes": [0, 1e9, 2e9, 2e9],
+    }
+    points = memory_points([{"samples": columns}])
+    assert [(point.step, point.metrics) for point in points] == [
+        (0, {"system/cpu_memory_gb": 2.0, "system/gpu_memory_gb": 1.0}),
+        (1, {"system/cpu_memory_gb": 4.0, "system/gpu_memory_gb": 2.0}),
+    ]
+
+
+def test_costs_are_means_over_repeats_and_peaks_the_highest() -> None:
+    one = {
+        "rss_mean_bytes": 1e9,
+        "rss_peak_bytes": 2e9,
+        "gpu_allocated_mean_bytes": 3e9,
+        "gpu_allocated_peak_bytes": 4e9,
+        "step_seconds_mean": 0.5,
+        "runtime_seconds": 60.0,
+        "tokens_per_second": 100.0,
+    }
+    other = {name: 3 * value for name, value in one.items()}
+    assert costs([{"summary": one}, {"summary": other}], examples=8) == {
+        "average_cpu_memory_gb": 2.0,
+        "peak_cpu_memory_gb": 6.0,
+        "average_gpu_memory_gb": 6.0,
+        "peak_gpu_memory_gb": 12.0,
+        "train_runtime": 120.0,
+        "train_steps_per_second": 1.0,
+        "train_samples_per_second": 8.0,
+        "train_tokens_per_second": 200.0,
+    }
+
+
+def test_a_process_that_cannot_be_started_is_told_of(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    told = Told()
+    with reporting(study, ["wandb"], told) as progress:
+        progress.poll()
+    assert ["cannot be started" in line for line in told.lines] == [True]
+
+
+def test_secrets_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "abcdef123")
+    text = "http://user:pw@host/?write_token=xyz&a=1 abcdef123"
+    assert redacted(text) == "http://***@host/?write_token=***&a=1 ***"
+
+
+def test_flat() -> None:
+    assert flat({"a": 1, "b": {"c": {"d": [1, 2]}, "e": None}}) == {"a": 1, "b.c.d": "1,2"}
+
+
+def test_the_command_refuses_an_unknown_tracker_before_it_looks_at_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["run", "--model", "nowhere", "--dataset", "nowhere", "--report-to", "wandb,tensorbord"]
+    done = CliRunner().invoke(app, command)
+    assert isinstance(done.exception, StudyError)
+    assert "did you mean tensorboard" in str(done.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_real_run_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clear_environment(monkeypatch, tmp_path / "home")
+    told = Told()
+    study = rankscope.run(
+        model=str(write_model(tmp_path / "model")),
+        dataset=str(write_data(tmp_path / "data.json")),
+        ranks=[2],
+        seeds=[0],
+        steps=3,
+        sets=["measure.profiles=false", "measure.answers=0"],
+        out=tmp_path / "out",
+        report_to=["wandb", "tensorboard"],
+        progress=told,
+    )
+    assert any("wandb sync" in line for line in told.lines)
+    assert "wandb" not in (study.path / "study.yaml").read_text(encoding="utf-8"), "it is no part of the question"
+    curve = study.curves().dropna(subset="train_loss")
+    for name in ("wandb", "tensorboard"):
+        seen = READERS[name](study.path / "tracking", "r002-lr2e-4-s0")
+        assert [step for step, _ in seen.curves["train/loss"]] == [1, 2, 3]
+        assert [value for _, value in seen.curves["train/loss"]] == pytest.approx(list(curve["train_loss"]), rel=1e-6)
+        assert seen.status == "done"
