@@ -167,7 +167,9 @@ def train_with_trl(study_path: Path, rank: int, result: Path, grouped: bool) -> 
     from rankscope.data.batches import batch_indices
     from rankscope.data.tokens import load
     from rankscope.lora.adapters import lora_config
-    from rankscope.model.load import load_config, load_tokenizer, location, resolve_device, resolve_dtype
+    from rankscope.model.checks import location
+    from rankscope.model.device import resolve_device, resolve_dtype
+    from rankscope.model.load import load_config, load_tokenizer
 
     spec = Study.open(study_path).spec
     training = spec.training

@@ -21,13 +21,13 @@ from rankscope.data.tokens import save
 from rankscope.files import write_json
 from rankscope.jobs.local import run_locally
 from rankscope.measure.machine import hardware, versions
-from rankscope.model.load import free_bytes, resolve_device
-from rankscope.pipeline import prepare_data
+from rankscope.model.device import free_bytes, resolve_device
 from rankscope.plan.memory import predict
 from rankscope.plan.runtime import forecast
 from rankscope.spec.models import StudySpec
 from rankscope.spec.options import assemble
 from rankscope.study.folder import CONTROL, Study
+from rankscope.train.prepare import prepare_data
 
 
 def main() -> None:

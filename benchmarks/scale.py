@@ -37,10 +37,10 @@ import numpy as np
 from rankscope.data.tokens import Tokens
 from rankscope.files import file_hashes, write_json
 from rankscope.plan.memory import predict
-from rankscope.plan.packs import divide_into_packs
+from rankscope.plan.packs import divide_into_packs, longest_first, lower_bound, simulate
 from rankscope.plan.runtime import START_SECONDS
-from rankscope.schedule import longest_first, lower_bound, simulate
-from rankscope.spec.models import StudySpec, Trial
+from rankscope.spec.candidates import Trial
+from rankscope.spec.models import StudySpec
 from rankscope.spec.options import assemble
 from rankscope.study.folder import TRIAL_FILES, Division, Study
 

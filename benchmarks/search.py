@@ -28,13 +28,13 @@ import numpy as np
 
 from rankscope.data.tokens import TokenizedData
 from rankscope.model.load import load_model
-from rankscope.pipeline import prepare_data
 from rankscope.search.driver import drive
 from rankscope.search.run import run
 from rankscope.search.sampling import DONE, make_study, point_of
 from rankscope.search.space import Asked, Budget, SearchSpec, resolve_search
 from rankscope.search.trainer import PackTrainer, step_tokens
 from rankscope.spec.options import read_study_file
+from rankscope.train.prepare import prepare_data
 
 DEMO = Path(__file__).parents[1] / "src/rankscope/demo/study.yaml"
 CURVES = Path(__file__).parents[1] / "docs/results/search.json"

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 from typing import Any, Self
 
 from rankscope.errors import RankscopeError
-from rankscope.jobs.job import Job, Site
-from rankscope.jobs.packs import Place
+from rankscope.jobs.context import Place
+from rankscope.jobs.job import Job
+from rankscope.measure.machine import Site
 
 HERE = Site("cpu", True, 1 << 33, "cpu", "float32", {}, {})
 

@@ -11,7 +11,8 @@ from torch.nn import Module, Parameter
 from transformers import PreTrainedModel
 
 from rankscope.data.tokens import Example, Tokens
-from rankscope.spec.models import Candidate, TrainingSpec, Trial
+from rankscope.spec.candidates import Candidate, Trial
+from rankscope.spec.models import TrainingSpec
 from rankscope.train.step import stream_seed
 
 VOCAB = 131

@@ -13,8 +13,8 @@ import rankscope
 from folders import write_data, write_model
 from rankscope.errors import ModelError, StudyDirectoryError
 from rankscope.files import read_json, read_jsonl
-from rankscope.pipeline import unfinished
 from rankscope.study.folder import Study
+from rankscope.study.missing import unfinished
 from rankscope.ui.console import PlainConsole
 from told import Told
 

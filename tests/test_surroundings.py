@@ -14,8 +14,9 @@ import pytest
 import rankscope
 from folders import write_data, write_model
 from rankscope.errors import ModelError
-from rankscope.pipeline import finish, unfinished
+from rankscope.pipeline import finish
 from rankscope.study.folder import Study
+from rankscope.study.missing import unfinished
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ import pytest
 
 from folders import write_data, write_model
 from rankscope.errors import StudyDirectoryError
-from rankscope.study.folder import lock_folder
+from rankscope.study.question import lock_folder
 
 pytestmark = pytest.mark.slow
 

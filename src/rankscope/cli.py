@@ -5,28 +5,22 @@ torch, transformers, pandas and rankscope's own models (pydantic) are imported i
 """
 
 import errno
-import json
 import os
 import shlex
 import shutil
-import signal
 import sys
 import webbrowser
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rankscope import __version__
 from rankscope.errors import RankscopeError, StudyError, shortened
-from rankscope.ui.console import PlainConsole
+from rankscope.ui.console import error_console, out_console, print_json, print_table, stoppable
 
 if TYPE_CHECKING:
     from rankscope.spec.models import StudySpec
-    from rankscope.text.formats import Table as Cells
 
 app = typer.Typer(
     name="rankscope",
@@ -35,11 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out_console = PlainConsole(highlight=False)
-if not out_console.is_terminal:
-    out_console.width = max(out_console.width, 120)  # a table in a log file is not to be squeezed
-error_console = PlainConsole(stderr=True, highlight=False)
-
 EMBEDDED_STUDY = Path(__file__).parent / "demo" / "study.yaml"
 
 StudyFile = Annotated[
@@ -87,7 +76,6 @@ RayAddress = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, like `plan`, and end.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts; all else goes to stderr.")]
 Language = Annotated[str, typer.Option("--lang", help="Language of the report: en or ko.")]
-
 
 _NOT_ASKED = (
     "study",
@@ -153,23 +141,25 @@ def run(
     path = out or Path(spec.name)
     from rankscope import pipeline
     from rankscope.study.folder import Study
+    from rankscope.study.missing import unfinished
     from rankscope.ui.outcome import describe_outcome, show_outcome
+    from rankscope.ui.plan import show_progress_so_far
     from rankscope.ui.progress import TerminalProgress
 
     console = error_console if json_ else out_console
     if dry_run:
         _show_plan(spec, None, json_)
         if Study.is_at(path):
-            _show_progress_so_far(path, spec, console)
+            show_progress_so_far(Study.create(path, spec), console)
         return
     console.print(f"Study {spec.name} in {path}{'/' if not str(path).endswith('/') else ''}", markup=False)
-    with _stoppable(), TerminalProgress(console) as progress:
+    with stoppable(), TerminalProgress(console) as progress:
         result = pipeline.run_study(spec, path, progress, lang, report_to or (), launcher, ray_address)
     if json_:
-        _print_json(describe_outcome(result))
+        print_json(describe_outcome(result))
     else:
         show_outcome(result, console, lang)
-    left = {trial.name: result.trial_record(trial) for trial in pipeline.unfinished(result)}
+    left = {trial.name: result.trial_record(trial) for trial in unfinished(result)}
     left |= {_unmeasured_name(name): failure for name, failure in result.unmet().items()}
     for name, record in left.items():
         error_console.print(f"{name}: {record['status']}: {record.get('reason')}", markup=False, style="yellow")
@@ -222,10 +212,10 @@ def search(
     spec = resolve_search(values, options, set_ or (), study)
     path, console = out or Path(f"{spec.study.name}-search"), error_console if json_ else out_console
     console.print(f"Search in {path}{'/' if not str(path).endswith('/') else ''}", markup=False)
-    with _stoppable(), SearchProgress(console) as progress:
+    with stoppable(), SearchProgress(console) as progress:
         result = run(spec, path, progress.say, progress.poll)
     if json_:
-        _print_json(describe_result(Search(path, spec), result))
+        print_json(describe_result(Search(path, spec), result))
     else:
         show_result(Search(path, spec), result, console)
 
@@ -278,7 +268,7 @@ def report(
     study = Study.open(directory)
     page = finish(study, lang)
     if json_:
-        _print_json(describe_outcome(study))
+        print_json(describe_outcome(study))
         return
     out_console.print(verdict_sentence(study.verdict, lang), markup=False)
     out_console.print(f"Report: {page}", markup=False, soft_wrap=True)
@@ -297,13 +287,14 @@ def curve(
     """Estimate the loss of every lower rank from the largest one, cut by SVD. Only what is missing is measured."""
     from rankscope.jobs.curve import take_curve
     from rankscope.report.curve import cut_curve
+    from rankscope.spec.options import comma_list
     from rankscope.study.folder import Study
     from rankscope.text.catalogue import load
     from rankscope.ui.outcome import describe_curve
     from rankscope.ui.progress import TerminalProgress
 
     study, console = Study.open(directory), error_console if json_ else out_console
-    asked = None if ranks is None else _list("ranks", ranks)
+    asked = None if ranks is None else comma_list("ranks", ranks)
     try:
         with TerminalProgress(console) as progress:
             take_curve(study, progress, asked, recover, lang)
@@ -311,11 +302,11 @@ def curve(
         error_console.print("Stopped. What was measured is kept; the same command goes on.", style="yellow")
         raise typer.Exit(130) from None
     if json_:
-        _print_json(describe_curve(study))
+        print_json(describe_curve(study))
         return
     found = cut_curve(study.evidence(), load(lang))
     for table in found.tables:
-        _print_table(table)
+        print_table(table)
     for sentence in found.sentences:
         out_console.print(sentence, markup=False, soft_wrap=True)
     out_console.print(f"Report: {study.report}", markup=False, soft_wrap=True)
@@ -341,11 +332,11 @@ def pattern(
     proposal = propose(study, rank)
     write_proposal(proposal, out)
     if json_:
-        _print_json(
+        print_json(
             {"study": str(out), "rank": proposal.rank, "parameters": proposal.parameters, "ranks": proposal.ranks}
         )
         return
-    _print_table(pattern_table(by_module(proposal), proposal.rank, text))
+    print_table(pattern_table(by_module(proposal), proposal.rank, text))
     sizes = {"parameters": f"{proposal.parameters:,}", "uniform": f"{proposal.uniform_parameters:,}"}
     out_console.print(text("pattern.parameters", rank=proposal.rank, **sizes), markup=False, soft_wrap=True)
     command = shlex.join(["rankscope", "run", str(out)])
@@ -396,7 +387,7 @@ def spectrum(
     """Show how much of its rank an adapter really uses, by layer and module; also of one that was made elsewhere."""
     from rankscope.lora.saved import find_adapter, read_adapter
     from rankscope.lora.svd import spectrum as spectrum_of
-    from rankscope.report.spectrum import module_table, save_chart, spectrum_chart
+    from rankscope.resize.show import module_table, save_chart, spectrum_chart
     from rankscope.text.catalogue import load
 
     text, saved = load(lang), read_adapter(find_adapter(adapter, revision))
@@ -409,9 +400,9 @@ def spectrum(
         names = ", ".join(list(saved.others)[:3]) + ", ..." * (len(saved.others) > 3)
         console.print(text("spectrum.others", n=len(saved.others), names=names), markup=False, soft_wrap=True)
     if json_:
-        _print_json({"adapter": adapter, "layers": frame.to_dict("records")})
+        print_json({"adapter": adapter, "layers": frame.to_dict("records")})
     else:
-        _print_table(module_table(frame, text))
+        print_table(module_table(frame, text))
 
 
 @app.command()
@@ -472,11 +463,11 @@ def resize(
         adapter, rule, out, revision, uniform, data, set_ or (), lambda line: error_console.print(line, markup=False)
     )
     if json_:
-        _print_json(describe(result))
+        print_json(describe(result))
         return
     if result.loss is not None:
-        _print_table(tried_table(result.loss, text))
-    _print_table(rank_table(result.layers, text))
+        print_table(tried_table(result.loss, text))
+    print_table(rank_table(result.layers, text))
     for line in sentences(result, text):
         out_console.print(line, markup=False, soft_wrap=True)
 
@@ -486,7 +477,7 @@ def schema() -> None:
     """Print the JSON schema of a study's file, by which an editor completes and checks it."""
     from rankscope.spec.schema import study_schema
 
-    _print_json(study_schema())
+    print_json(study_schema())
 
 
 @app.command()
@@ -500,7 +491,7 @@ def doctor(json_: Json = False) -> None:
     optional |= {"search": installed("optuna"), "ray": installed("ray"), "quantization": installed("bitsandbytes")}
 
     if json_:
-        _print_json({"versions": versions(), "hardware": hardware(), "optional": optional})
+        print_json({"versions": versions(), "hardware": hardware(), "optional": optional})
         return
     for name, found in versions().items():
         out_console.print(f"{name:<14} {found or 'not installed'}", markup=False)
@@ -530,67 +521,25 @@ def _show_plan(
     devices: int | None = None,
     price: float | None = None,
 ) -> None:
-    from rankscope.ui.plan import describe_plan, make_fleet, make_plan, parse_gpu_flops, parse_gpu_memory, show_plan
+    from rankscope.plan.plan import describe_plan, make_fleet, make_plan, parse_gpu_flops, parse_gpu_memory
+    from rankscope.ui.plan import show_plan
 
     plan = make_plan(spec, parse_gpu_memory(gpu_memory), parse_gpu_flops(gpu_flops), make_fleet(devices, price))
     if as_json:
-        _print_json(describe_plan(plan))
+        print_json(describe_plan(plan))
     else:
         show_plan(plan, out_console)
 
 
-def _show_progress_so_far(path: Path, spec: "StudySpec", console: PlainConsole) -> None:
-    from rankscope.study.folder import Study
-    from rankscope.ui.plan import show_progress_so_far
-
-    show_progress_so_far(Study.create(path, spec), console)
-
-
-def _print_table(table: "Cells") -> None:
-    from rich.table import Table
-
-    shown = Table(box=None, pad_edge=False, header_style="bold", title=table.caption, title_justify="left")
-    for name, numeric in zip(table.headers, table.numeric, strict=True):
-        shown.add_column(name, justify="right" if numeric else "left")
-    for row in table.rows:
-        shown.add_row(*row)
-    out_console.print(shown)
-
-
-def _print_json(value: Mapping[str, Any]) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Lets Ctrl-C, and a polite kill, end the body so that the same command goes on; it says so."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop_politely)
-    try:
-        yield
-    except KeyboardInterrupt:
-        again = shlex.join(["rankscope", *sys.argv[1:]])
-        error_console.print(f"Stopped. The same command goes on where it was:\n  {again}", markup=False, style="yellow")
-        raise typer.Exit(130) from None
-
-
-def _stop_politely(number: int, frame: FrameType | None) -> None:
-    """The first Ctrl-C ends the run, after the step that trains; the second at once."""
-    for again in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(again, signal.default_int_handler)
-    error_console.print("Stopping after this step, with a checkpoint. Ctrl-C again stops at once.", style="yellow")
-    raise KeyboardInterrupt
-
-
 def _spec(study: Path | None, sets: list[str] | None, **options: Any) -> "StudySpec":
     """The study that the arguments ask for."""
-    from rankscope.spec.options import assemble
+    from rankscope.spec.options import assemble, comma_list, one_number
 
     for name in ("ranks", "variants", "learning_rates", "seeds", "target_modules"):
         if isinstance(options.get(name), str) and options[name] != "all-linear":
-            options[name] = _list(name, options[name])
+            options[name] = comma_list(name, options[name])
     if options.get("alpha") is not None:
-        options["alpha"] = _number(options["alpha"])
+        options["alpha"] = one_number(options["alpha"])
     values = _study_values(study, options.get("model"), options.get("dataset"))
     return assemble(values, options, sets or (), study)
 
@@ -607,20 +556,6 @@ def _study_values(study: Path | None, model: str | None, dataset: str | None) ->
         missing = "--dataset" if dataset is None else "--model"
         raise StudyError(f"{missing} is missing", "Give both --model and --dataset, or a study file, or neither.")
     return {}
-
-
-def _list(name: str, text: str) -> list[Any]:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    return parts if name == "target_modules" else [_number(part) for part in parts]
-
-
-def _number(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def main() -> None:

@@ -12,36 +12,31 @@ from typing import Any
 
 import torch
 
-from rankscope import demo
 from rankscope.analysis.verdict import conclude
-from rankscope.data.cache import prepare_cached
-from rankscope.data.general import with_general_text
 from rankscope.data.tokens import TokenizedData, load, save
-from rankscope.errors import DataError, ModelError, StudyDirectoryError, StudyError
+from rankscope.errors import DataError, ModelError
 from rankscope.files import write_json
-from rankscope.jobs.job import Site, make_launcher
-from rankscope.jobs.packs import Place, Progress, answer, measure, train, train_reference
-from rankscope.model.load import commit, load_config, load_tokenizer
-from rankscope.plan.checks import check_base_fits
-from rankscope.plan.memory import Prediction, predict
-from rankscope.plan.packs import (
-    NOTHING,
-    disk_bytes,
-    disk_taken,
-    divide_into_packs,
-    missing_reference,
-    missing_trials,
-)
+from rankscope.jobs.answers import answer_missing
+from rankscope.jobs.context import Place, Progress
+from rankscope.jobs.launchers import make_launcher
+from rankscope.jobs.packs import train
+from rankscope.jobs.profiles import measure
+from rankscope.jobs.reference import train_reference
+from rankscope.measure.machine import Site, describe_machine
+from rankscope.plan.checks import check_ranks, check_space
+from rankscope.plan.memory import predict
 from rankscope.plan.runtime import forecast
 from rankscope.report import build
 from rankscope.report.card import write_cards
-from rankscope.spec.models import EMBEDDED, AnyTrial, FullTrial, StudySpec, Trial
+from rankscope.spec.candidates import FullTrial, Trial
+from rankscope.spec.models import StudySpec
 from rankscope.spec.options import assemble
 from rankscope.study.folder import CURVE, Study
+from rankscope.study.missing import missing_reference, missing_trials
 from rankscope.text.catalogue import load as load_catalogue
-from rankscope.text.formats import size
 from rankscope.track import choose_trackers
 from rankscope.track.tracker_process import reporting
+from rankscope.train.prepare import describe_data, prepare_data
 
 
 def run(
@@ -137,19 +132,9 @@ def _run(
             train(study, data, place, shown)
             measure(study, place, shown)
             train_reference(study, data, place, shown)
-            answer(study, place, shown)
+            answer_missing(study, place, shown)
             study.keep_tables()
             finish(study, language)
-
-
-def check_ranks(spec: StudySpec, prediction: Prediction) -> None:
-    """Raises StudyError where a rank is larger than any update of an adapted layer can have."""
-    too_large = [rank for rank in spec.ranks if rank > prediction.full_rank]
-    if too_large:
-        raise StudyError(
-            f"ranks: {too_large[0]:,} is larger than {prediction.full_rank:,}, the full rank of the model's layers",
-            "Leave it out: it adds parameters and nothing else.",
-        )
 
 
 def _study_data(study: Study, prepared: TokenizedData | None) -> TokenizedData:
@@ -172,74 +157,6 @@ def _study_data(study: Study, prepared: TokenizedData | None) -> TokenizedData:
     return data
 
 
-def prepare_data(spec: StudySpec) -> TokenizedData:
-    """Reads and tokenises the data, once for all trials. Rows are cut at the last of the model's positions at most."""
-    config = load_config(spec.model).get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or spec.data.max_length
-    changes: dict[str, Any] = {"max_length": min(spec.data.max_length, positions)}
-    if spec.data.id == EMBEDDED:
-        changes["id"] = str(demo.data_path())
-    tokenizer, measured = load_tokenizer(spec.model), spec.measure
-    data = prepare_cached(spec.data.model_copy(update=changes), tokenizer, config.vocab_size)
-    data = TokenizedData(data.train, data.eval, data.facts | {"id": spec.data.id})
-    if measured.forgetting is None:
-        return data
-    return with_general_text(data, measured.forgetting, measured.forgetting_rows, tokenizer, config.vocab_size)
-
-
-def check_space(
-    spec: StudySpec,
-    out: Path,
-    place: Place,
-    missing: Sequence[Trial],
-    reference: Sequence[FullTrial],
-    data: TokenizedData,
-    study: Study | None = None,
-) -> None:
-    """Sees to it that the `missing` trials, and those of the `reference`, have room on the disk, beside what lies there
-    of them in a `study` that has begun.
-
-    Raises:
-        StudyDirectoryError: they have not.
-        ModelError: the base model alone is larger than its device.
-    """
-    if not missing and not reference:
-        return
-    check_base_fits(spec.model, place.prediction, place.site.free_bytes)
-    prediction, devices = place.prediction, place.launcher.places()
-    packs = divide_into_packs(missing, prediction, place.site.free_bytes, spec.training, data.train, devices)
-    whole = disk_bytes(spec, prediction, packs, reference, data, devices)
-    needed = whole.beside(disk_taken(study) if study else NOTHING)
-    folder = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise StudyDirectoryError(
-            f"{out}: about {size(needed)} are needed on the disk, and {size(free)} are free",
-            "Make room, choose another --out, or try fewer or lower ranks.",
-        )
-
-
-def describe_data(facts: Mapping[str, Any]) -> str:
-    """What was read and what was left out, in one line."""
-    return (
-        f"Data {facts['id']}: {facts['rows_train']:,} rows to train on, {facts['rows_eval']:,} held out, "
-        f"{facts['mean_length']:.0f} tokens a row; {facts['truncated']:,} cut to {facts['max_length']:,} tokens, "
-        f"{facts['duplicates_dropped']:,} duplicates, {facts['rows_without_label_dropped']:,} without a label left out"
-    )
-
-
-def describe_machine(spec: StudySpec, parameters: int, site: Site) -> dict[str, Any]:
-    """machine.json: what the study runs on, and the model it starts from."""
-    model = {
-        "id": spec.model.id,
-        "revision": commit(spec.model) or spec.model.revision,
-        "parameters": parameters,
-        "dtype": site.dtype,
-        "quantization": spec.model.quantization,
-    }
-    return {"hardware": site.hardware, "versions": site.versions, "model": model, "device": site.device}
-
-
 def finish(study: Study, language: str = "en") -> Path:
     """Draws the conclusion, writes the adapters' model cards and builds the report; returns the path of its page."""
     load_catalogue(language)
@@ -253,11 +170,6 @@ def finish(study: Study, language: str = "en") -> Path:
 def reproduce_command(spec: StudySpec) -> str:
     """The command that runs this study again from its study.yaml."""
     return f"rankscope run study.yaml --out {shlex.quote(spec.name)}"
-
-
-def unfinished(study: Study) -> list[AnyTrial]:
-    """Trials, also of the reference, that did not end as `done`."""
-    return [trial for trial in study.all_trials() if study.trial_record(trial)["status"] != "done"]
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from rankscope.analysis.curve import curve_errors, loss_curve, lowest_rank_within
-from rankscope.study.folder import Evidence
+from rankscope.study.evidence import Evidence
 from report.report_evidence import make_evidence, make_spec
 
 EXAMPLES = 40

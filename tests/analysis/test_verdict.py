@@ -9,8 +9,8 @@ from scipy import stats
 
 from rankscope.analysis.comparison import best_rates, bounds, compare, estimate
 from rankscope.analysis.verdict import conclude
-from rankscope.spec.models import resolve_spec
-from rankscope.study.folder import Evidence
+from rankscope.spec.resolve import resolve_spec
+from rankscope.study.evidence import Evidence
 
 
 def examples(losses: Mapping[tuple[int, float], Sequence[float]], count: int = 40, noise: float = 0.0) -> pd.DataFrame:

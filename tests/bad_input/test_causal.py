@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from models import CONFIGS, UNPACKABLE
-from rankscope.model.load import _not_causal
+from rankscope.model.checks import _not_causal
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,

@@ -16,7 +16,8 @@ from folders import write_data, write_model
 from rankscope import pipeline
 from rankscope.errors import RankscopeError
 from rankscope.files import read_json, read_jsonl
-from rankscope.jobs.job import Job, Launcher, make_launcher
+from rankscope.jobs.job import Job, Launcher
+from rankscope.jobs.launchers import make_launcher
 from rankscope.jobs.local import LocalLauncher
 from rankscope.jobs.queue import run_jobs
 from rankscope.spec.models import ModelSpec

@@ -13,12 +13,12 @@ from rankscope.data.tokens import TokenizedData
 from rankscope.errors import KilledError, ModelError, OutOfMemoryError, RankscopeError
 from rankscope.files import write_json
 from rankscope.jobs import packs as jobs
-from rankscope.jobs.packs import Place
-from rankscope.pipeline import prepare_data
+from rankscope.jobs.context import Place
 from rankscope.plan.memory import predict
 from rankscope.spec.models import StudySpec
 from rankscope.spec.options import assemble
 from rankscope.study.folder import Study
+from rankscope.train.prepare import prepare_data
 from told import Told
 
 

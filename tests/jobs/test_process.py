@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rankscope.errors import KilledError, OutOfMemoryError, RankscopeError, StudyDirectoryError, WorkerError
-from rankscope.jobs import process, queue, worker
+from rankscope.jobs import child, process, queue, worker
 from rankscope.jobs.local import run_locally
 
 pytestmark = pytest.mark.own_processes
@@ -66,7 +66,7 @@ def test_a_log_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytes
 def test_torch_itself_says_that_there_is_no_memory() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
-    assert isinstance(worker._known(caught.value), OutOfMemoryError)
+    assert isinstance(child.known_error(caught.value), OutOfMemoryError)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_torch_itself_says_that_there_is_no_memory() -> None:
     ids=lambda error: f"{type(error).__name__} {error}"[:40],
 )
 def test_a_lack_of_memory_is_known_by_its_class_or_its_text(error: Exception) -> None:
-    known = worker._known(error)
+    known = child.known_error(error)
     assert isinstance(known, OutOfMemoryError)
     assert known.status == "oom"
 
@@ -89,7 +89,7 @@ def test_a_lack_of_memory_is_known_by_its_class_or_its_text(error: Exception) ->
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
 def test_a_disk_that_fails_is_no_fault_of_the_trial(code: int) -> None:
     """So no pack is divided for it, and no trial recorded as failed."""
-    known = worker._known(OSError(code, os.strerror(code), "adapter_config.json"))
+    known = child.known_error(OSError(code, os.strerror(code), "adapter_config.json"))
     assert isinstance(known, StudyDirectoryError)
     assert known.exit_code == 2
     assert known.what == f"adapter_config.json: cannot be read or written: {os.strerror(code)}"
@@ -97,7 +97,7 @@ def test_a_disk_that_fails_is_no_fault_of_the_trial(code: int) -> None:
 
 def test_any_other_error_is_the_trial_s() -> None:
     for error in (RuntimeError("odd shape"), FileNotFoundError(errno.ENOENT, "No such file or directory", "x")):
-        assert type(worker._known(error)) is WorkerError
+        assert type(child.known_error(error)) is WorkerError
 
 
 def test_the_exit_code_tells_where_the_log_and_error_json_have_no_room(

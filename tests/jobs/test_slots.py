@@ -10,7 +10,7 @@ import torch
 
 from rankscope.errors import MissingExtraError, StudyError, WorkerError
 from rankscope.jobs import ray
-from rankscope.jobs.job import make_launcher
+from rankscope.jobs.launchers import make_launcher
 from rankscope.jobs.local import LocalLauncher, gpu_places
 from rankscope.jobs.ray import Node, Share, share
 from rankscope.spec.models import ModelSpec

@@ -11,7 +11,8 @@ from rankscope.data.tokens import Tokens
 from rankscope.errors import StudyError
 from rankscope.lora.adapters import adapter_weights, add_adapter, lora_config, save_adapter
 from rankscope.lora.layout import Slice, flatten
-from rankscope.spec.models import TrainingSpec, Trial
+from rankscope.spec.candidates import Trial
+from rankscope.spec.models import TrainingSpec
 from rankscope.train.engine import PackedEngine
 from rankscope.train.loop import choose_engine
 from rankscope.train.step import Member, make_member, train_step

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from models import tiny_model
 from rankscope.errors import ModelError
-from rankscope.lora.resize import (
+from rankscope.lora.saved import CONFIG, WEIGHTS, Factors, SavedAdapter, read_adapter, write_adapter
+from rankscope.lora.svd import (
     Decomposed,
     check_resizable,
     decompose,
@@ -32,7 +33,6 @@ from rankscope.lora.resize import (
     same_share_first,
     uniform_ranks,
 )
-from rankscope.lora.saved import CONFIG, WEIGHTS, Factors, SavedAdapter, read_adapter, write_adapter
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("opt-post-norm", {"r": 6, "lora_alpha": 9, "target_modules": "all-linear"}),

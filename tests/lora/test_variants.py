@@ -14,7 +14,9 @@ from models import tiny_model
 from rankscope.errors import StudyError
 from rankscope.lora.adapters import lora_config, remove_adapters, save_adapter
 from rankscope.lora.variants import exported
-from rankscope.spec.models import Candidate, TrainingSpec, Trial, resolve_spec
+from rankscope.spec.candidates import Candidate, Trial
+from rankscope.spec.models import TrainingSpec
+from rankscope.spec.resolve import resolve_spec
 from rankscope.train.engine import PackedEngine, PeftEngine
 from rankscope.train.probe import make_packable, probe_tokens
 from rankscope.train.step import make_member, train_step

@@ -7,7 +7,7 @@ import pynvml
 import pytest
 import torch
 
-from rankscope.measure.nvml import Nvml, open_nvml
+from rankscope.measure.sampler import Nvml, open_nvml
 
 
 class Driver:

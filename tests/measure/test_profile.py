@@ -15,8 +15,9 @@ import pytest
 from folders import write_data, write_model
 from rankscope.data.tokens import TokenizedData
 from rankscope.measure import profile
-from rankscope.pipeline import prepare_data
-from rankscope.spec.models import StudySpec, resolve_spec
+from rankscope.spec.models import StudySpec
+from rankscope.spec.resolve import resolve_spec
+from rankscope.train.prepare import prepare_data
 
 BLOCK = 200_000_000
 SECONDS = 0.2

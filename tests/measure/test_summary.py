@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from rankscope.measure.profile import MEMORY_COLUMNS, summarise_memory, summarise_steps
 from rankscope.measure.sampler import Sample
-from rankscope.measure.summary import MEMORY_COLUMNS, summarise_memory, summarise_steps
 
 
 def samples(phase: str, rss: list[int], allocated: list[int | None] | None = None) -> list[Sample]:

@@ -23,7 +23,9 @@ from rankscope.lora.adapters import (
 )
 from rankscope.measure import truncation as cuts
 from rankscope.measure.truncation import Cut, Wanted, pieces, take_cuts
-from rankscope.spec.models import StudySpec, Trial, resolve_spec
+from rankscope.spec.candidates import Trial
+from rankscope.spec.models import StudySpec
+from rankscope.spec.resolve import resolve_spec
 
 TRUE_RANK, RANK = 3, 8
 

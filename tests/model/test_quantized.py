@@ -19,13 +19,13 @@ from rankscope.data.tokens import Tokens
 from rankscope.errors import MissingExtraError, ModelError, StudyError
 from rankscope.lora.adapters import remove_adapters
 from rankscope.lora.saved import read_adapter
-from rankscope.lora.skeleton import skeleton
-from rankscope.measure.held_out import held_out_losses
 from rankscope.model import quantized
-from rankscope.model.load import fingerprint, load_model
+from rankscope.model.load import fingerprint, load_model, skeleton
 from rankscope.model.quantized import base_bytes, parameter_count, quantized_layers
 from rankscope.plan.memory import Peak, predict, predict_peak
-from rankscope.spec.models import ModelSpec, TrainingSpec, Trial
+from rankscope.resize.loss_budget import held_out_losses
+from rankscope.spec.candidates import Trial
+from rankscope.spec.models import ModelSpec, TrainingSpec
 from rankscope.spec.options import assemble
 from rankscope.train.engine import Engine, PackedEngine, PeftEngine
 from rankscope.train.probe import make_packable, use_own_forward

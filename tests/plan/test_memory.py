@@ -10,15 +10,15 @@ from models import CONFIGS, tiny_model
 from rankscope.data.tokens import Tokens, save
 from rankscope.errors import StudyError
 from rankscope.jobs.local import run_locally
-from rankscope.pipeline import prepare_data
 from rankscope.plan.allocator import held_bytes
 from rankscope.plan.fake_steps import Event
 from rankscope.plan.memory import Parts, Peak, largest_rank, peak_of, predict, predict_peak
+from rankscope.plan.plan import make_fleet, make_plan, parse_gpu_flops, parse_gpu_memory
 from rankscope.plan.runtime import Forecast, forecast, largest_fitting_rank, study_seconds
 from rankscope.spec.models import DataSpec, ModelSpec, StudySpec, TrainingSpec
 from rankscope.spec.options import assemble
 from rankscope.study.folder import Study
-from rankscope.ui.plan import make_fleet, make_plan, parse_gpu_flops, parse_gpu_memory
+from rankscope.train.prepare import prepare_data
 
 PLENTY = 10**12
 TRAINING = TrainingSpec(steps=6, batch_size=4)

@@ -12,11 +12,13 @@ from rankscope import pipeline
 from rankscope.data.tokens import TokenizedData, Tokens
 from rankscope.errors import StudyDirectoryError
 from rankscope.files import write_json
-from rankscope.jobs.packs import Place
+from rankscope.jobs.context import Place
+from rankscope.plan.checks import disk_bytes
 from rankscope.plan.memory import FULL_STEP_TOKENS, Prediction, predict
-from rankscope.plan.packs import ProfileJob, disk_bytes, divide_into_packs, missing_profiles
+from rankscope.plan.packs import divide_into_packs
 from rankscope.spec.models import DataSpec, ModelSpec, ReferenceSpec, StudySpec, TrainingSpec
 from rankscope.study.folder import Study
+from rankscope.study.missing import ProfileJob, missing_profiles
 from rankscope.text.formats import size
 from rankscope.train.checkpoint import KEPT
 

@@ -6,11 +6,9 @@ from itertools import permutations
 import pytest
 from test_plan import rows_of
 
-from rankscope.fleet import Fleet, takes
 from rankscope.plan.memory import FULL_STEP_TOKENS, Prediction, predict
-from rankscope.plan.packs import divide_into_packs
-from rankscope.plan.runtime import START_SECONDS, Forecast, study_seconds
-from rankscope.schedule import Placed, longest_first, lower_bound, simulate
+from rankscope.plan.packs import Placed, divide_into_packs, longest_first, lower_bound, simulate
+from rankscope.plan.runtime import START_SECONDS, Fleet, Forecast, study_seconds, takes
 from rankscope.spec.models import DataSpec, ModelSpec, StudySpec
 from rankscope.study.folder import Division
 

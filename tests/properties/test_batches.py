@@ -10,7 +10,8 @@ from rankscope.data import Tokens, batch_indices, steps_per_epoch
 from rankscope.data.batches import _permutation
 from rankscope.data.split import default_eval_rows, held_out
 from rankscope.data.tokens import Example
-from rankscope.spec.models import TrainingSpec, resolve_spec
+from rankscope.spec.models import TrainingSpec
+from rankscope.spec.resolve import resolve_spec
 from rankscope.train.step import batch_at
 
 SEEDS = st.integers(0, 2**63 - 1)

@@ -11,8 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rankscope.errors import StudyError
-from rankscope.spec.models import FULL, StudySpec, resolve_spec, write_yaml
+from rankscope.spec.candidates import FULL
+from rankscope.spec.models import StudySpec
 from rankscope.spec.options import OPTION_FIELDS, assemble, read_study_file
+from rankscope.spec.resolve import resolve_spec, write_yaml
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12) | st.sampled_from(
     [

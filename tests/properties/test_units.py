@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankscope.errors import StudyError
-from rankscope.spec.models import StudySpec, resolve_spec
-from rankscope.units import parse_bytes, parse_seconds
+from rankscope.spec.models import StudySpec
+from rankscope.spec.resolve import resolve_spec
+from rankscope.text.formats import parse_bytes, parse_seconds
 
 SIZES = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 TIMES = {"": 1, "s": 1, "min": 60, "h": 3600, "d": 86400}

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rankscope.spec.models import StudySpec, resolve_spec
-from rankscope.study.folder import Evidence
+from rankscope.spec.models import StudySpec
+from rankscope.spec.resolve import resolve_spec
+from rankscope.study.evidence import Evidence
 
 FINAL_LOSS = {8: 1.231, 128: 1.224, 256: 1.229}
 HOSTILE = "<script>alert(1)</script>"

@@ -9,7 +9,7 @@ import pytest
 
 from rankscope.report import build
 from rankscope.report.answers import LONGEST, answered
-from rankscope.study.folder import Evidence
+from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import load
 from report.report_evidence import HOSTILE, make_evidence, make_spec, make_verdict
 

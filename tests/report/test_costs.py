@@ -7,8 +7,8 @@ import pytest
 
 from rankscope.report.content import Content, compose
 from rankscope.report.costs import noise_sentence
-from rankscope.report.tables import by_candidate
-from rankscope.study.folder import Evidence
+from rankscope.report.frames import by_candidate
+from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import load
 from report.report_evidence import make_evidence, make_spec, make_verdict
 

@@ -9,7 +9,7 @@ from analysis.test_cuts import with_cuts
 
 from rankscope.report import build
 from rankscope.report.curve import cut_curve, cut_section
-from rankscope.study.folder import Evidence
+from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import load
 from report.report_evidence import make_evidence, make_verdict
 from report.test_report import read_page

@@ -6,13 +6,13 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from rankscope.analysis.pareto import on_front
+from rankscope.analysis.costs import on_front
 from rankscope.report import frames as series
 from rankscope.report.content import compose
 from rankscope.report.figures import Figure
+from rankscope.report.frames import by_candidate
 from rankscope.report.memory import predicted_parts
-from rankscope.report.tables import by_candidate
-from rankscope.study.folder import Evidence
+from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import load
 from report.report_evidence import make_evidence, make_spec, make_verdict, replace_trial
 

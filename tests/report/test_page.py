@@ -9,8 +9,8 @@ import pytest
 from analysis.test_cuts import with_cuts
 
 from rankscope.report import build
-from rankscope.report.colours import DARK, LIGHT
-from rankscope.study.folder import Evidence
+from rankscope.report.figures import DARK, LIGHT
+from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import LANGUAGES
 from report.browser import Browser, need_browser
 from report.report_evidence import make_evidence, make_spec, make_verdict

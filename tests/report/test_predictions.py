@@ -1,7 +1,7 @@
 """The table of predicted and measured memory, in the report's content."""
 
 from rankscope.report.content import compose
-from rankscope.report.predictions import prediction_tables
+from rankscope.report.costs import prediction_tables
 from rankscope.text.catalogue import load
 from report.report_evidence import make_evidence
 

@@ -14,13 +14,14 @@ import altair as alt
 import pandas as pd
 import pytest
 
-from rankscope.report import build, charts, encodings, write
+from rankscope.report import build, charts, write
+from rankscope.report import figures as encodings
 from rankscope.report import frames as series
 from rankscope.report.content import compose
+from rankscope.report.frames import by_candidate
 from rankscope.report.html import json_in_html
 from rankscope.report.markdown import escape
-from rankscope.report.tables import by_candidate
-from rankscope.study.folder import Evidence
+from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import load
 from report.report_evidence import HOSTILE, make_evidence, make_spec, make_verdict, replace_trial
 

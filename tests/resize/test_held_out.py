@@ -14,7 +14,7 @@ from models import tiny_model
 from rankscope.data.tokens import Tokens
 from rankscope.errors import ModelError
 from rankscope.lora.saved import WEIGHTS, read_adapter
-from rankscope.measure.held_out import difference, held_out_losses
+from rankscope.resize.loss_budget import difference, held_out_losses
 from rankscope.train.engine import ExampleLosses
 from reference import random_tokens
 
@@ -75,7 +75,7 @@ def test_losses_are_those_of_peft_alone(tmp_path: Path, kind: str) -> None:
 
 
 def test_over_a_bfloat16_base_adapters_are_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import rankscope.measure.held_out as held_out
+    import rankscope.resize.loss_budget as held_out
 
     save(tmp_path, "opt-pre-norm", KINDS["embedding"][1])
     kinds: set[torch.dtype] = set()

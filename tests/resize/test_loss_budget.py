@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from rankscope.lora.resize import Decomposed, parameters
 from rankscope.lora.saved import Factors
+from rankscope.lora.svd import Decomposed, parameters
 from rankscope.resize.loss_budget import Ranks, Tried, best_of, families, smallest_within
 from rankscope.train.engine import ExampleLosses
 

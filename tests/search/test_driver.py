@@ -13,7 +13,7 @@ from rankscope.search.driver import Moment, drive
 from rankscope.search.folder import Spent
 from rankscope.search.sampling import make_study, open_journal, point_of, summary
 from rankscope.search.space import Asked, SearchSpec, resolve_search
-from rankscope.spec.models import Candidate
+from rankscope.spec.candidates import Candidate
 
 VALUES: dict[str, Any] = {"model": {"id": "m"}, "data": {"id": "d"}}
 STEP_TOKENS = [10, 11] * 9

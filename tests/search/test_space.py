@@ -11,8 +11,8 @@ import yaml
 from rankscope import cli
 from rankscope.errors import StudyError
 from rankscope.search.space import Point, RateRange, SearchSpec, resolve_search
-from rankscope.spec.models import write_yaml
 from rankscope.spec.options import read_study_file
+from rankscope.spec.resolve import write_yaml
 
 VALUES: dict[str, Any] = {"model": {"id": "m"}, "data": {"id": "d"}}
 

@@ -27,9 +27,9 @@ from rankscope.lora.saved import Factors
 from rankscope.lora.svd import spectrum
 from rankscope.model.load import load_tokenizer
 from rankscope.report import build
-from rankscope.report.spectrum import save_chart, spectrum_chart
+from rankscope.resize.show import save_chart, spectrum_chart
 from rankscope.spec.models import DataSpec, ModelSpec
-from rankscope.study.folder import Evidence
+from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import load
 from report.browser import need_browser
 from report.report_evidence import make_evidence, make_spec, make_verdict, replace_trial

@@ -20,8 +20,7 @@ from folders import write_model
 from rankscope.data.prompts import render
 from rankscope.data.sources import read_table
 from rankscope.errors import DataError, ModelError
-from rankscope.lora.skeleton import skeleton
-from rankscope.model.load import commit, load_config, load_model, load_tokenizer
+from rankscope.model.load import commit, load_config, load_model, load_tokenizer, skeleton
 from rankscope.spec.models import DataSpec, ModelSpec
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

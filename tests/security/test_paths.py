@@ -11,8 +11,8 @@ import pytest
 from rankscope.cli import main
 from rankscope.errors import StudyDirectoryError, StudyError
 from rankscope.files import inside, write_json
-from rankscope.spec.models import resolve_spec
 from rankscope.spec.options import assemble, read_study_file
+from rankscope.spec.resolve import resolve_spec
 from rankscope.study.folder import Study
 from report.report_evidence import make_evidence, make_spec
 

@@ -9,7 +9,7 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from rankscope.errors import StudyError
-from rankscope.spec.models import resolve_spec
+from rankscope.spec.resolve import resolve_spec
 from rankscope.spec.schema import study_schema
 
 ROOT = Path(__file__).parents[2]

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from rankscope.errors import StudyError
-from rankscope.spec.models import resolve_spec, write_yaml
 from rankscope.spec.options import assemble, read_study_file, set_value
+from rankscope.spec.resolve import resolve_spec, write_yaml
 
 BASE = {"model": {"id": "a/model"}, "data": {"id": "a/dataset"}}
 STUDIES = [*Path("studies").glob("*.yaml"), Path("src/rankscope/demo/study.yaml")]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from rankscope.files import read_json, read_jsonl, write_json
-from rankscope.spec.models import Trial
+from rankscope.spec.candidates import Trial
 from rankscope.study.folder import Study
 from rankscope.track import TRACKERS
 from rankscope.track.follow import metric_name

@@ -7,8 +7,9 @@ import torch
 
 from models import CONFIGS, tiny_model
 from rankscope.lora.adapters import add_adapter, remove_adapters
-from rankscope.plan.memory import PROCESS_BYTES, TOKENS_PER_FORWARD, predict, tokens_per_forward
+from rankscope.plan.memory import PROCESS_BYTES, predict
 from rankscope.spec.models import DataSpec, ModelSpec, StudySpec, TrainingSpec
+from rankscope.train.engine import TOKENS_PER_FORWARD, tokens_per_forward
 from rankscope.train.flops import Products, product_rate
 from rankscope.train.loop import choose_engine
 from rankscope.train.step import make_member

@@ -13,7 +13,8 @@ from rankscope.data.tokens import TokenizedData, Tokens
 from rankscope.files import read_json, read_jsonl
 from rankscope.jobs.reference import make_full_member, train_full
 from rankscope.model.load import load_model
-from rankscope.spec.models import DataSpec, FullTrial, ModelSpec, ReferenceSpec, StudySpec, TrainingSpec
+from rankscope.spec.candidates import FullTrial
+from rankscope.spec.models import DataSpec, ModelSpec, ReferenceSpec, StudySpec, TrainingSpec
 from rankscope.train.engine import PackedEngine
 from rankscope.train.loop import choose_engine, train_members
 from rankscope.train.probe import make_packable, use_own_forward

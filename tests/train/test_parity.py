@@ -10,7 +10,8 @@ from torch import Tensor
 from models import CONFIGS, tiny_model
 from rankscope.data.tokens import Tokens
 from rankscope.lora.layout import Slice, flatten
-from rankscope.spec.models import TrainingSpec, Trial
+from rankscope.spec.candidates import Trial
+from rankscope.spec.models import TrainingSpec
 from rankscope.train import loop, recompute
 from rankscope.train.engine import PackedEngine, PeftEngine
 from rankscope.train.probe import make_packable

@@ -16,7 +16,7 @@ from rich.console import Console
 from rankscope.analysis.verdict import conclude
 from rankscope.errors import StudyDirectoryError
 from rankscope.files import read_json, write_json
-from rankscope.spec.models import AnyTrial
+from rankscope.spec.candidates import AnyTrial
 from rankscope.study.folder import Study
 from rankscope.ui.watch import Watch, address, serve, watch_terminal
 from report.browser import Browser, need_browser

@@ -15,7 +15,7 @@ import pandas as pd
 from scipy import stats
 
 from rankscope.analysis.costs import noise_floor
-from rankscope.study.folder import Evidence
+from rankscope.study.evidence import Evidence
 
 FLAT = 0.02
 """Flat means that the mean changes by at most this share between the second-lowest rank and the highest."""

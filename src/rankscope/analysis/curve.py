@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from rankscope.analysis.comparison import Estimate, estimate, judged_examples, label_tokens
-from rankscope.study.folder import Evidence
+from rankscope.study.evidence import Evidence
 
 CURVE_COLUMNS = ["kind", "recover_steps", "rank", "seeds", "eval_loss", "eval_loss_low", "eval_loss_high"]
 ERROR_COLUMNS = ["recover_steps", "rank", "seeds", "cut", "trained", "error", "error_low", "error_high"]

@@ -6,7 +6,7 @@ import pandas as pd
 
 from rankscope.analysis.comparison import estimate, judged_examples, label_tokens, losses_by_candidate
 from rankscope.analysis.costs import noise_floor
-from rankscope.study.folder import Evidence
+from rankscope.study.evidence import Evidence
 
 COSTS = {"memory": ("peak", "max"), "step_seconds": ("step_seconds_median", "median")}
 """What is compared of costs, the column of `Study.profiles`, and how repeats are put together."""

@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rankscope.analysis.budget import over_budget
 from rankscope.analysis.claims import judge_claims
 from rankscope.analysis.comparison import (
     Comparison,
@@ -22,9 +21,10 @@ from rankscope.analysis.comparison import (
     losses_by_candidate,
     may_be_best,
 )
+from rankscope.analysis.costs import over_budget
 from rankscope.analysis.variants import judge_variants
 from rankscope.spec.models import EMBEDDED
-from rankscope.study.folder import Evidence
+from rankscope.study.evidence import Evidence
 
 MOST_MORE_SEEDS = 50
 

@@ -2,17 +2,23 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rankscope.data.tokens import Example, Tokens
+from rankscope.jobs.context import Place, Progress, failure_of, run_alone
 from rankscope.lora.adapters import remove_adapters
 from rankscope.lora.saved import attach, read_adapter
 from rankscope.model.load import load_tokenizer
-from rankscope.spec.models import StudySpec, Trial
+from rankscope.spec.candidates import Trial
+from rankscope.spec.models import StudySpec
+from rankscope.study.folder import ANSWERS, Study
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Question(NamedTuple):
@@ -90,3 +96,17 @@ def _ids(value: int | Sequence[int] | None) -> set[int]:
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def answer_missing(study: Study, place: Place, progress: Progress) -> None:
+    """Lets the base model and each candidate answer the same held-out prompts, where that has not been done."""
+    trials = study.answered() if study.spec.measure.answers else []
+    if not trials or study.has_answers():
+        return
+    progress.say(f"Answers of {len(trials)} candidates to {study.spec.measure.answers} held-out prompts")
+    reads = [f"trials/{trial.name}/trial.json" for trial in study.trials]
+    reads += [f"trials/{trial.name}/adapter" for trial in trials]
+    error = run_alone(study, place, {"kind": "answers"}, "answers", reads, trials[:1], progress)
+    study.write_failure(ANSWERS, None if error is None else failure_of(error))
+    if error is not None:
+        progress.say(f"The answers did not finish: {error}")

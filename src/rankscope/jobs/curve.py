@@ -4,16 +4,24 @@
 ranks that were trained, and the report shows both.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rankscope.analysis.comparison import judged_examples
-from rankscope.errors import DamagedError, StudyError
+from rankscope.errors import (
+    DamagedError,
+    StudyError,
+)
+from rankscope.jobs.child import load_base
+from rankscope.jobs.context import Progress
 from rankscope.jobs.local import run_locally
-from rankscope.jobs.packs import Progress
 from rankscope.pipeline import finish
-from rankscope.spec.models import PLAIN, Trial
+from rankscope.spec.candidates import PLAIN, Trial
 from rankscope.study.folder import CURVE, Study
 from rankscope.text.catalogue import load
+
+if TYPE_CHECKING:
+    from rankscope.data.tokens import TokenizedData
 
 MOST_RECOVERY = 100_000
 """Steps. More is no short recovery, and would not fit the study's own schedule."""
@@ -108,3 +116,17 @@ def missing(
     asked = [(rank, steps) for steps in sorted({0, recover}) for rank in ranks]
     wanted = {trial.name: [pair for pair in asked if (trial.name, *pair) not in there] for trial in trials}
     return {name: pairs for name, pairs in wanted.items() if pairs}
+
+
+def cut_adapters(study: Study, wanted: Mapping[str, Sequence[Sequence[int]]], data: "TokenizedData") -> None:
+    """Measures what is wanted of each trial, as pairs of rank and recovery steps; curve.json grows piece by piece."""
+    from rankscope.measure.truncation import Wanted, take_cuts
+
+    model, _ = load_base(study)
+    trials = {trial.name: trial for trial in study.spec.trials()}
+    for name, pairs in wanted.items():
+        trial, folder = trials[name], study.adapter_file(trials[name]).parent
+        recorded = study.trial_record(trial)["results"]["eval_loss"]
+        same = {"trial": name, "adapter_sha256": study.adapter_sha256(trial)}
+        for cuts in take_cuts(model, study.spec, trial, folder, recorded, [Wanted(*pair) for pair in pairs], data):
+            study.add_cuts([same | cut.describe() for cut in cuts])

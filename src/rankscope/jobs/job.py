@@ -7,27 +7,12 @@ each is one device; the queue keeps the places busy. To add another launcher, wr
 it in `make_launcher`: tests/launch/test_contract.py holds for all.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from rankscope.errors import RankscopeError, StudyError, did_you_mean
-from rankscope.spec.models import ModelSpec
-
-
-class Site(NamedTuple):
-    """Where a launcher's jobs run."""
-
-    kind: str  # cpu or cuda
-    here: bool
-    """Whether it is this machine alone."""
-    free_bytes: int
-    """Of the device that has the least."""
-    device: str  # as torch names it
-    dtype: str  # of the base model there
-    hardware: dict[str, Any]
-    """Of the machine (`rankscope.measure.machine.hardware`), and a list of the `nodes` where there are several."""
-    versions: dict[str, str | None]
+from rankscope.errors import RankscopeError
+from rankscope.measure.machine import Site
 
 
 class Job(NamedTuple):
@@ -94,31 +79,3 @@ class Launcher(Protocol):
     def __enter__(self) -> "Launcher": ...
 
     def __exit__(self, *error: object) -> None: ...
-
-
-LAUNCHERS = ("local", "ray")
-
-
-def make_launcher(
-    name: str, model: ModelSpec, address: str | None = None, say: Callable[[str], None] = print
-) -> Launcher:
-    """The launcher of that name, for a study's model. `address` is of a Ray cluster; `say` is told what a user should
-    know.
-
-    Raises:
-        StudyError: there is none of that name, or the device is not there.
-        MissingExtraError: Ray is not installed.
-    """
-    if name not in LAUNCHERS:
-        raise StudyError(
-            f"--launcher {name}: unknown{did_you_mean(name, LAUNCHERS)}", f"Known: {', '.join(LAUNCHERS)}."
-        )
-    if name == "ray":
-        from rankscope.jobs.ray import RayLauncher
-
-        return RayLauncher(model, address, say)
-    if address is not None:
-        raise StudyError("--ray-address is given, but the launcher is local", "Add --launcher ray.")
-    from rankscope.jobs.local import LocalLauncher
-
-    return LocalLauncher(model)

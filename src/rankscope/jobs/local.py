@@ -8,11 +8,11 @@ from typing import Any, Self
 import torch
 
 from rankscope.errors import RankscopeError
-from rankscope.jobs.job import Job, Site
+from rankscope.jobs.job import Job
 from rankscope.jobs.process import JobProcess
 from rankscope.jobs.queue import run_one
-from rankscope.measure.machine import hardware, versions
-from rankscope.model.load import free_bytes, resolve_device, resolve_dtype
+from rankscope.measure.machine import Site, hardware, versions
+from rankscope.model.device import free_bytes, resolve_device, resolve_dtype
 from rankscope.spec.models import ModelSpec
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"

@@ -4,68 +4,31 @@ Each function does what is missing of one kind of work: packs, profiles, full fi
 """
 
 import itertools
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+import shutil
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
 
 from rankscope.data.tokens import TokenizedData
 from rankscope.errors import KilledError, RankscopeError, WorkerError
-from rankscope.jobs.job import Job, Launcher, Site
+from rankscope.files import write_json
+from rankscope.jobs.child import load_base
+from rankscope.jobs.context import WRONG, Place, Progress
+from rankscope.jobs.job import Job
 from rankscope.jobs.queue import run_jobs
-from rankscope.plan.memory import BYTES_PER_PARAMETER, PROCESS_BYTES, Prediction
-from rankscope.plan.packs import missing_profiles, missing_reference, open_packs, work_of
-from rankscope.schedule import longest_first
-from rankscope.spec.models import FullTrial, Trial
-from rankscope.study.folder import ANSWERS, FINISHED, Study
+from rankscope.measure.sampler import peak_rss, reset_peak_rss
+from rankscope.model.device import give_back_freed
+from rankscope.plan.packs import longest_first, open_packs, work_of
+from rankscope.spec.candidates import Trial
+from rankscope.study.folder import FINISHED, Study
 from rankscope.text.formats import size
+from rankscope.train.loop import PackRun
 
-WRONG = (2, 3)
-"""Exit codes of errors in the study, the model or the data: every job would meet them."""
-
-GPU_HOST_BYTES = 4 << 30
-"""Of the host, for a process that works on a GPU, beside the base model as it is loaded: taken, not measured."""
-
-
-class Progress(Protocol):
-    """What a run tells of itself. `rankscope.ui.progress` shows it; a caller may pass its own."""
-
-    def say(self, message: str) -> None:
-        """A sentence to be kept."""
-        ...
-
-    def training(self, study: Study, pack: str, trials: Sequence[Trial], steps: int) -> None:
-        """A pack begins."""
-        ...
-
-    def reference(self, study: Study, trial: FullTrial, steps: int) -> None:
-        """A trial of full fine-tuning begins."""
-        ...
-
-    def ended(self, name: str) -> None:
-        """A pack, or a trial of full fine-tuning, has ended, well or not."""
-        ...
-
-    def measuring(self, done: int, total: int, name: str) -> None:
-        """A profile begins, after `done` of `total`."""
-        ...
-
-    def poll(self) -> None:
-        """Called twice a second while a job runs; the study's files say how far it is."""
-        ...
-
-
-class Place(NamedTuple):
-    """What jobs need to know of where they run."""
-
-    launcher: Launcher
-    site: Site
-    prediction: Prediction
-
-    def host_bytes(self, trials: Sequence[Trial], step_tokens: float) -> int:
-        """Memory of the host that a pack takes, as predicted."""
-        if self.prediction.device == "cuda":
-            return self.prediction.base_bytes + GPU_HOST_BYTES
-        return self.prediction.peak_bytes(trials, self.site.free_bytes, step_tokens)
+if TYPE_CHECKING:
+    from rankscope.data.tokens import TokenizedData
 
 
 def train(study: Study, data: TokenizedData, place: Place, progress: Progress) -> None:
@@ -202,88 +165,63 @@ def describe_pack(record: Mapping[str, Any]) -> str:
     )
 
 
-def measure(study: Study, place: Place, progress: Progress) -> None:
-    """Measures the profiles that are missing, each repeat in a process of its own, one after the other, while nothing
-    else of the study runs; one that fails ends no study."""
-    jobs = missing_profiles(study)
-    failed: set[str] = set()
-    for number, (name, repeat) in enumerate(jobs):
-        if name in failed:
-            continue
-        progress.measuring(number, len(jobs), name)
-        content = {"kind": "profile", "profile": name, "repeat": repeat}
-        trial = Trial(candidate=study.spec.profiled()[name], seed=study.spec.seeds[0])
-        error = _run(study, place, content, f"profiles/jobs/{name}", [f"profiles/{name}.json"], [trial], progress)
-        study.write_failure(name, None if error is None else _failure(error))
-        if error is not None:
-            failed.add(name)
-            progress.say(f"profile of {name} did not finish: {error}")
+def train_packs(study: Study, packs: Mapping[str, Sequence[str]], data: "TokenizedData") -> None:
+    """Trains packs of trials, given by name, one after the other over one model that is loaded once.
+
+    `packs/NAME/pack.json` is written when a pack starts, and again with what it measured when it ends; then its
+    checkpoints go.
+    """
+    from rankscope.lora.adapters import remove_adapters
+
+    pass
+    from rankscope.train.loop import train_pack
+    from rankscope.train.probe import use_own_forward
+    from rankscope.train.stopping import StopRequest
+
+    model, weights = load_base(study)
+    attention = model.config._attn_implementation
+    trials = {trial.name: trial for trial in study.spec.trials()}
+    with StopRequest() as stop:
+        for pack, names in packs.items():
+            record = {"schema": 1, "pack": pack, "trials": list(names), "results": None}
+            write_json(study.path / "packs" / pack / "pack.json", record)
+            folders = {name: study.trial_folder(trials[name]) for name in names}
+            members = [trials[name] for name in names]
+            checkpoints = study.path / "packs" / pack / "checkpoints"
+            train = partial(train_pack, model, study.spec, members, folders, checkpoints, data, pack, weights, stop)
+            results = measure_pack(train, model.device)
+            write_json(study.path / "packs" / pack / "pack.json", record | {"results": results._asdict()})
+            shutil.rmtree(checkpoints, ignore_errors=True)
+            use_own_forward(model, attention)
+            remove_adapters(model)
+            if stop.made:
+                raise KilledError("stopped as asked, between two packs")
 
 
-def _run(
-    study: Study,
-    place: Place,
-    content: Mapping[str, Any],
-    folder: str,
-    reads: Sequence[str],
-    trials: Sequence[Trial],
-    progress: Progress,
-) -> RankscopeError | None:
-    """Runs one job while nothing else runs, and returns what went wrong; raises what every job would meet."""
-    errors: list[RankscopeError | None] = []
+class PackResults(NamedTuple):
+    """What a pack measured of itself."""
 
-    def ended(job: Job, error: RankscopeError | None) -> list[Job]:
-        if error is not None and error.exit_code in WRONG:
-            raise error
-        errors.append(error)
-        return []
-
-    job = Job(content, folder, reads, place.host_bytes(trials, math.inf), alone=True)
-    run_jobs(place.launcher, study.path, [job], progress.poll, ended)
-    return errors[0]
+    steps: int
+    step_seconds: float  # of all steps
+    useful_flops: float  # of all steps: see `rankscope.train.flops.Cost`
+    useful_flops_per_second: float
+    product_flops_per_second: float | None
+    """Of plain matrix products of one step's shapes: the mean of two timings; None where there are none."""
+    product_share: float | None
+    """Useful over plain: 1 would be a step that is nothing but products of real tokens."""
+    rss_peak_bytes: int
+    gpu_allocated_peak_bytes: int | None
 
 
-def _failure(error: RankscopeError) -> dict[str, str]:
-    """What failures.json says of it."""
-    return {"status": getattr(error, "status", WorkerError.status), "reason": error.what}
-
-
-def train_reference(study: Study, data: TokenizedData, place: Place, progress: Progress) -> None:
-    """Trains what is missing of full fine-tuning, each trial in a process of its own; one that fails ends no study."""
-    from rankscope.train.step import total_steps
-
-    steps, prediction = total_steps(study.spec.training, len(data.train)), place.prediction
-    trials = {trial.name: trial for trial in missing_reference(study)}
-    memory = prediction.base_bytes + GPU_HOST_BYTES
-    if prediction.device == "cpu":
-        memory = PROCESS_BYTES["cpu"] + BYTES_PER_PARAMETER * prediction.base_params
-
-    def begun(job: Job) -> None:
-        progress.reference(study, trials[job.content["trial"]], steps)
-
-    def ended(job: Job, error: RankscopeError | None) -> list[Job]:
-        name = job.content["trial"]
-        progress.ended(name)
-        if error is not None and error.exit_code in WRONG:
-            raise error
-        if error is not None:
-            study.settle(trials[name], getattr(error, "status", WorkerError.status), error.what)
-            progress.say(f"{name} did not finish: {error}")
-        return []
-
-    jobs = [Job({"kind": "reference", "trial": name}, f"reference/{name}", (), memory) for name in trials]
-    run_jobs(place.launcher, study.path, jobs, progress.poll, ended, begun)
-
-
-def answer(study: Study, place: Place, progress: Progress) -> None:
-    """Lets the base model and each candidate answer the same held-out prompts, where that has not been done."""
-    trials = study.answered() if study.spec.measure.answers else []
-    if not trials or study.has_answers():
-        return
-    progress.say(f"Answers of {len(trials)} candidates to {study.spec.measure.answers} held-out prompts")
-    reads = [f"trials/{trial.name}/trial.json" for trial in study.trials]
-    reads += [f"trials/{trial.name}/adapter" for trial in trials]
-    error = _run(study, place, {"kind": "answers"}, "answers", reads, trials[:1], progress)
-    study.write_failure(ANSWERS, None if error is None else _failure(error))
-    if error is not None:
-        progress.say(f"The answers did not finish: {error}")
+def measure_pack(train: Callable[[], PackRun], device: torch.device) -> PackResults:
+    """Runs `train` and measures it; the peaks are those of the run alone, without what was freed before it."""
+    give_back_freed(device)
+    reset_peak_rss()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    run = train()
+    gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    peak, useful = peak_rss(), run.useful_flops / run.step_seconds
+    rate = statistics.fmean(run.product_rates) if run.product_rates else None
+    share = useful / rate if rate else None
+    return PackResults(run.steps, run.step_seconds, run.useful_flops, useful, rate, share, peak, gpu)

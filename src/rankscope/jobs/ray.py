@@ -24,10 +24,11 @@ from rankscope.errors import (
     StudyError,
     WorkerError,
 )
-from rankscope.jobs.job import Job, Site
+from rankscope.jobs.job import Job
 from rankscope.jobs.mirror import PIECE_BYTES, Change, Mirror, Replica, collect, pieces
 from rankscope.jobs.process import JobProcess
 from rankscope.jobs.queue import POLL_SECONDS
+from rankscope.measure.machine import Site
 from rankscope.spec.models import ModelSpec
 
 MOST_STARTS = 4

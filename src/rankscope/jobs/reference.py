@@ -5,17 +5,32 @@ Engine, loss, schedule, clipping and loop are those of packs (`rankscope.train.l
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
 
 from rankscope.data.tokens import TokenizedData
-from rankscope.model.load import fingerprint, load_model, resolve_device, resolve_dtype
-from rankscope.spec.models import FullTrial, StudySpec, TrainingSpec
+from rankscope.errors import RankscopeError, WorkerError
+from rankscope.jobs.context import GPU_HOST_BYTES, WRONG, Place, Progress
+from rankscope.jobs.job import Job
+from rankscope.jobs.queue import run_jobs
+from rankscope.model.device import resolve_device, resolve_dtype
+from rankscope.model.load import fingerprint, load_model
+from rankscope.plan.memory import BYTES_PER_PARAMETER, PROCESS_BYTES
+from rankscope.spec.candidates import FullTrial
+from rankscope.spec.models import StudySpec, TrainingSpec
+from rankscope.study.folder import Study
+from rankscope.study.missing import missing_reference
 from rankscope.train.loop import choose_engine, train_members
 from rankscope.train.optimizer import make_optimizer
 from rankscope.train.step import Member, make_scheduler, total_steps
 from rankscope.train.stopping import StopRequest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from rankscope.data.tokens import TokenizedData
 
 NOT_SAVED = "the weights are not saved: they are as large as the model"
 
@@ -50,3 +65,30 @@ def train_full(spec: StudySpec, trial: FullTrial, folder: Path, data: TokenizedD
     checkpoints = folder / "checkpoints"
     train_members(model, spec.training, [member], choice, {trial.name: folder}, checkpoints, data, facts, stop)
     shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def train_reference(study: Study, data: TokenizedData, place: Place, progress: Progress) -> None:
+    """Trains what is missing of full fine-tuning, each trial in a process of its own; one that fails ends no study."""
+    from rankscope.train.step import total_steps
+
+    steps, prediction = total_steps(study.spec.training, len(data.train)), place.prediction
+    trials = {trial.name: trial for trial in missing_reference(study)}
+    memory = prediction.base_bytes + GPU_HOST_BYTES
+    if prediction.device == "cpu":
+        memory = PROCESS_BYTES["cpu"] + BYTES_PER_PARAMETER * prediction.base_params
+
+    def begun(job: Job) -> None:
+        progress.reference(study, trials[job.content["trial"]], steps)
+
+    def ended(job: Job, error: RankscopeError | None) -> list[Job]:
+        name = job.content["trial"]
+        progress.ended(name)
+        if error is not None and error.exit_code in WRONG:
+            raise error
+        if error is not None:
+            study.settle(trials[name], getattr(error, "status", WorkerError.status), error.what)
+            progress.say(f"{name} did not finish: {error}")
+        return []
+
+    jobs = [Job({"kind": "reference", "trial": name}, f"reference/{name}", (), memory) for name in trials]
+    run_jobs(place.launcher, study.path, jobs, progress.poll, ended, begun)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from rankscope.errors import StudyError, did_you_mean
 from rankscope.files import published, write_atomic
-from rankscope.spec.models import Candidate, Trial
+from rankscope.spec.candidates import Candidate, Trial
 
 
 def lora_config(candidate: Candidate, base: str | None = None) -> LoraConfig:

@@ -4,15 +4,18 @@ A layer's update is `scaling * B @ A`. With B = Q_B R_B and A^T = Q_A R_A (QR), 
 small matrix R_B R_A^T: no matrix of the layer's own size is ever made.
 """
 
+import copy
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from rankscope.lora.saved import Factors
+from rankscope.errors import ModelError
+from rankscope.lora.saved import Factors, SavedAdapter
 
 ENERGIES = (0.90, 0.95, 0.99)
 """Shares of the squared Frobenius norm."""
@@ -94,3 +97,179 @@ def by_module(frame: pd.DataFrame) -> pd.DataFrame:
     table.insert(0, "layers", grouped.size())
     table["rank_99_max"] = grouped["rank_99"].max()
     return table.reset_index()
+
+
+class Decomposed(NamedTuple):
+    """The thin SVD of a layer's update, in float64: `u * values @ v`, the largest value first."""
+
+    factors: Factors
+    u: Tensor  # (O, K), K the smallest of O, R and D
+    values: Tensor  # (K,)
+    v: Tensor  # (K, D)
+
+    @property
+    def parameters_per_rank(self) -> int:
+        return self.u.shape[0] + self.v.shape[1]
+
+    def cut(self, rank: int) -> Factors:
+        """The update's best approximation of `rank`, with a scaling of 1, in float32."""
+        a, b = self.v[:rank], self.u[:, :rank] * self.values[:rank]
+        return self.factors._replace(a=a.float(), b=b.float(), scaling=1.0)
+
+
+def decompose(factors: Factors) -> Decomposed:
+    """The SVD of `scaling * b @ a` by way of QR: no matrix of the layer's own size is made."""
+    q_b, r_b = torch.linalg.qr(factors.b.double())
+    q_a, r_a = torch.linalg.qr(factors.a.double().T)
+    u, values, v = torch.linalg.svd(factors.scaling * (r_b @ r_a.T), full_matrices=False)
+    return Decomposed(factors, q_b @ u, values, v @ q_a.T)
+
+
+_STARTS_IN_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Values of init_lora_weights that change the base model, and would again when a cut adapter is loaded."""
+
+_NOT_PLAIN = {
+    "use_dora": "DoRA's magnitudes belong to the whole update",
+    "lora_bias": "its factors have biases",
+    "use_qalora": "its factors are of pooled inputs",
+    "use_bdlora": "its factors are block-diagonal",
+    "kasa_config": "the base model was changed for it",
+    "monteclora_config": "its factors are random",
+    "arrow_config": "it routes between adapters",
+    "ensure_weight_tying": "two layers share its factors",
+    "target_parameters": "its factors are of many experts at once",
+}
+
+
+def check_resizable(adapter: SavedAdapter) -> None:
+    """Raises ModelError where the adapter is more than its factors, so that cutting them would change the rest."""
+    start = str(adapter.config.init_lora_weights).lower()
+    for option, reason in _NOT_PLAIN.items():
+        if getattr(adapter.config, option, None):
+            raise ModelError(f"the adapter is no plain LoRA ({option}): {reason}", "Only plain LoRA is cut.")
+    if start.startswith(_STARTS_IN_BASE):
+        raise ModelError(
+            f"the adapter belongs to a base model that {start} changed",
+            "Save it with PEFT's path_initial_model_for_weight_conversion, which makes plain LoRA of it.",
+        )
+    if adapter.unknown:
+        raise ModelError(
+            f"its configuration has {adapter.unknown[0]}, which the installed PEFT does not know", "Update PEFT."
+        )
+
+
+def uniform_ranks(layers: Sequence[Decomposed], rank: int) -> dict[str, int]:
+    """`rank` for each layer, or what a layer has where that is less."""
+    return {layer.factors.layer: min(rank, len(layer.values)) for layer in layers}
+
+
+def ranks_by_energy(layers: Sequence[Decomposed], share: float) -> dict[str, int]:
+    """The lowest rank of each layer that keeps `share` of its energy, the sum of squared singular values; at least 1.
+
+    It is what PEFT's conversion does with a rank given as a fraction, and kohya's `sv_fro` with sqrt(share), but that
+    kohya's always leaves out at least the last singular value.
+    """
+    return {layer.factors.layer: max(1, energy_rank(layer.values, share)) for layer in layers}
+
+
+def ranks_by_sum(layers: Sequence[Decomposed], share: float) -> dict[str, int]:
+    """The lowest rank of each layer that keeps `share` of the sum of its singular values: kohya's `sv_cumulative`."""
+    return {layer.factors.layer: max(1, energy_rank(layer.values.sqrt(), share)) for layer in layers}
+
+
+def ranks_within(layers: Sequence[Decomposed], parameters: int) -> dict[str, int]:
+    """Ranks that keep most energy with at most so many parameters, but at least 1 for each layer.
+
+    Direction by direction, as `most_energy_first` orders them, each that still has room. Where all layers are of one
+    size no ranks keep more; else none keep more by as much as the first direction that had no room.
+    """
+    left, taken = parameters - sum(layer.parameters_per_rank for layer in layers), []
+    for number in most_energy_first(layers):
+        if layers[number].parameters_per_rank <= left:
+            left -= layers[number].parameters_per_rank
+            taken.append(number)
+    return ranks_of(layers, taken)
+
+
+def most_energy_first(layers: Sequence[Decomposed]) -> list[int]:
+    """All directions but each layer's first and those of zero, as numbers of layers: the one with most energy for each
+    of its parameters first."""
+    gains = [
+        (-float(value**2) / layer.parameters_per_rank, number)
+        for number, layer in enumerate(layers)
+        for value in layer.values[1:]
+        if value > 0
+    ]
+    return [number for _, number in sorted(gains)]
+
+
+def same_share_first(layers: Sequence[Decomposed]) -> list[int]:
+    """The same directions in the order in which `ranks_by_energy` takes them as its share rises."""
+    shares = [
+        (float(before), number)
+        for number, layer in enumerate(layers)
+        for value, before in zip(layer.values[1:], _shares(layer), strict=False)
+        if value > 0
+    ]
+    return [number for _, number in sorted(shares)]
+
+
+def _shares(layer: Decomposed) -> Tensor:
+    """The share of the energy that the first direction holds, the first two, and so on: (K,)."""
+    energy = (layer.values**2).cumsum(0)
+    return energy / energy[-1]
+
+
+def ranks_of(layers: Sequence[Decomposed], directions: Iterable[int]) -> dict[str, int]:
+    """Rank 1 for each layer, and 1 more for each time that its number is among the directions."""
+    more = Counter(directions)
+    return {layer.factors.layer: 1 + more[number] for number, layer in enumerate(layers)}
+
+
+def kept_energy(layers: Sequence[Decomposed], ranks: Mapping[str, int]) -> float:
+    """The share of all layers' energy that the cut keeps; 1 for an adapter of zeros."""
+    total = sum(float((layer.values**2).sum()) for layer in layers)
+    kept = sum(float((layer.values[: ranks[layer.factors.layer]] ** 2).sum()) for layer in layers)
+    return kept / total if total else 1.0
+
+
+def relative_error(whole: Factors, cut: Factors) -> float:
+    """The Frobenius norm of the difference of two updates over that of `whole`; 0 where that is 0.
+
+    It counts what the rounding to the file's own type adds.
+    """
+    b = torch.cat([whole.scaling * whole.b.double(), -cut.scaling * cut.b.to(cut.dtype).double()], dim=1)
+    a = torch.cat([whole.a.double(), cut.a.to(cut.dtype).double()])
+    norm = _norm(whole.scaling * whole.b.double(), whole.a.double())
+    return _norm(b, a) / norm if norm else 0.0
+
+
+def _norm(b: Tensor, a: Tensor) -> float:
+    """Of `b @ a`, (O, R) and (R, D), in the Frobenius norm."""
+    return float((torch.linalg.qr(b, mode="r").R @ torch.linalg.qr(a.T, mode="r").R.T).norm())
+
+
+def parameters(layers: Sequence[Decomposed], ranks: Mapping[str, int]) -> int:
+    """Of an adapter with these ranks."""
+    return sum(layer.parameters_per_rank * ranks[layer.factors.layer] for layer in layers)
+
+
+def resized(adapter: SavedAdapter, layers: Sequence[Decomposed], ranks: Mapping[str, int]) -> SavedAdapter:
+    """The adapter with each layer cut to its rank.
+
+    `r` is the largest of them, by which servers size their buffers; `rank_pattern` names the layers that have less.
+    """
+    config = copy.deepcopy(adapter.config)
+    config.r = config.lora_alpha = max(ranks.values())  # a scaling of 1
+    lower = [name for name, rank in ranks.items() if rank < config.r]
+    config.rank_pattern = {_pattern(name, ranks): ranks[name] for name in lower}
+    config.alpha_pattern = dict(config.rank_pattern)
+    config.use_rslora, config.init_lora_weights, config.eva_config = False, True, None
+    return SavedAdapter(config, [layer.cut(ranks[layer.factors.layer]) for layer in layers], adapter.others)
+
+
+def _pattern(layer: str, layers: Iterable[str]) -> str:
+    """A key of rank_pattern that PEFT matches with this layer alone: its name, where no other one ends in it."""
+    like = re.compile(rf"(.*\.)?({layer})$")  # as PEFT reads it
+    alone = all(other == layer or not like.match(other) for other in layers)
+    return layer if alone else f"^{re.escape(layer)}"

@@ -5,9 +5,13 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
+import torch
+
+from rankscope.model.load import commit
+from rankscope.spec.models import StudySpec
 
 PACKAGES = ("torch", "transformers", "peft", "datasets", "tokenizers", "safetensors", "numpy", "pandas", "altair")
 
@@ -20,7 +24,6 @@ def versions() -> dict[str, str | None]:
 
 def hardware() -> dict[str, Any]:
     """Processor, memory and GPUs; sizes in bytes."""
-    import torch
 
     gpus = []
     if torch.cuda.is_available():
@@ -52,3 +55,30 @@ def installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+class Site(NamedTuple):
+    """Where a launcher's jobs run."""
+
+    kind: str  # cpu or cuda
+    here: bool
+    """Whether it is this machine alone."""
+    free_bytes: int
+    """Of the device that has the least."""
+    device: str  # as torch names it
+    dtype: str  # of the base model there
+    hardware: dict[str, Any]
+    """Of the machine (`rankscope.measure.machine.hardware`), and a list of the `nodes` where there are several."""
+    versions: dict[str, str | None]
+
+
+def describe_machine(spec: StudySpec, parameters: int, site: Site) -> dict[str, Any]:
+    """machine.json: what the study runs on, and the model it starts from."""
+    model = {
+        "id": spec.model.id,
+        "revision": commit(spec.model) or spec.model.revision,
+        "parameters": parameters,
+        "dtype": site.dtype,
+        "quantization": spec.model.quantization,
+    }
+    return {"hardware": site.hardware, "versions": site.versions, "model": model, "device": site.device}

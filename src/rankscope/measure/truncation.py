@@ -1,6 +1,6 @@
 """What a trained adapter loses when it is cut to lower ranks, and what a short training gives back.
 
-Each layer's update is cut to its largest singular values (`rankscope.lora.resize`). A cut is the study's own candidate
+Each layer's update is cut to its largest singular values (`rankscope.lora.svd`). A cut is the study's own candidate
 of that rank, with its alpha and scaling, so that it trains as that candidate does; the scaling s goes into the
 factors, which each get the root of the singular values: A = sqrt(S / s) V, B = U sqrt(S / s).
 """
@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 from rankscope.data.tokens import TokenizedData
 from rankscope.errors import ModelError
 from rankscope.lora.adapters import remove_adapters
-from rankscope.lora.resize import Decomposed, check_resizable, decompose, kept_energy, uniform_ranks
 from rankscope.lora.saved import read_adapter
-from rankscope.spec.models import StudySpec, Trial
+from rankscope.lora.svd import Decomposed, check_resizable, decompose, kept_energy, uniform_ranks
+from rankscope.spec.candidates import Trial
+from rankscope.spec.models import StudySpec
 from rankscope.train.engine import Engine, ExampleLosses
 from rankscope.train.loop import choose_engine
 from rankscope.train.probe import use_own_forward

@@ -1,13 +1,29 @@
 """A base model that is larger than its device: said before anything is loaded, with what would make it fit."""
 
+import heapq
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
 import torch
 
-from rankscope.errors import MissingExtraError, ModelError
-from rankscope.lora.skeleton import skeleton
+from rankscope.data.tokens import TokenizedData
+from rankscope.errors import MissingExtraError, ModelError, StudyDirectoryError, StudyError
+from rankscope.jobs.context import Place
+from rankscope.lora.variants import FROM_WEIGHTS
+from rankscope.model.load import skeleton
 from rankscope.model.quantized import base_bytes
 from rankscope.plan.memory import Prediction
-from rankscope.spec.models import ModelSpec
+from rankscope.plan.packs import divide_into_packs
+from rankscope.spec.candidates import FullTrial, Trial
+from rankscope.spec.models import ModelSpec, StudySpec
+from rankscope.study.folder import Study
+from rankscope.study.missing import finished_trials
 from rankscope.text.formats import size
+from rankscope.train.checkpoint import KEPT
+from rankscope.train.step import total_steps
 
 
 def check_base_fits(model: ModelSpec, prediction: Prediction, free: int) -> None:
@@ -43,3 +59,111 @@ def _smaller(model: ModelSpec, prediction: Prediction) -> list[tuple[str, int]]:
         if held < prediction.base_bytes:
             found.append((option, held))
     return found
+
+
+def check_ranks(spec: StudySpec, prediction: Prediction) -> None:
+    """Raises StudyError where a rank is larger than any update of an adapted layer can have."""
+    too_large = [rank for rank in spec.ranks if rank > prediction.full_rank]
+    if too_large:
+        raise StudyError(
+            f"ranks: {too_large[0]:,} is larger than {prediction.full_rank:,}, the full rank of the model's layers",
+            "Leave it out: it adds parameters and nothing else.",
+        )
+
+
+def check_space(
+    spec: StudySpec,
+    out: Path,
+    place: Place,
+    missing: Sequence[Trial],
+    reference: Sequence[FullTrial],
+    data: TokenizedData,
+    study: Study | None = None,
+) -> None:
+    """Sees to it that the `missing` trials, and those of the `reference`, have room on the disk, beside what lies there
+    of them in a `study` that has begun.
+
+    Raises:
+        StudyDirectoryError: they have not.
+        ModelError: the base model alone is larger than its device.
+    """
+    if not missing and not reference:
+        return
+    check_base_fits(spec.model, place.prediction, place.site.free_bytes)
+    prediction, devices = place.prediction, place.launcher.places()
+    packs = divide_into_packs(missing, prediction, place.site.free_bytes, spec.training, data.train, devices)
+    whole = disk_bytes(spec, prediction, packs, reference, data, devices)
+    needed = whole.beside(disk_taken(study) if study else NOTHING)
+    folder = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise StudyDirectoryError(
+            f"{out}: about {size(needed)} are needed on the disk, and {size(free)} are free",
+            "Make room, choose another --out, or try fewer or lower ranks.",
+        )
+
+
+LINE_BYTES = 250
+"""Of a step in metrics.jsonl."""
+
+REST_BYTES = 30_000_000
+"""Of a study's report, profiles and logs: measured 3 to 12 MB."""
+
+
+class Disk(NamedTuple):
+    """Bytes on the disk, by what takes them."""
+
+    trials: int
+    """Adapters and curves, also of the reference."""
+    checkpoints: int
+    """Of the packs, or the trials of the reference, whose are the largest: they go when these have ended."""
+    tokens: int
+    rest: int
+    """Report, profiles and logs."""
+
+    def beside(self, there: "Disk") -> int:
+        """What is still to come where `there` lies already, of the same trials."""
+        return sum(max(0, needed - lies) for needed, lies in zip(self, there, strict=True))
+
+
+NOTHING = Disk(0, 0, 0, 0)
+
+
+def disk_bytes(
+    spec: StudySpec,
+    prediction: Prediction,
+    packs: Sequence[Sequence[Trial]],
+    reference: Sequence[FullTrial],
+    data: TokenizedData,
+    devices: int = 1,
+) -> Disk:
+    """What a study writes at most for these packs and trials of full fine-tuning, of which each device trains one at a
+    time."""
+    steps = total_steps(spec.training, len(data.train))
+    trials = [trial for pack in packs for trial in pack]
+    # One that starts from the base's weights is saved at twice its rank: see `rankscope.lora.variants.exported`.
+    doubled = [trial.candidate.variant in FROM_WEIGHTS for trial in trials]
+    adapters = sum(4 * prediction.params[t.candidate.name] * (1 + d) for t, d in zip(trials, doubled, strict=True))
+    # Of the reference: weights and two moments, in float32.
+    kept = [*map(prediction.checkpoint_bytes, packs), *(12 * prediction.base_params for _ in reference)]
+    return Disk(
+        trials=adapters + LINE_BYTES * steps * (len(trials) + len(reference)),
+        checkpoints=(KEPT + 1) * sum(heapq.nlargest(devices, kept)),
+        tokens=5 * (len(data.train.ids) + len(data.eval.ids)),
+        rest=REST_BYTES,
+    )
+
+
+def disk_taken(study: Study) -> Disk:
+    """What lies there of the trials that have no result yet, and of what all trials share."""
+    missing = [study.trial_folder(trial) for trial in study.all_trials() if not finished_trials(study, trial)]
+    kept = [*study.path.glob("packs/*/checkpoints"), *(folder / "checkpoints" for folder in missing)]
+    checkpoints = sum(map(_size_of, kept))
+    own = sum(map(_size_of, missing)) - sum(_size_of(folder / "checkpoints") for folder in missing)
+    rest = sum(_size_of(study.file(name)) for name in ("report", "profiles"))
+    return Disk(own, checkpoints, _size_of(study.file("data")), rest)
+
+
+def _size_of(folder: Path) -> int:
+    """Bytes of the files in `folder` and below it; 0 where it is not."""
+    return sum(Path(place, name).lstat().st_size for place, _, names in os.walk(folder) for name in names)

@@ -23,7 +23,8 @@ from rankscope.lora.adapters import adapter_key, adapter_parameters, inject, lor
 from rankscope.lora.layout import Slice, flatten
 from rankscope.lora.variants import FROM_WEIGHTS, all_starts, note_start
 from rankscope.model.quantized import held_tensors, quantization_tensors
-from rankscope.spec.models import Candidate, StudySpec, Trial
+from rankscope.spec.candidates import Candidate, Trial
+from rankscope.spec.models import StudySpec
 from rankscope.train.engine import PackedEngine, PeftEngine, divide
 from rankscope.train.flops import Products
 from rankscope.train.loss import label_losses

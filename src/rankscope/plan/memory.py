@@ -13,14 +13,15 @@ from transformers import PreTrainedModel
 from rankscope.data.tokens import Tokens
 from rankscope.lora.adapters import adapter_parameters, lora_layers
 from rankscope.lora.layout import NotPackable
-from rankscope.lora.skeleton import skeleton
 from rankscope.lora.variants import FROM_WEIGHTS
-from rankscope.model.load import resolve_device, resolve_dtype
+from rankscope.model.device import resolve_device, resolve_dtype
+from rankscope.model.load import skeleton
 from rankscope.model.quantized import base_bytes, parameter_count
 from rankscope.plan.allocator import held_bytes
 from rankscope.plan.fake_steps import Event, add_fake_adapters, rehearse
-from rankscope.spec.models import Candidate, StudySpec, Trial
-from rankscope.train.engine import PackedEngine, PeftEngine
+from rankscope.spec.candidates import Candidate, Trial
+from rankscope.spec.models import StudySpec
+from rankscope.train.engine import LOGIT_BYTES, PackedEngine, PeftEngine, tokens_per_forward
 from rankscope.train.flops import Cost, count_costs
 from rankscope.train.loss import CHUNK_BYTES
 from rankscope.train.optimizer import check_optimizer, state_sizes
@@ -33,9 +34,6 @@ BYTES_PER_PARAMETER = 16
 _BUT_STATES = 8
 """Of these, weight and gradient: the optimizer's states may be smaller."""
 
-LOGIT_BYTES = 16
-"""Of one logit of PEFT's forward: the logits and log-probabilities in float32, and the gradients of both."""
-
 PROCESS_BYTES = {"cpu": 460_000_000, "cuda": 0}
 """Python with torch and transformers loaded, and threads' buffers: measured 0.41 to 0.50 GB on a CPU."""
 
@@ -43,13 +41,6 @@ UNSEEN_SHARE = {"cpu": 0.5, "cuda": 0.0}
 """Of activations and logits: what operators allocate within themselves, and the holes which that leaves. Fitted to both
 the embedded model (4 million parameters) and opt-350m's shape, on one machine with glibc:
 docs/results/memory-prediction.md. On a GPU never measured."""
-
-SHARE_OF_FREE_MEMORY = 0.6
-"""Of the memory that is free beside weights and adapters, what a forward's saved tensors may take; the rest is for
-what is fleeting."""
-
-TOKENS_PER_FORWARD = {"cpu": 512, "cuda": 1 << 15}
-"""Larger forwards gain nothing: on a CPU measured, docs/lab-notes.md; on a GPU not yet."""
 
 FULL_STEP_TOKENS = {"cpu": 1536, "cuda": 1 << 14}
 """A step of so many tokens keeps the device busy: more trials in its pack take memory and gain no time. On a CPU
@@ -142,12 +133,6 @@ class Prediction(NamedTuple):
         fixed, per_token = self.fixed_bytes(trials), self.bytes_per_token(trials)
         tokens = min(step_tokens, tokens_per_forward(free - fixed, per_token, self.device))
         return int(fixed + tokens * per_token)
-
-
-def tokens_per_forward(free: int, bytes_per_token: int, device: str) -> int:
-    """The most tokens of one forward, where `free` bytes are left for it; at least 1."""
-    fitting = int(free * SHARE_OF_FREE_MEMORY / max(1, bytes_per_token))
-    return max(1, min(fitting, TOKENS_PER_FORWARD[device]))
 
 
 def predict(spec: StudySpec, device: torch.device | None = None) -> Prediction:

@@ -2,40 +2,22 @@
 
 import heapq
 import math
-import os
-import random
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from rankscope.data.tokens import TokenizedData, Tokens
-from rankscope.lora.variants import FROM_WEIGHTS
+from rankscope.data.tokens import Tokens
 from rankscope.plan.memory import FULL_STEP_TOKENS, Prediction
-from rankscope.schedule import longest_first, lower_bound, simulate
-from rankscope.spec.models import AnyTrial, FullTrial, StudySpec, TrainingSpec, Trial
-from rankscope.study.folder import FINISHED, Division, Study
-from rankscope.train.checkpoint import KEPT
-from rankscope.train.step import total_steps
+from rankscope.spec.candidates import Trial
+from rankscope.spec.models import TrainingSpec
+from rankscope.study.folder import Division, Study
+from rankscope.study.missing import finished_trials
 
 SHARE_OF_FREE_MEMORY = 0.9
 """What a pack may take of the memory that is free: the prediction is not exact."""
 
-LINE_BYTES = 250
-"""Of a step in metrics.jsonl."""
-
 NEAR_THE_BOUND = 1.05
 """Packs are made smaller for several devices only where that saves more than this factor, and no more once they are as
 near to devices that are never idle."""
-
-REST_BYTES = 30_000_000
-"""Of a study's report, profiles and logs: measured 3 to 12 MB."""
-
-
-class ProfileJob(NamedTuple):
-    """One repeat of one of `StudySpec.profiled`."""
-
-    profile: str
-    repeat: int
 
 
 def most_per_pack(training: TrainingSpec) -> int | None:
@@ -135,65 +117,6 @@ def work_of(trial: Trial, prediction: Prediction) -> float:
     return float(cost.flops_per_token) if cost else 1.0
 
 
-class Disk(NamedTuple):
-    """Bytes on the disk, by what takes them."""
-
-    trials: int
-    """Adapters and curves, also of the reference."""
-    checkpoints: int
-    """Of the packs, or the trials of the reference, whose are the largest: they go when these have ended."""
-    tokens: int
-    rest: int
-    """Report, profiles and logs."""
-
-    def beside(self, there: "Disk") -> int:
-        """What is still to come where `there` lies already, of the same trials."""
-        return sum(max(0, needed - lies) for needed, lies in zip(self, there, strict=True))
-
-
-NOTHING = Disk(0, 0, 0, 0)
-
-
-def disk_bytes(
-    spec: StudySpec,
-    prediction: Prediction,
-    packs: Sequence[Sequence[Trial]],
-    reference: Sequence[FullTrial],
-    data: TokenizedData,
-    devices: int = 1,
-) -> Disk:
-    """What a study writes at most for these packs and trials of full fine-tuning, of which each device trains one at a
-    time."""
-    steps = total_steps(spec.training, len(data.train))
-    trials = [trial for pack in packs for trial in pack]
-    # One that starts from the base's weights is saved at twice its rank: see `rankscope.lora.variants.exported`.
-    doubled = [trial.candidate.variant in FROM_WEIGHTS for trial in trials]
-    adapters = sum(4 * prediction.params[t.candidate.name] * (1 + d) for t, d in zip(trials, doubled, strict=True))
-    # Of the reference: weights and two moments, in float32.
-    kept = [*map(prediction.checkpoint_bytes, packs), *(12 * prediction.base_params for _ in reference)]
-    return Disk(
-        trials=adapters + LINE_BYTES * steps * (len(trials) + len(reference)),
-        checkpoints=(KEPT + 1) * sum(heapq.nlargest(devices, kept)),
-        tokens=5 * (len(data.train.ids) + len(data.eval.ids)),
-        rest=REST_BYTES,
-    )
-
-
-def disk_taken(study: Study) -> Disk:
-    """What lies there of the trials that have no result yet, and of what all trials share."""
-    missing = [study.trial_folder(trial) for trial in study.all_trials() if not _finished(study, trial)]
-    kept = [*study.path.glob("packs/*/checkpoints"), *(folder / "checkpoints" for folder in missing)]
-    checkpoints = sum(map(_size_of, kept))
-    own = sum(map(_size_of, missing)) - sum(_size_of(folder / "checkpoints") for folder in missing)
-    rest = sum(_size_of(study.file(name)) for name in ("report", "profiles"))
-    return Disk(own, checkpoints, _size_of(study.file("data")), rest)
-
-
-def _size_of(folder: Path) -> int:
-    """Bytes of the files in `folder` and below it; 0 where it is not."""
-    return sum(Path(place, name).lstat().st_size for place, _, names in os.walk(folder) for name in names)
-
-
 def open_packs(
     study: Study, prediction: Prediction, free: int, tokens: Tokens, devices: int = 1
 ) -> dict[str, list[Trial]]:
@@ -205,34 +128,59 @@ def open_packs(
         packs = divide_into_packs(trials, prediction, free, study.spec.training, tokens, devices)
         division = Division(division.named(packs), {})
         study.write_division(division)
-    return {pack: trials for pack, trials in division.packs.items() if any(not _finished(study, t) for t in trials)}
+    return {
+        pack: trials for pack, trials in division.packs.items() if any(not finished_trials(study, t) for t in trials)
+    }
 
 
-def missing_trials(study: Study) -> list[Trial]:
-    """Trials without a result yet."""
-    return [trial for trial in study.spec.trials() if not _finished(study, trial)]
+class Placed(NamedTuple):
+    """Where and when a job runs."""
+
+    device: int
+    """From 0."""
+    start: float
+    """In seconds after the first."""
+    end: float
 
 
-def _finished(study: Study, trial: AnyTrial) -> bool:
-    return study.trial_record(trial)["status"] in FINISHED
+class Schedule(NamedTuple):
+    """What a queue makes of jobs on `devices` equal devices. Times are in seconds."""
+
+    devices: int
+    jobs: dict[str, Placed]
+    """By name, in the order in which they begin."""
+
+    @property
+    def makespan(self) -> float:
+        """From the beginning to the end of the last job; 0 without jobs."""
+        return max((job.end for job in self.jobs.values()), default=0.0)
+
+    @property
+    def busy_seconds(self) -> float:
+        """Of all devices together."""
+        return sum(job.end - job.start for job in self.jobs.values())
 
 
-def missing_reference(study: Study) -> list[FullTrial]:
-    """Trials of full fine-tuning without a result yet."""
-    return [trial for trial in study.spec.reference_trials() if not _finished(study, trial)]
+def longest_first(seconds: Mapping[str, float]) -> list[str]:
+    """Names of jobs in the order in which they are to begin: by falling time, then by name."""
+    return sorted(seconds, key=lambda name: (-seconds[name], name))
 
 
-def missing_profiles(study: Study) -> list[ProfileJob]:
-    """Repeats not yet measured: repeat by repeat, in each all candidates and the control in a random order.
+def simulate(order: Iterable[str], seconds: Mapping[str, float], devices: int) -> Schedule:
+    """Runs jobs in this order, each taking its `seconds`, on the device that is free first; of several the first.
 
-    Interleaved, so that a drift of the machine does not look like an effect of rank; the order is the same each time
-    for one study.
+    The order may have been made by other times, such as predicted ones.
     """
-    if not study.spec.measure.profiles:
-        return []
-    done = {name: len(study.profile_repeats(name)) for name in study.spec.profiled()}
-    jobs = []
-    for repeat in range(study.spec.measure.repeats):
-        order = random.Random(repeat).sample(list(done), len(done))
-        jobs += [ProfileJob(name, repeat) for name in order if repeat >= done[name]]
-    return jobs
+    free = [(0.0, device) for device in range(devices)]  # equal, in order: a heap
+    jobs = {}
+    for name in order:
+        start, device = free[0]
+        end = start + seconds[name]
+        heapq.heapreplace(free, (end, device))
+        jobs[name] = Placed(device, start, end)
+    return Schedule(devices, jobs)
+
+
+def lower_bound(seconds: Mapping[str, float], devices: int) -> float:
+    """What no schedule is shorter than: all devices busy all the time, and the longest job, which is not divided."""
+    return max(sum(seconds.values()) / devices, max(seconds.values(), default=0.0))

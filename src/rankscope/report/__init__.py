@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rankscope.study.folder import Evidence
+    from rankscope.study.evidence import Evidence
 
 __all__ = ["build"]
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from rankscope.study.folder import Evidence
+from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import rate
 

@@ -13,8 +13,8 @@ from rankscope import __version__
 from rankscope.data.sources import HUB_ID
 from rankscope.files import write_atomic
 from rankscope.report.markdown import escape
-from rankscope.spec.models import PLAIN, Trial
-from rankscope.study.folder import Evidence
+from rankscope.spec.candidates import PLAIN, Trial
+from rankscope.study.evidence import Evidence
 from rankscope.text.formats import known, percent, rate, size
 from rankscope.text.verdict import verdict_sentence
 

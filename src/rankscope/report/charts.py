@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import altair as alt
 import pandas as pd
 
-from rankscope.report.colours import LIGHT, numbered
-from rankscope.report.encodings import colour, dash, shape, sized
+from rankscope.report.figures import LIGHT, colour, dash, numbered, shape, sized
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import Unit, rate
 

@@ -5,7 +5,7 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from rankscope.report.encodings import by_rank, colour, identity, rank_axis, several_rates, shape, sized
+from rankscope.report.figures import by_rank, colour, identity, rank_axis, several_rates, shape, sized
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import Unit, loss, rate
 

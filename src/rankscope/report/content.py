@@ -6,19 +6,19 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from rankscope.report.answers import Answered, answered
-from rankscope.report.costs import Saving, cost_tables, noise_sentence, savings
+from rankscope.report.costs import Saving, cost_tables, noise_sentence, prediction_tables, savings
 from rankscope.report.curve import cut_section
-from rankscope.report.facts import Fact, data_facts, machine_facts
 from rankscope.report.figures import Figure, Section
+from rankscope.report.frames import by_candidate, chosen_row, has_gpu
 from rankscope.report.loss import loss_figures
 from rankscope.report.memory import memory_figures
-from rankscope.report.other_metrics import also_measured, also_notes, rank_name
-from rankscope.report.predictions import prediction_tables
+from rankscope.report.other_metrics import Fact, also_measured, also_notes, data_facts, machine_facts, rank_name
 from rankscope.report.runtime import speed_figures, trade_off_figures
-from rankscope.report.tables import by_candidate, chosen_row, has_gpu
 from rankscope.report.variants import variant_section
-from rankscope.spec.models import EMBEDDED, write_yaml
-from rankscope.study.folder import ANSWERS, Evidence
+from rankscope.spec.models import EMBEDDED
+from rankscope.spec.resolve import write_yaml
+from rankscope.study.evidence import Evidence
+from rankscope.study.folder import ANSWERS
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import Table, duration, known, loss, percent, rate, signed, size
 from rankscope.text.verdict import claim_sentences, verdict_sentence

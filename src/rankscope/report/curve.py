@@ -7,9 +7,8 @@ import altair as alt
 import pandas as pd
 
 from rankscope.analysis.curve import curve_errors, loss_curve, lowest_rank_within
-from rankscope.report.encodings import sized
-from rankscope.report.figures import Figure, Panel, Section, numbers
-from rankscope.study.folder import Evidence
+from rankscope.report.figures import Figure, Panel, Section, numbers, sized
+from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import Table, known, loss, percent, signed, signed_percent
 

@@ -21,11 +21,10 @@ import vl_convert
 from markupsafe import Markup
 
 from rankscope.report import charts
-from rankscope.report.colours import DARK, LIGHT, PAGE, declarations
 from rankscope.report.content import Content
-from rankscope.report.figures import Figure, Panel
-from rankscope.report.visible import visible
+from rankscope.report.figures import DARK, LIGHT, PAGE, Figure, Panel, declarations
 from rankscope.text.catalogue import Catalogue
+from rankscope.text.formats import visible
 
 VEGA_LITE = ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
 """The version that altair writes, in the form that vl_convert wants: `6.4`."""
@@ -51,7 +50,6 @@ for (const [id, spec] of Object.entries(page.charts)) draw(id, spec).then(view =
 """
 """Charts take their colours from the page's style, so a change of theme, or of paper, draws nothing anew. Vega would
 have a screen reader say its English words for a chart and its groups; the label and the table say what is drawn."""
-
 
 LIVE = """
 const drawn = {};

@@ -18,7 +18,7 @@ from rankscope.report.figures import (
     say,
     with_rates,
 )
-from rankscope.study.folder import Evidence
+from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import known, loss, percent, rate
 

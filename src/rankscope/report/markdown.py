@@ -5,11 +5,10 @@ from collections.abc import Iterable
 
 from rankscope.report.answers import Answered
 from rankscope.report.content import Content
-from rankscope.report.facts import Fact
 from rankscope.report.figures import Figure
-from rankscope.report.visible import visible
+from rankscope.report.other_metrics import Fact
 from rankscope.text.catalogue import Catalogue
-from rankscope.text.formats import Table
+from rankscope.text.formats import Table, visible
 
 
 def render(content: Content, text: Catalogue) -> str:

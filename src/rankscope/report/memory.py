@@ -8,8 +8,8 @@ from rankscope.report import charts, charts_by_rank
 from rankscope.report import frames as series
 from rankscope.report.charts_by_rank import PARTS
 from rankscope.report.figures import Figure, Panel, absent, by_rate, curve_numbers, numbers, ranks_of, say
-from rankscope.report.tables import has_gpu
-from rankscope.study.folder import Evidence
+from rankscope.report.frames import has_gpu
+from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import Table, duration, known, size, size_unit, time_unit
 

@@ -5,14 +5,13 @@ from typing import Any
 
 import pandas as pd
 
-from rankscope.analysis.costs import noise_floor
-from rankscope.analysis.pareto import on_front
+from rankscope.analysis.costs import noise_floor, on_front
 from rankscope.report import charts_by_rank
 from rankscope.report import frames as series
 from rankscope.report.costs import noise_share
 from rankscope.report.figures import Figure, Panel, absent, numbers, ranks_of, say, with_rates
-from rankscope.report.tables import has_gpu
-from rankscope.study.folder import Evidence
+from rankscope.report.frames import has_gpu
+from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import Unit, duration, loss, rate, size, size_unit, time_unit
 

@@ -6,10 +6,9 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from rankscope.report.encodings import colour, shape, sized
-from rankscope.report.figures import Figure, Panel, Section
-from rankscope.report.tables import by_candidate
-from rankscope.study.folder import Evidence
+from rankscope.report.figures import Figure, Panel, Section, colour, shape, sized
+from rankscope.report.frames import by_candidate
+from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import Table, known, loss, percent, rate, signed, signed_percent, size
 

@@ -13,7 +13,7 @@ from rankscope.files import write_atomic
 from rankscope.report import charts, html, markdown
 from rankscope.report.content import compose
 from rankscope.report.figures import Figure
-from rankscope.study.folder import Evidence
+from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue, load
 
 PNG_SCALE = 2.0

@@ -12,12 +12,14 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from rankscope.data.tokens import Tokens, load
 from rankscope.errors import ModelError, StudyError
-from rankscope.lora.resize import (
+from rankscope.lora.saved import SavedAdapter, find_adapter, read_adapter, write_adapter
+from rankscope.lora.svd import (
     Decomposed,
     check_resizable,
     decompose,
     kept_energy,
     parameters,
+    place,
     ranks_by_energy,
     ranks_by_sum,
     ranks_within,
@@ -25,16 +27,22 @@ from rankscope.lora.resize import (
     resized,
     uniform_ranks,
 )
-from rankscope.lora.saved import SavedAdapter, find_adapter, read_adapter, write_adapter
-from rankscope.lora.svd import place
-from rankscope.measure.held_out import Difference, difference, held_out_losses
 from rankscope.model.load import load_model
-from rankscope.pipeline import prepare_data
-from rankscope.resize.loss_budget import Ranks, Tried, best_of, families, smallest_within
+from rankscope.resize.loss_budget import (
+    Difference,
+    Ranks,
+    Tried,
+    best_of,
+    difference,
+    families,
+    held_out_losses,
+    smallest_within,
+)
 from rankscope.spec.models import ModelSpec
 from rankscope.spec.options import assemble
 from rankscope.study.folder import Study
 from rankscope.train.engine import ExampleLosses
+from rankscope.train.prepare import prepare_data
 
 _ROUNDING = 1e-4
 """Relative: by how much a loss may differ between two evaluations of the same tensors, on a GPU."""

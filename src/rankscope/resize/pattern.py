@@ -15,10 +15,11 @@ import torch
 from rankscope.errors import StudyError
 from rankscope.files import write_atomic
 from rankscope.jobs.curve import trained_trials
-from rankscope.lora.resize import Decomposed, decompose, parameters, ranks_within, uniform_ranks
 from rankscope.lora.saved import read_adapter
-from rankscope.lora.svd import place
-from rankscope.spec.models import StudySpec, Trial, write_yaml
+from rankscope.lora.svd import Decomposed, decompose, parameters, place, ranks_within, uniform_ranks
+from rankscope.spec.candidates import Trial
+from rankscope.spec.models import StudySpec
+from rankscope.spec.resolve import write_yaml
 from rankscope.study.folder import Study
 
 

@@ -24,8 +24,9 @@ from pydantic import ValidationError
 from rankscope.errors import StudyDirectoryError, StudyError
 from rankscope.files import find_json, inside, is_free, read_jsonl, refuse_links_out, write_atomic, write_json
 from rankscope.search.space import SearchSpec
-from rankscope.spec.models import StudySpec, write_yaml
-from rankscope.study.folder import differences_of, lock_folder, read_question, write_question
+from rankscope.spec.models import StudySpec
+from rankscope.spec.resolve import write_yaml
+from rankscope.study.question import differences_of, lock_folder, read_question, write_question
 
 SCHEMA = 1
 
@@ -86,7 +87,7 @@ class Search:
         return inside(self.path, *parts)
 
     def lock(self) -> AbstractContextManager[None]:
-        """See `rankscope.study.folder.lock_folder`."""
+        """See `rankscope.study.question.lock_folder`."""
         return lock_folder(self.path)
 
     def spent(self) -> Spent:

@@ -8,14 +8,15 @@ from rankscope.data.tokens import load, save
 from rankscope.errors import OutOfMemoryError, StudyError
 from rankscope.files import write_json
 from rankscope.jobs.local import LocalLauncher, run_locally
-from rankscope.pipeline import check_ranks, describe_data, describe_machine, prepare_data
-from rankscope.plan.checks import check_base_fits
+from rankscope.measure.machine import describe_machine
+from rankscope.plan.checks import check_base_fits, check_ranks
 from rankscope.plan.memory import predict
 from rankscope.plan.packs import divide_into_packs
 from rankscope.search import require_optuna
 from rankscope.search.folder import Search
 from rankscope.search.space import DEFAULT_RANKS, SearchSpec, resolve_ranks
 from rankscope.search.trainer import step_tokens
+from rankscope.train.prepare import describe_data, prepare_data
 
 MOST_PLACES = 64
 

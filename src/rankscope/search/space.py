@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
 from rankscope.errors import StudyError, shortened
-from rankscope.spec.models import AdapterSpec, Candidate, Count, Rank, Seed, StudySpec, Trial
+from rankscope.spec.candidates import Candidate, Count, Rank, Seed, Trial
+from rankscope.spec.models import AdapterSpec, StudySpec
 from rankscope.spec.options import assemble
 
 DEFAULT_RANKS = "4..256"

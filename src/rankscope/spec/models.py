@@ -6,90 +6,39 @@ A `StudySpec` is complete: every default is written out in the study's directory
 what was done. Names follow PEFT and transformers where they have one.
 """
 
-import difflib
-from collections.abc import Mapping, Sequence
-from decimal import Decimal
+from collections.abc import Mapping
 from itertools import product
 from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PositiveFloat,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
 
-from rankscope.errors import StudyError, shortened
-from rankscope.units import parse_bytes, parse_seconds
+from rankscope.spec.candidates import (
+    CONTROL,
+    FULL,
+    Candidate,
+    Count,
+    Frozen,
+    FullTrial,
+    Rank,
+    Seed,
+    Trial,
+    Variant,
+    all_linear_or_names,
+    alpha_of,
+    alpha_or_multiple,
+    as_list,
+    divided,
+    unique,
+)
+from rankscope.text.formats import parse_bytes, parse_seconds
 
 EMBEDDED = "embedded"
 """As model.id or data.id: the small pretrained model, or the real code, that come with rankscope."""
 
-CONTROL = "control"
-"""The name of the profile that measures the first candidate once more."""
-
 DEFAULT_TEMPLATE = "### Question: {instruction}\n{input}\n ### Answer:"
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str | int | float) else value
-
-
-def _unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    duplicates = sorted({str(value) for value in values if values.count(value) > 1})
-    if duplicates:
-        raise ValueError(f"listed twice: {', '.join(duplicates)}")
-    return values
-
-
-def _alpha_or_multiple(value: Any) -> Any:
-    text = str(value).strip()
-    try:
-        valid = 0 < float(text.removesuffix("r")) < float("inf")
-    except ValueError:
-        valid = False
-    if not valid:
-        raise ValueError("expected a number above 0, or a multiple of the rank such as 2r")
-    return text if text.endswith("r") else float(text)
-
-
-def _all_linear_or_names(value: Any) -> Any:
-    names = [value] if isinstance(value, str) else value
-    if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) and name for name in names):
-        raise ValueError("expected all-linear, or names of modules such as q_proj")
-    return value if value == "all-linear" else tuple(names)
-
-
-Rank = Annotated[int, Field(gt=0, le=1 << 20)]
-PLAIN: Literal["lora"] = "lora"
-Variant = Literal["rslora", "pissa", "olora", "loraplus", "dora", "pattern"]
-"""A kind of LoRA beside the plain one: see `rankscope.lora.variants`, and PEFT's pages on each."""
-Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
-Count = Annotated[int, Field(gt=0, lt=1 << 63)]
-"""What fits in the 64 bits that counts have elsewhere."""
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_not_one(cls, value: Any, info: ValidationInfo) -> Any:
-        """pydantic takes `true` where a number belongs."""
-        values = value if isinstance(value, list | tuple) else [value]
-        is_switch = cls.model_fields[info.field_name or ""].annotation is bool
-        if not is_switch and any(isinstance(one, bool) for one in values):
-            raise ValueError("expected another value than true or false")
-        return value
-
-
-class ModelSpec(_Frozen):
+class ModelSpec(Frozen):
     """The frozen base model: a hub id or a folder with safetensors weights."""
 
     id: str = Field(min_length=1)
@@ -104,7 +53,7 @@ class ModelSpec(_Frozen):
     """Hold the base's linear layers in 4 bits (`nf4`) or 8 (`int8`), by bitsandbytes: `rankscope[quantization]`."""
 
 
-class DataSpec(_Frozen):
+class DataSpec(Frozen):
     """Instruction data: a hub id, or a JSON, JSONL, CSV or Parquet file."""
 
     id: str = Field(min_length=1)
@@ -137,12 +86,12 @@ class DataSpec(_Frozen):
         return self
 
 
-class AdapterSpec(_Frozen):
+class AdapterSpec(Frozen):
     """What every candidate shares of its LoRA adapter."""
 
-    alpha: Annotated[float | str, BeforeValidator(_alpha_or_multiple)] = 32.0
+    alpha: Annotated[float | str, BeforeValidator(alpha_or_multiple)] = 32.0
     """A number, or a multiple of the rank such as `2r`."""
-    target_modules: Annotated[Literal["all-linear"] | tuple[str, ...], BeforeValidator(_all_linear_or_names)] = (
+    target_modules: Annotated[Literal["all-linear"] | tuple[str, ...], BeforeValidator(all_linear_or_names)] = (
         "all-linear"
     )
     """`all-linear`, or names of the layers that get an adapter, such as `q_proj`."""
@@ -154,12 +103,12 @@ class AdapterSpec(_Frozen):
     """PEFT's default (`kaiming`) or `gaussian`; B starts at zero in both."""
     loraplus_lr_ratio: float = Field(default=16.0, ge=1.0)
     """Of the variant `loraplus`: B's learning rate over A's (Hayou et al. 2024, arXiv:2402.12354)."""
-    rank_pattern: dict[str, Rank] = {}
+    rank_pattern: dict[str, Rank] = {}  # noqa: RUF012  pydantic copies it
     """Of the variant `pattern`: the ranks of layers, by name, that differ from the candidate's. `rankscope pattern`
     proposes one."""
 
 
-class TrainingSpec(_Frozen):
+class TrainingSpec(Frozen):
     """The recipe, the same for every trial. One of `steps` and `epochs` is used."""
 
     steps: Count | None = None
@@ -213,7 +162,7 @@ class TrainingSpec(_Frozen):
         return self
 
 
-class MeasureSpec(_Frozen):
+class MeasureSpec(Frozen):
     """How each candidate's cost is measured, alone, in fresh processes."""
 
     profiles: bool = True
@@ -234,7 +183,7 @@ class MeasureSpec(_Frozen):
     """At most so many tokens an answer."""
 
 
-class VerdictSpec(_Frozen):
+class VerdictSpec(Frozen):
     """How the conclusion is drawn."""
 
     margin: float = Field(default=0.01, gt=0.0, lt=1.0)
@@ -247,101 +196,28 @@ class VerdictSpec(_Frozen):
     """Of one trial, trained alone; in seconds, or as `2h`: a rank that needs more is not recommended."""
 
 
-FULL = "full"
-"""Among the ranks: full fine-tuning, as the reference."""
-
 LORA_RATE_OVER_FULL = 10
 """How much higher LoRA's best learning rate is than full fine-tuning's: about tenfold at every rank, model and data
 set in Schulman et al. 2025, "LoRA Without Regret" (https://thinkingmachines.ai/blog/lora/)."""
 
 
-class ReferenceSpec(_Frozen):
+class ReferenceSpec(Frozen):
     """Full fine-tuning, every weight of the model, on the same batches: what the candidates' regret is held against."""
 
     full: bool = False
     """Whether it is trained. `full` among the ranks says the same."""
-    learning_rates: Annotated[tuple[PositiveFloat, ...], BeforeValidator(_as_list), Field(min_length=1)] | None = None
+    learning_rates: Annotated[tuple[PositiveFloat, ...], BeforeValidator(as_list), Field(min_length=1)] | None = None
     """Default: a tenth of each candidate learning rate, since full fine-tuning needs lower ones."""
 
     @model_validator(mode="after")
     def _rates_need_full(self) -> Self:
         if self.learning_rates is not None and not self.full:
             raise ValueError("learning_rates are given, but full is false: nothing would be trained at them")
-        _unique(self.learning_rates or ())
+        unique(self.learning_rates or ())
         return self
 
 
-class FullTrial(_Frozen):
-    """Full fine-tuning at one learning rate with one seed."""
-
-    learning_rate: PositiveFloat
-    seed: int = Field(ge=0)
-
-    @property
-    def candidate_name(self) -> str:
-        """A file name such as `full-lr2e-5`."""
-        return f"{FULL}-lr{_short(self.learning_rate)}"
-
-    @property
-    def name(self) -> str:
-        return f"{self.candidate_name}-s{self.seed}"
-
-
-class Candidate(_Frozen):
-    """One adapter configuration."""
-
-    rank: Count
-    learning_rate: PositiveFloat
-    lora_alpha: PositiveFloat
-    target_modules: Literal["all-linear"] | tuple[str, ...]
-    lora_dropout: float
-    use_rslora: bool
-    init_lora_weights: Literal["kaiming", "gaussian"]
-    variant: Literal["lora"] | Variant = PLAIN
-    loraplus_lr_ratio: float = 1.0
-    rank_pattern: tuple[tuple[str, int], ...] = ()
-
-    @property
-    def name(self) -> str:
-        """A file name such as `r008-lr2e-4`, or `r008-lr2e-4-pissa`; unique within a study."""
-        return f"r{self.rank:03d}-lr{_short(self.learning_rate)}{self._ending}"
-
-    @property
-    def profile_name(self) -> str:
-        """`r008`, or `r008-pissa`: what it costs does not depend on the learning rate."""
-        return f"r{self.rank:03d}{self._ending}"
-
-    @property
-    def _ending(self) -> str:
-        return "" if self.variant == PLAIN else f"-{self.variant}"
-
-    @property
-    def packable(self) -> bool:
-        """Whether it can train in a pack: DoRA has a forward of its own, which is PEFT's."""
-        return self.variant != "dora"
-
-    @property
-    def scaling(self) -> float:
-        """The factor of B A x: alpha/rank, or alpha/sqrt(rank) with `use_rslora`."""
-        return self.lora_alpha / (self.rank**0.5 if self.use_rslora else self.rank)
-
-
-class Trial(_Frozen):
-    """A candidate with one seed."""
-
-    candidate: Candidate
-    seed: int = Field(ge=0)
-
-    @property
-    def name(self) -> str:
-        return f"{self.candidate.name}-s{self.seed}"
-
-
-AnyTrial = Trial | FullTrial
-"""What is trained to its end: a trial of a candidate, or of the reference."""
-
-
-class StudySpec(_Frozen):
+class StudySpec(Frozen):
     """One question: a model, data, candidates, seeds and a recipe."""
 
     name: str = Field(default="rankscope-study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
@@ -350,17 +226,17 @@ class StudySpec(_Frozen):
     """The base model, which stays frozen."""
     data: DataSpec
     """What is trained on, and held out."""
-    ranks: Annotated[tuple[Rank, ...], BeforeValidator(_as_list), Field(min_length=1)] = (8, 128, 256)
+    ranks: Annotated[tuple[Rank, ...], BeforeValidator(as_list), Field(min_length=1)] = (8, 128, 256)
     """LoRA ranks to compare. `full` among them adds full fine-tuning, as a reference."""
-    learning_rates: Annotated[tuple[PositiveFloat, ...], BeforeValidator(_as_list), Field(min_length=1)] = (2e-4,)
+    learning_rates: Annotated[tuple[PositiveFloat, ...], BeforeValidator(as_list), Field(min_length=1)] = (2e-4,)
     """Peak learning rates. With several, each rank is judged at its best one."""
-    seeds: Annotated[tuple[Seed, ...], BeforeValidator(_as_list), Field(min_length=1)] = (
+    seeds: Annotated[tuple[Seed, ...], BeforeValidator(as_list), Field(min_length=1)] = (
         0,
         1,
         2,
     )
     """Each candidate is trained with each of them. One says nothing about how sure a difference is."""
-    variants: Annotated[tuple[Variant, ...], BeforeValidator(_as_list)] = ()
+    variants: Annotated[tuple[Variant, ...], BeforeValidator(as_list)] = ()
     """Kinds of LoRA to train beside the plain one, at each rank and learning rate: rslora, pissa, olora, loraplus,
     dora, pattern."""
     adapter: AdapterSpec = AdapterSpec()
@@ -378,7 +254,7 @@ class StudySpec(_Frozen):
     @classmethod
     def _full_is_the_reference(cls, values: Any) -> Any:
         """`full` among the ranks asks for the reference: a candidate's rank is always a number."""
-        ranks = _as_list(values.get("ranks")) if isinstance(values, Mapping) else None
+        ranks = as_list(values.get("ranks")) if isinstance(values, Mapping) else None
         if not isinstance(ranks, list | tuple) or FULL not in ranks:
             return values
         numbers = [rank for rank in ranks if rank != FULL]
@@ -398,11 +274,11 @@ class StudySpec(_Frozen):
     def _nothing_twice(self) -> Self:
         for field in ("ranks", "learning_rates", "seeds", "variants"):
             try:
-                _unique(getattr(self, field))
+                unique(getattr(self, field))
             except ValueError as error:
                 raise ValueError(f"{field}: {error}") from None
         names = [candidate.name for candidate in self.candidates()]
-        _unique(tuple(names))
+        unique(tuple(names))
         return self
 
     @model_validator(mode="after")
@@ -433,7 +309,7 @@ class StudySpec(_Frozen):
         """The grid of ranks and learning rates, lowest rank first; then the same of each variant."""
         shared = self.adapter.model_dump(exclude={"alpha", "loraplus_lr_ratio", "rank_pattern"})
         plain = [
-            Candidate(rank=rank, learning_rate=rate, lora_alpha=_alpha(self.adapter.alpha, rank), **shared)
+            Candidate(rank=rank, learning_rate=rate, lora_alpha=alpha_of(self.adapter.alpha, rank), **shared)
             for rank, rate in product(sorted(self.ranks), sorted(self.learning_rates))
         ]
         own: dict[str, dict[str, Any]] = {
@@ -464,115 +340,5 @@ class StudySpec(_Frozen):
         """Full fine-tuning at each of its learning rates with every seed; none where it was not asked for."""
         if not self.reference.full:
             return []
-        rates = self.reference.learning_rates or [_divided(r, LORA_RATE_OVER_FULL) for r in self.learning_rates]
+        rates = self.reference.learning_rates or [divided(r, LORA_RATE_OVER_FULL) for r in self.learning_rates]
         return [FullTrial(learning_rate=rate, seed=seed) for seed in self.seeds for rate in sorted(rates)]
-
-
-def _alpha(alpha: float | str, rank: int) -> float:
-    return float(alpha.removesuffix("r")) * rank if isinstance(alpha, str) else alpha
-
-
-def _divided(value: float, divisor: int) -> float:
-    """In decimal, so that a tenth of 3e-4 is 3e-5 and not 2.9999999999999997e-5."""
-    return float(Decimal(str(value)) / divisor)
-
-
-def _short(value: float) -> str:
-    """`0.0002` -> `2e-4`, `0.00015` -> `1.5e-4`: the shortest exact form, safe in a file name."""
-    digits = 0
-    while float(f"{value:.{digits}e}") != value:
-        digits += 1
-    mantissa, exponent = f"{value:.{digits}e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
-
-
-_MOST_SHOWN = 5
-"""Wrong fields of a study that an error shows."""
-
-
-def resolve_spec(
-    values: Mapping[str, Any], source: str = "the study", lines: Mapping[str, int] | None = None
-) -> StudySpec:
-    """Validates a nested mapping. `source` names where it came from, in errors; `lines` the line of a field there.
-
-    Raises:
-        StudyError: a field is unknown, missing or wrong; the message names each, and the nearest known name.
-    """
-    try:
-        return StudySpec.model_validate(dict(values))
-    except ValidationError as error:
-        found = list(dict.fromkeys(_explain(dict(detail), lines or {}) for detail in error.errors()))
-        shown = [f"  - {line}" for line in found[:_MOST_SHOWN]] + ["  - ..."] * (len(found) > _MOST_SHOWN)
-        raise StudyError(
-            f"{source} is wrong:\n" + "\n".join(shown),
-            "Correct these fields and run again; `rankscope run --help` and studies/ show valid ones.",
-        ) from None
-
-
-def _explain(detail: dict[str, Any], lines: Mapping[str, int]) -> str:
-    path = [str(part) for part in detail["loc"]]
-    field = ".".join(part if part.isprintable() and len(part) < 60 else short_form(part) for part in path) or "study"
-    line = next((lines[name] for name in _with_parents(path) if name in lines), None)
-    where = f"line {line}, {field}" if line else field
-    if detail["type"] == "extra_forbidden":
-        return f"{where}: unknown field; {_suggestion(path)}"
-    message = str(detail["msg"]).removeprefix("Value error, ")
-    if detail["type"] == "model_type":
-        message = f"expected a group of the fields {', '.join(_fields(path))}"
-    elif detail["type"] == "too_short":
-        message = "expected at least one"
-    given = detail.get("input")
-    shown = "" if detail["type"] == "missing" or isinstance(given, dict | BaseModel) else f" (got {short_form(given)})"
-    return f"{where}: {message}{shown}"
-
-
-def _with_parents(path: Sequence[str]) -> list[str]:
-    """`training.steps` and `training`."""
-    return [".".join(path[:length]) for length in range(len(path), 0, -1)]
-
-
-def short_form(value: Any) -> str:
-    """A value in an error: in one line, and cut."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python writes no number of more than 4,300 digits
-        text = "a number of thousands of digits"
-    return shortened(text, 80)
-
-
-def _suggestion(path: Sequence[str]) -> str:
-    """The nearest field of the same group; else one of any group."""
-    *group, name = path
-    known = _fields(group)
-    groups = [[field] for field in _fields([]) if _fields([field])]
-    elsewhere = {
-        ".".join([*other, field]): field for other in [[], *groups] if other != group for field in _fields(other)
-    }
-    same_name = [full for full, field in elsewhere.items() if field == name]
-    near = difflib.get_close_matches(name, known, n=1)
-    near_elsewhere = difflib.get_close_matches(name, elsewhere.values(), n=1)
-    fitting = same_name or near or [full for full, field in elsewhere.items() if field in near_elsewhere]
-    return f"did you mean {' or '.join(fitting)}?" if fitting else f"known: {', '.join(known)}"
-
-
-def _fields(path: Sequence[str]) -> list[str]:
-    """The names of a group's fields, the study's own for []; none where there is no such group."""
-    model: Any = StudySpec
-    for part in path:
-        model = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
-    return sorted(getattr(model, "model_fields", {}))
-
-
-def write_yaml(spec: BaseModel) -> str:
-    """A complete study as YAML text; `resolve_spec(yaml.safe_load(text))` gives the same study."""
-    return yaml.dump(spec.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
-class _Dumper(yaml.SafeDumper):
-    """With quotes around U+0085, which PyYAML would write as it is and read as a line's end."""
-
-    def represent_str(self, text: str) -> yaml.ScalarNode:
-        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\x85" in text else None)
-
-
-_Dumper.add_representer(str, _Dumper.represent_str)

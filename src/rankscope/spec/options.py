@@ -4,12 +4,16 @@ import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
 from rankscope.errors import StudyError, did_you_mean
-from rankscope.spec.models import StudySpec, resolve_spec, short_form
+from rankscope.spec.models import StudySpec
+from rankscope.spec.resolve import resolve_spec, short_form
+
+if TYPE_CHECKING:
+    from rankscope.spec.models import StudySpec
 
 
 class _Yaml(NamedTuple):
@@ -203,3 +207,17 @@ def _default_name(values: Mapping[str, Any]) -> str:
     parts = [group.get("id") for group in groups if isinstance(group, dict)]
     words = [re.sub(r"[^A-Za-z0-9._-]+", "-", Path(part).stem).strip("-._") for part in parts if isinstance(part, str)]
     return "-".join(word for word in words if word)[:100] or "study"
+
+
+def comma_list(name: str, text: str) -> list[Any]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    return parts if name == "target_modules" else [one_number(part) for part in parts]
+
+
+def one_number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -14,8 +14,9 @@ from typing import Any
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
+from rankscope.spec import candidates
 from rankscope.spec import models as spec
-from rankscope.units import BYTES, SECONDS
+from rankscope.text.formats import BYTES, SECONDS
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -73,7 +74,7 @@ def _one_or_several(inner: JsonSchemaValue) -> JsonSchemaValue:
 def _rank_or_full(inner: JsonSchemaValue) -> JsonSchemaValue:
     """`ranks` may hold `full` beside numbers."""
     one, several = inner["properties"]["ranks"]["anyOf"]
-    several["items"] = {"anyOf": [one, {"const": spec.FULL}]}
+    several["items"] = {"anyOf": [one, {"const": candidates.FULL}]}
     return inner
 
 

@@ -22,23 +22,14 @@
 Each file has one writer. The tables below are tidy pandas DataFrames, whose columns are their contract.
 """
 
-import hashlib
-import math
-import os
-import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from functools import cached_property, partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
-
-import psutil
-import yaml
-from filelock import FileLock, Timeout
 
 from rankscope.errors import DamagedError, StudyDirectoryError, StudyError
 from rankscope.files import (
@@ -56,15 +47,16 @@ from rankscope.files import (
     refuse_links_out,
     understood,
     unlike_its_hash,
-    write_atomic,
     write_json,
-    writing,
 )
-from rankscope.nested import flatten
-from rankscope.spec.models import PLAIN, AnyTrial, FullTrial, StudySpec, Trial, resolve_spec, write_yaml
+from rankscope.spec.candidates import AnyTrial, FullTrial, Trial
+from rankscope.spec.models import StudySpec
+from rankscope.spec.resolve import resolve_spec, write_yaml
 from rankscope.study import tables
 from rankscope.study.curve_table import find_table
+from rankscope.study.evidence import Evidence, without_variants
 from rankscope.study.metrics import read_rows
+from rankscope.study.question import Holder, differences_of, lock_folder, read_question, text_of, write_question
 from rankscope.study.records import (
     AnswersRecord,
     CurveRecord,
@@ -109,45 +101,6 @@ CURVE = "curve/curve.json"
 ANSWERS = "answers"
 """Their name among the failures."""
 
-_QUESTION_HASH = "# sha256 of all lines above: "
-
-
-class Evidence(NamedTuple):
-    """All that a study knows, as plain data: what the analysis and the report start from."""
-
-    spec: StudySpec
-    results: "pd.DataFrame"
-    curves: "pd.DataFrame"
-    profiles: "pd.DataFrame"
-    samples: "pd.DataFrame"
-    examples: "pd.DataFrame"
-    machine: dict[str, Any]
-    data_facts: dict[str, Any]
-    reference: "pd.DataFrame"
-    """`Study.reference_examples()`: empty where the study has no reference."""
-    prediction: Mapping[str, Any] = MappingProxyType({})
-    """See `Study.prediction`."""
-    reference_results: "pd.DataFrame | None" = None
-    """`Study.reference_results()`; None is the same as an empty table."""
-    divided: Sequence[str] = ()
-    """Trials whose pack ended with an error and was divided."""
-    left: Sequence[str] = ()
-    """Trials that went on in their pack without one that diverged."""
-    failures: Mapping[str, Mapping[str, str]] = MappingProxyType({})
-    """See `Study.failures`."""
-    answers: "pd.DataFrame | None" = None
-    """`Study.answers()`; None is the same as an empty table."""
-    variants: "Evidence | None" = None
-    """The same of the variants of LoRA; all the rest is of plain LoRA, whose ranks are what the verdict is on. None
-    where there are none."""
-    cuts: "pd.DataFrame | None" = None
-    """`Study.cut_examples()`; None is the same as an empty table."""
-
-    @property
-    def parts(self) -> "list[Evidence]":
-        """This, and that of the variants where there are some."""
-        return [self] if self.variants is None else [self, self.variants]
-
 
 class Division(NamedTuple):
     """Which trials train together. Once made it stays, so that a run that goes on rounds as it did before."""
@@ -166,24 +119,6 @@ class Division(NamedTuple):
         """New packs, under names that no pack has had."""
         first = len(self.packs) + len(self.divided)
         return {f"p{number:03d}": list(pack) for number, pack in enumerate(trials, start=first)}
-
-
-class Holder(NamedTuple):
-    """The process that runs a study."""
-
-    pid: int
-    host: str
-
-    @property
-    def is_here(self) -> bool:
-        return self.host == platform.node()
-
-    def began(self) -> float:
-        """When it was started, in seconds since 1970; infinity where it is no more. Only where `is_here`."""
-        try:
-            return psutil.Process(self.pid).create_time()
-        except psutil.Error:
-            return math.inf
 
 
 class Study:
@@ -370,7 +305,7 @@ class Study:
     def holder(self) -> "Holder | None":
         """Who runs the study now; None where nobody does."""
         file = self.file(".lock-holder")
-        found = re.fullmatch(r"process (\d+) on (.*)", _text_of(file))
+        found = re.fullmatch(r"process (\d+) on (.*)", text_of(file))
         if not found:
             return None
         holder = Holder(int(found[1]), found[2])
@@ -681,7 +616,7 @@ class Study:
             answers=self.answers(),
             cuts=self.cut_examples(),
         )
-        return _without_variants(everything) if self.spec.variants else everything
+        return without_variants(everything) if self.spec.variants else everything
 
     def _left(self, statuses: Mapping[str, str]) -> list[str]:
         """Trials that went on in their pack without one that diverged."""
@@ -754,95 +689,3 @@ def _stamp(file: Path) -> _Stamp | None:
 def _there(path: Path) -> bool:
     with reading(path):
         return path.exists()
-
-
-def _text_of(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _without_variants(evidence: Evidence) -> Evidence:
-    """Evidence of plain LoRA, which the verdict is on, with that of the variants beside it."""
-    others = {candidate.name for candidate in evidence.spec.candidates() if candidate.variant != PLAIN}
-
-    def part(is_variant: bool) -> dict[str, Any]:
-        fields = ("results", "curves", "profiles", "samples", "examples", "answers")
-        tables = {field: getattr(evidence, field) for field in fields}
-        return {
-            field: table[table["candidate"].isin(others) == is_variant].reset_index(drop=True)
-            for field, table in tables.items()
-            if table is not None and "candidate" in table
-        }
-
-    adapter = evidence.spec.adapter.model_copy(update={"rank_pattern": {}})
-    plain = evidence.spec.model_copy(update={"variants": (), "adapter": adapter})
-    return evidence._replace(**part(False), spec=plain, variants=evidence._replace(**part(True)))
-
-
-def differences_of(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Fields that differ between two questions, one line each."""
-    before, after = flatten(old), flatten(new)
-    return [
-        f"{key}: {before.get(key)!r} there, {after.get(key)!r} asked for"
-        for key in before | after
-        if before.get(key) != after.get(key)
-    ]
-
-
-def write_question(file: Path, question: str) -> None:
-    """Publishes YAML with the hash of its text in the last line."""
-    write_atomic(file, f"{question}{_QUESTION_HASH}{_sha256(question)}\n")
-
-
-def read_question(file: Path) -> dict[str, Any]:
-    """Reads what `write_question` wrote.
-
-    Raises:
-        StudyError: it is damaged, or was changed.
-    """
-    with reading(file):
-        content = file.read_bytes()
-    try:
-        question, _, sha256 = content.decode("utf-8").partition(_QUESTION_HASH)
-        values = yaml.safe_load(question)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StudyError(f"{file}: damaged: {error}", "Restore the file, or run the study anew.") from None
-    if sha256.strip() != _sha256(question):
-        raise StudyError(
-            f"{file}: damaged, or changed since the study began: it does not match the hash in its last line",
-            "Restore it; to ask something else, give it to `rankscope run` with another --out.",
-        )
-    return values if isinstance(values, dict) else {}
-
-
-@contextmanager
-def lock_folder(path: Path) -> Iterator[None]:
-    """Holds a study's directory while a run writes to it. The system lets go of it when the process ends, however it
-    ends.
-
-    Raises:
-        StudyDirectoryError: another run holds it; the message says which process.
-    """
-    holder = inside(path, ".lock-holder")
-    lock = FileLock(inside(path, ".lock"), blocking=False)
-    with writing(path / ".lock"):
-        try:
-            lock.acquire()
-        except Timeout:
-            raise StudyDirectoryError(
-                f"{path}: another run is writing to it ({_text_of(holder) or 'it has just begun'})",
-                "Wait for it to end, or choose another --out.",
-            ) from None
-    try:
-        write_atomic(holder, f"process {os.getpid()} on {platform.node()}\n")
-        yield
-    finally:
-        with suppress(OSError):  # what is left behind is known by the time of its process
-            holder.unlink()
-        lock.release()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from rankscope.files import file_sha256, read_whole, understood, unlike_its_hash
-from rankscope.spec.models import CONTROL, FULL, AnyTrial, Candidate, Trial
+from rankscope.spec.candidates import CONTROL, FULL, AnyTrial, Candidate, Trial
 from rankscope.study.curve_table import CurveTable, find_table, write_table
 from rankscope.study.metrics import FIELDS, Steps, parse_steps, read_steps
 

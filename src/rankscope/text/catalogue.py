@@ -1,12 +1,13 @@
 """Every visible string of the report, one YAML file a language. Imports nothing heavy."""
 
+from collections.abc import Mapping
 from functools import cache
 from importlib import resources
+from typing import Any
 
 import yaml
 
 from rankscope.errors import StudyError
-from rankscope.nested import flatten
 
 LANGUAGES = ("en", "ko")
 
@@ -44,3 +45,11 @@ def load(language: str) -> Catalogue:
         raise StudyError(f"no report language {language!r}", f"Choose one of: {', '.join(LANGUAGES)}.")
     file = resources.files("rankscope.text") / "languages" / f"{language}.yaml"
     return Catalogue(language, flatten(yaml.safe_load(file.read_text(encoding="utf-8"))))
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"training": {"steps": 200}}` -> `{"training.steps": 200}`, in their order."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

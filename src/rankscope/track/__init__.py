@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from rankscope.errors import MissingExtraError, StudyError, did_you_mean
-from rankscope.nested import flatten
+from rankscope.text.catalogue import flatten
 
 STEP = "train/global_step"
 RANK = "rank"

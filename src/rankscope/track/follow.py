@@ -15,7 +15,7 @@ from typing import Any
 
 from rankscope.errors import DamagedError
 from rankscope.files import JsonlTail, read_json, understood, write_json
-from rankscope.spec.models import AnyTrial, Trial
+from rankscope.spec.candidates import AnyTrial, Trial
 from rankscope.study.folder import NOT_ENDED, SCHEMA, Study
 from rankscope.track import PROFILE_STEP, RANK, STEP, Point, Run, Tracker
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rankscope.study.folder import Study
 
 if TYPE_CHECKING:
-    from rankscope.jobs.packs import Progress
+    from rankscope.jobs.context import Progress
 
 FINISH_SECONDS, STOPPED_SECONDS = 120.0, 20.0
 """How long the end of a study waits for trackers, all together; less where it was stopped or failed."""

@@ -16,7 +16,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from rankscope.lora.layout import NotPackable, current_layout
 
 NAME = "rankscope"
-
 # Keyword arguments that models pass along and that change nothing here. Any other one that is not None would.
 _HARMLESS = {
     "position_ids", "position_embeddings", "cache_position", "use_cache", "output_attentions", "return_dict",

@@ -18,12 +18,12 @@ from rankscope.data.tokens import TokenizedData, Tokens
 from rankscope.errors import KilledError, ModelError
 from rankscope.files import JsonlWriter, file_hashes, read_json, read_jsonl, write_json
 from rankscope.lora.layout import NotPackable
-from rankscope.model.load import free_bytes
-from rankscope.plan.memory import LOGIT_BYTES, tokens_per_forward
-from rankscope.spec.models import AnyTrial, StudySpec, TrainingSpec, Trial
+from rankscope.model.device import free_bytes
+from rankscope.spec.candidates import AnyTrial, Trial
+from rankscope.spec.models import StudySpec, TrainingSpec
 from rankscope.study.folder import FINISHED, TRIAL_FILES
 from rankscope.train.checkpoint import load_checkpoint, save_checkpoint
-from rankscope.train.engine import Engine, ExampleLosses, PackedEngine, PeftEngine
+from rankscope.train.engine import LOGIT_BYTES, Engine, ExampleLosses, PackedEngine, PeftEngine, tokens_per_forward
 from rankscope.train.flops import Cost, Products, count_costs, product_rate
 from rankscope.train.optimizer import state_sizes
 from rankscope.train.probe import make_packable, probe_tokens

@@ -21,7 +21,8 @@ from rankscope.errors import StudyError
 from rankscope.lora.adapters import adapter_weights, add_adapter, save_adapter
 from rankscope.lora.layout import Slice
 from rankscope.lora.variants import FROM_WEIGHTS, begin_from_weights, exported, starts
-from rankscope.spec.models import AnyTrial, TrainingSpec, Trial
+from rankscope.spec.candidates import AnyTrial, Trial
+from rankscope.spec.models import TrainingSpec
 from rankscope.train.engine import Engine
 from rankscope.train.optimizer import make_optimizer
 

@@ -1,11 +1,22 @@
 """The terminal, in which text from models, data and studies does nothing but show."""
 
-from typing import Any
+import json
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console
 from rich.text import Text
 
-from rankscope.report.visible import visible
+from rankscope.text.formats import visible
+
+if TYPE_CHECKING:
+    from rankscope.text.formats import Table as Cells
 
 
 class PlainConsole(Console):
@@ -17,3 +28,49 @@ class PlainConsole(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         """What rich makes of every string that it prints, a table's cells among them."""
         return super().render_str(visible(text), **options)
+
+
+out_console = PlainConsole(highlight=False)
+
+
+if not out_console.is_terminal:
+    out_console.width = max(out_console.width, 120)  # a table in a log file is not to be squeezed
+
+
+error_console = PlainConsole(stderr=True, highlight=False)
+
+
+def print_table(table: "Cells") -> None:
+    from rich.table import Table
+
+    shown = Table(box=None, pad_edge=False, header_style="bold", title=table.caption, title_justify="left")
+    for name, numeric in zip(table.headers, table.numeric, strict=True):
+        shown.add_column(name, justify="right" if numeric else "left")
+    for row in table.rows:
+        shown.add_row(*row)
+    out_console.print(shown)
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Lets Ctrl-C, and a polite kill, end the body so that the same command goes on; it says so."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop_politely)
+    try:
+        yield
+    except KeyboardInterrupt:
+        again = shlex.join(["rankscope", *sys.argv[1:]])
+        error_console.print(f"Stopped. The same command goes on where it was:\n  {again}", markup=False, style="yellow")
+        raise typer.Exit(130) from None
+
+
+def _stop_politely(number: int, frame: FrameType | None) -> None:
+    """The first Ctrl-C ends the run, after the step that trains; the second at once."""
+    for again in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(again, signal.default_int_handler)
+    error_console.print("Stopping after this step, with a checkpoint. Ctrl-C again stops at once.", style="yellow")
+    raise KeyboardInterrupt

@@ -8,8 +8,9 @@ import psutil
 
 from rankscope.files import JsonlTail, understood
 from rankscope.plan.runtime import START_SECONDS
-from rankscope.spec.models import AnyTrial, Trial
-from rankscope.study.folder import FINISHED, NOT_ENDED, Holder, Study
+from rankscope.spec.candidates import AnyTrial, Trial
+from rankscope.study.folder import FINISHED, NOT_ENDED, Study
+from rankscope.study.question import Holder
 
 
 class Follower:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from rankscope.analysis.curve import curve_errors, loss_curve
 from rankscope.report.costs import noise_sentence
-from rankscope.report.tables import by_candidate, has_gpu
+from rankscope.report.frames import by_candidate, has_gpu
 from rankscope.report.variants import variant_sentences
 from rankscope.study.folder import Study
 from rankscope.text.catalogue import load

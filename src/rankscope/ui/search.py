@@ -9,10 +9,10 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from rankscope.display import Display
 from rankscope.search.folder import Search
 from rankscope.text.catalogue import load
 from rankscope.text.formats import duration
+from rankscope.ui.progress import Display
 
 SHOWN = 10
 """The best candidates in the table at the end."""

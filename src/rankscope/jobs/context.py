@@ -1,0 +1,92 @@
+"""What the jobs of a run share: where they run, and how progress is reported."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from rankscope.errors import RankscopeError, WorkerError
+from rankscope.jobs.job import Job, Launcher
+from rankscope.jobs.queue import run_jobs
+from rankscope.measure.machine import Site
+from rankscope.plan.memory import Prediction
+from rankscope.spec.candidates import FullTrial, Trial
+from rankscope.study.folder import Study
+
+if TYPE_CHECKING:
+    pass
+
+WRONG = (2, 3)
+"""Exit codes of errors in the study, the model or the data: every job would meet them."""
+
+GPU_HOST_BYTES = 4 << 30
+"""Of the host, for a process that works on a GPU, beside the base model as it is loaded: taken, not measured."""
+
+
+class Progress(Protocol):
+    """What a run tells of itself. `rankscope.ui.progress` shows it; a caller may pass its own."""
+
+    def say(self, message: str) -> None:
+        """A sentence to be kept."""
+        ...
+
+    def training(self, study: Study, pack: str, trials: Sequence[Trial], steps: int) -> None:
+        """A pack begins."""
+        ...
+
+    def reference(self, study: Study, trial: FullTrial, steps: int) -> None:
+        """A trial of full fine-tuning begins."""
+        ...
+
+    def ended(self, name: str) -> None:
+        """A pack, or a trial of full fine-tuning, has ended, well or not."""
+        ...
+
+    def measuring(self, done: int, total: int, name: str) -> None:
+        """A profile begins, after `done` of `total`."""
+        ...
+
+    def poll(self) -> None:
+        """Called twice a second while a job runs; the study's files say how far it is."""
+        ...
+
+
+class Place(NamedTuple):
+    """What jobs need to know of where they run."""
+
+    launcher: Launcher
+    site: Site
+    prediction: Prediction
+
+    def host_bytes(self, trials: Sequence[Trial], step_tokens: float) -> int:
+        """Memory of the host that a pack takes, as predicted."""
+        if self.prediction.device == "cuda":
+            return self.prediction.base_bytes + GPU_HOST_BYTES
+        return self.prediction.peak_bytes(trials, self.site.free_bytes, step_tokens)
+
+
+def run_alone(
+    study: Study,
+    place: Place,
+    content: Mapping[str, Any],
+    folder: str,
+    reads: Sequence[str],
+    trials: Sequence[Trial],
+    progress: Progress,
+) -> RankscopeError | None:
+    """Runs one job while nothing else runs, and returns what went wrong; raises what every job would meet."""
+    errors: list[RankscopeError | None] = []
+
+    def ended(job: Job, error: RankscopeError | None) -> list[Job]:
+        if error is not None and error.exit_code in WRONG:
+            raise error
+        errors.append(error)
+        return []
+
+    job = Job(content, folder, reads, place.host_bytes(trials, math.inf), alone=True)
+    run_jobs(place.launcher, study.path, [job], progress.poll, ended)
+    return errors[0]
+
+
+def failure_of(error: RankscopeError) -> dict[str, str]:
+    """What failures.json says of it."""
+    return {"status": getattr(error, "status", WorkerError.status), "reason": error.what}

@@ -1,0 +1,34 @@
+"""The launchers, by name."""
+
+from collections.abc import Callable
+
+from rankscope.errors import StudyError, did_you_mean
+from rankscope.jobs.job import Launcher
+from rankscope.spec.models import ModelSpec
+
+LAUNCHERS = ("local", "ray")
+
+
+def make_launcher(
+    name: str, model: ModelSpec, address: str | None = None, say: Callable[[str], None] = print
+) -> Launcher:
+    """The launcher of that name, for a study's model. `address` is of a Ray cluster; `say` is told what a user should
+    know.
+
+    Raises:
+        StudyError: there is none of that name, or the device is not there.
+        MissingExtraError: Ray is not installed.
+    """
+    if name not in LAUNCHERS:
+        raise StudyError(
+            f"--launcher {name}: unknown{did_you_mean(name, LAUNCHERS)}", f"Known: {', '.join(LAUNCHERS)}."
+        )
+    if name == "ray":
+        from rankscope.jobs.ray import RayLauncher
+
+        return RayLauncher(model, address, say)
+    if address is not None:
+        raise StudyError("--ray-address is given, but the launcher is local", "Add --launcher ray.")
+    from rankscope.jobs.local import LocalLauncher
+
+    return LocalLauncher(model)

@@ -1,0 +1,29 @@
+"""Profiles: the cost of each candidate, measured alone."""
+
+from typing import TYPE_CHECKING
+
+from rankscope.jobs.context import Place, Progress, failure_of, run_alone
+from rankscope.spec.candidates import Trial
+from rankscope.study.folder import Study
+from rankscope.study.missing import missing_profiles
+
+if TYPE_CHECKING:
+    pass
+
+
+def measure(study: Study, place: Place, progress: Progress) -> None:
+    """Measures the profiles that are missing, each repeat in a process of its own, one after the other, while nothing
+    else of the study runs; one that fails ends no study."""
+    jobs = missing_profiles(study)
+    failed: set[str] = set()
+    for number, (name, repeat) in enumerate(jobs):
+        if name in failed:
+            continue
+        progress.measuring(number, len(jobs), name)
+        content = {"kind": "profile", "profile": name, "repeat": repeat}
+        trial = Trial(candidate=study.spec.profiled()[name], seed=study.spec.seeds[0])
+        error = run_alone(study, place, content, f"profiles/jobs/{name}", [f"profiles/{name}.json"], [trial], progress)
+        study.write_failure(name, None if error is None else failure_of(error))
+        if error is not None:
+            failed.add(name)
+            progress.say(f"profile of {name} did not finish: {error}")

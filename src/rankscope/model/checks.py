@@ -1,0 +1,192 @@
+"""Why a model cannot be used: its folder, its configuration, its files."""
+
+import json
+import logging
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
+
+from rankscope import demo
+from rankscope.data.sources import HUB_ID
+from rankscope.errors import ModelError, shortened
+from rankscope.spec.models import EMBEDDED, ModelSpec
+
+# Nothing of a model is ever executed: no code from its folder, no pickled weights (design decision 9, SECURITY.md).
+SAFE: dict[str, Any] = {"trust_remote_code": False}
+
+
+def location(spec: ModelSpec) -> str:
+    """A hub id or a folder; `embedded` is the small model that comes with rankscope."""
+    return str(demo.model_path()) if spec.id == EMBEDDED else spec.id
+
+
+def check_source(spec: ModelSpec) -> None:
+    """Raises ModelError where `spec.id` is neither the folder of a model nor an id that the hub could have."""
+    folder = Path(location(spec))
+    if folder.is_dir():
+        if spec.revision is not None:
+            raise ModelError(
+                f"model {spec.id}: model.revision is {spec.revision!r}, but a folder has no revision", "Remove it."
+            )
+        if (folder / ADAPTER_CONFIG_NAME).is_file() and not (folder / CONFIG_NAME).is_file():
+            raise ModelError(
+                f"model {spec.id}: an adapter ({ADAPTER_CONFIG_NAME}), not a model",
+                "Give the model that it was trained on: base_model_name_or_path in that file.",
+            )
+        if not (folder / CONFIG_NAME).is_file():
+            raise ModelError(f"model {spec.id}: no {CONFIG_NAME} in the folder", _FOLDER_HOLDS)
+        return
+    if folder.is_file():
+        raise ModelError(f"model {spec.id}: a file, not a folder", _FOLDER_HOLDS)
+    if not HUB_ID.fullmatch(spec.id):
+        raise ModelError(f"model {spec.id}: no such folder", "Check the id: a folder, or a hub id such as owner/name.")
+
+
+_FOLDER_HOLDS = "The folder must hold config.json, *.safetensors, and the tokenizer's files such as tokenizer.json."
+
+_TOKENIZER_TOO = (
+    "Save it beside the model, tokenizer.save_pretrained(folder), or copy tokenizer.json and tokenizer_config.json."
+)
+
+_VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+"""Of tokenizers, in transformers' names and in those of the formats that it converts."""
+
+
+def unsafe_reason(spec: ModelSpec, config: Any, shards: list[str]) -> str | None:
+    """What transformers would accept and we do not: adapters inside the model, which may be pickles and change the
+    base; weights that are no safetensors, or lie elsewhere; attention that is fetched from the hub as code.
+    """
+    if model_file(spec, ADAPTER_CONFIG_NAME):
+        return f"there is an adapter in it ({ADAPTER_CONFIG_NAME}), which would be loaded with it"
+    for file in [*shards, getattr(config, "transformers_weights", None) or SAFE_WEIGHTS_NAME]:
+        if not file.endswith(".safetensors") or Path(file).name != file:
+            return f"it names {file!r} as its weights, which is no safetensors file beside {CONFIG_NAME}"
+    for part in (config, config.get_text_config()):
+        if "/" in str(part._attn_implementation):
+            return f"{CONFIG_NAME} asks for attention {part._attn_implementation!r}, which is code from the hub"
+    return None
+
+
+def indexed_files(spec: ModelSpec) -> list[str]:
+    """The files that the weights' index names; none where there is no index.
+
+    Raises:
+        ModelError: it is not such an index as `save_pretrained` writes.
+    """
+    index = model_file(spec, SAFE_WEIGHTS_INDEX_NAME)
+    if index is None:
+        return []
+    content = json.loads(index.read_text(encoding="utf-8"))
+    weights = content.get("weight_map") if isinstance(content, dict) else None
+    named = list(weights.values()) if isinstance(weights, dict) else []
+    if not named or not all(isinstance(file, str) for file in named):
+        raise index_error(spec, "no weight_map, which says in which file each weight is")
+    if not isinstance(content.get("metadata"), dict):
+        raise index_error(spec, "no metadata, without which transformers does not read it")
+    return named
+
+
+def index_error(spec: ModelSpec, wrong: str) -> ModelError:
+    return ModelError(
+        f"model {spec.id}: {SAFE_WEIGHTS_INDEX_NAME}: {wrong}",
+        "Fetch the model again, with all of its *.safetensors files, or save it with save_pretrained.",
+    )
+
+
+def config_fault(config: Any) -> str | None:
+    """What transformers takes, and what cannot be."""
+    names = config.architectures
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        return f"architectures is {shortened(repr(names))}, expected a list of names"
+    for part in (config, config.get_text_config()):
+        positions = getattr(part, "max_position_embeddings", None)
+        if positions is not None and not (isinstance(positions, int) and positions > 0):
+            return f"max_position_embeddings is {shortened(repr(positions))}, expected a number of at least 1"
+    return None
+
+
+def quantization_method(config: Any) -> str:
+    """How the weights of a quantized model are, as its configuration says."""
+    own = config.quantization_config
+    return shortened(str(own.get("quant_method") if isinstance(own, dict) else getattr(own, "quant_method", own)))
+
+
+_SEES_BOTH_SIDES = (True, "all")
+"""Values of `use_bidirectional_attention`; Gemma 4's `vision` concerns images alone."""
+
+
+def not_causal_reason(config: Any) -> str | None:
+    """Why what `AutoModelForCausalLM` would make of `config` lets a token see those after it, or lacks an encoder.
+
+    transformers gives encoders such as BERT a causal class too, which is causal only where `is_decoder` (XLM: `causal`)
+    says so. Their families are those that also have a class for masked tokens; elsewhere (GPT-NeoX) a false
+    `is_decoder` says nothing.
+    """
+    causal: set[str] = set()
+    for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        causal.update([names] if isinstance(names, str) else names)
+    asked = ", ".join(config.architectures or ()) or config.model_type
+    if config.is_encoder_decoder:
+        return None if causal.intersection(config.architectures or ()) else f"{asked} has an encoder besides"
+    decides = "causal" if hasattr(config, "causal") else "is_decoder"
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, decides, False):
+        return f"{asked} is an encoder, whose {decides} is not true in {CONFIG_NAME}"
+    text = config.get_text_config()
+    if getattr(text, "is_causal", None) is False:
+        return f"is_causal is false in {CONFIG_NAME}"
+    if getattr(text, "use_bidirectional_attention", None) in _SEES_BOTH_SIDES:
+        return f"use_bidirectional_attention is set in {CONFIG_NAME}"
+    return None
+
+
+def model_file(spec: ModelSpec, name: str) -> Path | None:
+    """A file of the model, fetched where it has to be; None where there is none of that name, or none can be had."""
+    lenient = ("missing_entries", "connection_errors", "gated_repo")  # loading says what is wrong in better words
+    options: dict[str, Any] = {f"_raise_exceptions_for_{name}": False for name in lenient}
+    found = cached_file(location(spec), name, revision=spec.revision, **options)
+    return Path(found) if found else None
+
+
+def loading_error(spec: ModelSpec, part: str, error: Exception) -> ModelError:
+    logging.getLogger(__name__).debug("loading failed", exc_info=error)
+    folder = Path(location(spec))
+    reason = textwrap.shorten(str(error), 300, placeholder=" ...")
+    if isinstance(error, LookupError) or not reason:  # whose text is a key alone
+        reason = f"{type(error).__name__}: {reason}"
+    if part == "tokenizer" and folder.is_dir() and not any(any(folder.glob(kind)) for kind in _VOCABULARIES):
+        reason = "there is no file of a tokenizer in the folder, such as tokenizer.json"
+    reason = _corrupt_file(folder) or reason
+    if "trust_remote_code" in str(error):  # which transformers advises
+        reason = "it needs custom code of its own, which is never run"
+    todo = "Check the id (hub id or folder), the network, and `hf auth login` for a gated model."
+    if folder.is_dir():
+        todo = _FOLDER_HOLDS if part != "tokenizer" else _TOKENIZER_TOO
+        others = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.gguf") for path in folder.glob(kind))
+        if part == "model" and others and not any(folder.glob("*.safetensors")):
+            todo = f"{others[0]} is not read: load the model where you trust it, and save it with save_pretrained."
+    return ModelError(f"{part} of {spec.id} cannot be loaded: {reason}", todo)
+
+
+def _corrupt_file(folder: Path) -> str | None:
+    """What is wrong with the first file of a model's folder that is no JSON or no safetensors by itself."""
+    for file in sorted(folder.glob("*.json")):
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            return f"{file}: not valid JSON: {error}"
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"{file}: damaged or cut short: {error}"
+    return None

@@ -1,0 +1,66 @@
+"""The device and dtype of the base model, and the memory that is free there."""
+
+import ctypes
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+
+from rankscope.errors import StudyError
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` takes the first GPU, or the CPU.
+
+    Raises:
+        StudyError: the device does not exist here.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise StudyError(f"model.device: {device!r} is not a device", "Use auto, cpu, cuda or cuda:1.") from None
+    if resolved.type not in ("cpu", "cuda"):
+        raise StudyError(f"model.device: {device} is not supported", "Use auto, cpu, cuda or cuda:1.")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise StudyError(
+            f"model.device: {device} asked for, but {torch.cuda.device_count()} CUDA devices are visible",
+            "Use --device cpu, or see `rankscope doctor`.",
+        )
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU that has it, float32 elsewhere."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that this process could still take on `device`: of the GPU, or of the machine (and its cgroup)."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    available = psutil.virtual_memory().available
+    cgroup = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no cgroup v2, or no limit
+        return available
+    reclaimable = int(statistics.get("inactive_file", 0))  # the page cache counts as used, and yields when needed
+    return max(0, min(available, limit - used + reclaimable))
+
+
+def give_back_freed(device: torch.device) -> None:
+    """Gives the memory that a CPU's tensors have freed, which glibc keeps, back to the system.
+
+    Not for every forward: taking it again costs 10% of a step at opt-350m's size (docs/lab-notes.md).
+    """
+    if device.type == "cpu" and sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries do not have it
+        if trim is not None:
+            trim(0)

@@ -1,0 +1,164 @@
+"""Candidates and trials, and the types of their fields."""
+
+from decimal import Decimal
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    ValidationInfo,
+    field_validator,
+)
+
+CONTROL = "control"
+"""The name of the profile that measures the first candidate once more."""
+
+
+def as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str | int | float) else value
+
+
+def unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    duplicates = sorted({str(value) for value in values if values.count(value) > 1})
+    if duplicates:
+        raise ValueError(f"listed twice: {', '.join(duplicates)}")
+    return values
+
+
+def alpha_or_multiple(value: Any) -> Any:
+    text = str(value).strip()
+    try:
+        valid = 0 < float(text.removesuffix("r")) < float("inf")
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ValueError("expected a number above 0, or a multiple of the rank such as 2r")
+    return text if text.endswith("r") else float(text)
+
+
+def all_linear_or_names(value: Any) -> Any:
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError("expected all-linear, or names of modules such as q_proj")
+    return value if value == "all-linear" else tuple(names)
+
+
+Rank = Annotated[int, Field(gt=0, le=1 << 20)]
+
+PLAIN: Literal["lora"] = "lora"
+
+Variant = Literal["rslora", "pissa", "olora", "loraplus", "dora", "pattern"]
+"""A kind of LoRA beside the plain one: see `rankscope.lora.variants`, and PEFT's pages on each."""
+
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+Count = Annotated[int, Field(gt=0, lt=1 << 63)]
+"""What fits in the 64 bits that counts have elsewhere."""
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_not_one(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic takes `true` where a number belongs."""
+        values = value if isinstance(value, list | tuple) else [value]
+        is_switch = cls.model_fields[info.field_name or ""].annotation is bool
+        if not is_switch and any(isinstance(one, bool) for one in values):
+            raise ValueError("expected another value than true or false")
+        return value
+
+
+FULL = "full"
+"""Among the ranks: full fine-tuning, as the reference."""
+
+
+class FullTrial(Frozen):
+    """Full fine-tuning at one learning rate with one seed."""
+
+    learning_rate: PositiveFloat
+    seed: int = Field(ge=0)
+
+    @property
+    def candidate_name(self) -> str:
+        """A file name such as `full-lr2e-5`."""
+        return f"{FULL}-lr{_short(self.learning_rate)}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.candidate_name}-s{self.seed}"
+
+
+class Candidate(Frozen):
+    """One adapter configuration."""
+
+    rank: Count
+    learning_rate: PositiveFloat
+    lora_alpha: PositiveFloat
+    target_modules: Literal["all-linear"] | tuple[str, ...]
+    lora_dropout: float
+    use_rslora: bool
+    init_lora_weights: Literal["kaiming", "gaussian"]
+    variant: Literal["lora"] | Variant = PLAIN
+    loraplus_lr_ratio: float = 1.0
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """A file name such as `r008-lr2e-4`, or `r008-lr2e-4-pissa`; unique within a study."""
+        return f"r{self.rank:03d}-lr{_short(self.learning_rate)}{self._ending}"
+
+    @property
+    def profile_name(self) -> str:
+        """`r008`, or `r008-pissa`: what it costs does not depend on the learning rate."""
+        return f"r{self.rank:03d}{self._ending}"
+
+    @property
+    def _ending(self) -> str:
+        return "" if self.variant == PLAIN else f"-{self.variant}"
+
+    @property
+    def packable(self) -> bool:
+        """Whether it can train in a pack: DoRA has a forward of its own, which is PEFT's."""
+        return self.variant != "dora"
+
+    @property
+    def scaling(self) -> float:
+        """The factor of B A x: alpha/rank, or alpha/sqrt(rank) with `use_rslora`."""
+        return self.lora_alpha / (self.rank**0.5 if self.use_rslora else self.rank)
+
+
+class Trial(Frozen):
+    """A candidate with one seed."""
+
+    candidate: Candidate
+    seed: int = Field(ge=0)
+
+    @property
+    def name(self) -> str:
+        return f"{self.candidate.name}-s{self.seed}"
+
+
+AnyTrial = Trial | FullTrial
+"""What is trained to its end: a trial of a candidate, or of the reference."""
+
+
+def alpha_of(alpha: float | str, rank: int) -> float:
+    return float(alpha.removesuffix("r")) * rank if isinstance(alpha, str) else alpha
+
+
+def divided(value: float, divisor: int) -> float:
+    """In decimal, so that a tenth of 3e-4 is 3e-5 and not 2.9999999999999997e-5."""
+    return float(Decimal(str(value)) / divisor)
+
+
+def _short(value: float) -> str:
+    """`0.0002` -> `2e-4`, `0.00015` -> `1.5e-4`: the shortest exact form, safe in a file name."""
+    digits = 0
+    while float(f"{value:.{digits}e}") != value:
+        digits += 1
+    mantissa, exponent = f"{value:.{digits}e}".split("e")
+    return f"{mantissa}e{int(exponent)}"

@@ -1,0 +1,105 @@
+"""A study from a mapping, with errors that name each wrong field, and back to YAML."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ValidationError,
+)
+
+from rankscope.errors import StudyError, shortened
+from rankscope.spec.models import StudySpec
+
+_MOST_SHOWN = 5
+"""Wrong fields of a study that an error shows."""
+
+
+def resolve_spec(
+    values: Mapping[str, Any], source: str = "the study", lines: Mapping[str, int] | None = None
+) -> StudySpec:
+    """Validates a nested mapping. `source` names where it came from, in errors; `lines` the line of a field there.
+
+    Raises:
+        StudyError: a field is unknown, missing or wrong; the message names each, and the nearest known name.
+    """
+    try:
+        return StudySpec.model_validate(dict(values))
+    except ValidationError as error:
+        found = list(dict.fromkeys(_explain(dict(detail), lines or {}) for detail in error.errors()))
+        shown = [f"  - {line}" for line in found[:_MOST_SHOWN]] + ["  - ..."] * (len(found) > _MOST_SHOWN)
+        raise StudyError(
+            f"{source} is wrong:\n" + "\n".join(shown),
+            "Correct these fields and run again; `rankscope run --help` and studies/ show valid ones.",
+        ) from None
+
+
+def _explain(detail: dict[str, Any], lines: Mapping[str, int]) -> str:
+    path = [str(part) for part in detail["loc"]]
+    field = ".".join(part if part.isprintable() and len(part) < 60 else short_form(part) for part in path) or "study"
+    line = next((lines[name] for name in _with_parents(path) if name in lines), None)
+    where = f"line {line}, {field}" if line else field
+    if detail["type"] == "extra_forbidden":
+        return f"{where}: unknown field; {_suggestion(path)}"
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    if detail["type"] == "model_type":
+        message = f"expected a group of the fields {', '.join(_fields(path))}"
+    elif detail["type"] == "too_short":
+        message = "expected at least one"
+    given = detail.get("input")
+    shown = "" if detail["type"] == "missing" or isinstance(given, dict | BaseModel) else f" (got {short_form(given)})"
+    return f"{where}: {message}{shown}"
+
+
+def _with_parents(path: Sequence[str]) -> list[str]:
+    """`training.steps` and `training`."""
+    return [".".join(path[:length]) for length in range(len(path), 0, -1)]
+
+
+def short_form(value: Any) -> str:
+    """A value in an error: in one line, and cut."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        text = "a number of thousands of digits"
+    return shortened(text, 80)
+
+
+def _suggestion(path: Sequence[str]) -> str:
+    """The nearest field of the same group; else one of any group."""
+    *group, name = path
+    known = _fields(group)
+    groups = [[field] for field in _fields([]) if _fields([field])]
+    elsewhere = {
+        ".".join([*other, field]): field for other in [[], *groups] if other != group for field in _fields(other)
+    }
+    same_name = [full for full, field in elsewhere.items() if field == name]
+    near = difflib.get_close_matches(name, known, n=1)
+    near_elsewhere = difflib.get_close_matches(name, elsewhere.values(), n=1)
+    fitting = same_name or near or [full for full, field in elsewhere.items() if field in near_elsewhere]
+    return f"did you mean {' or '.join(fitting)}?" if fitting else f"known: {', '.join(known)}"
+
+
+def _fields(path: Sequence[str]) -> list[str]:
+    """The names of a group's fields, the study's own for []; none where there is no such group."""
+    model: Any = StudySpec
+    for part in path:
+        model = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
+    return sorted(getattr(model, "model_fields", {}))
+
+
+def write_yaml(spec: BaseModel) -> str:
+    """A complete study as YAML text; `resolve_spec(yaml.safe_load(text))` gives the same study."""
+    return yaml.dump(spec.model_dump(mode="json"), Dumper=YamlDumper, sort_keys=False, allow_unicode=True)
+
+
+class YamlDumper(yaml.SafeDumper):
+    """With quotes around U+0085, which PyYAML would write as it is and read as a line's end."""
+
+    def represent_str(self, text: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\x85" in text else None)
+
+
+YamlDumper.add_representer(str, YamlDumper.represent_str)

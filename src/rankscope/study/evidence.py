@@ -1,0 +1,66 @@
+"""Evidence: all that a study knows, as plain data."""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rankscope.spec.candidates import PLAIN
+from rankscope.spec.models import StudySpec
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Evidence(NamedTuple):
+    """All that a study knows, as plain data: what the analysis and the report start from."""
+
+    spec: StudySpec
+    results: "pd.DataFrame"
+    curves: "pd.DataFrame"
+    profiles: "pd.DataFrame"
+    samples: "pd.DataFrame"
+    examples: "pd.DataFrame"
+    machine: dict[str, Any]
+    data_facts: dict[str, Any]
+    reference: "pd.DataFrame"
+    """`Study.reference_examples()`: empty where the study has no reference."""
+    prediction: Mapping[str, Any] = MappingProxyType({})
+    """See `Study.prediction`."""
+    reference_results: "pd.DataFrame | None" = None
+    """`Study.reference_results()`; None is the same as an empty table."""
+    divided: Sequence[str] = ()
+    """Trials whose pack ended with an error and was divided."""
+    left: Sequence[str] = ()
+    """Trials that went on in their pack without one that diverged."""
+    failures: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+    """See `Study.failures`."""
+    answers: "pd.DataFrame | None" = None
+    """`Study.answers()`; None is the same as an empty table."""
+    variants: "Evidence | None" = None
+    """The same of the variants of LoRA; all the rest is of plain LoRA, whose ranks are what the verdict is on. None
+    where there are none."""
+    cuts: "pd.DataFrame | None" = None
+    """`Study.cut_examples()`; None is the same as an empty table."""
+
+    @property
+    def parts(self) -> "list[Evidence]":
+        """This, and that of the variants where there are some."""
+        return [self] if self.variants is None else [self, self.variants]
+
+
+def without_variants(evidence: Evidence) -> Evidence:
+    """Evidence of plain LoRA, which the verdict is on, with that of the variants beside it."""
+    others = {candidate.name for candidate in evidence.spec.candidates() if candidate.variant != PLAIN}
+
+    def part(is_variant: bool) -> dict[str, Any]:
+        fields = ("results", "curves", "profiles", "samples", "examples", "answers")
+        tables = {field: getattr(evidence, field) for field in fields}
+        return {
+            field: table[table["candidate"].isin(others) == is_variant].reset_index(drop=True)
+            for field, table in tables.items()
+            if table is not None and "candidate" in table
+        }
+
+    adapter = evidence.spec.adapter.model_copy(update={"rank_pattern": {}})
+    plain = evidence.spec.model_copy(update={"variants": (), "adapter": adapter})
+    return evidence._replace(**part(False), spec=plain, variants=evidence._replace(**part(True)))

@@ -1,0 +1,120 @@
+"""A study's question on the disk, and the lock on its directory."""
+
+import hashlib
+import math
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import psutil
+import yaml
+from filelock import FileLock, Timeout
+
+from rankscope.errors import StudyDirectoryError, StudyError
+from rankscope.files import (
+    inside,
+    reading,
+    write_atomic,
+    writing,
+)
+from rankscope.text.catalogue import flatten
+
+if TYPE_CHECKING:
+    pass
+
+_QUESTION_HASH = "# sha256 of all lines above: "
+
+
+class Holder(NamedTuple):
+    """The process that runs a study."""
+
+    pid: int
+    host: str
+
+    @property
+    def is_here(self) -> bool:
+        return self.host == platform.node()
+
+    def began(self) -> float:
+        """When it was started, in seconds since 1970; infinity where it is no more. Only where `is_here`."""
+        try:
+            return psutil.Process(self.pid).create_time()
+        except psutil.Error:
+            return math.inf
+
+
+def text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differences_of(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Fields that differ between two questions, one line each."""
+    before, after = flatten(old), flatten(new)
+    return [
+        f"{key}: {before.get(key)!r} there, {after.get(key)!r} asked for"
+        for key in before | after
+        if before.get(key) != after.get(key)
+    ]
+
+
+def write_question(file: Path, question: str) -> None:
+    """Publishes YAML with the hash of its text in the last line."""
+    write_atomic(file, f"{question}{_QUESTION_HASH}{_sha256(question)}\n")
+
+
+def read_question(file: Path) -> dict[str, Any]:
+    """Reads what `write_question` wrote.
+
+    Raises:
+        StudyError: it is damaged, or was changed.
+    """
+    with reading(file):
+        content = file.read_bytes()
+    try:
+        question, _, sha256 = content.decode("utf-8").partition(_QUESTION_HASH)
+        values = yaml.safe_load(question)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise StudyError(f"{file}: damaged: {error}", "Restore the file, or run the study anew.") from None
+    if sha256.strip() != _sha256(question):
+        raise StudyError(
+            f"{file}: damaged, or changed since the study began: it does not match the hash in its last line",
+            "Restore it; to ask something else, give it to `rankscope run` with another --out.",
+        )
+    return values if isinstance(values, dict) else {}
+
+
+@contextmanager
+def lock_folder(path: Path) -> Iterator[None]:
+    """Holds a study's directory while a run writes to it. The system lets go of it when the process ends, however it
+    ends.
+
+    Raises:
+        StudyDirectoryError: another run holds it; the message says which process.
+    """
+    holder = inside(path, ".lock-holder")
+    lock = FileLock(inside(path, ".lock"), blocking=False)
+    with writing(path / ".lock"):
+        try:
+            lock.acquire()
+        except Timeout:
+            raise StudyDirectoryError(
+                f"{path}: another run is writing to it ({text_of(holder) or 'it has just begun'})",
+                "Wait for it to end, or choose another --out.",
+            ) from None
+    try:
+        write_atomic(holder, f"process {os.getpid()} on {platform.node()}\n")
+        yield
+    finally:
+        with suppress(OSError):  # what is left behind is known by the time of its process
+            holder.unlink()
+        lock.release()

@@ -1,0 +1,35 @@
+"""The data of a study as tokens, prepared once for all trials."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rankscope import demo
+from rankscope.data.cache import prepare_cached
+from rankscope.data.general import with_general_text
+from rankscope.data.tokens import TokenizedData
+from rankscope.model.load import load_config, load_tokenizer
+from rankscope.spec.models import EMBEDDED, StudySpec
+
+
+def prepare_data(spec: StudySpec) -> TokenizedData:
+    """Reads and tokenises the data, once for all trials. Rows are cut at the last of the model's positions at most."""
+    config = load_config(spec.model).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or spec.data.max_length
+    changes: dict[str, Any] = {"max_length": min(spec.data.max_length, positions)}
+    if spec.data.id == EMBEDDED:
+        changes["id"] = str(demo.data_path())
+    tokenizer, measured = load_tokenizer(spec.model), spec.measure
+    data = prepare_cached(spec.data.model_copy(update=changes), tokenizer, config.vocab_size)
+    data = TokenizedData(data.train, data.eval, data.facts | {"id": spec.data.id})
+    if measured.forgetting is None:
+        return data
+    return with_general_text(data, measured.forgetting, measured.forgetting_rows, tokenizer, config.vocab_size)
+
+
+def describe_data(facts: Mapping[str, Any]) -> str:
+    """What was read and what was left out, in one line."""
+    return (
+        f"Data {facts['id']}: {facts['rows_train']:,} rows to train on, {facts['rows_eval']:,} held out, "
+        f"{facts['mean_length']:.0f} tokens a row; {facts['truncated']:,} cut to {facts['max_length']:,} tokens, "
+        f"{facts['duplicates_dropped']:,} duplicates, {facts['rows_without_label_dropped']:,} without a label left out"
+    )
