@@ -3,16 +3,21 @@
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
+import re2
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME as CONFIG
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from rankscope.errors import ModelError, shortened
-from rankscope.lora.pattern_keys import LONGEST, PatternKeys
+
+Value = TypeVar("Value")
+
+MAX_NAME_LENGTH = 500  # characters of a layer's name, and of a key of rank_pattern or alpha_pattern
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 """Of a module. Other names are shown, written as keys of rank_pattern, and read as regular expressions by PEFT."""
@@ -20,7 +25,7 @@ _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 def checked_name(name: str) -> str:
     """The name of a module. Raises ValueError where it is none."""
-    if len(name) > LONGEST or not _NAME.fullmatch(name):
+    if len(name) > MAX_NAME_LENGTH or not _NAME.fullmatch(name):
         raise ValueError(f"{shortened(name)!r} is no name of a module: letters, digits, _ and -, with dots between")
     return name
 
@@ -97,16 +102,53 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def pattern_keys(folder: Path, config: LoraConfig) -> tuple[PatternKeys[int], PatternKeys[float]]:
-    """Of ranks, and of alphas.
+_KEY = re.compile(r"(?:\\[dDwW]|\\[^A-Za-z0-9]|\(\?:|\((?!\?)|\{\d+(?:,\d*)?\}|[A-Za-z0-9_.\[\]^$|)*+?-])*")
+"""Syntax that has one meaning in Python's `re`, which PEFT uses, and in RE2; whether it is complete is RE2's to say."""
+
+
+class PatternKeys(Generic[Value]):
+    """Values by the keys of rank_pattern or alpha_pattern: names of modules, or regular expressions.
+
+    PEFT matches the keys with Python's `re`, in which one such as `(a+)+` can take exponential time. RE2 gives the same
+    answers in time linear in the layer's name, whatever an adapter from elsewhere asks for.
 
     Raises:
-        ModelError: a key is none of those that are read.
+        ValueError: a key is too long, is no regular expression, or has what RE2 cannot match (backreferences,
+            lookaround) or reads differently from `re` (flags, named groups, spaces).
+    """
+
+    def __init__(self, patterns: Mapping[str, Value]) -> None:
+        self._patterns = [(_compile_key(key), value) for key, value in patterns.items()]
+
+    def get(self, layer: str, default: Value) -> Value:
+        """Value of the first key that matches the layer's name, as PEFT's `get_pattern_key` has it."""
+        return next((value for pattern, value in self._patterns if pattern.match(layer)), default)
+
+
+def _compile_key(key: str) -> Any:
+    if len(key) > MAX_NAME_LENGTH:
+        raise ValueError(f"a key has {len(key):,} characters; at most {MAX_NAME_LENGTH} are allowed")
+    if not _KEY.fullmatch(key):
+        raise ValueError(f"key {key!r}: only names, ., classes, groups, |, ^, $ and repetition are supported")
+    options = re2.Options()
+    options.log_errors = False  # they are raised
+    try:
+        re2.compile(key, options)  # else `a)|(b` would be complete in the next line
+        return re2.compile(rf"(.*\.)?({key})$", options)  # as in peft.utils.other.get_pattern_key
+    except re2.error as error:
+        raise ValueError(f"key {key!r}: {error.args[0].decode(errors='replace')}") from None
+
+
+def pattern_keys(folder: Path, config: LoraConfig) -> tuple[PatternKeys[int], PatternKeys[float]]:
+    """Ranks and alphas by layer, as rank_pattern and alpha_pattern give them.
+
+    Raises:
+        ModelError: a key cannot be matched safely.
     """
     found: list[Any] = []
     for field in ("rank_pattern", "alpha_pattern"):
         try:
             found.append(PatternKeys(getattr(config, field) or {}))
         except ValueError as error:
-            raise ModelError(f"{folder / CONFIG}: {field}: {error}", "Name the module in its place.") from None
+            raise ModelError(f"{folder / CONFIG}: {field}: {error}", "Name the modules instead.") from None
     return found[0], found[1]

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from rankscope.data.sources import HUB_ID
 from rankscope.errors import ModelError, StudyError
-from rankscope.lora.adapter_config import checked_name, pattern_keys, read_config
+from rankscope.lora.adapter_config import PatternKeys, checked_name, pattern_keys, read_config
 from rankscope.lora.adapters import (
     adapter_key,
     inject,
@@ -30,7 +30,6 @@ from rankscope.lora.adapters import (
     save_adapter,
     to_float32,
 )
-from rankscope.lora.pattern_keys import PatternKeys
 
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.weight)?")
 
