@@ -22,7 +22,7 @@ from rankscope.lora.saved import read_adapter
 from rankscope.model import quantized
 from rankscope.model.load import fingerprint, load_model, skeleton
 from rankscope.model.quantized import base_bytes, parameter_count, quantized_layers
-from rankscope.plan.memory import Peak, predict, predict_peak
+from rankscope.plan.memory import PeakMemory, predict, predict_peak
 from rankscope.resize.loss_budget import held_out_losses
 from rankscope.spec.candidates import Trial
 from rankscope.spec.models import ModelSpec, TrainingSpec
@@ -212,7 +212,7 @@ def test_memory_is_predicted_over_a_quantized_base(kind: str, tmp_path: Path) ->
         assert prediction.reason is None
         for trial in one.trials():
             found = predict_peak(one, prediction, [trial], random_tokens(8, longest=6), 10**12)
-            assert isinstance(found, Peak), found
+            assert isinstance(found, PeakMemory), found
             peaks.append(found.parts)
     quantized_lora, quantized_dora, lora, dora = peaks
     assert quantized_lora.base == quantized_dora.base == base_bytes(load_model(spec.model))

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rankscope.errors import ModelError
 from rankscope.model import quantized
 from rankscope.plan.checks import check_base_fits, too_large
-from rankscope.plan.memory import Prediction, predict
+from rankscope.plan.memory import CostModel, predict
 from rankscope.spec.models import DataSpec, ModelSpec, StudySpec
 
 
@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def predicted(folder: Path, device: str | None = None, **model: object) -> tuple[ModelSpec, Prediction]:
+def predicted(folder: Path, device: str | None = None, **model: object) -> tuple[ModelSpec, CostModel]:
     spec = StudySpec(
         model=ModelSpec(id=str(folder), device="cpu", **model),  # type: ignore[arg-type]
         data=DataSpec(id="unused"),

@@ -12,7 +12,7 @@ from rankscope.errors import StudyError
 from rankscope.jobs.local import run_locally
 from rankscope.plan.allocator import held_bytes
 from rankscope.plan.fake_steps import Event
-from rankscope.plan.memory import Parts, Peak, largest_rank, peak_of, predict, predict_peak
+from rankscope.plan.memory import MemoryBreakdown, PeakMemory, largest_rank, peak_of, predict, predict_peak
 from rankscope.plan.plan import make_fleet, make_plan, parse_gpu_flops, parse_gpu_memory
 from rankscope.plan.runtime import Forecast, forecast, largest_fitting_rank, study_seconds
 from rankscope.spec.models import DataSpec, ModelSpec, StudySpec, TrainingSpec
@@ -41,14 +41,14 @@ def embedded(**training: object) -> StudySpec:
     )
 
 
-def peak(spec: StudySpec, tokens: Tokens, index: int = 0, free: int = PLENTY) -> Peak:
+def peak(spec: StudySpec, tokens: Tokens, index: int = 0, free: int = PLENTY) -> PeakMemory:
     found = predict_peak(spec, predict(spec), [spec.trials()[index]], tokens, free)
-    assert isinstance(found, Peak), found
+    assert isinstance(found, PeakMemory), found
     return found
 
 
 def test_parts_sum_to_the_total() -> None:
-    assert Parts(1, 2, 3, 4, 5, 6, 7, 8).total == 36
+    assert MemoryBreakdown(1, 2, 3, 4, 5, 6, 7, 8).total == 36
 
 
 @pytest.mark.parametrize("engine", ["packed", "peft"])
@@ -96,7 +96,7 @@ def test_a_sequence_that_is_recomputed_takes_less_than_one_that_is_kept() -> Non
 def test_a_pack_takes_more_than_its_trials_and_less_than_their_sum() -> None:
     spec, tokens = embedded(), rows_of(*[60] * 24)
     together = predict_peak(spec, predict(spec), spec.trials(), tokens, PLENTY)
-    assert isinstance(together, Peak)
+    assert isinstance(together, PeakMemory)
     alone = [peak(spec, tokens, index).parts for index in range(3)]
     assert together.parts.adapter == sum(parts.adapter for parts in alone)
     assert together.parts.optimizer == sum(parts.optimizer for parts in alone)
@@ -110,7 +110,7 @@ def test_every_architecture_is_predicted(name: str, tmp_path: Path) -> None:
         model=ModelSpec(id=str(tmp_path), device="cpu"), data=DataSpec(id="unused"), seeds=(0,), ranks=(4,)
     )
     found = predict_peak(spec, predict(spec), spec.trials(), rows_of(*[20, 30] * 8), PLENTY)
-    assert isinstance(found, Peak), found
+    assert isinstance(found, PeakMemory), found
     assert found.parts.activations > 0
 
 
@@ -125,7 +125,7 @@ def test_a_gpu_that_is_not_here_is_planned_for_in_bfloat16() -> None:
     prediction = predict(spec, torch.device("cuda"))
     assert prediction.base_bytes == 2 * prediction.base_params
     found = predict_peak(spec, prediction, spec.trials()[:1], rows_of(*[60] * 24), 24 * 10**9)
-    assert isinstance(found, Peak), found
+    assert isinstance(found, PeakMemory), found
     assert found.parts.process == found.parts.retained == 0
     assert found.parts.adapter == 4 * prediction.params[spec.candidates()[0].name], "adapters stay in float32"
 
@@ -268,7 +268,7 @@ def test_gradient_checkpointing_is_planned_where_a_sequence_would_not_fit(
     peaks = []
     for free in (PLENTY, fixed + 50 * per_token):
         found = predict_peak(spec, prediction, [trial], tokens, free)
-        assert isinstance(found, Peak), found
+        assert isinstance(found, PeakMemory), found
         peaks.append(found)
     kept, recomputed = peaks
     assert (kept.recomputed_tokens, recomputed.recomputed_tokens) == (0, 100)

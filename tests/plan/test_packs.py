@@ -14,7 +14,7 @@ from rankscope.errors import StudyDirectoryError
 from rankscope.files import write_json
 from rankscope.jobs.context import Place
 from rankscope.plan.checks import disk_bytes
-from rankscope.plan.memory import FULL_STEP_TOKENS, Prediction, predict
+from rankscope.plan.memory import FULL_STEP_TOKENS, CostModel, predict
 from rankscope.plan.packs import divide_into_packs
 from rankscope.spec.models import DataSpec, ModelSpec, ReferenceSpec, StudySpec, TrainingSpec
 from rankscope.study.folder import Study
@@ -33,7 +33,7 @@ def spec() -> StudySpec:
 
 
 @pytest.fixture(scope="module")
-def prediction(spec: StudySpec) -> Prediction:
+def prediction(spec: StudySpec) -> CostModel:
     return predict(spec)
 
 
@@ -43,43 +43,43 @@ def rows_of(length: int) -> Tokens:
     return Tokens(np.zeros(count * length, np.int32), np.ones(count * length, np.bool_), offsets)
 
 
-def sizes(spec: StudySpec, prediction: Prediction, free: int, tokens: Tokens, **training: object) -> list[int]:
+def sizes(spec: StudySpec, prediction: CostModel, free: int, tokens: Tokens, **training: object) -> list[int]:
     packs = divide_into_packs(spec.trials(), prediction, free, TrainingSpec(batch_size=8, **training), tokens)  # type: ignore[arg-type]
     assert [trial for pack in packs for trial in pack] == spec.trials()
     return [len(pack) for pack in packs]
 
 
-def test_a_pack_takes_as_many_trials_as_fill_a_step(spec: StudySpec, prediction: Prediction) -> None:
+def test_a_pack_takes_as_many_trials_as_fill_a_step(spec: StudySpec, prediction: CostModel) -> None:
     third = FULL_STEP_TOKENS["cpu"] // (3 * 8)
     assert sizes(spec, prediction, PLENTY, rows_of(third)) == [3, 3]
     assert sizes(spec, prediction, PLENTY, rows_of(10 * third)) == [1] * 6
     assert sizes(spec, prediction, PLENTY, rows_of(third), gradient_accumulation_steps=3) == [1] * 6
 
 
-def test_the_user_may_say_how_many(spec: StudySpec, prediction: Prediction) -> None:
+def test_the_user_may_say_how_many(spec: StudySpec, prediction: CostModel) -> None:
     assert sizes(spec, prediction, PLENTY, rows_of(500), trials_per_pack=4) == [4, 2]
     assert sizes(spec, prediction, PLENTY, rows_of(5), isolated=True) == [1] * 6
     assert sizes(spec, prediction, PLENTY, rows_of(5), base_dropout="keep") == [1] * 6
 
 
-def test_a_pack_takes_no_more_than_fit(spec: StudySpec, prediction: Prediction) -> None:
+def test_a_pack_takes_no_more_than_fit(spec: StudySpec, prediction: CostModel) -> None:
     two = spec.trials()[:2]
     free = int((prediction.fixed_bytes(two) + 5 * prediction.bytes_per_token(two)) / 0.9) + 1000
     packs = sizes(spec, prediction, free, rows_of(5), trials_per_pack=6)
     assert packs == [2, 1, 2, 1]  # 8 and 128, 256 alone
 
 
-def test_a_trial_that_does_not_fit_is_tried_all_the_same(spec: StudySpec, prediction: Prediction) -> None:
+def test_a_trial_that_does_not_fit_is_tried_all_the_same(spec: StudySpec, prediction: CostModel) -> None:
     assert sizes(spec, prediction, 1, rows_of(5)) == [1] * 6
 
 
-def at(prediction: Prediction) -> Place:
+def at(prediction: CostModel) -> Place:
     """Where there is memory enough."""
     return Place(Ending(lambda *_: None), HERE, prediction)
 
 
 def test_what_lies_there_is_not_asked_for_again(
-    spec: StudySpec, prediction: Prediction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spec: StudySpec, prediction: CostModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A study that was stopped goes on where there is room for what is missing."""
     spec = spec.model_copy(update={"ranks": (256,), "seeds": (0,)})
@@ -112,7 +112,7 @@ def test_what_lies_there_is_not_asked_for_again(
 
 
 def test_the_reference_alone_needs_room_too(
-    spec: StudySpec, prediction: Prediction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spec: StudySpec, prediction: CostModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = spec.model_copy(update={"reference": ReferenceSpec(full=True), "seeds": (0,)})
     (trial,), tokens = spec.reference_trials(), rows_of(20)

@@ -6,9 +6,9 @@ from itertools import permutations
 import pytest
 from test_plan import rows_of
 
-from rankscope.plan.memory import FULL_STEP_TOKENS, Prediction, predict
+from rankscope.plan.memory import FULL_STEP_TOKENS, CostModel, predict
 from rankscope.plan.packs import Placed, divide_into_packs, longest_first, lower_bound, simulate
-from rankscope.plan.runtime import START_SECONDS, Fleet, Forecast, study_seconds, takes
+from rankscope.plan.runtime import START_SECONDS, Fleet, Forecast, estimate_fleet, study_seconds
 from rankscope.spec.models import DataSpec, ModelSpec, StudySpec
 from rankscope.study.folder import Division
 
@@ -58,12 +58,12 @@ def spec() -> StudySpec:
 
 
 @pytest.fixture(scope="module")
-def prediction(spec: StudySpec) -> Prediction:
+def prediction(spec: StudySpec) -> CostModel:
     return predict(spec)
 
 
 @pytest.mark.parametrize("devices", [2, 3, 7, 10, 33, 100, 250])
-def test_packs_for_several_devices_keep_all_of_them_busy(spec: StudySpec, prediction: Prediction, devices: int) -> None:
+def test_packs_for_several_devices_keep_all_of_them_busy(spec: StudySpec, prediction: CostModel, devices: int) -> None:
     rows, trials = rows_of(FULL_STEP_TOKENS["cpu"] // (6 * spec.training.batch_size)), spec.trials()  # six fill a step
     packs = divide_into_packs(trials, prediction, PLENTY, spec.training, rows, devices)
     assert sorted(trial.name for pack in packs for trial in pack) == sorted(trial.name for trial in trials)
@@ -80,7 +80,7 @@ def test_packs_for_several_devices_keep_all_of_them_busy(spec: StudySpec, predic
     assert len(packs) < len(trials) or devices >= 33, "no more processes than it takes"
 
 
-def test_packs_for_several_devices_fit_in_each(spec: StudySpec, prediction: Prediction) -> None:
+def test_packs_for_several_devices_fit_in_each(spec: StudySpec, prediction: CostModel) -> None:
     rows, trials = rows_of(5), spec.trials()
     two = [trial for trial in trials if trial.candidate.rank == 256][:2]
     free = int((prediction.fixed_bytes(two) + 5 * prediction.bytes_per_token(two)) / 0.9) + 1000
@@ -90,7 +90,7 @@ def test_packs_for_several_devices_fit_in_each(spec: StudySpec, prediction: Pred
     assert max(map(len, packs)) > 2
 
 
-def test_trials_that_train_alone_count_as_work_too(spec: StudySpec, prediction: Prediction) -> None:
+def test_trials_that_train_alone_count_as_work_too(spec: StudySpec, prediction: CostModel) -> None:
     mixed = spec.model_copy(update={"variants": ("dora",), "seeds": (0, 1)})
     unknown = prediction._replace(params={one.name: 1000 for one in mixed.candidates()}, costs={})
     packs = divide_into_packs(mixed.trials(), unknown, PLENTY, mixed.training, rows_of(5), 4)
@@ -111,7 +111,7 @@ def test_what_a_study_takes_of_a_fleet(spec: StudySpec) -> None:
     packs = Division({}, {}).named([[low[0], high[0]], [high[1]], [high[2]], [low[1], low[2]]])
     alone = study_seconds(spec, forecasts)
     assert alone is not None
-    found = takes(spec, packs, forecasts, Fleet(2, 2.5))
+    found = estimate_fleet(spec, packs, forecasts, Fleet(2, 2.5))
     assert found is not None
     # 300 | 200, then 200 where 200 has ended, and last 200 where 300 has
     assert found.trials_seconds == 500 + 2 * START_SECONDS
@@ -121,7 +121,7 @@ def test_what_a_study_takes_of_a_fleet(spec: StudySpec) -> None:
     assert found.device_hours == 2 * (found.trials_seconds + alone[1]) / 3600
     assert found.cost == 2.5 * found.device_hours
     assert found.describe()["busy_device_hours"] == found.busy_seconds / 3600
-    single = takes(spec, packs, forecasts, Fleet(1, None))
+    single = estimate_fleet(spec, packs, forecasts, Fleet(1, None))
     assert single is not None
     assert (single.trials_seconds, single.cost) == (900 + START_SECONDS, None)  # one process trains them all
-    assert takes(spec, packs, forecasts | {"r008-lr2e-4": forecast_of(None)}, Fleet(2, None)) is None
+    assert estimate_fleet(spec, packs, forecasts | {"r008-lr2e-4": forecast_of(None)}, Fleet(2, None)) is None

@@ -8,7 +8,7 @@ from torch import nn
 
 from rankscope.errors import MissingExtraError, StudyError
 from rankscope.model import quantized
-from rankscope.plan.memory import Peak, predict, predict_peak
+from rankscope.plan.memory import PeakMemory, predict, predict_peak
 from rankscope.spec.models import StudySpec, TrainingSpec
 from rankscope.spec.options import assemble
 from rankscope.train.optimizer import (
@@ -105,7 +105,7 @@ def test_the_prediction_counts_the_states() -> None:
         spec = study(optim)
         prediction, trials = predict(spec), spec.trials()
         found = predict_peak(spec, prediction, trials, random_tokens(8), 10**12)
-        assert isinstance(found, Peak), found
+        assert isinstance(found, PeakMemory), found
         peaks.append((prediction, found.parts, trials))
     (whole, exact, trials), (small, eight, _) = peaks
     params = whole.params[trials[0].candidate.name]

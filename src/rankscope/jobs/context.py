@@ -8,7 +8,7 @@ from rankscope.errors import RankscopeError, WorkerError
 from rankscope.jobs.job import Job, Launcher
 from rankscope.jobs.queue import run_jobs
 from rankscope.measure.machine import Site
-from rankscope.plan.memory import Prediction
+from rankscope.plan.memory import CostModel
 from rankscope.spec.candidates import FullTrial, Trial
 from rankscope.study.folder import Study
 
@@ -55,7 +55,7 @@ class Place(NamedTuple):
 
     launcher: Launcher
     site: Site
-    prediction: Prediction
+    prediction: CostModel
 
     def host_bytes(self, trials: Sequence[Trial], step_tokens: float) -> int:
         """Memory of the host that a pack takes, as predicted."""

@@ -15,7 +15,7 @@ from rankscope.jobs.context import Place
 from rankscope.lora.variants import FROM_WEIGHTS
 from rankscope.model.load import skeleton
 from rankscope.model.quantized import base_bytes
-from rankscope.plan.memory import Prediction
+from rankscope.plan.memory import CostModel
 from rankscope.plan.packs import divide_into_packs
 from rankscope.spec.candidates import FullTrial, Trial
 from rankscope.spec.models import ModelSpec, StudySpec
@@ -26,14 +26,14 @@ from rankscope.train.checkpoint import KEPT
 from rankscope.train.step import total_steps
 
 
-def check_base_fits(model: ModelSpec, prediction: Prediction, free: int) -> None:
+def check_base_fits(model: ModelSpec, prediction: CostModel, free: int) -> None:
     """Raises ModelError where the base alone is larger than the `free` bytes of its device."""
     found = too_large(model, prediction, free)
     if found is not None:
         raise ModelError(*found)
 
 
-def too_large(model: ModelSpec, prediction: Prediction, free: int) -> tuple[str, str] | None:
+def too_large(model: ModelSpec, prediction: CostModel, free: int) -> tuple[str, str] | None:
     """What the base needs and what the device has, and what to do; None where it is not too large."""
     if prediction.base_bytes <= free:
         return None
@@ -44,7 +44,7 @@ def too_large(model: ModelSpec, prediction: Prediction, free: int) -> tuple[str,
     return what, f"{todo}: one device holds the whole base."
 
 
-def _smaller(model: ModelSpec, prediction: Prediction) -> list[tuple[str, int]]:
+def _smaller(model: ModelSpec, prediction: CostModel) -> list[tuple[str, int]]:
     """Options under which the base takes fewer bytes, the most exact first, with those bytes."""
     options = [("--dtype bfloat16", {"dtype": "bfloat16"})]
     options += [(f"--quantization {kind}", {"quantization": kind}) for kind in ("int8", "nf4")]
@@ -61,7 +61,7 @@ def _smaller(model: ModelSpec, prediction: Prediction) -> list[tuple[str, int]]:
     return found
 
 
-def check_ranks(spec: StudySpec, prediction: Prediction) -> None:
+def check_ranks(spec: StudySpec, prediction: CostModel) -> None:
     """Raises StudyError where a rank is larger than any update of an adapted layer can have."""
     too_large = [rank for rank in spec.ranks if rank > prediction.full_rank]
     if too_large:
@@ -131,7 +131,7 @@ NOTHING = Disk(0, 0, 0, 0)
 
 def disk_bytes(
     spec: StudySpec,
-    prediction: Prediction,
+    prediction: CostModel,
     packs: Sequence[Sequence[Trial]],
     reference: Sequence[FullTrial],
     data: TokenizedData,

@@ -76,7 +76,7 @@ class _Recording(NamedTuple):
     events: list[Event]
 
 
-def place(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> None:
+def to_fake(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> None:
     """Turns all tensors of a model on the meta device into fake ones on `device`, in place."""
     made: dict[int, tuple[Tensor, Tensor]] = {}  # the old ones too, so that no id comes twice
     for module in model.modules():
@@ -105,7 +105,7 @@ def add_fake_adapters(
     for name, candidate in candidates.items():
         inject(lora_config(candidate), model, adapter_key(name), empty=True)
         to_float32(model, name)
-    place(model, mode, device)
+    to_fake(model, mode, device)
     for name in candidates:
         for parameter in adapter_parameters(model, name):
             parameter.requires_grad_(True)

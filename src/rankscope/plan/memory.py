@@ -31,13 +31,13 @@ from rankscope.train.recompute import recompute_layers
 BYTES_PER_PARAMETER = 16
 """In training: weight, gradient and AdamW's two moments, in float32."""
 
-_BUT_STATES = 8
+WEIGHT_AND_GRAD_BYTES = 8
 """Of these, weight and gradient: the optimizer's states may be smaller."""
 
 PROCESS_BYTES = {"cpu": 460_000_000, "cuda": 0}
 """Python with torch and transformers loaded, and threads' buffers: measured 0.41 to 0.50 GB on a CPU."""
 
-UNSEEN_SHARE = {"cpu": 0.5, "cuda": 0.0}
+UNTRACKED_ACTIVATION_FRACTION = {"cpu": 0.5, "cuda": 0.0}
 """Of activations and logits: what operators allocate within themselves, and the holes which that leaves. Fitted to both
 the embedded model (4 million parameters) and opt-350m's shape, on one machine with glibc:
 docs/results/memory-prediction.md. On a GPU never measured."""
@@ -47,7 +47,7 @@ FULL_STEP_TOKENS = {"cpu": 1536, "cuda": 1 << 14}
 measured, docs/lab-notes.md; on a GPU not yet."""
 
 
-class Parts(NamedTuple):
+class MemoryBreakdown(NamedTuple):
     """Memory at its peak, in bytes, by what holds it when most is alive."""
 
     process: int
@@ -61,17 +61,17 @@ class Parts(NamedTuple):
     logits: int
     retained: int
     """The most that the C library's allocator holds (`rankscope.plan.allocator`) above what is alive; and
-    `UNSEEN_SHARE`."""
+    `UNTRACKED_ACTIVATION_FRACTION`."""
 
     @property
     def total(self) -> int:
         return sum(self)
 
 
-class Peak(NamedTuple):
+class PeakMemory(NamedTuple):
     """Of a pack, or of one trial alone."""
 
-    parts: Parts
+    parts: MemoryBreakdown
     forward_tokens: int
     """Of the largest forward."""
     products: Counter[tuple[int, int, int]]
@@ -80,7 +80,7 @@ class Peak(NamedTuple):
     """Of the longest forward whose layers run again in the backward (gradient checkpointing); 0 where none does."""
 
 
-class Prediction(NamedTuple):
+class CostModel(NamedTuple):
     """Of a study, by candidate name."""
 
     device: str  # cpu or cuda
@@ -102,7 +102,7 @@ class Prediction(NamedTuple):
     def adapter_bytes(self, trials: Sequence[Trial]) -> int:
         """Weights, gradients and optimizer states of all trials' adapters, and what they began with."""
         return sum(
-            self.params[trial.candidate.name] * (_BUT_STATES + 4 * (trial.candidate.variant in FROM_WEIGHTS))
+            self.params[trial.candidate.name] * (WEIGHT_AND_GRAD_BYTES + 4 * (trial.candidate.variant in FROM_WEIGHTS))
             + self.states(trial.candidate)
             for trial in trials
         )
@@ -117,7 +117,7 @@ class Prediction(NamedTuple):
 
     def rank_bytes(self, candidate: Candidate) -> float:
         """The least that one more rank takes."""
-        return (_BUT_STATES * self.params[candidate.name] + self.states(candidate)) / candidate.rank
+        return (WEIGHT_AND_GRAD_BYTES * self.params[candidate.name] + self.states(candidate)) / candidate.rank
 
     def fixed_bytes(self, trials: Sequence[Trial]) -> int:
         """All but what grows with a forward's tokens: process, base model, adapters, the loss's two buffers."""
@@ -135,7 +135,7 @@ class Prediction(NamedTuple):
         return int(fixed + tokens * per_token)
 
 
-def predict(spec: StudySpec, device: torch.device | None = None) -> Prediction:
+def predict(spec: StudySpec, device: torch.device | None = None) -> CostModel:
     """Counts on a model of fake tensors that carries all candidates' adapters. What the study asks of bitsandbytes is
     looked at first.
 
@@ -168,7 +168,7 @@ def predict(spec: StudySpec, device: torch.device | None = None) -> Prediction:
         costs |= {n: cost._replace(bytes_per_token=cost.bytes_per_token + extra) for n, cost in found.costs.items()}
         reason = reason or found.reason
     logits = logits if engine_name == "peft" else 0
-    return Prediction(device.type, dtype, engine_name, base, held, params, costs, reason, logits, full_rank, states)
+    return CostModel(device.type, dtype, engine_name, base, held, params, costs, reason, logits, full_rank, states)
 
 
 class _Counted(NamedTuple):
@@ -202,8 +202,8 @@ def _count(
 
 
 def predict_peak(
-    spec: StudySpec, prediction: Prediction, trials: Sequence[Trial], tokens: Tokens, free: int
-) -> Peak | str:
+    spec: StudySpec, prediction: CostModel, trials: Sequence[Trial], tokens: Tokens, free: int
+) -> PeakMemory | str:
     """The peak of these trials, trained together on a device with `free` bytes; why not, where it cannot be told.
 
     Their steps are rehearsed on fake tensors, and on a CPU what the allocator keeps of them is asked of itself.
@@ -227,9 +227,9 @@ def predict_peak(
     at_peak = peak_of(rehearsal.script, held)
     if device.type != prediction.device and prediction.engine == "packed":
         at_peak["logits"] *= CHUNK_BYTES[prediction.device] // CHUNK_BYTES[device.type]
-    at_peak["retained"] += int(UNSEEN_SHARE[prediction.device] * most_kept(rehearsal.script))
-    parts = Parts(process=PROCESS_BYTES[prediction.device], base=prediction.base_bytes, **at_peak)
-    return Peak(parts, rehearsal.forward_tokens, rehearsal.products, rehearsal.recomputed_tokens)
+    at_peak["retained"] += int(UNTRACKED_ACTIVATION_FRACTION[prediction.device] * most_kept(rehearsal.script))
+    parts = MemoryBreakdown(process=PROCESS_BYTES[prediction.device], base=prediction.base_bytes, **at_peak)
+    return PeakMemory(parts, rehearsal.forward_tokens, rehearsal.products, rehearsal.recomputed_tokens)
 
 
 def peak_of(script: Sequence[Event], held: Sequence[int] | None) -> dict[str, int]:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from rankscope.data.tokens import Tokens
-from rankscope.plan.memory import FULL_STEP_TOKENS, Prediction
+from rankscope.plan.memory import FULL_STEP_TOKENS, CostModel
 from rankscope.spec.candidates import Trial
 from rankscope.spec.models import TrainingSpec
 from rankscope.study.folder import Division, Study
 from rankscope.study.missing import finished_trials
 
-SHARE_OF_FREE_MEMORY = 0.9
+MAX_PACK_MEMORY_FRACTION = 0.9
 """What a pack may take of the memory that is free: the prediction is not exact."""
 
 NEAR_THE_BOUND = 1.05
@@ -30,7 +30,7 @@ def most_per_pack(training: TrainingSpec) -> int | None:
 
 def divide_into_packs(
     trials: Sequence[Trial],
-    prediction: Prediction,
+    prediction: CostModel,
     free: int,
     training: TrainingSpec,
     tokens: Tokens,
@@ -59,7 +59,7 @@ def divide_into_packs(
         names = tuple(candidates[id(trial)] for trial in pack)
         if names not in known:
             needed = prediction.fixed_bytes(pack) + longest * prediction.bytes_per_token(pack)
-            known[names] = needed <= free * SHARE_OF_FREE_MEMORY
+            known[names] = needed <= free * MAX_PACK_MEMORY_FRACTION
         return known[names]
 
     packs: list[list[Trial]] = []
@@ -78,7 +78,7 @@ def divide_into_packs(
 def _spread(
     packs: Sequence[Sequence[Trial]],
     alone: Sequence[Sequence[Trial]],
-    prediction: Prediction,
+    prediction: CostModel,
     fits: Callable[[Sequence[Trial]], bool],
     devices: int,
 ) -> list[list[Trial]]:
@@ -111,14 +111,14 @@ def _spread(
     return [[trials[name] for name in pack] for pack in best]
 
 
-def work_of(trial: Trial, prediction: Prediction) -> float:
+def work_of(trial: Trial, prediction: CostModel) -> float:
     """How long a trial takes, in any unit; all the same where it is not known."""
     cost = prediction.costs.get(trial.candidate.name)
     return float(cost.flops_per_token) if cost else 1.0
 
 
 def open_packs(
-    study: Study, prediction: Prediction, free: int, tokens: Tokens, devices: int = 1
+    study: Study, prediction: CostModel, free: int, tokens: Tokens, devices: int = 1
 ) -> dict[str, list[Trial]]:
     """Packs with a trial that has no result yet, in their order; the study is divided into packs, for so many devices,
     where it is not."""

@@ -10,16 +10,16 @@ from rankscope.data.tokens import TokenizedData
 from rankscope.errors import StudyError
 from rankscope.jobs.local import LocalLauncher
 from rankscope.plan.checks import check_ranks, disk_bytes
-from rankscope.plan.memory import Prediction, predict
+from rankscope.plan.memory import CostModel, predict
 from rankscope.plan.packs import divide_into_packs
 from rankscope.plan.runtime import (
     Fleet,
+    FleetEstimate,
     StudyForecast,
-    Takes,
+    estimate_fleet,
     forecast,
     largest_fitting_rank,
     study_seconds,
-    takes,
 )
 from rankscope.spec.candidates import Trial
 from rankscope.spec.models import StudySpec
@@ -73,7 +73,7 @@ class Plan(NamedTuple):
     """What a run would do and take."""
 
     spec: StudySpec
-    prediction: Prediction
+    prediction: CostModel
     data: TokenizedData
     forecast: StudyForecast
     packs: dict[str, list[Trial]]
@@ -92,9 +92,9 @@ class Plan(NamedTuple):
         return sum(disk_bytes(self.spec, self.prediction, packs, reference, self.data, devices))
 
     @property
-    def takes(self) -> Takes | None:
+    def takes(self) -> FleetEstimate | None:
         """Of the fleet; None without one, or where times are not known."""
-        return takes(self.spec, self.packs, self.forecast.candidates, self.fleet) if self.fleet else None
+        return estimate_fleet(self.spec, self.packs, self.forecast.candidates, self.fleet) if self.fleet else None
 
     @property
     def largest_rank(self) -> int | None:

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 
 from rankscope.data.tokens import TokenizedData, Tokens
-from rankscope.plan.memory import Peak, Prediction, largest_rank, predict_peak
-from rankscope.plan.packs import SHARE_OF_FREE_MEMORY, longest_first, lower_bound, simulate
+from rankscope.plan.memory import CostModel, PeakMemory, largest_rank, predict_peak
+from rankscope.plan.packs import MAX_PACK_MEMORY_FRACTION, longest_first, lower_bound, simulate
 from rankscope.spec.candidates import CONTROL, PLAIN, Candidate, Trial
 from rankscope.spec.models import StudySpec
 from rankscope.train.flops import Cost, product_rate
@@ -32,7 +32,7 @@ class Forecast:
 
     trainable_params: int
     parts: dict[str, int] | None
-    """Peak memory in bytes: see `rankscope.plan.memory.Parts`; None where it cannot be told."""
+    """Peak memory in bytes: see `rankscope.plan.memory.MemoryBreakdown`; None where it cannot be told."""
     peak_bytes: int | None
     forward_tokens: int | None
     """Of the largest forward."""
@@ -55,7 +55,7 @@ class StudyForecast(NamedTuple):
     product_share: float
     """How much of it training is taken to reach."""
 
-    def describe(self, prediction: Prediction) -> dict[str, Any]:
+    def describe(self, prediction: CostModel) -> dict[str, Any]:
         """prediction.json."""
         return {
             "schema": 1,
@@ -88,7 +88,7 @@ class _Work(NamedTuple):
 
 def forecast(
     spec: StudySpec,
-    prediction: Prediction,
+    prediction: CostModel,
     data: TokenizedData,
     free: int,
     here: bool = True,
@@ -99,13 +99,13 @@ def forecast(
     `product_flops_per_second` is its rate of plain matrix products; where it is not given it is measured, if the device
     is this machine's, which `here` says.
     """
-    peaks: dict[str, Peak] = {}  # by profile: a learning rate changes nothing, and a rehearsal takes seconds
+    peaks: dict[str, PeakMemory] = {}  # by profile: a learning rate changes nothing, and a rehearsal takes seconds
     reason = prediction.reason
     for name, candidate in spec.profiled().items():
         if name == CONTROL:
             continue
         found = predict_peak(spec, prediction, [_trial(spec, candidate)], data.train, free)
-        if isinstance(found, Peak):
+        if isinstance(found, PeakMemory):
             peaks[name] = found
         else:
             reason = reason or found
@@ -168,7 +168,7 @@ def pack_seconds(packs: Mapping[str, Sequence[Trial]], forecasts: Mapping[str, F
 
 
 def largest_fitting_rank(
-    spec: StudySpec, prediction: Prediction, forecasts: Mapping[str, Forecast], tokens: Tokens, free: int
+    spec: StudySpec, prediction: CostModel, forecasts: Mapping[str, Forecast], tokens: Tokens, free: int
 ) -> int | None:
     """The largest rank whose predicted peak fits in `free` bytes, at most the full rank of the adapted layers; 0 where
     none fits, None where peaks cannot be told."""
@@ -185,19 +185,19 @@ def largest_fitting_rank(
             costs=prediction.costs | {other.name: prediction.costs[candidate.name]},
         )
         found = predict_peak(spec, both, [_trial(spec, other)], tokens, free)
-        if isinstance(found, Peak):
+        if isinstance(found, PeakMemory):
             totals[2 * rank] = found.parts.total
     if len(totals) < 2:
         return None
     first = spec.candidates()[0]
-    return largest_rank(totals, prediction.full_rank, free * SHARE_OF_FREE_MEMORY, prediction.rank_bytes(first))
+    return largest_rank(totals, prediction.full_rank, free * MAX_PACK_MEMORY_FRACTION, prediction.rank_bytes(first))
 
 
 def _trial(spec: StudySpec, candidate: Candidate) -> Trial:
     return Trial(candidate=candidate, seed=spec.seeds[0])
 
 
-def _rate(peaks: Mapping[str, Peak], prediction: Prediction) -> float | None:
+def _rate(peaks: Mapping[str, PeakMemory], prediction: CostModel) -> float | None:
     if not peaks:
         return None
     products = next(iter(peaks.values())).products
@@ -238,7 +238,7 @@ class Fleet(NamedTuple):
     """Of one device for an hour, in any currency."""
 
 
-class Takes(NamedTuple):
+class FleetEstimate(NamedTuple):
     """What all packs and profiles take of a fleet. Times are in seconds."""
 
     trials_seconds: float
@@ -293,9 +293,9 @@ NOT_COUNTED = (
 )
 
 
-def takes(
+def estimate_fleet(
     spec: StudySpec, packs: Mapping[str, Sequence[Trial]], forecasts: Mapping[str, Forecast], fleet: Fleet
-) -> Takes | None:
+) -> FleetEstimate | None:
     """What the study takes of the fleet; None where times are not known."""
     alone = study_seconds(spec, forecasts)
     if alone is None:
@@ -304,4 +304,4 @@ def takes(
     jobs = pack_seconds(packs, forecasts) if fleet.devices > 1 else {"all packs in one process": trials}
     schedule = simulate(longest_first(jobs), jobs, fleet.devices)
     busy = schedule.busy_seconds + profiles
-    return Takes(schedule.makespan, profiles, lower_bound(jobs, fleet.devices), busy, fleet)
+    return FleetEstimate(schedule.makespan, profiles, lower_bound(jobs, fleet.devices), busy, fleet)

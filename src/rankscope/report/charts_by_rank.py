@@ -10,8 +10,8 @@ from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import Unit, loss, rate
 
 PARTS = ("process", "base", "adapter", "gradients", "optimizer", "activations", "logits", "retained")
-"""Of a predicted peak, from the bottom of a bar to its top: see `rankscope.plan.memory.Parts`. A part has one colour,
-whichever others there are."""
+"""Parts of a predicted peak (`rankscope.plan.memory.MemoryBreakdown`), from the bottom of a bar to its top. A part keeps
+its colour whichever others are present."""
 
 PART_COLUMNS = 3
 """Of the legend: as many as fit on a phone."""

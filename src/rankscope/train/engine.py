@@ -280,7 +280,7 @@ def pad(tokens: Tokens, examples: Examples, device: torch.device) -> tuple[Tenso
 LOGIT_BYTES = 16
 """Of one logit of PEFT's forward: the logits and log-probabilities in float32, and the gradients of both."""
 
-SHARE_OF_FREE_MEMORY = 0.6
+FORWARD_MEMORY_FRACTION = 0.6
 """Of the memory that is free beside weights and adapters, what a forward's saved tensors may take; the rest is for
 what is fleeting."""
 
@@ -290,5 +290,5 @@ TOKENS_PER_FORWARD = {"cpu": 512, "cuda": 1 << 15}
 
 def tokens_per_forward(free: int, bytes_per_token: int, device: str) -> int:
     """The most tokens of one forward, where `free` bytes are left for it; at least 1."""
-    fitting = int(free * SHARE_OF_FREE_MEMORY / max(1, bytes_per_token))
+    fitting = int(free * FORWARD_MEMORY_FRACTION / max(1, bytes_per_token))
     return max(1, min(fitting, TOKENS_PER_FORWARD[device]))

@@ -8,8 +8,8 @@ from rich.table import Table
 
 from rankscope.data.tokens import TokenizedData
 from rankscope.plan.checks import too_large
-from rankscope.plan.memory import Peak, Prediction, predict_peak
-from rankscope.plan.packs import SHARE_OF_FREE_MEMORY
+from rankscope.plan.memory import CostModel, PeakMemory, predict_peak
+from rankscope.plan.packs import MAX_PACK_MEMORY_FRACTION
 from rankscope.plan.plan import Plan
 from rankscope.plan.runtime import COUNTED, NOT_COUNTED, Forecast, StudyForecast, study_seconds
 from rankscope.spec.candidates import Trial
@@ -67,7 +67,7 @@ def _candidates(spec: StudySpec, found: StudyForecast, free: int) -> Table:
             adapter = parts["adapter"] + parts["gradients"] + parts["optimizer"]
             other = parts["process"] + parts["retained"]
             columns = (parts["base"], adapter, parts["activations"], parts["logits"], other, row.peak_bytes)
-            memory = [*map(size, columns), "yes" if row.peak_bytes <= free * SHARE_OF_FREE_MEMORY else "no"]
+            memory = [*map(size, columns), "yes" if row.peak_bytes <= free * MAX_PACK_MEMORY_FRACTION else "no"]
         times = ["–"] * 2
         if row.step_seconds is not None and row.runtime_seconds is not None:
             times = [f"{row.step_seconds:.2g}", duration(row.runtime_seconds, load("en"))]
@@ -85,7 +85,7 @@ def _notes(plan: Plan) -> list[str]:
         f"Memory: predicted peak of each candidate trained alone ({prediction.device}, {kind}, forwards of up to "
         f"{tokens:,} tokens).",
         "  adapter: with gradients and optimizer. other: the process, and what the allocator keeps of freed tensors.",
-        f"  fits: within {percent(SHARE_OF_FREE_MEMORY)} of {where}.",
+        f"  fits: within {percent(MAX_PACK_MEMORY_FRACTION)} of {where}.",
     ]
     if found.reason:
         notes.append(f"  Not all of it can be predicted: {found.reason}")
@@ -145,7 +145,7 @@ def _fleet(plan: Plan) -> list[str]:
     ]
 
 
-def _largest(spec: StudySpec, prediction: Prediction, rank: int) -> str:
+def _largest(spec: StudySpec, prediction: CostModel, rank: int) -> str:
     modules = spec.adapter.target_modules
     on = modules if isinstance(modules, str) else ", ".join(modules)
     if rank == 0:
@@ -157,7 +157,7 @@ def _largest(spec: StudySpec, prediction: Prediction, rank: int) -> str:
 
 def _packs(
     spec: StudySpec,
-    prediction: Prediction,
+    prediction: CostModel,
     forecasts: Mapping[str, Forecast],
     packs: Mapping[str, Sequence[Trial]],
     data: TokenizedData,
@@ -171,7 +171,7 @@ def _packs(
         names = tuple(trial.candidate.name for trial in trials)
         if names not in known:
             peak = predict_peak(spec, prediction, trials, data.train, free)
-            known[names] = peak.parts.total if isinstance(peak, Peak) else None
+            known[names] = peak.parts.total if isinstance(peak, PeakMemory) else None
         total = known[names] or prediction.peak_bytes(trials, free, len(trials) * step_tokens)
         fits = "" if total <= free else f", more than the {size(free)} there are"
         lines.append(f"  {pack}  {', '.join(trial.name for trial in trials)}: about {size(total)}{fits}")
