@@ -9,7 +9,14 @@ from peft import PeftModel
 from models import CONFIGS, tiny_model
 from rankscope.data.tokens import Tokens
 from rankscope.errors import StudyError
-from rankscope.lora.adapters import adapter_weights, add_adapter, lora_config, save_adapter
+from rankscope.lora.adapters import (
+    adapter_weights,
+    add_adapter,
+    lora_config,
+    remove_adapter,
+    remove_adapters,
+    save_adapter,
+)
 from rankscope.lora.layout import Slice, flatten
 from rankscope.spec.candidates import Trial
 from rankscope.spec.models import TrainingSpec
@@ -124,3 +131,22 @@ def test_all_adapters_stay_trainable_and_the_base_frozen() -> None:
 def test_modules_that_match_nothing_are_named() -> None:
     with pytest.raises(StudyError, match=r"target_modules[\s\S]*q_proj"):
         add_adapter(tiny_model("llama-gqa"), make_trial(8, 1e-3, modules=("query",)))
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "mixtral"])
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")
+def test_a_model_without_its_adapters_is_the_one_it_was(name: str, one_by_one: bool) -> None:
+    """PEFT nests two wrappers around Mixtral's experts: neither may stay, nor put the experts into themselves."""
+    model, trials = tiny_model(name), [make_trial(2, 1e-3), make_trial(4, 1e-3)]
+    modules, weights = dict(model.named_modules()), dict(model.named_parameters())
+    for _ in range(2):  # as one pack follows another
+        for trial in trials:
+            add_adapter(model, trial)
+        if one_by_one:
+            for trial in trials:
+                remove_adapter(model, trial.name)
+        else:
+            remove_adapters(model)
+        assert dict(model.named_modules()) == modules
+        assert {key: id(weight) for key, weight in model.named_parameters()} == {k: id(w) for k, w in weights.items()}

@@ -90,8 +90,8 @@ def to_float32(model: nn.Module, adapter: str) -> None:
 
 
 def remove_adapters(model: PreTrainedModel) -> None:
-    """Puts every base layer back in its place: the model is as it was before the first adapter."""
-    for name, layer in lora_layers(model):
+    """Put every base layer back, so that the model is as it was before the first adapter."""
+    for name, layer in reversed(lora_layers(model)):  # innermost first: PEFT nests the wrappers of experts
         model.set_submodule(name, layer.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config
@@ -105,6 +105,7 @@ def remove_adapter(model: PreTrainedModel, adapter: str) -> None:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
                 layer.delete_adapter(key)
+    for name, layer in reversed(lora_layers(model)):
         if not layer.lora_A:
             model.set_submodule(name, layer.get_base_layer())
     for parameter in trained:  # PEFT makes another adapter active, and freezes all but that one
