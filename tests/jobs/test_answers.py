@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 import rankscope
 from folders import write_data, write_model
 from rankscope.data.tokens import Example, Tokens, load
 from rankscope.jobs.answers import questions
-from rankscope.study.folder import Study
+from rankscope.study.folder import ANSWERS, Study
+from told import Told
 
 SETS = (
     "measure.profiles=false",
@@ -90,3 +91,23 @@ def test_answers_differ_between_ranks_and_are_made_once(study: Study, monkeypatc
     file.write_bytes(before[:-20])
     rankscope.run(**again, **options)
     assert file.read_bytes() == before
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # PEFT's, of its own pattern
+def test_answers_that_fail_end_no_study(tmp_path: Path) -> None:
+    """Not even by an error of exit code 3: PEFT's adapter of experts has patterns, which are not read again."""
+    folder = write_model(tmp_path / "model")
+    config = MixtralConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_local_experts=4, max_position_embeddings=256,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(folder)
+    files = {"model": str(folder), "dataset": str(write_data(tmp_path / "data.json")), "out": tmp_path / "study"}
+    sets, progress = (*SETS, "training.trials_per_pack=1"), Told()
+    study = rankscope.run(ranks=[2, 4], seeds=[0], steps=2, batch_size=2, sets=sets, progress=progress, **files)
+    assert study.unmet().keys() == {ANSWERS}  # what `rankscope run` then ends with exit code 4 for
+    assert "adapter of experts with patterns" in study.failures()[ANSWERS]["reason"]
+    assert any(line.startswith("The answers did not finish: an adapter of experts") for line in progress.lines)
+    assert list(study.results()["status"]) == ["done", "done"]  # in two packs
+    assert study.file("verdict.json").exists()
+    assert study.file("report", "index.html").exists()

@@ -99,7 +99,10 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def answer_missing(study: Study, place: Place, progress: Progress) -> None:
-    """Lets the base model and each candidate answer the same held-out prompts, where that has not been done."""
+    """Let the base model and each candidate answer the same held-out prompts, where that has not been done.
+
+    Answers are optional: whatever error ends them is recorded and said, and the study concludes without them.
+    """
     trials = study.answered() if study.spec.measure.answers else []
     if not trials or study.has_answers():
         return

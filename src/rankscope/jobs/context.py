@@ -73,12 +73,10 @@ def run_alone(
     trials: Sequence[Trial],
     progress: Progress,
 ) -> RankscopeError | None:
-    """Runs one job while nothing else runs, and returns what went wrong; raises what every job would meet."""
+    """Run one job while nothing else runs, and return what went wrong, or None."""
     errors: list[RankscopeError | None] = []
 
     def ended(job: Job, error: RankscopeError | None) -> list[Job]:
-        if error is not None and error.exit_code in WRONG:
-            raise error
         errors.append(error)
         return []
 

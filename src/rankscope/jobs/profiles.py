@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from rankscope.jobs.context import Place, Progress, failure_of, run_alone
+from rankscope.jobs.context import WRONG, Place, Progress, failure_of, run_alone
 from rankscope.spec.candidates import Trial
 from rankscope.study.folder import Study
 from rankscope.study.missing import missing_profiles
@@ -23,6 +23,8 @@ def measure(study: Study, place: Place, progress: Progress) -> None:
         content = {"kind": "profile", "profile": name, "repeat": repeat}
         trial = Trial(candidate=study.spec.profiled()[name], seed=study.spec.seeds[0])
         error = run_alone(study, place, content, f"profiles/jobs/{name}", [f"profiles/{name}.json"], [trial], progress)
+        if error is not None and error.exit_code in WRONG:
+            raise error
         study.write_failure(name, None if error is None else failure_of(error))
         if error is not None:
             failed.add(name)
