@@ -13,9 +13,10 @@ test: .venv/installed-dev
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-# What takes long: real kills, two runs at once, disks and hubs that fail.
+# Long tests: real kills, lost nodes, full disks, the tour, the recipes, simulations; more examples of each property.
 test-slow: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest --hypothesis-profile long tests/properties tests/lora/test_pattern_keys.py
 
 # The site, in build/site. Among the tests it is built too, and looked through: tests/docs/test_site.py.
 docs: .venv/installed-dev

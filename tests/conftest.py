@@ -8,11 +8,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # its client reads that as it is i
 
 import pytest
 import torch
+from hypothesis import settings
 
 import forking
 from rankscope.jobs import process
 
 torch.set_num_threads(1)
+settings.register_profile("short", deadline=None, derandomize=True, database=None, max_examples=60)
+settings.register_profile("long", settings.get_profile("short"), max_examples=1000)  # of `make test-slow`
+settings.load_profile("short")
 
 
 LONG = ("test_contract.py", "test_tour.py", "test_cli.py", "test_memory.py", "test_corruption.py", "test_failures.py")

@@ -40,6 +40,7 @@ def _environment(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT_SECONDS)
 def test_it_runs_from_question_to_verdict(tmp_path: Path) -> None:
     executed, written = execute(tmp_path), nbformat.read(NOTEBOOK, as_version=4)

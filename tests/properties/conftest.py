@@ -1,12 +1,8 @@
-"""Settings of all property tests: the same examples in each run."""
+"""Shared by the property tests."""
 
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
-
-settings.register_profile("rankscope", deadline=None, derandomize=True, database=None, max_examples=60)
-settings.load_profile("rankscope")
 
 
 @pytest.fixture(scope="session")

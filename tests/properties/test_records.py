@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rankscope.data import Records, load_records
@@ -124,15 +124,13 @@ def test_the_fingerprint_is_of_the_rows(rows: list[dict[str, Any]], end: str, fo
 @example(kind=".csv", content=b",," + b"9" * 5000 + b"\n", zipped=False)  # a name that would fill the screen
 @example(kind=".csv", content=b'instruction,output\n"a,b', zipped=False)
 @example(kind=".json", content=gzip.compress(b"[]")[:-3] + b"xyz", zipped=False)
-@settings(max_examples=150)
 @given(kind=st.sampled_from([".json", ".jsonl", ".csv", ".parquet"]), content=CONTENT, zipped=st.booleans())
-def test_any_bytes(kind: str, content: bytes, zipped: bool, folder: Path) -> None:
+def test_any_bytes_are_read_or_refused(kind: str, content: bytes, zipped: bool, folder: Path) -> None:
     read(folder / f"a{kind}", gzip.compress(content) if zipped else content)
 
 
-@settings(max_examples=200)
 @given(file=mutated())
-def test_a_damaged_file(file: tuple[str, bytes], folder: Path) -> None:
+def test_a_corrupt_file_is_read_or_refused(file: tuple[str, bytes], folder: Path) -> None:
     kind, content = file
     records = read(folder / f"a{kind}", content)
     for row in records.rows if records else ():
@@ -140,9 +138,8 @@ def test_a_damaged_file(file: tuple[str, bytes], folder: Path) -> None:
 
 
 @example(rows=[{"instruction": "half \ud800", "output": "x"}], valid=[], lines=False)
-@settings(max_examples=150)
 @given(rows=st.lists(NEARLY_ROW | JSON, max_size=4), valid=st.lists(ALPACA, max_size=1), lines=st.booleans())
-def test_any_json(rows: list[Any], valid: list[Any], lines: bool, folder: Path) -> None:
+def test_any_json_is_read_or_refused(rows: list[Any], valid: list[Any], lines: bool, folder: Path) -> None:
     rows = valid + rows
     text = "\n".join(map(json.dumps, rows)) if lines else json.dumps(rows)
     records = read(folder / "a.json", text.encode())

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rankscope.errors import StudyError
@@ -159,9 +159,8 @@ def test_a_valid_study_is_the_same_after_yaml(values: dict[str, Any], folder: Pa
     assert assemble(read_study_file(path), {}, file=path) == spec
 
 
-@settings(max_examples=200)
 @given(values=nearly_valid() | st.dictionaries(KEY, ANY, max_size=4))
-def test_any_mapping(values: dict[Any, Any]) -> None:
+def test_any_mapping_is_a_study_or_refused(values: dict[Any, Any]) -> None:
     spec = resolve(values)
     if spec is not None:
         is_study(spec)
@@ -174,9 +173,8 @@ PIECES = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=200)
 @given(text=st.lists(PIECES | st.text(max_size=3), max_size=15).map("".join) | st.binary(max_size=30))
-def test_any_text(text: str | bytes, folder: Path) -> None:
+def test_any_text_is_a_study_or_refused(text: str | bytes, folder: Path) -> None:
     path = folder / "study.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode(errors="surrogatepass"))
     try:
@@ -185,12 +183,11 @@ def test_any_text(text: str | bytes, folder: Path) -> None:
         is_short(error)
 
 
-@settings(max_examples=100)
 @given(values=VALID, where=st.floats(0, 1), put=st.lists(PIECES | st.text(max_size=3), max_size=3).map("".join))
-def test_a_damaged_study(values: dict[str, Any], where: float, put: str, folder: Path) -> None:
+def test_a_corrupt_study_file_is_a_study_or_refused(values: dict[str, Any], where: float, put: str, folder: Path) -> None:
     text = write_yaml(resolve_spec(values))
     cut = int(where * len(text))
-    test_any_text.hypothesis.inner_test(text[:cut] + put + text[cut + 1 :], folder)
+    test_any_text_is_a_study_or_refused.hypothesis.inner_test(text[:cut] + put + text[cut + 1 :], folder)
 
 
 FIELDS = [*OPTION_FIELDS.values(), "", ".", "model", "ranks.0", "a.b.c", "training.steps.x"]
@@ -198,7 +195,7 @@ KEYS = st.sampled_from(FIELDS) | st.text(max_size=5)
 
 
 @given(values=VALID | st.dictionaries(TEXT, ANY, max_size=2), sets=st.lists(st.tuples(KEYS, TEXT | PIECES), max_size=3))
-def test_any_assignment(values: dict[str, Any], sets: list[tuple[str, str]]) -> None:
+def test_any_assignment_is_taken_or_refused(values: dict[str, Any], sets: list[tuple[str, str]]) -> None:
     try:
         is_study(assemble(values, {}, [f"{key}={value}" for key, value in sets]))
     except StudyError as error:
@@ -206,13 +203,13 @@ def test_any_assignment(values: dict[str, Any], sets: list[tuple[str, str]]) -> 
 
 
 @given(values=VALID, options=st.dictionaries(st.sampled_from(sorted(OPTION_FIELDS)) | TEXT, ANY, max_size=3))
-def test_any_option(values: dict[str, Any], options: dict[str, Any]) -> None:
+def test_any_option_is_taken_or_refused(values: dict[str, Any], options: dict[str, Any]) -> None:
     with contextlib.suppress(StudyError):
         is_study(assemble(values, options))
 
 
 @pytest.mark.parametrize("field", ["name", "ranks", "training.steps", "adapter.alpha", "verdict.max_gpu_memory", "x"])
-def test_a_number_that_python_does_not_write(field: str) -> None:
+def test_a_number_with_more_digits_than_python_writes_is_refused(field: str) -> None:
     """Nor does Hypothesis: of more than 4,300 digits, which hexadecimal YAML can hold."""
     with pytest.raises(StudyError) as caught:
         assemble({"model": {"id": "m"}, "data": {"id": "d"}}, {}, [f"{field}=0x{'f' * 5000}"])

@@ -16,6 +16,8 @@ import instructions
 import pretrain
 from rankscope.demo import data_path, model_path
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "### Question: {instruction}\n{input}\n ### Answer: {output}"
 
