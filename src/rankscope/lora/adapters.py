@@ -39,8 +39,12 @@ def lora_config(candidate: Candidate, base: str | None = None) -> LoraConfig:
     )
 
 
-def inject(config: LoraConfig, model: nn.Module, name: str, empty: bool = False) -> None:
-    """PEFT's injection; with `empty` on the meta device.
+def inject(
+    config: LoraConfig, model: nn.Module, name: str, empty: bool = False, embeddings: bool = False
+) -> None:
+    """Inject an adapter as PEFT does; with `empty` on the meta device.
+
+    `embeddings` allows adapters on embeddings, which saved adapters may have and rankscope does not train.
 
     Raises:
         StudyError: a target module matches nothing, or cannot carry LoRA; the message names those that can.
@@ -59,6 +63,12 @@ def inject(config: LoraConfig, model: nn.Module, name: str, empty: bool = False)
             inject_adapter_in_model(config, model, name, low_cpu_mem_usage=empty)
         except ValueError as error:
             raise StudyError(f"adapter.target_modules: {str(error).strip().splitlines()[0]}", todo) from None
+    embedding = next((module for module, layer in lora_layers(model) if name in layer.lora_embedding_A), None)
+    if embedding and not embeddings:
+        raise StudyError(
+            f"adapter.target_modules: {embedding} is an embedding, and rankscope trains no adapters on embeddings",
+            f"Leave {embedding.rsplit('.', 1)[-1]} out. {todo}",
+        )
 
 
 def add_adapter(model: PreTrainedModel, trial: Trial, base: str | None = None) -> LoraConfig:
@@ -68,7 +78,7 @@ def add_adapter(model: PreTrainedModel, trial: Trial, base: str | None = None) -
     same numbers whatever else is in the pack.
 
     Raises:
-        StudyError: the target modules match nothing, or cannot carry LoRA.
+        StudyError: the target modules match nothing, or cannot carry LoRA, or are embeddings.
     """
     config = lora_config(trial.candidate, base)
     with torch.random.fork_rng(devices=[]):

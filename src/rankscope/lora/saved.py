@@ -149,7 +149,7 @@ def attach(model: PreTrainedModel, name: str, adapter: SavedAdapter) -> None:
     """
     key, config = adapter_key(name), _by_name(adapter)
     try:
-        inject(config, model, key)
+        inject(config, model, key, embeddings=True)
         to_float32(model, name)
         tensors = _tensors(adapter)
         for other in adapter.others:  # PEFT looks for modules that were saved whole by their names in this model
