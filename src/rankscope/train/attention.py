@@ -5,6 +5,7 @@ OPT in transformers 5 builds its mask without looking at position ids, so plain 
 sequences of a flattened batch see each other.
 """
 
+from inspect import signature
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -107,6 +108,12 @@ def _varlen(
     """All sequences in one kernel, on a GPU in half precision. Not yet run on one: see docs/lab-notes.md."""
     from torch.nn.attention.varlen import varlen_attn
 
+    options: dict[str, Any] = {}
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and "enable_gqa" in signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+    elif groups > 1:  # torch 2.11
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     offsets = torch.tensor(starts, dtype=torch.int32, device=query.device)
     out = varlen_attn(
         query[0].transpose(0, 1).contiguous(),
@@ -118,7 +125,7 @@ def _varlen(
         longest,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **options,
     )
     assert isinstance(out, Tensor)
     return out[None]
