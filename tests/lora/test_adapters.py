@@ -32,7 +32,7 @@ TRAINING = TrainingSpec(steps=5, batch_size=4, warmup_ratio=0.0)
 def train(name: str, trials: list[Trial], tokens: Tokens) -> tuple[PackedEngine, list[Member]]:
     model = tiny_model(name)
     members = [make_member(model, trial, TRAINING, 5, "base/model") for trial in trials]
-    engine, reason, _ = choose_engine(model, members, TRAINING)
+    engine, reason, _ = choose_engine(model, members, TRAINING, 20)
     assert reason is None or name == "mixtral"
     for step in range(5):
         train_step(engine, members, tokens, TRAINING, step)
@@ -152,7 +152,7 @@ def test_a_model_without_its_adapters_is_the_one_it_was(name: str, one_by_one: b
         assert {key: id(weight) for key, weight in model.named_parameters()} == {k: id(w) for k, w in weights.items()}
 
 
-@pytest.mark.parametrize("name, embedding", [("llama-gqa", "embed_tokens"), ("gpt2", "wpe")])
+@pytest.mark.parametrize(("name", "embedding"), [("llama-gqa", "embed_tokens"), ("gpt2", "wpe")])
 def test_an_embedding_is_refused(name: str, embedding: str) -> None:
     """PEFT would inject factors of other names (lora_embedding_A), which nothing here trains, counts or saves."""
     linear = "q_proj" if name == "llama-gqa" else "c_attn"

@@ -197,7 +197,7 @@ def test_what_is_recomputed_is_decided_by_the_memory_that_is_free(
     monkeypatch.setattr(loop, "free_bytes", lambda device: free)
     model, training = tiny_model("opt-post-norm"), recipe(batch_size=2).model_copy(update={"engine": engine})
     member = make_member(model, make_trial(4, 1e-3), training, STEPS)
-    chosen = loop.choose_engine(model, [member], training).engine
+    chosen = loop.choose_engine(model, [member], training, 20).engine
     calls = []
     own = recompute.checkpoint
     monkeypatch.setattr(recompute, "checkpoint", lambda *args, **kwargs: (calls.append(1), own(*args, **kwargs))[1])

@@ -4,8 +4,10 @@ import logging
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from models import UNPACKABLE, tiny_model
+from rankscope.data.tokens import Tokens
 from rankscope.lora.adapters import add_adapter
 from rankscope.lora.layout import NotPackable
 from rankscope.spec.models import TrainingSpec
@@ -26,7 +28,7 @@ def test_unpackable_architectures_are_trained_as_peft_does(name: str, caplog: py
     model = tiny_model(name)
     member = make_member(model, trial, TRAINING, 6)
     with caplog.at_level(logging.WARNING):
-        engine, reason, _ = choose_engine(model, [member], TRAINING)
+        engine, reason, _ = choose_engine(model, [member], TRAINING, 20)
     assert engine.name == "peft"
     assert reason is not None
     assert "cannot be packed" in caplog.text
@@ -35,6 +37,47 @@ def test_unpackable_architectures_are_trained_as_peft_does(name: str, caplog: py
     assert losses == pytest.approx(expected.losses, rel=1e-5)
     for key, value in expected.weights.items():
         torch.testing.assert_close(member.weights[key].detach(), value, rtol=0, atol=1e-5)
+
+
+def longrope_model() -> PreTrainedModel:
+    """Rotations that change for all positions of a forward when one of them is beyond 12."""
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 12,
+        "short_factor": [1.0] * 4, "long_factor": [4.0, 8.0, 16.0, 32.0],
+    }  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=131, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+        max_position_embeddings=128, rope_parameters=rope,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3.0)
+    model.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("engine", ["packed", "peft"])
+def test_rows_beyond_the_original_length_of_longrope_are_taken_one_at_a_time(engine: str) -> None:
+    tokens, trial, model = random_tokens(20, shortest=6, longest=20), make_trial(4, 1e-3), longrope_model()
+    assert tokens.lengths.min() <= 12 < tokens.lengths.max()
+    training = TRAINING.model_copy(update={"engine": engine})
+    member = make_member(model, trial, training, 6)
+    chosen, reason, _ = choose_engine(model, [member], training, int(tokens.lengths.max()))
+    assert chosen.name == "peft"
+    assert reason is None if engine == "peft" else "original_max_position_embeddings of 12" in str(reason)
+    (together,) = chosen.evaluate(tokens, [trial.name])
+    alone = [chosen.evaluate(Tokens.from_examples([tokens[i]]), [trial.name])[0].mean for i in range(len(tokens))]
+    assert together.loss == pytest.approx(alone, rel=1e-5)
+
+
+def test_rows_within_the_original_length_of_longrope_are_packed() -> None:
+    tokens, trials, model = random_tokens(20, longest=12), [make_trial(4, 1e-3), make_trial(8, 1e-3)], longrope_model()
+    members = [make_member(model, trial, TRAINING, 6) for trial in trials]
+    engine, reason, _ = choose_engine(model, members, TRAINING, int(tokens.lengths.max()))
+    assert (engine.name, reason) == ("packed", None)
 
 
 def test_an_adapter_on_the_output_layer_is_not_packed() -> None:
@@ -99,7 +142,7 @@ def test_bfloat16_packed_is_close_to_peft_under_autocast() -> None:
         model = tiny_model("llama-gqa", torch.bfloat16)
         member = make_member(model, trial, TRAINING, 6)
         training = TRAINING.model_copy(update={"engine": kind})
-        engine = choose_engine(model, [member], training).engine
+        engine = choose_engine(model, [member], training, 20).engine
         assert engine.name == kind
         assert all(weight.dtype == torch.float32 for weight in member.weights.values())
         losses[kind] = [train_step(engine, [member], tokens, training, step)[0].loss for step in range(6)]
@@ -112,6 +155,6 @@ def test_memory_budget_divides_the_step(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(loop, "free_bytes", lambda device: 1_000_000)
     model, trial = tiny_model("opt-post-norm"), make_trial(4, 1e-3)
     member = make_member(model, trial, TRAINING, 6)
-    engine = choose_engine(model, [member], TRAINING).engine
+    engine = choose_engine(model, [member], TRAINING, 20).engine
     assert isinstance(engine, PackedEngine)
     assert 50 < engine.tokens_per_forward < 500

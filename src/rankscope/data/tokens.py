@@ -98,6 +98,12 @@ class TokenizedData:
     sha256: str = ""
     """Of the file that it was loaded from; empty before it is saved."""
 
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest sequence of any part."""
+        parts = [self.train, self.eval, *([self.general] if self.general else [])]
+        return max(int(part.lengths.max(initial=0)) for part in parts)
+
 
 def prepare(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> TokenizedData:
     """Reads, renders, tokenises, cuts and splits the data of a study; the same input gives the same tokens.

@@ -53,7 +53,7 @@ def train_full(spec: StudySpec, trial: FullTrial, folder: Path, data: TokenizedD
     model = load_model(spec.model.model_copy(update={"dtype": "float32"}))
     weights = fingerprint(model)
     member = make_full_member(model, trial, spec.training, total_steps(spec.training, len(data.train)))
-    choice = choose_engine(model, [member], spec.training)
+    choice = choose_engine(model, [member], spec.training, data.longest_row)
     choice.engine.mixed = resolve_dtype(spec.model.dtype, resolve_device(spec.model.device)) == torch.bfloat16
     facts = {
         "engine": "packed" if choice.engine.name == "packed" else "padded",

@@ -39,9 +39,7 @@ def lora_config(candidate: Candidate, base: str | None = None) -> LoraConfig:
     )
 
 
-def inject(
-    config: LoraConfig, model: nn.Module, name: str, empty: bool = False, embeddings: bool = False
-) -> None:
+def inject(config: LoraConfig, model: nn.Module, name: str, empty: bool = False, embeddings: bool = False) -> None:
     """Inject an adapter as PEFT does; with `empty` on the meta device.
 
     `embeddings` allows adapters on embeddings, which saved adapters may have and rankscope does not train.
@@ -110,7 +108,7 @@ def remove_adapters(model: PreTrainedModel) -> None:
 def remove_adapter(model: PreTrainedModel, adapter: str) -> None:
     """Takes one adapter off the model; a layer that then carries none is the base layer again."""
     key, trained = adapter_key(adapter), [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for name, layer in lora_layers(model):
+    for _, layer in lora_layers(model):
         if key in layer.lora_A:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")

@@ -119,7 +119,7 @@ def _take_piece(
     members = {rank: make_member(model, _trial(spec, trial, rank), spec.training, 1, spec.model.id) for rank in ranks}
     kept = {rank: kept_energy(layers, uniform_ranks(layers, rank)) for rank in ranks}
     # Chosen while the adapters still add nothing: the probe holds one of them against the model's own forward.
-    engine = choose_engine(model, list(members.values()), spec.training).engine
+    engine = choose_engine(model, list(members.values()), spec.training, data.longest_row).engine
     for rank, member in members.items():
         _fill(member, layers, None if rank == trial.candidate.rank else rank)
     uncut = trial.candidate.rank

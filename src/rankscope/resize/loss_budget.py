@@ -22,7 +22,7 @@ from rankscope.train.engine import (
     PeftEngine,
     tokens_per_forward,
 )
-from rankscope.train.probe import make_packable, use_own_forward
+from rankscope.train.probe import dependent_rows_reason, make_packable, use_own_forward
 
 Ranks = dict[str, int]
 
@@ -145,7 +145,7 @@ def held_out_losses(
         attention = model.config._attn_implementation
         with attached(model, name, adapter):
             try:
-                (losses[name],) = _engine(model, name).evaluate(tokens, [name])
+                (losses[name],) = _engine(model, name, int(tokens.lengths.max())).evaluate(tokens, [name])
             finally:
                 use_own_forward(model, attention)
         if not np.isfinite(losses[name].loss).all():
@@ -153,13 +153,16 @@ def held_out_losses(
     return losses
 
 
-def _engine(model: PreTrainedModel, adapter: str) -> Engine:
+def _engine(model: PreTrainedModel, adapter: str, longest_row: int) -> Engine:
+    dependent = dependent_rows_reason(model.config, longest_row)
     try:
+        if dependent:
+            raise NotPackable(dependent)
         make_packable(model, [adapter])
     except NotPackable:
         per_token = LOGIT_BYTES * model.config.get_text_config().vocab_size
         fitting = tokens_per_forward(free_bytes(model.device), per_token, model.device.type)
-        return PeftEngine(model, _ROWS, tokens_per_forward=fitting)
+        return PeftEngine(model, 1 if dependent else _ROWS, tokens_per_forward=fitting)
     return PackedEngine(model, EVAL_TOKENS)
 
 

@@ -26,7 +26,7 @@ from rankscope.train.checkpoint import load_checkpoint, save_checkpoint
 from rankscope.train.engine import LOGIT_BYTES, Engine, ExampleLosses, PackedEngine, PeftEngine, tokens_per_forward
 from rankscope.train.flops import Cost, Products, count_costs, product_rate
 from rankscope.train.optimizer import state_sizes
-from rankscope.train.probe import make_packable, probe_tokens
+from rankscope.train.probe import dependent_rows_reason, make_packable, probe_tokens
 from rankscope.train.recompute import recompute_layers
 from rankscope.train.step import (
     Member,
@@ -51,16 +51,22 @@ class EngineChoice(NamedTuple):
     costs: dict[str, Cost]
 
 
-def choose_engine(model: PreTrainedModel, members: Sequence[Member], training: TrainingSpec) -> EngineChoice:
+def choose_engine(
+    model: PreTrainedModel, members: Sequence[Member], training: TrainingSpec, longest_row: int
+) -> EngineChoice:
     """The packed engine where the model can be packed (probed on the model itself), PEFT's own elsewhere.
 
-    Its forwards have as many tokens as the memory that is free after loading allows.
+    Its forwards have as many tokens as the memory that is free after loading allows. Rows of up to `longest_row` tokens
+    that would depend on their neighbours are not packed: PEFT's forward takes them one at a time.
     """
     dropout, reason = training.base_dropout == "keep", None
     names = [member.trial.name for member in members]
-    engine: PackedEngine | PeftEngine = PeftEngine(model, training.batch_size, dropout)
+    dependent = dependent_rows_reason(model.config, longest_row)
+    engine: PackedEngine | PeftEngine = PeftEngine(model, 1 if dependent else training.batch_size, dropout)
     if training.engine == "packed":
         try:
+            if dependent:
+                raise NotPackable(dependent)
             make_packable(model, names)
             engine = PackedEngine(model, 1 << 30, dropout)
         except NotPackable as error:
@@ -122,7 +128,7 @@ def train_pack(
     """
     steps = total_steps(spec.training, len(data.train))
     members = [make_member(model, trial, spec.training, steps, spec.model.id) for trial in trials]
-    choice = choose_engine(model, members, spec.training)
+    choice = choose_engine(model, members, spec.training, data.longest_row)
     facts = {
         "pack": pack,
         "engine": choice.engine.name,

@@ -5,6 +5,7 @@ registered attention (some still carry their own) lets sequences of a flattened 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +43,26 @@ def make_packable(model: PreTrainedModel, adapters: Sequence[str]) -> None:
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
         use_own_forward(model, own_attention)
         raise NotPackable(f"its packed forward fails: {str(error).strip().splitlines()[0]}") from error
+
+
+def dependent_rows_reason(config: Any, longest_row: int) -> str | None:
+    """Why rows of up to `longest_row` tokens would depend on their neighbours in a forward; None where they do not.
+
+    With longrope (Ding et al. 2024, arXiv:2402.13753) transformers takes other rotations for all positions of a
+    forward in which any position is beyond the original length: a long row would change every row beside it.
+    """
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [
+        parameters,
+        *(value for value in parameters.values() if isinstance(value, dict)),
+    ]  # one for each layer type
+    lengths = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+    if not lengths or longest_row <= min(lengths):
+        return None
+    return (
+        f"rows of up to {longest_row:,} tokens are longer than its original_max_position_embeddings of "
+        f"{min(lengths):,}, beyond which longrope changes all rows of a forward"
+    )
 
 
 def use_packed_forward(model: PreTrainedModel) -> None:
