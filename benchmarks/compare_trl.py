@@ -52,7 +52,7 @@ from typing import Any, NamedTuple
 from rankscope.files import read_json, read_jsonl, write_json
 from rankscope.jobs.local import ENVIRONMENT
 from rankscope.measure.machine import hardware, versions
-from rankscope.study.folder import Study
+from rankscope.study.study import Study
 
 # torch and TRL are imported in the children only: a child's ru_maxrss begins with the memory of the process it was
 # started from, so this one must stay small.

@@ -26,7 +26,8 @@ from rankscope.plan.memory import predict
 from rankscope.plan.runtime import forecast
 from rankscope.spec.models import StudySpec
 from rankscope.spec.options import assemble
-from rankscope.study.folder import CONTROL, Study
+from rankscope.study.folder import CONTROL
+from rankscope.study.study import Study
 from rankscope.train.prepare import prepare_data
 
 

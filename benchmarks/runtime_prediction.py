@@ -22,7 +22,7 @@ from pathlib import Path
 import pandas as pd
 
 from rankscope.analysis.costs import noise_floor
-from rankscope.study.folder import Study
+from rankscope.study.study import Study
 
 TARGET = 0.05
 

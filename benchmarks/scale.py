@@ -42,7 +42,8 @@ from rankscope.plan.runtime import START_SECONDS
 from rankscope.spec.candidates import Trial
 from rankscope.spec.models import StudySpec
 from rankscope.spec.options import assemble
-from rankscope.study.folder import TRIAL_FILES, Division, Study
+from rankscope.study.folder import TRIAL_FILES, Division
+from rankscope.study.study import Study
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 TRIALS = (10, 100, 1000, 10000)
@@ -230,7 +231,7 @@ def show_schedules() -> Iterator[str]:
 READ = """
 import json, resource, sys, time
 start = time.perf_counter()
-from rankscope.study.folder import Study
+from rankscope.study.study import Study
 rows = len(Study.open(sys.argv[1]).evidence().curves)
 seconds, usage = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
 cpu_seconds, peak_bytes = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024

@@ -13,8 +13,8 @@ import rankscope
 from folders import write_data, write_model
 from rankscope.errors import ModelError, StudyDirectoryError
 from rankscope.files import read_json, read_jsonl
-from rankscope.study.folder import Study
 from rankscope.study.missing import unfinished
+from rankscope.study.study import Study
 from rankscope.ui.console import PlainConsole
 from told import Told
 
@@ -178,12 +178,12 @@ def test_a_profile_that_is_killed_is_told_and_measured_again(
     study = run(root, tmp_path / "study", ranks=[2], steps=2)
     assert unfinished(study) == []
     reason = "profile r002 was killed (signal 9)"
-    assert study.unmet()["r002"] == {"status": "interrupted", "reason": reason}
+    assert study.open_failures()["r002"] == {"status": "interrupted", "reason": reason}
     assert reason in (study.path / "report" / "report.md").read_text()
     assert study.profiles().empty
     harm("pass")
     again = run(root, tmp_path / "study", ranks=[2], steps=2)
-    assert again.unmet() == {}
+    assert again.open_failures() == {}
     assert len(again.profile_repeats("r002")) == 1
     assert "was killed" not in (study.path / "report" / "report.md").read_text()
 

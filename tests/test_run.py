@@ -18,8 +18,8 @@ from rankscope.analysis.costs import noise_floor
 from rankscope.data.tokens import load
 from rankscope.errors import StudyDirectoryError, StudyError
 from rankscope.files import read_json
-from rankscope.study.folder import Study
 from rankscope.study.missing import unfinished
+from rankscope.study.study import Study
 from rankscope.ui.outcome import show_outcome
 
 OPTIONS = {"ranks": [2, 16], "seeds": [0, 1], "steps": 6, "batch_size": 4, "learning_rates": [5e-3]}

@@ -15,8 +15,8 @@ import rankscope
 from folders import write_data, write_model
 from rankscope.errors import ModelError
 from rankscope.pipeline import finish
-from rankscope.study.folder import Study
 from rankscope.study.missing import unfinished
+from rankscope.study.study import Study
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,7 @@ from rankscope.errors import StudyError
 from rankscope.lora.saved import read_adapter
 from rankscope.measure.profile import profile_candidate
 from rankscope.resize.pattern import propose
-from rankscope.study.folder import Study
+from rankscope.study.study import Study
 from told import Told
 
 VARIANTS = ["pissa", "dora"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rankscope.pipeline import run
-    from rankscope.study.folder import Study
+    from rankscope.study.study import Study
 
     open = Study.open
 
@@ -24,7 +24,7 @@ def __getattr__(name: str) -> Any:
 
         return run
     if name in ("Study", "open"):
-        from rankscope.study.folder import Study
+        from rankscope.study.study import Study
 
         return Study if name == "Study" else Study.open
     raise AttributeError(f"module 'rankscope' has no attribute {name!r}")

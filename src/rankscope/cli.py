@@ -140,8 +140,8 @@ def run(
     spec = _spec(study, set_, **{name: value for name, value in locals().items() if name not in _NOT_ASKED})
     path = out or Path(spec.name)
     from rankscope import pipeline
-    from rankscope.study.folder import Study
     from rankscope.study.missing import unfinished
+    from rankscope.study.study import Study
     from rankscope.ui.outcome import describe_outcome, show_outcome
     from rankscope.ui.plan import show_progress_so_far
     from rankscope.ui.progress import TerminalProgress
@@ -160,7 +160,7 @@ def run(
     else:
         show_outcome(result, console, lang)
     left = {trial.name: result.trial_record(trial) for trial in unfinished(result)}
-    left |= {_unmeasured_name(name): failure for name, failure in result.unmet().items()}
+    left |= {_unmeasured_name(name): failure for name, failure in result.open_failures().items()}
     for name, record in left.items():
         error_console.print(f"{name}: {record['status']}: {record.get('reason')}", markup=False, style="yellow")
     if left:
@@ -261,7 +261,7 @@ def report(
 ) -> None:
     """Conclude again from a study's files, and rebuild its report."""
     from rankscope.pipeline import finish
-    from rankscope.study.folder import Study
+    from rankscope.study.study import Study
     from rankscope.text.verdict import verdict_sentence
     from rankscope.ui.outcome import describe_outcome
 
@@ -288,7 +288,7 @@ def curve(
     from rankscope.jobs.curve import take_curve
     from rankscope.report.curve import cut_curve
     from rankscope.spec.options import comma_list
-    from rankscope.study.folder import Study
+    from rankscope.study.study import Study
     from rankscope.text.catalogue import load
     from rankscope.ui.outcome import describe_curve
     from rankscope.ui.progress import TerminalProgress
@@ -325,7 +325,7 @@ def pattern(
     """Propose ranks by layer for the parameters of a uniform rank, as a study that trains and judges both."""
     from rankscope.report.variants import pattern_table
     from rankscope.resize.pattern import by_module, propose, write_proposal
-    from rankscope.study.folder import Study
+    from rankscope.study.study import Study
     from rankscope.text.catalogue import load
 
     study, text = Study.open(directory), load(lang)
@@ -354,7 +354,7 @@ def watch(
     lang: Language = "en",
 ) -> None:
     """Follow a study that runs, on a page that updates, or in the terminal. Ctrl-C ends the watching alone."""
-    from rankscope.study.folder import Study
+    from rankscope.study.study import Study
     from rankscope.ui.watch import Watch, address, serve, watch_terminal
 
     watched = Watch(Study.open(directory), lang)

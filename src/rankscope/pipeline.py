@@ -22,6 +22,7 @@ from rankscope.jobs.launchers import make_launcher
 from rankscope.jobs.packs import train
 from rankscope.jobs.profiles import measure
 from rankscope.jobs.reference import train_reference
+from rankscope.jobs.repair import remove_corrupt, remove_leftovers
 from rankscope.measure.machine import Site, describe_machine
 from rankscope.plan.checks import check_ranks, check_space
 from rankscope.plan.memory import predict
@@ -31,8 +32,9 @@ from rankscope.report.card import write_cards
 from rankscope.spec.candidates import FullTrial, Trial
 from rankscope.spec.models import StudySpec
 from rankscope.spec.options import assemble
-from rankscope.study.folder import CURVE, Study
+from rankscope.study.folder import CURVE, StudyFolder
 from rankscope.study.missing import missing_reference, missing_trials
+from rankscope.study.study import Study
 from rankscope.text.catalogue import load as load_catalogue
 from rankscope.track import choose_trackers
 from rankscope.track.tracker_process import reporting
@@ -80,7 +82,8 @@ def run_study(
     launcher: str = "local",
     ray_address: str | None = None,
 ) -> Study:
-    """The main path, for a resolved study. What fails is recorded, not raised: see `unfinished` and `Study.unmet`."""
+    """The main path, for a resolved study. What fails is recorded, not raised: see `unfinished` and
+    `StudyFolder.open_failures`."""
     load_catalogue(language)  # refused now, not when all is trained
     trackers = choose_trackers(report_to)
     with make_launcher(launcher, spec.model, ray_address, progress.say) as launching:
@@ -116,8 +119,8 @@ def _run(
 ) -> None:
     spec, site, prediction = study.spec, place.site, place.prediction
     with study.lock(), _marking_interrupted(study):
-        study.remove_leftovers()
-        for name in study.remove_damaged():
+        remove_leftovers(study)
+        for name in remove_corrupt(study):
             again = "; `rankscope curve` makes it again" if name == CURVE else ", and made again"
             progress.say(f"{name} was damaged: it is removed{again}.")
         data = _study_data(study, prepared)
@@ -180,7 +183,7 @@ def _marking_interrupted(study: Study) -> Iterator[None]:
     except KeyboardInterrupt:
         for trial in study.all_trials():
             if study.trial_record(trial)["status"] == "running":
-                study.settle(trial, "interrupted", "interrupted by the user")
+                study.mark_ended(trial, "interrupted", "interrupted by the user")
         raise
 
 
@@ -188,8 +191,8 @@ class _Silent:
     """Progress that shows nothing."""
 
     def say(self, message: str) -> None: ...
-    def training(self, study: Study, pack: str, trials: Sequence[Trial], steps: int) -> None: ...
-    def reference(self, study: Study, trial: FullTrial, steps: int) -> None: ...
+    def training(self, study: StudyFolder, pack: str, trials: Sequence[Trial], steps: int) -> None: ...
+    def reference(self, study: StudyFolder, trial: FullTrial, steps: int) -> None: ...
     def ended(self, name: str) -> None: ...
     def measuring(self, done: int, total: int, name: str) -> None: ...
     def poll(self) -> None: ...

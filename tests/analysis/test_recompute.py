@@ -11,7 +11,7 @@ import rankscope
 from folders import write_data, write_model
 from rankscope.files import read_json, write_json
 from rankscope.pipeline import finish
-from rankscope.study.folder import Study
+from rankscope.study.study import Study
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "recompute.py"
 

@@ -21,7 +21,7 @@ from rankscope.jobs.launchers import make_launcher
 from rankscope.jobs.local import LocalLauncher
 from rankscope.jobs.queue import run_jobs
 from rankscope.spec.models import ModelSpec
-from rankscope.study.folder import Study
+from rankscope.study.study import Study
 from told import Told
 
 STEPS = 150

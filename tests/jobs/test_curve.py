@@ -16,7 +16,7 @@ from rankscope.cli import app
 from rankscope.errors import KilledError, StudyDirectoryError, StudyError
 from rankscope.files import read_json, write_json
 from rankscope.jobs.curve import lower_ranks, take_curve
-from rankscope.study.folder import Study
+from rankscope.study.study import Study
 from told import Told
 
 SETS = ("measure.profiles=false", "measure.answers=0", "data.eval_rows=12", "training.evals=1")
@@ -174,7 +174,7 @@ def test_one_that_is_killed_keeps_what_it_has(copy: Study, whole: Study, tmp_pat
     """The child is killed after its third piece, in the second seed's training."""
     hook = """
     import os, signal
-    from rankscope.study.folder import Study
+    from rankscope.study.study import Study
     own, done = Study.add_cuts, []
     def add(self, cuts):
         own(self, cuts)

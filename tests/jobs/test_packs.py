@@ -17,7 +17,7 @@ from rankscope.jobs.context import Place
 from rankscope.plan.memory import predict
 from rankscope.spec.models import StudySpec
 from rankscope.spec.options import assemble
-from rankscope.study.folder import Study
+from rankscope.study.study import Study
 from rankscope.train.prepare import prepare_data
 from told import Told
 

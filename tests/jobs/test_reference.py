@@ -19,7 +19,7 @@ from rankscope.data.tokens import load
 from rankscope.errors import DataError, OutOfMemoryError, WorkerError
 from rankscope.files import read_json
 from rankscope.jobs.local import LocalLauncher
-from rankscope.study.folder import Study
+from rankscope.study.study import Study
 
 OPTIONS: dict[str, Any] = {
     "ranks": [4, "full"], "seeds": [0, 1], "steps": 6, "batch_size": 4, "learning_rates": [3e-3]

@@ -17,7 +17,7 @@ from rankscope.plan.plan import make_fleet, make_plan, parse_gpu_flops, parse_gp
 from rankscope.plan.runtime import Forecast, forecast, largest_fitting_rank, study_seconds
 from rankscope.spec.models import DataSpec, ModelSpec, StudySpec, TrainingSpec
 from rankscope.spec.options import assemble
-from rankscope.study.folder import Study
+from rankscope.study.study import Study
 from rankscope.train.prepare import prepare_data
 
 PLENTY = 10**12

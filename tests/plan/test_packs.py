@@ -17,8 +17,8 @@ from rankscope.plan.checks import disk_bytes
 from rankscope.plan.memory import FULL_STEP_TOKENS, CostModel, predict
 from rankscope.plan.packs import divide_into_packs
 from rankscope.spec.models import DataSpec, ModelSpec, ReferenceSpec, StudySpec, TrainingSpec
-from rankscope.study.folder import Study
 from rankscope.study.missing import ProfileJob, missing_profiles
+from rankscope.study.study import Study
 from rankscope.text.formats import size
 from rankscope.train.checkpoint import KEPT
 

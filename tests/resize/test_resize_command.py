@@ -20,7 +20,7 @@ from rankscope.cli import app
 from rankscope.data.tokens import Tokens, load
 from rankscope.errors import ModelError, RankscopeError, StudyError
 from rankscope.lora.saved import CONFIG, WEIGHTS, read_adapter
-from rankscope.study.folder import Study
+from rankscope.study.study import Study
 
 RANK = 6
 

@@ -13,7 +13,7 @@ from rankscope.errors import StudyDirectoryError, StudyError
 from rankscope.files import inside, write_json
 from rankscope.spec.options import assemble, read_study_file
 from rankscope.spec.resolve import resolve_spec
-from rankscope.study.folder import Study
+from rankscope.study.study import Study
 from report.report_evidence import make_evidence, make_spec
 
 SPEC = make_spec(ranks=[8], seeds=[0], reference={"full": True})
@@ -119,7 +119,7 @@ def test_a_link_made_after_the_study_was_opened_is_refused_too(study: Path, outs
     opened = Study.open(study)
     link(study / "trials" / TRIAL.name, outside)
     with pytest.raises(StudyDirectoryError, match="symbolic link"):
-        opened.settle(TRIAL, "failed", "x")
+        opened.mark_ended(TRIAL, "failed", "x")
     link(study / "profiles" / "r008.json", outside / "trial.json")
     with pytest.raises(StudyDirectoryError, match="symbolic link"):
         opened.profile_repeats("r008")

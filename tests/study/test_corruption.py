@@ -15,7 +15,8 @@ from folders import write_data, write_model
 from rankscope.errors import RankscopeError, StudyDirectoryError, StudyError
 from rankscope.files import read_json
 from rankscope.jobs.curve import take_curve
-from rankscope.study.folder import Study
+from rankscope.jobs.repair import remove_corrupt
+from rankscope.study.study import Study
 from told import Told
 
 OPTIONS: dict[str, Any] = {
@@ -100,7 +101,7 @@ def test_every_file_that_is_harmed_is_seen_or_means_the_same(
             (copy / name).write_bytes(harmed)
             tried += 1
             try:
-                unchanged = not Study.open(copy).remove_damaged()
+                unchanged = not remove_corrupt(Study.open(copy))
                 assert not unchanged or all(same(value, known[key]) for key, value in read(copy).items()), name
                 assert not unchanged or name.suffix not in (".safetensors", ".jsonl"), name
                 seen += not unchanged

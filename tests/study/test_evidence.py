@@ -16,11 +16,14 @@ from launchers import Ending, place
 from rankscope import cli, pipeline
 from rankscope.errors import DamagedError, KilledError, OutOfMemoryError, StudyDirectoryError, StudyError
 from rankscope.files import damaged, file_hashes, read_json, write_json
-from rankscope.jobs import packs as jobs
+from rankscope.jobs.answers import answer_missing
+from rankscope.jobs.profiles import measure
+from rankscope.jobs.repair import remove_corrupt, remove_leftovers
 from rankscope.report import build
 from rankscope.search.folder import Search
 from rankscope.search.space import resolve_search
-from rankscope.study.folder import TRIAL_FILES, Study
+from rankscope.study.folder import TRIAL_FILES
+from rankscope.study.study import Study
 from rankscope.ui.watch import Watch
 from told import Told
 
@@ -46,11 +49,11 @@ def test_what_cannot_be_read_is_not_taken_for_damaged(study: Study, name: str) -
     file.rename(file.with_name("kept"))
     file.mkdir()
     with pytest.raises(StudyDirectoryError, match=f"{name}: cannot be read: Is a directory") as caught:
-        study.remove_damaged()
+        remove_corrupt(study)
     assert not isinstance(caught.value, DamagedError)
     file.rmdir()
     file.with_name("kept").rename(file)
-    assert study.remove_damaged() == []
+    assert remove_corrupt(study) == []
 
 
 SCHEMAS = {
@@ -71,7 +74,7 @@ def test_what_a_newer_version_wrote_is_refused_and_kept(study: Study, name: str)
         write_json(study.path / TRIAL / "trial.json", trial | {"files": file_hashes(study.path / TRIAL, TRIAL_FILES)})
     message = rf"{name}: made by a newer rankscope: its schema is {SCHEMAS[name] + 1}, and .* {SCHEMAS[name]} at most"
     with pytest.raises(StudyDirectoryError, match=message) as caught:
-        study.remove_damaged()
+        remove_corrupt(study)
     assert not isinstance(caught.value, DamagedError)
     assert "pip install --upgrade rankscope" in caught.value.todo
     assert file.exists()
@@ -125,8 +128,8 @@ def test_what_is_whole_but_odd_is_named_and_made_again(study: Study, case: str) 
     write_json(file, change(read_json(file, schema=2) if file.exists() else {}))
     with pytest.raises(DamagedError, match=rf"{name}: damaged: not as it is written: .*{message}"):
         read_all(study)
-    assert study.remove_damaged() == [TRIAL if name.startswith(TRIAL) else "data" if "facts" in name else name]
-    assert study.remove_damaged() == []
+    assert remove_corrupt(study) == [TRIAL if name.startswith(TRIAL) else "data" if "facts" in name else name]
+    assert remove_corrupt(study) == []
 
 
 ROWS = {
@@ -142,12 +145,10 @@ def test_odd_lines_of_a_trial_that_runs_are_named_and_removed(study: Study, case
     trial, metrics = study.path / TRIAL / "trial.json", study.path / TRIAL / "metrics.jsonl"
     write_json(trial, read_json(trial) | {"status": "running", "results": None, "files": {}})
     metrics.write_text(ROWS[case] + metrics.read_text())
-    for read in (study.evidence, Watch(study, "en").state, study.remove_damaged):
-        if read == study.remove_damaged:
-            assert read() == [f"{TRIAL}/metrics.jsonl"]
-        else:
-            with pytest.raises(DamagedError, match=r"metrics.jsonl: damaged"):
-                read()
+    for read in (study.evidence, Watch(study, "en").state):
+        with pytest.raises(DamagedError, match=r"metrics.jsonl: damaged"):
+            read()
+    assert remove_corrupt(study) == [f"{TRIAL}/metrics.jsonl"]
     assert study.trial_record(study.spec.trials()[-1])["status"] == "running"
 
 
@@ -184,10 +185,10 @@ def test_temporary_files_of_kills_are_removed_and_never_hashed(study: Study) -> 
     assert sorted(file_hashes(study.path / TRIAL, TRIAL_FILES)) == [
         "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "eval.json", "metrics.jsonl"
     ]  # fmt: skip
-    study.remove_leftovers()
+    remove_leftovers(study)
     assert not any(file.exists() for file in (*left, old))
     assert all(file.exists() for file in of_report), "a report may be writing them"
-    assert study.remove_damaged() == []
+    assert remove_corrupt(study) == []
 
 
 @pytest.fixture
@@ -255,8 +256,8 @@ def test_a_profile_that_fails_is_recorded_told_and_measured_again(
         (study.path / "profiles" / f"{name}.json").unlink()
     ends = {"r002": KILLED, "r008": NO_MEMORY}
     said = Told()
-    jobs.measure(study, place(Ending(lambda path, job: ends[job["profile"]])), said)
-    assert study.unmet() == {
+    measure(study, place(Ending(lambda path, job: ends[job["profile"]])), said)
+    assert study.open_failures() == {
         "r002": {"status": "interrupted", "reason": KILLED.what},
         "r008": {"status": "oom", "reason": NO_MEMORY.what},
     }
@@ -270,8 +271,8 @@ def test_a_profile_that_fails_is_recorded_told_and_measured_again(
     def measured(path: Path, job: dict[str, Any]) -> None:
         (path / "profiles" / f"{job['profile']}.json").write_bytes(kept)
 
-    jobs.measure(study, place(Ending(measured)), Told())
-    assert study.unmet() == {}
+    measure(study, place(Ending(measured)), Told())
+    assert study.open_failures() == {}
     assert study.failures() == {}
 
 
@@ -302,8 +303,8 @@ def test_answers_that_fail_are_recorded(study: Study) -> None:
     asked = Study(
         study.path, study.spec.model_copy(update={"measure": study.spec.measure.model_copy(update={"answers": 1})})
     )
-    jobs.answer(asked, place(Ending(lambda *_: NO_MEMORY)), Told())
-    assert asked.unmet() == {"answers": {"status": "oom", "reason": NO_MEMORY.what}}
+    answer_missing(asked, place(Ending(lambda *_: NO_MEMORY)), Told())
+    assert asked.open_failures() == {"answers": {"status": "oom", "reason": NO_MEMORY.what}}
 
 
 def test_trials_beside_one_that_diverged_are_named(study: Study) -> None:

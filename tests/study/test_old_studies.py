@@ -12,6 +12,7 @@ import pytest
 
 import rankscope
 from rankscope.analysis.verdict import conclude
+from rankscope.jobs.repair import remove_corrupt
 from rankscope.report import build
 
 STUDIES = sorted((Path(__file__).parents[1] / "fixtures").glob("study-*"))
@@ -26,7 +27,7 @@ def test_an_old_study_opens_and_concludes_as_it_did(path: Path, tmp_path: Path) 
     copy = tmp_path / "study"
     shutil.copytree(path, copy)
     study = rankscope.open(copy)
-    assert study.remove_damaged() == []
+    assert remove_corrupt(study) == []
     evidence = study.evidence()
     assert list(evidence.results["status"]) == ["done"] * 8
     assert len(evidence.profiles) == 5  # each rank's for both of its rates, and the control's for one

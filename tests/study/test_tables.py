@@ -15,9 +15,11 @@ import pytest
 from rankscope import files
 from rankscope.errors import DamagedError
 from rankscope.files import file_sha256, read_json, write_json
+from rankscope.jobs.repair import remove_corrupt
+from rankscope.study import curve_table, tables
 from rankscope.study.curve_table import find_table
-from rankscope.study.folder import Study, curve_table, tables
 from rankscope.study.metrics import FIELDS, Steps, parse_steps, read_steps
+from rankscope.study.study import Study
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "study-0.1"
 
@@ -178,7 +180,7 @@ def test_a_damaged_table_is_not_read_and_is_removed_by_a_run(with_table: Study, 
     file.write_bytes(content)
     study = Study.open(with_table.path)
     pd.testing.assert_frame_equal(study.curves(), whole, check_exact=True)
-    assert "tables" in study.remove_damaged()
+    assert "tables" in remove_corrupt(study)
     assert not (study.path / "tables").exists()
 
 
@@ -187,18 +189,18 @@ def test_a_table_does_not_hide_a_damaged_file(with_table: Study) -> None:
     file.write_text(file.read_text().replace("1", "2", 1))
     with pytest.raises(DamagedError, match=r"metrics\.jsonl: damaged: its content does not match its hash"):
         Study.open(with_table.path).curves()
-    assert f"trials/{with_table.trials[5].name}" in Study.open(with_table.path).remove_damaged()
+    assert f"trials/{with_table.trials[5].name}" in remove_corrupt(Study.open(with_table.path))
 
 
 def test_a_run_parses_no_metrics_that_are_in_the_table(with_table: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     (with_table.path / "data").rename(with_table.path / "aside")  # of the fixture, which has no tokens
     parsed: list[int] = []
     monkeypatch.setattr(tables, "parse_steps", lambda contents: parsed.append(len(contents)) or parse_steps(contents))  # type: ignore[func-returns-value]
-    assert with_table.remove_damaged() == []
+    assert remove_corrupt(with_table) == []
     assert len(parsed) == len(with_table.reference_trials) > 0, "they are in no table"
     shutil.rmtree(with_table.path / "tables")
     parsed.clear()
-    assert with_table.remove_damaged() == []
+    assert remove_corrupt(with_table) == []
     assert len(parsed) == len(with_table.all_trials())
 
 

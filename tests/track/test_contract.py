@@ -10,7 +10,7 @@ import pytest
 
 from rankscope.files import read_json, read_jsonl, write_json
 from rankscope.spec.candidates import Trial
-from rankscope.study.folder import Study
+from rankscope.study.study import Study
 from rankscope.track import TRACKERS
 from rankscope.track.follow import metric_name
 from rankscope.track.tracker_process import reporting

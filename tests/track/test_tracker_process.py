@@ -15,7 +15,7 @@ from folders import write_data, write_model
 from rankscope.cli import app
 from rankscope.errors import MissingExtraError, StudyError
 from rankscope.files import read_json
-from rankscope.study.folder import Study
+from rankscope.study.study import Study
 from rankscope.track import choose_trackers, flat
 from rankscope.track import tracker_process as beside
 from rankscope.track.__main__ import redacted

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rankscope.files import read_jsonl
-from rankscope.study.folder import Study
+from rankscope.study.study import Study
 from rankscope.track.tracker_process import reporting
 from told import Told
 from track.readers import SECRETS, clear_environment

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from rankscope.errors import StudyDirectoryError
 from rankscope.files import read_json, write_json
-from rankscope.study.folder import Study
+from rankscope.study.study import Study
 from rankscope.ui.live import Follower, LiveStudy
 from rankscope.ui.progress import TerminalProgress
 

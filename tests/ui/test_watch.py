@@ -17,7 +17,7 @@ from rankscope.analysis.verdict import conclude
 from rankscope.errors import StudyDirectoryError
 from rankscope.files import read_json, write_json
 from rankscope.spec.candidates import AnyTrial
-from rankscope.study.folder import Study
+from rankscope.study.study import Study
 from rankscope.ui.watch import Watch, address, serve, watch_terminal
 from report.browser import Browser, need_browser
 

@@ -15,7 +15,7 @@ from rankscope.lora.saved import attach, read_adapter
 from rankscope.model.load import load_tokenizer
 from rankscope.spec.candidates import Trial
 from rankscope.spec.models import StudySpec
-from rankscope.study.folder import ANSWERS, Study
+from rankscope.study.folder import ANSWERS, StudyFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,7 +98,7 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def answer_missing(study: Study, place: Place, progress: Progress) -> None:
+def answer_missing(study: StudyFolder, place: Place, progress: Progress) -> None:
     """Let the base model and each candidate answer the same held-out prompts, where that has not been done.
 
     Answers are optional: whatever error ends them is recorded and said, and the study concludes without them.

@@ -6,7 +6,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from rankscope.errors import ModelError, OutOfMemoryError, RankscopeError, StudyDirectoryError, WorkerError
-from rankscope.study.folder import Study
+from rankscope.study.folder import StudyFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,7 +19,7 @@ NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUDA out of 
 """In the texts of torch's RuntimeErrors, by which alone these are known."""
 
 
-def load_base(study: Study) -> tuple["PreTrainedModel", str]:
+def load_base(study: StudyFolder) -> tuple["PreTrainedModel", str]:
     """The base model and its fingerprint.
 
     Raises:

@@ -10,7 +10,7 @@ from rankscope.jobs.queue import run_jobs
 from rankscope.measure.machine import Site
 from rankscope.plan.memory import CostModel
 from rankscope.spec.candidates import FullTrial, Trial
-from rankscope.study.folder import Study
+from rankscope.study.folder import StudyFolder
 
 if TYPE_CHECKING:
     pass
@@ -29,11 +29,11 @@ class Progress(Protocol):
         """A sentence to be kept."""
         ...
 
-    def training(self, study: Study, pack: str, trials: Sequence[Trial], steps: int) -> None:
+    def training(self, study: StudyFolder, pack: str, trials: Sequence[Trial], steps: int) -> None:
         """A pack begins."""
         ...
 
-    def reference(self, study: Study, trial: FullTrial, steps: int) -> None:
+    def reference(self, study: StudyFolder, trial: FullTrial, steps: int) -> None:
         """A trial of full fine-tuning begins."""
         ...
 
@@ -65,7 +65,7 @@ class Place(NamedTuple):
 
 
 def run_alone(
-    study: Study,
+    study: StudyFolder,
     place: Place,
     content: Mapping[str, Any],
     folder: str,

@@ -17,7 +17,8 @@ from rankscope.jobs.context import Progress
 from rankscope.jobs.local import run_locally
 from rankscope.pipeline import finish
 from rankscope.spec.candidates import PLAIN, Trial
-from rankscope.study.folder import CURVE, Study
+from rankscope.study.folder import CURVE, StudyFolder
+from rankscope.study.study import Study
 from rankscope.text.catalogue import load
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def checked(ranks: Sequence[int], uncut: int) -> list[int]:
 
 
 def missing(
-    study: Study, trials: Sequence[Trial], ranks: Sequence[int], recover: int, progress: Progress
+    study: StudyFolder, trials: Sequence[Trial], ranks: Sequence[int], recover: int, progress: Progress
 ) -> dict[str, list[tuple[int, int]]]:
     """By trial, the pairs of rank and recovery steps that curve.json lacks. A damaged one is removed."""
     try:
@@ -118,7 +119,7 @@ def missing(
     return {name: pairs for name, pairs in wanted.items() if pairs}
 
 
-def cut_adapters(study: Study, wanted: Mapping[str, Sequence[Sequence[int]]], data: "TokenizedData") -> None:
+def cut_adapters(study: StudyFolder, wanted: Mapping[str, Sequence[Sequence[int]]], data: "TokenizedData") -> None:
     """Measures what is wanted of each trial, as pairs of rank and recovery steps; curve.json grows piece by piece."""
     from rankscope.measure.truncation import Wanted, take_cuts
 

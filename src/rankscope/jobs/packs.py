@@ -23,7 +23,7 @@ from rankscope.measure.sampler import peak_rss, reset_peak_rss
 from rankscope.model.device import give_back_freed
 from rankscope.plan.packs import longest_first, open_packs, work_of
 from rankscope.spec.candidates import Trial
-from rankscope.study.folder import FINISHED, Study
+from rankscope.study.folder import FINISHED, StudyFolder
 from rankscope.text.formats import size
 from rankscope.train.loop import PackRun
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from rankscope.data.tokens import TokenizedData
 
 
-def train(study: Study, data: TokenizedData, place: Place, progress: Progress) -> None:
+def train(study: StudyFolder, data: TokenizedData, place: Place, progress: Progress) -> None:
     """Trains the trials that have no result yet.
 
     Where there is one device its packs follow one another in one process, which loads the model once; a pack that ends
@@ -77,7 +77,7 @@ class _Teller:
     """Tells of packs that begin and end, as their files show it. The first of a job counts as begun: it waits for the
     model."""
 
-    def __init__(self, study: Study, steps: int, progress: Progress) -> None:
+    def __init__(self, study: StudyFolder, steps: int, progress: Progress) -> None:
         self.study, self.steps, self.progress = study, steps, progress
         self.trials = {trial.name: trial for trial in study.trials}
         self._to_begin: dict[str, list[str]] = {}  # by the folder of a running job
@@ -120,7 +120,7 @@ class _Teller:
 
 
 def _after(
-    study: Study, packs: Mapping[str, list[Trial]], error: RankscopeError | None, progress: Progress
+    study: StudyFolder, packs: Mapping[str, list[Trial]], error: RankscopeError | None, progress: Progress
 ) -> dict[str, list[Trial]]:
     """Settles what a process has done or left undone, tells of it, and returns the packs that are still to be trained.
 
@@ -147,7 +147,7 @@ def _after(
         progress.say(f"Pack {pack} did not finish: {error}")
         stopped = {pack: trials} if record else packs  # what ends before the first pack begins would end all of them
         for trial in itertools.chain(*stopped.values()):
-            study.settle(trial, status, error.what, pack)
+            study.mark_ended(trial, status, error.what, pack)
         return {name: trials for name, trials in rest.items() if name not in stopped}
     return {}
 
@@ -165,7 +165,7 @@ def describe_pack(record: Mapping[str, Any]) -> str:
     )
 
 
-def train_packs(study: Study, packs: Mapping[str, Sequence[str]], data: "TokenizedData") -> None:
+def train_packs(study: StudyFolder, packs: Mapping[str, Sequence[str]], data: "TokenizedData") -> None:
     """Trains packs of trials, given by name, one after the other over one model that is loaded once.
 
     `packs/NAME/pack.json` is written when a pack starts, and again with what it measured when it ends; then its

@@ -4,14 +4,14 @@ from typing import TYPE_CHECKING
 
 from rankscope.jobs.context import WRONG, Place, Progress, failure_of, run_alone
 from rankscope.spec.candidates import Trial
-from rankscope.study.folder import Study
+from rankscope.study.folder import StudyFolder
 from rankscope.study.missing import missing_profiles
 
 if TYPE_CHECKING:
     pass
 
 
-def measure(study: Study, place: Place, progress: Progress) -> None:
+def measure(study: StudyFolder, place: Place, progress: Progress) -> None:
     """Measures the profiles that are missing, each repeat in a process of its own, one after the other, while nothing
     else of the study runs; one that fails ends no study."""
     jobs = missing_profiles(study)

@@ -20,7 +20,7 @@ from rankscope.model.load import fingerprint, load_model
 from rankscope.plan.memory import BYTES_PER_PARAMETER, PROCESS_BYTES
 from rankscope.spec.candidates import FullTrial
 from rankscope.spec.models import StudySpec, TrainingSpec
-from rankscope.study.folder import Study
+from rankscope.study.folder import StudyFolder
 from rankscope.study.missing import missing_reference
 from rankscope.train.loop import choose_engine, train_members
 from rankscope.train.optimizer import make_optimizer
@@ -67,7 +67,7 @@ def train_full(spec: StudySpec, trial: FullTrial, folder: Path, data: TokenizedD
     shutil.rmtree(checkpoints, ignore_errors=True)
 
 
-def train_reference(study: Study, data: TokenizedData, place: Place, progress: Progress) -> None:
+def train_reference(study: StudyFolder, data: TokenizedData, place: Place, progress: Progress) -> None:
     """Trains what is missing of full fine-tuning, each trial in a process of its own; one that fails ends no study."""
     from rankscope.train.step import total_steps
 
@@ -86,7 +86,7 @@ def train_reference(study: Study, data: TokenizedData, place: Place, progress: P
         if error is not None and error.exit_code in WRONG:
             raise error
         if error is not None:
-            study.settle(trials[name], getattr(error, "status", WorkerError.status), error.what)
+            study.mark_ended(trials[name], getattr(error, "status", WorkerError.status), error.what)
             progress.say(f"{name} did not finish: {error}")
         return []
 

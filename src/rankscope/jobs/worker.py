@@ -19,13 +19,13 @@ from rankscope.files import read_json, write_json
 from rankscope.jobs.child import end_with_parent, known_error, load_base
 from rankscope.jobs.curve import cut_adapters
 from rankscope.jobs.packs import train_packs
-from rankscope.study.folder import Study
+from rankscope.study.folder import StudyFolder
 
 if TYPE_CHECKING:
     pass
 
 
-def run_job(study: Study, job: dict[str, Any]) -> None:
+def run_job(study: StudyFolder, job: dict[str, Any]) -> None:
     """Runs one job of the study in this process."""
     from rankscope.data.tokens import load
 
@@ -69,7 +69,7 @@ def main(study_path: str, job_file: str) -> int:
 
             run_search(Path(study_path), job["places"])
         else:
-            run_job(Study.open(study_path), job)
+            run_job(StudyFolder.open(study_path), job)
     except Exception as error:
         with suppress(OSError):  # the log is on the same disk, which may be full
             traceback.print_exc()

@@ -19,7 +19,7 @@ from rankscope.plan.memory import CostModel
 from rankscope.plan.packs import divide_into_packs
 from rankscope.spec.candidates import FullTrial, Trial
 from rankscope.spec.models import ModelSpec, StudySpec
-from rankscope.study.folder import Study
+from rankscope.study.folder import StudyFolder
 from rankscope.study.missing import finished_trials
 from rankscope.text.formats import size
 from rankscope.train.checkpoint import KEPT
@@ -78,7 +78,7 @@ def check_space(
     missing: Sequence[Trial],
     reference: Sequence[FullTrial],
     data: TokenizedData,
-    study: Study | None = None,
+    study: StudyFolder | None = None,
 ) -> None:
     """Sees to it that the `missing` trials, and those of the `reference`, have room on the disk, beside what lies there
     of them in a `study` that has begun.
@@ -154,7 +154,7 @@ def disk_bytes(
     )
 
 
-def disk_taken(study: Study) -> Disk:
+def disk_taken(study: StudyFolder) -> Disk:
     """What lies there of the trials that have no result yet, and of what all trials share."""
     missing = [study.trial_folder(trial) for trial in study.all_trials() if not finished_trials(study, trial)]
     kept = [*study.path.glob("packs/*/checkpoints"), *(folder / "checkpoints" for folder in missing)]

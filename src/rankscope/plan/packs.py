@@ -9,7 +9,7 @@ from rankscope.data.tokens import Tokens
 from rankscope.plan.memory import FULL_STEP_TOKENS, CostModel
 from rankscope.spec.candidates import Trial
 from rankscope.spec.models import TrainingSpec
-from rankscope.study.folder import Division, Study
+from rankscope.study.folder import Division, StudyFolder
 from rankscope.study.missing import finished_trials
 
 MAX_PACK_MEMORY_FRACTION = 0.9
@@ -118,7 +118,7 @@ def work_of(trial: Trial, prediction: CostModel) -> float:
 
 
 def open_packs(
-    study: Study, prediction: CostModel, free: int, tokens: Tokens, devices: int = 1
+    study: StudyFolder, prediction: CostModel, free: int, tokens: Tokens, devices: int = 1
 ) -> dict[str, list[Trial]]:
     """Packs with a trial that has no result yet, in their order; the study is divided into packs, for so many devices,
     where it is not."""

@@ -40,7 +40,7 @@ from rankscope.resize.loss_budget import (
 )
 from rankscope.spec.models import ModelSpec
 from rankscope.spec.options import assemble
-from rankscope.study.folder import Study
+from rankscope.study.study import Study
 from rankscope.train.engine import ExampleLosses
 from rankscope.train.prepare import prepare_data
 

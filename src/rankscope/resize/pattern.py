@@ -20,7 +20,7 @@ from rankscope.lora.svd import Decomposed, decompose, parameters, place, ranks_w
 from rankscope.spec.candidates import Trial
 from rankscope.spec.models import StudySpec
 from rankscope.spec.resolve import write_yaml
-from rankscope.study.folder import Study
+from rankscope.study.study import Study
 
 
 class Proposal(NamedTuple):

@@ -25,13 +25,13 @@ Each file has one writer. The tables below are tidy pandas DataFrames, whose col
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
-from functools import cached_property, partial
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from rankscope.errors import DamagedError, StudyDirectoryError, StudyError
+from rankscope.errors import StudyDirectoryError, StudyError
 from rankscope.files import (
     damaged,
     file_hashes,
@@ -39,7 +39,6 @@ from rankscope.files import (
     find_json,
     inside,
     is_free,
-    leftovers,
     parse_json,
     read_json,
     read_whole,
@@ -52,9 +51,6 @@ from rankscope.files import (
 from rankscope.spec.candidates import AnyTrial, FullTrial, Trial
 from rankscope.spec.models import StudySpec
 from rankscope.spec.resolve import resolve_spec, write_yaml
-from rankscope.study import tables
-from rankscope.study.curve_table import find_table
-from rankscope.study.evidence import Evidence, without_variants
 from rankscope.study.metrics import read_rows
 from rankscope.study.question import Holder, differences_of, lock_folder, read_question, text_of, write_question
 from rankscope.study.records import (
@@ -76,14 +72,11 @@ from rankscope.study.records import (
 )
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 SCHEMA = 1
 
 PROFILE_SCHEMA = VERDICT_SCHEMA = 2
-
-LONG_AGO_SECONDS = 3600.0
-"""By then a temporary file is nobody's any more."""
 
 SETTLED_SECONDS = 2.0
 """After that a file that was not written since may be taken for known."""
@@ -121,8 +114,8 @@ class Division(NamedTuple):
         return {f"p{number:03d}": list(pack) for number, pack in enumerate(trials, start=first)}
 
 
-class Study:
-    """A study's directory. Opening reads nothing but study.yaml; every table is read when it is asked for."""
+class StudyFolder:
+    """A study's directory: its question, its files, and the lock. Opening reads nothing but study.yaml."""
 
     def __init__(self, path: Path, spec: StudySpec) -> None:
         self.path = path
@@ -174,11 +167,6 @@ class Study:
     def file(self, *parts: str) -> Path:
         """A file or folder of the study: see `rankscope.files.inside`."""
         return inside(self.path, *parts)
-
-    @property
-    def report(self) -> Path:
-        """The report's page, which `rankscope report` builds."""
-        return self.path / "report" / "index.html"
 
     @cached_property
     def trials(self) -> list[Trial]:
@@ -312,8 +300,8 @@ class Study:
         # A killed run leaves the file behind, and its number may be another process's by now.
         return holder if not holder.is_here or holder.began() <= file.stat().st_mtime else None
 
-    def settle(self, trial: AnyTrial, status: str, reason: str, pack: str | None = None) -> None:
-        """Ends a trial that did not end by itself: one that is pending or running gets `status` and `reason`."""
+    def mark_ended(self, trial: AnyTrial, status: str, reason: str, pack: str | None = None) -> None:
+        """Give a trial that is pending or running, and so did not end by itself, a `status` and `reason`."""
         record = self.trial_record(trial)
         if record["status"] not in NOT_ENDED:
             return
@@ -348,82 +336,6 @@ class Study:
         """
         return self.whole_file(trial, "adapter/adapter_model.safetensors")
 
-    def remove_damaged(self) -> list[str]:
-        """Removes what is damaged and can be made again; the names of what was removed. The lock must be held.
-
-        Raises:
-            StudyDirectoryError: a file cannot be read, or a newer version wrote it; nothing of it is removed.
-        """
-        from rankscope.data.tokens import load
-
-        removed = []
-        records: dict[str, Callable[[], object]] = {
-            "machine.json": lambda: self.machine,
-            "prediction.json": lambda: self.prediction,
-            "answers/answers.json": self.answers,
-            "verdict.json": self.find_verdict,
-            "failures.json": self.failures,
-            "packs/division.json": self.division,
-        }
-        records |= {f"profiles/{name}.json": partial(self.whole_repeats, name) for name in self.spec.profiled()}
-        for file in self.path.glob("packs/*/pack.json"):
-            records[str(file.relative_to(self.path))] = partial(self.pack_record, file.parent.name)
-        for name, read in records.items():
-            file = self.file(name)
-            if _there(file) and not _is_whole(read):
-                file.unlink()
-                removed.append(name)
-        data = self.file("data")
-        if _there(data) and not (_is_whole(partial(load, data)) and _is_whole(lambda: self.data_facts)):
-            shutil.rmtree(data)
-            removed.append("data")
-        folder = self.file("tables")
-        table = find_table(folder)
-        if table is None and _there(folder):
-            shutil.rmtree(folder)
-            removed.append("tables")
-        parsed = table.sha256 if table else {}
-        for trial in self.all_trials():
-            folder = self.trial_folder(trial)
-            metrics = folder / "metrics.jsonl"
-            if not _is_whole(partial(self._check, trial, parsed)):
-                shutil.rmtree(folder)
-                removed.append(str(folder.relative_to(self.path)))
-            elif self.find_file(trial, metrics.name)[1] is None and not _is_whole(partial(read_rows, metrics)):
-                metrics.unlink()
-                removed.append(str(metrics.relative_to(self.path)))
-        if _there(self.file(CURVE)) and not _is_whole(self.cut_examples):
-            self.file(CURVE).unlink()
-            removed.append(CURVE)
-        return removed
-
-    def remove_leftovers(self) -> None:
-        """Removes temporary files that kills left behind. The lock must be held.
-
-        `report` needs none: what it writes is let be for an hour.
-        """
-        for file in leftovers(self.path):
-            name = file.relative_to(self.path)
-            of_report = name.parts[0] == "report" or file.name.startswith((".verdict.json.", ".README.md."))
-            with suppress(FileNotFoundError):  # another `report` has just published it
-                if not of_report or file.lstat().st_mtime < time.time() - LONG_AGO_SECONDS:
-                    file.unlink()
-
-    def _check(self, trial: AnyTrial, parsed: Mapping[str, str]) -> None:
-        """Raises DamagedError where a file of the trial is damaged. What a metrics.jsonl of a hash in `parsed` holds
-        was seen before."""
-        record = self.trial_record(trial)
-        files = record.get("files") or {}
-        if record["status"] == "done" and not files.keys() >= {"metrics.jsonl", "eval.json"}:
-            raise damaged(self.trial_folder(trial) / "trial.json", "no hashes of its files")
-        for name in files:
-            self.whole_file(trial, name)
-        metrics = files.get("metrics.jsonl")
-        if metrics is not None and parsed.get(trial.name) != metrics:
-            tables.trial_steps(self, trial)
-        if record["status"] == "done":
-            self.held_out(trial)
-
     @property
     def machine(self) -> dict[str, Any]:
         """machine.json: hardware, versions and the model that the study began with."""
@@ -443,59 +355,11 @@ class Study:
         record = find_json(file)
         return {} if record is None else checked(record, PredictionRecord, file)
 
-    @cached_property
-    def verdict(self) -> dict[str, Any]:
-        """verdict.json: see `rankscope.analysis.verdict.conclude`."""
-        file = self.file("verdict.json")
-        return checked(read_json(file, VERDICT_SCHEMA), VerdictRecord, file)
-
     def find_verdict(self) -> dict[str, Any] | None:
         """The same, read anew each time; None where there is none yet."""
         file = self.file("verdict.json")
         record = find_json(file, VERDICT_SCHEMA)
         return None if record is None else checked(record, VerdictRecord, file)
-
-    def results(self) -> "pd.DataFrame":
-        """One row a trial: `trial candidate variant rank learning_rate lora_alpha scaling use_rslora target_modules
-        seed status reason engine pack steps tokens trainable_params adapter_bytes train_loss eval_loss eval_perplexity
-        eval_accuracy general_loss_before general_loss_after train_seconds eval_seconds tokens_per_second`.
-
-        `train_loss` is the mean over the last tenth of the steps, `eval_loss` the final held-out loss (nats a label
-        token); both are NaN for a trial that did not finish. `train_seconds` is the time of its pack's steps,
-        `eval_seconds` of its evaluations; loading and saving are in neither. `tokens_per_second` counts the trial's own
-        tokens over the time of the pack it shared. `general_loss_…` is the loss on `measure.forgetting` before training
-        and after (nats a token); NaN without one.
-        """
-        return tables.results(self)
-
-    def reference_results(self) -> "pd.DataFrame":
-        """The columns of `results()` that say something of full fine-tuning, one row a trial; the rank is 0. Empty
-        where the study has no reference.
-        """
-        return tables.reference_results(self)
-
-    def curves(self) -> "pd.DataFrame":
-        """One row a step of a trial: `trial candidate variant rank learning_rate seed step epoch train_loss eval_loss
-        grad_norm step_learning_rate tokens label_tokens step_seconds`; `eval_loss` is NaN between evaluations, and
-        step 0 is the evaluation before training. `trial`, `candidate` and `variant` are categories.
-        """
-        return tables.curves(self)
-
-    def keep_tables(self) -> None:
-        """Writes tables/, from which curves are read in a tenth of the time, where there are so many rows that it
-        matters: see `rankscope.study.curve_table`. For the process that holds the lock, when trials have ended.
-        """
-        tables.keep_curves(self)
-
-    def examples(self) -> "pd.DataFrame":
-        """One row a held-out example of a finished trial: `trial candidate variant rank learning_rate seed example loss
-        label_tokens correct_tokens` (`loss` is the mean over the example's label tokens, in nats).
-        """
-        return tables.examples(self, self.trials)
-
-    def reference_examples(self) -> "pd.DataFrame":
-        """The same of full fine-tuning, whose rank is 0."""
-        return tables.examples(self, self.reference_trials)
 
     def held_out(self, trial: AnyTrial) -> dict[str, list[Any]]:
         """eval.json of a trial that is done: in each list one value a held-out example.
@@ -510,22 +374,6 @@ class Study:
         if len(set(map(len, examples.values()))) > 1:
             raise damaged(file, "not as it is written: its lists are not of one length")
         return examples
-
-    def profiles(self) -> "pd.DataFrame":
-        """One row a repeat of a candidate's profile: `candidate variant rank learning_rate repeat control` and the
-        columns of `rankscope.measure.profile.profile_candidate`'s summary; empty where nothing was profiled.
-
-        A rank is profiled once, so that its learning rates have the same numbers. Rows with `control` are those of the
-        second profile of the first candidate: what differs between them and its own is noise.
-        """
-        return tables.profiles(self)
-
-    def samples(self) -> "pd.DataFrame":
-        """One row a memory sample: `candidate variant rank learning_rate repeat phase step seconds rss_bytes
-        gpu_allocated_bytes gpu_reserved_bytes gpu_nvml_bytes` (`phase`: load, warmup, train or eval; GPU columns are
-        NaN without one). Of each rank the candidate that was measured; the control's are left out.
-        """
-        return tables.samples(self)
 
     def answered(self) -> list[Trial]:
         """The trials whose adapters answer the held-out prompts: of each candidate the first that is done."""
@@ -545,12 +393,6 @@ class Study:
         """Whether all that `answered` names have answered."""
         answers: dict[str, list[str]] = self.answers_record()["answers"]
         return {trial.name for trial in self.answered()} <= answers.keys()
-
-    def answers(self) -> "pd.DataFrame":
-        """One row an answer: `example prompt reference candidate rank answer`; `example` counts held-out rows,
-        `reference` is the row's own answer, and the candidate `base`, of rank 0, is the model without an adapter.
-        """
-        return tables.answers(self)
 
     @property
     def curve_file(self) -> Path:
@@ -582,88 +424,13 @@ class Study:
         sha256 = (self.trial_record(trial).get("files") or {}).get("adapter/adapter_model.safetensors")
         return None if sha256 is None else str(sha256)
 
-    def cuts(self) -> "pd.DataFrame":
-        """One row a cut of `rankscope curve`: `trial candidate variant rank learning_rate seed cut_rank recover_steps
-        kept_energy eval_loss`. `rank` is the trained one, and where `cut_rank` is the same nothing was cut; `eval_loss`
-        is in nats a label token, NaN where recovery training diverged.
-        """
-        return tables.cuts(self)
-
-    def cut_examples(self) -> "pd.DataFrame":
-        """One row a held-out example of a cut: the columns of `examples()` but `correct_tokens`, and `cut_rank
-        recover_steps`; without those whose recovery diverged.
-        """
-        return tables.cut_examples(self)
-
-    def evidence(self) -> Evidence:
-        """Reads everything once."""
-        results = self.results()
-        everything = Evidence(
-            spec=self.spec,
-            results=results,
-            curves=self.curves(),
-            profiles=self.profiles(),
-            samples=self.samples(),
-            examples=self.examples(),
-            machine=self.machine,
-            data_facts=self.data_facts,
-            prediction=self.prediction,
-            reference=self.reference_examples(),
-            reference_results=self.reference_results(),
-            divided=self.division().trials_of_divided(),
-            left=self._left(dict(zip(results["trial"], results["status"], strict=True))),
-            failures=self.unmet(),
-            answers=self.answers(),
-            cuts=self.cut_examples(),
-        )
-        return without_variants(everything) if self.spec.variants else everything
-
-    def _left(self, statuses: Mapping[str, str]) -> list[str]:
-        """Trials that went on in their pack without one that diverged."""
-        left: list[str] = []
-        for trials in self.division().packs.values():
-            names = [trial.name for trial in trials]
-            if "diverged" in map(statuses.get, names):
-                left += [name for name in names if statuses[name] == "done"]
-        return left
-
-    def unmet(self) -> dict[str, dict[str, str]]:
+    def open_failures(self) -> dict[str, dict[str, str]]:
         """`failures()` of what is still missing."""
         measure, done = self.spec.measure, {}
         for name in self.spec.profiled() if measure.profiles else ():
             done[name] = len(self.profile_repeats(name)) >= measure.repeats
         done[ANSWERS] = not measure.answers or self.has_answers()
         return {name: failure for name, failure in self.failures().items() if not done.get(name, True)}
-
-    def _repr_html_(self) -> str:
-        """What a notebook shows: the verdict, and the results by trial."""
-        from html import escape
-
-        from rankscope.text.verdict import verdict_sentence  # which imports nothing of this
-
-        results = self.results()
-        done = int((results["status"] == "done").sum())
-        concluded = self.file("verdict.json").exists()
-        sentence = verdict_sentence(self.verdict, "en") if concluded else "There is no verdict yet."
-        shown = ["trial", "status", "train_loss", "eval_loss", "trainable_params", "tokens_per_second"]
-        table = (
-            results[shown]
-            .astype({"trainable_params": "Int64"})
-            .to_html(index=False, na_rep="–", float_format=lambda value: f"{value:,.4g}", border=0)
-        )
-        return (
-            f"<p><strong>{escape(self.spec.name)}</strong>: {done} of {len(results)} trials are done.</p>"
-            f"<p>{escape(sentence)}</p>{table}<p>{escape(str(self.report))}</p>"
-        )
-
-
-def _is_whole(read: Callable[[], object]) -> bool:
-    """Whether it can be read; False where it is damaged, and its error where that cannot be known."""
-    try:
-        read()
-    except DamagedError:
-        return False
-    return True
 
 
 class _Stamp(NamedTuple):
@@ -684,8 +451,3 @@ def _stamp(file: Path) -> _Stamp | None:
     except OSError:
         return None
     return _Stamp(found.st_mtime_ns, found.st_size, found.st_ino)
-
-
-def _there(path: Path) -> bool:
-    with reading(path):
-        return path.exists()

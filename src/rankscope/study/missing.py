@@ -4,10 +4,10 @@ import random
 from typing import NamedTuple
 
 from rankscope.spec.candidates import AnyTrial, FullTrial, Trial
-from rankscope.study.folder import FINISHED, Study
+from rankscope.study.folder import FINISHED, StudyFolder
 
 
-def unfinished(study: Study) -> list[AnyTrial]:
+def unfinished(study: StudyFolder) -> list[AnyTrial]:
     """Trials, also of the reference, that did not end as `done`."""
     return [trial for trial in study.all_trials() if study.trial_record(trial)["status"] != "done"]
 
@@ -19,21 +19,21 @@ class ProfileJob(NamedTuple):
     repeat: int
 
 
-def missing_trials(study: Study) -> list[Trial]:
+def missing_trials(study: StudyFolder) -> list[Trial]:
     """Trials without a result yet."""
     return [trial for trial in study.spec.trials() if not finished_trials(study, trial)]
 
 
-def finished_trials(study: Study, trial: AnyTrial) -> bool:
+def finished_trials(study: StudyFolder, trial: AnyTrial) -> bool:
     return study.trial_record(trial)["status"] in FINISHED
 
 
-def missing_reference(study: Study) -> list[FullTrial]:
+def missing_reference(study: StudyFolder) -> list[FullTrial]:
     """Trials of full fine-tuning without a result yet."""
     return [trial for trial in study.spec.reference_trials() if not finished_trials(study, trial)]
 
 
-def missing_profiles(study: Study) -> list[ProfileJob]:
+def missing_profiles(study: StudyFolder) -> list[ProfileJob]:
     """Repeats not yet measured: repeat by repeat, in each all candidates and the control in a random order.
 
     Interleaved, so that a drift of the machine does not look like an effect of rank; the order is the same each time

@@ -1,4 +1,4 @@
-"""A study's tables: tidy pandas DataFrames, whose columns are their contract. `Study` has a method for each.
+"""A study's tables: tidy pandas DataFrames, whose columns are their contract, as methods of `Study`.
 
 Trials are in the order of the study's question. A study may have ten thousand of them, so each trial's files are read
 once a table, and columns are made whole, not row by row.
@@ -15,12 +15,11 @@ import numpy as np
 from rankscope.files import file_sha256, read_whole, understood, unlike_its_hash
 from rankscope.spec.candidates import CONTROL, FULL, AnyTrial, Candidate, Trial
 from rankscope.study.curve_table import CurveTable, find_table, write_table
+from rankscope.study.folder import StudyFolder
 from rankscope.study.metrics import FIELDS, Steps, parse_steps, read_steps
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from rankscope.study.folder import Study
 
 IDENTITY_FIELDS = ("trial", "candidate", "variant", "rank", "learning_rate", "seed")
 NAMES = IDENTITY_FIELDS[:3]
@@ -52,8 +51,17 @@ LEAST_BYTES = 100_000_000
 """Of all metrics.jsonl together, from which on a table is kept: docs/results/scale.md."""
 
 
-def results(study: "Study") -> "pd.DataFrame":
-    """See `Study.results`."""
+def results(study: StudyFolder) -> "pd.DataFrame":
+    """One row a trial: `trial candidate variant rank learning_rate lora_alpha scaling use_rslora target_modules
+    seed status reason engine pack steps tokens trainable_params adapter_bytes train_loss eval_loss eval_perplexity
+    eval_accuracy general_loss_before general_loss_after train_seconds eval_seconds tokens_per_second`.
+
+    `train_loss` is the mean over the last tenth of the steps, `eval_loss` the final held-out loss (nats a label
+    token); both are NaN for a trial that did not finish. `train_seconds` is the time of its pack's steps,
+    `eval_seconds` of its evaluations; loading and saving are in neither. `tokens_per_second` counts the trial's own
+    tokens over the time of the pack it shared. `general_loss_…` is the loss on `measure.forgetting` before training
+    and after (nats a token); NaN without one.
+    """
     import pandas as pd
 
     rows = [
@@ -71,8 +79,10 @@ def results(study: "Study") -> "pd.DataFrame":
     return pd.DataFrame(columns).astype(dict.fromkeys(RESULT_FIELDS, "float64"))
 
 
-def reference_results(study: "Study") -> "pd.DataFrame":
-    """See `Study.reference_results`."""
+def reference_results(study: StudyFolder) -> "pd.DataFrame":
+    """The columns of `results()` that say something of full fine-tuning, one row a trial; the rank is 0. Empty
+    where the study has no reference.
+    """
     import pandas as pd
 
     rows = [{**identity(trial), **_outcome(study, trial)} for trial in study.reference_trials]
@@ -80,7 +90,7 @@ def reference_results(study: "Study") -> "pd.DataFrame":
     return frame.astype(dict.fromkeys(RESULT_FIELDS, "float64"))
 
 
-def _outcome(study: "Study", trial: AnyTrial) -> dict[str, Any]:
+def _outcome(study: StudyFolder, trial: AnyTrial) -> dict[str, Any]:
     record = study.trial_record(trial)
     found = record.get("results") or {}
     return {name: record.get(name) for name in OUTCOME_FIELDS} | {name: found.get(name) for name in RESULT_FIELDS}
@@ -102,9 +112,10 @@ class _Part(NamedTuple):
     steps: Steps
 
 
-def curves(study: "Study") -> "pd.DataFrame":
-    """See `Study.curves`. All trials' files are held against their hashes; those whose steps are in tables/ are not
-    parsed.
+def curves(study: StudyFolder) -> "pd.DataFrame":
+    """One row a step of a trial: `trial candidate variant rank learning_rate seed step epoch train_loss eval_loss
+    grad_norm step_learning_rate tokens label_tokens step_seconds`; `eval_loss` is NaN between evaluations, and
+    step 0 is the evaluation before training. `trial`, `candidate` and `variant` are categories.
     """
     import pandas as pd
 
@@ -147,7 +158,7 @@ def curves(study: "Study") -> "pd.DataFrame":
     return pd.DataFrame(_repeated(study.trials, counts) | columns, copy=False)
 
 
-def _metrics(study: "Study") -> list[_Metrics]:
+def _metrics(study: StudyFolder) -> list[_Metrics]:
     return [_Metrics(trial.name, *study.find_file(trial, "metrics.jsonl")) for trial in study.trials]
 
 
@@ -188,7 +199,7 @@ def _parse(metrics: Sequence[_Metrics], numbers: Sequence[int]) -> Iterator[_Par
             contents.clear()
 
 
-def trial_steps(study: "Study", trial: AnyTrial) -> Steps:
+def trial_steps(study: StudyFolder, trial: AnyTrial) -> Steps:
     """What metrics.jsonl of a trial that has ended says of each step.
 
     Raises:
@@ -198,8 +209,10 @@ def trial_steps(study: "Study", trial: AnyTrial) -> Steps:
     return parse_steps([read_whole(file, sha256)]) or read_steps(file)
 
 
-def keep_curves(study: "Study") -> None:
-    """See `Study.keep_tables`."""
+def keep_curves(study: StudyFolder) -> None:
+    """Writes tables/, from which curves are read in a tenth of the time, where there are so many rows that it
+    matters: see `rankscope.study.curve_table`. For the process that holds the lock, when trials have ended.
+    """
     metrics = _metrics(study)
     ended = [number for number, one in enumerate(metrics) if one.sha256 is not None]
     if sum(metrics[number].file.stat().st_size for number in ended if metrics[number].file.exists()) < LEAST_BYTES:
@@ -210,8 +223,19 @@ def keep_curves(study: "Study") -> None:
         write_table(folder, {one.trial: one.sha256 for one in metrics if one.sha256 is not None}, parts)
 
 
-def examples(study: "Study", trials: Sequence[AnyTrial]) -> "pd.DataFrame":
-    """See `Study.examples`."""
+def examples(study: StudyFolder) -> "pd.DataFrame":
+    """One row a held-out example of a finished trial: `trial candidate variant rank learning_rate seed example loss
+    label_tokens correct_tokens` (`loss` is the mean over the example's label tokens, in nats).
+    """
+    return _examples(study, study.trials)
+
+
+def reference_examples(study: StudyFolder) -> "pd.DataFrame":
+    """`examples()` of full fine-tuning; the rank is 0."""
+    return _examples(study, study.reference_trials)
+
+
+def _examples(study: StudyFolder, trials: Sequence[AnyTrial]) -> "pd.DataFrame":
     import pandas as pd
 
     done = [trial for trial in trials if study.trial_record(trial)["status"] == "done"]
@@ -245,8 +269,13 @@ def _repeated(trials: Sequence[AnyTrial], counts: "np.ndarray") -> dict[str, Any
     return columns
 
 
-def profiles(study: "Study") -> "pd.DataFrame":
-    """See `Study.profiles`."""
+def profiles(study: StudyFolder) -> "pd.DataFrame":
+    """One row a repeat of a candidate's profile: `candidate variant rank learning_rate repeat control` and the
+    columns of `rankscope.measure.profile.profile_candidate`'s summary; empty where nothing was profiled.
+
+    A rank is profiled once, so that its learning rates have the same numbers. Rows with `control` are those of the
+    second profile of the first candidate: what differs between them and its own is noise.
+    """
     import pandas as pd
 
     rows = [
@@ -261,8 +290,11 @@ def profiles(study: "Study") -> "pd.DataFrame":
     return frame.astype(dict.fromkeys(numbers, "float64"))
 
 
-def samples(study: "Study") -> "pd.DataFrame":
-    """See `Study.samples`."""
+def samples(study: StudyFolder) -> "pd.DataFrame":
+    """One row a memory sample: `candidate variant rank learning_rate repeat phase step seconds rss_bytes
+    gpu_allocated_bytes gpu_reserved_bytes gpu_nvml_bytes` (`phase`: load, warmup, train or eval; GPU columns are
+    NaN without one). Of each rank the candidate that was measured; the control's are left out.
+    """
     import pandas as pd
 
     frames = []
@@ -273,8 +305,10 @@ def samples(study: "Study") -> "pd.DataFrame":
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
-def answers(study: "Study") -> "pd.DataFrame":
-    """See `Study.answers`."""
+def answers(study: StudyFolder) -> "pd.DataFrame":
+    """One row an answer: `example prompt reference candidate rank answer`; `example` counts held-out rows,
+    `reference` is the row's own answer, and the candidate `base`, of rank 0, is the model without an adapter.
+    """
     import pandas as pd
 
     record, trials = study.answers_record(), {trial.name: trial.candidate for trial in study.trials}
@@ -289,8 +323,11 @@ def answers(study: "Study") -> "pd.DataFrame":
     return pd.DataFrame(rows, columns=["example", "prompt", "reference", "candidate", "rank", "answer"])
 
 
-def cuts(study: "Study") -> "pd.DataFrame":
-    """See `Study.cuts`."""
+def cuts(study: StudyFolder) -> "pd.DataFrame":
+    """One row a cut of `rankscope curve`: `trial candidate variant rank learning_rate seed cut_rank recover_steps
+    kept_energy eval_loss`. `rank` is the trained one, and where `cut_rank` is the same nothing was cut; `eval_loss`
+    is in nats a label token, NaN where recovery training diverged.
+    """
     import pandas as pd
 
     columns = [*IDENTITY_FIELDS, "cut_rank", "recover_steps", "kept_energy", "eval_loss"]
@@ -303,8 +340,10 @@ def cuts(study: "Study") -> "pd.DataFrame":
     return frame.sort_values(["seed", "recover_steps", "cut_rank"], ignore_index=True)
 
 
-def cut_examples(study: "Study") -> "pd.DataFrame":
-    """See `Study.cut_examples`."""
+def cut_examples(study: StudyFolder) -> "pd.DataFrame":
+    """One row a held-out example of a cut: the columns of `examples()` but `correct_tokens`, and `cut_rank
+    recover_steps`; without those whose recovery diverged.
+    """
     import pandas as pd
 
     columns = [*IDENTITY_FIELDS, "cut_rank", "recover_steps", "example", "loss", "label_tokens"]

@@ -16,7 +16,7 @@ from typing import TextIO
 from filelock import FileLock
 
 from rankscope.files import write_atomic
-from rankscope.study.folder import Study
+from rankscope.study.folder import StudyFolder
 from rankscope.track import open_tracker
 from rankscope.track.follow import Follower
 
@@ -38,7 +38,7 @@ def main(path: Path, name: str) -> int:
     os.nice(NICENESS)
     with _own_output() as user:
         try:
-            follow(Study.open(path), name, user)
+            follow(StudyFolder.open(path), name, user)
         except Exception as error:  # whatever a client raises
             reason = redacted(str(error)).strip().partition("\n")[0] or type(error).__name__
             print(f"{name}: {reason[:REASON_LENGTH]}", file=user, flush=True)
@@ -47,7 +47,7 @@ def main(path: Path, name: str) -> int:
     return 0
 
 
-def follow(study: Study, name: str, user: TextIO) -> None:
+def follow(study: StudyFolder, name: str, user: TextIO) -> None:
     folder = study.file("tracking").absolute()
     folder.mkdir(exist_ok=True)
     with FileLock(folder / f"{name}.lock"):  # the process of a run that was killed may still be sending

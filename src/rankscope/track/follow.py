@@ -16,7 +16,7 @@ from typing import Any
 from rankscope.errors import DamagedError
 from rankscope.files import JsonlTail, read_json, understood, write_json
 from rankscope.spec.candidates import AnyTrial, Trial
-from rankscope.study.folder import NOT_ENDED, SCHEMA, Study
+from rankscope.study.folder import NOT_ENDED, SCHEMA, StudyFolder
 from rankscope.track import PROFILE_STEP, RANK, STEP, Point, Run, Tracker
 
 GB = 1e9
@@ -31,7 +31,7 @@ RESULTS = ("train_loss", "eval_loss", "eval_perplexity", "eval_accuracy", "train
 class Follower:
     """Sends one study to one tracker. Whatever the client raises passes through."""
 
-    def __init__(self, study: Study, tracker: Tracker, name: str) -> None:
+    def __init__(self, study: StudyFolder, tracker: Tracker, name: str) -> None:
         self.study, self.tracker = study, tracker
         self._file = study.file("tracking", f"{name}.json")
         self._place = hashlib.sha256(tracker.place.encode()).hexdigest()[:16]  # a server's address may hold a key
@@ -167,7 +167,7 @@ def costs(repeats: Sequence[Mapping[str, Any]], examples: int) -> dict[str, floa
     }
 
 
-def trial_config(study: Study, trial: AnyTrial) -> dict[str, Any]:
+def trial_config(study: StudyFolder, trial: AnyTrial) -> dict[str, Any]:
     """The fields of the candidate beside each other, as Trainer's users have them; the rest as in study.yaml."""
     asked = study.spec.model_dump(mode="json")
     candidate = (

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rankscope.study.folder import Study
+from rankscope.study.folder import StudyFolder
 
 if TYPE_CHECKING:
     from rankscope.jobs.context import Progress
@@ -19,7 +19,7 @@ FINISH_SECONDS, STOPPED_SECONDS = 120.0, 20.0
 
 
 @contextmanager
-def reporting(study: Study, names: Sequence[str], progress: "Progress") -> Iterator["Progress"]:
+def reporting(study: StudyFolder, names: Sequence[str], progress: "Progress") -> Iterator["Progress"]:
     """Sends the study to the trackers `names` while the body runs; the progress it yields also shows what they say.
 
     A tracker that fails is told of once, and is no more for the rest of this run.
@@ -36,7 +36,7 @@ def reporting(study: Study, names: Sequence[str], progress: "Progress") -> Itera
         relay.finish(seconds)
 
 
-def _start(study: Study, name: str, progress: "Progress") -> "_Process | None":
+def _start(study: StudyFolder, name: str, progress: "Progress") -> "_Process | None":
     try:
         return _Process(study.path, name)
     except OSError as error:  # no room for another process

@@ -9,7 +9,7 @@ import psutil
 from rankscope.files import JsonlTail, understood
 from rankscope.plan.runtime import START_SECONDS
 from rankscope.spec.candidates import AnyTrial, Trial
-from rankscope.study.folder import FINISHED, NOT_ENDED, Study
+from rankscope.study.folder import FINISHED, NOT_ENDED, StudyFolder
 from rankscope.study.question import Holder
 
 
@@ -75,7 +75,7 @@ class State(NamedTuple):
 class LiveStudy:
     """Reads a study again and again; what a run writes meanwhile does not disturb it."""
 
-    def __init__(self, study: Study, steps: int) -> None:
+    def __init__(self, study: StudyFolder, steps: int) -> None:
         self.study, self.steps = study, steps
         self._read_to_end: set[str] = set()
         self.followers = {

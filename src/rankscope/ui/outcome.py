@@ -11,7 +11,7 @@ from rankscope.analysis.curve import curve_errors, loss_curve
 from rankscope.report.costs import noise_sentence
 from rankscope.report.frames import by_candidate, has_gpu
 from rankscope.report.variants import variant_sentences
-from rankscope.study.folder import Study
+from rankscope.study.study import Study
 from rankscope.text.catalogue import load
 from rankscope.text.formats import duration, known, loss, signed, size
 from rankscope.text.verdict import verdict_sentence

@@ -14,7 +14,7 @@ from rankscope.plan.plan import Plan
 from rankscope.plan.runtime import COUNTED, NOT_COUNTED, Forecast, StudyForecast, study_seconds
 from rankscope.spec.candidates import Trial
 from rankscope.spec.models import StudySpec
-from rankscope.study.folder import FINISHED, Study
+from rankscope.study.folder import FINISHED, StudyFolder
 from rankscope.study.missing import missing_profiles, missing_reference
 from rankscope.text.catalogue import load
 from rankscope.text.formats import duration, percent, size
@@ -42,7 +42,7 @@ def show_plan(plan: Plan, console: Console) -> None:
     console.print(f"On the disk: at most about {size(plan.disk_bytes)}.")
 
 
-def show_progress_so_far(study: Study, console: Console) -> None:
+def show_progress_so_far(study: StudyFolder, console: Console) -> None:
     """Says what a study that has begun has already: a run does only the rest."""
     trials = study.spec.trials()
     done = sum(study.trial_record(trial)["status"] in FINISHED for trial in trials)

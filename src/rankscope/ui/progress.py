@@ -17,7 +17,7 @@ from rich.text import Text
 
 from rankscope.errors import StudyDirectoryError
 from rankscope.spec.candidates import AnyTrial, FullTrial, Trial
-from rankscope.study.folder import Study
+from rankscope.study.folder import StudyFolder
 from rankscope.text.catalogue import load
 from rankscope.text.formats import duration, size
 from rankscope.ui.live import Follower, LiveStudy, State
@@ -83,15 +83,15 @@ class TerminalProgress(Display):
         self._state: State | None = None
         self._looked = 0.0
 
-    def training(self, study: Study, pack: str, trials: Sequence[Trial], steps: int) -> None:
+    def training(self, study: StudyFolder, pack: str, trials: Sequence[Trial], steps: int) -> None:
         packs = list(study.division().packs)
         which = f"{pack} ({packs.index(pack) + 1} of {len(packs)})"
         self._begin(pack, f"Pack {which}: {len(trials)} trials, {steps} steps", study, trials, steps)
 
-    def reference(self, study: Study, trial: FullTrial, steps: int) -> None:
+    def reference(self, study: StudyFolder, trial: FullTrial, steps: int) -> None:
         self._begin(trial.name, f"Full fine-tuning, {trial.name}: {steps} steps", study, [trial], steps)
 
-    def _begin(self, name: str, title: str, study: Study, trials: Sequence[AnyTrial], steps: int) -> None:
+    def _begin(self, name: str, title: str, study: StudyFolder, trials: Sequence[AnyTrial], steps: int) -> None:
         if self._whole is None:
             self._whole = LiveStudy(study, steps)
         self._measuring = ""

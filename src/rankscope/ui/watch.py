@@ -21,7 +21,8 @@ from rankscope.errors import StudyDirectoryError
 from rankscope.pipeline import reproduce_command
 from rankscope.report import html
 from rankscope.report.content import Content, compose
-from rankscope.study.folder import NOT_ENDED, Study
+from rankscope.study.folder import NOT_ENDED
+from rankscope.study.study import Study
 from rankscope.text.catalogue import Catalogue, load
 from rankscope.text.formats import duration, loss, size
 from rankscope.train.step import total_steps

@@ -1,0 +1,112 @@
+"""Repair of a study before a run goes on: removal of corrupt files that a run makes again, and of leftovers of kills.
+
+The study's lock must be held.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from rankscope.data.tokens import load
+from rankscope.errors import DamagedError
+from rankscope.files import damaged, leftovers, reading
+from rankscope.spec.candidates import AnyTrial
+from rankscope.study import tables
+from rankscope.study.curve_table import find_table
+from rankscope.study.folder import CURVE, StudyFolder
+from rankscope.study.metrics import read_rows
+
+STALE_TEMP_SECONDS = 3600.0
+"""Age from which a temporary file below report/ has no living writer: `rankscope report` runs without the lock."""
+
+
+def remove_corrupt(study: StudyFolder) -> list[str]:
+    """Remove corrupt files that a run makes again, and return their names.
+
+    Raises:
+        StudyDirectoryError: a file cannot be read, or a newer version wrote it; that file stays.
+    """
+    removed = []
+    records: dict[str, Callable[[], object]] = {
+        "machine.json": lambda: study.machine,
+        "prediction.json": lambda: study.prediction,
+        "answers/answers.json": partial(tables.answers, study),
+        "verdict.json": study.find_verdict,
+        "failures.json": study.failures,
+        "packs/division.json": study.division,
+    }
+    records |= {f"profiles/{name}.json": partial(study.whole_repeats, name) for name in study.spec.profiled()}
+    for file in study.path.glob("packs/*/pack.json"):
+        records[str(file.relative_to(study.path))] = partial(study.pack_record, file.parent.name)
+    for name, read in records.items():
+        file = study.file(name)
+        if _exists(file) and not _is_whole(read):
+            file.unlink()
+            removed.append(name)
+    data = study.file("data")
+    if _exists(data) and not (_is_whole(partial(load, data)) and _is_whole(lambda: study.data_facts)):
+        shutil.rmtree(data)
+        removed.append("data")
+    folder = study.file("tables")
+    table = find_table(folder)
+    if table is None and _exists(folder):
+        shutil.rmtree(folder)
+        removed.append("tables")
+    parsed = table.sha256 if table else {}
+    for trial in study.all_trials():
+        folder = study.trial_folder(trial)
+        metrics = folder / "metrics.jsonl"
+        if not _is_whole(partial(_check_trial, study, trial, parsed)):
+            shutil.rmtree(folder)
+            removed.append(str(folder.relative_to(study.path)))
+        elif study.find_file(trial, metrics.name)[1] is None and not _is_whole(partial(read_rows, metrics)):
+            metrics.unlink()
+            removed.append(str(metrics.relative_to(study.path)))
+    if _exists(study.curve_file) and not _is_whole(partial(tables.cut_examples, study)):  # reads trial.json as well
+        study.curve_file.unlink()
+        removed.append(CURVE)
+    return removed
+
+
+def _check_trial(study: StudyFolder, trial: AnyTrial, parsed: Mapping[str, str]) -> None:
+    """Raise DamagedError where a file of the trial is corrupt. Steps of a metrics.jsonl with a hash in `parsed` were
+    read before."""
+    record = study.trial_record(trial)
+    files = record.get("files") or {}
+    if record["status"] == "done" and not files.keys() >= {"metrics.jsonl", "eval.json"}:
+        raise damaged(study.trial_folder(trial) / "trial.json", "no hashes of its files")
+    for name in files:
+        study.whole_file(trial, name)
+    metrics = files.get("metrics.jsonl")
+    if metrics is not None and parsed.get(trial.name) != metrics:
+        tables.trial_steps(study, trial)
+    if record["status"] == "done":
+        study.held_out(trial)
+
+
+def remove_leftovers(study: StudyFolder) -> None:
+    """Remove temporary files that kills left behind; of those that `rankscope report` writes only stale ones, for it
+    runs without the lock."""
+    for file in leftovers(study.path):
+        name = file.relative_to(study.path)
+        of_report = name.parts[0] == "report" or file.name.startswith((".verdict.json.", ".README.md."))
+        with suppress(FileNotFoundError):  # another `report` has just published it
+            if not of_report or file.lstat().st_mtime < time.time() - STALE_TEMP_SECONDS:
+                file.unlink()
+
+
+def _is_whole(read: Callable[[], object]) -> bool:
+    """Whether `read` finds its file whole. Errors that say nothing of the file's content are raised."""
+    try:
+        read()
+    except DamagedError:
+        return False
+    return True
+
+
+def _exists(path: Path) -> bool:
+    with reading(path):
+        return path.exists()

@@ -1,0 +1,94 @@
+"""`rankscope.Study`: a study's tables, verdict and report."""
+
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from rankscope.files import read_json
+from rankscope.study import tables
+from rankscope.study.evidence import Evidence, without_variants
+from rankscope.study.folder import VERDICT_SCHEMA, StudyFolder
+from rankscope.study.records import VerdictRecord, checked
+from rankscope.text.verdict import verdict_sentence
+
+_SHOWN = ["trial", "status", "train_loss", "eval_loss", "trainable_params", "tokens_per_second"]
+
+
+class Study(StudyFolder):
+    """A study: its directory and everything that it found out.
+
+    Opening reads nothing but study.yaml; a table is read when its method is called. Tables are tidy pandas DataFrames,
+    with trials in the order of the question.
+    """
+
+    results = tables.results
+    reference_results = tables.reference_results
+    curves = tables.curves
+    keep_tables = tables.keep_curves
+    examples = tables.examples
+    reference_examples = tables.reference_examples
+    profiles = tables.profiles
+    samples = tables.samples
+    answers = tables.answers
+    cuts = tables.cuts
+    cut_examples = tables.cut_examples
+
+    @property
+    def report(self) -> Path:
+        """The report's page, which `rankscope report` builds."""
+        return self.path / "report" / "index.html"
+
+    @cached_property
+    def verdict(self) -> dict[str, Any]:
+        """verdict.json: see `rankscope.analysis.verdict.conclude`."""
+        file = self.file("verdict.json")
+        return checked(read_json(file, VERDICT_SCHEMA), VerdictRecord, file)
+
+    def evidence(self) -> Evidence:
+        """Read everything that the analysis and the report start from."""
+        results = self.results()
+        everything = Evidence(
+            spec=self.spec,
+            results=results,
+            curves=self.curves(),
+            profiles=self.profiles(),
+            samples=self.samples(),
+            examples=self.examples(),
+            machine=self.machine,
+            data_facts=self.data_facts,
+            prediction=self.prediction,
+            reference=self.reference_examples(),
+            reference_results=self.reference_results(),
+            divided=self.division().trials_of_divided(),
+            left=self._left(dict(zip(results["trial"], results["status"], strict=True))),
+            failures=self.open_failures(),
+            answers=self.answers(),
+            cuts=self.cut_examples(),
+        )
+        return without_variants(everything) if self.spec.variants else everything
+
+    def _left(self, statuses: dict[str, str]) -> list[str]:
+        """Trials whose pack went on without one that diverged."""
+        left: list[str] = []
+        for trials in self.division().packs.values():
+            names = [trial.name for trial in trials]
+            if "diverged" in map(statuses.get, names):
+                left += [name for name in names if statuses[name] == "done"]
+        return left
+
+    def _repr_html_(self) -> str:
+        """The verdict and the results by trial, as a notebook shows them."""
+        results = self.results()
+        done = int((results["status"] == "done").sum())
+        concluded = self.file("verdict.json").exists()
+        sentence = verdict_sentence(self.verdict, "en") if concluded else "There is no verdict yet."
+        table = (
+            results[_SHOWN]
+            .astype({"trainable_params": "Int64"})
+            .to_html(index=False, na_rep="–", float_format=lambda value: f"{value:,.4g}", border=0)
+        )
+        return (
+            f"<p><strong>{escape(self.spec.name)}</strong>: {done} of {len(results)} trials are done.</p>"
+            f"<p>{escape(sentence)}</p>{table}<p>{escape(str(self.report))}</p>"
+        )
