@@ -12,7 +12,8 @@ import rankscope
 from folders import write_data, write_model
 from rankscope.data.tokens import Example, Tokens, load
 from rankscope.jobs.answers import questions
-from rankscope.study.folder import ANSWERS, Study
+from rankscope.study.folder import ANSWERS
+from rankscope.study.study import Study
 from told import Told
 
 SETS = (
@@ -105,7 +106,7 @@ def test_answers_that_fail_end_no_study(tmp_path: Path) -> None:
     files = {"model": str(folder), "dataset": str(write_data(tmp_path / "data.json")), "out": tmp_path / "study"}
     sets, progress = (*SETS, "training.trials_per_pack=1"), Told()
     study = rankscope.run(ranks=[2, 4], seeds=[0], steps=2, batch_size=2, sets=sets, progress=progress, **files)
-    assert study.unmet().keys() == {ANSWERS}  # what `rankscope run` then ends with exit code 4 for
+    assert study.open_failures().keys() == {ANSWERS}  # what `rankscope run` then ends with exit code 4 for
     assert "adapter of experts with patterns" in study.failures()[ANSWERS]["reason"]
     assert any(line.startswith("The answers did not finish: an adapter of experts") for line in progress.lines)
     assert list(study.results()["status"]) == ["done", "done"]  # in two packs
