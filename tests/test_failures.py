@@ -16,7 +16,7 @@ from rankscope.files import read_json, read_jsonl
 from rankscope.study.missing import unfinished
 from rankscope.study.study import Study
 from rankscope.ui.console import PlainConsole
-from told import Told
+from recording import RecordingProgress
 
 OPTIONS: dict[str, Any] = {
     "ranks": [2, 4, 8],
@@ -44,7 +44,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(root: Path, out: Path, said: Told | None = None, **options: Any) -> Study:
+def run(root: Path, out: Path, said: RecordingProgress | None = None, **options: Any) -> Study:
     return rankscope.run(
         model=str(root / "model"), dataset=str(root / "data.json"), out=out, sets=SETS, progress=said,
         **(OPTIONS | options),
@@ -90,7 +90,7 @@ def rows(study: Study, trial: str) -> list[dict[str, Any]]:
 
 def test_a_pack_without_enough_memory_is_divided(root: Path, whole: Study, tmp_path: Path, harm: Any) -> None:
     harm("if len(members) > 1 and step == 3: raise MemoryError('no more')")
-    said = Told()
+    said = RecordingProgress()
     study = run(root, tmp_path / "study", said)
     assert unfinished(study) == []
     division = read_json(study.path / "packs" / "division.json")
@@ -122,7 +122,7 @@ def test_a_trial_that_cannot_be_trained_keeps_no_other_from_it(
 
 def test_what_was_killed_goes_on_where_it_was(root: Path, whole: Study, tmp_path: Path, harm: Any) -> None:
     harm("if step == 3: os.kill(os.getpid(), signal.SIGKILL)")
-    said = Told()
+    said = RecordingProgress()
     study = run(root, tmp_path / "study", said)
     assert list(study.results()["status"]) == ["interrupted"] * 3
     assert set(study.results()["reason"]) == {"packs p000 was killed (signal 9), after step 3"}
@@ -142,7 +142,7 @@ def test_one_that_is_killed_as_it_goes_on_loses_nothing(root: Path, whole: Study
     harm("pass", "loop._history = lambda file: os.kill(os.getpid(), signal.SIGKILL)")
     run(root, tmp_path / "study")
     harm("assert step >= 2, 'it began anew'")
-    said = Told()
+    said = RecordingProgress()
     study = run(root, tmp_path / "study", said)
     assert not [message for message in said.lines if "damaged" in message]
     assert [rows(study, name) for name in NAMES] == [rows(whole, name) for name in NAMES]

@@ -17,7 +17,7 @@ from rankscope.lora.saved import read_adapter
 from rankscope.measure.profile import profile_candidate
 from rankscope.resize.pattern import propose
 from rankscope.study.study import Study
-from told import Told
+from recording import RecordingProgress
 
 VARIANTS = ["pissa", "dora"]
 
@@ -25,7 +25,7 @@ VARIANTS = ["pissa", "dora"]
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     folder = tmp_path_factory.mktemp("variants")
-    told = Told()
+    told = RecordingProgress()
     study = rankscope.run(
         model=str(write_model(folder / "model")),
         dataset=str(write_data(folder / "data.json")),
@@ -137,7 +137,13 @@ def test_a_pattern_is_proposed_tried_and_judged(tmp_path: Path, monkeypatch: pyt
         "sets": ["measure.profiles=false", "measure.answers=0"],
     }
     source = rankscope.run(
-        **question, ranks=[8], seeds=[0, 1], learning_rates=[1e-2], steps=6, out=tmp_path / "source", progress=Told()
+        **question,
+        ranks=[8],
+        seeds=[0, 1],
+        learning_rates=[1e-2],
+        steps=6,
+        out=tmp_path / "source",
+        progress=RecordingProgress(),
     )
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, ["pattern", str(source.path), "--rank", "2"], catch_exceptions=False)
@@ -153,7 +159,7 @@ def test_a_pattern_is_proposed_tried_and_judged(tmp_path: Path, monkeypatch: pyt
     assert isinstance(again.exception, StudyError)
     assert "exists" in str(again.exception)
 
-    tried = rankscope.run(study=values, out=tmp_path / "tried", progress=Told())
+    tried = rankscope.run(study=values, out=tmp_path / "tried", progress=RecordingProgress())
     assert [row["variant"] for row in tried.verdict["variants"]] == ["pattern"]
     assert "Ranks by layer at rank 2" in tried.report.read_text(encoding="utf-8")
     adapter = read_adapter(tried.path / "trials" / "r002-lr1e-2-pattern-s0" / "adapter")

@@ -153,7 +153,7 @@ def run(
             show_progress_so_far(Study.create(path, spec), console)
         return
     console.print(f"Study {spec.name} in {path}{'/' if not str(path).endswith('/') else ''}", markup=False)
-    with stoppable(), TerminalProgress(console) as progress:
+    with stoppable(), TerminalProgress(console, path) as progress:
         result = pipeline.run_study(spec, path, progress, lang, report_to or (), launcher, ray_address)
     if json_:
         print_json(describe_outcome(result))
@@ -212,7 +212,7 @@ def search(
     spec = resolve_search(values, options, set_ or (), study)
     path, console = out or Path(f"{spec.study.name}-search"), error_console if json_ else out_console
     console.print(f"Search in {path}{'/' if not str(path).endswith('/') else ''}", markup=False)
-    with stoppable(), SearchProgress(console) as progress:
+    with stoppable(), SearchProgress(console, path) as progress:
         result = run(spec, path, progress.say, progress.poll)
     if json_:
         print_json(describe_result(Search(path, spec), result))
@@ -296,7 +296,7 @@ def curve(
     study, console = Study.open(directory), error_console if json_ else out_console
     asked = None if ranks is None else comma_list("ranks", ranks)
     try:
-        with TerminalProgress(console) as progress:
+        with TerminalProgress(console, directory) as progress:
             take_curve(study, progress, asked, recover, lang)
     except KeyboardInterrupt:
         error_console.print("Stopped. What was measured is kept; the same command goes on.", style="yellow")

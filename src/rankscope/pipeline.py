@@ -29,10 +29,9 @@ from rankscope.plan.memory import predict
 from rankscope.plan.runtime import forecast
 from rankscope.report import build
 from rankscope.report.card import write_cards
-from rankscope.spec.candidates import FullTrial, Trial
 from rankscope.spec.models import StudySpec
 from rankscope.spec.options import assemble
-from rankscope.study.folder import CURVE, StudyFolder
+from rankscope.study.folder import CURVE
 from rankscope.study.missing import missing_reference, missing_trials
 from rankscope.study.study import Study
 from rankscope.text.catalogue import load as load_catalogue
@@ -134,7 +133,7 @@ def _run(
         with reporting(study, trackers, progress) as shown:
             train(study, data, place, shown)
             measure(study, place, shown)
-            train_reference(study, data, place, shown)
+            train_reference(study, place, shown)
             answer_missing(study, place, shown)
             study.keep_tables()
             finish(study, language)
@@ -191,8 +190,4 @@ class _Silent:
     """Progress that shows nothing."""
 
     def say(self, message: str) -> None: ...
-    def training(self, study: StudyFolder, pack: str, trials: Sequence[Trial], steps: int) -> None: ...
-    def reference(self, study: StudyFolder, trial: FullTrial, steps: int) -> None: ...
-    def ended(self, name: str) -> None: ...
-    def measuring(self, done: int, total: int, name: str) -> None: ...
     def poll(self) -> None: ...

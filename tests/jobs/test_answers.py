@@ -14,7 +14,7 @@ from rankscope.data.tokens import Example, Tokens, load
 from rankscope.jobs.answers import questions
 from rankscope.study.folder import ANSWERS
 from rankscope.study.study import Study
-from told import Told
+from recording import RecordingProgress
 
 SETS = (
     "measure.profiles=false",
@@ -104,7 +104,7 @@ def test_answers_that_fail_end_no_study(tmp_path: Path) -> None:
     )  # fmt: skip
     MixtralForCausalLM(config).save_pretrained(folder)
     files = {"model": str(folder), "dataset": str(write_data(tmp_path / "data.json")), "out": tmp_path / "study"}
-    sets, progress = (*SETS, "training.trials_per_pack=1"), Told()
+    sets, progress = (*SETS, "training.trials_per_pack=1"), RecordingProgress()
     study = rankscope.run(ranks=[2, 4], seeds=[0], steps=2, batch_size=2, sets=sets, progress=progress, **files)
     assert study.open_failures().keys() == {ANSWERS}  # what `rankscope run` then ends with exit code 4 for
     assert "adapter of experts with patterns" in study.failures()[ANSWERS]["reason"]

@@ -22,7 +22,7 @@ from rankscope.jobs.local import LocalLauncher
 from rankscope.jobs.queue import run_jobs
 from rankscope.spec.models import ModelSpec
 from rankscope.study.study import Study
-from told import Told
+from recording import RecordingProgress
 
 STEPS = 150
 OPTIONS: dict[str, Any] = {
@@ -88,10 +88,12 @@ def making(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> d
 
 def run(root: Path, out: Path, progress: Any = None, **options: Any) -> Study:
     model, data = str(root / "model"), str(root / "data.json")
-    return rankscope.run(model=model, dataset=data, out=out, progress=progress or Told(), **OPTIONS, **options)
+    return rankscope.run(
+        model=model, dataset=data, out=out, progress=progress or RecordingProgress(), **OPTIONS, **options
+    )
 
 
-class Until(Told):
+class Until(RecordingProgress):
     """Does something once all trials of a study are at some step, and then no more; notes at which they are."""
 
     def __init__(self, study: Path, step: int, act: Callable[[], None]) -> None:

@@ -17,7 +17,7 @@ from rankscope.errors import KilledError, StudyDirectoryError, StudyError
 from rankscope.files import read_json, write_json
 from rankscope.jobs.curve import lower_ranks, take_curve
 from rankscope.study.study import Study
-from told import Told
+from recording import RecordingProgress
 
 SETS = ("measure.profiles=false", "measure.answers=0", "data.eval_rows=12", "training.evals=1")
 OPTIONS: dict[str, Any] = {"ranks": [2, 8], "seeds": [0, 1], "steps": 5, "batch_size": 4, "learning_rates": [3e-2]}
@@ -31,7 +31,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(root: Path, out: Path, said: Told | None = None, **options: Any) -> Study:
+def run(root: Path, out: Path, said: RecordingProgress | None = None, **options: Any) -> Study:
     files = {"model": str(root / "model"), "dataset": str(root / "data.json"), "out": out, "progress": said}
     return rankscope.run(sets=SETS, **files, **(OPTIONS | options))
 
@@ -46,7 +46,7 @@ def whole(root: Path, trained: Study) -> Study:
     """With its curve, and 12 steps of recovery."""
     shutil.copytree(trained.path, root / "whole")
     study = Study.open(root / "whole")
-    take_curve(study, Told(), recover=12)
+    take_curve(study, RecordingProgress(), recover=12)
     return study
 
 
@@ -101,20 +101,20 @@ def test_recovery_lowers_the_loss_of_a_study_that_has_only_begun(whole: Study) -
 
 @pytest.mark.usefixtures("no_report")
 def test_what_is_there_is_not_measured_again(copy: Study) -> None:
-    take_curve(copy, Told(), ranks=[2])
+    take_curve(copy, RecordingProgress(), ranks=[2])
     first, job = table(copy), copy.path / "curve" / "job.json"
     assert set(first) == {(seed, 0, rank) for seed in (0, 1) for rank in (2, 8)}
-    take_curve(copy, Told(), ranks=[1, 2])
+    take_curve(copy, RecordingProgress(), ranks=[1, 2])
     assert read_json(job)["wanted"] == {f"r008-lr3e-2-s{seed}": [[1, 0]] for seed in (0, 1)}
     second = table(copy)
     assert first.items() < second.items()
     job.unlink()
-    said = Told()
+    said = RecordingProgress()
     take_curve(copy, said, ranks=[1, 2])
     assert table(copy) == second
     assert not job.exists()
     assert said.lines == []
-    take_curve(copy, Told(), ranks=[2], recover=1)
+    take_curve(copy, RecordingProgress(), ranks=[2], recover=1)
     assert read_json(job)["wanted"]["r008-lr3e-2-s0"] == [[2, 1], [8, 1]]
 
 
@@ -125,7 +125,7 @@ def test_a_curve_that_is_damaged_is_made_again(copy_of_whole: Study, whole: Stud
     file.write_text(content.replace("1", "2", 1))
     with pytest.raises(StudyDirectoryError, match=r"curve\.json: damaged"):
         copy_of_whole.evidence()
-    said = Told()
+    said = RecordingProgress()
     take_curve(copy_of_whole, said, recover=12)
     assert any("was damaged" in line for line in said.lines)
     assert table(copy_of_whole) == pytest.approx(table(whole), rel=1e-6)
@@ -134,7 +134,7 @@ def test_a_curve_that_is_damaged_is_made_again(copy_of_whole: Study, whole: Stud
 def test_a_run_removes_a_damaged_curve_and_says_what_makes_it(root: Path, copy_of_whole: Study) -> None:
     file = copy_of_whole.path / "curve" / "curve.json"
     file.write_bytes(file.read_bytes()[:-9])
-    said = Told()
+    said = RecordingProgress()
     study = run(root, copy_of_whole.path, said)
     assert "curve/curve.json was damaged: it is removed; `rankscope curve` makes it again." in said.lines
     assert study.cuts().empty
@@ -155,7 +155,7 @@ def test_without_a_trial_of_the_largest_rank_there_is_nothing_to_cut(copy: Study
         file = copy.path / "trials" / f"r008-lr3e-2-s{seed}" / "trial.json"
         write_json(file, read_json(file) | {"status": status, "results": None})
     with pytest.raises(StudyError, match="no trial of rank 8, the study's largest, is done") as caught:
-        take_curve(copy, Told())
+        take_curve(copy, RecordingProgress())
     assert caught.value.exit_code == 2
     assert not (copy.path / "curve").exists()
 
@@ -164,7 +164,7 @@ def test_without_a_trial_of_the_largest_rank_there_is_nothing_to_cut(copy: Study
 def test_seeds_that_are_not_done_are_left_out(copy: Study) -> None:
     file = copy.path / "trials" / "r008-lr3e-2-s0" / "trial.json"
     write_json(file, read_json(file) | {"status": "failed", "results": None})
-    take_curve(copy, Told(), ranks=[2])
+    take_curve(copy, RecordingProgress(), ranks=[2])
     assert set(table(copy)) == {(1, 0, 2), (1, 0, 8)}
 
 
@@ -187,17 +187,17 @@ def test_one_that_is_killed_keeps_what_it_has(copy: Study, whole: Study, tmp_pat
     with monkeypatch.context() as patch:
         patch.setenv(forking.HOOK, str(tmp_path / "hook.py"))
         with pytest.raises(KilledError, match="curve curve was killed"):
-            take_curve(copy, Told(), recover=12)
+            take_curve(copy, RecordingProgress(), recover=12)
     kept = table(copy)
     assert set(kept) == {(0, 0, 8), (0, 12, 8), *((0, 0, rank) for rank in (1, 2, 4))}
-    take_curve(copy, Told(), recover=12)
+    take_curve(copy, RecordingProgress(), recover=12)
     assert kept.items() < table(copy).items()
     assert table(copy) == pytest.approx(table(whole), rel=1e-5)
 
 
 def test_a_study_that_is_held_is_left_alone(copy: Study) -> None:
     with copy.lock(), pytest.raises(StudyDirectoryError, match="another run is writing"):
-        take_curve(copy, Told())
+        take_curve(copy, RecordingProgress())
 
 
 def test_the_report_has_the_figure_the_table_and_the_sentences(whole: Study) -> None:

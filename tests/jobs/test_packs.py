@@ -19,7 +19,7 @@ from rankscope.spec.models import StudySpec
 from rankscope.spec.options import assemble
 from rankscope.study.study import Study
 from rankscope.train.prepare import prepare_data
-from told import Told
+from recording import RecordingProgress
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +61,11 @@ def train(
     places: int,
     ends: Iterable[RankscopeError | None] = (),
     **training: Any,
-) -> tuple[Study, Places, Told]:
+) -> tuple[Study, Places, RecordingProgress]:
     spec, data = question
     spec = spec.model_copy(update={"training": spec.training.model_copy(update=training)})
     study = Study.create(path / "study", spec)
-    launcher, told = Places(places, study, ends), Told()
+    launcher, told = Places(places, study, ends), RecordingProgress()
     jobs.train(study, data, Place(launcher, HERE, predict(spec, torch.device("cpu"))), told)
     return study, launcher, told
 

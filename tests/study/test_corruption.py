@@ -17,7 +17,7 @@ from rankscope.files import read_json
 from rankscope.jobs.curve import take_curve
 from rankscope.jobs.repair import remove_corrupt
 from rankscope.study.study import Study
-from told import Told
+from recording import RecordingProgress
 
 OPTIONS: dict[str, Any] = {
     "ranks": [2, 4],
@@ -46,7 +46,7 @@ def run(root: Path, out: Path) -> Study:
 @pytest.fixture(scope="module")
 def study(root: Path) -> Study:
     study = run(root, root / "study")
-    take_curve(study, Told(), ranks=[1])
+    take_curve(study, RecordingProgress(), ranks=[1])
     return study
 
 

@@ -25,7 +25,7 @@ from rankscope.search.space import resolve_search
 from rankscope.study.folder import TRIAL_FILES
 from rankscope.study.study import Study
 from rankscope.ui.watch import Watch
-from told import Told
+from recording import RecordingProgress
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "study-0.1"
 TRIAL = "trials/r008-lr5e-3-s1"
@@ -229,7 +229,7 @@ def test_the_run_that_holds_the_study_marks_what_it_was_doing(study: Study, monk
     monkeypatch.setattr(pipeline, "check_ranks", lambda spec, prediction: None)
     monkeypatch.setattr(pipeline, "_study_data", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run_study(study.spec, study.path, Told())
+        pipeline.run_study(study.spec, study.path, RecordingProgress())
     assert read_json(record)["status"] == "interrupted"
     assert read_json(record)["reason"] == "interrupted by the user, after step 4"
 
@@ -237,7 +237,7 @@ def test_the_run_that_holds_the_study_marks_what_it_was_doing(study: Study, monk
 def test_an_unknown_language_is_refused_before_anything_is_done(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "predict", interrupt)
     with pytest.raises(StudyError, match="no report language 'xx'"):
-        pipeline.run_study(study.spec, study.path, Told(), "xx")
+        pipeline.run_study(study.spec, study.path, RecordingProgress(), "xx")
     (study.path / "verdict.json").unlink()
     with pytest.raises(StudyError, match="no report language 'xx'"):
         pipeline.finish(study, "xx")
@@ -255,7 +255,7 @@ def test_a_profile_that_fails_is_recorded_told_and_measured_again(
     for name in ("r002", "r008"):
         (study.path / "profiles" / f"{name}.json").unlink()
     ends = {"r002": KILLED, "r008": NO_MEMORY}
-    said = Told()
+    said = RecordingProgress()
     measure(study, place(Ending(lambda path, job: ends[job["profile"]])), said)
     assert study.open_failures() == {
         "r002": {"status": "interrupted", "reason": KILLED.what},
@@ -271,7 +271,7 @@ def test_a_profile_that_fails_is_recorded_told_and_measured_again(
     def measured(path: Path, job: dict[str, Any]) -> None:
         (path / "profiles" / f"{job['profile']}.json").write_bytes(kept)
 
-    measure(study, place(Ending(measured)), Told())
+    measure(study, place(Ending(measured)), RecordingProgress())
     assert study.open_failures() == {}
     assert study.failures() == {}
 
@@ -290,7 +290,7 @@ def test_a_disk_or_a_model_that_fails_ends_profiles_too(study: Study) -> None:
     (study.path / "profiles" / "r002.json").unlink()
     error = StudyDirectoryError("profiles/r002.json: cannot be written: No space left on device")
     with pytest.raises(StudyDirectoryError, match="No space left"):
-        measure(study, place(Ending(lambda *_: error)), Told())
+        measure(study, place(Ending(lambda *_: error)), RecordingProgress())
     assert study.failures() == {}
 
 
@@ -298,7 +298,7 @@ def test_answers_that_fail_are_recorded(study: Study) -> None:
     asked = Study(
         study.path, study.spec.model_copy(update={"measure": study.spec.measure.model_copy(update={"answers": 1})})
     )
-    answer_missing(asked, place(Ending(lambda *_: NO_MEMORY)), Told())
+    answer_missing(asked, place(Ending(lambda *_: NO_MEMORY)), RecordingProgress())
     assert asked.open_failures() == {"answers": {"status": "oom", "reason": NO_MEMORY.what}}
 
 

@@ -14,7 +14,7 @@ from rankscope.study.study import Study
 from rankscope.track import TRACKERS
 from rankscope.track.follow import metric_name
 from rankscope.track.tracker_process import reporting
-from told import Told
+from recording import RecordingProgress
 from track.readers import READERS, SECRETS, Seen, clear_environment
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "study-0.1"
@@ -34,7 +34,7 @@ class Replayed(NamedTuple):
 @pytest.fixture(scope="module", params=list(TRACKERS))
 def replayed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replayed]:
     """The finished study, as if it had been interrupted, gone back to a checkpoint, and gone on."""
-    root, told = tmp_path_factory.mktemp(request.param), Told()
+    root, told = tmp_path_factory.mktemp(request.param), RecordingProgress()
     (root / "home").mkdir()
     shutil.copytree(FIXTURE, root / "study")
     study = Study.open(root / "study")
@@ -162,6 +162,6 @@ def test_a_moved_study_goes_on_with_the_same_runs(replayed: Replayed, tmp_path: 
         Study.open(tmp_path / "moved"),
         read_json(replayed.study.path / "tracking" / f"{replayed.name}.json"),
     )
-    with reporting(moved, [replayed.name], Told()):
+    with reporting(moved, [replayed.name], RecordingProgress()):
         pass
     assert read_json(moved.path / "tracking" / f"{replayed.name}.json") == before

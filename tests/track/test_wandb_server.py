@@ -13,7 +13,7 @@ import pytest
 from rankscope.files import read_jsonl
 from rankscope.study.study import Study
 from rankscope.track.tracker_process import reporting
-from told import Told
+from recording import RecordingProgress
 from track.readers import SECRETS, clear_environment
 from track.test_contract import FIXTURE, TRIAL, cut_back
 from track.wandb_server import Received, WandbServer, wandb_server
@@ -28,7 +28,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbSer
         yield server
 
 
-def interrupt_and_go_on(path: Path, told: Told) -> Study:
+def interrupt_and_go_on(path: Path, told: RecordingProgress) -> Study:
     """Two sessions of one study."""
     shutil.copytree(FIXTURE, path)
     study = Study.open(path)
@@ -64,7 +64,7 @@ def test_online_a_run_goes_on_where_it_was(
     server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "online")
-    told = Told()
+    told = RecordingProgress()
     study = interrupt_and_go_on(tmp_path / "study", told)
     assert told.lines == [f"W&B sends the runs to {server.url}, project rankscope"] * 2
     check(server, study)
@@ -76,7 +76,7 @@ def test_online_a_run_goes_on_where_it_was(
 
 
 def test_what_was_written_offline_is_synced_whole(server: WandbServer, tmp_path: Path) -> None:
-    study = interrupt_and_go_on(tmp_path / "study", Told())
+    study = interrupt_and_go_on(tmp_path / "study", RecordingProgress())
     assert not server.runs
     folders = sorted(str(folder) for folder in (study.path / "tracking" / "wandb").glob("offline-run-*"))
     command = [sys.executable, "-m", "wandb", "sync", *folders]
@@ -90,7 +90,7 @@ def test_without_a_key_it_is_offline_and_asks_nobody(
     monkeypatch.delenv("WANDB_API_KEY")
     monkeypatch.delenv("WANDB_MODE")
     shutil.copytree(FIXTURE, tmp_path / "study")
-    told = Told()
+    told = RecordingProgress()
     with reporting(Study.open(tmp_path / "study"), ["wandb"], told):
         pass
     assert ["offline" in line and "wandb sync" in line for line in told.lines] == [True]

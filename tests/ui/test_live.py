@@ -7,13 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from rankscope.errors import StudyDirectoryError
 from rankscope.files import read_json, write_json
+from rankscope.spec.candidates import AnyTrial
 from rankscope.study.study import Study
-from rankscope.ui.live import Follower, LiveStudy
-from rankscope.ui.progress import TerminalProgress
+from rankscope.ui.live import LiveStudy, MetricsTail
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "study-0.1"
 
@@ -25,28 +23,28 @@ def lines(first: int, last: int, width: int = 1) -> str:
 
 def test_only_whole_lines_are_read(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
-    follower = Follower(file)
-    follower.read()
-    assert follower.step == 0
+    tail = MetricsTail(file)
+    tail.read()
+    assert tail.step == 0
     text = lines(1, 3)
     file.write_text(text[:-5])
-    follower.read()
-    assert follower.step == 2
+    tail.read()
+    assert tail.step == 2
     file.write_text(text)
-    follower.read()
-    assert follower.step == 3
+    tail.read()
+    assert tail.step == 3
 
 
 def test_a_file_that_was_begun_anew_is_read_from_its_start(tmp_path: Path) -> None:
     """Also where it is longer by now than it was, and its lines end elsewhere."""
     file = tmp_path / "metrics.jsonl"
     for length in range(1, 12):
-        follower = Follower(file)
+        tail = MetricsTail(file)
         file.write_text(lines(1, 4))
-        follower.read()
+        tail.read()
         file.write_text(lines(1, length, width=3))
-        follower.read()
-        assert follower.step == length
+        tail.read()
+        assert tail.step == length
 
 
 @pytest.fixture
@@ -57,6 +55,20 @@ def study(tmp_path: Path) -> Study:
 
 def hold(study: Study, pid: int, host: str) -> None:
     (study.path / ".lock-holder").write_text(f"process {pid} on {host}\n")
+
+
+def restart(study: Study, trial: AnyTrial, status: str = "running", **fields: str) -> Path:
+    """Let the trial have no results and no metrics; returns the path of its record."""
+    folder = study.trial_folder(trial)
+    record = read_json(folder / "trial.json")
+    write_json(folder / "trial.json", record | {"status": status, "results": None, "files": {}} | fields)
+    (folder / "metrics.jsonl").write_text("")
+    return folder / "trial.json"
+
+
+def begin(study: Study, pack: str) -> None:
+    file = study.file("packs", pack, "pack.json")
+    write_json(file, read_json(file) | {"results": None})
 
 
 def test_the_holder_is_a_process_that_lives(study: Study) -> None:
@@ -77,8 +89,10 @@ def test_the_holder_is_a_process_that_lives(study: Study) -> None:
 
 def test_a_study_that_is_done(study: Study) -> None:
     (study.path / "verdict.json").exists() or write_json(study.path / "verdict.json", {})
-    state = LiveStudy(study, read_json(next(study.path.glob("trials/*/trial.json")))["results"]["steps"]).read()
+    state = LiveStudy(study).read()
     assert state.doing == "done"
+    assert state.steps == read_json(next(study.path.glob("trials/*/trial.json")))["results"]["steps"]
+    assert state.training == {}
     assert {trial.step for trial in state.trials} == {state.steps}
     assert state.profiles_done == state.profiles > 0
     assert state.seconds_left == 0
@@ -96,32 +110,91 @@ def test_a_study_that_trains(study: Study, monkeypatch: pytest.MonkeyPatch) -> N
     kept = [line for line in lines if json.loads(line)["step"] <= steps // 2]
     (folder / "metrics.jsonl").write_text("".join(kept))
     hold(study, os.getpid(), platform.node())
-    state = LiveStudy(study, steps).read()
+    assert LiveStudy(study).read().training == {}, "its pack has ended"
+    begin(study, "p001")
+    state = LiveStudy(study).read()
     assert state.doing == "train"
+    assert state.pack == "p001"
+    assert [one.step for one in state.training["p001"]] == [steps, steps, steps // 2]
     (now,) = [found for found in state.trials if found.name == trial.name]
     assert (now.status, now.step) == ("running", steps // 2)
     assert state.seconds_left is not None
     seconds = [json.loads(line).get("step_seconds", 0.0) for line in lines]
     assert state.seconds_left == pytest.approx(sum(seconds) / 2, rel=0.7), "packs of two share their steps' time"
-    monkeypatch.setattr(LiveStudy, "_packs", lambda self: ["p000", "p001"])
-    on_two = LiveStudy(study, steps).read()
+    training = {"p000": [], "p001": []}
+    monkeypatch.setattr(LiveStudy, "_training", lambda *_: training)
+    on_two = LiveStudy(study).read()
     assert on_two.pack == "p000, p001"
     assert on_two.seconds_left == pytest.approx(state.seconds_left / 2)
 
 
-@pytest.mark.parametrize("line", ["z", "3", '{"stdp": 5}', '{"step": 5, "train_loss": "x", "step_seconds": 1}'])
-def test_a_damaged_line_ends_no_run_that_shows_it(line: str, study: Study, capsys: pytest.CaptureFixture[str]) -> None:
-    pack, (trial, *_) = next(iter(study.division().packs.items()))
-    file = study.trial_folder(trial) / "metrics.jsonl"
-    with TerminalProgress(Console()) as progress:
-        progress.training(study, pack, [trial], 9)
-        with file.open("a") as metrics:
-            metrics.write(f"{line}\n")
-        with pytest.raises(StudyDirectoryError, match=r"metrics\.jsonl: damaged"):
-            Follower(file).read()
-        progress.poll()
-        with file.open("a") as metrics:
-            metrics.write(lines(7, 7))
-        progress._last_line = -1e9
-        progress.poll()
-    assert "step 7/9" in capsys.readouterr().out
+def test_metrics_are_followed_without_reading_anything_else(study: Study) -> None:
+    trial = study.spec.trials()[-1]
+    restart(study, trial)
+    begin(study, "p001")
+    live = LiveStudy(study)
+    before = live.read()
+    assert before.training["p001"][-1].step == 0
+    (study.trial_folder(trial) / "metrics.jsonl").write_text(lines(1, 3))
+    shutil.rmtree(study.path / "profiles")
+    after = live.refresh(before)
+    assert after.training["p001"][-1].step == 3
+    assert after.profiles_done == before.profiles_done > 0
+    assert live.read().profiles_done == 0
+
+
+def test_a_trial_that_failed_in_an_earlier_run_is_due_again(study: Study) -> None:
+    trial = study.spec.trials()[-1]
+    record = restart(study, trial, status="failed", reason="no memory")
+    hold(study, os.getpid(), platform.node())
+    assert LiveStudy(study).read().doing == "train", "it failed before this run began"
+    os.utime(study.path / ".lock-holder", (os.path.getmtime(record) - 10,) * 2)
+    assert LiveStudy(study).read().doing == "answer", "this run has tried it"
+
+
+def test_the_profile_that_is_measured(study: Study) -> None:
+    name = next(iter(study.spec.profiled()))
+    file = study.profile_file(name)
+    os.utime(file, (1, 1))
+    repeats = read_json(file, schema=2)
+    write_json(file, repeats | {"repeats": repeats["repeats"][:-1]})
+    os.utime(file, (1, 1))
+    hold(study, os.getpid(), platform.node())
+    state = LiveStudy(study).read()
+    assert (state.doing, state.profile, state.profiles_done) == ("profile", None, state.profiles - 1)
+    write_json(study.path / "profiles" / "jobs" / name / "job.json", {"kind": "profile"})
+    assert LiveStudy(study).read().profile == name
+    file.touch()
+    assert LiveStudy(study).read().profile is None, "it is recorded"
+    os.utime(file, (1, 1))
+    os.utime(study.path / "profiles" / "jobs" / name / "job.json", (2, 2))
+    assert LiveStudy(study).read().profile is None, "an earlier run's job"
+
+
+def test_full_fine_tuning_in_training(study: Study) -> None:
+    first, second = study.reference_trials[:2]
+    for trial in (first, second):
+        restart(study, trial)
+    os.utime(study.trial_folder(second) / "trial.json", (1, 1))  # a killed run left it
+    hold(study, os.getpid(), platform.node())
+    os.utime(study.path / ".lock-holder", (os.path.getmtime(study.trial_folder(first) / "trial.json"),) * 2)
+    state = LiveStudy(study).read()
+    assert state.doing == "reference"
+    assert list(state.training) == [first.name]
+    assert state.pack is None
+
+
+def test_what_is_done_when_all_is_trained(study: Study) -> None:
+    hold(study, os.getpid(), platform.node())
+    live = LiveStudy(study)
+    assert live.read().doing == "answer"
+    write_json(study.path / "answers" / "answers.json", {"schema": 1, "questions": [], "answers": {}})
+    assert live.read().doing == "conclude"
+    write_json(study.path / "curve" / "job.json", {})
+    assert live.read().doing == "curve"
+    shutil.rmtree(study.path / "profiles")
+    assert live.read().doing == "curve", "it measures no profiles"
+    os.utime(study.path / "curve" / "job.json", (1, 1))
+    assert live.read().doing == "profile", "an earlier curve"
+    write_json(study.path / "answers" / "job.json", {})
+    assert live.read().doing == "conclude", "profiles come before the answers: they did not finish"

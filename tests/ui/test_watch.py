@@ -36,6 +36,9 @@ class Running:
         self.record = read_json(self.folder / "trial.json")
         self.lines = (self.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
         write_json(self.folder / "trial.json", self.record | {"status": "running", "results": None, "files": {}})
+        self.pack_file = self.study.file("packs", self.record["pack"], "pack.json")
+        self.pack = read_json(self.pack_file)
+        write_json(self.pack_file, self.pack | {"results": None})
         self.reach(self.record["results"]["steps"] // 2)
         (path / ".lock-holder").write_text(f"process {os.getpid()} on {platform.node()}\n")
 
@@ -46,6 +49,7 @@ class Running:
     def finish(self) -> None:
         (self.folder / "metrics.jsonl").write_text("".join(self.lines))
         write_json(self.folder / "trial.json", self.record)
+        write_json(self.pack_file, self.pack)
         write_json(self.study.path / "verdict.json", conclude(self.study.evidence()))
         (self.study.path / ".lock-holder").unlink()
 
@@ -87,6 +91,7 @@ def test_only_the_study_is_served_and_only_here(server: ThreadingHTTPServer, run
     assert "default-src 'none'" in page
     status, news, _ = get(server, "/news.json")
     found = json.loads(news)
+    assert found["now"]["lines"][0] == "Pack p001 trains"
     assert found["now"]["lines"][1] == "11 of 12 trials have ended"
     assert found["again_ms"] >= 2000
     for path in ("/study.yaml", "/../study.yaml", "/%2e%2e/study.yaml", "//etc/passwd", "/trials/", "/news.json/.."):

@@ -9,7 +9,7 @@ from rankscope.jobs.job import Job, Launcher
 from rankscope.jobs.queue import run_jobs
 from rankscope.measure.machine import Site
 from rankscope.plan.memory import CostModel
-from rankscope.spec.candidates import FullTrial, Trial
+from rankscope.spec.candidates import Trial
 from rankscope.study.folder import StudyFolder
 
 if TYPE_CHECKING:
@@ -23,30 +23,16 @@ GPU_HOST_BYTES = 4 << 30
 
 
 class Progress(Protocol):
-    """What a run tells of itself. `rankscope.ui.progress` shows it; a caller may pass its own."""
+    """Callbacks that a run makes to report progress. `rankscope.ui.progress` has the terminal's; a caller may pass its
+    own. How far the run is, a callback reads from the study's files.
+    """
 
     def say(self, message: str) -> None:
-        """A sentence to be kept."""
-        ...
-
-    def training(self, study: StudyFolder, pack: str, trials: Sequence[Trial], steps: int) -> None:
-        """A pack begins."""
-        ...
-
-    def reference(self, study: StudyFolder, trial: FullTrial, steps: int) -> None:
-        """A trial of full fine-tuning begins."""
-        ...
-
-    def ended(self, name: str) -> None:
-        """A pack, or a trial of full fine-tuning, has ended, well or not."""
-        ...
-
-    def measuring(self, done: int, total: int, name: str) -> None:
-        """A profile begins, after `done` of `total`."""
+        """A line to keep, such as what a pack took or why it did not finish."""
         ...
 
     def poll(self) -> None:
-        """Called twice a second while a job runs; the study's files say how far it is."""
+        """Called twice a second while jobs run."""
         ...
 
 

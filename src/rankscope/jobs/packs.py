@@ -38,8 +38,6 @@ def train(study: StudyFolder, data: TokenizedData, place: Place, progress: Progr
     this process is divided or recorded, and those after it go on in a new one. Over several devices each pack has a
     process of its own, those that take longest first. So has each isolated trial.
     """
-    from rankscope.train.step import total_steps
-
     launcher, prediction, training = place.launcher, place.prediction, study.spec.training
     places = launcher.places()
     packs = open_packs(study, prediction, place.site.free_bytes, data.train, places)
@@ -47,7 +45,8 @@ def train(study: StudyFolder, data: TokenizedData, place: Place, progress: Progr
         (study.path / "packs" / pack / "pack.json").unlink(missing_ok=True)  # of a run that was stopped
     together = launcher.loads_once and places == 1 and not training.isolated
     step_tokens = float(data.train.lengths.mean()) * training.effective_batch_size
-    teller = _Teller(study, total_steps(training, len(data.train)), progress)
+    members = {trial.name: trial for trial in study.trials}
+    begun: list[str] = []  # packs in running jobs that have not ended
     known = study.with_known_model()  # by which a job elsewhere knows the model too
     known_record = [f"trials/{known.name}/trial.json"] if known else []
 
@@ -64,59 +63,24 @@ def train(study: StudyFolder, data: TokenizedData, place: Place, progress: Progr
         return Job({"kind": "packs", "packs": names}, f"packs/{next(iter(names))}", folders + known_record, memory)
 
     def ended(job: Job, error: RankscopeError | None) -> list[Job]:
-        here = {pack: [teller.trials[name] for name in names] for pack, names in job.content["packs"].items()}
-        teller.end(job)
+        here = {pack: [members[name] for name in names] for pack, names in job.content["packs"].items()}
+        say_ended()
+        begun[:] = [pack for pack in begun if pack not in here]
         if error is not None and error.exit_code in WRONG:
             raise error
         return jobs(_after(study, here, error, progress))
 
-    run_jobs(launcher, study.path, jobs(packs), teller.poll, ended, teller.begin)
+    def say_ended() -> None:
+        for pack in list(begun):
+            if (record := study.pack_record(pack)) and record["results"]:
+                begun.remove(pack)
+                progress.say(describe_pack(record))
 
+    def poll() -> None:
+        say_ended()
+        progress.poll()
 
-class _Teller:
-    """Tells of packs that begin and end, as their files show it. The first of a job counts as begun: it waits for the
-    model."""
-
-    def __init__(self, study: StudyFolder, steps: int, progress: Progress) -> None:
-        self.study, self.steps, self.progress = study, steps, progress
-        self.trials = {trial.name: trial for trial in study.trials}
-        self._to_begin: dict[str, list[str]] = {}  # by the folder of a running job
-        self._packs: dict[str, list[Trial]] = {}
-        self._begun: list[str] = []
-
-    def begin(self, job: Job) -> None:
-        packs = job.content["packs"]
-        self._packs |= {pack: [self.trials[name] for name in names] for pack, names in packs.items()}
-        self._to_begin[job.folder] = list(packs)
-        self._begin(self._to_begin[job.folder])
-
-    def _begin(self, packs: list[str]) -> None:
-        pack = packs.pop(0)
-        self._begun.append(pack)
-        self.progress.training(self.study, pack, self._packs[pack], self.steps)
-
-    def poll(self) -> None:
-        self._look()
-        self.progress.poll()
-
-    def _look(self) -> None:
-        for pack in list(self._begun):
-            if (record := self.study.pack_record(pack)) and record["results"]:
-                self.progress.say(describe_pack(record))
-                self._end(pack)
-        for packs in self._to_begin.values():
-            while packs and self.study.pack_record(packs[0]):
-                self._begin(packs)
-
-    def end(self, job: Job) -> None:
-        self._look()
-        del self._to_begin[job.folder]
-        for pack in set(job.content["packs"]).intersection(self._begun):
-            self._end(pack)
-
-    def _end(self, pack: str) -> None:
-        self._begun.remove(pack)
-        self.progress.ended(pack)
+    run_jobs(launcher, study.path, jobs(packs), poll, ended, lambda job: begun.extend(job.content["packs"]))
 
 
 def _after(

@@ -14,12 +14,10 @@ if TYPE_CHECKING:
 def measure(study: StudyFolder, place: Place, progress: Progress) -> None:
     """Measures the profiles that are missing, each repeat in a process of its own, one after the other, while nothing
     else of the study runs; one that fails ends no study."""
-    jobs = missing_profiles(study)
     failed: set[str] = set()
-    for number, (name, repeat) in enumerate(jobs):
+    for name, repeat in missing_profiles(study):
         if name in failed:
             continue
-        progress.measuring(number, len(jobs), name)
         content = {"kind": "profile", "profile": name, "repeat": repeat}
         trial = Trial(candidate=study.spec.profiled()[name], seed=study.spec.seeds[0])
         error = run_alone(study, place, content, f"profiles/jobs/{name}", [f"profiles/{name}.json"], [trial], progress)

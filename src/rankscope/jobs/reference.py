@@ -67,22 +67,16 @@ def train_full(spec: StudySpec, trial: FullTrial, folder: Path, data: TokenizedD
     shutil.rmtree(checkpoints, ignore_errors=True)
 
 
-def train_reference(study: StudyFolder, data: TokenizedData, place: Place, progress: Progress) -> None:
+def train_reference(study: StudyFolder, place: Place, progress: Progress) -> None:
     """Trains what is missing of full fine-tuning, each trial in a process of its own; one that fails ends no study."""
-    from rankscope.train.step import total_steps
-
-    steps, prediction = total_steps(study.spec.training, len(data.train)), place.prediction
+    prediction = place.prediction
     trials = {trial.name: trial for trial in missing_reference(study)}
     memory = prediction.base_bytes + GPU_HOST_BYTES
     if prediction.device == "cpu":
         memory = PROCESS_BYTES["cpu"] + BYTES_PER_PARAMETER * prediction.base_params
 
-    def begun(job: Job) -> None:
-        progress.reference(study, trials[job.content["trial"]], steps)
-
     def ended(job: Job, error: RankscopeError | None) -> list[Job]:
         name = job.content["trial"]
-        progress.ended(name)
         if error is not None and error.exit_code in WRONG:
             raise error
         if error is not None:
@@ -91,4 +85,4 @@ def train_reference(study: StudyFolder, data: TokenizedData, place: Place, progr
         return []
 
     jobs = [Job({"kind": "reference", "trial": name}, f"reference/{name}", (), memory) for name in trials]
-    run_jobs(place.launcher, study.path, jobs, progress.poll, ended, begun)
+    run_jobs(place.launcher, study.path, jobs, progress.poll, ended)

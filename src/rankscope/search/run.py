@@ -22,7 +22,7 @@ MOST_PLACES = 64
 
 
 def run(
-    spec: SearchSpec, out: Path, say: Callable[[str], None], poll: Callable[[Search], None] = lambda search: None
+    spec: SearchSpec, out: Path, say: Callable[[str], None], poll: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
     """Searches, or goes on with the search in `out`; returns its result, see `rankscope.search.sampling.summary`.
 
@@ -70,7 +70,7 @@ def run(
         while True:
             say(f"{places} candidates train at a time, {len(tokens):,} steps of {sum(tokens):,} tokens each at most")
             job = {"kind": "search", "places": places}
-            error = run_locally(search.path, job, search.file("job"), lambda: poll(search))
+            error = run_locally(search.path, job, search.file("job"), poll)
             if isinstance(error, OutOfMemoryError) and places > 1:
                 places = (places + 1) // 2
                 say(f"Not enough memory; goes on with fewer at a time: {error.what}")

@@ -99,8 +99,7 @@ class _Relay:
 
     def __init__(self, progress: "Progress", processes: Sequence[_Process]) -> None:
         self._progress, self._processes = progress, processes
-        self.say, self.training = progress.say, progress.training
-        self.reference, self.measuring, self.ended = progress.reference, progress.measuring, progress.ended
+        self.say = progress.say
 
     def poll(self) -> None:
         for process in self._processes:

@@ -4,7 +4,7 @@ import json
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,10 @@ from rich.text import Text
 from rankscope.text.formats import visible
 
 if TYPE_CHECKING:
-    from rankscope.text.formats import Table as Cells
+    from rich.console import RenderableType
+    from rich.table import Table as RichTable
+
+    from rankscope.text.formats import Table
 
 
 class PlainConsole(Console):
@@ -40,15 +43,27 @@ if not out_console.is_terminal:
 error_console = PlainConsole(stderr=True, highlight=False)
 
 
-def print_table(table: "Cells") -> None:
-    from rich.table import Table
+def make_table(
+    headers: Sequence[str],
+    rows: Iterable[Sequence["RenderableType"]],
+    left: Container[int] = (0,),
+    title: str | None = None,
+    no_wrap: bool = False,
+) -> "RichTable":
+    """Table without borders; columns at the positions `left` are aligned to the left, all others to the right."""
+    from rich.table import Table as RichTable
 
-    shown = Table(box=None, pad_edge=False, header_style="bold", title=table.caption, title_justify="left")
-    for name, numeric in zip(table.headers, table.numeric, strict=True):
-        shown.add_column(name, justify="right" if numeric else "left")
-    for row in table.rows:
-        shown.add_row(*row)
-    out_console.print(shown)
+    table = RichTable(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
+    for position, header in enumerate(headers):
+        table.add_column(header, justify="left" if position in left else "right", no_wrap=no_wrap)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def print_table(table: "Table") -> None:
+    left = [position for position, numeric in enumerate(table.numeric) if not numeric]
+    out_console.print(make_table(table.headers, table.rows, left, table.caption))
 
 
 def print_json(value: Mapping[str, Any]) -> None:

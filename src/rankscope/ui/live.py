@@ -1,6 +1,11 @@
-"""What a study is doing now, by the files that a run writes: for the terminal, and for `rankscope watch`."""
+"""The state of a study while it runs, read from the files that the run writes.
+
+`rankscope run` and `rankscope watch` show the same state; neither needs a channel to the processes that train.
+"""
 
 import json
+import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,45 +16,49 @@ from rankscope.plan.runtime import START_SECONDS
 from rankscope.spec.candidates import AnyTrial, Trial
 from rankscope.study.folder import FINISHED, NOT_ENDED, StudyFolder
 from rankscope.study.question import Holder
+from rankscope.text.catalogue import Catalogue
+from rankscope.text.formats import loss
+from rankscope.train.step import total_steps
+
+SMOOTHING = 0.2  # weight of a new step's loss in the smoothed training loss
 
 
-class Follower:
-    """Follows one trial's metrics.jsonl: reads only what is new."""
+class MetricsTail:
+    """Progress of one trial, from the lines that its metrics.jsonl gains."""
 
     def __init__(self, path: Path) -> None:
         self._tail = JsonlTail(path)
-        self._begin()
+        self._reset()
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self.step, self.seconds = 0, 0.0
-        self.train_loss: float | None = None
-        """Smoothed: a fifth of each new step's."""
+        self.train_loss: float | None = None  # smoothed
         self.eval_loss: float | None = None
 
     def read(self) -> None:
-        """Reads what is new.
+        """Read the lines that are new since the last call.
 
         Raises:
-            DamagedError: it is no line of metrics.jsonl.
+            DamagedError: a line is not one of metrics.jsonl.
         """
         first, lines = self._tail.read()
         if first == 1:
-            self._begin()
+            self._reset()
         with understood(self._tail.path):
             for line in lines:
-                self._take(json.loads(line))
+                self._add(json.loads(line))
 
-    def _take(self, row: dict[str, Any]) -> None:
+    def _add(self, row: dict[str, Any]) -> None:
         self.step = max(self.step, row["step"])
         self.eval_loss = row.get("eval_loss", self.eval_loss)
         if "train_loss" in row:
-            old = self.train_loss
-            self.train_loss = row["train_loss"] if old is None else 0.8 * old + 0.2 * row["train_loss"]
+            new, old = row["train_loss"], self.train_loss
+            self.train_loss = new if old is None else (1 - SMOOTHING) * old + SMOOTHING * new
             self.seconds += row["step_seconds"]
 
 
 class TrialState(NamedTuple):
-    """One trial now."""
+    """State of one trial."""
 
     name: str
     rank: int  # 0 for full fine-tuning
@@ -60,100 +69,164 @@ class TrialState(NamedTuple):
 
 
 class State(NamedTuple):
-    """A study now."""
+    """State of a study."""
 
-    doing: str  # train, reference, profile, answer, conclude, done or stopped
-    pack: str | None  # that trains; with several devices several, and commas between them
+    doing: str  # train, reference, profile, answer, conclude, curve, done or stopped
+    training: dict[str, list[TrialState]]  # trials in training, by pack or by the name of a full fine-tuning trial
+    packs: list[str]  # names of all packs
     trials: list[TrialState]
-    steps: int  # of each trial
+    steps: int  # per trial
+    profile: str | None  # candidate whose cost is being measured
     profiles_done: int
     profiles: int
-    seconds_left: float | None  # of all training and measuring; None before it can be told
-    rss_bytes: int | None  # of the process that works; None where there is none, or it cannot be seen from here
+    seconds_left: float | None  # for all training and measuring; None without a prediction
+    rss_bytes: int | None  # of the working process; None without one, or on another machine
+
+    @property
+    def pack(self) -> str | None:
+        """Names of the packs in training."""
+        return ", ".join(name for name in self.training if name in self.packs) or None
 
 
 class LiveStudy:
-    """Reads a study again and again; what a run writes meanwhile does not disturb it."""
+    """Reader of a study's state, again and again, while a run writes it.
 
-    def __init__(self, study: StudyFolder, steps: int) -> None:
-        self.study, self.steps = study, steps
+    Raises:
+        StudyDirectoryError: the study has no data yet.
+    """
+
+    def __init__(self, study: StudyFolder) -> None:
+        self.study = study
+        self.steps = total_steps(study.spec.training, study.data_facts["rows_train"])
+        self._trials = {trial.name: trial for trial in study.all_trials()}
+        self._tails = {name: MetricsTail(study.trial_folder(t) / "metrics.jsonl") for name, t in self._trials.items()}
         self._read_to_end: set[str] = set()
-        self.followers = {
-            trial.name: Follower(study.trial_folder(trial) / "metrics.jsonl") for trial in study.all_trials()
-        }
 
     def read(self) -> State:
-        """The state now."""
+        """State of the whole study. Reads the record of every trial."""
         study, holder = self.study, self.study.holder()
-        statuses = {trial.name: study.trial_record(trial)["status"] for trial in study.all_trials()}
-        self._follow(statuses)
-        packs = self._packs()
-        trials = [self._trial(trial, statuses[trial.name]) for trial in study.all_trials()]
+        statuses = {name: study.trial_record(trial)["status"] for name, trial in self._trials.items()}
+        self._read_tails(statuses)
+        began = _modified(study.file(".lock-holder")) or math.inf
+        training = self._training(statuses, began)
         names = list(study.spec.profiled()) if study.spec.measure.profiles else []
         measured = sum(min(len(study.profile_repeats(name)), study.spec.measure.repeats) for name in names)
         profiles = len(names) * study.spec.measure.repeats
         return State(
-            doing=self._doing(statuses, measured < profiles, holder),
-            pack=", ".join(packs) or None,
-            trials=trials,
+            doing=self._doing(statuses, training, measured < profiles, holder, began),
+            training={name: [self._trial(one, statuses) for one in members] for name, members in training.items()},
+            packs=list(study.division().packs),
+            trials=[self._trial(name, statuses) for name in self._trials],
             steps=self.steps,
+            profile=self._profile(began),
             profiles_done=measured,
             profiles=profiles,
-            seconds_left=self._seconds_left(statuses, profiles - measured, max(1, len(packs))),
+            seconds_left=self._seconds_left(statuses, profiles - measured, max(1, len(training))),
             rss_bytes=_rss(holder),
         )
 
-    def _follow(self, statuses: dict[str, str]) -> None:
-        """Reads what is new of all trials but those that were read when they had ended."""
+    def refresh(self, state: State) -> State:
+        """`state` with the latest steps of the trials in training. Reads nothing but their new metrics."""
+        statuses = {trial.name: trial.status for trials in state.training.values() for trial in trials}
+        self._read_tails(statuses)
+        training = {name: [self._trial(t.name, statuses) for t in trials] for name, trials in state.training.items()}
+        return state._replace(training=training)
+
+    def _read_tails(self, statuses: dict[str, str]) -> None:
+        """Read new metrics, except of trials that have ended and were read since."""
         for name, status in statuses.items():
             if name not in self._read_to_end:
-                self.followers[name].read()
+                self._tails[name].read()
             if status in FINISHED:
                 self._read_to_end.add(name)
             else:
-                self._read_to_end.discard(name)  # it was damaged, and is made again
+                self._read_to_end.discard(name)  # a corrupt trial is trained again
 
-    def _trial(self, trial: AnyTrial, status: str) -> TrialState:
-        follower = self.followers[trial.name]
+    def _trial(self, name: str, statuses: dict[str, str]) -> TrialState:
+        tail, trial = self._tails[name], self._trials[name]
         rank = trial.candidate.rank if isinstance(trial, Trial) else 0
-        return TrialState(trial.name, rank, status, follower.step, follower.train_loss, follower.eval_loss)
+        return TrialState(name, rank, statuses[name], tail.step, tail.train_loss, tail.eval_loss)
 
-    def _doing(self, statuses: dict[str, str], unmeasured: bool, holder: Holder | None) -> str:
-        spec = self.study.spec
+    def _training(self, statuses: dict[str, str], began: float) -> dict[str, list[str]]:
+        """Names of the trials of each pack in training, and of each trial of full fine-tuning in training.
+
+        A killed run leaves records of running trials behind. Those of full fine-tuning count where they were written
+        after this run `began`; packs have no pack.json before this run begins them.
+        """
+        found = {}
+        for pack, members in self.study.division().packs.items():
+            names = [trial.name for trial in members]
+            if any(statuses[name] == "running" for name in names):
+                record = self.study.pack_record(pack)
+                if record is not None and record["results"] is None:
+                    found[pack] = names
+        for trial in self.study.reference_trials:
+            if statuses[trial.name] == "running" and self._recorded(trial) >= began:
+                found[trial.name] = [trial.name]
+        return found
+
+    def _recorded(self, trial: AnyTrial) -> float:
+        return _modified(self.study.trial_folder(trial) / "trial.json")
+
+    def _doing(
+        self,
+        statuses: dict[str, str],
+        training: Collection[str],
+        unmeasured: bool,
+        holder: Holder | None,
+        began: float,
+    ) -> str:
+        study = self.study
+        answers = study.file("answers")
         if holder is None:
             complete = set(statuses.values()) <= set(FINISHED) and not unmeasured
-            return "done" if complete and self.study.file("verdict.json").exists() else "stopped"
-        if any(statuses[trial.name] in NOT_ENDED for trial in spec.trials()):
+            return "done" if complete and study.file("verdict.json").exists() else "stopped"
+        if any(self._is_due(trial, statuses, began) for trial in study.trials):
             return "train"
+        if _modified(study.file("curve", "job.json")) >= began:
+            return "curve"
+        if _modified(answers / "job.json") >= began:
+            return "conclude" if (answers / "answers.json").exists() else "answer"
+        if any(trial.name in training for trial in study.reference_trials):
+            return "reference"
         if unmeasured:
             return "profile"
-        if any(statuses[trial.name] in NOT_ENDED for trial in spec.reference_trials()):
+        if any(self._is_due(trial, statuses, began) for trial in study.reference_trials):
             return "reference"
-        answered = not spec.measure.answers or self.study.file("answers", "answers.json").exists()
+        answered = not study.spec.measure.answers or (answers / "answers.json").exists()
         return "conclude" if answered else "answer"
 
-    def _packs(self) -> list[str]:
-        """Those that train."""
-        begun = [record for pack in self.study.division().packs if (record := self.study.pack_record(pack))]
-        return [str(record["pack"]) for record in begun if record["results"] is None]
+    def _is_due(self, trial: AnyTrial, statuses: dict[str, str], began: float) -> bool:
+        """Whether this run still trains the trial. One that failed in an earlier run is trained again."""
+        status = statuses[trial.name]
+        return status in NOT_ENDED or (status not in FINISHED and self._recorded(trial) < began)
+
+    def _profile(self, began: float) -> str | None:
+        """Name of the profile being measured: the last that this run began, until its repeat is recorded."""
+        jobs = {folder.name: _modified(folder / "job.json") for folder in self.study.file("profiles", "jobs").glob("*")}
+        name = max(jobs, key=jobs.__getitem__, default=None)
+        if name is None or jobs[name] < max(began, _modified(self.study.profile_file(name))):
+            return None
+        return name
 
     def _seconds_left(self, statuses: dict[str, str], profiles: int, devices: int) -> float | None:
-        """What was predicted of the steps that are left, shared by the devices that train now, and of the profiles,
-        times how much longer the steps so far took than predicted."""
+        """Predicted time of the steps left, divided among the devices in use, and of the profiles left.
+
+        Both are scaled by how much longer the steps so far took than predicted.
+        """
         predicted = {
             name: found["runtime_seconds"] for name, found in self.study.prediction.get("candidates", {}).items()
         }
         if not predicted or None in predicted.values():
             return None
         taken = expected = left = 0.0
-        division = self.study.division().packs.values()
-        for members in division:
+        for members in self.study.division().packs.values():
             for trial in members:
-                share = self.followers[trial.name].step / self.steps
+                share = self._tails[trial.name].step / self.steps
                 expected += predicted[trial.candidate.name] * share
                 if statuses[trial.name] not in FINISHED:
                     left += predicted[trial.candidate.name] * (1 - share)
-            taken += max(self.followers[trial.name].seconds for trial in members)
+            taken += max(self._tails[trial.name].seconds for trial in members)
         left /= devices
         measure = self.study.spec.measure
         runtimes = [predicted[candidate.name] for candidate in self.study.spec.profiled().values()]
@@ -163,8 +236,34 @@ class LiveStudy:
         return left * (taken / expected if expected and taken else 1.0)
 
 
+def trial_rows(trials: list[TrialState], steps: int, text: Catalogue) -> list[list[str]]:
+    """Name, status, step, training loss (smoothed) and held-out loss of each trial, as words and numbers."""
+
+    def number(value: float | None) -> str:
+        return text("none") if value is None else loss(value)
+
+    return [
+        [
+            trial.name,
+            text(f"status.{trial.status}"),
+            f"{trial.step:,} / {steps:,}",
+            number(trial.train_loss),
+            number(trial.eval_loss),
+        ]
+        for trial in trials
+    ]
+
+
+def _modified(file: Path) -> float:
+    """Time of a file's last change, in seconds since 1970; 0 without the file."""
+    try:
+        return file.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
 def _rss(holder: Holder | None) -> int | None:
-    """Resident memory of the process that the holder has started."""
+    """Resident memory of the largest child process of the study's holder, in bytes."""
     if holder is None or not holder.is_here:
         return None
     try:

@@ -5,7 +5,6 @@ from typing import Any
 
 import pandas as pd
 from rich.console import Console
-from rich.table import Table
 
 from rankscope.analysis.curve import curve_errors, loss_curve
 from rankscope.report.costs import noise_sentence
@@ -15,6 +14,7 @@ from rankscope.study.study import Study
 from rankscope.text.catalogue import load
 from rankscope.text.formats import duration, known, loss, signed, size
 from rankscope.text.verdict import verdict_sentence
+from rankscope.ui.console import make_table
 
 
 def show_outcome(study: Study, console: Console, language: str) -> None:
@@ -71,13 +71,11 @@ def _show_candidates(study: Study, console: Console) -> None:
         "runtime": ("runtime_seconds", lambda seconds: duration(seconds, load("en"))),
     }
     shown = {title: column for title, column in columns.items() if gpu or not title.startswith("GPU")}
-    table = Table("candidate", box=None, pad_edge=False, header_style="bold")
-    for title in shown:
-        table.add_column(title, justify="right")
-    for _, row in by_candidate(evidence, study.verdict).iterrows():
-        cells = [show(row[field]) if known(row[field]) else "–" for field, show in shown.values()]
-        table.add_row(row["candidate"], *cells)
-    console.print(table)
+    rows = [
+        [row["candidate"], *(show(row[field]) if known(row[field]) else "–" for field, show in shown.values())]
+        for _, row in by_candidate(evidence, study.verdict).iterrows()
+    ]
+    console.print(make_table(["candidate", *shown], rows))
     noise = noise_sentence(evidence.profiles, load("en"))
     if noise:
         console.print(noise, markup=False, soft_wrap=True)

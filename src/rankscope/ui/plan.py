@@ -19,6 +19,7 @@ from rankscope.study.missing import missing_profiles, missing_reference
 from rankscope.text.catalogue import load
 from rankscope.text.formats import duration, percent, size
 from rankscope.train.prepare import describe_data
+from rankscope.ui.console import make_table
 
 if TYPE_CHECKING:
     from rankscope.spec.models import StudySpec
@@ -55,10 +56,8 @@ def show_progress_so_far(study: StudyFolder, console: Console) -> None:
 
 
 def _candidates(spec: StudySpec, found: StudyForecast, free: int) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
     names = ["candidate", "scaling", "trainable", "base", "adapter", "activations", "logits", "other", "total", "fits"]
-    for name in [*names, "s/step", "runtime"]:
-        table.add_column(name, justify="left" if name == "candidate" else "right", no_wrap=True)
+    rows = []
     for candidate in spec.candidates():
         row = found.candidates[candidate.name]
         memory = ["–"] * 7
@@ -71,8 +70,8 @@ def _candidates(spec: StudySpec, found: StudyForecast, free: int) -> Table:
         times = ["–"] * 2
         if row.step_seconds is not None and row.runtime_seconds is not None:
             times = [f"{row.step_seconds:.2g}", duration(row.runtime_seconds, load("en"))]
-        table.add_row(candidate.name, f"{candidate.scaling:.3g}", f"{row.trainable_params:,}", *memory, *times)
-    return table
+        rows.append([candidate.name, f"{candidate.scaling:.3g}", f"{row.trainable_params:,}", *memory, *times])
+    return make_table([*names, "s/step", "runtime"], rows, no_wrap=True)
 
 
 def _notes(plan: Plan) -> list[str]:

@@ -1,36 +1,32 @@
-"""Shows a run in the terminal: a live table, or a line now and then where there is no terminal.
-
-It reads what the child processes write, so that a run needs no channel of its own.
-"""
+"""Progress of a run in the terminal: a live table, or a line now and then where output is no terminal."""
 
 import time
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
-from rankscope.errors import StudyDirectoryError
-from rankscope.spec.candidates import AnyTrial, FullTrial, Trial
+from rankscope.errors import StudyDirectoryError, StudyError
 from rankscope.study.folder import StudyFolder
 from rankscope.text.catalogue import load
 from rankscope.text.formats import duration, size
-from rankscope.ui.live import Follower, LiveStudy, State
+from rankscope.ui.console import make_table
+from rankscope.ui.live import LiveStudy, State, TrialState, trial_rows
 
-WHOLE_EVERY_SECONDS = 10.0
-"""Between two looks at the whole study, whose files are many; at the pack that trains twice a second."""
+MAX_CPU_SHARE = 0.02
+"""Share of one core for reading the whole study again and again, while its cost may be being measured."""
 
 LINE_EVERY_SECONDS = 15.0
-"""Between two lines where there is no terminal."""
+"""Interval of lines where output is no terminal."""
 
 
 class Display:
-    """Lines that stay and, in a terminal, a part below them that is drawn anew. Use as a context manager."""
+    """Lines that stay and, in a terminal, a part below them that is redrawn. Use as a context manager."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -50,21 +46,21 @@ class Display:
             self._live.stop()
 
     def say(self, message: str) -> None:
-        """Prints a line that stays."""
+        """Print a line that stays."""
         self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     @property
     def is_drawn(self) -> bool:
-        """Whether there is a terminal to draw in."""
+        """Whether output is a terminal."""
         return self._live is not None
 
     def draw(self, part: RenderableType) -> None:
-        """Draws the part anew."""
+        """Redraw the part below the lines."""
         if self._live:
             self._live.update(part)
 
     def line_is_due(self) -> bool:
-        """Whether it is time for a line, where nothing is drawn."""
+        """Whether the next of the regular lines is due."""
         due = time.monotonic() - self._last_line >= LINE_EVERY_SECONDS
         if due:
             self._last_line = time.monotonic()
@@ -72,116 +68,109 @@ class Display:
 
 
 class TerminalProgress(Display):
-    """The progress of `rankscope run`."""
+    """Progress of `rankscope run` and `rankscope curve`, read from the study in `folder` once it exists."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, folder: Path) -> None:
         super().__init__(console)
-        self._training: dict[str, _Training] = {}
-        """By the name of the pack, or of the trial of full fine-tuning; several where there are several devices."""
-        self._measuring = ""
-        self._whole: LiveStudy | None = None
+        self._folder = folder
+        self._study: LiveStudy | None = None
         self._state: State | None = None
-        self._looked = 0.0
-
-    def training(self, study: StudyFolder, pack: str, trials: Sequence[Trial], steps: int) -> None:
-        packs = list(study.division().packs)
-        which = f"{pack} ({packs.index(pack) + 1} of {len(packs)})"
-        self._begin(pack, f"Pack {which}: {len(trials)} trials, {steps} steps", study, trials, steps)
-
-    def reference(self, study: StudyFolder, trial: FullTrial, steps: int) -> None:
-        self._begin(trial.name, f"Full fine-tuning, {trial.name}: {steps} steps", study, [trial], steps)
-
-    def _begin(self, name: str, title: str, study: StudyFolder, trials: Sequence[AnyTrial], steps: int) -> None:
-        if self._whole is None:
-            self._whole = LiveStudy(study, steps)
+        self._read_again = 0.0  # next time the whole study is read
+        self._begun: dict[str, tuple[float, int]] = {}  # time and step at which a pack was first seen in training
         self._measuring = ""
-        self._training[name] = _Training(title, {t.name: self._whole.followers[t.name] for t in trials}, steps)
-        self.say(title)
-
-    def ended(self, name: str) -> None:
-        self._training.pop(name, None)
-
-    def measuring(self, done: int, total: int, name: str) -> None:
-        self._measuring = f"Measuring cost, {done + 1} of {total}: {name}"
-        if not self.is_drawn:
-            self.say(self._measuring)
 
     def poll(self) -> None:
-        with suppress(StudyDirectoryError):  # damage is told when the run needs the file; showing it ends no training
-            self._look()
+        with suppress(StudyDirectoryError, StudyError):  # the run itself reports them; a display ends no training
+            self._read()
+        state = self._state
+        if state is None:
+            return
         if self.is_drawn:
-            self.draw(Group(*map(self._drawn, self._training.values())) if self._training else self._drawn_measuring())
-        elif self._training and self.line_is_due():
-            for name, one in self._training.items():
-                losses = "  ".join(f"{trial} {_loss(f.train_loss)}" for trial, f in one.trials.items())
-                which = f"{name}, " if len(self._training) > 1 else ""
-                self.say(f"  {which}step {one.step}/{one.steps}, {self._left(one)}{self._memory()}: {losses}")
+            parts = [self._trial_table(name, trials, state) for name, trials in state.training.items()]
+            self.draw(Group(*parts) if parts else Text(self._heading(state), style="bold"))
+        elif state.training and self.line_is_due():
+            for name, trials in state.training.items():
+                which = f"{name}, " if len(state.training) > 1 else ""
+                losses = "  ".join(f"{row[0]} {row[3]}" for row in trial_rows(trials, state.steps, load("en")))
+                step = f"step {_step(trials)}/{state.steps}"
+                self.say(f"  {which}{step}, {self._left(name, trials, state)}{_memory(state)}: {losses}")
 
-    def _look(self) -> None:
-        for one in self._training.values():
-            one.read()
-        if self._whole and time.monotonic() - self._looked >= WHOLE_EVERY_SECONDS:
-            self._looked = time.monotonic()
-            self._state = self._whole.read()
+    def _read(self) -> None:
+        """Read the whole study where that is due, else what the trials in training have written."""
+        if self._study is None:
+            if not StudyFolder.is_at(self._folder):
+                return
+            self._study = LiveStudy(StudyFolder.open(self._folder))
+        if self._state is not None and time.monotonic() < self._read_again:
+            self._state = self._study.refresh(self._state)
+            return
+        start = time.thread_time()
+        self._state = self._study.read()
+        self._read_again = time.monotonic() + (time.thread_time() - start) / MAX_CPU_SHARE
+        self._announce(self._state)
 
-    def _left(self, training: "_Training | None") -> str:
-        """Time left: for the pack from the time its steps and evaluations took so far, and for the whole study."""
-        whole = self._state.seconds_left if self._state else None
-        text = "" if whole is None else f"about {duration(whole, load('en'))} for the whole study"
-        if training is None:
-            return text or "the whole study's time is not known"
-        left = training.seconds_left()
-        if left is None:
+    def _announce(self, state: State) -> None:
+        """Say once what has begun."""
+        for name, trials in state.training.items():
+            if name not in self._begun:
+                self._begun[name] = (time.monotonic(), _step(trials))
+                self.say(_title(name, trials, state))
+        measuring = _measuring(state)
+        if measuring and measuring != self._measuring and not self.is_drawn:
+            self._measuring = measuring
+            self.say(measuring)
+
+    def _left(self, name: str, trials: list[TrialState], state: State) -> str:
+        """Time left for one pack, from its pace since it was first seen, and for the whole study."""
+        start, first = self._begun[name]
+        step = _step(trials)
+        if step <= first:
             return "loading"
-        return f"about {duration(left, load('en'))} left" + (f", {text}" if text else "")
+        left = (time.monotonic() - start) / (step - first) * (state.steps - step)
+        return ", ".join([f"about {duration(left, load('en'))} left", *_whole_left(state)])
 
-    def _memory(self) -> str:
-        """What the working process takes."""
-        return f" · {size(self._state.rss_bytes)}" if self._state and self._state.rss_bytes else ""
+    def _heading(self, state: State) -> str:
+        """Line for work that is no training."""
+        doing = _measuring(state) or ("Loading the model" if state.doing == "train" else "Working")
+        if state.doing in ("answer", "curve"):
+            doing = load("en")(f"live.{state.doing}")
+        return " · ".join([doing, *_whole_left(state)]) + _memory(state)
 
-    def _drawn_measuring(self) -> Text:
-        return Text(f"{self._measuring} · {self._left(None)}{self._memory()}", style="bold")
-
-    def _drawn(self, training: "_Training") -> Group:
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for column, justify in (
-            ("trial", "left"),
-            ("step", "right"),
-            ("loss", "right"),
-            ("held-out", "right"),
-            ("", "left"),
-        ):
-            table.add_column(column, justify=justify)  # type: ignore[arg-type]
-        for name, f in training.trials.items():
-            bar = ProgressBar(total=training.steps, completed=f.step, width=20)
-            table.add_row(name, f"{f.step}/{training.steps}", _loss(f.train_loss), _loss(f.eval_loss), bar)
-        return Group(Text(f"{training.title} · {self._left(training)}{self._memory()}", style="bold"), table)
+    def _trial_table(self, name: str, trials: list[TrialState], state: State) -> Group:
+        rows: list[list[RenderableType]] = []
+        for trial, (shown, _, _, *losses) in zip(trials, trial_rows(trials, state.steps, load("en")), strict=True):
+            bar = ProgressBar(total=state.steps, completed=trial.step, width=20)
+            rows.append([shown, f"{trial.step}/{state.steps}", *losses, bar])
+        table = make_table(("trial", "step", "loss", "held-out", ""), rows, left=(0, 4))
+        heading = f"{_title(name, trials, state)} · {self._left(name, trials, state)}{_memory(state)}"
+        return Group(Text(heading, style="bold"), table)
 
 
-class _Training:
-    """A pack, or a trial of full fine-tuning, in training."""
-
-    def __init__(self, title: str, trials: Mapping[str, Follower], steps: int) -> None:
-        self.title, self.trials, self.steps = title, trials, steps
-        self._start = time.monotonic()
-        with suppress(StudyDirectoryError):
-            self.read()
-        self._before = self.step
-
-    def read(self) -> None:
-        for follower in self.trials.values():
-            follower.read()
-
-    @property
-    def step(self) -> int:
-        return max(follower.step for follower in self.trials.values())
-
-    def seconds_left(self) -> float | None:
-        """By the time that its steps and evaluations took so far; None before there are any."""
-        if self.step <= self._before:
-            return None
-        return (time.monotonic() - self._start) / (self.step - self._before) * (self.steps - self.step)
+def _title(name: str, trials: list[TrialState], state: State) -> str:
+    if name not in state.packs:
+        return f"Full fine-tuning, {name}: {state.steps} steps"
+    position = state.packs.index(name) + 1
+    return f"Pack {name} ({position} of {len(state.packs)}): {len(trials)} trials, {state.steps} steps"
 
 
-def _loss(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
+def _measuring(state: State) -> str:
+    """Which profile is being measured; empty where none is."""
+    if state.doing != "profile" or state.profile is None:
+        return ""
+    return f"Measuring cost, {state.profiles_done + 1} of {state.profiles}: {state.profile}"
+
+
+def _whole_left(state: State) -> list[str]:
+    seconds = state.seconds_left
+    return [] if seconds is None else [f"about {duration(seconds, load('en'))} for the whole study"]
+
+
+def _memory(state: State) -> str:
+    """Memory of the working process."""
+    return f" · {size(state.rss_bytes)}" if state.rss_bytes else ""
+
+
+def _step(trials: list[TrialState]) -> int:
+    """Step of a pack. Trials that have ended are left out: an earlier run may have ended them."""
+    running = [trial.step for trial in trials if trial.status == "running"]
+    return max(running or [trial.step for trial in trials])

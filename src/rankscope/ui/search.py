@@ -11,7 +11,8 @@ from rich.text import Text
 
 from rankscope.search.folder import Search
 from rankscope.text.catalogue import load
-from rankscope.text.formats import duration
+from rankscope.text.formats import duration, loss
+from rankscope.ui.console import make_table
 from rankscope.ui.progress import Display
 
 SHOWN = 10
@@ -19,14 +20,15 @@ SHOWN = 10
 
 
 class SearchProgress(Display):
-    """The progress of `rankscope search`."""
+    """Progress of `rankscope search`, read from the result that the search in `folder` has so far."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, folder: Path) -> None:
         super().__init__(console)
-        self.line_is_due()  # at once there is nothing to tell
+        self._folder = folder
+        self.line_is_due()  # the first line comes after an interval: at first there is nothing to show
 
-    def poll(self, search: Search) -> None:
-        result = search.result()
+    def poll(self) -> None:
+        result = Search.open(self._folder).result()
         if result is None:
             return
         if self.is_drawn:
@@ -63,12 +65,10 @@ def budget_left(result: Mapping[str, Any]) -> str:
 
 
 def _training(result: Mapping[str, Any]) -> Table:
-    table = Table("candidate", box=None, pad_edge=False, header_style="bold")
-    for title in ("step", "loss"):
-        table.add_column(title, justify="right")
-    for name, (step, loss) in result["training"].items():
-        table.add_row(name, str(step), "–" if loss is None else f"{loss:.4f}")
-    return table
+    rows = [
+        (name, str(step), "–" if value is None else loss(value)) for name, (step, value) in result["training"].items()
+    ]
+    return make_table(("candidate", "step", "loss"), rows)
 
 
 def show_result(search: Search, result: Mapping[str, Any], console: Console) -> None:
@@ -79,16 +79,14 @@ def show_result(search: Search, result: Mapping[str, Any], console: Console) -> 
     if best is None:
         console.print("No candidate was trained to its end: the budget is too small, or all diverged.", style="bold")
         return
-    table = Table("candidate", box=None, pad_edge=False, header_style="bold")
-    for title in ("rank", "learning rate", "alpha", "held-out loss", "over the best"):
-        table.add_column(title, justify="right")
-    table.add_column("target modules")
+    rows = []
     for one in done[:SHOWN]:
         over = one["eval_loss"] / best["eval_loss"] - 1
         mark = "" if one["trial"] in within else " *"
         settings = (str(one["rank"]), f"{one['learning_rate']:.3g}", f"{one['lora_alpha']:g}")
-        table.add_row(one["trial"], *settings, f"{one['eval_loss']:.4f}", f"{over:.2%}{mark}", one["target_modules"])
-    console.print(table)
+        rows.append((one["trial"], *settings, loss(one["eval_loss"]), f"{over:.2%}{mark}", one["target_modules"]))
+    headers = ("candidate", "rank", "learning rate", "alpha", "held-out loss", "over the best", "target modules")
+    console.print(make_table(headers, rows, left=(0, 6)))
     if len(within) < len(done):
         console.print(f"* beyond the margin of {result['margin']:.3g} of the best's loss", markup=False)
     for line in sentences(search.path, result):

@@ -24,9 +24,9 @@ from rankscope.report.content import Content, compose
 from rankscope.study.folder import NOT_ENDED
 from rankscope.study.study import Study
 from rankscope.text.catalogue import Catalogue, load
-from rankscope.text.formats import duration, loss, size
-from rankscope.train.step import total_steps
-from rankscope.ui.live import LiveStudy, State
+from rankscope.text.formats import duration, size
+from rankscope.ui.console import make_table
+from rankscope.ui.live import LiveStudy, State, trial_rows
 
 LOOPBACK = "127.0.0.1"
 
@@ -54,8 +54,7 @@ class Watch:
             StudyDirectoryError: it has not begun yet.
         """
         if self._live is None:
-            steps = total_steps(self.study.spec.training, self.study.data_facts["rows_train"])
-            self._live = LiveStudy(self.study, steps)
+            self._live = LiveStudy(self.study)
         return self._live.read()
 
     def page(self) -> str:
@@ -82,36 +81,23 @@ class Watch:
         """`part` changes when tables of the page do."""
         statuses = ",".join(trial.status for trial in state.trials)
         part = f"{state.doing} {state.pack} {state.profiles_done} {statuses}"
-        return {"lines": list(lines(state, self.text)), "rows": rows(state, self.text), "part": part}
+        return {
+            "lines": list(lines(state, self.text)),
+            "rows": trial_rows(state.trials, state.steps, self.text),
+            "part": part,
+        }
 
 
 def lines(state: State, text: Catalogue) -> Iterator[str]:
     """What is done now, and how long it takes still."""
     done = sum(trial.status not in NOT_ENDED for trial in state.trials)
-    yield text(f"live.{state.doing}", pack=state.pack or "", done=state.profiles_done + 1, total=state.profiles)
+    doing = "load" if state.doing == "train" and not state.training else state.doing
+    yield text(f"live.{doing}", pack=state.pack or "", done=state.profiles_done + 1, total=state.profiles)
     yield text("live.trials", done=done, total=len(state.trials))
     if state.seconds_left and state.doing not in ("done", "stopped"):
         yield text("live.left", time=duration(state.seconds_left, text))
     if state.rss_bytes:
         yield text("live.memory", size=size(state.rss_bytes))
-
-
-def rows(state: State, text: Catalogue) -> list[list[str]]:
-    """A row a trial: name, status, step, training loss (smoothed), held-out loss."""
-
-    def number(value: float | None) -> str:
-        return text("none") if value is None else loss(value)
-
-    return [
-        [
-            trial.name,
-            text(f"status.{trial.status}"),
-            f"{trial.step:,} / {state.steps:,}",
-            number(trial.train_loss),
-            number(trial.eval_loss),
-        ]
-        for trial in state.trials
-    ]
 
 
 def serve(watch: Watch, port: int) -> ThreadingHTTPServer:
@@ -180,10 +166,8 @@ def _wait_for(watch: Watch) -> State:
 
 
 def _terminal_table(state: State, text: Catalogue) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", title=" · ".join(lines(state, text)))
-    table.title_justify, table.title_style = "left", "bold"
-    for name in ("trial", "status", "steps", "train_loss", "eval_loss"):
-        table.add_column(text(f"table.{name}"), justify="left" if name in ("trial", "status") else "right")
-    for row in rows(state, text):
-        table.add_row(*row)
+    headers = [text(f"table.{name}") for name in ("trial", "status", "steps", "train_loss", "eval_loss")]
+    rows = trial_rows(state.trials, state.steps, text)
+    table = make_table(headers, rows, left=(0, 1), title=" · ".join(lines(state, text)))
+    table.title_style = "bold"
     return table
