@@ -4,9 +4,10 @@ import math
 import re
 from decimal import Decimal
 from fractions import Fraction
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from rankscope.text.catalogue import Catalogue
+if TYPE_CHECKING:
+    from rankscope.text.catalogue import Catalogue
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -43,7 +44,7 @@ def size_unit(largest_bytes: float) -> Unit:
     return Unit("kB", 1e3)
 
 
-def time_unit(largest_seconds: float, text: Catalogue) -> Unit:
+def time_unit(largest_seconds: float, text: "Catalogue") -> Unit:
     """Minutes from two minutes on, hours from two hours on: below, the smaller unit says more."""
     if largest_seconds >= 7200:
         return Unit(text("unit.hours"), 3600.0)
@@ -58,7 +59,7 @@ def size(value_bytes: float) -> str:
     return f"{_three_digits(value_bytes / unit.factor)} {unit.name}"
 
 
-def duration(seconds: float, text: Catalogue) -> str:
+def duration(seconds: float, text: "Catalogue") -> str:
     """`42.1 s`, `3.50 min`, `2.10 h`."""
     unit = time_unit(seconds, text)
     return f"{_three_digits(seconds / unit.factor)} {unit.name}"
