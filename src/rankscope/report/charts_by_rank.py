@@ -10,7 +10,7 @@ from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import Unit, loss, rate
 
 PARTS = ("process", "base", "adapter", "gradients", "optimizer", "activations", "logits", "retained")
-"""Parts of a predicted peak (`rankscope.plan.memory.MemoryBreakdown`), from the bottom of a bar to its top. A part keeps
+"""Parts of a predicted peak (`rankscope.plan.memory.MemoryBreakdown`), from a bar's bottom to its top. A part keeps
 its colour whichever others are present."""
 
 PART_COLUMNS = 3
