@@ -13,7 +13,7 @@ from pydantic import (
 )
 
 CONTROL = "control"
-"""The name of the profile that measures the first candidate once more."""
+"""Name of the profile that measures the first candidate once more, for the noise of every cost."""
 
 
 def as_list(value: Any) -> Any:
@@ -50,21 +50,26 @@ Rank = Annotated[int, Field(gt=0, le=1 << 20)]
 PLAIN: Literal["lora"] = "lora"
 
 Variant = Literal["rslora", "pissa", "olora", "loraplus", "dora", "pattern"]
-"""A kind of LoRA beside the plain one: see `rankscope.lora.variants`, and PEFT's pages on each."""
+"""A LoRA variant: see `rankscope.lora.variants`, and PEFT's documentation of each."""
 
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 Count = Annotated[int, Field(gt=0, lt=1 << 63)]
-"""What fits in the 64 bits that counts have elsewhere."""
+"""A positive number that fits in a signed 64-bit integer."""
 
 
 class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,  # descriptions in the JSON schema
+    )
 
     @field_validator("*", mode="before")
     @classmethod
     def _true_is_not_one(cls, value: Any, info: ValidationInfo) -> Any:
-        """pydantic takes `true` where a number belongs."""
+        """Refuse `true` for a number, which pydantic accepts."""
         values = value if isinstance(value, list | tuple) else [value]
         is_switch = cls.model_fields[info.field_name or ""].annotation is bool
         if not is_switch and any(isinstance(one, bool) for one in values):
@@ -73,7 +78,7 @@ class Frozen(BaseModel):
 
 
 FULL = "full"
-"""Among the ranks: full fine-tuning, as the reference."""
+"""Entry among the ranks for full fine-tuning, the baseline."""
 
 
 class FullTrial(Frozen):
@@ -113,7 +118,7 @@ class Candidate(Frozen):
 
     @property
     def profile_name(self) -> str:
-        """`r008`, or `r008-pissa`: what it costs does not depend on the learning rate."""
+        """`r008`, or `r008-pissa`: cost does not depend on the learning rate."""
         return f"r{self.rank:03d}{self._ending}"
 
     @property
@@ -122,7 +127,7 @@ class Candidate(Frozen):
 
     @property
     def packable(self) -> bool:
-        """Whether it can train in a pack: DoRA has a forward of its own, which is PEFT's."""
+        """Whether it can train in a pack. DoRA needs PEFT's own forward."""
         return self.variant != "dora"
 
     @property
@@ -143,7 +148,7 @@ class Trial(Frozen):
 
 
 AnyTrial = Trial | FullTrial
-"""What is trained to its end: a trial of a candidate, or of the reference."""
+"""A trial of a candidate or of full fine-tuning."""
 
 
 def alpha_of(alpha: float | str, rank: int) -> float:
@@ -151,12 +156,12 @@ def alpha_of(alpha: float | str, rank: int) -> float:
 
 
 def divided(value: float, divisor: int) -> float:
-    """In decimal, so that a tenth of 3e-4 is 3e-5 and not 2.9999999999999997e-5."""
+    """Quotient in decimal arithmetic: a tenth of 3e-4 is 3e-5, not 2.9999999999999997e-5."""
     return float(Decimal(str(value)) / divisor)
 
 
 def _short(value: float) -> str:
-    """`0.0002` -> `2e-4`, `0.00015` -> `1.5e-4`: the shortest exact form, safe in a file name."""
+    """Shortest exact form that is safe in a file name: `0.0002` -> `2e-4`, `0.00015` -> `1.5e-4`."""
     digits = 0
     while float(f"{value:.{digits}e}") != value:
         digits += 1

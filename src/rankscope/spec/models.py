@@ -1,14 +1,15 @@
-"""What is asked: a study as frozen pydantic models, YAML in and out.
+"""The question a study asks, as frozen pydantic models.
 
     spec -> data -> lora -> train, measure -> study -> analysis -> report
 
-A `StudySpec` is complete: every default is written out in the study's directory, so that the file alone says
-what was done. Names follow PEFT and transformers where they have one.
+A `StudySpec` is complete: study.yaml in the study's directory has every default written out, so that the file alone
+says what was done. A field's docstring is its description in the JSON schema and in the documentation. Names follow
+PEFT and transformers where they have one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import product
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
 
@@ -30,54 +31,90 @@ from rankscope.spec.candidates import (
     divided,
     unique,
 )
-from rankscope.text.formats import parse_bytes, parse_seconds
+from rankscope.text.formats import BYTES, SECONDS, parse_bytes, parse_seconds
 
 EMBEDDED = "embedded"
-"""As model.id or data.id: the small pretrained model, or the real code, that come with rankscope."""
+"""Value of model.id and data.id for the small pretrained model and the Python functions that come with rankscope."""
 
 DEFAULT_TEMPLATE = "### Question: {instruction}\n{input}\n ### Answer:"
+
+
+T = TypeVar("T")
+OneOrSeveral = T | Annotated[list[T], Field(min_length=1)]
+"""What a file may have for a list; editors learn it from the JSON schema, as they do the types below."""
+
+
+def _number_with(units: Iterable[str]) -> str:
+    """Pattern of a number with one of `units`, in letters of either case, or with none."""
+    either_case = ("".join(f"[{letter}{letter.upper()}]" for letter in unit) for unit in units)
+    return rf"^\s*[0-9]+(\.[0-9]+)?\s*({'|'.join(either_case)})?\s*$"
+
+
+RankOrFull = Rank | Annotated[list[Rank | Literal["full"]], Field(min_length=1)]
+AlphaOrMultiple = PositiveFloat | Annotated[str, Field(pattern=r"^\s*[0-9]+(\.[0-9]*)?r\s*$")]
+ModuleName = Annotated[str, Field(min_length=1)]
+ModuleNames = Literal["all-linear"] | ModuleName | Annotated[list[ModuleName], Field(min_length=1)]
+BytesOrText = PositiveFloat | Annotated[str, Field(pattern=_number_with(BYTES))]
+SecondsOrText = PositiveFloat | Annotated[str, Field(pattern=_number_with(SECONDS))]
+
+Ranks = Annotated[tuple[Rank, ...], BeforeValidator(as_list, json_schema_input_type=RankOrFull), Field(min_length=1)]
+Rates = Annotated[
+    tuple[PositiveFloat, ...],
+    BeforeValidator(as_list, json_schema_input_type=OneOrSeveral[PositiveFloat]),
+    Field(min_length=1),
+]
+Seeds = Annotated[
+    tuple[Seed, ...], BeforeValidator(as_list, json_schema_input_type=OneOrSeveral[Seed]), Field(min_length=1)
+]
+Variants = Annotated[tuple[Variant, ...], BeforeValidator(as_list, json_schema_input_type=OneOrSeveral[Variant])]
+Alpha = Annotated[float | str, BeforeValidator(alpha_or_multiple, json_schema_input_type=AlphaOrMultiple)]
+Modules = Annotated[
+    Literal["all-linear"] | tuple[str, ...], BeforeValidator(all_linear_or_names, json_schema_input_type=ModuleNames)
+]
+Bytes = Annotated[Count, BeforeValidator(parse_bytes, json_schema_input_type=BytesOrText)]
+Seconds = Annotated[PositiveFloat, BeforeValidator(parse_seconds, json_schema_input_type=SecondsOrText)]
 
 
 class ModelSpec(Frozen):
     """The frozen base model: a hub id or a folder with safetensors weights."""
 
     id: str = Field(min_length=1)
-    """A hub id, a folder, or `embedded`: the small pretrained model that comes with rankscope."""
+    """Hub id, folder, or `embedded` for the small pretrained model that comes with rankscope."""
     revision: str | None = None
-    """A branch, tag or commit on the hub. A folder has none."""
+    """Hub revision (branch, tag, commit). Not for folders."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """`auto`: bfloat16 on a GPU that has it, float32 elsewhere. Adapters are always float32."""
+    """Type of the base weights. `auto`: bfloat16 on GPUs that support it, else float32. Adapters are float32."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
     quantization: Literal["nf4", "int8"] | None = None
-    """Hold the base's linear layers in 4 bits (`nf4`) or 8 (`int8`), by bitsandbytes: `rankscope[quantization]`."""
+    """Quantize the base's linear layers to 4 bits (`nf4`) or 8 (`int8`); needs `rankscope[quantization]`."""
 
 
 class DataSpec(Frozen):
     """Instruction data: a hub id, or a JSON, JSONL, CSV or Parquet file."""
 
     id: str = Field(min_length=1)
-    """A hub id, a file, a folder, or `embedded`: the real code that comes with rankscope."""
+    """Hub id, file, folder, or `embedded` for the Python functions that come with rankscope."""
     config: str | None = None
-    """The configuration's name, for hub data that has several."""
+    """Configuration of a hub dataset that has several."""
     revision: str | None = None
-    """A branch, tag or commit on the hub. Files have none."""
+    """Hub revision (branch, tag, commit). Not for files."""
     split: str = "train"
-    """The part to read of hub data, or of a folder. A single file has none."""
+    """Split of a hub dataset or a folder. Not for single files."""
     format: Literal["auto", "alpaca", "prompt_completion", "messages"] = "auto"
-    """`auto`: the one that the columns fit. alpaca has `instruction`, `input` and `output`."""
+    """`auto` picks the format that matches the columns; alpaca has `instruction`, `input` and `output`."""
     template: str = DEFAULT_TEMPLATE
-    """The prompt of alpaca rows. The line with `{input}` is left out where a row has none."""
+    """Prompt of alpaca rows. Rows without an input leave out the line with `{input}`."""
     loss_on: Literal["completion", "all"] = "completion"
-    """`completion`: the loss is taken on the answer alone; `all`: on the prompt too."""
+    """Tokens that count in the loss: those of the answer (`completion`), or the prompt as well (`all`)."""
     max_length: Count = 1024
-    """In tokens. Longer rows are cut at the end, and counted."""
+    """Longest sequence, in tokens. Longer rows are truncated at the end, and counted."""
     max_rows: Count | None = None
-    """Use only the first rows, for a quick look."""
+    """Use only the first so many rows, for a quick look."""
     eval_rows: Count | None = None
-    """Rows held out. Default: 5% of the rows, at least 32 and at most 1,000."""
+    """Held-out rows. Default: 5% of the rows, at least 32 and at most 1,000."""
     split_seed: Seed = 0
-    """Decides which rows are held out."""
+    """Seed of the split into training and held-out rows."""
 
     @model_validator(mode="after")
     def _template_has_instruction(self) -> Self:
@@ -87,72 +124,69 @@ class DataSpec(Frozen):
 
 
 class AdapterSpec(Frozen):
-    """What every candidate shares of its LoRA adapter."""
+    """LoRA settings that all candidates share."""
 
-    alpha: Annotated[float | str, BeforeValidator(alpha_or_multiple)] = 32.0
-    """A number, or a multiple of the rank such as `2r`."""
-    target_modules: Annotated[Literal["all-linear"] | tuple[str, ...], BeforeValidator(all_linear_or_names)] = (
-        "all-linear"
-    )
-    """`all-linear`, or names of the layers that get an adapter, such as `q_proj`."""
+    alpha: Alpha = 32.0
+    """`lora_alpha`: a number, or a multiple of the rank such as `2r`."""
+    target_modules: Modules = "all-linear"
+    """Layers that get an adapter: `all-linear`, or names such as `q_proj`."""
     lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of an adapter's inputs that are dropped while it trains."""
+    """Dropout probability of an adapter's inputs during training."""
     use_rslora: bool = False
-    """Scale by alpha/sqrt(rank) instead of alpha/rank (Kalajdzievski 2023, arXiv:2312.03732)."""
+    """Scale updates by alpha/sqrt(rank) instead of alpha/rank (Kalajdzievski 2023, arXiv:2312.03732)."""
     init_lora_weights: Literal["kaiming", "gaussian"] = "kaiming"
-    """PEFT's default (`kaiming`) or `gaussian`; B starts at zero in both."""
+    """Initialization of A: PEFT's default (`kaiming`) or `gaussian`. B starts at zero."""
     loraplus_lr_ratio: float = Field(default=16.0, ge=1.0)
-    """Of the variant `loraplus`: B's learning rate over A's (Hayou et al. 2024, arXiv:2402.12354)."""
+    """Ratio of B's learning rate to A's in the variant `loraplus` (Hayou et al. 2024, arXiv:2402.12354)."""
     rank_pattern: dict[str, Rank] = {}  # noqa: RUF012  pydantic copies it
-    """Of the variant `pattern`: the ranks of layers, by name, that differ from the candidate's. `rankscope pattern`
-    proposes one."""
+    """Ranks of single layers, by name, in the variant `pattern`. `rankscope pattern` proposes them."""
 
 
 class TrainingSpec(Frozen):
-    """The recipe, the same for every trial. One of `steps` and `epochs` is used."""
+    """The training recipe of every trial. Give `steps` or `epochs`."""
 
     steps: Count | None = None
-    """Optimizer steps of each trial."""
+    """Optimizer steps per trial."""
     epochs: PositiveFloat | None = None
-    """Default: 1 epoch, where `steps` is not given either."""
+    """Passes over the training rows, instead of `steps`. Default without either: 1."""
     batch_size: Count = 8
-    """Examples of one trial in one micro-step; an optimizer step sees `gradient_accumulation_steps` of them."""
+    """Examples per trial and micro-step; an optimizer step has `gradient_accumulation_steps` micro-steps."""
     gradient_accumulation_steps: Count = 1
-    """Micro-steps of an optimizer step."""
+    """Micro-steps per optimizer step."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate goes on after the warm-up: down to 0 at the end, or constant."""
+    """Learning rate schedule after the warm-up: decay to 0 at the end, or constant."""
     warmup_ratio: float = Field(default=0.03, ge=0.0, le=1.0)
-    """Share of the steps over which the learning rate rises from 0."""
+    """Share of the steps in which the learning rate rises from 0 to its peak."""
     weight_decay: float = Field(default=0.0, ge=0.0)
-    """AdamW's, of matrices."""
+    """Weight decay of AdamW, for matrices."""
     max_grad_norm: float = Field(default=1.0, ge=0.0)
-    """Each trial's gradient is clipped to this norm by itself; 0 means no clipping."""
+    """Gradient norm to which each trial is clipped by itself; 0 for no clipping."""
     adam_beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
-    """AdamW's decay of the gradient's running mean."""
+    """Decay of AdamW's running mean of the gradient."""
     adam_beta2: float = Field(default=0.999, ge=0.0, lt=1.0)
-    """AdamW's decay of the running mean of its square."""
+    """Decay of AdamW's running mean of the squared gradient."""
     adam_epsilon: PositiveFloat = 1e-8
-    """Added to AdamW's denominator."""
+    """Term in AdamW's denominator, against division by zero."""
     optim: Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw_torch_fused"
-    """AdamW's states: in float32, or by bitsandbytes in 8 bits; `paged` ones leave a GPU that is full."""
+    """AdamW with float32 states, or bitsandbytes' with 8-bit ones; `paged` states leave a GPU that is full."""
     base_dropout: Literal["off", "keep"] = "off"
-    """The base model's own dropout: noise in a comparison, so off. With `keep` every trial trains alone."""
+    """The base model's own dropout, off since it adds noise to comparisons. `keep` trains every trial alone."""
     evals: Count = 4
-    """How often the held-out loss is taken, evenly over the schedule; the last one is at its end."""
+    """Held-out evaluations per trial, evenly spaced; the last one is at the end."""
     engine: Literal["packed", "peft"] = "packed"
-    """`packed`: trials train together; `peft`: one at a time by PEFT's own forward."""
+    """`packed` trains several trials together; `peft` trains one at a time with PEFT's own forward."""
     isolated: bool = False
-    """Train every trial alone, in a process of its own."""
+    """Train every trial alone, in its own process."""
     trials_per_pack: Count | None = None
-    """At most so many trials train together. Default: as many as memory allows."""
+    """Largest number of trials that train together. Default: as many as memory allows."""
     checkpoint_minutes: PositiveFloat = 5.0
-    """A pack that is stopped goes on from its last checkpoint; one is written this often, and at the schedule's end."""
+    """Interval of checkpoints, from which a stopped pack resumes; one more is written at the end."""
     checkpoint_steps: Count | None = None
-    """Write a checkpoint every so many steps instead."""
+    """Steps between checkpoints, instead of minutes."""
 
     @property
     def effective_batch_size(self) -> int:
-        """Examples of one trial that one optimizer step sees."""
+        """Examples per trial and optimizer step."""
         return self.batch_size * self.gradient_accumulation_steps
 
     @model_validator(mode="after")
@@ -163,51 +197,51 @@ class TrainingSpec(Frozen):
 
 
 class MeasureSpec(Frozen):
-    """How each candidate's cost is measured, alone, in fresh processes."""
+    """Measurement of each candidate's cost: alone, in fresh processes."""
 
     profiles: bool = True
-    """Whether memory and time are measured at all."""
+    """Whether to measure memory and time."""
     repeats: Count = 2
-    """Fresh processes for each candidate, interleaved with those of the others."""
+    """Fresh processes per candidate, interleaved with those of the others."""
     warmup_steps: int = Field(default=2, ge=0)
-    """Steps of a profile before the measured ones."""
+    """Steps before the measured ones."""
     steps: Count = 8
-    """Measured steps of a profile, on batches spread evenly over the schedule."""
+    """Measured steps, on batches spread evenly over the schedule."""
     forgetting: str | None = Field(default=None, min_length=1)
-    """General text, whose loss is taken before and after training: a .txt file, or data with a `text` column."""
+    """General text for the loss before and after training: a .txt file, or data with a `text` column."""
     forgetting_rows: Count = 64
-    """At most so many sequences of it, each of at most `data.max_length` tokens."""
+    """Largest number of general text sequences, each of at most `data.max_length` tokens."""
     answers: int = Field(default=3, ge=0)
-    """Held-out prompts that the base model and each candidate answer at the end, to be read side by side."""
+    """Held-out prompts that the base model and each candidate answer at the end."""
     answer_tokens: Count = 96
-    """At most so many tokens an answer."""
+    """Longest answer, in tokens."""
 
 
 class VerdictSpec(Frozen):
-    """How the conclusion is drawn."""
+    """Criteria of the conclusion."""
 
     margin: float = Field(default=0.01, gt=0.0, lt=1.0)
-    """A rank is good enough when its regret is below this share of the best candidate's loss."""
+    """Largest regret of a rank that is good enough, as a share of the best candidate's loss."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1.0)
-    """Of the intervals and of the verdict."""
-    max_gpu_memory: Annotated[Count, BeforeValidator(parse_bytes)] | None = None
-    """In bytes, or as `24GB`: a rank that needs more is not recommended."""
-    max_runtime: Annotated[PositiveFloat, BeforeValidator(parse_seconds)] | None = None
-    """Of one trial, trained alone; in seconds, or as `2h`: a rank that needs more is not recommended."""
+    """Confidence level of the intervals and the verdict."""
+    max_gpu_memory: Bytes | None = None
+    """Largest GPU memory of a recommended rank, in bytes or as `24GB`."""
+    max_runtime: Seconds | None = None
+    """Longest training of one trial, alone, for a recommended rank; in seconds or as `2h`."""
 
 
 LORA_RATE_OVER_FULL = 10
-"""How much higher LoRA's best learning rate is than full fine-tuning's: about tenfold at every rank, model and data
-set in Schulman et al. 2025, "LoRA Without Regret" (https://thinkingmachines.ai/blog/lora/)."""
+"""Ratio of LoRA's best learning rate to full fine-tuning's: about 10 at every rank, model and dataset in Schulman et
+al. 2025, "LoRA Without Regret" (https://thinkingmachines.ai/blog/lora/)."""
 
 
 class ReferenceSpec(Frozen):
-    """Full fine-tuning, every weight of the model, on the same batches: what the candidates' regret is held against."""
+    """Full fine-tuning of every weight on the same batches, as the baseline of the candidates' regret."""
 
     full: bool = False
-    """Whether it is trained. `full` among the ranks says the same."""
-    learning_rates: Annotated[tuple[PositiveFloat, ...], BeforeValidator(as_list), Field(min_length=1)] | None = None
-    """Default: a tenth of each candidate learning rate, since full fine-tuning needs lower ones."""
+    """Whether to train it. `full` among the ranks has the same effect."""
+    learning_rates: Rates | None = None
+    """Learning rates. Default: a tenth of each candidate learning rate, as full fine-tuning needs lower ones."""
 
     @model_validator(mode="after")
     def _rates_need_full(self) -> Self:
@@ -221,39 +255,34 @@ class StudySpec(Frozen):
     """One question: a model, data, candidates, seeds and a recipe."""
 
     name: str = Field(default="rankscope-study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
-    """The study's directory, where no other is given. A file without one is named after its model and data."""
+    """Name of the study, and of its directory unless another is given. Default: after the model and data."""
     model: ModelSpec
     """The base model, which stays frozen."""
     data: DataSpec
-    """What is trained on, and held out."""
-    ranks: Annotated[tuple[Rank, ...], BeforeValidator(as_list), Field(min_length=1)] = (8, 128, 256)
-    """LoRA ranks to compare. `full` among them adds full fine-tuning, as a reference."""
-    learning_rates: Annotated[tuple[PositiveFloat, ...], BeforeValidator(as_list), Field(min_length=1)] = (2e-4,)
-    """Peak learning rates. With several, each rank is judged at its best one."""
-    seeds: Annotated[tuple[Seed, ...], BeforeValidator(as_list), Field(min_length=1)] = (
-        0,
-        1,
-        2,
-    )
-    """Each candidate is trained with each of them. One says nothing about how sure a difference is."""
-    variants: Annotated[tuple[Variant, ...], BeforeValidator(as_list)] = ()
-    """Kinds of LoRA to train beside the plain one, at each rank and learning rate: rslora, pissa, olora, loraplus,
-    dora, pattern."""
+    """The instruction data to train on and to hold out."""
+    ranks: Ranks = (8, 128, 256)
+    """LoRA ranks to compare. `full` among them adds full fine-tuning as a baseline."""
+    learning_rates: Rates = (2e-4,)
+    """Peak learning rates. Of several, each rank is judged at its best."""
+    seeds: Seeds = (0, 1, 2)
+    """Seeds to train each candidate with. A single seed gives no measure of uncertainty."""
+    variants: Variants = ()
+    """Variants to train beside plain LoRA at each rank and learning rate."""
     adapter: AdapterSpec = AdapterSpec()
-    """What every candidate shares of its LoRA adapter."""
+    """LoRA settings shared by all candidates."""
     training: TrainingSpec = TrainingSpec()
-    """The recipe, the same for every trial."""
+    """The training recipe, the same for every trial."""
     reference: ReferenceSpec = ReferenceSpec()
-    """Full fine-tuning, as a reference."""
+    """Full fine-tuning, as a baseline."""
     measure: MeasureSpec = MeasureSpec()
-    """How each candidate's cost is measured."""
+    """How to measure each candidate's cost."""
     verdict: VerdictSpec = VerdictSpec()
-    """How the conclusion is drawn."""
+    """When a rank is recommended."""
 
     @model_validator(mode="before")
     @classmethod
     def _full_is_the_reference(cls, values: Any) -> Any:
-        """`full` among the ranks asks for the reference: a candidate's rank is always a number."""
+        """Replace `full` among the ranks by `reference.full`: a candidate's rank is always a number."""
         ranks = as_list(values.get("ranks")) if isinstance(values, Mapping) else None
         if not isinstance(ranks, list | tuple) or FULL not in ranks:
             return values
@@ -264,7 +293,7 @@ class StudySpec(Frozen):
         if len(ranks) - len(numbers) > 1:
             raise ValueError(f"ranks: listed twice: {FULL}")
         if not numbers:
-            raise ValueError(f"ranks: {FULL} is what ranks are held against: give at least one number beside it")
+            raise ValueError(f"ranks: {FULL} is the baseline of the ranks: give at least one number beside it")
         if isinstance(reference, Mapping) and reference.get("full") is False:
             raise ValueError(f"ranks: {FULL} is among them, but reference.full is false")
         wanted = {**reference, "full": True} if isinstance(reference, Mapping) else reference
@@ -306,7 +335,7 @@ class StudySpec(Frozen):
         return self
 
     def candidates(self) -> list[Candidate]:
-        """The grid of ranks and learning rates, lowest rank first; then the same of each variant."""
+        """Grid of ranks and learning rates, lowest rank first, for plain LoRA and then for each variant."""
         shared = self.adapter.model_dump(exclude={"alpha", "loraplus_lr_ratio", "rank_pattern"})
         plain = [
             Candidate(rank=rank, learning_rate=rate, lora_alpha=alpha_of(self.adapter.alpha, rank), **shared)
@@ -328,8 +357,8 @@ class StudySpec(Frozen):
         return [Trial(candidate=candidate, seed=seed) for seed in self.seeds for candidate in self.candidates()]
 
     def profiled(self) -> dict[str, Candidate]:
-        """What is profiled, by name: each rank and variant once, since its cost does not depend on the learning rate,
-        and the lowest rank once more as the control.
+        """Candidates to profile, by profile name: each rank and variant once, as cost does not depend on the learning
+        rate, and the lowest rank once more as the control.
         """
         first: dict[str, Candidate] = {}
         for candidate in self.candidates():
@@ -337,7 +366,7 @@ class StudySpec(Frozen):
         return first | {CONTROL: next(iter(first.values()))}
 
     def reference_trials(self) -> list[FullTrial]:
-        """Full fine-tuning at each of its learning rates with every seed; none where it was not asked for."""
+        """Full fine-tuning at each of its learning rates with every seed; empty unless `reference.full`."""
         if not self.reference.full:
             return []
         rates = self.reference.learning_rates or [divided(r, LORA_RATE_OVER_FULL) for r in self.learning_rates]

@@ -1,35 +1,33 @@
-"""A study from a mapping, with errors that name each wrong field, and back to YAML."""
+"""Studies from mappings, with errors that name every wrong field, and studies as YAML."""
 
 import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ValidationError,
-)
+from pydantic import BaseModel, ValidationError
 
 from rankscope.errors import StudyError, shortened
 from rankscope.spec.models import StudySpec
 
-_MOST_SHOWN = 5
-"""Wrong fields of a study that an error shows."""
+MAX_ERRORS_SHOWN = 5  # wrong fields in one message
 
 
 def resolve_spec(
     values: Mapping[str, Any], source: str = "the study", lines: Mapping[str, int] | None = None
 ) -> StudySpec:
-    """Validates a nested mapping. `source` names where it came from, in errors; `lines` the line of a field there.
+    """Validate a nested mapping.
+
+    Errors name its `source`, and the line of a field where `lines` has it.
 
     Raises:
-        StudyError: a field is unknown, missing or wrong; the message names each, and the nearest known name.
+        StudyError: a field is unknown, missing or wrong; the message names each, and the nearest valid name.
     """
     try:
         return StudySpec.model_validate(dict(values))
     except ValidationError as error:
         found = list(dict.fromkeys(_explain(dict(detail), lines or {}) for detail in error.errors()))
-        shown = [f"  - {line}" for line in found[:_MOST_SHOWN]] + ["  - ..."] * (len(found) > _MOST_SHOWN)
+        shown = [f"  - {line}" for line in found[:MAX_ERRORS_SHOWN]] + ["  - ..."] * (len(found) > MAX_ERRORS_SHOWN)
         raise StudyError(
             f"{source} is wrong:\n" + "\n".join(shown),
             "Correct these fields and run again; `rankscope run --help` and studies/ show valid ones.",
@@ -54,12 +52,12 @@ def _explain(detail: dict[str, Any], lines: Mapping[str, int]) -> str:
 
 
 def _with_parents(path: Sequence[str]) -> list[str]:
-    """`training.steps` and `training`."""
+    """Dotted names of a path and its parents: `training.steps`, `training`."""
     return [".".join(path[:length]) for length in range(len(path), 0, -1)]
 
 
 def short_form(value: Any) -> str:
-    """A value in an error: in one line, and cut."""
+    """A value for an error message: one line, truncated."""
     try:
         text = repr(value)
     except ValueError:  # Python writes no number of more than 4,300 digits
@@ -68,7 +66,7 @@ def short_form(value: Any) -> str:
 
 
 def _suggestion(path: Sequence[str]) -> str:
-    """The nearest field of the same group; else one of any group."""
+    """Hint at the nearest field of the same group, else of any group."""
     *group, name = path
     known = _fields(group)
     groups = [[field] for field in _fields([]) if _fields([field])]
@@ -83,7 +81,7 @@ def _suggestion(path: Sequence[str]) -> str:
 
 
 def _fields(path: Sequence[str]) -> list[str]:
-    """The names of a group's fields, the study's own for []; none where there is no such group."""
+    """Names of a group's fields, the study's own for an empty path; empty for an unknown group."""
     model: Any = StudySpec
     for part in path:
         model = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
@@ -91,12 +89,12 @@ def _fields(path: Sequence[str]) -> list[str]:
 
 
 def write_yaml(spec: BaseModel) -> str:
-    """A complete study as YAML text; `resolve_spec(yaml.safe_load(text))` gives the same study."""
+    """YAML text of a complete study; `resolve_spec(yaml.safe_load(text))` gives the same study."""
     return yaml.dump(spec.model_dump(mode="json"), Dumper=YamlDumper, sort_keys=False, allow_unicode=True)
 
 
 class YamlDumper(yaml.SafeDumper):
-    """With quotes around U+0085, which PyYAML would write as it is and read as a line's end."""
+    """Dumper that quotes U+0085, which PyYAML writes bare and reads as the end of a line."""
 
     def represent_str(self, text: str) -> yaml.ScalarNode:
         return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\x85" in text else None)
