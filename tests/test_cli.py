@@ -115,7 +115,7 @@ def test_a_run_that_is_stopped_goes_on(folder: Path, how: signal.Signals) -> Non
     if how != signal.SIGKILL:
         assert process.returncode == 130
         assert b"Stopping after this step" in errors
-        assert b"The same command goes on where it was:\n  rankscope run --model" in errors
+        assert b"To resume, run the same command:\n  rankscope run --model" in errors
         assert read_json(metrics.with_name("trial.json"))["status"] == "interrupted"
     else:
         assert process.returncode == -signal.SIGKILL

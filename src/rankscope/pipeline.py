@@ -54,7 +54,7 @@ def run(
     """Runs a study from its question to its report, and returns it.
 
     `options` are those of the command line: `model`, `dataset`, `ranks`, `learning_rates`, `seeds`, `alpha`, `steps`,
-    and the others of `rankscope.spec.options.OPTION_FIELDS`; `study` is a mapping like a study's YAML, which they
+    and the others of `rankscope.spec.option_table.OPTIONS`; `study` is a mapping like a study's YAML, which they
     override. `out` is the study's directory (default: its name). On a directory that holds the same study only what is
     missing is done. `report_to` names trackers that follow the run: `wandb`, `tensorboard`, `mlflow`, `trackio`.
     `launcher` is `local`, or `ray`, on the cluster at `ray_address`.

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from rankscope.errors import StudyError
 from rankscope.spec.candidates import FULL
 from rankscope.spec.models import StudySpec
-from rankscope.spec.options import OPTION_FIELDS, assemble, read_study_file
+from rankscope.spec.option_table import OPTIONS
+from rankscope.spec.options import assemble, read_study_file
 from rankscope.spec.resolve import resolve_spec, write_yaml
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12) | st.sampled_from(
@@ -192,7 +193,7 @@ def test_a_corrupt_study_file_is_a_study_or_refused(
     test_any_text_is_a_study_or_refused.hypothesis.inner_test(text[:cut] + put + text[cut + 1 :], folder)
 
 
-FIELDS = [*OPTION_FIELDS.values(), "", ".", "model", "ranks.0", "a.b.c", "training.steps.x"]
+FIELDS = [*(option.field for option in OPTIONS.values()), "", ".", "model", "ranks.0", "a.b.c", "training.steps.x"]
 KEYS = st.sampled_from(FIELDS) | st.text(max_size=5)
 
 
@@ -204,7 +205,7 @@ def test_any_assignment_is_taken_or_refused(values: dict[str, Any], sets: list[t
         is_short(error)
 
 
-@given(values=VALID, options=st.dictionaries(st.sampled_from(sorted(OPTION_FIELDS)) | TEXT, ANY, max_size=3))
+@given(values=VALID, options=st.dictionaries(st.sampled_from(sorted(OPTIONS)) | TEXT, ANY, max_size=3))
 def test_any_option_is_taken_or_refused(values: dict[str, Any], options: dict[str, Any]) -> None:
     with contextlib.suppress(StudyError):
         is_study(assemble(values, options))

@@ -308,7 +308,7 @@ def test_the_command_is_stopped_and_goes_on(root: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert b"The same command goes on where it was:\n  rankscope search --model" in errors
+    assert b"To resume, run the same command:\n  rankscope search --model" in errors
     psutil.wait_procs(children, timeout=20)
     assert not any(child.is_running() for child in children)
     done = subprocess.run(

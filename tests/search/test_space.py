@@ -13,6 +13,7 @@ from rankscope.errors import StudyError
 from rankscope.search.space import Point, RateRange, SearchSpec, resolve_search
 from rankscope.spec.options import read_study_file
 from rankscope.spec.resolve import write_yaml
+from rankscope.ui.options import EMBEDDED_STUDY
 
 VALUES: dict[str, Any] = {"model": {"id": "m"}, "data": {"id": "d"}}
 
@@ -131,4 +132,4 @@ def test_without_optuna_the_command_is_named(
 def test_studies_of_other_kinds_are_refused() -> None:
     with pytest.raises(StudyError, match="among plain LoRA adapters"):
         asked({**VALUES, "variants": ["pissa"]})
-    assert read_study_file(cli.EMBEDDED_STUDY)["ranks"], "the command line leaves these out"
+    assert read_study_file(EMBEDDED_STUDY)["ranks"], "the command line leaves these out"

@@ -1,30 +1,28 @@
-"""From a study's file, options and `--set KEY=VALUE` to the study that they ask for."""
+"""The study that a file, options and `--set KEY=VALUE` ask for together."""
 
 import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
 from rankscope.errors import StudyError, did_you_mean
 from rankscope.spec.models import StudySpec
+from rankscope.spec.option_table import OPTIONS
 from rankscope.spec.resolve import resolve_spec, short_form
-
-if TYPE_CHECKING:
-    from rankscope.spec.models import StudySpec
 
 
 class _Yaml(NamedTuple):
-    """What YAML text says, and the line on which each field stands, `training.steps` for one."""
+    """Values of YAML text, and the line of each field, e.g. of `training.steps`."""
 
     values: Any
     lines: dict[str, int]
 
 
 def read_study_file(path: Path) -> dict[str, Any]:
-    """Reads a study's YAML as a mapping, not yet validated.
+    """Read a study's YAML as a mapping, which is not validated yet.
 
     Raises:
         StudyError: the file is missing, is not YAML, has a field twice, or is not a mapping.
@@ -60,14 +58,14 @@ def _parse_file(path: Path) -> _Yaml:
 
 
 def _parse(text: str) -> _Yaml:
-    """`yaml.safe_load`, with lines, and without a field that stands twice: its first value would be lost unseen."""
+    """Load YAML safely, with lines. A repeated field is an error: its first value would be lost silently."""
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
         lines: dict[str, int] = {}
         for field, mark in _fields(node, "", set()) if node else ():
             if field in lines:
-                raise yaml.MarkedYAMLError(problem=f"{field} stands on line {lines[field]} already", problem_mark=mark)
+                raise yaml.MarkedYAMLError(problem=f"{field} is on line {lines[field]} already", problem_mark=mark)
             lines[field] = mark.line + 1
         return _Yaml(loader.construct_document(node) if node else None, lines)
     finally:
@@ -75,7 +73,7 @@ def _parse(text: str) -> _Yaml:
 
 
 def _fields(node: yaml.Node, prefix: str, seen: set[int]) -> Iterator[tuple[str, yaml.Mark]]:
-    """Every field below `node` with where it stands; what an alias repeats only once."""
+    """All fields below `node` with their positions; a node that aliases repeat is visited once."""
     if id(node) in seen:
         return
     seen.add(id(node))
@@ -93,12 +91,12 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 
 def _problem(error: Exception) -> str:
-    """In one line."""
+    """First line of an error's problem."""
     return str(getattr(error, "problem", None) or error or type(error).__name__).split("\n")[0]
 
 
 def set_value(values: dict[str, Any], assignment: str) -> None:
-    """Applies one `--set training.steps=200` to a nested mapping, in place; the value is read as YAML.
+    """Apply one `--set training.steps=200` to a nested mapping, in place; the value is YAML.
 
     Raises:
         StudyError: it is not KEY=VALUE, or the value is missing or not YAML.
@@ -118,7 +116,7 @@ def set_value(values: dict[str, Any], assignment: str) -> None:
 
 
 def set_field(values: dict[str, Any], key: str, value: Any) -> None:
-    """Sets `training.steps` in a nested mapping, in place."""
+    """Set a field such as `training.steps` in a nested mapping, in place."""
     *parents, last = key.split(".")
     target = values
     for parent in parents:
@@ -132,54 +130,25 @@ def set_field(values: dict[str, Any], key: str, value: Any) -> None:
     target[last] = value
 
 
-OPTION_FIELDS = {
-    "name": "name",
-    "model": "model.id",
-    "revision": "model.revision",
-    "dtype": "model.dtype",
-    "device": "model.device",
-    "quantization": "model.quantization",
-    "dataset": "data.id",
-    "max_length": "data.max_length",
-    "loss_on": "data.loss_on",
-    "ranks": "ranks",
-    "variants": "variants",
-    "learning_rates": "learning_rates",
-    "seeds": "seeds",
-    "alpha": "adapter.alpha",
-    "target_modules": "adapter.target_modules",
-    "lora_dropout": "adapter.lora_dropout",
-    "use_rslora": "adapter.use_rslora",
-    "steps": "training.steps",
-    "epochs": "training.epochs",
-    "batch_size": "training.batch_size",
-    "engine": "training.engine",
-    "isolated": "training.isolated",
-    "max_gpu_memory": "verdict.max_gpu_memory",
-    "max_runtime": "verdict.max_runtime",
-}
-"""The options of the command line and of `rankscope.run`, and the field each one sets."""
-
-
 def assemble(
     values: Mapping[str, Any], options: Mapping[str, Any], assignments: Sequence[str] = (), file: Path | None = None
 ) -> StudySpec:
-    """A study from a file's values, options over them (None means not given), and `--set` assignments over both.
+    """Study from a file's values, options over them (None for those not given), and `--set` assignments over both.
 
-    Errors name `file` and the line of what the values, which were read from it, have wrong.
+    Errors name `file`, from which the values were read, and the line of a wrong value.
 
     Raises:
         StudyError: an option or field is unknown or wrong.
     """
     merged = copy.deepcopy(dict(values))
     for option, value in options.items():
-        if option not in OPTION_FIELDS:
+        if option not in OPTIONS:
             raise StudyError(
-                f"{option}: unknown option{did_you_mean(option, OPTION_FIELDS)}",
-                f"Known: {', '.join(OPTION_FIELDS)}.",
+                f"{option}: unknown option{did_you_mean(option, OPTIONS)}",
+                f"Known: {', '.join(OPTIONS)}.",
             )
         if value is not None:
-            set_field(merged, OPTION_FIELDS[option], value)
+            set_field(merged, OPTIONS[option].field, value)
     training = merged.get("training")
     if isinstance(training, dict):  # a length given by option replaces the file's
         if options.get("steps") is not None and options.get("epochs") is None:
@@ -192,7 +161,7 @@ def assemble(
         merged["name"] = _default_name(merged)
     if file is None:
         return resolve_spec(merged)
-    over = [OPTION_FIELDS[option] for option in options if options[option] is not None]
+    over = [OPTIONS[option].field for option in options if options[option] is not None]
     over += [assignment.partition("=")[0] for assignment in assignments]
     lines = {
         field: line

@@ -1,4 +1,4 @@
-"""The terminal, in which text from models, data and studies does nothing but show."""
+"""The terminal. Text from models, data and studies is only shown: no control characters and no markup."""
 
 import json
 import shlex
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 class PlainConsole(Console):
-    """A console that shows text as it is, in tables too: no control characters, no markup of rich's, no emoji codes."""
+    """Console without control characters, markup and emoji codes, in tables as well."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """What rich makes of every string that it prints, a table's cells among them."""
+        """Text of a string that rich prints, table cells included."""
         return super().render_str(visible(text), **options)
 
 
@@ -37,7 +37,7 @@ out_console = PlainConsole(highlight=False)
 
 
 if not out_console.is_terminal:
-    out_console.width = max(out_console.width, 120)  # a table in a log file is not to be squeezed
+    out_console.width = max(out_console.width, 120)  # room for tables in a log file
 
 
 error_console = PlainConsole(stderr=True, highlight=False)
@@ -72,20 +72,20 @@ def print_json(value: Mapping[str, Any]) -> None:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Lets Ctrl-C, and a polite kill, end the body so that the same command goes on; it says so."""
+    """Let Ctrl-C or SIGTERM stop the body after its step, and say how to resume."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop_politely)
     try:
         yield
     except KeyboardInterrupt:
         again = shlex.join(["rankscope", *sys.argv[1:]])
-        error_console.print(f"Stopped. The same command goes on where it was:\n  {again}", markup=False, style="yellow")
+        error_console.print(f"Stopped. To resume, run the same command:\n  {again}", markup=False, style="yellow")
         raise typer.Exit(130) from None
 
 
 def _stop_politely(number: int, frame: FrameType | None) -> None:
-    """The first Ctrl-C ends the run, after the step that trains; the second at once."""
+    """Stop after the step in training; a second signal stops at once."""
     for again in (signal.SIGINT, signal.SIGTERM):
         signal.signal(again, signal.default_int_handler)
-    error_console.print("Stopping after this step, with a checkpoint. Ctrl-C again stops at once.", style="yellow")
+    error_console.print("Stopping after this step. Ctrl-C again stops at once.", style="yellow")
     raise KeyboardInterrupt

@@ -8,13 +8,16 @@ from rich.console import Console
 
 from rankscope.analysis.curve import curve_errors, loss_curve
 from rankscope.report.costs import noise_sentence
+from rankscope.report.curve import cut_curve
 from rankscope.report.frames import by_candidate, has_gpu
 from rankscope.report.variants import variant_sentences
+from rankscope.study.folder import ANSWERS
+from rankscope.study.missing import unfinished
 from rankscope.study.study import Study
 from rankscope.text.catalogue import load
 from rankscope.text.formats import duration, known, loss, signed, size
 from rankscope.text.verdict import verdict_sentence
-from rankscope.ui.console import make_table
+from rankscope.ui.console import make_table, out_console, print_table
 
 
 def show_outcome(study: Study, console: Console, language: str) -> None:
@@ -48,6 +51,25 @@ def describe_curve(study: Study) -> dict[str, Any]:
         "curve": _records(loss_curve(evidence)),
         "errors": _records(curve_errors(evidence)),
     }
+
+
+def show_curve(study: Study, language: str) -> None:
+    """Print the curve of estimated losses by rank."""
+    curve = cut_curve(study.evidence(), load(language))
+    for table in curve.tables:
+        print_table(table)
+    for sentence in [*curve.sentences, f"Report: {study.report}"]:
+        out_console.print(sentence, soft_wrap=True)
+
+
+def show_failures(study: Study, console: Console) -> bool:
+    """Print every trial, profile and answer that did not finish, and why. Whether there are any."""
+    failures = {trial.name: study.trial_record(trial) for trial in unfinished(study)}
+    for name, failure in study.open_failures().items():
+        failures[name if name == ANSWERS else f"profile of {name}"] = failure
+    for name, failure in failures.items():
+        console.print(f"{name}: {failure['status']}: {failure.get('reason')}", style="yellow")
+    return bool(failures)
 
 
 def _records(frame: pd.DataFrame) -> list[dict[Hashable, Any]]:

@@ -6,8 +6,11 @@ alone, and answers two paths of one study.
 """
 
 import json
+import os
+import sys
 import threading
 import time
+import webbrowser
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,7 +20,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from rankscope.errors import StudyDirectoryError
+from rankscope.errors import StudyDirectoryError, StudyError
 from rankscope.pipeline import reproduce_command
 from rankscope.report import html
 from rankscope.report.content import Content, compose
@@ -141,6 +144,22 @@ def _handler(watch: Watch) -> type[BaseHTTPRequestHandler]:
             """Says nothing: the terminal is the user's."""
 
     return Handler
+
+
+def watch_page(watch: Watch, port: int, console: Console, browser: bool) -> None:
+    """Serve the page until Ctrl-C, and open it in a browser where there is a desktop.
+
+    Raises:
+        StudyError: the port cannot be used.
+    """
+    try:
+        server = serve(watch, port)
+    except OSError as error:
+        raise StudyError(f"--port {port}: {error.strerror}", "Choose another, or leave it out.") from None
+    console.print(f"Watching {watch.study.path} at {address(server)} (Ctrl-C stops watching; the study goes on)")
+    if browser and (sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()):
+        webbrowser.open(address(server))
+    server.serve_forever()
 
 
 def watch_terminal(watch: Watch, console: Console) -> None:

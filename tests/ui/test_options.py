@@ -1,0 +1,55 @@
+"""One table of options serves the command line and `rankscope.run`."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from rankscope.errors import StudyError
+from rankscope.spec.models import StudySpec
+from rankscope.spec.option_table import OPTIONS, Option
+from rankscope.ui.options import PLAN, RUN, SEARCH, study_values, with_options
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_sets_a_field_of_a_study(name: str) -> None:
+    model: Any = StudySpec
+    for part in OPTIONS[name].field.split("."):
+        assert part in model.model_fields, OPTIONS[name].field
+        model = model.model_fields[part].annotation
+
+
+def test_options_of_the_commands() -> None:
+    assert set(RUN) - set(PLAN) == {"max_gpu_memory", "max_runtime"}, "plan judges nothing"
+    assert all(option.help for option in SEARCH.values())
+    assert OPTIONS.keys() - set(RUN) == {"name", "revision", "loss_on", "lora_dropout", "use_rslora"}
+
+
+def test_a_command_receives_its_options_by_name() -> None:
+    received: dict[str, Any] = {}
+    app = typer.Typer()
+
+    @app.command()
+    @with_options({"batch_size": Option("", int, "Examples."), "isolated": Option("", bool, "Alone.")})
+    def train(options: dict[str, Any], folder: Path, json_: bool = False) -> None:
+        """Train."""
+        received.update(options, folder=folder, json_=json_)
+
+    assert list(inspect.signature(train).parameters) == ["batch_size", "isolated", "folder", "json_"]
+    result = CliRunner().invoke(app, ["here", "--batch-size", "3"])
+    assert result.exit_code == 0, result.output
+    assert received == {"batch_size": 3, "isolated": None, "folder": Path("here"), "json_": False}
+    assert CliRunner().invoke(app, ["here", "--isolated"]).exit_code == 0
+    assert received["isolated"] is True
+    assert CliRunner().invoke(app, ["here", "--no-isolated"]).exit_code == 2
+    assert "Examples." in CliRunner().invoke(app, ["--help"]).output
+
+
+def test_model_and_data_go_together() -> None:
+    assert study_values(None, {"model": "a", "dataset": "b"}) == {}
+    assert study_values(None, {"model": None, "dataset": None})["model"]["id"] == "embedded"
+    with pytest.raises(StudyError, match="--dataset is missing"):
+        study_values(None, {"model": "a", "dataset": None})
