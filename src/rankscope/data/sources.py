@@ -30,7 +30,6 @@ FILE_TYPES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 """What the hub may call a model or data set."""
 
-_BLANKS = re.compile(r"[ \t\r\n]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -48,7 +47,7 @@ class Table(NamedTuple):
     """The hub's commit, or the revision asked for where the commit is not known; None for local data."""
 
     def where(self, index: int) -> str:
-        """Names row `index` (from 0) for an error: `data.jsonl, line 7` or `data.json, line 12, row 3`."""
+        """Names row `index` (from 0) for an error: `data.jsonl, line 7` or `data.json, row 3`."""
         if self.lines is None:
             return f"{self.name}, row {index + 1}"
         line = f"{self.name}, line {self.lines[index]}"
@@ -94,10 +93,11 @@ def _read_file(path: Path, limit: int | None, wanted: Sequence[str]) -> Table:
     if suffix == ".parquet":
         return _read_parquet(path, limit, wanted)
     text = read_text(path)
+    numbered: Iterator[tuple[int | None, Any]]
     if suffix == ".csv":
         numbered = _csv_rows(name, text)
     elif text.lstrip(" \t\r\n").startswith("["):  # by content: many .json files hold one object a line
-        numbered = _json_list(name, text)
+        numbered = ((None, row) for row in _parse_json(name, text))
     else:
         numbered = _json_lines(name, text)
     return _table(name, islice(numbered, limit))
@@ -125,20 +125,22 @@ def read_text(path: Path) -> str:
         ) from None
 
 
-def _table(name: str, numbered: Iterable[tuple[int, Any]]) -> Table:
+def _table(name: str, numbered: Iterable[tuple[int | None, Any]]) -> Table:
+    """Table of rows that come with their lines, or with None."""
     rows: list[dict[str, Any]] = []
     lines: list[int] = []
     columns: dict[str, None] = {}
     for line, value in numbered:
         if not isinstance(value, dict):
+            where = name if line is None else f"{name}, line {line}"
             raise DataError(
-                f"{name}, line {line}: row {len(rows) + 1} is {kind(value)}, expected an object",
+                f"{where}: row {len(rows) + 1} is {kind(value)}, expected an object",
                 'Write each row as {"instruction": ..., "output": ...}.',
             )
         rows.append(value)
-        lines.append(line)
+        lines += [] if line is None else [line]
         columns.update(dict.fromkeys(value))
-    return Table(name, rows, tuple(columns), tuple(lines))
+    return Table(name, rows, tuple(columns), tuple(lines) or None)
 
 
 def listed(names: Iterable[Any]) -> str:
@@ -167,54 +169,22 @@ def kind(value: Any) -> str:
 
 
 def _json_lines(name: str, text: str) -> Iterator[tuple[int, Any]]:
-    for line, content in enumerate(text.split("\n"), start=1):  # splitlines would also cut at U+2028 inside text
+    for line, content in enumerate(text.split("\n"), start=1):  # splitlines would also split at U+2028 inside text
         if content.strip():
-            yield line, _decode(name, content.strip(), 0, line)[0]
+            yield line, _parse_json(name, content.strip(), line)
 
 
-def _json_list(name: str, text: str) -> Iterator[tuple[int, Any]]:
-    """The items of one JSON list with their lines, read one by one: `json.loads` would lose the lines."""
-    position = _skip_blanks(text, text.index("[") + 1)
-    line, counted = 1, 0
-    done = text.startswith("]", position)
-    while not done:
-        line += text.count("\n", counted, position)
-        counted = position
-        value, position = _decode(name, text, position, line)
-        yield line, value
-        position = _skip_blanks(text, position)
-        done = text.startswith("]", position)
-        if not done and not text.startswith(",", position):
-            raise _bad_json(name, text.count("\n", 0, position) + 1, "expected , or ] after a row")
-        if not done:
-            position = _skip_blanks(text, position + 1)
-    rest = _skip_blanks(text, position + 1)
-    if rest < len(text):
-        raise _bad_json(name, text.count("\n", 0, rest) + 1, "something follows the closing ]")
-
-
-def _skip_blanks(text: str, position: int) -> int:
-    match = _BLANKS.match(text, position)
-    return match.end() if match else position
-
-
-def _decode(name: str, text: str, position: int, line: int) -> tuple[Any, int]:
-    """Decodes the JSON value at `position`, which stands on `line`; returns it and where it ends."""
+def _parse_json(name: str, text: str, line: int | None = None) -> Any:
+    """Value of one line of JSONL, or of a whole file where `line` is None."""
     try:
-        value, end = json.JSONDecoder().raw_decode(text, position)
-        if position == 0 and _skip_blanks(text, end) < len(text):  # JSONL: one value fills its line
-            raise json.JSONDecodeError("something follows the object", text, end)
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise _bad_json(name, line + text.count("\n", position, error.pos), error.msg) from None
+        line, message = line or error.lineno, error.msg
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; a list nested too deep
-        raise _bad_json(name, line, str(error)) from None
-    return value, end
-
-
-def _bad_json(name: str, line: int, message: str) -> DataError:
-    return DataError(
-        f"{name}, line {line}: not valid JSON: {message}",
-        "Correct that line; expected is one list of objects, or one object a line.",
+        message = str(error)
+    raise DataError(
+        f"{name}{f', line {line}' if line else ''}: not valid JSON: {message}",
+        "Correct it; expected is one list of objects, or one object a line.",
     )
 
 
