@@ -151,13 +151,22 @@ def parse_json(content: bytes, path: Path, schema: int = 1) -> dict[str, Any]:
 
 
 def find_json(path: Path, schema: int = 1) -> dict[str, Any] | None:
-    """The same; None where there is no such file."""
+    """`read_json`, or None where the file does not exist."""
+    return read_json(path, schema) if exists(path) else None
+
+
+def exists(path: Path) -> bool:
+    """Whether anything is at `path`.
+
+    Raises:
+        StudyDirectoryError: its folder cannot be read.
+    """
     with reading(path):
         try:
             path.lstat()
         except FileNotFoundError:
-            return None
-    return read_json(path, schema)
+            return False
+    return True
 
 
 def damaged(path: Path, how: str) -> DamagedError:
@@ -182,19 +191,15 @@ def _digest_as_written(content: bytes) -> str | None:
     return hashlib.sha256(rest + b"\n}\n").hexdigest()
 
 
-def file_sha256(path: Path, buffer: bytearray | None = None) -> str:
-    """The hash of a file's bytes, which are read through `buffer`: for thousands of files one may be given, since
-    getting memory for each takes as long as hashing it.
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes.
 
     Raises:
         DamagedError: there is no such file.
         StudyDirectoryError: it cannot be read.
     """
-    found, view = hashlib.sha256(), memoryview(buffer or bytearray(1 << 18))
-    with reading(path), path.open("rb", buffering=0) as file:
-        while read := file.readinto(view):
-            found.update(view[:read])
-    return found.hexdigest()
+    with reading(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_whole(path: Path, sha256: str | None) -> bytes:

@@ -135,7 +135,6 @@ def _run(
             measure(study, place, shown)
             train_reference(study, place, shown)
             answer_missing(study, place, shown)
-            study.keep_tables()
             finish(study, language)
 
 

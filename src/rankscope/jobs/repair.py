@@ -5,17 +5,15 @@ The study's lock must be held.
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 
 from rankscope.data.tokens import load
 from rankscope.errors import DamagedError
-from rankscope.files import damaged, leftovers, reading
+from rankscope.files import damaged, exists, leftovers
 from rankscope.spec.candidates import AnyTrial
 from rankscope.study import tables
-from rankscope.study.curve_table import find_table
 from rankscope.study.folder import CURVE, StudyFolder
 from rankscope.study.metrics import read_rows
 
@@ -43,45 +41,37 @@ def remove_corrupt(study: StudyFolder) -> list[str]:
         records[str(file.relative_to(study.path))] = partial(study.pack_record, file.parent.name)
     for name, read in records.items():
         file = study.file(name)
-        if _exists(file) and not _is_whole(read):
+        if exists(file) and not _is_whole(read):
             file.unlink()
             removed.append(name)
     data = study.file("data")
-    if _exists(data) and not (_is_whole(partial(load, data)) and _is_whole(lambda: study.data_facts)):
+    if exists(data) and not (_is_whole(partial(load, data)) and _is_whole(lambda: study.data_facts)):
         shutil.rmtree(data)
         removed.append("data")
-    folder = study.file("tables")
-    table = find_table(folder)
-    if table is None and _exists(folder):
-        shutil.rmtree(folder)
-        removed.append("tables")
-    parsed = table.sha256 if table else {}
     for trial in study.all_trials():
         folder = study.trial_folder(trial)
         metrics = folder / "metrics.jsonl"
-        if not _is_whole(partial(_check_trial, study, trial, parsed)):
+        if not _is_whole(partial(_check_trial, study, trial)):
             shutil.rmtree(folder)
             removed.append(str(folder.relative_to(study.path)))
         elif study.find_file(trial, metrics.name)[1] is None and not _is_whole(partial(read_rows, metrics)):
             metrics.unlink()
             removed.append(str(metrics.relative_to(study.path)))
-    if _exists(study.curve_file) and not _is_whole(partial(tables.cut_examples, study)):  # reads trial.json as well
+    if exists(study.curve_file) and not _is_whole(partial(tables.cut_examples, study)):  # reads trial.json as well
         study.curve_file.unlink()
         removed.append(CURVE)
     return removed
 
 
-def _check_trial(study: StudyFolder, trial: AnyTrial, parsed: Mapping[str, str]) -> None:
-    """Raise DamagedError where a file of the trial is corrupt. Steps of a metrics.jsonl with a hash in `parsed` were
-    read before."""
+def _check_trial(study: StudyFolder, trial: AnyTrial) -> None:
+    """Raise DamagedError where a file of the trial is corrupt."""
     record = study.trial_record(trial)
     files = record.get("files") or {}
     if record["status"] == "done" and not files.keys() >= {"metrics.jsonl", "eval.json"}:
         raise damaged(study.trial_folder(trial) / "trial.json", "no hashes of its files")
     for name in files:
         study.whole_file(trial, name)
-    metrics = files.get("metrics.jsonl")
-    if metrics is not None and parsed.get(trial.name) != metrics:
+    if "metrics.jsonl" in files:
         tables.trial_steps(study, trial)
     if record["status"] == "done":
         study.held_out(trial)
@@ -105,8 +95,3 @@ def _is_whole(read: Callable[[], object]) -> bool:
     except DamagedError:
         return False
     return True
-
-
-def _exists(path: Path) -> bool:
-    with reading(path):
-        return path.exists()

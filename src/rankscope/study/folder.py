@@ -14,7 +14,6 @@
       failures.json               profiles and answers that did not finish when they were last tried, and why
       answers/                    answers.json: what the base and each candidate answer on the same held-out prompts
       curve/                      curve.json: held-out losses of the largest rank's adapters, cut to lower ranks
-      tables/                     curves.parquet, curves.json: all metrics.jsonl in columns, where they are very many
       tracking/                   what trackers have been sent
       verdict.json
       report/                     index.html, report.md, results.csv, results.parquet, figures/
@@ -24,7 +23,6 @@ Each file has one writer. The tables below are tidy pandas DataFrames, whose col
 
 import re
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -78,11 +76,8 @@ SCHEMA = 1
 
 PROFILE_SCHEMA = VERDICT_SCHEMA = 2
 
-SETTLED_SECONDS = 2.0
-"""After that a file that was not written since may be taken for known."""
-
 FINISHED = ("done", "diverged")
-"""Statuses that are results. Everything else is trained again."""
+"""Statuses that are results. A trial with any other is trained again."""
 
 NOT_ENDED = ("pending", "running")
 
@@ -120,7 +115,6 @@ class StudyFolder:
     def __init__(self, path: Path, spec: StudySpec) -> None:
         self.path = path
         self.spec = spec
-        self._seen: dict[str, tuple[_Stamp, dict[str, Any]]] = {}
 
     @classmethod
     def create(cls, path: Path, spec: StudySpec) -> Self:
@@ -182,22 +176,9 @@ class StudyFolder:
         """Both."""
         return [*self.trials, *self.reference_trials]
 
-    def _read_once(self, file: Path, kind: type[Record]) -> dict[str, Any] | None:
-        """A file's record, which is read and checked anew only where the file may have changed; None without one.
-
-        Of ten thousand trials each file would else be read many times over.
-        """
-        stamp, place = _stamp(file), str(file)
-        seen = self._seen.get(place)
-        if seen is not None and stamp is not None and seen[0] == stamp:
-            return dict(seen[1])
-        record = find_json(file) if stamp is None else read_json(file)
-        if record is None:
-            return None
-        checked(record, kind, file)
-        if stamp is not None and stamp.is_settled():
-            self._seen[place] = (stamp, record)
-        return dict(record)
+    def _find(self, file: Path, kind: type[Record]) -> dict[str, Any] | None:
+        record = find_json(file)
+        return None if record is None else checked(record, kind, file)
 
     def trial_folder(self, trial: AnyTrial) -> Path:
         return self.file("trials" if isinstance(trial, Trial) else "reference", trial.name)
@@ -247,7 +228,7 @@ class StudyFolder:
         return self._record_in(self.trial_folder(trial))
 
     def _record_in(self, folder: Path) -> dict[str, Any]:
-        record = self._read_once(folder / "trial.json", TrialRecord)
+        record = self._find(folder / "trial.json", TrialRecord)
         return {"status": "pending"} if record is None else record
 
     def with_known_model(self) -> Trial | None:
@@ -257,7 +238,7 @@ class StudyFolder:
     def division(self) -> "Division":
         """Which trials train together."""
         file = self.file("packs", "division.json")
-        record = self._read_once(file, DivisionRecord)
+        record = self._find(file, DivisionRecord)
         if record is None:
             return Division({}, {})
         for pack in record["packs"]:
@@ -284,7 +265,7 @@ class StudyFolder:
 
     def pack_record(self, pack: str) -> dict[str, Any] | None:
         """pack.json: the pack's trials, and its `results` once it has ended; None before it has begun."""
-        return self._read_once(self.file("packs", pack, "pack.json"), PackRecord)
+        return self._find(self.file("packs", pack, "pack.json"), PackRecord)
 
     def lock(self) -> AbstractContextManager[None]:
         """See `lock_folder`."""
@@ -431,23 +412,3 @@ class StudyFolder:
             done[name] = len(self.profile_repeats(name)) >= measure.repeats
         done[ANSWERS] = not measure.answers or self.has_answers()
         return {name: failure for name, failure in self.failures().items() if not done.get(name, True)}
-
-
-class _Stamp(NamedTuple):
-    """By which it is seen that a file was published anew."""
-
-    modified_ns: int
-    size: int
-    inode: int
-
-    def is_settled(self) -> bool:
-        """Whether a file that is written after this moment has another: clocks of files tick in milliseconds."""
-        return time.time() - self.modified_ns / 1e9 > SETTLED_SECONDS
-
-
-def _stamp(file: Path) -> _Stamp | None:
-    try:
-        found = file.stat()
-    except OSError:
-        return None
-    return _Stamp(found.st_mtime_ns, found.st_size, found.st_ino)

@@ -1,114 +1,81 @@
-"""metrics.jsonl as columns: what it says of each step.
+"""metrics.jsonl in columns, one row a step.
 
-A line holds numbers that were taken at one step; a step may have several lines, of its training and of an evaluation.
+A line holds numbers taken at one step; a step may have several lines: one of training, one of an evaluation.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Required
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic cannot use typing's before Python 3.12
 
-from rankscope.files import read_jsonl
+from rankscope.files import exists, read_jsonl, read_whole
 from rankscope.study.records import MetricsRow, checked
 
-FIELDS = (
-    "epoch",
-    "train_loss",
-    "eval_loss",
-    "grad_norm",
-    "step_learning_rate",
-    "tokens",
-    "label_tokens",
-    "step_seconds",
-)
-"""Numbers of a step, beside `step` itself."""
+
+class _Row(TypedDict, total=False):
+    """A line as the training loop writes it."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # type: ignore[misc]
+
+    step: Required[int]
+    epoch: float
+    train_loss: float
+    eval_loss: float
+    grad_norm: float
+    step_learning_rate: float
+    tokens: float
+    label_tokens: float
+    step_seconds: float
+
+
+FIELDS = tuple(name for name in _Row.__annotations__ if name != "step")
+"""Numbers of a step other than `step` itself."""
+
+_ROWS = TypeAdapter(list[_Row])
 
 
 class Steps(NamedTuple):
-    """The steps of several trials, N in all, laid end to end; of each trial in order, each once."""
+    """Numbers of one trial's N steps, in order, each step once."""
 
-    counts: list[int]
-    """Of each trial."""
     step: npt.NDArray[np.int64]  # (N,)
-    values: dict[str, npt.NDArray[np.float64]]
-    """By field: (N,). NaN where a step has no such number."""
-
-    @classmethod
-    def empty(cls, counts: Iterable[int]) -> "Steps":
-        """Room for so many steps, not yet filled."""
-        counts = list(counts)
-        total = sum(counts)
-        return cls(counts, np.empty(total, np.int64), {name: np.empty(total) for name in FIELDS})
+    values: dict[str, npt.NDArray[np.float64]]  # by field: (N,); NaN where a step has no such number
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl.
 
     Raises:
-        DamagedError: it holds something else.
+        DamagedError: a line is not one of metrics.
     """
     return [checked(row, MetricsRow, file) for row in read_jsonl(file)]
 
 
-def read_steps(file: Path) -> Steps:
-    """The steps of one trial, line by line: of any metrics.jsonl, also one that grows.
+def read_steps(file: Path, sha256: str | None = None) -> Steps:
+    """Read the steps of a trial from its metrics.jsonl, which must have the hash `sha256` where one is given; one
+    that still grows has none, and may be missing or end in a torn line. Of a number given twice the last counts.
 
     Raises:
-        DamagedError: it holds something else.
+        DamagedError: the file is corrupt.
     """
+    content = b"" if sha256 is None and not exists(file) else read_whole(file, sha256)
     steps: dict[int, dict[str, Any]] = {}
-    for row in read_rows(file):
-        steps.setdefault(row["step"], {}).update(row)
-    found = Steps.empty([len(steps)])
-    found.step[:] = sorted(steps)
-    for name, values in found.values.items():
-        values[:] = [steps[step].get(name) for step in found.step.tolist()]  # None becomes NaN
-    return found
+    for row in _parse(content) or read_rows(file):
+        known = steps.setdefault(row["step"], row)
+        if known is not row:
+            known.update(row)
+    rows = [steps[step] for step in sorted(steps)]
+    values = {name: np.array([row.get(name) for row in rows], np.float64) for name in FIELDS}  # None: NaN
+    return Steps(np.array(sorted(steps), np.int64), values)
 
 
-def parse_steps(contents: Sequence[bytes]) -> Steps | None:
-    """The steps of the trials whose metrics.jsonl have these contents, ten times as fast; None where these are not just
-    as the training loop writes them, so that they must be read line by line.
-    """
-    import pyarrow as pa  # type: ignore[import-untyped]
-    from pyarrow import json
-
-    lines = [content.count(b"\n") for content in contents]
-    if not all(map(_is_plain, contents, lines)):
-        return None
-    schema = pa.schema([("step", pa.int64()), *((name, pa.float64()) for name in FIELDS)])
-    options = json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="error")
+def _parse(content: bytes) -> list[Any] | None:
+    """All lines at once, much faster than `read_rows`; None if they are not as the training loop writes them."""
+    lines = content.count(b"\n")
     try:
-        table = json.read_json(pa.BufferReader(b"".join(contents)), parse_options=options)
-    except pa.ArrowInvalid:
+        rows = _ROWS.validate_json(b"[" + content.removesuffix(b"\n").replace(b"\n", b",") + b"]")
+    except ValidationError:
         return None
-    if table.num_rows != sum(lines) or table["step"].null_count:
-        return None
-    step = table["step"].to_numpy()
-    return _merge(lines, step, {name: table[name].to_numpy() for name in FIELDS})
-
-
-def _is_plain(content: bytes, lines: int) -> bool:
-    """Whether each line is an object, and no number is given as null, which would be taken for none given."""
-    objects = content.startswith(b"{") and content.endswith(b"}\n") and content.count(b"}\n{") == lines - 1
-    return objects and b"null" not in content
-
-
-def _merge(lines: Sequence[int], step: npt.NDArray[np.int64], values: Mapping[str, npt.NDArray[np.float64]]) -> Steps:
-    """One row a step of rows a line, M in all, of which each trial has `lines`; of numbers given twice the last."""
-    trial = np.repeat(np.arange(len(lines)), lines)  # (M,)
-    order = np.lexsort((step, trial))  # stable: lines of a step stay in their order
-    if (order[1:] < order[:-1]).any():
-        step, trial, values = step[order], trial[order], {name: column[order] for name, column in values.items()}
-    first = np.ones(len(step), bool)
-    first[1:] = (step[1:] != step[:-1]) | (trial[1:] != trial[:-1])
-    place = np.cumsum(first) - 1  # (M,): each line's among the steps
-    merged = {}
-    for name, column in values.items():
-        given = ~np.isnan(column)
-        merged[name] = np.full(int(first.sum()), np.nan)
-        merged[name][place[given]] = column[given]
-    counts = np.bincount(trial[first], minlength=len(lines)).tolist()
-    return Steps(counts, step[first], merged)
+    return rows if len(rows) == lines else None

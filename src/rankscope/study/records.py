@@ -207,21 +207,6 @@ class MetricsRow(Record):
     step: int
 
 
-class CurveTableRecord(Record):
-    """tables/curves.json: see `rankscope.study.curve_table`. One value a trial in each list."""
-
-    parquet_sha256: str
-    trials: list[str]
-    metrics_sha256: list[str]
-    steps: list[int]
-
-    @model_validator(mode="after")
-    def _same_length(self) -> "CurveTableRecord":
-        if not len(self.trials) == len(self.metrics_sha256) == len(self.steps):
-            raise ValueError("its lists are not of one length")
-        return self
-
-
 def checked(record: dict[str, Any], kind: type[Record], path: Path) -> dict[str, Any]:
     """The record itself, once it is one of this kind.
 

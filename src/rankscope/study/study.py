@@ -25,7 +25,6 @@ class Study(StudyFolder):
     results = tables.results
     reference_results = tables.reference_results
     curves = tables.curves
-    keep_tables = tables.keep_curves
     examples = tables.examples
     reference_examples = tables.reference_examples
     profiles = tables.profiles

@@ -1,22 +1,18 @@
 """A study's tables: tidy pandas DataFrames, whose columns are their contract, as methods of `Study`.
 
-Trials are in the order of the study's question. A study may have ten thousand of them, so each trial's files are read
-once a table, and columns are made whole, not row by row.
+Trials are in the order of the study's question. Columns are made whole, not row by row: a study may have a million
+steps.
 """
 
-import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rankscope.files import file_sha256, read_whole, understood, unlike_its_hash
+from rankscope.files import understood
 from rankscope.spec.candidates import CONTROL, FULL, AnyTrial, Candidate, Trial
-from rankscope.study.curve_table import CurveTable, find_table, write_table
 from rankscope.study.folder import StudyFolder
-from rankscope.study.metrics import FIELDS, Steps, parse_steps, read_steps
+from rankscope.study.metrics import FIELDS, Steps, read_steps
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,15 +36,6 @@ RESULT_FIELDS = (
     "tokens_per_second",
 )
 EXAMPLE_FIELDS = ("example", "loss", "label_tokens", "correct_tokens")
-
-BATCH_BYTES = 1 << 24
-"""Of metrics.jsonl that are parsed at once."""
-
-VERIFIED_AT_ONCE = 100
-"""Files by one thread."""
-
-LEAST_BYTES = 100_000_000
-"""Of all metrics.jsonl together, from which on a table is kept: docs/results/scale.md."""
 
 
 def results(study: StudyFolder) -> "pd.DataFrame":
@@ -96,22 +83,6 @@ def _outcome(study: StudyFolder, trial: AnyTrial) -> dict[str, Any]:
     return {name: record.get(name) for name in OUTCOME_FIELDS} | {name: found.get(name) for name in RESULT_FIELDS}
 
 
-class _Metrics(NamedTuple):
-    """A trial's metrics.jsonl."""
-
-    trial: str
-    file: Path
-    sha256: str | None
-    """None where the trial has not ended."""
-
-
-class _Part(NamedTuple):
-    """Steps of some trials, by their numbers among all."""
-
-    trials: list[int]
-    steps: Steps
-
-
 def curves(study: StudyFolder) -> "pd.DataFrame":
     """One row a step of a trial: `trial candidate variant rank learning_rate seed step epoch train_loss eval_loss
     grad_norm step_learning_rate tokens label_tokens step_seconds`; `eval_loss` is NaN between evaluations, and
@@ -119,108 +90,20 @@ def curves(study: StudyFolder) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    metrics = _metrics(study)
-    table = find_table(study.file("tables"))
-    known = _known(table, metrics)
-    parts = list(_parse(metrics, [number for number in range(len(metrics)) if number not in known]))
-    counts = np.zeros(len(metrics), np.int64)
-    for part in parts:
-        counts[part.trials] = part.steps.counts
-    for number, rows in known.items():
-        counts[number] = len(rows)
-    starts = (np.cumsum(counts) - counts).tolist()
-
-    def verify(numbers: Sequence[int]) -> None:
-        buffer = bytearray(1 << 18)
-        for number in numbers:
-            if file_sha256(metrics[number].file, buffer) != metrics[number].sha256:
-                raise unlike_its_hash(metrics[number].file)
-
-    def column(name: str) -> "np.ndarray":
-        whole = np.empty(int(counts.sum()), np.int64 if name == "step" else np.float64)
-        for part in parts:
-            values = part.steps.step if name == "step" else part.steps.values.pop(name)  # it is needed no more
-            first = 0
-            for number, count in zip(part.trials, part.steps.counts, strict=True):
-                whole[starts[number] : starts[number] + count] = values[first : first + count]
-                first += count
-        if table is not None:
-            table.read(name, whole, {metrics[number].trial: starts[number] for number in known})
-        return whole
-
-    numbers = list(known)
-    batches = [numbers[first : first + VERIFIED_AT_ONCE] for first in range(0, len(numbers), VERIFIED_AT_ONCE)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing and decoding do without the interpreter
-        verified = [pool.submit(verify, batch) for batch in batches]
-        columns = dict(zip(("step", *FIELDS), pool.map(column, ("step", *FIELDS)), strict=True))
-        for one in verified:
-            one.result()  # raises what it raised
+    steps = [trial_steps(study, trial) for trial in study.trials]
+    columns = {"step": np.concatenate([of_trial.step for of_trial in steps])}
+    columns |= {name: np.concatenate([of_trial.values[name] for of_trial in steps]) for name in FIELDS}
+    counts = np.array([len(of_trial.step) for of_trial in steps])
     return pd.DataFrame(_repeated(study.trials, counts) | columns, copy=False)
 
 
-def _metrics(study: StudyFolder) -> list[_Metrics]:
-    return [_Metrics(trial.name, *study.find_file(trial, "metrics.jsonl")) for trial in study.trials]
-
-
-def _known(table: CurveTable | None, metrics: Sequence[_Metrics]) -> dict[int, range]:
-    """Where the table has the steps of a trial, by the trial's number: as its metrics.jsonl is now."""
-    if table is None:
-        return {}
-    return {
-        number: table.rows[one.trial]
-        for number, one in enumerate(metrics)
-        if one.sha256 is not None and table.sha256.get(one.trial) == one.sha256
-    }
-
-
-def _parse(metrics: Sequence[_Metrics], numbers: Sequence[int]) -> Iterator[_Part]:
-    """The steps of the trials of these numbers, from their own files: many ended trials at once, or where that cannot
-    be, one by one and line by line."""
-    batch: list[int] = []
-    contents: list[bytes] = []
-    for place, number in enumerate(numbers):
-        file, sha256 = metrics[number].file, metrics[number].sha256
-        if sha256 is None:
-            yield _Part([number], read_steps(file))
-        else:
-            batch.append(number)
-            contents.append(read_whole(file, sha256))
-        if batch and (sum(map(len, contents)) >= BATCH_BYTES or place == len(numbers) - 1):
-            steps = parse_steps(contents)
-            if steps is not None:
-                yield _Part(list(batch), steps)
-            else:
-                singles = (
-                    parse_steps([content]) or read_steps(metrics[n].file)
-                    for n, content in zip(batch, contents, strict=True)
-                )
-                yield from (_Part([n], steps) for n, steps in zip(batch, singles, strict=True))
-            batch.clear()
-            contents.clear()
-
-
 def trial_steps(study: StudyFolder, trial: AnyTrial) -> Steps:
-    """What metrics.jsonl of a trial that has ended says of each step.
+    """Numbers of each step of a trial, from its metrics.jsonl.
 
     Raises:
-        DamagedError: it is not what was written.
+        DamagedError: the file is corrupt.
     """
-    file, sha256 = study.find_file(trial, "metrics.jsonl")
-    return parse_steps([read_whole(file, sha256)]) or read_steps(file)
-
-
-def keep_curves(study: StudyFolder) -> None:
-    """Writes tables/, from which curves are read in a tenth of the time, where there are so many rows that it
-    matters: see `rankscope.study.curve_table`. For the process that holds the lock, when trials have ended.
-    """
-    metrics = _metrics(study)
-    ended = [number for number, one in enumerate(metrics) if one.sha256 is not None]
-    if sum(metrics[number].file.stat().st_size for number in ended if metrics[number].file.exists()) < LEAST_BYTES:
-        return
-    folder = study.file("tables")
-    if len(_known(find_table(folder), metrics)) < len(ended):
-        parts = (([metrics[number].trial for number in part.trials], part.steps) for part in _parse(metrics, ended))
-        write_table(folder, {one.trial: one.sha256 for one in metrics if one.sha256 is not None}, parts)
+    return read_steps(*study.find_file(trial, "metrics.jsonl"))
 
 
 def examples(study: StudyFolder) -> "pd.DataFrame":
