@@ -320,7 +320,7 @@ def test_the_command_is_stopped_and_goes_on(root: Path, tmp_path: Path) -> None:
     shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     best = next(c for c in result["candidates"] if c["trial"] == result["best"])
     assert f"Best: rank {best['rank']} at learning rate {best['learning_rate']:.3g}" in shown
-    assert "were stopped early" in shown
+    assert "of them stopped early" in shown
     assert f"{best['eval_loss']:.4f}" in shown
 
 

@@ -1,4 +1,4 @@
-"""The embedded study's model and data: a small pretrained OPT, and instructions made from Python's library.
+"""Model and data of the embedded study: a small pretrained OPT, and instructions from Python's standard library.
 
 Both are package data, so the embedded study needs no download. `recipes/` shows how they were made. The text
 they come from is CPython's standard library, whose licence is in `LICENSE.PSF` beside this file.
@@ -26,7 +26,7 @@ def model_path() -> Path:
 
 
 def data_path() -> Path:
-    """Return the file of the embedded instruction data: JSON Lines in UTF-8, one row a line.
+    """Return the file of the embedded instruction data: JSON Lines in UTF-8, one row per line.
 
     Every row has three strings: `instruction`, a function's docstring; `input`, its signature; `output`, its
     body. With the prompt of CodeAlpaca a row is at most 128 tokens long under the embedded tokenizer, both

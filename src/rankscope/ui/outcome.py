@@ -1,4 +1,4 @@
-"""What a run has found, for the terminal and for scripts."""
+"""Results of a run for the terminal and for scripts."""
 
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -21,7 +21,7 @@ from rankscope.ui.console import make_table, out_console, print_table
 
 
 def show_outcome(study: Study, console: Console, language: str) -> None:
-    """Prints the table by candidate, with the numbers of the report, and the verdict."""
+    """Print the report's numbers for each candidate, and the verdict."""
     _show_candidates(study, console)
     console.print(f"\n{verdict_sentence(study.verdict, language)}", markup=False, style="bold", soft_wrap=True)
     for sentence in variant_sentences(study.verdict, load(language)):
@@ -30,7 +30,7 @@ def show_outcome(study: Study, console: Console, language: str) -> None:
 
 
 def describe_outcome(study: Study) -> dict[str, Any]:
-    """The same as data, for `--json`: what is not known is null; bytes, seconds, nats a label token."""
+    """Results as data, for `--json`: null for unknown values; bytes, seconds, nats per label token."""
     evidence = study.evidence()
     return {
         "study": str(study.path),
@@ -42,7 +42,7 @@ def describe_outcome(study: Study) -> dict[str, Any]:
 
 
 def describe_curve(study: Study) -> dict[str, Any]:
-    """What `rankscope curve --json` prints: nats a label token, null for what is not known."""
+    """Curve as data, for `rankscope curve --json`: nats per label token, null for unknown values."""
     evidence = study.evidence()
     return {
         "study": str(study.path),
@@ -73,7 +73,7 @@ def show_failures(study: Study, console: Console) -> bool:
 
 
 def _records(frame: pd.DataFrame) -> list[dict[Hashable, Any]]:
-    """One object a row, in full precision; NaN as None."""
+    """One object per row, in full precision, with None for NaN."""
     values = frame.astype(object)
     return values.where(values.notna(), None).to_dict("records")
 
@@ -102,4 +102,4 @@ def _show_candidates(study: Study, console: Console) -> None:
     if noise:
         console.print(noise, markup=False, soft_wrap=True)
     if not gpu:
-        console.print("No GPU was used, so there is no GPU memory to show.")
+        console.print("GPU memory: none, as no GPU was used.")

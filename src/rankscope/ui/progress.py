@@ -80,7 +80,9 @@ class TerminalProgress(Display):
         self._measuring = ""
 
     def poll(self) -> None:
-        with suppress(StudyDirectoryError, StudyError):  # the run itself reports them; a display ends no training
+        with suppress(
+            StudyDirectoryError, StudyError
+        ):  # the run itself reports damage; showing it must not end training
             self._read()
         state = self._state
         if state is None:

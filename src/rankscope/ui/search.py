@@ -1,4 +1,4 @@
-"""A search in the terminal: how far it is, and what it has found."""
+"""Progress and result of a search in the terminal."""
 
 import shlex
 from collections.abc import Mapping
@@ -15,8 +15,7 @@ from rankscope.text.formats import duration, loss
 from rankscope.ui.console import make_table
 from rankscope.ui.progress import Display
 
-SHOWN = 10
-"""The best candidates in the table at the end."""
+MAX_SHOWN = 10  # candidates in the table of results
 
 
 class SearchProgress(Display):
@@ -38,7 +37,7 @@ class SearchProgress(Display):
 
 
 def progress_line(result: Mapping[str, Any]) -> str:
-    """Candidates, the best so far, and what is left of the budget."""
+    """Numbers of candidates, the best so far, and the budget left, in one line."""
     states = [candidate["state"] for candidate in result["candidates"]]
     best = _by_name(result).get(result["best"] or "")
     parts = [
@@ -52,7 +51,7 @@ def progress_line(result: Mapping[str, Any]) -> str:
 
 
 def budget_left(result: Mapping[str, Any]) -> str:
-    """What is left of each limit that was given."""
+    """Budget left, for each of its limits."""
     budget, spent = result["budget"], result["spent"]
     left = []
     if budget["trials"] is not None:
@@ -72,15 +71,15 @@ def _training(result: Mapping[str, Any]) -> Table:
 
 
 def show_result(search: Search, result: Mapping[str, Any], console: Console) -> None:
-    """The best candidates, what is within the margin of the best, and how to confirm it."""
+    """Print the best candidates, which of them are within the margin of the best, and how to confirm the result."""
     candidates = _by_name(result)
     done = sorted((c for c in candidates.values() if c["eval_loss"] is not None), key=lambda c: float(c["eval_loss"]))
     best, within = candidates.get(result["best"] or ""), set(result["within_margin"])
     if best is None:
-        console.print("No candidate was trained to its end: the budget is too small, or all diverged.", style="bold")
+        console.print("No candidate finished training: the budget is too small, or all diverged.", style="bold")
         return
     rows = []
-    for one in done[:SHOWN]:
+    for one in done[:MAX_SHOWN]:
         over = one["eval_loss"] / best["eval_loss"] - 1
         mark = "" if one["trial"] in within else " *"
         settings = (str(one["rank"]), f"{one['learning_rate']:.3g}", f"{one['lora_alpha']:g}")
@@ -94,28 +93,28 @@ def show_result(search: Search, result: Mapping[str, Any], console: Console) -> 
 
 
 def sentences(path: Path, result: Mapping[str, Any]) -> list[str]:
-    """What was found, in words."""
+    """Result in words."""
     candidates, spent = _by_name(result), result["spent"]
     best, smallest = candidates[result["best"]], candidates[result["smallest_rank"]]
     count = len(result["within_margin"])
     return [
         f"\nBest: rank {best['rank']} at learning rate {best['learning_rate']:.3g}, alpha {best['lora_alpha']:g}, on "
-        f"{best['target_modules']}. Within the margin of it: {count}; the lowest rank among these is "
-        f"{smallest['rank']} ({smallest['trial']}).",
-        f"{spent['trials']} candidates, of which {result['share_stopped']:.0%} were stopped early; "
+        f"{best['target_modules']}. {count} candidates are within the margin; the lowest rank among "
+        f"them is {smallest['rank']} ({smallest['trial']}).",
+        f"{spent['trials']} candidates, {result['share_stopped']:.0%} of them stopped early; "
         f"{spent['tokens']:,} training tokens, {duration(spent['seconds'], load('en'))}.",
-        f"One seed says nothing about how sure this is. To confirm it, with other seeds:\n  {confirm_command(path)}",
+        f"One seed gives no measure of uncertainty. To confirm with other seeds:\n  {confirm_command(path)}",
         f"Adapters: {path / 'adapters'}. All candidates: optuna-dashboard {shlex.quote(str(path / 'optuna.log'))}",
     ]
 
 
 def confirm_command(path: Path) -> str:
-    """The command that trains the best again."""
+    """Command that trains the best candidate again, with other seeds."""
     return shlex.join(["rankscope", "run", str(path / "confirm.yaml"), "--out", f"{path}-confirm"])
 
 
 def describe_result(search: Search, result: Mapping[str, Any]) -> dict[str, Any]:
-    """For `--json`."""
+    """Result as data, for `--json`."""
     confirm = confirm_command(search.path) if result["best"] else None
     shown = {name: value for name, value in result.items() if name not in ("training", "schema")}
     return {"search": str(search.path), **shown, "confirm": confirm}

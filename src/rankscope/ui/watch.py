@@ -1,8 +1,7 @@
-"""`rankscope watch`: follows a study that runs, on a live page in the looks of the report, or in the terminal.
+"""`rankscope watch`: a running study on a live page that looks like the report, or in the terminal.
 
-The page is the report of what there is so far, with a section on top that says what is done now. It asks this server
-for news; the server reads the study's files when it is asked, and never writes. It listens on the loopback address
-alone, and answers two paths of one study.
+The page is the report of the results so far, with the state of the run on top. It polls a local server, which reads the
+study's files at each request and never writes. The server listens on the loopback address only and serves two paths.
 """
 
 import json
@@ -33,55 +32,56 @@ from rankscope.ui.live import LiveStudy, State, trial_rows
 
 LOOPBACK = "127.0.0.1"
 
-LEAST_SECONDS = 2.0
-"""Between two questions of the page."""
+MIN_POLL_SECONDS = 2.0
+"""Shortest interval between two requests of the page."""
 
-SHARE_OF_TIME = 0.05
-"""Of a core at most, for a page that is watched: what runs is being measured."""
+MAX_CPU_SHARE = 0.05
+"""Largest share of one core for a page that is watched: the run is being measured."""
 
 TERMINAL_SECONDS = 2.0
+"""Interval between two reads of the study for the terminal."""
 
 
 class Watch:
-    """What the page shows of a study, each time anew."""
+    """Content of the page, read from the study at each request."""
 
     def __init__(self, study: Study, language: str) -> None:
         self.study, self.text = study, load(language)
         self._live: LiveStudy | None = None
-        self._lock = threading.Lock()  # a browser asks from several threads
+        self._lock = threading.Lock()  # a browser sends requests in parallel
 
     def state(self) -> State:
-        """The study now.
+        """Current state of the study.
 
         Raises:
-            StudyDirectoryError: it has not begun yet.
+            StudyDirectoryError: the study has not begun.
         """
         if self._live is None:
             self._live = LiveStudy(self.study)
         return self._live.read()
 
     def page(self) -> str:
-        """The whole page."""
+        """HTML of the whole page."""
         with self._lock:
             now = self._now(self.state())
             return html.render(self._content(), self.text, now=now)
 
     def news(self) -> dict[str, Any]:
-        """What has changed since: `now`, the charts, and when to ask again."""
+        """Update for an open page: the state, the charts, and the milliseconds until the next request."""
         with self._lock:
             start = time.thread_time()
             state = self.state()
             found = {"now": self._now(state), "charts": html.specifications(self._content())}
             taken = time.thread_time() - start
-            return found | {"again_ms": round(1000 * max(LEAST_SECONDS, taken / SHARE_OF_TIME))}
+            return found | {"again_ms": round(1000 * max(MIN_POLL_SECONDS, taken / MAX_CPU_SHARE))}
 
     def _content(self) -> Content:
         study = self.study
-        verdict = study.find_verdict()  # `Study.verdict` is read once
+        verdict = study.find_verdict()  # `Study.verdict` is cached
         return compose(study.evidence(), verdict, self.text, study.spec.name, reproduce_command(study.spec))
 
     def _now(self, state: State) -> dict[str, Any]:
-        """`part` changes when tables of the page do."""
+        """State as the page shows it; the page reloads its tables when `part` changes."""
         statuses = ",".join(trial.status for trial in state.trials)
         part = f"{state.doing} {state.pack} {state.profiles_done} {statuses}"
         return {
@@ -92,7 +92,7 @@ class Watch:
 
 
 def lines(state: State, text: Catalogue) -> Iterator[str]:
-    """What is done now, and how long it takes still."""
+    """Current work, progress, time left and memory, one line each."""
     done = sum(trial.status not in NOT_ENDED for trial in state.trials)
     doing = "load" if state.doing == "train" and not state.training else state.doing
     yield text(f"live.{doing}", pack=state.pack or "", done=state.profiles_done + 1, total=state.profiles)
@@ -104,7 +104,7 @@ def lines(state: State, text: Catalogue) -> Iterator[str]:
 
 
 def serve(watch: Watch, port: int) -> ThreadingHTTPServer:
-    """The server, which is bound and not yet running; port 0 takes a free one."""
+    """Server bound to a port, not yet running; port 0 takes a free one."""
     return ThreadingHTTPServer((LOOPBACK, port), _handler(watch))
 
 
@@ -115,10 +115,10 @@ def address(server: ThreadingHTTPServer) -> str:
 def _handler(watch: Watch) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            # A page of elsewhere whose name was made to lead here is told apart by the name it asked for.
+            # DNS rebinding: a foreign page that resolves to this address has another Host.
             port = self.connection.getsockname()[1]
             if self.headers.get("Host") not in {f"{name}:{port}" for name in (LOOPBACK, "localhost")}:
-                self._answer(HTTPStatus.FORBIDDEN, "text/plain", "asked for under another name")
+                self._answer(HTTPStatus.FORBIDDEN, "text/plain", "unknown host")
                 return
             try:
                 if self.path == "/":
@@ -127,7 +127,7 @@ def _handler(watch: Watch) -> type[BaseHTTPRequestHandler]:
                     self._answer(HTTPStatus.OK, "application/json", json.dumps(watch.news(), allow_nan=False))
                 else:
                     self._answer(HTTPStatus.NOT_FOUND, "text/plain", "nothing here")
-            except StudyDirectoryError as error:  # not begun, or just being written
+            except StudyDirectoryError as error:  # not begun, or being written
                 self._answer(HTTPStatus.SERVICE_UNAVAILABLE, "text/plain", error.what, {"Refresh": "2"})
 
         def _answer(self, status: HTTPStatus, kind: str, body: str, more: Mapping[str, str] | None = None) -> None:
@@ -141,7 +141,7 @@ def _handler(watch: Watch) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(content)
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Says nothing: the terminal is the user's."""
+            """Log nothing: the terminal is the user's."""
 
     return Handler
 
@@ -163,7 +163,7 @@ def watch_page(watch: Watch, port: int, console: Console, browser: bool) -> None
 
 
 def watch_terminal(watch: Watch, console: Console) -> None:
-    """Shows the study in the terminal until it is done or stopped; without a terminal, once."""
+    """Show the study in the terminal until it is done or stopped; once if output is no terminal."""
     with Live(console=console, auto_refresh=False, transient=False) as live:
         while True:
             state = _wait_for(watch)
@@ -174,7 +174,7 @@ def watch_terminal(watch: Watch, console: Console) -> None:
 
 
 def _wait_for(watch: Watch) -> State:
-    """The state, as soon as there is one."""
+    """State of the study, as soon as it has begun."""
     while True:
         try:
             return watch.state()
