@@ -156,7 +156,7 @@ def test_adapters_load_in_peft(kind: str, folders: dict[str, Path], tmp_path: Pa
     remove_adapters(model)
     with torch.no_grad():
         assert (model(ids).logits - expected).abs().max() > 1e-2, "the adapter does nothing: nothing is shown"
-    (losses,) = held_out_losses(model, {"it": read_adapter(tmp_path)}, random_tokens(8)).values()
+    losses = held_out_losses(model, read_adapter(tmp_path), random_tokens(8))
     found = []
     for row, is_label in random_tokens(8):
         batch = torch.from_numpy(row.astype(np.int64))

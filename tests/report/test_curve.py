@@ -5,7 +5,7 @@ from pathlib import Path
 import altair as alt
 import pandas as pd
 import pytest
-from analysis.test_cuts import with_cuts
+from analysis.test_curve import with_cuts
 
 from rankscope.report import build
 from rankscope.report.curve import cut_curve, cut_section

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from analysis.test_cuts import with_cuts
+from analysis.test_curve import with_cuts
 
 from rankscope.report import build
 from rankscope.report.figures import DARK, LIGHT

@@ -1,4 +1,4 @@
-"""The search for the smallest cut, on losses that are known for every cut."""
+"""The search for the smallest truncation, on losses that are known for every truncation."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ import torch
 
 from rankscope.lora.saved import Factors
 from rankscope.lora.svd import Decomposed, parameters
-from rankscope.resize.loss_budget import Ranks, Tried, best_of, families, smallest_within
+from rankscope.resize.loss_budget import MeasuredTruncation, Ranks, measure_truncations, rank_rule, smallest_within
 from rankscope.train.engine import ExampleLosses
 
 
@@ -27,8 +27,11 @@ def losses(mean: float) -> ExampleLosses:
     return ExampleLosses(np.array([mean]), np.array([1]), np.array([0]))
 
 
-def search(layers: list[Decomposed], loss: Callable[[Ranks], float], most: float, uniform: bool = False) -> list[Tried]:
-    return list(smallest_within(layers, families(layers, uniform), lambda ranks: losses(loss(ranks)), 1.0, most))
+def search(
+    layers: list[Decomposed], loss: Callable[[Ranks], float], max_increase: float, uniform: bool = False
+) -> list[MeasuredTruncation]:
+    rule = rank_rule(layers, uniform)
+    return list(measure_truncations(layers, rule, lambda ranks: losses(loss(ranks)), 1.0, max_increase))
 
 
 def lost_energy(layers: list[Decomposed], weights: list[float]) -> Callable[[Ranks], float]:
@@ -44,40 +47,32 @@ def lost_energy(layers: list[Decomposed], weights: list[float]) -> Callable[[Ran
 
 @pytest.mark.parametrize("most", [1e-6, 0.003, 0.02, 0.1, 0.5, 0.99])
 @pytest.mark.parametrize("seed", range(6))
-def test_the_smallest_cut_of_all_families_is_found(seed: int, most: float) -> None:
+def test_the_smallest_truncation_of_the_rule_is_found(seed: int, most: float) -> None:
     layers = make_layers(seed)
     weights = torch.rand(4, generator=torch.Generator().manual_seed(seed + 50)).mul(2).tolist()
     loss = lost_energy(layers, weights)
     tried = search(layers, loss, most)
-    every = [family.ranks(number) for family in families(layers, False) for number in range(family.length)]
+    rule = rank_rule(layers, False)
+    every = [rule.ranks(number) for number in range(rule.length)]
     fewest = min(parameters(layers, ranks) for ranks in every if loss(ranks) - 1 <= most)
-    best = best_of(tried, most)
+    best = smallest_within(tried, most)
     assert best is not None
     assert best.parameters == parameters(layers, best.ranks) == fewest
     assert best.increase == pytest.approx(loss(best.ranks) - 1)
-    assert len(tried) <= 24, "of 69 cuts"
+    assert len(tried) <= 9, "of 29 truncations"
 
 
 @pytest.mark.parametrize("rank", range(1, 9))
 def test_one_rank_for_all(rank: int) -> None:
     layers = make_layers(0)
     tried = search(layers, lambda ranks: 1.0 if min(ranks.values()) >= rank else 2.0, 0.01, uniform=True)
-    best = best_of(tried, 0.01)
+    best = smallest_within(tried, 0.01)
     assert best is not None
     assert set(best.ranks.values()) == {rank}
     assert {one.rule for one in tried} == {"uniform"}
 
 
-def test_a_family_that_divides_better_wins() -> None:
-    """One layer's energy counts for nothing, and a rule by energy gives it the most: equal ranks are better."""
-    layers = make_layers(1)
-    layers[0] = layers[0]._replace(values=layers[0].values * 1e4)
-    best = best_of(search(layers, lost_energy(layers, [0.0, 1.0, 1.0, 1.0]), 0.05), 0.05)
-    assert best is not None
-    assert best.rule in ("same_share", "uniform")
-
-
-def test_a_small_cut_within_the_budget_is_found_below_larger_ones_that_are_not() -> None:
+def test_a_small_truncation_within_the_budget_is_found_below_larger_ones_that_are_not() -> None:
     layers = make_layers(2)
     whole = parameters(layers, dict.fromkeys((layer.factors.layer for layer in layers), 8))
 
@@ -85,7 +80,7 @@ def test_a_small_cut_within_the_budget_is_found_below_larger_ones_that_are_not()
         share = parameters(layers, ranks) / whole
         return 1.0 if 0.2 < share < 0.4 or share > 0.9 else 2.0
 
-    best = best_of(search(layers, loss, 0.01), 0.01)
+    best = smallest_within(search(layers, loss, 0.01), 0.01)
     assert best is not None
     assert 0.2 < best.parameters / whole < 0.25
 
@@ -93,6 +88,6 @@ def test_a_small_cut_within_the_budget_is_found_below_larger_ones_that_are_not()
 def test_where_not_even_the_whole_is_within_there_is_no_answer() -> None:
     layers = make_layers(3)
     tried = search(layers, lambda ranks: 2.0, 0.01)
-    assert best_of(tried, 0.01) is None
+    assert smallest_within(tried, 0.01) is None
     assert min(tried[-1].ranks.values()) == 8, "the whole was tried"
     assert {one.rule for one in tried} == {"most_energy"}

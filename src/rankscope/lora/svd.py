@@ -203,23 +203,6 @@ def most_energy_first(layers: Sequence[Decomposed]) -> list[int]:
     return [number for _, number in sorted(gains)]
 
 
-def same_share_first(layers: Sequence[Decomposed]) -> list[int]:
-    """The same directions in the order in which `ranks_by_energy` takes them as its share rises."""
-    shares = [
-        (float(before), number)
-        for number, layer in enumerate(layers)
-        for value, before in zip(layer.values[1:], _shares(layer), strict=False)
-        if value > 0
-    ]
-    return [number for _, number in sorted(shares)]
-
-
-def _shares(layer: Decomposed) -> Tensor:
-    """The share of the energy that the first direction holds, the first two, and so on: (K,)."""
-    energy = (layer.values**2).cumsum(0)
-    return energy / energy[-1]
-
-
 def ranks_of(layers: Sequence[Decomposed], directions: Iterable[int]) -> dict[str, int]:
     """Rank 1 for each layer, and 1 more for each time that its number is among the directions."""
     more = Counter(directions)

@@ -1,6 +1,6 @@
-"""What `rankscope resize` does: it chooses each layer's rank, writes the smaller adapter, and says what was lost.
+"""`rankscope resize`: choose each layer's rank, write the smaller adapter, and measure what was lost.
 
-read -> decompose -> ranks (by a rule, or by measured loss) -> cut -> write -> read again and measure
+read -> decompose -> ranks (by a rule, or by measured loss) -> truncate -> write -> read again and measure
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from transformers import PreTrainedModel
 
 from rankscope.data.tokens import Tokens, load
 from rankscope.errors import ModelError, StudyError
@@ -30,12 +31,12 @@ from rankscope.lora.svd import (
 from rankscope.model.load import load_model
 from rankscope.resize.loss_budget import (
     Difference,
+    MeasuredTruncation,
     Ranks,
-    Tried,
-    best_of,
     difference,
-    families,
     held_out_losses,
+    measure_truncations,
+    rank_rule,
     smallest_within,
 )
 from rankscope.spec.models import ModelSpec
@@ -44,40 +45,40 @@ from rankscope.study.study import Study
 from rankscope.train.engine import ExampleLosses
 from rankscope.train.prepare import prepare_data
 
-_ROUNDING = 1e-4
-"""Relative: by how much a loss may differ between two evaluations of the same tensors, on a GPU."""
+_ROUNDING = 1e-4  # relative: how far two losses of the same tensors may lie apart on a GPU
+
+_BUDGET = "max_loss_increase"
+
+_SUFFIXES = {"rank": "r", "budget_rank": "budget", _BUDGET: "loss"}
 
 
 class Rule(NamedTuple):
-    """How ranks are chosen: the name of the option, and its value."""
+    """Choice of ranks: the name of the option, and its value."""
 
     name: str
     value: float
 
     @property
     def suffix(self) -> str:
-        """Of the name of the folder that is written."""
-        short = {"rank": "r", "budget_rank": "budget", "max_loss_increase": "loss"}.get(self.name, self.name)
-        return f"-{short}{self.value:g}"
+        """Ending of the name of the written folder: `-r16`."""
+        return f"-{_SUFFIXES.get(self.name, self.name)}{self.value:g}"
 
 
 class HeldOut(NamedTuple):
-    """What a loss is measured on."""
+    """Model and rows that a loss is measured on."""
 
     model: ModelSpec
     tokens: Tokens
 
 
 class LossChange(NamedTuple):
-    """What the cut did to the held-out loss: of the adapter as it was, and as it was written and read again."""
+    """Held-out loss of the whole adapter and of the smaller one, as it was written and read again."""
 
     before: ExampleLosses
     after: ExampleLosses
     difference: Difference
-    limit: float
-    """The largest increase that was asked for, as a share of the loss before."""
-    tried: list[Tried]
-    """In the order in which they were measured."""
+    limit: float  # largest increase that was asked for, relative to the loss before
+    tried: list[MeasuredTruncation]  # in the order in which they were measured
 
     @property
     def increase(self) -> float:
@@ -85,33 +86,45 @@ class LossChange(NamedTuple):
 
 
 class Resized(NamedTuple):
-    """A smaller adapter that was written."""
+    """A smaller adapter in its folder; pairs are (before, after)."""
 
     folder: Path
     rule: Rule
-    layers: pd.DataFrame
-    """One row a layer: `layer module block old_rank new_rank kept_energy relative_error`."""
+    layers: pd.DataFrame  # one row per layer: `layer module block old_rank new_rank kept_energy relative_error`
     parameters: tuple[int, int]
-    """Of the factors, before and after."""
     file_bytes: tuple[int, int]
-    kept_energy: float
-    """The share of all layers' energy."""
+    kept_energy: float  # share of the energy of all layers
     loss: LossChange | None
 
 
+class _BudgetSearch(NamedTuple):
+    """The smallest truncation within a loss budget, and the measurements that led to it."""
+
+    model: PreTrainedModel
+    tokens: Tokens
+    whole: ExampleLosses
+    measured: list[MeasuredTruncation]
+    best: MeasuredTruncation
+
+
 def choose_rule(options: Mapping[str, Any]) -> Rule:
-    """The one option that is given; those not given are None.
+    """The one option that is given; the others are None.
 
     Raises:
-        StudyError: it is none or several, or the share is not between 0 and 1.
+        StudyError: none or several are given, or the share is not between 0 and 1.
     """
     given = [(name, value) for name, value in options.items() if value is not None]
-    names = [f"--{name.replace('_', '-')}" for name in options]
     if len(given) != 1:
-        found = " and ".join(f"--{name.replace('_', '-')}" for name, _ in given) or "none"
-        raise StudyError(f"one rule is needed, {found} given", f"Give exactly one of {', '.join(names)}.")
+        found = " and ".join(_option(name) for name, _ in given) or "none"
+        raise StudyError(
+            f"one rule is needed, {found} given", f"Give exactly one of {', '.join(map(_option, options))}."
+        )
     name, value = given[0]
-    return Rule(name, value if isinstance(value, int) else _share(f"--{name.replace('_', '-')}", value))
+    return Rule(name, value if isinstance(value, int) else _share(_option(name), value))
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _share(option: str, text: str) -> float:
@@ -135,23 +148,19 @@ def resize(
     sets: Sequence[str] = (),
     say: Callable[[str], None] = lambda message: None,
 ) -> Resized:
-    """Writes a smaller adapter to `out`, by default a folder beside the adapter's own.
+    """Write a smaller adapter to `out`, by default a folder beside the adapter.
 
-    `data` are options of `rankscope.spec.options` that name model and data, and `sets` assignments over them: for the
-    rule `max_loss_increase` alone, which takes both from the study that the adapter lies in where no data are named.
+    `uniform`, `data` (options of `rankscope.spec.options` that name model and data) and `sets` (assignments over them)
+    belong to the rule `max_loss_increase`. Without data it takes model and held-out rows from the adapter's study.
 
     Raises:
-        StudyError: `out` has something in it, the rank is larger than the adapter's, or an option does not go with the
-            rule.
+        StudyError: `out` is not empty, the rank exceeds the adapter's, or an option does not go with the rule.
         ModelError, DataError: the adapter, the model or the data cannot be used.
     """
-    asked = {name: value for name, value in (data or {}).items() if value is not None}
-    if rule.name != "max_loss_increase":
-        extra = [*asked, *(["set"] if sets else []), *(["uniform"] if uniform else [])]
-        if extra:
-            raise StudyError(
-                f"--{extra[0].replace('_', '-')} goes with --max-loss-increase alone", "Leave one of them out."
-            )
+    options = {name: value for name, value in (data or {}).items() if value is not None}
+    if rule.name != _BUDGET:
+        for name in [*options, *(["set"] if sets else []), *(["uniform"] if uniform else [])]:
+            raise StudyError(f"{_option(name)} goes with {_option(_BUDGET)} alone", "Leave one of them out.")
     source = find_adapter(adapter, revision)
     saved = read_adapter(source)
     check_resizable(saved)
@@ -159,11 +168,10 @@ def resize(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise StudyError(f"{folder} exists and is not empty", "Choose another --out, or remove it.")
     layers = [decompose(factors) for factors in saved.layers]
-    tried: list[Tried] = []
-    losses = None
-    if rule.name == "max_loss_increase":
-        losses = _Losses(saved, layers, find_held_out(source, saved, asked, sets))
-        ranks = _within_budget(losses, rule.value, uniform, tried, say)
+    search = None
+    if rule.name == _BUDGET:
+        search = _search(saved, layers, find_held_out(source, saved, options, sets), rule.value, uniform, say)
+        ranks = search.best.ranks
     else:
         ranks = _ranks(saved, layers, rule)
     smaller = resized(saved, layers, ranks)
@@ -175,12 +183,12 @@ def resize(
         (sum(factors.a.numel() + factors.b.numel() for factors in saved.layers), parameters(layers, ranks)),
         ((source / SAFETENSORS_WEIGHTS_NAME).stat().st_size, file_bytes),
         kept_energy(layers, ranks),
-        losses.change(folder, rule.value, tried) if losses else None,
+        _loss_change(search, folder, rule.value) if search else None,
     )
 
 
 def _beside(adapter: str, source: Path, rule: Rule) -> Path:
-    """Beside the adapter's folder; in the working directory where it came from the hub."""
+    """Folder beside the adapter's; in the working directory for an adapter from the hub."""
     if not Path(adapter).is_dir():
         return Path(adapter.rsplit("/", 1)[-1] + rule.suffix)
     named = source if source.name not in ("", "..") else source.resolve()
@@ -195,90 +203,77 @@ def _ranks(saved: SavedAdapter, layers: Sequence[Decomposed], rule: Rule) -> Ran
     rank, highest = int(rule.value), max(factors.rank for factors in saved.layers)
     if rank > highest:
         raise StudyError(
-            f"--{rule.name.replace('_', '-')} {rank}: the adapter's largest rank is {highest}",
-            f"A cut lowers ranks: give {highest} or less.",
+            f"{_option(rule.name)} {rank}: the adapter's largest rank is {highest}", f"Give {highest} or less."
         )
     uniform = uniform_ranks(layers, rank)
     return uniform if rule.name == "rank" else ranks_within(layers, parameters(layers, uniform))
 
 
-def find_held_out(folder: Path, saved: SavedAdapter, asked: Mapping[str, Any], sets: Sequence[str]) -> HeldOut:
-    """The model and the held-out rows: those asked for, or of the study that `folder` lies in.
+def find_held_out(folder: Path, saved: SavedAdapter, options: Mapping[str, Any], sets: Sequence[str]) -> HeldOut:
+    """Model and held-out rows that the options name, or those of the study that `folder` lies in.
 
     Raises:
-        StudyError: there is no study, and the model or the data are not named.
+        StudyError: no study is found, and the model or the data are not named.
         ModelError, DataError: they cannot be used.
     """
     trials = folder.resolve().parent.parent
-    if "dataset" not in asked and trials.name == "trials" and Study.is_at(trials.parent):
-        other = [name for name in asked if name not in ("device", "dtype")] + (["set"] if sets else [])
-        if other:
+    if "dataset" not in options and trials.name == "trials" and Study.is_at(trials.parent):
+        for name in [name for name in options if name not in ("device", "dtype")] + (["set"] if sets else []):
             raise StudyError(
-                f"--{other[0].replace('_', '-')} needs --dataset: without it model and data are those of the study "
-                f"{trials.parent}",
+                f"{_option(name)} needs --dataset: without it, model and data are those of the study {trials.parent}",
                 "Add --dataset, or leave it out.",
             )
         study = Study.open(trials.parent)
-        model = study.spec.model.model_copy(update={name: asked[name] for name in ("device", "dtype") if name in asked})
+        model = study.spec.model.model_copy(update=dict(options))
         return HeldOut(ModelSpec.model_validate(model.model_dump()), load(study.path / "data").eval)
-    options = dict(asked)
     if "dataset" not in options:
         raise StudyError("--dataset is missing: the adapter lies in no study", "Name data that it was not trained on.")
-    base = saved.config.base_model_name_or_path
-    if "model" not in options and base:
-        options["model"] = base
-        options["revision"] = None if Path(base).is_dir() else saved.config.revision
-    if "model" not in options:
+    named, base = dict(options), saved.config.base_model_name_or_path
+    if "model" not in named and base:
+        named["model"] = base
+        named["revision"] = None if Path(base).is_dir() else saved.config.revision
+    if "model" not in named:
         raise StudyError("--model is missing: the adapter names no base model", "Name the model it was trained on.")
-    spec = assemble({}, options, sets)
+    spec = assemble({}, named, sets)
     return HeldOut(spec.model, prepare_data(spec).eval)
 
 
-class _Losses:
-    """Held-out losses of an adapter and its cuts. A cut that was measured is not measured again."""
+def _search(
+    saved: SavedAdapter,
+    layers: Sequence[Decomposed],
+    held_out: HeldOut,
+    max_increase: float,
+    uniform: bool,
+    say: Callable[[str], None],
+) -> _BudgetSearch:
+    model, tokens, measured = load_model(held_out.model), held_out.tokens, list[MeasuredTruncation]()
+    whole = held_out_losses(model, saved, tokens)
+    say(f"Held-out loss of the whole adapter: {whole.mean:.4f}, over {len(tokens):,} examples")
 
-    def __init__(self, saved: SavedAdapter, layers: Sequence[Decomposed], held_out: HeldOut) -> None:
-        self.saved, self.layers, self.tokens = saved, layers, held_out.tokens
-        self._model = load_model(held_out.model)
-        self._known: dict[tuple[int, ...], ExampleLosses] = {}
-        self.whole = self._measure(saved)
+    def evaluate(ranks: Ranks) -> ExampleLosses:
+        return held_out_losses(model, resized(saved, layers, ranks), tokens)
 
-    def of_cut(self, ranks: Ranks) -> ExampleLosses:
-        key = tuple(ranks.values())
-        if key not in self._known:
-            self._known[key] = self._measure(resized(self.saved, self.layers, ranks))
-        return self._known[key]
-
-    def _measure(self, adapter: SavedAdapter) -> ExampleLosses:
-        return held_out_losses(self._model, {"adapter": adapter}, self.tokens)["adapter"]
-
-    def change(self, folder: Path, limit: float, tried: list[Tried]) -> LossChange:
-        """Of the adapter as it lies in `folder`."""
-        after = self._measure(read_adapter(folder))
-        best = best_of(tried, limit)
-        if best is None or abs(after.mean / best.losses.mean - 1) > _ROUNDING:
-            raise ModelError(
-                f"{folder}: its held-out loss is not that of the cut it was made from",
-                "A fault of rankscope: report it.",
-            )
-        return LossChange(self.whole, after, difference(after, self.whole), limit, tried)
-
-
-def _within_budget(
-    losses: _Losses, most: float, uniform: bool, tried: list[Tried], say: Callable[[str], None]
-) -> Ranks:
-    say(f"Held-out loss of the whole adapter: {losses.whole.mean:.4f}, over {len(losses.tokens):,} examples")
-    rules = families(losses.layers, uniform)
-    for one in smallest_within(losses.layers, rules, losses.of_cut, losses.whole.mean, most):
-        tried.append(one)
+    for one in measure_truncations(layers, rank_rule(layers, uniform), evaluate, whole.mean, max_increase):
+        measured.append(one)
         say(f"{one.parameters:,} parameters: {one.losses.mean:.4f} ({one.increase:+.3%})")
-    best = best_of(tried, most)
+    best = smallest_within(measured, max_increase)
     if best is None:
         raise StudyError(
-            f"--max-loss-increase {most:g}: not even the whole update, decomposed and rounded, stays within it",
+            f"{_option(_BUDGET)} {max_increase:g}: even at full rank the rounded update exceeds it",
             "Allow a larger one.",
         )
-    return best.ranks
+    return _BudgetSearch(model, tokens, whole, measured, best)
+
+
+def _loss_change(search: _BudgetSearch, folder: Path, limit: float) -> LossChange:
+    """Measure the adapter in `folder`, and check that it is the truncation that was chosen."""
+    after = held_out_losses(search.model, read_adapter(folder), search.tokens)
+    if abs(after.mean / search.best.losses.mean - 1) > _ROUNDING:
+        raise ModelError(
+            f"{folder}: its held-out loss is {after.mean:.6g}, and {search.best.losses.mean:.6g} before it was written",
+            "This is a bug in rankscope: report it.",
+        )
+    return LossChange(search.whole, after, difference(after, search.whole), limit, search.measured)
 
 
 def _by_layer(saved: SavedAdapter, smaller: SavedAdapter, layers: Sequence[Decomposed], ranks: Ranks) -> pd.DataFrame:
@@ -300,7 +295,7 @@ def _by_layer(saved: SavedAdapter, smaller: SavedAdapter, layers: Sequence[Decom
 
 
 def describe(result: Resized) -> dict[str, Any]:
-    """The same as data, for `--json`: shares, bytes, nats a label token."""
+    """Content of `--json`: shares, bytes, nats per label token."""
     found: dict[str, Any] = {
         "adapter": str(result.folder),
         "rule": {result.rule.name: result.rule.value},

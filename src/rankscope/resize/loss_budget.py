@@ -1,7 +1,8 @@
-"""The smallest cut of an adapter whose held-out loss stays within a budget."""
+"""Search for the smallest truncation of an adapter whose held-out loss stays within a budget."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from rankscope.data.tokens import Tokens
 from rankscope.errors import ModelError
 from rankscope.lora.layout import NotPackable
 from rankscope.lora.saved import SavedAdapter, attached
-from rankscope.lora.svd import Decomposed, most_energy_first, parameters, ranks_of, same_share_first, uniform_ranks
+from rankscope.lora.svd import Decomposed, most_energy_first, parameters, ranks_of, uniform_ranks
 from rankscope.model.device import free_bytes
 from rankscope.train.engine import (
     EVAL_TOKENS,
@@ -24,159 +25,125 @@ from rankscope.train.engine import (
 )
 from rankscope.train.probe import dependent_rows_reason, make_packable, use_own_forward
 
+_PEFT_ROWS = 8  # rows in one of PEFT's own forwards: rows of differing lengths are padded there
+
+_ADAPTER = "adapter"  # name of the attached adapter
+
 Ranks = dict[str, int]
 
 
-class Family(NamedTuple):
-    """Cuts that grow by a rule: each has the ranks of the one before it, or more."""
+class RankRule(NamedTuple):
+    """A sequence of truncations in which each layer's rank grows or stays: `ranks(0)` to `ranks(length - 1)`."""
 
-    rule: str
+    name: str
     length: int
     ranks: Callable[[int], Ranks]
 
 
-class Tried(NamedTuple):
-    """A cut whose held-out loss was measured."""
+class MeasuredTruncation(NamedTuple):
+    """A truncation with its measured held-out loss."""
 
     rule: str
     ranks: Ranks
     parameters: int
     losses: ExampleLosses
-    increase: float
-    """The share by which its loss is above that of the whole adapter; negative where it is below."""
+    increase: float  # relative to the loss of the whole adapter; negative where the truncation is better
 
 
-def families(layers: Sequence[Decomposed], uniform: bool) -> list[Family]:
-    """The rules by which ranks are divided among the layers, in the order in which they are tried.
+def rank_rule(layers: Sequence[Decomposed], uniform: bool) -> RankRule:
+    """The rule that divides ranks among the layers.
 
-    `most_energy`: over all layers, the direction with most energy for each of its parameters comes first;
-    `same_share`: each layer keeps the same share of its own energy; `uniform`: one rank. With `uniform` that one alone.
+    By default the direction with the most energy per parameter comes first, over all layers (`most_energy`); with
+    `uniform` every layer has the same rank.
     """
-    highest = max(len(layer.values) for layer in layers)
-    one_rank = Family("uniform", highest, lambda number: uniform_ranks(layers, number + 1))
     if uniform:
-        return [one_rank]
-    orders = {"most_energy": most_energy_first(layers), "same_share": same_share_first(layers)}
-    by_layer = [
-        Family(rule, len(order) + 1, lambda number, order=order: ranks_of(layers, order[:number]))  # type: ignore[misc]
-        for rule, order in orders.items()
-    ]
-    return [*by_layer, one_rank]
+        highest = max(len(layer.values) for layer in layers)
+        return RankRule("uniform", highest, lambda number: uniform_ranks(layers, number + 1))
+    order = most_energy_first(layers)
+    return RankRule("most_energy", len(order) + 1, lambda number: ranks_of(layers, order[:number]))
 
 
-def smallest_within(
+def measure_truncations(
     layers: Sequence[Decomposed],
-    rules: Sequence[Family],
+    rule: RankRule,
     evaluate: Callable[[Ranks], ExampleLosses],
     whole: float,
-    most: float,
-) -> Iterator[Tried]:
-    """Measures cuts, and gives each one. The smallest of those whose increase over the loss `whole` is at most `most`
-    is the answer; at the end it is the smallest of its family, as far as its loss falls with its size.
+    max_increase: float,
+) -> Iterator[MeasuredTruncation]:
+    """Measure truncations until the smallest one within the budget is known, and yield each.
 
-    The first family is climbed from its smallest cut, each time to one of twice the parameters, until one is within
-    the budget; from there the border is bisected. So a border at a small size is found even where a larger cut is
-    worse again. Of another family only cuts that are smaller than the best so far are looked at, the largest first: if
-    that one is over the budget, so are those below it.
+    Sizes double from the smallest one on until the increase over the loss `whole` is at most `max_increase`; from there
+    the border is bisected. So a border at a small size is found even where a larger truncation is worse again.
     """
-    best: int | None = None
-    for family in rules:
-        sizes, climbing = _Sizes(layers, family), family is rules[0]
-        if climbing:
-            over, within, probe = -1, family.length, 0  # the border lies between the first two
-        elif best is not None:
-            over, within = 0, sizes.first_of(best)  # rank 1 everywhere is in each family: it is known to be over
-            probe = within - 1
+    over, within, probe, climbing = -1, rule.length, 0, True  # the border lies between `over` and `within`
+    while within - over > 1:
+        ranks = rule.ranks(probe)
+        size, losses = parameters(layers, ranks), evaluate(ranks)
+        measured = MeasuredTruncation(rule.name, ranks, size, losses, losses.mean / whole - 1)
+        yield measured
+        if measured.increase <= max_increase:
+            within, climbing = probe, False
         else:
-            return  # not even the whole is within
-        while within - over > 1:
-            ranks = family.ranks(probe)
-            losses = evaluate(ranks)
-            tried = Tried(family.rule, ranks, sizes[probe], losses, losses.mean / whole - 1)
-            yield tried
-            if tried.increase <= most:
-                within, climbing, best = probe, False, tried.parameters
-            else:
-                over = probe
-            probe = min(sizes.first_of(2 * sizes[probe]), within - 1) if climbing else (over + within) // 2
+            over = probe
+        probe = min(_first_of(layers, rule, 2 * size), within - 1) if climbing else (over + within) // 2
 
 
-class _Sizes:
-    """The parameters of each cut of a family."""
-
-    def __init__(self, layers: Sequence[Decomposed], family: Family) -> None:
-        self._layers, self._family = layers, family
-
-    def __getitem__(self, number: int) -> int:
-        return parameters(self._layers, self._family.ranks(number))
-
-    def first_of(self, size: int) -> int:
-        """The number of the first cut with at least `size` parameters; that after the last where there is none."""
-        low, high = 0, self._family.length
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (middle + 1, high) if self[middle] < size else (low, middle)
-        return low
+def _first_of(layers: Sequence[Decomposed], rule: RankRule, size: int) -> int:
+    """Number of the rule's first truncation with at least `size` parameters, or `rule.length` without one."""
+    return bisect_left(range(rule.length), size, key=lambda number: parameters(layers, rule.ranks(number)))
 
 
-def best_of(tried: Sequence[Tried], most: float) -> Tried | None:
-    """The one with fewest parameters among those within the budget; of equals the one with the lowest loss."""
-    within = [one for one in tried if one.increase <= most]
-    return min(within, key=lambda one: (one.parameters, one.increase), default=None)
+def smallest_within(measured: Sequence[MeasuredTruncation], max_increase: float) -> MeasuredTruncation | None:
+    """The truncation with the fewest parameters within the budget, or None."""
+    within = [truncation for truncation in measured if truncation.increase <= max_increase]
+    return min(within, key=lambda truncation: truncation.parameters, default=None)
 
 
-_ROWS = 8
-"""Of one forward of PEFT's own: rows of differing lengths are padded."""
+def held_out_losses(model: PreTrainedModel, adapter: SavedAdapter, tokens: Tokens) -> ExampleLosses:
+    """Loss of every example of `tokens` under the adapter; `model`, which has no adapter, is left as it was.
 
-
-def held_out_losses(
-    model: PreTrainedModel, adapters: Mapping[str, SavedAdapter], tokens: Tokens
-) -> dict[str, ExampleLosses]:
-    """The loss of every example of `tokens` under each adapter. `model`, which has no adapter, is left as it was.
-
-    The forward is the packed one where the model can be packed, which is probed with each adapter, and PEFT's own
-    elsewhere.
+    The forward is the packed one where a probe shows that model and adapter can be packed, and PEFT's own elsewhere.
 
     Raises:
-        ModelError: an adapter does not fit the model, or a loss is no finite number.
+        ModelError: the adapter does not fit the model, or a loss is not a finite number.
     """
-    losses = {}
-    for name, adapter in adapters.items():
-        attention = model.config._attn_implementation
-        with attached(model, name, adapter):
-            try:
-                (losses[name],) = _engine(model, name, int(tokens.lengths.max())).evaluate(tokens, [name])
-            finally:
-                use_own_forward(model, attention)
-        if not np.isfinite(losses[name].loss).all():
-            raise ModelError(f"the held-out loss of {name} is no finite number", "Try another --dtype.")
+    attention = model.config._attn_implementation
+    with attached(model, _ADAPTER, adapter):
+        try:
+            (losses,) = _engine(model, int(tokens.lengths.max())).evaluate(tokens, [_ADAPTER])
+        finally:
+            use_own_forward(model, attention)
+    if not np.isfinite(losses.loss).all():
+        raise ModelError("the adapter's held-out loss is not a finite number", "Try another --dtype.")
     return losses
 
 
-def _engine(model: PreTrainedModel, adapter: str, longest_row: int) -> Engine:
+def _engine(model: PreTrainedModel, longest_row: int) -> Engine:
     dependent = dependent_rows_reason(model.config, longest_row)
     try:
         if dependent:
             raise NotPackable(dependent)
-        make_packable(model, [adapter])
+        make_packable(model, [_ADAPTER])
     except NotPackable:
         per_token = LOGIT_BYTES * model.config.get_text_config().vocab_size
         fitting = tokens_per_forward(free_bytes(model.device), per_token, model.device.type)
-        return PeftEngine(model, 1 if dependent else _ROWS, tokens_per_forward=fitting)
+        return PeftEngine(model, 1 if dependent else _PEFT_ROWS, tokens_per_forward=fitting)
     return PackedEngine(model, EVAL_TOKENS)
 
 
 class Difference(NamedTuple):
-    """Of two mean losses over the same examples, in nats a label token."""
+    """Difference of two mean losses over the same examples, in nats per label token."""
 
     mean: float
-    standard_error: float | None
-    """Paired, over examples; None with fewer than two."""
+    standard_error: float | None  # paired, over examples; None with fewer than two
 
 
 def difference(losses: ExampleLosses, other: ExampleLosses) -> Difference:
-    """`losses.mean - other.mean`. A mean with random weights is a ratio: its variance is that of its linear part,
-    w (d - mean), with w an example's label tokens over their mean."""
+    """`losses.mean - other.mean` with its paired standard error.
+
+    A mean with random weights is a ratio: its variance is that of its linear part, w (d - mean), with w an example's
+    label tokens over their mean.
+    """
     weights = losses.label_tokens / losses.label_tokens.mean()
     differences = losses.loss - other.loss
     mean = float((weights * differences).mean())

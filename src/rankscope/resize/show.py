@@ -1,4 +1,4 @@
-"""A smaller adapter for people: ranks by module, what was kept and lost, and the cuts whose loss was measured."""
+"""Tables, sentences and chart of `rankscope resize` and `rankscope spectrum`."""
 
 from pathlib import Path
 
@@ -18,37 +18,26 @@ from rankscope.text.formats import Table, change, loss, percent, signed, signed_
 
 
 def rank_table(layers: pd.DataFrame, text: Catalogue) -> Table:
-    """The rank of each module before and after; `layers` is that of `rankscope.resize.command.Resized`."""
-    grouped = layers.groupby("module", sort=False)
-    table = pd.DataFrame(
-        {
-            "layers": grouped.size(),
-            "before": grouped["old_rank"].mean(),
-            "after": grouped["new_rank"].mean(),
-            "lowest": grouped["new_rank"].min(),
-            "highest": grouped["new_rank"].max(),
-            "error": grouped["relative_error"].max(),
-        }
-    )
+    """Rank of each module before and after; `layers` is that of `rankscope.resize.command.Resized`."""
     headers = [text("spectrum.module"), text("spectrum.layers")]
     headers += [text(f"resize.{name}") for name in ("before", "after", "lowest", "highest", "error")]
     rows = [
         [
             str(module),
-            f"{row['layers']:.0f}",
-            f"{row['before']:.4g}",
-            f"{row['after']:.4g}",
-            f"{row['lowest']:.0f}",
-            f"{row['highest']:.0f}",
-            percent(row["error"]),
+            str(len(part)),
+            f"{part['old_rank'].mean():.4g}",
+            f"{part['new_rank'].mean():.4g}",
+            str(part["new_rank"].min()),
+            str(part["new_rank"].max()),
+            percent(part["relative_error"].max()),
         ]
-        for module, row in table.iterrows()
+        for module, part in layers.groupby("module", sort=False)
     ]
     return Table(text("resize.caption"), headers, [False, *[True] * 6], rows)
 
 
 def tried_table(found: LossChange, text: Catalogue) -> Table:
-    """The cuts whose held-out loss was measured, in their order."""
+    """Truncations whose held-out loss was measured, in order."""
     names = ("rule", "parameters_column", "loss_column", "increase", "within")
     rows = [
         [
@@ -65,7 +54,7 @@ def tried_table(found: LossChange, text: Catalogue) -> Table:
 
 
 def sentences(result: Resized, text: Catalogue) -> list[str]:
-    """What became smaller, what was kept, and what the loss did."""
+    """Sizes, kept energy and change in loss, a sentence each."""
     worst = max(result.layers.to_dict("records"), key=lambda row: float(row["relative_error"]))
     (before, after), (old_bytes, new_bytes) = result.parameters, result.file_bytes
     lines = [
@@ -95,9 +84,11 @@ def sentences(result: Resized, text: Catalogue) -> list[str]:
 
 KINDS = (".html", ".svg", ".png")
 
+_SPECTRUM_NUMBERS = ("rank", "rank_90", "rank_95", "rank_99", "effective_rank", "stable_rank", "frobenius_norm")
+
 
 def module_table(frame: pd.DataFrame, text: Catalogue) -> Table:
-    """What the layers of each module use of their rank, in the mean; `frame` is that of `rankscope.lora.svd`."""
+    """Mean effective ranks of each module's layers; `frame` is that of `rankscope.lora.svd.spectrum`."""
     table = by_module(frame)
     headers = [text(f"spectrum.{name}") for name in table.columns]
     rows = [
@@ -108,11 +99,11 @@ def module_table(frame: pd.DataFrame, text: Catalogue) -> Table:
 
 
 def spectrum_chart(frame: pd.DataFrame, text: Catalogue) -> alt.LayerChart | alt.FacetChart:
-    """A cell a layer: how many directions hold 90% of its update's energy, of its rank."""
+    """One cell per layer: directions that hold 90% of its update's energy, coloured by their share of the rank."""
     shown = frame.drop(columns="singular_values").assign(share=frame["rank_90"] / frame["rank"])
     for name in ("layer", "module"):
         shown[name] = shown[name].map(visible)  # SVG is XML, which has no control characters
-    shown["block"] = shown["block"].astype(str).replace("-1", text("none"))  # of no block
+    shown["block"] = shown["block"].astype(str).replace("-1", text("none"))  # -1: outside the blocks
     modules = list(dict.fromkeys(shown["module"]))
     blocks = shown["block"].nunique()
     base = alt.Chart(shown, title=text("spectrum.title")).encode(
@@ -120,16 +111,7 @@ def spectrum_chart(frame: pd.DataFrame, text: Catalogue) -> alt.LayerChart | alt
         y=alt.Y("block:O", title=text("spectrum.block"), sort=None),
         tooltip=[
             alt.Tooltip(f"{name}:{kind}", title=text(f"spectrum.{name}"))
-            for name, kind in (
-                ("layer", "N"),
-                ("rank", "Q"),
-                ("rank_90", "Q"),
-                ("rank_95", "Q"),
-                ("rank_99", "Q"),
-                ("effective_rank", "Q"),
-                ("stable_rank", "Q"),
-                ("frobenius_norm", "Q"),
-            )
+            for name, kind in [("layer", "N"), *((number, "Q") for number in _SPECTRUM_NUMBERS)]
         ],
     )
     scale = alt.Scale(scheme="viridis", domain=[0, 1])
@@ -142,10 +124,10 @@ def spectrum_chart(frame: pd.DataFrame, text: Catalogue) -> alt.LayerChart | alt
 
 
 def save_chart(chart: alt.LayerChart | alt.FacetChart, file: Path, text: Catalogue) -> None:
-    """Writes the chart as a page that needs no network, SVG or PNG, by the file's ending.
+    """Write the chart as an offline page, SVG or PNG, by the file's suffix.
 
     Raises:
-        StudyError: the ending is none of these.
+        StudyError: the suffix is none of these.
         StudyDirectoryError: the file cannot be written.
     """
     if file.suffix.lower() not in KINDS:
