@@ -27,8 +27,8 @@ from rankscope.measure.machine import Site, describe_machine
 from rankscope.plan.checks import check_ranks, check_space
 from rankscope.plan.memory import predict
 from rankscope.plan.runtime import forecast
-from rankscope.report import build
 from rankscope.report.card import write_cards
+from rankscope.report.write import build
 from rankscope.spec.models import StudySpec
 from rankscope.spec.options import assemble
 from rankscope.study.folder import CURVE

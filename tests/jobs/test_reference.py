@@ -85,7 +85,7 @@ def test_evidence_and_report_have_it(study: Study) -> None:
     assert len(evidence.reference) == 2 * len(load(study.path / "data").eval)
     for name in ("index.html", "report.md"):
         page = (study.path / "report" / name).read_text()
-        assert "Also measured" in page
+        assert "Other metrics" in page
         assert "full fine-tuning" in page
         assert "Forgetting (nats)" in page
     korean = pipeline.finish(study, "ko").read_text()

@@ -7,8 +7,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from rankscope.report import build
 from rankscope.report.answers import LONGEST, answered
+from rankscope.report.write import build
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import load
 from report.report_evidence import HOSTILE, make_evidence, make_spec, make_verdict

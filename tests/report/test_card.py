@@ -30,7 +30,7 @@ def test_every_adapter_has_a_card_with_its_own_facts(study: Study) -> None:
         card = ModelCard.load(folder / "adapter" / "README.md")
         assert card.data.library_name == "peft"
         assert f"| Rank | {trial.candidate.rank} |" in card.text
-        assert f"{results['eval_loss']:.4f} nats a label token" in card.text
+        assert f"{results['eval_loss']:.4f} nats per label token" in card.text
         assert f"| Trainable parameters | {results['trainable_params']:,} |" in card.text
     assert study.results()["status"].eq("done").all(), "a card is no damage"
 

@@ -25,9 +25,9 @@ def content_of(evidence: Evidence, language: str = "en") -> Content:
 def test_noise_stands_beside_every_measured_difference(evidence: Evidence) -> None:
     peak, runtime, adapter = content_of(evidence).savings
     # runtimes of rank 8: 977.6, 989.6, and the control's 983.6, 995.6; peaks differ by 3 MB in 2,350
-    assert runtime.noise == "differences below 1.8% are noise here"
+    assert runtime.noise == "measurement noise: ±1.8%"
     assert runtime.less
-    assert peak.noise == "differences below 0.1% are noise here"
+    assert peak.noise == "measurement noise: ±0.1%"
     assert adapter.noise == "", "a file's size is counted, not measured"
     assert runtime.difference == f"{runtime.change}; {runtime.noise}"
 
@@ -36,18 +36,18 @@ def test_a_difference_within_the_noise_is_marked(evidence: Evidence) -> None:
     profiles = evidence.profiles.copy()
     profiles.loc[profiles["rank"] == 256, "runtime_seconds"] = 990.0
     peak, runtime, _ = content_of(evidence._replace(profiles=profiles)).savings
-    assert runtime.noise == "not a difference: noise here is 1.8%"
+    assert runtime.noise == "no measurable difference (noise ±1.8%)"
     assert not runtime.less
     assert peak.less
 
 
 def test_the_noise_is_said_in_a_sentence(evidence: Evidence) -> None:
     assert noise_sentence(evidence.profiles, load("en")) == (
-        "Noise: rank 8, measured 4 times, differed from itself by up to 0.1% in average CPU memory, 0.1% in peak CPU "
-        "memory, 2.4% in seconds a step, 1.8% in runtime. Smaller differences between ranks are noise."
+        "Measurement noise, from 4 measurements of rank 8: up to 0.1% in average CPU memory, 0.1% in peak CPU memory, "
+        "2.4% in seconds per step, 1.8% in runtime. Smaller differences between ranks are not measurable."
     )
-    assert content_of(evidence).noise.startswith("Noise: rank 8")
-    assert content_of(evidence, "ko").noise.startswith("측정 오차: 랭크 8 하나를 4번")
+    assert content_of(evidence).noise.startswith("Measurement noise, from 4")
+    assert content_of(evidence, "ko").noise.startswith("측정 오차(랭크 8, 4회 측정)")
 
 
 def test_without_a_control_nothing_is_said_of_noise(evidence: Evidence) -> None:
@@ -71,10 +71,10 @@ def test_costs_in_detail_have_a_row_a_rank_and_their_noise(evidence: Evidence) -
     assert first["Loading, peak"] == "488 MB"
     assert dict(zip(memory.headers, memory.rows[-1], strict=True))["Peak"] == "0.1%"
     of_time = dict(zip(time.headers, time.rows[0], strict=True))
-    assert of_time["Seconds a step, 10th percentile"] == "0.358"
-    assert of_time["Seconds a step, median"] == "0.413"
-    assert of_time["Tokens a second"] == "2,100"
-    assert of_time["GPU energy (J a token)"] == load("en")("none")
+    assert of_time["Seconds per step, 10th percentile"] == "0.358"
+    assert of_time["Seconds per step, median"] == "0.413"
+    assert of_time["Tokens per second"] == "2,100"
+    assert of_time["GPU energy (J per token)"] == load("en")("none")
 
 
 def test_with_a_gpu_each_kind_of_memory_has_its_rows() -> None:

@@ -5,10 +5,10 @@ from pathlib import Path
 import altair as alt
 import pandas as pd
 import pytest
-from analysis.test_curve import with_cuts
 
-from rankscope.report import build
-from rankscope.report.curve import cut_curve, cut_section
+from analysis.test_curve import with_cuts
+from rankscope.report.curve import rank_curve, rank_curve_sections
+from rankscope.report.write import build
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import load
 from report.report_evidence import make_evidence, make_verdict
@@ -23,30 +23,30 @@ def evidence() -> Evidence:
 
 
 def test_the_sentences_say_where_it_holds_and_where_not(evidence: Evidence) -> None:
-    assert cut_curve(evidence, load("en")).sentences == [
-        "The cut curve is an estimate from rank 16 alone, and an upper one: cutting is not training, and a rank that "
-        "is trained directly mostly reaches a lower loss than the cut to it.",
-        "Cut, held against the same rank trained: within 1% at rank 8; off by more than 1% at rank 4.",
-        "Cut, then trained 8 steps, held against the same rank trained: within 1% at rank 4, 8.",
-        "Cut: the lowest rank whose loss is at most 1% above that of rank 16 is 16; of the ranks that were trained it "
-        "is 16.",
-        "Cut, then trained 8 steps: the lowest rank whose loss is at most 1% above that of rank 16 is 16; of the ranks "
-        "that were trained it is 16.",
-        "Recovered cuts have had 8 steps more than the trained ranks, at a tenth of the learning rate. The same steps "
-        "changed the uncut rank 16 by −0.0100 nats.",
+    assert rank_curve(evidence, load("en")).sentences == [
+        "The truncated curve is an upper estimate from rank 16 alone: a rank that is trained directly usually reaches "
+        "a lower loss than the adapter truncated to it.",
+        "Truncated, compared with the same rank trained: within 1% at rank 8; off by more than 1% at rank 4.",
+        "Truncated, then trained 8 steps, compared with the same rank trained: within 1% at rank 4, 8.",
+        "Truncated: the lowest rank whose loss is at most 1% above that of rank 16 is 16; of the trained ranks it is "
+        "16.",
+        "Truncated, then trained 8 steps: the lowest rank whose loss is at most 1% above that of rank 16 is 16; of the "
+        "trained ranks it is 16.",
+        "Recovered adapters have had 8 steps more than the trained ranks, at a tenth of the learning rate. The same "
+        "steps changed the loss of rank 16, not truncated, by −0.0100 nats.",
     ]
 
 
 def test_without_a_trained_lower_rank_the_error_is_not_known() -> None:
-    found = cut_curve(with_cuts({16: 1.8}, {(0, 4): 2.1, (0, 16): 1.8}), load("en"))
+    found = rank_curve(with_cuts({16: 1.8}, {(0, 4): 2.1, (0, 16): 1.8}), load("en"))
     assert found.errors is None
     assert found.sentences[1:] == [
-        "No lower rank was trained here, so how wrong the estimate is was not measured.",
+        "No lower rank was trained here, so the error of the estimate is unknown.",
     ]
 
 
 def test_the_table_has_the_error_with_its_interval_share_and_spread(evidence: Evidence) -> None:
-    table = cut_curve(evidence, load("en")).errors
+    table = rank_curve(evidence, load("en")).errors
     assert table is not None
     assert [row[:5] for row in table.rows[:2]] == [
         ["4", "0", "2.0100", "2.1110", "+0.1010\n[+0.0985, +0.1035]"],
@@ -56,7 +56,7 @@ def test_the_table_has_the_error_with_its_interval_share_and_spread(evidence: Ev
         ["+5.02%", "0.0010", "no"], ["+0.314%", "0.0010", "yes"],
         ["+0.796%", "0.0010", "yes"], ["+0.0524%", "0.0010", "yes"],
     ]  # fmt: skip
-    single = cut_curve(with_cuts({4: 2.0, 16: 1.8}, {(0, 4): 2.1}, seeds=[0]), load("en")).errors
+    single = rank_curve(with_cuts({4: 2.0, 16: 1.8}, {(0, 4): 2.1}, seeds=[0]), load("en")).errors
     assert single is not None
     assert single.rows[0][4:7] == ["+0.1000", "+5%", "–"]
 
@@ -65,16 +65,16 @@ def test_the_figure_is_on_the_page_with_all_its_numbers(evidence: Evidence, tmp_
     build(evidence, make_verdict(evidence), tmp_path)
     page = read_page(tmp_path)
     chart = page.charts["chart-cut-loss-rank-0"]
-    assert "Cut. Rank 2: 2.6110; Rank 4: 2.1110" in chart["description"]
+    assert "Truncated. Rank 2: 2.6110; Rank 4: 2.1110" in chart["description"]
     points = next(rows for rows in chart["datasets"].values() if rows)
     names = {row["name"] for row in points}
-    assert names == {"Trained", "Cut", "Cut, then trained 8 steps"}
+    assert names == {"Trained", "Truncated", "Truncated, then trained 8 steps"}
     assert len(points) == 3 + 4 + 3
     assert {layer["encoding"]["x"]["scale"]["base"] for layer in chart["layer"]} == {2}
     alt.Chart.from_dict(chart | {"$schema": alt.SCHEMA_URL}, validate=True).to_dict(validate=True)
     svg = (tmp_path / "figures" / "cut-loss-rank.svg").read_text()
     assert svg.count("<path") > 10
-    for text in ("The error of the estimate", "+0.1010\n[+0.0985, +0.1035]", "an upper one: cutting is not training"):
+    for text in ("Error of the estimate", "+0.1010\n[+0.0985, +0.1035]", "is an upper estimate from rank 16 alone"):
         assert text in page.text
     markdown = (tmp_path / "report.md").read_text()
     assert "| 4 | 0 | 2.0100 | 2.1110 | +0.1010 \\[+0.0985, +0.1035\\] | +5.02% | 0.0010 | no |" in markdown
@@ -84,8 +84,8 @@ def test_in_korean(evidence: Evidence, tmp_path: Path) -> None:
     build(evidence, make_verdict(evidence), tmp_path, "ko")
     text = read_page(tmp_path).text
     for expected in (
-        "한 번의 학습으로 보는 모든 랭크",
-        "자르기는 학습이 아니므로",
+        "한 번의 학습으로 추정한 모든 랭크",
+        "그 랭크를 직접 학습하면 대개",
         "랭크 4에서는 1% 초과",
         "추정 오차",
     ):
@@ -95,6 +95,6 @@ def test_in_korean(evidence: Evidence, tmp_path: Path) -> None:
 @pytest.mark.parametrize("cuts", [None, pd.DataFrame()])
 def test_without_a_curve_there_is_no_section(cuts: pd.DataFrame | None, tmp_path: Path) -> None:
     evidence = make_evidence(steps=8)._replace(cuts=cuts)
-    assert cut_section(evidence, load("en")) == []
+    assert rank_curve_sections(evidence, load("en")) == []
     build(evidence, None, tmp_path)
     assert "cut-loss-rank" not in (tmp_path / "index.html").read_text()

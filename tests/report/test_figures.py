@@ -7,11 +7,10 @@ import pandas as pd
 import pytest
 
 from rankscope.analysis.costs import on_front
-from rankscope.report import frames as series
 from rankscope.report.content import compose
 from rankscope.report.figures import Figure
-from rankscope.report.frames import by_candidate
-from rankscope.report.memory import predicted_parts
+from rankscope.report.frames import by_candidate, heldout_by_candidate, heldout_by_seed
+from rankscope.report.memory import POINTS_IN_TIME, memory_by_time, predicted_parts
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import load
 from report.report_evidence import make_evidence, make_spec, make_verdict, replace_trial
@@ -78,7 +77,7 @@ def test_noise_is_a_band_around_the_rank_that_was_measured_twice() -> None:
     bands = [rows[0] for rows in drawn(found["runtime"]) if "from" in rows[0]]
     floor, mean = 18 / 986.6, 983.6 / 60  # rank 8: 977.6 and 989.6, and 983.6 and 995.6 of the control
     assert bands == [{"from": pytest.approx(mean * (1 - floor)), "to": pytest.approx(mean * (1 + floor))}]
-    assert "rank 8, measured again and again, differs from itself by up to 1.8%" in found["runtime"].note
+    assert "Repeated measurements of rank 8 vary by up to 1.8% (shaded)" in found["runtime"].note
     assert "up to 0.1%" in found["tokens-per-second"].note, "no noise at all reads as a tenth of a per cent"
     assert numbers(found["runtime"])["Each measurement"] == "16.3 min, 16.5 min"
     assert numbers(found["tokens-per-second"])["Mean"] == "2,100"
@@ -118,7 +117,7 @@ def test_the_front_has_those_that_none_beats(rows: list[tuple[float, float]], ex
 def test_a_candidate_with_more_loss_for_more_cost_is_off_the_front() -> None:
     found = figures(make_evidence())
     for name in ("loss-memory", "loss-runtime"):  # rank 256 costs most, and its loss is above rank 128's
-        assert [numbers(found[name], row)["On the front"] for row in range(3)] == ["yes", "yes", "no"]
+        assert [numbers(found[name], row)["On the Pareto front"] for row in range(3)] == ["yes", "yes", "no"]
         assert found[name].alternative.endswith("On the Pareto front: rank 8, rank 128.")
         points = max(drawn(found[name]), key=len)
         assert [row["chosen"] for row in points] == [True, False, False]
@@ -132,9 +131,10 @@ def test_on_a_gpu_loss_is_weighed_against_its_memory() -> None:
 
 def test_one_candidate_has_nothing_to_weigh() -> None:
     for evidence in (make_evidence(make_spec(ranks=[8]), steps=8), make_evidence(profiles=False, steps=8)):
-        figure = figures(evidence)["loss-runtime"]
-        assert figure.panels == []
-        assert figure.note.startswith("There are fewer than two candidates")
+        assert "loss-runtime" not in figures(evidence)
+        content = compose(evidence, make_verdict(evidence), load("en"), "x", "y")
+        reasons = {missing.name: missing.reason for missing in content.missing}
+        assert reasons["loss-runtime"].startswith("Fewer than two candidates")
 
 
 def test_the_map_has_a_cell_a_candidate() -> None:
@@ -171,8 +171,8 @@ def test_with_several_rates_all_losses_of_a_figure_are_of_the_same_rows() -> Non
     odd = even.assign(example=1, loss=2.0, label_tokens=30.0)
     far = even.assign(example=3, loss=4.0, label_tokens=10.0)
     evidence = evidence._replace(examples=pd.concat([even, odd, far], ignore_index=True))
-    assert set(series.heldout_by_seed(evidence)["eval_loss"]) == {2.5}
-    table = series.heldout_by_candidate(evidence, by_candidate(evidence, None))
+    assert set(heldout_by_seed(evidence)["eval_loss"]) == {2.5}
+    table = heldout_by_candidate(evidence, by_candidate(evidence, None))
     assert table["eval_loss"].tolist() == [2.5] * 6
     assert numbers(figures(evidence)["loss-runtime"])["Held-out loss"] == "2.5000"
 
@@ -181,11 +181,11 @@ def test_memory_against_time_keeps_its_peak_and_starts_with_loading() -> None:
     evidence = make_evidence()
     samples = evidence.samples.copy()
     samples.loc[5, "rss_bytes"] = 9e9
-    frame = series.memory_by_time(evidence._replace(samples=samples), "rss_bytes")
+    frame = memory_by_time(evidence._replace(samples=samples), "rss_bytes")
     assert frame["mean"].max() == 9e9
     assert frame.loc[frame["seconds"].idxmin(), "phase"] == "load"
-    assert len(frame) <= series.POINTS_IN_TIME + 3
-    assert series.memory_by_time(evidence, "gpu_allocated_bytes").empty
+    assert len(frame) <= POINTS_IN_TIME + 3
+    assert memory_by_time(evidence, "gpu_allocated_bytes").empty
 
 
 @pytest.mark.parametrize("language", ["en", "ko"])
@@ -204,5 +204,5 @@ def test_masked_tokens_are_told() -> None:
     facts = evidence.data_facts | {"train_label_tokens": 1_000_000, "eval_label_tokens": 5}
     found = compose(evidence._replace(data_facts=facts), None, load("en"), "x", "y").data
     named = {fact.label: fact.value for fact in found}
-    assert named["Training tokens masked (read, not learnt)"] == "1,310,552 (56.7%)"
+    assert named["Training tokens masked (context only)"] == "1,310,552 (56.7%)"
     assert "Held-out tokens masked" not in named, "how many there are in all is not known"

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from rankscope.report import build
 from rankscope.report.content import Content, compose
-from rankscope.report.other_metrics import also_by_candidate, full_fine_tuning
+from rankscope.report.other_metrics import full_fine_tuning, metrics_by_candidate
+from rankscope.report.write import build
 from rankscope.text.catalogue import load
 from report.report_evidence import HOSTILE, make_evidence, make_spec, make_verdict, replace_trial
 
@@ -74,7 +74,7 @@ def test_full_fine_tuning_that_never_finished_says_so() -> None:
 
 def test_diverged_trials_are_counted_and_left_out_of_the_means() -> None:
     evidence = replace_trial(make_evidence(steps=8), 0, status="diverged", eval_loss=math.nan, eval_perplexity=math.nan)
-    row = also_by_candidate(evidence.results).iloc[0]
+    row = metrics_by_candidate(evidence.results).iloc[0]
     assert (row["trials"], row["finished"], row["diverged"]) == (3, 2, 1)
     assert row["eval_loss"] == pytest.approx(1.233)
 
@@ -84,7 +84,7 @@ def test_korean_and_hostile_text(tmp_path: Path) -> None:
     evidence = make_evidence(spec, steps=8)
     build(evidence, make_verdict(evidence), tmp_path, "ko")
     page, markdown = ((tmp_path / name).read_text(encoding="utf-8") for name in ("index.html", "report.md"))
-    for expected in ("함께 측정한 것", "망각 (nat)", "전체 미세 조정", "토큰 정확도"):
+    for expected in ("그 밖의 지표", "망각 (nat)", "전체 파인튜닝", "토큰 정확도"):
         assert expected in page
         assert expected in markdown
     assert f"({HOSTILE})" not in page

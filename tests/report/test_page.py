@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from analysis.test_curve import with_cuts
 
-from rankscope.report import build
-from rankscope.report.figures import DARK, LIGHT
+from analysis.test_curve import with_cuts
+from rankscope.report.charts import DARK, LIGHT
+from rankscope.report.write import build
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import LANGUAGES
 from report.browser import Browser, need_browser

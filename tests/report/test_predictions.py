@@ -27,8 +27,8 @@ def test_predicted_and_measured_stand_side_by_side() -> None:
     assert row["Other"] == "500 MB"
     assert row["Predicted peak"] == "2.00 GB"
     assert row["Measured peak"] == f"{measured / 1e9:.2f} GB"
-    assert row["Predicted against measured"] == f"{2e9 / measured - 1:+.0%}".replace("-", "−")
-    assert row["Seconds a step, predicted"] == "0.5"
+    assert row["Predicted relative to measured"] == f"{2e9 / measured - 1:+.0%}".replace("-", "−")
+    assert row["Seconds per step, predicted"] == "0.5"
 
 
 def test_on_a_gpu_its_own_peak_is_compared() -> None:

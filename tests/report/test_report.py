@@ -14,13 +14,15 @@ import altair as alt
 import pandas as pd
 import pytest
 
-from rankscope.report import build, charts, write
-from rankscope.report import figures as encodings
-from rankscope.report import frames as series
+from rankscope.report import charts, write
 from rankscope.report.content import compose
-from rankscope.report.frames import by_candidate
+from rankscope.report.frames import POINTS, by_candidate
 from rankscope.report.html import json_in_html
+from rankscope.report.loss import training_loss
 from rankscope.report.markdown import escape
+from rankscope.report.memory import memory_by_step
+from rankscope.report.runtime import measurements
+from rankscope.report.write import build
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import load
 from report.report_evidence import HOSTILE, make_evidence, make_spec, make_verdict, replace_trial
@@ -132,7 +134,7 @@ def test_the_page_says_the_verdict_the_savings_and_the_cost(folder: Path) -> Non
     for expected in (
         "Recommended rank\n8\n",
         "Use rank 8: the lowest rank whose held-out loss is shown to be within 1% of the best candidate's (rank 128)",
-        "What it saves against rank 256",
+        "Compared with rank 256",
         "2.35 GB\n\N{MINUS SIGN}29%\ninstead of 3.29 GB",
         "16.4 min\n\N{MINUS SIGN}36%\ninstead of 25.5 min",
         "3.54 MB\n\N{MINUS SIGN}97%\ninstead of 113 MB",
@@ -194,7 +196,7 @@ def test_korean_report(evidence: Evidence, tmp_path: Path) -> None:
     assert ("html", {"lang": "ko"}) in page.tags
     for expected in (
         "권장 랭크",
-        "권장 설정은 랭크 8이며",
+        "랭크 8 사용을 권장합니다",
         "스텝에 따른 학습 손실",
         "GPU를 사용하지 않았으므로",
     ):
@@ -216,16 +218,16 @@ def test_with_a_gpu_its_memory_is_drawn_once_a_rank(tmp_path: Path) -> None:
     assert "no GPU" not in page.text
     assert "Peak GPU memory\n4.81 GB" in page.text
     assert "Learning rate 1e-4" in page.text
-    assert "What it saves against rank 256 at learning rate 1e-4" in page.text
+    assert "Compared with rank 256 at learning rate 1e-4" in page.text
     assert "NVIDIA H100 (80.0 GB)" in page.text
 
 
 def test_a_long_study_of_many_candidates_stays_small(tmp_path: Path) -> None:
     spec = make_spec(ranks=[4, 8, 16, 32, 64, 128, 256], learning_rates=[1e-4, 2e-4, 4e-4], seeds=[0])
     evidence = make_evidence(spec, steps=1500, profiles=False)
-    frame, steps_a_point = series.training_loss(evidence)
+    frame, steps_a_point = training_loss(evidence)
     assert steps_a_point == 8
-    assert len(frame) <= series.POINTS
+    assert len(frame) <= POINTS
     content = compose(evidence, make_verdict(evidence), load("en"), "long", "rankscope run")
     specs = [panel.chart.to_dict() for figure in content.figures for panel in figure.panels]
     assert len(json.dumps(specs)) < 1_500_000
@@ -276,7 +278,7 @@ def test_the_largest_rank_saves_nothing_and_the_best_costs_nothing(evidence: Evi
     assert largest.savings_note.startswith("This is the largest rank tried")
     best = compose(evidence, make_verdict(evidence, chosen=1), load("en"), "x", "y")
     assert best.cost == ""
-    assert best.cost_notes == ["Nothing measurable, it has the lowest held-out loss of all candidates."]
+    assert best.cost_notes == ["Nothing: it has the lowest held-out loss of all candidates."]
 
 
 def test_a_diverged_trial_is_told_and_left_out(evidence: Evidence) -> None:
@@ -298,8 +300,8 @@ def test_a_diverged_trial_is_told_and_left_out(evidence: Evidence) -> None:
     row = content.candidates.rows[0]
     assert row[6] == "2 / 3"
     assert row[8].startswith("1.2330")  # the mean of seeds 1 and 2, 1.231 and 1.235
-    drawn = series.training_loss(changed).frame
-    of_two = series.training_loss(evidence._replace(results=changed.results)).frame
+    drawn = training_loss(changed).frame
+    of_two = training_loss(evidence._replace(results=changed.results)).frame
     pd.testing.assert_frame_equal(drawn, of_two)
     first = drawn[drawn["rank"] == 8].iloc[0]
     rows = changed.curves[(changed.curves["rank"] == 8) & (changed.curves["step"] == 1)]
@@ -378,35 +380,35 @@ def test_by_candidate_defines_each_number(evidence: Evidence) -> None:
 
 def test_trials_in_packs_of_their_own_tell_their_runtime(evidence: Evidence) -> None:
     shared = evidence._replace(profiles=pd.DataFrame(), samples=pd.DataFrame())
-    assert series.measurements(shared, "runtime_seconds")[0].empty
+    assert measurements(shared, "runtime_seconds")[0].empty
     alone = shared._replace(results=shared.results.assign(pack=[f"p{i:03d}" for i in range(9)]))
-    frame, profiled = series.measurements(alone, "runtime_seconds")
+    frame, profiled = measurements(alone, "runtime_seconds")
     assert not profiled
     assert list(frame["value"]) == [312.0] * 9
-    assert list(series.measurements(alone, "tokens_per_second")[0]["value"]) == [360.0] * 9
+    assert list(measurements(alone, "tokens_per_second")[0]["value"]) == [360.0] * 9
 
 
 def test_smoothing_keeps_a_constant_and_calms_noise(evidence: Evidence) -> None:
-    frame = series.training_loss(evidence).frame
+    frame = training_loss(evidence).frame
     late = frame[(frame["step"] > 90) & (frame["rank"] == 8)]
     assert late["smooth_mean"].diff().std() < late["mean"].diff().std() / 2
     flat = evidence._replace(curves=evidence.curves.assign(train_loss=2.0))
-    assert series.training_loss(flat).frame["smooth_mean"].to_numpy() == pytest.approx(2.0)
+    assert training_loss(flat).frame["smooth_mean"].to_numpy() == pytest.approx(2.0)
 
 
 def test_memory_is_drawn_from_training_samples_only(evidence: Evidence) -> None:
-    frame = series.memory(evidence, "rss_bytes").frame
+    frame = memory_by_step(evidence, "rss_bytes")
     assert sorted(frame["step"].unique()) == list(range(1, 9))
     row = frame[(frame["rank"] == 8) & (frame["step"] == 3)].iloc[0]
     samples = evidence.samples
     expected = samples[(samples["rank"] == 8) & (samples["step"] == 3)]["rss_bytes"]
     assert (row["mean"], row["low"], row["high"]) == pytest.approx((expected.mean(), expected.min(), expected.max()))
-    assert series.memory(evidence, "gpu_allocated_bytes").frame.empty
+    assert memory_by_step(evidence, "gpu_allocated_bytes").empty
 
 
 def test_ranks_beyond_the_palette_still_differ() -> None:
     ranks = [1, 2, 4, 8, 16, 32, 64, 128, 256]
-    spec = encodings.dash(ranks, load("en")).to_dict()
+    spec = charts.dash(ranks, load("en")).to_dict()
     colours = charts.theme()["range"]["category"]
     pairs = {(colours[index % len(colours)], tuple(dash)) for index, dash in enumerate(spec["scale"]["range"])}
     assert len(pairs) == len(ranks)

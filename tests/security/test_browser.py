@@ -26,7 +26,7 @@ from rankscope.data.tokens import prepare
 from rankscope.lora.saved import Factors
 from rankscope.lora.svd import spectrum
 from rankscope.model.load import load_tokenizer
-from rankscope.report import build
+from rankscope.report.write import build
 from rankscope.resize.show import save_chart, spectrum_chart
 from rankscope.spec.models import DataSpec, ModelSpec
 from rankscope.study.evidence import Evidence

@@ -19,7 +19,7 @@ from rankscope.files import damaged, file_hashes, read_json, write_json
 from rankscope.jobs.answers import answer_missing
 from rankscope.jobs.profiles import measure
 from rankscope.jobs.repair import remove_corrupt, remove_leftovers
-from rankscope.report import build
+from rankscope.report.write import build
 from rankscope.search.folder import Search
 from rankscope.search.space import resolve_search
 from rankscope.study.folder import TRIAL_FILES

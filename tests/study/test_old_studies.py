@@ -13,7 +13,7 @@ import pytest
 import rankscope
 from rankscope.analysis.verdict import conclude
 from rankscope.jobs.repair import remove_corrupt
-from rankscope.report import build
+from rankscope.report.write import build
 
 STUDIES = sorted((Path(__file__).parents[1] / "fixtures").glob("study-*"))
 

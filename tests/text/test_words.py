@@ -13,10 +13,10 @@ from rankscope.text.verdict import claim_sentences, verdict_sentence
 from report.report_evidence import make_evidence, make_spec, make_verdict
 
 ALIKE = (
-    "The ranks cannot be told apart over 3 seeds at 95% confidence. Take the cheapest, rank 8: its held-out loss is at "
-    "most 0.817% above the best."
+    "The ranks cannot be distinguished over 3 seeds at 95% confidence. Take the cheapest, rank 8: its held-out loss is "
+    "at most 0.817% above the best."
 )
-SCOPE = "This holds at learning rate 2e-4 only, and with alpha 32 whatever the rank (scaling alpha/rank)."
+SCOPE = "Tested only at learning rate 2e-4, with alpha 32 at every rank (scaling alpha/rank)."
 TOO_LITTLE = "There is not enough evidence for a conclusion"
 
 
@@ -58,11 +58,12 @@ def test_an_unknown_language_is_refused_with_the_known_ones() -> None:
          f"seeds). {SCOPE}"),
         ("not_distinguishable", 0, None, f"{ALIKE} {SCOPE}"),
         ("not_distinguishable", 0, 4,
-         f"{ALIKE} About 4 more seeds would tell which are within 1% of the best. {SCOPE}"),
+         f"{ALIKE} About 4 more seeds would show which are within 1% of the best. {SCOPE}"),
         ("best_in_budget", 0, None,
-         "Within the budget use rank 8: it has the lowest held-out loss of those, 0.572% above that of rank 128, which "
-         f"is over the budget; that it is more than 1% worse is shown with 95% confidence over 3 seeds. {SCOPE}"),
-        ("nothing_in_budget", 0, None, "No rank is known to be within the budget."),
+         "Within the budget use rank 8: its held-out loss is the lowest there, 0.572% above that of rank 128, which "
+         "exceeds the budget. It is more than 1% worse than the best, with 95% confidence over 3 seeds. "
+         f"{SCOPE}"),
+        ("nothing_in_budget", 0, None, "No rank is known to fit the budget."),
         ("not_enough_evidence", 0, None, f"{TOO_LITTLE}."),
         ("not_enough_evidence", 0, 1, f"{TOO_LITTLE}; about 1 more seed would be needed."),
     ],
@@ -75,20 +76,18 @@ def test_the_sentence_of_each_outcome(outcome: str, chosen: int, more: int | Non
 def test_lower_ranks_that_are_open_are_told() -> None:
     evidence = make_evidence()
     told = verdict_sentence(make_verdict(evidence, "recommended", 1, undetermined=["r008-lr2e-4"], more_seeds=2))
-    assert "Whether a lower rank is within 1% too is open; about 2 more seeds would tell." in told
+    assert "Lower ranks are undecided; about 2 more seeds would settle it." in told
     told = verdict_sentence(make_verdict(evidence, "recommended", 1, undetermined=["r008-lr2e-4"]))
-    assert "Whether a lower rank is within 1% too is open." in told
+    assert "Lower ranks are undecided." in told
 
 
 def test_one_seed_says_that_it_says_nothing_of_seeds() -> None:
-    assert "at least two more are needed" in verdict_sentence(
-        make_verdict(make_evidence(), "not_enough_evidence", seeds=1)
-    )
+    assert "Run at least two more" in verdict_sentence(make_verdict(make_evidence(), "not_enough_evidence", seeds=1))
 
 
 @pytest.mark.parametrize(
     ("alpha", "rslora", "expected"),
-    [(32.0, True, "alpha 32 whatever the rank (scaling alpha/√rank)"), ("2r", False, "alpha 2 times the rank")],
+    [(32.0, True, "alpha 32 at every rank (scaling alpha/√rank)"), ("2r", False, "alpha 2 times the rank")],
 )
 def test_the_scaling_is_named(alpha: float | str, rslora: bool, expected: str) -> None:
     verdict = make_verdict(make_evidence(), scaling={"alpha": alpha, "use_rslora": rslora})
@@ -104,9 +103,9 @@ def test_claims_are_told_with_effect_and_interval() -> None:
          "from_rank": 8, "to_rank": 256},
     ]  # fmt: skip
     assert claim_sentences(make_verdict(make_evidence(), claims=claims)) == [
-        "The training loss falls with rank: held. From rank 8 to rank 256: −2.1% (95% interval −3% to −1.2%).",
+        "Training loss falls with rank: holds. From rank 8 to rank 256: −2.1% (95% interval −3% to −1.2%).",
         "GPU memory rises with rank: not measured.",
-        "The runtime rises with rank: not distinguishable. From rank 8 to rank 256: +10%.",
+        "Runtime rises with rank: undecided. From rank 8 to rank 256: +10%.",
     ]
 
 

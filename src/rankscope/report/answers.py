@@ -1,4 +1,4 @@
-"""What the model and each candidate answer on the same held-out prompts, side by side."""
+"""Answers of the model and of each candidate to the same held-out prompts, side by side."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -7,21 +7,19 @@ from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import rate
 
-LONGEST = 4000
-"""Characters of one text: a row of the data may be as long as it likes, a page may not."""
+LONGEST = 4000  # characters of one text: rows of the data may be of any length, a page may not
 
 
 class Answer(NamedTuple):
-    """Whose, and what."""
+    """One answer, and the name of its author."""
 
     name: str
     text: str
-    chosen: bool = False
-    """By the verdict."""
+    chosen: bool = False  # by the verdict
 
 
 class Answered(NamedTuple):
-    """A held-out prompt, and its answers: the data's own, the model's without an adapter, each candidate's."""
+    """A held-out prompt with the data's answer, that of the model without an adapter, and each candidate's."""
 
     title: str
     prompt: str
@@ -29,31 +27,26 @@ class Answered(NamedTuple):
 
 
 def answered(evidence: Evidence, verdict: Mapping[str, Any] | None, text: Catalogue) -> list[Answered]:
-    """`Evidence.answers` by prompt, candidates from the lowest rank to the highest; empty where there are none.
+    """`Evidence.answers` by prompt, candidates from the lowest rank to the highest; empty without answers.
 
-    Of a rank with several learning rates, the one that the verdict compares; all of them before there is a verdict.
+    A rank with several learning rates shows the one that the verdict compares; all of them before there is a verdict.
     """
     if evidence.answers is None or evidence.answers.empty:
         return []
     order = ["base", *(candidate.name for candidate in evidence.spec.candidates())]
-    place = {name: number for number, name in enumerate(order)}
-    chosen, compared = (verdict or {}).get("candidate"), _compared(verdict)
+    position = {name: number for number, name in enumerate(order)}
+    chosen = (verdict or {}).get("candidate")
+    compared = {row["rank"]: row["candidate"] for row in (verdict or {}).get("comparison", [])}
     found = []
     for number, (_, rows) in enumerate(evidence.answers.groupby("example", sort=False), start=1):
-        records = sorted(rows.to_dict("records"), key=lambda row: place.get(row["candidate"], len(place)))
+        records = sorted(rows.to_dict("records"), key=lambda row: position.get(row["candidate"], len(position)))
         answers = [Answer(text("answer.reference"), _short(records[0]["reference"]))]
         for row in records:
-            if row["candidate"] not in compared.get(row["rank"], [row["candidate"]]):
-                continue
-            name = _name(evidence, row["candidate"], int(row["rank"]), text)
-            answers.append(Answer(name, _short(row["answer"]), row["candidate"] == chosen))
+            if compared.get(row["rank"], row["candidate"]) == row["candidate"]:
+                name = _name(evidence, row["candidate"], int(row["rank"]), text)
+                answers.append(Answer(name, _short(row["answer"]), row["candidate"] == chosen))
         found.append(Answered(text("answer.prompt", number=number), _short(records[0]["prompt"]), answers))
     return found
-
-
-def _compared(verdict: Mapping[str, Any] | None) -> dict[int, list[str]]:
-    """By rank; a rank that is left out of the comparison has none, and keeps all its answers."""
-    return {row["rank"]: [row["candidate"]] for row in (verdict or {}).get("comparison", [])}
 
 
 def _name(evidence: Evidence, candidate: str, rank: int, text: Catalogue) -> str:

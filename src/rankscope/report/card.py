@@ -1,6 +1,6 @@
-"""A model card for each adapter, so that its folder can be shared as it is: what it is, how it was made, what it cost.
+"""Model cards, so that an adapter's folder can be shared as it is: its making, its losses, its use.
 
-The form is the hub's (https://huggingface.co/docs/hub/model-cards); the metadata are written by huggingface_hub.
+The form is the hub's (https://huggingface.co/docs/hub/model-cards); huggingface_hub writes the metadata.
 """
 
 from collections.abc import Mapping
@@ -12,16 +12,16 @@ from huggingface_hub import ModelCardData
 from rankscope import __version__
 from rankscope.data.sources import HUB_ID
 from rankscope.files import write_atomic
-from rankscope.report.markdown import escape
+from rankscope.report.markdown import escape, markdown_table
 from rankscope.spec.candidates import PLAIN, Trial
 from rankscope.study.evidence import Evidence
-from rankscope.text.formats import known, percent, rate, size
+from rankscope.text.formats import Table, known, percent, rate, size
 from rankscope.text.verdict import verdict_sentence
 
 VARIANTS = {
     "rslora": "rsLoRA",
-    "pissa": "PiSSA, saved as plain LoRA of twice the rank over the base model as it came",
-    "olora": "OLoRA, saved as plain LoRA of twice the rank over the base model as it came",
+    "pissa": "PiSSA, saved as plain LoRA of twice the rank over the unchanged base model",
+    "olora": "OLoRA, saved as plain LoRA of twice the rank over the unchanged base model",
     "loraplus": "LoRA+",
     "dora": "DoRA",
     "pattern": "ranks by layer (rank_pattern)",
@@ -29,7 +29,7 @@ VARIANTS = {
 
 
 def write_cards(evidence: Evidence, verdict: Mapping[str, Any], trials: Path) -> None:
-    """Writes README.md beside the weights of every trial in the folder `trials` that is done."""
+    """Write README.md beside the weights of every finished trial in the folder `trials`."""
     for part in evidence.parts:
         results = {str(name): row for name, row in part.results.set_index("trial").T.to_dict().items()}
         for trial in part.spec.trials():
@@ -39,7 +39,7 @@ def write_cards(evidence: Evidence, verdict: Mapping[str, Any], trials: Path) ->
 
 
 def model_card(evidence: Evidence, verdict: Mapping[str, Any], trial: Trial, results: Mapping[str, Any]) -> str:
-    """The card of one trial's adapter; `results` is its row of `Study.results()`."""
+    """Card of one trial's adapter; `results` is its row of `Study.results()`."""
     spec, candidate, machine = evidence.spec, trial.candidate, evidence.machine
     metadata = ModelCardData(
         base_model=_on_the_hub(spec.model.id),
@@ -53,18 +53,18 @@ def model_card(evidence: Evidence, verdict: Mapping[str, Any], trial: Trial, res
         "Base model": f"{spec.model.id}" + (f", revision {revision}" if revision else ""),
         "Data": f"{spec.data.id}: {evidence.data_facts['rows_train']:,} rows, loss on {spec.data.loss_on}",
         "Rank": f"{candidate.rank}",
-        **({} if candidate.variant == PLAIN else {"Variant of LoRA": VARIANTS[candidate.variant]}),
+        **({} if candidate.variant == PLAIN else {"LoRA variant": VARIANTS[candidate.variant]}),
         "lora_alpha": f"{candidate.lora_alpha:g} (the update is scaled by {candidate.scaling:.4g})",
         "Target modules": modules if isinstance(modules, str) else ", ".join(modules),
         "LoRA dropout": f"{candidate.lora_dropout:g}",
         "Learning rate": f"{rate(candidate.learning_rate)}, {spec.training.lr_scheduler_type}",
-        "Steps": f"{results['steps']:,.0f}, {spec.training.effective_batch_size} examples each",
+        "Steps": f"{results['steps']:,.0f}, {spec.training.effective_batch_size} examples per step",
         "Seed": f"{trial.seed}",
         "Trainable parameters": f"{results['trainable_params']:,.0f}",
         "Size": size(results["adapter_bytes"]),
     }
     measured = {
-        "Held-out loss": f"{results['eval_loss']:.4f} nats a label token, on {evidence.data_facts['rows_eval']:,} rows",
+        "Held-out loss": f"{results['eval_loss']:.4f} nats per label token, {evidence.data_facts['rows_eval']:,} rows",
         "Perplexity": f"{results['eval_perplexity']:.4g}",
         "Token accuracy": percent(results["eval_accuracy"]) if known(results["eval_accuracy"]) else "unknown",
         "Training loss": f"{results['train_loss']:.4f}, mean over the last tenth of the steps",
@@ -82,17 +82,16 @@ def model_card(evidence: Evidence, verdict: Mapping[str, Any], trial: Trial, res
         "## Use",
         "```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
         'model = AutoPeftModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")\n```',
-        "Prompts must have the form that it was trained on: see `template` in the study's study.yaml.",
+        "Prompts must have the format of the training data: see `template` in the study's study.yaml.",
         f"Made by rankscope {__version__} ({escape(versions)}).",
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def _on_the_hub(name: str) -> str | None:
-    """The id of a model or data set that the hub has; None for a file, a folder, or what comes with rankscope."""
+    """The name if it is an id of the hub; None for a file, a folder, or embedded model and data."""
     return name if HUB_ID.fullmatch(name) and "/" in name and not Path(name).exists() else None
 
 
 def _table(facts: Mapping[str, str]) -> str:
-    rows = [f"| {escape(name)} | {escape(value)} |" for name, value in facts.items()]
-    return "\n".join(["| | |", "|---|---|", *rows])
+    return markdown_table(Table("", ["", ""], [False, False], [list(fact) for fact in facts.items()]))

@@ -1,17 +1,15 @@
-"""The charts' theme, and curves: each function takes a tidy frame and gives an `altair.Chart`. Change a chart here.
+"""Colours, theme, encodings and layers that charts share, as altair objects.
 
-Those with a place for each rank are in `charts_by_rank`. Labels are the catalogue's; no string of the model or the data
-enters a chart.
+Labels are the catalogue's; no string of the model or the data enters a chart.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import altair as alt
 import pandas as pd
 
-from rankscope.report.figures import LIGHT, colour, dash, numbered, shape, sized
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import Unit, rate
 
@@ -20,16 +18,55 @@ FONT = (
     "'Noto Sans KR', 'Noto Sans CJK KR', sans-serif"
 )
 
+WIDTH, HEIGHT = 640, 280  # of a figure file, in pixels; on the page a chart is as wide as its column
+
+LEGEND_COLUMNS = 5  # ranks side by side in a legend: as many as fit on a phone
+
+DASHES = [[1, 0], [7, 3], [2, 2], [9, 3, 2, 3], [12, 4], [4, 2, 1, 2], [1, 4], [5, 5]]
+
+SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
+
+
+def _numbered(name: str, colours: Sequence[str]) -> dict[str, str]:
+    return {f"{name}-{number}": colour for number, colour in enumerate(colours)}
+
+
+LIGHT: Mapping[str, str] = {
+    "paper": "#fdfdfc", "raised": "#f4f4f1", "ink": "#1c1c1a", "muted": "#5c5c58", "line": "#e2e2dd",
+    "accent": "#00619a", "good": "#00714f",
+    **_numbered("rank", ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6b6b6b"]),
+    **_numbered("part", ["#8a8a86", "#332288", "#CC6677", "#DDCC77", "#882255", "#44AA99", "#117733", "#c4c4be"]),
+}  # fmt: skip
+
+DARK: Mapping[str, str] = {
+    "paper": "#161615", "raised": "#20201e", "ink": "#e8e8e6", "muted": "#a8a8a4", "line": "#383836",
+    "accent": "#6fc0f0", "good": "#43cda2",
+    **_numbered("rank", ["#56B4E9", "#E69F00", "#2fc79b", "#CC79A7", "#F0E442", "#D55E00", "#b5b5b5"]),
+    **_numbered("part", ["#73736f", "#77AADD", "#FFAABB", "#EEDD88", "#EE8866", "#44BB99", "#BBCC33", "#a5a5a0"]),
+}  # fmt: skip
+
+PAGE: Mapping[str, str] = {name: f"var(--{name})" for name in LIGHT}
+"""Colours of the page's charts: CSS variables, which follow the theme and paper without a redraw."""
+
+
+def declarations(colours: Mapping[str, str]) -> str:
+    """The colours as CSS: `--paper: #fdfdfc; --raised: …`."""
+    return " ".join(f"--{name}: {colour};" for name, colour in colours.items())
+
+
+def _palette(name: str, colours: Mapping[str, str]) -> list[str]:
+    return [colour for key, colour in colours.items() if key.startswith(f"{name}-")]
+
 
 def theme(colours: Mapping[str, str] = LIGHT) -> dict[str, Any]:
-    """The Vega-Lite config that all charts share. Screen readers hear a chart's description, not each of its marks."""
+    """Vega-Lite config of all charts. Screen readers read a chart's description, not each of its marks."""
     ink, muted, grid, paper = (colours[name] for name in ("ink", "muted", "line", "paper"))
     return {
         "background": None,
         "mark": {"aria": False},
         "font": FONT,
         "view": {"stroke": None},
-        "range": {"category": numbered("rank", colours), "ordinal": numbered("part", colours)},
+        "range": {"category": _palette("rank", colours), "ordinal": _palette("part", colours)},
         "axis": {
             "aria": False,
             "labelColor": muted,
@@ -70,8 +107,100 @@ def theme(colours: Mapping[str, str] = LIGHT) -> dict[str, Any]:
     }
 
 
+def layered(*layers: Any) -> alt.Chart:
+    """One chart of the layers, in the size of a figure file."""
+    layer: Any = alt.layer(*layers)
+    chart: alt.Chart = layer.properties(width=WIDTH, height=HEIGHT)
+    return chart
+
+
+def colour(ranks: list[int], text: Catalogue, *, legend: str = "") -> alt.Color:
+    scale = alt.Scale(domain=ranks)
+    return alt.Color("rank:N", sort=ranks, scale=scale, legend=_legend(text, legend), title=text("chart.rank"))
+
+
+def shape(ranks: list[int], text: Catalogue, *, legend: str = "") -> alt.Shape:
+    scale = cycle(ranks, SHAPES)
+    return alt.Shape("rank:N", sort=ranks, scale=scale, legend=_legend(text, legend), title=text("chart.rank"))
+
+
+def dash(ranks: list[int], text: Catalogue) -> alt.StrokeDash:
+    scale, legend = cycle(ranks, DASHES), _legend(text, "stroke")
+    return alt.StrokeDash("rank:N", sort=ranks, scale=scale, legend=legend, title=text("chart.rank"))
+
+
+def cycle(domain: Sequence[Any], values: Sequence[Any]) -> alt.Scale:
+    """Scale from the domain to the values, which repeat where there are too few."""
+    return alt.Scale(domain=list(domain), range=[values[number % len(values)] for number in range(len(domain))])
+
+
+def _legend(text: Catalogue, kind: str) -> alt.Legend | None:
+    """One legend for colour and dash (`stroke`) or for colour and shape (`symbol`), or none (empty)."""
+    if not kind:
+        return None
+    # Full opacity: else a band's paleness passes to the legend's symbols.
+    common: dict[str, Any] = {"title": text("chart.rank"), "symbolOpacity": 1, "columns": LEGEND_COLUMNS}
+    if kind == "stroke":
+        return alt.Legend(symbolType="stroke", symbolSize=400, **common)
+    return alt.Legend(symbolStrokeWidth=0, symbolSize=90, **common)
+
+
+def rank_axis(text: Catalogue, ranks: list[int]) -> alt.X:
+    scale, axis = alt.Scale(domain=ranks), alt.Axis(labelAngle=0)
+    return alt.X("rank:N", sort=ranks, title=text("chart.rank"), scale=scale, axis=axis)
+
+
+def by_rank(frame: pd.DataFrame, text: Catalogue, ranks: list[int]) -> dict[str, Any]:
+    """Channels that put ranks side by side, and within a rank its learning rates from low to high."""
+    channels: dict[str, Any] = {"x": rank_axis(text, ranks)}
+    if frame["learning_rate"].nunique() > 1:
+        rates = [rate(value) for value in sorted(frame["learning_rate"].unique())]
+        channels["xOffset"] = alt.XOffset("rate:N", sort=rates, scale=alt.Scale(domain=rates))
+    return channels
+
+
+def candidate_tooltip(text: Catalogue) -> list[alt.Tooltip]:
+    """First lines of a candidate's tooltip; its frame has `rank` and `rate`."""
+    return [alt.Tooltip("rank:O", title=text("chart.rank")), alt.Tooltip("rate:N", title=text("chart.learning_rate"))]
+
+
+def loss_tooltip(text: Catalogue) -> list[alt.Tooltip]:
+    """Mean and interval of a held-out loss."""
+    columns = {"eval_loss": "mean", "eval_loss_low": "lowest", "eval_loss_high": "highest"}
+    return [alt.Tooltip(f"{column}:Q", title=text(f"chart.{name}"), format=".4f") for column, name in columns.items()]
+
+
+def loss_scale(padding: int = 12) -> alt.Scale:
+    return alt.Scale(zero=False, nice=True, padding=padding)
+
+
+def loss_axis(text: Catalogue, column: str = "eval_loss", padding: int = 12) -> alt.Y:
+    """Y axis of a held-out loss in nats, which does not start at zero."""
+    return alt.Y(f"{column}:Q", title=text("chart.eval_by_rank.y"), scale=loss_scale(padding))
+
+
+def loss_intervals(
+    frame: pd.DataFrame, text: Catalogue, encoding: Mapping[str, Any], padding: int = 12, **mark: Any
+) -> list[alt.Chart]:
+    """Vertical bars from `eval_loss_low` to `eval_loss_high`; no layer where no row has both."""
+    both = frame.dropna(subset=["eval_loss_low", "eval_loss_high"])
+    if both.empty:
+        return []
+    low = loss_axis(text, "eval_loss_low", padding)
+    return [alt.Chart(both).mark_rule(**mark).encode(y=low, y2="eval_loss_high:Q", **encoding)]
+
+
+def band(limits: tuple[float, float], scale: alt.Scale) -> alt.Chart:
+    """Shaded range of the y axis."""
+    frame = pd.DataFrame({"from": [limits[0]], "to": [limits[1]]})
+    shaded: alt.Chart = (
+        alt.Chart(frame).mark_rect(opacity=0.13, style="band").encode(y=alt.Y("from:Q", scale=scale), y2="to:Q")
+    )
+    return shaded
+
+
 class Along(NamedTuple):
-    """What a curve runs along: a column of its frame, and the axis that shows it."""
+    """X axis of a curve: a column of its frame, and how it is shown."""
 
     column: str
     title: str
@@ -79,80 +208,30 @@ class Along(NamedTuple):
     axis: alt.Axis
 
 
-def _steps(text: Catalogue) -> Along:
+def steps_axis(text: Catalogue) -> Along:
     return Along("step", text("chart.step"), ",d", alt.Axis(format=",d", tickMinStep=1, tickCount=6))
 
 
-def training_loss(frame: pd.DataFrame, text: Catalogue, ranks: list[int], y_range: tuple[float, float]) -> alt.Chart:
-    """`step rank mean low high smooth_mean smooth_low smooth_high`; a switch chooses the smoothed curve."""
-    switch = alt.param(name="smooth", value=True, bind=alt.binding_checkbox(name=text("chart.smooth")))
-    shown = {
-        "shown": "smooth ? datum.smooth_mean : datum.mean",
-        "shown_low": "smooth ? datum.smooth_low : datum.low",
-        "shown_high": "smooth ? datum.smooth_high : datum.high",
-    }
-    base = alt.Chart(frame).transform_calculate(**shown)
-    layers = _lines(base, frame, text, ranks, text("chart.train_loss.y"), y_range, ".4f", along=_steps(text))
-    return sized(alt.layer(*layers)).add_params(switch)
-
-
-def heldout_by_step(frame: pd.DataFrame, text: Catalogue, ranks: list[int], y_range: tuple[float, float]) -> alt.Chart:
-    """`step rank mean low high`, in nats."""
-    title = text("chart.eval_steps.y")
-    layers = _lines(_plain(frame), frame, text, ranks, title, y_range, ".4f", along=_steps(text), points=True)
-    return sized(alt.layer(*layers))
-
-
-def memory_by_step(
-    frame: pd.DataFrame, text: Catalogue, ranks: list[int], y_range: tuple[float, float], kind: str, unit: Unit
-) -> alt.Chart:
-    """`step rank mean low high` in bytes; `kind` is `cpu` or `gpu`."""
-    scaled, scaled_range = _in_unit(frame, y_range, unit)
-    title, points = text(f"chart.{kind}_steps.y", unit=unit.name), scaled["step"].nunique() <= 30
-    layers = _lines(_plain(scaled), scaled, text, ranks, title, scaled_range, ".4~g", along=_steps(text), points=points)
-    return sized(alt.layer(*layers))
-
-
-def memory_by_time(
-    frame: pd.DataFrame,
-    text: Catalogue,
-    ranks: list[int],
-    y_range: tuple[float, float],
-    kind: str,
-    unit: Unit,
-    time: Unit,
-) -> alt.Chart:
-    """`seconds phase rank mean low high`, memory in bytes. Training, which the other figures show, is drawn thick."""
-    scaled, scaled_range = _in_unit(frame, y_range, unit)
-    scaled["seconds"] = scaled["seconds"] / time.factor
-    title, unit_title = text(f"chart.{kind}_steps.y", unit=unit.name), text("chart.time", unit=time.name)
-    along = Along("seconds", unit_title, ".3~g", alt.Axis(tickCount=6))
-    base = _plain(scaled)
-    thick = base.transform_filter("datum.phase === 'train'").mark_line(strokeWidth=4, opacity=0.45, clip=True)
-    training = thick.encode(x=_x(along), y=_y(title, scaled_range), color=colour(ranks, text, legend="stroke"))
-    layers = _lines(base, scaled, text, ranks, title, scaled_range, ".4~g", along=along)
-    return sized(alt.layer(training, *layers))
-
-
-def _in_unit(frame: pd.DataFrame, y_range: tuple[float, float], unit: Unit) -> tuple[pd.DataFrame, tuple[float, float]]:
+def in_unit(frame: pd.DataFrame, y_range: tuple[float, float], unit: Unit) -> tuple[pd.DataFrame, tuple[float, float]]:
+    """A curve's frame and the range of its y axis in the unit."""
     scaled = frame.assign(**{column: frame[column] / unit.factor for column in ("mean", "low", "high")})
     return scaled, (y_range[0] / unit.factor, y_range[1] / unit.factor)
 
 
-def _plain(frame: pd.DataFrame) -> alt.Chart:
+def plain(frame: pd.DataFrame) -> alt.Chart:
+    """Chart of `mean low high` as they are."""
     return alt.Chart(frame).transform_calculate(shown="datum.mean", shown_low="datum.low", shown_high="datum.high")
 
 
-def _x(along: Along) -> alt.X:
+def x_axis(along: Along) -> alt.X:
     return alt.X(f"{along.column}:Q", title=along.title, axis=along.axis, scale=alt.Scale(nice=False))
 
 
-def _y(title: str, y_range: tuple[float, float]) -> alt.Y:
+def y_axis(title: str, y_range: tuple[float, float]) -> alt.Y:
     return alt.Y("shown:Q", title=title, scale=alt.Scale(domain=list(y_range), zero=False, nice=True))
 
 
-def _lines(
-    base: alt.Chart,
+def lines(
     frame: pd.DataFrame,
     text: Catalogue,
     ranks: list[int],
@@ -162,9 +241,10 @@ def _lines(
     *,
     along: Along,
     points: bool = False,
+    base: alt.Chart | None = None,
 ) -> list[alt.Chart]:
-    """Layers: a mean line and a band for each rank; under the pointer, the values of all ranks at that place."""
-    x, y = _x(along), _y(title, y_range)
+    """Layers with a mean line and a band per rank, and under the pointer the values of all ranks."""
+    base, x, y = base or plain(frame), x_axis(along), y_axis(title, y_range)
     of_rank = colour(ranks, text, legend="symbol" if points else "stroke")
     layers = []
     if (frame["high"] > frame["low"]).any():
@@ -200,7 +280,7 @@ def _hover(
         base.transform_pivot("rank", value="shown", groupby=[along.column])
         .mark_rule(strokeWidth=1)
         .encode(
-            x=_x(along),
+            x=x_axis(along),
             opacity=alt.condition(nearest, alt.value(0.6), alt.value(0)),
             tooltip=[alt.Tooltip(f"{along.column}:Q", title=along.title, format=along.number), *values],
         )

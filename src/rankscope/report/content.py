@@ -1,4 +1,4 @@
-"""What a report says, in one language, before it has a form: HTML and Markdown render the same content."""
+"""Content of a report in one language, which HTML and Markdown render."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -7,25 +7,37 @@ import pandas as pd
 
 from rankscope.report.answers import Answered, answered
 from rankscope.report.costs import Saving, cost_tables, noise_sentence, prediction_tables, savings
-from rankscope.report.curve import cut_section
-from rankscope.report.figures import Figure, Section
+from rankscope.report.curve import rank_curve_sections
+from rankscope.report.figures import Figure, Missing, Section, make_section
 from rankscope.report.frames import by_candidate, chosen_row, has_gpu
 from rankscope.report.loss import loss_figures
 from rankscope.report.memory import memory_figures
-from rankscope.report.other_metrics import Fact, also_measured, also_notes, data_facts, machine_facts, rank_name
-from rankscope.report.runtime import speed_figures, trade_off_figures
-from rankscope.report.variants import variant_section
+from rankscope.report.other_metrics import Fact, data_facts, machine_facts, metrics_notes, metrics_table, rank_name
+from rankscope.report.runtime import runtime_figures, trade_off_figures
+from rankscope.report.variants import variant_sections
 from rankscope.spec.models import EMBEDDED
 from rankscope.spec.resolve import write_yaml
 from rankscope.study.evidence import Evidence
 from rankscope.study.folder import ANSWERS
 from rankscope.text.catalogue import Catalogue
-from rankscope.text.formats import Table, duration, known, loss, percent, rate, signed, size
+from rankscope.text.formats import (
+    Table,
+    duration,
+    interval,
+    known,
+    loss,
+    percent,
+    rate,
+    shown,
+    signed,
+    size,
+    tabulate,
+)
 from rankscope.text.verdict import claim_sentences, verdict_sentence
 
 
 class Content(NamedTuple):
-    """Everything in the order in which it is shown."""
+    """Parts of a report in the order in which they are shown."""
 
     title: str
     subtitle: str
@@ -38,6 +50,7 @@ class Content(NamedTuple):
     cost: str
     cost_notes: list[str]
     caveats: list[str]
+    how_to_read: list[str]
     sections: list[Section]
     claims: list[str]
     answers: list[Answered]
@@ -58,11 +71,15 @@ class Content(NamedTuple):
     def figures(self) -> list[Figure]:
         return [figure for section in self.sections for figure in section.figures]
 
+    @property
+    def missing(self) -> list[Missing]:
+        return [missing for section in self.sections for missing in section.missing]
+
 
 def compose(
     evidence: Evidence, verdict: Mapping[str, Any] | None, text: Catalogue, study_name: str, reproduce: str
 ) -> Content:
-    """Puts the report together. `verdict` may be None, and any table of the evidence may be empty."""
+    """Content of the report; `verdict` may be None, and any table of the evidence may be empty."""
     table = by_candidate(evidence, verdict)
     rank = (verdict or {}).get("rank")
     saved = savings(evidence, verdict, table, text)
@@ -80,21 +97,22 @@ def compose(
         cost=cost,
         cost_notes=cost_notes,
         caveats=caveats,
+        how_to_read=[text(f"how.{name}") for name in ("averages", "axes", "alone", "differences")],
         sections=[
-            Section("loss", loss_figures(evidence, verdict, table, text)),
-            *variant_section(evidence, verdict, text),
-            *cut_section(evidence, text),
-            Section("memory", memory_figures(evidence, table, text)),
-            Section("time", speed_figures(evidence, text)),
-            Section("trade_off", trade_off_figures(evidence, verdict, table, text)),
+            make_section("loss", loss_figures(evidence, verdict, table, text)),
+            *variant_sections(evidence, verdict, text),
+            *rank_curve_sections(evidence, text),
+            make_section("memory", memory_figures(evidence, table, text)),
+            make_section("time", runtime_figures(evidence, text)),
+            make_section("trade_off", trade_off_figures(evidence, verdict, table, text)),
         ],
         claims=claim_sentences(verdict, text.language),
         answers=answered(evidence, verdict, text),
         candidates=_candidates(evidence, verdict, table, text),
         noise=noise_sentence(evidence.profiles, text),
         costs=[*cost_tables(evidence, text), *prediction_tables(evidence, text)],
-        also=also_measured(evidence, verdict, text),
-        also_notes=also_notes(evidence, text),
+        also=metrics_table(evidence, verdict, text),
+        also_notes=metrics_notes(evidence, text),
         trials=_trials(evidence, text),
         data=data_facts(evidence.data_facts, text),
         machine=machine_facts(evidence.machine, text),
@@ -107,14 +125,13 @@ def compose(
 
 def _subtitle(evidence: Evidence, text: Catalogue) -> str:
     model, data = evidence.spec.model.id, evidence.spec.data.id
-    return text(
-        "page.subtitle",
-        model=text("page.embedded_model") if model == EMBEDDED else model,
-        data=text("page.embedded_data") if data == EMBEDDED else data,
-    )
+    shown_model = text("page.embedded_model") if model == EMBEDDED else model
+    shown_data = text("page.embedded_data") if data == EMBEDDED else data
+    return text("page.subtitle", model=shown_model, data=shown_data)
 
 
 def _cost(verdict: Mapping[str, Any] | None, table: pd.DataFrame, text: Catalogue) -> tuple[str, list[str]]:
+    """The chosen candidate's loss above the best one's, and notes on it."""
     chosen = chosen_row(verdict, table)
     if chosen is None or verdict is None:
         return "", []
@@ -126,105 +143,73 @@ def _cost(verdict: Mapping[str, Any] | None, table: pd.DataFrame, text: Catalogu
     if known(chosen["regret_share"]):
         notes.append(text("cost.share", share=percent(chosen["regret_share"])))
     if known(chosen["regret_low"]) and known(chosen["regret_high"]):
-        notes.append(
-            text(
-                "cost.interval",
-                confidence=percent(verdict["confidence"]),
-                low=signed(chosen["regret_low"]),
-                high=signed(chosen["regret_high"]),
-            )
-        )
+        ends = {"low": signed(chosen["regret_low"]), "high": signed(chosen["regret_high"])}
+        notes.append(text("cost.interval", confidence=percent(verdict["confidence"]), **ends))
     else:
         notes.append(text("cost.no_interval"))
     return text("cost.nats", value=signed(chosen["regret"])), notes
 
 
 def _candidates(evidence: Evidence, verdict: Mapping[str, Any] | None, table: pd.DataFrame, text: Catalogue) -> Table:
-    none, gpu = text("none"), has_gpu(evidence)
+    gpu, chosen = has_gpu(evidence), (verdict or {}).get("candidate")
 
-    def show(value: float, number: Callable[[float], str]) -> str:
-        return number(value) if known(value) else none
+    def memory(row: Any, kind: str) -> str:
+        average, peak = (shown(row[f"{kind}_{end}_bytes"], size, text) for end in ("mean", "peak"))
+        return average if average == peak == text("none") else f"{average} /\n{peak}"
 
-    def interval(low: float, high: float, number: Callable[[float], str]) -> str:
-        return f"\n[{number(low)}, {number(high)}]" if known(low) and known(high) else ""
-
-    def both(average_bytes: float, peak_bytes: float) -> str:
-        average, peak = show(average_bytes, size), show(peak_bytes, size)
-        return average if average == peak == none else f"{average} /\n{peak}"
-
-    rows = []
-    for row in table.to_dict("records"):
+    def eval_loss(row: Any) -> str:
         spread = f"\n± {loss(row['eval_loss_sd'])}" if known(row["eval_loss_sd"]) else ""
-        within = none if not known(row["within_margin"]) else text("table.yes" if row["within_margin"] else "table.no")
-        rows.append(
-            [
-                str(row["rank"]),
-                rate(row["learning_rate"]),
-                f"{row['lora_alpha']:g}",
-                f"{row['scaling']:.4g}",
-                show(row["trainable_params"], lambda value: f"{value:,.0f}"),
-                show(row["adapter_bytes"], size),
-                f"{row['finished']} / {row['trials']}",
-                show(row["train_loss"], loss),
-                show(row["eval_loss"], loss) + spread,
-                show(row["regret"], loss) + interval(row["regret_low"], row["regret_high"], loss),
-                within,
-                both(row["rss_mean_bytes"], row["rss_peak_bytes"]),
-                both(row["gpu_allocated_mean_bytes"], row["gpu_allocated_peak_bytes"]) if gpu else text("table.no_gpu"),
-                show(row["step_seconds"], lambda value: f"{value:.3g}"),
-                show(row["runtime_seconds"], lambda value: duration(value, text)),
-            ]
-        )
-    names = ["rank", "learning_rate", "alpha", "scaling", "params", "adapter", "finished", "train_loss"]
-    names += ["eval_loss", "regret", "within", "cpu_memory", "gpu_memory", "step_seconds", "runtime"]
+        return shown(row["eval_loss"], loss, text) + spread
+
+    columns: dict[str, Callable[[Any], str]] = {
+        "rank": lambda row: str(row["rank"]),
+        "learning_rate": lambda row: rate(row["learning_rate"]),
+        "alpha": lambda row: f"{row['lora_alpha']:g}",
+        "scaling": lambda row: f"{row['scaling']:.4g}",
+        "params": lambda row: shown(row["trainable_params"], "{:,.0f}".format, text),
+        "adapter": lambda row: shown(row["adapter_bytes"], size, text),
+        "finished": lambda row: f"{row['finished']} / {row['trials']}",
+        "train_loss": lambda row: shown(row["train_loss"], loss, text),
+        "eval_loss": eval_loss,
+        "regret": lambda row: shown(row["regret"], loss, text) + interval(row["regret_low"], row["regret_high"], loss),
+        "within": lambda row: shown(row["within_margin"], lambda it: text("table.yes" if it else "table.no"), text),
+        "cpu_memory": lambda row: memory(row, "rss"),
+        "gpu_memory": lambda row: memory(row, "gpu_allocated") if gpu else text("table.no_gpu"),
+        "step_seconds": lambda row: shown(row["step_seconds"], "{:.3g}".format, text),
+        "runtime": lambda row: shown(row["runtime_seconds"], lambda seconds: duration(seconds, text), text),
+    }
     confidence = (verdict or {}).get("confidence", evidence.spec.verdict.confidence)
-    return Table(
+    return tabulate(
         text("table.candidates", confidence=percent(confidence)),
-        [text(f"table.{name}") for name in names],
-        [True] * len(names),
-        rows,
-        next(
-            (index for index, name in enumerate(table["candidate"]) if name == (verdict or {}).get("candidate")),
-            None,
-        ),
+        {text(f"table.{name}"): cell for name, cell in columns.items()},
+        table.to_dict("records"),
+        chosen=next((number for number, name in enumerate(table["candidate"]) if name == chosen), None),
     )
 
 
 def _trials(evidence: Evidence, text: Catalogue) -> Table:
-    none = text("none")
     records = [row for part in evidence.parts for row in part.results.to_dict("records")]
     if evidence.reference_results is not None:
         records += evidence.reference_results.to_dict("records")
-    rows = [
-        [
-            str(row["trial"]),
-            rank_name(row["rank"], text),
-            rate(row["learning_rate"]),
-            str(row["seed"]),
-            text.get(f"status.{row['status']}", str(row["status"])),
-            str(row["reason"]) if isinstance(row["reason"], str) else none,
-            f"{row['steps']:,.0f}" if known(row["steps"]) else none,
-            loss(row["train_loss"]) if known(row["train_loss"]) else none,
-            loss(row["eval_loss"]) if known(row["eval_loss"]) else none,
-        ]
-        for row in records
-    ]
-    names = ["trial", "rank", "learning_rate", "seed", "status", "reason", "steps", "train_loss", "eval_loss"]
-    numeric = [name not in ("trial", "status", "reason") for name in names]
-    return Table(text("table.trials"), [text(f"table.{name}") for name in names], numeric, rows)
+    columns: dict[str, Callable[[Any], str]] = {
+        "trial": lambda row: str(row["trial"]),
+        "rank": lambda row: rank_name(row["rank"], text),
+        "learning_rate": lambda row: rate(row["learning_rate"]),
+        "seed": lambda row: str(row["seed"]),
+        "status": lambda row: text.get(f"status.{row['status']}", str(row["status"])),
+        "reason": lambda row: row["reason"] if isinstance(row["reason"], str) else text("none"),
+        "steps": lambda row: shown(row["steps"], "{:,.0f}".format, text),
+        "train_loss": lambda row: shown(row["train_loss"], loss, text),
+        "eval_loss": lambda row: shown(row["eval_loss"], loss, text),
+    }
+    headed = {text(f"table.{name}"): cell for name, cell in columns.items()}
+    return tabulate(text("table.trials"), headed, records, [text(f"table.{n}") for n in ("trial", "status", "reason")])
 
 
 def _limits(evidence: Evidence, verdict: Mapping[str, Any] | None, text: Catalogue) -> list[str]:
     spec = evidence.spec
     margin = (verdict or {}).get("margin", spec.verdict.margin)
-    limits = [
-        text("limit.scope"),
-        text("limit.loss"),
-        text("limit.margin", margin=percent(margin)),
-        text("limit.seeds"),
-    ]
-    if len(spec.ranks) > 1:
-        limits.append(text("limit.selection"))
+    limits = [text("limit.scope"), text("limit.margin", margin=percent(margin)), text("limit.seeds")]
     if len(spec.learning_rates) > 1:
         limits.append(text("limit.rates"))
     if len(spec.ranks) > 1 and not isinstance(spec.adapter.alpha, str) and not spec.adapter.use_rslora:

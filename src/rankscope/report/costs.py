@@ -1,4 +1,4 @@
-"""What a report says of costs: what the chosen rank saves, each cost in detail, and how much of it all is noise."""
+"""Costs in the report: the chosen rank beside the largest, each cost in detail, and measurement noise."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from rankscope.analysis.costs import Noise, noise_floor
 from rankscope.report.frames import chosen_row, has_gpu, rank_profiles
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue
-from rankscope.text.formats import Table, change, duration, known, rate, size
+from rankscope.text.formats import Table, change, duration, known, rate, shown, size, tabulate
 from rankscope.text.verdict import candidate_name
 
 QUANTITIES = {
@@ -21,10 +21,10 @@ QUANTITIES = {
     "step_seconds": "step_seconds_median",
     "runtime": "runtime_seconds",
 }
-"""Costs whose noise is told, and their columns in `Study.profiles`."""
+"""Costs with a stated noise, and their columns in `Study.profiles`."""
 
 MEMORY_KINDS = ("rss", "gpu_allocated", "gpu_reserved", "gpu_nvml")
-"""In the names of the columns of `Study.profiles`."""
+"""Prefixes of memory columns in `Study.profiles`."""
 
 
 class Saving(NamedTuple):
@@ -32,12 +32,10 @@ class Saving(NamedTuple):
 
     label: str
     value: str
-    instead: str
+    instead: str  # of the largest rank
     change: str
-    less: bool
-    """By more than noise."""
-    noise: str
-    """What a difference must exceed to be one; empty for what is counted, not measured."""
+    less: bool  # by more than noise
+    noise: str  # what a difference must exceed; empty for a value that is counted, not measured
 
     @property
     def difference(self) -> str:
@@ -45,7 +43,7 @@ class Saving(NamedTuple):
 
 
 class Savings(NamedTuple):
-    """All of them, with a title; a note where there are none."""
+    """Costs beside the largest rank's, or a note on why they are missing."""
 
     title: str
     savings: list[Saving]
@@ -53,7 +51,7 @@ class Savings(NamedTuple):
 
 
 def savings(evidence: Evidence, verdict: Mapping[str, Any] | None, table: pd.DataFrame, text: Catalogue) -> Savings:
-    """The chosen candidate's costs against those of the largest rank that is compared."""
+    """Costs of the chosen candidate beside those of the largest rank in the comparison."""
     chosen = chosen_row(verdict, table)
     if chosen is None or verdict is None:
         return Savings("", [], "")
@@ -76,37 +74,33 @@ def savings(evidence: Evidence, verdict: Mapping[str, Any] | None, table: pd.Dat
         noise = noise_floor(evidence.profiles, column) if column in QUANTITIES.values() else None
         seen = noise is None or abs(new / old - 1) > noise.floor
         beside = text("noise.beside" if seen else "noise.within", floor=noise_share(noise)) if noise else ""
-        instead = text("saving.instead", value=number(old))
-        found.append(
-            Saving(text(f"saving.{label}"), number(new), instead, change(new, old), bool(new < old and seen), beside)
-        )
+        values = text(f"saving.{label}"), number(new), number(old), change(new, old)
+        found.append(Saving(*values, less=bool(new < old and seen), noise=beside))
     return Savings(title, found, "" if known(chosen["rss_peak_bytes"]) else text("saving.unmeasured"))
 
 
 def noise_sentence(profiles: pd.DataFrame, text: Catalogue) -> str:
-    """How much the candidate that was profiled twice over differed from itself; empty where none was."""
-    known_floors = {
-        name: noise for name, column in QUANTITIES.items() if (noise := noise_floor(profiles, column)) is not None
-    }
-    if not known_floors:
+    """Noise of each cost, from the candidate that was profiled twice over; empty without one."""
+    found = {name: noise for name, column in QUANTITIES.items() if (noise := noise_floor(profiles, column))}
+    if not found:
         return ""
-    first = next(iter(known_floors.values()))
-    floors = ", ".join(
-        text("noise.item", floor=noise_share(noise), quantity=text(f"noise.{name}"))
-        for name, noise in known_floors.items()
-    )
+    first = next(iter(found.values()))
+    items = [
+        text("noise.item", floor=noise_share(noise), quantity=text(f"noise.{name}")) for name, noise in found.items()
+    ]
+    floors = ", ".join(items)
     return text("noise.sentence", name=text("name.rank", rank=first.rank), times=first.measurements, floors=floors)
 
 
 def cost_tables(evidence: Evidence, text: Catalogue) -> list[Table]:
-    """Memory and time of each rank in detail, the last rows with their noise; empty where nothing was profiled."""
+    """Memory and time of each rank in detail, with their noise in the last rows; empty without profiles."""
     profiles = rank_profiles(evidence)
     return [] if profiles.empty else [_memory(evidence, profiles, text), _time(evidence, profiles, text)]
 
 
 def _memory(evidence: Evidence, profiles: pd.DataFrame, text: Catalogue) -> Table:
     """Averages and percentiles are means over repeats, peaks are the highest repeat."""
-    columns = {
+    details = {
         "chart.average": ("{}_mean_bytes", "mean"),
         "chart.peak": ("{}_peak_bytes", "max"),
         "table.p99": ("{}_p99_bytes", "mean"),
@@ -116,24 +110,24 @@ def _memory(evidence: Evidence, profiles: pd.DataFrame, text: Catalogue) -> Tabl
         "table.eval_peak": ("eval_{}_peak_bytes", "max"),
     }
     kinds = [kind for kind in MEMORY_KINDS if profiles[f"{kind}_mean_bytes"].notna().any()]
-    rows = [
-        [str(rank), text(f"memory.{kind}")]
-        + [_show(repeats, column.format(kind), how, size, text) for column, how in columns.values()]
-        for rank, repeats in profiles.groupby("rank")
-        for kind in kinds
-    ]
-    rows += [
-        [text("noise.row"), text(f"memory.{kind}")]
-        + [_floor(evidence, column.format(kind), text) for column, _ in columns.values()]
-        for kind in kinds
-    ]
-    headers = [text("table.rank"), text("table.memory_kind"), *map(text, columns)]
-    return Table(text("table.memory"), headers, [True, False] + [True] * len(columns), rows)
+    kind_header = text("table.memory_kind")
+    columns: dict[str, Callable[[Any], str]] = {
+        text("table.rank"): lambda row: row[0],
+        kind_header: lambda row: text(f"memory.{row[1]}"),
+    }
+    for header, (column, how) in details.items():
+        columns[text(header)] = lambda row, column=column, how=how: (  # type: ignore[misc]
+            _cell(evidence, row[2], column.format(row[1]), how, size, text)
+        )
+    records: list[tuple[str, str, pd.DataFrame | None]]
+    records = [(str(rank), kind, repeats) for rank, repeats in profiles.groupby("rank") for kind in kinds]
+    records += [(text("noise.row"), kind, None) for kind in kinds]
+    return tabulate(text("table.memory"), columns, records, [kind_header])
 
 
 def _time(evidence: Evidence, profiles: pd.DataFrame, text: Catalogue) -> Table:
     """Percentiles of a step are medians over repeats, the rest means."""
-    columns: dict[str, tuple[str, str, Callable[[float], str]]] = {
+    details: dict[str, tuple[str, str, Callable[[float], str]]] = {
         "table.step_p10": ("step_seconds_p10", "median", "{:.3g}".format),
         "table.step_median": ("step_seconds_median", "median", "{:.3g}".format),
         "table.step_p90": ("step_seconds_p90", "median", "{:.3g}".format),
@@ -141,64 +135,74 @@ def _time(evidence: Evidence, profiles: pd.DataFrame, text: Catalogue) -> Table:
         "table.load_seconds": ("load_seconds", "mean", "{:.3g}".format),
         "table.energy": ("joules_per_token", "mean", "{:.3g}".format),
     }
-    rows = [
-        [str(rank), *(_show(repeats, column, how, number, text) for column, how, number in columns.values())]
-        for rank, repeats in profiles.groupby("rank")
-    ]
-    rows.append([text("noise.row"), *(_floor(evidence, column, text) for column, _, _ in columns.values())])
-    return Table(text("table.time"), [text("table.rank"), *map(text, columns)], [True] * (1 + len(columns)), rows)
+    columns: dict[str, Callable[[Any], str]] = {text("table.rank"): lambda row: row[0]}
+    for header, (column, how, number) in details.items():
+        columns[text(header)] = lambda row, column=column, how=how, number=number: (  # type: ignore[misc]
+            _cell(evidence, row[1], column, how, number, text)
+        )
+    records = [(str(rank), repeats) for rank, repeats in profiles.groupby("rank")]
+    return tabulate(text("table.time"), columns, [*records, (text("noise.row"), None)])
 
 
-def _show(repeats: pd.DataFrame, column: str, how: str, number: Callable[[float], str], text: Catalogue) -> str:
-    value = float(repeats[column].agg(how)) if column in repeats else math.nan
-    return number(value) if known(value) else text("none")
-
-
-def _floor(evidence: Evidence, column: str, text: Catalogue) -> str:
-    noise = noise_floor(evidence.profiles, column) if column in evidence.profiles else None
+def _cell(
+    evidence: Evidence,
+    repeats: pd.DataFrame | None,
+    column: str,
+    how: str,
+    number: Callable[[float], str],
+    text: Catalogue,
+) -> str:
+    """A column's aggregate over a rank's repeats; without repeats, its noise."""
+    if column not in evidence.profiles:
+        return text("none")
+    if repeats is not None:
+        return shown(float(repeats[column].agg(how)), number, text)
+    noise = noise_floor(evidence.profiles, column)
     return noise_share(noise) if noise else text("none")
 
 
 def noise_share(noise: Noise) -> str:
-    """The floor as it is shown: `3.1%`. What is smaller than a tenth of a per cent counts as that: it would read as no
-    noise at all."""
+    """The floor as it is shown: `3.1%`, and at least `0.1%`: less would read as no noise at all."""
     return f"{max(noise.floor, 0.001):.1%}"
 
 
 def prediction_tables(evidence: Evidence, text: Catalogue) -> list[Table]:
-    """One row a candidate; empty where no memory was predicted."""
+    """Predicted and measured memory and time, one row per candidate; empty where no memory was predicted."""
     predicted = evidence.prediction.get("candidates", {})
     peak = "gpu_allocated_peak_bytes" if has_gpu(evidence) else "rss_peak_bytes"
-    rows = []
-    for candidate in evidence.spec.candidates():
-        found = predicted.get(candidate.name)
-        if not found or not found["parts"]:
-            continue
-        parts, total, seconds = found["parts"], found["peak_bytes"], found["step_seconds"]
-        measured = _measured(evidence.profiles, candidate.name, peak, "max")
-        measured_seconds = _measured(evidence.profiles, candidate.name, "step_seconds_median", "median")
-        adapter = parts["adapter"] + parts["gradients"] + parts["optimizer"]
-        rows.append(
-            [
-                str(candidate.rank),
-                rate(candidate.learning_rate),
-                *map(size, (parts["base"], adapter, parts["activations"], parts["logits"])),
-                size(parts["process"] + parts["retained"]),
-                size(total),
-                size(measured) if known(measured) else text("none"),
-                change(total, measured) if known(measured) else text("none"),
-                f"{seconds:.3g}" if seconds is not None else text("none"),
-                f"{measured_seconds:.3g}" if known(measured_seconds) else text("none"),
-            ]
-        )
-    names = ["base", "adapter", "activations", "logits", "other", "predicted", "measured", "difference"]
-    names += ["seconds_predicted", "seconds_measured"]
-    headers = [text("table.rank"), text("table.learning_rate"), *(text(f"prediction.{name}") for name in names)]
-    return [Table(text("prediction.title"), headers, [True] * len(headers), rows)] if rows else []
+
+    def parts(*names: str) -> Callable[[Any], str]:
+        return lambda row: size(sum(row[1]["parts"][name] for name in names))
+
+    def measured_change(row: Any) -> str:
+        measured = _measured(evidence.profiles, row[0].name, peak, "max")
+        return shown(measured, lambda value: change(row[1]["peak_bytes"], value), text)
+
+    def measured(column: str, how: str, number: Callable[[float], str]) -> Callable[[Any], str]:
+        return lambda row: shown(_measured(evidence.profiles, row[0].name, column, how), number, text)
+
+    columns: dict[str, Callable[[Any], str]] = {
+        "table.rank": lambda row: str(row[0].rank),
+        "table.learning_rate": lambda row: rate(row[0].learning_rate),
+        "prediction.base": parts("base"),
+        "prediction.adapter": parts("adapter", "gradients", "optimizer"),
+        "prediction.activations": parts("activations"),
+        "prediction.logits": parts("logits"),
+        "prediction.other": parts("process", "retained"),
+        "prediction.predicted": lambda row: size(row[1]["peak_bytes"]),
+        "prediction.measured": measured(peak, "max", size),
+        "prediction.difference": measured_change,
+        "prediction.seconds_predicted": lambda row: shown(row[1]["step_seconds"], "{:.3g}".format, text),
+        "prediction.seconds_measured": measured("step_seconds_median", "median", "{:.3g}".format),
+    }
+    pairs = [(candidate, predicted.get(candidate.name)) for candidate in evidence.spec.candidates()]
+    records = [(candidate, found) for candidate, found in pairs if found and found["parts"]]
+    headed = {text(key): cell for key, cell in columns.items()}
+    return [tabulate(text("prediction.title"), headed, records)] if records else []
 
 
 def _measured(profiles: pd.DataFrame, candidate: str, column: str, how: str) -> float:
-    """Of the candidate's own repeats, not the control's; NaN where it was not profiled."""
+    """Aggregate over the candidate's own repeats, without the control's; NaN where it was not profiled."""
     if profiles.empty or column not in profiles:
         return math.nan
     own = (profiles["candidate"] == candidate) & ~profiles["control"]

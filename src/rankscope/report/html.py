@@ -1,10 +1,9 @@
-"""The report as one offline page: template.html, the charts' specifications, and the Vega libraries inline; and one
-chart alone as a page of its own, chart.html.
+"""Offline pages with their charts and the Vega libraries inline: the report (template.html), or one chart (chart.html).
 
-Nothing of the model or the data can run: jinja2 escapes all text, the charts' JSON cannot close its script
-element, and the page's Content-Security-Policy allows exactly the two scripts written here, by their hashes,
-and no network: markup that came through unescaped could not run or fetch either (tests/security/test_browser.py).
-Vega evaluates its expressions with an interpreter (`ast: true`), so that the policy needs no `unsafe-eval`.
+Nothing of the model or the data can run: jinja2 escapes all text, the charts' JSON cannot close its script element, and
+the page's Content-Security-Policy allows the two scripts written here, by their hashes, and no network. Unescaped
+markup could neither run nor fetch (tests/security/test_browser.py). Vega evaluates its expressions with an
+interpreter (`ast: true`), so that the policy needs no `unsafe-eval`.
 """
 
 import base64
@@ -21,16 +20,17 @@ import vl_convert
 from markupsafe import Markup
 
 from rankscope.report import charts
+from rankscope.report.charts import DARK, LIGHT, PAGE, declarations
 from rankscope.report.content import Content
-from rankscope.report.figures import DARK, LIGHT, PAGE, Figure, Panel, declarations
+from rankscope.report.figures import Figure, Panel
 from rankscope.text.catalogue import Catalogue
-from rankscope.text.formats import visible
+from rankscope.text.formats import strip_control_characters
 
 VEGA_LITE = ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
-"""The version that altair writes, in the form that vl_convert wants: `6.4`."""
+"""Version of Vega-Lite that altair writes, in vl_convert's form: `6.4`."""
 
 SECTIONS = ("claims", "answers", "candidates", "also", "trials", "data", "machine", "reproduce", "limits")
-"""Those of the page after the figures', in its order."""
+"""Sections after the figures, in the page's order."""
 
 START = """
 const page = JSON.parse(document.getElementById("page-data").textContent);
@@ -48,8 +48,8 @@ async function draw(id, spec) {
 }
 for (const [id, spec] of Object.entries(page.charts)) draw(id, spec).then(view => { views[id] = view; });
 """
-"""Charts take their colours from the page's style, so a change of theme, or of paper, draws nothing anew. Vega would
-have a screen reader say its English words for a chart and its groups; the label and the table say what is drawn."""
+"""Script that draws the charts. Their colours are the page's CSS variables, so that a change of theme redraws nothing.
+A screen reader reads a chart's label and table, not Vega's English words for its groups."""
 
 LIVE = """
 const drawn = {};
@@ -96,16 +96,12 @@ async function ask() {
 fill(page.now);
 setTimeout(ask, 1000);
 """
-"""Of a page that is watched: asks for news, and draws what has changed. Text comes in as text alone."""
+"""Script of a watched page: fetch news and redraw what has changed. Text is inserted as text alone."""
 
 
 def render(content: Content, text: Catalogue, now: Mapping[str, Any] | None = None) -> str:
-    """The page as text, below 3 MB. With `now` (see `rankscope.ui.watch`) a page that asks its server for news."""
-    page_data = {
-        "theme": charts.theme(PAGE),
-        "charts": specifications(content),
-        "now": now,
-    }
+    """The page, below 3 MB; with `now` (see `rankscope.ui.watch`) it fetches news from its server."""
+    page_data = {"theme": charts.theme(PAGE), "charts": specifications(content), "now": now}
     return _page(
         "template.html",
         page_data,
@@ -120,16 +116,16 @@ def render(content: Content, text: Catalogue, now: Mapping[str, Any] | None = No
 
 
 def chart_page(chart: alt.LayerChart | alt.FacetChart, title: str, text: Catalogue) -> str:
-    """A page with this chart alone, in its own size; what is in the chart's data cannot run either."""
+    """A page with this chart alone, in its own size; text in the chart's data cannot run either."""
     spec = chart.to_dict(validate=False)  # tests have validated what is drawn
     del spec["$schema"], spec["config"]
     return _page("chart.html", {"theme": charts.theme(PAGE), "charts": {"chart": spec}}, START, title=title, text=text)
 
 
 def _page(template: str, page_data: Mapping[str, Any], start: str, **values: Any) -> str:
-    """A template, filled: with the data that the script `start` reads, the libraries, and a policy for these two."""
+    """The filled template, with the script `start` and its data, the libraries, and a policy for these two scripts."""
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_only_visible
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_without_control_characters
     )
     file = resources.files("rankscope.report") / template
     libraries = _libraries()
@@ -144,17 +140,17 @@ def _page(template: str, page_data: Mapping[str, Any], start: str, **values: Any
     )
 
 
-def _only_visible(value: Any) -> Any:
-    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+def _without_control_characters(value: Any) -> Any:
+    return strip_control_characters(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def panel_label(figure: Figure, panel: Panel) -> str:
-    """What a screen reader says of a chart. Vega gives the chart's description to the element that holds it."""
+    """Text that a screen reader reads for a chart. Vega sets the chart's description on its element."""
     return f"{panel.title}. {figure.alternative}" if panel.title else figure.alternative
 
 
 def specifications(content: Content) -> dict[str, Any]:
-    """Vega-Lite's specification of each chart, by its element's id."""
+    """Vega-Lite specification of each chart, by its element's id."""
     return {
         chart_id(figure, number): _specification(panel.chart, panel_label(figure, panel))
         for figure in content.figures
@@ -177,10 +173,7 @@ def json_in_html(value: Any) -> str:
 
 def _specification(chart: alt.Chart, alternative: str) -> dict[str, Any]:
     spec: dict[str, Any] = chart.properties(width="container", description=alternative).to_dict(validate=False)
-    del (
-        spec["$schema"],
-        spec["config"],
-    )  # an address that is never fetched, and a theme that the page replaces
+    del spec["$schema"], spec["config"]  # an address that is never fetched, and a theme that the page replaces
     spec["datasets"] = {
         name: [{key: _short(cell) for key, cell in row.items()} for row in rows]
         for name, rows in spec["datasets"].items()
@@ -189,7 +182,7 @@ def _specification(chart: alt.Chart, alternative: str) -> dict[str, Any]:
 
 
 def _short(value: Any) -> Any:
-    """Six significant digits: more than a screen shows, and a third of the bytes."""
+    """The value to six significant digits: more than a screen shows, in a third of the bytes."""
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 

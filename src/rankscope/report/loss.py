@@ -1,32 +1,25 @@
-"""The figures of loss: against steps, against rank, and the map of learning rate and rank."""
+"""Figures of loss: against steps, against rank, and the map of learning rate and rank."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import altair as alt
 import pandas as pd
 
-from rankscope.report import charts, charts_by_rank
-from rankscope.report import frames as series
-from rankscope.report.figures import (
-    Figure,
-    Panel,
-    absent,
-    by_rate,
-    curve_numbers,
-    numbers,
-    ranks_of,
-    say,
-    with_rates,
-)
+from rankscope.report import charts
+from rankscope.report.figures import Figure, Missing, Panel, by_rate, curve_numbers, numbers, say, with_rates
+from rankscope.report.frames import KEYS, Binned, bin_steps, heldout_by_candidate, heldout_by_seed, ranks_of, spread
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue
-from rankscope.text.formats import known, loss, percent, rate
+from rankscope.text.formats import loss, percent, rate, shown
+
+SMOOTHING_SHARE = 0.05  # share of a curve's points in the centred moving average
 
 
 def loss_figures(
     evidence: Evidence, verdict: Mapping[str, Any] | None, table: pd.DataFrame, text: Catalogue
-) -> list[Figure]:
-    """Training loss against steps, held-out loss against rank and steps, and of rates where there are several."""
+) -> list[Figure | Missing]:
+    """Training loss against steps, held-out loss against rank and steps, and by rate where there are several."""
     found = [
         _training_loss(evidence, table, text),
         _heldout_by_rank(evidence, verdict, table, text),
@@ -35,91 +28,174 @@ def loss_figures(
     return [*found, _rate_map(evidence, table, text)] if len(evidence.spec.learning_rates) > 1 else found
 
 
-def _training_loss(evidence: Evidence, table: pd.DataFrame, text: Catalogue) -> Figure:
+def training_loss(evidence: Evidence) -> Binned:
+    """`candidate rank learning_rate step mean low high smooth_mean smooth_low smooth_high` over seeds, in nats.
+
+    A mean over a trial that stopped midway would jump where it stops, so only finished trials count; of a candidate
+    without one, those that did not diverge.
+    """
+    curves = _usable(evidence, "train_loss")
+    curves = curves[curves["step"] > 0]
+    if curves.empty:
+        return Binned(curves, 1)
+    binned, width = bin_steps(curves)
+    seeds = binned.groupby([*KEYS, "seed", "step"], observed=True)["train_loss"].mean().reset_index()
+    window = max(3, round(seeds["step"].nunique() * SMOOTHING_SHARE))
+    seeds["smooth"] = seeds.groupby([*KEYS, "seed"], observed=True)["train_loss"].transform(
+        lambda losses: losses.rolling(window, center=True, min_periods=1).mean()
+    )
+    smooth = spread(seeds, "smooth").rename(columns={name: f"smooth_{name}" for name in ("mean", "low", "high")})
+    return Binned(spread(seeds, "train_loss").merge(smooth, on=[*KEYS, "step"]), width)
+
+
+def _usable(evidence: Evidence, column: str) -> pd.DataFrame:
+    """`candidate rank learning_rate seed step` and the column of `Evidence.curves`, where it has a value."""
+    status = evidence.results.set_index("trial")[["candidate", "status"]]
+    done = status[status["status"] == "done"]
+    unfinished = status[~status["candidate"].isin(done["candidate"]) & (status["status"] != "diverged")]
+    curves = evidence.curves
+    kept = curves["trial"].isin([*done.index, *unfinished.index]) & curves[column].notna()
+    return curves.loc[kept, [*KEYS, "seed", "step", column]]
+
+
+def _training_loss(evidence: Evidence, table: pd.DataFrame, text: Catalogue) -> Figure | Missing:
     name, title = "train-loss", text("chart.train_loss.title")
-    frame, steps_a_point = series.training_loss(evidence)
+    frame, steps_a_point = training_loss(evidence)
     if frame.empty:
-        return absent(name, title, text("chart.train_loss.absent"))
+        return Missing(name, text("chart.train_loss.absent"))
     ranks = ranks_of(evidence)
+    panels = by_rate(frame, text, lambda rows, y: _training_chart(rows, text, ranks, y))
     note = text("chart.train_loss.note", bins=text.count("steps", steps_a_point))
-    panels = by_rate(frame, text, lambda rows, y: charts.training_loss(rows, text, ranks, y))
     alternative = say(title, table, "train_loss", loss, text)
     return Figure(name, title, note, alternative, panels, curve_numbers(title, frame, "smooth_mean", loss, text))
 
 
+def _training_chart(frame: pd.DataFrame, text: Catalogue, ranks: list[int], y_range: tuple[float, float]) -> alt.Chart:
+    """Curves of `training_loss`; a switch chooses the smoothed ones."""
+    switch = alt.param(name="smooth", value=True, bind=alt.binding_checkbox(name=text("chart.smooth")))
+    base = alt.Chart(frame).transform_calculate(
+        shown="smooth ? datum.smooth_mean : datum.mean",
+        shown_low="smooth ? datum.smooth_low : datum.low",
+        shown_high="smooth ? datum.smooth_high : datum.high",
+    )
+    title, axis = text("chart.train_loss.y"), charts.steps_axis(text)
+    layers = charts.lines(frame, text, ranks, title, y_range, ".4f", along=axis, base=base)
+    return charts.layered(*layers).add_params(switch)
+
+
+def _heldout_by_step(evidence: Evidence, table: pd.DataFrame, text: Catalogue) -> Figure | Missing:
+    name, title = "heldout-loss-steps", text("chart.eval_steps.title")
+    frame = spread(_usable(evidence, "eval_loss"), "eval_loss")
+    if frame.empty:
+        return Missing(name, text("chart.eval_steps.absent"))
+    ranks, axis = ranks_of(evidence), charts.steps_axis(text)
+
+    def draw(rows: pd.DataFrame, y_range: tuple[float, float]) -> alt.Chart:
+        y_title = text("chart.eval_steps.y")
+        return charts.layered(*charts.lines(rows, text, ranks, y_title, y_range, ".4f", along=axis, points=True))
+
+    alternative = say(title, table, "eval_loss", loss, text)
+    table_of = curve_numbers(title, frame, "mean", loss, text)
+    return Figure(name, title, text("chart.eval_steps.note"), alternative, by_rate(frame, text, draw), table_of)
+
+
 def _heldout_by_rank(
     evidence: Evidence, verdict: Mapping[str, Any] | None, table: pd.DataFrame, text: Catalogue
-) -> Figure:
+) -> Figure | Missing:
     name, title = "heldout-loss-rank", text("chart.eval_by_rank.title")
-    seeds = series.heldout_by_seed(evidence)
+    seeds = heldout_by_seed(evidence)
     if seeds.empty:
-        return absent(name, title, text("chart.eval_by_rank.absent"))
-    finished = series.heldout_by_candidate(evidence, table)
+        return Missing(name, text("chart.eval_by_rank.absent"))
+    finished = heldout_by_candidate(evidence, table)
     margin, note = None, text("chart.eval_by_rank.note")
     if verdict is not None and verdict["comparison"]:
         best = min(row["eval_loss"] for row in verdict["comparison"])
         margin = (best, best * (1 + verdict["margin"]))
-        note = text(
-            "chart.eval_by_rank.note_margin",
-            confidence=percent(verdict["confidence"]),
-            margin=percent(verdict["margin"]),
-        )
+        shares = {"confidence": percent(verdict["confidence"]), "margin": percent(verdict["margin"])}
+        note = text("chart.eval_by_rank.note_margin", **shares)
         if finished["learning_rate"].nunique() > 1:
             note = f"{note} {text('chart.eval_by_rank.rates')}"
-    columns = ["candidate", "rank", "learning_rate", "eval_loss", "eval_loss_low", "eval_loss_high"]
-    chart = charts_by_rank.heldout_by_rank(seeds, finished[columns], text, ranks_of(evidence), margin)
-    rows = [
-        [
-            str(row["rank"]),
-            rate(row["learning_rate"]),
-            *(loss(row[end]) if known(row[end]) else text("none") for end in columns[3:]),
-            ", ".join(map(loss, seeds.loc[seeds["candidate"] == row["candidate"], "eval_loss"])),
-        ]
-        for row in finished.to_dict("records")
+    chart = _heldout_chart(seeds, finished, text, ranks_of(evidence), margin)
+    by_candidate = seeds.groupby("candidate")["eval_loss"]
+    columns: dict[str, Callable[[Any], str]] = {
+        text("table.rank"): lambda row: str(row["rank"]),
+        text("table.learning_rate"): lambda row: rate(row["learning_rate"]),
+        text("chart.mean"): lambda row: loss(row["eval_loss"]),
+        text("chart.lowest"): lambda row: shown(row["eval_loss_low"], loss, text),
+        text("chart.highest"): lambda row: shown(row["eval_loss_high"], loss, text),
+        text("chart.seeds"): lambda row: ", ".join(map(loss, by_candidate.get_group(row["candidate"]))),
+    }
+    alternative = say(title, finished, "eval_loss", loss, text)
+    table_of = numbers(title, columns, finished.to_dict("records"), text)
+    return Figure(name, title, with_rates(note, finished, text), alternative, [Panel("", chart)], table_of)
+
+
+def _heldout_chart(
+    seeds: pd.DataFrame,
+    candidates: pd.DataFrame,
+    text: Catalogue,
+    ranks: list[int],
+    margin: tuple[float, float] | None,
+) -> alt.Chart:
+    """`seeds` is `heldout_by_seed`, `candidates` is `heldout_by_candidate`; `margin` is shaded, in nats."""
+    columns = [*KEYS, "eval_loss", "eval_loss_low", "eval_loss_high"]
+    seeds = seeds.assign(rate=seeds["learning_rate"].map(rate))
+    candidates = candidates[columns].assign(rate=candidates["learning_rate"].map(rate))
+    x, of_rank, y = charts.by_rank(seeds, text, ranks), charts.colour(ranks, text), charts.loss_axis(text)
+    points = {**x, "y": y, "color": of_rank, "shape": charts.shape(ranks, text)}
+    layers = [charts.band(margin, charts.loss_scale())] if margin is not None else []
+    layers += charts.loss_intervals(candidates, text, {**x, "color": of_rank}, strokeWidth=2.5)
+    means = alt.Chart(candidates).mark_point(filled=True, size=130, opacity=1)
+    layers.append(means.encode(**points, tooltip=[*charts.candidate_tooltip(text), *charts.loss_tooltip(text)]))
+    of_seed = [
+        *charts.candidate_tooltip(text),
+        alt.Tooltip("seed:O", title=text("chart.seed")),
+        alt.Tooltip("eval_loss:Q", title=text("chart.eval_by_rank.y"), format=".4f"),
     ]
-    headers = [text(f"table.{name}") for name in ("rank", "learning_rate")]
-    headers += [text(f"chart.{name}") for name in ("mean", "lowest", "highest", "seeds")]
-    return Figure(
-        name,
-        title,
-        with_rates(note, finished, text),
-        say(title, finished, "eval_loss", loss, text),
-        [Panel("", chart)],
-        numbers(title, headers, rows, text),
-    )
+    single = alt.Chart(seeds).mark_point(size=40, opacity=0.85, xOffset=-12 if "xOffset" in x else -18)
+    layers.append(single.encode(**points, tooltip=of_seed))
+    return charts.layered(*layers)
 
 
-def _heldout_by_step(evidence: Evidence, table: pd.DataFrame, text: Catalogue) -> Figure:
-    name, title = "heldout-loss-steps", text("chart.eval_steps.title")
-    frame, _ = series.heldout_loss(evidence)
-    if frame.empty:
-        return absent(name, title, text("chart.eval_steps.absent"))
-    ranks = ranks_of(evidence)
-    panels = by_rate(frame, text, lambda rows, y: charts.heldout_by_step(rows, text, ranks, y))
-    alternative = say(title, table, "eval_loss", loss, text)
-    table_of = curve_numbers(title, frame, "mean", loss, text)
-    return Figure(name, title, text("chart.eval_steps.note"), alternative, panels, table_of)
-
-
-def _rate_map(evidence: Evidence, table: pd.DataFrame, text: Catalogue) -> Figure:
-    name, title = "learning-rate-map", text("chart.rate_map.title")
+def _rate_map(evidence: Evidence, table: pd.DataFrame, text: Catalogue) -> Figure | Missing:
+    name, title, ranks = "learning-rate-map", text("chart.rate_map.title"), ranks_of(evidence)
     if table["eval_loss"].isna().all():
-        return absent(name, title, text("chart.eval_by_rank.absent"))
-    best = table.loc[table.groupby("rank")["eval_loss"].transform("min") == table["eval_loss"], "candidate"]
-    diverged = evidence.results[evidence.results["status"] == "diverged"]["candidate"]
+        return Missing(name, text("chart.eval_by_rank.absent"))
+    diverged = set(evidence.results.loc[evidence.results["status"] == "diverged", "candidate"])
     frame = table[["candidate", "rank", "learning_rate", "eval_loss"]].assign(
-        best=table["candidate"].isin(best),
-        note=[text("status.diverged") if c in set(diverged) else text("none") for c in table["candidate"]],
+        best=table.groupby("rank")["eval_loss"].transform("min") == table["eval_loss"],
+        note=[text("status.diverged") if name in diverged else text("none") for name in table["candidate"]],
     )
-    chart = charts_by_rank.rate_map(frame, text, ranks_of(evidence))
-    cells = {(row["rank"], row["learning_rate"]): row for row in frame.to_dict("records")}
-    ranks = ranks_of(evidence)
-    rows = []
-    for value in sorted(frame["learning_rate"].unique()):
-        of_rate = [cells.get((rank, value)) for rank in ranks]
-        shown = [loss(row["eval_loss"]) if row and known(row["eval_loss"]) else text("none") for row in of_rate]
-        rows.append([rate(value), *shown])
-    headers = [text("table.learning_rate"), *(text("name.rank", rank=rank) for rank in ranks)]
+    cells = frame.set_index(["learning_rate", "rank"])["eval_loss"]
+    columns: dict[str, Callable[[Any], str]] = {text("table.learning_rate"): rate}
+    for rank in ranks:
+        header = text("name.rank", rank=rank)
+        columns[header] = lambda value, rank=rank: shown(cells.get((value, rank)), loss, text)  # type: ignore[misc]
     alternative = say(title, table, "eval_loss", loss, text)
-    table_of = numbers(title, headers, rows, text)
-    return Figure(name, title, text("chart.rate_map.note"), alternative, [Panel("", chart)], table_of)
+    table_of = numbers(title, columns, sorted(frame["learning_rate"].unique()), text)
+    panels = [Panel("", _map_chart(frame, text, ranks))]
+    return Figure(name, title, text("chart.rate_map.note"), alternative, panels, table_of)
+
+
+def _map_chart(frame: pd.DataFrame, text: Catalogue, ranks: list[int]) -> alt.Chart:
+    """`rank learning_rate eval_loss best note`: one cell per candidate, deeper for a lower loss, with `note` in place
+    of an unknown one. The `best` of each rank is bold.
+    """
+    values = frame.assign(rate=frame["learning_rate"].map(rate), label=frame["eval_loss"].map(loss))
+    values["label"] = values["label"].where(values["eval_loss"].notna(), values["note"])
+    losses = values["eval_loss"].dropna()
+    # One rate that nearly diverged must not make all others look alike: above `highest`, cells are equally pale.
+    lowest, highest = float(losses.min()), float(min(losses.max(), 2 * losses.median() - losses.min()))
+    domain = [lowest, highest if highest > lowest else lowest + 1]
+    depth = alt.Scale(domain=domain, range=[0.5, 0.04], clamp=True)
+    rates = [rate(value) for value in sorted(values["learning_rate"].unique(), reverse=True)]
+    x = charts.rank_axis(text, ranks)
+    y = alt.Y("rate:N", sort=rates, title=text("chart.learning_rate"), scale=alt.Scale(domain=rates))
+    title = text("chart.eval_by_rank.y")
+    tooltip = [*charts.candidate_tooltip(text), alt.Tooltip("eval_loss:Q", title=title, format=".4f")]
+    opacity = alt.Opacity("eval_loss:Q", scale=depth, legend=None)
+    cells = alt.Chart(values).mark_rect(style="cell-of-map").encode(x=x, y=y, opacity=opacity, tooltip=tooltip)
+    label: dict[str, Any] = {"x": x, "y": y, "text": "label:N", "tooltip": tooltip}
+    best = alt.Chart(values[values["best"]]).mark_text(size=13, fontWeight="bold").encode(**label)
+    others = alt.Chart(values[~values["best"]]).mark_text(size=13).encode(**label)
+    return charts.layered(cells, others, best).properties(height=max(120, 52 * len(rates)))

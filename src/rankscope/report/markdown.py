@@ -1,4 +1,4 @@
-"""The report as Markdown: the same content as the page, with links to the figures beside it."""
+"""The report as Markdown, with the content of the page and links to the figures beside it."""
 
 import re
 from collections.abc import Iterable
@@ -8,21 +8,20 @@ from rankscope.report.content import Content
 from rankscope.report.figures import Figure
 from rankscope.report.other_metrics import Fact
 from rankscope.text.catalogue import Catalogue
-from rankscope.text.formats import Table, visible
+from rankscope.text.formats import Table, strip_control_characters
 
 
 def render(content: Content, text: Catalogue) -> str:
-    """GitHub-flavoured Markdown. Text from the model, the data and the study is escaped."""
+    """The report in GitHub-flavoured Markdown, with text from the model, the data and the study escaped."""
     parts = [f"# {escape(content.title)}", escape(content.subtitle), f"## {text('section.verdict')}"]
     headline = f"{content.outcome}: {content.rank}" if content.rank else content.outcome
     parts += [f"**{escape(headline)}**", escape(content.sentence)]
     if content.savings:
-        parts += [
-            f"{escape(content.savings_title)}:",
-            _list(
-                f"{saving.label}: {saving.value} {saving.instead} ({saving.difference})" for saving in content.savings
-            ),
+        lines = [
+            f"{saving.label}: {text('saving.pair', value=saving.value, other=saving.instead)} ({saving.difference})"
+            for saving in content.savings
         ]
+        parts += [f"{escape(content.savings_title)}:", _list(lines)]
     if content.savings_note:
         parts.append(escape(content.savings_note))
     cost = [f"{text('cost.regret')}: {content.cost}"] if content.cost else []
@@ -30,18 +29,23 @@ def render(content: Content, text: Catalogue) -> str:
         parts += [f"{text('cost.title')}:", _list([*cost, *content.cost_notes])]
     if content.caveats:
         parts += [f"{text('caveat.title')}:", _list(content.caveats)]
+    parts += [f"## {text('how.title')}", _list(content.how_to_read)]
     for section in content.sections:
-        parts += [f"## {text(f'section.{section.name}')}", *(_figure(figure) for figure in section.figures)]
-        parts += [*([_list(section.sentences)] if section.sentences else []), *map(_table, section.tables)]
+        parts += [
+            f"## {text(f'section.{section.name}')}",
+            *map(_figure, section.figures),
+            *map(escape, section.reasons),
+        ]
+        parts += [*([_list(section.sentences)] if section.sentences else []), *map(markdown_table, section.tables)]
     parts.append(f"## {text('section.claims')}")
     parts.append(_list(content.claims) if content.claims else text("claim.absent"))
     parts += [f"## {text('section.answers')}", text("answer.note") if content.answers else text("answer.absent")]
     parts += [part for prompt in content.answers for part in _answers(prompt, text)]
-    parts += [f"## {text('section.candidates')}", _table(content.candidates)]
+    parts += [f"## {text('section.candidates')}", markdown_table(content.candidates)]
     parts += [escape(content.noise)] if content.noise else []
-    parts += [*(_table(table) for table in content.costs), text("unit.note")]
-    parts += [f"## {text('section.also')}", _table(content.also), *map(escape, content.also_notes)]
-    parts += [f"## {text('section.trials')}", _table(content.trials)]
+    parts += [*(markdown_table(table) for table in content.costs), text("unit.note")]
+    parts += [f"## {text('section.also')}", markdown_table(content.also), *map(escape, content.also_notes)]
+    parts += [f"## {text('section.trials')}", markdown_table(content.trials)]
     parts += [f"## {text('section.data')}", _facts(content.data, text)]
     parts += [f"## {text('section.machine')}", _facts(content.machine, text)]
     parts += [f"## {text('section.reproduce')}", text("reproduce.command"), _code(content.reproduce, "sh")]
@@ -51,15 +55,15 @@ def render(content: Content, text: Catalogue) -> str:
 
 
 def escape(value: str) -> str:
-    """Makes a string plain text in a paragraph, list or table cell: no markup, no HTML, no second line."""
-    line = visible(" ".join(value.split()))
+    """Plain text for a paragraph, list or table cell: without markup, HTML or a second line."""
+    line = strip_control_characters(" ".join(value.split()))
     return re.sub(r"([\\`*_{}\[\]<>|~#])", r"\\\1", line.replace("&", "&amp;"))
 
 
 def _figure(figure: Figure) -> str:
-    image = f"![{escape(figure.alternative)}](figures/{figure.name}.svg)\n\n" if figure.panels else ""
-    numbers = f"\n\n{_table(figure.numbers)}" if figure.numbers and figure.panels else ""
-    return f"### {escape(figure.title)}\n\n{image}{escape(figure.note)}{numbers}"
+    image = f"![{escape(figure.alternative)}](figures/{figure.name}.svg)"
+    numbers = [markdown_table(figure.numbers)] if figure.numbers else []
+    return "\n\n".join([f"### {escape(figure.title)}", image, escape(figure.note), *numbers])
 
 
 def _answers(prompt: Answered, text: Catalogue) -> list[str]:
@@ -69,18 +73,20 @@ def _answers(prompt: Answered, text: Catalogue) -> list[str]:
     return parts
 
 
-def _table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
+    """The table, with its caption in a line above it."""
     alignment = ["---:" if numeric else "---" for numeric in table.numeric]
     lines = [[escape(header) for header in table.headers], alignment]
     lines += [[escape(cell) for cell in row] for row in table.rows]
-    return escape(table.caption) + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    caption = f"{escape(table.caption)}\n\n" if table.caption else ""
+    return caption + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _facts(facts: list[Fact], text: Catalogue) -> str:
     if not facts:
         return text("table.missing")
     rows = [[fact.label, fact.value] for fact in facts]
-    return _table(Table(text("table.facts"), [text("table.key"), text("table.value")], [False, False], rows))
+    return markdown_table(Table(text("table.facts"), [text("table.key"), text("table.value")], [False, False], rows))
 
 
 def _list(items: Iterable[str]) -> str:
@@ -88,7 +94,7 @@ def _list(items: Iterable[str]) -> str:
 
 
 def _code(content: str, language: str) -> str:
-    content = visible(content)
+    content = strip_control_characters(content)
     longest = max((len(run) for run in re.findall(r"`+", content)), default=0)
     fence = "`" * max(3, longest + 1)  # a fence longer than any inside, so that text cannot close it
     return f"{fence}{language}\n{content.rstrip()}\n{fence}"

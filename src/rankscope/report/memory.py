@@ -1,36 +1,76 @@
-"""The figures of memory, on the CPU and on a GPU: against rank by part, against steps, against time."""
+"""Figures of memory, on the CPU and on a GPU: against rank by part, against steps, against time."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
+import altair as alt
 import pandas as pd
 
-from rankscope.report import charts, charts_by_rank
-from rankscope.report import frames as series
-from rankscope.report.charts_by_rank import PARTS
-from rankscope.report.figures import Figure, Panel, absent, by_rate, curve_numbers, numbers, ranks_of, say
-from rankscope.report.frames import has_gpu
+from rankscope.report import charts
+from rankscope.report.figures import Figure, Missing, Panel, by_rate, curve_numbers, numbers, say
+from rankscope.report.frames import KEYS, bin_steps, has_gpu, ranks_of, spread
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue
-from rankscope.text.formats import Table, duration, known, size, size_unit, time_unit
+from rankscope.text.formats import Table, Unit, duration, shown, size, size_unit, time_unit
 
 COLUMNS = {"cpu": "rss", "gpu": "gpu_allocated"}
-"""What is shown of each kind of memory: the begin of its columns in profiles and samples."""
+"""Prefix of a kind's columns in profiles and samples."""
+
+PARTS = ("process", "base", "adapter", "gradients", "optimizer", "activations", "logits", "retained")
+"""Parts of a predicted peak, from the bottom of a bar to its top. A part has one colour, whichever others there are."""
+
+PART_COLUMNS = 3  # parts side by side in the legend: as many as fit on a phone
+
+MOST_LABELLED_BARS = 8  # above more bars, numbers would overlap on a phone; the table under the chart has them
+
+POINTS_IN_TIME = 900  # of all curves against time together: samples are many, and repeat each other
 
 
-def memory_figures(evidence: Evidence, table: pd.DataFrame, text: Catalogue) -> list[Figure]:
-    """Those of a GPU only where there is one; without one, a figure says so."""
+def memory_figures(evidence: Evidence, table: pd.DataFrame, text: Catalogue) -> list[Figure | Missing]:
+    """Three figures for each kind of memory; without a GPU the reason stands for its three."""
     kinds = ["cpu", "gpu"] if has_gpu(evidence) else ["cpu"]
     found = [_by_rank(evidence, table, text, kind) for kind in kinds]
     for kind in kinds:
         found += [_by_step(evidence, table, text, kind), _by_time(evidence, table, text, kind)]
     if "gpu" not in kinds:
-        found.append(absent("gpu-memory-steps", text("chart.gpu_steps.title"), text("chart.gpu_steps.absent")))
+        names = ("gpu-memory", "gpu-memory-steps", "gpu-memory-time")
+        found += [Missing(name, text("chart.gpu_steps.absent")) for name in names]
     return found
 
 
+def memory_by_step(evidence: Evidence, column: str) -> pd.DataFrame:
+    """`candidate rank learning_rate step mean low high` of a memory column, in bytes, over the samples of each training
+    step and all repeats."""
+    samples = evidence.samples
+    if samples.empty:
+        return samples
+    samples = samples[(samples["phase"] == "train") & samples["step"].notna() & samples[column].notna()]
+    if samples.empty:
+        return samples
+    return spread(bin_steps(samples.astype({column: "float64"})).frame, column)
+
+
+def memory_by_time(evidence: Evidence, column: str) -> pd.DataFrame:
+    """`candidate rank learning_rate seconds phase mean low high` of a memory column, in bytes, over the life of each
+    rank's first profile: loading, warm-up, training and evaluation. A point is the maximum of its time slice.
+    """
+    samples = evidence.samples
+    if not samples.empty:
+        samples = samples[(samples["repeat"] == 0) & samples[column].notna()]
+    if samples.empty:
+        return pd.DataFrame()
+    points = max(30, POINTS_IN_TIME // samples["rank"].nunique())
+    width = max(float(samples["seconds"].max()) / points, 1e-3)
+    spans = samples.assign(span=(samples["seconds"] // width).astype("int64"), value=samples[column].astype("float64"))
+    highest = spans.groupby([*KEYS, "span"], as_index=False).agg(phase=("phase", "last"), mean=("value", "max"))
+    highest["seconds"] = highest.pop("span") * width
+    return highest.assign(low=highest["mean"], high=highest["mean"])
+
+
 def predicted_parts(evidence: Evidence, kind: str, text: Catalogue) -> pd.DataFrame:
-    """One row a part of a rank's predicted peak: `rank part name order bytes`; empty where none was predicted for this
-    kind of memory. Parts that no rank has are left out.
+    """`rank part name order bytes`: one row per part of a rank's predicted peak. Empty without a prediction for this
+    kind of memory; parts that no rank has are left out.
     """
     device = "cuda" if kind == "gpu" else "cpu"
     candidates = evidence.prediction.get("candidates", {}) if evidence.prediction.get("device") == device else {}
@@ -48,72 +88,164 @@ def predicted_parts(evidence: Evidence, kind: str, text: Catalogue) -> pd.DataFr
     return pd.DataFrame(rows, columns=["rank", "part", "name", "order", "bytes"])
 
 
-def _by_rank(evidence: Evidence, table: pd.DataFrame, text: Catalogue, kind: str) -> Figure:
+def _by_rank(evidence: Evidence, table: pd.DataFrame, text: Catalogue, kind: str) -> Figure | Missing:
     name, title = f"{kind}-memory", text(f"chart.{kind}_memory.title")
-    columns = [f"{COLUMNS[kind]}_mean_bytes", f"{COLUMNS[kind]}_peak_bytes"]
-    known: pd.DataFrame = table[["candidate", "rank", *columns]].drop_duplicates("rank").dropna()  # whatever the rate
-    measured = known.set_axis(["candidate", "rank", "average", "peak"], axis="columns")
+    columns = ["rank", f"{COLUMNS[kind]}_mean_bytes", f"{COLUMNS[kind]}_peak_bytes"]
+    once = table[columns].drop_duplicates("rank").dropna()  # all learning rates of a rank have the same
+    measured: pd.DataFrame = once.set_axis(["rank", "average", "peak"], axis="columns")
     parts = predicted_parts(evidence, kind, text)
     if measured.empty and parts.empty:
-        return absent(name, title, text(f"chart.{kind}_memory.absent"))
+        return Missing(name, text("chart.not_profiled"))
     predicted = parts.groupby("rank")["bytes"].sum().rename("peak").reset_index()
     unit = size_unit(max([*measured["peak"], *predicted["peak"]]))
-    chart = charts_by_rank.memory_by_rank(measured, parts, text, ranks_of(evidence), kind, unit)
-    said = [text(f"chart.{kind}_memory.note")] if not measured.empty else [text("chart.not_measured")]
+    notes = [text("chart.not_measured" if measured.empty else f"chart.{kind}_memory.note")]
     if not parts.empty:
-        said.append(text("chart.predicted_only" if measured.empty else "chart.predicted_note"))
+        notes.append(text("chart.predicted_only" if measured.empty else "chart.predicted_note"))
     if (parts["part"] == "retained").any():
-        said.append(text("chart.retained_note"))
+        notes.append(text("chart.retained_note"))
     return Figure(
         name,
         title,
-        " ".join(said),
+        " ".join(notes),
         say(title, predicted if measured.empty else measured, "peak", size, text),
-        [Panel("", chart)],
+        [Panel("", _chart(measured, parts, text, ranks_of(evidence), kind, unit))],
         _numbers(title, measured, parts, text),
     )
 
 
 def _numbers(title: str, measured: pd.DataFrame, parts: pd.DataFrame, text: Catalogue) -> Table:
-    """A row a rank: the parts of its predicted peak, their sum, and what was measured."""
-    names = parts.drop_duplicates("part").sort_values("order")
+    """A row per rank: the parts of its predicted peak, their sum, and what was measured."""
     by_part = parts.pivot_table(index="rank", columns="part", values="bytes")
-    of_rank = measured.set_index("rank")
-    headers = [text("table.rank"), *names["name"]]
-    headers += [text("prediction.predicted")] if len(names) else []
-    headers += [text("chart.average"), text("chart.peak")] if len(measured) else []
-    rows = []
-    for rank in sorted({*by_part.index, *of_rank.index}):
-        found = list(by_part.loc[rank, names["part"]]) if rank in by_part.index else [math.nan] * len(names)
-        values = [*found, sum(found)] if len(names) else []
-        if len(measured):
-            values += [of_rank[end].get(rank, math.nan) for end in ("average", "peak")]
-        rows.append([str(rank), *(size(value) if known(value) else text("none") for value in values)])
-    return numbers(title, headers, rows, text)
+    by_rank = measured.set_index("rank")
+    columns: dict[str, Callable[[Any], str]] = {text("table.rank"): str}
+
+    def cell(table: "pd.Series[Any]") -> Callable[[Any], str]:
+        return lambda rank: shown(table.get(rank, math.nan), size, text)
+
+    for part in parts.drop_duplicates("part").sort_values("order").to_dict("records"):
+        columns[part["name"]] = cell(by_part[part["part"]])
+    if len(by_part):
+        columns[text("prediction.predicted")] = cell(by_part.sum(axis="columns"))
+    if len(by_rank):
+        columns[text("chart.average")] = cell(by_rank["average"])
+        columns[text("chart.peak")] = cell(by_rank["peak"])
+    return numbers(title, columns, sorted({*by_part.index, *by_rank.index}), text)
 
 
-def _by_step(evidence: Evidence, table: pd.DataFrame, text: Catalogue, kind: str) -> Figure:
+def _chart(
+    measured: pd.DataFrame, parts: pd.DataFrame, text: Catalogue, ranks: list[int], kind: str, unit: Unit
+) -> alt.Chart:
+    """`measured` (`rank average peak`, in bytes) as a bar for the average and a line above it for the peak; beside it
+    `parts` (`predicted_parts`) as a stacked bar. Either may be empty.
+    """
+    measured = measured.assign(average=measured["average"] / unit.factor, peak=measured["peak"] / unit.factor)
+    parts = parts.assign(value=parts["bytes"] / unit.factor)
+    title = text(f"chart.{kind}_memory.y", unit=unit.name)
+    kinds = [name for name, rows in (("predicted", parts), ("measured", measured)) if not rows.empty]
+    bars = len(ranks) * len(kinds)
+    size = max(6, min(44, 200 // bars))
+    layers = []
+    for name in kinds:
+        x = {
+            "x": charts.rank_axis(text, ranks),
+            "xOffset": alt.XOffset("kind:N", scale=alt.Scale(domain=kinds), sort=kinds),
+        }
+        draw = _predicted if name == "predicted" else _measured
+        rows = (parts if name == "predicted" else measured).assign(kind=name)
+        layers += draw(rows, text, ranks, x, title, size, bars <= MOST_LABELLED_BARS)
+    chart: alt.Chart = charts.layered(*layers).resolve_scale(color="independent")
+    return chart
+
+
+def _predicted(
+    parts: pd.DataFrame, text: Catalogue, ranks: list[int], x: dict[str, Any], title: str, size: int, labelled: bool
+) -> list[alt.Chart]:
+    present = [text(f"part.{part}") for part in PARTS if (parts["part"] == part).any()]
+    legend = alt.Legend(
+        title=text("chart.predicted"), titleOrient="top", columns=PART_COLUMNS, symbolType="square", values=present
+    )
+    scale = alt.Scale(domain=[text(f"part.{part}") for part in PARTS], range="ordinal")
+    of_part = alt.Color("name:N", sort=None, scale=scale, legend=legend)
+    stack = (
+        alt.Chart(parts)
+        .mark_bar(size=size, style="part")
+        .encode(
+            **x,
+            y=alt.Y("value:Q", title=title, stack="zero", scale=alt.Scale(zero=True)),
+            color=of_part,
+            order=alt.Order("order:Q"),
+            tooltip=[
+                alt.Tooltip("rank:O", title=text("chart.rank")),
+                alt.Tooltip("name:N", title=text("chart.predicted")),
+                alt.Tooltip("value:Q", title=title, format=".3~g"),
+            ],
+        )
+    )
+    total = alt.Chart(parts).mark_text(dy=-10)
+    return [stack, total.encode(**x, y="sum(value):Q", text=alt.Text("sum(value):Q", format=".3r"))][: 1 + labelled]
+
+
+def _measured(
+    values: pd.DataFrame, text: Catalogue, ranks: list[int], x: dict[str, Any], title: str, size: int, labelled: bool
+) -> list[alt.Chart]:
+    tooltip = [
+        alt.Tooltip("rank:O", title=text("chart.rank")),
+        alt.Tooltip("average:Q", title=text("chart.average"), format=".4~g"),
+        alt.Tooltip("peak:Q", title=text("chart.peak"), format=".4~g"),
+    ]
+    base, of_rank = alt.Chart(values), charts.colour(ranks, text)
+    average, peak = alt.Y("average:Q", title=title, scale=alt.Scale(zero=True)), alt.Y("peak:Q", title=title)
+    layers = [
+        base.mark_bar(opacity=0.45, size=size).encode(**x, y=average, color=of_rank, tooltip=tooltip),
+        base.mark_tick(thickness=3, size=size).encode(**x, y=peak, color=of_rank, tooltip=tooltip),
+        base.mark_text(dy=-10).encode(**x, y="peak:Q", text=alt.Text("peak:Q", format=".3r")),
+        base.mark_text(dy=14).encode(**x, y="average:Q", text=alt.Text("average:Q", format=".3r")),
+    ]
+    return layers if labelled else layers[:2]
+
+
+def _by_step(evidence: Evidence, table: pd.DataFrame, text: Catalogue, kind: str) -> Figure | Missing:
     name, title = f"{kind}-memory-steps", text(f"chart.{kind}_steps.title")
-    frame, _ = series.memory(evidence, f"{COLUMNS[kind]}_bytes")
+    frame = memory_by_step(evidence, f"{COLUMNS[kind]}_bytes")
     if frame.empty:
-        return absent(name, title, text("chart.cpu_steps.absent" if kind == "cpu" else "chart.gpu_steps.unsampled"))
+        return Missing(name, text("chart.not_profiled"))
     ranks, unit = ranks_of(evidence), size_unit(frame["high"].max())
-    panels = by_rate(frame, text, lambda rows, y: charts.memory_by_step(rows, text, ranks, y, kind, unit))
+    y_title, axis = text(f"chart.{kind}_memory.y", unit=unit.name), charts.steps_axis(text)
+
+    def draw(rows: pd.DataFrame, y_range: tuple[float, float]) -> alt.Chart:
+        scaled, y_range = charts.in_unit(rows, y_range, unit)
+        points = scaled["step"].nunique() <= 30
+        layers = charts.lines(scaled, text, ranks, y_title, y_range, ".4~g", along=axis, points=points)
+        return charts.layered(*layers)
+
     alternative = say(title, table, f"{COLUMNS[kind]}_mean_bytes", size, text)
     table_of = curve_numbers(title, frame, "mean", size, text)
-    return Figure(name, title, text(f"chart.{kind}_steps.note"), alternative, panels, table_of)
+    return Figure(name, title, text(f"chart.{kind}_steps.note"), alternative, by_rate(frame, text, draw), table_of)
 
 
-def _by_time(evidence: Evidence, table: pd.DataFrame, text: Catalogue, kind: str) -> Figure:
+def _by_time(evidence: Evidence, table: pd.DataFrame, text: Catalogue, kind: str) -> Figure | Missing:
     name, title = f"{kind}-memory-time", text(f"chart.{kind}_time.title")
-    frame = series.memory_by_time(evidence, f"{COLUMNS[kind]}_bytes")
+    frame = memory_by_time(evidence, f"{COLUMNS[kind]}_bytes")
     if frame.empty:
-        return absent(name, title, text("chart.cpu_steps.absent" if kind == "cpu" else "chart.gpu_steps.unsampled"))
-    ranks, unit = ranks_of(evidence), size_unit(frame["high"].max())
-    time = time_unit(frame["seconds"].max(), text)
-    panels = by_rate(frame, text, lambda rows, y: charts.memory_by_time(rows, text, ranks, y, kind, unit, time))
+        return Missing(name, text("chart.not_profiled"))
+    ranks, unit, time = ranks_of(evidence), size_unit(frame["high"].max()), time_unit(frame["seconds"].max(), text)
+    y_title = text(f"chart.{kind}_memory.y", unit=unit.name)
+    along = charts.Along("seconds", text("chart.time", unit=time.name), ".3~g", alt.Axis(tickCount=6))
+
+    def draw(rows: pd.DataFrame, y_range: tuple[float, float]) -> alt.Chart:
+        scaled, y_range = charts.in_unit(rows.assign(seconds=rows["seconds"] / time.factor), y_range, unit)
+        thick = (
+            charts.plain(scaled)
+            .transform_filter("datum.phase === 'train'")
+            .mark_line(strokeWidth=4, opacity=0.45, clip=True)
+        )
+        of_rank = charts.colour(ranks, text, legend="stroke")
+        training = thick.encode(x=charts.x_axis(along), y=charts.y_axis(y_title, y_range), color=of_rank)
+        layers = charts.lines(scaled, text, ranks, y_title, y_range, ".4~g", along=along)
+        return charts.layered(training, *layers)
+
     alternative = say(title, table, f"{COLUMNS[kind]}_peak_bytes", size, text)
     table_of = curve_numbers(
         title, frame, "mean", size, text, along="seconds", place=lambda seconds: duration(seconds, text)
     )
-    return Figure(name, title, text("chart.time_note"), alternative, panels, table_of)
+    return Figure(name, title, text("chart.time_note"), alternative, by_rate(frame, text, draw), table_of)

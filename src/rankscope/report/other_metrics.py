@@ -1,4 +1,4 @@
-"""What people also ask for: perplexity, token accuracy, forgetting, diverged trials, and full fine-tuning beside it."""
+"""Perplexity, token accuracy, forgetting, divergence and the full fine-tuning baseline; facts on data and machine."""
 
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
@@ -7,17 +7,17 @@ import pandas as pd
 
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue, flatten
-from rankscope.text.formats import Table, known, loss, percent, rate, signed, size
+from rankscope.text.formats import Table, interval, loss, percent, rate, shown, signed, size, tabulate
 
 _MEANS = ["eval_loss", "eval_perplexity", "eval_accuracy", "general_change"]
 
 
-def also_by_candidate(results: pd.DataFrame) -> pd.DataFrame:
-    """One row a candidate of `Study.results()`, or of `Study.reference_results()`, in their order.
+def metrics_by_candidate(results: pd.DataFrame) -> pd.DataFrame:
+    """One row per candidate of `Study.results()` or `Study.reference_results()`, in their order.
 
     Columns: `candidate rank learning_rate trials finished diverged eval_loss eval_perplexity eval_accuracy
-    general_change`. `general_change` is the loss on the general text after training minus before (nats a token). From
-    `eval_loss` on, means over finished trials; NaN where there is none.
+    general_change`. From `eval_loss` on, means over finished trials (NaN without one); `general_change` is the loss on
+    the general text after training minus before, in nats per token.
     """
     change = results["general_loss_after"] - results["general_loss_before"]
     status, candidate = results["status"], results["candidate"]
@@ -31,51 +31,44 @@ def also_by_candidate(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def full_fine_tuning(evidence: Evidence, verdict: Mapping[str, Any] | None) -> pd.DataFrame:
-    """The row of `also_by_candidate` of full fine-tuning at the rate that the verdict found best, or at the first where
-    none finished; none where the study has no reference."""
+    """Full fine-tuning's row of `metrics_by_candidate` at its best rate by the verdict, else at its first; empty
+    without a reference."""
     if evidence.reference_results is None or evidence.reference_results.empty:
         return pd.DataFrame()
-    table = also_by_candidate(evidence.reference_results)
+    table = metrics_by_candidate(evidence.reference_results)
     best = table[table["candidate"] == (verdict or {}).get("reference_candidate")]
     return table.head(1) if best.empty else best
 
 
-def also_measured(evidence: Evidence, verdict: Mapping[str, Any] | None, text: Catalogue) -> Table:
-    """The table: a row a candidate, and one of full fine-tuning. Forgetting and the loss over that of full fine-tuning
-    have a column where they were asked for."""
-    none = text("none")
-
-    def show(value: float | None, number: Callable[[float], str]) -> str:
-        return number(value) if value is not None and known(value) else none
-
+def metrics_table(evidence: Evidence, verdict: Mapping[str, Any] | None, text: Catalogue) -> Table:
+    """One row per candidate and one of full fine-tuning. Forgetting and the loss over full fine-tuning's have columns
+    in studies that measure them."""
+    full = full_fine_tuning(evidence, verdict)
     compared = {row["candidate"]: row for row in (verdict or {}).get("comparison", [])}
 
     def over_full(candidate: str) -> str:
         row = compared.get(candidate, {})
-        low, high = row.get("over_full_low"), row.get("over_full_high")
-        interval = "" if low is None or high is None else f"\n[{signed(low)}, {signed(high)}]"
-        return show(row.get("over_full"), signed) + interval
+        ends = interval(row.get("over_full_low"), row.get("over_full_high"), signed)
+        return shown(row.get("over_full"), signed, text) + ends
 
-    full = full_fine_tuning(evidence, verdict)
     columns: dict[str, Callable[[Mapping[Hashable, Any]], str]] = {
         "rank": lambda row: rank_name(row["rank"], text),
         "learning_rate": lambda row: rate(row["learning_rate"]),
-        "eval_loss": lambda row: show(row["eval_loss"], loss),
+        "eval_loss": lambda row: shown(row["eval_loss"], loss, text),
     }
     if not full.empty:
         columns["over_full"] = lambda row: over_full(row["candidate"])
-    columns["perplexity"] = lambda row: show(row["eval_perplexity"], lambda value: f"{value:.4g}")
-    columns["accuracy"] = lambda row: show(row["eval_accuracy"], percent)
+    columns["perplexity"] = lambda row: shown(row["eval_perplexity"], "{:.4g}".format, text)
+    columns["accuracy"] = lambda row: shown(row["eval_accuracy"], percent, text)
     if evidence.spec.measure.forgetting is not None:
-        columns["forgetting"] = lambda row: show(row["general_change"], signed)
+        columns["forgetting"] = lambda row: shown(row["general_change"], signed, text)
     columns["diverged"] = lambda row: f"{row['diverged']} / {row['trials']}"
-    records = also_by_candidate(evidence.results).to_dict("records") + full.to_dict("records")
-    rows = [[cell(row) for cell in columns.values()] for row in records]
-    return Table(text("also.caption"), [text(f"table.{name}") for name in columns], [True] * len(columns), rows)
+    records = metrics_by_candidate(evidence.results).to_dict("records") + full.to_dict("records")
+    return tabulate(text("also.caption"), {text(f"table.{name}"): cell for name, cell in columns.items()}, records)
 
 
-def also_notes(evidence: Evidence, text: Catalogue) -> list[str]:
-    """What forgetting means and what full fine-tuning is, in a sentence or two each, where the study has them."""
+def metrics_notes(evidence: Evidence, text: Catalogue) -> list[str]:
+    """Notes on forgetting and on full fine-tuning, in studies that measure them."""
     notes = []
     before = evidence.results["general_loss_before"].dropna()
     if evidence.spec.measure.forgetting is not None and not before.empty:
@@ -87,7 +80,7 @@ def also_notes(evidence: Evidence, text: Catalogue) -> list[str]:
 
 
 def rank_name(rank: int, text: Catalogue) -> str:
-    """The rank, or the words for full fine-tuning, which has none (0)."""
+    """The rank, or the name of full fine-tuning, stored as rank 0."""
     return str(rank) if rank else text("table.full")
 
 
@@ -97,13 +90,13 @@ class Fact(NamedTuple):
 
 
 def data_facts(facts: Mapping[str, Any], text: Catalogue) -> list[Fact]:
-    """The content of data/facts.json, in its order; after labels, the tokens that are masked: read, but not learnt."""
+    """Content of data/facts.json, in order, with masked tokens (context only) after label tokens."""
     facts = _with_masked(facts)
     return [Fact(text.get(f"fact.{key}", key), _show(key, value, text)) for key, value in flatten(facts).items()]
 
 
 def machine_facts(machine: Mapping[str, Any], text: Catalogue) -> list[Fact]:
-    """The content of machine.json, in its order. Names of versions are those of the packages."""
+    """Content of machine.json, in order; versions are named by their packages."""
     facts = []
     for key, value in flatten(machine).items():
         group, _, name = key.partition(".")
@@ -136,7 +129,7 @@ def _show(key: str, value: Any, text: Catalogue) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.4g}"
-    if isinstance(value, Mapping):  # such as a GPU: its name, and its memory in brackets
+    if isinstance(value, Mapping):  # such as a GPU: name (memory)
         parts = [_show(name, part, text) for name, part in value.items()]
         return f"{parts[0]} ({', '.join(parts[1:])})" if len(parts) > 1 else "".join(parts)
     if isinstance(value, list | tuple):

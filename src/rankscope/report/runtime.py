@@ -1,131 +1,190 @@
-"""The figures of time: runtime and tokens a second against rank; and what loss costs in memory and in time."""
+"""Figures of time: runtime and throughput against rank, and held-out loss against memory and runtime."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import altair as alt
 import pandas as pd
 
 from rankscope.analysis.costs import noise_floor, on_front
-from rankscope.report import charts_by_rank
-from rankscope.report import frames as series
+from rankscope.report import charts
 from rankscope.report.costs import noise_share
-from rankscope.report.figures import Figure, Panel, absent, numbers, ranks_of, say, with_rates
-from rankscope.report.frames import has_gpu
+from rankscope.report.figures import Figure, Missing, Panel, numbers, say, with_rates
+from rankscope.report.frames import KEYS, has_gpu, heldout_by_candidate, rank_profiles, ranks_of
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import Unit, duration, loss, rate, size, size_unit, time_unit
 
+NUMBER = Unit("", 1.0)
 
-def speed_figures(evidence: Evidence, text: Catalogue) -> list[Figure]:
-    """Runtime and tokens a second, each beside its noise."""
-    runtimes, _ = series.measurements(evidence, "runtime_seconds")
-    unit = time_unit(runtimes["value"].max(), text) if not runtimes.empty else Unit("", 1.0)
+
+def runtime_figures(evidence: Evidence, text: Catalogue) -> list[Figure | Missing]:
+    """Runtime and training throughput, each with its noise."""
+    runtimes, _ = measurements(evidence, "runtime_seconds")
+    unit = time_unit(runtimes["value"].max(), text) if not runtimes.empty else NUMBER
     return [
         _by_rank(evidence, text, "runtime", "runtime_seconds", unit, lambda seconds: duration(seconds, text)),
-        _by_rank(evidence, text, "tokens", "tokens_per_second", Unit("", 1.0), "{:,.0f}".format),
+        _by_rank(evidence, text, "tokens", "tokens_per_second", NUMBER, "{:,.0f}".format),
     ]
+
+
+def measurements(evidence: Evidence, column: str) -> tuple[pd.DataFrame, bool]:
+    """`candidate rank learning_rate number value`, one row per measurement, and whether profiles gave them.
+
+    `column` is `runtime_seconds` or `tokens_per_second`. Without profiles, trials that had a pack to themselves give
+    the time of their steps and evaluations; the others shared theirs, and are left out.
+    """
+    profiles = rank_profiles(evidence)
+    if not profiles.empty and profiles[column].notna().any():
+        named = profiles[profiles[column].notna()].rename(columns={"repeat": "number", column: "value"})
+        return named[[*KEYS, "number", "value"]].reset_index(drop=True), True
+    results = evidence.results
+    trials_in_pack = results.groupby("pack")["trial"].transform("size")
+    alone = results[(trials_in_pack == 1) & (results["status"] == "done") & results["train_seconds"].notna()]
+    named = alone.rename(columns={"seed": "number"})
+    runtime = alone["train_seconds"] + alone["eval_seconds"].fillna(0.0)
+    named["value"] = runtime if column == "runtime_seconds" else alone["tokens_per_second"]
+    return named[[*KEYS, "number", "value"]].reset_index(drop=True), False
 
 
 def _by_rank(
     evidence: Evidence, text: Catalogue, key: str, column: str, unit: Unit, number: Callable[[float], str]
-) -> Figure:
+) -> Figure | Missing:
     name, title = {"runtime": "runtime", "tokens": "tokens-per-second"}[key], text(f"chart.{key}.title")
-    frame, profiled = series.measurements(evidence, column)
+    frame, profiled = measurements(evidence, column)
     if frame.empty:
-        return absent(name, title, text("chart.runtime.absent"))
+        return Missing(name, text("chart.runtime.absent"))
     note = with_rates(text(f"chart.{key}.note" if profiled else f"chart.{key}.note_trials"), frame, text)
     noise = noise_floor(evidence.profiles, column) if profiled else None
-    band = None
+    limits = None
     if noise is not None:
         note = f"{note} {text('chart.noise_note', rank=noise.rank, floor=noise_share(noise))}"
         mean = float(frame.loc[frame["rank"] == noise.rank, "value"].mean()) / unit.factor
-        band = (mean * max(0.0, 1 - noise.floor), mean * (1 + noise.floor))
+        limits = (mean * max(0.0, 1 - noise.floor), mean * (1 + noise.floor))
     scaled = frame.assign(value=frame["value"] / unit.factor)
     dot = text("chart.repeat" if profiled else "chart.seed")
     y_title = text(f"chart.{key}.y", unit=unit.name)
-    chart = charts_by_rank.cost_by_rank(scaled, text, ranks_of(evidence), y_title, dot, band)
+    chart = _cost_chart(scaled, text, ranks_of(evidence), y_title, dot, limits)
     means = frame.groupby(["rank", "learning_rate"])["value"].agg(["mean", list]).reset_index()
-    rows = [
-        [str(row["rank"]), rate(row["learning_rate"]), number(row["mean"]), ", ".join(map(number, row["list"]))]
-        for row in means.to_dict("records")
-    ]
-    rows += [[text("noise.row"), text("none"), noise_share(noise), text("none")]] if noise is not None else []
-    headers = [text("table.rank"), text("table.learning_rate"), text("chart.mean"), text("chart.each")]
-    return Figure(
-        name,
-        title,
-        note,
-        say(title, means, "mean", number, text),
-        [Panel("", chart)],
-        numbers(title, headers, rows, text),
+    columns: dict[str, Callable[[Any], str]] = {
+        text("table.rank"): lambda row: str(row["rank"]),
+        text("table.learning_rate"): lambda row: rate(row["learning_rate"]),
+        text("chart.mean"): lambda row: number(row["mean"]),
+        text("chart.each"): lambda row: ", ".join(map(number, row["list"])),
+    }
+    table = numbers(title, columns, means.to_dict("records"), text)
+    if noise is not None:
+        table.rows.append([text("noise.row"), text("none"), noise_share(noise), text("none")])
+    return Figure(name, title, note, say(title, means, "mean", number, text), [Panel("", chart)], table)
+
+
+def _cost_chart(
+    frame: pd.DataFrame,
+    text: Catalogue,
+    ranks: list[int],
+    title: str,
+    dot: str,
+    noise: tuple[float, float] | None,
+) -> alt.Chart:
+    """`measurements` as a bar for the mean and a dot for each one, which `dot` names; `noise` is shaded."""
+    values = frame.assign(rate=frame["learning_rate"].map(rate))
+    x, of_rank = charts.by_rank(values, text, ranks), charts.colour(ranks, text)
+    scale = alt.Scale(zero=True)
+    mean = alt.Y("mean(value):Q", title=title, scale=scale)
+    mean_title = f"{text('chart.mean')}, {title}"
+    base = alt.Chart(values)
+    bars = base.mark_bar(opacity=0.45, cornerRadiusEnd=2, size=max(6, 48 // values["learning_rate"].nunique())).encode(
+        **x,
+        y=mean,
+        color=of_rank,
+        tooltip=[*charts.candidate_tooltip(text), alt.Tooltip("mean(value):Q", title=mean_title, format=".4~g")],
     )
+    measured = [
+        *charts.candidate_tooltip(text),
+        alt.Tooltip("number:O", title=dot),
+        alt.Tooltip("value:Q", title=title, format=".4~g"),
+    ]
+    dots = base.mark_point(filled=True, size=55, opacity=1).encode(
+        **x, y=alt.Y("value:Q", title=title), color=of_rank, shape=charts.shape(ranks, text), tooltip=measured
+    )
+    layers = [bars, dots] if noise is None else [bars, charts.band(noise, scale), dots]
+    return charts.layered(*layers)
 
 
 def trade_off_figures(
     evidence: Evidence, verdict: Mapping[str, Any] | None, table: pd.DataFrame, text: Catalogue
-) -> list[Figure]:
+) -> list[Figure | Missing]:
     """Held-out loss against peak memory, of the GPU where there is one, and against runtime."""
-    kind = "gpu" if has_gpu(evidence) else "cpu"
-    peak = "gpu_allocated_peak_bytes" if kind == "gpu" else "rss_peak_bytes"
-    known = series.heldout_by_candidate(evidence, table)
-    memory, time = known[known[peak].notna()], known[known["runtime_seconds"].notna()]
-    size_of = size_unit(memory[peak].max()) if not memory.empty else Unit("", 1.0)
-    time_of = time_unit(time["runtime_seconds"].max(), text) if not time.empty else Unit("", 1.0)
-    chosen, ranks = (verdict or {}).get("candidate"), ranks_of(evidence)
-    peak_title = text(f"chart.trade_off.{kind}", unit=size_of.name)
+    kind, peak = ("gpu", "gpu_allocated_peak_bytes") if has_gpu(evidence) else ("cpu", "rss_peak_bytes")
+    known = heldout_by_candidate(evidence, table)
+    known = known.assign(chosen=known["candidate"] == (verdict or {}).get("candidate"))
+    memory, time = (known.assign(cost=known[column]).dropna(subset=["cost"]) for column in (peak, "runtime_seconds"))
+    memory_unit = size_unit(memory["cost"].max()) if len(memory) else NUMBER
+    time_of = time_unit(time["cost"].max(), text) if len(time) else NUMBER
+    memory_title = text(f"chart.trade_off.{kind}", unit=memory_unit.name)
+    time_title, ranks = text("chart.runtime.y", unit=time_of.name), ranks_of(evidence)
     return [
-        _trade_off(
-            "loss-memory", memory.rename(columns={peak: "cost"}), chosen, ranks, peak_title, size_of, size, text
-        ),
-        _trade_off(
-            "loss-runtime",
-            time.rename(columns={"runtime_seconds": "cost"}),
-            chosen,
-            ranks,
-            text("chart.runtime.y", unit=time_of.name),
-            time_of,
-            lambda seconds: duration(seconds, text),
-            text,
-        ),
+        _trade_off("loss-memory", memory, ranks, memory_title, memory_unit, size, text),
+        _trade_off("loss-runtime", time, ranks, time_title, time_of, lambda seconds: duration(seconds, text), text),
     ]
 
 
 def _trade_off(
     name: str,
     table: pd.DataFrame,
-    chosen: str | None,
     ranks: list[int],
     cost_title: str,
     unit: Unit,
     number: Callable[[float], str],
     text: Catalogue,
-) -> Figure:
-    """`table` has the finished candidates whose `cost` is known."""
-    title = text(f"chart.trade_off.{name}")
+) -> Figure | Missing:
+    """`table` has the finished candidates with a known `cost`."""
     if len(table) < 2:
-        return absent(name, title, text("chart.trade_off.absent"))
-    columns = ["rank", "learning_rate", "cost", "eval_loss", "eval_loss_low", "eval_loss_high"]
-    frame = table[columns].assign(
-        front=on_front(table, ["cost", "eval_loss"]),
-        chosen=table["candidate"] == chosen,
-        cost=table["cost"] / unit.factor,
-    )
-    note = text("chart.trade_off.note")
+        return Missing(name, text("chart.trade_off.absent"))
+    frame = table.assign(front=on_front(table, ["cost", "eval_loss"]))
+    title, note = text(f"chart.trade_off.{name}"), text("chart.trade_off.note")
     if frame["chosen"].any():
         note = f"{note} {text('chart.trade_off.ring')}"
-    chart = charts_by_rank.trade_off(frame, text, ranks, cost_title)
-    rows = [
-        [
-            str(row["rank"]),
-            rate(row["learning_rate"]),
-            number(row["cost"] * unit.factor),
-            loss(row["eval_loss"]),
-            text("table.yes" if row["front"] else "table.no"),
-        ]
-        for row in frame.to_dict("records")
-    ]
-    headers = [text("table.rank"), text("table.learning_rate"), cost_title, text("table.eval_loss")]
-    headers.append(text("chart.trade_off.on_front"))
+    columns: dict[str, Callable[[Any], str]] = {
+        text("table.rank"): lambda row: str(row["rank"]),
+        text("table.learning_rate"): lambda row: rate(row["learning_rate"]),
+        cost_title: lambda row: number(row["cost"]),
+        text("table.eval_loss"): lambda row: loss(row["eval_loss"]),
+        text("chart.trade_off.on_front"): lambda row: text("table.yes" if row["front"] else "table.no"),
+    }
     on = ", ".join(text("name.rank", rank=rank) for rank in sorted(set(frame.loc[frame["front"], "rank"])))
     alternative = text("chart.trade_off.says", title=title, ranks=on)
-    return Figure(name, title, note, alternative, [Panel("", chart)], numbers(title, headers, rows, text))
+    table_of = numbers(title, columns, frame.to_dict("records"), text)
+    drawn = ["rank", "learning_rate", "cost", "eval_loss", "eval_loss_low", "eval_loss_high", "front", "chosen"]
+    chart = _trade_off_chart(frame.assign(cost=frame["cost"] / unit.factor)[drawn], text, ranks, cost_title)
+    return Figure(name, title, note, alternative, [Panel("", chart)], table_of)
+
+
+def _trade_off_chart(frame: pd.DataFrame, text: Catalogue, ranks: list[int], cost_title: str) -> alt.Chart:
+    """`rank learning_rate cost eval_loss eval_loss_low eval_loss_high front chosen`: one point per candidate, the
+    Pareto front joined by steps, and a ring around the chosen one.
+    """
+    values = frame.assign(rate=frame["learning_rate"].map(rate))
+    x = alt.X("cost:Q", title=cost_title, scale=alt.Scale(zero=False, nice=True, padding=24), axis=alt.Axis(grid=True))
+    y, of_rank = charts.loss_axis(text, padding=16), charts.colour(ranks, text, legend="symbol")
+    base = alt.Chart(values)
+    front = base.transform_filter("datum.front").mark_line(interpolate="step-after", style="front")
+    layers = [front.encode(x=x, y=y, order=alt.Order("cost:Q"))]
+    layers += charts.loss_intervals(values, text, {"x": x, "color": of_rank}, padding=16, strokeWidth=1.5, opacity=0.6)
+    tooltip = [
+        *charts.candidate_tooltip(text),
+        alt.Tooltip("cost:Q", title=cost_title, format=".4~g"),
+        alt.Tooltip("eval_loss:Q", title=text("chart.eval_by_rank.y"), format=".4f"),
+    ]
+    points = base.mark_point(filled=True, size=130).encode(
+        x=x,
+        y=y,
+        color=of_rank,
+        shape=charts.shape(ranks, text, legend="symbol"),
+        opacity=alt.condition("datum.front", alt.value(1), alt.value(0.4)),
+        tooltip=tooltip,
+    )
+    if values["chosen"].any():  # under the points: it must not catch the pointer before them
+        ring = base.transform_filter("datum.chosen").mark_point(size=420, style="chosen")
+        layers.append(ring.encode(x=x, y=y))
+    return charts.layered(*layers, points)

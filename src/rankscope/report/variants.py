@@ -1,30 +1,43 @@
-"""Variants of LoRA beside plain LoRA: a sentence and a row for each at each rank."""
+"""Variants of LoRA beside plain LoRA: one sentence and one row per variant and rank."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import altair as alt
 import pandas as pd
 
-from rankscope.report.figures import Figure, Panel, Section, colour, shape, sized
+from rankscope.report import charts
+from rankscope.report.figures import Figure, Panel, Section, make_section
 from rankscope.report.frames import by_candidate
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue
-from rankscope.text.formats import Table, known, loss, percent, rate, signed, signed_percent, size
+from rankscope.text.formats import (
+    Table,
+    interval,
+    known,
+    loss,
+    percent,
+    rate,
+    shown,
+    signed,
+    signed_percent,
+    size,
+    tabulate,
+)
 
 
-def variant_section(evidence: Evidence, verdict: Mapping[str, Any] | None, text: Catalogue) -> list[Section]:
-    """The section; none where the study has no variants."""
+def variant_sections(evidence: Evidence, verdict: Mapping[str, Any] | None, text: Catalogue) -> list[Section]:
+    """One section, or none without variants."""
     table = variant_table(evidence, verdict, text)
     if table is None:
         return []
     judged = [row for row in (verdict or {}).get("variants", []) if known(row["low"])]
     figures = [_figure(judged, text)] if judged else []
-    return [Section("variants", figures, variant_sentences(verdict, text), [table])]
+    return [make_section("variants", figures, variant_sentences(verdict, text), [table])]
 
 
 def _figure(judged: Sequence[Mapping[str, Any]], text: Catalogue) -> Figure:
-    """A point and an interval for each variant at each rank, beside the line of plain LoRA."""
+    """A point with its interval per variant and rank, beside the line of plain LoRA."""
     rows = [{**row, "name": text(f"variant.{row['variant']}")} for row in judged]
     title = text("variant.title")
     values = "; ".join(
@@ -35,10 +48,10 @@ def _figure(judged: Sequence[Mapping[str, Any]], text: Catalogue) -> Figure:
 
 
 def _chart(frame: pd.DataFrame, text: Catalogue) -> alt.Chart:
-    """`name rank difference low high eval_loss`: a row a variant, its ranks one below the other."""
+    """`name rank difference low high eval_loss`: one row per variant, its ranks one below the other."""
     ranks, names = sorted(int(rank) for rank in frame["rank"].unique()), list(dict.fromkeys(frame["name"]))
     y = {"y": alt.Y("name:N", sort=names, title=None), "yOffset": alt.YOffset("rank:N", sort=ranks)}
-    title, of_rank = text("variant.difference"), colour(ranks, text, legend="symbol")
+    title, of_rank = text("variant.difference"), charts.colour(ranks, text, legend="symbol")
     x = alt.X("difference:Q", title=title, scale=alt.Scale(zero=True, nice=True, padding=12))
     tooltip = [
         alt.Tooltip("name:N", title=text("variant.name")),
@@ -51,13 +64,13 @@ def _chart(frame: pd.DataFrame, text: Catalogue) -> alt.Chart:
     base = alt.Chart(frame)
     interval = base.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q", title=title), x2="high:Q", color=of_rank, **y)
     dots = base.mark_point(filled=True, size=90, opacity=1).encode(
-        x=x, color=of_rank, shape=shape(ranks, text, legend="symbol"), tooltip=tooltip, **y
+        x=x, color=of_rank, shape=charts.shape(ranks, text, legend="symbol"), tooltip=tooltip, **y
     )
-    return sized(alt.layer(zero, interval, dots))
+    return charts.layered(zero, interval, dots)
 
 
 def variant_sentences(verdict: Mapping[str, Any] | None, text: Catalogue) -> list[str]:
-    """What is shown of each variant, in words."""
+    """Conclusion on each variant at each rank."""
     sentences = []
     for row in (verdict or {}).get("variants", []):
         named = {"variant": text(f"variant.{row['variant']}"), "rank": row["rank"]}
@@ -70,48 +83,47 @@ def variant_sentences(verdict: Mapping[str, Any] | None, text: Catalogue) -> lis
 
 
 def variant_table(evidence: Evidence, verdict: Mapping[str, Any] | None, text: Catalogue) -> Table | None:
-    """A row a variant and rank; None where the study has no variants."""
+    """One row per variant and rank, or None without variants."""
     if evidence.variants is None:
         return None
-    none = text("none")
-    table = {row["candidate"]: row for row in by_candidate(evidence.variants, None).to_dict("records")}
     judged = {row["candidate"]: row for row in (verdict or {}).get("variants", [])}
-    rows = []
-    for candidate in evidence.variants.spec.candidates():
-        if candidate.name not in table:
-            continue
-        row, found = table[candidate.name], judged.get(candidate.name, {})
-        interval = f"\n[{signed(found['low'])}, {signed(found['high'])}]" if known(found.get("low")) else ""
-        rows.append(
-            [
-                text(f"variant.{candidate.variant}"),
-                str(candidate.rank),
-                rate(candidate.learning_rate),
-                f"{row['finished']} / {row['trials']}",
-                f"{row['trainable_params']:,.0f}" if known(row["trainable_params"]) else none,
-                size(row["adapter_bytes"]) if known(row["adapter_bytes"]) else none,
-                loss(row["eval_loss"]) if known(row["eval_loss"]) else none,
-                signed(found["difference"]) + interval if known(found.get("difference")) else none,
-                text(f"variant.outcome_{found['outcome']}") if found.get("outcome") else none,
-                *(
-                    signed_percent(found[cost]) if known(found.get(cost)) else none
-                    for cost in ("memory", "step_seconds")
-                ),
-            ]
-        )
-    names = ["variant.name", "table.rank", "table.learning_rate", "table.finished", "table.params", "table.adapter"]
-    names += ["table.eval_loss", "variant.difference", "variant.outcome", "variant.memory", "variant.step_seconds"]
+    variants = {candidate.name: candidate.variant for candidate in evidence.variants.spec.candidates()}
+    table = by_candidate(evidence.variants, None)
+    records = [row | {"judged": judged.get(row["candidate"], {})} for row in table.to_dict("records")]
+    words = [text("variant.name"), text("variant.outcome")]
+    columns: dict[str, Callable[[Any], str]] = {
+        words[0]: lambda row: text(f"variant.{variants[row['candidate']]}"),
+        text("table.rank"): lambda row: str(row["rank"]),
+        text("table.learning_rate"): lambda row: rate(row["learning_rate"]),
+        text("table.finished"): lambda row: f"{row['finished']} / {row['trials']}",
+        text("table.params"): lambda row: shown(row["trainable_params"], "{:,.0f}".format, text),
+        text("table.adapter"): lambda row: shown(row["adapter_bytes"], size, text),
+        text("table.eval_loss"): lambda row: shown(row["eval_loss"], loss, text),
+        text("variant.difference"): lambda row: _difference(row["judged"], text),
+        words[1]: lambda row: _outcome(row["judged"], text),
+        text("variant.memory"): lambda row: shown(row["judged"].get("memory"), signed_percent, text),
+        text("variant.step_seconds"): lambda row: shown(row["judged"].get("step_seconds"), signed_percent, text),
+    }
     confidence = percent((verdict or {}).get("confidence", evidence.spec.verdict.confidence))
-    numeric = [name not in ("variant.name", "variant.outcome") for name in names]
-    return Table(text("variant.caption", confidence=confidence), [text(name) for name in names], numeric, rows)
+    return tabulate(text("variant.caption", confidence=confidence), columns, records, words)
+
+
+def _difference(judged: Mapping[str, Any], text: Catalogue) -> str:
+    return shown(judged.get("difference"), signed, text) + interval(judged.get("low"), judged.get("high"), signed)
+
+
+def _outcome(judged: Mapping[str, Any], text: Catalogue) -> str:
+    return text(f"variant.outcome_{judged['outcome']}") if judged.get("outcome") else text("none")
 
 
 def pattern_table(modules: pd.DataFrame, rank: int, text: Catalogue) -> Table:
-    """What a proposal of ranks by layer gives to each module; `modules` is `rankscope.resize.pattern.by_module`'s."""
-    names = ["module", "layers", "mean", "lowest", "highest"]
-    rows = [
-        [str(row["module"]), str(row["layers"]), f"{row['mean']:.1f}", str(row["lowest"]), str(row["highest"])]
-        for row in modules.to_dict("records")
-    ]
-    headers = [text(f"pattern.{name}") for name in names]
-    return Table(text("pattern.caption", rank=rank), headers, [name != "module" for name in names], rows)
+    """Proposed ranks of each module; `modules` is `rankscope.resize.pattern.by_module`."""
+    module = text("pattern.module")
+    columns: dict[str, Callable[[Any], str]] = {
+        module: lambda row: str(row["module"]),
+        text("pattern.layers"): lambda row: str(row["layers"]),
+        text("pattern.mean"): lambda row: f"{row['mean']:.1f}",
+        text("pattern.lowest"): lambda row: str(row["lowest"]),
+        text("pattern.highest"): lambda row: str(row["highest"]),
+    }
+    return tabulate(text("pattern.caption", rank=rank), columns, modules.to_dict("records"), [module])

@@ -1,4 +1,4 @@
-"""Writes the report's files, each whole or absent."""
+"""Write the report's files, each whole or absent."""
 
 from collections.abc import Mapping
 from io import BytesIO
@@ -16,8 +16,7 @@ from rankscope.report.figures import Figure
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue, load
 
-PNG_SCALE = 2.0
-"""Pixels for each point of the drawing: sharp in print and on dense screens."""
+PNG_SCALE = 2.0  # pixels per point of the drawing: sharp in print and on dense screens
 
 
 class Image(NamedTuple):
@@ -25,42 +24,49 @@ class Image(NamedTuple):
     png: bytes
 
 
-def write_report(
+def build(
     evidence: Evidence,
     verdict: Mapping[str, Any] | None,
     folder: Path,
-    language: str,
+    language: str = "en",
     *,
-    study_name: str,
-    reproduce: str,
+    study_name: str | None = None,
+    reproduce: str = "rankscope run study.yaml",
 ) -> Path:
-    """See `rankscope.report.build`."""
-    text = load(language)
-    content = compose(evidence, verdict, text, study_name, reproduce)
+    """Write index.html, report.md, results.csv, results.parquet and figures/ into `folder`, also on partial evidence.
+
+    `verdict` is the content of verdict.json, or None before there is one. `study_name` defaults to the study's own;
+    `reproduce` is the command that the report shows.
+
+    Returns: the path of index.html.
+
+    Raises:
+        StudyError: the language has no catalogue.
+    """
+    text, name = load(language), study_name or evidence.spec.name
+    content = compose(evidence, verdict, text, name, reproduce)
     # Figures go into other documents: where no font here has a language's letters, English beats boxes.
-    drawn = content if can_draw(text) else compose(evidence, verdict, load("en"), study_name, reproduce)
+    drawn = content if can_draw(text) else compose(evidence, verdict, load("en"), name, reproduce)
+    figures = folder / "figures"
     for figure in drawn.figures:
-        file = folder / "figures" / figure.name
-        if figure.panels:
-            image = render_image(figure)
-            write_atomic(file.with_suffix(".svg"), image.svg)
-            write_atomic(file.with_suffix(".png"), image.png)
-        else:  # an earlier report may have had it
-            file.with_suffix(".svg").unlink(missing_ok=True)
-            file.with_suffix(".png").unlink(missing_ok=True)
+        image = render_image(figure)
+        write_atomic(figures / f"{figure.name}.svg", image.svg)
+        write_atomic(figures / f"{figure.name}.png", image.png)
+    for missing in drawn.missing:  # an earlier report may have had it
+        (figures / f"{missing.name}.svg").unlink(missing_ok=True)
+        (figures / f"{missing.name}.png").unlink(missing_ok=True)
     table = pd.concat([part.results for part in evidence.parts], ignore_index=True)
-    write_atomic(folder / "results.csv", table.to_csv(index=False))
     parquet = BytesIO()
     table.to_parquet(parquet, index=False)
+    write_atomic(folder / "results.csv", table.to_csv(index=False))
     write_atomic(folder / "results.parquet", parquet.getvalue())
     write_atomic(folder / "report.md", markdown.render(content, text))
-    page = folder / "index.html"
-    write_atomic(page, html.render(content, text))
-    return page
+    write_atomic(folder / "index.html", html.render(content, text))
+    return folder / "index.html"
 
 
 def render_image(figure: Figure) -> Image:
-    """The figure on white, with its title; panels stand under one another."""
+    """The figure on white, with its title and its panels one below the other."""
     panels = [panel.chart.properties(title=panel.title) if panel.title else panel.chart for panel in figure.panels]
     chart = alt.vconcat(*panels) if len(panels) > 1 else panels[0]
     spec = chart.properties(title=figure.title).to_dict(validate=False) | {
@@ -73,7 +79,7 @@ def render_image(figure: Figure) -> Image:
 
 
 def can_draw(text: Catalogue) -> bool:
-    """Whether a font on this machine has the language's letters: two letters that it lacks look the same."""
+    """Whether a font on this machine has the language's letters: two letters without a glyph look the same."""
     letters = [letter for letter in text("language") if not letter.isascii()][:2]
     if len(letters) < 2:
         return True

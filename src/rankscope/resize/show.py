@@ -14,7 +14,7 @@ from rankscope.report.html import VEGA_LITE, chart_page
 from rankscope.report.write import PNG_SCALE
 from rankscope.resize.command import LossChange, Resized
 from rankscope.text.catalogue import Catalogue
-from rankscope.text.formats import Table, change, loss, percent, signed, signed_percent, size, visible
+from rankscope.text.formats import Table, change, loss, percent, signed, signed_percent, size, strip_control_characters
 
 
 def rank_table(layers: pd.DataFrame, text: Catalogue) -> Table:
@@ -102,7 +102,7 @@ def spectrum_chart(frame: pd.DataFrame, text: Catalogue) -> alt.LayerChart | alt
     """One cell per layer: directions that hold 90% of its update's energy, coloured by their share of the rank."""
     shown = frame.drop(columns="singular_values").assign(share=frame["rank_90"] / frame["rank"])
     for name in ("layer", "module"):
-        shown[name] = shown[name].map(visible)  # SVG is XML, which has no control characters
+        shown[name] = shown[name].map(strip_control_characters)  # SVG is XML, which has no control characters
     shown["block"] = shown["block"].astype(str).replace("-1", text("none"))  # -1: outside the blocks
     modules = list(dict.fromkeys(shown["module"]))
     blocks = shown["block"].nunique()

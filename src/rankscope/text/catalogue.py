@@ -1,4 +1,4 @@
-"""Every visible string of the report, one YAML file a language. Imports nothing heavy."""
+"""Every visible string of the report, one YAML file per language. Imports nothing heavy."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -13,7 +13,7 @@ LANGUAGES = ("en", "ko")
 
 
 class Catalogue:
-    """The strings of one language: `text("chart.value", rank=8, value="1.2")`."""
+    """Strings of one language: `text("chart.value", rank=8, value="1.2")`."""
 
     def __init__(self, language: str, texts: dict[str, str]) -> None:
         self.language = language
@@ -23,7 +23,7 @@ class Catalogue:
         return self._texts[key].format(**values)
 
     def get(self, key: str, default: str) -> str:
-        """The string, or `default` for what no catalogue can know, such as a field of the data."""
+        """The string, or `default` for a key that no catalogue can know, such as a field of the data."""
         return self._texts.get(key, default)
 
     def count(self, key: str, number: int) -> str:
@@ -36,10 +36,10 @@ class Catalogue:
 
 @cache
 def load(language: str) -> Catalogue:
-    """Reads a catalogue.
+    """Read the catalogue of a language.
 
     Raises:
-        StudyError: there is none in this language.
+        StudyError: the language has no catalogue.
     """
     if language not in LANGUAGES:
         raise StudyError(f"no report language {language!r}", f"Choose one of: {', '.join(LANGUAGES)}.")
@@ -48,7 +48,7 @@ def load(language: str) -> Catalogue:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"training": {"steps": 200}}` -> `{"training.steps": 200}`, in their order."""
+    """Flat mapping with dotted keys, in order: `{"training": {"steps": 200}}` -> `{"training.steps": 200}`."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}

@@ -2,9 +2,10 @@
 
 import math
 import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from decimal import Decimal
 from fractions import Fraction
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from rankscope.text.catalogue import Catalogue
@@ -13,28 +14,49 @@ MINUS = "\N{MINUS SIGN}"
 
 
 class Unit(NamedTuple):
-    """A unit that a chart's whole axis uses: values are divided by `factor`."""
+    """Unit of a chart's whole axis: values are divided by `factor`."""
 
     name: str
     factor: float
 
 
 class Table(NamedTuple):
-    """Cells of text, in which a line break parts a value from its interval.
-
-    `numeric` says which columns are aligned as numbers, `chosen` which row the verdict chose.
-    """
+    """Table of text cells; a line break in a cell separates a value from its interval."""
 
     caption: str
     headers: list[str]
-    numeric: list[bool]
+    numeric: list[bool]  # by column: whether it is aligned as numbers
     rows: list[list[str]]
-    chosen: int | None = None
+    chosen: int | None = None  # index of the row that the verdict chose
+
+
+def tabulate(
+    caption: str,
+    columns: Mapping[str, Callable[[Any], str]],
+    records: Iterable[Any],
+    words: Collection[str] = (),
+    chosen: int | None = None,
+) -> Table:
+    """Table with one row per record, and one column per header; those in `words` are aligned as text."""
+    rows = [[cell(record) for cell in columns.values()] for record in records]
+    return Table(caption, list(columns), [header not in words for header in columns], rows, chosen)
 
 
 def known(value: float | None) -> bool:
-    """Whether there is a finite number to show."""
+    """Whether the value is a finite number."""
     return value is not None and math.isfinite(value)
+
+
+def shown(value: float | None, number: Callable[[float], str], text: "Catalogue") -> str:
+    """The value as `number` writes it, or the catalogue's sign for an unknown one."""
+    return number(value) if value is not None and known(value) else text("none")
+
+
+def interval(low: float | None, high: float | None, number: Callable[[float], str]) -> str:
+    """Second line of a table's cell: `[0.1, 0.2]`; empty where an end is unknown."""
+    if low is None or high is None or not (known(low) and known(high)):
+        return ""
+    return f"\n[{number(low)}, {number(high)}]"
 
 
 def size_unit(largest_bytes: float) -> Unit:
@@ -45,7 +67,7 @@ def size_unit(largest_bytes: float) -> Unit:
 
 
 def time_unit(largest_seconds: float, text: "Catalogue") -> Unit:
-    """Minutes from two minutes on, hours from two hours on: below, the smaller unit says more."""
+    """Seconds below two minutes, minutes below two hours, then hours."""
     if largest_seconds >= 7200:
         return Unit(text("unit.hours"), 3600.0)
     if largest_seconds >= 120:
@@ -62,7 +84,7 @@ def size(value_bytes: float) -> str:
 def duration(seconds: float, text: "Catalogue") -> str:
     """`42.1 s`, `3.50 min`, `2.10 h`."""
     unit = time_unit(seconds, text)
-    return f"{_three_digits(seconds / unit.factor)} {unit.name}"
+    return text("unit.duration", value=_three_digits(seconds / unit.factor), unit=unit.name)
 
 
 def percent(share: float) -> str:
@@ -76,7 +98,7 @@ def signed_percent(share: float) -> str:
 
 
 def change(new: float, old: float) -> str:
-    """The relative change in percent, with its sign; `±0%` below half a percent."""
+    """Signed relative change in percent; `±0%` below half a percent."""
     percents = round((new / old - 1) * 100)
     return "±0%" if percents == 0 else signed(percents, 0) + "%"
 
@@ -91,7 +113,7 @@ def loss(value: float) -> str:
 
 
 def rate(value: float) -> str:
-    """A learning rate as people write it: `2e-4`, `0.01`."""
+    """Learning rate as people write it: `2e-4`, `0.01`."""
     return f"{value:g}" if value >= 0.01 else f"{Decimal(str(value)).normalize():E}".lower()
 
 
@@ -108,10 +130,10 @@ FLOPS = {"flops": 1, "gflops": 10**9, "tflops": 10**12, "pflops": 10**15}
 
 
 def parse_bytes(text: str | float) -> int:
-    """`24GB` -> 24,000,000,000; `24GiB` counts in 1,024s; a bare number is bytes.
+    """Bytes of a size: `24GB` -> 24,000,000,000; `24GiB` counts in 1,024s; a bare number is bytes.
 
     Raises:
-        ValueError: it is not a size of a byte or more; the message shows what is.
+        ValueError: the text is not a size of at least a byte; the message shows the form.
     """
     expected = "a size such as 24GB, 512MB or 16GiB"
     size = int(_parse(text, BYTES, "b", expected))
@@ -121,25 +143,25 @@ def parse_bytes(text: str | float) -> int:
 
 
 def parse_seconds(text: str | float) -> float:
-    """`90s`, `45min`, `2h`, `1.5d`; a bare number is seconds.
+    """Seconds of a time such as `90s`, `45min`, `2h`, `1.5d`; a bare number is seconds.
 
     Raises:
-        ValueError: it is not a time; the message shows what is.
+        ValueError: the text is not a time; the message shows the form.
     """
     return float(_parse(text, SECONDS, "s", "a time such as 90s, 45min or 2h"))
 
 
 def parse_flops(text: str | float) -> float:
-    """`400TFLOPS` -> 4e14 operations a second; also GFLOPS and PFLOPS; a bare number is operations a second.
+    """Operations per second of a rate: `400TFLOPS` -> 4e14; also GFLOPS and PFLOPS, or a bare number.
 
     Raises:
-        ValueError: it is not a rate; the message shows what is.
+        ValueError: the text is not a rate; the message shows the form.
     """
     return float(_parse(text, FLOPS, "flops", "a rate such as 400TFLOPS or 1.2PFLOPS"))
 
 
 def _parse(text: str | float, units: dict[str, int], bare: str, expected: str) -> Fraction:
-    """Exactly: as a float, 2.01GB would be a byte off."""
+    """Exact value of a number with a unit: as a float, 2.01GB would be a byte off."""
     try:
         if isinstance(text, str):
             match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
@@ -148,16 +170,17 @@ def _parse(text: str | float, units: dict[str, int], bare: str, expected: str) -
             value = Fraction(0 if isinstance(text, bool) else text)
         if float(value) > 0:
             return value
-    except (KeyError, ValueError, OverflowError, TypeError):  # no such unit, not finite, too many digits, or a list
+    except (KeyError, ValueError, OverflowError, TypeError):  # unknown unit, not finite, too many digits, or a list
         pass
     raise ValueError(f"expected {expected}")
 
 
-_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
-def visible(text: str) -> str:
-    """Text in which nothing acts unseen: control characters (a terminal obeys them), and those that turn the direction
-    of the text around them, become U+FFFD. Tabs and line breaks stay.
+def strip_control_characters(text: str) -> str:
+    """Text with U+FFFD for control characters, which a terminal obeys, and for those that reverse the text around them.
+
+    Tabs and line breaks stay.
     """
-    return _UNSEEN.sub("\ufffd", text)
+    return _CONTROL_CHARACTERS.sub("\ufffd", text)

@@ -1,4 +1,4 @@
-"""The verdict in a few sentences, for the report and the command line. Imports nothing heavy."""
+"""The verdict in sentences, for the report and the command line. Imports nothing heavy."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,10 +8,7 @@ from rankscope.text.formats import percent, rate, signed_percent
 
 
 def verdict_sentence(verdict: Mapping[str, Any] | None, language: str = "en") -> str:
-    """Says what to do, and how sure that is.
-
-    `verdict` is the content of verdict.json, or None before there is one.
-    """
+    """What to do, and with which confidence; `verdict` is the content of verdict.json, or None without one."""
     text = load(language)
     if verdict is None:
         return text("sentence.none")
@@ -51,7 +48,7 @@ def verdict_sentence(verdict: Mapping[str, Any] | None, language: str = "en") ->
 
 
 def scaling_name(scaling: Mapping[str, Any], text: Catalogue) -> str:
-    """`alpha 32 whatever the rank (scaling alpha/rank)`: `scaling` is verdict.json's."""
+    """Name of verdict.json's `scaling`: `alpha 32 for every rank (scaling alpha/rank)`."""
     alpha = scaling["alpha"]
     kind = "multiple" if isinstance(alpha, str) else "fixed"
     shown = alpha.removesuffix("r") if isinstance(alpha, str) else f"{alpha:g}"
@@ -70,7 +67,7 @@ def _kind(verdict: Mapping[str, Any], chosen: Mapping[str, Any], best: Mapping[s
 
 
 def claim_sentences(verdict: Mapping[str, Any] | None, language: str = "en") -> list[str]:
-    """Each of the original study's claims: what was found here, with its effect and interval."""
+    """Outcome of each of the original study's claims here, with effect and interval."""
     text, lines = load(language), []
     for claim in (verdict or {}).get("claims", []):
         outcome = text(f"claim.{claim['outcome']}")
@@ -92,7 +89,7 @@ def _effect(found: Mapping[str, Any], confidence: str, text: Catalogue) -> str:
 
 
 def candidate_name(verdict: Mapping[str, Any], candidate: str, text: Catalogue) -> str:
-    """`rank 8`, with its learning rate if the study tried several. `candidate` is one of the comparison's."""
+    """Name of a candidate of the comparison: `rank 8`, with its learning rate if the study tried several."""
     row = next(row for row in verdict["comparison"] if row["candidate"] == candidate)
     if "one_learning_rate" in verdict["caveats"]:
         return text("name.rank", rank=row["rank"])

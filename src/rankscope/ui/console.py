@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from rankscope.text.formats import visible
+from rankscope.text.formats import strip_control_characters
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -30,7 +30,7 @@ class PlainConsole(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Text of a string that rich prints, table cells included."""
-        return super().render_str(visible(text), **options)
+        return super().render_str(strip_control_characters(text), **options)
 
 
 out_console = PlainConsole(highlight=False)

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from rankscope.analysis.curve import curve_errors, loss_curve
 from rankscope.report.costs import noise_sentence
-from rankscope.report.curve import cut_curve
+from rankscope.report.curve import rank_curve
 from rankscope.report.frames import by_candidate, has_gpu
 from rankscope.report.variants import variant_sentences
 from rankscope.study.folder import ANSWERS
@@ -55,7 +55,7 @@ def describe_curve(study: Study) -> dict[str, Any]:
 
 def show_curve(study: Study, language: str) -> None:
     """Print the curve of estimated losses by rank."""
-    curve = cut_curve(study.evidence(), load(language))
+    curve = rank_curve(study.evidence(), load(language))
     for table in curve.tables:
         print_table(table)
     for sentence in [*curve.sentences, f"Report: {study.report}"]:
