@@ -121,7 +121,7 @@ def missing(
 
 def cut_adapters(study: StudyFolder, wanted: Mapping[str, Sequence[Sequence[int]]], data: "TokenizedData") -> None:
     """Measures what is wanted of each trial, as pairs of rank and recovery steps; curve.json grows piece by piece."""
-    from rankscope.measure.truncation import Wanted, take_cuts
+    from rankscope.measure.truncation import TruncationRequest, evaluate_truncations
 
     model, _ = load_base(study)
     trials = {trial.name: trial for trial in study.spec.trials()}
@@ -129,5 +129,6 @@ def cut_adapters(study: StudyFolder, wanted: Mapping[str, Sequence[Sequence[int]
         trial, folder = trials[name], study.adapter_file(trials[name]).parent
         recorded = study.trial_record(trial)["results"]["eval_loss"]
         same = {"trial": name, "adapter_sha256": study.adapter_sha256(trial)}
-        for cuts in take_cuts(model, study.spec, trial, folder, recorded, [Wanted(*pair) for pair in pairs], data):
+        requests = [TruncationRequest(*pair) for pair in pairs]
+        for cuts in evaluate_truncations(model, study.spec, trial, folder, recorded, requests, data):
             study.add_cuts([same | cut.describe() for cut in cuts])

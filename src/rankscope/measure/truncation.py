@@ -1,8 +1,8 @@
-"""What a trained adapter loses when it is cut to lower ranks, and what a short training gives back.
+"""Held-out losses of a trained adapter truncated to lower ranks, and after a short recovery training.
 
-Each layer's update is cut to its largest singular values (`rankscope.lora.svd`). A cut is the study's own candidate
-of that rank, with its alpha and scaling, so that it trains as that candidate does; the scaling s goes into the
-factors, which each get the root of the singular values: A = sqrt(S / s) V, B = U sqrt(S / s).
+Each layer's update is truncated to its largest singular values (`rankscope.lora.svd`). A truncated adapter is the
+study's own candidate of that rank, with its alpha and scaling, so that it trains as that candidate does. The scaling s
+goes into the factors, each with the root of the singular values: A = sqrt(S / s) V, B = U sqrt(S / s).
 """
 
 import logging
@@ -29,129 +29,128 @@ from rankscope.train.step import Member, finite_weights, make_member, total_step
 
 log = logging.getLogger(__name__)
 
-RECOVERY_RATE = 0.1
-"""Of the candidate's learning rate. The schedule had ended near 0, where the trained weights settled: at the full rate
-they would leave that place and, in a few steps without a schedule's end, not settle again."""
+RECOVERY_RATE_FRACTION = 0.1
+"""Learning rate of recovery over the candidate's. Its schedule ended near 0, where the weights settled: at the full
+rate they would leave that optimum and, within a few steps and without a decay, not settle again."""
 
-ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
-"""Relative: by how much two forwards of one adapter, divided into other batches, may differ in held-out loss."""
-
-
-class Wanted(NamedTuple):
-    """One loss that is to be measured: of a cut to `rank`, after so many steps of recovery training, or none."""
-
-    rank: int
-    recover_steps: int
+LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
+"""Largest relative difference in held-out loss between two forwards of one adapter in differing batches."""
 
 
-class Cut(NamedTuple):
-    """The held-out loss of a cut."""
+class TruncationRequest(NamedTuple):
+    """A loss to measure: at a rank, after some steps of recovery training."""
 
     rank: int
     recover_steps: int
-    kept_energy: float
-    """The share of the update's energy, the sum of its squared singular values, that the cut keeps."""
-    losses: ExampleLosses | None
-    """None where the recovery training diverged."""
+
+
+class Truncation(NamedTuple):
+    """Held-out losses of a truncated adapter."""
+
+    rank: int
+    recover_steps: int
+    kept_energy: float  # share of the update's energy, the sum of its squared singular values
+    losses: ExampleLosses | None  # None where the recovery training diverged
 
     def describe(self) -> dict[str, Any]:
-        """As curve.json has it."""
-        found = self.losses
+        """Entry of curve.json."""
+        losses = self.losses
         return {
             "rank": self.rank,
             "recover_steps": self.recover_steps,
             "kept_energy": self.kept_energy,
-            "eval_loss": found.mean if found else None,
-            "losses": found.loss.tolist() if found else None,
-            "label_tokens": found.label_tokens.tolist() if found else None,
+            "eval_loss": losses.mean if losses else None,
+            "losses": losses.loss.tolist() if losses else None,
+            "label_tokens": losses.label_tokens.tolist() if losses else None,
         }
 
 
-def take_cuts(
+def evaluate_truncations(
     model: PreTrainedModel,
     spec: StudySpec,
     trial: Trial,
     folder: Path,
     eval_loss: float,
-    wanted: Sequence[Wanted],
+    requests: Sequence[TruncationRequest],
     data: TokenizedData,
-) -> Iterator[list[Cut]]:
-    """Cuts the adapter of `trial` in `folder`, and gives what is `wanted` of it piece by piece.
+) -> Iterator[list[Truncation]]:
+    """Truncate the adapter of `trial` in `folder`, and yield what is requested, a group of ranks at a time.
 
-    Its own rank stands for the adapter as it is. That one is evaluated first in any case: its loss must be the
-    `eval_loss` that was recorded. A piece's ranks add up to no more than the trial's own (but for one that the base's
-    dropout keeps alone), so that nothing needs more memory than its training did.
+    The trial's own rank stands for the whole adapter. It is always evaluated first, and must have the recorded
+    `eval_loss`. The ranks of a group add up to at most the trial's own, so that none needs more memory than its
+    training did; where the base model's dropout is kept, each rank is a group.
 
     Raises:
-        ModelError: the adapter is no plain LoRA, or its loss is another than the recorded one.
+        ModelError: the adapter is not plain LoRA, or its loss is not the recorded one.
     """
     adapter = read_adapter(folder)
     check_resizable(adapter)
     layers = [_single(decompose(factors)) for factors in adapter.layers]
-    most = trial.candidate.rank
-    lower = sorted({rank for rank, _ in wanted} - {most})
-    for ranks in [[most], *pieces(lower, most, alone=spec.training.base_dropout == "keep")]:
-        yield from _take_piece(model, spec, trial, layers, eval_loss, ranks, wanted, data)
+    whole = trial.candidate.rank
+    lower = sorted({rank for rank, _ in requests} - {whole})
+    for ranks in [[whole], *group_ranks(lower, whole, alone=spec.training.base_dropout == "keep")]:
+        yield from _evaluate_group(model, spec, trial, layers, eval_loss, ranks, requests, data)
 
 
-def pieces(ranks: Sequence[int], most: int, alone: bool = False) -> list[list[int]]:
-    """Consecutive ranks whose sum is at most `most`; with `alone` single ones."""
-    found: list[list[int]] = []
+def group_ranks(ranks: Sequence[int], max_sum: int, alone: bool = False) -> list[list[int]]:
+    """Groups of consecutive ranks with a sum of at most `max_sum`; with `alone`, one rank per group."""
+    groups: list[list[int]] = []
     for rank in ranks:
-        if found and not alone and sum(found[-1]) + rank <= most:
-            found[-1].append(rank)
+        if groups and not alone and sum(groups[-1]) + rank <= max_sum:
+            groups[-1].append(rank)
         else:
-            found.append([rank])
-    return found
+            groups.append([rank])
+    return groups
 
 
-def _take_piece(
+def _evaluate_group(
     model: PreTrainedModel,
     spec: StudySpec,
     trial: Trial,
     layers: Sequence[Decomposed],
     eval_loss: float,
     ranks: Sequence[int],
-    wanted: Sequence[Wanted],
+    requests: Sequence[TruncationRequest],
     data: TokenizedData,
-) -> Iterator[list[Cut]]:
+) -> Iterator[list[Truncation]]:
     attention = model.config._attn_implementation
     members = {rank: make_member(model, _trial(spec, trial, rank), spec.training, 1, spec.model.id) for rank in ranks}
     kept = {rank: kept_energy(layers, uniform_ranks(layers, rank)) for rank in ranks}
-    # Chosen while the adapters still add nothing: the probe holds one of them against the model's own forward.
+    # Chosen while the adapters still add nothing: the probe compares one of them with the model's own forward.
     engine = choose_engine(model, list(members.values()), spec.training, data.longest_row).engine
     for rank, member in members.items():
         _fill(member, layers, None if rank == trial.candidate.rank else rank)
-    uncut = trial.candidate.rank
-    now = [rank for rank in ranks if rank == uncut or Wanted(rank, 0) in wanted]
+    whole = trial.candidate.rank
+    now = [rank for rank in ranks if rank == whole or TruncationRequest(rank, 0) in requests]
     losses = dict(zip(now, engine.evaluate(data.eval, [members[rank].trial.name for rank in now]), strict=True))
-    if uncut in losses:
-        _check_control(trial, losses[uncut].mean, eval_loss, ROUNDING[model.dtype])
-    yield [Cut(rank, 0, kept[rank], losses[rank]) for rank in now if Wanted(rank, 0) in wanted]
-    for steps in sorted({steps for _, steps in wanted} - {0}):
-        trained = {rank: members[rank] for rank in ranks if Wanted(rank, steps) in wanted}
+    if whole in losses:
+        _check_control(trial, losses[whole].mean, eval_loss, LOSS_TOLERANCE[model.dtype])
+    yield [Truncation(rank, 0, kept[rank], losses[rank]) for rank in now if TruncationRequest(rank, 0) in requests]
+    for steps in sorted({steps for _, steps in requests} - {0}):
+        trained = {rank: members[rank] for rank in ranks if TruncationRequest(rank, steps) in requests}
         if trained:
-            log.info("%s cut to %s: %d steps", trial.name, ", ".join(map(str, trained)), steps)
+            log.info("%s truncated to %s: %d steps", trial.name, ", ".join(map(str, trained)), steps)
             after = _recover(engine, trained, spec, data, steps)
-            yield [Cut(rank, steps, kept[rank], after[rank]) for rank in trained]
+            yield [Truncation(rank, steps, kept[rank], after[rank]) for rank in trained]
     use_own_forward(model, attention)
     remove_adapters(model)
 
 
 def _trial(spec: StudySpec, trial: Trial, rank: int) -> Trial:
-    """The study's trial of this rank beside `trial`, at recovery's learning rate."""
+    """The study's trial of this rank with the seed of `trial`, at the learning rate of recovery."""
     candidate = next(
         one
         for one in spec.model_copy(update={"ranks": (rank,)}).candidates()
         if one.learning_rate == trial.candidate.learning_rate and one.variant == trial.candidate.variant
     )
-    slower = candidate.model_copy(update={"learning_rate": RECOVERY_RATE * candidate.learning_rate})
+    slower = candidate.model_copy(update={"learning_rate": RECOVERY_RATE_FRACTION * candidate.learning_rate})
     return Trial(candidate=slower, seed=trial.seed)
 
 
 def _fill(member: Member, layers: Sequence[Decomposed], rank: int | None) -> None:
-    """Gives a member the trained adapter cut to `rank`, or as it is. A layer that has no so many directions has zeros
-    for the rest.
+    """Fill a member's weights with the trained adapter truncated to `rank`, or with the whole one (None).
+
+    A layer with fewer directions has zeros for the rest.
     """
     assert isinstance(member.trial, Trial)
     for layer in layers:
@@ -166,7 +165,7 @@ def _fill(member: Member, layers: Sequence[Decomposed], rank: int | None) -> Non
 
 
 def _single(layer: Decomposed) -> Decomposed:
-    """In float32, which takes half the memory; the values stay float64."""
+    """The factors in float32, for half the memory; the singular values stay float64."""
     return layer._replace(u=layer.u.float(), v=layer.v.float())
 
 
@@ -179,25 +178,25 @@ def _check_control(trial: Trial, found: float, recorded: float, tolerance: float
 
 
 def _recover(
-    engine: Engine, cuts: dict[int, Member], spec: StudySpec, data: TokenizedData, steps: int
+    engine: Engine, members: dict[int, Member], spec: StudySpec, data: TokenizedData, steps: int
 ) -> dict[int, ExampleLosses | None]:
-    """Trains the cuts together for `steps` more, on the batches that would have come next; their losses after it.
+    """Train the members together on the batches that would have come next, and return their losses by rank.
 
-    AdamW starts afresh, since what it had is of other factors. The rate rises over the first tenth, two steps at least,
-    for its first estimates are of single gradients, and stays.
+    AdamW starts afresh, since its old state belongs to other factors. Its first estimates rest on single gradients, so
+    the rate warms up over a tenth of the steps, two at least, and then stays.
     """
     warmup = max(2, -(-steps // 10))
     active = {
-        rank: cut._replace(scheduler=LambdaLR(cut.optimizer, lambda step: min(1.0, (step + 1) / warmup)))
-        for rank, cut in cuts.items()
+        rank: member._replace(scheduler=LambdaLR(member.optimizer, lambda step: min(1.0, (step + 1) / warmup)))
+        for rank, member in members.items()
     }
     first = total_steps(spec.training, len(data.train))
     for step in range(first, first + steps):
         metrics = train_step(engine, list(active.values()), data.train, spec.training, step)
-        active = {rank: cut for (rank, cut), found in zip(active.items(), metrics, strict=True) if found.finite}
+        active = {rank: member for (rank, member), found in zip(active.items(), metrics, strict=True) if found.finite}
         if not active:
             break
-    active = {rank: cut for rank, cut in active.items() if finite_weights(cut)}
-    losses = engine.evaluate(data.eval, [cut.trial.name for cut in active.values()])
+    active = {rank: member for rank, member in active.items() if finite_weights(member)}
+    losses = engine.evaluate(data.eval, [member.trial.name for member in active.values()])
     found = dict(zip(active, losses, strict=True))
-    return {rank: found[rank] if rank in found and math.isfinite(found[rank].mean) else None for rank in cuts}
+    return {rank: found[rank] if rank in found and math.isfinite(found[rank].mean) else None for rank in members}
