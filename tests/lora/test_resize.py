@@ -30,7 +30,6 @@ from rankscope.lora.svd import (
     ranks_within,
     relative_error,
     resized,
-    same_share_first,
     uniform_ranks,
 )
 
@@ -295,7 +294,7 @@ def test_zero_updates_are_cut_to_rank_1(tmp_path: Path) -> None:
     layers = [decompose(factors) for factors in adapter.layers]
     ones = dict.fromkeys((factors.layer for factors in adapter.layers), 1)
     assert ranks_by_energy(layers, 0.9) == ranks_by_sum(layers, 0.9) == ranks_within(layers, 10**9) == ones
-    assert most_energy_first(layers) == same_share_first(layers) == []
+    assert most_energy_first(layers) == []
     cut = resized(adapter, layers, ones)
     assert kept_energy(layers, ones) == 1.0
     assert {relative_error(old, new) for old, new in zip(adapter.layers, cut.layers, strict=True)} == {0.0}
@@ -351,15 +350,11 @@ def test_many_small_directions_are_better_than_a_large_one() -> None:
     assert ranks_within(layers, 20 + 18) == {"layer0": 10, "layer1": 1}
 
 
-def test_orders_grow_as_their_rules_do(tmp_path: Path) -> None:
+def test_the_order_grows_as_its_rule_does(tmp_path: Path) -> None:
     name, options = KINDS["patterns"]
     save(tmp_path, tiny_model(name), options)
     layers = [decompose(factors) for factors in read_adapter(tmp_path).layers]
-    by_share, by_energy = same_share_first(layers), most_energy_first(layers)
-    assert sorted(by_share) == sorted(by_energy)
-    for share in (0.1, 0.5, 0.8, 0.95, 0.999):
-        ranks = ranks_by_energy(layers, share)
-        assert ranks_of(layers, by_share[: sum(ranks.values()) - len(layers)]) == ranks
+    by_energy = most_energy_first(layers)
     for length in range(0, len(by_energy), 5):
         ranks = ranks_of(layers, by_energy[:length])
         assert ranks_within(layers, parameters(layers, ranks)) == ranks

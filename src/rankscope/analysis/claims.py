@@ -1,9 +1,9 @@
-"""The four claims of the study that rankscope began with, tested anew in every study.
+"""Tests of the original study's four claims on the evidence of this one.
 
-As the rank rises: the training loss falls; CPU memory is lowest at the lowest rank and flat after; GPU memory rises;
-the runtime rises. Each is an effect with its interval: differences are paired by seed (loss) or by repeat (cost), and
-Student's t gives the interval of their mean. A cost's effect below the study's noise floor is not distinguishable. The
-four are tested by themselves: nothing is corrected for there being four.
+As the rank rises, training loss falls, CPU memory is lowest at the lowest rank and flat above it, GPU memory rises, and
+runtime rises. Each is an effect with its interval: differences are paired by seed (loss) or by repeat (cost), and
+Student's t gives the interval of their mean. A cost's effect below the noise floor is not distinguishable. There is no
+correction for testing four claims.
 """
 
 from collections.abc import Sequence
@@ -17,40 +17,39 @@ from scipy import stats
 from rankscope.analysis.costs import noise_floor
 from rankscope.study.evidence import Evidence
 
-FLAT = 0.02
-"""Flat means that the mean changes by at most this share between the second-lowest rank and the highest."""
+FLAT_TOLERANCE = 0.02  # largest relative change of a flat mean, from the second-lowest rank to the highest
 
 
 class Effect(NamedTuple):
-    """A relative change from one rank to another: 0.1 is 10% more. Bounds are None with one pair."""
+    """Relative change from one rank to another (0.1 is 10% more), with its interval."""
 
     mean: float
-    low: float | None
+    low: float | None  # None with one pair, as is `high`
     high: float | None
 
     def sign(self, floor: float) -> int | None:
-        """+1 or -1 where the whole interval has that sign and the mean exceeds `floor`; None where neither is shown."""
+        """+1 or -1 where the whole interval has that sign and the mean exceeds `floor`, else None."""
         if self.low is None or self.high is None or abs(self.mean) <= floor or self.low <= 0 <= self.high:
             return None
         return 1 if self.mean > 0 else -1
 
 
-class Table(NamedTuple):
-    """A quantity: pairs (seeds or repeats) as rows, ranks as columns; and how much of a relative change is noise."""
+class Paired(NamedTuple):
+    """A measured quantity."""
 
-    values: pd.DataFrame
-    floor: float
+    values: pd.DataFrame  # pairs (seeds or repeats) as rows, ranks as columns
+    floor: float  # relative change that is noise
 
 
 def judge_claims(evidence: Evidence, compared: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each claim: `claim`, `outcome` (held, not_held, not_distinguishable or not_measured), and the `effect`
+    """One row per claim: `claim`, `outcome` (held, not_held, not_distinguishable or not_measured), and the `effect`
     from rank `from_rank` to `to_rank` with `low` and `high`. The claim on CPU memory has a second part, `then`.
 
-    `compared` are the candidates that the verdict compares: each rank at its best learning rate.
+    `compared` are the candidates that the verdict compares, each rank at its best learning rate.
     """
     confidence, results = evidence.spec.verdict.confidence, evidence.results
     losses = results[(results["status"] == "done") & results["candidate"].isin(compared)] if compared else results[:0]
-    loss = Table(_pivot(losses, "seed", "train_loss"), 0.0)
+    loss = Paired(_pivot(losses, "seed", "train_loss"), 0.0)
     cpu, gpu, runtime = (
         _cost(evidence.profiles, column) for column in ("rss_mean_bytes", "gpu_allocated_mean_bytes", "runtime_seconds")
     )
@@ -62,15 +61,15 @@ def judge_claims(evidence: Evidence, compared: Sequence[str]) -> list[dict[str, 
     ]
 
 
-def _cost(profiles: pd.DataFrame, column: str) -> Table:
+def _cost(profiles: pd.DataFrame, column: str) -> Paired:
     if profiles.empty:
-        return Table(pd.DataFrame(), 0.0)
+        return Paired(pd.DataFrame(), 0.0)
     noise = noise_floor(profiles, column)
-    return Table(_pivot(profiles[~profiles["control"]], "repeat", column), noise.floor if noise else 0.0)
+    return Paired(_pivot(profiles[~profiles["control"]], "repeat", column), noise.floor if noise else 0.0)
 
 
 def _pivot(table: pd.DataFrame, pair: str, column: str) -> pd.DataFrame:
-    """Pairs as rows, ranks as columns, without pairs that some rank lacks. Rates of a rank share one profile."""
+    """Pairs as rows and ranks as columns, without pairs that a rank lacks. Learning rates of a rank share a profile."""
     if table.empty:
         return pd.DataFrame()
     values = table.assign(value=pd.to_numeric(table[column]))
@@ -78,7 +77,7 @@ def _pivot(table: pd.DataFrame, pair: str, column: str) -> pd.DataFrame:
 
 
 def effect(table: pd.DataFrame, before: int, after: int, confidence: float) -> Effect:
-    """The mean change between two ranks, pair by pair, over the mean before."""
+    """Mean paired change between two ranks, over the mean before."""
     changes = (table[after] - table[before]).to_numpy() / float(table[before].mean())
     mean = float(changes.mean())
     if len(changes) < 2:
@@ -87,9 +86,9 @@ def effect(table: pd.DataFrame, before: int, after: int, confidence: float) -> E
     return Effect(mean, mean - reach, mean + reach)
 
 
-def _monotone(claim: str, table: Table, sign: int, confidence: float) -> dict[str, Any]:
-    """Held where the change from the lowest to the highest rank has the claimed sign, and no step between neighbours
-    is shown to have the other."""
+def _monotone(claim: str, table: Paired, sign: int, confidence: float) -> dict[str, Any]:
+    """A claim that holds where the change from the lowest to the highest rank has the claimed sign, and no step between
+    neighbours has the other."""
     ranks = [int(rank) for rank in table.values.columns]
     if len(ranks) < 2 or table.values.empty:
         return {"claim": claim, "outcome": "not_measured"}
@@ -100,8 +99,9 @@ def _monotone(claim: str, table: Table, sign: int, confidence: float) -> dict[st
     return _row(claim, outcome, found, ranks[0], ranks[-1])
 
 
-def _lowest_then_flat(claim: str, table: Table, confidence: float) -> dict[str, Any]:
-    """Two parts: less at the lowest rank than at any other, and within `FLAT` from the second-lowest to the highest."""
+def _lowest_then_flat(claim: str, table: Paired, confidence: float) -> dict[str, Any]:
+    """A claim of two parts: less at the lowest rank than at any other, and flat (within `FLAT_TOLERANCE`) from the
+    second-lowest to the highest."""
     ranks = [int(rank) for rank in table.values.columns]
     if len(ranks) < 2 or table.values.empty:
         return {"claim": claim, "outcome": "not_measured"}
@@ -112,9 +112,9 @@ def _lowest_then_flat(claim: str, table: Table, confidence: float) -> dict[str, 
     if len(ranks) > 2:
         after = effect(table.values, ranks[1], ranks[-1], confidence)
         if after.low is not None and after.high is not None:
-            if after.low > FLAT or after.high < -FLAT:
+            if after.low > FLAT_TOLERANCE or after.high < -FLAT_TOLERANCE:
                 flat = "not_held"
-            elif after.low >= -FLAT and after.high <= FLAT:
+            elif after.low >= -FLAT_TOLERANCE and after.high <= FLAT_TOLERANCE:
                 flat = "held"
         row["then"] = _row("flat", flat, after, ranks[1], ranks[-1])
     both = "not_held" if "not_held" in (lowest, flat) else "held" if lowest == flat == "held" else "not_distinguishable"

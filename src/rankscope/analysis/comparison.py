@@ -1,4 +1,4 @@
-"""How much worse each candidate is than the best, and how sure that is: paired by seed and by held-out example.
+"""Regret of each candidate with its interval, paired by seed and by held-out example.
 
 A trial's held-out loss is the sum of its losses over all label tokens divided by their number (nats a token). Trials
 with one seed saw the same examples in the same order, and all trials are judged on the same held-out examples, so two
@@ -8,12 +8,11 @@ candidates are compared pair by pair:
 
 with seeds and examples both drawn at random (crossed random effects). Their variances come from the analysis of
 variance (Searle, Casella and McCulloch 1992, chapter 4). The interval's t is the mean of those of the two degrees of
-freedom, each weighted by its share of the variance (Cochran and Cox 1957, section 4.14). Why not a percentile
-bootstrap: with two or three seeds it covers far less than it says (docs/method.md, docs/results/simulation.md).
+freedom, each weighted by its share of the variance (Cochran and Cox 1957, section 4.14). A percentile bootstrap would
+cover far less than its nominal level with two or three seeds (docs/method.md, docs/results/simulation.md).
 
-The regret of a candidate is its loss minus the lowest loss of all candidates. Which one is truly the lowest is not
-known, so what is claimed of a regret has to hold whichever it is (as in multiple comparisons with the best: Edwards and
-Hsu 1983, JASA 78).
+The regret of a candidate is its loss minus the lowest loss of all candidates. The truly lowest is unknown, so a claim
+on a regret must hold whichever it is (multiple comparisons with the best: Edwards and Hsu 1983, JASA 78).
 """
 
 import math
@@ -27,18 +26,16 @@ from scipy import stats
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds and held-out examples, in nats a label token, and its standard errors."""
+    """Mean over seeds and held-out examples with its standard errors, in nats per label token."""
 
     mean: float
-    seed_error: float | None
-    """Of seeds and what is left, with seeds - 1 degrees of freedom; None with one seed."""
-    example_error: float
-    """Of examples that differ alike for every seed, with examples - 1 degrees of freedom."""
+    seed_error: float | None  # of seeds and the residual, with seeds - 1 degrees of freedom; None with one seed
+    example_error: float  # of examples, alike for every seed, with examples - 1 degrees of freedom
     seeds: int
     examples: int
 
     def half_width(self, confidence: float) -> float:
-        """Half of the two-sided interval; infinite with one seed: nothing is known of how seeds vary."""
+        """Half of the two-sided interval; infinite with one seed, which shows no variation between seeds."""
         if self.seed_error is None:
             return math.inf
         seed, example = self.seed_error**2, self.example_error**2
@@ -53,21 +50,21 @@ class Estimate(NamedTuple):
         return self.mean - half, self.mean + half
 
     def with_seeds(self, seeds: int) -> "Estimate":
-        """What so many seeds would give, if they vary as these do."""
+        """Estimate that so many seeds would give, if they vary as these do."""
         error = None if self.seed_error is None else self.seed_error * math.sqrt(self.seeds / seeds)
         return self._replace(seed_error=error, seeds=seeds)
 
 
 @cache
 def _quantile(confidence: float, degrees: int) -> float:
-    """Student's t, two-sided."""
+    """Two-sided quantile of Student's t."""
     return float(stats.t.ppf((1 + confidence) / 2, degrees))
 
 
 def estimate(values: np.ndarray, label_tokens: np.ndarray) -> Estimate:
-    """The mean of `values` (S, E) over seeds and examples, these weighted by `label_tokens` (E,).
+    """Mean of `values` (S, E) over seeds and examples, with examples weighted by `label_tokens` (E,).
 
-    A mean with random weights is a ratio, whose variance is that of its linear part, w (value - mean).
+    A mean with random weights is a ratio: its variance is that of its linear part, w (value - mean).
     """
     seeds, examples = values.shape
     weights = label_tokens / label_tokens.mean()
@@ -91,20 +88,19 @@ def estimate(values: np.ndarray, label_tokens: np.ndarray) -> Estimate:
 
 
 class Comparison(NamedTuple):
-    """One candidate beside the others. Losses in nats a label token."""
+    """One candidate compared with the others. Losses are in nats per label token."""
 
     candidate: str
     rank: int
     learning_rate: float
     eval_loss: Estimate
-    differences: dict[str, Estimate]
-    """This candidate's loss minus each other one's."""
+    differences: dict[str, Estimate]  # this candidate's loss minus each other one's
     excesses: dict[str, Estimate]
     """This candidate's loss minus (1 + margin) times each other one's: above 0 where it is worse than the margin
-    allows. So the margin's own uncertainty, a share of a loss that is estimated, counts as well."""
+    allows. The margin is a share of an estimated loss, so its own uncertainty counts as well."""
 
     def with_seeds(self, seeds: int) -> "Comparison":
-        """What so many seeds would give, if they vary as these do."""
+        """Comparison that so many seeds would give, if they vary as these do."""
         return self._replace(
             differences={name: found.with_seeds(seeds) for name, found in self.differences.items()},
             excesses={name: found.with_seeds(seeds) for name, found in self.excesses.items()},
@@ -112,22 +108,22 @@ class Comparison(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """Of a regret, which is never negative; None where it is not known."""
+    """Interval of a regret, which is never negative; None where it is unknown."""
 
     low: float | None
     high: float | None
 
 
 def may_be_best(rows: Sequence[Comparison], confidence: float) -> set[str]:
-    """The candidates that no other is shown to be better than. The best of the sample is always one."""
+    """Candidates that no other is shown to beat; the best of the sample is always one."""
     return {row.candidate for row in rows if all(d.interval(confidence)[0] <= 0 for d in row.differences.values())}
 
 
 def bounds(rows: Sequence[Comparison], confidence: float) -> list[Bounds]:
-    """The interval of each candidate's regret, where each difference has an interval at `confidence`.
+    """Interval of each candidate's regret, from the intervals of the differences at `confidence`.
 
-    Above: its largest difference to any other could not be larger. Below: its least difference to any that may be the
-    best; zero where it may be the best itself.
+    Its upper end is that of the largest difference to any other; its lower end that of the least difference to any that
+    may be the best, and zero where the candidate itself may be.
     """
     best = may_be_best(rows, confidence)
     found = []
@@ -143,11 +139,10 @@ def bounds(rows: Sequence[Comparison], confidence: float) -> list[Bounds]:
 
 
 def losses_by_candidate(examples: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Held-out losses of each candidate, lowest rank first, with the seeds that all of them finished as rows and
-    examples as columns.
+    """Held-out losses of each candidate, lowest rank first: seeds that all finished as rows, examples as columns.
 
-    A candidate that finished fewer seeds than others is left out, rather than its missing seeds taken from everybody:
-    one that fails must not make the others' evidence smaller. `examples` is `Study.examples()`, or part of it.
+    A candidate that finished fewer seeds than others is left out: one that fails must not take evidence from the
+    others. `examples` is `Study.examples()`, or part of it.
     """
     tables = {
         str(name): part.pivot(index="seed", columns="example", values="loss")
@@ -160,12 +155,12 @@ def losses_by_candidate(examples: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def label_tokens(examples: pd.DataFrame) -> np.ndarray:
-    """Of each held-out example, (E,), in the order of their numbers."""
+    """Label tokens of each held-out example, (E,), in the order of their numbers."""
     return examples.groupby("example")["label_tokens"].first().to_numpy(dtype=np.float64)
 
 
 def best_rates(examples: pd.DataFrame) -> list[str]:
-    """For each rank the candidate with the lowest loss, among its rates that finished the most seeds. Lowest first."""
+    """Candidate with the lowest loss at each rank, among its rates that finished the most seeds; lowest rank first."""
     best = []
     for _, part in examples.groupby("rank"):
         tokens, tables = label_tokens(part), losses_by_candidate(part)
@@ -176,11 +171,11 @@ def best_rates(examples: pd.DataFrame) -> list[str]:
 
 
 def judged_examples(examples: pd.DataFrame) -> pd.DataFrame:
-    """Those of each rank's best learning rate, on which ranks are compared.
+    """Losses at each rank's best learning rate, on the examples on which ranks are compared.
 
-    With several rates a rank's is chosen on the even-numbered half of the held-out examples and judged on the
-    odd-numbered one: chosen and judged on the same examples, a rank with more rates would look better than it is. The
-    luck of a seed is shared by both halves, and stays.
+    With several rates, a rank's is chosen on the even-numbered half of the held-out examples and judged on the
+    odd-numbered half: chosen and judged on the same examples, a rank with more rates would look better than it is. The
+    luck of a seed is common to both halves, and stays.
     """
     if examples["learning_rate"].nunique() == 1:
         return examples
@@ -189,7 +184,7 @@ def judged_examples(examples: pd.DataFrame) -> pd.DataFrame:
 
 
 def compare(examples: pd.DataFrame, margin: float) -> list[Comparison]:
-    """Each rank at its best learning rate beside the others, lowest rank first; `margin` is a share of the loss."""
+    """Comparison of each rank, at its best learning rate, with the others; `margin` is a share of the loss."""
     judged = judged_examples(examples)
     tables = losses_by_candidate(judged)
     first = judged.groupby("candidate")[["rank", "learning_rate"]].first()

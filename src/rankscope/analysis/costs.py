@@ -1,4 +1,4 @@
-"""How much of a difference of costs is noise: the first candidate is profiled twice over, as a control."""
+"""Noise of measured costs, costs over the budget, and the Pareto front."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,21 +9,19 @@ from rankscope.spec.models import VerdictSpec
 
 
 class Noise(NamedTuple):
-    """What the same candidate, measured again and again, differs from itself."""
+    """Variation between repeated measurements of one candidate."""
 
     rank: int
     measurements: int
-    floor: float
-    """Relative: 0.03 means that differences below 3% are noise."""
+    floor: float  # relative: 0.03 means that differences below 3% are noise
 
 
 def noise_floor(profiles: pd.DataFrame, column: str) -> Noise | None:
-    """The noise of a column of `Study.profiles`; None where it was not measured twice.
+    """Noise of a column of `Study.profiles`; None where it was not measured twice.
 
-    The floor is the largest relative difference of any two measurements of the candidate that was profiled twice over:
-    (highest - lowest) / mean, over the repeats of its own profile and of the control. That is never less than the
-    difference of the two profiles' means, which with two or three repeats may be small by luck; it does not shrink as
-    repeats are added, as the error of a mean would, so it errs on the side of calling a difference noise.
+    The first candidate is profiled twice over, as a control. The floor is (highest - lowest) / mean over the repeats
+    of both profiles. It is never less than the difference of the two means, which may be small by luck, and does not
+    shrink with more repeats, as a standard error would: it errs on the side of calling a difference noise.
     """
     if profiles.empty or not profiles["control"].any():
         return None
@@ -35,10 +33,10 @@ def noise_floor(profiles: pd.DataFrame, column: str) -> Noise | None:
 
 
 def over_budget(verdict: VerdictSpec, profiles: pd.DataFrame, candidates: Sequence[str]) -> dict[str, list[str]]:
-    """For each candidate what it exceeds: `gpu_memory`, `runtime`, or `unmeasured` where that is not known.
+    """Limits that each candidate exceeds: `gpu_memory`, `runtime`, or `unmeasured` for an unknown cost.
 
-    GPU memory is the highest repeat's peak that torch's allocator held from the device (CUDA's own context comes on
-    top: some 0.5 GB); runtime is the mean over repeats of the whole schedule, trained alone.
+    GPU memory is the highest repeat's peak that torch's allocator reserved (CUDA's own context adds about 0.5 GB);
+    runtime is the mean over repeats of the whole schedule, trained alone.
     """
     over: dict[str, list[str]] = {name: [] for name in candidates}
     for cost, limit, column, how in (
@@ -61,10 +59,10 @@ def over_budget(verdict: VerdictSpec, profiles: pd.DataFrame, candidates: Sequen
 
 
 def on_front(table: pd.DataFrame, columns: Sequence[str]) -> "pd.Series[bool]":
-    """Of each row of `table`, whether it is on the Pareto front of `columns`, of which less is better.
+    """Whether each row of `table` is on the Pareto front of `columns`, where less is better.
 
-    A row is beaten by one that is nowhere higher and somewhere lower; rows with equal values do not beat each other. A
-    row with NaN is not on the front and beats none. Noise and intervals are not considered.
+    A row is beaten by one that is nowhere higher and somewhere lower, so rows with equal values do not beat each other.
+    A row with NaN is not on the front and beats none. Noise and intervals are not considered.
     """
     values = table[list(columns)].to_numpy(dtype="float64")
     front = []

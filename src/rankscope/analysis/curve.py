@@ -1,9 +1,8 @@
-"""Losses of cut adapters beside those of trained ranks: how wrong the estimate is where both are known.
+"""The rank curve: losses of truncated adapters, and their error against ranks that were trained.
 
-A cut is no training. The best adapter of a rank is at least as good on what it is trained on as any cut to that rank,
-so the curve of cuts bounds from above what a rank can reach there; whether training does reach lower, and by how much,
-is seen where the rank was trained too. Both are of the same seeds and held-out examples, and compared in pairs, as
-ranks are (`rankscope.analysis.comparison`).
+On its training data, the best adapter of a rank is at least as good as any adapter truncated to that rank, so the
+curve is an upper bound there. How much lower training gets shows at ranks that were trained too. Both have the same
+seeds and held-out examples, and are compared in pairs, as ranks are (`rankscope.analysis.comparison`).
 """
 
 import math
@@ -21,36 +20,36 @@ ERROR_COLUMNS += ["error_sd", "error_share", "within"]
 
 
 def loss_curve(evidence: Evidence) -> pd.DataFrame:
-    """One row a point: `kind recover_steps rank seeds eval_loss eval_loss_low eval_loss_high`.
+    """One row per point: `kind recover_steps rank seeds eval_loss eval_loss_low eval_loss_high`.
 
-    `kind` is `trained`, `cut` or `recovered`. Losses in nats a label token, means over seeds; the interval is of the
-    mean over the randomness of seeds, at the verdict's confidence (NaN with one seed).
+    `kind` is `trained`, `cut` or `recovered`. Losses are means over seeds, in nats per label token; the interval covers
+    the randomness of seeds, at the verdict's confidence (NaN with one seed).
     """
-    trained, cut, tokens = _tables(evidence)
+    trained, truncated, tokens = _tables(evidence)
     confidence = evidence.spec.verdict.confidence
     rows = []
     for rank, table in trained.items():
         rows.append({"kind": "trained", "recover_steps": 0, "rank": rank} | _mean(table, tokens, confidence))
-    for (steps, rank), table in cut.items():
+    for (steps, rank), table in truncated.items():
         kind = "recovered" if steps else "cut"
         rows.append({"kind": kind, "recover_steps": steps, "rank": rank} | _mean(table, tokens, confidence))
     return pd.DataFrame(rows, columns=CURVE_COLUMNS)
 
 
 def curve_errors(evidence: Evidence) -> pd.DataFrame:
-    """One row for each cut to a rank that was trained too, the uncut rank left out: `recover_steps rank seeds cut
-    trained error error_low error_high error_sd error_share within`.
+    """One row per rank that was truncated to and trained, without the largest: `recover_steps rank seeds cut trained
+    error error_low error_high error_sd error_share within`.
 
-    `error` is the cut's loss minus the trained one's in nats a label token, over the seeds that both have, with its
-    interval at the verdict's confidence and its standard deviation between seeds (both NaN with one); `error_share` is
-    its share of the trained loss. `within` says whether it lies within the verdict's margin, on either side: True or
-    False where the interval shows it, None where it does not; with one seed by the error itself.
+    `error` is the loss of the truncated adapter minus that of the trained one, in nats per label token, over the
+    seeds that both have, with its interval at the verdict's confidence and its standard deviation between seeds (both
+    NaN with one); `error_share` is its share of the trained loss. `within` is whether it lies within the verdict's
+    margin on either side: True or False where the interval shows it, else None; with one seed by the error itself.
     """
-    trained, cut, tokens = _tables(evidence)
+    trained, truncated, tokens = _tables(evidence)
     verdict = evidence.spec.verdict
     top = max(evidence.spec.ranks)
     rows = []
-    for (steps, rank), table in cut.items():
+    for (steps, rank), table in truncated.items():
         if rank not in trained or rank == top:
             continue
         seeds = table.index.intersection(trained[rank].index)
@@ -79,8 +78,8 @@ def curve_errors(evidence: Evidence) -> pd.DataFrame:
 
 
 def lowest_rank_within(points: pd.DataFrame, margin: float) -> int | None:
-    """The lowest rank of some points of `loss_curve` whose mean loss is at most 1 + `margin` times the highest rank's;
-    None without points."""
+    """Lowest rank with a mean loss of at most 1 + `margin` times the highest rank's, among points of `loss_curve`; None
+    without points."""
     losses = {int(rank): float(loss) for rank, loss in zip(points["rank"], points["eval_loss"], strict=True)}
     return min((rank for rank in losses if losses[rank] <= losses[max(losses)] * (1 + margin)), default=None)
 
@@ -96,7 +95,7 @@ def _within(error: Estimate, margin: float, confidence: float) -> bool | None:
 
 def _mean(table: pd.DataFrame, tokens: np.ndarray, confidence: float) -> dict[str, Any]:
     found = estimate(table.to_numpy(), tokens)
-    low, high = found._replace(example_error=0.0).interval(confidence)  # all are judged on the same examples
+    low, high = found._replace(example_error=0.0).interval(confidence)  # all have the same examples
     ends = {"eval_loss_low": _finite(low), "eval_loss_high": _finite(high)}
     return {"seeds": found.seeds, "eval_loss": found.mean} | ends
 
@@ -106,11 +105,10 @@ def _finite(value: float) -> float:
 
 
 class _Tables(NamedTuple):
-    """Losses with seeds as rows and examples as columns, of the examples on which ranks are compared."""
+    """Losses on the examples on which ranks are compared: seeds as rows, examples as columns."""
 
-    trained: dict[int, pd.DataFrame]
-    cut: dict[tuple[int, int], pd.DataFrame]
-    """By recovery steps and rank."""
+    trained: dict[int, pd.DataFrame]  # by rank
+    truncated: dict[tuple[int, int], pd.DataFrame]  # by recovery steps and rank
     label_tokens: np.ndarray  # (E,)
 
 
@@ -124,8 +122,8 @@ def _tables(evidence: Evidence) -> _Tables:
         return _Tables(trained, {}, tokens)
     same = evidence.cuts["candidate"].isin(judged["candidate"]) & evidence.cuts["example"].isin(judged["example"])
     groups = evidence.cuts[same].groupby(["recover_steps", "cut_rank"])
-    cut = {(int(str(steps)), int(str(rank))): _table(part) for (steps, rank), part in groups}
-    return _Tables(trained, cut, tokens)
+    truncated = {(int(str(steps)), int(str(rank))): _table(part) for (steps, rank), part in groups}
+    return _Tables(trained, truncated, tokens)
 
 
 def _table(part: pd.DataFrame) -> pd.DataFrame:

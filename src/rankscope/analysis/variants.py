@@ -1,4 +1,4 @@
-"""What a variant of LoRA gains or loses beside plain LoRA of the same rank: paired by seed and by held-out example."""
+"""Variants of LoRA compared with plain LoRA of the same rank, paired by seed and by held-out example."""
 
 from typing import Any
 
@@ -9,18 +9,18 @@ from rankscope.analysis.costs import noise_floor
 from rankscope.study.evidence import Evidence
 
 COSTS = {"memory": ("peak", "max"), "step_seconds": ("step_seconds_median", "median")}
-"""What is compared of costs, the column of `Study.profiles`, and how repeats are put together."""
+"""Compared costs: a column of `Study.profiles`, and its aggregation over repeats."""
 
 
 def judge_variants(evidence: Evidence) -> list[dict[str, Any]]:
-    """A row for each variant at each rank, each at its best learning rate: `variant rank candidate plain eval_loss
+    """One row per variant and rank, each at its best learning rate: `variant rank candidate plain eval_loss
     difference low high outcome memory step_seconds`.
 
-    `difference` is the variant's held-out loss minus that of `plain`, in nats a label token, with an interval whose
+    `difference` is the variant's held-out loss minus that of `plain`, in nats per label token, with an interval whose
     confidence holds for all rows together (Bonferroni). `outcome` is `better`, `worse` or `not_distinguishable`: by the
     interval alone, however small the difference; None and no interval with fewer than two seeds that both finished.
-    `memory` (peak) and `step_seconds` are relative changes, None where they were not measured or are below the study's
-    noise floor. A rank whose plain trials did not finish has no row.
+    `memory` (peak) and `step_seconds` are relative changes, None where they are unknown or below the noise floor. A
+    rank without finished plain trials has no row.
     """
     if evidence.variants is None or evidence.examples.empty or evidence.variants.examples.empty:
         return []
@@ -62,7 +62,7 @@ def _compared(evidence: Evidence, own: pd.DataFrame, plain: pd.DataFrame, confid
 
 
 def _cost(evidence: Evidence, variant: str, plain: str, column: str, how: str) -> float | None:
-    """The relative change of a cost, where both were measured and it exceeds the noise floor."""
+    """Relative change of a cost; None where one was not measured, or within the noise floor."""
     assert evidence.variants is not None
     tables = [table for table in (evidence.variants.profiles, evidence.profiles) if not table.empty]
     if len(tables) < 2:

@@ -1,9 +1,9 @@
-"""The verdict: the smallest rank that is good enough, or a plain statement that the evidence does not tell.
+"""The verdict: the smallest rank that is good enough, or that the evidence does not show one.
 
 A rank is good enough (non-inferior) when its loss is shown to be at most the best candidate's times 1 + margin,
-whichever candidate is the best; it is worse when it is shown to be above. Several ranks are tested at once, so claims
-are made at a level that is divided among them (Bonferroni): the chance that any rank called good enough is not stays
-below 1 - confidence, and so does the chance that any called worse is not (benchmarks/simulate.py).
+whichever candidate is the best; it is worse when its loss is shown to be above. Several ranks are tested at once, so
+their level is divided among them (Bonferroni): the chance that any rank is wrongly called good enough stays below
+1 - confidence, and so does the chance that any is wrongly called worse (benchmarks/simulate.py).
 """
 
 import math
@@ -26,30 +26,28 @@ from rankscope.analysis.variants import judge_variants
 from rankscope.spec.models import EMBEDDED
 from rankscope.study.evidence import Evidence
 
-MOST_MORE_SEEDS = 50
+MAX_MORE_SEEDS = 50  # added seeds that the search for `more_seeds` tries
 
-NEAR = 2.0
-"""Ranks are not distinguishable where no difference is seen and the cheapest may lose at most so many margins."""
+MAX_REGRET_MARGINS = 2.0  # margins that the cheapest of ranks without a visible difference may lose at most
 
 States = Mapping[str, bool | None]
-"""Of each candidate: True is good enough, False is worse, None is neither shown."""
+"""By candidate: True for good enough, False for worse, None for undecided."""
 
 
 def conclude(evidence: Evidence) -> dict[str, Any]:
-    """verdict.json, as plain data.
+    """Content of verdict.json.
 
     `outcome` is one of
 
-    - `recommended`: `rank` is the smallest within the budget that is shown to be good enough. Where smaller ones are
-      neither shown to be good enough nor worse, `undetermined` names them.
-    - `not_distinguishable`: no rank is seen to differ from another, by intervals narrow enough to mean it; `rank` is
-      the cheapest.
-    - `best_in_budget`: every rank inside the budget is worse than the margin allows; `rank` is the best of them.
-    - `nothing_in_budget`: no rank is known to be inside the budget; `rank` is None.
+    - `recommended`: `rank` is the smallest within the budget that is shown to be good enough; `undetermined` names
+      smaller candidates that are shown to be neither good enough nor worse.
+    - `not_distinguishable`: no two ranks differ visibly, and the intervals are narrow; `rank` is the cheapest.
+    - `best_in_budget`: every rank within the budget is worse than the margin allows; `rank` is the best of them.
+    - `nothing_in_budget`: no rank is known to fit the budget; `rank` is None.
     - `not_enough_evidence`: `rank` is None.
 
-    `more_seeds` is the least number of added seeds that would settle it if means and spreads stayed as they are; None
-    where all is settled or none up to 50 would. `comparison` has a row for each rank at its best learning rate,
+    `more_seeds` is the least number of added seeds that would settle it with the same means and spreads; None where
+    all is settled, or where up to 50 would not settle it. `comparison` has a row for each rank at its best learning rate,
     `left_out` names ranks without one, `reference_candidate` is full fine-tuning at its best one; `claims` are the four
     of the original study; `variants` are those of `rankscope.analysis.variants`; `caveats` are codes that the report
     puts in words.
@@ -88,22 +86,22 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
 
 
 def best_of(rows: Sequence[Comparison]) -> Comparison:
-    """The candidate with the lowest held-out loss in the sample."""
+    """Candidate with the lowest held-out loss in the sample."""
     return min(rows, key=lambda row: row.eval_loss.mean)
 
 
 def decide(
     rows: Sequence[Comparison], confidence: float, over: Mapping[str, list[str]] | None = None
 ) -> tuple[dict[str, Any], States]:
-    """What is concluded, as fields of verdict.json, and the state of each candidate.
+    """Fields of verdict.json that hold the conclusion, and the state of each candidate.
 
-    `over` names what each candidate exceeds of the budget.
+    `over` names the limits that each candidate exceeds.
     """
     over, seeds = over or {}, rows[0].eval_loss.seeds
     states = _states(rows, confidence)
     found = {"best_candidate": best_of(rows).candidate} | _outcome(rows, states, confidence, over)
     if seeds > 1 and not _settled(found):
-        counts = range(1, MOST_MORE_SEEDS + 1)
+        counts = range(1, MAX_MORE_SEEDS + 1)
         found["more_seeds"] = next((n for n in counts if _would_settle(rows, seeds + n, confidence, over)), None)
     return found, states
 
@@ -114,15 +112,15 @@ def _would_settle(rows: Sequence[Comparison], seeds: int, confidence: float, ove
 
 
 def _settled(found: Mapping[str, Any]) -> bool:
-    """Whether more evidence could not change what is open: nothing is."""
+    """Whether the outcome is final and no lower rank is undecided."""
     return found["outcome"] not in ("not_enough_evidence", "not_distinguishable") and not found.get("undetermined")
 
 
 def _levels(candidates: int, confidence: float) -> tuple[float, float]:
     """Two-sided confidence of one difference, for claims of good enough and of worse.
 
-    One candidate is the best, so there are `candidates - 1` others about which a claim can be wrong. Good enough is
-    wrong on one side only, which gives twice the level, but never less than what is shown.
+    One candidate is the best, so a claim can be wrong about `candidates - 1` others. Good enough is wrong on one side
+    only, which doubles the level; the confidence is never below the one shown.
     """
     share = (1 - confidence) / max(1, candidates - 1)
     return max(confidence, 1 - 2 * share), 1 - share
@@ -167,11 +165,11 @@ def _chosen(outcome: str, row: Comparison) -> dict[str, Any]:
 
 
 def _alike(rows: Sequence[Comparison], confidence: float) -> bool:
-    """No difference is seen between any two, and the first one's regret is at most a few margins."""
+    """Whether no two differ visibly, and the first one's regret is at most `MAX_REGRET_MARGINS`."""
     alike = len(may_be_best(rows, confidence)) == len(rows)
     margins = [rows[0].differences[name].mean - rows[0].excesses[name].mean for name in rows[0].excesses]
     high = bounds(rows, confidence)[0].high
-    return alike and high is not None and high <= NEAR * min(margins)
+    return alike and high is not None and high <= MAX_REGRET_MARGINS * min(margins)
 
 
 def _table(
@@ -208,8 +206,8 @@ def _table(
 
 
 def over_full(evidence: Evidence) -> tuple[str | None, dict[str, dict[str, float | None]]]:
-    """Full fine-tuning at its best rate, by name, and each compared candidate's loss minus its: `over_full`,
-    `over_full_low`, `over_full_high`; on the seeds that both finished. None and empty where no reference finished."""
+    """Name of full fine-tuning at its best rate, and each compared candidate's loss above its own: `over_full`,
+    `over_full_low`, `over_full_high`, on the seeds that both finished. None and empty without a finished reference."""
     if evidence.reference.empty:
         return None, {}
     reference, judged = judged_examples(evidence.reference), judged_examples(evidence.examples)
