@@ -47,7 +47,7 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
     - `not_enough_evidence`: `rank` is None.
 
     `more_seeds` is the least number of added seeds that would settle it with the same means and spreads; None where
-    all is settled, or where up to 50 would not settle it. `comparison` has a row for each rank at its best learning rate,
+    all is settled, or where up to 50 would not do. `comparison` has a row for each rank at its best learning rate,
     `left_out` names ranks without one, `reference_candidate` is full fine-tuning at its best one; `claims` are the four
     of the original study; `variants` are those of `rankscope.analysis.variants`; `caveats` are codes that the report
     puts in words.
