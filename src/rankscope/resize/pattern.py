@@ -1,8 +1,8 @@
-"""Where rank matters: ranks by layer for the parameters of a uniform rank, proposed from what trained adapters use.
+"""Ranks by layer with the parameters of a uniform rank, proposed from the singular values of trained adapters.
 
-A study's largest rank shows how much each layer's update has to say; the layers whose next direction has most energy
-for its parameters get it. Whether that is any better than the same rank everywhere is a question of its own: the
-proposal is a study, which trains both in the same packs and judges them (`rankscope.analysis.variants`).
+The adapters of a study's largest rank show the energy of each layer's directions; ranks go to the directions with the
+most energy per parameter. The proposal is a study that trains it and the uniform rank in the same packs and compares
+them (`rankscope.analysis.variants`).
 """
 
 from collections.abc import Sequence
@@ -26,24 +26,22 @@ from rankscope.study.study import Study
 class Proposal(NamedTuple):
     """Ranks by layer, and the study that tries them."""
 
-    rank: int
-    """The uniform rank that it is held against."""
+    rank: int  # the uniform rank that they are compared with
     ranks: dict[str, int]
     parameters: int
     uniform_parameters: int
-    trained: Sequence[Trial]
-    """Whose adapters it is made of."""
+    trained: Sequence[Trial]  # source of the singular values
     spec: StudySpec
 
 
 def propose(study: Study, rank: int | None = None) -> Proposal:
-    """Ranks by layer for the parameters of `rank`; by default that of the verdict, or the study's lowest.
+    """Propose ranks by layer with the parameters of `rank`, by default the verdict's rank, or the study's lowest.
 
-    Singular values are averaged over seeds, as energies.
+    The energies of singular values are averaged over seeds.
 
     Raises:
         StudyError: no trial of the study's largest rank is done, or `rank` is not below it.
-        StudyDirectoryError: an adapter is damaged.
+        StudyDirectoryError: an adapter is corrupt.
         ModelError: an adapter cannot be read.
     """
     trained = trained_trials(study)
@@ -54,7 +52,7 @@ def propose(study: Study, rank: int | None = None) -> Proposal:
     if not 0 < rank < largest:
         raise StudyError(
             f"--rank {rank}: expected 1 to {largest - 1}",
-            f"What layers want is read off rank {largest}, the study's largest; a pattern has to be below it.",
+            f"Ranks by layer are derived from rank {largest}, the study's largest, and must be below it.",
         )
     layers = mean_layers([study.adapter_file(trial).parent for trial in trained])
     uniform = parameters(layers, uniform_ranks(layers, rank))
@@ -63,9 +61,7 @@ def propose(study: Study, rank: int | None = None) -> Proposal:
         update={"rank_pattern": {layer: found for layer, found in ranks.items() if found != rank}}
     )
     if not adapter.rank_pattern:
-        raise StudyError(
-            f"every layer wants rank {rank}, so there is no pattern to try", "Rank matters alike everywhere here."
-        )
+        raise StudyError(f"every layer gets rank {rank}, so there is no pattern to try", "Keep the uniform rank.")
     changes = {
         "name": f"{study.spec.name[:90]}-pattern",
         "ranks": (rank,),
@@ -78,7 +74,7 @@ def propose(study: Study, rank: int | None = None) -> Proposal:
 
 
 def mean_layers(folders: Sequence[Path]) -> list[Decomposed]:
-    """The layers of several adapters of one shape, with the roots of their singular values' mean squares."""
+    """Layers of several adapters of one shape, with the root mean squares of their singular values."""
     adapters = [[decompose(factors) for factors in read_adapter(folder).layers] for folder in folders]
     return [
         layers[0]._replace(values=torch.stack([layer.values for layer in layers]).square().mean(dim=0).sqrt())
@@ -87,10 +83,10 @@ def mean_layers(folders: Sequence[Path]) -> list[Decomposed]:
 
 
 def write_proposal(proposal: Proposal, file: Path) -> None:
-    """Writes the study's file.
+    """Write the study's file.
 
     Raises:
-        StudyError: there is one.
+        StudyError: the file exists.
         StudyDirectoryError: it cannot be written.
     """
     if file.exists():
@@ -99,7 +95,7 @@ def write_proposal(proposal: Proposal, file: Path) -> None:
 
 
 def by_module(proposal: Proposal) -> pd.DataFrame:
-    """One row a module: `module layers mean lowest highest` of the proposed ranks."""
+    """`module layers mean lowest highest` of the proposed ranks, one row per module."""
     rows = [{"module": place(layer)[1], "rank": rank} for layer, rank in proposal.ranks.items()]
     grouped = pd.DataFrame(rows).groupby("module", sort=False)["rank"]
     table = grouped.agg(layers="size", mean="mean", lowest="min", highest="max")
