@@ -9,7 +9,7 @@ PEFT and transformers where they have one.
 
 from collections.abc import Iterable, Mapping
 from itertools import product
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
 
 from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
 
@@ -40,7 +40,7 @@ DEFAULT_TEMPLATE = "### Question: {instruction}\n{input}\n ### Answer:"
 
 
 T = TypeVar("T")
-OneOrSeveral = T | Annotated[list[T], Field(min_length=1)]
+OneOrSeveral: TypeAlias = T | Annotated[list[T], Field(min_length=1)]
 """What a file may have for a list; editors learn it from the JSON schema, as they do the types below."""
 
 
