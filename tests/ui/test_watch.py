@@ -91,7 +91,7 @@ def test_only_the_study_is_served_and_only_here(server: ThreadingHTTPServer, run
     assert "default-src 'none'" in page
     status, news, _ = get(server, "/news.json")
     found = json.loads(news)
-    assert found["now"]["lines"][0] == "Pack p001 trains"
+    assert found["now"]["lines"][0] == "Training pack p001"
     assert found["now"]["lines"][1] == "11 of 12 trials have ended"
     assert found["again_ms"] >= 2000
     for path in ("/study.yaml", "/../study.yaml", "/%2e%2e/study.yaml", "//etc/passwd", "/trials/", "/news.json/.."):
