@@ -191,7 +191,7 @@ STUDIES: dict[str, tuple[str | bytes, list[str]]] = {
     "a list": ("- a\n- b\n", ["study.yaml: expected fields", "list"]),
     "nothing": ("", ["found nothing"]),
     "damaged": (BASE + "ranks: [8\nseeds: 3\n", ["study.yaml, line 6: not valid YAML"]),
-    "a field twice": (BASE + "ranks: [8]\nranks: [4]\n", ["line 6", "ranks stands on line 5 already"]),
+    "a field twice": (BASE + "ranks: [8]\nranks: [4]\n", ["line 6", "ranks is on line 5 already"]),
     "an object": ("name: !!python/object/apply:os.system [ls]\n", ["line 1: not valid YAML", "os.system"]),
     "no utf-8": (b"a: 1\nname: \xff\n", ["study.yaml, line 2: not valid UTF-8"]),
     "two documents": ("a: 1\n---\nb: 2\n", ["line 2", "another document"]),
