@@ -18,7 +18,7 @@ from rankscope.text.formats import duration, size
 from rankscope.ui.console import make_table
 from rankscope.ui.live import LiveStudy, State, TrialState, trial_rows
 
-MAX_CPU_SHARE = 0.02
+MAX_CPU_SHARE = 0.01
 """Share of one core for reading the whole study again and again, while its cost may be being measured."""
 
 LINE_EVERY_SECONDS = 15.0
