@@ -128,7 +128,7 @@ def run_rankscope(args: argparse.Namespace, folder: Path) -> Cost:
     for trial in study.spec.trials():
         rows = [row for row in read_jsonl(study.trial_folder(trial) / "metrics.jsonl") if "train_loss" in row]
         losses[trial.candidate.rank] = [row["train_loss"] for row in rows]
-        packs[study.trial_record(trial)["pack"]] = [row["step_seconds"] for row in rows]
+        packs[study.trial_record(trial).pack] = [row["step_seconds"] for row in rows]
     return Cost(_by_step(packs.values()), *process, None, losses, None)
 
 

@@ -103,7 +103,7 @@ def test_data_and_model_that_vanish(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such folder"):
         run(own, tmp_path / "study", 4)
     kept = Study.open(tmp_path / "study")
-    assert [kept.trial_record(trial)["status"] for trial in kept.spec.trials()] == ["done", "pending"]
+    assert [kept.trial_record(trial).status for trial in kept.spec.trials()] == ["done", "pending"]
     (own / "away").rename(own / "model")
     assert unfinished(run(own, tmp_path / "study", 4)) == []
 

@@ -127,7 +127,7 @@ def test_pissa_is_saved_as_plain_lora(study: Study) -> None:
 
 
 def test_answers_are_of_every_variant(study: Study) -> None:
-    assert len(study.answers_record()["answers"]) == 2 + len(VARIANTS)
+    assert len(study.answers_record().answers) == 2 + len(VARIANTS)
 
 
 def test_a_pattern_is_proposed_tried_and_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

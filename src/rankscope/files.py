@@ -72,7 +72,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise DamagedError(f"{path}: missing", "Run the study again: only what is missing is done.") from None
+        raise missing(path) from None
     except OSError as error:
         if isinstance(error, RankscopeError):
             raise
@@ -167,6 +167,11 @@ def exists(path: Path) -> bool:
         except FileNotFoundError:
             return False
     return True
+
+
+def missing(path: Path) -> DamagedError:
+    """The error of a file that does not exist."""
+    return DamagedError(f"{path}: missing", "Run the study again: only what is missing is done.")
 
 
 def damaged(path: Path, how: str) -> DamagedError:

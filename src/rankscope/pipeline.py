@@ -149,7 +149,7 @@ def _study_data(study: Study, prepared: TokenizedData | None) -> TokenizedData:
         save(prepared or prepare_data(study.spec), folder)
     data = load(folder)
     for trial in study.all_trials():
-        seen = study.trial_record(trial).get("tokens_sha256", data.sha256)
+        seen = study.trial_record(trial).tokens_sha256 or data.sha256
         if seen != data.sha256:
             raise DataError(
                 f"{study.spec.data.id}: not the rows that {trial.name} was trained on",
@@ -180,7 +180,7 @@ def _marking_interrupted(study: Study) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         for trial in study.all_trials():
-            if study.trial_record(trial)["status"] == "running":
+            if study.trial_record(trial).status == "running":
                 study.mark_ended(trial, "interrupted", "interrupted by the user")
         raise
 

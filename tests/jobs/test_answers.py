@@ -107,7 +107,7 @@ def test_answers_that_fail_end_no_study(tmp_path: Path) -> None:
     sets, progress = (*SETS, "training.trials_per_pack=1"), RecordingProgress()
     study = rankscope.run(ranks=[2, 4], seeds=[0], steps=2, batch_size=2, sets=sets, progress=progress, **files)
     assert study.open_failures().keys() == {ANSWERS}  # what `rankscope run` then ends with exit code 4 for
-    assert "adapter of experts with patterns" in study.failures()[ANSWERS]["reason"]
+    assert "adapter of experts with patterns" in study.failures()[ANSWERS].reason
     assert any(line.startswith("The answers did not finish: an adapter of experts") for line in progress.lines)
     assert list(study.results()["status"]) == ["done", "done"]  # in two packs
     assert study.file("verdict.json").exists()

@@ -140,7 +140,7 @@ def test_a_study_that_was_stopped_and_goes_on_is_what_it_would_have_been(
     study = Study.open(out)
     steps = {}
     for trial in study.spec.trials():
-        assert study.trial_record(trial)["status"] == "interrupted"
+        assert study.trial_record(trial).status == "interrupted"
         steps[trial.name] = len(read_jsonl(study.trial_folder(trial) / "metrics.jsonl"))
     assert all(6 < count < STEPS for count in steps.values())
     checkpoints = sorted(out.glob("packs/*/checkpoints/step-*/manifest.json"))
@@ -152,7 +152,8 @@ def test_a_study_that_was_stopped_and_goes_on_is_what_it_would_have_been(
         assert "from step" in (out / "packs" / pack / "log.txt").read_text()
         record = study.pack_record(pack)
         assert record is not None
-        assert record["results"]["steps"] == STEPS
+        assert record.results
+        assert record.results["steps"] == STEPS
     assert (out / "report" / "index.html").exists()
 
 

@@ -125,7 +125,7 @@ def test_a_pack_without_room_is_divided_and_its_parts_come_next(question: Any, t
 def test_a_pack_that_was_killed_keeps_no_other_from_training(question: Any, tmp_path: Path) -> None:
     study, launcher, _ = train(question, tmp_path, 2, [KilledError("killed")], trials_per_pack=3)
     first, second = (names for job in packs(launcher) for names in job.values())
-    statuses = {trial.name: study.trial_record(trial)["status"] for trial in study.spec.trials()}
+    statuses = {trial.name: study.trial_record(trial).status for trial in study.spec.trials()}
     assert {statuses[name] for name in first} == {"interrupted"}
     assert {statuses[name] for name in second} == {"pending"}  # this launcher trains nothing
     assert len(launcher.started) == 2

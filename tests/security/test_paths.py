@@ -130,7 +130,7 @@ def test_links_that_stay_inside_and_a_link_to_the_study_itself_are_fine(study: P
     write_json(study / "elsewhere" / "trial.json", {"status": "failed"})
     link(study / "trials" / TRIAL.name, Path("../elsewhere"))
     (tmp_path / "short").symlink_to(study)
-    assert Study.open(tmp_path / "short").trial_record(TRIAL)["status"] == "failed"
+    assert Study.open(tmp_path / "short").trial_record(TRIAL).status == "failed"
 
 
 def test_a_pipe_is_refused_rather_than_waited_for(study: Path) -> None:

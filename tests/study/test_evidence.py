@@ -23,6 +23,7 @@ from rankscope.report.write import build
 from rankscope.search.folder import Search
 from rankscope.search.space import resolve_search
 from rankscope.study.folder import TRIAL_FILES
+from rankscope.study.records import Failure
 from rankscope.study.study import Study
 from rankscope.ui.watch import Watch
 from recording import RecordingProgress
@@ -149,7 +150,7 @@ def test_odd_lines_of_a_trial_that_runs_are_named_and_removed(study: Study, case
         with pytest.raises(DamagedError, match=r"metrics.jsonl: damaged"):
             read()
     assert remove_corrupt(study) == [f"{TRIAL}/metrics.jsonl"]
-    assert study.trial_record(study.spec.trials()[-1])["status"] == "running"
+    assert study.trial_record(study.spec.trials()[-1]).status == "running"
 
 
 MINIMAL = {"model": {"id": "m"}, "data": {"id": "d"}}
@@ -258,8 +259,8 @@ def test_a_profile_that_fails_is_recorded_told_and_measured_again(
     said = RecordingProgress()
     measure(study, place(Ending(lambda path, job: ends[job["profile"]])), said)
     assert study.open_failures() == {
-        "r002": {"status": "interrupted", "reason": KILLED.what},
-        "r008": {"status": "oom", "reason": NO_MEMORY.what},
+        "r002": Failure(status="interrupted", reason=KILLED.what),
+        "r008": Failure(status="oom", reason=NO_MEMORY.what),
     }
     assert any("profile of r002 did not finish" in line for line in said.lines)
     for language, what in (("en", "The profile r008 did not finish"), ("ko", "끝나지 않은 작업: r008")):
@@ -279,7 +280,7 @@ def test_a_profile_that_fails_is_recorded_told_and_measured_again(
 @pytest.mark.usefixtures("handlers")
 def test_what_was_not_measured_gives_exit_code_4(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     (study.path / "profiles" / "r002.json").unlink()
-    study.write_failure("r002", {"status": "interrupted", "reason": "was killed"})
+    study.write_failure("r002", Failure(status="interrupted", reason="was killed"))
     monkeypatch.setattr(pipeline, "run_study", lambda *_: study)
     result = CliRunner().invoke(cli.app, ["run", str(study.path / "study.yaml"), "--out", str(study.path)])
     assert result.exit_code == 4, result.output
@@ -299,7 +300,7 @@ def test_answers_that_fail_are_recorded(study: Study) -> None:
         study.path, study.spec.model_copy(update={"measure": study.spec.measure.model_copy(update={"answers": 1})})
     )
     answer_missing(asked, place(Ending(lambda *_: NO_MEMORY)), RecordingProgress())
-    assert asked.open_failures() == {"answers": {"status": "oom", "reason": NO_MEMORY.what}}
+    assert asked.open_failures() == {"answers": Failure(status="oom", reason=NO_MEMORY.what)}
 
 
 def test_trials_beside_one_that_diverged_are_named(study: Study) -> None:

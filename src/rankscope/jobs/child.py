@@ -30,7 +30,7 @@ def load_base(study: StudyFolder) -> tuple["PreTrainedModel", str]:
     model = load_model(study.spec.model)
     weights = fingerprint(model)
     known = study.with_known_model()  # one tells for all: each of them was held against one before it
-    if known is not None and study.trial_record(known)["model_sha256"] != weights:
+    if known is not None and study.trial_record(known).model_sha256 != weights:
         raise ModelError(
             f"{study.spec.model.id}: not the weights that {known.name} was trained on",
             "Give the model that the study began with (machine.json has its commit on the hub), or another --out.",

@@ -11,6 +11,7 @@ from rankscope.measure.machine import Site
 from rankscope.plan.memory import CostModel
 from rankscope.spec.candidates import Trial
 from rankscope.study.folder import StudyFolder
+from rankscope.study.records import Failure
 
 if TYPE_CHECKING:
     pass
@@ -71,6 +72,6 @@ def run_alone(
     return errors[0]
 
 
-def failure_of(error: RankscopeError) -> dict[str, str]:
-    """What failures.json says of it."""
-    return {"status": getattr(error, "status", WorkerError.status), "reason": error.what}
+def failure_of(error: RankscopeError) -> Failure:
+    """The error as failures.json records it."""
+    return Failure(status=getattr(error, "status", WorkerError.status), reason=error.what)

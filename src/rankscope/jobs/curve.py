@@ -18,6 +18,7 @@ from rankscope.jobs.local import run_locally
 from rankscope.pipeline import finish
 from rankscope.spec.candidates import PLAIN, Trial
 from rankscope.study.folder import CURVE, StudyFolder
+from rankscope.study.records import Cut
 from rankscope.study.study import Study
 from rankscope.text.catalogue import load
 
@@ -73,7 +74,7 @@ def trained_trials(study: Study) -> list[Trial]:
     judged = plain if plain.empty else judged_examples(plain)
     names = set(judged.loc[judged["rank"] == rank, "candidate"])
     trials = [trial for trial in study.spec.trials() if trial.candidate.name in names]
-    done = [trial for trial in trials if study.trial_record(trial)["status"] == "done"]
+    done = [trial for trial in trials if study.trial_record(trial).status == "done"]
     if not done:
         raise StudyError(
             f"{study.path}: no trial of rank {rank}, the study's largest, is done",
@@ -108,12 +109,12 @@ def missing(
 ) -> dict[str, list[tuple[int, int]]]:
     """By trial, the pairs of rank and recovery steps that curve.json lacks. A damaged one is removed."""
     try:
-        cuts = study.curve_record()
+        cuts = study.rank_curve()
     except DamagedError:
         study.file(*CURVE.split("/")).unlink()
         progress.say(f"{CURVE} was damaged: it is removed, and made again.")
         cuts = []
-    there = {(cut["trial"], cut["rank"], cut["recover_steps"]) for cut in cuts}
+    there = {(cut.trial, cut.rank, cut.recover_steps) for cut in cuts}
     asked = [(rank, steps) for steps in sorted({0, recover}) for rank in ranks]
     wanted = {trial.name: [pair for pair in asked if (trial.name, *pair) not in there] for trial in trials}
     return {name: pairs for name, pairs in wanted.items() if pairs}
@@ -127,8 +128,9 @@ def cut_adapters(study: StudyFolder, wanted: Mapping[str, Sequence[Sequence[int]
     trials = {trial.name: trial for trial in study.spec.trials()}
     for name, pairs in wanted.items():
         trial, folder = trials[name], study.adapter_file(trials[name]).parent
-        recorded = study.trial_record(trial)["results"]["eval_loss"]
-        same = {"trial": name, "adapter_sha256": study.adapter_sha256(trial)}
+        results, sha256 = study.trial_record(trial).results, study.adapter_sha256(trial)
+        assert results
+        assert results.eval_loss is not None
         requests = [TruncationRequest(*pair) for pair in pairs]
-        for cuts in evaluate_truncations(model, study.spec, trial, folder, recorded, requests, data):
-            study.add_cuts([same | cut.describe() for cut in cuts])
+        for cuts in evaluate_truncations(model, study.spec, trial, folder, results.eval_loss, requests, data):
+            study.add_cuts([Cut(trial=name, adapter_sha256=sha256, **cut.describe()) for cut in cuts])

@@ -14,7 +14,6 @@ import torch
 
 from rankscope.data.tokens import TokenizedData
 from rankscope.errors import KilledError, RankscopeError, WorkerError
-from rankscope.files import write_json
 from rankscope.jobs.child import load_base
 from rankscope.jobs.context import WRONG, Place, Progress
 from rankscope.jobs.job import Job
@@ -24,6 +23,7 @@ from rankscope.model.device import give_back_freed
 from rankscope.plan.packs import longest_first, open_packs, work_of
 from rankscope.spec.candidates import Trial
 from rankscope.study.folder import FINISHED, StudyFolder
+from rankscope.study.records import PackRecord
 from rankscope.text.formats import size
 from rankscope.train.loop import PackRun
 
@@ -72,7 +72,7 @@ def train(study: StudyFolder, data: TokenizedData, place: Place, progress: Progr
 
     def say_ended() -> None:
         for pack in list(begun):
-            if (record := study.pack_record(pack)) and record["results"]:
+            if (record := study.pack_record(pack)) and record.results:
                 begun.remove(pack)
                 progress.say(describe_pack(record))
 
@@ -95,15 +95,15 @@ def _after(
     status = getattr(error, "status", WorkerError.status)
     for number, (pack, trials) in enumerate(packs.items()):
         packable = [trial for trial in trials if trial.candidate.packable]  # of DoRA's it is known before
-        for reason in {study.trial_record(trial).get("engine_reason") for trial in packable} - {None}:
+        for reason in {study.trial_record(trial).engine_reason for trial in packable} - {None}:
             progress.say(
                 f"Trained by PEFT's own forward, one trial at a time, since this model cannot be packed: {reason}"
             )
         record = study.pack_record(pack)
-        if record and record["results"]:
+        if record and record.results:
             continue
         rest = dict(list(packs.items())[number + 1 :])
-        unfinished = [trial for trial in trials if study.trial_record(trial)["status"] not in FINISHED]
+        unfinished = [trial for trial in trials if study.trial_record(trial).status not in FINISHED]
         if record and len(unfinished) > 1 and status != KilledError.status:
             parts = study.divide(pack, unfinished)
             progress.say(f"Pack {pack} is divided into {' and '.join(parts)}, and trained again: {error.what}")
@@ -116,15 +116,15 @@ def _after(
     return {}
 
 
-def describe_pack(record: Mapping[str, Any]) -> str:
+def describe_pack(record: PackRecord) -> str:
     """How near to the machine's limit a pack ran."""
-    results = record["results"]
+    results: Mapping[str, Any] = record.results or {}
     peak = results["gpu_allocated_peak_bytes"] or results["rss_peak_bytes"]
     share = ""
     if results["product_share"] is not None:
         share = f", {results['product_share']:.0%} of what plain matrix products of its shapes reach here"
     return (
-        f"Pack {record['pack']}: {results['step_seconds'] / results['steps']:.3g} s a step; "
+        f"Pack {record.pack}: {results['step_seconds'] / results['steps']:.3g} s a step; "
         f"{results['useful_flops_per_second'] / 1e9:,.0f} useful GFLOP/s{share}; peak {size(peak)}"
     )
 
@@ -147,14 +147,14 @@ def train_packs(study: StudyFolder, packs: Mapping[str, Sequence[str]], data: "T
     trials = {trial.name: trial for trial in study.spec.trials()}
     with StopRequest() as stop:
         for pack, names in packs.items():
-            record = {"schema": 1, "pack": pack, "trials": list(names), "results": None}
-            write_json(study.path / "packs" / pack / "pack.json", record)
+            record = PackRecord(pack=pack, trials=list(names), results=None)
+            record.write(study.path / "packs" / pack / "pack.json")
             folders = {name: study.trial_folder(trials[name]) for name in names}
             members = [trials[name] for name in names]
             checkpoints = study.path / "packs" / pack / "checkpoints"
             train = partial(train_pack, model, study.spec, members, folders, checkpoints, data, pack, weights, stop)
             results = measure_pack(train, model.device)
-            write_json(study.path / "packs" / pack / "pack.json", record | {"results": results._asdict()})
+            record.model_copy(update={"results": results._asdict()}).write(study.path / "packs" / pack / "pack.json")
             shutil.rmtree(checkpoints, ignore_errors=True)
             use_own_forward(model, attention)
             remove_adapters(model)

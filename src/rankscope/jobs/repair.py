@@ -57,8 +57,8 @@ def remove_corrupt(study: StudyFolder) -> list[str]:
         elif study.find_file(trial, metrics.name)[1] is None and not _is_whole(partial(read_rows, metrics)):
             metrics.unlink()
             removed.append(str(metrics.relative_to(study.path)))
-    if exists(study.curve_file) and not _is_whole(partial(tables.cut_examples, study)):  # reads trial.json as well
-        study.curve_file.unlink()
+    if exists(study.rank_curve_file) and not _is_whole(partial(tables.cut_examples, study)):  # reads trial.json as well
+        study.rank_curve_file.unlink()
         removed.append(CURVE)
     return removed
 
@@ -66,14 +66,14 @@ def remove_corrupt(study: StudyFolder) -> list[str]:
 def _check_trial(study: StudyFolder, trial: AnyTrial) -> None:
     """Raise DamagedError where a file of the trial is corrupt."""
     record = study.trial_record(trial)
-    files = record.get("files") or {}
-    if record["status"] == "done" and not files.keys() >= {"metrics.jsonl", "eval.json"}:
+    files = record.files or {}
+    if record.status == "done" and not files.keys() >= {"metrics.jsonl", "eval.json"}:
         raise damaged(study.trial_folder(trial) / "trial.json", "no hashes of its files")
     for name in files:
         study.whole_file(trial, name)
     if "metrics.jsonl" in files:
         tables.trial_steps(study, trial)
-    if record["status"] == "done":
+    if record.status == "done":
         study.held_out(trial)
 
 

@@ -20,6 +20,7 @@ from rankscope.jobs.child import end_with_parent, known_error, load_base
 from rankscope.jobs.curve import cut_adapters
 from rankscope.jobs.packs import train_packs
 from rankscope.study.folder import StudyFolder
+from rankscope.study.records import AnswersRecord, ProfileRecord
 
 if TYPE_CHECKING:
     pass
@@ -44,9 +45,8 @@ def run_job(study: StudyFolder, job: dict[str, Any]) -> None:
 
         model, _ = load_base(study)
         adapters = {trial: study.adapter_file(trial) for trial in study.answered()}
-        write_json(
-            study.file("answers", "answers.json"), {"schema": 1} | answer(model, study.spec, adapters, data.eval)
-        )
+        record = AnswersRecord(**answer(model, study.spec, adapters, data.eval))
+        record.write(study.file("answers", "answers.json"))
     elif job["kind"] == "curve":
         cut_adapters(study, job["wanted"], data)
     else:
@@ -54,8 +54,8 @@ def run_job(study: StudyFolder, job: dict[str, Any]) -> None:
 
         name, candidate = job["profile"], study.spec.profiled()[job["profile"]]
         repeats = [*study.profile_repeats(name), profile_candidate(study.spec, candidate, data)]
-        record = {"schema": 2, "profile": name, "candidate": candidate.model_dump(mode="json"), "repeats": repeats}
-        write_json(study.profile_file(name), record)
+        profile = ProfileRecord(profile=name, candidate=candidate.model_dump(mode="json"), repeats=repeats)
+        profile.write(study.profile_file(name))
 
 
 def main(study_path: str, job_file: str) -> int:

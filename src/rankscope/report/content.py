@@ -224,7 +224,7 @@ def _limits(evidence: Evidence, verdict: Mapping[str, Any] | None, text: Catalog
         limits.append(text("limit.left", trials=", ".join(evidence.left)))
     for name, failure in evidence.failures.items():
         what = text("limit.answers") if name == ANSWERS else text("limit.profile", name=name)
-        limits.append(text("limit.failed", what=what, reason=failure["reason"]))
+        limits.append(text("limit.failed", what=what, reason=failure.reason))
     truncated = evidence.data_facts.get("truncated")
     if isinstance(truncated, int) and truncated:
         limits.append(text("limit.truncated", rows=f"{truncated:,}"))

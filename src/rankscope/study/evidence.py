@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rankscope.spec.candidates import PLAIN
 from rankscope.spec.models import StudySpec
+from rankscope.study.records import Failure
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +33,7 @@ class Evidence(NamedTuple):
     """Trials whose pack ended with an error and was divided."""
     left: Sequence[str] = ()
     """Trials that went on in their pack without one that diverged."""
-    failures: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+    failures: Mapping[str, Failure] = MappingProxyType({})
     """See `Study.failures`."""
     answers: "pd.DataFrame | None" = None
     """`Study.answers()`; None is the same as an empty table."""

@@ -23,7 +23,7 @@ Each file has one writer. The tables below are tidy pandas DataFrames, whose col
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
@@ -44,7 +44,6 @@ from rankscope.files import (
     refuse_links_out,
     understood,
     unlike_its_hash,
-    write_json,
 )
 from rankscope.spec.candidates import AnyTrial, FullTrial, Trial
 from rankscope.spec.models import StudySpec
@@ -54,9 +53,12 @@ from rankscope.study.question import Holder, differences_of, lock_folder, read_q
 from rankscope.study.records import (
     AnswersRecord,
     CurveRecord,
+    Cut,
     DivisionRecord,
     EvalRecord,
+    Examples,
     FactsRecord,
+    Failure,
     FailuresRecord,
     MachineRecord,
     PackRecord,
@@ -66,15 +68,12 @@ from rankscope.study.records import (
     Repeat,
     TrialRecord,
     VerdictRecord,
-    checked,
 )
 
 if TYPE_CHECKING:
     pass
 
 SCHEMA = 1
-
-PROFILE_SCHEMA = VERDICT_SCHEMA = 2
 
 FINISHED = ("done", "diverged")
 """Statuses that are results. A trial with any other is trained again."""
@@ -176,10 +175,6 @@ class StudyFolder:
         """Both."""
         return [*self.trials, *self.reference_trials]
 
-    def _find(self, file: Path, kind: type[Record]) -> dict[str, Any] | None:
-        record = find_json(file)
-        return None if record is None else checked(record, kind, file)
-
     def trial_folder(self, trial: AnyTrial) -> Path:
         return self.file("trials" if isinstance(trial, Trial) else "reference", trial.name)
 
@@ -187,70 +182,59 @@ class StudyFolder:
         return self.file("profiles", f"{name}.json")
 
     def profile_repeats(self, name: str) -> list[dict[str, Any]]:
-        """The repeats measured so far: see `rankscope.measure.profile.profile_candidate`."""
-        file = self.profile_file(name)
-        record = find_json(file, PROFILE_SCHEMA)
-        return list(checked(record, ProfileRecord, file)["repeats"]) if record else []
+        """Repeats measured so far: see `rankscope.measure.profile.profile_candidate`."""
+        record = ProfileRecord.find(self.profile_file(name))
+        return record.repeats if record else []
 
     def whole_repeats(self, name: str) -> list[dict[str, Any]]:
-        """The same, each with all that tables need.
+        """`profile_repeats`, each checked to have all that tables need.
 
         Raises:
-            DamagedError: one has not.
+            DamagedError: a repeat lacks something.
         """
         repeats = self.profile_repeats(name)
         for repeat in repeats:
-            checked(repeat, Repeat, self.profile_file(name))
+            Repeat.of(repeat, self.profile_file(name))
         return repeats
 
-    def failures(self) -> dict[str, dict[str, str]]:
-        """failures.json: `{"status", "reason"}` by the name of the profile, or `answers`, that did not finish when a
-        run last tried it; a status is one of oom, failed, interrupted.
-        """
-        file = self.file("failures.json")
-        record = find_json(file)
-        return dict(checked(record, FailuresRecord, file)["failures"]) if record else {}
+    def failures(self) -> dict[str, Failure]:
+        """failures.json: how profiles, by name, and `answers` ended that did not finish when a run last tried them."""
+        record = FailuresRecord.find(self.file("failures.json"))
+        return record.failures if record else {}
 
-    def write_failure(self, name: str, failure: Mapping[str, str] | None) -> None:
-        """Notes how a profile, or the answers, ended; None where they are whole."""
+    def write_failure(self, name: str, failure: Failure | None) -> None:
+        """Record how a profile, or the answers, ended; None where they are whole."""
         before = self.failures()
         after = {other: known for other, known in before.items() if other != name}
         if failure is not None:
-            after[name] = dict(failure)
+            after[name] = failure
         if after != before:
-            write_json(self.file("failures.json"), {"schema": SCHEMA, "failures": after})
+            FailuresRecord(failures=after).write(self.file("failures.json"))
 
-    def trial_record(self, trial: AnyTrial) -> dict[str, Any]:
-        """trial.json, or `{"status": "pending"}` before the trial has begun.
-
-        A status is one of pending, running, done, diverged, oom, failed, interrupted.
-        """
-        return self._record_in(self.trial_folder(trial))
-
-    def _record_in(self, folder: Path) -> dict[str, Any]:
-        record = self._find(folder / "trial.json", TrialRecord)
-        return {"status": "pending"} if record is None else record
+    def trial_record(self, trial: AnyTrial) -> TrialRecord:
+        """trial.json; its status is `pending` before the trial has begun."""
+        return TrialRecord.find(self.trial_folder(trial) / "trial.json") or TrialRecord(status="pending")
 
     def with_known_model(self) -> Trial | None:
         """The first trial that has begun, by whose record the model that the study began with is known."""
-        return next((trial for trial in self.trials if "model_sha256" in self.trial_record(trial)), None)
+        return next((trial for trial in self.trials if self.trial_record(trial).model_sha256 is not None), None)
 
     def division(self) -> "Division":
         """Which trials train together."""
         file = self.file("packs", "division.json")
-        record = self._find(file, DivisionRecord)
+        record = DivisionRecord.find(file)
         if record is None:
             return Division({}, {})
-        for pack in record["packs"]:
+        for pack in record.packs:
             self.file("packs", pack)  # refused where it leads elsewhere: folders of that name are written and removed
         trials = {trial.name: trial for trial in self.trials}
         with understood(file):
-            packs = {pack: [trials[name] for name in names] for pack, names in record["packs"].items()}
-        return Division(packs, record["divided"])
+            packs = {pack: [trials[name] for name in names] for pack, names in record.packs.items()}
+        return Division(packs, record.divided)
 
     def write_division(self, division: "Division") -> None:
         packs = {pack: [trial.name for trial in trials] for pack, trials in division.packs.items()}
-        write_json(self.file("packs", "division.json"), {"schema": SCHEMA, "packs": packs, "divided": division.divided})
+        DivisionRecord(packs=packs, divided=division.divided).write(self.file("packs", "division.json"))
 
     def divide(self, pack: str, trials: Sequence[Trial]) -> dict[str, list[Trial]]:
         """Makes two packs of the `trials` of one, forgets its checkpoints, and returns them."""
@@ -263,9 +247,9 @@ class StudyFolder:
         shutil.rmtree(self.file("packs", pack, "checkpoints"), ignore_errors=True)
         return parts
 
-    def pack_record(self, pack: str) -> dict[str, Any] | None:
-        """pack.json: the pack's trials, and its `results` once it has ended; None before it has begun."""
-        return self._find(self.file("packs", pack, "pack.json"), PackRecord)
+    def pack_record(self, pack: str) -> PackRecord | None:
+        """pack.json; None before the pack has begun."""
+        return PackRecord.find(self.file("packs", pack, "pack.json"))
 
     def lock(self) -> AbstractContextManager[None]:
         """See `lock_folder`."""
@@ -284,14 +268,19 @@ class StudyFolder:
     def mark_ended(self, trial: AnyTrial, status: str, reason: str, pack: str | None = None) -> None:
         """Give a trial that is pending or running, and so did not end by itself, a `status` and `reason`."""
         record = self.trial_record(trial)
-        if record["status"] not in NOT_ENDED:
+        if record.status not in NOT_ENDED:
             return
-        last = max((row["step"] for row in read_rows(self.trial_folder(trial) / "metrics.jsonl")), default=0)
-        where = f", after step {last}" if last else ""
-        known = {"schema": SCHEMA, "trial": trial.name, "results": None, "pack": pack} | record
-        files = file_hashes(self.trial_folder(trial), TRIAL_FILES)
-        ended = trial.model_dump(mode="json") | {"status": status, "reason": reason + where, "files": files}
-        write_json(self.trial_folder(trial) / "trial.json", known | ended)
+        folder = self.trial_folder(trial)
+        last = max((row["step"] for row in read_rows(folder / "metrics.jsonl")), default=0)
+        ended = {
+            "trial": trial.name,
+            "status": status,
+            "reason": reason + (f", after step {last}" if last else ""),
+            "pack": record.pack or pack,
+            "results": record.results,
+            "files": file_hashes(folder, TRIAL_FILES),
+        }
+        record.model_copy(update=ended | trial.model_dump(mode="json")).write(folder / "trial.json")
 
     def whole_file(self, trial: AnyTrial, name: str) -> Path:
         """The path of a trial's file, of which trial.json has the hash where the trial has ended.
@@ -306,8 +295,7 @@ class StudyFolder:
 
     def find_file(self, trial: AnyTrial, name: str) -> tuple[Path, str | None]:
         """The same path, and the hash; None where the trial has not ended. The file is not looked at."""
-        folder = self.trial_folder(trial)
-        return inside(folder, name), (self._record_in(folder).get("files") or {}).get(name)
+        return inside(self.trial_folder(trial), name), self.trial_record(trial).sha256(name)
 
     def adapter_file(self, trial: Trial) -> Path:
         """The weights of a trial that is done.
@@ -321,38 +309,36 @@ class StudyFolder:
     def machine(self) -> dict[str, Any]:
         """machine.json: hardware, versions and the model that the study began with."""
         file = self.file("machine.json")
-        return checked(read_json(file), MachineRecord, file)
+        return _checked(read_json(file), MachineRecord, file)
 
     @property
     def data_facts(self) -> dict[str, Any]:
         """data/facts.json: what was read, and what was done with it; see `rankscope.data.tokens.TokenizedData`."""
         file = self.file("data", "facts.json")
-        return checked(read_json(file), FactsRecord, file)
+        return _checked(read_json(file), FactsRecord, file)
 
     @property
     def prediction(self) -> dict[str, Any]:
         """prediction.json: see `rankscope.plan.runtime.StudyForecast.describe`; empty where there is none."""
         file = self.file("prediction.json")
         record = find_json(file)
-        return {} if record is None else checked(record, PredictionRecord, file)
+        return {} if record is None else _checked(record, PredictionRecord, file)
 
     def find_verdict(self) -> dict[str, Any] | None:
         """The same, read anew each time; None where there is none yet."""
         file = self.file("verdict.json")
-        record = find_json(file, VERDICT_SCHEMA)
-        return None if record is None else checked(record, VerdictRecord, file)
+        record = find_json(file, VerdictRecord.schema_version)
+        return None if record is None else _checked(record, VerdictRecord, file)
 
-    def held_out(self, trial: AnyTrial) -> dict[str, list[Any]]:
-        """eval.json of a trial that is done: in each list one value a held-out example.
+    def held_out(self, trial: AnyTrial) -> Examples:
+        """Held-out examples in eval.json of a trial that is done.
 
         Raises:
             StudyDirectoryError: it is missing or damaged.
         """
         file, sha256 = self.find_file(trial, "eval.json")
-        examples: dict[str, list[Any]] = checked(parse_json(read_whole(file, sha256), file), EvalRecord, file)[
-            "examples"
-        ]
-        if len(set(map(len, examples.values()))) > 1:
+        examples = EvalRecord.of(parse_json(read_whole(file, sha256), file), file).examples
+        if len(set(map(len, (examples.example, examples.loss, examples.label_tokens, examples.correct_tokens)))) > 1:
             raise damaged(file, "not as it is written: its lists are not of one length")
         return examples
 
@@ -360,55 +346,53 @@ class StudyFolder:
         """The trials whose adapters answer the held-out prompts: of each candidate the first that is done."""
         done: dict[str, Trial] = {}
         for trial in self.trials:
-            if self.trial_record(trial)["status"] == "done":
+            if self.trial_record(trial).status == "done":
                 done.setdefault(trial.candidate.name, trial)
         return list(done.values())
 
-    def answers_record(self) -> dict[str, Any]:
-        """answers.json: see `rankscope.jobs.answers.answer`; without answers where there is none."""
-        file = self.file("answers", "answers.json")
-        record = find_json(file)
-        return {"questions": [], "answers": {}} if record is None else checked(record, AnswersRecord, file)
+    def answers_record(self) -> AnswersRecord:
+        """answers.json: see `rankscope.jobs.answers.answer`; without answers where there is no file."""
+        record = AnswersRecord.find(self.file("answers", "answers.json"))
+        return record or AnswersRecord(questions=[], answers={})
 
     def has_answers(self) -> bool:
         """Whether all that `answered` names have answered."""
-        answers: dict[str, list[str]] = self.answers_record()["answers"]
-        return {trial.name for trial in self.answered()} <= answers.keys()
+        return {trial.name for trial in self.answered()} <= self.answers_record().answers.keys()
 
     @property
-    def curve_file(self) -> Path:
+    def rank_curve_file(self) -> Path:
         """curve.json, which `rankscope curve` writes."""
         return self.file(*CURVE.split("/"))
 
-    def curve_record(self) -> list[dict[str, Any]]:
-        """The `cuts` of curve.json, of adapters that are still those of their trials; empty where there are none.
-
-        Each has `trial adapter_sha256 rank recover_steps kept_energy eval_loss losses label_tokens`: the cut's rank,
-        steps of recovery training, the share of the update's energy that it keeps, and held-out losses in nats, all of
-        them together and of each example; null where the recovery diverged.
-        """
-        file = self.curve_file
-        record = find_json(file)
+    def rank_curve(self) -> list[Cut]:
+        """Truncations in curve.json of adapters that are still those of their trials."""
+        record = CurveRecord.find(self.rank_curve_file)
         if record is None:
             return []
-        cuts = checked(record, CurveRecord, file)["cuts"]
         own = {trial.name: self.adapter_sha256(trial) for trial in self.trials}
-        return [cut for cut in cuts if own.get(cut["trial"]) == cut["adapter_sha256"]]
+        return [cut for cut in record.cuts if own.get(cut.trial) == cut.adapter_sha256]
 
-    def add_cuts(self, cuts: Sequence[Mapping[str, Any]]) -> None:
-        """Publishes curve.json with these beside what it has."""
+    def add_cuts(self, cuts: Sequence[Cut]) -> None:
+        """Publish curve.json with more truncations."""
         if cuts:
-            write_json(self.curve_file, {"schema": SCHEMA, "cuts": [*self.curve_record(), *cuts]})
+            CurveRecord(cuts=[*self.rank_curve(), *cuts]).write(self.rank_curve_file)
 
     def adapter_sha256(self, trial: Trial) -> str | None:
-        """The hash of the weights of a trial that is done."""
-        sha256 = (self.trial_record(trial).get("files") or {}).get("adapter/adapter_model.safetensors")
-        return None if sha256 is None else str(sha256)
+        """Hash of the weights of a trial that is done."""
+        return self.trial_record(trial).sha256("adapter/adapter_model.safetensors")
 
-    def open_failures(self) -> dict[str, dict[str, str]]:
+    def open_failures(self) -> dict[str, Failure]:
         """`failures()` of what is still missing."""
         measure, done = self.spec.measure, {}
         for name in self.spec.profiled() if measure.profiles else ():
             done[name] = len(self.profile_repeats(name)) >= measure.repeats
         done[ANSWERS] = not measure.answers or self.has_answers()
         return {name: failure for name, failure in self.failures().items() if not done.get(name, True)}
+
+
+def _checked(value: dict[str, Any], kind: type[Record], file: Path) -> dict[str, Any]:
+    """The content of a file as it stands, once it is a record of this kind: the verdict, and facts for the report, are
+    passed on with all their keys in their order.
+    """
+    kind.of(value, file)
+    return value

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic cannot use typing's before Python 3.12
 
 from rankscope.files import exists, read_jsonl, read_whole
-from rankscope.study.records import MetricsRow, checked
+from rankscope.study.records import MetricsRow
 
 
 class _Row(TypedDict, total=False):
@@ -50,7 +50,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     Raises:
         DamagedError: a line is not one of metrics.
     """
-    return [checked(row, MetricsRow, file) for row in read_jsonl(file)]
+    return [MetricsRow.of(row, file).model_dump() for row in read_jsonl(file)]
 
 
 def read_steps(file: Path, sha256: str | None = None) -> Steps:

@@ -9,7 +9,7 @@ from rankscope.study.folder import FINISHED, StudyFolder
 
 def unfinished(study: StudyFolder) -> list[AnyTrial]:
     """Trials, also of the reference, that did not end as `done`."""
-    return [trial for trial in study.all_trials() if study.trial_record(trial)["status"] != "done"]
+    return [trial for trial in study.all_trials() if study.trial_record(trial).status != "done"]
 
 
 class ProfileJob(NamedTuple):
@@ -25,7 +25,7 @@ def missing_trials(study: StudyFolder) -> list[Trial]:
 
 
 def finished_trials(study: StudyFolder, trial: AnyTrial) -> bool:
-    return study.trial_record(trial)["status"] in FINISHED
+    return study.trial_record(trial).status in FINISHED
 
 
 def missing_reference(study: StudyFolder) -> list[FullTrial]:

@@ -1,51 +1,125 @@
-"""What the files of a study hold, as far as anything relies on it; more may stand there.
+"""The JSON files of a study as objects: one pydantic model a file.
 
-Their hashes tell that nobody harmed them. That they are what this version writes is told here, once, as they are read.
+A hash in each file shows that nobody harmed it; that its content has the shape this version writes is checked here,
+when it is read. Keys that this version does not know are kept.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from rankscope.files import damaged
+from rankscope.files import damaged, find_json, read_json, write_json
 
-Number = float | None
+Number = int | float | None
 """Bytes, seconds, nats; None where it is not known."""
 
 
 class Record(BaseModel):
-    """A JSON object, whose values are taken as they are: no text for a number."""
+    """A JSON object whose values are taken as they are: no text for a number."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    schema_version: ClassVar[int] = 1
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a file that `write` wrote.
+
+        Raises:
+            DamagedError: the file is missing or corrupt; the message says which field.
+            StudyDirectoryError: it cannot be read, or a newer version wrote it.
+        """
+        return cls.of(read_json(path, cls.schema_version), path)
+
+    @classmethod
+    def find(cls, path: Path) -> Self | None:
+        """`read`, or None where the file does not exist."""
+        value = find_json(path, cls.schema_version)
+        return None if value is None else cls.of(value, path)
+
+    @classmethod
+    def of(cls, value: dict[str, Any], path: Path) -> Self:
+        """Check the content of the file `path`.
+
+        Raises:
+            DamagedError: it is another content; the message says which field.
+        """
+        try:
+            return cls.model_validate({key: value[key] for key in value if key != "schema"})
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise damaged(path, f"not as it is written: {where + ': ' if where else ''}{first['msg']}") from None
+
+    def write(self, path: Path) -> None:
+        """Publish the record, with its schema version as the first key."""
+        write_json(path, {"schema": self.schema_version} | self.model_dump(exclude_unset=True))
+
+
+class TrialResults(Record):
+    """Results of a trial that is done. Losses are in nats."""
+
+    steps: Number = None
+    tokens: Number = None
+    trainable_params: Number = None
+    adapter_bytes: Number = None
+    train_loss: Number = None
+    eval_loss: Number = None
+    eval_perplexity: Number = None
+    eval_accuracy: Number = None
+    general_loss_before: Number = None
+    general_loss_after: Number = None
+    train_seconds: Number = None
+    eval_seconds: Number = None
+    tokens_per_second: Number = None
+
+    __pydantic_extra__: dict[str, Number]
 
 
 class TrialRecord(Record):
-    """trial.json. See `Study.trial_record`."""
+    """trial.json: how a trial stands, and the hashes of its files once it has ended."""
 
+    trial: str | None = None
     status: Literal["pending", "running", "done", "diverged", "oom", "failed", "interrupted"]
     reason: str | None = None
-    results: dict[str, Number] | None = None
-    files: dict[str, str] | None = None
+    pack: str | None = None
+    engine: str | None = None
+    engine_reason: str | None = None
+    model_sha256: str | None = None
+    tokens_sha256: str | None = None
+    weights: str | None = None  # full fine-tuning: why they are not saved
+    candidate: dict[str, Any] | None = None
+    learning_rate: float | None = None  # full fine-tuning
+    seed: int | None = None
+    results: TrialResults | None = None
+    files: dict[str, str] | None = None  # SHA-256 by name
 
     @model_validator(mode="after")
-    def _done_with_results(self) -> "TrialRecord":
-        if self.status == "done" and not {"steps", "trainable_params", "train_loss", "eval_loss"} <= set(
-            self.results or ()
-        ):
+    def _done_with_results(self) -> Self:
+        known = set() if self.results is None else self.results.model_fields_set
+        if self.status == "done" and not {"steps", "trainable_params", "train_loss", "eval_loss"} <= known:
             raise ValueError("it is done, and has no results")
         return self
 
+    def sha256(self, name: str) -> str | None:
+        """Hash of the trial's file `name`; None before the trial has ended."""
+        return (self.files or {}).get(name)
+
+
+class Examples(Record):
+    """One value a held-out example in each list."""
+
+    example: list[int]
+    loss: list[float]  # mean over the example's label tokens, in nats
+    label_tokens: list[int]
+    correct_tokens: list[int]
+
 
 class EvalRecord(Record):
-    """eval.json: one value a held-out example in each list."""
+    """eval.json."""
 
-    class Examples(Record):
-        example: list[int]
-        loss: list[float]
-        label_tokens: list[int]
-        correct_tokens: list[int]
-
+    step: int | None = None
     examples: Examples
 
 
@@ -97,7 +171,7 @@ class DivisionRecord(Record):
 
 
 class PackRecord(Record):
-    """pack.json."""
+    """pack.json: the pack's trials, and what was measured once it has ended."""
 
     pack: str
     trials: list[str]
@@ -107,13 +181,16 @@ class PackRecord(Record):
 class ProfileRecord(Record):
     """profiles/NAME.json. Each repeat: see `rankscope.measure.profile.profile_candidate`."""
 
+    schema_version: ClassVar[int] = 2
+
+    profile: str | None = None
+    candidate: dict[str, Any] | None = None
     repeats: list[dict[str, Any]]
 
 
 class Summary(Record):
-    """Of a repeat: what every table of costs needs."""
+    """Costs measured in one repeat."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
     __pydantic_extra__: dict[str, Number]
 
     steps: int
@@ -140,7 +217,7 @@ class Samples(Record):
 
 
 class Repeat(Record):
-    """One of a profile."""
+    """One repeat of a profile."""
 
     summary: Summary
     samples: Samples
@@ -154,13 +231,15 @@ class AnswersRecord(Record):
 
 
 class Cut(Record):
+    """A trained adapter truncated to a lower rank."""
+
     trial: str
     adapter_sha256: str | None
     rank: int
-    recover_steps: int
-    kept_energy: float
-    eval_loss: Number
-    losses: list[float] | None
+    recover_steps: int  # of recovery training
+    kept_energy: float  # share of the update's energy
+    eval_loss: Number  # over all held-out examples, in nats; None where the recovery diverged
+    losses: list[float] | None  # of each held-out example, in nats
     label_tokens: list[int] | None
 
 
@@ -171,18 +250,22 @@ class CurveRecord(Record):
 
 
 class Failure(Record):
-    status: str
+    """How a profile, or the answers, ended when a run last tried them."""
+
+    status: str  # oom, failed or interrupted
     reason: str
 
 
 class FailuresRecord(Record):
-    """failures.json."""
+    """failures.json: failures by the name of the profile, or `answers`."""
 
     failures: dict[str, Failure]
 
 
 class VerdictRecord(Record):
     """verdict.json, as far as every verdict has it: see `rankscope.analysis.verdict.conclude`."""
+
+    schema_version: ClassVar[int] = 2
 
     outcome: str
     rank: int | None
@@ -201,22 +284,6 @@ class VerdictRecord(Record):
 class MetricsRow(Record):
     """A line of metrics.jsonl."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
     __pydantic_extra__: dict[str, Number]
 
     step: int
-
-
-def checked(record: dict[str, Any], kind: type[Record], path: Path) -> dict[str, Any]:
-    """The record itself, once it is one of this kind.
-
-    Raises:
-        DamagedError: it is not; the message says which field.
-    """
-    try:
-        kind.model_validate(record)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise damaged(path, f"not as it is written: {where + ': ' if where else ''}{first['msg']}") from None
-    return record

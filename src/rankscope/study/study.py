@@ -5,11 +5,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from rankscope.files import read_json
+from rankscope.files import missing
 from rankscope.study import tables
 from rankscope.study.evidence import Evidence, without_variants
-from rankscope.study.folder import VERDICT_SCHEMA, StudyFolder
-from rankscope.study.records import VerdictRecord, checked
+from rankscope.study.folder import StudyFolder
 from rankscope.text.verdict import verdict_sentence
 
 _SHOWN = ["trial", "status", "train_loss", "eval_loss", "trainable_params", "tokens_per_second"]
@@ -41,8 +40,10 @@ class Study(StudyFolder):
     @cached_property
     def verdict(self) -> dict[str, Any]:
         """verdict.json: see `rankscope.analysis.verdict.conclude`."""
-        file = self.file("verdict.json")
-        return checked(read_json(file, VERDICT_SCHEMA), VerdictRecord, file)
+        verdict = self.find_verdict()
+        if verdict is None:
+            raise missing(self.file("verdict.json"))
+        return verdict
 
     def evidence(self) -> Evidence:
         """Read everything that the analysis and the report start from."""

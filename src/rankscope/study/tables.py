@@ -13,6 +13,7 @@ from rankscope.files import understood
 from rankscope.spec.candidates import CONTROL, FULL, AnyTrial, Candidate, Trial
 from rankscope.study.folder import StudyFolder
 from rankscope.study.metrics import FIELDS, Steps, read_steps
+from rankscope.study.records import TrialResults
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,21 +21,7 @@ if TYPE_CHECKING:
 IDENTITY_FIELDS = ("trial", "candidate", "variant", "rank", "learning_rate", "seed")
 NAMES = IDENTITY_FIELDS[:3]
 OUTCOME_FIELDS = ("status", "reason", "engine", "pack")
-RESULT_FIELDS = (
-    "steps",
-    "tokens",
-    "trainable_params",
-    "adapter_bytes",
-    "train_loss",
-    "eval_loss",
-    "eval_perplexity",
-    "eval_accuracy",
-    "general_loss_before",
-    "general_loss_after",
-    "train_seconds",
-    "eval_seconds",
-    "tokens_per_second",
-)
+RESULT_FIELDS = tuple(TrialResults.model_fields)
 EXAMPLE_FIELDS = ("example", "loss", "label_tokens", "correct_tokens")
 
 
@@ -79,8 +66,9 @@ def reference_results(study: StudyFolder) -> "pd.DataFrame":
 
 def _outcome(study: StudyFolder, trial: AnyTrial) -> dict[str, Any]:
     record = study.trial_record(trial)
-    found = record.get("results") or {}
-    return {name: record.get(name) for name in OUTCOME_FIELDS} | {name: found.get(name) for name in RESULT_FIELDS}
+    return {name: getattr(record, name) for name in OUTCOME_FIELDS} | {
+        name: getattr(record.results, name, None) for name in RESULT_FIELDS
+    }
 
 
 def curves(study: StudyFolder) -> "pd.DataFrame":
@@ -121,14 +109,14 @@ def reference_examples(study: StudyFolder) -> "pd.DataFrame":
 def _examples(study: StudyFolder, trials: Sequence[AnyTrial]) -> "pd.DataFrame":
     import pandas as pd
 
-    done = [trial for trial in trials if study.trial_record(trial)["status"] == "done"]
+    done = [trial for trial in trials if study.trial_record(trial).status == "done"]
     columns: dict[str, list[Any]] = {name: [] for name in EXAMPLE_FIELDS}
     counts = []
     for trial in done:
         found = study.held_out(trial)
         for name, values in columns.items():
-            values += found[name]
-        counts.append(len(found["example"]))
+            values += getattr(found, name)
+        counts.append(len(found.example))
     if not done:
         return pd.DataFrame(columns=[*IDENTITY_FIELDS, *EXAMPLE_FIELDS])
     frame = pd.DataFrame(_repeated(done, np.array(counts)) | columns, copy=False)
@@ -200,8 +188,8 @@ def answers(study: StudyFolder) -> "pd.DataFrame":
             question | {"candidate": trials[name].name, "rank": trials[name].rank, "answer": text}
             if name in trials
             else question | {"candidate": name, "rank": 0, "answer": text}
-            for name, texts in record["answers"].items()
-            for question, text in zip(record["questions"], texts, strict=True)
+            for name, texts in record.answers.items()
+            for question, text in zip(record.questions, texts, strict=True)
         ]
     return pd.DataFrame(rows, columns=["example", "prompt", "reference", "candidate", "rank", "answer"])
 
@@ -215,10 +203,7 @@ def cuts(study: StudyFolder) -> "pd.DataFrame":
 
     columns = [*IDENTITY_FIELDS, "cut_rank", "recover_steps", "kept_energy", "eval_loss"]
     trials = {trial.name: trial for trial in study.trials}
-    rows = [
-        {**identity(trials[cut["trial"]]), **cut, "rank": trials[cut["trial"]].candidate.rank, "cut_rank": cut["rank"]}
-        for cut in study.curve_record()
-    ]
+    rows = [{**cut.model_dump(), **identity(trials[cut.trial]), "cut_rank": cut.rank} for cut in study.rank_curve()]
     frame = pd.DataFrame(rows, columns=columns).astype({"eval_loss": "float64"})
     return frame.sort_values(["seed", "recover_steps", "cut_rank"], ignore_index=True)
 
@@ -231,12 +216,12 @@ def cut_examples(study: StudyFolder) -> "pd.DataFrame":
 
     columns = [*IDENTITY_FIELDS, "cut_rank", "recover_steps", "example", "loss", "label_tokens"]
     trials, frames = {trial.name: trial for trial in study.trials}, []
-    for cut in study.curve_record():
-        if cut["losses"] is not None:
-            losses = {"loss": cut["losses"], "label_tokens": cut["label_tokens"]}
-            same = {"cut_rank": cut["rank"], "recover_steps": cut["recover_steps"]}
-            with understood(study.curve_file):
-                frame = pd.DataFrame({**losses, **identity(trials[cut["trial"]]), **same})
+    for cut in study.rank_curve():
+        if cut.losses is not None:
+            losses = {"loss": cut.losses, "label_tokens": cut.label_tokens}
+            same = {"cut_rank": cut.rank, "recover_steps": cut.recover_steps}
+            with understood(study.rank_curve_file):
+                frame = pd.DataFrame({**losses, **identity(trials[cut.trial]), **same})
             frames.append(frame.assign(example=range(len(frame))))
     return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
 

@@ -63,7 +63,7 @@ class Follower:
 
     def _finish(self, trial: AnyTrial) -> None:
         record, before = self.study.trial_record(trial), self._sent.get(trial.name, {})
-        status, points = record["status"], self._cost_points(trial)
+        status, points = record.status, self._cost_points(trial)
         if status == "pending" and trial.name not in self._runs:
             return
         if status in NOT_ENDED:
@@ -71,11 +71,11 @@ class Follower:
         new_status, new_costs = before.get("status") != status, bool(points) and not before.get("costs")
         if not (new_status or new_costs or trial.name in self._runs):
             return
-        run, results = self._run(trial), record.get("results") or {}
+        run, results = self._run(trial), record.results
         if new_costs:
             run.log(points)
-        metrics = _numbers({name: results.get(name) for name in RESULTS}) if new_status else {}
-        run.finish(Point(STEP, results.get("steps", 0), metrics), status)
+        metrics = _numbers({name: getattr(results, name, None) for name in RESULTS}) if new_status else {}
+        run.finish(Point(STEP, int(results.steps or 0) if results else 0, metrics), status)
         self._sent[trial.name] |= {"costs": new_costs or before.get("costs", False), "status": status}
         self._keep()
 

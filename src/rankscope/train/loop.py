@@ -16,12 +16,13 @@ from transformers import PreTrainedModel
 from rankscope.data.batches import steps_per_epoch
 from rankscope.data.tokens import TokenizedData, Tokens
 from rankscope.errors import KilledError, ModelError
-from rankscope.files import JsonlWriter, file_hashes, read_json, read_jsonl, write_json
+from rankscope.files import JsonlWriter, file_hashes, read_jsonl
 from rankscope.lora.layout import NotPackable
 from rankscope.model.device import free_bytes
 from rankscope.spec.candidates import AnyTrial, Trial
 from rankscope.spec.models import StudySpec, TrainingSpec
 from rankscope.study.folder import FINISHED, TRIAL_FILES
+from rankscope.study.records import EvalRecord, Examples, TrialRecord
 from rankscope.train.checkpoint import load_checkpoint, save_checkpoint
 from rankscope.train.engine import LOGIT_BYTES, Engine, ExampleLosses, PackedEngine, PeftEngine, tokens_per_forward
 from rankscope.train.flops import Cost, Products, count_costs, product_rate
@@ -321,24 +322,17 @@ class _Recorder:
 
     def status(self, trial: AnyTrial) -> str | None:
         """What trial.json says; None without one."""
-        file = self.folders[trial.name] / "trial.json"
-        return str(read_json(file).get("status")) if file.exists() else None
+        record = TrialRecord.find(self.folders[trial.name] / "trial.json")
+        return record.status if record else None
 
     def __call__(
         self, trial: AnyTrial, status: str, reason: str | None = None, results: Mapping[str, Any] | None = None
     ) -> None:
         folder = self.folders[trial.name]
-        record = {
-            "schema": 1,
-            "trial": trial.name,
-            "status": status,
-            "reason": reason,
-            **self.shared,
-            **trial.model_dump(mode="json"),
-            "results": results,
-            "files": file_hashes(folder, TRIAL_FILES) if status in FINISHED else {},
-        }
-        write_json(folder / "trial.json", record)
+        files = file_hashes(folder, TRIAL_FILES) if status in FINISHED else {}
+        known = {"status": status, "reason": reason, "results": results, "files": files}
+        record = TrialRecord(trial=trial.name, **known, **self.shared, **trial.model_dump(mode="json"))
+        record.write(folder / "trial.json")
 
 
 def _general_losses(engine: Engine, tokens: Tokens | None, names: Sequence[str]) -> list[float | None]:
@@ -366,13 +360,13 @@ def _finish(
     if not math.isfinite(held_out.mean) or not finite_weights(member):
         record(trial, "diverged", f"held-out loss or weights not finite after step {len(history)}")
         return
-    examples = {
-        "example": list(range(len(held_out.loss))),
-        "loss": held_out.loss.tolist(),
-        "label_tokens": held_out.label_tokens.tolist(),
-        "correct_tokens": held_out.correct_tokens.astype(int).tolist(),
-    }
-    write_json(folder / "eval.json", {"schema": 1, "step": len(history), "examples": examples})
+    examples = Examples(
+        example=list(range(len(held_out.loss))),
+        loss=held_out.loss.tolist(),
+        label_tokens=held_out.label_tokens.tolist(),
+        correct_tokens=held_out.correct_tokens.astype(int).tolist(),
+    )
+    EvalRecord(step=len(history), examples=examples).write(folder / "eval.json")
     adapter_bytes = save_member(member, folder / "adapter")
     tail = history[-max(1, len(history) // 10) :]
     tokens = sum(step.tokens for step in history)

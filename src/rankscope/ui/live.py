@@ -105,7 +105,7 @@ class LiveStudy:
     def read(self) -> State:
         """State of the whole study. Reads the record of every trial."""
         study, holder = self.study, self.study.holder()
-        statuses = {name: study.trial_record(trial)["status"] for name, trial in self._trials.items()}
+        statuses = {name: study.trial_record(trial).status for name, trial in self._trials.items()}
         self._read_tails(statuses)
         began = _modified(study.file(".lock-holder")) or math.inf
         training = self._training(statuses, began)
@@ -158,7 +158,7 @@ class LiveStudy:
             names = [trial.name for trial in members]
             if any(statuses[name] == "running" for name in names):
                 record = self.study.pack_record(pack)
-                if record is not None and record["results"] is None:
+                if record is not None and record.results is None:
                     found[pack] = names
         for trial in self.study.reference_trials:
             if statuses[trial.name] == "running" and self._recorded(trial) >= began:

@@ -13,6 +13,7 @@ from rankscope.report.frames import by_candidate, has_gpu
 from rankscope.report.variants import variant_sentences
 from rankscope.study.folder import ANSWERS
 from rankscope.study.missing import unfinished
+from rankscope.study.records import Failure, TrialRecord
 from rankscope.study.study import Study
 from rankscope.text.catalogue import load
 from rankscope.text.formats import duration, known, loss, signed, size
@@ -64,11 +65,11 @@ def show_curve(study: Study, language: str) -> None:
 
 def show_failures(study: Study, console: Console) -> bool:
     """Print every trial, profile and answer that did not finish, and why. Whether there are any."""
-    failures = {trial.name: study.trial_record(trial) for trial in unfinished(study)}
+    failures: dict[str, TrialRecord | Failure] = {t.name: study.trial_record(t) for t in unfinished(study)}
     for name, failure in study.open_failures().items():
         failures[name if name == ANSWERS else f"profile of {name}"] = failure
     for name, failure in failures.items():
-        console.print(f"{name}: {failure['status']}: {failure.get('reason')}", style="yellow")
+        console.print(f"{name}: {failure.status}: {failure.reason}", style="yellow")
     return bool(failures)
 
 

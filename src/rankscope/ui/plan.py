@@ -46,7 +46,7 @@ def show_plan(plan: Plan, console: Console) -> None:
 def show_progress_so_far(study: StudyFolder, console: Console) -> None:
     """Says what a study that has begun has already: a run does only the rest."""
     trials = study.spec.trials()
-    done = sum(study.trial_record(trial)["status"] in FINISHED for trial in trials)
+    done = sum(study.trial_record(trial).status in FINISHED for trial in trials)
     console.print(
         f"{study.path} has {done} of the {len(trials)} trials; {len(missing_profiles(study))} repeats of profiles and "
         f"{len(missing_reference(study))} trials of full fine-tuning are missing too. A run would do what is missing.",
