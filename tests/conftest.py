@@ -1,17 +1,21 @@
-"""Shared by all tests: one thread a process, so that tiny models are not slowed by waiting for each other; jobs are
-forked; no test asks the hub, or reads or writes the user's cache."""
+"""Shared by all tests: one thread a process, so that tiny models do not wait for each other; forked jobs; no access to
+the hub or to the user's cache; a model, data and a trained study that no test changes."""
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # its client reads that as it is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the hub's client reads it when it is imported
 
 import pytest
 import torch
 from hypothesis import settings
 
 import forking
+from folders import write_data, write_model
 from rankscope.jobs import process
+from rankscope.study.study import Study
+from small_study import run_small
 
 torch.set_num_threads(1)
 settings.register_profile("short", deadline=None, derandomize=True, database=None, max_examples=60)
@@ -20,7 +24,7 @@ settings.load_profile("short")
 
 
 LONG = ("test_contract.py", "test_tour.py", "test_cli.py", "test_memory.py", "test_corruption.py", "test_failures.py")
-"""Files that would keep one worker busy after all others have ended, if they came last."""
+"""Files that start first: one of them at the end would keep one worker busy while the others are idle."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -34,7 +38,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _forked_jobs() -> Iterator[None]:
-    """Jobs cost a fork, and not the seconds of imports: see `forking`."""
+    """Start jobs by a fork, which saves their imports: see `forking`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(process, "subprocess", forking.instead_of_subprocess)
         yield
@@ -45,3 +49,26 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANKSCOPE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `model`, `data.json` and `general.txt`. Tests write elsewhere."""
+    root = tmp_path_factory.mktemp("root")
+    write_model(root / "model")
+    write_data(root / "data.json")
+    line = "Sort the list and read the file. Then write a class whose test reads each number in a loop.\n"
+    (root / "general.txt").write_text(line * 30)
+    return root
+
+
+@pytest.fixture(scope="session")
+def trained(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """The study of `small_study`. A test that writes to it takes a copy."""
+    return run_small(root, tmp_path_factory.mktemp("trained") / "study")
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs build no report, whose figures take longer than training."""
+    monkeypatch.setattr("rankscope.pipeline.build", lambda *_, **__: Path())

@@ -10,7 +10,6 @@ import pytest
 
 import forking
 import rankscope
-from folders import write_data, write_model
 from rankscope.errors import ModelError, StudyDirectoryError
 from rankscope.files import read_json, read_jsonl
 from rankscope.study.missing import unfinished
@@ -36,14 +35,6 @@ SETS = (
 NAMES = ["r002-lr5e-3-s0", "r004-lr5e-3-s0", "r008-lr5e-3-s0"]
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("failures")
-    write_model(root / "model")
-    write_data(root / "data.json")
-    return root
-
-
 def run(root: Path, out: Path, said: RecordingProgress | None = None, **options: Any) -> Study:
     return rankscope.run(
         model=str(root / "model"), dataset=str(root / "data.json"), out=out, sets=SETS, progress=said,
@@ -52,8 +43,8 @@ def run(root: Path, out: Path, said: RecordingProgress | None = None, **options:
 
 
 @pytest.fixture(scope="module")
-def whole(root: Path) -> Study:
-    return run(root, root / "whole")
+def whole(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    return run(root, tmp_path_factory.mktemp("whole") / "study")
 
 
 @pytest.fixture
@@ -104,6 +95,7 @@ def test_a_pack_without_enough_memory_is_divided(root: Path, whole: Study, tmp_p
     assert not list(study.path.glob("packs/*/checkpoints"))
 
 
+@pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize(
     ("error", "status"), [("MemoryError('no more')", "oom"), ("RuntimeError('odd shape')", "failed")]
 )
@@ -120,6 +112,7 @@ def test_a_trial_that_cannot_be_trained_keeps_no_other_from_it(
         np.testing.assert_allclose(losses(study, name), losses(whole, name), rtol=1e-4)
 
 
+@pytest.mark.usefixtures("no_report")
 def test_what_was_killed_goes_on_where_it_was(root: Path, whole: Study, tmp_path: Path, harm: Any) -> None:
     harm("if step == 3: os.kill(os.getpid(), signal.SIGKILL)")
     said = RecordingProgress()
@@ -135,6 +128,7 @@ def test_what_was_killed_goes_on_where_it_was(root: Path, whole: Study, tmp_path
         assert rows(study, name) == rows(whole, name)
 
 
+@pytest.mark.usefixtures("no_report")
 def test_one_that_is_killed_as_it_goes_on_loses_nothing(root: Path, whole: Study, tmp_path: Path, harm: Any) -> None:
     """When its metrics have been cut back to the checkpoint, and no longer have the hash of when it was stopped."""
     harm("if step == 3: os.kill(os.getpid(), signal.SIGKILL)")
@@ -148,6 +142,7 @@ def test_one_that_is_killed_as_it_goes_on_loses_nothing(root: Path, whole: Study
     assert [rows(study, name) for name in NAMES] == [rows(whole, name) for name in NAMES]
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_diverged_trial_leaves_the_others_as_they_were(root: Path, whole: Study, tmp_path: Path) -> None:
     both = run(root, tmp_path / "study", learning_rates=[5e-3, 1e30], ranks=[4])
     results = both.results().set_index("status")
@@ -156,6 +151,7 @@ def test_a_diverged_trial_leaves_the_others_as_they_were(root: Path, whole: Stud
     np.testing.assert_allclose(losses(both, NAMES[1]), losses(whole, NAMES[1]), rtol=1e-4)
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_full_disk_ends_the_run_and_loses_nothing(root: Path, whole: Study, tmp_path: Path, harm: Any) -> None:
     """No file of the child, its log and error.json included, takes one more byte, as the system has it; `test_files.py`
     and benchmarks/disk_full.py fill real disks."""

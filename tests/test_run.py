@@ -12,7 +12,6 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import rankscope
-from folders import write_data, write_model
 from rankscope import cli
 from rankscope.analysis.costs import noise_floor
 from rankscope.data.tokens import load
@@ -27,17 +26,13 @@ SETS = ("measure.repeats=2", "measure.steps=2", "measure.warmup_steps=1", "data.
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("run")
-    write_model(root / "model")
-    write_data(root / "data.json")
-    return root
-
-
-@pytest.fixture(scope="module")
-def study(folders: Path) -> Study:
+def study(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
     return rankscope.run(
-        model=str(folders / "model"), dataset=str(folders / "data.json"), out=folders / "study", sets=SETS, **OPTIONS
+        model=str(root / "model"),
+        dataset=str(root / "data.json"),
+        out=tmp_path_factory.mktemp("run") / "study",
+        sets=SETS,
+        **OPTIONS,
     )
 
 
@@ -68,11 +63,11 @@ def test_trials_with_one_seed_see_the_same_tokens(study: Study) -> None:
     assert (tokens["r002-lr5e-3-s0"] != tokens["r002-lr5e-3-s1"]).any()
 
 
-def test_held_out_loss_can_be_recomputed_from_the_saved_adapter(study: Study, folders: Path) -> None:
+def test_held_out_loss_can_be_recomputed_from_the_saved_adapter(study: Study, root: Path) -> None:
     """With PEFT and transformers alone: the loss in results.csv is what the adapter on disk gives."""
     data = load(study.path / "data")
     trial = study.spec.trials()[1]
-    base = AutoModelForCausalLM.from_pretrained(folders / "model", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(study.trial_folder(trial) / "adapter")).eval()
     total = labels = 0.0
     for ids, is_label in data.eval:
@@ -133,16 +128,14 @@ def test_machine_json_says_what_it_ran_on(study: Study) -> None:
     assert machine["hardware"]["memory_bytes"] > 1e9
 
 
-def test_run_again_does_only_what_is_missing(study: Study, folders: Path, tmp_path: Path) -> None:
+def test_run_again_does_only_what_is_missing(study: Study, root: Path, tmp_path: Path) -> None:
     copy = tmp_path / "study"
     shutil.copytree(study.path, copy)
     kept, lost = copy / "trials" / "r002-lr5e-3-s0", copy / "trials" / "r016-lr5e-3-s1"
     before = (kept / "trial.json").stat().st_mtime_ns
     expected = read_json(lost / "eval.json")
     shutil.rmtree(lost)
-    again = rankscope.run(
-        model=str(folders / "model"), dataset=str(folders / "data.json"), out=copy, sets=SETS, **OPTIONS
-    )
+    again = rankscope.run(model=str(root / "model"), dataset=str(root / "data.json"), out=copy, sets=SETS, **OPTIONS)
     assert unfinished(again) == []
     assert (kept / "trial.json").stat().st_mtime_ns == before
     assert sorted(path.name for path in (copy / "packs").iterdir()) == ["division.json", "p000"]
@@ -152,10 +145,10 @@ def test_run_again_does_only_what_is_missing(study: Study, folders: Path, tmp_pa
     )  # alone, where it was packed before
 
 
-def test_isolated_trials_have_a_process_each(folders: Path, tmp_path: Path) -> None:
+def test_isolated_trials_have_a_process_each(root: Path, tmp_path: Path) -> None:
     options = OPTIONS | {"ranks": [2], "seeds": [0], "learning_rates": [1e-3, 5e-3], "steps": 2}
     study = rankscope.run(
-        model=str(folders / "model"), dataset=str(folders / "data.json"), out=tmp_path / "study", isolated=True,
+        model=str(root / "model"), dataset=str(root / "data.json"), out=tmp_path / "study", isolated=True,
         sets=(*SETS, "measure.repeats=1", "measure.answers=0"), **options,
     )  # fmt: skip
     assert unfinished(study) == []
@@ -182,11 +175,11 @@ def test_two_runs_at_once_are_refused(study: Study) -> None:
         pass  # free again
 
 
-def test_another_study_in_the_same_place_is_refused(study: Study, folders: Path) -> None:
+def test_another_study_in_the_same_place_is_refused(study: Study, root: Path) -> None:
     with pytest.raises(StudyError, match=r"training.steps: 6 there, 7 asked for"):
         rankscope.run(
-            model=str(folders / "model"),
-            dataset=str(folders / "data.json"),
+            model=str(root / "model"),
+            dataset=str(root / "data.json"),
             out=study.path,
             sets=(*SETS, "training.steps=7"),
             **OPTIONS,

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 import rankscope
-from folders import write_data, write_model
 from rankscope.errors import ModelError
 from rankscope.pipeline import finish
 from rankscope.study.missing import unfinished
@@ -21,14 +20,6 @@ from rankscope.study.study import Study
 pytestmark = pytest.mark.slow
 
 SETS = ("measure.profiles=false", "measure.answers=0", "training.evals=2", "data.eval_rows=12")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("surroundings")
-    write_model(root / "model")
-    write_data(root / "data.json")
-    return root
 
 
 def run(root: Path, out: Path, steps: int) -> Study:

@@ -8,7 +8,6 @@ import yaml
 from typer.testing import CliRunner
 
 import rankscope
-from folders import write_data, write_model
 from rankscope.analysis.variants import judge_variants
 from rankscope.cli import app
 from rankscope.data.tokens import load
@@ -23,12 +22,12 @@ VARIANTS = ["pissa", "dora"]
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+def study(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
     folder = tmp_path_factory.mktemp("variants")
     told = RecordingProgress()
     study = rankscope.run(
-        model=str(write_model(folder / "model")),
-        dataset=str(write_data(folder / "data.json")),
+        model=str(root / "model"),
+        dataset=str(root / "data.json"),
         ranks=[2],
         variants=VARIANTS,
         seeds=[0, 1],
@@ -130,44 +129,32 @@ def test_answers_are_of_every_variant(study: Study) -> None:
     assert len(study.answers_record().answers) == 2 + len(VARIANTS)
 
 
-def test_a_pattern_is_proposed_tried_and_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    question = {
-        "model": str(write_model(tmp_path / "model")),
-        "dataset": str(write_data(tmp_path / "data.json")),
-        "sets": ["measure.profiles=false", "measure.answers=0"],
-    }
-    source = rankscope.run(
-        **question,
-        ranks=[8],
-        seeds=[0, 1],
-        learning_rates=[1e-2],
-        steps=6,
-        out=tmp_path / "source",
-        progress=RecordingProgress(),
-    )
+def test_a_pattern_is_proposed_tried_and_judged(
+    trained: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(app, ["pattern", str(source.path), "--rank", "2"], catch_exceptions=False)
+    done = CliRunner().invoke(app, ["pattern", str(trained.path), "--rank", "2"], catch_exceptions=False)
     assert "rankscope run pattern.yaml" in done.output
     values = yaml.safe_load(Path("pattern.yaml").read_text(encoding="utf-8"))
     ranks = values["adapter"]["rank_pattern"]
     assert values["ranks"] == [2]
     assert len(set(ranks.values()) | {2}) > 1
-    proposal = propose(source, 2)
+    proposal = propose(trained, 2)
     assert proposal.ranks == {name: ranks.get(name, 2) for name in proposal.ranks}
     assert proposal.parameters <= proposal.uniform_parameters
-    again = CliRunner().invoke(app, ["pattern", str(source.path), "--rank", "2"])
+    again = CliRunner().invoke(app, ["pattern", str(trained.path), "--rank", "2"])
     assert isinstance(again.exception, StudyError)
     assert "exists" in str(again.exception)
 
     tried = rankscope.run(study=values, out=tmp_path / "tried", progress=RecordingProgress())
     assert [row["variant"] for row in tried.verdict["variants"]] == ["pattern"]
     assert "Ranks by layer at rank 2" in tried.report.read_text(encoding="utf-8")
-    adapter = read_adapter(tried.path / "trials" / "r002-lr1e-2-pattern-s0" / "adapter")
+    adapter = read_adapter(tried.path / "trials" / "r002-lr3e-2-pattern-s0" / "adapter")
     assert {layer.layer: layer.rank for layer in adapter.layers} == proposal.ranks
     assert {layer.scaling for layer in adapter.layers} == {16.0}
-    trained = tried.results().set_index("variant")["trainable_params"]
-    assert trained["pattern"].iloc[0] == proposal.parameters
-    assert trained["lora"].iloc[0] == proposal.uniform_parameters
+    parameters = tried.results().set_index("variant")["trainable_params"]
+    assert parameters["pattern"].iloc[0] == proposal.parameters
+    assert parameters["lora"].iloc[0] == proposal.uniform_parameters
 
 
 @pytest.mark.parametrize("rank", [0, 2, 9])

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import rankscope
-from folders import write_data, write_model
 from rankscope.files import read_json, write_json
 from rankscope.pipeline import finish
 from rankscope.study.study import Study
@@ -17,15 +16,16 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "recompute.py"
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    root = tmp_path_factory.mktemp("recompute")
-    write_model(root / "model")
-    write_data(root / "data.json")
+def study(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
     sets = ("measure.repeats=1", "measure.steps=2", "measure.warmup_steps=1", "data.eval_rows=12", "training.evals=1")
     sets = (*sets, "measure.answers=0")
     options = {"ranks": [2, 4, 16], "seeds": [0, 1], "steps": 5, "batch_size": 4, "learning_rates": [1e-3, 5e-3]}
     return rankscope.run(
-        model=str(root / "model"), dataset=str(root / "data.json"), out=root / "study", sets=sets, **options
+        model=str(root / "model"),
+        dataset=str(root / "data.json"),
+        out=tmp_path_factory.mktemp("recompute") / "study",
+        sets=sets,
+        **options,
     )
 
 

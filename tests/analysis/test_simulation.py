@@ -9,7 +9,7 @@ import pytest
 
 STUDIES = 400
 MOST_FALSE = 0.05 + 3 * (0.05 * 0.95 / STUDIES) ** 0.5
-"""Largest share of false claims: 5% and three standard errors. The benchmark, with more studies, bounds it by 6.5%."""
+"""Largest share of false claims: 5% and three standard errors (the benchmark, with more studies: 6.5%)."""
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "simulate.py"
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from models import CONFIGS, UNPACKABLE
-from rankscope.model.checks import _not_causal
+from rankscope.model.checks import not_causal_reason
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
@@ -43,7 +43,7 @@ ASKED: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("name", ASKED)
 def test_what_sees_later_tokens_is_refused(name: str) -> None:
     config = ASKED[name]()
-    reason = _not_causal(config)
+    reason = not_causal_reason(config)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -60,4 +60,4 @@ def test_what_sees_later_tokens_is_refused(name: str) -> None:
     ("architectures", "refused"), [(["BartForConditionalGeneration"], True), (["BartForCausalLM"], False)]
 )
 def test_an_encoder_besides_the_decoder_is_refused(architectures: list[str], refused: bool) -> None:
-    assert (_not_causal(BartConfig(architectures=architectures)) is not None) == refused
+    assert (not_causal_reason(BartConfig(architectures=architectures)) is not None) == refused

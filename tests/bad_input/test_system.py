@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from folders import write_data, write_model
 from rankscope import cli
 
 LONG = "a" * 300
@@ -24,20 +23,12 @@ COMMANDS: dict[str, tuple[list[str], int]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("system")
-    write_model(root / "model")
-    write_data(root / "data.json")
-    return root
-
-
 @pytest.mark.parametrize("what", COMMANDS)
 def test_a_name_too_long_is_an_error_of_a_few_lines(
-    what: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    what: str, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments, code = COMMANDS[what]
-    monkeypatch.chdir(folder)
+    monkeypatch.chdir(root)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(sys, "argv", ["rankscope", *arguments])
     with pytest.raises(SystemExit) as ended:

@@ -1,5 +1,6 @@
 """Answers: those of PEFT and transformers by themselves, on the right part of the right rows."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,7 @@ from rankscope.jobs.answers import questions
 from rankscope.study.folder import ANSWERS
 from rankscope.study.study import Study
 from recording import RecordingProgress
-
-SETS = (
-    "measure.profiles=false",
-    "data.eval_rows=4",
-    "training.evals=1",
-    "measure.answers=2",
-    "measure.answer_tokens=5",
-)
+from small_study import SETS, run_small
 
 
 def example(length: int, prompt: int) -> Example:
@@ -46,25 +40,16 @@ def test_rows_that_were_cut_come_last() -> None:
     assert [question.example for question in questions(rows, 3, 8)] == [1, 2, 0]
 
 
-@pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    root = tmp_path_factory.mktemp("answers")
-    write_model(root / "model")
-    write_data(root / "data.json")
-    files = {"model": str(root / "model"), "dataset": str(root / "data.json"), "out": root / "study"}
-    return rankscope.run(ranks=[2, 8], seeds=[0, 1], steps=4, learning_rates=[3e-2], sets=SETS, **files)
-
-
-def test_answers_are_those_of_peft_alone(study: Study) -> None:
-    answers = study.answers()
+def test_answers_are_those_of_peft_alone(trained: Study) -> None:
+    answers = trained.answers()
     assert list(answers["candidate"].unique()) == ["base", "r002-lr3e-2", "r008-lr3e-2"]
     assert list(answers.groupby("candidate").size()) == [2, 2, 2]
-    folder = Path(study.spec.model.id)
-    tokenizer, rows = AutoTokenizer.from_pretrained(folder), load(study.path / "data").eval
+    folder = Path(trained.spec.model.id)
+    tokenizer, rows = AutoTokenizer.from_pretrained(folder), load(trained.path / "data").eval
     for candidate, own in answers.groupby("candidate"):
         model = AutoModelForCausalLM.from_pretrained(folder)
         if candidate != "base":
-            model = PeftModel.from_pretrained(model, study.path / "trials" / f"{candidate}-s0" / "adapter")
+            model = PeftModel.from_pretrained(model, trained.path / "trials" / f"{candidate}-s0" / "adapter")
         for row in own.to_dict("records"):
             ids, labels = rows[row["example"]]
             prompt = torch.tensor(ids[: int(labels.argmax())])[None]
@@ -79,18 +64,18 @@ def test_answers_are_those_of_peft_alone(study: Study) -> None:
             assert row["answer"] == expected
 
 
-def test_answers_differ_between_ranks_and_are_made_once(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is there is not made again, and what was damaged is."""
+@pytest.mark.usefixtures("no_report")
+def test_answers_differ_between_ranks_and_are_made_once(root: Path, trained: Study, tmp_path: Path) -> None:
+    """A run keeps answers that it has, and replaces corrupt ones."""
+    study = Study.open(shutil.copytree(trained.path, tmp_path / "study"))
     answers = study.answers()
     assert (answers.groupby("example")["answer"].nunique() > 1).any()
     file = study.path / "answers" / "answers.json"
     before, inode = file.read_bytes(), file.stat().st_ino
-    again = {"model": study.spec.model.id, "dataset": study.spec.data.id, "out": study.path}
-    options = {"ranks": [2, 8], "seeds": [0, 1], "steps": 4, "learning_rates": [3e-2], "sets": SETS}
-    rankscope.run(**again, **options)
+    run_small(root, study.path)
     assert file.stat().st_ino == inode
     file.write_bytes(before[:-20])
-    rankscope.run(**again, **options)
+    run_small(root, study.path)
     assert file.read_bytes() == before
 
 

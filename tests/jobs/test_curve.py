@@ -10,42 +10,19 @@ import pytest
 from typer.testing import CliRunner
 
 import forking
-import rankscope
-from folders import write_data, write_model
 from rankscope.cli import app
 from rankscope.errors import KilledError, StudyDirectoryError, StudyError
 from rankscope.files import read_json, write_json
 from rankscope.jobs.curve import lower_ranks, take_curve
 from rankscope.study.study import Study
 from recording import RecordingProgress
-
-SETS = ("measure.profiles=false", "measure.answers=0", "data.eval_rows=12", "training.evals=1")
-OPTIONS: dict[str, Any] = {"ranks": [2, 8], "seeds": [0, 1], "steps": 5, "batch_size": 4, "learning_rates": [3e-2]}
+from small_study import run_small
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("curve")
-    write_model(root / "model")
-    write_data(root / "data.json")
-    return root
-
-
-def run(root: Path, out: Path, said: RecordingProgress | None = None, **options: Any) -> Study:
-    files = {"model": str(root / "model"), "dataset": str(root / "data.json"), "out": out, "progress": said}
-    return rankscope.run(sets=SETS, **files, **(OPTIONS | options))
-
-
-@pytest.fixture(scope="module")
-def trained(root: Path) -> Study:
-    return run(root, root / "trained")
-
-
-@pytest.fixture(scope="module")
-def whole(root: Path, trained: Study) -> Study:
-    """With its curve, and 12 steps of recovery."""
-    shutil.copytree(trained.path, root / "whole")
-    study = Study.open(root / "whole")
+def whole(trained: Study, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """The trained study with its curve, and 12 steps of recovery."""
+    study = Study.open(shutil.copytree(trained.path, tmp_path_factory.mktemp("curve") / "study"))
     take_curve(study, RecordingProgress(), recover=12)
     return study
 
@@ -64,7 +41,7 @@ def copy_of_whole(whole: Study, tmp_path: Path) -> Study:
 
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Building it takes as long as the rest, and is tested once."""
+    """`take_curve` builds no report, which takes as long as the rest."""
     monkeypatch.setattr("rankscope.jobs.curve.finish", lambda *_: None)
 
 
@@ -135,7 +112,7 @@ def test_a_run_removes_a_damaged_curve_and_says_what_makes_it(root: Path, copy_o
     file = copy_of_whole.path / "curve" / "curve.json"
     file.write_bytes(file.read_bytes()[:-9])
     said = RecordingProgress()
-    study = run(root, copy_of_whole.path, said)
+    study = run_small(root, copy_of_whole.path, progress=said)
     assert "curve/curve.json was damaged: it is removed; `rankscope curve` makes it again." in said.lines
     assert study.cuts().empty
     assert 'id="cuts"' not in study.report.read_text()

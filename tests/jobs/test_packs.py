@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from folders import write_data, write_model
 from launchers import HERE, Ending
 from rankscope.data.tokens import TokenizedData
 from rankscope.errors import KilledError, ModelError, OutOfMemoryError, RankscopeError
@@ -23,9 +22,8 @@ from recording import RecordingProgress
 
 
 @pytest.fixture(scope="module")
-def question(tmp_path_factory: pytest.TempPathFactory) -> tuple[StudySpec, TokenizedData]:
-    root = tmp_path_factory.mktemp("jobs")
-    asked = {"model": str(write_model(root / "model")), "dataset": str(write_data(root / "data.json"))}
+def question(root: Path) -> tuple[StudySpec, TokenizedData]:
+    asked = {"model": str(root / "model"), "dataset": str(root / "data.json")}
     spec = assemble({}, {**asked, "ranks": [2, 4, 16], "seeds": [0, 1], "steps": 3, "device": "cpu"})
     return spec, prepare_data(spec)
 

@@ -12,7 +12,6 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import rankscope
-from folders import write_data, write_model
 from launchers import Ending
 from rankscope import pipeline
 from rankscope.data.tokens import load
@@ -24,17 +23,7 @@ from rankscope.study.study import Study
 OPTIONS: dict[str, Any] = {
     "ranks": [4, "full"], "seeds": [0, 1], "steps": 6, "batch_size": 4, "learning_rates": [3e-3]
 }  # fmt: skip
-TEXT = "Sort the list and read the file. Then write a class whose test reads each number in a loop.\n" * 30
 FOLDERS = ["full-lr3e-4-s0", "full-lr3e-4-s1"]
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("reference")
-    write_model(root / "model")
-    write_data(root / "data.json")
-    (root / "general.txt").write_text(TEXT)
-    return root
 
 
 def run(root: Path, out: Path) -> Study:
@@ -48,8 +37,8 @@ def run(root: Path, out: Path) -> Study:
 
 
 @pytest.fixture(scope="module")
-def study(root: Path) -> Study:
-    return run(root, root / "study")
+def study(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    return run(root, tmp_path_factory.mktemp("reference") / "study")
 
 
 def test_the_reference_is_trained_at_a_tenth_of_the_rate(study: Study) -> None:
@@ -119,6 +108,7 @@ def general_loss(model: PreTrainedModel | PeftModel, sequences: list[Any]) -> fl
     return float(np.average(losses, weights=[one.shape[1] - 1 for one in ids]))
 
 
+@pytest.mark.usefixtures("no_report")
 def test_run_again_trains_only_what_is_missing(study: Study, root: Path, tmp_path: Path) -> None:
     copy = tmp_path / "study"
     shutil.copytree(study.path, copy)
@@ -151,6 +141,7 @@ def test_a_trial_that_fails_is_recorded_and_ends_no_study(
     assert "the child ended by signal 9" in (copy / "report" / "report.md").read_text()
 
 
+@pytest.mark.usefixtures("no_report")
 def test_memory_that_runs_out_is_recorded(
     study: Study, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,13 +153,13 @@ def test_memory_that_runs_out_is_recorded(
     assert list(run(root, copy).reference_results()["status"]) == ["oom", "done"]
 
 
-def test_a_general_text_that_is_missing_ends_the_run_before_it_begins(root: Path) -> None:
+def test_a_general_text_that_is_missing_ends_the_run_before_it_begins(root: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"measure\.forgetting: nowhere\.txt: no such file"):
         rankscope.run(
-            model=str(root / "model"), dataset=str(root / "data.json"), device="cpu", out=root / "none",
+            model=str(root / "model"), dataset=str(root / "data.json"), device="cpu", out=tmp_path / "none",
             sets=("measure.forgetting=nowhere.txt",), **OPTIONS,
         )  # fmt: skip
-    assert not (root / "none").exists()
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_study_without_either_has_empty_tables(study: Study, tmp_path: Path) -> None:

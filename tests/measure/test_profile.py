@@ -7,12 +7,12 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from folders import write_data, write_model
 from rankscope.data.tokens import TokenizedData
 from rankscope.measure import profile
 from rankscope.spec.models import StudySpec
@@ -25,12 +25,11 @@ STEPS = 8
 
 
 @pytest.fixture(scope="module")
-def spec(tmp_path_factory: pytest.TempPathFactory) -> StudySpec:
-    root = tmp_path_factory.mktemp("profile")
+def spec(root: Path) -> StudySpec:
     return resolve_spec(
         {
-            "model": {"id": str(write_model(root / "model")), "device": "cpu"},
-            "data": {"id": str(write_data(root / "data.json")), "eval_rows": 12},
+            "model": {"id": str(root / "model"), "device": "cpu"},
+            "data": {"id": str(root / "data.json"), "eval_rows": 12},
             "ranks": [4],
             "training": {"steps": 20, "batch_size": 4},
             "measure": {"warmup_steps": 2, "steps": STEPS},

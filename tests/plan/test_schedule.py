@@ -4,8 +4,8 @@ import random
 from itertools import permutations
 
 import pytest
-from test_plan import rows_of
 
+from plan.test_packs import rows_of
 from rankscope.plan.memory import FULL_STEP_TOKENS, CostModel, predict
 from rankscope.plan.packs import Placed, divide_into_packs, longest_first, lower_bound, simulate
 from rankscope.plan.runtime import START_SECONDS, Fleet, Forecast, estimate_fleet, study_seconds

@@ -185,9 +185,7 @@ def test_any_text_is_a_study_or_refused(text: str | bytes, folder: Path) -> None
 
 
 @given(values=VALID, where=st.floats(0, 1), put=st.lists(PIECES | st.text(max_size=3), max_size=3).map("".join))
-def test_a_corrupt_study_file_is_a_study_or_refused(
-    values: dict[str, Any], where: float, put: str, folder: Path
-) -> None:
+def test_a_corrupt_file_is_a_study_or_refused(values: dict[str, Any], where: float, put: str, folder: Path) -> None:
     text = write_yaml(resolve_spec(values))
     cut = int(where * len(text))
     test_any_text_is_a_study_or_refused.hypothesis.inner_test(text[:cut] + put + text[cut + 1 :], folder)

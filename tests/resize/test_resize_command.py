@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import rankscope
-from folders import write_data, write_model
 from rankscope.cli import app
 from rankscope.data.tokens import Tokens, load
 from rankscope.errors import ModelError, RankscopeError, StudyError
@@ -26,14 +25,11 @@ RANK = 6
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    root = tmp_path_factory.mktemp("resize")
-    write_model(root / "model")
-    write_data(root / "data.json")
+def study(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
     sets = ("measure.profiles=false", "measure.answers=0", "data.eval_rows=12", "training.evals=1")
     return rankscope.run(
         model=str(root / "model"), dataset=str(root / "data.json"), ranks=[RANK], seeds=[0], steps=60, batch_size=8,
-        learning_rates=[1e-3], out=root / "study", sets=sets,
+        learning_rates=[1e-3], out=tmp_path_factory.mktemp("resize") / "study", sets=sets,
     )  # fmt: skip
 
 

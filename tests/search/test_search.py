@@ -22,7 +22,6 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 import rankscope
-from folders import write_data, write_model
 from rankscope.data.tokens import TokenizedData, load
 from rankscope.errors import KilledError, OutOfMemoryError, StudyDirectoryError, StudyError
 from rankscope.files import read_jsonl
@@ -40,14 +39,6 @@ STEPS = 9
 """Rungs at 1 and 3."""
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("search")
-    write_model(root / "model")
-    write_data(root / "data.json")
-    return root
-
-
 def asked(root: Path, **options: Any) -> SearchSpec:
     values = {"model": str(root / "model"), "dataset": str(root / "data.json"), "steps": STEPS, "batch_size": 4}
     space = {"ranks": "2,4,8", "learning_rates": "1e-3..1e-1", "alpha": "8,2r", "device": "cpu"}
@@ -63,10 +54,10 @@ def opened(folder: Path) -> optuna.Study:
 
 
 @pytest.fixture(scope="module")
-def found(root: Path) -> tuple[Search, dict[str, Any]]:
-    spec = asked(root)
-    result = run(spec, root / "found", lambda line: None)
-    return Search(root / "found", spec), result
+def found(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Search, dict[str, Any]]:
+    spec, folder = asked(root), tmp_path_factory.mktemp("search") / "found"
+    result = run(spec, folder, lambda line: None)
+    return Search(folder, spec), result
 
 
 def test_ranks_that_were_not_named_end_at_the_models_full_rank(root: Path, tmp_path: Path) -> None:
