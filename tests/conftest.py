@@ -15,6 +15,7 @@ import forking
 from folders import write_data, write_model
 from rankscope.jobs import process
 from rankscope.study.study import Study
+from report.browser import Browser, need_browser
 from small_study import run_small
 
 torch.set_num_threads(1)
@@ -72,3 +73,10 @@ def trained(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs build no report, whose figures take longer than training."""
     monkeypatch.setattr("rankscope.pipeline.build", lambda *_, **__: Path())
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A browser for all tests of pages; they are skipped where none is installed."""
+    with Browser(need_browser(), tmp_path_factory.mktemp("browser")) as browser:
+        yield browser

@@ -1,4 +1,4 @@
-"""A headless Chromium that tests drive: clicks, hovers, keys, media; by the DevTools protocol over two pipes."""
+"""A headless Chromium for tests, driven by the DevTools protocol over two pipes: clicks, hovers, keys, media."""
 
 import json
 import os
@@ -22,26 +22,24 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 
 def need_browser() -> str:
-    """The path of a browser. Where there is none the test is skipped, and fails where RANKSCOPE_REQUIRE_BROWSER is set:
-    what only a browser can show must not be taken for shown.
-    """
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        told = f"no browser to open a page in: none of {', '.join(BROWSERS)} is on PATH"
-        (pytest.fail if os.environ.get("RANKSCOPE_REQUIRE_BROWSER") else pytest.skip)(told)
-    return found
+    """Return the path of a browser. Without one the test is skipped, or fails if RANKSCOPE_REQUIRE_BROWSER is set."""
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if program is None:
+        reason = f"no browser to open a page in: none of {', '.join(BROWSERS)} is on PATH"
+        (pytest.fail if os.environ.get("RANKSCOPE_REQUIRE_BROWSER") else pytest.skip)(reason)
+    return program
 
 
 class Browser:
-    """One page at a time. `messages` are the console's and the log's, `asked` the addresses other than the page's own.
+    """Shows one page at a time, and records its console and log (`messages`) and its requests (`requests`).
 
-    No value that the page gives is run here; expressions run in the page, past its Content-Security-Policy.
+    Expressions run in the page, past its Content-Security-Policy; no value from the page is executed in this process.
     """
 
     def __init__(self, program: str, folder: Path) -> None:
         self.messages: list[str] = []
-        self.asked: list[str] = []
-        self._page, self._session, self._number, self._rest = "", "", 0, b""
+        self.requests: list[str] = []  # addresses other than the page's own
+        self._page, self._target, self._session, self._number, self._rest = "", "", "", 0, b""
         read_commands, self._write = os.pipe()
         self._read, write_answers = os.pipe()
         high = [os.dup(end) for end in (read_commands, write_answers)]  # so that neither is 3 or 4 itself
@@ -68,7 +66,7 @@ class Browser:
         os.close(self._read)
 
     def call(self, method: str, **values: Any) -> dict[str, Any]:
-        """Runs a command of the protocol and returns its result."""
+        """Run a command of the protocol and return its result."""
         self._number += 1
         command = {"id": self._number, "method": method, "params": values}
         if self._session:
@@ -90,6 +88,8 @@ class Browser:
         return dict(json.loads(answer))
 
     def _note(self, event: dict[str, Any]) -> None:
+        if event.get("sessionId") != self._session:
+            return  # of a page before this one
         method, values = event.get("method"), event.get("params", {})
         if method == "Runtime.exceptionThrown":
             self.messages.append(str(values["exceptionDetails"]))
@@ -98,19 +98,22 @@ class Browser:
         elif method == "Log.entryAdded":
             self.messages.append(values["entry"]["text"])
         elif method == "Network.requestWillBeSent" and values["request"]["url"] != self._page:
-            self.asked.append(values["request"]["url"])
+            self.requests.append(values["request"]["url"])
 
     def open(self, page: Path | str, *, width: int = 1280, height: int = 800, dark: bool = False) -> None:
-        """Opens a page and waits until its charts are drawn."""
-        self._page, self._session = page if isinstance(page, str) else page.as_uri(), ""
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        """Open a page and wait until its charts are drawn; the page before it is closed."""
+        before, self._session = self._target, ""
+        self._page = page if isinstance(page, str) else page.as_uri()
+        self._target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        if before:
+            self.call("Target.closeTarget", targetId=before)
+        self._session = self.call("Target.attachToTarget", targetId=self._target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
         self.size(width, height)
         self.media(dark=dark)
         self.messages.clear()
-        self.asked.clear()
+        self.requests.clear()
         self.call("Page.navigate", url=self._page)
         self.until("document.readyState === 'complete'")
         self.until("[...document.querySelectorAll('.chart')].every(chart => chart.querySelector('svg[aria-hidden]'))")
@@ -123,14 +126,14 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", media="print" if paper else "", features=[scheme])
 
     def ask(self, expression: str) -> Any:
-        """The value of an expression in the page."""
+        """Return the value of an expression in the page."""
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         if "exceptionDetails" in answer:
             raise RuntimeError(f"{expression}: {answer['exceptionDetails']}")
         return answer["result"].get("value")
 
     def until(self, expression: str, seconds: float = 30) -> None:
-        """Waits until an expression is true in the page."""
+        """Wait until an expression is true in the page."""
         end = time.monotonic() + seconds
         while not self.ask(expression):
             if time.monotonic() > end:
@@ -138,7 +141,7 @@ class Browser:
             time.sleep(0.05)
 
     def hover(self, selector: str, across: float = 0.5, down: float = 0.5) -> None:
-        """Moves the pointer over an element, to a place within it."""
+        """Move the pointer over an element, to a point given as shares of its width and height."""
         self.ask(f"document.querySelector({selector!r}).scrollIntoView({{block: 'center', behavior: 'instant'}})")
         box = self.ask(
             f"(({{x, y, width, height}}) => [x, y, width, height])"
@@ -152,6 +155,6 @@ class Browser:
         self.ask(f"document.querySelector({selector!r}).click()")
 
     def press(self, key: str, code: int, text: str = "") -> None:
-        """Presses a key; `text` is what it would write, which some keys need to act."""
+        """Press a key; `text` is what it types, which some keys need to act."""
         for kind in ("keyDown" if text else "rawKeyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, text=text)

@@ -1,6 +1,5 @@
 """The page in a real browser: charts are drawn, hover and switches work, keys reach everything, nothing is fetched."""
 
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from rankscope.report.charts import DARK, LIGHT
 from rankscope.report.write import build
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import LANGUAGES
-from report.browser import Browser, need_browser
+from report.browser import Browser
 from report.report_evidence import make_evidence, make_spec, make_verdict
 
 TRAIN_LOSS = "#chart-train-loss-0"
@@ -20,14 +19,8 @@ TAB = ("Tab", 9)
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with Browser(need_browser(), tmp_path_factory.mktemp("browser")) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
 def evidence() -> Evidence:
-    """Of a study with everything that a page can show."""
+    """Evidence of a study with everything that a page can show."""
     made = make_evidence(make_spec(learning_rates=[1e-4, 2e-4]), gpu=True, steps=60)
     parts = dict.fromkeys(("base", "adapter", "gradients", "optimizer", "activations", "logits"), 300_000_000)
     row = {"parts": parts | {"process": 0, "retained": 0}, "peak_bytes": 1_800_000_000, "step_seconds": 0.5}
@@ -55,7 +48,7 @@ def page(evidence: Evidence, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def curve(browser: Browser) -> str:
-    """The path of the first rank's line of training loss."""
+    """Path data of the first rank's training-loss line."""
     return str(browser.ask(f"document.querySelector('{TRAIN_LOSS} .mark-line path').getAttribute('d')"))
 
 
@@ -77,7 +70,7 @@ def test_every_chart_is_drawn_in_silence(browser: Browser, evidence: Evidence, l
     assert len(marks) == 16
     assert {name: count for name, count in marks if count < 10} == {}
     assert browser.messages == []
-    assert browser.asked == []
+    assert browser.requests == []
 
 
 def test_charts_of_cuts_and_of_variants_are_drawn_in_silence(browser: Browser, tmp_path: Path) -> None:
@@ -88,7 +81,7 @@ def test_charts_of_cuts_and_of_variants_are_drawn_in_silence(browser: Browser, t
     for name in ("cut-loss-rank", "variants"):
         assert browser.ask(f"document.querySelectorAll('[id^=chart-{name}] .mark-symbol path').length") > 1
     assert browser.messages == []
-    assert browser.asked == []
+    assert browser.requests == []
 
 
 def test_the_switch_smooths_the_curve_and_lets_it_be_again(browser: Browser, page: Path) -> None:
@@ -198,7 +191,7 @@ def test_a_screen_reader_hears_names_and_sentences_and_no_marks(browser: Browser
 
 
 def test_text_can_be_read_on_its_background() -> None:
-    """By a contrast of 4.5, which WCAG 2.2 asks of text."""
+    """Contrast is at least 4.5, which WCAG 2.2 requires of text."""
     for colours in (LIGHT, DARK):
         for name in ("ink", "muted", "accent", "good"):
             for under in ("paper", "raised"):

@@ -19,7 +19,7 @@ from rankscope.files import read_json, write_json
 from rankscope.spec.candidates import AnyTrial
 from rankscope.study.study import Study
 from rankscope.ui.watch import Watch, address, serve, watch_terminal
-from report.browser import Browser, need_browser
+from report.browser import Browser
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "study-0.1"
 
@@ -127,29 +127,24 @@ def test_nothing_to_wait_for_is_an_error(running: Running) -> None:
 
 
 def test_the_page_follows_a_run(
-    server: ThreadingHTTPServer,
-    running: Running,
-    tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: pytest.MonkeyPatch,
+    browser: Browser, server: ThreadingHTTPServer, running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps come in without a reload, the reader's switch stays as it was, and at the end the page is the last."""
-    program = need_browser()
     monkeypatch.setattr("rankscope.ui.watch.MAX_CPU_SHARE", 1.0)  # else a busy machine has the page wait for a minute
     step = "[...document.querySelectorAll('#now-rows tr')].at(-1).children[2].textContent"
     if running.study.spec.reference_trials():
         step = step.replace(".at(-1)", f"[{len(running.study.spec.trials()) - 1}]")
     steps = running.record["results"]["steps"]
-    with Browser(program, tmp_path_factory.mktemp("browser")) as browser:
-        browser.open(address(server))
-        assert browser.ask(step) == f"{steps // 2} / {steps}"
-        browser.ask("window.unchanged = true; document.querySelector('input[name=smooth]').click()")
-        smooth = browser.ask("document.querySelector('input[name=smooth]').checked")
-        running.reach(steps - 1)
-        browser.until(f"{step} === '{steps - 1} / {steps}'")
-        assert browser.ask("window.unchanged"), "the page was loaded anew"
-        browser.until("drawn['chart-train-loss-0'] !== undefined")
-        assert browser.ask("document.querySelector('input[name=smooth]').checked") == smooth
-        running.finish()
-        browser.until("document.querySelector('#now-lines li')?.textContent === 'The study is done'")
-        assert browser.messages == []
-        assert {request.removeprefix(address(server)) for request in browser.asked} <= {"", "news.json"}
+    browser.open(address(server))
+    assert browser.ask(step) == f"{steps // 2} / {steps}"
+    browser.ask("window.unchanged = true; document.querySelector('input[name=smooth]').click()")
+    smooth = browser.ask("document.querySelector('input[name=smooth]').checked")
+    running.reach(steps - 1)
+    browser.until(f"{step} === '{steps - 1} / {steps}'")
+    assert browser.ask("window.unchanged"), "the page was loaded anew"
+    browser.until("drawn['chart-train-loss-0'] !== undefined")
+    assert browser.ask("document.querySelector('input[name=smooth]').checked") == smooth
+    running.finish()
+    browser.until("document.querySelector('#now-lines li')?.textContent === 'The study is done'")
+    assert browser.messages == []
+    assert {request.removeprefix(address(server)) for request in browser.requests} <= {"", "news.json"}
