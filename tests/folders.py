@@ -1,4 +1,4 @@
-"""A tiny model with a tokenizer, and instruction data, as folders and files: what a user would point to."""
+"""A tiny model with its tokenizer, and instruction data, as the folder and file that a user names."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ WORDS = ("list", "sum", "sort", "file", "read", "loop", "string", "number", "cla
 
 
 def write_data(path: Path, rows: int = 120) -> Path:
-    """Alpaca rows; every third one has an input."""
+    """Write Alpaca rows, of which every third has an input."""
     data = [
         {
             "instruction": f"Write code to {WORDS[i % 10]} the {WORDS[i // 10 % 10]} number {i}",
@@ -25,7 +25,7 @@ def write_data(path: Path, rows: int = 120) -> Path:
 
 
 def write_model(folder: Path, vocab: int = 300) -> Path:
-    """A post-norm OPT of 2 layers with random weights, and a byte-level tokenizer."""
+    """Write a post-norm OPT of 2 layers with random weights, and a byte-level tokenizer."""
     specials = ["<s>", "<pad>", "</s>", "<unk>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

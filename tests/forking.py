@@ -1,7 +1,7 @@
-"""Child processes without the seconds of imports: forked from a server that has imported already.
+"""Child processes that need no seconds for imports: forked from a server that has imported already.
 
-They are otherwise what they are: with their own memory and output, killed and waited for as any other. Where the
-process itself is what is tested, the mark `own_processes` gives jobs real ones.
+They have their own memory and output, and are killed and waited for as other processes are. The mark `own_processes`
+gives a test's jobs real processes, where the process itself is tested.
 """
 
 import multiprocessing
@@ -20,10 +20,10 @@ from types import SimpleNamespace
 from typing import IO, Any
 
 HOOK = "RANKSCOPE_TEST_HOOK"
-"""The environment's name for a file of code that a forked job runs before it works."""
+"""Environment variable with the path of a Python file that a forked job runs first."""
 
 own_processes = False
-"""Whether the jobs of the test that runs now have real ones."""
+"""Whether jobs of the current test have real processes."""
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
@@ -32,16 +32,16 @@ _context.set_forkserver_preload(
 
 
 def start(command: Sequence[str], **options: Any) -> "subprocess.Popen[bytes] | Forked":
-    """What a job calls for `subprocess.Popen`."""
+    """Start a job's process, forked or real, in place of `subprocess.Popen`."""
     return subprocess.Popen(command, **options) if own_processes else Forked(command, **options)
 
 
 instead_of_subprocess = SimpleNamespace(Popen=start, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired)
-"""For `rankscope.jobs.process`."""
+"""Replacement of the module `subprocess` in `rankscope.jobs.process`."""
 
 
 class Forked:
-    """As much of `subprocess.Popen` as a job needs."""
+    """A forked process with the part of `subprocess.Popen` that jobs use."""
 
     def __init__(
         self, command: Sequence[str], stdin: int, stdout: IO[bytes], stderr: IO[bytes], env: Mapping[str, str]
@@ -69,7 +69,7 @@ class Forked:
 
 
 def rankscope(arguments: Sequence[str], cwd: Path, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    """Runs the command line to its end, in a process of its own; its jobs are forked too."""
+    """Run the command line to its end in a process of its own; its jobs are forked too."""
     with TemporaryDirectory() as folder:
         out, error = Path(folder, "out"), Path(folder, "error")
         out.touch()
@@ -117,7 +117,7 @@ def _run_command(arguments: list[str], cwd: str, environment: dict[str, str], te
 
 
 def _become(work: Callable[[], int], environment: dict[str, str], texts: tuple[str, str, str]) -> None:
-    """Ends this process with the exit code of `work`, once it has its own signals, environment and texts."""
+    """Run `work` with the given environment and standard streams, and end this process with its exit code."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.clear()

@@ -90,7 +90,7 @@ _SINCE_5_24: dict[str, Any] = {  # before, transformers' attention of these coul
 
 
 def tiny_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A frozen model of architecture `name`, the same weights each time."""
+    """Return a frozen model of architecture `name` with the same weights at each call."""
     config = (CONFIGS | UNPACKABLE)[name]()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)

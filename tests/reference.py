@@ -1,4 +1,4 @@
-"""Training with PEFT alone, written without rankscope: what packed training is compared with."""
+"""Training with PEFT alone, written without rankscope: the reference for packed training."""
 
 from typing import NamedTuple
 
@@ -41,7 +41,7 @@ def make_trial(
 
 
 def random_tokens(examples: int, seed: int = 0, shortest: int = 4, longest: int = 20) -> Tokens:
-    """Sequences of random ids, the last two thirds of each to be learnt."""
+    """Sequences of random ids; the last two thirds of each are labels."""
     rng = np.random.default_rng(seed)
     rows = []
     for _ in range(examples):
@@ -54,7 +54,7 @@ def random_tokens(examples: int, seed: int = 0, shortest: int = 4, longest: int 
 def train_with_peft(
     model: PreTrainedModel, trial: Trial, tokens: Tokens, training: TrainingSpec, steps: int
 ) -> Trained:
-    """PEFT's forward, transformers' loss, torch's AdamW and clipping, on right-padded batches; linear schedule.
+    """Train by PEFT's forward, transformers' loss, AdamW and clipping, on right-padded batches and a linear schedule.
 
     With LoRA dropout the batch must be one sequence, whose dropout stream is set before the forward.
     """
@@ -99,7 +99,7 @@ class Batch(NamedTuple):
 
 
 def padded_batch(tokens: Tokens, seed: int, step: int, batch_size: int) -> Batch:
-    """What a trial with `seed` sees at `step`."""
+    """Batch of a trial with `seed` at `step`."""
     per_epoch = -(-len(tokens) // batch_size)
     order = np.random.default_rng([seed, step // per_epoch]).permutation(len(tokens))
     start = step % per_epoch * batch_size

@@ -1,4 +1,4 @@
-"""One bad trial never harms the others, and what was stopped goes on: with real child processes that fail."""
+"""Failures of child processes: one bad trial leaves the others as they were, and stopped packs resume."""
 
 import shutil
 import textwrap
@@ -49,7 +49,7 @@ def whole(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 @pytest.fixture
 def harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Puts code in the way of each training step of the child processes; it sees `members` and `step`."""
+    """Run code before each training step of the child processes; it sees `members`, `names` and `step`."""
 
     def put(code: str, more: str = "pass") -> None:
         folder = tmp_path / "hook"
@@ -130,7 +130,7 @@ def test_what_was_killed_goes_on_where_it_was(root: Path, whole: Study, tmp_path
 
 @pytest.mark.usefixtures("no_report")
 def test_one_that_is_killed_as_it_goes_on_loses_nothing(root: Path, whole: Study, tmp_path: Path, harm: Any) -> None:
-    """When its metrics have been cut back to the checkpoint, and no longer have the hash of when it was stopped."""
+    """The second kill comes after metrics are cut back to the checkpoint, when their recorded hash is stale."""
     harm("if step == 3: os.kill(os.getpid(), signal.SIGKILL)")
     run(root, tmp_path / "study")
     harm("pass", "loop._history = lambda file: os.kill(os.getpid(), signal.SIGKILL)")

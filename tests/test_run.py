@@ -64,7 +64,7 @@ def test_trials_with_one_seed_see_the_same_tokens(study: Study) -> None:
 
 
 def test_held_out_loss_can_be_recomputed_from_the_saved_adapter(study: Study, root: Path) -> None:
-    """With PEFT and transformers alone: the loss in results.csv is what the adapter on disk gives."""
+    """PEFT and transformers alone compute the loss of results.csv from the adapter on disk."""
     data = load(study.path / "data")
     trial = study.spec.trials()[1]
     base = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float32)

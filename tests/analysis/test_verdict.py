@@ -221,7 +221,7 @@ def test_no_trial_finished() -> None:
 
 
 def test_with_equal_examples_the_interval_is_students() -> None:
-    """All variation is between seeds: scipy's paired t interval, whatever the examples' number."""
+    """With variation between seeds only, intervals equal scipy's paired t interval for any number of examples."""
     values = np.array([1.0, 2.0, 4.0])
     low, high = stats.t.interval(0.95, 2, values.mean(), stats.sem(values))
     found = estimate(np.repeat(values[:, None], 7, axis=1), np.ones(7))
@@ -259,7 +259,7 @@ def test_bounds_hold_whichever_candidate_is_the_best() -> None:
 
 
 def test_a_long_example_that_follows_its_seed_is_not_an_effect_of_examples() -> None:
-    """With unequal weights a seed's effect reaches each part as its weight: it must not count as what is left."""
+    """Examples of unequal weight: a seed's effect enters each part by its weight, and not the residual variance."""
     seeds = np.array([-1.0, 0.0, 1.0])
     found = estimate(np.repeat(seeds[:, None], 4, axis=1), np.array([1.0, 2.0, 3.0, 10.0]))
     assert found.example_error == 0.0
@@ -305,7 +305,7 @@ def test_a_seeds_effect_is_not_taken_from_that_of_examples() -> None:
 
 
 def test_with_more_ranks_a_claim_asks_for_more() -> None:
-    """The same two ranks, alone and beside four that are plainly worse: one claim of one, and one claim of five."""
+    """Two ranks, alone and beside four that are clearly worse: one claim of one, and one claim of five."""
     two = {(8, 1e-3): [2.00265, 2.007, 2.01135], (256, 1e-3): [2.0, 2.0, 2.0]}
     beside = {(rank, 1e-3): [3.0, 3.0, 3.0] for rank in (16, 32, 64, 128)}
     alone, among = verdict_on(two)["comparison"][0], verdict_on(two | beside)["comparison"][0]

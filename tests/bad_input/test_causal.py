@@ -1,4 +1,4 @@
-"""What is refused as no causal language model is what sees the tokens that follow: asked of the models themselves."""
+"""Models that see later tokens are refused as not causal; each model's own outputs show whether it does."""
 
 from collections.abc import Callable
 from typing import Any

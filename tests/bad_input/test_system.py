@@ -1,4 +1,4 @@
-"""What the system refuses: names too long, an output that takes nothing more, a port that is none."""
+"""Errors of the system: names that are too long, a full output, an invalid port."""
 
 import subprocess
 import sys
@@ -59,7 +59,7 @@ def test_an_output_without_room_is_an_error_of_two_lines(command: str) -> None:
 
 @pytest.mark.parametrize("command", ["schema", "doctor"])
 def test_a_reader_that_has_gone_is_no_error_to_speak_of(command: str) -> None:
-    """As `| head -1`, which has gone when the rest comes."""
+    """A reader such as `head -1` closes the pipe before all output is written."""
     done = run(command, into="| true")
     assert done.stderr == ""
 

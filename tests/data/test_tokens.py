@@ -38,7 +38,7 @@ def prepared(spec: Write, rows: list[Any], tokenizer: PreTrainedTokenizerFast, *
 
 
 def texts(tokens: Tokens, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, str]]:
-    """What is read and what is learned, of every sequence."""
+    """Text without labels and text of the labels, for every sequence."""
     return [(str(tokenizer.decode(ids[~is_label])), str(tokenizer.decode(ids[is_label]))) for ids, is_label in tokens]
 
 

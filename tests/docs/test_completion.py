@@ -10,7 +10,7 @@ COMMAND = [sys.executable, "-m", "rankscope.cli"]
 
 
 def _ask(words: str, shell: str = "bash") -> list[str]:
-    """What the shell is told to complete the last of the words with."""
+    """Completions of the last word that the shell receives."""
     asked = {
         "COMP_WORDS": words,
         "COMP_CWORD": str(len(words.split(" ")) - 1),

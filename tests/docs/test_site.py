@@ -19,7 +19,7 @@ LOADED = re.compile(
     r"""url\(\s*["']?([^"')]+)|@import\s+["']([^"']+)""",
     re.IGNORECASE,
 )
-"""What a browser loads by itself: scripts, pictures, frames, styles, fonts."""
+"""Attributes whose address a browser loads by itself: scripts, images, frames, styles, fonts."""
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_links_stay_inside_and_have_an_end(site: Path) -> None:
 
 
 def test_links_work_in_the_repository_too() -> None:
-    """As files, where GitHub shows them: the site turns some of them into pages."""
+    """Links between files hold on GitHub, where no file has become a page of the site."""
     for page in [*(ROOT / "docs").rglob("*.md"), ROOT / "docs" / "tour.ipynb"]:
         for link in re.findall(r"\]\((?!\w+:|#)([^)\s#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / link).exists(), f"{page.relative_to(ROOT)}: {link}"

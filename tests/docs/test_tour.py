@@ -15,7 +15,7 @@ import pytest
 
 NOTEBOOK = Path(__file__).parents[2] / "docs" / "tour.ipynb"
 TIMEOUT_SECONDS = 900
-"""Of one cell, on a machine that is busy with other things too: all of them take about a minute on one that is not."""
+"""Limit for one cell on a busy machine; on an idle one all cells take about a minute."""
 
 
 def execute(folder: Path) -> nbformat.NotebookNode:
@@ -60,7 +60,7 @@ def test_its_outputs_are_clean() -> None:
 
 
 def _kinds(cell: nbformat.NotebookNode) -> list[str]:
-    """What a cell's outputs are, without what differs from run to run."""
+    """Kinds of a cell's outputs, which are the same in each run."""
     return [output.get("name") or ",".join(sorted(output.data)) for output in cell.get("outputs", [])]
 
 

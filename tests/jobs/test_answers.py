@@ -1,4 +1,4 @@
-"""Answers: those of PEFT and transformers by themselves, on the right part of the right rows."""
+"""Answers equal those of PEFT and transformers alone, for the right part of the right rows."""
 
 import shutil
 from pathlib import Path
@@ -81,7 +81,7 @@ def test_answers_differ_between_ranks_and_are_made_once(root: Path, trained: Stu
 
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # PEFT's, of its own pattern
 def test_answers_that_fail_end_no_study(tmp_path: Path) -> None:
-    """Not even by an error of exit code 3: PEFT's adapter of experts has patterns, which are not read again."""
+    """An adapter of experts has patterns that are refused, an error of exit code 3; the study still concludes."""
     folder = write_model(tmp_path / "model")
     config = MixtralConfig(
         vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

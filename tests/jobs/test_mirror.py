@@ -1,4 +1,4 @@
-"""What a job writes in a folder of its own arrives in the study's directory."""
+"""Files that a job writes in its own folder arrive in the study's directory."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""What is handed to a launcher, in which order, and what follows from how it ended; nothing is trained."""
+"""Jobs that a launcher receives, their order, and the effect of how each ends; nothing is trained."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.own_processes
 
 
 def end(folder: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> RankscopeError | None:
-    """What is made of a child process that ends with the shell's command `how`."""
+    """Error of a job with a child process that ends by the shell command `how`."""
     child = folder / "child"
     child.write_text(f"#!/bin/sh\n{how}\n")
     child.chmod(0o755)
@@ -88,7 +88,7 @@ def test_a_lack_of_memory_is_known_by_its_class_or_its_text(error: Exception) ->
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
 def test_a_disk_that_fails_is_no_fault_of_the_trial(code: int) -> None:
-    """So no pack is divided for it, and no trial recorded as failed."""
+    """No pack is divided for it, and no trial is recorded as failed."""
     known = child.known_error(OSError(code, os.strerror(code), "adapter_config.json"))
     assert isinstance(known, StudyDirectoryError)
     assert known.exit_code == 2

@@ -94,7 +94,7 @@ def test_what_follows_from_an_end_comes_next() -> None:
 
 
 def test_places_that_come_are_used() -> None:
-    """As nodes of a cluster do."""
+    """Slots come and go, as nodes of a cluster do."""
     launcher = Clockwork(1)
 
     def poll() -> None:

@@ -101,7 +101,7 @@ def test_forgetting_is_transformers_own_loss_before_and_after(study: Study, root
 
 
 def general_loss(model: PreTrainedModel | PeftModel, sequences: list[Any]) -> float:
-    """By transformers itself, every token but the first of a sequence a label."""
+    """Mean loss by transformers; every token but the first of a sequence is a label."""
     ids = [torch.from_numpy(sequence.ids).long()[None] for sequence in sequences]
     with torch.no_grad():
         losses = [float(model(input_ids=one, labels=one).loss) for one in ids]

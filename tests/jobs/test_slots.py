@@ -17,7 +17,7 @@ from rankscope.spec.models import ModelSpec
 
 
 def nodes(*sizes: tuple[int, int]) -> list[Node]:
-    """Of so many CPUs and GPUs each."""
+    """Nodes with so many CPUs and GPUs each."""
     return [Node(f"id{number}", f"node{number}", *size, memory_bytes=1 << 33) for number, size in enumerate(sizes)]
 
 
@@ -36,7 +36,7 @@ def test_each_gpu_is_a_place_that_sees_it_alone(monkeypatch: pytest.MonkeyPatch)
 def test_all_visible_gpus_are_used_or_the_one_that_is_named(
     device: str, places: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the memory that counts is that of the one that has the least."""
+    """The free memory is that of the GPU with the least."""
     free = {None: 50, 0: 50, 1: 20, 2: 30}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)

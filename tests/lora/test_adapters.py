@@ -102,7 +102,7 @@ def test_saved_adapter_of_experts_loads_in_peft(tmp_path: Path) -> None:
 
 
 def test_start_depends_on_the_seed_alone() -> None:
-    """Not on what was injected before, nor on the random state at that time."""
+    """Initial weights depend on the trial alone, not on adapters injected before or on torch's random state."""
     first, second = tiny_model("llama-gqa"), tiny_model("llama-gqa")
     trial = make_trial(8, 1e-3, seed=5)
     add_adapter(first, trial)

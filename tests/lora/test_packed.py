@@ -65,7 +65,7 @@ def with_random_adapters(name: str) -> tuple[PackedEngine, list[str]]:
 
 
 def hidden_states(engine: PackedEngine, batch: FlatBatch) -> torch.Tensor:
-    """All hidden states, (T, D)."""
+    """Hidden states of all tokens, (T, D)."""
     trunk = getattr(engine.model, engine.model.base_model_prefix)
     with torch.no_grad(), use_layout(batch.layout):
         return trunk(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state[0]

@@ -85,12 +85,12 @@ def save(folder: Path, model: nn.Module, options: dict[str, Any], dtype: torch.d
 
 
 def with_adapter(model: nn.Module, folder: Path) -> Any:
-    """As a user of PEFT loads it."""
+    """Load an adapter as a user of PEFT does."""
     return PeftModel.from_pretrained(model, str(folder)).eval()  # type: ignore[arg-type]  # noqa: TID251  # just written
 
 
 def dense_updates(model: nn.Module) -> dict[str, Tensor]:
-    """By PEFT, in the layout (O, D) of what is decomposed."""
+    """Updates of all layers by PEFT, in the layout (O, D) of their decomposition."""
     found = {}
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
@@ -150,7 +150,7 @@ def kohya_sv_fro(values: Tensor, target: float) -> int:
 
 
 def kohya_sv_cumulative(values: Tensor, target: float) -> int:
-    """The same of `index_sv_cumulative`."""
+    """Rank by kohya's `index_sv_cumulative`."""
     return int(torch.searchsorted(values.cumsum(0) / float(values.sum()), target)) + 1
 
 

@@ -11,7 +11,7 @@ from rankscope.measure.sampler import Nvml, open_nvml
 
 
 class Driver:
-    """What the driver would answer."""
+    """Answers of a simulated driver."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.used = 1_000

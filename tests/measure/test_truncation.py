@@ -112,7 +112,7 @@ def loss_of(cut: Truncation) -> float:
     "adapter", [{"alpha": 32}, {"alpha": "2r"}, {"alpha": 4, "use_rslora": True}], ids=["fixed", "multiple", "rslora"]
 )
 def test_a_cut_is_the_best_update_of_its_rank(tmp_path: Path, adapter: dict[str, Any], engine: str) -> None:
-    """And a planted update of rank 3 loses nothing down to 3."""
+    """A planted update of rank 3 loses nothing down to rank 3."""
     spec = make_spec(adapter=adapter, training={"engine": engine})
     ranks = [1, 2, 3, 5, RANK]
     found = take(spec, tmp_path, [TruncationRequest(rank, 0) for rank in ranks])
@@ -148,7 +148,7 @@ def test_only_what_is_wanted_is_measured(tmp_path: Path) -> None:
 
 
 def test_recovery_goes_on_where_the_schedule_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the batches that come next, at a tenth of the rate, all cuts of a piece together; and it lowers the loss."""
+    """Recovery trains all truncations of a group together, on the next batches, at a tenth of the rate; losses fall."""
     seen: list[Any] = []
 
     def noted(engine: Any, members: Any, tokens: Tokens, training: Any, step: int) -> Any:

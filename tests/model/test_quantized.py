@@ -183,7 +183,7 @@ def test_the_bytes_of_a_base_are_known_before_it_is_loaded(
 
 
 def tensors_of(model: PreTrainedModel) -> list[torch.Tensor]:
-    """All weights, with what bitsandbytes lists beside them where it saves one, but for the offset of the scales."""
+    """Bytes of all weights and of bitsandbytes' quantization state, without the offset of the scales."""
     found = list(model.parameters())
     for _, layer in quantized_layers(model):
         state = layer.state_dict(keep_vars=True)
@@ -201,7 +201,7 @@ def study(folder: Path, kind: str | None, **values: Any) -> Any:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_is_predicted_over_a_quantized_base(kind: str, tmp_path: Path) -> None:
-    """On few tokens, where one dequantized layer is more than what they keep."""
+    """On few tokens one dequantized layer is larger than their activations."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4}
     LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=131, pad_token_id=1)).save_pretrained(tmp_path)
@@ -253,7 +253,7 @@ def test_bitsandbytes_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPat
 
 
 def test_checkpoints_are_told_apart(folders: dict[str, Path], tmp_path: Path) -> None:
-    """By their fingerprint: one weight of a quantized layer is another, and each kind is."""
+    """Fingerprints differ by one weight of a quantized layer, and by the kind of quantization."""
     model = tiny_model("llama-gqa")
     model.get_submodule("model.layers.1.mlp.up_proj").weight.data[0, 0] += 5.0
     model.save_pretrained(tmp_path)
@@ -274,7 +274,7 @@ def test_a_model_that_is_quantized_already_is_refused(folders: dict[str, Path], 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_over_a_bfloat16_base_both_engines_agree(kind: str, folders: dict[str, Path]) -> None:
-    """As on a GPU: adapters are float32, products are bfloat16."""
+    """Adapters are float32 and products bfloat16, as on a GPU."""
     trial = make_trial(8, 3e-3)
     _, (packed,) = train_packed(load_model(spec_of(folders["llama-gqa"], kind, "bfloat16")), [trial], TRAINING)
     model = load_model(spec_of(folders["llama-gqa"], kind, "bfloat16"))

@@ -67,7 +67,7 @@ def test_the_parts_are_what_can_be_counted(engine: str) -> None:
 
 
 def test_what_depends_on_rank_is_proportional_to_it() -> None:
-    """So that the largest rank that fits can be found from two."""
+    """Predictions of two ranks then give the largest rank that fits."""
     spec, tokens = embedded(), rows_of(*[60, 90, 40, 70] * 6)
     totals = [peak(spec, tokens, index).parts._replace(retained=0).total for index in range(3)]
     assert totals[2] - totals[0] == pytest.approx((totals[1] - totals[0]) * 7, rel=0.02)  # ranks 8, 16, 64
@@ -231,7 +231,7 @@ def test_a_fleet_that_cannot_be_is_refused() -> None:
 
 @pytest.mark.own_processes
 def test_the_prediction_is_near_what_is_measured(tmp_path: Path) -> None:
-    """Of the embedded model, in a real child process."""
+    """Predicted and measured peak of the embedded model, in a real child process."""
     values = {"data": {"max_length": 128, "max_rows": 200, "eval_rows": 32}, "measure": {"steps": 4, "warmup_steps": 1}}
     options = {"model": "embedded", "dataset": "embedded", "ranks": [256], "seeds": [0], "steps": 20}
     spec = assemble(values, {**options, "device": "cpu", "dtype": "float32"})
@@ -258,7 +258,7 @@ def test_the_prediction_is_near_what_is_measured(tmp_path: Path) -> None:
 def test_gradient_checkpointing_is_planned_where_a_sequence_would_not_fit(
     engine: str, device: str, tmp_path: Path
 ) -> None:
-    """By both engines: its activations are then a part of those of one that is kept."""
+    """With recomputation, activations are a share of those that are kept otherwise; by both engines."""
     tiny_model("llama-gqa").save_pretrained(tmp_path)
     spec, tokens = embedded(engine=engine, batch_size=1), rows_of(*[100] * 8)
     spec = spec.model_copy(update={"model": ModelSpec(id=str(tmp_path), device="cpu")})

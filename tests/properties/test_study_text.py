@@ -128,7 +128,7 @@ def nearly_valid(draw: st.DrawFn) -> dict[Any, Any]:
 
 
 def is_study(found: StudySpec) -> None:
-    """What every study that is accepted must stand."""
+    """Check that an accepted study is the same after YAML, and that its trials have short and unique names."""
     assert resolve_spec(yaml.safe_load(write_yaml(found))) == found
     names = [trial.name for trial in found.trials()] + [trial.name for trial in found.reference_trials()]
     assert len(set(names)) == len(names)
@@ -211,7 +211,7 @@ def test_any_option_is_taken_or_refused(values: dict[str, Any], options: dict[st
 
 @pytest.mark.parametrize("field", ["name", "ranks", "training.steps", "adapter.alpha", "verdict.max_gpu_memory", "x"])
 def test_a_number_with_more_digits_than_python_writes_is_refused(field: str) -> None:
-    """Nor does Hypothesis: of more than 4,300 digits, which hexadecimal YAML can hold."""
+    """Hexadecimal YAML can hold more than 4,300 digits, which Hypothesis does not make either."""
     with pytest.raises(StudyError) as caught:
         assemble({"model": {"id": "m"}, "data": {"id": "d"}}, {}, [f"{field}=0x{'f' * 5000}"])
     is_short(caught.value)

@@ -1,4 +1,4 @@
-"""What is saved of tokenised data is what is loaded, and the lengths and labels are those of the examples."""
+"""Tokenized data is the same after saving and loading; lengths and labels are those of the examples."""
 
 from pathlib import Path
 from typing import Any

@@ -270,7 +270,7 @@ def _over_full(evidence: Evidence, eval_loss: float, one_seed: bool) -> dict[str
 
 
 def replace_trial(evidence: Evidence, index: int, **values: Any) -> Evidence:
-    """The same evidence with one trial's row changed."""
+    """Return the evidence with one trial's row changed."""
     results = evidence.results.copy()
     for column, value in values.items():
         results[column] = results[column].astype("object" if isinstance(value, str) else results[column].dtype)

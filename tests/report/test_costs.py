@@ -1,4 +1,4 @@
-"""What a report says of costs: noise beside every difference, and costs in detail."""
+"""Costs in a report: noise beside every difference, and the details."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What people also ask for, in the report: perplexity, accuracy, forgetting, divergence, full fine-tuning."""
+"""Other metrics in the report: perplexity, accuracy, forgetting, divergence, full fine-tuning."""
 
 import math
 from pathlib import Path

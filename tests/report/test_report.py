@@ -35,7 +35,7 @@ GPU_FIGURES = CPU_FIGURES | {"gpu-memory", "gpu-memory-steps", "gpu-memory-time"
 
 
 class Page(HTMLParser):
-    """What a browser would see: tags with their attributes, the text outside scripts, and the scripts."""
+    """A page as a browser parses it: tags with their attributes, the text outside scripts, and the scripts."""
 
     def __init__(self, source: str) -> None:
         super().__init__()

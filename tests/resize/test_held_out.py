@@ -56,7 +56,7 @@ def losses_by_peft(folder: Path, name: str, tokens: Tokens) -> list[float]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_are_those_of_peft_alone(tmp_path: Path, kind: str) -> None:
-    """Of two adapters one after the other: nothing of the first is left for the second, or in the model."""
+    """Two adapters one after the other: nothing of the first remains in the model or for the second."""
     name, options = KINDS[kind]
     tokens = random_tokens(12)
     for seed in (0, 1):

@@ -51,7 +51,7 @@ def answer(*arguments: object) -> Any:
 
 @torch.no_grad()
 def mean_loss(model_folder: str, folder: Path, tokens: Tokens) -> float:
-    """By PEFT's own loading and forward, one example at a time."""
+    """Held-out loss by PEFT's own loading and forward, one example at a time."""
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     model: Any = PeftModel.from_pretrained(base, str(folder)).eval()  # noqa: TID251  # just written
     total, labels = 0.0, 0

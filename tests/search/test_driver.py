@@ -17,7 +17,7 @@ from rankscope.spec.candidates import Candidate
 
 VALUES: dict[str, Any] = {"model": {"id": "m"}, "data": {"id": "d"}}
 STEP_TOKENS = [10, 11] * 9
-"""Of a schedule of 18 steps: rungs at 2 and 6."""
+"""Tokens of each of 18 steps; rungs are at steps 2 and 6."""
 WHOLE = sum(STEP_TOKENS)
 
 

@@ -1,4 +1,4 @@
-"""What a search asks: how a space and a budget are written, and what is wrong with them."""
+"""The question of a search: how a space and a budget are written, and errors in them."""
 
 import math
 import sys

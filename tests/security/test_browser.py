@@ -56,7 +56,7 @@ PAYLOADS = {
 
 
 class Seen(NamedTuple):
-    """What became of a page."""
+    """Effects of a page that was opened."""
 
     ran: bool
     fetched: list[str]
@@ -201,7 +201,7 @@ def test_escaping_alone_is_enough(lab: Lab, page: str) -> None:
 
 
 def test_the_policy_alone_is_enough(lab: Lab, page: str) -> None:
-    """But for leaving the page (a refresh), which no policy in a page can refuse."""
+    """The payload that leaves the page by a refresh is left out: no policy in a page can refuse it."""
     raw = "".join(lab.payload(name) for name in PAYLOADS if name != "moving on")
     seen = lab.open(re.sub(r"<main[^>]*>", lambda main: main[0] + raw, page, count=1))
     assert (seen.ran, seen.fetched) == (False, [])
@@ -273,7 +273,7 @@ def test_a_browser_can_be_required(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_markdown_renders_to_its_own_figures_and_nothing_else(folder: Path) -> None:
-    """By a renderer that passes HTML through, as some do."""
+    """The renderer passes HTML through, as some do."""
     source = (folder / "report.md").read_text(encoding="utf-8")
     rendered = MarkdownIt("commonmark", {"html": True}).enable("table").render(source)
     tags = re.findall(r"<[a-z][^>]*>", rendered)

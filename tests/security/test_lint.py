@@ -67,7 +67,7 @@ def ruff(code: str) -> list[tuple[int, str]]:
 
 
 def unsafe(code: str) -> Iterator[str]:
-    """What a file does that could execute another file's content."""
+    """Yield what code does that could execute another file's content."""
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
@@ -89,7 +89,7 @@ def unsafe(code: str) -> Iterator[str]:
 
 
 def test_every_bad_line_is_refused_by_the_linter() -> None:
-    """With its rule taken out of pyproject.toml, a line here is refused no more, and this fails."""
+    """This fails when the rule for a line is taken out of pyproject.toml."""
     first = IMPORTS.count("\n") + 1
     found = ruff(IMPORTS + "\n".join(REFUSED_BY_RUFF) + "\n")
     for number, (line, rule) in enumerate(REFUSED_BY_RUFF.items(), start=first):

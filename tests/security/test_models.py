@@ -69,7 +69,7 @@ def change(folder: Path, file: str = "config.json", **values: Any) -> None:
 
 
 def index(folder: Path, shard: str) -> None:
-    """All weights are in `shard`; those in safetensors lie beside the folder."""
+    """A folder with all weights in `shard`; weights in safetensors lie beside it."""
     weights = shutil.move(folder / "model.safetensors", folder.parent)
     names = load_file(weights)
     change(folder, "model.safetensors.index.json", metadata={}, weight_map=dict.fromkeys(names, shard))
@@ -214,7 +214,7 @@ def test_the_name_of_a_builder_is_no_data_set(tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_hub_s_commit_is_known(model: Path, tmp_path: Path) -> None:
-    """In a process of its own, whose hub cache holds one model and which has no network."""
+    """A process without network, with one model in its hub cache."""
     repository = tmp_path / "hub" / "models--someone--tiny"
     shutil.copytree(model, repository / "snapshots" / COMMIT)
     (repository / "refs").mkdir()

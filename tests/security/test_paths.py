@@ -25,7 +25,7 @@ SECRET = "PRIVATE KEY"
 
 @pytest.fixture
 def outside(tmp_path: Path) -> Path:
-    """What belongs to the user."""
+    """Files of the user that no study may touch."""
     folder = tmp_path / "home"
     folder.mkdir()
     (folder / "secret").write_text(SECRET)

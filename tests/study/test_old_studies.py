@@ -37,7 +37,7 @@ def test_an_old_study_opens_and_concludes_as_it_did(path: Path, tmp_path: Path) 
 
 
 def assert_same(found: Any, expected: Any) -> None:
-    """What the old file has; a newer version may say more."""
+    """Assert that every value of an old file is found; a newer version may add some."""
     if isinstance(expected, dict):
         for key, value in expected.items():
             assert_same(found[key], value)

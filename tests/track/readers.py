@@ -80,7 +80,7 @@ def read_trackio(folder: Path, trial: str) -> Seen:
 
 
 def read_wandb(folder: Path, trial: str) -> Seen:
-    """Of all fragments of the run, in order: as `wandb sync` sends them."""
+    """Records of all fragments of the run, in the order in which `wandb sync` sends them."""
     group, config, exit_code = "", {}, 0
     curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
     summary: dict[str, Any] = {}
@@ -152,7 +152,7 @@ SECRETS = {
 
 
 def clear_environment(patch: pytest.MonkeyPatch, home: Path) -> None:
-    """That of nobody, with secrets."""
+    """Set an environment for trackers that has nobody's settings, and secrets."""
     for name in list(os.environ):
         if name.startswith(("WANDB_", "MLFLOW_", "TRACKIO_", "TENSORBOARD_")):
             patch.delenv(name)

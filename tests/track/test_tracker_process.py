@@ -1,4 +1,4 @@
-"""What trackers cannot do to a study: stop it, hold it up, or tell secrets."""
+"""Trackers cannot stop a study, delay it, or reveal secrets."""
 
 import shutil
 import subprocess

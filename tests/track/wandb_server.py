@@ -1,4 +1,4 @@
-"""As much of a W&B server as its client asks for: it keeps runs and their history, in memory."""
+"""The part of a W&B server that its client needs: runs and their history, in memory."""
 
 import gzip
 import json
@@ -13,9 +13,9 @@ class Received(NamedTuple):
     """A run by its id."""
 
     asked: dict[str, Any]
-    """What the run was made with."""
+    """Input of the request that created the run."""
     history: dict[int, dict[str, Any]]
-    """By line: a line that is sent twice is kept once, as W&B does."""
+    """History rows by line number: a line that is sent twice is kept once, as W&B does."""
     summary: dict[str, Any]
 
 

@@ -72,7 +72,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, calls: int, name: str = "train_s
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """All that must be the same, whatever was stopped."""
+    """State that must be the same with and without a stop."""
     found: dict[str, Any] = {}
     for file in sorted(folder.glob("*/*")) + sorted(folder.glob("*/adapter/*")):
         if file.name == "metrics.jsonl":

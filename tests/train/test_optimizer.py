@@ -124,7 +124,7 @@ def test_the_prediction_counts_the_states() -> None:
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize(("paged", "unpaged"), [("paged_adamw_8bit", "adamw_8bit"), ("paged_adamw_32bit", None)])
 def test_paged_ones_are_what_they_are_called(paged: str, unpaged: str | None) -> None:
-    """On a CPU bitsandbytes leaves the paging out, and the rest can be seen. The paging itself needs a GPU: not run."""
+    """bitsandbytes leaves paging out on a CPU; paging itself needs a GPU and is not tested."""
     found, optimizer = optimized(paged)
     assert optimizer.is_paged
     for weight, expected in zip(found, optimized(unpaged or "adamw_torch_fused")[0], strict=True):

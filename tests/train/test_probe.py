@@ -1,4 +1,4 @@
-"""What cannot be packed is found out on the model itself, and trained by PEFT's forward."""
+"""The probe finds models that cannot be packed; they are trained by PEFT's forward."""
 
 import logging
 
