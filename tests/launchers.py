@@ -1,4 +1,4 @@
-"""Launchers whose jobs end as a test says, without a process."""
+"""A launcher without processes: a test decides how its jobs end."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +13,8 @@ from rankscope.measure.machine import Site
 HERE = Site("cpu", True, 1 << 33, "cpu", "float32", {}, {})
 
 
-class Ending:
-    """Every job ends at once, as `ends` says of its content and the study's folder."""
+class FakeLauncher:
+    """Ends every job at once, with the error or None that `ends` returns for the study's path and the job's content."""
 
     loads_once = True
 
@@ -39,7 +39,7 @@ class Ending:
     def __exit__(self, *error: object) -> None: ...
 
 
-def place(launcher: Ending) -> Place:
-    """Where its jobs run, with a prediction that says nothing."""
+def place(launcher: FakeLauncher) -> Place:
+    """Run context of a fake launcher, with a prediction of zeros."""
     prediction: Any = SimpleNamespace(device="cpu", base_bytes=0, base_params=0, peak_bytes=lambda *_: 0)
     return Place(launcher, launcher.site(), prediction)

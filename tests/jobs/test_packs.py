@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from launchers import HERE, Ending
+from launchers import HERE, FakeLauncher
 from rankscope.data.tokens import TokenizedData
 from rankscope.errors import KilledError, ModelError, OutOfMemoryError, RankscopeError
 from rankscope.files import write_json
@@ -28,8 +28,8 @@ def question(root: Path) -> tuple[StudySpec, TokenizedData]:
     return spec, prepare_data(spec)
 
 
-class Places(Ending):
-    """With so many devices; jobs end as `ends` says, and else as if all had been trained."""
+class PackLauncher(FakeLauncher):
+    """A fake launcher of `places` devices. Jobs end with the errors of `ends`, later ones as after training."""
 
     def __init__(self, places: int, study: Study, ends: Iterable[RankscopeError | None] = ()) -> None:
         left = iter(ends)
@@ -59,16 +59,16 @@ def train(
     places: int,
     ends: Iterable[RankscopeError | None] = (),
     **training: Any,
-) -> tuple[Study, Places, RecordingProgress]:
+) -> tuple[Study, PackLauncher, RecordingProgress]:
     spec, data = question
     spec = spec.model_copy(update={"training": spec.training.model_copy(update=training)})
     study = Study.create(path / "study", spec)
-    launcher, told = Places(places, study, ends), RecordingProgress()
+    launcher, told = PackLauncher(places, study, ends), RecordingProgress()
     jobs.train(study, data, Place(launcher, HERE, predict(spec, torch.device("cpu"))), told)
     return study, launcher, told
 
 
-def packs(launcher: Ending) -> list[dict[str, list[str]]]:
+def packs(launcher: FakeLauncher) -> list[dict[str, list[str]]]:
     return [dict(job.content["packs"]) for job in launcher.started]
 
 

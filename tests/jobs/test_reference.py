@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import rankscope
-from launchers import Ending
+from launchers import FakeLauncher
 from rankscope import pipeline
 from rankscope.data.tokens import load
 from rankscope.errors import DataError, OutOfMemoryError, WorkerError
@@ -132,7 +132,7 @@ def test_a_trial_that_fails_is_recorded_and_ends_no_study(
     copy = tmp_path / "study"
     shutil.copytree(study.path, copy)
     shutil.rmtree(copy / "reference" / FOLDERS[1])
-    ending = Ending(lambda *_: WorkerError("the child ended by signal 9"), LocalLauncher(study.spec.model).site())
+    ending = FakeLauncher(lambda *_: WorkerError("the child ended by signal 9"), LocalLauncher(study.spec.model).site())
     monkeypatch.setattr(pipeline, "make_launcher", lambda *_: ending)
     again = run(root, copy)
     assert list(again.reference_results()["status"]) == ["done", "failed"]
@@ -148,7 +148,7 @@ def test_memory_that_runs_out_is_recorded(
     copy = tmp_path / "study"
     shutil.copytree(study.path, copy)
     shutil.rmtree(copy / "reference" / FOLDERS[0])
-    ending = Ending(lambda *_: OutOfMemoryError("no more"), LocalLauncher(study.spec.model).site())
+    ending = FakeLauncher(lambda *_: OutOfMemoryError("no more"), LocalLauncher(study.spec.model).site())
     monkeypatch.setattr(pipeline, "make_launcher", lambda *_: ending)
     assert list(run(root, copy).reference_results()["status"]) == ["oom", "done"]
 

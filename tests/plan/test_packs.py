@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launchers import HERE, Ending
+from launchers import HERE, FakeLauncher
 from rankscope import pipeline
 from rankscope.data.tokens import TokenizedData, Tokens
 from rankscope.errors import StudyDirectoryError
@@ -75,7 +75,7 @@ def test_a_trial_that_does_not_fit_is_tried_all_the_same(spec: StudySpec, predic
 
 def at(prediction: CostModel) -> Place:
     """Where there is memory enough."""
-    return Place(Ending(lambda *_: None), HERE, prediction)
+    return Place(FakeLauncher(lambda *_: None), HERE, prediction)
 
 
 def test_what_lies_there_is_not_asked_for_again(

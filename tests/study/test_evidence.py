@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from launchers import Ending, place
+from launchers import FakeLauncher, place
 from rankscope import cli, pipeline
 from rankscope.errors import DamagedError, KilledError, OutOfMemoryError, StudyDirectoryError, StudyError
 from rankscope.files import damaged, file_hashes, read_json, write_json
@@ -257,7 +257,7 @@ def test_a_profile_that_fails_is_recorded_told_and_measured_again(
         (study.path / "profiles" / f"{name}.json").unlink()
     ends = {"r002": KILLED, "r008": NO_MEMORY}
     said = RecordingProgress()
-    measure(study, place(Ending(lambda path, job: ends[job["profile"]])), said)
+    measure(study, place(FakeLauncher(lambda path, job: ends[job["profile"]])), said)
     assert study.open_failures() == {
         "r002": Failure(status="interrupted", reason=KILLED.what),
         "r008": Failure(status="oom", reason=NO_MEMORY.what),
@@ -272,7 +272,7 @@ def test_a_profile_that_fails_is_recorded_told_and_measured_again(
     def measured(path: Path, job: dict[str, Any]) -> None:
         (path / "profiles" / f"{job['profile']}.json").write_bytes(kept)
 
-    measure(study, place(Ending(measured)), RecordingProgress())
+    measure(study, place(FakeLauncher(measured)), RecordingProgress())
     assert study.open_failures() == {}
     assert study.failures() == {}
 
@@ -291,7 +291,7 @@ def test_a_disk_or_a_model_that_fails_ends_profiles_too(study: Study) -> None:
     (study.path / "profiles" / "r002.json").unlink()
     error = StudyDirectoryError("profiles/r002.json: cannot be written: No space left on device")
     with pytest.raises(StudyDirectoryError, match="No space left"):
-        measure(study, place(Ending(lambda *_: error)), RecordingProgress())
+        measure(study, place(FakeLauncher(lambda *_: error)), RecordingProgress())
     assert study.failures() == {}
 
 
