@@ -1,5 +1,6 @@
 """The page in a real browser: charts are drawn, hover and switches work, keys reach everything, nothing is fetched."""
 
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +17,14 @@ from report.report_evidence import make_evidence, make_spec, make_verdict
 
 TRAIN_LOSS = "#chart-train-loss-0"
 TAB = ("Tab", 9)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_images() -> Iterator[None]:
+    """Reports have no image files, which the page does not show and which take longer than the page."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(write, "render_image", lambda figure: write.Image("", b""))
+        yield
 
 
 @pytest.fixture(scope="module")
