@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +26,8 @@ HOOK = "RANKSCOPE_TEST_HOOK"
 own_processes = False
 """Whether jobs of the current test have real processes."""
 
+_NAME = "_forkserver"
+_server: Any = getattr(forkserver, _NAME)
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     ["rankscope.jobs.worker", "rankscope.train.loop", "rankscope.measure.profile", "rankscope.pipeline"]
@@ -75,7 +78,9 @@ def rankscope(arguments: Sequence[str], cwd: Path, environment: Mapping[str, str
         out.touch()
         error.touch()
         texts = (os.devnull, str(out), str(error))
-        process = _context.Process(target=_run_command, args=(list(arguments), str(cwd), dict(environment), texts))
+        _server.ensure_running()
+        given = (list(arguments), str(cwd), dict(environment), texts, _address())
+        process = _context.Process(target=_run_command, args=given)
         process.start()
         process.join(240)
         if process.exitcode is None:
@@ -98,8 +103,18 @@ def _run_job(end: Connection, log: str, environment: dict[str, str], arguments: 
     _become(work, environment, (os.devnull, log, log))
 
 
-def _run_command(arguments: list[str], cwd: str, environment: dict[str, str], texts: tuple[str, str, str]) -> None:
+def _address() -> dict[str, Any]:
+    """Address of the server, by the names of `multiprocessing`; newer versions of Python have a key too."""
+    return {name: value for name, value in vars(_server).items() if name in (f"{_NAME}_address", f"{_NAME}_authkey")}
+
+
+def _run_command(
+    arguments: list[str], cwd: str, environment: dict[str, str], texts: tuple[str, str, str], address: dict[str, Any]
+) -> None:
     from rankscope.jobs import process
+
+    vars(_server).update(address)  # else this process would start a server of its own, which imports everything again
+    _server.ensure_running = lambda: None
 
     def work() -> int:
         os.chdir(cwd)
