@@ -18,6 +18,7 @@ from rankscope.data.tokens import load
 from rankscope.errors import DataError, OutOfMemoryError, WorkerError
 from rankscope.files import read_json
 from rankscope.jobs.local import LocalLauncher
+from rankscope.study.missing import unfinished
 from rankscope.study.study import Study
 
 OPTIONS: dict[str, Any] = {
@@ -49,7 +50,7 @@ def test_the_reference_is_trained_at_a_tenth_of_the_rate(study: Study) -> None:
     assert list(reference["learning_rate"]) == [3e-4, 3e-4]
     assert list(reference["rank"]) == [0, 0]
     assert (reference["eval_loss"] < 10).all()
-    assert pipeline.unfinished(study) == []
+    assert unfinished(study) == []
     for name in FOLDERS:
         files = {path.name for path in (study.path / "reference" / name).iterdir()}
         assert files == {"job.json", "log.txt", "trial.json", "metrics.jsonl", "eval.json"}
@@ -137,7 +138,7 @@ def test_a_trial_that_fails_is_recorded_and_ends_no_study(
     again = run(root, copy)
     assert list(again.reference_results()["status"]) == ["done", "failed"]
     assert again.reference_results()["reason"][1] == "the child ended by signal 9"
-    assert [trial.name for trial in pipeline.unfinished(again)] == FOLDERS[1:]
+    assert [trial.name for trial in unfinished(again)] == FOLDERS[1:]
     assert "the child ended by signal 9" in (copy / "report" / "report.md").read_text()
 
 
