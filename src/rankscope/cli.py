@@ -4,6 +4,7 @@ torch, transformers, pandas and pydantic are imported inside the commands, so th
 """
 
 import errno
+import logging
 import os
 import shlex
 import sys
@@ -365,6 +366,7 @@ def _show_plan(
 
 def main() -> None:
     """Run the command line. A rankscope error is printed in a few lines, without a traceback."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it warns whenever PEFT is imported
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]  # accepted anywhere
     try:

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from analysis.test_curve import with_cuts
+from rankscope.report import write
 from rankscope.report.charts import DARK, LIGHT
 from rankscope.report.write import build
 from rankscope.study.evidence import Evidence
