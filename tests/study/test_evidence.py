@@ -299,7 +299,7 @@ def test_answers_that_fail_are_recorded(study: Study) -> None:
     asked = Study(
         study.path, study.spec.model_copy(update={"measure": study.spec.measure.model_copy(update={"answers": 1})})
     )
-    answer_missing(asked, place(Ending(lambda *_: NO_MEMORY)), RecordingProgress())
+    answer_missing(asked, place(FakeLauncher(lambda *_: NO_MEMORY)), RecordingProgress())
     assert asked.open_failures() == {"answers": Failure(status="oom", reason=NO_MEMORY.what)}
 
 
