@@ -174,10 +174,10 @@ def test_keys_reach_the_skip_link_the_switches_and_the_numbers(browser: Browser,
         )
     assert reached[0] == "#main"
     assert reached.index("theme-auto") < reached.index("#loss") < reached.index("#limits") < reached.index("SUMMARY.")
-    browser.ask("document.querySelector('summary').focus()")
+    browser.ask("document.querySelector('figure summary').focus()")
     browser.press("Enter", 13, "\r")
-    browser.until("document.querySelector('details').open")
-    assert "1e-4" in browser.ask("document.querySelector('details table').innerText")
+    browser.until("document.querySelector('figure details').open")
+    assert "1e-4" in browser.ask("document.querySelector('figure details table').innerText")
 
 
 def test_a_screen_reader_hears_names_and_sentences_and_no_marks(browser: Browser, page: Path) -> None:
