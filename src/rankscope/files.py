@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -51,7 +50,7 @@ def published(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Says of an error in the body that `path` cannot be written, and why."""
+    """Raise an error of the body as one that says that `path` cannot be written, and why."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -63,7 +62,7 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Says of an error in the body that `path` is missing, or that it cannot be read, and why.
+    """Raise an error of the body as one that says that `path` is missing or cannot be read, and why.
 
     Raises:
         DamagedError: it is missing.
@@ -82,11 +81,9 @@ def reading(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def understood(path: Path) -> Iterator[None]:
-    """Takes an error in the body, which uses what `path` holds, for a sign that it is not what was written.
-
-    Its hash may be right: somebody has changed both, or it is of another program.
-    """
+def corrupt_on_error(path: Path) -> Iterator[None]:
+    """Raise an error of the body, which uses the content of `path`, as a DamagedError: its hash may be right and its
+    shape wrong, if somebody changed both or another program wrote it."""
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, SafetensorError) as error:
@@ -129,7 +126,7 @@ def read_json(path: Path, schema: int = 1) -> dict[str, Any]:
 
 
 def parse_json(content: bytes, path: Path, schema: int = 1) -> dict[str, Any]:
-    """The same, of the `content` of a file that was read already."""
+    """`read_json` of `content`, which was read from `path` before."""
     try:
         value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -188,8 +185,8 @@ def _digest(value: Mapping[str, Any]) -> str:
 
 
 def _digest_as_written(content: bytes) -> str | None:
-    """The same of a file that `write_json` wrote, from its bytes: writing a value out again to hash it takes most of
-    the time that reading thousands of files does. None where they do not end as it ends them."""
+    """Digest of a file that `write_json` wrote, from its bytes: serializing a value again to hash it takes most of the
+    time of reading thousands of files. None if the bytes do not end as `write_json` ends them."""
     rest, key, end = content.rpartition(b',\n "sha256": "')
     if not key or not _DIGEST_AND_END.fullmatch(end):
         return None
@@ -235,13 +232,13 @@ def file_hashes(folder: Path, patterns: Sequence[str]) -> dict[str, str]:
 
 
 def leftovers(folder: Path) -> Iterator[Path]:
-    """The temporary files in `folder` and below it: of writers at work, or left behind by a kill."""
+    """Temporary files in `folder` and below it, of writers at work or left behind by a kill."""
     for place, _, names in os.walk(folder):
         yield from (Path(place, name) for name in names if _TEMPORARY.fullmatch(name))
 
 
 def is_free(folder: Path) -> bool:
-    """Whether a study may begin there: there is nothing, or only the temporary file of a start that was killed."""
+    """Whether a study may begin in `folder`: it is missing, or has only what a start that was killed left behind."""
     with reading(folder):
         try:
             return all(_TEMPORARY.fullmatch(file.name) for file in folder.iterdir())
@@ -252,69 +249,50 @@ def is_free(folder: Path) -> bool:
 
 
 def inside(root: Path, *parts: str) -> Path:
-    """`root/PARTS`, which lies in `root` wherever names in a file, or symbolic links, would lead.
-
-    `root` itself may be reached by a link.
+    """`root/PARTS`, for names that come from a file of the study.
 
     Raises:
-        StudyDirectoryError: a part is absolute, has `..` or a NUL, or a link leads out of `root`.
+        StudyDirectoryError: a part is absolute, or has `..` or a NUL.
     """
-    name, path = "/".join(parts), root.joinpath(*parts)
+    name = "/".join(parts)
     if any(map(os.path.isabs, parts)) or ".." in name.split("/") or "\0" in name:
         raise StudyDirectoryError(
             f"{root}: {name!r} is no name of a file in it", "Use the study only if you know who changed it."
         )
-    try:
-        stays = _has_no_link(root, name) or path.resolve().is_relative_to(root.resolve())
-    except (OSError, RuntimeError):  # links in a circle
-        stays = False
-    if not stays:
-        raise StudyDirectoryError(
-            f"{path}: a symbolic link that leads out of {root}",
-            "If you know who made it, put a copy of what it points to in its place; else remove it.",
-        )
-    return path
-
-
-def _has_no_link(root: Path, name: str) -> bool:
-    """Whether it is clear that no part of `name` below `root` is a symbolic link: then the path leads where it says,
-    and need not be resolved, which takes ten times as long."""
-    place = str(root)
-    for part in name.split("/"):
-        place = f"{place}/{part}"
-        try:
-            if stat.S_ISLNK(os.lstat(place).st_mode):
-                return False
-        except FileNotFoundError:  # and nothing is below it
-            return True
-        except OSError:
-            return False
-    return True
+    return root.joinpath(*parts)
 
 
 def refuse_links_out(root: Path) -> None:
-    """Looks at everything under `root` before any of it is read or written through.
+    """Check everything below `root` before any of it is read or written. `root` itself may be reached by a link.
 
     Raises:
-        StudyDirectoryError: there is a symbolic link that leads out of `root`, or something that is neither a file nor
-            a folder, such as a pipe, which would be waited for without end.
+        StudyDirectoryError: a symbolic link leads out of `root`, or something is neither a file nor a folder, such as
+            a pipe, which would block its reader forever.
     """
     folders = [str(root)]
     while folders:
         for entry in _entries(folders.pop()):
             if entry.is_symlink():
-                inside(root, str(Path(entry.path).relative_to(root)))
+                if not _stays_inside(Path(entry.path), root):
+                    raise StudyDirectoryError(
+                        f"{entry.path}: a symbolic link that leads out of {root}",
+                        "If you know who made it, put a copy of what it points to in its place; else remove it.",
+                    )
             elif entry.is_dir(follow_symlinks=False):
                 folders.append(entry.path)
             elif not entry.is_file(follow_symlinks=False) and os.path.lexists(entry.path):  # else published since
-                raise StudyDirectoryError(
-                    f"{entry.path}: neither a file nor a folder", "Remove it: no study has such things."
-                )
+                raise StudyDirectoryError(f"{entry.path}: neither a file nor a folder", "Remove it.")
+
+
+def _stays_inside(link: Path, root: Path) -> bool:
+    try:
+        return link.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError):  # links in a circle
+        return False
 
 
 def _entries(folder: str) -> "list[os.DirEntry[str]]":
-    """What is in a folder, with the kinds that the system tells along with the names; nothing where it cannot be
-    listed, which is told when it is read."""
+    """Entries of a folder; none where it cannot be listed, which is an error when it is read."""
     try:
         with os.scandir(folder) as entries:
             return list(entries)

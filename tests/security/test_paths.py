@@ -115,16 +115,6 @@ def test_the_same_study_without_the_link_is_reported(study: Path, monkeypatch: p
     assert (study / "report" / "index.html").is_file()
 
 
-def test_a_link_made_after_the_study_was_opened_is_refused_too(study: Path, outside: Path) -> None:
-    opened = Study.open(study)
-    link(study / "trials" / TRIAL.name, outside)
-    with pytest.raises(StudyDirectoryError, match="symbolic link"):
-        opened.mark_ended(TRIAL, "failed", "x")
-    link(study / "profiles" / "r008.json", outside / "trial.json")
-    with pytest.raises(StudyDirectoryError, match="symbolic link"):
-        opened.profile_repeats("r008")
-
-
 def test_links_that_stay_inside_and_a_link_to_the_study_itself_are_fine(study: Path, tmp_path: Path) -> None:
     (study / "elsewhere").mkdir()
     write_json(study / "elsewhere" / "trial.json", {"status": "failed"})

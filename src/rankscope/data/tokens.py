@@ -17,7 +17,7 @@ from rankscope.data.prompts import Rendered, encode, render
 from rankscope.data.records import Records, canonical_text, load_records
 from rankscope.data.split import held_out
 from rankscope.errors import DataError, ModelError
-from rankscope.files import damaged, read_json, reading, understood, write_atomic, write_json
+from rankscope.files import corrupt_on_error, damaged, read_json, reading, write_atomic, write_json
 from rankscope.spec.models import DataSpec
 
 if TYPE_CHECKING:
@@ -252,7 +252,7 @@ def load(folder: Path) -> TokenizedData:
     sha256 = hashlib.sha256(content).hexdigest()
     if sha256 != facts.pop("tokens_sha256", None):
         raise damaged(path, "not the tokens that facts.json was written for")
-    with understood(path):
+    with corrupt_on_error(path):
         tensors = from_bytes(content)
         train, heldout, general = (
             Tokens(tensors[f"{side}.ids"], tensors[f"{side}.is_label"], tensors[f"{side}.offsets"])

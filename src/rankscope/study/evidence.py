@@ -1,4 +1,4 @@
-"""Evidence: all that a study knows, as plain data."""
+"""Evidence of a study as plain data."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Evidence(NamedTuple):
-    """All that a study knows, as plain data: what the analysis and the report start from."""
+    """Tables and facts of a study, from which the analysis and the report start."""
 
     spec: StudySpec
     results: "pd.DataFrame"
@@ -38,8 +38,8 @@ class Evidence(NamedTuple):
     answers: "pd.DataFrame | None" = None
     """`Study.answers()`; None is the same as an empty table."""
     variants: "Evidence | None" = None
-    """The same of the variants of LoRA; all the rest is of plain LoRA, whose ranks are what the verdict is on. None
-    where there are none."""
+    """Evidence of the variants of LoRA; None if the study has none. All other fields are of plain LoRA, whose ranks the
+    verdict is about."""
     cuts: "pd.DataFrame | None" = None
     """`Study.cut_examples()`; None is the same as an empty table."""
 

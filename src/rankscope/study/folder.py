@@ -27,10 +27,11 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from rankscope.errors import StudyDirectoryError, StudyError
 from rankscope.files import (
+    corrupt_on_error,
     damaged,
     file_hashes,
     file_sha256,
@@ -42,7 +43,6 @@ from rankscope.files import (
     read_whole,
     reading,
     refuse_links_out,
-    understood,
     unlike_its_hash,
 )
 from rankscope.spec.candidates import AnyTrial, FullTrial, Trial
@@ -70,9 +70,6 @@ from rankscope.study.records import (
     VerdictRecord,
 )
 
-if TYPE_CHECKING:
-    pass
-
 SCHEMA = 1
 
 FINISHED = ("done", "diverged")
@@ -81,29 +78,27 @@ FINISHED = ("done", "diverged")
 NOT_ENDED = ("pending", "running")
 
 TRIAL_FILES = ("metrics.jsonl", "eval.json", "adapter/*")
-"""What trial.json of a trial that has ended holds the hashes of."""
+"""Patterns of the files with a hash in trial.json once the trial has ended."""
 
 CURVE = "curve/curve.json"
 
 ANSWERS = "answers"
-"""Their name among the failures."""
+"""Key of the answers in failures.json."""
 
 
 class Division(NamedTuple):
-    """Which trials train together. Once made it stays, so that a run that goes on rounds as it did before."""
+    """Division of a study's trials into packs. Once made it stays, so that a resumed run rounds as it did before."""
 
-    packs: dict[str, list[Trial]]
-    """In the order in which they are trained."""
-    divided: dict[str, list[str]]
-    """Of a pack that ended with an error: those that were made of it. It is in `packs` no more."""
+    packs: dict[str, list[Trial]]  # in the order of training
+    divided: dict[str, list[str]]  # packs made of one that ended with an error, which is no longer in `packs`
 
     def trials_of_divided(self) -> list[str]:
-        """The names of all trials that once were in a pack that was divided."""
+        """Names of all trials that once were in a pack that was divided."""
         made = {part for parts in self.divided.values() for part in parts}
         return [trial.name for pack, trials in self.packs.items() if pack in made for trial in trials]
 
     def named(self, trials: Sequence[Sequence[Trial]]) -> dict[str, list[Trial]]:
-        """New packs, under names that no pack has had."""
+        """Name new packs as no pack was named before."""
         first = len(self.packs) + len(self.divided)
         return {f"p{number:03d}": list(pack) for number, pack in enumerate(trials, start=first)}
 
@@ -117,7 +112,7 @@ class StudyFolder:
 
     @classmethod
     def create(cls, path: Path, spec: StudySpec) -> Self:
-        """Makes the directory, or takes it up again where it holds the same study.
+        """Make the directory, or open it where it holds the same study.
 
         Raises:
             StudyError: it holds another study; the message shows the difference.
@@ -138,13 +133,13 @@ class StudyFolder:
 
     @staticmethod
     def is_at(path: Path) -> bool:
-        """Whether there is a study."""
+        """Whether `path` holds a study."""
         with reading(path):
             return (path / "study.yaml").is_file()
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
-        """Opens an existing study.
+        """Open an existing study.
 
         Raises:
             StudyDirectoryError: there is none at `path`, or a symbolic link leads out of it.
@@ -163,16 +158,16 @@ class StudyFolder:
 
     @cached_property
     def trials(self) -> list[Trial]:
-        """Those of the candidates, in a fixed order."""
+        """Trials of the candidates, in a fixed order."""
         return self.spec.trials()
 
     @cached_property
     def reference_trials(self) -> list[FullTrial]:
-        """Those of full fine-tuning."""
+        """Trials of full fine-tuning, the reference."""
         return self.spec.reference_trials()
 
     def all_trials(self) -> list[AnyTrial]:
-        """Both."""
+        """Candidate trials followed by reference trials."""
         return [*self.trials, *self.reference_trials]
 
     def trial_folder(self, trial: AnyTrial) -> Path:
@@ -216,7 +211,7 @@ class StudyFolder:
         return TrialRecord.find(self.trial_folder(trial) / "trial.json") or TrialRecord(status="pending")
 
     def with_known_model(self) -> Trial | None:
-        """The first trial that has begun, by whose record the model that the study began with is known."""
+        """First trial that has begun: its record has the fingerprint of the model that the study began with."""
         return next((trial for trial in self.trials if self.trial_record(trial).model_sha256 is not None), None)
 
     def division(self) -> "Division":
@@ -228,7 +223,7 @@ class StudyFolder:
         for pack in record.packs:
             self.file("packs", pack)  # refused where it leads elsewhere: folders of that name are written and removed
         trials = {trial.name: trial for trial in self.trials}
-        with understood(file):
+        with corrupt_on_error(file):
             packs = {pack: [trials[name] for name in names] for pack, names in record.packs.items()}
         return Division(packs, record.divided)
 
@@ -237,7 +232,7 @@ class StudyFolder:
         DivisionRecord(packs=packs, divided=division.divided).write(self.file("packs", "division.json"))
 
     def divide(self, pack: str, trials: Sequence[Trial]) -> dict[str, list[Trial]]:
-        """Makes two packs of the `trials` of one, forgets its checkpoints, and returns them."""
+        """Make two packs of the `trials` of one, remove its checkpoints, and return the two."""
         division, half = self.division(), (len(trials) + 1) // 2
         parts = division.named([trials[:half], trials[half:]])
         packs: dict[str, list[Trial]] = {}
@@ -256,7 +251,7 @@ class StudyFolder:
         return lock_folder(self.path)
 
     def holder(self) -> "Holder | None":
-        """Who runs the study now; None where nobody does."""
+        """Process that runs the study now; None if none does."""
         file = self.file(".lock-holder")
         found = re.fullmatch(r"process (\d+) on (.*)", text_of(file))
         if not found:
@@ -325,7 +320,7 @@ class StudyFolder:
         return {} if record is None else _checked(record, PredictionRecord, file)
 
     def find_verdict(self) -> dict[str, Any] | None:
-        """The same, read anew each time; None where there is none yet."""
+        """verdict.json as it is now, or None before there is one."""
         file = self.file("verdict.json")
         record = find_json(file, VerdictRecord.schema_version)
         return None if record is None else _checked(record, VerdictRecord, file)

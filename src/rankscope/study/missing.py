@@ -1,4 +1,4 @@
-"""What is still missing of a study."""
+"""Trials and profiles that a study still lacks."""
 
 import random
 from typing import NamedTuple

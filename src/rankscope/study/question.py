@@ -7,23 +7,15 @@ import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import yaml
 from filelock import FileLock, Timeout
 
 from rankscope.errors import StudyDirectoryError, StudyError
-from rankscope.files import (
-    inside,
-    reading,
-    write_atomic,
-    writing,
-)
+from rankscope.files import inside, reading, write_atomic, writing
 from rankscope.text.catalogue import flatten
-
-if TYPE_CHECKING:
-    pass
 
 _QUESTION_HASH = "# sha256 of all lines above: "
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rankscope.files import understood
+from rankscope.files import corrupt_on_error
 from rankscope.spec.candidates import CONTROL, FULL, AnyTrial, Candidate, Trial
 from rankscope.study.folder import StudyFolder
 from rankscope.study.metrics import FIELDS, Steps, read_steps
@@ -171,7 +171,7 @@ def samples(study: StudyFolder) -> "pd.DataFrame":
     frames = []
     for name, candidate in study.spec.profiled().items():
         for number, repeat in enumerate([] if name == CONTROL else study.whole_repeats(name)):
-            with understood(study.profile_file(name)):
+            with corrupt_on_error(study.profile_file(name)):
                 frames.append(pd.DataFrame({**candidate_identity(candidate), "repeat": number, **repeat["samples"]}))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
@@ -183,7 +183,7 @@ def answers(study: StudyFolder) -> "pd.DataFrame":
     import pandas as pd
 
     record, trials = study.answers_record(), {trial.name: trial.candidate for trial in study.trials}
-    with understood(study.file("answers", "answers.json")):
+    with corrupt_on_error(study.file("answers", "answers.json")):
         rows = [
             question | {"candidate": trials[name].name, "rank": trials[name].rank, "answer": text}
             if name in trials
@@ -220,7 +220,7 @@ def cut_examples(study: StudyFolder) -> "pd.DataFrame":
         if cut.losses is not None:
             losses = {"loss": cut.losses, "label_tokens": cut.label_tokens}
             same = {"cut_rank": cut.rank, "recover_steps": cut.recover_steps}
-            with understood(study.rank_curve_file):
+            with corrupt_on_error(study.rank_curve_file):
                 frame = pd.DataFrame({**losses, **identity(trials[cut.trial]), **same})
             frames.append(frame.assign(example=range(len(frame))))
     return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)

@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from rankscope.errors import DamagedError
-from rankscope.files import JsonlTail, read_json, understood, write_json
+from rankscope.files import JsonlTail, corrupt_on_error, read_json, write_json
 from rankscope.spec.candidates import AnyTrial, Trial
 from rankscope.study.folder import NOT_ENDED, SCHEMA, StudyFolder
 from rankscope.track import PROFILE_STEP, RANK, STEP, Point, Run, Tracker
@@ -81,7 +81,7 @@ class Follower:
 
     def _kept(self) -> dict[str, Any]:
         """What has been sent to the same place. Where that is damaged, all is sent anew, as other runs."""
-        with suppress(DamagedError), understood(self._file):
+        with suppress(DamagedError), corrupt_on_error(self._file):
             kept = read_json(self._file)
             if kept["place"] == self._place:
                 return {"session": str(kept["session"]), "trials": dict(kept["trials"])}

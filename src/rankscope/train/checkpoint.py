@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rankscope.errors import DamagedError
-from rankscope.files import damaged, file_sha256, published, read_json, reading, understood, write_json
+from rankscope.files import corrupt_on_error, damaged, file_sha256, published, read_json, reading, write_json
 from rankscope.train.optimizer import restore_state, saved_state
 from rankscope.train.step import Member
 
@@ -62,7 +62,7 @@ def load_checkpoint(folder: Path, members: Sequence[Member], logs: Mapping[str, 
             state = read_json(target / "state.json")
             with reading(target / "tensors.safetensors"):
                 tensors = load_file(target / "tensors.safetensors")
-            with understood(target / "state.json"):
+            with corrupt_on_error(target / "state.json"):
                 if state["trials"] != [member.trial.name for member in members]:
                     raise damaged(target, "of other trials")
                 for trial, (count, sha256) in state["lines"].items():

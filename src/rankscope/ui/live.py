@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from rankscope.files import JsonlTail, understood
+from rankscope.files import JsonlTail, corrupt_on_error
 from rankscope.plan.runtime import START_SECONDS
 from rankscope.spec.candidates import AnyTrial, Trial
 from rankscope.study.folder import FINISHED, NOT_ENDED, StudyFolder
@@ -44,7 +44,7 @@ class MetricsTail:
         first, lines = self._tail.read()
         if first == 1:
             self._reset()
-        with understood(self._tail.path):
+        with corrupt_on_error(self._tail.path):
             for line in lines:
                 self._add(json.loads(line))
 
