@@ -333,7 +333,8 @@ class StudyFolder:
         """
         file, sha256 = self.find_file(trial, "eval.json")
         examples = EvalRecord.of(parse_json(read_whole(file, sha256), file), file).examples
-        if len(set(map(len, (examples.example, examples.loss, examples.label_tokens, examples.correct_tokens)))) > 1:
+        counts = {len(examples.loss), len(examples.label_tokens), len(examples.correct_tokens)}
+        if counts != {len(examples.example)}:
             raise damaged(file, "not as it is written: its lists are not of one length")
         return examples
 

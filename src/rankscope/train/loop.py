@@ -330,7 +330,7 @@ class _Recorder:
     ) -> None:
         folder = self.folders[trial.name]
         files = file_hashes(folder, TRIAL_FILES) if status in FINISHED else {}
-        known = {"status": status, "reason": reason, "results": results, "files": files}
+        known: dict[str, Any] = {"status": status, "reason": reason, "results": results, "files": files}
         record = TrialRecord(trial=trial.name, **known, **self.shared, **trial.model_dump(mode="json"))
         record.write(folder / "trial.json")
 

@@ -66,8 +66,8 @@ def show_curve(study: Study, language: str) -> None:
 def show_failures(study: Study, console: Console) -> bool:
     """Print every trial, profile and answer that did not finish, and why. Whether there are any."""
     failures: dict[str, TrialRecord | Failure] = {t.name: study.trial_record(t) for t in unfinished(study)}
-    for name, failure in study.open_failures().items():
-        failures[name if name == ANSWERS else f"profile of {name}"] = failure
+    for name, unmeasured in study.open_failures().items():
+        failures[name if name == ANSWERS else f"profile of {name}"] = unmeasured
     for name, failure in failures.items():
         console.print(f"{name}: {failure.status}: {failure.reason}", style="yellow")
     return bool(failures)
