@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
+from rankscope import __version__
 from rankscope.model.load import commit
 from rankscope.spec.models import StudySpec
 
@@ -18,8 +19,8 @@ PACKAGES = ("torch", "transformers", "peft", "datasets", "tokenizers", "safetens
 
 def versions() -> dict[str, str | None]:
     """Versions of Python, rankscope and the libraries whose behaviour shows in results; None where not installed."""
-    packages = {name: installed(name) for name in ("rankscope", *PACKAGES)}
-    return {"python": platform.python_version(), **packages}
+    packages = {name: installed(name) for name in PACKAGES}
+    return {"python": platform.python_version(), "rankscope": __version__, **packages}
 
 
 def hardware() -> dict[str, Any]:
