@@ -5,7 +5,11 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from rankscope.data.records import load_records
+from rankscope.data.tokens import TokenizedData, tokenize
+from rankscope.spec.models import DataSpec
 
 WORDS = ("list", "sum", "sort", "file", "read", "loop", "string", "number", "class", "test")
 
@@ -54,3 +58,8 @@ def write_model(folder: Path, vocab: int = 300) -> Path:
     )
     OPTForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def prepare(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> TokenizedData:
+    """The tokens of `spec`, without the cache."""
+    return tokenize(load_records(spec), spec, tokenizer, vocab_size)

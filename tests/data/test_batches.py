@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from rankscope.data import batch_indices, steps_per_epoch
-from rankscope.data.batches import _permutation
+from rankscope.data.batches import _permutation, batch_indices, steps_per_epoch
 
 
 @pytest.mark.parametrize(("examples", "batch_size"), [(10, 3), (9, 3), (1, 8), (7, 7), (8, 1), (1917, 8)])

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from folders import prepare
 from rankscope import demo
-from rankscope.data import TokenizedData, load_records, prepare, prepare_cached, save
-from rankscope.data.cache import cache_key
+from rankscope.data.cache import cache_key, prepare_cached
+from rankscope.data.records import load_records
+from rankscope.data.tokens import TokenizedData, save
 from rankscope.errors import DataError
 from rankscope.files import read_json
 from rankscope.spec.models import DataSpec
@@ -124,7 +126,7 @@ def test_the_key_is_the_same_in_another_process(spec: Write) -> None:
     asked = spec("rows.json", json.dumps(ROWS))
     code = (
         "import sys; from transformers import AutoTokenizer; from rankscope import demo\n"
-        "from rankscope.data import prepare_cached; from rankscope.spec.models import DataSpec\n"
+        "from rankscope.data.cache import prepare_cached; from rankscope.spec.models import DataSpec\n"
         "prepare_cached(DataSpec(id=sys.argv[1]), AutoTokenizer.from_pretrained(demo.model_path()), 8192)"
     )
     subprocess.run([sys.executable, "-c", code, asked.id], check=True)

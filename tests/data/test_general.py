@@ -11,16 +11,23 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from rankscope.data import TokenizedData, load, save, with_general_text
-from rankscope.data.general import load_general_text
-from rankscope.data.tokens import Tokens
+from rankscope.data.general import with_general_text
+from rankscope.data.tokens import Example, TokenizedData, Tokens, load, save
 from rankscope.errors import DataError, ModelError
 
 TEXT = "The list is sorted. Write a function that adds two numbers, and returns them.\n" * 20
 
 
 def sequences(path: Path, tokenizer: PreTrainedTokenizerFast, most: int = 64, max_length: int = 32) -> Tokens:
-    return load_general_text(str(path), most, max_length, tokenizer, len(tokenizer))
+    return general(path, most, max_length, tokenizer, len(tokenizer))
+
+
+def general(path: Path, most: int, max_length: int, tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> Tokens:
+    row = Tokens.from_examples([Example(np.array([1, 2], np.int32), np.array([False, True]))])
+    data = TokenizedData(row, row, {"max_length": max_length})
+    tokens = with_general_text(data, str(path), most, tokenizer, vocab_size).general
+    assert tokens is not None
+    return tokens
 
 
 def test_a_text_file_is_cut_and_every_token_is_a_label(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -101,7 +108,7 @@ def test_nothing_fits_in_one_token(tmp_path: Path, tokenizer: PreTrainedTokenize
 def test_ids_that_the_model_lacks(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     (tmp_path / "book.txt").write_text(TEXT)
     with pytest.raises(ModelError, match="vocabulary has 10"):
-        load_general_text(str(tmp_path / "book.txt"), 4, 32, tokenizer, 10)
+        general(tmp_path / "book.txt", 4, 32, tokenizer, 10)
 
 
 def test_it_is_stored_with_the_study_s_tokens(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from rankscope.data import TokenizedData, Tokens, load, prepare, save
+from folders import prepare
 from rankscope.data import tokens as tokens_module
-from rankscope.data.tokens import Example
+from rankscope.data.tokens import Example, TokenizedData, Tokens, load, save
 from rankscope.errors import DataError, ModelError, StudyDirectoryError
 from rankscope.files import read_json, write_json
 from rankscope.spec.models import DataSpec
@@ -144,7 +144,7 @@ def test_the_split_does_not_depend_on_the_order_of_the_file(spec: Write, tokeniz
 
 def test_chunks_do_not_show(spec: Write, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = prepared(spec, alpaca(50), tokenizer)
-    monkeypatch.setattr(tokens_module, "_ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(tokens_module, "_ROWS_PER_CALL", 7)
     assert_equal(prepared(spec, alpaca(50), tokenizer), whole)
 
 
@@ -280,7 +280,7 @@ def test_damaged_files_are_refused(
 def test_neither_import_nor_load_needs_torch(spec: Write, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     save(prepared(spec, alpaca(40), tokenizer), tmp_path / "data")
     code = (
-        "import sys, pathlib, rankscope.data as data; data.load(pathlib.Path(sys.argv[1]));"
+        "import sys, pathlib, rankscope.data.tokens as data; data.load(pathlib.Path(sys.argv[1]));"
         "print(sorted({'torch', 'transformers', 'datasets', 'pandas'} & set(sys.modules)))"
     )
     found = subprocess.run(

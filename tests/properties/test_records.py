@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rankscope.data import Records, load_records
+from rankscope.data.records import Records, load_records
 from rankscope.errors import DataError
 from rankscope.spec.models import DataSpec
 

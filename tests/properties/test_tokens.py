@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankscope.data import Example, TokenizedData, Tokens, load, save
+from rankscope.data.tokens import Example, TokenizedData, Tokens, load, save
 from rankscope.errors import StudyDirectoryError
 
 IDS = st.integers(0, 2**31 - 1)

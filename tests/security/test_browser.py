@@ -21,8 +21,7 @@ import pytest
 import torch
 from markdown_it import MarkdownIt
 
-from folders import write_model
-from rankscope.data.tokens import prepare
+from folders import prepare, write_model
 from rankscope.lora.saved import Factors
 from rankscope.lora.svd import spectrum
 from rankscope.model.load import load_tokenizer

@@ -1,4 +1,4 @@
-"""Batches: which examples a step sees. A pure function of (seed, step): a resume has nothing to restore."""
+"""Batches: the examples of a step, a pure function of (seed, step), so that a resume has nothing to restore."""
 
 from functools import lru_cache
 
@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:
-    """How many batches cover every example once; the last may be smaller (as with transformers' Trainer).
+    """Number of batches that cover every example once; the last may be smaller (as with transformers' Trainer).
 
     Raises:
         ValueError: a count is below 1.
@@ -18,9 +18,9 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
 
 
 def batch_indices(examples: int, batch_size: int, seed: int, step: int) -> npt.NDArray[np.int64]:
-    """The examples of micro-step `step`, counted from 0 over the whole schedule: (batch_size,) or fewer.
+    """Indices of the examples of `step`, counted from 0 over the whole schedule: (batch_size,) or fewer.
 
-    Epoch e is the permutation of `numpy.random.default_rng([seed, e])`, cut into batches, so trials with one
+    Epoch e is the permutation of `numpy.random.default_rng([seed, e])`, divided into batches, so trials with the same
     seed see the same examples in the same order, whatever their rank.
 
     Raises:
@@ -30,7 +30,7 @@ def batch_indices(examples: int, batch_size: int, seed: int, step: int) -> npt.N
         raise ValueError(f"seed and step must not be negative, got {seed} and {step}")
     epoch, batch = divmod(step, steps_per_epoch(examples, batch_size))
     start = batch * batch_size
-    return _permutation(examples, seed, epoch)[start : start + batch_size].copy()  # the cached one stays whole
+    return _permutation(examples, seed, epoch)[start : start + batch_size].copy()  # a copy of the cached permutation
 
 
 @lru_cache(maxsize=16)  # a pack asks for its seeds in turn at each step; 8 bytes an example each

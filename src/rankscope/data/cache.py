@@ -1,8 +1,8 @@
-"""Tokens made once: another study on the same rows, tokenizer and settings reads what the first one made.
+"""Cache of tokens, shared by studies with the same rows, tokenizer and settings.
 
 The cache is `$RANKSCOPE_CACHE/tokens/KEY/` (else `rankscope/tokens/KEY/` in `$XDG_CACHE_HOME`, or in `~/.cache`), each
-entry a folder as `save` writes it. KEY is a hash of all that decides the tokens, so an entry is never out of date, and
-the folder may be deleted at any time.
+entry a folder as `save` writes it. KEY is a hash of everything that determines the tokens, so an entry is never stale,
+and the folder may be deleted at any time.
 """
 
 import hashlib
@@ -23,17 +23,18 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_DECIDE_ROWS = {"id", "config", "revision", "split", "format", "max_rows"}
-"""Fields of DataSpec whose effect is in the records already. Any other, also one yet to come, is in the key."""
+_ROW_FIELDS = {"id", "config", "revision", "split", "format", "max_rows"}
+"""Fields of DataSpec that only determine the rows, which have a fingerprint. All other fields are part of the key."""
 
 
 def prepare_cached(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> TokenizedData:
-    """What `prepare` gives, from the cache where it can be. The rows are read and checked every time.
+    """Tokens of a study, from the cache if possible. The rows are read and checked every time.
 
-    An entry that cannot be read is made anew; a cache that cannot be written is a warning.
+    `vocab_size` is the number of rows of the model's embedding. An entry that cannot be read is replaced; a cache that
+    cannot be written is a warning.
 
     Raises:
-        DataError, ModelError: see `prepare`.
+        DataError, ModelError: see `load_records` and `tokenize`.
     """
     records = load_records(spec)
     key = cache_key(records, spec, tokenizer, vocab_size)
@@ -49,15 +50,15 @@ def prepare_cached(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", vocab_s
         except OSError as error:
             _log.warning("the tokens are not cached: %s. Set RANKSCOPE_CACHE to a folder that can be written.", error)
         return data
-    source = {"id": records.source.id, "revision": records.source.revision}  # equal rows may come from elsewhere
+    source = {"id": records.source.id, "revision": records.source.revision}  # equal rows may have another source
     return TokenizedData(found.train, found.eval, found.facts | source)
 
 
 def cache_key(records: Records, spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> str | None:
-    """sha256, in hex, of all that decides the tokens and the facts; None where that cannot be known.
+    """sha256, in hex, of everything that determines tokens and facts; None where that cannot be known.
 
-    A tokenizer written in Python is code, which no hash of its vocabulary covers; a chat template that asks for the
-    time writes another prompt tomorrow.
+    A hash of the vocabulary does not cover the code of a tokenizer written in Python, and a chat template that uses the
+    current time writes another prompt tomorrow.
     """
     template = json.dumps(tokenizer.chat_template)
     if not tokenizer.is_fast or "strftime_now" in template:
@@ -66,7 +67,7 @@ def cache_key(records: Records, spec: DataSpec, tokenizer: "PreTrainedTokenizerB
         "version": TOKENS_VERSION,
         "libraries": {name: version(name) for name in ("tokenizers", "transformers", "jinja2")},
         "rows": [records.format, records.fingerprint],
-        "spec": spec.model_dump(exclude=_DECIDE_ROWS),
+        "spec": spec.model_dump(exclude=_ROW_FIELDS),
         "tokenizer": [type(tokenizer).__name__, tokenizer.backend_tokenizer.to_str(), template],
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "split_special_tokens": tokenizer.split_special_tokens,
@@ -76,7 +77,7 @@ def cache_key(records: Records, spec: DataSpec, tokenizer: "PreTrainedTokenizerB
 
 
 def _folder() -> Path | None:
-    """Where entries are kept; None for a user without a home."""
+    """Folder of the entries; None for a user without a home directory."""
     if own := os.environ.get("RANKSCOPE_CACHE"):
         return Path(own).expanduser() / "tokens"
     try:

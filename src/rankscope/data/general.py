@@ -1,9 +1,9 @@
-"""General text, to see what training makes a model forget: a text file, or data whose rows have a `text` column.
+"""General text to measure forgetting on: a text file, or data with a `text` column.
 
 text -> token ids -> sequences of at most max_length tokens, every token a label
 
-A row begins a sequence of its own; a text file is one row. Every sequence begins with the special tokens that the
-tokenizer puts in front of text, which are no labels.
+Each row begins a sequence; a text file is one row. Every sequence begins with the tokenizer's leading special tokens,
+which are no labels.
 """
 
 import os
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
 
 _COLUMN = "text"
 
-_ROWS_A_SEQUENCE = 16
-"""Rows read for each sequence that is wanted. A row with text makes at least one; many collections have blank rows."""
+_ROWS_PER_SEQUENCE = 16
+"""Rows read per sequence needed. A row with text gives at least one; many collections have blank rows."""
 
-_CHARACTERS_A_TOKEN = 16
-"""Characters tokenised for each token that is wanted, so that a large file takes no longer than a small one."""
+_CHARACTERS_PER_TOKEN = 16
+"""Characters tokenised per token needed, so that a large file takes no longer than a small one."""
 
 
 def with_general_text(
     data: TokenizedData, id: str, most: int, tokenizer: "PreTrainedTokenizerBase", vocab_size: int
 ) -> TokenizedData:
-    """`data` with the first `most` sequences of the general text `id`, cut as its own rows were.
+    """Copy of `data` with the first `most` sequences of the general text `id`, truncated as its rows are.
 
     Raises:
         DataError: the text cannot be read, has no `text` column, or no token to predict.
-        ModelError: the tokenizer gives ids that the model does not have.
+        ModelError: the tokenizer gives ids that are not in the model's vocabulary.
     """
     table = _table(id, most)
     tokens = _tokens(table, id, most, data.facts["max_length"], tokenizer, vocab_size)
@@ -52,13 +52,6 @@ def with_general_text(
     return TokenizedData(data.train, data.eval, data.facts | facts, tokens)
 
 
-def load_general_text(
-    id: str, most: int, max_length: int, tokenizer: "PreTrainedTokenizerBase", vocab_size: int
-) -> Tokens:
-    """The first `most` sequences, each of at most `max_length` tokens. See `with_general_text`."""
-    return _tokens(_table(id, most), id, most, max_length, tokenizer, vocab_size)
-
-
 def _tokens(
     table: Table, id: str, most: int, max_length: int, tokenizer: "PreTrainedTokenizerBase", vocab_size: int
 ) -> Tokens:
@@ -66,7 +59,7 @@ def _tokens(
     room = max_length - len(front)
     examples: list[Example] = []
     for text in _texts(table):
-        (ids,) = token_ids([text[: _CHARACTERS_A_TOKEN * most * max_length]], tokenizer)
+        (ids,) = token_ids([text[: _CHARACTERS_PER_TOKEN * most * max_length]], tokenizer)
         for start in range(0, len(ids), room) if room > 0 else ():
             sequence = np.array([*front, *ids[start : start + room]], dtype=np.int32)
             is_label = np.ones(len(sequence), dtype=np.bool_)
@@ -85,7 +78,7 @@ def _tokens(
 
 
 def _table(id: str, most: int) -> Table:
-    """Rows with a text each."""
+    """Table with a `text` column."""
     try:
         table = _read(id, most)
     except DataError as error:
@@ -101,7 +94,7 @@ def _table(id: str, most: int) -> Table:
 
 
 def _texts(table: Table) -> Iterator[str]:
-    """The texts of the rows, without blank ones."""
+    """Texts of the rows that are not blank."""
     for index, row in enumerate(table.rows):
         try:
             text = checked_text(row.get(_COLUMN), _COLUMN)
@@ -112,10 +105,10 @@ def _texts(table: Table) -> Iterator[str]:
 
 
 def _read(id: str, most: int) -> Table:
-    """Rows with their text; a text file is one row."""
+    """Table of the text file or data set `id`; a text file is one row."""
     path = Path(os.path.expanduser(id))
     if not path.name.lower().endswith((".txt", ".txt.gz")):
-        return read_table(DataSpec(id=id, max_rows=_ROWS_A_SEQUENCE * most), (_COLUMN,))
+        return read_table(DataSpec(id=id, max_rows=_ROWS_PER_SEQUENCE * most), (_COLUMN,))
     if not path.is_file():
         raise DataError(f"{id}: no such file")
     return Table(str(path), [{_COLUMN: read_text(path)}], (_COLUMN,))

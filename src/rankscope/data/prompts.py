@@ -1,6 +1,6 @@
-"""Prompts: a record as the text to read and the text to learn, and both as token ids.
+"""Prompts and completions: records as the text to read and the text to learn, and both as token ids.
 
-Prompt and completion are tokenised apart, so that the boundary of the loss is exact: no token spans both.
+Prompt and completion are tokenised separately, so that no token spans the boundary of the loss.
 """
 
 import re
@@ -23,8 +23,7 @@ class Rendered(NamedTuple):
 
     prompt: str
     completion: str
-    is_chat: bool
-    """The text comes from a chat template, which writes the special tokens itself."""
+    is_chat: bool  # written by a chat template, with its special tokens
 
 
 class Encoded(NamedTuple):
@@ -35,18 +34,18 @@ class Encoded(NamedTuple):
 
 
 def render(row: dict[str, Any], spec: DataSpec, format: Format, tokenizer: "PreTrainedTokenizerBase") -> Rendered:
-    """Writes a record's prompt and completion.
+    """Render a record as prompt and completion.
 
-    - alpaca: `spec.template`, filled; the completion is a space and the output. Data are put in literally:
-      braces in them stay. Where a row's input is blank, the template's lines with `{input}` are left out (a
-      line that also holds `{instruction}` stays, with nothing in the place of the input).
+    - alpaca: `spec.template`, filled; the completion is a space and the output. Values are inserted literally, braces
+      included. If the input is blank, lines of the template with `{input}` are left out, unless they also have
+      `{instruction}`; then the input is empty.
     - prompt_completion: both texts as they are.
-    - messages, or lists of messages: the tokenizer's chat template. The completion is what the template
-      writes after the generation prompt: the last message and its end mark.
+    - messages, or lists of messages: the tokenizer's chat template. The completion is the template's text after the
+      generation prompt: the last message and its end mark.
 
     Raises:
-        DataError: there is no chat template, it refuses the conversation, or it writes the earlier messages
-            differently once the answer follows, so that the answer cannot be told from the prompt.
+        DataError: the tokenizer has no chat template, the template refuses the conversation, or it writes the earlier
+            messages differently once the answer follows, so that prompt and answer cannot be separated.
     """
     if format == "alpaca":
         return Rendered(_fill(spec.template, row), " " + row["output"], is_chat=False)
@@ -62,7 +61,7 @@ def _fill(template: str, row: dict[str, str]) -> str:
         lines = template.split("\n")
         template = "\n".join(line for line in lines if "{input}" not in line or "{instruction}" in line)
         row = {**row, "input": ""}
-    return _PLACEHOLDER.sub(lambda found: row[found[1]], template)  # one pass: "{input}" in an instruction stays
+    return _PLACEHOLDER.sub(lambda found: row[found[1]], template)  # one pass keeps "{input}" in an instruction
 
 
 def _render_chat(
@@ -76,7 +75,7 @@ def _render_chat(
     try:
         before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         whole = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
-    except Exception as error:  # a template is a program: it raises what it likes
+    except Exception as error:  # a template is a program and may raise anything
         raise DataError(
             f"the model's chat template refuses the conversation: {error}",
             "Remove such rows (often a system message, or roles out of turn), or take another model.",
@@ -93,11 +92,10 @@ def _render_chat(
 
 
 def encode(rows: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase") -> list[Encoded]:
-    """Tokenises all prompts in one call and all completions in another.
+    """Tokenise all prompts in one call and all completions in another.
 
-    A plain prompt begins with the special tokens that the tokenizer puts in front of text (often bos); those
-    that it would append are left out, for they would stand between prompt and completion. A plain completion
-    ends with eos (once). A chat's text is tokenised as it stands.
+    A plain prompt begins with the tokenizer's leading special tokens (often bos), without trailing ones, which would
+    separate prompt and completion. A plain completion ends with one eos. Chat text is tokenised as it is.
 
     Raises:
         ModelError: the tokenizer has no eos token, and plain completions need one.
@@ -116,7 +114,7 @@ def encode(rows: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase") -> li
 
 
 def token_ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase", special: bool = False) -> list[list[int]]:
-    """The ids of each text, uncut; with the special tokens that the tokenizer adds only where `special`."""
+    """Token ids of each text, not truncated; with the tokenizer's special tokens only if `special`."""
     encoding = tokenizer(
         texts,
         add_special_tokens=special,
@@ -124,13 +122,13 @@ def token_ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase", special: b
         truncation=False,
         return_attention_mask=False,
         return_token_type_ids=False,
-        verbose=False,  # no warning about rows longer than the model takes: they are truncated, and counted
+        verbose=False,  # no warning about rows longer than the model takes: they are truncated and counted later
     )
     return [list(ids) for ids in encoding["input_ids"]]
 
 
 def special_tokens_in_front(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """What the tokenizer puts before text, found by comparing a probe with and without special tokens."""
+    """Leading special tokens of the tokenizer, detected on a probe text with and without special tokens."""
     [bare], [dressed] = token_ids([_PROBE], tokenizer), token_ids([_PROBE], tokenizer, special=True)
     for front in range(len(dressed) - len(bare), -1, -1):
         if dressed[front : front + len(bare)] == bare:

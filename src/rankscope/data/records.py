@@ -25,33 +25,30 @@ REQUIRED: dict[Format, tuple[str, ...]] = {
 
 
 class Source(NamedTuple):
-    """Where records came from."""
+    """Origin of records."""
 
     id: str
-    revision: str | None
-    """The hub's commit (or the revision asked for, where it is not known); None for local data."""
+    revision: str | None  # the hub's commit, or the requested revision if it is unknown; None for local data
 
 
 class Records(NamedTuple):
     """Checked rows, in the order of the source."""
 
-    rows: list[dict[str, Any]]
-    """Only the columns of the format. alpaca: three texts, `input` is "" where there is none."""
+    rows: list[dict[str, Any]]  # only the columns of the format; alpaca: `input` is "" if absent
     format: Format
-    fingerprint: str
-    """sha256 of the rows: the same rows give the same one, whether they came as CSV or from the hub."""
+    fingerprint: str  # sha256 of the rows, whatever kind of file they came from
     source: Source
 
 
 def load_records(spec: DataSpec) -> Records:
-    """Reads `spec.id` and checks every row.
+    """Read `spec.id` and check every row.
 
     A null or absent `input` means no input; columns that the format does not use are ignored.
 
     Raises:
-        DataError: the source cannot be read, its columns fit no format (or several), every answer is blank, or rows
-            are wrong: a null, a number or a list where text belongs, broken Unicode, a conversation that the assistant
-            does not end. File, line, row and field are named.
+        DataError: the source cannot be read, its columns fit no format or several, every answer is blank, or rows are
+            wrong: null, a number or a list instead of text, broken Unicode, a conversation that does not end with the
+            assistant. The message names file, line, row and field.
     """
     table = read_table(spec)
     empty = DataError(f"{table.name}: no rows", "Give data with at least a few dozen rows.")
@@ -83,7 +80,7 @@ def load_records(spec: DataSpec) -> Records:
 
 
 def canonical_text(row: dict[str, Any]) -> str:
-    """A row as JSON with sorted keys: equal rows, and only they, give equal text."""
+    """JSON of a row with sorted keys, which is equal for equal rows only."""
     return json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -109,7 +106,7 @@ def _needs(name: str) -> str:
 
 
 class WrongRowError(ValueError):
-    """What is wrong with one row, beginning with the field."""
+    """Fault of one row; the message begins with the field."""
 
 
 def _canonical(raw: dict[str, Any], format: Format) -> dict[str, Any]:
@@ -138,13 +135,13 @@ def _canonical(raw: dict[str, Any], format: Format) -> dict[str, Any]:
 
 
 def _answer(row: dict[str, Any]) -> str:
-    """What is learned of a row."""
+    """Text of a row that the model learns."""
     answer: Any = row.get("output", row.get("completion", row.get("messages")))
     return answer if isinstance(answer, str) else str(answer[-1]["content"])
 
 
 def checked_text(value: Any, field: str) -> str:
-    """`value`, where it is text that can be written as UTF-8; raises WrongRowError where it is not."""
+    """Return `value` if it is text that UTF-8 can encode; raise WrongRowError otherwise."""
     if not isinstance(value, str):
         raise WrongRowError(f"`{field}` is {kind(value)}, expected text")
     try:

@@ -1,8 +1,8 @@
-"""Where rows come from: a local file, a local folder, or the hub. Nothing here knows what a row means.
+"""Sources of rows: a local file, a local folder, or the hub. Nothing here depends on the meaning of a row.
 
-Text files are parsed here rather than by `datasets`, because only then can an error name the line. Nothing
-from the data is ever executed: `datasets` (4 and later) has no loading scripts, and of its builders only those of
-plain rows are let through: that of .tar files calls `torch.load`.
+Text files are parsed here rather than by `datasets`, so that an error can name the line. Nothing from the data is ever
+executed: `datasets` (4 and later) has no loading scripts, and only its builders of plain rows are allowed: the one of
+.tar files calls `torch.load`.
 """
 
 import csv
@@ -23,31 +23,27 @@ from rankscope.errors import DataError, shortened
 from rankscope.spec.models import DataSpec
 
 COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages")
-"""Every column that some format reads; others are not even loaded where that saves time."""
+"""Columns that any format reads; others are not loaded where that saves time."""
 
 FILE_TYPES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-"""What the hub may call a model or data set."""
+"""Valid names of models and data sets on the hub."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class Table(NamedTuple):
-    """Rows as they stand in the source, not yet checked."""
+    """Unchecked rows of a source."""
 
-    name: str
-    """The file, folder or hub id, as errors name it."""
+    name: str  # file, folder or hub id, for errors
     rows: list[dict[str, Any]]
-    columns: tuple[str, ...]
-    """All column names of the source, in order of appearance."""
-    lines: tuple[int, ...] | None = None
-    """The line, from 1, on which each row starts; None where the source has no lines."""
-    revision: str | None = None
-    """The hub's commit, or the revision asked for where the commit is not known; None for local data."""
+    columns: tuple[str, ...]  # all columns of the source, in order of appearance
+    lines: tuple[int, ...] | None = None  # line, from 1, on which each row starts; None without lines
+    revision: str | None = None  # the hub's commit, or the requested revision if it is unknown; None for local data
 
     def where(self, index: int) -> str:
-        """Names row `index` (from 0) for an error: `data.jsonl, line 7` or `data.json, row 3`."""
+        """Name row `index` (from 0) for an error: `data.jsonl, line 7` or `data.json, row 3`."""
         if self.lines is None:
             return f"{self.name}, row {index + 1}"
         line = f"{self.name}, line {self.lines[index]}"
@@ -55,15 +51,15 @@ class Table(NamedTuple):
 
 
 def read_table(spec: DataSpec, wanted: Sequence[str] = COLUMNS) -> Table:
-    """Reads the first `spec.max_rows` rows (default: all) of the file, folder or hub data set `spec.id`.
+    """Read the first `spec.max_rows` rows (default: all) of the file, folder or hub data set `spec.id`.
 
-    A local file or folder of that name comes before the hub. Columns that are not `wanted` may be left out of the rows.
+    A local file or folder of that name takes precedence over the hub. Columns that are not `wanted` may be left out.
 
     Raises:
-        DataError: the source is missing, unreadable, damaged, or of an unknown type; file and line are named.
+        DataError: the source is missing, unreadable, corrupt, or of an unknown type; the message names file and line.
     """
     path = Path(os.path.expanduser(spec.id))
-    if os.path.isfile(path):  # unlike Path's own, these call a name that is no path at all absent
+    if os.path.isfile(path):  # unlike Path's own, these return False for a name that is no valid path
         _refuse_hub_fields(spec, "split", "config", "revision")
         return _read_file(path, spec.max_rows, wanted)
     if os.path.isdir(path):
@@ -75,7 +71,7 @@ def read_table(spec: DataSpec, wanted: Sequence[str] = COLUMNS) -> Table:
 
 
 def _refuse_hub_fields(spec: DataSpec, *fields: str) -> None:
-    """What cannot be honoured is an error: else one would train on other rows than those asked for."""
+    """Raise DataError if a field is set that local data cannot honour, which would select other rows than intended."""
     for field in fields:
         value = getattr(spec, field)
         if value != DataSpec.model_fields[field].default:
@@ -104,10 +100,10 @@ def _read_file(path: Path, limit: int | None, wanted: Sequence[str]) -> Table:
 
 
 def read_text(path: Path) -> str:
-    """A file's text, gzipped or not.
+    """Text of a file, gzipped or not.
 
     Raises:
-        DataError: it cannot be read, or is not UTF-8; the line is named.
+        DataError: it cannot be read, or is not UTF-8; the message names the line.
     """
     try:
         content = path.read_bytes()
@@ -144,19 +140,19 @@ def _table(name: str, numbered: Iterable[tuple[int | None, Any]]) -> Table:
 
 
 def listed(names: Iterable[Any]) -> str:
-    """Names for an error, at most 20 of them: `a, b`; `(none)` where there is none."""
+    """Comma-separated names for an error, at most 20; `(none)` if there are none."""
     shown = [_listed(str(name)) for name in names]
     return ", ".join(shown[:20]) + (", ..." if len(shown) > 20 else "") if shown else "(none)"
 
 
 def _listed(name: str) -> str:
-    """In quotes where it could not be told from its neighbours, or would stand on several lines."""
+    """Name as listed: quoted if it has blanks or line breaks."""
     plain = name.encode(errors="backslashreplace").decode()
     return shortened(plain if plain == " ".join(plain.split()) else repr(plain))
 
 
 def kind(value: Any) -> str:
-    """A JSON value's type in a reader's words."""
+    """Type of a JSON value in plain words."""
     names = {
         type(None): "null",
         bool: "true/false",
@@ -227,7 +223,7 @@ def _read_parquet(path: Path, limit: int | None, wanted: Sequence[str]) -> Table
 
 
 def _read_with_datasets(spec: DataSpec, source: str, wanted: Sequence[str], *, local: bool) -> Table:
-    """Loads a folder or a hub id by `datasets`, which caches what it fetched and reads that when offline."""
+    """Load a folder or a hub id by `datasets`, which caches downloads for offline use."""
     import datasets  # type: ignore[import-untyped]
 
     try:
@@ -245,7 +241,7 @@ def _read_with_datasets(spec: DataSpec, source: str, wanted: Sequence[str], *, l
     except DataError:
         raise
     except Exception as error:  # datasets raises some thirty classes, from its own to pyarrow's and httpx's
-        wraps = isinstance(error, datasets.exceptions.DatasetGenerationError)  # which says nothing itself
+        wraps = isinstance(error, datasets.exceptions.DatasetGenerationError)  # its own message says nothing
         if local and wraps:
             _check_files(Path(source))
         if local and isinstance(error, datasets.data_files.EmptyDatasetError):
@@ -262,8 +258,9 @@ def _read_with_datasets(spec: DataSpec, source: str, wanted: Sequence[str], *, l
 
 
 def _check_builder(builder: Any, source: str, *, local: bool) -> None:
-    """Raises DataError before a row is read, where reading could do more than parse rows, or would read elsewhere: the
-    README.md of data chooses files, and the files' names choose the builder.
+    """Raise DataError if the builder could do more than parse rows, or would read files elsewhere.
+
+    The README.md of the data chooses the files, and their names choose the builder.
     """
     from datasets.packaged_modules.arrow.arrow import Arrow  # type: ignore[import-untyped]
     from datasets.packaged_modules.cache.cache import Cache  # type: ignore[import-untyped]
@@ -272,7 +269,7 @@ def _check_builder(builder: Any, source: str, *, local: bool) -> None:
     from datasets.packaged_modules.parquet.parquet import Parquet  # type: ignore[import-untyped]
     from datasets.packaged_modules.text.text import Text  # type: ignore[import-untyped]
 
-    if not isinstance(builder, Arrow | Cache | Csv | Json | Parquet | Text):  # Cache: Arrow files of an earlier time
+    if not isinstance(builder, Arrow | Cache | Csv | Json | Parquet | Text):  # Cache: Arrow files written earlier
         found = type(builder).__module__.rsplit(".", 1)[-1]
         raise DataError(
             f"{source}: holds {found} files, which are not read: some of them can run code",
@@ -286,14 +283,14 @@ def _check_builder(builder: Any, source: str, *, local: bool) -> None:
 
 
 def _check_files(folder: Path) -> None:
-    """Raises DataError for the first file that cannot be read by itself: `datasets` names neither file nor line."""
+    """Raise DataError for the first file that cannot be read by itself: `datasets` names neither file nor line."""
     for path in sorted(folder.rglob("*")):
         if path.is_file() and Path(path.name.removesuffix(".gz")).suffix.lower() in FILE_TYPES:
             _read_file(path, None, COLUMNS)
 
 
 def _saved_split(saved: Any, spec: DataSpec) -> Any:
-    """One split of what `save_to_disk` wrote: a dict of splits, or the only one."""
+    """Requested split of data written by `save_to_disk`, which may have several splits or one."""
     splits = dict(saved) if isinstance(saved, dict) else {str(saved.split or "train"): saved}
     if spec.config is not None or spec.split not in splits:
         raise ValueError(f"saved data have no config, and here the splits {listed(splits)}")
@@ -301,6 +298,6 @@ def _saved_split(saved: Any, spec: DataSpec) -> Any:
 
 
 def _commit(dataset: Any) -> str | None:
-    """The hub commit of loaded data: the last folder of its cache path (.../CONFIG/0.0.0/COMMIT/x.arrow)."""
+    """Hub commit of loaded data: the last folder of its cache path (.../CONFIG/0.0.0/COMMIT/x.arrow)."""
     folders = [Path(file["filename"]).parent.name for file in dataset.cache_files]
     return next((folder for folder in folders if _COMMIT.fullmatch(folder)), None)

@@ -1,6 +1,6 @@
-"""Tokens: all rows as token ids with the positions to learn, split in train and eval, and kept in one file.
+"""Tokens: all rows as token ids with their labels, split into train and eval, and stored in one file.
 
-records -> drop duplicates -> prompt and completion -> token ids -> cut to max_length -> split
+records -> drop duplicates -> prompt and completion -> token ids -> truncate to max_length -> split
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rankscope.data.prompts import Rendered, encode, render
-from rankscope.data.records import Records, canonical_text, load_records
+from rankscope.data.records import Records, canonical_text
 from rankscope.data.split import held_out
 from rankscope.errors import DataError, ModelError
 from rankscope.files import corrupt_on_error, damaged, read_json, reading, write_atomic, write_json
@@ -23,15 +23,15 @@ from rankscope.spec.models import DataSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ROWS_AT_ONCE = 8192
+_ROWS_PER_CALL = 8192
 """Rows in one tokenizer call: enough for full speed, few enough that memory does not grow with the data."""
 
 TOKENS_VERSION = 1
-"""Raise it when the same rows give other tokens or facts than before: cached ones are then made anew."""
+"""Version of the tokens; increase it when the same rows give other tokens or facts, to invalidate the cache."""
 
 
 class Example(NamedTuple):
-    """One sequence of n tokens."""
+    """Sequence of n tokens."""
 
     ids: npt.NDArray[np.int32]  # (n,)
     is_label: npt.NDArray[np.bool_]  # (n,)
@@ -42,14 +42,12 @@ class Tokens:
     """S sequences laid end to end, N tokens in all."""
 
     ids: npt.NDArray[np.int32]  # (N,)
-    is_label: npt.NDArray[np.bool_]  # (N,)
-    """True where this token is a target to predict; never at a sequence's first, which nothing predicts."""
-    offsets: npt.NDArray[np.int64]  # (S + 1,)
-    """Sequence i is `ids[offsets[i]:offsets[i + 1]]`."""
+    is_label: npt.NDArray[np.bool_]  # (N,), whether the token is a target; never a sequence's first token
+    offsets: npt.NDArray[np.int64]  # (S + 1,), sequence i is `ids[offsets[i]:offsets[i + 1]]`
 
     @classmethod
     def from_examples(cls, examples: Sequence[Example]) -> Self:
-        """Lays examples end to end, in order."""
+        """Lay examples end to end, in order."""
         offsets = np.zeros(len(examples) + 1, dtype=np.int64)
         np.cumsum([len(example.ids) for example in examples], out=offsets[1:])
         return cls(
@@ -62,7 +60,7 @@ class Tokens:
         return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> Example:
-        index = range(len(self))[index]  # raises IndexError, and counts negative ones from the end
+        index = range(len(self))[index]  # raises IndexError, and counts negative indices from the end
         span = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
         return Example(self.ids[span], self.is_label[span])
 
@@ -71,60 +69,53 @@ class Tokens:
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each sequence, (S,)."""
+        """Length of each sequence in tokens, (S,)."""
         return np.diff(self.offsets)
 
     @cached_property
     def label_counts(self) -> npt.NDArray[np.int64]:
-        """Label tokens of each sequence, (S,)."""
+        """Number of label tokens of each sequence, (S,)."""
         return np.diff(np.concatenate([[0], np.cumsum(self.is_label)])[self.offsets])
 
 
 @dataclass(frozen=True, eq=False)
 class TokenizedData:
-    """What every trial of a study reads."""
+    """Tokens that every trial of a study is trained and evaluated on."""
 
     train: Tokens
     eval: Tokens
     facts: dict[str, Any]
-    """What was done, for data/facts.json and the report: `id`, `revision` (the hub's commit; None for local
-    data), `fingerprint` (sha256 of the rows read), `format`, `loss_on`, `max_length`; in rows `rows_read` =
-    `duplicates_dropped` + `rows_without_label_dropped` + `rows_train` + `rows_eval`, and `truncated` (those
-    of train and eval cut to max_length); in tokens `train_tokens`, `train_label_tokens`, `eval_tokens`,
-    `eval_label_tokens`, `mean_length` and `longest` (of the rows of train and eval, after the cut). With general
-    text also `general_text` (its id), `general_text_revision`, `general_sequences` and `general_label_tokens`."""
-    general: Tokens | None = None
-    """General text, every token a label, to measure forgetting on; None where the study asks for none."""
-    sha256: str = ""
-    """Of the file that it was loaded from; empty before it is saved."""
+    """Facts for data/facts.json and the report: `id`, `revision` (the hub's commit; None for local data), `fingerprint`
+    (sha256 of the rows read), `format`, `loss_on`, `max_length`; in rows `rows_read` = `duplicates_dropped` +
+    `rows_without_label_dropped` + `rows_train` + `rows_eval`, and `truncated` (rows of train and eval truncated to
+    max_length); in tokens `train_tokens`, `train_label_tokens`, `eval_tokens`, `eval_label_tokens`, and `mean_length`
+    and `longest` of the truncated rows. With general text also `general_text` (its id), `general_text_revision`,
+    `general_sequences` and `general_label_tokens`."""
+    general: Tokens | None = None  # general text to measure forgetting on, every token a label
+    sha256: str = ""  # of the file that it was loaded from; empty before it is saved
 
     @property
     def longest_row(self) -> int:
-        """Tokens of the longest sequence of any part."""
+        """Length of the longest sequence of any part, in tokens."""
         parts = [self.train, self.eval, *([self.general] if self.general else [])]
         return max(int(part.lengths.max(initial=0)) for part in parts)
 
 
-def prepare(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> TokenizedData:
-    """Reads, renders, tokenises, cuts and splits the data of a study; the same input gives the same tokens.
+def tokenize(records: Records, spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> TokenizedData:
+    """Render, tokenise, truncate and split records; the same records give the same tokens.
 
     `vocab_size` is the number of rows of the model's embedding.
 
     Raises:
-        DataError: see `load_records` and `render`; or too few rows remain to train on and to hold out.
-        ModelError: the tokenizer has no eos token, or gives ids that the model does not have.
+        DataError: see `render`; or too few rows remain to train on and to hold out.
+        ModelError: the tokenizer has no eos token, or gives ids that are not in the model's vocabulary.
     """
-    return tokenize(load_records(spec), spec, tokenizer, vocab_size)
-
-
-def tokenize(records: Records, spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> TokenizedData:
-    """`prepare`, for records that are read already."""
     numbers = _first_of_equal(records.rows)
     prompts: list[str] = []
     examples: list[Example] = []
     truncated = without_label = 0
-    for start in range(0, len(numbers), _ROWS_AT_ONCE):
-        chunk = numbers[start : start + _ROWS_AT_ONCE]
+    for start in range(0, len(numbers), _ROWS_PER_CALL):
+        chunk = numbers[start : start + _ROWS_PER_CALL]
         rendered = [_render(records, number, spec, tokenizer) for number in chunk]
         for row, encoded in zip(rendered, encode(rendered, tokenizer), strict=True):
             example = _example(encoded.prompt_ids, encoded.completion_ids, spec)
@@ -164,7 +155,7 @@ def tokenize(records: Records, spec: DataSpec, tokenizer: "PreTrainedTokenizerBa
 
 
 def _first_of_equal(rows: Sequence[dict[str, Any]]) -> list[int]:
-    """The positions of the rows that equal no earlier one."""
+    """Indices of the rows without duplicates, each at its first occurrence."""
     first: dict[str, int] = {}
     for number, row in enumerate(rows):
         first.setdefault(canonical_text(row), number)
@@ -186,7 +177,7 @@ def _example(prompt: list[int], completion: list[int], spec: DataSpec) -> Exampl
 
 
 def check_ids(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> None:
-    """Raises ModelError where a token id is none of the `vocab_size` rows of the model's embedding."""
+    """Raise ModelError if a token id is not below `vocab_size`, the number of rows of the model's embedding."""
     highest = max((int(example.ids.max()) for example in examples), default=0)
     if highest >= vocab_size:
         raise ModelError(
@@ -217,10 +208,9 @@ def _check_split(chosen: npt.NDArray[np.bool_], without_label: int, spec: DataSp
 
 
 def save(data: TokenizedData, folder: Path) -> None:
-    """Publishes `folder/tokens.safetensors`, then `folder/facts.json` with its hash: facts mean whole tokens.
+    """Write `folder/tokens.safetensors`, then `folder/facts.json` with its hash: facts imply complete tokens.
 
-    The tensors are `train.ids`, `train.is_label`, `train.offsets`, and the same for `eval` and, where there is one,
-    `general`.
+    The tensors are `train.ids`, `train.is_label`, `train.offsets`, and the same for `eval` and, if present, `general`.
     """
     from safetensors.numpy import save as to_bytes
 
@@ -237,11 +227,11 @@ def save(data: TokenizedData, folder: Path) -> None:
 
 
 def load(folder: Path) -> TokenizedData:
-    """Reads what `save` wrote.
+    """Read the tokens that `save` wrote.
 
     Raises:
-        DamagedError: a file is missing, or the tokens are not those that the facts were written for.
-        StudyDirectoryError: one cannot be read.
+        DamagedError: a file is missing, or facts and tokens do not belong together.
+        StudyDirectoryError: a file cannot be read.
     """
     from safetensors.numpy import load as from_bytes
 
