@@ -41,7 +41,7 @@ from rankscope.measure.sampler import peak_rss
 from rankscope.model.load import load_model
 from rankscope.spec.options import assemble
 from rankscope.train.loop import choose_engine
-from rankscope.train.step import make_member, train_step
+from rankscope.train.step import make_train_state, train_step
 
 ROW = 128
 """Tokens of a sequence."""
@@ -160,7 +160,7 @@ def measure(point: Point, device: str, steps: int, threads: int) -> Cost:
     model = load_model(spec.model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     gpu = model.device if model.device.type == "cuda" else None
-    members = [make_member(model, trial, spec.training, steps + 1) for trial in spec.trials()]
+    members = [make_train_state(model, trial, spec.training, steps + 1) for trial in spec.trials()]
     engine = choose_engine(model, members, spec.training, ROW).engine
     tokens = random_tokens((steps + 1) * batch, model.config.get_text_config().vocab_size)
     seconds = []

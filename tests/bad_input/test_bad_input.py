@@ -175,7 +175,7 @@ MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["names model-00002-of-00002.safetensors, which is not in the folder", "all of its *.safetensors"],
     ),
     "no tokenizer": (without_tokenizer, ["there is no file of a tokenizer in the folder", "save_pretrained"]),
-    "not a number": (lambda f: weights(f, lambda n, v: v * float("nan")), ["no finite number before training"]),
+    "not a number": (lambda f: weights(f, lambda n, v: v * float("nan")), ["not finite before training"]),
     "no tokenizer.json": (lambda f: (f / "tokenizer.json").unlink(), ["there is no file of a tokenizer in the folder"]),
     "tokenizer.json damaged": (lambda f: (f / "tokenizer.json").write_text("{"), ["tokenizer of model cannot be"]),
     "no end of sequence": (lambda f: config(f, ("eos_token",), "tokenizer_config.json"), ["no end-of-sequence token"]),

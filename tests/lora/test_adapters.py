@@ -22,16 +22,16 @@ from rankscope.spec.candidates import Trial
 from rankscope.spec.models import TrainingSpec
 from rankscope.train.engine import PackedEngine
 from rankscope.train.loop import choose_engine
-from rankscope.train.step import Member, make_member, train_step
+from rankscope.train.step import TrainState, make_train_state, train_step
 from reference import make_trial, random_tokens
 
 CPU = torch.device("cpu")
 TRAINING = TrainingSpec(steps=5, batch_size=4, warmup_ratio=0.0)
 
 
-def train(name: str, trials: list[Trial], tokens: Tokens) -> tuple[PackedEngine, list[Member]]:
+def train(name: str, trials: list[Trial], tokens: Tokens) -> tuple[PackedEngine, list[TrainState]]:
     model = tiny_model(name)
-    members = [make_member(model, trial, TRAINING, 5, "base/model") for trial in trials]
+    members = [make_train_state(model, trial, TRAINING, 5, "base/model") for trial in trials]
     engine, reason, _ = choose_engine(model, members, TRAINING, 20)
     assert reason is None or name == "mixtral"
     for step in range(5):

@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from models import tiny_model
 from rankscope.errors import StudyError
 from rankscope.lora.adapters import lora_config, remove_adapters, save_adapter
-from rankscope.lora.variants import exported
+from rankscope.lora.variants import as_plain_lora
 from rankscope.spec.candidates import Candidate, Trial
 from rankscope.spec.models import TrainingSpec
 from rankscope.spec.resolve import resolve_spec
 from rankscope.train.engine import PackedEngine, PeftEngine
 from rankscope.train.probe import make_packable, probe_tokens
-from rankscope.train.step import make_member, train_step
+from rankscope.train.step import make_train_state, train_step
 from reference import make_trial, padded_batch, plain_step, random_tokens
 
 STEPS = 12
@@ -104,7 +104,7 @@ def test_variants_in_one_pack_equal_peft(name: str, dtype: torch.dtype, tmp_path
     trials = [make_trial(4, 2e-3, seed=1), *(variant_trial(name, variant) for variant in variants)]
     model, tokens = tiny_model(name, dtype), random_tokens(30)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    members = [make_member(model, trial, TRAINING, STEPS) for trial in trials]
+    members = [make_train_state(model, trial, TRAINING, STEPS) for trial in trials]
     make_packable(model, [trial.name for trial in trials])
     engine = PackedEngine(model, 1 << 30)
     losses = [[m.loss for m in train_step(engine, members, tokens, TRAINING, step)] for step in range(STEPS)]
@@ -115,7 +115,7 @@ def test_variants_in_one_pack_equal_peft(name: str, dtype: torch.dtype, tmp_path
         tolerance = 2e-5 if dtype == torch.float32 else 1e-7  # losses are float32 sums
         np.testing.assert_allclose(got, expected, rtol=tolerance, err_msg=trial.name)
         # What is saved, over the base as it came, is the model that PEFT trained.
-        tensors, config = exported(member.weights, member.start, member.config)
+        tensors, config = as_plain_lora(member.weights, member.initial, member.config)
         save_adapter(tensors, config, tmp_path / trial.name)
         saved = loaded_with_peft(name, dtype, tmp_path / trial.name)
         batch = padded_batch(tokens, 0, 0, 4)
@@ -129,7 +129,7 @@ def test_variants_in_one_pack_equal_peft(name: str, dtype: torch.dtype, tmp_path
 @pytest.mark.parametrize("variant", ["dora", "pissa", "olora", "rslora"])
 def test_by_pefts_forward_too(variant: str) -> None:
     trial, model, tokens = variant_trial("llama-gqa", variant), tiny_model("llama-gqa"), random_tokens(30)
-    member = make_member(model, trial, TRAINING, STEPS)
+    member = make_train_state(model, trial, TRAINING, STEPS)
     engine = PeftEngine(model, TRAINING.batch_size)
     losses = [train_step(engine, [member], tokens, TRAINING, step)[0].loss for step in range(STEPS)]
     expected = peft_model_of("llama-gqa", trial.candidate, torch.float32)
@@ -140,7 +140,7 @@ def test_by_pefts_forward_too(variant: str) -> None:
 
 def test_doras_magnitudes_are_saved(tmp_path: Path) -> None:
     trial, model = variant_trial("llama-gqa", "dora"), tiny_model("llama-gqa")
-    member, tokens = make_member(model, trial, TRAINING, STEPS), random_tokens(30)
+    member, tokens = make_train_state(model, trial, TRAINING, STEPS), random_tokens(30)
     engine = PeftEngine(model, TRAINING.batch_size)
     for step in range(STEPS):
         train_step(engine, [member], tokens, TRAINING, step)
@@ -159,7 +159,7 @@ def test_a_start_is_gone_from_the_first_forward() -> None:
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         plain = model(ids).logits
-        make_member(model, variant_trial("llama-gqa", "pissa"), TRAINING, STEPS)
+        make_train_state(model, variant_trial("llama-gqa", "pissa"), TRAINING, STEPS)
         torch.testing.assert_close(model(ids).logits, plain, rtol=0, atol=1e-5)
     engine = PackedEngine(model, 1 << 30)
     make_packable(model, ["r004-lr2e-3-pissa-s1"])
@@ -167,8 +167,8 @@ def test_a_start_is_gone_from_the_first_forward() -> None:
 
 
 def test_olora_is_refused_where_peft_has_none() -> None:
-    with pytest.raises(StudyError, match="olora has no start for transformer"):
-        make_member(tiny_model("gpt2"), variant_trial("gpt2", "olora"), TRAINING, STEPS)
+    with pytest.raises(StudyError, match="olora cannot initialise transformer"):
+        make_train_state(tiny_model("gpt2"), variant_trial("gpt2", "olora"), TRAINING, STEPS)
 
 
 def spec_with(**fields: Any) -> dict[str, Any]:

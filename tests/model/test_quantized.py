@@ -29,7 +29,7 @@ from rankscope.spec.models import ModelSpec, TrainingSpec
 from rankscope.spec.options import assemble
 from rankscope.train.engine import Engine, PackedEngine, PeftEngine
 from rankscope.train.probe import make_packable, use_own_forward
-from rankscope.train.step import Member, make_member, save_member, train_step
+from rankscope.train.step import TrainState, make_train_state, save_trained_adapter, train_step
 from reference import Trained, make_trial, random_tokens, train_with_peft
 
 STEPS = 12
@@ -75,7 +75,7 @@ def dequantized(folder: Path, model: PreTrainedModel) -> PreTrainedModel:
     return plain.requires_grad_(False).eval()  # type: ignore[no-any-return]
 
 
-def trained(engine: Engine, members: Sequence[Member], tokens: Tokens, training: TrainingSpec) -> list[Trained]:
+def trained(engine: Engine, members: Sequence[TrainState], tokens: Tokens, training: TrainingSpec) -> list[Trained]:
     losses = [[m.loss for m in train_step(engine, members, tokens, training, step)] for step in range(STEPS)]
     return [
         Trained(list(column), {name: weight.detach() for name, weight in member.weights.items()})
@@ -84,7 +84,7 @@ def trained(engine: Engine, members: Sequence[Member], tokens: Tokens, training:
 
 
 def train_packed(model: PreTrainedModel, trials: Sequence[Trial], training: TrainingSpec, most: int = 1 << 30) -> Any:
-    members = [make_member(model, trial, training, STEPS) for trial in trials]
+    members = [make_train_state(model, trial, training, STEPS) for trial in trials]
     make_packable(model, [trial.name for trial in trials])
     return members, trained(PackedEngine(model, most), members, random_tokens(30), training)
 
@@ -132,7 +132,7 @@ def test_by_pefts_forward_too(name: str, variant: str, kind: str, folders: dict[
     training, plain = TRAINING.model_copy(update={"weight_decay": 0.0}), make_trial(4, 2e-3)
     trial = Trial(candidate=plain.candidate.model_copy(update={"variant": variant}), seed=0)
     model = load_model(spec_of(folders[name], kind))
-    member = make_member(model, trial, training, STEPS)
+    member = make_train_state(model, trial, training, STEPS)
     (got,) = trained(PeftEngine(model, training.batch_size), [member], random_tokens(30), training)
     own = bitsandbytes_own(folders[name], kind)
     if (variant, kind) == ("dora", "int8"):  # bitsandbytes' own forward fails after PEFT has moved the weight
@@ -146,7 +146,7 @@ def test_by_pefts_forward_too(name: str, variant: str, kind: str, folders: dict[
 def test_adapters_load_in_peft(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
     model = load_model(spec_of(folders["llama-gqa"], kind))
     (member,), _ = train_packed(model, [make_trial(4, 1e-2)], TRAINING)
-    save_member(member, tmp_path)
+    save_trained_adapter(member, tmp_path)
     use_own_forward(model, "sdpa")
     own: Any = PeftModel.from_pretrained(bitsandbytes_own(folders["llama-gqa"], kind), str(tmp_path)).eval()
     ids = torch.arange(5, 25)[None]
@@ -278,7 +278,7 @@ def test_over_a_bfloat16_base_both_engines_agree(kind: str, folders: dict[str, P
     trial = make_trial(8, 3e-3)
     _, (packed,) = train_packed(load_model(spec_of(folders["llama-gqa"], kind, "bfloat16")), [trial], TRAINING)
     model = load_model(spec_of(folders["llama-gqa"], kind, "bfloat16"))
-    member = make_member(model, trial, TRAINING, STEPS)
+    member = make_train_state(model, trial, TRAINING, STEPS)
     (found,) = trained(PeftEngine(model, TRAINING.batch_size), [member], random_tokens(30), TRAINING)
     assert {weight.dtype for weight in found.weights.values()} == {torch.float32}
     np.testing.assert_allclose(packed.losses, found.losses, rtol=2e-3)

@@ -12,7 +12,7 @@ from rankscope.spec.models import DataSpec, ModelSpec, StudySpec, TrainingSpec
 from rankscope.train.engine import TOKENS_PER_FORWARD, tokens_per_forward
 from rankscope.train.flops import Products, product_rate
 from rankscope.train.loop import choose_engine
-from rankscope.train.step import make_member
+from rankscope.train.step import make_train_state
 from reference import VOCAB, make_trial
 
 TRAINING = TrainingSpec(steps=4, batch_size=2)
@@ -24,7 +24,7 @@ def test_flops_are_those_of_the_formula(engine: str) -> None:
     """2 D O a token forward and 2 D O backward for the base, 6 R (D + O) for LoRA (3 products each way of A and B);
     the first layer's q, k and v need no gradient of their input, which saves 2 D O and 2 R D each."""
     model, rank = tiny_model("llama-gqa"), 4
-    member = make_member(model, make_trial(rank, 1e-3), TRAINING, 4)
+    member = make_train_state(model, make_trial(rank, 1e-3), TRAINING, 4)
     cost = choose_engine(model, [member], TRAINING.model_copy(update={"engine": engine}), 20).costs[member.trial.name]
     expected = 0
     for name, module in model.model.named_modules():
@@ -46,7 +46,7 @@ def test_prediction_without_weights_is_that_of_the_loaded_model(name: str, tmp_p
     )
     prediction = predict(spec)
     assert prediction.reason is None
-    members = [make_member(model, trial, spec.training, 4) for trial in spec.trials()]
+    members = [make_train_state(model, trial, spec.training, 4) for trial in spec.trials()]
     costs = choose_engine(model, members, spec.training, 20).costs
     for trial, member in zip(spec.trials(), members, strict=True):
         assert prediction.params[trial.candidate.name] == sum(p.numel() for p in member.parameters)

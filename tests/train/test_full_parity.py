@@ -11,12 +11,12 @@ from folders import write_model
 from models import UNPACKABLE, tiny_model
 from rankscope.data.tokens import TokenizedData, Tokens
 from rankscope.files import read_json, read_jsonl
-from rankscope.jobs.reference import make_full_member, train_full
+from rankscope.jobs.reference import make_full_train_state, train_full
 from rankscope.model.load import load_model
 from rankscope.spec.candidates import FullTrial
 from rankscope.spec.models import DataSpec, ModelSpec, ReferenceSpec, StudySpec, TrainingSpec
 from rankscope.train.engine import PackedEngine
-from rankscope.train.loop import choose_engine, train_members
+from rankscope.train.loop import choose_engine, train_trials
 from rankscope.train.probe import make_packable, use_own_forward
 from rankscope.train.step import train_step
 from rankscope.train.stopping import StopRequest
@@ -55,7 +55,7 @@ def train_plainly(model: PreTrainedModel, tokens: Tokens) -> Trained:
 
 def train_packed(name: str, tokens: Tokens, dtype: torch.dtype, tokens_per_forward: int = 1 << 30) -> Trained:
     model = tiny_model(name, dtype)
-    member = make_full_member(model, TRIAL, TRAINING, STEPS)
+    member = make_full_train_state(model, TRIAL, TRAINING, STEPS)
     make_packable(model, [TRIAL.name])
     engine = PackedEngine(model, tokens_per_forward)
     losses = [train_step(engine, [member], tokens, TRAINING, step)[0].loss for step in range(STEPS)]
@@ -91,7 +91,7 @@ def test_a_model_that_cannot_be_packed_is_trained_on_padded_batches() -> None:
     name, tokens = "gpt-neo", random_tokens(30)
     assert name in UNPACKABLE
     model = tiny_model(name)
-    member = make_full_member(model, TRIAL, TRAINING, STEPS)
+    member = make_full_train_state(model, TRIAL, TRAINING, STEPS)
     engine, reason, _ = choose_engine(model, [member], TRAINING, 20)
     assert (engine.name, reason is None) == ("peft", False)
     assert all(weight.grad is None for weight in member.parameters), "counting left gradients"
@@ -159,11 +159,11 @@ def test_general_loss_is_that_of_the_trained_model(folder: str, data: TokenizedD
     own = model.config._attn_implementation
     before = general_loss(model, data.general)
     training = TrainingSpec(steps=5, batch_size=4)
-    member = make_full_member(model, TRIAL, training, 5)
+    member = make_full_train_state(model, TRIAL, training, 5)
     choice = choose_engine(model, [member], training, 20)
     folders, facts = {TRIAL.name: tmp_path}, {"model_sha256": "x"}
     checkpoints = tmp_path / "checkpoints"
-    train_members(model, training, [member], choice, folders, checkpoints, data, facts, StopRequest())
+    train_trials(model, training, [member], choice, folders, checkpoints, data, facts, StopRequest())
     use_own_forward(model, own)
     results = read_json(tmp_path / "trial.json")["results"]
     assert results["general_loss_before"] == pytest.approx(before, rel=1e-5)

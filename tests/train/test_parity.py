@@ -16,7 +16,7 @@ from rankscope.train import loop, recompute
 from rankscope.train.engine import PackedEngine, PeftEngine
 from rankscope.train.probe import make_packable
 from rankscope.train.recompute import recompute_layers
-from rankscope.train.step import make_member, train_step
+from rankscope.train.step import make_train_state, train_step
 from reference import Trained, make_trial, random_tokens, train_with_peft
 
 STEPS = 20
@@ -34,7 +34,7 @@ def train_packed(
     dtype: torch.dtype = torch.float32,
 ) -> list[Trained]:
     model = tiny_model(name, dtype)
-    members = [make_member(model, trial, training, STEPS) for trial in trials]
+    members = [make_train_state(model, trial, training, STEPS) for trial in trials]
     make_packable(model, [trial.name for trial in trials])
     engine = PackedEngine(model, tokens_per_forward)
     losses = [[m.loss for m in train_step(engine, members, tokens, training, step)] for step in range(STEPS)]
@@ -119,7 +119,7 @@ def test_recomputing_changes_rounding_only(name: str) -> None:
 def test_recomputing_keeps_less() -> None:
     tokens, trial = random_tokens(1), make_trial(8, 1e-3)
     model = tiny_model("opt-post-norm")
-    make_member(model, trial, recipe(batch_size=1), STEPS)
+    make_train_state(model, trial, recipe(batch_size=1), STEPS)
     make_packable(model, [trial.name])
     engine, saved = PackedEngine(model, 1 << 30), []
     for most_kept in (None, 1):
@@ -171,7 +171,7 @@ def test_recomputing_by_pefts_forward_changes_rounding_only(name: str, dropout: 
     found, kept = [], []
     for tokens_per_forward in (1 << 30, 1):
         model = tiny_model(name)
-        member = make_member(model, trial, training, STEPS)
+        member = make_train_state(model, trial, training, STEPS)
         recompute_layers(model)
         engine = PeftEngine(model, training.batch_size, tokens_per_forward=tokens_per_forward)
         losses = [train_step(engine, [member], tokens, training, step)[0].loss for step in range(STEPS)]
@@ -196,7 +196,7 @@ def test_what_is_recomputed_is_decided_by_the_memory_that_is_free(
 ) -> None:
     monkeypatch.setattr(loop, "free_bytes", lambda device: free)
     model, training = tiny_model("opt-post-norm"), recipe(batch_size=2).model_copy(update={"engine": engine})
-    member = make_member(model, make_trial(4, 1e-3), training, STEPS)
+    member = make_train_state(model, make_trial(4, 1e-3), training, STEPS)
     chosen = loop.choose_engine(model, [member], training, 20).engine
     calls = []
     own = recompute.checkpoint

@@ -15,7 +15,7 @@ from rankscope.train.engine import PackedEngine
 from rankscope.train.flops import count_cost
 from rankscope.train.loop import choose_engine
 from rankscope.train.probe import make_packable, probe_tokens
-from rankscope.train.step import make_member, train_step
+from rankscope.train.step import make_train_state, train_step
 from reference import make_trial, random_tokens, train_with_peft
 
 TRAINING = TrainingSpec(steps=6, batch_size=4, lr_scheduler_type="linear", warmup_ratio=0.0)
@@ -26,7 +26,7 @@ def test_unpackable_architectures_are_trained_as_peft_does(name: str, caplog: py
     modules = ("q_proj", "v_proj") if name == "phimoe-window" else "all-linear"  # PEFT cannot adapt its router
     tokens, trial = random_tokens(20), make_trial(4, 1e-3, modules=modules)
     model = tiny_model(name)
-    member = make_member(model, trial, TRAINING, 6)
+    member = make_train_state(model, trial, TRAINING, 6)
     with caplog.at_level(logging.WARNING):
         engine, reason, _ = choose_engine(model, [member], TRAINING, 20)
     assert engine.name == "peft"
@@ -64,7 +64,7 @@ def test_rows_beyond_the_original_length_of_longrope_are_taken_one_at_a_time(eng
     tokens, trial, model = random_tokens(20, shortest=6, longest=20), make_trial(4, 1e-3), longrope_model()
     assert tokens.lengths.min() <= 12 < tokens.lengths.max()
     training = TRAINING.model_copy(update={"engine": engine})
-    member = make_member(model, trial, training, 6)
+    member = make_train_state(model, trial, training, 6)
     chosen, reason, _ = choose_engine(model, [member], training, int(tokens.lengths.max()))
     assert chosen.name == "peft"
     assert reason is None if engine == "peft" else "original_max_position_embeddings of 12" in str(reason)
@@ -75,7 +75,7 @@ def test_rows_beyond_the_original_length_of_longrope_are_taken_one_at_a_time(eng
 
 def test_rows_within_the_original_length_of_longrope_are_packed() -> None:
     tokens, trials, model = random_tokens(20, longest=12), [make_trial(4, 1e-3), make_trial(8, 1e-3)], longrope_model()
-    members = [make_member(model, trial, TRAINING, 6) for trial in trials]
+    members = [make_train_state(model, trial, TRAINING, 6) for trial in trials]
     engine, reason, _ = choose_engine(model, members, TRAINING, int(tokens.lengths.max()))
     assert (engine.name, reason) == ("packed", None)
 
@@ -140,7 +140,7 @@ def test_bfloat16_packed_is_close_to_peft_under_autocast() -> None:
     losses = {}
     for kind in ("packed", "peft"):
         model = tiny_model("llama-gqa", torch.bfloat16)
-        member = make_member(model, trial, TRAINING, 6)
+        member = make_train_state(model, trial, TRAINING, 6)
         training = TRAINING.model_copy(update={"engine": kind})
         engine = choose_engine(model, [member], training, 20).engine
         assert engine.name == kind
@@ -154,7 +154,7 @@ def test_memory_budget_divides_the_step(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(loop, "free_bytes", lambda device: 1_000_000)
     model, trial = tiny_model("opt-post-norm"), make_trial(4, 1e-3)
-    member = make_member(model, trial, TRAINING, 6)
+    member = make_train_state(model, trial, TRAINING, 6)
     engine = choose_engine(model, [member], TRAINING, 20).engine
     assert isinstance(engine, PackedEngine)
     assert 50 < engine.tokens_per_forward < 500

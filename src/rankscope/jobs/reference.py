@@ -22,9 +22,9 @@ from rankscope.spec.candidates import FullTrial
 from rankscope.spec.models import StudySpec, TrainingSpec
 from rankscope.study.folder import StudyFolder
 from rankscope.study.missing import missing_reference
-from rankscope.train.loop import choose_engine, train_members
+from rankscope.train.loop import choose_engine, train_trials
 from rankscope.train.optimizer import make_optimizer
-from rankscope.train.step import Member, make_scheduler, total_steps
+from rankscope.train.step import TrainState, make_scheduler, total_steps
 from rankscope.train.stopping import StopRequest
 
 if TYPE_CHECKING:
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 NOT_SAVED = "the weights are not saved: they are as large as the model"
 
 
-def make_full_member(model: PreTrainedModel, trial: FullTrial, training: TrainingSpec, steps: int) -> Member:
+def make_full_train_state(model: PreTrainedModel, trial: FullTrial, training: TrainingSpec, steps: int) -> TrainState:
     """Lets every weight of `model` be trained, and gives the trial its optimizer and schedule. Tied weights are one."""
     model.requires_grad_(True)
     weights = dict(model.named_parameters())
     optimizer = make_optimizer({trial.learning_rate: list(weights.values())}, training)
-    return Member(trial, None, weights, optimizer, make_scheduler(optimizer, training, steps))
+    return TrainState(trial, None, weights, optimizer, make_scheduler(optimizer, training, steps))
 
 
 def train_full(spec: StudySpec, trial: FullTrial, folder: Path, data: TokenizedData, stop: StopRequest) -> None:
@@ -52,7 +52,7 @@ def train_full(spec: StudySpec, trial: FullTrial, folder: Path, data: TokenizedD
     """
     model = load_model(spec.model.model_copy(update={"dtype": "float32"}))
     weights = fingerprint(model)
-    member = make_full_member(model, trial, spec.training, total_steps(spec.training, len(data.train)))
+    member = make_full_train_state(model, trial, spec.training, total_steps(spec.training, len(data.train)))
     choice = choose_engine(model, [member], spec.training, data.longest_row)
     choice.engine.mixed = resolve_dtype(spec.model.dtype, resolve_device(spec.model.device)) == torch.bfloat16
     facts = {
@@ -63,7 +63,7 @@ def train_full(spec: StudySpec, trial: FullTrial, folder: Path, data: TokenizedD
         "weights": NOT_SAVED,
     }
     checkpoints = folder / "checkpoints"
-    train_members(model, spec.training, [member], choice, {trial.name: folder}, checkpoints, data, facts, stop)
+    train_trials(model, spec.training, [member], choice, {trial.name: folder}, checkpoints, data, facts, stop)
     shutil.rmtree(checkpoints, ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""Adapters on a frozen model. PEFT owns them: matching, initialisation, scaling and saving are its own."""
+"""Adapters on a frozen model, by PEFT: target matching, initialisation, scaling and saving are its own."""
 
 import warnings
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from rankscope.spec.candidates import Candidate, Trial
 
 
 def lora_config(candidate: Candidate, base: str | None = None) -> LoraConfig:
-    """The candidate as PEFT's own configuration; `base` is the base model's id or folder, for the saved file."""
+    """PEFT's configuration of the candidate; `base` is the base model's id or folder, for the saved file."""
     modules, ranks = candidate.target_modules, dict(candidate.rank_pattern)
     return LoraConfig(
         task_type="CAUSAL_LM",
@@ -31,7 +31,7 @@ def lora_config(candidate: Candidate, base: str | None = None) -> LoraConfig:
         use_rslora=candidate.use_rslora,
         use_dora=candidate.variant == "dora",
         rank_pattern=ranks,
-        # The scaling of a layer stays what it is at the candidate's rank: alpha/r, or alpha/sqrt(r).
+        # Every layer keeps the scaling of the candidate's own rank: alpha/r, or alpha/sqrt(r).
         alpha_pattern={
             name: candidate.scaling * (rank**0.5 if candidate.use_rslora else rank) for name, rank in ranks.items()
         },
@@ -48,9 +48,9 @@ def inject(config: LoraConfig, model: nn.Module, name: str, empty: bool = False,
         StudyError: a target module matches nothing, or cannot carry LoRA; the message names those that can.
     """
     todo = f"Linear modules of this model: {', '.join(linear_names(model))}."
-    asked = config.target_modules if isinstance(config.target_modules, set | list) else []
+    targets = config.target_modules if isinstance(config.target_modules, set | list) else []
     names = [f".{name}" for name, _ in model.named_modules()]
-    for module in sorted(asked):  # PEFT is content where one of them matches
+    for module in sorted(targets):  # PEFT is content where one of them matches
         if not any(name.endswith(f".{module}") for name in names):
             guess = did_you_mean(module, linear_names(model), most=2, cutoff=0.5)
             raise StudyError(f"adapter.target_modules: {module} matches no module of this model{guess}", todo)
@@ -70,13 +70,13 @@ def inject(config: LoraConfig, model: nn.Module, name: str, empty: bool = False,
 
 
 def add_adapter(model: PreTrainedModel, trial: Trial, base: str | None = None) -> LoraConfig:
-    """Injects the trial's adapter under the trial's name, initialised from the trial's seed alone.
+    """Inject the trial's adapter under the trial's name, initialised from the trial's seed alone.
 
-    The seed is set before the adapter is built, in a fork of the random state, so that an adapter starts from the
-    same numbers whatever else is in the pack.
+    The seed is set in a fork of the random state, so the other trials of a pack do not change an adapter's initial
+    weights.
 
     Raises:
-        StudyError: the target modules match nothing, or cannot carry LoRA, or are embeddings.
+        StudyError: see `inject`.
     """
     config = lora_config(trial.candidate, base)
     with torch.random.fork_rng(devices=[]):
@@ -89,10 +89,10 @@ def add_adapter(model: PreTrainedModel, trial: Trial, base: str | None = None) -
 
 
 def to_float32(model: nn.Module, adapter: str) -> None:
-    """Float32 masters over a half-precision base, as mixed-precision training has them."""
+    """Convert the adapter's weights to float32, as mixed-precision training keeps them over a half-precision base."""
     key = adapter_key(adapter)
-    of_embeddings = [f for _, layer in lora_layers(model) for f in (layer.lora_embedding_A, layer.lora_embedding_B)]
-    embeddings = [factors[key] for factors in of_embeddings if key in factors]
+    factors = [part for _, layer in lora_layers(model) for part in (layer.lora_embedding_A, layer.lora_embedding_B)]
+    embeddings = [part[key] for part in factors if key in part]
     for parameter in [*adapter_parameters(model, adapter), *embeddings]:
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
@@ -106,7 +106,7 @@ def remove_adapters(model: PreTrainedModel) -> None:
 
 
 def remove_adapter(model: PreTrainedModel, adapter: str) -> None:
-    """Takes one adapter off the model; a layer that then carries none is the base layer again."""
+    """Remove one adapter from the model; a layer that then carries none is the base layer again."""
     key, trained = adapter_key(adapter), [parameter for parameter in model.parameters() if parameter.requires_grad]
     for _, layer in lora_layers(model):
         if key in layer.lora_A:
@@ -124,19 +124,19 @@ def remove_adapter(model: PreTrainedModel, adapter: str) -> None:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """The last parts of the names of all linear modules, for error messages and plans."""
+    """Last parts of the names of all linear modules, for error messages and plans."""
     from transformers.pytorch_utils import Conv1D
 
     return sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)})
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
-    """Every layer that carries adapters, in the model's order."""
+    """Names and modules of the layers that carry adapters, in the model's order."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
 
 
 def adapter_weights(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    """The adapter's parameters under PEFT's saved names: `base_model.model.….lora_A.weight`."""
+    """Parameters of the adapter under PEFT's saved names: `base_model.model.….lora_A.weight`."""
     key = adapter_key(adapter)
     weights: dict[str, nn.Parameter] = {}
     for name, layer in lora_layers(model):
@@ -145,7 +145,7 @@ def adapter_weights(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
                 weight = modules[key].weight
                 assert isinstance(weight, nn.Parameter)
                 weights[f"base_model.model.{name}.{part}.weight"] = weight
-        if key in layer.lora_magnitude_vector:  # DoRA's
+        if key in layer.lora_magnitude_vector:  # DoRA
             magnitude = layer.lora_magnitude_vector[key].weight
             assert isinstance(magnitude, nn.Parameter)
             weights[f"base_model.model.{name}.lora_magnitude_vector"] = magnitude
@@ -153,26 +153,26 @@ def adapter_weights(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> list[nn.Parameter]:
-    """The adapter's parameters, in the model's order."""
+    """Parameters of the adapter, in the model's order."""
     return list(adapter_weights(model, adapter).values())
 
 
 def save_adapter(weights: Mapping[str, torch.Tensor], config: LoraConfig, folder: Path) -> int:
-    """Writes PEFT's adapter_model.safetensors and adapter_config.json; returns the weights' size in bytes."""
+    """Write PEFT's adapter_model.safetensors and adapter_config.json; return the size of the weights in bytes."""
     tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
     file = folder / SAFETENSORS_WEIGHTS_NAME
     with published(file) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     config.inference_mode = True
-    if isinstance(config.target_modules, set):  # whose order is another in each process
+    if isinstance(config.target_modules, set):  # its order differs between processes
         config.target_modules = sorted(config.target_modules)
-    with TemporaryDirectory() as made:  # PEFT's own text, which it would write in place
-        config.save_pretrained(made)
-        text = Path(made, CONFIG_NAME).read_bytes()
+    with TemporaryDirectory() as scratch:  # PEFT writes in place, which is not atomic
+        config.save_pretrained(scratch)
+        text = Path(scratch, CONFIG_NAME).read_bytes()
     write_atomic(folder / CONFIG_NAME, text)
     return file.stat().st_size
 
 
 def adapter_key(adapter: str) -> str:
-    """Module names may not contain a dot, a learning rate such as 1.5e-4 does."""
+    """PEFT's name of the adapter: module names may not contain a dot, and a learning rate such as 1.5e-4 does."""
     return adapter.replace(".", "_")

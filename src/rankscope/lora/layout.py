@@ -1,8 +1,8 @@
-"""How sequences and trials lie in a flattened batch, and how the layers of the model get to know it.
+"""Layout of sequences and trials in a flattened batch, and the context variable by which layers read it.
 
 The sequences of all trials of a pack are laid end to end, trial by trial, without padding: `(1, T)` token ids.
-Attention needs to know where sequences begin, LoRA layers where trials do. Neither can be passed through every
-model's forward, so the layout of the running forward is a context variable.
+Attention needs the sequence boundaries, LoRA layers the trial boundaries. Neither can be passed through every model's
+forward, so the layout of the running forward is a context variable.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,40 +18,39 @@ from rankscope.data.tokens import Tokens
 
 
 class NotPackable(Exception):
-    """The model does something that the packed forward does not cover; the message says what."""
+    """The model does something that the packed forward does not cover; the message names it."""
 
 
 class Segment(NamedTuple):
-    """The tokens of one trial, `[start, stop)`, and its sequences within them."""
+    """Tokens of one trial, `[start, stop)`, and the lengths of its sequences.
+
+    `dropout` has one random stream for each sequence, which runs on from layer to layer; it is empty in evaluation. A
+    stream depends only on the trial's seed, the step, and the example's position in the step, so neither the division
+    of a step nor the other trials of a pack change it.
+    """
 
     adapter: str
     start: int
     stop: int
     lengths: tuple[int, ...]
     dropout: tuple[torch.Generator, ...]
-    """One random stream for each sequence, which runs on from layer to layer; empty in evaluation.
-
-    A stream depends on the trial's seed, the step and the example's place in the step alone: how a step is divided,
-    and what else is packed, changes nothing.
-    """
 
 
 class Layout(NamedTuple):
-    """A flattened batch of T tokens: the segments of its trials, in order, without gaps."""
+    """Segments of the trials in a flattened batch of T tokens, in order and without gaps."""
 
     segments: tuple[Segment, ...]  # none in a padded batch, by PEFT's forward
     tokens: int
-    recompute: bool = False
-    """Whether decoder layers keep their inputs only, and run again in the backward: see `train.recompute`."""
+    recompute: bool = False  # decoder layers keep only their inputs: see `train.recompute`
 
     @property
     def streams(self) -> list[torch.Generator]:
-        """Dropout's, of all sequences."""
+        """Dropout streams of all sequences."""
         return [stream for segment in self.segments for stream in segment.dropout]
 
     @property
     def sequence_starts(self) -> tuple[int, ...]:
-        """S + 1 offsets, the last one T."""
+        """Offsets of the sequences, S + 1 of them, the last one T."""
         starts = [0]
         for segment in self.segments:
             for length in segment.lengths:
@@ -60,22 +59,22 @@ class Layout(NamedTuple):
 
 
 class FlatBatch(NamedTuple):
-    """What one forward of the packed model takes. L is the number of label tokens, S that of sequences."""
+    """Inputs of one forward of the packed model, with L label tokens and S sequences."""
 
     layout: Layout
     input_ids: torch.Tensor  # (1, T)
     position_ids: torch.Tensor  # (1, T), restarting at 0 in each sequence
-    label_positions: torch.Tensor  # (L,), the positions whose next token is a label
-    targets: torch.Tensor  # (L,), that next token
+    label_positions: torch.Tensor  # (L,), positions before a label token
+    targets: torch.Tensor  # (L,), the label tokens
     label_sequence: torch.Tensor  # (L,), the sequence (0..S-1) each label belongs to
 
 
 Examples = Sequence[int] | npt.NDArray[np.int64]
-"""Numbers of examples, in an order."""
+"""Indices of examples, in order."""
 
 
 class Slice(NamedTuple):
-    """Some examples for one adapter; with one seed each for LoRA dropout, or none for evaluation."""
+    """Examples for one adapter, with a seed of LoRA dropout for each, or none for evaluation."""
 
     adapter: str
     examples: Examples
@@ -83,7 +82,7 @@ class Slice(NamedTuple):
 
 
 def flatten(tokens: Tokens, slices: Sequence[Slice], device: torch.device, most_kept: int | None = None) -> FlatBatch:
-    """Lays the examples of each slice end to end. With more than `most_kept` tokens the layout asks to recompute."""
+    """Lay the examples of each slice end to end. With more than `most_kept` tokens the layout asks to recompute."""
     segments, ids, positions, label_positions, label_sequence = [], [], [], [], []
     start, sequence = 0, 0
     for adapter, examples, dropout_seeds in slices:
@@ -120,7 +119,7 @@ _current: ContextVar[Layout | None] = ContextVar("rankscope_layout", default=Non
 
 @contextmanager
 def use_layout(layout: Layout) -> Iterator[None]:
-    """Makes `layout` the one that attention and LoRA layers read while the body runs."""
+    """Make `layout` the one that attention and LoRA layers read while the body runs."""
     token = _current.set(layout)
     try:
         yield
@@ -129,12 +128,12 @@ def use_layout(layout: Layout) -> Iterator[None]:
 
 
 def layout_if_any() -> Layout | None:
-    """The layout of the running forward, where it has one."""
+    """Layout of the running forward, or None outside of `use_layout`."""
     return _current.get()
 
 
 def current_layout() -> Layout:
-    """The layout of the running forward."""
+    """Layout of the running forward. Raises RuntimeError outside of `use_layout`."""
     layout = _current.get()
     if layout is None:
         raise RuntimeError("a packed model was called outside of use_layout")

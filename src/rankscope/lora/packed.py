@@ -17,12 +17,12 @@ from transformers.pytorch_utils import Conv1D
 
 from rankscope.lora.adapters import adapter_key, lora_layers
 from rankscope.lora.layout import NotPackable, Segment, current_layout
-from rankscope.lora.variants import start_of
+from rankscope.lora.variants import initial_factors
 from rankscope.model.quantized import DequantizedForward, dequantized_forward
 
 
 def pack_layers(model: PreTrainedModel) -> None:
-    """Replaces the forward of every LoRA layer by the packed one. `unpack_layers` undoes it.
+    """Replace the forward of every LoRA layer by the packed one. `unpack_layers` undoes it.
 
     Raises:
         NotPackable: a layer is not plain LoRA over a linear module, or the output layer carries an adapter.
@@ -42,13 +42,13 @@ def pack_layers(model: PreTrainedModel) -> None:
 
 
 def unpack_layers(model: PreTrainedModel) -> None:
-    """Gives every LoRA layer its own forward back."""
+    """Give every LoRA layer its own forward back."""
     for _, layer in lora_layers(model):
         layer.__dict__.pop("forward", None)
 
 
 class _PackedForward:
-    """The packed forward of one layer. `x` is (1, T, D) or (T, D); the result has O for D."""
+    """Packed forward of one layer, from (1, T, D) or (T, D) to (1, T, O) or (T, O)."""
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
@@ -65,8 +65,8 @@ class _PackedForward:
                 weights += [layer.lora_A[key].weight, layer.lora_B[key].weight]
                 spans.append((segment.start, segment.stop, layer.scaling[key]))
                 keeps.append(_dropout_keep(layer.lora_dropout[key], segment, flat))
-                if start := start_of(layer, key):
-                    weights += start
+                if initial := initial_factors(layer, key):
+                    weights += initial
                     spans.append((segment.start, segment.stop, -layer.scaling[key]))
                     keeps.append(None)
         weight = dequantized_forward(base) or (base.weight if isinstance(base, nn.Linear) else base.weight.T)  # Conv1D
@@ -75,14 +75,14 @@ class _PackedForward:
 
 
 class _PackedLinear(torch.autograd.Function):
-    """The frozen product and every span's update, whose input gradients add up in one buffer.
+    """Frozen product plus the update of every span of tokens, with the input gradients added up in one buffer.
 
-    Shapes: x (T, D), weight (O, D), bias (O,) or None, A (R, D), B (O, R). `keeps` holds what each span's dropout
-    keeps, or None. A span whose A and B are not trained is a start to be taken away: see `rankscope.lora.variants`.
-    Saved for backward are x (which q, k and v share), s A x of shape (t, R), and what dropout keeps.
+    Shapes: x (T, D), weight (O, D), bias (O,) or None, A (R, D), B (O, R). `keeps` holds each span's dropout mask and
+    factor, or None. A span with untrained A and B subtracts an initial update: see `rankscope.lora.variants`.
+    The backward needs x (which q, k and v share), s A x of shape (t, R), and the dropout masks.
 
-    The order of products, (x A) B and not x (W + B A): a merged weight would have to be made again in the backward or
-    kept for every trial, and then costs more until a span has more than 2 D O / (D + O) tokens.
+    The order of products is (x A) B rather than x (W + B A): a merged weight would have to be recomputed in the
+    backward or kept for every trial, and costs more unless a span has more than 2 D O / (D + O) tokens.
     """
 
     @staticmethod
@@ -128,12 +128,12 @@ class _PackedLinear(torch.autograd.Function):
 
 
 def _matrix(weight: Tensor | DequantizedForward, dtype: torch.dtype) -> Tensor:
-    """(O, D)."""
+    """Frozen weight of shape (O, D), dequantized where it is quantized."""
     return weight.weight(dtype) if isinstance(weight, DequantizedForward) else weight
 
 
 def _grad(weight: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
-    """The gradient `left @ right`, or None once it is added to the one that earlier forwards of the step left."""
+    """Return the gradient `left @ right`, or add it to the one that the step has accumulated and return None."""
     if weight.grad is None or weight.dtype != left.dtype:
         return left @ right
     weight.grad.addmm_(left, right)
@@ -141,17 +141,16 @@ def _grad(weight: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
 
 
 def _dropout_keep(dropout: nn.Module, segment: Segment, x: Tensor) -> tuple[Tensor, float] | None:
-    """What dropout keeps of a segment, a bool (t, D), and the factor 1/(1-p); None without dropout.
+    """Dropout mask of a segment, a bool (t, D), and the factor 1 / (1 - p); None without dropout.
 
-    On the CPU a sequence's stream draws the very numbers that `torch.nn.Dropout` draws for that sequence alone.
+    On the CPU a sequence's random stream draws the same numbers as `torch.nn.Dropout` does for that sequence alone.
     """
     if not segment.dropout or not isinstance(dropout, nn.Dropout) or dropout.p == 0.0:
         return None
-    keep = torch.empty(segment.stop - segment.start, x.shape[1], dtype=torch.bool, device=x.device)
-    parts = keep.split(segment.lengths)
-    for part, stream in zip(parts, segment.dropout, strict=True):
+    mask = torch.empty(segment.stop - segment.start, x.shape[1], dtype=torch.bool, device=x.device)
+    for part, stream in zip(mask.split(segment.lengths), segment.dropout, strict=True):
         part.bernoulli_(1 - dropout.p, generator=stream)
-    return keep, 1 / (1 - dropout.p)
+    return mask, 1 / (1 - dropout.p)
 
 
 def _drop(x: Tensor, keep: tuple[Tensor, float] | None) -> Tensor:

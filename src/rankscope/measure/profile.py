@@ -18,7 +18,15 @@ from rankscope.spec.candidates import Candidate, Trial
 from rankscope.spec.models import StudySpec
 from rankscope.train.engine import EVAL_TOKENS
 from rankscope.train.loop import choose_engine
-from rankscope.train.step import batch_at, eval_steps, make_member, save_member, spread, total_steps, train_step
+from rankscope.train.step import (
+    batch_at,
+    eval_steps,
+    make_train_state,
+    save_trained_adapter,
+    spread,
+    total_steps,
+    train_step,
+)
 
 
 def profile_candidate(spec: StudySpec, candidate: Candidate, data: TokenizedData) -> dict[str, Any]:
@@ -54,7 +62,7 @@ def profile_candidate(spec: StudySpec, candidate: Candidate, data: TokenizedData
         base = sampler.take().rss_bytes
         sampler.begin("warmup")
         steps = total_steps(training, len(data.train))
-        member = make_member(model, trial, training, steps, spec.model.id)
+        member = make_train_state(model, trial, training, steps, spec.model.id)
         engine = choose_engine(model, [member], training, data.longest_row).engine
         seconds: list[float] = []
         tokens: list[int] = []
@@ -83,7 +91,7 @@ def profile_candidate(spec: StudySpec, candidate: Candidate, data: TokenizedData
     eval_tokens = int(data.eval.offsets[-1]) * (1 + len(eval_steps(training, steps)))
     joules = None if energy_before is None or energy_after is None else energy_after - energy_before
     with tempfile.TemporaryDirectory() as folder:
-        adapter_bytes = save_member(member, Path(folder))
+        adapter_bytes = save_trained_adapter(member, Path(folder))
     summary = {
         "load_seconds": load_seconds,
         **summarise_steps(seconds, tokens),

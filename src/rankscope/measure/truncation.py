@@ -25,7 +25,7 @@ from rankscope.spec.models import StudySpec
 from rankscope.train.engine import Engine, ExampleLosses
 from rankscope.train.loop import choose_engine
 from rankscope.train.probe import use_own_forward
-from rankscope.train.step import Member, finite_weights, make_member, total_steps, train_step
+from rankscope.train.step import TrainState, finite_weights, make_train_state, total_steps, train_step
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +114,9 @@ def _evaluate_group(
     data: TokenizedData,
 ) -> Iterator[list[Truncation]]:
     attention = model.config._attn_implementation
-    members = {rank: make_member(model, _trial(spec, trial, rank), spec.training, 1, spec.model.id) for rank in ranks}
+    members = {
+        rank: make_train_state(model, _trial(spec, trial, rank), spec.training, 1, spec.model.id) for rank in ranks
+    }
     kept = {rank: kept_energy(layers, uniform_ranks(layers, rank)) for rank in ranks}
     # Chosen while the adapters still add nothing: the probe compares one of them with the model's own forward.
     engine = choose_engine(model, list(members.values()), spec.training, data.longest_row).engine
@@ -147,7 +149,7 @@ def _trial(spec: StudySpec, trial: Trial, rank: int) -> Trial:
     return Trial(candidate=slower, seed=trial.seed)
 
 
-def _fill(member: Member, layers: Sequence[Decomposed], rank: int | None) -> None:
+def _fill(member: TrainState, layers: Sequence[Decomposed], rank: int | None) -> None:
     """Fill a member's weights with the trained adapter truncated to `rank`, or with the whole one (None).
 
     A layer with fewer directions has zeros for the rest.
@@ -178,7 +180,7 @@ def _check_control(trial: Trial, found: float, recorded: float, tolerance: float
 
 
 def _recover(
-    engine: Engine, members: dict[int, Member], spec: StudySpec, data: TokenizedData, steps: int
+    engine: Engine, members: dict[int, TrainState], spec: StudySpec, data: TokenizedData, steps: int
 ) -> dict[int, ExampleLosses | None]:
     """Train the members together on the batches that would have come next, and return their losses by rank.
 

@@ -12,7 +12,7 @@ import torch
 from rankscope.data.tokens import TokenizedData
 from rankscope.errors import MissingExtraError, ModelError, StudyDirectoryError, StudyError
 from rankscope.jobs.context import Place
-from rankscope.lora.variants import FROM_WEIGHTS
+from rankscope.lora.variants import WEIGHT_INIT_VARIANTS
 from rankscope.model.load import skeleton
 from rankscope.model.quantized import base_bytes
 from rankscope.plan.memory import CostModel
@@ -141,8 +141,8 @@ def disk_bytes(
     time."""
     steps = total_steps(spec.training, len(data.train))
     trials = [trial for pack in packs for trial in pack]
-    # One that starts from the base's weights is saved at twice its rank: see `rankscope.lora.variants.exported`.
-    doubled = [trial.candidate.variant in FROM_WEIGHTS for trial in trials]
+    # One that starts from the base's weights is saved at twice its rank: see `rankscope.lora.variants.as_plain_lora`.
+    doubled = [trial.candidate.variant in WEIGHT_INIT_VARIANTS for trial in trials]
     adapters = sum(4 * prediction.params[t.candidate.name] * (1 + d) for t, d in zip(trials, doubled, strict=True))
     # Of the reference: weights and two moments, in float32.
     kept = [*map(prediction.checkpoint_bytes, packs), *(12 * prediction.base_params for _ in reference)]

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from rankscope.data.tokens import Tokens
 from rankscope.lora.adapters import adapter_key, adapter_parameters, inject, lora_config, to_float32
 from rankscope.lora.layout import Slice, flatten
-from rankscope.lora.variants import FROM_WEIGHTS, all_starts, note_start
+from rankscope.lora.variants import WEIGHT_INIT_VARIANTS, iter_initial_factors, record_initial_factors
 from rankscope.model.quantized import held_tensors, quantization_tensors
 from rankscope.spec.candidates import Candidate, Trial
 from rankscope.spec.models import StudySpec
@@ -109,8 +109,8 @@ def add_fake_adapters(
     for name in candidates:
         for parameter in adapter_parameters(model, name):
             parameter.requires_grad_(True)
-        if candidates[name].variant in FROM_WEIGHTS:
-            note_start(model, name)
+        if candidates[name].variant in WEIGHT_INIT_VARIANTS:
+            record_initial_factors(model, name)
 
 
 def rehearse(
@@ -148,7 +148,7 @@ def rehearse(
             long: _record(engine, recorder, tokens, group, list(itertools.chain(*parameters.values())))
             for long, (_, group) in largest.items()
         }
-    starts = [tensor.untyped_storage().nbytes() for tensor in all_starts(model)]
+    starts = [tensor.untyped_storage().nbytes() for tensor in iter_initial_factors(model)]
     script = _Script(parameters, starts, spec.training.optim, device)
     some = next(iter(recordings.values()))
     script.count(some)
@@ -223,7 +223,7 @@ class _Recorder(TorchDispatchMode):
         self._numbers: dict[int, int] = {}  # of storages alive
         self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._next = itertools.count()
-        for tensor in itertools.chain(held_tensors(model), model.buffers(), all_starts(model)):
+        for tensor in itertools.chain(held_tensors(model), model.buffers(), iter_initial_factors(model)):
             self._numbers[tensor.untyped_storage()._cdata] = -1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from rankscope.data.tokens import Tokens
 from rankscope.lora.adapters import adapter_parameters, lora_layers
 from rankscope.lora.layout import NotPackable
-from rankscope.lora.variants import FROM_WEIGHTS
+from rankscope.lora.variants import WEIGHT_INIT_VARIANTS
 from rankscope.model.device import resolve_device, resolve_dtype
 from rankscope.model.load import skeleton
 from rankscope.model.quantized import base_bytes, parameter_count
@@ -102,7 +102,8 @@ class CostModel(NamedTuple):
     def adapter_bytes(self, trials: Sequence[Trial]) -> int:
         """Weights, gradients and optimizer states of all trials' adapters, and what they began with."""
         return sum(
-            self.params[trial.candidate.name] * (WEIGHT_AND_GRAD_BYTES + 4 * (trial.candidate.variant in FROM_WEIGHTS))
+            self.params[trial.candidate.name]
+            * (WEIGHT_AND_GRAD_BYTES + 4 * (trial.candidate.variant in WEIGHT_INIT_VARIANTS))
             + self.states(trial.candidate)
             for trial in trials
         )

@@ -11,11 +11,11 @@ from rankscope.lora.packed import pack_layers
 from rankscope.search.space import Asked, SearchSpec
 from rankscope.train.loop import choose_engine
 from rankscope.train.step import (
-    Member,
+    TrainState,
     batch_at,
     finite_weights,
-    make_member,
-    save_member,
+    make_train_state,
+    save_trained_adapter,
     spread,
     total_steps,
     train_step,
@@ -34,7 +34,7 @@ class PackTrainer:
         self.training = spec.study.training
         self.steps = total_steps(self.training, len(data.train))
         self.rung_data = rung_rows(spec, data, self.steps)
-        self.members: dict[str, Member] = {}
+        self.members: dict[str, TrainState] = {}
         # Whether the model can be packed, and how large its forwards may be, is asked with all places taken by the
         # largest candidates.
         groups = len(spec.space.target_modules)
@@ -44,8 +44,8 @@ class PackTrainer:
         for asked in largest:
             remove_adapter(model, asked.name)
 
-    def _member(self, asked: Asked) -> Member:
-        return make_member(self.model, asked, self.training, self.steps, self.spec.study.model.id)
+    def _member(self, asked: Asked) -> TrainState:
+        return make_train_state(self.model, asked, self.training, self.steps, self.spec.study.model.id)
 
     def add(self, asked: Asked) -> None:
         self.members[asked.name] = self._member(asked)
@@ -78,7 +78,7 @@ class PackTrainer:
 
     def save(self, name: str, folder: Path) -> None:
         """Writes a candidate's adapter in PEFT's format."""
-        save_member(self.members[name], folder)
+        save_trained_adapter(self.members[name], folder)
 
 
 def rung_rows(spec: SearchSpec, data: TokenizedData, steps: int) -> Tokens:

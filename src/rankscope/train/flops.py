@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from rankscope.data.tokens import Tokens
 from rankscope.lora.adapters import adapter_parameters
-from rankscope.lora.variants import all_starts
+from rankscope.lora.variants import iter_initial_factors
 from rankscope.train.step import StepMetrics
 
 _aten = torch.ops.aten
@@ -76,7 +76,7 @@ def count_costs(
 
 def count_cost(model: PreTrainedModel, adapter: str, forward: Callable[[], Tensor], tokens: Tokens) -> Cost:
     """The cost of `forward`, which runs `tokens` through the trunk under `adapter` and returns its hidden states."""
-    kept = itertools.chain(model.parameters(), all_starts(model))
+    kept = itertools.chain(model.parameters(), iter_initial_factors(model))
     weights = {tensor.untyped_storage()._cdata for tensor in kept}
     saved: dict[int, int] = {}
 

@@ -1,4 +1,4 @@
-"""The pack's training loop: reads top to bottom, without callbacks."""
+"""Training loop of a pack: reads top to bottom, without callbacks."""
 
 import logging
 import math
@@ -30,12 +30,12 @@ from rankscope.train.optimizer import state_sizes
 from rankscope.train.probe import dependent_rows_reason, make_packable, probe_tokens
 from rankscope.train.recompute import recompute_layers
 from rankscope.train.step import (
-    Member,
     StepMetrics,
+    TrainState,
     eval_steps,
     finite_weights,
-    make_member,
-    save_member,
+    make_train_state,
+    save_trained_adapter,
     total_steps,
     train_step,
 )
@@ -45,23 +45,23 @@ log = logging.getLogger(__name__)
 
 
 class EngineChoice(NamedTuple):
-    """The engine that trains, why it is not the packed one where it is not, and each trial's cost."""
+    """Engine that trains a pack."""
 
     engine: Engine
-    reason: str | None
-    costs: dict[str, Cost]
+    reason: str | None  # why the model cannot be packed
+    costs: dict[str, Cost]  # by trial
 
 
 def choose_engine(
-    model: PreTrainedModel, members: Sequence[Member], training: TrainingSpec, longest_row: int
+    model: PreTrainedModel, states: Sequence[TrainState], training: TrainingSpec, longest_row: int
 ) -> EngineChoice:
-    """The packed engine where the model can be packed (probed on the model itself), PEFT's own elsewhere.
+    """Choose the packed engine if the model can be packed, which is probed on the model itself, or else PEFT's.
 
     Its forwards have as many tokens as the memory that is free after loading allows. Rows of up to `longest_row` tokens
     that would depend on their neighbours are not packed: PEFT's forward takes them one at a time.
     """
     dropout, reason = training.base_dropout == "keep", None
-    names = [member.trial.name for member in members]
+    names = [state.trial.name for state in states]
     dependent = dependent_rows_reason(model.config, longest_row)
     engine: PackedEngine | PeftEngine = PeftEngine(model, 1 if dependent else training.batch_size, dropout)
     if training.engine == "packed":
@@ -78,34 +78,32 @@ def choose_engine(
     if engine.name == "peft":
         recompute_layers(model)
     costs = count_costs(model, names, engine.forward, probe_tokens(model))
-    for member in members:  # what counting left on weights that are no adapter's
-        member.optimizer.zero_grad(set_to_none=True)
+    for state in states:  # gradients that counting left on weights of full fine-tuning
+        state.optimizer.zero_grad(set_to_none=True)
     per_token = max(cost.bytes_per_token for cost in costs.values())
     if engine.name == "peft":
         per_token += LOGIT_BYTES * model.config.get_text_config().vocab_size
-    sizes = [parameter.numel() for member in members for parameter in member.parameters]
-    still_to_come = sum(4 * size + sum(state_sizes(training.optim, size)) for size in sizes)  # gradients and states
-    engine.tokens_per_forward = tokens_per_forward(
-        free_bytes(model.device) - still_to_come, per_token, model.device.type
-    )
+    sizes = [parameter.numel() for state in states for parameter in state.parameters]
+    pending = sum(4 * size + sum(state_sizes(training.optim, size)) for size in sizes)  # gradients and states
+    engine.tokens_per_forward = tokens_per_forward(free_bytes(model.device) - pending, per_token, model.device.type)
     log.info("%s: %.2f MB a token, at most %d a forward", engine.name, per_token / 1e6, engine.tokens_per_forward)
     return EngineChoice(engine, reason, costs)
 
 
 class PackRun(NamedTuple):
-    """What a pack's training took."""
+    """Measurements of a pack's training."""
 
     steps: int
-    step_seconds: float  # of all steps
-    useful_flops: float  # of all steps: see `Cost`
+    step_seconds: float  # sum over all steps
+    useful_flops: float  # sum over all steps: see `Cost`
     product_rates: tuple[float, float] | None
     """FLOP/s of plain matrix products of one step's shapes, timed after the process's first step and after its last;
-    None where it had no step left to do."""
+    None without a step."""
 
 
 @dataclass
 class _Tally:
-    """What a pack has taken so far, over all the processes that trained it: kept in its checkpoints."""
+    """Running totals of a pack over all processes that trained it, saved in its checkpoints."""
 
     step_seconds: float = 0.0
     eval_seconds: float = 0.0
@@ -123,13 +121,13 @@ def train_pack(
     weights: str,
     stop: StopRequest,
 ) -> PackRun:
-    """Gives each of `trials` its adapter and trains them together: see `train_members`.
+    """Give each of `trials` an adapter and train them together: see `train_trials`.
 
     `weights` is the base model's fingerprint.
     """
     steps = total_steps(spec.training, len(data.train))
-    members = [make_member(model, trial, spec.training, steps, spec.model.id) for trial in trials]
-    choice = choose_engine(model, members, spec.training, data.longest_row)
+    states = [make_train_state(model, trial, spec.training, steps, spec.model.id) for trial in trials]
+    choice = choose_engine(model, states, spec.training, data.longest_row)
     facts = {
         "pack": pack,
         "engine": choice.engine.name,
@@ -137,13 +135,13 @@ def train_pack(
         "model_sha256": weights,
         "tokens_sha256": data.sha256,
     }
-    return train_members(model, spec.training, members, choice, folders, checkpoints, data, facts, stop)
+    return train_trials(model, spec.training, states, choice, folders, checkpoints, data, facts, stop)
 
 
-def train_members(
+def train_trials(
     model: PreTrainedModel,
     training: TrainingSpec,
-    members: Sequence[Member],
+    states: Sequence[TrainState],
     choice: EngineChoice,
     folders: Mapping[str, Path],
     checkpoints: Path,
@@ -151,53 +149,52 @@ def train_members(
     facts: Mapping[str, Any],
     stop: StopRequest,
 ) -> PackRun:
-    """Trains all `members` to their last step, from the newest checkpoint or from the first step, and writes the files
-    of each in its trial's folder.
+    """Train all trials to their last step, from the newest checkpoint or from the start, and write their files.
 
-    trial.json holds status, results and `facts`, metrics.jsonl a line a step, eval.json the final held-out loss of
-    each example, adapter/ the adapter in PEFT's format (nothing in full fine-tuning).
-    A trial whose loss or gradient is not finite is frozen where it is and recorded as diverged; the others go on.
-    A trial that was done already takes part all the same, so that the others' numbers are what they would have been.
+    In a trial's folder, trial.json has status, results and `facts`, metrics.jsonl a line for each step, eval.json the
+    final held-out loss of each example, and adapter/ the adapter in PEFT's format (none in full fine-tuning).
+    A trial with a loss or gradient that is not finite is frozen and recorded as diverged; the others go on.
+    A trial that is done already takes part again, so that the numbers of the others do not change.
 
     Raises:
-        KilledError: to `stop` was asked for. The step that ran is ended, and a checkpoint written.
-        ModelError: the model is another than the checkpoint's, or gives no finite loss.
+        KilledError: `stop` was requested. The current step is completed and a checkpoint written.
+        ModelError: the checkpoint is of another model, or the model's loss is not finite.
     """
     engine, _, costs = choice
     steps = total_steps(training, len(data.train))
     per_epoch = steps_per_epoch(len(data.train), training.effective_batch_size)
     evaluated = eval_steps(training, steps)
-    record = _Recorder(folders, facts)
+    record = _TrialRecorder(folders, facts)
     metrics_files = {name: folder / "metrics.jsonl" for name, folder in folders.items()}
-    saved = load_checkpoint(checkpoints, members, metrics_files)
+    saved = load_checkpoint(checkpoints, states, metrics_files)
     if saved is None:
-        active = [member for member in members if record.status(member.trial) != "done"]
+        active = [state for state in states if record.status(state.trial) != "done"]
         first, tally, general_before = 0, _Tally(), None
-        for member in active:
-            _clear(folders[member.trial.name])
+        for state in active:
+            _clear(folders[state.trial.name])
     else:
-        first, active = saved["step"], [member for member in members if member.trial.name in saved["active"]]
+        first, active = saved["step"], [state for state in states if state.trial.name in saved["active"]]
         tally, general_before = _Tally(**saved["tally"]), saved["general_before"]
         if saved["model_sha256"] != facts["model_sha256"]:
             raise ModelError("the model is not the one that this study began with", "Choose another --out.")
         engine.tokens_per_forward = saved["tokens_per_forward"]  # other forwards would round differently
     log.info("from step %d of %d, with %d trials", first, steps, len(active))
-    unfinished = [member.trial for member in active if record.status(member.trial) != "done"]
+    unfinished = [state.trial for state in active if record.status(state.trial) != "done"]
     with ExitStack() as files:
         logs = {}
         for trial in unfinished:
-            record(trial, "running")  # before its metrics change: trial.json of one that was stopped has their hash
+            record(trial, "running")  # before its metrics change: a stopped trial's trial.json has their hash
             lines = saved["lines"][trial.name][0] if saved else None
             logs[trial.name] = files.enter_context(JsonlWriter(metrics_files[trial.name], lines))
         histories = {trial.name: _history(metrics_files[trial.name]) for trial in unfinished}
 
         if saved is None:
             start, one = time.perf_counter(), [active[0].trial.name]
-            (before,) = engine.evaluate(data.eval, one)  # the base's own loss for every trial: B is zero
+            (before,) = engine.evaluate(data.eval, one)  # the base model's loss, equal for every trial: B is zero
             tally.eval_seconds += time.perf_counter() - start
             if not math.isfinite(before.mean):
                 raise ModelError(
-                    "the model's held-out loss is no finite number before training",
+                    "the model's held-out loss is not finite before training",
                     "Its weights hold NaN or infinity, or overflow: try another model.dtype.",
                 )
             (general_before,) = _general_losses(engine, data.general, one)
@@ -207,15 +204,15 @@ def train_members(
         def save(step: int) -> None:
             for log_ in logs.values():
                 log_.sync()
-            state = {
-                "trials": [member.trial.name for member in members],
+            progress = {
+                "trials": [state.trial.name for state in states],
                 "tally": asdict(tally),
                 "general_before": general_before,
                 "lines": {name: [log_.lines, log_.sha256] for name, log_ in logs.items()},
                 "tokens_per_forward": engine.tokens_per_forward,
                 "model_sha256": facts["model_sha256"],
             }
-            save_checkpoint(checkpoints, step, active, state)
+            save_checkpoint(checkpoints, step, active, progress)
 
         rate, products, saved_at, step = 0.0, Products(), time.monotonic(), first
         for step in range(first + 1, steps + 1):
@@ -226,16 +223,16 @@ def train_members(
                 torch.cuda.synchronize()
             step_seconds = time.perf_counter() - start
             tally.step_seconds += step_seconds
-            flops = (costs[m.trial.name].step_flops(result) for m, result in zip(active, metrics, strict=True))
+            flops = (costs[one.trial.name].step_flops(result) for one, result in zip(active, metrics, strict=True))
             tally.useful_flops += sum(flops)
             if step == first + 1:
                 rate = product_rate(products.shapes, model.device, model.dtype)
-            for member, result in zip(list(active), metrics, strict=True):
-                name = member.trial.name
+            for state, result in zip(list(active), metrics, strict=True):
+                name = state.trial.name
                 if not result.finite:
-                    active.remove(member)
+                    active.remove(state)
                     what = "loss" if not math.isfinite(result.loss) else "gradient"
-                    record(member.trial, "diverged", f"{what} not finite at step {step}")
+                    record(state.trial, "diverged", f"{what} not finite at step {step}")
                     continue
                 if name not in logs:
                     continue
@@ -256,17 +253,17 @@ def train_members(
 
         if active:
             evals = _evaluate(engine, data.eval, active, logs, steps, tally)
-            general = _general_losses(engine, data.general, [member.trial.name for member in active])
-            for member, held_out, after in zip(active, evals, general, strict=True):
-                if member.trial.name in logs:
-                    history, losses = histories[member.trial.name], (general_before, after)
-                    _finish(record, member, held_out, history, tally, losses, folders)
+            general = _general_losses(engine, data.general, [state.trial.name for state in active])
+            for state, held_out, after in zip(active, evals, general, strict=True):
+                if state.trial.name in logs:
+                    history, losses = histories[state.trial.name], (general_before, after)
+                    _finish(record, state, held_out, history, tally, losses, folders)
     rates = (rate, product_rate(products.shapes, model.device, model.dtype)) if rate else None
     return PackRun(step, tally.step_seconds, tally.useful_flops, rates)
 
 
 def _row(step: int, epoch: float, metrics: StepMetrics, seconds: float) -> dict[str, Any]:
-    """A line of metrics.jsonl."""
+    """Line of metrics.jsonl for one step."""
     return {
         "step": step,
         "epoch": epoch,
@@ -282,23 +279,23 @@ def _row(step: int, epoch: float, metrics: StepMetrics, seconds: float) -> dict[
 def _evaluate(
     engine: Engine,
     tokens: Tokens,
-    active: Sequence[Member],
+    active: Sequence[TrainState],
     logs: Mapping[str, JsonlWriter],
     step: int,
     tally: _Tally,
 ) -> list[ExampleLosses]:
-    """The held-out losses of all active trials, also as a line of those that are not done."""
+    """Measure the held-out losses of all active trials, and log a line for those that are not done."""
     start = time.perf_counter()
-    evals = engine.evaluate(tokens, [member.trial.name for member in active])
+    evals = engine.evaluate(tokens, [state.trial.name for state in active])
     tally.eval_seconds += time.perf_counter() - start
-    for member, held_out in zip(active, evals, strict=True):
-        if member.trial.name in logs and math.isfinite(held_out.mean):
-            logs[member.trial.name].write({"step": step, "eval_loss": held_out.mean})
+    for state, held_out in zip(active, evals, strict=True):
+        if state.trial.name in logs and math.isfinite(held_out.mean):
+            logs[state.trial.name].write({"step": step, "eval_loss": held_out.mean})
     return evals
 
 
 def _history(file: Path) -> list[StepMetrics]:
-    """The steps that metrics.jsonl holds."""
+    """Training steps recorded in metrics.jsonl."""
     return [
         StepMetrics(row["train_loss"], row["grad_norm"], row["step_learning_rate"], row["tokens"], row["label_tokens"])
         for row in read_jsonl(file)
@@ -307,21 +304,21 @@ def _history(file: Path) -> list[StepMetrics]:
 
 
 def _clear(folder: Path) -> None:
-    """Removes what an earlier start of a trial left behind."""
+    """Remove the files of an earlier run of a trial."""
     for name in ("trial.json", "metrics.jsonl", "eval.json"):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "adapter", ignore_errors=True)
 
 
-class _Recorder:
-    """Writes trial.json."""
+class _TrialRecorder:
+    """Writer of trial.json."""
 
     def __init__(self, folders: Mapping[str, Path], shared: Mapping[str, Any]) -> None:
         self.folders = folders
         self.shared = shared
 
     def status(self, trial: AnyTrial) -> str | None:
-        """What trial.json says; None without one."""
+        """Status in trial.json; None without the file."""
         record = TrialRecord.find(self.folders[trial.name] / "trial.json")
         return record.status if record else None
 
@@ -336,7 +333,7 @@ class _Recorder:
 
 
 def _general_losses(engine: Engine, tokens: Tokens | None, names: Sequence[str]) -> list[float | None]:
-    """The loss on the general text under each adapter, in nats a token; None where there is no text, or no number."""
+    """Loss on the general text under each adapter, in nats per token; None without a text or if not finite."""
     if tokens is None:
         return [None] * len(names)
     means = [losses.mean for losses in engine.evaluate(tokens, names)]
@@ -344,20 +341,20 @@ def _general_losses(engine: Engine, tokens: Tokens | None, names: Sequence[str])
 
 
 def _finish(
-    record: _Recorder,
-    member: Member,
+    record: _TrialRecorder,
+    state: TrainState,
     held_out: ExampleLosses,
     history: Sequence[StepMetrics],
     tally: _Tally,
     general: tuple[float | None, float | None],
     folders: Mapping[str, Path],
 ) -> None:
-    """Writes a trial's last files; trial.json comes last, so that `done` means that all is there.
+    """Write the final files of a trial; trial.json comes last, so that `done` implies that they are complete.
 
-    `general` are the losses on the general text before training and after.
+    `general` has the losses on the general text before and after training.
     """
-    trial, folder = member.trial, folders[member.trial.name]
-    if not math.isfinite(held_out.mean) or not finite_weights(member):
+    trial, folder = state.trial, folders[state.trial.name]
+    if not math.isfinite(held_out.mean) or not finite_weights(state):
         record(trial, "diverged", f"held-out loss or weights not finite after step {len(history)}")
         return
     examples = Examples(
@@ -367,13 +364,13 @@ def _finish(
         correct_tokens=held_out.correct_tokens.astype(int).tolist(),
     )
     EvalRecord(step=len(history), examples=examples).write(folder / "eval.json")
-    adapter_bytes = save_member(member, folder / "adapter")
+    adapter_bytes = save_trained_adapter(member, folder / "adapter")
     tail = history[-max(1, len(history) // 10) :]
     tokens = sum(step.tokens for step in history)
     results = {
         "steps": len(history),
         "tokens": tokens,
-        "trainable_params": sum(parameter.numel() for parameter in member.parameters),
+        "trainable_params": sum(parameter.numel() for parameter in state.parameters),
         "adapter_bytes": adapter_bytes,
         "train_loss": sum(step.loss for step in tail) / len(tail),
         "eval_loss": held_out.mean,
