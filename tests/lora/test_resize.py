@@ -22,7 +22,7 @@ from rankscope.lora.svd import (
     check_resizable,
     decompose,
     kept_energy,
-    most_energy_first,
+    order_by_energy,
     parameters,
     ranks_by_energy,
     ranks_by_sum,
@@ -294,7 +294,7 @@ def test_zero_updates_are_cut_to_rank_1(tmp_path: Path) -> None:
     layers = [decompose(factors) for factors in adapter.layers]
     ones = dict.fromkeys((factors.layer for factors in adapter.layers), 1)
     assert ranks_by_energy(layers, 0.9) == ranks_by_sum(layers, 0.9) == ranks_within(layers, 10**9) == ones
-    assert most_energy_first(layers) == []
+    assert order_by_energy(layers) == []
     cut = resized(adapter, layers, ones)
     assert kept_energy(layers, ones) == 1.0
     assert {relative_error(old, new) for old, new in zip(adapter.layers, cut.layers, strict=True)} == {0.0}
@@ -354,7 +354,7 @@ def test_the_order_grows_as_its_rule_does(tmp_path: Path) -> None:
     name, options = KINDS["patterns"]
     save(tmp_path, tiny_model(name), options)
     layers = [decompose(factors) for factors in read_adapter(tmp_path).layers]
-    by_energy = most_energy_first(layers)
+    by_energy = order_by_energy(layers)
     for length in range(0, len(by_energy), 5):
         ranks = ranks_of(layers, by_energy[:length])
         assert ranks_within(layers, parameters(layers, ranks)) == ranks

@@ -16,7 +16,7 @@ from folders import write_model
 from rankscope.cli import app
 from rankscope.errors import ModelError, StudyError
 from rankscope.lora.saved import CONFIG, WEIGHTS, find_adapter, read_adapter
-from rankscope.lora.svd import by_module, effective_rank, energy_rank, place, spectrum, stable_rank
+from rankscope.lora.svd import by_module, effective_rank, energy_rank, spectrum, split_layer_name, stable_rank
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"r": 4, "lora_alpha": 7},
@@ -78,9 +78,9 @@ def test_ranks_of_known_spectra() -> None:
 
 
 def test_modules_are_told_apart_within_their_block() -> None:
-    assert place("model.layers.3.self_attn.q_proj") == (3, "self_attn.q_proj")
-    assert place("transformer.h.11.attn.c_proj") == (11, "attn.c_proj")
-    assert place("lm_head") == (-1, "lm_head")
+    assert split_layer_name("model.layers.3.self_attn.q_proj") == (3, "self_attn.q_proj")
+    assert split_layer_name("transformer.h.11.attn.c_proj") == (11, "attn.c_proj")
+    assert split_layer_name("lm_head") == (-1, "lm_head")
 
 
 def test_means_by_module(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no pair of LoRA factors"):
         read_adapter(folder)
     (folder / WEIGHTS).write_bytes(b"12345678")
-    with pytest.raises(ModelError, match="damaged or cut short"):
+    with pytest.raises(ModelError, match="corrupt or incomplete"):
         read_adapter(folder)
     (folder / WEIGHTS).unlink()
     with pytest.raises(ModelError, match="missing"):

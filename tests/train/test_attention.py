@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import varlen
 
-from rankscope.train.attention import _one, _varlen
+from rankscope.train.attention import _attend, _varlen
 
 STARTS = (0, 3, 8, 9)
 
@@ -55,7 +55,7 @@ def test_heads_of_keys_are_shared_by_every_torch(
     key, value = torch.randn(2, 1, heads, STARTS[-1], 8)
     got = _varlen(query, key, value, STARTS, 5, 0.3, window)
     expected = [
-        _one(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], 0.3, 0.0, window, None).transpose(1, 2)
+        _attend(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], 0.3, 0.0, window, None).transpose(1, 2)
         for a, b in pairwise(STARTS)
     ]
     torch.testing.assert_close(got, torch.cat(expected, dim=1))

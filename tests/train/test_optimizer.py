@@ -12,7 +12,7 @@ from rankscope.plan.memory import PeakMemory, predict, predict_peak
 from rankscope.spec.models import StudySpec, TrainingSpec
 from rankscope.spec.options import assemble
 from rankscope.train.optimizer import (
-    SMALLEST_IN_8_BITS,
+    MIN_8BIT_WEIGHTS,
     check_optimizer,
     make_optimizer,
     saved_state,
@@ -56,7 +56,7 @@ def _with_counts(optim: str) -> tuple[list[nn.Parameter], list[tuple[int, Any]]]
 
 def test_8_bits_take_a_quarter() -> None:
     assert sum(state_sizes("adamw_8bit", 1 << 20)) == 2 * (1 << 20) + 2 * 4 * (1 << 12)
-    assert state_sizes("adamw_8bit", SMALLEST_IN_8_BITS - 1) == state_sizes("adamw_torch_fused", SMALLEST_IN_8_BITS - 1)
+    assert state_sizes("adamw_8bit", MIN_8BIT_WEIGHTS - 1) == state_sizes("adamw_torch_fused", MIN_8BIT_WEIGHTS - 1)
     assert state_sizes("paged_adamw_8bit", 1 << 20) == state_sizes("adamw_8bit", 1 << 20)
     assert state_sizes("paged_adamw_32bit", 1 << 20) == state_sizes("adamw_torch_fused", 1 << 20)
 

@@ -1,4 +1,4 @@
-"""The adapter_config.json of a LoRA adapter that somebody else may have made: checked before anything is made of it."""
+"""Reading and checking of the adapter_config.json of a LoRA adapter, possibly made elsewhere."""
 
 import json
 import os
@@ -20,11 +20,11 @@ Value = TypeVar("Value")
 MAX_NAME_LENGTH = 500  # characters of a layer's name, and of a key of rank_pattern or alpha_pattern
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
-"""Of a module. Other names are shown, written as keys of rank_pattern, and read as regular expressions by PEFT."""
+"""Valid module names. Others could act where names are shown, or are read as regular expressions by PEFT."""
 
 
 def checked_name(name: str) -> str:
-    """The name of a module. Raises ValueError where it is none."""
+    """Return `name` if it is a valid module name; raise ValueError otherwise."""
     if len(name) > MAX_NAME_LENGTH or not _NAME.fullmatch(name):
         raise ValueError(f"{shortened(name)!r} is no name of a module: letters, digits, _ and -, with dots between")
     return name
@@ -34,8 +34,8 @@ _Alpha = Annotated[float, Field(ge=-1e9, le=1e9)]
 _Name = Annotated[str, AfterValidator(checked_name)]
 
 
-class _Checked(BaseModel):
-    """The fields that bear on the factors, or on which modules PEFT takes. The rest are PEFT's own."""
+class _CheckedConfig(BaseModel):
+    """Fields that affect the factors, or the modules that PEFT takes. All others are passed on to PEFT."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -58,18 +58,18 @@ class _Checked(BaseModel):
     init_lora_weights: bool | str | None = True
     base_model_name_or_path: str | None = None
     revision: str | None = None
-    megatron_config: None = None  # of layers that are not read here, and whose code PEFT would import
+    megatron_config: None = None  # layers that are not read here, and code that PEFT would import
 
 
 def read_config(folder: Path) -> tuple[LoraConfig, tuple[str, ...]]:
-    """The configuration, and the switches and groups in it that are set and that PEFT does not know.
+    """Read the configuration, and the names of the options that are set and that PEFT does not know.
 
     Raises:
-        ModelError: it is missing or damaged, a field is of another type than PEFT's, or it is not of LoRA.
+        ModelError: it is missing or corrupt, a field has another type than PEFT's, or it is not of LoRA.
     """
     if not os.path.isfile(folder / CONFIG):
         raise ModelError(f"adapter {folder}: no {CONFIG} in the folder", "Give the folder of a PEFT LoRA adapter.")
-    known = {field.name for field in fields(LoraConfig) if field.init}  # a newer PEFT has more, not of the factors
+    known = {field.name for field in fields(LoraConfig) if field.init}  # a newer PEFT has more
     try:
         values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(values, dict):
@@ -81,7 +81,7 @@ def read_config(folder: Path) -> tuple[LoraConfig, tuple[str, ...]]:
         raise ModelError(f"{folder / CONFIG}: peft_type is {kind}, not LORA", "Only LoRA has ranks to look at.")
     switches = {field.name for field in fields(LoraConfig) if isinstance(field.default, bool)}
     try:
-        _Checked.model_validate(values)
+        _CheckedConfig.model_validate(values)
         given = {
             name: value for name, value in values.items() if name in known and not (value is None and name in switches)
         }
@@ -98,7 +98,7 @@ def read_config(folder: Path) -> tuple[LoraConfig, tuple[str, ...]]:
 
 
 def _is_number(value: Any) -> bool:
-    """Such as the size of what is switched off: newer versions write every default."""
+    """Whether an unknown value is a number, which newer versions of PEFT write for options that are off."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

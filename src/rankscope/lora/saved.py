@@ -1,4 +1,4 @@
-"""An adapter as it lies in a folder, in PEFT's format: its factors and their scaling. Also one made elsewhere."""
+"""Adapters in folders, in PEFT's format, possibly made elsewhere: reading, writing, and attaching to a model."""
 
 import copy
 import os
@@ -35,19 +35,15 @@ _FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_A|lora_B|lora_embeddi
 
 
 class Factors(NamedTuple):
-    """One layer's update, `scaling * b @ a`, in float32."""
+    """Factors of one layer's update, `scaling * b @ a`, in float32."""
 
-    layer: str
-    """The layer's name in the base model."""
+    layer: str  # name in the base model
     a: Tensor  # (R, D); a convolution's D is channels times kernel
     b: Tensor  # (O, R)
     scaling: float
-    keys: tuple[str, str]
-    """Names of `a` and `b` in the file."""
-    kernel: tuple[int, ...] = ()
-    """Of a convolution, with its channels: `a` is saved as (R, *kernel), `b` as (O, R, 1, ...)."""
-    dtype: torch.dtype = torch.float32
-    """In the file."""
+    keys: tuple[str, str]  # names of `a` and `b` in the file
+    kernel: tuple[int, ...] = ()  # channels and kernel of a convolution, saved as (R, *kernel) and (O, R, 1, ...)
+    dtype: torch.dtype = torch.float32  # in the file
 
     @property
     def rank(self) -> int:
@@ -55,22 +51,19 @@ class Factors(NamedTuple):
 
 
 class SavedAdapter(NamedTuple):
-    """A LoRA adapter."""
+    """LoRA adapter as it is saved."""
 
     config: LoraConfig
-    layers: list[Factors]
-    """In the file's order of names, blocks by number."""
-    others: dict[str, Tensor]
-    """The file's other tensors: biases, DoRA's magnitudes, modules that were saved whole."""
-    unknown: tuple[str, ...] = ()
-    """What the configuration asks for, and the installed PEFT does not know."""
+    layers: list[Factors]  # by name, blocks by number
+    others: dict[str, Tensor]  # the file's other tensors: biases, DoRA's magnitudes, modules saved whole
+    unknown: tuple[str, ...] = ()  # options that are set and that the installed PEFT does not know
 
 
 def find_adapter(name: str, revision: str | None = None) -> Path:
-    """The folder of an adapter: `name` itself, or that of its two files from the hub.
+    """Folder of an adapter: `name` itself, or the downloaded folder of a hub id.
 
     Raises:
-        ModelError: there is none, or a revision is asked of a folder.
+        ModelError: no such adapter, or a revision is given for a folder.
     """
     folder = Path(name)
     if os.path.isdir(folder) or not HUB_ID.fullmatch(name):
@@ -79,7 +72,7 @@ def find_adapter(name: str, revision: str | None = None) -> Path:
         return folder
     try:
         config, _ = (hf_hub_download(name, file, revision=revision) for file in (CONFIG, WEIGHTS))
-    except Exception as error:  # the hub's client raises of its own, of requests, and of the file system
+    except Exception as error:  # the hub's client raises its own errors, httpx's and the file system's
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise ModelError(
                 f"adapter {name}: the hub has it, but without {CONFIG} or {WEIGHTS}",
@@ -93,11 +86,11 @@ def find_adapter(name: str, revision: str | None = None) -> Path:
 
 
 def read_adapter(folder: Path) -> SavedAdapter:
-    """Reads an adapter. Nothing of it is executed: its configuration is JSON, its weights are safetensors.
+    """Read an adapter. Nothing of it is executed: its configuration is JSON, its weights are safetensors.
 
     Raises:
-        ModelError: a file is missing or damaged, it is no LoRA adapter, a factor has no counterpart or no finite
-            numbers, its rank is another than the configuration says, or a name is none of a module.
+        ModelError: a file is missing or corrupt, it is no LoRA adapter, a factor has no counterpart or is not finite,
+            its rank differs from the configuration, or a name is no valid module name.
     """
     config, unknown = read_config(folder)
     ranks, alphas = pattern_keys(folder, config)
@@ -106,7 +99,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
     except FileNotFoundError:
         raise ModelError(f"{folder / WEIGHTS}: missing", "Weights are read from safetensors files only.") from None
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{folder / WEIGHTS}: damaged or cut short: {error}", "Restore it.") from None
+        raise ModelError(f"{folder / WEIGHTS}: corrupt or incomplete: {error}", "Restore it.") from None
     keys: dict[str, dict[str, str]] = {}
     for key in tensors:
         if found := _FACTOR.fullmatch(key):
@@ -122,7 +115,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
 
 
 def write_adapter(adapter: SavedAdapter, folder: Path) -> int:
-    """Writes PEFT's two files; returns the size of the weights' file in bytes.
+    """Write PEFT's two files; return the size of the weights' file in bytes.
 
     Raises:
         StudyDirectoryError: a file cannot be written.
@@ -131,7 +124,7 @@ def write_adapter(adapter: SavedAdapter, folder: Path) -> int:
 
 
 def _tensors(adapter: SavedAdapter) -> dict[str, Tensor]:
-    """As they stand in the file."""
+    """Tensors of the adapter as in the file."""
     tensors = dict(adapter.others)
     for layer in adapter.layers:
         a, b = layer.a.to(layer.dtype), layer.b.to(layer.dtype)
@@ -142,7 +135,7 @@ def _tensors(adapter: SavedAdapter) -> dict[str, Tensor]:
 
 
 def attach(model: PreTrainedModel, name: str, adapter: SavedAdapter) -> None:
-    """Gives `model` the adapter, under `name`, beside what it has; its weights are float32 there.
+    """Add the adapter to `model` under `name`, with float32 weights, beside any that it has.
 
     Raises:
         ModelError: the adapter does not fit the model.
@@ -152,7 +145,7 @@ def attach(model: PreTrainedModel, name: str, adapter: SavedAdapter) -> None:
         inject(config, model, key, embeddings=True)
         to_float32(model, name)
         tensors = _tensors(adapter)
-        for other in adapter.others:  # PEFT looks for modules that were saved whole by their names in this model
+        for other in adapter.others:  # PEFT expects modules saved whole under their names in this model
             tensors[other.removeprefix("base_model.model.")] = tensors.pop(other)
         result: Any = set_peft_model_state_dict(model, tensors, adapter_name=key)
     except (StudyError, RuntimeError, ValueError, KeyError, re.error) as error:
@@ -168,7 +161,7 @@ _OTHER = "Give the model that the adapter was trained on."
 
 @contextmanager
 def attached(model: PreTrainedModel, name: str, adapter: SavedAdapter) -> Iterator[None]:
-    """Gives `model`, which has no adapter, this one while the body runs, with all that the file holds beside factors.
+    """Add the adapter to `model`, which has none, while the body runs, with the file's other tensors too.
 
     Raises:
         ModelError: see `attach`.
@@ -182,16 +175,15 @@ def attached(model: PreTrainedModel, name: str, adapter: SavedAdapter) -> Iterat
         for key, module in list(model.named_modules()):
             if isinstance(module, AuxiliaryTrainingWrapper):
                 model.set_submodule(key, module.original_module)
-        for key, bias in biases.items():  # which lie in the base itself
+        for key, bias in biases.items():  # which are the base model's own parameters
             model.get_parameter(key).data.copy_(bias)
 
 
 def _by_name(adapter: SavedAdapter) -> LoraConfig:
-    """The configuration with the file's layers by their names: what somebody else's patterns match is found out by
-    `PatternKeys`, and no pattern comes to PEFT.
+    """Configuration with the file's layers by name. `PatternKeys` resolves foreign patterns, and PEFT receives none.
 
     Raises:
-        ModelError: the adapter is one of experts, which PEFT finds by patterns alone, and has such.
+        ModelError: the adapter is of experts, which PEFT only matches by patterns, and its configuration has patterns.
     """
     config = copy.copy(adapter.config)
     if config.target_parameters:
@@ -214,7 +206,7 @@ def _by_name(adapter: SavedAdapter) -> LoraConfig:
 
 
 _PLAIN = re.compile(r"[\w.^$\\-]*")
-"""A name, or one whose dots are escaped: as a regular expression it is as fast as it is long."""
+"""Names, also with escaped dots, which take linear time as regular expressions."""
 
 
 def _check_name(folder: Path, name: str) -> None:
@@ -265,5 +257,5 @@ def _layer(
 
 
 def _order(name: str) -> list[tuple[int, str]]:
-    """Block 10 after block 9."""
+    """Sort key by which block 10 comes after block 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

@@ -1,7 +1,7 @@
-"""The spectrum of a trained adapter: which of its rank each layer really uses.
+"""Spectrum of a trained adapter, and its truncated SVD.
 
 A layer's update is `scaling * B @ A`. With B = Q_B R_B and A^T = Q_A R_A (QR), its singular values are those of the
-small matrix R_B R_A^T: no matrix of the layer's own size is ever made.
+small matrix R_B R_A^T, so no matrix of the layer's own size is ever made.
 """
 
 import copy
@@ -18,11 +18,11 @@ from rankscope.errors import ModelError
 from rankscope.lora.saved import Factors, SavedAdapter
 
 ENERGIES = (0.90, 0.95, 0.99)
-"""Shares of the squared Frobenius norm."""
+"""Shares of the energy, the squared Frobenius norm, reported as rank_90, rank_95 and rank_99."""
 
 
 def singular_values(factors: Factors) -> Tensor:
-    """Of the layer's update, largest first, in float64: (min(O, R, D),)."""
+    """Singular values of the layer's update, largest first, in float64: (min(O, R, D),)."""
     r_b = torch.linalg.qr(factors.b.double(), mode="r").R  # (min(O, R), R)
     r_a = torch.linalg.qr(factors.a.double().T, mode="r").R  # (min(D, R), R)
     values: Tensor = torch.linalg.svdvals(r_b @ r_a.T)
@@ -30,9 +30,9 @@ def singular_values(factors: Factors) -> Tensor:
 
 
 def effective_rank(values: Tensor) -> float:
-    """exp of the entropy of the singular values' shares of their sum (Roy and Vetterli 2007, "The effective rank").
+    """Exponential of the entropy of the singular values, as shares of their sum (Roy and Vetterli 2007).
 
-    Between 1 and the rank, which it reaches where all are equal; 0 for an update of zero.
+    It is between 1 and the rank, which it reaches if all values are equal; 0 for an update of zero.
     """
     total = values.sum()
     if total == 0:
@@ -47,7 +47,7 @@ def stable_rank(values: Tensor) -> float:
 
 
 def energy_rank(values: Tensor, share: float) -> int:
-    """How many of the largest singular values hold `share` of the energy, the sum of squares; 0 for zero."""
+    """Number of largest singular values with `share` of the energy, the sum of squares; 0 for an update of zero."""
     energy = (values**2).cumsum(0)
     if energy[-1] == 0:
         return 0
@@ -55,18 +55,18 @@ def energy_rank(values: Tensor, share: float) -> int:
 
 
 def spectrum(layers: Sequence[Factors]) -> pd.DataFrame:
-    """One row a layer: `layer module block rank scaling frobenius_norm spectral_norm effective_rank stable_rank rank_90
-    rank_95 rank_99 singular_values`.
+    """Table with one row per layer: `layer module block rank scaling frobenius_norm spectral_norm effective_rank
+    stable_rank rank_90 rank_95 rank_99 singular_values`.
 
-    `block` is the layer's first number, -1 without one; `module` its name within the block. `rank_90` and so on are
-    `energy_rank`; `singular_values` is a list.
+    `block` is the first number in the layer's name, -1 without one; `module` is the name after it. `rank_90` and so on
+    are `energy_rank`; `singular_values` is a list.
     """
     return pd.DataFrame([_row(factors) for factors in layers])
 
 
 def _row(factors: Factors) -> dict[str, Any]:
     values = singular_values(factors)
-    block, module = place(factors.layer)
+    block, module = split_layer_name(factors.layer)
     return {
         "layer": factors.layer,
         "module": module,
@@ -82,15 +82,15 @@ def _row(factors: Factors) -> dict[str, Any]:
     }
 
 
-def place(layer: str) -> tuple[int, str]:
-    """`model.layers.3.self_attn.q_proj` -> (3, `self_attn.q_proj`); without a number -1 and the last part."""
+def split_layer_name(layer: str) -> tuple[int, str]:
+    """Block and module: `model.layers.3.self_attn.q_proj` -> (3, `self_attn.q_proj`); -1 and the last part without."""
     found = re.search(r"(?:^|\.)(\d+)\.(.+)$", layer)
     return (int(found[1]), found[2]) if found else (-1, layer.rsplit(".", 1)[-1])
 
 
 def by_module(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row a module: `module layers rank effective_rank stable_rank rank_90 rank_95 rank_99 rank_99_max`; means over
-    its layers, and the largest."""
+    """Table with one row per module: `module layers rank effective_rank stable_rank rank_90 rank_95 rank_99
+    rank_99_max`, as means over its layers, and the maximum."""
     grouped = frame.groupby("module", sort=False)
     columns = ["rank", "effective_rank", "stable_rank", *(f"rank_{share * 100:.0f}" for share in ENERGIES)]
     table = grouped[columns].mean()
@@ -100,7 +100,7 @@ def by_module(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 class Decomposed(NamedTuple):
-    """The thin SVD of a layer's update, in float64: `u * values @ v`, the largest value first."""
+    """Thin SVD of a layer's update, `u * values @ v`, in float64, largest value first."""
 
     factors: Factors
     u: Tensor  # (O, K), K the smallest of O, R and D
@@ -111,22 +111,22 @@ class Decomposed(NamedTuple):
     def parameters_per_rank(self) -> int:
         return self.u.shape[0] + self.v.shape[1]
 
-    def cut(self, rank: int) -> Factors:
-        """The update's best approximation of `rank`, with a scaling of 1, in float32."""
+    def truncate(self, rank: int) -> Factors:
+        """Best approximation of the update with `rank`, a scaling of 1, in float32."""
         a, b = self.v[:rank], self.u[:, :rank] * self.values[:rank]
         return self.factors._replace(a=a.float(), b=b.float(), scaling=1.0)
 
 
 def decompose(factors: Factors) -> Decomposed:
-    """The SVD of `scaling * b @ a` by way of QR: no matrix of the layer's own size is made."""
+    """SVD of `scaling * b @ a` by QR of both factors."""
     q_b, r_b = torch.linalg.qr(factors.b.double())
     q_a, r_a = torch.linalg.qr(factors.a.double().T)
     u, values, v = torch.linalg.svd(factors.scaling * (r_b @ r_a.T), full_matrices=False)
     return Decomposed(factors, q_b @ u, values, v @ q_a.T)
 
 
-_STARTS_IN_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Values of init_lora_weights that change the base model, and would again when a cut adapter is loaded."""
+_INITS_CHANGING_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Values of init_lora_weights that change the base model, and would again when a truncated adapter is loaded."""
 
 _NOT_PLAIN = {
     "use_dora": "DoRA's magnitudes belong to the whole update",
@@ -142,14 +142,14 @@ _NOT_PLAIN = {
 
 
 def check_resizable(adapter: SavedAdapter) -> None:
-    """Raises ModelError where the adapter is more than its factors, so that cutting them would change the rest."""
-    start = str(adapter.config.init_lora_weights).lower()
+    """Raise ModelError if the adapter is not plain LoRA, so that truncation would not preserve it."""
+    init = str(adapter.config.init_lora_weights).lower()
     for option, reason in _NOT_PLAIN.items():
         if getattr(adapter.config, option, None):
-            raise ModelError(f"the adapter is no plain LoRA ({option}): {reason}", "Only plain LoRA is cut.")
-    if start.startswith(_STARTS_IN_BASE):
+            raise ModelError(f"the adapter is no plain LoRA ({option}): {reason}", "Only plain LoRA can be resized.")
+    if init.startswith(_INITS_CHANGING_BASE):
         raise ModelError(
-            f"the adapter belongs to a base model that {start} changed",
+            f"the adapter belongs to a base model that {init} changed",
             "Save it with PEFT's path_initial_model_for_weight_conversion, which makes plain LoRA of it.",
         )
     if adapter.unknown:
@@ -159,41 +159,40 @@ def check_resizable(adapter: SavedAdapter) -> None:
 
 
 def uniform_ranks(layers: Sequence[Decomposed], rank: int) -> dict[str, int]:
-    """`rank` for each layer, or what a layer has where that is less."""
+    """Rank of each layer: `rank`, or the layer's own if that is lower."""
     return {layer.factors.layer: min(rank, len(layer.values)) for layer in layers}
 
 
 def ranks_by_energy(layers: Sequence[Decomposed], share: float) -> dict[str, int]:
-    """The lowest rank of each layer that keeps `share` of its energy, the sum of squared singular values; at least 1.
+    """Lowest rank of each layer that keeps `share` of its energy, the sum of squared singular values; at least 1.
 
-    It is what PEFT's conversion does with a rank given as a fraction, and kohya's `sv_fro` with sqrt(share), but that
-    kohya's always leaves out at least the last singular value.
+    PEFT's conversion does the same with a fractional rank, as does kohya's `sv_fro` with sqrt(share), except that
+    kohya's always drops at least the last singular value.
     """
     return {layer.factors.layer: max(1, energy_rank(layer.values, share)) for layer in layers}
 
 
 def ranks_by_sum(layers: Sequence[Decomposed], share: float) -> dict[str, int]:
-    """The lowest rank of each layer that keeps `share` of the sum of its singular values: kohya's `sv_cumulative`."""
+    """Lowest rank of each layer that keeps `share` of the sum of its singular values: kohya's `sv_cumulative`."""
     return {layer.factors.layer: max(1, energy_rank(layer.values.sqrt(), share)) for layer in layers}
 
 
 def ranks_within(layers: Sequence[Decomposed], parameters: int) -> dict[str, int]:
-    """Ranks that keep most energy with at most so many parameters, but at least 1 for each layer.
+    """Ranks that keep the most energy within so many parameters, but at least 1 for each layer.
 
-    Direction by direction, as `most_energy_first` orders them, each that still has room. Where all layers are of one
-    size no ranks keep more; else none keep more by as much as the first direction that had no room.
+    Directions are taken in the order of `order_by_energy`, skipping those that no longer fit. If all layers have the
+    same size the result is optimal; otherwise it loses less than the energy of the first direction skipped.
     """
     left, taken = parameters - sum(layer.parameters_per_rank for layer in layers), []
-    for number in most_energy_first(layers):
+    for number in order_by_energy(layers):
         if layers[number].parameters_per_rank <= left:
             left -= layers[number].parameters_per_rank
             taken.append(number)
     return ranks_of(layers, taken)
 
 
-def most_energy_first(layers: Sequence[Decomposed]) -> list[int]:
-    """All directions but each layer's first and those of zero, as numbers of layers: the one with most energy for each
-    of its parameters first."""
+def order_by_energy(layers: Sequence[Decomposed]) -> list[int]:
+    """Layer indices of all nonzero directions but each layer's first, by falling energy per parameter."""
     gains = [
         (-float(value**2) / layer.parameters_per_rank, number)
         for number, layer in enumerate(layers)
@@ -204,43 +203,44 @@ def most_energy_first(layers: Sequence[Decomposed]) -> list[int]:
 
 
 def ranks_of(layers: Sequence[Decomposed], directions: Iterable[int]) -> dict[str, int]:
-    """Rank 1 for each layer, and 1 more for each time that its number is among the directions."""
+    """Rank of each layer: 1, plus the number of times that its index is among the directions."""
     more = Counter(directions)
     return {layer.factors.layer: 1 + more[number] for number, layer in enumerate(layers)}
 
 
 def kept_energy(layers: Sequence[Decomposed], ranks: Mapping[str, int]) -> float:
-    """The share of all layers' energy that the cut keeps; 1 for an adapter of zeros."""
+    """Share of all layers' energy that these ranks keep; 1 for an adapter of zeros."""
     total = sum(float((layer.values**2).sum()) for layer in layers)
     kept = sum(float((layer.values[: ranks[layer.factors.layer]] ** 2).sum()) for layer in layers)
     return kept / total if total else 1.0
 
 
-def relative_error(whole: Factors, cut: Factors) -> float:
-    """The Frobenius norm of the difference of two updates over that of `whole`; 0 where that is 0.
+def relative_error(whole: Factors, truncated: Factors) -> float:
+    """Frobenius norm of the difference of two updates, relative to `whole`; 0 if that is 0.
 
-    It counts what the rounding to the file's own type adds.
+    It includes the rounding to the file's own type.
     """
-    b = torch.cat([whole.scaling * whole.b.double(), -cut.scaling * cut.b.to(cut.dtype).double()], dim=1)
-    a = torch.cat([whole.a.double(), cut.a.to(cut.dtype).double()])
+    b, a = truncated.b.to(truncated.dtype).double(), truncated.a.to(truncated.dtype).double()
+    b = torch.cat([whole.scaling * whole.b.double(), -truncated.scaling * b], dim=1)
+    a = torch.cat([whole.a.double(), a])
     norm = _norm(whole.scaling * whole.b.double(), whole.a.double())
     return _norm(b, a) / norm if norm else 0.0
 
 
 def _norm(b: Tensor, a: Tensor) -> float:
-    """Of `b @ a`, (O, R) and (R, D), in the Frobenius norm."""
+    """Frobenius norm of `b @ a`, (O, R) and (R, D)."""
     return float((torch.linalg.qr(b, mode="r").R @ torch.linalg.qr(a.T, mode="r").R.T).norm())
 
 
 def parameters(layers: Sequence[Decomposed], ranks: Mapping[str, int]) -> int:
-    """Of an adapter with these ranks."""
+    """Number of parameters of an adapter with these ranks."""
     return sum(layer.parameters_per_rank * ranks[layer.factors.layer] for layer in layers)
 
 
 def resized(adapter: SavedAdapter, layers: Sequence[Decomposed], ranks: Mapping[str, int]) -> SavedAdapter:
-    """The adapter with each layer cut to its rank.
+    """Adapter with each layer truncated to its rank.
 
-    `r` is the largest of them, by which servers size their buffers; `rank_pattern` names the layers that have less.
+    `r` is the largest rank, by which servers size their buffers; `rank_pattern` names the layers with a lower one.
     """
     config = copy.deepcopy(adapter.config)
     config.r = config.lora_alpha = max(ranks.values())  # a scaling of 1
@@ -248,11 +248,11 @@ def resized(adapter: SavedAdapter, layers: Sequence[Decomposed], ranks: Mapping[
     config.rank_pattern = {_pattern(name, ranks): ranks[name] for name in lower}
     config.alpha_pattern = dict(config.rank_pattern)
     config.use_rslora, config.init_lora_weights, config.eva_config = False, True, None
-    return SavedAdapter(config, [layer.cut(ranks[layer.factors.layer]) for layer in layers], adapter.others)
+    return SavedAdapter(config, [layer.truncate(ranks[layer.factors.layer]) for layer in layers], adapter.others)
 
 
 def _pattern(layer: str, layers: Iterable[str]) -> str:
-    """A key of rank_pattern that PEFT matches with this layer alone: its name, where no other one ends in it."""
+    """Key of rank_pattern that PEFT matches with this layer only: its name, anchored if another name ends in it."""
     like = re.compile(rf"(.*\.)?({layer})$")  # as PEFT reads it
     alone = all(other == layer or not like.match(other) for other in layers)
     return layer if alone else f"^{re.escape(layer)}"

@@ -1,4 +1,4 @@
-"""What a study ran on: hardware, versions, model."""
+"""Facts about the machine of a study: hardware, versions, model, devices."""
 
 import os
 import platform
@@ -18,14 +18,13 @@ PACKAGES = ("torch", "transformers", "peft", "datasets", "tokenizers", "safetens
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python, rankscope and the libraries whose behaviour shows in results; None where not installed."""
+    """Versions of Python, rankscope and the libraries that affect results; None if not installed."""
     packages = {name: installed(name) for name in PACKAGES}
     return {"python": platform.python_version(), "rankscope": __version__, **packages}
 
 
 def hardware() -> dict[str, Any]:
     """Processor, memory and GPUs; sizes in bytes."""
-
     gpus = []
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -59,22 +58,19 @@ def installed(package: str) -> str | None:
 
 
 class Site(NamedTuple):
-    """Where a launcher's jobs run."""
+    """Machines and devices on which a launcher runs its jobs."""
 
     kind: str  # cpu or cuda
-    here: bool
-    """Whether it is this machine alone."""
-    free_bytes: int
-    """Of the device that has the least."""
-    device: str  # as torch names it
+    here: bool  # only this machine
+    free_bytes: int  # on the device with the least
+    device: str  # torch's name
     dtype: str  # of the base model there
-    hardware: dict[str, Any]
-    """Of the machine (`rankscope.measure.machine.hardware`), and a list of the `nodes` where there are several."""
+    hardware: dict[str, Any]  # see `hardware`; with a list of `nodes` if there are several
     versions: dict[str, str | None]
 
 
 def describe_machine(spec: StudySpec, parameters: int, site: Site) -> dict[str, Any]:
-    """machine.json: what the study runs on, and the model it starts from."""
+    """Content of machine.json: hardware, versions, device and base model."""
     model = {
         "id": spec.model.id,
         "revision": commit(spec.model) or spec.model.revision,

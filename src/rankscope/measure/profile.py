@@ -1,4 +1,4 @@
-"""The cost of one candidate, measured alone: to be called in a fresh process for each repeat."""
+"""Cost of one candidate, measured alone, in a fresh process for each repeat."""
 
 import statistics
 import tempfile
@@ -30,7 +30,7 @@ from rankscope.train.step import (
 
 
 def profile_candidate(spec: StudySpec, candidate: Candidate, data: TokenizedData) -> dict[str, Any]:
-    """Trains `candidate` on batches of the real schedule and measures; nothing of the training is kept.
+    """Train `candidate` on batches of the real schedule and measure its cost; the trained adapter is discarded.
 
     The measured steps are spread evenly over the schedule, so that their batches are like the schedule's.
     Returns {"summary": {column: number}, "step_seconds": [...], "step_tokens": [...], "samples": {column: [...]}}.
@@ -42,13 +42,13 @@ def profile_candidate(spec: StudySpec, candidate: Candidate, data: TokenizedData
       measured after warm-up
     - `warmup_seconds`, of the steps before those
     - `eval_seconds_per_token`; `runtime_seconds` of the whole schedule: its first steps as the warm-up took, the others
-      by the time a token of the measured steps, and its evaluations
+      by the time per token of the measured steps, and its evaluations
     - `joules_per_token`: energy of the GPU over the measured steps; None where NVML does not count it
-    - `rss_base_bytes`: resident memory after loading the base model, before the adapter is added
+    - `rss_base_bytes`: resident memory after loading the base model, before adding the adapter
     - `rss_mean_bytes rss_peak_bytes rss_p99_bytes` of training (after warm-up, without loading or evaluation); the same
-      of `gpu_allocated`, `gpu_reserved` and `gpu_nvml`; of loading and evaluation with `load_` and `eval_` before them;
-      and `rss_above_base_mean_bytes` and so on: see `rankscope.measure.profile`
-    - `adapter_bytes`: the file's size as it is saved
+      of `gpu_allocated`, `gpu_reserved` and `gpu_nvml`; of loading and evaluation with prefixes `load_` and `eval_`; and
+      `rss_above_base_mean_bytes` and so on: see `summarise_memory`
+    - `adapter_bytes`: size of the saved weights
     """
     trial = Trial(candidate=candidate, seed=spec.seeds[0])
     training, measure = spec.training, spec.measure
@@ -58,7 +58,7 @@ def profile_candidate(spec: StudySpec, candidate: Candidate, data: TokenizedData
         model = load_model(spec.model)
         load_seconds = time.perf_counter() - start
         for weight in model.parameters():
-            weight.sum()  # weights of a mapped file are not in memory before they are read
+            weight.sum()  # weights of a mapped file enter memory when they are read
         base = sampler.take().rss_bytes
         sampler.begin("warmup")
         steps = total_steps(training, len(data.train))
@@ -111,7 +111,7 @@ def profile_candidate(spec: StudySpec, candidate: Candidate, data: TokenizedData
 
 
 def _first(tokens: Tokens, count: int) -> Tokens:
-    """The first examples, of about `count` tokens; at least one."""
+    """First examples with at most `count` tokens together, at least one."""
     examples = max(1, int((tokens.offsets[1:] <= count).sum()))
     return Tokens.from_examples([tokens[number] for number in range(examples)])
 
@@ -121,10 +121,10 @@ def _energy(sampler: MemorySampler) -> float | None:
 
 
 MEMORY = ("rss", "gpu_allocated", "gpu_reserved", "gpu_nvml")
-"""What is sampled: see `Sample`."""
+"""Kinds of memory in a `Sample`."""
 
 PHASES = {"load": "load_", "train": "", "eval": "eval_"}
-"""The phases that are summed up, and what their columns begin with: training's are the plain ones."""
+"""Phases with a summary, and the prefixes of their columns: none for training."""
 
 MEMORY_COLUMNS = tuple(
     f"{prefix}{kind}_{statistic}_bytes"
@@ -161,7 +161,7 @@ def summarise_memory(
 
 
 def summarise_steps(seconds: Sequence[float], tokens: Sequence[int]) -> dict[str, float]:
-    """How long measured steps took: `steps`, seconds a step (median, mean, 10th and 90th percentile), tokens/s."""
+    """Summary of the measured steps: `steps`, seconds per step (median, mean, 10th and 90th percentile), tokens/s."""
     low, median, high = np.percentile(seconds, (10, 50, 90))
     return {
         "steps": len(seconds),

@@ -1,4 +1,4 @@
-"""Samples a process's memory at a fixed interval, from a thread beside the work."""
+"""Sampling of a process's memory at a fixed interval, from a thread beside the work."""
 
 import os
 import threading
@@ -15,7 +15,7 @@ INTERVAL_SECONDS = 0.02
 
 
 def reset_peak_rss() -> bool:
-    """Starts the kernel's own high-water mark of this process anew (Linux: proc(5), clear_refs); False elsewhere."""
+    """Reset the kernel's high-water mark of this process (Linux: proc(5), clear_refs); return False elsewhere."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -24,7 +24,7 @@ def reset_peak_rss() -> bool:
 
 
 def peak_rss() -> int:
-    """The kernel's high-water mark of resident memory since `reset_peak_rss`, in bytes: no sample can miss it."""
+    """Kernel's high-water mark of resident memory since `reset_peak_rss`, in bytes, which sampling could miss."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -32,25 +32,22 @@ def peak_rss() -> int:
 
 
 class Sample(NamedTuple):
-    """Memory at one moment, in bytes. The GPU's is None without one."""
+    """Memory at one moment, in bytes; None for a GPU's memory without one."""
 
     phase: str
     step: int
-    seconds: float  # since the sampler was made
-    rss_bytes: int
-    """The resident set of this process: what the system holds in RAM for it, shared libraries included."""
-    gpu_allocated_bytes: int | None
-    gpu_reserved_bytes: int | None
-    """Both of torch's caching allocator."""
-    gpu_nvml_bytes: int | None
-    """See `rankscope.measure.sampler.Nvml.used_bytes`."""
+    seconds: float  # since the sampler was created
+    rss_bytes: int  # resident set of this process, including shared libraries
+    gpu_allocated_bytes: int | None  # by torch's caching allocator
+    gpu_reserved_bytes: int | None  # by torch's caching allocator
+    gpu_nvml_bytes: int | None  # see `Nvml.used_bytes`
 
 
 class MemorySampler:
-    """Takes a `Sample` each 20 ms. The work says in which step it is by setting `step`, and calls `begin` at a phase.
+    """Thread that takes a `Sample` every 20 ms. The work sets `step`, and calls `begin` at the start of a phase.
 
-    `peaks` has, for each phase that has ended, those that were not sampled but counted by the kernel (`rss`, on Linux)
-    and by torch's allocator (`gpu_allocated`, `gpu_reserved`), in bytes.
+    `peaks` has the peaks of each completed phase, in bytes, as counted by the kernel (`rss`, on Linux) and by torch's
+    allocator (`gpu_allocated`, `gpu_reserved`).
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -66,7 +63,7 @@ class MemorySampler:
         self._thread = threading.Thread(target=self._run, name="rankscope-memory", daemon=True)
 
     def take(self) -> Sample:
-        """Takes one sample now."""
+        """Take one sample now."""
         gpu = self._gpu()
         sample = Sample(
             self.phase,
@@ -81,7 +78,7 @@ class MemorySampler:
         return sample
 
     def begin(self, phase: str) -> None:
-        """Ends the phase that was. The peaks of `phase` start anew."""
+        """End the current phase, and begin `phase` with its peaks reset."""
         self._end_phase()
         self.phase = phase
         self._reset_peaks()
@@ -122,17 +119,17 @@ class MemorySampler:
 
 
 class Nvml:
-    """One GPU, by NVML (https://docs.nvidia.com/deploy/nvml-api/)."""
+    """NVML's view of one GPU (https://docs.nvidia.com/deploy/nvml-api/)."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
         self._used_at_start = self._device_used()
 
     def used_bytes(self) -> int:
-        """GPU memory of this process, with the driver's own for it, which torch's allocator does not see.
+        """GPU memory of this process, including the driver's, which torch's allocator does not count.
 
-        Where the driver does not give it (it knows no process of most containers), what the device uses more than
-        when this object was made: then nothing else may run on it.
+        If the driver does not report it (it knows no process of most containers), return the increase of the device's
+        used memory since this object was created, which assumes that nothing else runs on it.
         """
         try:
             processes = pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
@@ -144,7 +141,7 @@ class Nvml:
         return max(0, self._device_used() - self._used_at_start)
 
     def energy_joules(self) -> float | None:
-        """Energy that the device has used since its driver was loaded; None where it does not count (before Volta)."""
+        """Energy used by the device since its driver was loaded; None if it does not count it (before Volta)."""
         try:
             return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1000
         except pynvml.NVMLError:
@@ -155,12 +152,12 @@ class Nvml:
 
 
 def open_nvml(device: torch.device) -> Nvml | None:
-    """NVML's view of a torch device; None on a CPU, without the driver, and for what NVML does not know (MIG, AMD)."""
+    """NVML's view of a torch device; None on a CPU, without the driver, and for unknown devices (MIG, AMD)."""
     if device.type != "cuda":
         return None
     try:
         pynvml.nvmlInit()
-        # by id: CUDA_VISIBLE_DEVICES renumbers torch's devices, and not NVML's
+        # by id: CUDA_VISIBLE_DEVICES renumbers torch's devices but not NVML's
         identity = torch.cuda.get_device_properties(device).uuid
         return Nvml(pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{identity}"))
     except pynvml.NVMLError:

@@ -1,4 +1,4 @@
-"""Why a model cannot be used: its folder, its configuration, its files."""
+"""Checks of a model's folder, configuration and files before it is loaded."""
 
 import json
 import logging
@@ -25,12 +25,12 @@ SAFE: dict[str, Any] = {"trust_remote_code": False}
 
 
 def location(spec: ModelSpec) -> str:
-    """A hub id or a folder; `embedded` is the small model that comes with rankscope."""
+    """Hub id or folder of the model; `embedded` is the small model that comes with rankscope."""
     return str(demo.model_path()) if spec.id == EMBEDDED else spec.id
 
 
 def check_source(spec: ModelSpec) -> None:
-    """Raises ModelError where `spec.id` is neither the folder of a model nor an id that the hub could have."""
+    """Raise ModelError if `spec.id` is neither the folder of a model nor a valid hub id."""
     folder = Path(location(spec))
     if folder.is_dir():
         if spec.revision is not None:
@@ -58,12 +58,14 @@ _TOKENIZER_TOO = (
 )
 
 _VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "tekken.json")
-"""Of tokenizers, in transformers' names and in those of the formats that it converts."""
+"""File names of tokenizers, in transformers' own format and in those that it converts."""
 
 
 def unsafe_reason(spec: ModelSpec, config: Any, shards: list[str]) -> str | None:
-    """What transformers would accept and we do not: adapters inside the model, which may be pickles and change the
-    base; weights that are no safetensors, or lie elsewhere; attention that is fetched from the hub as code.
+    """Reason why loading the model would not be safe, though transformers would accept it; None if it is safe.
+
+    Unsafe are adapters inside the model, which may be pickles and change the base; weights that are no safetensors
+    files, or outside of the model; and attention that is fetched from the hub as code.
     """
     if model_file(spec, ADAPTER_CONFIG_NAME):
         return f"there is an adapter in it ({ADAPTER_CONFIG_NAME}), which would be loaded with it"
@@ -77,10 +79,10 @@ def unsafe_reason(spec: ModelSpec, config: Any, shards: list[str]) -> str | None
 
 
 def indexed_files(spec: ModelSpec) -> list[str]:
-    """The files that the weights' index names; none where there is no index.
+    """Files named in the index of the weights; empty without an index.
 
     Raises:
-        ModelError: it is not such an index as `save_pretrained` writes.
+        ModelError: the index is not in the format of `save_pretrained`.
     """
     index = model_file(spec, SAFE_WEIGHTS_INDEX_NAME)
     if index is None:
@@ -96,6 +98,7 @@ def indexed_files(spec: ModelSpec) -> list[str]:
 
 
 def index_error(spec: ModelSpec, wrong: str) -> ModelError:
+    """Error about the index of the weights."""
     return ModelError(
         f"model {spec.id}: {SAFE_WEIGHTS_INDEX_NAME}: {wrong}",
         "Fetch the model again, with all of its *.safetensors files, or save it with save_pretrained.",
@@ -103,7 +106,7 @@ def index_error(spec: ModelSpec, wrong: str) -> ModelError:
 
 
 def config_fault(config: Any) -> str | None:
-    """What transformers takes, and what cannot be."""
+    """Invalid value in the configuration that transformers would accept; None without one."""
     names = config.architectures
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         return f"architectures is {shortened(repr(names))}, expected a list of names"
@@ -115,7 +118,7 @@ def config_fault(config: Any) -> str | None:
 
 
 def quantization_method(config: Any) -> str:
-    """How the weights of a quantized model are, as its configuration says."""
+    """Quantization method in the configuration of a quantized model."""
     own = config.quantization_config
     return shortened(str(own.get("quant_method") if isinstance(own, dict) else getattr(own, "quant_method", own)))
 
@@ -125,11 +128,11 @@ _SEES_BOTH_SIDES = (True, "all")
 
 
 def not_causal_reason(config: Any) -> str | None:
-    """Why what `AutoModelForCausalLM` would make of `config` lets a token see those after it, or lacks an encoder.
+    """Reason why `AutoModelForCausalLM` would not make a causal decoder of `config`; None if it would.
 
-    transformers gives encoders such as BERT a causal class too, which is causal only where `is_decoder` (XLM: `causal`)
-    says so. Their families are those that also have a class for masked tokens; elsewhere (GPT-NeoX) a false
-    `is_decoder` says nothing.
+    transformers also has causal classes for encoders such as BERT, which are causal only if `is_decoder` (XLM:
+    `causal`) is true. Those families also have a class for masked tokens; in others (GPT-NeoX) a false `is_decoder` has
+    no meaning.
     """
     causal: set[str] = set()
     for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
@@ -149,18 +152,19 @@ def not_causal_reason(config: Any) -> str | None:
 
 
 def model_file(spec: ModelSpec, name: str) -> Path | None:
-    """A file of the model, fetched where it has to be; None where there is none of that name, or none can be had."""
-    lenient = ("missing_entries", "connection_errors", "gated_repo")  # loading says what is wrong in better words
+    """Path of a file of the model, downloaded if necessary; None if it does not exist or is unavailable."""
+    lenient = ("missing_entries", "connection_errors", "gated_repo")  # loading has a better message
     options: dict[str, Any] = {f"_raise_exceptions_for_{name}": False for name in lenient}
     found = cached_file(location(spec), name, revision=spec.revision, **options)
     return Path(found) if found else None
 
 
 def loading_error(spec: ModelSpec, part: str, error: Exception) -> ModelError:
+    """Error about a part of the model (configuration, tokenizer, model) that could not be loaded."""
     logging.getLogger(__name__).debug("loading failed", exc_info=error)
     folder = Path(location(spec))
     reason = textwrap.shorten(str(error), 300, placeholder=" ...")
-    if isinstance(error, LookupError) or not reason:  # whose text is a key alone
+    if isinstance(error, LookupError) or not reason:  # a LookupError's text is only the key
         reason = f"{type(error).__name__}: {reason}"
     if part == "tokenizer" and folder.is_dir() and not any(any(folder.glob(kind)) for kind in _VOCABULARIES):
         reason = "there is no file of a tokenizer in the folder, such as tokenizer.json"
@@ -177,7 +181,7 @@ def loading_error(spec: ModelSpec, part: str, error: Exception) -> ModelError:
 
 
 def _corrupt_file(folder: Path) -> str | None:
-    """What is wrong with the first file of a model's folder that is no JSON or no safetensors by itself."""
+    """Fault of the first file in a model's folder that is no valid JSON or safetensors; None without one."""
     for file in sorted(folder.glob("*.json")):
         try:
             json.loads(file.read_text(encoding="utf-8"))
@@ -188,5 +192,5 @@ def _corrupt_file(folder: Path) -> str | None:
             with safe_open(file, framework="pt"):
                 pass
         except (OSError, SafetensorError) as error:
-            return f"{file}: damaged or cut short: {error}"
+            return f"{file}: corrupt or incomplete: {error}"
     return None

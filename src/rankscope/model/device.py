@@ -1,4 +1,4 @@
-"""The device and dtype of the base model, and the memory that is free there."""
+"""Device and dtype of the base model, and free memory."""
 
 import ctypes
 import sys
@@ -11,7 +11,7 @@ from rankscope.errors import StudyError
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` takes the first GPU, or the CPU.
+    """Torch device by name; `auto` is the first GPU, or the CPU.
 
     Raises:
         StudyError: the device does not exist here.
@@ -33,14 +33,14 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU that has it, float32 elsewhere."""
+    """Torch dtype by name; `auto` is bfloat16 on a GPU that supports it, float32 elsewhere."""
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that this process could still take on `device`: of the GPU, or of the machine (and its cgroup)."""
+    """Memory that this process can still allocate on `device`: on the GPU, or on the machine within its cgroup."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -51,16 +51,16 @@ def free_bytes(device: torch.device) -> int:
         statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # no cgroup v2, or no limit
         return available
-    reclaimable = int(statistics.get("inactive_file", 0))  # the page cache counts as used, and yields when needed
+    reclaimable = int(statistics.get("inactive_file", 0))  # the page cache counts as used but is reclaimed when needed
     return max(0, min(available, limit - used + reclaimable))
 
 
 def give_back_freed(device: torch.device) -> None:
-    """Gives the memory that a CPU's tensors have freed, which glibc keeps, back to the system.
+    """Return memory that freed CPU tensors leave with glibc to the system.
 
-    Not for every forward: taking it again costs 10% of a step at opt-350m's size (docs/lab-notes.md).
+    Not for every forward: allocating it again costs 10% of a step at opt-350m's size (docs/lab-notes.md).
     """
     if device.type == "cpu" and sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries do not have it
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # missing in other C libraries
         if trim is not None:
             trim(0)

@@ -1,4 +1,4 @@
-"""The frozen base model and its tokenizer, from a hub id or a folder."""
+"""Loading of the frozen base model and its tokenizer, from a hub id or a folder."""
 
 import hashlib
 import re
@@ -29,22 +29,22 @@ from rankscope.spec.models import ModelSpec
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
-    """Raises ModelError when there is no usable tokenizer."""
+    """Load the model's tokenizer. Raises ModelError without a usable one."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(location(spec), revision=spec.revision, **SAFE)
     except Exception as error:
         raise loading_error(spec, "tokenizer", error) from error
-    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # what transformers makes of no file at all
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers makes an empty one without any file
         raise loading_error(spec, "tokenizer", ValueError("it has no vocabulary"))
     return tokenizer
 
 
 def load_config(spec: ModelSpec) -> Any:
-    """The model's configuration.
+    """Load and check the model's configuration.
 
     Raises:
-        ModelError: there is none, the model is no causal language model, a file of its weights is missing, or loading
-            it would not be safe.
+        ModelError: it is missing or invalid, the model is no causal language model, a file of its weights is missing,
+            or loading it would not be safe.
     """
     check_source(spec)
     folder = Path(location(spec))
@@ -66,7 +66,7 @@ def load_config(spec: ModelSpec) -> Any:
     if wrong := config_fault(config):
         raise ModelError(f"model {spec.id}: {CONFIG_NAME}: {wrong}", f"Restore {CONFIG_NAME}, or correct it.")
     missing = [file for file in shards if folder.is_dir() and not (folder / file).is_file()]
-    if missing and not (folder / SAFE_WEIGHTS_NAME).is_file():  # which is taken rather than the index
+    if missing and not (folder / SAFE_WEIGHTS_NAME).is_file():  # which takes precedence over the index
         raise index_error(spec, f"names {missing[0]}, which is not in the folder")
     if not_causal := not_causal_reason(config):
         raise ModelError(
@@ -77,28 +77,28 @@ def load_config(spec: ModelSpec) -> Any:
 
 
 def commit(spec: ModelSpec) -> str | None:
-    """The commit that the hub's files of this model have, in hex; None for a folder that is no copy of the hub's."""
+    """Commit of the model on the hub, in hex; None for a folder outside of the hub's cache."""
     file = model_file(spec, CONFIG_NAME)
     found = re.search(r"/snapshots/([0-9a-f]{40})/", file.as_posix()) if file else None
     return found[1] if found else None
 
 
 def load_model(spec: ModelSpec, attention: str | None = None) -> PreTrainedModel:
-    """Loads the frozen base onto its device, in evaluation mode (its own dropout off).
+    """Load the frozen base model onto its device, in evaluation mode (its own dropout off).
 
-    `attention` names a registered attention implementation; None leaves the model's default.
+    `attention` names a registered attention implementation; None keeps the model's default.
 
     Raises:
         ModelError: no such model, no safetensors weights, weights missing or of other shapes than config.json says, or
-            an architecture that transformers does not have; see also `load_config`.
+            an architecture unknown to transformers; see also `load_config`.
         StudyError: the device does not exist.
-        MissingExtraError: it is to be quantized, and bitsandbytes is not installed.
+        MissingExtraError: quantization is on, and bitsandbytes is not installed.
     """
     device = resolve_device(spec.device)
     dtype = resolve_dtype(spec.dtype, device)
     config = load_config(spec)
     options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
-    if spec.quantization:  # on the device, tensor by tensor: whole it might not fit there
+    if spec.quantization:  # on the device, tensor by tensor: unquantized it might not fit
         options["quantization_config"] = quantization_config(spec.quantization, dtype)
         options["device_map"] = {"": device}
     try:
@@ -137,7 +137,7 @@ def load_model(spec: ModelSpec, attention: str | None = None) -> PreTrainedModel
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
-    """Turns off gradients, dropout and the key-value cache."""
+    """Turn off gradients, dropout and the key-value cache."""
     model.requires_grad_(False)
     model.eval()
     model.config.use_cache = False
@@ -145,7 +145,7 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """sha256 over names, shapes and up to 4,096 spread values of every weight: enough to tell checkpoints apart."""
+    """sha256 of the names, shapes and up to 4,096 evenly spaced values of every weight, to distinguish checkpoints."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         flat = weight.detach().reshape(-1)
@@ -156,17 +156,17 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def skeleton(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model without weights, on the meta device; quantized as `load_model` would have it.
+    """Model without weights, on the meta device, quantized as by `load_model`.
 
     Raises:
-        MissingExtraError: it is to be quantized, and bitsandbytes is not installed.
-        ModelError: transformers has no causal language model of this architecture, or not one of this configuration.
+        MissingExtraError: quantization is on, and bitsandbytes is not installed.
+        ModelError: transformers cannot make a causal language model of this configuration.
     """
     config = load_config(spec)
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except Exception as error:  # a model's code raises what it likes where a value of config.json makes no sense
+    except Exception as error:  # a model's code may raise anything for an invalid value in config.json
         reason = (str(error).splitlines() or [""])[0]
         raise ModelError(
             f"model {spec.id}: none can be made of its config.json: {type(error).__name__}: {reason}",

@@ -20,12 +20,12 @@ from rankscope.lora.svd import (
     decompose,
     kept_energy,
     parameters,
-    place,
     ranks_by_energy,
     ranks_by_sum,
     ranks_within,
     relative_error,
     resized,
+    split_layer_name,
     uniform_ranks,
 )
 from rankscope.model.load import load_model
@@ -279,7 +279,7 @@ def _loss_change(search: _BudgetSearch, folder: Path, limit: float) -> LossChang
 def _by_layer(saved: SavedAdapter, smaller: SavedAdapter, layers: Sequence[Decomposed], ranks: Ranks) -> pd.DataFrame:
     rows = []
     for old, new, layer in zip(saved.layers, smaller.layers, layers, strict=True):
-        block, module = place(old.layer)
+        block, module = split_layer_name(old.layer)
         rows.append(
             {
                 "layer": old.layer,

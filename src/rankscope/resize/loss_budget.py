@@ -12,7 +12,7 @@ from rankscope.data.tokens import Tokens
 from rankscope.errors import ModelError
 from rankscope.lora.layout import NotPackable
 from rankscope.lora.saved import SavedAdapter, attached
-from rankscope.lora.svd import Decomposed, most_energy_first, parameters, ranks_of, uniform_ranks
+from rankscope.lora.svd import Decomposed, order_by_energy, parameters, ranks_of, uniform_ranks
 from rankscope.model.device import free_bytes
 from rankscope.train.engine import (
     EVAL_TOKENS,
@@ -59,7 +59,7 @@ def rank_rule(layers: Sequence[Decomposed], uniform: bool) -> RankRule:
     if uniform:
         highest = max(len(layer.values) for layer in layers)
         return RankRule("uniform", highest, lambda number: uniform_ranks(layers, number + 1))
-    order = most_energy_first(layers)
+    order = order_by_energy(layers)
     return RankRule("most_energy", len(order) + 1, lambda number: ranks_of(layers, order[:number]))
 
 

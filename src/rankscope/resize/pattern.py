@@ -16,7 +16,7 @@ from rankscope.errors import StudyError
 from rankscope.files import write_atomic
 from rankscope.jobs.curve import trained_trials
 from rankscope.lora.saved import read_adapter
-from rankscope.lora.svd import Decomposed, decompose, parameters, place, ranks_within, uniform_ranks
+from rankscope.lora.svd import Decomposed, decompose, parameters, ranks_within, split_layer_name, uniform_ranks
 from rankscope.spec.candidates import Trial
 from rankscope.spec.models import StudySpec
 from rankscope.spec.resolve import write_yaml
@@ -96,7 +96,7 @@ def write_proposal(proposal: Proposal, file: Path) -> None:
 
 def by_module(proposal: Proposal) -> pd.DataFrame:
     """`module layers mean lowest highest` of the proposed ranks, one row per module."""
-    rows = [{"module": place(layer)[1], "rank": rank} for layer, rank in proposal.ranks.items()]
+    rows = [{"module": split_layer_name(layer)[1], "rank": rank} for layer, rank in proposal.ranks.items()]
     grouped = pd.DataFrame(rows).groupby("module", sort=False)["rank"]
     table = grouped.agg(layers="size", mean="mean", lowest="min", highest="max")
     return table.reset_index()

@@ -1,8 +1,8 @@
 """Causal attention inside each sequence of a flattened batch, registered with transformers' AttentionInterface.
 
-Nothing is padded and no mask is built: sequences are told apart by the layout.
-OPT in transformers 5 builds its mask without looking at position ids, so plain sdpa would silently let the
-sequences of a flattened batch see each other.
+Nothing is padded and no mask is built: the layout has the sequence boundaries.
+OPT in transformers 5 builds its mask without looking at position ids, so plain sdpa would silently let the sequences of
+a flattened batch attend to each other.
 """
 
 from inspect import signature
@@ -17,7 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from rankscope.lora.layout import NotPackable, current_layout
 
 NAME = "rankscope"
-# Keyword arguments that models pass along and that change nothing here. Any other one that is not None would.
+# Keyword arguments that models pass along and that have no effect here. Any other that is not None makes a model
+# unpackable.
 _HARMLESS = {
     "position_ids", "position_embeddings", "cache_position", "use_cache", "output_attentions", "return_dict",
     "output_hidden_states", "output_router_logits", "logits_to_keep", "past_key_values", "layer_idx", "is_causal",
@@ -37,13 +38,13 @@ def packed_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query (1, H, T, d), key and value (1, G, T, d) with G dividing H -> (1, T, H, d).
+    """Attend within each sequence: query (1, H, T, d), key and value (1, G, T, d) with G dividing H -> (1, T, H, d).
 
     A `sliding_window` of w lets a token see itself and the w - 1 before it; `softcap` bounds the scores by
     c tanh(s / c) (Gemma 2).
 
     Raises:
-        NotPackable: the model asks for something that is not covered (a mask of its own, attention sinks, …).
+        NotPackable: the model uses something that is not covered (a mask of its own, attention sinks, …).
     """
     unknown = sorted(k for k, v in kwargs.items() if v is not None and v is not False and k not in _HARMLESS)
     masked = attention_mask.size if isinstance(attention_mask, LocalMask) else None
@@ -59,13 +60,13 @@ def packed_attention(
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not softcap and not dropout:
         return _varlen(query, key, value, starts, longest, scaling, window), None
     lengths = [stop - start for start, stop in pairwise(starts)]
-    # split, not slices, whose backward would fill a zero tensor of all tokens for each sequence
+    # split rather than slices: a slice's backward fills a zero tensor of all tokens for each sequence
     sequences = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    parts = [_one(q, k, v, scaling, dropout, window, softcap).transpose(1, 2) for q, k, v in sequences]
+    parts = [_attend(q, k, v, scaling, dropout, window, softcap).transpose(1, 2) for q, k, v in sequences]
     return torch.cat(parts, dim=1), None
 
 
-def _one(
+def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -74,7 +75,7 @@ def _one(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """One sequence: (1, H, t, d) -> (1, H, t, d)."""
+    """Attention of one sequence, (1, H, t, d) -> (1, H, t, d)."""
     length = query.shape[2]
     windowed = window is not None and window < length
     if not windowed and not softcap:
@@ -105,7 +106,7 @@ def _varlen(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """All sequences in one kernel, on a GPU in half precision. Not yet run on one: see docs/lab-notes.md."""
+    """Attention of all sequences in one kernel, on a GPU in half precision; not yet run on one (docs/lab-notes.md)."""
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, Any] = {}
@@ -132,17 +133,17 @@ def _varlen(
 
 
 class LocalMask(NamedTuple):
-    """Stands for a mask that lets a token see only those near it: a window, or a chunk. Never a tensor.
+    """Stand-in for a mask that limits attention to nearby tokens: a window, or a chunk.
 
-    A layer that is given one must name the same window as its own; one that does not (chunked attention) is not
-    packed, whatever the length of the sequences that the probe tries.
+    A layer that receives one must itself have a window of this size; otherwise (chunked attention) the model is not
+    packed, whatever the lengths of the probe's sequences.
     """
 
     size: int
 
 
 def packed_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> LocalMask | None:
-    """The mask function that goes with `packed_attention`: it builds nothing, and passes on what is asked for."""
+    """Mask function for `packed_attention`: builds no mask, and passes on the size of a local one."""
     return None if local_size is None else LocalMask(local_size)
 
 

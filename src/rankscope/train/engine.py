@@ -1,7 +1,7 @@
-"""The two ways to compute losses and gradients of trials, behind one protocol.
+"""Engines that compute losses and gradients of trials: `packed` and `peft`, behind one protocol.
 
 `packed` runs all trials in one flattened batch; `peft` runs one trial at a time by PEFT's own forward on padded
-batches. Both leave the gradients in the adapters' parameters and give the same numbers, up to rounding.
+batches. Both accumulate gradients in the adapters' parameters and give the same numbers, up to rounding.
 """
 
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ from rankscope.lora.layout import Examples, FlatBatch, Layout, Slice, flatten, u
 from rankscope.train.loss import Head, label_losses
 
 EVAL_TOKENS = 4096
-"""Tokens of one evaluation forward, so that evaluation needs less memory than training."""
+"""Maximum tokens of one evaluation forward, so that evaluation needs less memory than training."""
 
 
 class BatchLoss(NamedTuple):
-    """The loss of one trial's step: nats a label token, over all of the step's label tokens."""
+    """Loss of one trial's step."""
 
-    loss: float
+    loss: float  # mean over the step's label tokens, in nats
     tokens: int
     label_tokens: int
 
@@ -34,50 +34,46 @@ class ExampleLosses(NamedTuple):
 
     loss: np.ndarray  # mean over the example's label tokens, in nats
     label_tokens: np.ndarray
-    correct_tokens: np.ndarray  # labels that have the highest logit
+    correct_tokens: np.ndarray  # label tokens with the highest logit
 
     @property
     def mean(self) -> float:
-        """The mean loss over all label tokens: sum of losses over number of labels, not a mean of means."""
+        """Mean loss over all label tokens, in nats, rather than a mean of the examples' means."""
         return float(np.average(self.loss, weights=self.label_tokens))
 
     @property
     def accuracy(self) -> float:
-        """The share of label tokens predicted right (teacher-forced)."""
+        """Share of label tokens predicted correctly (teacher-forced)."""
         return float(self.correct_tokens.sum() / self.label_tokens.sum())
 
 
 class Engine(Protocol):
-    """What the training loop needs of an engine."""
+    """Interface of an engine to the training loop."""
 
     name: str
-    mixed: bool
-    """Whether products are in bfloat16 over float32 weights, as full fine-tuning over a bfloat16 base has it."""
+    mixed: bool  # matrix products in bfloat16 over float32 weights: full fine-tuning of a bfloat16 base
     tokens_per_forward: int
 
     def forward(self, tokens: Tokens, adapter: str) -> Tensor:
-        """What the trunk makes of all of `tokens` under one adapter, for counting its cost."""
+        """Trunk's hidden states of all of `tokens` under one adapter, for counting its cost."""
         ...
 
     def accumulate(self, tokens: Tokens, slices: Sequence[Slice]) -> list[BatchLoss]:
-        """Adds the gradient of each slice's mean loss to its adapter's parameters."""
+        """Add the gradient of each slice's mean loss to its adapter's parameters."""
         ...
 
     def evaluate(self, tokens: Tokens, adapters: Sequence[str]) -> list[ExampleLosses]:
-        """The loss of every example under each adapter, without gradient or dropout."""
+        """Evaluate the loss of every example under each adapter, without gradient or dropout."""
         ...
 
 
 def mixed_precision(device: torch.device, enabled: bool) -> torch.autocast:
-    """Products in bfloat16 over float32 weights. Nothing cast is kept: what was cast without a gradient has none."""
+    """Matrix products in bfloat16 over float32 weights, with no cast cached: one made without gradient has none."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
 class PackedEngine:
-    """All trials in one flattened batch, divided into forwards of at most `tokens_per_forward` tokens.
-
-    With `mixed` products are in bfloat16: for float32 weights that are trained themselves.
-    """
+    """Engine for all trials in one flattened batch, divided into forwards of at most `tokens_per_forward` tokens."""
 
     name = "packed"
     mixed = False
@@ -90,11 +86,11 @@ class PackedEngine:
 
     def forward(self, tokens: Tokens, adapter: str) -> Tensor:
         batch = flatten(tokens, [Slice(adapter, range(len(tokens)))], self.model.device)
-        # Given a mask, transformers does not look for sequences in the positions, which the meta device cannot do.
+        # With a mask, transformers does not derive sequences from the positions, which fails on the meta device.
         return self.hidden(batch, torch.ones_like(batch.input_ids))
 
     def hidden(self, batch: FlatBatch, attention_mask: Tensor | None = None) -> Tensor:
-        """The trunk's last hidden states at the label positions, (L, D)."""
+        """Trunk's last hidden states at the label positions, (L, D)."""
         with use_layout(batch.layout):
             trunk = getattr(self.model, self.model.base_model_prefix)
             out = trunk(
@@ -116,7 +112,7 @@ class PackedEngine:
             batch = flatten(tokens, group, self.model.device, most_kept=self.tokens_per_forward)
             owner = torch.tensor(
                 [order[part.adapter] for part in group for _ in part.examples], device=self.model.device
-            )[batch.label_sequence]  # (L,), which slice each label belongs to
+            )[batch.label_sequence]  # (L,), index of the slice of each label
             with mixed_precision(self.model.device, self.mixed):
                 out = label_losses(self.head, self.hidden(batch), batch.targets, share[owner], self.head.trained)
             out.total.backward()
@@ -145,11 +141,10 @@ class PackedEngine:
 
 
 class PeftEngine:
-    """One trial at a time, by PEFT's forward and the model's own attention, on right-padded batches.
+    """Engine for one trial at a time, by PEFT's forward and the model's own attention, on right-padded batches.
 
-    A forward takes at most `batch_size` rows, and fewer where they would have more than `tokens_per_forward` tokens. A
-    single row that has more is recomputed, where the model's layers are made to: see `train.recompute`.
-    With `mixed` products are in bfloat16, as they are over a bfloat16 base in any case.
+    A forward takes at most `batch_size` rows, or fewer to stay within `tokens_per_forward` tokens. A single row with
+    more tokens is recomputed if `recompute_layers` has prepared the model: see `rankscope.train.recompute`.
     """
 
     name = "peft"
@@ -177,14 +172,14 @@ class PeftEngine:
         return hidden
 
     def _rows(self, tokens: Tokens, examples: Examples) -> int:
-        """Rows of one forward."""
+        """Number of rows of one forward."""
         longest = int(tokens.lengths[list(examples)].max())
         return max(1, min(self.batch_size, self.tokens_per_forward // longest))
 
     def _losses(self, tokens: Tokens, examples: Examples) -> tuple[Tensor, Tensor]:
-        """Losses and hits of each label, laid out as (examples, longest - 1), zero elsewhere."""
+        """Losses and hits of each label, of shape (examples, longest - 1) and zero elsewhere."""
         ids, mask, is_label = pad(tokens, examples, self.model.device)
-        mixed = self.mixed or self.model.dtype != torch.float32  # float32 adapters over a bfloat16 base, as TRL has it
+        mixed = self.mixed or self.model.dtype != torch.float32  # float32 adapters over a bfloat16 base, as in TRL
         layout = Layout((), ids.numel(), recompute=ids.numel() > self.tokens_per_forward)
         with mixed_precision(self.model.device, mixed), use_layout(layout):
             logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -205,7 +200,7 @@ class PeftEngine:
         return results
 
     def parts(self, tokens: Tokens, slice_: Slice) -> list[Slice]:
-        """The forwards of one slice."""
+        """Parts of a slice, one for each forward."""
         rows = self._rows(tokens, slice_.examples)
         starts = range(0, len(slice_.examples), rows)
         return [
@@ -214,7 +209,7 @@ class PeftEngine:
         ]
 
     def losses(self, tokens: Tokens, slice_: Slice) -> Tensor:
-        """One forward: losses of each label, zero elsewhere, with LoRA dropout where the slice has seeds."""
+        """Losses of each label in one forward, zero elsewhere, with LoRA dropout if the slice has seeds."""
         self._activate(slice_.adapter)
         for _, layer in lora_layers(self.model):
             layer.lora_dropout.train(bool(slice_.dropout_seeds))
@@ -242,9 +237,9 @@ class PeftEngine:
 
 
 def divide(tokens: Tokens, slices: Sequence[Slice], tokens_per_forward: int) -> list[list[Slice]]:
-    """Cuts the sequences of `slices`, in order, into groups of at most `tokens_per_forward` tokens.
+    """Divide the sequences of `slices`, in order, into groups of at most `tokens_per_forward` tokens.
 
-    A sequence is never cut: one that is longer makes a group by itself.
+    A longer sequence is not divided but makes a group by itself.
     """
     groups: list[list[Slice]] = [[]]
     used = 0
@@ -263,7 +258,7 @@ def divide(tokens: Tokens, slices: Sequence[Slice], tokens_per_forward: int) -> 
 
 
 def pad(tokens: Tokens, examples: Examples, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Right-padded token ids, attention mask and label mask, each (examples, longest). The pad id is never read."""
+    """Right-padded token ids, attention mask and label mask, each (examples, longest). Padding has token id 0."""
     parts = [tokens[int(example)] for example in examples]
     longest = max(len(ids) for ids, _ in parts)
     ids = np.zeros((len(parts), longest), dtype=np.int64)
@@ -278,17 +273,17 @@ def pad(tokens: Tokens, examples: Examples, device: torch.device) -> tuple[Tenso
 
 
 LOGIT_BYTES = 16
-"""Of one logit of PEFT's forward: the logits and log-probabilities in float32, and the gradients of both."""
+"""Bytes per logit of PEFT's forward: logits and log-probabilities in float32, and the gradients of both."""
 
 FORWARD_MEMORY_FRACTION = 0.6
 """Of the memory that is free beside weights and adapters, what a forward's saved tensors may take; the rest is for
 what is fleeting."""
 
 TOKENS_PER_FORWARD = {"cpu": 512, "cuda": 1 << 15}
-"""Larger forwards gain nothing: on a CPU measured, docs/lab-notes.md; on a GPU not yet."""
+"""Maximum tokens of one training forward. Larger ones gain nothing on a CPU (docs/lab-notes.md); GPUs are unmeasured."""
 
 
 def tokens_per_forward(free: int, bytes_per_token: int, device: str) -> int:
-    """The most tokens of one forward, where `free` bytes are left for it; at least 1."""
+    """Tokens of one forward that fit into `free` bytes; at least 1."""
     fitting = int(free * FORWARD_MEMORY_FRACTION / max(1, bytes_per_token))
     return max(1, min(fitting, TOKENS_PER_FORWARD[device]))

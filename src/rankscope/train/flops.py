@@ -1,7 +1,7 @@
-"""What a training step costs, counted: FLOPs and saved bytes of a token, and how fast plain products of its shapes run.
+"""Cost of a training step: FLOPs and saved bytes per token, and the speed of plain matrix products of its shapes.
 
-Counting needs one forward and backward of four short sequences, on the loaded model or on one without weights (the
-meta device): so memory is predicted before anything is loaded.
+Counting takes one forward and backward of four short sequences, on the loaded model or on one without weights (the meta
+device), so that memory can be predicted before anything is loaded.
 """
 
 import itertools
@@ -25,31 +25,31 @@ from rankscope.train.step import StepMetrics
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm: 0, _aten.addmm: 1, _aten.addmm_: 1}
-"""Operators, and the place of the left operand among their arguments."""
+"""Matrix products, and the index of the left operand among their arguments."""
 
 
 class Cost(NamedTuple):
-    """Of training one adapter over its base model."""
+    """Cost of training one adapter over its base model.
 
-    bytes_per_token: int
-    """What a forward keeps for the backward: its saved tensors, each storage once, weights not counted."""
-    flops_per_token: int
-    """Of the trunk's matrix products, forward and backward, LoRA's included. Attention's products over pairs of
-    tokens are left out: below 1,024 tokens a few per cent, and a number that is then too low, never too high."""
-    flops_per_label: int
-    """Of the output layer: forward, and backward to its input."""
+    FLOPs leave out attention's products over pairs of tokens: below 1,024 tokens they are a few per cent, and the count
+    is too low rather than too high.
+    """
+
+    bytes_per_token: int  # saved for the backward, each storage once, without weights
+    flops_per_token: int  # matrix products of the trunk, forward and backward, LoRA's included
+    flops_per_label: int  # output layer: forward, and backward to its input
 
     def flops(self, tokens: int, label_tokens: int) -> float:
-        """Of training on so many tokens."""
+        """FLOPs of training on so many tokens and label tokens."""
         return self.flops_per_token * tokens + self.flops_per_label * label_tokens
 
     def step_flops(self, metrics: StepMetrics) -> float:
-        """Useful FLOPs of a step: real tokens and labels only, whatever was padded or computed besides."""
+        """Useful FLOPs of a step: real tokens and labels, without padding and recomputation."""
         return self.flops(metrics.tokens, metrics.label_tokens)
 
 
 class Products(TorchDispatchMode):
-    """Counts the matrix products that run inside it, by shape: (m, k) @ (k, n)."""
+    """Counter of the matrix products that run inside it, by shape (m, k, n) of (m, k) @ (k, n)."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -70,12 +70,12 @@ class Products(TorchDispatchMode):
 def count_costs(
     model: PreTrainedModel, adapters: Iterable[str], forward: Callable[[Tokens, str], Tensor], tokens: Tokens
 ) -> dict[str, Cost]:
-    """The cost of each adapter; `forward` is an engine's."""
+    """Cost of each adapter; `forward` is an engine's."""
     return {adapter: count_cost(model, adapter, partial(forward, tokens, adapter), tokens) for adapter in adapters}
 
 
 def count_cost(model: PreTrainedModel, adapter: str, forward: Callable[[], Tensor], tokens: Tokens) -> Cost:
-    """The cost of `forward`, which runs `tokens` through the trunk under `adapter` and returns its hidden states."""
+    """Cost of `forward`, which runs `tokens` through the trunk under `adapter` and returns its hidden states."""
     kept = itertools.chain(model.parameters(), iter_initial_factors(model))
     weights = {tensor.untyped_storage()._cdata for tensor in kept}
     saved: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""Cross-entropy at the label positions only, in chunks: all logits never exist at once."""
+"""Cross-entropy at the label positions, in chunks, so that the logits never exist all at once."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -12,25 +12,25 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**26}
-"""Size of one chunk's float32 logits, of which about two are alive at once. On a CPU what stays in its cache is faster
-(measured, docs/lab-notes.md); on a GPU a product needs more rows to fill it (not measured)."""
+"""Bytes of one chunk's float32 logits; about two copies are alive at once. A CPU is faster when they fit its cache
+(measured, docs/lab-notes.md); a GPU needs more rows to be busy (not measured)."""
 
 
 class Head:
-    """From hidden states (L, D) to logits (L, V), by the model's own forward.
+    """Logits (L, V) from hidden states (L, D), by the model's own forward.
 
-    What a causal language model does after its trunk (soft-capping in Gemma, scaling in Granite and Cohere) stays
-    its own business: a shallow copy of the model is run whose trunk returns the hidden states it is given.
+    A model may do more than one product after its trunk (soft-capping in Gemma, scaling in Granite and Cohere), so a
+    shallow copy of the model is run with a trunk that returns given hidden states.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._trunk = _Given()
+        self._trunk = _FixedTrunk()
         self._model = copy.copy(model)
         self._model._modules = {**model._modules, model.base_model_prefix: self._trunk}
 
     @property
     def trained(self) -> list[nn.Parameter]:
-        """Its weights that are trained: none beside adapters, all of them in full fine-tuning."""
+        """Trained weights: none beside adapters, all of them in full fine-tuning."""
         return [parameter for parameter in self._model.parameters() if parameter.requires_grad]
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -40,13 +40,13 @@ class Head:
         return logits[0]
 
 
-class _Given(nn.Module):
-    """A trunk that returns what it was given. Some models call `model.decoder` instead of `model`."""
+class _FixedTrunk(nn.Module):
+    """Trunk that returns given hidden states. Some models call `model.decoder` instead of `model`."""
 
     hidden: Tensor
 
     @property
-    def decoder(self) -> "_Given":
+    def decoder(self) -> "_FixedTrunk":
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> "_TrunkOutput":
@@ -55,7 +55,7 @@ class _Given(nn.Module):
 
 @dataclass
 class _TrunkOutput(BaseModelOutputWithPast):
-    """Models copy from a trunk's output what theirs has (cross attentions, router logits): here it is None."""
+    """Output of `_FixedTrunk`; further fields that models copy from it (cross attentions, router logits) are None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -63,11 +63,11 @@ class _TrunkOutput(BaseModelOutputWithPast):
 
 
 class LabelLosses(NamedTuple):
-    """For L label tokens: the weighted sum (a scalar that carries the gradient), each loss in nats, each hit."""
+    """Losses of L label tokens, in nats."""
 
-    total: Tensor  # ()
+    total: Tensor  # (), weighted sum, with gradient
     losses: Tensor  # (L,) float32, without gradient
-    correct: Tensor  # (L,) bool: the label has the highest logit
+    correct: Tensor  # (L,) bool, whether the label has the highest logit
 
 
 def label_losses(
@@ -77,14 +77,14 @@ def label_losses(
     weights: Tensor,
     trained: Sequence[nn.Parameter] = (),
 ) -> LabelLosses:
-    """Cross-entropy of each label, and their sum weighted by `weights`.
+    """Compute the cross-entropy of each label, and the sum weighted by `weights`.
 
-    Shapes: hidden (L, D), targets (L,) token ids, weights (L,). The gradient with respect to `hidden` is worked out
-    chunk by chunk in the forward (as in Liger Kernel, arXiv:2410.10989), so that no logits wait for the backward; and
-    so is that of the head's `trained` parameters, which takes a buffer of their size.
+    Shapes: hidden (L, D), targets (L,) token ids, weights (L,). The gradient with respect to `hidden` is computed chunk
+    by chunk in the forward (as in Liger Kernel, arXiv:2410.10989), so that no logits are kept for the backward; so is
+    the gradient of the head's `trained` parameters, which takes a buffer of their size.
     """
     if not torch.is_grad_enabled():
-        trained = ()  # a parameter asks for its gradient even where none is to be worked out
+        trained = ()  # parameters require gradients even under no_grad
     out = _ChunkedCrossEntropy.apply(hidden, targets, weights, head, *trained)  # type: ignore[no-untyped-call]
     return LabelLosses(*out)
 
@@ -113,7 +113,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = torch.arange(len(log_probs), device=hidden.device)
             losses[part] = -log_probs[rows, targets[part]]
             correct[part] = logits.detach().argmax(dim=-1) == targets[part]
-            if grad is not None:  # of the loss to the logits: weight (p - 1{target}), in the buffer of log p
+            if grad is not None:  # d loss / d logits = weight (p - 1{target}), in the buffer of log p
                 grad_logits = log_probs.exp_()
                 grad_logits[rows, targets[part]] -= 1
                 grad_logits *= weights[part, None].to(grad_logits.dtype)

@@ -1,4 +1,4 @@
-"""AdamW, with its states in float32 or by bitsandbytes in 8 bits; the states' size, and how they are kept."""
+"""AdamW with states in float32, or in 8 bits by bitsandbytes; size, saving and restoring of the states."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,21 +11,21 @@ from rankscope.errors import StudyError
 from rankscope.model.quantized import require_bitsandbytes
 from rankscope.spec.models import TrainingSpec
 
-SMALLEST_IN_8_BITS = 4096
-"""Weights of a tensor: bitsandbytes keeps the states of smaller ones in float32."""
+MIN_8BIT_WEIGHTS = 4096
+"""Weights of the smallest tensor with 8-bit states: bitsandbytes keeps those of smaller ones in float32."""
 
 STATE_BLOCK = 256
-"""Values of an 8-bit state that share a scale."""
+"""Number of values of an 8-bit state that share a scale."""
 
-_CODES = ("qmap1", "qmap2")
-"""Among bitsandbytes' states: what the 256 values stand for, the same for all."""
+_CODEBOOKS = ("qmap1", "qmap2")
+"""States of bitsandbytes that map the 256 codes to values, equal for all tensors and not saved."""
 
 
 def check_optimizer(training: TrainingSpec, device: torch.device) -> None:
-    """Sees to it that `training.optim` can be had.
+    """Check that `training.optim` is available on `device`.
 
     Raises:
-        StudyError: it pages, and the device is a CPU.
+        StudyError: the optimizer pages, and the device is a CPU.
         MissingExtraError: bitsandbytes is not installed.
     """
     if training.optim == "adamw_torch_fused":
@@ -40,8 +40,10 @@ def check_optimizer(training: TrainingSpec, device: torch.device) -> None:
 
 
 def make_optimizer(weights: Mapping[float, Sequence[nn.Parameter]], training: TrainingSpec) -> Optimizer:
-    """AdamW for weights by their learning rate. Weight decay leaves out biases, norms and DoRA's magnitudes, as
-    transformers' Trainer has it."""
+    """Make AdamW for weights grouped by learning rate.
+
+    As in transformers' Trainer, weight decay does not apply to biases, norms and DoRA's magnitudes.
+    """
     groups: list[dict[str, Any]] = []
     for rate, parameters in weights.items():
         groups.append({"params": [p for p in parameters if p.dim() > 1], "lr": rate})
@@ -54,42 +56,47 @@ def make_optimizer(weights: Mapping[float, Sequence[nn.Parameter]], training: Tr
     }
     if training.optim == "adamw_torch_fused":
         return AdamW(groups, fused=True, **options)
-    from bitsandbytes.optim.adamw import AdamW as AdamWOfBitsandbytes
+    from bitsandbytes.optim.adamw import AdamW as BitsandbytesAdamW
 
     bits = 32 if training.optim.endswith("32bit") else 8
     paged = training.optim.startswith("paged")
-    made: Optimizer = AdamWOfBitsandbytes(
-        groups, optim_bits=bits, is_paged=paged, min_8bit_size=SMALLEST_IN_8_BITS, **options
+    optimizer: Optimizer = BitsandbytesAdamW(
+        groups, optim_bits=bits, is_paged=paged, min_8bit_size=MIN_8BIT_WEIGHTS, **options
     )
-    return made
+    return optimizer
 
 
 def state_sizes(optim: str, count: int) -> list[int]:
-    """Bytes of each state of a tensor of `count` weights. Those that can be paged are counted: while there is room for
-    them they are on the GPU, and every step needs them there."""
-    if not optim.endswith("8bit") or count < SMALLEST_IN_8_BITS:
+    """Size of each state of a tensor of `count` weights, in bytes.
+
+    Paged states count too: they stay on the GPU while they fit, and every step needs them there.
+    """
+    if not optim.endswith("8bit") or count < MIN_8BIT_WEIGHTS:
         return [4 * count, 4 * count]
     return [count, count, *[4 * -(-count // STATE_BLOCK)] * 2]
 
 
 def step_bytes(optim: str, count: int, device: str) -> int:
-    """What a step on a tensor of `count` weights takes for a moment: bitsandbytes' 8-bit step on a CPU makes both
-    states, the gradient and two more tensors in float32. On a GPU it is one kernel, which takes nothing."""
-    return 20 * count if device == "cpu" and optim.endswith("8bit") and count >= SMALLEST_IN_8_BITS else 0
+    """Temporary memory of a step on a tensor of `count` weights, in bytes.
+
+    On a CPU the 8-bit step of bitsandbytes makes both states, the gradient and two more tensors in float32. On a GPU it
+    is one kernel without temporary memory.
+    """
+    return 20 * count if device == "cpu" and optim.endswith("8bit") and count >= MIN_8BIT_WEIGHTS else 0
 
 
 def saved_state(optimizer: Optimizer, weight: nn.Parameter) -> dict[str, Tensor]:
-    """The states of one weight, to be kept; empty where no gradient came."""
+    """Optimizer states of one weight as tensors to save; empty before its first gradient."""
     state = optimizer.state.get(weight, {})
     return {
         name: value if isinstance(value, Tensor) else torch.tensor(value)
         for name, value in state.items()
-        if name not in _CODES
+        if name not in _CODEBOOKS
     }
 
 
 def restore_state(optimizer: Optimizer, weight: nn.Parameter, saved: Mapping[str, Tensor]) -> None:
-    """Gives one weight the states that `saved_state` kept."""
+    """Restore the states of one weight from `saved_state`."""
     if not saved:
         return
     if isinstance(optimizer, AdamW):
@@ -97,9 +104,9 @@ def restore_state(optimizer: Optimizer, weight: nn.Parameter, saved: Mapping[str
         return
     own: Any = optimizer
     for number, group in enumerate(optimizer.param_groups):
-        for place, parameter in enumerate(group["params"]):
+        for index, parameter in enumerate(group["params"]):
             if parameter is weight:
-                own.init_state(group, weight, number, place)
+                own.init_state(group, weight, number, index)
     state = optimizer.state[weight]
     for name, value in saved.items():
         if isinstance(state[name], Tensor):

@@ -1,4 +1,4 @@
-"""The data of a study as tokens, prepared once for all trials."""
+"""Tokens of a study's data, prepared once for all trials."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from rankscope.spec.models import EMBEDDED, StudySpec
 
 
 def prepare_data(spec: StudySpec) -> TokenizedData:
-    """Reads and tokenises the data, once for all trials. Rows are cut at the last of the model's positions at most."""
+    """Read and tokenise the data. Rows are truncated to `data.max_length`, or to the model's positions if fewer."""
     config = load_config(spec.model).get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or spec.data.max_length
     changes: dict[str, Any] = {"max_length": min(spec.data.max_length, positions)}
@@ -27,7 +27,7 @@ def prepare_data(spec: StudySpec) -> TokenizedData:
 
 
 def describe_data(facts: Mapping[str, Any]) -> str:
-    """What was read and what was left out, in one line."""
+    """One line on the rows read and left out."""
     return (
         f"Data {facts['id']}: {facts['rows_train']:,} rows to train on, {facts['rows_eval']:,} held out, "
         f"{facts['mean_length']:.0f} tokens a row; {facts['truncated']:,} cut to {facts['max_length']:,} tokens, "

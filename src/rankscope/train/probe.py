@@ -1,7 +1,8 @@
-"""Can this model be packed? Asked of the real model, before training.
+"""Probe whether a model can be packed, on the loaded model itself.
 
-No list of architectures: two forwards of the loaded model are compared. An architecture that ignores the
-registered attention (some still carry their own) lets sequences of a flattened batch see each other, which shows.
+There is no list of architectures: two forwards of the model are compared. An architecture that ignores the registered
+attention (some still have their own) lets the sequences of a flattened batch attend to each other, and the probe shows
+it.
 """
 
 from collections.abc import Sequence
@@ -21,14 +22,14 @@ from rankscope.train.recompute import keep_layers, recompute_layers
 
 _LENGTHS = (7, 12, 5, 9)
 PROBE_TOKENS = sum(_LENGTHS)
-"""Of `probe_tokens`."""
+"""Total length of the probe sequences."""
 
 
 def make_packable(model: PreTrainedModel, adapters: Sequence[str]) -> None:
-    """Turns the model's attention and LoRA layers to the packed forward, and checks it against the model's own.
+    """Switch the model's attention and LoRA layers to the packed forward, and check it against the model's own.
 
     Raises:
-        NotPackable: with the reason; the model is then as before.
+        NotPackable: the packed forward fails or gives other logits; the model is then unchanged.
     """
     own_attention = model.config._attn_implementation
     try:
@@ -66,27 +67,27 @@ def dependent_rows_reason(config: Any, longest_row: int) -> str | None:
 
 
 def use_packed_forward(model: PreTrainedModel) -> None:
-    """Replaces attention and LoRA layers, unchecked.
+    """Switch attention, LoRA layers and decoder layers to the packed forward, without comparing logits.
 
     Raises:
-        NotPackable: where that is seen to be impossible at once.
+        NotPackable: a layer, or the model's attention, cannot be replaced.
     """
     pack_layers(model)
     recompute_layers(model)
     model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:  # refused without an error: GPT-Neo, Falcon
+    if model.config._attn_implementation != NAME:  # GPT-Neo and Falcon ignore it without an error
         raise NotPackable("its attention cannot be replaced")
 
 
 def use_own_forward(model: PreTrainedModel, attention: str) -> None:
-    """Gives attention, by name, and all layers their own forward back."""
+    """Restore the attention of that name and the own forward of all layers."""
     unpack_layers(model)
     keep_layers(model)
     model.set_attn_implementation(attention)
 
 
 def probe_tokens(model: PreTrainedModel) -> Tokens:
-    """Four short sequences of random ids; never the pad id, which some models treat apart."""
+    """Four short sequences of random ids, without the pad id, which some models treat specially."""
     rng = np.random.default_rng(0)
     config = model.config.get_text_config()
     ids = rng.integers(0, config.vocab_size, PROBE_TOKENS, dtype=np.int32)
@@ -98,7 +99,7 @@ def probe_tokens(model: PreTrainedModel) -> Tokens:
 
 @torch.no_grad()
 def _plain_logits(model: PreTrainedModel, ids: np.ndarray) -> Tensor:
-    """The logits (t - 1, V) of one sequence alone, by the model's own forward and attention."""
+    """Logits (t - 1, V) of one sequence alone, by the model's own forward and attention."""
     batch = torch.from_numpy(ids.astype(np.int64))[None].to(model.device)
     logits: Tensor = model(input_ids=batch, use_cache=False).logits
     return logits[0, :-1].float()
@@ -113,7 +114,7 @@ def _packed_logits(model: PreTrainedModel, tokens: Tokens, adapters: Sequence[st
 
 
 def _compare(expected: Sequence[Tensor], got: Sequence[Tensor], dtype: torch.dtype) -> None:
-    """Rounding may differ; a sequence that saw its neighbour, or another position, differs by far more."""
+    """Raise NotPackable if logits differ by more than rounding, as they do after a leak or with wrong positions."""
     tolerance = 1e-3 if dtype == torch.float32 else 5e-2
     for one, other in zip(expected, got, strict=True):
         difference, scale = float((one - other).norm()), float((one - one.mean()).norm())

@@ -1,8 +1,8 @@
 """Activation checkpointing for forwards that are too long to keep (Chen et al. 2016, arXiv:1604.06174).
 
-A sequence is never cut, so one that is longer than a forward should be would take memory that no division of the step
-can save. Such a forward keeps the decoder layers' inputs only, and each layer is run again in its backward: by the
-packed engine and by PEFT's.
+A sequence is never divided, so one that is longer than a forward should be needs memory that no division of the step
+can save. Such a forward, of either engine, keeps only the decoder layers' inputs, and each layer is run again in its
+backward.
 """
 
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ from rankscope.lora.layout import Layout, layout_if_any, use_layout
 
 
 def recompute_layers(model: nn.Module) -> None:
-    """Lets every decoder layer follow the layout's `recompute`. `keep_layers` undoes it."""
+    """Make every decoder layer follow the layout's `recompute`. `keep_layers` undoes it."""
     for layer in _decoder_layers(model):
         layer.forward = _Recomputed(layer)
 
 
 def keep_layers(model: nn.Module) -> None:
-    """Gives every decoder layer its own forward back."""
+    """Give every decoder layer its own forward back."""
     for layer in _decoder_layers(model):
         layer.__dict__.pop("forward", None)
 
@@ -35,7 +35,7 @@ def _decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 class _Recomputed:
-    """A decoder layer's forward; transformers' own checkpointing asks for training mode, which turns on dropout."""
+    """Forward of a decoder layer with checkpointing; transformers' own needs training mode, which turns on dropout."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.forward = layer.forward
@@ -52,13 +52,13 @@ class _Recomputed:
 def _contexts(
     layout: Layout, states: list[torch.Tensor]
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Around a layer's first run, where the layout is there already, and around its second."""
+    """Contexts of a layer's first run, which has its layout already, and of its second run."""
     return nullcontext(), _again(layout, states)
 
 
 @contextmanager
 def _again(layout: Layout, states: list[torch.Tensor]) -> Iterator[None]:
-    """Around a layer's second run, in the backward: the same layout, and dropout's streams where they then were."""
+    """Context of a layer's second run, in the backward: the layout and dropout states of the first."""
     for stream, state in zip(layout.streams, states, strict=True):
         stream.set_state(state)
     with use_layout(layout):

@@ -1,4 +1,4 @@
-"""A request to stop that is not obeyed at once, so that training ends where it can go on."""
+"""Deferred handling of stop signals, so that training ends at a checkpoint."""
 
 import signal
 from types import FrameType, TracebackType
@@ -6,16 +6,16 @@ from typing import Self
 
 
 class StopRequest:
-    """While it is entered, SIGTERM and SIGINT are taken down instead of obeyed. To be entered in the main thread."""
+    """Context in which SIGTERM and SIGINT set `made` instead of ending the process. For the main thread only."""
 
     def __init__(self) -> None:
         self.made = False
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._take_down) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {number: signal.signal(number, self._record) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def _take_down(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self.made = True
 
     def __exit__(
