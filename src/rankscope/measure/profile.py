@@ -46,8 +46,8 @@ def profile_candidate(spec: StudySpec, candidate: Candidate, data: TokenizedData
     - `joules_per_token`: energy of the GPU over the measured steps; None where NVML does not count it
     - `rss_base_bytes`: resident memory after loading the base model, before adding the adapter
     - `rss_mean_bytes rss_peak_bytes rss_p99_bytes` of training (after warm-up, without loading or evaluation); the same
-      of `gpu_allocated`, `gpu_reserved` and `gpu_nvml`; of loading and evaluation with prefixes `load_` and `eval_`; and
-      `rss_above_base_mean_bytes` and so on: see `summarise_memory`
+      of `gpu_allocated`, `gpu_reserved` and `gpu_nvml`; of loading and evaluation with prefixes `load_` and `eval_`;
+      and `rss_above_base_mean_bytes` and so on: see `summarise_memory`
     - `adapter_bytes`: size of the saved weights
     """
     trial = Trial(candidate=candidate, seed=spec.seeds[0])

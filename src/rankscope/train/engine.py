@@ -280,7 +280,7 @@ FORWARD_MEMORY_FRACTION = 0.6
 what is fleeting."""
 
 TOKENS_PER_FORWARD = {"cpu": 512, "cuda": 1 << 15}
-"""Maximum tokens of one training forward. Larger ones gain nothing on a CPU (docs/lab-notes.md); GPUs are unmeasured."""
+"""Maximum tokens of one training forward. Larger ones gain nothing on a CPU (docs/lab-notes.md); GPU not measured."""
 
 
 def tokens_per_forward(free: int, bytes_per_token: int, device: str) -> int:
