@@ -42,7 +42,7 @@ def prepare_cached(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", vocab_s
     if key is None or folder is None:
         return tokenize(records, spec, tokenizer, vocab_size)
     try:
-        found = load(folder / key)
+        cached = load(folder / key)
     except StudyDirectoryError:
         data = tokenize(records, spec, tokenizer, vocab_size)
         try:
@@ -51,7 +51,7 @@ def prepare_cached(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", vocab_s
             _log.warning("the tokens are not cached: %s. Set RANKSCOPE_CACHE to a folder that can be written.", error)
         return data
     source = {"id": records.source.id, "revision": records.source.revision}  # equal rows may have another source
-    return TokenizedData(found.train, found.eval, found.facts | source)
+    return TokenizedData(cached.train, cached.eval, cached.facts | source)
 
 
 def cache_key(records: Records, spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> str | None:

@@ -61,7 +61,7 @@ def _fill(template: str, row: dict[str, str]) -> str:
         lines = template.split("\n")
         template = "\n".join(line for line in lines if "{input}" not in line or "{instruction}" in line)
         row = {**row, "input": ""}
-    return _PLACEHOLDER.sub(lambda found: row[found[1]], template)  # one pass keeps "{input}" in an instruction
+    return _PLACEHOLDER.sub(lambda match: row[match[1]], template)  # one pass keeps "{input}" in an instruction
 
 
 def _render_chat(
@@ -85,7 +85,7 @@ def _render_chat(
     if not whole.startswith(before):
         raise DataError(
             "the model's chat template is not prefix-preserving: it writes the messages before the answer "
-            "differently once the answer follows, so that the answer cannot be told from the prompt",
+            "differently once the answer follows, so that prompt and answer cannot be separated",
             "Choose another model, or data in the alpaca or prompt_completion format.",
         )
     return Rendered(before, whole.removeprefix(before), is_chat=True)

@@ -86,17 +86,17 @@ def canonical_text(row: dict[str, Any]) -> str:
 
 def _resolve_format(asked: str, table: Table) -> Format:
     fitting = [name for name, columns in REQUIRED.items() if set(columns) <= set(table.columns)]
-    found = f"{table.name}: found the columns {listed(table.columns)}"
+    what = f"{table.name}: found the columns {listed(table.columns)}"
     if asked != "auto":
         for name in fitting:
             if name == asked:
                 return name
-        raise DataError(f"{found}; the format {asked} needs {_needs(asked)}", "Rename the columns, or set data.format.")
+        raise DataError(f"{what}; the format {asked} needs {_needs(asked)}", "Rename the columns, or set data.format.")
     if len(fitting) > 1:
-        raise DataError(f"{found}, which fit {' and '.join(fitting)}", "Set data.format to the one you mean.")
+        raise DataError(f"{what}, which fit {' and '.join(fitting)}", "Set data.format to the one you mean.")
     if not fitting:
         needs = "; ".join(f"{name} needs {_needs(name)}" for name in REQUIRED)
-        raise DataError(f"{found}, which fit no format: {needs}", "Rename the columns.")
+        raise DataError(f"{what}, which fit no format: {needs}", "Rename the columns.")
     return fitting[0]
 
 

@@ -270,9 +270,9 @@ def _check_builder(builder: Any, source: str, *, local: bool) -> None:
     from datasets.packaged_modules.text.text import Text  # type: ignore[import-untyped]
 
     if not isinstance(builder, Arrow | Cache | Csv | Json | Parquet | Text):  # Cache: Arrow files written earlier
-        found = type(builder).__module__.rsplit(".", 1)[-1]
+        kind_of_files = type(builder).__module__.rsplit(".", 1)[-1]
         raise DataError(
-            f"{source}: holds {found} files, which are not read: some of them can run code",
+            f"{source}: holds {kind_of_files} files, which are not read: some of them can run code",
             "Convert the rows to JSON, CSV, Parquet or Arrow, where you trust them.",
         )
     root = f"{os.path.realpath(source)}/" if local else "hf://"

@@ -88,8 +88,8 @@ def read_config(folder: Path) -> tuple[LoraConfig, tuple[str, ...]]:
         config = LoraConfig(**given)
     except ValidationError as error:
         wrong = error.errors()[0]
-        field, found = ".".join(map(str, wrong["loc"])), shortened(repr(wrong["input"]))
-        raise ModelError(f"{folder / CONFIG}: {shortened(field)} is {found}: {wrong['msg']}", "Restore it.") from None
+        field, value = ".".join(map(str, wrong["loc"])), shortened(repr(wrong["input"]))
+        raise ModelError(f"{folder / CONFIG}: {shortened(field)} is {value}: {wrong['msg']}", "Restore it.") from None
     except Exception as error:  # whatever PEFT makes of other fields
         reason = shortened(str(error).strip().split("\n")[0], 200)
         raise ModelError(f"{folder / CONFIG}: cannot be read: {reason}", "Restore it.") from None
@@ -145,10 +145,10 @@ def pattern_keys(folder: Path, config: LoraConfig) -> tuple[PatternKeys[int], Pa
     Raises:
         ModelError: a key cannot be matched safely.
     """
-    found: list[Any] = []
+    patterns: list[Any] = []
     for field in ("rank_pattern", "alpha_pattern"):
         try:
-            found.append(PatternKeys(getattr(config, field) or {}))
+            patterns.append(PatternKeys(getattr(config, field) or {}))
         except ValueError as error:
             raise ModelError(f"{folder / CONFIG}: {field}: {error}", "Name the modules instead.") from None
-    return found[0], found[1]
+    return patterns[0], patterns[1]

@@ -102,9 +102,9 @@ def read_adapter(folder: Path) -> SavedAdapter:
         raise ModelError(f"{folder / WEIGHTS}: corrupt or incomplete: {error}", "Restore it.") from None
     keys: dict[str, dict[str, str]] = {}
     for key in tensors:
-        if found := _FACTOR.fullmatch(key):
-            _check_name(folder, found[1])
-            other = keys.setdefault(found[1], {}).setdefault(found[2][-1], key)
+        if match := _FACTOR.fullmatch(key):
+            _check_name(folder, match[1])
+            other = keys.setdefault(match[1], {}).setdefault(match[2][-1], key)
             if other != key:
                 raise ModelError(f"{folder / WEIGHTS}: {other} and {key} are one factor", "Remove one of them.")
     pairs = {name: {part: (key, tensors.pop(key)) for part, key in both.items()} for name, both in keys.items()}
@@ -198,9 +198,9 @@ def _by_name(adapter: SavedAdapter) -> LoraConfig:
     alphas = PatternKeys(config.alpha_pattern or {})
     config.target_modules = [layer.layer for layer in adapter.layers]
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    found = {f"^{re.escape(layer.layer)}": layer for layer in adapter.layers}
-    config.rank_pattern = {key: layer.rank for key, layer in found.items() if layer.rank != config.r}
-    by_layer = {key: alphas.get(layer.layer, config.lora_alpha) for key, layer in found.items()}
+    by_key = {f"^{re.escape(layer.layer)}": layer for layer in adapter.layers}
+    config.rank_pattern = {key: layer.rank for key, layer in by_key.items() if layer.rank != config.r}
+    by_layer = {key: alphas.get(layer.layer, config.lora_alpha) for key, layer in by_key.items()}
     config.alpha_pattern = {key: alpha for key, alpha in by_layer.items() if alpha != config.lora_alpha}
     return config
 
@@ -238,10 +238,10 @@ def _layer(
         raise ModelError(f"{folder / WEIGHTS}: {name} is of {a.dtype} and {b.dtype}", "Factors are floating point.")
     if not (a.isfinite().all() and b.isfinite().all()):
         raise ModelError(f"{folder / WEIGHTS}: {name} holds NaN or infinity", "Its training diverged: take another.")
-    rank, said = a.shape[0], ranks.get(name, config.r)
-    if rank != said and not config.target_parameters:  # of experts, whose factors lie side by side
+    rank, expected = a.shape[0], ranks.get(name, config.r)
+    if rank != expected and not config.target_parameters:  # the factors of experts are stacked
         raise ModelError(
-            f"{folder / WEIGHTS}: {name} has rank {rank}, but {CONFIG} says {said}",
+            f"{folder / WEIGHTS}: {name} has rank {rank}, but {CONFIG} says {expected}",
             "Restore the file that was changed.",
         )
     alpha = alphas.get(name, config.lora_alpha)

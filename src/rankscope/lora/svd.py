@@ -84,8 +84,8 @@ def _row(factors: Factors) -> dict[str, Any]:
 
 def split_layer_name(layer: str) -> tuple[int, str]:
     """Block and module: `model.layers.3.self_attn.q_proj` -> (3, `self_attn.q_proj`); -1 and the last part without."""
-    found = re.search(r"(?:^|\.)(\d+)\.(.+)$", layer)
-    return (int(found[1]), found[2]) if found else (-1, layer.rsplit(".", 1)[-1])
+    match = re.search(r"(?:^|\.)(\d+)\.(.+)$", layer)
+    return (int(match[1]), match[2]) if match else (-1, layer.rsplit(".", 1)[-1])
 
 
 def by_module(frame: pd.DataFrame) -> pd.DataFrame:

@@ -148,8 +148,8 @@ def summarise_memory(
     for phase, prefix in PHASES.items():
         during = [sample for sample in samples if sample.phase == phase]
         for kind in MEMORY:
-            found = [getattr(sample, f"{kind}_bytes") for sample in during]
-            values = [value for value in found if value is not None]
+            sampled = [getattr(sample, f"{kind}_bytes") for sample in during]
+            values = [value for value in sampled if value is not None]
             counted = [peaks[phase][kind]] if kind in peaks[phase] else []
             columns[f"{prefix}{kind}_mean_bytes"] = statistics.fmean(values) if values else None
             columns[f"{prefix}{kind}_peak_bytes"] = max([*values, *counted]) if values else None

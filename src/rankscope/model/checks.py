@@ -142,7 +142,7 @@ def not_causal_reason(config: Any) -> str | None:
         return None if causal.intersection(config.architectures or ()) else f"{asked} has an encoder besides"
     decides = "causal" if hasattr(config, "causal") else "is_decoder"
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, decides, False):
-        return f"{asked} is an encoder, whose {decides} is not true in {CONFIG_NAME}"
+        return f"{asked} is an encoder: {decides} is not true in {CONFIG_NAME}"
     text = config.get_text_config()
     if getattr(text, "is_causal", None) is False:
         return f"is_causal is false in {CONFIG_NAME}"
@@ -155,8 +155,8 @@ def model_file(spec: ModelSpec, name: str) -> Path | None:
     """Path of a file of the model, downloaded if necessary; None if it does not exist or is unavailable."""
     lenient = ("missing_entries", "connection_errors", "gated_repo")  # loading has a better message
     options: dict[str, Any] = {f"_raise_exceptions_for_{name}": False for name in lenient}
-    found = cached_file(location(spec), name, revision=spec.revision, **options)
-    return Path(found) if found else None
+    file = cached_file(location(spec), name, revision=spec.revision, **options)
+    return Path(file) if file else None
 
 
 def loading_error(spec: ModelSpec, part: str, error: Exception) -> ModelError:

@@ -79,8 +79,8 @@ def load_config(spec: ModelSpec) -> Any:
 def commit(spec: ModelSpec) -> str | None:
     """Commit of the model on the hub, in hex; None for a folder outside of the hub's cache."""
     file = model_file(spec, CONFIG_NAME)
-    found = re.search(r"/snapshots/([0-9a-f]{40})/", file.as_posix()) if file else None
-    return found[1] if found else None
+    match = re.search(r"/snapshots/([0-9a-f]{40})/", file.as_posix()) if file else None
+    return match[1] if match else None
 
 
 def load_model(spec: ModelSpec, attention: str | None = None) -> PreTrainedModel:
@@ -118,9 +118,9 @@ def load_model(spec: ModelSpec, attention: str | None = None) -> PreTrainedModel
     model, loading = loaded
     other_shapes = sorted(loading["mismatched_keys"])
     if other_shapes:
-        name, found, expected = other_shapes[0]
+        name, actual, expected = other_shapes[0]
         raise ModelError(
-            f"model {spec.id}: weights of other shapes than {CONFIG_NAME} says: {name} is {list(found)}, expected "
+            f"model {spec.id}: weights of other shapes than {CONFIG_NAME} says: {name} is {list(actual)}, expected "
             f"{list(expected)}" + (f"; and {len(other_shapes) - 1} more" if other_shapes[1:] else ""),
             f"Take {CONFIG_NAME} and the weights from the same checkpoint.",
         )
