@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rankscope.measure.profile import MEMORY_COLUMNS, summarise_memory, summarise_steps
+from rankscope.measure.profile import summarise_memory, summarise_steps
 from rankscope.measure.sampler import Sample
 
 
@@ -17,7 +17,9 @@ def test_memory_of_each_phase() -> None:
     rows += samples("eval", [7])
     peaks = {"load": {"rss": 25}, "warmup": {}, "train": {"rss": 130}, "eval": {}}
     columns = summarise_memory(rows, peaks, base_bytes=30)
-    assert set(columns) == set(MEMORY_COLUMNS)
+    kinds = ("rss", "gpu_allocated", "gpu_reserved", "gpu_nvml")
+    named = {f"{phase}{kind}" for phase in ("", "load_", "eval_") for kind in kinds} | {"rss_above_base"}
+    assert set(columns) == {f"{name}_{statistic}_bytes" for name in named for statistic in ("mean", "peak", "p99")}
     assert columns["load_rss_mean_bytes"] == 15
     assert columns["load_rss_peak_bytes"] == 25
     assert columns["rss_mean_bytes"] == 50.5

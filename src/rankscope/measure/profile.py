@@ -126,23 +126,16 @@ MEMORY = ("rss", "gpu_allocated", "gpu_reserved", "gpu_nvml")
 PHASES = {"load": "load_", "train": "", "eval": "eval_"}
 """Phases with a summary, and the prefixes of their columns: none for training."""
 
-MEMORY_COLUMNS = tuple(
-    f"{prefix}{kind}_{statistic}_bytes"
-    for prefix in PHASES.values()
-    for kind in MEMORY
-    for statistic in ("mean", "peak", "p99")
-) + tuple(f"rss_above_base_{statistic}_bytes" for statistic in ("mean", "peak", "p99"))
-
 
 def summarise_memory(
     samples: Sequence[Sample], peaks: Mapping[str, Mapping[str, int]], base_bytes: int
 ) -> dict[str, float | None]:
-    """The `MEMORY_COLUMNS`; None for what was not sampled (the GPU's without one).
+    """Memory of each phase in bytes, such as `rss_mean_bytes` or `load_gpu_nvml_peak_bytes`; None if not sampled.
 
-    For each phase and kind of memory: the mean and the 99th percentile of its samples, which are taken each 20 ms and
-    at each step's end, and its peak. That is what the kernel or the allocator counted (`peaks`), which no sample can
-    miss, and the highest sample for NVML and where nothing counts. `rss_above_base_*` is training's resident memory
-    less `base_bytes`, that of the process with the base model loaded.
+    For each phase and kind of memory: mean and 99th percentile of the samples, taken every 20 ms and at the end of each
+    step, and the peak. The peak is as counted by the kernel or the allocator (`peaks`), which sampling could miss, or
+    else the highest sample. `rss_above_base_*` is training's resident memory less `base_bytes`, that of the process
+    with the base model loaded.
     """
     columns: dict[str, float | None] = {}
     for phase, prefix in PHASES.items():
