@@ -6,10 +6,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankscope.data import Tokens, batch_indices, steps_per_epoch
-from rankscope.data.batches import _permutation
+from rankscope.data.batches import _permutation, batch_indices, steps_per_epoch
 from rankscope.data.split import default_eval_rows, held_out
-from rankscope.data.tokens import Example
+from rankscope.data.tokens import Example, Tokens
 from rankscope.spec.models import TrainingSpec
 from rankscope.spec.resolve import resolve_spec
 from rankscope.train.step import batch_at
