@@ -364,7 +364,7 @@ def _finish(
         correct_tokens=held_out.correct_tokens.astype(int).tolist(),
     )
     EvalRecord(step=len(history), examples=examples).write(folder / "eval.json")
-    adapter_bytes = save_trained_adapter(member, folder / "adapter")
+    adapter_bytes = save_trained_adapter(state, folder / "adapter")
     tail = history[-max(1, len(history) // 10) :]
     tokens = sum(step.tokens for step in history)
     results = {
