@@ -19,7 +19,9 @@ from typing import Any
 
 from rankscope.data.tokens import save
 from rankscope.files import write_json
-from rankscope.jobs.local import run_locally
+from rankscope.jobs import profiles
+from rankscope.jobs.job import Job
+from rankscope.jobs.process import JobProcess
 from rankscope.measure.machine import hardware, versions
 from rankscope.model.device import free_bytes, resolve_device
 from rankscope.plan.memory import predict
@@ -73,9 +75,11 @@ def compare(spec: StudySpec, folder: Path) -> list[dict[str, Any]]:
         for name in study.spec.profiled():
             if name != CONTROL:
                 print(f"profile {repeat + 1} of {name}", file=sys.stderr)
-                job = {"kind": "profile", "profile": name, "repeat": repeat}
-                error = run_locally(folder, job, folder / "profiles" / "jobs" / name, lambda: None)
-                if error is not None:
+                job = Job(profiles.__name__, {"profile": name, "repeat": repeat}, f"profiles/jobs/{name}")
+                process = JobProcess(folder, job)
+                while process.is_running(1.0):
+                    pass
+                if (error := process.error()) is not None:
                     raise error
     rows = []
     for candidate in spec.candidates():

@@ -31,7 +31,7 @@ from rankscope.model.load import load_model
 from rankscope.search.driver import drive
 from rankscope.search.run import run
 from rankscope.search.sampling import DONE, make_study, point_of
-from rankscope.search.space import Asked, Budget, SearchSpec, resolve_search
+from rankscope.search.space import Budget, SearchSpec, SearchTrial, resolve_search
 from rankscope.search.trainer import PackTrainer, step_tokens
 from rankscope.spec.options import read_study_file
 from rankscope.train.prepare import prepare_data
@@ -67,7 +67,7 @@ def train_grid(spec: SearchSpec, data: TokenizedData) -> dict[str, Any]:
     """Held-out losses of every candidate at `RECORDED` steps, and the tokens of each step."""
     trainer = PackTrainer(load_model(spec.study.model), spec, data, PLACES)
     curves, points, start = [], spec.points(), time.perf_counter()
-    trials = [Asked(candidate=spec.candidate(point), seed=0, number=n) for n, point in enumerate(points)]
+    trials = [SearchTrial(candidate=spec.candidate(point), seed=0, number=n) for n, point in enumerate(points)]
     for first in range(0, len(trials), PLACES):
         pack = trials[first : first + PLACES]
         names = [asked.name for asked in pack]
@@ -96,7 +96,7 @@ class Replay:
         self.curves = curves
         self.training: dict[str, Mapping[int, float]] = {}
 
-    def add(self, asked: Asked) -> None:
+    def add(self, asked: SearchTrial) -> None:
         rank, rate = asked.candidate.rank, math.log(asked.candidate.learning_rate)
         known = [self.curves[rank, each] for each in RATES]
         self.training[asked.name] = {

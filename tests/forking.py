@@ -90,11 +90,11 @@ def rankscope(arguments: Sequence[str], cwd: Path, environment: Mapping[str, str
 
 
 def _run_job(end: Connection, log: str, environment: dict[str, str], arguments: list[str]) -> None:
-    from rankscope.jobs import child, worker
+    from rankscope.jobs import worker
 
     def work() -> int:
         os.dup2(end.fileno(), 0)
-        child.end_with_parent()
+        worker.end_with_parent()
         sys.argv = ["rankscope.jobs.worker", *arguments]
         if hook := environment.get(HOOK):
             runpy.run_path(hook)

@@ -1,4 +1,4 @@
-"""A launcher without processes: a test decides how its jobs end."""
+"""A launcher without processes: a test decides how its jobs end. And one job in a process of its own."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,31 +6,32 @@ from types import SimpleNamespace
 from typing import Any, Self
 
 from rankscope.errors import RankscopeError
-from rankscope.jobs.context import Place
-from rankscope.jobs.job import Job
+from rankscope.jobs.job import Job, Kind, Progress, Run
+from rankscope.jobs.process import JobProcess
+from rankscope.jobs.queue import run_kind
 from rankscope.measure.machine import Site
+from rankscope.study.folder import StudyFolder
+from rankscope.study.missing import missing_profiles, missing_reference
 
 HERE = Site("cpu", True, 1 << 33, "cpu", "float32", {}, {})
 
 
 class FakeLauncher:
-    """Ends every job at once, with the error or None that `ends` returns for the study's path and the job's content."""
+    """Ends every job at once, with the error or None that `ends` returns for the study's path and the job."""
 
-    loads_once = True
-
-    def __init__(self, ends: Callable[[Path, dict[str, Any]], RankscopeError | None], site: Site = HERE) -> None:
+    def __init__(self, ends: Callable[[Path, Job], RankscopeError | None], site: Site = HERE) -> None:
         self._ends, self._site = ends, site
         self.started: list[Job] = []
 
     def site(self) -> Site:
         return self._site
 
-    def places(self) -> int:
+    def slots(self) -> int:
         return 1
 
     def start(self, study: Path, job: Job) -> Any:
         self.started.append(job)
-        error = self._ends(study, dict(job.content))
+        error = self._ends(study, job)
         return SimpleNamespace(job=job, is_running=lambda: False, error=lambda: error)
 
     def __enter__(self) -> Self:
@@ -39,7 +40,23 @@ class FakeLauncher:
     def __exit__(self, *error: object) -> None: ...
 
 
-def place(launcher: FakeLauncher) -> Place:
-    """Run context of a fake launcher, with a prediction of zeros."""
-    prediction: Any = SimpleNamespace(device="cpu", base_bytes=0, base_params=0, peak_bytes=lambda *_: 0)
-    return Place(launcher, launcher.site(), prediction)
+def run_alone(study: Path, job: Job) -> RankscopeError | None:
+    """Run one job in a child process to its end, and return what went wrong."""
+    process = JobProcess(study, job)
+    while process.is_running(0.05):
+        pass
+    return process.error()
+
+
+def do(kind: Kind, study: StudyFolder, launcher: FakeLauncher, progress: Progress) -> None:
+    """Run one kind of job of a study, by a plan that predicts nothing."""
+    plan: Any = SimpleNamespace(
+        spec=study.spec,
+        site=launcher.site(),
+        profiles=missing_profiles(study.spec, study),
+        reference=missing_reference(study),
+        prediction=SimpleNamespace(device="cpu", base_bytes=0, base_params=0),
+        host_bytes=lambda *_: 0,
+    )
+    run = Run(study, plan, progress.say)
+    run_kind(kind, run, kind.jobs(run), launcher, progress.poll)

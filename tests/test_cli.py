@@ -76,6 +76,9 @@ def test_results_for_scripts(folder: Path) -> None:
     assert json.loads(again.stdout) == found
     assert Path(folder, found["report"]).is_file()
     planned = json.loads(rankscope(*arguments, "--json", "--dry-run", cwd=folder).stdout)
+    assert planned["packs"] == {}, "nothing is missing"
+    arguments[arguments.index("scripts")] = "elsewhere"
+    planned = json.loads(rankscope(*arguments, "--json", "--dry-run", cwd=folder).stdout)
     assert planned["packs"] == {"p000": ["r002-lr2e-4-s0"]}
     assert planned["prediction"]["candidates"]["r002-lr2e-4"]["trainable_params"] == trial["trainable_params"]
     assert json.loads(rankscope("doctor", "--json", cwd=folder).stdout)["versions"]["torch"]

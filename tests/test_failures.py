@@ -118,7 +118,7 @@ def test_what_was_killed_goes_on_where_it_was(root: Path, whole: Study, tmp_path
     said = RecordingProgress()
     study = run(root, tmp_path / "study", said)
     assert list(study.results()["status"]) == ["interrupted"] * 3
-    assert set(study.results()["reason"]) == {"packs p000 was killed (signal 9), after step 3"}
+    assert set(study.results()["reason"]) == {"packs/p000 was killed (signal 9), after step 3"}
     assert any("did not finish" in message for message in said.lines)
     harm("assert step >= 2, 'it began anew'")
     study = run(root, tmp_path / "study")

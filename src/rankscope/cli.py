@@ -10,7 +10,7 @@ import shlex
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -18,9 +18,6 @@ from rankscope import __version__
 from rankscope.errors import RankscopeError, shortened
 from rankscope.ui.console import error_console, out_console, print_json, print_table, stoppable
 from rankscope.ui.options import PLAN, RESIZE, RUN, SEARCH, resolve_study, study_values, with_options
-
-if TYPE_CHECKING:
-    from rankscope.spec.models import StudySpec
 
 app = typer.Typer(
     name="rankscope",
@@ -40,6 +37,12 @@ Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a PEF
 Revision = Annotated[str | None, typer.Option(help="Hub revision (branch, tag, commit).")]
 Out = Annotated[Path | None, typer.Option(help="The study's directory. Default: its name.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any field: training.steps=200.")]
+LauncherName = Annotated[
+    str, typer.Option("--launcher", help="Where jobs run: local (all GPUs of this machine) or ray.")
+]
+RayAddress = Annotated[
+    str | None, typer.Option(help="HOST:PORT or auto. Default: RAY_ADDRESS, or Ray on this machine.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts; all else goes to stderr.")]
 Language = Annotated[str, typer.Option("--lang", help="Language of the report: en or ko.")]
 
@@ -64,10 +67,8 @@ def run(
     report_to: Annotated[
         str | None, typer.Option(help="Trackers: wandb, tensorboard, mlflow, trackio; comma-separated.")
     ] = None,
-    launcher: Annotated[str, typer.Option(help="Where jobs run: local (all GPUs of this machine) or ray.")] = "local",
-    ray_address: Annotated[
-        str | None, typer.Option(help="HOST:PORT or auto. Default: RAY_ADDRESS, or Ray on this machine.")
-    ] = None,
+    launcher: LauncherName = "local",
+    ray_address: RayAddress = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and end, like `plan`.")] = False,
     json_: Json = False,
     lang: Language = "en",
@@ -75,21 +76,27 @@ def run(
     """Train every rank, measure what it costs, and conclude. In an existing study: only what is missing."""
     spec = resolve_study(study, options, set_)
     path = out or Path(spec.name)
-    from rankscope import pipeline
+    from rankscope.jobs.launchers import make_launcher
+    from rankscope.pipeline import run_study
     from rankscope.study.study import Study
+    from rankscope.track import choose_trackers
     from rankscope.ui.outcome import describe_outcome, show_failures, show_outcome
-    from rankscope.ui.plan import show_progress_so_far
+    from rankscope.ui.plan import plan_study, show_plan
     from rankscope.ui.progress import TerminalProgress
 
     console = error_console if json_ else out_console
     if dry_run:
-        _show_plan(spec, json_)
-        if Study.is_at(path):
-            show_progress_so_far(Study.create(path, spec), console)
+        begun = Study.create(path, spec) if Study.is_at(path) else None
+        show_plan(plan_study(spec, begun, launcher, ray_address), begun, json_)
         return
     console.print(f"Study {spec.name} in {path}/")
-    with stoppable(), TerminalProgress(console, path) as progress:
-        result = pipeline.run_study(spec, path, progress, lang, report_to or (), launcher, ray_address)
+    trackers = choose_trackers(report_to or ())
+    with (
+        stoppable(),
+        TerminalProgress(console, path) as progress,
+        make_launcher(launcher, spec.model, ray_address, progress.say) as launching,
+    ):
+        result = run_study(spec, path, launching, progress, trackers, lang)
     if json_:
         print_json(describe_outcome(result))
     else:
@@ -105,12 +112,15 @@ def search(
     study: StudyFile = None,
     out: Out = None,
     set_: Sets = None,
+    launcher: LauncherName = "local",
+    ray_address: RayAddress = None,
     json_: Json = False,
 ) -> None:
     """Find the best rank, learning rate, alpha and target modules within a budget. Resumes where it stopped."""
     from rankscope.search import require_optuna
 
     require_optuna()
+    from rankscope.jobs.launchers import make_launcher
     from rankscope.search.folder import Search
     from rankscope.search.run import run
     from rankscope.search.space import resolve_search
@@ -122,8 +132,12 @@ def search(
     spec = resolve_search(values, options, set_ or (), study)
     path, console = out or Path(f"{spec.study.name}-search"), error_console if json_ else out_console
     console.print(f"Search in {path}/")
-    with stoppable(), SearchProgress(console, path) as progress:
-        result = run(spec, path, progress.say, progress.poll)
+    with (
+        stoppable(),
+        SearchProgress(console, path) as progress,
+        make_launcher(launcher, spec.study.model, ray_address, progress.say) as launching,
+    ):
+        result = run(spec, path, launching, progress.say, progress.poll)
     if json_:
         print_json(describe_result(Search(path, spec), result))
     else:
@@ -141,11 +155,21 @@ def plan(
     gpu_flops: Annotated[str | None, typer.Option(help="Its matmul speed, e.g. 400TFLOPS; to estimate time.")] = None,
     devices: Annotated[int | None, typer.Option(help="Plan for this many devices: makespan, device-hours.")] = None,
     price: Annotated[float | None, typer.Option(help="Price of one device-hour, e.g. 2.5.")] = None,
+    launcher: LauncherName = "local",
+    ray_address: RayAddress = None,
     json_: Json = False,
 ) -> None:
     """Show what `run` would do and take: packs, memory by part, time, what fits. Trains and writes nothing."""
     spec = resolve_study(study, options, set_)
-    _show_plan(spec, json_, gpu_memory, gpu_flops, devices, price)
+    from rankscope.study.study import Study
+    from rankscope.ui.plan import plan_study, show_plan
+
+    path = out or Path(spec.name)
+    begun = Study.open(path) if Study.is_at(path) else None
+    if begun is not None and begun.spec != spec:  # `run` would refuse it
+        begun = None
+    found = plan_study(spec, begun, launcher, ray_address, gpu_memory, gpu_flops, devices, price)
+    show_plan(found, begun, json_)
 
 
 @app.command()
@@ -174,11 +198,14 @@ def curve(
     directory: FinishedDirectory,
     ranks: Annotated[str | None, typer.Option(help="Lower ranks. Default: powers of two, and the study's.")] = None,
     recover: Annotated[int, typer.Option(metavar="STEPS", help="Measure also after so many steps of recovery.")] = 0,
+    launcher: LauncherName = "local",
+    ray_address: RayAddress = None,
     json_: Json = False,
     lang: Language = "en",
 ) -> None:
     """Estimate the loss of every lower rank from the largest one, by truncated SVD. Measures only what is missing."""
-    from rankscope.jobs.curve import take_curve
+    from rankscope.jobs.launchers import make_launcher
+    from rankscope.pipeline import measure_curve
     from rankscope.spec.options import comma_list
     from rankscope.study.study import Study
     from rankscope.ui.outcome import describe_curve, show_curve
@@ -186,8 +213,12 @@ def curve(
 
     study, console = Study.open(directory), error_console if json_ else out_console
     asked = None if ranks is None else comma_list("ranks", ranks)
-    with stoppable(), TerminalProgress(console, directory) as progress:
-        take_curve(study, progress, asked, recover, lang)
+    with (
+        stoppable(),
+        TerminalProgress(console, directory) as progress,
+        make_launcher(launcher, study.spec.model, ray_address, progress.say) as launching,
+    ):
+        measure_curve(study, launching, progress, asked, recover, lang)
     if json_:
         print_json(describe_curve(study))
     else:
@@ -344,24 +375,6 @@ def doctor(json_: Json = False) -> None:
         print_json(describe_system())
     else:
         show_system(out_console)
-
-
-def _show_plan(
-    spec: "StudySpec",
-    as_json: bool,
-    memory: str | None = None,
-    flops: str | None = None,
-    devices: int | None = None,
-    price: float | None = None,
-) -> None:
-    from rankscope.plan.plan import describe_plan, make_fleet, make_plan, parse_gpu_flops, parse_gpu_memory
-    from rankscope.ui.plan import show_plan
-
-    plan = make_plan(spec, parse_gpu_memory(memory), parse_gpu_flops(flops), make_fleet(devices, price))
-    if as_json:
-        print_json(describe_plan(plan))
-    else:
-        show_plan(plan, out_console)
 
 
 def main() -> None:

@@ -1,43 +1,39 @@
-"""The main path: prepare the data, train the packs, measure the profiles, conclude, report.
+"""The main path of a study: prepare, plan, train, measure, conclude.
 
 Every step looks at the study's directory first and does only what is missing.
 """
 
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from rankscope.analysis.verdict import conclude
 from rankscope.data.tokens import TokenizedData, load, save
 from rankscope.errors import DataError, ModelError
 from rankscope.files import write_json
-from rankscope.jobs.answers import answer_missing
-from rankscope.jobs.context import Place, Progress
+from rankscope.jobs import answers, packs, profiles, reference
+from rankscope.jobs.curve import take_curve
+from rankscope.jobs.job import Kind, Launcher, Progress, Run
 from rankscope.jobs.launchers import make_launcher
-from rankscope.jobs.packs import train
-from rankscope.jobs.profiles import measure
-from rankscope.jobs.reference import train_reference
+from rankscope.jobs.queue import run_kind
 from rankscope.jobs.repair import remove_corrupt, remove_leftovers
-from rankscope.measure.machine import Site, describe_machine
-from rankscope.plan.checks import check_ranks, check_space
-from rankscope.plan.memory import predict
-from rankscope.plan.runtime import forecast
+from rankscope.measure.machine import describe_machine
+from rankscope.plan.plan import Plan, make_fleet, make_plan
 from rankscope.report.card import write_cards
 from rankscope.report.write import build
 from rankscope.spec.models import StudySpec
 from rankscope.spec.options import assemble
 from rankscope.study.folder import CURVE
-from rankscope.study.missing import missing_reference, missing_trials
 from rankscope.study.study import Study
 from rankscope.text.catalogue import load as load_catalogue
 from rankscope.track import choose_trackers
-from rankscope.track.tracker_process import reporting
+from rankscope.track.tracker_process import run_trackers
 from rankscope.train.prepare import describe_data, prepare_data
+
+KINDS: tuple[Kind, ...] = (packs, profiles, reference, answers)
 
 
 def run(
@@ -51,7 +47,7 @@ def run(
     ray_address: str | None = None,
     **options: Any,
 ) -> Study:
-    """Runs a study from its question to its report, and returns it.
+    """Run a study from its question to its report, and return it.
 
     `options` are those of the command line: `model`, `dataset`, `ranks`, `learning_rates`, `seeds`, `alpha`, `steps`,
     and the others of `rankscope.spec.option_table.OPTIONS`; `study` is a mapping like a study's YAML, which they
@@ -67,99 +63,99 @@ def run(
         DataError, ModelError: the data or the model cannot be used.
         WorkerError: a child process ended without finishing its work.
     """
-    spec = assemble(study or {}, options, sets)
-    path, shown = Path(out or spec.name), progress or _Silent()
-    return run_study(spec, path, shown, report_to=report_to, launcher=launcher, ray_address=ray_address)
+    spec, shown = assemble(study or {}, options, sets), progress or _Silent()
+    trackers = choose_trackers(report_to)
+    with make_launcher(launcher, spec.model, ray_address, shown.say) as launching:
+        return run_study(spec, Path(out or spec.name), launching, shown, trackers)
 
 
 def run_study(
     spec: StudySpec,
     out: Path,
+    launcher: Launcher,
     progress: Progress,
+    trackers: Sequence[str] = (),
     language: str = "en",
-    report_to: str | Sequence[str] = (),
-    launcher: str = "local",
-    ray_address: str | None = None,
 ) -> Study:
-    """The main path, for a resolved study. What fails is recorded, not raised: see `unfinished` and
-    `StudyFolder.open_failures`."""
-    load_catalogue(language)  # refused now, not when all is trained
-    trackers = choose_trackers(report_to)
-    with make_launcher(launcher, spec.model, ray_address, progress.say) as launching:
-        site = launching.site()
-        place = Place(launching, site, predict(_there(spec, site), torch.device(site.kind)))
-        prepared = None
-        if not Study.is_at(out):  # nothing is made before the data are known to be usable, and to have room
-            prepared = prepare_data(spec)
-            check_space(spec, out, place, spec.trials(), spec.reference_trials(), prepared)
-        check_ranks(spec, place.prediction)
-        study = Study.create(out, spec)
-        try:
-            _run(study, place, prepared, progress, language, trackers)
-        except (ModelError, DataError):
-            if prepared is not None and not any(f.stat().st_size for f in (out / "trials").glob("*/metrics.jsonl")):
-                shutil.rmtree(out)  # what cannot begin leaves nothing behind
-            raise
+    """Run a resolved study. A trial or profile that fails is recorded, not raised: see `rankscope.study.missing`."""
+    load_catalogue(language)  # an unknown language is refused now, not when all is trained
+    with ExitStack() as held:
+        study = Study.create(out, spec) if Study.is_at(out) else None
+        if study is not None:
+            held.enter_context(_held(study))
+            _repair(study, progress.say)
+        data, fleet = study_data(spec, study), make_fleet(None, None, launcher.slots())
+        plan = make_plan(spec, data, launcher.site(), fleet, study)
+        plan.check(out)
+        if study is None:  # nothing is written before the data, the model and the disk are known to do
+            study = Study.create(out, spec)
+            held.enter_context(_removed_if_useless(study))
+            held.enter_context(_held(study))
+        _write_facts(study, plan)
+        progress.say(describe_data(plan.data.facts))
+        shown = held.enter_context(run_trackers(study, trackers, progress))
+        run = Run(study, plan, shown.say)
+        for kind in KINDS:
+            run_kind(kind, run, kind.jobs(run), launcher, shown.poll)
+        finish(study, language)
     return study
 
 
-def _there(spec: StudySpec, site: Site) -> StudySpec:
-    """The study with the dtype that `auto` is where it runs."""
-    return spec.model_copy(update={"model": spec.model.model_copy(update={"dtype": site.dtype})})
+def _repair(study: Study, say: Callable[[str], None]) -> None:
+    """Remove what a crash left behind and what is corrupt, so that it is made again."""
+    remove_leftovers(study)
+    for name in remove_corrupt(study):
+        again = "; `rankscope curve` makes it again" if name == CURVE else ", and made again"
+        say(f"{name} was damaged: it is removed{again}.")
 
 
-def _run(
-    study: Study,
-    place: Place,
-    prepared: TokenizedData | None,
-    progress: Progress,
-    language: str,
-    trackers: Sequence[str],
-) -> None:
-    spec, site, prediction = study.spec, place.site, place.prediction
-    with study.lock(), _marking_interrupted(study):
-        remove_leftovers(study)
-        for name in remove_corrupt(study):
-            again = "; `rankscope curve` makes it again" if name == CURVE else ", and made again"
-            progress.say(f"{name} was damaged: it is removed{again}.")
-        data = _study_data(study, prepared)
-        check_space(spec, study.path, place, missing_trials(study), missing_reference(study), data, study)
-        progress.say(describe_data(data.facts))
-        if not (study.path / "machine.json").exists():
-            write_json(study.path / "machine.json", describe_machine(spec, prediction.base_params, site))
-        if not (study.path / "prediction.json").exists():
-            found = forecast(spec, prediction, data, site.free_bytes, site.here)
-            write_json(study.path / "prediction.json", found.describe(prediction))
-        with reporting(study, trackers, progress) as shown:
-            train(study, data, place, shown)
-            measure(study, place, shown)
-            train_reference(study, place, shown)
-            answer_missing(study, place, shown)
-            finish(study, language)
-
-
-def _study_data(study: Study, prepared: TokenizedData | None) -> TokenizedData:
-    """The study's tokens, which are saved where they are not yet.
+def study_data(spec: StudySpec, study: Study | None) -> TokenizedData:
+    """Return the tokens that a study has saved, or prepare those of a study that has none yet.
 
     Raises:
-        DataError: trials have seen other tokens.
+        DataError: the data cannot be used, or trials were trained on other tokens.
     """
-    folder = study.path / "data"
-    if not (folder / "facts.json").exists():
-        save(prepared or prepare_data(study.spec), folder)
-    data = load(folder)
+    if study is None:
+        return prepare_data(spec)
+    saved = study.path / "data"
+    data = load(saved) if (saved / "facts.json").exists() else prepare_data(spec)
     for trial in study.all_trials():
-        seen = study.trial_record(trial).tokens_sha256 or data.sha256
-        if seen != data.sha256:
+        if (study.trial_record(trial).tokens_sha256 or data.sha256) != data.sha256:
             raise DataError(
-                f"{study.spec.data.id}: not the rows that {trial.name} was trained on",
+                f"{spec.data.id}: not the rows that {trial.name} was trained on",
                 "Give the rows that the study began with, or choose another --out.",
             )
     return data
 
 
+def _write_facts(study: Study, plan: Plan) -> None:
+    """Write the tokens, the machine and the forecast, where the study lacks them."""
+    if not (study.path / "data" / "facts.json").exists():
+        save(plan.data, study.path / "data")
+    if not (study.path / "machine.json").exists():
+        machine = describe_machine(study.spec, plan.prediction.base_params, plan.site)
+        write_json(study.path / "machine.json", machine)
+    if not (study.path / "prediction.json").exists():
+        write_json(study.path / "prediction.json", plan.forecast.describe(plan.prediction))
+
+
+def measure_curve(
+    study: Study,
+    launcher: Launcher,
+    progress: Progress,
+    ranks: Sequence[int] | None = None,
+    recover: int = 0,
+    language: str = "en",
+) -> None:
+    """Measure what the study's curve lacks of these ranks (see `take_curve`), and conclude again."""
+    load_catalogue(language)
+    with study.lock():
+        take_curve(study, launcher, progress, ranks, recover)
+        finish(study, language)
+
+
 def finish(study: Study, language: str = "en") -> Path:
-    """Draws the conclusion, writes the adapters' model cards and builds the report; returns the path of its page."""
+    """Draw the conclusion, write the adapters' model cards and the report; return the path of its page."""
     load_catalogue(language)
     evidence = study.evidence()
     verdict = conclude(evidence)
@@ -169,20 +165,32 @@ def finish(study: Study, language: str = "en") -> Path:
 
 
 def reproduce_command(spec: StudySpec) -> str:
-    """The command that runs this study again from its study.yaml."""
+    """Return the command that runs this study again from its study.yaml."""
     return f"rankscope run study.yaml --out {shlex.quote(spec.name)}"
 
 
 @contextmanager
-def _marking_interrupted(study: Study) -> Iterator[None]:
-    """Marks the running trials as interrupted where the user ends the body. The lock must be held: they are its own."""
+def _removed_if_useless(study: Study) -> Iterator[None]:
+    """Remove the directory of a study that cannot begin: an unusable model or data, and no step trained."""
     try:
         yield
-    except KeyboardInterrupt:
-        for trial in study.all_trials():
-            if study.trial_record(trial).status == "running":
-                study.mark_ended(trial, "interrupted", "interrupted by the user")
+    except (ModelError, DataError):
+        if not any(file.stat().st_size for file in (study.path / "trials").glob("*/metrics.jsonl")):
+            shutil.rmtree(study.path)
         raise
+
+
+@contextmanager
+def _held(study: Study) -> Iterator[None]:
+    """Hold the study's lock, and mark running trials as interrupted where the user ends the body."""
+    with study.lock():
+        try:
+            yield
+        except KeyboardInterrupt:
+            for trial in study.all_trials():
+                if study.trial_record(trial).status == "running":
+                    study.mark_ended(trial, "interrupted", "interrupted by the user")
+            raise
 
 
 class _Silent:

@@ -71,7 +71,7 @@ class TwoSlots(LocalLauncher):
 
     def __init__(self, model: ModelSpec) -> None:
         super().__init__(model)
-        self._places = [{}, {}]
+        self._slots = [{}, {}]
         self._free = [0, 1]
 
 

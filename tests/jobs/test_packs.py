@@ -1,19 +1,19 @@
 """Jobs that a launcher receives, their order, and the effect of how each ends; nothing is trained."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from launchers import HERE, FakeLauncher
 from rankscope.data.tokens import TokenizedData
 from rankscope.errors import KilledError, ModelError, OutOfMemoryError, RankscopeError
 from rankscope.files import write_json
-from rankscope.jobs import packs as jobs
-from rankscope.jobs.context import Place
-from rankscope.plan.memory import predict
+from rankscope.jobs import packs as kind
+from rankscope.jobs.job import Run
+from rankscope.jobs.queue import run_kind
+from rankscope.plan.plan import make_fleet, make_plan
 from rankscope.spec.models import StudySpec
 from rankscope.spec.options import assemble
 from rankscope.study.study import Study
@@ -29,17 +29,17 @@ def question(root: Path) -> tuple[StudySpec, TokenizedData]:
 
 
 class PackLauncher(FakeLauncher):
-    """A fake launcher of `places` devices. Jobs end with the errors of `ends`, later ones as after training."""
+    """A fake launcher with some slots. Jobs end with the errors of `ends`, later ones as after training."""
 
-    def __init__(self, places: int, study: Study, ends: Iterable[RankscopeError | None] = ()) -> None:
+    def __init__(self, slots: int, study: Study, ends: Iterable[RankscopeError | None] = ()) -> None:
         left = iter(ends)
-        super().__init__(lambda path, job: self._end(job, next(left, None)))
-        self._places, self._study = places, study
+        super().__init__(lambda path, job: self._end(job.content, next(left, None)))
+        self._slots, self._study = slots, study
 
-    def places(self) -> int:
-        return self._places
+    def slots(self) -> int:
+        return self._slots
 
-    def _end(self, job: dict[str, Any], error: RankscopeError | None) -> RankscopeError | None:
+    def _end(self, job: Mapping[str, Any], error: RankscopeError | None) -> RankscopeError | None:
         for pack, trials in job["packs"].items():
             record = {"schema": 1, "pack": pack, "trials": trials, "results": None}
             if error is None:
@@ -56,16 +56,18 @@ class PackLauncher(FakeLauncher):
 def train(
     question: tuple[StudySpec, TokenizedData],
     path: Path,
-    places: int,
+    slots: int,
     ends: Iterable[RankscopeError | None] = (),
     **training: Any,
 ) -> tuple[Study, PackLauncher, RecordingProgress]:
     spec, data = question
     spec = spec.model_copy(update={"training": spec.training.model_copy(update=training)})
     study = Study.create(path / "study", spec)
-    launcher, told = PackLauncher(places, study, ends), RecordingProgress()
-    jobs.train(study, data, Place(launcher, HERE, predict(spec, torch.device("cpu"))), told)
-    return study, launcher, told
+    launcher, progress = PackLauncher(slots, study, ends), RecordingProgress()
+    plan = make_plan(spec, data, HERE, make_fleet(None, None, slots), study)
+    run = Run(study, plan, progress.say)
+    run_kind(kind, run, kind.jobs(run), launcher, progress.poll)
+    return study, launcher, progress
 
 
 def packs(launcher: FakeLauncher) -> list[dict[str, list[str]]]:
@@ -73,10 +75,9 @@ def packs(launcher: FakeLauncher) -> list[dict[str, list[str]]]:
 
 
 def test_on_one_device_all_packs_are_one_job(question: Any, tmp_path: Path) -> None:
-    study, launcher, told = train(question, tmp_path, 1, trials_per_pack=2)
+    study, launcher, _ = train(question, tmp_path, 1, trials_per_pack=2)
     assert packs(launcher) == [{p: [t.name for t in trials] for p, trials in study.division().packs.items()}]
     assert launcher.started[0].folder == "packs/p000"
-    assert [line.partition(":")[0] for line in told.lines] == ["Pack p000", "Pack p001", "Pack p002"]
 
 
 def test_isolated_trials_are_a_job_each(question: Any, tmp_path: Path) -> None:
@@ -106,18 +107,18 @@ def test_a_job_says_what_it_reads_and_what_memory_it_takes(question: Any, tmp_pa
         assert 4e8 < job.memory_bytes < 2e9
 
 
-@pytest.mark.parametrize("places", [1, 2])
-def test_a_pack_without_room_is_divided_and_its_parts_come_next(question: Any, tmp_path: Path, places: int) -> None:
-    study, launcher, told = train(question, tmp_path, places, [OutOfMemoryError("no more")], trials_per_pack=3)
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_pack_without_room_is_divided_and_its_parts_come_next(question: Any, tmp_path: Path, slots: int) -> None:
+    study, launcher, progress = train(question, tmp_path, slots, [OutOfMemoryError("no more")], trials_per_pack=3)
     begun = [pack for job in packs(launcher) for pack in job]
-    if places == 1:
+    if slots == 1:
         assert begun == ["p000", "p001", "p002", "p003", "p001"]
         assert [list(job) for job in packs(launcher)] == [["p000", "p001"], ["p002", "p003", "p001"]]
     else:
         (divided,) = study.division().divided
         assert begun[0] == divided
         assert sorted(begun[2:]) == ["p002", "p003"]
-    assert any("is divided into p002 and p003" in line for line in told.lines)
+    assert any("is divided into p002 and p003" in line for line in progress.lines)
 
 
 def test_a_pack_that_was_killed_keeps_no_other_from_training(question: Any, tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from launchers import run_alone
 from rankscope.errors import KilledError, OutOfMemoryError, RankscopeError, StudyDirectoryError, WorkerError
-from rankscope.jobs import child, process, queue, worker
-from rankscope.jobs.local import run_locally
+from rankscope.jobs import packs, process, worker
+from rankscope.jobs.job import Job
 
 pytestmark = pytest.mark.own_processes
 
@@ -21,8 +22,7 @@ def end(folder: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> RankscopeErr
     child.write_text(f"#!/bin/sh\n{how}\n")
     child.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(child))
-    monkeypatch.setattr(queue, "POLL_SECONDS", 0.01)
-    return run_locally(folder, {"kind": "profile"}, folder / "r008", lambda: None)
+    return run_alone(folder, Job("rankscope.jobs.profiles", {}, "r008"))
 
 
 def test_a_process_that_the_kernel_ended_for_memory_is_told_from_one_that_was_killed(
@@ -33,7 +33,7 @@ def test_a_process_that_the_kernel_ended_for_memory_is_told_from_one_that_was_ki
     monkeypatch.setattr(process, "_memory_kills", lambda: next(counted))
     error = end(tmp_path, monkeypatch, "kill -KILL $$")
     assert isinstance(error, OutOfMemoryError)
-    assert "profile r008: the system ended it for lack of memory" in error.what
+    assert "r008: killed by the system for lack of memory" in error.what
     monkeypatch.setattr(process, "_memory_kills", lambda: 4)
     error = end(tmp_path, monkeypatch, "kill -KILL $$")
     assert isinstance(error, KilledError)
@@ -60,13 +60,13 @@ def test_a_log_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytes
         end(tmp_path, monkeypatch, "exit 0")
     (tmp_path / "file").touch()
     with pytest.raises(StudyDirectoryError, match="cannot be written"):
-        run_locally(tmp_path, {"kind": "profile"}, tmp_path / "file" / "r008", lambda: None)
+        run_alone(tmp_path, Job("rankscope.jobs.profiles", {}, "file/r008"))
 
 
 def test_torch_itself_says_that_there_is_no_memory() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
-    assert isinstance(child.known_error(caught.value), OutOfMemoryError)
+    assert isinstance(worker.known_error(caught.value), OutOfMemoryError)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_torch_itself_says_that_there_is_no_memory() -> None:
     ids=lambda error: f"{type(error).__name__} {error}"[:40],
 )
 def test_a_lack_of_memory_is_known_by_its_class_or_its_text(error: Exception) -> None:
-    known = child.known_error(error)
+    known = worker.known_error(error)
     assert isinstance(known, OutOfMemoryError)
     assert known.status == "oom"
 
@@ -89,7 +89,7 @@ def test_a_lack_of_memory_is_known_by_its_class_or_its_text(error: Exception) ->
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
 def test_a_disk_that_fails_is_no_fault_of_the_trial(code: int) -> None:
     """No pack is divided for it, and no trial is recorded as failed."""
-    known = child.known_error(OSError(code, os.strerror(code), "adapter_config.json"))
+    known = worker.known_error(OSError(code, os.strerror(code), "adapter_config.json"))
     assert isinstance(known, StudyDirectoryError)
     assert known.exit_code == 2
     assert known.what == f"adapter_config.json: cannot be read or written: {os.strerror(code)}"
@@ -97,7 +97,7 @@ def test_a_disk_that_fails_is_no_fault_of_the_trial(code: int) -> None:
 
 def test_any_other_error_is_the_trial_s() -> None:
     for error in (RuntimeError("odd shape"), FileNotFoundError(errno.ENOENT, "No such file or directory", "x")):
-        assert type(child.known_error(error)) is WorkerError
+        assert type(worker.known_error(error)) is WorkerError
 
 
 def test_the_exit_code_tells_where_the_log_and_error_json_have_no_room(
@@ -107,10 +107,9 @@ def test_the_exit_code_tells_where_the_log_and_error_json_have_no_room(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     process.write_json(tmp_path / "job.json", {"kind": "packs"})
-    monkeypatch.setattr(worker, "run_job", full)
-    monkeypatch.setattr(worker.Study, "open", lambda path: None)
+    monkeypatch.setattr(packs, "work", full)
     monkeypatch.setattr(worker.faulthandler, "enable", lambda: None)
     monkeypatch.setattr(worker.traceback, "print_exc", full)
     monkeypatch.setattr("rankscope.files._flush", full)
-    assert worker.main(str(tmp_path), str(tmp_path / "job.json")) == 2
+    assert worker.main(packs.__name__, str(tmp_path), str(tmp_path / "job.json")) == 2
     assert not (tmp_path / "error.json").exists()

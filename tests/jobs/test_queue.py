@@ -1,5 +1,6 @@
-"""One queue over a launcher's places, without processes."""
+"""One queue over a launcher's slots, without processes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,22 +9,20 @@ import pytest
 from rankscope.errors import KilledError, RankscopeError
 from rankscope.jobs import queue
 from rankscope.jobs.job import Job, Launcher
-from rankscope.jobs.queue import run_jobs, run_one
+from rankscope.jobs.queue import run_jobs
 
 
 class Clockwork:
     """Jobs that run for a number of looks, which is their name's second part."""
 
-    loads_once = False
-
-    def __init__(self, places: int) -> None:
-        self._places = places
+    def __init__(self, slots: int) -> None:
+        self._slots = slots
         self.running: list[Looked] = []
         self.events: list[str] = []
         self.most = 0
 
-    def places(self) -> int:
-        return self._places
+    def slots(self) -> int:
+        return self._slots
 
     def start(self, study: Path, job: Job) -> "Looked":
         one = Looked(self, job)
@@ -64,15 +63,17 @@ def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def jobs(*names: str) -> list[Job]:
-    return [Job({}, name) for name in names]
+    return [Job("", {}, name) for name in names]
 
 
-def run(launcher: Any, names: list[Job], ended: Any = lambda job, error: [], poll: Any = lambda: None) -> None:
+def run(
+    launcher: Any, names: list[Job], ended: Any = lambda job, error, waiting: list(waiting), poll: Any = lambda: None
+) -> None:
     as_launcher: Launcher = launcher
     run_jobs(as_launcher, Path(), names, poll, ended)
 
 
-def test_a_place_that_is_free_takes_the_next() -> None:
+def test_a_free_slot_takes_the_next_job() -> None:
     launcher = Clockwork(2)
     run(launcher, jobs("a/9", "b/2", "c/2", "d/2"))
     assert launcher.events == [
@@ -85,20 +86,20 @@ def test_what_follows_from_an_end_comes_next() -> None:
     launcher = Clockwork(1)
     told: list[tuple[str, object]] = []
 
-    def ended(job: Job, error: RankscopeError | None) -> list[Job]:
+    def ended(job: Job, error: RankscopeError | None, waiting: Sequence[Job]) -> list[Job]:
         told.append((job.folder, error))
-        return jobs("part/1", "rest/1") if job.folder == "a/1" else []
+        return [*(jobs("part/1", "rest/1") if job.folder == "a/1" else []), *waiting]
 
     run(launcher, jobs("a/1", "b/1"), ended)
     assert told == [("a/1", None), ("part/1", None), ("rest/1", None), ("b/1", None)]
 
 
-def test_places_that_come_are_used() -> None:
+def test_new_slots_are_used() -> None:
     """Slots come and go, as nodes of a cluster do."""
     launcher = Clockwork(1)
 
     def poll() -> None:
-        launcher._places = 3
+        launcher._slots = 3
 
     run(launcher, jobs("a/3", "b/9", "c/9", "d/9"), poll=poll)
     assert launcher.most == 3
@@ -110,9 +111,9 @@ def test_what_runs_is_stopped_and_waited_for(where: str) -> None:
         if place == where:
             raise KilledError("enough")
 
-    def ended(job: Job, error: RankscopeError | None) -> list[Job]:
+    def ended(job: Job, error: RankscopeError | None, waiting: Sequence[Job]) -> list[Job]:
         fail_at("ended")
-        return []
+        return list(waiting)
 
     class Failing(Clockwork):
         def start(self, study: Path, job: Job) -> Looked:
@@ -142,14 +143,11 @@ def test_a_second_interruption_ends_them_at_once(monkeypatch: pytest.MonkeyPatch
     assert len(asked) == 2
 
 
-def test_one_job_is_waited_for_and_stopped_in_the_same_way() -> None:
+def test_jobs_that_an_end_leaves_out_do_not_run() -> None:
     launcher = Clockwork(1)
-    assert run_one(launcher.start(Path(), Job({}, "a/3")), lambda: None) is None
-    assert launcher.events == ["start a/3", "end a/3"]
 
-    def interrupt() -> None:
-        raise KeyboardInterrupt
+    def ended(job: Job, error: RankscopeError | None, waiting: Sequence[Job]) -> list[Job]:
+        return [other for other in waiting if not other.folder.startswith("b/")]
 
-    with pytest.raises(KeyboardInterrupt):
-        run_one(launcher.start(Path(), Job({}, "b/30")), interrupt)
-    assert launcher.events[2:] == ["start b/30", "stop b/30", "end b/30"]
+    run(launcher, jobs("a/1", "b/1", "c/1", "b/2"), ended)
+    assert [event for event in launcher.events if event.startswith("start")] == ["start a/1", "start c/1"]

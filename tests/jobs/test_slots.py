@@ -11,7 +11,7 @@ import torch
 from rankscope.errors import MissingExtraError, StudyError, WorkerError
 from rankscope.jobs import ray
 from rankscope.jobs.launchers import make_launcher
-from rankscope.jobs.local import LocalLauncher, gpu_places
+from rankscope.jobs.local import LocalLauncher, gpu_environments
 from rankscope.jobs.ray import Node, Share, share
 from rankscope.spec.models import ModelSpec
 
@@ -23,10 +23,10 @@ def nodes(*sizes: tuple[int, int]) -> list[Node]:
 
 def test_each_gpu_is_a_place_that_sees_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     cores = len(os.sched_getaffinity(0))
-    places = gpu_places(2, {})
+    places = gpu_environments(2, {})
     assert [place["CUDA_VISIBLE_DEVICES"] for place in places] == ["0", "1"]
     assert {place["OMP_NUM_THREADS"] for place in places} == {str(max(1, cores // 2))}
-    assert gpu_places(2, {"CUDA_VISIBLE_DEVICES": "3,MIG-5f,7", "OMP_NUM_THREADS": "4"}) == [
+    assert gpu_environments(2, {"CUDA_VISIBLE_DEVICES": "3,MIG-5f,7", "OMP_NUM_THREADS": "4"}) == [
         {"CUDA_VISIBLE_DEVICES": "3", "OMP_NUM_THREADS": "4"},
         {"CUDA_VISIBLE_DEVICES": "MIG-5f", "OMP_NUM_THREADS": "4"},
     ]
@@ -44,7 +44,7 @@ def test_all_visible_gpus_are_used_or_the_one_that_is_named(
     monkeypatch.setattr("rankscope.jobs.local.free_bytes", lambda device: free[device.index])
     monkeypatch.setattr("rankscope.jobs.local.hardware", dict)
     launcher = LocalLauncher(ModelSpec(id="embedded", device=device))
-    assert launcher.places() == places
+    assert launcher.slots() == places
     site = launcher.site()
     assert site.free_bytes == (50 if device == "cpu" else 20)
     assert (site.kind, site.dtype) == (("cpu", "float32") if device == "cpu" else ("cuda", "bfloat16"))
@@ -57,8 +57,8 @@ def test_a_job_takes_a_place_and_gives_it_back(monkeypatch: pytest.MonkeyPatch, 
     started: list[Any] = []
 
     class Process:
-        def __init__(self, study: Path, content: Any, folder: Path, environment: dict[str, str]) -> None:
-            if folder.name == "full":
+        def __init__(self, study: Path, job: Job, environment: dict[str, str]) -> None:
+            if job.folder == "full":
                 raise StudyError("no room")
             started.append(environment)
             self.error = self.stop = self.kill = lambda: None
@@ -68,14 +68,14 @@ def test_a_job_takes_a_place_and_gives_it_back(monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(local, "JobProcess", Process)
     launcher = LocalLauncher(ModelSpec(id="embedded", device="cpu"))
-    launcher._places, launcher._free = gpu_places(2, {"OMP_NUM_THREADS": "1"}), [0, 1]
-    first, _ = (launcher.start(tmp_path, Job({}, name)) for name in "ab")
+    launcher._slots, launcher._free = gpu_environments(2, {"OMP_NUM_THREADS": "1"}), [0, 1]
+    first, _ = (launcher.start(tmp_path, Job("", {}, name)) for name in "ab")
     assert [place["CUDA_VISIBLE_DEVICES"] for place in started] == ["0", "1"]
     assert not first.is_running()
     assert not first.is_running()  # and not twice
     assert launcher._free == [0]
     with pytest.raises(StudyError):
-        launcher.start(tmp_path, Job({}, "full"))
+        launcher.start(tmp_path, Job("", {}, "full"))
     assert launcher._free == [0]
 
 
@@ -103,13 +103,13 @@ def test_a_cluster_without_a_cpu_is_refused() -> None:
 
 
 def test_the_kind_of_device_is_what_the_cluster_has() -> None:
-    assert ray._kind("auto", nodes((8, 0), (8, 1))) == "cuda"
-    assert ray._kind("auto", nodes((8, 0))) == "cpu"
-    assert ray._kind("cpu", nodes((8, 1))) == "cpu"
+    assert ray._device_kind("auto", nodes((8, 0), (8, 1))) == "cuda"
+    assert ray._device_kind("auto", nodes((8, 0))) == "cpu"
+    assert ray._device_kind("cpu", nodes((8, 1))) == "cpu"
     with pytest.raises(StudyError, match="no node of the Ray cluster has a GPU"):
-        ray._kind("cuda", nodes((8, 0)))
+        ray._device_kind("cuda", nodes((8, 0)))
     with pytest.raises(StudyError, match="Ray chooses the device"):
-        ray._kind("cuda:1", nodes((8, 1)))
+        ray._device_kind("cuda:1", nodes((8, 1)))
 
 
 def test_wrong_launchers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

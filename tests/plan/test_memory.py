@@ -6,19 +6,21 @@ import numpy as np
 import pytest
 import torch
 
+from launchers import run_alone
 from models import CONFIGS, tiny_model
 from rankscope.data.tokens import Tokens, save
 from rankscope.errors import StudyError
-from rankscope.jobs.local import run_locally
+from rankscope.jobs.job import Job
 from rankscope.plan.allocator import held_bytes
 from rankscope.plan.fake_steps import Event
 from rankscope.plan.memory import MemoryBreakdown, PeakMemory, largest_rank, peak_of, predict, predict_peak
-from rankscope.plan.plan import make_fleet, make_plan, parse_gpu_flops, parse_gpu_memory
+from rankscope.plan.plan import make_fleet
 from rankscope.plan.runtime import Forecast, forecast, largest_fitting_rank, study_seconds
 from rankscope.spec.models import DataSpec, ModelSpec, StudySpec, TrainingSpec
 from rankscope.spec.options import assemble
 from rankscope.study.study import Study
 from rankscope.train.prepare import prepare_data
+from rankscope.ui.plan import parse_gpu
 
 PLENTY = 10**12
 TRAINING = TrainingSpec(steps=6, batch_size=4)
@@ -193,13 +195,14 @@ def test_the_allocator_holds_what_is_alive_and_keeps_holes() -> None:
     ("text", "expected"), [("24GB", 24 * 10**9), ("16 GiB", 16 * 2**30), ("512mb", 512 * 10**6), (None, None)]
 )
 def test_gpu_memory_is_read(text: str | None, expected: int | None) -> None:
-    assert parse_gpu_memory(text) == expected
+    gpu = parse_gpu(text, None)
+    assert (gpu.memory_bytes if gpu else None) == expected
 
 
 @pytest.mark.parametrize("text", ["", "much", "-3GB", "24 G B", "0GB"])
 def test_nonsense_for_gpu_memory_is_refused_with_a_hint(text: str) -> None:
     with pytest.raises(StudyError, match="For example --gpu-memory 24GB"):
-        parse_gpu_memory(text)
+        parse_gpu(text, None)
 
 
 @pytest.mark.parametrize(
@@ -209,13 +212,16 @@ def test_nonsense_for_gpu_memory_is_refused_with_a_hint(text: str) -> None:
 def test_gpu_flops_are_read(text: str | None, expected: float | None) -> None:
     if text is not None and expected is None:
         with pytest.raises(StudyError, match="For example --gpu-flops 400TFLOPS"):
-            parse_gpu_flops(text)
+            parse_gpu("24GB", text)
     else:
-        assert parse_gpu_flops(text) == expected
+        gpu = parse_gpu("24GB", text)
+        assert gpu is not None
+        assert gpu.flops_per_second == expected
 
 
 def test_a_fleet_that_cannot_be_is_refused() -> None:
-    assert make_fleet(None, None) is None
+    assert make_fleet(None, None) == (1, None)
+    assert make_fleet(None, None, slots=3) == (3, None)
     assert make_fleet(None, 2.5) == (1, 2.5)
     assert make_fleet(8, None) == (8, None)
     for devices in (0, -1):
@@ -224,9 +230,8 @@ def test_a_fleet_that_cannot_be_is_refused() -> None:
     for price in (0.0, -2.5, float("nan"), float("inf")):
         with pytest.raises(StudyError, match="expected a price above 0"):
             make_fleet(2, price)
-    spec = assemble({}, {"model": "embedded", "dataset": "embedded"})
     with pytest.raises(StudyError, match="--gpu-memory is not"):
-        make_plan(spec, gpu_flops=4e14)
+        parse_gpu(None, "400TFLOPS")
 
 
 @pytest.mark.own_processes
@@ -247,8 +252,8 @@ def test_the_prediction_is_near_what_is_measured(tmp_path: Path) -> None:
     assert min(seconds) > 0
     study = Study.create(tmp_path / "study", spec)
     save(data, study.path / "data")
-    job = {"kind": "profile", "profile": "r256", "repeat": 0}
-    assert run_locally(study.path, job, tmp_path / "job", lambda: None) is None
+    job = Job("rankscope.jobs.profiles", {"profile": "r256", "repeat": 0}, "profiles/jobs/r256")
+    assert run_alone(study.path, job) is None
     measured = study.profiles()["rss_peak_bytes"].max()
     assert candidate.peak_bytes == pytest.approx(measured, rel=0.15)
 

@@ -4,23 +4,23 @@ import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from launchers import HERE, FakeLauncher
-from rankscope import pipeline
+from launchers import HERE
 from rankscope.data.tokens import TokenizedData, Tokens
 from rankscope.errors import StudyDirectoryError
 from rankscope.files import write_json
-from rankscope.jobs.context import Place
+from rankscope.plan import checks
 from rankscope.plan.checks import disk_bytes
 from rankscope.plan.memory import FULL_STEP_TOKENS, CostModel, predict
 from rankscope.plan.packs import divide_into_packs
+from rankscope.plan.plan import Plan, make_fleet, make_plan
 from rankscope.spec.models import DataSpec, ModelSpec, ReferenceSpec, StudySpec, TrainingSpec
 from rankscope.study.missing import ProfileJob, missing_profiles
 from rankscope.study.study import Study
 from rankscope.text.formats import size
 from rankscope.train.checkpoint import KEPT
+from rows import rows_of
 
 PLENTY = 10**12
 
@@ -35,12 +35,6 @@ def spec() -> StudySpec:
 @pytest.fixture(scope="module")
 def prediction(spec: StudySpec) -> CostModel:
     return predict(spec)
-
-
-def rows_of(length: int) -> Tokens:
-    count = 50
-    offsets = np.arange(0, (count + 1) * length, length, dtype=np.int64)
-    return Tokens(np.zeros(count * length, np.int32), np.ones(count * length, np.bool_), offsets)
 
 
 def sizes(spec: StudySpec, prediction: CostModel, free: int, tokens: Tokens, **training: object) -> list[int]:
@@ -73,9 +67,8 @@ def test_a_trial_that_does_not_fit_is_tried_all_the_same(spec: StudySpec, predic
     assert sizes(spec, prediction, 1, rows_of(5)) == [1] * 6
 
 
-def at(prediction: CostModel) -> Place:
-    """Where there is memory enough."""
-    return Place(FakeLauncher(lambda *_: None), HERE, prediction)
+def plan_of(spec: StudySpec, data: TokenizedData, study: Study) -> Plan:
+    return make_plan(spec, data, HERE._replace(free_bytes=PLENTY), make_fleet(None, None), study)
 
 
 def test_what_lies_there_is_not_asked_for_again(
@@ -92,8 +85,8 @@ def test_what_lies_there_is_not_asked_for_again(
 
     def check() -> None:
         usage = shutil.disk_usage(tmp_path)._replace(free=free)
-        monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda _: usage)
-        pipeline.check_space(spec, tmp_path, at(prediction), trials, [], data, study)
+        monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: usage)
+        plan_of(spec, data, study).check(tmp_path)
 
     check()
     for step in (10, 20):
@@ -120,10 +113,14 @@ def test_the_reference_alone_needs_room_too(
     needed = disk_bytes(spec, prediction, [], [trial], data)
     assert needed.checkpoints == 12 * (KEPT + 1) * prediction.base_params
     usage = shutil.disk_usage(tmp_path)._replace(free=1)
-    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: usage)
+    study, done = Study(tmp_path, spec), {"schema": 1, "status": "diverged", "results": None, "files": {}}
+    for one in spec.trials():
+        write_json(study.trial_folder(one) / "trial.json", done)
     with pytest.raises(StudyDirectoryError, match=f"about {size(sum(needed))} are needed on the disk"):
-        pipeline.check_space(spec, tmp_path, at(prediction), [], [trial], data, Study(tmp_path, spec))
-    pipeline.check_space(spec, tmp_path, at(prediction), [], [], data, Study(tmp_path, spec))  # nothing is missing
+        plan_of(spec, data, study).check(tmp_path)
+    write_json(study.trial_folder(trial) / "trial.json", done)
+    plan_of(spec, data, study).check(tmp_path)  # nothing is missing
 
 
 def test_profiles_are_interleaved_and_each_rank_is_measured_once_the_first_twice_over(
@@ -131,13 +128,13 @@ def test_profiles_are_interleaved_and_each_rank_is_measured_once_the_first_twice
 ) -> None:
     study = Study(tmp_path, spec.model_copy(update={"learning_rates": (1e-4, 2e-4)}))
     names = {"r008", "r128", "r256", "control"}
-    jobs = missing_profiles(study)
+    jobs = missing_profiles(study.spec, study)
     assert [job.repeat for job in jobs] == [0] * 4 + [1] * 4
     assert {job.profile for job in jobs[:4]} == {job.profile for job in jobs[4:]} == names
     assert [job.profile for job in jobs[:4]] != [job.profile for job in jobs[4:]], "a new order in each repeat"
-    assert jobs == missing_profiles(study), "the same each time"
+    assert jobs == missing_profiles(study.spec, study), "the same each time"
     assert study.spec.profiled()["control"] == study.spec.profiled()["r008"] == study.spec.candidates()[0]
     write_json(study.profile_file("r128"), {"repeats": [{}]})
     write_json(study.profile_file("control"), {"repeats": [{}, {}]})
-    left = missing_profiles(study)
+    left = missing_profiles(study.spec, study)
     assert set(left) == {ProfileJob("r008", 0), ProfileJob("r256", 0)} | {ProfileJob(n, 1) for n in names - {"control"}}

@@ -5,12 +5,12 @@ from itertools import permutations
 
 import pytest
 
-from plan.test_packs import rows_of
 from rankscope.plan.memory import FULL_STEP_TOKENS, CostModel, predict
-from rankscope.plan.packs import Placed, divide_into_packs, longest_first, lower_bound, simulate
+from rankscope.plan.packs import Assignment, divide_into_packs, longest_first, lower_bound, simulate
 from rankscope.plan.runtime import START_SECONDS, Fleet, Forecast, estimate_fleet, study_seconds
 from rankscope.spec.models import DataSpec, ModelSpec, StudySpec
 from rankscope.study.folder import Division
+from rows import rows_of
 
 PLENTY = 10**15
 
@@ -24,11 +24,11 @@ def test_a_device_that_is_free_takes_the_next() -> None:
     seconds = {"a": 5.0, "b": 3.0, "c": 3.0, "d": 2.0, "e": 1.0}
     schedule = simulate(longest_first(seconds), seconds, 2)
     assert schedule.jobs == {
-        "a": Placed(0, 0, 5),
-        "b": Placed(1, 0, 3),
-        "c": Placed(1, 3, 6),
-        "d": Placed(0, 5, 7),
-        "e": Placed(1, 6, 7),
+        "a": Assignment(0, 0, 5),
+        "b": Assignment(1, 0, 3),
+        "c": Assignment(1, 3, 6),
+        "d": Assignment(0, 5, 7),
+        "e": Assignment(1, 6, 7),
     }
     assert schedule.makespan == 7
     assert schedule.busy_seconds == sum(seconds.values())

@@ -9,10 +9,10 @@ from typing import Any
 import optuna
 import pytest
 
-from rankscope.search.driver import Moment, drive
+from rankscope.search.driver import StepResult, drive
 from rankscope.search.folder import Spent
 from rankscope.search.sampling import make_study, open_journal, point_of, summary
-from rankscope.search.space import Asked, SearchSpec, resolve_search
+from rankscope.search.space import SearchSpec, SearchTrial, resolve_search
 from rankscope.spec.candidates import Candidate
 
 VALUES: dict[str, Any] = {"model": {"id": "m"}, "data": {"id": "d"}}
@@ -35,11 +35,11 @@ class Pretended:
 
     def __init__(self, loss: Callable[[Candidate], float] = good) -> None:
         self.loss = loss
-        self.training: dict[str, Asked] = {}
+        self.training: dict[str, SearchTrial] = {}
         self.steps: dict[str, int] = {}
         self.most = 0
 
-    def add(self, asked: Asked) -> None:
+    def add(self, asked: SearchTrial) -> None:
         assert asked.name not in self.training
         self.training[asked.name], self.steps[asked.name] = asked, 0
         self.most = max(self.most, len(self.training))
@@ -57,7 +57,7 @@ class Pretended:
         return {name: self.loss(self.training[name].candidate) + 1 / step for name, step in steps.items()}
 
 
-def run(spec: SearchSpec, trainer: Pretended, places: int = 4, study: optuna.Study | None = None) -> list[Moment]:
+def run(spec: SearchSpec, trainer: Pretended, places: int = 4, study: optuna.Study | None = None) -> list[StepResult]:
     return list(drive(study or make_study(spec), spec, trainer, STEP_TOKENS, places))
 
 

@@ -22,15 +22,17 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 import rankscope
+from launchers import FakeLauncher
 from rankscope.data.tokens import TokenizedData, load
 from rankscope.errors import KilledError, OutOfMemoryError, StudyDirectoryError, StudyError
 from rankscope.files import read_jsonl
+from rankscope.jobs.local import LocalLauncher
 from rankscope.lora.saved import find_adapter, read_adapter
 from rankscope.model.load import load_model
 from rankscope.search.folder import Search
 from rankscope.search.run import run
 from rankscope.search.sampling import NAME
-from rankscope.search.space import Asked, Point, SearchSpec, resolve_search
+from rankscope.search.space import Point, SearchSpec, SearchTrial, resolve_search
 from rankscope.search.trainer import PackTrainer, rung_rows, step_tokens
 from rankscope.train.step import batch_at
 from rankscope.ui.search import progress_line
@@ -56,18 +58,23 @@ def opened(folder: Path) -> optuna.Study:
 @pytest.fixture(scope="module")
 def found(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Search, dict[str, Any]]:
     spec, folder = asked(root), tmp_path_factory.mktemp("search") / "found"
-    result = run(spec, folder, lambda line: None)
+    result = search_in(spec, folder, lambda line: None)
     return Search(folder, spec), result
+
+
+def search_in(spec: SearchSpec, out: Path, say: Any) -> dict[str, Any]:
+    return run(spec, out, LocalLauncher(spec.study.model), say)
 
 
 def test_ranks_that_were_not_named_end_at_the_models_full_rank(root: Path, tmp_path: Path) -> None:
     said: list[str] = []
+    spec = asked(root, ranks=None, target_modules="all-linear", trials=None, tokens=1)
     with pytest.raises(StudyError, match="one candidate alone takes"):
-        run(asked(root, ranks=None, target_modules="all-linear", trials=None, tokens=1), tmp_path / "out", said.append)
+        search_in(spec, tmp_path / "out", said.append)
     assert "Ranks up to 32, the full rank of the model's layers" in said
     assert Search.open(tmp_path / "out").spec.space.ranks == (4, 8, 16, 32)
     with pytest.raises(StudyError, match="64 is larger than 32"):
-        run(asked(root, ranks="4..64"), tmp_path / "other", said.append)
+        search_in(asked(root, ranks="4..64"), tmp_path / "other", said.append)
 
 
 def test_the_best_is_found_and_kept(found: tuple[Search, dict[str, Any]]) -> None:
@@ -127,10 +134,10 @@ def test_places_at_different_steps_train_as_alone(root: Path, engine: str) -> No
     all_linear, some = spec.space.target_modules
     points = [Point(2, 2e-1, 8.0, some), Point(4, 1e-1, 8.0, all_linear), Point(8, 2e-1, "2r", some)]
     points.append(Point(4, 2e-1, 8.0, some))
-    trials = [Asked(candidate=spec.candidate(point), seed=0, number=n) for n, point in enumerate(points)]
+    trials = [SearchTrial(candidate=spec.candidate(point), seed=0, number=n) for n, point in enumerate(points)]
     stopped, *others = trials
 
-    def alone(trial: Asked) -> tuple[list[float], float]:
+    def alone(trial: SearchTrial) -> tuple[list[float], float]:
         trainer = PackTrainer(load_model(spec.study.model), spec, data, 1)
         trainer.add(trial)
         losses = [trainer.step({trial.name: step})[trial.name] for step in range(STEPS)]
@@ -178,7 +185,7 @@ def test_at_rungs_a_part_of_the_rows_is_looked_at(root: Path) -> None:
     spec, data = asked(root), TokenizedData(_tokens(0, 40), _tokens(1, 30), {})
     assert len(rung_rows(spec, data, steps=18)) == 2 * 4
     assert len(rung_rows(spec, data, steps=900)) == 30
-    trial = Asked(candidate=spec.candidate(Point(4, 1e-3, 8.0, "all-linear")), seed=0, number=0)
+    trial = SearchTrial(candidate=spec.candidate(Point(4, 1e-3, 8.0, "all-linear")), seed=0, number=0)
     expected = [
         int(data.train.lengths[batch_at(trial, data.train, spec.study.training, s)].sum()) for s in range(STEPS)
     ]
@@ -225,15 +232,15 @@ def test_a_search_that_is_done_is_told_again_and_a_larger_budget_goes_on(
 
     shutil.copytree(found[0].path, tmp_path / "more")
     spec = asked(root)
-    assert run(spec, tmp_path / "more", lambda line: None) == found[1]
-    more = run(asked(root, trials=10), tmp_path / "more", lambda line: None)
+    assert search_in(spec, tmp_path / "more", lambda line: None) == found[1]
+    more = search_in(asked(root, trials=10), tmp_path / "more", lambda line: None)
     assert len(more["candidates"]) == 10
     assert more["candidates"][:8] == found[1]["candidates"]
     assert more["spent"]["tokens"] > found[1]["spent"]["tokens"]
     with pytest.raises(StudyError, match="holds another search"):
-        run(asked(root, steps=STEPS + 1), tmp_path / "more", lambda line: None)
+        search_in(asked(root, steps=STEPS + 1), tmp_path / "more", lambda line: None)
     with Search(tmp_path / "more", spec).lock(), pytest.raises(StudyDirectoryError, match="another run is writing"):
-        run(asked(root, trials=12), tmp_path / "more", lambda line: None)
+        search_in(asked(root, trials=12), tmp_path / "more", lambda line: None)
 
 
 @pytest.mark.slow
@@ -255,7 +262,7 @@ def test_a_killed_search_goes_on(root: Path, tmp_path: Path, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setenv("PYTHONPATH", str(tmp_path))
         with pytest.raises(KilledError, match="signal 9"):
-            run(asked(root), tmp_path / "search", lambda line: None)
+            search_in(asked(root), tmp_path / "search", lambda line: None)
     search = Search(tmp_path / "search", asked(root))
     trials = opened(search.path).get_trials()
     left = {t.user_attrs["trial"]: t.params for t in trials if t.state == optuna.trial.TrialState.RUNNING}
@@ -264,7 +271,7 @@ def test_a_killed_search_goes_on(root: Path, tmp_path: Path, monkeypatch: pytest
     assert left
     assert ended
     assert len(read_jsonl(search.path / "steps.jsonl")) == 7
-    result = run(asked(root), search.path, lambda line: None)
+    result = search_in(asked(root), search.path, lambda line: None)
     after = {t.user_attrs["trial"]: t.params for t in opened(search.path).get_trials()}
     assert len(after) == len(result["candidates"]) == 8
     assert {name: after[name] for name in left | ended} == left | ended
@@ -278,7 +285,7 @@ def test_a_killed_search_goes_on(root: Path, tmp_path: Path, monkeypatch: pytest
 
 def test_a_budget_below_one_schedule_is_refused(root: Path, tmp_path: Path) -> None:
     with pytest.raises(StudyError, match=r"--tokens 100: one candidate alone takes \d"):
-        run(asked(root, tokens=100, trials=None), tmp_path / "search", lambda line: None)
+        search_in(asked(root, tokens=100, trials=None), tmp_path / "search", lambda line: None)
 
 
 @pytest.mark.slow
@@ -315,19 +322,12 @@ def test_the_command_is_stopped_and_goes_on(root: Path, tmp_path: Path) -> None:
     assert f"{best['eval_loss']:.4f}" in shown
 
 
-def test_where_memory_is_short_fewer_train_at_a_time(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    places, said = [], []
-
-    def short(path: Path, job: dict[str, Any], folder: Path, poll: Any) -> Exception:
-        places.append(job["places"])
-        return OutOfMemoryError("no room")
-
-    monkeypatch.setattr("rankscope.search.run.run_locally", short)
+def test_where_memory_is_short_fewer_train_at_a_time(root: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    launcher = FakeLauncher(lambda *_: OutOfMemoryError("no room"))
     with pytest.raises(OutOfMemoryError, match="no room"):
-        run(asked(root), tmp_path / "search", said.append)
-    assert places == [3, 2, 1]
+        run(asked(root), tmp_path / "search", launcher, said.append)
+    assert [job.content["places"] for job in launcher.started] == [3, 2, 1]
     assert sum("goes on with fewer at a time" in line for line in said) == 2
 
 

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from launchers import FakeLauncher, place
+from launchers import FakeLauncher, do
 from rankscope import cli, pipeline
 from rankscope.errors import DamagedError, KilledError, OutOfMemoryError, StudyDirectoryError, StudyError
 from rankscope.files import damaged, file_hashes, read_json, write_json
-from rankscope.jobs.answers import answer_missing
-from rankscope.jobs.profiles import measure
+from rankscope.jobs import answers, profiles
+from rankscope.jobs.job import Job
+from rankscope.jobs.local import LocalLauncher
 from rankscope.jobs.repair import remove_corrupt, remove_leftovers
 from rankscope.report.write import build
 from rankscope.search.folder import Search
@@ -217,7 +218,7 @@ def test_a_second_run_that_is_stopped_marks_nothing_of_the_first(study: Study, m
     """The first holds the lock; the second is stopped before it has asked for it."""
     record = running(study)
     before = record.read_bytes()
-    monkeypatch.setattr(pipeline, "predict", interrupt)
+    monkeypatch.setattr(pipeline, "load_catalogue", interrupt)
     with study.lock():
         result = CliRunner().invoke(cli.app, ["run", str(study.path / "study.yaml"), "--out", str(study.path)])
     assert result.exit_code == 130, result.output
@@ -226,19 +227,18 @@ def test_a_second_run_that_is_stopped_marks_nothing_of_the_first(study: Study, m
 
 def test_the_run_that_holds_the_study_marks_what_it_was_doing(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     record = running(study)
-    monkeypatch.setattr(pipeline, "predict", lambda *_: None)
-    monkeypatch.setattr(pipeline, "check_ranks", lambda spec, prediction: None)
-    monkeypatch.setattr(pipeline, "_study_data", interrupt)
+    monkeypatch.setattr(pipeline, "study_data", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run_study(study.spec, study.path, RecordingProgress())
+        pipeline.run_study(study.spec, study.path, LocalLauncher(study.spec.model), RecordingProgress())
     assert read_json(record)["status"] == "interrupted"
     assert read_json(record)["reason"] == "interrupted by the user, after step 4"
 
 
 def test_an_unknown_language_is_refused_before_anything_is_done(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "predict", interrupt)
+    monkeypatch.setattr(pipeline, "study_data", interrupt)
+    launcher = LocalLauncher(study.spec.model)
     with pytest.raises(StudyError, match="no report language 'xx'"):
-        pipeline.run_study(study.spec, study.path, RecordingProgress(), "xx")
+        pipeline.run_study(study.spec, study.path, launcher, RecordingProgress(), language="xx")
     (study.path / "verdict.json").unlink()
     with pytest.raises(StudyError, match="no report language 'xx'"):
         pipeline.finish(study, "xx")
@@ -257,7 +257,7 @@ def test_a_profile_that_fails_is_recorded_told_and_measured_again(
         (study.path / "profiles" / f"{name}.json").unlink()
     ends = {"r002": KILLED, "r008": NO_MEMORY}
     said = RecordingProgress()
-    measure(study, place(FakeLauncher(lambda path, job: ends[job["profile"]])), said)
+    do(profiles, study, FakeLauncher(lambda path, job: ends[job.content["profile"]]), said)
     assert study.open_failures() == {
         "r002": Failure(status="interrupted", reason=KILLED.what),
         "r008": Failure(status="oom", reason=NO_MEMORY.what),
@@ -269,10 +269,10 @@ def test_a_profile_that_fails_is_recorded_told_and_measured_again(
         assert what in report
         assert NO_MEMORY.what in report
 
-    def measured(path: Path, job: dict[str, Any]) -> None:
-        (path / "profiles" / f"{job['profile']}.json").write_bytes(kept)
+    def measured(path: Path, job: Job) -> None:
+        (path / "profiles" / f"{job.content['profile']}.json").write_bytes(kept)
 
-    measure(study, place(FakeLauncher(measured)), RecordingProgress())
+    do(profiles, study, FakeLauncher(measured), RecordingProgress())
     assert study.open_failures() == {}
     assert study.failures() == {}
 
@@ -291,7 +291,7 @@ def test_a_disk_or_a_model_that_fails_ends_profiles_too(study: Study) -> None:
     (study.path / "profiles" / "r002.json").unlink()
     error = StudyDirectoryError("profiles/r002.json: cannot be written: No space left on device")
     with pytest.raises(StudyDirectoryError, match="No space left"):
-        measure(study, place(FakeLauncher(lambda *_: error)), RecordingProgress())
+        do(profiles, study, FakeLauncher(lambda *_: error), RecordingProgress())
     assert study.failures() == {}
 
 
@@ -299,7 +299,7 @@ def test_answers_that_fail_are_recorded(study: Study) -> None:
     asked = Study(
         study.path, study.spec.model_copy(update={"measure": study.spec.measure.model_copy(update={"answers": 1})})
     )
-    answer_missing(asked, place(FakeLauncher(lambda *_: NO_MEMORY)), RecordingProgress())
+    do(answers, asked, FakeLauncher(lambda *_: NO_MEMORY), RecordingProgress())
     assert asked.open_failures() == {"answers": Failure(status="oom", reason=NO_MEMORY.what)}
 
 
@@ -313,7 +313,7 @@ def test_trials_beside_one_that_diverged_are_named(study: Study) -> None:
     assert study.evidence().left == names, pack
     build(study.evidence(), study.verdict, study.path / "report")
     report = (study.path / "report" / "report.md").read_text(encoding="utf-8")
-    assert f"these went on in it without that one: {', '.join(names)}." in report
+    assert f"after another one had diverged and left it: {', '.join(names)}." in report
 
 
 def test_damage_is_a_kind_of_its_own() -> None:

@@ -13,7 +13,7 @@ from rankscope.spec.candidates import Trial
 from rankscope.study.study import Study
 from rankscope.track import TRACKERS
 from rankscope.track.follow import metric_name
-from rankscope.track.tracker_process import reporting
+from rankscope.track.tracker_process import run_trackers
 from recording import RecordingProgress
 from track.readers import READERS, SECRETS, Seen, clear_environment
 
@@ -41,11 +41,11 @@ def replayed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     with pytest.MonkeyPatch.context() as patch:
         clear_environment(patch, root / "home")
         whole = cut_back(study, 5)
-        with reporting(study, [request.param], told):
+        with run_trackers(study, [request.param], told):
             pass
         for file in whole:  # to a checkpoint before what has been sent
             file.write_bytes(b"".join(whole[file].splitlines(keepends=True)[:2]))
-        with reporting(study, [request.param], told):
+        with run_trackers(study, [request.param], told):
             for file, content in whole.items():
                 file.write_bytes(b"".join(content.splitlines(keepends=True)[:6]))
             wait_for(study, request.param, 6)
@@ -162,6 +162,6 @@ def test_a_moved_study_goes_on_with_the_same_runs(replayed: Replayed, tmp_path: 
         Study.open(tmp_path / "moved"),
         read_json(replayed.study.path / "tracking" / f"{replayed.name}.json"),
     )
-    with reporting(moved, [replayed.name], RecordingProgress()):
+    with run_trackers(moved, [replayed.name], RecordingProgress()):
         pass
     assert read_json(moved.path / "tracking" / f"{replayed.name}.json") == before

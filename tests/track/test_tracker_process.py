@@ -20,7 +20,7 @@ from rankscope.track import choose_trackers, flat
 from rankscope.track import tracker_process as beside
 from rankscope.track.__main__ import redacted
 from rankscope.track.follow import costs, memory_points
-from rankscope.track.tracker_process import reporting
+from rankscope.track.tracker_process import run_trackers
 from recording import RecordingProgress
 from track.readers import READERS, clear_environment
 from track.test_contract import FIXTURE
@@ -57,7 +57,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, folder: Path, at_import: str = "", 
 def follow_until_said(study: Study, names: list[str], said: str) -> RecordingProgress:
     """A run that polls until a line has `said` in it, and ends."""
     told, end = RecordingProgress(), time.monotonic() + 60
-    with reporting(study, names, told) as progress:
+    with run_trackers(study, names, told) as progress:
         while not any(said in line for line in told.lines) and time.monotonic() < end:
             progress.poll()
             time.sleep(0.05)
@@ -92,7 +92,7 @@ def test_a_client_that_waits_holds_up_nothing_but_the_end(
     pretend(monkeypatch, tmp_path, at_begin="time.sleep(3600)")
     monkeypatch.setattr(beside, "FINISH_SECONDS", 0.5)
     told, start = RecordingProgress(), time.monotonic()
-    with reporting(study, ["mlflow"], told) as progress:
+    with run_trackers(study, ["mlflow"], told) as progress:
         for _ in range(3):
             progress.poll()
         assert time.monotonic() - start < 5
@@ -102,7 +102,7 @@ def test_a_client_that_waits_holds_up_nothing_but_the_end(
 
 def test_an_error_of_the_study_passes_and_what_there_is_is_sent(study: Study) -> None:
     def run() -> None:
-        with reporting(study, ["tensorboard"], RecordingProgress()):
+        with run_trackers(study, ["tensorboard"], RecordingProgress()):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -121,7 +121,7 @@ def test_a_tracker_ends_with_the_process_that_started_it(study: Study) -> None:
 def test_a_damaged_record_of_what_was_sent_begins_new_runs(study: Study) -> None:
     (study.path / "tracking").mkdir()
     (study.path / "tracking" / "tensorboard.json").write_text("{", encoding="utf-8")
-    with reporting(study, ["tensorboard"], RecordingProgress()):
+    with run_trackers(study, ["tensorboard"], RecordingProgress()):
         pass
     assert len(read_json(study.path / "tracking" / "tensorboard.json")["trials"]) == 12
 
@@ -190,7 +190,7 @@ def test_costs_are_means_over_repeats_and_peaks_the_highest() -> None:
 def test_a_process_that_cannot_be_started_is_told_of(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     told = RecordingProgress()
-    with reporting(study, ["wandb"], told) as progress:
+    with run_trackers(study, ["wandb"], told) as progress:
         progress.poll()
     assert ["cannot be started" in line for line in told.lines] == [True]
 

@@ -12,7 +12,7 @@ import pytest
 
 from rankscope.files import read_jsonl
 from rankscope.study.study import Study
-from rankscope.track.tracker_process import reporting
+from rankscope.track.tracker_process import run_trackers
 from recording import RecordingProgress
 from track.readers import SECRETS, clear_environment
 from track.test_contract import FIXTURE, TRIAL, cut_back
@@ -33,10 +33,10 @@ def interrupt_and_go_on(path: Path, told: RecordingProgress) -> Study:
     shutil.copytree(FIXTURE, path)
     study = Study.open(path)
     cut_back(study, 4)
-    with reporting(study, ["wandb"], told):
+    with run_trackers(study, ["wandb"], told):
         pass
     shutil.copytree(FIXTURE, path, dirs_exist_ok=True)
-    with reporting(study, ["wandb"], told):
+    with run_trackers(study, ["wandb"], told):
         pass
     return study
 
@@ -91,7 +91,7 @@ def test_without_a_key_it_is_offline_and_asks_nobody(
     monkeypatch.delenv("WANDB_MODE")
     shutil.copytree(FIXTURE, tmp_path / "study")
     told = RecordingProgress()
-    with reporting(Study.open(tmp_path / "study"), ["wandb"], told):
+    with run_trackers(Study.open(tmp_path / "study"), ["wandb"], told):
         pass
     assert ["offline" in line and "wandb sync" in line for line in told.lines] == [True]
     assert not server.runs

@@ -1,28 +1,57 @@
-"""What each candidate answers on the same held-out prompts: for the eye, not for the verdict."""
+"""Answers of each candidate to the same held-out prompts: for the eye, not for the verdict."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rankscope.data.tokens import Example, Tokens
-from rankscope.jobs.context import Place, Progress, failure_of, run_alone
+from rankscope.errors import RankscopeError
+from rankscope.jobs.child import load_base, open_study
+from rankscope.jobs.job import Job, Run, failure_of
 from rankscope.lora.adapters import remove_adapters
 from rankscope.lora.saved import attach, read_adapter
 from rankscope.model.load import load_tokenizer
 from rankscope.spec.candidates import Trial
 from rankscope.spec.models import StudySpec
-from rankscope.study.folder import ANSWERS, StudyFolder
+from rankscope.study.folder import ANSWERS
+from rankscope.study.records import AnswersRecord
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+
+def jobs(run: Run) -> list[Job]:
+    """Return the job of all answers, where they are wanted and missing."""
+    study = run.study
+    trials = study.answered() if study.spec.measure.answers else []
+    if not trials or study.has_answers():
+        return []
+    run.say(f"Answers of {len(trials)} candidates to {study.spec.measure.answers} held-out prompts")
+    reads = [f"trials/{trial.name}/trial.json" for trial in study.trials]
+    reads += [f"trials/{trial.name}/adapter" for trial in trials]
+    return [Job(__name__, {}, "answers", reads, run.plan.host_bytes(trials[:1]), alone=True)]
+
+
+def work(folder: Path, content: Mapping[str, Any]) -> None:
+    """Let the base model and one trial of each candidate answer the prompts, and write answers.json."""
+    study, data = open_study(folder)
+    model, _ = load_base(study)
+    adapters = {trial: study.adapter_file(trial) for trial in study.answered()}
+    record = AnswersRecord(**answer(model, study.spec, adapters, data.eval))
+    record.write(study.file("answers", "answers.json"))
+
+
+def ended(run: Run, job: Job, error: RankscopeError | None, waiting: Sequence[Job]) -> list[Job]:
+    """Record a failure, whatever it is: answers are optional, and the study concludes without them."""
+    run.study.write_failure(ANSWERS, None if error is None else failure_of(error))
+    if error is not None:
+        run.say(f"The answers did not finish: {error}")
+    return list(waiting)
 
 
 class Question(NamedTuple):
-    """The start of a held-out row, and how the row goes on."""
+    """The prompt of a held-out row, and the row's own answer."""
 
     example: int
     prompt_ids: list[int]
@@ -30,7 +59,7 @@ class Question(NamedTuple):
 
 
 def questions(held_out: Tokens, count: int, max_length: int) -> list[Question]:
-    """The first `count` held-out rows; those that were cut come last, since their own answer is not whole."""
+    """Return the first `count` held-out rows; truncated rows come last, since their own answer is not whole."""
     order = np.argsort(held_out.lengths >= max_length, kind="stable")[:count]
     return [_question(int(number), held_out[int(number)]) for number in order]
 
@@ -43,9 +72,9 @@ def _question(number: int, example: Example) -> Question:
 
 
 def answer(model: PreTrainedModel, spec: StudySpec, adapters: Mapping[Trial, Path], held_out: Tokens) -> dict[str, Any]:
-    """Greedy answers of `model` and of each trial in `adapters` (the files of its weights), by PEFT's own forward.
+    """Generate greedy answers of `model` and of each trial in `adapters` (its file of weights), by PEFT's own forward.
 
-    Returns {"questions": [{"example", "prompt", "reference"}], "answers": {"base" or trial: [text]}}; each text has at
+    Return {"questions": [{"example", "prompt", "reference"}], "answers": {"base" or trial: [text]}}; each text has at
     most `measure.answer_tokens` tokens, without the special ones. One prompt at a time, so that nothing is padded.
     """
     tokenizer = load_tokenizer(spec.model)
@@ -88,7 +117,7 @@ def _generate(
 
 
 def _ids(value: int | Sequence[int] | None) -> set[int]:
-    """The ids of a field that holds one, several or none."""
+    """Return the ids of a field that holds one, several or none."""
     if value is None:
         return set()
     return {value} if isinstance(value, int) else set(value)
@@ -96,20 +125,3 @@ def _ids(value: int | Sequence[int] | None) -> set[int]:
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True))
-
-
-def answer_missing(study: StudyFolder, place: Place, progress: Progress) -> None:
-    """Let the base model and each candidate answer the same held-out prompts, where that has not been done.
-
-    Answers are optional: whatever error ends them is recorded and said, and the study concludes without them.
-    """
-    trials = study.answered() if study.spec.measure.answers else []
-    if not trials or study.has_answers():
-        return
-    progress.say(f"Answers of {len(trials)} candidates to {study.spec.measure.answers} held-out prompts")
-    reads = [f"trials/{trial.name}/trial.json" for trial in study.trials]
-    reads += [f"trials/{trial.name}/adapter" for trial in trials]
-    error = run_alone(study, place, {"kind": "answers"}, "answers", reads, trials[:1], progress)
-    study.write_failure(ANSWERS, None if error is None else failure_of(error))
-    if error is not None:
-        progress.say(f"The answers did not finish: {error}")

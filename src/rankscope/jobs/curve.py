@@ -1,69 +1,115 @@
-"""Train once, read every rank: the largest rank's adapters, cut to each lower one and evaluated.
+"""Train once, read every rank: the largest rank's adapters, truncated by SVD to each lower one and evaluated.
 
-`rankscope.measure.truncation` measures in a child process, `rankscope.analysis.curve` holds the estimate against
+`rankscope.measure.truncation` measures in the child process, `rankscope.analysis.curve` holds the estimate against
 ranks that were trained, and the report shows both.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from rankscope.analysis.comparison import judged_examples
-from rankscope.errors import (
-    DamagedError,
-    StudyError,
-)
-from rankscope.jobs.child import load_base
-from rankscope.jobs.context import Progress
-from rankscope.jobs.local import run_locally
-from rankscope.pipeline import finish
+from rankscope.errors import DamagedError, RankscopeError, StudyError
+from rankscope.jobs.child import load_base, open_study
+from rankscope.jobs.job import Job, Launcher, Progress
+from rankscope.jobs.queue import run_jobs
 from rankscope.spec.candidates import PLAIN, Trial
 from rankscope.study.folder import CURVE, StudyFolder
-from rankscope.study.records import Cut
+from rankscope.study.records import CurveRecord, Cut
 from rankscope.study.study import Study
-from rankscope.text.catalogue import load
 
-if TYPE_CHECKING:
-    from rankscope.data.tokens import TokenizedData
+MOST_RECOVERY_STEPS = 100_000
+"""Most steps of recovery training: more is no short recovery, and would not fit the study's own schedule."""
 
-MOST_RECOVERY = 100_000
-"""Steps. More is no short recovery, and would not fit the study's own schedule."""
+PART = "truncations.json"
+"""File of a job's folder with the truncations that it has measured so far, until curve.json has them."""
 
 
 def take_curve(
-    study: Study, progress: Progress, ranks: Sequence[int] | None = None, recover: int = 0, language: str = "en"
+    study: Study, launcher: Launcher, progress: Progress, ranks: Sequence[int] | None = None, recover: int = 0
 ) -> None:
-    """Measures what curve.json lacks of these `ranks`, and builds the report anew; `study.cuts()` has the result.
+    """Measure the truncations of these `ranks` that curve.json lacks; `study.cuts()` has the result.
 
-    Without `ranks`: the powers of two below the largest rank, and the study's own. With `recover` each cut is measured
-    once more after so many steps of training. The uncut adapters are measured too, as the control.
+    Without `ranks`: the powers of two below the largest rank, and the study's own. With `recover` each truncation is
+    measured once more after so many steps of training. The full adapters are measured too, as the control. The study
+    must be locked.
 
     Raises:
         StudyError: no trial of the largest rank is done, or a rank is not below it.
-        StudyDirectoryError: another run holds the study, or an adapter of it is damaged.
-        ModelError: the model is another, or gives the uncut adapter another loss than was recorded.
-        WorkerError: the child process ended without finishing.
+        StudyDirectoryError: an adapter of the study is corrupt.
+        ModelError: the model is another, or gives the full adapter another loss than was recorded.
+        WorkerError: a child process ended without finishing.
     """
-    load(language)
-    if not 0 <= recover <= MOST_RECOVERY:
-        raise StudyError(f"--recover {recover}: expected 0 to {MOST_RECOVERY:,} steps", "Give a few: 8.")
+    if not 0 <= recover <= MOST_RECOVERY_STEPS:
+        raise StudyError(f"--recover {recover}: expected 0 to {MOST_RECOVERY_STEPS:,} steps", "Give a few: 8.")
     trials = trained_trials(study)
-    uncut = trials[0].candidate.rank
-    lower = lower_ranks(uncut, study.spec.ranks) if ranks is None else checked(ranks, uncut)
-    with study.lock():
-        wanted = missing(study, trials, [*lower, uncut], recover, progress)
-        if wanted:
-            count = sum(map(len, wanted.values()))
-            steps = f", with {recover} steps of recovery" if recover else ""
-            progress.say(f"Rank {uncut}, {len(wanted)} of {len(trials)} seeds: {count} losses to measure{steps}")
-            job = {"kind": "curve", "wanted": wanted}
-            error = run_locally(study.path, job, study.file("curve"), progress.poll)
-            if error is not None:
-                raise error
-        finish(study, language)
+    full = trials[0].candidate.rank
+    lower = lower_ranks(full, study.spec.ranks) if ranks is None else validate_ranks(ranks, full)
+    wanted = missing(study, trials, [*lower, full], recover, progress.say)
+    if not wanted:
+        return
+    count = sum(map(len, wanted.values()))
+    steps = f", with {recover} steps of recovery" if recover else ""
+    progress.say(f"Rank {full}, {len(wanted)} of {len(trials)} seeds: {count} losses to measure{steps}")
+
+    def ended_(job: Job, error: RankscopeError | None, waiting: Sequence[Job]) -> list[Job]:
+        return ended(study, job, error, waiting)
+
+    run_jobs(launcher, study.path, jobs(study, wanted, launcher.slots()), progress.poll, ended_)
+
+
+def jobs(study: StudyFolder, wanted: Mapping[str, Sequence[tuple[int, int]]], slots: int) -> list[Job]:
+    """Return the jobs that measure the wanted pairs of rank and recovery steps of each trial.
+
+    On one device one job measures all of them, and loads the model once; on several each trial is a job.
+    """
+    if not wanted:
+        return []
+    groups = [dict(wanted)] if slots == 1 else [{name: pairs} for name, pairs in wanted.items()]
+    found = []
+    for group in groups:
+        folder = "curve" if slots == 1 else f"curve/jobs/{next(iter(group))}"
+        reads = [f"trials/{name}" for name in group]
+        found.append(Job(__name__, {"folder": folder, "wanted": group}, folder, reads))
+    return found
+
+
+def work(folder: Path, content: Mapping[str, Any]) -> None:
+    """Measure the wanted truncations of each trial; the job's part of the curve grows piece by piece."""
+    from rankscope.measure.truncation import TruncationRequest, evaluate_truncations
+
+    study, data = open_study(folder)
+    model, _ = load_base(study)
+    part, cuts = study.file(*content["folder"].split("/"), PART), list[Cut]()
+    trials = {trial.name: trial for trial in study.spec.trials()}
+    for name, pairs in content["wanted"].items():
+        trial, adapter = trials[name], study.adapter_file(trials[name]).parent
+        results, sha256 = study.trial_record(trial).results, study.adapter_sha256(trial)
+        assert results
+        assert results.eval_loss is not None
+        requests = [TruncationRequest(*pair) for pair in pairs]
+        for group in evaluate_truncations(model, study.spec, trial, adapter, results.eval_loss, requests, data):
+            cuts += [Cut(trial=name, adapter_sha256=sha256, **one.describe()) for one in group]
+            CurveRecord(cuts=cuts).write(part)
+
+
+def ended(study: StudyFolder, job: Job, error: RankscopeError | None, waiting: Sequence[Job]) -> list[Job]:
+    """Move what the job has measured into curve.json, and raise its error."""
+    _take_part(study, study.file(*job.folder.split("/"), PART))
+    if error is not None:
+        raise error
+    return list(waiting)
+
+
+def _take_part(study: StudyFolder, part: Path) -> None:
+    """Move a job's part into curve.json."""
+    if (record := CurveRecord.find(part)) is not None:
+        study.add_cuts(record.cuts)
+        part.unlink()
 
 
 def trained_trials(study: Study) -> list[Trial]:
-    """The trials of the largest rank that are done, at the learning rate that the verdict takes.
+    """Return the trials of the largest rank that are done, at the learning rate that the verdict takes.
 
     Raises:
         StudyError: there are none.
@@ -84,7 +130,7 @@ def trained_trials(study: Study) -> list[Trial]:
 
 
 def lower_ranks(rank: int, own: Sequence[int]) -> list[int]:
-    """Powers of two below `rank`, and those of `own` that are below it.
+    """Return the powers of two below `rank`, and the ranks of `own` that are below it.
 
     Raises:
         StudyError: there are none.
@@ -95,42 +141,33 @@ def lower_ranks(rank: int, own: Sequence[int]) -> list[int]:
     return sorted({*powers, *(one for one in own if one < rank)})
 
 
-def checked(ranks: Sequence[int], uncut: int) -> list[int]:
-    """Raises StudyError where one is not from 1 to below `uncut`."""
-    wrong = [rank for rank in ranks if not isinstance(rank, int) or not 1 <= rank < uncut]
+def validate_ranks(ranks: Sequence[int], full: int) -> list[int]:
+    """Return the ranks in order. Raise StudyError where one is not from 1 to below `full`."""
+    wrong = [rank for rank in ranks if not isinstance(rank, int) or not 1 <= rank < full]
     if wrong or not ranks:
         shown = ", ".join(map(str, wrong)) or "none"
-        raise StudyError(f"--ranks {shown}: expected ranks from 1 to {uncut - 1}", f"Rank {uncut} is cut to them.")
+        raise StudyError(f"--ranks {shown}: expected ranks from 1 to {full - 1}", f"Rank {full} is cut to them.")
     return sorted(set(ranks))
 
 
 def missing(
-    study: StudyFolder, trials: Sequence[Trial], ranks: Sequence[int], recover: int, progress: Progress
+    study: StudyFolder, trials: Sequence[Trial], ranks: Sequence[int], recover: int, say: Callable[[str], None]
 ) -> dict[str, list[tuple[int, int]]]:
-    """By trial, the pairs of rank and recovery steps that curve.json lacks. A damaged one is removed."""
+    """Return, by trial, the pairs of rank and recovery steps that curve.json lacks.
+
+    Parts that an interrupted run left behind are moved into curve.json first. Corrupt files are removed.
+    """
     try:
-        cuts = study.rank_curve()
+        study.rank_curve()
     except DamagedError:
         study.file(*CURVE.split("/")).unlink()
-        progress.say(f"{CURVE} was damaged: it is removed, and made again.")
-        cuts = []
-    there = {(cut.trial, cut.rank, cut.recover_steps) for cut in cuts}
-    asked = [(rank, steps) for steps in sorted({0, recover}) for rank in ranks]
-    wanted = {trial.name: [pair for pair in asked if (trial.name, *pair) not in there] for trial in trials}
-    return {name: pairs for name, pairs in wanted.items() if pairs}
-
-
-def cut_adapters(study: StudyFolder, wanted: Mapping[str, Sequence[Sequence[int]]], data: "TokenizedData") -> None:
-    """Measures what is wanted of each trial, as pairs of rank and recovery steps; curve.json grows piece by piece."""
-    from rankscope.measure.truncation import TruncationRequest, evaluate_truncations
-
-    model, _ = load_base(study)
-    trials = {trial.name: trial for trial in study.spec.trials()}
-    for name, pairs in wanted.items():
-        trial, folder = trials[name], study.adapter_file(trials[name]).parent
-        results, sha256 = study.trial_record(trial).results, study.adapter_sha256(trial)
-        assert results
-        assert results.eval_loss is not None
-        requests = [TruncationRequest(*pair) for pair in pairs]
-        for cuts in evaluate_truncations(model, study.spec, trial, folder, results.eval_loss, requests, data):
-            study.add_cuts([Cut(trial=name, adapter_sha256=sha256, **cut.describe()) for cut in cuts])
+        say(f"{CURVE} was damaged: it is removed, and made again.")
+    for part in sorted(study.file("curve").rglob(PART)):
+        try:
+            _take_part(study, part)
+        except DamagedError:
+            part.unlink()
+    measured = {(cut.trial, cut.rank, cut.recover_steps) for cut in study.rank_curve()}
+    pairs = [(rank, steps) for steps in sorted({0, recover}) for rank in ranks]
+    wanted = {trial.name: [pair for pair in pairs if (trial.name, *pair) not in measured] for trial in trials}
+    return {name: left for name, left in wanted.items() if left}

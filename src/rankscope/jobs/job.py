@@ -1,34 +1,83 @@
-"""Where a study's jobs run: local child processes, one for each device, or a Ray cluster.
+"""Contracts of this folder: a job, the launcher that starts it, and the kind that makes it.
 
-    jobs -> queue -> local or ray -> process -> worker
+    kind.jobs -> queue.run_jobs -> launcher.start -> worker -> kind.work -> kind.ended
 
-A job is what one child process does (`rankscope.jobs.worker`). A launcher starts it in one of its places, of which
-each is one device; the queue keeps the places busy. To add another launcher, write its two classes in one file and name
-it in `make_launcher`: tests/launch/test_contract.py holds for all.
+A job is the work of one child process. A kind of job is one module, which knows which jobs a study still needs, does
+the work in the child, and decides what follows when a job has ended. A launcher starts jobs in its slots, one for each
+device, and `run_jobs` keeps the slots busy. tests/jobs/test_contract.py holds for every kind and both launchers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from rankscope.errors import RankscopeError
+from rankscope.errors import RankscopeError, WorkerError
 from rankscope.measure.machine import Site
+from rankscope.plan.plan import Plan
+from rankscope.study.folder import StudyFolder
+from rankscope.study.records import Failure
+
+FATAL_EXIT_CODES = (2, 3)
+"""Exit codes of errors in the study, the model or the data, which every job would hit."""
 
 
 class Job(NamedTuple):
-    """What one child process does."""
+    """The work of one child process."""
 
+    kind: str
+    """Module whose `work` does the job, such as `rankscope.jobs.packs`."""
     content: Mapping[str, Any]
-    """job.json: see `rankscope.jobs.worker`."""
+    """Arguments of `work`, published as job.json."""
     folder: str
-    """Of the study, such as `packs/p000`: job.json, log.txt (all that the process prints), and error.json after a
-    failure."""
+    """Folder of the study for job.json, log.txt (all output of the process) and, after a failure, error.json."""
     reads: Sequence[str] = ()
-    """Files and folders of the study that it needs besides study.yaml and data/, and what it goes on from."""
+    """Files and folders of the study that the job needs, beside `shared` and its own folder."""
     memory_bytes: int = 0
-    """Of the host, as predicted."""
+    """Predicted peak of the host's memory; 0 where it is not predicted."""
     alone: bool = False
-    """What it measures must not be disturbed: nothing else may run on its device, nor beside it on a CPU."""
+    """Whether nothing else may run on the job's device, nor beside it on a CPU: it measures."""
+    shared: Sequence[str] = ("study.yaml", "data")
+    """Files and folders that all jobs read and none changes."""
+
+
+class Progress(Protocol):
+    """Callbacks of a run. What is done so far stands in the study's files, where `poll` can look it up."""
+
+    def say(self, message: str) -> None:
+        """Keep a sentence for the user."""
+        ...
+
+    def poll(self) -> None:
+        """Look again: called twice a second while jobs run."""
+        ...
+
+
+class Run(NamedTuple):
+    """A study that is being run by its plan."""
+
+    study: StudyFolder
+    plan: Plan
+    say: Callable[[str], None]
+
+
+class Kind(Protocol):
+    """A kind of job: a module with these three functions."""
+
+    def jobs(self, run: Run) -> list[Job]:
+        """Return the jobs that the study still needs, in the order in which they start."""
+        ...
+
+    def work(self, folder: Path, content: Mapping[str, Any]) -> None:
+        """Do one job, in the child process. `folder` is the study's directory."""
+        ...
+
+    def ended(self, run: Run, job: Job, error: RankscopeError | None, waiting: Sequence[Job]) -> list[Job]:
+        """Record how a job ended, and return the jobs to run from here on, given those that still wait.
+
+        Raises:
+            RankscopeError: the run cannot go on.
+        """
+        ...
 
 
 class Running(Protocol):
@@ -37,39 +86,35 @@ class Running(Protocol):
     job: Job
 
     def is_running(self) -> bool:
-        """Brings what is new into the study's directory, and says whether the job goes on."""
+        """Bring what is new into the study's directory, and return whether the job still runs."""
         ...
 
     def error(self) -> RankscopeError | None:
-        """What went wrong, of a job that has ended."""
+        """Return what went wrong in a job that has ended."""
         ...
 
     def stop(self) -> None:
-        """Asks it to stop at a checkpoint. It goes on to run until it has."""
+        """Ask the job to stop at a checkpoint. It keeps running until it has."""
         ...
 
     def kill(self) -> None:
-        """Ends it at once."""
+        """End the job at once."""
         ...
 
 
 class Launcher(Protocol):
-    """Starts jobs. Use as a context manager: leaving it lets go of what it holds."""
-
-    loads_once: bool
-    """Whether packs that follow one another on one device should be one job, which loads the model once. Where a job
-    may be lost each is one of its own."""
+    """Starts jobs. A context manager: leaving it releases what it holds."""
 
     def site(self) -> Site:
-        """Where jobs run. May take seconds."""
+        """Return where jobs run. May take seconds."""
         ...
 
-    def places(self) -> int:
-        """Devices now: so many jobs may run at a time."""
+    def slots(self) -> int:
+        """Return how many jobs can run concurrently: one for each device."""
         ...
 
     def start(self, study: Path, job: Job) -> Running:
-        """Starts a job of the study in `study`. No more than `places()` may run at a time.
+        """Start a job of the study in `study`, in a free slot.
 
         Raises:
             StudyDirectoryError: the job's folder cannot be written.
@@ -79,3 +124,14 @@ class Launcher(Protocol):
     def __enter__(self) -> "Launcher": ...
 
     def __exit__(self, *error: object) -> None: ...
+
+
+def raise_fatal(error: RankscopeError | None) -> None:
+    """Raise an error that every other job would hit too."""
+    if error is not None and error.exit_code in FATAL_EXIT_CODES:
+        raise error
+
+
+def failure_of(error: RankscopeError) -> Failure:
+    """Return the entry of failures.json for an error."""
+    return Failure(status=getattr(error, "status", WorkerError.status), reason=error.what)

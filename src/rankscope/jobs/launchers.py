@@ -1,4 +1,4 @@
-"""The launchers, by name."""
+"""Launchers by name."""
 
 from collections.abc import Callable
 
@@ -12,11 +12,12 @@ LAUNCHERS = ("local", "ray")
 def make_launcher(
     name: str, model: ModelSpec, address: str | None = None, say: Callable[[str], None] = print
 ) -> Launcher:
-    """The launcher of that name, for a study's model. `address` is of a Ray cluster; `say` is told what a user should
-    know.
+    """Create the launcher of that name, for a study's model.
+
+    `address` is that of a Ray cluster; `say` is called with what a user should know.
 
     Raises:
-        StudyError: there is none of that name, or the device is not there.
+        StudyError: the name is unknown, or the device does not exist.
         MissingExtraError: Ray is not installed.
     """
     if name not in LAUNCHERS:

@@ -1,16 +1,14 @@
-"""Jobs as child processes on this machine: a fresh process for each, on each visible GPU one at a time."""
+"""Jobs as child processes on this machine: a fresh process for each job, one at a time on each visible GPU."""
 
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 
-from rankscope.errors import RankscopeError
 from rankscope.jobs.job import Job
 from rankscope.jobs.process import JobProcess
-from rankscope.jobs.queue import run_one
 from rankscope.measure.machine import Site, hardware, versions
 from rankscope.model.device import free_bytes, resolve_device, resolve_dtype
 from rankscope.spec.models import ModelSpec
@@ -21,39 +19,37 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 class LocalLauncher:
     """Local child processes.
 
-    With `model.device` `auto` or `cuda` every visible GPU is a place; with `cuda:1` that one alone, and on a CPU the
-    machine.
+    With `model.device` `auto` or `cuda` each visible GPU is a slot; with `cuda:1` that GPU alone is one, and on a CPU
+    the machine.
 
     Raises:
         StudyError: the device does not exist here.
     """
 
-    loads_once = True
-
     def __init__(self, model: ModelSpec) -> None:
         self._model, self._device = model, resolve_device(model.device)
-        self._devices, self._places = [self._device], list[Mapping[str, str]]([{}])
+        self._devices, self._slots = [self._device], list[Mapping[str, str]]([{}])
         if self._device.type == "cuda" and ":" not in model.device and torch.cuda.device_count() > 1:
             self._devices = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
-            self._places = gpu_places(len(self._devices), os.environ)
-        self._free = list(range(len(self._places)))
+            self._slots = gpu_environments(len(self._devices), os.environ)
+        self._free = list(range(len(self._slots)))
 
     def site(self) -> Site:
         dtype = str(resolve_dtype(self._model.dtype, self._device)).removeprefix("torch.")
         free = min(map(free_bytes, self._devices))
         return Site(self._device.type, True, free, str(self._device), dtype, hardware(), versions())
 
-    def places(self) -> int:
-        return len(self._places)
+    def slots(self) -> int:
+        return len(self._slots)
 
     def start(self, study: Path, job: Job) -> "LocalJob":
-        place = self._free.pop(0)
+        slot = self._free.pop(0)
         try:
-            process = JobProcess(study, job.content, study / job.folder, self._places[place])
+            process = JobProcess(study, job, self._slots[slot])
         except BaseException:
-            self._free.append(place)
+            self._free.append(slot)
             raise
-        return LocalJob(job, process, lambda: self._free.append(place))
+        return LocalJob(job, process, lambda: self._free.append(slot))
 
     def __enter__(self) -> Self:
         return self
@@ -64,15 +60,15 @@ class LocalLauncher:
 class LocalJob:
     """A job in a child process of this one, which writes the study's directory itself."""
 
-    def __init__(self, job: Job, process: JobProcess, let_go: Callable[[], None]) -> None:
-        self.job, self._process, self._let_go = job, process, let_go
+    def __init__(self, job: Job, process: JobProcess, release: Callable[[], None]) -> None:
+        self.job, self._process, self._release = job, process, release
         self._ended = False
         self.error, self.stop = process.error, process.stop
 
     def is_running(self) -> bool:
         if not self._ended and not self._process.is_running():
             self._ended = True
-            self._let_go()
+            self._release()
         return not self._ended
 
     def kill(self) -> None:
@@ -80,21 +76,9 @@ class LocalJob:
         self.is_running()
 
 
-def gpu_places(count: int, environment: Mapping[str, str]) -> list[Mapping[str, str]]:
-    """The environment of a process on each of `count` visible GPUs, that it sees alone, with its share of the cores."""
+def gpu_environments(count: int, environment: Mapping[str, str]) -> list[Mapping[str, str]]:
+    """Environment of the process on each of `count` visible GPUs: that GPU alone, and its share of the cores."""
     visible = environment.get(VISIBLE)
     names = visible.split(",")[:count] if visible else list(map(str, range(count)))
     threads = max(1, len(os.sched_getaffinity(0)) // count) if hasattr(os, "sched_getaffinity") else 1
     return [{VISIBLE: name, "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", str(threads))} for name in names]
-
-
-def run_locally(
-    study_path: Path, job: Mapping[str, Any], folder: Path, poll: Callable[[], None]
-) -> RankscopeError | None:
-    """Runs one job to its end, calling `poll` twice a second; returns what went wrong, or None.
-
-    Raises:
-        StudyDirectoryError: a file in `folder` cannot be written.
-    """
-    process = JobProcess(study_path, job, folder)
-    return run_one(LocalJob(Job(job, str(folder)), process, lambda: None), poll)

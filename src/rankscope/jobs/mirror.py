@@ -1,9 +1,9 @@
-"""What a job on another machine has written, brought into the study's directory: no shared file system is needed.
+"""Replication of a job's files from another machine into the study's directory, without a shared file system.
 
-The job works in a folder of its own, which begins with what it needs of the study. `Mirror` finds what has changed
-there since it last looked, and `Replica` does the same to the study's directory. A reader there sees what it would see
-of a job that writes there itself: a file that tells of others (trial.json, a checkpoint's manifest) comes after them,
-and of a metrics.jsonl only what is new is sent.
+The job works in a folder of its own, which starts with the files that it needs. `Mirror` yields the changes there since
+its last call, and `Replica` applies them to the study's directory. A reader of that directory sees the same order of
+events as with a local job: a file that vouches for others (trial.json, a checkpoint's manifest) arrives after them.
+Of a file that grows, such as metrics.jsonl, only the new end is sent.
 """
 
 import os
@@ -15,27 +15,25 @@ from typing import NamedTuple
 from rankscope.files import inside, published, write_atomic, writing
 
 PIECE_BYTES = 32 << 20
-"""Of a file that is sent in pieces."""
+"""Size of the pieces in which a file is sent."""
 
-TELLING = ("trial.json", "pack.json", "manifest.json", "error.json")
-"""They say that others are whole."""
+VOUCHING = ("trial.json", "pack.json", "manifest.json", "error.json")
+"""Names of files whose presence means that other files are complete."""
 
 GROWING = (".jsonl", ".txt")
-"""Endings of files that are appended to."""
+"""Suffixes of files that are appended to."""
 
 _TAIL_BYTES = 4096
 
 
 class Change(NamedTuple):
-    """A piece of a file, or that it is gone."""
+    """A piece of a file, or its removal."""
 
     name: str  # below the study's directory
-    data: bytes | None = None  # None: it is gone
+    data: bytes | None = None  # None: the file is removed
     offset: int = 0
-    last: bool = True
-    """Nothing of the file comes after this piece."""
-    appended: bool = False
-    """The piece goes to the end of the file as it is, which so far has `offset` bytes."""
+    last: bool = True  # whether the file ends with this piece
+    appended: bool = False  # whether the piece is appended to the first `offset` bytes of the existing file
 
 
 class _Seen(NamedTuple):
@@ -46,31 +44,31 @@ class _Seen(NamedTuple):
 
 
 class Mirror:
-    """What has changed below a folder."""
+    """Finds changes below a folder."""
 
     def __init__(self, root: Path) -> None:
-        """What is there now is known already."""
+        """Take the files that exist now as known."""
         self._root = root
         self._seen = {name: self._look(name) for name in self._names()}
 
     def changes(self) -> Iterator[Change]:
-        """What has changed since the last call, in the order in which it is to be applied."""
-        # What tells is read first, and applied last: all that it tells of was there before the others are looked for.
-        told = {name: self._read(name) for name in filter(_telling, self._names()) if self._is_new(name)}
+        """Yield the changes since the last call, in the order in which they must be applied."""
+        # Vouching files are read first and applied last: the files they vouch for exist before the others are listed.
+        vouching = {name: self._read(name) for name in filter(_vouches, self._names()) if self._is_new(name)}
         names = self._names()
         for name in names:
-            if not _telling(name) and self._is_new(name):
+            if not _vouches(name) and self._is_new(name):
                 yield from self._send(name)
-        for name, read in told.items():
+        for name, read in vouching.items():
             if read is not None:
                 self._seen[name], content = read
                 yield Change(name, content)
-        for name in sorted(self._seen.keys() - set(names), key=_telling, reverse=True):
+        for name in sorted(self._seen.keys() - set(names), key=_vouches, reverse=True):
             del self._seen[name]
             yield Change(name)
 
     def _names(self) -> list[str]:
-        """All files but those that are still being written, which are hidden."""
+        """All files but hidden ones, which are still being written."""
         return _below(self._root, self._root)
 
     def _stat(self, name: str) -> _Seen | None:
@@ -94,7 +92,7 @@ class Mirror:
             return seen._replace(tail=file.read(_TAIL_BYTES))
 
     def _read(self, name: str) -> tuple[_Seen, bytes] | None:
-        """A small file; None where it has gone meanwhile."""
+        """Read a small file; None where it has been removed meanwhile."""
         seen = self._stat(name)
         if seen is None:
             return None
@@ -104,7 +102,7 @@ class Mirror:
             return None
 
     def _send(self, name: str) -> Iterator[Change]:
-        """The pieces of a file: all of it, or what was appended to one that grows."""
+        """Yield the pieces of a file: all of it, or the new end of one that grows."""
         seen = self._stat(name)
         if seen is None:
             return
@@ -125,7 +123,7 @@ class Mirror:
             self._seen[name] = seen._replace(size=offset, tail=tail)
 
     def _sent(self, name: str, now: _Seen, descriptor: int) -> int:
-        """How many bytes of a growing file were sent; 0 where it was cut back, or begun anew."""
+        """Number of bytes of a growing file that were sent; 0 where it was truncated or replaced."""
         before = self._seen.get(name)
         if before is None or not name.endswith(GROWING) or before.inode != now.inode or before.size > now.size:
             return 0
@@ -133,19 +131,19 @@ class Mirror:
         return before.size if same else 0
 
 
-def _telling(name: str) -> bool:
-    return name.rpartition("/")[2] in TELLING
+def _vouches(name: str) -> bool:
+    return name.rpartition("/")[2] in VOUCHING
 
 
 class Replica:
-    """The study's directory, where what jobs have done in their folders is done again."""
+    """Applies changes from jobs' folders to the study's directory."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._grown: set[Path] = set()
 
     def apply(self, changes: Iterable[Change]) -> None:
-        """Raises StudyDirectoryError where a file cannot be written, or would lie outside."""
+        """Apply changes. Raise StudyDirectoryError where a file cannot be written, or would lie outside."""
         for change in changes:
             path = inside(self._root, change.name)
             if change.data is None:
@@ -155,14 +153,14 @@ class Replica:
                 _append(path, change.data, change.offset)
                 self._grown.add(path)
             elif change.last and not change.offset:
-                if _telling(change.name):
+                if _vouches(change.name):
                     self._flush()
                 write_atomic(path, change.data)
             else:
                 _put(path, change)
 
     def _remove(self, path: Path) -> None:
-        """And the folders that are empty then."""
+        """Remove a file, and the folders that are empty then."""
         with writing(path):
             path.unlink(missing_ok=True)
         for folder in path.parents:
@@ -172,7 +170,7 @@ class Replica:
                 folder.rmdir()
 
     def _flush(self) -> None:
-        """Writes to disk what was appended: what follows tells of it."""
+        """Flush appended data to disk before a file that vouches for it."""
         while self._grown:
             path = self._grown.pop()
             with writing(path), path.open("rb") as file:
@@ -188,7 +186,7 @@ def _append(path: Path, data: bytes, offset: int) -> None:
 
 
 def _put(path: Path, change: Change) -> None:
-    """A piece of a large file, which is published with its last piece."""
+    """Write a piece of a large file, which is published with its last piece."""
     assert change.data is not None  # for mypy
     partial = path.with_name(f".{path.name}.arriving.tmp")  # of the names that `leftovers` knows
     _append(partial, change.data, change.offset)
@@ -198,7 +196,7 @@ def _put(path: Path, change: Change) -> None:
 
 
 def _below(root: Path, folder: Path) -> list[str]:
-    """The files in `folder` and below it, as names below `root`; without hidden ones."""
+    """Return the files in `folder` and below it, as names below `root`, without hidden ones."""
     return [
         str(Path(place, name).relative_to(root))
         for place, _, names in os.walk(folder)
@@ -208,7 +206,7 @@ def _below(root: Path, folder: Path) -> list[str]:
 
 
 def pieces(root: Path, name: str) -> Iterator[Change]:
-    """A whole file, in pieces."""
+    """Yield a whole file, in pieces."""
     size, offset = (root / name).stat().st_size, 0
     with (root / name).open("rb") as file:
         while True:
@@ -221,7 +219,7 @@ def pieces(root: Path, name: str) -> Iterator[Change]:
 
 
 def collect(root: Path, names: Iterable[str]) -> list[str]:
-    """The files of `names`, which are files and folders below `root`; those that are not there are left out."""
+    """Return the existing files among `names`, which are files and folders below `root`."""
     found: list[str] = []
     for name in names:
         path = inside(root, name)

@@ -1,160 +1,91 @@
-"""A study's jobs: what is handed to a launcher, in which order, and what follows from how each ended.
-
-Each function does what is missing of one kind of work: packs, profiles, full fine-tuning, answers.
-"""
+"""Packs: trials that train together over one frozen base model, on one device or several."""
 
 import itertools
 import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-from rankscope.data.tokens import TokenizedData
 from rankscope.errors import KilledError, RankscopeError, WorkerError
-from rankscope.jobs.child import load_base
-from rankscope.jobs.context import WRONG, Place, Progress
-from rankscope.jobs.job import Job
-from rankscope.jobs.queue import run_jobs
+from rankscope.jobs.child import load_base, open_study
+from rankscope.jobs.job import Job, Run, raise_fatal
 from rankscope.measure.sampler import peak_rss, reset_peak_rss
 from rankscope.model.device import give_back_freed
-from rankscope.plan.packs import longest_first, open_packs, work_of
+from rankscope.plan.packs import longest_first, work_of
 from rankscope.spec.candidates import Trial
-from rankscope.study.folder import FINISHED, StudyFolder
+from rankscope.study.folder import FINISHED, Division
 from rankscope.study.records import PackRecord
-from rankscope.text.formats import size
 from rankscope.train.loop import PackRun
 
-if TYPE_CHECKING:
-    from rankscope.data.tokens import TokenizedData
 
-
-def train(study: StudyFolder, data: TokenizedData, place: Place, progress: Progress) -> None:
-    """Trains the trials that have no result yet.
-
-    Where there is one device its packs follow one another in one process, which loads the model once; a pack that ends
-    this process is divided or recorded, and those after it go on in a new one. Over several devices each pack has a
-    process of its own, those that take longest first. So has each isolated trial.
-    """
-    launcher, prediction, training = place.launcher, place.prediction, study.spec.training
-    places = launcher.places()
-    packs = open_packs(study, prediction, place.site.free_bytes, data.train, places)
-    for pack in packs:
+def jobs(run: Run) -> list[Job]:
+    """Return the jobs of the plan's packs, and publish its division where the study has none yet."""
+    study, plan = run.study, run.plan
+    if plan.new_packs and plan.packs:
+        study.write_division(Division(plan.packs, {}))
+    for pack in plan.packs:
         (study.path / "packs" / pack / "pack.json").unlink(missing_ok=True)  # of a run that was stopped
-    together = launcher.loads_once and places == 1 and not training.isolated
-    step_tokens = float(data.train.lengths.mean()) * training.effective_batch_size
-    members = {trial.name: trial for trial in study.trials}
-    begun: list[str] = []  # packs in running jobs that have not ended
-    known = study.with_known_model()  # by which a job elsewhere knows the model too
-    known_record = [f"trials/{known.name}/trial.json"] if known else []
-
-    def jobs(packs: Mapping[str, Sequence[Trial]]) -> list[Job]:
-        if together:
-            return [job(packs)] if packs else []
-        work = {pack: sum(work_of(trial, prediction) for trial in trials) for pack, trials in packs.items()}
-        return [job({pack: packs[pack]}) for pack in (longest_first(work) if places > 1 else packs)]
-
-    def job(packs: Mapping[str, Sequence[Trial]]) -> Job:
-        names = {pack: [trial.name for trial in trials] for pack, trials in packs.items()}
-        folders = [f"trials/{name}" for name in itertools.chain(*names.values())]
-        memory = max(place.host_bytes(trials, step_tokens) for trials in packs.values())
-        return Job({"kind": "packs", "packs": names}, f"packs/{next(iter(names))}", folders + known_record, memory)
-
-    def ended(job: Job, error: RankscopeError | None) -> list[Job]:
-        here = {pack: [members[name] for name in names] for pack, names in job.content["packs"].items()}
-        say_ended()
-        begun[:] = [pack for pack in begun if pack not in here]
-        if error is not None and error.exit_code in WRONG:
-            raise error
-        return jobs(_after(study, here, error, progress))
-
-    def say_ended() -> None:
-        for pack in list(begun):
-            if (record := study.pack_record(pack)) and record.results:
-                begun.remove(pack)
-                progress.say(describe_pack(record))
-
-    def poll() -> None:
-        say_ended()
-        progress.poll()
-
-    run_jobs(launcher, study.path, jobs(packs), poll, ended, lambda job: begun.extend(job.content["packs"]))
+    return _jobs_of(run, plan.packs)
 
 
-def _after(
-    study: StudyFolder, packs: Mapping[str, list[Trial]], error: RankscopeError | None, progress: Progress
-) -> dict[str, list[Trial]]:
-    """Settles what a process has done or left undone, tells of it, and returns the packs that are still to be trained.
+def _jobs_of(run: Run, packs: Mapping[str, Sequence[Trial]]) -> list[Job]:
+    """Return the jobs that train `packs`.
 
-    A pack in which it ended by an error is divided in two, to be trained anew: less memory is needed then, and one
-    trial that cannot be trained does not keep the others from it.
+    On one device of this machine the packs follow one another in one process, which loads the model once. On several
+    devices, or where a job may be lost, each pack has a process of its own, those that take longest first. So has each
+    isolated trial.
     """
-    error = error or WorkerError("the process ended before its packs did")
-    status = getattr(error, "status", WorkerError.status)
-    for number, (pack, trials) in enumerate(packs.items()):
-        packable = [trial for trial in trials if trial.candidate.packable]  # of DoRA's it is known before
-        for reason in {study.trial_record(trial).engine_reason for trial in packable} - {None}:
-            progress.say(
-                f"Trained by PEFT's own forward, one trial at a time, since this model cannot be packed: {reason}"
-            )
-        record = study.pack_record(pack)
-        if record and record.results:
-            continue
-        rest = dict(list(packs.items())[number + 1 :])
-        unfinished = [trial for trial in trials if study.trial_record(trial).status not in FINISHED]
-        if record and len(unfinished) > 1 and status != KilledError.status:
-            parts = study.divide(pack, unfinished)
-            progress.say(f"Pack {pack} is divided into {' and '.join(parts)}, and trained again: {error.what}")
-            return parts | rest
-        progress.say(f"Pack {pack} did not finish: {error}")
-        stopped = {pack: trials} if record else packs  # what ends before the first pack begins would end all of them
-        for trial in itertools.chain(*stopped.values()):
-            study.mark_ended(trial, status, error.what, pack)
-        return {name: trials for name, trials in rest.items() if name not in stopped}
-    return {}
+    plan = run.plan
+    if not packs:
+        return []
+    if plan.site.here and plan.fleet.devices == 1 and not plan.spec.training.isolated:
+        return [_job(run, packs)]
+    work = {pack: sum(work_of(trial, plan.prediction) for trial in trials) for pack, trials in packs.items()}
+    return [_job(run, {pack: packs[pack]}) for pack in (longest_first(work) if plan.fleet.devices > 1 else packs)]
 
 
-def describe_pack(record: PackRecord) -> str:
-    """How near to the machine's limit a pack ran."""
-    results: Mapping[str, Any] = record.results or {}
-    peak = results["gpu_allocated_peak_bytes"] or results["rss_peak_bytes"]
-    share = ""
-    if results["product_share"] is not None:
-        share = f", {results['product_share']:.0%} of what plain matrix products of its shapes reach here"
-    return (
-        f"Pack {record.pack}: {results['step_seconds'] / results['steps']:.3g} s a step; "
-        f"{results['useful_flops_per_second'] / 1e9:,.0f} useful GFLOP/s{share}; peak {size(peak)}"
-    )
+def _job(run: Run, packs: Mapping[str, Sequence[Trial]]) -> Job:
+    plan, known = run.plan, run.study.with_known_model()
+    names = {pack: [trial.name for trial in trials] for pack, trials in packs.items()}
+    reads = [f"trials/{name}" for name in itertools.chain(*names.values())]
+    if known is not None:  # by its record a job elsewhere knows the model that the study began with
+        reads.append(f"trials/{known.name}/trial.json")
+    memory = max(plan.host_bytes(trials, plan.step_tokens) for trials in packs.values())
+    return Job(__name__, {"packs": names}, f"packs/{next(iter(names))}", reads, memory)
 
 
-def train_packs(study: StudyFolder, packs: Mapping[str, Sequence[str]], data: "TokenizedData") -> None:
-    """Trains packs of trials, given by name, one after the other over one model that is loaded once.
+def work(folder: Path, content: Mapping[str, Any]) -> None:
+    """Train packs of trials, given by name, one after the other over one model that is loaded once.
 
     `packs/NAME/pack.json` is written when a pack starts, and again with what it measured when it ends; then its
-    checkpoints go.
+    checkpoints are removed.
     """
     from rankscope.lora.adapters import remove_adapters
-
-    pass
     from rankscope.train.loop import train_pack
     from rankscope.train.probe import use_own_forward
     from rankscope.train.stopping import StopRequest
 
+    study, data = open_study(folder)
     model, weights = load_base(study)
     attention = model.config._attn_implementation
     trials = {trial.name: trial for trial in study.spec.trials()}
     with StopRequest() as stop:
-        for pack, names in packs.items():
-            record = PackRecord(pack=pack, trials=list(names), results=None)
-            record.write(study.path / "packs" / pack / "pack.json")
+        for pack, names in content["packs"].items():
+            file, record = (
+                study.path / "packs" / pack / "pack.json",
+                PackRecord(pack=pack, trials=list(names), results=None),
+            )
+            record.write(file)
             folders = {name: study.trial_folder(trials[name]) for name in names}
             members = [trials[name] for name in names]
             checkpoints = study.path / "packs" / pack / "checkpoints"
             train = partial(train_pack, model, study.spec, members, folders, checkpoints, data, pack, weights, stop)
             results = measure_pack(train, model.device)
-            record.model_copy(update={"results": results._asdict()}).write(study.path / "packs" / pack / "pack.json")
+            record.model_copy(update={"results": results._asdict()}).write(file)
             shutil.rmtree(checkpoints, ignore_errors=True)
             use_own_forward(model, attention)
             remove_adapters(model)
@@ -162,8 +93,46 @@ def train_packs(study: StudyFolder, packs: Mapping[str, Sequence[str]], data: "T
                 raise KilledError("stopped as asked, between two packs")
 
 
+def ended(run: Run, job: Job, error: RankscopeError | None, waiting: Sequence[Job]) -> list[Job]:
+    """Record the trials that the job did not finish, and return the jobs of the packs that it leaves to be trained."""
+    raise_fatal(error)
+    trials = {trial.name: trial for trial in run.study.trials}
+    packs = {pack: [trials[name] for name in names] for pack, names in job.content["packs"].items()}
+    left = _left_to_train(run, packs, error or WorkerError("the process ended before its packs did"))
+    return [*_jobs_of(run, left), *waiting]
+
+
+def _left_to_train(run: Run, packs: Mapping[str, list[Trial]], error: RankscopeError) -> dict[str, list[Trial]]:
+    """Return the packs of a job that are to be trained in another.
+
+    A pack in which the job ended by an error is divided in two, to be trained again: that takes less memory, and a
+    trial that cannot be trained does not keep the others from it. Other trials of that pack are marked as ended.
+    """
+    study = run.study
+    status = getattr(error, "status", WorkerError.status)
+    for number, (pack, trials) in enumerate(packs.items()):
+        packable = [trial for trial in trials if trial.candidate.packable]  # DoRA's reason is known beforehand
+        for reason in {study.trial_record(trial).engine_reason for trial in packable} - {None}:
+            run.say(f"Trained by PEFT's own forward, one trial at a time, since this model cannot be packed: {reason}")
+        record = study.pack_record(pack)
+        if record and record.results:
+            continue
+        rest = dict(list(packs.items())[number + 1 :])
+        unfinished = [trial for trial in trials if study.trial_record(trial).status not in FINISHED]
+        if record and len(unfinished) > 1 and status != KilledError.status:
+            parts = study.divide(pack, unfinished)
+            run.say(f"Pack {pack} is divided into {' and '.join(parts)}, and trained again: {error.what}")
+            return parts | rest
+        run.say(f"Pack {pack} did not finish: {error}")
+        stopped = {pack: trials} if record else packs  # what ends before the first pack begins would end all of them
+        for trial in itertools.chain(*stopped.values()):
+            study.mark_ended(trial, status, error.what, pack)
+        return {name: trials for name, trials in rest.items() if name not in stopped}
+    return {}
+
+
 class PackResults(NamedTuple):
-    """What a pack measured of itself."""
+    """Speed and peak memory of a pack, measured by its own process."""
 
     steps: int
     step_seconds: float  # of all steps
@@ -178,7 +147,7 @@ class PackResults(NamedTuple):
 
 
 def measure_pack(train: Callable[[], PackRun], device: torch.device) -> PackResults:
-    """Runs `train` and measures it; the peaks are those of the run alone, without what was freed before it."""
+    """Run `train` and measure it. Peaks exclude memory that was freed before the run."""
     give_back_freed(device)
     reset_peak_rss()
     if device.type == "cuda":

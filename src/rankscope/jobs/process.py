@@ -1,4 +1,4 @@
-"""One job in a child process: started, watched, stopped, and its end told."""
+"""The child process of one job: start it, watch it, stop it, and find out how it ended."""
 
 import os
 import subprocess
@@ -7,44 +7,38 @@ from collections.abc import Mapping
 from pathlib import Path
 from signal import SIGINT, SIGKILL, SIGTERM
 from types import MappingProxyType
-from typing import Any
 
 from rankscope.errors import KilledError, OutOfMemoryError, RankscopeError, StudyDirectoryError, WorkerError
 from rankscope.files import read_json, write_json, writing
+from rankscope.jobs.job import Job
 
 ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
     "THP_MEM_ALLOC_ENABLE": "1",  # torch's CPU allocator asks for huge pages: half the page faults, docs/lab-notes.md
 }
-"""Of a child process; the user's own environment comes first."""
+"""Environment of a child process; variables that the user has set win."""
 
 
 class JobProcess:
-    """The child process of one job.
+    """The child process of one job of the study in `study`.
 
-    It holds the other end of a pipe that closes when this process ends, however it ends: it never outlives it.
-    `folder` receives job.json, log.txt and, after a failure, error.json.
+    It reads from a pipe that closes when this process ends, in whatever way, and then ends too. The job's folder
+    receives job.json, log.txt and, after a failure, error.json.
 
     Raises:
-        StudyDirectoryError: one of these cannot be written.
+        StudyDirectoryError: one of these files cannot be written.
     """
 
-    def __init__(
-        self,
-        study: Path,
-        content: Mapping[str, Any],
-        folder: Path,
-        environment: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
-        self._name, self._folder = f"{content['kind']} {folder.name}", folder
+    def __init__(self, study: Path, job: Job, environment: Mapping[str, str] = MappingProxyType({})) -> None:
+        self._name, self._folder = job.folder, study / job.folder
         self._kills = _memory_kills()
-        job_file, log_file = folder / "job.json", folder / "log.txt"
-        write_json(job_file, content)
+        job_file, log_file = self._folder / "job.json", self._folder / "log.txt"
+        write_json(job_file, {"kind": job.kind.rpartition(".")[2]} | dict(job.content))
         with writing(log_file):
             self._error_file.unlink(missing_ok=True)
             log = log_file.open("ab")
-        command = [sys.executable, "-m", "rankscope.jobs.worker", str(study), str(job_file)]
+        command = [sys.executable, "-m", "rankscope.jobs.worker", job.kind, str(study), str(job_file)]
         with log:
             self._process = subprocess.Popen(
                 command,
@@ -59,7 +53,7 @@ class JobProcess:
         return self._folder / "error.json"
 
     def is_running(self, seconds: float = 0.0) -> bool:
-        """Whether it still runs after so many seconds at most."""
+        """Wait for so many seconds at most, and return whether the process still runs."""
         try:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -69,17 +63,17 @@ class JobProcess:
         return False
 
     def stop(self) -> None:
-        """Training stops after its step, with a checkpoint."""
+        """Ask the process to stop; training does after its step, with a checkpoint."""
         self._process.terminate()
 
     def kill(self) -> None:
-        """Ends it at once, and waits until it has ended."""
+        """Kill the process, and wait until it has ended."""
         self._process.kill()
         self._process.wait()
         self.is_running()
 
     def error(self) -> RankscopeError | None:
-        """What went wrong, once it has ended."""
+        """Return what went wrong in a process that has ended."""
         code, log_hint = self._process.returncode, f"Its log: {self._folder / 'log.txt'}"
         if code == 0:
             return None
@@ -88,7 +82,7 @@ class JobProcess:
             kind = {kind.__name__: kind for kind in RankscopeError.all_kinds()}.get(error["kind"], WorkerError)
             return kind(error["what"], error["todo"] or log_hint)
         if -code == SIGKILL and _memory_kills() > self._kills:
-            return OutOfMemoryError(f"{self._name}: the system ended it for lack of memory", log_hint)
+            return OutOfMemoryError(f"{self._name}: killed by the system for lack of memory", log_hint)
         if -code in (SIGKILL, SIGTERM, SIGINT):
             return KilledError(f"{self._name} was killed (signal {-code})", log_hint)
         if code == StudyDirectoryError.exit_code:  # and no room for error.json
@@ -99,7 +93,7 @@ class JobProcess:
 
 
 def _memory_kills() -> int:
-    """How many processes the kernel has ended for lack of memory since it started; 0 where it does not tell."""
+    """Number of processes that the kernel has killed for lack of memory since boot; 0 where it keeps no count."""
     try:
         counters = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
     except OSError:

@@ -1,29 +1,45 @@
 """Profiles: the cost of each candidate, measured alone."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from rankscope.jobs.context import WRONG, Place, Progress, failure_of, run_alone
+from rankscope.errors import RankscopeError
+from rankscope.jobs.child import open_study
+from rankscope.jobs.job import Job, Run, failure_of, raise_fatal
 from rankscope.spec.candidates import Trial
-from rankscope.study.folder import StudyFolder
-from rankscope.study.missing import missing_profiles
-
-if TYPE_CHECKING:
-    pass
+from rankscope.study.records import ProfileRecord
 
 
-def measure(study: StudyFolder, place: Place, progress: Progress) -> None:
-    """Measures the profiles that are missing, each repeat in a process of its own, one after the other, while nothing
-    else of the study runs; one that fails ends no study."""
-    failed: set[str] = set()
-    for name, repeat in missing_profiles(study):
-        if name in failed:
-            continue
-        content = {"kind": "profile", "profile": name, "repeat": repeat}
-        trial = Trial(candidate=study.spec.profiled()[name], seed=study.spec.seeds[0])
-        error = run_alone(study, place, content, f"profiles/jobs/{name}", [f"profiles/{name}.json"], [trial], progress)
-        if error is not None and error.exit_code in WRONG:
-            raise error
-        study.write_failure(name, None if error is None else failure_of(error))
-        if error is not None:
-            failed.add(name)
-            progress.say(f"profile of {name} did not finish: {error}")
+def jobs(run: Run) -> list[Job]:
+    """Return a job for each repeat of a profile that is missing. Nothing else of the study runs beside one."""
+    found = []
+    for name, repeat in run.plan.profiles:
+        trial = Trial(candidate=run.study.spec.profiled()[name], seed=run.study.spec.seeds[0])
+        content = {"profile": name, "repeat": repeat}
+        memory = run.plan.host_bytes([trial])
+        found.append(Job(__name__, content, f"profiles/jobs/{name}", [f"profiles/{name}.json"], memory, alone=True))
+    return found
+
+
+def work(folder: Path, content: Mapping[str, Any]) -> None:
+    """Measure one repeat of a candidate's profile, and add it to `profiles/NAME.json`."""
+    from rankscope.measure.profile import profile_candidate
+
+    study, data = open_study(folder)
+    name = content["profile"]
+    candidate = study.spec.profiled()[name]
+    repeats = [*study.profile_repeats(name), profile_candidate(study.spec, candidate, data)]
+    record = ProfileRecord(profile=name, candidate=candidate.model_dump(mode="json"), repeats=repeats)
+    record.write(study.profile_file(name))
+
+
+def ended(run: Run, job: Job, error: RankscopeError | None, waiting: Sequence[Job]) -> list[Job]:
+    """Record a failure, which ends no study, and drop the other repeats of that profile."""
+    raise_fatal(error)
+    name = job.content["profile"]
+    run.study.write_failure(name, None if error is None else failure_of(error))
+    if error is None:
+        return list(waiting)
+    run.say(f"profile of {name} did not finish: {error}")
+    return [other for other in waiting if other.content["profile"] != name]

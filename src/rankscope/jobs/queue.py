@@ -1,13 +1,19 @@
-"""One queue of jobs over a launcher's places."""
+"""One queue of jobs over a launcher's slots."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from rankscope.errors import RankscopeError
-from rankscope.jobs.job import Job, Launcher, Running
+from rankscope.jobs.job import Job, Kind, Launcher, Run, Running
 
 POLL_SECONDS = 0.5
+
+
+def run_kind(kind: Kind, run: Run, jobs: Iterable[Job], launcher: Launcher, poll: Callable[[], None]) -> None:
+    """Run jobs of one kind, and those that follow from them, to the end."""
+    run_jobs(launcher, run.study.path, jobs, poll, partial(kind.ended, run))
 
 
 def run_jobs(
@@ -15,43 +21,30 @@ def run_jobs(
     study: Path,
     jobs: Iterable[Job],
     poll: Callable[[], None],
-    ended: Callable[[Job, RankscopeError | None], Iterable[Job]],
-    begun: Callable[[Job], None] = lambda job: None,
+    ended: Callable[[Job, RankscopeError | None, Sequence[Job]], list[Job]],
 ) -> None:
-    """Runs all jobs, each as soon as a place is free, in their order.
+    """Run all jobs in their order, each as soon as a slot is free.
 
-    `poll` is called twice a second. `ended` is told how each job ended, and gives the jobs that follow from it: they
-    come next. Where this is interrupted, or one of the three raises, those that run are asked to stop, and waited for;
-    a second interruption ends them at once.
+    `poll` is called twice a second. `ended` is called with each job that has ended, its error and the jobs that still
+    wait; it returns the jobs to run from here on. On an interruption, or where one of the two raises, the running jobs
+    are asked to stop, and waited for; a second interruption kills them.
     """
     waiting, running = list(jobs), list[Running]()
     try:
         while waiting or running:
-            while waiting and len(running) < launcher.places():
-                job = waiting.pop(0)
-                running.append(launcher.start(study, job))
-                begun(job)
+            while waiting and len(running) < launcher.slots():
+                running.append(launcher.start(study, waiting.pop(0)))
             done = _first_done(running, poll)
             running = [one for one in running if one not in done]
             for one in done:
-                waiting = [*ended(one.job, one.error()), *waiting]
+                waiting = ended(one.job, one.error(), waiting)
     except BaseException:
         _stop(running)
         raise
 
 
-def run_one(one: Running, poll: Callable[[], None]) -> RankscopeError | None:
-    """Waits for a job that has been started; what went wrong, or None. `poll` and interruptions: see `run_jobs`."""
-    try:
-        _first_done([one], poll)
-    except BaseException:
-        _stop([one])
-        raise
-    return one.error()
-
-
 def _first_done(running: list[Running], poll: Callable[[], None]) -> list[Running]:
-    """Waits until one has ended, or more."""
+    """Wait until at least one job has ended, and return those that have."""
     while True:
         due = time.monotonic() + POLL_SECONDS
         done = [one for one in running if not one.is_running()]
@@ -69,6 +62,6 @@ def _stop(running: list[Running]) -> None:
         while running:
             running = [one for one in running if one.is_running()]
             time.sleep(POLL_SECONDS / 10)
-    except KeyboardInterrupt:  # asked a second time
+    except KeyboardInterrupt:  # the second one
         for one in running:
             one.kill()

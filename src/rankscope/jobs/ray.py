@@ -2,7 +2,7 @@
 
 A task runs one job's child process in a folder of its own on its node. What the job writes there is streamed to this
 process, which alone writes the study's directory: no shared file system is needed. A job whose node or worker is lost
-starts again on another from what has come, which is a checkpoint interval old at most.
+starts again on another, from the files received so far: at most one checkpoint interval is lost.
 
 rankscope must be installed on every node, in the same version, and the model must be reachable from each.
 """
@@ -31,17 +31,14 @@ from rankscope.jobs.queue import POLL_SECONDS
 from rankscope.measure.machine import Site
 from rankscope.spec.models import ModelSpec
 
-MOST_STARTS = 4
-"""Of one job, on nodes that are lost."""
+MAX_STARTS = 4
+"""Most starts of one job whose nodes are lost."""
 
 SURVEY_SECONDS = 120.0
-"""How long to wait for all nodes to tell what they have; those that have not by then are not waited for."""
+"""Time for all nodes to describe their hardware; the run goes on without later answers."""
 
-AHEAD = 4
-"""Messages of a job that may wait to be written here; then it waits too."""
-
-SHARED = ("study.yaml", "data")
-"""What every job reads of a study, and none changes."""
+MAX_UNREAD_MESSAGES = 4
+"""Most messages of a job that wait to be written here; the job waits while there are more."""
 
 
 class Node(NamedTuple):
@@ -55,26 +52,24 @@ class Node(NamedTuple):
 
 
 class Share(NamedTuple):
-    """What a job takes of a node."""
+    """Resources of a node that a job takes."""
 
     cpus: int
     gpus: int
 
     def times(self, node: Node) -> int:
-        """How many jobs a node can run at a time."""
+        """Number of jobs that a node can run concurrently."""
         return min(node.cpus // self.cpus if self.cpus else node.gpus, node.gpus if self.gpus else node.cpus)
 
 
 class RayLauncher:
-    """Ray tasks, on the cluster at `address`; without one, on that which `RAY_ADDRESS` names or that runs here, else
-    on a Ray of this machine alone, which ends with the run.
+    """Ray tasks on the cluster at `address`. Without an address they run on the cluster of `RAY_ADDRESS` or of this
+    machine, else on a Ray that is started on this machine and ends with the run.
 
     Raises:
         MissingExtraError: Ray is not installed.
         StudyError: there is no cluster at `address`, or no node of it has what `model.device` asks for.
     """
-
-    loads_once = False
 
     def __init__(self, model: ModelSpec, address: str | None, say: Callable[[str], None]) -> None:
         self._model, self.say = model, say
@@ -84,7 +79,7 @@ class RayLauncher:
             _connect(address)
         try:
             nodes = self._nodes()
-            self._share = share(nodes, _kind(model.device, nodes))
+            self._share = share(nodes, _device_kind(model.device, nodes))
             self._profiled_on: str | None = None
             here = self._ray.get_runtime_context().get_node_id()  # it is lost with this process only
             mailbox = self._ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=_on(here))
@@ -108,7 +103,7 @@ class RayLauncher:
             for node in alive
         ]
 
-    def places(self) -> int:
+    def slots(self) -> int:
         return max(1, sum(map(self._share.times, self._able())))
 
     def _able(self) -> list[Node]:
@@ -147,9 +142,9 @@ class RayLauncher:
         return RayJob(self, study, job)
 
     def submit(self, study: Path, job: Job, number: int) -> Any:
-        """Starts the job's task; the stream of its messages."""
+        """Start the job's task, and return the stream of its messages."""
         if not self._shared:
-            self._shared = self._put(study, collect(study, SHARED))
+            self._shared = self._put(study, collect(study, job.shared))
         files = self._shared | self._put(study, collect(study, (job.folder, *job.reads)))
         options: dict[str, Any] = {"num_cpus": self._share.cpus, "num_gpus": self._share.gpus}
         able = self._able()
@@ -161,12 +156,12 @@ class RayLauncher:
         # More than any node has would be waited for without end.
         options["memory"] = min(job.memory_bytes, max((node.memory_bytes for node in able), default=0))
         task = self._task.options(
-            num_returns="streaming", max_retries=0, _generator_backpressure_num_objects=AHEAD, **options
+            num_returns="streaming", max_retries=0, _generator_backpressure_num_objects=MAX_UNREAD_MESSAGES, **options
         )
-        return task.remote(files, dict(job.content), job.folder, str(study), self._mailbox, number)
+        return task.remote(files, job, str(study), self._mailbox, number)
 
     def _one_of(self, able: Sequence[Node]) -> Node:
-        """The node of all jobs that are to be alone, so that costs can be compared."""
+        """Return the node of all jobs that measure alone, so that costs can be compared."""
         if not able:
             raise StudyError("no node of the Ray cluster can run a job any more", "Start one, and run the study again.")
         node = next((node for node in able if node.id == self._profiled_on), able[0])
@@ -176,11 +171,11 @@ class RayLauncher:
         return node
 
     def _put(self, study: Path, names: Iterable[str]) -> dict[str, list[Any]]:
-        """Each file in pieces, in Ray's object store."""
+        """Put each file into Ray's object store, in pieces."""
         return {name: [self._ray.put(change) for change in pieces(study, name)] for name in names}
 
     def stop(self, number: int) -> None:
-        """Lets the task of that number know that its job should stop."""
+        """Ask the task of that number to stop its job."""
         self._mailbox.stop.remote(number)
 
     def __enter__(self) -> Self:
@@ -232,7 +227,7 @@ class RayJob:
 
     def _lost(self, error: Exception) -> None:
         what = f"{self.job.folder}: its worker or node is lost ({type(error).__name__})"
-        if self._stopped or self._starts >= MOST_STARTS:
+        if self._stopped or self._starts >= MAX_STARTS:
             self._end(KilledError(what, "Run the study again: it goes on where it was."))
             return
         self._launcher.say(f"{what}; it goes on elsewhere from its last checkpoint")
@@ -251,19 +246,19 @@ class RayJob:
 
 
 class Changes(NamedTuple):
-    """A message of a task: what its job has written."""
+    """A message of a task: the files that its job has written."""
 
     changes: list[Change]
 
 
 class Ended(NamedTuple):
-    """The last message."""
+    """The last message of a task."""
 
     error: RankscopeError | None
 
 
 class _Mailbox:
-    """An actor that holds which jobs should stop. It goes with the process that began it."""
+    """An actor that holds the numbers of jobs that should stop. It ends with the process that started it."""
 
     def __init__(self) -> None:
         self._stopped: set[int] = set()
@@ -276,16 +271,14 @@ class _Mailbox:
 
 
 def _look(model: ModelSpec) -> Site:
-    """What a node has."""
+    """Return the site of a node, from a task there."""
     from rankscope.jobs.local import LocalLauncher
 
     return LocalLauncher(model).site()
 
 
-def _work(
-    files: dict[str, list[Any]], content: dict[str, Any], folder: str, study: str, mailbox: Any, number: int
-) -> "Iterator[Changes | Ended]":
-    """A task: runs the job in a folder that begins with `files`, and sends what it writes."""
+def _work(files: dict[str, list[Any]], job: Job, study: str, mailbox: Any, number: int) -> "Iterator[Changes | Ended]":
+    """Run the job in a folder that starts with `files`, and yield what it writes. The body of a task."""
     ray = require_ray()
     with tempfile.TemporaryDirectory(prefix="rankscope-") as scratch:
         root = Path(scratch)
@@ -293,7 +286,7 @@ def _work(
             Replica(root).apply(ray.get(piece) for piece in files[name])
         files.clear()
         mirror = Mirror(root)
-        process = JobProcess(root, content, root / folder)
+        process = JobProcess(root, job)
         try:
             going, stopped = True, False
             while going:
@@ -312,7 +305,7 @@ def _work(
 
 
 def _messages(changes: Iterable[Change]) -> Iterator[Changes]:
-    """Changes in groups of about `PIECE_BYTES`."""
+    """Group changes into messages of about `PIECE_BYTES`."""
     group: list[Change] = []
     for change in changes:
         group.append(change)
@@ -324,13 +317,13 @@ def _messages(changes: Iterable[Change]) -> Iterator[Changes]:
 
 
 def require_ray() -> Any:
-    """The module.
+    """Import and return Ray.
 
     Raises:
-        MissingExtraError: it is not installed.
+        MissingExtraError: Ray is not installed.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
-    os.environ.setdefault("RAY_worker_niceness", "0")  # of a Ray that is started here: its 15 gives way to all else
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage statistics
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 would slow workers beside other processes
     try:
         import ray
     except ImportError:
@@ -359,8 +352,8 @@ def _connect(address: str | None) -> None:
         ) from None
 
 
-def _kind(device: str, nodes: list[Node]) -> str:
-    """cpu or cuda, as the study asks and the cluster has."""
+def _device_kind(device: str, nodes: list[Node]) -> str:
+    """Return cpu or cuda, by the study's device and the cluster's resources."""
     has_gpu = any(node.gpus for node in nodes)
     if device == "auto":
         return "cuda" if has_gpu else "cpu"
@@ -372,7 +365,7 @@ def _kind(device: str, nodes: list[Node]) -> str:
 
 
 def share(nodes: list[Node], kind: str) -> Share:
-    """What each job takes: one GPU, with its share of the cores; without GPUs all cores of the smallest node.
+    """Return what each job takes: one GPU with its share of the cores; without GPUs all cores of the smallest node.
 
     Raises:
         StudyError: no node can run anything.
@@ -392,7 +385,7 @@ def _on(node: str) -> Any:
 
 
 def _cannot_work(error: Exception) -> RankscopeError:
-    """A task that could not even begin its job."""
+    """Return the error of a task that could not even start its job."""
     if "No module named 'rankscope" in str(error):
         return StudyError(
             "rankscope is not installed on a node of the Ray cluster",

@@ -1,42 +1,68 @@
 """Full fine-tuning, the reference: every weight of the model is trained, on the batches that the candidates see.
 
-Engine, loss, schedule, clipping and loop are those of packs (`rankscope.train.loop`); only what is trained differs.
+Engine, loss, schedule, clipping and loop are those of packs (`rankscope.train.loop`); only the trained weights differ.
 """
 
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from rankscope.data.tokens import TokenizedData
 from rankscope.errors import RankscopeError, WorkerError
-from rankscope.jobs.context import GPU_HOST_BYTES, WRONG, Place, Progress
-from rankscope.jobs.job import Job
-from rankscope.jobs.queue import run_jobs
+from rankscope.jobs.child import open_study
+from rankscope.jobs.job import Job, Run, raise_fatal
 from rankscope.model.device import resolve_device, resolve_dtype
 from rankscope.model.load import fingerprint, load_model
 from rankscope.plan.memory import BYTES_PER_PARAMETER, PROCESS_BYTES
+from rankscope.plan.plan import GPU_HOST_BYTES
 from rankscope.spec.candidates import FullTrial
 from rankscope.spec.models import StudySpec, TrainingSpec
-from rankscope.study.folder import StudyFolder
-from rankscope.study.missing import missing_reference
 from rankscope.train.loop import choose_engine, train_trials
 from rankscope.train.optimizer import make_optimizer
 from rankscope.train.step import TrainState, make_scheduler, total_steps
 from rankscope.train.stopping import StopRequest
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from rankscope.data.tokens import TokenizedData
-
 NOT_SAVED = "the weights are not saved: they are as large as the model"
 
 
+def jobs(run: Run) -> list[Job]:
+    """Return a job for each trial of full fine-tuning without a result."""
+    prediction = run.plan.prediction
+    memory = prediction.base_bytes + GPU_HOST_BYTES
+    if prediction.device == "cpu":
+        memory = PROCESS_BYTES["cpu"] + BYTES_PER_PARAMETER * prediction.base_params
+    return [
+        Job(__name__, {"trial": trial.name}, f"reference/{trial.name}", memory_bytes=memory)
+        for trial in run.plan.reference
+    ]
+
+
+def work(folder: Path, content: Mapping[str, Any]) -> None:
+    """Train one trial of full fine-tuning."""
+    study, data = open_study(folder)
+    (trial,) = [trial for trial in study.spec.reference_trials() if trial.name == content["trial"]]
+    with StopRequest() as stop:
+        train_full(study.spec, trial, study.trial_folder(trial), data, stop)
+
+
+def ended(run: Run, job: Job, error: RankscopeError | None, waiting: Sequence[Job]) -> list[Job]:
+    """Mark a trial that failed as ended; it ends no study."""
+    raise_fatal(error)
+    if error is not None:
+        name = job.content["trial"]
+        (trial,) = [trial for trial in run.study.reference_trials if trial.name == name]
+        run.study.mark_ended(trial, getattr(error, "status", WorkerError.status), error.what)
+        run.say(f"{name} did not finish: {error}")
+    return list(waiting)
+
+
 def make_full_train_state(model: PreTrainedModel, trial: FullTrial, training: TrainingSpec, steps: int) -> TrainState:
-    """Lets every weight of `model` be trained, and gives the trial its optimizer and schedule. Tied weights are one."""
+    """Make every weight of `model` trainable, and create the trial's optimizer and schedule. Tied weights count
+    once."""
     model.requires_grad_(True)
     weights = dict(model.named_parameters())
     optimizer = make_optimizer({trial.learning_rate: list(weights.values())}, training)
@@ -44,7 +70,7 @@ def make_full_train_state(model: PreTrainedModel, trial: FullTrial, training: Tr
 
 
 def train_full(spec: StudySpec, trial: FullTrial, folder: Path, data: TokenizedData, stop: StopRequest) -> None:
-    """Loads the model and trains all of it; the files in `folder` are those of any trial, without the weights.
+    """Load the model and train all of it; `folder` receives the files of any trial but the weights.
 
     The weights are float32, as an adapter's are; over a bfloat16 base their products are in bfloat16 too (mixed
     precision, Micikevicius et al. 2018, arXiv:1710.03740). A model that cannot be packed is trained on padded batches,
@@ -65,24 +91,3 @@ def train_full(spec: StudySpec, trial: FullTrial, folder: Path, data: TokenizedD
     checkpoints = folder / "checkpoints"
     train_trials(model, spec.training, [member], choice, {trial.name: folder}, checkpoints, data, facts, stop)
     shutil.rmtree(checkpoints, ignore_errors=True)
-
-
-def train_reference(study: StudyFolder, place: Place, progress: Progress) -> None:
-    """Trains what is missing of full fine-tuning, each trial in a process of its own; one that fails ends no study."""
-    prediction = place.prediction
-    trials = {trial.name: trial for trial in missing_reference(study)}
-    memory = prediction.base_bytes + GPU_HOST_BYTES
-    if prediction.device == "cpu":
-        memory = PROCESS_BYTES["cpu"] + BYTES_PER_PARAMETER * prediction.base_params
-
-    def ended(job: Job, error: RankscopeError | None) -> list[Job]:
-        name = job.content["trial"]
-        if error is not None and error.exit_code in WRONG:
-            raise error
-        if error is not None:
-            study.mark_ended(trials[name], getattr(error, "status", WorkerError.status), error.what)
-            progress.say(f"{name} did not finish: {error}")
-        return []
-
-    jobs = [Job({"kind": "reference", "trial": name}, f"reference/{name}", (), memory) for name in trials]
-    run_jobs(place.launcher, study.path, jobs, progress.poll, ended)

@@ -1,75 +1,39 @@
-"""What a child process does: packs one after the other, a trial of full fine-tuning, one repeat of one profile, the
-candidates' answers, or the losses of cut adapters.
+"""The child process of one job.
 
-    python -m rankscope.jobs.worker STUDY_DIRECTORY JOB_FILE
+    python -m rankscope.jobs.worker KIND STUDY_DIRECTORY JOB_FILE
 
-A failure is recorded in error.json beside the job's file, for the process that started this one.
+KIND is the module whose `work` does the job: it comes from the process that started this one, never from a file. A
+failure is recorded in error.json beside the job's file.
 """
 
+import errno
 import faulthandler
+import importlib
 import logging
+import os
 import sys
+import threading
 import traceback
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from rankscope.errors import StudyDirectoryError
+from rankscope.errors import OutOfMemoryError, RankscopeError, StudyDirectoryError, WorkerError
 from rankscope.files import read_json, write_json
-from rankscope.jobs.child import end_with_parent, known_error, load_base
-from rankscope.jobs.curve import cut_adapters
-from rankscope.jobs.packs import train_packs
-from rankscope.study.folder import StudyFolder
-from rankscope.study.records import AnswersRecord, ProfileRecord
 
-if TYPE_CHECKING:
-    pass
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+"""Error numbers of the disk itself, which another job would hit too."""
+
+NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""Texts by which a RuntimeError of torch is known to be a lack of memory."""
 
 
-def run_job(study: StudyFolder, job: dict[str, Any]) -> None:
-    """Runs one job of the study in this process."""
-    from rankscope.data.tokens import load
-
-    data = load(study.path / "data")
-    if job["kind"] == "packs":
-        train_packs(study, job["packs"], data)
-    elif job["kind"] == "reference":
-        from rankscope.jobs.reference import train_full
-        from rankscope.train.stopping import StopRequest
-
-        (trial,) = [trial for trial in study.spec.reference_trials() if trial.name == job["trial"]]
-        with StopRequest() as stop:
-            train_full(study.spec, trial, study.trial_folder(trial), data, stop)
-    elif job["kind"] == "answers":
-        from rankscope.jobs.answers import answer
-
-        model, _ = load_base(study)
-        adapters = {trial: study.adapter_file(trial) for trial in study.answered()}
-        record = AnswersRecord(**answer(model, study.spec, adapters, data.eval))
-        record.write(study.file("answers", "answers.json"))
-    elif job["kind"] == "curve":
-        cut_adapters(study, job["wanted"], data)
-    else:
-        from rankscope.measure.profile import profile_candidate
-
-        name, candidate = job["profile"], study.spec.profiled()[job["profile"]]
-        repeats = [*study.profile_repeats(name), profile_candidate(study.spec, candidate, data)]
-        profile = ProfileRecord(profile=name, candidate=candidate.model_dump(mode="json"), repeats=repeats)
-        profile.write(study.profile_file(name))
-
-
-def main(study_path: str, job_file: str) -> int:
-    """Returns the exit code: 0, or the one that the error asks for."""
+def main(kind: str, study_path: str, job_file: str) -> int:
+    """Do the job and return the exit code: 0, or that of its error."""
     faulthandler.enable()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    job = read_json(Path(job_file))
+    content = read_json(Path(job_file))
     try:
-        if job["kind"] == "search":
-            from rankscope.search.job import run_search
-
-            run_search(Path(study_path), job["places"])
-        else:
-            run_job(StudyFolder.open(study_path), job)
+        importlib.import_module(kind).work(Path(study_path), content)
     except Exception as error:
         with suppress(OSError):  # the log is on the same disk, which may be full
             traceback.print_exc()
@@ -79,6 +43,35 @@ def main(study_path: str, job_file: str) -> int:
             write_json(Path(job_file).with_name("error.json"), report)
         return known.exit_code
     return 0
+
+
+def known_error(error: Exception) -> RankscopeError:
+    """Return the error as one that says what to do."""
+    import torch
+
+    if isinstance(error, RankscopeError):
+        return error
+    what = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return StudyDirectoryError(
+            f"{error.filename or 'a file'}: cannot be read or written: {error.strerror}",
+            "Mend that and run the study again: it goes on where it was.",
+        )
+    no_memory = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or no_memory or any(t in str(error) for t in NO_MEMORY):
+        return OutOfMemoryError(what)
+    return WorkerError(what)
+
+
+def end_with_parent() -> None:
+    """End this process when its standard input closes, which is when the process that started it ends."""
+
+    def wait() -> None:
+        while os.read(0, 1):  # not sys.stdin, whose lock a waiting thread would hold at this process's own end
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, name="rankscope-parent", daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A base model that is larger than its device: said before anything is loaded, with what would make it fit."""
+"""Checks before anything is loaded or written: ranks, the base model on its device, room on the disk."""
 
 import heapq
 import os
@@ -11,30 +11,28 @@ import torch
 
 from rankscope.data.tokens import TokenizedData
 from rankscope.errors import MissingExtraError, ModelError, StudyDirectoryError, StudyError
-from rankscope.jobs.context import Place
 from rankscope.lora.variants import WEIGHT_INIT_VARIANTS
 from rankscope.model.load import skeleton
 from rankscope.model.quantized import base_bytes
 from rankscope.plan.memory import CostModel
-from rankscope.plan.packs import divide_into_packs
 from rankscope.spec.candidates import FullTrial, Trial
 from rankscope.spec.models import ModelSpec, StudySpec
 from rankscope.study.folder import StudyFolder
-from rankscope.study.missing import finished_trials
+from rankscope.study.missing import is_finished
 from rankscope.text.formats import size
 from rankscope.train.checkpoint import KEPT
 from rankscope.train.step import total_steps
 
 
 def check_base_fits(model: ModelSpec, prediction: CostModel, free: int) -> None:
-    """Raises ModelError where the base alone is larger than the `free` bytes of its device."""
+    """Raise ModelError where the base alone is larger than the `free` bytes of its device."""
     found = too_large(model, prediction, free)
     if found is not None:
         raise ModelError(*found)
 
 
 def too_large(model: ModelSpec, prediction: CostModel, free: int) -> tuple[str, str] | None:
-    """What the base needs and what the device has, and what to do; None where it is not too large."""
+    """Return what is wrong and what to do where the base is larger than its device, else None."""
     if prediction.base_bytes <= free:
         return None
     kind = model.quantization or str(prediction.dtype).removeprefix("torch.")
@@ -45,7 +43,7 @@ def too_large(model: ModelSpec, prediction: CostModel, free: int) -> tuple[str, 
 
 
 def _smaller(model: ModelSpec, prediction: CostModel) -> list[tuple[str, int]]:
-    """Options under which the base takes fewer bytes, the most exact first, with those bytes."""
+    """Return options under which the base takes fewer bytes, the most exact first, with those bytes."""
     options = [("--dtype bfloat16", {"dtype": "bfloat16"})]
     options += [(f"--quantization {kind}", {"quantization": kind}) for kind in ("int8", "nf4")]
     found = []
@@ -62,7 +60,7 @@ def _smaller(model: ModelSpec, prediction: CostModel) -> list[tuple[str, int]]:
 
 
 def check_ranks(spec: StudySpec, prediction: CostModel) -> None:
-    """Raises StudyError where a rank is larger than any update of an adapted layer can have."""
+    """Raise StudyError where a rank is larger than any update of an adapted layer can have."""
     too_large = [rank for rank in spec.ranks if rank > prediction.full_rank]
     if too_large:
         raise StudyError(
@@ -71,29 +69,8 @@ def check_ranks(spec: StudySpec, prediction: CostModel) -> None:
         )
 
 
-def check_space(
-    spec: StudySpec,
-    out: Path,
-    place: Place,
-    missing: Sequence[Trial],
-    reference: Sequence[FullTrial],
-    data: TokenizedData,
-    study: StudyFolder | None = None,
-) -> None:
-    """Sees to it that the `missing` trials, and those of the `reference`, have room on the disk, beside what lies there
-    of them in a `study` that has begun.
-
-    Raises:
-        StudyDirectoryError: they have not.
-        ModelError: the base model alone is larger than its device.
-    """
-    if not missing and not reference:
-        return
-    check_base_fits(spec.model, place.prediction, place.site.free_bytes)
-    prediction, devices = place.prediction, place.launcher.places()
-    packs = divide_into_packs(missing, prediction, place.site.free_bytes, spec.training, data.train, devices)
-    whole = disk_bytes(spec, prediction, packs, reference, data, devices)
-    needed = whole.beside(disk_taken(study) if study else NOTHING)
+def check_disk(out: Path, needed: int) -> None:
+    """Raise StudyDirectoryError where the disk of `out` has less than `needed` bytes."""
     folder = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -104,29 +81,28 @@ def check_space(
 
 
 LINE_BYTES = 250
-"""Of a step in metrics.jsonl."""
+"""Length of a line of metrics.jsonl."""
 
 REST_BYTES = 30_000_000
-"""Of a study's report, profiles and logs: measured 3 to 12 MB."""
+"""Size of a study's report, profiles and logs: measured 3 to 12 MB."""
 
 
 class Disk(NamedTuple):
     """Bytes on the disk, by what takes them."""
 
-    trials: int
-    """Adapters and curves, also of the reference."""
-    checkpoints: int
-    """Of the packs, or the trials of the reference, whose are the largest: they go when these have ended."""
+    trials: int  # adapters and curves, full fine-tuning's curves included
+    checkpoints: int  # of the packs or trials that can train at once; removed when they have ended
     tokens: int
-    rest: int
-    """Report, profiles and logs."""
+    rest: int  # report, profiles and logs
+
+    @classmethod
+    def empty(cls) -> "Disk":
+        """Return a disk that holds nothing."""
+        return cls(0, 0, 0, 0)
 
     def beside(self, there: "Disk") -> int:
-        """What is still to come where `there` lies already, of the same trials."""
+        """Bytes still to be written where `there` is on the disk already, of the same trials."""
         return sum(max(0, needed - lies) for needed, lies in zip(self, there, strict=True))
-
-
-NOTHING = Disk(0, 0, 0, 0)
 
 
 def disk_bytes(
@@ -137,14 +113,14 @@ def disk_bytes(
     data: TokenizedData,
     devices: int = 1,
 ) -> Disk:
-    """What a study writes at most for these packs and trials of full fine-tuning, of which each device trains one at a
-    time."""
+    """Most bytes that a study writes for these packs and trials of full fine-tuning. Each device trains one of them at
+    a time."""
     steps = total_steps(spec.training, len(data.train))
     trials = [trial for pack in packs for trial in pack]
-    # One that starts from the base's weights is saved at twice its rank: see `rankscope.lora.variants.as_plain_lora`.
+    # A trial that starts from the base's weights is saved at twice its rank: `rankscope.lora.variants.as_plain_lora`.
     doubled = [trial.candidate.variant in WEIGHT_INIT_VARIANTS for trial in trials]
     adapters = sum(4 * prediction.params[t.candidate.name] * (1 + d) for t, d in zip(trials, doubled, strict=True))
-    # Of the reference: weights and two moments, in float32.
+    # Full fine-tuning keeps weights and two moments, in float32.
     kept = [*map(prediction.checkpoint_bytes, packs), *(12 * prediction.base_params for _ in reference)]
     return Disk(
         trials=adapters + LINE_BYTES * steps * (len(trials) + len(reference)),
@@ -155,8 +131,8 @@ def disk_bytes(
 
 
 def disk_taken(study: StudyFolder) -> Disk:
-    """What lies there of the trials that have no result yet, and of what all trials share."""
-    missing = [study.trial_folder(trial) for trial in study.all_trials() if not finished_trials(study, trial)]
+    """Bytes on the disk already: of the trials that have no result yet, and of what all trials share."""
+    missing = [study.trial_folder(trial) for trial in study.all_trials() if not is_finished(study, trial)]
     kept = [*study.path.glob("packs/*/checkpoints"), *(folder / "checkpoints" for folder in missing)]
     checkpoints = sum(map(_size_of, kept))
     own = sum(map(_size_of, missing)) - sum(_size_of(folder / "checkpoints") for folder in missing)
@@ -165,5 +141,5 @@ def disk_taken(study: StudyFolder) -> Disk:
 
 
 def _size_of(folder: Path) -> int:
-    """Bytes of the files in `folder` and below it; 0 where it is not."""
+    """Bytes of the files in `folder` and below it; 0 where there is no such folder."""
     return sum(Path(place, name).lstat().st_size for place, _, names in os.walk(folder) for name in names)

@@ -1,15 +1,20 @@
-"""The plan of a study: what would run, what it would take, and what fits."""
+"""The plan of a study: which trials will train together, what is still missing, and what it will take.
+
+`rankscope plan` and `run --dry-run` print a `Plan`; a run executes the same object.
+"""
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import torch
 
 from rankscope.data.tokens import TokenizedData
 from rankscope.errors import StudyError
-from rankscope.jobs.local import LocalLauncher
-from rankscope.plan.checks import check_ranks, disk_bytes
+from rankscope.measure.machine import Site
+from rankscope.plan.checks import Disk, check_base_fits, check_disk, check_ranks, disk_bytes, disk_taken
 from rankscope.plan.memory import CostModel, predict
 from rankscope.plan.packs import divide_into_packs
 from rankscope.plan.runtime import (
@@ -19,134 +24,147 @@ from rankscope.plan.runtime import (
     estimate_fleet,
     forecast,
     largest_fitting_rank,
-    study_seconds,
 )
-from rankscope.spec.candidates import Trial
-from rankscope.spec.models import StudySpec
-from rankscope.study.folder import Division
-from rankscope.text.formats import parse_bytes, parse_flops
-from rankscope.train.prepare import prepare_data
+from rankscope.spec.candidates import FullTrial, Trial
+from rankscope.spec.models import ModelSpec, StudySpec
+from rankscope.study.folder import Division, StudyFolder
+from rankscope.study.missing import ProfileJob, missing_profiles, missing_reference, missing_trials
 from rankscope.train.step import total_steps
 
-Number = TypeVar("Number", int, float)
+GPU_HOST_BYTES = 4 << 30
+"""Assumed memory of the host for a process that works on a GPU, beside the base model as it is loaded; not measured."""
 
 
-def parse_gpu_memory(text: str | None) -> int | None:
-    """The bytes of `--gpu-memory 24GB`; None where it is not given.
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do and take."""
+
+    spec: StudySpec
+    site: Site
+    data: TokenizedData
+    prediction: CostModel
+    packs: dict[str, list[Trial]]  # with trials that have no result yet, by name, in their order
+    new_packs: bool  # whether the study is yet to be divided into these packs
+    reference: list[FullTrial]  # trials of full fine-tuning without a result
+    profiles: list[ProfileJob]  # repeats that are not measured yet
+    disk_bytes: int  # at most, still to be written
+    fleet: Fleet  # the devices that jobs run on
+    product_flops: float | None = None  # the device's rate of plain matrix products, a second; None: to be measured
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of each trial."""
+        return total_steps(self.spec.training, len(self.data.train))
+
+    @property
+    def step_tokens(self) -> float:
+        """Mean number of tokens in one trial's step."""
+        return float(self.data.train.lengths.mean()) * self.spec.training.effective_batch_size
+
+    @cached_property
+    def forecast(self) -> StudyForecast:
+        """Memory by part and time of each candidate. FleetEstimate seconds."""
+        site = self.site
+        return forecast(self.spec, self.prediction, self.data, site.free_bytes, site.here, self.product_flops)
+
+    @property
+    def fleet_estimate(self) -> FleetEstimate | None:
+        """Makespan, device hours and cost on the fleet; None on one device without a price, or without known times."""
+        if self.fleet == Fleet(1, None):
+            return None
+        return estimate_fleet(self.spec, self.packs, self.forecast.candidates, self.fleet)
+
+    @property
+    def hypothetical(self) -> bool:
+        """Whether the device need not exist: see `imagined_gpu`."""
+        return not self.site.hardware
+
+    @cached_property
+    def largest_rank(self) -> int | None:
+        """See `largest_fitting_rank`."""
+        return largest_fitting_rank(
+            self.spec, self.prediction, self.forecast.candidates, self.data.train, self.site.free_bytes
+        )
+
+    def host_bytes(self, trials: Sequence[Trial], step_tokens: float = math.inf) -> int:
+        """Predicted memory of the host for a process that trains `trials` together."""
+        if self.prediction.device == "cuda":
+            return self.prediction.base_bytes + GPU_HOST_BYTES
+        return self.prediction.peak_bytes(trials, self.site.free_bytes, step_tokens)
+
+    def check(self, out: Path) -> None:
+        """Raise where what is missing cannot be trained here or written to `out`.
+
+        Raises:
+            ModelError: the base model alone is larger than its device.
+            StudyDirectoryError: the disk has too little room.
+        """
+        if self.packs or self.reference:
+            check_base_fits(self.spec.model, self.prediction, self.site.free_bytes)
+            check_disk(out, self.disk_bytes)
+
+
+def make_plan(
+    spec: StudySpec,
+    data: TokenizedData,
+    site: Site,
+    fleet: Fleet,
+    study: StudyFolder | None = None,
+    product_flops: float | None = None,
+) -> Plan:
+    """Work out the plan of a study on the equal devices of `fleet`, which are like that of `site`.
+
+    A `study` that has begun keeps its division into packs, and only what it lacks is planned.
 
     Raises:
-        StudyError: it is not a size.
+        StudyError: a rank is larger than any update of the adapted layers can have, or nothing can be adapted.
+        ModelError: transformers has no causal language model of this architecture.
     """
-    return _parsed("--gpu-memory", text, parse_bytes, "24GB")
+    prediction = predict(with_site_dtype(spec, site), torch.device(site.kind))
+    check_ranks(spec, prediction)
+    trials = missing_trials(study) if study else spec.trials()
+    reference = missing_reference(study) if study else spec.reference_trials()
+    division = study.division() if study else Division({}, {})
+    packs, missing = division.packs, {trial.name for trial in trials}
+    if not packs:
+        free, devices = site.free_bytes, fleet.devices
+        packs = division.named(divide_into_packs(spec.trials(), prediction, free, spec.training, data.train, devices))
+    packs = {pack: members for pack, members in packs.items() if any(trial.name in missing for trial in members)}
+    unwritten = [[trial for trial in members if trial.name in missing] for members in packs.values()]
+    whole = disk_bytes(spec, prediction, unwritten, reference, data, fleet.devices)
+    return Plan(
+        spec=spec,
+        site=site,
+        data=data,
+        prediction=prediction,
+        packs=packs,
+        new_packs=not division.packs,
+        reference=reference,
+        profiles=missing_profiles(spec, study),
+        disk_bytes=whole.beside(disk_taken(study) if study else Disk.empty()),
+        fleet=fleet,
+        product_flops=product_flops,
+    )
 
 
-def parse_gpu_flops(text: str | None) -> float | None:
-    """The operations a second of `--gpu-flops 400TFLOPS`; None where it is not given.
+def with_site_dtype(spec: StudySpec, site: Site) -> StudySpec:
+    """Return the study with the dtype that `auto` is where it runs."""
+    return spec.model_copy(update={"model": spec.model.model_copy(update={"dtype": site.dtype})})
+
+
+def imagined_gpu(model: ModelSpec, memory_bytes: int) -> Site:
+    """Return the site of a GPU that need not exist; `auto` is bfloat16 there."""
+    return Site("cuda", False, memory_bytes, "cuda", "bfloat16" if model.dtype == "auto" else model.dtype, {}, {})
+
+
+def make_fleet(devices: int | None, price: float | None, slots: int = 1) -> Fleet:
+    """Return the fleet of `--devices` and `--price`; without `devices` it has the launcher's slots.
 
     Raises:
-        StudyError: it is not a rate.
-    """
-    return _parsed("--gpu-flops", text, parse_flops, "400TFLOPS")
-
-
-def _parsed(option: str, text: str | None, parse: Callable[[str], Number], example: str) -> Number | None:
-    try:
-        return None if text is None else parse(text)
-    except ValueError as error:
-        raise StudyError(f"{option} {text}: {error}", f"For example {option} {example}.") from None
-
-
-def make_fleet(devices: int | None, price: float | None) -> Fleet | None:
-    """The fleet of `--devices` (one, where only a price is given); None where neither is.
-
-    Raises:
-        StudyError: there are no such devices, or there is no such price.
+        StudyError: one of the two is out of range.
     """
     if devices is not None and devices < 1:
         raise StudyError(f"--devices {devices}: expected 1 or more", "For example --devices 8.")
     if price is not None and not 0 < price < math.inf:
-        raise StudyError(f"--price {price}: expected a price above 0", "Of one device for an hour: --price 2.5.")
-    return None if devices is None and price is None else Fleet(devices or 1, price)
-
-
-class Plan(NamedTuple):
-    """What a run would do and take."""
-
-    spec: StudySpec
-    prediction: CostModel
-    data: TokenizedData
-    forecast: StudyForecast
-    packs: dict[str, list[Trial]]
-    steps: int  # of each trial
-    free_bytes: int
-    hypothetical: bool
-    """The device need not be here."""
-    fleet: Fleet | None
-    """Where it was asked for."""
-
-    @property
-    def disk_bytes(self) -> int:
-        """At most, of the whole study."""
-        packs, reference = list(self.packs.values()), self.spec.reference_trials()
-        devices = self.fleet.devices if self.fleet else 1
-        return sum(disk_bytes(self.spec, self.prediction, packs, reference, self.data, devices))
-
-    @property
-    def takes(self) -> FleetEstimate | None:
-        """Of the fleet; None without one, or where times are not known."""
-        return estimate_fleet(self.spec, self.packs, self.forecast.candidates, self.fleet) if self.fleet else None
-
-    @property
-    def largest_rank(self) -> int | None:
-        """See `largest_fitting_rank`."""
-        return largest_fitting_rank(
-            self.spec, self.prediction, self.forecast.candidates, self.data.train, self.free_bytes
-        )
-
-
-def make_plan(
-    spec: StudySpec, gpu_memory: int | None = None, gpu_flops: float | None = None, fleet: Fleet | None = None
-) -> Plan:
-    """Works out the plan. `gpu_memory` is the size in bytes of a GPU that need not exist, and `gpu_flops` its rate of
-    plain matrix products; without them this machine counts. `fleet` has several such devices; without it this
-    machine's GPUs count.
-
-    Raises:
-        StudyError, DataError, ModelError: as a run would; and where a GPU's rate is given and not its memory.
-    """
-    if gpu_flops and not gpu_memory:
-        raise StudyError(
-            "--gpu-flops is given, and --gpu-memory is not", "Describe the GPU by both: --gpu-memory 80GB."
-        )
-    if gpu_memory:
-        prediction, free, places = predict(spec, torch.device("cuda")), gpu_memory, 1
-    else:
-        here = LocalLauncher(spec.model)
-        prediction, free, places = predict(spec), here.site().free_bytes, here.places()
-    check_ranks(spec, prediction)
-    data = prepare_data(spec)
-    found = forecast(spec, prediction, data, free, not gpu_memory, gpu_flops)
-    if fleet is None and places > 1:
-        fleet = Fleet(places, None)
-    devices = fleet.devices if fleet else 1
-    divided = divide_into_packs(spec.trials(), prediction, free, spec.training, data.train, devices)
-    packs, steps = Division({}, {}).named(divided), total_steps(spec.training, len(data.train))
-    return Plan(spec, prediction, data, found, packs, steps, free, gpu_memory is not None, fleet)
-
-
-def describe_plan(plan: Plan) -> dict[str, Any]:
-    """The plan as data, for `--json`: bytes, seconds, tokens."""
-    seconds = study_seconds(plan.spec, plan.forecast.candidates)
-    return {
-        "model": {"id": plan.spec.model.id, "parameters": plan.prediction.base_params},
-        "data": plan.data.facts,
-        "prediction": plan.forecast.describe(plan.prediction),
-        "steps": plan.steps,
-        "packs": {pack: [trial.name for trial in trials] for pack, trials in plan.packs.items()},
-        "reference": [trial.name for trial in plan.spec.reference_trials()],
-        "free_bytes": plan.free_bytes,
-        "largest_rank_that_fits": plan.largest_rank,
-        "disk_bytes": plan.disk_bytes,
-        "seconds": {"trials": seconds[0], "profiles": seconds[1]} if seconds else None,
-        "fleet": found.describe() if (found := plan.takes) else None,
-    }
+        raise StudyError(f"--price {price}: expected a price above 0", "Price of one device-hour, e.g. --price 2.5.")
+    return Fleet(devices or slots, price)

@@ -1,11 +1,11 @@
-"""The search's loop. A candidate trains in one of the pack's places, at a step of its own schedule.
+"""The loop of a search. A candidate trains in one of the pack's slots, at a step of its own schedule.
 
-At a rung its held-out loss is reported to Optuna and the pruner asked; where it says stop, the place goes to the next
-candidate. What trains is a parameter, so that a search can be replayed over recorded curves.
+At a rung its held-out loss is reported to Optuna; where the pruner stops it, the slot goes to the next candidate. The
+trainer is a parameter, so that a search can be replayed over recorded curves.
 
-The budget of tokens is never exceeded, since a step's tokens are known before: a candidate begins only where, beside
-what the others need up to their next rungs, enough is left for its whole schedule; and it goes on from a rung only
-where enough is left to its end. Time is turned into tokens at the rate so far.
+The budget of tokens is never exceeded, since a step's tokens are known beforehand: a candidate starts only where the
+budget covers its whole schedule beside the others' way to their next rungs, and it goes on from a rung only where the
+budget lasts to its end. A budget of hours is converted to tokens at the rate so far.
 """
 
 import itertools
@@ -29,26 +29,26 @@ from rankscope.search.sampling import (
     set_pruner,
     suggested,
 )
-from rankscope.search.space import Asked, SearchSpec
+from rankscope.search.space import SearchSpec, SearchTrial
 
 
 class Trainer(Protocol):
-    """What trains candidates. `steps` are the steps that candidates have behind them, by name."""
+    """Trainer of candidates. `steps` are the completed steps of candidates, by name."""
 
-    def add(self, asked: Asked) -> None:
-        """Gives a candidate a place, at step 0."""
+    def add(self, asked: SearchTrial) -> None:
+        """Give a candidate a slot, at step 0."""
         ...
 
     def remove(self, name: str) -> None:
-        """Frees its place."""
+        """Free the slot of a candidate."""
         ...
 
     def step(self, steps: Mapping[str, int]) -> Mapping[str, float]:
-        """Trains each by one step; its loss, which is not finite where the candidate diverged."""
+        """Train each candidate by one step and return its loss, which is not finite where it diverged."""
         ...
 
     def evaluate(self, steps: Mapping[str, int]) -> Mapping[str, float]:
-        """The held-out loss of each."""
+        """Return the held-out loss of each candidate."""
         ...
 
 
@@ -56,13 +56,13 @@ class Trainer(Protocol):
 class Running:
     """A candidate in training."""
 
-    asked: Asked
+    asked: SearchTrial
     trial: optuna.Trial
     step: int = 0
     seconds: float = 0.0
-    """Of the steps it took part in, divided among all that did."""
+    """Time of the steps that it took part in, divided among all that did."""
     reported: int = 0
-    """The last rung that Optuna has the loss of: of an earlier run, where one was stopped."""
+    """Last rung whose loss Optuna has, possibly from an earlier run that was stopped."""
 
     @property
     def name(self) -> str:
@@ -70,18 +70,18 @@ class Running:
 
 
 @dataclass
-class Moment:
-    """One step of the pack, and what followed from it. Those that have ended are not yet told or removed."""
+class StepResult:
+    """One step of the pack and its consequences, before Optuna and the trainer know which candidates have ended."""
 
     spent: Spent  # by this step
     losses: dict[str, tuple[int, float | None]]
-    """Step and training loss of each candidate; None where it is not finite."""
+    """Step and training loss of each candidate; None for a loss that is not finite."""
     held_out: dict[str, float] = field(default_factory=dict)
     ended: dict[str, str] = field(default_factory=dict)
-    """How candidates have ended: see `rankscope.search.sampling`."""
+    """Ends of candidates, by name: see `rankscope.search.sampling`."""
 
     def row(self) -> dict[str, Any]:
-        """A line of steps.jsonl."""
+        """Return the line of steps.jsonl."""
         row: dict[str, Any] = {**self.spent._asdict(), "losses": self.losses}
         return row | {name: values for name in ("held_out", "ended") if (values := getattr(self, name))}
 
@@ -95,12 +95,12 @@ def drive(
     spent: Spent = Spent(),  # noqa: B008  # immutable
     stopped: Callable[[], bool] = lambda: False,
     clock: Callable[[], float] = time.perf_counter,
-) -> Iterator[Moment]:
-    """Searches until the budget is spent or the space is; gives a moment after each step of the pack.
+) -> Iterator[StepResult]:
+    """Search until the budget or the space is exhausted, and yield the result of each step of the pack.
 
-    `step_tokens` are those of each step of the schedule, the same for all candidates; `spent` is what earlier runs
-    took. Candidates that those left in training begin anew, with the same parameters. Where `stopped` says so it ends
-    between two steps, and leaves those that train as they are.
+    `step_tokens` are the tokens of each step of the schedule, the same for all candidates; `spent` is what earlier runs
+    used. Candidates that an earlier run left in training start again, with the same parameters. Once `stopped` returns
+    True the search ends between two steps, and leaves candidates in training as they are.
     """
     steps, upto = len(step_tokens), list(itertools.accumulate(step_tokens, initial=0))
     rungs = spec.rung_steps(steps)
@@ -113,7 +113,7 @@ def drive(
     start = clock()
 
     def need(one: Running) -> int:
-        """Tokens to its next rung, or to the end."""
+        """Tokens to a candidate's next rung, or to its end."""
         return upto[next(stop for stop in stops if stop > one.step)] - upto[one.step]
 
     def affords(step: int, others: Sequence[Running]) -> bool:
@@ -132,7 +132,7 @@ def drive(
             else:
                 drawn = found
             one = Running(
-                Asked(candidate=spec.candidate(drawn.point), seed=spec.training_seed, number=drawn.trial.number),
+                SearchTrial(candidate=spec.candidate(drawn.point), seed=spec.training_seed, number=drawn.trial.number),
                 drawn.trial,
             )
             attributes = drawn.trial.user_attrs
@@ -150,7 +150,7 @@ def drive(
         tokens = sum(step_tokens[one.step] for one in running.values())
         for one in running.values():
             one.step += 1
-        moment = Moment(spent, {name: (running[name].step, _finite(loss)) for name, loss in losses.items()})
+        moment = StepResult(spent, {name: (running[name].step, _finite(loss)) for name, loss in losses.items()})
         moment.ended |= {name: DIVERGED for name, loss in losses.items() if not math.isfinite(loss)}
         due = {n: one.step for n, one in running.items() if one.step in stops and n not in moment.ended}
         held_out = dict(trainer.evaluate(due)) if due else {}
@@ -192,7 +192,7 @@ def drive(
 
 
 def left_tokens(spec: SearchSpec, spent: Spent) -> float:
-    """What may still be trained: of the budget's tokens, and of its time at the rate so far."""
+    """Tokens that the budget still allows: of its tokens, and of its hours at the rate so far."""
     budget = spec.budget
     left = math.inf if budget.tokens is None else float(budget.tokens - spent.tokens)
     if budget.hours is not None and spent.seconds:
@@ -201,7 +201,7 @@ def left_tokens(spec: SearchSpec, spent: Spent) -> float:
 
 
 def _stops(one: Running, loss: float) -> bool:
-    """Reports the loss at a rung, and asks the pruner. A rung that an earlier run has passed was decided there."""
+    """Report the loss at a rung, and return whether the pruner stops the candidate. An earlier run's rungs stand."""
     if one.step < one.reported:
         return False
     if one.step > one.reported:

@@ -5,9 +5,9 @@
       machine.json     hardware, versions, model
       data/            tokens.safetensors, facts.json (what every candidate reads)
       optuna.log       Optuna's journal: `optuna-dashboard NAME/optuna.log` shows it while the search runs, and after
-      steps.jsonl      a line a step of the pack: seconds, tokens, and of each candidate its step and loss
+      steps.jsonl      a line a step of the pack: seconds, tokens, and step and loss of each candidate
       result.json      candidates, the best, those within the margin of it, what was spent
-      adapters/        of the candidates within the margin of the best, in PEFT's format
+      adapters/        adapters of the candidates within the margin of the best, in PEFT's format
       confirm.yaml     a study that trains the best again, with several seeds
       job/             job.json, log.txt of the child process
 
@@ -32,7 +32,7 @@ SCHEMA = 1
 
 
 class Spent(NamedTuple):
-    """What a search has taken so far, over all its runs."""
+    """Tokens and seconds that a search has used so far, over all its runs."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -47,7 +47,7 @@ class Search:
 
     @classmethod
     def create(cls, path: Path, spec: SearchSpec) -> Self:
-        """Makes the directory, or takes it up again where it holds the same search; its budget may be another.
+        """Create the directory, or open it where it holds the same search; only the budget may differ.
 
         Raises:
             StudyError: it holds another search, or something else; the message shows the difference.
@@ -67,7 +67,7 @@ class Search:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Opens an existing search.
+        """Open an existing search.
 
         Raises:
             StudyDirectoryError: there is none at `path`, or a symbolic link leads out of it.
@@ -83,7 +83,7 @@ class Search:
             raise StudyError(f"{file}: {error.errors()[0]['msg']}", "Begin anew with another --out.") from None
 
     def file(self, *parts: str) -> Path:
-        """A file or folder of the search: see `rankscope.files.inside`."""
+        """Path of a file or folder of the search: see `rankscope.files.inside`."""
         return inside(self.path, *parts)
 
     def lock(self) -> AbstractContextManager[None]:
@@ -95,14 +95,15 @@ class Search:
         return Spent(sum(row["tokens"] for row in rows), sum(row["seconds"] for row in rows))
 
     def result(self) -> dict[str, Any] | None:
-        """See `rankscope.search.sampling.summary`; None before the first candidate is under way."""
+        """Return result.json (see `rankscope.search.sampling.summary`); None before the first candidate is in
+        training."""
         return find_json(self.file("result.json"))
 
     def write_result(self, result: dict[str, Any]) -> None:
         write_json(self.file("result.json"), {"schema": SCHEMA} | result)
 
     def write_confirm(self, study: StudySpec) -> Path:
-        """Publishes the study that confirms the result."""
+        """Publish the study that confirms the result."""
         path = self.file("confirm.yaml")
         write_atomic(path, yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
         return path

@@ -1,16 +1,18 @@
-"""What the child process of a search does."""
+"""The one job of a search: it draws candidates, trains them together, and stops the hopeless ones."""
 
 import logging
 import shutil
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
 
 from rankscope.data.tokens import load
-from rankscope.errors import DataError, KilledError, ModelError
+from rankscope.errors import DataError, KilledError, ModelError, OutOfMemoryError, RankscopeError
 from rankscope.files import JsonlWriter
+from rankscope.jobs.job import Job
 from rankscope.model.load import fingerprint, load_model
 from rankscope.search.driver import drive
 from rankscope.search.folder import Search, Spent
@@ -23,17 +25,23 @@ from rankscope.train.stopping import StopRequest
 log = logging.getLogger(__name__)
 
 WRITE_EVERY_SECONDS = 1.0
-"""result.json, where nothing but steps has changed."""
+"""Interval of writing result.json while nothing but steps has changed."""
 
 
-def run_search(path: Path, places: int) -> None:
-    """Searches until the budget is spent; what an earlier run has done is taken up.
+def job_of(search: Search, slots: int) -> Job:
+    """Return the job that searches with up to `slots` candidates in training at a time."""
+    reads = ("optuna.log", "steps.jsonl", "result.json", "adapters")
+    return Job(__name__, {"places": slots}, "job", reads, alone=True, shared=("search.yaml", "data"))
+
+
+def work(folder: Path, content: Mapping[str, Any]) -> None:
+    """Search until the budget is spent, from where an earlier job has stopped.
 
     Raises:
-        KilledError: it was asked to stop, and has after a step.
-        ModelError, DataError: not what the search began with.
+        KilledError: the search was asked to stop, and has stopped after a step.
+        ModelError, DataError: the model or the data is not the one that the search began with.
     """
-    search = Search.open(path)
+    search, places = Search.open(folder), int(content["places"])
     spec, data = search.spec, load(search.file("data"))
     model = load_model(spec.study.model)
     study = open_journal(search.file("optuna.log"), spec)
@@ -62,8 +70,21 @@ def run_search(path: Path, places: int) -> None:
     search.write_result(result | {"training": {}})
 
 
+def ended(
+    search: Search, say: Callable[[str], None], job: Job, error: RankscopeError | None, waiting: Sequence[Job]
+) -> list[Job]:
+    """Search on with half as many candidates at a time where memory was short; raise any other error."""
+    places = int(job.content["places"])
+    if isinstance(error, OutOfMemoryError) and places > 1:
+        say(f"Not enough memory; goes on with fewer at a time: {error.what}")
+        return [job_of(search, (places + 1) // 2), *waiting]
+    if error is not None:
+        raise error
+    return list(waiting)
+
+
 def _check_same(study: optuna.Study, facts: dict[str, str]) -> None:
-    """Raises where the model or the tokens are not those that the search began with; notes them where it begins."""
+    """Raise where the model or the tokens differ from those that the search began with; record them at its start."""
     for (name, value), error in zip(facts.items(), (ModelError, DataError), strict=True):
         if study.user_attrs.get(name, value) != value:
             raise error(f"{name.split('_')[0]}: not what the search began with", "Choose another --out.")
@@ -78,15 +99,17 @@ def _is_good(loss: float, result: dict[str, Any]) -> bool:
 
 
 def _keep(folder: Path, names: list[str]) -> None:
-    """Removes the adapters of all others."""
+    """Remove all adapters but those of `names`."""
     for path in folder.glob("*"):
         if path.name not in names:
             shutil.rmtree(path)
 
 
 def confirming(spec: SearchSpec, result: dict[str, Any]) -> StudySpec:
-    """A study that trains the best candidate with three seeds that the search has not seen, and beside it the one of
-    the lowest rank within the margin that shares its alpha and target modules; each rank at the rates of both.
+    """Return a study that trains the best candidate again, with three seeds that the search has not used.
+
+    Beside it stands the candidate of the lowest rank within the margin with the same alpha and target modules; each of
+    the two ranks is trained at the rates of both.
     """
     candidates = {candidate["trial"]: candidate for candidate in result["candidates"]}
     best = candidates[result["best"]]

@@ -1,32 +1,43 @@
-"""The main path of a search: prepare the data, start the child process that searches, follow it to its end."""
+"""The main path of a search: prepare, check, search in a job, return the result."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rankscope.data.tokens import load, save
-from rankscope.errors import OutOfMemoryError, StudyError
+import torch
+
+from rankscope.data.tokens import TokenizedData, load, save
+from rankscope.errors import StudyError
 from rankscope.files import write_json
-from rankscope.jobs.local import LocalLauncher, run_locally
-from rankscope.measure.machine import describe_machine
+from rankscope.jobs.job import Launcher
+from rankscope.jobs.queue import run_jobs
+from rankscope.measure.machine import Site, describe_machine
 from rankscope.plan.checks import check_base_fits, check_ranks
-from rankscope.plan.memory import predict
+from rankscope.plan.memory import CostModel, predict
 from rankscope.plan.packs import divide_into_packs
-from rankscope.search import require_optuna
+from rankscope.plan.plan import with_site_dtype
+from rankscope.search import job, require_optuna
 from rankscope.search.folder import Search
 from rankscope.search.space import DEFAULT_RANKS, SearchSpec, resolve_ranks
 from rankscope.search.trainer import step_tokens
+from rankscope.spec.models import StudySpec
 from rankscope.train.prepare import describe_data, prepare_data
 
-MOST_PLACES = 64
+MOST_SLOTS = 64
+"""Most candidates that train at a time."""
 
 
 def run(
-    spec: SearchSpec, out: Path, say: Callable[[str], None], poll: Callable[[], None] = lambda: None
+    spec: SearchSpec,
+    out: Path,
+    launcher: Launcher,
+    say: Callable[[str], None],
+    poll: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Searches, or goes on with the search in `out`; returns its result, see `rankscope.search.sampling.summary`.
+    """Search, or go on with the search in `out`; return its result, see `rankscope.search.sampling.summary`.
 
-    `say` is given sentences to be kept, `poll` is called twice a second.
+    `say` is called with sentences to keep, `poll` twice a second.
 
     Raises:
         MissingExtraError: Optuna is not installed.
@@ -35,56 +46,65 @@ def run(
         WorkerError: the child process ended without finishing its work.
     """
     require_optuna()
-    site = LocalLauncher(spec.study.model).site()
-    predictions = [predict(_corner(spec, number)) for number in range(len(spec.space.target_modules))]
+    site = launcher.site()
+    predictions = _predictions(spec, site)
     full_rank = min(prediction.full_rank for prediction in predictions)
     if spec.space.ranks == resolve_ranks(DEFAULT_RANKS) and full_rank < max(spec.space.ranks):
         say(f"Ranks up to {full_rank:,}, the full rank of the model's layers")
         spec = spec.up_to(full_rank)
-    for number, prediction in enumerate(predictions):
-        check_ranks(_corner(spec, number), prediction)
+    for group, prediction in enumerate(predictions):
+        check_ranks(_corner(spec, group), prediction)
         check_base_fits(spec.study.model, prediction, site.free_bytes)
-    prepared = None if (out / "data" / "facts.json").exists() else prepare_data(spec.study)
+    begun = (out / "data" / "facts.json").exists()
+    prepared = None if begun else prepare_data(spec.study)
     search = Search.create(out, spec)
     with search.lock():
         if prepared is not None:
             save(prepared, search.file("data"))
+        data = load(search.file("data"))
         if not search.file("machine.json").exists():
             write_json(search.file("machine.json"), describe_machine(spec.study, predictions[0].base_params, site))
         result = search.result()
-        if result is not None and result["finished"] and result["budget"] == spec.budget.model_dump(mode="json"):
-            return result
-        data = load(search.file("data"))
-        tokens = step_tokens(spec, data)
-        if spec.budget.tokens is not None and spec.budget.tokens < sum(tokens):
-            raise StudyError(
-                f"--tokens {spec.budget.tokens:,}: one candidate alone takes {sum(tokens):,}",
-                "Give more, or fewer --steps.",
-            )
-        say(describe_data(data.facts))
-        free, places = site.free_bytes, MOST_PLACES
-        for number, prediction in enumerate(predictions):
-            largest = [spec.largest(place, number) for place in range(MOST_PLACES)]
-            packs = divide_into_packs(largest, prediction, free, spec.study.training, data.train)
-            places = min(places, len(packs[0]))
-        while True:
-            say(f"{places} candidates train at a time, {len(tokens):,} steps of {sum(tokens):,} tokens each at most")
-            job = {"kind": "search", "places": places}
-            error = run_locally(search.path, job, search.file("job"), poll)
-            if isinstance(error, OutOfMemoryError) and places > 1:
-                places = (places + 1) // 2
-                say(f"Not enough memory; goes on with fewer at a time: {error.what}")
-            elif error is not None:
-                raise error
-            else:
-                break
-        result = search.result()
-        assert result is not None
-        return result
+        if result is None or not result["finished"] or result["budget"] != spec.budget.model_dump(mode="json"):
+            _check_budget(spec, data)
+            say(describe_data(data.facts))
+            slots, tokens = _slots(spec, predictions, data, site.free_bytes), step_tokens(spec, data)
+            say(f"{slots} candidates train at a time, {len(tokens):,} steps of {sum(tokens):,} tokens each at most")
+            jobs = [job.job_of(search, slots)]
+            run_jobs(launcher, search.path, jobs, poll, partial(job.ended, search, say))
+            result = search.result()
+    assert result is not None
+    return result
 
 
-def _corner(spec: SearchSpec, group: int) -> Any:
-    """The study of the highest rank alone, with one of the groups of target modules."""
+def _predictions(spec: SearchSpec, site: Site) -> list[CostModel]:
+    """Predict the costs of the highest rank, for each group of target modules."""
+    corners = [_corner(spec, group) for group in range(len(spec.space.target_modules))]
+    return [predict(with_site_dtype(corner, site), torch.device(site.kind)) for corner in corners]
+
+
+def _check_budget(spec: SearchSpec, data: TokenizedData) -> None:
+    """Raise StudyError where the budget of tokens is too small for one candidate."""
+    tokens = step_tokens(spec, data)
+    if spec.budget.tokens is not None and spec.budget.tokens < sum(tokens):
+        raise StudyError(
+            f"--tokens {spec.budget.tokens:,}: one candidate alone takes {sum(tokens):,}",
+            "Give more, or fewer --steps.",
+        )
+
+
+def _slots(spec: SearchSpec, predictions: list[CostModel], data: TokenizedData, free: int) -> int:
+    """How many candidates of the highest rank can train together."""
+    slots = MOST_SLOTS
+    for group, prediction in enumerate(predictions):
+        largest = [spec.largest(slot, group) for slot in range(MOST_SLOTS)]
+        packs = divide_into_packs(largest, prediction, free, spec.study.training, data.train)
+        slots = min(slots, len(packs[0]))
+    return slots
+
+
+def _corner(spec: SearchSpec, group: int) -> StudySpec:
+    """Return the study of the highest rank alone, with one of the groups of target modules."""
     adapter = spec.study.adapter.model_copy(update={"target_modules": spec.space.target_modules[group]})
     rate = spec.study.learning_rates[:1]
     return spec.study.model_copy(update={"ranks": (max(spec.space.ranks),), "learning_rates": rate, "adapter": adapter})

@@ -1,4 +1,4 @@
-"""Optuna, asked for candidates and told what became of them. Imported by the child process alone.
+"""Candidates drawn by Optuna, and their ends reported to it. Imported by the child process alone.
 
 A candidate ends in one of these ways, which its Optuna trial has as the attribute `ended`:
 
@@ -6,7 +6,7 @@ A candidate ends in one of these ways, which its Optuna trial has as the attribu
     stopped      by the pruner, at a rung                                  PRUNED
     diverged     a loss, gradient or weight is no finite number            PRUNED, so that the sampler keeps away
     out of budget                                                          PRUNED
-    asked before: not trained, since the same candidate was asked before   FAIL
+    asked before  not trained: the same candidate was drawn before         FAIL
 """
 
 import logging
@@ -27,21 +27,21 @@ from rankscope.search.space import Point, RateRange, SearchSpec
 log = logging.getLogger(__name__)
 
 NAME = "rankscope"
-"""Of the study within the journal."""
+"""Name of the study within Optuna's journal."""
 
-DONE, STOPPED, DIVERGED, OUT_OF_BUDGET, ASKED_BEFORE = "done", "stopped", "diverged", "out of budget", "asked before"
-_STATES = {DONE: TrialState.COMPLETE, ASKED_BEFORE: TrialState.FAIL}
+DONE, STOPPED, DIVERGED, OUT_OF_BUDGET, DRAWN_BEFORE = "done", "stopped", "diverged", "out of budget", "asked before"
+_STATES = {DONE: TrialState.COMPLETE, DRAWN_BEFORE: TrialState.FAIL}
 
 RANDOM_TRIALS = 5
-"""Drawn at random before TPE learns from them. With Optuna's own ten a small budget is nearly all random search:
-docs/results/search.md."""
+"""Number of candidates drawn at random before TPE learns from them. With Optuna's own ten a small budget is nearly all
+random search: docs/results/search.md."""
 
 REPEATS = 10
-"""How often the sampler may ask for candidates of before; then one is drawn from those that were never asked for."""
+"""How often the sampler may repeat candidates; then one is drawn from those that were never drawn."""
 
 
 def open_journal(file: Path, spec: SearchSpec) -> optuna.Study:
-    """The study in a journal file, which is made where it is missing. A torn last line is cut off first."""
+    """Open the study in a journal file, or create it. A torn last line is removed first."""
     if file.exists():
         content = file.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
@@ -53,7 +53,7 @@ def open_journal(file: Path, spec: SearchSpec) -> optuna.Study:
 
 
 def make_study(spec: SearchSpec, storage: optuna.storages.BaseStorage | None = None) -> optuna.Study:
-    """A study with the search's sampler; without storage it is kept in memory. Pruning needs `set_pruner`."""
+    """Create or load a study with the search's sampler; without storage it is kept in memory. See also `set_pruner`."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(storage=storage, study_name=NAME, direction="minimize", load_if_exists=True)
     seed = (spec.seed + 1_000_003 * len(study.trials)) % (1 << 32)  # one that goes on is not to draw the same again
@@ -67,7 +67,7 @@ def make_study(spec: SearchSpec, storage: optuna.storages.BaseStorage | None = N
 
 
 def set_pruner(study: optuna.Study, spec: SearchSpec, steps: int) -> None:
-    """Asynchronous successive halving (Li et al. 2020, arXiv:1810.05934) at `SearchSpec.rung_steps`."""
+    """Set the pruner: asynchronous successive halving (Li et al. 2020, arXiv:1810.05934) at `SearchSpec.rung_steps`."""
     rungs = spec.rung_steps(steps)
     if rungs:
         study.pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=rungs[0], reduction_factor=spec.reduction)
@@ -76,20 +76,20 @@ def set_pruner(study: optuna.Study, spec: SearchSpec, steps: int) -> None:
 
 
 def interrupted(study: optuna.Study) -> list[optuna.Trial]:
-    """Candidates that an earlier run left in training."""
+    """Return the candidates that an earlier run left in training."""
     left = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     return [optuna.Trial(study, trial._trial_id) for trial in left]
 
 
-class Drawn(NamedTuple):
-    """A candidate that Optuna asks for."""
+class Suggestion(NamedTuple):
+    """A candidate drawn by Optuna."""
 
     trial: optuna.Trial
     point: Point
 
 
-def draw(study: optuna.Study, spec: SearchSpec) -> Drawn | None:
-    """The next candidate, which was not asked for before; None where there is none left."""
+def draw(study: optuna.Study, spec: SearchSpec) -> Suggestion | None:
+    """Draw the next candidate, which was not drawn before; None where none is left."""
     seen = {point_of(trial) for trial in study.get_trials(deepcopy=False) if "point" in trial.user_attrs}
     if len(seen) >= spec.space.size:
         return None
@@ -97,7 +97,7 @@ def draw(study: optuna.Study, spec: SearchSpec) -> Drawn | None:
         drawn = suggested(study.ask(), spec)
         if drawn.point not in seen:
             return drawn
-        end(study, drawn.trial, ASKED_BEFORE)
+        end(study, drawn.trial, DRAWN_BEFORE)
     if spec.space.size == math.inf:
         return None
     untried = [point for point in spec.points() if point not in seen]
@@ -106,8 +106,8 @@ def draw(study: optuna.Study, spec: SearchSpec) -> Drawn | None:
     return suggested(study.ask(), spec)
 
 
-def suggested(trial: optuna.Trial, spec: SearchSpec) -> Drawn:
-    """The trial with its point. What has one value only is no parameter of Optuna's."""
+def suggested(trial: optuna.Trial, spec: SearchSpec) -> Suggestion:
+    """Return the trial with its point. A part with a single value is no parameter of Optuna's."""
     space, values = spec.space, {}
     for name, choices in _choices(spec).items():
         if len(choices) == 1:
@@ -120,11 +120,11 @@ def suggested(trial: optuna.Trial, spec: SearchSpec) -> Drawn:
     point = Point(**values)
     if "point" not in trial.user_attrs:
         trial.set_user_attr("point", list(point))
-    return Drawn(trial, point)
+    return Suggestion(trial, point)
 
 
 def _choices(spec: SearchSpec) -> dict[str, dict[Any, Any]]:
-    """Of each part of a candidate that is chosen from a list: what Optuna stores of a value, and the value."""
+    """Return, for each part of a candidate that is chosen from a list, its values by the form that Optuna stores."""
     space = spec.space
     found: dict[str, dict[Any, Any]] = {"rank": {rank: rank for rank in space.ranks}}
     if not isinstance(space.learning_rates, RateRange):
@@ -149,20 +149,20 @@ def point_of(trial: FrozenTrial) -> Point:
 
 
 def end(study: optuna.Study, trial: optuna.Trial, how: str, loss: float | None = None) -> None:
-    """Tells Optuna that a candidate has ended; `loss` is the final held-out loss of one that is done."""
+    """Report to Optuna that a candidate has ended; `loss` is the final held-out loss of one that is done."""
     trial.set_user_attr("ended", how)
     study.tell(trial, loss, _STATES.get(how, TrialState.PRUNED))
 
 
 def summary(study: optuna.Study, spec: SearchSpec, spent: Spent, finished: bool) -> dict[str, Any]:
-    """The search so far, as plain data, which result.json holds.
+    """Return the search so far as the plain data of result.json.
 
-    `candidates`: one object each, in the order in which they were asked for: `trial rank learning_rate alpha
+    `candidates`: one object each, in the order in which they were drawn: `trial rank learning_rate alpha
     lora_alpha target_modules state reason steps tokens seconds eval_loss losses`; `alpha` may be a multiple such as
-    `2r`; `state` is how it ended, or `training`; `losses` are those at the rungs, by step; `eval_loss` is that of all
-    held-out rows at the end, in nats a label token.
-    `best`, `within_margin` (names, best first) and `smallest_rank` (the one of these with the lowest rank) are of those
-    that are done; null and empty before. `share_stopped` is of all that have ended.
+    `2r`; `state` is how it ended, or `training`; `losses` are held-out losses at the rungs, by step; `eval_loss` is the
+    loss of all held-out rows at the end, in nats a label token.
+    `best`, `within_margin` (names, best first) and `smallest_rank` (the one of these with the lowest rank) consider
+    candidates that are done; null and empty before. `share_stopped` is the share of ended candidates.
     """
     candidates = [
         _describe(trial, spec)

@@ -1,4 +1,4 @@
-"""What a search asks: the study's question, a space of candidates instead of a list, and a budget."""
+"""The question of a search: a study's question with a space of candidates instead of a list, and a budget."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -42,52 +42,52 @@ class SearchSpace(_Part):
 
     @property
     def size(self) -> float:
-        """How many candidates there are; infinity where learning rates are a range."""
+        """Number of candidates; infinity where learning rates are a range."""
         if isinstance(self.learning_rates, RateRange):
             return math.inf
         return math.prod(map(len, (self.ranks, self.learning_rates, self.alphas, self.target_modules)))
 
 
 class Budget(_Part):
-    """Where a search ends; what comes first counts. None is no limit."""
+    """Limits of a search; the first one reached ends it. None is no limit."""
 
     trials: Count | None = None
-    """Candidates that are begun."""
+    """Number of candidates that are started."""
     hours: PositiveFloat | None = None
-    """Of training and evaluation, over all runs of the search."""
+    """Hours of training and evaluation, over all runs of the search."""
     tokens: Count | None = None
     """Training tokens of all candidates together; never exceeded."""
 
 
 class SearchSpec(_Part):
-    """A search: everything that decides what it finds, but for its budget, which may be raised later."""
+    """A search: everything that determines its result; only the budget may be raised later."""
 
     study: StudySpec
-    """The question. Of its ranks, learning rates, alpha and target modules `space` takes the place."""
+    """The study's question. `space` replaces its ranks, learning rates, alpha and target modules."""
     space: SearchSpace
     budget: Budget
     sampler: Literal["tpe", "random"] = "tpe"
     pruner: Literal["halving", "none"] = "halving"
     reduction: int = Field(default=3, ge=2)
-    """Of successive halving: one of so many candidates goes on from each rung to the next."""
+    """Reduction factor of successive halving: one of so many candidates goes on from each rung."""
     rungs: int = Field(default=2, ge=1)
-    """Of successive halving: how often a candidate may be stopped; the first rung is at reduction**-rungs of the
+    """Number of rungs, at which a candidate may be stopped; the first is at reduction**-rungs of the
     schedule."""
     seed: Seed = 0
-    """Of the sampler; the study's own seed decides batches and initial weights."""
+    """Seed of the sampler; the study's own seed determines batches and initial weights."""
 
     @property
     def training_seed(self) -> int:
         return self.study.seeds[0]
 
     def candidate(self, point: "Point") -> Candidate:
-        """The candidate at a point of the space."""
+        """Return the candidate at a point of the space."""
         adapter = self.study.adapter.model_copy(update={"alpha": point.alpha, "target_modules": point.target_modules})
         only = {"ranks": (point.rank,), "learning_rates": (point.learning_rate,), "adapter": adapter}
         return self.study.model_copy(update=only).candidates()[0]
 
     def up_to(self, rank: int) -> "SearchSpec":
-        """The same search without the ranks above `rank`; that one itself where none is left."""
+        """Return the search without ranks above `rank`; with `rank` itself where none is left."""
         ranks = tuple(one for one in self.space.ranks if one <= rank) or (rank,)
         changes = {
             "space": self.space.model_copy(update={"ranks": ranks}),
@@ -95,14 +95,14 @@ class SearchSpec(_Part):
         }
         return self.model_copy(update=changes)
 
-    def largest(self, number: int, group: int) -> "Asked":
-        """A candidate of the highest rank on one of the groups of target modules: what any may take."""
+    def largest(self, number: int, group: int) -> "SearchTrial":
+        """Return a candidate of the highest rank on one of the groups of target modules: the most expensive one."""
         rate, alpha = self.study.learning_rates[0], self.space.alphas[0]
         point = Point(max(self.space.ranks), rate, alpha, self.space.target_modules[group])
-        return Asked(candidate=self.candidate(point), seed=0, number=number)
+        return SearchTrial(candidate=self.candidate(point), seed=0, number=number)
 
     def points(self) -> list["Point"]:
-        """All points, where there are finitely many."""
+        """Return all points of a finite space."""
         rates = self.space.learning_rates
         assert not isinstance(rates, RateRange)
         return [
@@ -110,7 +110,7 @@ class SearchSpec(_Part):
         ]
 
     def rung_steps(self, steps: int) -> list[int]:
-        """After which steps of a schedule of `steps` a candidate may be stopped."""
+        """Return the steps after which a candidate may be stopped, for a schedule of `steps`."""
         if self.pruner == "none":
             return []
         first = max(1, steps // self.reduction**self.rungs)
@@ -126,8 +126,8 @@ class Point(NamedTuple):
     target_modules: Targets
 
 
-class Asked(Trial):
-    """A trial of a search. Its candidate's name does not tell alpha and target modules, so it has a number too."""
+class SearchTrial(Trial):
+    """A trial of a search. It has a number, since its candidate's name omits alpha and target modules."""
 
     number: int
 
@@ -142,11 +142,11 @@ def resolve_search(
     assignments: Sequence[str] = (),
     file: Path | None = None,
 ) -> SearchSpec:
-    """A search from a study's values and options, of which these are its own, as text or numbers, None for a default:
-    `ranks learning_rates alpha target_modules trials hours tokens sampler pruner seed`.
+    """Resolve a search from a study's values and options.
 
-    Ranks and learning rates that are not given are those of the values, else `4..256` and `3e-5..3e-3`; alpha and
-    target modules are the study's.
+    Options of the search itself, as text or numbers, None for a default: `ranks learning_rates alpha target_modules
+    trials hours tokens sampler pruner seed`. Ranks and learning rates default to those of the values, else `4..256` and
+    `3e-5..3e-3`; alpha and target modules are the study's.
 
     Raises:
         StudyError: a part of the space or the budget is wrong, or the study is.
@@ -206,13 +206,13 @@ def _each(name: str, parts: Sequence[Any], read: Callable[[Any], Any]) -> tuple[
 
 
 def _ends(value: Any) -> tuple[str, str] | None:
-    """The two ends of `4..256`."""
+    """Return the two ends of `4..256`; None for anything else."""
     low, dots, high = value.partition("..") if isinstance(value, str) else ("", "", "")
     return (low.strip(), high.strip()) if dots else None
 
 
 def resolve_ranks(value: Any) -> tuple[int, ...]:
-    """`4..256` is 4, 8, 16 and so on up to 256."""
+    """Return the ranks of a list, or of a range: `4..256` is 4, 8, 16 and so on up to 256."""
     ends = _ends(value)
     if ends is None:
         return tuple(sorted(_each("ranks", _parts(value, ","), lambda part: _rank(part))))

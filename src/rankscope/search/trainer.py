@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from rankscope.data.tokens import TokenizedData, Tokens
 from rankscope.lora.adapters import remove_adapter
 from rankscope.lora.packed import pack_layers
-from rankscope.search.space import Asked, SearchSpec
+from rankscope.search.space import SearchSpec, SearchTrial
 from rankscope.train.loop import choose_engine
 from rankscope.train.step import (
     TrainState,
@@ -23,10 +23,10 @@ from rankscope.train.step import (
 
 
 class PackTrainer:
-    """A `rankscope.search.driver.Trainer` of at most `places` candidates at a time.
+    """A `rankscope.search.driver.Trainer` of at most `slots` candidates at a time.
 
-    A candidate's losses are those of the same trial of `rankscope run`, up to rounding: the same initial weights,
-    batches and schedule. At rungs only a part of the held-out rows is taken: see `rung_rows`.
+    A candidate's losses equal those of the same trial of `rankscope run`, up to rounding: initial weights, batches and
+    schedule are the same. At rungs only part of the held-out rows is evaluated: see `rung_rows`.
     """
 
     def __init__(self, model: PreTrainedModel, spec: SearchSpec, data: TokenizedData, places: int) -> None:
@@ -44,10 +44,10 @@ class PackTrainer:
         for asked in largest:
             remove_adapter(model, asked.name)
 
-    def _member(self, asked: Asked) -> TrainState:
+    def _member(self, asked: SearchTrial) -> TrainState:
         return make_train_state(self.model, asked, self.training, self.steps, self.spec.study.model.id)
 
-    def add(self, asked: Asked) -> None:
+    def add(self, asked: SearchTrial) -> None:
         self.members[asked.name] = self._member(asked)
         if self.engine.name == "packed":
             pack_layers(self.model)  # those that carried no adapter before
@@ -77,15 +77,15 @@ class PackTrainer:
         }
 
     def save(self, name: str, folder: Path) -> None:
-        """Writes a candidate's adapter in PEFT's format."""
+        """Save a candidate's adapter in PEFT's format."""
         save_trained_adapter(self.members[name], folder)
 
 
 def rung_rows(spec: SearchSpec, data: TokenizedData, steps: int) -> Tokens:
-    """The held-out rows that are looked at before the end of the schedule, the same at all rungs.
+    """Return the held-out rows that are evaluated before the end of the schedule, the same at all rungs.
 
-    As many as were trained on up to the first rung: evaluation has no backward, so it takes at most about a third of
-    the time of training.
+    There are as many as were trained on up to the first rung: evaluation has no backward, so it takes at most about a
+    third of the time of training.
     """
     rungs = spec.rung_steps(steps)
     trained = rungs[0] * spec.study.training.effective_batch_size if rungs else len(data.eval)
@@ -94,7 +94,7 @@ def rung_rows(spec: SearchSpec, data: TokenizedData, steps: int) -> Tokens:
 
 
 def step_tokens(spec: SearchSpec, data: TokenizedData) -> list[int]:
-    """Training tokens of each step of the schedule: the same for all candidates, which have one seed."""
+    """Return the training tokens of each step of the schedule, the same for all candidates: they have one seed."""
     training = spec.study.training
     (trial,) = spec.study.model_copy(
         update={"ranks": spec.study.ranks[:1], "learning_rates": spec.study.learning_rates[:1]}

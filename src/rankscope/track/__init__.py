@@ -1,9 +1,8 @@
-"""Trackers: what a study measures, shown in the tools that people know. Each stands in one file.
+"""Trackers: a study's measurements in the experiment trackers that people use. One file for each.
 
 A tracker has one run for each trial, grouped by study. It lives in a process of its own
-(`rankscope.track.tracker_process`), which follows
-the study's files (`rankscope.track.follow`): training knows nothing of it, and goes on whatever happens to it, a wait
-or a crash.
+(`rankscope.track.tracker_process`), which follows the study's files (`rankscope.track.follow`): training does not know
+of it, and goes on whether it waits or crashes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,11 +17,11 @@ from rankscope.text.catalogue import flatten
 STEP = "train/global_step"
 RANK = "rank"
 PROFILE_STEP = "system/step"
-"""What a point stands over: the optimizer step, the candidate's rank (0: full fine-tuning), the step of its profile."""
+"""Axes of points: the optimizer step, the candidate's rank (0: full fine-tuning), the step of its profile."""
 
 
 class Point(NamedTuple):
-    """Metrics at one place of an axis."""
+    """Metrics at one position on an axis."""
 
     axis: str
     step: int
@@ -30,46 +29,46 @@ class Point(NamedTuple):
 
 
 class Run(Protocol):
-    """One trial in a tracker. Methods return when the client has taken what they were given."""
+    """One trial in a tracker. Methods return when the client has accepted the data."""
 
     def log(self, points: Sequence[Point]) -> None:
-        """Appends points, in order."""
+        """Append points, in order."""
         ...
 
     def finish(self, summary: Point, status: str) -> None:
-        """Ends the run; `status` is the trial's, such as `done` or `diverged`. A later session may begin it again.
+        """End the run with the trial's status, such as `done` or `diverged`. A later session may begin it again.
 
-        The summary stands over the last step, and has metrics of its own; none where the trial has no result, or where
+        The summary is a point at the last step, with metrics of its own: none where the trial has no result, or where
         an earlier session has sent them.
         """
         ...
 
 
 class Tracker(Protocol):
-    """A tool that keeps runs. Any method may raise what its client raises."""
+    """A tool that keeps runs. Any method may raise its client's errors."""
 
-    place: str
-    """Where the runs go, in any words without a key: where it changes, all is sent anew."""
+    destination: str
+    """Destination of the runs, in any words without a key: where it changes, everything is sent again."""
     note: str
-    """One line for the user on where that is, and how to look at it."""
+    """One line for the user: the destination, and how to look at it."""
 
     def begin(self, trial: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> Run:
-        """Begins the run of a trial; `again`: takes up one that an earlier session of the study has begun as `run_id`.
+        """Begin the run of a trial, or, with `again`, resume the run that an earlier session has begun as `run_id`.
 
         `config` may hold mappings: see `flat`.
         """
         ...
 
     def close(self) -> None:
-        """Lets go of the client, when all runs have been finished."""
+        """Release the client, when all runs have been finished."""
         ...
 
 
 class _Known(NamedTuple):
     client: str
-    """The module to import: what must be installed."""
+    """Module to import, which must be installed."""
     kind: str
-    """The class in rankscope.track.NAME, which is called with the study's folder for trackers, an absolute path."""
+    """Class in rankscope.track.NAME. It is called with the absolute path of the study's folder for trackers."""
 
 
 TRACKERS = {
@@ -81,7 +80,7 @@ TRACKERS = {
 
 
 def choose_trackers(asked: str | Sequence[str]) -> list[str]:
-    """The names of the trackers that are asked for, in a list or with commas between them. None is imported.
+    """Return the names of trackers in a list or in comma-separated text. None is imported.
 
     Raises:
         StudyError: a name is unknown, or stands twice.
@@ -106,13 +105,13 @@ def choose_trackers(asked: str | Sequence[str]) -> list[str]:
 
 
 def open_tracker(name: str, folder: Path) -> Tracker:
-    """Imports a tracker's client and makes the tracker; `folder` is the study's for trackers, an absolute path."""
+    """Import a tracker's client and create the tracker. `folder` is the absolute path of the study's for trackers."""
     tracker: Tracker = getattr(import_module(f"rankscope.track.{name}"), TRACKERS[name].kind)(folder)
     return tracker
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"training.steps": 200}` of nested mappings; lists become words, None is left out."""
+    """Flatten nested mappings to `{"training.steps": 200}`; lists become words, None is left out."""
     return {
         key: ",".join(map(str, value)) if isinstance(value, list | tuple) else value
         for key, value in flatten(config).items()

@@ -1,7 +1,7 @@
 """The process of one tracker: `python -m rankscope.track STUDY NAME`, started by `rankscope.track.tracker_process`.
 
-It ends when its standard input ends, which is also when the process that started it does. What it prints is shown to
-the user. What clients print is not kept: nobody knows what stands in it.
+It ends when its standard input ends, and so with the process that started it. Its output is shown to the user. Output
+of clients is discarded: it may contain anything.
 """
 
 import os
@@ -18,23 +18,23 @@ from filelock import FileLock
 from rankscope.files import write_atomic
 from rankscope.study.folder import StudyFolder
 from rankscope.track import open_tracker
-from rankscope.track.follow import Follower
+from rankscope.track.follow import TrackerSync
 
 FOLLOW_SECONDS = 1.0
-"""Between two looks at the study's files."""
+"""Interval of reading the study's files."""
 
 LAST_SECONDS = 300
-"""For the rest, when the study has ended. Whoever waits, waits less; this ends a process that nobody waits for."""
+"""Time for the rest when the study has ended. A run waits for less; this ends a process that nobody waits for."""
 
 REASON_LENGTH = 300
-"""Of what a client says went wrong: some add the page that a server answered with."""
+"""Longest reason of a client's failure: some append the page that a server answered with."""
 
 NICENESS = 10
-"""Training comes first where processors are few."""
+"""Niceness of the process: training comes first where processors are few."""
 
 
 def main(path: Path, name: str) -> int:
-    """Follows the study until standard input ends; 1 where the tracker failed, of which one line is printed."""
+    """Follow the study until standard input ends. Return 1, after one line of output, where the tracker failed."""
     os.nice(NICENESS)
     with _own_output() as user:
         try:
@@ -52,17 +52,17 @@ def follow(study: StudyFolder, name: str, user: TextIO) -> None:
     folder.mkdir(exist_ok=True)
     with FileLock(folder / f"{name}.lock"):  # the process of a run that was killed may still be sending
         tracker = open_tracker(name, folder)
-        follower = Follower(study, tracker, name)
+        sync = TrackerSync(study, tracker, name)
         print(redacted(tracker.note), file=user, flush=True)
         while not select.select([0], [], [], FOLLOW_SECONDS)[0]:
-            follower.poll()
+            sync.poll()
         signal.alarm(LAST_SECONDS)
-        follower.finish()
+        sync.finish()
         tracker.close()
 
 
 def _own_output() -> TextIO:
-    """Standard output for this module alone; whatever else is printed goes nowhere."""
+    """Take standard output for this module alone; all other output is discarded."""
     user = os.fdopen(os.dup(1), "w", encoding="utf-8")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
@@ -71,7 +71,7 @@ def _own_output() -> TextIO:
 
 
 def redacted(text: str) -> str:
-    """`text` without the secrets of the environment, and without passwords in addresses."""
+    """Return `text` without the environment's secrets, and without passwords in addresses."""
     secret = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
     for name, value in os.environ.items():
         if secret.search(name) and len(value) >= 4:

@@ -1,7 +1,7 @@
-"""Follows a study's files and forwards what is new to one tracker: called again and again while the study runs.
+"""Sync of a study's files to one tracker, called again and again while the study runs.
 
-What has been sent is kept in tracking/NAME.json: a run that goes on sends no step twice, also where it went back to a
-checkpoint, since the steps that it repeats are bitwise those that were sent.
+tracking/NAME.json records what has been sent: a resumed run sends no step twice, even where it went back to a
+checkpoint, since repeated steps are bitwise the same.
 """
 
 import hashlib
@@ -22,19 +22,21 @@ from rankscope.track import PROFILE_STEP, RANK, STEP, Point, Run, Tracker
 GB = 1e9
 
 NAMES = {"train_loss": "train/loss", "step_learning_rate": "train/learning_rate"}
-"""Fields of metrics.jsonl under the names of transformers' Trainer, where those differ: see `metric_name`."""
+"""Names of transformers' Trainer for fields of metrics.jsonl that have other names there: see `metric_name`."""
 
 RESULTS = ("train_loss", "eval_loss", "eval_perplexity", "eval_accuracy", "trainable_params", "adapter_bytes")
-"""Of a trial's results, what its summary has."""
+"""Fields of a trial's results that its summary has."""
 
 
-class Follower:
-    """Sends one study to one tracker. Whatever the client raises passes through."""
+class TrackerSync:
+    """Sends one study to one tracker. Errors of the client pass through."""
 
     def __init__(self, study: StudyFolder, tracker: Tracker, name: str) -> None:
         self.study, self.tracker = study, tracker
         self._file = study.file("tracking", f"{name}.json")
-        self._place = hashlib.sha256(tracker.place.encode()).hexdigest()[:16]  # a server's address may hold a key
+        self._destination = hashlib.sha256(tracker.destination.encode()).hexdigest()[
+            :16
+        ]  # a server's address may hold a key
         kept = self._kept()
         self._session: str = kept["session"]
         self._sent: dict[str, dict[str, Any]] = kept["trials"]
@@ -44,7 +46,7 @@ class Follower:
         self._runs: dict[str, Run] = {}
 
     def poll(self) -> None:
-        """Sends the steps that are new, of all trials."""
+        """Send the new steps of all trials."""
         rows = {trial: self._new_rows(trial) for trial in self.study.all_trials()}
         try:
             for trial, new in rows.items():
@@ -56,7 +58,7 @@ class Follower:
                 self._keep()
 
     def finish(self) -> None:
-        """Sends the rest, costs and summaries, and ends the runs: called when the study has ended, however it has."""
+        """Send the rest, costs and summaries, and end the runs: called when the study has ended, in whatever way."""
         self.poll()
         for trial in self.study.all_trials():
             self._finish(trial)
@@ -80,24 +82,27 @@ class Follower:
         self._keep()
 
     def _kept(self) -> dict[str, Any]:
-        """What has been sent to the same place. Where that is damaged, all is sent anew, as other runs."""
+        """Return what has been sent to the same destination. Where that record is corrupt, everything is sent as new
+        runs."""
         with suppress(DamagedError), corrupt_on_error(self._file):
             kept = read_json(self._file)
-            if kept["place"] == self._place:
+            if kept["place"] == self._destination:
                 return {"session": str(kept["session"]), "trials": dict(kept["trials"])}
         return {"session": secrets.token_hex(8), "trials": {}}
 
     def _new_rows(self, trial: AnyTrial) -> list[dict[str, Any]]:
-        """Rows after those that have been sent, as far as they have not been read."""
+        """Return the rows that have been neither sent nor read."""
         sent: int = self._sent.get(trial.name, {}).get("lines", 0)
         first, lines = self._tails[trial.name].read()
         return [json.loads(line) for number, line in enumerate(lines, first) if number > sent]
 
     def _keep(self) -> None:
-        write_json(self._file, {"schema": SCHEMA, "place": self._place, "session": self._session, "trials": self._sent})
+        write_json(
+            self._file, {"schema": SCHEMA, "place": self._destination, "session": self._session, "trials": self._sent}
+        )
 
     def _run(self, trial: AnyTrial) -> Run:
-        """The trial's run, which is begun when there is something to send."""
+        """Return the trial's run, which begins with the first data to send."""
         name = trial.name
         if name not in self._runs:
             run_id = hashlib.sha256(f"{self._session} {name}".encode()).hexdigest()[:16]
@@ -107,7 +112,8 @@ class Follower:
         return self._runs[name]
 
     def _repeats(self, trial: AnyTrial) -> list[dict[str, Any]]:
-        """All repeats of the profile of the trial's rank; none where it is not finished, nor of full fine-tuning."""
+        """Return all repeats of the profile of the trial's rank; none for an unfinished profile, or full
+        fine-tuning."""
         if not isinstance(trial, Trial):
             return []
         repeats = self.study.profile_repeats(trial.candidate.profile_name)
@@ -122,17 +128,17 @@ class Follower:
 
 
 def metric_name(field: str) -> str:
-    """`train/grad_norm` of `grad_norm`, `eval/loss` of `eval_loss`: as transformers' Trainer names them."""
+    """Return transformers' name for a field: `train/grad_norm` for `grad_norm`, `eval/loss` for `eval_loss`."""
     return NAMES.get(field) or (f"eval/{field[5:]}" if field.startswith("eval_") else f"train/{field}")
 
 
 def step_point(row: Mapping[str, Any]) -> Point:
-    """A line of metrics.jsonl. What is not a finite number there is None, and left out."""
+    """Return the point of a line of metrics.jsonl. Values that are no finite numbers are None there, and left out."""
     return Point(STEP, row["step"], _numbers({metric_name(name): row[name] for name in row if name != "step"}))
 
 
 def memory_points(repeats: Sequence[Mapping[str, Any]]) -> list[Point]:
-    """Memory at each step of a profile, in GB (1e9 bytes): the mean of its samples, over all repeats."""
+    """Return memory at each step of a profile, in GB (1e9 bytes): the mean of samples, over all repeats."""
     samples: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for columns in (repeat["samples"] for repeat in repeats):
         for number, phase in enumerate(columns["phase"]):
@@ -147,10 +153,10 @@ def memory_points(repeats: Sequence[Mapping[str, Any]]) -> list[Point]:
 
 
 def costs(repeats: Sequence[Mapping[str, Any]], examples: int) -> dict[str, float]:
-    """What a rank costs alone, where a step has so many `examples`; without a GPU nothing of one.
+    """Return the cost of a rank alone, for steps of `examples` examples; GPU figures only where there is a GPU.
 
-    Means over repeats, of peaks the highest. Memory of training is in GB (1e9 bytes); `train_runtime`, of the whole
-    schedule, in seconds.
+    They are means over repeats, and for peaks the highest. Memory of training is in GB (1e9 bytes); `train_runtime`, of
+    the whole schedule, in seconds.
     """
     summaries = [repeat["summary"] for repeat in repeats]
     found: dict[str, float] = {}
@@ -168,7 +174,7 @@ def costs(repeats: Sequence[Mapping[str, Any]], examples: int) -> dict[str, floa
 
 
 def trial_config(study: StudyFolder, trial: AnyTrial) -> dict[str, Any]:
-    """The fields of the candidate beside each other, as Trainer's users have them; the rest as in study.yaml."""
+    """Return the candidate's fields at the top level, as Trainer's users know them, and the rest as in study.yaml."""
     asked = study.spec.model_dump(mode="json")
     candidate = (
         trial.candidate.model_dump(mode="json")

@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 BATCH_METRICS, BATCH_PARAMS = 1000, 100
-"""The most that MLflow takes at once."""
+"""Largest batch of metrics and of parameters that MLflow accepts."""
 
 ID_TAG = "rankscope.run_id"
 STATUS_TAG = "rankscope.status"
-"""Tags of a run. MLflow gives runs ids of its own, and knows fewer statuses."""
+"""Tag of a run with the trial's status: MLflow has fewer statuses, and run ids of its own."""
 
 STATUSES = {"done": "FINISHED", "interrupted": "KILLED"}
-"""The others are FAILED."""
+"""MLflow's status for a trial's; all others are FAILED."""
 
 
 class MlflowTracker:
-    """Runs go to MLFLOW_TRACKING_URI, or to a SQLite file in the study's folder."""
+    """Runs in MLFLOW_TRACKING_URI, or in a SQLite file in the study's folder."""
 
     def __init__(self, folder: Path) -> None:
         from mlflow import MlflowClient
@@ -34,7 +34,7 @@ class MlflowTracker:
         uri = given or f"sqlite:///{folder / 'mlflow.db'}"
         self._client = MlflowClient(tracking_uri=uri)
         self._artifacts = None if given else (folder / "mlflow-artifacts").as_uri()
-        self.place = given or "study"
+        self.destination = given or "study"
         self.note = (
             "MLflow's runs go to MLFLOW_TRACKING_URI"
             if given

@@ -11,12 +11,12 @@ from rankscope.track import Point, flat
 
 
 class TensorBoardTracker:
-    """Event files lie in TENSORBOARD_LOGGING_DIR, as transformers' Trainer has it, or in the study's folder."""
+    """Event files in TENSORBOARD_LOGGING_DIR, as transformers' Trainer has it, or in the study's folder."""
 
     def __init__(self, folder: Path) -> None:
         given = os.environ.get("TENSORBOARD_LOGGING_DIR")
         self._folder = Path(given) if given else folder / "tensorboard"
-        self.place = given or "study"
+        self.destination = given or "study"
         self.note = f"To look at the curves: tensorboard --logdir {shlex.quote(str(self._folder))}"
 
     def begin(self, trial: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> "_Run":
@@ -27,7 +27,7 @@ class TensorBoardTracker:
 
 
 class _Run:
-    """Another event file each time that the run is taken up; TensorBoard reads them as one."""
+    """A run with one event file for each session; TensorBoard reads them as one."""
 
     def __init__(self, folder: Path, run_id: str, config: Mapping[str, Any]) -> None:
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb
@@ -50,7 +50,7 @@ class _Run:
         self._writer.flush()
 
     def finish(self, summary: Point, status: str) -> None:
-        """The status is a text, and that of the session on TensorBoard's HPARAMS page."""
+        """Write the status as text, and as the session's status on TensorBoard's HPARAMS page."""
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
         from tensorboard.plugins.text.summary_v2 import text_pb

@@ -1,4 +1,4 @@
-"""Trackers beside a study: one process each, which the study never waits for before its end."""
+"""One process for each tracker of a study. The study waits for none of them before its end."""
 
 import os
 import subprocess
@@ -7,22 +7,19 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from rankscope.jobs.job import Progress
 from rankscope.study.folder import StudyFolder
 
-if TYPE_CHECKING:
-    from rankscope.jobs.context import Progress
-
 FINISH_SECONDS, STOPPED_SECONDS = 120.0, 20.0
-"""How long the end of a study waits for trackers, all together; less where it was stopped or failed."""
+"""Time that a study waits at its end for all trackers together: after success, and after a stop or failure."""
 
 
 @contextmanager
-def reporting(study: StudyFolder, names: Sequence[str], progress: "Progress") -> Iterator["Progress"]:
-    """Sends the study to the trackers `names` while the body runs; the progress it yields also shows what they say.
+def run_trackers(study: StudyFolder, names: Sequence[str], progress: Progress) -> Iterator[Progress]:
+    """Send the study to the trackers `names` while the body runs. The progress that it yields also shows their output.
 
-    A tracker that fails is told of once, and is no more for the rest of this run.
+    The failure of a tracker is said once; the rest of the run goes on without it.
     """
     if not names:
         yield progress
@@ -36,7 +33,7 @@ def reporting(study: StudyFolder, names: Sequence[str], progress: "Progress") ->
         relay.finish(seconds)
 
 
-def _start(study: StudyFolder, name: str, progress: "Progress") -> "_Process | None":
+def _start(study: StudyFolder, name: str, progress: Progress) -> "_Process | None":
     try:
         return _Process(study.path, name)
     except OSError as error:  # no room for another process
@@ -45,7 +42,7 @@ def _start(study: StudyFolder, name: str, progress: "Progress") -> "_Process | N
 
 
 class _Process:
-    """The process of one tracker, and what it says. It ends by itself where this one does, however that is."""
+    """The process of one tracker and its output. It ends by itself when this process does, in whatever way."""
 
     def __init__(self, study_path: Path, name: str) -> None:
         self.name = name
@@ -62,8 +59,8 @@ class _Process:
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
         os.set_blocking(self._stdout.fileno(), False)
 
-    def said(self) -> Iterator[str]:
-        """What is new, in lines, and how it ended."""
+    def new_messages(self) -> Iterator[str]:
+        """Yield the new lines of output, and how the process ended."""
         if self._ended:
             return
         code = self._process.poll()
@@ -79,7 +76,7 @@ class _Process:
         self._stdin.close()
 
     def wait(self, seconds: float) -> bool:
-        """Whether it ended in time. Where it did not, it is ended: it might wait for its server without end."""
+        """Return whether the process ended in time. Else kill it: it might wait for its server without end."""
         try:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -95,15 +92,15 @@ class _Process:
 
 
 class _Relay:
-    """The progress of a run that also shows what trackers say."""
+    """Progress of a run that also shows the output of trackers."""
 
-    def __init__(self, progress: "Progress", processes: Sequence[_Process]) -> None:
+    def __init__(self, progress: Progress, processes: Sequence[_Process]) -> None:
         self._progress, self._processes = progress, processes
         self.say = progress.say
 
     def poll(self) -> None:
         for process in self._processes:
-            for line in process.said():
+            for line in process.new_messages():
                 self._progress.say(line)
         self._progress.poll()
 
@@ -116,5 +113,5 @@ class _Relay:
                 self._progress.say(
                     f"{process.name}: still sending after {seconds:.0f} s, and ended; the last may be missing there."
                 )
-            for line in process.said():
+            for line in process.new_messages():
                 self._progress.say(line)

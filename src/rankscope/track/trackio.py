@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 class TrackioTracker:
-    """Runs go to TRACKIO_PROJECT (`rankscope`), and to TRACKIO_SPACE_ID or TRACKIO_SERVER_URL where one is set.
+    """Runs in TRACKIO_PROJECT (`rankscope`), and in TRACKIO_SPACE_ID or TRACKIO_SERVER_URL where one is set.
 
-    They are kept in TRACKIO_DIR, or in the study's folder.
+    Local files are in TRACKIO_DIR, or in the study's folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -30,12 +30,12 @@ class TrackioTracker:
         warnings.showwarning = self._hear
         import trackio  # noqa: F401
 
-        self.place = f"{remote or given or 'study'}/{self._project}"
+        self.destination = f"{remote or given or 'study'}/{self._project}"
         show = f"TRACKIO_DIR={shlex.quote(here)} trackio show --project {shlex.quote(self._project)}"
         self.note = "Trackio sends the runs to its server" if remote else f"To look at the runs: {show}"
 
     def _hear(self, message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
-        """Trackio writes from a thread, and tells of what it could not write by a warning."""
+        """Record a warning: Trackio writes from a thread, and warns of what it could not write."""
         if "trackio" in Path(filename).parts:
             self._failures.append(str(message))
 

@@ -1,6 +1,6 @@
 """Weights & Biases: the study is a group, each trial a run; `pip install 'rankscope[wandb]'`.
 
-Offline where WANDB_MODE says so, and where there is no API key: nobody is asked for one.
+Runs are offline where WANDB_MODE says so, and where there is no API key: the user is not prompted for one.
 """
 
 import os
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     import wandb
 
 AXES = {STEP: ("train/*", "eval/*"), PROFILE_STEP: ("system/*",)}
-"""The axis of each group of charts. What stands over the rank has names of its own."""
+"""Axis of each group of charts. Metrics over the rank have names of their own."""
 
 
 class WandbTracker:
-    """Runs go to WANDB_PROJECT (`rankscope`) of WANDB_ENTITY, and their files to WANDB_DIR (the study's folder)."""
+    """Runs in WANDB_PROJECT (`rankscope`) of WANDB_ENTITY, with files in WANDB_DIR (the study's folder)."""
 
     def __init__(self, folder: Path) -> None:
         os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "wandb-cache"))  # its logs, to which each run has a link
@@ -33,11 +33,11 @@ class WandbTracker:
         if settings.mode == "online" and not wandb.login(prompt=False, verify=False):
             self._offline = True
         if self._offline:
-            self.place = "offline"
+            self.destination = "offline"
             sync = f"wandb sync {shlex.quote(str(self._folder / 'wandb'))}/offline-run-*"
             self.note = f"W&B keeps the runs here, offline. To upload them: {sync}"
         else:
-            self.place = f"{settings.base_url}/{settings.entity or ''}/{self._project}"
+            self.destination = f"{settings.base_url}/{settings.entity or ''}/{self._project}"
             self.note = f"W&B sends the runs to {settings.base_url}, project {self._project}"
 
     def begin(self, trial: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> "_Run":
@@ -76,7 +76,7 @@ class WandbTracker:
         return _Run(run)
 
     def _remove_links(self) -> None:
-        """A study with absolute links could not be moved: see `rankscope.files.refuse_links_out`."""
+        """Remove the client's symbolic links: a study with links is refused when it is opened."""
         for link in self._folder.glob("wandb/*run-*/logs/debug-core.log"):
             if link.is_symlink():
                 link.unlink()

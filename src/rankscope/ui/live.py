@@ -5,7 +5,7 @@
 
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,6 +74,7 @@ class State(NamedTuple):
     doing: str  # train, reference, profile, answer, conclude, curve, done or stopped
     training: dict[str, list[TrialState]]  # trials in training, by pack or by the name of a full fine-tuning trial
     packs: list[str]  # names of all packs
+    results: dict[str, dict[str, Any]]  # results of the packs that this run has ended, see pack.json
     trials: list[TrialState]
     steps: int  # per trial
     profile: str | None  # candidate whose cost is being measured
@@ -116,6 +117,7 @@ class LiveStudy:
             doing=self._doing(statuses, training, measured < profiles, holder, began),
             training={name: [self._trial(one, statuses) for one in members] for name, members in training.items()},
             packs=list(study.division().packs),
+            results=self._results(began),
             trials=[self._trial(name, statuses) for name in self._trials],
             steps=self.steps,
             profile=self._profile(began),
@@ -132,7 +134,7 @@ class LiveStudy:
         training = {name: [self._trial(t.name, statuses) for t in trials] for name, trials in state.training.items()}
         return state._replace(training=training)
 
-    def _read_tails(self, statuses: dict[str, str]) -> None:
+    def _read_tails(self, statuses: Mapping[str, str]) -> None:
         """Read new metrics, except of trials that have ended and were read since."""
         for name, status in statuses.items():
             if name not in self._read_to_end:
@@ -142,12 +144,12 @@ class LiveStudy:
             else:
                 self._read_to_end.discard(name)  # a corrupt trial is trained again
 
-    def _trial(self, name: str, statuses: dict[str, str]) -> TrialState:
+    def _trial(self, name: str, statuses: Mapping[str, str]) -> TrialState:
         tail, trial = self._tails[name], self._trials[name]
         rank = trial.candidate.rank if isinstance(trial, Trial) else 0
         return TrialState(name, rank, statuses[name], tail.step, tail.train_loss, tail.eval_loss)
 
-    def _training(self, statuses: dict[str, str], began: float) -> dict[str, list[str]]:
+    def _training(self, statuses: Mapping[str, str], began: float) -> dict[str, list[str]]:
         """Names of the trials of each pack in training, and of each trial of full fine-tuning in training.
 
         A killed run leaves records of running trials behind. Those of full fine-tuning count where they were written
@@ -165,12 +167,18 @@ class LiveStudy:
                 found[trial.name] = [trial.name]
         return found
 
+    def _results(self, began: float) -> dict[str, dict[str, Any]]:
+        """Results of the packs that have ended since this run `began`."""
+        packs = [p for p in self.study.division().packs if _modified(self.study.file("packs", p, "pack.json")) >= began]
+        records = {pack: self.study.pack_record(pack) for pack in packs}
+        return {pack: record.results for pack, record in records.items() if record and record.results}
+
     def _recorded(self, trial: AnyTrial) -> float:
         return _modified(self.study.trial_folder(trial) / "trial.json")
 
     def _doing(
         self,
-        statuses: dict[str, str],
+        statuses: Mapping[str, str],
         training: Collection[str],
         unmeasured: bool,
         holder: Holder | None,
@@ -196,7 +204,7 @@ class LiveStudy:
         answered = not study.spec.measure.answers or (answers / "answers.json").exists()
         return "conclude" if answered else "answer"
 
-    def _is_due(self, trial: AnyTrial, statuses: dict[str, str], began: float) -> bool:
+    def _is_due(self, trial: AnyTrial, statuses: Mapping[str, str], began: float) -> bool:
         """Whether this run still trains the trial. One that failed in an earlier run is trained again."""
         status = statuses[trial.name]
         return status in NOT_ENDED or (status not in FINISHED and self._recorded(trial) < began)
@@ -209,7 +217,7 @@ class LiveStudy:
             return None
         return name
 
-    def _seconds_left(self, statuses: dict[str, str], profiles: int, devices: int) -> float | None:
+    def _seconds_left(self, statuses: Mapping[str, str], profiles: int, devices: int) -> float | None:
         """Predicted time of the steps left, divided among the devices in use, and of the profiles left.
 
         Both are scaled by how much longer the steps so far took than predicted.

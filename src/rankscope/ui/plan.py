@@ -1,58 +1,144 @@
 """What `rankscope plan` shows: what would run, what it would take, and what fits. Nothing is trained or written."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
 from rankscope.data.tokens import TokenizedData
+from rankscope.errors import StudyError
+from rankscope.jobs.launchers import make_launcher
+from rankscope.pipeline import study_data
 from rankscope.plan.checks import too_large
 from rankscope.plan.memory import CostModel, PeakMemory, predict_peak
 from rankscope.plan.packs import MAX_PACK_MEMORY_FRACTION
-from rankscope.plan.plan import Plan
+from rankscope.plan.plan import Plan, imagined_gpu, make_fleet, make_plan
 from rankscope.plan.runtime import COUNTED, NOT_COUNTED, Forecast, StudyForecast, study_seconds
 from rankscope.spec.candidates import Trial
 from rankscope.spec.models import StudySpec
-from rankscope.study.folder import FINISHED, StudyFolder
-from rankscope.study.missing import missing_profiles, missing_reference
+from rankscope.study.folder import StudyFolder
+from rankscope.study.missing import is_finished
+from rankscope.study.study import Study
 from rankscope.text.catalogue import load
-from rankscope.text.formats import duration, percent, size
+from rankscope.text.formats import duration, parse_bytes, parse_flops, percent, size
 from rankscope.train.prepare import describe_data
-from rankscope.ui.console import make_table
+from rankscope.ui.console import error_console, make_table, out_console, print_json
 
-if TYPE_CHECKING:
-    from rankscope.spec.models import StudySpec
+Number = TypeVar("Number", int, float)
 
 
-def show_plan(plan: Plan, console: Console) -> None:
-    """Prints the plan."""
-    spec, prediction, data, found, packs, steps, free, _, _ = plan
+def plan_study(
+    spec: StudySpec,
+    study: Study | None,
+    launcher: str = "local",
+    ray_address: str | None = None,
+    gpu_memory: str | None = None,
+    gpu_flops: str | None = None,
+    devices: int | None = None,
+    price: float | None = None,
+) -> Plan:
+    """Return the plan that a run would execute, or would on a GPU that need not exist.
+
+    Raises:
+        StudyError, DataError, ModelError: as a run would; and where an option is no size, rate, number or price.
+    """
+    gpu = parse_gpu(gpu_memory, gpu_flops)
+    if gpu is not None:
+        site, slots, study = imagined_gpu(spec.model, gpu.memory_bytes), 1, None
+    else:
+        with make_launcher(launcher, spec.model, ray_address, error_console.print) as launching:
+            site, slots = launching.site(), launching.slots()
+    fleet = make_fleet(devices, price, slots)
+    return make_plan(spec, study_data(spec, study), site, fleet, study, gpu.flops_per_second if gpu else None)
+
+
+def show_plan(plan: Plan, study: StudyFolder | None, as_json: bool) -> None:
+    """Print the plan, and what a `study` that has begun has already."""
+    if as_json:
+        print_json(describe_plan(plan))
+    else:
+        _print_plan(plan, out_console)
+    if study is not None:
+        _print_progress(study, plan, error_console if as_json else out_console)
+
+
+def _print_plan(plan: Plan, console: Console) -> None:
+    spec, prediction, data, found, packs = plan.spec, plan.prediction, plan.data, plan.forecast, plan.packs
+    free = plan.site.free_bytes
     console.print(f"Model {spec.model.id}: {prediction.base_params:,} parameters", markup=False)
     console.print(describe_data(data.facts), markup=False, soft_wrap=True)
     console.print(_candidates(spec, found, free))
     for line in _notes(plan):
         console.print(line, markup=False, soft_wrap=True)
-    console.print(f"{len(spec.trials())} trials of {steps:,} steps in {len(packs)} packs:")
+    trials = sum(map(len, packs.values()))
+    console.print(f"{trials} trials of {plan.steps:,} steps in {len(packs)} packs:")
     for line in _packs(spec, prediction, found.candidates, packs, data, free):
         console.print(line, markup=False, soft_wrap=True)
-    if reference := spec.reference_trials():
+    if plan.reference:
         console.print(
-            f"{len(reference)} trials of full fine-tuning, each alone: their memory and time are not predicted."
+            f"{len(plan.reference)} trials of full fine-tuning, each alone: their memory and time are not predicted."
         )
     console.print(f"On the disk: at most about {size(plan.disk_bytes)}.")
 
 
-def show_progress_so_far(study: StudyFolder, console: Console) -> None:
-    """Says what a study that has begun has already: a run does only the rest."""
+def _print_progress(study: StudyFolder, plan: Plan, console: Console) -> None:
+    """Print what a study that has begun has already: a run does only the rest."""
     trials = study.spec.trials()
-    done = sum(study.trial_record(trial).status in FINISHED for trial in trials)
+    done = sum(is_finished(study, trial) for trial in trials)
     console.print(
-        f"{study.path} has {done} of the {len(trials)} trials; {len(missing_profiles(study))} repeats of profiles and "
-        f"{len(missing_reference(study))} trials of full fine-tuning are missing too. A run would do what is missing.",
+        f"{study.path} has {done} of the {len(trials)} trials; {len(plan.profiles)} repeats of profiles and "
+        f"{len(plan.reference)} trials of full fine-tuning are missing too. A run would do what is missing.",
         markup=False,
         soft_wrap=True,
     )
+
+
+def describe_plan(plan: Plan) -> dict[str, Any]:
+    """Return the plan as data, for `--json`: bytes, seconds, tokens."""
+    seconds = study_seconds(plan.spec, plan.forecast.candidates)
+    return {
+        "model": {"id": plan.spec.model.id, "parameters": plan.prediction.base_params},
+        "data": plan.data.facts,
+        "prediction": plan.forecast.describe(plan.prediction),
+        "steps": plan.steps,
+        "packs": {pack: [trial.name for trial in trials] for pack, trials in plan.packs.items()},
+        "reference": [trial.name for trial in plan.reference],
+        "free_bytes": plan.site.free_bytes,
+        "largest_rank_that_fits": plan.largest_rank,
+        "disk_bytes": plan.disk_bytes,
+        "seconds": {"trials": seconds[0], "profiles": seconds[1]} if seconds else None,
+        "fleet": found.describe() if (found := plan.fleet_estimate) else None,
+    }
+
+
+class Gpu(NamedTuple):
+    """A GPU that need not exist."""
+
+    memory_bytes: int
+    flops_per_second: float | None  # rate of plain matrix products
+
+
+def parse_gpu(memory: str | None, flops: str | None) -> Gpu | None:
+    """Return the GPU of `--gpu-memory 24GB` and `--gpu-flops 400TFLOPS`; None where neither is given.
+
+    Raises:
+        StudyError: one of the two is no size or no rate, or the memory is missing.
+    """
+    size_bytes = _parsed("--gpu-memory", memory, parse_bytes, "24GB")
+    rate = _parsed("--gpu-flops", flops, parse_flops, "400TFLOPS")
+    if rate and not size_bytes:
+        raise StudyError(
+            "--gpu-flops is given, and --gpu-memory is not", "Describe the GPU by both: --gpu-memory 80GB."
+        )
+    return Gpu(size_bytes, rate) if size_bytes else None
+
+
+def _parsed(option: str, text: str | None, parse: Callable[[str], Number], example: str) -> Number | None:
+    try:
+        return None if text is None else parse(text)
+    except ValueError as error:
+        raise StudyError(f"{option} {text}: {error}", f"For example {option} {example}.") from None
 
 
 def _candidates(spec: StudySpec, found: StudyForecast, free: int) -> Table:
@@ -76,7 +162,8 @@ def _candidates(spec: StudySpec, found: StudyForecast, free: int) -> Table:
 
 def _notes(plan: Plan) -> list[str]:
     """What the table's columns mean, the largest rank that fits, and the time of the whole study."""
-    spec, prediction, _, found, _, _, free, hypothetical, _ = plan
+    spec, prediction, found, free = plan.spec, plan.prediction, plan.forecast, plan.site.free_bytes
+    hypothetical = plan.hypothetical
     kind = str(prediction.dtype).removeprefix("torch.")
     where = f"a GPU with {size(free)}" if hypothetical else f"the {size(free)} that are free here"
     tokens = max((row.forward_tokens or 0 for row in found.candidates.values()), default=0)
@@ -126,12 +213,12 @@ def _checkpointing(found: StudyForecast) -> list[str]:
 
 def _fleet(plan: Plan) -> list[str]:
     """Time, device hours and cost, where several devices or a price were asked for."""
-    found, text = plan.takes, load("en")
+    found, text = plan.fleet_estimate, load("en")
     if found is None:
         return []
     devices, price = found.fleet
     several = "s" * (devices > 1)
-    kind = f"GPU{several} of {size(plan.free_bytes)}" if plan.hypothetical else f"device{several} like this one"
+    kind = f"GPU{several} of {size(plan.site.free_bytes)}" if plan.hypothetical else f"device{several} like this one"
     trials, least = duration(found.trials_seconds, text), duration(found.least_trials_seconds, text)
     cost = "" if found.cost is None else f" Cost: {found.cost:,.2f}, at {price:,.2f} a device hour."
     return [

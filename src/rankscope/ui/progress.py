@@ -1,10 +1,11 @@
 """Progress of a run in the terminal: a live table, or a line now and then where output is no terminal."""
 
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -77,6 +78,7 @@ class TerminalProgress(Display):
         self._state: State | None = None
         self._read_again = 0.0  # next time the whole study is read
         self._begun: dict[str, tuple[float, int]] = {}  # time and step at which a pack was first seen in training
+        self._ended: set[str] = set()
         self._measuring = ""
 
     def poll(self) -> None:
@@ -112,7 +114,11 @@ class TerminalProgress(Display):
         self._announce(self._state)
 
     def _announce(self, state: State) -> None:
-        """Say once what has begun."""
+        """Say once what has begun, and what a pack took that has ended."""
+        for pack, results in state.results.items():
+            if pack not in self._ended:
+                self._ended.add(pack)
+                self.say(_describe_pack(pack, results))
         for name, trials in state.training.items():
             if name not in self._begun:
                 self._begun[name] = (time.monotonic(), _step(trials))
@@ -153,6 +159,15 @@ def _title(name: str, trials: list[TrialState], state: State) -> str:
         return f"Full fine-tuning, {name}: {state.steps} steps"
     position = state.packs.index(name) + 1
     return f"Pack {name} ({position} of {len(state.packs)}): {len(trials)} trials, {state.steps} steps"
+
+
+def _describe_pack(pack: str, results: Mapping[str, Any]) -> str:
+    """Speed and peak memory of a pack that has ended."""
+    peak = results["gpu_allocated_peak_bytes"] or results["rss_peak_bytes"]
+    return (
+        f"Pack {pack}: {results['step_seconds'] / results['steps']:.3g} s a step; "
+        f"{results['useful_flops_per_second'] / 1e9:,.0f} useful GFLOP/s; peak {size(peak)}"
+    )
 
 
 def _measuring(state: State) -> str:
