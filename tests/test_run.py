@@ -17,6 +17,7 @@ from rankscope.analysis.costs import noise_floor
 from rankscope.data.tokens import load
 from rankscope.errors import StudyDirectoryError, StudyError
 from rankscope.files import read_json
+from rankscope.pipeline import Conclusion
 from rankscope.study.missing import unfinished
 from rankscope.study.study import Study
 from rankscope.ui.outcome import show_outcome
@@ -104,7 +105,7 @@ def test_profiles_measure_each_candidate(study: Study) -> None:
 
 
 def test_the_noise_is_told_below_the_table(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
-    show_outcome(study, cli.out_console, "en")
+    show_outcome(Conclusion(study, study.evidence(), study.verdict), cli.out_console, "en")
     assert "Measurement noise, from 4 measurements of rank 2: up to" in capsys.readouterr().out
 
 

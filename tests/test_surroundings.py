@@ -47,7 +47,7 @@ def test_reports_are_built_while_a_run_writes(root: Path, tmp_path: Path) -> Non
             continue
         study = Study.open(path)
         seen.add(len(study.curves()))
-        page = finish(study)
+        page = finish(study).study.report
         assert page.read_text().rstrip().endswith("</html>")
     writer.join()
     assert len(seen) > 1, "no report fell into the training"

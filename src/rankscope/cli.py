@@ -37,12 +37,8 @@ Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a PEF
 Revision = Annotated[str | None, typer.Option(help="Hub revision (branch, tag, commit).")]
 Out = Annotated[Path | None, typer.Option(help="The study's directory. Default: its name.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any field: training.steps=200.")]
-LauncherName = Annotated[
-    str, typer.Option("--launcher", help="Where jobs run: local (all GPUs of this machine) or ray.")
-]
-RayAddress = Annotated[
-    str | None, typer.Option(help="HOST:PORT or auto. Default: RAY_ADDRESS, or Ray on this machine.")
-]
+LauncherName = Annotated[str, typer.Option("--launcher", help="Where jobs run: local (all GPUs here) or ray.")]
+RayAddress = Annotated[str | None, typer.Option(help="HOST:PORT or auto. Default: RAY_ADDRESS, or Ray here.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts; all else goes to stderr.")]
 Language = Annotated[str, typer.Option("--lang", help="Language of the report: en or ko.")]
 
@@ -96,12 +92,12 @@ def run(
         TerminalProgress(console, path) as progress,
         make_launcher(launcher, spec.model, ray_address, progress.say) as launching,
     ):
-        result = run_study(spec, path, launching, progress, trackers, lang)
+        conclusion = run_study(spec, path, launching, progress, trackers, lang)
     if json_:
-        print_json(describe_outcome(result))
+        print_json(describe_outcome(conclusion))
     else:
-        show_outcome(result, console, lang)
-    if show_failures(result, error_console):
+        show_outcome(conclusion, console, lang)
+    if show_failures(conclusion.study, error_console):
         raise typer.Exit(4)
 
 
@@ -173,24 +169,19 @@ def plan(
 
 
 @app.command()
-def report(
-    directory: Directory,
-    json_: Json = False,
-    lang: Language = "en",
-) -> None:
+def report(directory: Directory, json_: Json = False, lang: Language = "en") -> None:
     """Conclude again from a study's files and rebuild its report."""
     from rankscope.pipeline import finish
     from rankscope.study.study import Study
     from rankscope.text.verdict import verdict_sentence
     from rankscope.ui.outcome import describe_outcome
 
-    study = Study.open(directory)
-    page = finish(study, lang)
+    conclusion = finish(Study.open(directory), lang)
     if json_:
-        print_json(describe_outcome(study))
+        print_json(describe_outcome(conclusion))
         return
-    out_console.print(verdict_sentence(study.verdict, lang), markup=False)
-    out_console.print(f"Report: {page}", markup=False, soft_wrap=True)
+    for line in (verdict_sentence(conclusion.verdict, lang), f"Report: {conclusion.study.report}"):
+        out_console.print(line, soft_wrap=True)
 
 
 @app.command()
@@ -218,11 +209,11 @@ def curve(
         TerminalProgress(console, directory) as progress,
         make_launcher(launcher, study.spec.model, ray_address, progress.say) as launching,
     ):
-        measure_curve(study, launching, progress, asked, recover, lang)
+        conclusion = measure_curve(study, launching, progress, asked, recover, lang)
     if json_:
-        print_json(describe_curve(study))
+        print_json(describe_curve(conclusion))
     else:
-        show_curve(study, lang)
+        show_curve(conclusion, lang)
 
 
 @app.command()
@@ -396,8 +387,7 @@ def main() -> None:
         if error.filename is None:  # the output failed: else Python writes the rest of it at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         name = "the output" if error.filename is None else shortened(str(error.filename))
-        told = f"error: {name}: {error.strerror}\n  {todo}"
-        error_console.print(told, markup=False, style="red", soft_wrap=True)
+        error_console.print(f"error: {name}: {error.strerror}\n  {todo}", style="red", soft_wrap=True)
         sys.exit(2)
 
 

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rankscope.analysis.verdict import conclude
 from rankscope.data.tokens import TokenizedData, load, save
@@ -26,6 +26,7 @@ from rankscope.report.card import write_cards
 from rankscope.report.write import build
 from rankscope.spec.models import StudySpec
 from rankscope.spec.options import assemble
+from rankscope.study.evidence import Evidence
 from rankscope.study.folder import CURVE
 from rankscope.study.study import Study
 from rankscope.text.catalogue import load as load_catalogue
@@ -34,6 +35,14 @@ from rankscope.track.tracker_process import run_trackers
 from rankscope.train.prepare import describe_data, prepare_data
 
 KINDS: tuple[Kind, ...] = (packs, profiles, reference, answers)
+
+
+class Conclusion(NamedTuple):
+    """A study, and the evidence that its verdict is drawn from."""
+
+    study: Study
+    evidence: Evidence
+    verdict: dict[str, Any]  # see verdict.json
 
 
 def run(
@@ -66,7 +75,7 @@ def run(
     spec, shown = assemble(study or {}, options, sets), progress or _Silent()
     trackers = choose_trackers(report_to)
     with make_launcher(launcher, spec.model, ray_address, shown.say) as launching:
-        return run_study(spec, Path(out or spec.name), launching, shown, trackers)
+        return run_study(spec, Path(out or spec.name), launching, shown, trackers).study
 
 
 def run_study(
@@ -76,7 +85,7 @@ def run_study(
     progress: Progress,
     trackers: Sequence[str] = (),
     language: str = "en",
-) -> Study:
+) -> Conclusion:
     """Run a resolved study. A trial or profile that fails is recorded, not raised: see `rankscope.study.missing`."""
     load_catalogue(language)  # an unknown language is refused now, not when all is trained
     with ExitStack() as held:
@@ -97,8 +106,7 @@ def run_study(
         run = Run(study, plan, shown.say)
         for kind in KINDS:
             run_kind(kind, run, kind.jobs(run), launcher, shown.poll)
-        finish(study, language)
-    return study
+        return finish(study, language)
 
 
 def _repair(study: Study, say: Callable[[str], None]) -> None:
@@ -146,22 +154,23 @@ def measure_curve(
     ranks: Sequence[int] | None = None,
     recover: int = 0,
     language: str = "en",
-) -> None:
+) -> Conclusion:
     """Measure what the study's curve lacks of these ranks (see `take_curve`), and conclude again."""
     load_catalogue(language)
     with study.lock():
         take_curve(study, launcher, progress, ranks, recover)
-        finish(study, language)
+        return finish(study, language)
 
 
-def finish(study: Study, language: str = "en") -> Path:
-    """Draw the conclusion, write the adapters' model cards and the report; return the path of its page."""
+def finish(study: Study, language: str = "en") -> Conclusion:
+    """Read the evidence, draw the conclusion, and write the adapters' model cards and the report."""
     load_catalogue(language)
     evidence = study.evidence()
     verdict = conclude(evidence)
     write_json(study.path / "verdict.json", verdict)
     write_cards(evidence, verdict, study.path / "trials")
-    return build(evidence, verdict, study.path / "report", language, reproduce=reproduce_command(study.spec))
+    build(evidence, verdict, study.path / "report", language, reproduce=reproduce_command(study.spec))
+    return Conclusion(study, evidence, verdict)
 
 
 def reproduce_command(spec: StudySpec) -> str:

@@ -78,7 +78,7 @@ def test_evidence_and_report_have_it(study: Study) -> None:
         assert "Other metrics" in page
         assert "full fine-tuning" in page
         assert "Forgetting (nats)" in page
-    korean = pipeline.finish(study, "ko").read_text()
+    korean = pipeline.finish(study, "ko").study.report.read_text()
     assert "전체 미세 조정" in korean
     assert "망각 (nat)" in korean
     pipeline.finish(study)

@@ -281,7 +281,7 @@ def test_a_profile_that_fails_is_recorded_told_and_measured_again(
 def test_what_was_not_measured_gives_exit_code_4(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     (study.path / "profiles" / "r002.json").unlink()
     study.write_failure("r002", Failure(status="interrupted", reason="was killed"))
-    monkeypatch.setattr(pipeline, "run_study", lambda *_: study)
+    monkeypatch.setattr(pipeline, "run_study", lambda *_: pipeline.Conclusion(study, study.evidence(), study.verdict))
     result = CliRunner().invoke(cli.app, ["run", str(study.path / "study.yaml"), "--out", str(study.path)])
     assert result.exit_code == 4, result.output
     assert "profile of r002: interrupted: was killed" in result.output

@@ -1,16 +1,18 @@
 """Results of a run for the terminal and for scripts."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import pandas as pd
 from rich.console import Console
 
 from rankscope.analysis.curve import curve_errors, loss_curve
+from rankscope.pipeline import Conclusion
 from rankscope.report.costs import noise_sentence
 from rankscope.report.curve import rank_curve
 from rankscope.report.frames import by_candidate, has_gpu
 from rankscope.report.variants import variant_sentences
+from rankscope.study.evidence import Evidence
 from rankscope.study.folder import ANSWERS
 from rankscope.study.missing import unfinished
 from rankscope.study.records import Failure, TrialRecord
@@ -21,30 +23,33 @@ from rankscope.text.verdict import verdict_sentence
 from rankscope.ui.console import make_table, out_console, print_table
 
 
-def show_outcome(study: Study, console: Console, language: str) -> None:
+def show_outcome(conclusion: Conclusion, console: Console, language: str) -> None:
     """Print the report's numbers for each candidate, and the verdict."""
-    _show_candidates(study, console)
-    console.print(f"\n{verdict_sentence(study.verdict, language)}", markup=False, style="bold", soft_wrap=True)
-    for sentence in variant_sentences(study.verdict, load(language)):
+    study, evidence, verdict = conclusion
+    _show_candidates(evidence, verdict, console)
+    console.print(f"\n{verdict_sentence(verdict, language)}", markup=False, style="bold", soft_wrap=True)
+    for sentence in variant_sentences(verdict, load(language)):
         console.print(sentence, markup=False, soft_wrap=True)
     console.print(f"Report: {study.report}", markup=False, soft_wrap=True)
 
 
-def describe_outcome(study: Study) -> dict[str, Any]:
+def describe_outcome(conclusion: Conclusion) -> dict[str, Any]:
     """Results as data, for `--json`: null for unknown values; bytes, seconds, nats per label token."""
-    evidence = study.evidence()
+    study, evidence, verdict = conclusion
+    results = pd.concat([part.results for part in evidence.parts])
+    order = {trial.name: number for number, trial in enumerate(study.trials)}
     return {
         "study": str(study.path),
         "report": str(study.report),
-        "verdict": study.verdict,
-        "candidates": _records(by_candidate(evidence, study.verdict)),
-        "trials": _records(study.results()),
+        "verdict": verdict,
+        "candidates": _records(by_candidate(evidence, verdict)),
+        "trials": _records(results.sort_values("trial", key=lambda names: names.map(order))),
     }
 
 
-def describe_curve(study: Study) -> dict[str, Any]:
+def describe_curve(conclusion: Conclusion) -> dict[str, Any]:
     """Curve as data, for `rankscope curve --json`: nats per label token, null for unknown values."""
-    evidence = study.evidence()
+    study, evidence, _ = conclusion
     return {
         "study": str(study.path),
         "report": str(study.report),
@@ -54,12 +59,12 @@ def describe_curve(study: Study) -> dict[str, Any]:
     }
 
 
-def show_curve(study: Study, language: str) -> None:
+def show_curve(conclusion: Conclusion, language: str) -> None:
     """Print the curve of estimated losses by rank."""
-    curve = rank_curve(study.evidence(), load(language))
+    curve = rank_curve(conclusion.evidence, load(language))
     for table in curve.tables:
         print_table(table)
-    for sentence in [*curve.sentences, f"Report: {study.report}"]:
+    for sentence in [*curve.sentences, f"Report: {conclusion.study.report}"]:
         out_console.print(sentence, soft_wrap=True)
 
 
@@ -79,8 +84,7 @@ def _records(frame: pd.DataFrame) -> list[dict[Hashable, Any]]:
     return values.where(values.notna(), None).to_dict("records")
 
 
-def _show_candidates(study: Study, console: Console) -> None:
-    evidence = study.evidence()
+def _show_candidates(evidence: Evidence, verdict: Mapping[str, Any], console: Console) -> None:
     gpu = has_gpu(evidence)
     columns: dict[str, tuple[str, Callable[[float], str]]] = {
         "train loss": ("train_loss", loss),
@@ -96,7 +100,7 @@ def _show_candidates(study: Study, console: Console) -> None:
     shown = {title: column for title, column in columns.items() if gpu or not title.startswith("GPU")}
     rows = [
         [row["candidate"], *(show(row[field]) if known(row[field]) else "–" for field, show in shown.values())]
-        for _, row in by_candidate(evidence, study.verdict).iterrows()
+        for _, row in by_candidate(evidence, verdict).iterrows()
     ]
     console.print(make_table(["candidate", *shown], rows))
     noise = noise_sentence(evidence.profiles, load("en"))
