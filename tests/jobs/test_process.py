@@ -2,6 +2,7 @@
 
 import errno
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -113,3 +114,13 @@ def test_the_exit_code_tells_where_the_log_and_error_json_have_no_room(
     monkeypatch.setattr("rankscope.files._flush", full)
     assert worker.main(packs.__name__, str(tmp_path), str(tmp_path / "job.json")) == 2
     assert not (tmp_path / "error.json").exists()
+
+
+def test_a_job_s_process_imports_no_more_than_it_needs() -> None:
+    """Memory is measured in it: pandas and its kin alone are 120 MB."""
+    code = (
+        "import sys, rankscope.jobs.worker, rankscope.jobs.packs, rankscope.jobs.profiles, rankscope.measure.profile;"
+        "print(*{'pandas', 'pyarrow', 'altair', 'datasets', 'rich', 'optuna', 'ray'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
