@@ -1,4 +1,4 @@
-"""What the jobs of a study share in the child process: the study, its tokens, and the base model."""
+"""The study, its tokens and the base model, as every job opens them in the child process."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -1,1 +1,1 @@
-"""What a study will take, told before training, and what runs."""
+"""Memory, time and disk of a study, predicted before training, and its division into packs."""

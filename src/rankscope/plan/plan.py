@@ -1,4 +1,4 @@
-"""The plan of a study: which trials will train together, what is still missing, and what it will take.
+"""The plan of a study: which trials train together, which work is missing, and its memory, disk and time.
 
 `rankscope plan` and `run --dry-run` print a `Plan`; a run executes the same object.
 """
@@ -37,7 +37,7 @@ GPU_HOST_BYTES = 4 << 30
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do and take."""
+    """Packs, missing work, memory, disk and time of a run, fixed before it starts."""
 
     spec: StudySpec
     site: Site

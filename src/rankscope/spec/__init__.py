@@ -1,1 +1,1 @@
-"""What is asked: the models of study.yaml, candidates, options."""
+"""The question of a study: models of study.yaml, candidates, options."""
