@@ -124,7 +124,7 @@ def search(
 
     values = study_values(study, options)
     if study is None and options["model"] is None:  # the embedded study's lists are no search space
-        values = {name: value for name, value in values.items() if name not in ("ranks", "learning_rates")}
+        values |= {"ranks": None, "learning_rates": None}
     spec = resolve_search(values, options, set_ or (), study)
     path, console = out or Path(f"{spec.study.name}-search"), error_console if json_ else out_console
     console.print(f"Search in {path}/")
@@ -164,8 +164,7 @@ def plan(
     begun = Study.open(path) if Study.is_at(path) else None
     if begun is not None and begun.spec != spec:  # `run` would refuse it
         begun = None
-    found = plan_study(spec, begun, launcher, ray_address, gpu_memory, gpu_flops, devices, price)
-    show_plan(found, begun, json_)
+    show_plan(plan_study(spec, begun, launcher, ray_address, gpu_memory, gpu_flops, devices, price), begun, json_)
 
 
 @app.command()
@@ -180,8 +179,8 @@ def report(directory: Directory, json_: Json = False, lang: Language = "en") -> 
     if json_:
         print_json(describe_outcome(conclusion))
         return
-    for line in (verdict_sentence(conclusion.verdict, lang), f"Report: {conclusion.study.report}"):
-        out_console.print(line, soft_wrap=True)
+    out_console.print(verdict_sentence(conclusion.verdict, lang), soft_wrap=True)
+    out_console.print(f"Report: {conclusion.study.report}", soft_wrap=True)
 
 
 @app.command()
@@ -234,15 +233,13 @@ def pattern(
     proposal = propose(study, rank)
     write_proposal(proposal, out)
     if json_:
-        print_json(
-            {"study": str(out), "rank": proposal.rank, "parameters": proposal.parameters, "ranks": proposal.ranks}
-        )
+        found = {"rank": proposal.rank, "parameters": proposal.parameters, "ranks": proposal.ranks}
+        print_json({"study": str(out), **found})
         return
     print_table(pattern_table(by_module(proposal), proposal.rank, text))
     sizes = {"parameters": f"{proposal.parameters:,}", "uniform": f"{proposal.uniform_parameters:,}"}
-    out_console.print(text("pattern.parameters", rank=proposal.rank, **sizes), markup=False, soft_wrap=True)
-    command = shlex.join(["rankscope", "run", str(out)])
-    out_console.print(text("pattern.next", command=command), markup=False, soft_wrap=True)
+    out_console.print(text("pattern.parameters", rank=proposal.rank, **sizes), soft_wrap=True)
+    out_console.print(text("pattern.next", command=shlex.join(["rankscope", "run", str(out)])), soft_wrap=True)
 
 
 @app.command()
@@ -284,10 +281,10 @@ def spectrum(
     console = error_console if json_ else out_console
     if chart is not None:
         save_chart(spectrum_chart(frame, text), chart, text)
-        console.print(f"Chart: {chart}", markup=False, soft_wrap=True)
+        console.print(f"Chart: {chart}", soft_wrap=True)
     if saved.others:
         names = ", ".join(list(saved.others)[:3]) + ", ..." * (len(saved.others) > 3)
-        console.print(text("spectrum.others", n=len(saved.others), names=names), markup=False, soft_wrap=True)
+        console.print(text("spectrum.others", n=len(saved.others), names=names), soft_wrap=True)
     if json_:
         print_json({"adapter": adapter, "layers": frame.to_dict("records")})
     else:
@@ -327,18 +324,9 @@ def resize(
     from rankscope.text.catalogue import load
 
     text = load(lang)
-    rule = choose_rule(
-        {
-            "rank": rank,
-            "energy": energy,
-            "cumulative": cumulative,
-            "budget_rank": budget_rank,
-            "max_loss_increase": max_loss_increase,
-        }
-    )
-    result = resize_adapter(
-        adapter, rule, out, revision, uniform, options, set_ or (), lambda line: error_console.print(line, markup=False)
-    )
+    rules: dict[str, Any] = {"rank": rank, "energy": energy, "cumulative": cumulative, "budget_rank": budget_rank}
+    rule = choose_rule(rules | {"max_loss_increase": max_loss_increase})
+    result = resize_adapter(adapter, rule, out, revision, uniform, options, set_ or (), error_console.print)
     if json_:
         print_json(describe(result))
         return
@@ -346,7 +334,7 @@ def resize(
         print_table(tried_table(result.loss, text))
     print_table(rank_table(result.layers, text))
     for line in sentences(result, text):
-        out_console.print(line, markup=False, soft_wrap=True)
+        out_console.print(line, soft_wrap=True)
 
 
 @app.command()
@@ -378,7 +366,7 @@ def main() -> None:
     except RankscopeError as error:
         if debug:
             raise
-        error_console.print(f"error: {error}", markup=False, style="red", soft_wrap=True)
+        error_console.print(f"error: {error}", style="red", soft_wrap=True)
         sys.exit(error.exit_code)
     except OSError as error:
         todo = _TODO.get(error.errno or 0)

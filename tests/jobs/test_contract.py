@@ -72,7 +72,6 @@ class TwoSlots(LocalLauncher):
     def __init__(self, model: ModelSpec) -> None:
         super().__init__(model)
         self._slots = [{}, {}]
-        self._free = [0, 1]
 
 
 @pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.slow)])

@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -54,29 +54,31 @@ def test_a_job_takes_a_place_and_gives_it_back(monkeypatch: pytest.MonkeyPatch, 
     from rankscope.jobs import local
     from rankscope.jobs.job import Job
 
-    started: list[Any] = []
+    started: list[str] = []
 
     class Process:
         def __init__(self, study: Path, job: Job, environment: dict[str, str]) -> None:
             if job.folder == "full":
                 raise StudyError("no room")
-            started.append(environment)
-            self.error = self.stop = self.kill = lambda: None
+            started.append(environment["CUDA_VISIBLE_DEVICES"])
+            self.running = True
 
         def is_running(self) -> bool:
-            return False
+            return self.running
 
     monkeypatch.setattr(local, "JobProcess", Process)
     launcher = LocalLauncher(ModelSpec(id="embedded", device="cpu"))
-    launcher._slots, launcher._free = gpu_environments(2, {"OMP_NUM_THREADS": "1"}), [0, 1]
-    first, _ = (launcher.start(tmp_path, Job("", {}, name)) for name in "ab")
-    assert [place["CUDA_VISIBLE_DEVICES"] for place in started] == ["0", "1"]
-    assert not first.is_running()
-    assert not first.is_running()  # and not twice
-    assert launcher._free == [0]
+    launcher._slots = gpu_environments(2, {"OMP_NUM_THREADS": "1"})
+    first, second = (cast(Any, launcher.start(tmp_path, Job("", {}, name))) for name in "ab")
+    assert started == ["0", "1"]
+    second.running = False
     with pytest.raises(StudyError):
         launcher.start(tmp_path, Job("", {}, "full"))
-    assert launcher._free == [0]
+    third = cast(Any, launcher.start(tmp_path, Job("", {}, "c")))
+    assert started == ["0", "1", "1"]
+    first.running = third.running = False
+    launcher.start(tmp_path, Job("", {}, "d"))
+    assert started == ["0", "1", "1", "0"]
 
 
 @pytest.mark.parametrize(

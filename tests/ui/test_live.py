@@ -196,5 +196,8 @@ def test_what_is_done_when_all_is_trained(study: Study) -> None:
     assert live.read().doing == "curve", "it measures no profiles"
     os.utime(study.path / "curve" / "job.json", (1, 1))
     assert live.read().doing == "profile", "an earlier curve"
+    write_json(study.path / "curve" / "jobs" / study.trials[0].name / "job.json", {})
+    assert live.read().doing == "curve", "on several devices each trial has a job"
+    shutil.rmtree(study.path / "curve" / "jobs")
     write_json(study.path / "answers" / "job.json", {})
     assert live.read().doing == "conclude", "profiles come before the answers: they did not finish"

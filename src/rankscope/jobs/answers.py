@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rankscope.data.tokens import Example, Tokens
+from rankscope.data.tokens import Tokens
 from rankscope.errors import RankscopeError
 from rankscope.jobs.child import load_base, open_study
 from rankscope.jobs.job import Job, Run, failure_of
@@ -60,15 +60,14 @@ class Question(NamedTuple):
 
 def questions(held_out: Tokens, count: int, max_length: int) -> list[Question]:
     """Return the first `count` held-out rows; truncated rows come last, since their own answer is not whole."""
-    order = np.argsort(held_out.lengths >= max_length, kind="stable")[:count]
-    return [_question(int(number), held_out[int(number)]) for number in order]
-
-
-def _question(number: int, example: Example) -> Question:
-    first = int(example.is_label.argmax())
-    if first == 1:  # the loss is on all of the row, which has no answer of its own: ask for its second half
-        first = max(1, len(example.ids) // 2)
-    return Question(number, example.ids[:first].tolist(), example.ids[first:].tolist())
+    asked = []
+    for number in np.argsort(held_out.lengths >= max_length, kind="stable")[:count].tolist():
+        example = held_out[number]
+        first = int(example.is_label.argmax())
+        if first == 1:  # the loss is on all of the row, which has no answer of its own: ask for its second half
+            first = max(1, len(example.ids) // 2)
+        asked.append(Question(number, example.ids[:first].tolist(), example.ids[first:].tolist()))
+    return asked
 
 
 def answer(model: PreTrainedModel, spec: StudySpec, adapters: Mapping[Trial, Path], held_out: Tokens) -> dict[str, Any]:
@@ -85,12 +84,8 @@ def answer(model: PreTrainedModel, spec: StudySpec, adapters: Mapping[Trial, Pat
         answers[trial.name] = list(_generate(model, tokenizer, asked, spec.measure.answer_tokens))
         remove_adapters(model)
     texts = [
-        {
-            "example": question.example,
-            "prompt": _text(tokenizer, question.prompt_ids),
-            "reference": _text(tokenizer, question.reference_ids),
-        }
-        for question in asked
+        {"example": number, "prompt": _text(tokenizer, prompt), "reference": _text(tokenizer, reference)}
+        for number, prompt, reference in asked
     ]
     return {"questions": texts, "answers": answers}
 
@@ -103,12 +98,9 @@ def _generate(
     for question in asked:
         room = positions - len(question.prompt_ids) if positions else most
         # A configuration of our own: the model's may ask for sampling, and two runs are to give the same answers.
+        length = max(1, min(most, room))
         model.generation_config = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=max(1, min(most, room)),
-            eos_token_id=sorted(ends),
-            pad_token_id=min(ends),
-            use_cache=True,
+            do_sample=False, max_new_tokens=length, eos_token_id=sorted(ends), pad_token_id=min(ends), use_cache=True
         )
         prompt = torch.tensor([question.prompt_ids], device=model.device)
         with torch.no_grad():

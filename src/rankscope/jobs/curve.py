@@ -5,6 +5,7 @@ ranks that were trained, and the report shows both.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,7 @@ def take_curve(
     count = sum(map(len, wanted.values()))
     steps = f", with {recover} steps of recovery" if recover else ""
     progress.say(f"Rank {full}, {len(wanted)} of {len(trials)} seeds: {count} losses to measure{steps}")
-
-    def ended_(job: Job, error: RankscopeError | None, waiting: Sequence[Job]) -> list[Job]:
-        return ended(study, job, error, waiting)
-
-    run_jobs(launcher, study.path, jobs(study, wanted, launcher.slots()), progress.poll, ended_)
+    run_jobs(launcher, study.path, jobs(study, wanted, launcher.slots()), progress.poll, partial(ended, study))
 
 
 def jobs(study: StudyFolder, wanted: Mapping[str, Sequence[tuple[int, int]]], slots: int) -> list[Job]:
@@ -63,15 +60,13 @@ def jobs(study: StudyFolder, wanted: Mapping[str, Sequence[tuple[int, int]]], sl
 
     On one device one job measures all of them, and loads the model once; on several each trial is a job.
     """
-    if not wanted:
-        return []
-    groups = [dict(wanted)] if slots == 1 else [{name: pairs} for name, pairs in wanted.items()]
-    found = []
-    for group in groups:
-        folder = "curve" if slots == 1 else f"curve/jobs/{next(iter(group))}"
-        reads = [f"trials/{name}" for name in group]
-        found.append(Job(__name__, {"folder": folder, "wanted": group}, folder, reads))
-    return found
+    groups = {f"curve/jobs/{name}": {name: pairs} for name, pairs in wanted.items()}
+    if slots == 1 and wanted:
+        groups = {"curve": dict(wanted)}
+    return [
+        Job(__name__, {"folder": folder, "wanted": group}, folder, [f"trials/{name}" for name in group])
+        for folder, group in groups.items()
+    ]
 
 
 def work(folder: Path, content: Mapping[str, Any]) -> None:
@@ -80,7 +75,7 @@ def work(folder: Path, content: Mapping[str, Any]) -> None:
 
     study, data = open_study(folder)
     model, _ = load_base(study)
-    part, cuts = study.file(*content["folder"].split("/"), PART), list[Cut]()
+    part, cuts = study.file(content["folder"], PART), list[Cut]()
     trials = {trial.name: trial for trial in study.spec.trials()}
     for name, pairs in content["wanted"].items():
         trial, adapter = trials[name], study.adapter_file(trials[name]).parent
@@ -95,7 +90,7 @@ def work(folder: Path, content: Mapping[str, Any]) -> None:
 
 def ended(study: StudyFolder, job: Job, error: RankscopeError | None, waiting: Sequence[Job]) -> list[Job]:
     """Move what the job has measured into curve.json, and raise its error."""
-    _take_part(study, study.file(*job.folder.split("/"), PART))
+    _take_part(study, study.file(job.folder, PART))
     if error is not None:
         raise error
     return list(waiting)
@@ -160,7 +155,7 @@ def missing(
     try:
         study.rank_curve()
     except DamagedError:
-        study.file(*CURVE.split("/")).unlink()
+        study.rank_curve_file.unlink()
         say(f"{CURVE} was damaged: it is removed, and made again.")
     for part in sorted(study.file("curve").rglob(PART)):
         try:

@@ -24,20 +24,13 @@ FATAL_EXIT_CODES = (2, 3)
 class Job(NamedTuple):
     """The work of one child process."""
 
-    kind: str
-    """Module whose `work` does the job, such as `rankscope.jobs.packs`."""
-    content: Mapping[str, Any]
-    """Arguments of `work`, published as job.json."""
-    folder: str
-    """Folder of the study for job.json, log.txt (all output of the process) and, after a failure, error.json."""
-    reads: Sequence[str] = ()
-    """Files and folders of the study that the job needs, beside `shared` and its own folder."""
-    memory_bytes: int = 0
-    """Predicted peak of the host's memory; 0 where it is not predicted."""
-    alone: bool = False
-    """Whether nothing else may run on the job's device, nor beside it on a CPU: it measures."""
-    shared: Sequence[str] = ("study.yaml", "data")
-    """Files and folders that all jobs read and none changes."""
+    kind: str  # module whose `work` does the job, such as `rankscope.jobs.packs`
+    content: Mapping[str, Any]  # arguments of `work`, published as job.json
+    folder: str  # of the study, for job.json, log.txt (all output of the process) and, after a failure, error.json
+    reads: Sequence[str] = ()  # files and folders of the study that the job needs beside `shared` and its own folder
+    memory_bytes: int = 0  # predicted peak of the host's memory; 0 where it is not predicted
+    alone: bool = False  # whether nothing else may run on the job's device, nor beside it on a CPU: it measures
+    shared: Sequence[str] = ("study.yaml", "data")  # files and folders that all jobs read and none changes
 
 
 class Progress(Protocol):
@@ -45,11 +38,9 @@ class Progress(Protocol):
 
     def say(self, message: str) -> None:
         """Keep a sentence for the user."""
-        ...
 
     def poll(self) -> None:
         """Look again: called twice a second while jobs run."""
-        ...
 
 
 class Run(NamedTuple):
@@ -65,11 +56,9 @@ class Kind(Protocol):
 
     def jobs(self, run: Run) -> list[Job]:
         """Return the jobs that the study still needs, in the order in which they start."""
-        ...
 
     def work(self, folder: Path, content: Mapping[str, Any]) -> None:
         """Do one job, in the child process. `folder` is the study's directory."""
-        ...
 
     def ended(self, run: Run, job: Job, error: RankscopeError | None, waiting: Sequence[Job]) -> list[Job]:
         """Record how a job ended, and return the jobs to run from here on, given those that still wait.
@@ -77,7 +66,6 @@ class Kind(Protocol):
         Raises:
             RankscopeError: the run cannot go on.
         """
-        ...
 
 
 class Running(Protocol):
@@ -87,19 +75,15 @@ class Running(Protocol):
 
     def is_running(self) -> bool:
         """Bring what is new into the study's directory, and return whether the job still runs."""
-        ...
 
     def error(self) -> RankscopeError | None:
         """Return what went wrong in a job that has ended."""
-        ...
 
     def stop(self) -> None:
         """Ask the job to stop at a checkpoint. It keeps running until it has."""
-        ...
 
     def kill(self) -> None:
         """End the job at once."""
-        ...
 
 
 class Launcher(Protocol):
@@ -107,11 +91,9 @@ class Launcher(Protocol):
 
     def site(self) -> Site:
         """Return where jobs run. May take seconds."""
-        ...
 
     def slots(self) -> int:
         """Return how many jobs can run concurrently: one for each device."""
-        ...
 
     def start(self, study: Path, job: Job) -> Running:
         """Start a job of the study in `study`, in a free slot.
@@ -119,7 +101,6 @@ class Launcher(Protocol):
         Raises:
             StudyDirectoryError: the job's folder cannot be written.
         """
-        ...
 
     def __enter__(self) -> "Launcher": ...
 

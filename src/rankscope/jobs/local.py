@@ -1,7 +1,7 @@
 """Jobs as child processes on this machine: a fresh process for each job, one at a time on each visible GPU."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -32,7 +32,7 @@ class LocalLauncher:
         if self._device.type == "cuda" and ":" not in model.device and torch.cuda.device_count() > 1:
             self._devices = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
             self._slots = gpu_environments(len(self._devices), os.environ)
-        self._free = list(range(len(self._slots)))
+        self._jobs: dict[int, JobProcess] = {}  # the last job of each slot
 
     def site(self) -> Site:
         dtype = str(resolve_dtype(self._model.dtype, self._device)).removeprefix("torch.")
@@ -42,38 +42,16 @@ class LocalLauncher:
     def slots(self) -> int:
         return len(self._slots)
 
-    def start(self, study: Path, job: Job) -> "LocalJob":
-        slot = self._free.pop(0)
-        try:
-            process = JobProcess(study, job, self._slots[slot])
-        except BaseException:
-            self._free.append(slot)
-            raise
-        return LocalJob(job, process, lambda: self._free.append(slot))
+    def start(self, study: Path, job: Job) -> JobProcess:
+        busy = {slot for slot, process in self._jobs.items() if process.is_running()}
+        slot = min(set(range(len(self._slots))) - busy)
+        self._jobs[slot] = JobProcess(study, job, self._slots[slot])
+        return self._jobs[slot]
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None: ...
-
-
-class LocalJob:
-    """A job in a child process of this one, which writes the study's directory itself."""
-
-    def __init__(self, job: Job, process: JobProcess, release: Callable[[], None]) -> None:
-        self.job, self._process, self._release = job, process, release
-        self._ended = False
-        self.error, self.stop = process.error, process.stop
-
-    def is_running(self) -> bool:
-        if not self._ended and not self._process.is_running():
-            self._ended = True
-            self._release()
-        return not self._ended
-
-    def kill(self) -> None:
-        self._process.kill()
-        self.is_running()
 
 
 def gpu_environments(count: int, environment: Mapping[str, str]) -> list[Mapping[str, str]]:

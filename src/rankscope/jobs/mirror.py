@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from rankscope.files import inside, published, write_atomic, writing
 
@@ -94,12 +94,9 @@ class Mirror:
     def _read(self, name: str) -> tuple[_Seen, bytes] | None:
         """Read a small file; None where it has been removed meanwhile."""
         seen = self._stat(name)
-        if seen is None:
-            return None
-        try:
-            return seen, (self._root / name).read_bytes()
-        except FileNotFoundError:
-            return None
+        with suppress(FileNotFoundError):
+            return None if seen is None else (seen, (self._root / name).read_bytes())
+        return None
 
     def _send(self, name: str) -> Iterator[Change]:
         """Yield the pieces of a file: all of it, or the new end of one that grows."""
@@ -107,19 +104,14 @@ class Mirror:
         if seen is None:
             return
         with suppress(FileNotFoundError), (self._root / name).open("rb") as file:
-            start = self._sent(name, seen, file.fileno())
-            file.seek(start)
-            offset, tail = start, self._seen[name].tail if start else b""
+            offset = self._sent(name, seen, file.fileno())
+            tail = self._seen[name].tail if offset else b""
             growing = name.endswith(GROWING)
-            while True:
-                piece = file.read(min(PIECE_BYTES, seen.size - offset))
-                last = offset + len(piece) >= seen.size or not piece
+            for piece in _pieces(file, offset, seen.size):
                 if growing:
-                    tail = (tail + piece)[-_TAIL_BYTES:]
-                yield Change(name, piece, offset, last, growing)
-                offset += len(piece)
-                if last:
-                    break
+                    tail = (tail + piece.data)[-_TAIL_BYTES:]
+                yield Change(name, piece.data, piece.offset, piece.last, growing)
+                offset += len(piece.data)
             self._seen[name] = seen._replace(size=offset, tail=tail)
 
     def _sent(self, name: str, now: _Seen, descriptor: int) -> int:
@@ -205,17 +197,28 @@ def _below(root: Path, folder: Path) -> list[str]:
     ]
 
 
+class _Piece(NamedTuple):
+    data: bytes
+    offset: int
+    last: bool
+
+
+def _pieces(file: BinaryIO, offset: int, size: int) -> Iterator[_Piece]:
+    """Yield an open file's bytes from `offset` to `size`, or to its end: at least one piece."""
+    file.seek(offset)
+    last = False
+    while not last:
+        data = file.read(min(PIECE_BYTES, size - offset))
+        last = offset + len(data) >= size or not data
+        yield _Piece(data, offset, last)
+        offset += len(data)
+
+
 def pieces(root: Path, name: str) -> Iterator[Change]:
     """Yield a whole file, in pieces."""
-    size, offset = (root / name).stat().st_size, 0
     with (root / name).open("rb") as file:
-        while True:
-            data = file.read(PIECE_BYTES)
-            last = offset + len(data) >= size or not data
-            yield Change(name, data, offset, last)
-            offset += len(data)
-            if last:
-                break
+        for piece in _pieces(file, 0, os.fstat(file.fileno()).st_size):
+            yield Change(name, *piece)
 
 
 def collect(root: Path, names: Iterable[str]) -> list[str]:

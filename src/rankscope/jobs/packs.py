@@ -75,17 +75,13 @@ def work(folder: Path, content: Mapping[str, Any]) -> None:
     trials = {trial.name: trial for trial in study.spec.trials()}
     with StopRequest() as stop:
         for pack, names in content["packs"].items():
-            file, record = (
-                study.path / "packs" / pack / "pack.json",
-                PackRecord(pack=pack, trials=list(names), results=None),
-            )
-            record.write(file)
+            pack_folder, record = study.path / "packs" / pack, PackRecord(pack=pack, trials=list(names), results=None)
+            record.write(pack_folder / "pack.json")
             folders = {name: study.trial_folder(trials[name]) for name in names}
-            members = [trials[name] for name in names]
-            checkpoints = study.path / "packs" / pack / "checkpoints"
+            members, checkpoints = [trials[name] for name in names], pack_folder / "checkpoints"
             train = partial(train_pack, model, study.spec, members, folders, checkpoints, data, pack, weights, stop)
             results = measure_pack(train, model.device)
-            record.model_copy(update={"results": results._asdict()}).write(file)
+            record.model_copy(update={"results": results._asdict()}).write(pack_folder / "pack.json")
             shutil.rmtree(checkpoints, ignore_errors=True)
             use_own_forward(model, attention)
             remove_adapters(model)
@@ -138,10 +134,8 @@ class PackResults(NamedTuple):
     step_seconds: float  # of all steps
     useful_flops: float  # of all steps: see `rankscope.train.flops.Cost`
     useful_flops_per_second: float
-    product_flops_per_second: float | None
-    """Of plain matrix products of one step's shapes: the mean of two timings; None where there are none."""
-    product_share: float | None
-    """Useful over plain: 1 would be a step that is nothing but products of real tokens."""
+    product_flops_per_second: float | None  # of plain matrix products of one step's shapes: the mean of two timings
+    product_share: float | None  # useful over plain: 1 would be a step that is nothing but products of real tokens
     rss_peak_bytes: int
     gpu_allocated_peak_bytes: int | None
 
@@ -154,7 +148,7 @@ def measure_pack(train: Callable[[], PackRun], device: torch.device) -> PackResu
         torch.cuda.reset_peak_memory_stats(device)
     run = train()
     gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    peak, useful = peak_rss(), run.useful_flops / run.step_seconds
+    useful = run.useful_flops / run.step_seconds
     rate = statistics.fmean(run.product_rates) if run.product_rates else None
     share = useful / rate if rate else None
-    return PackResults(run.steps, run.step_seconds, run.useful_flops, useful, rate, share, peak, gpu)
+    return PackResults(run.steps, run.step_seconds, run.useful_flops, useful, rate, share, peak_rss(), gpu)

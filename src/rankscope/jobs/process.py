@@ -31,26 +31,17 @@ class JobProcess:
     """
 
     def __init__(self, study: Path, job: Job, environment: Mapping[str, str] = MappingProxyType({})) -> None:
-        self._name, self._folder = job.folder, study / job.folder
-        self._kills = _memory_kills()
+        self.job, self._folder, self._kills = job, study / job.folder, _memory_kills()
+        self._error_file = self._folder / "error.json"
         job_file, log_file = self._folder / "job.json", self._folder / "log.txt"
         write_json(job_file, {"kind": job.kind.rpartition(".")[2]} | dict(job.content))
         with writing(log_file):
             self._error_file.unlink(missing_ok=True)
             log = log_file.open("ab")
         command = [sys.executable, "-m", "rankscope.jobs.worker", job.kind, str(study), str(job_file)]
+        variables = ENVIRONMENT | os.environ | dict(environment)
         with log:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                env=ENVIRONMENT | os.environ | dict(environment),
-            )
-
-    @property
-    def _error_file(self) -> Path:
-        return self._folder / "error.json"
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=variables)
 
     def is_running(self, seconds: float = 0.0) -> bool:
         """Wait for so many seconds at most, and return whether the process still runs."""
@@ -82,14 +73,12 @@ class JobProcess:
             kind = {kind.__name__: kind for kind in RankscopeError.all_kinds()}.get(error["kind"], WorkerError)
             return kind(error["what"], error["todo"] or log_hint)
         if -code == SIGKILL and _memory_kills() > self._kills:
-            return OutOfMemoryError(f"{self._name}: killed by the system for lack of memory", log_hint)
+            return OutOfMemoryError(f"{self.job.folder}: killed by the system for lack of memory", log_hint)
         if -code in (SIGKILL, SIGTERM, SIGINT):
-            return KilledError(f"{self._name} was killed (signal {-code})", log_hint)
+            return KilledError(f"{self.job.folder} was killed (signal {-code})", log_hint)
         if code == StudyDirectoryError.exit_code:  # and no room for error.json
-            return StudyDirectoryError(
-                f"{self._folder}: cannot be written", "Make room on its disk and run the study again."
-            )
-        return WorkerError(f"{self._name} ended without a word (exit code {code})", log_hint)
+            return StudyDirectoryError(f"{self._folder}: cannot be written", "Make room on its disk, and run again.")
+        return WorkerError(f"{self.job.folder} ended without a word (exit code {code})", log_hint)
 
 
 def _memory_kills() -> int:

@@ -16,14 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from rankscope import __version__
-from rankscope.errors import (
-    KilledError,
-    MissingExtraError,
-    OutOfMemoryError,
-    RankscopeError,
-    StudyError,
-    WorkerError,
-)
+from rankscope.errors import KilledError, MissingExtraError, OutOfMemoryError, RankscopeError, StudyError, WorkerError
 from rankscope.jobs.job import Job
 from rankscope.jobs.mirror import PIECE_BYTES, Change, Mirror, Replica, collect, pieces
 from rankscope.jobs.process import JobProcess
@@ -92,16 +85,8 @@ class RayLauncher:
 
     def _nodes(self) -> list[Node]:
         alive = [node for node in self._ray.nodes() if node["Alive"]]
-        return [
-            Node(
-                node["NodeID"],
-                node["NodeManagerHostname"],
-                int(node["Resources"].get("CPU", 0)),
-                int(node["Resources"].get("GPU", 0)),
-                int(node["Resources"].get("memory", 0)),
-            )
-            for node in alive
-        ]
+        sizes = [[int(node["Resources"].get(name, 0)) for name in ("CPU", "GPU", "memory")] for node in alive]
+        return [Node(one["NodeID"], one["NodeManagerHostname"], *size) for one, size in zip(alive, sizes, strict=True)]
 
     def slots(self) -> int:
         return max(1, sum(map(self._share.times, self._able())))
@@ -130,7 +115,11 @@ class RayLauncher:
         self._profiled_on = first
         hardware = dict(sites[first].hardware)
         if len(sites) > 1:
-            hardware["nodes"] = [{"name": nodes[node].name, **_short(site.hardware)} for node, site in sites.items()]
+            shown = ("cpu", "cores", "memory_bytes", "gpus")
+            hardware["nodes"] = [
+                {"name": nodes[node].name} | {name: site.hardware[name] for name in shown}
+                for node, site in sites.items()
+            ]
         versions = [site.versions for site in sites.values()]
         for name, version in versions[0].items():
             if any(other[name] != version for other in versions):
@@ -151,8 +140,8 @@ class RayLauncher:
         if job.alone:
             node = self._one_of(able)
             able = [node]
-            options["scheduling_strategy"] = _on(node.id)
-            options["num_cpus"] = self._share.cpus if self._share.gpus else node.cpus
+            cpus = self._share.cpus if self._share.gpus else node.cpus
+            options |= {"scheduling_strategy": _on(node.id), "num_cpus": cpus}
         # More than any node has would be waited for without end.
         options["memory"] = min(job.memory_bytes, max((node.memory_bytes for node in able), default=0))
         task = self._task.options(
@@ -195,8 +184,8 @@ class RayJob:
     def __init__(self, launcher: RayLauncher, study: Path, job: Job) -> None:
         self.job, self._launcher, self._study = job, launcher, study
         self._ray = require_ray()
-        self._starts, self._stopped = 0, False
-        self._ended, self._error = False, None  # type: bool, RankscopeError | None
+        self._starts, self._stopped, self._ended = 0, False, False
+        self._error: RankscopeError | None = None
         self._start()
 
     def _start(self) -> None:
@@ -207,7 +196,11 @@ class RayJob:
     def is_running(self) -> bool:
         while not self._ended and self._ray.wait([self._stream], timeout=0)[0]:
             try:
-                self._take(self._ray.get(next(self._stream)))
+                message: list[Change] | Ended = self._ray.get(next(self._stream))
+                if isinstance(message, Ended):
+                    self._end(message.error)
+                else:
+                    self._replica.apply(message)
             except self._ray.exceptions.OutOfMemoryError as error:
                 self._end(OutOfMemoryError(f"{self.job.folder}: Ray ended it for lack of memory", _first_line(error)))
             except self._ray.exceptions.RayTaskError as error:
@@ -215,12 +208,6 @@ class RayJob:
             except (self._ray.exceptions.RayError, StopIteration) as error:
                 self._lost(error)
         return not self._ended
-
-    def _take(self, message: "Changes | Ended") -> None:
-        if isinstance(message, Ended):
-            self._end(message.error)
-        else:
-            self._replica.apply(message.changes)
 
     def _end(self, error: RankscopeError | None) -> None:
         self._ended, self._error = True, error
@@ -245,14 +232,8 @@ class RayJob:
         self._end(KilledError(f"{self.job.folder} was killed"))
 
 
-class Changes(NamedTuple):
-    """A message of a task: the files that its job has written."""
-
-    changes: list[Change]
-
-
 class Ended(NamedTuple):
-    """The last message of a task."""
+    """The last message of a task; each before it is a list of changes to the files that its job has written."""
 
     error: RankscopeError | None
 
@@ -277,7 +258,9 @@ def _look(model: ModelSpec) -> Site:
     return LocalLauncher(model).site()
 
 
-def _work(files: dict[str, list[Any]], job: Job, study: str, mailbox: Any, number: int) -> "Iterator[Changes | Ended]":
+def _work(
+    files: dict[str, list[Any]], job: Job, study: str, mailbox: Any, number: int
+) -> Iterator[list[Change] | Ended]:
     """Run the job in a folder that starts with `files`, and yield what it writes. The body of a task."""
     ray = require_ray()
     with tempfile.TemporaryDirectory(prefix="rankscope-") as scratch:
@@ -304,16 +287,16 @@ def _work(files: dict[str, list[Any]], job: Job, study: str, mailbox: Any, numbe
                 process.kill()
 
 
-def _messages(changes: Iterable[Change]) -> Iterator[Changes]:
+def _messages(changes: Iterable[Change]) -> Iterator[list[Change]]:
     """Group changes into messages of about `PIECE_BYTES`."""
     group: list[Change] = []
     for change in changes:
         group.append(change)
         if sum(len(one.data or b"") for one in group) >= PIECE_BYTES:
-            yield Changes(group)
+            yield group
             group = []
     if group:
-        yield Changes(group)
+        yield group
 
 
 def require_ray() -> Any:
@@ -339,12 +322,8 @@ def _connect(address: str | None) -> None:
         )
     ray = require_ray()
     try:
-        ray.init(
-            address,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            include_dashboard=False if address is None else None,
-        )
+        dashboard = False if address is None else None
+        ray.init(address, log_to_driver=False, logging_level=logging.WARNING, include_dashboard=dashboard)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise StudyError(
             f"Ray at {address or 'this machine'}: {_first_line(error)}",
@@ -391,16 +370,9 @@ def _cannot_work(error: Exception) -> RankscopeError:
             "rankscope is not installed on a node of the Ray cluster",
             f"Install it on every node, with what the study needs: pip install rankscope=={__version__}",
         )
-    return WorkerError(f"a task on the Ray cluster failed: {_last_line(error)}")
-
-
-def _short(hardware: dict[str, Any]) -> dict[str, Any]:
-    return {name: hardware[name] for name in ("cpu", "cores", "memory_bytes", "gpus")}
+    last_line = str(error).strip().rpartition("\n")[2]
+    return WorkerError(f"a task on the Ray cluster failed: {last_line}")
 
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
-
-
-def _last_line(error: Exception) -> str:
-    return str(error).strip().rpartition("\n")[2]

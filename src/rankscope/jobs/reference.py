@@ -44,7 +44,7 @@ def jobs(run: Run) -> list[Job]:
 def work(folder: Path, content: Mapping[str, Any]) -> None:
     """Train one trial of full fine-tuning."""
     study, data = open_study(folder)
-    (trial,) = [trial for trial in study.spec.reference_trials() if trial.name == content["trial"]]
+    (trial,) = [trial for trial in study.reference_trials if trial.name == content["trial"]]
     with StopRequest() as stop:
         train_full(study.spec, trial, study.trial_folder(trial), data, stop)
 
@@ -61,8 +61,7 @@ def ended(run: Run, job: Job, error: RankscopeError | None, waiting: Sequence[Jo
 
 
 def make_full_train_state(model: PreTrainedModel, trial: FullTrial, training: TrainingSpec, steps: int) -> TrainState:
-    """Make every weight of `model` trainable, and create the trial's optimizer and schedule. Tied weights count
-    once."""
+    """Make all weights of `model` trainable, and create the trial's optimizer and schedule. Tied weights count once."""
     model.requires_grad_(True)
     weights = dict(model.named_parameters())
     optimizer = make_optimizer({trial.learning_rate: list(weights.values())}, training)

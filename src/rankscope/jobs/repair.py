@@ -28,6 +28,7 @@ def remove_corrupt(study: StudyFolder) -> list[str]:
         StudyDirectoryError: a file cannot be read, or a newer version wrote it; that file stays.
     """
     removed = []
+    packs = [file.parent.name for file in study.path.glob("packs/*/pack.json")]
     records: dict[str, Callable[[], object]] = {
         "machine.json": lambda: study.machine,
         "prediction.json": lambda: study.prediction,
@@ -35,10 +36,9 @@ def remove_corrupt(study: StudyFolder) -> list[str]:
         "verdict.json": study.find_verdict,
         "failures.json": study.failures,
         "packs/division.json": study.division,
+        **{f"profiles/{name}.json": partial(study.whole_repeats, name) for name in study.spec.profiled()},
+        **{f"packs/{name}/pack.json": partial(study.pack_record, name) for name in packs},
     }
-    records |= {f"profiles/{name}.json": partial(study.whole_repeats, name) for name in study.spec.profiled()}
-    for file in study.path.glob("packs/*/pack.json"):
-        records[str(file.relative_to(study.path))] = partial(study.pack_record, file.parent.name)
     for name, read in records.items():
         file = study.file(name)
         if exists(file) and not _is_whole(read):

@@ -37,19 +37,15 @@ class Trainer(Protocol):
 
     def add(self, asked: SearchTrial) -> None:
         """Give a candidate a slot, at step 0."""
-        ...
 
     def remove(self, name: str) -> None:
         """Free the slot of a candidate."""
-        ...
 
     def step(self, steps: Mapping[str, int]) -> Mapping[str, float]:
         """Train each candidate by one step and return its loss, which is not finite where it diverged."""
-        ...
 
     def evaluate(self, steps: Mapping[str, int]) -> Mapping[str, float]:
         """Return the held-out loss of each candidate."""
-        ...
 
 
 @dataclass

@@ -29,11 +29,7 @@ MOST_SLOTS = 64
 
 
 def run(
-    spec: SearchSpec,
-    out: Path,
-    launcher: Launcher,
-    say: Callable[[str], None],
-    poll: Callable[[], None] = lambda: None,
+    spec: SearchSpec, out: Path, launcher: Launcher, say: Callable[[str], None], poll: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
     """Search, or go on with the search in `out`; return its result, see `rankscope.search.sampling.summary`.
 

@@ -137,10 +137,7 @@ class SearchTrial(Trial):
 
 
 def resolve_search(
-    values: Mapping[str, Any],
-    options: Mapping[str, Any],
-    assignments: Sequence[str] = (),
-    file: Path | None = None,
+    values: Mapping[str, Any], options: Mapping[str, Any], assignments: Sequence[str] = (), file: Path | None = None
 ) -> SearchSpec:
     """Resolve a search from a study's values and options.
 

@@ -144,8 +144,7 @@ def assemble(
     for option, value in options.items():
         if option not in OPTIONS:
             raise StudyError(
-                f"{option}: unknown option{did_you_mean(option, OPTIONS)}",
-                f"Known: {', '.join(OPTIONS)}.",
+                f"{option}: unknown option{did_you_mean(option, OPTIONS)}", f"Known: {', '.join(OPTIONS)}."
             )
         if value is not None:
             set_field(merged, OPTIONS[option].field, value)

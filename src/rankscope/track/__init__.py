@@ -33,7 +33,6 @@ class Run(Protocol):
 
     def log(self, points: Sequence[Point]) -> None:
         """Append points, in order."""
-        ...
 
     def finish(self, summary: Point, status: str) -> None:
         """End the run with the trial's status, such as `done` or `diverged`. A later session may begin it again.
@@ -41,7 +40,6 @@ class Run(Protocol):
         The summary is a point at the last step, with metrics of its own: none where the trial has no result, or where
         an earlier session has sent them.
         """
-        ...
 
 
 class Tracker(Protocol):
@@ -57,11 +55,9 @@ class Tracker(Protocol):
 
         `config` may hold mappings: see `flat`.
         """
-        ...
 
     def close(self) -> None:
         """Release the client, when all runs have been finished."""
-        ...
 
 
 class _Known(NamedTuple):

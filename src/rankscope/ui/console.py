@@ -10,16 +10,13 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.text import Text
 
-from rankscope.text.formats import strip_control_characters
+from rankscope.text.formats import Table, strip_control_characters
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
     from rich.table import Table as RichTable
-
-    from rankscope.text.formats import Table
 
 
 class PlainConsole(Console):
@@ -33,19 +30,14 @@ class PlainConsole(Console):
         return super().render_str(strip_control_characters(text), **options)
 
 
-out_console = PlainConsole(highlight=False)
-
-
+out_console, error_console = PlainConsole(highlight=False), PlainConsole(stderr=True, highlight=False)
 if not out_console.is_terminal:
     out_console.width = max(out_console.width, 120)  # room for tables in a log file
 
 
-error_console = PlainConsole(stderr=True, highlight=False)
-
-
 def make_table(
     headers: Sequence[str],
-    rows: Iterable[Sequence["RenderableType"]],
+    rows: Iterable[Sequence[RenderableType]],
     left: Container[int] = (0,),
     title: str | None = None,
     no_wrap: bool = False,
@@ -61,7 +53,7 @@ def make_table(
     return table
 
 
-def print_table(table: "Table") -> None:
+def print_table(table: Table) -> None:
     left = [position for position, numeric in enumerate(table.numeric) if not numeric]
     out_console.print(make_table(table.headers, table.rows, left, table.caption))
 
@@ -79,7 +71,7 @@ def stoppable() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         again = shlex.join(["rankscope", *sys.argv[1:]])
-        error_console.print(f"Stopped. To resume, run the same command:\n  {again}", markup=False, style="yellow")
+        error_console.print(f"Stopped. To resume, run the same command:\n  {again}", style="yellow")
         raise typer.Exit(130) from None
 
 

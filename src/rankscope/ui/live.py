@@ -114,7 +114,7 @@ class LiveStudy:
         measured = sum(min(len(study.profile_repeats(name)), study.spec.measure.repeats) for name in names)
         profiles = len(names) * study.spec.measure.repeats
         return State(
-            doing=self._doing(statuses, training, measured < profiles, holder, began),
+            doing=self._doing(statuses, training, measured < profiles, holder is not None, began),
             training={name: [self._trial(one, statuses) for one in members] for name, members in training.items()},
             packs=list(study.division().packs),
             results=self._results(began),
@@ -136,13 +136,10 @@ class LiveStudy:
 
     def _read_tails(self, statuses: Mapping[str, str]) -> None:
         """Read new metrics, except of trials that have ended and were read since."""
-        for name, status in statuses.items():
-            if name not in self._read_to_end:
-                self._tails[name].read()
-            if status in FINISHED:
-                self._read_to_end.add(name)
-            else:
-                self._read_to_end.discard(name)  # a corrupt trial is trained again
+        for name in statuses.keys() - self._read_to_end:
+            self._tails[name].read()
+        finished = {name for name, status in statuses.items() if status in FINISHED}
+        self._read_to_end = self._read_to_end - statuses.keys() | finished  # a corrupt trial is trained again
 
     def _trial(self, name: str, statuses: Mapping[str, str]) -> TrialState:
         tail, trial = self._tails[name], self._trials[name]
@@ -162,10 +159,8 @@ class LiveStudy:
                 record = self.study.pack_record(pack)
                 if record is not None and record.results is None:
                     found[pack] = names
-        for trial in self.study.reference_trials:
-            if statuses[trial.name] == "running" and self._recorded(trial) >= began:
-                found[trial.name] = [trial.name]
-        return found
+        full = [trial for trial in self.study.reference_trials if statuses[trial.name] == "running"]
+        return found | {trial.name: [trial.name] for trial in full if self._recorded(trial) >= began}
 
     def _results(self, began: float) -> dict[str, dict[str, Any]]:
         """Results of the packs that have ended since this run `began`."""
@@ -177,32 +172,26 @@ class LiveStudy:
         return _modified(self.study.trial_folder(trial) / "trial.json")
 
     def _doing(
-        self,
-        statuses: Mapping[str, str],
-        training: Collection[str],
-        unmeasured: bool,
-        holder: Holder | None,
-        began: float,
+        self, statuses: Mapping[str, str], training: Collection[str], unmeasured: bool, running: bool, began: float
     ) -> str:
-        study = self.study
-        answers = study.file("answers")
-        if holder is None:
+        study, answers = self.study, self.study.file("answers")
+        answered = (answers / "answers.json").exists()
+        if not running:
             complete = set(statuses.values()) <= set(FINISHED) and not unmeasured
             return "done" if complete and study.file("verdict.json").exists() else "stopped"
         if any(self._is_due(trial, statuses, began) for trial in study.trials):
             return "train"
-        if _modified(study.file("curve", "job.json")) >= began:
-            return "curve"
+        if any(_modified(job) >= began for job in study.file("curve").rglob("job.json")):
+            return "curve"  # on several devices each trial has a job
         if _modified(answers / "job.json") >= began:
-            return "conclude" if (answers / "answers.json").exists() else "answer"
+            return "conclude" if answered else "answer"
         if any(trial.name in training for trial in study.reference_trials):
             return "reference"
         if unmeasured:
             return "profile"
         if any(self._is_due(trial, statuses, began) for trial in study.reference_trials):
             return "reference"
-        answered = not study.spec.measure.answers or (answers / "answers.json").exists()
-        return "conclude" if answered else "answer"
+        return "conclude" if answered or not study.spec.measure.answers else "answer"
 
     def _is_due(self, trial: AnyTrial, statuses: Mapping[str, str], began: float) -> bool:
         """Whether this run still trains the trial. One that failed in an earlier run is trained again."""
@@ -213,18 +202,15 @@ class LiveStudy:
         """Name of the profile being measured: the last that this run began, until its repeat is recorded."""
         jobs = {folder.name: _modified(folder / "job.json") for folder in self.study.file("profiles", "jobs").glob("*")}
         name = max(jobs, key=jobs.__getitem__, default=None)
-        if name is None or jobs[name] < max(began, _modified(self.study.profile_file(name))):
-            return None
-        return name
+        return name if name and jobs[name] >= max(began, _modified(self.study.profile_file(name))) else None
 
     def _seconds_left(self, statuses: Mapping[str, str], profiles: int, devices: int) -> float | None:
         """Predicted time of the steps left, divided among the devices in use, and of the profiles left.
 
         Both are scaled by how much longer the steps so far took than predicted.
         """
-        predicted = {
-            name: found["runtime_seconds"] for name, found in self.study.prediction.get("candidates", {}).items()
-        }
+        known = self.study.prediction.get("candidates", {})
+        predicted = {name: found["runtime_seconds"] for name, found in known.items()}
         if not predicted or None in predicted.values():
             return None
         taken = expected = left = 0.0
@@ -247,19 +233,11 @@ class LiveStudy:
 def trial_rows(trials: list[TrialState], steps: int, text: Catalogue) -> list[list[str]]:
     """Name, status, step, training loss (smoothed) and held-out loss of each trial, as words and numbers."""
 
-    def number(value: float | None) -> str:
-        return text("none") if value is None else loss(value)
-
-    return [
-        [
-            trial.name,
-            text(f"status.{trial.status}"),
-            f"{trial.step:,} / {steps:,}",
-            number(trial.train_loss),
-            number(trial.eval_loss),
-        ]
-        for trial in trials
-    ]
+    rows = []
+    for trial in trials:
+        losses = [text("none") if value is None else loss(value) for value in (trial.train_loss, trial.eval_loss)]
+        rows.append([trial.name, text(f"status.{trial.status}"), f"{trial.step:,} / {steps:,}", *losses])
+    return rows
 
 
 def _modified(file: Path) -> float:

@@ -27,10 +27,9 @@ def show_outcome(conclusion: Conclusion, console: Console, language: str) -> Non
     """Print the report's numbers for each candidate, and the verdict."""
     study, evidence, verdict = conclusion
     _show_candidates(evidence, verdict, console)
-    console.print(f"\n{verdict_sentence(verdict, language)}", markup=False, style="bold", soft_wrap=True)
-    for sentence in variant_sentences(verdict, load(language)):
-        console.print(sentence, markup=False, soft_wrap=True)
-    console.print(f"Report: {study.report}", markup=False, soft_wrap=True)
+    console.print(f"\n{verdict_sentence(verdict, language)}", style="bold", soft_wrap=True)
+    for sentence in [*variant_sentences(verdict, load(language)), f"Report: {study.report}"]:
+        console.print(sentence, soft_wrap=True)
 
 
 def describe_outcome(conclusion: Conclusion) -> dict[str, Any]:
@@ -103,8 +102,7 @@ def _show_candidates(evidence: Evidence, verdict: Mapping[str, Any], console: Co
         for _, row in by_candidate(evidence, verdict).iterrows()
     ]
     console.print(make_table(["candidate", *shown], rows))
-    noise = noise_sentence(evidence.profiles, load("en"))
-    if noise:
-        console.print(noise, markup=False, soft_wrap=True)
+    if noise := noise_sentence(evidence.profiles, load("en")):
+        console.print(noise, soft_wrap=True)
     if not gpu:
         console.print("GPU memory: none, as no GPU was used.")

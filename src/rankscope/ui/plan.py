@@ -1,12 +1,10 @@
 """What `rankscope plan` shows: what would run, what it would take, and what fits. Nothing is trained or written."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
-from rich.console import Console
 from rich.table import Table
 
-from rankscope.data.tokens import TokenizedData
 from rankscope.errors import StudyError
 from rankscope.jobs.launchers import make_launcher
 from rankscope.pipeline import study_data
@@ -14,8 +12,7 @@ from rankscope.plan.checks import too_large
 from rankscope.plan.memory import CostModel, PeakMemory, predict_peak
 from rankscope.plan.packs import MAX_PACK_MEMORY_FRACTION
 from rankscope.plan.plan import Plan, imagined_gpu, make_fleet, make_plan
-from rankscope.plan.runtime import COUNTED, NOT_COUNTED, Forecast, StudyForecast, study_seconds
-from rankscope.spec.candidates import Trial
+from rankscope.plan.runtime import COUNTED, NOT_COUNTED, StudyForecast, study_seconds
 from rankscope.spec.models import StudySpec
 from rankscope.study.folder import StudyFolder
 from rankscope.study.missing import is_finished
@@ -58,40 +55,26 @@ def show_plan(plan: Plan, study: StudyFolder | None, as_json: bool) -> None:
     if as_json:
         print_json(describe_plan(plan))
     else:
-        _print_plan(plan, out_console)
+        _print_plan(plan)
     if study is not None:
-        _print_progress(study, plan, error_console if as_json else out_console)
-
-
-def _print_plan(plan: Plan, console: Console) -> None:
-    spec, prediction, data, found, packs = plan.spec, plan.prediction, plan.data, plan.forecast, plan.packs
-    free = plan.site.free_bytes
-    console.print(f"Model {spec.model.id}: {prediction.base_params:,} parameters", markup=False)
-    console.print(describe_data(data.facts), markup=False, soft_wrap=True)
-    console.print(_candidates(spec, found, free))
-    for line in _notes(plan):
-        console.print(line, markup=False, soft_wrap=True)
-    trials = sum(map(len, packs.values()))
-    console.print(f"{trials} trials of {plan.steps:,} steps in {len(packs)} packs:")
-    for line in _packs(spec, prediction, found.candidates, packs, data, free):
-        console.print(line, markup=False, soft_wrap=True)
-    if plan.reference:
-        console.print(
-            f"{len(plan.reference)} trials of full fine-tuning, each alone: their memory and time are not predicted."
+        done = sum(is_finished(study, trial) for trial in study.trials)
+        (error_console if as_json else out_console).print(
+            f"{study.path} has {done} of the {len(study.trials)} trials; {len(plan.profiles)} repeats of profiles and "
+            f"{len(plan.reference)} trials of full fine-tuning are missing too. A run would do what is missing.",
+            soft_wrap=True,
         )
-    console.print(f"On the disk: at most about {size(plan.disk_bytes)}.")
 
 
-def _print_progress(study: StudyFolder, plan: Plan, console: Console) -> None:
-    """Print what a study that has begun has already: a run does only the rest."""
-    trials = study.spec.trials()
-    done = sum(is_finished(study, trial) for trial in trials)
-    console.print(
-        f"{study.path} has {done} of the {len(trials)} trials; {len(plan.profiles)} repeats of profiles and "
-        f"{len(plan.reference)} trials of full fine-tuning are missing too. A run would do what is missing.",
-        markup=False,
-        soft_wrap=True,
-    )
+def _print_plan(plan: Plan) -> None:
+    out_console.print(f"Model {plan.spec.model.id}: {plan.prediction.base_params:,} parameters")
+    out_console.print(describe_data(plan.data.facts), soft_wrap=True)
+    out_console.print(_candidates(plan))
+    trials, full = sum(map(len, plan.packs.values())), len(plan.reference)
+    lines = [*_notes(plan), f"{trials} trials of {plan.steps:,} steps in {len(plan.packs)} packs:", *_packs(plan)]
+    if full:
+        lines.append(f"{full} trials of full fine-tuning, each alone: their memory and time are not predicted.")
+    for line in [*lines, f"On the disk: at most about {size(plan.disk_bytes)}."]:
+        out_console.print(line, soft_wrap=True)
 
 
 def describe_plan(plan: Plan) -> dict[str, Any]:
@@ -128,9 +111,7 @@ def parse_gpu(memory: str | None, flops: str | None) -> Gpu | None:
     size_bytes = _parsed("--gpu-memory", memory, parse_bytes, "24GB")
     rate = _parsed("--gpu-flops", flops, parse_flops, "400TFLOPS")
     if rate and not size_bytes:
-        raise StudyError(
-            "--gpu-flops is given, and --gpu-memory is not", "Describe the GPU by both: --gpu-memory 80GB."
-        )
+        raise StudyError("--gpu-flops without --gpu-memory", "Describe the GPU by both: --gpu-memory 80GB.")
     return Gpu(size_bytes, rate) if size_bytes else None
 
 
@@ -141,19 +122,18 @@ def _parsed(option: str, text: str | None, parse: Callable[[str], Number], examp
         raise StudyError(f"{option} {text}: {error}", f"For example {option} {example}.") from None
 
 
-def _candidates(spec: StudySpec, found: StudyForecast, free: int) -> Table:
+def _candidates(plan: Plan) -> Table:
     names = ["candidate", "scaling", "trainable", "base", "adapter", "activations", "logits", "other", "total", "fits"]
-    rows = []
-    for candidate in spec.candidates():
-        row = found.candidates[candidate.name]
-        memory = ["–"] * 7
+    rows, room = [], plan.site.free_bytes * MAX_PACK_MEMORY_FRACTION
+    for candidate in plan.spec.candidates():
+        row = plan.forecast.candidates[candidate.name]
+        memory, times = ["–"] * 7, ["–"] * 2
         if row.parts and row.peak_bytes:
             parts = row.parts
             adapter = parts["adapter"] + parts["gradients"] + parts["optimizer"]
             other = parts["process"] + parts["retained"]
             columns = (parts["base"], adapter, parts["activations"], parts["logits"], other, row.peak_bytes)
-            memory = [*map(size, columns), "yes" if row.peak_bytes <= free * MAX_PACK_MEMORY_FRACTION else "no"]
-        times = ["–"] * 2
+            memory = [*map(size, columns), "yes" if row.peak_bytes <= room else "no"]
         if row.step_seconds is not None and row.runtime_seconds is not None:
             times = [f"{row.step_seconds:.2g}", duration(row.runtime_seconds, load("en"))]
         rows.append([candidate.name, f"{candidate.scaling:.3g}", f"{row.trainable_params:,}", *memory, *times])
@@ -176,9 +156,8 @@ def _notes(plan: Plan) -> list[str]:
     if found.reason:
         notes.append(f"  Not all of it can be predicted: {found.reason}")
     notes += [*_checkpointing(found), *(too_large(spec.model, prediction, free) or ())]
-    largest = plan.largest_rank
-    if largest is not None:
-        notes.append(_largest(spec, prediction, largest))
+    if plan.largest_rank is not None:
+        notes.append(_largest(spec, prediction, plan.largest_rank))
     seconds = study_seconds(spec, found.candidates)
     if seconds is None or found.product_flops_per_second is None:
         known = " --gpu-flops says what it reaches." if hypothetical else ""
@@ -241,24 +220,17 @@ def _largest(spec: StudySpec, prediction: CostModel, rank: int) -> str:
     return f"Largest rank that fits: {rank:,} on {on} (as a power of two: {1 << (rank.bit_length() - 1):,})."
 
 
-def _packs(
-    spec: StudySpec,
-    prediction: CostModel,
-    forecasts: Mapping[str, Forecast],
-    packs: Mapping[str, Sequence[Trial]],
-    data: TokenizedData,
-    free: int,
-) -> list[str]:
+def _packs(plan: Plan) -> list[str]:
     """One line a pack. Packs of the same candidates need the same memory."""
-    known: dict[tuple[str, ...], int | None] = {(name,): row.peak_bytes for name, row in forecasts.items()}
-    step_tokens = float(data.train.lengths.mean()) * spec.training.effective_batch_size
+    prediction, free = plan.prediction, plan.site.free_bytes
+    known: dict[tuple[str, ...], int | None] = {(n,): row.peak_bytes for n, row in plan.forecast.candidates.items()}
     lines = []
-    for pack, trials in packs.items():
+    for pack, trials in plan.packs.items():
         names = tuple(trial.candidate.name for trial in trials)
         if names not in known:
-            peak = predict_peak(spec, prediction, trials, data.train, free)
+            peak = predict_peak(plan.spec, prediction, trials, plan.data.train, free)
             known[names] = peak.parts.total if isinstance(peak, PeakMemory) else None
-        total = known[names] or prediction.peak_bytes(trials, free, len(trials) * step_tokens)
+        total = known[names] or prediction.peak_bytes(trials, free, len(trials) * plan.step_tokens)
         fits = "" if total <= free else f", more than the {size(free)} there are"
         lines.append(f"  {pack}  {', '.join(trial.name for trial in trials)}: about {size(total)}{fits}")
     return lines

@@ -4,7 +4,6 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
@@ -32,23 +31,21 @@ class Display:
     def __init__(self, console: Console) -> None:
         self.console = console
         self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
-        self._last_line = time.monotonic() - LINE_EVERY_SECONDS
+        self._next_line = time.monotonic()
 
     def __enter__(self) -> Self:
         if self._live:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._live:
             self._live.update(Text(""))
             self._live.stop()
 
     def say(self, message: str) -> None:
         """Print a line that stays."""
-        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(message, highlight=False, soft_wrap=True)
 
     @property
     def is_drawn(self) -> bool:
@@ -62,9 +59,9 @@ class Display:
 
     def line_is_due(self) -> bool:
         """Whether the next of the regular lines is due."""
-        due = time.monotonic() - self._last_line >= LINE_EVERY_SECONDS
+        due = time.monotonic() >= self._next_line
         if due:
-            self._last_line = time.monotonic()
+            self._next_line = time.monotonic() + LINE_EVERY_SECONDS
         return due
 
 
@@ -82,9 +79,7 @@ class TerminalProgress(Display):
         self._measuring = ""
 
     def poll(self) -> None:
-        with suppress(
-            StudyDirectoryError, StudyError
-        ):  # the run itself reports damage; showing it must not end training
+        with suppress(StudyDirectoryError, StudyError):  # the run itself reports damage; showing must not end training
             self._read()
         state = self._state
         if state is None:
@@ -135,14 +130,14 @@ class TerminalProgress(Display):
         if step <= first:
             return "loading"
         left = (time.monotonic() - start) / (step - first) * (state.steps - step)
-        return ", ".join([f"about {duration(left, load('en'))} left", *_whole_left(state)])
+        return f"about {duration(left, load('en'))} left{_whole_left(state, ', ')}"
 
     def _heading(self, state: State) -> str:
         """Line for work that is no training."""
         doing = _measuring(state) or ("Loading the model" if state.doing == "train" else "Working")
         if state.doing in ("answer", "curve"):
             doing = load("en")(f"live.{state.doing}")
-        return " · ".join([doing, *_whole_left(state)]) + _memory(state)
+        return f"{doing}{_whole_left(state, ' · ')}{_memory(state)}"
 
     def _trial_table(self, name: str, trials: list[TrialState], state: State) -> Group:
         rows: list[list[RenderableType]] = []
@@ -177,9 +172,9 @@ def _measuring(state: State) -> str:
     return f"Measuring cost, {state.profiles_done + 1} of {state.profiles}: {state.profile}"
 
 
-def _whole_left(state: State) -> list[str]:
+def _whole_left(state: State, joint: str) -> str:
     seconds = state.seconds_left
-    return [] if seconds is None else [f"about {duration(seconds, load('en'))} for the whole study"]
+    return "" if seconds is None else f"{joint}about {duration(seconds, load('en'))} for the whole study"
 
 
 def _memory(state: State) -> str:

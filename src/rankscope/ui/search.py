@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
-from rich.table import Table
 from rich.text import Text
 
 from rankscope.search.folder import Search
@@ -16,6 +15,7 @@ from rankscope.ui.console import make_table
 from rankscope.ui.progress import Display
 
 MAX_SHOWN = 10  # candidates in the table of results
+_COUNTED = {"trials": "candidates", "tokens": "tokens"}
 
 
 class SearchProgress(Display):
@@ -24,14 +24,17 @@ class SearchProgress(Display):
     def __init__(self, console: Console, folder: Path) -> None:
         super().__init__(console)
         self._folder = folder
-        self.line_is_due()  # the first line comes after an interval: at first there is nothing to show
+        self.line_is_due()  # the first line comes after an interval
 
     def poll(self) -> None:
         result = Search.open(self._folder).result()
         if result is None:
             return
         if self.is_drawn:
-            self.draw(Group(Text(progress_line(result), style="bold"), _training(result)))
+            training = result["training"].items()
+            rows = [(name, str(step), "–" if value is None else loss(value)) for name, (step, value) in training]
+            table = make_table(("candidate", "step", "loss"), rows)
+            self.draw(Group(Text(progress_line(result), style="bold"), table))
         elif self.line_is_due():
             self.say(f"  {progress_line(result)}")
 
@@ -53,21 +56,10 @@ def progress_line(result: Mapping[str, Any]) -> str:
 def budget_left(result: Mapping[str, Any]) -> str:
     """Budget left, for each of its limits."""
     budget, spent = result["budget"], result["spent"]
-    left = []
-    if budget["trials"] is not None:
-        left.append(f"{max(0, budget['trials'] - spent['trials'])} candidates")
-    if budget["tokens"] is not None:
-        left.append(f"{max(0, budget['tokens'] - spent['tokens']):,} tokens")
+    left = [f"{max(0, budget[n] - spent[n]):,} {word}" for n, word in _COUNTED.items() if budget[n] is not None]
     if budget["hours"] is not None:
         left.append(duration(max(0.0, 3600 * budget["hours"] - spent["seconds"]), load("en")))
     return ", ".join(left)
-
-
-def _training(result: Mapping[str, Any]) -> Table:
-    rows = [
-        (name, str(step), "–" if value is None else loss(value)) for name, (step, value) in result["training"].items()
-    ]
-    return make_table(("candidate", "step", "loss"), rows)
 
 
 def show_result(search: Search, result: Mapping[str, Any], console: Console) -> None:
@@ -87,9 +79,9 @@ def show_result(search: Search, result: Mapping[str, Any], console: Console) -> 
     headers = ("candidate", "rank", "learning rate", "alpha", "held-out loss", "over the best", "target modules")
     console.print(make_table(headers, rows, left=(0, 6)))
     if len(within) < len(done):
-        console.print(f"* beyond the margin of {result['margin']:.3g} of the best's loss", markup=False)
+        console.print(f"* beyond the margin of {result['margin']:.3g} of the best's loss")
     for line in sentences(search.path, result):
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def sentences(path: Path, result: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,8 @@ import sys
 import threading
 import time
 import webbrowser
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from functools import cached_property
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -47,17 +48,18 @@ class Watch:
 
     def __init__(self, study: Study, language: str) -> None:
         self.study, self.text = study, load(language)
-        self._live: LiveStudy | None = None
         self._lock = threading.Lock()  # a browser sends requests in parallel
 
+    @cached_property
+    def _live(self) -> LiveStudy:
+        return LiveStudy(self.study)
+
     def state(self) -> State:
-        """Current state of the study.
+        """Return the current state of the study.
 
         Raises:
             StudyDirectoryError: the study has not begun.
         """
-        if self._live is None:
-            self._live = LiveStudy(self.study)
         return self._live.read()
 
     def page(self) -> str:
@@ -84,11 +86,8 @@ class Watch:
         """State as the page shows it; the page reloads its tables when `part` changes."""
         statuses = ",".join(trial.status for trial in state.trials)
         part = f"{state.doing} {state.pack} {state.profiles_done} {statuses}"
-        return {
-            "lines": list(lines(state, self.text)),
-            "rows": trial_rows(state.trials, state.steps, self.text),
-            "part": part,
-        }
+        rows = trial_rows(state.trials, state.steps, self.text)
+        return {"lines": list(lines(state, self.text)), "rows": rows, "part": part}
 
 
 def lines(state: State, text: Catalogue) -> Iterator[str]:
@@ -128,14 +127,14 @@ def _handler(watch: Watch) -> type[BaseHTTPRequestHandler]:
                 else:
                     self._answer(HTTPStatus.NOT_FOUND, "text/plain", "nothing here")
             except StudyDirectoryError as error:  # not begun, or being written
-                self._answer(HTTPStatus.SERVICE_UNAVAILABLE, "text/plain", error.what, {"Refresh": "2"})
+                self._answer(HTTPStatus.SERVICE_UNAVAILABLE, "text/plain", error.what, Refresh="2")
 
-        def _answer(self, status: HTTPStatus, kind: str, body: str, more: Mapping[str, str] | None = None) -> None:
+        def _answer(self, status: HTTPStatus, kind: str, body: str, **more: str) -> None:
             content = body.encode()
             self.send_response(status)
             headers = {"Content-Type": f"{kind}; charset=utf-8", "Content-Length": str(len(content))}
             headers |= {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY"}
-            for name, value in {**headers, **(more or {})}.items():
+            for name, value in (headers | more).items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(content)
@@ -166,21 +165,15 @@ def watch_terminal(watch: Watch, console: Console) -> None:
     """Show the study in the terminal until it is done or stopped; once if output is no terminal."""
     with Live(console=console, auto_refresh=False, transient=False) as live:
         while True:
-            state = _wait_for(watch)
-            live.update(_terminal_table(state, watch.text), refresh=True)
-            if state.doing in ("done", "stopped") or not console.is_terminal:
-                return
-            time.sleep(TERMINAL_SECONDS)
-
-
-def _wait_for(watch: Watch) -> State:
-    """State of the study, as soon as it has begun."""
-    while True:
-        try:
-            return watch.state()
-        except StudyDirectoryError:
-            if watch.study.holder() is None:
-                raise
+            try:
+                state = watch.state()
+            except StudyDirectoryError:
+                if watch.study.holder() is None:
+                    raise
+            else:
+                live.update(_terminal_table(state, watch.text), refresh=True)
+                if state.doing in ("done", "stopped") or not console.is_terminal:
+                    return
             time.sleep(TERMINAL_SECONDS)
 
 
