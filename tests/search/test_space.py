@@ -53,7 +53,7 @@ def test_defaults_and_what_a_study_says() -> None:
     assert said.space.alphas == ("2r",)
     assert said.space.target_modules == (("q_proj",),)
     assert said.study.training.steps == 7
-    assert said.training_seed == 3
+    assert said.study.seeds == (3,)
 
 
 def test_a_search_is_read_as_it_was_written() -> None:

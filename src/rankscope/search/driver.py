@@ -55,10 +55,8 @@ class Running:
     asked: SearchTrial
     trial: optuna.Trial
     step: int = 0
-    seconds: float = 0.0
-    """Time of the steps that it took part in, divided among all that did."""
-    reported: int = 0
-    """Last rung whose loss Optuna has, possibly from an earlier run that was stopped."""
+    seconds: float = 0.0  # of the steps that it took part in, divided among all that did
+    reported: int = 0  # last rung with a loss in Optuna, possibly from an earlier run that was stopped
 
     @property
     def name(self) -> str:
@@ -70,11 +68,9 @@ class StepResult:
     """One step of the pack and its consequences, before Optuna and the trainer know which candidates have ended."""
 
     spent: Spent  # by this step
-    losses: dict[str, tuple[int, float | None]]
-    """Step and training loss of each candidate; None for a loss that is not finite."""
+    losses: dict[str, tuple[int, float | None]]  # step and training loss by candidate; None for one that is not finite
     held_out: dict[str, float] = field(default_factory=dict)
-    ended: dict[str, str] = field(default_factory=dict)
-    """Ends of candidates, by name: see `rankscope.search.sampling`."""
+    ended: dict[str, str] = field(default_factory=dict)  # ends of candidates, by name: see `rankscope.search.sampling`
 
     def row(self) -> dict[str, Any]:
         """Return the line of steps.jsonl."""
@@ -87,7 +83,7 @@ def drive(
     spec: SearchSpec,
     trainer: Trainer,
     step_tokens: Sequence[int],
-    places: int,
+    slots: int,
     spent: Spent = Spent(),  # noqa: B008  # immutable
     stopped: Callable[[], bool] = lambda: False,
     clock: Callable[[], float] = time.perf_counter,
@@ -99,14 +95,11 @@ def drive(
     True the search ends between two steps, and leaves candidates in training as they are.
     """
     steps, upto = len(step_tokens), list(itertools.accumulate(step_tokens, initial=0))
-    rungs = spec.rung_steps(steps)
     set_pruner(study, spec, steps)
-    stops = [*rungs, steps]
-    waiting = interrupted(study)
+    stops, waiting = [*spec.rung_steps(steps), steps], interrupted(study)
     asked = sum("trial" in trial.user_attrs for trial in study.get_trials(deepcopy=False))
     running: dict[str, Running] = {}
-    exhausted = False
-    start = clock()
+    exhausted, start = False, clock()
 
     def need(one: Running) -> int:
         """Tokens to a candidate's next rung, or to its end."""
@@ -117,7 +110,7 @@ def drive(
         return left_tokens(spec, spent) - sum(map(need, others)) >= upto[steps] - upto[step]
 
     while not stopped():
-        while len(running) < places and affords(0, list(running.values())):
+        while len(running) < slots and affords(0, list(running.values())):
             if waiting:
                 drawn = suggested(waiting.pop(0), spec)
             elif exhausted or (spec.budget.trials is not None and asked >= spec.budget.trials):
@@ -127,19 +120,17 @@ def drive(
                 break
             else:
                 drawn = found
-            one = Running(
-                SearchTrial(candidate=spec.candidate(drawn.point), seed=spec.training_seed, number=drawn.trial.number),
-                drawn.trial,
-            )
-            attributes = drawn.trial.user_attrs
-            asked += "trial" not in attributes
-            one.reported = max(map(int, study.trials[drawn.trial.number].intermediate_values), default=0)
-            drawn.trial.set_user_attr("trial", one.name)
+            trial, number = drawn.trial, drawn.trial.number
+            candidate, seed = spec.candidate(drawn.point), spec.study.seeds[0]
+            one = Running(SearchTrial(candidate=candidate, seed=seed, number=number), trial)
+            asked += "trial" not in trial.user_attrs
+            one.reported = max(map(int, study.trials[number].intermediate_values), default=0)
+            trial.set_user_attr("trial", one.name)
             running[one.name] = one
             trainer.add(one.asked)
         if not running:
-            for trial in waiting:  # what an earlier run began, and the budget does not reach
-                end(study, trial, OUT_OF_BUDGET)
+            for left in waiting:  # what an earlier run began, and the budget does not reach
+                end(study, left, OUT_OF_BUDGET)
             return
 
         losses = trainer.step({name: one.step for name, one in running.items()})
@@ -160,11 +151,9 @@ def drive(
 
         # The best first: the pruner compares with what it was told before, and else the first would go on unopposed.
         undecided = sorted(moment.held_out, key=moment.held_out.__getitem__)
-        for number, name in enumerate(undecided):
+        for position, name in enumerate(undecided):
             one, loss = running[name], moment.held_out[name]
-            others = [
-                o for n, o in running.items() if n != name and n not in moment.ended and n not in undecided[number:]
-            ]
+            others = [running[other] for other in running.keys() - moment.ended.keys() - set(undecided[position:])]
             if one.step == steps:
                 moment.ended[name] = DONE
             elif _stops(one, loss):
@@ -177,12 +166,12 @@ def drive(
 
         for name, how in moment.ended.items():
             one = running.pop(name)
-            one.trial.set_user_attr("steps", one.step)
-            one.trial.set_user_attr("tokens", upto[one.step])
-            one.trial.set_user_attr("seconds", one.seconds)
+            facts: dict[str, Any] = {"steps": one.step, "tokens": upto[one.step], "seconds": one.seconds}
             if how == DIVERGED:
                 what = "held-out loss" if name in held_out else "loss or gradient"
-                one.trial.set_user_attr("reason", f"{what} not finite at step {one.step}")
+                facts["reason"] = f"{what} not finite at step {one.step}"
+            for fact, value in facts.items():
+                one.trial.set_user_attr(fact, value)
             end(study, one.trial, how, moment.held_out[name] if how == DONE else None)
             trainer.remove(name)
 

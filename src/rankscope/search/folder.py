@@ -18,13 +18,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import yaml
 from pydantic import ValidationError
 
 from rankscope.errors import StudyDirectoryError, StudyError
-from rankscope.files import find_json, inside, is_free, read_jsonl, refuse_links_out, write_atomic, write_json
+from rankscope.files import find_json, inside, is_free, read_jsonl, refuse_links_out, write_json
 from rankscope.search.space import SearchSpec
-from rankscope.spec.models import StudySpec
 from rankscope.spec.resolve import write_yaml
 from rankscope.study.question import differences_of, lock_folder, read_question, write_question
 
@@ -42,8 +40,7 @@ class Search:
     """A search's directory. Opening reads search.yaml alone."""
 
     def __init__(self, path: Path, spec: SearchSpec) -> None:
-        self.path = path
-        self.spec = spec
+        self.path, self.spec = path, spec
 
     @classmethod
     def create(cls, path: Path, spec: SearchSpec) -> Self:
@@ -95,15 +92,8 @@ class Search:
         return Spent(sum(row["tokens"] for row in rows), sum(row["seconds"] for row in rows))
 
     def result(self) -> dict[str, Any] | None:
-        """Return result.json (see `rankscope.search.sampling.summary`); None before the first candidate is in
-        training."""
+        """Return result.json (see `rankscope.search.sampling.summary`); None before the first candidate trains."""
         return find_json(self.file("result.json"))
 
     def write_result(self, result: dict[str, Any]) -> None:
         write_json(self.file("result.json"), {"schema": SCHEMA} | result)
-
-    def write_confirm(self, study: StudySpec) -> Path:
-        """Publish the study that confirms the result."""
-        path = self.file("confirm.yaml")
-        write_atomic(path, yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-        return path

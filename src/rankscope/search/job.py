@@ -1,6 +1,5 @@
 """The one job of a search: it draws candidates, trains them together, and stops the hopeless ones."""
 
-import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +10,7 @@ import optuna
 
 from rankscope.data.tokens import load
 from rankscope.errors import DataError, KilledError, ModelError, OutOfMemoryError, RankscopeError
-from rankscope.files import JsonlWriter
+from rankscope.files import JsonlWriter, write_atomic
 from rankscope.jobs.job import Job
 from rankscope.model.load import fingerprint, load_model
 from rankscope.search.driver import drive
@@ -20,9 +19,8 @@ from rankscope.search.sampling import DONE, modules_text, open_journal, summary
 from rankscope.search.space import SearchSpec
 from rankscope.search.trainer import PackTrainer, step_tokens
 from rankscope.spec.models import StudySpec
+from rankscope.spec.resolve import write_yaml
 from rankscope.train.stopping import StopRequest
-
-log = logging.getLogger(__name__)
 
 WRITE_EVERY_SECONDS = 1.0
 """Interval of writing result.json while nothing but steps has changed."""
@@ -41,17 +39,17 @@ def work(folder: Path, content: Mapping[str, Any]) -> None:
         KilledError: the search was asked to stop, and has stopped after a step.
         ModelError, DataError: the model or the data is not the one that the search began with.
     """
-    search, places = Search.open(folder), int(content["places"])
+    search, slots = Search.open(folder), int(content["places"])
     spec, data = search.spec, load(search.file("data"))
     model = load_model(spec.study.model)
     study = open_journal(search.file("optuna.log"), spec)
     _check_same(study, {"model_sha256": fingerprint(model), "tokens_sha256": data.sha256})
-    trainer, tokens, spent = PackTrainer(model, spec, data, places), step_tokens(spec, data), search.spent()
+    trainer, tokens, spent = PackTrainer(model, spec, data, slots), step_tokens(spec, data), search.spent()
     study.set_user_attr("engine", trainer.engine.name)
     study.set_user_attr("engine_reason", trainer.engine_reason)
     written = 0.0
     with StopRequest() as stop, JsonlWriter(search.file("steps.jsonl")) as steps:
-        for moment in drive(study, spec, trainer, tokens, places, spent, lambda: stop.made):
+        for moment in drive(study, spec, trainer, tokens, slots, spent, lambda: stop.made):
             steps.write(moment.row())
             spent = Spent(spent.tokens + moment.spent.tokens, spent.seconds + moment.spent.seconds)
             for name, how in moment.ended.items():
@@ -64,9 +62,11 @@ def work(folder: Path, content: Mapping[str, Any]) -> None:
             search.write_result(summary(study, spec, spent, False) | {"training": {}})
             raise KilledError("stopped as asked")
     result = summary(study, spec, spent, True)
-    _keep(search.file("adapters"), result["within_margin"])
+    for adapter in search.file("adapters").glob("*"):
+        if adapter.name not in result["within_margin"]:
+            shutil.rmtree(adapter)
     if result["best"]:
-        search.write_confirm(confirming(spec, result))
+        write_atomic(search.file("confirm.yaml"), write_yaml(confirming(spec, result)))
     search.write_result(result | {"training": {}})
 
 
@@ -74,10 +74,10 @@ def ended(
     search: Search, say: Callable[[str], None], job: Job, error: RankscopeError | None, waiting: Sequence[Job]
 ) -> list[Job]:
     """Search on with half as many candidates at a time where memory was short; raise any other error."""
-    places = int(job.content["places"])
-    if isinstance(error, OutOfMemoryError) and places > 1:
+    slots = int(job.content["places"])
+    if isinstance(error, OutOfMemoryError) and slots > 1:
         say(f"Not enough memory; goes on with fewer at a time: {error.what}")
-        return [job_of(search, (places + 1) // 2), *waiting]
+        return [job_of(search, (slots + 1) // 2), *waiting]
     if error is not None:
         raise error
     return list(waiting)
@@ -98,13 +98,6 @@ def _is_good(loss: float, result: dict[str, Any]) -> bool:
     return loss <= min([loss, *losses]) * (1 + float(result["margin"]))
 
 
-def _keep(folder: Path, names: list[str]) -> None:
-    """Remove all adapters but those of `names`."""
-    for path in folder.glob("*"):
-        if path.name not in names:
-            shutil.rmtree(path)
-
-
 def confirming(spec: SearchSpec, result: dict[str, Any]) -> StudySpec:
     """Return a study that trains the best candidate again, with three seeds that the search has not used.
 
@@ -112,19 +105,15 @@ def confirming(spec: SearchSpec, result: dict[str, Any]) -> StudySpec:
     the two ranks is trained at the rates of both.
     """
     candidates = {candidate["trial"]: candidate for candidate in result["candidates"]}
-    best = candidates[result["best"]]
-    alike = [
-        candidate
-        for candidate in map(candidates.__getitem__, result["within_margin"])
-        if all(candidate[name] == best[name] for name in ("alpha", "target_modules"))
-    ]
+    best, within = candidates[result["best"]], [candidates[name] for name in result["within_margin"]]
+    alike = [one for one in within if all(one[name] == best[name] for name in ("alpha", "target_modules"))]
     chosen = (best, min(alike, key=lambda candidate: int(candidate["rank"])))
     (modules,) = [group for group in spec.space.target_modules if modules_text(group) == best["target_modules"]]
     changes = {
         "name": f"{spec.study.name[:92]}-confirm",
         "ranks": tuple(sorted({candidate["rank"] for candidate in chosen})),
         "learning_rates": tuple(sorted({candidate["learning_rate"] for candidate in chosen})),
-        "seeds": tuple(spec.training_seed + number for number in (1, 2, 3)),
+        "seeds": tuple(spec.study.seeds[0] + number for number in (1, 2, 3)),
         "adapter": spec.study.adapter.model_copy(update={"alpha": best["alpha"], "target_modules": modules}),
     }
     return spec.study.model_copy(update=changes)

@@ -62,9 +62,13 @@ def run(
             write_json(search.file("machine.json"), describe_machine(spec.study, predictions[0].base_params, site))
         result = search.result()
         if result is None or not result["finished"] or result["budget"] != spec.budget.model_dump(mode="json"):
-            _check_budget(spec, data)
-            say(describe_data(data.facts))
             slots, tokens = _slots(spec, predictions, data, site.free_bytes), step_tokens(spec, data)
+            if spec.budget.tokens is not None and spec.budget.tokens < sum(tokens):
+                raise StudyError(
+                    f"--tokens {spec.budget.tokens:,}: one candidate alone takes {sum(tokens):,}",
+                    "Give more, or fewer --steps.",
+                )
+            say(describe_data(data.facts))
             say(f"{slots} candidates train at a time, {len(tokens):,} steps of {sum(tokens):,} tokens each at most")
             jobs = [job.job_of(search, slots)]
             run_jobs(launcher, search.path, jobs, poll, partial(job.ended, search, say))
@@ -79,24 +83,14 @@ def _predictions(spec: SearchSpec, site: Site) -> list[CostModel]:
     return [predict(with_site_dtype(corner, site), torch.device(site.kind)) for corner in corners]
 
 
-def _check_budget(spec: SearchSpec, data: TokenizedData) -> None:
-    """Raise StudyError where the budget of tokens is too small for one candidate."""
-    tokens = step_tokens(spec, data)
-    if spec.budget.tokens is not None and spec.budget.tokens < sum(tokens):
-        raise StudyError(
-            f"--tokens {spec.budget.tokens:,}: one candidate alone takes {sum(tokens):,}",
-            "Give more, or fewer --steps.",
-        )
-
-
 def _slots(spec: SearchSpec, predictions: list[CostModel], data: TokenizedData, free: int) -> int:
     """How many candidates of the highest rank can train together."""
-    slots = MOST_SLOTS
-    for group, prediction in enumerate(predictions):
-        largest = [spec.largest(slot, group) for slot in range(MOST_SLOTS)]
-        packs = divide_into_packs(largest, prediction, free, spec.study.training, data.train)
-        slots = min(slots, len(packs[0]))
-    return slots
+    largest = [[spec.largest(slot, group) for slot in range(MOST_SLOTS)] for group in range(len(predictions))]
+    training = spec.study.training
+    return min(
+        len(divide_into_packs(trials, prediction, free, training, data.train)[0])
+        for trials, prediction in zip(largest, predictions, strict=True)
+    )
 
 
 def _corner(spec: SearchSpec, group: int) -> StudySpec:

@@ -9,8 +9,8 @@ A candidate ends in one of these ways, which its Optuna trial has as the attribu
     asked before  not trained: the same candidate was drawn before         FAIL
 """
 
-import logging
 import math
+import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,8 +23,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rankscope.search.folder import Spent
 from rankscope.search.space import Point, RateRange, SearchSpec
-
-log = logging.getLogger(__name__)
 
 NAME = "rankscope"
 """Name of the study within Optuna's journal."""
@@ -43,11 +41,7 @@ REPEATS = 10
 def open_journal(file: Path, spec: SearchSpec) -> optuna.Study:
     """Open the study in a journal file, or create it. A torn last line is removed first."""
     if file.exists():
-        content = file.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            with file.open("r+b") as torn:
-                torn.truncate(len(whole))
+        os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
     path = str(file)
     return make_study(spec, JournalStorage(JournalFileBackend(path, lock_obj=JournalFileOpenLock(path))))
 
@@ -57,22 +51,19 @@ def make_study(spec: SearchSpec, storage: optuna.storages.BaseStorage | None = N
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(storage=storage, study_name=NAME, direction="minimize", load_if_exists=True)
     seed = (spec.seed + 1_000_003 * len(study.trials)) % (1 << 32)  # one that goes on is not to draw the same again
+    study.sampler = optuna.samplers.RandomSampler(seed=seed)
     if spec.sampler == "tpe":
         study.sampler = optuna.samplers.TPESampler(
             seed=seed, multivariate=True, constant_liar=True, n_startup_trials=RANDOM_TRIALS
         )
-    else:
-        study.sampler = optuna.samplers.RandomSampler(seed=seed)
     return study
 
 
 def set_pruner(study: optuna.Study, spec: SearchSpec, steps: int) -> None:
     """Set the pruner: asynchronous successive halving (Li et al. 2020, arXiv:1810.05934) at `SearchSpec.rung_steps`."""
-    rungs = spec.rung_steps(steps)
-    if rungs:
+    study.pruner = optuna.pruners.NopPruner()
+    if rungs := spec.rung_steps(steps):
         study.pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=rungs[0], reduction_factor=spec.reduction)
-    else:
-        study.pruner = optuna.pruners.NopPruner()
 
 
 def interrupted(study: optuna.Study) -> list[optuna.Trial]:
@@ -102,7 +93,8 @@ def draw(study: optuna.Study, spec: SearchSpec) -> Suggestion | None:
         return None
     untried = [point for point in spec.points() if point not in seen]
     chosen = random.Random(spec.seed + len(seen)).choice(untried)
-    study.enqueue_trial(_parameters(chosen, spec))
+    values = chosen._asdict() | {"target_modules": modules_text(chosen.target_modules)}
+    study.enqueue_trial({name: values[name] for name, choices in _choices(spec).items() if len(choices) > 1})
     return suggested(study.ask(), spec)
 
 
@@ -110,10 +102,8 @@ def suggested(trial: optuna.Trial, spec: SearchSpec) -> Suggestion:
     """Return the trial with its point. A part with a single value is no parameter of Optuna's."""
     space, values = spec.space, {}
     for name, choices in _choices(spec).items():
-        if len(choices) == 1:
-            values[name] = next(iter(choices.values()))
-        else:
-            values[name] = choices[trial.suggest_categorical(name, list(choices))]
+        stored = list(choices)
+        values[name] = choices[trial.suggest_categorical(name, stored) if len(stored) > 1 else stored[0]]
     if isinstance(space.learning_rates, RateRange):
         rate = trial.suggest_float("learning_rate", space.learning_rates.low, space.learning_rates.high, log=True)
         values["learning_rate"] = float(f"{rate:.2e}")
@@ -132,11 +122,6 @@ def _choices(spec: SearchSpec) -> dict[str, dict[Any, Any]]:
     found["alpha"] = {alpha: alpha for alpha in space.alphas}
     found["target_modules"] = {modules_text(modules): modules for modules in space.target_modules}
     return found
-
-
-def _parameters(point: Point, spec: SearchSpec) -> dict[str, Any]:
-    stored = point._asdict() | {"target_modules": modules_text(point.target_modules)}
-    return {name: stored[name] for name, choices in _choices(spec).items() if len(choices) > 1}
 
 
 def modules_text(modules: str | tuple[str, ...]) -> str:
@@ -191,7 +176,6 @@ def _describe(trial: FrozenTrial, spec: SearchSpec) -> dict[str, Any]:
     attributes: Mapping[str, Any] = trial.user_attrs
     point = point_of(trial)
     candidate = spec.candidate(point)
-    done = trial.state == TrialState.COMPLETE
     return {
         "trial": attributes["trial"],
         "rank": candidate.rank,
@@ -204,6 +188,6 @@ def _describe(trial: FrozenTrial, spec: SearchSpec) -> dict[str, Any]:
         "steps": attributes.get("steps", 0),
         "tokens": attributes.get("tokens", 0),
         "seconds": attributes.get("seconds", 0.0),
-        "eval_loss": trial.value if done else None,
+        "eval_loss": trial.value if trial.state == TrialState.COMPLETE else None,
         "losses": {str(step): loss for step, loss in sorted(trial.intermediate_values.items())},
     }

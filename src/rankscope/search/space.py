@@ -51,34 +51,22 @@ class SearchSpace(_Part):
 class Budget(_Part):
     """Limits of a search; the first one reached ends it. None is no limit."""
 
-    trials: Count | None = None
-    """Number of candidates that are started."""
-    hours: PositiveFloat | None = None
-    """Hours of training and evaluation, over all runs of the search."""
-    tokens: Count | None = None
-    """Training tokens of all candidates together; never exceeded."""
+    trials: Count | None = None  # candidates that are started
+    hours: PositiveFloat | None = None  # of training and evaluation, over all runs of the search
+    tokens: Count | None = None  # training tokens of all candidates together; never exceeded
 
 
 class SearchSpec(_Part):
     """A search: everything that determines its result; only the budget may be raised later."""
 
-    study: StudySpec
-    """The study's question. `space` replaces its ranks, learning rates, alpha and target modules."""
+    study: StudySpec  # `space` replaces its ranks, learning rates, alpha and target modules
     space: SearchSpace
     budget: Budget
     sampler: Literal["tpe", "random"] = "tpe"
     pruner: Literal["halving", "none"] = "halving"
-    reduction: int = Field(default=3, ge=2)
-    """Reduction factor of successive halving: one of so many candidates goes on from each rung."""
-    rungs: int = Field(default=2, ge=1)
-    """Number of rungs, at which a candidate may be stopped; the first is at reduction**-rungs of the
-    schedule."""
-    seed: Seed = 0
-    """Seed of the sampler; the study's own seed determines batches and initial weights."""
-
-    @property
-    def training_seed(self) -> int:
-        return self.study.seeds[0]
+    reduction: int = Field(default=3, ge=2)  # of successive halving: one of so many candidates passes each rung
+    rungs: int = Field(default=2, ge=1)  # where a candidate may be stopped; the first at schedule / reduction**rungs
+    seed: Seed = 0  # of the sampler; the study's own seed determines batches and initial weights
 
     def candidate(self, point: "Point") -> Candidate:
         """Return the candidate at a point of the space."""
@@ -88,12 +76,9 @@ class SearchSpec(_Part):
 
     def up_to(self, rank: int) -> "SearchSpec":
         """Return the search without ranks above `rank`; with `rank` itself where none is left."""
-        ranks = tuple(one for one in self.space.ranks if one <= rank) or (rank,)
-        changes = {
-            "space": self.space.model_copy(update={"ranks": ranks}),
-            "study": self.study.model_copy(update={"ranks": ranks}),
-        }
-        return self.model_copy(update=changes)
+        ranks = {"ranks": tuple(one for one in self.space.ranks if one <= rank) or (rank,)}
+        parts = {"space": self.space.model_copy(update=ranks), "study": self.study.model_copy(update=ranks)}
+        return self.model_copy(update=parts)
 
     def largest(self, number: int, group: int) -> "SearchTrial":
         """Return a candidate of the highest rank on one of the groups of target modules: the most expensive one."""
@@ -103,11 +88,9 @@ class SearchSpec(_Part):
 
     def points(self) -> list["Point"]:
         """Return all points of a finite space."""
-        rates = self.space.learning_rates
+        space, rates = self.space, self.space.learning_rates
         assert not isinstance(rates, RateRange)
-        return [
-            Point(*parts) for parts in product(self.space.ranks, rates, self.space.alphas, self.space.target_modules)
-        ]
+        return [Point(*parts) for parts in product(space.ranks, rates, space.alphas, space.target_modules)]
 
     def rung_steps(self, steps: int) -> list[int]:
         """Return the steps after which a candidate may be stopped, for a schedule of `steps`."""
@@ -163,21 +146,16 @@ def resolve_search(
     given["alpha"] = study.adapter.alpha if given["alpha"] is None else given["alpha"]
     alphas = _each("alpha", _parts(given["alpha"], ","), lambda value: _adapter("alpha", value).alpha)
     modules = given["target_modules"] or [study.adapter.target_modules]
-    groups = _each("target-modules", _parts(modules, ";"), lambda value: _targets(value))
+    groups = _each("target-modules", _parts(modules, ";"), _targets)
     space = SearchSpace(ranks=ranks, learning_rates=rates, alphas=alphas, target_modules=groups)
     budget = {name: given[name] for name in ("trials", "hours", "tokens")}
     if all(value is None for value in budget.values()):
         budget["trials"] = DEFAULT_TRIALS
     shared = study.adapter.model_copy(update={"alpha": alphas[0], "target_modules": groups[0]})
     chosen: dict[str, Any] = {name: given[name] for name in ("sampler", "pruner") if given[name] is not None}
+    study = study.model_copy(update={"adapter": shared, "ranks": ranks, "learning_rates": ends})
     try:
-        return SearchSpec(
-            study=study.model_copy(update={"adapter": shared, "ranks": ranks, "learning_rates": ends}),
-            space=space,
-            budget=Budget.model_validate(budget),
-            seed=seed,
-            **chosen,
-        )
+        return SearchSpec(study=study, space=space, budget=Budget.model_validate(budget), seed=seed, **chosen)
     except ValidationError as error:
         detail = error.errors()[0]
         raise StudyError(f"--{detail['loc'][-1]} {detail['input']}: {detail['msg']}", _HELP) from None
@@ -212,7 +190,7 @@ def resolve_ranks(value: Any) -> tuple[int, ...]:
     """Return the ranks of a list, or of a range: `4..256` is 4, 8, 16 and so on up to 256."""
     ends = _ends(value)
     if ends is None:
-        return tuple(sorted(_each("ranks", _parts(value, ","), lambda part: _rank(part))))
+        return tuple(sorted(_each("ranks", _parts(value, ","), _rank)))
     low, high = map(_rank, ends)
     if low > high:
         raise StudyError(f"--ranks {value}: the first is the larger", "Write the lower end first.")

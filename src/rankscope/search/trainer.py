@@ -1,10 +1,12 @@
 """Candidates that share one base model, each at a step of its own schedule."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from rankscope.data.batches import batch_indices
 from rankscope.data.tokens import TokenizedData, Tokens
 from rankscope.lora.adapters import remove_adapter
 from rankscope.lora.packed import pack_layers
@@ -12,7 +14,6 @@ from rankscope.search.space import SearchSpec, SearchTrial
 from rankscope.train.loop import choose_engine
 from rankscope.train.step import (
     TrainState,
-    batch_at,
     finite_weights,
     make_train_state,
     save_trained_adapter,
@@ -29,16 +30,16 @@ class PackTrainer:
     schedule are the same. At rungs only part of the held-out rows is evaluated: see `rung_rows`.
     """
 
-    def __init__(self, model: PreTrainedModel, spec: SearchSpec, data: TokenizedData, places: int) -> None:
+    def __init__(self, model: PreTrainedModel, spec: SearchSpec, data: TokenizedData, slots: int) -> None:
         self.model, self.spec, self.data = model, spec, data
         self.training = spec.study.training
         self.steps = total_steps(self.training, len(data.train))
         self.rung_data = rung_rows(spec, data, self.steps)
         self.members: dict[str, TrainState] = {}
-        # Whether the model can be packed, and how large its forwards may be, is asked with all places taken by the
+        # Whether the model can be packed, and how large its forwards may be, is asked with all slots taken by the
         # largest candidates.
         groups = len(spec.space.target_modules)
-        largest = [spec.largest(number, number % groups) for number in range(max(places, groups))]
+        largest = [spec.largest(number, number % groups) for number in range(max(slots, groups))]
         choice = choose_engine(model, [self._member(asked) for asked in largest], self.training, data.longest_row)
         self.engine, self.engine_reason = choice.engine, choice.reason
         for asked in largest:
@@ -59,10 +60,7 @@ class PackTrainer:
     def step(self, steps: Mapping[str, int]) -> dict[str, float]:
         members = [self.members[name] for name in steps]
         metrics = train_step(self.engine, members, self.data.train, self.training, list(steps.values()))
-        losses = {}
-        for name, result in zip(steps, metrics, strict=True):
-            losses[name] = result.loss if result.finite else float("nan")
-        return losses
+        return {name: one.loss if one.finite else math.nan for name, one in zip(steps, metrics, strict=True)}
 
     def evaluate(self, steps: Mapping[str, int]) -> dict[str, float]:
         ended = [name for name, step in steps.items() if step == self.steps]
@@ -71,10 +69,8 @@ class PackTrainer:
             if names:
                 means = [result.mean for result in self.engine.evaluate(tokens, names)]
                 losses |= dict(zip(names, means, strict=True))
-        return {
-            name: loss if name not in ended or finite_weights(self.members[name]) else float("nan")
-            for name, loss in losses.items()
-        }
+        diverged = [name for name in ended if not finite_weights(self.members[name])]
+        return losses | dict.fromkeys(diverged, math.nan)
 
     def save(self, name: str, folder: Path) -> None:
         """Save a candidate's adapter in PEFT's format."""
@@ -95,9 +91,7 @@ def rung_rows(spec: SearchSpec, data: TokenizedData, steps: int) -> Tokens:
 
 def step_tokens(spec: SearchSpec, data: TokenizedData) -> list[int]:
     """Return the training tokens of each step of the schedule, the same for all candidates: they have one seed."""
-    training = spec.study.training
-    (trial,) = spec.study.model_copy(
-        update={"ranks": spec.study.ranks[:1], "learning_rates": spec.study.learning_rates[:1]}
-    ).trials()
-    steps = range(total_steps(training, len(data.train)))
-    return [int(data.train.lengths[batch_at(trial, data.train, training, step)].sum()) for step in steps]
+    training, rows, seed = spec.study.training, len(data.train), spec.study.seeds[0]
+    steps = range(total_steps(training, rows))
+    batches = [batch_indices(rows, training.effective_batch_size, seed, step) for step in steps]
+    return [int(data.train.lengths[batch].sum()) for batch in batches]
