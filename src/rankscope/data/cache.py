@@ -11,15 +11,12 @@ import logging
 import os
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from rankscope.data.prompts import Tokenizer
 from rankscope.data.records import Records, load_records
 from rankscope.data.tokens import TOKENS_VERSION, TokenizedData, load, save, tokenize
 from rankscope.errors import StudyDirectoryError
 from rankscope.spec.models import DataSpec
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +24,7 @@ _ROW_FIELDS = {"id", "config", "revision", "split", "format", "max_rows"}
 """Fields of DataSpec that only determine the rows, which have a fingerprint. All other fields are part of the key."""
 
 
-def prepare_cached(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> TokenizedData:
+def prepare_cached(spec: DataSpec, tokenizer: Tokenizer, vocab_size: int) -> TokenizedData:
     """Tokens of a study, from the cache if possible. The rows are read and checked every time.
 
     `vocab_size` is the number of rows of the model's embedding. An entry that cannot be read is replaced; a cache that
@@ -50,11 +47,10 @@ def prepare_cached(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", vocab_s
         except OSError as error:
             _log.warning("the tokens are not cached: %s. Set RANKSCOPE_CACHE to a folder that can be written.", error)
         return data
-    source = {"id": records.source.id, "revision": records.source.revision}  # equal rows may have another source
-    return TokenizedData(cached.train, cached.eval, cached.facts | source)
+    return TokenizedData(cached.train, cached.eval, cached.facts | records.source._asdict())  # a source of equal rows
 
 
-def cache_key(records: Records, spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> str | None:
+def cache_key(records: Records, spec: DataSpec, tokenizer: Tokenizer, vocab_size: int) -> str | None:
     """sha256, in hex, of everything that determines tokens and facts; None where that cannot be known.
 
     A hash of the vocabulary does not cover the code of a tokenizer written in Python, and a chat template that uses the

@@ -7,34 +7,23 @@ which are no labels.
 """
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rankscope.data.prompts import special_tokens_in_front, token_ids
+from rankscope.data.prompts import Tokenizer, special_tokens_in_front, token_ids
 from rankscope.data.records import WrongRowError, checked_text
 from rankscope.data.sources import Table, listed, read_table, read_text
 from rankscope.data.tokens import Example, TokenizedData, Tokens, check_ids
 from rankscope.errors import DataError
 from rankscope.spec.models import DataSpec
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 _COLUMN = "text"
-
-_ROWS_PER_SEQUENCE = 16
-"""Rows read per sequence needed. A row with text gives at least one; many collections have blank rows."""
-
-_CHARACTERS_PER_TOKEN = 16
-"""Characters tokenised per token needed, so that a large file takes no longer than a small one."""
+_ROWS_PER_SEQUENCE = 16  # rows read per sequence needed: a row with text gives at least one, but many are blank
+_CHARACTERS_PER_TOKEN = 16  # characters tokenised per token needed: a large file takes no longer than a small one
 
 
-def with_general_text(
-    data: TokenizedData, id: str, most: int, tokenizer: "PreTrainedTokenizerBase", vocab_size: int
-) -> TokenizedData:
+def with_general_text(data: TokenizedData, id: str, most: int, tokenizer: Tokenizer, vocab_size: int) -> TokenizedData:
     """Copy of `data` with the first `most` sequences of the general text `id`, truncated as its rows are.
 
     Raises:
@@ -52,13 +41,17 @@ def with_general_text(
     return TokenizedData(data.train, data.eval, data.facts | facts, tokens)
 
 
-def _tokens(
-    table: Table, id: str, most: int, max_length: int, tokenizer: "PreTrainedTokenizerBase", vocab_size: int
-) -> Tokens:
+def _tokens(table: Table, id: str, most: int, max_length: int, tokenizer: Tokenizer, vocab_size: int) -> Tokens:
     front = special_tokens_in_front(tokenizer)
     room = max_length - len(front)
     examples: list[Example] = []
-    for text in _texts(table):
+    for index, row in enumerate(table.rows):
+        try:
+            text = checked_text(row.get(_COLUMN), _COLUMN)
+        except WrongRowError as error:
+            raise DataError(f"measure.forgetting: {table.where(index)}: {error}", "Correct or remove it.") from None
+        if not text.strip():
+            continue
         (ids,) = token_ids([text[: _CHARACTERS_PER_TOKEN * most * max_length]], tokenizer)
         for start in range(0, len(ids), room) if room > 0 else ():
             sequence = np.array([*front, *ids[start : start + room]], dtype=np.int32)
@@ -78,9 +71,15 @@ def _tokens(
 
 
 def _table(id: str, most: int) -> Table:
-    """Table with a `text` column."""
+    """Table with a `text` column: a data set, or a text file as one row."""
+    path = Path(os.path.expanduser(id))
     try:
-        table = _read(id, most)
+        if not path.name.lower().endswith((".txt", ".txt.gz")):
+            table = read_table(DataSpec(id=id, max_rows=_ROWS_PER_SEQUENCE * most), (_COLUMN,))
+        elif path.is_file():
+            table = Table(str(path), [{_COLUMN: read_text(path)}], (_COLUMN,))
+        else:
+            raise DataError(f"{id}: no such file")
     except DataError as error:
         raise DataError(
             f"measure.forgetting: {error.what}", f"Give a .txt file, or data whose rows have a `{_COLUMN}` column."
@@ -91,24 +90,3 @@ def _table(id: str, most: int) -> Table:
             f"Give a .txt file, or rename the column with the text to `{_COLUMN}`.",
         )
     return table
-
-
-def _texts(table: Table) -> Iterator[str]:
-    """Texts of the rows that are not blank."""
-    for index, row in enumerate(table.rows):
-        try:
-            text = checked_text(row.get(_COLUMN), _COLUMN)
-        except WrongRowError as error:
-            raise DataError(f"measure.forgetting: {table.where(index)}: {error}", "Correct or remove it.") from None
-        if text.strip():
-            yield text
-
-
-def _read(id: str, most: int) -> Table:
-    """Table of the text file or data set `id`; a text file is one row."""
-    path = Path(os.path.expanduser(id))
-    if not path.name.lower().endswith((".txt", ".txt.gz")):
-        return read_table(DataSpec(id=id, max_rows=_ROWS_PER_SEQUENCE * most), (_COLUMN,))
-    if not path.is_file():
-        raise DataError(f"{id}: no such file")
-    return Table(str(path), [{_COLUMN: read_text(path)}], (_COLUMN,))

@@ -5,7 +5,7 @@ Prompt and completion are tokenised separately, so that no token spans the bound
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from rankscope.data.records import Format
 from rankscope.errors import DataError, ModelError
@@ -13,6 +13,8 @@ from rankscope.spec.models import DataSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
 
 _PLACEHOLDER = re.compile(r"\{(instruction|input)\}")
 _PROBE = "The answer is 42."
@@ -33,7 +35,7 @@ class Encoded(NamedTuple):
     completion_ids: list[int]
 
 
-def render(row: dict[str, Any], spec: DataSpec, format: Format, tokenizer: "PreTrainedTokenizerBase") -> Rendered:
+def render(row: dict[str, Any], spec: DataSpec, format: Format, tokenizer: Tokenizer) -> Rendered:
     """Render a record as prompt and completion.
 
     - alpaca: `spec.template`, filled; the completion is a space and the output. Values are inserted literally, braces
@@ -64,24 +66,20 @@ def _fill(template: str, row: dict[str, str]) -> str:
     return _PLACEHOLDER.sub(lambda match: row[match[1]], template)  # one pass keeps "{input}" in an instruction
 
 
-def _render_chat(
-    prompt: list[dict[str, str]], completion: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase"
-) -> Rendered:
+def _render_chat(prompt: list[dict[str, str]], completion: list[dict[str, str]], tokenizer: Tokenizer) -> Rendered:
     if not tokenizer.chat_template:
         raise DataError(
             f"the rows are conversations, but the tokenizer of {tokenizer.name_or_path} has no chat template",
             "Choose a chat (instruct) model, or data in the alpaca or prompt_completion format.",
         )
     try:
-        before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        whole = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+        before: Any = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        whole: Any = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
     except Exception as error:  # a template is a program and may raise anything
         raise DataError(
             f"the model's chat template refuses the conversation: {error}",
             "Remove such rows (often a system message, or roles out of turn), or take another model.",
         ) from None
-    if not isinstance(before, str) or not isinstance(whole, str):
-        raise TypeError("apply_chat_template(tokenize=False) returned no text")
     if not whole.startswith(before):
         raise DataError(
             "the model's chat template is not prefix-preserving: it writes the messages before the answer "
@@ -91,7 +89,7 @@ def _render_chat(
     return Rendered(before, whole.removeprefix(before), is_chat=True)
 
 
-def encode(rows: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase") -> list[Encoded]:
+def encode(rows: Sequence[Rendered], tokenizer: Tokenizer) -> list[Encoded]:
     """Tokenise all prompts in one call and all completions in another.
 
     A plain prompt begins with the tokenizer's leading special tokens (often bos), without trailing ones, which would
@@ -104,7 +102,12 @@ def encode(rows: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase") -> li
     completions = token_ids([row.completion for row in rows], tokenizer)
     if all(row.is_chat for row in rows):
         return [Encoded(*pair) for pair in zip(prompts, completions, strict=True)]
-    front, eos = special_tokens_in_front(tokenizer), _eos(tokenizer)
+    front, eos = special_tokens_in_front(tokenizer), tokenizer.eos_token_id
+    if not isinstance(eos, int):
+        raise ModelError(
+            f"model {tokenizer.name_or_path}: the tokenizer has no end-of-sequence token, so no completion could end",
+            "Choose a model whose tokenizer has one (eos_token in its tokenizer_config.json).",
+        )
     return [
         Encoded(prompt, completion)
         if row.is_chat
@@ -113,7 +116,7 @@ def encode(rows: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase") -> li
     ]
 
 
-def token_ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase", special: bool = False) -> list[list[int]]:
+def token_ids(texts: list[str], tokenizer: Tokenizer, special: bool = False) -> list[list[int]]:
     """Token ids of each text, not truncated; with the tokenizer's special tokens only if `special`."""
     encoding = tokenizer(
         texts,
@@ -127,24 +130,14 @@ def token_ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase", special: b
     return [list(ids) for ids in encoding["input_ids"]]
 
 
-def special_tokens_in_front(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def special_tokens_in_front(tokenizer: Tokenizer) -> list[int]:
     """Leading special tokens of the tokenizer, detected on a probe text with and without special tokens."""
     [bare], [dressed] = token_ids([_PROBE], tokenizer), token_ids([_PROBE], tokenizer, special=True)
     for front in range(len(dressed) - len(bare), -1, -1):
         if dressed[front : front + len(bare)] == bare:
             return dressed[:front]
     raise ModelError(
-        f"model {tokenizer.name_or_path}: the tokenizer changes text when it adds special tokens: {bare} became "
-        f"{dressed}",
+        f"model {tokenizer.name_or_path}: the tokenizer changes text when it adds special tokens: "
+        f"{bare} became {dressed}",
         "Choose another model.",
     )
-
-
-def _eos(tokenizer: "PreTrainedTokenizerBase") -> int:
-    eos = tokenizer.eos_token_id
-    if not isinstance(eos, int):
-        raise ModelError(
-            f"model {tokenizer.name_or_path}: the tokenizer has no end-of-sequence token, so no completion could end",
-            "Choose a model whose tokenizer has one (eos_token in its tokenizer_config.json).",
-        )
-    return eos

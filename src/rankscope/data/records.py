@@ -84,13 +84,12 @@ def canonical_text(row: dict[str, Any]) -> str:
     return json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
-def _resolve_format(asked: str, table: Table) -> Format:
+def _resolve_format(asked: Format | Literal["auto"], table: Table) -> Format:
     fitting = [name for name, columns in REQUIRED.items() if set(columns) <= set(table.columns)]
     what = f"{table.name}: found the columns {listed(table.columns)}"
     if asked != "auto":
-        for name in fitting:
-            if name == asked:
-                return name
+        if asked in fitting:
+            return asked
         raise DataError(f"{what}; the format {asked} needs {_needs(asked)}", "Rename the columns, or set data.format.")
     if len(fitting) > 1:
         raise DataError(f"{what}, which fit {' and '.join(fitting)}", "Set data.format to the one you mean.")
@@ -100,9 +99,8 @@ def _resolve_format(asked: str, table: Table) -> Format:
     return fitting[0]
 
 
-def _needs(name: str) -> str:
-    columns = next(columns for known, columns in REQUIRED.items() if known == name)
-    return " and ".join(columns) + (" (input is optional)" if name == "alpaca" else "")
+def _needs(name: Format) -> str:
+    return " and ".join(REQUIRED[name]) + (" (input is optional)" if name == "alpaca" else "")
 
 
 class WrongRowError(ValueError):

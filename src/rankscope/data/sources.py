@@ -26,10 +26,7 @@ COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages")
 """Columns that any format reads; others are not loaded where that saves time."""
 
 FILE_TYPES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-"""Valid names of models and data sets on the hub."""
-
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # of a model or a data set
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -94,8 +91,9 @@ def _read_file(path: Path, limit: int | None, wanted: Sequence[str]) -> Table:
         numbered = _csv_rows(name, text)
     elif text.lstrip(" \t\r\n").startswith("["):  # by content: many .json files hold one object a line
         numbered = ((None, row) for row in _parse_json(name, text))
-    else:
-        numbered = _json_lines(name, text)
+    else:  # splitlines would also split at U+2028 inside text
+        lines = ((line, content.strip()) for line, content in enumerate(text.split("\n"), start=1))
+        numbered = ((line, _parse_json(name, content, line)) for line, content in lines if content)
     return _table(name, islice(numbered, limit))
 
 
@@ -116,8 +114,7 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{path}, line {line}: not valid UTF-8 (byte 0x{content[error.start]:02x})",
-            "Save the file as UTF-8.",
+            f"{path}, line {line}: not valid UTF-8 (byte 0x{content[error.start]:02x})", "Save the file as UTF-8."
         ) from None
 
 
@@ -141,33 +138,15 @@ def _table(name: str, numbered: Iterable[tuple[int | None, Any]]) -> Table:
 
 def listed(names: Iterable[Any]) -> str:
     """Comma-separated names for an error, at most 20; `(none)` if there are none."""
-    shown = [_listed(str(name)) for name in names]
+    plain = [str(name).encode(errors="backslashreplace").decode() for name in names]
+    shown = [shortened(name if name == " ".join(name.split()) else repr(name)) for name in plain]  # quoted if blanks
     return ", ".join(shown[:20]) + (", ..." if len(shown) > 20 else "") if shown else "(none)"
-
-
-def _listed(name: str) -> str:
-    """Name as listed: quoted if it has blanks or line breaks."""
-    plain = name.encode(errors="backslashreplace").decode()
-    return shortened(plain if plain == " ".join(plain.split()) else repr(plain))
 
 
 def kind(value: Any) -> str:
     """Type of a JSON value in plain words."""
-    names = {
-        type(None): "null",
-        bool: "true/false",
-        int: "a number",
-        float: "a number",
-        str: "text",
-        list: "a list",
-    }
+    names = {type(None): "null", bool: "true/false", int: "a number", float: "a number", str: "text", list: "a list"}
     return names.get(type(value), "an object" if isinstance(value, dict) else type(value).__name__)
-
-
-def _json_lines(name: str, text: str) -> Iterator[tuple[int, Any]]:
-    for line, content in enumerate(text.split("\n"), start=1):  # splitlines would also split at U+2028 inside text
-        if content.strip():
-            yield line, _parse_json(name, content.strip(), line)
 
 
 def _parse_json(name: str, text: str, line: int | None = None) -> Any:

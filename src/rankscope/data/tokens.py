@@ -8,26 +8,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from rankscope.data.prompts import Rendered, encode, render
+from rankscope.data.prompts import Rendered, Tokenizer, encode, render
 from rankscope.data.records import Records, canonical_text
 from rankscope.data.split import held_out
 from rankscope.errors import DataError, ModelError
 from rankscope.files import corrupt_on_error, damaged, read_json, reading, write_atomic, write_json
 from rankscope.spec.models import DataSpec
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-_ROWS_PER_CALL = 8192
-"""Rows in one tokenizer call: enough for full speed, few enough that memory does not grow with the data."""
-
-TOKENS_VERSION = 1
-"""Version of the tokens; increase it when the same rows give other tokens or facts, to invalidate the cache."""
+_ROWS_PER_CALL = 8192  # rows in one tokenizer call: full speed, and memory that does not grow with the data
+TOKENS_VERSION = 1  # increase it when the same rows give other tokens or facts, to invalidate the cache
 
 
 class Example(NamedTuple):
@@ -101,7 +95,7 @@ class TokenizedData:
         return max(int(part.lengths.max(initial=0)) for part in parts)
 
 
-def tokenize(records: Records, spec: DataSpec, tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> TokenizedData:
+def tokenize(records: Records, spec: DataSpec, tokenizer: Tokenizer, vocab_size: int) -> TokenizedData:
     """Render, tokenise, truncate and split records; the same records give the same tokens.
 
     `vocab_size` is the number of rows of the model's embedding.
@@ -110,20 +104,23 @@ def tokenize(records: Records, spec: DataSpec, tokenizer: "PreTrainedTokenizerBa
         DataError: see `render`; or too few rows remain to train on and to hold out.
         ModelError: the tokenizer has no eos token, or gives ids that are not in the model's vocabulary.
     """
-    numbers = _first_of_equal(records.rows)
+    first: dict[str, int] = {}  # index of the first of equal rows
+    for number, row in enumerate(records.rows):
+        first.setdefault(canonical_text(row), number)
+    numbers = list(first.values())
     prompts: list[str] = []
     examples: list[Example] = []
     truncated = without_label = 0
     for start in range(0, len(numbers), _ROWS_PER_CALL):
         chunk = numbers[start : start + _ROWS_PER_CALL]
         rendered = [_render(records, number, spec, tokenizer) for number in chunk]
-        for row, encoded in zip(rendered, encode(rendered, tokenizer), strict=True):
+        for texts, encoded in zip(rendered, encode(rendered, tokenizer), strict=True):
             example = _example(encoded.prompt_ids, encoded.completion_ids, spec)
             if not example.is_label.any():
                 without_label += 1
                 continue
             truncated += len(encoded.prompt_ids) + len(encoded.completion_ids) > spec.max_length
-            prompts.append(row.prompt)
+            prompts.append(texts.prompt)
             examples.append(example)
     check_ids(examples, tokenizer, vocab_size)
     chosen = held_out(prompts, spec.eval_rows, spec.split_seed)
@@ -132,8 +129,7 @@ def tokenize(records: Records, spec: DataSpec, tokenizer: "PreTrainedTokenizerBa
     heldout = Tokens.from_examples([example for example, held in zip(examples, chosen, strict=True) if held])
     lengths = np.concatenate([train.lengths, heldout.lengths])
     facts = {
-        "id": records.source.id,
-        "revision": records.source.revision,
+        **records.source._asdict(),
         "fingerprint": records.fingerprint,
         "format": records.format,
         "loss_on": spec.loss_on,
@@ -154,15 +150,7 @@ def tokenize(records: Records, spec: DataSpec, tokenizer: "PreTrainedTokenizerBa
     return TokenizedData(train, heldout, facts)
 
 
-def _first_of_equal(rows: Sequence[dict[str, Any]]) -> list[int]:
-    """Indices of the rows without duplicates, each at its first occurrence."""
-    first: dict[str, int] = {}
-    for number, row in enumerate(rows):
-        first.setdefault(canonical_text(row), number)
-    return list(first.values())
-
-
-def _render(records: Records, number: int, spec: DataSpec, tokenizer: "PreTrainedTokenizerBase") -> Rendered:
+def _render(records: Records, number: int, spec: DataSpec, tokenizer: Tokenizer) -> Rendered:
     try:
         return render(records.rows[number], spec, records.format, tokenizer)
     except DataError as error:
@@ -176,7 +164,7 @@ def _example(prompt: list[int], completion: list[int], spec: DataSpec) -> Exampl
     return Example(ids, is_label)
 
 
-def check_ids(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> None:
+def check_ids(examples: Sequence[Example], tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raise ModelError if a token id is not below `vocab_size`, the number of rows of the model's embedding."""
     highest = max((int(example.ids.max()) for example in examples), default=0)
     if highest >= vocab_size:

@@ -93,13 +93,9 @@ def read_config(folder: Path) -> tuple[LoraConfig, tuple[str, ...]]:
     except Exception as error:  # whatever PEFT makes of other fields
         reason = shortened(str(error).strip().split("\n")[0], 200)
         raise ModelError(f"{folder / CONFIG}: cannot be read: {reason}", "Restore it.") from None
-    unknown = [name for name, value in values.items() if name not in known and value and not _is_number(value)]
+    # Not numbers, which newer versions of PEFT write for options that are off.
+    unknown = [k for k, v in values.items() if k not in known and v and (v is True or not isinstance(v, int | float))]
     return config, tuple(unknown)
-
-
-def _is_number(value: Any) -> bool:
-    """Whether an unknown value is a number, which newer versions of PEFT write for options that are off."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 _KEY = re.compile(r"(?:\\[dDwW]|\\[^A-Za-z0-9]|\(\?:|\((?!\?)|\{\d+(?:,\d*)?\}|[A-Za-z0-9_.\[\]^$|)*+?-])*")

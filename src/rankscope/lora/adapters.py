@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -73,10 +74,7 @@ def add_adapter(model: PreTrainedModel, trial: Trial, base: str | None = None) -
     """Inject the trial's adapter under the trial's name, initialised from the trial's seed alone.
 
     The seed is set in a fork of the random state, so the other trials of a pack do not change an adapter's initial
-    weights.
-
-    Raises:
-        StudyError: see `inject`.
+    weights. Raises StudyError as `inject` does.
     """
     config = lora_config(trial.candidate, base)
     with torch.random.fork_rng(devices=[]):
@@ -124,7 +122,7 @@ def remove_adapter(model: PreTrainedModel, adapter: str) -> None:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Last parts of the names of all linear modules, for error messages and plans."""
+    """Last parts of the names of all linear modules, for error messages."""
     from transformers.pytorch_utils import Conv1D
 
     return sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)})
@@ -138,17 +136,13 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
 def adapter_weights(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """Parameters of the adapter under PEFT's saved names: `base_model.model.….lora_A.weight`."""
     key = adapter_key(adapter)
-    weights: dict[str, nn.Parameter] = {}
+    weights: dict[str, Any] = {}
     for name, layer in lora_layers(model):
-        for part, modules in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-            if key in modules:
-                weight = modules[key].weight
-                assert isinstance(weight, nn.Parameter)
-                weights[f"base_model.model.{name}.{part}.weight"] = weight
+        if key in layer.lora_A:
+            weights[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A[key].weight
+            weights[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B[key].weight
         if key in layer.lora_magnitude_vector:  # DoRA
-            magnitude = layer.lora_magnitude_vector[key].weight
-            assert isinstance(magnitude, nn.Parameter)
-            weights[f"base_model.model.{name}.lora_magnitude_vector"] = magnitude
+            weights[f"base_model.model.{name}.lora_magnitude_vector"] = layer.lora_magnitude_vector[key].weight
     return weights
 
 

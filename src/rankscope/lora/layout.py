@@ -8,6 +8,7 @@ forward, so the layout of the running forward is a context variable.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -51,11 +52,7 @@ class Layout(NamedTuple):
     @property
     def sequence_starts(self) -> tuple[int, ...]:
         """Offsets of the sequences, S + 1 of them, the last one T."""
-        starts = [0]
-        for segment in self.segments:
-            for length in segment.lengths:
-                starts.append(starts[-1] + length)
-        return tuple(starts)
+        return tuple(accumulate((length for segment in self.segments for length in segment.lengths), initial=0))
 
 
 class FlatBatch(NamedTuple):

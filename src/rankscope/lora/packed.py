@@ -6,6 +6,7 @@
 PEFT's layers stay what they are; only their `forward` is replaced. A quantized W is dequantized for each product.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def pack_layers(model: PreTrainedModel) -> None:
             raise NotPackable(f"{name} adapts a {type(base).__name__}, which has a forward of its own")
         if layer is head:
             raise NotPackable(f"{name}, the output layer, carries an adapter")
-        layer.__dict__["forward"] = _PackedForward(layer)
+        layer.__dict__["forward"] = partial(_packed_forward, layer)
 
 
 def unpack_layers(model: PreTrainedModel) -> None:
@@ -47,31 +48,26 @@ def unpack_layers(model: PreTrainedModel) -> None:
         layer.__dict__.pop("forward", None)
 
 
-class _PackedForward:
+def _packed_forward(layer: Any, x: Tensor) -> Tensor:
     """Packed forward of one layer, from (1, T, D) or (T, D) to (1, T, O) or (T, O)."""
-
-    def __init__(self, layer: Any) -> None:
-        self.layer = layer
-
-    def __call__(self, x: Tensor) -> Tensor:
-        layer, layout, base = self.layer, current_layout(), self.layer.get_base_layer()
-        flat = x.reshape(-1, x.shape[-1])  # (T, D): a frozen weight's product is slower with 3-D operands
-        if flat.shape[0] != layout.tokens:
-            raise NotPackable(f"a layer was given {flat.shape[0]} of the batch's {layout.tokens} tokens")
-        weights, spans, keeps = [], [], []
-        for segment in layout.segments:
-            key = adapter_key(segment.adapter)
-            if key in layer.lora_A:
-                weights += [layer.lora_A[key].weight, layer.lora_B[key].weight]
-                spans.append((segment.start, segment.stop, layer.scaling[key]))
-                keeps.append(_dropout_keep(layer.lora_dropout[key], segment, flat))
-                if initial := initial_factors(layer, key):
-                    weights += initial
-                    spans.append((segment.start, segment.stop, -layer.scaling[key]))
-                    keeps.append(None)
-        weight = dequantized_forward(base) or (base.weight if isinstance(base, nn.Linear) else base.weight.T)  # Conv1D
-        out: Tensor = _PackedLinear.apply(flat, weight, base.bias, spans, keeps, *weights)  # type: ignore[no-untyped-call]
-        return out.view(*x.shape[:-1], out.shape[-1])
+    layout, base = current_layout(), layer.get_base_layer()
+    flat = x.reshape(-1, x.shape[-1])  # (T, D): a frozen weight's product is slower with 3-D operands
+    if flat.shape[0] != layout.tokens:
+        raise NotPackable(f"a layer was given {flat.shape[0]} of the batch's {layout.tokens} tokens")
+    weights, spans, keeps = [], [], []
+    for segment in layout.segments:
+        key = adapter_key(segment.adapter)
+        if key in layer.lora_A:
+            weights += [layer.lora_A[key].weight, layer.lora_B[key].weight]
+            spans.append((segment.start, segment.stop, layer.scaling[key]))
+            keeps.append(_dropout_keep(layer.lora_dropout[key], segment, flat))
+            if initial := initial_factors(layer, key):
+                weights += initial
+                spans.append((segment.start, segment.stop, -layer.scaling[key]))
+                keeps.append(None)
+    weight = dequantized_forward(base) or (base.weight if isinstance(base, nn.Linear) else base.weight.T)  # Conv1D
+    out: Tensor = _PackedLinear.apply(flat, weight, base.bias, spans, keeps, *weights)  # type: ignore[no-untyped-call]
+    return out.view(*x.shape[:-1], out.shape[-1])
 
 
 class _PackedLinear(torch.autograd.Function):

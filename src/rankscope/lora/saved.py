@@ -23,14 +23,9 @@ from transformers import PreTrainedModel
 from rankscope.data.sources import HUB_ID
 from rankscope.errors import ModelError, StudyError
 from rankscope.lora.adapter_config import PatternKeys, checked_name, pattern_keys, read_config
-from rankscope.lora.adapters import (
-    adapter_key,
-    inject,
-    remove_adapters,
-    save_adapter,
-    to_float32,
-)
+from rankscope.lora.adapters import adapter_key, inject, remove_adapters, save_adapter, to_float32
 
+_PLAIN = re.compile(r"[\w.^$\\-]*")  # names, also with escaped dots: they take linear time as regular expressions
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.weight)?")
 
 
@@ -93,24 +88,27 @@ def read_adapter(folder: Path) -> SavedAdapter:
             its rank differs from the configuration, or a name is no valid module name.
     """
     config, unknown = read_config(folder)
-    ranks, alphas = pattern_keys(folder, config)
+    (ranks, alphas), file = pattern_keys(folder, config), folder / WEIGHTS
     try:
-        tensors = load_file(folder / WEIGHTS)
+        tensors = load_file(file)
     except FileNotFoundError:
-        raise ModelError(f"{folder / WEIGHTS}: missing", "Weights are read from safetensors files only.") from None
+        raise ModelError(f"{file}: missing", "Weights are read from safetensors files only.") from None
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{folder / WEIGHTS}: corrupt or incomplete: {error}", "Restore it.") from None
+        raise ModelError(f"{file}: corrupt or incomplete: {error}", "Restore it.") from None
     keys: dict[str, dict[str, str]] = {}
     for key in tensors:
         if match := _FACTOR.fullmatch(key):
-            _check_name(folder, match[1])
+            try:
+                checked_name(match[1])
+            except ValueError as error:
+                raise ModelError(f"{file}: {error}", "Use an adapter that PEFT has saved.") from None
             other = keys.setdefault(match[1], {}).setdefault(match[2][-1], key)
             if other != key:
-                raise ModelError(f"{folder / WEIGHTS}: {other} and {key} are one factor", "Remove one of them.")
+                raise ModelError(f"{file}: {other} and {key} are one factor", "Remove one of them.")
     pairs = {name: {part: (key, tensors.pop(key)) for part, key in both.items()} for name, both in keys.items()}
-    layers = [_layer(folder, name, pairs[name], config, ranks, alphas) for name in sorted(pairs, key=_order)]
+    layers = [_layer(file, name, pairs[name], config, ranks, alphas) for name in sorted(pairs, key=_order)]
     if not layers:
-        raise ModelError(f"{folder / WEIGHTS}: holds no LoRA factors", "Give an adapter in PEFT's format.")
+        raise ModelError(f"{file}: holds no LoRA factors", "Give an adapter in PEFT's format.")
     return SavedAdapter(config, layers, tensors, unknown)
 
 
@@ -141,6 +139,7 @@ def attach(model: PreTrainedModel, name: str, adapter: SavedAdapter) -> None:
         ModelError: the adapter does not fit the model.
     """
     key, config = adapter_key(name), _by_name(adapter)
+    todo = "Give the model that the adapter was trained on."
     try:
         inject(config, model, key, embeddings=True)
         to_float32(model, name)
@@ -149,23 +148,17 @@ def attach(model: PreTrainedModel, name: str, adapter: SavedAdapter) -> None:
             tensors[other.removeprefix("base_model.model.")] = tensors.pop(other)
         result: Any = set_peft_model_state_dict(model, tensors, adapter_name=key)
     except (StudyError, RuntimeError, ValueError, KeyError, re.error) as error:
-        raise ModelError(f"the adapter does not fit the model: {str(error).strip().splitlines()[-1]}", _OTHER) from None
-    missing = [key for key in result.missing_keys if ".lora_" in key and f".{adapter_key(name)}" in key]
+        reason = str(error).strip().splitlines()[-1]
+        raise ModelError(f"the adapter does not fit the model: {reason}", todo) from None
+    missing = [other for other in result.missing_keys if ".lora_" in other and f".{key}" in other]
     if result.unexpected_keys or missing:
         odd = (result.unexpected_keys + missing)[0]
-        raise ModelError(f"the adapter does not fit the model: {odd} is of one and not of the other", _OTHER)
-
-
-_OTHER = "Give the model that the adapter was trained on."
+        raise ModelError(f"the adapter does not fit the model: {odd} is of one and not of the other", todo)
 
 
 @contextmanager
 def attached(model: PreTrainedModel, name: str, adapter: SavedAdapter) -> Iterator[None]:
-    """Add the adapter to `model`, which has none, while the body runs, with the file's other tensors too.
-
-    Raises:
-        ModelError: see `attach`.
-    """
+    """Add the adapter to `model`, which has none, while the body runs, with the file's other tensors too: `attach`."""
     biases = {key: bias.clone() for key, bias in model.named_parameters() if key.endswith("bias")}
     try:
         attach(model, name, adapter)
@@ -205,19 +198,8 @@ def _by_name(adapter: SavedAdapter) -> LoraConfig:
     return config
 
 
-_PLAIN = re.compile(r"[\w.^$\\-]*")
-"""Names, also with escaped dots, which take linear time as regular expressions."""
-
-
-def _check_name(folder: Path, name: str) -> None:
-    try:
-        checked_name(name)
-    except ValueError as error:
-        raise ModelError(f"{folder / WEIGHTS}: {error}", "Use an adapter that PEFT has saved.") from None
-
-
 def _layer(
-    folder: Path,
+    file: Path,
     name: str,
     pair: dict[str, tuple[str, Tensor]],
     config: LoraConfig,
@@ -228,32 +210,21 @@ def _layer(
     shapes = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in tensors.items())
     whole = tensors.keys() == {"A", "B"} and all(tensor.dim() >= 2 and tensor.numel() for tensor in tensors.values())
     if whole and tensors["B"].dim() > 2 and tensors["A"].shape[0] > tensors["B"].shape[1]:
-        raise ModelError(
-            f"{folder / WEIGHTS}: {name} has {shapes}: of a grouped convolution", "Its update is no product of two."
-        )
+        raise ModelError(f"{file}: {name} has {shapes}: of a grouped convolution", "Its update is no product of two.")
     if not whole or tensors["A"].shape[0] != tensors["B"].shape[1]:
-        raise ModelError(f"{folder / WEIGHTS}: {name} has {shapes}: no pair of LoRA factors", "Restore it.")
+        raise ModelError(f"{file}: {name} has {shapes}: no pair of LoRA factors", "Restore it.")
     a, b = tensors["A"], tensors["B"]
     if not (a.is_floating_point() and b.is_floating_point()):
-        raise ModelError(f"{folder / WEIGHTS}: {name} is of {a.dtype} and {b.dtype}", "Factors are floating point.")
+        raise ModelError(f"{file}: {name} is of {a.dtype} and {b.dtype}", "Factors are floating point.")
     if not (a.isfinite().all() and b.isfinite().all()):
-        raise ModelError(f"{folder / WEIGHTS}: {name} holds NaN or infinity", "Its training diverged: take another.")
+        raise ModelError(f"{file}: {name} holds NaN or infinity", "Its training diverged: take another.")
     rank, expected = a.shape[0], ranks.get(name, config.r)
     if rank != expected and not config.target_parameters:  # the factors of experts are stacked
-        raise ModelError(
-            f"{folder / WEIGHTS}: {name} has rank {rank}, but {CONFIG} says {expected}",
-            "Restore the file that was changed.",
-        )
-    alpha = alphas.get(name, config.lora_alpha)
-    return Factors(
-        name,
-        a.flatten(1).float(),
-        b.flatten(1).float(),
-        alpha / (rank**0.5 if config.use_rslora else rank),
-        (pair["A"][0], pair["B"][0]),
-        tuple(a.shape[1:]) if a.dim() > 2 else (),
-        a.dtype,
-    )
+        wrong = f"{file}: {name} has rank {rank}, but {CONFIG} says {expected}"
+        raise ModelError(wrong, "Restore the file that was changed.")
+    scaling = alphas.get(name, config.lora_alpha) / (rank**0.5 if config.use_rslora else rank)
+    keys, kernel = (pair["A"][0], pair["B"][0]), tuple(a.shape[1:]) if a.dim() > 2 else ()
+    return Factors(name, a.flatten(1).float(), b.flatten(1).float(), scaling, keys, kernel, a.dtype)
 
 
 def _order(name: str) -> list[tuple[int, str]]:

@@ -17,8 +17,7 @@ from torch import Tensor
 from rankscope.errors import ModelError
 from rankscope.lora.saved import Factors, SavedAdapter
 
-ENERGIES = (0.90, 0.95, 0.99)
-"""Shares of the energy, the squared Frobenius norm, reported as rank_90, rank_95 and rank_99."""
+ENERGIES = (0.90, 0.95, 0.99)  # shares of the energy, the squared Frobenius norm: rank_90, rank_95 and rank_99
 
 
 def singular_values(factors: Factors) -> Tensor:
@@ -125,9 +124,8 @@ def decompose(factors: Factors) -> Decomposed:
     return Decomposed(factors, q_b @ u, values, v @ q_a.T)
 
 
+# Values of init_lora_weights that change the base model, and would again when a truncated adapter is loaded.
 _INITS_CHANGING_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Values of init_lora_weights that change the base model, and would again when a truncated adapter is loaded."""
-
 _NOT_PLAIN = {
     "use_dora": "DoRA's magnitudes belong to the whole update",
     "lora_bias": "its factors have biases",

@@ -25,8 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from rankscope.errors import StudyError
 from rankscope.lora.adapters import adapter_key, lora_layers
 
-WEIGHT_INIT_VARIANTS = ("pissa", "olora")
-"""Variants that initialise from the base weights, and need their initial update subtracted."""
+WEIGHT_INIT_VARIANTS = ("pissa", "olora")  # initialised from the base weights, with an initial update to subtract
 
 
 class InitialFactors(NamedTuple):
@@ -38,8 +37,8 @@ class InitialFactors(NamedTuple):
 
 def initial_factors(layer: LoraLayer, key: str) -> InitialFactors | None:
     """Initial factors of an adapter, by PEFT's name of it; None where the initial update is zero."""
-    factors: dict[str, InitialFactors] = layer.__dict__.get("rankscope_initial_factors", {})
-    return factors.get(key)
+    factors: InitialFactors | None = layer.__dict__.get("rankscope_initial_factors", {}).get(key)
+    return factors
 
 
 def init_from_weights(model: nn.Module, adapter: str, variant: str) -> None:
@@ -72,9 +71,7 @@ def record_initial_factors(model: nn.Module, adapter: str) -> None:
         if key not in layer.lora_A:
             continue
         if "rankscope_initial_factors" not in layer.__dict__:
-            layer.__dict__[
-                "rankscope_initial_factors"
-            ] = {}  # no buffers: the model keeps the tensors that it came with
+            layer.__dict__["rankscope_initial_factors"] = {}  # no buffers, which would join the model's tensors
             assert isinstance(layer, nn.Module)  # for mypy: PEFT's class is mixed into one
             layer.register_forward_hook(_subtract_initial_update)
         weights: tuple[Any, Any] = (layer.lora_A[key].weight, layer.lora_B[key].weight)

@@ -120,11 +120,8 @@ def _energy(sampler: MemorySampler) -> float | None:
     return sampler.nvml.energy_joules() if sampler.nvml else None
 
 
-MEMORY = ("rss", "gpu_allocated", "gpu_reserved", "gpu_nvml")
-"""Kinds of memory in a `Sample`."""
-
-PHASES = {"load": "load_", "train": "", "eval": "eval_"}
-"""Phases with a summary, and the prefixes of their columns: none for training."""
+MEMORY = ("rss", "gpu_allocated", "gpu_reserved", "gpu_nvml")  # kinds of memory in a `Sample`
+PHASES = {"load": "load_", "train": "", "eval": "eval_"}  # phases with a summary, and the prefixes of their columns
 
 
 def summarise_memory(

@@ -85,11 +85,35 @@ def evaluate_truncations(
     """
     adapter = read_adapter(folder)
     check_resizable(adapter)
-    layers = [_single(decompose(factors)) for factors in adapter.layers]
-    whole = trial.candidate.rank
+    # Factors in float32, for half the memory; the singular values stay float64.
+    layers = [layer._replace(u=layer.u.float(), v=layer.v.float()) for layer in map(decompose, adapter.layers)]
+    whole, attention = trial.candidate.rank, model.config._attn_implementation
     lower = sorted({rank for rank, _ in requests} - {whole})
     for ranks in [[whole], *group_ranks(lower, whole, alone=spec.training.base_dropout == "keep")]:
-        yield from _evaluate_group(model, spec, trial, layers, eval_loss, ranks, requests, data)
+        trials = {rank: _trial(spec, trial, rank) for rank in ranks}
+        members = {rank: make_train_state(model, one, spec.training, 1, spec.model.id) for rank, one in trials.items()}
+        kept = {rank: kept_energy(layers, uniform_ranks(layers, rank)) for rank in ranks}
+        # Chosen while the adapters still add nothing: the probe compares one of them with the model's own forward.
+        engine = choose_engine(model, list(members.values()), spec.training, data.longest_row).engine
+        for rank, member in members.items():
+            _fill(member, layers, None if rank == whole else rank)
+        now = [rank for rank in ranks if rank == whole or TruncationRequest(rank, 0) in requests]
+        losses = dict(zip(now, engine.evaluate(data.eval, [trials[rank].name for rank in now]), strict=True))
+        if whole in losses and not abs(losses[whole].mean - eval_loss) <= LOSS_TOLERANCE[model.dtype] * eval_loss:
+            raise ModelError(
+                f"{trial.name}: its adapter's held-out loss is {losses[whole].mean:.6g} here, and {eval_loss:.6g} was "
+                "recorded",
+                "Use the versions and the machine that the study was run with: machine.json has them.",
+            )
+        yield [Truncation(rank, 0, kept[rank], losses[rank]) for rank in now if TruncationRequest(rank, 0) in requests]
+        for steps in sorted({steps for _, steps in requests} - {0}):
+            trained = {rank: members[rank] for rank in ranks if TruncationRequest(rank, steps) in requests}
+            if trained:
+                log.info("%s truncated to %s: %d steps", trial.name, ", ".join(map(str, trained)), steps)
+                after = _recover(engine, trained, spec, data, steps)
+                yield [Truncation(rank, steps, kept[rank], after[rank]) for rank in trained]
+        use_own_forward(model, attention)
+        remove_adapters(model)
 
 
 def group_ranks(ranks: Sequence[int], max_sum: int, alone: bool = False) -> list[list[int]]:
@@ -101,41 +125,6 @@ def group_ranks(ranks: Sequence[int], max_sum: int, alone: bool = False) -> list
         else:
             groups.append([rank])
     return groups
-
-
-def _evaluate_group(
-    model: PreTrainedModel,
-    spec: StudySpec,
-    trial: Trial,
-    layers: Sequence[Decomposed],
-    eval_loss: float,
-    ranks: Sequence[int],
-    requests: Sequence[TruncationRequest],
-    data: TokenizedData,
-) -> Iterator[list[Truncation]]:
-    attention = model.config._attn_implementation
-    members = {
-        rank: make_train_state(model, _trial(spec, trial, rank), spec.training, 1, spec.model.id) for rank in ranks
-    }
-    kept = {rank: kept_energy(layers, uniform_ranks(layers, rank)) for rank in ranks}
-    # Chosen while the adapters still add nothing: the probe compares one of them with the model's own forward.
-    engine = choose_engine(model, list(members.values()), spec.training, data.longest_row).engine
-    for rank, member in members.items():
-        _fill(member, layers, None if rank == trial.candidate.rank else rank)
-    whole = trial.candidate.rank
-    now = [rank for rank in ranks if rank == whole or TruncationRequest(rank, 0) in requests]
-    losses = dict(zip(now, engine.evaluate(data.eval, [members[rank].trial.name for rank in now]), strict=True))
-    if whole in losses:
-        _check_control(trial, losses[whole].mean, eval_loss, LOSS_TOLERANCE[model.dtype])
-    yield [Truncation(rank, 0, kept[rank], losses[rank]) for rank in now if TruncationRequest(rank, 0) in requests]
-    for steps in sorted({steps for _, steps in requests} - {0}):
-        trained = {rank: members[rank] for rank in ranks if TruncationRequest(rank, steps) in requests}
-        if trained:
-            log.info("%s truncated to %s: %d steps", trial.name, ", ".join(map(str, trained)), steps)
-            after = _recover(engine, trained, spec, data, steps)
-            yield [Truncation(rank, steps, kept[rank], after[rank]) for rank in trained]
-    use_own_forward(model, attention)
-    remove_adapters(model)
 
 
 def _trial(spec: StudySpec, trial: Trial, rank: int) -> Trial:
@@ -164,19 +153,6 @@ def _fill(member: TrainState, layers: Sequence[Decomposed], rank: int | None) ->
         root = (layer.values[:rank] / member.trial.candidate.scaling).sqrt()
         a.zero_()[: len(root)] = root[:, None] * layer.v[:rank]
         b.zero_()[:, : len(root)] = layer.u[:, :rank] * root
-
-
-def _single(layer: Decomposed) -> Decomposed:
-    """The factors in float32, for half the memory; the singular values stay float64."""
-    return layer._replace(u=layer.u.float(), v=layer.v.float())
-
-
-def _check_control(trial: Trial, found: float, recorded: float, tolerance: float) -> None:
-    if not abs(found - recorded) <= tolerance * recorded:
-        raise ModelError(
-            f"{trial.name}: its adapter's held-out loss is {found:.6g} here, and {recorded:.6g} was recorded",
-            "Use the versions and the machine that the study was run with: machine.json has them.",
-        )
 
 
 def _recover(

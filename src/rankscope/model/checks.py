@@ -7,10 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
@@ -53,12 +50,8 @@ def check_source(spec: ModelSpec) -> None:
 
 _FOLDER_HOLDS = "The folder must hold config.json, *.safetensors, and the tokenizer's files such as tokenizer.json."
 
-_TOKENIZER_TOO = (
-    "Save it beside the model, tokenizer.save_pretrained(folder), or copy tokenizer.json and tokenizer_config.json."
-)
-
+# File names of tokenizers, in transformers' own format and in those that it converts.
 _VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "tekken.json")
-"""File names of tokenizers, in transformers' own format and in those that it converts."""
 
 
 def unsafe_reason(spec: ModelSpec, config: Any, shards: list[str]) -> str | None:
@@ -117,16 +110,6 @@ def config_fault(config: Any) -> str | None:
     return None
 
 
-def quantization_method(config: Any) -> str:
-    """Quantization method in the configuration of a quantized model."""
-    own = config.quantization_config
-    return shortened(str(own.get("quant_method") if isinstance(own, dict) else getattr(own, "quant_method", own)))
-
-
-_SEES_BOTH_SIDES = (True, "all")
-"""Values of `use_bidirectional_attention`; Gemma 4's `vision` concerns images alone."""
-
-
 def not_causal_reason(config: Any) -> str | None:
     """Reason why `AutoModelForCausalLM` would not make a causal decoder of `config`; None if it would.
 
@@ -146,7 +129,7 @@ def not_causal_reason(config: Any) -> str | None:
     text = config.get_text_config()
     if getattr(text, "is_causal", None) is False:
         return f"is_causal is false in {CONFIG_NAME}"
-    if getattr(text, "use_bidirectional_attention", None) in _SEES_BOTH_SIDES:
+    if getattr(text, "use_bidirectional_attention", None) in (True, "all"):  # Gemma 4's `vision` is for images alone
         return f"use_bidirectional_attention is set in {CONFIG_NAME}"
     return None
 
@@ -173,7 +156,9 @@ def loading_error(spec: ModelSpec, part: str, error: Exception) -> ModelError:
         reason = "it needs custom code of its own, which is never run"
     todo = "Check the id (hub id or folder), the network, and `hf auth login` for a gated model."
     if folder.is_dir():
-        todo = _FOLDER_HOLDS if part != "tokenizer" else _TOKENIZER_TOO
+        todo = _FOLDER_HOLDS
+        if part == "tokenizer":
+            todo = "Save it there by tokenizer.save_pretrained, or copy tokenizer.json and tokenizer_config.json."
         others = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.gguf") for path in folder.glob(kind))
         if part == "model" and others and not any(folder.glob("*.safetensors")):
             todo = f"{others[0]} is not read: load the model where you trust it, and save it with save_pretrained."

@@ -9,20 +9,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from rankscope.errors import ModelError
-from rankscope.model.checks import (
-    SAFE,
-    check_source,
-    config_fault,
-    index_error,
-    indexed_files,
-    loading_error,
-    location,
-    model_file,
-    not_causal_reason,
-    quantization_method,
-    unsafe_reason,
-)
+from rankscope.errors import ModelError, shortened
+from rankscope.model import checks
+from rankscope.model.checks import SAFE, loading_error, location
 from rankscope.model.device import resolve_device, resolve_dtype
 from rankscope.model.quantized import quantization_config, quantize_skeleton, use_dequantized_forward
 from rankscope.spec.models import ModelSpec
@@ -46,29 +35,30 @@ def load_config(spec: ModelSpec) -> Any:
         ModelError: it is missing or invalid, the model is no causal language model, a file of its weights is missing,
             or loading it would not be safe.
     """
-    check_source(spec)
+    checks.check_source(spec)
     folder = Path(location(spec))
     try:
         config = AutoConfig.from_pretrained(location(spec), revision=spec.revision, **SAFE)
-        shards = indexed_files(spec)
-        unsafe = unsafe_reason(spec, config, shards)
+        shards = checks.indexed_files(spec)
+        unsafe = checks.unsafe_reason(spec, config, shards)
     except ModelError:
         raise
     except Exception as error:
         raise loading_error(spec, "configuration", error) from error
     if unsafe:
         raise ModelError(f"model {spec.id}: {unsafe}", "Use a plain base model with safetensors weights.")
-    if getattr(config, "quantization_config", None):
+    if own := getattr(config, "quantization_config", None):
+        method = own.get("quant_method") if isinstance(own, dict) else getattr(own, "quant_method", own)
         raise ModelError(
-            f"model {spec.id}: its weights are quantized already ({quantization_method(config)})",
+            f"model {spec.id}: its weights are quantized already ({shortened(str(method))})",
             "Give the model that it was made of, with model.quantization: nf4 or int8.",
         )
-    if wrong := config_fault(config):
+    if wrong := checks.config_fault(config):
         raise ModelError(f"model {spec.id}: {CONFIG_NAME}: {wrong}", f"Restore {CONFIG_NAME}, or correct it.")
     missing = [file for file in shards if folder.is_dir() and not (folder / file).is_file()]
     if missing and not (folder / SAFE_WEIGHTS_NAME).is_file():  # which takes precedence over the index
-        raise index_error(spec, f"names {missing[0]}, which is not in the folder")
-    if not_causal := not_causal_reason(config):
+        raise checks.index_error(spec, f"names {missing[0]}, which is not in the folder")
+    if not_causal := checks.not_causal_reason(config):
         raise ModelError(
             f"model {spec.id}: not a causal language model: {not_causal}",
             "Use a model that predicts each token from those before it, such as a LlamaForCausalLM.",
@@ -78,7 +68,7 @@ def load_config(spec: ModelSpec) -> Any:
 
 def commit(spec: ModelSpec) -> str | None:
     """Commit of the model on the hub, in hex; None for a folder outside of the hub's cache."""
-    file = model_file(spec, CONFIG_NAME)
+    file = checks.model_file(spec, CONFIG_NAME)
     match = re.search(r"/snapshots/([0-9a-f]{40})/", file.as_posix()) if file else None
     return match[1] if match else None
 

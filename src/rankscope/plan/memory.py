@@ -22,7 +22,7 @@ from rankscope.plan.fake_steps import Event, add_fake_adapters, rehearse
 from rankscope.spec.candidates import Candidate, Trial
 from rankscope.spec.models import StudySpec
 from rankscope.train.engine import LOGIT_BYTES, PackedEngine, PeftEngine, tokens_per_forward
-from rankscope.train.flops import Cost, count_costs
+from rankscope.train.flops import Cost, count_cost
 from rankscope.train.loss import CHUNK_BYTES
 from rankscope.train.optimizer import check_optimizer, state_sizes
 from rankscope.train.probe import probe_tokens, use_own_forward, use_packed_forward
@@ -196,7 +196,8 @@ def _count(
         with mode:
             engine = _engine(model, spec, 1 << 30)
             engine_name = engine.name
-            costs = count_costs(model, list(candidates), engine.forward, probe_tokens(model))
+            tokens = probe_tokens(model)
+            costs = {name: count_cost(model, name, engine.forward, tokens) for name in candidates}
             return _Counted(params, states, costs, engine_name, None)
     except Exception as error:  # whatever a model does that fake tensors cannot: it is not to keep a study from running
         return _Counted(params, states, {}, engine_name, _reason(error))

@@ -24,9 +24,7 @@ from rankscope.files import corrupt_on_error, damaged, file_sha256, published, r
 from rankscope.train.optimizer import restore_state, saved_state
 from rankscope.train.step import TrainState
 
-KEPT = 2
-"""Checkpoints kept, the newest ones."""
-
+KEPT = 2  # checkpoints kept, the newest ones
 _FILES = ("tensors.safetensors", "state.json")
 
 log = logging.getLogger(__name__)
@@ -81,7 +79,7 @@ def load_checkpoint(folder: Path, states: Sequence[TrainState], logs: Mapping[st
 
 
 def _check(target: Path) -> None:
-    """Raise DamagedError where a file differs from the one that was saved."""
+    """Raise DamagedError if a file differs from the one that was saved."""
     hashes = read_json(target / "manifest.json").get("files")
     for name in _FILES:
         file = target / name
@@ -108,14 +106,13 @@ def _tensors(states: Sequence[TrainState]) -> dict[str, torch.Tensor]:
 
 def _restore(state: TrainState, tensors: Mapping[str, torch.Tensor], step: int) -> None:
     for name, weight in state.weights.items():
-        key = f"{state.trial.name}/{name}"
-        weight.data.copy_(tensors[f"{key}/weight"])
-        own = {full.removeprefix(f"{key}/"): value for full, value in tensors.items() if full.startswith(f"{key}/")}
-        restore_state(state.optimizer, weight, {part: value for part, value in own.items() if part != "weight"})
+        key = f"{state.trial.name}/{name}/"
+        own = {full.removeprefix(key): value for full, value in tensors.items() if full.startswith(key)}
+        weight.data.copy_(own.pop("weight"))
+        restore_state(state.optimizer, weight, own)
     scheduler = state.scheduler
     scheduler.last_epoch = step
-    scheduler._last_lr = [
-        base * rate(step) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-    ]
+    rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    scheduler._last_lr = [base * rate(step) for base, rate in rates]
     for group, learning_rate in zip(state.optimizer.param_groups, scheduler._last_lr, strict=True):
         group["lr"] = learning_rate

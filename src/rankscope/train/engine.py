@@ -1,11 +1,11 @@
-"""Engines that compute losses and gradients of trials: `packed` and `peft`, behind one protocol.
+"""Engines that compute losses and gradients of trials: `packed` and `peft`, with the same methods.
 
 `packed` runs all trials in one flattened batch; `peft` runs one trial at a time by PEFT's own forward on padded
 batches. Both accumulate gradients in the adapters' parameters and give the same numbers, up to rounding.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +17,7 @@ from rankscope.lora.adapters import adapter_key, lora_layers
 from rankscope.lora.layout import Examples, FlatBatch, Layout, Slice, flatten, use_layout
 from rankscope.train.loss import Head, label_losses
 
-EVAL_TOKENS = 4096
-"""Maximum tokens of one evaluation forward, so that evaluation needs less memory than training."""
+EVAL_TOKENS = 4096  # at most, in one evaluation forward, so that evaluation needs less memory than training
 
 
 class BatchLoss(NamedTuple):
@@ -47,26 +46,6 @@ class ExampleLosses(NamedTuple):
         return float(self.correct_tokens.sum() / self.label_tokens.sum())
 
 
-class Engine(Protocol):
-    """Interface of an engine to the training loop."""
-
-    name: str
-    mixed: bool  # matrix products in bfloat16 over float32 weights: full fine-tuning of a bfloat16 base
-    tokens_per_forward: int
-
-    def forward(self, tokens: Tokens, adapter: str) -> Tensor:
-        """Trunk's hidden states of all of `tokens` under one adapter, for counting its cost."""
-        ...
-
-    def accumulate(self, tokens: Tokens, slices: Sequence[Slice]) -> list[BatchLoss]:
-        """Add the gradient of each slice's mean loss to its adapter's parameters."""
-        ...
-
-    def evaluate(self, tokens: Tokens, adapters: Sequence[str]) -> list[ExampleLosses]:
-        """Evaluate the loss of every example under each adapter, without gradient or dropout."""
-        ...
-
-
 def mixed_precision(device: torch.device, enabled: bool) -> torch.autocast:
     """Matrix products in bfloat16 over float32 weights, with no cast cached: one made without gradient has none."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=False)
@@ -76,7 +55,7 @@ class PackedEngine:
     """Engine for all trials in one flattened batch, divided into forwards of at most `tokens_per_forward` tokens."""
 
     name = "packed"
-    mixed = False
+    mixed = False  # matrix products in bfloat16 over float32 weights: full fine-tuning of a bfloat16 base
 
     def __init__(self, model: PreTrainedModel, tokens_per_forward: int, base_dropout: bool = False) -> None:
         self.model = model
@@ -85,24 +64,21 @@ class PackedEngine:
         self.base_dropout = base_dropout
 
     def forward(self, tokens: Tokens, adapter: str) -> Tensor:
+        """Trunk's hidden states of all of `tokens` under one adapter, for counting its cost."""
         batch = flatten(tokens, [Slice(adapter, range(len(tokens)))], self.model.device)
         # With a mask, transformers does not derive sequences from the positions, which fails on the meta device.
         return self.hidden(batch, torch.ones_like(batch.input_ids))
 
     def hidden(self, batch: FlatBatch, attention_mask: Tensor | None = None) -> Tensor:
         """Trunk's last hidden states at the label positions, (L, D)."""
+        trunk = getattr(self.model, self.model.base_model_prefix)
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": attention_mask}
         with use_layout(batch.layout):
-            trunk = getattr(self.model, self.model.base_model_prefix)
-            out = trunk(
-                input_ids=batch.input_ids,
-                attention_mask=attention_mask,
-                position_ids=batch.position_ids,
-                use_cache=False,
-            )
-        states: Tensor = out.last_hidden_state
+            states: Tensor = trunk(**inputs, use_cache=False).last_hidden_state
         return states[0, batch.label_positions]
 
     def accumulate(self, tokens: Tokens, slices: Sequence[Slice]) -> list[BatchLoss]:
+        """Add the gradient of each slice's mean loss to its adapter's parameters."""
         self.model.train(self.base_dropout)
         labels = [int(tokens.label_counts[slice_.examples].sum()) for slice_ in slices]
         order = {slice_.adapter: number for number, slice_ in enumerate(slices)}
@@ -124,6 +100,7 @@ class PackedEngine:
 
     @torch.no_grad()
     def evaluate(self, tokens: Tokens, adapters: Sequence[str]) -> list[ExampleLosses]:
+        """Evaluate the loss of every example under each adapter, without gradient or dropout."""
         self.model.eval()
         counts = tokens.label_counts
         losses, correct = np.zeros((2, len(adapters), len(tokens)))
@@ -164,12 +141,9 @@ class PeftEngine:
 
     def forward(self, tokens: Tokens, adapter: str) -> Tensor:
         self._activate(adapter)
-        rows = [self._trunk(torch.from_numpy(ids.astype(np.int64))[None].to(self.model.device)) for ids, _ in tokens]
-        return torch.cat(rows, dim=1)
-
-    def _trunk(self, input_ids: Tensor) -> Tensor:
-        hidden: Tensor = getattr(self.model, self.model.base_model_prefix)(input_ids, use_cache=False).last_hidden_state
-        return hidden
+        trunk = getattr(self.model, self.model.base_model_prefix)
+        rows = [torch.from_numpy(ids.astype(np.int64))[None].to(self.model.device) for ids, _ in tokens]
+        return torch.cat([trunk(row, use_cache=False).last_hidden_state for row in rows], dim=1)
 
     def _rows(self, tokens: Tokens, examples: Examples) -> int:
         """Number of rows of one forward."""
@@ -201,12 +175,10 @@ class PeftEngine:
 
     def parts(self, tokens: Tokens, slice_: Slice) -> list[Slice]:
         """Parts of a slice, one for each forward."""
-        rows = self._rows(tokens, slice_.examples)
-        starts = range(0, len(slice_.examples), rows)
-        return [
-            Slice(slice_.adapter, slice_.examples[start : start + rows], slice_.dropout_seeds[start : start + rows])
-            for start in starts
-        ]
+        adapter, examples, seeds = slice_
+        rows = self._rows(tokens, examples)
+        starts = range(0, len(examples), rows)
+        return [Slice(adapter, examples[start : start + rows], seeds[start : start + rows]) for start in starts]
 
     def losses(self, tokens: Tokens, slice_: Slice) -> Tensor:
         """Losses of each label in one forward, zero elsewhere, with LoRA dropout if the slice has seeds."""
@@ -236,6 +208,9 @@ class PeftEngine:
         return results
 
 
+Engine = PackedEngine | PeftEngine
+
+
 def divide(tokens: Tokens, slices: Sequence[Slice], tokens_per_forward: int) -> list[list[Slice]]:
     """Divide the sequences of `slices`, in order, into groups of at most `tokens_per_forward` tokens.
 
@@ -244,16 +219,17 @@ def divide(tokens: Tokens, slices: Sequence[Slice], tokens_per_forward: int) -> 
     groups: list[list[Slice]] = [[]]
     used = 0
     for slice_ in slices:
-        start, examples, seeds = 0, slice_.examples, slice_.dropout_seeds
+        adapter, examples, seeds = slice_
+        start = 0
         for number, example in enumerate(examples):
             length = int(tokens.lengths[int(example)])
             if used and used + length > tokens_per_forward:
                 if number > start:
-                    groups[-1].append(Slice(slice_.adapter, examples[start:number], seeds[start:number]))
+                    groups[-1].append(Slice(adapter, examples[start:number], seeds[start:number]))
                 groups.append([])
                 start, used = number, 0
             used += length
-        groups[-1].append(Slice(slice_.adapter, examples[start:], seeds[start:]))
+        groups[-1].append(Slice(adapter, examples[start:], seeds[start:]))
     return groups
 
 
@@ -276,8 +252,7 @@ LOGIT_BYTES = 16
 """Bytes per logit of PEFT's forward: logits and log-probabilities in float32, and the gradients of both."""
 
 FORWARD_MEMORY_FRACTION = 0.6
-"""Of the memory that is free beside weights and adapters, what a forward's saved tensors may take; the rest is for
-what is fleeting."""
+"""Share of the memory free beside weights and adapters that a forward's saved tensors may take, beside temporaries."""
 
 TOKENS_PER_FORWARD = {"cpu": 512, "cuda": 1 << 15}
 """Maximum tokens of one training forward. Larger ones gain nothing on a CPU (docs/lab-notes.md); GPU not measured."""

@@ -9,8 +9,7 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,11 +20,9 @@ from transformers import PreTrainedModel
 from rankscope.data.tokens import Tokens
 from rankscope.lora.adapters import adapter_parameters
 from rankscope.lora.variants import iter_initial_factors
-from rankscope.train.step import StepMetrics
 
 _aten = torch.ops.aten
-_PRODUCTS = {_aten.mm: 0, _aten.addmm: 1, _aten.addmm_: 1}
-"""Matrix products, and the index of the left operand among their arguments."""
+_PRODUCTS = {_aten.mm: 0, _aten.addmm: 1, _aten.addmm_: 1}  # index of the left operand among the arguments
 
 
 class Cost(NamedTuple):
@@ -40,12 +37,8 @@ class Cost(NamedTuple):
     flops_per_label: int  # output layer: forward, and backward to its input
 
     def flops(self, tokens: int, label_tokens: int) -> float:
-        """FLOPs of training on so many tokens and label tokens."""
+        """Useful FLOPs of training on so many tokens and label tokens, without padding and recomputation."""
         return self.flops_per_token * tokens + self.flops_per_label * label_tokens
-
-    def step_flops(self, metrics: StepMetrics) -> float:
-        """Useful FLOPs of a step: real tokens and labels, without padding and recomputation."""
-        return self.flops(metrics.tokens, metrics.label_tokens)
 
 
 class Products(TorchDispatchMode):
@@ -67,15 +60,8 @@ class Products(TorchDispatchMode):
         return sum(2 * m * k * n * count for (m, k, n), count in self.shapes.items())
 
 
-def count_costs(
-    model: PreTrainedModel, adapters: Iterable[str], forward: Callable[[Tokens, str], Tensor], tokens: Tokens
-) -> dict[str, Cost]:
-    """Cost of each adapter; `forward` is an engine's."""
-    return {adapter: count_cost(model, adapter, partial(forward, tokens, adapter), tokens) for adapter in adapters}
-
-
-def count_cost(model: PreTrainedModel, adapter: str, forward: Callable[[], Tensor], tokens: Tokens) -> Cost:
-    """Cost of `forward`, which runs `tokens` through the trunk under `adapter` and returns its hidden states."""
+def count_cost(model: PreTrainedModel, adapter: str, forward: Callable[[Tokens, str], Tensor], tokens: Tokens) -> Cost:
+    """Count the cost of `adapter` on `tokens`; `forward` is an engine's."""
     kept = itertools.chain(model.parameters(), iter_initial_factors(model))
     weights = {tensor.untyped_storage()._cdata for tensor in kept}
     saved: dict[int, int] = {}
@@ -88,7 +74,7 @@ def count_cost(model: PreTrainedModel, adapter: str, forward: Callable[[], Tenso
 
     with Products() as products:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            hidden = forward()
+            hidden = forward(tokens, adapter)
         hidden.backward(torch.ones_like(hidden))
     for parameter in adapter_parameters(model, adapter):
         parameter.grad = None

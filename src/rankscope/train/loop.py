@@ -25,7 +25,7 @@ from rankscope.study.folder import FINISHED, TRIAL_FILES
 from rankscope.study.records import EvalRecord, Examples, TrialRecord
 from rankscope.train.checkpoint import load_checkpoint, save_checkpoint
 from rankscope.train.engine import LOGIT_BYTES, Engine, ExampleLosses, PackedEngine, PeftEngine, tokens_per_forward
-from rankscope.train.flops import Cost, Products, count_costs, product_rate
+from rankscope.train.flops import Cost, Products, count_cost, product_rate
 from rankscope.train.optimizer import state_sizes
 from rankscope.train.probe import dependent_rows_reason, make_packable, probe_tokens
 from rankscope.train.recompute import recompute_layers
@@ -63,7 +63,7 @@ def choose_engine(
     dropout, reason = training.base_dropout == "keep", None
     names = [state.trial.name for state in states]
     dependent = dependent_rows_reason(model.config, longest_row)
-    engine: PackedEngine | PeftEngine = PeftEngine(model, 1 if dependent else training.batch_size, dropout)
+    engine: Engine = PeftEngine(model, 1 if dependent else training.batch_size, dropout)
     if training.engine == "packed":
         try:
             if dependent:
@@ -71,13 +71,12 @@ def choose_engine(
             make_packable(model, names)
             engine = PackedEngine(model, 1 << 30, dropout)
         except NotPackable as error:
-            reason = str(error)
-            log.warning(
-                "%s cannot be packed: %s. Its trials are trained by PEFT's forward.", type(model).__name__, error
-            )
+            name, reason = type(model).__name__, str(error)
+            log.warning("%s cannot be packed: %s. Its trials are trained by PEFT's forward.", name, reason)
     if engine.name == "peft":
         recompute_layers(model)
-    costs = count_costs(model, names, engine.forward, probe_tokens(model))
+    tokens = probe_tokens(model)
+    costs = {name: count_cost(model, name, engine.forward, tokens) for name in names}
     for state in states:  # gradients that counting left on weights of full fine-tuning
         state.optimizer.zero_grad(set_to_none=True)
     per_token = max(cost.bytes_per_token for cost in costs.values())
@@ -96,9 +95,7 @@ class PackRun(NamedTuple):
     steps: int
     step_seconds: float  # sum over all steps
     useful_flops: float  # sum over all steps: see `Cost`
-    product_rates: tuple[float, float] | None
-    """FLOP/s of plain matrix products of one step's shapes, timed after the process's first step and after its last;
-    None without a step."""
+    product_rates: tuple[float, float] | None  # FLOP/s of products after the first and the last step; None without one
 
 
 @dataclass
@@ -223,7 +220,7 @@ def train_trials(
                 torch.cuda.synchronize()
             step_seconds = time.perf_counter() - start
             tally.step_seconds += step_seconds
-            flops = (costs[one.trial.name].step_flops(result) for one, result in zip(active, metrics, strict=True))
+            flops = [costs[s.trial.name].flops(m.tokens, m.label_tokens) for s, m in zip(active, metrics, strict=True)]
             tally.useful_flops += sum(flops)
             if step == first + 1:
                 rate = product_rate(products.shapes, model.device, model.dtype)
@@ -310,12 +307,11 @@ def _clear(folder: Path) -> None:
     shutil.rmtree(folder / "adapter", ignore_errors=True)
 
 
-class _TrialRecorder:
+class _TrialRecorder(NamedTuple):
     """Writer of trial.json."""
 
-    def __init__(self, folders: Mapping[str, Path], shared: Mapping[str, Any]) -> None:
-        self.folders = folders
-        self.shared = shared
+    folders: Mapping[str, Path]
+    shared: Mapping[str, Any]
 
     def status(self, trial: AnyTrial) -> str | None:
         """Status in trial.json; None without the file."""

@@ -1,7 +1,7 @@
 """Cross-entropy at the label positions, in chunks, so that the logits never exist all at once."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -89,10 +89,6 @@ def label_losses(
     return LabelLosses(*out)
 
 
-def _chunks(count: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, count, size))
-
-
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -104,7 +100,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         head_grads = [torch.zeros_like(parameter) for parameter in trained]
         with torch.no_grad():
             vocab_size = head(hidden[:1]).shape[-1]
-        for part in _chunks(len(targets), max(16, CHUNK_BYTES[hidden.device.type] // (4 * vocab_size))):
+        size = max(16, CHUNK_BYTES[hidden.device.type] // (4 * vocab_size))
+        for start in range(0, len(targets), size):
+            part = slice(start, start + size)
             with torch.set_grad_enabled(grad is not None):
                 chunk = hidden[part].detach().requires_grad_(grad is not None)
                 logits = head(chunk)

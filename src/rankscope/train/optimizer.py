@@ -11,14 +11,9 @@ from rankscope.errors import StudyError
 from rankscope.model.quantized import require_bitsandbytes
 from rankscope.spec.models import TrainingSpec
 
-MIN_8BIT_WEIGHTS = 4096
-"""Weights of the smallest tensor with 8-bit states: bitsandbytes keeps those of smaller ones in float32."""
-
-STATE_BLOCK = 256
-"""Number of values of an 8-bit state that share a scale."""
-
-_CODEBOOKS = ("qmap1", "qmap2")
-"""States of bitsandbytes that map the 256 codes to values, equal for all tensors and not saved."""
+MIN_8BIT_WEIGHTS = 4096  # of a tensor with 8-bit states: bitsandbytes keeps those of smaller ones in float32
+STATE_BLOCK = 256  # values of an 8-bit state that share a scale
+_CODEBOOKS = ("qmap1", "qmap2")  # states that map the 256 codes to values, equal for all tensors and not saved
 
 
 def check_optimizer(training: TrainingSpec, device: torch.device) -> None:
@@ -58,11 +53,8 @@ def make_optimizer(weights: Mapping[float, Sequence[nn.Parameter]], training: Tr
         return AdamW(groups, fused=True, **options)
     from bitsandbytes.optim.adamw import AdamW as BitsandbytesAdamW
 
-    bits = 32 if training.optim.endswith("32bit") else 8
-    paged = training.optim.startswith("paged")
-    optimizer: Optimizer = BitsandbytesAdamW(
-        groups, optim_bits=bits, is_paged=paged, min_8bit_size=MIN_8BIT_WEIGHTS, **options
-    )
+    options |= {"optim_bits": 32 if training.optim.endswith("32bit") else 8, "min_8bit_size": MIN_8BIT_WEIGHTS}
+    optimizer: Optimizer = BitsandbytesAdamW(groups, is_paged=training.optim.startswith("paged"), **options)
     return optimizer
 
 
@@ -96,7 +88,7 @@ def saved_state(optimizer: Optimizer, weight: nn.Parameter) -> dict[str, Tensor]
 
 
 def restore_state(optimizer: Optimizer, weight: nn.Parameter, saved: Mapping[str, Tensor]) -> None:
-    """Restore the states of one weight from `saved_state`."""
+    """Restore the states of one weight that `saved_state` returned."""
     if not saved:
         return
     if isinstance(optimizer, AdamW):

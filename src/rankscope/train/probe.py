@@ -21,8 +21,7 @@ from rankscope.train.engine import PackedEngine
 from rankscope.train.recompute import keep_layers, recompute_layers
 
 _LENGTHS = (7, 12, 5, 9)
-PROBE_TOKENS = sum(_LENGTHS)
-"""Total length of the probe sequences."""
+PROBE_TOKENS = sum(_LENGTHS)  # total length of the probe sequences
 
 
 def make_packable(model: PreTrainedModel, adapters: Sequence[str]) -> None:
@@ -34,10 +33,9 @@ def make_packable(model: PreTrainedModel, adapters: Sequence[str]) -> None:
     own_attention = model.config._attn_implementation
     try:
         tokens = probe_tokens(model)
-        expected = [_plain_logits(model, tokens[i][0]) for i in range(len(tokens))]
+        expected = [_plain_logits(model, ids) for ids, _ in tokens]
         use_packed_forward(model)
-        got = _packed_logits(model, tokens, adapters)
-        _compare(expected, got, model.dtype)
+        _compare(expected, _packed_logits(model, tokens, adapters), model.dtype)
     except NotPackable:
         use_own_forward(model, own_attention)
         raise
@@ -47,16 +45,13 @@ def make_packable(model: PreTrainedModel, adapters: Sequence[str]) -> None:
 
 
 def dependent_rows_reason(config: Any, longest_row: int) -> str | None:
-    """Why rows of up to `longest_row` tokens would depend on their neighbours in a forward; None where they do not.
+    """Reason why rows of up to `longest_row` tokens depend on their neighbours in a forward; None if they do not.
 
     With longrope (Ding et al. 2024, arXiv:2402.13753) transformers takes other rotations for all positions of a
     forward in which any position is beyond the original length: a long row would change every row beside it.
     """
     parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    kinds = [
-        parameters,
-        *(value for value in parameters.values() if isinstance(value, dict)),
-    ]  # one for each layer type
+    kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]  # may be by layer type
     lengths = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
     if not lengths or longest_row <= min(lengths):
         return None
@@ -107,7 +102,7 @@ def _plain_logits(model: PreTrainedModel, ids: np.ndarray) -> Tensor:
 
 @torch.no_grad()
 def _packed_logits(model: PreTrainedModel, tokens: Tokens, adapters: Sequence[str]) -> list[Tensor]:
-    engine = PackedEngine(model, tokens_per_forward=1 << 30)
+    engine = PackedEngine(model, 1 << 30)
     batch = flatten(tokens, [Slice(adapters[0], range(len(tokens)))], model.device)
     logits = engine.head(engine.hidden(batch)).float()
     return list(logits.split([length - 1 for length in _LENGTHS]))
@@ -119,6 +114,5 @@ def _compare(expected: Sequence[Tensor], got: Sequence[Tensor], dtype: torch.dty
     for one, other in zip(expected, got, strict=True):
         difference, scale = float((one - other).norm()), float((one - one.mean()).norm())
         if not difference <= tolerance * scale:
-            raise NotPackable(
-                f"flattened sequences give other logits than single ones ({difference / scale:.1e} relative)"
-            )
+            relative = difference / scale
+            raise NotPackable(f"flattened sequences give other logits than single ones ({relative:.1e} relative)")

@@ -5,8 +5,8 @@ can save. Such a forward, of either engine, keeps only the decoder layers' input
 backward.
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from rankscope.lora.layout import Layout, layout_if_any, use_layout
 def recompute_layers(model: nn.Module) -> None:
     """Make every decoder layer follow the layout's `recompute`. `keep_layers` undoes it."""
     for layer in _decoder_layers(model):
-        layer.forward = _Recomputed(layer)
+        layer.forward = partial(_recomputed, layer.forward)
 
 
 def keep_layers(model: nn.Module) -> None:
@@ -34,26 +34,15 @@ def _decoder_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-class _Recomputed:
-    """Forward of a decoder layer with checkpointing; transformers' own needs training mode, which turns on dropout."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        self.forward = layer.forward
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        layout = layout_if_any()
-        if layout is None or not layout.recompute or not torch.is_grad_enabled():
-            return self.forward(*args, **kwargs)
-        states = [stream.get_state() for stream in layout.streams]
-        contexts = partial(_contexts, layout, states)
-        return checkpoint(self.forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
-
-
-def _contexts(
-    layout: Layout, states: list[torch.Tensor]
-) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Contexts of a layer's first run, which has its layout already, and of its second run."""
-    return nullcontext(), _again(layout, states)
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a decoder layer with checkpointing; transformers' own needs training mode, which turns on dropout."""
+    layout = layout_if_any()
+    if layout is None or not layout.recompute or not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    states = [stream.get_state() for stream in layout.streams]
+    return checkpoint(
+        forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _again(layout, states)), **kwargs
+    )
 
 
 @contextmanager

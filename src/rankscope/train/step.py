@@ -66,10 +66,8 @@ def total_steps(training: TrainingSpec, examples: int) -> int:
     Raises:
         StudyError: it exceeds `MAX_STEPS`.
     """
-    steps: float
-    if training.steps is not None:
-        steps = training.steps
-    else:
+    steps: float | None = training.steps
+    if steps is None:
         steps = (training.epochs or 1.0) * steps_per_epoch(examples, training.effective_batch_size)
     if steps > MAX_STEPS:
         raise StudyError(

@@ -1,7 +1,7 @@
 """Deferred handling of stop signals, so that training ends at a checkpoint."""
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Self
 
 
@@ -18,8 +18,6 @@ class StopRequest:
     def _record(self, number: int, frame: FrameType | None) -> None:
         self.made = True
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
