@@ -64,7 +64,7 @@ def test_every_text_file_gives_the_same_rows_and_fingerprint(case: str, spec: Wr
     assert records.rows == ROWS
     assert records.format == "alpaca"
     assert records.fingerprint == FINGERPRINT
-    assert records.source.revision is None
+    assert records.revision is None
 
 
 def test_parquet_and_folders_give_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +116,7 @@ def test_hub_data_is_asked_for_as_the_spec_says_and_its_commit_is_kept(
     del asked["prepared"]
     assert asked == {"path": "owner/name", "name": "code", "split": "test", "revision": "main"}
     assert records.rows == ROWS[:1]
-    assert records.source == ("owner/name", commit)
+    assert (records.id, records.revision) == ("owner/name", commit)
 
 
 def test_hub_failure_says_what_to_check(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,8 @@ def prepare_cached(spec: DataSpec, tokenizer: Tokenizer, vocab_size: int) -> Tok
         except OSError as error:
             _log.warning("the tokens are not cached: %s. Set RANKSCOPE_CACHE to a folder that can be written.", error)
         return data
-    return TokenizedData(cached.train, cached.eval, cached.facts | records.source._asdict())  # a source of equal rows
+    # Equal rows may have another source.
+    return TokenizedData(cached.train, cached.eval, cached.facts | {"id": records.id, "revision": records.revision})
 
 
 def cache_key(records: Records, spec: DataSpec, tokenizer: Tokenizer, vocab_size: int) -> str | None:

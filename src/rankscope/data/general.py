@@ -80,13 +80,10 @@ def _table(id: str, most: int) -> Table:
             table = Table(str(path), [{_COLUMN: read_text(path)}], (_COLUMN,))
         else:
             raise DataError(f"{id}: no such file")
+        if _COLUMN not in table.columns:
+            raise DataError(f"{table.name}: found the columns {listed(table.columns)}, but no `{_COLUMN}`")
     except DataError as error:
         raise DataError(
             f"measure.forgetting: {error.what}", f"Give a .txt file, or data whose rows have a `{_COLUMN}` column."
         ) from None
-    if _COLUMN not in table.columns:
-        raise DataError(
-            f"measure.forgetting: {table.name}: found the columns {listed(table.columns)}, but no `{_COLUMN}`",
-            f"Give a .txt file, or rename the column with the text to `{_COLUMN}`.",
-        )
     return table

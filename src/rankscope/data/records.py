@@ -24,20 +24,14 @@ REQUIRED: dict[Format, tuple[str, ...]] = {
 }
 
 
-class Source(NamedTuple):
-    """Origin of records."""
-
-    id: str
-    revision: str | None  # the hub's commit, or the requested revision if it is unknown; None for local data
-
-
 class Records(NamedTuple):
     """Checked rows, in the order of the source."""
 
     rows: list[dict[str, Any]]  # only the columns of the format; alpaca: `input` is "" if absent
     format: Format
     fingerprint: str  # sha256 of the rows, whatever kind of file they came from
-    source: Source
+    id: str
+    revision: str | None  # see `Table`
 
 
 def load_records(spec: DataSpec) -> Records:
@@ -76,7 +70,7 @@ def load_records(spec: DataSpec) -> Records:
     digest = hashlib.sha256()
     for row in rows:
         digest.update(canonical_text(row).encode() + b"\n")
-    return Records(rows, format, digest.hexdigest(), Source(spec.id, table.revision))
+    return Records(rows, format, digest.hexdigest(), spec.id, table.revision)
 
 
 def canonical_text(row: dict[str, Any]) -> str:

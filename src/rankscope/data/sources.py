@@ -98,11 +98,7 @@ def _read_file(path: Path, limit: int | None, wanted: Sequence[str]) -> Table:
 
 
 def read_text(path: Path) -> str:
-    """Text of a file, gzipped or not.
-
-    Raises:
-        DataError: it cannot be read, or is not UTF-8; the message names the line.
-    """
+    """Text of a file, gzipped or not. Raises DataError if it cannot be read or is not UTF-8, with the line."""
     try:
         content = path.read_bytes()
         if content.startswith(b"\x1f\x8b"):  # gzip, whatever the file is called
@@ -221,8 +217,10 @@ def _read_with_datasets(spec: DataSpec, source: str, wanted: Sequence[str], *, l
         raise
     except Exception as error:  # datasets raises some thirty classes, from its own to pyarrow's and httpx's
         wraps = isinstance(error, datasets.exceptions.DatasetGenerationError)  # its own message says nothing
-        if local and wraps:
-            _check_files(Path(source))
+        if local and wraps:  # raise for the first file that cannot be read: `datasets` names neither file nor line
+            for path in sorted(Path(source).rglob("*")):
+                if path.is_file() and Path(path.name.removesuffix(".gz")).suffix.lower() in FILE_TYPES:
+                    _read_file(path, None, COLUMNS)
         if local and isinstance(error, datasets.data_files.EmptyDatasetError):
             raise DataError(
                 f"{source}: the folder holds no data files", f"Give it some: {', '.join(FILE_TYPES)}."
@@ -259,13 +257,6 @@ def _check_builder(builder: Any, source: str, *, local: bool) -> None:
         for file in map(str, files):
             if ".." in Path(file).parts or not file.startswith(root):
                 raise DataError(f"{source}: names the file {shortened(file)!r}, which is not in it", "Give that file.")
-
-
-def _check_files(folder: Path) -> None:
-    """Raise DataError for the first file that cannot be read by itself: `datasets` names neither file nor line."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and Path(path.name.removesuffix(".gz")).suffix.lower() in FILE_TYPES:
-            _read_file(path, None, COLUMNS)
 
 
 def _saved_split(saved: Any, spec: DataSpec) -> Any:

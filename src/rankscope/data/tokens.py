@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
+import safetensors.numpy
 
 from rankscope.data.prompts import Rendered, Tokenizer, encode, render
 from rankscope.data.records import Records, canonical_text
@@ -129,7 +130,8 @@ def tokenize(records: Records, spec: DataSpec, tokenizer: Tokenizer, vocab_size:
     heldout = Tokens.from_examples([example for example, held in zip(examples, chosen, strict=True) if held])
     lengths = np.concatenate([train.lengths, heldout.lengths])
     facts = {
-        **records.source._asdict(),
+        "id": records.id,
+        "revision": records.revision,
         "fingerprint": records.fingerprint,
         "format": records.format,
         "loss_on": spec.loss_on,
@@ -154,7 +156,7 @@ def _render(records: Records, number: int, spec: DataSpec, tokenizer: Tokenizer)
     try:
         return render(records.rows[number], spec, records.format, tokenizer)
     except DataError as error:
-        raise DataError(f"{records.source.id}, row {number + 1}: {error.what}", error.todo) from None
+        raise DataError(f"{records.id}, row {number + 1}: {error.what}", error.todo) from None
 
 
 def _example(prompt: list[int], completion: list[int], spec: DataSpec) -> Example:
@@ -200,9 +202,7 @@ def save(data: TokenizedData, folder: Path) -> None:
 
     The tensors are `train.ids`, `train.is_label`, `train.offsets`, and the same for `eval` and, if present, `general`.
     """
-    from safetensors.numpy import save as to_bytes
-
-    content = to_bytes(
+    content = safetensors.numpy.save(
         {
             f"{side}.{name}": getattr(tokens, name)
             for side, tokens in (("train", data.train), ("eval", data.eval), ("general", data.general))
@@ -221,8 +221,6 @@ def load(folder: Path) -> TokenizedData:
         DamagedError: a file is missing, or facts and tokens do not belong together.
         StudyDirectoryError: a file cannot be read.
     """
-    from safetensors.numpy import load as from_bytes
-
     facts = read_json(folder / "facts.json")
     path = folder / "tokens.safetensors"
     with reading(path):
@@ -231,7 +229,7 @@ def load(folder: Path) -> TokenizedData:
     if sha256 != facts.pop("tokens_sha256", None):
         raise damaged(path, "not the tokens that facts.json was written for")
     with corrupt_on_error(path):
-        tensors = from_bytes(content)
+        tensors = safetensors.numpy.load(content)
         train, heldout, general = (
             Tokens(tensors[f"{side}.ids"], tensors[f"{side}.is_label"], tensors[f"{side}.offsets"])
             if f"{side}.ids" in tensors

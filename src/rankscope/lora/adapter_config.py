@@ -18,9 +18,8 @@ from rankscope.errors import ModelError, shortened
 Value = TypeVar("Value")
 
 MAX_NAME_LENGTH = 500  # characters of a layer's name, and of a key of rank_pattern or alpha_pattern
-
+# Valid names of modules. Others could act where names are shown, or are read as regular expressions by PEFT.
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
-"""Valid module names. Others could act where names are shown, or are read as regular expressions by PEFT."""
 
 
 def checked_name(name: str) -> str:
@@ -82,9 +81,7 @@ def read_config(folder: Path) -> tuple[LoraConfig, tuple[str, ...]]:
     switches = {field.name for field in fields(LoraConfig) if isinstance(field.default, bool)}
     try:
         _CheckedConfig.model_validate(values)
-        given = {
-            name: value for name, value in values.items() if name in known and not (value is None and name in switches)
-        }
+        given = {k: v for k, v in values.items() if k in known and not (v is None and k in switches)}
         config = LoraConfig(**given)
     except ValidationError as error:
         wrong = error.errors()[0]
@@ -136,11 +133,7 @@ def _compile_key(key: str) -> Any:
 
 
 def pattern_keys(folder: Path, config: LoraConfig) -> tuple[PatternKeys[int], PatternKeys[float]]:
-    """Ranks and alphas by layer, as rank_pattern and alpha_pattern give them.
-
-    Raises:
-        ModelError: a key cannot be matched safely.
-    """
+    """Ranks and alphas by layer, from rank_pattern and alpha_pattern. Raises ModelError if a key is unsafe."""
     patterns: list[Any] = []
     for field in ("rank_pattern", "alpha_pattern"):
         try:

@@ -13,6 +13,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from rankscope.errors import StudyError, did_you_mean
 from rankscope.files import published, write_atomic
@@ -123,8 +124,6 @@ def remove_adapter(model: PreTrainedModel, adapter: str) -> None:
 
 def linear_names(model: nn.Module) -> list[str]:
     """Last parts of the names of all linear modules, for error messages."""
-    from transformers.pytorch_utils import Conv1D
-
     return sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)})
 
 

@@ -113,11 +113,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
 
 
 def write_adapter(adapter: SavedAdapter, folder: Path) -> int:
-    """Write PEFT's two files; return the size of the weights' file in bytes.
-
-    Raises:
-        StudyDirectoryError: a file cannot be written.
-    """
+    """Write PEFT's two files; return the size of the weights' file in bytes. Raises StudyDirectoryError on failure."""
     return save_adapter(_tensors(adapter), adapter.config, folder)
 
 

@@ -44,8 +44,7 @@ def initial_factors(layer: LoraLayer, key: str) -> InitialFactors | None:
 def init_from_weights(model: nn.Module, adapter: str, variant: str) -> None:
     """Initialise an injected adapter as `variant` does, without changing the base weights.
 
-    Raises:
-        StudyError: PEFT has no such initialisation for the type of a layer.
+    Raises StudyError if PEFT has no such initialisation for the type of a layer.
     """
     key = adapter_key(adapter)
     for name, layer in lora_layers(model):
@@ -84,8 +83,7 @@ def _subtract_initial_update(layer: Any, args: tuple[Any, ...], out: Tensor) -> 
     if "forward" in layer.__dict__ or layer.disable_adapters:
         return None
     for key in layer.active_adapters:
-        initial = initial_factors(layer, key)
-        if initial is not None:
+        if initial := initial_factors(layer, key):
             hidden = F.linear(args[0].to(initial.a.dtype), initial.a)
             out = out - layer.scaling[key] * F.linear(hidden, initial.b).to(out.dtype)
     return out
@@ -102,8 +100,7 @@ def initial_state_dict(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     """Initial factors of the adapter under PEFT's saved names; empty where its initial update is zero."""
     state: dict[str, Tensor] = {}
     for name, layer in lora_layers(model):
-        initial = initial_factors(layer, adapter_key(adapter))
-        if initial is not None:
+        if initial := initial_factors(layer, adapter_key(adapter)):
             state[f"base_model.model.{name}.lora_A.weight"] = initial.a
             state[f"base_model.model.{name}.lora_B.weight"] = initial.b
     return state

@@ -19,8 +19,7 @@ PACKAGES = ("torch", "transformers", "peft", "datasets", "tokenizers", "safetens
 
 def versions() -> dict[str, str | None]:
     """Versions of Python, rankscope and the libraries that affect results; None if not installed."""
-    packages = {name: installed(name) for name in PACKAGES}
-    return {"python": platform.python_version(), "rankscope": __version__, **packages}
+    return {"python": platform.python_version(), "rankscope": __version__} | {p: installed(p) for p in PACKAGES}
 
 
 def hardware() -> dict[str, Any]:

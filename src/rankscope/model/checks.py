@@ -72,11 +72,7 @@ def unsafe_reason(spec: ModelSpec, config: Any, shards: list[str]) -> str | None
 
 
 def indexed_files(spec: ModelSpec) -> list[str]:
-    """Files named in the index of the weights; empty without an index.
-
-    Raises:
-        ModelError: the index is not in the format of `save_pretrained`.
-    """
+    """Files named in the index of the weights; empty without one. Raises ModelError if it is malformed."""
     index = model_file(spec, SAFE_WEIGHTS_INDEX_NAME)
     if index is None:
         return []
@@ -117,9 +113,8 @@ def not_causal_reason(config: Any) -> str | None:
     `causal`) is true. Those families also have a class for masked tokens; in others (GPT-NeoX) a false `is_decoder` has
     no meaning.
     """
-    causal: set[str] = set()
-    for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        causal.update([names] if isinstance(names, str) else names)
+    classes = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    causal = {name for names in classes for name in ([names] if isinstance(names, str) else names)}
     asked = ", ".join(config.architectures or ()) or config.model_type
     if config.is_encoder_decoder:
         return None if causal.intersection(config.architectures or ()) else f"{asked} has an encoder besides"

@@ -11,11 +11,7 @@ from rankscope.errors import StudyError
 
 
 def resolve_device(device: str) -> torch.device:
-    """Torch device by name; `auto` is the first GPU, or the CPU.
-
-    Raises:
-        StudyError: the device does not exist here.
-    """
+    """Torch device by name; `auto` is the first GPU, or the CPU. Raises StudyError if it does not exist here."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -78,17 +78,14 @@ def _attend(
     """Attention of one sequence, (1, H, t, d) -> (1, H, t, d)."""
     length = query.shape[2]
     windowed = window is not None and window < length
+    options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": True}
     if not windowed and not softcap:
-        return F.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
-        )
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
     position = torch.arange(length, device=query.device)
     distance = position[:, None] - position[None, :]
     allowed = (distance >= 0) & (distance < window) if windowed and window else distance >= 0
     if not softcap:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=allowed, dropout_p=dropout, scale=scaling, enable_gqa=True
-        )
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, **options)
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -116,18 +113,9 @@ def _varlen(
     elif groups > 1:  # torch 2.11
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     offsets = torch.tensor(starts, dtype=torch.int32, device=query.device)
-    out = varlen_attn(
-        query[0].transpose(0, 1).contiguous(),
-        key[0].transpose(0, 1).contiguous(),
-        value[0].transpose(0, 1).contiguous(),
-        offsets,
-        offsets,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0),
-        **options,
-    )
+    q, k, v = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
+    options["window_size"] = (-1 if window is None else window - 1, 0)
+    out = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scaling, **options)
     assert isinstance(out, Tensor)
     return out[None]
 

@@ -86,9 +86,8 @@ class PackedEngine:
         sums = np.zeros(len(slices))
         for group in divide(tokens, slices, self.tokens_per_forward):
             batch = flatten(tokens, group, self.model.device, most_kept=self.tokens_per_forward)
-            owner = torch.tensor(
-                [order[part.adapter] for part in group for _ in part.examples], device=self.model.device
-            )[batch.label_sequence]  # (L,), index of the slice of each label
+            owners = [order[part.adapter] for part in group for _ in part.examples]  # index of each sequence's slice
+            owner = torch.tensor(owners, device=self.model.device)[batch.label_sequence]  # (L,), the same of each label
             with mixed_precision(self.model.device, self.mixed):
                 out = label_losses(self.head, self.hidden(batch), batch.targets, share[owner], self.head.trained)
             out.total.backward()
@@ -177,8 +176,7 @@ class PeftEngine:
         """Parts of a slice, one for each forward."""
         adapter, examples, seeds = slice_
         rows = self._rows(tokens, examples)
-        starts = range(0, len(examples), rows)
-        return [Slice(adapter, examples[start : start + rows], seeds[start : start + rows]) for start in starts]
+        return [Slice(adapter, examples[i : i + rows], seeds[i : i + rows]) for i in range(0, len(examples), rows)]
 
     def losses(self, tokens: Tokens, slice_: Slice) -> Tensor:
         """Losses of each label in one forward, zero elsewhere, with LoRA dropout if the slice has seeds."""

@@ -64,8 +64,7 @@ def dependent_rows_reason(config: Any, longest_row: int) -> str | None:
 def use_packed_forward(model: PreTrainedModel) -> None:
     """Switch attention, LoRA layers and decoder layers to the packed forward, without comparing logits.
 
-    Raises:
-        NotPackable: a layer, or the model's attention, cannot be replaced.
+    Raises NotPackable if a layer, or the model's attention, cannot be replaced.
     """
     pack_layers(model)
     recompute_layers(model)

@@ -61,11 +61,7 @@ class TrainState(NamedTuple):
 
 
 def total_steps(training: TrainingSpec, examples: int) -> int:
-    """Number of optimizer steps of the whole schedule.
-
-    Raises:
-        StudyError: it exceeds `MAX_STEPS`.
-    """
+    """Number of optimizer steps of the whole schedule. Raises StudyError if it exceeds `MAX_STEPS`."""
     steps: float | None = training.steps
     if steps is None:
         steps = (training.epochs or 1.0) * steps_per_epoch(examples, training.effective_batch_size)
