@@ -154,7 +154,7 @@ def attach(model: PreTrainedModel, name: str, adapter: SavedAdapter) -> None:
 
 @contextmanager
 def attached(model: PreTrainedModel, name: str, adapter: SavedAdapter) -> Iterator[None]:
-    """Add the adapter to `model`, which has none, while the body runs, with the file's other tensors too: `attach`."""
+    """Attach the adapter to `model`, which has none, while the body runs, with the file's other tensors too."""
     biases = {key: bias.clone() for key, bias in model.named_parameters() if key.endswith("bias")}
     try:
         attach(model, name, adapter)

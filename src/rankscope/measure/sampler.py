@@ -24,7 +24,10 @@ def reset_peak_rss() -> bool:
 
 def peak_rss() -> int:
     """Kernel's high-water mark of resident memory since `reset_peak_rss`, in bytes, which sampling could miss."""
-    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no VmHWM")
 
 
 class Sample(NamedTuple):

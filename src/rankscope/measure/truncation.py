@@ -100,9 +100,9 @@ def evaluate_truncations(
         now = [rank for rank in ranks if rank == whole or TruncationRequest(rank, 0) in requests]
         losses = dict(zip(now, engine.evaluate(data.eval, [trials[rank].name for rank in now]), strict=True))
         if whole in losses and not abs(losses[whole].mean - eval_loss) <= LOSS_TOLERANCE[model.dtype] * eval_loss:
+            found = losses[whole].mean
             raise ModelError(
-                f"{trial.name}: its adapter's held-out loss is {losses[whole].mean:.6g} here, and {eval_loss:.6g} was "
-                "recorded",
+                f"{trial.name}: its adapter's held-out loss is {found:.6g} here, and {eval_loss:.6g} was recorded",
                 "Use the versions and the machine that the study was run with: machine.json has them.",
             )
         yield [Truncation(rank, 0, kept[rank], losses[rank]) for rank in now if TruncationRequest(rank, 0) in requests]

@@ -17,7 +17,7 @@ from rankscope.lora.adapters import adapter_key, lora_layers
 from rankscope.lora.layout import Examples, FlatBatch, Layout, Slice, flatten, use_layout
 from rankscope.train.loss import Head, label_losses
 
-EVAL_TOKENS = 4096  # at most, in one evaluation forward, so that evaluation needs less memory than training
+EVAL_TOKENS = 4096  # tokens of one evaluation forward at most, so that it needs less memory than training
 
 
 class BatchLoss(NamedTuple):
@@ -86,8 +86,8 @@ class PackedEngine:
         sums = np.zeros(len(slices))
         for group in divide(tokens, slices, self.tokens_per_forward):
             batch = flatten(tokens, group, self.model.device, most_kept=self.tokens_per_forward)
-            owners = [order[part.adapter] for part in group for _ in part.examples]  # index of each sequence's slice
-            owner = torch.tensor(owners, device=self.model.device)[batch.label_sequence]  # (L,), the same of each label
+            owners = [order[part.adapter] for part in group for _ in part.examples]
+            owner = torch.tensor(owners, device=self.model.device)[batch.label_sequence]  # (L,), index of each label's slice
             with mixed_precision(self.model.device, self.mixed):
                 out = label_losses(self.head, self.hidden(batch), batch.targets, share[owner], self.head.trained)
             out.total.backward()
@@ -250,7 +250,7 @@ LOGIT_BYTES = 16
 """Bytes per logit of PEFT's forward: logits and log-probabilities in float32, and the gradients of both."""
 
 FORWARD_MEMORY_FRACTION = 0.6
-"""Share of the memory free beside weights and adapters that a forward's saved tensors may take, beside temporaries."""
+"""Share of the memory free beside weights and adapters for what a forward saves; the rest is for temporaries."""
 
 TOKENS_PER_FORWARD = {"cpu": 512, "cuda": 1 << 15}
 """Maximum tokens of one training forward. Larger ones gain nothing on a CPU (docs/lab-notes.md); GPU not measured."""

@@ -11,7 +11,7 @@ from rankscope.errors import StudyError
 from rankscope.model.quantized import require_bitsandbytes
 from rankscope.spec.models import TrainingSpec
 
-MIN_8BIT_WEIGHTS = 4096  # of a tensor with 8-bit states: bitsandbytes keeps those of smaller ones in float32
+MIN_8BIT_WEIGHTS = 4096  # of the smallest tensor with 8-bit states; bitsandbytes keeps the others in float32
 STATE_BLOCK = 256  # values of an 8-bit state that share a scale
 _CODEBOOKS = ("qmap1", "qmap2")  # states that map the 256 codes to values, equal for all tensors and not saved
 
