@@ -87,7 +87,7 @@ class PackedEngine:
         for group in divide(tokens, slices, self.tokens_per_forward):
             batch = flatten(tokens, group, self.model.device, most_kept=self.tokens_per_forward)
             owners = [order[part.adapter] for part in group for _ in part.examples]
-            owner = torch.tensor(owners, device=self.model.device)[batch.label_sequence]  # (L,), index of each label's slice
+            owner = torch.tensor(owners, device=self.model.device)[batch.label_sequence]  # (L,), slice of each label
             with mixed_precision(self.model.device, self.mixed):
                 out = label_losses(self.head, self.hidden(batch), batch.targets, share[owner], self.head.trained)
             out.total.backward()
