@@ -1,34 +1,35 @@
-"""One rank study, done by `rankscope run` and by TRL's SFTTrainer with PEFT: time, memory, and whether they agree.
+"""Time, memory and agreement of `rankscope run` and TRL's SFTTrainer with PEFT on one rank study.
 
     python benchmarks/compare_trl.py --model DIR_OR_ID --dataset FILE --ranks 8,128,256 --out FILE.json
 
-Each repeat runs the arms one after the other, so that a drift of the machine meets all of them:
+Each repeat runs the arms one after the other, so that machine drift affects all of them:
 
-- rankscope: the product itself in a child process, with one seed and without its cost profiles
+- rankscope: `rankscope run` in a child process, with one seed and without cost profiles
 - trl: SFTTrainer, one rank after the other, each in a fresh child process
-- trl-grouped (with `--grouped`): the same, with batches of similar length. The first batch is as it was; the rows of
+- trl-grouped (with `--grouped`): like trl, with batches of similar length. The first batch is unchanged; the rows of
   the timed steps are sorted by length, longest first. transformers' own `group_by_length` sorts at most a quarter of
   its rows at once, so on the same rows it pads no less
 
-The TRL arms read the tokens of the study that rankscope has just made, in rankscope's order; their adapters start from
-the same numbers; optimizer, schedule, clipping and precision are the study's; the base's own dropout is off. So the
-loss curves of `rankscope` and `trl` must agree. Where they differ by more than 1e-4 (relative, float32) two different
-things were timed: the ratios do not count, and the exit code is 1. trl-grouped has other batches: not compared. The
-warm-up begins with a rate of zero, so it is from the third step on that the losses show an update.
+The TRL arms read the tokens of the study that rankscope has just made, in rankscope's order. Their adapters start from
+the same values; optimizer, schedule, clipping and precision are the study's; the base's own dropout is off. So the loss
+curves of `rankscope` and `trl` must agree. If they differ by more than 1e-4 (relative, float32), the arms did different
+work: the ratios do not count, and the exit code is 1. trl-grouped has other batches: its losses are not compared. The
+warm-up starts at a learning rate of zero, so losses show an update only from the third step on.
 
 TRL's settings: no gradient checkpointing (TRL's default computes each forward twice), fused AdamW, no saving, no
-trackers, and huge pages for torch's CPU allocator, as rankscope's own children have them. The rest is TRL's default,
-its entropy and token accuracy included. On a CPU its loss scores every position, padding and prompt too; it has no
-setting for that.
+trackers, and huge pages for torch's CPU allocator, as rankscope's own children have them. Everything else is TRL's
+default, including entropy and token accuracy. On a CPU its loss scores every position, padding and prompt too, and no
+setting changes that.
 
-- seconds a step: of all ranks together; the mean over all steps but the first, which warms up and is reported by
-  itself. Packs (rankscope) or ranks (TRL) that train one after the other are summed. TRL's clock goes from
-  on_step_begin to on_step_end, which leaves out forming the batch and logging; rankscope's leaves out logging only
+- seconds a step: all ranks together; the mean over all steps but the first, which warms up and is reported
+  separately. Packs (rankscope) or ranks (TRL) that train one after the other are summed. TRL's clock goes from
+  on_step_begin to on_step_end, which excludes forming the batch and logging; rankscope's excludes logging only
 - training seconds: seconds a step times steps
-- wall time: of the processes, with imports and loading; tokenising, evaluation and the report are in rankscope's only
+- wall time: the processes' whole time, with imports and loading; only rankscope's includes tokenising, evaluation and
+  the report
 - peak memory: ru_maxrss of wait4 (Linux), the high-water mark of resident memory of the arm's largest process, which
   for rankscope with a small model may be the one that writes the report
-- GPU peak: allocated bytes, of the TRL arms only; rankscope records its own in the profiles, which are off here
+- GPU peak: allocated bytes, TRL arms only; rankscope records its own in the profiles, which are off here
 
 Tables show medians over repeats; a ratio is taken within each repeat first.
 """
@@ -59,14 +60,14 @@ from rankscope.study.study import Study
 
 SEED = 0
 TOLERANCE = 1e-4
-"""Largest relative difference of two losses of one step, in float32, with which the arms count as the same training."""
+"""Largest relative difference between two losses of one step, in float32, that counts as the same training."""
 
 SHARED = ("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm")
 """Fields of the study's training that have the same name in TRL's configuration."""
 
 
 class Cost(NamedTuple):
-    """What one arm took in one repeat, all ranks together."""
+    """Cost of one arm in one repeat, all ranks together."""
 
     step_seconds: list[float]  # (steps,)
     wall_seconds: float
@@ -81,18 +82,18 @@ class Cost(NamedTuple):
 
 
 QUANTITIES = ("seconds_a_step", "wall_seconds", "peak_bytes")
-"""Of Cost: what the ratios are of."""
+"""Fields of `Cost` that the ratios compare."""
 
 
 class Process(NamedTuple):
-    """What a finished child took."""
+    """Cost of a finished child process."""
 
     wall_seconds: float
     peak_bytes: int
 
 
 def run_child(command: Sequence[str], folder: Path) -> Process:
-    """Runs a command to its end; `folder` takes its output and, so that every repeat tokenises anew, its cache."""
+    """Run a command to its end; `folder` takes its output and, so that every repeat tokenises anew, its cache."""
     environment = ENVIRONMENT | os.environ | {"RANKSCOPE_CACHE": str(folder / "cache")}
     log = folder / "log.txt"
     start = time.perf_counter()
@@ -113,7 +114,7 @@ def run_child(command: Sequence[str], folder: Path) -> Process:
 
 
 def run_rankscope(args: argparse.Namespace, folder: Path) -> Cost:
-    """The study, in `folder`/study, by the command line."""
+    """Run the study from the command line, in `folder`/study."""
     path = folder / "study"
     command = [sys.executable, "-m", "rankscope.cli", "run", "--out", str(path), "--seeds", str(SEED)]
     for name in ("model", "dataset", "ranks", "steps", "batch_size", "max_length", "target_modules"):
@@ -133,7 +134,7 @@ def run_rankscope(args: argparse.Namespace, folder: Path) -> Cost:
 
 
 def run_trl(folder: Path, grouped: bool) -> Cost:
-    """The ranks of `folder`/study by TRL, one after the other."""
+    """Train the ranks of `folder`/study with TRL, one after the other."""
     study = folder / "study"
     processes, results = [], {}
     for candidate in Study.open(study).spec.candidates():
@@ -157,7 +158,7 @@ def _by_step(series: Iterable[Sequence[float]]) -> list[float]:
 
 
 def train_with_trl(study_path: Path, rank: int, result: Path, grouped: bool) -> None:
-    """Trains one rank of a study with SFTTrainer and writes what was found to `result`; to be called in a child."""
+    """Train one rank of a study with SFTTrainer and write its cost and losses to `result`; to be called in a child."""
     import torch
     from datasets import Dataset
     from peft import get_peft_model
@@ -258,7 +259,7 @@ def train_with_trl(study_path: Path, rank: int, result: Path, grouped: bool) -> 
 
 
 def largest_difference(one: Cost, other: Cost) -> float:
-    """max |a - b| / |a| over the losses of all ranks and steps."""
+    """Return max |a - b| / |a| over the losses of all ranks and steps."""
     assert one.losses.keys() == other.losses.keys()
     return max(
         abs(a - b) / abs(a) for rank in one.losses for a, b in zip(one.losses[rank], other.losses[rank], strict=True)
@@ -266,7 +267,7 @@ def largest_difference(one: Cost, other: Cost) -> float:
 
 
 def show(costs: dict[str, list[Cost]], ratios: dict[str, dict[str, float]], steps: int) -> None:
-    """The tables, in Markdown; 1 MB is 1e6 bytes."""
+    """Print the tables in Markdown; 1 MB is 1e6 bytes."""
     print("\n| arm | training s | s a step | first step s | wall s | peak MB | GPU peak MB |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for arm, repeats in costs.items():
@@ -281,7 +282,7 @@ def show(costs: dict[str, list[Cost]], ratios: dict[str, dict[str, float]], step
 
 
 def compare(args: argparse.Namespace) -> bool:
-    """Runs all repeats, prints the tables, writes `--out`; returns whether the ratios count."""
+    """Run all repeats, print the tables, write `--out`; return whether the ratios count."""
     costs: dict[str, list[Cost]] = {arm: [] for arm in ("rankscope", "trl", *["trl-grouped"] * args.grouped)}
     for repeat in range(args.repeats):
         with tempfile.TemporaryDirectory(prefix="rankscope-trl-") as folder:

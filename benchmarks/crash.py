@@ -1,30 +1,29 @@
-"""Kills runs at named and at random points, lets them go on, and compares all with a run that nobody killed.
+"""Kill runs at named and at random points, resume them, and compare the results with an uninterrupted run.
 
     python benchmarks/crash.py --kills 200 --seed 0
 
 One small study (embedded model, four trials in a pack, LoRA dropout, gradient accumulation, nine epochs)
-is run once to its end. Then it is begun again and again in new directories, and each run is killed until one reaches
+is run once to its end. Then it is started again and again in new directories, and each run is killed until one reaches
 its end. Half of the kills are at named points (SIGKILL), half at a random moment (SIGKILL, SIGTERM or SIGINT):
 
 - flush: before a file's bytes are flushed to disk, of the nth file
 - rename: before a finished file takes its name; renamed: right after
 - append: in the middle of a line that is appended to metrics.jsonl
-- random: a moment in the time that a whole run takes, or after a random number of steps (half of each); the supervisor
-  and all its children, or (one in three) the child that trains alone
+- random: at a moment in the duration of a whole run, or after a random number of steps (half each); the supervisor and
+  all its children, or (one in three) only the child that trains
 
-Named points are reached by a `sitecustomize` module that is put in the way of the processes: nothing in rankscope knows
-of them. A kill counts where a process ended by its signal, or said that it was interrupted. Checked after each kill,
-and in the end:
+A `sitecustomize` module on the processes' path reaches the named points; rankscope itself has no hooks. A kill counts
+if a process ended by its signal or reported that it was interrupted. Checked after each kill and at the end:
 
 - no finished trial was lost or trained again: its trial.json is byte for byte what it was
-- no step stands in metrics.jsonl twice, or is left out
-- every loss, held-out loss and adapter is bitwise that of the run that nobody killed
-- what was resumed from a checkpoint began at most `--interval` steps before the last step that had been recorded
+- no step is in metrics.jsonl twice or missing
+- every loss, held-out loss and adapter is bitwise that of the uninterrupted run
+- a pack resumed from a checkpoint began at most `--interval` steps before the last step that had been recorded
 
-SIGTERM and SIGINT are heard between two steps: the process writes a checkpoint and ends.
+SIGTERM and SIGINT take effect between two steps: the process writes a checkpoint and ends.
 
-The exit code is 1 where one of these does not hold, where a study never resumed from a checkpoint, or where the kills
-did not happen.
+The exit code is 1 if one of these does not hold, if a study never resumed from a checkpoint, or if the kills did not
+happen.
 """
 
 import argparse
@@ -92,16 +91,16 @@ if point and child == (os.environ["CRASH_IN"] == "child"):
 
 
 class Outcome(NamedTuple):
-    """Of one study."""
+    """Outcome of one study."""
 
     kills: Counter[str]
     resumed: int
-    """Packs that went on from a checkpoint."""
+    """Number of packs that resumed from a checkpoint."""
     problems: list[str]
 
 
 def environment(**values: str) -> dict[str, str]:
-    """One thread for each process, so that several studies at a time do not get in each other's way."""
+    """Return an environment with one thread per process, so that concurrent studies do not slow each other down."""
     return {**os.environ, "OMP_NUM_THREADS": "1", **values}
 
 
@@ -115,12 +114,12 @@ def command(study: Path, interval: int) -> list[str]:
 
 
 def lines(file: Path) -> list[dict[str, object]]:
-    """The whole lines of a metrics.jsonl; a torn last one is left out."""
+    """Return the complete lines of a metrics.jsonl, without an incomplete last one."""
     return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
 
 
 def contents(study: Path) -> dict[str, str]:
-    """What must be the same: losses of every step, held-out losses of every example, adapters."""
+    """Return what must be equal: losses of every step, held-out losses of every example, adapters."""
     found = {}
     for folder in sorted((study / "trials").iterdir()):
         rows = [row | {"step_seconds": None} for row in lines(folder / "metrics.jsonl")]
@@ -132,19 +131,19 @@ def contents(study: Path) -> dict[str, str]:
 
 
 def trained(study: Path) -> Counter[tuple[str, int]]:
-    """How often each training step of each trial stands in its metrics.jsonl."""
+    """Count how often each training step of each trial stands in its metrics.jsonl."""
     files = list((study / "trials").glob("*/metrics.jsonl"))
     return Counter((file.parent.name, row["step"]) for file in files for row in lines(file) if "train_loss" in row)  # type: ignore[misc]
 
 
 def finished(study: Path) -> dict[str, str]:
-    """trial.json of every trial that is done."""
+    """Return trial.json of every finished trial."""
     texts = {file.parent.name: file.read_text() for file in (study / "trials").glob("*/trial.json")}
     return {trial: text for trial, text in texts.items() if json.loads(text)["status"] == "done"}
 
 
 def reached(study: Path) -> dict[str, int]:
-    """The last step that each pack has recorded, by its trials' metrics.jsonl."""
+    """Return the last recorded step of each pack, by its trials' metrics.jsonl."""
     division = study / "packs" / "division.json"
     packs = json.loads(division.read_text())["packs"] if division.exists() else {}
     steps = trained(study)
@@ -152,13 +151,13 @@ def reached(study: Path) -> dict[str, int]:
 
 
 def begins(study: Path) -> dict[str, list[int]]:
-    """The steps from which each process trained: by the log of the first pack of each job."""
+    """Return the steps at which each process began to train, by the log of the first pack of each job."""
     logs = (study / "packs").glob("*/log.txt")
     return {log.parent.name: list(map(int, re.findall(r"from step (\d+) of", log.read_text()))) for log in logs}
 
 
 def kill(study: Path, hook: Path, interval: int, rng: random.Random, seconds: float, named: bool) -> str | None:
-    """One run; the kind of its kill, or None where nothing was killed before it ended."""
+    """Run once and kill it; return the kind of kill, or None if the run ended first."""
     kind = rng.choice(POINTS) if named else "random"
     values = {"PYTHONPATH": os.pathsep.join([str(hook), os.environ.get("PYTHONPATH", "")])}
     if named:
@@ -183,7 +182,7 @@ def kill(study: Path, hook: Path, interval: int, rng: random.Random, seconds: fl
 
 
 def wait_for_a_moment(process: "subprocess.Popen[bytes]", study: Path, rng: random.Random, seconds: float) -> None:
-    """Returns at a random time of a whole run, or in or after a random one of the steps that are left."""
+    """Return at a random time of a whole run, or during or after a random one of the remaining steps."""
     if rng.random() < 0.5:
         time.sleep(rng.uniform(0.0, seconds))
         return
@@ -201,7 +200,7 @@ def child_was_killed(study: Path) -> bool:
 
 
 def one_study(folder: Path, number: int, seed: int, interval: int, seconds: float, expected: dict[str, str]) -> Outcome:
-    """Kills the run of one study until it reaches its end, and compares."""
+    """Kill the run of one study until it reaches its end, and compare."""
     rng, study = random.Random(seed * 1_000_003 + number), folder / f"study-{number}"
     kills, problems, resumed = Counter[str](), list[str](), 0
     done: dict[str, str] = {}
@@ -229,7 +228,7 @@ def one_study(folder: Path, number: int, seed: int, interval: int, seconds: floa
 
 
 def studies(folder: Path, args: argparse.Namespace, seconds: float, expected: dict[str, str]) -> Iterator[Outcome]:
-    """Outcomes of study after study, `--jobs` at a time, until there were enough kills; what has begun is awaited."""
+    """Yield the outcomes of studies, `--jobs` at a time, until enough kills happened; begun studies finish."""
     numbers, kills = itertools.count(), 0
     with ThreadPoolExecutor(args.jobs) as pool:
 

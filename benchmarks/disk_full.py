@@ -1,4 +1,4 @@
-"""Fills the disk under runs at random moments, makes room again, and compares all with a run that had room.
+"""Fill the disk under runs at random moments, make room again, and compare the results with a run that had room.
 
     python benchmarks/disk_full.py --points 20 --seed 0
 
@@ -8,11 +8,11 @@ Checked:
 
 - the run ends with exit code 2 and an error of a few lines without a traceback, which says what cannot be written or
   how much room is needed
-- with the filler gone the same command reaches its end, and every loss, held-out loss and adapter is bitwise that of
+- without the filler the same command reaches its end, and every loss, held-out loss and adapter is bitwise that of
   the run that had room
 
-A run that ends well all the same, since it had nothing more to write, is not counted. The exit code is 1 where one of
-these does not hold.
+A run that succeeds anyway, because it had nothing more to write, is not counted. The exit code is 1 if one of these
+does not hold.
 """
 
 import argparse
@@ -34,7 +34,7 @@ INTERVAL = 2
 
 
 def fill(disk: Path, left: int) -> Path:
-    """Takes all of the disk but about `left` bytes."""
+    """Fill the disk up to about `left` bytes."""
     filler = disk / "filler"
     with filler.open("wb", buffering=0) as file:
         try:
@@ -50,7 +50,7 @@ def fill(disk: Path, left: int) -> Path:
 def one_point(
     disk: Path, number: int, rng: random.Random, seconds: float, expected: dict[str, str]
 ) -> list[str] | None:
-    """Problems; None where the run had nothing more to write."""
+    """Return the problems, or None if the run had nothing more to write."""
     study, moment, left = disk / f"study-{number}", rng.uniform(0.1, 1.0) * seconds, rng.choice([0, 4096, 100_000])
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(crash.command(study, INTERVAL), env=crash.environment(), **pipes) as process:  # type: ignore[call-overload]

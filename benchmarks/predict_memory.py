@@ -1,12 +1,12 @@
-"""Predicted against measured peak memory, and time, of each rank.
+"""Predicted and measured peak memory and step time of each rank.
 
     python benchmarks/predict_memory.py --model embedded --dataset embedded --ranks 8,128,256
     python benchmarks/predict_memory.py --model OPT350M --dataset code_alpaca_2k.json --ranks 8,128,256 --out FILE.json
 
-- predicted: `rankscope.plan.runtime`, what `rankscope plan` shows, told before anything is loaded
+- predicted: `rankscope.plan.runtime`, what `rankscope plan` shows, computed before anything is loaded
 - measured: rankscope's own profile, the highest peak of the training phase over `--repeats` fresh processes a rank
   (the kernel's high-water mark of resident memory on a CPU, torch's allocator on a GPU), and its median step
-- difference: predicted over measured, less one
+- difference: predicted over measured, minus one
 """
 
 import argparse
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def compare(spec: StudySpec, folder: Path) -> list[dict[str, Any]]:
-    """One row a rank."""
+    """Return one row per rank."""
     prediction, data = predict(spec), prepare_data(spec)
     found = forecast(spec, prediction, data, free_bytes(resolve_device(spec.model.device)))
     if found.reason:
@@ -101,7 +101,7 @@ def compare(spec: StudySpec, folder: Path) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """GitHub-flavoured Markdown; sizes in MB (1e6 bytes)."""
+    """Return a GitHub-flavoured Markdown table; sizes in MB (1e6 bytes)."""
     parts = ("process", "base", "adapter", "gradients", "optimizer", "activations", "logits", "retained")
     lines = [
         f"| rank | {' | '.join(parts)} | predicted MB | measured MB | difference | s a step: predicted | measured |",

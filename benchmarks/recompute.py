@@ -1,11 +1,11 @@
-"""A study's verdict, worked out once more from its raw files with pandas and scipy alone; nothing of rankscope is used.
+"""Recompute a study's verdict from its raw files with pandas and scipy alone, without rankscope's code.
 
     python benchmarks/recompute.py STUDY
 
 Reads study.yaml, trials/*/eval.json, trials/*/metrics.jsonl and profiles/*.json, and compares with verdict.json: each
 rank's held-out loss and regret with their intervals, which ranks are good enough and which are worse, the recommended
-rank, and the effects of the four claims with their intervals. The exit code is 1 where they differ by more than 1e-9
-(relative), and 2 where a study cannot be recomputed: it needs two ranks with two seeds, and no budget.
+rank, and the effects of the four claims with their intervals. The exit code is 1 if they differ by more than 1e-9
+(relative), and 2 if a study cannot be recomputed: it needs two ranks with two seeds, and no budget.
 """
 
 import json
@@ -27,13 +27,13 @@ COSTS = {
 
 
 def finished_trials(study: Path) -> dict[Path, dict[str, Any]]:
-    """The folder and trial.json of each finished trial."""
+    """Return the trial.json of each finished trial, by folder."""
     records = {file.parent: json.loads(file.read_text()) for file in sorted((study / "trials").glob("*/trial.json"))}
     return {folder: record for folder, record in records.items() if record["status"] == "done"}
 
 
 def held_out(study: Path) -> pd.DataFrame:
-    """One row a held-out example of a finished trial."""
+    """Return one row per held-out example of each finished trial."""
     frames = []
     for folder, trial in finished_trials(study).items():
         examples = pd.DataFrame(json.loads((folder / "eval.json").read_text())["examples"])
@@ -45,7 +45,7 @@ def held_out(study: Path) -> pd.DataFrame:
 
 
 def with_most_seeds(examples: pd.DataFrame) -> pd.DataFrame:
-    """Candidates that finished the most seeds, on the seeds that all of them finished."""
+    """Keep the candidates that finished the most seeds, on the seeds that all of them finished."""
     seeds = examples.groupby(["rank", "rate"])["seed"].agg(lambda found: frozenset(found))
     most = seeds[seeds.map(len) == seeds.map(len).max()]
     shared = frozenset.intersection(*most)
@@ -54,7 +54,7 @@ def with_most_seeds(examples: pd.DataFrame) -> pd.DataFrame:
 
 
 def judged(examples: pd.DataFrame) -> pd.DataFrame:
-    """Each rank at its best rate, picked on even examples and left with the odd ones where there are several rates."""
+    """Keep each rank at its best rate; with several rates, chosen on the even examples and judged on the odd ones."""
     if examples["rate"].nunique() > 1:
         chosen = []
         for rank, part in examples[examples["example"] % 2 == 0].groupby("rank"):
@@ -69,7 +69,7 @@ def judged(examples: pd.DataFrame) -> pd.DataFrame:
 def analysis_of_variance(
     table: pd.DataFrame, weight: pd.Series, level: float, seeds_only: bool = False
 ) -> tuple[float, float]:
-    """Mean of a seeds x examples table weighted by label tokens, and half of its interval at `level`."""
+    """Return a seeds x examples table's mean weighted by label tokens, and its interval's half-width at `level`."""
     long = table.stack().rename("value").reset_index()
     long["w"] = long["example"].map(weight / weight.mean())
     mean = np.average(long["value"], weights=long["w"])
@@ -88,7 +88,7 @@ def analysis_of_variance(
 
 
 def ends(tables: dict[int, pd.DataFrame], weight: pd.Series, level: float, factor: float) -> pd.DataFrame:
-    """Ends of the interval of each rank's loss minus `factor` times each other's, by pairs of ranks."""
+    """Return the interval of each rank's loss minus `factor` times every other's, by pair of ranks."""
     found = {
         pair: analysis_of_variance(tables[pair[0]] - factor * tables[pair[1]], weight, level)
         for pair in permutations(tables, 2)
@@ -98,7 +98,7 @@ def ends(tables: dict[int, pd.DataFrame], weight: pd.Series, level: float, facto
 
 
 def recompute(study: Path) -> dict[str, Any]:
-    """What verdict.json should say, under the same names."""
+    """Return the expected content of verdict.json, under the same names."""
     spec = yaml.safe_load((study / "study.yaml").read_text())
     confidence, factor = spec["verdict"]["confidence"], 1 + spec["verdict"]["margin"]
     examples = judged(held_out(study))
@@ -141,7 +141,7 @@ def recompute(study: Path) -> dict[str, Any]:
 
 
 def claims(study: Path, examples: pd.DataFrame, confidence: float) -> dict[str, Any]:
-    """The effect of each claim that was measured, with its interval."""
+    """Return the effect of each measured claim, with its interval."""
     rows = []
     for rank, seed, folder in examples[["rank", "seed", "folder"]].drop_duplicates().itertuples(index=False):
         curve = pd.read_json(folder / "metrics.jsonl", lines=True)["train_loss"].dropna()
@@ -171,7 +171,7 @@ def claims(study: Path, examples: pd.DataFrame, confidence: float) -> dict[str, 
 
 
 def stored(study: Path) -> dict[str, Any]:
-    """verdict.json under the names of `recompute`."""
+    """Return verdict.json under the names of `recompute`."""
     verdict = json.loads((study / "verdict.json").read_text())
     found: dict[str, Any] = {"rank": verdict["rank"] if verdict["outcome"] == "recommended" else None}
     names = ("eval_loss", "eval_loss_low", "eval_loss_high", "regret", "regret_low", "regret_high", "within_margin")

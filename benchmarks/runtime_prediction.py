@@ -1,4 +1,4 @@
-"""The runtime that profiles predict, against that of the same trials trained alone and whole.
+"""Runtime predicted by profiles, against that of the same trials trained alone and in full.
 
     python benchmarks/runtime_prediction.py [OPTIONS OF rankscope run]
 
@@ -9,8 +9,8 @@ keeps, and compares for each trial:
 - isolated: the time of the trial's own steps and evaluations (`train_seconds` + `eval_seconds`), in a process of its
   own that trained nothing else
 
-Loading the model and saving the adapter are in neither. The error is predicted / isolated - 1. Exit code 1 where the
-median of its size exceeds 5%.
+Neither includes loading the model and saving the adapter. The error is predicted / isolated - 1. Exit code 1 if its
+median magnitude exceeds 5%.
 """
 
 import argparse
@@ -28,14 +28,14 @@ TARGET = 0.05
 
 
 def run_isolated(options: list[str], folder: Path) -> Study:
-    """The study by the command line, its output passed on."""
+    """Run the study from the command line and pass its output on."""
     command = [sys.executable, "-m", "rankscope.cli", "run", *options, "--isolated", "--out", str(folder)]
     subprocess.run(command, check=True)
     return Study.open(folder)
 
 
 def compare(study: Study) -> pd.DataFrame:
-    """One row a finished trial: `trial rank predicted isolated error` (seconds; relative)."""
+    """Return one row per finished trial: `trial rank predicted isolated error` (seconds; relative)."""
     profiles, results = study.profiles(), study.results()
     predicted = profiles[~profiles["control"]].groupby("candidate")["runtime_seconds"].mean()
     done = results[results["status"] == "done"]

@@ -1,21 +1,21 @@
-"""How far a study can grow: the schedule of many trials on many devices, and reading a million rows of metrics.
+"""Scale of a study: the schedule of many trials on many devices, and reading a million rows of metrics.
 
     python benchmarks/scale.py schedule       10 to 10,000 trials on 1 to 1,000 devices, simulated
     python benchmarks/scale.py read           writes studies of 10, 100 and 1,000 trials of 1,000 rows, and reads them
     python benchmarks/scale.py read --trials 1000 --keep FOLDER
 
-**schedule.** Trials have the ranks and step times that were measured in docs/results/scaling.md. The project's own code
-divides them into packs (by counted FLOPs) and orders them (by these times, which are what it knows). What then runs
-takes other times: each trial's is off by one of the errors measured in docs/results/runtime-prediction.md, drawn at
-random. Every pack is a process that takes time to start; on one device one process trains all.
+**schedule.** Trials have the ranks and step times measured in docs/results/scaling.md. rankscope's own code divides
+them into packs (by counted FLOPs) and orders them (by these times, the only ones it knows). True times differ: each
+trial's is off by one of the errors measured in docs/results/runtime-prediction.md, drawn at random. Every pack is a
+process that takes time to start; on one device one process trains all.
 
-The bound is what no division and no order is shorter than: the trials' true times over the devices, or the longest
-trial, and one start. The scheduler's time is that of dividing, ordering and placing.
+The bound is a makespan that no division and no order can beat: the trials' true times over the devices, or the longest
+trial, plus one start. The scheduler's time covers dividing, ordering and assigning.
 
-**read.** Each study is read by a process of its own, `Study.open` and `Study.evidence`, which is all that the verdict
-and the report start from. Seconds are from the process's first line to its last, importing included; memory is the peak
-resident size. The files were written just before, so that they are read from memory, not from the disk. Exit code 1
-where a target is missed; that of reading is 5 s of CPU time at 1,000 trials.
+**read.** A process of its own reads each study with `Study.open` and `Study.evidence`, the input of the verdict and the
+report. Seconds are from the process's first line to its last, imports included; memory is the peak resident size. The
+files have just been written, so they are read from memory, not from disk. Exit code 1 if a target is missed; that of
+reading is 5 s of CPU time at 1,000 trials.
 """
 
 import argparse
@@ -49,21 +49,21 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results"
 TRIALS = (10, 100, 1000, 10000)
 DEVICES = (1, 10, 100, 1000)
 STEPS = 200
-"""Of a trial whose schedule is simulated."""
+"""Steps of a trial whose schedule is simulated."""
 ROW_TOKENS = 48
-"""Of its data: four trials fill a step."""
+"""Tokens of each row of its data: four trials fill a step."""
 FREE_BYTES = 24_000_000_000
 
 CANDIDATES = 10
-"""Of a made study: five ranks at two learning rates; the rest are seeds."""
+"""Candidates of a generated study: five ranks at two learning rates; the rest are seeds."""
 EXAMPLES = 32
-"""Held out, of a made study: the fewest that rankscope holds out by itself."""
+"""Held-out examples of a generated study: the fewest that rankscope holds out by default."""
 EVALS = 4
 TARGET_CPU_SECONDS = 5.0  # to read the evidence of 1,000 trials
 
 
 def made_spec(trials: int, rows: int) -> StudySpec:
-    """The question of a made study, of so many trials and rows of metrics in all."""
+    """Return the question of a generated study with that many trials and rows of metrics in all."""
     values = {
         "ranks": [8, 16, 32, 64, 128],
         "learning_rates": [1e-4, 1e-3],
@@ -75,7 +75,7 @@ def made_spec(trials: int, rows: int) -> StudySpec:
 
 
 def write_trial(study: Study, trial: Trial, steps: int, pack: str) -> None:
-    """The files of a trial that is done, of made-up losses, as `rankscope.train.loop` writes them."""
+    """Write the files of a finished trial with made-up losses, as `rankscope.train.loop` writes them."""
     folder, draw = study.trial_folder(trial), random.Random(trial.name).random
     (folder / "adapter").mkdir(parents=True)
     (folder / "adapter" / "adapter_config.json").write_text("{}\n")
@@ -138,7 +138,7 @@ def _write_trials(path: Path, spec: StudySpec, names: Sequence[str]) -> None:
 
 
 def make_study(path: Path, trials: int, rows: int) -> Study:
-    """Writes a study of trials that are done: real formats and hashes, made-up numbers."""
+    """Write a study of finished trials: real formats and hashes, made-up numbers."""
     spec = made_spec(trials, rows)
     study, all_trials = Study.create(path, spec), spec.trials()
     names = [trial.name for trial in all_trials]
@@ -158,16 +158,16 @@ def make_study(path: Path, trials: int, rows: int) -> Study:
 
 
 class Measured(NamedTuple):
-    """What the simulation starts from."""
+    """Measurements that the simulation starts from."""
 
     step_seconds: dict[int, float]
-    """By rank."""
+    """Seconds per step, by rank."""
     errors: list[float]
-    """Predicted over true, minus 1."""
+    """Errors of predicted runtime: predicted over true, minus 1."""
 
 
 def measured() -> Measured:
-    """From the tables of docs/results."""
+    """Read the measurements from the tables in docs/results."""
     ranks = (RESULTS / "scaling.md").read_text(encoding="utf-8").partition("## Rank")[2].partition("##")[0]
     steps = {int(rank): float(s) for rank, s in re.findall(r"^\| (\d+) \| [\d,]+ \| ([\d.]+) \(", ranks, re.MULTILINE)}
     errors = re.findall(r"([+-][\d.]+)% \|$", (RESULTS / "runtime-prediction.md").read_text(), re.MULTILINE)
@@ -177,7 +177,7 @@ def measured() -> Measured:
 
 
 class Simulated(NamedTuple):
-    """What became of some trials on some devices. Times are in seconds."""
+    """Outcome of a simulated study. Times are in seconds."""
 
     packs: int
     makespan: float
@@ -186,7 +186,7 @@ class Simulated(NamedTuple):
 
 
 def simulate_study(known: Measured, trials: int, devices: int, seed: int = 0) -> Simulated:
-    """Divides, orders and runs so many trials on so many devices."""
+    """Divide, order and simulate that many trials on that many devices."""
     ranks = sorted(known.step_seconds)
     options = {"model": "embedded", "dataset": "embedded", "device": "cpu", "steps": STEPS, "ranks": ranks}
     spec = assemble({"seeds": list(range(-(-trials // len(ranks))))}, options)
@@ -212,7 +212,7 @@ def simulate_study(known: Measured, trials: int, devices: int, seed: int = 0) ->
 
 
 def show_schedules() -> Iterator[str]:
-    """A table, and what of the targets is missed."""
+    """Yield the table's lines, and the missed targets."""
     known, worst, slowest = measured(), 0.0, 0.0
     yield "| trials | devices | packs | makespan, h | bound, h | makespan / bound | scheduler, s |"
     yield "|---:|---:|---:|---:|---:|---:|---:|"
@@ -241,14 +241,14 @@ print(json.dumps({"rows": rows, "seconds": seconds, "cpu_seconds": cpu_seconds, 
 
 
 def read_apart(path: Path) -> dict[str, Any]:
-    """Reads a study in a process of its own: what it took."""
+    """Read a study in a process of its own; return its cost."""
     command = [sys.executable, "-c", READ, str(path)]
     found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return found
 
 
 def show_reading(trials: Sequence[int], keep: Path | None) -> Iterator[str]:
-    """A row of the table for each number of trials, and what of the targets is missed."""
+    """Yield one row per number of trials, and the missed targets."""
     yield "| trials | rows | metrics.jsonl | s | CPU s | peak |"
     yield "|---:|---:|---:|---:|---:|---:|"
     for count in trials:

@@ -1,10 +1,10 @@
-"""How the cost of a pack's training step grows with adapters, tokens, rank and model size.
+"""Growth of the cost of a pack's training step with adapters, tokens, rank and model size.
 
     python benchmarks/scaling.py --threads 2 --out docs/results
 
 Four sweeps around one base point (a trial of rank 8 on 2,048 tokens a step, all linear layers); a point that two
 sweeps share is measured once. Every measurement is a fresh process that loads the model, adds the adapters and takes
-one step that is not counted and then `--steps` timed ones; each repeat goes through all points before the next begins.
+one uncounted step and then `--steps` timed ones; each repeat goes through all points before the next begins.
 
 - data: random token ids in rows of 128, the second half of each row labels
 - seconds a step: forward, backward, clipping and AdamW of the whole pack; median over steps, then over repeats
@@ -13,7 +13,7 @@ one step that is not counted and then `--steps` timed ones; each repeat goes thr
 - model sizes: OPT-shaped models with random weights, made in a temporary folder; the largest has opt-350m's shape
 
 A law is a + b x with a, b >= 0 (no cost is negative), fitted to the points' medians by least squares on relative
-errors, the sum of ((a + b x - y) / y)^2, so that small points count as much as large ones; with it comes the largest
+errors, the sum of ((a + b x - y) / y)^2, so that small points count as much as large ones. It is given with the largest
 relative deviation of a point. A step is divided into forwards of a limited number of tokens, so the memory of the
 tokens' sweep is fitted against the tokens of its largest forward.
 """
@@ -44,13 +44,13 @@ from rankscope.train.loop import choose_engine
 from rankscope.train.step import make_train_state, train_step
 
 ROW = 128
-"""Tokens of a sequence."""
+"""Tokens in a sequence."""
 SHAPES = ((128, 2, 8192), (256, 4, 8192), (384, 8, 8192), (640, 10, 8192), (768, 16, 8192), (1024, 24, 50272))
 """Hidden size, layers and vocabulary: 1 to 331 million parameters."""
 
 
 class Point(NamedTuple):
-    """What one process measures. `model` is `embedded` or a folder; tokens are those of one trial's step."""
+    """One process's measurement point. `model` is `embedded` or a folder; tokens are those of one trial's step."""
 
     model: str
     adapters: int = 1
@@ -59,7 +59,7 @@ class Point(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What one process found."""
+    """Cost measured by one process."""
 
     step_seconds: list[float]
     peak_bytes: int
@@ -79,7 +79,7 @@ class Cost(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """One quantity varied; `per` of it are the unit of its laws."""
+    """One varied quantity; its laws are per `per` units of it."""
 
     name: str
     title: str
@@ -110,12 +110,12 @@ class Row(NamedTuple):
 
     @property
     def spread(self) -> float:
-        """Of the time: (slowest - fastest repeat) / median."""
+        """Spread of the time: (slowest - fastest repeat) / median."""
         return float(np.ptp([cost.seconds for cost in self.costs])) / self.seconds
 
 
 class Law(NamedTuple):
-    """intercept + slope * x; above `limit` it stays level."""
+    """Fitted law: intercept + slope * x, level above `limit`."""
 
     text: str
     intercept: float
@@ -136,7 +136,7 @@ class Result(NamedTuple):
 
 
 def sweeps(model: str, sizes: Sequence[str]) -> list[Sweep]:
-    """The four sweeps; `sizes` are the folders of the random models."""
+    """Return the four sweeps; `sizes` are the folders of the random models."""
     adapters = [Point(model, adapters=2**i) for i in range(6)]
     tokens = [Point(model, tokens=2**i) for i in range(7, 14)]
     ranks = [Point(model, rank=rank) for rank in (1, 4, 16, 64, 128, 256)]
@@ -150,7 +150,7 @@ def sweeps(model: str, sizes: Sequence[str]) -> list[Sweep]:
 
 
 def measure(point: Point, device: str, steps: int, threads: int) -> Cost:
-    """One measurement, to be called in a fresh process."""
+    """Measure one point; to be called in a fresh process."""
     torch.set_num_threads(threads)
     batch = point.tokens // ROW
     spec = assemble(
@@ -185,7 +185,7 @@ def measure(point: Point, device: str, steps: int, threads: int) -> Cost:
 
 
 def random_tokens(rows: int, vocabulary: int) -> Tokens:
-    """`rows` sequences of random ids, the second half of each to learn."""
+    """Return `rows` sequences of random ids, with the second half of each as labels."""
     rng, is_label = np.random.default_rng(0), np.arange(ROW) >= ROW // 2
     ids = rng.integers(vocabulary, size=(rows, ROW), dtype=np.int32)
     return Tokens.from_examples([Example(row, is_label) for row in ids])
@@ -202,7 +202,7 @@ def measure_in_child(point: Point, args: argparse.Namespace) -> Cost:
 
 
 def make_models(folder: Path) -> list[str]:
-    """Writes the random models, post-norm and with narrow embeddings as opt-350m, and returns their folders."""
+    """Write the random models, post-norm and with narrow embeddings like opt-350m, and return their folders."""
     from transformers import OPTConfig, OPTForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -225,7 +225,7 @@ def make_models(folder: Path) -> list[str]:
 
 
 def summarise(sweep: Sweep, costs: dict[Point, list[Cost]]) -> Result:
-    """Rows and laws of one sweep."""
+    """Return the rows and laws of one sweep."""
     rows, limit, unit = [], None, sweep.unit
     for point in sweep.points:
         x = costs[point][0].parameters if sweep.name == "model" else getattr(point, sweep.name)
@@ -240,7 +240,7 @@ def summarise(sweep: Sweep, costs: dict[Point, list[Cost]]) -> Result:
 
 
 def fit(what: str, unit: str, per: float, xs: Sequence[float], ys: Sequence[float], limit: float | None = None) -> Law:
-    """The law of `ys` by min(x, limit): least squares on relative errors, without negative coefficients."""
+    """Fit `ys` against min(x, limit): least squares on relative errors, without negative coefficients."""
     from scipy.optimize import nnls
 
     x, y = np.minimum(np.array(xs, dtype=float), limit or np.inf), np.array(ys)
@@ -252,7 +252,7 @@ def fit(what: str, unit: str, per: float, xs: Sequence[float], ys: Sequence[floa
 
 
 def draw(results: Sequence[Result], quantity: str, y_title: str) -> str:
-    """`seconds` or `megabytes` as SVG: a panel a sweep, a point a repeat, the law as a line."""
+    """Draw `seconds` or `megabytes` as SVG: one panel per sweep, one point per repeat, the law as a line."""
     # Imported here, as scipy is: a child's memory is what training takes, without the charts' libraries.
     import altair as alt
     import vl_convert
@@ -282,7 +282,7 @@ def draw(results: Sequence[Result], quantity: str, y_title: str) -> str:
 
 
 def section(result: Result) -> str:
-    """One sweep in Markdown: table, laws, and how its last point compares with its first."""
+    """Return one sweep in Markdown: table, laws, and its last point against its first."""
     axis, first, last = result.sweep.axis, result.rows[0], result.rows[-1]
     columns = [axis.capitalize(), "Trainable parameters", "Seconds a step (spread)", "Tokens a second", "Peak memory"]
     rows = [
@@ -306,7 +306,7 @@ tokens a second × {speeds:.3g}, peak memory × {last.megabytes / first.megabyte
 
 
 def write(results: Sequence[Result], args: argparse.Namespace) -> None:
-    """scaling.md, scaling.json and the two figures, into `--out`; without the machine's names or paths."""
+    """Write scaling.md, scaling.json and the two figures to `--out`, without the machine's names or paths."""
     base, machine, libraries = Path(args.model).name, hardware(), versions()
     del machine["system"], machine["torch_threads"]
     options = ["--model", base, "--device", args.device, "--threads", args.threads, "--steps", args.steps]

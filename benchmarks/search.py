@@ -1,16 +1,15 @@
-"""Does a search find the grid's best for a third of the grid's tokens?
+"""Success of a search within a third of a grid's tokens: does it find the grid's best?
 
     python benchmarks/search.py grid      trains the grid once, and keeps its held-out losses (docs/results/search.json)
     python benchmarks/search.py replay    searches over these curves, with many seeds, against random search
     python benchmarks/search.py real      one search that trains, against its replay
 
-The grid: the embedded model and data, 6 ranks by 5 learning rates, one seed. In a replay the search's own driver runs,
-and a candidate's losses come from the grid's curves instead of from training. All have a budget of a third of the
-grid's training tokens. A search has succeeded when a candidate that it trained to its end is within the margin (1%) of
-the best of the grid.
+The grid: the embedded model and data, 6 ranks by 5 learning rates, one seed. A replay runs the search's own driver
+with losses from the grid's curves instead of training. The budget is a third of the grid's training tokens. A search
+succeeds if a candidate that it trained to the end is within the margin (1%) of the grid's best.
 
-Among the grid's 30 candidates that is easy, so there are smaller budgets too, and a second space: all learning rates
-between the grid's, where the losses are interpolated.
+Among the grid's 30 candidates that is easy, so the benchmark also has smaller budgets and a second space: all learning
+rates between the grid's, with interpolated losses.
 """
 
 import argparse
@@ -42,9 +41,9 @@ RANKS, RATES = (4, 8, 16, 32, 64, 128), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 STEPS, PLACES = 36, 4
 MARGIN = 0.01
 PARTS = (3, 5, 8)
-"""Budgets: these parts of the grid's tokens."""
+"""Budgets, as shares of the grid's tokens."""
 RECORDED = (4, 9, 12, 18, 36)
-"""Steps at which held-out losses are taken: the rungs of several reductions, and the end."""
+"""Steps at which held-out losses are measured: the rungs of several reductions, and the end."""
 
 SETTINGS = {
     "TPE, halving": {"sampler": "tpe", "pruner": "halving"},
@@ -55,7 +54,7 @@ SETTINGS = {
 
 
 def spec_of(seed: int = 0, between: bool = False, **changes: Any) -> SearchSpec:
-    """The search over the grid's candidates, or also `between` its learning rates; `seed` is the sampler's, and
+    """Return the search over the grid's candidates, or also `between` its learning rates; `seed` is the sampler's, and
     training's is 0."""
     values = {name: value for name, value in read_study_file(DEMO).items() if name not in ("ranks", "learning_rates")}
     options = {"ranks": RANKS, "learning_rates": "1e-4..1e-2" if between else RATES, "steps": STEPS, "trials": 1}
@@ -64,7 +63,7 @@ def spec_of(seed: int = 0, between: bool = False, **changes: Any) -> SearchSpec:
 
 
 def train_grid(spec: SearchSpec, data: TokenizedData) -> dict[str, Any]:
-    """Held-out losses of every candidate at `RECORDED` steps, and the tokens of each step."""
+    """Train the grid; return every candidate's held-out losses at `RECORDED` steps, and the tokens of each step."""
     trainer = PackTrainer(load_model(spec.study.model), spec, data, PLACES)
     curves, points, start = [], spec.points(), time.perf_counter()
     trials = [SearchTrial(candidate=spec.candidate(point), seed=0, number=n) for n, point in enumerate(points)]
@@ -114,12 +113,12 @@ class Replay:
 
 
 class Found(NamedTuple):
-    """What one search came to."""
+    """Result of one search."""
 
     regret: float
-    """Of its best candidate, as a share of the grid's best loss; infinity where none was trained to its end."""
+    """Regret of its best candidate, as a share of the grid's best loss; infinity if none was trained to its end."""
     share: float
-    """Of the grid's tokens, until a candidate within the margin was done; infinity where there was none."""
+    """Share of the grid's tokens until a candidate within the margin was done; infinity if none was."""
     begun: int
     stopped: int
     best: tuple[int, float]
@@ -147,13 +146,13 @@ class Grid(NamedTuple):
         return sum(self.step_tokens) * len(self.curves)
 
 
-def replay(grid: Grid, places: int, part: int = 3, **changes: Any) -> Found:
-    """One search over the curves, within a third, or another part, of the grid's tokens."""
+def replay(grid: Grid, slots: int, part: int = 3, **changes: Any) -> Found:
+    """Replay one search over the curves, within a third, or another share, of the grid's tokens."""
     spec = spec_of(budget=Budget(tokens=grid.tokens // part), **changes)
     study, spent, first, best, of = make_study(spec), 0, float("inf"), float("inf"), (0, 0.0)
     begun: set[str] = set()
     stopped = 0
-    for moment in drive(study, spec, Replay(grid.curves), grid.step_tokens, places):
+    for moment in drive(study, spec, Replay(grid.curves), grid.step_tokens, slots):
         spent += moment.spent.tokens
         begun |= moment.losses.keys()
         for name, how in moment.ended.items():
@@ -179,37 +178,37 @@ def show_grid(grid: Grid) -> Iterator[str]:
         )
 
 
-def show_replays(grid: Grid, places: int, seeds: int, between: bool) -> Iterator[str]:
-    """Of each setting and budget: the share of seeds that came within the margin, the mean regret, the worst."""
+def show_replays(grid: Grid, slots: int, seeds: int, between: bool) -> Iterator[str]:
+    """Yield, for each setting and budget, the share of seeds within the margin, the mean regret and the worst."""
     yield f"| of {seeds} seeds | " + " | ".join(f"1/{part}: within | regret, mean | worst" for part in PARTS) + " |"
     yield "|---|" + "---:|---:|---:|" * len(PARTS)
     for name, setting in SETTINGS.items():
         cells = []
         for part in PARTS:
-            found = [replay(grid, places, part, seed=seed, between=between, **setting) for seed in range(seeds)]
+            found = [replay(grid, slots, part, seed=seed, between=between, **setting) for seed in range(seeds)]
             regrets = [one.regret for one in found]
             within = sum(regret <= MARGIN for regret in regrets) / seeds
             cells += [f"{within:.0%}", f"{statistics.mean(regrets):.2%}", f"{max(regrets):.2%}"]
         yield f"| {name} | " + " | ".join(cells) + " |"
 
 
-def show_five(grid: Grid, places: int) -> Iterator[str]:
+def show_five(grid: Grid, slots: int) -> Iterator[str]:
     yield "| | seed | best found | regret | tokens until within | begun | stopped early |"
     yield "|---|---:|---|---:|---:|---:|---:|"
     for name, setting in SETTINGS.items():
         for seed in range(5):
-            one = replay(grid, places, seed=seed, **setting)
+            one = replay(grid, slots, seed=seed, **setting)
             yield (
                 f"| {name} | {seed} | rank {one.best[0]}, {one.best[1]:g} | {one.regret:.2%} | {one.share:.1%} | "
                 f"{one.begun} | {one.stopped} |"
             )
 
 
-def show_reductions(grid: Grid, places: int, seeds: int) -> Iterator[str]:
+def show_reductions(grid: Grid, slots: int, seeds: int) -> Iterator[str]:
     for reduction, rungs in ((2, 1), (2, 2), (3, 1), (3, 2), (4, 1)):
         for sampler in ("tpe", "random"):
             found = [
-                replay(grid, places, seed=seed, sampler=sampler, reduction=reduction, rungs=rungs)
+                replay(grid, slots, seed=seed, sampler=sampler, reduction=reduction, rungs=rungs)
                 for seed in range(seeds)
             ]
             within = sum(one.regret <= MARGIN for one in found) / seeds
@@ -221,7 +220,7 @@ def show_reductions(grid: Grid, places: int, seeds: int) -> Iterator[str]:
 
 
 def real(grid: Grid, seed: int) -> Iterator[str]:
-    """A search that trains, and what its replay says."""
+    """Run a search that trains, and yield lines that compare it with its replay."""
     spec = spec_of(seed=seed, budget=Budget(tokens=grid.tokens // 3))
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -245,7 +244,7 @@ def main() -> None:
     parser.add_argument("what", choices=["grid", "replay", "reductions", "real"])
     parser.add_argument("--seeds", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="of the real search")
-    parser.add_argument("--places", type=int, default=PLACES)
+    parser.add_argument("--slots", type=int, default=PLACES)
     arguments = parser.parse_args()
     if arguments.what == "grid":
         spec = spec_of()
@@ -253,11 +252,11 @@ def main() -> None:
         return
     grid = Grid.read()
     if arguments.what == "replay":
-        lines = [*show_grid(grid), "", *show_five(grid, arguments.places)]
+        lines = [*show_grid(grid), "", *show_five(grid, arguments.slots)]
         for between in (False, True):
-            lines += ["", *show_replays(grid, arguments.places, arguments.seeds, between)]
+            lines += ["", *show_replays(grid, arguments.slots, arguments.seeds, between)]
     elif arguments.what == "reductions":
-        lines = list(show_reductions(grid, arguments.places, arguments.seeds))
+        lines = list(show_reductions(grid, arguments.slots, arguments.seeds))
     else:
         lines = list(real(grid, arguments.seed))
     print("\n".join(lines))

@@ -1,4 +1,4 @@
-"""How often the verdict is right: made-up studies whose truth is known.
+"""Accuracy of the verdict, on simulated studies with a known truth.
 
     python benchmarks/simulate.py --studies 2000 --out docs/results/simulation.md
 
@@ -7,11 +7,11 @@ A study has three ranks (8, 128, 256) or six, and a table of held-out losses, se
     loss[rank, seed, example] = base[example] + effect[rank] + seed effect[seed] + rank's own seed effect[rank, seed]
                                 + rank's own example effect[rank, example] + noise[rank, seed, example]
 
-`effect` is what is true of the rank: over many seeds and examples, its mean loss. Standard deviations are relative to
-the mean loss of 2 nats: examples differ by 30% and seeds by 1% (pairing takes both away), the others are a setting's:
+`effect` is the rank's true effect: its mean loss over many seeds and examples. Standard deviations are relative to the
+mean loss of 2 nats: examples differ by 30% and seeds by 1% (pairing removes both); the others depend on the setting:
 
-- as measured: seeds 0.25%, noise 0.7%: differences of ranks 8 and 128 on the embedded study vary by 0.013 and 0.036 of
-  3.8 nats, each rank by that over the root of 2; no example effects
+- as measured: seeds 0.25%, noise 0.7%: differences between ranks 8 and 128 on the embedded study vary by 0.013 and
+  0.036 of 3.8 nats, each rank by that divided by the square root of 2; no example effects
 - examples differ: seeds 0.1%, examples 2%, noise 2%: ranks that do better on some examples and worse on others
 - seeds differ: seeds 1%, examples 0.5%, noise 1%: unstable training
 
@@ -20,16 +20,16 @@ Effects of the ranks, as multiples of the margin (1%): none; small (0.5, 0.2, 0)
 
 Checked over all studies of a setting:
 
-- coverage: the 95% interval of the difference of two given ranks holds the true one: 93 to 97%. It does not depend on
-  the effects, which are added to all losses alike, so it is told once for each size. Where seeds hardly differ it is
-  above: with few seeds their variance has to be guarded against
-- bootstrap: the same for the percentile interval of a hierarchical bootstrap over seeds and examples (on 200 studies)
-- regret: the 95% interval of a rank's regret holds it
-- better: in a study some rank is called worse than the margin and is not, or a best one called not the best: at most 5%
-- recommended: studies that recommend a rank; wrong: recommended with a regret of the margin or more: at most 5% of all
-  studies, and beside it the share of those that recommend
-- alike: studies that name the cheapest rank since none can be told apart, and the 95th percentile of its true regret,
-  in margins
+- coverage: the 95% interval of the difference between two given ranks covers the true one: 93 to 97%. It does not
+  depend on the effects, which are added to all losses alike, so it is given once per size. Where seeds hardly differ it
+  is higher: with few seeds the interval has to allow for their variance
+- bootstrap: coverage of the percentile interval of a hierarchical bootstrap over seeds and examples (on 200 studies)
+- regret: the 95% interval of a rank's regret covers it
+- better: a study calls some rank worse than the margin that is not, or a best one not the best: at most 5%
+- recommended: studies that recommend a rank; wrong: the recommended rank's regret is the margin or more: at most 5% of
+  all studies, followed by the share of those that recommend
+- alike: studies that name the cheapest rank because none are distinguishable, and the 95th percentile of its true
+  regret, in margins
 """
 
 import argparse
@@ -71,11 +71,11 @@ EFFECTS: dict[str, tuple[float, ...]] = {
     "six ranks": (3, 1.05, 1.05, 0.5, 0, 0),
 }
 SIZES = ((2, 50), (2, 1000), (3, 100), (3, 500), (5, 200), (10, 50), (10, 1000))
-"""Seeds and held-out examples."""
+"""Numbers of seeds and held-out examples."""
 
 
 class Outcome(NamedTuple):
-    """What one made-up study gave. Rates are over its pairs or ranks."""
+    """Outcome of one simulated study. Rates are over its pairs or ranks."""
 
     covered: float
     regret_covered: float
@@ -83,13 +83,13 @@ class Outcome(NamedTuple):
     recommended: bool
     falsely_recommended: bool
     beyond: float
-    """The true regret, in margins, of a rank that is named though nothing is distinguishable; else NaN."""
+    """True regret, in margins, of the rank named as cheapest where nothing is distinguishable; else NaN."""
 
 
 def draw(
     rng: np.random.Generator, setting: Setting, effects: Sequence[float], seeds: int, examples: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Losses (K, S, E) and label tokens (E,)."""
+    """Draw losses (K, S, E) and label tokens (E,)."""
     ranks = len(effects)
     tokens = rng.integers(10, 200, examples).astype(float)
     shared = BASE * (1 + rng.normal(0, 0.3, examples)) + rng.normal(0, 0.01 * BASE, (seeds, 1))
@@ -103,7 +103,7 @@ def draw(
 
 
 def comparisons(losses: np.ndarray, tokens: np.ndarray) -> list[Comparison]:
-    """What `rankscope.analysis.comparison.compare` makes of a study with these losses."""
+    """Return the output of `rankscope.analysis.comparison.compare` for a study with these losses."""
     ranks = [2 ** (number + 3) for number in range(len(losses))]
     names = [f"r{rank:03d}" for rank in ranks]
     identity = {name: (rank, 1e-4) for name, rank in zip(names, ranks, strict=True)}
@@ -111,7 +111,7 @@ def comparisons(losses: np.ndarray, tokens: np.ndarray) -> list[Comparison]:
 
 
 def judge(rows: Sequence[Comparison], effects: Sequence[float], confidence: float = 0.95) -> Outcome:
-    """Compares what is concluded with the truth."""
+    """Compare the conclusion with the truth."""
     truth = {row.candidate: BASE * MARGIN * effect for row, effect in zip(rows, effects, strict=True)}
     least = min(truth.values())
     lowest = BASE + least  # the true loss of the best, of which the margin is a share
@@ -140,14 +140,14 @@ def judge(rows: Sequence[Comparison], effects: Sequence[float], confidence: floa
 
 
 def _simultaneous(candidates: int, confidence: float) -> float:
-    """At which a claim that a rank is not the best is made."""
+    """Return the level at which a claim that a rank is not the best is made."""
     return 1 - (1 - confidence) / (candidates - 1)
 
 
 def simulate(
     setting: Setting, effects: Sequence[float], seeds: int, examples: int, studies: int, random: Sequence[int] = (0,)
 ) -> pd.DataFrame:
-    """One row a study: the fields of `Outcome`."""
+    """Return one row per study: the fields of `Outcome`."""
     rng = np.random.default_rng(random)
     outcomes = []
     for _ in range(studies):
@@ -159,7 +159,7 @@ def simulate(
 def bootstrap_coverage(
     setting: Setting, effects: Sequence[float], seeds: int, examples: int, studies: int, random: Sequence[int] = (0,)
 ) -> float:
-    """How often a hierarchical percentile bootstrap (999 resamples) holds the first rank's difference to the last."""
+    """Return how often a hierarchical percentile bootstrap (999 resamples) covers the first rank's true difference."""
     rng = np.random.default_rng(random)
     truth, covered = BASE * MARGIN * (effects[0] - effects[-1]), 0
     for _ in range(studies):
@@ -177,7 +177,7 @@ def bootstrap_coverage(
 
 
 def tables(studies: int, bootstraps: int) -> Iterator[str]:
-    """Two Markdown tables for each setting: intervals, and claims."""
+    """Yield two Markdown tables per setting, by line: intervals and claims."""
     for number, setting in enumerate(SETTINGS):
         yield f"\n## {setting.name.capitalize()}\n\nSeeds {setting.seeds:.2%}, examples {setting.examples:.2%}, "
         yield f"noise {setting.noise:.2%} of the mean loss.\n\n"

@@ -1,4 +1,4 @@
-"""The text both recipes start from: the running interpreter's standard library, cut into three parts by file.
+"""Source text of both recipes: the running interpreter's standard library, divided into three parts by file.
 
 The parts share no file, so the instruction data holds functions that the model was not pretrained on.
 """

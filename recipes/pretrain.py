@@ -4,8 +4,8 @@
 
 writes `src/rankscope/demo/model/`, `recipes/results/pretrain.jsonl` (the curves), `pretrain.json` (the
 summary) and `pretrain.svg`. The model has opt-350m's peculiarities in small: post-norm, and embeddings
-narrower than the hidden size with a projection on each side, so that whatever works on it has met them.
-`recipes/README.md` tells what it cost.
+narrower than the hidden size with a projection on each side, so that code that works on it covers them.
+`recipes/README.md` has its cost.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ CONTEXT = 512  # tokens in a sequence, and the model's number of positions: none
 
 @dataclass(frozen=True)
 class Settings:
-    """What the training run depends on, besides the corpus.
+    """Settings of the training run, besides the corpus.
 
     The defaults are the recipe; the command's options exist to try it in less time.
     """
