@@ -90,8 +90,8 @@ def test_a_pack_without_enough_memory_is_divided(root: Path, whole: Study, tmp_p
     assert any("Pack p000 is divided into p001 and p002" in message for message in said.lines)
     for name in NAMES:
         np.testing.assert_allclose(losses(study, name), losses(whole, name), rtol=1e-4)
-    assert "divided" in (study.path / "report" / "report.md").read_text()
-    assert "divided" not in (whole.path / "report" / "report.md").read_text()
+    assert "smaller packs" in (study.path / "report" / "report.md").read_text()
+    assert "smaller packs" not in (whole.path / "report" / "report.md").read_text()
     assert not list(study.path.glob("packs/*/checkpoints"))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rankscope.analysis.verdict import conclude
-from rankscope.data.tokens import TokenizedData, load, save
+from rankscope.data.tokens import TokenizedData, load, save, sha256_of
 from rankscope.errors import DataError, ModelError
 from rankscope.files import write_json
 from rankscope.jobs import answers, packs, profiles, reference
@@ -127,8 +127,9 @@ def study_data(spec: StudySpec, study: Study | None) -> TokenizedData:
         return prepare_data(spec)
     saved = study.path / "data"
     data = load(saved) if (saved / "facts.json").exists() else prepare_data(spec)
+    sha256 = sha256_of(data)
     for trial in study.all_trials():
-        if (study.trial_record(trial).tokens_sha256 or data.sha256) != data.sha256:
+        if (study.trial_record(trial).tokens_sha256 or sha256) != sha256:
             raise DataError(
                 f"{spec.data.id}: not the rows that {trial.name} was trained on",
                 "Give the rows that the study began with, or choose another --out.",

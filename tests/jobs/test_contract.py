@@ -6,7 +6,7 @@ Ray's half is slow, but for one small study.
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -166,13 +166,13 @@ def test_the_error_of_a_failed_job_names_the_studys_files(
     path = tmp_path / "study"
     shutil.copytree(trained(options["steps"]).path, path)
     ends: list[RankscopeError | None] = []
-    wrong = Job({"kind": "profile", "profile": "r002", "repeat": 0}, "profiles/jobs/r002")
+    wrong = Job("rankscope.jobs.profiles", {"profile": "r002", "repeat": 0}, "profiles/jobs/r002")
     (path / "profiles").mkdir(exist_ok=True)
     (path / "profiles" / "r002.json").write_text("no JSON")
 
-    def ended(job: Job, error: RankscopeError | None) -> list[Job]:
+    def ended(job: Job, error: RankscopeError | None, waiting: Sequence[Job]) -> list[Job]:
         ends.append(error)
-        return []
+        return list(waiting)
 
     with launcher_of(options) as launcher:
         run_jobs(launcher, path, [wrong._replace(reads=["profiles/r002.json"])], lambda: None, ended)

@@ -79,7 +79,7 @@ def test_evidence_and_report_have_it(study: Study) -> None:
         assert "full fine-tuning" in page
         assert "Forgetting (nats)" in page
     korean = pipeline.finish(study, "ko").study.report.read_text()
-    assert "전체 미세 조정" in korean
+    assert "전체 파인튜닝" in korean
     assert "망각 (nat)" in korean
     pipeline.finish(study)
 

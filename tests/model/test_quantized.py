@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bitsandbytes.nn import Linear8bitLt
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -60,6 +60,8 @@ def bitsandbytes_own(folder: Path, kind: str) -> PreTrainedModel:
     config = BitsAndBytesConfig(**nf4) if kind == "nf4" else BitsAndBytesConfig(load_in_8bit=True)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
     for layer in model.modules():
+        if isinstance(layer, Linear4bit):  # its kernel for AVX512-BF16 rounds to bfloat16 and needs whole blocks
+            layer.support_avx512bf16_for_cpu = False
         if isinstance(layer, Linear8bitLt):  # in training on a CPU it multiplies dequantized weights, as rankscope does
             layer.train = lambda mode=True, layer=layer: nn.Module.train(layer)  # type: ignore[method-assign]
     return model.requires_grad_(False).eval()  # type: ignore[no-any-return]
@@ -69,6 +71,8 @@ def dequantized(folder: Path, model: PreTrainedModel) -> PreTrainedModel:
     """The model with plain layers that hold what those of `model` stand for."""
     plain: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for name, layer in model.named_modules():
+        if isinstance(layer, Linear4bit):  # its kernel for AVX512-BF16 rounds to bfloat16 and needs whole blocks
+            layer.support_avx512bf16_for_cpu = False
         if isinstance(layer, Linear8bitLt):
             weight: Any = layer.weight
             plain.get_submodule(name).weight.data = weight.CB.float() * weight.SCB[:, None] / 127

@@ -14,8 +14,9 @@ import rankscope
 from folders import write_data, write_model
 from rankscope.errors import RankscopeError, StudyDirectoryError, StudyError
 from rankscope.files import read_json
-from rankscope.jobs.curve import take_curve
+from rankscope.jobs.local import LocalLauncher
 from rankscope.jobs.repair import remove_corrupt
+from rankscope.pipeline import measure_curve
 from rankscope.study.study import Study
 from recording import RecordingProgress
 
@@ -46,7 +47,7 @@ def run(root: Path, out: Path) -> Study:
 @pytest.fixture(scope="module")
 def study(root: Path) -> Study:
     study = run(root, root / "study")
-    take_curve(study, RecordingProgress(), ranks=[1])
+    measure_curve(study, LocalLauncher(study.spec.model), RecordingProgress(), ranks=[1])
     return study
 
 

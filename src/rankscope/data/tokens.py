@@ -202,7 +202,18 @@ def save(data: TokenizedData, folder: Path) -> None:
 
     The tensors are `train.ids`, `train.is_label`, `train.offsets`, and the same for `eval` and, if present, `general`.
     """
-    content = safetensors.numpy.save(
+    content = _serialized(data)
+    write_atomic(folder / "tokens.safetensors", content)
+    write_json(folder / "facts.json", {**data.facts, "tokens_sha256": hashlib.sha256(content).hexdigest()})
+
+
+def sha256_of(data: TokenizedData) -> str:
+    """Hash, in hex, of the file in which `save` keeps the tokens."""
+    return data.sha256 or hashlib.sha256(_serialized(data)).hexdigest()
+
+
+def _serialized(data: TokenizedData) -> bytes:
+    return safetensors.numpy.save(
         {
             f"{side}.{name}": getattr(tokens, name)
             for side, tokens in (("train", data.train), ("eval", data.eval), ("general", data.general))
@@ -210,8 +221,6 @@ def save(data: TokenizedData, folder: Path) -> None:
             for name in ("ids", "is_label", "offsets")
         }
     )
-    write_atomic(folder / "tokens.safetensors", content)
-    write_json(folder / "facts.json", {**data.facts, "tokens_sha256": hashlib.sha256(content).hexdigest()})
 
 
 def load(folder: Path) -> TokenizedData:

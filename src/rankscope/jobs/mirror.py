@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from rankscope.files import inside, published, write_atomic, writing
+from rankscope.files import inside, published, refuse_links_out, write_atomic, writing
 
 PIECE_BYTES = 32 << 20
 """Size of the pieces in which a file is sent."""
@@ -131,6 +131,8 @@ class Replica:
     """Applies changes from jobs' folders to the study's directory."""
 
     def __init__(self, root: Path) -> None:
+        """Raise StudyDirectoryError where a symbolic link leads out of `root`."""
+        refuse_links_out(root)
         self._root = root
         self._grown: set[Path] = set()
 
