@@ -52,7 +52,7 @@ def _job(run: Run, packs: Mapping[str, Sequence[Trial]]) -> Job:
     plan, known = run.plan, run.study.with_known_model()
     names = {pack: [trial.name for trial in trials] for pack, trials in packs.items()}
     reads = [f"trials/{name}" for name in itertools.chain(*names.values())]
-    if known is not None:  # by its record a job elsewhere knows the model that the study began with
+    if known is not None:  # its record says which model the study began with
         reads.append(f"trials/{known.name}/trial.json")
     memory = max(plan.host_bytes(trials, plan.step_tokens) for trials in packs.values())
     return Job(__name__, {"packs": names}, f"packs/{next(iter(names))}", reads, memory)

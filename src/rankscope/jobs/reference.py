@@ -80,13 +80,9 @@ def train_full(spec: StudySpec, trial: FullTrial, folder: Path, data: TokenizedD
     member = make_full_train_state(model, trial, spec.training, total_steps(spec.training, len(data.train)))
     choice = choose_engine(model, [member], spec.training, data.longest_row)
     choice.engine.mixed = resolve_dtype(spec.model.dtype, resolve_device(spec.model.device)) == torch.bfloat16
-    facts = {
-        "engine": "packed" if choice.engine.name == "packed" else "padded",
-        "engine_reason": choice.reason,
-        "model_sha256": weights,
-        "tokens_sha256": data.sha256,
-        "weights": NOT_SAVED,
-    }
+    engine = "packed" if choice.engine.name == "packed" else "padded"
+    facts = {"engine": engine, "engine_reason": choice.reason, "weights": NOT_SAVED}
+    facts |= {"model_sha256": weights, "tokens_sha256": data.sha256}
     checkpoints = folder / "checkpoints"
     train_trials(model, spec.training, [member], choice, {trial.name: folder}, checkpoints, data, facts, stop)
     shutil.rmtree(checkpoints, ignore_errors=True)

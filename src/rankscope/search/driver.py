@@ -58,10 +58,6 @@ class Running:
     seconds: float = 0.0  # of the steps that it took part in, divided among all that did
     reported: int = 0  # last rung with a loss in Optuna, possibly from an earlier run that was stopped
 
-    @property
-    def name(self) -> str:
-        return self.asked.name
-
 
 @dataclass
 class StepResult:
@@ -101,13 +97,10 @@ def drive(
     running: dict[str, Running] = {}
     exhausted, start = False, clock()
 
-    def need(one: Running) -> int:
-        """Tokens to a candidate's next rung, or to its end."""
-        return upto[next(stop for stop in stops if stop > one.step)] - upto[one.step]
-
     def affords(step: int, others: Sequence[Running]) -> bool:
-        """Whether a candidate at `step` can be trained to its end."""
-        return left_tokens(spec, spent) - sum(map(need, others)) >= upto[steps] - upto[step]
+        """Whether a candidate at `step` can be trained to its end beside the others' way to their next rungs."""
+        reserved = sum(upto[next(stop for stop in stops if stop > one.step)] - upto[one.step] for one in others)
+        return left_tokens(spec, spent) - reserved >= upto[steps] - upto[step]
 
     while not stopped():
         while len(running) < slots and affords(0, list(running.values())):
@@ -125,8 +118,8 @@ def drive(
             one = Running(SearchTrial(candidate=candidate, seed=seed, number=number), trial)
             asked += "trial" not in trial.user_attrs
             one.reported = max(map(int, study.trials[number].intermediate_values), default=0)
-            trial.set_user_attr("trial", one.name)
-            running[one.name] = one
+            trial.set_user_attr("trial", one.asked.name)
+            running[one.asked.name] = one
             trainer.add(one.asked)
         if not running:
             for left in waiting:  # what an earlier run began, and the budget does not reach
@@ -137,8 +130,9 @@ def drive(
         tokens = sum(step_tokens[one.step] for one in running.values())
         for one in running.values():
             one.step += 1
-        moment = StepResult(spent, {name: (running[name].step, _finite(loss)) for name, loss in losses.items()})
-        moment.ended |= {name: DIVERGED for name, loss in losses.items() if not math.isfinite(loss)}
+        finite = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
+        moment = StepResult(spent, {name: (running[name].step, finite.get(name)) for name in losses})
+        moment.ended |= dict.fromkeys(losses.keys() - finite.keys(), DIVERGED)
         due = {n: one.step for n, one in running.items() if one.step in stops and n not in moment.ended}
         held_out = dict(trainer.evaluate(due)) if due else {}
         moment.held_out = {name: loss for name, loss in held_out.items() if math.isfinite(loss)}
@@ -192,7 +186,3 @@ def _stops(one: Running, loss: float) -> bool:
     if one.step > one.reported:
         one.trial.report(loss, one.step)
     return one.trial.should_prune()
-
-
-def _finite(loss: float) -> float | None:
-    return loss if math.isfinite(loss) else None

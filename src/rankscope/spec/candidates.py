@@ -14,8 +14,7 @@ def as_list(value: Any) -> Any:
 
 
 def unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    duplicates = sorted({str(value) for value in values if values.count(value) > 1})
-    if duplicates:
+    if duplicates := sorted({str(value) for value in values if values.count(value) > 1}):
         raise ValueError(f"listed twice: {', '.join(duplicates)}")
     return values
 
@@ -52,12 +51,8 @@ Count = Annotated[int, Field(gt=0, lt=1 << 63)]
 
 
 class Frozen(BaseModel):
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,  # descriptions in the JSON schema
-    )
+    # Attribute docstrings are the descriptions in the JSON schema.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     @field_validator("*", mode="before")
     @classmethod

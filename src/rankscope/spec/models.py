@@ -306,8 +306,7 @@ class StudySpec(Frozen):
                 unique(getattr(self, field))
             except ValueError as error:
                 raise ValueError(f"{field}: {error}") from None
-        names = [candidate.name for candidate in self.candidates()]
-        unique(tuple(names))
+        unique(tuple(candidate.name for candidate in self.candidates()))
         return self
 
     @model_validator(mode="after")
@@ -324,14 +323,10 @@ class StudySpec(Frozen):
     def _a_quantized_base_is_not_trained(self) -> Self:
         kind = self.model.quantization
         if kind and self.reference.full:
-            raise ValueError(
-                f"reference.full: the weights of a model in {kind} cannot be trained: leave one of them out"
-            )
+            raise ValueError(f"reference.full: the weights of a model in {kind} cannot be trained: leave out one")
         if kind and (from_weights := sorted({"pissa", "olora"}.intersection(self.variants))):
-            raise ValueError(
-                f"variants: {from_weights[0]} begins from the base's weights, of which {kind} keeps few digits: leave "
-                "one of them out"
-            )
+            what = f"variants: {from_weights[0]} begins from the base's weights, of which {kind} keeps few digits"
+            raise ValueError(f"{what}: leave out one")
         return self
 
     def candidates(self) -> list[Candidate]:

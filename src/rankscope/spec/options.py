@@ -30,9 +30,8 @@ def read_study_file(path: Path) -> dict[str, Any]:
     values = _parse_file(path).values
     if not isinstance(values, dict):
         found = "nothing" if values is None else type(values).__name__
-        raise StudyError(
-            f"{path}: expected fields such as model and data, found {found}", "studies/ has files to begin with."
-        )
+        what = f"{path}: expected fields such as model and data, found {found}"
+        raise StudyError(what, "studies/ has files to begin with.")
     return values
 
 
@@ -50,9 +49,7 @@ def _parse_file(path: Path) -> _Yaml:
         return _parse(text)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise StudyError(
-            f"{path}, line {line}: not valid YAML: {_problem(error)}", "Correct the file at that line."
-        ) from None
+        raise StudyError(f"{path}, line {line}: not valid YAML: {_problem(error)}", "Correct that line.") from None
     except Exception as error:  # YAML's constructors raise what they like: !!int x, a date that does not exist
         raise StudyError(f"{path}: not valid YAML: {_problem(error)}", "Correct the file.") from None
 
@@ -107,9 +104,8 @@ def set_value(values: dict[str, Any], assignment: str) -> None:
     try:
         value = _parse(text).values
     except Exception as error:
-        raise StudyError(
-            f"--set {assignment}: the value is not valid YAML: {_problem(error)}", "Put it in quotes."
-        ) from None
+        what = f"--set {assignment}: the value is not valid YAML: {_problem(error)}"
+        raise StudyError(what, "Put it in quotes.") from None
     if value is None and text.strip().lower() not in ("null", "~"):
         raise StudyError(f"--set {assignment}: no value is given", f"For none, write --set {key}=null.")
     set_field(values, key, value)
@@ -124,9 +120,8 @@ def set_field(values: dict[str, Any], key: str, value: Any) -> None:
             target[parent] = {}
         target = target[parent]
         if not isinstance(target, dict):
-            raise StudyError(
-                f"{key}: {parent} is {short_form(target)}, not a group of fields", "Name a field such as model.id."
-            )
+            what = f"{key}: {parent} is {short_form(target)}, not a group of fields"
+            raise StudyError(what, "Name a field such as model.id.")
     target[last] = value
 
 
@@ -149,24 +144,17 @@ def assemble(
         if value is not None:
             set_field(merged, OPTIONS[option].field, value)
     training = merged.get("training")
-    if isinstance(training, dict):  # a length given by option replaces the file's
-        if options.get("steps") is not None and options.get("epochs") is None:
-            training.pop("epochs", None)
-        if options.get("epochs") is not None and options.get("steps") is None:
-            training.pop("steps", None)
+    for given, other in (("steps", "epochs"), ("epochs", "steps")):  # a length given by option replaces the file's
+        if isinstance(training, dict) and options.get(given) is not None and options.get(other) is None:
+            training.pop(other, None)
     for assignment in assignments:
         set_value(merged, assignment)
-    if "name" not in merged:
-        merged["name"] = _default_name(merged)
+    merged.setdefault("name", _default_name(merged))
     if file is None:
         return resolve_spec(merged)
-    over = [OPTIONS[option].field for option in options if options[option] is not None]
-    over += [assignment.partition("=")[0] for assignment in assignments]
-    lines = {
-        field: line
-        for field, line in _parse_file(file).lines.items()
-        if not any(f"{field}.".startswith(f"{given}.") for given in over)
-    }
+    over = [OPTIONS[option].field + "." for option in options if options[option] is not None]
+    over += [assignment.partition("=")[0] + "." for assignment in assignments]
+    lines = {name: line for name, line in _parse_file(file).lines.items() if not f"{name}.".startswith(tuple(over))}
     return resolve_spec(merged, f"the study {file}", lines)
 
 
@@ -174,7 +162,7 @@ def _default_name(values: Mapping[str, Any]) -> str:
     groups = [values.get(name) for name in ("model", "data")]
     parts = [group.get("id") for group in groups if isinstance(group, dict)]
     words = [re.sub(r"[^A-Za-z0-9._-]+", "-", Path(part).stem).strip("-._") for part in parts if isinstance(part, str)]
-    return "-".join(word for word in words if word)[:100] or "study"
+    return "-".join(filter(None, words))[:100] or "study"
 
 
 def comma_list(name: str, text: str) -> list[Any]:

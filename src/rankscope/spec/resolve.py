@@ -37,7 +37,8 @@ def resolve_spec(
 def _explain(detail: dict[str, Any], lines: Mapping[str, int]) -> str:
     path = [str(part) for part in detail["loc"]]
     field = ".".join(part if part.isprintable() and len(part) < 60 else short_form(part) for part in path) or "study"
-    line = next((lines[name] for name in _with_parents(path) if name in lines), None)
+    parents = (".".join(path[:length]) for length in range(len(path), 0, -1))  # `training.steps`, `training`
+    line = next((lines[name] for name in parents if name in lines), None)
     where = f"line {line}, {field}" if line else field
     if detail["type"] == "extra_forbidden":
         return f"{where}: unknown field; {_suggestion(path)}"
@@ -49,11 +50,6 @@ def _explain(detail: dict[str, Any], lines: Mapping[str, int]) -> str:
     given = detail.get("input")
     shown = "" if detail["type"] == "missing" or isinstance(given, dict | BaseModel) else f" (got {short_form(given)})"
     return f"{where}: {message}{shown}"
-
-
-def _with_parents(path: Sequence[str]) -> list[str]:
-    """Dotted names of a path and its parents: `training.steps`, `training`."""
-    return [".".join(path[:length]) for length in range(len(path), 0, -1)]
 
 
 def short_form(value: Any) -> str:
@@ -69,10 +65,8 @@ def _suggestion(path: Sequence[str]) -> str:
     """Hint at the nearest field of the same group, else of any group."""
     *group, name = path
     known = _fields(group)
-    groups = [[field] for field in _fields([]) if _fields([field])]
-    elsewhere = {
-        ".".join([*other, field]): field for other in [[], *groups] if other != group for field in _fields(other)
-    }
+    groups = [[], *([field] for field in _fields([]))]
+    elsewhere = {".".join([*other, field]): field for other in groups if other != group for field in _fields(other)}
     same_name = [full for full, field in elsewhere.items() if field == name]
     near = difflib.get_close_matches(name, known, n=1)
     near_elsewhere = difflib.get_close_matches(name, elsewhere.values(), n=1)
@@ -82,10 +76,10 @@ def _suggestion(path: Sequence[str]) -> str:
 
 def _fields(path: Sequence[str]) -> list[str]:
     """Names of a group's fields, the study's own for an empty path; empty for an unknown group."""
-    model: Any = StudySpec
+    fields: dict[str, Any] = StudySpec.model_fields
     for part in path:
-        model = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
-    return sorted(getattr(model, "model_fields", {}))
+        fields = getattr(fields[part].annotation, "model_fields", {}) if part in fields else {}
+    return sorted(fields)
 
 
 def write_yaml(spec: BaseModel) -> str:

@@ -45,10 +45,8 @@ class Run(Protocol):
 class Tracker(Protocol):
     """A tool that keeps runs. Any method may raise its client's errors."""
 
-    destination: str
-    """Destination of the runs, in any words without a key: where it changes, everything is sent again."""
-    note: str
-    """One line for the user: the destination, and how to look at it."""
+    destination: str  # of the runs, in any words without a key: where it changes, everything is sent again
+    note: str  # one line for the user: the destination, and how to look at it
 
     def begin(self, trial: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> Run:
         """Begin the run of a trial, or, with `again`, resume the run that an earlier session has begun as `run_id`.
@@ -60,19 +58,13 @@ class Tracker(Protocol):
         """Release the client, when all runs have been finished."""
 
 
-class _Known(NamedTuple):
-    client: str
-    """Module to import, which must be installed."""
-    kind: str
-    """Class in rankscope.track.NAME. It is called with the absolute path of the study's folder for trackers."""
-
-
 TRACKERS = {
-    "wandb": _Known("wandb", "WandbTracker"),
-    "tensorboard": _Known("tensorboard", "TensorBoardTracker"),
-    "mlflow": _Known("mlflow", "MlflowTracker"),
-    "trackio": _Known("trackio", "TrackioTracker"),
+    "wandb": "WandbTracker",
+    "tensorboard": "TensorBoardTracker",
+    "mlflow": "MlflowTracker",
+    "trackio": "TrackioTracker",
 }
+"""Class of each tracker in rankscope.track.NAME, by the name of the client's module, which must be installed."""
 
 
 def choose_trackers(asked: str | Sequence[str]) -> list[str]:
@@ -91,18 +83,16 @@ def choose_trackers(asked: str | Sequence[str]) -> list[str]:
             )
         if name in names[:number]:
             raise StudyError(f"--report-to {name}: listed twice", "Name each tracker once.")
-        spec = find_spec(TRACKERS[name].client)
+        spec = find_spec(name)
         if spec is None or spec.origin is None:  # or merely a folder of that name: W&B makes one where it runs
-            raise MissingExtraError(
-                f"--report-to {name}: {TRACKERS[name].client} is not installed",
-                f"Install it: pip install 'rankscope[{name}]'",
-            )
+            todo = f"Install it: pip install 'rankscope[{name}]'"
+            raise MissingExtraError(f"--report-to {name}: {name} is not installed", todo)
     return names
 
 
 def open_tracker(name: str, folder: Path) -> Tracker:
     """Import a tracker's client and create the tracker. `folder` is the absolute path of the study's for trackers."""
-    tracker: Tracker = getattr(import_module(f"rankscope.track.{name}"), TRACKERS[name].kind)(folder)
+    tracker: Tracker = getattr(import_module(f"rankscope.track.{name}"), TRACKERS[name])(folder)
     return tracker
 
 

@@ -81,8 +81,5 @@ def redacted(text: str) -> str:
 
 
 if __name__ == "__main__":
-    code = main(Path(sys.argv[1]), sys.argv[2])
-    sys.stdout.flush()
-    if code:
+    if code := main(Path(sys.argv[1]), sys.argv[2]):
         os._exit(code)  # a client that failed may wait for its server without end
-    sys.exit(code)

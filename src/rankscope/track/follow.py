@@ -34,15 +34,11 @@ class TrackerSync:
     def __init__(self, study: StudyFolder, tracker: Tracker, name: str) -> None:
         self.study, self.tracker = study, tracker
         self._file = study.file("tracking", f"{name}.json")
-        self._destination = hashlib.sha256(tracker.destination.encode()).hexdigest()[
-            :16
-        ]  # a server's address may hold a key
+        self._destination = _short_hash(tracker.destination)  # a server's address may hold a key
         kept = self._kept()
         self._session: str = kept["session"]
         self._sent: dict[str, dict[str, Any]] = kept["trials"]
-        self._tails = {
-            trial.name: JsonlTail(study.trial_folder(trial) / "metrics.jsonl") for trial in study.all_trials()
-        }
+        self._tails = {t.name: JsonlTail(study.trial_folder(t) / "metrics.jsonl") for t in study.all_trials()}
         self._runs: dict[str, Run] = {}
 
     def poll(self) -> None:
@@ -65,11 +61,10 @@ class TrackerSync:
 
     def _finish(self, trial: AnyTrial) -> None:
         record, before = self.study.trial_record(trial), self._sent.get(trial.name, {})
-        status, points = record.status, self._cost_points(trial)
-        if status == "pending" and trial.name not in self._runs:
+        if record.status == "pending" and trial.name not in self._runs:
             return
-        if status in NOT_ENDED:
-            status = "interrupted"
+        status = "interrupted" if record.status in NOT_ENDED else record.status
+        points = self._cost_points(trial)
         new_status, new_costs = before.get("status") != status, bool(points) and not before.get("costs")
         if not (new_status or new_costs or trial.name in self._runs):
             return
@@ -97,34 +92,28 @@ class TrackerSync:
         return [json.loads(line) for number, line in enumerate(lines, first) if number > sent]
 
     def _keep(self) -> None:
-        write_json(
-            self._file, {"schema": SCHEMA, "place": self._destination, "session": self._session, "trials": self._sent}
-        )
+        kept = {"place": self._destination, "session": self._session, "trials": self._sent}
+        write_json(self._file, {"schema": SCHEMA, **kept})
 
     def _run(self, trial: AnyTrial) -> Run:
         """Return the trial's run, which begins with the first data to send."""
         name = trial.name
         if name not in self._runs:
-            run_id = hashlib.sha256(f"{self._session} {name}".encode()).hexdigest()[:16]
+            run_id = _short_hash(f"{self._session} {name}")
             config = trial_config(self.study, trial)
             self._runs[name] = self.tracker.begin(name, run_id, self.study.spec.name, config, name in self._sent)
             self._sent.setdefault(name, {"lines": 0, "costs": False, "status": None})
         return self._runs[name]
 
-    def _repeats(self, trial: AnyTrial) -> list[dict[str, Any]]:
-        """Return all repeats of the profile of the trial's rank; none for an unfinished profile, or full
-        fine-tuning."""
+    def _cost_points(self, trial: AnyTrial) -> list[Point]:
+        """Return the points of the candidate's profile; none for an unfinished profile, or full fine-tuning."""
         if not isinstance(trial, Trial):
             return []
-        repeats = self.study.profile_repeats(trial.candidate.profile_name)
-        return repeats if len(repeats) >= self.study.spec.measure.repeats else []
-
-    def _cost_points(self, trial: AnyTrial) -> list[Point]:
-        repeats = self._repeats(trial)
-        if not isinstance(trial, Trial) or not repeats:
+        repeats, spec = self.study.profile_repeats(trial.candidate.profile_name), self.study.spec
+        if len(repeats) < spec.measure.repeats:
             return []
-        examples = self.study.spec.training.effective_batch_size
-        return [*memory_points(repeats), Point(RANK, trial.candidate.rank, costs(repeats, examples))]
+        found = costs(repeats, spec.training.effective_batch_size)
+        return [*memory_points(repeats), Point(RANK, trial.candidate.rank, found)]
 
 
 def metric_name(field: str) -> str:
@@ -175,15 +164,15 @@ def costs(repeats: Sequence[Mapping[str, Any]], examples: int) -> dict[str, floa
 
 def trial_config(study: StudyFolder, trial: AnyTrial) -> dict[str, Any]:
     """Return the candidate's fields at the top level, as Trainer's users know them, and the rest as in study.yaml."""
-    asked = study.spec.model_dump(mode="json")
-    candidate = (
-        trial.candidate.model_dump(mode="json")
-        if isinstance(trial, Trial)
-        else {"rank": 0, "learning_rate": trial.learning_rate}
-    )
-    kept = {name: asked[name] for name in ("model", "data", "training")}
     names = {"study": study.spec.name, "trial": trial.name, "seed": trial.seed}
-    return {**names, **candidate, **kept}
+    candidate = {"rank": 0, "learning_rate": getattr(trial, "learning_rate", None)}
+    if isinstance(trial, Trial):
+        candidate = trial.candidate.model_dump(mode="json")
+    return names | candidate | study.spec.model_dump(mode="json", include={"model", "data", "training"})
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:

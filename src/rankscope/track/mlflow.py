@@ -3,7 +3,7 @@
 import os
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,28 +35,21 @@ class MlflowTracker:
         self._client = MlflowClient(tracking_uri=uri)
         self._artifacts = None if given else (folder / "mlflow-artifacts").as_uri()
         self.destination = given or "study"
-        self.note = (
-            "MLflow's runs go to MLFLOW_TRACKING_URI"
-            if given
-            else f"To look at the runs: mlflow ui --backend-store-uri {shlex.quote(uri)}"
-        )
+        show = f"To look at the runs: mlflow ui --backend-store-uri {shlex.quote(uri)}"
+        self.note = "MLflow's runs go to MLFLOW_TRACKING_URI" if given else show
 
     def begin(self, trial: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> "_Run":
+        from mlflow.entities import Param
+
         known = self._client.get_experiment_by_name(group)
         experiment = known.experiment_id if known else self._client.create_experiment(group, self._artifacts)
         if again and (found := self._client.search_runs([experiment], f"tags.`{ID_TAG}` = '{run_id}'")):
             self._client.update_run(found[0].info.run_id, status="RUNNING")
             return _Run(self._client, found[0].info.run_id)
         run = self._client.create_run(experiment, run_name=trial, tags={ID_TAG: run_id})
-        self._log_params(run.info.run_id, flat(config))
+        for batch in _batches([Param(name, str(value)) for name, value in flat(config).items()], BATCH_PARAMS):
+            self._client.log_batch(run.info.run_id, params=batch)
         return _Run(self._client, run.info.run_id)
-
-    def _log_params(self, mlflow_id: str, config: Mapping[str, Any]) -> None:
-        from mlflow.entities import Param
-
-        params = [Param(name, str(value)) for name, value in config.items()]
-        for batch in _batches(params, BATCH_PARAMS):
-            self._client.log_batch(mlflow_id, params=batch)
 
     def close(self) -> None:
         pass
@@ -80,6 +73,5 @@ class _Run:
         self._client.set_terminated(self._id, STATUSES.get(status, "FAILED"))
 
 
-def _batches(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for first in range(0, len(values), size):
-        yield values[first : first + size]
+def _batches(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [values[first : first + size] for first in range(0, len(values), size)]

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 from rankscope.jobs.job import Progress
@@ -56,7 +57,7 @@ class _Process:
         )
         assert self._process.stdin is not None  # for mypy: both are pipes
         assert self._process.stdout is not None
-        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        self.stdin, self._stdout = self._process.stdin, self._process.stdout
         os.set_blocking(self._stdout.fileno(), False)
 
     def new_messages(self) -> Iterator[str]:
@@ -65,15 +66,11 @@ class _Process:
             return
         code = self._process.poll()
         yield from (self._stdout.read() or b"").decode("utf-8", "replace").splitlines()  # the reason of a failure too
-        if code is None:
-            return
-        self._let_go()
-        if code != 0:
+        if code is not None:
+            self._let_go()
+        if code:
             ended = f"The study goes on without {self.name}, whose process ended (exit code {code})"
             yield f"{ended}; run it again to send what is missing."
-
-    def ask_to_end(self) -> None:
-        self._stdin.close()
 
     def wait(self, seconds: float) -> bool:
         """Return whether the process ended in time. Else kill it: it might wait for its server without end."""
@@ -99,19 +96,16 @@ class _Relay:
         self.say = progress.say
 
     def poll(self) -> None:
-        for process in self._processes:
-            for line in process.new_messages():
-                self._progress.say(line)
+        for line in chain.from_iterable(process.new_messages() for process in self._processes):
+            self.say(line)
         self._progress.poll()
 
     def finish(self, seconds: float) -> None:
         for process in self._processes:
-            process.ask_to_end()
+            process.stdin.close()  # asks it to end
         deadline = time.monotonic() + seconds
         for process in self._processes:
             if not process.wait(max(0.0, deadline - time.monotonic())):
-                self._progress.say(
-                    f"{process.name}: still sending after {seconds:.0f} s, and ended; the last may be missing there."
-                )
+                self.say(f"{process.name}: still sending after {seconds:.0f} s, and ended; the last may be missing.")
             for line in process.new_messages():
-                self._progress.say(line)
+                self.say(line)

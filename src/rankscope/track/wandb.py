@@ -29,16 +29,14 @@ class WandbTracker:
         self._folder.mkdir(parents=True, exist_ok=True)
         settings = wandb.setup().settings
         self._project = settings.project or "rankscope"
-        self._offline = settings.mode in ("offline", "dryrun")
-        if settings.mode == "online" and not wandb.login(prompt=False, verify=False):
-            self._offline = True
+        has_no_key = settings.mode == "online" and not wandb.login(prompt=False, verify=False)
+        self._offline = has_no_key or settings.mode in ("offline", "dryrun")
+        self.destination = f"{settings.base_url}/{settings.entity or ''}/{self._project}"
+        self.note = f"W&B sends the runs to {settings.base_url}, project {self._project}"
         if self._offline:
             self.destination = "offline"
             sync = f"wandb sync {shlex.quote(str(self._folder / 'wandb'))}/offline-run-*"
             self.note = f"W&B keeps the runs here, offline. To upload them: {sync}"
-        else:
-            self.destination = f"{settings.base_url}/{settings.entity or ''}/{self._project}"
-            self.note = f"W&B sends the runs to {settings.base_url}, project {self._project}"
 
     def begin(self, trial: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> "_Run":
         import wandb

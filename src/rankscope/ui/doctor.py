@@ -17,11 +17,10 @@ def describe_system() -> dict[str, Any]:
 
 def show_system(console: Console) -> None:
     facts, free = hardware(), shutil.disk_usage(".").free
+    gpus = [f"{gpu['name']}, {size(gpu['memory_bytes'])}" for gpu in facts["gpus"]]
     lines = [(name, version or "not installed") for name, version in versions().items()]
     lines += [("cpu", f"{facts['cpu']}, {facts['cores']} cores, {size(facts['memory_bytes'])}")]
-    lines += [("gpu", f"{gpu['name']}, {size(gpu['memory_bytes'])}") for gpu in facts["gpus"]]
-    if not facts["gpus"]:
-        lines += [("gpu", "none that torch can use: studies run on the CPU")]
+    lines += [("gpu", gpu) for gpu in gpus or ["none that torch can use: studies run on the CPU"]]
     for name, version in _optional().items():
         lines += [(name, version or f"not installed (optional: pip install 'rankscope[{name}]')")]
     for name, text in [*lines, ("disk", f"{size(free)} free here")]:

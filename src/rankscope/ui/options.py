@@ -38,9 +38,7 @@ SEARCH |= {
 
 RESIZE = {
     "model": Option("model.id", str, "Base model. Default: the adapter's."),
-    "dataset": Option(
-        "data.id", str, "Data with the held-out rows for the loss. Default: those of the adapter's study."
-    ),
+    "dataset": Option("data.id", str, "Data with held-out rows for the loss. Default: those of the adapter's study."),
 } | {name: OPTIONS[name] for name in ("max_length", "device", "dtype")}
 
 
@@ -61,9 +59,8 @@ def with_options(options: Mapping[str, Option] | Iterable[str]) -> Callable[[Cal
             command(options={name: arguments.pop(name) for name in table}, **arguments)
 
         parameters: list[inspect.Parameter] = []
-        for parameter in inspect.signature(command).parameters.values():
-            own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
-            parameters += added if parameter.name == "options" else own
+        for name, parameter in inspect.signature(command).parameters.items():
+            parameters += added if name == "options" else [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
         called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads both
         called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return called
@@ -72,7 +69,7 @@ def with_options(options: Mapping[str, Option] | Iterable[str]) -> Callable[[Cal
 
 
 def _annotation(name: str, option: Option) -> Any:
-    """The option as typer declares it; a switch has no --no- form."""
+    """Return the option as typer declares it; a switch has no --no- form."""
     declarations = [f"--{name.replace('_', '-')}"] if option.type is bool else []
     return Annotated[option.type | None, typer.Option(*declarations, help=option.help)]
 

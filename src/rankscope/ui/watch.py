@@ -103,7 +103,7 @@ def lines(state: State, text: Catalogue) -> Iterator[str]:
 
 
 def serve(watch: Watch, port: int) -> ThreadingHTTPServer:
-    """Server bound to a port, not yet running; port 0 takes a free one."""
+    """Return a server bound to a port, not yet running; port 0 takes a free one."""
     return ThreadingHTTPServer((LOOPBACK, port), _handler(watch))
 
 
