@@ -132,7 +132,7 @@ def drive(
             one.step += 1
         finite = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
         moment = StepResult(spent, {name: (running[name].step, finite.get(name)) for name in losses})
-        moment.ended |= dict.fromkeys(losses.keys() - finite.keys(), DIVERGED)
+        moment.ended |= {name: DIVERGED for name in losses if name not in finite}
         due = {n: one.step for n, one in running.items() if one.step in stops and n not in moment.ended}
         held_out = dict(trainer.evaluate(due)) if due else {}
         moment.held_out = {name: loss for name, loss in held_out.items() if math.isfinite(loss)}
