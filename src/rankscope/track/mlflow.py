@@ -39,14 +39,14 @@ class MlflowTracker:
         self.note = "MLflow's runs go to MLFLOW_TRACKING_URI" if given else show
 
     def begin(self, trial: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> "_Run":
-        from mlflow.entities import Param
-
         known = self._client.get_experiment_by_name(group)
         experiment = known.experiment_id if known else self._client.create_experiment(group, self._artifacts)
         if again and (found := self._client.search_runs([experiment], f"tags.`{ID_TAG}` = '{run_id}'")):
             self._client.update_run(found[0].info.run_id, status="RUNNING")
             return _Run(self._client, found[0].info.run_id)
         run = self._client.create_run(experiment, run_name=trial, tags={ID_TAG: run_id})
+        from mlflow.entities import Param
+
         for batch in _batches([Param(name, str(value)) for name, value in flat(config).items()], BATCH_PARAMS):
             self._client.log_batch(run.info.run_id, params=batch)
         return _Run(self._client, run.info.run_id)
