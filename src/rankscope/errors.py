@@ -1,7 +1,7 @@
-"""Every error that rankscope raises on purpose: it says what, where, and what to do next.
+"""Every error that rankscope raises on purpose: it says what happened, where, and what to do next.
 
-The command line prints the message without a traceback and exits with `exit_code`. Each class also
-inherits the standard exception that a caller would expect to catch.
+The command line prints the message without a traceback and exits with `exit_code`. Each class also inherits the
+standard exception that a caller would expect to catch.
 """
 
 import difflib
@@ -17,13 +17,15 @@ class RankscopeError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, todo: str = "") -> None:
-        super().__init__(f"{what}\n  {todo}" if todo else what)
-        self.what = what
-        self.todo = todo
+        super().__init__(what)
+        self.what, self.todo = what, todo
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  {self.todo}" if self.todo else self.what
 
     @classmethod
     def all_kinds(cls) -> Iterator[type["RankscopeError"]]:
-        """This class and all that inherit from it."""
+        """This class and its subclasses."""
         yield cls
         for kind in cls.__subclasses__():
             yield from kind.all_kinds()
@@ -55,14 +57,11 @@ class StudyDirectoryError(RankscopeError, OSError):
 
     exit_code = 2
 
-    def __str__(self) -> str:  # OSError formats its arguments as an errno pair
-        return f"{self.what}\n  {self.todo}" if self.todo else self.what
-
 
 class DamagedError(StudyDirectoryError):
-    """A file of a study is missing, or is not what was written: a run makes it again (exit code 2).
+    """A file of a study is missing or corrupt; a run makes it again (exit code 2).
 
-    A file that is there and cannot be read is a StudyDirectoryError only: it may be whole.
+    A file that exists and cannot be read is a plain StudyDirectoryError: it may be whole.
     """
 
 
@@ -75,12 +74,11 @@ class MissingExtraError(RankscopeError, ImportError):
 class WorkerError(RankscopeError, RuntimeError):
     """A child process ended without finishing its work (exit code 1)."""
 
-    status = "failed"
-    """Of the trials that it left behind."""
+    status = "failed"  # of the trials that the process was training
 
 
 class OutOfMemoryError(WorkerError, MemoryError):
-    """There was not enough memory, on the GPU or for the process."""
+    """Memory ran out, on the GPU or for the process."""
 
     status = "oom"
 
@@ -92,11 +90,11 @@ class KilledError(WorkerError):
 
 
 def did_you_mean(name: str, known: Iterable[str], most: int = 1, cutoff: float = 0.6) -> str:
-    """`; did you mean x?` for an error about an unknown name; empty where nothing known is near."""
+    """`; did you mean x?` for an error about an unknown name, or nothing where no known name is near."""
     near = difflib.get_close_matches(name, list(known), most, cutoff)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def shortened(text: str, most: int = 60) -> str:
-    """What an error shows of a long text."""
+    """Text of at most `most` characters, for a message."""
     return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -6,9 +6,8 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from safetensors import SafetensorError
@@ -17,15 +16,14 @@ from rankscope.errors import DamagedError, RankscopeError, StudyDirectoryError
 
 _MEND = "Mend that, or choose another --out, and run again: a study that has begun goes on where it was."
 
-_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
-"""The name of a file that `published` has not renamed yet."""
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # names of files that `published` has not renamed yet
 
 _DIGEST_AND_END = re.compile(rb'[0-9a-f]{64}"\n}\n')
 
 
 @contextmanager
 def published(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` for the body to fill; then it is flushed to disk and renamed, and so the folder.
+    """Temporary file beside `path` for the body to fill, which is then flushed to disk and renamed to `path`.
 
     A reader sees the old file or the new one, never a part (the recipe of inspect_ai and of git).
 
@@ -50,7 +48,7 @@ def published(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raise an error of the body as one that says that `path` cannot be written, and why."""
+    """Turn an error of the body into one that says why `path` cannot be written."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -62,11 +60,11 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Raise an error of the body as one that says that `path` is missing or cannot be read, and why.
+    """Turn an error of the body into one that says why `path` cannot be read.
 
     Raises:
         DamagedError: it is missing.
-        StudyDirectoryError: it cannot be read, which is no sign that it is damaged.
+        StudyDirectoryError: it cannot be read, which does not mean that it is corrupt.
     """
     try:
         yield
@@ -82,8 +80,8 @@ def reading(path: Path) -> Iterator[None]:
 
 @contextmanager
 def corrupt_on_error(path: Path) -> Iterator[None]:
-    """Raise an error of the body, which uses the content of `path`, as a DamagedError: its hash may be right and its
-    shape wrong, if somebody changed both or another program wrote it."""
+    """Turn an error of the body, which uses the content of `path`, into a DamagedError: content with a matching hash
+    still has the wrong shape if somebody changed both or another program wrote it."""
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, SafetensorError) as error:
@@ -93,13 +91,13 @@ def corrupt_on_error(path: Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Publishes a file with this content."""
+    """Publish a file with this content."""
     with published(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def _flush(path: Path) -> None:
-    """Writes a file's bytes, or a folder's entries, to disk."""
+    """Write a file's bytes, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -108,16 +106,16 @@ def _flush(path: Path) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Publishes a JSON object, with the hash of all else as its last key, `sha256`. NaN and infinity are refused: they
-    are not JSON."""
+    """Publish a JSON object with the hash of all other keys as its last key, `sha256`. NaN and infinity, which are not
+    JSON, are refused."""
     write_atomic(path, _json({**value, "sha256": _digest(value)}))
 
 
 def read_json(path: Path, schema: int = 1) -> dict[str, Any]:
-    """Reads what `write_json` wrote, without the hash. `schema` is the newest that the caller knows.
+    """Read what `write_json` wrote, without the hash. `schema` is the newest schema that the caller knows.
 
     Raises:
-        DamagedError: the file is missing, or not what was written.
+        DamagedError: the file is missing or corrupt.
         StudyDirectoryError: it cannot be read, or a newer version wrote it.
     """
     with reading(path):
@@ -127,12 +125,7 @@ def read_json(path: Path, schema: int = 1) -> dict[str, Any]:
 
 def parse_json(content: bytes, path: Path, schema: int = 1) -> dict[str, Any]:
     """`read_json` of `content`, which was read from `path` before."""
-    try:
-        value = json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise damaged(path, str(error)) from None
-    if not isinstance(value, dict):
-        raise damaged(path, f"expected a JSON object, found {type(value).__name__}")
+    value = _parse_object(content, path)
     sha256 = value.pop("sha256", None)
     if sha256 is None or (sha256 != _digest_as_written(content) and sha256 != _digest(value)):
         raise damaged(path, "its content does not match its sha256")
@@ -147,6 +140,16 @@ def parse_json(content: bytes, path: Path, schema: int = 1) -> dict[str, Any]:
     return value
 
 
+def _parse_object(content: bytes, path: Path, where: str = "") -> dict[str, Any]:
+    try:
+        value = json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, f"{where}{error}") from None
+    if not isinstance(value, dict):
+        raise damaged(path, f"{where}expected a JSON object, found {type(value).__name__}")
+    return value
+
+
 def find_json(path: Path, schema: int = 1) -> dict[str, Any] | None:
     """`read_json`, or None where the file does not exist."""
     return read_json(path, schema) if exists(path) else None
@@ -158,21 +161,19 @@ def exists(path: Path) -> bool:
     Raises:
         StudyDirectoryError: its folder cannot be read.
     """
-    with reading(path):
-        try:
-            path.lstat()
-        except FileNotFoundError:
-            return False
-    return True
+    with reading(path), suppress(FileNotFoundError):
+        path.lstat()
+        return True
+    return False
 
 
 def missing(path: Path) -> DamagedError:
-    """The error of a file that does not exist."""
+    """Error for a file that does not exist."""
     return DamagedError(f"{path}: missing", "Run the study again: only what is missing is done.")
 
 
 def damaged(path: Path, how: str) -> DamagedError:
-    """The error of a file that is not what was written."""
+    """Error for a corrupt file."""
     return DamagedError(f"{path}: damaged: {how}", "Run the study again: what is damaged is made again.")
 
 
@@ -185,8 +186,8 @@ def _digest(value: Mapping[str, Any]) -> str:
 
 
 def _digest_as_written(content: bytes) -> str | None:
-    """Digest of a file that `write_json` wrote, from its bytes: serializing a value again to hash it takes most of the
-    time of reading thousands of files. None if the bytes do not end as `write_json` ends them."""
+    """Digest of a file that `write_json` wrote, from its bytes, or None if they do not end as `write_json` ends them.
+    Serializing every value again to hash it would take most of the time of reading thousands of files."""
     rest, key, end = content.rpartition(b',\n "sha256": "')
     if not key or not _DIGEST_AND_END.fullmatch(end):
         return None
@@ -194,21 +195,16 @@ def _digest_as_written(content: bytes) -> str | None:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes.
-
-    Raises:
-        DamagedError: there is no such file.
-        StudyDirectoryError: it cannot be read.
-    """
+    """SHA-256 of a file's bytes; raises as `reading` does."""
     with reading(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_whole(path: Path, sha256: str | None) -> bytes:
-    """A file's bytes, which must have this hash where there is one.
+    """Bytes of a file, checked against its hash where one is given.
 
     Raises:
-        DamagedError: they have not, or there is no such file.
+        DamagedError: the file is missing, or its hash is another.
         StudyDirectoryError: it cannot be read.
     """
     with reading(path):
@@ -219,26 +215,25 @@ def read_whole(path: Path, sha256: str | None) -> bytes:
 
 
 def unlike_its_hash(path: Path) -> DamagedError:
-    """The error of a trial's file that is not what trial.json says."""
+    """Error for a trial's file with another hash than trial.json has."""
     return damaged(path, "its content does not match its hash in trial.json")
 
 
 def file_hashes(folder: Path, patterns: Sequence[str]) -> dict[str, str]:
-    """The hash of each file in `folder` that a pattern matches, by its name there; without hidden ones, such as a
-    temporary file that a kill left behind."""
-    found = (file for pattern in patterns for file in folder.glob(pattern))
-    files = sorted(file for file in found if not file.name.startswith("."))
-    return {file.relative_to(folder).as_posix(): file_sha256(file) for file in files}
+    """Hash of each file in `folder` that a pattern matches, by relative path, without hidden files (such as the
+    temporary file of a killed writer)."""
+    found = sorted(file for pattern in patterns for file in folder.glob(pattern) if not file.name.startswith("."))
+    return {file.relative_to(folder).as_posix(): file_sha256(file) for file in found}
 
 
 def leftovers(folder: Path) -> Iterator[Path]:
-    """Temporary files in `folder` and below it, of writers at work or left behind by a kill."""
-    for place, _, names in os.walk(folder):
-        yield from (Path(place, name) for name in names if _TEMPORARY.fullmatch(name))
+    """Temporary files in `folder` and below it, of live or killed writers."""
+    for parent, _, names in os.walk(folder):
+        yield from (Path(parent, name) for name in names if _TEMPORARY.fullmatch(name))
 
 
 def is_free(folder: Path) -> bool:
-    """Whether a study may begin in `folder`: it is missing, or has only what a start that was killed left behind."""
+    """Whether a study may begin in `folder`: it is missing, or has only what a killed start left behind."""
     with reading(folder):
         try:
             return all(_TEMPORARY.fullmatch(file.name) for file in folder.iterdir())
@@ -249,7 +244,7 @@ def is_free(folder: Path) -> bool:
 
 
 def inside(root: Path, *parts: str) -> Path:
-    """`root/PARTS`, for names that come from a file of the study.
+    """`root/PARTS`, for names read from a file of the study.
 
     Raises:
         StudyDirectoryError: a part is absolute, or has `..` or a NUL.
@@ -265,23 +260,22 @@ def inside(root: Path, *parts: str) -> Path:
 def refuse_links_out(root: Path) -> None:
     """Check everything below `root` before any of it is read or written. `root` itself may be reached by a link.
 
+    A folder that cannot be listed is passed over: reading a file in it raises.
+
     Raises:
         StudyDirectoryError: a symbolic link leads out of `root`, or something is neither a file nor a folder, such as
             a pipe, which would block its reader forever.
     """
-    folders = [str(root)]
-    while folders:
-        for entry in _entries(folders.pop()):
-            if entry.is_symlink():
-                if not _stays_inside(Path(entry.path), root):
+    for folder, folders, files in os.walk(root):
+        for path in (os.path.join(folder, name) for name in folders + files):
+            if os.path.islink(path):
+                if not _stays_inside(Path(path), root):
                     raise StudyDirectoryError(
-                        f"{entry.path}: a symbolic link that leads out of {root}",
+                        f"{path}: a symbolic link that leads out of {root}",
                         "If you know who made it, put a copy of what it points to in its place; else remove it.",
                     )
-            elif entry.is_dir(follow_symlinks=False):
-                folders.append(entry.path)
-            elif not entry.is_file(follow_symlinks=False) and os.path.lexists(entry.path):  # else published since
-                raise StudyDirectoryError(f"{entry.path}: neither a file nor a folder", "Remove it.")
+            elif not (os.path.isdir(path) or os.path.isfile(path)) and os.path.lexists(path):  # else published since
+                raise StudyDirectoryError(f"{path}: neither a file nor a folder", "Remove it.")
 
 
 def _stays_inside(link: Path, root: Path) -> bool:
@@ -291,31 +285,20 @@ def _stays_inside(link: Path, root: Path) -> bool:
         return False
 
 
-def _entries(folder: str) -> "list[os.DirEntry[str]]":
-    """Entries of a folder; none where it cannot be listed, which is an error when it is read."""
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except OSError:
-        return []
-
-
 class JsonlWriter:
-    """Appends one JSON object a line. What a kill left behind is cut off first: a torn last line, and where `keep` is
-    given all after so many lines. `lines` and `sha256` are of the whole file."""
+    """Appends one JSON object per line. A torn last line, and all lines after the first `keep`, are removed at the
+    start. `lines` and `sha256` are those of the whole file."""
 
     def __init__(self, path: Path, keep: int | None = None) -> None:
         self._path = path
-        with reading(path):
-            try:
-                lines = path.read_bytes().splitlines(keepends=True)
-            except FileNotFoundError:
-                lines = []
+        lines: list[bytes] = []
+        with reading(path), suppress(FileNotFoundError):
+            lines = path.read_bytes().splitlines(keepends=True)
         whole = [line for line in lines[:keep] if line.endswith(b"\n")]
         self.lines, self._hash = len(whole), hashlib.sha256(b"".join(whole))
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Unbuffered: what a full disk does not take is not kept, to fail once more when the file is closed.
+            # Unbuffered: a buffer that a full disk refused would fail once more when the file is closed.
             self._file = path.open("ab", buffering=0)
             self._file.truncate(sum(map(len, whole)))
 
@@ -333,7 +316,7 @@ class JsonlWriter:
         return self._hash.hexdigest()
 
     def sync(self) -> None:
-        """Writes all lines so far to disk."""
+        """Write all lines so far to disk."""
         with writing(self._path):
             os.fsync(self._file.fileno())
 
@@ -348,59 +331,41 @@ class JsonlWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 class JsonlTail:
-    """The whole lines of a JSONL file that grows, and that may be cut back or begun anew meanwhile."""
+    """Whole lines of a growing JSONL file, which may be truncated or begun anew meanwhile."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._offset, self._lines = path, 0, 0
 
     def read(self) -> tuple[int, list[bytes]]:
-        """What is new since the last call, and the number of its first line: 1 where it is the whole file."""
-        with reading(self.path):
-            try:
-                content = self._new()
-            except FileNotFoundError:
-                content = b""
+        """Number of the first new line since the last call (1 where all lines are new), and the new lines."""
+        content = b""
+        with reading(self.path), suppress(FileNotFoundError), self.path.open("rb") as file:
+            file.seek(max(0, self._offset - 1))
+            if self._offset and file.read(1) != b"\n":  # truncated or begun anew, and perhaps grown since
+                self._offset = self._lines = 0
+                file.seek(0)
+            content = file.read()
         whole = content[: content.rfind(b"\n") + 1]
         first, lines = self._lines + 1, whole.splitlines()
         self._offset += len(whole)
         self._lines += len(lines)
         return first, lines
 
-    def _new(self) -> bytes:
-        with self.path.open("rb") as file:
-            file.seek(max(0, self._offset - 1))
-            if self._offset and file.read(1) != b"\n":  # cut back or begun anew, and perhaps grown since
-                self._offset = self._lines = 0
-                file.seek(0)
-            return file.read()
-
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Reads the whole lines of a JSONL file; a torn last line is dropped, a missing file is empty.
+    """Rows of a JSONL file; a torn last line is dropped, a missing file has none.
 
     Raises:
-        DamagedError: a line that is not the last is damaged.
+        DamagedError: a line before the last is corrupt.
         StudyDirectoryError: the file cannot be read.
     """
-    with reading(path):
-        try:
-            lines = path.read_bytes().split(b"\n")
-        except FileNotFoundError:
-            return []
-    rows = []
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is torn, or empty
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise damaged(path, f"line {number}: {error}") from None
-        if not isinstance(row, dict):
-            raise damaged(path, f"line {number}: expected a JSON object, found {type(row).__name__}")
-        rows.append(row)
-    return rows
+    lines: list[bytes] = []
+    with reading(path), suppress(FileNotFoundError):
+        lines = path.read_bytes().split(b"\n")
+    # Bytes after the last newline are a torn line, or none.
+    return [_parse_object(line, path, f"line {number}: ") for number, line in enumerate(lines[:-1], start=1)]

@@ -75,16 +75,10 @@ def estimate(values: np.ndarray, label_tokens: np.ndarray) -> Estimate:
     by_seed, by_example = parts.mean(axis=1), parts.mean(axis=0)
     left = parts - by_seed[:, None] * weights - by_example  # a seed's effect reaches a part as its weight
     left_square = float((left**2).sum()) / ((seeds - 1) * (examples - 1))
-    seed_square = examples * float(by_seed.var(ddof=1))
-    example_square = seeds * float(by_example.var(ddof=1))
     count = seeds * examples
-    return Estimate(
-        mean,
-        math.sqrt(seed_square / count),
-        math.sqrt(max(0.0, example_square - left_square) / count),
-        seeds,
-        examples,
-    )
+    seed_error = math.sqrt(examples * float(by_seed.var(ddof=1)) / count)
+    example_error = math.sqrt(max(0.0, seeds * float(by_example.var(ddof=1)) - left_square) / count)
+    return Estimate(mean, seed_error, example_error, seeds, examples)
 
 
 class Comparison(NamedTuple):
@@ -95,9 +89,9 @@ class Comparison(NamedTuple):
     learning_rate: float
     eval_loss: Estimate
     differences: dict[str, Estimate]  # this candidate's loss minus each other one's
+    # This candidate's loss minus (1 + margin) times each other one's: above 0 where it is worse than the margin allows.
+    # The margin is a share of an estimated loss, so its own uncertainty counts as well.
     excesses: dict[str, Estimate]
-    """This candidate's loss minus (1 + margin) times each other one's: above 0 where it is worse than the margin
-    allows. The margin is a share of an estimated loss, so its own uncertainty counts as well."""
 
     def with_seeds(self, seeds: int) -> "Comparison":
         """Comparison that so many seeds would give, if they vary as these do."""
@@ -130,11 +124,8 @@ def bounds(rows: Sequence[Comparison], confidence: float) -> list[Bounds]:
     for row in rows:
         own = {name: difference.interval(confidence) for name, difference in row.differences.items()}
         high = max((high for _, high in own.values()), default=math.inf)
-        if math.isinf(high):
-            found.append(Bounds(None, None))
-            continue
         low = 0.0 if row.candidate in best else max(0.0, min(own[name][0] for name in best))
-        found.append(Bounds(low, max(0.0, high)))
+        found.append(Bounds(None, None) if math.isinf(high) else Bounds(low, max(0.0, high)))
     return found
 
 
@@ -165,8 +156,7 @@ def best_rates(examples: pd.DataFrame) -> list[str]:
     for _, part in examples.groupby("rank"):
         tokens, tables = label_tokens(part), losses_by_candidate(part)
         means = {name: estimate(table.to_numpy(), tokens).mean for name, table in tables.items()}
-        if means:
-            best.append(min(means, key=lambda name: means[name]))
+        best += [min(means, key=means.__getitem__)] if means else []
     return best
 
 
@@ -196,18 +186,11 @@ def compare(examples: pd.DataFrame, margin: float) -> list[Comparison]:
 def compare_losses(
     losses: Mapping[str, np.ndarray], identity: Mapping[str, tuple[int, float]], tokens: np.ndarray, margin: float
 ) -> list[Comparison]:
-    """The same from losses (S, E) by candidate, whose rank and learning rate `identity` tells; tokens (E,)."""
-    return [
-        Comparison(
-            name,
-            *identity[name],
-            eval_loss=estimate(own, tokens),
-            differences={other: estimate(own - theirs, tokens) for other, theirs in losses.items() if other != name},
-            excesses={
-                other: estimate(own - (1 + margin) * theirs, tokens)
-                for other, theirs in losses.items()
-                if other != name
-            },
-        )
-        for name, own in losses.items()
-    ]
+    """`compare` from losses (S, E) and (rank, learning rate) by candidate, and label tokens (E,)."""
+    found = []
+    for name, own in losses.items():
+        others = {other: theirs for other, theirs in losses.items() if other != name}
+        differences = {other: estimate(own - theirs, tokens) for other, theirs in others.items()}
+        excesses = {other: estimate(own - (1 + margin) * theirs, tokens) for other, theirs in others.items()}
+        found.append(Comparison(name, *identity[name], estimate(own, tokens), differences, excesses))
+    return found

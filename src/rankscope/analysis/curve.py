@@ -6,7 +6,7 @@ seeds and held-out examples, and are compared in pairs, as ranks are (`rankscope
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -26,13 +26,14 @@ def loss_curve(evidence: Evidence) -> pd.DataFrame:
     the randomness of seeds, at the verdict's confidence (NaN with one seed).
     """
     trained, truncated, tokens = _tables(evidence)
-    confidence = evidence.spec.verdict.confidence
+    points = [("trained", 0, rank, table) for rank, table in trained.items()]
+    points += [("recovered" if steps else "cut", steps, rank, table) for (steps, rank), table in truncated.items()]
     rows = []
-    for rank, table in trained.items():
-        rows.append({"kind": "trained", "recover_steps": 0, "rank": rank} | _mean(table, tokens, confidence))
-    for (steps, rank), table in truncated.items():
-        kind = "recovered" if steps else "cut"
-        rows.append({"kind": kind, "recover_steps": steps, "rank": rank} | _mean(table, tokens, confidence))
+    for kind, steps, rank, table in points:
+        found = estimate(table.to_numpy(), tokens)
+        # All points have the same examples, whose randomness does not count between them.
+        low, high = found._replace(example_error=0.0).interval(evidence.spec.verdict.confidence)
+        rows.append([kind, steps, rank, found.seeds, found.mean, _finite(low), _finite(high)])
     return pd.DataFrame(rows, columns=CURVE_COLUMNS)
 
 
@@ -46,14 +47,11 @@ def curve_errors(evidence: Evidence) -> pd.DataFrame:
     margin on either side: True or False where the interval shows it, else None; with one seed by the error itself.
     """
     trained, truncated, tokens = _tables(evidence)
-    verdict = evidence.spec.verdict
-    top = max(evidence.spec.ranks)
+    verdict, top = evidence.spec.verdict, max(evidence.spec.ranks)
     rows = []
     for (steps, rank), table in truncated.items():
-        if rank not in trained or rank == top:
-            continue
-        seeds = table.index.intersection(trained[rank].index)
-        if seeds.empty:
+        seeds = table.index.intersection(trained[rank].index) if rank in trained else table.index[:0]
+        if seeds.empty or rank == top:
             continue
         own, other = table.loc[seeds].to_numpy(), trained[rank].loc[seeds].to_numpy()
         found, level = estimate(own - other, tokens), estimate(other, tokens).mean
@@ -91,13 +89,6 @@ def _within(error: Estimate, margin: float, confidence: float) -> bool | None:
     if -margin <= low and high <= margin:
         return True
     return False if low > margin or high < -margin else None
-
-
-def _mean(table: pd.DataFrame, tokens: np.ndarray, confidence: float) -> dict[str, Any]:
-    found = estimate(table.to_numpy(), tokens)
-    low, high = found._replace(example_error=0.0).interval(confidence)  # all have the same examples
-    ends = {"eval_loss_low": _finite(low), "eval_loss_high": _finite(high)}
-    return {"seeds": found.seeds, "eval_loss": found.mean} | ends
 
 
 def _finite(value: float) -> float:

@@ -30,8 +30,7 @@ MAX_MORE_SEEDS = 50  # added seeds that the search for `more_seeds` tries
 
 MAX_REGRET_MARGINS = 2.0  # margins that the cheapest of ranks without a visible difference may lose at most
 
-States = Mapping[str, bool | None]
-"""By candidate: True for good enough, False for worse, None for undecided."""
+States = Mapping[str, bool | None]  # by candidate: True for good enough, False for worse, None for undecided
 
 
 def conclude(evidence: Evidence) -> dict[str, Any]:
@@ -100,15 +99,12 @@ def decide(
     over, seeds = over or {}, rows[0].eval_loss.seeds
     states = _states(rows, confidence)
     found = {"best_candidate": best_of(rows).candidate} | _outcome(rows, states, confidence, over)
-    if seeds > 1 and not _settled(found):
-        counts = range(1, MAX_MORE_SEEDS + 1)
-        found["more_seeds"] = next((n for n in counts if _would_settle(rows, seeds + n, confidence, over)), None)
+    for added in range(1, MAX_MORE_SEEDS + 1) if seeds > 1 and not _settled(found) else ():
+        more = [row.with_seeds(seeds + added) for row in rows]
+        if _settled(_outcome(more, _states(more, confidence), confidence, over)):
+            found["more_seeds"] = added
+            break
     return found, states
-
-
-def _would_settle(rows: Sequence[Comparison], seeds: int, confidence: float, over: Mapping[str, list[str]]) -> bool:
-    more = [row.with_seeds(seeds) for row in rows]
-    return _settled(_outcome(more, _states(more, confidence), confidence, over))
 
 
 def _settled(found: Mapping[str, Any]) -> bool:
@@ -183,7 +179,7 @@ def _table(
     table = []
     for row, bound in zip(rows, bounds(rows, confidence), strict=True):
         on_these = row.eval_loss._replace(example_error=0.0)  # between candidates what examples share does not count
-        low, high = (value if math.isfinite(value) else None for value in on_these.interval(confidence))
+        low, high = _finite(on_these.interval(confidence))
         regret = 0.0 if row is best else row.differences[best.candidate].mean
         table.append(
             {
@@ -205,6 +201,10 @@ def _table(
     return table
 
 
+def _finite(interval: tuple[float, float]) -> list[float | None]:
+    return [end if math.isfinite(end) else None for end in interval]
+
+
 def over_full(evidence: Evidence) -> tuple[str | None, dict[str, dict[str, float | None]]]:
     """Name of full fine-tuning at its best rate, and each compared candidate's loss above its own: `over_full`,
     `over_full_low`, `over_full_high`, on the seeds that both finished. None and empty without a finished reference."""
@@ -219,9 +219,7 @@ def over_full(evidence: Evidence) -> tuple[str | None, dict[str, dict[str, float
         seeds = losses.index.intersection(full.index)
         if len(seeds):
             difference = estimate((losses.loc[seeds] - full.loc[seeds]).to_numpy(), label_tokens(judged))
-            low, high = (
-                end if math.isfinite(end) else None for end in difference.interval(evidence.spec.verdict.confidence)
-            )
+            low, high = _finite(difference.interval(evidence.spec.verdict.confidence))
             found[name] = {"over_full": difference.mean, "over_full_low": low, "over_full_high": high}
     return best, found
 

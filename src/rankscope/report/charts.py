@@ -61,38 +61,23 @@ def _palette(name: str, colours: Mapping[str, str]) -> list[str]:
 def theme(colours: Mapping[str, str] = LIGHT) -> dict[str, Any]:
     """Vega-Lite config of all charts. Screen readers read a chart's description, not each of its marks."""
     ink, muted, grid, paper = (colours[name] for name in ("ink", "muted", "line", "paper"))
+    words = {"titleColor": muted, "titleFontWeight": "normal", "titleFontSize": 12, "labelFontSize": 12, "aria": False}
+    lines = {"gridColor": grid, "domainColor": grid, "tickColor": grid, "tickCount": 6}
     return {
         "background": None,
         "mark": {"aria": False},
         "font": FONT,
         "view": {"stroke": None},
         "range": {"category": _palette("rank", colours), "ordinal": _palette("part", colours)},
-        "axis": {
-            "aria": False,
-            "labelColor": muted,
-            "titleColor": muted,
-            "titleFontWeight": "normal",
-            "titleFontSize": 12,
-            "labelFontSize": 12,
-            "gridColor": grid,
-            "domainColor": grid,
-            "tickColor": grid,
-            "titlePadding": 10,
-            "labelPadding": 6,
-            "tickCount": 6,
-        },
+        "axis": {**words, **lines, "labelColor": muted, "titlePadding": 10, "labelPadding": 6},
         "axisX": {"grid": False},
         "legend": {
-            "aria": False,
-            "orient": "top",
+            **words,
             "labelColor": ink,
-            "titleColor": muted,
-            "titleFontWeight": "normal",
-            "titleOrient": "left",
             "titlePadding": 8,
             "rowPadding": 5,
-            "labelFontSize": 12,
-            "titleFontSize": 12,
+            "orient": "top",
+            "titleOrient": "left",
         },
         "title": {"color": ink, "subtitleColor": muted, "anchor": "start", "fontSize": 14, "offset": 14},
         "text": {"color": ink, "fill": ink},
@@ -140,9 +125,10 @@ def _legend(text: Catalogue, kind: str) -> alt.Legend | None:
         return None
     # Full opacity: else a band's paleness passes to the legend's symbols.
     common: dict[str, Any] = {"title": text("chart.rank"), "symbolOpacity": 1, "columns": LEGEND_COLUMNS}
-    if kind == "stroke":
-        return alt.Legend(symbolType="stroke", symbolSize=400, **common)
-    return alt.Legend(symbolStrokeWidth=0, symbolSize=90, **common)
+    symbols = (
+        {"symbolType": "stroke", "symbolSize": 400} if kind == "stroke" else {"symbolStrokeWidth": 0, "symbolSize": 90}
+    )
+    return alt.Legend(**common, **symbols)
 
 
 def rank_axis(text: Catalogue, ranks: list[int]) -> alt.X:
@@ -159,15 +145,23 @@ def by_rank(frame: pd.DataFrame, text: Catalogue, ranks: list[int]) -> dict[str,
     return channels
 
 
-def candidate_tooltip(text: Catalogue) -> list[alt.Tooltip]:
-    """First lines of a candidate's tooltip; its frame has `rank` and `rate`."""
-    return [alt.Tooltip("rank:O", title=text("chart.rank")), alt.Tooltip("rate:N", title=text("chart.learning_rate"))]
+def tooltips(titles: Mapping[str, str], number: str = ".4~g") -> list[alt.Tooltip]:
+    """Lines of a tooltip, by field; quantities have the format `number`."""
+    return [
+        alt.Tooltip(field, title=title, format=number if field.endswith(":Q") else alt.Undefined)
+        for field, title in titles.items()
+    ]
 
 
-def loss_tooltip(text: Catalogue) -> list[alt.Tooltip]:
-    """Mean and interval of a held-out loss."""
+def candidate_tooltip(text: Catalogue, more: Mapping[str, str], number: str = ".4~g") -> list[alt.Tooltip]:
+    """Tooltip of a candidate, whose frame has `rank` and `rate`, with `more` lines."""
+    return tooltips({"rank:O": text("chart.rank"), "rate:N": text("chart.learning_rate"), **more}, number)
+
+
+def loss_titles(text: Catalogue) -> dict[str, str]:
+    """Mean and interval of a held-out loss, for a tooltip."""
     columns = {"eval_loss": "mean", "eval_loss_low": "lowest", "eval_loss_high": "highest"}
-    return [alt.Tooltip(f"{column}:Q", title=text(f"chart.{name}"), format=".4f") for column, name in columns.items()]
+    return {f"{column}:Q": text(f"chart.{name}") for column, name in columns.items()}
 
 
 def loss_scale(padding: int = 12) -> alt.Scale:
@@ -265,12 +259,7 @@ def _hover(
     present = [rank for rank in ranks if (frame["rank"] == rank).any()]
     panel = re.sub(r"\W", "_", rate(frame["learning_rate"].iloc[0]))  # panels of one file need names of their own
     nearest = alt.selection_point(
-        name=f"nearest_{panel}",
-        nearest=True,
-        on="pointerover",
-        clear="pointerout",
-        fields=[along.column],
-        empty=False,
+        name=f"nearest_{panel}", nearest=True, on="pointerover", clear="pointerout", fields=[along.column], empty=False
     )
     values = [
         alt.Tooltip(field=str(rank), type="quantitative", format=number, title=text("name.rank", rank=rank))

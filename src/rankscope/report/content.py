@@ -20,19 +20,7 @@ from rankscope.spec.resolve import write_yaml
 from rankscope.study.evidence import Evidence
 from rankscope.study.folder import ANSWERS
 from rankscope.text.catalogue import Catalogue
-from rankscope.text.formats import (
-    Table,
-    duration,
-    interval,
-    known,
-    loss,
-    percent,
-    rate,
-    shown,
-    signed,
-    size,
-    tabulate,
-)
+from rankscope.text.formats import Table, duration, interval, known, loss, percent, rate, shown, signed, size, tabulate
 from rankscope.text.verdict import claim_sentences, verdict_sentence
 
 
@@ -84,7 +72,6 @@ def compose(
     rank = (verdict or {}).get("rank")
     saved = savings(evidence, verdict, table, text)
     cost, cost_notes = _cost(verdict, table, text)
-    caveats = [text.get(f"caveat.{code}", str(code)) for code in (verdict or {}).get("caveats", [])]
     return Content(
         title=text("page.title", study=study_name),
         subtitle=_subtitle(evidence, text),
@@ -96,7 +83,7 @@ def compose(
         savings_note=saved.note,
         cost=cost,
         cost_notes=cost_notes,
-        caveats=caveats,
+        caveats=[text.get(f"caveat.{code}", str(code)) for code in (verdict or {}).get("caveats", [])],
         how_to_read=[text(f"how.{name}") for name in ("averages", "axes", "alone", "differences")],
         sections=[
             make_section("loss", loss_figures(evidence, verdict, table, text)),
@@ -124,10 +111,9 @@ def compose(
 
 
 def _subtitle(evidence: Evidence, text: Catalogue) -> str:
-    model, data = evidence.spec.model.id, evidence.spec.data.id
-    shown_model = text("page.embedded_model") if model == EMBEDDED else model
-    shown_data = text("page.embedded_data") if data == EMBEDDED else data
-    return text("page.subtitle", model=shown_model, data=shown_data)
+    ids = {"model": evidence.spec.model.id, "data": evidence.spec.data.id}
+    names = {what: text(f"page.embedded_{what}") if name == EMBEDDED else name for what, name in ids.items()}
+    return text("page.subtitle", **names)
 
 
 def _cost(verdict: Mapping[str, Any] | None, table: pd.DataFrame, text: Catalogue) -> tuple[str, list[str]]:

@@ -23,8 +23,29 @@ QUANTITIES = {
 }
 """Costs with a stated noise, and their columns in `Study.profiles`."""
 
-MEMORY_KINDS = ("rss", "gpu_allocated", "gpu_reserved", "gpu_nvml")
-"""Prefixes of memory columns in `Study.profiles`."""
+MEMORY_KINDS = ("rss", "gpu_allocated", "gpu_reserved", "gpu_nvml")  # prefixes of columns in `Study.profiles`
+
+Detail = tuple[str, str, Callable[[float], str]]
+"""A column of `Study.profiles`, its aggregation over repeats, and the form of its values."""
+
+MEMORY_DETAILS: dict[str, Detail] = {
+    "chart.average": ("{}_mean_bytes", "mean", size),
+    "chart.peak": ("{}_peak_bytes", "max", size),
+    "table.p99": ("{}_p99_bytes", "mean", size),
+    "table.above_average": ("{}_above_base_mean_bytes", "mean", size),
+    "table.above_peak": ("{}_above_base_peak_bytes", "max", size),
+    "table.load_peak": ("load_{}_peak_bytes", "max", size),
+    "table.eval_peak": ("eval_{}_peak_bytes", "max", size),
+}
+
+TIME_DETAILS: dict[str, Detail] = {
+    "table.step_p10": ("step_seconds_p10", "median", "{:.3g}".format),
+    "table.step_median": ("step_seconds_median", "median", "{:.3g}".format),
+    "table.step_p90": ("step_seconds_p90", "median", "{:.3g}".format),
+    "table.tokens_per_second": ("tokens_per_second", "mean", "{:,.0f}".format),
+    "table.load_seconds": ("load_seconds", "mean", "{:.3g}".format),
+    "table.energy": ("joules_per_token", "mean", "{:.3g}".format),
+}
 
 
 class Saving(NamedTuple):
@@ -32,7 +53,7 @@ class Saving(NamedTuple):
 
     label: str
     value: str
-    instead: str  # of the largest rank
+    instead: str  # value of the largest rank
     change: str
     less: bool  # by more than noise
     noise: str  # what a difference must exceed; empty for a value that is counted, not measured
@@ -85,101 +106,66 @@ def noise_sentence(profiles: pd.DataFrame, text: Catalogue) -> str:
     if not found:
         return ""
     first = next(iter(found.values()))
-    items = [
-        text("noise.item", floor=noise_share(noise), quantity=text(f"noise.{name}")) for name, noise in found.items()
-    ]
-    floors = ", ".join(items)
-    return text("noise.sentence", name=text("name.rank", rank=first.rank), times=first.measurements, floors=floors)
+    quantities = {name: text(f"noise.{name}") for name in found}
+    items = [text("noise.item", floor=noise_share(noise), quantity=quantities[name]) for name, noise in found.items()]
+    name = text("name.rank", rank=first.rank)
+    return text("noise.sentence", name=name, times=first.measurements, floors=", ".join(items))
 
 
 def cost_tables(evidence: Evidence, text: Catalogue) -> list[Table]:
     """Memory and time of each rank in detail, with their noise in the last rows; empty without profiles."""
     profiles = rank_profiles(evidence)
-    return [] if profiles.empty else [_memory(evidence, profiles, text), _time(evidence, profiles, text)]
-
-
-def _memory(evidence: Evidence, profiles: pd.DataFrame, text: Catalogue) -> Table:
-    """Averages and percentiles are means over repeats, peaks are the highest repeat."""
-    details = {
-        "chart.average": ("{}_mean_bytes", "mean"),
-        "chart.peak": ("{}_peak_bytes", "max"),
-        "table.p99": ("{}_p99_bytes", "mean"),
-        "table.above_average": ("{}_above_base_mean_bytes", "mean"),
-        "table.above_peak": ("{}_above_base_peak_bytes", "max"),
-        "table.load_peak": ("load_{}_peak_bytes", "max"),
-        "table.eval_peak": ("eval_{}_peak_bytes", "max"),
-    }
+    if profiles.empty:
+        return []
     kinds = [kind for kind in MEMORY_KINDS if profiles[f"{kind}_mean_bytes"].notna().any()]
-    kind_header = text("table.memory_kind")
-    columns: dict[str, Callable[[Any], str]] = {
-        text("table.rank"): lambda row: row[0],
-        kind_header: lambda row: text(f"memory.{row[1]}"),
-    }
-    for header, (column, how) in details.items():
-        columns[text(header)] = lambda row, column=column, how=how: (  # type: ignore[misc]
-            _cell(evidence, row[2], column.format(row[1]), how, size, text)
-        )
-    records: list[tuple[str, str, pd.DataFrame | None]]
-    records = [(str(rank), kind, repeats) for rank, repeats in profiles.groupby("rank") for kind in kinds]
-    records += [(text("noise.row"), kind, None) for kind in kinds]
-    return tabulate(text("table.memory"), columns, records, [kind_header])
+    ranks: list[tuple[str, pd.DataFrame | None]] = [(str(rank), part) for rank, part in profiles.groupby("rank")]
+    ranks.append((text("noise.row"), None))
+    memory = [
+        [name, text(f"memory.{kind}"), *_cells(evidence, repeats, MEMORY_DETAILS, text, kind)]
+        for name, repeats in ranks
+        for kind in kinds
+    ]
+    time = [[name, *_cells(evidence, repeats, TIME_DETAILS, text)] for name, repeats in ranks]
+    headers = [text(f"table.{name}") for name in ("rank", "memory_kind")]
+    numeric = [True] * len(MEMORY_DETAILS)
+    return [
+        Table(text("table.memory"), [*headers, *map(text, MEMORY_DETAILS)], [True, False, *numeric], memory),
+        Table(text("table.time"), [headers[0], *map(text, TIME_DETAILS)], [True] * (1 + len(TIME_DETAILS)), time),
+    ]
 
 
-def _time(evidence: Evidence, profiles: pd.DataFrame, text: Catalogue) -> Table:
-    """Percentiles of a step are medians over repeats, the rest means."""
-    details: dict[str, tuple[str, str, Callable[[float], str]]] = {
-        "table.step_p10": ("step_seconds_p10", "median", "{:.3g}".format),
-        "table.step_median": ("step_seconds_median", "median", "{:.3g}".format),
-        "table.step_p90": ("step_seconds_p90", "median", "{:.3g}".format),
-        "table.tokens_per_second": ("tokens_per_second", "mean", "{:,.0f}".format),
-        "table.load_seconds": ("load_seconds", "mean", "{:.3g}".format),
-        "table.energy": ("joules_per_token", "mean", "{:.3g}".format),
-    }
-    columns: dict[str, Callable[[Any], str]] = {text("table.rank"): lambda row: row[0]}
-    for header, (column, how, number) in details.items():
-        columns[text(header)] = lambda row, column=column, how=how, number=number: (  # type: ignore[misc]
-            _cell(evidence, row[1], column, how, number, text)
-        )
-    records = [(str(rank), repeats) for rank, repeats in profiles.groupby("rank")]
-    return tabulate(text("table.time"), columns, [*records, (text("noise.row"), None)])
-
-
-def _cell(
-    evidence: Evidence,
-    repeats: pd.DataFrame | None,
-    column: str,
-    how: str,
-    number: Callable[[float], str],
-    text: Catalogue,
-) -> str:
-    """A column's aggregate over a rank's repeats; without repeats, its noise."""
-    if column not in evidence.profiles:
-        return text("none")
-    if repeats is not None:
-        return shown(float(repeats[column].agg(how)), number, text)
-    noise = noise_floor(evidence.profiles, column)
-    return noise_share(noise) if noise else text("none")
+def _cells(
+    evidence: Evidence, repeats: pd.DataFrame | None, details: Mapping[str, Detail], text: Catalogue, kind: str = ""
+) -> list[str]:
+    """Each detail's aggregate over a rank's repeats; without repeats, its noise."""
+    cells = []
+    for pattern, how, number in details.values():
+        column = pattern.format(kind)
+        if column not in evidence.profiles:
+            cells.append(text("none"))
+        elif repeats is not None:
+            cells.append(shown(float(repeats[column].agg(how)), number, text))
+        else:
+            noise = noise_floor(evidence.profiles, column)
+            cells.append(noise_share(noise) if noise else text("none"))
+    return cells
 
 
 def noise_share(noise: Noise) -> str:
-    """The floor as it is shown: `3.1%`, and at least `0.1%`: less would read as no noise at all."""
+    """The floor in percent, `3.1%`, and at least `0.1%`: less would read as no noise at all."""
     return f"{max(noise.floor, 0.001):.1%}"
 
 
 def prediction_tables(evidence: Evidence, text: Catalogue) -> list[Table]:
     """Predicted and measured memory and time, one row per candidate; empty where no memory was predicted."""
-    predicted = evidence.prediction.get("candidates", {})
+    predicted, profiles = evidence.prediction.get("candidates", {}), evidence.profiles
     peak = "gpu_allocated_peak_bytes" if has_gpu(evidence) else "rss_peak_bytes"
 
     def parts(*names: str) -> Callable[[Any], str]:
         return lambda row: size(sum(row[1]["parts"][name] for name in names))
 
-    def measured_change(row: Any) -> str:
-        measured = _measured(evidence.profiles, row[0].name, peak, "max")
-        return shown(measured, lambda value: change(row[1]["peak_bytes"], value), text)
-
-    def measured(column: str, how: str, number: Callable[[float], str]) -> Callable[[Any], str]:
-        return lambda row: shown(_measured(evidence.profiles, row[0].name, column, how), number, text)
+    def measured(row: Any, column: str, how: str, number: Callable[[float], str]) -> str:
+        return shown(_measured(profiles, row[0].name, column, how), number, text)
 
     columns: dict[str, Callable[[Any], str]] = {
         "table.rank": lambda row: str(row[0].rank),
@@ -190,10 +176,12 @@ def prediction_tables(evidence: Evidence, text: Catalogue) -> list[Table]:
         "prediction.logits": parts("logits"),
         "prediction.other": parts("process", "retained"),
         "prediction.predicted": lambda row: size(row[1]["peak_bytes"]),
-        "prediction.measured": measured(peak, "max", size),
-        "prediction.difference": measured_change,
+        "prediction.measured": lambda row: measured(row, peak, "max", size),
+        "prediction.difference": lambda row: measured(
+            row, peak, "max", lambda value: change(row[1]["peak_bytes"], value)
+        ),
         "prediction.seconds_predicted": lambda row: shown(row[1]["step_seconds"], "{:.3g}".format, text),
-        "prediction.seconds_measured": measured("step_seconds_median", "median", "{:.3g}".format),
+        "prediction.seconds_measured": lambda row: measured(row, "step_seconds_median", "median", "{:.3g}".format),
     }
     pairs = [(candidate, predicted.get(candidate.name)) for candidate in evidence.spec.candidates()]
     records = [(candidate, found) for candidate, found in pairs if found and found["parts"]]

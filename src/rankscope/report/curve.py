@@ -81,11 +81,8 @@ def _chart(points: pd.DataFrame, names: Sequence[str], text: Catalogue) -> alt.C
     colour = alt.Color("name:N", scale=alt.Scale(domain=list(names)), **common)
     dash = alt.StrokeDash("name:N", scale=charts.cycle(names, charts.DASHES), **common)
     shape = alt.Shape("name:N", scale=charts.cycle(names, charts.SHAPES), **common)
-    tooltip = [
-        alt.Tooltip("name:N", title=text("cuts.kind")),
-        alt.Tooltip("rank:Q", title=text("chart.rank")),
-        *charts.loss_tooltip(text),
-    ]
+    titles = {"name:N": text("cuts.kind"), "rank:O": text("chart.rank"), **charts.loss_titles(text)}
+    tooltip = charts.tooltips(titles, ".4f")
     layers = [alt.Chart(points).mark_line(strokeWidth=1.5).encode(x=x, y=y, color=colour, strokeDash=dash)]
     for number, name in enumerate(names):  # side by side, or at one rank they would hide each other
         mark: dict[str, Any] = {"strokeWidth": 1.5, "opacity": 0.6, "xOffset": 6 * (number - (len(names) - 1) / 2)}

@@ -14,7 +14,7 @@ KEYS = ["candidate", "rank", "learning_rate"]
 
 
 class Binned(NamedTuple):
-    """Rows moved to the end of their bin of `steps_a_point` steps."""
+    """Rows at the end of their bin of `steps_a_point` steps."""
 
     frame: pd.DataFrame
     steps_a_point: int
@@ -51,9 +51,8 @@ def heldout_by_seed(evidence: Evidence) -> pd.DataFrame:
     if examples.empty or examples["learning_rate"].nunique() == 1:
         return done[columns].reset_index(drop=True)
     judged = examples[examples["example"].isin(judged_examples(examples)["example"])]
-    sums = (
-        judged.assign(total=judged["loss"] * judged["label_tokens"]).groupby("trial")[["total", "label_tokens"]].sum()
-    )
+    weighted = judged.assign(total=judged["loss"] * judged["label_tokens"])
+    sums = weighted.groupby("trial")[["total", "label_tokens"]].sum()
     losses = done["trial"].map(sums["total"] / sums["label_tokens"])
     return done.assign(eval_loss=losses)[columns].dropna().reset_index(drop=True)
 
@@ -83,7 +82,7 @@ COSTS = {
 def by_candidate(evidence: Evidence, verdict: Mapping[str, Any] | None) -> pd.DataFrame:
     """One row per candidate in the study's order, lowest rank first.
 
-    Columns: `candidate rank learning_rate lora_alpha scaling trials finished trainable_params adapter_bytes
+    Columns: `candidate rank learning_rate lora_alpha scaling trainable_params adapter_bytes trials finished
     train_loss eval_loss eval_loss_sd` and those of `COMPARED` and `COSTS`; NaN where a value is unknown.
 
     Losses (nats per label token) are means over finished trials, `eval_loss_sd` their sample standard deviation
@@ -93,14 +92,10 @@ def by_candidate(evidence: Evidence, verdict: Mapping[str, Any] | None) -> pd.Da
     results = evidence.results
     done = results[results["status"] == "done"].groupby("candidate")
     everything = results.groupby("candidate", sort=False)
-    first = everything.first()
-    table = first[["rank", "learning_rate", "lora_alpha", "scaling"]].copy()
-    table["trials"] = everything.size()
+    own = ["rank", "learning_rate", "lora_alpha", "scaling", "trainable_params", "adapter_bytes"]
+    table = everything.first()[own].assign(trials=everything.size())
     table["finished"] = done.size().reindex(table.index, fill_value=0)
-    table["trainable_params"] = first["trainable_params"]
-    table["adapter_bytes"] = first["adapter_bytes"]
-    table["train_loss"] = done["train_loss"].mean()
-    table["eval_loss"] = done["eval_loss"].mean()
+    table[["train_loss", "eval_loss"]] = done[["train_loss", "eval_loss"]].mean()
     table["eval_loss_sd"] = done["eval_loss"].std()
     compared = {row["candidate"]: row for row in (verdict or {}).get("comparison", [])}
     for column in COMPARED:

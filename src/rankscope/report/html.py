@@ -1,15 +1,15 @@
 """Offline pages with their charts and the Vega libraries inline: the report (template.html), or one chart (chart.html).
 
 Nothing of the model or the data can run: jinja2 escapes all text, the charts' JSON cannot close its script element, and
-the page's Content-Security-Policy allows the two scripts written here, by their hashes, and no network. Unescaped
-markup could neither run nor fetch (tests/security/test_browser.py). Vega evaluates its expressions with an
+the page's Content-Security-Policy allows the libraries and this folder's scripts, by their hashes, and no network.
+Unescaped markup could neither run nor fetch (tests/security/test_browser.py). Vega evaluates its expressions with an
 interpreter (`ast: true`), so that the policy needs no `unsafe-eval`.
 """
 
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -26,86 +26,18 @@ from rankscope.report.figures import Figure, Panel
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import strip_control_characters
 
-VEGA_LITE = ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
-"""Version of Vega-Lite that altair writes, in vl_convert's form: `6.4`."""
+VEGA_LITE = ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])  # altair's version, in vl_convert's form: `6.4`
 
 SECTIONS = ("claims", "answers", "candidates", "also", "trials", "data", "machine", "reproduce", "limits")
 """Sections after the figures, in the page's order."""
 
-START = """
-const page = JSON.parse(document.getElementById("page-data").textContent);
-const views = {};
-async function draw(id, spec) {
-  const place = document.getElementById(id);
-  const made = await vegaEmbed(place, spec, {
-    mode: "vega-lite", renderer: "svg", actions: false, ast: true, defaultStyle: false,
-    config: page.theme, tooltip: {disableDefaultStyle: true},
-  });
-  place.setAttribute("role", "group");
-  place.removeAttribute("aria-roledescription");
-  place.querySelector("svg").setAttribute("aria-hidden", "true");
-  return made.view;
-}
-for (const [id, spec] of Object.entries(page.charts)) draw(id, spec).then(view => { views[id] = view; });
-"""
-"""Script that draws the charts. Their colours are the page's CSS variables, so that a change of theme redraws nothing.
-A screen reader reads a chart's label and table, not Vega's English words for its groups."""
-
-LIVE = """
-const drawn = {};
-function fill(now) {
-  const lines = document.getElementById("now-lines"), body = document.getElementById("now-rows");
-  lines.replaceChildren(...now.lines.map(line => Object.assign(document.createElement("li"), {textContent: line})));
-  body.replaceChildren(...now.rows.map(cells => {
-    const row = document.createElement("tr");
-    row.append(...cells.map((cell, place) => {
-      const made = document.createElement(place ? "td" : "th");
-      if (place > 1) made.className = "number";
-      if (!place) made.scope = "row";
-      made.textContent = cell;
-      return made;
-    }));
-    return row;
-  }));
-}
-async function redraw(id, spec) {
-  const text = JSON.stringify(spec);
-  if (drawn[id] === text) return;
-  let smooth;
-  try { smooth = views[id].signal("smooth"); } catch { /* no chart yet, or one without the switch */ }
-  views[id] = await draw(id, spec);
-  drawn[id] = text;
-  if (smooth !== undefined) await views[id].signal("smooth", smooth).runAsync();
-}
-async function ask() {
-  let wait = 2000;
-  try {
-    const answer = await fetch("news.json");
-    if (answer.ok) {
-      const news = await answer.json();
-      wait = news.again_ms;
-      const known = Object.keys(news.charts).every(id => document.getElementById(id));
-      if (news.now.part !== page.now.part || !known) { location.reload(); return; }
-      fill(news.now);
-      for (const [id, spec] of Object.entries(news.charts)) await redraw(id, spec);
-    }
-    document.getElementById("now-lost").hidden = true;
-  } catch { document.getElementById("now-lost").hidden = false; }
-  setTimeout(ask, wait);
-}
-fill(page.now);
-setTimeout(ask, 1000);
-"""
-"""Script of a watched page: fetch news and redraw what has changed. Text is inserted as text alone."""
-
 
 def render(content: Content, text: Catalogue, now: Mapping[str, Any] | None = None) -> str:
     """The page, below 3 MB; with `now` (see `rankscope.ui.watch`) it fetches news from its server."""
-    page_data = {"theme": charts.theme(PAGE), "charts": specifications(content), "now": now}
     return _page(
         "template.html",
-        page_data,
-        START + (LIVE if now else ""),
+        {"charts": specifications(content), "now": now},
+        ["draw.js", "live.js"] if now else ["draw.js"],
         content=content,
         text=text,
         chart_id=chart_id,
@@ -119,25 +51,28 @@ def chart_page(chart: alt.LayerChart | alt.FacetChart, title: str, text: Catalog
     """A page with this chart alone, in its own size; text in the chart's data cannot run either."""
     spec = chart.to_dict(validate=False)  # tests have validated what is drawn
     del spec["$schema"], spec["config"]
-    return _page("chart.html", {"theme": charts.theme(PAGE), "charts": {"chart": spec}}, START, title=title, text=text)
+    return _page("chart.html", {"charts": {"chart": spec}}, ["draw.js"], title=title, text=text)
 
 
-def _page(template: str, page_data: Mapping[str, Any], start: str, **values: Any) -> str:
-    """The filled template, with the script `start` and its data, the libraries, and a policy for these two scripts."""
+def _page(template: str, page_data: Mapping[str, Any], scripts: Sequence[str], **values: Any) -> str:
+    """The filled template, with the scripts and their data, the libraries, and a policy for these two alone."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_without_control_characters
     )
-    file = resources.files("rankscope.report") / template
-    libraries = _libraries()
-    return environment.from_string(file.read_text(encoding="utf-8")).render(
+    libraries, start = _libraries(), "".join(map(_file, scripts))
+    return environment.from_string(_file(template)).render(
         **values,
         light=Markup(declarations(LIGHT)),  # noqa: S704  # colours alone
         dark=Markup(declarations(DARK)),  # noqa: S704  # colours alone
-        page_data=Markup(json_in_html(page_data)),  # noqa: S704  # cannot end its script element
+        page_data=Markup(json_in_html({"theme": charts.theme(PAGE), **page_data})),  # noqa: S704  # cannot end its script element
         libraries=Markup(libraries),  # noqa: S704  # vl_convert's own
-        start=Markup(start),  # noqa: S704  # written above
+        start=Markup(start),  # noqa: S704  # the package's own
         script_sources=f"'{_hash(libraries)}' '{_hash(start)}'",
     )
+
+
+def _file(name: str) -> str:
+    return (resources.files("rankscope.report") / name).read_text(encoding="utf-8")
 
 
 def _without_control_characters(value: Any) -> Any:

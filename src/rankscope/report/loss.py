@@ -131,11 +131,7 @@ def _heldout_by_rank(
 
 
 def _heldout_chart(
-    seeds: pd.DataFrame,
-    candidates: pd.DataFrame,
-    text: Catalogue,
-    ranks: list[int],
-    margin: tuple[float, float] | None,
+    seeds: pd.DataFrame, candidates: pd.DataFrame, text: Catalogue, ranks: list[int], margin: tuple[float, float] | None
 ) -> alt.Chart:
     """`seeds` is `heldout_by_seed`, `candidates` is `heldout_by_candidate`; `margin` is shaded, in nats."""
     columns = [*KEYS, "eval_loss", "eval_loss_low", "eval_loss_high"]
@@ -146,14 +142,10 @@ def _heldout_chart(
     layers = [charts.band(margin, charts.loss_scale())] if margin is not None else []
     layers += charts.loss_intervals(candidates, text, {**x, "color": of_rank}, strokeWidth=2.5)
     means = alt.Chart(candidates).mark_point(filled=True, size=130, opacity=1)
-    layers.append(means.encode(**points, tooltip=[*charts.candidate_tooltip(text), *charts.loss_tooltip(text)]))
-    of_seed = [
-        *charts.candidate_tooltip(text),
-        alt.Tooltip("seed:O", title=text("chart.seed")),
-        alt.Tooltip("eval_loss:Q", title=text("chart.eval_by_rank.y"), format=".4f"),
-    ]
+    layers.append(means.encode(**points, tooltip=charts.candidate_tooltip(text, charts.loss_titles(text), ".4f")))
+    of_seed = {"seed:O": text("chart.seed"), "eval_loss:Q": text("chart.eval_by_rank.y")}
     single = alt.Chart(seeds).mark_point(size=40, opacity=0.85, xOffset=-12 if "xOffset" in x else -18)
-    layers.append(single.encode(**points, tooltip=of_seed))
+    layers.append(single.encode(**points, tooltip=charts.candidate_tooltip(text, of_seed, ".4f")))
     return charts.layered(*layers)
 
 
@@ -179,8 +171,7 @@ def _rate_map(evidence: Evidence, table: pd.DataFrame, text: Catalogue) -> Figur
 
 def _map_chart(frame: pd.DataFrame, text: Catalogue, ranks: list[int]) -> alt.Chart:
     """`rank learning_rate eval_loss best note`: one cell per candidate, deeper for a lower loss, with `note` in place
-    of an unknown one. The `best` of each rank is bold.
-    """
+    of an unknown one. The `best` of each rank is bold."""
     values = frame.assign(rate=frame["learning_rate"].map(rate), label=frame["eval_loss"].map(loss))
     values["label"] = values["label"].where(values["eval_loss"].notna(), values["note"])
     losses = values["eval_loss"].dropna()
@@ -191,8 +182,7 @@ def _map_chart(frame: pd.DataFrame, text: Catalogue, ranks: list[int]) -> alt.Ch
     rates = [rate(value) for value in sorted(values["learning_rate"].unique(), reverse=True)]
     x = charts.rank_axis(text, ranks)
     y = alt.Y("rate:N", sort=rates, title=text("chart.learning_rate"), scale=alt.Scale(domain=rates))
-    title = text("chart.eval_by_rank.y")
-    tooltip = [*charts.candidate_tooltip(text), alt.Tooltip("eval_loss:Q", title=title, format=".4f")]
+    tooltip = charts.candidate_tooltip(text, {"eval_loss:Q": text("chart.eval_by_rank.y")}, ".4f")
     opacity = alt.Opacity("eval_loss:Q", scale=depth, legend=None)
     cells = alt.Chart(values).mark_rect(style="cell-of-map").encode(x=x, y=y, opacity=opacity, tooltip=tooltip)
     label: dict[str, Any] = {"x": x, "y": y, "text": "label:N", "tooltip": tooltip}

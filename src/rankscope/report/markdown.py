@@ -22,8 +22,7 @@ def render(content: Content, text: Catalogue) -> str:
             for saving in content.savings
         ]
         parts += [f"{escape(content.savings_title)}:", _list(lines)]
-    if content.savings_note:
-        parts.append(escape(content.savings_note))
+    parts.append(escape(content.savings_note))
     cost = [f"{text('cost.regret')}: {content.cost}"] if content.cost else []
     if cost or content.cost_notes:
         parts += [f"{text('cost.title')}:", _list([*cost, *content.cost_notes])]
@@ -31,19 +30,13 @@ def render(content: Content, text: Catalogue) -> str:
         parts += [f"{text('caveat.title')}:", _list(content.caveats)]
     parts += [f"## {text('how.title')}", _list(content.how_to_read)]
     for section in content.sections:
-        parts += [
-            f"## {text(f'section.{section.name}')}",
-            *map(_figure, section.figures),
-            *map(escape, section.reasons),
-        ]
-        parts += [*([_list(section.sentences)] if section.sentences else []), *map(markdown_table, section.tables)]
-    parts.append(f"## {text('section.claims')}")
-    parts.append(_list(content.claims) if content.claims else text("claim.absent"))
+        parts += [f"## {text(f'section.{section.name}')}", *map(_figure, section.figures)]
+        parts += [*map(escape, section.reasons), _list(section.sentences), *map(markdown_table, section.tables)]
+    parts += [f"## {text('section.claims')}", _list(content.claims) or text("claim.absent")]
     parts += [f"## {text('section.answers')}", text("answer.note") if content.answers else text("answer.absent")]
     parts += [part for prompt in content.answers for part in _answers(prompt, text)]
-    parts += [f"## {text('section.candidates')}", markdown_table(content.candidates)]
-    parts += [escape(content.noise)] if content.noise else []
-    parts += [*(markdown_table(table) for table in content.costs), text("unit.note")]
+    parts += [f"## {text('section.candidates')}", markdown_table(content.candidates), escape(content.noise)]
+    parts += [*map(markdown_table, content.costs), text("unit.note")]
     parts += [f"## {text('section.also')}", markdown_table(content.also), *map(escape, content.also_notes)]
     parts += [f"## {text('section.trials')}", markdown_table(content.trials)]
     parts += [f"## {text('section.data')}", _facts(content.data, text)]
@@ -51,7 +44,7 @@ def render(content: Content, text: Catalogue) -> str:
     parts += [f"## {text('section.reproduce')}", text("reproduce.command"), _code(content.reproduce, "sh")]
     parts += [text("reproduce.study"), _code(content.study, "yaml")]
     parts += [f"## {text('section.limits')}", _list(content.limits)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def escape(value: str) -> str:

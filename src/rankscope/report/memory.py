@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import altair as alt
@@ -14,11 +15,10 @@ from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import Table, Unit, duration, shown, size, size_unit, time_unit
 
-COLUMNS = {"cpu": "rss", "gpu": "gpu_allocated"}
-"""Prefix of a kind's columns in profiles and samples."""
+COLUMNS = {"cpu": "rss", "gpu": "gpu_allocated"}  # prefix of a kind's columns in profiles and samples
 
 PARTS = ("process", "base", "adapter", "gradients", "optimizer", "activations", "logits", "retained")
-"""Parts of a predicted peak, from the bottom of a bar to its top. A part has one colour, whichever others there are."""
+"""Parts of a predicted peak, from the bottom of a bar to its top. A part keeps its colour in every chart."""
 
 PART_COLUMNS = 3  # parts side by side in the legend: as many as fit on a phone
 
@@ -43,9 +43,8 @@ def memory_by_step(evidence: Evidence, column: str) -> pd.DataFrame:
     """`candidate rank learning_rate step mean low high` of a memory column, in bytes, over the samples of each training
     step and all repeats."""
     samples = evidence.samples
-    if samples.empty:
-        return samples
-    samples = samples[(samples["phase"] == "train") & samples["step"].notna() & samples[column].notna()]
+    if not samples.empty:
+        samples = samples[(samples["phase"] == "train") & samples["step"].notna() & samples[column].notna()]
     if samples.empty:
         return samples
     return spread(bin_steps(samples.astype({column: "float64"})).frame, column)
@@ -53,8 +52,7 @@ def memory_by_step(evidence: Evidence, column: str) -> pd.DataFrame:
 
 def memory_by_time(evidence: Evidence, column: str) -> pd.DataFrame:
     """`candidate rank learning_rate seconds phase mean low high` of a memory column, in bytes, over the life of each
-    rank's first profile: loading, warm-up, training and evaluation. A point is the maximum of its time slice.
-    """
+    rank's first profile: loading, warm-up, training and evaluation. A point is the maximum of its time slice."""
     samples = evidence.samples
     if not samples.empty:
         samples = samples[(samples["repeat"] == 0) & samples[column].notna()]
@@ -70,15 +68,11 @@ def memory_by_time(evidence: Evidence, column: str) -> pd.DataFrame:
 
 def predicted_parts(evidence: Evidence, kind: str, text: Catalogue) -> pd.DataFrame:
     """`rank part name order bytes`: one row per part of a rank's predicted peak. Empty without a prediction for this
-    kind of memory; parts that no rank has are left out.
-    """
+    kind of memory; parts that no rank has are left out."""
     device = "cuda" if kind == "gpu" else "cpu"
     candidates = evidence.prediction.get("candidates", {}) if evidence.prediction.get("device") == device else {}
-    found = {
-        candidate.rank: candidates[candidate.name]["parts"]
-        for candidate in evidence.spec.candidates()
-        if candidates.get(candidate.name) and candidates[candidate.name]["parts"]
-    }
+    predicted = [(candidate.rank, candidates.get(candidate.name)) for candidate in evidence.spec.candidates()]
+    found = {rank: known["parts"] for rank, known in predicted if known and known["parts"]}
     held = [part for part in PARTS if any(parts[part] for parts in found.values())]
     rows = [
         {"rank": rank, "part": part, "name": text(f"part.{part}"), "order": order, "bytes": parts[part]}
@@ -136,29 +130,28 @@ def _chart(
     measured: pd.DataFrame, parts: pd.DataFrame, text: Catalogue, ranks: list[int], kind: str, unit: Unit
 ) -> alt.Chart:
     """`measured` (`rank average peak`, in bytes) as a bar for the average and a line above it for the peak; beside it
-    `parts` (`predicted_parts`) as a stacked bar. Either may be empty.
-    """
+    `parts` (`predicted_parts`) as a stacked bar. Either may be empty."""
     measured = measured.assign(average=measured["average"] / unit.factor, peak=measured["peak"] / unit.factor)
     parts = parts.assign(value=parts["bytes"] / unit.factor)
     title = text(f"chart.{kind}_memory.y", unit=unit.name)
     kinds = [name for name, rows in (("predicted", parts), ("measured", measured)) if not rows.empty]
     bars = len(ranks) * len(kinds)
     size = max(6, min(44, 200 // bars))
+    x = {
+        "x": charts.rank_axis(text, ranks),
+        "xOffset": alt.XOffset("kind:N", scale=alt.Scale(domain=kinds), sort=kinds),
+    }
     layers = []
-    for name in kinds:
-        x = {
-            "x": charts.rank_axis(text, ranks),
-            "xOffset": alt.XOffset("kind:N", scale=alt.Scale(domain=kinds), sort=kinds),
-        }
-        draw = _predicted if name == "predicted" else _measured
-        rows = (parts if name == "predicted" else measured).assign(kind=name)
-        layers += draw(rows, text, ranks, x, title, size, bars <= MOST_LABELLED_BARS)
+    if not parts.empty:
+        layers += _predicted(parts.assign(kind="predicted"), text, x, title, size, bars <= MOST_LABELLED_BARS)
+    if not measured.empty:
+        layers += _measured(measured.assign(kind="measured"), text, ranks, x, title, size, bars <= MOST_LABELLED_BARS)
     chart: alt.Chart = charts.layered(*layers).resolve_scale(color="independent")
     return chart
 
 
 def _predicted(
-    parts: pd.DataFrame, text: Catalogue, ranks: list[int], x: dict[str, Any], title: str, size: int, labelled: bool
+    parts: pd.DataFrame, text: Catalogue, x: dict[str, Any], title: str, size: int, labelled: bool
 ) -> list[alt.Chart]:
     present = [text(f"part.{part}") for part in PARTS if (parts["part"] == part).any()]
     legend = alt.Legend(
@@ -166,6 +159,7 @@ def _predicted(
     )
     scale = alt.Scale(domain=[text(f"part.{part}") for part in PARTS], range="ordinal")
     of_part = alt.Color("name:N", sort=None, scale=scale, legend=legend)
+    titles = {"rank:O": text("chart.rank"), "name:N": text("chart.predicted"), "value:Q": title}
     stack = (
         alt.Chart(parts)
         .mark_bar(size=size, style="part")
@@ -174,11 +168,7 @@ def _predicted(
             y=alt.Y("value:Q", title=title, stack="zero", scale=alt.Scale(zero=True)),
             color=of_part,
             order=alt.Order("order:Q"),
-            tooltip=[
-                alt.Tooltip("rank:O", title=text("chart.rank")),
-                alt.Tooltip("name:N", title=text("chart.predicted")),
-                alt.Tooltip("value:Q", title=title, format=".3~g"),
-            ],
+            tooltip=charts.tooltips(titles, ".3~g"),
         )
     )
     total = alt.Chart(parts).mark_text(dy=-10)
@@ -188,11 +178,8 @@ def _predicted(
 def _measured(
     values: pd.DataFrame, text: Catalogue, ranks: list[int], x: dict[str, Any], title: str, size: int, labelled: bool
 ) -> list[alt.Chart]:
-    tooltip = [
-        alt.Tooltip("rank:O", title=text("chart.rank")),
-        alt.Tooltip("average:Q", title=text("chart.average"), format=".4~g"),
-        alt.Tooltip("peak:Q", title=text("chart.peak"), format=".4~g"),
-    ]
+    titles = {"rank:O": text("chart.rank"), "average:Q": text("chart.average"), "peak:Q": text("chart.peak")}
+    tooltip = charts.tooltips(titles)
     base, of_rank = alt.Chart(values), charts.colour(ranks, text)
     average, peak = alt.Y("average:Q", title=title, scale=alt.Scale(zero=True)), alt.Y("peak:Q", title=title)
     layers = [
@@ -234,18 +221,13 @@ def _by_time(evidence: Evidence, table: pd.DataFrame, text: Catalogue, kind: str
 
     def draw(rows: pd.DataFrame, y_range: tuple[float, float]) -> alt.Chart:
         scaled, y_range = charts.in_unit(rows.assign(seconds=rows["seconds"] / time.factor), y_range, unit)
-        thick = (
-            charts.plain(scaled)
-            .transform_filter("datum.phase === 'train'")
-            .mark_line(strokeWidth=4, opacity=0.45, clip=True)
-        )
+        thick = charts.plain(scaled).transform_filter("datum.phase === 'train'")
+        thick = thick.mark_line(strokeWidth=4, opacity=0.45, clip=True)
         of_rank = charts.colour(ranks, text, legend="stroke")
         training = thick.encode(x=charts.x_axis(along), y=charts.y_axis(y_title, y_range), color=of_rank)
         layers = charts.lines(scaled, text, ranks, y_title, y_range, ".4~g", along=along)
         return charts.layered(training, *layers)
 
     alternative = say(title, table, f"{COLUMNS[kind]}_peak_bytes", size, text)
-    table_of = curve_numbers(
-        title, frame, "mean", size, text, along="seconds", place=lambda seconds: duration(seconds, text)
-    )
+    table_of = curve_numbers(title, frame, "mean", size, text, along="seconds", place=partial(duration, text=text))
     return Figure(name, title, text("chart.time_note"), alternative, by_rate(frame, text, draw), table_of)

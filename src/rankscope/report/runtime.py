@@ -79,31 +79,21 @@ def _by_rank(
 
 
 def _cost_chart(
-    frame: pd.DataFrame,
-    text: Catalogue,
-    ranks: list[int],
-    title: str,
-    dot: str,
-    noise: tuple[float, float] | None,
+    frame: pd.DataFrame, text: Catalogue, ranks: list[int], title: str, dot: str, noise: tuple[float, float] | None
 ) -> alt.Chart:
     """`measurements` as a bar for the mean and a dot for each one, which `dot` names; `noise` is shaded."""
     values = frame.assign(rate=frame["learning_rate"].map(rate))
     x, of_rank = charts.by_rank(values, text, ranks), charts.colour(ranks, text)
     scale = alt.Scale(zero=True)
     mean = alt.Y("mean(value):Q", title=title, scale=scale)
-    mean_title = f"{text('chart.mean')}, {title}"
     base = alt.Chart(values)
     bars = base.mark_bar(opacity=0.45, cornerRadiusEnd=2, size=max(6, 48 // values["learning_rate"].nunique())).encode(
         **x,
         y=mean,
         color=of_rank,
-        tooltip=[*charts.candidate_tooltip(text), alt.Tooltip("mean(value):Q", title=mean_title, format=".4~g")],
+        tooltip=charts.candidate_tooltip(text, {"mean(value):Q": f"{text('chart.mean')}, {title}"}),
     )
-    measured = [
-        *charts.candidate_tooltip(text),
-        alt.Tooltip("number:O", title=dot),
-        alt.Tooltip("value:Q", title=title, format=".4~g"),
-    ]
+    measured = charts.candidate_tooltip(text, {"number:O": dot, "value:Q": title})
     dots = base.mark_point(filled=True, size=55, opacity=1).encode(
         **x, y=alt.Y("value:Q", title=title), color=of_rank, shape=charts.shape(ranks, text), tooltip=measured
     )
@@ -162,8 +152,7 @@ def _trade_off(
 
 def _trade_off_chart(frame: pd.DataFrame, text: Catalogue, ranks: list[int], cost_title: str) -> alt.Chart:
     """`rank learning_rate cost eval_loss eval_loss_low eval_loss_high front chosen`: one point per candidate, the
-    Pareto front joined by steps, and a ring around the chosen one.
-    """
+    Pareto front joined by steps, and a ring around the chosen one."""
     values = frame.assign(rate=frame["learning_rate"].map(rate))
     x = alt.X("cost:Q", title=cost_title, scale=alt.Scale(zero=False, nice=True, padding=24), axis=alt.Axis(grid=True))
     y, of_rank = charts.loss_axis(text, padding=16), charts.colour(ranks, text, legend="symbol")
@@ -171,11 +160,8 @@ def _trade_off_chart(frame: pd.DataFrame, text: Catalogue, ranks: list[int], cos
     front = base.transform_filter("datum.front").mark_line(interpolate="step-after", style="front")
     layers = [front.encode(x=x, y=y, order=alt.Order("cost:Q"))]
     layers += charts.loss_intervals(values, text, {"x": x, "color": of_rank}, padding=16, strokeWidth=1.5, opacity=0.6)
-    tooltip = [
-        *charts.candidate_tooltip(text),
-        alt.Tooltip("cost:Q", title=cost_title, format=".4~g"),
-        alt.Tooltip("eval_loss:Q", title=text("chart.eval_by_rank.y"), format=".4f"),
-    ]
+    tooltip = charts.candidate_tooltip(text, {"cost:Q": cost_title})
+    tooltip += charts.tooltips({"eval_loss:Q": text("chart.eval_by_rank.y")}, ".4f")
     points = base.mark_point(filled=True, size=130).encode(
         x=x,
         y=y,

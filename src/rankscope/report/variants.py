@@ -53,18 +53,17 @@ def _chart(frame: pd.DataFrame, text: Catalogue) -> alt.Chart:
     y = {"y": alt.Y("name:N", sort=names, title=None), "yOffset": alt.YOffset("rank:N", sort=ranks)}
     title, of_rank = text("variant.difference"), charts.colour(ranks, text, legend="symbol")
     x = alt.X("difference:Q", title=title, scale=alt.Scale(zero=True, nice=True, padding=12))
-    tooltip = [
-        alt.Tooltip("name:N", title=text("variant.name")),
-        alt.Tooltip("rank:O", title=text("chart.rank")),
-        alt.Tooltip("difference:Q", title=title, format="+.4f"),
-        alt.Tooltip("low:Q", title=text("chart.lowest"), format="+.4f"),
-        alt.Tooltip("high:Q", title=text("chart.highest"), format="+.4f"),
-    ]
+    titles = {"name:N": text("variant.name"), "rank:O": text("chart.rank"), "difference:Q": title}
+    titles |= {"low:Q": text("chart.lowest"), "high:Q": text("chart.highest")}
     zero = alt.Chart(pd.DataFrame({"zero": [0.0]})).mark_rule(strokeDash=[4, 4]).encode(x="zero:Q")
     base = alt.Chart(frame)
     interval = base.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q", title=title), x2="high:Q", color=of_rank, **y)
     dots = base.mark_point(filled=True, size=90, opacity=1).encode(
-        x=x, color=of_rank, shape=charts.shape(ranks, text, legend="symbol"), tooltip=tooltip, **y
+        x=x,
+        color=of_rank,
+        shape=charts.shape(ranks, text, legend="symbol"),
+        tooltip=charts.tooltips(titles, "+.4f"),
+        **y,
     )
     return charts.layered(zero, interval, dots)
 

@@ -69,11 +69,8 @@ def render_image(figure: Figure) -> Image:
     """The figure on white, with its title and its panels one below the other."""
     panels = [panel.chart.properties(title=panel.title) if panel.title else panel.chart for panel in figure.panels]
     chart = alt.vconcat(*panels) if len(panels) > 1 else panels[0]
-    spec = chart.properties(title=figure.title).to_dict(validate=False) | {
-        "config": charts.theme(),
-        "background": "white",
-    }
-    spec["padding"] = 16
+    spec = chart.properties(title=figure.title).to_dict(validate=False)
+    spec |= {"config": charts.theme(), "background": "white", "padding": 16}
     svg = vl_convert.vegalite_to_svg(spec, vl_version=html.VEGA_LITE)
     return Image(svg, vl_convert.svg_to_png(svg, scale=PNG_SCALE))
 

@@ -77,7 +77,7 @@ class LossChange(NamedTuple):
     before: ExampleLosses
     after: ExampleLosses
     difference: Difference
-    limit: float  # largest increase that was asked for, relative to the loss before
+    limit: float  # largest allowed increase, relative to the loss before
     tried: list[MeasuredTruncation]  # in the order in which they were measured
 
     @property
@@ -108,18 +108,16 @@ class _BudgetSearch(NamedTuple):
 
 
 def choose_rule(options: Mapping[str, Any]) -> Rule:
-    """The one option that is given; the others are None.
+    """The only option with a value; the others are None.
 
     Raises:
         StudyError: none or several are given, or the share is not between 0 and 1.
     """
-    given = [(name, value) for name, value in options.items() if value is not None]
+    given = {name: value for name, value in options.items() if value is not None}
     if len(given) != 1:
-        found = " and ".join(_option(name) for name, _ in given) or "none"
-        raise StudyError(
-            f"one rule is needed, {found} given", f"Give exactly one of {', '.join(map(_option, options))}."
-        )
-    name, value = given[0]
+        found, all_options = " and ".join(map(_option, given)) or "none", ", ".join(map(_option, options))
+        raise StudyError(f"one rule is needed, {found} given", f"Give exactly one of {all_options}.")
+    ((name, value),) = given.items()
     return Rule(name, value if isinstance(value, int) else _share(_option(name), value))
 
 
@@ -202,9 +200,8 @@ def _ranks(saved: SavedAdapter, layers: Sequence[Decomposed], rule: Rule) -> Ran
         return ranks_by_sum(layers, rule.value)
     rank, highest = int(rule.value), max(factors.rank for factors in saved.layers)
     if rank > highest:
-        raise StudyError(
-            f"{_option(rule.name)} {rank}: the adapter's largest rank is {highest}", f"Give {highest} or less."
-        )
+        what = f"{_option(rule.name)} {rank}: the adapter's largest rank is {highest}"
+        raise StudyError(what, f"Give {highest} or less.")
     uniform = uniform_ranks(layers, rank)
     return uniform if rule.name == "rank" else ranks_within(layers, parameters(layers, uniform))
 
@@ -280,18 +277,10 @@ def _by_layer(saved: SavedAdapter, smaller: SavedAdapter, layers: Sequence[Decom
     rows = []
     for old, new, layer in zip(saved.layers, smaller.layers, layers, strict=True):
         block, module = split_layer_name(old.layer)
-        rows.append(
-            {
-                "layer": old.layer,
-                "module": module,
-                "block": block,
-                "old_rank": old.rank,
-                "new_rank": new.rank,
-                "kept_energy": kept_energy([layer], ranks),
-                "relative_error": relative_error(old, new),
-            }
-        )
-    return pd.DataFrame(rows)
+        lost = kept_energy([layer], ranks), relative_error(old, new)
+        rows.append([old.layer, module, block, old.rank, new.rank, *lost])
+    names = ["layer", "module", "block", "old_rank", "new_rank", "kept_energy", "relative_error"]
+    return pd.DataFrame(rows, columns=names)
 
 
 def describe(result: Resized) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def propose(study: Study, rank: int | None = None) -> Proposal:
     trained = trained_trials(study)
     largest, own = trained[0].candidate.rank, sorted(study.spec.ranks)
     if rank is None:
-        rank = study.verdict["rank"] if study.file("verdict.json").exists() else None
+        rank = (study.find_verdict() or {}).get("rank")
         rank = rank if rank is not None and rank < largest else own[0]
     if not 0 < rank < largest:
         raise StudyError(
@@ -98,5 +98,4 @@ def by_module(proposal: Proposal) -> pd.DataFrame:
     """`module layers mean lowest highest` of the proposed ranks, one row per module."""
     rows = [{"module": split_layer_name(layer)[1], "rank": rank} for layer, rank in proposal.ranks.items()]
     grouped = pd.DataFrame(rows).groupby("module", sort=False)["rank"]
-    table = grouped.agg(layers="size", mean="mean", lowest="min", highest="max")
-    return table.reset_index()
+    return grouped.agg(layers="size", mean="mean", lowest="min", highest="max").reset_index()

@@ -38,7 +38,6 @@ def rank_table(layers: pd.DataFrame, text: Catalogue) -> Table:
 
 def tried_table(found: LossChange, text: Catalogue) -> Table:
     """Truncations whose held-out loss was measured, in order."""
-    names = ("rule", "parameters_column", "loss_column", "increase", "within")
     rows = [
         [
             text(f"resize.{one.rule}"),
@@ -49,7 +48,7 @@ def tried_table(found: LossChange, text: Catalogue) -> Table:
         ]
         for one in found.tried
     ]
-    headers = [text(f"resize.{name}") for name in names]
+    headers = [text(f"resize.{name}") for name in ("rule", "parameters_column", "loss_column", "increase", "within")]
     return Table(text("resize.tried"), headers, [False, True, True, True, False], rows)
 
 
@@ -63,8 +62,7 @@ def sentences(result: Resized, text: Catalogue) -> list[str]:
         text("resize.kept", kept=percent(result.kept_energy)),
         text("resize.worst", error=percent(worst["relative_error"]), layer=worst["layer"]),
     ]
-    if result.loss is not None:
-        found = result.loss
+    if (found := result.loss) is not None:
         error = found.difference.standard_error
         lines.append(
             text(
@@ -130,10 +128,11 @@ def save_chart(chart: alt.LayerChart | alt.FacetChart, file: Path, text: Catalog
         StudyError: the suffix is none of these.
         StudyDirectoryError: the file cannot be written.
     """
-    if file.suffix.lower() not in KINDS:
+    kind = file.suffix.lower()
+    if kind not in KINDS:
         raise StudyError(f"--chart {file}: not a kind of chart", f"End its name with one of: {', '.join(KINDS)}.")
-    if file.suffix.lower() == ".html":  # altair's own page does not escape what stands in its data
+    if kind == ".html":  # altair's own page does not escape its data
         write_atomic(file, chart_page(chart, text("spectrum.title"), text))
         return
     svg = vl_convert.vegalite_to_svg(chart.to_dict() | {"config": theme(), "background": "white"}, vl_version=VEGA_LITE)
-    write_atomic(file, svg if file.suffix.lower() == ".svg" else vl_convert.svg_to_png(svg, scale=PNG_SCALE))
+    write_atomic(file, svg if kind == ".svg" else vl_convert.svg_to_png(svg, scale=PNG_SCALE))

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 class Evidence(NamedTuple):
-    """Tables and facts of a study, from which the analysis and the report start."""
+    """Tables and facts of a study, from which the analysis and the report start; None is the same as an empty table.
+
+    All fields but `variants` are evidence of plain LoRA, whose ranks the verdict is about.
+    """
 
     spec: StudySpec
     results: "pd.DataFrame"
@@ -23,34 +26,24 @@ class Evidence(NamedTuple):
     examples: "pd.DataFrame"
     machine: dict[str, Any]
     data_facts: dict[str, Any]
-    reference: "pd.DataFrame"
-    """`Study.reference_examples()`: empty where the study has no reference."""
+    reference: "pd.DataFrame"  # `Study.reference_examples()`: empty where the study has no reference
     prediction: Mapping[str, Any] = MappingProxyType({})
-    """See `Study.prediction`."""
     reference_results: "pd.DataFrame | None" = None
-    """`Study.reference_results()`; None is the same as an empty table."""
-    divided: Sequence[str] = ()
-    """Trials whose pack ended with an error and was divided."""
-    left: Sequence[str] = ()
-    """Trials that went on in their pack without one that diverged."""
-    failures: Mapping[str, Failure] = MappingProxyType({})
-    """See `Study.failures`."""
+    divided: Sequence[str] = ()  # trials whose pack ended with an error and was divided
+    left: Sequence[str] = ()  # trials that went on in their pack without one that diverged
+    failures: Mapping[str, Failure] = MappingProxyType({})  # `Study.open_failures()`
     answers: "pd.DataFrame | None" = None
-    """`Study.answers()`; None is the same as an empty table."""
-    variants: "Evidence | None" = None
-    """Evidence of the variants of LoRA; None if the study has none. All other fields are of plain LoRA, whose ranks the
-    verdict is about."""
-    cuts: "pd.DataFrame | None" = None
-    """`Study.cut_examples()`; None is the same as an empty table."""
+    variants: "Evidence | None" = None  # None in a study without variants
+    cuts: "pd.DataFrame | None" = None  # `Study.cut_examples()`
 
     @property
     def parts(self) -> "list[Evidence]":
-        """This, and that of the variants where there are some."""
+        """This evidence, and that of the variants where the study has some."""
         return [self] if self.variants is None else [self, self.variants]
 
 
 def without_variants(evidence: Evidence) -> Evidence:
-    """Evidence of plain LoRA, which the verdict is on, with that of the variants beside it."""
+    """Evidence of plain LoRA, with that of the variants in its field `variants`."""
     others = {candidate.name for candidate in evidence.spec.candidates() if candidate.variant != PLAIN}
 
     def part(is_variant: bool) -> dict[str, Any]:

@@ -1,24 +1,22 @@
-"""The study directory: open, resume, read results and curves.
+"""A study's directory: its files, each with one writer.
 
-    NAME/
-      study.yaml                  the question, resolved and complete
-      machine.json                hardware, versions, model (its fingerprint is in trial.json, the data's in facts.json)
-      data/                       tokens.safetensors, facts.json (what every trial reads)
-      prediction.json             memory and time of each candidate, told before anything was trained
-      trials/r008-lr2e-4-s0/      trial.json, metrics.jsonl, eval.json, adapter/
-      reference/full-lr2e-5-s0/   of full fine-tuning: the same files without weights, and job.json, log.txt
-      packs/division.json         which trials train together
-      packs/p000/                 pack.json, job.json, log.txt; checkpoints/ until it has ended
-      profiles/r008.json          time and memory of each repeat of a rank's profile, with samples
-      profiles/control.json       the same of the lowest rank, measured twice over: the noise of every cost
-      failures.json               profiles and answers that did not finish when they were last tried, and why
-      answers/                    answers.json: what the base and each candidate answer on the same held-out prompts
-      curve/                      curve.json: held-out losses of the largest rank's adapters, cut to lower ranks
-      tracking/                   what trackers have been sent
-      verdict.json
-      report/                     index.html, report.md, results.csv, results.parquet, figures/
-
-Each file has one writer. The tables below are tidy pandas DataFrames, whose columns are their contract.
+NAME/
+  study.yaml                  the question, resolved and complete
+  machine.json                hardware, versions, model (its fingerprint is in trial.json, the data's in facts.json)
+  data/                       tokens.safetensors, facts.json (what every trial reads)
+  prediction.json             memory and time of each candidate, predicted before anything was trained
+  trials/r008-lr2e-4-s0/      trial.json, metrics.jsonl, eval.json, adapter/
+  reference/full-lr2e-5-s0/   full fine-tuning: the same files without weights, and job.json, log.txt
+  packs/division.json         which trials train together
+  packs/p000/                 pack.json, job.json, log.txt; checkpoints/ until it has ended
+  profiles/r008.json          time and memory of each repeat of a rank's profile, with samples
+  profiles/control.json       second profile of the lowest rank: the noise of every cost
+  failures.json               profiles and answers that did not finish when they were last tried, and why
+  answers/                    answers.json: answers of the base and each candidate to the same held-out prompts
+  curve/                      curve.json: held-out losses of the largest rank's adapters, truncated to lower ranks
+  tracking/                   records of what trackers have been sent
+  verdict.json
+  report/                     index.html, report.md, results.csv, results.parquet, figures/
 """
 
 import re
@@ -33,13 +31,12 @@ from rankscope.errors import StudyDirectoryError, StudyError
 from rankscope.files import (
     corrupt_on_error,
     damaged,
+    exists,
     file_hashes,
     file_sha256,
-    find_json,
     inside,
     is_free,
     parse_json,
-    read_json,
     read_whole,
     reading,
     refuse_links_out,
@@ -64,7 +61,6 @@ from rankscope.study.records import (
     PackRecord,
     PredictionRecord,
     ProfileRecord,
-    Record,
     Repeat,
     TrialRecord,
     VerdictRecord,
@@ -72,33 +68,30 @@ from rankscope.study.records import (
 
 SCHEMA = 1
 
-FINISHED = ("done", "diverged")
-"""Statuses that are results. A trial with any other is trained again."""
+FINISHED = ("done", "diverged")  # statuses that are results: a trial with any other is trained again
 
 NOT_ENDED = ("pending", "running")
 
-TRIAL_FILES = ("metrics.jsonl", "eval.json", "adapter/*")
-"""Patterns of the files with a hash in trial.json once the trial has ended."""
+TRIAL_FILES = ("metrics.jsonl", "eval.json", "adapter/*")  # files with a hash in trial.json once the trial has ended
 
 CURVE = "curve/curve.json"
 
-ANSWERS = "answers"
-"""Key of the answers in failures.json."""
+ANSWERS = "answers"  # key of the answers in failures.json
 
 
 class Division(NamedTuple):
-    """Division of a study's trials into packs. Once made it stays, so that a resumed run rounds as it did before."""
+    """Division of a study's trials into packs, kept for good so that a resumed run rounds as it did before."""
 
     packs: dict[str, list[Trial]]  # in the order of training
-    divided: dict[str, list[str]]  # packs made of one that ended with an error, which is no longer in `packs`
+    divided: dict[str, list[str]]  # parts of each pack that ended with an error, and so left `packs`
 
     def trials_of_divided(self) -> list[str]:
-        """Names of all trials that once were in a pack that was divided."""
+        """Names of the trials in parts of divided packs."""
         made = {part for parts in self.divided.values() for part in parts}
         return [trial.name for pack, trials in self.packs.items() if pack in made for trial in trials]
 
     def named(self, trials: Sequence[Sequence[Trial]]) -> dict[str, list[Trial]]:
-        """Name new packs as no pack was named before."""
+        """Name new packs; a name is never used twice."""
         first = len(self.packs) + len(self.divided)
         return {f"p{number:03d}": list(pack) for number, pack in enumerate(trials, start=first)}
 
@@ -107,8 +100,7 @@ class StudyFolder:
     """A study's directory: its question, its files, and the lock. Opening reads nothing but study.yaml."""
 
     def __init__(self, path: Path, spec: StudySpec) -> None:
-        self.path = path
-        self.spec = spec
+        self.path, self.spec = path, spec
 
     @classmethod
     def create(cls, path: Path, spec: StudySpec) -> Self:
@@ -119,8 +111,7 @@ class StudyFolder:
         """
         if cls.is_at(path):
             study = cls.open(path)
-            differences = differences_of(study.spec.model_dump(mode="json"), spec.model_dump(mode="json"))
-            if differences:
+            if differences := differences_of(study.spec.model_dump(mode="json"), spec.model_dump(mode="json")):
                 raise StudyError(
                     f"{path} holds another study:\n" + "\n".join(f"  - {line}" for line in differences),
                     "Choose another --out, or run it with the values it has.",
@@ -142,11 +133,10 @@ class StudyFolder:
         """Open an existing study.
 
         Raises:
-            StudyDirectoryError: there is none at `path`, or a symbolic link leads out of it.
-            StudyError: its study.yaml is damaged.
+            StudyDirectoryError: `path` holds no study, or a symbolic link leads out of it.
+            StudyError: its study.yaml is corrupt.
         """
-        path = Path(path)
-        file = path / "study.yaml"
+        path, file = Path(path), Path(path, "study.yaml")
         if not cls.is_at(path):
             raise StudyDirectoryError(f"{path}: not a study (no study.yaml)", "Give the directory that `run` printed.")
         refuse_links_out(path)
@@ -177,15 +167,15 @@ class StudyFolder:
         return self.file("profiles", f"{name}.json")
 
     def profile_repeats(self, name: str) -> list[dict[str, Any]]:
-        """Repeats measured so far: see `rankscope.measure.profile.profile_candidate`."""
+        """Repeats measured so far (`rankscope.measure.profile.profile_candidate`)."""
         record = ProfileRecord.find(self.profile_file(name))
         return record.repeats if record else []
 
     def whole_repeats(self, name: str) -> list[dict[str, Any]]:
-        """`profile_repeats`, each checked to have all that tables need.
+        """`profile_repeats`, checked to be complete.
 
         Raises:
-            DamagedError: a repeat lacks something.
+            DamagedError: a repeat is incomplete.
         """
         repeats = self.profile_repeats(name)
         for repeat in repeats:
@@ -193,7 +183,7 @@ class StudyFolder:
         return repeats
 
     def failures(self) -> dict[str, Failure]:
-        """failures.json: how profiles, by name, and `answers` ended that did not finish when a run last tried them."""
+        """failures.json: how unfinished profiles, by name, and `answers` ended when a run last tried them."""
         record = FailuresRecord.find(self.file("failures.json"))
         return record.failures if record else {}
 
@@ -201,8 +191,7 @@ class StudyFolder:
         """Record how a profile, or the answers, ended; None where they are whole."""
         before = self.failures()
         after = {other: known for other, known in before.items() if other != name}
-        if failure is not None:
-            after[name] = failure
+        after |= {} if failure is None else {name: failure}
         if after != before:
             FailuresRecord(failures=after).write(self.file("failures.json"))
 
@@ -211,11 +200,11 @@ class StudyFolder:
         return TrialRecord.find(self.trial_folder(trial) / "trial.json") or TrialRecord(status="pending")
 
     def with_known_model(self) -> Trial | None:
-        """First trial that has begun: its record has the fingerprint of the model that the study began with."""
+        """First trial that has begun; its record has the fingerprint of the study's model."""
         return next((trial for trial in self.trials if self.trial_record(trial).model_sha256 is not None), None)
 
-    def division(self) -> "Division":
-        """Which trials train together."""
+    def division(self) -> Division:
+        """Division of the trials into packs; empty before it is made."""
         file = self.file("packs", "division.json")
         record = DivisionRecord.find(file)
         if record is None:
@@ -227,12 +216,12 @@ class StudyFolder:
             packs = {pack: [trials[name] for name in names] for pack, names in record.packs.items()}
         return Division(packs, record.divided)
 
-    def write_division(self, division: "Division") -> None:
+    def write_division(self, division: Division) -> None:
         packs = {pack: [trial.name for trial in trials] for pack, trials in division.packs.items()}
         DivisionRecord(packs=packs, divided=division.divided).write(self.file("packs", "division.json"))
 
     def divide(self, pack: str, trials: Sequence[Trial]) -> dict[str, list[Trial]]:
-        """Make two packs of the `trials` of one, remove its checkpoints, and return the two."""
+        """Divide the `trials` of a pack into two packs, remove its checkpoints, and return the two."""
         division, half = self.division(), (len(trials) + 1) // 2
         parts = division.named([trials[:half], trials[half:]])
         packs: dict[str, list[Trial]] = {}
@@ -247,21 +236,21 @@ class StudyFolder:
         return PackRecord.find(self.file("packs", pack, "pack.json"))
 
     def lock(self) -> AbstractContextManager[None]:
-        """See `lock_folder`."""
+        """Hold the directory: see `lock_folder`."""
         return lock_folder(self.path)
 
-    def holder(self) -> "Holder | None":
-        """Process that runs the study now; None if none does."""
+    def holder(self) -> Holder | None:
+        """Process that runs the study now, or None."""
         file = self.file(".lock-holder")
         found = re.fullmatch(r"process (\d+) on (.*)", text_of(file))
         if not found:
             return None
         holder = Holder(int(found[1]), found[2])
-        # A killed run leaves the file behind, and its number may be another process's by now.
+        # A killed run leaves the file behind, and another process may have its number by now.
         return holder if not holder.is_here or holder.began() <= file.stat().st_mtime else None
 
     def mark_ended(self, trial: AnyTrial, status: str, reason: str, pack: str | None = None) -> None:
-        """Give a trial that is pending or running, and so did not end by itself, a `status` and `reason`."""
+        """Give a trial that is still pending or running a final `status` and `reason`."""
         record = self.trial_record(trial)
         if record.status not in NOT_ENDED:
             return
@@ -278,10 +267,10 @@ class StudyFolder:
         record.model_copy(update=ended | trial.model_dump(mode="json")).write(folder / "trial.json")
 
     def whole_file(self, trial: AnyTrial, name: str) -> Path:
-        """The path of a trial's file, of which trial.json has the hash where the trial has ended.
+        """Path of a trial's file, checked against its hash in trial.json where the trial has ended.
 
         Raises:
-            StudyDirectoryError: it is missing, or not what was written.
+            StudyDirectoryError: it is missing or corrupt.
         """
         path, sha256 = self.find_file(trial, name)
         if sha256 is not None and file_sha256(path) != sha256:
@@ -289,47 +278,43 @@ class StudyFolder:
         return path
 
     def find_file(self, trial: AnyTrial, name: str) -> tuple[Path, str | None]:
-        """The same path, and the hash; None where the trial has not ended. The file is not looked at."""
+        """Path of a trial's file, unread, and its hash in trial.json; None where the trial has not ended."""
         return inside(self.trial_folder(trial), name), self.trial_record(trial).sha256(name)
 
     def adapter_file(self, trial: Trial) -> Path:
-        """The weights of a trial that is done.
+        """Weights of a trial that is done.
 
         Raises:
-            StudyDirectoryError: they are missing or damaged.
+            StudyDirectoryError: they are missing or corrupt.
         """
         return self.whole_file(trial, "adapter/adapter_model.safetensors")
 
     @property
     def machine(self) -> dict[str, Any]:
         """machine.json: hardware, versions and the model that the study began with."""
-        file = self.file("machine.json")
-        return _checked(read_json(file), MachineRecord, file)
+        return MachineRecord.content(self.file("machine.json"))
 
     @property
     def data_facts(self) -> dict[str, Any]:
-        """data/facts.json: what was read, and what was done with it; see `rankscope.data.tokens.TokenizedData`."""
-        file = self.file("data", "facts.json")
-        return _checked(read_json(file), FactsRecord, file)
+        """data/facts.json: source, counts and treatment of the rows (`rankscope.data.tokens.TokenizedData`)."""
+        return FactsRecord.content(self.file("data", "facts.json"))
 
     @property
     def prediction(self) -> dict[str, Any]:
-        """prediction.json: see `rankscope.plan.runtime.StudyForecast.describe`; empty where there is none."""
+        """prediction.json (`rankscope.plan.runtime.StudyForecast.describe`), or empty before it is written."""
         file = self.file("prediction.json")
-        record = find_json(file)
-        return {} if record is None else _checked(record, PredictionRecord, file)
+        return PredictionRecord.content(file) if exists(file) else {}
 
     def find_verdict(self) -> dict[str, Any] | None:
         """verdict.json as it is now, or None before there is one."""
         file = self.file("verdict.json")
-        record = find_json(file, VerdictRecord.schema_version)
-        return None if record is None else _checked(record, VerdictRecord, file)
+        return VerdictRecord.content(file) if exists(file) else None
 
     def held_out(self, trial: AnyTrial) -> Examples:
         """Held-out examples in eval.json of a trial that is done.
 
         Raises:
-            StudyDirectoryError: it is missing or damaged.
+            StudyDirectoryError: it is missing or corrupt.
         """
         file, sha256 = self.find_file(trial, "eval.json")
         examples = EvalRecord.of(parse_json(read_whole(file, sha256), file), file).examples
@@ -339,7 +324,7 @@ class StudyFolder:
         return examples
 
     def answered(self) -> list[Trial]:
-        """The trials whose adapters answer the held-out prompts: of each candidate the first that is done."""
+        """Trials that answer the held-out prompts: each candidate's first that is done."""
         done: dict[str, Trial] = {}
         for trial in self.trials:
             if self.trial_record(trial).status == "done":
@@ -347,12 +332,12 @@ class StudyFolder:
         return list(done.values())
 
     def answers_record(self) -> AnswersRecord:
-        """answers.json: see `rankscope.jobs.answers.answer`; without answers where there is no file."""
+        """answers.json (`rankscope.jobs.answers.answer`), or a record without answers before it is written."""
         record = AnswersRecord.find(self.file("answers", "answers.json"))
         return record or AnswersRecord(questions=[], answers={})
 
     def has_answers(self) -> bool:
-        """Whether all that `answered` names have answered."""
+        """Whether all trials of `answered` have answered."""
         return {trial.name for trial in self.answered()} <= self.answers_record().answers.keys()
 
     @property
@@ -378,17 +363,9 @@ class StudyFolder:
         return self.trial_record(trial).sha256("adapter/adapter_model.safetensors")
 
     def open_failures(self) -> dict[str, Failure]:
-        """`failures()` of what is still missing."""
-        measure, done = self.spec.measure, {}
-        for name in self.spec.profiled() if measure.profiles else ():
-            done[name] = len(self.profile_repeats(name)) >= measure.repeats
+        """`failures()` of profiles and answers that are still missing."""
+        measure = self.spec.measure
+        profiled = self.spec.profiled() if measure.profiles else ()
+        done = {name: len(self.profile_repeats(name)) >= measure.repeats for name in profiled}
         done[ANSWERS] = not measure.answers or self.has_answers()
         return {name: failure for name, failure in self.failures().items() if not done.get(name, True)}
-
-
-def _checked(value: dict[str, Any], kind: type[Record], file: Path) -> dict[str, Any]:
-    """The content of a file as it stands, once it is a record of this kind: the verdict, and facts for the report, are
-    passed on with all their keys in their order.
-    """
-    kind.of(value, file)
-    return value

@@ -1,6 +1,6 @@
-"""metrics.jsonl in columns, one row a step.
+"""metrics.jsonl in columns, one row per step.
 
-A line holds numbers taken at one step; a step may have several lines: one of training, one of an evaluation.
+A line has numbers of one step, and a step may have several lines: one for training, one for an evaluation.
 """
 
 from pathlib import Path
@@ -31,31 +31,31 @@ class _Row(TypedDict, total=False):
     step_seconds: float
 
 
-FIELDS = tuple(name for name in _Row.__annotations__ if name != "step")
-"""Numbers of a step other than `step` itself."""
+FIELDS = tuple(name for name in _Row.__annotations__ if name != "step")  # numbers of a step
 
 _ROWS = TypeAdapter(list[_Row])
 
 
 class Steps(NamedTuple):
-    """Numbers of one trial's N steps, in order, each step once."""
+    """Numbers of the N steps of one trial, in order."""
 
     step: npt.NDArray[np.int64]  # (N,)
     values: dict[str, npt.NDArray[np.float64]]  # by field: (N,); NaN where a step has no such number
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl.
+    """Lines of a metrics.jsonl.
 
     Raises:
-        DamagedError: a line is not one of metrics.
+        DamagedError: a line has another shape.
     """
     return [MetricsRow.of(row, file).model_dump() for row in read_jsonl(file)]
 
 
 def read_steps(file: Path, sha256: str | None = None) -> Steps:
-    """Read the steps of a trial from its metrics.jsonl, which must have the hash `sha256` where one is given; one
-    that still grows has none, and may be missing or end in a torn line. Of a number given twice the last counts.
+    """Steps of a trial from its metrics.jsonl, checked against the hash `sha256` where one is given.
+
+    Without a hash the file may still grow: it may be missing, or end in a torn line. A later line of a step wins.
 
     Raises:
         DamagedError: the file is corrupt.
@@ -63,16 +63,14 @@ def read_steps(file: Path, sha256: str | None = None) -> Steps:
     content = b"" if sha256 is None and not exists(file) else read_whole(file, sha256)
     steps: dict[int, dict[str, Any]] = {}
     for row in _parse(content) or read_rows(file):
-        known = steps.setdefault(row["step"], row)
-        if known is not row:
-            known.update(row)
+        steps.setdefault(row["step"], row).update(row)
     rows = [steps[step] for step in sorted(steps)]
     values = {name: np.array([row.get(name) for row in rows], np.float64) for name in FIELDS}  # None: NaN
     return Steps(np.array(sorted(steps), np.int64), values)
 
 
 def _parse(content: bytes) -> list[Any] | None:
-    """All lines at once, much faster than `read_rows`; None if they are not as the training loop writes them."""
+    """Parse all lines at once, much faster than `read_rows`; None if one is not as the training loop writes it."""
     lines = content.count(b"\n")
     try:
         rows = _ROWS.validate_json(b"[" + content.removesuffix(b"\n").replace(b"\n", b",") + b"]")

@@ -9,7 +9,7 @@ from rankscope.study.folder import FINISHED, StudyFolder
 
 
 def unfinished(study: StudyFolder) -> list[AnyTrial]:
-    """Return the trials, full fine-tuning included, that did not end as `done`."""
+    """Trials, full fine-tuning included, that did not end as `done`."""
     return [trial for trial in study.all_trials() if study.trial_record(trial).status != "done"]
 
 

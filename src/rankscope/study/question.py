@@ -1,4 +1,4 @@
-"""A study's question on the disk, and the lock on its directory."""
+"""A study's question on disk, and the lock on its directory."""
 
 import hashlib
 import math
@@ -21,7 +21,7 @@ _QUESTION_HASH = "# sha256 of all lines above: "
 
 
 class Holder(NamedTuple):
-    """The process that runs a study."""
+    """Process that runs a study."""
 
     pid: int
     host: str
@@ -31,7 +31,7 @@ class Holder(NamedTuple):
         return self.host == platform.node()
 
     def began(self) -> float:
-        """When it was started, in seconds since 1970; infinity where it is no more. Only where `is_here`."""
+        """Start of the process, in seconds since 1970; infinity if it has ended. Only valid where `is_here`."""
         try:
             return psutil.Process(self.pid).create_time()
         except psutil.Error:
@@ -60,15 +60,15 @@ def differences_of(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def write_question(file: Path, question: str) -> None:
-    """Publishes YAML with the hash of its text in the last line."""
+    """Publish YAML with the hash of its text in the last line."""
     write_atomic(file, f"{question}{_QUESTION_HASH}{_sha256(question)}\n")
 
 
 def read_question(file: Path) -> dict[str, Any]:
-    """Reads what `write_question` wrote.
+    """Read what `write_question` wrote.
 
     Raises:
-        StudyError: it is damaged, or was changed.
+        StudyError: it is corrupt, or was changed.
     """
     with reading(file):
         content = file.read_bytes()
@@ -87,11 +87,10 @@ def read_question(file: Path) -> dict[str, Any]:
 
 @contextmanager
 def lock_folder(path: Path) -> Iterator[None]:
-    """Holds a study's directory while a run writes to it. The system lets go of it when the process ends, however it
-    ends.
+    """Hold a study's directory while a run writes to it; the system releases it however the process ends.
 
     Raises:
-        StudyDirectoryError: another run holds it; the message says which process.
+        StudyDirectoryError: another run holds it; the message names the process.
     """
     holder = inside(path, ".lock-holder")
     lock = FileLock(inside(path, ".lock"), blocking=False)
@@ -107,6 +106,6 @@ def lock_folder(path: Path) -> Iterator[None]:
         write_atomic(holder, f"process {os.getpid()} on {platform.node()}\n")
         yield
     finally:
-        with suppress(OSError):  # what is left behind is known by the time of its process
+        with suppress(OSError):  # a stale file is known by the start of its process
             holder.unlink()
         lock.release()

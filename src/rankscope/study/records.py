@@ -1,7 +1,7 @@
 """The JSON files of a study as objects: one pydantic model a file.
 
-A hash in each file shows that nobody harmed it; that its content has the shape this version writes is checked here,
-when it is read. Keys that this version does not know are kept.
+A hash in each file shows that it is whole; reading it here checks that its content has the shape that this version
+writes. Keys that this version does not know are kept.
 """
 
 from pathlib import Path
@@ -11,15 +11,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from rankscope.files import damaged, find_json, read_json, write_json
 
-Number = int | float | None
-"""Bytes, seconds, nats; None where it is not known."""
+Number = int | float | None  # bytes, seconds or nats; None where it is unknown
 
 
 class Record(BaseModel):
-    """A JSON object whose values are taken as they are: no text for a number."""
+    """A JSON object with values of exact types: text is not taken for a number."""
 
     model_config = ConfigDict(strict=True, extra="allow")
-
     schema_version: ClassVar[int] = 1
 
     @classmethod
@@ -39,11 +37,18 @@ class Record(BaseModel):
         return None if value is None else cls.of(value, path)
 
     @classmethod
+    def content(cls, path: Path) -> dict[str, Any]:
+        """Checked content of a file with all keys in their order, as the report shows them; raises as `read` does."""
+        value = read_json(path, cls.schema_version)
+        cls.of(value, path)
+        return value
+
+    @classmethod
     def of(cls, value: dict[str, Any], path: Path) -> Self:
         """Check the content of the file `path`.
 
         Raises:
-            DamagedError: it is another content; the message says which field.
+            DamagedError: it has another shape; the message says which field.
         """
         try:
             return cls.model_validate({key: value[key] for key in value if key != "schema"})
@@ -78,7 +83,7 @@ class TrialResults(Record):
 
 
 class TrialRecord(Record):
-    """trial.json: how a trial stands, and the hashes of its files once it has ended."""
+    """trial.json: a trial's status and results, and the hashes of its files once it has ended."""
 
     trial: str | None = None
     status: Literal["pending", "running", "done", "diverged", "oom", "failed", "interrupted"]
@@ -108,7 +113,7 @@ class TrialRecord(Record):
 
 
 class Examples(Record):
-    """One value a held-out example in each list."""
+    """Lists with one value per held-out example."""
 
     example: list[int]
     loss: list[float]  # mean over the example's label tokens, in nats
@@ -179,7 +184,7 @@ class PackRecord(Record):
 
 
 class ProfileRecord(Record):
-    """profiles/NAME.json. Each repeat: see `rankscope.measure.profile.profile_candidate`."""
+    """profiles/NAME.json, with the repeats of `rankscope.measure.profile.profile_candidate`."""
 
     schema_version: ClassVar[int] = 2
 
@@ -239,7 +244,7 @@ class Cut(Record):
     recover_steps: int  # of recovery training
     kept_energy: float  # share of the update's energy
     eval_loss: Number  # over all held-out examples, in nats; None where the recovery diverged
-    losses: list[float] | None  # of each held-out example, in nats
+    losses: list[float] | None  # by held-out example, in nats
     label_tokens: list[int] | None
 
 
@@ -263,7 +268,7 @@ class FailuresRecord(Record):
 
 
 class VerdictRecord(Record):
-    """verdict.json, as far as every verdict has it: see `rankscope.analysis.verdict.conclude`."""
+    """verdict.json: the keys that every verdict has (`rankscope.analysis.verdict.conclude`)."""
 
     schema_version: ClassVar[int] = 2
 

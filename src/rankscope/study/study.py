@@ -15,7 +15,7 @@ _SHOWN = ["trial", "status", "train_loss", "eval_loss", "trainable_params", "tok
 
 
 class Study(StudyFolder):
-    """A study: its directory and everything that it found out.
+    """A study: its directory, tables, verdict and report.
 
     Opening reads nothing but study.yaml; a table is read when its method is called. Tables are tidy pandas DataFrames,
     with trials in the order of the question.
@@ -34,12 +34,12 @@ class Study(StudyFolder):
 
     @property
     def report(self) -> Path:
-        """The report's page, which `rankscope report` builds."""
+        """Page of the report, which `rankscope report` builds."""
         return self.path / "report" / "index.html"
 
     @cached_property
     def verdict(self) -> dict[str, Any]:
-        """verdict.json: see `rankscope.analysis.verdict.conclude`."""
+        """verdict.json (`rankscope.analysis.verdict.conclude`)."""
         verdict = self.find_verdict()
         if verdict is None:
             raise missing(self.file("verdict.json"))

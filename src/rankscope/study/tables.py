@@ -1,7 +1,6 @@
 """A study's tables: tidy pandas DataFrames, whose columns are their contract, as methods of `Study`.
 
-Trials are in the order of the study's question. Columns are made whole, not row by row: a study may have a million
-steps.
+Trials are in the order of the study's question. Tables are built by column: a study may have a million steps.
 """
 
 from collections.abc import Sequence
@@ -26,37 +25,31 @@ EXAMPLE_FIELDS = ("example", "loss", "label_tokens", "correct_tokens")
 
 
 def results(study: StudyFolder) -> "pd.DataFrame":
-    """One row a trial: `trial candidate variant rank learning_rate lora_alpha scaling use_rslora target_modules
+    """One row per trial: `trial candidate variant rank learning_rate lora_alpha scaling use_rslora target_modules
     seed status reason engine pack steps tokens trainable_params adapter_bytes train_loss eval_loss eval_perplexity
     eval_accuracy general_loss_before general_loss_after train_seconds eval_seconds tokens_per_second`.
 
-    `train_loss` is the mean over the last tenth of the steps, `eval_loss` the final held-out loss (nats a label
+    `train_loss` is the mean over the last tenth of the steps, `eval_loss` the final held-out loss (nats per label
     token); both are NaN for a trial that did not finish. `train_seconds` is the time of its pack's steps,
-    `eval_seconds` of its evaluations; loading and saving are in neither. `tokens_per_second` counts the trial's own
-    tokens over the time of the pack it shared. `general_loss_…` is the loss on `measure.forgetting` before training
-    and after (nats a token); NaN without one.
+    `eval_seconds` that of its evaluations; neither includes loading and saving. `tokens_per_second` is the trial's own
+    tokens over the time of the pack it shared. `general_loss_…` is the loss on `measure.forgetting` before and after
+    training (nats per token); NaN without one.
     """
     import pandas as pd
 
-    rows = [
-        {
-            **identity(trial),
-            "lora_alpha": trial.candidate.lora_alpha,
-            "scaling": trial.candidate.scaling,
-            "use_rslora": trial.candidate.use_rslora,
-            "target_modules": _modules(trial.candidate),
-            **_outcome(study, trial),
-        }
-        for trial in study.trials
-    ]
+    rows = []
+    for trial in study.trials:
+        adapter = {name: getattr(trial.candidate, name) for name in ("lora_alpha", "scaling", "use_rslora")}
+        modules = trial.candidate.target_modules
+        adapter["target_modules"] = modules if isinstance(modules, str) else ",".join(modules)
+        rows.append(identity(trial) | adapter | _outcome(study, trial))
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     return pd.DataFrame(columns).astype(dict.fromkeys(RESULT_FIELDS, "float64"))
 
 
 def reference_results(study: StudyFolder) -> "pd.DataFrame":
-    """The columns of `results()` that say something of full fine-tuning, one row a trial; the rank is 0. Empty
-    where the study has no reference.
-    """
+    """Columns of `results()` that apply to full fine-tuning, one row per trial, with rank 0. Empty without a
+    reference."""
     import pandas as pd
 
     rows = [{**identity(trial), **_outcome(study, trial)} for trial in study.reference_trials]
@@ -72,10 +65,9 @@ def _outcome(study: StudyFolder, trial: AnyTrial) -> dict[str, Any]:
 
 
 def curves(study: StudyFolder) -> "pd.DataFrame":
-    """One row a step of a trial: `trial candidate variant rank learning_rate seed step epoch train_loss eval_loss
+    """One row per step of a trial: `trial candidate variant rank learning_rate seed step epoch train_loss eval_loss
     grad_norm step_learning_rate tokens label_tokens step_seconds`; `eval_loss` is NaN between evaluations, and
-    step 0 is the evaluation before training. `trial`, `candidate` and `variant` are categories.
-    """
+    step 0 is the evaluation before training. `trial`, `candidate` and `variant` are categories."""
     import pandas as pd
 
     steps = [trial_steps(study, trial) for trial in study.trials]
@@ -86,23 +78,18 @@ def curves(study: StudyFolder) -> "pd.DataFrame":
 
 
 def trial_steps(study: StudyFolder, trial: AnyTrial) -> Steps:
-    """Numbers of each step of a trial, from its metrics.jsonl.
-
-    Raises:
-        DamagedError: the file is corrupt.
-    """
+    """Steps of a trial, from its metrics.jsonl: see `read_steps`."""
     return read_steps(*study.find_file(trial, "metrics.jsonl"))
 
 
 def examples(study: StudyFolder) -> "pd.DataFrame":
-    """One row a held-out example of a finished trial: `trial candidate variant rank learning_rate seed example loss
-    label_tokens correct_tokens` (`loss` is the mean over the example's label tokens, in nats).
-    """
+    """One row per held-out example of a finished trial: `trial candidate variant rank learning_rate seed example loss
+    label_tokens correct_tokens` (`loss` is the mean over the example's label tokens, in nats)."""
     return _examples(study, study.trials)
 
 
 def reference_examples(study: StudyFolder) -> "pd.DataFrame":
-    """`examples()` of full fine-tuning; the rank is 0."""
+    """`examples()` of full fine-tuning, with rank 0."""
     return _examples(study, study.reference_trials)
 
 
@@ -110,28 +97,24 @@ def _examples(study: StudyFolder, trials: Sequence[AnyTrial]) -> "pd.DataFrame":
     import pandas as pd
 
     done = [trial for trial in trials if study.trial_record(trial).status == "done"]
-    columns: dict[str, list[Any]] = {name: [] for name in EXAMPLE_FIELDS}
-    counts = []
-    for trial in done:
-        found = study.held_out(trial)
-        for name, values in columns.items():
-            values += getattr(found, name)
-        counts.append(len(found.example))
     if not done:
         return pd.DataFrame(columns=[*IDENTITY_FIELDS, *EXAMPLE_FIELDS])
-    frame = pd.DataFrame(_repeated(done, np.array(counts)) | columns, copy=False)
+    found = [study.held_out(trial) for trial in done]
+    columns = {name: [value for part in found for value in getattr(part, name)] for name in EXAMPLE_FIELDS}
+    counts = np.array([len(part.example) for part in found])
+    frame = pd.DataFrame(_repeated(done, counts) | columns, copy=False)
     return frame.astype(dict.fromkeys(NAMES, "str"))
 
 
 def _repeated(trials: Sequence[AnyTrial], counts: "np.ndarray") -> dict[str, Any]:
-    """The identity of each trial, so many times: names as categories, which take a byte or two a row."""
+    """Identity of each trial, repeated `counts` times; names are categories, of a byte or two per row."""
     import pandas as pd
 
     columns: dict[str, Any] = {}
     rows = [identity(trial) for trial in trials]
     for name in IDENTITY_FIELDS:
         values = [row[name] for row in rows]
-        if name in NAMES:  # categories in the order of their names: so tables are sorted and grouped
+        if name in NAMES:  # categories in alphabetical order, as strings are sorted and grouped
             each = pd.Categorical(values, categories=sorted(set(values)))
             columns[name] = pd.Categorical.from_codes(np.repeat(each.codes, counts), dtype=each.dtype)
         else:
@@ -141,11 +124,11 @@ def _repeated(trials: Sequence[AnyTrial], counts: "np.ndarray") -> dict[str, Any
 
 
 def profiles(study: StudyFolder) -> "pd.DataFrame":
-    """One row a repeat of a candidate's profile: `candidate variant rank learning_rate repeat control` and the
+    """One row per repeat of a candidate's profile: `candidate variant rank learning_rate repeat control` and the
     columns of `rankscope.measure.profile.profile_candidate`'s summary; empty where nothing was profiled.
 
-    A rank is profiled once, so that its learning rates have the same numbers. Rows with `control` are those of the
-    second profile of the first candidate: what differs between them and its own is noise.
+    A rank is profiled once, so that its learning rates have the same numbers. Rows with `control` are the second
+    profile of the first candidate, which differs from the first by noise alone.
     """
     import pandas as pd
 
@@ -162,10 +145,9 @@ def profiles(study: StudyFolder) -> "pd.DataFrame":
 
 
 def samples(study: StudyFolder) -> "pd.DataFrame":
-    """One row a memory sample: `candidate variant rank learning_rate repeat phase step seconds rss_bytes
+    """One row per memory sample: `candidate variant rank learning_rate repeat phase step seconds rss_bytes
     gpu_allocated_bytes gpu_reserved_bytes gpu_nvml_bytes` (`phase`: load, warmup, train or eval; GPU columns are
-    NaN without one). Of each rank the candidate that was measured; the control's are left out.
-    """
+    NaN without one). Each rank has the samples of the candidate that was measured, without the control's."""
     import pandas as pd
 
     frames = []
@@ -177,28 +159,25 @@ def samples(study: StudyFolder) -> "pd.DataFrame":
 
 
 def answers(study: StudyFolder) -> "pd.DataFrame":
-    """One row an answer: `example prompt reference candidate rank answer`; `example` counts held-out rows,
-    `reference` is the row's own answer, and the candidate `base`, of rank 0, is the model without an adapter.
-    """
+    """One row per answer: `example prompt reference candidate rank answer`; `example` is the held-out row's number,
+    `reference` the row's own answer, and the candidate `base`, of rank 0, the model without an adapter."""
     import pandas as pd
 
     record, trials = study.answers_record(), {trial.name: trial.candidate for trial in study.trials}
     with corrupt_on_error(study.file("answers", "answers.json")):
         rows = [
-            question | {"candidate": trials[name].name, "rank": trials[name].rank, "answer": text}
-            if name in trials
-            else question | {"candidate": name, "rank": 0, "answer": text}
+            question | {"candidate": candidate, "rank": rank, "answer": text}
             for name, texts in record.answers.items()
+            for candidate, rank in [(trials[name].name, trials[name].rank) if name in trials else (name, 0)]
             for question, text in zip(record.questions, texts, strict=True)
         ]
     return pd.DataFrame(rows, columns=["example", "prompt", "reference", "candidate", "rank", "answer"])
 
 
 def cuts(study: StudyFolder) -> "pd.DataFrame":
-    """One row a cut of `rankscope curve`: `trial candidate variant rank learning_rate seed cut_rank recover_steps
-    kept_energy eval_loss`. `rank` is the trained one, and where `cut_rank` is the same nothing was cut; `eval_loss`
-    is in nats a label token, NaN where recovery training diverged.
-    """
+    """One row per truncation of `rankscope curve`: `trial candidate variant rank learning_rate seed cut_rank
+    recover_steps kept_energy eval_loss`. `rank` is the trained one, and where `cut_rank` equals it nothing was
+    truncated; `eval_loss` is in nats per label token, NaN where recovery training diverged."""
     import pandas as pd
 
     columns = [*IDENTITY_FIELDS, "cut_rank", "recover_steps", "kept_energy", "eval_loss"]
@@ -209,19 +188,17 @@ def cuts(study: StudyFolder) -> "pd.DataFrame":
 
 
 def cut_examples(study: StudyFolder) -> "pd.DataFrame":
-    """One row a held-out example of a cut: the columns of `examples()` but `correct_tokens`, and `cut_rank
-    recover_steps`; without those whose recovery diverged.
-    """
+    """One row per held-out example of a truncation whose recovery did not diverge: columns of `examples()` without
+    `correct_tokens`, and `cut_rank recover_steps`."""
     import pandas as pd
 
     columns = [*IDENTITY_FIELDS, "cut_rank", "recover_steps", "example", "loss", "label_tokens"]
     trials, frames = {trial.name: trial for trial in study.trials}, []
     for cut in study.rank_curve():
         if cut.losses is not None:
-            losses = {"loss": cut.losses, "label_tokens": cut.label_tokens}
-            same = {"cut_rank": cut.rank, "recover_steps": cut.recover_steps}
+            own = cut.model_dump(include={"recover_steps", "label_tokens"}) | {"loss": cut.losses, "cut_rank": cut.rank}
             with corrupt_on_error(study.rank_curve_file):
-                frame = pd.DataFrame({**losses, **identity(trials[cut.trial]), **same})
+                frame = pd.DataFrame(own | identity(trials[cut.trial]))
             frames.append(frame.assign(example=range(len(frame))))
     return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
 
@@ -235,14 +212,5 @@ def identity(trial: AnyTrial) -> dict[str, Any]:
 
 
 def candidate_identity(candidate: Candidate) -> dict[str, Any]:
-    return {
-        "candidate": candidate.name,
-        "variant": candidate.variant,
-        "rank": candidate.rank,
-        "learning_rate": candidate.learning_rate,
-    }
-
-
-def _modules(candidate: Candidate) -> str:
-    modules = candidate.target_modules
-    return modules if isinstance(modules, str) else ",".join(modules)
+    own = {name: getattr(candidate, name) for name in ("variant", "rank", "learning_rate")}
+    return {"candidate": candidate.name} | own

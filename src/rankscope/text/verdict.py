@@ -8,7 +8,7 @@ from rankscope.text.formats import percent, rate, signed_percent
 
 
 def verdict_sentence(verdict: Mapping[str, Any] | None, language: str = "en") -> str:
-    """What to do, and with which confidence; `verdict` is the content of verdict.json, or None without one."""
+    """Recommendation and its confidence; `verdict` is the content of verdict.json, or None without one."""
     text = load(language)
     if verdict is None:
         return text("sentence.none")
@@ -16,14 +16,13 @@ def verdict_sentence(verdict: Mapping[str, Any] | None, language: str = "en") ->
     values = {"seeds": text.count("seeds", verdict["seeds"])}
     if more:
         values["more"] = text.count("more_seeds", more)
-    if outcome == "not_enough_evidence" and verdict["seeds"] == 1:
-        return text("sentence.one_seed")
     if outcome == "not_enough_evidence":
-        return text("sentence.not_enough_evidence_more" if more else "sentence.not_enough_evidence", **values)
+        key = "one_seed" if verdict["seeds"] == 1 else "not_enough_evidence_more" if more else "not_enough_evidence"
+        return text(f"sentence.{key}", **values)
     if outcome == "nothing_in_budget":
         return text("sentence.nothing_in_budget")
-    chosen = next(row for row in verdict["comparison"] if row["candidate"] == verdict["candidate"])
-    best = next(row for row in verdict["comparison"] if row["candidate"] == verdict["best_candidate"])
+    rows = {row["candidate"]: row for row in verdict["comparison"]}
+    chosen, best = rows[verdict["candidate"]], rows[verdict["best_candidate"]]
     values |= {
         "name": candidate_name(verdict, chosen["candidate"], text),
         "best": candidate_name(verdict, best["candidate"], text),
