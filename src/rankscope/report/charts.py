@@ -256,23 +256,17 @@ def lines(
 def _hover(
     base: alt.Chart, frame: pd.DataFrame, text: Catalogue, ranks: list[int], number: str, along: Along
 ) -> alt.Chart:
-    present = [rank for rank in ranks if (frame["rank"] == rank).any()]
     panel = re.sub(r"\W", "_", rate(frame["learning_rate"].iloc[0]))  # panels of one file need names of their own
     nearest = alt.selection_point(
         name=f"nearest_{panel}", nearest=True, on="pointerover", clear="pointerout", fields=[along.column], empty=False
     )
     values = [
         alt.Tooltip(field=str(rank), type="quantitative", format=number, title=text("name.rank", rank=rank))
-        for rank in present
+        for rank in ranks
+        if (frame["rank"] == rank).any()
     ]
-    hover: alt.Chart = (
-        base.transform_pivot("rank", value="shown", groupby=[along.column])
-        .mark_rule(strokeWidth=1)
-        .encode(
-            x=x_axis(along),
-            opacity=alt.condition(nearest, alt.value(0.6), alt.value(0)),
-            tooltip=[alt.Tooltip(f"{along.column}:Q", title=along.title, format=along.number), *values],
-        )
-        .add_params(nearest)
-    )
+    tooltip = [alt.Tooltip(f"{along.column}:Q", title=along.title, format=along.number), *values]
+    opacity = alt.condition(nearest, alt.value(0.6), alt.value(0))
+    rule = base.transform_pivot("rank", value="shown", groupby=[along.column]).mark_rule(strokeWidth=1)
+    hover: alt.Chart = rule.encode(x=x_axis(along), opacity=opacity, tooltip=tooltip).add_params(nearest)
     return hover

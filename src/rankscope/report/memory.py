@@ -160,19 +160,16 @@ def _predicted(
     scale = alt.Scale(domain=[text(f"part.{part}") for part in PARTS], range="ordinal")
     of_part = alt.Color("name:N", sort=None, scale=scale, legend=legend)
     titles = {"rank:O": text("chart.rank"), "name:N": text("chart.predicted"), "value:Q": title}
-    stack = (
-        alt.Chart(parts)
-        .mark_bar(size=size, style="part")
-        .encode(
-            **x,
-            y=alt.Y("value:Q", title=title, stack="zero", scale=alt.Scale(zero=True)),
-            color=of_part,
-            order=alt.Order("order:Q"),
-            tooltip=charts.tooltips(titles, ".3~g"),
-        )
+    y, tooltip = (
+        alt.Y("value:Q", title=title, stack="zero", scale=alt.Scale(zero=True)),
+        charts.tooltips(titles, ".3~g"),
     )
-    total = alt.Chart(parts).mark_text(dy=-10)
-    return [stack, total.encode(**x, y="sum(value):Q", text=alt.Text("sum(value):Q", format=".3r"))][: 1 + labelled]
+    stack, total = alt.Chart(parts).mark_bar(size=size, style="part"), alt.Chart(parts).mark_text(dy=-10)
+    layers = [
+        stack.encode(**x, y=y, color=of_part, order=alt.Order("order:Q"), tooltip=tooltip),
+        total.encode(**x, y="sum(value):Q", text=alt.Text("sum(value):Q", format=".3r")),
+    ]
+    return layers if labelled else layers[:1]
 
 
 def _measured(

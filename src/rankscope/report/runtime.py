@@ -1,6 +1,7 @@
 """Figures of time: runtime and throughput against rank, and held-out loss against memory and runtime."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import altair as alt
@@ -23,7 +24,7 @@ def runtime_figures(evidence: Evidence, text: Catalogue) -> list[Figure | Missin
     runtimes, _ = measurements(evidence, "runtime_seconds")
     unit = time_unit(runtimes["value"].max(), text) if not runtimes.empty else NUMBER
     return [
-        _by_rank(evidence, text, "runtime", "runtime_seconds", unit, lambda seconds: duration(seconds, text)),
+        _by_rank(evidence, text, "runtime", "runtime_seconds", unit, partial(duration, text=text)),
         _by_rank(evidence, text, "tokens", "tokens_per_second", NUMBER, "{:,.0f}".format),
     ]
 
@@ -87,18 +88,14 @@ def _cost_chart(
     scale = alt.Scale(zero=True)
     mean = alt.Y("mean(value):Q", title=title, scale=scale)
     base = alt.Chart(values)
-    bars = base.mark_bar(opacity=0.45, cornerRadiusEnd=2, size=max(6, 48 // values["learning_rate"].nunique())).encode(
-        **x,
-        y=mean,
-        color=of_rank,
-        tooltip=charts.candidate_tooltip(text, {"mean(value):Q": f"{text('chart.mean')}, {title}"}),
-    )
+    bars = base.mark_bar(opacity=0.45, cornerRadiusEnd=2, size=max(6, 48 // values["learning_rate"].nunique()))
+    averaged = charts.candidate_tooltip(text, {"mean(value):Q": f"{text('chart.mean')}, {title}"})
     measured = charts.candidate_tooltip(text, {"number:O": dot, "value:Q": title})
     dots = base.mark_point(filled=True, size=55, opacity=1).encode(
         **x, y=alt.Y("value:Q", title=title), color=of_rank, shape=charts.shape(ranks, text), tooltip=measured
     )
-    layers = [bars, dots] if noise is None else [bars, charts.band(noise, scale), dots]
-    return charts.layered(*layers)
+    shaded = [] if noise is None else [charts.band(noise, scale)]
+    return charts.layered(bars.encode(**x, y=mean, color=of_rank, tooltip=averaged), *shaded, dots)
 
 
 def trade_off_figures(
@@ -108,29 +105,23 @@ def trade_off_figures(
     kind, peak = ("gpu", "gpu_allocated_peak_bytes") if has_gpu(evidence) else ("cpu", "rss_peak_bytes")
     known = heldout_by_candidate(evidence, table)
     known = known.assign(chosen=known["candidate"] == (verdict or {}).get("candidate"))
-    memory, time = (known.assign(cost=known[column]).dropna(subset=["cost"]) for column in (peak, "runtime_seconds"))
-    memory_unit = size_unit(memory["cost"].max()) if len(memory) else NUMBER
-    time_of = time_unit(time["cost"].max(), text) if len(time) else NUMBER
-    memory_title = text(f"chart.trade_off.{kind}", unit=memory_unit.name)
-    time_title, ranks = text("chart.runtime.y", unit=time_of.name), ranks_of(evidence)
     return [
-        _trade_off("loss-memory", memory, ranks, memory_title, memory_unit, size, text),
-        _trade_off("loss-runtime", time, ranks, time_title, time_of, lambda seconds: duration(seconds, text), text),
+        _trade_off("loss-memory", known, peak, f"chart.trade_off.{kind}", ranks_of(evidence), text),
+        _trade_off("loss-runtime", known, "runtime_seconds", "chart.runtime.y", ranks_of(evidence), text),
     ]
 
 
 def _trade_off(
-    name: str,
-    table: pd.DataFrame,
-    ranks: list[int],
-    cost_title: str,
-    unit: Unit,
-    number: Callable[[float], str],
-    text: Catalogue,
+    name: str, known: pd.DataFrame, column: str, axis: str, ranks: list[int], text: Catalogue
 ) -> Figure | Missing:
-    """`table` has the finished candidates with a known `cost`."""
+    """Held-out loss of finished candidates against `column`, whose title is the catalogue's `axis`."""
+    table = known.assign(cost=known[column]).dropna(subset=["cost"])
     if len(table) < 2:
         return Missing(name, text("chart.trade_off.absent"))
+    in_time, most = column == "runtime_seconds", table["cost"].max()
+    unit = time_unit(most, text) if in_time else size_unit(most)
+    number: Callable[[float], str] = partial(duration, text=text) if in_time else size
+    cost_title = text(axis, unit=unit.name)
     frame = table.assign(front=on_front(table, ["cost", "eval_loss"]))
     title, note = text(f"chart.trade_off.{name}"), text("chart.trade_off.note")
     if frame["chosen"].any():
@@ -162,14 +153,10 @@ def _trade_off_chart(frame: pd.DataFrame, text: Catalogue, ranks: list[int], cos
     layers += charts.loss_intervals(values, text, {"x": x, "color": of_rank}, padding=16, strokeWidth=1.5, opacity=0.6)
     tooltip = charts.candidate_tooltip(text, {"cost:Q": cost_title})
     tooltip += charts.tooltips({"eval_loss:Q": text("chart.eval_by_rank.y")}, ".4f")
-    points = base.mark_point(filled=True, size=130).encode(
-        x=x,
-        y=y,
-        color=of_rank,
-        shape=charts.shape(ranks, text, legend="symbol"),
-        opacity=alt.condition("datum.front", alt.value(1), alt.value(0.4)),
-        tooltip=tooltip,
-    )
+    of_front = alt.condition("datum.front", alt.value(1), alt.value(0.4))
+    of_shape = charts.shape(ranks, text, legend="symbol")
+    points = base.mark_point(filled=True, size=130)
+    points = points.encode(x=x, y=y, color=of_rank, shape=of_shape, opacity=of_front, tooltip=tooltip)
     if values["chosen"].any():  # under the points: it must not catch the pointer before them
         ring = base.transform_filter("datum.chosen").mark_point(size=420, style="chosen")
         layers.append(ring.encode(x=x, y=y))
