@@ -38,7 +38,7 @@ from rankscope.train.prepare import prepare_data
 DEMO = Path(__file__).parents[1] / "src/rankscope/demo/study.yaml"
 CURVES = Path(__file__).parents[1] / "docs/results/search.json"
 RANKS, RATES = (4, 8, 16, 32, 64, 128), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-STEPS, PLACES = 36, 4
+STEPS, SLOTS = 36, 4
 MARGIN = 0.01
 PARTS = (3, 5, 8)
 """Budgets, as shares of the grid's tokens."""
@@ -64,11 +64,11 @@ def spec_of(seed: int = 0, between: bool = False, **changes: Any) -> SearchSpec:
 
 def train_grid(spec: SearchSpec, data: TokenizedData) -> dict[str, Any]:
     """Train the grid; return every candidate's held-out losses at `RECORDED` steps, and the tokens of each step."""
-    trainer = PackTrainer(load_model(spec.study.model), spec, data, PLACES)
+    trainer = PackTrainer(load_model(spec.study.model), spec, data, SLOTS)
     curves, points, start = [], spec.points(), time.perf_counter()
     trials = [SearchTrial(candidate=spec.candidate(point), seed=0, number=n) for n, point in enumerate(points)]
-    for first in range(0, len(trials), PLACES):
-        pack = trials[first : first + PLACES]
+    for first in range(0, len(trials), SLOTS):
+        pack = trials[first : first + SLOTS]
         names = [asked.name for asked in pack]
         losses: dict[str, dict[int, float]] = {name: {} for name in names}
         for asked in pack:
@@ -231,11 +231,11 @@ def real(grid: Grid, seed: int) -> Iterator[str]:
         for c in candidates.values()
         for step, loss in [*c["losses"].items(), *([(STEPS, c["eval_loss"])] if c["eval_loss"] else [])]
     ]
-    told = replay(grid, PLACES, seed=seed)
+    replayed = replay(grid, SLOTS, seed=seed)
     best = candidates[result["best"]]
     yield f"{time.perf_counter() - start:.0f} s; best: rank {best['rank']}, {best['learning_rate']:g}; "
-    yield f"regret {best['eval_loss'] / grid.best - 1:.2%} (replay {told.regret:.2%}), "
-    yield f"{len(candidates)} begun ({told.begun}), {result['spent']['tokens'] / grid.tokens:.1%} of its tokens; "
+    yield f"regret {best['eval_loss'] / grid.best - 1:.2%} (replay {replayed.regret:.2%}), "
+    yield f"{len(candidates)} begun ({replayed.begun}), {result['spent']['tokens'] / grid.tokens:.1%} of its tokens; "
     yield f"largest relative difference of a loss from the grid's: {max(differences):.1e} of {len(differences)}"
 
 
@@ -244,7 +244,7 @@ def main() -> None:
     parser.add_argument("what", choices=["grid", "replay", "reductions", "real"])
     parser.add_argument("--seeds", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="of the real search")
-    parser.add_argument("--slots", type=int, default=PLACES)
+    parser.add_argument("--slots", type=int, default=SLOTS)
     arguments = parser.parse_args()
     if arguments.what == "grid":
         spec = spec_of()

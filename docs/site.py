@@ -1,4 +1,4 @@
-"""What the site has beside the pages in this folder, made anew by each build so that it cannot drift:
+"""Generated parts of the site, rebuilt by each build so that they cannot drift:
 
 - the tour, a page made of `tour.ipynb` with the outputs that stand in it;
 - the commands and their options, in `reference/command-line.md`, from the command line's own help;
@@ -29,17 +29,17 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 
 COMMANDS, FIELDS = "<!-- commands -->", "<!-- fields -->"
-"""Where they are put."""
+"""Placeholders for the commands and the fields."""
 
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|[/#])([^)\s#]+)")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _PANDAS = re.compile(r'<style scoped>.*?</style>|( border="\d")? class="dataframe"', re.DOTALL)
-"""Its own look of a table, of which the site has one."""
+"""Styles of pandas tables, which the site replaces by its own."""
 _FENCED = re.compile(r"^(`{3,}|~{3,}).*?^\1`*\s*?$", re.MULTILINE | re.DOTALL)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the tour, and what pages link to in the rest of the repository."""
+    """Add the tour, and a page for each file elsewhere in the repository that a page links to."""
     files.append(File.generated(config, "tour.md", content=notebook_page(DOCS / "tour.ipynb")))
     waiting = [(f"docs/{file.src_uri}", file.content_string) for file in files.documentation_pages()]
     while waiting:
@@ -53,7 +53,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Turns links within the repository into links within the site, and puts the commands in their place."""
+    """Turn links within the repository into links within the site, and fill the placeholders."""
     here = page.file.src_uri
     elsewhere = here.startswith("repository/")
     folder = posixpath.dirname(here.removeprefix("repository/") if elsewhere else f"docs/{here}")
@@ -70,14 +70,14 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 
 def _links(source: str, text: str) -> list[str]:
-    """The files of the repository that a text links to; `source` is its own path there."""
+    """Return the repository files that a text links to; `source` is its own path in the repository."""
     folder = posixpath.dirname(source)
     targets = [posixpath.normpath(posixpath.join(folder, link)) for link in _LINK.findall(_FENCED.sub("", text))]
     return [target for target in targets if not target.startswith("..") and (ROOT / target).exists()]
 
 
 def _site_uri(target: str) -> str:
-    """Where the site has a file of the repository."""
+    """Return the path on the site of a file of the repository."""
     if target == "docs/tour.ipynb":
         return "tour.md"
     if target.startswith("docs/"):
@@ -86,7 +86,7 @@ def _site_uri(target: str) -> str:
 
 
 def repository_page(target: str) -> str:
-    """A page with a file's text, or with the names in a folder. Markdown is a page as it is."""
+    """Return a page with a file's text, or with the names in a folder. Markdown is returned unchanged."""
     path = ROOT / target
     if path.suffix == ".md":
         return path.read_text(encoding="utf-8")
@@ -99,7 +99,7 @@ def repository_page(target: str) -> str:
 
 @cache
 def commands() -> str:
-    """The commands in Markdown, by typer, one heading each."""
+    """Return the commands in Markdown, by typer, with one heading each."""
     command = [sys.executable, "-m", "typer", "rankscope.cli", "utils", "docs", "--name", "rankscope"]
     plain = os.environ | {"NO_COLOR": "1", "TERM": "dumb"}
     text = subprocess.run(command, check=True, capture_output=True, encoding="utf-8", env=plain).stdout
@@ -107,11 +107,11 @@ def commands() -> str:
 
 
 _NO_BOUND = 1 << 63
-"""What a whole number of 64 bits stays below: a bound for machines, of no use to a reader."""
+"""Bound of 64-bit integers, which is no use to a reader."""
 
 
 def fields() -> str:
-    """Tables of a study's fields, one for the study itself and one for each group in it."""
+    """Return tables of a study's fields, one for the study itself and one for each group in it."""
     schema = study_schema()
     text = _table(schema)
     for name, field in schema["properties"].items():
@@ -133,7 +133,7 @@ def _table(group: dict[str, Any]) -> str:
 
 
 def _values(field: dict[str, Any]) -> str:
-    """What a field may be, in words."""
+    """Return the values of a field, in words."""
     if "anyOf" in field:
         return " or ".join(_values(one) for one in field["anyOf"] if one.get("type") != "null")
     if "const" in field or "enum" in field:
@@ -149,7 +149,7 @@ def _values(field: dict[str, Any]) -> str:
 
 
 def notebook_page(path: Path) -> str:
-    """A notebook as Markdown, with its outputs."""
+    """Return a notebook as Markdown, with its outputs."""
     notebook = nbformat.read(path, as_version=4)
     return "\n\n".join(_cell(cell) for cell in notebook.cells)
 
@@ -162,7 +162,7 @@ def _cell(cell: Any) -> str:
 
 
 def _output(output: Any) -> str:
-    """The richest form that needs no script."""
+    """Return an output in the richest form that needs no script."""
     if output.output_type == "stream":
         return _box(f"<pre><code>{html.escape(_COLOURS.sub('', output.text).rstrip())}</code></pre>")
     data = output.data
@@ -175,5 +175,5 @@ def _output(output: Any) -> str:
 
 
 def _box(content: str) -> str:
-    """A block of HTML, which in Markdown must not be indented or have blank lines outside a `pre`."""
+    """Return a block of HTML, which in Markdown must not be indented or have blank lines outside a `pre`."""
     return f'<div class="notebook-output">\n{content}\n</div>'
