@@ -19,7 +19,7 @@ test-slow: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile -m slow
 	OMP_NUM_THREADS=1 $(BIN)/pytest --hypothesis-profile long tests/properties tests/lora/test_pattern_keys.py
 
-# The site, in build/site. Among the tests it is built too, and looked through: tests/docs/test_site.py.
+# Builds the site in build/site. tests/docs/test_site.py builds and checks it too.
 docs: .venv/installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
