@@ -1,8 +1,13 @@
-"""How much memory training takes, predicted before anything is loaded, and how a step is divided to fit."""
+"""Memory that training takes, predicted before anything is loaded.
+
+Bytes are affine in a candidate's rank and in the number of equal layers, and nearly proportional to a forward's
+tokens. So the lowest and the highest rank are rehearsed on a few layers (`rankscope.plan.fake_steps`), once for a
+study, and the peak of any pack follows by arithmetic.
+"""
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -11,57 +16,56 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from rankscope.data.tokens import Tokens
-from rankscope.lora.adapters import adapter_parameters, lora_layers
+from rankscope.lora.adapters import adapter_weights, lora_layers
 from rankscope.lora.layout import NotPackable
 from rankscope.lora.variants import WEIGHT_INIT_VARIANTS
 from rankscope.model.device import resolve_device, resolve_dtype
 from rankscope.model.load import skeleton
 from rankscope.model.quantized import base_bytes, parameter_count
-from rankscope.plan.allocator import held_bytes
-from rankscope.plan.fake_steps import Event, add_fake_adapters, rehearse
-from rankscope.spec.candidates import Candidate, Trial
+from rankscope.plan.fake_steps import Instant, Recording, add_empty_adapter, make_trainable, record, to_fake
+from rankscope.plan.forwards import Schedule
+from rankscope.plan.layers import Repeats, find_repeats
+from rankscope.spec.candidates import PLAIN, Candidate, Trial
 from rankscope.spec.models import StudySpec
 from rankscope.train.engine import LOGIT_BYTES, PackedEngine, PeftEngine, tokens_per_forward
 from rankscope.train.flops import Cost, count_cost
 from rankscope.train.loss import CHUNK_BYTES
-from rankscope.train.optimizer import check_optimizer, state_sizes
+from rankscope.train.optimizer import check_optimizer, state_sizes, step_bytes
 from rankscope.train.probe import probe_tokens, use_own_forward, use_packed_forward
 from rankscope.train.recompute import recompute_layers
 
-BYTES_PER_PARAMETER = 16
-"""In training: weight, gradient and AdamW's two moments, in float32."""
+BYTES_PER_PARAMETER = 16  # in training: weight, gradient and AdamW's two moments, in float32
 
-WEIGHT_AND_GRAD_BYTES = 8
-"""Of these, weight and gradient: the optimizer's states may be smaller."""
+WEIGHT_AND_GRAD_BYTES = 8  # per parameter, without the optimizer's states, which may be smaller
 
 PROCESS_BYTES = {"cpu": 460_000_000, "cuda": 0}
 """Python with torch and transformers loaded, and threads' buffers: measured 0.41 to 0.50 GB on a CPU."""
 
-UNTRACKED_ACTIVATION_FRACTION = {"cpu": 0.5, "cuda": 0.0}
-"""Of activations and logits: what operators allocate within themselves, and the holes which that leaves. Fitted to both
-the embedded model (4 million parameters) and opt-350m's shape, on one machine with glibc:
-docs/results/memory-prediction.md. On a GPU never measured."""
+UNTRACKED_ACTIVATION_FRACTION = {"cpu": 0.65, "cuda": 0.0}
+"""Memory that fake tensors do not show, as a fraction of activations and logits: what operators allocate within
+themselves, and freed memory that the C library keeps. Fitted on one machine with glibc:
+docs/results/memory-prediction.md. On a GPU not measured."""
 
 FULL_STEP_TOKENS = {"cpu": 1536, "cuda": 1 << 14}
-"""A step of so many tokens keeps the device busy: more trials in its pack take memory and gain no time. On a CPU
-measured, docs/lab-notes.md; on a GPU not yet."""
+"""Tokens of a step that keep the device busy: more trials in its pack take memory and gain no time. On a CPU measured,
+docs/lab-notes.md; on a GPU not yet."""
+
+RECOMPUTED_TAKES_LESS = 4
+"""Tokens of a recomputed forward, in full forwards: up to there it takes less memory than a full one, since it keeps
+its layers' inputs and one layer."""
 
 
 class MemoryBreakdown(NamedTuple):
-    """Memory at its peak, in bytes, by what holds it when most is alive."""
+    """Memory at its peak, in bytes, by use."""
 
-    process: int
-    """Python with its libraries; on a GPU nothing, since torch's allocator does not count what CUDA takes itself."""
+    process: int  # Python with its libraries; 0 on a GPU, where torch's allocator does not count CUDA's own
     base: int
     adapter: int
     gradients: int
     optimizer: int
-    activations: int
-    """What a forward keeps for its backward, and what is fleeting."""
+    activations: int  # saved for the backward, and short-lived tensors
     logits: int
-    retained: int
-    """The most that the C library's allocator holds (`rankscope.plan.allocator`) above what is alive; and
-    `UNTRACKED_ACTIVATION_FRACTION`."""
+    retained: int  # see `UNTRACKED_ACTIVATION_FRACTION`
 
     @property
     def total(self) -> int:
@@ -69,19 +73,46 @@ class MemoryBreakdown(NamedTuple):
 
 
 class PeakMemory(NamedTuple):
-    """Of a pack, or of one trial alone."""
+    """Predicted peak of one pack."""
 
     parts: MemoryBreakdown
-    forward_tokens: int
-    """Of the largest forward."""
-    products: Counter[tuple[int, int, int]]
-    """Matrix products of that forward, by shape."""
-    recomputed_tokens: int
-    """Of the longest forward whose layers run again in the backward (gradient checkpointing); 0 where none does."""
+    forward_tokens: int  # tokens of the largest forward
+    recomputed_tokens: int  # tokens of the longest forward with gradient checkpointing; 0 where none has it
+
+
+class Family(NamedTuple):
+    """Candidates that differ in rank alone, as far as memory and time go: both are affine in rank."""
+
+    low: Candidate
+    high: Candidate
+    optim: str
+    sizes: tuple[tuple[int, bool], ...]  # parameters of each tensor at the lowest rank, and whether they grow with rank
+    costs: tuple[Cost, Cost] | None  # at the lowest and the highest rank; None where they are not predictable
+    repeats: Repeats | None
+
+    def sizes_at(self, rank: int) -> list[int]:
+        """Parameters of each tensor of the adapter at `rank`."""
+        return [size // self.low.rank * rank if grows else size for size, grows in self.sizes]
+
+    def at(self, rank: int, low: Sequence[float], high: Sequence[float]) -> list[float]:
+        """Numbers at `rank`, from those at the lowest and at the highest rank."""
+        return _line(low, high, (rank - self.low.rank) / max(1, self.high.rank - self.low.rank))
+
+
+def _line(first: Sequence[float], second: Sequence[float], x: float) -> list[float]:
+    """Points on the lines through `first` at 0 and `second` at 1."""
+    return [one + (other - one) * x for one, other in zip(first, second, strict=True)]
+
+
+def family_key(candidate: Candidate) -> Hashable:
+    """Key that candidates of one family share."""
+    kind = candidate.variant if candidate.variant in (*WEIGHT_INIT_VARIANTS, "dora") else PLAIN
+    patterned = (candidate.rank, candidate.rank_pattern) if candidate.rank_pattern else None
+    return kind, candidate.target_modules, bool(candidate.lora_dropout), patterned
 
 
 class CostModel(NamedTuple):
-    """Of a study, by candidate name."""
+    """Parameter counts, FLOPs and bytes of a study's candidates, by name."""
 
     device: str  # cpu or cuda
     dtype: torch.dtype
@@ -89,18 +120,15 @@ class CostModel(NamedTuple):
     base_params: int
     base_bytes: int
     params: dict[str, int]
-    costs: dict[str, Cost]
-    """Empty where they are not predictable: see `reason`."""
+    costs: dict[str, Cost]  # empty where they are not predictable: see `reason`
     reason: str | None
-    logit_bytes_per_token: int
-    """Of all positions' logits, which PEFT's own forward keeps; 0 for the packed one."""
-    full_rank: int
-    """The highest rank that an update of any adapted layer can have: a higher one adds parameters and nothing else."""
-    optimizer_bytes: Mapping[str, int] = MappingProxyType({})
-    """Of the states of one trial's optimizer."""
+    logit_bytes_per_token: int  # logits of all positions, which PEFT's own forward keeps; 0 for the packed one
+    full_rank: int  # highest rank that an update of any adapted layer can have: higher ones only add parameters
+    optimizer_bytes: Mapping[str, int] = MappingProxyType({})  # states of one trial's optimizer
+    families: Mapping[Hashable, Family] = MappingProxyType({})
 
     def adapter_bytes(self, trials: Sequence[Trial]) -> int:
-        """Weights, gradients and optimizer states of all trials' adapters, and what they began with."""
+        """Weights, gradients, optimizer states and initial factors of all trials' adapters."""
         return sum(
             self.params[trial.candidate.name]
             * (WEIGHT_AND_GRAD_BYTES + 4 * (trial.candidate.variant in WEIGHT_INIT_VARIANTS))
@@ -113,39 +141,49 @@ class CostModel(NamedTuple):
         return self.optimizer_bytes.get(candidate.name, 8 * self.params[candidate.name])
 
     def checkpoint_bytes(self, trials: Sequence[Trial]) -> int:
-        """Of one checkpoint: weights and the optimizer's states."""
+        """Size of one checkpoint: weights and the optimizer's states."""
         return sum(4 * self.params[trial.candidate.name] + self.states(trial.candidate) for trial in trials)
 
-    def rank_bytes(self, candidate: Candidate) -> float:
-        """The least that one more rank takes."""
-        return (WEIGHT_AND_GRAD_BYTES * self.params[candidate.name] + self.states(candidate)) / candidate.rank
-
     def fixed_bytes(self, trials: Sequence[Trial]) -> int:
-        """All but what grows with a forward's tokens: process, base model, adapters, the loss's two buffers."""
+        """Memory that does not grow with a forward's tokens: process, base, adapters, the loss's two buffers."""
         return PROCESS_BYTES[self.device] + self.base_bytes + self.adapter_bytes(trials) + 2 * CHUNK_BYTES[self.device]
 
     def bytes_per_token(self, trials: Sequence[Trial]) -> int:
-        """Saved tensors of one token, of the candidate that takes most; 0 where they are not predictable."""
+        """Saved tensors of one token, for the candidate that takes most; 0 where they are not predictable."""
         kept = max((self.costs[t.candidate.name].bytes_per_token for t in trials if self.costs), default=0)
         return kept + self.logit_bytes_per_token
 
+    def forward_budget(self, trials: Sequence[Trial], free: int) -> int:
+        """Most tokens of one forward of a pack on a device with `free` bytes."""
+        return tokens_per_forward(free - self.fixed_bytes(trials), self.bytes_per_token(trials), self.device)
+
     def peak_bytes(self, trials: Sequence[Trial], free: int, step_tokens: float) -> int:
-        """The peak of a pack whose steps have `step_tokens` tokens, on a device with `free` bytes."""
-        fixed, per_token = self.fixed_bytes(trials), self.bytes_per_token(trials)
-        tokens = min(step_tokens, tokens_per_forward(free - fixed, per_token, self.device))
-        return int(fixed + tokens * per_token)
+        """Rough peak of a pack whose steps have `step_tokens` tokens, where nothing can be rehearsed."""
+        tokens = min(step_tokens, self.forward_budget(trials, free))
+        return int(self.fixed_bytes(trials) + tokens * self.bytes_per_token(trials))
+
+    def including(self, candidate: Candidate) -> "CostModel":
+        """The model with one more candidate of a family that it knows, at any rank."""
+        family, name, rank = self.families[family_key(candidate)], candidate.name, candidate.rank
+        sizes = family.sizes_at(rank)
+        costs = {name: Cost(*map(round, family.at(rank, *family.costs)))} if family.costs else {}
+        states = sum(sum(state_sizes(family.optim, size)) for size in sizes)
+        return self._replace(
+            params=self.params | {name: sum(sizes)},
+            costs=self.costs | costs,
+            optimizer_bytes=dict(self.optimizer_bytes) | {name: states},
+        )
 
 
 def predict(spec: StudySpec, device: torch.device | None = None) -> CostModel:
-    """Counts on a model of fake tensors that carries all candidates' adapters. What the study asks of bitsandbytes is
-    looked at first.
+    """Count parameters, FLOPs and bytes of a study's candidates, on models of fake tensors.
 
     `device` need not exist; without it the study's own is taken. On a GPU that does not exist `auto` is bfloat16.
 
     Raises:
         StudyError: the target modules match nothing in this model, or the study's device does not exist.
         ModelError: transformers has no causal language model of this architecture, or none that can be quantized.
-        MissingExtraError: bitsandbytes is asked for, and not installed.
+        MissingExtraError: the study uses bitsandbytes, which is not installed.
     """
     if device is None:
         device = resolve_device(spec.model.device)
@@ -156,140 +194,267 @@ def predict(spec: StudySpec, device: torch.device | None = None) -> CostModel:
     check_optimizer(spec.training, device)
     model = skeleton(spec.model, dtype)
     base, held = parameter_count(model), base_bytes(model)
-    candidates = {candidate.name: candidate for candidate in spec.candidates() if candidate.packable}
-    params, states, costs, engine_name, reason = _count(model, spec, candidates, device)
-    full_rank = max(min(layer.in_features or 1, layer.out_features or 1) for _, layer in lora_layers(model))
-    logits = LOGIT_BYTES * model.config.get_text_config().vocab_size
-    others = {candidate.name: candidate for candidate in spec.candidates() if not candidate.packable}
-    if others:
-        found = _count(skeleton(spec.model, dtype), spec, others, device)
-        params |= found.params
-        states |= found.states
-        extra = 0 if engine_name == "peft" else logits
-        costs |= {n: cost._replace(bytes_per_token=cost.bytes_per_token + extra) for n, cost in found.costs.items()}
-        reason = reason or found.reason
-    logits = logits if engine_name == "peft" else 0
-    return CostModel(device.type, dtype, engine_name, base, held, params, costs, reason, logits, full_rank, states)
+    all_logits = LOGIT_BYTES * model.config.get_text_config().vocab_size
+    members: dict[Hashable, list[Candidate]] = {}
+    for candidate in sorted(spec.candidates(), key=lambda candidate: not candidate.packable):
+        members.setdefault(family_key(candidate), []).append(candidate)
+    families, engine, reason, full_rank = {}, str(spec.training.engine), None, 0
+    for key, candidates in members.items():
+        counted = _count(spec, candidates, dtype, device)
+        family, packable = counted.family, candidates[0].packable
+        if packable:
+            engine = counted.engine
+        elif family.costs and engine == "packed":  # these alone keep the logits of all positions
+            low, high = (cost._replace(bytes_per_token=cost.bytes_per_token + all_logits) for cost in family.costs)
+            family = family._replace(costs=(low, high))
+        families[key], reason, full_rank = family, reason or counted.reason, counted.full_rank
+    logits = all_logits if engine == "peft" else 0
+    costs = CostModel(device.type, dtype, engine, base, held, {}, {}, reason, logits, full_rank, families=families)
+    for candidate in spec.candidates():
+        costs = costs.including(candidate)
+    return costs
 
 
 class _Counted(NamedTuple):
-    """Of the candidates that one model carries, by name."""
-
-    params: dict[str, int]
-    states: dict[str, int]  # bytes of the optimizer's
-    costs: dict[str, Cost]
+    family: Family
     engine: str
-    reason: str | None
-    """Why there are no costs."""
+    reason: str | None  # for missing costs
+    full_rank: int
 
 
-def _count(
-    model: PreTrainedModel, spec: StudySpec, candidates: Mapping[str, Candidate], device: torch.device
-) -> _Counted:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    add_fake_adapters(model, candidates, mode, _stand_in(device))
-    sizes = {name: [p.numel() for p in adapter_parameters(model, name)] for name in candidates}
-    params = {name: sum(own) for name, own in sizes.items()}
-    states = {name: sum(sum(state_sizes(spec.training.optim, size)) for size in own) for name, own in sizes.items()}
+def _count(spec: StudySpec, candidates: Sequence[Candidate], dtype: torch.dtype, device: torch.device) -> _Counted:
+    """Count one family of candidates."""
+    low, high = (pick(candidates, key=lambda candidate: candidate.rank) for pick in (min, max))
+    if low.rank == high.rank:  # a second rank all the same, for the largest that fits
+        high = low.model_copy(update={"rank": 2 * low.rank})
+    model = skeleton(spec.model, dtype)
+    add_empty_adapter(model, low)
+    weights = adapter_weights(model, low.name)
+    sizes = tuple((weight.numel(), "lora_magnitude" not in name) for name, weight in weights.items())
+    full_rank = max(min(layer.in_features or 1, layer.out_features or 1) for _, layer in lora_layers(model))
+    family = Family(low, high, spec.training.optim, sizes, None, find_repeats(model))
     engine_name = str(spec.training.engine)
+    counted: list[list[Cost]] = []
     try:
-        with mode:
-            engine = _engine(model, spec, 1 << 30)
+        for engine, mode in _fake_engines(spec, dtype, family, device, 1 << 30):
             engine_name = engine.name
-            tokens = probe_tokens(model)
-            costs = {name: count_cost(model, name, engine.forward, tokens) for name in candidates}
-            return _Counted(params, states, costs, engine_name, None)
+            with mode:
+                tokens = probe_tokens(engine.model)
+                found = [count_cost(engine.model, name, engine.forward, tokens) for name in (low.name, high.name)]
+            counted.append(found)
+        lower, higher = (Cost(*map(round, _whole(family, ends))) for ends in zip(*counted, strict=True))
+        return _Counted(family._replace(costs=(lower, higher)), engine_name, None, full_rank)
     except Exception as error:  # whatever a model does that fake tensors cannot: it is not to keep a study from running
-        return _Counted(params, states, {}, engine_name, _reason(error))
+        return _Counted(family, engine_name, _reason(error), full_rank)
+
+
+def _fake_engines(
+    spec: StudySpec, dtype: torch.dtype, family: Family, device: torch.device, budget: int
+) -> Iterator[tuple[PackedEngine | PeftEngine, FakeTensorMode]]:
+    """The engine over a fake model that carries the family's lowest and highest rank.
+
+    The model is whole, or has first three periods of its repeating layers and then two.
+    """
+    model, ends = skeleton(spec.model, dtype), (family.low, family.high)
+    repeats = family.repeats.keep(model, 3) if family.repeats else None
+    for candidate in ends:
+        add_empty_adapter(model, candidate)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    to_fake(model, mode, _stand_in(device))
+    make_trainable(model, ends)
+    with mode:
+        engine = _engine(model, spec, budget)
+    yield engine, mode
+    if repeats:
+        repeats.keep(model, 2)
+        yield engine, mode
+
+
+def _whole(family: Family, counted: Sequence[Sequence[float]]) -> list[float]:
+    """Numbers of the whole model, from those of the models that `_fake_engines` gives, in their order."""
+    if family.repeats is None:
+        return list(counted[0])
+    three, two = counted
+    return _line(two, three, family.repeats.periods - 2)
+
+
+class _Rehearsal(NamedTuple):
+    """Memory of a forward and its backward, for a family's lowest and highest rank."""
+
+    tokens: int
+    packed: bool
+    low: list[float]  # four instants, as `Recording.instants` has them
+    high: list[float]
+    products: Counter[tuple[int, int, int]]  # matrix products of the lowest rank, by shape
+
+
+class StudyMemory:
+    """Predicted peaks of a study's packs, on a device with `free` bytes.
+
+    A family of candidates is rehearsed when it is first needed, which takes a second or two; after that a peak takes
+    some microseconds a trial.
+    """
+
+    def __init__(self, spec: StudySpec, costs: CostModel, tokens: Tokens, free: int) -> None:
+        self.costs, self.free = costs, free
+        self.reason: str | None = None  # for a peak that cannot be predicted
+        self._spec, self._schedule = spec, Schedule(spec, tokens)
+        self._rehearsals: dict[tuple[Hashable, bool], _Rehearsal] = {}
+
+    def peak_bytes(self, trials: Sequence[Trial]) -> int:
+        """Peak of a pack, in bytes: from `peak`, or roughly where that cannot be predicted."""
+        peak = self.peak(trials)
+        if peak is not None:
+            return peak.parts.total
+        return self.costs.peak_bytes(trials, self.free, len(trials) * self._schedule.step_tokens)
+
+    def peak_at(self, candidate: Candidate, rank: int) -> int:
+        """Peak of a trial alone, in bytes, with the candidate's family at any rank."""
+        other = candidate.model_copy(update={"rank": rank})
+        self.costs = self.costs.including(other)
+        return self.peak_bytes([Trial(candidate=other, seed=0)])
+
+    def peak(self, trials: Sequence[Trial]) -> PeakMemory | None:
+        """Peak of a pack, by part; None where it cannot be predicted, for `reason`."""
+        if self.reason is not None:
+            return None
+        costs, device = self.costs, self.costs.device
+        packed = costs.engine == "packed" and trials[0].candidate.packable
+        budget = costs.forward_budget(trials, self.free)
+        forwards = self._forwards(len(trials), packed, budget)
+        gradients = sum(4 * costs.params[trial.candidate.name] for trial in trials)
+        fullest, stepping = Instant(0, 0, gradients), max(self._step_bytes(trial.candidate) for trial in trials)
+        total, tracked, optimizer = float(gradients + stepping), 0.0, stepping
+        try:
+            for recomputed, size in ((False, forwards.kept), (True, forwards.recomputed)):
+                alone = [self._instants(trial.candidate, recomputed, size, budget) for trial in trials if size]
+                for instants in zip(*alone, strict=True):
+                    instant = Instant(
+                        max(one.activations for one in instants),
+                        max(one.logits for one in instants),
+                        gradients if forwards.several else sum(one.gradients for one in instants),
+                    )
+                    tracked = max(tracked, instant.tracked)
+                    if instant.total > total:
+                        fullest, total, optimizer = instant, instant.total, 0
+        except Exception as error:  # whatever a model does that fake tensors cannot
+            self.reason = _reason(error)
+            return None
+        initial = sum(4 * costs.params[t.candidate.name] for t in trials if t.candidate.variant in WEIGHT_INIT_VARIANTS)
+        parts = MemoryBreakdown(
+            process=PROCESS_BYTES[device],
+            base=costs.base_bytes,
+            adapter=sum(4 * costs.params[trial.candidate.name] for trial in trials) + initial,
+            gradients=int(fullest.gradients),
+            optimizer=sum(costs.states(trial.candidate) for trial in trials) + optimizer,
+            activations=int(fullest.activations),
+            logits=int(fullest.logits),
+            retained=int(UNTRACKED_ACTIVATION_FRACTION[device] * tracked),
+        )
+        return PeakMemory(parts, max(forwards.kept, forwards.recomputed), forwards.longest)
+
+    @property
+    def products(self) -> Counter[tuple[int, int, int]]:
+        """Matrix products of a forward and its backward, by shape; none before a peak was predicted."""
+        rehearsals = self._rehearsals.values()
+        return next(iter(rehearsals)).products if rehearsals else Counter()
+
+    def _forwards(self, trials: int, packed: bool, budget: int) -> "_PackForwards":
+        """The largest forwards of a pack: those of one trial are searched for, those of several are full."""
+        one = self._schedule.forwards(packed, budget)
+        kept, several, recomputed = one.kept, one.several, one.recomputed
+        if trials > 1:
+            together = trials * self._schedule.step_tokens
+            several |= not packed or together > budget
+            kept = min(together, budget) if packed and kept else kept
+        if kept and recomputed <= RECOMPUTED_TAKES_LESS * budget:
+            recomputed = 0
+        return _PackForwards(kept, recomputed, several, one.recomputed)
+
+    def _step_bytes(self, candidate: Candidate) -> int:
+        """Short-lived memory of an optimizer step."""
+        family = self.costs.families[family_key(candidate)]
+        return max(step_bytes(family.optim, size, self.costs.device) for size in family.sizes_at(candidate.rank))
+
+    def _instants(self, candidate: Candidate, recomputed: bool, tokens: int, budget: int) -> list[Instant]:
+        """The fullest instants of one trial's forward of so many tokens, and of its backward."""
+        key = family_key(candidate)
+        family = self.costs.families[key]
+        if (key, recomputed) not in self._rehearsals:
+            self._rehearsals[key, recomputed] = self._rehearse(family, recomputed, budget)
+        rehearsal = self._rehearsals[key, recomputed]
+        numbers = [max(0.0, number) for number in family.at(candidate.rank, rehearsal.low, rehearsal.high)]
+        instants = (Instant(*numbers[start : start + 3]) for start in range(0, len(numbers), 3))
+        return [self._scaled(instant, tokens / rehearsal.tokens, rehearsal.packed) for instant in instants]
+
+    def _scaled(self, instant: Instant, scale: float, packed: bool) -> Instant:
+        """An instant with more or fewer tokens. The packed engine makes logits in chunks of limited size."""
+        device = torch.device(self.costs.device)
+        logits = instant.logits * scale
+        if packed:
+            counted, chunk = CHUNK_BYTES[_stand_in(device).type], CHUNK_BYTES[device.type]
+            logits = min(instant.logits * max(1.0, scale), max(instant.logits, 2.0 * counted)) * (chunk // counted)
+        return Instant(instant.activations * scale, logits, instant.gradients)
+
+    def _rehearse(self, family: Family, recomputed: bool, budget: int) -> _Rehearsal:
+        ends, device = (family.low, family.high), torch.device(self.costs.device)
+        recordings: list[list[Recording]] = []
+        for engine, mode in _fake_engines(self._spec, self.costs.dtype, family, device, budget):
+            packed = isinstance(engine, PackedEngine)
+            slices = [self._schedule.slices(engine, end, recomputed, budget) for end in ends]
+            recordings.append([record(engine, mode, self._schedule.tokens, part) for part in slices])
+        if family.repeats:
+            last = [three.gradients - two.gradients for three, two in zip(*recordings, strict=True)]
+        else:
+            last = [recording.gradients // 2 for recording in recordings[0]]
+        low, high = (
+            _whole(family, [[*itertools.chain(*depth[end].instants(last[end]))] for depth in recordings])
+            for end in range(len(ends))
+        )
+        shapes = recordings[0][0].products
+        counts = _whole(family, [[depth[0].products[shape] for shape in shapes] for depth in recordings])
+        products = Counter({shape: round(count) for shape, count in zip(shapes, counts, strict=True)})
+        forwards = self._schedule.forwards(packed, budget)
+        return _Rehearsal(forwards.recomputed if recomputed else forwards.kept, packed, low, high, products)
+
+
+class _PackForwards(NamedTuple):
+    """Largest forwards of a pack, in tokens with padding; 0 where it has none of that kind."""
+
+    kept: int
+    recomputed: int  # only where it can take more memory than a kept one
+    several: bool  # whether a step has more than one forward, so that later ones meet all gradients
+    longest: int  # recomputed forward, whether it takes more or not
 
 
 def predict_peak(
-    spec: StudySpec, prediction: CostModel, trials: Sequence[Trial], tokens: Tokens, free: int
+    spec: StudySpec, costs: CostModel, trials: Sequence[Trial], tokens: Tokens, free: int
 ) -> PeakMemory | str:
-    """The peak of these trials, trained together on a device with `free` bytes; why not, where it cannot be told.
+    """Peak of one pack on a device with `free` bytes; the reason where it cannot be predicted.
 
-    Their steps are rehearsed on fake tensors, and on a CPU what the allocator keeps of them is asked of itself.
+    For several packs make one `StudyMemory`, which rehearses once.
     """
-    device = _stand_in(torch.device(prediction.device))
-    most = tokens_per_forward(
-        free - prediction.fixed_bytes(trials), prediction.bytes_per_token(trials), prediction.device
-    )
-    try:
-        model = skeleton(spec.model, prediction.dtype)
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        add_fake_adapters(model, {trial.name: trial.candidate for trial in trials}, mode, device)
-        with mode:
-            engine = _engine(model, spec, most)
-        rehearsal = rehearse(model, engine, mode, spec, trials, tokens, prediction.device)
-    except Exception as error:
-        return _reason(error)
-    held = None
-    if prediction.device == "cpu":
-        held = held_bytes((event.storage, event.bytes) for event in rehearsal.script)
-    at_peak = peak_of(rehearsal.script, held)
-    if device.type != prediction.device and prediction.engine == "packed":
-        at_peak["logits"] *= CHUNK_BYTES[prediction.device] // CHUNK_BYTES[device.type]
-    at_peak["retained"] += int(UNTRACKED_ACTIVATION_FRACTION[prediction.device] * most_kept(rehearsal.script))
-    parts = MemoryBreakdown(process=PROCESS_BYTES[prediction.device], base=prediction.base_bytes, **at_peak)
-    return PeakMemory(parts, rehearsal.forward_tokens, rehearsal.products, rehearsal.recomputed_tokens)
-
-
-def peak_of(script: Sequence[Event], held: Sequence[int] | None) -> dict[str, int]:
-    """What is alive by part when most is alive, and what more than that is held from the system when most is."""
-    live = dict.fromkeys(("adapter", "gradients", "optimizer", "activations", "logits"), 0)
-    most, total, at_peak = -1, 0, dict(live)
-    for event in script:
-        live[event.part] += event.bytes
-        total += event.bytes
-        if total > most:
-            most, at_peak = total, dict(live)
-    return at_peak | {"retained": max(0, max(held or (), default=0) - most)}
-
-
-def most_kept(script: Sequence[Event]) -> int:
-    """The most bytes of activations and logits together."""
-    sizes = (event.bytes for event in script if event.part in ("activations", "logits"))
-    return max(itertools.accumulate(sizes), default=0)
-
-
-def largest_rank(totals: Mapping[int, int], most: int, budget: float, least_slope: float = 0.0) -> int:
-    """The largest rank up to `most` whose peak is within `budget` bytes; 0 where none is.
-
-    `totals` holds the peaks of two ranks or more; between and beyond the lowest and the highest they lie on a line,
-    since all that depends on the rank is proportional to it. A rank adds `least_slope` bytes at least: where memory is
-    short the higher rank was predicted with smaller forwards.
-    """
-    low, high = min(totals), max(totals)
-    slope = max(least_slope, (totals[high] - totals[low]) / (high - low))
-    known = max((rank for rank in totals if totals[rank] <= budget), default=0)
-    low = known or low
-    fits, too_large = known, max(most, known) + 1
-    while too_large - fits > 1:
-        rank = (fits + too_large) // 2
-        if totals[low] + slope * (rank - low) <= budget:
-            fits = rank
-        else:
-            too_large = rank
-    return fits
+    memory = StudyMemory(spec, costs, tokens, free)
+    return memory.peak(trials) or memory.reason or "not predictable"
 
 
 def _stand_in(device: torch.device) -> torch.device:
-    """Where fake tensors lie: a torch without CUDA has no backward for a GPU's, so the CPU's stand for them."""
+    """Device of the fake tensors: a torch without CUDA has no backward for a GPU's, so the CPU's stand for them."""
     return device if device.type == "cpu" or torch.backends.cuda.is_built() else torch.device("cpu")
 
 
-def _engine(model: PreTrainedModel, spec: StudySpec, most: int) -> PackedEngine | PeftEngine:
-    """The one that `rankscope.train.loop.choose_engine` takes, but for what only a comparison of logits can show."""
+def _engine(model: PreTrainedModel, spec: StudySpec, budget: int) -> PackedEngine | PeftEngine:
+    """The engine that `rankscope.train.loop.choose_engine` takes, unless only a comparison of logits can show it."""
     training, dropout = spec.training, spec.training.base_dropout == "keep"
     if training.engine == "packed":
         own_attention = model.config._attn_implementation
         try:
             use_packed_forward(model)
-            return PackedEngine(model, most, dropout)
+            return PackedEngine(model, budget, dropout)
         except NotPackable:
             use_own_forward(model, own_attention)
     recompute_layers(model)
-    return PeftEngine(model, training.batch_size, dropout, most)
+    return PeftEngine(model, training.batch_size, dropout, budget)
 
 
 def _reason(error: Exception) -> str:

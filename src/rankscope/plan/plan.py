@@ -63,7 +63,7 @@ class Plan:
 
     @cached_property
     def forecast(self) -> StudyForecast:
-        """Memory by part and time of each candidate. FleetEstimate seconds."""
+        """Memory by part and time of each candidate; takes seconds."""
         site = self.site
         return forecast(self.spec, self.prediction, self.data, site.free_bytes, site.here, self.product_flops)
 
@@ -82,9 +82,7 @@ class Plan:
     @cached_property
     def largest_rank(self) -> int | None:
         """See `largest_fitting_rank`."""
-        return largest_fitting_rank(
-            self.spec, self.prediction, self.forecast.candidates, self.data.train, self.site.free_bytes
-        )
+        return largest_fitting_rank(self.spec, self.forecast.memory)
 
     def host_bytes(self, trials: Sequence[Trial], step_tokens: float = math.inf) -> int:
         """Predicted memory of the host for a process that trains `trials` together."""

@@ -1,4 +1,4 @@
-"""What a study will take, told before anything is trained: memory of each candidate by part, and time."""
+"""What a study takes, predicted before anything is trained: memory of each candidate by part, time, and cost."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -6,54 +6,45 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rankscope.data.tokens import TokenizedData, Tokens
-from rankscope.plan.memory import CostModel, PeakMemory, largest_rank, predict_peak
+from rankscope.data.tokens import TokenizedData
+from rankscope.plan.memory import CostModel, StudyMemory
 from rankscope.plan.packs import MAX_PACK_MEMORY_FRACTION, longest_first, lower_bound, simulate
 from rankscope.spec.candidates import CONTROL, PLAIN, Candidate, Trial
 from rankscope.spec.models import StudySpec
 from rankscope.train.flops import Cost, product_rate
 from rankscope.train.step import batch_at, eval_steps, total_steps
 
-RATE_SECONDS = 2.0
-"""At most, for timing plain matrix products."""
+RATE_SECONDS = 0.5  # at most, for timing plain matrix products
 
 SMALL_MODEL_PARAMS = 50_000_000
 
 PRODUCT_SHARE = {"small": 0.5, "large": 0.7}
-"""How much of plain products' rate a step's useful FLOPs reach on a CPU, below and above that size."""
+"""Rate of a step's useful FLOPs, as a share of plain products' rate, on a CPU: below and above `SMALL_MODEL_PARAMS`."""
 
-START_SECONDS = 6.0
-"""Of a process: Python, libraries and a small model, on two cores."""
+START_SECONDS = 6.0  # of a process: Python, libraries and a small model, on two cores
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Of one candidate, trained alone. Times are None where the device's speed is not known."""
+    """Memory and time of one candidate, trained alone. Times are None where the device's speed is not known."""
 
     trainable_params: int
-    parts: dict[str, int] | None
-    """Peak memory in bytes: see `rankscope.plan.memory.MemoryBreakdown`; None where it cannot be told."""
+    parts: dict[str, int] | None  # see `rankscope.plan.memory.MemoryBreakdown`; None where it cannot be predicted
     peak_bytes: int | None
-    forward_tokens: int | None
-    """Of the largest forward."""
-    step_seconds: float | None
-    """Mean over the schedule."""
-    runtime_seconds: float | None
-    """Of the schedule with its evaluations, as a profile counts it."""
-    recomputed_tokens: int = 0
-    """Of the longest sequence whose layers run again in the backward; 0 where none does."""
+    forward_tokens: int | None  # tokens of the largest forward
+    step_seconds: float | None  # mean over the schedule
+    runtime_seconds: float | None  # whole schedule with its evaluations, as a profile counts it
+    recomputed_tokens: int = 0  # tokens of the longest sequence with gradient checkpointing; 0 where none has it
 
 
 class StudyForecast(NamedTuple):
-    """Of all candidates, by name."""
+    """Forecasts of all candidates, by name."""
 
     candidates: dict[str, Forecast]
-    reason: str | None
-    """Why memory, or a part of it, cannot be told."""
-    product_flops_per_second: float | None
-    """Of plain matrix products: as it was given, else on this machine, now."""
-    product_share: float
-    """How much of it training is taken to reach."""
+    memory: StudyMemory  # peaks of packs and of other ranks
+    reason: str | None  # for memory, or a part of it, that cannot be predicted
+    product_flops_per_second: float | None  # of plain matrix products: as given, else measured on this machine
+    product_share: float  # of that rate which training is taken to reach
 
     def describe(self, prediction: CostModel) -> dict[str, Any]:
         """prediction.json."""
@@ -94,28 +85,24 @@ def forecast(
     here: bool = True,
     product_flops_per_second: float | None = None,
 ) -> StudyForecast:
-    """Forecasts every candidate on a device with `free` bytes.
+    """Forecast every candidate on a device with `free` bytes.
 
     `product_flops_per_second` is its rate of plain matrix products; where it is not given it is measured, if the device
     is this machine's, which `here` says.
     """
-    peaks: dict[str, PeakMemory] = {}  # by profile: a learning rate changes nothing, and a rehearsal takes seconds
-    reason = prediction.reason
-    for name, candidate in spec.profiled().items():
-        if name == CONTROL:
-            continue
-        found = predict_peak(spec, prediction, [_trial(spec, candidate)], data.train, free)
-        if isinstance(found, PeakMemory):
-            peaks[name] = found
-        else:
-            reason = reason or found
-    rate = product_flops_per_second or (_rate(peaks, prediction) if here else None)
+    memory = StudyMemory(spec, prediction, data.train, free)
+    profiled = {name: candidate for name, candidate in spec.profiled().items() if name != CONTROL}
+    peaks = {name: memory.peak([_trial(spec, candidate)]) for name, candidate in profiled.items()}
+    reason = prediction.reason or memory.reason
+    rate = product_flops_per_second
+    if rate is None and here and memory.products:
+        rate = product_rate(memory.products, torch.device(prediction.device), prediction.dtype, RATE_SECONDS)
     share = PRODUCT_SHARE["small" if prediction.base_params < SMALL_MODEL_PARAMS else "large"]
     engines = {c.name: prediction.engine if c.packable else "peft" for c in spec.candidates()}
     works = {engine: _work(spec, engine, data) for engine in set(engines.values())}
     candidates = {}
     for candidate in spec.candidates():
-        peak, cost = peaks.get(candidate.profile_name), prediction.costs.get(candidate.name)
+        peak, cost = peaks[candidate.profile_name], prediction.costs.get(candidate.name)
         work = works[engines[candidate.name]]
         train = runtime = None
         if rate and cost:
@@ -130,11 +117,11 @@ def forecast(
             runtime_seconds=runtime,
             recomputed_tokens=peak.recomputed_tokens if peak else 0,
         )
-    return StudyForecast(candidates, reason, rate, share)
+    return StudyForecast(candidates, memory, reason, rate, share)
 
 
 def study_seconds(spec: StudySpec, forecasts: Mapping[str, Forecast]) -> tuple[float, float] | None:
-    """Of all trials, and of all profiles, one after the other; None where times are not known."""
+    """Seconds of all trials, and of all profiles, one after the other; None where times are not known."""
     if any(found.runtime_seconds is None for found in forecasts.values()):
         return None
     starts = len(spec.trials()) if spec.training.isolated else 1
@@ -150,9 +137,9 @@ def study_seconds(spec: StudySpec, forecasts: Mapping[str, Forecast]) -> tuple[f
 
 
 def pack_seconds(packs: Mapping[str, Sequence[Trial]], forecasts: Mapping[str, Forecast]) -> dict[str, float]:
-    """Of each pack in a process of its own: its start, and its trials' steps and evaluations one after the other.
+    """Seconds of each pack in a process of its own: its start, and its trials' steps and evaluations one by one.
 
-    That is what a pack takes whose step fills the device; one that does not fill it takes less.
+    So long takes a pack with steps that fill the device; others take less.
 
     Raises:
         ValueError: times are not known.
@@ -167,45 +154,30 @@ def pack_seconds(packs: Mapping[str, Sequence[Trial]], forecasts: Mapping[str, F
     return seconds
 
 
-def largest_fitting_rank(
-    spec: StudySpec, prediction: CostModel, forecasts: Mapping[str, Forecast], tokens: Tokens, free: int
-) -> int | None:
-    """The largest rank whose predicted peak fits in `free` bytes, at most the full rank of the adapted layers; 0 where
-    none fits, None where peaks cannot be told."""
-    totals = {
-        candidate.rank: forecasts[candidate.name].peak_bytes or 0
-        for candidate in spec.candidates()
-        if forecasts[candidate.name].peak_bytes and candidate.variant == PLAIN
-    }
-    if len(totals) == 1:
-        candidate = spec.candidates()[0]
-        rank, other = candidate.rank, candidate.model_copy(update={"rank": 2 * candidate.rank})
-        both = prediction._replace(
-            params=prediction.params | {other.name: 2 * prediction.params[candidate.name]},
-            costs=prediction.costs | {other.name: prediction.costs[candidate.name]},
-        )
-        found = predict_peak(spec, both, [_trial(spec, other)], tokens, free)
-        if isinstance(found, PeakMemory):
-            totals[2 * rank] = found.parts.total
-    if len(totals) < 2:
+def largest_fitting_rank(spec: StudySpec, memory: StudyMemory) -> int | None:
+    """The largest rank of plain LoRA with a predicted peak that fits, at most the full rank of the adapted layers.
+
+    0 where none fits, None where peaks cannot be predicted or no candidate is plain LoRA.
+    """
+    plain = next((candidate for candidate in spec.candidates() if candidate.variant == PLAIN), None)
+    if plain is None or memory.peak([_trial(spec, plain)]) is None:
         return None
-    first = spec.candidates()[0]
-    return largest_rank(totals, prediction.full_rank, free * MAX_PACK_MEMORY_FRACTION, prediction.rank_bytes(first))
+    fits, too_large = 0, memory.costs.full_rank + 1
+    while too_large - fits > 1:
+        rank = (fits + too_large) // 2
+        if memory.peak_at(plain, rank) <= memory.free * MAX_PACK_MEMORY_FRACTION:
+            fits = rank
+        else:
+            too_large = rank
+    return fits
 
 
 def _trial(spec: StudySpec, candidate: Candidate) -> Trial:
     return Trial(candidate=candidate, seed=spec.seeds[0])
 
 
-def _rate(peaks: Mapping[str, PeakMemory], prediction: CostModel) -> float | None:
-    if not peaks:
-        return None
-    products = next(iter(peaks.values())).products
-    return product_rate(products, torch.device(prediction.device), prediction.dtype, RATE_SECONDS)
-
-
 def _work(spec: StudySpec, engine: str, data: TokenizedData) -> _Work:
-    """Of the first seed's schedule; PEFT's engine computes the padding too, and the logits of every position."""
+    """Work of the first seed's schedule. PEFT's engine computes the padding too, and the logits of every position."""
     training, tokens = spec.training, data.train
     steps = total_steps(training, len(tokens))
     trial = _trial(spec, spec.candidates()[0])
@@ -231,24 +203,19 @@ def _work(spec: StudySpec, engine: str, data: TokenizedData) -> _Work:
 
 
 class Fleet(NamedTuple):
-    """Equal devices, and what they cost."""
+    """Equal devices, and their price."""
 
     devices: int
-    hourly_price: float | None
-    """Of one device for an hour, in any currency."""
+    hourly_price: float | None  # of one device, in any currency
 
 
 class FleetEstimate(NamedTuple):
-    """What all packs and profiles take of a fleet. Times are in seconds."""
+    """Time of all packs and profiles on a fleet, in seconds."""
 
-    trials_seconds: float
-    """Until the last pack has ended: packs run side by side, the longest first, each in a process of its own."""
-    profiles_seconds: float
-    """Of all profiles, which follow one at a time, so that nothing disturbs them, while the other devices wait."""
-    least_trials_seconds: float
-    """No order of these packs is shorter."""
-    busy_seconds: float
-    """Of all devices together."""
+    trials_seconds: float  # until the last pack has ended: side by side, the longest first, each in its own process
+    profiles_seconds: float  # all profiles, which follow one at a time, undisturbed, while the other devices wait
+    least_trials_seconds: float  # bound that no order of these packs beats
+    busy_seconds: float  # summed over devices
     fleet: Fleet
 
     @property
@@ -257,12 +224,12 @@ class FleetEstimate(NamedTuple):
 
     @property
     def device_hours(self) -> float:
-        """Of all devices, from the beginning to the end, whether busy or not."""
+        """Hours of all devices from the beginning to the end, busy or not."""
         return self.fleet.devices * self.makespan_seconds / 3600
 
     @property
     def cost(self) -> float | None:
-        """Of these hours; None where no price is known."""
+        """Price of these hours; None where no price is known."""
         price = self.fleet.hourly_price
         return None if price is None else price * self.device_hours
 
@@ -296,7 +263,7 @@ NOT_COUNTED = (
 def estimate_fleet(
     spec: StudySpec, packs: Mapping[str, Sequence[Trial]], forecasts: Mapping[str, Forecast], fleet: Fleet
 ) -> FleetEstimate | None:
-    """What the study takes of the fleet; None where times are not known."""
+    """Time that the study takes on the fleet; None where times are not known."""
     alone = study_seconds(spec, forecasts)
     if alone is None:
         return None

@@ -9,7 +9,7 @@ from rankscope.errors import StudyError
 from rankscope.jobs.launchers import make_launcher
 from rankscope.pipeline import study_data
 from rankscope.plan.checks import too_large
-from rankscope.plan.memory import CostModel, PeakMemory, predict_peak
+from rankscope.plan.memory import CostModel
 from rankscope.plan.packs import MAX_PACK_MEMORY_FRACTION
 from rankscope.plan.plan import Plan, imagined_gpu, make_fleet, make_plan
 from rankscope.plan.runtime import COUNTED, NOT_COUNTED, StudyForecast, study_seconds
@@ -221,16 +221,10 @@ def _largest(spec: StudySpec, prediction: CostModel, rank: int) -> str:
 
 
 def _packs(plan: Plan) -> list[str]:
-    """One line a pack. Packs of the same candidates need the same memory."""
-    prediction, free = plan.prediction, plan.site.free_bytes
-    known: dict[tuple[str, ...], int | None] = {(n,): row.peak_bytes for n, row in plan.forecast.candidates.items()}
-    lines = []
+    """One line a pack."""
+    free, lines = plan.site.free_bytes, []
     for pack, trials in plan.packs.items():
-        names = tuple(trial.candidate.name for trial in trials)
-        if names not in known:
-            peak = predict_peak(plan.spec, prediction, trials, plan.data.train, free)
-            known[names] = peak.parts.total if isinstance(peak, PeakMemory) else None
-        total = known[names] or prediction.peak_bytes(trials, free, len(trials) * plan.step_tokens)
+        total = plan.forecast.memory.peak_bytes(trials)
         fits = "" if total <= free else f", more than the {size(free)} there are"
         lines.append(f"  {pack}  {', '.join(trial.name for trial in trials)}: about {size(total)}{fits}")
     return lines

@@ -1,0 +1,91 @@
+"""Sizes of the forwards into which the steps of a schedule are divided."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rankscope.data.tokens import Tokens
+from rankscope.lora.layout import Slice
+from rankscope.spec.candidates import Candidate, Trial
+from rankscope.spec.models import StudySpec
+from rankscope.train.engine import PackedEngine, PeftEngine, divide
+from rankscope.train.step import batch_at, spread, step_slice, total_steps
+
+MAX_STEPS_SEARCHED = 2000  # of a schedule, for its largest forward: later ones are like these
+
+
+class Place(NamedTuple):
+    """A forward's position in the schedule."""
+
+    step: int
+    number: int  # among the forwards of the step
+
+
+class Forwards(NamedTuple):
+    """Largest forwards of a schedule. Token counts include padding."""
+
+    kept: int  # tokens of the largest forward within the budget; 0 without one
+    recomputed: int  # tokens of the longest sequence beyond the budget, whose layers run again; 0 without one
+    several: bool  # whether a step has more than one forward, so that later ones meet all gradients
+    where: dict[bool, Place]  # by whether it is recomputed
+
+
+class Schedule:
+    """Sequence lengths of one trial's steps, with the study's first seed."""
+
+    def __init__(self, spec: StudySpec, tokens: Tokens) -> None:
+        self.tokens, self._spec = tokens, spec
+        steps = total_steps(spec.training, len(tokens))
+        profiled = spread(steps, spec.measure.warmup_steps + spec.measure.steps)
+        trial = Trial(candidate=spec.candidates()[0], seed=spec.seeds[0])
+        self._lengths: dict[int, list[int]] = {
+            step: tokens.lengths[batch_at(trial, tokens, spec.training, step)].tolist()
+            for step in sorted({*profiled, *range(min(steps, MAX_STEPS_SEARCHED))})
+        }
+        self.step_tokens = max(map(sum, self._lengths.values()))  # tokens of the largest step
+        self.longest = max(map(max, self._lengths.values()))  # tokens of the longest sequence
+        self._known: dict[tuple[bool, int], Forwards] = {}
+
+    def forwards(self, packed: bool, budget: int) -> Forwards:
+        """Forwards of one trial, by either engine, with at most `budget` tokens each."""
+        if (packed, budget) not in self._known:
+            self._known[packed, budget] = self._search(packed, budget)
+        return self._known[packed, budget]
+
+    def _search(self, packed: bool, budget: int) -> Forwards:
+        largest: dict[bool, tuple[int, Place]] = {}
+        several = False
+        for step, lengths in self._lengths.items():
+            sizes = _packed_sizes(lengths, budget) if packed else self._padded_sizes(lengths, budget)
+            several |= len(sizes) > 1
+            for number, size in enumerate(sizes):
+                if size >= largest.get(size > budget, (0, None))[0]:
+                    largest[size > budget] = size, Place(step, number)
+        kept, recomputed = (largest[long][0] if long in largest else 0 for long in (False, True))
+        return Forwards(kept, recomputed, several, {long: place for long, (_, place) in largest.items()})
+
+    def _padded_sizes(self, lengths: Sequence[int], budget: int) -> list[int]:
+        rows = max(1, min(self._spec.training.batch_size, budget // max(lengths)))
+        parts = [lengths[start : start + rows] for start in range(0, len(lengths), rows)]
+        return [len(part) * max(part) for part in parts]
+
+    def slices(
+        self, engine: PackedEngine | PeftEngine, candidate: Candidate, recomputed: bool, budget: int
+    ) -> list[Slice]:
+        """The sequences of the largest forward of a kind, for the candidate's adapter."""
+        place = self.forwards(isinstance(engine, PackedEngine), budget).where[recomputed]
+        trial = Trial(candidate=candidate, seed=self._spec.seeds[0])
+        slice_ = step_slice(trial, candidate.lora_dropout, self.tokens, self._spec.training, place.step)
+        slice_ = slice_._replace(adapter=candidate.name)
+        if isinstance(engine, PackedEngine):
+            return divide(self.tokens, [slice_], engine.tokens_per_forward)[place.number]
+        return [engine.parts(self.tokens, slice_)[place.number]]
+
+
+def _packed_sizes(lengths: Sequence[int], budget: int) -> list[int]:
+    """Tokens of each group that `rankscope.train.engine.divide` makes."""
+    sizes = [0]
+    for length in lengths:
+        if sizes[-1] and sizes[-1] + length > budget:
+            sizes.append(0)
+        sizes[-1] += length
+    return sizes
