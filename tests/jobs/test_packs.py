@@ -44,7 +44,7 @@ class PackLauncher(FakeLauncher):
             record = {"schema": 1, "pack": pack, "trials": trials, "results": None}
             if error is None:
                 record["results"] = {
-                    "steps": 3, "step_seconds": 1.0, "useful_flops_per_second": 1e9, "product_share": None,
+                    "steps": 3, "step_seconds": 1.0, "useful_flops_per_second": 1e9,
                     "rss_peak_bytes": 1, "gpu_allocated_peak_bytes": None,
                 }  # fmt: skip
             write_json(self._study.file("packs", pack, "pack.json"), record)

@@ -2,7 +2,6 @@
 
 import itertools
 import shutil
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -134,8 +133,6 @@ class PackResults(NamedTuple):
     step_seconds: float  # of all steps
     useful_flops: float  # of all steps: see `rankscope.train.flops.Cost`
     useful_flops_per_second: float
-    product_flops_per_second: float | None  # of plain matrix products of one step's shapes: the mean of two timings
-    product_share: float | None  # useful over plain: 1 would be a step that is nothing but products of real tokens
     rss_peak_bytes: int
     gpu_allocated_peak_bytes: int | None
 
@@ -149,6 +146,4 @@ def measure_pack(train: Callable[[], PackRun], device: torch.device) -> PackResu
     run = train()
     gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     useful = run.useful_flops / run.step_seconds
-    rate = statistics.fmean(run.product_rates) if run.product_rates else None
-    share = useful / rate if rate else None
-    return PackResults(run.steps, run.step_seconds, run.useful_flops, useful, rate, share, peak_rss(), gpu)
+    return PackResults(run.steps, run.step_seconds, run.useful_flops, useful, peak_rss(), gpu)

@@ -5,7 +5,7 @@ import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from rankscope.study.folder import FINISHED, TRIAL_FILES
 from rankscope.study.records import EvalRecord, Examples, TrialRecord
 from rankscope.train.checkpoint import load_checkpoint, save_checkpoint
 from rankscope.train.engine import LOGIT_BYTES, Engine, ExampleLosses, PackedEngine, PeftEngine, tokens_per_forward
-from rankscope.train.flops import Cost, Products, count_cost, product_rate
+from rankscope.train.flops import Cost, count_cost
 from rankscope.train.optimizer import state_sizes
 from rankscope.train.probe import dependent_rows_reason, make_packable, probe_tokens
 from rankscope.train.recompute import recompute_layers
@@ -95,7 +95,6 @@ class PackRun(NamedTuple):
     steps: int
     step_seconds: float  # sum over all steps
     useful_flops: float  # sum over all steps: see `Cost`
-    product_rates: tuple[float, float] | None  # FLOP/s of products after the first and the last step; None without one
 
 
 @dataclass
@@ -211,19 +210,16 @@ def train_trials(
             }
             save_checkpoint(checkpoints, step, active, progress)
 
-        rate, products, saved_at, step = 0.0, Products(), time.monotonic(), first
+        saved_at, step = time.monotonic(), first
         for step in range(first + 1, steps + 1):
             start = time.perf_counter()
-            with products if step == first + 1 else nullcontext():
-                metrics = train_step(engine, active, data.train, training, step - 1)
+            metrics = train_step(engine, active, data.train, training, step - 1)
             if model.device.type == "cuda":
                 torch.cuda.synchronize()
             step_seconds = time.perf_counter() - start
             tally.step_seconds += step_seconds
             flops = [costs[s.trial.name].flops(m.tokens, m.label_tokens) for s, m in zip(active, metrics, strict=True)]
             tally.useful_flops += sum(flops)
-            if step == first + 1:
-                rate = product_rate(products.shapes, model.device, model.dtype)
             for state, result in zip(list(active), metrics, strict=True):
                 name = state.trial.name
                 if not result.finite:
@@ -255,8 +251,7 @@ def train_trials(
                 if state.trial.name in logs:
                     history, losses = histories[state.trial.name], (general_before, after)
                     _finish(record, state, held_out, history, tally, losses, folders)
-    rates = (rate, product_rate(products.shapes, model.device, model.dtype)) if rate else None
-    return PackRun(step, tally.step_seconds, tally.useful_flops, rates)
+    return PackRun(step, tally.step_seconds, tally.useful_flops)
 
 
 def _row(step: int, epoch: float, metrics: StepMetrics, seconds: float) -> dict[str, Any]:
