@@ -42,7 +42,7 @@ def require_bitsandbytes(asked: str) -> None:
 
 
 def quantization_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Of `model.quantization`; what is not quantized, and all products, are of `dtype`.
+    """Return the configuration for `model.quantization`; other weights and all products have `dtype`.
 
     Raises:
         MissingExtraError: bitsandbytes is not installed.
@@ -92,21 +92,21 @@ class _DequantizedLinear(torch.autograd.Function):
 
 
 def dequantized_forward(layer: nn.Module) -> DequantizedForward | None:
-    """The layer's, where it is quantized."""
+    """The dequantized forward of a layer that is quantized, else None."""
     forward = layer.__dict__.get("forward")
     return forward if isinstance(forward, DequantizedForward) else None
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """All of them, by name."""
+    """Quantized layers as (name, module)."""
     return ((name, layer) for name, layer in model.named_modules() if dequantized_forward(layer))
 
 
 def use_dequantized_forward(model: PreTrainedModel) -> None:
-    """Gives bitsandbytes' layers of a model that was loaded this forward.
+    """Give this forward to the bitsandbytes layers of a loaded model.
 
     Raises:
-        ModelError: there are none.
+        ModelError: no layer is quantized.
     """
     for kind, layer in _layers_of_bitsandbytes(model):
         if kind == "int8":
@@ -117,7 +117,7 @@ def use_dequantized_forward(model: PreTrainedModel) -> None:
 
 
 def _layers_of_bitsandbytes(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Each with its kind."""
+    """Yield the layers of bitsandbytes as (kind, module)."""
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
     for layer in model.modules():
@@ -135,8 +135,8 @@ def _check_quantized(model: PreTrainedModel) -> None:
 
 
 def quantize_skeleton(model: PreTrainedModel, kind: str, dtype: torch.dtype) -> None:
-    """Makes of a model on the meta device what loading makes of a real one: the same layers, with tensors of the same
-    shapes and types.
+    """Quantize a model on the meta device as loading quantizes a real one: layers and tensors have the same shapes and
+    types.
 
     Raises:
         MissingExtraError: bitsandbytes is not installed.
@@ -144,7 +144,7 @@ def quantize_skeleton(model: PreTrainedModel, kind: str, dtype: torch.dtype) -> 
     """
     quantizer = AutoHfQuantizer.from_config(quantization_config(kind, dtype), pre_quantized=False)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # of the biases
+    torch.set_default_dtype(dtype)  # for the biases
     try:
         quantizer.preprocess_model(model=model, device_map=None)
     finally:
@@ -170,13 +170,13 @@ def quantize_skeleton(model: PreTrainedModel, kind: str, dtype: torch.dtype) -> 
             options |= {"shape": torch.Size([rows, columns]), "offset": empty(), "state2": scales}
             layer.quant_state = QuantState(empty(blocks, dtype=torch.uint8), **options)
         layer.weight, layer.forward = weight, DequantizedForward(layer)
-        # PEFT's DoRA finds out how to dequantize by the weight's type, which this one has not, or as HQQ's layers say.
+        # PEFT's DoRA dequantizes by the weight's type, which this one lacks, or as HQQ's layers do.
         layer.W_q, layer.dequantize = weight, partial(layer.forward.weight, dtype)
     _check_quantized(model)
 
 
 def quantization_tensors(model: nn.Module) -> list[tuple[Any, str]]:
-    """Where the quantized layers hold tensors beside their weights: each as its holder and the attribute's name."""
+    """Tensors of quantized layers beside their weights, each as (holder, attribute name)."""
     places: list[tuple[Any, str]] = []
     for _, layer in quantized_layers(model):
         if layer.quant_state is None:
@@ -189,19 +189,19 @@ def quantization_tensors(model: nn.Module) -> list[tuple[Any, str]]:
 
 
 def held_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """What holds the model's weights: its parameters, and what quantized layers have beside them."""
+    """Yield the tensors that hold the model's weights: its parameters, and the scales of quantized layers."""
     yield from model.parameters()
     for holder, name in quantization_tensors(model):
         yield getattr(holder, name)
 
 
 def base_bytes(model: nn.Module) -> int:
-    """Of the model's weights as they are held, each storage once."""
+    """Bytes of the model's weights as they are stored, each storage once."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in held_tensors(model)}
     return sum(storages.values())
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Of the model's weights, each once, whatever holds them."""
+    """Number of the model's weights, each once, in whatever form they are stored."""
     quantized = {id(layer.weight): layer.in_features * layer.out_features for _, layer in quantized_layers(model)}
     return sum(quantized.get(id(parameter), parameter.numel()) for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""What a study takes, predicted before anything is trained: memory of each candidate by part, time, and cost."""
+"""Forecast of a study before anything is trained: memory of each candidate by part, time, and cost."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -41,7 +41,7 @@ DEFAULT_TEMPLATE = "### Question: {instruction}\n{input}\n ### Answer:"
 
 T = TypeVar("T")
 OneOrSeveral: TypeAlias = T | Annotated[list[T], Field(min_length=1)]
-"""What a file may have for a list; editors learn it from the JSON schema, as they do the types below."""
+"""A list, or one value in its place; editors learn it from the JSON schema, as they do the types below."""
 
 
 def _number_with(units: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""What `rankscope plan` shows: what would run, what it would take, and what fits. Nothing is trained or written."""
+"""`rankscope plan`: the packs that would run, their memory and time, and what fits. Trains and writes nothing."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -141,7 +141,7 @@ def _candidates(plan: Plan) -> Table:
 
 
 def _notes(plan: Plan) -> list[str]:
-    """What the table's columns mean, the largest rank that fits, and the time of the whole study."""
+    """Lines below the table: the meaning of its columns, the largest rank that fits, and the time of the study."""
     spec, prediction, found, free = plan.spec, plan.prediction, plan.forecast, plan.site.free_bytes
     hypothetical = plan.hypothetical
     kind = str(prediction.dtype).removeprefix("torch.")
