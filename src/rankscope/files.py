@@ -69,7 +69,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise missing(path) from None
+        raise missing_error(path) from None
     except OSError as error:
         if isinstance(error, RankscopeError):
             raise
@@ -87,7 +87,7 @@ def corrupt_on_error(path: Path) -> Iterator[None]:
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, SafetensorError) as error:
         if isinstance(error, RankscopeError):
             raise
-        raise damaged(path, f"not as it is written: {type(error).__name__}: {error}") from error
+        raise damaged_error(path, f"not as it is written: {type(error).__name__}: {error}") from error
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -128,10 +128,10 @@ def parse_json(content: bytes, path: Path, schema: int = 1) -> dict[str, Any]:
     value = _parse_object(content, path)
     sha256 = value.pop("sha256", None)
     if sha256 is None or (sha256 != _digest_as_written(content) and sha256 != _digest(value)):
-        raise damaged(path, "its content does not match its sha256")
+        raise damaged_error(path, "its content does not match its sha256")
     found = value.get("schema", schema)  # the oldest files have none
     if not isinstance(found, int):
-        raise damaged(path, f"its schema is {found!r}, no number")
+        raise damaged_error(path, f"its schema is {found!r}, no number")
     if found > schema:
         raise StudyDirectoryError(
             f"{path}: made by a newer rankscope: its schema is {found}, and this version knows {schema} at most",
@@ -144,9 +144,9 @@ def _parse_object(content: bytes, path: Path, where: str = "") -> dict[str, Any]
     try:
         value = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
-        raise damaged(path, f"{where}{error}") from None
+        raise damaged_error(path, f"{where}{error}") from None
     if not isinstance(value, dict):
-        raise damaged(path, f"{where}expected a JSON object, found {type(value).__name__}")
+        raise damaged_error(path, f"{where}expected a JSON object, found {type(value).__name__}")
     return value
 
 
@@ -167,12 +167,12 @@ def exists(path: Path) -> bool:
     return False
 
 
-def missing(path: Path) -> DamagedError:
+def missing_error(path: Path) -> DamagedError:
     """Error for a file that does not exist."""
     return DamagedError(f"{path}: missing", "Run the study again: only what is missing is done.")
 
 
-def damaged(path: Path, how: str) -> DamagedError:
+def damaged_error(path: Path, how: str) -> DamagedError:
     """Error for a corrupt file."""
     return DamagedError(f"{path}: damaged: {how}", "Run the study again: what is damaged is made again.")
 
@@ -216,7 +216,7 @@ def read_whole(path: Path, sha256: str | None) -> bytes:
 
 def unlike_its_hash(path: Path) -> DamagedError:
     """Error for a trial's file with another hash than trial.json has."""
-    return damaged(path, "its content does not match its hash in trial.json")
+    return damaged_error(path, "its content does not match its hash in trial.json")
 
 
 def file_hashes(folder: Path, patterns: Sequence[str]) -> dict[str, str]:

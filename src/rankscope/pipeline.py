@@ -88,21 +88,21 @@ def run_study(
 ) -> Conclusion:
     """Run a resolved study. A trial or profile that fails is recorded, not raised: see `rankscope.study.missing`."""
     load_catalogue(language)  # an unknown language is refused now, not when all is trained
-    with ExitStack() as held:
+    with ExitStack() as resources:
         study = Study.create(out, spec) if Study.is_at(out) else None
         if study is not None:
-            held.enter_context(_held(study))
+            resources.enter_context(_locked(study))
             _repair(study, progress.say)
         data, fleet = study_data(spec, study), make_fleet(None, None, launcher.slots())
         plan = make_plan(spec, data, launcher.site(), fleet, study)
         plan.check(out)
         if study is None:  # nothing is written before the data, the model and the disk are known to do
             study = Study.create(out, spec)
-            held.enter_context(_removed_if_useless(study))
-            held.enter_context(_held(study))
+            resources.enter_context(_removed_if_useless(study))
+            resources.enter_context(_locked(study))
         _write_facts(study, plan)
         progress.say(describe_data(plan.data.facts))
-        shown = held.enter_context(run_trackers(study, trackers, progress))
+        shown = resources.enter_context(run_trackers(study, trackers, progress))
         run = Run(study, plan, shown.say)
         for kind in KINDS:
             run_kind(kind, run, kind.jobs(run), launcher, shown.poll)
@@ -110,7 +110,7 @@ def run_study(
 
 
 def _repair(study: Study, say: Callable[[str], None]) -> None:
-    """Remove what a crash left behind and what is corrupt, so that it is made again."""
+    """Remove temporary and corrupt files, which are made again; checkpoints stay, and training resumes from them."""
     remove_leftovers(study)
     for name in remove_corrupt(study):
         again = "; `rankscope curve` makes it again" if name == CURVE else ", and made again"
@@ -191,7 +191,7 @@ def _removed_if_useless(study: Study) -> Iterator[None]:
 
 
 @contextmanager
-def _held(study: Study) -> Iterator[None]:
+def _locked(study: Study) -> Iterator[None]:
     """Hold the study's lock, and mark running trials as interrupted where the user ends the body."""
     with study.lock():
         try:

@@ -101,7 +101,7 @@ def run(kind: Kind, error: RankscopeError | None = None) -> list[Job]:
 
     def work(folder: Path, job: Job) -> RankscopeError | None:
         if error is None:
-            importlib.import_module(job.kind).work(folder, json.loads(json.dumps(dict(job.content))))
+            importlib.import_module(job.module).work(folder, json.loads(json.dumps(dict(job.content))))
         return error
 
     launcher = FakeLauncher(work)
@@ -118,7 +118,7 @@ def test_every_kind_is_under_test() -> None:
 def test_what_is_missing_is_done_and_then_nothing_is(kind: Kind) -> None:
     started = run(kind)
     assert started
-    assert {job.kind for job in started} == {kind.module.__name__}
+    assert {job.module for job in started} == {kind.module.__name__}
     for job in started:
         assert not Path(job.folder).is_absolute()
         assert (kind.folder / job.folder).resolve().is_relative_to(kind.folder.resolve())
@@ -152,4 +152,4 @@ def test_jobs_that_wait_are_kept_in_their_order(kind: Kind) -> None:
     others = [Job("other", {"profile": "other"}, f"other/{number}") for number in range(3)]
     job = kind.missing()[0]
     left = kind.ended(job, None, others)
-    assert [other for other in left if other.kind == "other"] == others
+    assert [other for other in left if other.module == "other"] == others

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from launchers import FakeLauncher, do
 from rankscope import cli, pipeline
 from rankscope.errors import DamagedError, KilledError, OutOfMemoryError, StudyDirectoryError, StudyError
-from rankscope.files import damaged, file_hashes, read_json, write_json
+from rankscope.files import damaged_error, file_hashes, read_json, write_json
 from rankscope.jobs import answers, profiles
 from rankscope.jobs.job import Job
 from rankscope.jobs.local import LocalLauncher
@@ -305,17 +305,17 @@ def test_answers_that_fail_are_recorded(study: Study) -> None:
 
 def test_trials_beside_one_that_diverged_are_named(study: Study) -> None:
     division = study.division()
-    assert study.evidence().left == []
+    assert study.evidence().survivors == []
     pack, beside = next((pack, trials) for pack, trials in division.packs.items() if len(trials) > 1)
     record = study.trial_folder(beside[0]) / "trial.json"
     write_json(record, read_json(record) | {"status": "diverged", "results": None})
     names = [trial.name for trial in beside[1:]]
-    assert study.evidence().left == names, pack
+    assert study.evidence().survivors == names, pack
     build(study.evidence(), study.verdict, study.path / "report")
     report = (study.path / "report" / "report.md").read_text(encoding="utf-8")
     assert f"after another one had diverged and left it: {', '.join(names)}." in report
 
 
 def test_damage_is_a_kind_of_its_own() -> None:
-    assert isinstance(damaged(Path("x"), "y"), DamagedError)
+    assert isinstance(damaged_error(Path("x"), "y"), DamagedError)
     assert DamagedError.exit_code == 2

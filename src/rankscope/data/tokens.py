@@ -18,7 +18,7 @@ from rankscope.data.prompts import Rendered, Tokenizer, encode, render
 from rankscope.data.records import Records, canonical_text
 from rankscope.data.split import held_out
 from rankscope.errors import DataError, ModelError
-from rankscope.files import corrupt_on_error, damaged, read_json, reading, write_atomic, write_json
+from rankscope.files import corrupt_on_error, damaged_error, read_json, reading, write_atomic, write_json
 from rankscope.spec.models import DataSpec
 
 _ROWS_PER_CALL = 8192  # rows in one tokenizer call: full speed, and memory that does not grow with the data
@@ -236,7 +236,7 @@ def load(folder: Path) -> TokenizedData:
         content = path.read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
     if sha256 != facts.pop("tokens_sha256", None):
-        raise damaged(path, "not the tokens that facts.json was written for")
+        raise damaged_error(path, "not the tokens that facts.json was written for")
     with corrupt_on_error(path):
         tensors = safetensors.numpy.load(content)
         train, heldout, general = (
@@ -246,5 +246,5 @@ def load(folder: Path) -> TokenizedData:
             for side in ("train", "eval", "general")
         )
     if train is None or heldout is None:
-        raise damaged(path, "holds no rows to train on or to hold out")
+        raise damaged_error(path, "holds no rows to train on or to hold out")
     return TokenizedData(train, heldout, facts, general, sha256)

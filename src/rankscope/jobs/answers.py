@@ -33,9 +33,9 @@ def jobs(run: Run) -> list[Job]:
     return [Job(__name__, {}, "answers", reads, run.plan.host_bytes(trials[:1]), alone=True)]
 
 
-def work(folder: Path, content: Mapping[str, Any]) -> None:
+def work(study_path: Path, content: Mapping[str, Any]) -> None:
     """Let the base model and one trial of each candidate answer the prompts, and write answers.json."""
-    study, data = open_study(folder)
+    study, data = open_study(study_path)
     model, _ = load_base(study)
     adapters = {trial: study.adapter_file(trial) for trial in study.answered()}
     record = AnswersRecord(**answer(model, study.spec, adapters, data.eval))

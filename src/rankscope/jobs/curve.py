@@ -69,11 +69,11 @@ def jobs(study: StudyFolder, wanted: Mapping[str, Sequence[tuple[int, int]]], sl
     ]
 
 
-def work(folder: Path, content: Mapping[str, Any]) -> None:
+def work(study_path: Path, content: Mapping[str, Any]) -> None:
     """Measure the wanted truncations of each trial; the job's part of the curve grows piece by piece."""
     from rankscope.measure.truncation import TruncationRequest, evaluate_truncations
 
-    study, data = open_study(folder)
+    study, data = open_study(study_path)
     model, _ = load_base(study)
     part, cuts = study.file(content["folder"], PART), list[Cut]()
     trials = {trial.name: trial for trial in study.spec.trials()}

@@ -4,7 +4,8 @@
 
 A job is the work of one child process. A kind of job is one module, which knows which jobs a study still needs, does
 the work in the child, and decides what follows when a job has ended. A launcher starts jobs in its slots, one for each
-device, and `run_jobs` keeps the slots busy. tests/jobs/test_contract.py holds for every kind and both launchers.
+device, and `run_jobs` keeps the slots busy. tests/jobs/test_kinds.py holds for every kind, and
+tests/jobs/test_contract.py for both launchers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,7 @@ FATAL_EXIT_CODES = (2, 3)
 class Job(NamedTuple):
     """The work of one child process."""
 
-    kind: str  # module whose `work` does the job, such as `rankscope.jobs.packs`
+    module: str  # module whose `work` does the job, such as `rankscope.jobs.packs`
     content: Mapping[str, Any]  # arguments of `work`, published as job.json
     folder: str  # of the study, for job.json, log.txt (all output of the process) and, after a failure, error.json
     reads: Sequence[str] = ()  # files and folders of the study that the job needs beside `shared` and its own folder
@@ -57,8 +58,8 @@ class Kind(Protocol):
     def jobs(self, run: Run) -> list[Job]:
         """Return the jobs that the study still needs, in the order in which they start."""
 
-    def work(self, folder: Path, content: Mapping[str, Any]) -> None:
-        """Do one job, in the child process. `folder` is the study's directory."""
+    def work(self, study_path: Path, content: Mapping[str, Any]) -> None:
+        """Do one job, in the child process. `study_path` is the study's directory."""
 
     def ended(self, run: Run, job: Job, error: RankscopeError | None, waiting: Sequence[Job]) -> list[Job]:
         """Record how a job ended, and return the jobs to run from here on, given those that still wait.

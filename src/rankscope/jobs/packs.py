@@ -1,4 +1,4 @@
-"""Packs: trials that train together over one frozen base model, on one device or several."""
+"""The kind of job that trains packs: trials that share one frozen base model, on one device or several."""
 
 import itertools
 import shutil
@@ -57,7 +57,7 @@ def _job(run: Run, packs: Mapping[str, Sequence[Trial]]) -> Job:
     return Job(__name__, {"packs": names}, f"packs/{next(iter(names))}", reads, memory)
 
 
-def work(folder: Path, content: Mapping[str, Any]) -> None:
+def work(study_path: Path, content: Mapping[str, Any]) -> None:
     """Train packs of trials, given by name, one after the other over one model that is loaded once.
 
     `packs/NAME/pack.json` is written when a pack starts, and again with what it measured when it ends; then its
@@ -68,7 +68,7 @@ def work(folder: Path, content: Mapping[str, Any]) -> None:
     from rankscope.train.probe import use_own_forward
     from rankscope.train.stopping import StopRequest
 
-    study, data = open_study(folder)
+    study, data = open_study(study_path)
     model, weights = load_base(study)
     attention = model.config._attn_implementation
     trials = {trial.name: trial for trial in study.spec.trials()}

@@ -34,11 +34,11 @@ class JobProcess:
         self.job, self._folder, self._kills = job, study / job.folder, _memory_kills()
         self._error_file = self._folder / "error.json"
         job_file, log_file = self._folder / "job.json", self._folder / "log.txt"
-        write_json(job_file, {"kind": job.kind.rpartition(".")[2]} | dict(job.content))
+        write_json(job_file, {"kind": job.module.rpartition(".")[2]} | dict(job.content))
         with writing(log_file):
             self._error_file.unlink(missing_ok=True)
             log = log_file.open("ab")
-        command = [sys.executable, "-m", "rankscope.jobs.worker", job.kind, str(study), str(job_file)]
+        command = [sys.executable, "-m", "rankscope.jobs.worker", job.module, str(study), str(job_file)]
         variables = ENVIRONMENT | os.environ | dict(environment)
         with log:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=variables)

@@ -22,11 +22,11 @@ def jobs(run: Run) -> list[Job]:
     return found
 
 
-def work(folder: Path, content: Mapping[str, Any]) -> None:
+def work(study_path: Path, content: Mapping[str, Any]) -> None:
     """Measure one repeat of a candidate's profile, and add it to `profiles/NAME.json`."""
     from rankscope.measure.profile import profile_candidate
 
-    study, data = open_study(folder)
+    study, data = open_study(study_path)
     name = content["profile"]
     candidate = study.spec.profiled()[name]
     repeats = [*study.profile_repeats(name), profile_candidate(study.spec, candidate, data)]

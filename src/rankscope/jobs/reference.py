@@ -41,9 +41,9 @@ def jobs(run: Run) -> list[Job]:
     ]
 
 
-def work(folder: Path, content: Mapping[str, Any]) -> None:
+def work(study_path: Path, content: Mapping[str, Any]) -> None:
     """Train one trial of full fine-tuning."""
-    study, data = open_study(folder)
+    study, data = open_study(study_path)
     (trial,) = [trial for trial in study.reference_trials if trial.name == content["trial"]]
     with StopRequest() as stop:
         train_full(study.spec, trial, study.trial_folder(trial), data, stop)

@@ -11,7 +11,7 @@ from functools import partial
 
 from rankscope.data.tokens import load
 from rankscope.errors import DamagedError
-from rankscope.files import damaged, exists, leftovers
+from rankscope.files import damaged_error, exists, leftovers
 from rankscope.spec.candidates import AnyTrial
 from rankscope.study import tables
 from rankscope.study.folder import CURVE, StudyFolder
@@ -68,7 +68,7 @@ def _check_trial(study: StudyFolder, trial: AnyTrial) -> None:
     record = study.trial_record(trial)
     files = record.files or {}
     if record.status == "done" and not files.keys() >= {"metrics.jsonl", "eval.json"}:
-        raise damaged(study.trial_folder(trial) / "trial.json", "no hashes of its files")
+        raise damaged_error(study.trial_folder(trial) / "trial.json", "no hashes of its files")
     for name in files:
         study.whole_file(trial, name)
     if "metrics.jsonl" in files:

@@ -21,9 +21,9 @@ from rankscope.train.loop import choose_engine
 from rankscope.train.step import (
     batch_at,
     eval_steps,
+    evenly_spaced,
     make_train_state,
     save_trained_adapter,
-    spread,
     total_steps,
     train_step,
 )
@@ -67,7 +67,7 @@ def profile_candidate(spec: StudySpec, candidate: Candidate, data: TokenizedData
         seconds: list[float] = []
         tokens: list[int] = []
         energy_before = None
-        for number, step in enumerate(spread(steps, measure.warmup_steps + measure.steps)):
+        for number, step in enumerate(evenly_spaced(steps, measure.warmup_steps + measure.steps)):
             if number == measure.warmup_steps:
                 sampler.begin("train")
                 energy_before = _energy(sampler)

@@ -8,7 +8,7 @@ from rankscope.lora.layout import Slice
 from rankscope.spec.candidates import Candidate, Trial
 from rankscope.spec.models import StudySpec
 from rankscope.train.engine import PackedEngine, PeftEngine, divide
-from rankscope.train.step import batch_at, spread, step_slice, total_steps
+from rankscope.train.step import batch_at, evenly_spaced, step_slice, total_steps
 
 MAX_STEPS_SEARCHED = 2000  # of a schedule, for its largest forward: later ones are like these
 
@@ -29,13 +29,13 @@ class Forwards(NamedTuple):
     where: dict[bool, Place]  # by whether it is recomputed
 
 
-class Schedule:
+class ForwardSizes:
     """Sequence lengths of one trial's steps, with the study's first seed."""
 
     def __init__(self, spec: StudySpec, tokens: Tokens) -> None:
         self.tokens, self._spec = tokens, spec
         steps = total_steps(spec.training, len(tokens))
-        profiled = spread(steps, spec.measure.warmup_steps + spec.measure.steps)
+        profiled = evenly_spaced(steps, spec.measure.warmup_steps + spec.measure.steps)
         trial = Trial(candidate=spec.candidates()[0], seed=spec.seeds[0])
         self._lengths: dict[int, list[int]] = {
             step: tokens.lengths[batch_at(trial, tokens, spec.training, step)].tolist()

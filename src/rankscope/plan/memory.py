@@ -23,7 +23,7 @@ from rankscope.model.device import resolve_device, resolve_dtype
 from rankscope.model.load import skeleton
 from rankscope.model.quantized import base_bytes, parameter_count
 from rankscope.plan.fake_steps import Instant, Recording, add_empty_adapter, make_trainable, record, to_fake
-from rankscope.plan.forwards import Schedule
+from rankscope.plan.forwards import ForwardSizes
 from rankscope.plan.layers import Repeats, find_repeats
 from rankscope.spec.candidates import PLAIN, Candidate, Trial
 from rankscope.spec.models import StudySpec
@@ -298,7 +298,7 @@ class StudyMemory:
     def __init__(self, spec: StudySpec, costs: CostModel, tokens: Tokens, free: int) -> None:
         self.costs, self.free = costs, free
         self.reason: str | None = None  # for a peak that cannot be predicted
-        self._spec, self._schedule = spec, Schedule(spec, tokens)
+        self._spec, self._schedule = spec, ForwardSizes(spec, tokens)
         self._rehearsals: dict[tuple[Hashable, bool], _Rehearsal] = {}
 
     def peak_bytes(self, trials: Sequence[Trial]) -> int:

@@ -1,4 +1,4 @@
-"""Packs: which trials train together, and in which order packs start on several devices."""
+"""Division of trials into packs, and the order in which packs start on several devices."""
 
 import heapq
 import math
@@ -34,12 +34,13 @@ def divide_into_packs(
     tokens: Tokens,
     devices: int = 1,
 ) -> list[list[Trial]]:
-    """Divide trials into packs: no more trials together than fit in `free` bytes, nor than fill the device.
+    """Divide trials into packs: no more trials together than fit in `free` bytes, nor than fill the device, or than
+    `training.trials_per_pack` where it is set.
 
     On one device a pack has as many consecutive trials as that allows. On several, which have `free` bytes each, packs
-    are smaller, so that all devices are busy to the end: see `_spread`. Trials that cannot train in a pack come last,
-    each alone. So is a trial that does not fit even alone: the prediction is no proof, and its step is divided down to
-    single sequences.
+    are smaller, so that all devices are busy to the end: see `_spread_over_devices`. Trials that cannot train in a pack
+    come last, each alone. So is a trial that does not fit even alone: the prediction is no proof, and its step is
+    divided down to single sequences.
     """
     step_tokens = float(tokens.lengths.mean()) * training.effective_batch_size
     filled = max(1, int(FULL_STEP_TOKENS[prediction.device] / step_tokens))
@@ -68,10 +69,10 @@ def divide_into_packs(
         else:
             packs.append([trial])
     alone = [[trial] for trial in trials if not trial.candidate.packable]
-    return [*(packs if devices == 1 else _spread(packs, alone, prediction, fits, devices)), *alone]
+    return [*(packs if devices == 1 else _spread_over_devices(packs, alone, prediction, fits, devices)), *alone]
 
 
-def _spread(
+def _spread_over_devices(
     packs: Sequence[Sequence[Trial]],
     alone: Sequence[Sequence[Trial]],
     prediction: CostModel,
@@ -93,14 +94,14 @@ def _spread(
     least, rounds = math.inf, math.ceil(len(packs) / devices)
     while trials and rounds:
         number = min(rounds * devices, len(trials))
-        dealt, spread = simulate(order, work, number).jobs, [list[str]() for _ in range(number)]
+        dealt, dealt_packs = simulate(order, work, number).jobs, [list[str]() for _ in range(number)]
         for name in trials:
-            spread[dealt[name].device].append(name)
-        if all(len(pack) == 1 or fits([trials[name] for name in pack]) for pack in spread):
-            jobs = {pack[0]: sum(work[name] for name in pack) for pack in spread} | others
+            dealt_packs[dealt[name].device].append(name)
+        if all(len(pack) == 1 or fits([trials[name] for name in pack]) for pack in dealt_packs):
+            jobs = {pack[0]: sum(work[name] for name in pack) for pack in dealt_packs} | others
             makespan = simulate(longest_first(jobs), jobs, devices).makespan
             if MIN_MAKESPAN_GAIN * makespan < least:  # a little less is not worth more processes
-                best, least = spread, makespan
+                best, least = dealt_packs, makespan
         if least <= MIN_MAKESPAN_GAIN * bound or number == len(trials):
             break
         rounds = max(rounds + 1, rounds * 5 // 4)  # a few dozen times at most, however many trials there are
@@ -121,7 +122,7 @@ class Assignment(NamedTuple):
     end: float
 
 
-class Schedule(NamedTuple):
+class DeviceSchedule(NamedTuple):
     """Jobs of one queue on `devices` equal devices. Times are in seconds."""
 
     devices: int
@@ -143,7 +144,7 @@ def longest_first(seconds: Mapping[str, float]) -> list[str]:
     return sorted(seconds, key=lambda name: (-seconds[name], name))
 
 
-def simulate(order: Iterable[str], seconds: Mapping[str, float], devices: int) -> Schedule:
+def simulate(order: Iterable[str], seconds: Mapping[str, float], devices: int) -> DeviceSchedule:
     """Schedule jobs in this order, each taking its `seconds`, on the device that is free first.
 
     The order may come from other times than `seconds`, such as predicted ones.
@@ -155,7 +156,7 @@ def simulate(order: Iterable[str], seconds: Mapping[str, float], devices: int) -
         end = start + seconds[name]
         heapq.heapreplace(free, (end, device))
         jobs[name] = Assignment(device, start, end)
-    return Schedule(devices, jobs)
+    return DeviceSchedule(devices, jobs)
 
 
 def lower_bound(seconds: Mapping[str, float], devices: int) -> float:

@@ -206,8 +206,8 @@ def _limits(evidence: Evidence, verdict: Mapping[str, Any] | None, text: Catalog
         limits.append(text("limit.diverged"))
     if evidence.divided:
         limits.append(text("limit.divided", trials=", ".join(evidence.divided)))
-    if evidence.left:
-        limits.append(text("limit.left", trials=", ".join(evidence.left)))
+    if evidence.survivors:
+        limits.append(text("limit.left", trials=", ".join(evidence.survivors)))
     for name, failure in evidence.failures.items():
         what = text("limit.answers") if name == ANSWERS else text("limit.profile", name=name)
         limits.append(text("limit.failed", what=what, reason=failure.reason))

@@ -27,7 +27,7 @@ def bin_steps(rows: pd.DataFrame) -> Binned:
     return Binned(rows.assign(step=(rows["step"].astype("int64") + width - 1) // width * width), width)
 
 
-def spread(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+def mean_and_range(rows: pd.DataFrame, column: str) -> pd.DataFrame:
     """`candidate rank learning_rate step mean low high` of a column at each step."""
     found = rows.groupby([*KEYS, "step"], as_index=False, observed=True).agg(
         mean=(column, "mean"), low=(column, "min"), high=(column, "max")

@@ -8,7 +8,15 @@ import pandas as pd
 
 from rankscope.report import charts
 from rankscope.report.figures import Figure, Missing, Panel, by_rate, curve_numbers, numbers, say, with_rates
-from rankscope.report.frames import KEYS, Binned, bin_steps, heldout_by_candidate, heldout_by_seed, ranks_of, spread
+from rankscope.report.frames import (
+    KEYS,
+    Binned,
+    bin_steps,
+    heldout_by_candidate,
+    heldout_by_seed,
+    mean_and_range,
+    ranks_of,
+)
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import loss, percent, rate, shown
@@ -44,8 +52,10 @@ def training_loss(evidence: Evidence) -> Binned:
     seeds["smooth"] = seeds.groupby([*KEYS, "seed"], observed=True)["train_loss"].transform(
         lambda losses: losses.rolling(window, center=True, min_periods=1).mean()
     )
-    smooth = spread(seeds, "smooth").rename(columns={name: f"smooth_{name}" for name in ("mean", "low", "high")})
-    return Binned(spread(seeds, "train_loss").merge(smooth, on=[*KEYS, "step"]), width)
+    smooth = mean_and_range(seeds, "smooth").rename(
+        columns={name: f"smooth_{name}" for name in ("mean", "low", "high")}
+    )
+    return Binned(mean_and_range(seeds, "train_loss").merge(smooth, on=[*KEYS, "step"]), width)
 
 
 def _usable(evidence: Evidence, column: str) -> pd.DataFrame:
@@ -85,7 +95,7 @@ def _training_chart(frame: pd.DataFrame, text: Catalogue, ranks: list[int], y_ra
 
 def _heldout_by_step(evidence: Evidence, table: pd.DataFrame, text: Catalogue) -> Figure | Missing:
     name, title = "heldout-loss-steps", text("chart.eval_steps.title")
-    frame = spread(_usable(evidence, "eval_loss"), "eval_loss")
+    frame = mean_and_range(_usable(evidence, "eval_loss"), "eval_loss")
     if frame.empty:
         return Missing(name, text("chart.eval_steps.absent"))
     ranks, axis = ranks_of(evidence), charts.steps_axis(text)

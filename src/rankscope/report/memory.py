@@ -10,7 +10,7 @@ import pandas as pd
 
 from rankscope.report import charts
 from rankscope.report.figures import Figure, Missing, Panel, by_rate, curve_numbers, numbers, say
-from rankscope.report.frames import KEYS, bin_steps, has_gpu, ranks_of, spread
+from rankscope.report.frames import KEYS, bin_steps, has_gpu, mean_and_range, ranks_of
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import Table, Unit, duration, shown, size, size_unit, time_unit
@@ -47,7 +47,7 @@ def memory_by_step(evidence: Evidence, column: str) -> pd.DataFrame:
         samples = samples[(samples["phase"] == "train") & samples["step"].notna() & samples[column].notna()]
     if samples.empty:
         return samples
-    return spread(bin_steps(samples.astype({column: "float64"})).frame, column)
+    return mean_and_range(bin_steps(samples.astype({column: "float64"})).frame, column)
 
 
 def memory_by_time(evidence: Evidence, column: str) -> pd.DataFrame:

@@ -32,14 +32,14 @@ def job_of(search: Search, slots: int) -> Job:
     return Job(__name__, {"places": slots}, "job", reads, alone=True, shared=("search.yaml", "data"))
 
 
-def work(folder: Path, content: Mapping[str, Any]) -> None:
+def work(study_path: Path, content: Mapping[str, Any]) -> None:
     """Search until the budget is spent, from where an earlier job has stopped.
 
     Raises:
         KilledError: the search was asked to stop, and has stopped after a step.
         ModelError, DataError: the model or the data is not the one that the search began with.
     """
-    search, slots = Search.open(folder), int(content["places"])
+    search, slots = Search.open(study_path), int(content["places"])
     spec, data = search.spec, load(search.file("data"))
     model = load_model(spec.study.model)
     study = open_journal(search.file("optuna.log"), spec)

@@ -14,10 +14,10 @@ from rankscope.search.space import SearchSpec, SearchTrial
 from rankscope.train.loop import choose_engine
 from rankscope.train.step import (
     TrainState,
+    evenly_spaced,
     finite_weights,
     make_train_state,
     save_trained_adapter,
-    spread,
     total_steps,
     train_step,
 )
@@ -86,7 +86,7 @@ def rung_rows(spec: SearchSpec, data: TokenizedData, steps: int) -> Tokens:
     rungs = spec.rung_steps(steps)
     trained = rungs[0] * spec.study.training.effective_batch_size if rungs else len(data.eval)
     rows = min(trained, len(data.eval))
-    return Tokens.from_examples([data.eval[row] for row in spread(len(data.eval), rows)])
+    return Tokens.from_examples([data.eval[row] for row in evenly_spaced(len(data.eval), rows)])
 
 
 def step_tokens(spec: SearchSpec, data: TokenizedData) -> list[int]:

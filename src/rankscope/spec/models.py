@@ -178,7 +178,7 @@ class TrainingSpec(Frozen):
     isolated: bool = False
     """Train every trial alone, in its own process."""
     trials_per_pack: Count | None = None
-    """Largest number of trials that train together. Default: as many as memory allows."""
+    """Largest number of trials that train together. Default: as many as fit in memory and fill the device."""
     checkpoint_minutes: PositiveFloat = 5.0
     """Interval of checkpoints, from which a stopped pack resumes; one more is written at the end."""
     checkpoint_steps: Count | None = None

@@ -30,7 +30,7 @@ class Evidence(NamedTuple):
     prediction: Mapping[str, Any] = MappingProxyType({})
     reference_results: "pd.DataFrame | None" = None
     divided: Sequence[str] = ()  # trials whose pack ended with an error and was divided
-    left: Sequence[str] = ()  # trials that went on in their pack without one that diverged
+    survivors: Sequence[str] = ()  # trials that went on in their pack without one that diverged
     failures: Mapping[str, Failure] = MappingProxyType({})  # `Study.open_failures()`
     answers: "pd.DataFrame | None" = None
     variants: "Evidence | None" = None  # None in a study without variants

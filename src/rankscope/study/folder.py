@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, Self
 from rankscope.errors import StudyDirectoryError, StudyError
 from rankscope.files import (
     corrupt_on_error,
-    damaged,
+    damaged_error,
     exists,
     file_hashes,
     file_sha256,
@@ -320,7 +320,7 @@ class StudyFolder:
         examples = EvalRecord.of(parse_json(read_whole(file, sha256), file), file).examples
         counts = {len(examples.loss), len(examples.label_tokens), len(examples.correct_tokens)}
         if counts != {len(examples.example)}:
-            raise damaged(file, "not as it is written: its lists are not of one length")
+            raise damaged_error(file, "not as it is written: its lists are not of one length")
         return examples
 
     def answered(self) -> list[Trial]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from rankscope.files import damaged, find_json, read_json, write_json
+from rankscope.files import damaged_error, find_json, read_json, write_json
 
 Number = int | float | None  # bytes, seconds or nats; None where it is unknown
 
@@ -55,7 +55,7 @@ class Record(BaseModel):
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"]))
-            raise damaged(path, f"not as it is written: {where + ': ' if where else ''}{first['msg']}") from None
+            raise damaged_error(path, f"not as it is written: {where + ': ' if where else ''}{first['msg']}") from None
 
     def write(self, path: Path) -> None:
         """Publish the record, with its schema version as the first key."""

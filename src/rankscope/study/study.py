@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from rankscope.files import missing
+from rankscope.files import missing_error
 from rankscope.study import tables
 from rankscope.study.evidence import Evidence, without_variants
 from rankscope.study.folder import StudyFolder
@@ -42,7 +42,7 @@ class Study(StudyFolder):
         """verdict.json (`rankscope.analysis.verdict.conclude`)."""
         verdict = self.find_verdict()
         if verdict is None:
-            raise missing(self.file("verdict.json"))
+            raise missing_error(self.file("verdict.json"))
         return verdict
 
     def evidence(self) -> Evidence:
@@ -61,14 +61,14 @@ class Study(StudyFolder):
             reference=self.reference_examples(),
             reference_results=self.reference_results(),
             divided=self.division().trials_of_divided(),
-            left=self._left(dict(zip(results["trial"], results["status"], strict=True))),
+            survivors=self._survivors(dict(zip(results["trial"], results["status"], strict=True))),
             failures=self.open_failures(),
             answers=self.answers(),
             cuts=self.cut_examples(),
         )
         return without_variants(everything) if self.spec.variants else everything
 
-    def _left(self, statuses: dict[str, str]) -> list[str]:
+    def _survivors(self, statuses: dict[str, str]) -> list[str]:
         """Trials whose pack went on without one that diverged."""
         left: list[str] = []
         for trials in self.division().packs.values():

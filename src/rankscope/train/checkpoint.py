@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rankscope.errors import DamagedError
-from rankscope.files import corrupt_on_error, damaged, file_sha256, published, read_json, reading, write_json
+from rankscope.files import corrupt_on_error, damaged_error, file_sha256, published, read_json, reading, write_json
 from rankscope.train.optimizer import restore_state, saved_state
 from rankscope.train.step import TrainState
 
@@ -64,7 +64,7 @@ def load_checkpoint(folder: Path, states: Sequence[TrainState], logs: Mapping[st
                 tensors = load_file(target / "tensors.safetensors")
             with corrupt_on_error(target / "state.json"):
                 if progress["trials"] != [state.trial.name for state in states]:
-                    raise damaged(target, "of other trials")
+                    raise damaged_error(target, "of other trials")
                 for trial, (count, sha256) in progress["lines"].items():
                     _check_lines(logs[trial], count, sha256)
         except DamagedError as error:
@@ -84,14 +84,14 @@ def _check(target: Path) -> None:
     for name in _FILES:
         file = target / name
         if not isinstance(hashes, dict) or file_sha256(file) != hashes.get(name):
-            raise damaged(file, "not what its manifest says")
+            raise damaged_error(file, "not what its manifest says")
 
 
 def _check_lines(file: Path, count: int, sha256: str) -> None:
     with reading(file):
         lines = file.read_bytes().splitlines(keepends=True)[:count]
     if len(lines) < count or hashlib.sha256(b"".join(lines)).hexdigest() != sha256:
-        raise damaged(file, "not the lines that were there")
+        raise damaged_error(file, "not the lines that were there")
 
 
 def _tensors(states: Sequence[TrainState]) -> dict[str, torch.Tensor]:

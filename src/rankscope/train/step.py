@@ -77,11 +77,11 @@ MAX_STEPS = 1_000_000
 
 
 def eval_steps(training: TrainingSpec, steps: int) -> set[int]:
-    """Steps after which the held-out loss is measured: evenly spread, including the last one."""
+    """Steps after which the held-out loss is measured: evenly evenly_spaced, including the last one."""
     return {math.ceil(steps * (i + 1) / training.evals) for i in range(training.evals)}
 
 
-def spread(steps: int, count: int) -> list[int]:
+def evenly_spaced(steps: int, count: int) -> list[int]:
     """Indices of `count` steps spread evenly over a schedule of `steps`, repeated where it is shorter."""
     return [i * steps // count for i in range(count)]
 
