@@ -70,7 +70,8 @@ def _print_plan(plan: Plan) -> None:
     out_console.print(describe_data(plan.data.facts), soft_wrap=True)
     out_console.print(_candidates(plan))
     trials, full = sum(map(len, plan.packs.values())), len(plan.reference)
-    lines = [*_notes(plan), f"{trials} trials of {plan.steps:,} steps in {len(plan.packs)} packs:", *_packs(plan)]
+    packs = f"{trials} trials of {plan.steps:,} steps in {len(plan.packs)} packs:" if trials else "No trial is missing."
+    lines = [*_notes(plan), packs, *_packs(plan)]
     if full:
         lines.append(f"{full} trials of full fine-tuning, each alone: their memory and time are not predicted.")
     for line in [*lines, f"On the disk: at most about {size(plan.disk_bytes)}."]:
