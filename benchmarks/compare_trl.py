@@ -51,7 +51,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rankscope.files import read_json, read_jsonl, write_json
-from rankscope.jobs.local import ENVIRONMENT
+from rankscope.jobs.process import ENVIRONMENT
 from rankscope.measure.machine import hardware, versions
 from rankscope.study.study import Study
 

@@ -26,9 +26,9 @@ from rankscope.measure.machine import hardware, versions
 from rankscope.model.device import free_bytes, resolve_device
 from rankscope.plan.memory import predict
 from rankscope.plan.runtime import forecast
+from rankscope.spec.candidates import CONTROL
 from rankscope.spec.models import StudySpec
 from rankscope.spec.options import assemble
-from rankscope.study.folder import CONTROL
 from rankscope.study.study import Study
 from rankscope.train.prepare import prepare_data
 
