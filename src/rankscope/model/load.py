@@ -87,8 +87,7 @@ def load_model(spec: ModelSpec, attention: str | None = None) -> PreTrainedModel
     device = resolve_device(spec.device)
     dtype = resolve_dtype(spec.dtype, device)
     config = load_config(spec)
-    options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, **SAFE}
-    options["ignore_mismatched_sizes"] = True  # to name them below
+    options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # to name them below
     if attention:
         options["attn_implementation"] = attention
     if spec.quantization:  # on the device, tensor by tensor: unquantized it might not fit
@@ -96,7 +95,7 @@ def load_model(spec: ModelSpec, attention: str | None = None) -> PreTrainedModel
         options["device_map"] = {"": device}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            location(spec), config=config, revision=spec.revision, dtype=dtype, **options
+            location(spec), config=config, revision=spec.revision, dtype=dtype, use_safetensors=True, **options, **SAFE
         )
     except Exception as error:
         raise loading_error(spec, "model", error) from error

@@ -12,7 +12,7 @@ from rankscope.errors import StudyError
 from rankscope.files import write_json
 from rankscope.jobs.job import Launcher
 from rankscope.jobs.queue import run_jobs
-from rankscope.measure.machine import describe_machine
+from rankscope.measure.machine import Site, describe_machine
 from rankscope.plan.checks import check_base_fits, check_ranks
 from rankscope.plan.memory import CostModel, predict
 from rankscope.plan.packs import divide_into_packs
@@ -43,12 +43,12 @@ def run(
     """
     require_optuna()
     site = launcher.site()
-    corners = [_corner(spec, group) for group in range(len(spec.space.target_modules))]
-    predictions = [predict(with_site_dtype(corner, site), torch.device(site.kind)) for corner in corners]
+    predictions = _predictions(spec, site)
     full_rank = min(prediction.full_rank for prediction in predictions)
     if spec.space.ranks == resolve_ranks(DEFAULT_RANKS) and full_rank < max(spec.space.ranks):
         say(f"Ranks up to {full_rank:,}, the full rank of the model's layers")
         spec = spec.up_to(full_rank)
+        predictions = _predictions(spec, site)
     for group, prediction in enumerate(predictions):
         check_ranks(_corner(spec, group), prediction)
         check_base_fits(spec.study.model, prediction, site.free_bytes)
@@ -76,6 +76,12 @@ def run(
             result = search.result()
     assert result is not None
     return result
+
+
+def _predictions(spec: SearchSpec, site: Site) -> list[CostModel]:
+    """Costs of the highest rank, for each group of target modules."""
+    corners = [_corner(spec, group) for group in range(len(spec.space.target_modules))]
+    return [predict(with_site_dtype(corner, site), torch.device(site.kind)) for corner in corners]
 
 
 def _slots(spec: SearchSpec, predictions: list[CostModel], data: TokenizedData, free: int) -> int:

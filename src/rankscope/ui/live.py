@@ -102,13 +102,14 @@ class LiveStudy:
         self._trials = {trial.name: trial for trial in study.all_trials()}
         self._tails = {name: MetricsTail(study.trial_folder(t) / "metrics.jsonl") for name, t in self._trials.items()}
         self._read_to_end: set[str] = set()
+        self._began = math.inf  # when the last run that was seen began
 
     def read(self) -> State:
         """State of the whole study. Reads the record of every trial."""
         study, holder = self.study, self.study.holder()
         statuses = {name: study.trial_record(trial).status for name, trial in self._trials.items()}
         self._read_tails(statuses)
-        began = _modified(study.file(".lock-holder")) or math.inf
+        self._began = began = _modified(study.file(".lock-holder")) or self._began
         training = self._training(statuses, began)
         names = list(study.spec.profiled()) if study.spec.measure.profiles else []
         measured = sum(min(len(study.profile_repeats(name)), study.spec.measure.repeats) for name in names)

@@ -78,6 +78,12 @@ class TerminalProgress(Display):
         self._ended: set[str] = set()
         self._measuring = ""
 
+    def __exit__(self, *error: object) -> None:
+        with suppress(StudyDirectoryError, StudyError):
+            if self._study is not None:  # the last packs may have ended since the whole study was read
+                self._announce(self._study.read())
+        super().__exit__(*error)
+
     def poll(self) -> None:
         with suppress(StudyDirectoryError, StudyError):  # the run itself reports damage; showing must not end training
             self._read()
