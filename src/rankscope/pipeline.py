@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rankscope.analysis.verdict import conclude
-from rankscope.data.tokens import TokenizedData, load, save, sha256_of
+from rankscope.data.tokens import save
 from rankscope.errors import DataError, ModelError
 from rankscope.files import write_json
 from rankscope.jobs import answers, packs, profiles, reference
@@ -32,7 +32,7 @@ from rankscope.study.study import Study
 from rankscope.text.catalogue import load as load_catalogue
 from rankscope.track import choose_trackers
 from rankscope.track.tracker_process import run_trackers
-from rankscope.train.prepare import describe_data, prepare_data
+from rankscope.train.prepare import describe_data, study_data
 
 KINDS: tuple[Kind, ...] = (packs, profiles, reference, answers)
 
@@ -115,26 +115,6 @@ def _repair(study: Study, say: Callable[[str], None]) -> None:
     for name in remove_corrupt(study):
         again = "; `rankscope curve` makes it again" if name == CURVE else ", and made again"
         say(f"{name} was damaged: it is removed{again}.")
-
-
-def study_data(spec: StudySpec, study: Study | None) -> TokenizedData:
-    """Return the tokens that a study has saved, or prepare those of a study that has none yet.
-
-    Raises:
-        DataError: the data cannot be used, or trials were trained on other tokens.
-    """
-    if study is None:
-        return prepare_data(spec)
-    saved = study.path / "data"
-    data = load(saved) if (saved / "facts.json").exists() else prepare_data(spec)
-    sha256 = sha256_of(data)
-    for trial in study.all_trials():
-        if (study.trial_record(trial).tokens_sha256 or sha256) != sha256:
-            raise DataError(
-                f"{spec.data.id}: not the rows that {trial.name} was trained on",
-                "Give the rows that the study began with, or choose another --out.",
-            )
-    return data
 
 
 def _write_facts(study: Study, plan: Plan) -> None:

@@ -17,12 +17,13 @@ from rankscope.errors import KilledError, ModelError, RankscopeError, StudyDirec
 from rankscope.jobs import answers, curve, packs, profiles, reference
 from rankscope.jobs.job import Job, Run
 from rankscope.jobs.queue import run_jobs
-from rankscope.pipeline import KINDS, study_data
+from rankscope.pipeline import KINDS
 from rankscope.plan.plan import make_fleet, make_plan
 from rankscope.search import job as search
 from rankscope.search.run import run as run_search
 from rankscope.search.space import resolve_search
 from rankscope.study.study import Study
+from rankscope.train.prepare import study_data
 from recording import RecordingProgress
 
 OPTIONS: dict[str, Any] = {"ranks": [2, 4], "seeds": [0], "steps": 3, "learning_rates": [1e-2], "device": "cpu"}

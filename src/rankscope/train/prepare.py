@@ -6,9 +6,11 @@ from typing import Any
 from rankscope import demo
 from rankscope.data.cache import prepare_cached
 from rankscope.data.general import with_general_text
-from rankscope.data.tokens import TokenizedData
+from rankscope.data.tokens import TokenizedData, load, sha256_of
+from rankscope.errors import DataError
 from rankscope.model.load import load_config, load_tokenizer
 from rankscope.spec.models import EMBEDDED, StudySpec
+from rankscope.study.folder import StudyFolder
 
 
 def prepare_data(spec: StudySpec) -> TokenizedData:
@@ -24,6 +26,26 @@ def prepare_data(spec: StudySpec) -> TokenizedData:
     if measured.forgetting is None:
         return data
     return with_general_text(data, measured.forgetting, measured.forgetting_rows, tokenizer, config.vocab_size)
+
+
+def study_data(spec: StudySpec, study: StudyFolder | None) -> TokenizedData:
+    """Return the tokens that a study has saved, or prepare those of a study that has none yet.
+
+    Raises:
+        DataError: the data cannot be used, or trials were trained on other tokens.
+    """
+    if study is None:
+        return prepare_data(spec)
+    saved = study.path / "data"
+    data = load(saved) if (saved / "facts.json").exists() else prepare_data(spec)
+    sha256 = sha256_of(data)
+    for trial in study.all_trials():
+        if (study.trial_record(trial).tokens_sha256 or sha256) != sha256:
+            raise DataError(
+                f"{spec.data.id}: not the rows that {trial.name} was trained on",
+                "Give the rows that the study began with, or choose another --out.",
+            )
+    return data
 
 
 def describe_data(facts: Mapping[str, Any]) -> str:

@@ -7,7 +7,6 @@ from rich.table import Table
 
 from rankscope.errors import StudyError
 from rankscope.jobs.launchers import make_launcher
-from rankscope.pipeline import study_data
 from rankscope.plan.checks import too_large
 from rankscope.plan.memory import CostModel
 from rankscope.plan.packs import MAX_PACK_MEMORY_FRACTION
@@ -19,7 +18,7 @@ from rankscope.study.missing import is_finished
 from rankscope.study.study import Study
 from rankscope.text.catalogue import load
 from rankscope.text.formats import duration, parse_bytes, parse_flops, percent, size
-from rankscope.train.prepare import describe_data
+from rankscope.train.prepare import describe_data, study_data
 from rankscope.ui.console import error_console, make_table, out_console, print_json
 
 Number = TypeVar("Number", int, float)
