@@ -193,6 +193,8 @@ DEEP: dict[str, dict[str, Any]] = {
     "gemma2": {"num_hidden_layers": 12},  # windows in every other layer
     "bloom": {},  # by PEFT's forward
 }
+LONG = ("opt-post-norm", "gemma2", "bloom")
+DEEP_PARAMS = [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in DEEP]
 
 
 @pytest.fixture
@@ -215,7 +217,7 @@ def exactly(costs: CostModel) -> CostModel:
     return costs._replace(families={key: f._replace(repeats=None) for key, f in costs.families.items()})
 
 
-@pytest.mark.parametrize("deep", DEEP, indirect=True)
+@pytest.mark.parametrize("deep", DEEP_PARAMS, indirect=True)
 def test_a_few_layers_stand_for_all(deep: StudySpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes by part, FLOPs and products are those of the whole model; also where sequences are recomputed."""
     tokens = rows_of(*[20, 30, 25, 17] * 6)
