@@ -21,7 +21,8 @@ from rankscope.jobs.launchers import make_launcher
 from rankscope.jobs.queue import run_kind
 from rankscope.jobs.repair import remove_corrupt, remove_leftovers
 from rankscope.measure.machine import describe_machine
-from rankscope.plan.plan import Plan, make_fleet, make_plan
+from rankscope.plan.plan import Plan, make_plan
+from rankscope.plan.runtime import Fleet
 from rankscope.report.card import write_cards
 from rankscope.report.write import build
 from rankscope.spec.models import StudySpec
@@ -93,7 +94,7 @@ def run_study(
         if study is not None:
             resources.enter_context(_locked(study))
             _repair(study, progress.say)
-        data, fleet = study_data(spec, study), make_fleet(None, None, launcher.slots())
+        data, fleet = study_data(spec, study), Fleet(launcher.slots(), None)
         plan = make_plan(spec, data, launcher.site(), fleet, study)
         plan.check(out)
         if study is None:  # nothing is written before the data, the model and the disk are known to do

@@ -11,7 +11,7 @@ import torch
 
 from rankscope.errors import KilledError, RankscopeError, WorkerError
 from rankscope.jobs.child import load_base, open_study
-from rankscope.jobs.job import Job, Run, raise_fatal
+from rankscope.jobs.job import Job, Run, failure_of, raise_fatal
 from rankscope.measure.sampler import peak_rss, reset_peak_rss
 from rankscope.model.device import give_back_freed
 from rankscope.plan.packs import longest_first, work_of
@@ -104,7 +104,7 @@ def _left_to_train(run: Run, packs: Mapping[str, list[Trial]], error: RankscopeE
     trial that cannot be trained does not keep the others from it. Other trials of that pack are marked as ended.
     """
     study = run.study
-    status = getattr(error, "status", WorkerError.status)
+    status = failure_of(error).status
     for number, (pack, trials) in enumerate(packs.items()):
         packable = [trial for trial in trials if trial.candidate.packable]  # DoRA's reason is known beforehand
         for reason in {study.trial_record(trial).engine_reason for trial in packable} - {None}:

@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from rankscope.data.tokens import TokenizedData
-from rankscope.errors import RankscopeError, WorkerError
+from rankscope.errors import RankscopeError
 from rankscope.jobs.child import open_study
-from rankscope.jobs.job import Job, Run, raise_fatal
+from rankscope.jobs.job import Job, Run, failure_of, raise_fatal
 from rankscope.model.device import resolve_device, resolve_dtype
 from rankscope.model.load import fingerprint, load_model
 from rankscope.plan.memory import BYTES_PER_PARAMETER, PROCESS_BYTES
@@ -55,7 +55,8 @@ def ended(run: Run, job: Job, error: RankscopeError | None, waiting: Sequence[Jo
     if error is not None:
         name = job.content["trial"]
         (trial,) = [trial for trial in run.study.reference_trials if trial.name == name]
-        run.study.mark_ended(trial, getattr(error, "status", WorkerError.status), error.what)
+        failure = failure_of(error)
+        run.study.mark_ended(trial, failure.status, failure.reason)
         run.say(f"{name} did not finish: {error}")
     return list(waiting)
 
