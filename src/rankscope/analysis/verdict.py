@@ -238,6 +238,6 @@ def _caveats(
         "ranks_left_out": bool(rows) and bool(verdict["left_out"]),
         "some_trials_unfinished": bool((evidence.results["status"] != "done").any()),
         "budget_unmeasured": any("unmeasured" in reasons for reasons in over.values()),
-        "embedded_data": EMBEDDED in (spec.data.id, spec.model.id),
+        "embedded_data": EMBEDDED in (*spec.data.ids, spec.model.id),
     }
     return [code for code, true in found.items() if true]

@@ -71,7 +71,7 @@ def _refuse_hub_fields(spec: DataSpec, *fields: str) -> None:
     """Raise DataError if a field is set that local data cannot honour, which would select other rows than intended."""
     for field in fields:
         value = getattr(spec, field)
-        if value != DataSpec.model_fields[field].default:
+        if value is not None and (field, value) != ("split", "train"):
             raise DataError(f"{spec.id}: data.{field} is {value!r}, but local data has no {field}", "Remove it.")
 
 
@@ -208,7 +208,7 @@ def _read_with_datasets(spec: DataSpec, source: str, wanted: Sequence[str], *, l
             builder = datasets.load_dataset_builder(source, name=spec.config, revision=spec.revision)
             _check_builder(builder, source, local=local)
             builder.download_and_prepare()
-            dataset = builder.as_dataset(split=spec.split)
+            dataset = builder.as_dataset(split=spec.split or "train")
         columns = tuple(dataset.column_names)
         if spec.max_rows is not None:
             dataset = dataset.select(range(min(spec.max_rows, len(dataset))))
@@ -262,9 +262,10 @@ def _check_builder(builder: Any, source: str, *, local: bool) -> None:
 def _saved_split(saved: Any, spec: DataSpec) -> Any:
     """Requested split of data written by `save_to_disk`, which may have several splits or one."""
     splits = dict(saved) if isinstance(saved, dict) else {str(saved.split or "train"): saved}
-    if spec.config is not None or spec.split not in splits:
+    wanted = spec.split or "train"
+    if spec.config is not None or wanted not in splits:
         raise ValueError(f"saved data have no config, and here the splits {listed(splits)}")
-    return splits[spec.split]
+    return splits[wanted]
 
 
 def _commit(dataset: Any) -> str | None:

@@ -134,7 +134,7 @@ def tokenize(records: Records, spec: DataSpec, tokenizer: Tokenizer, vocab_size:
         "revision": records.revision,
         "fingerprint": records.fingerprint,
         "format": records.format,
-        "loss_on": spec.loss_on,
+        "loss_on": spec.loss_on or "completion",
         "max_length": spec.max_length,
         "rows_read": len(records.rows),
         "duplicates_dropped": len(records.rows) - len(numbers),

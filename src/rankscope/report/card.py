@@ -40,10 +40,10 @@ def write_cards(evidence: Evidence, verdict: Mapping[str, Any], trials: Path) ->
 
 def model_card(evidence: Evidence, verdict: Mapping[str, Any], trial: Trial, results: Mapping[str, Any]) -> str:
     """Card of one trial's adapter; `results` is its row of `Study.results()`."""
-    spec, candidate, machine = evidence.spec, trial.candidate, evidence.machine
+    spec, candidate, machine, data = evidence.spec, trial.candidate, evidence.machine, evidence.data_facts
     metadata = ModelCardData(
         base_model=_on_the_hub(spec.model.id),
-        datasets=[spec.data.id] if _on_the_hub(spec.data.id) else None,
+        datasets=list(filter(_on_the_hub, spec.data.ids)) or None,
         library_name="peft",
         pipeline_tag="text-generation",
         tags=["lora", "rankscope"],
@@ -51,7 +51,7 @@ def model_card(evidence: Evidence, verdict: Mapping[str, Any], trial: Trial, res
     modules, revision = candidate.target_modules, machine["model"].get("revision")
     facts = {
         "Base model": f"{spec.model.id}" + (f", revision {revision}" if revision else ""),
-        "Data": f"{spec.data.id}: {evidence.data_facts['rows_train']:,} rows, loss on {spec.data.loss_on}",
+        "Data": f"{spec.data.name}: {data['rows_train']:,} rows, loss on {data['loss_on']}",
         "Rank": f"{candidate.rank}",
         **({} if candidate.variant == PLAIN else {"LoRA variant": VARIANTS[candidate.variant]}),
         "lora_alpha": f"{candidate.lora_alpha:g} (the update is scaled by {candidate.scaling:.4g})",
@@ -64,7 +64,7 @@ def model_card(evidence: Evidence, verdict: Mapping[str, Any], trial: Trial, res
         "Size": size(results["adapter_bytes"]),
     }
     measured = {
-        "Held-out loss": f"{results['eval_loss']:.4f} nats per label token, {evidence.data_facts['rows_eval']:,} rows",
+        "Held-out loss": f"{results['eval_loss']:.4f} nats per label token, {data['rows_eval']:,} rows",
         "Perplexity": f"{results['eval_perplexity']:.4g}",
         "Token accuracy": percent(results["eval_accuracy"]) if known(results["eval_accuracy"]) else "unknown",
         "Training loss": f"{results['train_loss']:.4f}, mean over the last tenth of the steps",

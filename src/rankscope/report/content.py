@@ -111,7 +111,7 @@ def compose(
 
 
 def _subtitle(evidence: Evidence, text: Catalogue) -> str:
-    ids = {"model": evidence.spec.model.id, "data": evidence.spec.data.id}
+    ids = {"model": evidence.spec.model.id, "data": evidence.spec.data.name}
     names = {what: text(f"page.embedded_{what}") if name == EMBEDDED else name for what, name in ids.items()}
     return text("page.subtitle", **names)
 

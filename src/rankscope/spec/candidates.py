@@ -37,6 +37,14 @@ def all_linear_or_names(value: Any) -> Any:
     return value if value == "all-linear" else tuple(names)
 
 
+def name_or_names(value: Any) -> Any:
+    """One name, or several as a tuple; a list of one is that one."""
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError("expected a name, or a list of names")
+    return tuple(names) if len(names) > 1 else names[0]
+
+
 Rank = Annotated[int, Field(gt=0, le=1 << 20)]
 
 PLAIN: Literal["lora"] = "lora"

@@ -29,6 +29,7 @@ from rankscope.spec.candidates import (
     alpha_or_multiple,
     as_list,
     divided,
+    name_or_names,
     unique,
 )
 from rankscope.text.formats import BYTES, SECONDS, parse_bytes, parse_seconds
@@ -52,8 +53,8 @@ def _number_with(units: Iterable[str]) -> str:
 
 RankOrFull = Rank | Annotated[list[Rank | Literal["full"]], Field(min_length=1)]
 AlphaOrMultiple = PositiveFloat | Annotated[str, Field(pattern=r"^\s*[0-9]+(\.[0-9]*)?r\s*$")]
-ModuleName = Annotated[str, Field(min_length=1)]
-ModuleNames = Literal["all-linear"] | ModuleName | Annotated[list[ModuleName], Field(min_length=1)]
+Name = Annotated[str, Field(min_length=1)]
+ModuleNames = Literal["all-linear"] | OneOrSeveral[Name]
 BytesOrText = PositiveFloat | Annotated[str, Field(pattern=_number_with(BYTES))]
 SecondsOrText = PositiveFloat | Annotated[str, Field(pattern=_number_with(SECONDS))]
 
@@ -71,6 +72,7 @@ Alpha = Annotated[float | str, BeforeValidator(alpha_or_multiple, json_schema_in
 Modules = Annotated[
     Literal["all-linear"] | tuple[str, ...], BeforeValidator(all_linear_or_names, json_schema_input_type=ModuleNames)
 ]
+Names = Annotated[str | tuple[str, ...], BeforeValidator(name_or_names, json_schema_input_type=OneOrSeveral[Name])]
 Bytes = Annotated[Count, BeforeValidator(parse_bytes, json_schema_input_type=BytesOrText)]
 Seconds = Annotated[PositiveFloat, BeforeValidator(parse_seconds, json_schema_input_type=SecondsOrText)]
 
@@ -91,30 +93,55 @@ class ModelSpec(Frozen):
 
 
 class DataSpec(Frozen):
-    """Instruction data: a hub id, or a JSON, JSONL, CSV or Parquet file."""
+    """Instruction data: files, folders or hub ids."""
 
-    id: str = Field(min_length=1)
-    """Hub id, file, folder, or `embedded` for the Python functions that come with rankscope."""
+    id: Names
+    """Hub id, file, folder, or `embedded` for the Python functions that come with rankscope; or several of them."""
     config: str | None = None
     """Configuration of a hub dataset that has several."""
     revision: str | None = None
     """Hub revision (branch, tag, commit). Not for files."""
-    split: str = "train"
-    """Split of a hub dataset or a folder. Not for single files."""
-    format: Literal["auto", "alpaca", "prompt_completion", "messages"] = "auto"
+    split: str | None = None
+    """Split to train on. Default: `train`, or the only one there is."""
+    format: Literal["auto", "alpaca", "prompt_completion", "messages", "text"] = "auto"
     """`auto` picks the format that matches the columns; alpaca has `instruction`, `input` and `output`."""
+    columns: dict[str, str] = {}  # noqa: RUF012  pydantic copies it
+    """The data's own names of columns, by the names that formats read: `prompt: question`, `completion: answer`."""
     template: str = DEFAULT_TEMPLATE
     """Prompt of alpaca rows. Rows without an input leave out the line with `{input}`."""
-    loss_on: Literal["completion", "all"] = "completion"
-    """Tokens that count in the loss: those of the answer (`completion`), or the prompt as well (`all`)."""
+    template_without_input: str | None = None
+    """Prompt of alpaca rows without an input, instead of `template` without that line."""
+    chat_template: str | None = None
+    """`chatml`, or a Jinja template or a file with one, for conversations. Default: the tokenizer's own."""
+    loss_on: Literal["assistant", "last", "completion", "all"] | None = None
+    """Tokens to learn: all answers (`assistant`), the last (`last`), what follows the prompt (`completion`), or `all`.
+    Default: `assistant` for conversations, `completion` for prompt and answer, `all` for plain text."""
     max_length: Count = 1024
     """Longest sequence, in tokens. Longer rows are truncated at the end, and counted."""
     max_rows: Count | None = None
     """Use only the first so many rows, for a quick look."""
     eval_rows: Count | None = None
-    """Held-out rows. Default: 5% of the rows, at least 32 and at most 1,000."""
+    """Held-out rows. Default: 5% of the rows, at least 200, at most 1,000, at most a quarter (but 32 of 64 or more)."""
     split_seed: Seed = 0
     """Seed of the split into training and held-out rows."""
+    eval_dataset: Names | None = None
+    """Evaluation set of its own, instead of held-out rows: hub id, file or folder, or several of them."""
+    eval_split: str | None = None
+    """Split of `id` to evaluate on, instead of held-out rows."""
+    skip_bad_rows: bool = False
+    """Leave out rows that cannot be read, and count them. Without it they are an error."""
+    force: bool = False
+    """Train even on fewer than 8 rows."""
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Sources of the rows, in order."""
+        return (self.id,) if isinstance(self.id, str) else self.id
+
+    @property
+    def name(self) -> str:
+        """Sources as text, such as `a.jsonl + b.jsonl`."""
+        return " + ".join(self.ids)
 
     @model_validator(mode="after")
     def _template_has_instruction(self) -> Self:

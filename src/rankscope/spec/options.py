@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from rankscope.errors import StudyError, did_you_mean
+from rankscope.spec.candidates import as_list
 from rankscope.spec.models import StudySpec
 from rankscope.spec.option_table import OPTIONS
 from rankscope.spec.resolve import resolve_spec, short_form
@@ -160,7 +161,8 @@ def assemble(
 
 def _default_name(values: Mapping[str, Any]) -> str:
     groups = [values.get(name) for name in ("model", "data")]
-    parts = [group.get("id") for group in groups if isinstance(group, dict)]
+    ids = [as_list(group.get("id")) for group in groups if isinstance(group, dict)]
+    parts = [part for several in ids if isinstance(several, list | tuple) for part in several]
     words = [re.sub(r"[^A-Za-z0-9._-]+", "-", Path(part).stem).strip("-._") for part in parts if isinstance(part, str)]
     return "-".join(filter(None, words))[:100] or "study"
 

@@ -9,6 +9,7 @@ from rankscope.data.general import with_general_text
 from rankscope.data.tokens import TokenizedData, load, sha256_of
 from rankscope.errors import DataError
 from rankscope.model.load import load_config, load_tokenizer
+from rankscope.spec.candidates import name_or_names
 from rankscope.spec.models import EMBEDDED, StudySpec
 from rankscope.study.folder import StudyFolder
 
@@ -18,11 +19,11 @@ def prepare_data(spec: StudySpec) -> TokenizedData:
     config = load_config(spec.model).get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or spec.data.max_length
     changes: dict[str, Any] = {"max_length": min(spec.data.max_length, positions)}
-    if spec.data.id == EMBEDDED:
-        changes["id"] = str(demo.data_path())
+    if EMBEDDED in spec.data.ids:
+        changes["id"] = name_or_names([str(demo.data_path()) if id == EMBEDDED else id for id in spec.data.ids])
     tokenizer, measured = load_tokenizer(spec.model), spec.measure
     data = prepare_cached(spec.data.model_copy(update=changes), tokenizer, config.vocab_size)
-    data = TokenizedData(data.train, data.eval, data.facts | {"id": spec.data.id})
+    data = TokenizedData(data.train, data.eval, data.facts | {"id": spec.data.name})
     if measured.forgetting is None:
         return data
     return with_general_text(data, measured.forgetting, measured.forgetting_rows, tokenizer, config.vocab_size)
@@ -42,7 +43,7 @@ def study_data(spec: StudySpec, study: StudyFolder | None) -> TokenizedData:
     for trial in study.all_trials():
         if (study.trial_record(trial).tokens_sha256 or sha256) != sha256:
             raise DataError(
-                f"{spec.data.id}: not the rows that {trial.name} was trained on",
+                f"{spec.data.name}: not the rows that {trial.name} was trained on",
                 "Give the rows that the study began with, or choose another --out.",
             )
     return data
