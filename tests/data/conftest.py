@@ -1,6 +1,7 @@
 """Real tokenizers, trained on a few lines, and files for them."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from data.tokenizers import make_model
 from rankscope.spec.models import DataSpec
 
 CHAT_TEMPLATE = (
@@ -56,6 +58,17 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = _train()
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def case_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`case_model("spm")`: folder of that model of `data.tokenizers`, made when it is first asked for."""
+
+    @cache
+    def made(name: str) -> Path:
+        return make_model(name, tmp_path_factory.mktemp("models") / name)
+
+    return made
 
 
 @pytest.fixture
