@@ -36,6 +36,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12
         "1_0",
     ]
 )
+TEMPLATE_TEXT = TEXT.filter(lambda text: not {"{", "}", "\\"}.intersection(text))
 NAME = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True)
 SHARE = st.floats(0, 1, exclude_max=True)
 POSITIVE = st.floats(0, exclude_min=True, allow_infinity=False)
@@ -65,13 +66,17 @@ VALID = st.fixed_dictionaries(
             optional={"revision": st.none() | TEXT, "dtype": st.sampled_from(["auto", "bfloat16"]), "device": TEXT},
         ),
         "data": st.fixed_dictionaries(
-            {"id": TEXT},
+            {"id": TEXT | several(TEXT)},
             optional={
-                "config": st.none() | TEXT, "revision": st.none() | TEXT, "split": TEXT, "max_length": COUNT,
-                "format": st.sampled_from(["auto", "alpaca", "messages"]), "loss_on": st.sampled_from(["all"]),
-                "template": st.tuples(TEXT, TEXT, TEXT).map(
-                    lambda texts: "{}{{instruction}}{}{{input}}{}".format(*texts)
-                ),
+                "config": st.none() | TEXT, "revision": st.none() | TEXT, "split": st.none() | TEXT,
+                "format": st.sampled_from(["auto", "alpaca", "messages", "text"]), "max_length": COUNT,
+                "loss_on": st.none() | st.sampled_from(["assistant", "last", "completion", "all"]),
+                "columns": st.dictionaries(st.sampled_from(["prompt", "text"]), NAME, max_size=1),
+                "template": TEMPLATE_TEXT.map("{{instruction}}{0}{{input}}{0}".format),
+                "template_without_input": st.none() | TEMPLATE_TEXT.map("{}{{instruction}}".format),
+                "chat_template": st.none() | st.just("chatml") | TEXT.map("{{{{ messages }}}}{}".format),
+                "eval_dataset": st.none() | several(TEXT.map("eval{}".format)),
+                "skip_bad_rows": st.booleans(), "force": st.booleans(),
                 "max_rows": st.none() | COUNT, "eval_rows": st.none() | COUNT, "split_seed": st.integers(0, 2**63 - 1),
             },
         ),

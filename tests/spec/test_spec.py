@@ -114,7 +114,7 @@ def test_options_and_assignments_override_the_file() -> None:
     assert spec.name == "model-dataset"
 
 
-@pytest.mark.parametrize("assignment", ["training.steps", "=5", "ranks.x=5", "name=[1"])
+@pytest.mark.parametrize("assignment", ["training.steps", "=5", "ranks.x=5", "ranks=[1"])
 def test_wrong_assignments(assignment: str) -> None:
     with pytest.raises(StudyError, match=r"--set|ranks"):
         set_value({"ranks": [8]}, assignment)
@@ -126,3 +126,60 @@ def test_wrong_study_files(content: str, tmp_path: Path) -> None:
     path.write_bytes(content.encode("latin-1"))
     with pytest.raises(StudyError, match=r"study\.yaml"):
         read_study_file(path)
+
+
+BRACES = "{instruction} {input}"
+
+
+@pytest.mark.parametrize(
+    ("assignment", "value"),
+    [
+        (f"data.template=Answer {BRACES} ### Answer:", f"Answer {BRACES} ### Answer:"),
+        (f"data.template={BRACES}", BRACES),
+        (f"data.template=### Q: {BRACES}", f"### Q: {BRACES}"),
+        (f"data.template= {BRACES}\n", f" {BRACES}\n"),
+        (f"data.template={BRACES} \\t", f"{BRACES} \\t"),
+        (f'data.template="{BRACES}\\n### A:"', f"{BRACES}\n### A:"),
+        (f"data.template='{BRACES}\n it''s #1'", f"{BRACES}\n it's #1"),
+        (f'data.template="{BRACES}\n  next"', f"{BRACES}\n  next"),
+        (f'data.template="{BRACES}" and "more"', f'"{BRACES}" and "more"'),
+        ("data.chat_template={{ messages[0] }} # {% x %}", "{{ messages[0] }} # {% x %}"),
+        ("data.chat_template=null", None),
+        ("data.split=~", None),
+        ("data.split=NULL", None),
+        ("data.split='null'", "null"),
+        ("data.split=1e5", "1e5"),
+        ("data.config=true", "true"),
+        ("model.revision=2024-05-01", "2024-05-01"),
+        ("measure.forgetting=#x", "#x"),
+        ("data.id=[1]", "[1]"),
+        ("data.id=a: b #c", "a: b #c"),
+        ("data.id=[a.jsonl, 'b c.jsonl']", ("a.jsonl", "b c.jsonl")),
+        ("data.id='[a, b]'", "[a, b]"),
+        ("data.eval_dataset=null", None),
+        ("data.eval_dataset=*.jsonl", "*.jsonl"),
+        ("adapter.alpha=2r", "2r"),
+        ("adapter.target_modules=[q_proj, v_proj]", ("q_proj", "v_proj")),
+        ("data.columns={prompt: q}", {"prompt": "q"}),
+        ("data.columns=prompt=q", {"prompt": "q"}),
+    ],
+)
+def test_text_is_assigned_literally(assignment: str, value: object) -> None:
+    group, field = assignment.partition("=")[0].split(".")
+    assert getattr(getattr(assemble(BASE, {}, [assignment]), group), field) == value
+
+
+@pytest.mark.parametrize("assignment", ["data.template=", "data.template= ", "data.id=", "data.split=", "ranks=#8"])
+def test_an_assignment_of_nothing_is_refused(assignment: str) -> None:
+    with pytest.raises(StudyError, match="no value is given"):
+        assemble(BASE, {}, [assignment])
+
+
+def test_an_assigned_template_with_a_backslash_and_an_n_is_refused() -> None:
+    with pytest.raises(StudyError, match="holds a backslash and an n"):
+        assemble(BASE, {}, [r"data.template=### Question: {instruction}\n{input}\n### Answer:"])
+
+
+def test_quotes_that_cannot_be_read_are_refused() -> None:
+    with pytest.raises(StudyError, match="not valid YAML"):
+        assemble(BASE, {}, [r'data.template="{instruction}\q{input}"'])

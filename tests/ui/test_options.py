@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from rankscope.errors import StudyError
 from rankscope.spec.models import StudySpec
 from rankscope.spec.option_table import OPTIONS, Option
-from rankscope.ui.options import PLAN, RUN, SEARCH, study_values, with_options
+from rankscope.ui.options import PLAN, RESIZE, RUN, SEARCH, resolve_study, study_values, with_options
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -53,3 +53,34 @@ def test_model_and_data_go_together() -> None:
     assert study_values(None, {"model": None, "dataset": None})["model"]["id"] == "embedded"
     with pytest.raises(StudyError, match="--dataset is missing"):
         study_values(None, {"model": "a", "dataset": None})
+
+
+DATA = ["dataset", "eval_dataset", "columns", "chat_template", "skip_bad_rows", "force"]
+
+
+@pytest.mark.parametrize("table", [RUN, PLAN, SEARCH], ids=["run", "plan", "search"])
+def test_commands_that_read_data_take_its_options(table: Any) -> None:
+    received: dict[str, Any] = {}
+    app = typer.Typer()
+
+    @app.command()
+    @with_options(table)
+    def command(options: dict[str, Any]) -> None:
+        received.update({name: options[name] for name in DATA})
+
+    arguments = ["--dataset", "a.jsonl", "--dataset", "b,*.csv", "--eval-dataset", "e", "--chat-template", "chatml"]
+    arguments += ["--columns", "prompt=q,completion=a", "--skip-bad-rows", "--force"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    expected = [["a.jsonl", "b,*.csv"], ["e"], ["prompt=q,completion=a"], "chatml", True, True]
+    assert received == dict(zip(DATA, expected, strict=True))
+    given = dict.fromkeys(OPTIONS) | received | {"model": "m"}
+    spec = resolve_study(None, given, ()).data
+    assert (spec.ids, spec.eval_dataset, spec.chat_template) == (("a.jsonl", "b,*.csv"), "e", "chatml")
+    assert (spec.columns, spec.skip_bad_rows, spec.force) == ({"prompt": "q", "completion": "a"}, True, True)
+    CliRunner().invoke(app, [])
+    assert received == dict.fromkeys(DATA)
+
+
+def test_resize_names_its_own_data() -> None:
+    assert [name for name in RESIZE if name in DATA] == ["dataset"]

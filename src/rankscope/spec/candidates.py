@@ -1,7 +1,8 @@
 """Candidates and trials, and the types of their fields."""
 
+from collections.abc import Mapping
 from decimal import Decimal
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationInfo, field_validator
 
@@ -38,12 +39,37 @@ def all_linear_or_names(value: Any) -> Any:
 
 
 def name_or_names(value: Any) -> Any:
-    """One name, or several as a tuple; a list of one is that one."""
+    """One name, or several different ones as a tuple; a list of one is that one."""
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) and name for name in names):
         raise ValueError("expected a name, or a list of names")
-    return tuple(names) if len(names) > 1 else names[0]
+    return unique(tuple(names)) if len(names) > 1 else names[0]
 
+
+def columns_or_text(value: Any) -> Any:
+    """Columns as a mapping, from text such as `prompt=question,completion=answer` or a list of such texts."""
+    if isinstance(value, Mapping):
+        return value
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("expected names of columns such as prompt=question,completion=answer")
+    pairs = [part.partition("=") for text in texts for part in text.split(",")]
+    if wrong := [name for name, equals, _ in pairs if not equals]:
+        raise ValueError(f"{wrong[0]!r} is no pair such as prompt=question: the format's name, and the data's")
+    unique(tuple(name.strip() for name, _, _ in pairs))
+    return {name.strip(): column.strip() for name, _, column in pairs}
+
+
+def column_of_a_format(value: Any) -> Any:
+    if value not in get_args(Column):
+        raise ValueError(f"no format reads a column of that name: expected one of {', '.join(get_args(Column))}")
+    return value
+
+
+Column = Literal[
+    "instruction", "input", "output", "system", "history", "prompt", "completion", "messages", "text", "tools", "chosen"
+]
+"""Name of a column that a format reads."""
 
 Rank = Annotated[int, Field(gt=0, le=1 << 20)]
 

@@ -7,16 +7,18 @@ says what was done. A field's docstring is its description in the JSON schema an
 PEFT and transformers where they have one.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from itertools import product
 from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
 
-from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, ValidationInfo, field_validator, model_validator
 
 from rankscope.spec.candidates import (
     CONTROL,
     FULL,
     Candidate,
+    Column,
     Count,
     Frozen,
     FullTrial,
@@ -28,6 +30,8 @@ from rankscope.spec.candidates import (
     alpha_of,
     alpha_or_multiple,
     as_list,
+    column_of_a_format,
+    columns_or_text,
     divided,
     name_or_names,
     unique,
@@ -38,6 +42,14 @@ EMBEDDED = "embedded"
 """Value of model.id and data.id for the small pretrained model and the Python functions that come with rankscope."""
 
 DEFAULT_TEMPLATE = "### Question: {instruction}\n{input}\n ### Answer:"
+
+CHATML = "chatml"
+"""Value of data.chat_template for the ChatML template that comes with rankscope."""
+
+
+def is_jinja(text: str) -> bool:
+    """Whether text holds a Jinja expression or statement, as every chat template does."""
+    return "{{" in text or "{%" in text
 
 
 T = TypeVar("T")
@@ -73,6 +85,13 @@ Modules = Annotated[
     Literal["all-linear"] | tuple[str, ...], BeforeValidator(all_linear_or_names, json_schema_input_type=ModuleNames)
 ]
 Names = Annotated[str | tuple[str, ...], BeforeValidator(name_or_names, json_schema_input_type=OneOrSeveral[Name])]
+ColumnName = Annotated[str, BeforeValidator(column_of_a_format, json_schema_input_type=Column)]
+Columns = Annotated[
+    dict[ColumnName, Name],
+    BeforeValidator(
+        columns_or_text, json_schema_input_type=dict[ColumnName, Name] | Annotated[str, Field(pattern="=")]
+    ),
+]
 Bytes = Annotated[Count, BeforeValidator(parse_bytes, json_schema_input_type=BytesOrText)]
 Seconds = Annotated[PositiveFloat, BeforeValidator(parse_seconds, json_schema_input_type=SecondsOrText)]
 
@@ -101,11 +120,11 @@ class DataSpec(Frozen):
     """Configuration of a hub dataset that has several."""
     revision: str | None = None
     """Hub revision (branch, tag, commit). Not for files."""
-    split: str | None = None
+    split: Name | None = None
     """Split to train on. Default: `train`, or the only one there is."""
     format: Literal["auto", "alpaca", "prompt_completion", "messages", "text"] = "auto"
     """`auto` picks the format that matches the columns; alpaca has `instruction`, `input` and `output`."""
-    columns: dict[str, str] = {}  # noqa: RUF012  pydantic copies it
+    columns: Columns = {}  # noqa: RUF012  pydantic copies it
     """The data's own names of columns, by the names that formats read: `prompt: question`, `completion: answer`."""
     template: str = DEFAULT_TEMPLATE
     """Prompt of alpaca rows. Rows without an input leave out the line with `{input}`."""
@@ -126,7 +145,7 @@ class DataSpec(Frozen):
     """Seed of the split into training and held-out rows."""
     eval_dataset: Names | None = None
     """Evaluation set of its own, instead of held-out rows: hub id, file or folder, or several of them."""
-    eval_split: str | None = None
+    eval_split: Name | None = None
     """Split of `id` to evaluate on, instead of held-out rows."""
     skip_bad_rows: bool = False
     """Leave out rows that cannot be read, and count them. Without it they are an error."""
@@ -143,10 +162,45 @@ class DataSpec(Frozen):
         """Sources as text, such as `a.jsonl + b.jsonl`."""
         return " + ".join(self.ids)
 
+    @field_validator("columns")
+    @classmethod
+    def _no_column_twice(cls, columns: dict[str, str]) -> dict[str, str]:
+        unique(tuple(columns.values()))
+        return columns
+
+    @field_validator("template", "template_without_input")
+    @classmethod
+    def _is_template(cls, template: str | None, info: ValidationInfo) -> str | None:
+        if template is None:
+            return None
+        found, both = set(re.findall(r"\{(\w+)\}", template)), {"instruction", "input"}
+        if unknown := sorted(found - both):
+            what = f"unknown placeholder {{{unknown[0]}}}"
+            raise ValueError(f"{what}: a template has {{instruction}} and {{input}}, and the answer follows by itself")
+        if "\\n" in template:
+            how = r"""--set 'data.template="{instruction}\n{input}"'"""
+            raise ValueError(f"holds a backslash and an n; a line break is \\n in double quotes, as in {how}")
+        if info.field_name == "template" and found != both:
+            raise ValueError("must contain {instruction} and {input}: a row's input is never dropped")
+        if info.field_name == "template_without_input" and found != {"instruction"}:
+            raise ValueError("must contain {instruction}, and no {input}")
+        return template
+
+    @field_validator("chat_template")
+    @classmethod
+    def _is_chat_template(cls, template: str | None) -> str | None:
+        if template is None or template == CHATML or is_jinja(template):
+            return template
+        raise ValueError(f"no such file, and no Jinja template; expected {CHATML}, a file with a template, or its text")
+
     @model_validator(mode="after")
-    def _template_has_instruction(self) -> Self:
-        if "{instruction}" not in self.template or "{input}" not in self.template:
-            raise ValueError("template must contain {instruction} and {input}: a row's input is never dropped")
+    def _one_evaluation_set(self) -> Self:
+        if self.eval_dataset is not None and self.eval_split is not None:
+            raise ValueError("give eval_dataset or eval_split, not both")
+        if self.eval_split == (self.split or "train"):
+            raise ValueError(f"eval_split: {self.eval_split} is the split to train on; name another one")
+        if shared := set(self.ids).intersection(as_list(self.eval_dataset) or ()):
+            raise ValueError(f"eval_dataset: {min(shared)} is what is trained on; name another one")
         return self
 
 

@@ -1,21 +1,29 @@
 """Options of the command line and of `rankscope.run`. Imports nothing, so that `rankscope --help` is fast."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Option(NamedTuple):
     """An option that sets one field of a study."""
 
     field: str  # such as training.steps
-    type: type  # on the command line, where lists are text with commas
+    type: Any  # on the command line, where lists of numbers are text with commas
     help: str = ""  # empty for options of `rankscope.run` alone
+    metavar: str | None = None  # value in the help; None for the type's name
 
 
 OPTIONS = {
     "name": Option("name", str),
     "model": Option("model.id", str, "Base model: hub id or folder."),
     "revision": Option("model.revision", str),
-    "dataset": Option("data.id", str, "Instruction data: hub id, or a JSON, JSONL, CSV or Parquet file."),
+    "dataset": Option("data.id", list[str], "Instruction data: file, folder or hub id. Repeat it for several.", "DATA"),
+    "eval_dataset": Option("data.eval_dataset", list[str], "Data to evaluate on, instead of held-out rows.", "DATA"),
+    "columns": Option(
+        "data.columns", list[str], "Columns of other names: prompt=question,completion=answer.", "NAME=COLUMN"
+    ),
+    "chat_template": Option("data.chat_template", str, "Template of conversations, in Jinja.", "FILE|chatml"),
+    "skip_bad_rows": Option("data.skip_bad_rows", bool, "Leave out rows that cannot be read, and count them."),
+    "force": Option("data.force", bool, "Train even on fewer than 8 rows."),
     "loss_on": Option("data.loss_on", str),
     "ranks": Option("ranks", str, "LoRA ranks, e.g. 8,128,256; full adds full fine-tuning as a baseline."),
     "variants": Option("variants", str, "Variants beside plain LoRA: rslora,pissa,olora,loraplus,dora."),

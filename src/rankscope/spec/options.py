@@ -1,16 +1,19 @@
 """The study that a file, options and `--set KEY=VALUE` ask for together."""
 
 import copy
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import UnionType
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
 import yaml
 
 from rankscope.errors import StudyError, did_you_mean
 from rankscope.spec.candidates import as_list
-from rankscope.spec.models import StudySpec
+from rankscope.spec.models import CHATML, StudySpec, is_jinja
 from rankscope.spec.option_table import OPTIONS
 from rankscope.spec.resolve import resolve_spec, short_form
 
@@ -37,15 +40,9 @@ def read_study_file(path: Path) -> dict[str, Any]:
 
 
 def _parse_file(path: Path) -> _Yaml:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise StudyError(f"{path}: no such study file", "Give the path of a .yaml file, or use --model.") from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise StudyError(f"{path}, line {line}: not valid UTF-8", "Save the file as UTF-8.") from None
-    except OSError as error:
-        raise StudyError(f"{path}: cannot be read: {error.strerror}", "Give the path of a .yaml file.") from None
+    if not os.path.exists(path):
+        raise StudyError(f"{path}: no such study file", "Give the path of a .yaml file, or use --model.")
+    text = _text_of(path, "Give the path of a .yaml file.")
     try:
         return _parse(text)
     except yaml.MarkedYAMLError as error:
@@ -53,6 +50,16 @@ def _parse_file(path: Path) -> _Yaml:
         raise StudyError(f"{path}, line {line}: not valid YAML: {_problem(error)}", "Correct that line.") from None
     except Exception as error:  # YAML's constructors raise what they like: !!int x, a date that does not exist
         raise StudyError(f"{path}: not valid YAML: {_problem(error)}", "Correct the file.") from None
+
+
+def _text_of(path: Path, todo: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise StudyError(f"{path}, line {line}: not valid UTF-8", "Save the file as UTF-8.") from None
+    except OSError as error:
+        raise StudyError(f"{path}: cannot be read: {error.strerror}", todo) from None
 
 
 def _parse(text: str) -> _Yaml:
@@ -94,7 +101,9 @@ def _problem(error: Exception) -> str:
 
 
 def set_value(values: dict[str, Any], assignment: str) -> None:
-    """Apply one `--set training.steps=200` to a nested mapping, in place; the value is YAML.
+    """Apply one `--set training.steps=200` to a nested mapping, in place.
+
+    The value is YAML; that of a text field is taken literally, unless it is in quotes, or `null` or `~` for none.
 
     Raises:
         StudyError: it is not KEY=VALUE, or the value is missing or not YAML.
@@ -103,13 +112,52 @@ def set_value(values: dict[str, Any], assignment: str) -> None:
     if not equals or not key:
         raise StudyError(f"--set {assignment}: expected KEY=VALUE", "For example --set training.steps=200.")
     try:
-        value = _parse(text).values
+        value = _value(text, _types(key))
     except Exception as error:
         what = f"--set {assignment}: the value is not valid YAML: {_problem(error)}"
         raise StudyError(what, "Put it in quotes.") from None
     if value is None and text.strip().lower() not in ("null", "~"):
         raise StudyError(f"--set {assignment}: no value is given", f"For none, write --set {key}=null.")
     set_field(values, key, value)
+
+
+def _value(text: str, types: set[Any]) -> Any:
+    """Value of an assignment's text for a field of these types; None if nothing is given."""
+    stripped = text.strip()
+    if str not in types or not types <= {str, _SEVERAL, type(None)} or not stripped:
+        return _parse(text).values
+    if type(None) in types and stripped.lower() in ("null", "~"):
+        return None
+    if _QUOTED.fullmatch(stripped):  # a line break in quotes stays one, which YAML reads as a space
+        single = stripped.startswith("'")
+        return stripped[1:-1].replace("''", "'") if single else _parse(stripped.replace("\n", "\\n")).values
+    if _SEVERAL in types:
+        with suppress(Exception):
+            names = _parse(text).values
+            if isinstance(names, list) and all(isinstance(name, str) for name in names):
+                return names
+    return text
+
+
+_SEVERAL = tuple[str, ...]
+_QUOTED = re.compile(r"""'(?:[^']|'')*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+
+
+def _types(key: str) -> set[Any]:
+    """Types that a field such as `training.steps` takes; None alone for an unknown field."""
+    annotation: Any = StudySpec
+    for part in key.split("."):
+        field = getattr(annotation, "model_fields", {}).get(part)
+        annotation = field and field.annotation
+    return _members(annotation)
+
+
+def _members(annotation: Any) -> set[Any]:
+    """Types in a union; the type itself if it is none."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        return set().union(*map(_members, inner))
+    return _members(inner[0]) if origin is Annotated else {annotation}
 
 
 def set_field(values: dict[str, Any], key: str, value: Any) -> None:
@@ -131,7 +179,8 @@ def assemble(
 ) -> StudySpec:
     """Study from a file's values, options over them (None for those not given), and `--set` assignments over both.
 
-    Errors name `file`, from which the values were read, and the line of a wrong value.
+    A chat template's file is replaced by its text, so that the study stands alone. Errors name `file`, from which the
+    values were read, and the line of a wrong value.
 
     Raises:
         StudyError: an option or field is unknown or wrong.
@@ -151,12 +200,30 @@ def assemble(
     for assignment in assignments:
         set_value(merged, assignment)
     merged.setdefault("name", _default_name(merged))
+    fields = [OPTIONS[option].field for option in options if options[option] is not None]
+    fields += [assignment.partition("=")[0] for assignment in assignments]
+    over = tuple(f"{field}." for field in fields)
+    in_file = file is not None and not "data.chat_template.".startswith(over)
+    _read_chat_template(merged, [file.parent, Path()] if file and in_file else [Path()])
     if file is None:
         return resolve_spec(merged)
-    over = [OPTIONS[option].field + "." for option in options if options[option] is not None]
-    over += [assignment.partition("=")[0] + "." for assignment in assignments]
-    lines = {name: line for name, line in _parse_file(file).lines.items() if not f"{name}.".startswith(tuple(over))}
+    lines = {name: line for name, line in _parse_file(file).lines.items() if not f"{name}.".startswith(over)}
     return resolve_spec(merged, f"the study {file}", lines)
+
+
+def _read_chat_template(values: dict[str, Any], folders: Sequence[Path]) -> None:
+    """Replace a chat template's file, in the first of `folders` that has it, by its text, in place."""
+    data = values.get("data")
+    given = data.get("chat_template") if isinstance(data, dict) else None
+    if not isinstance(data, dict) or not isinstance(given, str) or given == CHATML or is_jinja(given):
+        return
+    files = (folder / os.path.expanduser(given) for folder in folders)
+    if file := next(filter(os.path.isfile, files), None):
+        todo = "Give a file that holds a chat template alone."
+        text = _text_of(file, todo)
+        if file.suffix == ".json" or not is_jinja(text):  # a tokenizer_config.json holds one among other things
+            raise StudyError(f"data.chat_template: {file} is no Jinja template", todo)
+        data["chat_template"] = text
 
 
 def _default_name(values: Mapping[str, Any]) -> str:

@@ -35,7 +35,7 @@ def resolve_spec(
 
 
 def _explain(detail: dict[str, Any], lines: Mapping[str, int]) -> str:
-    path = [str(part) for part in detail["loc"]]
+    path = [str(part) for part in detail["loc"] if part != "[key]"]  # pydantic's sign of a mapping's wrong key
     field = ".".join(part if part.isprintable() and len(part) < 60 else short_form(part) for part in path) or "study"
     parents = (".".join(path[:length]) for length in range(len(path), 0, -1))  # `training.steps`, `training`
     line = next((lines[name] for name in parents if name in lines), None)
@@ -64,6 +64,8 @@ def short_form(value: Any) -> str:
 def _suggestion(path: Sequence[str]) -> str:
     """Hint at the nearest field of the same group, else of any group."""
     *group, name = path
+    if group == ["data"] and name in ("eval", "eval_id"):
+        return "did you mean eval_dataset?"
     known = _fields(group)
     groups = [[], *([field] for field in _fields([]))]
     elsewhere = {".".join([*other, field]): field for other in groups if other != group for field in _fields(other)}

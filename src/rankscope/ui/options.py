@@ -18,7 +18,8 @@ EMBEDDED_STUDY = Path(__file__).parents[1] / "demo" / "study.yaml"
 
 RUN = [name for name, option in OPTIONS.items() if option.help]
 PLAN = [name for name in RUN if name not in ("max_gpu_memory", "max_runtime")]
-SEARCH = {name: OPTIONS[name] for name in ("model", "dataset")} | {
+_DATA = ("dataset", "eval_dataset", "columns", "chat_template", "skip_bad_rows", "force")
+SEARCH = {name: OPTIONS[name] for name in ("model", *_DATA)} | {
     "ranks": Option("", str, "Ranks, e.g. 8,32,128, or 4..256 for 4, 8, 16 up to 256."),
     "learning_rates": Option("", str, "A range such as 1e-5..1e-3, sampled log-uniformly, or a list."),
     "alpha": Option("", str, "One lora_alpha or several, e.g. 16,32,2r."),
@@ -38,7 +39,7 @@ SEARCH |= {
 
 RESIZE = {
     "model": Option("model.id", str, "Base model. Default: the adapter's."),
-    "dataset": Option("data.id", str, "Data with held-out rows for the loss. Default: those of the adapter's study."),
+    "dataset": OPTIONS["dataset"]._replace(help="Data to hold out rows of. Default: those of the adapter's study."),
 } | {name: OPTIONS[name] for name in ("max_length", "device", "dtype")}
 
 
@@ -71,7 +72,7 @@ def with_options(options: Mapping[str, Option] | Iterable[str]) -> Callable[[Cal
 def _annotation(name: str, option: Option) -> Any:
     """Return the option as typer declares it; a switch has no --no- form."""
     declarations = [f"--{name.replace('_', '-')}"] if option.type is bool else []
-    return Annotated[option.type | None, typer.Option(*declarations, help=option.help)]
+    return Annotated[option.type | None, typer.Option(*declarations, metavar=option.metavar, help=option.help)]
 
 
 def resolve_study(study: Path | None, options: Mapping[str, Any], sets: Sequence[str] | None) -> "StudySpec":
