@@ -152,6 +152,9 @@ class FactsRecord(Record):
     duplicates_dropped: int
     rows_without_label_dropped: int
     mean_length: float
+    answers_cut_off: int = 0
+    notes: list[str] = []
+    warnings: list[str] = []
 
 
 class Predicted(Record):

@@ -28,7 +28,7 @@ class Catalogue:
 
     def count(self, key: str, number: int) -> str:
         """`3 seeds` or `1 seed`."""
-        return self(f"count.{key}_one") if number == 1 else self(f"count.{key}_many", n=number)
+        return self(f"count.{key}_one") if number == 1 else self(f"count.{key}_many", n=f"{number:,}")
 
     def items(self) -> dict[str, str]:
         return dict(self._texts)

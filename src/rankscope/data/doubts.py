@@ -1,0 +1,45 @@
+"""What is doubtful about the data: said before training, with the verdict, and first in the report."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rankscope.text.catalogue import Catalogue
+from rankscope.text.formats import percent
+
+MAX_CUT_SHARE = 0.05  # of the rows: above it the loss is no longer that of the data as it was written
+MIN_EVAL_ROWS = 200  # with fewer, what differs between held-out rows hides differences of a percent between ranks
+DOUBTS = ("rows_cut", "answers_cut_off", "few_held_out_rows")
+
+
+def doubts(facts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Codes of `DOUBTS` that hold for the content of data/facts.json, each with its numbers.
+
+    - `rows_cut`: a `share` above 5% of the rows is cut at `max_length` tokens.
+    - `answers_cut_off`: in `rows` rows a whole answer is cut off.
+    - `few_held_out_rows`: only `rows` rows are held out, fewer than 200.
+
+    A count that the facts of an older study lack gives no doubt.
+    """
+    held_out = facts.get("rows_eval", MIN_EVAL_ROWS)
+    share = facts.get("truncated", 0) / max(1, facts.get("rows_train", 0) + held_out)
+    cut_off = facts.get("answers_cut_off", 0)
+    found = {
+        "rows_cut": (share > MAX_CUT_SHARE, {"share": share, "max_length": facts.get("max_length")}),
+        "answers_cut_off": (cut_off > 0, {"rows": cut_off}),
+        "few_held_out_rows": (held_out < MIN_EVAL_ROWS, {"rows": held_out}),
+    }
+    return {code: values for code, (holds, values) in found.items() if holds}
+
+
+def data_warnings(facts: Mapping[str, Any], text: Catalogue) -> list[str]:
+    """Sentences on the doubts, then the warnings that the facts hold, which are in English."""
+    shown: dict[str, Callable[[Any], str]] = {
+        "share": percent,
+        "max_length": "{:,}".format,
+        "rows": lambda rows: text.count("rows", rows),
+    }
+    sentences = [
+        text(f"caveat.{code}", **{name: shown[name](value) for name, value in values.items()})
+        for code, values in doubts(facts).items()
+    ]
+    return [*sentences, *facts.get("warnings", [])]
