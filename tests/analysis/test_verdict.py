@@ -9,6 +9,7 @@ from scipy import stats
 
 from rankscope.analysis.comparison import best_rates, bounds, compare, estimate
 from rankscope.analysis.verdict import conclude
+from rankscope.data.doubts import DOUBTS
 from rankscope.spec.resolve import resolve_spec
 from rankscope.study.evidence import Evidence
 
@@ -337,3 +338,14 @@ def test_a_best_rate_at_the_edge_of_those_tried_is_told() -> None:
     middle = {(8, 1e-4): [2.5, 2.5], (8, 1e-3): [2.0, 2.0], (8, 1e-2): [2.5, 2.5]}
     assert "rate_at_edge" not in verdict_on(middle)["caveats"]
     assert "rate_at_edge" in verdict_on(middle | {(8, 1e-2): [1.5, 1.5]})["caveats"]
+
+
+def test_doubts_about_the_data_are_caveats() -> None:
+    empty, facts = pd.DataFrame(), {"rows_train": 800, "rows_eval": 200, "truncated": 60, "answers_cut_off": 2}
+    spec = resolve_spec({"model": {"id": "m"}, "data": {"id": "d"}})
+    results = pd.DataFrame({"status": ["done"]})
+    evidence = Evidence(spec, results, empty, empty, empty, empty, {}, facts, reference=empty)
+    caveats = conclude(evidence)["caveats"]
+    assert [code for code in caveats if code in DOUBTS] == ["rows_cut", "answers_cut_off"]
+    none = conclude(evidence._replace(data_facts=facts | {"truncated": 0, "answers_cut_off": 0}))["caveats"]
+    assert none == [code for code in caveats if code not in DOUBTS]

@@ -35,6 +35,15 @@ def test_every_adapter_has_a_card_with_its_own_facts(study: Study) -> None:
     assert study.results()["status"].eq("done").all(), "a card is no damage"
 
 
+def test_a_card_says_what_is_doubtful_about_the_data(study: Study) -> None:
+    evidence, trial = study.evidence(), study.spec.trials()[0]
+    results = evidence.results.iloc[0].to_dict()
+    card = model_card(evidence, study.verdict, trial, results)
+    assert "\n\nWarning: With only 8 rows held out, small differences in loss may not show" in card
+    sound = evidence._replace(data_facts=evidence.data_facts | {"rows_eval": 200})
+    assert "Warning" not in model_card(sound, study.verdict, trial, results)
+
+
 def test_only_what_the_hub_has_is_named_in_the_metadata(study: Study) -> None:
     evidence, trial = study.evidence(), study.spec.trials()[0]
     results = evidence.results.iloc[0].to_dict()

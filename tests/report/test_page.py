@@ -162,6 +162,18 @@ def test_a_phone_scrolls_tables_and_answers_but_not_the_page(browser: Browser, p
     assert answers[0] > answers[1]
 
 
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_warnings_about_the_data_are_on_the_first_screen(
+    browser: Browser, evidence: Evidence, tmp_path: Path, language: str, width: int, height: int
+) -> None:
+    few = evidence._replace(data_facts=evidence.data_facts | {"rows_eval": 96})
+    browser.open(build(few, make_verdict(few), tmp_path, language), width=width, height=height)
+    box = browser.ask("(({top, bottom}) => [top, bottom])(document.querySelector('.warnings').getBoundingClientRect())")
+    assert 0 < box[0] < box[1] <= height
+    assert "96" in browser.ask("document.querySelector('.warnings li').innerText")
+
+
 def test_keys_reach_the_skip_link_the_switches_and_the_numbers(browser: Browser, page: Path) -> None:
     browser.open(page)
     reached = []
@@ -203,7 +215,7 @@ def test_a_screen_reader_hears_names_and_sentences_and_no_marks(browser: Browser
 def test_text_can_be_read_on_its_background() -> None:
     """Contrast is at least 4.5, which WCAG 2.2 requires of text."""
     for colours in (LIGHT, DARK):
-        for name in ("ink", "muted", "accent", "good"):
+        for name in ("ink", "muted", "accent", "good", "warning"):
             for under in ("paper", "raised"):
                 assert contrast(colours[name], colours[under]) >= 4.5, (name, under)
 

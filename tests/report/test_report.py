@@ -25,7 +25,7 @@ from rankscope.report.runtime import measurements
 from rankscope.report.write import build
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import load
-from report.report_evidence import HOSTILE, make_evidence, make_spec, make_verdict, replace_trial
+from report.report_evidence import DOUBTFUL, HOSTILE, make_evidence, make_spec, make_verdict, replace_trial
 
 CPU_FIGURES = {
     "train-loss", "heldout-loss-rank", "heldout-loss-steps", "cpu-memory", "cpu-memory-steps", "cpu-memory-time",
@@ -147,6 +147,50 @@ def test_the_page_says_the_verdict_the_savings_and_the_cost(folder: Path) -> Non
         "id: facebook/opt-350m",
     ):
         assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("language", "expected"),
+    [
+        ("en", ["13.4% of the rows are cut at 512 tokens", "cut off in 23 rows", "only 180 rows held out"]),
+        ("ko", ["행의 13.4%가 512토큰에서", "행 23개에서 답변이", "검증 데이터가 행 180개뿐"]),
+    ],
+)
+def test_the_report_begins_with_what_is_doubtful_about_the_data(
+    evidence: Evidence, tmp_path: Path, language: str, expected: list[str]
+) -> None:
+    """Right below the verdict, before costs and caveats, and not among the caveats again."""
+    doubtful = evidence._replace(data_facts=evidence.data_facts | DOUBTFUL)
+    caveats = ["one_learning_rate", "rows_cut", "answers_cut_off", "few_held_out_rows"]
+    build(doubtful, make_verdict(doubtful, caveats=caveats), tmp_path, language)
+    text = load(language)
+    page, markdown = read_page(tmp_path).text, (tmp_path / "report.md").read_text(encoding="utf-8")
+    for report in (page, markdown.replace("\\", "")):
+        after_verdict = report.index("alpha/rank)" if language == "en" else "알파/랭크)")
+        after_warnings = report.index(text("saving.title", name=text("name.rank", rank=256)))
+        warnings = report[after_verdict:after_warnings]
+        for sentence in [text("caveat.data"), *expected, "One prompt for all rows."]:
+            assert sentence in warnings
+            assert report.count(sentence) == 1, "said once"
+        assert text("caveat.one_learning_rate") in report
+        assert "Columns not read: id, source. Read as prompt and answer." in report
+        assert text("fact.notes") in report
+    assert compose(doubtful, None, text, "x", "y").warnings, "also where there is no verdict yet"
+
+
+def test_where_nothing_is_doubtful_nothing_warns(folder: Path) -> None:
+    assert load("en")("caveat.data") not in read_page(folder).text
+    assert 'class="warnings"' not in (folder / "index.html").read_text(encoding="utf-8")
+    assert load("en")("caveat.data") not in (folder / "report.md").read_text(encoding="utf-8")
+
+
+def test_rows_that_are_cut_are_told_once(evidence: Evidence) -> None:
+    few, many = ({"truncated": rows} for rows in (3, 3_000))
+    for facts, told in ((few, "3 rows were longer"), (many, "15% of the rows are cut")):
+        content = compose(evidence._replace(data_facts=evidence.data_facts | facts), None, load("en"), "x", "y")
+        about = [line for line in [*content.warnings, *content.limits] if "cut" in line]
+        assert len(about) == 1
+        assert about[0].startswith(told)
 
 
 def test_sections_come_in_the_order_of_the_questions(folder: Path) -> None:
@@ -313,7 +357,13 @@ def test_hostile_text_stays_text(evidence: Evidence, tmp_path: Path) -> None:
     hostile = make_evidence(spec, steps=8)
     hostile = replace_trial(hostile, 0, status="failed", reason=f"{HOSTILE}</script><!-- | \n## heading")
     hostile = hostile._replace(
-        data_facts={"id": HOSTILE, HOSTILE: {HOSTILE: HOSTILE}, "prompt": "${alert(1)} {{ 7 * 7 }}"},
+        data_facts={
+            "id": HOSTILE,
+            HOSTILE: {HOSTILE: HOSTILE},
+            "prompt": "${alert(1)} {{ 7 * 7 }}",
+            "warnings": [HOSTILE],
+            "notes": [HOSTILE],
+        },
         machine={
             "hardware": {"gpus": [{"name": HOSTILE}]},
             "versions": {HOSTILE: HOSTILE},

@@ -31,7 +31,9 @@ def test_an_old_study_opens_and_concludes_as_it_did(path: Path, tmp_path: Path) 
     evidence = study.evidence()
     assert list(evidence.results["status"]) == ["done"] * 8
     assert len(evidence.profiles) == 5  # each rank's for both of its rates, and the control's for one
-    assert_same(conclude(evidence), study.verdict)
+    found = conclude(evidence)
+    assert found["caveats"] == [*study.verdict["caveats"], "few_held_out_rows"], "which version 0.1 did not say"
+    assert_same(found | {"caveats": study.verdict["caveats"]}, study.verdict)
     build(evidence, study.verdict, copy / "report")
     assert "full fine-tuning" in (copy / "report" / "index.html").read_text(encoding="utf-8")
 

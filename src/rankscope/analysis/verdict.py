@@ -23,6 +23,7 @@ from rankscope.analysis.comparison import (
 )
 from rankscope.analysis.costs import over_budget
 from rankscope.analysis.variants import judge_variants
+from rankscope.data.doubts import doubts
 from rankscope.spec.models import EMBEDDED
 from rankscope.study.evidence import Evidence
 
@@ -49,7 +50,7 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
     all is settled, or where up to 50 would not do. `comparison` has a row for each rank at its best learning rate,
     `left_out` names ranks without one, `reference_candidate` is full fine-tuning at its best one; `claims` are the four
     of the original study; `variants` are those of `rankscope.analysis.variants`; `caveats` are codes that the report
-    puts in words.
+    puts in words; of those in `rankscope.data.doubts.DOUBTS` the numbers are in data/facts.json.
     """
     spec, confidence = evidence.spec, evidence.spec.verdict.confidence
     rows = compare(evidence.examples, spec.verdict.margin) if len(evidence.examples) else []
@@ -240,4 +241,4 @@ def _caveats(
         "budget_unmeasured": any("unmeasured" in reasons for reasons in over.values()),
         "embedded_data": EMBEDDED in (*spec.data.ids, spec.model.id),
     }
-    return [code for code, true in found.items() if true]
+    return [*(code for code, true in found.items() if true), *doubts(evidence.data_facts)]

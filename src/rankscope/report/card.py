@@ -10,11 +10,13 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from rankscope import __version__
+from rankscope.data.doubts import data_warnings
 from rankscope.data.sources import HUB_ID
 from rankscope.files import write_atomic
 from rankscope.report.markdown import escape, markdown_table
 from rankscope.spec.candidates import PLAIN, Trial
 from rankscope.study.evidence import Evidence
+from rankscope.text.catalogue import load
 from rankscope.text.formats import Table, known, percent, rate, size
 from rankscope.text.verdict import verdict_sentence
 
@@ -41,6 +43,7 @@ def write_cards(evidence: Evidence, verdict: Mapping[str, Any], trials: Path) ->
 def model_card(evidence: Evidence, verdict: Mapping[str, Any], trial: Trial, results: Mapping[str, Any]) -> str:
     """Card of one trial's adapter; `results` is its row of `Study.results()`."""
     spec, candidate, machine, data = evidence.spec, trial.candidate, evidence.machine, evidence.data_facts
+    text = load("en")
     metadata = ModelCardData(
         base_model=_on_the_hub(spec.model.id),
         datasets=list(filter(_on_the_hub, spec.data.ids)) or None,
@@ -75,6 +78,7 @@ def model_card(evidence: Evidence, verdict: Mapping[str, Any], trial: Trial, res
         f"# {escape(spec.name)}: {escape(trial.name)}",
         f"A LoRA adapter of rank {candidate.rank}, one of the {len(spec.trials())} trials of a rankscope study.",
         f"The study's verdict: {escape(verdict_sentence(verdict, 'en'))}",
+        *(escape(text("caveat.warning", sentence=it)) for it in data_warnings(data, text)),
         "## How it was made",
         _table(facts),
         "## What was measured",

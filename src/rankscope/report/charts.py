@@ -33,14 +33,14 @@ def _numbered(name: str, colours: Sequence[str]) -> dict[str, str]:
 
 LIGHT: Mapping[str, str] = {
     "paper": "#fdfdfc", "raised": "#f4f4f1", "ink": "#1c1c1a", "muted": "#5c5c58", "line": "#e2e2dd",
-    "accent": "#00619a", "good": "#00714f",
+    "accent": "#00619a", "good": "#00714f", "warning": "#8f4a00",
     **_numbered("rank", ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6b6b6b"]),
     **_numbered("part", ["#8a8a86", "#332288", "#CC6677", "#DDCC77", "#882255", "#44AA99", "#117733", "#c4c4be"]),
 }  # fmt: skip
 
 DARK: Mapping[str, str] = {
     "paper": "#161615", "raised": "#20201e", "ink": "#e8e8e6", "muted": "#a8a8a4", "line": "#383836",
-    "accent": "#6fc0f0", "good": "#43cda2",
+    "accent": "#6fc0f0", "good": "#43cda2", "warning": "#f0b454",
     **_numbered("rank", ["#56B4E9", "#E69F00", "#2fc79b", "#CC79A7", "#F0E442", "#D55E00", "#b5b5b5"]),
     **_numbered("part", ["#73736f", "#77AADD", "#FFAABB", "#EEDD88", "#EE8866", "#44BB99", "#BBCC33", "#a5a5a0"]),
 }  # fmt: skip

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from rankscope.data.doubts import DOUBTS, data_warnings, doubts
 from rankscope.report.answers import Answered, answered
 from rankscope.report.costs import Saving, cost_tables, noise_sentence, prediction_tables, savings
 from rankscope.report.curve import rank_curve_sections
@@ -32,6 +33,7 @@ class Content(NamedTuple):
     outcome: str
     rank: str
     sentence: str
+    warnings: list[str]
     savings_title: str
     savings: list[Saving]
     savings_note: str
@@ -72,18 +74,20 @@ def compose(
     rank = (verdict or {}).get("rank")
     saved = savings(evidence, verdict, table, text)
     cost, cost_notes = _cost(verdict, table, text)
+    caveats = (verdict or {}).get("caveats", [])
     return Content(
         title=text("page.title", study=study_name),
         subtitle=_subtitle(evidence, text),
         outcome=text(f"outcome.{verdict['outcome'] if verdict else 'none'}"),
         rank="" if rank is None else str(rank),
         sentence=verdict_sentence(verdict, text.language),
+        warnings=data_warnings(evidence.data_facts, text),
         savings_title=saved.title,
         savings=saved.savings,
         savings_note=saved.note,
         cost=cost,
         cost_notes=cost_notes,
-        caveats=[text.get(f"caveat.{code}", str(code)) for code in (verdict or {}).get("caveats", [])],
+        caveats=[text.get(f"caveat.{code}", str(code)) for code in caveats if code not in DOUBTS],
         how_to_read=[text(f"how.{name}") for name in ("averages", "axes", "alone", "differences")],
         sections=[
             make_section("loss", loss_figures(evidence, verdict, table, text)),
@@ -212,6 +216,6 @@ def _limits(evidence: Evidence, verdict: Mapping[str, Any] | None, text: Catalog
         what = text("limit.answers") if name == ANSWERS else text("limit.profile", name=name)
         limits.append(text("limit.failed", what=what, reason=failure.reason))
     truncated = evidence.data_facts.get("truncated")
-    if isinstance(truncated, int) and truncated:
+    if isinstance(truncated, int) and truncated and "rows_cut" not in doubts(evidence.data_facts):
         limits.append(text("limit.truncated", rows=f"{truncated:,}"))
     return limits

@@ -16,6 +16,8 @@ def render(content: Content, text: Catalogue) -> str:
     parts = [f"# {escape(content.title)}", escape(content.subtitle), f"## {text('section.verdict')}"]
     headline = f"{content.outcome}: {content.rank}" if content.rank else content.outcome
     parts += [f"**{escape(headline)}**", escape(content.sentence)]
+    if content.warnings:
+        parts += [f"**{text('caveat.data')}**", _list(content.warnings)]
     if content.savings:
         lines = [
             f"{saving.label}: {text('saving.pair', value=saving.value, other=saving.instead)} ({saving.difference})"

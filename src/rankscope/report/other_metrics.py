@@ -90,8 +90,11 @@ class Fact(NamedTuple):
 
 
 def data_facts(facts: Mapping[str, Any], text: Catalogue) -> list[Fact]:
-    """Content of data/facts.json, in order, with masked tokens (context only) after label tokens."""
-    facts = _with_masked(facts)
+    """Content of data/facts.json, in order, with masked tokens (context only) after label tokens.
+
+    Its warnings are not among them: the report begins with them.
+    """
+    facts = {key: value for key, value in _with_masked(facts).items() if key != "warnings"}
     return [Fact(text.get(f"fact.{key}", key), _show(key, value, text)) for key, value in flatten(facts).items()]
 
 
@@ -133,5 +136,6 @@ def _show(key: str, value: Any, text: Catalogue) -> str:
         parts = [_show(name, part, text) for name, part in value.items()]
         return f"{parts[0]} ({', '.join(parts[1:])})" if len(parts) > 1 else "".join(parts)
     if isinstance(value, list | tuple):
-        return ", ".join(_show(key, part, text) for part in value)
+        between = " " if key == "notes" else ", "  # notes are sentences
+        return between.join(_show(key, part, text) for part in value) or text("none")
     return str(value)
