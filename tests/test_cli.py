@@ -21,6 +21,10 @@ def rankscope(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return forking.rankscope(arguments, cwd, {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"})
 
 
+def warnings_in(output: str) -> list[str]:
+    return re.findall(r"^Warning: (With only \d+ rows held out, .*)$", output, re.MULTILINE)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("cli")
@@ -50,6 +54,7 @@ def test_run_and_report(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "r002-lr2e-4" in done.stdout
     assert "not enough evidence" in done.stdout
+    assert len(warnings_in(done.stdout)) == 2, "before training, and with the verdict"
     assert (folder / "out" / "report" / "index.html").exists()
     assert "step" in done.stdout
     dry = rankscope("run", *arguments, "--out", "out", "--set", "measure.profiles=false", "--dry-run", cwd=folder)
@@ -72,6 +77,8 @@ def test_results_for_scripts(folder: Path) -> None:
     assert trial["eval_loss"] == read_json(folder / "scripts/trials/r002-lr2e-4-s0/trial.json")["results"]["eval_loss"]
     assert found["candidates"][0]["rss_mean_bytes"] is None, "it was not measured"
     assert "Pack p000" in done.stderr
+    assert len(warnings_in(done.stderr)) == 1
+    assert "few_held_out_rows" in found["verdict"]["caveats"]
     again = rankscope("report", "scripts", "--json", cwd=folder)
     assert json.loads(again.stdout) == found
     assert Path(folder, found["report"]).is_file()
@@ -80,6 +87,7 @@ def test_results_for_scripts(folder: Path) -> None:
     arguments[arguments.index("scripts")] = "elsewhere"
     planned = json.loads(rankscope(*arguments, "--json", "--dry-run", cwd=folder).stdout)
     assert planned["packs"] == {"p000": ["r002-lr2e-4-s0"]}
+    assert planned["warnings"] == warnings_in(done.stderr)[:1]
     assert planned["prediction"]["candidates"]["r002-lr2e-4"]["trainable_params"] == trial["trainable_params"]
     assert json.loads(rankscope("doctor", "--json", cwd=folder).stdout)["versions"]["torch"]
 
@@ -139,6 +147,7 @@ def test_plan_trains_and_writes_nothing(folder: Path, tmp_path: Path) -> None:
     done = rankscope("plan", *arguments, "--steps", "5", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "6 trials of 5 steps in 3 packs" in done.stdout
+    assert len(warnings_in(done.stdout)) == 1
     assert "r002-lr2e-4-s0, r004-lr2e-4-s0: about" in done.stdout
     # q, k, v, out: 32x32; fc1, fc2: 32x64; project_in and project_out: 16x32; two layers
     assert f"{2 * (2 * (4 * 64 + 2 * 96) + 2 * 48):,}" in done.stdout

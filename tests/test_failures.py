@@ -1,5 +1,6 @@
 """Failures of child processes: one bad trial leaves the others as they were, and stopped packs resume."""
 
+import io
 import shutil
 import textwrap
 from pathlib import Path
@@ -201,6 +202,15 @@ def test_another_model_under_the_same_name_is_refused(root: Path, whole: Study, 
 def test_what_a_terminal_would_obey_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
     PlainConsole().print("a\x1b]0;title\x07b", markup=False)
     assert capsys.readouterr().out == "a\ufffd]0;title\ufffdb\n"
+
+
+def test_warnings_are_yellow_in_a_terminal_and_the_same_text_elsewhere() -> None:
+    said = "Data: 3 rows\nWarning: few rows\nno Warning: here"
+    terminal, file = io.StringIO(), io.StringIO()
+    PlainConsole(file=terminal, force_terminal=True, color_system="standard").print(said, highlight=False)
+    PlainConsole(file=file).print(said, highlight=False)
+    assert terminal.getvalue() == "Data: 3 rows\n\x1b[33mWarning: few rows\x1b[0m\nno Warning: here\n"
+    assert file.getvalue() == f"{said}\n"
 
 
 def test_too_little_space_is_said_before_the_start(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,14 +172,13 @@ def report(directory: Directory, json_: Json = False, lang: Language = "en") -> 
     """Conclude again from a study's files and rebuild its report."""
     from rankscope.pipeline import finish
     from rankscope.study.study import Study
-    from rankscope.text.verdict import verdict_sentence
-    from rankscope.ui.outcome import describe_outcome
+    from rankscope.ui.outcome import describe_outcome, show_verdict
 
     conclusion = finish(Study.open(directory), lang)
     if json_:
         print_json(describe_outcome(conclusion))
         return
-    out_console.print(verdict_sentence(conclusion.verdict, lang), soft_wrap=True)
+    show_verdict(conclusion, out_console, lang)
     out_console.print(f"Report: {conclusion.study.report}", soft_wrap=True)
 
 

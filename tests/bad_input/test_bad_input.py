@@ -363,4 +363,4 @@ def test_what_is_no_mistake_is_taken(here: Path) -> None:
     command = ["plan", "--model", "model", "--dataset", "a.json", "--ranks", "2"]
     done = forking.rankscope(command, here, os.environ)
     assert done.returncode == 0, done.stderr
-    assert "1 cut to 256 tokens, 1 duplicates" in done.stdout
+    assert "; 1 cut to 256 tokens; rows left out: 1 duplicate\n" in done.stdout

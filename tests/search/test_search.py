@@ -58,7 +58,9 @@ def opened(folder: Path) -> optuna.Study:
 @pytest.fixture(scope="module")
 def found(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Search, dict[str, Any]]:
     spec, folder = asked(root), tmp_path_factory.mktemp("search") / "found"
-    result = search_in(spec, folder, lambda line: None)
+    said: list[str] = []
+    result = search_in(spec, folder, said.append)
+    assert any("\nWarning: With only 12 rows held out" in message for message in said)
     return Search(folder, spec), result
 
 

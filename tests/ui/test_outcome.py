@@ -1,5 +1,6 @@
 """Results for the terminal and for scripts, from evidence that is read once."""
 
+import io
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from rankscope.cli import app
 from rankscope.pipeline import Conclusion, finish
 from rankscope.report import write
 from rankscope.study.study import Study
+from rankscope.text.verdict import verdict_sentence
 from rankscope.ui.outcome import describe_outcome, show_curve, show_outcome
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "study-0.1"
@@ -67,3 +69,17 @@ def test_report_reads_the_evidence_once(study: Study, reads: Counter[str], optio
 def test_trials_are_in_the_order_of_the_study(study: Study) -> None:
     described = describe_outcome(finish(study))
     assert [trial["trial"] for trial in described["trials"]] == study.results()["trial"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("language", "warning"),
+    [("en", "Warning: With only 8 rows held out,"), ("ko", "경고: 검증 데이터가 행 8개뿐이어서")],
+)
+def test_doubts_about_the_data_follow_the_verdict(study: Study, language: str, warning: str) -> None:
+    shown, output = finish(study), io.StringIO()
+    show_outcome(shown, Console(file=output, width=200), language)
+    lines = output.getvalue().splitlines()
+    at = lines.index(verdict_sentence(shown.verdict, language))
+    assert lines[at + 1].startswith(warning)
+    again = CliRunner().invoke(app, ["report", str(study.path), "--lang", language])
+    assert again.output.splitlines()[1].startswith(warning)

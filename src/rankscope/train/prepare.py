@@ -5,6 +5,7 @@ from typing import Any
 
 from rankscope import demo
 from rankscope.data.cache import prepare_cached
+from rankscope.data.doubts import data_warnings
 from rankscope.data.general import with_general_text
 from rankscope.data.tokens import TokenizedData, load, sha256_of
 from rankscope.errors import DataError
@@ -12,6 +13,16 @@ from rankscope.model.load import load_config, load_tokenizer
 from rankscope.spec.candidates import name_or_names
 from rankscope.spec.models import EMBEDDED, StudySpec
 from rankscope.study.folder import StudyFolder
+from rankscope.text.catalogue import load as load_catalogue
+
+LEFT_OUT = {
+    "duplicates_dropped": "duplicate",
+    "blank_rows_dropped": "blank",
+    "bad_rows_dropped": "bad",
+    "rows_without_label_dropped": "with the whole answer cut off",
+    "eval_rows_in_train_dropped": "held out too",
+}
+"""Counts of data/facts.json, of rows that are not trained on, in the words of `describe_data`."""
 
 
 def prepare_data(spec: StudySpec) -> TokenizedData:
@@ -50,9 +61,15 @@ def study_data(spec: StudySpec, study: StudyFolder | None) -> TokenizedData:
 
 
 def describe_data(facts: Mapping[str, Any]) -> str:
-    """One line on the rows read and left out."""
-    return (
+    """Rows read and left out, on one line; then a line for each note, and one for each warning."""
+    line = (
         f"Data {facts['id']}: {facts['rows_train']:,} rows to train on, {facts['rows_eval']:,} held out, "
-        f"{facts['mean_length']:.0f} tokens a row; {facts['truncated']:,} cut to {facts['max_length']:,} tokens, "
-        f"{facts['duplicates_dropped']:,} duplicates, {facts['rows_without_label_dropped']:,} without a label left out"
+        f"{facts['mean_length']:.0f} tokens a row"
     )
+    if facts["truncated"]:
+        line += f"; {facts['truncated']:,} cut to {facts['max_length']:,} tokens"
+    if left_out := [f"{facts[key]:,} {why}" for key, why in LEFT_OUT.items() if facts.get(key)]:
+        line += f"; rows left out: {', '.join(left_out)}"
+    text = load_catalogue("en")
+    warnings = [text("caveat.warning", sentence=sentence) for sentence in data_warnings(facts, text)]
+    return "\n".join([line, *(f"  {note}" for note in facts.get("notes", [])), *warnings])

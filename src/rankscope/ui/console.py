@@ -26,8 +26,10 @@ class PlainConsole(Console):
         super().__init__(markup=False, emoji=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Text of a string that rich prints, table cells included."""
-        return super().render_str(strip_control_characters(text), **options)
+        """Text of a string that rich prints, table cells included; lines that begin with `Warning: ` are yellow."""
+        rendered = super().render_str(strip_control_characters(text), **options)
+        rendered.highlight_regex(r"(?m)^Warning: .*", "yellow")
+        return rendered
 
 
 out_console, error_console = PlainConsole(highlight=False), PlainConsole(stderr=True, highlight=False)

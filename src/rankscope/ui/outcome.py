@@ -7,6 +7,7 @@ import pandas as pd
 from rich.console import Console
 
 from rankscope.analysis.curve import curve_errors, loss_curve
+from rankscope.data.doubts import data_warnings
 from rankscope.pipeline import Conclusion
 from rankscope.report.costs import noise_sentence
 from rankscope.report.curve import rank_curve
@@ -27,9 +28,18 @@ def show_outcome(conclusion: Conclusion, console: Console, language: str) -> Non
     """Print the report's numbers for each candidate, and the verdict."""
     study, evidence, verdict = conclusion
     _show_candidates(evidence, verdict, console)
-    console.print(f"\n{verdict_sentence(verdict, language)}", style="bold", soft_wrap=True)
+    console.print()
+    show_verdict(conclusion, console, language)
     for sentence in [*variant_sentences(verdict, load(language)), f"Report: {study.report}"]:
         console.print(sentence, soft_wrap=True)
+
+
+def show_verdict(conclusion: Conclusion, console: Console, language: str) -> None:
+    """Print the verdict, and below it what is doubtful about the data."""
+    text = load(language)
+    console.print(verdict_sentence(conclusion.verdict, language), style="bold", soft_wrap=True)
+    for sentence in data_warnings(conclusion.evidence.data_facts, text):
+        console.print(text("caveat.warning", sentence=sentence), style="yellow", soft_wrap=True)
 
 
 def describe_outcome(conclusion: Conclusion) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from rich.table import Table
 
+from rankscope.data.doubts import data_warnings
 from rankscope.errors import StudyError
 from rankscope.jobs.launchers import make_launcher
 from rankscope.plan.checks import too_large
@@ -83,6 +84,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
     return {
         "model": {"id": plan.spec.model.id, "parameters": plan.prediction.base_params},
         "data": plan.data.facts,
+        "warnings": data_warnings(plan.data.facts, load("en")),
         "prediction": plan.forecast.describe(plan.prediction),
         "steps": plan.steps,
         "packs": {pack: [trial.name for trial in trials] for pack, trials in plan.packs.items()},
