@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -15,7 +16,7 @@ from rankscope.spec.models import ModelSpec
 def test_models_load(name: str, case_model: Callable[[str], Path]) -> None:
     folder = case_model(name)
     tokenizer = load_tokenizer(ModelSpec(id=str(folder)))
-    rows = AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().num_embeddings
+    rows: Any = AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().num_embeddings
     assert (len(tokenizer) > rows) == (name == "smallvocab")
 
 
