@@ -14,7 +14,7 @@ FINAL_LOSS = {8: 1.231, 128: 1.224, 256: 1.229}
 HOSTILE = "<script>alert(1)</script>"
 DOUBTFUL = {
     "rows_train": 3_400, "rows_eval": 180, "truncated": 480, "answers_cut_off": 23, "max_length": 512,
-    "notes": ["Columns not read: id, source.", "Read as prompt and answer."], "warnings": ["One prompt for all rows."],
+    "notes": ["columns not read: id, source", "read as prompt and answer"], "warnings": ["One prompt for all rows."],
 }  # fmt: skip
 """Facts of data with every doubt, with notes and with a warning of its own."""
 

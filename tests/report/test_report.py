@@ -173,7 +173,7 @@ def test_the_report_begins_with_what_is_doubtful_about_the_data(
             assert sentence in warnings
             assert report.count(sentence) == 1, "said once"
         assert text("caveat.one_learning_rate") in report
-        assert "Columns not read: id, source. Read as prompt and answer." in report
+        assert "columns not read: id, source; read as prompt and answer" in report
         assert text("fact.notes") in report
     assert compose(doubtful, None, text, "x", "y").warnings, "also where there is no verdict yet"
 

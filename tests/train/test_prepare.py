@@ -29,10 +29,15 @@ def test_every_count_of_rows_left_out_is_said(key: str) -> None:
 
 def test_notes_and_warnings_follow_each_on_its_own_line() -> None:
     doubtful = {"truncated": 1_140, "answers_cut_off": 7, "rows_eval": 199}
-    said = {"notes": ["Columns not read: id, source."], "warnings": ["Every row has the same prompt."]}
+    said = {
+        "notes": ["columns not read: id, source", "2 bad rows left out:\n- row 3"],
+        "warnings": ["Every row has the same prompt."],
+    }
     _, *lines = describe_data(FACTS | doubtful | said).splitlines()
     assert lines == [
-        "  Columns not read: id, source.",
+        "  columns not read: id, source",
+        "  2 bad rows left out:",
+        "  - row 3",
         "Warning: 12.7% of the rows are cut at 512 tokens; raise data.max_length, or split them.",
         "Warning: A whole answer is cut off in 7 rows; raise data.max_length, or split long rows.",
         "Warning: With only 199 rows held out, small differences in loss may not show; give more data, or raise "

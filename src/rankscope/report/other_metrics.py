@@ -136,6 +136,6 @@ def _show(key: str, value: Any, text: Catalogue) -> str:
         parts = [_show(name, part, text) for name, part in value.items()]
         return f"{parts[0]} ({', '.join(parts[1:])})" if len(parts) > 1 else "".join(parts)
     if isinstance(value, list | tuple):
-        between = " " if key == "notes" else ", "  # notes are sentences
+        between = "; " if key == "notes" else ", "  # notes have commas of their own
         return between.join(_show(key, part, text) for part in value) or text("none")
     return str(value)

@@ -1,6 +1,7 @@
 """Tokens of a study's data, prepared once for all trials."""
 
 from collections.abc import Mapping
+from textwrap import indent
 from typing import Any
 
 from rankscope import demo
@@ -72,4 +73,4 @@ def describe_data(facts: Mapping[str, Any]) -> str:
         line += f"; rows left out: {', '.join(left_out)}"
     text = load_catalogue("en")
     warnings = [text("caveat.warning", sentence=sentence) for sentence in data_warnings(facts, text)]
-    return "\n".join([line, *(f"  {note}" for note in facts.get("notes", [])), *warnings])
+    return "\n".join([line, *(indent(note, "  ") for note in facts.get("notes", [])), *warnings])
