@@ -8,7 +8,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rankscope.data.records import load_records
-from rankscope.data.tokens import TokenizedData, tokenize
+from rankscope.data.sources import resolve_sources
+from rankscope.data.tokenize import tokenize, with_source_facts
+from rankscope.data.tokens import TokenizedData
 from rankscope.spec.models import DataSpec
 
 WORDS = ("list", "sum", "sort", "file", "read", "loop", "string", "number", "class", "test")
@@ -62,4 +64,7 @@ def write_model(folder: Path, vocab: int = 300) -> Path:
 
 def prepare(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> TokenizedData:
     """The tokens of `spec`, without the cache."""
-    return tokenize(load_records(spec), spec, tokenizer, vocab_size)
+    of_train, of_eval = resolve_sources(spec)
+    records = load_records(spec, of_train)
+    evaluated = load_records(spec, of_eval) if of_eval else None
+    return with_source_facts(tokenize(records, spec, tokenizer, vocab_size, evaluated), records, evaluated)

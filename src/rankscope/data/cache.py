@@ -12,15 +12,20 @@ import os
 from importlib.metadata import version
 from pathlib import Path
 
-from rankscope.data.prompts import Tokenizer
+from rankscope.data.conversations import Tokenizer, with_chat_template
 from rankscope.data.records import Records, load_records
-from rankscope.data.tokens import TOKENS_VERSION, TokenizedData, load, save, tokenize
+from rankscope.data.sources import resolve_sources
+from rankscope.data.tokenize import tokenize, with_source_facts
+from rankscope.data.tokens import TOKENS_VERSION, TokenizedData, load, save
 from rankscope.errors import StudyDirectoryError
 from rankscope.spec.models import DataSpec
 
 _log = logging.getLogger(__name__)
 
-_ROW_FIELDS = {"id", "config", "revision", "split", "format", "max_rows"}
+_ROW_FIELDS = {
+    *("id", "config", "revision", "split", "format", "columns", "max_rows"),
+    *("eval_dataset", "eval_split", "force"),
+}
 """Fields of DataSpec that only determine the rows, which have a fingerprint. All other fields are part of the key."""
 
 
@@ -33,25 +38,29 @@ def prepare_cached(spec: DataSpec, tokenizer: Tokenizer, vocab_size: int) -> Tok
     Raises:
         DataError, ModelError: see `load_records` and `tokenize`.
     """
-    records = load_records(spec)
-    key = cache_key(records, spec, tokenizer, vocab_size)
+    with_chat_template(tokenizer, spec.chat_template)
+    sources, of_eval = resolve_sources(spec)
+    records = load_records(spec, sources)
+    evaluated = load_records(spec.model_copy(update={"max_rows": None}), of_eval) if of_eval else None
+    key = cache_key(records, spec, tokenizer, vocab_size, evaluated)
     folder = _folder()
     if key is None or folder is None:
-        return tokenize(records, spec, tokenizer, vocab_size)
+        data = tokenize(records, spec, tokenizer, vocab_size, evaluated)
+        return with_source_facts(data, records, evaluated)
     try:
-        cached = load(folder / key)
+        data = load(folder / key)
     except StudyDirectoryError:
-        data = tokenize(records, spec, tokenizer, vocab_size)
+        data = tokenize(records, spec, tokenizer, vocab_size, evaluated)
         try:
             save(data, folder / key)
         except OSError as error:
             _log.warning("the tokens are not cached: %s. Set RANKSCOPE_CACHE to a folder that can be written.", error)
-        return data
-    # Equal rows may have another source.
-    return TokenizedData(cached.train, cached.eval, cached.facts | {"id": records.id, "revision": records.revision})
+    return with_source_facts(data, records, evaluated)
 
 
-def cache_key(records: Records, spec: DataSpec, tokenizer: Tokenizer, vocab_size: int) -> str | None:
+def cache_key(
+    records: Records, spec: DataSpec, tokenizer: Tokenizer, vocab_size: int, evaluated: Records | None = None
+) -> str | None:
     """sha256, in hex, of everything that determines tokens and facts; None where that cannot be known.
 
     A hash of the vocabulary does not cover the code of a tokenizer written in Python, and a chat template that uses the
@@ -63,8 +72,9 @@ def cache_key(records: Records, spec: DataSpec, tokenizer: Tokenizer, vocab_size
     content = {
         "version": TOKENS_VERSION,
         "libraries": {name: version(name) for name in ("tokenizers", "transformers", "jinja2")},
-        "rows": [records.format, records.fingerprint],
+        "rows": [[rows.format, rows.fingerprint] for rows in (records, evaluated) if rows],
         "spec": spec.model_dump(exclude=_ROW_FIELDS),
+        "evaluated_on_request": bool(spec.eval_dataset or spec.eval_split),
         "tokenizer": [type(tokenizer).__name__, tokenizer.backend_tokenizer.to_str(), template],
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "split_special_tokens": tokenizer.split_special_tokens,

@@ -7,13 +7,16 @@ which are no labels.
 """
 
 import os
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from rankscope.data.prompts import Tokenizer, special_tokens_in_front, token_ids
-from rankscope.data.records import WrongRowError, checked_text
-from rankscope.data.sources import Table, listed, read_table, read_text
+from rankscope.data.conversations import Tokenizer
+from rankscope.data.messages import WrongRowError, checked_text
+from rankscope.data.prompts import special_tokens_in_front, token_ids
+from rankscope.data.readers import Part, listed, read_text
+from rankscope.data.sources import Source, resolve_sources
 from rankscope.data.tokens import Example, TokenizedData, Tokens, check_ids
 from rankscope.errors import DataError
 from rankscope.spec.models import DataSpec
@@ -30,26 +33,32 @@ def with_general_text(data: TokenizedData, id: str, most: int, tokenizer: Tokeni
         DataError: the text cannot be read, has no `text` column, or no token to predict.
         ModelError: the tokenizer gives ids that are not in the model's vocabulary.
     """
-    table = _table(id, most)
-    tokens = _tokens(table, id, most, data.facts["max_length"], tokenizer, vocab_size)
+    source = _source(id)
+    tokens = _tokens(source, id, most, data.facts["max_length"], tokenizer, vocab_size)
     facts = {
         "general_text": id,
-        "general_text_revision": table.revision,
+        "general_text_revision": source.revision,
         "general_sequences": len(tokens),
         "general_label_tokens": int(tokens.is_label.sum()),
     }
     return TokenizedData(data.train, data.eval, data.facts | facts, tokens)
 
 
-def _tokens(table: Table, id: str, most: int, max_length: int, tokenizer: Tokenizer, vocab_size: int) -> Tokens:
+def _tokens(source: Source, id: str, most: int, max_length: int, tokenizer: Tokenizer, vocab_size: int) -> Tokens:
     front = special_tokens_in_front(tokenizer)
     room = max_length - len(front)
     examples: list[Example] = []
-    for index, row in enumerate(table.rows):
+    rows = (
+        (part, index, line, row) for part in source.parts for index, (line, row) in enumerate(part.rows((_COLUMN,)))
+    )
+    for part, index, line, row in islice(rows, _ROWS_PER_SEQUENCE * most):
         try:
             text = checked_text(row.get(_COLUMN), _COLUMN)
         except WrongRowError as error:
-            raise DataError(f"measure.forgetting: {table.where(index)}: {error}", "Correct or remove it.") from None
+            what = f"measure.forgetting: {part.where(line, index)}: {error}"
+            if _COLUMN not in row:
+                raise _unfit(f"{part.name}: found the columns {listed(row)}, but no `{_COLUMN}`") from None
+            raise DataError(what, "Correct or remove it.") from None
         if not text.strip():
             continue
         (ids,) = token_ids([text[: _CHARACTERS_PER_TOKEN * most * max_length]], tokenizer)
@@ -66,24 +75,23 @@ def _tokens(table: Table, id: str, most: int, max_length: int, tokenizer: Tokeni
             f"measure.forgetting: {id} has no token to predict within data.max_length {max_length}",
             "Give a text of at least a few sentences.",
         )
-    check_ids(examples[:most], tokenizer, vocab_size)
+    check_ids(max(int(example.ids.max()) for example in examples[:most]), tokenizer, vocab_size)
     return Tokens.from_examples(examples[:most])
 
 
-def _table(id: str, most: int) -> Table:
-    """Table with a `text` column: a data set, or a text file as one row."""
+def _source(id: str) -> Source:
+    """Data with a `text` column, or a text file as one row."""
     path = Path(os.path.expanduser(id))
+    if path.name.lower().endswith((".txt", ".txt.gz")):
+        if not path.is_file():
+            raise _unfit(f"{id}: no such file")
+        return Source(id, (Part(str(path), lambda _: iter([(None, {_COLUMN: read_text(path)})])),))
     try:
-        if not path.name.lower().endswith((".txt", ".txt.gz")):
-            table = read_table(DataSpec(id=id, max_rows=_ROWS_PER_SEQUENCE * most), (_COLUMN,))
-        elif path.is_file():
-            table = Table(str(path), [{_COLUMN: read_text(path)}], (_COLUMN,))
-        else:
-            raise DataError(f"{id}: no such file")
-        if _COLUMN not in table.columns:
-            raise DataError(f"{table.name}: found the columns {listed(table.columns)}, but no `{_COLUMN}`")
+        [source], _ = resolve_sources(DataSpec(id=id))
     except DataError as error:
-        raise DataError(
-            f"measure.forgetting: {error.what}", f"Give a .txt file, or data whose rows have a `{_COLUMN}` column."
-        ) from None
-    return table
+        raise _unfit(error.what) from None
+    return source
+
+
+def _unfit(what: str) -> DataError:
+    return DataError(f"measure.forgetting: {what}", f"Give a .txt file, or data whose rows have a `{_COLUMN}` column.")

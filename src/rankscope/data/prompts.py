@@ -1,133 +1,179 @@
-"""Prompts and completions: records as the text to read and the text to learn, and both as token ids.
+"""Prompts: rows as text with the characters to learn, and text as token ids with labels.
 
-Prompt and completion are tokenised separately, so that no token spans the boundary of the loss.
+Token ids are those of the whole text, as `apply_chat_template` and TRL make them: an answer tokenised alone would begin
+with a space that SentencePiece adds, and that the text has not.
 """
 
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from rankscope.data.records import Format
-from rankscope.errors import DataError, ModelError
+import numpy as np
+import numpy.typing as npt
+
+from rankscope.data.conversations import Rendered, Tokenizer
+from rankscope.data.messages import shared_length
+from rankscope.errors import ModelError
 from rankscope.spec.models import DataSpec
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
 
 _PLACEHOLDER = re.compile(r"\{(instruction|input)\}")
 _PROBE = "The answer is 42."
 
 
-class Rendered(NamedTuple):
-    """One row as text."""
-
-    prompt: str
-    completion: str
-    is_chat: bool  # written by a chat template, with its special tokens
-
-
 class Encoded(NamedTuple):
-    """One row as token ids, not yet truncated."""
+    """One row as n token ids, not yet truncated."""
 
-    prompt_ids: list[int]
-    completion_ids: list[int]
+    ids: list[int]
+    is_label: npt.NDArray[np.bool_]  # (n,)
+    ends: list[int]  # number of tokens up to the end of each answer
+    spans_border: bool  # a token lies over the border between what is read and what is learned
 
 
-def render(row: dict[str, Any], spec: DataSpec, format: Format, tokenizer: Tokenizer) -> Rendered:
-    """Render a record as prompt and completion.
+def render_plain(row: Mapping[str, Any], spec: DataSpec, loss_on: str) -> Rendered:
+    """Render a row that is no conversation.
 
-    - alpaca: `spec.template`, filled; the completion is a space and the output. Values are inserted literally, braces
-      included. If the input is blank, lines of the template with `{input}` are left out, unless they also have
-      `{instruction}`; then the input is empty.
+    - alpaca: `spec.template`, filled, and the output, after a space unless the template ends in white space. Values are
+      inserted literally, braces included. If the input is blank, `spec.template_without_input` is filled; without one,
+      lines of the template with `{input}` are left out, unless they also have `{instruction}`; then the input is empty.
+      A system text stands in front; earlier questions and answers are filled in alike, a line break after each.
     - prompt_completion: both texts as they are.
-    - messages, or lists of messages: the tokenizer's chat template. The completion is the template's text after the
-      generation prompt: the last message and its end mark.
-
-    Raises:
-        DataError: the tokenizer has no chat template, the template refuses the conversation, or it writes the earlier
-            messages differently once the answer follows, so that prompt and answer cannot be separated.
+    - text: all of it is learned.
     """
-    if format == "alpaca":
-        return Rendered(_fill(spec.template, row), " " + row["output"], is_chat=False)
-    if format == "messages":
-        return _render_chat(row["messages"][:-1], row["messages"][-1:], tokenizer)
-    if isinstance(row["prompt"], list):
-        return _render_chat(row["prompt"], row["completion"], tokenizer)
-    return Rendered(row["prompt"], row["completion"], is_chat=False)
+    if "text" in row:
+        return Rendered(row["text"], [(0, len(row["text"]))], row["text"], is_chat=False)
+    if "prompt" in row:
+        prompt, completion, beginning = row["prompt"], row["completion"], row["prompt"]
+    else:
+        front = f"{row['system']}\n" if "system" in row else ""
+        turns = [({"instruction": asked, "input": ""}, said) for asked, said in row.get("history", ())]
+        prompts = [_fill(spec, asked) for asked in (*(asked for asked, _ in turns), row)]
+        answers = [_after(prompt, said) for prompt, (_, said) in zip(prompts, turns, strict=False)]
+        beginning = front + prompts[0]
+        prompt = (
+            front + "".join(f"{asked}{said}\n" for asked, said in zip(prompts, answers, strict=False)) + prompts[-1]
+        )
+        completion = _after(prompts[-1], row["output"])
+    start = 0 if loss_on == "all" else len(prompt)
+    return Rendered(prompt + completion, [(start, len(prompt + completion))], beginning, is_chat=False)
 
 
-def _fill(template: str, row: dict[str, str]) -> str:
+def _after(prompt: str, answer: str) -> str:
+    return answer if prompt[-1:].isspace() else f" {answer}"
+
+
+def _fill(spec: DataSpec, row: Mapping[str, str]) -> str:
+    template, values = spec.template, row
     if not row["input"].strip():
         lines = template.split("\n")
         template = "\n".join(line for line in lines if "{input}" not in line or "{instruction}" in line)
-        row = {**row, "input": ""}
-    return _PLACEHOLDER.sub(lambda match: row[match[1]], template)  # one pass keeps "{input}" in an instruction
-
-
-def _render_chat(prompt: list[dict[str, str]], completion: list[dict[str, str]], tokenizer: Tokenizer) -> Rendered:
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"the rows are conversations, but the tokenizer of {tokenizer.name_or_path} has no chat template",
-            "Choose a chat (instruct) model, or data in the alpaca or prompt_completion format.",
-        )
-    try:
-        before: Any = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        whole: Any = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
-    except Exception as error:  # a template is a program and may raise anything
-        raise DataError(
-            f"the model's chat template refuses the conversation: {error}",
-            "Remove such rows (often a system message, or roles out of turn), or take another model.",
-        ) from None
-    if not whole.startswith(before):
-        raise DataError(
-            "the model's chat template is not prefix-preserving: it writes the messages before the answer "
-            "differently once the answer follows, so that prompt and answer cannot be separated",
-            "Choose another model, or data in the alpaca or prompt_completion format.",
-        )
-    return Rendered(before, whole.removeprefix(before), is_chat=True)
+        template = template if spec.template_without_input is None else spec.template_without_input
+        values = {**row, "input": ""}
+    return _PLACEHOLDER.sub(lambda match: values[match[1]], template)  # one pass keeps "{input}" in an instruction
 
 
 def encode(rows: Sequence[Rendered], tokenizer: Tokenizer) -> list[Encoded]:
-    """Tokenise all prompts in one call and all completions in another.
+    """Tokenise whole texts, a batch in one call, and find the tokens to learn.
 
-    A plain prompt begins with the tokenizer's leading special tokens (often bos), without trailing ones, which would
-    separate prompt and completion. A plain completion ends with one eos. Chat text is tokenised as it is.
+    A plain text begins with the tokenizer's leading special tokens (often bos) and ends with one eos. A plain prompt is
+    tokenised as at inference: where a token would span its border (it ends in a space, say), the answer's tokens are
+    those of the text that follows it, and ids differ from the whole text's. Chat text is tokenised as it is.
 
     Raises:
-        ModelError: the tokenizer has no eos token, and plain completions need one.
+        ModelError: the tokenizer has no eos token, and plain answers need one.
     """
-    prompts = token_ids([row.prompt for row in rows], tokenizer)
-    completions = token_ids([row.completion for row in rows], tokenizer)
-    if all(row.is_chat for row in rows):
-        return [Encoded(*pair) for pair in zip(prompts, completions, strict=True)]
+    chats = [row for row in rows if row.is_chat]
+    plain = [row for row in rows if not row.is_chat]
+    encoded = {id(row): one for row, one in zip(chats, _encode_chats(chats, tokenizer), strict=True)}
+    encoded |= {id(row): one for row, one in zip(plain, _encode_plain(plain, tokenizer), strict=True)}
+    return [encoded[id(row)] for row in rows]
+
+
+def _encode_chats(rows: Sequence[Rendered], tokenizer: Tokenizer) -> list[Encoded]:
+    if not rows:
+        return []
+    if not tokenizer.is_fast:
+        ids = token_ids([row.text for row in rows], tokenizer)
+        return [_by_prefixes(row, own, tokenizer) for row, own in zip(rows, ids, strict=True)]
+    encoding = _tokenized([row.text for row in rows], tokenizer, return_offsets_mapping=True)
+    return [
+        _by_offsets(row, list(ids), np.array(offsets, dtype=np.int64).reshape(-1, 2))
+        for row, ids, offsets in zip(rows, encoding["input_ids"], encoding["offset_mapping"], strict=True)
+    ]
+
+
+def _by_offsets(row: Rendered, ids: list[int], offsets: npt.NDArray[np.int64]) -> Encoded:
+    starts, ends = offsets[:, 0], offsets[:, 1]
+    is_label = np.zeros(len(ids), dtype=np.bool_)
+    last, over = [], False
+    for start, end in row.learned:
+        # As transformers does for marks of the template's own, a token that begins before the mark counts as in it.
+        inside = ((ends > start) if row.is_marked else (starts >= start)) & (starts < end)
+        is_label |= inside
+        over |= bool(((starts < start) & (ends > start)).any())
+        last.append(int(np.flatnonzero(inside)[-1]) + 1 if inside.any() else len(ids))
+    return Encoded(ids, is_label, last, over)
+
+
+def _by_prefixes(row: Rendered, ids: list[int], tokenizer: Tokenizer) -> Encoded:
+    """For tokenizers without offsets: a border is where the ids of the text up to it cease to be those of the whole."""
+    is_label = np.zeros(len(ids), dtype=np.bool_)
+    last, over = [], False
+    for start, end in row.learned:
+        before, until = token_ids([row.text[:start], row.text[:end]], tokenizer)
+        first, stop = shared_length(before, ids), shared_length(until, ids)
+        over |= first < len(before)
+        is_label[first:stop] = True
+        last.append(stop)
+    return Encoded(ids, is_label, last, over)
+
+
+def _encode_plain(rows: Sequence[Rendered], tokenizer: Tokenizer) -> list[Encoded]:
+    if not rows:
+        return []
     front, eos = special_tokens_in_front(tokenizer), tokenizer.eos_token_id
     if not isinstance(eos, int):
         raise ModelError(
-            f"model {tokenizer.name_or_path}: the tokenizer has no end-of-sequence token, so no completion could end",
+            f"model {tokenizer.name_or_path}: the tokenizer has no end-of-sequence token, so no answer could end",
             "Choose a model whose tokenizer has one (eos_token in its tokenizer_config.json).",
         )
-    return [
-        Encoded(prompt, completion)
-        if row.is_chat
-        else Encoded(front + prompt, completion if completion[-1:] == [eos] else [*completion, eos])
-        for row, prompt, completion in zip(rows, prompts, completions, strict=True)
-    ]
+    borders = [row.learned[0][0] for row in rows]
+    wholes = token_ids([row.text for row in rows], tokenizer)
+    prompts = token_ids([row.text[:border] for row, border in zip(rows, borders, strict=True)], tokenizer)
+    found = []
+    for row, border, whole, prompt in zip(rows, borders, wholes, prompts, strict=True):
+        over = whole[: len(prompt)] != prompt
+        body = prompt + _continuing(row.text[border:], tokenizer) if over else whole
+        ids = front + body + ([] if body[-1:] == [eos] else [eos])
+        is_label = np.ones(len(ids), dtype=np.bool_)
+        is_label[: len(front) + len(prompt)] = False
+        found.append(Encoded(ids, is_label, [len(ids)], over))
+    return found
+
+
+def _continuing(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of text that continues another, without the space that SentencePiece puts in front of a text."""
+    for before in ("\n", ":", "a"):
+        alone, both = token_ids([before, before + text], tokenizer)
+        if both[: len(alone)] == alone:
+            return both[len(alone) :]
+    return token_ids([text], tokenizer)[0]
 
 
 def token_ids(texts: list[str], tokenizer: Tokenizer, special: bool = False) -> list[list[int]]:
     """Token ids of each text, not truncated; with the tokenizer's special tokens only if `special`."""
-    encoding = tokenizer(
+    return [list(ids) for ids in _tokenized(texts, tokenizer, add_special_tokens=special)["input_ids"]]
+
+
+def _tokenized(texts: list[str], tokenizer: Tokenizer, **options: Any) -> Any:
+    return tokenizer(
         texts,
-        add_special_tokens=special,
+        **{"add_special_tokens": False} | options,
         padding=False,
         truncation=False,
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,  # no warning about rows longer than the model takes: they are truncated and counted later
     )
-    return [list(ids) for ids in encoding["input_ids"]]
 
 
 def special_tokens_in_front(tokenizer: Tokenizer) -> list[int]:

@@ -1,76 +1,131 @@
-"""Records: rows of one known format, checked once, with a fingerprint.
+"""Records: rows of a source in one known form, checked, with a fingerprint.
 
-| format            | columns                                   | what is learned                       |
-|-------------------|-------------------------------------------|---------------------------------------|
-| alpaca            | instruction, output (input is optional)   | output                                |
-| prompt_completion | prompt, completion (text, or messages)    | completion                            |
-| messages          | messages, the last one by the assistant   | the last message; the others are read |
+A row is one of four forms, each with all that carries meaning:
+
+- alpaca: `instruction`, `input` ("" for none), `output`; `system` and `history` where the row has them;
+- prompt_completion: `prompt`, `completion`, both texts;
+- messages: `messages` (see `rankscope.data.messages`) and `first`, the index of the first that may be learned; `tools`,
+  `documents`, `chat_template_kwargs` where the row has them. Conversational prompts and completions become this form;
+- text: `text`.
 """
 
 import hashlib
 import json
-from typing import Any, Literal, NamedTuple
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
 
-from rankscope.data.sources import Table, kind, listed, read_table
+from rankscope.data.formats import COLUMNS, MEDIA, Layout, resolve_layout
+from rankscope.data.messages import (
+    WrongRowError,
+    checked_text,
+    parse_json,
+    parse_messages,
+    parse_tools,
+    says_something,
+    shared_length,
+)
+from rankscope.data.readers import Part, kind, listed
+from rankscope.data.sources import Source, resolve_sources
 from rankscope.errors import DataError, shortened
 from rankscope.spec.models import DataSpec
 
-Format = Literal["alpaca", "prompt_completion", "messages"]
-
-REQUIRED: dict[Format, tuple[str, ...]] = {
-    "alpaca": ("instruction", "output"),
-    "prompt_completion": ("prompt", "completion"),
-    "messages": ("messages",),
-}
+_ROWS_FOR_COLUMNS = 1000  # first rows of a part whose fields are its columns, where no header names them
 
 
-class Records(NamedTuple):
-    """Checked rows, in the order of the source."""
+@dataclass
+class Records:
+    """Rows of one or several sources, in order. Iterating reads them again; rows left out are left out again."""
 
-    rows: list[dict[str, Any]]  # only the columns of the format; alpaca: `input` is "" if absent
-    format: Format
-    fingerprint: str  # sha256 of the rows, whatever kind of file they came from
-    id: str
-    revision: str | None  # see `Table`
+    sources: Sequence[Source]
+    layouts: dict[str, Layout]  # by the source's name
+    spec: DataSpec
+    fingerprint: str = ""  # sha256 of the rows, whatever kind of file they came from
+    rows_read: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)  # `bad`, `blank`
+    unread_columns: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def id(self) -> str:
+        """Sources' names for people."""
+        return " + ".join(source.name for source in self.sources)
+
+    @property
+    def revision(self) -> str | None:
+        """Commits on the hub, None for local data."""
+        return " + ".join(filter(None, (source.revision for source in self.sources))) or None
+
+    @property
+    def format(self) -> str:
+        """Formats of the sources, such as `messages` or `alpaca + text`."""
+        return " + ".join(dict.fromkeys(layout.format for layout in self.layouts.values()))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for _, row in self.located():
+            yield row
+
+    def located(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Rows with their place, e.g. `data.jsonl, line 7`."""
+        for where, row in _checked(self.sources, self.layouts, self.spec):
+            if isinstance(row, dict):
+                yield where, row
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows at once."""
+        return list(self)
 
 
-def load_records(spec: DataSpec) -> Records:
-    """Read `spec.id` and check every row.
+def load_records(spec: DataSpec, sources: Sequence[Source] | None = None) -> Records:
+    """Check every row of the sources (default: those to train on), of which the first `spec.max_rows` are used.
 
-    A null or absent `input` means no input; columns that the format does not use are ignored.
+    A null or absent `input` means no input. Rows whose answer, or whose every field, is blank are left out and counted.
 
     Raises:
-        DataError: the source cannot be read, its columns fit no format or several, every answer is blank, or rows are
-            wrong: null, a number or a list instead of text, broken Unicode, a conversation that does not end with the
-            assistant. The message names file, line, row and field.
+        DataError: a source cannot be read, its columns fit no format or several, every answer is blank, or rows are
+            wrong and not to be skipped: null, a number or a list instead of text, broken Unicode, a conversation that
+            does not end with the assistant. The message names file, line, row and field.
     """
-    table = read_table(spec)
-    empty = DataError(f"{table.name}: no rows", "Give data with at least a few dozen rows.")
-    if not table.rows and not table.columns:
-        raise empty
-    format = _resolve_format(spec.format, table)
-    if not table.rows:
-        raise empty
-    rows, problems = [], []
-    for index, raw in enumerate(table.rows):
-        try:
-            rows.append(_canonical(raw, format))
-        except WrongRowError as error:
-            problems.append(f"{table.where(index)}: {error}")
-    if problems:
-        shown = "\n".join(f"  - {problem}" for problem in problems[:3])
-        count = "1 row is" if len(problems) == 1 else f"{len(problems):,} rows are"
-        more = "\n  - ..." if len(problems) > 3 else ""
-        raise DataError(f"{count} wrong, read as {format}:\n{shown}{more}", "Correct or remove these rows.")
-    if not any(_answer(row).strip() for row in rows):
-        raise DataError(
-            f"{table.name}: every row's {REQUIRED[format][-1]} is blank: there is nothing to learn",
-            "Put the answers there, or set data.format to another one that the columns fit.",
-        )
+    if sources is None:
+        sources, _ = resolve_sources(spec)
+    unread: dict[str, None] = {}
+    records = Records(sources, {source.name: _layout(source, spec, unread) for source in sources}, spec)
+    records.notes += [note for source in sources for note in source.notes]
+    records.notes += [layout.describe(name) for name, layout in records.layouts.items() if layout.guessed]
     digest = hashlib.sha256()
-    for row in rows:
-        digest.update(canonical_text(row).encode() + b"\n")
-    return Records(rows, format, digest.hexdigest(), spec.id, table.revision)
+    problems: list[str] = []
+    for where, row in _checked(sources, records.layouts, spec, unread):
+        records.rows_read += 1
+        if isinstance(row, WrongRowError):
+            records.left_out["bad"] += 1
+            if len(problems) < 3:
+                problems.append(f"{where}: {row}")
+        elif row is None:
+            records.left_out["blank"] += 1
+        else:
+            digest.update(canonical_text(row).encode() + b"\n")
+    bad, blank = records.left_out["bad"], records.left_out["blank"]
+    shown = "\n".join(f"  - {problem}" for problem in problems) + ("\n  - ..." if bad > 3 else "")
+    if problems and not (spec.skip_bad_rows and bad < records.rows_read):
+        count = "1 row is" if bad == 1 else f"{bad:,} rows are"
+        raise DataError(
+            f"{count} wrong, read as {records.format}:\n{shown}",
+            "Correct or remove these rows, or leave them out: --skip-bad-rows.",
+        )
+    if problems:
+        records.notes.append(f"{bad:,} bad row{'s' * (bad > 1)} left out, of which the first:\n{shown}")
+    if records.rows_read == bad + blank:
+        answer = {"alpaca": "output", "prompt_completion": "completion"}.get(records.format, records.format)
+        raise DataError(
+            f"{records.id}: every row's {answer} is blank: there is nothing to learn",
+            "Put the answers there, or say which column holds them: --columns OURS=THEIRS.",
+        )
+    records.fingerprint = digest.hexdigest()
+    records.unread_columns = tuple(unread)
+    return records
 
 
 def canonical_text(row: dict[str, Any]) -> str:
@@ -78,87 +133,186 @@ def canonical_text(row: dict[str, Any]) -> str:
     return json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
-def _resolve_format(asked: Format | Literal["auto"], table: Table) -> Format:
-    fitting = [name for name, columns in REQUIRED.items() if set(columns) <= set(table.columns)]
-    what = f"{table.name}: found the columns {listed(table.columns)}"
-    if asked != "auto":
-        if asked in fitting:
-            return asked
-        raise DataError(f"{what}; the format {asked} needs {_needs(asked)}", "Rename the columns, or set data.format.")
-    if len(fitting) > 1:
-        raise DataError(f"{what}, which fit {' and '.join(fitting)}", "Set data.format to the one you mean.")
-    if not fitting:
-        needs = "; ".join(f"{name} needs {_needs(name)}" for name in REQUIRED)
-        raise DataError(f"{what}, which fit no format: {needs}", "Rename the columns.")
-    return fitting[0]
+def _layout(source: Source, spec: DataSpec, unread: dict[str, None]) -> Layout:
+    """Layout of a source, which every part of it must fit."""
+    wanted = COLUMNS.union(spec.columns.values())
+    found: list[tuple[Part, tuple[str, ...], dict[str, Any]]] = []
+    for part in source.parts:
+        first = list(islice(part.rows(wanted), min(_ROWS_FOR_COLUMNS, spec.max_rows or _ROWS_FOR_COLUMNS)))
+        columns = part.columns() or tuple(dict.fromkeys(column for _, row in first for column in row))
+        if first:
+            found.append((part, columns, first[0][1]))
+    if not found:
+        raise DataError(f"{source.name}: no rows", "Give data with at least a few dozen rows.")
+    layouts = []
+    for part, columns, sample in found:
+        try:
+            layouts.append(resolve_layout(spec, columns, part.name if len(found) > 1 else source.name, sample))
+        except DataError as error:
+            if len(found) == 1:
+                raise
+            other, its_columns, _ = found[0] if part is not found[0][0] else found[1]
+            raise DataError(
+                f"{error.what}. Beside it lies {other.name} with the columns {listed(its_columns)}", error.todo
+            ) from None
+        if layouts[-1].format != layouts[0].format:
+            first_part, first_columns, _ = found[0]
+            raise DataError(
+                f"{source.name}: its files are of two formats: {first_part.name} has the columns "
+                f"{listed(first_columns)} ({layouts[0].format}), {part.name} has {listed(columns)} "
+                f"({layouts[-1].format})",
+                "Give each kind of file as a --dataset of its own.",
+            )
+    layout = layouts[0]
+    for more in layouts[1:]:
+        layout = layout._replace(columns=more.columns | layout.columns, guessed=layout.guessed or more.guessed)
+    read = set(layout.columns.values())
+    unread.update((column, None) for _, columns, _ in found for column in columns if column and column not in read)
+    return layout
 
 
-def _needs(name: Format) -> str:
-    return " and ".join(REQUIRED[name]) + (" (input is optional)" if name == "alpaca" else "")
+def _checked(
+    sources: Sequence[Source],
+    layouts: dict[str, Layout],
+    spec: DataSpec,
+    seen: dict[str, None] | None = None,
+) -> Iterator[tuple[str, dict[str, Any] | WrongRowError | None]]:
+    """Every row's place, and the row; None if it is blank, its fault if it is wrong. Unread columns go to `seen`."""
+    left = spec.max_rows
+    wanted = COLUMNS.union(spec.columns.values())
+    for source in sources:
+        layout = layouts[source.name]
+        read = set(layout.columns.values())
+        for part in source.parts:
+            for index, (line, raw) in enumerate(islice(part.rows(wanted), left)):
+                if seen is not None and not raw.keys() <= read:
+                    seen.update(dict.fromkeys(column for column in raw if column not in read))
+                try:
+                    yield part.where(line, index), _canonical(raw, layout)
+                except WrongRowError as error:
+                    yield part.where(line, index), error
+                left = left - 1 if left is not None else None
 
 
-class WrongRowError(ValueError):
-    """Fault of one row; the message begins with the field."""
+def _canonical(raw: dict[str, Any], layout: Layout) -> dict[str, Any] | None:
+    """Row in its form, or None if its answer or the whole of it is blank.
 
-
-def _canonical(raw: dict[str, Any], format: Format) -> dict[str, Any]:
-    for field in REQUIRED[format]:
-        if field not in raw:
-            raise WrongRowError(f"`{field}` is missing (found {listed(raw)})")
-    if format == "alpaca":
-        given = raw.get("input")
-        return {
-            "instruction": checked_text(raw["instruction"], "instruction"),
-            "input": "" if given is None else checked_text(given, "input"),
-            "output": checked_text(raw["output"], "output"),
-        }
-    if format == "messages":
-        messages = _messages(raw["messages"], "messages")
+    Raises:
+        WrongRowError: a field is missing or of a wrong type.
+    """
+    values = {name: raw[column] for name, column in layout.columns.items() if column in raw}
+    if all(value is None or (isinstance(value, str) and not value.strip()) for value in raw.values()):
+        return None
+    for name in MEDIA:
+        if raw.get(name):
+            raise WrongRowError(f"`{name}` is not empty, and a text model does not read it")
+    for name, column in layout.columns.items():
+        if name not in values and name in ("instruction", "output", "completion", "messages", "text", "prompt"):
+            raise WrongRowError(f"`{column}` is missing (found {listed(raw)})")
+    if layout.format == "text":
+        text = checked_text(values["text"], layout.columns["text"])
+        return {"text": text} if text.strip() else None
+    if layout.format == "alpaca":
+        return _alpaca(values, layout)
+    if layout.format == "messages":
+        name = layout.columns["messages"]
+        messages = _with_system(parse_messages(values["messages"], name), values)
         if len(messages) < 2:
-            raise WrongRowError("`messages` needs at least two: something to answer, and the answer")
-        return {"messages": _ended_by_assistant(messages, "messages")}
-    prompt, completion = raw["prompt"], raw["completion"]
-    if isinstance(prompt, list) and isinstance(completion, list):  # TRL's conversational form
-        answer = _ended_by_assistant(_messages(completion, "completion"), "completion")
-        return {"prompt": _messages(prompt, "prompt"), "completion": answer}
-    if isinstance(prompt, list) and isinstance(completion, str):
-        raise WrongRowError("`completion` is text but `prompt` is a list of messages: both must be the same")
-    return {"prompt": checked_text(prompt, "prompt"), "completion": checked_text(completion, "completion")}
+            raise WrongRowError(
+                f"`{layout.columns['messages']}` needs at least two: something to answer, and the answer"
+            )
+        return _conversation(messages, 0, values, layout.columns["messages"])
+    return _pair(values, layout)
 
 
-def _answer(row: dict[str, Any]) -> str:
-    """Text of a row that the model learns."""
-    answer: Any = row.get("output", row.get("completion", row.get("messages")))
-    return answer if isinstance(answer, str) else str(answer[-1]["content"])
+def _alpaca(values: dict[str, Any], layout: Layout) -> dict[str, Any] | None:
+    text = {
+        name: "" if values.get(name) is None and name in ("input", "system") else checked_text(values[name], column)
+        for name, column in layout.columns.items()
+        if name != "history"
+    }
+    row: dict[str, Any] = {name: text.get(name, "") for name in ("instruction", "input", "output")}
+    if text.get("system", "").strip():
+        row["system"] = text["system"]
+    history = values.get("history") or []
+    if isinstance(history, str):
+        history = parse_json(history, "history", "a list of pairs of question and answer") if history.strip() else []
+    if history:
+        if any(not isinstance(turn, list | tuple) or len(turn) != 2 for turn in history):
+            raise WrongRowError("`history` holds something else than pairs of question and answer")
+        row["history"] = [[checked_text(text, "history") for text in turn] for turn in history]
+    return row if row["output"].strip() else None
 
 
-def checked_text(value: Any, field: str) -> str:
-    """Return `value` if it is text that UTF-8 can encode; raise WrongRowError otherwise."""
-    if not isinstance(value, str):
-        raise WrongRowError(f"`{field}` is {kind(value)}, expected text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise WrongRowError(f"`{field}` holds half of a surrogate pair at character {error.start + 1}") from None
-    return value
+def _pair(values: dict[str, Any], layout: Layout) -> dict[str, Any] | None:
+    """Prompt and completion: texts, or messages, which become a conversation whose prompt is not learned."""
+    completion, name = values["completion"], layout.columns["completion"]
+    prompt = values.get("prompt")
+    if "rejected" in layout.columns:  # no prompt of its own: what both answers begin with
+        prompt, completion = _common_beginning(
+            checked_text(completion, name), checked_text(values.get("rejected"), "rejected")
+        )
+    prompt_name = layout.columns.get("prompt", "prompt")
+    if isinstance(prompt, list) or (isinstance(completion, list) and name == "chosen"):
+        if isinstance(completion, str) and name != "chosen":
+            raise WrongRowError(f"`{name}` is text but `{prompt_name}` is a list of messages: both must be the same")
+        answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+        asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        before, after = parse_messages(asked, prompt_name), parse_messages(answer, name)
+        if after[: len(before)] == before:  # some data repeat the prompt
+            after = after[len(before) :] or after
+        first = len(_with_system(before, values))
+        return _conversation(_with_system(before + after, values), first, values, name)
+    pair = {"prompt": checked_text(prompt, prompt_name), "completion": checked_text(completion, name)}
+    return pair if pair["completion"].strip() else None
 
 
-def _messages(value: Any, field: str) -> list[dict[str, str]]:
-    if not isinstance(value, list):
-        raise WrongRowError(f"`{field}` is {kind(value)}, expected a list of messages with role and content")
-    if not value:
-        raise WrongRowError(f"`{field}` is an empty list")
-    messages = []
-    for index, message in enumerate(value):
-        if not isinstance(message, dict):
-            raise WrongRowError(f"`{field}[{index}]` is {kind(message)}, expected an object with role and content")
-        parts = {part: checked_text(message.get(part), f"{field}[{index}].{part}") for part in ("role", "content")}
-        messages.append(parts)
+def _common_beginning(chosen: str, rejected: str) -> tuple[str, str]:
+    """Prompt and answer of a preferred text, divided where the rejected one differs, as TRL does."""
+    same = shared_length(chosen, rejected)
+    if same and chosen[same - 1] == " ":
+        same -= 1
+    return chosen[:same], chosen[same:]
+
+
+def _with_system(messages: list[dict[str, Any]], values: dict[str, Any]) -> list[dict[str, Any]]:
+    """Messages that begin with the row's own `system`, if it has one."""
+    system = values.get("system")
+    if system is None or (isinstance(system, str) and not system.strip()):
+        return messages
+    [own] = parse_messages([{"role": "system", "content": system}], "system")
+    if messages[0]["role"] != "system":
+        return [own, *messages]
+    if messages[0]["content"] != own["content"]:
+        raise WrongRowError("`system` is not what the system message of the conversation says")
     return messages
 
 
-def _ended_by_assistant(messages: list[dict[str, str]], field: str) -> list[dict[str, str]]:
+def _conversation(
+    messages: list[dict[str, Any]], first: int, values: dict[str, Any], name: str
+) -> dict[str, Any] | None:
     if messages[-1]["role"] != "assistant":
         role = shortened(repr(messages[-1]["role"]))
-        raise WrongRowError(f"`{field}` ends with the role {role}, expected assistant")
-    return messages
+        raise WrongRowError(f"`{name}` ends with the role {role}, expected assistant")
+    row: dict[str, Any] = {"messages": messages}
+    if first:
+        row["first"] = first
+    if tools := parse_tools(values.get("tools"), "tools"):
+        row["tools"] = tools
+    for key in ("documents", "chat_template_kwargs"):
+        if given := values.get(key):
+            row[key] = parse_json(given, key, "an object or a list") if isinstance(given, str) else given
+    if not isinstance(row.get("chat_template_kwargs", {}), dict):
+        raise WrongRowError(f"`chat_template_kwargs` is {kind(row['chat_template_kwargs'])}, expected an object")
+    _refuse_broken_text(row, name)
+    return (
+        row if any(says_something(message) for message in messages[first:] if message["role"] == "assistant") else None
+    )
+
+
+def _refuse_broken_text(value: Any, name: str) -> None:
+    """Raise WrongRowError for half of a surrogate pair anywhere in a nested value."""
+    if isinstance(value, str):
+        checked_text(value, name)
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _refuse_broken_text(item, name)

@@ -1,274 +1,273 @@
-"""Sources of rows: a local file, a local folder, or the hub. Nothing here depends on the meaning of a row.
+"""Sources: files, folders, patterns, URLs and hub ids as the rows to train on and those to evaluate on.
 
-Text files are parsed here rather than by `datasets`, so that an error can name the line. Nothing from the data is ever
-executed: `datasets` (4 and later) has no loading scripts, and only its builders of plain rows are allowed: the one of
-.tar files calls `torch.load`.
+A folder, data on the hub and a single file are read by the same readers. Nothing from the data is ever executed: there
+are no loading scripts, and only files of plain rows are read.
 """
 
-import csv
-import gzip
-import io
-import json
+import functools
+import glob
+import hashlib
 import os
 import re
-import sys
 import textwrap
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from rankscope.errors import DataError, shortened
+from rankscope.data.folders import SPLITS, divide
+from rankscope.data.readers import FILE_TYPES, Numbered, Part, batch_rows, file_part, file_type, listed
+from rankscope.errors import DataError
+from rankscope.files import published
 from rankscope.spec.models import DataSpec
 
-COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages")
-"""Columns that any format reads; others are not loaded where that saves time."""
-
-FILE_TYPES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # of a model or a data set
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+_COMMIT = re.compile(r"/snapshots/([0-9a-f]{40})/")
+_BATCH_ROWS = 256
+_WHOLE_SPLITS = "Name whole splits, with + between several; data.max_rows takes the first rows."
 
 
-class Table(NamedTuple):
-    """Unchecked rows of a source."""
+class Source(NamedTuple):
+    """Rows of one split of a file, a folder or a hub data set."""
 
-    name: str  # file, folder or hub id, for errors
-    rows: list[dict[str, Any]]
-    columns: tuple[str, ...]  # all columns of the source, in order of appearance
-    lines: tuple[int, ...] | None = None  # line, from 1, on which each row starts; None without lines
-    revision: str | None = None  # the hub's commit, or the requested revision if it is unknown; None for local data
-
-    def where(self, index: int) -> str:
-        """Name row `index` (from 0) for an error: `data.jsonl, line 7` or `data.json, row 3`."""
-        if self.lines is None:
-            return f"{self.name}, row {index + 1}"
-        line = f"{self.name}, line {self.lines[index]}"
-        return line if self.lines[index] == index + 1 else f"{line}, row {index + 1}"
+    name: str  # as the study names it, for errors
+    parts: tuple[Part, ...]
+    revision: str | None = None  # the hub's commit; None for local data
+    notes: tuple[str, ...] = ()
 
 
-def read_table(spec: DataSpec, wanted: Sequence[str] = COLUMNS) -> Table:
-    """Read the first `spec.max_rows` rows (default: all) of the file, folder or hub data set `spec.id`.
+class Splits(NamedTuple):
+    """All splits of a source; `parts` reads one, so that others need not be fetched."""
 
-    A local file or folder of that name takes precedence over the hub. Columns that are not `wanted` may be left out.
+    name: str
+    splits: Sequence[str]
+    parts: Callable[[str], tuple[Part, ...]]
+    revision: str | None = None
+    notes: tuple[str, ...] = ()
+    named: bool = True  # whether the data have splits; False for a file or a pattern without
+
+
+def resolve_sources(spec: DataSpec) -> tuple[list[Source], list[Source]]:
+    """Sources to train on and to evaluate on; the second is empty where rows are to be held out.
+
+    A local file or folder takes precedence over the hub. Where the data have a split `validation` or `test` beside
+    `train`, and the study names neither a split nor an evaluation set, that split is evaluated on.
 
     Raises:
-        DataError: the source is missing, unreadable, corrupt, or of an unknown type; the message names file and line.
+        DataError: a source is missing, of an unknown type, has no such split, or cannot be fetched.
     """
-    path = Path(os.path.expanduser(spec.id))
+    train: list[Source] = []
+    evaluated: list[Source] = []
+    for id in _each(spec.ids):
+        found = _splits(id, spec)
+        split = _chosen(found, spec)
+        other = spec.eval_split
+        if other is None and spec.split is None and not spec.eval_dataset and split == "train":
+            other = next((name for name in ("validation", "test") if name in found.splits), None)
+        if spec.eval_split is not None and _canonical_split(found, spec.eval_split) is None:
+            raise _no_split(found, spec.eval_split, "data.eval_split")
+        train.append(_source(found, split, [other] if other else [], spec.split is None))
+        if other:
+            evaluated.append(_source(found, _canonical_split(found, other) or other, [], False))
+    for id in _each((spec.eval_dataset,) if isinstance(spec.eval_dataset, str) else spec.eval_dataset or ()):
+        found = _splits(id, spec.model_copy(update={"config": None, "revision": None}))
+        likely = [name for name in ("test", "validation", "train") if name in found.splits]
+        if len(found.splits) > 1 and not likely:
+            raise _no_split(found, "test", "data.eval_dataset")
+        only = found.splits[0] if len(found.splits) == 1 else likely[0]
+        evaluated.append(_source(found, only, [], len(found.splits) > 1))
+    return train, evaluated
+
+
+def _each(ids: Sequence[str]) -> Iterator[str]:
+    """Ids one by one; one that names no file may be several, separated by commas."""
+    for id in ids:
+        one_source = os.path.exists(os.path.expanduser(id)) or "," not in id
+        yield from [id] if one_source else filter(None, (part.strip() for part in id.split(",")))
+
+
+def _source(found: Splits, split: str, used: Sequence[str], say: bool) -> Source:
+    """Source of a split; where `say`, with a note on what stays unread, or was taken though nobody asked for it."""
+    notes = list(found.notes)
+    if say and found.named:
+        unread = [name for name in found.splits if name != split and name not in used]
+        notes += [f"{found.name}: the split {other} is the evaluation set" for other in used]
+        notes += [f"{found.name}: not read: the split{'s' * (len(unread) > 1)} {listed(unread)}"] if unread else []
+        notes += [f"{found.name}: its only split is {split}"] if split != "train" and len(found.splits) == 1 else []
+    return Source(found.name, found.parts(split), found.revision, tuple(notes))
+
+
+def _chosen(found: Splits, spec: DataSpec) -> str:
+    """Split to train on. Raises DataError if there is no such split, or none is meant."""
+    if spec.split not in (None, "train") and not found.named:  # studies of earlier versions name `train`
+        raise DataError(f"{found.name}: data.split is {spec.split!r}, but local data has no split", "Remove it.")
+    if spec.split is None:
+        if len(found.splits) == 1:
+            return found.splits[0]
+        if "train" in found.splits:
+            return "train"
+        raise _no_split(found, "train", "data.split")
+    split = _canonical_split(found, spec.split)
+    if split is None and not re.search(r"[+\[]", spec.split):
+        raise _no_split(found, spec.split, "data.split")
+    return split or spec.split
+
+
+def _canonical_split(found: Splits, name: str) -> str | None:
+    """Split by its name, or by another common name for it."""
+    return next((split for split in (name, SPLITS.get(name)) if split in found.splits), None)
+
+
+def _no_split(found: Splits, name: str, field: str) -> DataError:
+    return DataError(f"{found.name}: no split {name}, only {listed(found.splits)}", f"Choose one of them: {field}.")
+
+
+def _splits(id: str, spec: DataSpec) -> Splits:
+    path = Path(os.path.expanduser(id))
     if os.path.isfile(path):  # unlike Path's own, these return False for a name that is no valid path
-        _refuse_hub_fields(spec, "split", "config", "revision")
-        return _read_file(path, spec.max_rows, wanted)
+        _refuse_hub_fields(id, spec, "config", "revision")
+        return _unsplit(str(path), [file_part(path)])
     if os.path.isdir(path):
-        _refuse_hub_fields(spec, "revision")
-        return _read_with_datasets(spec, str(path), wanted, local=True)
-    if path.suffix.lower() in (*FILE_TYPES, ".gz") or not HUB_ID.fullmatch(spec.id):
-        raise DataError(f"{spec.id}: no such file or folder", "Check the path, or give a hub id such as owner/name.")
-    return _read_with_datasets(spec, spec.id, wanted, local=False)
+        _refuse_hub_fields(id, spec, "revision")
+        return _saved(path, id, spec) or _folder(path, id, spec)
+    if re.match(r"https?://", id):
+        return _unsplit(id, [file_part(_downloaded(id), id)])
+    if glob.has_magic(id):
+        files = sorted(file for file in glob.glob(os.path.expanduser(id), recursive=True) if os.path.isfile(file))
+        if not files:
+            raise DataError(f"{id}: no file matches this pattern", "Check the path; quote the pattern.")
+        common = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
+        below = {Path(os.path.relpath(file, common)).as_posix(): Path(file) for file in files}
+        return _divided(id, list(below), "", spec, lambda file: file_part(below[file]))
+    if file_type(path) in FILE_TYPES or path.suffix.lower() == ".gz" or not HUB_ID.fullmatch(id):
+        raise DataError(f"{id}: no such file or folder", "Check the path, or give a hub id such as owner/name.")
+    return _hub(id, spec)
 
 
-def _refuse_hub_fields(spec: DataSpec, *fields: str) -> None:
+def _unsplit(name: str, parts: Sequence[Part]) -> Splits:
+    return Splits(name, ("train",), lambda _: tuple(parts), named=False)
+
+
+def _refuse_hub_fields(id: str, spec: DataSpec, *fields: str) -> None:
     """Raise DataError if a field is set that local data cannot honour, which would select other rows than intended."""
     for field in fields:
-        value = getattr(spec, field)
-        if value is not None and (field, value) != ("split", "train"):
-            raise DataError(f"{spec.id}: data.{field} is {value!r}, but local data has no {field}", "Remove it.")
+        if (value := getattr(spec, field)) is not None:
+            raise DataError(f"{id}: data.{field} is {value!r}, but local data has no {field}", "Remove it.")
 
 
-def _read_file(path: Path, limit: int | None, wanted: Sequence[str]) -> Table:
-    name = str(path)
-    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
-    if suffix not in FILE_TYPES:
-        raise DataError(
-            f"{name}: unknown file type {suffix or '(no suffix)'}",
-            f"Name it by what it holds: {', '.join(FILE_TYPES)} (text may be gzipped).",
-        )
-    if suffix == ".parquet":
-        return _read_parquet(path, limit, wanted)
-    text = read_text(path)
-    numbered: Iterator[tuple[int | None, Any]]
-    if suffix == ".csv":
-        numbered = _csv_rows(name, text)
-    elif text.lstrip(" \t\r\n").startswith("["):  # by content: many .json files hold one object a line
-        numbered = ((None, row) for row in _parse_json(name, text))
-    else:  # splitlines would also split at U+2028 inside text
-        lines = ((line, content.strip()) for line, content in enumerate(text.split("\n"), start=1))
-        numbered = ((line, _parse_json(name, content, line)) for line, content in lines if content)
-    return _table(name, islice(numbered, limit))
+def _folder(path: Path, id: str, spec: DataSpec) -> Splits:
+    files = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+    readme = path / "README.md"
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    return _divided(id, files, text, spec, lambda file: file_part(path / file))
 
 
-def read_text(path: Path) -> str:
-    """Text of a file, gzipped or not. Raises DataError if it cannot be read or is not UTF-8, with the line."""
-    try:
-        content = path.read_bytes()
-        if content.startswith(b"\x1f\x8b"):  # gzip, whatever the file is called
-            content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read: {error}", "Check the file, or fetch it again.") from None
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}, line {line}: not valid UTF-8 (byte 0x{content[error.start]:02x})", "Save the file as UTF-8."
-        ) from None
+def _divided(
+    name: str,
+    files: Sequence[str],
+    readme: str,
+    spec: DataSpec,
+    part: Callable[[str], Part],
+    revision: str | None = None,
+) -> Splits:
+    folder = divide(files, readme, spec.config, name)
+
+    def parts(split: str) -> tuple[Part, ...]:
+        return tuple(part(file) for one in split.split("+") for file in _files_of(one, folder.splits, name))
+
+    return Splits(name, tuple(folder.splits), parts, revision, tuple(folder.notes))
 
 
-def _table(name: str, numbered: Iterable[tuple[int | None, Any]]) -> Table:
-    """Table of rows that come with their lines, or with None."""
-    rows: list[dict[str, Any]] = []
-    lines: list[int] = []
-    columns: dict[str, None] = {}
-    for line, value in numbered:
-        if not isinstance(value, dict):
-            where = name if line is None else f"{name}, line {line}"
-            raise DataError(
-                f"{where}: row {len(rows) + 1} is {kind(value)}, expected an object",
-                'Write each row as {"instruction": ..., "output": ...}.',
-            )
-        rows.append(value)
-        lines += [] if line is None else [line]
-        columns.update(dict.fromkeys(value))
-    return Table(name, rows, tuple(columns), tuple(lines) or None)
+def _files_of(split: str, splits: dict[str, list[str]], name: str) -> list[str]:
+    if split not in splits:
+        raise DataError(f"{name}: no split {split}, only {listed(splits)}", _WHOLE_SPLITS)
+    return splits[split]
 
 
-def listed(names: Iterable[Any]) -> str:
-    """Comma-separated names for an error, at most 20; `(none)` if there are none."""
-    plain = [str(name).encode(errors="backslashreplace").decode() for name in names]
-    shown = [shortened(name if name == " ".join(name.split()) else repr(name)) for name in plain]  # quoted if blanks
-    return ", ".join(shown[:20]) + (", ..." if len(shown) > 20 else "") if shown else "(none)"
-
-
-def kind(value: Any) -> str:
-    """Type of a JSON value in plain words."""
-    names = {type(None): "null", bool: "true/false", int: "a number", float: "a number", str: "text", list: "a list"}
-    return names.get(type(value), "an object" if isinstance(value, dict) else type(value).__name__)
-
-
-def _parse_json(name: str, text: str, line: int | None = None) -> Any:
-    """Value of one line of JSONL, or of a whole file where `line` is None."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line, message = line or error.lineno, error.msg
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; a list nested too deep
-        message = str(error)
-    raise DataError(
-        f"{name}{f', line {line}' if line else ''}: not valid JSON: {message}",
-        "Correct it; expected is one list of objects, or one object a line.",
-    )
-
-
-def _csv_rows(name: str, text: str) -> Iterator[tuple[int, Any]]:
-    previous_limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses fields over 128 KiB
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        header = next(reader, [])
-        if len(set(header)) < len(header):
-            raise DataError(f"{name}, line 1: a column is named twice: {listed(header)}", "Rename one of them.")
-        line = reader.line_num + 1
-        for values in reader:
-            if values and len(values) != len(header):
-                count = f"{len(values)} value" + "s" * (len(values) != 1)
-                raise DataError(
-                    f"{name}, line {line}: {count} for {len(header)} columns",
-                    "Put text that contains commas in double quotes.",
-                )
-            if values:
-                yield line, dict(zip(header, values, strict=True))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"{name}, line {reader.line_num}: not valid CSV: {error}", "Correct that line.") from None
-    finally:
-        csv.field_size_limit(previous_limit)
-
-
-def _read_parquet(path: Path, limit: int | None, wanted: Sequence[str]) -> Table:
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
-
-    try:
-        with pq.ParquetFile(path) as file:
-            columns = tuple(file.schema_arrow.names)
-            content = file.read(columns=[column for column in columns if column in wanted])
-        rows = content.slice(0, limit).to_pylist()
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not readable as Parquet: {error}", "Check the file, or fetch it again.") from None
-    return Table(str(path), rows, columns)
-
-
-def _read_with_datasets(spec: DataSpec, source: str, wanted: Sequence[str], *, local: bool) -> Table:
-    """Load a folder or a hub id by `datasets`, which caches downloads for offline use."""
+def _saved(path: Path, id: str, spec: DataSpec) -> Splits | None:
+    """Data written by `save_to_disk`, which are one split or several; None for another folder."""
+    if not any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
+        return None
     import datasets  # type: ignore[import-untyped]
 
+    _refuse_hub_fields(id, spec, "config")
     try:
-        if local and any((Path(source) / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
-            dataset = _saved_split(datasets.load_from_disk(source), spec)
-        else:
-            builder = datasets.load_dataset_builder(source, name=spec.config, revision=spec.revision)
-            _check_builder(builder, source, local=local)
-            builder.download_and_prepare()
-            dataset = builder.as_dataset(split=spec.split or "train")
-        columns = tuple(dataset.column_names)
-        if spec.max_rows is not None:
-            dataset = dataset.select(range(min(spec.max_rows, len(dataset))))
-        rows = dataset.select_columns([column for column in columns if column in wanted]).to_list()
-    except DataError:
-        raise
-    except Exception as error:  # datasets raises some thirty classes, from its own to pyarrow's and httpx's
-        wraps = isinstance(error, datasets.exceptions.DatasetGenerationError)  # its own message says nothing
-        if local and wraps:  # raise for the first file that cannot be read: `datasets` names neither file nor line
-            for path in sorted(Path(source).rglob("*")):
-                if path.is_file() and Path(path.name.removesuffix(".gz")).suffix.lower() in FILE_TYPES:
-                    _read_file(path, None, COLUMNS)
-        if local and isinstance(error, datasets.data_files.EmptyDatasetError):
-            raise DataError(
-                f"{source}: the folder holds no data files", f"Give it some: {', '.join(FILE_TYPES)}."
-            ) from None
-        cause = (error.__cause__ if wraps else None) or error
-        todo = "Check the folder's files, and data.config and data.split."
-        if not local:
-            todo = "Check data.id, config, split and revision, and the connection; or give a local file instead."
-        message = textwrap.shorten(str(cause), 500, placeholder=" ...")
-        raise DataError(f"{source}: cannot be loaded: {type(cause).__name__}: {message}", todo) from error
-    return Table(source, rows, columns, revision=None if local else _commit(dataset) or spec.revision)
-
-
-def _check_builder(builder: Any, source: str, *, local: bool) -> None:
-    """Raise DataError if the builder could do more than parse rows, or would read files elsewhere.
-
-    The README.md of the data chooses the files, and their names choose the builder.
-    """
-    from datasets.packaged_modules.arrow.arrow import Arrow  # type: ignore[import-untyped]
-    from datasets.packaged_modules.cache.cache import Cache  # type: ignore[import-untyped]
-    from datasets.packaged_modules.csv.csv import Csv  # type: ignore[import-untyped]
-    from datasets.packaged_modules.json.json import Json  # type: ignore[import-untyped]
-    from datasets.packaged_modules.parquet.parquet import Parquet  # type: ignore[import-untyped]
-    from datasets.packaged_modules.text.text import Text  # type: ignore[import-untyped]
-
-    if not isinstance(builder, Arrow | Cache | Csv | Json | Parquet | Text):  # Cache: Arrow files written earlier
-        kind_of_files = type(builder).__module__.rsplit(".", 1)[-1]
-        raise DataError(
-            f"{source}: holds {kind_of_files} files, which are not read: some of them can run code",
-            "Convert the rows to JSON, CSV, Parquet or Arrow, where you trust them.",
-        )
-    root = f"{os.path.realpath(source)}/" if local else "hf://"
-    for files in (builder.config.data_files or {}).values():
-        for file in map(str, files):
-            if ".." in Path(file).parts or not file.startswith(root):
-                raise DataError(f"{source}: names the file {shortened(file)!r}, which is not in it", "Give that file.")
-
-
-def _saved_split(saved: Any, spec: DataSpec) -> Any:
-    """Requested split of data written by `save_to_disk`, which may have several splits or one."""
+        saved: Any = datasets.load_from_disk(str(path))
+    except Exception as error:  # datasets raises some thirty classes, from its own to pyarrow's
+        raise _not_loaded(id, error, "Save it again with save_to_disk.") from error
     splits = dict(saved) if isinstance(saved, dict) else {str(saved.split or "train"): saved}
-    wanted = spec.split or "train"
-    if spec.config is not None or wanted not in splits:
-        raise ValueError(f"saved data have no config, and here the splits {listed(splits)}")
-    return splits[wanted]
+
+    def rows(dataset: Any, wanted: Collection[str]) -> Iterator[Numbered]:
+        columns = [column for column in dataset.column_names if column in wanted]
+        for batch in dataset.select_columns(columns).with_format("arrow").iter(_BATCH_ROWS):
+            yield from batch_rows(batch)
+
+    def parts(split: str) -> tuple[Part, ...]:
+        asked = split.split("+")
+        if missing := [one for one in asked if one not in splits]:
+            raise DataError(f"{id}: no split {missing[0]}, only {listed(splits)}", _WHOLE_SPLITS)
+        return tuple(
+            Part(id, functools.partial(rows, one), functools.partial(tuple, one.column_names))
+            for one in (splits[name] for name in asked)
+        )
+
+    return Splits(id, tuple(splits), parts)
 
 
-def _commit(dataset: Any) -> str | None:
-    """Hub commit of loaded data: the last folder of its cache path (.../CONFIG/0.0.0/COMMIT/x.arrow)."""
-    folders = [Path(file["filename"]).parent.name for file in dataset.cache_files]
-    return next((folder for folder in folders if _COMMIT.fullmatch(folder)), None)
+def _downloaded(url: str) -> Path:
+    """Fetch a URL to the hub's cache, anew each time: what is there may have changed."""
+    import huggingface_hub as hub
+
+    key = hashlib.sha256(url.encode()).hexdigest()[:16]
+    folder = Path(hub.cached_assets_path("rankscope", "urls", key))
+    path = folder / PurePosixPath(re.sub(r"[?#].*", "", url)).name
+    file_part(path, url)  # an unknown type is not worth fetching
+    try:
+        with hub.get_session().stream("GET", url, follow_redirects=True) as answer, published(path) as temporary:
+            answer.raise_for_status()
+            with temporary.open("wb") as file:
+                file.writelines(answer.iter_bytes())
+    except Exception as error:  # of httpx, of the disk
+        raise _not_loaded(url, error, "Check the address and the connection, or give a local file.") from error
+    return path
+
+
+def _hub(id: str, spec: DataSpec) -> Splits:
+    """Data on the hub; its files are fetched once, split by split, and read from the cache offline."""
+    import huggingface_hub as hub
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    todo = "Check data.id, config, split and revision, and the connection; or give a local file instead."
+    where: dict[str, Any] = {"repo_id": id, "repo_type": "dataset"}
+    try:
+        try:
+            info = hub.HfApi().dataset_info(id, revision=spec.revision)
+            commit, files = info.sha, [file.rfilename for file in info.siblings or ()]
+        except (RepositoryNotFoundError, RevisionNotFoundError):
+            raise
+        except Exception as error:  # no answer: what an earlier study fetched, if anything
+            try:
+                folder = Path(hub.snapshot_download(**where, revision=spec.revision, local_files_only=True))
+            except Exception:
+                raise error from None
+            commit = folder.name
+            files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+        where["revision"] = commit  # one for all files, whatever is pushed meanwhile
+        readme = Path(hub.hf_hub_download(filename="README.md", **where)) if "README.md" in files else None
+    except Exception as error:
+        raise _not_loaded(id, error, todo) from error
+
+    def part(file: str) -> Part:
+        try:
+            return file_part(Path(hub.hf_hub_download(filename=file, **where)), f"{id}/{file}")
+        except DataError:
+            raise
+        except Exception as error:
+            raise _not_loaded(id, error, todo) from error
+
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme else ""
+    return _divided(id, files, text, spec, part, commit)
+
+
+def _not_loaded(name: str, error: Exception, todo: str) -> DataError:
+    message = textwrap.shorten(str(error), 500, placeholder=" ...")
+    return DataError(f"{name}: cannot be loaded: {type(error).__name__}: {message}", todo)

@@ -1,9 +1,7 @@
-"""Tokens: all rows as token ids with their labels, split into train and eval, and stored in one file.
-
-records -> drop duplicates -> prompt and completion -> token ids -> truncate to max_length -> split
-"""
+"""Tokens: sequences laid end to end, those of a study, and the file that keeps them."""
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,17 +10,13 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
-import safetensors.numpy
+import safetensors
 
-from rankscope.data.prompts import Rendered, Tokenizer, encode, render
-from rankscope.data.records import Records, canonical_text
-from rankscope.data.split import held_out
-from rankscope.errors import DataError, ModelError
-from rankscope.files import corrupt_on_error, damaged_error, read_json, reading, write_atomic, write_json
-from rankscope.spec.models import DataSpec
+from rankscope.data.conversations import Tokenizer
+from rankscope.errors import ModelError
+from rankscope.files import corrupt_on_error, damaged_error, published, read_json, reading, write_json
 
-_ROWS_PER_CALL = 8192  # rows in one tokenizer call: full speed, and memory that does not grow with the data
-TOKENS_VERSION = 1  # increase it when the same rows give other tokens or facts, to invalidate the cache
+TOKENS_VERSION = 2  # increase it when the same rows give other tokens or facts, to invalidate the cache
 
 
 class Example(NamedTuple):
@@ -80,12 +74,7 @@ class TokenizedData:
     train: Tokens
     eval: Tokens
     facts: dict[str, Any]
-    """Facts for data/facts.json and the report: `id`, `revision` (the hub's commit; None for local data), `fingerprint`
-    (sha256 of the rows read), `format`, `loss_on`, `max_length`; in rows `rows_read` = `duplicates_dropped` +
-    `rows_without_label_dropped` + `rows_train` + `rows_eval`, and `truncated` (rows of train and eval truncated to
-    max_length); in tokens `train_tokens`, `train_label_tokens`, `eval_tokens`, `eval_label_tokens`, and `mean_length`
-    and `longest` of the truncated rows. With general text also `general_text` (its id), `general_text_revision`,
-    `general_sequences` and `general_label_tokens`."""
+    """Facts for data/facts.json and the report, see `rankscope.data.tokenize`."""
     general: Tokens | None = None  # general text to measure forgetting on, every token a label
     sha256: str = ""  # of the file that it was loaded from; empty before it is saved
 
@@ -96,79 +85,8 @@ class TokenizedData:
         return max(int(part.lengths.max(initial=0)) for part in parts)
 
 
-def tokenize(records: Records, spec: DataSpec, tokenizer: Tokenizer, vocab_size: int) -> TokenizedData:
-    """Render, tokenise, truncate and split records; the same records give the same tokens.
-
-    `vocab_size` is the number of rows of the model's embedding.
-
-    Raises:
-        DataError: see `render`; or too few rows remain to train on and to hold out.
-        ModelError: the tokenizer has no eos token, or gives ids that are not in the model's vocabulary.
-    """
-    first: dict[str, int] = {}  # index of the first of equal rows
-    for number, row in enumerate(records.rows):
-        first.setdefault(canonical_text(row), number)
-    numbers = list(first.values())
-    prompts: list[str] = []
-    examples: list[Example] = []
-    truncated = without_label = 0
-    for start in range(0, len(numbers), _ROWS_PER_CALL):
-        chunk = numbers[start : start + _ROWS_PER_CALL]
-        rendered = [_render(records, number, spec, tokenizer) for number in chunk]
-        for texts, encoded in zip(rendered, encode(rendered, tokenizer), strict=True):
-            example = _example(encoded.prompt_ids, encoded.completion_ids, spec)
-            if not example.is_label.any():
-                without_label += 1
-                continue
-            truncated += len(encoded.prompt_ids) + len(encoded.completion_ids) > spec.max_length
-            prompts.append(texts.prompt)
-            examples.append(example)
-    check_ids(examples, tokenizer, vocab_size)
-    chosen = held_out(prompts, spec.eval_rows, spec.split_seed)
-    _check_split(chosen, without_label, spec)
-    train = Tokens.from_examples([example for example, held in zip(examples, chosen, strict=True) if not held])
-    heldout = Tokens.from_examples([example for example, held in zip(examples, chosen, strict=True) if held])
-    lengths = np.concatenate([train.lengths, heldout.lengths])
-    facts = {
-        "id": records.id,
-        "revision": records.revision,
-        "fingerprint": records.fingerprint,
-        "format": records.format,
-        "loss_on": spec.loss_on or "completion",
-        "max_length": spec.max_length,
-        "rows_read": len(records.rows),
-        "duplicates_dropped": len(records.rows) - len(numbers),
-        "rows_without_label_dropped": without_label,
-        "rows_train": len(train),
-        "rows_eval": len(heldout),
-        "truncated": truncated,
-        "train_tokens": len(train.ids),
-        "train_label_tokens": int(train.is_label.sum()),
-        "eval_tokens": len(heldout.ids),
-        "eval_label_tokens": int(heldout.is_label.sum()),
-        "mean_length": float(lengths.mean()),
-        "longest": int(lengths.max()),
-    }
-    return TokenizedData(train, heldout, facts)
-
-
-def _render(records: Records, number: int, spec: DataSpec, tokenizer: Tokenizer) -> Rendered:
-    try:
-        return render(records.rows[number], spec, records.format, tokenizer)
-    except DataError as error:
-        raise DataError(f"{records.id}, row {number + 1}: {error.what}", error.todo) from None
-
-
-def _example(prompt: list[int], completion: list[int], spec: DataSpec) -> Example:
-    ids = np.array((prompt + completion)[: spec.max_length], dtype=np.int32)
-    is_label = np.ones(len(ids), dtype=np.bool_)
-    is_label[: 1 if spec.loss_on == "all" else max(1, len(prompt))] = False
-    return Example(ids, is_label)
-
-
-def check_ids(examples: Sequence[Example], tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raise ModelError if a token id is not below `vocab_size`, the number of rows of the model's embedding."""
-    highest = max((int(example.ids.max()) for example in examples), default=0)
+def check_ids(highest: int, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raise ModelError if the highest token id is not below `vocab_size`, the number of rows of the embedding."""
     if highest >= vocab_size:
         raise ModelError(
             f"model {tokenizer.name_or_path}: the tokenizer gives token id {highest}, but the model's vocabulary has "
@@ -177,50 +95,51 @@ def check_ids(examples: Sequence[Example], tokenizer: Tokenizer, vocab_size: int
         )
 
 
-def _check_split(chosen: npt.NDArray[np.bool_], without_label: int, spec: DataSpec) -> None:
-    rows, held = len(chosen), int(chosen.sum())
-    if rows == 0:
-        raise DataError(
-            f"{spec.id}: no row has a token to learn within max_length {spec.max_length} "
-            f"({without_label:,} rows were dropped)",
-            "Raise data.max_length, which is at most the model's positions: the prompts alone fill it.",
-        )
-    dropped = f" ({without_label:,} more had no token to learn)" if without_label else ""
-    remain = f"{spec.id}: {rows:,} different rows{dropped} with"
-    if rows < 3 or rows - held < 2:
-        asked = f" {spec.eval_rows:,} asked to be held out" if spec.eval_rows else f" {held:,} held out"
-        raise DataError(f"{remain}{asked} leave fewer than 2 to train on", "Give more rows, or lower data.eval_rows.")
-    if held == 0:
-        raise DataError(
-            f"{remain} too few different prompts to hold one out: rows with the same prompt stay together",
-            "Give data with more different prompts, or raise data.eval_rows to the rows of one prompt.",
-        )
-
-
 def save(data: TokenizedData, folder: Path) -> None:
     """Write `folder/tokens.safetensors`, then `folder/facts.json` with its hash: facts imply complete tokens.
 
     The tensors are `train.ids`, `train.is_label`, `train.offsets`, and the same for `eval` and, if present, `general`.
     """
-    content = _serialized(data)
-    write_atomic(folder / "tokens.safetensors", content)
-    write_json(folder / "facts.json", {**data.facts, "tokens_sha256": hashlib.sha256(content).hexdigest()})
+    digest = hashlib.sha256()
+    with published(folder / "tokens.safetensors") as temporary, temporary.open("wb") as file:
+        for piece in _pieces(data):
+            digest.update(piece)
+            file.write(piece)
+    write_json(folder / "facts.json", {**data.facts, "tokens_sha256": digest.hexdigest()})
 
 
 def sha256_of(data: TokenizedData) -> str:
     """Hash, in hex, of the file in which `save` keeps the tokens."""
-    return data.sha256 or hashlib.sha256(_serialized(data)).hexdigest()
+    if data.sha256:
+        return data.sha256
+    digest = hashlib.sha256()
+    for piece in _pieces(data):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
-def _serialized(data: TokenizedData) -> bytes:
-    return safetensors.numpy.save(
-        {
-            f"{side}.{name}": getattr(tokens, name)
-            for side, tokens in (("train", data.train), ("eval", data.eval), ("general", data.general))
-            if tokens is not None
-            for name in ("ids", "is_label", "offsets")
-        }
-    )
+def _pieces(data: TokenizedData) -> Iterator[bytes | memoryview]:
+    """File in safetensors' format, piece by piece: safetensors' own writer copies all tensors first."""
+    tensors = {
+        f"{side}.{name}": np.ascontiguousarray(getattr(tokens, name))
+        for side, tokens in (("train", data.train), ("eval", data.eval), ("general", data.general))
+        if tokens is not None
+        for name in ("offsets", "ids", "is_label")
+    }
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))  # each then begins aligned
+    header: dict[str, Any] = {}
+    position = 0
+    for name, tensor in ordered:
+        span = [position, position + tensor.nbytes]
+        header[name] = {"dtype": _DTYPES[tensor.dtype.str], "shape": list(tensor.shape), "data_offsets": span}
+        position = span[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    yield from (tensor.reshape(-1).view(np.uint8).data for _, tensor in ordered)
+
+
+_DTYPES = {"<i4": "I32", "<i8": "I64", "|b1": "BOOL"}
 
 
 def load(folder: Path) -> TokenizedData:
@@ -232,16 +151,14 @@ def load(folder: Path) -> TokenizedData:
     """
     facts = read_json(folder / "facts.json")
     path = folder / "tokens.safetensors"
-    with reading(path):
-        content = path.read_bytes()
-    sha256 = hashlib.sha256(content).hexdigest()
+    with reading(path), path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 != facts.pop("tokens_sha256", None):
         raise damaged_error(path, "not the tokens that facts.json was written for")
-    with corrupt_on_error(path):
-        tensors = safetensors.numpy.load(content)
+    with corrupt_on_error(path), safetensors.safe_open(path, framework="np") as tensors:
         train, heldout, general = (
-            Tokens(tensors[f"{side}.ids"], tensors[f"{side}.is_label"], tensors[f"{side}.offsets"])
-            if f"{side}.ids" in tensors
+            Tokens(*(tensors.get_tensor(f"{side}.{name}") for name in ("ids", "is_label", "offsets")))
+            if f"{side}.ids" in tensors.keys()  # noqa: SIM118  it has no other way to ask
             else None
             for side in ("train", "eval", "general")
         )

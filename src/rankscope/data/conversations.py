@@ -1,0 +1,252 @@
+"""Conversations as text by a chat template, and which characters of it are learned.
+
+Whole messages go to the template, with tools and all else that they carry. A template that marks the assistant's words
+(`{% generation %}`) says itself what to learn; otherwise a turn is what the template adds after its generation prompt,
+found by rendering the conversation up to that turn, and checked.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+from rankscope.data.messages import says_something, shared_length
+from rankscope.errors import DataError
+from rankscope.spec.models import CHATML
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
+
+_CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_END = "<|im_end|>"
+_MARK = "\U0001d54a\U0001d557"  # stands for an answer's end where a template rewrites earlier turns
+_ROWS_TRIED = 50  # rows in which the template may write a field before it counts as one that it ignores
+_PLUMBING = ("role", "content", "tool_call_id")  # fields that are no text of their own
+_THOUGHTS = ("reasoning_content", "thinking")
+
+
+class Rendered(NamedTuple):
+    """One row as text."""
+
+    text: str
+    learned: list[tuple[int, int]]  # characters of each answer to learn, in order
+    beginning: str  # what rows of one conversation or question share, for the split
+    is_chat: bool = True  # written by a chat template, with its special tokens
+    is_marked: bool = False  # the template itself says what to learn
+
+
+def with_chat_template(tokenizer: Tokenizer, template: str | None) -> None:
+    """Give the tokenizer the study's own chat template, if it has one.
+
+    `chatml` ends a turn with `<|im_end|>`, or with the tokenizer's own end of sequence where that is no token of it.
+    """
+    if template == CHATML:
+        template = _CHATML
+        if _END not in tokenizer.get_vocab():
+            template = template.replace(_END, "{{ eos_token }}")
+    if template is not None:
+        tokenizer.chat_template = template
+
+
+class ChatTemplate:
+    """The tokenizer's chat template at work on one study's rows."""
+
+    def __init__(self, tokenizer: Tokenizer, loss_on: str) -> None:
+        self.tokenizer = tokenizer
+        self.loss_on = loss_on
+        template = tokenizer.chat_template
+        self._source = str(template)
+        self._marks = "{% generation %}" in self._source or "{%- generation" in self._source
+        self._tried: Counter[str] = Counter()
+        self._written: set[str] = set()
+        self.with_field: Counter[str] = Counter()  # rows that have a field
+        self.changed = 0  # answers that the template does not write as they are
+
+    @property
+    def ignored(self) -> dict[str, int]:
+        """Rows with each field that the template wrote in none of them."""
+        return {name: rows for name, rows in self.with_field.items() if name not in self._written}
+
+    def render(self, row: Mapping[str, Any]) -> Rendered:
+        """Render a conversation.
+
+        Raises:
+            DataError: there is no template, it refuses the conversation, writes no tool calls, or an answer cannot be
+                found in what it writes.
+        """
+        if not self.tokenizer.chat_template:
+            raise DataError(
+                f"the rows are conversations, but the tokenizer of {self.tokenizer.name_or_path} has no chat template",
+                "Give one: --chat-template chatml, or a file with a Jinja template; or take a chat (instruct) model.",
+            )
+        messages = [{key: value for key, value in message.items() if key != "weight"} for message in row["messages"]]
+        self._rename_thoughts(messages)
+        given = {key: row[key] for key in ("tools", "documents") if key in row} | dict(
+            row.get("chat_template_kwargs", {})
+        )
+        text = self._text(messages, given)
+        self._look_for_ignored(messages, given, text)
+        turns = self._turns(row, messages)
+        marked = self._marked(messages, given) if self._marks and self.loss_on != "all" else None
+        if self.loss_on == "all":
+            learned = [(0, len(text))]
+        elif marked is not None:
+            learned = self._of_marked(marked, turns, messages)
+        elif self.loss_on == "completion" and row.get("first"):
+            learned = [(self._start(messages[: row["first"]], given, text), len(text))]
+        else:
+            learned = [self._span(messages, number, given, text) for number in turns]
+        if len(learned) == len(turns) and self.loss_on != "all":
+            spans = zip(learned, turns, strict=True)
+            self.changed += any(
+                messages[number]["content"].strip() not in text[start:end] for (start, end), number in spans
+            )
+        return Rendered(text, learned, _beginning(messages), is_marked=marked is not None)
+
+    def _turns(self, row: Mapping[str, Any], messages: list[dict[str, Any]]) -> list[int]:
+        """Indices of the messages to learn."""
+        answers = [
+            number
+            for number, message in enumerate(row["messages"])
+            if message["role"] == "assistant" and number >= row.get("first", 0)
+        ]
+        if self.loss_on in ("last", "completion"):
+            answers = answers[-1:]
+        return [
+            number
+            for number in answers
+            if row["messages"][number].get("weight", 1) != 0 and says_something(messages[number])
+        ]
+
+    def _text(self, messages: list[dict[str, Any]], given: Mapping[str, Any], prompt: bool = False) -> str:
+        try:
+            text: Any = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=prompt, **given
+            )
+        except Exception as error:  # a template is a program and may raise anything
+            raise DataError(
+                f"the model's chat template refuses the conversation: {error}",
+                "Give a template that takes it (--chat-template chatml, or a file), put a system message's text into "
+                "the first question, or leave such rows out: --skip-bad-rows.",
+            ) from None
+        return str(text)
+
+    def _rename_thoughts(self, messages: list[dict[str, Any]]) -> None:
+        """Give thoughts the name that the template reads, if it reads only the other one."""
+        read = [name for name in _THOUGHTS if name in self._source]
+        if len(read) == 1:
+            other = _THOUGHTS[1 - _THOUGHTS.index(read[0])]
+            for message in messages:
+                if other in message and read[0] not in message:
+                    message[read[0]] = message.pop(other)
+
+    def _look_for_ignored(self, messages: list[dict[str, Any]], given: Mapping[str, Any], text: str) -> None:
+        """Find out which fields change nothing in what the template writes: by leaving them out."""
+        fields = [
+            *given,
+            *dict.fromkeys(key for message in messages for key in message if key not in _PLUMBING),
+        ]
+        if any(message["role"] == "system" for message in messages):
+            fields.append("system")
+        for name in fields:
+            self.with_field[name] += 1
+            if name in self._written or self._tried[name] >= _ROWS_TRIED:
+                continue
+            self._tried[name] += 1
+            without = [
+                {key: value for key, value in message.items() if key != name}
+                for message in messages
+                if name != "system" or message["role"] != "system"
+            ]
+            try:
+                other: Any = self.tokenizer.apply_chat_template(
+                    without, tokenize=False, **{key: value for key, value in given.items() if key != name}
+                )
+            except Exception:  # the template cannot do without it, so it reads it
+                other = None
+            if other != text:
+                self._written.add(name)
+            elif name == "tool_calls":
+                raise DataError(
+                    "the model's chat template writes no tool calls, so that an answer that is one would be learned as "
+                    "an empty answer",
+                    "Give a template that writes tool_calls (--chat-template FILE), or take a model that calls tools.",
+                )
+
+    def _marked(self, messages: list[dict[str, Any]], given: Mapping[str, Any]) -> list[tuple[int, int]] | None:
+        """Characters that the template itself marks as the assistant's."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        rendered: Any = render_jinja_template(
+            conversations=[messages],
+            chat_template=self.tokenizer.get_chat_template(tools=given.get("tools")),
+            return_assistant_tokens_mask=True,
+            **{"tools": None, "documents": None} | dict(given) | self.tokenizer.special_tokens_map,
+        )
+        _, [marked] = rendered
+        return [(start, end) for start, end in marked if end > start]
+
+    def _of_marked(
+        self, marked: list[tuple[int, int]], turns: list[int], messages: list[dict[str, Any]]
+    ) -> list[tuple[int, int]]:
+        """Marks of the turns to learn, where the template marks every answer once."""
+        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        if len(marked) == len(answers):
+            return [marked[answers.index(number)] for number in turns]
+        if turns == answers:
+            return marked
+        raise DataError(
+            f"the model's chat template marks {len(marked)} parts to learn in a conversation with {len(answers)} "
+            "answers, so that one answer cannot be left out",
+            "Learn all of them: data.loss_on=assistant, and no message with weight 0.",
+        )
+
+    def _start(self, before: list[dict[str, Any]], given: Mapping[str, Any], text: str) -> int:
+        """Where the answer after these messages begins: after the generation prompt, or what the text has of it."""
+        prompt = self._text(before, given, prompt=True)
+        if text.startswith(prompt):
+            return len(prompt)
+        shared = shared_length(prompt, text)
+        history = len(self._text(before, given)) if before else 0
+        if shared < history:
+            raise self._not_found()
+        return shared
+
+    def _span(
+        self, messages: list[dict[str, Any]], number: int, given: Mapping[str, Any], text: str
+    ) -> tuple[int, int]:
+        """Characters of one answer, its end mark included."""
+        start = self._start(messages[:number], given, text)
+        until = text if number == len(messages) - 1 else self._text(messages[: number + 1], given)
+        if text.startswith(until) and len(until) > start:
+            return start, len(until)
+        # Once a question follows, some templates leave out the thoughts of earlier answers: look for this answer's end.
+        marked = [dict(message) for message in messages]
+        marked[number]["content"] += _MARK
+        whole, alone = self._text(marked, given), self._text(marked[: number + 1], given)
+        if whole.count(_MARK) != 1 or alone.count(_MARK) != 1 or whole.replace(_MARK, "") != text:
+            raise self._not_found()
+        end = whole.index(_MARK)
+        after = alone[alone.index(_MARK) + len(_MARK) :]
+        end += shared_length(after, text[end:])
+        if end <= start:
+            raise self._not_found()
+        return start, end
+
+    def _not_found(self) -> DataError:
+        return DataError(
+            "the model's chat template is not prefix-preserving: it writes earlier messages differently once an answer "
+            "follows, so that the answers cannot be found in the text",
+            "Learn the last answer alone (data.loss_on=last), or give another template: --chat-template chatml, or a "
+            "file that marks answers with {% generation %}.",
+        )
+
+
+def _beginning(messages: list[dict[str, Any]]) -> str:
+    """Messages before the first answer, which all rows have that were made of one conversation."""
+    first = next((number for number, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
+    return repr(messages[:first] or messages)

@@ -1,0 +1,136 @@
+"""Folders of data files, on disk or on the hub: which files belong to which split.
+
+The README.md of a hub repository may name them. Otherwise a file is of the split that it or its folder is named by
+(`test.jsonl`, `data/train-00000-of-00002.parquet`, `dev/rows.csv`), or by which its name differs from another's
+(`code_test.jsonl` beside `code_train.jsonl`); every other file is to train on (`unit_test_questions.jsonl`).
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+
+import yaml
+
+from rankscope.data.readers import FILE_TYPES, file_type, listed
+from rankscope.errors import DataError
+
+SPLITS = {
+    "train": "train", "training": "train",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+    "eval": "validation", "evaluation": "validation",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+"""Splits by the names that files have."""
+
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_UNREMARKABLE = re.compile(
+    r"(readme|license|licence|notice|citation|changelog|contributing)\b.*|.*\.(md|py|png|jpe?g|svg)"
+)
+_SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$|[-_.]\d+$")
+_WORD = re.compile(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])")
+
+
+class Folder(NamedTuple):
+    """Files of each split, as paths below the folder, and what to say about the others."""
+
+    splits: dict[str, list[str]]
+    notes: list[str]
+
+
+def divide(files: Sequence[str], readme: str, config: str | None, name: str) -> Folder:
+    """Files by split; `files` are paths below the folder, with forward slashes.
+
+    Raises:
+        DataError: README.md has several configurations and none is chosen, or it names no file that is there; there is
+            no data file at all.
+    """
+    plain = sorted(
+        file for file in files if not any(part.startswith((".", "__")) for part in PurePosixPath(file).parts)
+    )
+    data = [file for file in plain if _type(file) in FILE_TYPES and PurePosixPath(file).name not in _DESCRIPTIONS]
+    named = [
+        file for file in plain if file not in data and not _UNREMARKABLE.fullmatch(PurePosixPath(file).name.lower())
+    ]
+    notes = [f"{name}: no rows, not read: {listed(named)}"] if named else []
+    configs = _configs(readme)
+    if config is not None and config not in configs:
+        raise DataError(f"{name}: no configuration {config!r}, only {listed(configs)}", "Correct data.config.")
+    if configs:
+        if config is None and len(configs) > 1 and "default" not in configs:
+            raise DataError(
+                f"{name}: has several configurations: {listed(configs)}",
+                f"Choose one: data.config={next(iter(configs))}",
+            )
+        patterns = configs[config or ("default" if "default" in configs else next(iter(configs)))]
+        splits = {split: [file for file in plain if _matches(file, globs)] for split, globs in patterns.items()}
+        if empty := [split for split, found in splits.items() if not found]:
+            raise DataError(
+                f"{name}: README.md names files of the split {empty[0]} that are not there",
+                "Fetch the whole repository.",
+            )
+        return Folder(splits, notes)
+    if not data:
+        more = "; its loading script is not executed" if any(file.endswith(".py") for file in plain) else ""
+        raise DataError(
+            f"{name}: holds no data files{more}" + (f", only {listed(named)}" if named else ""),
+            f"Give it some: {', '.join(FILE_TYPES)}."
+            + (" The hub may have converted them: data.revision=refs/convert/parquet" if more else ""),
+        )
+    by_name: dict[str, list[str]] = {}
+    for file in data:
+        by_name.setdefault(_split(file, data), []).append(file)
+    return Folder(by_name, notes)
+
+
+def _type(file: str) -> str:
+    return file_type(PurePosixPath(file))
+
+
+def _split(file: str, files: Sequence[str]) -> str:
+    """Split of a file by its name or its folder's, or by the file that is named alike but for the split."""
+    path = PurePosixPath(file.lower())
+    stem = path.name.removesuffix(".gz").removesuffix(_type(file))
+    for name in (_SHARD.sub("", stem), *reversed(path.parts[:-1])):
+        if name in SPLITS:
+            return SPLITS[name]
+    for word in _WORD.finditer(stem):
+        before, after = stem[: word.start()], stem[word.end() :]
+        alike = {PurePosixPath(other.lower()).name.removesuffix(".gz").removesuffix(_type(other)) for other in files}
+        if any(before + other + after in alike for other, split in SPLITS.items() if split != SPLITS[word[0]]):
+            return SPLITS[word[0]]
+    return "train"
+
+
+def _configs(readme: str) -> dict[str, dict[str, list[str]]]:
+    """Patterns of each split of each configuration that the YAML in front of a README names."""
+    front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", readme, re.DOTALL)
+    try:
+        values = yaml.safe_load(front[1]) if front else None
+    except yaml.YAMLError:
+        return {}
+    found: dict[str, dict[str, list[str]]] = {}
+    given: Any = values.get("configs") if isinstance(values, dict) else None
+    for one in given if isinstance(given, list) else []:
+        files = one.get("data_files") if isinstance(one, dict) else None
+        if not files:
+            continue
+        folder = str(one.get("data_dir") or "").strip("/")
+        entries = files if isinstance(files, list) else [files]
+        if isinstance(files, dict):
+            entries = [{"split": split, "path": path} for split, path in files.items()]
+        splits: dict[str, list[str]] = {}
+        for entry in entries:
+            split, path = (
+                (entry.get("split", "train"), entry.get("path")) if isinstance(entry, dict) else ("train", entry)
+            )
+            paths = [str(part) for part in (path if isinstance(path, list) else [path])]
+            splits.setdefault(str(split), []).extend(f"{folder}/{part}" if folder else part for part in paths)
+        found["default" if one.get("default") is True else str(one.get("config_name", "default"))] = splits
+    return found
+
+
+def _matches(file: str, patterns: Sequence[str]) -> bool:
+    from fsspec.utils import glob_translate  # type: ignore[import-untyped]
+
+    return any(re.match(glob_translate(pattern.removeprefix("./")), file) for pattern in patterns)

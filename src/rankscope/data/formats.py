@@ -1,0 +1,131 @@
+"""Formats: what the columns of a source mean, by their names, by a guess that is said, or as the study says.
+
+| format            | columns (of a study's own names)                 | other names                            |
+|-------------------|--------------------------------------------------|----------------------------------------|
+| messages          | messages; tools, system, chat_template_kwargs    | conversations, conversation, dialogue  |
+| prompt_completion | prompt, completion (texts, or lists of messages) | chosen, with or without prompt         |
+| alpaca            | instruction, output; input, system, history      | one of `_ASKED` with one of `_SAID`    |
+| text              | text                                             |                                        |
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+from rankscope.data.readers import listed
+from rankscope.errors import DataError
+from rankscope.spec.models import DataSpec
+
+Format: TypeAlias = Literal["alpaca", "prompt_completion", "messages", "text"]
+
+REQUIRED: dict[Format, tuple[str, ...]] = {
+    "alpaca": ("instruction", "output"),
+    "prompt_completion": ("prompt", "completion"),
+    "messages": ("messages",),
+    "text": ("text",),
+}
+OPTIONAL: dict[Format, tuple[str, ...]] = {
+    "alpaca": ("input", "system", "history"),
+    "prompt_completion": ("tools", "system", "chat_template_kwargs", "documents"),
+    "messages": ("tools", "system", "chat_template_kwargs", "documents"),
+    "text": (),
+}
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+"""Columns that a text model cannot read; a row where one holds something is refused."""
+
+_CONVERSATION = ("conversations", "conversation", "dialogue")
+_ASKED = ("instruction", "question", "query", "prompt", "problem")
+_SAID = ("output", "response", "answer", "completion", "solution")
+_GIVEN = ("input", "context")
+_OWN = {column for format in REQUIRED for column in (*REQUIRED[format], *OPTIONAL[format])}
+
+COLUMNS = frozenset({*_OWN, *_CONVERSATION, *_ASKED, *_SAID, *_GIVEN, *MEDIA, "chosen", "rejected", "functions"})
+"""Columns that any format reads; others are not loaded where that saves time."""
+
+
+class Layout(NamedTuple):
+    """Format of a source, and the column that holds each of its fields."""
+
+    format: Format
+    columns: dict[str, str]  # field -> the data's name; `rejected` where the prompt is what both answers begin with
+    guessed: bool = False
+
+    def describe(self, source: str) -> str:
+        """Say what was guessed."""
+        pairs = [f"`{theirs}` as {field}" for field, theirs in self.columns.items() if field != theirs]
+        return f"{source} is read as {self.format}: {', '.join(pairs)}"
+
+
+def resolve_layout(spec: DataSpec, columns: Sequence[str], source: str, sample: Mapping[str, object]) -> Layout:
+    """Layout of a source with these columns.
+
+    `spec.columns` comes first, then the formats' own names, then a guess, if only one is possible. `sample` is a row;
+    whether an answer is a list of messages decides between two of them.
+
+    Raises:
+        DataError: the columns fit no format, or several.
+    """
+    given = spec.columns
+    if absent := [theirs for theirs in given.values() if theirs not in columns]:
+        raise DataError(
+            f"{source}: no column {listed(absent)}, which data.columns names; found {listed(columns)}",
+            "Correct data.columns (--columns OURS=THEIRS).",
+        )
+    own = {name: name for name in columns if name in _OWN and name not in given.values()} | given
+    fitting = [format for format, needed in REQUIRED.items() if own.keys() >= set(needed)]
+    if len(fitting) > 1:
+        fitting = [format for format in fitting if format != "text"]  # beside others it is the rendered row
+    if any(given.keys() >= set(REQUIRED[format]) for format in fitting):
+        fitting = [format for format in fitting if given.keys() >= set(REQUIRED[format])]
+    layouts = [Layout(format, _fields(format, own)) for format in fitting] or _guesses(columns, given, sample)
+    if spec.format != "auto":
+        layouts = [layout for layout in layouts if layout.format == spec.format]
+    if len(layouts) == 1:
+        return layouts[0]
+    what = f"{source}: found the columns {listed(columns)}"
+    if len(layouts) > 1 and layouts[0].guessed:
+        way = "Say which is which, e.g. --columns instruction=question,output=answer."
+        raise DataError(f"{what}, which can be read in several ways", way)
+    if len(layouts) > 1:
+        names = " and ".join(layout.format for layout in layouts)
+        raise DataError(f"{what}, which fit {names}", "Set data.format to the one you mean.")
+    way = "Say which is which: --columns OURS=THEIRS, e.g. --columns prompt=question,completion=answer."
+    if spec.format != "auto":
+        raise DataError(f"{what}; the format {spec.format} needs {_needs(spec.format)}", way)
+    needs = "; ".join(f"{format} needs {_needs(format)}" for format in REQUIRED)
+    raise DataError(f"{what}, which fit no format: {needs}", way)
+
+
+def _fields(format: Format, own: Mapping[str, str]) -> dict[str, str]:
+    """Column of each field. Optional ones may first appear in a later row."""
+    return {field: own.get(field, field) for field in (*REQUIRED[format], *OPTIONAL[format])}
+
+
+def _needs(format: Format) -> str:
+    return " and ".join(REQUIRED[format]) + (" (input is optional)" if format == "alpaca" else "")
+
+
+def _guesses(columns: Collection[str], given: Mapping[str, str], sample: Mapping[str, object]) -> list[Layout]:
+    """Every way to read columns that have none of the formats' own names."""
+    if given:
+        return []
+    found: list[Layout] = []
+    more = {field: field for field in OPTIONAL["messages"]}
+    if "functions" in columns and "tools" not in columns:
+        more["tools"] = "functions"
+    found += [Layout("messages", {"messages": name} | more, True) for name in _CONVERSATION if name in columns]
+    if not found and "chosen" in columns:
+        prompt = {"prompt": "prompt"} if "prompt" in columns else {}
+        if not prompt and isinstance(sample.get("chosen"), list):
+            return [Layout("messages", {"messages": "chosen"} | more, True)]
+        if not prompt and "rejected" in columns:
+            prompt = {"rejected": "rejected"}
+        return [Layout("prompt_completion", prompt | {"completion": "chosen"} | more, True)]
+    asked = [name for name in _ASKED if name in columns]
+    inputs = [name for name in _GIVEN if name in columns]
+    if not asked and "input" in inputs:
+        asked, inputs = ["input"], [name for name in inputs if name != "input"]
+    said = [name for name in _SAID if name in columns]
+    beside = {"system": "system", "history": "history"} | ({"input": inputs[0]} if len(inputs) == 1 else {})
+    for question in asked:
+        found += [Layout("alpaca", {"instruction": question, "output": answer} | beside, True) for answer in said]
+    return found

@@ -1,0 +1,360 @@
+"""Readers: one file as an iterator of its rows, with their lines, never whole in memory where its type allows it.
+
+Text files are parsed here rather than by `datasets` or pandas, so that text stays text (`None`, `007`, `2024-05-01`)
+and an error can name the line. Nothing from a file is ever executed.
+
+| type                     | rows                                                                                  |
+|--------------------------|---------------------------------------------------------------------------------------|
+| .jsonl, .ndjson, .json   | an object a line; objects over several lines; one list of objects; a list of objects  |
+|                          | under a key; an object of columns (lists, or pandas' index -> value)                  |
+| .csv, .tsv               | separated by commas, semicolons, tabs or bars, whichever the header uses              |
+| .parquet, .arrow         | columns that any format reads, in batches                                             |
+"""
+
+import csv
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path, PurePath
+from typing import IO, Any, NamedTuple, TypeAlias
+
+from rankscope.errors import DataError, shortened
+
+Numbered: TypeAlias = tuple[int | None, Any]
+"""Line, from 1, on which a row starts (None without lines), and the row."""
+
+TEXT_TYPES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+FILE_TYPES = (*TEXT_TYPES, ".parquet", ".arrow")
+_GZIP, _LFS = b"\x1f\x8b", b"version https://git-lfs"
+_BATCH_ROWS = 256  # rows of Parquet or Arrow in Python at a time
+
+
+def file_type(path: PurePath) -> str:
+    """Suffix in lower case, without .gz."""
+    return PurePath(path.name.lower().removesuffix(".gz")).suffix
+
+
+class Part(NamedTuple):
+    """A file, or a saved table: what errors call it, and its rows, which can be read again and again.
+
+    `rows(columns)` may leave out other columns than those; `columns()` names all there are, where that needs no pass
+    over the rows (else an empty tuple).
+    """
+
+    name: str
+    rows: Callable[[Collection[str]], Iterator[Numbered]]
+    columns: Callable[[], tuple[str, ...]] = lambda: ()
+
+    def where(self, line: int | None, index: int) -> str:
+        """Name row `index` (from 0) for an error: `data.jsonl, line 7` or `data.json, row 3`."""
+        if line is None:
+            return f"{self.name}, row {index + 1}"
+        return f"{self.name}, line {line}" + ("" if line == index + 1 else f", row {index + 1}")
+
+
+def file_part(path: Path, name: str | None = None) -> Part:
+    """Part of a file whose type is known by its name. Raises DataError for another type."""
+    name = name or str(path)
+    suffix = file_type(path)
+    if suffix not in FILE_TYPES:
+        raise DataError(
+            f"{name}: unknown file type {suffix or '(no suffix)'}",
+            f"Name it by what it holds: {', '.join(FILE_TYPES)} (text may be gzipped).",
+        )
+    if suffix == ".parquet":
+        return Part(name, lambda wanted: _parquet_rows(path, name, wanted), lambda: _parquet_columns(path, name))
+    read = {".csv": _csv_rows, ".tsv": _csv_rows, ".arrow": _arrow_rows}.get(suffix, _json_rows)
+    return Part(name, lambda wanted: _objects(name, read(path, name, wanted)))
+
+
+def read_text(path: Path, name: str | None = None) -> str:
+    """Text of a file, gzipped or not. Raises DataError if it cannot be read or is not UTF-8, with the line."""
+    with _open_text(path, name or str(path)) as file:
+        return "".join(_lines(file, path, name or str(path)))
+
+
+def _objects(name: str, numbered: Iterable[Numbered]) -> Iterator[Numbered]:
+    for count, (line, value) in enumerate(numbered, start=1):
+        if not isinstance(value, dict):
+            where = name if line is None else f"{name}, line {line}"
+            raise DataError(
+                f"{where}: row {count} is {kind(value)}, expected an object",
+                'Write each row as {"instruction": ..., "output": ...}.',
+            )
+        yield line, value
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Comma-separated names for an error, at most 20; `(none)` if there are none."""
+    plain = [str(name).encode(errors="backslashreplace").decode() for name in names]
+    shown = [shortened(name if name == " ".join(name.split()) else repr(name)) for name in plain]  # quoted if blanks
+    return ", ".join(shown[:20]) + (", ..." if len(shown) > 20 else "") if shown else "(none)"
+
+
+def kind(value: Any) -> str:
+    """Type of a JSON value in plain words."""
+    names = {type(None): "null", bool: "true/false", int: "a number", float: "a number", str: "text", list: "a list"}
+    return names.get(type(value), "an object" if isinstance(value, dict) else type(value).__name__)
+
+
+# Text files
+
+
+def _open_text(path: Path, name: str, newline: str = "\n") -> IO[str]:
+    """Open for reading line by line; only `newline` ends a line, so that U+2028 inside text does not."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_LFS))
+        _refuse_lfs_pointer(start, name)
+        binary: Any = gzip.open(path) if start.startswith(_GZIP) else path.open("rb")  # noqa: SIM115
+    except OSError as error:
+        raise _unreadable(name, error) from None
+    return io.TextIOWrapper(binary, encoding="utf-8-sig", newline=newline)
+
+
+def _refuse_lfs_pointer(start: bytes, name: str) -> None:
+    if start.startswith(_LFS):
+        raise DataError(
+            f"{name}: a Git LFS pointer, which stands for a file that was not fetched",
+            "Fetch it in its repository: git lfs pull",
+        )
+
+
+def _unreadable(name: str, error: Exception) -> DataError:
+    return DataError(f"{name}: cannot be read: {error}", "Check the file, or fetch it again.")
+
+
+def _lines(file: IO[str], path: Path, name: str) -> Iterator[str]:
+    try:
+        yield from file
+    except UnicodeDecodeError:
+        opened = gzip.open if path.open("rb").read(2) == _GZIP else open
+        with opened(path, "rb") as binary:
+            for number, line in enumerate(binary, start=1):
+                try:
+                    line.decode("utf-8-sig")
+                except UnicodeDecodeError as error:
+                    byte = line[error.start]
+                    raise DataError(
+                        f"{name}, line {number}: not valid UTF-8 (byte 0x{byte:02x})", "Save the file as UTF-8."
+                    ) from None
+        raise
+    except (OSError, EOFError, zlib.error) as error:
+        raise _unreadable(name, error) from None
+
+
+def _json_rows(path: Path, name: str, wanted: Collection[str]) -> Iterator[Numbered]:
+    """Rows of JSON of any shape; the content decides, since many .json files hold one object a line."""
+    with _open_text(path, name) as file:
+        lines = _lines(file, path, name)
+        number, first = next(((number, line) for number, line in enumerate(lines, start=1) if line.strip()), (1, ""))
+        if not first:
+            return
+        if first.lstrip().startswith("["):
+            yield from ((None, row) for row in _parse_json(name, "\n" * (number - 1) + first + "".join(lines)))
+            return
+        try:
+            value = json.loads(first)
+        except (ValueError, RecursionError):
+            yield from _objects_over_lines(name, number, chain([first], lines), wanted)
+            return
+        second = next((line for line in enumerate(lines, start=number + 1) if line[1].strip()), None)
+        if second is None:
+            yield from _one_object(name, value, number, wanted)
+            return
+        yield number, value
+        yield from _json_lines(name, second[0], chain([second[1]], lines), wanted)
+
+
+def _json_lines(name: str, number: int, lines: Iterator[str], wanted: Collection[str]) -> Iterator[Numbered]:
+    for line in lines:
+        if content := line.strip():
+            try:
+                value = json.loads(content)
+            except (ValueError, RecursionError):
+                yield from _objects_over_lines(name, number, chain([line], lines), wanted)
+                return
+            yield number, value
+        number += 1
+
+
+_decoder = json.JSONDecoder()
+
+
+def _objects_over_lines(name: str, number: int, lines: Iterator[str], wanted: Collection[str]) -> Iterator[Numbered]:
+    """Objects that follow one another, over several lines or with commas between; the rest of the file is read whole.
+
+    If that is not what the rest is, the error is that of its first line alone, where the next one begins an object.
+    """
+    first = next(lines)
+    text = first + "".join(lines)
+    position, rows = 0, 0
+    while True:
+        while position < len(text) and text[position] in " \t\r\n,":
+            position += 1
+        if position == len(text):
+            return
+        line = number + text.count("\n", 0, position)
+        try:
+            value, end = _decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            following = text[len(first) :].lstrip()
+            if rows == 0 and (not following or following.startswith("{")) and first.strip() != "{":
+                _parse_json(name, first.strip(), number)
+            message = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            at = number + text.count("\n", 0, error.pos) if isinstance(error, json.JSONDecodeError) else line
+            raise _not_json(name, at, message) from None
+        position, rows = end, rows + 1
+        if rows == 1 and not text[end:].strip():
+            yield from _one_object(name, value, line, wanted)
+            return
+        yield line, value
+
+
+def _parse_json(name: str, text: str, line: int | None = None) -> Any:
+    """Value of one line of JSONL, or of a whole file where `line` is None."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line, message = line or error.lineno, error.msg
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; a list nested too deep
+        message = str(error)
+    raise _not_json(name, line, message)
+
+
+def _not_json(name: str, line: int | None, message: str) -> DataError:
+    return DataError(
+        f"{name}{f', line {line}' if line else ''}: not valid JSON: {message}",
+        "Correct it; expected is one list of objects, or one object a line.",
+    )
+
+
+def _one_object(name: str, value: Any, line: int, wanted: Collection[str]) -> Iterator[Numbered]:
+    """Rows of a file that is one object: rows under a key, columns, or a single row."""
+    rows: Iterable[Any] = ()
+    cells = list(value.values()) if isinstance(value, dict) else []
+    if not cells or any(isinstance(value.get(column), str) for column in wanted):
+        yield line, value
+        return
+    if {"columns", "data"} <= value.keys() and all(isinstance(value[key], list) for key in ("columns", "data")):
+        rows = (dict(zip(value["columns"], row, strict=False)) for row in value["data"])  # pandas' orient="split"
+    elif all(isinstance(cell, dict) and cell.keys() == cells[0].keys() for cell in cells):
+        by_row = not cells[0].keys().isdisjoint(wanted)
+        rows = cells if by_row else ({column: value[column][index] for column in value} for index in cells[0])
+    elif len(cells) > 1 and all(isinstance(cell, list) and not _are_objects(cell) for cell in cells):
+        if len({len(cell) for cell in cells}) > 1:
+            raise DataError(f"{name}: its columns have lists of different lengths", "Give each column a value a row.")
+        rows = (dict(zip(value, row, strict=True)) for row in zip(*cells, strict=True))
+    else:
+        holders = [key for key in value if key not in wanted and _are_objects(value[key])]
+        if len(holders) > 1:
+            raise DataError(
+                f"{name}: lists of objects lie under several keys: {listed(holders)}",
+                "Write each list to a file of its own; files of a folder may be named by split.",
+            )
+        rows = value[holders[0]] if holders else [value]
+    yield from ((None, row) for row in rows)
+
+
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
+def _csv_rows(path: Path, name: str, wanted: Collection[str]) -> Iterator[Numbered]:
+    previous_limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses fields over 128 KiB
+    try:
+        with _open_text(path, name, newline="") as file:
+            lines = _lines(file, path, name)
+            first = next(lines, "")
+            delimiter = max(",;\t|", key=lambda mark: len(next(csv.reader([first], delimiter=mark), [])))
+            reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
+            header = next(reader, [])
+            if twice := [column for column in header if header.count(column) > 1 and column in wanted]:
+                raise DataError(f"{name}, line 1: a column is named twice: {listed(header)}", f"Rename one {twice[0]}.")
+            line = reader.line_num + 1
+            for values in reader:
+                if values and len(values) != len(header):
+                    count = f"{len(values)} value" + "s" * (len(values) != 1)
+                    raise DataError(
+                        f"{name}, line {line}: {count} for {len(header)} columns",
+                        f"Put text that contains {delimiter!r} in double quotes.",
+                    )
+                if values:
+                    yield line, {column: value for column, value in zip(header, values, strict=True) if column}
+                line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{name}, line {reader.line_num}: not valid CSV: {error}", "Correct that line.") from None
+    finally:
+        csv.field_size_limit(previous_limit)
+
+
+# Columnar files
+
+
+def _parquet_columns(path: Path, name: str) -> tuple[str, ...]:
+    with _parquet(path, name) as file:
+        return tuple(file.schema_arrow.names)
+
+
+def _parquet_rows(path: Path, name: str, wanted: Collection[str]) -> Iterator[Numbered]:
+    with _parquet(path, name) as file:
+        columns = [column for column in file.schema_arrow.names if column in wanted]
+        with _arrow_errors(name, "Parquet"):
+            for batch in file.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False):
+                yield from batch_rows(batch)
+
+
+def _parquet(path: Path, name: str) -> Any:
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    try:
+        with path.open("rb") as file:
+            _refuse_lfs_pointer(file.read(len(_LFS)), name)
+    except OSError as error:
+        raise _unreadable(name, error) from None
+    with _arrow_errors(name, "Parquet"):
+        # Mapped and unbuffered, a row group is decoded page by page: pyarrow's writer puts a million rows in one.
+        return pq.ParquetFile(path, memory_map=True, pre_buffer=False)
+
+
+@contextmanager
+def _arrow_errors(name: str, what: str) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"{name}: not readable as {what}: {error}", "Check the file, or fetch it again.") from None
+
+
+def _arrow_rows(path: Path, name: str, wanted: Collection[str]) -> Iterator[Numbered]:
+    """Rows of an Arrow file, of which there are two kinds: a stream, as `datasets` writes it, and a file."""
+    import pyarrow as pa
+
+    with _arrow_errors(name, "Arrow"), pa.memory_map(str(path)) as source:
+        try:
+            batches: Any = pa.ipc.open_stream(source)
+        except pa.ArrowInvalid:
+            file = pa.ipc.open_file(source)
+            batches = (file.get_batch(number) for number in range(file.num_record_batches))
+        for batch in batches:
+            wanted_here = batch.select([column for column in batch.schema.names if column in wanted])
+            for start in range(0, batch.num_rows, _BATCH_ROWS):
+                yield from batch_rows(wanted_here.slice(start, _BATCH_ROWS))
+
+
+def batch_rows(batch: Any) -> Iterator[Numbered]:
+    """Rows of an Arrow batch or table. Fields of nested objects that are null were absent, or are of other rows."""
+    for row in batch.to_pylist():
+        yield None, {column: _without_nulls(value) for column, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,357 @@
+"""Rows as the tokens of a study.
+
+text -> token ids -> cut to max_length -> duplicates dropped -> split into training and held-out rows
+
+Rows pass one batch at a time, and their tokens wait in a file on disk, so that memory does not grow with the data
+beyond the tokens themselves.
+"""
+
+import hashlib
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rankscope.data.conversations import ChatTemplate, Rendered, Tokenizer
+from rankscope.data.prompts import Encoded, encode, render_plain
+from rankscope.data.records import Records
+from rankscope.data.split import group_key, held_out
+from rankscope.data.tokens import TokenizedData, Tokens, check_ids
+from rankscope.errors import DataError
+from rankscope.spec.models import DataSpec
+
+_ROWS_PER_CALL = 1024  # rows in one tokenizer call: full speed, and little memory
+_PROBLEMS_SHOWN = 3
+_ROWS_CHECKED = 32  # first rows whose learned tokens must decode to the answer
+FEWEST_ROWS = 8  # rows below which a study must be forced
+MOST_OF_A_TEST_SPLIT = 1000  # rows of a test split that the study did not ask for by name
+
+
+def tokenize(
+    records: Records, spec: DataSpec, tokenizer: Tokenizer, vocab_size: int, evaluated: Records | None = None
+) -> TokenizedData:
+    """Render, tokenise, cut and split records; the same records give the same tokens.
+
+    `vocab_size` is the number of rows of the model's embedding. Rows of `evaluated` are the evaluation set; without it,
+    rows are held out.
+
+    The facts are those of `with_source_facts`, `loss_on`, `max_length`, and, of the rows: `rows_read` =
+    `bad_rows_dropped` + `blank_rows_dropped` + `duplicates_dropped` + `rows_without_label_dropped` +
+    `eval_rows_in_train_dropped` + `rows_train` (+ `rows_eval`, where they are held out); `truncated` (rows of train and
+    eval cut to max_length) and `answers_cut_off` (rows of which an answer was cut off whole). Of the tokens:
+    `train_tokens`, `train_label_tokens`, `eval_tokens`, `eval_label_tokens`, `mean_length` and `longest` of the cut
+    rows. With general text `general_text` (its id), `general_text_revision`, `general_sequences` and
+    `general_label_tokens`.
+
+    Raises:
+        DataError: the chat template refuses a row, or too few rows remain to train on and to hold out.
+        ModelError: the tokenizer has no eos token, or gives ids that are not in the model's vocabulary.
+    """
+    notes: list[str] = []
+    with _Rows(spec, tokenizer) as rows, _Rows(spec, tokenizer) as others:
+        rows.read(records)
+        check_ids(rows.highest_id, tokenizer, vocab_size)
+        leaked = np.zeros(len(rows.keys), dtype=np.bool_)
+        if evaluated is None:
+            _check_number(rows, spec)
+            chosen, divided = held_out(rows.keys, spec.eval_rows)
+            if divided:
+                notes.append("too few different prompts to keep equal ones together: held out row by row")
+            _check_split(chosen, rows, spec)
+            train, heldout = rows.tokens(~chosen), rows.tokens(chosen)
+            kept = np.ones(len(chosen), dtype=np.bool_)
+        else:
+            others.read(evaluated)
+            check_ids(others.highest_id, tokenizer, vocab_size)
+            leaked = np.array([digest in others.digests for digest in rows.digests], dtype=np.bool_)
+            taken = _taken(others.keys, spec)
+            if not taken.all():
+                notes.append(f"{int(taken.sum()):,} of the {len(taken):,} rows of {evaluated.id} are evaluated on")
+            train, heldout, kept = rows.tokens(~leaked), others.tokens(taken), ~leaked
+            _check_own_split(train, heldout, rows, spec)
+        notes += rows.notes()
+        truncated = int(rows.truncated[kept].sum()) + (int(others.truncated.sum()) if evaluated else 0)
+        lengths = np.concatenate([train.lengths, heldout.lengths])
+        facts: dict[str, Any] = {
+            "loss_on": " + ".join(rows.learned),
+            "max_length": spec.max_length,
+            "bad_rows_dropped": rows.refused,
+            "duplicates_dropped": rows.duplicates,
+            "rows_without_label_dropped": rows.without_label,
+            "eval_rows_in_train_dropped": int(leaked.sum()),
+            "rows_train": len(train),
+            "rows_eval": len(heldout),
+            "truncated": truncated,
+            "answers_cut_off": rows.answers_cut_off + others.answers_cut_off,
+            "train_tokens": len(train.ids),
+            "train_label_tokens": int(train.is_label.sum()),
+            "eval_tokens": len(heldout.ids),
+            "eval_label_tokens": int(heldout.is_label.sum()),
+            "mean_length": float(lengths.mean()),
+            "longest": int(lengths.max()),
+            "notes": notes,
+            "warnings": rows.warnings(),
+        }
+    return TokenizedData(train, heldout, facts)
+
+
+def with_source_facts(data: TokenizedData, records: Records, evaluated: Records | None) -> TokenizedData:
+    """Tokens with the facts of where the rows came from, which do not determine tokens.
+
+    They are `id`, `revision` (the hub's commit; None for local data), `fingerprint` (sha256 of the rows), `format`,
+    `rows_read`, `bad_rows_dropped`, `blank_rows_dropped`; for people `unread_columns`, `notes`, `warnings`; with an
+    evaluation set of its own also `eval_id`, `eval_rows_read`.
+    """
+    own = data.facts
+    facts = {
+        "id": records.id,
+        "revision": records.revision,
+        "fingerprint": records.fingerprint,
+        "format": records.format,
+        "rows_read": records.rows_read,
+        **own,
+        "bad_rows_dropped": own["bad_rows_dropped"] + records.left_out["bad"],
+        "blank_rows_dropped": records.left_out["blank"],
+        "unread_columns": list(records.unread_columns),
+        "notes": list(dict.fromkeys([*records.notes, *(evaluated.notes if evaluated else ()), *own["notes"]])),
+    }
+    if evaluated is not None:
+        facts |= {"eval_id": evaluated.id, "eval_rows_read": evaluated.rows_read}
+    return TokenizedData(data.train, data.eval, facts, data.general, data.sha256)
+
+
+def loss_on(spec: DataSpec, format: str) -> str:
+    """What is learned: as the study says, or by the format."""
+    defaults = {"messages": "assistant", "text": "all"}
+    return spec.loss_on or defaults.get(format, "completion")
+
+
+def encoded_rows(records: Records, spec: DataSpec, tokenizer: Tokenizer) -> Iterator[tuple[Rendered, Encoded]]:
+    """Every row as text and as token ids with labels, not yet cut; for previews and tests."""
+    with _Rows(spec, tokenizer) as rows:
+        for _, batch in rows.batches(records):
+            yield from batch
+
+
+class _Rows:
+    """Tokens of rows as they are read, in a temporary file, and what must be known of each."""
+
+    def __init__(self, spec: DataSpec, tokenizer: Tokenizer) -> None:
+        self.spec, self.tokenizer = spec, tokenizer
+        self.keys: list[bytes] = []  # of the groups, see `rankscope.data.split`
+        self.digests: dict[bytes, None] = {}  # of the cut tokens and labels
+        self.lengths: list[int] = []
+        self.learned: dict[str, None] = {}  # what is learned, of `data.loss_on`
+        self.highest_id = self.refused = self.duplicates = self.without_label = self.answers_cut_off = 0
+        self._truncated: list[bool] = []
+        self._templates: dict[str, ChatTemplate] = {}
+        self._counts: Counter[str] = Counter()
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  closed by __exit__
+        special = [token for token in tokenizer.all_special_tokens if token.strip()]
+        self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
+        self._example = ""  # of a special token in a row
+
+    def __enter__(self) -> "_Rows":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    @property
+    def truncated(self) -> npt.NDArray[np.bool_]:
+        """Whether each row was cut, (S,)."""
+        return np.array(self._truncated, dtype=np.bool_)
+
+    def read(self, records: Records) -> None:
+        """Read all rows. Raises DataError with the place of one that cannot be rendered and is not to be skipped."""
+        number = 0
+        for places, batch in self.batches(records):
+            for place, (rendered, encoded) in zip(places, batch, strict=True):
+                if number < _ROWS_CHECKED:
+                    self._check(place, rendered, encoded)
+                number += 1
+                self._add(rendered, encoded)
+
+    def batches(self, records: Records) -> Iterator[tuple[list[str], list[tuple[Rendered, Encoded]]]]:
+        """Rows' places, and rows as text and tokens."""
+        rows = self._rendered(records)
+        while batch := list(islice(rows, _ROWS_PER_CALL)):
+            rendered = [row for _, row in batch]
+            yield [place for place, _ in batch], list(zip(rendered, encode(rendered, self.tokenizer), strict=True))
+
+    def _rendered(self, records: Records) -> Iterator[tuple[str, Rendered]]:
+        problems: list[DataError] = []
+        for place, row in records.located():
+            format = "messages" if "messages" in row else "text" if "text" in row else "pair"
+            learned = loss_on(self.spec, format)
+            self.learned[learned] = None
+            try:
+                if format == "messages":
+                    template = self._templates.setdefault(learned, ChatTemplate(self.tokenizer, learned))
+                    rendered = template.render(row)
+                else:
+                    rendered = render_plain(row, self.spec, learned)
+            except DataError as error:
+                if not self.tokenizer.chat_template:
+                    raise
+                if self.spec.skip_bad_rows:
+                    self.refused += 1
+                    continue
+                problems.append(DataError(f"{place}: {error.what}", error.todo))
+                if len(problems) == _PROBLEMS_SHOWN:
+                    break
+                continue
+            if found := self._special.search(str(row)):
+                self._counts["special"] += 1
+                self._example = self._example or found[0]
+            yield place, rendered
+        if problems:
+            raise DataError("\n".join(dict.fromkeys(problem.what for problem in problems)), problems[0].todo)
+
+    def _add(self, rendered: Rendered, encoded: Encoded) -> None:
+        length = _cut(encoded, self.spec.max_length, rendered.is_chat and len(rendered.learned) > 1)
+        ids = np.array(encoded.ids[:length], dtype=np.int32)
+        is_label = encoded.is_label[:length].copy()
+        is_label[:1] = False  # nothing predicts it
+        self._counts["border"] += encoded.spans_border
+        starts = [0, *encoded.ends[:-1]]
+        answers = zip(starts, encoded.ends, strict=True)
+        whole = [encoded.is_label[start:end].any() and not is_label[start:end].any() for start, end in answers]
+        self.answers_cut_off += any(whole) and length < len(encoded.ids)
+        if not is_label.any():
+            self.without_label += 1
+            return
+        digest = hashlib.blake2b(ids.tobytes() + is_label.tobytes(), digest_size=16).digest()
+        if digest in self.digests:
+            self.duplicates += 1
+            return
+        self.digests[digest] = None
+        self.keys.append(group_key(rendered.beginning, self.spec.split_seed))
+        self.lengths.append(length)
+        self._truncated.append(length < len(encoded.ids))
+        self.highest_id = max(self.highest_id, int(ids.max()))
+        self._file.write(ids.tobytes())
+        self._file.write(is_label.tobytes())
+
+    def _check(self, place: str, rendered: Rendered, encoded: Encoded) -> None:
+        """Warn if the tokens to learn do not decode to the text to learn: the tokenizer hides where they are."""
+        learned = [encoded.ids[at] for at in np.flatnonzero(encoded.is_label)]
+        text = "".join(rendered.text[start:end] for start, end in rendered.learned)
+        ours, expected = (
+            "".join(str(self.tokenizer.decode(ids)).split())
+            for ids in (learned, self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        )
+        ours = ours.removesuffix("" if rendered.is_chat else str(self.tokenizer.eos_token))
+        if ours != expected.removesuffix("" if rendered.is_chat else str(self.tokenizer.eos_token)):
+            self._counts["unlike"] += 1
+            self._example_unlike = f"{place}: {ours[:60]!r} is learned, and the answer is {expected[:60]!r}"
+
+    def tokens(self, wanted: npt.NDArray[np.bool_]) -> Tokens:
+        """Tokens of the rows that a mask names, in order."""
+        lengths = np.array(self.lengths, dtype=np.int64)
+        offsets = np.zeros(int(wanted.sum()) + 1, dtype=np.int64)
+        np.cumsum(lengths[wanted], out=offsets[1:])
+        ids, is_label = np.empty(offsets[-1], dtype=np.int32), np.empty(offsets[-1], dtype=np.bool_)
+        self._file.seek(0)
+        position = 0
+        for length, used in zip(self.lengths, wanted, strict=True):
+            content = self._file.read(5 * length)
+            if used:
+                ids[position : position + length] = np.frombuffer(content, np.int32, length)
+                is_label[position : position + length] = np.frombuffer(content, np.bool_, length, 4 * length)
+                position += length
+        return Tokens(ids, is_label, offsets)
+
+    def notes(self) -> list[str]:
+        """What people should know of the rows."""
+        border = self._counts["border"]
+        alone = "in %s row%s the prompt's end and the answer's beginning would be one token; %s"
+        told = "they are tokenised apart, as at inference"
+        chat = any(True for _ in self._templates)
+        return [alone % (f"{border:,}", "s" * (border > 1), told)] if border and not chat else []
+
+    def warnings(self) -> list[str]:
+        """What makes the rows doubtful."""
+        found = []
+        for template in self._templates.values():
+            found += [
+                f"the chat template does not write `{name}`, which {count:,} row{'s have' if count > 1 else ' has'}"
+                for name, count in template.ignored.items()
+            ]
+            if template.changed:
+                found.append(
+                    f"the chat template writes the answers of {template.changed:,} rows otherwise than they stand in "
+                    "the data (it may leave out their thoughts); another one: --chat-template FILE"
+                )
+        if self._templates and self._counts["border"]:
+            found.append(
+                f"in {self._counts['border']:,} rows a token lies over the border between what is read and what is "
+                "learned, where inference has two"
+            )
+        if self._counts["special"]:
+            found.append(
+                f"{self._counts['special']:,} rows hold a special token of the model as text ({self._example}); it is "
+                "read as that token"
+            )
+        if self._counts["unlike"]:
+            found.append(f"the tokens to learn are not the answer's; {self._example_unlike}")
+        return found
+
+
+def _cut(encoded: Encoded, max_length: int, several_answers: bool) -> int:
+    """Length to which a row is cut: `max_length`, or in a conversation the end of the last answer that fits whole."""
+    if len(encoded.ids) <= max_length:
+        return len(encoded.ids)
+    fitting = [end for end in encoded.ends if end <= max_length]
+    return fitting[-1] if several_answers and fitting else max_length
+
+
+def _taken(keys: Sequence[bytes], spec: DataSpec) -> npt.NDArray[np.bool_]:
+    """Mask of the rows of an evaluation set to use: all, `eval_rows`, or at most a thousand of a split found beside."""
+    asked = spec.eval_dataset is not None or spec.eval_split is not None
+    most = spec.eval_rows or (len(keys) if asked else MOST_OF_A_TEST_SPLIT)
+    taken = np.zeros(len(keys), dtype=np.bool_)
+    taken[sorted(range(len(keys)), key=lambda index: (keys[index], index))[:most]] = True
+    return taken
+
+
+def _check_number(rows: _Rows, spec: DataSpec) -> None:
+    number = len(rows.keys)
+    if number == 0:
+        raise DataError(
+            f"{spec.name}: no row has a token to learn within max_length {spec.max_length} "
+            f"({rows.without_label:,} rows were dropped)",
+            "Raise data.max_length, which is at most the model's positions: the prompts alone fill it.",
+        )
+    if number < (3 if spec.force else FEWEST_ROWS):
+        dropped = f" ({rows.without_label:,} more had no token to learn)" if rows.without_label else ""
+        todo = "Give more rows; a verdict needs hundreds."
+        if number >= 3:
+            todo += " To train all the same: --force."
+        raise DataError(f"{spec.name}: only {number} different row{'s' * (number > 1)}{dropped}", todo)
+
+
+def _check_split(chosen: npt.NDArray[np.bool_], rows: _Rows, spec: DataSpec) -> None:
+    number, held = len(chosen), int(chosen.sum())
+    if number - held < 2 or held == 0:
+        asked = f"{spec.eval_rows:,} asked to be held out" if spec.eval_rows else f"{held:,} held out"
+        raise DataError(
+            f"{spec.name}: {number:,} different rows with {asked} leave fewer than 2 to train on",
+            "Give more rows, or lower data.eval_rows.",
+        )
+
+
+def _check_own_split(train: Tokens, heldout: Tokens, rows: _Rows, spec: DataSpec) -> None:
+    _check_number(rows, spec)
+    if not len(heldout):
+        raise DataError(f"{spec.name}: no row to evaluate on has a token to learn", "Raise data.max_length.")
+    if len(train) < 2:
+        raise DataError(
+            f"{spec.name}: fewer than 2 rows to train on are not in the evaluation set too",
+            "Give other rows to one of them.",
+        )
