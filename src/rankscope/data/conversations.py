@@ -36,7 +36,6 @@ class Rendered(NamedTuple):
     learned: list[tuple[int, int]]  # characters of each answer to learn, in order
     beginning: str  # what rows of one conversation or question share, for the split
     is_chat: bool = True  # written by a chat template, with its special tokens
-    is_marked: bool = False  # the template itself says what to learn
 
 
 def with_chat_template(tokenizer: Tokenizer, template: str | None) -> None:
@@ -93,11 +92,11 @@ class ChatTemplate:
         turns = self._turns(row, messages)
         marked = self._marked(messages, given) if self._marks and self.loss_on != "all" else None
         if self.loss_on == "all":
-            learned = [(0, len(text))]
-        elif marked is not None:
-            learned = self._of_marked(marked, turns, messages)
+            learned = self._all_but_unlearned(row, messages, given, text)
         elif self.loss_on == "completion" and row.get("first"):
             learned = [(self._start(messages[: row["first"]], given, text), len(text))]
+        elif marked is not None:
+            learned = self._of_marked(marked, turns, messages)
         else:
             learned = [self._span(messages, number, given, text) for number in turns]
         if len(learned) == len(turns) and self.loss_on != "all":
@@ -105,7 +104,7 @@ class ChatTemplate:
             self.changed += any(
                 messages[number]["content"].strip() not in text[start:end] for (start, end), number in spans
             )
-        return Rendered(text, learned, _beginning(messages), is_marked=marked is not None)
+        return Rendered(text, learned, _beginning(messages))
 
     def _turns(self, row: Mapping[str, Any], messages: list[dict[str, Any]]) -> list[int]:
         """Indices of the messages to learn."""
@@ -121,6 +120,18 @@ class ChatTemplate:
             for number in answers
             if row["messages"][number].get("weight", 1) != 0 and says_something(messages[number])
         ]
+
+    def _all_but_unlearned(
+        self, row: Mapping[str, Any], messages: list[dict[str, Any]], given: Mapping[str, Any], text: str
+    ) -> list[tuple[int, int]]:
+        """Whole text without the answers of weight 0."""
+        left_out = [number for number, message in enumerate(row["messages"]) if message.get("weight", 1) == 0]
+        borders = [
+            0,
+            *(border for number in left_out for border in self._span(messages, number, given, text)),
+            len(text),
+        ]
+        return list(zip(borders[::2], borders[1::2], strict=True))
 
     def _text(self, messages: list[dict[str, Any]], given: Mapping[str, Any], prompt: bool = False) -> str:
         try:
@@ -211,6 +222,7 @@ class ChatTemplate:
         if text.startswith(prompt):
             return len(prompt)
         shared = shared_length(prompt, text)
+        shared = len(_whole_words(text[:shared]).removesuffix(" "))  # most tokenizers put a space before its word
         history = len(self._text(before, given)) if before else 0
         if shared < history:
             raise self._not_found()
@@ -225,14 +237,14 @@ class ChatTemplate:
         if text.startswith(until) and len(until) > start:
             return start, len(until)
         # Once a question follows, some templates leave out the thoughts of earlier answers: look for this answer's end.
-        marked = [dict(message) for message in messages]
-        marked[number]["content"] += _MARK
+        marked = [*messages[:number], _with_mark(messages[number]), *messages[number + 1 :]]
         whole, alone = self._text(marked, given), self._text(marked[: number + 1], given)
         if whole.count(_MARK) != 1 or alone.count(_MARK) != 1 or whole.replace(_MARK, "") != text:
             raise self._not_found()
         end = whole.index(_MARK)
         after = alone[alone.index(_MARK) + len(_MARK) :]
-        end += shared_length(after, text[end:])
+        shared = shared_length(after, text[end:])
+        end += shared if shared == len(after) else len(_whole_words(after[:shared]))
         if end <= start:
             raise self._not_found()
         return start, end
@@ -244,6 +256,20 @@ class ChatTemplate:
             "Learn the last answer alone (data.loss_on=last), or give another template: --chat-template chatml, or a "
             "file that marks answers with {% generation %}.",
         )
+
+
+def _with_mark(message: dict[str, Any]) -> dict[str, Any]:
+    """Copy of a message with a mark in the last text of it that a template writes: a call's name, or the content."""
+    if not message.get("tool_calls"):
+        return message | {"content": message["content"] + _MARK}
+    *calls, last = message["tool_calls"]
+    function = last["function"] | {"name": last["function"]["name"] + _MARK}
+    return message | {"tool_calls": [*calls, last | {"function": function}]}
+
+
+def _whole_words(text: str) -> str:
+    """Text up to its last white space: that two texts go on with "<" alike says nothing."""
+    return text[: max((at + 1 for at, character in enumerate(text) if character.isspace()), default=len(text))]
 
 
 def _beginning(messages: list[dict[str, Any]]) -> str:

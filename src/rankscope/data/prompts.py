@@ -106,8 +106,7 @@ def _by_offsets(row: Rendered, ids: list[int], offsets: npt.NDArray[np.int64]) -
     is_label = np.zeros(len(ids), dtype=np.bool_)
     last, over = [], False
     for start, end in row.learned:
-        # As transformers does for marks of the template's own, a token that begins before the mark counts as in it.
-        inside = ((ends > start) if row.is_marked else (starts >= start)) & (starts < end)
+        inside = (ends > start) & (ends <= end) & (starts < end)  # a token over the border is learned, as TRL does
         is_label |= inside
         over |= bool(((starts < start) & (ends > start)).any())
         last.append(int(np.flatnonzero(inside)[-1]) + 1 if inside.any() else len(ids))

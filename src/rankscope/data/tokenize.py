@@ -19,9 +19,10 @@ import numpy.typing as npt
 
 from rankscope.data.conversations import ChatTemplate, Rendered, Tokenizer
 from rankscope.data.prompts import Encoded, encode, render_plain
+from rankscope.data.readers import listed
 from rankscope.data.records import Records
 from rankscope.data.split import group_key, held_out
-from rankscope.data.tokens import TokenizedData, Tokens, check_ids
+from rankscope.data.tokens import Example, TokenizedData, Tokens, check_ids
 from rankscope.errors import DataError
 from rankscope.spec.models import DataSpec
 
@@ -108,6 +109,7 @@ def with_source_facts(data: TokenizedData, records: Records, evaluated: Records 
     evaluation set of its own also `eval_id`, `eval_rows_read`.
     """
     own = data.facts
+    unread = [f"columns that are not read: {listed(records.unread_columns)}"] if records.unread_columns else []
     facts = {
         "id": records.id,
         "revision": records.revision,
@@ -118,7 +120,7 @@ def with_source_facts(data: TokenizedData, records: Records, evaluated: Records 
         "bad_rows_dropped": own["bad_rows_dropped"] + records.left_out["bad"],
         "blank_rows_dropped": records.left_out["blank"],
         "unread_columns": list(records.unread_columns),
-        "notes": list(dict.fromkeys([*records.notes, *(evaluated.notes if evaluated else ()), *own["notes"]])),
+        "notes": list(dict.fromkeys([*records.notes, *unread, *(evaluated.notes if evaluated else ()), *own["notes"]])),
     }
     if evaluated is not None:
         facts |= {"eval_id": evaluated.id, "eval_rows_read": evaluated.rows_read}
@@ -129,6 +131,12 @@ def loss_on(spec: DataSpec, format: str) -> str:
     """What is learned: as the study says, or by the format."""
     defaults = {"messages": "assistant", "text": "all"}
     return spec.loss_on or defaults.get(format, "completion")
+
+
+def examples(records: Records, spec: DataSpec, tokenizer: Tokenizer) -> Iterator[Example]:
+    """Every row as it is trained on: cut, with duplicates; for previews and tests."""
+    for rendered, encoded in encoded_rows(records, spec, tokenizer):
+        yield _example(rendered, encoded, spec.max_length)
 
 
 def encoded_rows(records: Records, spec: DataSpec, tokenizer: Tokenizer) -> Iterator[tuple[Rendered, Encoded]]:
@@ -214,10 +222,8 @@ class _Rows:
             raise DataError("\n".join(dict.fromkeys(problem.what for problem in problems)), problems[0].todo)
 
     def _add(self, rendered: Rendered, encoded: Encoded) -> None:
-        length = _cut(encoded, self.spec.max_length, rendered.is_chat and len(rendered.learned) > 1)
-        ids = np.array(encoded.ids[:length], dtype=np.int32)
-        is_label = encoded.is_label[:length].copy()
-        is_label[:1] = False  # nothing predicts it
+        ids, is_label = _example(rendered, encoded, self.spec.max_length)
+        length = len(ids)
         self._counts["border"] += encoded.spans_border
         starts = [0, *encoded.ends[:-1]]
         answers = zip(starts, encoded.ends, strict=True)
@@ -301,6 +307,13 @@ class _Rows:
         if self._counts["unlike"]:
             found.append(f"the tokens to learn are not the answer's; {self._example_unlike}")
         return found
+
+
+def _example(rendered: Rendered, encoded: Encoded, max_length: int) -> Example:
+    length = _cut(encoded, max_length, rendered.is_chat and len(rendered.learned) > 1)
+    is_label = encoded.is_label[:length].copy()
+    is_label[:1] = False  # nothing predicts it
+    return Example(np.array(encoded.ids[:length], dtype=np.int32), is_label)
 
 
 def _cut(encoded: Encoded, max_length: int, several_answers: bool) -> int:
