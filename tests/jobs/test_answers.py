@@ -29,6 +29,13 @@ def test_a_question_ends_where_the_labels_begin() -> None:
     assert question.reference_ids == [4, 5]
 
 
+def test_of_a_conversation_the_last_answer_is_asked_for() -> None:
+    is_label = np.array([False, False, True, True, False, True, True, False])
+    (question,) = questions(Tokens.from_examples([Example(np.arange(8, dtype=np.int32), is_label)]), 1, 100)
+    assert question.prompt_ids == [0, 1, 2, 3, 4]
+    assert question.reference_ids == [5, 6]
+
+
 def test_a_row_that_is_all_labels_is_asked_for_its_second_half() -> None:
     (question,) = questions(Tokens.from_examples([example(6, 1)]), 1, 100)
     assert question.prompt_ids == [0, 1, 2]

@@ -123,6 +123,8 @@ def with_source_facts(data: TokenizedData, records: Records, evaluated: Records 
         "notes": list(dict.fromkeys([*records.notes, *unread, *(evaluated.notes if evaluated else ()), *own["notes"]])),
     }
     if evaluated is not None:
+        if evaluated.id != records.id:
+            facts["notes"].append(f"the evaluation set is {evaluated.id}")
         facts |= {"eval_id": evaluated.id, "eval_rows_read": evaluated.rows_read}
     return TokenizedData(data.train, data.eval, facts, data.general, data.sha256)
 

@@ -63,10 +63,11 @@ def questions(held_out: Tokens, count: int, max_length: int) -> list[Question]:
     asked = []
     for number in np.argsort(held_out.lengths >= max_length, kind="stable")[:count].tolist():
         example = held_out[number]
-        first = int(example.is_label.argmax())
+        labels = np.flatnonzero(example.is_label)
+        first = int(labels[np.flatnonzero(np.diff(labels, prepend=-2) > 1)[-1]])  # of a conversation, the last answer
         if first == 1:  # the loss is on all of the row, which has no answer of its own: ask for its second half
             first = max(1, len(example.ids) // 2)
-        asked.append(Question(number, example.ids[:first].tolist(), example.ids[first:].tolist()))
+        asked.append(Question(number, example.ids[:first].tolist(), example.ids[first : labels[-1] + 1].tolist()))
     return asked
 
 

@@ -64,7 +64,8 @@ def study_data(spec: StudySpec, study: StudyFolder | None) -> TokenizedData:
 def describe_data(facts: Mapping[str, Any]) -> str:
     """Rows read and left out, on one line; then a line for each note, and one for each warning."""
     line = (
-        f"Data {facts['id']}: {facts['rows_train']:,} rows to train on, {facts['rows_eval']:,} held out, "
+        f"Data {facts['id']}: {facts['rows_train']:,} rows to train on, "
+        f"{facts['rows_eval']:,} {'to evaluate on' if 'eval_id' in facts else 'held out'}, "
         f"{facts['mean_length']:.0f} tokens a row"
     )
     if facts["truncated"]:
