@@ -46,7 +46,7 @@ DATA: dict[str, tuple[str, str | bytes, list[str], list[str]]] = {
     "line is no object": ("a.jsonl", LINES + "3\n", [], ["a.jsonl, line 41"]),
     "utf-16": ("a.json", LINES.encode("utf-16"), [], ["a.json, line 1: not valid UTF-8", "Save the file as UTF-8"]),
     "utf-8": ("a.jsonl", LINES.encode().replace(b"Do 5", b"Do \xff"), [], ["a.jsonl, line 6: not valid UTF-8"]),
-    "wrong columns": ("a.json", '[{"q": "a", "a": "b"}]', [], ["found the columns q, a", "Rename the columns"]),
+    "wrong columns": ("a.json", '[{"q": "a", "a": "b"}]', [], ["found the columns q, a", "--columns"]),
     "null": ("a.json", json.dumps([*ROWS, ROWS[0] | {"output": None}]), [], ["`output` is null, expected text"]),
     "number": ("a.jsonl", LINES + '{"instruction": 3, "output": "y"}\n', [], ["line 41: `instruction` is a number"]),
     "list for text": (
@@ -62,14 +62,14 @@ DATA: dict[str, tuple[str, str | bytes, list[str], list[str]]] = {
         ["--max-length", "4"],
         ["no row has a token to learn", "data.max_length"],
     ),
-    "one row": ("a.json", json.dumps(ROWS[:1]), [], ["fewer than 2 to train on", "Give more rows"]),
-    "only duplicates": ("a.json", json.dumps(ROWS[:1] * 40), [], ["1 different rows"]),
-    "one prompt": ("a.json", json.dumps([r | {"instruction": "x"} for r in ROWS]), [], ["too few different prompts"]),
+    "one row": ("a.json", json.dumps(ROWS[:1]), [], ["only 1 different row", "Give more rows"]),
+    "only duplicates": ("a.json", json.dumps(ROWS[:1] * 40), [], ["only 1 different row"]),
+    "seven rows": ("a.json", json.dumps(ROWS[:7]), [], ["only 7 different rows", "--force"]),
     "held out all": ("a.json", json.dumps(ROWS), ["--set", "data.eval_rows=40"], ["data.eval_rows"]),
     "split of a file": ("a.json", json.dumps(ROWS), ["--set", "data.split=test"], ["data.split is 'test'"]),
     "another format": ("a.json", json.dumps(ROWS), ["--set", "data.format=messages"], ["the format messages needs"]),
-    "csv with semicolons": ("a.csv", "instruction;output\na;b\n", [], ["columns instruction;output"]),
-    "csv without a column": ("a.csv", "instruction,input\na,b\n", [], ["instruction, input", "Rename"]),
+    "csv with semicolons": ("a.csv", "instruction;output\na;b;c\n", [], ["line 2: 3 values for 2 columns", "';'"]),
+    "csv without a column": ("a.csv", "instruction,input\na,b\n", [], ["instruction, input", "--columns"]),
     "no parquet": ("a.parquet", "PAR1 but no more", [], ["a.parquet: not readable as Parquet"]),
     "unknown type": ("a.txt", "hello", [], ["unknown file type .txt", ".jsonl"]),
     "empty conversation": ("a.jsonl", chat(), [], ["line 41: `messages` is an empty list"]),
@@ -80,7 +80,12 @@ DATA: dict[str, tuple[str, str | bytes, list[str], list[str]]] = {
         [],
         ["line 41", "expected assistant"],
     ),
-    "conversations": ("a.jsonl", '{"conversations": [{"from": "human"}]}', [], ["columns conversations"]),
+    "conversations": (
+        "a.jsonl",
+        '{"conversations": [{"from": "human"}]}',
+        [],
+        ["line 1: `conversations[0].value` is null"],
+    ),
     "escape sequence": ("a.json", '[{"\\u001b[31mred": 1}]', [], ["\ufffd[31mred"]),
     "gzip named .json, cut": (
         "a.json",
@@ -338,7 +343,7 @@ def test_a_folder_without_data(
     name: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (here / name).mkdir()
-    fragments = [f"{name}: the folder holds no data files", ".jsonl"]
+    fragments = [f"{name}: holds no data files", ".jsonl"]
     check(capsys, monkeypatch, 3, fragments, "--model", "model", "--dataset", name, "--ranks", "2")
 
 

@@ -87,11 +87,15 @@ def _message(message: Any, field: str) -> dict[str, Any]:
     role = checked_text(found.pop("from" if shared else "role", None), f"{field}.{'from' if shared else 'role'}")
     if shared and role not in ROLES:
         raise WrongRowError(f"`{field}.from` is {shortened(role)!r}, expected one of {', '.join(ROLES)}")
-    content = found.pop("value" if shared and "content" not in found else "content", None)
+    where = "value" if shared and "content" not in found else "content"
+    content = found.pop(where, None)
     if shared and role == "function_call":
         content, found["function_call"] = None, content
     calls = _tool_calls(found, field)
-    parsed: dict[str, Any] = {"role": ROLES.get(role, role), "content": _content(content, found, bool(calls), field)}
+    parsed: dict[str, Any] = {
+        "role": ROLES.get(role, role),
+        "content": _content(content, found, bool(calls), f"{field}.{where}"),
+    }
     weights = [found.pop(key) for key in _LEARN if key in found]
     if wrong := [weight for weight in weights if weight not in (0, 1)]:
         raise WrongRowError(f"`{field}.weight` is {wrong[0]!r}, expected 0 or 1")
@@ -106,10 +110,10 @@ def _content(value: Any, message: dict[str, Any], has_calls: bool, field: str) -
     if value is None and (has_calls or message.get("reasoning_content") or message.get("thinking")):
         return ""
     if not isinstance(value, list):
-        return checked_text(value, f"{field}.content")
+        return checked_text(value, field)
     texts = []
     for number, part in enumerate(value):
-        where = f"{field}.content[{number}]"
+        where = f"{field}[{number}]"
         kind_of_part = part.get("type", "text") if isinstance(part, dict) else "text"
         text = part.get(kind_of_part) if isinstance(part, dict) else part
         if kind_of_part in ("thinking", "reasoning"):

@@ -11,6 +11,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from typing import Any
 
@@ -161,7 +162,8 @@ class _Rows:
         self._truncated: list[bool] = []
         self._templates: dict[str, ChatTemplate] = {}
         self._counts: Counter[str] = Counter()
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  closed by __exit__
+        self._stack = ExitStack()
+        self._file = self._stack.enter_context(tempfile.TemporaryFile())
         special = [token for token in tokenizer.all_special_tokens if token.strip()]
         self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
         self._example = ""  # of a special token in a row
@@ -170,7 +172,7 @@ class _Rows:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        self._stack.close()
 
     @property
     def truncated(self) -> npt.NDArray[np.bool_]:

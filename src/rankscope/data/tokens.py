@@ -156,9 +156,10 @@ def load(folder: Path) -> TokenizedData:
     if sha256 != facts.pop("tokens_sha256", None):
         raise damaged_error(path, "not the tokens that facts.json was written for")
     with corrupt_on_error(path), safetensors.safe_open(path, framework="np") as tensors:
+        names = set(tensors.keys())
         train, heldout, general = (
             Tokens(*(tensors.get_tensor(f"{side}.{name}") for name in ("ids", "is_label", "offsets")))
-            if f"{side}.ids" in tensors.keys()  # noqa: SIM118  it has no other way to ask
+            if f"{side}.ids" in names
             else None
             for side in ("train", "eval", "general")
         )
