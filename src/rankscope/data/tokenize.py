@@ -7,13 +7,13 @@ beyond the tokens themselves.
 """
 
 import hashlib
+import io
 import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from itertools import islice
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -55,7 +55,8 @@ def tokenize(
         ModelError: the tokenizer has no eos token, or gives ids that are not in the model's vocabulary.
     """
     notes: list[str] = []
-    with _Rows(spec, tokenizer) as rows, _Rows(spec, tokenizer) as others:
+    with tempfile.TemporaryFile() as file, tempfile.TemporaryFile() as other_file:
+        rows, others = _Rows(spec, tokenizer, file), _Rows(spec, tokenizer, other_file)
         rows.read(records)
         check_ids(rows.highest_id, tokenizer, vocab_size)
         leaked = np.zeros(len(rows.keys), dtype=np.bool_)
@@ -144,15 +145,14 @@ def examples(records: Records, spec: DataSpec, tokenizer: Tokenizer) -> Iterator
 
 def encoded_rows(records: Records, spec: DataSpec, tokenizer: Tokenizer) -> Iterator[tuple[Rendered, Encoded]]:
     """Every row as text and as token ids with labels, not yet cut; for previews and tests."""
-    with _Rows(spec, tokenizer) as rows:
-        for _, batch in rows.batches(records):
-            yield from batch
+    for _, batch in _Rows(spec, tokenizer, io.BytesIO()).batches(records):
+        yield from batch
 
 
 class _Rows:
     """Tokens of rows as they are read, in a temporary file, and what must be known of each."""
 
-    def __init__(self, spec: DataSpec, tokenizer: Tokenizer) -> None:
+    def __init__(self, spec: DataSpec, tokenizer: Tokenizer, file: IO[bytes]) -> None:
         self.spec, self.tokenizer = spec, tokenizer
         self.keys: list[bytes] = []  # of the groups, see `rankscope.data.split`
         self.digests: dict[bytes, None] = {}  # of the cut tokens and labels
@@ -162,17 +162,10 @@ class _Rows:
         self._truncated: list[bool] = []
         self._templates: dict[str, ChatTemplate] = {}
         self._counts: Counter[str] = Counter()
-        self._stack = ExitStack()
-        self._file = self._stack.enter_context(tempfile.TemporaryFile())
+        self._file = file
         special = [token for token in tokenizer.all_special_tokens if token.strip()]
         self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
         self._example = ""  # of a special token in a row
-
-    def __enter__(self) -> "_Rows":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
 
     @property
     def truncated(self) -> npt.NDArray[np.bool_]:
