@@ -107,22 +107,30 @@ def kind(value: Any) -> str:
 
 def _open_text(path: Path, name: str, newline: str = "\n") -> IO[str]:
     """Open for reading line by line; only `newline` ends a line, so that U+2028 inside text does not."""
+    return io.TextIOWrapper(_open_binary(path, name), encoding="utf-8-sig", newline=newline)
+
+
+def _open_binary(path: Path, name: str) -> Any:
+    start = _first_bytes(path, name)
+    try:
+        return gzip.open(path) if start.startswith(_GZIP) else path.open("rb")
+    except OSError as error:
+        raise _unreadable(name, error) from None
+
+
+def _first_bytes(path: Path, name: str) -> bytes:
+    """Beginning of a file. Raises DataError if it cannot be read, or is a pointer to another one."""
     try:
         with path.open("rb") as file:
             start = file.read(len(_LFS))
-        _refuse_lfs_pointer(start, name)
-        binary: Any = gzip.open(path) if start.startswith(_GZIP) else path.open("rb")  # noqa: SIM115
     except OSError as error:
         raise _unreadable(name, error) from None
-    return io.TextIOWrapper(binary, encoding="utf-8-sig", newline=newline)
-
-
-def _refuse_lfs_pointer(start: bytes, name: str) -> None:
-    if start.startswith(_LFS):
+    if start == _LFS:
         raise DataError(
             f"{name}: a Git LFS pointer, which stands for a file that was not fetched",
             "Fetch it in its repository: git lfs pull",
         )
+    return start
 
 
 def _unreadable(name: str, error: Exception) -> DataError:
@@ -133,8 +141,7 @@ def _lines(file: IO[str], path: Path, name: str) -> Iterator[str]:
     try:
         yield from file
     except UnicodeDecodeError:
-        opened = gzip.open if path.open("rb").read(2) == _GZIP else open
-        with opened(path, "rb") as binary:
+        with _open_binary(path, name) as binary:
             for number, line in enumerate(binary, start=1):
                 try:
                     line.decode("utf-8-sig")
@@ -246,7 +253,9 @@ def _one_object(name: str, value: Any, line: int, wanted: Collection[str]) -> It
     elif all(isinstance(cell, dict) and cell.keys() == cells[0].keys() for cell in cells):
         by_row = not cells[0].keys().isdisjoint(wanted)
         rows = cells if by_row else ({column: value[column][index] for column in value} for index in cells[0])
-    elif len(cells) > 1 and all(isinstance(cell, list) and not _are_objects(cell) for cell in cells):
+    elif all(isinstance(cell, list) and not _are_objects(cell) for cell in cells) and (
+        len(cells) > 1 or not value.keys().isdisjoint(wanted)
+    ):
         if len({len(cell) for cell in cells}) > 1:
             raise DataError(f"{name}: its columns have lists of different lengths", "Give each column a value a row.")
         rows = (dict(zip(value, row, strict=True)) for row in zip(*cells, strict=True))
@@ -257,7 +266,10 @@ def _one_object(name: str, value: Any, line: int, wanted: Collection[str]) -> It
                 f"{name}: lists of objects lie under several keys: {listed(holders)}",
                 "Write each list to a file of its own; files of a folder may be named by split.",
             )
-        rows = value[holders[0]] if holders else [value]
+        if not holders:
+            yield line, value
+            return
+        rows = value[holders[0]]
     yield from ((None, row) for row in rows)
 
 
@@ -271,7 +283,8 @@ def _csv_rows(path: Path, name: str, wanted: Collection[str]) -> Iterator[Number
         with _open_text(path, name, newline="") as file:
             lines = _lines(file, path, name)
             first = next(lines, "")
-            delimiter = max(",;\t|", key=lambda mark: len(next(csv.reader([first], delimiter=mark), [])))
+            marks = "\t,;|" if file_type(path) == ".tsv" else ",;\t|"
+            delimiter = max(marks, key=lambda mark: len(next(csv.reader([first], delimiter=mark), [])))
             reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
             header = next(reader, [])
             if twice := [column for column in header if header.count(column) > 1 and column in wanted]:
@@ -281,7 +294,7 @@ def _csv_rows(path: Path, name: str, wanted: Collection[str]) -> Iterator[Number
                 if values and len(values) != len(header):
                     count = f"{len(values)} value" + "s" * (len(values) != 1)
                     raise DataError(
-                        f"{name}, line {line}: {count} for {len(header)} columns",
+                        f"{name}, line {line}: {count} for {len(header)} column" + "s" * (len(header) != 1),
                         f"Put text that contains {delimiter!r} in double quotes.",
                     )
                 if values:
@@ -312,11 +325,7 @@ def _parquet_rows(path: Path, name: str, wanted: Collection[str]) -> Iterator[Nu
 def _parquet(path: Path, name: str) -> Any:
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-    try:
-        with path.open("rb") as file:
-            _refuse_lfs_pointer(file.read(len(_LFS)), name)
-    except OSError as error:
-        raise _unreadable(name, error) from None
+    _first_bytes(path, name)
     with _arrow_errors(name, "Parquet"):
         # Mapped and unbuffered, a row group is decoded page by page: pyarrow's writer puts a million rows in one.
         return pq.ParquetFile(path, memory_map=True, pre_buffer=False)
@@ -336,6 +345,7 @@ def _arrow_rows(path: Path, name: str, wanted: Collection[str]) -> Iterator[Numb
     """Rows of an Arrow file, of which there are two kinds: a stream, as `datasets` writes it, and a file."""
     import pyarrow as pa
 
+    _first_bytes(path, name)
     with _arrow_errors(name, "Arrow"), pa.memory_map(str(path)) as source:
         try:
             batches: Any = pa.ipc.open_stream(source)
