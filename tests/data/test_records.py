@@ -1,22 +1,16 @@
-"""Every source and format gives the same rows; every malformed input says where it is wrong."""
+"""Rows of every source come in one of four forms; every wrong row is named, blank ones are left out and counted."""
 
-import csv
-import gzip
 import hashlib
-import io
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import datasets  # type: ignore[import-untyped]
 import pandas as pd
 import pytest
-from datasets.packaged_modules.parquet.parquet import Parquet  # type: ignore[import-untyped]
 
-from rankscope.data.records import load_records
+from rankscope.data.records import Records, load_records
 from rankscope.errors import DataError
 from rankscope.spec.models import DataSpec
 
@@ -29,287 +23,270 @@ FINGERPRINT = hashlib.sha256(
     '{"input":"{x}, \'y\'","instruction":"Ünïcode, “quotes”\\nand\u2028lines",'
     '"output":"a,b\\n\\"c\\""}\n'.encode()
 ).hexdigest()
-CHAT = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+ASKED, SAID = {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}
+CHAT = [ASKED, SAID]
+SYSTEM = {"role": "system", "content": "Be brief."}
+JSONL = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
 Write = Callable[..., DataSpec]
 
 
-def as_csv(rows: list[dict[str, str]]) -> str:
-    file = io.StringIO(newline="")
-    writer = csv.DictWriter(file, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()
-
-
-JSONL = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
-TEXTS: dict[str, tuple[str, str | bytes]] = {
-    "json list": ("a.json", json.dumps(ROWS)),
-    "json list, indented": ("a.json", "\n " + json.dumps(ROWS, indent=2, ensure_ascii=False) + "\n"),
-    "json that is one object a line": ("a.json", JSONL),
-    "jsonl": ("a.jsonl", JSONL + "\n"),
-    "jsonl with blank lines and CRLF": ("a.jsonl", "\n" + JSONL.replace("\n", "\r\n\r\n")),
-    "byte-order mark": ("a.jsonl", "\ufeff" + JSONL),
-    "gzip named .json": ("a.json", gzip.compress(json.dumps(ROWS).encode())),
-    "jsonl.gz": ("a.jsonl.gz", gzip.compress(JSONL.encode())),
-    "csv": ("a.csv", as_csv(ROWS)),
-    "null input": ("a.jsonl", JSONL.replace('"input": ""', '"input": null')),
-    "absent input": ("a.jsonl", JSONL.replace('"input": "", ', "")),
-    "unknown columns": ("a.jsonl", JSONL.replace('"input"', '"score": [1.5, null], "input"')),
-}
-
-
-@pytest.mark.parametrize("case", TEXTS)
-def test_every_text_file_gives_the_same_rows_and_fingerprint(case: str, spec: Write) -> None:
-    records = load_records(spec(*TEXTS[case]))
-    assert records.rows == ROWS
-    assert records.format == "alpaca"
-    assert records.fingerprint == FINGERPRINT
-    assert records.revision is None
-
-
-def test_parquet_and_folders_give_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_every_source_gives_the_same_rows_and_fingerprint(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
+    (tmp_path / "a.jsonl").write_text(JSONL)
+    pd.DataFrame(ROWS).to_csv(tmp_path / "a.csv", index=False)
     pd.DataFrame(ROWS).assign(extra=1).to_parquet(tmp_path / "a.parquet")
     pd.DataFrame(ROWS).to_parquet(tmp_path / "folder" / "train.parquet")
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
-    found = [load_records(DataSpec(id=str(tmp_path / name))) for name in ("a.parquet", "folder", "saved")]
-    assert [records.rows for records in found] == [ROWS] * 3
-    assert len({records.fingerprint for records in found}) == 1
+    for name in ("a.jsonl", "a.csv", "a.parquet", "folder", "saved"):
+        records = load_records(DataSpec(id=str(tmp_path / name)))
+        assert (records.rows, records.fingerprint, records.format) == (ROWS, FINGERPRINT, "alpaca"), name
+        assert (records.id, records.revision, records.rows_read) == (str(tmp_path / name), None, 2)
+        assert records.unread_columns == (("extra",) if name == "a.parquet" else ())
 
 
-def test_saved_data_give_the_split_asked_for(tmp_path: Path) -> None:
-    saved = {"train": datasets.Dataset.from_list(ROWS[:1]), "test": datasets.Dataset.from_list(ROWS[1:])}
-    datasets.DatasetDict(saved).save_to_disk(tmp_path / "saved")
-    assert load_records(DataSpec(id=str(tmp_path / "saved"), split="test")).rows == ROWS[1:]
-    with pytest.raises(DataError, match=r"saved: cannot be loaded: .* the splits train, test"):
-        load_records(DataSpec(id=str(tmp_path / "saved"), split="validation"))
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [('"input": ""', '"input": null'), ('"input": "", ', ""), ('"input"', '"score": [1.5, null], "input"')],
+)
+def test_no_input_and_other_columns_change_nothing(one: str, other: str, spec: Write) -> None:
+    records = load_records(spec("a.jsonl", JSONL.replace(one, other)))
+    assert records.fingerprint == FINGERPRINT
+    assert records.unread_columns == (("score",) if "score" in other else ())
 
 
-def test_hub_data_is_asked_for_as_the_spec_says_and_its_commit_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / commit)
-    [arrow] = (tmp_path / commit).glob("*.arrow")
-    asked: dict[str, Any] = {}
-
-    class Builder(Parquet):
-        def __init__(self) -> None:
-            self.config = SimpleNamespace(data_files={"test": [f"hf://datasets/owner/name@{commit}/a.parquet"]})
-
-        def download_and_prepare(self) -> None:
-            asked["prepared"] = True
-
-        def as_dataset(self, split: str) -> datasets.Dataset:
-            assert asked["prepared"]
-            asked["split"] = split
-            return datasets.Dataset.from_file(str(arrow))
-
-    def load_dataset_builder(path: str, **options: Any) -> Builder:
-        asked.update(path=path, **options)
-        return Builder()
-
-    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
-    spec = DataSpec(id="owner/name", config="code", split="test", revision="main", max_rows=1)
-    records = load_records(spec)
-    del asked["prepared"]
-    assert asked == {"path": "owner/name", "name": "code", "split": "test", "revision": "main"}
-    assert records.rows == ROWS[:1]
-    assert (records.id, records.revision) == ("owner/name", commit)
+def read(spec: Write, *rows: Any, **fields: Any) -> Records:
+    return load_records(spec("a.json", json.dumps(rows), **fields))
 
 
-def test_hub_failure_says_what_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset_builder(path: str, **options: Any) -> datasets.DatasetBuilder:
-        raise ConnectionError("Couldn't reach 'owner/name' on the Hub")
-
-    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
-    with pytest.raises(DataError, match=r"owner/name: cannot be loaded: ConnectionError: Couldn't.*\n.*local file"):
-        load_records(DataSpec(id="owner/name"))
-
-
-def test_max_rows_takes_the_first(spec: Write) -> None:
-    assert load_records(spec("a.jsonl", JSONL + "\nnot json", max_rows=2)).rows == ROWS
-
-
-def test_prompt_completion_texts_and_messages(spec: Write) -> None:
-    rows = [{"prompt": "1+1=", "completion": "2"}, {"prompt": CHAT[:1], "completion": CHAT[1:]}]
-    records = load_records(spec("a.json", json.dumps(rows)))
-    assert records.format == "prompt_completion"
-    assert records.rows == rows
-
-
-def test_messages_keep_role_and_content(spec: Write) -> None:
-    records = load_records(spec("a.json", json.dumps([{"messages": [{**m, "weight": 1} for m in CHAT]}])))
-    assert records.format == "messages"
-    assert records.rows == [{"messages": CHAT}]
-
-
-def test_csv_fields_may_be_longer_than_the_default_limit(spec: Write) -> None:
-    before = csv.field_size_limit()
-    rows = [{"instruction": "x" * 200_000, "output": "y"}]
-    assert load_records(spec("a.csv", as_csv(rows))).rows[0]["instruction"] == "x" * 200_000
-    assert csv.field_size_limit() == before
-
-
-def one(**fields: Any) -> str:
-    return json.dumps([{"instruction": "q", "output": "a"}, {"instruction": "q", "output": "a", **fields}])
-
-
-def chat(*messages: Any) -> str:
-    return json.dumps([{"messages": CHAT}, {"messages": list(messages)}])
-
-
-NAMED, BAD_JSON = "a.json", "not valid JSON"
-MALFORMED: dict[str, tuple[str, str | bytes, str]] = {
-    "empty file": (NAMED, "", "a.json: no rows"),
-    "only blanks": ("a.jsonl", "\n \n", "a.jsonl: no rows"),
-    "empty list": (NAMED, "[]", "a.json: no rows"),
-    "csv without rows": ("a.csv", "instruction,output\n", "a.csv: no rows"),
-    "unknown type": ("a.xlsx", "x", "a.xlsx: unknown file type .xlsx"),
-    "pickle": ("a.pkl", b"\x80\x04", "a.pkl: unknown file type .pkl"),
-    "no type": ("data", "x", "unknown file type (no suffix)"),
-    "bad UTF-8": (
-        "a.jsonl",
-        JSONL.encode() + b'\n{"x": "\xe4"}',
-        "a.jsonl, line 3: not valid UTF-8 (byte 0xe4)",
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "add"}}
+FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # a row, and its form
+    "text": ({"text": " a\n"}, {"text": " a\n"}),
+    "pair": ({"prompt": "1+1=", "completion": " 2"}, {"prompt": "1+1=", "completion": " 2"}),
+    "pair without prompt": ({"prompt": "", "completion": "2"}, {"prompt": "", "completion": "2"}),
+    "messages": ({"messages": CHAT, "id": 1}, {"messages": CHAT}),
+    "one answer of two is blank": (
+        {"messages": [*CHAT, ASKED, {**SAID, "content": ""}]},
+        {"messages": [*CHAT, ASKED, {**SAID, "content": ""}]},
     ),
-    "UTF-16": ("a.json", JSONL.encode("utf-16"), "a.json, line 1: not valid UTF-8"),
-    "torn gzip": (NAMED, gzip.compress(JSONL.encode())[:-9], "a.json: cannot be read"),
-    "damaged gzip": (NAMED, b"\x1f\x8b\x08\x00junkjunkjunk", "a.json: cannot be read"),
-    "bad line": ("a.jsonl", JSONL + "\n{'a': 1}", "a.jsonl, line 3: " + BAD_JSON),
-    "two objects on a line": ("a.jsonl", "{} {}", "a.jsonl, line 1: not valid JSON: Extra data"),
-    "bad row of a list": (NAMED, '[\n {"instruction": "a",\n "output": }\n]', "a.json, line 3: " + BAD_JSON),
-    "list not closed": (
-        NAMED,
-        '[\n{"instruction": "a"}\n',
-        "a.json, line 3: not valid JSON: Expecting ',' delimiter",
+    "conversational pair": ({"prompt": [ASKED], "completion": [SAID]}, {"messages": CHAT, "first": 1}),
+    "completion that repeats its prompt": ({"prompt": [ASKED], "completion": CHAT}, {"messages": CHAT, "first": 1}),
+    "completion of several messages": (
+        {"prompt": [SYSTEM, ASKED], "completion": [SAID, *CHAT]},
+        {"messages": [SYSTEM, *CHAT, *CHAT], "first": 2},
     ),
-    "missing comma": (NAMED, '[\n{"a": 1}\n{"a": 2}]', "a.json, line 3: not valid JSON: Expecting ',' delimiter"),
-    "trailing comma": (NAMED, '[\n{"a": 1},\n]', "a.json, line 3: " + BAD_JSON),
-    "text after the list": (NAMED, '[\n{"a": 1}]\n\n]', "a.json, line 4: not valid JSON: Extra data"),
-    "nested too deep": (NAMED, "[" * 100_000, "a.json: " + BAD_JSON),
-    "number too long": ("a.jsonl", '{"a": ' + "9" * 5000 + "}", "a.jsonl, line 1: " + BAD_JSON),
-    "number too long in a list": (NAMED, '[{"a": ' + "9" * 5000 + "}]", "a.json: " + BAD_JSON),
-    "one indented object": (
-        NAMED,
-        '{\n"instruction": "a"}',
-        "expected is one list of objects, or one object a line",
+    "system column": ({"messages": CHAT, "system": "Be brief."}, {"messages": [SYSTEM, *CHAT]}),
+    "system column said again": ({"messages": [SYSTEM, *CHAT], "system": "Be brief."}, {"messages": [SYSTEM, *CHAT]}),
+    "blank system column": ({"messages": CHAT, "system": " "}, {"messages": CHAT}),
+    "system column of a pair": (
+        {"prompt": [ASKED], "completion": [SAID], "system": "Be brief."},
+        {"messages": [SYSTEM, *CHAT], "first": 2},
     ),
-    "a list of texts": (NAMED, '[{},\n"x"]', "a.json: row 2 is text, expected an object"),
-    "a line that is a number": ("a.jsonl", "{}\n7", "a.jsonl, line 2: row 2 is a number, expected an object"),
-    "columns of no format": (
-        NAMED,
-        '[{"q": "x", "a": "y"}]',
-        "found the columns q, a, which fit no format: alpaca",
+    "tools and more": (
+        {"messages": CHAT, "tools": [{"name": "add"}], "chat_template_kwargs": {"a": 1}, "documents": [{"b": 2}]},
+        {"messages": CHAT, "tools": [TOOL], "chat_template_kwargs": {"a": 1}, "documents": [{"b": 2}]},
     ),
-    "columns of two formats": (
-        NAMED,
-        '[{"instruction": "", "output": "", "messages": []}]',
-        "which fit alpaca and messages",
+    "tools as text": (
+        {"messages": CHAT, "tools": json.dumps([TOOL]), "chat_template_kwargs": '{"a": 1}'},
+        {"messages": CHAT, "tools": [TOOL], "chat_template_kwargs": {"a": 1}},
     ),
-    "null output": (NAMED, one(output=None), "a.json, row 2: `output` is null, expected text"),
-    "null instruction": (NAMED, one(instruction=None), "row 2: `instruction` is null"),
-    "number for text": (NAMED, one(output=7), "row 2: `output` is a number, expected text"),
-    "truth for text": (NAMED, one(output=True), "row 2: `output` is true/false"),
-    "list for input": (NAMED, one(input=["a"]), "row 2: `input` is a list"),
-    "NaN for text": (NAMED, one(output=float("nan")), "row 2: `output` is a number"),
-    "half a surrogate": (
-        NAMED,
-        one(output="a\ud800"),
-        "row 2: `output` holds half of a surrogate pair at character 2",
+    "no tools": ({"messages": CHAT, "tools": None, "documents": []}, {"messages": CHAT}),
+    "no images": ({"messages": CHAT, "images": []}, {"messages": CHAT}),
+    "system and history": (
+        {"instruction": "q", "output": "a", "system": "Be brief.", "history": [["b", "c"]]},
+        {"instruction": "q", "input": "", "output": "a", "system": "Be brief.", "history": [["b", "c"]]},
     ),
-    "field missing in one row": (
-        "a.jsonl",
-        JSONL + '\n{"instruction": "q"}',
-        "a.jsonl, line 3: `output` is missing (found instruction)",
+    "history as text": (
+        {"instruction": "q", "output": "a", "system": " ", "history": "[('b', 'c')]"},
+        {"instruction": "q", "input": "", "output": "a", "history": [["b", "c"]]},
     ),
-    "csv row too long": (
-        "a.csv",
-        'instruction,output\n"a\n1",b\na,b,c\n',
-        "a.csv, line 4: 3 values for 2 columns",
+    "no history": (
+        {"instruction": "q", "input": "i", "output": "a", "system": None, "history": []},
+        {"instruction": "q", "input": "i", "output": "a"},
     ),
-    "csv row too short": ("a.csv", "instruction,output\na\n", "a.csv, line 2: 1 value for 2 columns"),
-    "csv column twice": ("a.csv", "output,output\na,b\n", "a.csv, line 1: a column is named twice"),
-    "csv quote not closed": ("a.csv", 'instruction,output\n"a,b\n', "a.csv, line 2: not valid CSV"),
-    "not parquet": ("a.parquet", "PAR1 no", "a.parquet: not readable as Parquet"),
-    "messages are text": (
-        NAMED,
-        '[{"messages": "hi"}]',
-        "row 1: `messages` is text, expected a list of messages",
+    "chosen": ({"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "q", "completion": "a"}),
+    "chosen beside a prompt": (
+        {"prompt": "1+1?", "chosen": CHAT, "rejected": [ASKED, {**SAID, "content": "3"}]},
+        {"messages": CHAT, "first": 1},
     ),
-    "no message": (NAMED, chat(), "row 2: `messages` is an empty list"),
-    "one message": (NAMED, chat(CHAT[1]), "row 2: `messages` needs at least two"),
-    "user speaks last": (NAMED, chat(*CHAT, CHAT[0]), "row 2: `messages` ends with the role 'user'"),
-    "content is null": (NAMED, chat({"role": "user", "content": None}), "`messages[0].content` is null"),
-    "content is parts": (NAMED, chat({"role": "user", "content": []}), "`messages[0].content` is a list"),
-    "role missing": (NAMED, chat({"content": "x"}), "`messages[0].role` is null"),
-    "message is text": (NAMED, chat("hi"), "`messages[0]` is text, expected an object with role and content"),
-    "prompt is a list": (
-        NAMED,
-        json.dumps([{"prompt": CHAT, "completion": "x"}]),
-        "`completion` is text but `prompt` is a list of messages",
-    ),
-    "completion is a list": (
-        NAMED,
-        json.dumps([{"prompt": "x", "completion": CHAT}]),
-        "`completion` is a list, expected text",
+    "chosen without a prompt": ({"chosen": CHAT, "rejected": CHAT}, {"messages": CHAT}),
+    "chosen texts that begin alike": (
+        {"chosen": "Human: 1+1? Assistant: 2", "rejected": "Human: 1+1? Assistant: 3"},
+        {"prompt": "Human: 1+1? Assistant:", "completion": " 2"},
     ),
 }
 
 
-@pytest.mark.parametrize("case", MALFORMED)
-def test_malformed_input_is_refused_with_the_place_and_a_way_out(case: str, spec: Write) -> None:
-    name, content, expected = MALFORMED[case]
+@pytest.mark.parametrize("case", FORMS)
+def test_forms(case: str, spec: Write) -> None:
+    row, form = FORMS[case]
+    assert read(spec, row).rows == [form]
+
+
+PAIR = {"prompt": "q", "completion": "a"}
+QUESTION = {"instruction": "q", "output": "a"}
+
+
+@pytest.mark.parametrize(
+    ("right", "blank"),
+    [
+        (QUESTION, {"output": "\n"}),
+        (QUESTION, {"instruction": None, "input": " ", "output": None}),
+        (PAIR, {"completion": " "}),
+        (PAIR, {"prompt": CHAT, "completion": [ASKED, {**SAID, "content": ""}]}),
+        ({"messages": CHAT}, {"messages": [ASKED, {**SAID, "content": ""}]}),
+        ({"messages": CHAT}, {"messages": None}),
+        ({"text": "a"}, {"text": " \n"}),
+    ],
+)
+def test_rows_without_an_answer_are_left_out_and_counted(
+    right: dict[str, Any], blank: dict[str, Any], spec: Write
+) -> None:
+    records = read(spec, right, {**right, **blank})
+    assert (len(records.rows), records.rows_read, records.left_out) == (1, 2, {"blank": 1})
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "null output": ({"output": None}, "`output` is null, expected text"),
+    "null instruction": ({"instruction": None}, "`instruction` is null"),
+    "number for text": ({"output": 7}, "`output` is a number, expected text"),
+    "truth for text": ({"output": True}, "`output` is true/false"),
+    "list for input": ({"input": ["a"]}, "`input` is a list"),
+    "NaN for text": ({"output": float("nan")}, "`output` is a number"),
+    "half a surrogate": ({"output": "a\ud800"}, "`output` holds half of a surrogate pair at character 2"),
+    "history without answers": ({"history": ["a"]}, "`history` holds something else than pairs"),
+    "history is text": ({"history": "hello"}, "`history` is text, expected a list of pairs"),
+    "image": ({"images": ["a.png"]}, "`images` is not empty, and a text model does not read it"),
+    "messages are text": ({"messages": "hi"}, "`messages` is text, expected a list of messages"),
+    "no message": ({"messages": []}, "`messages` is an empty list"),
+    "one message": ({"messages": [SAID]}, "`messages` needs at least two"),
+    "user speaks last": ({"messages": [*CHAT, ASKED]}, "`messages` ends with the role 'user', expected assistant"),
+    "image in a message": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, SAID]},
+        "`messages[0].content[0]` is of type image_url, which a text model does not read",
+    ),
+    "half a surrogate in a call": (
+        {"messages": [ASKED, {**SAID, "tool_calls": [{"function": {"name": "f", "arguments": {"a": "\ud800"}}}]}]},
+        "`messages` holds half of a surrogate pair",
+    ),
+    "another system": ({"messages": [SYSTEM, *CHAT], "system": "x"}, "`system` is not what the system message"),
+    "arguments of the template": ({"messages": CHAT, "chat_template_kwargs": [1]}, "is a list, expected an object"),
+    "tool is a number": ({"messages": CHAT, "tools": [1]}, "`tools[0]` is a number, expected a tool"),
+    "prompt is a list": ({"prompt": CHAT}, "`completion` is text but `prompt` is a list of messages"),
+    "completion is a list": ({"completion": CHAT}, "`completion` is a list, expected text"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_row_is_refused_with_the_place_and_may_be_skipped(case: str, spec: Write) -> None:
+    fields, problem = WRONG[case]
+    right: dict[str, Any] = QUESTION
+    if not fields.keys().isdisjoint(("messages", "prompt", "completion")):
+        right = {"messages": CHAT} if "messages" in fields else PAIR
     with pytest.raises(DataError) as caught:
-        load_records(spec(name, content))
-    assert expected in str(caught.value)
-    assert caught.value.todo
+        read(spec, right, {**right, **fields})
+    assert "1 row is wrong" in caught.value.what
+    assert "a.json, row 2: " in caught.value.what
+    assert problem in caught.value.what
     assert caught.value.exit_code == 3
+    records = read(spec, right, {**right, **fields}, right, skip_bad_rows=True)
+    assert (len(records.rows), records.rows_read, records.left_out["bad"]) == (2, 3, 1)
+    assert problem in "".join(records.notes)
 
 
 def test_the_first_wrong_rows_are_shown_and_all_are_counted(spec: Write) -> None:
     content = "\n".join(['{"instruction": "a", "output": 1}'] * 1200)
-    with pytest.raises(DataError, match="1,200 rows are wrong") as caught:
-        load_records(spec("a.jsonl", content))
-    assert [line in str(caught.value) for line in ("line 1:", "line 3:", "line 4:")] == [True, True, False]
+    for skip in (False, True):  # nothing is left where all are wrong
+        with pytest.raises(DataError, match="1,200 rows are wrong") as caught:
+            load_records(spec("a.jsonl", content, skip_bad_rows=skip))
+        assert [line in str(caught.value) for line in ("line 1:", "line 3:", "line 4:")] == [True, True, False]
+        assert "--skip-bad-rows" in caught.value.todo
 
 
-def test_parquet_columns_of_no_format_are_named(tmp_path: Path) -> None:
-    pd.DataFrame({"question": ["a"], "answer": ["b"]}).to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="found the columns question, answer, which fit no format"):
-        load_records(DataSpec(id=str(tmp_path / "a.parquet")))
+def test_a_field_that_is_missing_in_one_row_is_named_with_those_found(spec: Write) -> None:
+    with pytest.raises(DataError, match=r"a.jsonl, line 3: `output` is missing \(found instruction\)"):
+        load_records(spec("a.jsonl", JSONL + '\n{"instruction": "q"}'))
 
 
-def test_a_format_that_the_columns_do_not_fit_says_what_it_needs(spec: Write) -> None:
-    with pytest.raises(DataError, match="found the columns instruction, output; the format messages needs messages"):
-        load_records(spec("a.json", one(), format="messages"))
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        ({"instruction": "q", "output": ""}, "output"),
+        ({"prompt": "q", "completion": " "}, "completion"),
+        ({"messages": [ASKED, {**SAID, "content": "\n"}]}, "messages"),
+        ({"text": ""}, "text"),
+    ],
+)
+def test_data_without_any_answer_are_refused(row: dict[str, Any], column: str, spec: Write) -> None:
+    with pytest.raises(DataError, match=f"every row's {column} is blank"):
+        read(spec, row, row)
 
 
-@pytest.mark.parametrize("missing", ["no.json", "./no", "a/b/c", "/no/where", "no.jsonl.gz", "C:\\data"])
-def test_a_missing_file_is_not_looked_for_on_the_hub(missing: str) -> None:
-    with pytest.raises(DataError, match=re.escape(f"{missing}: no such file or folder")):
-        load_records(DataSpec(id=missing))
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.json", ""), ("a.jsonl", "\n \n"), ("a.json", "[]"), ("a.csv", "instruction,output\n")],
+)
+def test_a_file_without_rows_is_refused(name: str, content: str, spec: Write) -> None:
+    with pytest.raises(DataError, match=f"{name}: no rows"):
+        load_records(spec(name, content))
 
 
-@pytest.mark.parametrize(("field", "value"), [("split", "test"), ("config", "x"), ("revision", "main")])
-def test_a_file_has_no_split_config_or_revision(field: str, value: str, spec: Write) -> None:
-    with pytest.raises(DataError, match=f"data.{field} is '{value}', but local data has no {field}"):
-        load_records(spec("a.json", one(), **{field: value}))
+def test_blank_lines_of_a_table_are_counted(spec: Write) -> None:
+    records = load_records(spec("a.csv", "instruction,output\na,b\n,\n,\n"))
+    assert (len(records.rows), records.rows_read, records.left_out["blank"]) == (1, 3, 2)
 
 
-def test_a_folder_with_a_loading_script_is_not_executed(tmp_path: Path) -> None:
-    folder = tmp_path / "trap"
-    folder.mkdir()
-    (folder / "trap.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(DataError, match="scripts are no longer supported"):
-        load_records(DataSpec(id=str(folder)))
-    assert not (tmp_path / "ran").exists()
+def test_several_sources_are_read_in_order_each_in_its_own_format(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(JSONL)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"question": "q", "answer": "a", "topic": "t"}))
+    (tmp_path / "c.jsonl").write_text(json.dumps({"messages": CHAT}) + '\n{"id": 1}')
+    names = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
+    asked = {"instruction": "q", "input": "", "output": "a"}
+    with pytest.raises(DataError, match=r"c.jsonl, line 2: `messages` is missing"):
+        load_records(DataSpec(id=tuple(names)))
+    for id in (tuple(names), ",".join(names)):  # the command line's list may be one text
+        records = load_records(DataSpec(id=id, skip_bad_rows=True))
+        assert records.rows == [*ROWS, asked, {"messages": CHAT}]
+        assert (records.id, records.format) == (" + ".join(names), "alpaca + messages")
+        assert records.unread_columns == ("topic", "id")
+        assert any("b.jsonl is read as alpaca: `question` as instruction" in note for note in records.notes)
+    assert load_records(DataSpec(id=tuple(names), max_rows=3)).rows == [*ROWS, asked]
+    assert load_records(DataSpec(id=tuple(names), max_rows=1)).rows == ROWS[:1]
 
 
-def test_a_folder_without_the_split_says_which_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "train.jsonl").write_text(JSONL)
-    with pytest.raises(DataError, match=r"Unknown split .test.\. Should be one of \['train'\]"):
-        load_records(DataSpec(id=str(tmp_path / "folder"), split="test"))
+def test_max_rows_reads_no_further(spec: Write) -> None:
+    assert load_records(spec("a.jsonl", JSONL + "\nnot json", max_rows=2)).rows == ROWS
+
+
+def test_files_of_a_folder_may_differ_in_columns_that_are_not_needed(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "q", "completion": "a"}')
+    (tmp_path / "b.csv").write_text("id,prompt,completion\n1,q,b\n")
+    records = load_records(DataSpec(id=str(tmp_path)))
+    assert [row["completion"] for row in records.rows] == ["a", "b"]
+    assert records.unread_columns == ("id",)
+
+
+@pytest.mark.parametrize(
+    ("other", "problem"),
+    [
+        (
+            '{"q": "q", "a": "a"}',
+            r"b.jsonl: found the columns q, a.*Beside it lies .*a.jsonl with the columns prompt, ",
+        ),
+        (
+            '{"text": "q"}',
+            r"two formats: .*a.jsonl has the columns prompt, completion \(prompt_completion\), .*b.jsonl",
+        ),
+    ],
+)
+def test_files_of_a_folder_that_do_not_fit_together_are_named(other: str, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "q", "completion": "a"}')
+    (tmp_path / "b.jsonl").write_text(other)
+    with pytest.raises(DataError, match=problem):
+        load_records(DataSpec(id=str(tmp_path)))
+
+
+def test_columns_that_first_come_in_a_later_row_are_read_and_named(spec: Write) -> None:
+    rows = [{"messages": CHAT}] * 1500 + [{"messages": CHAT, "system": "Be brief.", "source": "x"}]
+    records = read(spec, *rows)
+    assert records.rows[-1]["messages"] == [SYSTEM, *CHAT]
+    assert records.unread_columns == ("source",)
