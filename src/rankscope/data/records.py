@@ -11,6 +11,7 @@ A row is one of four forms, each with all that carries meaning:
 
 import hashlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -134,14 +135,18 @@ def canonical_text(row: dict[str, Any]) -> str:
 
 
 def _layout(source: Source, spec: DataSpec, unread: dict[str, None]) -> Layout:
-    """Layout of a source, which every part of it must fit."""
+    """Layout of a source, which every part that is read must fit."""
     wanted = COLUMNS.union(spec.columns.values())
     found: list[tuple[Part, tuple[str, ...], dict[str, Any]]] = []
+    left = spec.max_rows or sys.maxsize
     for part in source.parts:
-        first = list(islice(part.rows(wanted), min(_ROWS_FOR_COLUMNS, spec.max_rows or _ROWS_FOR_COLUMNS)))
-        columns = part.columns() or tuple(dict.fromkeys(column for _, row in first for column in row))
+        first = list(islice(part.rows(wanted), min(_ROWS_FOR_COLUMNS, left)))
         if first:
+            columns = part.columns() or tuple(dict.fromkeys(column for _, row in first for column in row))
             found.append((part, columns, first[0][1]))
+        left -= len(first)
+        if left == 0:
+            break  # the parts that follow are not read
     if not found:
         raise DataError(f"{source.name}: no rows", "Give data with at least a few dozen rows.")
     layouts = []

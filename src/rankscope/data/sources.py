@@ -257,12 +257,21 @@ def _hub(id: str, spec: DataSpec) -> Splits:
         raise _not_loaded(id, error, todo) from error
 
     def part(file: str) -> Part:
-        try:
-            return file_part(Path(hub.hf_hub_download(filename=file, **where)), f"{id}/{file}")
-        except DataError:
-            raise
-        except Exception as error:
-            raise _not_loaded(id, error, todo) from error
+        name = f"{id}/{file}"
+        file_part(Path(file), name)  # an unknown type is not worth fetching
+
+        @functools.cache
+        def fetched() -> Part:
+            try:
+                path = hub.hf_hub_download(filename=file, **where)
+            except Exception as error:
+                raise _not_loaded(id, error, todo) from error
+            return file_part(Path(path), name)
+
+        def rows(wanted: Collection[str]) -> Iterator[Numbered]:
+            yield from fetched().rows(wanted)  # the first rows of many files need only the first file
+
+        return Part(name, rows, lambda: fetched().columns())
 
     text = readme.read_text(encoding="utf-8", errors="replace") if readme else ""
     return _divided(id, files, text, spec, part, commit)
