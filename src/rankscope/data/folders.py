@@ -23,9 +23,9 @@ SPLITS = {
 }  # fmt: skip
 """Splits by the names that files have."""
 
-_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_DESCRIPTION = re.compile(r"(dataset_infos?|dataset_dict|state)\.json")
 _UNREMARKABLE = re.compile(
-    r"(readme|license|licence|notice|citation|changelog|contributing)\b.*|.*\.(md|py|png|jpe?g|svg)"
+    rf"(readme|license|licence|notice|citation|changelog|contributing)\b.*|.*\.(md|py|png|jpe?g|svg)|{_DESCRIPTION.pattern}"
 )
 _SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$|[-_.]\d+$")
 _WORD = re.compile(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])")
@@ -48,22 +48,24 @@ def divide(files: Sequence[str], readme: str, config: str | None, name: str) -> 
     plain = sorted(
         file for file in files if not any(part.startswith((".", "__")) for part in PurePosixPath(file).parts)
     )
-    data = [file for file in plain if _type(file) in FILE_TYPES and PurePosixPath(file).name not in _DESCRIPTIONS]
+    data = [
+        file for file in plain if _type(file) in FILE_TYPES and not _DESCRIPTION.fullmatch(PurePosixPath(file).name)
+    ]
     named = [
         file for file in plain if file not in data and not _UNREMARKABLE.fullmatch(PurePosixPath(file).name.lower())
     ]
     notes = [f"{name}: no rows, not read: {listed(named)}"] if named else []
-    configs = _configs(readme)
+    configs, default = _configs(readme)
     if config is not None and config not in configs:
         raise DataError(f"{name}: no configuration {config!r}, only {listed(configs)}", "Correct data.config.")
     if configs:
-        if config is None and len(configs) > 1 and "default" not in configs:
+        chosen = config or default
+        if chosen is None:
             raise DataError(
                 f"{name}: has several configurations: {listed(configs)}",
                 f"Choose one: data.config={next(iter(configs))}",
             )
-        patterns = configs[config or ("default" if "default" in configs else next(iter(configs)))]
-        splits = {split: [file for file in plain if _matches(file, globs)] for split, globs in patterns.items()}
+        splits = {split: [file for file in plain if _matches(file, globs)] for split, globs in configs[chosen].items()}
         if empty := [split for split, found in splits.items() if not found]:
             raise DataError(
                 f"{name}: README.md names files of the split {empty[0]} that are not there",
@@ -102,14 +104,15 @@ def _split(file: str, files: Sequence[str]) -> str:
     return "train"
 
 
-def _configs(readme: str) -> dict[str, dict[str, list[str]]]:
-    """Patterns of each split of each configuration that the YAML in front of a README names."""
+def _configs(readme: str) -> tuple[dict[str, dict[str, list[str]]], str | None]:
+    """Patterns of each split of each configuration that the YAML in front of a README names; and the default's name."""
     front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", readme, re.DOTALL)
     try:
         values = yaml.safe_load(front[1]) if front else None
     except yaml.YAMLError:
-        return {}
+        values = None
     found: dict[str, dict[str, list[str]]] = {}
+    default = None
     given: Any = values.get("configs") if isinstance(values, dict) else None
     for one in given if isinstance(given, list) else []:
         files = one.get("data_files") if isinstance(one, dict) else None
@@ -126,8 +129,11 @@ def _configs(readme: str) -> dict[str, dict[str, list[str]]]:
             )
             paths = [str(part) for part in (path if isinstance(path, list) else [path])]
             splits.setdefault(str(split), []).extend(f"{folder}/{part}" if folder else part for part in paths)
-        found["default" if one.get("default") is True else str(one.get("config_name", "default"))] = splits
-    return found
+        name = str(one.get("config_name", "default"))
+        found[name] = splits
+        if one.get("default") is True or (name == "default" and default is None):
+            default = name
+    return found, default if len(found) != 1 else next(iter(found))
 
 
 def _matches(file: str, patterns: Sequence[str]) -> bool:
