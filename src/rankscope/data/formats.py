@@ -71,12 +71,14 @@ def resolve_layout(spec: DataSpec, columns: Sequence[str], source: str, sample: 
             "Correct data.columns (--columns OURS=THEIRS).",
         )
     own = {name: name for name in columns if name in _OWN and name not in given.values()} | given
+    if "functions" in columns:  # OpenAI's older name
+        own.setdefault("tools", "functions")
     fitting = [format for format, needed in REQUIRED.items() if own.keys() >= set(needed)]
     if len(fitting) > 1:
         fitting = [format for format in fitting if format != "text"]  # beside others it is the rendered row
     if any(given.keys() >= set(REQUIRED[format]) for format in fitting):
         fitting = [format for format in fitting if given.keys() >= set(REQUIRED[format])]
-    layouts = [Layout(format, _fields(format, own)) for format in fitting] or _guesses(columns, given, sample)
+    layouts = [Layout(format, _fields(format, own)) for format in fitting] or _guesses(own, columns, given, sample)
     if spec.format != "auto":
         layouts = [layout for layout in layouts if layout.format == spec.format]
     if len(layouts) == 1:
@@ -109,9 +111,7 @@ def _guesses(columns: Collection[str], given: Mapping[str, str], sample: Mapping
     if given:
         return []
     found: list[Layout] = []
-    more = {field: field for field in OPTIONAL["messages"]}
-    if "functions" in columns and "tools" not in columns:
-        more["tools"] = "functions"
+    more = {field: own.get(field, field) for field in OPTIONAL["messages"]}
     found += [Layout("messages", {"messages": name} | more, True) for name in _CONVERSATION if name in columns]
     if not found and "chosen" in columns:
         prompt = {"prompt": "prompt"} if "prompt" in columns else {}
