@@ -74,10 +74,10 @@ def resolve_layout(spec: DataSpec, columns: Sequence[str], source: str, sample: 
     if "functions" in columns:  # OpenAI's older name
         own.setdefault("tools", "functions")
     fitting = [format for format, needed in REQUIRED.items() if own.keys() >= set(needed)]
-    if len(fitting) > 1:
+    if said := [format for format in fitting if given.keys() >= set(REQUIRED[format])]:
+        fitting = said
+    elif len(fitting) > 1 and spec.format != "text":
         fitting = [format for format in fitting if format != "text"]  # beside others it is the rendered row
-    if any(given.keys() >= set(REQUIRED[format]) for format in fitting):
-        fitting = [format for format in fitting if given.keys() >= set(REQUIRED[format])]
     layouts = [Layout(format, _fields(format, own)) for format in fitting] or _guesses(own, columns, given, sample)
     if spec.format != "auto":
         layouts = [layout for layout in layouts if layout.format == spec.format]
