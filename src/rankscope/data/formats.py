@@ -106,7 +106,9 @@ def _needs(format: Format) -> str:
     return " and ".join(REQUIRED[format]) + (" (input is optional)" if format == "alpaca" else "")
 
 
-def _guesses(columns: Collection[str], given: Mapping[str, str], sample: Mapping[str, object]) -> list[Layout]:
+def _guesses(
+    own: Mapping[str, str], columns: Collection[str], given: Mapping[str, str], sample: Mapping[str, object]
+) -> list[Layout]:
     """Every way to read columns that have none of the formats' own names."""
     if given:
         return []
