@@ -32,6 +32,7 @@ TEXT_TYPES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 FILE_TYPES = (*TEXT_TYPES, ".parquet", ".arrow")
 _GZIP, _LFS = b"\x1f\x8b", b"version https://git-lfs"
 _BATCH_ROWS = 256  # rows of Parquet or Arrow in Python at a time
+_BUFFER_BYTES = 1 << 20  # of a Parquet file, for each column
 
 
 def file_type(path: PurePath) -> str:
@@ -327,8 +328,8 @@ def _parquet(path: Path, name: str) -> Any:
 
     _first_bytes(path, name)
     with _arrow_errors(name, "Parquet"):
-        # Mapped and unbuffered, a row group is decoded page by page: pyarrow's writer puts a million rows in one.
-        return pq.ParquetFile(path, memory_map=True, pre_buffer=False)
+        # So a row group is read page by page: pyarrow's writer puts a million rows in one.
+        return pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False)
 
 
 @contextmanager
