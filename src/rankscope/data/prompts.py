@@ -138,24 +138,28 @@ def _encode_plain(rows: Sequence[Rendered], tokenizer: Tokenizer) -> list[Encode
     borders = [row.learned[0][0] for row in rows]
     wholes = token_ids([row.text for row in rows], tokenizer)
     prompts = token_ids([row.text[:border] for row, border in zip(rows, borders, strict=True)], tokenizer)
+    over = [whole[: len(prompt)] != prompt for whole, prompt in zip(wholes, prompts, strict=True)]
+    apart = [row.text[border:] for row, border, is_over in zip(rows, borders, over, strict=True) if is_over]
+    answers = iter(_continuing(apart, tokenizer))
     found = []
-    for row, border, whole, prompt in zip(rows, borders, wholes, prompts, strict=True):
-        over = whole[: len(prompt)] != prompt
-        body = prompt + _continuing(row.text[border:], tokenizer) if over else whole
+    for whole, prompt, is_over in zip(wholes, prompts, over, strict=True):
+        body = prompt + next(answers) if is_over else whole
         ids = front + body + ([] if body[-1:] == [eos] else [eos])
         is_label = np.ones(len(ids), dtype=np.bool_)
         is_label[: len(front) + len(prompt)] = False
-        found.append(Encoded(ids, is_label, [len(ids)], over))
+        found.append(Encoded(ids, is_label, [len(ids)], is_over))
     return found
 
 
-def _continuing(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of text that continues another, without the space that SentencePiece puts in front of a text."""
+def _continuing(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of texts that continue another, without the space that SentencePiece puts in front of a text."""
+    found: dict[str, list[int]] = {}
     for before in ("\n", ":", "a"):
-        alone, both = token_ids([before, before + text], tokenizer)
-        if both[: len(alone)] == alone:
-            return both[len(alone) :]
-    return token_ids([text], tokenizer)[0]
+        if left := [text for text in dict.fromkeys(texts) if text not in found]:
+            alone, *both = token_ids([before, *(before + text for text in left)], tokenizer)
+            pairs = zip(left, both, strict=True)
+            found |= {text: ids[len(alone) :] for text, ids in pairs if ids[: len(alone)] == alone}
+    return [found[text] if text in found else token_ids([text], tokenizer)[0] for text in texts]
 
 
 def token_ids(texts: list[str], tokenizer: Tokenizer, special: bool = False) -> list[list[int]]:
