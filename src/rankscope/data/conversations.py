@@ -157,10 +157,13 @@ class ChatTemplate:
 
     def _look_for_ignored(self, messages: list[dict[str, Any]], given: Mapping[str, Any], text: str) -> None:
         """Find out which fields change nothing in what the template writes: by leaving them out."""
-        fields = [
-            *given,
-            *dict.fromkeys(key for message in messages for key in message if key not in _PLUMBING),
-        ]
+        own = {
+            key
+            for message in messages
+            for key in message
+            if key not in _PLUMBING and (key != "name" or message["role"] != "tool")  # the call has that name too
+        }
+        fields = [*given, *sorted(own)]
         if any(message["role"] == "system" for message in messages):
             fields.append("system")
         for name in fields:
