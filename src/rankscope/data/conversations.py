@@ -5,6 +5,7 @@ Whole messages go to the template, with tools and all else that they carry. A te
 found by rendering the conversation up to that turn, and checked.
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -59,7 +60,7 @@ class ChatTemplate:
         self.loss_on = loss_on
         template = tokenizer.chat_template
         self._source = str(template)
-        self._marks = "{% generation %}" in self._source or "{%- generation" in self._source
+        self._marks = re.search(r"\{%-?\s*generation\s*-?%\}", self._source) is not None
         self._tried: Counter[str] = Counter()
         self._written: set[str] = set()
         self.with_field: Counter[str] = Counter()  # rows that have a field
