@@ -1,94 +1,93 @@
-"""The prompt is what the template says, no input is dropped, what is learned is exactly the completion."""
+"""A prompt is what the template says, no input is dropped, and tokens are those of the whole text."""
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rankscope.data.prompts import Rendered, encode, render
-from rankscope.errors import DataError, ModelError
-from rankscope.spec.models import DataSpec
+from rankscope.data.conversations import Rendered
+from rankscope.data.prompts import encode, render_plain
+from rankscope.errors import ModelError
+from rankscope.spec.models import DEFAULT_TEMPLATE, DataSpec
 
 Make = Callable[..., PreTrainedTokenizerFast]
-SPEC = DataSpec(id="x")
-CHAT = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "1+1?"},
-    {"role": "assistant", "content": "2"},
-    {"role": "user", "content": "And 2+2?"},
-    {"role": "assistant", "content": "4"},
-]
+ALPACA = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+WITHOUT = "### Instruction:\n{instruction}\n\n### Response:\n"
 
 
-def fill(tokenizer: PreTrainedTokenizerFast, instruction: str, given: str, template: str = SPEC.template) -> str:
+def render(row: dict[str, Any], loss_on: str = "completion", **fields: Any) -> Rendered:
+    return render_plain(row, DataSpec(id="x", **fields), loss_on)
+
+
+def both(rendered: Rendered) -> tuple[str, str]:
+    """Text that is read, and text that is learned."""
+    [(start, end)] = rendered.learned
+    assert end == len(rendered.text)
+    return rendered.text[:start], rendered.text[start:]
+
+
+@pytest.mark.parametrize(
+    ("instruction", "given", "fields", "prompt", "answer"),
+    [
+        ("Sort.", "[2, 1]", {}, "### Question: Sort.\n[2, 1]\n ### Answer:", " o"),
+        ("Sort.", "", {}, "### Question: Sort.\n ### Answer:", " o"),
+        ("Sort.", " \n\t", {}, "### Question: Sort.\n ### Answer:", " o"),
+        ("{input} {0} {", "{instruction} \\1", {},
+         "### Question: {input} {0} {\n{instruction} \\1\n ### Answer:", " o"),
+        # a line with both keeps the instruction
+        ("Go", "", {"template": "Q: {instruction} {input}\nInput {input}!\nA:"}, "Q: Go \nA:", " o"),
+        ("Go", "x", {"template": "Q: {instruction} {input}\nInput {input}!\nA:"}, "Q: Go x\nInput x!\nA:", " o"),
+        # no space after white space
+        ("Go", "x", {"template": ALPACA}, "### Instruction:\nGo\n\n### Input:\nx\n\n### Response:\n", "o"),
+        ("Go", "x", {"template": "{instruction} {input} "}, "Go x ", "o"),
+        # the standard prompt of alpaca has no heading for an input that is not there
+        ("Go", "", {"template": ALPACA, "template_without_input": WITHOUT},
+         "### Instruction:\nGo\n\n### Response:\n", "o"),
+        ("Go", "", {"template_without_input": "{instruction}:"}, "Go:", " o"),
+        ("Go", "x", {"template_without_input": "{instruction}:"}, "### Question: Go\nx\n ### Answer:", " o"),
+    ],
+)  # fmt: skip
+def test_templates(instruction: str, given: str, fields: dict[str, str], prompt: str, answer: str) -> None:
     row = {"instruction": instruction, "input": given, "output": "o"}
-    return render(row, DataSpec(id="x", template=template), "alpaca", tokenizer).prompt
+    assert both(render(row, **fields)) == (prompt, answer)
 
 
-@pytest.mark.parametrize(
-    ("instruction", "given", "prompt"),
-    [
-        ("Sort.", "[2, 1]", "### Question: Sort.\n[2, 1]\n ### Answer:"),
-        ("Sort.", "", "### Question: Sort.\n ### Answer:"),
-        ("Sort.", " \n\t", "### Question: Sort.\n ### Answer:"),
-        (
-            "{input} {0} {",
-            "{instruction} \\1",
-            "### Question: {input} {0} {\n{instruction} \\1\n ### Answer:",
-        ),
-    ],
-)
-def test_the_default_template(instruction: str, given: str, prompt: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    assert fill(tokenizer, instruction, given) == prompt
+def test_system_and_history_stand_in_the_prompt() -> None:
+    row = {"instruction": "c", "input": "i", "output": "o", "system": "Be brief.", "history": [["a", "b"]]}
+    prompt = "Be brief.\n### Question: a\n ### Answer: b\n### Question: c\ni\n ### Answer:"
+    assert both(render(row)) == (prompt, " o")
+    lined = "Be brief.\nQ a\nA: b\nQ c i\nA:"
+    assert both(render(row, template="Q {instruction} {input}\nA:", template_without_input="Q {instruction}\nA:")) == (
+        lined,
+        " o",
+    )
+    first = {"instruction": "a", "input": "", "output": "b", "system": "Be brief."}
+    assert render(row).beginning == render(first).beginning  # on one side of the split
+    assert render({**first, "system": "Be long."}).beginning != render(first).beginning
 
 
-def test_a_line_with_both_placeholders_keeps_the_instruction(tokenizer: PreTrainedTokenizerFast) -> None:
-    template = "Q: {instruction} {input}\nInput {input}!\nA:"
-    assert fill(tokenizer, "Go", "", template) == "Q: Go \nA:"
-    assert fill(tokenizer, "Go", "x", template) == "Q: Go x\nInput x!\nA:"
+@pytest.mark.parametrize("loss_on", ["completion", "assistant", "last", "all"])
+def test_pairs_and_texts_are_taken_as_they_are(loss_on: str) -> None:
+    pair, text = render({"prompt": "{x} ", "completion": "y\n"}, loss_on), render({"text": " a\n"}, loss_on)
+    assert both(pair) == (("", "{x} y\n") if loss_on == "all" else ("{x} ", "y\n"))
+    assert both(text) == ("", " a\n")
+    assert not pair.is_chat
+    assert not text.is_chat
+    assert pair.beginning == "{x} "
 
 
-def test_alpaca_completion_is_a_space_and_the_output(tokenizer: PreTrainedTokenizerFast) -> None:
-    row = {"instruction": "q", "input": "", "output": "{a}\n"}
-    assert render(row, SPEC, "alpaca", tokenizer).completion == " {a}\n"
+def pair(prompt: str, completion: str) -> Rendered:
+    return Rendered(prompt + completion, [(len(prompt), len(prompt + completion))], prompt, is_chat=False)
 
 
-def test_prompt_completion_is_taken_as_it_is(tokenizer: PreTrainedTokenizerFast) -> None:
-    row = {"prompt": "{x} ", "completion": "y"}
-    assert render(row, SPEC, "prompt_completion", tokenizer) == Rendered("{x} ", "y", is_chat=False)
-
-
-def test_messages_learn_the_last_answer_and_its_end_mark(chat_tokenizer: PreTrainedTokenizerFast) -> None:
-    found = render({"messages": CHAT}, SPEC, "messages", chat_tokenizer)
-    assert found.prompt.endswith("<|assistant|>2</s>\n<|user|>And 2+2?</s>\n<|assistant|>")
-    assert found.prompt.count("<s>") == 1
-    assert found.completion == "4</s>\n"
-    split = {"prompt": CHAT[:-1], "completion": CHAT[-1:]}
-    assert render(split, SPEC, "prompt_completion", chat_tokenizer) == found
-    [encoded] = encode([found], chat_tokenizer)
-    whole = chat_tokenizer.apply_chat_template(CHAT, return_dict=False)
-    assert encoded.prompt_ids + encoded.completion_ids == whole
-
-
-def test_without_a_chat_template_there_is_a_way_out(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(DataError, match=r"no chat template\n.*instruct"):
-        render({"messages": CHAT}, SPEC, "messages", tokenizer)
-
-
-@pytest.mark.parametrize(
-    ("template", "problem"),
-    [
-        ("{{ messages | length }} {{ messages[-1].content }}", "not prefix-preserving"),
-        ("{{ raise_exception('no system messages') }}", "refuses the conversation: no system messages"),
-        ("{{ messages[0].content + 1 }}", "refuses the conversation"),
-    ],
-)
-def test_a_template_that_cannot_be_used_is_named(template: str, problem: str, make_tokenizer: Make) -> None:
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = template
-    with pytest.raises(DataError, match=problem) as caught:
-        render({"messages": CHAT}, SPEC, "messages", tokenizer)
-    assert caught.value.todo
+def texts(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    [encoded] = encode([rendered], tokenizer)
+    border = len(encoded.ids) - int(encoded.is_label.sum())
+    assert encoded.is_label.tolist() == [False] * border + [True] * (len(encoded.ids) - border)
+    assert encoded.ends == [len(encoded.ids)]
+    return str(tokenizer.decode(encoded.ids[:border])), str(tokenizer.decode(encoded.ids[border:]))
 
 
 @pytest.mark.parametrize(
@@ -107,38 +106,58 @@ def test_special_tokens_stand_in_front_and_eos_ends_it_once(
 ) -> None:
     tokenizer = make_tokenizer(after)
     prompt = "### Question: Sort.\n ### Answer:"
-    ended = Rendered(prompt, " 1, 2</s>", is_chat=False)
-    for encoded in encode([Rendered(prompt, " 1, 2", is_chat=False), ended], tokenizer):
-        assert tokenizer.decode(encoded.prompt_ids) == front + prompt
-        assert tokenizer.decode(encoded.completion_ids) == " 1, 2</s>"
-    dressed = tokenizer(prompt)["input_ids"]
-    assert dressed[: len(encoded.prompt_ids)] == encoded.prompt_ids
+    for answer in (" 1, 2", " 1, 2</s>"):
+        assert texts(pair(prompt, answer), tokenizer) == (front + prompt, " 1, 2</s>")
+    [encoded] = encode([pair(prompt, " 1, 2")], tokenizer)
+    read = [token for token, is_label in zip(encoded.ids, encoded.is_label, strict=True) if not is_label]
+    assert tokenizer(prompt)["input_ids"][: len(read)] == read
 
 
 def test_a_tokenizer_written_in_python_works_too() -> None:
     tokenizer = ByT5Tokenizer()  # no files; appends eos
-    [encoded] = encode([Rendered("Q: é", " ja", is_chat=False)], tokenizer)
-    assert tokenizer.decode(encoded.prompt_ids) == "Q: é"
-    assert tokenizer.decode(encoded.completion_ids) == " ja</s>"
+    assert texts(pair("Q: é", " ja"), tokenizer) == ("Q: é", " ja</s>")
+
+
+PAIRS = [
+    (DEFAULT_TEMPLATE.format(instruction="Name it.", input="Paris"), " The answer is four."),
+    ("Question:\n", "four"),
+    ("Code:\n", "    return 4\n"),
+    ("[INST] hello [/INST]", "four"),
+    ("Name it: ", "Paris"),
+    ("", "The answer"),
+]
+
+
+@pytest.mark.parametrize("name", ["plain", "nobos", "addseos", "byt5", "spm", "spm-ll", "mistral-zephyr"])
+def test_ids_are_those_of_the_whole_text_where_the_prompt_s_are_its_beginning(
+    name: str, case_model: Callable[[str], Path]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(case_model(name))
+    for prompt, answer in PAIRS:
+        [encoded] = encode([pair(prompt, answer)], tokenizer)
+        before, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, prompt + answer))
+        read, learned = encoded.ids[: -encoded.is_label.sum()], encoded.ids[-encoded.is_label.sum() :]
+        assert read[len(read) - len(before) :] == before  # as at inference
+        assert learned[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(before + learned[:-1]) == tokenizer.decode(whole)  # no space that is not in the text
+        assert encoded.spans_border == (before + learned[:-1] != whole) == (prompt[-1:] == " " and name != "byt5")
 
 
 def test_texts_and_chats_in_one_call_are_each_treated_as_what_they_are(
     chat_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    text, chat = Rendered("a", "b", is_chat=False), Rendered("a", "b", is_chat=True)
-    first, second = encode([text, chat], chat_tokenizer)
-    assert chat_tokenizer.decode(first.prompt_ids + first.completion_ids) == "<s>ab</s>"
-    assert chat_tokenizer.decode(second.prompt_ids + second.completion_ids) == "ab"
+    text, chat = pair("a", "b"), Rendered("ab", [(1, 2)], "")
+    for rows, expected in (([text, chat], ["<s>ab</s>", "ab"]), ([chat, text, chat], ["ab", "<s>ab</s>", "ab"])):
+        assert [chat_tokenizer.decode(encoded.ids) for encoded in encode(rows, chat_tokenizer)] == expected
 
 
 def test_a_tokenizer_without_eos_is_refused(make_tokenizer: Make) -> None:
     with pytest.raises(ModelError, match=r"no end-of-sequence token.*\n.*Choose a model"):
-        encode([Rendered("a", "b", is_chat=False)], make_tokenizer(eos_token=""))
+        encode([pair("a", "b")], make_tokenizer(eos_token=""))
 
 
 def test_truncation_saved_with_the_tokenizer_is_not_applied(make_tokenizer: Make) -> None:
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.enable_truncation(2)
     tokenizer.backend_tokenizer.enable_padding(length=50)
-    [encoded] = encode([Rendered("Sort the list", " 1, 2, 3", is_chat=False)], tokenizer)
-    assert tokenizer.decode(encoded.prompt_ids + encoded.completion_ids) == "<s>Sort the list 1, 2, 3</s>"
+    assert texts(pair("Sort the list", " 1, 2, 3"), tokenizer) == ("<s>Sort the list", " 1, 2, 3</s>")
