@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from data.conftest import CHAT_TEMPLATE
 from folders import prepare
-from rankscope.data import tokens as tokens_module
+from rankscope.data import tokenize as tokenize_module
 from rankscope.data.tokens import Example, TokenizedData, Tokens, load, save
 from rankscope.errors import DataError, ModelError, StudyDirectoryError
 from rankscope.files import read_json, write_json
 from rankscope.spec.models import DataSpec
 
+Make = Callable[..., PreTrainedTokenizerFast]
 Write = Callable[..., DataSpec]
 
 
@@ -91,9 +93,9 @@ def test_long_rows_are_cut_at_the_end_and_rows_without_label_are_dropped(
 
 
 def test_a_row_of_exactly_max_length_is_not_cut(spec: Write, tokenizer: PreTrainedTokenizerFast) -> None:
-    rows = [{"prompt": letter, "completion": letter} for letter in "abcdef"]  # <s> a a </s>
+    rows = [{"prompt": letter, "completion": letter} for letter in "abcdefgh"]  # <s> a a </s>
     assert prepared(spec, rows, tokenizer, max_length=4).facts["truncated"] == 0
-    assert prepared(spec, rows, tokenizer, max_length=3).facts["truncated"] == 6
+    assert prepared(spec, rows, tokenizer, max_length=3).facts["truncated"] == 8
 
 
 def test_exact_duplicates_are_dropped_and_the_first_is_kept(spec: Write, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -110,6 +112,8 @@ def test_facts_agree_with_the_tokens(spec: Write, tokenizer: PreTrainedTokenizer
         *("id", "revision", "fingerprint", "format", "loss_on", "max_length", "rows_read", "rows_train"),
         *("rows_eval", "duplicates_dropped", "rows_without_label_dropped", "truncated", "train_tokens"),
         *("train_label_tokens", "eval_tokens", "eval_label_tokens", "mean_length", "longest"),
+        *("bad_rows_dropped", "blank_rows_dropped", "eval_rows_in_train_dropped", "answers_cut_off"),
+        *("unread_columns", "notes", "warnings"),
     }
     assert (facts["rows_read"], facts["rows_train"], facts["rows_eval"]) == (80, 48, 32)
     for side in ("train", "eval"):
@@ -144,40 +148,109 @@ def test_the_split_does_not_depend_on_the_order_of_the_file(spec: Write, tokeniz
 
 def test_chunks_do_not_show(spec: Write, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = prepared(spec, alpaca(50), tokenizer)
-    monkeypatch.setattr(tokens_module, "_ROWS_PER_CALL", 7)
+    monkeypatch.setattr(tokenize_module, "_ROWS_PER_CALL", 7)
     assert_equal(prepared(spec, alpaca(50), tokenizer), whole)
 
 
+CHATS = [
+    {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}]} for n in range(20)
+]
+
+
 def test_messages_from_file_to_labels(spec: Write, chat_tokenizer: PreTrainedTokenizerFast) -> None:
-    rows = [
-        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}]}
-        for n in range(20)
-    ]
-    data = prepared(spec, rows, chat_tokenizer)
+    data = prepared(spec, CHATS, chat_tokenizer)
     both = texts(data.train, chat_tokenizer) + texts(data.eval, chat_tokenizer)
     assert set(both) == {(f"<s><|user|>{n}?</s>\n<|assistant|>", f"{n}!</s>\n") for n in range(20)}
 
 
-def test_a_wrong_row_is_named_with_the_file(spec: Write, tokenizer: PreTrainedTokenizerFast) -> None:
-    rows = [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}]
-    with pytest.raises(DataError, match=r"rows.json, row 1: .*no chat template"):
-        prepared(spec, rows, tokenizer)
+def test_a_conversation_that_the_template_refuses_is_named_or_skipped(spec: Write, make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer()
+    with pytest.raises(DataError, match=r"rows are conversations, but the tokenizer of .* has no chat template"):
+        prepared(spec, CHATS, tokenizer, skip_bad_rows=True)
+    tokenizer.chat_template = (
+        CHAT_TEMPLATE + "{% if '7' in messages[0].content %}{{ raise_exception('no 7') }}{% endif %}"
+    )
+    with pytest.raises(DataError, match=r"rows.json, row 8: .*refuses the conversation: no 7\n.*rows.json, row 18: "):
+        prepared(spec, CHATS, tokenizer)
+    facts = prepared(spec, [*CHATS, {"messages": 1}], tokenizer, skip_bad_rows=True).facts
+    assert (facts["rows_read"], facts["bad_rows_dropped"], facts["rows_train"] + facts["rows_eval"]) == (21, 3, 18)
+
+
+def test_a_conversation_is_cut_after_the_last_answer_that_fits(
+    spec: Write, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    turns = [(f"{n}?", f"{n} {text}") for n, text in enumerate(("yes", "no", "no " * 40))]
+    rows = [
+        {"messages": [
+            {"role": role, "content": f"{n}{text}"}
+            for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]}
+        for n in range(20)
+    ]  # fmt: skip
+    data = prepared(spec, rows, chat_tokenizer, max_length=80)
+    assert all(text.endswith("1 no</s>\n") for _, text in texts(data.train, chat_tokenizer))
+    facts = data.facts
+    assert (facts["truncated"], facts["answers_cut_off"], facts["rows_without_label_dropped"]) == (20, 20, 0)
+    assert facts["longest"] < 80
+    whole = prepared(spec, rows, chat_tokenizer).facts
+    assert (whole["truncated"], whole["answers_cut_off"], whole["loss_on"]) == (0, 0, "assistant")
+    last = prepared(spec, [*rows, *CHATS], chat_tokenizer, max_length=80, loss_on="last").facts
+    assert (last["rows_without_label_dropped"], last["answers_cut_off"]) == (20, 20)
+
+
+def test_rows_that_are_alike_after_the_cut_are_duplicates(spec: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"prompt": f"{n % 12:02} long " * 20 + str(n), "completion": "c"} for n in range(24)]
+    facts = prepared(spec, rows, tokenizer, loss_on="all", max_length=16).facts
+    assert (facts["duplicates_dropped"], facts["rows_train"] + facts["rows_eval"]) == (12, 12)
+
+
+def test_blank_answers_are_left_out_and_counted(spec: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+    facts = prepared(spec, [*alpaca(20), {"instruction": "q", "input": "", "output": " "}], tokenizer).facts
+    assert (facts["rows_read"], facts["blank_rows_dropped"], facts["rows_train"]) == (21, 1, 15)
+
+
+def evaluated(
+    folder: Path, rows: list[Any], heldout: list[Any], tokenizer: PreTrainedTokenizerFast, **fields: Any
+) -> TokenizedData:
+    for name, content in (("train", rows), ("test", heldout)):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    asked = DataSpec(id=str(folder / "train.json"), eval_dataset=str(folder / "test.json"), **fields)
+    return prepare(asked, tokenizer, len(tokenizer))
+
+
+def test_rows_of_an_evaluation_set_of_one_s_own_are_left_out_of_training(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    data = evaluated(tmp_path, alpaca(40), alpaca(20, start=30), tokenizer)
+    assert (len(data.train), len(data.eval)) == (30, 20)
+    facts = data.facts
+    assert (facts["eval_rows_in_train_dropped"], facts["rows_read"], facts["eval_rows_read"]) == (10, 40, 20)
+    assert facts["eval_id"] == str(tmp_path / "test.json")
+    assert not set(texts(data.train, tokenizer)) & set(texts(data.eval, tokenizer))
+    some = evaluated(tmp_path, alpaca(40), alpaca(20, start=40), tokenizer, eval_rows=5)
+    assert (len(some.train), len(some.eval)) == (40, 5)
+    assert any("5 of the 20 rows" in note for note in some.facts["notes"])
+    with pytest.raises(DataError, match="fewer than 2 rows to train on are not in the evaluation set"):
+        evaluated(tmp_path, alpaca(10), alpaca(10), tokenizer)
+
+
+def test_a_test_split_found_beside_is_used_in_part(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text(json.dumps(alpaca(10)))
+    (tmp_path / "test.json").write_text(json.dumps(alpaca(1100, start=10)))
+    for fields, rows in (({}, 1000), ({"eval_split": "test"}, 1100), ({"split": "train"}, 2)):
+        assert len(prepare(DataSpec(id=str(tmp_path), **fields), tokenizer, len(tokenizer)).eval) == rows
 
 
 @pytest.mark.parametrize(
     ("rows", "fields", "problem"),
     [
-        (
-            alpaca(9),
-            {"max_length": 4},
-            r"no row has a token to learn within max_length 4 \(9 rows were dropped\)",
-        ),
-        (alpaca(1), {}, "fewer than 2 to train on"),
-        (alpaca(2), {}, "fewer than 2 to train on"),
-        (alpaca(1) * 50, {}, "1 different rows with 0 held out"),
+        (alpaca(9), {"max_length": 4}, r"no row has a token to learn within max_length 4 \(9 rows were dropped\)"),
+        (alpaca(1), {"force": True}, r"only 1 different row\n"),
+        (alpaca(2), {"force": True}, r"only 2 different rows\n"),
+        (alpaca(7), {}, r"only 7 different rows\n.*--force"),
+        (alpaca(1) * 50, {}, r"only 1 different row\n"),
         (alpaca(9), {"eval_rows": 9}, "9 different rows with 9 asked to be held out leave fewer than 2"),
         (alpaca(9), {"eval_rows": 500}, "500 asked to be held out"),
-        ([{"prompt": "", "completion": str(n)} for n in range(50)], {}, "too few different prompts"),
     ],
 )
 def test_too_few_rows_are_explained(
@@ -189,9 +262,29 @@ def test_too_few_rows_are_explained(
     assert caught.value.todo
 
 
-def test_three_rows_are_enough(spec: Write, tokenizer: PreTrainedTokenizerFast) -> None:
-    data = prepared(spec, alpaca(3), tokenizer)
-    assert (len(data.train), len(data.eval)) == (2, 1)
+def test_few_rows_are_enough_where_they_must_be(spec: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+    for rows, fields, sizes in ((8, {}, (6, 2)), (3, {"force": True}, (2, 1))):
+        data = prepared(spec, alpaca(rows), tokenizer, **fields)
+        assert (len(data.train), len(data.eval)) == sizes
+
+
+def test_one_prompt_for_all_rows_is_divided_row_by_row(spec: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+    data = prepared(spec, [{"prompt": "A verse:", "completion": str(n)} for n in range(40)], tokenizer)
+    assert (len(data.train), len(data.eval)) == (30, 10)
+    assert "too few different prompts to keep equal ones together: held out row by row" in data.facts["notes"]
+
+
+def test_doubtful_rows_are_told(spec: Write, chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    def told(*rows: Any) -> str:
+        facts = prepared(spec, [*CHATS, *rows], chat_tokenizer).facts
+        return "\n".join(facts["warnings"])
+
+    answer = {"role": "assistant", "content": "!"}
+    assert told() == ""
+    assert "1 row has" in told({"messages": [{"role": "user", "content": "?", "name": "Ann"}, answer]})
+    assert "special token of the model as text (</s>)" in told(
+        {"messages": [{"role": "user", "content": "</s>"}, answer]}
+    )
 
 
 def test_ids_that_the_model_does_not_have_are_refused(spec: Write, tokenizer: PreTrainedTokenizerFast) -> None:
