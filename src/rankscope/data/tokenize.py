@@ -59,7 +59,7 @@ def tokenize(
         rows, others = _Rows(spec, tokenizer, file), _Rows(spec, tokenizer, other_file)
         rows.read(records)
         check_ids(rows.highest_id, tokenizer, vocab_size)
-        leaked = np.zeros(len(rows.keys), dtype=np.bool_)
+        leaked, taken = np.zeros(len(rows.keys), dtype=np.bool_), np.zeros(0, dtype=np.bool_)
         if evaluated is None:
             _check_number(rows, spec)
             chosen, divided = held_out(rows.keys, spec.eval_rows)
@@ -78,7 +78,7 @@ def tokenize(
             train, heldout, kept = rows.tokens(~leaked), others.tokens(taken), ~leaked
             _check_own_split(train, heldout, rows, spec)
         notes += rows.notes()
-        truncated = int(rows.truncated[kept].sum()) + (int(others.truncated.sum()) if evaluated else 0)
+        truncated = int(rows.truncated[kept].sum() + others.truncated[taken].sum())
         lengths = np.concatenate([train.lengths, heldout.lengths])
         facts: dict[str, Any] = {
             "loss_on": " + ".join(rows.learned),
