@@ -84,7 +84,7 @@ DATA: dict[str, tuple[str, str | bytes, list[str], list[str]]] = {
         "a.jsonl",
         '{"conversations": [{"from": "human"}]}',
         [],
-        ["row 1: `conversations[0].value` is null"],
+        ["line 1: `conversations[0].value` is null"],
     ),
     "escape sequence": ("a.json", '[{"\\u001b[31mred": 1}]', [], ["\ufffd[31mred"]),
     "gzip named .json, cut": (

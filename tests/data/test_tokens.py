@@ -231,7 +231,7 @@ def test_rows_of_an_evaluation_set_of_one_s_own_are_left_out_of_training(
     assert (len(some.train), len(some.eval)) == (40, 5)
     assert any("5 of the 20 rows" in note for note in some.facts["notes"])
     cut = evaluated(
-        tmp_path, alpaca(40), alpaca(20, start=40), tokenizer, eval_rows=5, loss_on="all", max_length=20
+        tmp_path, alpaca(40), alpaca(20, start=40), tokenizer, eval_rows=5, loss_on="all", max_length=16
     ).facts
     assert cut["truncated"] == 45
     with pytest.raises(DataError, match="fewer than 2 rows to train on are not in the evaluation set"):

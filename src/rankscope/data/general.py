@@ -33,8 +33,11 @@ def with_general_text(data: TokenizedData, id: str, most: int, tokenizer: Tokeni
         DataError: the text cannot be read, has no `text` column, or no token to predict.
         ModelError: the tokenizer gives ids that are not in the model's vocabulary.
     """
-    source = _source(id)
-    tokens = _tokens(source, id, most, data.facts["max_length"], tokenizer, vocab_size)
+    try:
+        source = _source(id)
+        tokens = _tokens(source, id, most, data.facts["max_length"], tokenizer, vocab_size)
+    except DataError as error:
+        raise DataError(f"measure.forgetting: {error.what}", error.todo) from None
     facts = {
         "general_text": id,
         "general_text_revision": source.revision,
@@ -55,10 +58,9 @@ def _tokens(source: Source, id: str, most: int, max_length: int, tokenizer: Toke
         try:
             text = checked_text(row.get(_COLUMN), _COLUMN)
         except WrongRowError as error:
-            what = f"measure.forgetting: {part.where(line, index)}: {error}"
             if _COLUMN not in row:
                 raise _unfit(f"{part.name}: found the columns {listed(row)}, but no `{_COLUMN}`") from None
-            raise DataError(what, "Correct or remove it.") from None
+            raise DataError(f"{part.where(line, index)}: {error}", "Correct or remove it.") from None
         if not text.strip():
             continue
         (ids,) = token_ids([text[: _CHARACTERS_PER_TOKEN * most * max_length]], tokenizer)
@@ -72,7 +74,7 @@ def _tokens(source: Source, id: str, most: int, max_length: int, tokenizer: Toke
             break
     if not examples:
         raise DataError(
-            f"measure.forgetting: {id} has no token to predict within data.max_length {max_length}",
+            f"{id} has no token to predict within data.max_length {max_length}",
             "Give a text of at least a few sentences.",
         )
     check_ids(max(int(example.ids.max()) for example in examples[:most]), tokenizer, vocab_size)
@@ -94,4 +96,4 @@ def _source(id: str) -> Source:
 
 
 def _unfit(what: str) -> DataError:
-    return DataError(f"measure.forgetting: {what}", f"Give a .txt file, or data whose rows have a `{_COLUMN}` column.")
+    return DataError(what, f"Give a .txt file, or data whose rows have a `{_COLUMN}` column.")
