@@ -55,6 +55,16 @@ def test_model_and_data_go_together() -> None:
         study_values(None, {"model": "a", "dataset": None})
 
 
+def test_a_second_data_file_is_no_study(tmp_path: Path) -> None:
+    """As the shell gives it for `--dataset *.jsonl`."""
+    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    with pytest.raises(StudyError, match="repeat --dataset for each file"):
+        study_values(tmp_path / "b.jsonl", {"model": "a", "dataset": ["a.jsonl"]})
+    with pytest.raises(StudyError, match="not valid YAML") as raised:
+        study_values(tmp_path / "b.jsonl", {"model": None, "dataset": None})
+    assert "--dataset" not in str(raised.value)
+
+
 DATA = ["dataset", "eval_dataset", "columns", "chat_template", "skip_bad_rows", "force"]
 
 

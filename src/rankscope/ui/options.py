@@ -102,7 +102,13 @@ def study_values(study: Path | None, options: Mapping[str, Any]) -> dict[str, An
 
     model, dataset = options["model"], options["dataset"]
     if study is not None:
-        return read_study_file(study)
+        try:
+            return read_study_file(study)
+        except StudyError as error:
+            if dataset is None:
+                raise
+            todo = f"{error.todo} If it is data: repeat --dataset for each file, or quote the pattern."
+            raise StudyError(error.what, todo) from None
     if model is None and dataset is None:
         return read_study_file(EMBEDDED_STUDY)
     if model is None or dataset is None:
