@@ -80,7 +80,7 @@ class ChatTemplate:
         """
         if not self.tokenizer.chat_template:
             raise DataError(
-                f"the rows are conversations, but the tokenizer of {self.tokenizer.name_or_path} has no chat template",
+                "the rows are conversations, but the model's tokenizer has no chat template",
                 "Give one: --chat-template chatml, or a file with a Jinja template; or take a chat (instruct) model.",
             )
         messages = [{key: value for key, value in message.items() if key != "weight"} for message in row["messages"]]
