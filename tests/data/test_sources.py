@@ -168,6 +168,24 @@ def test_saved_data(tmp_path: Path) -> None:
         texts(lone)
 
 
+@pytest.mark.parametrize("named", ["../other/data-00000-of-00001.arrow", "/etc/a.arrow", "..", "state.json"])
+def test_saved_data_name_no_file_elsewhere(named: str, tmp_path: Path) -> None:
+    for name in ("saved", "other"):
+        datasets.Dataset.from_list([{"text": name}]).save_to_disk(tmp_path / name)
+    state = {"_split": None, "_data_files": [{"filename": named}]}
+    (tmp_path / "saved" / "state.json").write_text(json.dumps(state))
+    with pytest.raises(DataError, match=r"saved: names the file .*, which is not in it"):
+        texts(str(tmp_path / "saved"))
+
+
+def test_saved_data_name_no_split_elsewhere(tmp_path: Path) -> None:
+    datasets.Dataset.from_list([{"text": "a"}]).save_to_disk(tmp_path / "other")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["../other"]}')
+    with pytest.raises(DataError, match=r"saved: names the file .*, which is not in it"):
+        texts(str(tmp_path / "saved"))
+
+
 def test_patterns(tmp_path: Path) -> None:
     put(tmp_path, a__one="1", a__two="2", a__test="3", b__three="4")
     assert texts(str(tmp_path / "b/*.jsonl")) == (["4"], [])

@@ -69,7 +69,9 @@ def file_part(path: Path, name: str | None = None) -> Part:
         )
     if suffix == ".parquet":
         return Part(name, lambda wanted: _parquet_rows(path, name, wanted), lambda: _parquet_columns(path, name))
-    read = {".csv": _csv_rows, ".tsv": _csv_rows, ".arrow": _arrow_rows}.get(suffix, _json_rows)
+    if suffix == ".arrow":
+        return Part(name, lambda wanted: _arrow_rows(path, name, wanted), lambda: _arrow_columns(path, name))
+    read = _csv_rows if suffix in (".csv", ".tsv") else _json_rows
     return Part(name, lambda wanted: _objects(name, read(path, name, wanted)))
 
 
@@ -320,7 +322,7 @@ def _parquet_rows(path: Path, name: str, wanted: Collection[str]) -> Iterator[Nu
         columns = [column for column in file.schema_arrow.names if column in wanted]
         with _arrow_errors(name, "Parquet"):
             for batch in file.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False):
-                yield from batch_rows(batch)
+                yield from _batch_rows(batch)
 
 
 def _parquet(path: Path, name: str) -> Any:
@@ -342,24 +344,36 @@ def _arrow_errors(name: str, what: str) -> Iterator[None]:
         raise DataError(f"{name}: not readable as {what}: {error}", "Check the file, or fetch it again.") from None
 
 
+def _arrow_columns(path: Path, name: str) -> tuple[str, ...]:
+    with _arrow(path, name) as (columns, _):
+        return columns
+
+
 def _arrow_rows(path: Path, name: str, wanted: Collection[str]) -> Iterator[Numbered]:
-    """Rows of an Arrow file, of which there are two kinds: a stream, as `datasets` writes it, and a file."""
+    with _arrow(path, name) as (columns, batches):
+        read = [column for column in columns if column in wanted]
+        for batch in batches:
+            for start in range(0, batch.num_rows, _BATCH_ROWS):
+                yield from _batch_rows(batch.select(read).slice(start, _BATCH_ROWS))
+
+
+@contextmanager
+def _arrow(path: Path, name: str) -> Iterator[tuple[tuple[str, ...], Iterable[Any]]]:
+    """Columns and batches of an Arrow file of either kind: a stream, as `datasets` writes it, or a file."""
     import pyarrow as pa
 
     _first_bytes(path, name)
     with _arrow_errors(name, "Arrow"), pa.memory_map(str(path)) as source:
         try:
-            batches: Any = pa.ipc.open_stream(source)
+            stream = pa.ipc.open_stream(source)
         except pa.ArrowInvalid:
             file = pa.ipc.open_file(source)
-            batches = (file.get_batch(number) for number in range(file.num_record_batches))
-        for batch in batches:
-            wanted_here = batch.select([column for column in batch.schema.names if column in wanted])
-            for start in range(0, batch.num_rows, _BATCH_ROWS):
-                yield from batch_rows(wanted_here.slice(start, _BATCH_ROWS))
+            yield tuple(file.schema.names), (file.get_batch(number) for number in range(file.num_record_batches))
+        else:
+            yield tuple(stream.schema.names), stream
 
 
-def batch_rows(batch: Any) -> Iterator[Numbered]:
+def _batch_rows(batch: Any) -> Iterator[Numbered]:
     """Rows of an Arrow batch or table. Fields of nested objects that are null were absent, or are of other rows."""
     for row in batch.to_pylist():
         yield None, {column: _without_nulls(value) for column, value in row.items()}

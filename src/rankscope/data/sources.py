@@ -7,6 +7,7 @@ are no loading scripts, and only files of plain rows are read.
 import functools
 import glob
 import hashlib
+import json
 import os
 import re
 import textwrap
@@ -15,14 +16,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from rankscope.data.folders import SPLITS, divide
-from rankscope.data.readers import FILE_TYPES, Numbered, Part, batch_rows, file_part, file_type, listed
+from rankscope.data.readers import FILE_TYPES, Numbered, Part, file_part, file_type, listed
 from rankscope.errors import DataError
 from rankscope.files import published
 from rankscope.spec.models import DataSpec
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # of a model or a data set
 _COMMIT = re.compile(r"/snapshots/([0-9a-f]{40})/")
-_BATCH_ROWS = 256
+_SAVED_FILE = re.compile(r"(\w[\w.-]*)?/\w[\w.-]*\.arrow")  # split/file of data saved by `save_to_disk`
 _WHOLE_SPLITS = "Name whole splits, with + between several; data.max_rows takes the first rows."
 
 
@@ -185,29 +186,24 @@ def _files_of(split: str, splits: dict[str, list[str]], name: str) -> list[str]:
 
 def _saved(path: Path, id: str, spec: DataSpec) -> Splits | None:
     """Data written by `save_to_disk`, which are one split or several; None for another folder."""
-    if not any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
+    several, lone = path / "dataset_dict.json", path / "state.json"
+    if not several.is_file() and not lone.is_file():
         return None
-    import datasets  # type: ignore[import-untyped]
-
     _refuse_hub_fields(id, spec, "config")
+    splits: dict[str, list[str]] = {}
     try:
-        saved: Any = datasets.load_from_disk(str(path))
-    except Exception as error:  # datasets raises some thirty classes, from its own to pyarrow's
+        for name in json.loads(several.read_text("utf-8"))["splits"] if several.is_file() else [""]:
+            state = json.loads((path / name / "state.json").read_text("utf-8"))
+            splits[name or state["_split"] or "train"] = [f"{name}/{file['filename']}" for file in state["_data_files"]]
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise _not_loaded(id, error, "Save it again with save_to_disk.") from error
-    splits = dict(saved) if isinstance(saved, dict) else {str(saved.split or "train"): saved}
-
-    def rows(dataset: Any, wanted: Collection[str]) -> Iterator[Numbered]:
-        columns = [column for column in dataset.column_names if column in wanted]
-        for batch in dataset.select_columns(columns).with_format("arrow").iter(_BATCH_ROWS):
-            yield from batch_rows(batch)
+    files = [file for several_files in splits.values() for file in several_files]
+    if away := [file for file in files if not _SAVED_FILE.fullmatch(file)]:
+        raise DataError(f"{id}: names the file {away[0]}, which is not in it", "Save it again with save_to_disk.")
 
     def parts(split: str) -> tuple[Part, ...]:
-        asked = split.split("+")
-        if missing := [one for one in asked if one not in splits]:
-            raise DataError(f"{id}: no split {missing[0]}, only {listed(splits)}", _WHOLE_SPLITS)
         return tuple(
-            Part(id, functools.partial(rows, one), functools.partial(tuple, one.column_names))
-            for one in (splits[name] for name in asked)
+            file_part(path / file.lstrip("/")) for one in split.split("+") for file in _files_of(one, splits, id)
         )
 
     return Splits(id, tuple(splits), parts)
