@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from data.conftest import CHAT_TEMPLATE
 from folders import prepare
 from rankscope import demo
 from rankscope.data.cache import cache_key, prepare_cached
@@ -112,6 +113,7 @@ def test_what_decides_the_tokens_decides_the_key(
         key(spec("a.json", text, loss_on="all"), tokenizer),
         key(spec("a.json", text, eval_rows=5), tokenizer),
         key(spec("a.json", text, split_seed=1), tokenizer),
+        key(spec("a.json", text, template_without_input="{instruction}"), tokenizer),
         key(spec("a.json", text), make_tokenizer(after="$A </s>")),
         key(spec("a.json", text), make_tokenizer(eos_token="<pad>")),
         *(key(spec("a.json", text), other) for other in (chatting, splitting, extended)),
@@ -120,6 +122,39 @@ def test_what_decides_the_tokens_decides_the_key(
     assert len(set(keys)) == len(keys)
     same = [key(spec("z.json", text), tokenizer), key(spec("a.json", text, format="alpaca"), make_tokenizer())]
     assert same == [keys[0]] * 2
+
+
+def test_a_chat_template_of_the_study_s_own_decides_the_key(
+    spec: Write, make_tokenizer: Callable[..., PreTrainedTokenizerFast], cache: Path
+) -> None:
+    own = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    for template in (None, "chatml", own, "chatml"):
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template = CHAT_TEMPLATE
+        prepared(spec("rows.json", json.dumps(CHAT), chat_template=template), tokenizer)
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_an_evaluation_set_decides_the_key_and_is_named_as_it_is(
+    spec: Write, tokenizer: PreTrainedTokenizerFast, cache: Path, forbid: Callable[[], None]
+) -> None:
+    train = spec("train.json", json.dumps(ROWS))
+    paths = [
+        spec(f"{name}.json", json.dumps(rows)).id for name, rows in (("a", ROWS[:9]), ("b", ROWS[:9]), ("c", ROWS[:8]))
+    ]
+    for path in (None, paths[0], paths[2]):
+        prepared(train.model_copy(update={"eval_dataset": path, "eval_rows": 4}), tokenizer)
+    assert len(list(cache.iterdir())) == 3
+    forbid()
+    facts = prepared(train.model_copy(update={"eval_dataset": paths[1], "eval_rows": 4}), tokenizer).facts
+    assert facts["eval_id"] == paths[1]
+    assert "a.json" not in json.dumps(facts)
+
+
+def test_a_forced_study_s_tokens_are_not_those_of_another(spec: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+    prepared(spec("rows.json", json.dumps(ROWS[:4]), force=True), tokenizer)
+    with pytest.raises(DataError, match="only 4 different rows"):
+        prepared(spec("rows.json", json.dumps(ROWS[:4])), tokenizer)
 
 
 def test_the_key_is_the_same_in_another_process(spec: Write) -> None:
@@ -206,4 +241,4 @@ def test_tokens_are_those_of_this_version(spec: Write, tmp_path: Path) -> None:
     tokenizer changes the hash too, and is in the key already.)"""
     asked = spec("rows.json", json.dumps([*ROWS, *ROWS[:2]]), max_length=24)
     save(prepare(asked, AutoTokenizer.from_pretrained(demo.model_path()), 8192), tmp_path / "saved")
-    assert read_json(tmp_path / "saved" / "facts.json")["tokens_sha256"][:16] == "92f31f3c5caecafc"
+    assert read_json(tmp_path / "saved" / "facts.json")["tokens_sha256"][:16] == "2f06ecefd7ee082b"

@@ -229,7 +229,7 @@ def test_rows_of_an_evaluation_set_of_one_s_own_are_left_out_of_training(
     assert not set(texts(data.train, tokenizer)) & set(texts(data.eval, tokenizer))
     some = evaluated(tmp_path, alpaca(40), alpaca(20, start=40), tokenizer, eval_rows=5)
     assert (len(some.train), len(some.eval)) == (40, 5)
-    assert any("5 of the 20 rows" in note for note in some.facts["notes"])
+    assert any("5 of the 20 rows of the evaluation set" in note for note in some.facts["notes"])
     cut = evaluated(
         tmp_path, alpaca(40), alpaca(20, start=40), tokenizer, eval_rows=5, loss_on="all", max_length=16
     ).facts

@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 _ROW_FIELDS = {
     *("id", "config", "revision", "split", "format", "columns", "max_rows"),
-    *("eval_dataset", "eval_split", "force"),
+    *("eval_dataset", "eval_split"),
 }
 """Fields of DataSpec that only determine the rows, which have a fingerprint. All other fields are part of the key."""
 

@@ -74,7 +74,7 @@ def tokenize(
             leaked = np.array([digest in others.digests for digest in rows.digests], dtype=np.bool_)
             taken = _taken(others.keys, spec)
             if not taken.all():
-                notes.append(f"{int(taken.sum()):,} of the {len(taken):,} rows of {evaluated.id} are evaluated on")
+                notes.append(f"{int(taken.sum()):,} of the {len(taken):,} rows of the evaluation set are used")
             train, heldout, kept = rows.tokens(~leaked), others.tokens(taken), ~leaked
             _check_own_split(train, heldout, rows, spec)
         notes += rows.notes()
