@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from data.conftest import CHAT_TEMPLATE
 from folders import prepare
 from rankscope.data import tokenize as tokenize_module
+from rankscope.data.prompts import Encoded, encode
 from rankscope.data.tokens import Example, TokenizedData, Tokens, load, save
 from rankscope.errors import DataError, ModelError, StudyDirectoryError
 from rankscope.files import read_json, write_json
@@ -165,7 +166,7 @@ def test_messages_from_file_to_labels(spec: Write, chat_tokenizer: PreTrainedTok
 
 def test_a_conversation_that_the_template_refuses_is_named_or_skipped(spec: Write, make_tokenizer: Make) -> None:
     tokenizer = make_tokenizer()
-    with pytest.raises(DataError, match=r"rows are conversations, but the tokenizer of .* has no chat template"):
+    with pytest.raises(DataError, match=r"rows are conversations, but the model's tokenizer has no chat template"):
         prepared(spec, CHATS, tokenizer, skip_bad_rows=True)
     tokenizer.chat_template = (
         CHAT_TEMPLATE + "{% if '7' in messages[0].content %}{{ raise_exception('no 7') }}{% endif %}"
@@ -276,6 +277,18 @@ def test_one_prompt_for_all_rows_is_divided_row_by_row(spec: Write, tokenizer: P
     data = prepared(spec, [{"prompt": "A verse:", "completion": str(n)} for n in range(40)], tokenizer)
     assert (len(data.train), len(data.eval)) == (30, 10)
     assert "too few different prompts to keep equal ones together: held out row by row" in data.facts["notes"]
+
+
+def test_tokens_to_learn_that_are_not_the_answer_s_are_told(
+    spec: Write, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shifted(*arguments: Any) -> list[Encoded]:
+        return [row._replace(is_label=np.roll(row.is_label, -3)) for row in encode(*arguments)]
+
+    assert prepared(spec, alpaca(20), tokenizer).facts["warnings"] == []
+    monkeypatch.setattr(tokenize_module, "encode", shifted)
+    [warning] = prepared(spec, alpaca(20), tokenizer).facts["warnings"]
+    assert warning.startswith("the tokens to learn are not the answer's: ")
 
 
 def test_doubtful_rows_are_told(spec: Write, chat_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -145,8 +145,7 @@ def examples(records: Records, spec: DataSpec, tokenizer: Tokenizer) -> Iterator
 
 def encoded_rows(records: Records, spec: DataSpec, tokenizer: Tokenizer) -> Iterator[tuple[Rendered, Encoded]]:
     """Every row as text and as token ids with labels, not yet cut; for previews and tests."""
-    for _, batch in _Rows(spec, tokenizer, io.BytesIO()).batches(records):
-        yield from batch
+    yield from _Rows(spec, tokenizer, io.BytesIO()).encoded(records)
 
 
 class _Rows:
@@ -174,22 +173,18 @@ class _Rows:
 
     def read(self, records: Records) -> None:
         """Read all rows. Raises DataError with the place of one that cannot be rendered and is not to be skipped."""
-        number = 0
-        for places, batch in self.batches(records):
-            for place, (rendered, encoded) in zip(places, batch, strict=True):
-                if number < _ROWS_CHECKED:
-                    self._check(place, rendered, encoded)
-                number += 1
-                self._add(rendered, encoded)
+        for number, (rendered, encoded) in enumerate(self.encoded(records)):
+            if number < _ROWS_CHECKED:
+                self._check(rendered, encoded)
+            self._add(rendered, encoded)
 
-    def batches(self, records: Records) -> Iterator[tuple[list[str], list[tuple[Rendered, Encoded]]]]:
-        """Rows' places, and rows as text and tokens."""
+    def encoded(self, records: Records) -> Iterator[tuple[Rendered, Encoded]]:
+        """Rows as text and tokens."""
         rows = self._rendered(records)
         while batch := list(islice(rows, _ROWS_PER_CALL)):
-            rendered = [row for _, row in batch]
-            yield [place for place, _ in batch], list(zip(rendered, encode(rendered, self.tokenizer), strict=True))
+            yield from zip(batch, encode(batch, self.tokenizer), strict=True)
 
-    def _rendered(self, records: Records) -> Iterator[tuple[str, Rendered]]:
+    def _rendered(self, records: Records) -> Iterator[Rendered]:
         problems: list[DataError] = []
         for place, row in records.located():
             format = "messages" if "messages" in row else "text" if "text" in row else "pair"
@@ -214,7 +209,7 @@ class _Rows:
             if found := self._special.search(str(row)):
                 self._counts["special"] += 1
                 self._example = self._example or found[0]
-            yield place, rendered
+            yield rendered
         if problems:
             raise DataError("\n".join(dict.fromkeys(problem.what for problem in problems)), problems[0].todo)
 
@@ -241,7 +236,7 @@ class _Rows:
         self._file.write(ids.tobytes())
         self._file.write(is_label.tobytes())
 
-    def _check(self, place: str, rendered: Rendered, encoded: Encoded) -> None:
+    def _check(self, rendered: Rendered, encoded: Encoded) -> None:
         """Warn if the tokens to learn do not decode to the text to learn: the tokenizer hides where they are."""
         learned = [encoded.ids[at] for at in np.flatnonzero(encoded.is_label)]
         text = "".join(rendered.text[start:end] for start, end in rendered.learned)
@@ -252,7 +247,7 @@ class _Rows:
         ours = ours.removesuffix("" if rendered.is_chat else str(self.tokenizer.eos_token))
         if ours != expected.removesuffix("" if rendered.is_chat else str(self.tokenizer.eos_token)):
             self._counts["unlike"] += 1
-            self._example_unlike = f"{place}: {ours[:60]!r} is learned, and the answer is {expected[:60]!r}"
+            self._example_unlike = f"{ours[:60]!r} is learned, and the answer is {expected[:60]!r}"
 
     def tokens(self, wanted: npt.NDArray[np.bool_]) -> Tokens:
         """Tokens of the rows that a mask names, in order."""
@@ -302,7 +297,7 @@ class _Rows:
                 "read as that token"
             )
         if self._counts["unlike"]:
-            found.append(f"the tokens to learn are not the answer's; {self._example_unlike}")
+            found.append(f"the tokens to learn are not the answer's: {self._example_unlike}")
         return found
 
 
