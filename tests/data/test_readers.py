@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import random
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
 from rankscope.data.formats import COLUMNS
@@ -225,3 +227,15 @@ def test_a_file_that_is_gone_is_an_error_of_the_data(name: str, tmp_path: Path) 
 def test_a_column_of_one_name_may_come_twice_if_it_is_not_read(tmp_path: Path) -> None:
     assert rows(write(tmp_path, "a.csv", "note,text,note\na,b,c\n"))[0]["text"] == "b"
     assert rows(write(tmp_path, "a.tsv", "text\na, b\n")) == [{"text": "a, b"}]
+
+
+def test_a_row_group_is_read_page_by_page(tmp_path: Path) -> None:
+    """pyarrow's writer puts a million rows in one row group, which may be gigabytes."""
+    path = tmp_path / "a.parquet"
+    noise = random.Random(0).randbytes(10_000_000).hex()
+    pq.write_table(pa.table({"text": [noise[start : start + 2000] for start in range(0, len(noise), 2000)]}), path)
+    assert pq.ParquetFile(path).metadata.num_row_groups == 1
+    before = pa.total_allocated_bytes()
+    read = file_part(path).rows(COLUMNS)
+    assert next(read)[1]["text"] == noise[:2000]
+    assert pa.total_allocated_bytes() - before < 8_000_000
