@@ -9,8 +9,12 @@ import pytest
 from rankscope.data.split import default_eval_rows, group_key, held_out
 
 
+def keys_of(prompts: list[str], seed: int = 0) -> npt.NDArray[np.uint64]:
+    return np.array([group_key(prompt, seed) for prompt in prompts], dtype=np.uint64)
+
+
 def split(prompts: list[str], eval_rows: int | None, seed: int = 0) -> npt.NDArray[np.bool_]:
-    chosen, divided = held_out([group_key(prompt, seed) for prompt in prompts], eval_rows)
+    chosen, divided = held_out(keys_of(prompts, seed), eval_rows)
     assert not divided
     return chosen
 
@@ -71,7 +75,7 @@ def test_one_huge_group_does_not_take_over() -> None:
     [(["same"] * 40, None), (["same"] * 40, 39), (["same"] * 40, 100), (["same"] * 39 + ["other"], 10)],
 )
 def test_groups_are_divided_where_whole_ones_leave_too_few(prompts: list[str], eval_rows: int | None) -> None:
-    keys = [group_key(prompt, 0) for prompt in prompts]
+    keys = keys_of(prompts)
     chosen, divided = held_out(keys, eval_rows)
     assert divided
     assert chosen.sum() == min(eval_rows or 10, 39)

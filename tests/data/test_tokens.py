@@ -149,7 +149,7 @@ def test_the_split_does_not_depend_on_the_order_of_the_file(spec: Write, tokeniz
 
 def test_chunks_do_not_show(spec: Write, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = prepared(spec, alpaca(50), tokenizer)
-    monkeypatch.setattr(tokenize_module, "_ROWS_PER_CALL", 7)
+    monkeypatch.setattr(tokenize_module, "_CHARACTERS_PER_CALL", 200)
     assert_equal(prepared(spec, alpaca(50), tokenizer), whole)
 
 

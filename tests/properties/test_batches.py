@@ -3,18 +3,19 @@
 import random
 
 import numpy as np
+import numpy.typing as npt
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rankscope.data.batches import _permutation, batch_indices, steps_per_epoch
-from rankscope.data.split import default_eval_rows, held_out
+from rankscope.data.split import default_eval_rows, group_key, held_out
 from rankscope.data.tokens import Example, Tokens
 from rankscope.spec.models import TrainingSpec
 from rankscope.spec.resolve import resolve_spec
 from rankscope.train.step import batch_at
 
 SEEDS = st.integers(0, 2**63 - 1)
-PROMPTS = st.lists(st.text(max_size=3) | st.sampled_from(["", "same", " same"]), max_size=120)
+PROMPTS = st.lists(st.text(max_size=3) | st.sampled_from(["", "same", " same"]), min_size=1, max_size=120)
 
 
 @given(examples=st.integers(1, 200), batch_size=st.integers(1, 40), seed=SEEDS, epoch=st.integers(0, 2**40))
@@ -60,22 +61,31 @@ def test_candidates_with_one_seed_see_the_same_examples(
         assert batches[0] == batch_indices(examples, batch_size * accumulated, seed, step).tolist()
 
 
+def keys_of(prompts: list[str], seed: int) -> npt.NDArray[np.uint64]:
+    return np.array([group_key(prompt, seed) for prompt in prompts], dtype=np.uint64)
+
+
 @given(prompts=PROMPTS, wanted=st.none() | st.integers(1, 150), seed=SEEDS)
 def test_the_split_is_whole_groups_of_prompts(prompts: list[str], wanted: int | None, seed: int) -> None:
-    chosen = held_out(prompts, wanted, seed)
+    chosen, divided = held_out(keys_of(prompts, seed), wanted)
     assert chosen.shape == (len(prompts),)  # each row is on one side
+    asked = default_eval_rows(len(prompts)) if wanted is None else wanted
+    if divided:
+        assert chosen.sum() == min(asked, len(prompts) - 1)
+        return
     held = {prompt for prompt, is_held in zip(prompts, chosen, strict=True) if is_held}
     trained = {prompt for prompt, is_held in zip(prompts, chosen, strict=True) if not is_held}
     assert not held & trained
-    asked = default_eval_rows(len(prompts)) if wanted is None else wanted
     assert chosen.sum() <= max(asked, len(prompts) // 2)
     if len(set(prompts)) == len(prompts):
-        assert chosen.sum() == min(asked, len(prompts))
+        assert chosen.sum() == min(asked, len(prompts) - 1)
 
 
 @given(prompts=PROMPTS, wanted=st.none() | st.integers(1, 150), seed=SEEDS, shuffle=st.integers())
 def test_the_split_depends_on_the_set_of_rows(prompts: list[str], wanted: int | None, seed: int, shuffle: int) -> None:
-    chosen = held_out(prompts, wanted, seed)
+    chosen, divided = held_out(keys_of(prompts, seed), wanted)
     order = random.Random(shuffle).sample(range(len(prompts)), len(prompts))
-    moved = held_out([prompts[index] for index in order], wanted, seed)
-    np.testing.assert_array_equal(moved, chosen[order])
+    moved, divided_too = held_out(keys_of([prompts[index] for index in order], seed), wanted)
+    assert divided == divided_too
+    if not divided:
+        np.testing.assert_array_equal(moved, chosen[order])

@@ -140,11 +140,14 @@ def _layout(source: Source, spec: DataSpec, unread: dict[str, None]) -> Layout:
     found: list[tuple[Part, tuple[str, ...], dict[str, Any]]] = []
     left = spec.max_rows or sys.maxsize
     for part in source.parts:
-        first = list(islice(part.rows(wanted), min(_ROWS_FOR_COLUMNS, left)))
-        if first:
-            columns = part.columns() or tuple(dict.fromkeys(column for _, row in first for column in row))
-            found.append((part, columns, first[0][1]))
-        left -= len(first)
+        columns: dict[str, None] = {}
+        sample: dict[str, Any] | None = None
+        for _, row in islice(part.rows(wanted), min(_ROWS_FOR_COLUMNS, left)):
+            columns |= dict.fromkeys(row)
+            sample = sample or row
+            left -= 1
+        if sample is not None:
+            found.append((part, part.columns() or tuple(columns), sample))
         if left == 0:
             break  # the parts that follow are not read
     if not found:

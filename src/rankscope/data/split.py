@@ -1,7 +1,6 @@
 """Held-out rows: whole groups of rows that share a question or a conversation's beginning, chosen by hash."""
 
 import hashlib
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,12 +11,12 @@ def default_eval_rows(rows: int) -> int:
     return max(min(max(200, rows // 20), 1000, rows // 4), 32 if rows >= 64 else min(rows, 1))
 
 
-def group_key(beginning: str, seed: int) -> bytes:
-    """Key of a group, by which it is also chosen: half of sha256("SEED:BEGINNING")."""
-    return hashlib.sha256(f"{seed}:{beginning}".encode()).digest()[:16]
+def group_key(beginning: str, seed: int) -> int:
+    """Key of a group, by which it is also chosen: the first 8 bytes of sha256("SEED:BEGINNING"), as a number."""
+    return _hash(f"{seed}:{beginning}".encode())
 
 
-def held_out(keys: Sequence[bytes], eval_rows: int | None) -> tuple[npt.NDArray[np.bool_], bool]:
+def held_out(keys: npt.NDArray[np.uint64], eval_rows: int | None) -> tuple[npt.NDArray[np.bool_], bool]:
     """Mask of the rows to hold out, (S,) for S rows with these group keys; and whether groups had to be divided.
 
     Rows of one group stay together, so that no question is on both sides. Groups are taken in the order of their keys
@@ -30,21 +29,23 @@ def held_out(keys: Sequence[bytes], eval_rows: int | None) -> tuple[npt.NDArray[
     """
     rows = len(keys)
     wanted = default_eval_rows(rows) if eval_rows is None else eval_rows
-    most = max(wanted, rows // 2)
-    groups: dict[bytes, list[int]] = {}
-    for index, key in enumerate(keys):
-        groups.setdefault(key, []).append(index)
-    chosen = np.zeros(rows, dtype=np.bool_)
+    most = min(max(wanted, rows // 2), rows - 1)
+    _, group_of, sizes = np.unique(keys, return_inverse=True, return_counts=True)
+    taken: list[int] = []
     count = 0
-    for key in sorted(groups):
+    for group, size in enumerate(sizes):
         if count >= wanted:
             break
-        if count + len(groups[key]) <= min(most, rows - 1):
-            chosen[groups[key]] = True
-            count += len(groups[key])
-    if 2 * count >= min(wanted, rows // 2) and count:
-        return chosen, False
-    order = sorted(range(rows), key=lambda index: hashlib.sha256(b"%b:%d" % (keys[index], index)).digest())
-    chosen[:] = False
-    chosen[order[: min(wanted, rows - 1)]] = True
+        if count + size <= most:
+            taken.append(group)
+            count += int(size)
+    if count and 2 * count >= min(wanted, rows // 2):
+        return np.isin(group_of, taken), False
+    hashes = (_hash(b"%d:%d" % (key, index)) for index, key in enumerate(keys))
+    chosen = np.zeros(rows, dtype=np.bool_)
+    chosen[np.argsort(np.fromiter(hashes, np.uint64, rows), kind="stable")[: min(wanted, rows - 1)]] = True
     return chosen, True
+
+
+def _hash(content: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(content).digest()[:8])

@@ -10,9 +10,9 @@ import hashlib
 import io
 import re
 import tempfile
+from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterator
 from typing import IO, Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from rankscope.data.tokens import Example, TokenizedData, Tokens, check_ids
 from rankscope.errors import DataError
 from rankscope.spec.models import DataSpec
 
-_ROWS_PER_CALL = 1024  # rows in one tokenizer call: full speed, and little memory
+_CHARACTERS_PER_CALL = 1 << 19  # of text in one tokenizer call, which needs some hundred bytes a token
 _PROBLEMS_SHOWN = 3
 _ROWS_CHECKED = 32  # first rows whose learned tokens must decode to the answer
 FEWEST_ROWS = 8  # rows below which a study must be forced
@@ -71,7 +71,7 @@ def tokenize(
         else:
             others.read(evaluated)
             check_ids(others.highest_id, tokenizer, vocab_size)
-            leaked = np.array([digest in others.digests for digest in rows.digests], dtype=np.bool_)
+            leaked = np.isin(rows.digests, others.digests)
             taken = _taken(others.keys, spec)
             if not taken.all():
                 notes.append(f"{int(taken.sum()):,} of the {len(taken):,} rows of the evaluation set are used")
@@ -153,12 +153,14 @@ class _Rows:
 
     def __init__(self, spec: DataSpec, tokenizer: Tokenizer, file: IO[bytes]) -> None:
         self.spec, self.tokenizer = spec, tokenizer
-        self.keys: list[bytes] = []  # of the groups, see `rankscope.data.split`
-        self.digests: dict[bytes, None] = {}  # of the cut tokens and labels
-        self.lengths: list[int] = []
+        # Of each row in the file, in arrays, since a list would need as much memory as the tokens of a short row:
+        self._keys = array("Q")  # of the groups, see `rankscope.data.split`
+        self._digests = array("Q")  # of the cut tokens and labels: two of a million rows collide once in 4e7 data sets
+        self._lengths = array("i")
+        self._truncated = array("b")
+        self._kept = np.zeros(0, dtype=np.int64)  # rows that equal none before
         self.learned: dict[str, None] = {}  # what is learned, of `data.loss_on`
         self.highest_id = self.refused = self.duplicates = self.without_label = self.answers_cut_off = 0
-        self._truncated: list[bool] = []
         self._templates: dict[str, ChatTemplate] = {}
         self._counts: Counter[str] = Counter()
         self._file = file
@@ -166,10 +168,23 @@ class _Rows:
         self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
         self._example = ""  # of a special token in a row
 
+    def _of_kept(self, values: "array[int]") -> npt.NDArray[Any]:
+        return np.asarray(values)[self._kept]
+
+    @property
+    def keys(self) -> npt.NDArray[np.uint64]:
+        """Key of each row's group, (S,)."""
+        return self._of_kept(self._keys)
+
+    @property
+    def digests(self) -> npt.NDArray[np.uint64]:
+        """Hash of each row's tokens and labels, (S,)."""
+        return self._of_kept(self._digests)
+
     @property
     def truncated(self) -> npt.NDArray[np.bool_]:
         """Whether each row was cut, (S,)."""
-        return np.array(self._truncated, dtype=np.bool_)
+        return self._of_kept(self._truncated).astype(np.bool_)
 
     def read(self, records: Records) -> None:
         """Read all rows. Raises DataError with the place of one that cannot be rendered and is not to be skipped."""
@@ -177,11 +192,13 @@ class _Rows:
             if number < _ROWS_CHECKED:
                 self._check(rendered, encoded)
             self._add(rendered, encoded)
+        _, first = np.unique(np.asarray(self._digests), return_index=True)
+        self._kept = np.sort(first)
+        self.duplicates = len(self._digests) - len(first)
 
     def encoded(self, records: Records) -> Iterator[tuple[Rendered, Encoded]]:
         """Rows as text and tokens."""
-        rows = self._rendered(records)
-        while batch := list(islice(rows, _ROWS_PER_CALL)):
+        for batch in _batches(self._rendered(records)):
             yield from zip(batch, encode(batch, self.tokenizer), strict=True)
 
     def _rendered(self, records: Records) -> Iterator[Rendered]:
@@ -224,17 +241,13 @@ class _Rows:
         if not is_label.any():
             self.without_label += 1
             return
-        digest = hashlib.blake2b(ids.tobytes() + is_label.tobytes(), digest_size=16).digest()
-        if digest in self.digests:
-            self.duplicates += 1
-            return
-        self.digests[digest] = None
-        self.keys.append(group_key(rendered.beginning, self.spec.split_seed))
-        self.lengths.append(length)
+        content = ids.tobytes() + is_label.tobytes()
+        self._digests.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()))
+        self._keys.append(group_key(rendered.beginning, self.spec.split_seed))
+        self._lengths.append(length)
         self._truncated.append(length < len(encoded.ids))
         self.highest_id = max(self.highest_id, int(ids.max()))
-        self._file.write(ids.tobytes())
-        self._file.write(is_label.tobytes())
+        self._file.write(content)
 
     def _check(self, rendered: Rendered, encoded: Encoded) -> None:
         """Warn if the tokens to learn do not decode to the text to learn: the tokenizer hides where they are."""
@@ -251,13 +264,14 @@ class _Rows:
 
     def tokens(self, wanted: npt.NDArray[np.bool_]) -> Tokens:
         """Tokens of the rows that a mask names, in order."""
-        lengths = np.array(self.lengths, dtype=np.int64)
+        is_used = np.zeros(len(self._lengths), dtype=np.bool_)
+        is_used[self._kept[wanted]] = True
         offsets = np.zeros(int(wanted.sum()) + 1, dtype=np.int64)
-        np.cumsum(lengths[wanted], out=offsets[1:])
+        np.cumsum(np.asarray(self._lengths)[is_used], out=offsets[1:])
         ids, is_label = np.empty(offsets[-1], dtype=np.int32), np.empty(offsets[-1], dtype=np.bool_)
         self._file.seek(0)
         position = 0
-        for length, used in zip(self.lengths, wanted, strict=True):
+        for length, used in zip(self._lengths, is_used, strict=True):
             content = self._file.read(5 * length)
             if used:
                 ids[position : position + length] = np.frombuffer(content, np.int32, length)
@@ -301,6 +315,18 @@ class _Rows:
         return found
 
 
+def _batches(rows: Iterator[Rendered]) -> Iterator[list[Rendered]]:
+    batch, characters = list[Rendered](), 0
+    for row in rows:
+        batch.append(row)
+        characters += len(row.text)
+        if characters >= _CHARACTERS_PER_CALL:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
 def _example(rendered: Rendered, encoded: Encoded, max_length: int) -> Example:
     length = _cut(encoded, max_length, rendered.is_chat and len(rendered.learned) > 1)
     is_label = encoded.is_label[:length].copy()
@@ -316,12 +342,12 @@ def _cut(encoded: Encoded, max_length: int, several_answers: bool) -> int:
     return fitting[-1] if several_answers and fitting else max_length
 
 
-def _taken(keys: Sequence[bytes], spec: DataSpec) -> npt.NDArray[np.bool_]:
+def _taken(keys: npt.NDArray[np.uint64], spec: DataSpec) -> npt.NDArray[np.bool_]:
     """Mask of the rows of an evaluation set to use: all, `eval_rows`, or at most a thousand of a split found beside."""
     asked = spec.eval_dataset is not None or spec.eval_split is not None
     most = spec.eval_rows or (len(keys) if asked else MOST_OF_A_TEST_SPLIT)
     taken = np.zeros(len(keys), dtype=np.bool_)
-    taken[sorted(range(len(keys)), key=lambda index: (keys[index], index))[:most]] = True
+    taken[np.argsort(keys, kind="stable")[:most]] = True
     return taken
 
 
