@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
-import safetensors
 
 from rankscope.data.conversations import Tokenizer
 from rankscope.errors import ModelError
@@ -140,6 +139,7 @@ def _pieces(data: TokenizedData) -> Iterator[bytes | memoryview]:
 
 
 _DTYPES = {"<i4": "I32", "<i8": "I64", "|b1": "BOOL"}
+_DTYPE_OF = {theirs: ours for ours, theirs in _DTYPES.items()}
 
 
 def load(folder: Path) -> TokenizedData:
@@ -155,14 +155,26 @@ def load(folder: Path) -> TokenizedData:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 != facts.pop("tokens_sha256", None):
         raise damaged_error(path, "not the tokens that facts.json was written for")
-    with corrupt_on_error(path), safetensors.safe_open(path, framework="np") as tensors:
-        names = set(tensors.keys())
+    with corrupt_on_error(path), reading(path), path.open("rb") as file:
+        tensors = _read(file)
         train, heldout, general = (
-            Tokens(*(tensors.get_tensor(f"{side}.{name}") for name in ("ids", "is_label", "offsets")))
-            if f"{side}.ids" in names
+            Tokens(*(tensors[f"{side}.{name}"] for name in ("ids", "is_label", "offsets")))
+            if f"{side}.ids" in tensors
             else None
             for side in ("train", "eval", "general")
         )
     if train is None or heldout is None:
         raise damaged_error(path, "holds no rows to train on or to hold out")
     return TokenizedData(train, heldout, facts, general, sha256)
+
+
+def _read(file: BinaryIO) -> dict[str, npt.NDArray[Any]]:
+    """Tensors of a file in safetensors' format; safetensors' own reader maps the file while it copies it."""
+    size = int.from_bytes(file.read(8), "little")
+    tensors = {}
+    for name, entry in json.loads(file.read(size)).items():
+        first, end = entry["data_offsets"]
+        file.seek(8 + size + first)
+        dtype = np.dtype(_DTYPE_OF[entry["dtype"]])
+        tensors[name] = np.fromfile(file, dtype, (end - first) // dtype.itemsize).reshape(entry["shape"])
+    return tensors
