@@ -30,6 +30,7 @@ from rankscope.spec.models import DataSpec
 _CHARACTERS_PER_CALL = 1 << 19  # of text in one tokenizer call, which needs some hundred bytes a token
 _PROBLEMS_SHOWN = 3
 _ROWS_CHECKED = 32  # first rows whose learned tokens must decode to the answer
+_LENGTH_CHECKED = 10_000  # characters of the longest such row: more say nothing new, and take seconds
 FEWEST_ROWS = 8  # rows below which a study must be forced
 MOST_OF_A_TEST_SPLIT = 1000  # rows of a test split that the study did not ask for by name
 
@@ -189,7 +190,7 @@ class _Rows:
     def read(self, records: Records) -> None:
         """Read all rows. Raises DataError with the place of one that cannot be rendered and is not to be skipped."""
         for number, (rendered, encoded) in enumerate(self.encoded(records)):
-            if number < _ROWS_CHECKED:
+            if number < _ROWS_CHECKED and len(rendered.text) <= _LENGTH_CHECKED:
                 self._check(rendered, encoded)
             self._add(rendered, encoded)
         _, first = np.unique(np.asarray(self._digests), return_index=True)
@@ -359,12 +360,15 @@ def _check_number(rows: _Rows, spec: DataSpec) -> None:
             f"({rows.without_label:,} rows were dropped)",
             "Raise data.max_length, which is at most the model's positions: the prompts alone fill it.",
         )
-    if number < (3 if spec.force else FEWEST_ROWS):
+    needed = 3 if spec.force else FEWEST_ROWS
+    if number < needed:
         dropped = f" ({rows.without_label:,} more had no token to learn)" if rows.without_label else ""
         todo = "Give more rows; a verdict needs hundreds."
         if number >= 3:
             todo += " To train all the same: --force."
-        raise DataError(f"{spec.name}: only {number} different row{'s' * (number > 1)}{dropped}", todo)
+        raise DataError(
+            f"{spec.name}: only {number} different row{'s' * (number > 1)}{dropped}; at least {needed} are needed", todo
+        )
 
 
 def _check_split(chosen: npt.NDArray[np.bool_], rows: _Rows, spec: DataSpec) -> None:
