@@ -243,11 +243,9 @@ TRAINED = [
     *(Case("46-this-folder", "the folder where one is", "chatml", data=data)
       for data in (".", "./", "../46-this-folder")),
     *(Case("47-cloned-hub-repository", "rows, and what belongs to git and the hub is none", data=data, shows=QUESTION)
-      for data in ("clone", "odd [1]", "with space")),
+      for data in ("clone", "llamafactory", "odd [1]", "with space")),
     Case("47-cloned-hub-repository", "the configuration that is named", data="two-configs", fields={"config": "b"},
          rows=(15, 5), shows=QUESTION),
-    Case("47-cloned-hub-repository", "a file that holds no rows is named", data="llamafactory", shows=QUESTION,
-         says=r"not read: dataset_info\.json"),
     Case("48-trailing-commas", "rows without a cell are no examples", data="rows.csv",
          shows=("<s>### Question: Name 0\n ### Answer:", " 0</s>"), facts={"blank_rows_dropped": 10}),
     Case("50-eos-is-pad", "the end mark is learned", "eospad", shows=CHAT),
