@@ -242,3 +242,17 @@ def test_tokens_are_those_of_this_version(spec: Write, tmp_path: Path) -> None:
     asked = spec("rows.json", json.dumps([*ROWS, *ROWS[:2]]), max_length=24)
     save(prepare(asked, AutoTokenizer.from_pretrained(demo.model_path()), 8192), tmp_path / "saved")
     assert read_json(tmp_path / "saved" / "facts.json")["tokens_sha256"][:16] == "2f06ecefd7ee082b"
+
+
+def test_columns_are_those_of_a_source_that_has_them(
+    spec: Write, tokenizer: PreTrainedTokenizerFast, cache: Path
+) -> None:
+    own = spec("own.json", json.dumps(ROWS))
+    theirs = spec("theirs.json", json.dumps([{"question": f"q {i}?", "answer": f"a {i}"} for i in range(12)]))
+    both = {"id": [own.id, theirs.id], "columns": {"instruction": "question", "output": "answer"}}
+    data = prepare_cached(DataSpec(**both), tokenizer, len(tokenizer))
+    assert data.facts["rows_read"] == len(ROWS) + 12
+    with pytest.raises(DataError, match="no source has a column queston, anser"):
+        prepare_cached(
+            DataSpec(**both | {"columns": {"instruction": "queston", "output": "anser"}}), tokenizer, len(tokenizer)
+        )

@@ -140,6 +140,14 @@ def test_an_evaluation_set_of_one_s_own(named: list[str], expected: list[str], t
     assert texts(str(tmp_path / "data"), eval_dataset=",".join(asked)) == found
 
 
+def test_of_a_mixture_no_part_is_evaluated_on_alone(tmp_path: Path) -> None:
+    one, other = put(tmp_path / "one", train="a", test="b"), put(tmp_path / "other", rows="c")
+    assert texts([str(one), str(other)]) == (["a", "c"], [])
+    assert "not read: the split test" in notes([str(one), str(other)])
+    put(other, test="d")
+    assert texts([str(one), str(other)]) == (["a", "c"], ["b", "d"])
+
+
 def test_an_evaluation_set_without_a_likely_split_is_refused(tmp_path: Path) -> None:
     put(tmp_path, rows="a")
     saved = {"code": datasets.Dataset.from_list([{"text": "a"}]), "math": datasets.Dataset.from_list([{"text": "b"}])}

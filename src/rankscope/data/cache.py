@@ -13,11 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 from rankscope.data.conversations import Tokenizer, with_chat_template
+from rankscope.data.readers import listed
 from rankscope.data.records import Records, load_records
 from rankscope.data.sources import resolve_sources
 from rankscope.data.tokenize import tokenize, with_source_facts
 from rankscope.data.tokens import TOKENS_VERSION, TokenizedData, load, save
-from rankscope.errors import StudyDirectoryError
+from rankscope.errors import DataError, StudyDirectoryError
 from rankscope.spec.models import DataSpec
 
 _log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ def prepare_cached(spec: DataSpec, tokenizer: Tokenizer, vocab_size: int) -> Tok
     sources, of_eval = resolve_sources(spec)
     records = load_records(spec, sources)
     evaluated = load_records(spec.model_copy(update={"max_rows": None}), of_eval) if of_eval else None
+    _check_columns(spec, records, evaluated)
     key = cache_key(records, spec, tokenizer, vocab_size, evaluated)
     folder = _folder()
     if key is None or folder is None:
@@ -56,6 +58,16 @@ def prepare_cached(spec: DataSpec, tokenizer: Tokenizer, vocab_size: int) -> Tok
         except OSError as error:
             _log.warning("the tokens are not cached: %s. Set RANKSCOPE_CACHE to a folder that can be written.", error)
     return with_source_facts(data, records, evaluated)
+
+
+def _check_columns(spec: DataSpec, *read: Records | None) -> None:
+    """Raise DataError where no source has the columns that the study names; of several, one may have others."""
+    names = {
+        name for records in read if records for layout in records.layouts.values() for name in layout.columns.values()
+    }
+    if spec.columns and not names & set(spec.columns.values()):
+        what = f"{spec.name}: no source has a column {listed(spec.columns.values())}, which data.columns names"
+        raise DataError(what, "Correct data.columns (--columns OURS=THEIRS).")
 
 
 def cache_key(

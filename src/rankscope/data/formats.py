@@ -65,6 +65,9 @@ def resolve_layout(spec: DataSpec, columns: Sequence[str], source: str, sample: 
         DataError: the columns fit no format, or several.
     """
     given = spec.columns
+    several = len(spec.ids) > 1 or spec.eval_dataset is not None
+    if several and not set(given.values()) & set(columns):
+        given = {}  # names of another source's columns
     if absent := [theirs for theirs in given.values() if theirs not in columns]:
         raise DataError(
             f"{source}: no column {listed(absent)}, which data.columns names; found {listed(columns)}",

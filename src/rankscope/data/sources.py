@@ -56,16 +56,17 @@ def resolve_sources(spec: DataSpec) -> tuple[list[Source], list[Source]]:
     Raises:
         DataError: a source is missing, of an unknown type, has no such split, or cannot be fetched.
     """
-    train: list[Source] = []
-    evaluated: list[Source] = []
-    for id in _each(spec.ids):
-        found = _splits(id, spec)
-        split = _chosen(found, spec)
-        other = spec.eval_split
-        if other is None and spec.split is None and not spec.eval_dataset and split == "train":
-            other = next((name for name in ("validation", "test") if name in found.splits), None)
-        if spec.eval_split is not None and _canonical_split(found, spec.eval_split) is None:
-            raise _no_split(found, spec.eval_split, "data.eval_split")
+    every = [_splits(id, spec) for id in _each(spec.ids)]
+    chosen = [_chosen(found, spec) for found in every]
+    others: list[str | None] = [spec.eval_split] * len(every)
+    for found in every if spec.eval_split else ():
+        if _canonical_split(found, spec.eval_split or "") is None:
+            raise _no_split(found, spec.eval_split or "", "data.eval_split")
+    if spec.eval_split is None and spec.split is None and not spec.eval_dataset and set(chosen) == {"train"}:
+        beside = [next((name for name in ("validation", "test") if name in found.splits), None) for found in every]
+        others = beside if all(beside) else others  # of a mixture every part must be held out
+    train, evaluated = [], []
+    for found, split, other in zip(every, chosen, others, strict=True):
         train.append(_source(found, split, [other] if other else [], spec.split is None))
         if other:
             evaluated.append(_source(found, _canonical_split(found, other) or other, [], False))
