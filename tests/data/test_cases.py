@@ -51,6 +51,10 @@ def _rejected_first(number: int) -> dict[str, Any]:
     return {"messages": [*first["messages"], *second["messages"]]}
 
 
+def _with_system(number: int) -> dict[str, Any]:
+    return {"messages": [{"role": "system", "content": "Be brief."}, *conversation(number)["messages"]]}
+
+
 _TOOL = {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}
 _UNANSWERED = {"messages": [*conversation(24)["messages"], {"role": "user", "content": "And the next?"}]}
 _HARD_CSV = gzip.decompress((CASES / "23-csv-hard/rows.csv.gz").read_bytes())
@@ -61,6 +65,9 @@ OWN: dict[str, dict[str, str | bytes]] = {
     },
     "15-thinking": {"rows.jsonl": jsonl([conversation(number, thinking="step by step") for number in range(24)])},
     "17-ends-with-user": {"rows.jsonl": jsonl([*(conversation(number) for number in range(23)), _UNANSWERED])},
+    "55-some-system": {
+        "rows.jsonl": jsonl([conversation(number) for number in range(20)] + [_with_system(20), _with_system(21)])
+    },
     "23-csv-plain": {"rows.csv": _HARD_CSV, "bom.csv": b"\xef\xbb\xbf" + _HARD_CSV},
     "25-tsv": {"rows.tsv": "instruction\tinput\toutput\n" + "".join(f"Name, {n}\t\t{n}; 0{n}\n" for n in range(24))},
     "40-long-row": {
@@ -257,6 +264,8 @@ TRAINED = [
          shows=TWO_TURNS),
     Case("55-system-refused", "a template of one's own", "nosystem", "two-users.jsonl", {"chat_template": "chatml"},
          shows=(f"<|im_start|>user\nHi<|im_end|>\n{TURN}", CHAT[1])),
+    Case("55-some-system", "rows that the template refuses, on demand", "nosystem", fields={"skip_bad_rows": True},
+         rows=(15, 5), facts={"bad_rows_dropped": 2}, says="2 rows left out: .*System role not supported"),
     Case("56-template-drops-system", "a system message that reaches no token is told", "dropssystem",
          shows=TWO_TURNS_ALONE, says="does not write `system`, which 24 rows have"),
     Case("57-no-template", "a template of one's own", fields={"chat_template": "chatml"}, shows=CHAT),
@@ -269,6 +278,9 @@ TRAINED = [
     Case("62-template-ends-in-newline", "no space after a line break; no heading without input",
          fields={"template": ALPACA, "template_without_input": ALPACA_WITHOUT_INPUT},
          shows=(f"<s>### Instruction:\n{ASKED}\n\n### Response:\n", f"{SAID}</s>")),
+    Case("62-template-ends-in-newline", "else a heading that stays is told", fields={"template": ALPACA},
+         shows=(f"<s>### Instruction:\n{ASKED}\n\n### Input:\n\n### Response:\n", f"{SAID}</s>"),
+         says=r"without an input \(24\) keep the line '### Input:': give them data.template_without_input"),
     Case("65-template-begins-with-brace", "no line is lost", fields={"template": "{instruction} {input}"},
          shows=(f"<s>{ASKED} ", f"{SAID}</s>"), whole=False),
     Case("66-truncation-removes-labels", "rows without a token to learn are counted", fields={"max_length": 16},
@@ -326,6 +338,8 @@ REFUSED = [
          says="(?s)line 1: .*System role not supported.*--chat-template chatml"),
     Case("55-system-refused", "row, reason and a way", "nosystem", "two-users.jsonl",
          says="(?s)line 1: .*roles must alternate.*--chat-template chatml"),
+    Case("55-system-refused", "all rows skipped: why", "nosystem", fields={"skip_bad_rows": True},
+         says="(?s)no row is left: .*System role not supported.*--chat-template"),
     Case("57-no-template", "a way", says="(?s)has no chat template.*--chat-template chatml"),
     Case("66-truncation-removes-labels", "nothing is left", data="all.jsonl", fields={"max_length": 16},
          says="(?s)no row has a token to learn within max_length 16.*data.max_length"),

@@ -71,6 +71,14 @@ def _fill(spec: DataSpec, row: Mapping[str, str]) -> str:
     return _PLACEHOLDER.sub(lambda match: values[match[1]], template)  # one pass keeps "{input}" in an instruction
 
 
+def heading_without_input(spec: DataSpec) -> str:
+    """Heading of the input that prompts of rows without one keep, such as `### Input:`; empty if there is none."""
+    before = spec.template.split("{input}")[0].split("\n")
+    heading = before[-2].strip() if len(before) > 1 and "{instruction}" not in before[-1] else ""
+    asked = spec.template_without_input is not None or "{instruction}" in heading
+    return "" if asked or not heading.endswith(":") else heading
+
+
 def encode(rows: Sequence[Rendered], tokenizer: Tokenizer) -> list[Encoded]:
     """Tokenise whole texts, a batch in one call, and find the tokens to learn.
 

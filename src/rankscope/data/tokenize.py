@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rankscope.data.conversations import ChatTemplate, Rendered, Tokenizer
-from rankscope.data.prompts import Encoded, encode, render_plain
+from rankscope.data.prompts import Encoded, encode, heading_without_input, render_plain
 from rankscope.data.readers import listed
 from rankscope.data.records import Records
 from rankscope.data.split import group_key, held_out
@@ -167,6 +167,7 @@ class _Rows:
         self._file = file
         special = [token for token in tokenizer.all_special_tokens if token.strip()]
         self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
+        self.refusal = ""  # why the first row was refused
         self._example = ""  # of a special token in a row
 
     def _of_kept(self, values: "array[int]") -> npt.NDArray[Any]:
@@ -214,11 +215,13 @@ class _Rows:
                     rendered = template.render(row)
                 else:
                     rendered = render_plain(row, self.spec, learned)
+                    self._counts["without input"] += not row.get("input", "_").strip()
             except DataError as error:
                 if not self.tokenizer.chat_template:
                     raise
                 if self.spec.skip_bad_rows:
                     self.refused += 1
+                    self.refusal = self.refusal or error.what
                     continue
                 problems.append(DataError(f"{place}: {error.what}", error.todo))
                 if len(problems) == _PROBLEMS_SHOWN:
@@ -285,8 +288,14 @@ class _Rows:
         border = self._counts["border"]
         alone = "in %s row%s the prompt's end and the answer's beginning would be one token; %s"
         told = "they are tokenised apart, as at inference"
-        chat = any(True for _ in self._templates)
-        return [alone % (f"{border:,}", "s" * (border > 1), told)] if border and not chat else []
+        found = [alone % (f"{border:,}", "s" * (border > 1), told)] if border and not self._templates else []
+        heading, count = heading_without_input(self.spec), self._counts["without input"]
+        if heading and count:
+            told = "give them data.template_without_input"
+            found.append(f"prompts of rows without an input ({count:,}) keep the line {heading!r}: {told}")
+        if self.refused:
+            found.append(f"{self.refused:,} row{'s' * (self.refused > 1)} left out: {self.refusal}")
+        return found
 
     def warnings(self) -> list[str]:
         """What makes the rows doubtful."""
@@ -354,6 +363,8 @@ def _taken(keys: npt.NDArray[np.uint64], spec: DataSpec) -> npt.NDArray[np.bool_
 
 def _check_number(rows: _Rows, spec: DataSpec) -> None:
     number = len(rows.keys)
+    if number == 0 and rows.refused and not rows.without_label:
+        raise DataError(f"{spec.name}: no row is left: {rows.refusal}", "Give another --chat-template.")
     if number == 0:
         raise DataError(
             f"{spec.name}: no row has a token to learn within max_length {spec.max_length} "
