@@ -151,6 +151,9 @@ def plan(
     gpu_flops: Annotated[str | None, typer.Option(help="Its matmul speed, e.g. 400TFLOPS; to estimate time.")] = None,
     devices: Annotated[int | None, typer.Option(help="Plan for this many devices: makespan, device-hours.")] = None,
     price: Annotated[float | None, typer.Option(help="Price of one device-hour, e.g. 2.5.")] = None,
+    show_rows: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Show N rows: which text is read, which learned.")
+    ] = 0,
     launcher: LauncherName = "local",
     ray_address: RayAddress = None,
     json_: Json = False,
@@ -164,7 +167,8 @@ def plan(
     begun = Study.open(path) if Study.is_at(path) else None
     if begun is not None and begun.spec != spec:  # `run` would refuse it
         begun = None
-    show_plan(plan_study(spec, begun, launcher, ray_address, gpu_memory, gpu_flops, devices, price), begun, json_)
+    planned = plan_study(spec, begun, launcher, ray_address, gpu_memory, gpu_flops, devices, price)
+    show_plan(planned, begun, json_, show_rows)
 
 
 @app.command()

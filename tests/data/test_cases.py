@@ -546,6 +546,20 @@ def test_the_command_line_reads_them_too(
     assert (facts["rows_train"], facts["rows_eval"]) == rows
 
 
+def test_rows_are_shown_as_they_are_trained_on(case_model: Callable[[str], Path]) -> None:
+    options = ["--model", str(case_model("spm-llama2")), "--dataset", "rows.jsonl", "--ranks", "2", "--steps", "3"]
+    shown, told = (
+        rankscope("plan", *options, "--show-rows", "2", *more, cwd=CASES / "60-sentencepiece-chat").stdout
+        for more in ([], ["--json"])
+    )
+    lines = ["Row 1: 21 tokens, 9 learned", '  read    "<s> [INST] Name number 0. [/INST]"']
+    assert "\n".join([*lines, '  learned " The answer is one 0. </s>"', "Row 2: 21 tokens"]) in shown
+    first, _ = json.loads(told)["rows"]
+    learned = [token for token, label in zip(first["ids"], first["labels"], strict=True) if label != -100]
+    assert learned == [label for label in first["labels"] if label != -100] == first["ids"][-9:]
+    assert first["spans"][1] == {"is_learned": True, "text": " The answer is one 0. </s>"}
+
+
 @pytest.mark.parametrize(
     ("folder", "arguments", "code", "says"),
     [

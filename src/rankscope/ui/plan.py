@@ -21,6 +21,7 @@ from rankscope.text.catalogue import load
 from rankscope.text.formats import duration, parse_bytes, parse_flops, percent, size
 from rankscope.train.prepare import describe_data, study_data
 from rankscope.ui.console import error_console, make_table, out_console, print_json
+from rankscope.ui.rows import describe_rows, show_rows
 
 Number = TypeVar("Number", int, float)
 
@@ -50,12 +51,12 @@ def plan_study(
     return make_plan(spec, study_data(spec, study), site, fleet, study, gpu.flops_per_second if gpu else None)
 
 
-def show_plan(plan: Plan, study: StudyFolder | None, as_json: bool) -> None:
-    """Print the plan, and what a `study` that has begun has already."""
+def show_plan(plan: Plan, study: StudyFolder | None, as_json: bool, rows: int = 0) -> None:
+    """Print the plan with the first `rows` to train on, and what a `study` that has begun has already."""
     if as_json:
-        print_json(describe_plan(plan))
+        print_json(describe_plan(plan) | ({"rows": describe_rows(plan, rows)} if rows else {}))
     else:
-        _print_plan(plan)
+        _print_plan(plan, rows)
     if study is not None:
         done = sum(is_finished(study, trial) for trial in study.trials)
         (error_console if as_json else out_console).print(
@@ -65,9 +66,11 @@ def show_plan(plan: Plan, study: StudyFolder | None, as_json: bool) -> None:
         )
 
 
-def _print_plan(plan: Plan) -> None:
+def _print_plan(plan: Plan, rows: int) -> None:
     out_console.print(f"Model {plan.spec.model.id}: {plan.prediction.base_params:,} parameters")
     out_console.print(describe_data(plan.data.facts), soft_wrap=True)
+    if rows:
+        show_rows(plan, rows)
     out_console.print(_candidates(plan))
     trials, full = sum(map(len, plan.packs.values())), len(plan.reference)
     packs = f"{trials} trials of {plan.steps:,} steps in {len(plan.packs)} packs:" if trials else "No trial is missing."
