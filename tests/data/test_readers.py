@@ -180,6 +180,7 @@ MALFORMED: dict[str, tuple[str, str | bytes, str]] = {
     "bad UTF-8": ("a.jsonl", JSONL.encode() + b'\n{"x": "\xe4"}', "a.jsonl, line 4: not valid UTF-8 (byte 0xe4)"),
     "bad UTF-8 in gzip": ("a.csv.gz", gzip.compress(b"text\na\n\xe4"), "line 3: not valid UTF-8 (byte 0xe4)"),
     "UTF-16": ("a.json", JSONL.encode("utf-16"), "a.json, line 1: not valid UTF-8"),
+    "bad UTF-8 in a torn gzip": ("a.csv", gzip.compress(b"\xe4")[:-4], "a.csv: cannot be read"),
     "torn gzip": ("a.json", gzip.compress(JSONL.encode())[:-9], "a.json: cannot be read"),
     "damaged gzip": ("a.json", b"\x1f\x8b\x08\x00junkjunkjunk", "a.json: cannot be read"),
     "bad line": ("a.jsonl", JSONL + "\n{'a': 1}", "a.jsonl, line 4: " + BAD_JSON),

@@ -10,6 +10,7 @@ from typing import Any
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from rankscope.data.formats import COLUMNS
 from rankscope.data.records import Records, load_records
 from rankscope.errors import DataError
 from rankscope.spec.models import DataSpec
@@ -26,7 +27,9 @@ CHAT = st.builds(
     st.lists(MESSAGE, min_size=1, max_size=3),
     ANSWER,
 )
-FLAT = st.lists(ALPACA, min_size=1, max_size=6) | st.lists(PAIR, min_size=1, max_size=6)
+FLAT = st.one_of(
+    st.lists(row, min_size=1, max_size=6) for row in (ALPACA, PAIR, st.fixed_dictionaries({"text": ANSWER}))
+)
 ROWS = FLAT | st.lists(CHAT, min_size=1, max_size=6)
 
 JSON = st.recursive(
@@ -34,7 +37,12 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
-FIELDS = st.sampled_from(["instruction", "input", "output", "prompt", "completion", "messages", "role", "content"])
+FIELDS = st.sampled_from(
+    [
+        *sorted(COLUMNS),
+        *("role", "content", "from", "value", "weight", "tool_calls", "function", "name", "arguments", "type"),
+    ]
+)
 NEARLY_ROW = st.dictionaries(FIELDS, JSON | st.lists(st.dictionaries(FIELDS, JSON, max_size=3), max_size=3), max_size=4)
 PIECES = st.sampled_from(
     [b"[", b"]", b"{", b"}", b",", b":", b'"', b"\\", b"\\u", b"\n", b"\r", b"\xff", b"\xef\xbb\xbf", b"\x00", b"1e999",
@@ -52,11 +60,15 @@ def as_jsonl(rows: list[dict[str, Any]], end: str, ascii: bool) -> str:
     return "".join(json.dumps(row, ensure_ascii=ascii) + end for row in rows)
 
 
-def as_csv(rows: list[dict[str, Any]], end: str) -> str:
+def as_objects(rows: list[dict[str, Any]], indent: int, between: str, ascii: bool) -> str:
+    return between.join(json.dumps(row, indent=indent, ensure_ascii=ascii) for row in rows)
+
+
+def as_csv(rows: list[dict[str, Any]], end: str, delimiter: str = ",") -> str:
     file = io.StringIO(newline="")
     returns = any("\r" in text for row in rows for text in row.values())  # which Python 3.11 forgets to quote
     quoting = csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator=end, quoting=quoting)
+    writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter, lineterminator=end, quoting=quoting)
     writer.writeheader()
     writer.writerows(rows)
     return file.getvalue()
@@ -68,10 +80,12 @@ ENDS = st.sampled_from(["\n", "\r\n", "\n\n"])
 @st.composite
 def files(draw: st.DrawFn) -> tuple[list[dict[str, Any]], str, bytes]:
     """Rows, and a file that holds them: its suffix and its bytes."""
-    kind = draw(st.sampled_from([".json", ".jsonl", ".csv"]))
-    rows: list[dict[str, Any]] = draw(FLAT if kind == ".csv" else ROWS)
-    if kind == ".csv":
-        text = as_csv(rows, draw(ENDS))
+    kind = draw(st.sampled_from([".json", ".jsonl", ".csv", ".tsv"]))
+    rows: list[dict[str, Any]] = draw(FLAT if kind in (".csv", ".tsv") else ROWS)
+    if kind in (".csv", ".tsv"):
+        text = as_csv(rows, draw(ENDS), draw(st.sampled_from(",;\t|")))
+    elif draw(st.booleans()):
+        text = as_objects(rows, draw(st.integers(0, 3)), draw(st.sampled_from(["\n", ",\n", " "])), draw(st.booleans()))
     elif kind == ".jsonl" or draw(st.booleans()):
         text = as_jsonl(rows, draw(ENDS), draw(st.booleans()))
     else:

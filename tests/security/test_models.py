@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from folders import write_model
-from rankscope.data.prompts import render
-from rankscope.data.sources import read_table
+from rankscope.data.conversations import ChatTemplate
+from rankscope.data.records import load_records
 from rankscope.errors import DataError, ModelError
 from rankscope.model.load import commit, load_config, load_model, load_tokenizer, skeleton
 from rankscope.spec.models import DataSpec, ModelSpec
@@ -147,7 +147,7 @@ def test_a_chat_template_is_rendered_in_a_sandbox(expression: str, folder: Path)
     tokenizer.chat_template = "{{ " + expression.replace("MARK", str(mark)) + " }}"
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     with pytest.raises(DataError, match=r"refuses the conversation: .*(unsafe|not safely callable)"):
-        render(row, DataSpec(id="d"), "messages", tokenizer)
+        ChatTemplate(tokenizer, "assistant").render(row)
     assert not mark.exists()
 
 
@@ -164,10 +164,10 @@ def test_data_with_a_loading_script_or_a_pickle_run_nothing(tmp_path: Path) -> N
     folder = tmp_path / "rows"
     folder.mkdir()
     mark = trapped(folder)
-    with pytest.raises(DataError):
-        read_table(DataSpec(id=str(folder)))
+    with pytest.raises(DataError, match="holds no data files; its loading script is not executed"):
+        load_records(DataSpec(id=str(folder)))
     with pytest.raises(DataError, match="unknown file type"):
-        read_table(DataSpec(id=str(folder / "data.pkl")))
+        load_records(DataSpec(id=str(folder / "data.pkl")))
     assert not mark.exists()
 
 
@@ -185,8 +185,8 @@ def test_files_that_are_no_plain_rows_are_refused_before_they_are_read(
         for name in ("0.instruction.txt", "0.pth"):
             archive.addfile(tarfile.TarInfo(name), io.BytesIO())
     monkeypatch.setattr(torch, "load", unpickled)
-    with pytest.raises(DataError, match=r"rows: holds \w+ files, which are not read"):
-        read_table(DataSpec(id=str(tmp_path / "rows")))
+    with pytest.raises(DataError, match="rows: holds no data files"):
+        load_records(DataSpec(id=str(tmp_path / "rows")))
 
 
 @pytest.mark.parametrize("named", ["../elsewhere/a.json", "{root}/elsewhere/a.json", "rows/../../elsewhere/a.json"])
@@ -197,20 +197,19 @@ def test_data_do_not_name_files_elsewhere(named: str, tmp_path: Path) -> None:
         (place / "a.json").write_text(row)
     card = "---\nconfigs:\n- config_name: default\n  data_files: {}\n---\n"
     (folder / "README.md").write_text(card.format(named.format(root=tmp_path)))
-    with pytest.raises(DataError, match=r"rows: names the file .*which is not in it"):
-        read_table(DataSpec(id=str(folder)))
+    with pytest.raises(DataError, match=r"rows: README\.md names files of the split train that are not there"):
+        load_records(DataSpec(id=str(folder)))
     (folder / "README.md").write_text(card.format("rows/*.json"))
-    assert len(read_table(DataSpec(id=str(folder))).rows) == 1
+    assert len(load_records(DataSpec(id=str(folder))).rows) == 1
 
 
 def test_the_name_of_a_builder_is_no_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`datasets` would take all files of the working directory for it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.json").write_text('{"instruction": "a", "output": "b"}\n')
-    with pytest.raises(DataError, match="json: names the file"):
-        read_table(DataSpec(id="json"))
-    with pytest.raises(DataError, match="holds webdataset files"):
-        read_table(DataSpec(id="webdataset"))
+    for name in ("json", "webdataset"):
+        with pytest.raises(DataError, match=f"{name}: cannot be loaded"):
+            load_records(DataSpec(id=name))
 
 
 def test_the_hub_s_commit_is_known(model: Path, tmp_path: Path) -> None:

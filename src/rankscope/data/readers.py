@@ -31,6 +31,7 @@ Numbered: TypeAlias = tuple[int | None, Any]
 TEXT_TYPES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 FILE_TYPES = (*TEXT_TYPES, ".parquet", ".arrow")
 _GZIP, _LFS = b"\x1f\x8b", b"version https://git-lfs"
+_UNREADABLE = (OSError, EOFError, zlib.error)
 _BATCH_ROWS = 256  # rows of Parquet or Arrow in Python at a time
 _BUFFER_BYTES = 1 << 20  # of a Parquet file, for each column
 
@@ -144,18 +145,23 @@ def _lines(file: IO[str], path: Path, name: str) -> Iterator[str]:
     try:
         yield from file
     except UnicodeDecodeError:
+        raise _not_utf8(path, name) from None
+    except _UNREADABLE as error:
+        raise _unreadable(name, error) from None
+
+
+def _not_utf8(path: Path, name: str) -> DataError:
+    try:
         with _open_binary(path, name) as binary:
             for number, line in enumerate(binary, start=1):
                 try:
                     line.decode("utf-8-sig")
                 except UnicodeDecodeError as error:
-                    byte = line[error.start]
-                    raise DataError(
-                        f"{name}, line {number}: not valid UTF-8 (byte 0x{byte:02x})", "Save the file as UTF-8."
-                    ) from None
-        raise
-    except (OSError, EOFError, zlib.error) as error:
-        raise _unreadable(name, error) from None
+                    what = f"{name}, line {number}: not valid UTF-8 (byte 0x{line[error.start]:02x})"
+                    return DataError(what, "Save the file as UTF-8.")
+    except _UNREADABLE as error:
+        return _unreadable(name, error)
+    return DataError(f"{name}: not valid UTF-8", "Save the file as UTF-8.")
 
 
 def _json_rows(path: Path, name: str, wanted: Collection[str]) -> Iterator[Numbered]:
