@@ -83,7 +83,8 @@ def files(draw: st.DrawFn) -> tuple[list[dict[str, Any]], str, bytes]:
     kind = draw(st.sampled_from([".json", ".jsonl", ".csv", ".tsv"]))
     rows: list[dict[str, Any]] = draw(FLAT if kind in (".csv", ".tsv") else ROWS)
     if kind in (".csv", ".tsv"):
-        text = as_csv(rows, draw(ENDS), draw(st.sampled_from(",;\t|")))
+        marks = ",;\t|" if len(rows[0]) > 1 else "\t" if kind == ".tsv" else ","  # one column's name does not tell
+        text = as_csv(rows, draw(ENDS), draw(st.sampled_from(marks)))
     elif draw(st.booleans()):
         text = as_objects(rows, draw(st.integers(0, 3)), draw(st.sampled_from(["\n", ",\n", " "])), draw(st.booleans()))
     elif kind == ".jsonl" or draw(st.booleans()):
