@@ -140,14 +140,14 @@ def _layout(source: Source, spec: DataSpec, unread: dict[str, None]) -> Layout:
     found: list[tuple[Part, tuple[str, ...], dict[str, Any]]] = []
     left = spec.max_rows or sys.maxsize
     for part in source.parts:
-        columns: dict[str, None] = {}
+        seen: dict[str, None] = {}
         sample: dict[str, Any] | None = None
         for _, row in islice(part.rows(wanted), min(_ROWS_FOR_COLUMNS, left)):
-            columns |= dict.fromkeys(row)
+            seen |= dict.fromkeys(row)
             sample = sample or row
             left -= 1
         if sample is not None:
-            found.append((part, part.columns() or tuple(columns), sample))
+            found.append((part, part.columns() or tuple(seen), sample))
         if left == 0:
             break  # the parts that follow are not read
     if not found:
