@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Self
 
@@ -63,7 +64,8 @@ class Tokens:
     @cached_property
     def label_counts(self) -> npt.NDArray[np.int64]:
         """Number of label tokens of each sequence, (S,)."""
-        return np.diff(np.concatenate([[0], np.cumsum(self.is_label)])[self.offsets])
+        counts = (np.count_nonzero(self.is_label[first:end]) for first, end in pairwise(self.offsets.tolist()))
+        return np.fromiter(counts, np.int64, len(self))
 
 
 @dataclass(frozen=True, eq=False)
