@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
 import yaml
 
-from rankscope.errors import StudyError, did_you_mean
+from rankscope.errors import StudyError, did_you_mean, shortened
 from rankscope.spec.candidates import as_list
 from rankscope.spec.models import CHATML, StudySpec, is_jinja
 from rankscope.spec.option_table import OPTIONS
@@ -110,14 +110,14 @@ def set_value(values: dict[str, Any], assignment: str) -> None:
     """
     key, equals, text = assignment.partition("=")
     if not equals or not key:
-        raise StudyError(f"--set {assignment}: expected KEY=VALUE", "For example --set training.steps=200.")
+        raise StudyError(f"--set {shortened(assignment, 200)}: expected KEY=VALUE", "For example --set training.steps=200.")
     try:
         value = _value(text, _types(key))
     except Exception as error:
-        what = f"--set {assignment}: the value is not valid YAML: {_problem(error)}"
+        what = f"--set {shortened(assignment, 200)}: the value is not valid YAML: {_problem(error)}"
         raise StudyError(what, "Put it in quotes.") from None
     if value is None and text.strip().lower() not in ("null", "~"):
-        raise StudyError(f"--set {assignment}: no value is given", f"For none, write --set {key}=null.")
+        raise StudyError(f"--set {shortened(assignment, 200)}: no value is given", f"For none, write --set {key}=null.")
     set_field(values, key, value)
 
 
