@@ -109,15 +109,16 @@ def set_value(values: dict[str, Any], assignment: str) -> None:
         StudyError: it is not KEY=VALUE, or the value is missing or not YAML.
     """
     key, equals, text = assignment.partition("=")
+    shown = shortened(assignment, 200)
     if not equals or not key:
-        raise StudyError(f"--set {shortened(assignment, 200)}: expected KEY=VALUE", "For example --set training.steps=200.")
+        raise StudyError(f"--set {shown}: expected KEY=VALUE", "For example --set training.steps=200.")
     try:
         value = _value(text, _types(key))
     except Exception as error:
-        what = f"--set {shortened(assignment, 200)}: the value is not valid YAML: {_problem(error)}"
+        what = f"--set {shown}: the value is not valid YAML: {_problem(error)}"
         raise StudyError(what, "Put it in quotes.") from None
     if value is None and text.strip().lower() not in ("null", "~"):
-        raise StudyError(f"--set {shortened(assignment, 200)}: no value is given", f"For none, write --set {key}=null.")
+        raise StudyError(f"--set {shown}: no value is given", f"For none, write --set {key}=null.")
     set_field(values, key, value)
 
 
