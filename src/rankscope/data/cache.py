@@ -63,7 +63,12 @@ def prepare_cached(spec: DataSpec, tokenizer: Tokenizer, vocab_size: int) -> Tok
 def _check_columns(spec: DataSpec, *read: Records | None) -> None:
     """Raise DataError where no source has the columns that the study names; of several, one may have others."""
     names = {
-        name for records in read if records for layout in records.layouts.values() for name in layout.columns.values()
+        name
+        for records in read
+        if records
+        for own in records.layouts.values()
+        for layout in own
+        for name in layout.columns.values()
     }
     if spec.columns and not names & set(spec.columns.values()):
         what = f"{spec.name}: no source has a column {listed(spec.columns.values())}, which data.columns names"

@@ -95,16 +95,18 @@ class ChatTemplate:
         if self.loss_on == "all":
             learned = self._all_but_unlearned(row, messages, given, text)
         elif self.loss_on == "completion" and row.get("first"):
-            learned = [(self._start(messages[: row["first"]], given, text), len(text))]
+            begin = self._start(messages[: row["first"]], given, text)
+            spans = self._all_but_unlearned(row, messages, given, text)
+            learned = [(max(start, begin), end) for start, end in spans if end > begin]
         elif marked is not None:
             learned = self._of_marked(marked, turns, messages)
         else:
             learned = [self._span(messages, number, given, text) for number in turns]
         if len(learned) == len(turns) and self.loss_on != "all":
             spans = zip(learned, turns, strict=True)
-            self.changed += any(
-                messages[number]["content"].strip() not in text[start:end] for (start, end), number in spans
-            )
+            self.changed += any(not _stands_in(messages[number], text[slice(*span)]) for span, number in spans)
+        if any(name not in text for message in messages for name in _called(message)):
+            raise self._no_calls()
         return Rendered(text, learned, _beginning(messages))
 
     def _turns(self, row: Mapping[str, Any], messages: list[dict[str, Any]]) -> list[int]:
@@ -186,11 +188,14 @@ class ChatTemplate:
             if other != text:
                 self._written.add(name)
             elif name == "tool_calls":
-                raise DataError(
-                    "the model's chat template writes no tool calls, so that an answer that is one would be learned as "
-                    "an empty answer",
-                    "Give a template that writes tool_calls (--chat-template FILE), or take a model that calls tools.",
-                )
+                raise self._no_calls()
+
+    def _no_calls(self) -> DataError:
+        return DataError(
+            "the model's chat template writes no tool calls, or not all, so that an answer that is one would be "
+            "learned as an empty answer",
+            "Give a template that writes tool_calls (--chat-template FILE), or take a model that calls tools.",
+        )
 
     def _marked(self, messages: list[dict[str, Any]], given: Mapping[str, Any]) -> list[tuple[int, int]] | None:
         """Characters that the template itself marks as the assistant's."""
@@ -227,16 +232,24 @@ class ChatTemplate:
             return len(prompt)
         shared = shared_length(prompt, text)
         shared = len(_whole_words(text[:shared]).removesuffix(" "))  # most tokenizers put a space before its word
-        history = len(self._text(before, given)) if before else 0
+        history = len(self._text(before, given))
         if shared < history:
             raise self._not_found()
         return shared
+
+    def _first(self, messages: list[dict[str, Any]], given: Mapping[str, Any], text: str) -> int:
+        """Where the answer begins that opens a conversation: no messages come before it, and templates want some."""
+        greeting = messages[0] | {"content": _MARK + messages[0]["content"]}
+        marked = self._text([greeting, *messages[1:]], given)
+        if marked.count(_MARK) != 1 or marked.replace(_MARK, "") != text:
+            raise self._not_found()
+        return marked.index(_MARK)
 
     def _span(
         self, messages: list[dict[str, Any]], number: int, given: Mapping[str, Any], text: str
     ) -> tuple[int, int]:
         """Characters of one answer, its end mark included."""
-        start = self._start(messages[:number], given, text)
+        start = self._start(messages[:number], given, text) if number else self._first(messages, given, text)
         until = text if number == len(messages) - 1 else self._text(messages[: number + 1], given)
         if text.startswith(until) and len(until) > start:
             return start, len(until)
@@ -262,6 +275,17 @@ class ChatTemplate:
         )
 
 
+def _called(message: Mapping[str, Any]) -> list[str]:
+    """Names of the functions that a message calls."""
+    return [call["function"]["name"] for call in message.get("tool_calls", ())]
+
+
+def _stands_in(message: Mapping[str, Any], text: str) -> bool:
+    """Whether a text holds all that a message says."""
+    said = (message.get(name) for name in ("content", *_THOUGHTS))
+    return all(part.strip() in text for part in said if isinstance(part, str))
+
+
 def _with_mark(message: dict[str, Any]) -> dict[str, Any]:
     """Copy of a message with a mark in the last text of it that a template writes: a call's name, or the content."""
     if not message.get("tool_calls"):
@@ -278,5 +302,6 @@ def _whole_words(text: str) -> str:
 
 def _beginning(messages: list[dict[str, Any]]) -> str:
     """Messages before the first answer, which all rows have that were made of one conversation."""
-    first = next((number for number, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
-    return repr(messages[:first] or messages)
+    asked = next((number for number, message in enumerate(messages) if message["role"] == "user"), 0)
+    answers = (number for number, message in enumerate(messages) if message["role"] == "assistant" and number > asked)
+    return repr(messages[: next(answers, len(messages))])

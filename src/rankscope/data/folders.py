@@ -23,10 +23,11 @@ SPLITS = {
 }  # fmt: skip
 """Splits by the names that files have."""
 
-_DESCRIPTION = re.compile(r"(dataset_infos?|dataset_dict|state)\.json")
+_DESCRIPTION = re.compile(r"(dataset_infos?|dataset_dict|state|config|generation_config|tokenizer_config)\.json")
 _UNREMARKABLE = re.compile(
     rf"(readme|license|licence|notice|citation|changelog|contributing)\b.*|.*\.(md|py|png|jpe?g|svg)|{_DESCRIPTION.pattern}"
 )
+_BY_NAME = ""  # split of a configuration whose files are divided by their names
 _SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$|[-_.]\d+$")
 _WORD = re.compile(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])")
 
@@ -56,7 +57,7 @@ def divide(files: Sequence[str], readme: str, config: str | None, name: str) -> 
     ]
     notes = [f"{name}: no rows, not read: {listed(named)}"] if named else []
     configs, default = _configs(readme)
-    if config is not None and config not in configs:
+    if config is not None and config not in configs and (configs or config not in _folders_of_splits(data)):
         raise DataError(f"{name}: no configuration {config!r}, only {listed(configs)}", "Correct data.config.")
     if configs:
         chosen = config or default
@@ -65,7 +66,12 @@ def divide(files: Sequence[str], readme: str, config: str | None, name: str) -> 
                 f"{name}: has several configurations: {listed(configs)}",
                 f"Choose one: data.config={next(iter(configs))}",
             )
-        splits = {split: [file for file in plain if _matches(file, globs)] for split, globs in configs[chosen].items()}
+        splits = {split: [file for file in data if _matches(file, globs)] for split, globs in configs[chosen].items()}
+        if splits.keys() == {_BY_NAME}:
+            return Folder(_by_name(splits[_BY_NAME]), notes)
+        named_anywhere = [glob for patterns in configs.values() for globs in patterns.values() for glob in globs]
+        if unread := [file for file in data if not _matches(file, named_anywhere)]:
+            notes.append(f"{name}: README.md does not name, and so not read: {listed(unread)}")
         if empty := [split for split, found in splits.items() if not found]:
             raise DataError(
                 f"{name}: README.md names files of the split {empty[0]} that are not there",
@@ -79,10 +85,32 @@ def divide(files: Sequence[str], readme: str, config: str | None, name: str) -> 
             f"Give it some: {', '.join(FILE_TYPES)}."
             + (" The hub may have converted them: data.revision=refs/convert/parquet" if more else ""),
         )
-    by_name: dict[str, list[str]] = {}
+    if len(folders := _folders_of_splits(data)) > 1:
+        if config not in folders:
+            way = f"Choose one: data.config={folders[0]}"
+            raise DataError(f"{name}: several folders have splits of their own: {listed(folders)}", way)
+        data = [file for file in data if file.startswith(f"{config}/")]
+    splits = _by_name(data)
+    word = {file: _WORD.search(PurePosixPath(file.lower()).stem) for file in splits.get("train", ())}
+    if doubtful := [file for file, found in word.items() if found and SPLITS[found[0]] != "train"]:
+        notes.append(f"{name}: trained on, since no other file is named alike: {listed(doubtful)}")
+    return Folder(splits, notes)
+
+
+def _by_name(data: Sequence[str]) -> dict[str, list[str]]:
+    splits: dict[str, list[str]] = {}
     for file in data:
-        by_name.setdefault(_split(file, data), []).append(file)
-    return Folder(by_name, notes)
+        splits.setdefault(_split(file, data), []).append(file)
+    return splits
+
+
+def _folders_of_splits(data: Sequence[str]) -> list[str]:
+    """Folders that have folders named by split, as the hub's converted Parquet has for each configuration; empty unless
+    every file lies in one."""
+    paths = [PurePosixPath(file) for file in data]
+    if not all(len(path.parts) == 3 and path.parts[1].lower() in SPLITS for path in paths):
+        return []
+    return sorted({path.parts[0] for path in paths})
 
 
 def _type(file: str) -> str:
@@ -116,9 +144,11 @@ def _configs(readme: str) -> tuple[dict[str, dict[str, list[str]]], str | None]:
     given: Any = values.get("configs") if isinstance(values, dict) else None
     for one in given if isinstance(given, list) else []:
         files = one.get("data_files") if isinstance(one, dict) else None
+        folder = str(one.get("data_dir") or "").strip("/") if isinstance(one, dict) else ""
+        if not files and folder:
+            files = {_BY_NAME: "**/*"}
         if not files:
             continue
-        folder = str(one.get("data_dir") or "").strip("/")
         entries = files if isinstance(files, list) else [files]
         if isinstance(files, dict):
             entries = [{"split": split, "path": path} for split, path in files.items()]

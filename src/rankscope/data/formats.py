@@ -9,6 +9,7 @@
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import product
 from typing import Literal, NamedTuple, TypeAlias
 
 from rankscope.data.readers import listed
@@ -81,7 +82,9 @@ def resolve_layout(spec: DataSpec, columns: Sequence[str], source: str, sample: 
         fitting = said
     elif len(fitting) > 1 and spec.format != "text":
         fitting = [format for format in fitting if format != "text"]  # beside others it is the rendered row
-    layouts = [Layout(format, _fields(format, own)) for format in fitting] or _guesses(own, columns, given, sample)
+    layouts = [Layout(format, _fields(format, own)) for format in fitting]
+    if fitting in ([], ["text"]) and not said and spec.format != "text":
+        layouts = _guesses(own, columns, given, sample) or layouts
     if spec.format != "auto":
         layouts = [layout for layout in layouts if layout.format == spec.format]
     if len(layouts) == 1:
@@ -113,13 +116,16 @@ def _guesses(
     own: Mapping[str, str], columns: Collection[str], given: Mapping[str, str], sample: Mapping[str, object]
 ) -> list[Layout]:
     """Every way to read columns that have none of the formats' own names."""
-    if given:
+    if given.keys() & {field for needed in REQUIRED.values() for field in needed}:
         return []
     found: list[Layout] = []
     more = {field: own.get(field, field) for field in OPTIONAL["messages"]}
     found += [Layout("messages", {"messages": name} | more, True) for name in _CONVERSATION if name in columns]
     if not found and "chosen" in columns:
-        prompt = {"prompt": "prompt"} if "prompt" in columns else {}
+        asked = [name for name in _ASKED if name in columns]
+        if len(asked) == 1 and asked != ["prompt"] and isinstance(sample.get("chosen"), str):
+            return [Layout("alpaca", _fields("alpaca", own | {"instruction": asked[0], "output": "chosen"}), True)]
+        prompt = {"prompt": asked[0]} if len(asked) == 1 else {}
         if not prompt and isinstance(sample.get("chosen"), list):
             return [Layout("messages", {"messages": "chosen"} | more, True)]
         if not prompt and "rejected" in columns:
@@ -130,7 +136,8 @@ def _guesses(
     if not asked and "input" in inputs:
         asked, inputs = ["input"], [name for name in inputs if name != "input"]
     said = [name for name in _SAID if name in columns]
-    beside = {"system": "system", "history": "history"} | ({"input": inputs[0]} if len(inputs) == 1 else {})
-    for question in asked:
-        found += [Layout("alpaca", {"instruction": question, "output": answer} | beside, True) for answer in said]
+    beside = {field: own.get(field, field) for field in ("system", "history")}
+    for question, answer, given_with in product(asked, said, inputs or [""]):
+        extra = {"input": given_with} if given_with else {}
+        found.append(Layout("alpaca", {"instruction": question, "output": answer} | beside | extra, True))
     return found

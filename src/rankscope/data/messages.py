@@ -19,6 +19,7 @@ ROLES = {
 }  # fmt: skip
 """Roles of chat templates by the names that ShareGPT's descendants use."""
 
+_ARGUMENTS = ("parameters", "args", "input")  # other dialects' names of a call's arguments
 _LEARN = ("weight", "train", "training")  # of OpenAI and Axolotl: whether an answer is learned
 
 
@@ -85,15 +86,15 @@ def _message(message: Any, field: str) -> dict[str, Any]:
     found = {key: value for key, value in message.items() if value is not None}
     shared = "role" not in found and "from" in found
     role = checked_text(found.pop("from" if shared else "role", None), f"{field}.{'from' if shared else 'role'}")
-    if shared and role not in ROLES:
+    if shared and role.lower() not in ROLES:
         raise WrongRowError(f"`{field}.from` is {shortened(role)!r}, expected one of {', '.join(ROLES)}")
     where = "value" if shared and "content" not in found else "content"
     content = found.pop(where, None)
-    if shared and role == "function_call":
+    if role == "function_call":
         content, found["function_call"] = None, content
     calls = _tool_calls(found, field)
     parsed: dict[str, Any] = {
-        "role": ROLES.get(role, role),
+        "role": ROLES.get(role.lower(), role),
         "content": _content(content, found, bool(calls), f"{field}.{where}"),
     }
     weights = [found.pop(key) for key in _LEARN if key in found]
@@ -117,7 +118,8 @@ def _content(value: Any, message: dict[str, Any], has_calls: bool, field: str) -
         kind_of_part = part.get("type", "text") if isinstance(part, dict) else "text"
         text = part.get(kind_of_part) if isinstance(part, dict) else part
         if kind_of_part in ("thinking", "reasoning"):
-            message["reasoning_content"] = message.get("reasoning_content", "") + checked_text(text, where)
+            known = checked_text(message.get("reasoning_content", ""), f"{field}: reasoning_content")
+            message["reasoning_content"] = known + checked_text(text, where)
         elif kind_of_part == "text":
             texts.append(checked_text(text, where))
         else:
@@ -148,10 +150,12 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise WrongRowError(f"`{where}` has no function with a name")
+    if other := next((name for name in _ARGUMENTS if "arguments" not in function and name in function), None):
+        function = {("arguments" if key == other else key): value for key, value in function.items()}
     arguments = function.get("arguments", {})
     if isinstance(arguments, str) and arguments.strip():
         arguments = parse_json(arguments, f"{where}.function.arguments", "an object")
-    outer = {key: value for key, value in call.items() if key != "function"} if function is not call else {}
+    outer = {key: value for key, value in call.items() if key != "function"} if "function" in call else {}
     return {"type": "function", **outer, "function": {**function, "arguments": arguments or {}}}
 
 

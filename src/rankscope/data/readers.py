@@ -291,9 +291,10 @@ def _csv_rows(path: Path, name: str, wanted: Collection[str]) -> Iterator[Number
     try:
         with _open_text(path, name, newline="") as file:
             lines = _lines(file, path, name)
-            first = next(lines, "")
+            first = next((line for line in lines if line.strip() and not line.startswith("sep=")), "")  # Excel's mark
             marks = "\t,;|" if file_type(path) == ".tsv" else ",;\t|"
-            delimiter = max(marks, key=lambda mark: len(next(csv.reader([first], delimiter=mark), [])))
+            headers = {mark: next(csv.reader([first], delimiter=mark), []) for mark in marks}
+            delimiter = max(marks, key=lambda mark: (len(set(headers[mark]) & set(wanted)), len(headers[mark])))
             reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
             header = next(reader, [])
             if twice := [column for column in header if header.count(column) > 1 and column in wanted]:

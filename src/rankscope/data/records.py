@@ -13,7 +13,7 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -41,7 +41,7 @@ class Records:
     """Rows of one or several sources, in order. Iterating reads them again; rows left out are left out again."""
 
     sources: Sequence[Source]
-    layouts: dict[str, Layout]  # by the source's name
+    layouts: dict[str, tuple[Layout, ...]]  # of each part, by the source's name
     spec: DataSpec
     fingerprint: str = ""  # sha256 of the rows, whatever kind of file they came from
     rows_read: int = 0
@@ -62,7 +62,7 @@ class Records:
     @property
     def format(self) -> str:
         """Formats of the sources, such as `messages` or `alpaca + text`."""
-        return " + ".join(dict.fromkeys(layout.format for layout in self.layouts.values()))
+        return " + ".join(dict.fromkeys(layout.format for own in self.layouts.values() for layout in own))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for _, row in self.located():
@@ -93,9 +93,13 @@ def load_records(spec: DataSpec, sources: Sequence[Source] | None = None) -> Rec
     if sources is None:
         sources, _ = resolve_sources(spec)
     unread: dict[str, None] = {}
-    records = Records(sources, {source.name: _layout(source, spec, unread) for source in sources}, spec)
+    records = Records(sources, {source.name: _layouts(source, spec, unread) for source in sources}, spec)
     records.notes += [note for source in sources for note in source.notes]
-    records.notes += [layout.describe(name) for name, layout in records.layouts.items() if layout.guessed]
+    records.notes += [
+        note
+        for name, own in records.layouts.items()
+        for note in dict.fromkeys(one.describe(name) for one in own if one.guessed)
+    ]
     digest = hashlib.sha256()
     problems: list[str] = []
     for where, row in _checked(sources, records.layouts, spec, unread):
@@ -131,11 +135,11 @@ def load_records(spec: DataSpec, sources: Sequence[Source] | None = None) -> Rec
 
 def canonical_text(row: dict[str, Any]) -> str:
     """JSON of a row with sorted keys, which is equal for equal rows only."""
-    return json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)  # dates of Parquet
 
 
-def _layout(source: Source, spec: DataSpec, unread: dict[str, None]) -> Layout:
-    """Layout of a source, which every part that is read must fit."""
+def _layouts(source: Source, spec: DataSpec, unread: dict[str, None]) -> tuple[Layout, ...]:
+    """Layout of each part of a source, all of one format; parts that are not read have the first one's."""
     wanted = COLUMNS.union(spec.columns.values())
     found: list[tuple[Part, tuple[str, ...], dict[str, Any]]] = []
     left = spec.max_rows or sys.maxsize
@@ -171,17 +175,16 @@ def _layout(source: Source, spec: DataSpec, unread: dict[str, None]) -> Layout:
                 f"({layouts[-1].format})",
                 "Give each kind of file as a --dataset of its own.",
             )
-    layout = layouts[0]
-    for more in layouts[1:]:
-        layout = layout._replace(columns=more.columns | layout.columns, guessed=layout.guessed or more.guessed)
-    read = set(layout.columns.values())
-    unread.update((column, None) for _, columns, _ in found for column in columns if column and column not in read)
-    return layout
+    for (_, columns, _), layout in zip(found, layouts, strict=True):
+        read = set(layout.columns.values())
+        unread.update((column, None) for column in columns if column and column not in read)
+    own = {id(part): layout for (part, _, _), layout in zip(found, layouts, strict=True)}
+    return tuple(own.get(id(part), layouts[0]) for part in source.parts)
 
 
 def _checked(
     sources: Sequence[Source],
-    layouts: dict[str, Layout],
+    layouts: Mapping[str, Sequence[Layout]],
     spec: DataSpec,
     seen: dict[str, None] | None = None,
 ) -> Iterator[tuple[str, dict[str, Any] | WrongRowError | None]]:
@@ -189,9 +192,8 @@ def _checked(
     left = spec.max_rows
     wanted = COLUMNS.union(spec.columns.values())
     for source in sources:
-        layout = layouts[source.name]
-        read = set(layout.columns.values())
-        for part in source.parts:
+        for part, layout in zip(source.parts, layouts[source.name], strict=True):
+            read = set(layout.columns.values())
             for index, (line, raw) in enumerate(islice(part.rows(wanted), left)):
                 if seen is not None and not raw.keys() <= read:
                     seen.update(dict.fromkeys(column for column in raw if column not in read))
@@ -246,7 +248,9 @@ def _alpaca(values: dict[str, Any], layout: Layout) -> dict[str, Any] | None:
     if isinstance(history, str):
         history = parse_json(history, "history", "a list of pairs of question and answer") if history.strip() else []
     if history:
-        if any(not isinstance(turn, list | tuple) or len(turn) != 2 for turn in history):
+        if not isinstance(history, list) or any(
+            not isinstance(turn, list | tuple) or len(turn) != 2 for turn in history
+        ):
             raise WrongRowError("`history` holds something else than pairs of question and answer")
         row["history"] = [[checked_text(text, "history") for text in turn] for turn in history]
     return row if row["output"].strip() else None
@@ -267,11 +271,18 @@ def _pair(values: dict[str, Any], layout: Layout) -> dict[str, Any] | None:
         answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
         asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         before, after = parse_messages(asked, prompt_name), parse_messages(answer, name)
-        if after[: len(before)] == before:  # some data repeat the prompt
+        repeated = next((at for at, message in enumerate(after[:-1], 1) if message == before[-1]), 0)
+        if name == "chosen" and repeated:  # the chosen conversation is whole, perhaps with a system message
+            before, after = after[:repeated], after[repeated:]
+        elif after[: len(before)] == before:  # some data repeat the prompt
             after = after[len(before) :] or after
         first = len(_with_system(before, values))
         return _conversation(_with_system(before + after, values), first, values, name)
+    if other := next((key for key in ("tools", "documents") if values.get(key)), None):
+        raise WrongRowError(f"`{other}` is for conversations: give prompt and completion as lists of messages")
     pair = {"prompt": checked_text(prompt, prompt_name), "completion": checked_text(completion, name)}
+    if system := values.get("system"):
+        pair["prompt"] = f"{checked_text(system, 'system')}\n{pair['prompt']}"
     return pair if pair["completion"].strip() else None
 
 

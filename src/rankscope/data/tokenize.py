@@ -99,7 +99,12 @@ def tokenize(
             "mean_length": float(lengths.mean()),
             "longest": int(lengths.max()),
             "notes": notes,
-            "warnings": rows.warnings(),
+            "warnings": [*rows.warnings(), *(f"Of the evaluation set: {found}" for found in others.warnings())],
+        }
+        facts |= {
+            "eval_bad_rows_dropped": others.refused,
+            "eval_duplicates_dropped": others.duplicates,
+            "eval_without_label": others.without_label,
         }
     return TokenizedData(train, heldout, facts)
 
@@ -126,6 +131,16 @@ def with_source_facts(data: TokenizedData, records: Records, evaluated: Records 
         "notes": list(dict.fromkeys([*records.notes, *unread, *(evaluated.notes if evaluated else ()), *own["notes"]])),
     }
     if evaluated is not None:
+        left_out = {
+            "blank": evaluated.left_out["blank"],
+            "bad": evaluated.left_out["bad"] + own["eval_bad_rows_dropped"],
+        }
+        left_out |= {
+            "duplicate": own["eval_duplicates_dropped"],
+            "without an answer to learn": own["eval_without_label"],
+        }
+        if said := [f"{count:,} {why}" for why, count in left_out.items() if count]:
+            facts["notes"].append(f"of the evaluation set left out: {', '.join(said)}")
         if evaluated.id != records.id:
             facts["notes"].append(f"the evaluation set is {evaluated.id}")
         facts |= {"eval_id": evaluated.id, "eval_rows_read": evaluated.rows_read}
@@ -237,8 +252,8 @@ class _Rows:
     def _add(self, rendered: Rendered, encoded: Encoded) -> None:
         ids, is_label = _example(rendered, encoded, self.spec.max_length)
         length = len(ids)
-        self._counts["border"] += encoded.spans_border
-        starts = [0, *encoded.ends[:-1]]
+        self._counts["border of a chat" if rendered.is_chat else "border"] += encoded.spans_border
+        starts = [0, *encoded.ends][: len(encoded.ends)]
         answers = zip(starts, encoded.ends, strict=True)
         whole = [encoded.is_label[start:end].any() and not is_label[start:end].any() for start, end in answers]
         self.answers_cut_off += any(whole) and length < len(encoded.ids)
@@ -288,7 +303,7 @@ class _Rows:
         border = self._counts["border"]
         alone = "in %s row%s the prompt's end and the answer's beginning would be one token; %s"
         told = "they are tokenised apart, as at inference"
-        found = [alone % (f"{border:,}", "s" * (border > 1), told)] if border and not self._templates else []
+        found = [alone % (f"{border:,}", "s" * (border > 1), told)] if border else []
         heading, count = heading_without_input(self.spec), self._counts["without input"]
         if heading and count:
             told = "give them data.template_without_input"
@@ -310,10 +325,10 @@ class _Rows:
                     f"the chat template writes the answers of {template.changed:,} rows otherwise than they stand in "
                     "the data (it may leave out their thoughts); another one: --chat-template FILE"
                 )
-        if self._templates and self._counts["border"]:
+        if self._counts["border of a chat"]:
             found.append(
-                f"in {self._counts['border']:,} rows a token lies over the border between what is read and what is "
-                "learned, where inference has two"
+                f"in {self._counts['border of a chat']:,} rows a token lies over the border between what is read "
+                "and what is learned, where inference has two"
             )
         if self._counts["special"]:
             found.append(
@@ -361,11 +376,12 @@ def _taken(keys: npt.NDArray[np.uint64], spec: DataSpec) -> npt.NDArray[np.bool_
     return taken
 
 
-def _check_number(rows: _Rows, spec: DataSpec) -> None:
-    number = len(rows.keys)
+def _check_number(rows: _Rows, spec: DataSpec, left: int | None = None) -> None:
+    """Raise DataError for too few rows; `left` is how many are not in the evaluation set too."""
+    number = len(rows.keys) if left is None else left
     if number == 0 and rows.refused and not rows.without_label:
         raise DataError(f"{spec.name}: no row is left: {rows.refusal}", "Give another --chat-template.")
-    if number == 0:
+    if not len(rows.keys):
         raise DataError(
             f"{spec.name}: no row has a token to learn within max_length {spec.max_length} "
             f"({rows.without_label:,} rows were dropped)",
@@ -393,7 +409,7 @@ def _check_split(chosen: npt.NDArray[np.bool_], rows: _Rows, spec: DataSpec) -> 
 
 
 def _check_own_split(train: Tokens, heldout: Tokens, rows: _Rows, spec: DataSpec) -> None:
-    _check_number(rows, spec)
+    _check_number(rows, spec, len(train))
     if not len(heldout):
         raise DataError(f"{spec.name}: no row to evaluate on has a token to learn", "Raise data.max_length.")
     if len(train) < 2:

@@ -174,8 +174,9 @@ class DataSpec(Frozen):
         if template is None:
             return None
         found, both = set(re.findall(r"\{(\w+)\}", template)), {"instruction", "input"}
-        if unknown := sorted(found - both):
-            what = f"unknown placeholder {{{unknown[0]}}}"
+        written = re.findall(r"\{\{(?:instruction|input)\}\}|\{\s*\w[\w.:!-]*\s*\}", template)
+        if unknown := [text for text in written if text[1:-1] not in both]:
+            what = f"unknown placeholder {unknown[0]}"
             raise ValueError(f"{what}: a template has {{instruction}} and {{input}}, and the answer follows by itself")
         if "\\n" in template:
             how = r"""--set 'data.template="{instruction}\n{input}"'"""
