@@ -167,10 +167,10 @@ def test_thoughts_that_the_template_drops_from_history_are_not_learned(tokenizer
     rendered = template.render({"messages": THOUGHTFUL})
     assert learned(rendered) == ["two<|im_end|>\n", "<think>\nwell\n</think>\n\nfour<|im_end|>\n"]
     assert "hm" not in rendered.text
-    assert template.changed == 0
+    assert template.changed == 1  # the first answer's thought, which is told
     inline = [user("one?"), said("<think>\nhm\n</think>\n\ntwo"), *CHAT[2:]]
     assert learned(template.render({"messages": inline}))[0] == "two<|im_end|>\n"
-    assert template.changed == 1  # which is told: the answer is not learned as it stands in the data
+    assert template.changed == 2  # which is told: the answer is not learned as it stands in the data
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("reasoning_content", "thinking"), ("thinking", "reasoning_content")])

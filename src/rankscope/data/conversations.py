@@ -7,7 +7,7 @@ found by rendering the conversation up to that turn, and checked.
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from rankscope.data.messages import says_something, shared_length
@@ -104,7 +104,8 @@ class ChatTemplate:
             learned = [self._span(messages, number, given, text) for number in turns]
         if len(learned) == len(turns) and self.loss_on != "all":
             spans = zip(learned, turns, strict=True)
-            self.changed += any(not _stands_in(messages[number], text[slice(*span)]) for span, number in spans)
+            said = ["content", *self._written.intersection(_THOUGHTS)]  # others are told as ignored
+            self.changed += any(not _stands_in(messages[number], said, text[slice(*span)]) for span, number in spans)
         if any(name not in text for message in messages for name in _called(message)):
             raise self._no_calls()
         return Rendered(text, learned, _beginning(messages))
@@ -280,9 +281,9 @@ def _called(message: Mapping[str, Any]) -> list[str]:
     return [call["function"]["name"] for call in message.get("tool_calls", ())]
 
 
-def _stands_in(message: Mapping[str, Any], text: str) -> bool:
-    """Whether a text holds all that a message says."""
-    said = (message.get(name) for name in ("content", *_THOUGHTS))
+def _stands_in(message: Mapping[str, Any], fields: Sequence[str], text: str) -> bool:
+    """Whether a text holds what a message says in these fields."""
+    said = (message.get(name) for name in fields)
     return all(part.strip() in text for part in said if isinstance(part, str))
 
 

@@ -101,11 +101,15 @@ def tokenize(
             "notes": notes,
             "warnings": [*rows.warnings(), *(f"Of the evaluation set: {found}" for found in others.warnings())],
         }
-        facts |= {
-            "eval_bad_rows_dropped": others.refused,
-            "eval_duplicates_dropped": others.duplicates,
-            "eval_without_label": others.without_label,
-        }
+        facts |= (
+            {}
+            if evaluated is None
+            else {
+                "eval_bad_rows_dropped": others.refused,
+                "eval_duplicates_dropped": others.duplicates,
+                "eval_without_label": others.without_label,
+            }
+        )
     return TokenizedData(train, heldout, facts)
 
 
@@ -409,7 +413,8 @@ def _check_split(chosen: npt.NDArray[np.bool_], rows: _Rows, spec: DataSpec) -> 
 
 
 def _check_own_split(train: Tokens, heldout: Tokens, rows: _Rows, spec: DataSpec) -> None:
-    _check_number(rows, spec, len(train))
+    if not len(rows.keys):
+        _check_number(rows, spec)
     if not len(heldout):
         raise DataError(f"{spec.name}: no row to evaluate on has a token to learn", "Raise data.max_length.")
     if len(train) < 2:
@@ -417,3 +422,4 @@ def _check_own_split(train: Tokens, heldout: Tokens, rows: _Rows, spec: DataSpec
             f"{spec.name}: fewer than 2 rows to train on are not in the evaluation set too",
             "Give other rows to one of them.",
         )
+    _check_number(rows, spec, len(train))
