@@ -103,9 +103,9 @@ class ChatTemplate:
         else:
             learned = [self._span(messages, number, given, text) for number in turns]
         if len(learned) == len(turns) and self.loss_on != "all":
-            spans = zip(learned, turns, strict=True)
             said = ["content", *self._written.intersection(_THOUGHTS)]  # others are told as ignored
-            self.changed += any(not _stands_in(messages[number], said, text[slice(*span)]) for span, number in spans)
+            answers = [(messages[number], text[slice(*span)]) for number, span in zip(turns, learned, strict=True)]
+            self.changed += any(not _stands_in(message, said, own) for message, own in answers)
         if any(name not in text for message in messages for name in _called(message)):
             raise self._no_calls()
         return Rendered(text, learned, _beginning(messages))

@@ -124,7 +124,7 @@ def _guesses(
     if not found and "chosen" in columns:
         asked = [name for name in _ASKED if name in columns]
         if len(asked) == 1 and asked != ["prompt"] and isinstance(sample.get("chosen"), str):
-            return [Layout("alpaca", _fields("alpaca", own | {"instruction": asked[0], "output": "chosen"}), True)]
+            return [Layout("alpaca", _fields("alpaca", {**own, "instruction": asked[0], "output": "chosen"}), True)]
         prompt = {"prompt": asked[0]} if len(asked) == 1 else {}
         if not prompt and isinstance(sample.get("chosen"), list):
             return [Layout("messages", {"messages": "chosen"} | more, True)]
