@@ -16,7 +16,7 @@ on a regret must hold whichever it is (multiple comparisons with the best: Edwar
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -81,23 +81,46 @@ def estimate(values: np.ndarray, label_tokens: np.ndarray) -> Estimate:
     return Estimate(mean, seed_error, example_error, seeds, examples)
 
 
+class Judged(NamedTuple):
+    """Losses on which ranks are compared: of each rank's best candidate, on the same held-out examples."""
+
+    losses: dict[str, pd.DataFrame]  # by candidate, lowest rank first: seeds as rows, examples as columns
+    identity: dict[str, tuple[int, float]]  # rank and learning rate
+    label_tokens: np.ndarray  # (E,)
+    untrained: np.ndarray | None = None  # (E,), losses before training; None where the margin is a share of the loss
+    full: np.ndarray | None = None  # (E,), means over seeds of full fine-tuning, where it gains more than any candidate
+
+    def allowed(self, losses: np.ndarray, share: float) -> np.ndarray:
+        """Largest losses that are good enough beside those of another candidate, (S, E).
+
+        Of the gain: loss + share (untrained - reference), where the reference is the other's loss itself, or that of
+        full fine-tuning. Of the loss: (1 + share) loss.
+        """
+        if self.untrained is None:
+            return (1 + share) * losses
+        return losses + share * (self.untrained - (losses if self.full is None else self.full))
+
+
 class Comparison(NamedTuple):
-    """One candidate compared with the others. Losses are in nats per label token."""
+    """One candidate compared with the others, each on the seeds that both finished. Losses are in nats per label
+    token."""
 
     candidate: str
     rank: int
     learning_rate: float
     eval_loss: Estimate
     differences: dict[str, Estimate]  # this candidate's loss minus each other one's
-    # This candidate's loss minus (1 + margin) times each other one's: above 0 where it is worse than the margin allows.
-    # The margin is a share of an estimated loss, so its own uncertainty counts as well.
+    # This candidate's loss minus the largest that the margin allows beside each other one's: above 0 where it is worse.
+    # The margin is a share of what was estimated, so its own uncertainty counts as well.
     excesses: dict[str, Estimate]
+    gain: Estimate | None  # the untrained model's loss minus this candidate's
 
-    def with_seeds(self, seeds: int) -> "Comparison":
-        """Comparison that so many seeds would give, if they vary as these do."""
+    def with_seeds(self, added: int) -> "Comparison":
+        """Comparison that so many more seeds would give, if they vary as these do."""
         return self._replace(
-            differences={name: found.with_seeds(seeds) for name, found in self.differences.items()},
-            excesses={name: found.with_seeds(seeds) for name, found in self.excesses.items()},
+            differences={name: found.with_seeds(found.seeds + added) for name, found in self.differences.items()},
+            excesses={name: found.with_seeds(found.seeds + added) for name, found in self.excesses.items()},
+            gain=self.gain.with_seeds(self.gain.seeds + added) if self.gain else None,
         )
 
 
@@ -130,19 +153,14 @@ def bounds(rows: Sequence[Comparison], confidence: float) -> list[Bounds]:
 
 
 def losses_by_candidate(examples: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Held-out losses of each candidate, lowest rank first: seeds that all finished as rows, examples as columns.
+    """Held-out losses of each candidate, lowest rank first: its finished seeds as rows, examples as columns.
 
-    A candidate that finished fewer seeds than others is left out: one that fails must not take evidence from the
-    others. `examples` is `Study.examples()`, or part of it.
+    `examples` is `Study.examples()`, or part of it.
     """
-    tables = {
-        str(name): part.pivot(index="seed", columns="example", values="loss")
+    return {
+        str(name): part.pivot(index="seed", columns="example", values="loss").sort_index()
         for (_, _, name), part in examples.groupby(["rank", "learning_rate", "candidate"])
     }
-    most = max((len(table) for table in tables.values()), default=0)
-    tables = {name: table for name, table in tables.items() if len(table) == most}
-    shared = sorted(set.intersection(*(set(table.index) for table in tables.values()))) if tables else []
-    return {name: table.loc[shared] for name, table in tables.items()} if shared else {}
 
 
 def label_tokens(examples: pd.DataFrame) -> np.ndarray:
@@ -150,47 +168,104 @@ def label_tokens(examples: pd.DataFrame) -> np.ndarray:
     return examples.groupby("example")["label_tokens"].first().to_numpy(dtype=np.float64)
 
 
-def best_rates(examples: pd.DataFrame) -> list[str]:
-    """Candidate with the lowest loss at each rank, among its rates that finished the most seeds; lowest rank first."""
+def best_of_each_rank(examples: pd.DataFrame) -> list[str]:
+    """Candidate with the lowest loss at each rank, among those that finished the most seeds, on the seeds that these
+    share; lowest rank first."""
     best = []
     for _, part in examples.groupby("rank"):
         tokens, tables = label_tokens(part), losses_by_candidate(part)
-        means = {name: estimate(table.to_numpy(), tokens).mean for name, table in tables.items()}
-        best += [min(means, key=means.__getitem__)] if means else []
+        most = max(len(table) for table in tables.values())
+        tables = {name: table for name, table in tables.items() if len(table) == most}
+        shared = sorted(set.intersection(*(set(table.index) for table in tables.values())))
+        means = {
+            name: estimate(table.loc[shared or table.index].to_numpy(), tokens).mean for name, table in tables.items()
+        }
+        best.append(min(means, key=means.__getitem__))
     return best
 
 
 def judged_examples(examples: pd.DataFrame) -> pd.DataFrame:
-    """Losses at each rank's best learning rate, on the examples on which ranks are compared.
+    """Losses of each rank's best candidate, on the examples on which ranks are compared.
 
-    With several rates, a rank's is chosen on the even-numbered half of the held-out examples and judged on the
-    odd-numbered half: chosen and judged on the same examples, a rank with more rates would look better than it is. The
-    luck of a seed is common to both halves, and stays.
+    With several candidates a rank (learning rates, alphas), a rank's is chosen on the even-numbered half of the held-
+    out examples and judged on the odd-numbered half: chosen and judged on the same examples, a rank with more
+    candidates would look better than it is. The luck of a seed is common to both halves, and stays.
     """
-    if examples["learning_rate"].nunique() == 1:
+    if (examples.groupby("rank")["candidate"].nunique() == 1).all():
         return examples
     odd = examples["example"] % 2 == 1
-    return examples[odd & examples["candidate"].isin(best_rates(examples[~odd]))]
+    return examples[odd & examples["candidate"].isin(best_of_each_rank(examples[~odd]))]
 
 
-def compare(examples: pd.DataFrame, margin: float) -> list[Comparison]:
-    """Comparison of each rank, at its best learning rate, with the others; `margin` is a share of the loss."""
+def judge(examples: pd.DataFrame, untrained: pd.DataFrame | None = None, full: pd.DataFrame | None = None) -> Judged:
+    """Choose what is compared, from `Study.examples()`.
+
+    `untrained` has the losses before training, by example, where the margin is a share of the gain; `full` those of
+    full fine-tuning (seeds as rows, examples as columns). Candidates that share no seed with another one are left out,
+    those with the fewest seeds first.
+    """
     judged = judged_examples(examples)
-    tables = losses_by_candidate(judged)
+    losses, tokens = losses_by_candidate(judged), label_tokens(judged)
+    while lone := [name for name, own in losses.items() if any(not _shared(own, other) for other in losses.values())]:
+        del losses[min(lone, key=lambda name: len(losses[name]))]
     first = judged.groupby("candidate")[["rank", "learning_rate"]].first()
     identity = {str(name): (int(rank), float(rate)) for name, rank, rate in first.itertuples()}
-    losses = {name: table.to_numpy() for name, table in tables.items()}
-    return compare_losses(losses, identity, label_tokens(judged), margin) if losses else []
+    if untrained is None:
+        return Judged(losses, identity, tokens)
+    order = sorted(judged["example"].unique())
+    before = untrained.set_index("example")["loss"].loc[order].to_numpy()
+    mean = None if full is None or full.empty else full[order].to_numpy().mean(axis=0)
+    if mean is not None:
+        best = min(estimate(table.to_numpy(), tokens).mean for table in losses.values())
+        mean = mean if estimate(mean[None], tokens).mean < best else None
+    return Judged(losses, identity, tokens, before, mean)
 
 
-def compare_losses(
-    losses: Mapping[str, np.ndarray], identity: Mapping[str, tuple[int, float]], tokens: np.ndarray, margin: float
-) -> list[Comparison]:
-    """`compare` from losses (S, E) and (rank, learning rate) by candidate, and label tokens (E,)."""
+def compare(judged: Judged, share: float) -> list[Comparison]:
+    """Comparison of each candidate with the others; `share` is the margin."""
     found = []
-    for name, own in losses.items():
-        others = {other: theirs for other, theirs in losses.items() if other != name}
-        differences = {other: estimate(own - theirs, tokens) for other, theirs in others.items()}
-        excesses = {other: estimate(own - (1 + margin) * theirs, tokens) for other, theirs in others.items()}
-        found.append(Comparison(name, *identity[name], estimate(own, tokens), differences, excesses))
+    for name, own in judged.losses.items():
+        differences, excesses = {}, {}
+        for other, (mine, theirs) in _beside(judged, name).items():
+            differences[other] = estimate(mine - theirs, judged.label_tokens)
+            excesses[other] = estimate(mine - judged.allowed(theirs, share), judged.label_tokens)
+        losses = own.to_numpy()
+        gain = None if judged.untrained is None else estimate(judged.untrained - losses, judged.label_tokens)
+        identity = judged.identity[name]
+        found.append(Comparison(name, *identity, estimate(losses, judged.label_tokens), differences, excesses, gain))
     return found
+
+
+def least_kept(judged: Judged, name: str, confidence: float) -> float | None:
+    """Share of the gain that a candidate is shown to keep, whichever other one is the best: one minus the smallest
+    margin at which it is good enough. None if it is not good enough at any, and 1 without another candidate."""
+    pairs = list(_beside(judged, name).values())
+
+    def good(share: float) -> bool:
+        excesses = (estimate(own - judged.allowed(other, share), judged.label_tokens) for own, other in pairs)
+        return all(excess.interval(confidence)[1] <= 0 for excess in excesses)
+
+    if not good(1.0):
+        return None
+    low, high = 0.0, 1.0
+    for _ in range(_BISECTIONS if pairs else 0):
+        middle = (low + high) / 2
+        low, high = (low, middle) if good(middle) else (middle, high)
+    return 1.0 - high if pairs else 1.0
+
+
+_BISECTIONS = 14  # to a share of 0.0001
+
+
+def _beside(judged: Judged, name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Losses of a candidate and of each other one, on the seeds that both finished, (S, E)."""
+    own = judged.losses[name]
+    seeds = {other: _shared(own, theirs) for other, theirs in judged.losses.items() if other != name}
+    return {
+        other: (own.loc[both].to_numpy(), judged.losses[other].loc[both].to_numpy()) for other, both in seeds.items()
+    }
+
+
+def _shared(one: pd.DataFrame, other: pd.DataFrame) -> list[int]:
+    """Seeds that two candidates both finished."""
+    return sorted(set(one.index) & set(other.index))

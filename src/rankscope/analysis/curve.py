@@ -69,7 +69,7 @@ def curve_errors(evidence: Evidence) -> pd.DataFrame:
                 "error_high": _finite(high),
                 "error_sd": float(by_seed.std(ddof=1)) if len(seeds) > 1 else math.nan,
                 "error_share": found.mean / level,
-                "within": _within(found, level * verdict.margin, verdict.confidence),
+                "within": _within(found, level * verdict.loss_margin, verdict.confidence),
             }
         )
     return pd.DataFrame(rows, columns=ERROR_COLUMNS)

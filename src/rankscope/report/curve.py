@@ -102,7 +102,7 @@ def _error_table(evidence: Evidence, errors: pd.DataFrame, text: Catalogue) -> T
         text("cuts.error"): lambda row: signed(row["error"]) + interval(row["error_low"], row["error_high"], signed),
         text("cuts.share"): lambda row: signed_percent(row["error_share"]),
         text("cuts.sd"): lambda row: shown(row["error_sd"], loss, text),
-        text("cuts.within", margin=percent(verdict.margin)): lambda row: text(states[row["within"]]),
+        text("cuts.within", margin=percent(verdict.loss_margin)): lambda row: text(states[row["within"]]),
     }
     caption = text("cuts.caption", confidence=percent(verdict.confidence))
     return tabulate(caption, columns, errors.sort_values(["recover_steps", "rank"]).to_dict("records"))
@@ -110,7 +110,7 @@ def _error_table(evidence: Evidence, errors: pd.DataFrame, text: Catalogue) -> T
 
 def _sentences(evidence: Evidence, curve: pd.DataFrame, errors: pd.DataFrame, text: Catalogue) -> list[str]:
     """Meaning of the curve, and how far it holds here."""
-    margin, top = evidence.spec.verdict.margin, max(evidence.spec.ranks)
+    margin, top = evidence.spec.verdict.loss_margin, max(evidence.spec.ranks)
     allowed, truncated = percent(margin), curve[curve["kind"] != "trained"]
     found = [text("cuts.bound", rank=top)]
     if errors.empty:

@@ -155,7 +155,7 @@ def summary(study: optuna.Study, spec: SearchSpec, spent: Spent, finished: bool)
         if "trial" in trial.user_attrs  # others were asked before, or not begun
     ]
     done = sorted((c for c in candidates if c["state"] == DONE), key=lambda c: (c["eval_loss"], c["rank"]))
-    limit = done[0]["eval_loss"] * (1 + spec.study.verdict.margin) if done else 0.0
+    limit = done[0]["eval_loss"] * (1 + spec.study.verdict.loss_margin) if done else 0.0
     within = [candidate for candidate in done if candidate["eval_loss"] <= limit]
     ended = [candidate for candidate in candidates if candidate["state"] != "training"]
     stopped = sum(candidate["state"] in (STOPPED, DIVERGED) for candidate in ended)
@@ -163,7 +163,7 @@ def summary(study: optuna.Study, spec: SearchSpec, spent: Spent, finished: bool)
         "finished": finished,
         "budget": spec.budget.model_dump(mode="json"),
         "spent": {"trials": len(candidates), **spent._asdict()},
-        "margin": spec.study.verdict.margin,
+        "margin": spec.study.verdict.loss_margin,
         "best": done[0]["trial"] if done else None,
         "within_margin": [candidate["trial"] for candidate in within],
         "smallest_rank": min(within, key=lambda c: (c["rank"], c["eval_loss"]))["trial"] if within else None,

@@ -36,7 +36,7 @@ from rankscope.spec.candidates import (
     name_or_names,
     unique,
 )
-from rankscope.text.formats import BYTES, SECONDS, parse_bytes, parse_seconds
+from rankscope.text.formats import BYTES, SECONDS, parse_bytes, parse_seconds, parse_share
 
 EMBEDDED = "embedded"
 """Value of model.id and data.id for the small pretrained model and the Python functions that come with rankscope."""
@@ -68,6 +68,7 @@ AlphaOrMultiple = PositiveFloat | Annotated[str, Field(pattern=r"^\s*[0-9]+(\.[0
 Name = Annotated[str, Field(min_length=1)]
 ModuleNames = Literal["all-linear"] | OneOrSeveral[Name]
 BytesOrText = PositiveFloat | Annotated[str, Field(pattern=_number_with(BYTES))]
+ShareOrText = PositiveFloat | Annotated[str, Field(pattern=r"^\s*[0-9]+(\.[0-9]+)?\s*%\s*$")]
 SecondsOrText = PositiveFloat | Annotated[str, Field(pattern=_number_with(SECONDS))]
 
 Ranks = Annotated[tuple[Rank, ...], BeforeValidator(as_list, json_schema_input_type=RankOrFull), Field(min_length=1)]
@@ -92,6 +93,7 @@ Columns = Annotated[
         columns_or_text, json_schema_input_type=dict[ColumnName, Name] | Annotated[str, Field(pattern="=")]
     ),
 ]
+Share = Annotated[float, BeforeValidator(parse_share, json_schema_input_type=ShareOrText), Field(gt=0.0, lt=1.0)]
 Bytes = Annotated[Count, BeforeValidator(parse_bytes, json_schema_input_type=BytesOrText)]
 Seconds = Annotated[PositiveFloat, BeforeValidator(parse_seconds, json_schema_input_type=SecondsOrText)]
 
@@ -299,17 +301,37 @@ class MeasureSpec(Frozen):
     """Longest answer, in tokens."""
 
 
+LOSS_MARGIN = 0.01
+"""Default margin as a share of the loss."""
+
+
 class VerdictSpec(Frozen):
     """Criteria of the conclusion."""
 
-    margin: float = Field(default=0.01, gt=0.0, lt=1.0)
-    """Largest regret of a rank that is good enough, as a share of the best candidate's loss."""
+    margin_of: Literal["gain", "loss"] = "gain"
+    """What the margin is a share of: what fine-tuning gains (the untrained model's held-out loss minus that of the best
+    candidate, or of full fine-tuning where it is better), or the best candidate's loss."""
+    margin: Share = 0.05
+    """Largest loss above the best of a rank that is good enough, as a share or as `2%`. Default: 5% of the gain, or 1%
+    of the loss."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1.0)
     """Confidence level of the intervals and the verdict."""
     max_gpu_memory: Bytes | None = None
     """Largest GPU memory of a recommended rank, in bytes or as `24GB`."""
     max_runtime: Seconds | None = None
     """Longest training of one trial, alone, for a recommended rank; in seconds or as `2h`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_margin(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("margin") is None and values.get("margin_of") == "loss":
+            return {**values, "margin": LOSS_MARGIN}
+        return values
+
+    @property
+    def loss_margin(self) -> float:
+        """Margin as a share of the loss, where the untrained model's is unknown: of truncations and searches."""
+        return self.margin if self.margin_of == "loss" else LOSS_MARGIN
 
 
 LORA_RATE_OVER_FULL = 10

@@ -27,6 +27,7 @@ class Evidence(NamedTuple):
     machine: dict[str, Any]
     data_facts: dict[str, Any]
     reference: "pd.DataFrame"  # `Study.reference_examples()`: empty where the study has no reference
+    untrained: "pd.DataFrame | None" = None  # `Study.untrained_examples()`
     prediction: Mapping[str, Any] = MappingProxyType({})
     reference_results: "pd.DataFrame | None" = None
     divided: Sequence[str] = ()  # trials whose pack ended with an error and was divided

@@ -5,7 +5,7 @@ NAME/
   machine.json                hardware, versions, model (its fingerprint is in trial.json, the data's in facts.json)
   data/                       tokens.safetensors, facts.json (what every trial reads)
   prediction.json             memory and time of each candidate, predicted before anything was trained
-  trials/r008-lr2e-4-s0/      trial.json, metrics.jsonl, eval.json, adapter/
+  trials/r008-lr2e-4-s0/      trial.json, metrics.jsonl, untrained.json, eval.json, adapter/
   reference/full-lr2e-5-s0/   full fine-tuning: the same files without weights, and job.json, log.txt
   packs/division.json         which trials train together
   packs/p000/                 pack.json, job.json, log.txt; checkpoints/ until it has ended
@@ -72,7 +72,12 @@ FINISHED = ("done", "diverged")  # statuses that are results: a trial with any o
 
 NOT_ENDED = ("pending", "running")
 
-TRIAL_FILES = ("metrics.jsonl", "eval.json", "adapter/*")  # files with a hash in trial.json once the trial has ended
+TRIAL_FILES = (
+    "metrics.jsonl",
+    "untrained.json",
+    "eval.json",
+    "adapter/*",
+)  # files with a hash in trial.json once the trial has ended
 
 CURVE = "curve/curve.json"
 
@@ -140,7 +145,7 @@ class StudyFolder:
         if not cls.is_at(path):
             raise StudyDirectoryError(f"{path}: not a study (no study.yaml)", "Give the directory that `run` printed.")
         refuse_links_out(path)
-        return cls(path, resolve_spec(read_question(file), source=str(file)))
+        return cls(path, resolve_spec(_of_its_time(read_question(file)), source=str(file)))
 
     def file(self, *parts: str) -> Path:
         """A file or folder of the study: see `rankscope.files.inside`."""
@@ -310,13 +315,13 @@ class StudyFolder:
         file = self.file("verdict.json")
         return VerdictRecord.content(file) if exists(file) else None
 
-    def held_out(self, trial: AnyTrial) -> Examples:
-        """Held-out examples in eval.json of a trial that is done.
+    def held_out(self, trial: AnyTrial, name: str = "eval.json") -> Examples:
+        """Held-out examples of a trial that is done: in eval.json, or in untrained.json, before it was trained.
 
         Raises:
             StudyDirectoryError: it is missing or corrupt.
         """
-        file, sha256 = self.find_file(trial, "eval.json")
+        file, sha256 = self.find_file(trial, name)
         examples = EvalRecord.of(parse_json(read_whole(file, sha256), file), file).examples
         counts = {len(examples.loss), len(examples.label_tokens), len(examples.correct_tokens)}
         if counts != {len(examples.example)}:
@@ -369,3 +374,11 @@ class StudyFolder:
         done = {name: len(self.profile_repeats(name)) >= measure.repeats for name in profiled}
         done[ANSWERS] = not measure.answers or self.has_answers()
         return {name: failure for name, failure in self.failures().items() if not done.get(name, True)}
+
+
+def _of_its_time(question: dict[str, Any]) -> dict[str, Any]:
+    """Question with what its own version meant: before margins of the gain, they were of the loss."""
+    verdict = question.get("verdict")
+    if isinstance(verdict, dict):
+        verdict.setdefault("margin_of", "loss")
+    return question

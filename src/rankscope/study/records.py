@@ -273,7 +273,7 @@ class FailuresRecord(Record):
 class VerdictRecord(Record):
     """verdict.json: the keys that every verdict has (`rankscope.analysis.verdict.conclude`)."""
 
-    schema_version: ClassVar[int] = 2
+    schema_version: ClassVar[int] = 3
 
     outcome: str
     rank: int | None

@@ -25,6 +25,7 @@ class Study(StudyFolder):
     reference_results = tables.reference_results
     curves = tables.curves
     examples = tables.examples
+    untrained_examples = tables.untrained_examples
     reference_examples = tables.reference_examples
     profiles = tables.profiles
     samples = tables.samples
@@ -55,6 +56,7 @@ class Study(StudyFolder):
             profiles=self.profiles(),
             samples=self.samples(),
             examples=self.examples(),
+            untrained=self.untrained_examples(),
             machine=self.machine,
             data_facts=self.data_facts,
             prediction=self.prediction,

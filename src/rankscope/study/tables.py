@@ -88,6 +88,18 @@ def examples(study: StudyFolder) -> "pd.DataFrame":
     return _examples(study, study.trials)
 
 
+def untrained_examples(study: StudyFolder) -> "pd.DataFrame":
+    """One row per held-out example before training: `example loss label_tokens correct_tokens`, from the first finished
+    trial that holds it; trials differ by rounding alone. Empty in a study of an earlier version."""
+    import pandas as pd
+
+    for trial in study.trials:
+        if study.trial_record(trial).sha256("untrained.json"):
+            found = study.held_out(trial, "untrained.json")
+            return pd.DataFrame({name: getattr(found, name) for name in EXAMPLE_FIELDS})
+    return pd.DataFrame(columns=list(EXAMPLE_FIELDS))
+
+
 def reference_examples(study: StudyFolder) -> "pd.DataFrame":
     """`examples()` of full fine-tuning, with rank 0."""
     return _examples(study, study.reference_trials)

@@ -151,6 +151,15 @@ def parse_seconds(text: str | float) -> float:
     return float(_parse(text, SECONDS, "s", "a time such as 90s, 45min or 2h"))
 
 
+def parse_share(text: str | float) -> float:
+    """Share such as `2%` -> 0.02, or a bare number.
+
+    Raises:
+        ValueError: the text is not a share; the message shows the form.
+    """
+    return float(_parse(text, {"%": Fraction(1, 100), "": 1}, "", "a share such as 2% or 0.02"))
+
+
 def parse_flops(text: str | float) -> float:
     """Operations per second of a rate: `400TFLOPS` -> 4e14; also GFLOPS and PFLOPS, or a bare number.
 
@@ -160,11 +169,11 @@ def parse_flops(text: str | float) -> float:
     return float(_parse(text, FLOPS, "flops", "a rate such as 400TFLOPS or 1.2PFLOPS"))
 
 
-def _parse(text: str | float, units: dict[str, int], bare: str, expected: str) -> Fraction:
+def _parse(text: str | float, units: Mapping[str, int | Fraction], bare: str, expected: str) -> Fraction:
     """Exact value of a number with a unit: as a float, 2.01GB would be a byte off."""
     try:
         if isinstance(text, str):
-            match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+            match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*|%)\s*", text)
             value = Fraction(match[1]) * units[match[2].lower() or bare] if match else Fraction(0)
         else:  # a number is taken as it is: YAML's 1e-5 for one
             value = Fraction(0 if isinstance(text, bool) else text)

@@ -147,8 +147,9 @@ def train_trials(
 ) -> PackRun:
     """Train all trials to their last step, from the newest checkpoint or from the start, and write their files.
 
-    In a trial's folder, trial.json has status, results and `facts`, metrics.jsonl a line for each step, eval.json the
-    final held-out loss of each example, and adapter/ the adapter in PEFT's format (none in full fine-tuning).
+    In a trial's folder, trial.json has status, results and `facts`, metrics.jsonl a line for each step, untrained.json
+    and eval.json the held-out loss of each example before training and at its end, and adapter/ the adapter in PEFT's
+    format (none in full fine-tuning).
     A trial with a loss or gradient that is not finite is frozen and recorded as diverged; the others go on.
     A trial that is done already takes part again, so that the numbers of the others do not change.
 
@@ -194,8 +195,9 @@ def train_trials(
                     "Its weights hold NaN or infinity, or overflow: try another model.dtype.",
                 )
             (general_before,) = _general_losses(engine, data.general, one)
-            for log_ in logs.values():
+            for name, log_ in logs.items():
                 log_.write({"step": 0, "epoch": 0.0, "eval_loss": before.mean})
+                EvalRecord(step=0, examples=_examples(before)).write(folders[name] / "untrained.json")
 
         def save(step: int) -> None:
             for log_ in logs.values():
@@ -297,9 +299,18 @@ def _history(file: Path) -> list[StepMetrics]:
 
 def _clear(folder: Path) -> None:
     """Remove the files of an earlier run of a trial."""
-    for name in ("trial.json", "metrics.jsonl", "eval.json"):
+    for name in ("trial.json", "metrics.jsonl", "eval.json", "untrained.json"):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "adapter", ignore_errors=True)
+
+
+def _examples(losses: ExampleLosses) -> Examples:
+    return Examples(
+        example=list(range(len(losses.loss))),
+        loss=losses.loss.tolist(),
+        label_tokens=losses.label_tokens.tolist(),
+        correct_tokens=losses.correct_tokens.astype(int).tolist(),
+    )
 
 
 class _TrialRecorder(NamedTuple):
@@ -348,13 +359,7 @@ def _finish(
     if not math.isfinite(held_out.mean) or not finite_weights(state):
         record(trial, "diverged", f"held-out loss or weights not finite after step {len(history)}")
         return
-    examples = Examples(
-        example=list(range(len(held_out.loss))),
-        loss=held_out.loss.tolist(),
-        label_tokens=held_out.label_tokens.tolist(),
-        correct_tokens=held_out.correct_tokens.astype(int).tolist(),
-    )
-    EvalRecord(step=len(history), examples=examples).write(folder / "eval.json")
+    EvalRecord(step=len(history), examples=_examples(held_out)).write(folder / "eval.json")
     adapter_bytes = save_trained_adapter(state, folder / "adapter")
     tail = history[-max(1, len(history) // 10) :]
     tokens = sum(step.tokens for step in history)
