@@ -187,6 +187,21 @@ def report(directory: Directory, json_: Json = False, lang: Language = "en") -> 
 
 
 @app.command()
+def compare(
+    studies: Annotated[list[Path], typer.Argument(metavar="STUDY...", help="Directories of finished studies.")],
+    json_: Json = False,
+) -> None:
+    """Set several studies side by side: paired where they share rows and seeds, and what they have in common."""
+    from rankscope.ui.compare import compare_studies, show_comparison
+
+    found = compare_studies(studies)
+    if json_:
+        print_json(found)
+    else:
+        show_comparison(found)
+
+
+@app.command()
 def curve(
     directory: FinishedDirectory,
     ranks: Annotated[str | None, typer.Option(help="Lower ranks. Default: powers of two, and the study's.")] = None,
