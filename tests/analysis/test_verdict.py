@@ -1,80 +1,51 @@
 """The verdict on made-up studies whose truth is known."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
-from rankscope.analysis.comparison import best_rates, bounds, compare, estimate
+from analysis.made_up import evidence_of, examples, verdict_on
+from rankscope.analysis.comparison import best_of_each_rank, bounds, compare, estimate, judge
 from rankscope.analysis.verdict import conclude
 from rankscope.data.doubts import DOUBTS
-from rankscope.spec.resolve import resolve_spec
 from rankscope.study.evidence import Evidence
 
 
-def examples(losses: Mapping[tuple[int, float], Sequence[float]], count: int = 40, noise: float = 0.0) -> pd.DataFrame:
-    """Held-out examples whose mean for each (rank, learning rate) and seed is as given."""
-    rng = np.random.default_rng(0)
-    frames = []
-    for (rank, rate), by_seed in losses.items():
-        for seed, loss in enumerate(by_seed):
-            spread = rng.normal(0, noise, count) if noise else np.linspace(-0.5, 0.5, count)
-            name = f"r{rank:03d}-lr{rate}"
-            frames.append(
-                pd.DataFrame(
-                    {
-                        "trial": f"{name}-s{seed}", "candidate": name, "rank": rank, "learning_rate": rate,
-                        "seed": seed, "example": range(count), "loss": loss + spread - spread.mean(),
-                        "label_tokens": 10, "correct_tokens": 5,
-                    }
-                )
-            )  # fmt: skip
-    return pd.concat(frames, ignore_index=True)
+OF_EITHER = pytest.mark.parametrize("margin_of", ["gain", "loss"])
+"""5% of the gain and 1% of the loss are the same here."""
 
 
-def verdict_on(
-    losses: Mapping[tuple[int, float], Sequence[float]], profiles: pd.DataFrame | None = None, **verdict: float | str
-) -> dict:
-    frame = examples(losses)
-    spec = resolve_spec(
-        {
-            "model": {"id": "m"}, "data": {"id": "d"}, "verdict": verdict,
-            "ranks": sorted({rank for rank, _ in losses}), "learning_rates": sorted({rate for _, rate in losses}),
-            "seeds": list(range(len(next(iter(losses.values()))))),
-        }
-    )  # fmt: skip
-    empty = pd.DataFrame()
-    results = frame.groupby("trial", as_index=False)[["candidate", "rank", "seed"]].first()
-    results = results.assign(status="done", train_loss=frame.groupby("trial")["loss"].mean().to_numpy())
-    profiles = empty if profiles is None else profiles
-    return conclude(Evidence(spec, results, empty, profiles, empty, frame, {}, {}, reference=empty))
-
-
-def test_the_smallest_rank_within_the_margin_is_recommended() -> None:
-    verdict = verdict_on({(8, 1e-3): [2.1, 2.12, 2.11], (64, 1e-3): [2.01, 2.0, 2.005], (256, 1e-3): [2.0, 2.0, 2.0]})
+@OF_EITHER
+def test_the_smallest_rank_within_the_margin_is_recommended(margin_of: str) -> None:
+    losses = {(8, 1e-3): [2.1, 2.12, 2.11], (64, 1e-3): [2.01, 2.0, 2.005], (256, 1e-3): [2.0, 2.0, 2.0]}
+    verdict = verdict_on(losses, margin_of=margin_of)
     assert (verdict["outcome"], verdict["rank"]) == ("recommended", 64)
     assert [row["within_margin"] for row in verdict["comparison"]] == [False, True, True]
     assert verdict["caveats"] == ["one_learning_rate"]
 
 
-def test_equal_ranks_recommend_the_smallest() -> None:
-    verdict = verdict_on({(8, 1e-3): [2.001, 2.0, 2.001], (256, 1e-3): [2.0, 2.001, 2.0]})
+@OF_EITHER
+def test_equal_ranks_recommend_the_smallest(margin_of: str) -> None:
+    verdict = verdict_on({(8, 1e-3): [2.001, 2.0, 2.001], (256, 1e-3): [2.0, 2.001, 2.0]}, margin_of=margin_of)
     assert (verdict["outcome"], verdict["rank"]) == ("recommended", 8)
 
 
-def test_no_difference_within_narrow_intervals_is_not_distinguishable() -> None:
-    verdict = verdict_on({(8, 1e-3): [2.0165, 1.9935, 2.005], (256, 1e-3): [2.0, 2.0, 2.0]})
+@OF_EITHER
+def test_no_difference_within_narrow_intervals_is_not_distinguishable(margin_of: str) -> None:
+    verdict = verdict_on({(8, 1e-3): [2.0165, 1.9935, 2.005], (256, 1e-3): [2.0, 2.0, 2.0]}, margin_of=margin_of)
     assert verdict["comparison"][0]["regret_low"] == 0.0
     assert 0.02 < verdict["comparison"][0]["regret_high"] < 0.04
     assert (verdict["outcome"], verdict["rank"]) == ("not_distinguishable", 8)
     assert [row["within_margin"] for row in verdict["comparison"]] == [None, None]
 
 
-def test_a_rank_that_is_good_enough_is_recommended_though_a_lower_one_is_open() -> None:
+@OF_EITHER
+def test_a_rank_that_is_good_enough_is_recommended_though_a_lower_one_is_open(margin_of: str) -> None:
     losses = {(8, 1e-3): [2.03, 2.01, 2.02], (64, 1e-3): [2.0, 2.001, 2.0], (256, 1e-3): [2.0, 2.0, 2.001]}
-    verdict = verdict_on(losses)
+    verdict = verdict_on(losses, margin_of=margin_of)
     assert (verdict["outcome"], verdict["rank"]) == ("recommended", 64)
     assert verdict["undetermined"] == ["r008-lr0.001"]
 
@@ -127,17 +98,20 @@ def test_the_claims_of_the_original_study() -> None:
 @pytest.mark.parametrize("shift", [-0.1, 0.1])
 def test_much_noise_is_not_evidence_of_no_difference(shift: float) -> None:
     """Neither for calling ranks alike, nor for the rank that happens to be the best of the sample."""
-    verdict = verdict_on({(8, 1e-3): [2.0 + shift, 2.2 + shift, 1.95 + shift], (256, 1e-3): [2.1, 1.95, 2.06]})
-    assert (verdict["outcome"], verdict["rank"]) == ("not_enough_evidence", None)
+    losses = {(8, 1e-3): [2.0 + shift, 2.2 + shift, 1.95 + shift], (256, 1e-3): [2.1, 1.95, 2.06]}
+    for verdict in (verdict_on(losses, untrained=4.0), verdict_on(losses, margin_of="loss")):
+        assert (verdict["outcome"], verdict["rank"]) == ("not_enough_evidence", None)
 
 
 def test_a_candidate_that_fails_takes_no_evidence_from_the_others() -> None:
     losses = {(8, 1e-3): [2.1, 2.1, 2.1], (64, 1e-3): [2.0, 2.01, 2.0], (256, 1e-3): [1.9, 9.0, 9.0]}
     frame = examples(losses)
     frame = frame[~((frame["rank"] == 256) & (frame["seed"] > 0))]
-    comparison = compare(frame, 0.01)
-    assert [row.rank for row in comparison] == [8, 64]
-    assert comparison[0].eval_loss.seeds == 3
+    eight, sixty_four, largest = compare(judge(frame), 0.01)
+    assert eight.eval_loss.seeds == eight.differences[sixty_four.candidate].seeds == 3
+    assert largest.differences[eight.candidate].seeds == 1
+    (alone, _) = compare(judge(frame[frame["rank"] < 256]), 0.01)
+    assert eight.differences[sixty_four.candidate] == alone.differences[sixty_four.candidate]
 
 
 def test_a_rate_is_not_chosen_from_nothing() -> None:
@@ -145,12 +119,13 @@ def test_a_rate_is_not_chosen_from_nothing() -> None:
     frame = examples({(8, 1e-4): [2.0, 2.0], (8, 1e-3): [1.0, 1.0], (64, 1e-4): [2.0, 2.0], (64, 1e-3): [1.0, 1.0]})
     frame = frame[~((frame["learning_rate"] == 1e-4) & (frame["rank"] == 8) & (frame["seed"] == 0))]
     frame = frame[~((frame["learning_rate"] == 1e-4) & (frame["rank"] == 64) & (frame["seed"] == 1))]
-    assert best_rates(frame) == ["r008-lr0.001", "r064-lr0.001"]
+    assert best_of_each_rank(frame) == ["r008-lr0.001", "r064-lr0.001"]
 
 
-def test_worse_but_perhaps_within_the_margin_asks_for_more_seeds() -> None:
+@OF_EITHER
+def test_worse_but_perhaps_within_the_margin_asks_for_more_seeds(margin_of: str) -> None:
     losses = {(8, 1e-3): [2.015, 2.022, 2.018], (256, 1e-3): [2.0, 2.0, 2.0]}
-    verdict = verdict_on(losses)
+    verdict = verdict_on(losses, margin_of=margin_of)
     assert (verdict["outcome"], verdict["rank"]) == ("recommended", 256)
     assert verdict["undetermined"] == ["r008-lr0.001"]
     excess, examples_spread = np.array([0.015, 0.022, 0.018]) - 0.02, 0.01 * np.linspace(-0.5, 0.5, 40)
@@ -176,12 +151,14 @@ def test_one_seed_gives_no_interval_and_no_verdict() -> None:
 def test_the_margin_is_the_users() -> None:
     losses = {(8, 1e-3): [2.1, 2.12, 2.11], (256, 1e-3): [2.0, 2.0, 2.0]}
     assert verdict_on(losses)["rank"] == 256
-    assert verdict_on(losses, margin=0.1)["rank"] == 8
+    assert verdict_on(losses, margin=0.4)["rank"] == 8
+    assert verdict_on(losses, margin="40%")["rank"] == 8
+    assert verdict_on(losses, margin=0.1, margin_of="loss")["rank"] == 8
 
 
 def test_pairing_by_seed_removes_what_seeds_share() -> None:
     """Seeds differ by far more than ranks do, but every seed says the same about the ranks."""
-    comparison = compare(examples({(8, 1e-3): [2.3, 2.0, 2.6], (256, 1e-3): [2.2, 1.9, 2.5]}), 0.01)
+    comparison = compare(judge(examples({(8, 1e-3): [2.3, 2.0, 2.6], (256, 1e-3): [2.2, 1.9, 2.5]})), 0.01)
     assert comparison[0].differences[comparison[1].candidate].interval(0.95) == pytest.approx((0.1, 0.1))
     assert comparison[0].eval_loss.half_width(0.95) > 0.5
 
@@ -199,24 +176,26 @@ def test_the_rate_is_chosen_and_judged_on_different_examples() -> None:
     lucky = (frame["learning_rate"] == 1e-2) & (frame["example"] % 2 == 0)
     frame.loc[lucky, "loss"] -= 1.0  # looks better on the half that chooses
     frame.loc[(frame["learning_rate"] == 1e-2) & (frame["example"] % 2 == 1), "loss"] = 3.0
-    (row,) = compare(frame, 0.01)
+    (row,) = compare(judge(frame), 0.01)
     assert row.candidate == "r008-lr0.01"
     assert row.eval_loss.mean == pytest.approx(3.0)
 
 
-def test_seeds_that_a_candidate_did_not_finish_are_left_out() -> None:
+def test_a_difference_is_of_the_seeds_that_both_finished() -> None:
     frame = examples({(8, 1e-3): [2.1, 9.0, 2.1], (256, 1e-3): [2.0, 2.0, 9.0]})
     frame = frame[~((frame["rank"] == 256) & (frame["seed"] == 2)) & ~((frame["rank"] == 8) & (frame["seed"] == 1))]
-    (rank_8, rank_256) = compare(frame, 0.01)
-    assert rank_8.eval_loss.seeds == 1
+    (rank_8, rank_256) = compare(judge(frame), 0.01)
+    assert (rank_8.eval_loss.seeds, rank_8.differences[rank_256.candidate].seeds) == (2, 1)
     assert rank_8.differences[rank_256.candidate].mean == pytest.approx(0.1)
 
 
+def nothing_finished(status: str) -> Evidence:
+    evidence, empty = evidence_of({(8, 1e-3): [2.0, 2.0], (256, 1e-3): [2.0, 2.0]}), pd.DataFrame()
+    return evidence._replace(results=evidence.results.assign(status=status), examples=empty, untrained=empty)
+
+
 def test_no_trial_finished() -> None:
-    spec = resolve_spec({"model": {"id": "m"}, "data": {"id": "d"}})
-    empty = pd.DataFrame()
-    evidence = Evidence(spec, pd.DataFrame({"status": ["failed"]}), empty, empty, empty, empty, {}, {}, reference=empty)
-    verdict = conclude(evidence)
+    verdict = conclude(nothing_finished("failed"))
     assert (verdict["outcome"], verdict["comparison"]) == ("not_enough_evidence", [])
     assert "some_trials_unfinished" in verdict["caveats"]
 
@@ -249,9 +228,8 @@ def test_examples_count_by_their_label_tokens() -> None:
 
 def test_bounds_hold_whichever_candidate_is_the_best() -> None:
     """Two are alike and a third is worse: its lower bound is to the nearer of the two that may be the best."""
-    rows = compare(
-        examples({(8, 1e-3): [3.0, 3.01, 3.02], (64, 1e-3): [2.02, 2.0, 2.01], (256, 1e-3): [2.0, 2.01, 2.03]}), 0.01
-    )
+    losses = {(8, 1e-3): [3.0, 3.01, 3.02], (64, 1e-3): [2.02, 2.0, 2.01], (256, 1e-3): [2.0, 2.01, 2.03]}
+    rows = compare(judge(examples(losses)), 0.01)
     eight, _, _ = found = bounds(rows, 0.95)
     lows = [difference.interval(0.95)[0] for difference in rows[0].differences.values()]
     assert eight.low == pytest.approx(min(lows))
@@ -280,12 +258,8 @@ def test_a_budget_is_not_taken_as_kept_where_nothing_was_profiled() -> None:
 
 
 def test_full_fine_tuning_is_a_reference() -> None:
-    frame, full = examples(BUDGETED), examples({(0, 1e-4): [1.9, 1.9, 1.9], (0, 1e-5): [2.5, 2.5, 2.5]})
-    spec = resolve_spec({"model": {"id": "m"}, "data": {"id": "d"}, "ranks": [8, 64, 256], "learning_rates": [1e-3]})
-    results = frame.groupby("trial", as_index=False)[["candidate", "rank", "seed"]].first()
-    results = results.assign(status="done", train_loss=2.0)
-    empty = pd.DataFrame()
-    evidence = Evidence(spec, results, empty, empty, empty, frame, {}, {}, reference=full)
+    full = examples({(0, 1e-4): [1.9, 1.9, 1.9], (0, 1e-5): [2.5, 2.5, 2.5]})
+    evidence = evidence_of(BUDGETED)._replace(reference=full)
     verdict = conclude(evidence)
     rows = verdict["comparison"]
     assert verdict["reference_candidate"] == full["candidate"].iloc[0], "the better of its two rates"
@@ -341,10 +315,8 @@ def test_a_best_rate_at_the_edge_of_those_tried_is_told() -> None:
 
 
 def test_doubts_about_the_data_are_caveats() -> None:
-    empty, facts = pd.DataFrame(), {"rows_train": 800, "rows_eval": 200, "truncated": 60, "answers_cut_off": 2}
-    spec = resolve_spec({"model": {"id": "m"}, "data": {"id": "d"}})
-    results = pd.DataFrame({"status": ["done"]})
-    evidence = Evidence(spec, results, empty, empty, empty, empty, {}, facts, reference=empty)
+    facts = {"rows_train": 800, "rows_eval": 200, "truncated": 60, "answers_cut_off": 2}
+    evidence = nothing_finished("failed")._replace(data_facts=facts)
     caveats = conclude(evidence)["caveats"]
     assert [code for code in caveats if code in DOUBTS] == ["rows_cut", "answers_cut_off"]
     none = conclude(evidence._replace(data_facts=facts | {"truncated": 0, "answers_cut_off": 0}))["caveats"]

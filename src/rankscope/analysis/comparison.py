@@ -152,6 +152,13 @@ def bounds(rows: Sequence[Comparison], confidence: float) -> list[Bounds]:
     return found
 
 
+def without_diverged(examples: pd.DataFrame, results: pd.DataFrame | None) -> pd.DataFrame:
+    """Examples of candidates none of whose seeds diverged: a mean over the seeds that survived would flatter them."""
+    if results is None or results.empty or examples.empty:
+        return examples
+    return examples[~examples["candidate"].isin(results.loc[results["status"] == "diverged", "candidate"])]
+
+
 def losses_by_candidate(examples: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Held-out losses of each candidate, lowest rank first: its finished seeds as rows, examples as columns.
 

@@ -4,7 +4,13 @@ from typing import Any
 
 import pandas as pd
 
-from rankscope.analysis.comparison import estimate, judged_examples, label_tokens, losses_by_candidate
+from rankscope.analysis.comparison import (
+    estimate,
+    judged_examples,
+    label_tokens,
+    losses_by_candidate,
+    without_diverged,
+)
 from rankscope.analysis.costs import noise_floor
 from rankscope.study.evidence import Evidence
 
@@ -20,12 +26,15 @@ def judge_variants(evidence: Evidence) -> list[dict[str, Any]]:
     confidence holds for all rows together (Bonferroni). `outcome` is `better`, `worse` or `not_distinguishable`: by the
     interval alone, however small the difference; None and no interval with fewer than two seeds that both finished.
     `memory` (peak) and `step_seconds` are relative changes, None where they are unknown or below the noise floor. A
-    rank without finished plain trials has no row.
+    rank without finished plain trials has no row, nor has a candidate with a seed that diverged.
     """
-    if evidence.variants is None or evidence.examples.empty or evidence.variants.examples.empty:
+    if evidence.variants is None:
         return []
-    plain, names = judged_examples(evidence.examples), evidence.variants.spec.variants
-    found = evidence.variants.examples
+    plain = without_diverged(evidence.examples, evidence.results)
+    found = without_diverged(evidence.variants.examples, evidence.variants.results)
+    if plain.empty or found.empty:
+        return []
+    plain, names = judged_examples(plain), evidence.variants.spec.variants
     pairs = [
         (variant, rank, own[own["rank"] == rank], plain[plain["rank"] == rank])
         for variant, own in ((name, judged_examples(found[found["variant"] == name])) for name in names)

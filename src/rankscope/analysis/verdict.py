@@ -28,6 +28,7 @@ from rankscope.analysis.comparison import (
     least_kept,
     losses_by_candidate,
     may_be_best,
+    without_diverged,
 )
 from rankscope.analysis.costs import over_budget
 from rankscope.analysis.variants import judge_variants
@@ -83,7 +84,7 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
     """
     spec, confidence = evidence.spec, evidence.spec.verdict.confidence
     diverged = diverged_candidates(evidence.results)
-    examples = evidence.examples[~evidence.examples["candidate"].isin([row["candidate"] for row in diverged])]
+    examples = without_diverged(evidence.examples, evidence.results)
     judged = judge(examples, _untrained(evidence), _full_losses(evidence)) if len(examples) else None
     rows = compare(judged, spec.verdict.margin) if judged else []
     compared = [row.candidate for row in rows]
@@ -157,11 +158,15 @@ def _untrained(evidence: Evidence) -> pd.DataFrame | None:
 
 def _full_losses(evidence: Evidence) -> pd.DataFrame | None:
     """Losses of full fine-tuning at its best rate; of several, it is chosen on the even-numbered examples."""
-    reference = evidence.reference
+    reference = _reference(evidence)
     if reference.empty:
         return None
     judged = judged_examples(reference)
     return losses_by_candidate(reference)[str(judged["candidate"].iloc[0])]
+
+
+def _reference(evidence: Evidence) -> pd.DataFrame:
+    return without_diverged(evidence.reference, evidence.reference_results)
 
 
 def _guess(rows: Sequence[Comparison], over: Mapping[str, list[str]]) -> str | None:
@@ -362,7 +367,7 @@ def over_full(evidence: Evidence, judged: Judged) -> tuple[str | None, dict[str,
     if full is None:
         return None, {}
     found: dict[str, dict[str, float | None]] = {}
-    reference = judged_examples(evidence.reference)
+    reference = judged_examples(_reference(evidence))
     for name, losses in judged.losses.items():
         seeds = losses.index.intersection(full.index)
         rows = losses.columns.isin(reference["example"])  # half of them, where it had several rates
