@@ -68,6 +68,9 @@ ACCEPTED: list[dict[str, Any]] = [
     {"verdict": {"max_gpu_memory": 24_000_000_000, "max_runtime": 90}},
     {"verdict": {"max_gpu_memory": "24GB", "max_runtime": "1.5h"}},
     {"verdict": {"max_gpu_memory": "16 GiB", "max_runtime": "45min"}},
+    {"verdict": {"margin": "2%"}},
+    {"verdict": {"margin": "0.5 %", "margin_of": "gain"}},
+    {"verdict": {"margin": 0.02, "margin_of": "loss"}},
 ]
 
 REFUSED: list[dict[str, Any]] = [
@@ -92,6 +95,10 @@ REFUSED: list[dict[str, Any]] = [
     {"reference": {"full": True, "learning_rates": []}},
     {"verdict": {"max_gpu_memory": "24 apples"}},
     {"verdict": {"max_runtime": "90 GB"}},
+    {"verdict": {"margin": 2}},
+    {"verdict": {"margin": 0}},
+    {"verdict": {"margin": "2 apples"}},
+    {"verdict": {"margin_of": "accuracy"}},
 ]
 
 

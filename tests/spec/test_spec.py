@@ -103,6 +103,30 @@ def test_nonsense_about_the_reference_and_forgetting(values: dict, message: str)
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("verdict", "margin_of", "margin", "of_loss"),
+    [
+        ({}, "gain", 0.05, 0.01),
+        ({"margin": "2%"}, "gain", 0.02, 0.01),
+        ({"margin_of": "loss"}, "loss", 0.01, 0.01),
+        ({"margin_of": "loss", "margin": 0.02}, "loss", 0.02, 0.02),
+    ],
+)
+def test_the_margin_s_default_is_that_of_what_it_is_a_share_of(
+    verdict: dict[str, object], margin_of: str, margin: float, of_loss: float
+) -> None:
+    """Searches and truncations, which know no loss before training, take a share of the loss."""
+    spec = resolve_spec(BASE | {"verdict": verdict})
+    assert (spec.verdict.margin_of, spec.verdict.margin, spec.verdict.loss_margin) == (margin_of, margin, of_loss)
+    assert resolve_spec(yaml.safe_load(write_yaml(spec))) == spec
+
+
+@pytest.mark.parametrize("margin", [2, "200%", "100%", 0, "0%", "-1%", "two percent", None, True])
+def test_a_margin_that_is_no_share_is_refused(margin: object) -> None:
+    with pytest.raises(StudyError, match=r"verdict\.margin"):
+        resolve_spec(BASE | {"verdict": {"margin": margin}})
+
+
 def test_options_and_assignments_override_the_file() -> None:
     spec = assemble(
         BASE | {"training": {"epochs": 3}, "ranks": [8]},

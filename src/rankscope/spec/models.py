@@ -68,7 +68,8 @@ AlphaOrMultiple = PositiveFloat | Annotated[str, Field(pattern=r"^\s*[0-9]+(\.[0
 Name = Annotated[str, Field(min_length=1)]
 ModuleNames = Literal["all-linear"] | OneOrSeveral[Name]
 BytesOrText = PositiveFloat | Annotated[str, Field(pattern=_number_with(BYTES))]
-ShareOrText = PositiveFloat | Annotated[str, Field(pattern=r"^\s*[0-9]+(\.[0-9]+)?\s*%\s*$")]
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+ShareOrText = Fraction | Annotated[str, Field(pattern=r"^\s*[0-9]+(\.[0-9]+)?\s*%\s*$")]
 SecondsOrText = PositiveFloat | Annotated[str, Field(pattern=_number_with(SECONDS))]
 
 Ranks = Annotated[tuple[Rank, ...], BeforeValidator(as_list, json_schema_input_type=RankOrFull), Field(min_length=1)]
@@ -93,7 +94,7 @@ Columns = Annotated[
         columns_or_text, json_schema_input_type=dict[ColumnName, Name] | Annotated[str, Field(pattern="=")]
     ),
 ]
-Share = Annotated[float, BeforeValidator(parse_share, json_schema_input_type=ShareOrText), Field(gt=0.0, lt=1.0)]
+Share = Annotated[Fraction, BeforeValidator(parse_share, json_schema_input_type=ShareOrText)]
 Bytes = Annotated[Count, BeforeValidator(parse_bytes, json_schema_input_type=BytesOrText)]
 Seconds = Annotated[PositiveFloat, BeforeValidator(parse_seconds, json_schema_input_type=SecondsOrText)]
 
