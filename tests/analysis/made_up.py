@@ -58,10 +58,10 @@ def curves(losses: Losses, untrained: float = UNTRAINED) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def untrained_examples(count: int = 40, loss: float = UNTRAINED) -> pd.DataFrame:
-    """`Study.untrained_examples()`: examples differ somewhat less than after training."""
-    spread = 0.8 * np.linspace(-0.5, 0.5, count)
-    return pd.DataFrame({"example": range(count), "loss": loss + spread, "label_tokens": 10, "correct_tokens": 2})
+def untrained_examples(count: int = 40, loss: float = UNTRAINED, spread: float = 0.8) -> pd.DataFrame:
+    """`Study.untrained_examples()`, whose examples differ `spread` times as much as after training."""
+    losses = loss + spread * np.linspace(-0.5, 0.5, count)
+    return pd.DataFrame({"example": range(count), "loss": losses, "label_tokens": 10, "correct_tokens": 2})
 
 
 def evidence_of(

@@ -13,7 +13,6 @@ from rankscope.analysis.verdict import conclude
 from rankscope.data.doubts import DOUBTS
 from rankscope.study.evidence import Evidence
 
-
 OF_EITHER = pytest.mark.parametrize("margin_of", ["gain", "loss"])
 """5% of the gain and 1% of the loss are the same here."""
 

@@ -69,7 +69,7 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
     `margin` is a share of `margin_of`: `gain` or `loss`. `gain` is that of the best candidate (or of full fine-tuning,
     where it is better), with `gain_low` and `gain_high`, in nats per label token; None without the untrained model's
     losses. `margins` has the smallest rank that is good enough at other margins, by the same test. `guess` is the
-    smallest rank whose mean is within the margin, whatever is shown.
+    smallest rank whose mean is within the margin, whatever is shown, or else the best.
 
     `more_seeds` is the least number of added seeds that would settle it with the same means and spreads; None where
     all is settled, or where up to 50 would not do. `comparison` has a row for each rank at its best candidate,
@@ -170,18 +170,19 @@ def _reference(evidence: Evidence) -> pd.DataFrame:
 
 
 def _guess(rows: Sequence[Comparison], over: Mapping[str, list[str]]) -> str | None:
-    """Candidate of the smallest rank whose mean is within the margin, whatever is shown."""
+    """Candidate of the smallest rank whose mean is within the margin, whatever is shown; else the best."""
     inside = [row for row in rows if not over.get(row.candidate)]
     good = [row for row in inside if all(excess.mean <= 0 for excess in row.excesses.values())]
-    return min(good or inside, key=lambda row: row.rank).candidate if inside else None
+    return (good[0] if good else best_of(inside)).candidate if inside else None
 
 
 def _overfits(evidence: Evidence, rows: Sequence[Comparison]) -> list[dict[str, Any]]:
     """Candidates whose mean held-out loss was clearly lower before the last fifth of the steps than at the end:
     `candidate rank step rise`; clearly is by more than the margin allows."""
-    found = []
+    found, curves = [], evidence.curves.dropna(subset=["eval_loss"])
+    curves = curves[curves["trial"].isin(evidence.results.loc[evidence.results["status"] == "done", "trial"])]
     for row in rows:
-        curve = evidence.curves[evidence.curves["candidate"] == row.candidate].dropna(subset=["eval_loss"])
+        curve = curves[curves["candidate"] == row.candidate]
         means = curve.groupby("step")["eval_loss"].mean()
         means = means[means.index > 0]
         if len(means) < 2:
@@ -222,8 +223,13 @@ def _of_the_gain(
 
 
 def best_of(rows: Sequence[Comparison]) -> Comparison:
-    """Candidate with the lowest held-out loss in the sample."""
-    return min(rows, key=lambda row: row.eval_loss.mean)
+    """Candidate with the lowest held-out loss in the sample, on the seeds that it shares with each other one."""
+    return min(rows, key=_regret)
+
+
+def _regret(row: Comparison) -> float:
+    """Largest mean difference to any other candidate; negative for the best."""
+    return max((difference.mean for difference in row.differences.values()), default=0.0)
 
 
 def decide(
@@ -287,7 +293,7 @@ def _outcome(
         return {"outcome": "nothing_in_budget"}
     if not _gained_enough(rows, confidence):
         return {"outcome": "not_trained_enough"}
-    if len(rows) == 1:
+    if len(rows) == 1 and not _gain_unknown(rows[0]):
         return _chosen("recommended", rows[0])
     for row in inside:
         if states[row.candidate]:
@@ -302,12 +308,18 @@ def _outcome(
 
 def _gained_enough(rows: Sequence[Comparison], confidence: float) -> bool:
     """Whether fine-tuning gained so much that differences between ranks could matter; with one seed nobody knows."""
-    gain = best_of(rows).gain
-    if gain is None or gain.seed_error is None:
+    best = best_of(rows)
+    if best.gain is None or _gain_unknown(best):
         return True
+    gain = best.gain
     widths = [found.half_width(confidence) for row in rows for found in row.differences.values()]
     widest = max((width for width in widths if math.isfinite(width)), default=0.0)
     return gain.interval(confidence)[0] > 0 and gain.mean >= GAIN_OVER_WIDTH * widest
+
+
+def _gain_unknown(row: Comparison) -> bool:
+    """Whether the margin is a share of the gain, of which one seed gives no interval."""
+    return row.gain is not None and row.gain.seed_error is None
 
 
 def _chosen(outcome: str, row: Comparison) -> dict[str, Any]:
@@ -329,12 +341,11 @@ def _table(
     over_reference: Mapping[str, Mapping[str, float | None]],
     confidence: float,
 ) -> list[dict[str, Any]]:
-    best = best_of(rows)
-    table = []
+    best, table = best_of(rows), []
     for row, bound in zip(rows, bounds(rows, confidence), strict=True):
         on_these = row.eval_loss._replace(example_error=0.0)  # between candidates what examples share does not count
         low, high = _finite(on_these.interval(confidence))
-        regret = 0.0 if row is best else row.differences[best.candidate].mean
+        regret = max(0.0, _regret(row))
         table.append(
             {
                 "candidate": row.candidate,
@@ -383,7 +394,8 @@ def _caveats(
     evidence: Evidence, verdict: Mapping[str, Any], rows: Sequence[Comparison], over: Mapping[str, list[str]]
 ) -> list[str]:
     spec = evidence.spec
-    rates = sorted(evidence.examples["learning_rate"].unique()) if rows else sorted(spec.learning_rates)
+    ended = evidence.results["status"].isin(["done", "diverged"])
+    rates = sorted(evidence.results.loc[ended, "learning_rate"].unique()) if rows else sorted(spec.learning_rates)
     open_ = bool(rows) and verdict["seeds"] > 1 and not _settled(verdict) and verdict["more_seeds"] is None
     found = {
         "one_learning_rate": len(rates) == 1,

@@ -89,11 +89,12 @@ def examples(study: StudyFolder) -> "pd.DataFrame":
 
 
 def untrained_examples(study: StudyFolder) -> "pd.DataFrame":
-    """One row per held-out example before training: `example loss label_tokens correct_tokens`, from the first finished
-    trial that holds it; trials differ by rounding alone. Empty in a study of an earlier version."""
+    """One row per held-out example before training: `example loss label_tokens correct_tokens`, from the finished trial
+    whose name comes first: trials differ by rounding alone, but a study grows in any order. Empty in a study of an
+    earlier version."""
     import pandas as pd
 
-    for trial in study.trials:
+    for trial in sorted(study.trials, key=lambda trial: trial.name):
         if study.trial_record(trial).sha256("untrained.json"):
             found = study.held_out(trial, "untrained.json")
             return pd.DataFrame({name: getattr(found, name) for name in EXAMPLE_FIELDS})
