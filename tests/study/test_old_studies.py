@@ -12,6 +12,7 @@ import pytest
 
 import rankscope
 from rankscope.analysis.verdict import conclude
+from rankscope.errors import StudyError
 from rankscope.jobs.repair import remove_corrupt
 from rankscope.report.write import build
 
@@ -33,9 +34,20 @@ def test_an_old_study_opens_and_concludes_as_it_did(path: Path, tmp_path: Path) 
     assert len(evidence.profiles) == 5  # each rank's for both of its rates, and the control's for one
     found = conclude(evidence)
     assert found["caveats"] == [*study.verdict["caveats"], "few_held_out_rows"], "which version 0.1 did not say"
-    assert_same(found | {"caveats": study.verdict["caveats"]}, study.verdict)
+    same = {"caveats": study.verdict["caveats"], "schema": study.verdict["schema"]}
+    assert_same(found | same, study.verdict)
+    assert (found["margin_of"], found["margin"], found["gain"]) == ("loss", 0.01, None)
     build(evidence, study.verdict, copy / "report")
     assert "full fine-tuning" in (copy / "report" / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
+def test_an_old_study_is_not_judged_by_a_gain_that_it_does_not_know(path: Path) -> None:
+    evidence = rankscope.open(path).evidence()
+    verdict = evidence.spec.verdict.model_copy(update={"margin_of": "gain", "margin": 0.05})
+    with pytest.raises(StudyError, match=r"margin_of: gain needs the untrained model's loss") as caught:
+        conclude(evidence._replace(spec=evidence.spec.model_copy(update={"verdict": verdict})))
+    assert "--margin-of loss" in caught.value.todo
 
 
 def assert_same(found: Any, expected: Any) -> None:
