@@ -151,7 +151,8 @@ def finish(study: Study, language: str = "en") -> Conclusion:
     verdict = conclude(evidence)
     write_json(study.path / "verdict.json", verdict)
     write_cards(evidence, verdict, study.path / "trials")
-    build(evidence, verdict, study.path / "report", language, reproduce=reproduce_command(study.spec))
+    reproduce = reproduce_command(study.spec)
+    build(evidence, verdict, study.path / "report", language, reproduce=reproduce, directory=str(study.path))
     return Conclusion(study, evidence, verdict)
 
 

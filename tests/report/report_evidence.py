@@ -11,6 +11,7 @@ from rankscope.spec.resolve import resolve_spec
 from rankscope.study.evidence import Evidence
 
 FINAL_LOSS = {8: 1.231, 128: 1.224, 256: 1.229}
+UNTRAINED_LOSS = 2.824  # 1.6 above the lowest
 HOSTILE = "<script>alert(1)</script>"
 DOUBTFUL = {
     "rows_train": 3_400, "rows_eval": 180, "truncated": 480, "answers_cut_off": 23, "max_length": 512,
@@ -70,7 +71,7 @@ def make_evidence(
         )
         for step in range(steps + 1):
             evaluated = step % max(1, steps // 4) == 0
-            level = final + 1.6 * math.exp(-6 * step / steps)
+            level = final + 1.6 * (math.exp(-6 * step / steps) - math.exp(-6))
             curves.append(
                 identity
                 | {
@@ -109,6 +110,7 @@ def make_evidence(
             "train_tokens": 2_310_552, "max_length": 1024, "a_new_fact": 5,
         },
         reference=pd.DataFrame(),
+        untrained=pd.DataFrame({"example": range(4), "loss": UNTRAINED_LOSS, "label_tokens": 10}),
         reference_results=_reference(spec),
     )  # fmt: skip
 
@@ -216,7 +218,7 @@ def _memory(phase: str, rss: float, gpu: bool) -> dict[str, float]:
 def make_verdict(evidence: Evidence, outcome: str = "recommended", chosen: int = 0, **values: Any) -> dict[str, Any]:
     """A verdict with a row for each rank at its best learning rate, as `rankscope.analysis` writes it.
 
-    `chosen` is an index of the compared ranks, lowest first.
+    `chosen` is an index of the compared ranks, lowest first. Its margin is a share of the gain: see `of_the_loss`.
     """
     results, one_seed = evidence.results, len(evidence.spec.seeds) == 1
     done = results[results["status"] == "done"].groupby(["rank", "candidate", "learning_rate"])
@@ -232,21 +234,34 @@ def make_verdict(evidence: Evidence, outcome: str = "recommended", chosen: int =
             "regret_low": regret - 0.002,
             "regret_high": regret + 0.003,
         }
-        share = regret / best["eval_loss"]
+        share, gain = regret / best["eval_loss"], UNTRAINED_LOSS - best["eval_loss"]
+        of_the_gain = {"kept": 1 - regret / gain, "kept_low": None if one_seed else 1 - (regret + 0.003) / gain}
         comparison.append(
             row
             | (dict.fromkeys(intervals) if one_seed else intervals)
             | _over_full(evidence, row["eval_loss"], one_seed)
             | {"regret": regret, "regret_share": share, "within_margin": None if one_seed else share < 0.01}
+            | {"gain": UNTRAINED_LOSS - row["eval_loss"]}
+            | of_the_gain
         )
-    decided = outcome != "not_enough_evidence"
+    decided = outcome not in ("not_enough_evidence", "not_trained_enough", "nothing_in_budget")
+    gain = UNTRAINED_LOSS - best["eval_loss"]
     return {
-        "schema": 2,
+        "schema": 3,
         "outcome": outcome,
         "rank": comparison[chosen]["rank"] if decided else None,
         "candidate": comparison[chosen]["candidate"] if decided else None,
         "best_candidate": best["candidate"],
-        "margin": 0.01,
+        "margin": 0.05,
+        "margin_of": "gain",
+        "gain": gain,
+        "gain_low": None if one_seed else gain - 0.02,
+        "gain_high": None if one_seed else gain + 0.02,
+        "gain_of": best["candidate"],
+        "margins": [{"margin": share, "rank": comparison[0]["rank"], "undetermined": []} for share in (0.02, 0.05)],
+        "guess": comparison[0]["candidate"],
+        "diverged": [],
+        "overfits": [],
         "confidence": 0.95,
         "seeds": len(evidence.spec.seeds),
         "examples": 100,
@@ -259,6 +274,15 @@ def make_verdict(evidence: Evidence, outcome: str = "recommended", chosen: int =
         "caveats": ["one_learning_rate"] if len(evidence.spec.learning_rates) == 1 else [],
         "comparison": comparison,
     } | values
+
+
+def of_the_loss(verdict: dict[str, Any]) -> dict[str, Any]:
+    """The verdict as version 0.1 wrote it, with a margin of 1% of the loss."""
+    late = ("margin_of", "gain", "gain_low", "gain_high", "gain_of", "margins", "guess", "diverged", "overfits")
+    of_row = ("gain", "kept", "kept_low")
+    comparison = [{key: row[key] for key in row if key not in of_row} for row in verdict["comparison"]]
+    old = {key: value for key, value in verdict.items() if key not in late}
+    return old | {"schema": 2, "margin": 0.01, "comparison": comparison}
 
 
 def _has_reference(evidence: Evidence) -> bool:

@@ -9,11 +9,11 @@ import pytest
 from rankscope.analysis.costs import on_front
 from rankscope.report.content import compose
 from rankscope.report.figures import Figure
-from rankscope.report.frames import by_candidate, heldout_by_candidate, heldout_by_seed
+from rankscope.report.frames import by_candidate, heldout_by_seed
 from rankscope.report.memory import POINTS_IN_TIME, memory_by_time, predicted_parts
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import load
-from report.report_evidence import make_evidence, make_spec, make_verdict, replace_trial
+from report.report_evidence import make_evidence, make_spec, make_verdict, of_the_loss, replace_trial
 
 PARTS = {
     "process": 450_000_000, "base": 1_300_000_000, "adapter": 4_000_000, "gradients": 0, "optimizer": 8_000_000,
@@ -163,18 +163,70 @@ def test_one_rate_that_nearly_diverged_leaves_colours_to_the_others() -> None:
     assert high < 1.3
 
 
-def test_with_several_rates_all_losses_of_a_figure_are_of_the_same_rows() -> None:
-    """The verdict judges on the odd rows, so that points drawn from all rows would lie beside their own intervals."""
-    evidence = make_evidence(make_spec(learning_rates=[1e-4, 2e-4]), steps=8)
+def on_two_halves(evidence: Evidence) -> Evidence:
+    """Evidence whose candidates all have a loss of 2.5 on the odd rows, and of 9 on the even one."""
     keys = ["trial", "candidate", "rank", "learning_rate", "seed"]
-    even = evidence.results[keys].assign(example=0, loss=9.0, label_tokens=10.0)
-    odd = even.assign(example=1, loss=2.0, label_tokens=30.0)
-    far = even.assign(example=3, loss=4.0, label_tokens=10.0)
-    evidence = evidence._replace(examples=pd.concat([even, odd, far], ignore_index=True))
+    even = evidence.results[keys].assign(example=0, loss=9.0, label_tokens=10.0, correct_tokens=1.0)
+    odd = even.assign(example=1, loss=2.0, label_tokens=30.0, correct_tokens=15.0)
+    far = even.assign(example=3, loss=4.0, label_tokens=10.0, correct_tokens=9.0)
+    return evidence._replace(examples=pd.concat([even, odd, far], ignore_index=True))
+
+
+def test_with_several_rates_a_candidate_has_one_held_out_loss() -> None:
+    """The verdict judges on the odd rows: losses over all rows would differ from its own, and from their intervals."""
+    evidence = on_two_halves(make_evidence(make_spec(learning_rates=[1e-4, 2e-4]), steps=8))
     assert set(heldout_by_seed(evidence)["eval_loss"]) == {2.5}
-    table = heldout_by_candidate(evidence, by_candidate(evidence, None))
-    assert table["eval_loss"].tolist() == [2.5] * 6
-    assert numbers(figures(evidence)["loss-runtime"])["Held-out loss"] == "2.5000"
+    assert by_candidate(evidence, None)["eval_loss"].tolist() == [2.5] * 6
+    content = compose(evidence, make_verdict(evidence), load("en"), "x", "y")
+    found = {figure.name: figure for figure in content.figures}
+    for table, column in (
+        (found["heldout-loss-rank"].numbers, "Mean"),
+        (found["loss-memory"].numbers, "Held-out loss"),
+        (found["loss-runtime"].numbers, "Held-out loss"),
+        (found["learning-rate-map"].numbers, "rank 8"),
+        (content.candidates, "Held-out loss"),
+        (content.also, "Held-out loss"),
+    ):
+        assert table is not None
+        at = table.headers.index(column)
+        assert {row[at].split("\n")[0] for row in table.rows} == {"2.5000"}, table.caption
+    also = dict(zip(content.also.headers, content.also.rows[0], strict=True))
+    assert (also["Perplexity"], also["Token accuracy"]) == ("12.18", "60%")
+    assert "half of the held-out rows" in content.how_to_read[-1]
+    assert "over all held-out rows" in found["heldout-loss-steps"].note, "whose losses have no rows of their own"
+    assert content.trials.headers[-1] == "Held-out loss (all rows)"
+    assert {row[-1] for row in content.trials.rows} > {"1.2250", "1.2290"}
+
+
+def test_with_one_rate_no_half_is_spoken_of() -> None:
+    evidence = on_two_halves(make_evidence(steps=8))
+    content = compose(evidence, make_verdict(evidence), load("en"), "x", "y")
+    assert "half" not in str([content.how_to_read, [figure.note for figure in content.figures]])
+    assert content.candidates.rows[0][content.candidates.headers.index("Held-out loss")].startswith("1.2310")
+
+
+def test_the_band_holds_losses_that_keep_enough_of_the_gain() -> None:
+    evidence = make_evidence(steps=8)
+
+    def band(verdict: dict[str, Any]) -> list[dict[str, Any]]:
+        content = compose(evidence, verdict, load("en"), "x", "y")
+        figure = next(figure for figure in content.figures if figure.name == "heldout-loss-rank")
+        assert ("95% of what" in figure.note) == (verdict.get("margin_of") == "gain")
+        return [rows[0] for rows in drawn(figure) if "from" in rows[0]]
+
+    verdict = make_verdict(evidence)
+    assert band(verdict) == [{"from": pytest.approx(1.224), "to": pytest.approx(1.224 + 0.05 * 1.6)}]
+    assert band(of_the_loss(verdict)) == [{"from": pytest.approx(1.224), "to": pytest.approx(1.224 * 1.01)}]
+
+
+def test_a_candidate_with_a_diverged_seed_is_drawn_nowhere_and_has_no_mean() -> None:
+    evidence = replace_trial(make_evidence(steps=8), 0, status="diverged", eval_loss=math.nan)
+    found = figures(evidence, chosen=1)
+    assert "heldout-loss-rank" in found
+    for name in ("train-loss", "heldout-loss-rank", "heldout-loss-steps", "loss-memory"):
+        table = found[name].numbers
+        assert table is not None
+        assert [row[0] for row in table.rows] == ["128", "256"]
 
 
 def test_memory_against_time_keeps_its_peak_and_starts_with_loading() -> None:

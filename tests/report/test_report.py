@@ -133,12 +133,15 @@ def test_the_page_says_the_verdict_the_savings_and_the_cost(folder: Path) -> Non
     text = read_page(folder).text
     for expected in (
         "Recommended rank\n8\n",
-        "Use rank 8: the lowest rank whose held-out loss is shown to be within 1% of the best candidate's (rank 128)",
+        "Use rank 8: the lowest rank shown to keep at least 95% of what fine-tuning gains (it keeps 99.6%, at least",
+        "What fine-tuning gains",
+        "1.6000 nats\nheld-out loss 2.8240 before training, 1.2240 with rank 128",
+        "95%\n8\n",
         "Compared with rank 256",
         "2.35 GB\n\N{MINUS SIGN}29%\ninstead of 3.29 GB",
         "16.4 min\n\N{MINUS SIGN}36%\ninstead of 25.5 min",
         "3.54 MB\n\N{MINUS SIGN}97%\ninstead of 113 MB",
-        "+0.0070 nats\n0.572% of the best loss\n95% interval: +0.0050 to +0.0100 nats",
+        "+0.0070 nats\n0.438% of what fine-tuning gains\n95% interval: +0.0050 to +0.0100 nats",
         "Only one learning rate was tried.",
         "No GPU was used",
         "rankscope run studies/opt.yaml",
@@ -310,7 +313,7 @@ def test_one_rank_and_one_seed() -> None:
     assert content.caveats[0].startswith("Only one seed was run")
     row = dict(zip(content.candidates.headers, content.candidates.rows[0], strict=True))
     assert row["Held-out loss"] == "1.2270"
-    assert row["Regret (nats)"] == "0.0000"
+    assert row["Loss above the best (nats)"] == "0.0000", "nothing to compare it with, so no interval is missing"
     marks = str(content.figures[0].panels[0].chart.to_dict())
     assert "'area'" not in marks
     assert "'line'" in marks
@@ -341,15 +344,62 @@ def test_a_diverged_trial_is_told_and_left_out(evidence: Evidence) -> None:
         "120",
         *[load("en")("none")] * 2,
     ]
-    row = content.candidates.rows[0]
-    assert row[6] == "2 / 3"
-    assert row[8].startswith("1.2330")  # the mean of seeds 1 and 2, 1.231 and 1.235
+    row = dict(zip(content.candidates.headers, content.candidates.rows[0], strict=True))
+    assert row["Seeds finished"] == "2 / 3"
+    assert (row["Held-out loss"], row["Training loss"]) == ("diverged", load("en")("none")), "no mean over survivors"
+    assert sorted(training_loss(changed).frame["rank"].unique()) == [128, 256]
+    also = dict(zip(content.also.headers, content.also.rows[0], strict=True))
+    assert (also["Held-out loss"], also["Perplexity"], also["Diverged"]) == ("–", "–", "1 / 3")
+
+
+def test_of_unfinished_trials_the_finished_ones_are_drawn(evidence: Evidence) -> None:
+    changed = replace_trial(evidence, 0, status="interrupted")
     drawn = training_loss(changed).frame
-    of_two = training_loss(evidence._replace(results=changed.results)).frame
-    pd.testing.assert_frame_equal(drawn, of_two)
     first = drawn[drawn["rank"] == 8].iloc[0]
     rows = changed.curves[(changed.curves["rank"] == 8) & (changed.curves["step"] == 1)]
     assert first["mean"] == pytest.approx(rows[rows["seed"] > 0]["train_loss"].mean())
+
+
+def test_a_loss_above_the_untrained_model_s_is_worse_than_no_training(evidence: Evidence) -> None:
+    assert evidence.untrained is not None
+    low = evidence._replace(untrained=evidence.untrained.assign(loss=1.23))
+    content = compose(low, make_verdict(low), load("en"), "x", "y")
+    cells = [row[content.candidates.headers.index("Held-out loss")] for row in content.candidates.rows]
+    assert ["worse than\nno training" in cell for cell in cells] == [True, False, False]
+    old = compose(evidence._replace(untrained=None), make_verdict(evidence), load("en"), "x", "y")
+    assert "worse" not in str(old.candidates.rows)
+
+
+def test_an_interval_wider_than_the_gain_is_none(evidence: Evidence) -> None:
+    verdict = make_verdict(evidence)
+    verdict["comparison"][2] |= {"regret_low": 0.0, "regret_high": 1.7, "eval_loss_low": 0.1, "eval_loss_high": 2.9}
+    table = by_candidate(evidence, verdict).set_index("rank")
+    assert table["few_seeds"].tolist() == [False, False, True]
+    assert table[["regret_high", "eval_loss_low"]].isna().sum(axis=1).tolist() == [0, 0, 2]
+    content = compose(evidence, verdict, load("en"), "x", "y")
+    at = content.candidates.headers.index("Loss above the best (nats)")
+    assert content.candidates.rows[2][at] == "0.0050\ntoo few seeds\nfor an interval"
+    unknown = by_candidate(evidence, verdict | {"gain": None})
+    assert not unknown["few_seeds"].any()
+
+
+def test_an_open_verdict_has_its_guess_and_its_command_on_page_and_in_markdown(
+    evidence: Evidence, tmp_path: Path
+) -> None:
+    verdict = make_verdict(evidence, "not_enough_evidence", more_seeds=2)
+    build(evidence, verdict, tmp_path, directory="studies/mine")
+    page, markdown = read_page(tmp_path).text, (tmp_path / "report.md").read_text(encoding="utf-8")
+    for report in (page, markdown):
+        for expected in (
+            "No verdict yet",
+            "3 seeds are too few; about 2 more seeds would settle it",
+            "Best guess: rank 8",
+            "To settle it",
+            "rankscope run studies/mine --seeds 0..4\n",
+            "Keeps at least",
+        ):
+            assert expected in report
+        assert "egret" not in report.replace("regret_", "")
 
 
 def test_hostile_text_stays_text(evidence: Evidence, tmp_path: Path) -> None:
@@ -390,9 +440,10 @@ def test_hostile_text_stays_text(evidence: Evidence, tmp_path: Path) -> None:
 
 
 def test_an_empty_comparison_is_a_verdict_too(evidence: Evidence) -> None:
-    verdict = make_verdict(evidence, "not_enough_evidence", best_candidate=None, seeds=0, comparison=[])
+    empty: dict[str, Any] = {"comparison": [], "best_candidate": None, "gain": None, "margins": [], "guess": None}
+    verdict = make_verdict(evidence, "not_enough_evidence", seeds=0, **empty)
     content = compose(evidence, verdict, load("en"), "x", "y")
-    assert content.sentence == "There is not enough evidence for a conclusion."
+    assert content.sentence == "There is no verdict yet: no rank has finished its trials."
     assert (content.rank, content.savings_title, content.cost) == ("", "", "")
 
 

@@ -3,21 +3,31 @@
 import string
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 from rankscope.errors import StudyError
 from rankscope.text import formats
 from rankscope.text.catalogue import LANGUAGES, load
-from rankscope.text.verdict import claim_sentences, verdict_sentence
-from report.report_evidence import make_evidence, make_spec, make_verdict
-
-ALIKE = (
-    "The ranks cannot be distinguished over 3 seeds at 95% confidence. Take the cheapest, rank 8: its held-out loss is "
-    "at most 0.817% above the best."
+from rankscope.text.verdict import (
+    ALARMS,
+    caveat_sentence,
+    claim_sentences,
+    gained,
+    margin_table,
+    next_step,
+    verdict_sentence,
 )
+from report.report_evidence import make_evidence, make_spec, make_verdict, of_the_loss
+
+ALIKE = "The ranks cannot be distinguished over 3 seeds at 95% confidence. Take the cheapest, rank 8: "
 SCOPE = "Tested only at learning rate 2e-4, with alpha 32 at every rank (scaling alpha/rank)."
-TOO_LITTLE = "There is not enough evidence for a conclusion"
+CLOSE = (
+    "There is no verdict yet: a rank lies too close to the margin, or too few rows are held out; up to 50 more seeds "
+    "would not settle it."
+)
+GUESS = "Best guess: rank 8, which keeps 99.6% of what fine-tuning gains, on average."
 
 
 def placeholders(text: str) -> set[str]:
@@ -51,26 +61,164 @@ def test_an_unknown_language_is_refused_with_the_known_ones() -> None:
     ("outcome", "chosen", "more", "expected"),
     [
         ("recommended", 0, None,
-         "Use rank 8: the lowest rank whose held-out loss is shown to be within 1% of the best candidate's (rank 128), "
-         f"with 95% confidence over 3 seeds. {SCOPE}"),
+         "Use rank 8: the lowest rank shown to keep at least 95% of what fine-tuning gains (it keeps 99.6%, at least "
+         f"99.4%, with 95% confidence over 3 seeds). {SCOPE}"),
         ("recommended", 1, None,
-         "Use rank 128: it has the lowest held-out loss, and no other rank is more than 1% better (95% confidence, 3 "
-         f"seeds). {SCOPE}"),
-        ("not_distinguishable", 0, None, f"{ALIKE} {SCOPE}"),
+         "Use rank 128: it has the lowest held-out loss, and is shown to keep at least 95% of what fine-tuning gains, "
+         f"whichever rank is truly the best (at least 99.8%, with 95% confidence over 3 seeds). {SCOPE}"),
+        ("not_distinguishable", 0, None, f"{ALIKE}it keeps at least 99.4% of what fine-tuning gains. {SCOPE}"),
         ("not_distinguishable", 0, 4,
-         f"{ALIKE} About 4 more seeds would show which are within 1% of the best. {SCOPE}"),
+         f"{ALIKE}it keeps at least 99.4% of what fine-tuning gains. About 4 more seeds would show which keep at least "
+         f"95%. {SCOPE}"),
         ("best_in_budget", 0, None,
-         "Within the budget use rank 8: its held-out loss is the lowest there, 0.572% above that of rank 128, which "
-         "exceeds the budget. It is more than 1% worse than the best, with 95% confidence over 3 seeds. "
+         "Within the budget use rank 8: its held-out loss is the lowest there. It keeps 99.6% of what fine-tuning "
+         "gains, and is shown to keep less than 95% (95% confidence, 3 seeds). The best, rank 128, exceeds the budget. "
          f"{SCOPE}"),
         ("nothing_in_budget", 0, None, "No rank is known to fit the budget."),
-        ("not_enough_evidence", 0, None, f"{TOO_LITTLE}."),
-        ("not_enough_evidence", 0, 1, f"{TOO_LITTLE}; about 1 more seed would be needed."),
+        ("not_enough_evidence", 0, None, f"{CLOSE} {GUESS}"),
+        ("not_enough_evidence", 0, 1,
+         f"There is no verdict yet: 3 seeds are too few; about 1 more seed would settle it. {GUESS}"),
+        ("not_trained_enough", 0, None,
+         "Not trained long enough to tell ranks apart: over 3 seeds, fine-tuning gains less than three times the "
+         "uncertainty of a difference between ranks. Train longer."),
+        ("not_trained_enough", 0, 2,
+         "Not trained long enough to tell ranks apart: over 3 seeds, fine-tuning gains less than three times the "
+         "uncertainty of a difference between ranks. Train longer, or run about 2 more seeds."),
     ],
 )  # fmt: skip
 def test_the_sentence_of_each_outcome(outcome: str, chosen: int, more: int | None, expected: str) -> None:
     verdict = make_verdict(make_evidence(), outcome, chosen, more_seeds=more)
     assert verdict_sentence(verdict) == expected
+
+
+@pytest.mark.parametrize(
+    ("outcome", "chosen", "more", "expected"),
+    [
+        ("recommended", 0, None,
+         "Use rank 8: the lowest rank whose held-out loss is shown to be within 1% of the best candidate's (rank 128), "
+         f"with 95% confidence over 3 seeds. {SCOPE}"),
+        ("recommended", 1, None,
+         "Use rank 128: it has the lowest held-out loss, and no other rank is more than 1% better (95% confidence, 3 "
+         f"seeds). {SCOPE}"),
+        ("not_distinguishable", 0, 4,
+         f"{ALIKE}its held-out loss is at most 0.817% above the best. About 4 more seeds would show which are within "
+         f"1% of the best. {SCOPE}"),
+        ("best_in_budget", 0, None,
+         "Within the budget use rank 8: its held-out loss is the lowest there, 0.572% above that of rank 128, which "
+         "exceeds the budget. It is more than 1% worse than the best, with 95% confidence over 3 seeds. "
+         f"{SCOPE}"),
+        ("nothing_in_budget", 0, None, "No rank is known to fit the budget."),
+        ("not_enough_evidence", 0, None, CLOSE),
+    ],
+)  # fmt: skip
+def test_the_sentence_of_a_verdict_of_version_0_1(outcome: str, chosen: int, more: int | None, expected: str) -> None:
+    """Its margin is a share of the loss, and it has no guess and no gain."""
+    verdict = of_the_loss(make_verdict(make_evidence(), outcome, chosen, more_seeds=more))
+    assert verdict_sentence(verdict) == expected
+    assert gained(verdict, load("en")) == ("", [])
+    assert margin_table(verdict, load("en")) is None
+
+
+def test_no_gain_at_all_is_said() -> None:
+    verdict = make_verdict(make_evidence(), "not_trained_enough", gain_low=-0.01, more_seeds=2)
+    assert verdict_sentence(verdict).endswith("is not shown to lower the held-out loss at all. Train longer.")
+
+
+def test_a_guess_says_why_it_is_one() -> None:
+    evidence = make_evidence()
+    best = make_verdict(evidence, "not_enough_evidence", guess="r128-lr2e-4")
+    assert verdict_sentence(best).endswith("Best guess: rank 128, whose mean loss is the lowest.")
+    unknown = [{key: row[key] for key in row if key != "kept"} for row in best["comparison"]]
+    of_loss = best | {"comparison": unknown, "guess": "r008-lr2e-4", "margin_of": "loss"}
+    assert verdict_sentence(of_loss).endswith("Best guess: rank 8, whose mean loss is 0.572% above the best.")
+    alike = make_verdict(evidence, "not_distinguishable", guess="r256-lr2e-4")
+    assert "Best guess: rank 256" in verdict_sentence(alike), "not the one that is taken"
+
+
+@pytest.mark.parametrize(
+    ("changes", "seeds", "title", "command"),
+    [
+        ({"seeds": 1}, [0], "To settle it", "--seeds 0..2"),
+        ({"more_seeds": 2}, [0, 1, 2], "To settle it", "--seeds 0..4"),
+        ({"more_seeds": 2}, [1, 5, 7], "To settle it", "--seeds 1,5,7,8,9"),
+        ({"seeds": 1}, [0, 1, 2], "To train what is missing", ""),
+        ({"comparison": [], "seeds": 0}, [0, 1, 2], "To train what is missing", ""),
+        ({"outcome": "recommended", "undetermined": ["r008-lr2e-4"], "more_seeds": 1}, [0, 1, 2], "To settle it",
+         "--seeds 0..3"),
+        ({"outcome": "not_trained_enough"}, [0, 1, 2], "To train longer, as another study",
+         "--steps 800 --out 'my study-800-steps'"),
+        ({"comparison": [], "diverged": [{"rank": 8}]}, [0, 1, 2], "To try a lower learning rate",
+         "--learning-rates 5e-5,2e-4"),
+        ({"margins": []}, [0, 1, 2], "To hold out more rows", "--set data.eval_rows=2000"),
+    ],
+)  # fmt: skip
+def test_the_command_that_would_settle_it(changes: dict[str, Any], seeds: list[int], title: str, command: str) -> None:
+    evidence = make_evidence(make_spec(seeds=seeds, training={"steps": 400}), steps=8)
+    verdict = make_verdict(evidence, "not_enough_evidence") | changes
+    step = next_step(verdict, evidence, "my study", load("en"))
+    assert step is not None
+    assert step.title == title
+    assert step.command == f"rankscope run 'my study' {command}".rstrip()
+
+
+def test_a_wider_margin_that_would_do_is_proposed() -> None:
+    evidence = make_evidence(steps=8)
+    margins = [
+        {"margin": share, "rank": rank, "undetermined": []} for share, rank in ((0.02, 8), (0.05, None), (0.1, 8))
+    ]
+    verdict = make_verdict(evidence, "not_enough_evidence", margins=margins)
+    assert next_step(verdict, evidence, "x", load("en")) == (
+        "To conclude at another margin", "rankscope report x --margin 10%",
+    )  # fmt: skip
+
+
+def test_epochs_are_doubled_where_steps_are_not_given() -> None:
+    evidence = make_evidence(make_spec(training={"epochs": 1.5}), steps=8)
+    step = next_step(make_verdict(evidence, "not_trained_enough"), evidence, "x", load("en"))
+    assert step is not None
+    assert step.command == "rankscope run x --epochs 3 --out x-3-epochs"
+
+
+@pytest.mark.parametrize("outcome", ["recommended", "best_in_budget", "nothing_in_budget", None])
+def test_what_is_settled_needs_no_command(outcome: str | None) -> None:
+    evidence = make_evidence(steps=8)
+    verdict = make_verdict(evidence, outcome) if outcome else None
+    assert next_step(verdict, evidence, "x", load("en")) is None
+
+
+def test_the_gain_is_that_of_the_best_or_of_full_fine_tuning() -> None:
+    evidence, text = make_evidence(), load("en")
+    value, notes = gained(make_verdict(evidence), text)
+    assert value == "1.6000 nats"
+    assert notes == [
+        "held-out loss 2.8240 before training, 1.2240 with rank 128",
+        "95% interval: 1.5800 to 1.6200 nats",
+    ]
+    of_full = make_verdict(evidence, gain=1.62, gain_of="full", gain_low=None, gain_high=None)
+    assert gained(of_full, text).notes == ["held-out loss 2.8240 before training, 1.2040 with full fine-tuning"]
+
+
+def test_the_usual_margins_are_a_table() -> None:
+    found = [(0.01, None, []), (0.02, 128, ["r008-lr2e-4"]), (0.05, 8, [])]
+    margins = [dict(zip(("margin", "rank", "undetermined"), row, strict=True)) for row in found]
+    table = margin_table(make_verdict(make_evidence(), margins=margins), load("en"))
+    assert table is not None
+    assert table.rows == [["99%", "undecided"], ["98%", "128 (lower undecided)"], ["95%", "8"]]
+    assert table.chosen == 2, "the verdict's own margin"
+
+
+def test_caveats_name_what_they_are_about() -> None:
+    evidence, text = make_evidence(), load("en")
+    diverged = [{"candidate": "r064-lr2e-3", "rank": 64, "learning_rate": 2e-3, "seeds": [0, 2]}]
+    overfits = [{"candidate": "r256-lr2e-4", "rank": 256, "step": 1200, "rise": 0.0312}]
+    verdict = make_verdict(evidence, diverged=diverged, overfits=overfits)
+    verdict["comparison"][0]["gain"] = -0.1
+    said = {code: caveat_sentence(verdict, code, text) for code in ALARMS}
+    assert said["diverged"].startswith("Diverged: rank 64 at learning rate 2e-3 (seeds 0, 2).")
+    assert said["worse_than_untrained"].startswith("Worse than no training: rank 8. ")
+    assert said["overfits"].startswith("Overfitting: rank 256 was best at step 1,200, 0.0312 nats below its end.")
+    assert caveat_sentence(verdict, "one_seed", text).startswith("Only one seed was run")
+    assert caveat_sentence(verdict, "of another version", text) == "of another version"
 
 
 def test_lower_ranks_that_are_open_are_told() -> None:
@@ -82,7 +230,7 @@ def test_lower_ranks_that_are_open_are_told() -> None:
 
 
 def test_one_seed_says_that_it_says_nothing_of_seeds() -> None:
-    assert "Run at least two more" in verdict_sentence(make_verdict(make_evidence(), "not_enough_evidence", seeds=1))
+    assert "run at least two more" in verdict_sentence(make_verdict(make_evidence(), "not_enough_evidence", seeds=1))
 
 
 @pytest.mark.parametrize(
@@ -132,10 +280,11 @@ def test_no_verdict_yet() -> None:
 
 @pytest.mark.parametrize("outcome", ["recommended", "not_distinguishable", "best_in_budget", "not_enough_evidence"])
 def test_korean_sentences_are_whole(outcome: str) -> None:
-    sentence = verdict_sentence(make_verdict(make_evidence(), outcome), "ko")
-    assert sentence.endswith(".")
-    assert "{" not in sentence
-    assert ("랭크 8" in sentence) == (outcome != "not_enough_evidence")
+    verdict = make_verdict(make_evidence(), outcome)
+    for sentence in (verdict_sentence(verdict, "ko"), verdict_sentence(of_the_loss(verdict), "ko")):
+        assert sentence.endswith(".")
+        assert "{" not in sentence
+    assert "랭크 8" in verdict_sentence(verdict, "ko")
 
 
 def test_sentences_import_nothing_heavy() -> None:

@@ -10,7 +10,7 @@ from rankscope.report.answers import Answered, answered
 from rankscope.report.costs import Saving, cost_tables, noise_sentence, prediction_tables, savings
 from rankscope.report.curve import rank_curve_sections
 from rankscope.report.figures import Figure, Missing, Section, make_section
-from rankscope.report.frames import by_candidate, chosen_row, has_gpu
+from rankscope.report.frames import by_candidate, chosen_row, compared_rows, has_gpu
 from rankscope.report.loss import loss_figures
 from rankscope.report.memory import memory_figures
 from rankscope.report.other_metrics import Fact, data_facts, machine_facts, metrics_notes, metrics_table, rank_name
@@ -21,8 +21,31 @@ from rankscope.spec.resolve import write_yaml
 from rankscope.study.evidence import Evidence
 from rankscope.study.folder import ANSWERS
 from rankscope.text.catalogue import Catalogue
-from rankscope.text.formats import Table, duration, interval, known, loss, percent, rate, shown, signed, size, tabulate
-from rankscope.text.verdict import claim_sentences, verdict_sentence
+from rankscope.text.formats import (
+    Table,
+    at_least,
+    duration,
+    interval,
+    known,
+    loss,
+    percent,
+    rate,
+    shown,
+    signed,
+    size,
+    tabulate,
+)
+from rankscope.text.verdict import (
+    Gain,
+    NextStep,
+    caveat_sentence,
+    claim_sentences,
+    gained,
+    margin_table,
+    next_step,
+    outcome_label,
+    verdict_sentence,
+)
 
 
 class Content(NamedTuple):
@@ -33,7 +56,10 @@ class Content(NamedTuple):
     outcome: str
     rank: str
     sentence: str
+    next_step: NextStep | None
     warnings: list[str]
+    gain: Gain
+    margins: Table | None
     savings_title: str
     savings: list[Saving]
     savings_note: str
@@ -67,28 +93,38 @@ class Content(NamedTuple):
 
 
 def compose(
-    evidence: Evidence, verdict: Mapping[str, Any] | None, text: Catalogue, study_name: str, reproduce: str
+    evidence: Evidence,
+    verdict: Mapping[str, Any] | None,
+    text: Catalogue,
+    study_name: str,
+    reproduce: str,
+    directory: str = "",
 ) -> Content:
-    """Content of the report; `verdict` may be None, and any table of the evidence may be empty."""
+    """Content of the report; `verdict` may be None, and any table of the evidence may be empty. `directory` is the
+    study's, as commands name it (default: its name)."""
     table = by_candidate(evidence, verdict)
     rank = (verdict or {}).get("rank")
     saved = savings(evidence, verdict, table, text)
     cost, cost_notes = _cost(verdict, table, text)
     caveats = (verdict or {}).get("caveats", [])
+    half = [] if compared_rows(evidence) is None else ["half"]
     return Content(
         title=text("page.title", study=study_name),
         subtitle=_subtitle(evidence, text),
-        outcome=text(f"outcome.{verdict['outcome'] if verdict else 'none'}"),
+        outcome=outcome_label(verdict, text),
         rank="" if rank is None else str(rank),
         sentence=verdict_sentence(verdict, text.language),
+        next_step=next_step(verdict, evidence, directory or study_name, text),
         warnings=data_warnings(evidence.data_facts, text),
+        gain=gained(verdict, text),
+        margins=margin_table(verdict, text),
         savings_title=saved.title,
         savings=saved.savings,
         savings_note=saved.note,
         cost=cost,
         cost_notes=cost_notes,
-        caveats=[text.get(f"caveat.{code}", str(code)) for code in caveats if code not in DOUBTS],
-        how_to_read=[text(f"how.{name}") for name in ("averages", "axes", "alone", "differences")],
+        caveats=[caveat_sentence(verdict or {}, code, text) for code in caveats if code not in DOUBTS],
+        how_to_read=[text(f"how.{name}") for name in ("averages", "axes", "alone", "differences", *half)],
         sections=[
             make_section("loss", loss_figures(evidence, verdict, table, text)),
             *variant_sections(evidence, verdict, text),
@@ -130,7 +166,9 @@ def _cost(verdict: Mapping[str, Any] | None, table: pd.DataFrame, text: Catalogu
     if not known(chosen["regret"]):
         return "", [text("cost.unknown")]
     notes = []
-    if known(chosen["regret_share"]):
+    if known(chosen["kept"]):
+        notes.append(text("cost.share_gain", share=percent(1 - chosen["kept"])))
+    elif known(chosen["regret_share"]):
         notes.append(text("cost.share", share=percent(chosen["regret_share"])))
     if known(chosen["regret_low"]) and known(chosen["regret_high"]):
         ends = {"low": signed(chosen["regret_low"]), "high": signed(chosen["regret_high"])}
@@ -148,8 +186,19 @@ def _candidates(evidence: Evidence, verdict: Mapping[str, Any] | None, table: pd
         return average if average == peak == text("none") else f"{average} /\n{peak}"
 
     def eval_loss(row: Any) -> str:
+        if row["diverged"]:
+            return text("status.diverged")
         spread = f"\n± {loss(row['eval_loss_sd'])}" if known(row["eval_loss_sd"]) else ""
-        return shown(row["eval_loss"], loss, text) + spread
+        worse = f"\n{text('table.worse_than_untrained')}" if row["gain"] < 0 else ""
+        return shown(row["eval_loss"], loss, text) + spread + worse
+
+    def regret(row: Any) -> str:
+        ends = f"\n{text('table.few_seeds')}" if row["few_seeds"] else ""
+        return shown(row["regret"], loss, text) + (ends or interval(row["regret_low"], row["regret_high"], loss))
+
+    def kept(row: Any) -> str:
+        least = text("table.at_least", share=at_least(row["kept_low"])) if known(row["kept_low"]) else ""
+        return "\n".join(filter(None, [shown(row["kept"], percent, text), least]))
 
     columns: dict[str, Callable[[Any], str]] = {
         "rank": lambda row: str(row["rank"]),
@@ -161,7 +210,8 @@ def _candidates(evidence: Evidence, verdict: Mapping[str, Any] | None, table: pd
         "finished": lambda row: f"{row['finished']} / {row['trials']}",
         "train_loss": lambda row: shown(row["train_loss"], loss, text),
         "eval_loss": eval_loss,
-        "regret": lambda row: shown(row["regret"], loss, text) + interval(row["regret_low"], row["regret_high"], loss),
+        "regret": regret,
+        **({"kept": kept} if table["kept"].notna().any() else {}),
         "within": lambda row: shown(row["within_margin"], lambda it: text("table.yes" if it else "table.no"), text),
         "cpu_memory": lambda row: memory(row, "rss"),
         "gpu_memory": lambda row: memory(row, "gpu_allocated") if gpu else text("table.no_gpu"),
@@ -190,7 +240,7 @@ def _trials(evidence: Evidence, text: Catalogue) -> Table:
         "reason": lambda row: row["reason"] if isinstance(row["reason"], str) else text("none"),
         "steps": lambda row: shown(row["steps"], "{:,.0f}".format, text),
         "train_loss": lambda row: shown(row["train_loss"], loss, text),
-        "eval_loss": lambda row: shown(row["eval_loss"], loss, text),
+        "eval_loss_all": lambda row: shown(row["eval_loss"], loss, text),
     }
     headed = {text(f"table.{name}"): cell for name, cell in columns.items()}
     return tabulate(text("table.trials"), headed, records, [text(f"table.{n}") for n in ("trial", "status", "reason")])
@@ -199,7 +249,12 @@ def _trials(evidence: Evidence, text: Catalogue) -> Table:
 def _limits(evidence: Evidence, verdict: Mapping[str, Any] | None, text: Catalogue) -> list[str]:
     spec = evidence.spec
     margin = (verdict or {}).get("margin", spec.verdict.margin)
-    limits = [text("limit.scope"), text("limit.margin", margin=percent(margin)), text("limit.seeds")]
+    good = (
+        text("limit.margin_gain", least=percent(1 - margin))
+        if (verdict or {}).get("margin_of", spec.verdict.margin_of) == "gain"
+        else text("limit.margin", margin=percent(margin))
+    )
+    limits = [text("limit.scope"), good, text("limit.seeds")]
     if len(spec.learning_rates) > 1:
         limits.append(text("limit.rates"))
     if len(spec.ranks) > 1 and not isinstance(spec.adapter.alpha, str) and not spec.adapter.use_rslora:

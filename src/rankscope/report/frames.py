@@ -1,11 +1,14 @@
 """Evidence as tidy frames: candidates with their losses and costs, and curves thinned to the width of a screen."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from rankscope.analysis.comparison import judged_examples
+from rankscope.analysis.verdict import diverged_candidates
 from rankscope.study.evidence import Evidence
 
 POINTS = 4000  # of all curves of a figure together, so that a page stays below 3 MB; a curve keeps 30 or more
@@ -39,32 +42,59 @@ def ranks_of(evidence: Evidence) -> list[int]:
     return sorted(evidence.spec.ranks)
 
 
-def heldout_by_seed(evidence: Evidence) -> pd.DataFrame:
-    """One row per finished trial: `candidate rank learning_rate seed eval_loss` (nats).
+def compared_rows(evidence: Evidence) -> set[int] | None:
+    """Numbers of the held-out rows on which ranks are compared, where these are half of all; None where they are all.
 
-    With several learning rates the loss is that of the rows on which ranks are compared, as the verdict's intervals
-    and margin are: see `rankscope.analysis.comparison.judged_examples`.
+    With several candidates a rank, the verdict judges on one half (`rankscope.analysis.comparison.judged_examples`),
+    and all losses of a candidate are shown on that half.
     """
-    results, examples = evidence.results, evidence.examples
+    if evidence.examples.empty:
+        return None
+    lost = [row["candidate"] for row in diverged_candidates(evidence.results)]
+    examples = evidence.examples[~evidence.examples["candidate"].isin(lost)]
+    rows = set(judged_examples(examples)["example"]) if len(examples) else set()
+    return rows if 0 < len(rows) < examples["example"].nunique() else None
+
+
+def comparable(results: pd.DataFrame, examples: pd.DataFrame, rows: set[int] | None) -> pd.DataFrame:
+    """`Study.results()` whose means can be compared: held-out metrics are those of `rows`, and losses of a candidate
+    with a seed that diverged are NaN, as a mean over the other seeds would flatter it."""
+    results = results.copy()
+    if rows is not None:
+        part = examples[examples["example"].isin(rows)]
+        part = part.assign(total=part["loss"] * part["label_tokens"])
+        sums = part.groupby("trial")[["total", "correct_tokens", "label_tokens"]].sum(min_count=1)
+        results["eval_loss"] = results["trial"].map(sums["total"] / sums["label_tokens"])
+        results["eval_accuracy"] = results["trial"].map(sums["correct_tokens"] / sums["label_tokens"])
+        results["eval_perplexity"] = np.exp(results["eval_loss"].clip(upper=700.0))
+    lost = results["candidate"].isin([row["candidate"] for row in diverged_candidates(results)])
+    losses = [name for name in LOSSES if name in results]
+    return results.assign(**{name: results[name].where(~lost) for name in losses})
+
+
+LOSSES = ("train_loss", "eval_loss", "eval_perplexity", "eval_accuracy", "general_loss_after")
+
+
+def heldout_by_seed(evidence: Evidence) -> pd.DataFrame:
+    """One row per finished trial of a candidate that did not diverge, on `compared_rows`: `candidate rank learning_rate
+    seed eval_loss` (nats)."""
+    results = comparable(evidence.results, evidence.examples, compared_rows(evidence))
     done = results[(results["status"] == "done") & results["eval_loss"].notna()]
-    columns = [*KEYS, "seed", "eval_loss"]
-    if examples.empty or examples["learning_rate"].nunique() == 1:
-        return done[columns].reset_index(drop=True)
-    judged = examples[examples["example"].isin(judged_examples(examples)["example"])]
-    weighted = judged.assign(total=judged["loss"] * judged["label_tokens"])
-    sums = weighted.groupby("trial")[["total", "label_tokens"]].sum()
-    losses = done["trial"].map(sums["total"] / sums["label_tokens"])
-    return done.assign(eval_loss=losses)[columns].dropna().reset_index(drop=True)
+    return done[[*KEYS, "seed", "eval_loss"]].reset_index(drop=True)
 
 
-def heldout_by_candidate(evidence: Evidence, table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `by_candidate` with a finished seed; `eval_loss` is the mean of `heldout_by_seed`."""
-    means = heldout_by_seed(evidence).groupby("candidate")["eval_loss"].mean()
-    return table.assign(eval_loss=table["candidate"].map(means)).dropna(subset=["eval_loss"])
+def untrained_loss(evidence: Evidence, rows: set[int] | None) -> float:
+    """Held-out loss before training, in nats per label token; NaN in a study of an earlier version."""
+    examples = evidence.untrained
+    if examples is None or examples.empty:
+        return math.nan
+    part = examples if rows is None else examples[examples["example"].isin(rows)]
+    return float(np.average(part["loss"], weights=part["label_tokens"]))
 
 
 COMPARED = (
-    "eval_loss_low", "eval_loss_high", "regret", "regret_low", "regret_high", "regret_share", "within_margin",
+    "eval_loss_low", "eval_loss_high", "regret", "regret_low", "regret_high", "regret_share", "kept", "kept_low",
+    "within_margin",
 )  # fmt: skip
 """Columns that `by_candidate` takes from the verdict's comparison."""
 
@@ -79,28 +109,39 @@ COSTS = {
 """Costs of `by_candidate`: a column of `Study.profiles`, and its aggregation over repeats."""
 
 
-def by_candidate(evidence: Evidence, verdict: Mapping[str, Any] | None) -> pd.DataFrame:
+def by_candidate(evidence: Evidence, verdict: Mapping[str, Any] | None, rows: set[int] | None = None) -> pd.DataFrame:
     """One row per candidate in the study's order, lowest rank first.
 
-    Columns: `candidate rank learning_rate lora_alpha scaling trainable_params adapter_bytes trials finished
-    train_loss eval_loss eval_loss_sd` and those of `COMPARED` and `COSTS`; NaN where a value is unknown.
+    Columns: `candidate rank learning_rate lora_alpha scaling trainable_params adapter_bytes trials finished diverged
+    train_loss eval_loss eval_loss_sd gain few_seeds` and those of `COMPARED` and `COSTS`; NaN where a value is unknown.
 
-    Losses (nats per label token) are means over finished trials, `eval_loss_sd` their sample standard deviation
-    (NaN with one). Intervals and regret are the verdict's. A rank is profiled once: each of its learning rates has its
-    costs, in bytes and seconds.
+    Losses (nats per label token) are means over finished trials, `eval_loss_sd` their sample standard deviation (NaN
+    with one), `gain` the untrained model's held-out loss minus theirs. Held-out losses are those of `rows` (default:
+    `compared_rows`), and unknown where a seed diverged. Intervals and regret are the verdict's; an interval wider than
+    what fine-tuning gains is unknown too, and `few_seeds` says so. A rank is profiled once: each of its learning rates
+    has its costs, in bytes and seconds.
     """
-    results = evidence.results
+    rows = compared_rows(evidence) if rows is None else rows
+    results = comparable(evidence.results, evidence.examples, rows)
     done = results[results["status"] == "done"].groupby("candidate")
     everything = results.groupby("candidate", sort=False)
     own = ["rank", "learning_rate", "lora_alpha", "scaling", "trainable_params", "adapter_bytes"]
     table = everything.first()[own].assign(trials=everything.size())
     table["finished"] = done.size().reindex(table.index, fill_value=0)
+    table["diverged"] = (results["status"] == "diverged").groupby(results["candidate"]).sum()
     table[["train_loss", "eval_loss"]] = done[["train_loss", "eval_loss"]].mean()
     table["eval_loss_sd"] = done["eval_loss"].std()
+    table["gain"] = untrained_loss(evidence, rows) - table["eval_loss"]
     compared = {row["candidate"]: row for row in (verdict or {}).get("comparison", [])}
     for column in COMPARED:
         known = [compared.get(name, {}).get(column) for name in table.index]
         table[column] = pd.Series(known, index=table.index, dtype="float64")
+    gain = (verdict or {}).get("gain") or 0.0
+    for name in ("eval_loss", "regret"):
+        low, high = f"{name}_low", f"{name}_high"
+        wide = (table[high] - table[low] > gain) & (gain > 0)
+        table[[low, high]] = table[[low, high]].mask(wide)
+    table["few_seeds"] = table["regret"].notna() & table["regret_high"].isna() & (len(compared) > 1)
     table = table.join(_costs(rank_profiles(evidence)), on="rank")
     order = [candidate.name for candidate in evidence.spec.candidates()]
     return table.reindex([name for name in order if name in table.index]).reset_index(names="candidate")

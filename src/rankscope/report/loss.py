@@ -12,7 +12,7 @@ from rankscope.report.frames import (
     KEYS,
     Binned,
     bin_steps,
-    heldout_by_candidate,
+    compared_rows,
     heldout_by_seed,
     mean_and_range,
     ranks_of,
@@ -33,14 +33,14 @@ def loss_figures(
         _heldout_by_rank(evidence, verdict, table, text),
         _heldout_by_step(evidence, table, text),
     ]
-    return [*found, _rate_map(evidence, table, text)] if len(evidence.spec.learning_rates) > 1 else found
+    return [*found, _rate_map(evidence, verdict, table, text)] if len(evidence.spec.learning_rates) > 1 else found
 
 
 def training_loss(evidence: Evidence) -> Binned:
     """`candidate rank learning_rate step mean low high smooth_mean smooth_low smooth_high` over seeds, in nats.
 
-    A mean over a trial that stopped midway would jump where it stops, so only finished trials count; of a candidate
-    without one, those that did not diverge.
+    A mean over a trial that stopped midway would jump where it stops, so only finished trials count, or all trials of a
+    candidate without one; a candidate with a seed that diverged has no curve.
     """
     curves = _usable(evidence, "train_loss")
     curves = curves[curves["step"] > 0]
@@ -61,8 +61,9 @@ def training_loss(evidence: Evidence) -> Binned:
 def _usable(evidence: Evidence, column: str) -> pd.DataFrame:
     """`candidate rank learning_rate seed step` and the column of `Evidence.curves`, where it has a value."""
     status = evidence.results.set_index("trial")[["candidate", "status"]]
+    status = status[~status["candidate"].isin(status.loc[status["status"] == "diverged", "candidate"])]
     done = status[status["status"] == "done"]
-    unfinished = status[~status["candidate"].isin(done["candidate"]) & (status["status"] != "diverged")]
+    unfinished = status[~status["candidate"].isin(done["candidate"])]
     curves = evidence.curves
     kept = curves["trial"].isin([*done.index, *unfinished.index]) & curves[column].notna()
     return curves.loc[kept, [*KEYS, "seed", "step", column]]
@@ -104,9 +105,11 @@ def _heldout_by_step(evidence: Evidence, table: pd.DataFrame, text: Catalogue) -
         y_title = text("chart.eval_steps.y")
         return charts.layered(*charts.lines(rows, text, ranks, y_title, y_range, ".4f", along=axis, points=True))
 
-    alternative = say(title, table, "eval_loss", loss, text)
+    last = frame[frame["step"] == frame.groupby("candidate")["step"].transform("max")]
+    alternative = say(title, last, "mean", loss, text)
     table_of = curve_numbers(title, frame, "mean", loss, text)
-    return Figure(name, title, text("chart.eval_steps.note"), alternative, by_rate(frame, text, draw), table_of)
+    note = text("chart.eval_steps.note" if compared_rows(evidence) is None else "chart.eval_steps.note_all")
+    return Figure(name, title, note, alternative, by_rate(frame, text, draw), table_of)
 
 
 def _heldout_by_rank(
@@ -116,13 +119,13 @@ def _heldout_by_rank(
     seeds = heldout_by_seed(evidence)
     if seeds.empty:
         return Missing(name, text("chart.eval_by_rank.absent"))
-    finished = heldout_by_candidate(evidence, table)
-    margin, note = None, text("chart.eval_by_rank.note")
-    if verdict is not None and verdict["comparison"]:
-        best = min(row["eval_loss"] for row in verdict["comparison"])
-        margin = (best, best * (1 + verdict["margin"]))
-        shares = {"confidence": percent(verdict["confidence"]), "margin": percent(verdict["margin"])}
-        note = text("chart.eval_by_rank.note_margin", **shares)
+    finished = table.dropna(subset=["eval_loss"])
+    margin, note = _margin(verdict), text("chart.eval_by_rank.note")
+    if verdict is not None and margin is not None:
+        share, of_gain = verdict["margin"], verdict.get("margin_of") == "gain"
+        shares = {"least": percent(1 - share)} if of_gain else {"margin": percent(share)}
+        key = f"chart.eval_by_rank.note_{'gain' if of_gain else 'margin'}"
+        note = text(key, confidence=percent(verdict["confidence"]), **shares)
         if finished["learning_rate"].nunique() > 1:
             note = f"{note} {text('chart.eval_by_rank.rates')}"
     chart = _heldout_chart(seeds, finished, text, ranks_of(evidence), margin)
@@ -140,10 +143,19 @@ def _heldout_by_rank(
     return Figure(name, title, with_rates(note, finished, text), alternative, [Panel("", chart)], table_of)
 
 
+def _margin(verdict: Mapping[str, Any] | None) -> tuple[float, float] | None:
+    """Losses that are good enough beside the best one, in nats; None where fine-tuning has gained nothing."""
+    if verdict is None or not verdict["comparison"]:
+        return None
+    best = min(row["eval_loss"] for row in verdict["comparison"])
+    whole = (verdict["gain"] or 0.0) if verdict.get("margin_of") == "gain" else best
+    return (best, best + verdict["margin"] * whole) if whole > 0 else None
+
+
 def _heldout_chart(
     seeds: pd.DataFrame, candidates: pd.DataFrame, text: Catalogue, ranks: list[int], margin: tuple[float, float] | None
 ) -> alt.Chart:
-    """`seeds` is `heldout_by_seed`, `candidates` is `heldout_by_candidate`; `margin` is shaded, in nats."""
+    """`seeds` is `heldout_by_seed`, `candidates` are rows of `by_candidate`; `margin` is shaded, in nats."""
     columns = [*KEYS, "eval_loss", "eval_loss_low", "eval_loss_high"]
     seeds = seeds.assign(rate=seeds["learning_rate"].map(rate))
     candidates = candidates[columns].assign(rate=candidates["learning_rate"].map(rate))
@@ -159,14 +171,17 @@ def _heldout_chart(
     return charts.layered(*layers)
 
 
-def _rate_map(evidence: Evidence, table: pd.DataFrame, text: Catalogue) -> Figure | Missing:
+def _rate_map(
+    evidence: Evidence, verdict: Mapping[str, Any] | None, table: pd.DataFrame, text: Catalogue
+) -> Figure | Missing:
     name, title, ranks = "learning-rate-map", text("chart.rate_map.title"), ranks_of(evidence)
     if table["eval_loss"].isna().all():
         return Missing(name, text("chart.eval_by_rank.absent"))
-    diverged = set(evidence.results.loc[evidence.results["status"] == "diverged", "candidate"])
+    compared = [row["candidate"] for row in (verdict or {}).get("comparison", [])]  # may be chosen on other rows
+    lowest = table.groupby("rank")["eval_loss"].transform("min") == table["eval_loss"]
     frame = table[["candidate", "rank", "learning_rate", "eval_loss"]].assign(
-        best=table.groupby("rank")["eval_loss"].transform("min") == table["eval_loss"],
-        note=[text("status.diverged") if name in diverged else text("none") for name in table["candidate"]],
+        best=table["candidate"].isin(compared) if compared else lowest,
+        note=[text("status.diverged" if diverged else "none") for diverged in table["diverged"]],
     )
     cells = frame.set_index(["learning_rate", "rank"])["eval_loss"]
     columns: dict[str, Callable[[Any], str]] = {text("table.learning_rate"): rate}

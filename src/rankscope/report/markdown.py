@@ -16,8 +16,14 @@ def render(content: Content, text: Catalogue) -> str:
     parts = [f"# {escape(content.title)}", escape(content.subtitle), f"## {text('section.verdict')}"]
     headline = f"{content.outcome}: {content.rank}" if content.rank else content.outcome
     parts += [f"**{escape(headline)}**", escape(content.sentence)]
+    if content.next_step is not None:
+        parts += [f"{escape(content.next_step.title)}:", _code(content.next_step.command, "sh")]
     if content.warnings:
         parts += [f"**{text('caveat.data')}**", _list(content.warnings)]
+    if content.gain.value:
+        parts += [f"{text('gain.title')}:", _list([content.gain.value, *content.gain.notes])]
+    if content.margins is not None:
+        parts.append(markdown_table(content.margins))
     if content.savings:
         lines = [
             f"{saving.label}: {text('saving.pair', value=saving.value, other=saving.instead)} ({saving.difference})"

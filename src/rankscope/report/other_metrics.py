@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from rankscope.report.frames import comparable, compared_rows
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue, flatten
 from rankscope.text.formats import Table, interval, loss, percent, rate, shown, signed, size, tabulate
@@ -13,7 +14,7 @@ _MEANS = ["eval_loss", "eval_perplexity", "eval_accuracy", "general_change"]
 
 
 def metrics_by_candidate(results: pd.DataFrame) -> pd.DataFrame:
-    """One row per candidate of `Study.results()` or `Study.reference_results()`, in their order.
+    """One row per candidate of `rankscope.report.frames.comparable` results, in their order.
 
     Columns: `candidate rank learning_rate trials finished diverged eval_loss eval_perplexity eval_accuracy
     general_change`. From `eval_loss` on, means over finished trials (NaN without one); `general_change` is the loss on
@@ -35,7 +36,8 @@ def full_fine_tuning(evidence: Evidence, verdict: Mapping[str, Any] | None) -> p
     without a reference."""
     if evidence.reference_results is None or evidence.reference_results.empty:
         return pd.DataFrame()
-    table = metrics_by_candidate(evidence.reference_results)
+    results = comparable(evidence.reference_results, evidence.reference, compared_rows(evidence))
+    table = metrics_by_candidate(results)
     best = table[table["candidate"] == (verdict or {}).get("reference_candidate")]
     return table.head(1) if best.empty else best
 
@@ -63,7 +65,8 @@ def metrics_table(evidence: Evidence, verdict: Mapping[str, Any] | None, text: C
     if evidence.spec.measure.forgetting is not None:
         columns["forgetting"] = lambda row: shown(row["general_change"], signed, text)
     columns["diverged"] = lambda row: f"{row['diverged']} / {row['trials']}"
-    records = metrics_by_candidate(evidence.results).to_dict("records") + full.to_dict("records")
+    results = comparable(evidence.results, evidence.examples, compared_rows(evidence))
+    records = metrics_by_candidate(results).to_dict("records") + full.to_dict("records")
     return tabulate(text("also.caption"), {text(f"table.{name}"): cell for name, cell in columns.items()}, records)
 
 

@@ -11,7 +11,7 @@ from rankscope.analysis.costs import noise_floor, on_front
 from rankscope.report import charts
 from rankscope.report.costs import noise_share
 from rankscope.report.figures import Figure, Missing, Panel, numbers, say, with_rates
-from rankscope.report.frames import KEYS, has_gpu, heldout_by_candidate, rank_profiles, ranks_of
+from rankscope.report.frames import KEYS, has_gpu, rank_profiles, ranks_of
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import Unit, duration, loss, rate, size, size_unit, time_unit
@@ -103,7 +103,7 @@ def trade_off_figures(
 ) -> list[Figure | Missing]:
     """Held-out loss against peak memory, of the GPU where there is one, and against runtime."""
     kind, peak = ("gpu", "gpu_allocated_peak_bytes") if has_gpu(evidence) else ("cpu", "rss_peak_bytes")
-    known = heldout_by_candidate(evidence, table)
+    known = table.dropna(subset=["eval_loss"])
     known = known.assign(chosen=known["candidate"] == (verdict or {}).get("candidate"))
     return [
         _trade_off("loss-memory", known, peak, f"chart.trade_off.{kind}", ranks_of(evidence), text),

@@ -32,11 +32,12 @@ def build(
     *,
     study_name: str | None = None,
     reproduce: str = "rankscope run study.yaml",
+    directory: str = "",
 ) -> Path:
     """Write index.html, report.md, results.csv, results.parquet and figures/ into `folder`, also on partial evidence.
 
     `verdict` is the content of verdict.json, or None before there is one. `study_name` defaults to the study's own;
-    `reproduce` is the command that the report shows.
+    `reproduce` is the command that the report shows, `directory` the study's as its other commands name it.
 
     Returns: the path of index.html.
 
@@ -44,9 +45,9 @@ def build(
         StudyError: the language has no catalogue.
     """
     text, name = load(language), study_name or evidence.spec.name
-    content = compose(evidence, verdict, text, name, reproduce)
+    content = compose(evidence, verdict, text, name, reproduce, directory)
     # Figures go into other documents: where no font here has a language's letters, English beats boxes.
-    drawn = content if can_draw(text) else compose(evidence, verdict, load("en"), name, reproduce)
+    drawn = content if can_draw(text) else compose(evidence, verdict, load("en"), name, reproduce, directory)
     figures = folder / "figures"
     for figure in drawn.figures:
         image = render_image(figure)

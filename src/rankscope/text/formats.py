@@ -89,7 +89,12 @@ def duration(seconds: float, text: "Catalogue") -> str:
 
 def percent(share: float) -> str:
     """`0.01` -> `1%`, `0.0025` -> `0.25%`."""
-    return f"{share * 100:.3g}%"
+    return f"{MINUS if share < 0 else ''}{abs(share) * 100:.3g}%"
+
+
+def at_least(share: float) -> str:
+    """A lower bound in percent, rounded down: `0.99375` -> `99.3%`."""
+    return percent(math.floor(share * 1000) / 1000)
 
 
 def signed_percent(share: float) -> str:

@@ -1,49 +1,227 @@
-"""The verdict in sentences, for the report and the command line. Imports nothing heavy."""
+"""The verdict in words, for the report and the command line: sentence, next step, gain, margins and caveats.
 
-from collections.abc import Mapping
-from typing import Any
+Verdicts of version 0.1 lack what is a share of the gain. Imports nothing heavy.
+"""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rankscope.text.catalogue import Catalogue, load
-from rankscope.text.formats import percent, rate, signed_percent
+from rankscope.text.formats import Table, at_least, known, loss, percent, rate, signed_percent, tabulate
+
+if TYPE_CHECKING:
+    from rankscope.study.evidence import Evidence
+
+
+class NextStep(NamedTuple):
+    """What would settle an open verdict."""
+
+    title: str
+    command: str
+
+
+class Gain(NamedTuple):
+    """What fine-tuning gains; empty where the verdict does not know it."""
+
+    value: str
+    notes: list[str]
 
 
 def verdict_sentence(verdict: Mapping[str, Any] | None, language: str = "en") -> str:
-    """Recommendation and its confidence; `verdict` is the content of verdict.json, or None without one."""
+    """Recommendation and its confidence, or a best guess and why there is no more; `verdict` is the content of
+    verdict.json, or None without one."""
     text = load(language)
     if verdict is None:
         return text("sentence.none")
-    outcome, more = verdict["outcome"], verdict.get("more_seeds")
-    values = {"seeds": text.count("seeds", verdict["seeds"])}
-    if more:
-        values["more"] = text.count("more_seeds", more)
-    if outcome == "not_enough_evidence":
-        key = "one_seed" if verdict["seeds"] == 1 else "not_enough_evidence_more" if more else "not_enough_evidence"
-        return text(f"sentence.{key}", **values)
+    outcome, more, of_gain = verdict["outcome"], verdict.get("more_seeds"), verdict.get("margin_of") == "gain"
+    values = {
+        "seeds": text.count("seeds", verdict["seeds"]),
+        "margin": percent(verdict["margin"]),
+        "least": percent(1 - verdict["margin"]),
+        "confidence": percent(verdict["confidence"]),
+        "more": text.count("more_seeds", more or 0),
+    }
     if outcome == "nothing_in_budget":
         return text("sentence.nothing_in_budget")
+    if outcome == "not_trained_enough":
+        return text(f"sentence.{_kind_of_gain(verdict)}", **values)
+    if outcome == "not_enough_evidence":
+        reason = text("sentence.open", cause=text(f"cause.{_cause(verdict)}", **values))
+        return " ".join([reason, *_guess(verdict, text)])
+
+    def say(key: str) -> str:
+        """The sentence about the gain or about the loss, where there are two."""
+        return text(f"sentence.{key}{'_gain' * of_gain}", **values)
+
     rows = {row["candidate"]: row for row in verdict["comparison"]}
     chosen, best = rows[verdict["candidate"]], rows[verdict["best_candidate"]]
     values |= {
         "name": candidate_name(verdict, chosen["candidate"], text),
         "best": candidate_name(verdict, best["candidate"], text),
-        "margin": percent(verdict["margin"]),
-        "confidence": percent(verdict["confidence"]),
         "share": percent(chosen["regret_share"]),
         "most": percent((chosen["regret_high"] or 0.0) / best["eval_loss"]),
+        "kept": percent(chosen.get("kept") or 0.0),
+        "kept_low": at_least(chosen.get("kept_low") or 0.0),
         "rate": rate(chosen["learning_rate"]),
         "scaling": scaling_name(verdict["scaling"], text),
     }
-    sentences = [text(f"sentence.{_kind(verdict, chosen, best)}", **values)]
+    kind = _kind(verdict, chosen, best)
+    sentences = [text("sentence.recommended_only", **values) if kind == "recommended_only" else say(kind)]
     lower = [row for row in verdict["comparison"] if row["rank"] < chosen["rank"]]
-    if outcome == "not_distinguishable" and more:
-        sentences.append(text("sentence.more_would_tell", **values))
+    if outcome == "not_distinguishable":
+        sentences += [say("more_would_tell")] if more else []
+        sentences += _guess(verdict, text) if verdict.get("guess") != verdict["candidate"] else []
     if outcome == "recommended" and verdict["undetermined"]:
         sentences.append(text("sentence.below_open_more" if more else "sentence.below_open", **values))
     elif outcome == "recommended" and lower and all(row["within_margin"] is False for row in lower):
-        sentences.append(text("sentence.below_worse", **values))
+        sentences.append(say("below_worse"))
     one_rate = "one_learning_rate" in verdict["caveats"]
     sentences.append(text("sentence.one_rate" if one_rate else "sentence.scaling", **values))
     return " ".join(sentences)
+
+
+def outcome_label(verdict: Mapping[str, Any] | None, text: Catalogue) -> str:
+    """Heading of the verdict."""
+    outcome = verdict["outcome"] if verdict else "none"
+    seeds_would_do = outcome == "not_trained_enough" and _kind_of_gain(verdict or {}) == "little_gain_more"
+    return text("outcome.not_enough_evidence" if seeds_would_do else f"outcome.{outcome}")
+
+
+def _kind_of_gain(verdict: Mapping[str, Any]) -> str:
+    """Why ranks cannot be told apart by a share of the gain: a key of the catalogue's `sentence`."""
+    if (verdict["gain_low"] or 0.0) <= 0:
+        return "no_gain"
+    return "little_gain_more" if verdict["more_seeds"] else "little_gain"
+
+
+def _cause(verdict: Mapping[str, Any]) -> str:
+    """Why there is not enough evidence: a key of the catalogue's `cause`."""
+    if not verdict["comparison"]:
+        return "diverged" if verdict.get("diverged") else "unfinished"
+    if verdict["seeds"] == 1:
+        return "one_seed"
+    return "few_seeds" if verdict.get("more_seeds") else "close"
+
+
+def _guess(verdict: Mapping[str, Any], text: Catalogue) -> list[str]:
+    """The best guess as a sentence, if there is one."""
+    row = next((row for row in verdict["comparison"] if row["candidate"] == verdict.get("guess")), None)
+    if row is None:
+        return []
+    name = candidate_name(verdict, row["candidate"], text)
+    if row["candidate"] == verdict["best_candidate"]:
+        return [text("sentence.guess_best", name=name)]
+    if known(row.get("kept")):
+        return [text("sentence.guess_gain", name=name, kept=percent(row["kept"]))]
+    return [text("sentence.guess_loss", name=name, share=percent(row["regret_share"]))]
+
+
+def next_step(
+    verdict: Mapping[str, Any] | None, evidence: "Evidence", directory: str, text: Catalogue
+) -> NextStep | None:
+    """The command that would settle an open verdict on the study in `directory`; None where all is settled."""
+    if verdict is None:
+        return None
+    spec, outcome = evidence.spec, verdict["outcome"]
+    run = f"rankscope run {shlex.quote(directory)}"
+
+    def step(title: str, command: str) -> NextStep:
+        return NextStep(text(f"settle.{title}"), command)
+
+    seeds_would_do = outcome == "not_trained_enough" and _kind_of_gain(verdict) == "little_gain_more"
+    if outcome == "not_trained_enough" and not seeds_would_do:
+        steps, epochs = 2 * (spec.training.steps or 0), 2 * (spec.training.epochs or 1)
+        option, length = ("steps", f"{steps}") if steps else ("epochs", f"{epochs:g}")
+        return step("longer", f"{run} --{option} {length} --out {shlex.quote(f'{directory}-{length}-{option}')}")
+    open_below = outcome == "recommended" and verdict["undetermined"] and verdict.get("more_seeds")
+    if outcome not in ("not_enough_evidence", "not_distinguishable") and not open_below and not seeds_would_do:
+        return None
+    cause = _cause(verdict)
+    if cause == "diverged":
+        rates = [float(f"{min(spec.learning_rates) / 4:.3g}"), *sorted(spec.learning_rates)]
+        return step("lower_rate", f"{run} --learning-rates {','.join(map(rate, rates))}")
+    if cause in ("one_seed", "few_seeds"):
+        wanted = verdict["seeds"] + (2 if cause == "one_seed" else verdict["more_seeds"])
+        if wanted > len(spec.seeds):
+            return step("title", f"{run} --seeds {_seeds(spec.seeds, wanted)}")
+    if cause != "close":
+        return step("unfinished", run)
+    wider = [row["margin"] for row in verdict.get("margins", []) if row["margin"] > verdict["margin"] and row["rank"]]
+    if wider:
+        return step("margin", f"rankscope report {shlex.quote(directory)} --margin {percent(wider[0])}")
+    rows = evidence.data_facts.get("rows_eval")
+    return step("rows", f"{run} --set data.eval_rows={2 * rows}") if rows and not spec.data.eval_dataset else None
+
+
+def _seeds(seeds: Sequence[int], wanted: int) -> str:
+    """So many seeds, the given ones first, as `--seeds` takes them: `0..4`, or `0,3,7,8`."""
+    more = [*sorted(seeds), *range(max(seeds) + 1, max(seeds) + 1 + wanted - len(seeds))]
+    return f"{more[0]}..{more[-1]}" if more[-1] - more[0] == len(more) - 1 else ",".join(map(str, more))
+
+
+def gained(verdict: Mapping[str, Any] | None, text: Catalogue) -> Gain:
+    """Gain in nats, the losses it is the difference of, and its interval."""
+    gain = (verdict or {}).get("gain")
+    if verdict is None or gain is None:
+        return Gain("", [])
+    best = next(row for row in verdict["comparison"] if row["candidate"] == verdict["best_candidate"])
+    before = best["eval_loss"] + best["gain"]
+    of_full = verdict["gain_of"] != best["candidate"]
+    name = text("gain.full") if of_full else candidate_name(verdict, best["candidate"], text)
+    notes = [text("gain.from_to", before=loss(before), after=loss(before - gain), name=name)]
+    if known(verdict["gain_low"]) and known(verdict["gain_high"]):
+        ends = {"low": loss(verdict["gain_low"]), "high": loss(verdict["gain_high"])}
+        notes.append(text("cost.interval", confidence=percent(verdict["confidence"]), **ends))
+    return Gain(text("gain.nats", value=loss(gain)), notes)
+
+
+def margin_table(verdict: Mapping[str, Any] | None, text: Catalogue) -> Table | None:
+    """The smallest rank that is good enough, by margin; None where the margin is no share of the gain."""
+    margins = (verdict or {}).get("margins")
+    if verdict is None or not margins:
+        return None
+
+    def smallest(row: Mapping[str, Any]) -> str:
+        if row["rank"] is None:
+            return text("gain.open")
+        return text("gain.lower_open", rank=row["rank"]) if row["undetermined"] else str(row["rank"])
+
+    columns = {text("gain.kept"): lambda row: percent(1 - row["margin"]), text("gain.smallest"): smallest}
+    caption = text("gain.margins", confidence=percent(verdict["confidence"]))
+    own = next((number for number, row in enumerate(margins) if row["margin"] == verdict["margin"]), None)
+    return tabulate(caption, columns, margins, words=columns, chosen=own)
+
+
+ALARMS = ("diverged", "worse_than_untrained", "overfits")  # caveats that name ranks: the terminal shows them too
+
+
+def caveat_sentence(verdict: Mapping[str, Any], code: str, text: Catalogue) -> str:
+    """A caveat of verdict.json in words, with its numbers."""
+    values: dict[str, str] = {}
+    if code == "diverged":
+        found = [
+            text(
+                "caveat.diverged_seeds",
+                name=text("name.rank_and_rate", rank=row["rank"], rate=rate(row["learning_rate"])),
+                seeds=text(
+                    "caveat.of_seeds" if len(row["seeds"]) > 1 else "caveat.of_seed",
+                    seeds=", ".join(map(str, row["seeds"])),
+                ),
+            )
+            for row in verdict["diverged"]
+        ]
+        values["candidates"] = "; ".join(found)
+    elif code == "worse_than_untrained":
+        worse = [row for row in verdict["comparison"] if known(row["gain"]) and row["gain"] < 0]
+        values["ranks"] = ", ".join(candidate_name(verdict, row["candidate"], text) for row in worse)
+    elif code == "overfits":
+        found = [
+            text("caveat.overfit", rank=row["rank"], step=f"{row['step']:,}", rise=loss(row["rise"]))
+            for row in verdict["overfits"]
+        ]
+        values["ranks"] = "; ".join(found)
+    return text(f"caveat.{code}", **values) if values else text.get(f"caveat.{code}", code)
 
 
 def scaling_name(scaling: Mapping[str, Any], text: Catalogue) -> str:

@@ -11,7 +11,7 @@ from rankscope.data.doubts import data_warnings
 from rankscope.pipeline import Conclusion
 from rankscope.report.costs import noise_sentence
 from rankscope.report.curve import rank_curve
-from rankscope.report.frames import by_candidate, has_gpu
+from rankscope.report.frames import by_candidate, compared_rows, has_gpu
 from rankscope.report.variants import variant_sentences
 from rankscope.study.evidence import Evidence
 from rankscope.study.folder import ANSWERS
@@ -19,8 +19,8 @@ from rankscope.study.missing import unfinished
 from rankscope.study.records import Failure, TrialRecord
 from rankscope.study.study import Study
 from rankscope.text.catalogue import load
-from rankscope.text.formats import duration, known, loss, signed, size
-from rankscope.text.verdict import verdict_sentence
+from rankscope.text.formats import duration, known, loss, percent, signed, size
+from rankscope.text.verdict import ALARMS, caveat_sentence, gained, margin_table, next_step, verdict_sentence
 from rankscope.ui.console import make_table, out_console, print_table
 
 
@@ -35,11 +35,19 @@ def show_outcome(conclusion: Conclusion, console: Console, language: str) -> Non
 
 
 def show_verdict(conclusion: Conclusion, console: Console, language: str) -> None:
-    """Print the verdict, and below it what is doubtful about the data."""
+    """Print the verdict, and below it what is doubtful, what fine-tuning gains, and what would settle it."""
+    study, evidence, verdict = conclusion
     text = load(language)
-    console.print(verdict_sentence(conclusion.verdict, language), style="bold", soft_wrap=True)
-    for sentence in data_warnings(conclusion.evidence.data_facts, text):
+    console.print(verdict_sentence(verdict, language), style="bold", soft_wrap=True)
+    alarms = [caveat_sentence(verdict, code, text) for code in verdict["caveats"] if code in ALARMS]
+    for sentence in [*data_warnings(evidence.data_facts, text), *alarms]:
         console.print(text("caveat.warning", sentence=sentence), style="yellow", soft_wrap=True)
+    if (gain := gained(verdict, text)).value:
+        console.print(f"{text('gain.title')}: {'; '.join([gain.value, *gain.notes])}.", soft_wrap=True)
+    if (margins := margin_table(verdict, text)) is not None:
+        console.print(make_table(margins.headers, margins.rows, title=margins.caption))
+    if (step := next_step(verdict, evidence, str(study.path), text)) is not None:
+        console.print(f"{step.title}:\n  {step.command}", soft_wrap=True)
 
 
 def describe_outcome(conclusion: Conclusion) -> dict[str, Any]:
@@ -98,7 +106,8 @@ def _show_candidates(evidence: Evidence, verdict: Mapping[str, Any], console: Co
     columns: dict[str, tuple[str, Callable[[float], str]]] = {
         "train loss": ("train_loss", loss),
         "held-out loss": ("eval_loss", loss),
-        "regret": ("regret", signed),
+        "loss above the best": ("regret", signed),
+        "gain kept": ("kept", percent),
         "CPU mean": ("rss_mean_bytes", size),
         "CPU peak": ("rss_peak_bytes", size),
         "GPU mean": ("gpu_allocated_mean_bytes", size),
@@ -106,12 +115,24 @@ def _show_candidates(evidence: Evidence, verdict: Mapping[str, Any], console: Co
         "s/step": ("step_seconds", lambda seconds: f"{seconds:.3g}"),
         "runtime": ("runtime_seconds", lambda seconds: duration(seconds, load("en"))),
     }
+    table = by_candidate(evidence, verdict)
     shown = {title: column for title, column in columns.items() if gpu or not title.startswith("GPU")}
+    if table["kept"].isna().all():
+        del shown["gain kept"]
+
+    def cell(row: Mapping[Hashable, Any], field: str, show: Callable[[float], str]) -> str:
+        if field == "eval_loss" and row["diverged"]:
+            return "diverged"
+        worse = " (worse than no training)" if field == "eval_loss" and row["gain"] < 0 else ""
+        return f"{show(row[field])}{worse}" if known(row[field]) else "–"
+
     rows = [
-        [row["candidate"], *(show(row[field]) if known(row[field]) else "–" for field, show in shown.values())]
-        for _, row in by_candidate(evidence, verdict).iterrows()
+        [row["candidate"], *(cell(row, field, show) for field, show in shown.values())]
+        for row in table.to_dict("records")
     ]
     console.print(make_table(["candidate", *shown], rows))
+    if compared_rows(evidence) is not None:
+        console.print(load("en")("how.half"), soft_wrap=True)
     if noise := noise_sentence(evidence.profiles, load("en")):
         console.print(noise, soft_wrap=True)
     if not gpu:

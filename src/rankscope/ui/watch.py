@@ -80,7 +80,8 @@ class Watch:
     def _content(self) -> Content:
         study = self.study
         verdict = study.find_verdict()  # `Study.verdict` is cached
-        return compose(study.evidence(), verdict, self.text, study.spec.name, reproduce_command(study.spec))
+        reproduce, directory = reproduce_command(study.spec), str(study.path)
+        return compose(study.evidence(), verdict, self.text, study.spec.name, reproduce, directory)
 
     def _now(self, state: State) -> dict[str, Any]:
         """State as the page shows it; the page reloads its tables when `part` changes."""
@@ -178,7 +179,7 @@ def watch_terminal(watch: Watch, console: Console) -> None:
 
 
 def _terminal_table(state: State, text: Catalogue) -> Table:
-    headers = [text(f"table.{name}") for name in ("trial", "status", "steps", "train_loss", "eval_loss")]
+    headers = [text(f"table.{name}") for name in ("trial", "status", "steps", "train_loss", "eval_loss_all")]
     rows = trial_rows(state.trials, state.steps, text)
     table = make_table(headers, rows, left=(0, 1), title=" · ".join(lines(state, text)))
     table.title_style = "bold"
