@@ -53,7 +53,8 @@ def test_run_and_report(folder: Path) -> None:
     done = rankscope("run", *arguments, "--out", "out", "--set", "measure.profiles=false", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "r002-lr2e-4" in done.stdout
-    assert "not enough evidence" in done.stdout
+    assert "There is no verdict yet: one seed does not show" in done.stdout
+    assert "rankscope run out --seeds 0..2" in done.stdout
     assert len(warnings_in(done.stdout)) == 2, "before training, and with the verdict"
     assert (folder / "out" / "report" / "index.html").exists()
     assert "step" in done.stdout
@@ -72,7 +73,7 @@ def test_results_for_scripts(folder: Path) -> None:
     arguments += ["--out", "scripts", "--set", "measure.profiles=false", "--set", "measure.answers=0"]
     done = rankscope(*arguments, "--json", cwd=folder)
     found = json.loads(done.stdout)
-    assert found["verdict"] == read_json(folder / "scripts/verdict.json", schema=2)
+    assert found["verdict"] == read_json(folder / "scripts/verdict.json", schema=3)
     (trial,) = found["trials"]
     assert trial["eval_loss"] == read_json(folder / "scripts/trials/r002-lr2e-4-s0/trial.json")["results"]["eval_loss"]
     assert found["candidates"][0]["rss_mean_bytes"] is None, "it was not measured"

@@ -174,6 +174,17 @@ def test_warnings_about_the_data_are_on_the_first_screen(
     assert "96" in browser.ask("document.querySelector('.warnings li').innerText")
 
 
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_gain_the_margins_and_the_next_command_are_on_the_first_screen(
+    browser: Browser, evidence: Evidence, tmp_path: Path, language: str
+) -> None:
+    browser.open(build(evidence, make_verdict(evidence, "not_enough_evidence", more_seeds=2), tmp_path, language))
+    for place, expected in ((".next code", "--seeds 0..4"), (".gained .value", "1.6"), (".gained tr.chosen", "95%")):
+        assert expected in browser.ask(f"document.querySelector('{place}').innerText")
+        assert browser.ask(f"document.querySelector('{place}').getBoundingClientRect().bottom") <= 800
+    assert browser.messages == []
+
+
 def test_keys_reach_the_skip_link_the_switches_and_the_numbers(browser: Browser, page: Path) -> None:
     browser.open(page)
     reached = []

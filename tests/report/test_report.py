@@ -322,7 +322,7 @@ def test_one_rank_and_one_seed() -> None:
 def test_the_largest_rank_saves_nothing_and_the_best_costs_nothing(evidence: Evidence) -> None:
     largest = compose(evidence, make_verdict(evidence, chosen=2), load("en"), "x", "y")
     assert largest.savings == []
-    assert largest.savings_note.startswith("This is the largest rank tried")
+    assert largest.savings_note.startswith("This is the largest rank compared")
     best = compose(evidence, make_verdict(evidence, chosen=1), load("en"), "x", "y")
     assert best.cost == ""
     assert best.cost_notes == ["Nothing: it has the lowest held-out loss of all candidates."]

@@ -1,11 +1,13 @@
 """Results for the terminal and for scripts, from evidence that is read once."""
 
 import io
+import math
 import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from rich.console import Console
@@ -17,6 +19,7 @@ from rankscope.report import write
 from rankscope.study.study import Study
 from rankscope.text.verdict import verdict_sentence
 from rankscope.ui.outcome import describe_outcome, show_curve, show_outcome
+from report.report_evidence import make_evidence, make_verdict, replace_trial
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "study-0.1"
 TABLES = ("evidence", "results", "curves", "profiles", "samples", "examples", "reference_results")
@@ -76,10 +79,60 @@ def test_trials_are_in_the_order_of_the_study(study: Study) -> None:
     [("en", "Warning: With only 8 rows held out,"), ("ko", "경고: 검증 데이터가 행 8개뿐이어서")],
 )
 def test_doubts_about_the_data_follow_the_verdict(study: Study, language: str, warning: str) -> None:
-    shown, output = finish(study), io.StringIO()
-    show_outcome(shown, Console(file=output, width=200), language)
+    concluded, output = finish(study), io.StringIO()
+    show_outcome(concluded, Console(file=output, width=200), language)
     lines = output.getvalue().splitlines()
-    at = lines.index(verdict_sentence(shown.verdict, language))
+    at = lines.index(verdict_sentence(concluded.verdict, language))
     assert lines[at + 1].startswith(warning)
     again = CliRunner().invoke(app, ["report", str(study.path), "--lang", language])
     assert again.output.splitlines()[1].startswith(warning)
+
+
+def made_up(**values: Any) -> Conclusion:
+    evidence = make_evidence(steps=8)
+    where = SimpleNamespace(path="my study", report="report")
+    return Conclusion(cast(Study, where), evidence, make_verdict(evidence, **values))
+
+
+def shown(conclusion: Conclusion) -> list[str]:
+    output = io.StringIO()
+    show_outcome(conclusion, Console(file=output, width=200), "en")
+    return output.getvalue().splitlines()
+
+
+def test_the_verdict_is_followed_by_the_gain_the_margins_and_what_would_settle_it() -> None:
+    lines = shown(made_up(outcome="not_enough_evidence", more_seeds=2))
+    at = next(number for number, line in enumerate(lines) if line.startswith("There is no verdict yet: 3 seeds"))
+    assert [" ".join(line.split()) for line in lines[at + 1 :]] == [
+        "What fine-tuning gains: 1.6000 nats; held-out loss 2.8240 before training, 1.2240 with rank 128; 95% "
+        "interval: 1.5800 to 1.6200 nats.",
+        "Smallest rank by the share of the gain it must keep (95% confidence):",
+        "Keeps at least Smallest rank",
+        "98% 8",
+        "95% 8",
+        "To settle it:",
+        "rankscope run 'my study' --seeds 0..4",
+        "Report: report",
+    ]
+
+
+def test_ranks_to_doubt_are_named_on_the_terminal() -> None:
+    diverged = [{"candidate": "r064-lr2e-3", "rank": 64, "learning_rate": 2e-3, "seeds": [0]}]
+    lines = shown(made_up(diverged=diverged, caveats=["one_learning_rate", "diverged"]))
+    assert [line.split(".")[0] for line in lines if line.startswith("Warning")] == [
+        "Warning: Diverged: rank 64 at learning rate 2e-3 (seed 0)"
+    ]
+
+
+def test_a_diverged_candidate_has_no_mean_and_one_worse_than_no_training_says_so() -> None:
+    study, evidence, verdict = made_up()
+    assert evidence.untrained is not None
+    evidence = replace_trial(evidence, 0, status="diverged", eval_loss=math.nan)
+    evidence = evidence._replace(untrained=evidence.untrained.assign(loss=1.226))
+    lines = shown(Conclusion(study, evidence, verdict))
+    cells = {line.split()[0]: line for line in lines if line.startswith("r")}
+    assert "diverged" in cells["r008-lr2e-4"]
+    assert "1.233" not in cells["r008-lr2e-4"], "the mean of the other two"
+    assert "worse" not in cells["r128-lr2e-4"]
+    assert "1.2290 (worse than no training)" in cells["r256-lr2e-4"]
+    assert "loss above the best" in lines[0]

@@ -396,7 +396,8 @@ def _caveats(
     spec = evidence.spec
     ended = evidence.results["status"].isin(["done", "diverged"])
     rates = sorted(evidence.results.loc[ended, "learning_rate"].unique()) if rows else sorted(spec.learning_rates)
-    open_ = bool(rows) and verdict["seeds"] > 1 and not _settled(verdict) and verdict["more_seeds"] is None
+    asked = bool(rows) and verdict["seeds"] > 1 and verdict["outcome"] != "not_trained_enough"
+    open_ = asked and not _settled(verdict) and verdict["more_seeds"] is None
     found = {
         "one_learning_rate": len(rates) == 1,
         "rate_at_edge": len(rates) > 1 and any(row.learning_rate in (rates[0], rates[-1]) for row in rows),

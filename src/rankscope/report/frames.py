@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from rankscope.analysis.comparison import judged_examples
-from rankscope.analysis.verdict import diverged_candidates
+from rankscope.analysis.comparison import judged_examples, without_diverged
 from rankscope.study.evidence import Evidence
 
 POINTS = 4000  # of all curves of a figure together, so that a page stays below 3 MB; a curve keeps 30 or more
@@ -48,12 +47,11 @@ def compared_rows(evidence: Evidence) -> set[int] | None:
     With several candidates a rank, the verdict judges on one half (`rankscope.analysis.comparison.judged_examples`),
     and all losses of a candidate are shown on that half.
     """
-    if evidence.examples.empty:
+    examples = without_diverged(evidence.examples, evidence.results)
+    if examples.empty:
         return None
-    lost = [row["candidate"] for row in diverged_candidates(evidence.results)]
-    examples = evidence.examples[~evidence.examples["candidate"].isin(lost)]
-    rows = set(judged_examples(examples)["example"]) if len(examples) else set()
-    return rows if 0 < len(rows) < examples["example"].nunique() else None
+    rows = set(judged_examples(examples)["example"])
+    return rows if len(rows) < examples["example"].nunique() else None
 
 
 def comparable(results: pd.DataFrame, examples: pd.DataFrame, rows: set[int] | None) -> pd.DataFrame:
@@ -67,7 +65,7 @@ def comparable(results: pd.DataFrame, examples: pd.DataFrame, rows: set[int] | N
         results["eval_loss"] = results["trial"].map(sums["total"] / sums["label_tokens"])
         results["eval_accuracy"] = results["trial"].map(sums["correct_tokens"] / sums["label_tokens"])
         results["eval_perplexity"] = np.exp(results["eval_loss"].clip(upper=700.0))
-    lost = results["candidate"].isin([row["candidate"] for row in diverged_candidates(results)])
+    lost = results["candidate"].isin(results.loc[results["status"] == "diverged", "candidate"])
     losses = [name for name in LOSSES if name in results]
     return results.assign(**{name: results[name].where(~lost) for name in losses})
 

@@ -45,7 +45,8 @@ def show_verdict(conclusion: Conclusion, console: Console, language: str) -> Non
     if (gain := gained(verdict, text)).value:
         console.print(f"{text('gain.title')}: {'; '.join([gain.value, *gain.notes])}.", soft_wrap=True)
     if (margins := margin_table(verdict, text)) is not None:
-        console.print(make_table(margins.headers, margins.rows, title=margins.caption))
+        console.print(f"{margins.caption}:", soft_wrap=True)
+        console.print(make_table(margins.headers, margins.rows, left=(0, 1)))
     if (step := next_step(verdict, evidence, str(study.path), text)) is not None:
         console.print(f"{step.title}:\n  {step.command}", soft_wrap=True)
 
