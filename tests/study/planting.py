@@ -12,7 +12,7 @@ from rankscope.study.records import EvalRecord
 
 
 def plant(study: StudyFolder, untrained: float, losses: Mapping[str, float]) -> None:
-    """Write losses before training, and after it by name of trial: means over label tokens of rows that differ alike."""
+    """Write losses before training, and after it by name of trial: means over label tokens of alike rows."""
     for trial in study.trials:
         plant_trial(study, trial, untrained, losses[trial.name])
 
