@@ -2,13 +2,16 @@
 
     python benchmarks/recompute.py STUDY
 
-Reads study.yaml, trials/*/eval.json, trials/*/metrics.jsonl and profiles/*.json, and compares with verdict.json: each
-rank's held-out loss and regret with their intervals, which ranks are good enough and which are worse, the recommended
-rank, and the effects of the four claims with their intervals. The exit code is 1 if they differ by more than 1e-9
-(relative), and 2 if a study cannot be recomputed: it needs two ranks with two seeds, and no budget.
+Reads study.yaml, trials/*/eval.json, trials/*/untrained.json, trials/*/metrics.jsonl, reference/*/eval.json and
+profiles/*.json, and compares with verdict.json: each rank's held-out loss and regret with their intervals, the gain,
+which ranks are good enough and which are worse, whether training was enough to tell, the recommended rank, by the
+verdict's margin and by the usual ones, what each rank keeps of the gain, and the effects of the four claims with their
+intervals. The exit code is 1 if they differ by more than 1e-9 (relative; what a rank keeps, which the verdict finds by
+bisection, by more than 1e-4), and 2 if a study cannot be recomputed: it needs two ranks with two seeds, and no budget.
 """
 
 import json
+import math
 import sys
 from itertools import permutations
 from pathlib import Path
@@ -17,7 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
-from scipy import stats
+from scipy import optimize, stats
 
 COSTS = {
     "cpu_memory_lowest_then_flat": "rss_mean_bytes",
@@ -26,55 +29,66 @@ COSTS = {
 }
 
 
-def finished_trials(study: Path) -> dict[Path, dict[str, Any]]:
-    """Return the trial.json of each finished trial, by folder."""
-    records = {file.parent: json.loads(file.read_text()) for file in sorted((study / "trials").glob("*/trial.json"))}
-    return {folder: record for folder, record in records.items() if record["status"] == "done"}
+def records(study: Path, kind: str = "trials") -> dict[Path, dict[str, Any]]:
+    """Return trial.json of each trial, by folder."""
+    return {file.parent: json.loads(file.read_text()) for file in sorted((study / kind).glob("*/trial.json"))}
 
 
-def held_out(study: Path) -> pd.DataFrame:
-    """Return one row per held-out example of each finished trial."""
-    frames = []
-    for folder, trial in finished_trials(study).items():
-        examples = pd.DataFrame(json.loads((folder / "eval.json").read_text())["examples"])
-        candidate = trial["candidate"]
-        frames.append(
-            examples.assign(rank=candidate["rank"], rate=candidate["learning_rate"], seed=trial["seed"], folder=folder)
-        )
-    return pd.concat(frames)
+def held_out(study: Path, kind: str = "trials") -> pd.DataFrame:
+    """Return one row per held-out example of each finished trial of a candidate with no seed that diverged."""
+    found = {
+        folder: (trial, trial.get("candidate") or {"rank": 0, "learning_rate": trial["learning_rate"]})
+        for folder, trial in records(study, kind).items()
+    }
+    diverged = [candidate for trial, candidate in found.values() if trial["status"] == "diverged"]
+    frames = [pd.DataFrame(columns=["example", "rank", "rate"])]
+    for folder, (trial, candidate) in found.items():
+        if trial["status"] == "done" and candidate not in diverged:
+            examples = pd.DataFrame(json.loads((folder / "eval.json").read_text())["examples"])
+            own = {"rank": candidate["rank"], "rate": candidate["learning_rate"], "seed": trial["seed"]}
+            frames.append(examples.assign(**own, folder=folder))
+    return pd.concat(frames[1:] or frames)
 
 
-def with_most_seeds(examples: pd.DataFrame) -> pd.DataFrame:
-    """Keep the candidates that finished the most seeds, on the seeds that all of them finished."""
-    seeds = examples.groupby(["rank", "rate"])["seed"].agg(lambda found: frozenset(found))
-    most = seeds[seeds.map(len) == seeds.map(len).max()]
-    shared = frozenset.intersection(*most)
-    pairs = pd.MultiIndex.from_frame(examples[["rank", "rate"]])
-    return examples[pairs.isin(most.index) & examples["seed"].isin(shared).to_numpy()]
+def before_training(study: Path) -> "pd.Series[float]":
+    """Return the loss of each held-out example before training, of the trial whose name comes first."""
+    file = min((study / "trials").glob("*/untrained.json"), key=lambda file: file.parent.name)
+    examples = json.loads(file.read_text())["examples"]
+    return pd.Series(examples["loss"], index=examples["example"])
 
 
 def judged(examples: pd.DataFrame) -> pd.DataFrame:
-    """Keep each rank at its best rate; with several rates, chosen on the even examples and judged on the odd ones."""
-    if examples["rate"].nunique() > 1:
-        chosen = []
-        for rank, part in examples[examples["example"] % 2 == 0].groupby("rank"):
-            part = with_most_seeds(part)
-            nats = (part["loss"] * part["label_tokens"]).groupby(part["rate"]).sum()
-            chosen.append((rank, (nats / part.groupby("rate")["label_tokens"].sum()).idxmin()))
-        pairs = pd.MultiIndex.from_frame(examples[["rank", "rate"]])
-        examples = examples[pairs.isin(chosen) & (examples["example"] % 2 == 1).to_numpy()]
-    return with_most_seeds(examples)
+    """Keep each rank at its best rate; with several rates, chosen on the even examples and judged on the odd ones.
+
+    Of rates that finished different seeds, those with the most are compared, on the seeds that they share.
+    """
+    if examples.groupby("rank")["rate"].nunique().max() == 1:
+        return examples
+    chosen = []
+    for rank, part in examples[examples["example"] % 2 == 0].groupby("rank"):
+        seeds = part.groupby("rate")["seed"].agg(frozenset)
+        seeds = seeds[seeds.map(len) == seeds.map(len).max()]
+        shared = frozenset.intersection(*seeds)
+        part = part[part["rate"].isin(seeds.index)]
+        part = part[part["seed"].isin(shared)] if shared else part
+        nats = (part["loss"] * part["label_tokens"]).groupby(part["rate"]).sum()
+        chosen.append((rank, (nats / part.groupby("rate")["label_tokens"].sum()).idxmin()))
+    pairs = pd.MultiIndex.from_frame(examples[["rank", "rate"]])
+    return examples[pairs.isin(chosen) & (examples["example"] % 2 == 1).to_numpy()]
 
 
 def analysis_of_variance(
     table: pd.DataFrame, weight: pd.Series, level: float, seeds_only: bool = False
 ) -> tuple[float, float]:
-    """Return a seeds x examples table's mean weighted by label tokens, and its interval's half-width at `level`."""
+    """Return a seeds x examples table's mean weighted by label tokens, and its interval's half-width at `level`, which
+    is infinite with one seed."""
     long = table.stack().rename("value").reset_index()
     long["w"] = long["example"].map(weight / weight.mean())
     mean = np.average(long["value"], weights=long["w"])
     long["part"] = long["w"] * (long["value"] - mean)
     seeds, examples = table.shape
+    if seeds < 2:
+        return float(mean), math.inf
     by_seed, by_example = long.groupby("seed")["part"].mean(), long.groupby("example")["part"].mean()
     fitted = long["seed"].map(by_seed) * long["w"] + long["example"].map(by_example)
     left = ((long["part"] - fitted) ** 2).sum() / ((seeds - 1) * (examples - 1))
@@ -87,57 +101,141 @@ def analysis_of_variance(
     return float(mean), float(t @ variances / np.sqrt(variances.sum()))
 
 
-def ends(tables: dict[int, pd.DataFrame], weight: pd.Series, level: float, factor: float) -> pd.DataFrame:
-    """Return the interval of each rank's loss minus `factor` times every other's, by pair of ranks."""
-    found = {
-        pair: analysis_of_variance(tables[pair[0]] - factor * tables[pair[1]], weight, level)
-        for pair in permutations(tables, 2)
-    }
-    frame = pd.DataFrame(found, index=["mean", "half"]).T
-    return pd.DataFrame({"low": frame["mean"] - frame["half"], "high": frame["mean"] + frame["half"]})
+class Judge:
+    """Tables of each rank's losses (seeds x examples), and of those before training and of full fine-tuning."""
+
+    def __init__(self, study: Path) -> None:
+        self.spec = yaml.safe_load((study / "study.yaml").read_text())
+        self.examples = judged(held_out(study))
+        self.weight = self.examples.groupby("example")["label_tokens"].first()
+        self.tables = {
+            int(rank): part.pivot(index="seed", columns="example", values="loss")
+            for rank, part in self.examples.groupby("rank")
+        }
+        self.of_gain = self.spec["verdict"].get("margin_of", "loss") == "gain"
+        self.untrained = before_training(study)[self.weight.index] if self.of_gain else None
+        self.full = self._full(held_out(study, "reference"))
+        good, worse, confidence = len(self.tables) - 1, len(self.tables) - 1, self.spec["verdict"]["confidence"]
+        self.good, self.worse = max(confidence, 1 - 2 * (1 - confidence) / good), 1 - (1 - confidence) / worse
+        self.confidence = confidence
+
+    def _full(self, reference: pd.DataFrame) -> "pd.Series[float] | None":
+        """Return full fine-tuning's mean loss of each example, where it is below every rank's."""
+        if reference.empty or not self.of_gain:
+            return None
+        best = reference["rate"].isin(judged(reference)["rate"])
+        full = reference[best].groupby("example")["loss"].mean()[self.weight.index]
+        means = [np.average(table.mean(), weights=self.weight) for table in self.tables.values()]
+        return full if np.average(full, weights=self.weight) < min(means) else None
+
+    def interval(self, table: pd.DataFrame, level: float) -> tuple[float, float, float]:
+        """Return mean, low and high."""
+        mean, half = analysis_of_variance(table, self.weight, level)
+        return mean, mean - half, mean + half
+
+    def contrast(self, rank: int, other: int, margin: float) -> pd.DataFrame:
+        """Return a rank's losses minus the largest that the margin allows beside another's, on seeds of both."""
+        seeds = self.tables[rank].index.intersection(self.tables[other].index)
+        own, theirs = self.tables[rank].loc[seeds], self.tables[other].loc[seeds]
+        if self.untrained is None:
+            return own - (1 + margin) * theirs
+        if self.full is None:
+            return own - (1 - margin) * theirs - margin * self.untrained
+        return own - theirs - margin * (self.untrained - self.full)
+
+    def ends(self, level: float, margin: float = 0.0) -> pd.DataFrame:
+        """Return the interval of each contrast, by pair of ranks."""
+        found = {pair: self.interval(self.contrast(*pair, margin), level) for pair in permutations(self.tables, 2)}
+        return pd.DataFrame(found, index=["mean", "low", "high"]).T
+
+    def unbeaten(self, ends: pd.DataFrame) -> list[int]:
+        return [rank for rank in self.tables if (ends.loc[rank, "low"] <= 0).all()]
+
+    def states(self, margin: float) -> dict[int, bool | None]:
+        """Return which ranks are good enough (True) and which are worse (False)."""
+        first = self.unbeaten(self.ends(self.worse))
+        good, worse = self.ends(self.good, margin), self.ends(self.worse, margin)
+        found: dict[int, bool | None] = {}
+        for rank in self.tables:
+            lows = [worse.loc[(rank, other), "low"] for other in first if other != rank]
+            found[rank] = False if rank not in first and min(lows) > 0 else None
+            found[rank] = True if (good.loc[rank, "high"] <= 0).all() else found[rank]
+        return found
+
+    def best(self) -> int:
+        """Return the rank whose largest mean difference to another is the least."""
+        return int(self.ends(self.confidence)["mean"].groupby(level=0).max().idxmin())
+
+    def trained_enough(self) -> bool:
+        if self.untrained is None:
+            return True
+        gain, low, _ = self.interval(self.untrained - self.tables[self.best()], self.confidence)
+        ends = self.ends(self.confidence)
+        widths = (ends["high"] - ends["low"]) / 2
+        return bool(low > 0 and gain >= 3 * widths[widths < math.inf].max())
+
+    def recommended(self, margin: float) -> int | None:
+        good = [rank for rank, state in self.states(margin).items() if state]
+        return min(good) if good and self.trained_enough() else None
+
+    def kept(self, rank: int) -> float | None:
+        """Return the share of the gain that a rank is shown to keep: one minus the root of the upper bound."""
+
+        def worst(margin: float) -> float:
+            others = [other for other in self.tables if other != rank]
+            return max(self.interval(self.contrast(rank, other, margin), self.good)[2] for other in others)
+
+        if worst(1.0) > 0:
+            return None
+        return 1.0 if worst(0.0) <= 0 else 1 - float(optimize.brentq(worst, 0.0, 1.0, xtol=1e-12))
 
 
 def recompute(study: Path) -> dict[str, Any]:
     """Return the expected content of verdict.json, under the same names."""
-    spec = yaml.safe_load((study / "study.yaml").read_text())
-    confidence, factor = spec["verdict"]["confidence"], 1 + spec["verdict"]["margin"]
-    examples = judged(held_out(study))
-    weight = examples.groupby("example")["label_tokens"].first()
-    tables = {
-        int(rank): part.pivot(index="seed", columns="example", values="loss") for rank, part in examples.groupby("rank")
-    }
-    if len(tables) < 2 or examples["seed"].nunique() < 2 or spec["verdict"]["max_gpu_memory"]:
+    judge = Judge(study)
+    verdict, ranks = judge.spec["verdict"], list(judge.tables)
+    fewest = min((len(table) for table in judge.tables.values()), default=0)
+    if len(ranks) < 2 or fewest < 2 or verdict["max_gpu_memory"] or verdict["max_runtime"]:
         raise SystemExit(2)
-    loss = {rank: analysis_of_variance(table, weight, confidence, seeds_only=True) for rank, table in tables.items()}
-    best, others = min(loss, key=lambda rank: loss[rank][0]), len(tables) - 1
-    level_good, level_worse = max(confidence, 1 - 2 * (1 - confidence) / others), 1 - (1 - confidence) / others
-
-    def first(frame: pd.DataFrame) -> list[int]:
-        return [rank for rank in tables if (frame.loc[rank, "low"] <= 0).all()]
-
-    shown, strict = ends(tables, weight, confidence, 1.0), ends(tables, weight, level_worse, 1.0)
-    good, worse = ends(tables, weight, level_good, factor), ends(tables, weight, level_worse, factor)
-    found: dict[str, Any] = {"rank": None}
-    for rank in tables:
-        mean, half = loss[rank]
+    shown, states, best = judge.ends(judge.confidence), judge.states(verdict["margin"]), judge.best()
+    found: dict[str, Any] = {
+        "rank": judge.recommended(verdict["margin"]),
+        "best": best,
+        "trained_enough": judge.trained_enough(),
+    }
+    for rank in ranks:
+        mean, half = analysis_of_variance(judge.tables[rank], judge.weight, judge.confidence, seeds_only=True)
+        lows = [shown.loc[(rank, other), "low"] for other in judge.unbeaten(shown) if other != rank]
         found |= {
             f"{rank}.eval_loss": mean,
             f"{rank}.eval_loss_low": mean - half,
             f"{rank}.eval_loss_high": mean + half,
+            f"{rank}.regret": max(0.0, shown.loc[rank, "mean"].max()),
+            f"{rank}.regret_low": 0.0 if rank in judge.unbeaten(shown) else max(0.0, min(lows)),
+            f"{rank}.regret_high": max(0.0, shown.loc[rank, "high"].max()),
+            f"{rank}.within_margin": states[rank],
         }
-        found[f"{rank}.regret"] = float(np.average((tables[rank] - tables[best]).mean(), weights=weight))
-        candidates = first(shown)
-        lows = [shown.loc[(rank, other), "low"] for other in candidates if other != rank]
-        found[f"{rank}.regret_low"] = 0.0 if rank in candidates else max(0.0, min(lows))
-        found[f"{rank}.regret_high"] = max(0.0, shown.loc[rank, "high"].max())
-        candidates = first(strict)
-        lows = [worse.loc[(rank, other), "low"] for other in candidates if other != rank]
-        state = False if rank not in candidates and min(lows) > 0 else None
-        state = True if (good.loc[rank, "high"] <= 0).all() else state
-        found[f"{rank}.within_margin"] = state
-        if state and found["rank"] is None:
-            found["rank"] = rank
-    return found | claims(study, examples, confidence)
+        if shown.loc[rank, "high"].max() == math.inf:
+            found |= {f"{rank}.regret_low": None, f"{rank}.regret_high": None}
+    if judge.untrained is not None:
+        found |= gains(judge, best, {rank: found[f"{rank}.regret"] for rank in ranks})
+    return found | claims(study, judge.examples, judge.confidence)
+
+
+def gains(judge: Judge, best: int, regrets: dict[int, float]) -> dict[str, Any]:
+    """Return the gain, what each rank keeps of it, and the rank that is enough at the usual margins."""
+    assert judge.untrained is not None
+    each = {rank: judge.interval(judge.untrained - table, judge.confidence) for rank, table in judge.tables.items()}
+    found: dict[str, Any] = {f"{rank}.gain": gain for rank, (gain, _, _) in each.items()}
+    found |= dict(zip(("gain", "gain_low", "gain_high"), each[best], strict=True))
+    if judge.full is not None:
+        found |= {"gain": np.average(judge.untrained - judge.full, weights=judge.weight)}
+        found |= {"gain_low": None, "gain_high": None}
+    if judge.trained_enough():
+        for rank in judge.tables:
+            found |= {f"{rank}.kept": 1 - regrets[rank] / found["gain"], f"{rank}.kept_low": judge.kept(rank)}
+        found |= {f"at {margin}": judge.recommended(margin) for margin in (0.01, 0.02, 0.05, 0.1)}
+    return found
 
 
 def claims(study: Path, examples: pd.DataFrame, confidence: float) -> dict[str, Any]:
@@ -173,10 +271,19 @@ def claims(study: Path, examples: pd.DataFrame, confidence: float) -> dict[str, 
 def stored(study: Path) -> dict[str, Any]:
     """Return verdict.json under the names of `recompute`."""
     verdict = json.loads((study / "verdict.json").read_text())
-    found: dict[str, Any] = {"rank": verdict["rank"] if verdict["outcome"] == "recommended" else None}
-    names = ("eval_loss", "eval_loss_low", "eval_loss_high", "regret", "regret_low", "regret_high", "within_margin")
+    found: dict[str, Any] = {
+        "rank": verdict["rank"] if verdict["outcome"] == "recommended" else None,
+        "best": next(row["rank"] for row in verdict["comparison"] if row["candidate"] == verdict["best_candidate"]),
+        "trained_enough": verdict["outcome"] != "not_trained_enough",
+    }
+    names = ["eval_loss", "eval_loss_low", "eval_loss_high", "regret", "regret_low", "regret_high", "within_margin"]
+    if verdict["margin_of"] == "gain":
+        names += ["gain"]
+        found |= {name: verdict[name] for name in ("gain", "gain_low", "gain_high")}
+        found |= {f"at {row['margin']}": row["rank"] for row in verdict["margins"]}
     for row in verdict["comparison"]:
         found |= {f"{row['rank']}.{name}": row[name] for name in names}
+        found |= {f"{row['rank']}.{name}": row[name] for name in ("kept", "kept_low") if name in row}
     for claim in verdict["claims"]:
         bounds = {name: claim.get(name) for name in ("effect", "low", "high")}
         found |= {f"{claim['claim']}.{name}": value for name, value in bounds.items() if value is not None}
@@ -189,7 +296,8 @@ def main() -> int:
     for name in theirs | ours:
         one, other = ours.get(name, "nothing"), theirs.get(name, "nothing")
         numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (one, other))
-        same = bool(np.isclose(one, other, rtol=1e-9, atol=1e-12)) if numbers else one == other
+        tolerance = 1e-4 if name.endswith(".kept_low") else 1e-12
+        same = bool(np.isclose(one, other, rtol=1e-9, atol=tolerance)) if numbers else one == other
         differing += not same
         print(f"{'' if same else 'DIFFERS '}{name}: {one} here, {other} in verdict.json")
     print(f"{len(theirs | ours)} numbers, {differing} differ")

@@ -268,9 +268,11 @@ def _beside(judged: Judged, name: str) -> dict[str, tuple[np.ndarray, np.ndarray
     """Losses of a candidate and of each other one, on the seeds that both finished, (S, E)."""
     own = judged.losses[name]
     seeds = {other: _shared(own, theirs) for other, theirs in judged.losses.items() if other != name}
-    return {
-        other: (own.loc[both].to_numpy(), judged.losses[other].loc[both].to_numpy()) for other, both in seeds.items()
-    }
+    return {other: (_of_seeds(own, both), _of_seeds(judged.losses[other], both)) for other, both in seeds.items()}
+
+
+def _of_seeds(losses: pd.DataFrame, seeds: Sequence[int]) -> np.ndarray:
+    return losses.to_numpy() if len(seeds) == len(losses) else losses.loc[seeds].to_numpy()
 
 
 def _shared(one: pd.DataFrame, other: pd.DataFrame) -> list[int]:
