@@ -15,8 +15,8 @@ mean loss of 2 nats: examples differ by 30% and seeds by 1% (pairing removes bot
 - examples differ: seeds 0.1%, examples 2%, noise 2%: ranks that do better on some examples and worse on others
 - seeds differ: seeds 1%, examples 0.5%, noise 1%: unstable training
 
-Effects of the ranks, as multiples of the margin (1%): none; small (0.5, 0.2, 0); at the margin (1, 1, 0); beyond
-(1.5, 0.5, 0); large (4, 2, 0). Examples have 10 to 200 label tokens, as real answers have.
+Effects of the ranks, as multiples of the margin (1% of the loss): none; small (0.5, 0.2, 0); at the margin (1, 1, 0);
+beyond (1.5, 0.5, 0); large (4, 2, 0). Examples have 10 to 200 label tokens, as real answers have.
 
 Checked over all studies of a setting:
 
@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from rankscope.analysis.comparison import Comparison, bounds, compare_losses
+from rankscope.analysis.comparison import Comparison, Judged, bounds, compare
 from rankscope.analysis.verdict import decide
 
 BASE = 2.0
@@ -107,7 +107,8 @@ def comparisons(losses: np.ndarray, tokens: np.ndarray) -> list[Comparison]:
     ranks = [2 ** (number + 3) for number in range(len(losses))]
     names = [f"r{rank:03d}" for rank in ranks]
     identity = {name: (rank, 1e-4) for name, rank in zip(names, ranks, strict=True)}
-    return compare_losses(dict(zip(names, losses, strict=True)), identity, tokens, MARGIN)
+    tables = dict(zip(names, map(pd.DataFrame, losses), strict=True))
+    return compare(Judged(tables, identity, tokens), MARGIN)  # a margin of the loss
 
 
 def judge(rows: Sequence[Comparison], effects: Sequence[float], confidence: float = 0.95) -> Outcome:
