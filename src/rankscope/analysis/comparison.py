@@ -96,9 +96,9 @@ class Judged(NamedTuple):
         Of the gain: loss + share (untrained - reference), where the reference is the other's loss itself, or that of
         full fine-tuning. Of the loss: (1 + share) loss.
         """
-        if self.untrained is None:
-            return (1 + share) * losses
-        return losses + share * (self.untrained - (losses if self.full is None else self.full))
+        scale = losses if self.untrained is None else self.untrained - (losses if self.full is None else self.full)
+        found: np.ndarray = losses + share * scale
+        return found
 
 
 class Comparison(NamedTuple):
@@ -271,7 +271,7 @@ def _beside(judged: Judged, name: str) -> dict[str, tuple[np.ndarray, np.ndarray
     return {other: (_of_seeds(own, both), _of_seeds(judged.losses[other], both)) for other, both in seeds.items()}
 
 
-def _of_seeds(losses: pd.DataFrame, seeds: Sequence[int]) -> np.ndarray:
+def _of_seeds(losses: pd.DataFrame, seeds: list[int]) -> np.ndarray:
     return losses.to_numpy() if len(seeds) == len(losses) else losses.loc[seeds].to_numpy()
 
 

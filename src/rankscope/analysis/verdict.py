@@ -136,11 +136,11 @@ def diverged_candidates(results: pd.DataFrame) -> list[dict[str, Any]]:
     return [
         {
             "candidate": str(name),
-            "rank": int(rank),
-            "learning_rate": float(rate),
+            "rank": int(part["rank"].iloc[0]),
+            "learning_rate": float(part["learning_rate"].iloc[0]),
             "seeds": sorted(map(int, part["seed"])),
         }
-        for (rank, rate, name), part in lost.groupby(["rank", "learning_rate", "candidate"])
+        for (_, _, name), part in lost.groupby(["rank", "learning_rate", "candidate"])
     ]
 
 
@@ -187,7 +187,7 @@ def _overfits(evidence: Evidence, rows: Sequence[Comparison]) -> list[dict[str, 
         means = means[means.index > 0]
         if len(means) < 2:
             continue
-        step, rise = int(means.idxmin()), float(means.iloc[-1] - means.min())
+        step, rise = int(means.index[int(means.argmin())]), float(means.iloc[-1] - means.min())
         share, of_gain = evidence.spec.verdict.margin, row.gain is not None
         allowed = share * (row.gain.mean + rise if row.gain is not None else row.eval_loss.mean)
         if step <= OVERFIT_STEP_SHARE * means.index[-1] and rise > allowed and (not of_gain or allowed > 0):
