@@ -3,6 +3,7 @@
 - the tour, a page made of `tour.ipynb` with the outputs that stand in it;
 - the commands and their options, in `reference/command-line.md`, from the command line's own help;
 - the fields of a study, in `reference/study-file.md`, from the schema that editors read;
+- the fields that grow or change freely, in `guides/grow-a-study.md`, from the rules themselves;
 - a page for each file elsewhere in the repository that a page links to, so that such links work here as they do there.
 """
 
@@ -24,12 +25,13 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 from rankscope.spec.schema import study_schema
+from rankscope.study.growth import RULES
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 
-COMMANDS, FIELDS = "<!-- commands -->", "<!-- fields -->"
-"""Placeholders for the commands and the fields."""
+COMMANDS, FIELDS, GROWTH = "<!-- commands -->", "<!-- fields -->", "<!-- growth -->"
+"""Placeholders for the commands, the fields, and the rules of growth."""
 
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|[/#])([^)\s#]+)")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -64,7 +66,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         return posixpath.relpath(_site_uri(target), posixpath.dirname(here) or ".") if known else match[1]
 
     text = _LINK.sub(on_site, markdown)
-    for place, made in ((COMMANDS, commands), (FIELDS, fields)):
+    for place, made in ((COMMANDS, commands), (FIELDS, fields), (GROWTH, growth)):
         text = text.replace(place, made()) if place in text else text
     return text
 
@@ -119,6 +121,13 @@ def fields() -> str:
             group = schema["$defs"][field["$ref"].rpartition("/")[2]]
             text += f"\n### {name}\n\n{group['description']}\n\n{_table(group)}"
     return text
+
+
+def growth() -> str:
+    """Return a table of the rules of a study's growth."""
+    effects = {"grows": "grows", "free": "the newest value holds", "fixed": "another study"}
+    rows = [f"| `{field}` | {effects[rule.kind]} | {rule.reason} |" for field, rule in RULES.items()]
+    return "\n".join(["| field | another value | since |", "|---|---|---|", *rows])
 
 
 def _table(group: dict[str, Any]) -> str:

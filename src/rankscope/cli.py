@@ -15,9 +15,19 @@ from typing import Annotated, Any
 import typer
 
 from rankscope import __version__
-from rankscope.errors import RankscopeError, shortened
+from rankscope.errors import RankscopeError, StudyError, shortened
 from rankscope.ui.console import error_console, out_console, print_json, print_table, stoppable
-from rankscope.ui.options import PLAN, RESIZE, RUN, SEARCH, resolve_study, study_values, with_options
+from rankscope.ui.options import (
+    CRITERIA,
+    PLAN,
+    RESIZE,
+    RUN,
+    SEARCH,
+    resolve_study,
+    study_at,
+    study_values,
+    with_options,
+)
 
 app = typer.Typer(
     name="rankscope",
@@ -30,6 +40,13 @@ app = typer.Typer(
 StudyFile = Annotated[
     Path | None,
     typer.Argument(metavar="[STUDY.yaml]", help="A study's file. Default without --model: the embedded study."),
+]
+StudyOrDirectory = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[STUDY.yaml|DIR]",
+        help="A study's file, or its directory, to add to it. Default without --model: the embedded study.",
+    ),
 ]
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A study's directory.")]
 FinishedDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a finished study.")]
@@ -57,7 +74,7 @@ def _global(
 @with_options(RUN)
 def run(
     options: dict[str, Any],
-    study: StudyFile = None,
+    study: StudyOrDirectory = None,
     out: Out = None,
     set_: Sets = None,
     report_to: Annotated[
@@ -65,25 +82,27 @@ def run(
     ] = None,
     launcher: LauncherName = "local",
     ray_address: RayAddress = None,
+    remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure the costs of all ranks again.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and end, like `plan`.")] = False,
     json_: Json = False,
     lang: Language = "en",
 ) -> None:
-    """Train every rank, measure what it costs, and conclude. In an existing study: only what is missing."""
-    spec = resolve_study(study, options, set_)
-    path = out or Path(spec.name)
+    """Train every rank, measure what it costs, and conclude. On an existing study: add to it, do what is missing."""
+    study, out = study_at(study, out)
+    asked = resolve_study(study, options, set_)
+    path = out or Path(asked.name)
     from rankscope.jobs.launchers import make_launcher
-    from rankscope.pipeline import run_study
+    from rankscope.pipeline import question_at, run_study
     from rankscope.study.study import Study
     from rankscope.track import choose_trackers
     from rankscope.ui.outcome import describe_outcome, show_failures, show_outcome
     from rankscope.ui.plan import plan_study, show_plan
     from rankscope.ui.progress import TerminalProgress
 
-    console = error_console if json_ else out_console
+    console, spec = error_console if json_ else out_console, question_at(path, asked)
     if dry_run:
         begun = Study.create(path, spec) if Study.is_at(path) else None
-        show_plan(plan_study(spec, begun, launcher, ray_address), begun, json_)
+        show_plan(plan_study(spec, begun, launcher, ray_address, remeasure=remeasure), begun, json_)
         return
     console.print(f"Study {spec.name} in {path}/")
     trackers = choose_trackers(report_to or ())
@@ -92,7 +111,7 @@ def run(
         TerminalProgress(console, path) as progress,
         make_launcher(launcher, spec.model, ray_address, progress.say) as launching,
     ):
-        conclusion = run_study(spec, path, launching, progress, trackers, lang)
+        conclusion = run_study(spec, path, launching, progress, trackers, lang, remeasure)
     if json_:
         print_json(describe_outcome(conclusion))
     else:
@@ -144,7 +163,7 @@ def search(
 @with_options(PLAN)
 def plan(
     options: dict[str, Any],
-    study: StudyFile = None,
+    study: StudyOrDirectory = None,
     out: Out = None,
     set_: Sets = None,
     gpu_memory: Annotated[str | None, typer.Option(help="Plan for a GPU of this size, here or not, e.g. 24GB.")] = None,
@@ -159,26 +178,33 @@ def plan(
     json_: Json = False,
 ) -> None:
     """Show what `run` would do and take: packs, memory by part, time, what fits. Trains and writes nothing."""
+    study, out = study_at(study, out)
     spec = resolve_study(study, options, set_)
     from rankscope.study.study import Study
     from rankscope.ui.plan import plan_study, show_plan
 
     path = out or Path(spec.name)
     begun = Study.open(path) if Study.is_at(path) else None
-    if begun is not None and begun.spec != spec:  # `run` would refuse it
-        begun = None
+    if begun is not None:
+        try:
+            begun = begun.grown(spec)
+            spec = begun.spec
+        except StudyError:  # another study, which `run` would refuse
+            begun = None
     planned = plan_study(spec, begun, launcher, ray_address, gpu_memory, gpu_flops, devices, price)
     show_plan(planned, begun, json_, show_rows)
 
 
 @app.command()
-def report(directory: Directory, json_: Json = False, lang: Language = "en") -> None:
-    """Conclude again from a study's files and rebuild its report."""
-    from rankscope.pipeline import finish
+@with_options(CRITERIA)
+def report(options: dict[str, Any], directory: Directory, json_: Json = False, lang: Language = "en") -> None:
+    """Conclude again from a study's files, by other criteria where some are given, and rebuild its report."""
+    from rankscope.pipeline import finish, judge_by
     from rankscope.study.study import Study
     from rankscope.ui.outcome import describe_outcome, show_verdict
 
-    conclusion = finish(Study.open(directory), lang)
+    study = Study.open(directory)
+    conclusion = finish(judge_by(study, options) if any(options.values()) else study, lang)
     if json_:
         print_json(describe_outcome(conclusion))
         return

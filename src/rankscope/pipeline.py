@@ -20,8 +20,8 @@ from rankscope.jobs.job import Kind, Launcher, Progress, Run
 from rankscope.jobs.launchers import make_launcher
 from rankscope.jobs.queue import run_kind
 from rankscope.jobs.repair import remove_corrupt, remove_leftovers
-from rankscope.measure.machine import describe_machine
-from rankscope.plan.plan import Plan, make_plan
+from rankscope.measure.machine import Site, changes, describe_machine
+from rankscope.plan.plan import Plan, make_plan, with_site_dtype
 from rankscope.plan.runtime import Fleet
 from rankscope.report.card import write_cards
 from rankscope.report.write import build
@@ -55,14 +55,16 @@ def run(
     report_to: str | Sequence[str] = (),
     launcher: str = "local",
     ray_address: str | None = None,
+    remeasure: bool = False,
     **options: Any,
 ) -> Study:
     """Run a study from its question to its report, and return it.
 
     `options` are those of the command line: `model`, `dataset`, `ranks`, `learning_rates`, `seeds`, `alpha`, `steps`,
     and the others of `rankscope.spec.option_table.OPTIONS`; `study` is a mapping like a study's YAML, which they
-    override. `out` is the study's directory (default: its name). On a directory that holds the same study only what is
-    missing is done. `report_to` names trackers that follow the run: `wandb`, `tensorboard`, `mlflow`, `trackio`.
+    override. `out` is the study's directory (default: its name). On a directory that holds a study, what is new is
+    added to it and only what is missing is done; `remeasure` measures all costs again. `report_to` names trackers that
+    follow the run: `wandb`, `tensorboard`, `mlflow`, `trackio`.
     `launcher` is `local`, or `ray`, on the cluster at `ray_address`.
 
     Example: `rankscope.run(model="facebook/opt-350m", dataset="code.jsonl", ranks=[8, 64], steps=200)`
@@ -73,10 +75,20 @@ def run(
         DataError, ModelError: the data or the model cannot be used.
         WorkerError: a child process ended without finishing its work.
     """
-    spec, shown = assemble(study or {}, options, sets), progress or _Silent()
-    trackers = choose_trackers(report_to)
+    asked, shown = assemble(study or {}, options, sets), progress or _Silent()
+    trackers, path = choose_trackers(report_to), Path(out or asked.name)
+    spec = question_at(path, asked)
     with make_launcher(launcher, spec.model, ray_address, shown.say) as launching:
-        return run_study(spec, Path(out or spec.name), launching, shown, trackers).study
+        return run_study(spec, path, launching, shown, trackers, remeasure=remeasure).study
+
+
+def question_at(path: Path, asked: StudySpec) -> StudySpec:
+    """Return the question that a run in `path` answers: that of the study there, with what `asked` adds to it.
+
+    Raises:
+        StudyError: another study is there.
+    """
+    return Study.create(path, asked).spec if Study.is_at(path) else asked
 
 
 def run_study(
@@ -86,36 +98,52 @@ def run_study(
     progress: Progress,
     trackers: Sequence[str] = (),
     language: str = "en",
+    remeasure: bool = False,
 ) -> Conclusion:
-    """Run a resolved study. A trial or profile that fails is recorded, not raised: see `rankscope.study.missing`."""
+    """Run a resolved study. A trial or profile that fails is recorded, not raised: see `rankscope.study.missing`.
+
+    What `spec` adds to a study in `out` is written to its study.yaml once it is known that it can be trained here.
+    """
     load_catalogue(language)  # an unknown language is refused now, not when all is trained
     with ExitStack() as resources:
-        study = Study.create(out, spec) if Study.is_at(out) else None
-        if study is not None:
-            resources.enter_context(_locked(study))
-            _repair(study, progress.say)
-        data, fleet = study_data(spec, study), Fleet(launcher.slots(), None)
-        plan = make_plan(spec, data, launcher.site(), fleet, study)
+        study, site = None, None
+        if Study.is_at(out):
+            resources.enter_context(Study.open(out).lock())
+            study, site = Study.create(out, spec), launcher.site()
+            resources.enter_context(_interruptible(study))
+            _repair(study, remeasure, site, progress.say)
+        data, fleet, site = study_data(spec, study), Fleet(launcher.slots(), None), site or launcher.site()
+        spec = study.spec if study else with_site_dtype(spec, site)
+        plan = make_plan(spec, data, site, fleet, study, remeasure=remeasure)
         plan.check(out)
         if study is None:  # nothing is written before the data, the model and the disk are known to do
             study = Study.create(out, spec)
             resources.enter_context(_removed_if_useless(study))
-            resources.enter_context(_locked(study))
+            resources.enter_context(study.lock())
+            resources.enter_context(_interruptible(study))
         _write_facts(study, plan)
-        progress.say(describe_data(plan.data.facts))
+        if plan.packs or plan.reference or plan.profiles:
+            study.publish(changes(study.machine, [entry.changed for entry in study.log], site))
+        else:
+            study.publish()
+        for sentence in filter(None, (describe_data(plan.data.facts), plan.unmeasured)):
+            progress.say(sentence)
         shown = resources.enter_context(run_trackers(study, trackers, progress))
         run = Run(study, plan, shown.say)
         for kind in KINDS:
             run_kind(kind, run, kind.jobs(run), launcher, shown.poll)
+        if plan.remeasure and not profiles.replace_profiles(study):
+            shown.say("Not all costs could be measured again: those that the study had stay.")
         return finish(study, language)
 
 
-def _repair(study: Study, say: Callable[[str], None]) -> None:
+def _repair(study: Study, remeasure: bool, site: Site, say: Callable[[str], None]) -> None:
     """Remove temporary and corrupt files, which are made again; checkpoints stay, and training resumes from them."""
     remove_leftovers(study)
     for name in remove_corrupt(study):
         again = "; `rankscope curve` makes it again" if name == CURVE else ", and made again"
         say(f"{name} was damaged: it is removed{again}.")
+    profiles.settle_profiles(study, remeasure, site)
 
 
 def _write_facts(study: Study, plan: Plan) -> None:
@@ -125,8 +153,11 @@ def _write_facts(study: Study, plan: Plan) -> None:
     if not (study.path / "machine.json").exists():
         machine = describe_machine(study.spec, plan.prediction.base_params, plan.site)
         write_json(study.path / "machine.json", machine)
-    if not (study.path / "prediction.json").exists():
-        write_json(study.path / "prediction.json", plan.forecast.describe(plan.prediction))
+    known = study.prediction
+    if any(candidate.name not in known.get("candidates", {}) for candidate in study.spec.candidates()):
+        found = plan.forecast.describe(plan.prediction)
+        candidates = found["candidates"] | known.get("candidates", {})  # those of the study stay as they were
+        write_json(study.path / "prediction.json", found | known | {"candidates": candidates})
 
 
 def measure_curve(
@@ -142,6 +173,21 @@ def measure_curve(
     with study.lock():
         take_curve(study, launcher, progress, ranks, recover)
         return finish(study, language)
+
+
+def judge_by(study: Study, criteria: Mapping[str, Any]) -> Study:
+    """Return the study with other criteria (`margin`, `margin_of`, `confidence`, `max_gpu_memory`, `max_runtime`; None
+    for those that stay), which study.yaml keeps.
+
+    Raises:
+        StudyError: a criterion is wrong.
+        StudyDirectoryError: a run holds the study.
+    """
+    with study.lock():
+        changed = Study.open(study.path)
+        changed = changed.grown(assemble(changed.spec.model_dump(mode="json"), criteria))
+        changed.publish()
+        return changed
 
 
 def finish(study: Study, language: str = "en") -> Conclusion:
@@ -173,16 +219,15 @@ def _removed_if_useless(study: Study) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(study: Study) -> Iterator[None]:
-    """Hold the study's lock, and mark running trials as interrupted where the user ends the body."""
-    with study.lock():
-        try:
-            yield
-        except KeyboardInterrupt:
-            for trial in study.all_trials():
-                if study.trial_record(trial).status == "running":
-                    study.mark_ended(trial, "interrupted", "interrupted by the user")
-            raise
+def _interruptible(study: Study) -> Iterator[None]:
+    """Mark running trials as interrupted where the user ends the body."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        for trial in study.all_trials():
+            if study.trial_record(trial).status == "running":
+                study.mark_ended(trial, "interrupted", "interrupted by the user")
+        raise
 
 
 class _Silent:

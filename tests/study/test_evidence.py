@@ -257,7 +257,7 @@ def test_a_profile_that_fails_is_recorded_told_and_measured_again(
         (study.path / "profiles" / f"{name}.json").unlink()
     ends = {"r002": KILLED, "r008": NO_MEMORY}
     said = RecordingProgress()
-    do(profiles, study, FakeLauncher(lambda path, job: ends[job.content["profile"]]), said)
+    do(profiles, study, FakeLauncher(lambda path, job: ends.get(job.content["profile"])), said)
     assert study.open_failures() == {
         "r002": Failure(status="interrupted", reason=KILLED.what),
         "r008": Failure(status="oom", reason=NO_MEMORY.what),

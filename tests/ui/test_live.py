@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rankscope.files import read_json, write_json
-from rankscope.spec.candidates import AnyTrial
+from rankscope.spec.candidates import CONTROL, AnyTrial
 from rankscope.study.study import Study
 from rankscope.ui.live import LiveStudy, MetricsTail
 
@@ -153,7 +153,7 @@ def test_a_trial_that_failed_in_an_earlier_run_is_due_again(study: Study) -> Non
 
 
 def test_the_profile_that_is_measured(study: Study) -> None:
-    name = next(iter(study.spec.profiled()))
+    name = CONTROL
     file = study.profile_file(name)
     os.utime(file, (1, 1))
     repeats = read_json(file, schema=2)
@@ -200,4 +200,7 @@ def test_what_is_done_when_all_is_trained(study: Study) -> None:
     assert live.read().doing == "curve", "on several devices each trial has a job"
     shutil.rmtree(study.path / "curve" / "jobs")
     write_json(study.path / "answers" / "job.json", {})
+    os.utime(study.path / "answers" / "answers.json", (1, 1))
+    assert live.read().doing == "answer", "of what was added to the study"
+    (study.path / "answers" / "answers.json").touch()
     assert live.read().doing == "conclude", "profiles come before the answers: they did not finish"

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from rankscope.errors import StudyError
 from rankscope.spec.models import StudySpec
 from rankscope.spec.option_table import OPTIONS, Option
-from rankscope.ui.options import PLAN, RESIZE, RUN, SEARCH, resolve_study, study_values, with_options
+from rankscope.ui.options import CRITERIA, PLAN, RESIZE, RUN, SEARCH, resolve_study, study_values, with_options
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -23,7 +23,8 @@ def test_every_option_sets_a_field_of_a_study(name: str) -> None:
 
 
 def test_options_of_the_commands() -> None:
-    assert set(RUN) - set(PLAN) == {"max_gpu_memory", "max_runtime"}, "plan judges nothing"
+    criteria = {"margin", "margin_of", "confidence", "max_gpu_memory", "max_runtime"}
+    assert set(RUN) - set(PLAN) == criteria == set(CRITERIA), "plan judges nothing"
     assert all(option.help for option in SEARCH.values())
     assert OPTIONS.keys() - set(RUN) == {"name", "revision", "loss_on", "lora_dropout", "use_rslora"}
 

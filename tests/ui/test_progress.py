@@ -11,6 +11,7 @@ from rich.console import Console
 
 from rankscope.errors import StudyDirectoryError
 from rankscope.files import write_json
+from rankscope.spec.candidates import CONTROL
 from rankscope.study.study import Study
 from rankscope.ui import progress as shown_by
 from rankscope.ui.live import MetricsTail
@@ -108,7 +109,7 @@ def test_full_fine_tuning_and_profiles(study: Study, progress: TerminalProgress,
     assert output.getvalue().startswith(f"Full fine-tuning, {reference.name}: 4 steps\n")
     shutil.rmtree(study.path / "reference")
     shutil.copytree(FIXTURE / "reference", study.path / "reference")
-    name = next(iter(study.spec.profiled()))
+    name = CONTROL
     study.profile_file(name).unlink()
     write_json(study.path / "profiles" / "jobs" / name / "job.json", {"kind": "profile"})
     progress.poll()

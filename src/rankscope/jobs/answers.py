@@ -24,8 +24,8 @@ from rankscope.study.records import AnswersRecord
 def jobs(run: Run) -> list[Job]:
     """Return the job of all answers, where they are wanted and missing."""
     study = run.study
-    trials = study.answered() if study.spec.measure.answers else []
-    if not trials or study.has_answers():
+    trials = study.unanswered() if study.spec.measure.answers else []
+    if not trials:
         return []
     run.say(f"Answers of {len(trials)} candidates to {study.spec.measure.answers} held-out prompts")
     reads = [f"trials/{trial.name}/trial.json" for trial in study.trials]
@@ -37,8 +37,12 @@ def work(study_path: Path, content: Mapping[str, Any]) -> None:
     """Let the base model and one trial of each candidate answer the prompts, and write answers.json."""
     study, data = open_study(study_path)
     model, _ = load_base(study)
-    adapters = {trial: study.adapter_file(trial) for trial in study.answered()}
-    record = AnswersRecord(**answer(model, study.spec, adapters, data.eval))
+    kept, measure = study.kept_answers(), study.spec.measure
+    found = answer(model, study.spec, {trial: study.adapter_file(trial) for trial in study.unanswered()}, data.eval)
+    answers = kept | found["answers"]
+    answers = {name: answers[name] for name in ("base", *(trial.name for trial in study.answered()))}
+    asked = [measure.answers, measure.answer_tokens]
+    record = AnswersRecord(questions=found["questions"], answers=answers, asked=asked)
     record.write(study.file("answers", "answers.json"))
 
 

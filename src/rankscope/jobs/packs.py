@@ -22,10 +22,11 @@ from rankscope.train.loop import PackRun
 
 
 def jobs(run: Run) -> list[Job]:
-    """Return the jobs of the plan's packs, and publish its division where the study has none yet."""
+    """Return the jobs of the plan's packs, and publish the division with those that it lacks."""
     study, plan = run.study, run.plan
-    if plan.new_packs and plan.packs:
-        study.write_division(Division(plan.packs, {}))
+    division = study.division()
+    if not plan.packs.keys() <= division.packs.keys():
+        study.write_division(Division(division.packs | plan.packs, division.divided))
     for pack in plan.packs:
         (study.path / "packs" / pack / "pack.json").unlink(missing_ok=True)  # of a run that was stopped
     return _jobs_of(run, plan.packs)

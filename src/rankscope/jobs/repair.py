@@ -14,8 +14,9 @@ from rankscope.errors import DamagedError
 from rankscope.files import damaged_error, exists, leftovers
 from rankscope.spec.candidates import AnyTrial
 from rankscope.study import tables
-from rankscope.study.folder import CURVE, StudyFolder
+from rankscope.study.folder import AGAIN, CURVE, StudyFolder
 from rankscope.study.metrics import read_rows
+from rankscope.study.records import MachineRecord
 
 STALE_TEMP_SECONDS = 3600.0
 """Age from which a temporary file below report/ has no living writer: `rankscope report` runs without the lock."""
@@ -37,6 +38,8 @@ def remove_corrupt(study: StudyFolder) -> list[str]:
         "failures.json": study.failures,
         "packs/division.json": study.division,
         **{f"profiles/{name}.json": partial(study.whole_repeats, name) for name in study.spec.profiled()},
+        **{f"{AGAIN}/{name}.json": partial(study.whole_repeats, name, again=True) for name in study.spec.profiled()},
+        f"{AGAIN}/machine.json": lambda: MachineRecord.content(study.file(AGAIN, "machine.json")),
         **{f"packs/{name}/pack.json": partial(study.pack_record, name) for name in packs},
     }
     for name, read in records.items():

@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,3 +76,44 @@ def describe_machine(spec: StudySpec, parameters: int, site: Site) -> dict[str, 
         "quantization": spec.model.quantization,
     }
     return {"hardware": site.hardware, "versions": site.versions, "model": model, "device": site.device}
+
+
+COMPARED = ("cpu", "cores", "torch_threads", "gpus")
+"""Hardware that costs depend on; `system` and `memory_bytes` change with every kernel."""
+
+NOT_IN_COSTS = ("datasets", "tokenizers", "pandas", "altair")
+"""Libraries that only read the data or draw: their versions are logged, but costs do not depend on them."""
+
+
+def changes(
+    machine: Mapping[str, Any], log: Sequence[Mapping[str, Any]], site: Site
+) -> dict[str, dict[str, list[Any]]]:
+    """Fields of `machine` and `versions` in which `site` differs from the last machine of a study: [before, now] each.
+
+    `machine` is machine.json, `log` the `changed` of each later entry in the study's log. Only fields that both have
+    are compared.
+    """
+    known, now = _facts(machine), _facts(site._asdict() | {"model": {"dtype": site.dtype}})
+    for changed in log:
+        for group, fields in changed.items():
+            known[group] |= {field: values[-1] for field, values in fields.items()}
+    found = {
+        group: {name: [old, now[group][name]] for name, old in fields.items() if now[group].get(name, old) != old}
+        for group, fields in known.items()
+    }
+    return {group: fields for group, fields in found.items() if fields}
+
+
+def changes_of_costs(machine: Mapping[str, Any], site: Site) -> list[str]:
+    """`changes` since machine.json that costs depend on, one sentence each."""
+    found = changes(machine, (), site)
+    fields = {name: pair for group in found.values() for name, pair in group.items() if name not in NOT_IN_COSTS}
+    return [f"{name}: {before}, now {now}" for name, (before, now) in fields.items()]
+
+
+def _facts(machine: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    hardware = {name: machine["hardware"][name] for name in COMPARED if name in machine["hardware"]}
+    if "device" in machine:
+        hardware["device"] = str(machine["device"]).partition(":")[0]
+    dtype = {"dtype": machine["model"]["dtype"]} if "dtype" in machine["model"] else {}
+    return {"machine": hardware | dtype, "versions": dict(machine["versions"])}

@@ -4,6 +4,7 @@
 """
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,8 @@ import torch
 
 from rankscope.data.tokens import TokenizedData
 from rankscope.errors import StudyError
-from rankscope.measure.machine import Site
+from rankscope.files import exists
+from rankscope.measure.machine import Site, changes_of_costs
 from rankscope.plan.checks import Disk, check_base_fits, check_disk, check_ranks, disk_bytes, disk_taken
 from rankscope.plan.memory import CostModel, predict
 from rankscope.plan.packs import divide_into_packs
@@ -44,12 +46,13 @@ class Plan:
     data: TokenizedData
     prediction: CostModel
     packs: dict[str, list[Trial]]  # with trials that have no result yet, by name, in their order
-    new_packs: bool  # whether the study is yet to be divided into these packs
     reference: list[FullTrial]  # trials of full fine-tuning without a result
-    profiles: list[ProfileJob]  # repeats that are not measured yet
+    profiles: list[ProfileJob]  # repeats to be measured
     disk_bytes: int  # at most, still to be written
     fleet: Fleet  # the devices that jobs run on
     product_flops: float | None = None  # the device's rate of plain matrix products, a second; None: to be measured
+    remeasure: bool = False  # whether the profiles replace those that the study has
+    unmeasured: str | None = None  # sentence on costs that are missing and not measured here, beside those of elsewhere
 
     @property
     def steps(self) -> int:
@@ -109,10 +112,13 @@ def make_plan(
     fleet: Fleet,
     study: StudyFolder | None = None,
     product_flops: float | None = None,
+    remeasure: bool = False,
 ) -> Plan:
     """Work out the plan of a study on the equal devices of `fleet`, which are like that of `site`.
 
-    A `study` that has begun keeps its division into packs, and only what it lacks is planned.
+    A `study` that has begun keeps its division into packs, and only what it lacks is planned: trials that no pack has
+    get new ones. Costs measured elsewhere are not mixed with new ones: only `remeasure`, which measures all of them
+    again, does so on another machine or with other versions.
 
     Raises:
         StudyError: a rank is larger than any update of the adapted layers can have, or nothing can be adapted.
@@ -123,25 +129,41 @@ def make_plan(
     trials = missing_trials(study) if study else spec.trials()
     reference = missing_reference(study) if study else spec.reference_trials()
     division = study.division() if study else Division({}, {})
-    packs, missing = division.packs, {trial.name for trial in trials}
-    if not packs:
+    known, missing = division.trials(), {trial.name for trial in trials}
+    packs, added = dict(division.packs), [trial for trial in spec.trials() if trial.name not in known]
+    if added:
         free, devices = site.free_bytes, fleet.devices
-        packs = division.named(divide_into_packs(spec.trials(), prediction, free, spec.training, data.train, devices))
+        packs |= division.named(divide_into_packs(added, prediction, free, spec.training, data.train, devices))
     packs = {pack: members for pack, members in packs.items() if any(trial.name in missing for trial in members)}
     unwritten = [[trial for trial in members if trial.name in missing] for members in packs.values()]
     whole = disk_bytes(spec, prediction, unwritten, reference, data, fleet.devices)
+    elsewhere = changes_of_costs(study.machine, site) if study and exists(study.file("machine.json")) else []
+    measured = study is not None and any(map(study.profile_repeats, spec.profiled()))
+    remeasure = spec.measure.profiles and (remeasure if measured else bool(elsewhere))  # machine.json is the costs'
+    profiles, unmeasured = missing_profiles(spec, study, remeasure), None
+    if study and profiles and elsewhere and not remeasure:
+        profiles, unmeasured = [], _unmeasured(study, profiles, elsewhere)
     return Plan(
         spec=spec,
         site=site,
         data=data,
         prediction=prediction,
         packs=packs,
-        new_packs=not division.packs,
         reference=reference,
-        profiles=missing_profiles(spec, study),
+        profiles=profiles,
         disk_bytes=whole.beside(disk_taken(study) if study else Disk.empty()),
         fleet=fleet,
         product_flops=product_flops,
+        remeasure=remeasure,
+        unmeasured=unmeasured,
+    )
+
+
+def _unmeasured(study: StudyFolder, profiles: Sequence[ProfileJob], elsewhere: Sequence[str]) -> str:
+    names = ", ".join(sorted({job.profile for job in profiles}))
+    return (
+        f"Costs of {names} are not measured, since those of the study are from elsewhere ({'; '.join(elsewhere)}): "
+        f"`rankscope run {shlex.quote(str(study.path))} --remeasure` measures all of them here."
     )
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationErro
 from rankscope.errors import StudyError, shortened
 from rankscope.spec.candidates import Candidate, Count, Rank, Seed, Trial
 from rankscope.spec.models import AdapterSpec, StudySpec
-from rankscope.spec.options import assemble
+from rankscope.spec.options import assemble, doublings
 
 DEFAULT_RANKS = "4..256"
 DEFAULT_RATES = "3e-5..3e-3"
@@ -194,7 +194,7 @@ def resolve_ranks(value: Any) -> tuple[int, ...]:
     low, high = map(_rank, ends)
     if low > high:
         raise StudyError(f"--ranks {value}: the first is the larger", "Write the lower end first.")
-    return tuple(low * 2**k for k in range(64) if low * 2**k <= high)
+    return tuple(doublings(low, high))
 
 
 def _rank(value: Any) -> int:

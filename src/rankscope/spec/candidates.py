@@ -23,12 +23,20 @@ def unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
 def alpha_or_multiple(value: Any) -> Any:
     text = str(value).strip()
     try:
-        valid = 0 < float(text.removesuffix("r")) < float("inf")
+        number = float(text.removesuffix("r"))
     except ValueError:
-        valid = False
-    if not valid:
+        number = 0.0
+    if not 0 < number < float("inf"):
         raise ValueError("expected a number above 0, or a multiple of the rank such as 2r")
-    return text if text.endswith("r") else float(text)
+    return f"{repr(number).removesuffix('.0')}r" if text.endswith("r") else number
+
+
+def alpha_or_alphas(value: Any) -> Any:
+    """One alpha, or several different ones as a tuple; a list of one is that one."""
+    alphas = unique(tuple(map(alpha_or_multiple, value if isinstance(value, list | tuple) else [value])))
+    if not alphas:
+        raise ValueError("expected at least one")
+    return alphas if len(alphas) > 1 else alphas[0]
 
 
 def all_linear_or_names(value: Any) -> Any:
@@ -132,15 +140,20 @@ class Candidate(Frozen):
     variant: Literal["lora"] | Variant = PLAIN
     loraplus_lr_ratio: float = 1.0
     rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_in_name: bool = Field(default=False, exclude=True)  # where alpha is not the study's first
 
     @property
     def name(self) -> str:
-        """A file name such as `r008-lr2e-4`, or `r008-lr2e-4-pissa`; unique within a study."""
-        return f"r{self.rank:03d}-lr{_short(self.learning_rate)}{self._ending}"
+        """A file name such as `r008-lr2e-4`, `r008-lr2e-4-a16` or `r008-lr2e-4-pissa`; unique within a study.
+
+        A study's first alpha is not in it, so that trials keep their names when alphas are added.
+        """
+        alpha = f"-a{self.lora_alpha:g}" if self.alpha_in_name else ""
+        return f"r{self.rank:03d}-lr{_short(self.learning_rate)}{alpha}{self._ending}"
 
     @property
     def profile_name(self) -> str:
-        """`r008`, or `r008-pissa`: cost does not depend on the learning rate."""
+        """`r008`, or `r008-pissa`: cost depends neither on the learning rate nor on alpha."""
         return f"r{self.rank:03d}{self._ending}"
 
     @property

@@ -10,7 +10,7 @@ PEFT and transformers where they have one.
 import re
 from collections.abc import Iterable, Mapping
 from itertools import product
-from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar, get_args
 
 from pydantic import BeforeValidator, Field, PositiveFloat, ValidationInfo, field_validator, model_validator
 
@@ -28,7 +28,7 @@ from rankscope.spec.candidates import (
     Variant,
     all_linear_or_names,
     alpha_of,
-    alpha_or_multiple,
+    alpha_or_alphas,
     as_list,
     column_of_a_format,
     columns_or_text,
@@ -82,7 +82,10 @@ Seeds = Annotated[
     tuple[Seed, ...], BeforeValidator(as_list, json_schema_input_type=OneOrSeveral[Seed]), Field(min_length=1)
 ]
 Variants = Annotated[tuple[Variant, ...], BeforeValidator(as_list, json_schema_input_type=OneOrSeveral[Variant])]
-Alpha = Annotated[float | str, BeforeValidator(alpha_or_multiple, json_schema_input_type=AlphaOrMultiple)]
+Alphas = Annotated[
+    float | str | tuple[float | str, ...],
+    BeforeValidator(alpha_or_alphas, json_schema_input_type=OneOrSeveral[AlphaOrMultiple]),
+]
 Modules = Annotated[
     Literal["all-linear"] | tuple[str, ...], BeforeValidator(all_linear_or_names, json_schema_input_type=ModuleNames)
 ]
@@ -211,8 +214,9 @@ class DataSpec(Frozen):
 class AdapterSpec(Frozen):
     """LoRA settings that all candidates share."""
 
-    alpha: Alpha = 32.0
-    """`lora_alpha`: a number, or a multiple of the rank such as `2r`."""
+    alpha: Alphas = 32.0
+    """`lora_alpha`: a number, or a multiple of the rank such as `2r`; or a list. Of several, each rank is judged at its
+    best."""
     target_modules: Modules = "all-linear"
     """Layers that get an adapter: `all-linear`, or names such as `q_proj`."""
     lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -225,6 +229,15 @@ class AdapterSpec(Frozen):
     """Ratio of B's learning rate to A's in the variant `loraplus` (Hayou et al. 2024, arXiv:2402.12354)."""
     rank_pattern: dict[str, Rank] = {}  # noqa: RUF012  pydantic copies it
     """Ranks of single layers, by name, in the variant `pattern`. `rankscope pattern` proposes them."""
+
+    @property
+    def alphas(self) -> tuple[float | str, ...]:
+        """Values of `alpha`, in order."""
+        return self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
+
+    def alphas_at(self, rank: int) -> list[float]:
+        """`lora_alpha` of a rank's candidates: each once, the study's first alpha first."""
+        return list(dict.fromkeys(alpha_of(alpha, rank) for alpha in self.alphas))
 
 
 class TrainingSpec(Frozen):
@@ -372,7 +385,7 @@ class StudySpec(Frozen):
     seeds: Seeds = (0, 1, 2)
     """Seeds to train each candidate with. A single seed gives no measure of uncertainty."""
     variants: Variants = ()
-    """Variants to train beside plain LoRA at each rank and learning rate."""
+    """Variants to train beside plain LoRA at each rank, learning rate and alpha."""
     adapter: AdapterSpec = AdapterSpec()
     """LoRA settings shared by all candidates."""
     training: TrainingSpec = TrainingSpec()
@@ -435,11 +448,13 @@ class StudySpec(Frozen):
         return self
 
     def candidates(self) -> list[Candidate]:
-        """Grid of ranks and learning rates, lowest rank first, for plain LoRA and then for each variant."""
+        """Grid of ranks, learning rates and alphas, lowest rank first, for plain LoRA and then for each variant,
+        whatever the order in which ranks, rates and variants were added."""
         shared = self.adapter.model_dump(exclude={"alpha", "loraplus_lr_ratio", "rank_pattern"})
         plain = [
-            Candidate(rank=rank, learning_rate=rate, lora_alpha=alpha_of(self.adapter.alpha, rank), **shared)
+            Candidate(rank=rank, learning_rate=rate, lora_alpha=alpha, alpha_in_name=number > 0, **shared)
             for rank, rate in product(sorted(self.ranks), sorted(self.learning_rates))
+            for number, alpha in enumerate(self.adapter.alphas_at(rank))
         ]
         own: dict[str, dict[str, Any]] = {
             "rslora": {"use_rslora": True},
@@ -448,17 +463,17 @@ class StudySpec(Frozen):
         }
         others = [
             candidate.model_copy(update={"variant": variant, **own.get(variant, {})})
-            for variant, candidate in product(self.variants, plain)
+            for variant, candidate in product(sorted(self.variants, key=get_args(Variant).index), plain)
         ]
         return plain + others
 
     def trials(self) -> list[Trial]:
         """Every candidate with every seed, in a fixed order."""
-        return [Trial(candidate=candidate, seed=seed) for seed in self.seeds for candidate in self.candidates()]
+        return [Trial(candidate=candidate, seed=seed) for seed in sorted(self.seeds) for candidate in self.candidates()]
 
     def profiled(self) -> dict[str, Candidate]:
-        """Candidates to profile, by profile name: each rank and variant once, as cost does not depend on the learning
-        rate, and the lowest rank once more as the control.
+        """Candidates to profile, by profile name: each rank and variant once, as cost depends neither on the learning
+        rate nor on alpha, and the lowest rank once more as the control.
         """
         first: dict[str, Candidate] = {}
         for candidate in self.candidates():
@@ -470,4 +485,4 @@ class StudySpec(Frozen):
         if not self.reference.full:
             return []
         rates = self.reference.learning_rates or [divided(r, LORA_RATE_OVER_FULL) for r in self.learning_rates]
-        return [FullTrial(learning_rate=rate, seed=seed) for seed in self.seeds for rate in sorted(rates)]
+        return [FullTrial(learning_rate=rate, seed=seed) for seed in sorted(self.seeds) for rate in sorted(rates)]

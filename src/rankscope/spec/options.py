@@ -187,6 +187,8 @@ def assemble(
         StudyError: an option or field is unknown or wrong.
     """
     merged = copy.deepcopy(dict(values))
+    if options.get("alpha") is not None and options.get("alphas") is not None:
+        raise StudyError("alpha and alphas are the same field", "Give one of them.")
     for option, value in options.items():
         if option not in OPTIONS:
             raise StudyError(
@@ -198,8 +200,12 @@ def assemble(
     for given, other in (("steps", "epochs"), ("epochs", "steps")):  # a length given by option replaces the file's
         if isinstance(training, dict) and options.get(given) is not None and options.get(other) is None:
             training.pop(other, None)
+    verdict = merged.get("verdict")
+    if isinstance(verdict, dict) and options.get("margin_of") is not None and options.get("margin") is None:
+        verdict.pop("margin", None)  # the file's is a share of something else
     for assignment in assignments:
         set_value(merged, assignment)
+    named = "name" in merged
     merged.setdefault("name", _default_name(merged))
     fields = [OPTIONS[option].field for option in options if options[option] is not None]
     fields += [assignment.partition("=")[0] for assignment in assignments]
@@ -207,9 +213,13 @@ def assemble(
     in_file = file is not None and not "data.chat_template.".startswith(over)
     _read_chat_template(merged, [file.parent, Path()] if file and in_file else [Path()])
     if file is None:
-        return resolve_spec(merged)
-    lines = {name: line for name, line in _parse_file(file).lines.items() if not f"{name}.".startswith(over)}
-    return resolve_spec(merged, f"the study {file}", lines)
+        spec = resolve_spec(merged)
+    else:
+        lines = {name: line for name, line in _parse_file(file).lines.items() if not f"{name}.".startswith(over)}
+        spec = resolve_spec(merged, f"the study {file}", lines)
+    if not named:
+        spec.model_fields_set.discard("name")  # nobody wrote it: see `rankscope.study.growth`
+    return spec
 
 
 def _read_chat_template(values: dict[str, Any], folders: Sequence[Path]) -> None:
@@ -236,8 +246,33 @@ def _default_name(values: Mapping[str, Any]) -> str:
 
 
 def comma_list(name: str, text: str) -> list[Any]:
+    """Values of an option's text. Of ranks `4..64` is 4, 8, 16 up to 64; of seeds `0..4` is 0, 1, 2, 3, 4.
+
+    Raises:
+        StudyError: the ends of a range are not whole numbers in order.
+    """
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    return parts if name == "target_modules" else [one_number(part) for part in parts]
+    if name == "target_modules":
+        return parts
+    return [number for part in parts for number in (_range(name, part) if ".." in part else [one_number(part)])]
+
+
+def _range(name: str, text: str) -> Sequence[Any]:
+    low, _, high = (one_number(end.strip()) for end in text.partition(".."))
+    whole = name in ("ranks", "seeds") and isinstance(low, int) and isinstance(high, int)
+    if not whole or not (0 if name == "seeds" else 1) <= low <= high <= low + MOST_IN_RANGE:
+        todo = "Ranges are of ranks (8..64) or seeds (0..4): two whole numbers, the lower first."
+        raise StudyError(f"--{name.replace('_', '-')} {text}: no such range", todo)
+    return doublings(low, high) if name == "ranks" else range(low, high + 1)
+
+
+MOST_IN_RANGE = 1 << 20
+"""Largest distance between the ends of a range."""
+
+
+def doublings(low: int, high: int) -> list[int]:
+    """`low` and its products with powers of two, up to `high`."""
+    return [low << power for power in range(64) if low << power <= high]
 
 
 def one_number(text: str) -> Any:

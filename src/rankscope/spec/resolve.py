@@ -12,11 +12,14 @@ from rankscope.spec.models import StudySpec
 
 MAX_ERRORS_SHOWN = 5  # wrong fields in one message
 
+LOG = "log"
+"""Field of study.yaml in a study's directory: what was added, and when."""
+
 
 def resolve_spec(
     values: Mapping[str, Any], source: str = "the study", lines: Mapping[str, int] | None = None
 ) -> StudySpec:
-    """Validate a nested mapping.
+    """Validate a nested mapping. The `log` of a study's directory is no part of the question.
 
     Errors name its `source`, and the line of a field where `lines` has it.
 
@@ -24,7 +27,7 @@ def resolve_spec(
         StudyError: a field is unknown, missing or wrong; the message names each, and the nearest valid name.
     """
     try:
-        return StudySpec.model_validate(dict(values))
+        return StudySpec.model_validate({name: value for name, value in values.items() if name != LOG})
     except ValidationError as error:
         found = list(dict.fromkeys(_explain(dict(detail), lines or {}) for detail in error.errors()))
         shown = [f"  - {line}" for line in found[:MAX_ERRORS_SHOWN]] + ["  - ..."] * (len(found) > MAX_ERRORS_SHOWN)
@@ -84,9 +87,10 @@ def _fields(path: Sequence[str]) -> list[str]:
     return sorted(fields)
 
 
-def write_yaml(spec: BaseModel) -> str:
+def write_yaml(spec: BaseModel, log: Sequence[Mapping[str, Any]] = ()) -> str:
     """YAML text of a complete study; `resolve_spec(yaml.safe_load(text))` gives the same study."""
-    return yaml.dump(spec.model_dump(mode="json"), Dumper=YamlDumper, sort_keys=False, allow_unicode=True)
+    values = spec.model_dump(mode="json") | ({LOG: list(log)} if log else {})
+    return yaml.dump(values, Dumper=YamlDumper, sort_keys=False, allow_unicode=True)
 
 
 class YamlDumper(yaml.SafeDumper):

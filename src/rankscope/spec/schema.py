@@ -8,6 +8,7 @@ from typing import Any
 from pydantic.json_schema import GenerateJsonSchema
 
 from rankscope.spec.models import StudySpec
+from rankscope.spec.resolve import LOG
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -15,6 +16,11 @@ _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 def study_schema() -> dict[str, Any]:
     """The schema, as JSON's plain data."""
     schema = StudySpec.model_json_schema(schema_generator=_Untitled)
+    schema["properties"][LOG] = {
+        "description": "What was added to the study, and when. Written by `run`.",
+        "type": "array",
+        "items": {"type": "object"},
+    }
     return {"$schema": _DIALECT} | schema | {"title": "A rankscope study"}
 
 

@@ -1,7 +1,7 @@
 """A study's directory: its files, each with one writer.
 
 NAME/
-  study.yaml                  the question, resolved and complete
+  study.yaml                  the question, resolved and complete, and a log of what was added to it
   machine.json                hardware, versions, model (its fingerprint is in trial.json, the data's in facts.json)
   data/                       tokens.safetensors, facts.json (what every trial reads)
   prediction.json             memory and time of each candidate, predicted before anything was trained
@@ -11,6 +11,7 @@ NAME/
   packs/p000/                 pack.json, job.json, log.txt; checkpoints/ until it has ended
   profiles/r008.json          time and memory of each repeat of a rank's profile, with samples
   profiles/control.json       second profile of the lowest rank: the noise of every cost
+  profiles/again/             the same files while `run --remeasure` measures all costs anew
   failures.json               profiles and answers that did not finish when they were last tried, and why
   answers/                    answers.json: answers of the base and each candidate to the same held-out prompts
   curve/                      curve.json: held-out losses of the largest rank's adapters, truncated to lower ranks
@@ -23,10 +24,12 @@ import re
 import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from rankscope import __version__
 from rankscope.errors import StudyDirectoryError, StudyError
 from rankscope.files import (
     corrupt_on_error,
@@ -42,11 +45,12 @@ from rankscope.files import (
     refuse_links_out,
     unlike_its_hash,
 )
-from rankscope.spec.candidates import AnyTrial, FullTrial, Trial
+from rankscope.spec.candidates import CONTROL, AnyTrial, Candidate, FullTrial, Trial
 from rankscope.spec.models import StudySpec
-from rankscope.spec.resolve import resolve_spec, write_yaml
+from rankscope.spec.resolve import LOG, resolve_spec, write_yaml
+from rankscope.study.growth import grow
 from rankscope.study.metrics import read_rows
-from rankscope.study.question import Holder, differences_of, lock_folder, read_question, text_of, write_question
+from rankscope.study.question import Holder, lock_folder, read_question, text_of, write_question
 from rankscope.study.records import (
     AnswersRecord,
     CurveRecord,
@@ -57,6 +61,7 @@ from rankscope.study.records import (
     FactsRecord,
     Failure,
     FailuresRecord,
+    LogEntry,
     MachineRecord,
     PackRecord,
     PredictionRecord,
@@ -83,12 +88,18 @@ CURVE = "curve/curve.json"
 
 ANSWERS = "answers"  # key of the answers in failures.json
 
+AGAIN = "profiles/again"  # profiles of `run --remeasure`, until all are measured
+
 
 class Division(NamedTuple):
     """Division of a study's trials into packs, kept for good so that a resumed run rounds as it did before."""
 
     packs: dict[str, list[Trial]]  # in the order of training
     divided: dict[str, list[str]]  # parts of each pack that ended with an error, and so left `packs`
+
+    def trials(self) -> set[str]:
+        """Names of all trials that a pack has."""
+        return {trial.name for trials in self.packs.values() for trial in trials}
 
     def trials_of_divided(self) -> list[str]:
         """Names of the trials in parts of divided packs."""
@@ -104,24 +115,18 @@ class Division(NamedTuple):
 class StudyFolder:
     """A study's directory: its question, its files, and the lock. Opening reads nothing but study.yaml."""
 
-    def __init__(self, path: Path, spec: StudySpec) -> None:
-        self.path, self.spec = path, spec
+    def __init__(self, path: Path, spec: StudySpec, log: Sequence[LogEntry] = ()) -> None:
+        self.path, self.spec, self.log = path, spec, list(log)
 
     @classmethod
     def create(cls, path: Path, spec: StudySpec) -> Self:
-        """Make the directory, or open it where it holds the same study.
+        """Make the directory; or open the study that it holds, grown by what `spec` adds.
 
         Raises:
             StudyError: it holds another study; the message shows the difference.
         """
         if cls.is_at(path):
-            study = cls.open(path)
-            if differences := differences_of(study.spec.model_dump(mode="json"), spec.model_dump(mode="json")):
-                raise StudyError(
-                    f"{path} holds another study:\n" + "\n".join(f"  - {line}" for line in differences),
-                    "Choose another --out, or run it with the values it has.",
-                )
-            return study
+            return cls.open(path).grown(spec)
         if not is_free(path):
             raise StudyError(f"{path} exists and is not a study", "Choose another --out.")
         write_question(path / "study.yaml", write_yaml(spec))
@@ -141,11 +146,32 @@ class StudyFolder:
             StudyDirectoryError: `path` holds no study, or a symbolic link leads out of it.
             StudyError: its study.yaml is corrupt.
         """
-        path, file = Path(path), Path(path, "study.yaml")
+        path = Path(path)
         if not cls.is_at(path):
             raise StudyDirectoryError(f"{path}: not a study (no study.yaml)", "Give the directory that `run` printed.")
         refuse_links_out(path)
-        return cls(path, resolve_spec(_of_its_time(read_question(file)), source=str(file)))
+        return cls(path, *_read(path / "study.yaml"))
+
+    def grown(self, asked: StudySpec) -> Self:
+        """The study with what `asked` adds, which `publish` writes: see `rankscope.study.growth`.
+
+        Raises:
+            StudyError: `asked` is another study.
+        """
+        spec, added = grow(self.spec, asked, self.path)
+        return type(self)(self.path, spec, [*self.log, *([_entry(added=added)] if added else [])])
+
+    def publish(self, changed: dict[str, dict[str, list[Any]]] | None = None) -> None:
+        """Write the question and the log to study.yaml where it has others; `changed` is of the machine."""
+        if changed:
+            self.log.append(_entry(changed=changed))
+        if self.has_changed():
+            log = [entry.model_dump(exclude_unset=True) for entry in self.log]
+            write_question(self.path / "study.yaml", write_yaml(self.spec, log))
+
+    def has_changed(self) -> bool:
+        """Whether study.yaml has another question or log than this object."""
+        return _read(self.path / "study.yaml") != (self.spec, self.log)
 
     def file(self, *parts: str) -> Path:
         """A file or folder of the study: see `rankscope.files.inside`."""
@@ -168,23 +194,36 @@ class StudyFolder:
     def trial_folder(self, trial: AnyTrial) -> Path:
         return self.file("trials" if isinstance(trial, Trial) else "reference", trial.name)
 
-    def profile_file(self, name: str) -> Path:
-        return self.file("profiles", f"{name}.json")
+    def profiled(self, again: bool = False) -> dict[str, Candidate]:
+        """`StudySpec.profiled`, with the control that control.json has: it stays when a lower rank is added.
 
-    def profile_repeats(self, name: str) -> list[dict[str, Any]]:
-        """Repeats measured so far (`rankscope.measure.profile.profile_candidate`)."""
-        record = ProfileRecord.find(self.profile_file(name))
+        With `again` those that are being measured anew, as in the two functions below.
+        """
+        found = self.spec.profiled()
+        record = ProfileRecord.find(self.profile_file(CONTROL, again))
+        if record is not None and record.candidate is not None:
+            with corrupt_on_error(self.profile_file(CONTROL, again)):
+                control = Candidate.model_validate(record.candidate)
+            found |= {CONTROL: control} if control in self.spec.candidates() else {}
+        return found
+
+    def profile_file(self, name: str, again: bool = False) -> Path:
+        return self.file(AGAIN if again else "profiles", f"{name}.json")
+
+    def profile_repeats(self, name: str, again: bool = False) -> list[dict[str, Any]]:
+        """Repeats measured so far (`rankscope.measure.profile.profile_candidate`), with the number of their session."""
+        record = ProfileRecord.find(self.profile_file(name, again))
         return record.repeats if record else []
 
-    def whole_repeats(self, name: str) -> list[dict[str, Any]]:
+    def whole_repeats(self, name: str, again: bool = False) -> list[dict[str, Any]]:
         """`profile_repeats`, checked to be complete.
 
         Raises:
             DamagedError: a repeat is incomplete.
         """
-        repeats = self.profile_repeats(name)
+        repeats = self.profile_repeats(name, again)
         for repeat in repeats:
-            Repeat.of(repeat, self.profile_file(name))
+            Repeat.of(repeat, self.profile_file(name, again))
         return repeats
 
     def failures(self) -> dict[str, Failure]:
@@ -341,9 +380,15 @@ class StudyFolder:
         record = AnswersRecord.find(self.file("answers", "answers.json"))
         return record or AnswersRecord(questions=[], answers={})
 
-    def has_answers(self) -> bool:
-        """Whether all trials of `answered` have answered."""
-        return {trial.name for trial in self.answered()} <= self.answers_record().answers.keys()
+    def kept_answers(self) -> dict[str, list[str]]:
+        """Answers by `base` and trial; none where more, fewer, longer or shorter ones are wanted by now."""
+        record, measure = self.answers_record(), self.spec.measure
+        return record.answers if record.asked in (None, [measure.answers, measure.answer_tokens]) else {}
+
+    def unanswered(self) -> list[Trial]:
+        """Trials of `answered` that have not answered."""
+        kept = self.kept_answers()
+        return [trial for trial in self.answered() if trial.name not in kept]
 
     @property
     def rank_curve_file(self) -> Path:
@@ -372,8 +417,19 @@ class StudyFolder:
         measure = self.spec.measure
         profiled = self.spec.profiled() if measure.profiles else ()
         done = {name: len(self.profile_repeats(name)) >= measure.repeats for name in profiled}
-        done[ANSWERS] = not measure.answers or self.has_answers()
+        done[ANSWERS] = not measure.answers or not self.unanswered()
         return {name: failure for name, failure in self.failures().items() if not done.get(name, True)}
+
+
+def _read(file: Path) -> tuple[StudySpec, list[LogEntry]]:
+    """Question and log of a study.yaml."""
+    question = read_question(file)
+    log = [LogEntry.of(entry, file) for entry in question.pop(LOG, [])]
+    return resolve_spec(_of_its_time(question), source=str(file)), log
+
+
+def _entry(**what: Any) -> LogEntry:
+    return LogEntry(when=datetime.now(UTC).isoformat(timespec="seconds"), version=__version__, **what)
 
 
 def _of_its_time(question: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import random
 from typing import NamedTuple
 
-from rankscope.spec.candidates import AnyTrial, FullTrial, Trial
+from rankscope.spec.candidates import CONTROL, AnyTrial, FullTrial, Trial
 from rankscope.spec.models import StudySpec
 from rankscope.study.folder import FINISHED, StudyFolder
 
@@ -14,10 +14,11 @@ def unfinished(study: StudyFolder) -> list[AnyTrial]:
 
 
 class ProfileJob(NamedTuple):
-    """One repeat of a profile of `StudySpec.profiled`."""
+    """One repeat of a profile of `StudyFolder.profiled`."""
 
     profile: str
     repeat: int
+    session: int = 0
 
 
 def missing_trials(study: StudyFolder) -> list[Trial]:
@@ -35,17 +36,26 @@ def missing_reference(study: StudyFolder) -> list[FullTrial]:
     return [trial for trial in study.spec.reference_trials() if not is_finished(study, trial)]
 
 
-def missing_profiles(spec: StudySpec, study: StudyFolder | None) -> list[ProfileJob]:
+def missing_profiles(spec: StudySpec, study: StudyFolder | None, again: bool = False) -> list[ProfileJob]:
     """Repeats not yet measured: repeat by repeat, in each all candidates and the control in a random order.
 
-    They are interleaved, so that a drift of the machine does not look like an effect of rank. The order of one study is
-    always the same.
+    They are interleaved, so that a drift of the machine does not look like an effect of rank. What is added when the
+    control has all its repeats is measured in a new session, with as many more repeats of the control. The order of one
+    study is always the same. With `again` the repeats are those of `StudyFolder.profiled(again=True)`.
     """
     if not spec.measure.profiles:
         return []
-    done = {name: len(study.profile_repeats(name)) if study else 0 for name in spec.profiled()}
+    found = {name: study.profile_repeats(name, again) if study else [] for name in spec.profiled()}
+    sessions = {name: [int(repeat.get("session", 0)) for repeat in repeats] for name, repeats in found.items()}
+    session = max((number for numbers in sessions.values() for number in numbers), default=0)
+    tried = study.failures() if study else {}
+    added = [name for name, numbers in sessions.items() if name != CONTROL and not numbers and name not in tried]
+    if added and sessions[CONTROL].count(session) >= spec.measure.repeats:
+        session += 1
+    done = {name: len(numbers) for name, numbers in sessions.items()}
+    done[CONTROL] = sessions[CONTROL].count(session)
     jobs = []
     for repeat in range(spec.measure.repeats):
         order = random.Random(repeat).sample(list(done), len(done))
-        jobs += [ProfileJob(name, repeat) for name in order if repeat >= done[name]]
+        jobs += [ProfileJob(name, repeat, session) for name in order if repeat >= done[name]]
     return jobs

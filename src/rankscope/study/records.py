@@ -186,6 +186,15 @@ class PackRecord(Record):
     results: dict[str, Number] | None
 
 
+class LogEntry(Record):
+    """Entry of the log in study.yaml: what a run added to the study, or found changed."""
+
+    when: str  # UTC, ISO 8601
+    version: str  # of rankscope
+    added: dict[str, list[Any]] = {}  # values by field of the question
+    changed: dict[str, dict[str, list[Any]]] = {}  # of `machine` and `versions`: [before, now] by field
+
+
 class ProfileRecord(Record):
     """profiles/NAME.json, with the repeats of `rankscope.measure.profile.profile_candidate`."""
 
@@ -229,6 +238,7 @@ class Repeat(Record):
 
     summary: Summary
     samples: Samples
+    session: int = 0  # repeats of one session were measured side by side, with the control's among them
 
 
 class AnswersRecord(Record):
@@ -236,6 +246,7 @@ class AnswersRecord(Record):
 
     questions: list[dict[str, Any]]
     answers: dict[str, list[str]]
+    asked: list[int] | None = None  # `measure.answers` and `measure.answer_tokens`; None in earlier versions
 
 
 class Cut(Record):

@@ -137,17 +137,19 @@ def _repeated(trials: Sequence[AnyTrial], counts: "np.ndarray") -> dict[str, Any
 
 
 def profiles(study: StudyFolder) -> "pd.DataFrame":
-    """One row per repeat of a candidate's profile: `candidate variant rank learning_rate repeat control` and the
-    columns of `rankscope.measure.profile.profile_candidate`'s summary; empty where nothing was profiled.
+    """One row per repeat of a candidate's profile: `candidate variant rank learning_rate repeat session control` and
+    the columns of `rankscope.measure.profile.profile_candidate`'s summary; empty where nothing was profiled.
 
-    A rank is profiled once, so that its learning rates have the same numbers. Rows with `control` are the second
-    profile of the first candidate, which differs from the first by noise alone.
+    A rank is profiled once, so that its learning rates and alphas have the same numbers. Rows with `control` are the
+    second profile of one candidate, the study's first, which differs from the first by noise alone. What was added to a
+    study was measured in a later `session`, beside more repeats of the control.
     """
     import pandas as pd
 
     rows = [
-        {**candidate_identity(candidate), "repeat": number, "control": name == CONTROL, **repeat["summary"]}
-        for name, measured in study.spec.profiled().items()
+        candidate_identity(candidate)
+        | {"repeat": number, "session": repeat.get("session", 0), "control": name == CONTROL, **repeat["summary"]}
+        for name, measured in study.profiled().items()
         for candidate in study.spec.candidates()
         if candidate == measured or candidate.profile_name == name
         for number, repeat in enumerate(study.whole_repeats(name))
@@ -164,7 +166,7 @@ def samples(study: StudyFolder) -> "pd.DataFrame":
     import pandas as pd
 
     frames = []
-    for name, candidate in study.spec.profiled().items():
+    for name, candidate in study.profiled().items():
         for number, repeat in enumerate([] if name == CONTROL else study.whole_repeats(name)):
             with corrupt_on_error(study.profile_file(name)):
                 frames.append(pd.DataFrame({**candidate_identity(candidate), "repeat": number, **repeat["samples"]}))

@@ -14,7 +14,8 @@ import psutil
 from rankscope.files import JsonlTail, corrupt_on_error
 from rankscope.plan.runtime import START_SECONDS
 from rankscope.spec.candidates import AnyTrial, Trial
-from rankscope.study.folder import FINISHED, NOT_ENDED, StudyFolder
+from rankscope.study.folder import AGAIN, FINISHED, NOT_ENDED, StudyFolder
+from rankscope.study.missing import missing_profiles
 from rankscope.study.question import Holder
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import loss
@@ -111,9 +112,9 @@ class LiveStudy:
         self._read_tails(statuses)
         self._began = began = _modified(study.file(".lock-holder")) or self._began
         training = self._training(statuses, began)
-        names = list(study.spec.profiled()) if study.spec.measure.profiles else []
-        measured = sum(min(len(study.profile_repeats(name)), study.spec.measure.repeats) for name in names)
-        profiles = len(names) * study.spec.measure.repeats
+        names, again = study.spec.profiled() if study.spec.measure.profiles else (), study.file(AGAIN).exists()
+        measured = sum(len(study.profile_repeats(name, again)) for name in names)
+        profiles = measured + len(missing_profiles(study.spec, study, again))
         return State(
             doing=self._doing(statuses, training, measured < profiles, holder is not None, began),
             training={name: [self._trial(one, statuses) for one in members] for name, members in training.items()},
@@ -176,7 +177,7 @@ class LiveStudy:
         self, statuses: Mapping[str, str], training: Collection[str], unmeasured: bool, running: bool, began: float
     ) -> str:
         study, answers = self.study, self.study.file("answers")
-        answered = (answers / "answers.json").exists()
+        answered = _modified(answers / "answers.json") > _modified(answers / "job.json")  # a study that grows has both
         if not running:
             complete = set(statuses.values()) <= set(FINISHED) and not unmeasured
             return "done" if complete and study.file("verdict.json").exists() else "stopped"
@@ -203,7 +204,8 @@ class LiveStudy:
         """Name of the profile being measured: the last that this run began, until its repeat is recorded."""
         jobs = {folder.name: _modified(folder / "job.json") for folder in self.study.file("profiles", "jobs").glob("*")}
         name = max(jobs, key=jobs.__getitem__, default=None)
-        return name if name and jobs[name] >= max(began, _modified(self.study.profile_file(name))) else None
+        recorded = [_modified(self.study.profile_file(name, again)) for again in (False, True)] if name else []
+        return name if name and jobs[name] >= max(began, *recorded) else None
 
     def _seconds_left(self, statuses: Mapping[str, str], profiles: int, devices: int) -> float | None:
         """Predicted time of the steps left, divided among the devices in use, and of the profiles left.

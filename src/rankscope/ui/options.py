@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 EMBEDDED_STUDY = Path(__file__).parents[1] / "demo" / "study.yaml"
 
 RUN = [name for name, option in OPTIONS.items() if option.help]
-PLAN = [name for name in RUN if name not in ("max_gpu_memory", "max_runtime")]
+CRITERIA = [name for name, option in OPTIONS.items() if option.field.startswith("verdict.")]
+PLAN = [name for name in RUN if name not in CRITERIA]
 _DATA = ("dataset", "eval_dataset", "columns", "chat_template", "skip_bad_rows", "force")
 SEARCH = {name: OPTIONS[name] for name in ("model", *_DATA)} | {
     "ranks": Option("", str, "Ranks, e.g. 8,32,128, or 4..256 for 4, 8, 16 up to 256."),
@@ -84,12 +85,19 @@ def resolve_study(study: Path | None, options: Mapping[str, Any], sets: Sequence
     from rankscope.spec.options import assemble, comma_list, one_number
 
     values = dict(options)
-    for name in ("ranks", "variants", "learning_rates", "seeds", "target_modules"):
+    for name in ("ranks", "variants", "learning_rates", "alphas", "seeds", "target_modules"):
         if values.get(name) not in (None, "all-linear"):
             values[name] = comma_list(name, values[name])
     if values.get("alpha") is not None:
         values["alpha"] = one_number(values["alpha"])
     return assemble(study_values(study, options), values, sets or (), study)
+
+
+def study_at(study: Path | None, out: Path | None) -> tuple[Path | None, Path | None]:
+    """File and directory of a study that is given as its file, or as a directory, in which it then runs."""
+    if study is not None and study.is_dir():
+        return study / "study.yaml", out or study
+    return study, out
 
 
 def study_values(study: Path | None, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ def plan_study(
     gpu_flops: str | None = None,
     devices: int | None = None,
     price: float | None = None,
+    remeasure: bool = False,
 ) -> Plan:
     """Return the plan that a run would execute, or would on a GPU that need not exist.
 
@@ -48,7 +49,8 @@ def plan_study(
         with make_launcher(launcher, spec.model, ray_address, error_console.print) as launching:
             site, slots = launching.site(), launching.slots()
     fleet = make_fleet(devices, price, slots)
-    return make_plan(spec, study_data(spec, study), site, fleet, study, gpu.flops_per_second if gpu else None)
+    rate = gpu.flops_per_second if gpu else None
+    return make_plan(spec, study_data(spec, study), site, fleet, study, rate, remeasure)
 
 
 def show_plan(plan: Plan, study: StudyFolder | None, as_json: bool, rows: int = 0) -> None:
@@ -61,7 +63,8 @@ def show_plan(plan: Plan, study: StudyFolder | None, as_json: bool, rows: int = 
         done = sum(is_finished(study, trial) for trial in study.trials)
         (error_console if as_json else out_console).print(
             f"{study.path} has {done} of the {len(study.trials)} trials; {len(plan.profiles)} repeats of profiles and "
-            f"{len(plan.reference)} trials of full fine-tuning are missing too. A run would do what is missing.",
+            f"{len(plan.reference)} trials of full fine-tuning are missing too. A run would do what is missing."
+            + (f" {plan.unmeasured}" if plan.unmeasured else ""),
             soft_wrap=True,
         )
 

@@ -55,11 +55,14 @@ class Watch:
         return LiveStudy(self.study)
 
     def state(self) -> State:
-        """Return the current state of the study.
+        """Return the current state of the study, which may have grown.
 
         Raises:
             StudyDirectoryError: the study has not begun.
         """
+        if self.study.has_changed():
+            self.study = Study.open(self.study.path)
+            self.__dict__.pop("_live", None)
         return self._live.read()
 
     def page(self) -> str:

@@ -1,0 +1,136 @@
+"""Growth of a study: what another question may add to it, and what makes it another study.
+
+`RULES` has every field that grows or is free, with the reason; any other field is fixed. Only a value that somebody
+wrote adds or changes anything: a default adds nothing.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from shlex import quote
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel
+
+from rankscope.errors import StudyError
+from rankscope.spec.models import StudySpec
+from rankscope.spec.options import set_field
+from rankscope.spec.resolve import resolve_spec
+
+
+class Rule(NamedTuple):
+    """Effect of another value of a field, and why."""
+
+    kind: Literal["grows", "free", "fixed"]  # the study gets both values; the newest; or it is another study
+    reason: str
+
+
+RULES = {
+    "ranks": Rule("grows", "each rank has trials of its own"),
+    "learning_rates": Rule("grows", "each learning rate has trials of its own"),
+    "seeds": Rule("grows", "each seed has trials of its own"),
+    "variants": Rule("grows", "each variant has trials of its own"),
+    "adapter.alpha": Rule("grows", "each alpha has trials of its own"),
+    "reference.full": Rule("grows", "full fine-tuning has trials of its own"),
+    "reference.learning_rates": Rule("grows", "full fine-tuning has trials at each of its learning rates"),
+    "name": Rule("free", "a label"),
+    "verdict": Rule("free", "how evidence is judged is no reason to train again"),
+    "measure.profiles": Rule("free", "costs are measured beside the trials"),
+    "measure.answers": Rule("free", "answers are for the eye, and are made again"),
+    "measure.answer_tokens": Rule("free", "answers are for the eye, and are made again"),
+    "training.checkpoint_minutes": Rule("free", "a resumed pack ends as one that was not stopped"),
+    "training.checkpoint_steps": Rule("free", "a resumed pack ends as one that was not stopped"),
+    "training.trials_per_pack": Rule("free", "trials do not depend on their pack; packs that exist stay"),
+    "data.force": Rule("free", "the rows are the same"),
+    "model.device": Rule("free", "where it trains is logged"),
+    "training.steps": Rule("fixed", "in a longer schedule every step has another learning rate"),
+    "training.epochs": Rule("fixed", "in a longer schedule every step has another learning rate"),
+    "data.eval_rows": Rule("fixed", "held-out rows are not trained on, and all trials are judged on the same rows"),
+    "data.eval_dataset": Rule("fixed", "all trials are judged on the same rows"),
+    "data.eval_split": Rule("fixed", "all trials are judged on the same rows"),
+}
+"""Rules of fields, and of all fields of a group."""
+
+OF_VARIANTS = {"adapter.loraplus_lr_ratio": "loraplus", "adapter.rank_pattern": "pattern"}
+"""Fields that only a variant reads: they are fixed once the study has it."""
+
+_FIXED = Rule("fixed", "")
+
+
+class Growth(NamedTuple):
+    """A study as it becomes."""
+
+    spec: StudySpec
+    added: dict[str, list[Any]]  # values of fields that grow
+
+
+def grow(spec: StudySpec, asked: StudySpec, path: Path) -> Growth:
+    """Add what `asked` has to the study `spec` in the directory `path`.
+
+    Raises:
+        StudyError: `asked` is another study, or both together are contradictory; the message names the fields.
+    """
+    before, wanted, given = (
+        dict(_leaves(spec)),
+        dict(_leaves(asked)),
+        {field for field, _ in _leaves(asked, given=True)},
+    )
+    if wanted["verdict.margin_of"] != before["verdict.margin_of"] and "verdict.margin_of" in given:
+        given.add("verdict.margin")  # a share of something else is another margin, if only by default
+    values, added, conflicts = spec.model_dump(mode="json"), dict[str, list[Any]](), list[str]()
+    for field, value in wanted.items():
+        if value == before[field] or (field in ("model.device", "model.dtype") and value == "auto"):
+            continue
+        rule = rule_of(field, spec)
+        if rule.kind == "fixed":
+            why = f": {rule.reason}" if rule.reason else ""
+            conflicts.append(f"{field}: {before[field]!r} there, {value!r} asked for{why}")
+        elif rule.kind == "free" and field in given:
+            set_field(values, field, value)
+        elif field in given and (new := [one for one in _several(value) if one not in _known(spec, field)]):
+            added[field] = new
+            set_field(values, field, True if value is True else [*_known(spec, field), *new])
+    if conflicts:
+        raise StudyError(
+            f"{path} holds another study:\n" + "\n".join(f"  - {line}" for line in conflicts),
+            f"Give this one a directory of its own, --out {quote(str(free_name(path)))}, or leave these fields as they "
+            f"are: `rankscope run {quote(str(path))}` takes them from there.",
+        )
+    return Growth(resolve_spec(values, f"what {path} would become"), added)
+
+
+def rule_of(field: str, spec: StudySpec) -> Rule:
+    """Rule of a field such as `training.steps` in the study `spec`."""
+    if field in OF_VARIANTS and OF_VARIANTS[field] not in spec.variants:
+        return Rule("free", "no trial depends on it")
+    return RULES.get(field) or RULES.get(field.partition(".")[0], _FIXED)
+
+
+def free_name(path: Path) -> Path:
+    """First of PATH-2, PATH-3, ... that does not exist."""
+    number = 2
+    while path.with_name(f"{path.name}-{number}").exists():
+        number += 1
+    return path.with_name(f"{path.name}-{number}")
+
+
+def _leaves(model: BaseModel, prefix: str = "", given: bool = False) -> Iterator[tuple[str, Any]]:
+    """Fields of a question with dotted names; with `given` those that somebody wrote."""
+    for name in type(model).model_fields:
+        value = getattr(model, name)
+        if isinstance(value, BaseModel):
+            yield from _leaves(value, f"{prefix}{name}.", given)
+        elif not given or name in model.model_fields_set:
+            yield f"{prefix}{name}", value
+
+
+def _several(value: Any) -> list[Any]:
+    """Values of a field that grows; none for None and False."""
+    return list(value) if isinstance(value, tuple) else [value] if value else []
+
+
+def _known(spec: StudySpec, field: str) -> list[Any]:
+    """Values that a study has of a field that grows: of full fine-tuning's learning rates also the default ones."""
+    if field == "reference.learning_rates":
+        return list(dict.fromkeys(trial.learning_rate for trial in spec.reference_trials()))
+    group, _, name = field.rpartition(".")
+    return _several(getattr(getattr(spec, group) if group else spec, name))

@@ -1,0 +1,573 @@
+"""A study grows: what adds to it, what changes it freely, what makes it another study; and only what is new is done."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+from pydantic import BaseModel
+from typer.testing import CliRunner
+
+from launchers import HERE, FakeLauncher
+from rankscope import cli, pipeline
+from rankscope.errors import RankscopeError, StudyError
+from rankscope.files import read_json, write_json
+from rankscope.jobs.job import Job
+from rankscope.jobs.profiles import WHOLE, replace_profiles
+from rankscope.measure.machine import Site
+from rankscope.spec.models import StudySpec
+from rankscope.spec.options import assemble, read_study_file, set_field
+from rankscope.study.folder import AGAIN, StudyFolder
+from rankscope.study.growth import RULES
+from rankscope.study.missing import ProfileJob, missing_profiles
+from rankscope.study.records import ProfileRecord
+from rankscope.study.study import Study
+from rankscope.ui.watch import Watch
+from recording import RecordingProgress
+from small_study import run_small
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "study-0.1"
+
+OTHERS: dict[str, Any] = {
+    "name": "other",
+    "model.id": "other",
+    "model.revision": "v2",
+    "model.dtype": "bfloat16",
+    "model.device": "cpu",
+    "model.quantization": "nf4",
+    "data.id": "other",
+    "data.config": "other",
+    "data.revision": "v2",
+    "data.split": "other",
+    "data.format": "alpaca",
+    "data.columns": {"output": "answer"},
+    "data.template": "{instruction} {input}",
+    "data.template_without_input": "{instruction}",
+    "data.chat_template": "chatml",
+    "data.loss_on": "all",
+    "data.max_length": 77,
+    "data.max_rows": 77,
+    "data.eval_rows": 77,
+    "data.split_seed": 77,
+    "data.eval_dataset": "other",
+    "data.eval_split": "other",
+    "data.skip_bad_rows": True,
+    "data.force": True,
+    "ranks": [16],
+    "learning_rates": [1e-3],
+    "seeds": [7],
+    "variants": ["pissa"],
+    "adapter.alpha": "2r",
+    "adapter.target_modules": ["q_proj"],
+    "adapter.lora_dropout": 0.1,
+    "adapter.use_rslora": True,
+    "adapter.init_lora_weights": "gaussian",
+    "adapter.loraplus_lr_ratio": 4.0,
+    "adapter.rank_pattern": {"layer": 4},
+    "training.steps": 77,
+    "training.epochs": 2.0,
+    "training.batch_size": 77,
+    "training.gradient_accumulation_steps": 2,
+    "training.lr_scheduler_type": "linear",
+    "training.warmup_ratio": 0.5,
+    "training.weight_decay": 0.1,
+    "training.max_grad_norm": 0.5,
+    "training.adam_beta1": 0.8,
+    "training.adam_beta2": 0.8,
+    "training.adam_epsilon": 1e-6,
+    "training.optim": "adamw_8bit",
+    "training.base_dropout": "keep",
+    "training.evals": 7,
+    "training.engine": "peft",
+    "training.isolated": True,
+    "training.trials_per_pack": 2,
+    "training.checkpoint_minutes": 1.0,
+    "training.checkpoint_steps": 7,
+    "reference.full": True,
+    "reference.learning_rates": [1e-5],
+    "measure.profiles": False,
+    "measure.repeats": 7,
+    "measure.warmup_steps": 7,
+    "measure.steps": 7,
+    "measure.forgetting": "other",
+    "measure.forgetting_rows": 7,
+    "measure.answers": 7,
+    "measure.answer_tokens": 7,
+    "verdict.margin_of": "loss",
+    "verdict.margin": 0.02,
+    "verdict.confidence": 0.9,
+    "verdict.max_gpu_memory": 1 << 30,
+    "verdict.max_runtime": 60.0,
+}
+"""Another value of every field of a study."""
+
+GROWS = {
+    *("ranks", "learning_rates", "seeds", "variants", "adapter.alpha"),
+    *("reference.full", "reference.learning_rates"),
+}
+FREE = {
+    *("name", "model.device", "data.force", "measure.profiles", "measure.answers", "measure.answer_tokens"),
+    *("training.trials_per_pack", "training.checkpoint_minutes", "training.checkpoint_steps"),
+    *("adapter.loraplus_lr_ratio", "adapter.rank_pattern"),  # no variant of the study reads them
+    *(field for field in OTHERS if field.startswith("verdict.")),
+}
+BASE = {"model": {"id": "m", "dtype": "float32"}, "data": {"id": "d"}, "ranks": [8], "seeds": [0]}
+
+
+def ask(**fields: Any) -> StudySpec:
+    """A question with these fields (`training__steps` for `training.steps`) beside model, data, one rank and seed."""
+    values = {name: dict(value) if isinstance(value, dict) else value for name, value in BASE.items()}
+    for name, value in fields.items():
+        set_field(values, name.replace("__", "."), value)
+    return assemble(values, {})
+
+
+def leaves(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name in type(model).model_fields:
+        value = getattr(model, name)
+        inner = leaves(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else [(f"{prefix}{name}", value)]
+        yield from inner
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Study:
+    """A study that has nothing but its question."""
+    return Study.create(tmp_path / "study", ask())
+
+
+def test_every_field_is_here() -> None:
+    """A new field of a study is fixed, unless it is said to grow or to be free."""
+    assert set(OTHERS) == {name for name, _ in leaves(ask())}
+    assert RULES.keys() - {"verdict"} <= OTHERS.keys()
+
+
+@pytest.mark.parametrize("field", OTHERS)
+def test_a_field_grows_is_free_or_makes_another_study(begun: Study, field: str) -> None:
+    more: dict[str, Any] = {"variants": ["pattern"]} if field == "adapter.rank_pattern" else {}
+    more |= {"reference.full": True} if field == "reference.learning_rates" else {}
+    asked = ask(**{name.replace(".", "__"): value for name, value in {field: OTHERS[field], **more}.items()})
+    before, wanted = dict(leaves(begun.spec))[field], dict(leaves(asked))[field]
+    assert before != wanted
+    if field not in GROWS | FREE:
+        with pytest.raises(StudyError, match=rf"holds another study:\n  - {field}: "):
+            begun.grown(asked)
+        return
+    grown = begun.grown(asked)
+    after = dict(leaves(grown.spec))[field]
+    if field in FREE:
+        assert after == wanted
+        assert field not in str(grown.log)
+    else:
+        kept = before if isinstance(before, tuple) else () if not before else (before,)
+        new = wanted if isinstance(wanted, tuple) else (wanted,)
+        assert after == (True if field == "reference.full" else (*kept, *new) if kept else wanted)
+        assert grown.log[0].added[field] == list(new)
+
+
+def test_what_nobody_wrote_adds_and_changes_nothing(tmp_path: Path) -> None:
+    written = {"ranks": [4], "learning_rates": [1e-3], "seeds": [7], "name": "mine", "adapter": {"alpha": 16}}
+    written |= {"verdict": {"margin": "2%"}, "measure": {"answers": 0}, "variants": ["dora"], "training": {"steps": 9}}
+    study = Study.create(tmp_path / "study", assemble(BASE | written, {}))
+    file = (tmp_path / "study" / "study.yaml").read_bytes()
+    asked = assemble({"model": BASE["model"], "data": BASE["data"]}, {"steps": 9})
+    grown = study.grown(asked)
+    assert (grown.spec, grown.log) == (study.spec, [])
+    grown.publish()
+    assert (tmp_path / "study" / "study.yaml").read_bytes() == file
+
+
+def test_dtype_and_device_that_nobody_chose_are_those_of_the_study(begun: Study) -> None:
+    study = begun.grown(ask(model__device="cpu"))
+    same = study.grown(ask(model__dtype="auto", model__device="auto")).spec
+    assert (same.model.dtype, same.model.device) == ("float32", "cpu")
+
+
+def test_another_study_is_named_with_its_reason_and_a_free_directory(begun: Study) -> None:
+    (begun.path.parent / "study-2").mkdir()
+    with pytest.raises(StudyError) as caught:
+        Study.create(begun.path, ask(training__steps=9, data__eval_rows=50, ranks=[16]))
+    message = str(caught.value)
+    assert "  - data.eval_rows: None there, 50 asked for: held-out rows are not trained on" in message
+    assert "  - training.steps: None there, 9 asked for: in a longer schedule every step has another" in message
+    assert "- ranks" not in message
+    assert f"--out {begun.path}-3, " in message
+    assert f"`rankscope run {begun.path}`" in message
+    assert begun.log == Study.open(begun.path).log == []
+
+
+def test_a_margin_of_something_else_is_another_margin(begun: Study) -> None:
+    assert begun.grown(ask(verdict__margin_of="loss")).spec.verdict.margin == 0.01
+    of_loss = begun.grown(ask(verdict__margin_of="loss", verdict__margin=0.02))
+    assert of_loss.spec.verdict.margin == 0.02
+    assert of_loss.grown(ask(verdict__margin_of="gain")).spec.verdict.margin == 0.05
+    assert of_loss.grown(ask()).spec.verdict.margin_of == "loss"
+
+
+def test_a_variant_of_the_study_fixes_what_it_reads(begun: Study) -> None:
+    study = begun.grown(ask(variants=["loraplus"], adapter__loraplus_lr_ratio=4.0))
+    with pytest.raises(StudyError, match=r"adapter\.loraplus_lr_ratio"):
+        study.grown(ask(adapter__loraplus_lr_ratio=5.0))
+
+
+def test_a_contradiction_is_refused(begun: Study) -> None:
+    study = begun.grown(ask(variants=["pattern"], adapter__rank_pattern={"layer": 4}))
+    with pytest.raises(StudyError, match=r"would become is wrong(.|\n)*pattern is held against one rank"):
+        study.grown(ask(variants=["pattern"], adapter__rank_pattern={"layer": 4}, ranks=[16]))
+
+
+def test_rates_of_full_fine_tuning_are_added_to_the_default_ones(begun: Study) -> None:
+    study = begun.grown(ask(ranks=[8, "full"]))
+    assert [trial.learning_rate for trial in study.reference_trials] == [2e-5]
+    assert study.log[0].added == {"reference.full": [True]}
+    more = study.grown(ask(ranks=["full", 8], reference__learning_rates=[1e-5, 2e-5]))
+    assert [trial.learning_rate for trial in more.reference_trials] == [1e-5, 2e-5]
+    assert more.log[1].added == {"reference.learning_rates": [1e-5]}
+    assert len(study.grown(ask(learning_rates=[1e-3])).reference_trials) == 2, "a tenth of each rate"
+
+
+def test_the_log_says_what_was_added_and_when_and_is_no_part_of_the_question(begun: Study) -> None:
+    Study.create(begun.path, ask(ranks=[4, 8], seeds=[1, 0])).publish()
+    Study.create(begun.path, ask(seeds=[2])).publish({"versions": {"torch": ["2.11", "2.12"]}})
+    study, file = Study.open(begun.path), begun.path / "study.yaml"
+    assert [entry.added for entry in study.log] == [{"ranks": [4], "seeds": [1]}, {"seeds": [2]}, {}]
+    assert study.log[2].changed == {"versions": {"torch": ["2.11", "2.12"]}}
+    assert study.log[0].when.endswith("+00:00")
+    assert (study.spec.ranks, study.spec.seeds) == ((8, 4), (0, 1, 2))
+    text = file.read_text()
+    assert yaml.safe_load(text)["log"][1]["added"] == {"seeds": [2]}
+    assert text.splitlines()[-1].startswith("# sha256 of all lines above: ")
+    asked = assemble(read_study_file(file), {})
+    assert asked == study.spec, "`rankscope run study.yaml`"
+    assert Study.create(begun.path, asked).log == study.log
+
+
+def test_the_order_of_growth_does_not_change_the_trials(begun: Study) -> None:
+    one = begun.grown(ask(ranks=[4, 16])).grown(ask(seeds=[3, 1])).grown(ask(variants=["dora", "pissa"]))
+    other = begun.grown(ask(variants=["pissa"])).grown(ask(seeds=[1], ranks=[16])).grown(ask(variants=["dora"]))
+    other = other.grown(ask(ranks=[4], seeds=[3]))
+    assert [trial.name for trial in one.trials] == [trial.name for trial in other.trials]
+    assert one.spec.seeds[0] == other.spec.seeds[0] == 0, "costs are measured with the study's first seed"
+
+
+def test_trials_keep_their_names_when_alphas_are_added(begun: Study) -> None:
+    before = [trial.name for trial in begun.trials]
+    study = begun.grown(ask(adapter__alpha=[16, "2r", "4r"], ranks=[4, 8]))
+    assert study.spec.adapter.alpha == (32.0, 16.0, "2r", "4r")
+    assert study.log[0].added == {"ranks": [4], "adapter.alpha": [16.0, "2r", "4r"]}
+    names = [candidate.name for candidate in study.spec.candidates()]
+    assert names == ["r004-lr2e-4", "r004-lr2e-4-a16", "r004-lr2e-4-a8", "r008-lr2e-4", "r008-lr2e-4-a16"]
+    assert before == ["r008-lr2e-4-s0"]
+    alphas = [candidate.lora_alpha for candidate in study.spec.candidates()]
+    assert alphas == [32, 16, 8, 32, 16], "2r of rank 8 is 16, and 4r of it 32: each alpha once"
+    assert list(study.spec.profiled()) == ["r004", "r008", "control"], "cost does not depend on alpha"
+    assert study.grown(ask(adapter__alpha="2.0r")).log == study.log
+
+
+def test_an_old_study_opens_and_grows(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURE, tmp_path / "study")
+    file = tmp_path / "study" / "study.yaml"
+    assert "log:" not in file.read_text()
+    study = Study.open(tmp_path / "study")
+    assert (study.log, study.spec.model.dtype) == ([], "auto"), "as it began"
+    asked = assemble(read_study_file(file), {"seeds": [5]})
+    Study.create(study.path, asked).publish()
+    grown = Study.open(study.path)
+    assert grown.spec.seeds == (*study.spec.seeds, 5)
+    assert grown.spec.verdict == study.spec.verdict, "its margin is of the loss"
+    assert list(grown.results()["status"]) == ["done"] * 8 + ["pending"] * 4
+
+
+# -- what is run
+
+
+LOSS_OF_ONE_RUN = 1e-5
+ALL: dict[str, Any] = {"ranks": [2, 8], "seeds": [0, 1], "learning_rates": [1e-2, 3e-2], "alphas": [32, 8]}
+FIRST: dict[str, Any] = {"ranks": [8], "seeds": [0], "learning_rates": [3e-2], "alphas": [32]}
+SHORT = [("ranks", "alphas"), ("seeds", "learning_rates")]
+ORDERS = [
+    [("ranks",), ("seeds",), ("learning_rates",), ("alphas",)],
+    [("alphas",), ("learning_rates",), ("seeds",), ("ranks",)],
+    [("seeds",), ("alphas",), ("ranks",), ("learning_rates",)],
+    [("learning_rates",), ("ranks",), ("alphas",), ("seeds",)],
+    [("alphas",), ("seeds",), ("ranks",), ("learning_rates",)],
+]
+"""Fields that are added one after the other."""
+
+
+@pytest.fixture(scope="module")
+def at_once(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rankscope.pipeline.build", lambda *_, **__: Path())
+        return run_small(root, tmp_path_factory.mktemp("once") / "study", margin_of="loss", **ALL)
+
+
+@pytest.mark.usefixtures("no_report")
+@pytest.mark.parametrize(
+    "order", [SHORT, *(pytest.param(order, marks=pytest.mark.slow) for order in ORDERS)], ids=range(1 + len(ORDERS))
+)
+def test_a_grown_study_has_the_trials_and_losses_of_one_run(
+    root: Path, tmp_path: Path, at_once: Study, order: list[tuple[str, ...]]
+) -> None:
+    asked = dict(FIRST)
+    run_small(root, tmp_path / "study", margin_of="loss", **asked)
+    for fields in order:
+        asked |= {field: ALL[field] for field in fields}
+        before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("study/trials/*/trial.json")}
+        division = read_json(tmp_path / "study" / "packs" / "division.json")["packs"]
+        study = run_small(root, tmp_path / "study", margin_of="loss", **asked)
+        assert all(file.stat().st_mtime_ns == time for file, time in before.items()), "nothing is trained again"
+        packs = read_json(tmp_path / "study" / "packs" / "division.json")["packs"]
+        assert packs | division == packs, "packs that exist stay"
+        assert len(packs) > len(division)
+    found, expected = (one.results().set_index("trial") for one in (study, at_once))
+    assert list(found.index) == list(expected.index)
+    assert (found["status"] == "done").all()
+    pd.testing.assert_series_equal(found["eval_loss"], expected["eval_loss"], atol=LOSS_OF_ONE_RUN, rtol=0)
+    assert [set(entry.added) for entry in study.log] == [
+        {"adapter.alpha" if field == "alphas" else field for field in fields} for fields in order
+    ]
+    assert set(study.answers()["candidate"]) == {"base", *(one.name for one in study.spec.candidates())}
+    assert set(study.prediction["candidates"]) == {candidate.name for candidate in study.spec.candidates()}
+    assert study.spec.model.dtype == "float32", "which `auto` was when it began"
+
+
+@pytest.fixture
+def study(trained: Study, tmp_path: Path) -> Study:
+    """A copy of the shared study: all trials done, no costs."""
+    shutil.copytree(trained.path, tmp_path / "study")
+    return Study.open(tmp_path / "study")
+
+
+def measure(path: Path, job: Job) -> RankscopeError | None:
+    """Do a profile's job without measuring anything: with the numbers of another study."""
+    content = dict(job.content)
+    study, again = StudyFolder.open(path), content["again"]
+    (repeat,) = read_json(FIXTURE / "profiles" / "r002.json", schema=2)["repeats"]
+    candidate = study.profiled(again)[content["profile"]].model_dump(mode="json")
+    repeats = [*study.profile_repeats(content["profile"], again), repeat | {"session": content["session"]}]
+    record = ProfileRecord(profile=content["profile"], candidate=candidate, repeats=repeats)
+    record.write(study.profile_file(content["profile"], again))
+    return None
+
+
+def run(study: Study, site: Site = HERE, remeasure: bool = False, does: Any = measure, **fields: Any) -> list[str]:
+    """Run the study with these fields set; trials that would be trained are marked as diverged. Return what it says."""
+    values = study.spec.model_dump(mode="json")
+    for name, value in fields.items():
+        set_field(values, name.replace("__", "."), value)
+
+    def ends(path: Path, job: Job) -> RankscopeError | None:
+        if job.module.endswith("packs"):
+            names = {name for trials in job.content["packs"].values() for name in trials}
+            now = StudyFolder.open(path)
+            for trial in now.trials:
+                if trial.name in names:
+                    now.mark_ended(trial, "diverged", "not trained")
+            for pack, trials in job.content["packs"].items():
+                write_json(
+                    path / "packs" / pack / "pack.json", {"pack": pack, "trials": trials, "results": {"steps": 1}}
+                )
+            return None
+        result: RankscopeError | None = does(path, job)
+        return result
+
+    progress = RecordingProgress()
+    asked = assemble(values, {})
+    pipeline.run_study(asked, study.path, FakeLauncher(ends, site), progress, remeasure=remeasure)
+    return progress.lines
+
+
+@pytest.fixture
+def costed(study: Study, no_report: None, monkeypatch: pytest.MonkeyPatch) -> Study:
+    """The study with costs of its two ranks, measured here."""
+    monkeypatch.setattr(pipeline, "conclude", lambda _: {"outcome": "none"})
+    monkeypatch.setattr(pipeline, "write_cards", lambda *_: None)
+    run(study, measure__profiles=True, measure__answers=0)
+    return Study.open(study.path)
+
+
+def elsewhere(study: Study, **hardware: Any) -> Site:
+    """Another machine than the study's, or the same one without arguments."""
+    machine = study.machine
+    return HERE._replace(hardware=machine["hardware"] | hardware, versions=machine["versions"])
+
+
+def sessions(study: Study) -> dict[str, list[int]]:
+    return {name: [one["session"] for one in study.profile_repeats(name)] for name in study.spec.profiled()}
+
+
+def test_costs_of_what_is_added_are_measured_beside_the_control_anew(costed: Study) -> None:
+    assert sessions(costed) == {"r002": [0, 0], "r008": [0, 0], "control": [0, 0]}
+    run(costed, ranks=[1, 4], seeds=[0, 1, 5])
+    study = Study.open(costed.path)
+    expected = {"r001": [1, 1], "r002": [0, 0], "r004": [1, 1], "r008": [0, 0], "control": [0, 0, 1, 1]}
+    assert sessions(study) == expected
+    profiles = study.profiles()
+    assert set(profiles.loc[profiles["control"], "rank"]) == {2}, "the control stays when a lower rank is added"
+    assert list(profiles.loc[profiles["rank"] == 4, "session"]) == [1, 1]
+    assert study.log[-1].added == {"ranks": [1, 4], "seeds": [5]}
+
+
+def test_a_profile_that_failed_is_measured_again_without_the_control(costed: Study) -> None:
+    def fails(path: Path, job: Job) -> RankscopeError | None:
+        return RankscopeError("no") if job.content["profile"] == "r004" else measure(path, job)
+
+    run(costed, does=fails, ranks=[4])
+    study = Study.open(costed.path)
+    assert sessions(study)["control"] == [0, 0, 1, 1]
+    assert missing_profiles(study.spec, study) == [ProfileJob("r004", 0, 1), ProfileJob("r004", 1, 1)]
+
+
+def test_all_costs_are_measured_again_and_replaced_when_they_are_whole(costed: Study) -> None:
+    before = {name: costed.profile_file(name).read_bytes() for name in costed.spec.profiled()}
+
+    def fails(path: Path, job: Job) -> RankscopeError | None:
+        return RankscopeError("no") if job.content["profile"] == "r008" else measure(path, job)
+
+    said = run(costed, remeasure=True, does=fails)
+    assert "Not all costs could be measured again: those that the study had stay." in said
+    assert {name: costed.profile_file(name).read_bytes() for name in before} == before
+    measured: list[str] = []
+
+    def counts(path: Path, job: Job) -> RankscopeError | None:
+        measured.append(job.content["profile"])
+        assert costed.profile_file("r008").read_bytes() == before["r008"]
+        return measure(path, job)
+
+    run(costed, remeasure=True, does=counts)
+    assert measured == ["r008", "r008"], "what the first one measured here is kept"
+    assert sessions(costed) == {"r002": [0, 0], "r008": [0, 0], "control": [0, 0]}
+    assert not (costed.path / AGAIN).exists()
+    run(costed, remeasure=True, does=lambda path, job: measured.append("again") or measure(path, job))
+    assert measured.count("again") == 6
+
+
+def test_a_killed_replacement_is_finished_by_the_next_run(costed: Study) -> None:
+    site = elsewhere(costed, cpu="another")
+    for name in costed.spec.profiled():
+        for repeat in range(2):
+            content = {"profile": name, "repeat": repeat, "session": 0, "again": True}
+            measure(costed.path, Job("profiles", content, ""))
+    marked = read_json(costed.profile_file("r002", again=True), schema=2)
+    write_json(costed.profile_file("r002", again=True), marked | {"marked": True})
+    machine = costed.machine | {"hardware": site.hardware}
+    write_json(costed.path / AGAIN / "machine.json", machine)
+    (costed.path / AGAIN).rename(costed.path / WHOLE)
+    (costed.path / WHOLE / "control.json").replace(costed.profile_file("control"))
+    run(costed, site)
+    assert read_json(costed.profile_file("r002"), schema=2)["marked"]
+    assert costed.machine["hardware"]["cpu"] == "another"
+    assert not (costed.path / WHOLE).exists()
+
+
+def test_what_a_killed_remeasure_leaves_is_removed_by_a_run_without_it(costed: Study) -> None:
+    before = costed.profile_file("r002").read_bytes()
+    measure(costed.path, Job("profiles", {"profile": "r002", "repeat": 0, "session": 0, "again": True}, ""))
+    assert not replace_profiles(costed)
+    run(costed)
+    assert not (costed.path / AGAIN).exists()
+    assert costed.profile_file("r002").read_bytes() == before
+
+
+def test_costs_of_another_machine_are_not_mixed_and_the_change_is_logged(costed: Study) -> None:
+    site = elsewhere(costed, cpu="another", memory_bytes=1, system="a newer kernel")
+    said = run(costed, site, ranks=[4])
+    study = Study.open(costed.path)
+    before = costed.machine["hardware"]["cpu"]
+    assert study.log[-1].changed == {"machine": {"cpu": [before, "another"]}}
+    (told,) = [line for line in said if line.startswith("Costs of ")]
+    assert told.startswith(
+        f"Costs of control, r004 are not measured, since those of the study are from elsewhere (cpu: {before}"
+    )
+    assert f"`rankscope run {study.path} --remeasure`" in told
+    assert sessions(study) == sessions(costed) | {"r004": []}
+    entries = len(study.log)
+    run(study, site, ranks=[16])
+    assert len(Study.open(study.path).log) == entries + 1, "that machine is known"
+    run(study, site, remeasure=True)
+    assert all(numbers == [0, 0] for numbers in sessions(Study.open(study.path)).values())
+    assert study.machine["hardware"]["cpu"] == "another", "machine.json is that of the costs"
+    run(study, site, ranks=[32])
+    assert sessions(Study.open(study.path))["r032"] == [1, 1]
+    run(study, elsewhere(study, cpu=before), seeds=[9])
+    assert Study.open(study.path).log[-1].changed == {"machine": {"cpu": ["another", before]}}
+
+
+def test_versions_that_costs_do_not_depend_on_are_logged_alone(costed: Study) -> None:
+    site = elsewhere(costed)._replace(versions=costed.machine["versions"] | {"pandas": "9"})
+    run(costed, site, ranks=[4])
+    study = Study.open(costed.path)
+    assert list(study.log[-1].changed["versions"]) == ["pandas"]
+    assert sessions(study)["r004"] == [1, 1]
+
+
+def test_costs_that_nobody_has_measured_may_be_measured_elsewhere(
+    study: Study, no_report: None, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(pipeline, "conclude", lambda _: {"outcome": "none"})
+    monkeypatch.setattr(pipeline, "write_cards", lambda *_: None)
+    run(study, elsewhere(study, cpu="another"), measure__profiles=True, measure__answers=0)
+    assert study.machine["hardware"]["cpu"] == "another"
+    assert all(numbers == [0, 0] for numbers in sessions(study).values())
+
+
+def test_what_cannot_be_trained_is_not_added(costed: Study) -> None:
+    before = (costed.path / "study.yaml").read_bytes()
+    with pytest.raises(StudyError, match="rank"):
+        run(costed, ranks=[100_000])
+    assert (costed.path / "study.yaml").read_bytes() == before
+
+
+def test_fewer_answers_are_made_anew(study: Study) -> None:
+    assert study.unanswered() == []
+    fewer = study.grown(assemble(study.spec.model_dump(mode="json"), {}, ["measure.answers=1"]))
+    assert fewer.unanswered() == study.answered()
+
+
+@pytest.fixture
+def invoke(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    def call(*arguments: object, code: int = 0) -> str:
+        result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+        if isinstance(result.exception, RankscopeError):
+            assert result.exception.exit_code == code
+            return str(result.exception)
+        assert result.exit_code == code, result.output
+        return result.output
+
+    return call
+
+
+def test_a_directory_is_run_and_planned_as_its_file(study: Study, invoke: Callable[..., str]) -> None:
+    for command in (["run", "--dry-run"], ["plan"]):
+        told = invoke(command[0], study.path, *command[1:], "--seeds", "0..4", "--ranks", "2..8")
+        assert "11 trials of 5 steps" in told.replace("\n", " ")
+        assert f"{study.path} has 4 of the 15 trials" in told.replace("\n", "")
+    assert Study.open(study.path).spec == study.spec, "nothing is written"
+    assert "another study" in invoke("run", study.path, "--steps", "7", code=2)
+    assert "no such study file" in invoke("run", study.path.parent, code=2)
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_study_is_judged_anew_and_keeps_the_criteria(study: Study, invoke: Callable[..., str]) -> None:
+    invoke("report", study.path, "--margin", "2%", "--margin-of", "loss", "--confidence", "0.9", "--max-runtime", "2h")
+    verdict = Study.open(study.path).spec.verdict
+    assert (verdict.margin, verdict.margin_of, verdict.confidence, verdict.max_runtime) == (0.02, "loss", 0.9, 7200.0)
+    assert Study.open(study.path).verdict["margin"] == 0.02
+    invoke("report", study.path, "--lang", "ko")
+    invoke("report", study.path, "--max-gpu-memory", "24GB", "--margin", "0.03")
+    study = Study.open(study.path)
+    assert study.spec.verdict == verdict.model_copy(update={"max_gpu_memory": 24 * 10**9, "margin": 0.03})
+    assert (study.verdict["margin"], study.verdict["confidence"], study.log) == (0.03, 0.9, [])
+    assert "verdict.margin" in invoke("report", study.path, "--margin", "200%", code=2)
+    with study.lock():
+        assert "another run" in invoke("report", study.path, "--margin", "1%", code=2)
+
+
+def test_a_study_that_is_watched_may_grow(study: Study) -> None:
+    watch = Watch(Study.open(study.path), "en")
+    assert len(watch.state().trials) == 4
+    Study.create(study.path, assemble(study.spec.model_dump(mode="json"), {"seeds": [7]})).publish()
+    assert len(watch.state().trials) == 6
