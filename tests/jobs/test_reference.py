@@ -53,7 +53,7 @@ def test_the_reference_is_trained_at_a_tenth_of_the_rate(study: Study) -> None:
     assert unfinished(study) == []
     for name in FOLDERS:
         files = {path.name for path in (study.path / "reference" / name).iterdir()}
-        assert files == {"job.json", "log.txt", "trial.json", "metrics.jsonl", "eval.json"}
+        assert files == {"job.json", "log.txt", "trial.json", "metrics.jsonl", "untrained.json", "eval.json"}
 
 
 def test_the_reference_sees_what_the_candidates_see(study: Study) -> None:
