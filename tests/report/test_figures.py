@@ -11,7 +11,8 @@ from rankscope.report.content import compose
 from rankscope.report.figures import Figure
 from rankscope.report.frames import by_candidate, heldout_by_seed
 from rankscope.report.memory import POINTS_IN_TIME, memory_by_time, predicted_parts
-from rankscope.study.evidence import Evidence
+from rankscope.report.variants import variant_table
+from rankscope.study.evidence import Evidence, without_variants
 from rankscope.text.catalogue import load
 from report.report_evidence import make_evidence, make_spec, make_verdict, of_the_loss, replace_trial
 
@@ -203,6 +204,18 @@ def test_with_one_rate_no_half_is_spoken_of() -> None:
     content = compose(evidence, make_verdict(evidence), load("en"), "x", "y")
     assert "half" not in str([content.how_to_read, [figure.note for figure in content.figures]])
     assert content.candidates.rows[0][content.candidates.headers.index("Held-out loss")].startswith("1.2310")
+
+
+@pytest.mark.parametrize(("rates", "expected"), [([2e-4], 1.231), ([1e-4, 2e-4], 2.5)])
+def test_losses_of_variants_are_on_the_rows_of_plain_lora(rates: list[float], expected: float) -> None:
+    """Several variants of a rank are not several rates: they leave no half of the rows out."""
+    spec = make_spec(learning_rates=rates, variants=["pissa", "dora"])
+    evidence = without_variants(on_two_halves(make_evidence(spec, steps=8, profiles=False)))
+    assert evidence.variants is not None
+    table = variant_table(evidence, None, load("en"))
+    assert table is not None
+    first = dict(zip(table.headers, table.rows[0], strict=True))
+    assert (first["Variant"], first["Rank"], first["Held-out loss"]) == ("PiSSA", "8", f"{expected:.4f}")
 
 
 def test_the_band_holds_losses_that_keep_enough_of_the_gain() -> None:

@@ -107,19 +107,19 @@ COSTS = {
 """Costs of `by_candidate`: a column of `Study.profiles`, and its aggregation over repeats."""
 
 
-def by_candidate(evidence: Evidence, verdict: Mapping[str, Any] | None, rows: set[int] | None = None) -> pd.DataFrame:
+def by_candidate(evidence: Evidence, verdict: Mapping[str, Any] | None, beside: Evidence | None = None) -> pd.DataFrame:
     """One row per candidate in the study's order, lowest rank first.
 
     Columns: `candidate rank learning_rate lora_alpha scaling trainable_params adapter_bytes trials finished diverged
     train_loss eval_loss eval_loss_sd gain few_seeds` and those of `COMPARED` and `COSTS`; NaN where a value is unknown.
 
     Losses (nats per label token) are means over finished trials, `eval_loss_sd` their sample standard deviation (NaN
-    with one), `gain` the untrained model's held-out loss minus theirs. Held-out losses are those of `rows` (default:
-    `compared_rows`), and unknown where a seed diverged. Intervals and regret are the verdict's; an interval wider than
-    what fine-tuning gains is unknown too, and `few_seeds` says so. A rank is profiled once: each of its learning rates
-    has its costs, in bytes and seconds.
+    with one), `gain` the untrained model's held-out loss minus theirs. Held-out losses are those of the `compared_rows`
+    of `beside` (default: of the evidence itself), and unknown where a seed diverged. Intervals and regret are the
+    verdict's; an interval wider than what fine-tuning gains is unknown too, and `few_seeds` says so. A rank is profiled
+    once: each of its learning rates has its costs, in bytes and seconds.
     """
-    rows = compared_rows(evidence) if rows is None else rows
+    rows = compared_rows(beside or evidence)
     results = comparable(evidence.results, evidence.examples, rows)
     done = results[results["status"] == "done"].groupby("candidate")
     everything = results.groupby("candidate", sort=False)

@@ -8,7 +8,7 @@ import pandas as pd
 
 from rankscope.report import charts
 from rankscope.report.figures import Figure, Panel, Section, make_section
-from rankscope.report.frames import by_candidate, compared_rows
+from rankscope.report.frames import by_candidate
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import (
@@ -87,7 +87,7 @@ def variant_table(evidence: Evidence, verdict: Mapping[str, Any] | None, text: C
         return None
     judged = {row["candidate"]: row for row in (verdict or {}).get("variants", [])}
     variants = {candidate.name: candidate.variant for candidate in evidence.variants.spec.candidates()}
-    table = by_candidate(evidence.variants, None, compared_rows(evidence))
+    table = by_candidate(evidence.variants, None, evidence)
     records = [row | {"judged": judged.get(row["candidate"], {})} for row in table.to_dict("records")]
     words = [text("variant.name"), text("variant.outcome")]
     columns: dict[str, Callable[[Any], str]] = {
