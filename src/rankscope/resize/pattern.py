@@ -17,7 +17,7 @@ from rankscope.files import write_atomic
 from rankscope.jobs.curve import trained_trials
 from rankscope.lora.saved import read_adapter
 from rankscope.lora.svd import Decomposed, decompose, parameters, ranks_within, split_layer_name, uniform_ranks
-from rankscope.spec.candidates import Trial
+from rankscope.spec.candidates import Trial, alpha_of
 from rankscope.spec.models import StudySpec
 from rankscope.spec.resolve import write_yaml
 from rankscope.study.study import Study
@@ -57,9 +57,10 @@ def propose(study: Study, rank: int | None = None) -> Proposal:
     layers = mean_layers([study.adapter_file(trial).parent for trial in trained])
     uniform = parameters(layers, uniform_ranks(layers, rank))
     ranks = ranks_within(layers, uniform)
-    adapter = study.spec.adapter.model_copy(
-        update={"rank_pattern": {layer: found for layer, found in ranks.items() if found != rank}}
-    )
+    own_alpha = trained[0].candidate.lora_alpha
+    alpha = next(one for one in study.spec.adapter.alphas if alpha_of(one, largest) == own_alpha)
+    pattern = {layer: found for layer, found in ranks.items() if found != rank}
+    adapter = study.spec.adapter.model_copy(update={"alpha": alpha, "rank_pattern": pattern})
     if not adapter.rank_pattern:
         raise StudyError(f"every layer gets rank {rank}, so there is no pattern to try", "Keep the uniform rank.")
     changes = {

@@ -94,6 +94,8 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "prediction": plan.forecast.describe(plan.prediction),
         "steps": plan.steps,
         "packs": {pack: [trial.name for trial in trials] for pack, trials in plan.packs.items()},
+        "profiles": [job.profile for job in plan.profiles],
+        "unmeasured": plan.unmeasured,
         "reference": [trial.name for trial in plan.reference],
         "free_bytes": plan.site.free_bytes,
         "largest_rank_that_fits": plan.largest_rank,
