@@ -118,7 +118,7 @@ def study(model: str, training: TrainingSpec, dtype: str = "float32") -> StudySp
 def test_the_files_of_a_trial(folder: str, data: TokenizedData, tmp_path: Path) -> None:
     training = TrainingSpec(steps=4, batch_size=4, evals=2)
     train_full(study(folder, training), TRIAL, tmp_path, data, StopRequest())
-    assert {path.name for path in tmp_path.iterdir()} == {"trial.json", "metrics.jsonl", "eval.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"trial.json", "metrics.jsonl", "eval.json", "untrained.json"}
     record = read_json(tmp_path / "trial.json")
     assert (record["trial"], record["status"], record["engine"]) == ("full-lr5e-4-s1", "done", "packed")
     assert "not saved" in record["weights"]

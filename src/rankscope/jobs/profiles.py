@@ -44,9 +44,9 @@ def work(study_path: Path, content: Mapping[str, Any]) -> None:
     from rankscope.measure.profile import profile_candidate
 
     study, data = open_study(study_path)
-    name, again = content["profile"], content["again"]
+    name, again = content["profile"], content.get("again", False)
     candidate = study.profiled(again)[name]
-    repeat = profile_candidate(study.spec, candidate, data) | {"session": content["session"]}
+    repeat = profile_candidate(study.spec, candidate, data) | {"session": content.get("session", 0)}
     repeats = [*study.profile_repeats(name, again), repeat]
     record = ProfileRecord(profile=name, candidate=candidate.model_dump(mode="json"), repeats=repeats)
     record.write(study.profile_file(name, again))

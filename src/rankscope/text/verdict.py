@@ -227,8 +227,11 @@ def caveat_sentence(verdict: Mapping[str, Any], code: str, text: Catalogue) -> s
 def scaling_name(scaling: Mapping[str, Any], text: Catalogue) -> str:
     """Name of verdict.json's `scaling`: `alpha 32 for every rank (scaling alpha/rank)`."""
     alpha = scaling["alpha"]
-    kind = "multiple" if isinstance(alpha, str) else "fixed"
-    shown = alpha.removesuffix("r") if isinstance(alpha, str) else f"{alpha:g}"
+    alphas = alpha if isinstance(alpha, list | tuple) else [alpha]
+    kind = "multiple" if all(isinstance(one, str) for one in alphas) else "fixed"
+    shown = ", ".join(
+        one.removesuffix("r" * (kind == "multiple")) if isinstance(one, str) else f"{one:g}" for one in alphas
+    )
     return text(f"scaling.{kind}{'_rslora' * scaling['use_rslora']}", alpha=shown)
 
 

@@ -95,7 +95,7 @@ def resolve_study(study: Path | None, options: Mapping[str, Any], sets: Sequence
 
 def study_at(study: Path | None, out: Path | None) -> tuple[Path | None, Path | None]:
     """File and directory of a study that is given as its file, or as a directory, in which it then runs."""
-    if study is not None and study.is_dir():
+    if study is not None and (study / "study.yaml").is_file():
         return study / "study.yaml", out or study
     return study, out
 
