@@ -547,7 +547,7 @@ def test_a_directory_is_run_and_planned_as_its_file(study: Study, invoke: Callab
         assert f"{study.path} has 4 of the 15 trials" in told.replace("\n", "")
     assert Study.open(study.path).spec == study.spec, "nothing is written"
     assert "another study" in invoke("run", study.path, "--steps", "7", code=2)
-    assert "no such study file" in invoke("run", study.path.parent, code=2)
+    assert "path of a .yaml file" in invoke("run", study.path.parent, code=2)
 
 
 @pytest.mark.usefixtures("no_report")
