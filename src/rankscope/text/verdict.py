@@ -90,7 +90,7 @@ def outcome_label(verdict: Mapping[str, Any] | None, text: Catalogue) -> str:
 
 def _kind_of_gain(verdict: Mapping[str, Any]) -> str:
     """Why ranks cannot be told apart by a share of the gain: a key of the catalogue's `sentence`."""
-    if (verdict["gain_low"] or 0.0) <= 0:
+    if verdict["gain_low"] is not None and verdict["gain_low"] <= 0:  # None of full fine-tuning's gain
         return "no_gain"
     return "little_gain_more" if verdict["more_seeds"] else "little_gain"
 
