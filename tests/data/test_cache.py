@@ -124,14 +124,16 @@ def test_what_decides_the_tokens_decides_the_key(
     assert same == [keys[0]] * 2
 
 
-def test_a_chat_template_of_the_study_s_own_decides_the_key(
+def test_a_chat_template_of_the_study_s_own_decides_tokens_and_key(
     spec: Write, make_tokenizer: Callable[..., PreTrainedTokenizerFast], cache: Path
 ) -> None:
     own = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
-    for template in (None, "chatml", own, "chatml"):
+    starts = ((None, "<s><|user|>"), ("chatml", "<|im_start|>user\n"), (own, ""), ("chatml", "<|im_start|>user\n"))
+    for template, start in starts:
         tokenizer = make_tokenizer()
         tokenizer.chat_template = CHAT_TEMPLATE
-        prepared(spec("rows.json", json.dumps(CHAT), chat_template=template), tokenizer)
+        data = prepared(spec("rows.json", json.dumps(CHAT), chat_template=template), tokenizer)
+        assert str(tokenizer.decode(data.train[0].ids)).startswith(f"{start}0?")
     assert len(list(cache.iterdir())) == 3
 
 

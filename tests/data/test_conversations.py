@@ -256,6 +256,12 @@ def test_a_template_that_cannot_be_used_is_named_with_a_way_out(
     assert way in caught.value.todo
 
 
+def test_a_completion_that_cannot_be_found_in_the_text_is_refused(tokenizer_with: Make) -> None:
+    counting = tokenizer_with("{{ messages | length }}" + CHATML)
+    with pytest.raises(DataError, match="not prefix-preserving"):
+        spans(counting, CHAT, "completion", first=3)
+
+
 def test_without_a_template_there_is_a_way_out(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match=r"no chat template\n.*--chat-template chatml.*instruct"):
         spans(tokenizer, CHAT)

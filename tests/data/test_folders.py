@@ -28,6 +28,7 @@ def splits(*files: str, readme: str = "", config: str | None = None) -> dict[str
         ("part1.jsonl unit_test_questions.jsonl", {"train": 2}),  # diverted by its name by `datasets`
         ("contest.jsonl latest.csv testimony.csv name_test_x.jsonl evaluate.jsonl", {"train": 5}),
         ("train_a.jsonl test_b.jsonl", {"train": 2}),  # no twins
+        ("latest.csv ladev.csv contest-a.json contrain-a.json", {"train": 4}),
     ],
 )  # fmt: skip
 def test_splits_are_named_by_files_and_folders(files: str, expected: dict[str, int]) -> None:
