@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from rankscope.analysis.next_step import next_step
 from rankscope.errors import StudyError
 from rankscope.text import formats
 from rankscope.text.catalogue import LANGUAGES, load
@@ -16,7 +17,6 @@ from rankscope.text.verdict import (
     claim_sentences,
     gained,
     margin_table,
-    next_step,
     outcome_label,
     verdict_sentence,
 )

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from rankscope.analysis.next_step import NextStep, next_step
 from rankscope.data.doubts import DOUBTS, data_warnings, doubts
 from rankscope.report.answers import Answered, answered
 from rankscope.report.costs import Saving, cost_tables, noise_sentence, prediction_tables, savings
@@ -37,12 +38,10 @@ from rankscope.text.formats import (
 )
 from rankscope.text.verdict import (
     Gain,
-    NextStep,
     caveat_sentence,
     claim_sentences,
     gained,
     margin_table,
-    next_step,
     outcome_label,
     verdict_sentence,
 )

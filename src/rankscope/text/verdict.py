@@ -1,24 +1,13 @@
-"""The verdict in words, for the report and the command line: sentence, next step, gain, margins and caveats.
+"""The verdict in words, for the report and the command line: sentence, gain, margins and caveats.
 
 Verdicts of version 0.1 lack what is a share of the gain. Imports nothing heavy.
 """
 
-import shlex
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from rankscope.text.catalogue import Catalogue, load
 from rankscope.text.formats import Table, at_least, known, loss, percent, rate, signed_percent, tabulate
-
-if TYPE_CHECKING:
-    from rankscope.study.evidence import Evidence
-
-
-class NextStep(NamedTuple):
-    """What would settle an open verdict."""
-
-    title: str
-    command: str
 
 
 class Gain(NamedTuple):
@@ -45,9 +34,9 @@ def verdict_sentence(verdict: Mapping[str, Any] | None, language: str = "en") ->
     if outcome == "nothing_in_budget":
         return text("sentence.nothing_in_budget")
     if outcome == "not_trained_enough":
-        return text(f"sentence.{_kind_of_gain(verdict)}", **values)
+        return text(f"sentence.{kind_of_gain(verdict)}", **values)
     if outcome == "not_enough_evidence":
-        reason = text("sentence.open", cause=text(f"cause.{_cause(verdict)}", **values))
+        reason = text("sentence.open", cause=text(f"cause.{cause_of(verdict)}", **values))
         return " ".join([reason, *_guess(verdict, text)])
 
     def say(key: str) -> str:
@@ -84,18 +73,18 @@ def verdict_sentence(verdict: Mapping[str, Any] | None, language: str = "en") ->
 def outcome_label(verdict: Mapping[str, Any] | None, text: Catalogue) -> str:
     """Heading of the verdict."""
     outcome = verdict["outcome"] if verdict else "none"
-    seeds_would_do = outcome == "not_trained_enough" and _kind_of_gain(verdict or {}) == "little_gain_more"
+    seeds_would_do = outcome == "not_trained_enough" and kind_of_gain(verdict or {}) == "little_gain_more"
     return text("outcome.not_enough_evidence" if seeds_would_do else f"outcome.{outcome}")
 
 
-def _kind_of_gain(verdict: Mapping[str, Any]) -> str:
+def kind_of_gain(verdict: Mapping[str, Any]) -> str:
     """Why ranks cannot be told apart by a share of the gain: a key of the catalogue's `sentence`."""
     if verdict["gain_low"] is not None and verdict["gain_low"] <= 0:  # None of full fine-tuning's gain
         return "no_gain"
     return "little_gain_more" if verdict["more_seeds"] else "little_gain"
 
 
-def _cause(verdict: Mapping[str, Any]) -> str:
+def cause_of(verdict: Mapping[str, Any]) -> str:
     """Why there is not enough evidence: a key of the catalogue's `cause`."""
     if not verdict["comparison"]:
         return "diverged" if verdict.get("diverged") else "unfinished"
@@ -115,49 +104,6 @@ def _guess(verdict: Mapping[str, Any], text: Catalogue) -> list[str]:
     if known(row.get("kept")):
         return [text("sentence.guess_gain", name=name, kept=percent(row["kept"]))]
     return [text("sentence.guess_loss", name=name, share=percent(row["regret_share"]))]
-
-
-def next_step(
-    verdict: Mapping[str, Any] | None, evidence: "Evidence", directory: str, text: Catalogue
-) -> NextStep | None:
-    """The command that would settle an open verdict on the study in `directory`; None where all is settled."""
-    if verdict is None:
-        return None
-    spec, outcome = evidence.spec, verdict["outcome"]
-    run = f"rankscope run {shlex.quote(directory)}"
-
-    def step(title: str, command: str) -> NextStep:
-        return NextStep(text(f"settle.{title}"), command)
-
-    seeds_would_do = outcome == "not_trained_enough" and _kind_of_gain(verdict) == "little_gain_more"
-    if outcome == "not_trained_enough" and not seeds_would_do:
-        steps, epochs = 2 * (spec.training.steps or 0), 2 * (spec.training.epochs or 1)
-        option, length = ("steps", f"{steps}") if steps else ("epochs", f"{epochs:g}")
-        return step("longer", f"{run} --{option} {length} --out {shlex.quote(f'{directory}-{length}-{option}')}")
-    open_below = outcome == "recommended" and verdict["undetermined"] and verdict.get("more_seeds")
-    if outcome not in ("not_enough_evidence", "not_distinguishable") and not open_below and not seeds_would_do:
-        return None
-    cause = _cause(verdict)
-    if cause == "diverged":
-        rates = [float(f"{min(spec.learning_rates) / 4:.3g}"), *sorted(spec.learning_rates)]
-        return step("lower_rate", f"{run} --learning-rates {','.join(map(rate, rates))}")
-    if cause in ("one_seed", "few_seeds"):
-        wanted = verdict["seeds"] + (2 if cause == "one_seed" else verdict["more_seeds"])
-        if wanted > len(spec.seeds):
-            return step("title", f"{run} --seeds {_seeds(spec.seeds, wanted)}")
-    if cause != "close":
-        return step("unfinished", run)
-    wider = [row["margin"] for row in verdict.get("margins", []) if row["margin"] > verdict["margin"] and row["rank"]]
-    if wider:
-        return step("margin", f"rankscope report {shlex.quote(directory)} --margin {percent(wider[0])}")
-    rows = evidence.data_facts.get("rows_eval")
-    return step("rows", f"{run} --set data.eval_rows={2 * rows}") if rows and not spec.data.eval_dataset else None
-
-
-def _seeds(seeds: Sequence[int], wanted: int) -> str:
-    """So many seeds, the given ones first, as `--seeds` takes them: `0..4`, or `0,3,7,8`."""
-    more = [*sorted(seeds), *range(max(seeds) + 1, max(seeds) + 1 + wanted - len(seeds))]
-    return f"{more[0]}..{more[-1]}" if more[-1] - more[0] == len(more) - 1 else ",".join(map(str, more))
 
 
 def gained(verdict: Mapping[str, Any] | None, text: Catalogue) -> Gain:

@@ -7,6 +7,7 @@ import pandas as pd
 from rich.console import Console
 
 from rankscope.analysis.curve import curve_errors, loss_curve
+from rankscope.analysis.next_step import next_step
 from rankscope.data.doubts import data_warnings
 from rankscope.pipeline import Conclusion
 from rankscope.report.costs import noise_sentence
@@ -20,7 +21,7 @@ from rankscope.study.records import Failure, TrialRecord
 from rankscope.study.study import Study
 from rankscope.text.catalogue import load
 from rankscope.text.formats import duration, known, loss, percent, signed, size
-from rankscope.text.verdict import ALARMS, caveat_sentence, gained, margin_table, next_step, verdict_sentence
+from rankscope.text.verdict import ALARMS, caveat_sentence, gained, margin_table, verdict_sentence
 from rankscope.ui.console import make_table, out_console, print_table
 
 

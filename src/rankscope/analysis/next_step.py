@@ -1,0 +1,60 @@
+"""The command that would settle an open verdict. Imports nothing heavy."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rankscope.study.evidence import Evidence
+from rankscope.text.catalogue import Catalogue
+from rankscope.text.formats import percent, rate
+from rankscope.text.verdict import cause_of, kind_of_gain
+
+
+class NextStep(NamedTuple):
+    """What would settle an open verdict."""
+
+    title: str
+    command: str
+
+
+def next_step(
+    verdict: Mapping[str, Any] | None, evidence: Evidence, directory: str, text: Catalogue
+) -> NextStep | None:
+    """The command that would settle an open verdict on the study in `directory`; None where all is settled."""
+    if verdict is None:
+        return None
+    spec, outcome = evidence.spec, verdict["outcome"]
+    run = f"rankscope run {shlex.quote(directory)}"
+
+    def step(title: str, command: str) -> NextStep:
+        return NextStep(text(f"settle.{title}"), command)
+
+    seeds_would_do = outcome == "not_trained_enough" and kind_of_gain(verdict) == "little_gain_more"
+    if outcome == "not_trained_enough" and not seeds_would_do:
+        steps, epochs = 2 * (spec.training.steps or 0), 2 * (spec.training.epochs or 1)
+        option, length = ("steps", f"{steps}") if steps else ("epochs", f"{epochs:g}")
+        return step("longer", f"{run} --{option} {length} --out {shlex.quote(f'{directory}-{length}-{option}')}")
+    open_below = outcome == "recommended" and verdict["undetermined"] and verdict.get("more_seeds")
+    if outcome not in ("not_enough_evidence", "not_distinguishable") and not open_below and not seeds_would_do:
+        return None
+    cause = cause_of(verdict)
+    if cause == "diverged":
+        rates = [float(f"{min(spec.learning_rates) / 4:.3g}"), *sorted(spec.learning_rates)]
+        return step("lower_rate", f"{run} --learning-rates {','.join(map(rate, rates))}")
+    if cause in ("one_seed", "few_seeds"):
+        wanted = verdict["seeds"] + (2 if cause == "one_seed" else verdict["more_seeds"])
+        if wanted > len(spec.seeds):
+            return step("title", f"{run} --seeds {_seeds(spec.seeds, wanted)}")
+    if cause != "close":
+        return step("unfinished", run)
+    wider = [row["margin"] for row in verdict.get("margins", []) if row["margin"] > verdict["margin"] and row["rank"]]
+    if wider:
+        return step("margin", f"rankscope report {shlex.quote(directory)} --margin {percent(wider[0])}")
+    rows = evidence.data_facts.get("rows_eval")
+    return step("rows", f"{run} --set data.eval_rows={2 * rows}") if rows and not spec.data.eval_dataset else None
+
+
+def _seeds(seeds: Sequence[int], wanted: int) -> str:
+    """So many seeds, the given ones first, as `--seeds` takes them: `0..4`, or `0,3,7,8`."""
+    more = [*sorted(seeds), *range(max(seeds) + 1, max(seeds) + 1 + wanted - len(seeds))]
+    return f"{more[0]}..{more[-1]}" if more[-1] - more[0] == len(more) - 1 else ",".join(map(str, more))
