@@ -4,7 +4,9 @@ import pandas as pd
 import pytest
 
 from analysis.made_up import Losses, evidence_of, examples, results, verdict_on
+from rankscope.analysis.across import paired_differences, sufficient_rank
 from rankscope.analysis.comparison import compare, judge
+from rankscope.analysis.curve import loss_curve
 from rankscope.analysis.variants import judge_variants
 from rankscope.analysis.verdict import conclude
 from rankscope.study.evidence import Evidence
@@ -50,6 +52,13 @@ def test_a_seed_that_only_some_ranks_have_makes_none_of_them_the_best() -> None:
     assert eight["kept"] < 1.0
 
 
+def test_a_rank_that_shares_no_seed_with_another_is_left_out_and_named() -> None:
+    verdict = conclude(without(without(evidence_of(LATER), 8, 0, 1, 2), 256, 3))
+    assert [row["rank"] for row in verdict["comparison"]] == [64, 256]
+    assert (verdict["rank"], verdict["left_out"]) == (64, [8])
+    assert "ranks_left_out" in verdict["caveats"]
+
+
 DIVERGED: Losses = {
     (8, 1e-3): [2.03, 2.031, 2.03], (8, 1e-2): [1.9, None, 1.9], (256, 1e-3): [2.0, 2.0, 2.001],
     (256, 1e-2): [2.1, 2.1, 2.1],
@@ -64,6 +73,18 @@ def test_a_rate_of_which_a_seed_diverged_is_not_its_ranks() -> None:
     assert (verdict["rank"], verdict["seeds"], verdict["left_out"]) == (256, 3, [])
     assert "diverged" in verdict["caveats"]
     assert not {"some_trials_unfinished", "ranks_left_out"} & set(verdict["caveats"])
+
+
+def test_no_other_table_averages_over_the_seeds_that_survived() -> None:
+    evidence = evidence_of(DIVERGED)
+    assert dict(loss_curve(evidence)[["rank", "eval_loss"]].to_numpy()) == pytest.approx({8: 2.03, 256: 2.0}, abs=0.02)
+    facts = evidence._replace(data_facts={"tokens_sha256": "0"})
+    pairs = paired_differences({"one": facts, "other": facts})
+    assert [(pair["rank"], pair["seeds"]) for pair in pairs] == [(8, 3), (256, 3)]
+    assert [pair["loss"] for pair in pairs] == pytest.approx([2.03, 2.0], abs=0.02)
+    found = sufficient_rank(evidence)
+    assert found is not None
+    assert not found.at_lowest, "rank 8 keeps 92.5%; by the seeds that survived at 1e-2 it would be the best"
 
 
 def test_a_seed_that_diverged_is_no_missing_seed() -> None:

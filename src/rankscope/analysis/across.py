@@ -16,7 +16,13 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import optimize, stats
 
-from rankscope.analysis.comparison import estimate, judged_examples, label_tokens, losses_by_candidate
+from rankscope.analysis.comparison import (
+    estimate,
+    judged_examples,
+    label_tokens,
+    losses_by_candidate,
+    without_diverged,
+)
 from rankscope.study.evidence import Evidence
 
 KEPT = 0.95  # share of the gain
@@ -50,9 +56,10 @@ def sufficient_rank(evidence: Evidence) -> Sufficient | None:
     """Smallest rank of a study that keeps 95% of its gain; None without finished trials, the loss before training, or a
     gain."""
     untrained = evidence.curves.loc[evidence.curves["step"] == 0, "eval_loss"].mean()
-    if evidence.examples.empty or math.isnan(untrained):
+    examples = without_diverged(evidence.examples, evidence.results)
+    if examples.empty or math.isnan(untrained):
         return None
-    judged = judged_examples(evidence.examples)
+    judged = judged_examples(examples)
     tokens = label_tokens(judged)
     tables = losses_by_candidate(judged)
     ranks = {name: int(rank) for name, rank in judged.groupby("candidate")["rank"].first().items()}
@@ -146,7 +153,7 @@ def paired_differences(studies: Mapping[str, Evidence]) -> list[dict[str, Any]]:
         tokens = one.data_facts.get("tokens_sha256")
         if tokens is None or tokens != other.data_facts.get("tokens_sha256"):
             continue
-        mine, theirs = (judged_examples(evidence.examples) for evidence in (one, other))
+        mine, theirs = (judged_examples(without_diverged(each.examples, each.results)) for each in (one, other))
         for rank in sorted(set(mine["rank"]) & set(theirs["rank"])):
             pair = [part[part["rank"] == rank] for part in (mine, theirs)]
             shared = sorted(set(pair[0]["example"]) & set(pair[1]["example"]))

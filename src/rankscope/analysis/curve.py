@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from rankscope.analysis.comparison import Estimate, estimate, judged_examples, label_tokens
+from rankscope.analysis.comparison import Estimate, estimate, judged_examples, label_tokens, without_diverged
 from rankscope.study.evidence import Evidence
 
 CURVE_COLUMNS = ["kind", "recover_steps", "rank", "seeds", "eval_loss", "eval_loss_low", "eval_loss_high"]
@@ -104,9 +104,10 @@ class _Tables(NamedTuple):
 
 
 def _tables(evidence: Evidence) -> _Tables:
-    if evidence.examples.empty:
+    examples = without_diverged(evidence.examples, evidence.results)
+    if examples.empty:
         return _Tables({}, {}, np.ones(0))
-    judged = judged_examples(evidence.examples)
+    judged = judged_examples(examples)
     trained = {int(str(rank)): _table(part) for rank, part in judged.groupby("rank")}
     tokens = label_tokens(judged)
     if evidence.cuts is None or evidence.cuts.empty:

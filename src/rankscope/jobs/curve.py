@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rankscope.analysis.comparison import judged_examples
+from rankscope.analysis.comparison import judged_examples, without_diverged
 from rankscope.errors import DamagedError, RankscopeError, StudyError
 from rankscope.jobs.child import load_base, open_study
 from rankscope.jobs.job import Job, Launcher, Progress
@@ -110,7 +110,7 @@ def trained_trials(study: Study) -> list[Trial]:
         StudyError: there are none.
     """
     rank = max(study.spec.ranks)
-    examples = study.examples()
+    examples = without_diverged(study.examples(), study.results())
     plain = examples[examples["variant"] == PLAIN]
     judged = plain if plain.empty else judged_examples(plain)
     names = set(judged.loc[judged["rank"] == rank, "candidate"])
@@ -118,7 +118,7 @@ def trained_trials(study: Study) -> list[Trial]:
     done = [trial for trial in trials if study.trial_record(trial).status == "done"]
     if not done:
         raise StudyError(
-            f"{study.path}: no trial of rank {rank}, the study's largest, is done",
+            f"{study.path}: no trial of rank {rank}, the study's largest, is done without a seed that diverged",
             "Run the study to its end first: lower ranks are cut from the largest.",
         )
     return done
