@@ -13,6 +13,7 @@ bisection, by more than 1e-4), and 2 if a study cannot be recomputed: it needs t
 import json
 import math
 import sys
+from collections.abc import Iterator
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -290,17 +291,23 @@ def stored(study: Path) -> dict[str, Any]:
     return found
 
 
-def main() -> int:
-    study = Path(sys.argv[1])
-    theirs, ours, differing = stored(study), recompute(study), 0
+def differences(study: Path) -> Iterator[tuple[str, bool]]:
+    """Yield a line for each number of verdict.json and of `recompute`, and whether they agree."""
+    theirs, ours = stored(study), recompute(study)
     for name in theirs | ours:
         one, other = ours.get(name, "nothing"), theirs.get(name, "nothing")
         numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (one, other))
         tolerance = 1e-4 if name.endswith(".kept_low") else 1e-12
         same = bool(np.isclose(one, other, rtol=1e-9, atol=tolerance)) if numbers else one == other
-        differing += not same
-        print(f"{'' if same else 'DIFFERS '}{name}: {one} here, {other} in verdict.json")
-    print(f"{len(theirs | ours)} numbers, {differing} differ")
+        yield f"{'' if same else 'DIFFERS '}{name}: {one} here, {other} in verdict.json", same
+
+
+def main() -> int:
+    found = list(differences(Path(sys.argv[1])))
+    differing = sum(not same for _, same in found)
+    for line, _ in found:
+        print(line)
+    print(f"{len(found)} numbers, {differing} differ")
     return int(differing > 0)
 
 

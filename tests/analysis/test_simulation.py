@@ -52,6 +52,28 @@ def test_intervals_cover_and_claims_are_right(
     assert found["falsely_recommended"].mean() <= MOST_FALSE
 
 
+GAIN_CASES = [
+    pytest.param(setting, gain, seeds, examples, marks=[] if (i + j + k) % 4 == 0 else [pytest.mark.slow])
+    for i, setting in enumerate((0, 1, 2))
+    for j, gain in enumerate(("none", "harmful", "tiny, at the margin", "large, at the margin"))
+    for k, (seeds, examples) in enumerate(SAMPLES)
+]
+
+
+@pytest.mark.parametrize(("setting", "gain", "seeds", "examples"), GAIN_CASES)
+def test_planted_gains_are_told(simulation: ModuleType, setting: int, gain: str, seeds: int, examples: int) -> None:
+    planted, effects = simulation.GAINS[gain]
+    truth = simulation.SETTINGS[setting], simulation.EFFECTS[effects], seeds, examples
+    found = simulation.simulate(*truth, STUDIES, (setting, seeds, 7), planted)
+    assert found["wrong"].mean() <= MOST_FALSE
+    widths = planted / simulation.half_width(simulation.SETTINGS[setting], seeds, examples)
+    if widths < 1:
+        assert found["untold"].mean() >= 0.95
+    if widths > 10:
+        assert found["untold"].mean() <= 0.05
+    assert found["kept"].mean() >= 1 - MOST_FALSE
+
+
 def test_large_effects_are_found(simulation: ModuleType) -> None:
     """A verdict that claimed nothing would never be wrong."""
     found = simulation.simulate(simulation.SETTINGS[0], simulation.EFFECTS["large"], 5, 200, studies=100)
