@@ -156,7 +156,7 @@ def judged(losses: np.ndarray, untrained: np.ndarray, tokens: np.ndarray) -> Jud
     return Judged(tables, {name: (rank, 1e-4) for name, rank in zip(names, ranks, strict=True)}, tokens, untrained)
 
 
-def assess(found: Judged, effects: Sequence[float], gain: float = LARGE, shares: bool = True) -> Outcome:
+def assess(found: Judged, effects: Sequence[float], gain: float = LARGE, shares: bool = False) -> Outcome:
     """Compare the conclusion with the truth; without `shares`, not what each rank is stated to keep."""
     rows = compare(found, MARGIN)
     least = BASE * margin(gain)  # the margin, in nats; the lowest true effect is none
@@ -215,7 +215,7 @@ def half_width(setting: Setting, seeds: int, examples: int) -> float:
 
 def simulate(
     setting: Setting, effects: Sequence[float], seeds: int, examples: int, studies: int, random: Sequence[int] = (0,),
-    gain: float = LARGE, shares: bool = True,
+    gain: float = LARGE, shares: bool = False,
 ) -> pd.DataFrame:  # fmt: skip
     """Return one row per study: the fields of `Outcome`."""
     rng = np.random.default_rng(random)
@@ -256,7 +256,7 @@ class Cell(NamedTuple):
 def gain_row(cell: Cell) -> list[Any]:
     setting, (seeds, examples), (gain, effects) = SETTINGS[cell.setting], SIZES[cell.size], GAINS[cell.name]
     random = (cell.setting, cell.size, 50 + list(GAINS).index(cell.name))
-    found = simulate(setting, EFFECTS[effects], seeds, examples, cell.studies, random, gain)
+    found = simulate(setting, EFFECTS[effects], seeds, examples, cell.studies, random, gain, shares=True)
     widths = gain / half_width(setting, seeds, examples)
     wrong = found["wrong"] | (found["untold"] & (widths >= 2 * GAIN_OVER_WIDTH))
     rates = [f"{found[name].mean():.1%}" for name in ("untold", "named", "wrong")]
@@ -265,14 +265,14 @@ def gain_row(cell: Cell) -> list[Any]:
 
 def intervals_row(cell: Cell) -> list[Any]:
     setting, size, random = SETTINGS[cell.setting], SIZES[cell.size], (cell.setting, cell.size)
-    found = simulate(setting, EFFECTS["small"], *size, cell.studies, (*random, 99), shares=False)
+    found = simulate(setting, EFFECTS["small"], *size, cell.studies, (*random, 99))
     plain = bootstrap_coverage(setting, EFFECTS["small"], *size, max(1, cell.studies // 10), (*random, 98))
     return [f"{found['covered'].mean():.1%}", f"{plain:.0%}"]
 
 
 def claims_row(cell: Cell) -> list[Any]:
     random = (cell.setting, cell.size, list(EFFECTS).index(cell.name))
-    found = simulate(SETTINGS[cell.setting], EFFECTS[cell.name], *SIZES[cell.size], cell.studies, random, shares=False)
+    found = simulate(SETTINGS[cell.setting], EFFECTS[cell.name], *SIZES[cell.size], cell.studies, random)
     alike, wrong = found["beyond"].dropna(), found["falsely_recommended"].sum()
     return [
         cell.name, f"{found['regret_covered'].mean():.1%}", f"{found['falsely_worse'].mean():.1%}",

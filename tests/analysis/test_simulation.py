@@ -64,7 +64,7 @@ GAIN_CASES = [
 def test_planted_gains_are_told(simulation: ModuleType, setting: int, gain: str, seeds: int, examples: int) -> None:
     planted, effects = simulation.GAINS[gain]
     truth = simulation.SETTINGS[setting], simulation.EFFECTS[effects], seeds, examples
-    found = simulation.simulate(*truth, STUDIES, (setting, seeds, 7), planted)
+    found = simulation.simulate(*truth, STUDIES, (setting, seeds, 7), planted, shares=True)
     assert found["wrong"].mean() <= MOST_FALSE
     widths = planted / simulation.half_width(simulation.SETTINGS[setting], seeds, examples)
     if widths < 1:
