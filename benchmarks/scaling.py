@@ -161,7 +161,7 @@ def measure(point: Point, device: str, steps: int, threads: int) -> Cost:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     gpu = model.device if model.device.type == "cuda" else None
     members = [make_train_state(model, trial, spec.training, steps + 1) for trial in spec.trials()]
-    engine = choose_engine(model, members, spec.training, ROW).engine
+    engine = choose_engine(model, members, spec.training).engine
     tokens = random_tokens((steps + 1) * batch, model.config.get_text_config().vocab_size)
     seconds = []
     for step in range(steps + 1):

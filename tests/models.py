@@ -16,6 +16,8 @@ from transformers import (
     GPTJConfig,
     GPTNeoConfig,
     GPTNeoXConfig,
+    GptOssConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -40,6 +42,14 @@ _COMMON: dict[str, Any] = {
 }
 _GLU: dict[str, Any] = {**_COMMON, "intermediate_size": 48, "num_key_value_heads": 2}
 _OPT: dict[str, Any] = {**_COMMON, "ffn_dim": 64, "dropout": 0.1}
+
+_EXPERTS: dict[str, Any] = {
+    **_GLU,
+    "head_dim": 8,
+    "sliding_window": 5,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
 
 CONFIGS: dict[str, Any] = {
     "opt-post-norm": lambda: OPTConfig(**_OPT, word_embed_proj_dim=16, do_layer_norm_before=False),
@@ -74,10 +84,15 @@ UNPACKABLE: dict[str, Any] = {
         eos_token_id=2,
     ),
     "bloom": lambda: BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, bos_token_id=2, eos_token_id=2),
-    "phimoe-window": lambda: PhimoeConfig(
-        **_GLU, sliding_window=5, num_local_experts=4, num_experts_per_tok=2, head_dim=8
-    ),
 }
+ATTENTION_KINDS: dict[str, Any] = {  # with experts, whose adapters are packed apart from this
+    "gpt-oss": lambda: GptOssConfig(**_EXPERTS, layer_types=["sliding_attention", "full_attention"]),  # sinks
+    "llama4": lambda: Llama4TextConfig(
+        **_GLU, head_dim=8, num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=48, moe_layers=[1],
+        attention_chunk_size=5, layer_types=["chunked_attention", "full_attention"], no_rope_layers=[1, 0],
+    ),
+    "phimoe-window": lambda: PhimoeConfig(**_EXPERTS),  # the mask has the window, the attention is not told
+}  # fmt: skip
 _SINCE_5_24: dict[str, Any] = {  # before, transformers' attention of these could not be replaced
     "gpt-j": lambda: GPTJConfig(
         vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128, rotary_dim=8, bos_token_id=2, eos_token_id=2
@@ -91,7 +106,7 @@ _SINCE_5_24: dict[str, Any] = {  # before, transformers' attention of these coul
 
 def tiny_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Return a frozen model of architecture `name` with the same weights at each call."""
-    config = (CONFIGS | UNPACKABLE)[name]()
+    config = (CONFIGS | UNPACKABLE | ATTENTION_KINDS)[name]()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -14,6 +14,7 @@ from transformers import (
     LlamaConfig,
     RobertaConfig,
     XLMConfig,
+    XLNetConfig,
 )
 
 from models import CONFIGS, UNPACKABLE
@@ -35,6 +36,8 @@ ASKED: dict[str, Callable[[], Any]] = {
     "electra": lambda: ElectraConfig(**SIZES, embedding_size=32),
     "xlm": lambda: XLMConfig(**XLM),
     "xlm-causal": lambda: XLMConfig(**XLM, causal=True),
+    "xlnet": lambda: XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=48),
+    "xlnet-causal": lambda: XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=48, attn_type="uni"),
     "llama-both-sides": lambda: LlamaConfig(**SIZES, is_causal=False),
     "gemma3-both-sides": lambda: Gemma3TextConfig(**GEMMA, use_bidirectional_attention=True),
 }

@@ -32,7 +32,7 @@ TRAINING = TrainingSpec(steps=5, batch_size=4, warmup_ratio=0.0)
 def train(name: str, trials: list[Trial], tokens: Tokens) -> tuple[PackedEngine, list[TrainState]]:
     model = tiny_model(name)
     members = [make_train_state(model, trial, TRAINING, 5, "base/model") for trial in trials]
-    engine, reason, _ = choose_engine(model, members, TRAINING, 20)
+    engine, reason, _ = choose_engine(model, members, TRAINING)
     assert reason is None or name == "mixtral"
     for step in range(5):
         train_step(engine, members, tokens, TRAINING, step)

@@ -14,6 +14,7 @@ from models import CONFIGS, UNPACKABLE, tiny_model
 from rankscope.data.tokens import Tokens, save
 from rankscope.errors import StudyError
 from rankscope.jobs.job import Job
+from rankscope.lora.layout import Unpackable
 from rankscope.plan.fake_steps import Event, Instant, Recording, add_empty_adapter
 from rankscope.plan.layers import Repeats, find_repeats
 from rankscope.plan.memory import PROCESS_BYTES, CostModel, PeakMemory, StudyMemory, predict, predict_peak
@@ -123,6 +124,21 @@ def test_every_architecture_is_predicted(name: str, tmp_path: Path) -> None:
     found = predict_peak(spec, predict(spec), spec.trials(), rows_of(*[20, 30] * 8), PLENTY)
     assert isinstance(found, PeakMemory), found
     assert found.parts.activations > 0
+
+
+@pytest.mark.parametrize("name", ["falcon"])
+def test_the_forward_by_peft_is_predicted_where_a_model_cannot_be_packed(name: str, tmp_path: Path) -> None:
+    tiny_model(name).save_pretrained(tmp_path)
+    spec = StudySpec(
+        model=ModelSpec(id=str(tmp_path), device="cpu"), data=DataSpec(id="unused"), seeds=(0,), ranks=(4,)
+    )
+    costs = predict(spec)
+    assert (costs.engine, costs.reason) == ("peft", None)
+    assert costs.engine_reason in set(Unpackable)
+    found = predict_peak(spec, costs, spec.trials(), rows_of(*[20, 30] * 8), PLENTY)
+    assert isinstance(found, PeakMemory), found
+    by_peft = spec.model_copy(update={"training": spec.training.model_copy(update={"engine": "peft"})})
+    assert found == predict_peak(by_peft, predict(by_peft), spec.trials(), rows_of(*[20, 30] * 8), PLENTY)
 
 
 def test_dropout_keeps_its_masks() -> None:

@@ -81,9 +81,9 @@ def test_over_a_bfloat16_base_adapters_are_float32(tmp_path: Path, monkeypatch: 
     kinds: set[torch.dtype] = set()
     original = held_out._engine
 
-    def spying(model: Any, longest_row: int) -> Any:
+    def spying(model: Any) -> Any:
         kinds.update(weight.dtype for key, weight in model.named_parameters() if "lora_" in key)
-        return original(model, longest_row)
+        return original(model)
 
     monkeypatch.setattr(held_out, "_engine", spying)
     tokens, adapter = random_tokens(12), read_adapter(tmp_path)

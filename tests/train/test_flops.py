@@ -25,7 +25,7 @@ def test_flops_are_those_of_the_formula(engine: str) -> None:
     the first layer's q, k and v need no gradient of their input, which saves 2 D O and 2 R D each."""
     model, rank = tiny_model("llama-gqa"), 4
     member = make_train_state(model, make_trial(rank, 1e-3), TRAINING, 4)
-    cost = choose_engine(model, [member], TRAINING.model_copy(update={"engine": engine}), 20).costs[member.trial.name]
+    cost = choose_engine(model, [member], TRAINING.model_copy(update={"engine": engine})).costs[member.trial.name]
     expected = 0
     for name, module in model.model.named_modules():
         if hasattr(module, "base_layer"):
@@ -47,7 +47,7 @@ def test_prediction_without_weights_is_that_of_the_loaded_model(name: str, tmp_p
     prediction = predict(spec)
     assert prediction.reason is None
     members = [make_train_state(model, trial, spec.training, 4) for trial in spec.trials()]
-    costs = choose_engine(model, members, spec.training, 20).costs
+    costs = choose_engine(model, members, spec.training).costs
     for trial, member in zip(spec.trials(), members, strict=True):
         assert prediction.params[trial.candidate.name] == sum(p.numel() for p in member.parameters)
         predicted, real = prediction.costs[trial.candidate.name], costs[trial.name]

@@ -92,7 +92,7 @@ def test_a_model_that_cannot_be_packed_is_trained_on_padded_batches() -> None:
     assert name in UNPACKABLE
     model = tiny_model(name)
     member = make_full_train_state(model, TRIAL, TRAINING, STEPS)
-    engine, reason, _ = choose_engine(model, [member], TRAINING, 20)
+    engine, reason, _ = choose_engine(model, [member], TRAINING)
     assert (engine.name, reason is None) == ("peft", False)
     assert all(weight.grad is None for weight in member.parameters), "counting left gradients"
     losses = [train_step(engine, [member], tokens, TRAINING, step)[0].loss for step in range(STEPS)]
@@ -160,7 +160,7 @@ def test_general_loss_is_that_of_the_trained_model(folder: str, data: TokenizedD
     before = general_loss(model, data.general)
     training = TrainingSpec(steps=5, batch_size=4)
     member = make_full_train_state(model, TRIAL, training, 5)
-    choice = choose_engine(model, [member], training, 20)
+    choice = choose_engine(model, [member], training)
     folders, facts = {TRIAL.name: tmp_path}, {"model_sha256": "x"}
     checkpoints = tmp_path / "checkpoints"
     train_trials(model, training, [member], choice, folders, checkpoints, data, facts, StopRequest())

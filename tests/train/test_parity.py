@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import CONFIGS, tiny_model
+from models import ATTENTION_KINDS, CONFIGS, tiny_model
 from rankscope.data.tokens import Tokens
 from rankscope.lora.layout import Slice, flatten
 from rankscope.spec.candidates import Trial
@@ -92,6 +92,14 @@ def test_packed_equals_peft(name: str, dropout: float, dtype: torch.dtype) -> No
         expected = train_with_peft(tiny_model(name, dtype), trial, tokens, training, STEPS)
         assert abs(expected.losses[0] - expected.losses[-1]) > 1e-3, "the reference did not learn: nothing is shown"
         assert_same(got, expected)
+
+
+@pytest.mark.parametrize("name", ATTENTION_KINDS)
+def test_sinks_chunks_and_windows_equal_peft(name: str) -> None:
+    tokens, training = random_tokens(30), recipe(batch_size=4)
+    trial = make_trial(8, 3e-3, modules=("q_proj", "k_proj", "v_proj", "o_proj"))
+    (packed,) = train_packed(name, [trial], tokens, training)
+    assert_same(packed, train_with_peft(tiny_model(name), trial, tokens, training, STEPS))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -197,7 +205,7 @@ def test_what_is_recomputed_is_decided_by_the_memory_that_is_free(
     monkeypatch.setattr(loop, "free_bytes", lambda device: free)
     model, training = tiny_model("opt-post-norm"), recipe(batch_size=2).model_copy(update={"engine": engine})
     member = make_train_state(model, make_trial(4, 1e-3), training, STEPS)
-    chosen = loop.choose_engine(model, [member], training, 20).engine
+    chosen = loop.choose_engine(model, [member], training).engine
     calls = []
     own = recompute.checkpoint
     monkeypatch.setattr(recompute, "checkpoint", lambda *args, **kwargs: (calls.append(1), own(*args, **kwargs))[1])

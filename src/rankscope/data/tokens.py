@@ -79,12 +79,6 @@ class TokenizedData:
     general: Tokens | None = None  # general text to measure forgetting on, every token a label
     sha256: str = ""  # of the file that it was loaded from; empty before it is saved
 
-    @property
-    def longest_row(self) -> int:
-        """Length of the longest sequence of any part, in tokens."""
-        parts = [self.train, self.eval, *([self.general] if self.general else [])]
-        return max(int(part.lengths.max(initial=0)) for part in parts)
-
 
 def check_ids(highest: int, tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raise ModelError if the highest token id is not below `vocab_size`, the number of rows of the embedding."""

@@ -14,7 +14,7 @@ from rankscope.jobs.child import load_base, open_study
 from rankscope.jobs.job import Job, Run, failure_of
 from rankscope.lora.adapters import remove_adapters
 from rankscope.lora.saved import attach, read_adapter
-from rankscope.model.load import load_tokenizer
+from rankscope.model.load import load_tokenizer, most_positions
 from rankscope.spec.candidates import Trial
 from rankscope.spec.models import StudySpec
 from rankscope.study.folder import ANSWERS
@@ -83,10 +83,11 @@ def answer(model: PreTrainedModel, spec: StudySpec, adapters: Mapping[Trial, Pat
     """
     tokenizer = load_tokenizer(spec.model)
     asked = questions(held_out, spec.measure.answers, spec.data.max_length)
-    answers = {"base": list(_generate(model, tokenizer, asked, spec.measure.answer_tokens))}
+    most, positions = spec.measure.answer_tokens, most_positions(spec.model)
+    answers = {"base": list(_generate(model, tokenizer, asked, most, positions))}
     for trial, file in adapters.items():
         attach(model, trial.name, read_adapter(file.parent))
-        answers[trial.name] = list(_generate(model, tokenizer, asked, spec.measure.answer_tokens))
+        answers[trial.name] = list(_generate(model, tokenizer, asked, most, positions))
         remove_adapters(model)
     texts = [
         {"example": number, "prompt": _text(tokenizer, prompt), "reference": _text(tokenizer, reference)}
@@ -96,10 +97,13 @@ def answer(model: PreTrainedModel, spec: StudySpec, adapters: Mapping[Trial, Pat
 
 
 def _generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Question], most: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[Question],
+    most: int,
+    positions: int | None,
 ) -> Iterator[str]:
     ends = _ids(tokenizer.eos_token_id) | _ids(getattr(model.generation_config, "eos_token_id", None))
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for question in asked:
         room = positions - len(question.prompt_ids) if positions else most
         # A configuration of our own: the model's may ask for sampling, and two runs are to give the same answers.

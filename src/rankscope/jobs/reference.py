@@ -79,7 +79,7 @@ def train_full(spec: StudySpec, trial: FullTrial, folder: Path, data: TokenizedD
     model = load_model(spec.model.model_copy(update={"dtype": "float32"}))
     weights = fingerprint(model)
     member = make_full_train_state(model, trial, spec.training, total_steps(spec.training, len(data.train)))
-    choice = choose_engine(model, [member], spec.training, data.longest_row)
+    choice = choose_engine(model, [member], spec.training)
     choice.engine.mixed = resolve_dtype(spec.model.dtype, resolve_device(spec.model.device)) == torch.bfloat16
     engine = "packed" if choice.engine.name == "packed" else "padded"
     facts = {"engine": engine, "engine_reason": choice.reason, "weights": NOT_SAVED}

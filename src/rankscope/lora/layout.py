@@ -8,6 +8,7 @@ forward, so the layout of the running forward is a context variable.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from enum import StrEnum
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -18,8 +19,26 @@ import torch
 from rankscope.data.tokens import Tokens
 
 
+class Unpackable(StrEnum):
+    """Why trials are trained by PEFT's forward, as a user reads it after "this model cannot be packed"."""
+
+    LEAKS = "a row's loss would depend on the rows beside it"
+    OTHER_LOGITS = "rows laid end to end get other logits than alone"
+    OWN_ATTENTION = "its attention is code of its own, which transformers cannot replace"
+    OWN_MASK = "its attention takes a mask or an argument that the packed one does not cover"
+    RESHAPES = "its layers change the order or number of a batch's tokens"
+    NO_TRUNK = "its output layer cannot be told from the rest of the model"
+    OUTPUT_ADAPTER = "its output layer carries an adapter"
+    NOT_LINEAR = "an adapter is not plain LoRA on a linear layer"
+    FAILS = "its forward fails on rows laid end to end"
+
+
 class NotPackable(Exception):
-    """The model does something that the packed forward does not cover; the message names it."""
+    """The packed forward does not cover something in the model: for users a `reason`, for the log what it is."""
+
+    def __init__(self, reason: Unpackable, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else str(reason))
+        self.reason = reason
 
 
 class Segment(NamedTuple):

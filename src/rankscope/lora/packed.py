@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rankscope.lora.adapters import adapter_key, lora_layers
-from rankscope.lora.layout import NotPackable, Segment, current_layout
+from rankscope.lora.layout import NotPackable, Segment, Unpackable, current_layout
 from rankscope.lora.variants import initial_factors
 from rankscope.model.quantized import DequantizedForward, dequantized_forward
 
@@ -32,13 +32,13 @@ def pack_layers(model: PreTrainedModel) -> None:
     for name, layer in lora_layers(model):
         base = layer.get_base_layer()
         if type(layer) is not LoraLinear and not dequantized_forward(base):
-            raise NotPackable(f"{name} is a {type(layer).__name__} of PEFT, not plain LoRA on a linear layer")
+            raise NotPackable(Unpackable.NOT_LINEAR, f"{name} is a {type(layer).__name__} of PEFT")
         if layer.lora_variant or any(layer.lora_bias.values()):
-            raise NotPackable(f"{name} carries a variant of LoRA")
+            raise NotPackable(Unpackable.NOT_LINEAR, f"{name} carries a variant of LoRA")
         if type(base).forward not in (nn.Linear.forward, Conv1D.forward) and not dequantized_forward(base):
-            raise NotPackable(f"{name} adapts a {type(base).__name__}, which has a forward of its own")
+            raise NotPackable(Unpackable.NOT_LINEAR, f"{name} adapts a {type(base).__name__} with its own forward")
         if layer is head:
-            raise NotPackable(f"{name}, the output layer, carries an adapter")
+            raise NotPackable(Unpackable.OUTPUT_ADAPTER, name)
         layer.__dict__["forward"] = partial(_packed_forward, layer)
 
 
@@ -53,7 +53,7 @@ def _packed_forward(layer: Any, x: Tensor) -> Tensor:
     layout, base = current_layout(), layer.get_base_layer()
     flat = x.reshape(-1, x.shape[-1])  # (T, D): a frozen weight's product is slower with 3-D operands
     if flat.shape[0] != layout.tokens:
-        raise NotPackable(f"a layer was given {flat.shape[0]} of the batch's {layout.tokens} tokens")
+        raise NotPackable(Unpackable.RESHAPES, f"a layer was given {flat.shape[0]} of {layout.tokens} tokens")
     weights, spans, keeps = [], [], []
     for segment in layout.segments:
         key = adapter_key(segment.adapter)

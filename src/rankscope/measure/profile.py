@@ -63,7 +63,7 @@ def profile_candidate(spec: StudySpec, candidate: Candidate, data: TokenizedData
         sampler.begin("warmup")
         steps = total_steps(training, len(data.train))
         member = make_train_state(model, trial, training, steps, spec.model.id)
-        engine = choose_engine(model, [member], training, data.longest_row).engine
+        engine = choose_engine(model, [member], training).engine
         seconds: list[float] = []
         tokens: list[int] = []
         energy_before = None

@@ -94,7 +94,7 @@ def evaluate_truncations(
         members = {rank: make_train_state(model, one, spec.training, 1, spec.model.id) for rank, one in trials.items()}
         kept = {rank: kept_energy(layers, uniform_ranks(layers, rank)) for rank in ranks}
         # Chosen while the adapters still add nothing: the probe compares one of them with the model's own forward.
-        engine = choose_engine(model, list(members.values()), spec.training, data.longest_row).engine
+        engine = choose_engine(model, list(members.values()), spec.training).engine
         for rank, member in members.items():
             _fill(member, layers, None if rank == whole else rank)
         now = [rank for rank in ranks if rank == whole or TruncationRequest(rank, 0) in requests]

@@ -101,6 +101,8 @@ def config_fault(config: Any) -> str | None:
         return f"architectures is {shortened(repr(names))}, expected a list of names"
     for part in (config, config.get_text_config()):
         positions = getattr(part, "max_position_embeddings", None)
+        if isinstance(getattr(type(part), "max_position_embeddings", None), property):  # XLNet's -1: without a limit
+            continue
         if positions is not None and not (isinstance(positions, int) and positions > 0):
             return f"max_position_embeddings is {shortened(repr(positions))}, expected a number of at least 1"
     return None
@@ -122,6 +124,8 @@ def not_causal_reason(config: Any) -> str | None:
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, decides, False):
         return f"{asked} is an encoder: {decides} is not true in {CONFIG_NAME}"
     text = config.get_text_config()
+    if getattr(text, "attn_type", None) == "bi":  # XLNet
+        return f"attn_type is bi in {CONFIG_NAME}: each token sees those after it"
     if getattr(text, "is_causal", None) is False:
         return f"is_causal is false in {CONFIG_NAME}"
     if getattr(text, "use_bidirectional_attention", None) in (True, "all"):  # Gemma 4's `vision` is for images alone

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from rankscope.errors import ModelError, shortened
@@ -63,7 +65,36 @@ def load_config(spec: ModelSpec) -> Any:
             f"model {spec.id}: not a causal language model: {not_causal}",
             "Use a model that predicts each token from those before it, such as a LlamaForCausalLM.",
         )
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        text = config.get_text_config().model_type
+        inside = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text, f"{text} model")
+        more = (
+            f"Save the text model inside it, a {inside}, as a model of its own, or u"
+            if text != config.model_type
+            else "U"
+        )
+        raise ModelError(
+            f"model {spec.id}: transformers has no causal language model for {config.model_type}",
+            f"{more}se a causal language model that transformers has.",
+        )
+    for part in (config, config.get_text_config()):  # what a forward returns beside logits is not read
+        part.return_dict, part.output_attentions, part.output_hidden_states = True, False, False
     return config
+
+
+def most_positions(spec: ModelSpec) -> int | None:
+    """Most tokens of a row that the model has positions for; None where it has no limit.
+
+    RoBERTa and its kin count positions from the padding id on, so that they have fewer than their table has rows.
+    """
+    config = load_config(spec)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return positions
+    for name, table in skeleton(spec.model_copy(update={"quantization": None})).named_modules():
+        if isinstance(table, nn.Embedding) and "position" in name and table.padding_idx is not None:
+            positions = table.num_embeddings - table.padding_idx - 1
+    return positions if positions is not None and positions > 0 else None
 
 
 def commit(spec: ModelSpec) -> str | None:

@@ -1,13 +1,14 @@
 """Sizes of the forwards into which the steps of a schedule are divided."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 from rankscope.data.tokens import Tokens
 from rankscope.lora.layout import Slice
+from rankscope.model.load import load_config
 from rankscope.spec.candidates import Candidate, Trial
 from rankscope.spec.models import StudySpec
-from rankscope.train.engine import PackedEngine, PeftEngine, divide
+from rankscope.train.engine import PackedEngine, PeftEngine, row_kind
 from rankscope.train.step import batch_at, evenly_spaced, step_slice, total_steps
 
 MAX_STEPS_SEARCHED = 2000  # of a schedule, for its largest forward: later ones are like these
@@ -33,7 +34,7 @@ class ForwardSizes:
     """Sequence lengths of one trial's steps, with the study's first seed."""
 
     def __init__(self, spec: StudySpec, tokens: Tokens) -> None:
-        self.tokens, self._spec = tokens, spec
+        self.tokens, self._spec, self._kind = tokens, spec, row_kind(load_config(spec.model))
         steps = total_steps(spec.training, len(tokens))
         profiled = evenly_spaced(steps, spec.measure.warmup_steps + spec.measure.steps)
         trial = Trial(candidate=spec.candidates()[0], seed=spec.seeds[0])
@@ -55,7 +56,11 @@ class ForwardSizes:
         largest: dict[bool, tuple[int, Place]] = {}
         several = False
         for step, lengths in self._lengths.items():
-            sizes = _packed_sizes(lengths, budget) if packed else self._padded_sizes(lengths, budget)
+            kinds: dict[Hashable, list[int]] = {}
+            for length in lengths:
+                kinds.setdefault(self._kind(length), []).append(length)
+            measure = _packed_sizes if packed else self._padded_sizes
+            sizes = [size for alike in kinds.values() for size in measure(alike, budget)]
             several |= len(sizes) > 1
             for number, size in enumerate(sizes):
                 if size >= largest.get(size > budget, (0, None))[0]:
@@ -77,7 +82,7 @@ class ForwardSizes:
         slice_ = step_slice(trial, candidate.lora_dropout, self.tokens, self._spec.training, place.step)
         slice_ = slice_._replace(adapter=candidate.name)
         if isinstance(engine, PackedEngine):
-            return divide(self.tokens, [slice_], engine.tokens_per_forward)[place.number]
+            return engine.groups(self.tokens, [slice_])[place.number]
         return [engine.parts(self.tokens, slice_)[place.number]]
 
 

@@ -6,18 +6,24 @@ study, and the peak of any pack follows by arithmetic.
 """
 
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 from transformers import PreTrainedModel
 
 from rankscope.data.tokens import Tokens
 from rankscope.lora.adapters import adapter_weights, lora_layers
-from rankscope.lora.layout import NotPackable
+from rankscope.lora.layout import NotPackable, Unpackable
 from rankscope.lora.variants import WEIGHT_INIT_VARIANTS
 from rankscope.model.device import resolve_device, resolve_dtype
 from rankscope.model.load import skeleton
@@ -31,8 +37,13 @@ from rankscope.train.engine import LOGIT_BYTES, PackedEngine, PeftEngine, tokens
 from rankscope.train.flops import Cost, count_cost
 from rankscope.train.loss import CHUNK_BYTES
 from rankscope.train.optimizer import check_optimizer, state_sizes, step_bytes
-from rankscope.train.probe import probe_tokens, use_own_forward, use_packed_forward
+from rankscope.train.probe import probe_tokens, use_packed_forward
 from rankscope.train.recompute import recompute_layers
+
+_ONLY_FAKE = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
+"""Errors of fake tensors, which have no values, over a model that may well be packed."""
+
+log = logging.getLogger(__name__)
 
 BYTES_PER_PARAMETER = 16  # in training: weight, gradient and AdamW's two moments, in float32
 
@@ -122,6 +133,7 @@ class CostModel(NamedTuple):
     params: dict[str, int]
     costs: dict[str, Cost]  # empty where they are not predictable: see `reason`
     reason: str | None
+    engine_reason: str | None  # why the model is not packed, as far as its weights need not be known
     logit_bytes_per_token: int  # logits of all positions, which PEFT's own forward keeps; 0 for the packed one
     full_rank: int  # highest rank that an update of any adapted layer can have: higher ones only add parameters
     optimizer_bytes: Mapping[str, int] = MappingProxyType({})  # states of one trial's optimizer
@@ -199,17 +211,20 @@ def predict(spec: StudySpec, device: torch.device | None = None) -> CostModel:
     for candidate in sorted(spec.candidates(), key=lambda candidate: not candidate.packable):
         members.setdefault(family_key(candidate), []).append(candidate)
     families, engine, reason, full_rank = {}, str(spec.training.engine), None, 0
+    engine_reason: str | None = None
     for key, candidates in members.items():
         counted = _count(spec, candidates, dtype, device)
         family, packable = counted.family, candidates[0].packable
         if packable:
-            engine = counted.engine
+            engine, engine_reason = counted.engine, counted.engine_reason
         elif family.costs and engine == "packed":  # these alone keep the logits of all positions
             low, high = (cost._replace(bytes_per_token=cost.bytes_per_token + all_logits) for cost in family.costs)
             family = family._replace(costs=(low, high))
         families[key], reason, full_rank = family, reason or counted.reason, counted.full_rank
     logits = all_logits if engine == "peft" else 0
-    costs = CostModel(device.type, dtype, engine, base, held, {}, {}, reason, logits, full_rank, families=families)
+    costs = CostModel(
+        device.type, dtype, engine, base, held, {}, {}, reason, engine_reason, logits, full_rank, families=families
+    )
     for candidate in spec.candidates():
         costs = costs.including(candidate)
     return costs
@@ -218,6 +233,7 @@ def predict(spec: StudySpec, device: torch.device | None = None) -> CostModel:
 class _Counted(NamedTuple):
     family: Family
     engine: str
+    engine_reason: str | None  # for PEFT's where the packed one was asked for
     reason: str | None  # for missing costs
     full_rank: int
 
@@ -233,23 +249,37 @@ def _count(spec: StudySpec, candidates: Sequence[Candidate], dtype: torch.dtype,
     sizes = tuple((weight.numel(), "lora_magnitude" not in name) for name, weight in weights.items())
     full_rank = max(min(layer.in_features or 1, layer.out_features or 1) for _, layer in lora_layers(model))
     family = Family(low, high, spec.training.optim, sizes, None, find_repeats(model))
-    engine_name = str(spec.training.engine)
-    counted: list[list[Cost]] = []
+    packed, why_not = spec.training.engine == "packed" and low.packable, None
+    if packed:
+        try:
+            return _Counted(_with_costs(spec, dtype, family, device, True), "packed", None, None, full_rank)
+        except _ONLY_FAKE as error:
+            return _Counted(family, "packed", None, _reason(error), full_rank)
+        except NotPackable as error:
+            why_not = str(error.reason)
+        except Exception as error:  # as `rankscope.train.probe.make_packable` has it
+            log.info("not packed", exc_info=error)
+            why_not = str(Unpackable.FAILS)
     try:
-        for engine, mode in _fake_engines(spec, dtype, family, device, 1 << 30):
-            engine_name = engine.name
-            with mode:
-                tokens = probe_tokens(engine.model)
-                found = [count_cost(engine.model, name, engine.forward, tokens) for name in (low.name, high.name)]
-            counted.append(found)
-        lower, higher = (Cost(*map(round, _whole(family, ends))) for ends in zip(*counted, strict=True))
-        return _Counted(family._replace(costs=(lower, higher)), engine_name, None, full_rank)
+        return _Counted(_with_costs(spec, dtype, family, device, False), "peft", why_not, None, full_rank)
     except Exception as error:  # whatever a model does that fake tensors cannot: it is not to keep a study from running
-        return _Counted(family, engine_name, _reason(error), full_rank)
+        return _Counted(family, "peft", why_not, _reason(error), full_rank)
+
+
+def _with_costs(spec: StudySpec, dtype: torch.dtype, family: Family, device: torch.device, packed: bool) -> Family:
+    """The family with the costs of its lowest and highest rank, counted by an engine."""
+    counted: list[list[Cost]] = []
+    for engine, mode in _fake_engines(spec, dtype, family, device, 1 << 30, packed):
+        with mode:
+            tokens = probe_tokens(engine.model)
+            ends = (family.low.name, family.high.name)
+            counted.append([count_cost(engine.model, name, engine.forward, tokens) for name in ends])
+    lower, higher = (Cost(*map(round, _whole(family, ends))) for ends in zip(*counted, strict=True))
+    return family._replace(costs=(lower, higher))
 
 
 def _fake_engines(
-    spec: StudySpec, dtype: torch.dtype, family: Family, device: torch.device, budget: int
+    spec: StudySpec, dtype: torch.dtype, family: Family, device: torch.device, budget: int, packed: bool
 ) -> Iterator[tuple[PackedEngine | PeftEngine, FakeTensorMode]]:
     """The engine over a fake model that carries the family's lowest and highest rank.
 
@@ -262,8 +292,11 @@ def _fake_engines(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     to_fake(model, mode, _stand_in(device))
     make_trainable(model, ends)
+    rotary: list[Any] = [module for module in model.modules() if hasattr(module, "rope_type")]
+    for module in rotary:  # whose rotations may depend on the positions' values, which are not there
+        module.rope_type = dict.fromkeys(module.rope_type, "default") if isinstance(module.rope_type, dict) else ""
     with mode:
-        engine = _engine(model, spec, budget)
+        engine = _engine(model, spec, budget, packed)
     yield engine, mode
     if repeats:
         repeats.keep(model, 2)
@@ -399,8 +432,8 @@ class StudyMemory:
     def _rehearse(self, family: Family, recomputed: bool, budget: int) -> _Rehearsal:
         ends, device = (family.low, family.high), torch.device(self.costs.device)
         recordings: list[list[Recording]] = []
-        for engine, mode in _fake_engines(self._spec, self.costs.dtype, family, device, budget):
-            packed = isinstance(engine, PackedEngine)
+        packed = self.costs.engine == "packed" and family.low.packable
+        for engine, mode in _fake_engines(self._spec, self.costs.dtype, family, device, budget, packed):
             slices = [self._schedule.slices(engine, end, recomputed, budget) for end in ends]
             recordings.append([record(engine, mode, self._schedule.tokens, part) for part in slices])
         if family.repeats:
@@ -443,18 +476,14 @@ def _stand_in(device: torch.device) -> torch.device:
     return device if device.type == "cpu" or torch.backends.cuda.is_built() else torch.device("cpu")
 
 
-def _engine(model: PreTrainedModel, spec: StudySpec, budget: int) -> PackedEngine | PeftEngine:
-    """The engine that `rankscope.train.loop.choose_engine` takes, unless only a comparison of logits can show it."""
-    training, dropout = spec.training, spec.training.base_dropout == "keep"
-    if training.engine == "packed":
-        own_attention = model.config._attn_implementation
-        try:
-            use_packed_forward(model)
-            return PackedEngine(model, budget, dropout)
-        except NotPackable:
-            use_own_forward(model, own_attention)
+def _engine(model: PreTrainedModel, spec: StudySpec, budget: int, packed: bool) -> PackedEngine | PeftEngine:
+    """An engine over a fake model. Raises NotPackable where the packed one cannot be."""
+    dropout = spec.training.base_dropout == "keep"
+    if packed:
+        use_packed_forward(model)
+        return PackedEngine(model, budget, dropout)
     recompute_layers(model)
-    return PeftEngine(model, training.batch_size, dropout, budget)
+    return PeftEngine(model, spec.training.batch_size, dropout, budget)
 
 
 def _reason(error: Exception) -> str:

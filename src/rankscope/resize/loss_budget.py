@@ -23,7 +23,7 @@ from rankscope.train.engine import (
     PeftEngine,
     tokens_per_forward,
 )
-from rankscope.train.probe import dependent_rows_reason, make_packable, use_own_forward
+from rankscope.train.probe import make_packable, use_own_forward
 
 _PEFT_ROWS = 8  # rows in one of PEFT's own forwards: rows of differing lengths are padded there
 
@@ -110,7 +110,7 @@ def held_out_losses(model: PreTrainedModel, adapter: SavedAdapter, tokens: Token
     attention = model.config._attn_implementation
     with attached(model, _ADAPTER, adapter):
         try:
-            (losses,) = _engine(model, int(tokens.lengths.max())).evaluate(tokens, [_ADAPTER])
+            (losses,) = _engine(model).evaluate(tokens, [_ADAPTER])
         finally:
             use_own_forward(model, attention)
     if not np.isfinite(losses.loss).all():
@@ -118,16 +118,13 @@ def held_out_losses(model: PreTrainedModel, adapter: SavedAdapter, tokens: Token
     return losses
 
 
-def _engine(model: PreTrainedModel, longest_row: int) -> Engine:
-    dependent = dependent_rows_reason(model.config, longest_row)
+def _engine(model: PreTrainedModel) -> Engine:
     try:
-        if dependent:
-            raise NotPackable(dependent)
         make_packable(model, [_ADAPTER])
     except NotPackable:
         per_token = LOGIT_BYTES * model.config.get_text_config().vocab_size
         fitting = tokens_per_forward(free_bytes(model.device), per_token, model.device.type)
-        return PeftEngine(model, 1 if dependent else _PEFT_ROWS, tokens_per_forward=fitting)
+        return PeftEngine(model, _PEFT_ROWS, tokens_per_forward=fitting)
     return PackedEngine(model, EVAL_TOKENS)
 
 

@@ -40,7 +40,7 @@ class PackTrainer:
         # largest candidates.
         groups = len(spec.space.target_modules)
         largest = [spec.largest(number, number % groups) for number in range(max(slots, groups))]
-        choice = choose_engine(model, [self._member(asked) for asked in largest], self.training, data.longest_row)
+        choice = choose_engine(model, [self._member(asked) for asked in largest], self.training)
         self.engine, self.engine_reason = choice.engine, choice.reason
         for asked in largest:
             remove_adapter(model, asked.name)

@@ -6,7 +6,7 @@ a flattened batch attend to each other.
 """
 
 from inspect import signature
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from rankscope.lora.layout import NotPackable, current_layout
+from rankscope.lora.layout import NotPackable, Unpackable, current_layout
 
 NAME = "rankscope"
 # Keyword arguments that models pass along and that have no effect here. Any other that is not None makes a model
@@ -36,33 +36,39 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each sequence: query (1, H, T, d), key and value (1, G, T, d) with G dividing H -> (1, T, H, d).
 
-    A `sliding_window` of w lets a token see itself and the w - 1 before it; `softcap` bounds the scores by
-    c tanh(s / c) (Gemma 2).
+    A window of w lets a token see itself and the w - 1 before it, a chunk of c those of its own chunk, counted from the
+    sequence's start (Llama 4); `softcap` bounds the scores by c tanh(s / c) (Gemma 2); `s_aux`, (H,), is one more logit
+    of each head's softmax, an attention sink (gpt-oss).
 
     Raises:
-        NotPackable: the model uses something that is not covered (a mask of its own, attention sinks, …).
+        NotPackable: the model uses something that is not covered, such as a mask of its own.
     """
     unknown = sorted(k for k, v in kwargs.items() if v is not None and v is not False and k not in _HARMLESS)
-    masked = attention_mask.size if isinstance(attention_mask, LocalMask) else None
-    if masked != sliding_window:
-        raise NotPackable(f"its mask has a window of {masked}, its attention one of {sliding_window}")
+    local = attention_mask if isinstance(attention_mask, LocalMask) else LocalMask(None, None)
+    if sliding_window not in (None, local.window):  # a mask rules, as in transformers; but none may be an omission
+        raise NotPackable(Unpackable.OWN_MASK, f"a mask of {local}, and a window of {sliding_window}")
     if isinstance(attention_mask, Tensor) or unknown or not getattr(module, "is_causal", True):
-        raise NotPackable(f"its attention asks for {', '.join(unknown) or 'a mask of its own'}")
+        raise NotPackable(Unpackable.OWN_MASK, f"it asks for {', '.join(unknown) or 'a mask of its own'}")
     if query.shape[0] != 1 or query.shape[2] != current_layout().tokens:
-        raise NotPackable("its attention changes the batch's shape")
+        raise NotPackable(Unpackable.RESHAPES, f"attention over {tuple(query.shape)}")
     starts = current_layout().sequence_starts
+    if local.chunk:  # a sequence's chunks see as little of each other as sequences do
+        chunks = (range(start, stop, local.chunk) for start, stop in pairwise(starts))
+        starts = (*chain.from_iterable(chunks), starts[-1])
     longest = max(stop - start for start, stop in pairwise(starts))
-    window = sliding_window if sliding_window is not None and sliding_window < longest else None
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not softcap and not dropout:
+    window = local.window if local.window is not None and local.window < longest else None
+    plain = not softcap and not dropout and s_aux is None
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and plain:
         return _varlen(query, key, value, starts, longest, scaling, window), None
     lengths = [stop - start for start, stop in pairwise(starts)]
     # split rather than slices: a slice's backward fills a zero tensor of all tokens for each sequence
     sequences = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    parts = [_attend(q, k, v, scaling, dropout, window, softcap).transpose(1, 2) for q, k, v in sequences]
+    parts = [_attend(q, k, v, scaling, dropout, window, softcap, s_aux).transpose(1, 2) for q, k, v in sequences]
     return torch.cat(parts, dim=1), None
 
 
@@ -74,23 +80,29 @@ def _attend(
     dropout: float,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of one sequence, (1, H, t, d) -> (1, H, t, d)."""
     length = query.shape[2]
     windowed = window is not None and window < length
     options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": True}
-    if not windowed and not softcap:
+    plain = not softcap and sinks is None
+    if not windowed and plain:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
     position = torch.arange(length, device=query.device)
     distance = position[:, None] - position[None, :]
     allowed = (distance >= 0) & (distance < window) if windowed and window else distance >= 0
-    if not softcap:
+    if plain:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, **options)
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = softcap * torch.tanh(scores / softcap)
-    weights = scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.float32)[..., :length].to(query.dtype)
     return F.dropout(weights, dropout, training=dropout > 0) @ value
 
 
@@ -121,18 +133,23 @@ def _varlen(
 
 
 class LocalMask(NamedTuple):
-    """Stand-in for a mask that limits attention to nearby tokens: a window, or a chunk.
+    """Stand-in for a mask that limits attention to nearby tokens: to a window, or to a chunk."""
 
-    A layer that receives one must itself have a window of this size; otherwise (chunked attention) the model is not
-    packed, whatever the lengths of the probe's sequences.
+    window: int | None
+    chunk: int | None
+
+
+def packed_mask(*args: Any, config: Any = None, local_size: int | None = None, **kwargs: Any) -> LocalMask | None:
+    """Mask function for `packed_attention`: builds no mask, and passes on the size of a local one.
+
+    transformers gives a window and a chunk under one name; the configuration tells which it is.
     """
-
-    size: int
-
-
-def packed_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> LocalMask | None:
-    """Mask function for `packed_attention`: builds no mask, and passes on the size of a local one."""
-    return None if local_size is None else LocalMask(local_size)
+    chunk, window = (getattr(config, name, None) for name in ("attention_chunk_size", "sliding_window"))
+    if local_size is None:
+        return None
+    if local_size == chunk == window:
+        raise NotPackable(Unpackable.OWN_MASK, f"a window and chunks of {chunk}")
+    return LocalMask(None, local_size) if local_size == chunk else LocalMask(local_size, None)
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -4,8 +4,8 @@
 batches. Both accumulate gradients in the adapters' parameters and give the same numbers, up to rounding.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from rankscope.data.tokens import Tokens
 from rankscope.lora.adapters import adapter_key, lora_layers
 from rankscope.lora.layout import Examples, FlatBatch, Layout, Slice, flatten, use_layout
-from rankscope.train.loss import Head, label_losses
+from rankscope.train.loss import Head, label_losses, trunk_name
 
 EVAL_TOKENS = 4096  # tokens of one evaluation forward at most, so that it needs less memory than training
 
@@ -59,7 +59,7 @@ class PackedEngine:
 
     def __init__(self, model: PreTrainedModel, tokens_per_forward: int, base_dropout: bool = False) -> None:
         self.model = model
-        self.head = Head(model)
+        self.head, self._rotations = Head(model), dynamic_rotations(model)
         self.tokens_per_forward = tokens_per_forward
         self.base_dropout = base_dropout
 
@@ -71,11 +71,16 @@ class PackedEngine:
 
     def hidden(self, batch: FlatBatch, attention_mask: Tensor | None = None) -> Tensor:
         """Trunk's last hidden states at the label positions, (L, D)."""
-        trunk = getattr(self.model, self.model.base_model_prefix)
         inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": attention_mask}
+        forget_lengths(self._rotations)
         with use_layout(batch.layout):
-            states: Tensor = trunk(**inputs, use_cache=False).last_hidden_state
+            states: Tensor = self.head.trunk(**inputs, use_cache=False).last_hidden_state
         return states[0, batch.label_positions]
+
+    def groups(self, tokens: Tokens, slices: Sequence[Slice], most: int | None = None) -> list[list[Slice]]:
+        """Slices of each forward, of at most `most` tokens (default: those of a training forward)."""
+        kinds = of_one_kind(tokens, slices, row_kind(self.model.config))
+        return [group for kind in kinds for group in divide(tokens, kind, most or self.tokens_per_forward)]
 
     def accumulate(self, tokens: Tokens, slices: Sequence[Slice]) -> list[BatchLoss]:
         """Add the gradient of each slice's mean loss to its adapter's parameters."""
@@ -84,7 +89,7 @@ class PackedEngine:
         order = {slice_.adapter: number for number, slice_ in enumerate(slices)}
         share = torch.tensor([1 / count for count in labels], dtype=torch.float64, device=self.model.device)
         sums = np.zeros(len(slices))
-        for group in divide(tokens, slices, self.tokens_per_forward):
+        for group in self.groups(tokens, slices):
             batch = flatten(tokens, group, self.model.device, most_kept=self.tokens_per_forward)
             owners = [order[part.adapter] for part in group for _ in part.examples]
             owner = torch.tensor(owners, device=self.model.device)[batch.label_sequence]  # (L,), slice of each label
@@ -105,7 +110,7 @@ class PackedEngine:
         losses, correct = np.zeros((2, len(adapters), len(tokens)))
         budget = min(EVAL_TOKENS, self.tokens_per_forward)
         for number, adapter in enumerate(adapters):
-            for (part,) in divide(tokens, [Slice(adapter, range(len(tokens)))], budget):
+            for (part,) in self.groups(tokens, [Slice(adapter, range(len(tokens)))], budget):
                 batch = flatten(tokens, [part], self.model.device)
                 with mixed_precision(self.model.device, self.mixed):
                     hidden = self.hidden(batch)
@@ -129,7 +134,7 @@ class PeftEngine:
     def __init__(
         self, model: PreTrainedModel, batch_size: int, base_dropout: bool = False, tokens_per_forward: int = 1 << 30
     ) -> None:
-        self.model = model
+        self.model, self._rotations = model, dynamic_rotations(model)
         self.batch_size = batch_size
         self.tokens_per_forward = tokens_per_forward
         self.base_dropout = base_dropout
@@ -140,20 +145,16 @@ class PeftEngine:
 
     def forward(self, tokens: Tokens, adapter: str) -> Tensor:
         self._activate(adapter)
-        trunk = getattr(self.model, self.model.base_model_prefix)
+        trunk = getattr(self.model, trunk_name(self.model) or "", self.model)
         rows = [torch.from_numpy(ids.astype(np.int64))[None].to(self.model.device) for ids, _ in tokens]
-        return torch.cat([trunk(row, use_cache=False).last_hidden_state for row in rows], dim=1)
-
-    def _rows(self, tokens: Tokens, examples: Examples) -> int:
-        """Number of rows of one forward."""
-        longest = int(tokens.lengths[list(examples)].max())
-        return max(1, min(self.batch_size, self.tokens_per_forward // longest))
+        return torch.cat([trunk(row, use_cache=False)[0] for row in rows], dim=1)
 
     def _losses(self, tokens: Tokens, examples: Examples) -> tuple[Tensor, Tensor]:
         """Losses and hits of each label, of shape (examples, longest - 1) and zero elsewhere."""
         ids, mask, is_label = pad(tokens, examples, self.model.device)
         mixed = self.mixed or self.model.dtype != torch.float32  # float32 adapters over a bfloat16 base, as in TRL
         layout = Layout((), ids.numel(), recompute=ids.numel() > self.tokens_per_forward)
+        forget_lengths(self._rotations)
         with mixed_precision(self.model.device, mixed), use_layout(layout):
             logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         logits, targets, wanted = logits[:, :-1].float(), ids[:, 1:], is_label[:, 1:]
@@ -174,9 +175,14 @@ class PeftEngine:
 
     def parts(self, tokens: Tokens, slice_: Slice) -> list[Slice]:
         """Parts of a slice, one for each forward."""
-        adapter, examples, seeds = slice_
-        rows = self._rows(tokens, examples)
-        return [Slice(adapter, examples[i : i + rows], seeds[i : i + rows]) for i in range(0, len(examples), rows)]
+        parts = []
+        for ((adapter, examples, seeds),) in of_one_kind(tokens, [slice_], row_kind(self.model.config)):
+            longest = int(tokens.lengths[list(examples)].max())
+            rows = max(1, min(self.batch_size, self.tokens_per_forward // longest))
+            parts += [
+                Slice(adapter, examples[i : i + rows], seeds[i : i + rows]) for i in range(0, len(examples), rows)
+            ]
+        return parts
 
     def losses(self, tokens: Tokens, slice_: Slice) -> Tensor:
         """Losses of each label in one forward, zero elsewhere, with LoRA dropout if the slice has seeds."""
@@ -196,9 +202,7 @@ class PeftEngine:
         for adapter in adapters:
             self._activate(adapter)
             losses, correct = np.zeros((2, len(tokens)))
-            rows = self._rows(tokens, range(len(tokens)))
-            for start in range(0, len(tokens), rows):
-                part = range(start, min(start + rows, len(tokens)))
+            for _, part, _ in self.parts(tokens, Slice(adapter, range(len(tokens)))):
                 loss, hits = self._losses(tokens, part)
                 losses[part] = loss.double().sum(dim=1).cpu()
                 correct[part] = hits.sum(dim=1).cpu()
@@ -207,6 +211,56 @@ class PeftEngine:
 
 
 Engine = PackedEngine | PeftEngine
+
+
+def row_kind(config: Any) -> Callable[[int], Hashable]:
+    """Kind of a row by its length: rows of different kinds may not share a forward.
+
+    transformers computes one set of rotations for all positions of a forward. With longrope (Ding et al. 2024,
+    arXiv:2402.13753) it depends on whether any position is beyond the original length, with dynamic RoPE on the longest
+    row, once that is beyond the model's length.
+    """
+    text = config.get_text_config()
+    parameters = getattr(text, "rope_parameters", None) or {}
+    by_layer = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    long = {kind["original_max_position_embeddings"] for kind in by_layer if kind.get("rope_type") == "longrope"}
+    dynamic = any("dynamic" in str(kind.get("rope_type")) for kind in by_layer)
+
+    def kind(length: int) -> Hashable:
+        scaled = length if dynamic and length > text.max_position_embeddings else 0
+        return scaled, *(length > original for original in sorted(long))
+
+    return kind
+
+
+def of_one_kind(tokens: Tokens, slices: Sequence[Slice], kind: Callable[[int], Hashable]) -> list[list[Slice]]:
+    """Divide the rows of `slices`, in their order, into those of each kind."""
+    kinds: dict[Hashable, list[Slice]] = {}
+    for adapter, examples, seeds in slices:
+        rows: dict[Hashable, list[int]] = {}
+        for place, example in enumerate(examples):
+            rows.setdefault(kind(int(tokens.lengths[int(example)])), []).append(place)
+        for key, places in rows.items():
+            own = Slice(
+                adapter, [int(examples[place]) for place in places], [seeds[place] for place in places if seeds]
+            )
+            kinds.setdefault(key, []).append(own)
+    return list(kinds.values()) if len(kinds) > 1 else [list(slices)]
+
+
+def dynamic_rotations(model: PreTrainedModel) -> list[Any]:
+    """Modules whose rotations depend on the rows that they have seen: see `forget_lengths`."""
+    return [module for module in model.modules() if "dynamic" in str(getattr(module, "rope_type", ""))]
+
+
+def forget_lengths(rotations: Sequence[Any]) -> None:
+    """Make dynamic RoPE take the next forward's rotations from that forward alone, not from a longer one before."""
+    for module in rotations:
+        by_layer = isinstance(module.rope_type, dict)
+        for prefix in [f"{layer_type}_" for layer_type in module.rope_type] if by_layer else [""]:
+            now, original = (getattr(module, f"{prefix}{name}") for name in ("inv_freq", "original_inv_freq"))
+            module.register_buffer(f"{prefix}inv_freq", original.to(now.device), persistent=False)
+            setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
 
 
 def divide(tokens: Tokens, slices: Sequence[Slice], tokens_per_forward: int) -> list[list[Slice]]:

@@ -27,7 +27,7 @@ from rankscope.train.checkpoint import load_checkpoint, save_checkpoint
 from rankscope.train.engine import LOGIT_BYTES, Engine, ExampleLosses, PackedEngine, PeftEngine, tokens_per_forward
 from rankscope.train.flops import Cost, count_cost
 from rankscope.train.optimizer import state_sizes
-from rankscope.train.probe import dependent_rows_reason, make_packable, probe_tokens
+from rankscope.train.probe import check_causal, make_packable, probe_tokens
 from rankscope.train.recompute import recompute_layers
 from rankscope.train.step import (
     StepMetrics,
@@ -52,26 +52,24 @@ class EngineChoice(NamedTuple):
     costs: dict[str, Cost]  # by trial
 
 
-def choose_engine(
-    model: PreTrainedModel, states: Sequence[TrainState], training: TrainingSpec, longest_row: int
-) -> EngineChoice:
+def choose_engine(model: PreTrainedModel, states: Sequence[TrainState], training: TrainingSpec) -> EngineChoice:
     """Choose the packed engine if the model can be packed, which is probed on the model itself, or else PEFT's.
 
-    Its forwards have as many tokens as the memory that is free after loading allows. Rows of up to `longest_row` tokens
-    that would depend on their neighbours are not packed: PEFT's forward takes them one at a time.
+    Its forwards have as many tokens as the memory that is free after loading allows.
+
+    Raises:
+        ModelError: the model is not causal.
     """
+    check_causal(model)
     dropout, reason = training.base_dropout == "keep", None
     names = [state.trial.name for state in states]
-    dependent = dependent_rows_reason(model.config, longest_row)
-    engine: Engine = PeftEngine(model, 1 if dependent else training.batch_size, dropout)
+    engine: Engine = PeftEngine(model, training.batch_size, dropout)
     if training.engine == "packed":
         try:
-            if dependent:
-                raise NotPackable(dependent)
             make_packable(model, names)
             engine = PackedEngine(model, 1 << 30, dropout)
         except NotPackable as error:
-            name, reason = type(model).__name__, str(error)
+            name, reason = type(model).__name__, str(error.reason)
             log.warning("%s cannot be packed: %s. Its trials are trained by PEFT's forward.", name, reason)
     if engine.name == "peft":
         recompute_layers(model)
@@ -123,7 +121,7 @@ def train_pack(
     """
     steps = total_steps(spec.training, len(data.train))
     states = [make_train_state(model, trial, spec.training, steps, spec.model.id) for trial in trials]
-    choice = choose_engine(model, states, spec.training, data.longest_row)
+    choice = choose_engine(model, states, spec.training)
     facts = {
         "pack": pack,
         "engine": choice.engine.name,

@@ -11,9 +11,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from rankscope.lora.layout import NotPackable, Unpackable
+
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**26}
 """Bytes of one chunk's float32 logits; about two copies are alive at once. A CPU is faster when they fit its cache
 (measured, docs/lab-notes.md); a GPU needs more rows to be busy (not measured)."""
+
+
+def trunk_name(model: PreTrainedModel) -> str | None:
+    """Name of the direct part of a model that makes the hidden states: that which holds the input embeddings.
+
+    `base_model_prefix` would be wrong for the text models of Llama 4 and Mllama.
+    """
+    embeddings = model.get_input_embeddings()
+    parts = [(name, part) for name, part in model.named_children() if part is not embeddings]
+    return next((name for name, part in parts if any(module is embeddings for module in part.modules())), None)
 
 
 class Head:
@@ -21,12 +33,18 @@ class Head:
 
     A model may do more than one product after its trunk (soft-capping in Gemma, scaling in Granite and Cohere), so a
     shallow copy of the model is run with a trunk that returns given hidden states.
+
+    Raises:
+        NotPackable: the model has no such trunk.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._trunk = _FixedTrunk()
+        self._trunk, name = _FixedTrunk(), trunk_name(model)
+        if name is None:
+            raise NotPackable(Unpackable.NO_TRUNK)
+        self.trunk = getattr(model, name)
         self._model = copy.copy(model)
-        self._model._modules = {**model._modules, model.base_model_prefix: self._trunk}
+        self._model._modules = {**model._modules, name: self._trunk}
 
     @property
     def trained(self) -> list[nn.Parameter]:

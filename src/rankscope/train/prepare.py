@@ -10,7 +10,7 @@ from rankscope.data.doubts import data_warnings
 from rankscope.data.general import with_general_text
 from rankscope.data.tokens import TokenizedData, load, sha256_of
 from rankscope.errors import DataError
-from rankscope.model.load import load_config, load_tokenizer
+from rankscope.model.load import load_config, load_tokenizer, most_positions
 from rankscope.spec.candidates import name_or_names
 from rankscope.spec.models import EMBEDDED, StudySpec
 from rankscope.study.folder import StudyFolder
@@ -28,9 +28,8 @@ LEFT_OUT = {
 
 def prepare_data(spec: StudySpec) -> TokenizedData:
     """Read and tokenise the data. Rows are truncated to `data.max_length`, or to the model's positions if fewer."""
-    config = load_config(spec.model).get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or spec.data.max_length
-    changes: dict[str, Any] = {"max_length": min(spec.data.max_length, positions)}
+    config, positions = load_config(spec.model).get_text_config(), most_positions(spec.model)
+    changes: dict[str, Any] = {"max_length": min(spec.data.max_length, positions or spec.data.max_length)}
     if EMBEDDED in spec.data.ids:
         changes["id"] = name_or_names([str(demo.data_path()) if id == EMBEDDED else id for id in spec.data.ids])
     tokenizer, measured = load_tokenizer(spec.model), spec.measure

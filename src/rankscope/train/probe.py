@@ -1,64 +1,113 @@
 """Probe whether a model can be packed, on the loaded model itself.
 
-There is no list of architectures: two forwards of the model are compared. An architecture that ignores the registered
-attention (some still have their own) lets the sequences of a flattened batch attend to each other, and the probe shows
-it.
+There is no list of architectures: forwards of the model are compared, in float32 whatever its dtype. A flattened batch
+leaks where an architecture ignores the registered attention, or has a convolution, a state or a norm over time; then a
+sequence's logits change when its neighbours do.
 """
 
-from collections.abc import Sequence
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rankscope.data.tokens import Tokens
-from rankscope.lora.layout import NotPackable, Slice, flatten
+from rankscope.errors import ModelError
+from rankscope.lora.layout import NotPackable, Slice, Unpackable, flatten
 from rankscope.lora.packed import pack_layers, unpack_layers
 from rankscope.train.attention import NAME
 from rankscope.train.engine import PackedEngine
 from rankscope.train.recompute import keep_layers, recompute_layers
 
 _LENGTHS = (7, 12, 5, 9)
+_OTHER_LENGTHS = ((7, 9, 5, 12), (4, 12, 8, 9))
+"""Of as many tokens, none longer: the first keeps sequences 0 and 2, the second 1 and 3."""
 PROBE_TOKENS = sum(_LENGTHS)  # total length of the probe sequences
+
+LENGTH_ROUNDING = 1e-6
+"""Relative difference that rounding may make in float32 where products have other shapes."""
+NEARNESS = 1e-3
+"""Relative difference from the model's own forward in float32: its attention rounds otherwise, in every layer."""
+
+log = logging.getLogger(__name__)
+
+
+def check_causal(model: PreTrainedModel) -> None:
+    """Check that no logits of the model's own forward depend on later tokens.
+
+    Raises:
+        ModelError: they do, as in CPM-Ant, which reads its prompt in both directions.
+    """
+    ids = probe_tokens(model).ids[: max(_LENGTHS)]
+    later = ids.copy()
+    later[-4:] = ids[-8:-4]
+    with in_float32(model):
+        before, after = (_own_logits(model, part)[:-4] for part in (ids, later))
+    if not _same(before, after, _most_rounding(model)):
+        raise ModelError(
+            f"{type(model).__name__} is not a causal language model: later tokens change its earlier logits, so that "
+            "its loss would be that of a model which sees the answers",
+            "Use a model that predicts each token from those before it, such as a LlamaForCausalLM.",
+        )
 
 
 def make_packable(model: PreTrainedModel, adapters: Sequence[str]) -> None:
-    """Switch the model's attention and LoRA layers to the packed forward, and check it against the model's own.
+    """Switch the model's attention and LoRA layers to the packed forward, and check that no sequence sees another.
 
     Raises:
-        NotPackable: the packed forward fails or gives other logits; the model is then unchanged.
+        NotPackable: a sequence's logits depend on its neighbours, or are not those of the model's own forward, or the
+            packed forward fails; the model is then unchanged.
     """
     own_attention = model.config._attn_implementation
     try:
-        tokens = probe_tokens(model)
-        expected = [_plain_logits(model, ids) for ids, _ in tokens]
-        use_packed_forward(model)
-        _compare(expected, _packed_logits(model, tokens, adapters), model.dtype)
-    except NotPackable:
+        with in_float32(model):
+            tokens = probe_tokens(model)
+            expected = [_own_logits(model, ids) for ids, _ in tokens]
+            use_packed_forward(model)
+            _check_packed(PackedEngine(model, 1 << 30), tokens, expected, adapters[0])
+    except NotPackable as error:
         use_own_forward(model, own_attention)
+        log.info("not packed: %s", error)
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
         use_own_forward(model, own_attention)
-        raise NotPackable(f"its packed forward fails: {str(error).strip().splitlines()[0]}") from error
+        log.info("not packed", exc_info=error)
+        raise NotPackable(Unpackable.FAILS, str(error)) from error
 
 
-def dependent_rows_reason(config: Any, longest_row: int) -> str | None:
-    """Reason why rows of up to `longest_row` tokens depend on their neighbours in a forward; None if they do not.
+@contextmanager
+def in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """Make the model's forwards run in float32, layer by layer, so that one layer's float32 weights exist at a time.
 
-    With longrope (Ding et al. 2024, arXiv:2402.13753) transformers takes other rotations for all positions of a
-    forward in which any position is beyond the original length: a long row would change every row beside it.
+    Quantized weights stay what they are: their products dequantize them to the dtype of the input.
     """
-    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]  # may be by layer type
-    lengths = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
-    if not lengths or longest_row <= min(lengths):
-        return None
-    return (
-        f"rows of up to {longest_row:,} tokens are longer than its original_max_position_embeddings of "
-        f"{min(lengths):,}, beyond which longrope changes all rows of a forward"
-    )
+    listed = {part for module in model.modules() if isinstance(module, nn.ModuleList) for part in module}
+    whole = {module for module in model.modules() if module in listed or isinstance(module, LoraLayer)}
+    within = {part for module in whole for part in module.modules() if part is not module}
+    kept: dict[nn.Module, list[tuple[Any, Tensor]]] = {}
+
+    def convert(module: nn.Module, *_: Any) -> None:
+        held = itertools.chain(module.parameters(module in whole), module.buffers(module in whole))
+        kept[module] = [(weight, weight.data) for weight in held if weight.dtype in (torch.bfloat16, torch.float16)]
+        for weight, data in kept[module]:
+            weight.data = data.float()
+
+    def restore(module: nn.Module, *_: Any) -> None:
+        for weight, data in kept.pop(module, []):
+            weight.data = data
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if module not in within:
+                hooks.callback(module.register_forward_pre_hook(convert).remove)
+                hooks.callback(module.register_forward_hook(restore, always_call=True).remove)
+        yield
 
 
 def use_packed_forward(model: PreTrainedModel) -> None:
@@ -70,7 +119,7 @@ def use_packed_forward(model: PreTrainedModel) -> None:
     recompute_layers(model)
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:  # GPT-Neo and Falcon ignore it without an error
-        raise NotPackable("its attention cannot be replaced")
+        raise NotPackable(Unpackable.OWN_ATTENTION)
 
 
 def use_own_forward(model: PreTrainedModel, attention: str) -> None:
@@ -80,19 +129,17 @@ def use_own_forward(model: PreTrainedModel, attention: str) -> None:
     model.set_attn_implementation(attention)
 
 
-def probe_tokens(model: PreTrainedModel) -> Tokens:
-    """Four short sequences of random ids, without the pad id, which some models treat specially."""
-    rng = np.random.default_rng(0)
+def probe_tokens(model: PreTrainedModel, lengths: Sequence[int] = _LENGTHS, seed: int = 0) -> Tokens:
+    """Short sequences of random ids, without the pad id, which some models treat specially."""
     config = model.config.get_text_config()
-    ids = rng.integers(0, config.vocab_size, PROBE_TOKENS, dtype=np.int32)
+    ids = np.random.default_rng(seed).integers(0, config.vocab_size, sum(lengths), dtype=np.int32)
     pad = getattr(config, "pad_token_id", None)
     ids[ids == pad] = 0 if pad != 0 else 1
-    is_label = np.ones(len(ids), dtype=bool)
-    return Tokens(ids=ids, is_label=is_label, offsets=np.cumsum([0, *_LENGTHS], dtype=np.int64))
+    return Tokens(ids=ids, is_label=np.ones(len(ids), dtype=bool), offsets=np.cumsum([0, *lengths], dtype=np.int64))
 
 
 @torch.no_grad()
-def _plain_logits(model: PreTrainedModel, ids: np.ndarray) -> Tensor:
+def _own_logits(model: PreTrainedModel, ids: np.ndarray) -> Tensor:
     """Logits (t - 1, V) of one sequence alone, by the model's own forward and attention."""
     batch = torch.from_numpy(ids.astype(np.int64))[None].to(model.device)
     logits: Tensor = model(input_ids=batch, use_cache=False).logits
@@ -100,18 +147,38 @@ def _plain_logits(model: PreTrainedModel, ids: np.ndarray) -> Tensor:
 
 
 @torch.no_grad()
-def _packed_logits(model: PreTrainedModel, tokens: Tokens, adapters: Sequence[str]) -> list[Tensor]:
-    engine = PackedEngine(model, 1 << 30)
-    batch = flatten(tokens, [Slice(adapters[0], range(len(tokens)))], model.device)
+def _packed_logits(engine: PackedEngine, tokens: Tokens, adapter: str) -> list[Tensor]:
+    """Logits (t - 1, V) of each sequence in one flattened batch."""
+    batch = flatten(tokens, [Slice(adapter, range(len(tokens)))], engine.model.device)
     logits = engine.head(engine.hidden(batch)).float()
-    return list(logits.split([length - 1 for length in _LENGTHS]))
+    return list(logits.split((tokens.lengths - 1).tolist()))
 
 
-def _compare(expected: Sequence[Tensor], got: Sequence[Tensor], dtype: torch.dtype) -> None:
-    """Raise NotPackable if logits differ by more than rounding, as they do after a leak or with wrong positions."""
-    tolerance = 1e-3 if dtype == torch.float32 else 5e-2
-    for one, other in zip(expected, got, strict=True):
-        difference, scale = float((one - other).norm()), float((one - one.mean()).norm())
-        if not difference <= tolerance * scale:
-            relative = difference / scale
-            raise NotPackable(f"flattened sequences give other logits than single ones ({relative:.1e} relative)")
+def _check_packed(engine: PackedEngine, tokens: Tokens, expected: Sequence[Tensor], adapter: str) -> None:
+    """Raise NotPackable if a sequence's logits change with its neighbours, or are not those of `expected`.
+
+    No change at all shows a leak of any size, where nearness would hide a small one. The batch always has as many
+    tokens, so that nothing is rounded otherwise; only routed experts get other numbers of them.
+    """
+    found, most = _packed_logits(engine, tokens, adapter), _most_rounding(engine.model)
+    for kept in (0, 1):  # every other sequence keeps its tokens; its neighbours have other ones, then other lengths
+        for lengths, limit in ((_LENGTHS, most), (_OTHER_LENGTHS[kept], LENGTH_ROUNDING)):
+            others = probe_tokens(engine.model, lengths, seed=1)
+            rows = [(tokens if number % 2 == kept else others)[number] for number in range(len(tokens))]
+            after = _packed_logits(engine, Tokens.from_examples(rows), adapter)
+            for number in range(kept, len(tokens), 2):
+                if not _same(found[number], after[number], limit):
+                    raise NotPackable(Unpackable.LEAKS, f"sequence {number}, beside lengths {lengths}")
+    for number, (one, other) in enumerate(zip(expected, found, strict=True)):
+        if not _same(one, other, NEARNESS):
+            raise NotPackable(Unpackable.OTHER_LOGITS, f"sequence {number}")
+
+
+def _most_rounding(model: PreTrainedModel) -> float:
+    """Most that a token's logits may change with another's id: nothing, except where experts group the tokens."""
+    return LENGTH_ROUNDING if any("expert" in name.lower() for name, _ in model.named_modules()) else 0.0
+
+
+def _same(one: Tensor, other: Tensor, most: float) -> bool:
+    """Whether logits differ by at most `most` of their spread; not where they are NaN."""
+    return float((one - other).norm()) <= most * float((one - one.mean()).norm())

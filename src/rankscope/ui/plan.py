@@ -157,12 +157,14 @@ def _notes(plan: Plan) -> list[str]:
     kind = str(prediction.dtype).removeprefix("torch.")
     where = f"a GPU with {size(free)}" if hypothetical else f"the {size(free)} that are free here"
     tokens = max((row.forward_tokens or 0 for row in found.candidates.values()), default=0)
+    forwards = f"{prediction.device}, {kind}" + (f", forwards of up to {tokens:,} tokens" if tokens else "")
     notes = [
-        f"Memory: predicted peak of each candidate trained alone ({prediction.device}, {kind}, forwards of up to "
-        f"{tokens:,} tokens).",
+        f"Memory: predicted peak of each candidate trained alone ({forwards}).",
         "  adapter: with gradients and optimizer. other: the process, and what the allocator keeps of freed tensors.",
         f"  fits: within {percent(MAX_PACK_MEMORY_FRACTION)} of {where}.",
     ]
+    if prediction.engine_reason:
+        notes.append(f"  By PEFT's own forward, since this model cannot be packed: {prediction.engine_reason}.")
     if found.reason:
         notes.append(f"  Not all of it can be predicted: {found.reason}")
     notes += [*_checkpointing(found), *(too_large(spec.model, prediction, free) or ())]
