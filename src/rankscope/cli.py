@@ -329,6 +329,8 @@ def spectrum(
     if saved.others:
         names = ", ".join(list(saved.others)[:3]) + ", ..." * (len(saved.others) > 3)
         console.print(text("spectrum.others", n=len(saved.others), names=names), soft_wrap=True)
+    if saved.foreign:
+        console.print(text("spectrum.foreign", name=saved.foreign), soft_wrap=True)
     if json_:
         print_json({"adapter": adapter, "layers": frame.to_dict("records")})
     else:

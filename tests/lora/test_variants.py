@@ -202,7 +202,7 @@ def test_variants_that_make_no_sense(fields: dict[str, Any], message: str) -> No
 
 def test_scaling_does_not_change_with_a_layers_rank() -> None:
     trial = variant_trial("llama-gqa", "pattern")
-    config = lora_config(trial.candidate)
+    config = lora_config(trial.candidate, tiny_model("llama-gqa"))
     assert config.alpha_pattern is not None
     for layer, rank in PATTERN["llama-gqa"].items():
         assert config.alpha_pattern[layer] / rank == trial.candidate.scaling

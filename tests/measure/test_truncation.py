@@ -16,7 +16,6 @@ from rankscope.errors import ModelError
 from rankscope.lora.adapters import (
     adapter_weights,
     add_adapter,
-    lora_config,
     lora_layers,
     remove_adapters,
     save_adapter,
@@ -50,14 +49,14 @@ def plant(model: PreTrainedModel, spec: StudySpec, folder: Path) -> Trial:
     """Saves an adapter of the highest rank whose every update has rank 3, in `adapter`; the model is as before."""
     trial = spec.trials()[len(spec.ranks) - 1]
     rank = trial.candidate.rank
-    add_adapter(model, trial)
+    config = add_adapter(model, trial)
     weights, generator = adapter_weights(model, trial.name), torch.Generator().manual_seed(5)
     for name, weight in weights.items():
         size = weight.shape[1] if ".lora_A." in name else weight.shape[0]
         thin = torch.randn(size, TRUE_RANK, generator=generator) * 0.3
         mixed = thin @ torch.randn(TRUE_RANK, rank, generator=generator) / trial.candidate.scaling**0.5
         weight.data.copy_(mixed.T if ".lora_A." in name else mixed)
-    save_adapter(weights, lora_config(trial.candidate), folder / "adapter")
+    save_adapter(weights, config, folder / "adapter")
     remove_adapters(model)
     return trial
 

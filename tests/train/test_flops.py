@@ -37,7 +37,7 @@ def test_flops_are_those_of_the_formula(engine: str) -> None:
     assert cost.flops_per_label == 4 * 32 * VOCAB
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "mixtral"])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_prediction_without_weights_is_that_of_the_loaded_model(name: str, tmp_path: Path) -> None:
     model = tiny_model(name)
     model.save_pretrained(tmp_path)

@@ -55,7 +55,7 @@ def assert_same(got: Trained, expected: Trained) -> None:
 
 
 def trials_for(name: str, dropout: float) -> list[Trial]:
-    """Mixed ranks, learning rates and seeds. PEFT's all-linear reaches Mixtral's experts, which are not packed."""
+    """Mixed ranks, learning rates and seeds. PEFT's own all-linear reaches Mixtral's experts."""
     modules = ("q_proj", "k_proj", "v_proj", "o_proj") if name == "mixtral" else "all-linear"
     return [
         make_trial(8, 3e-3, seed=0, dropout=dropout, modules=modules),

@@ -179,14 +179,6 @@ def test_an_adapter_on_the_output_layer_is_not_packed() -> None:
         make_packable(model, [trial.name])
 
 
-@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # PEFT's, of its own pattern
-def test_experts_are_not_packed() -> None:
-    model, trial = tiny_model("mixtral"), make_trial(4, 1e-3)
-    add_adapter(model, trial)
-    with pytest.raises(NotPackable, match="ParamWrapper"):
-        make_packable(model, [trial.name])
-
-
 def test_a_model_that_ignores_the_layout_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain sdpa on OPT lets flattened sequences see each other without an error: the probe must see it."""
     import rankscope.train.probe as probe

@@ -13,22 +13,30 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from rankscope.errors import StudyError, did_you_mean
+from rankscope.errors import StudyError, shortened
 from rankscope.files import published, write_atomic
+from rankscope.lora.targets import find_targets, for_peft
 from rankscope.spec.candidates import Candidate, Trial
 
 
-def lora_config(candidate: Candidate, base: str | None = None) -> LoraConfig:
-    """PEFT's configuration of the candidate; `base` is the base model's id or folder, for the saved file."""
-    modules, ranks = candidate.target_modules, dict(candidate.rank_pattern)
+def lora_config(candidate: Candidate, model: nn.Module, base: str | None = None) -> LoraConfig:
+    """PEFT's configuration of the candidate on this model; `base` is its id or folder, for the saved file.
+
+    Raises StudyError as `find_targets` does.
+    """
+    plain = not candidate.lora_dropout and candidate.variant != "dora"
+    targets = find_targets(model, candidate.target_modules, plain)
+    modules, parameters = for_peft(model, targets)
+    weights = {name: f"{name}.weight" for name, _ in candidate.rank_pattern}
+    ranks = {weights[n] if weights[n] in targets.parameters else n: rank for n, rank in candidate.rank_pattern}
     return LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
         r=candidate.rank,
         lora_alpha=candidate.lora_alpha,  # type: ignore[arg-type]  # PEFT divides it; a float is fine
-        target_modules=modules if isinstance(modules, str) else list(modules),
+        target_modules=modules,
+        target_parameters=parameters or None,
         lora_dropout=candidate.lora_dropout,
         use_rslora=candidate.use_rslora,
         use_dora=candidate.variant == "dora",
@@ -47,27 +55,23 @@ def inject(config: LoraConfig, model: nn.Module, name: str, empty: bool = False,
     `embeddings` allows adapters on embeddings, which saved adapters may have and rankscope does not train.
 
     Raises:
-        StudyError: a target module matches nothing, or cannot carry LoRA; the message names those that can.
+        StudyError: a target module matches nothing, or cannot carry LoRA.
     """
-    todo = f"Linear modules of this model: {', '.join(linear_names(model))}."
-    targets = config.target_modules if isinstance(config.target_modules, set | list) else []
-    names = [f".{name}" for name, _ in model.named_modules()]
-    for module in sorted(targets):  # PEFT is content where one of them matches
-        if not any(name.endswith(f".{module}") for name in names):
-            guess = did_you_mean(module, linear_names(model), most=2, cutoff=0.5)
-            raise StudyError(f"adapter.target_modules: {module} matches no module of this model{guess}", todo)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # many adapters: meant
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # PEFT corrects it for Conv1D
+        if config.target_parameters:  # whose patterns PEFT follows, and then says that they match nothing
+            warnings.filterwarnings("ignore", message="The following .*_pattern keys did not match")
         try:
             inject_adapter_in_model(config, model, name, low_cpu_mem_usage=empty)
         except ValueError as error:
-            raise StudyError(f"adapter.target_modules: {str(error).strip().splitlines()[0]}", todo) from None
+            reason = shortened(" ".join(str(error).split()), 300)
+            raise StudyError(f"adapter.target_modules: {reason}", "Name other modules.") from None
     embedding = next((module for module, layer in lora_layers(model) if name in layer.lora_embedding_A), None)
     if embedding and not embeddings:
         raise StudyError(
             f"adapter.target_modules: {embedding} is an embedding, and rankscope trains no adapters on embeddings",
-            f"Leave {embedding.rsplit('.', 1)[-1]} out. {todo}",
+            f"Leave {embedding.rsplit('.', 1)[-1]} out.",
         )
 
 
@@ -77,7 +81,7 @@ def add_adapter(model: PreTrainedModel, trial: Trial, base: str | None = None) -
     The seed is set in a fork of the random state, so the other trials of a pack do not change an adapter's initial
     weights. Raises StudyError as `inject` does.
     """
-    config = lora_config(trial.candidate, base)
+    config = lora_config(trial.candidate, model, base)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(trial.seed)
         inject(config, model, adapter_key(trial.name))
@@ -98,7 +102,7 @@ def to_float32(model: nn.Module, adapter: str) -> None:
 
 def remove_adapters(model: PreTrainedModel) -> None:
     """Put every base layer back, so that the model is as it was before the first adapter."""
-    for name, layer in reversed(lora_layers(model)):  # innermost first: PEFT nests the wrappers of experts
+    for name, layer in outer_layers(model):
         model.set_submodule(name, layer.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config
@@ -112,7 +116,7 @@ def remove_adapter(model: PreTrainedModel, adapter: str) -> None:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
                 layer.delete_adapter(key)
-    for name, layer in reversed(lora_layers(model)):
+    for name, layer in outer_layers(model):
         if not layer.lora_A:
             model.set_submodule(name, layer.get_base_layer())
     for parameter in trained:  # PEFT makes another adapter active, and freezes all but that one
@@ -122,14 +126,16 @@ def remove_adapter(model: PreTrainedModel, adapter: str) -> None:
         del model.peft_config
 
 
-def linear_names(model: nn.Module) -> list[str]:
-    """Last parts of the names of all linear modules, for error messages."""
-    return sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)})
-
-
 def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
     """Names and modules of the layers that carry adapters, in the model's order."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+
+
+def outer_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
+    """Layers that carry adapters, each base layer once: PEFT nests one wrapper in another around experts."""
+    layers = lora_layers(model)
+    inner = {id(layer.base_layer) for _, layer in layers}
+    return [(name, layer) for name, layer in layers if id(layer) not in inner]
 
 
 def adapter_weights(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
@@ -157,8 +163,9 @@ def save_adapter(weights: Mapping[str, torch.Tensor], config: LoraConfig, folder
     with published(file) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     config.inference_mode = True
-    if isinstance(config.target_modules, set):  # its order differs between processes
-        config.target_modules = sorted(config.target_modules)
+    for field in ("target_modules", "target_parameters"):
+        if isinstance(getattr(config, field), set):  # its order differs between processes
+            setattr(config, field, sorted(getattr(config, field)))
     with TemporaryDirectory() as scratch:  # PEFT writes in place, which is not atomic
         config.save_pretrained(scratch)
         text = Path(scratch, CONFIG_NAME).read_bytes()

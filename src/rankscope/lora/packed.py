@@ -4,20 +4,25 @@
     y[seg] += s (drop(x[seg]) A.T) B.T     for each segment, in place
 
 PEFT's layers stay what they are; only their `forward` is replaced. A quantized W is dequantized for each product.
+Experts whose weights lie in one tensor take the same products, each over the tokens that are routed to it.
 """
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rankscope.lora.adapters import adapter_key, lora_layers
-from rankscope.lora.layout import NotPackable, Segment, Unpackable, current_layout
+from rankscope.lora.adapters import adapter_key, lora_layers, outer_layers
+from rankscope.lora.layout import Layout, NotPackable, Segment, Unpackable, current_layout
 from rankscope.lora.variants import initial_factors
 from rankscope.model.quantized import DequantizedForward, dequantized_forward
 
@@ -29,9 +34,13 @@ def pack_layers(model: PreTrainedModel) -> None:
         NotPackable: a layer is not plain LoRA over a linear module, or the output layer carries an adapter.
     """
     head = model.get_output_embeddings()
-    for name, layer in lora_layers(model):
+    for name, layer in outer_layers(model):
         base = layer.get_base_layer()
-        if type(layer) is not LoraLinear and not dequantized_forward(base):
+        if isinstance(layer, ParamWrapper) and not isinstance(base, nn.Linear):
+            _check_experts(name, layer)
+            layer.__dict__["forward"] = partial(_packed_experts, layer)
+            continue
+        if type(layer) not in (LoraLinear, ParamWrapper) and not dequantized_forward(base):
             raise NotPackable(Unpackable.NOT_LINEAR, f"{name} is a {type(layer).__name__} of PEFT")
         if layer.lora_variant or any(layer.lora_bias.values()):
             raise NotPackable(Unpackable.NOT_LINEAR, f"{name} carries a variant of LoRA")
@@ -68,6 +77,96 @@ def _packed_forward(layer: Any, x: Tensor) -> Tensor:
     weight = dequantized_forward(base) or (base.weight if isinstance(base, nn.Linear) else base.weight.T)  # Conv1D
     out: Tensor = _PackedLinear.apply(flat, weight, base.bias, spans, keeps, *weights)  # type: ignore[no-untyped-call]
     return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def _check_experts(name: str, layer: ParamWrapper) -> None:
+    """Raise NotPackable where experts are not laid out as transformers' own functions for them expect."""
+    experts = layer.get_base_layer()
+    known = all(hasattr(experts, part) for part in ("has_gate", "has_bias", "is_transposed", "down_proj"))
+    if not known or getattr(experts, "has_post_expert_norm", False):
+        raise NotPackable(Unpackable.NOT_LINEAR, f"{name} is a {type(experts).__name__}")
+
+
+def _packed_experts(layer: ParamWrapper, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Packed forward of all experts of a block, (T, D) to (T, D); each token goes to K experts, with (T, K) weights.
+
+    transformers' `grouped_mm_experts_forward` with the update of each adapter: the rows of an expert are in the order
+    of the tokens, so that each adapter's lie together.
+    """
+    layout, experts = current_layout(), cast(Any, layer.get_base_layer())
+    if x.shape[0] != layout.tokens:
+        raise NotPackable(Unpackable.RESHAPES, f"experts: {x.shape[0]} of {layout.tokens} tokens")
+    first = "gate_up_proj" if experts.has_gate else "up_proj"
+    factors = {parameter: _experts_factors(layer, parameter, layout) for parameter in (first, "down_proj")}
+    index = top_k_index.reshape(-1)
+    order = index.sort(stable=True).indices  # (T K,), rows by expert and then by token
+    token = order // top_k_index.shape[1]
+    parts = []
+    for expert, ends in enumerate(_ends(index[order], token, layout, getattr(experts, first).shape[0])):
+        rows = token[ends[0] : ends[-1]]
+        if rows.shape[0]:
+            spans = [(start - ends[0], stop - ends[0]) for start, stop in pairwise(ends)]
+            hidden = _expert_product(experts, first, expert, x[rows], spans, factors[first])
+            hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
+            parts.append(_expert_product(experts, "down_proj", expert, hidden, spans, factors["down_proj"]))
+    out = torch.cat(parts) * top_k_weights.reshape(-1)[order, None]
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    return out[inverse].view(*top_k_index.shape, -1).sum(dim=1).to(x.dtype)
+
+
+def _ends(expert: Tensor, token: Tensor, layout: Layout, experts: int) -> list[list[int]]:
+    """Where the rows of each expert begin, and where those of each segment end among them: (E, segments + 1).
+
+    On fake tensors, which have no values, each expert gets as many tokens of each segment.
+    """
+    ends = [0, *(segment.stop for segment in layout.segments)]
+    if isinstance(expert, FakeTensor) or expert.is_meta:
+        rows, tokens = len(expert), layout.tokens
+        return [[(number * tokens + end) * rows // (experts * tokens) for end in ends] for number in range(experts)]
+    wanted = (
+        torch.tensor(ends, device=expert.device) + layout.tokens * torch.arange(experts, device=expert.device)[:, None]
+    )
+    found: list[list[int]] = torch.searchsorted(expert * layout.tokens + token, wanted).tolist()
+    return found
+
+
+class _ExpertsFactors(NamedTuple):
+    """Factors of one segment's adapter, for each expert: E of (R, D) and E of (O, R)."""
+
+    a: tuple[Tensor, ...]
+    b: tuple[Tensor, ...]
+    scaling: float
+
+
+def _experts_factors(layer: Any, parameter: str, layout: Layout) -> list[_ExpertsFactors | None]:
+    """Factors of each segment's adapter on one parameter; None where it has none. PEFT's nested wrappers hold them."""
+    while isinstance(layer, ParamWrapper) and layer.parameter_name != parameter:
+        layer = layer.base_layer
+    found: list[_ExpertsFactors | None] = []
+    for key in (adapter_key(segment.adapter) for segment in layout.segments):
+        if not isinstance(layer, ParamWrapper) or key not in layer.lora_A:
+            found.append(None)
+            continue
+        a, b = cast(Tensor, layer.lora_A[key].weight), cast(Tensor, layer.lora_B[key].weight)
+        experts = a.view(layer.num_experts, -1, a.shape[1]), b.view(b.shape[0], -1, layer.num_experts)
+        found.append(_ExpertsFactors(experts[0].unbind(), experts[1].unbind(-1), layer.scaling[key]))
+    return found
+
+
+def _expert_product(
+    experts: Any, parameter: str, expert: int, x: Tensor, spans: Sequence[tuple[int, int]], factors: Sequence[Any]
+) -> Tensor:
+    """Product of one expert with its rows, and each adapter's update of its own."""
+    weight = getattr(experts, parameter)[expert]
+    bias = getattr(experts, f"{parameter}_bias")[expert] if experts.has_bias else None
+    own = [(start, stop, part) for (start, stop), part in zip(spans, factors, strict=True) if part and stop > start]
+    weights = [factor for _, _, part in own for factor in (part.a[expert], part.b[expert])]
+    scaled = [(start, stop, part.scaling) for start, stop, part in own]
+    out: Tensor = _PackedLinear.apply(  # type: ignore[no-untyped-call]
+        x, weight.T if experts.is_transposed else weight, bias, scaled, [None] * len(own), *weights
+    )
+    return out
 
 
 class _PackedLinear(torch.autograd.Function):
@@ -130,7 +229,7 @@ def _matrix(weight: Tensor | DequantizedForward, dtype: torch.dtype) -> Tensor:
 
 def _grad(weight: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
     """Return the gradient `left @ right`, or add it to the one that the step has accumulated and return None."""
-    if weight.grad is None or weight.dtype != left.dtype:
+    if not weight.is_leaf or weight.grad is None or weight.dtype != left.dtype:
         return left @ right
     weight.grad.addmm_(left, right)
     return None

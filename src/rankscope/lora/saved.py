@@ -3,15 +3,17 @@
 import copy
 import os
 import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from peft import LoraConfig, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME as CONFIG
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -21,28 +23,47 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rankscope.data.sources import HUB_ID
-from rankscope.errors import ModelError, StudyError
+from rankscope.errors import ModelError, StudyError, shortened
 from rankscope.lora.adapter_config import PatternKeys, checked_name, pattern_keys, read_config
-from rankscope.lora.adapters import adapter_key, inject, remove_adapters, save_adapter, to_float32
+from rankscope.lora.adapters import (
+    adapter_key,
+    adapter_weights,
+    inject,
+    remove_adapters,
+    save_adapter,
+    to_float32,
+)
 
-_PLAIN = re.compile(r"[\w.^$\\-]*")  # names, also with escaped dots: they take linear time as regular expressions
+_PREFIX = "base_model.model."  # of PEFT's keys
+_WRAPPED = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module)\.")  # names that torch.compile and FSDP add
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.weight)?")
 
 
 class Factors(NamedTuple):
-    """Factors of one layer's update, `scaling * b @ a`, in float32."""
+    """Factors of one layer's update, `scaling * b @ a`, in float32; of one expert's where they lie in one tensor."""
 
-    layer: str  # name in the base model
+    layer: str  # name in the base model; of an expert `….experts.3.gate_up_proj`
     a: Tensor  # (R, D); a convolution's D is channels times kernel
     b: Tensor  # (O, R)
     scaling: float
     keys: tuple[str, str]  # names of `a` and `b` in the file
     kernel: tuple[int, ...] = ()  # channels and kernel of a convolution, saved as (R, *kernel) and (O, R, 1, ...)
     dtype: torch.dtype = torch.float32  # in the file
+    parameter: str | None = None  # name of the adapted parameter, where PEFT wraps one: target_parameters
 
     @property
     def rank(self) -> int:
         return self.a.shape[0]
+
+    @property
+    def target(self) -> str:
+        """Name by which PEFT's configuration knows it; experts in one tensor share it."""
+        return self.parameter or self.layer
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether its tensors are of experts, beside whose factors these lie."""
+        return self.parameter is not None and self.parameter != f"{self.layer}.weight"
 
 
 class SavedAdapter(NamedTuple):
@@ -52,6 +73,7 @@ class SavedAdapter(NamedTuple):
     layers: list[Factors]  # by name, blocks by number
     others: dict[str, Tensor]  # the file's other tensors: biases, DoRA's magnitudes, modules saved whole
     unknown: tuple[str, ...] = ()  # options that are set and that the installed PEFT does not know
+    foreign: str | None = None  # key of the file under which PEFT finds no layer
 
 
 def find_adapter(name: str, revision: str | None = None) -> Path:
@@ -92,24 +114,89 @@ def read_adapter(folder: Path) -> SavedAdapter:
     try:
         tensors = load_file(file)
     except FileNotFoundError:
-        raise ModelError(f"{file}: missing", "Weights are read from safetensors files only.") from None
+        raise _missing(file) from None
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{file}: corrupt or incomplete: {error}", "Restore it.") from None
     keys: dict[str, dict[str, str]] = {}
     for key in tensors:
         if match := _FACTOR.fullmatch(key):
+            name = _WRAPPED.sub("", match[1])
             try:
-                checked_name(match[1])
+                checked_name(name)
             except ValueError as error:
                 raise ModelError(f"{file}: {error}", "Use an adapter that PEFT has saved.") from None
-            other = keys.setdefault(match[1], {}).setdefault(match[2][-1], key)
+            other = keys.setdefault(name, {}).setdefault(match[2][-1], key)
             if other != key:
                 raise ModelError(f"{file}: {other} and {key} are one factor", "Remove one of them.")
+    if not keys:
+        found = f"; a key of it is {shortened(next(iter(tensors)), 100)}" if tensors else ""
+        raise ModelError(
+            f"{file}: holds no LoRA factors under PEFT's names{found}",
+            "Save it with PEFT's save_pretrained; adapters of kohya and others are not read.",
+        )
+    foreign = next((key for both in keys.values() for key in both.values() if _canonical(key) != key), None)
     pairs = {name: {part: (key, tensors.pop(key)) for part, key in both.items()} for name, both in keys.items()}
-    layers = [_layer(file, name, pairs[name], config, ranks, alphas) for name in sorted(pairs, key=_order)]
-    if not layers:
-        raise ModelError(f"{file}: holds no LoRA factors", "Give an adapter in PEFT's format.")
-    return SavedAdapter(config, layers, tensors, unknown)
+    parameters = {name: _parameter(file, name, pairs, config, ranks) for name in pairs}
+    layers = [
+        part
+        for name in sorted(pairs, key=_order)
+        for part in _layers(file, name, pairs[name], parameters[name], config, ranks, alphas)
+    ]
+    return SavedAdapter(config, layers, tensors, unknown, foreign)
+
+
+def _missing(file: Path) -> ModelError:
+    """Error about weights that are not in PEFT's one file."""
+    others = sorted(path.name for path in file.parent.glob("adapter_model*"))
+    if any(name.endswith(".safetensors") or name.endswith(".index.json") for name in others):
+        return ModelError(
+            f"{file}: missing: the weights are in shards ({others[0]}), which are not read",
+            "Save the adapter in one file: save_pretrained with a larger max_shard_size.",
+        )
+    if others:
+        return ModelError(
+            f"{file}: missing: {others[0]} is not read, since loading it could execute code",
+            "Load the adapter where you trust it, and save it with save_pretrained.",
+        )
+    return ModelError(f"{file}: missing", "Weights are read from safetensors files only.")
+
+
+def _canonical(key: str) -> str:
+    """PEFT's key of a factor."""
+    match = _FACTOR.fullmatch(key)
+    if match is None:
+        return key
+    ending = "" if "embedding" in match[2] else ".weight"
+    return f"{_PREFIX}{_WRAPPED.sub('', match[1])}.{match[2]}{ending}"
+
+
+def _parameter(
+    file: Path, name: str, pairs: Mapping[str, Any], config: LoraConfig, ranks: PatternKeys[int]
+) -> str | None:
+    """Name of the parameter that the layer `name` of the file adapts; None where it adapts a module.
+
+    PEFT nests the wrappers of two parameters of one module, the first that the module defines innermost, as
+    `experts.base_layer` in `experts`. The file has no more than that: which is which is known of transformers' experts.
+    """
+    targets = config.target_parameters or ()
+    if f"{name}.weight" in targets or any(f"{name}.weight".endswith(f".{t}") and "." in t for t in targets):
+        return f"{name}.weight"
+    module = name.removesuffix(".base_layer").removesuffix(".base_layer")
+    tensor = pairs[name].get("A", (None, None))[1]
+    nested = name != module or f"{name}.base_layer" in pairs
+    if not targets or tensor is None or (not nested and tensor.shape[0] == ranks.get(name, config.r)):
+        return None
+    leaves = {target.rpartition(".")[2] for target in targets}
+    own = [leaf for leaf in leaves if any(f"{module}.{leaf}".endswith(f".{target}") for target in targets)]
+    own.sort(key=lambda leaf: (leaf.startswith("down"), leaf))  # defined after gate_up_proj, or up_proj
+    wrappers = [wrapped for wrapped in (f"{module}.base_layer", module) if wrapped in pairs]
+    clear = len(own) == 1 or (len(own) == 2 and own[1].startswith("down"))
+    if not clear or len(own) != len(wrappers):
+        raise ModelError(
+            f"{file}: {name} is of experts, and of which of their parameters cannot be told",
+            f"Name them in target_parameters of {CONFIG} as PEFT has saved them.",
+        )
+    return f"{module}.{own[wrappers.index(name)]}"
 
 
 def write_adapter(adapter: SavedAdapter, folder: Path) -> int:
@@ -120,11 +207,14 @@ def write_adapter(adapter: SavedAdapter, folder: Path) -> int:
 def _tensors(adapter: SavedAdapter) -> dict[str, Tensor]:
     """Tensors of the adapter as in the file."""
     tensors = dict(adapter.others)
-    for layer in adapter.layers:
-        a, b = layer.a.to(layer.dtype), layer.b.to(layer.dtype)
-        if layer.kernel:
-            a, b = a.reshape(-1, *layer.kernel), b.reshape(*b.shape, *[1] * (len(layer.kernel) - 1))
-        tensors[layer.keys[0]], tensors[layer.keys[1]] = a, b
+    for _, group in groupby(adapter.layers, key=lambda layer: layer.keys):
+        layers = list(group)  # several of experts in one tensor
+        a, b = torch.cat([layer.a for layer in layers]), torch.stack([layer.b for layer in layers], dim=-1).flatten(1)
+        one = layers[0]
+        a, b = a.to(one.dtype), b.to(one.dtype)
+        if one.kernel:
+            a, b = a.reshape(-1, *one.kernel), b.reshape(*b.shape, *[1] * (len(one.kernel) - 1))
+        tensors[one.keys[0]], tensors[one.keys[1]] = a, b
     return tensors
 
 
@@ -139,17 +229,44 @@ def attach(model: PreTrainedModel, name: str, adapter: SavedAdapter) -> None:
     try:
         inject(config, model, key, embeddings=True)
         to_float32(model, name)
-        tensors = _tensors(adapter)
-        for other in adapter.others:  # PEFT expects modules saved whole under their names in this model
-            tensors[other.removeprefix("base_model.model.")] = tensors.pop(other)
+        tensors = {_canonical(file_key): tensor for file_key, tensor in _tensors(adapter).items()}
+        weights = adapter_weights(model, name)
+        direct = weights.keys() <= tensors.keys()  # PEFT would rename some as the checkpoint's, and lose them
+        for weight in weights if direct else ():
+            if weights[weight].shape != tensors[weight].shape:
+                raise ValueError(f"{weight} is {list(tensors[weight].shape)}, not {list(weights[weight].shape)}")
+            weights[weight].data.copy_(tensors.pop(weight))
+        for other in (
+            adapter.others.keys() & tensors.keys()
+        ):  # PEFT expects modules saved whole under this model's names
+            tensors[other.removeprefix(_PREFIX)] = tensors.pop(other)
         result: Any = set_peft_model_state_dict(model, tensors, adapter_name=key)
     except (StudyError, RuntimeError, ValueError, KeyError, re.error) as error:
         reason = str(error).strip().splitlines()[-1]
         raise ModelError(f"the adapter does not fit the model: {reason}", todo) from None
-    missing = [other for other in result.missing_keys if ".lora_" in other and f".{key}" in other]
+    missing = [other for other in result.missing_keys if ".lora_" in other and f".{key}" in other and not direct]
     if result.unexpected_keys or missing:
         odd = (result.unexpected_keys + missing)[0]
         raise ModelError(f"the adapter does not fit the model: {odd} is of one and not of the other", todo)
+
+
+def peft_fault(model: PreTrainedModel, folder: Path) -> str | None:
+    """What PEFT does not read back of an adapter that was saved for `model`; None where it finds a place for all of it.
+
+    PEFT itself loads it, into a model without weights. Some architectures of transformers rename keys while they load,
+    and adapters' with them.
+    """
+    with torch.device("meta"):
+        base = type(model)(copy.deepcopy(model.config))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is found out below
+            loaded: Any = get_peft_model(base, LoraConfig.from_pretrained(str(folder)), low_cpu_mem_usage=True)
+            result: Any = set_peft_model_state_dict(loaded, load_file(folder / WEIGHTS))
+    except Exception as error:  # whatever PEFT raises for what it does not understand
+        return shortened(" ".join(str(error).split()), 200)
+    lost = [key for key in (*result.unexpected_keys, *result.missing_keys) if ".lora_" in key]
+    return f"{len(lost)} keys are of one and not of the other, {lost[0]} for one" if lost else None
 
 
 @contextmanager
@@ -169,39 +286,32 @@ def attached(model: PreTrainedModel, name: str, adapter: SavedAdapter) -> Iterat
 
 
 def _by_name(adapter: SavedAdapter) -> LoraConfig:
-    """Configuration with the file's layers by name. `PatternKeys` resolves foreign patterns, and PEFT receives none.
-
-    Raises:
-        ModelError: the adapter is of experts, which PEFT only matches by patterns, and its configuration has patterns.
-    """
-    config = copy.copy(adapter.config)
-    if config.target_parameters:
-        keys = [*(config.rank_pattern or ()), *(config.alpha_pattern or ())]
-        for wide in [keys, config.target_modules, config.exclude_modules, config.layers_pattern]:
-            names = [wide] if isinstance(wide, str) else wide or []
-            if not all(_PLAIN.fullmatch(name) for name in names):
-                raise ModelError(
-                    f"an adapter of experts with patterns in its {CONFIG}", "Name its modules without patterns."
-                )
-        return config
-    alphas = PatternKeys(config.alpha_pattern or {})
-    config.target_modules = [layer.layer for layer in adapter.layers]
+    """Configuration with the file's layers by name. `PatternKeys` resolves foreign patterns, and PEFT receives none."""
+    config, alphas = copy.copy(adapter.config), PatternKeys(adapter.config.alpha_pattern or {})
+    by_target = {layer.target: layer for layer in adapter.layers}
+    config.target_modules = [target for target, layer in by_target.items() if layer.parameter is None]
+    config.target_parameters = [target for target, layer in by_target.items() if layer.parameter] or None
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    by_key = {f"^{re.escape(layer.layer)}": layer for layer in adapter.layers}
+    by_key = {f"^{re.escape(target)}": layer for target, layer in by_target.items()}
     config.rank_pattern = {key: layer.rank for key, layer in by_key.items() if layer.rank != config.r}
-    by_layer = {key: alphas.get(layer.layer, config.lora_alpha) for key, layer in by_key.items()}
+    by_layer = {key: alphas.get(layer.target, config.lora_alpha) for key, layer in by_key.items()}
     config.alpha_pattern = {key: alpha for key, alpha in by_layer.items() if alpha != config.lora_alpha}
     return config
 
 
-def _layer(
+def _layers(
     file: Path,
     name: str,
     pair: dict[str, tuple[str, Tensor]],
+    parameter: str | None,
     config: LoraConfig,
     ranks: PatternKeys[int],
     alphas: PatternKeys[float],
-) -> Factors:
+) -> list[Factors]:
+    """Factors of one layer of the file: one, or as many as its tensors have experts.
+
+    PEFT stacks the experts' A as (E R, D), and their B as (O, R E).
+    """
     tensors = {part: tensor for part, (_, tensor) in sorted(pair.items())}
     shapes = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in tensors.items())
     whole = tensors.keys() == {"A", "B"} and all(tensor.dim() >= 2 and tensor.numel() for tensor in tensors.values())
@@ -210,17 +320,26 @@ def _layer(
     if not whole or tensors["A"].shape[0] != tensors["B"].shape[1]:
         raise ModelError(f"{file}: {name} has {shapes}: no pair of LoRA factors", "Restore it.")
     a, b = tensors["A"], tensors["B"]
-    if not (a.is_floating_point() and b.is_floating_point()):
-        raise ModelError(f"{file}: {name} is of {a.dtype} and {b.dtype}", "Factors are floating point.")
+    if not all(part.is_floating_point() and part.element_size() > 1 for part in (a, b)):
+        raise ModelError(
+            f"{file}: {name} is of {a.dtype} and {b.dtype}, which is not read", "Save it in float32 or bfloat16."
+        )
     if not (a.isfinite().all() and b.isfinite().all()):
         raise ModelError(f"{file}: {name} holds NaN or infinity", "Its training diverged: take another.")
-    rank, expected = a.shape[0], ranks.get(name, config.r)
-    if rank != expected and not config.target_parameters:  # the factors of experts are stacked
-        wrong = f"{file}: {name} has rank {rank}, but {CONFIG} says {expected}"
+    rank = ranks.get(parameter or name, config.r)
+    experts, rest = divmod(a.shape[0], rank)
+    if rest or (experts != 1 and parameter is None):
+        wrong = f"{file}: {name} has rank {a.shape[0]}, but {CONFIG} says {rank}"
         raise ModelError(wrong, "Restore the file that was changed.")
-    scaling = alphas.get(name, config.lora_alpha) / (rank**0.5 if config.use_rslora else rank)
-    keys, kernel = (pair["A"][0], pair["B"][0]), tuple(a.shape[1:]) if a.dim() > 2 else ()
-    return Factors(name, a.flatten(1).float(), b.flatten(1).float(), scaling, keys, kernel, a.dtype)
+    scaling = alphas.get(parameter or name, config.lora_alpha) / (rank**0.5 if config.use_rslora else rank)
+    keys, kernel = (_canonical(pair["A"][0]), _canonical(pair["B"][0])), tuple(a.shape[1:]) if a.dim() > 2 else ()
+    one = Factors(name, a.flatten(1).float(), b.flatten(1).float(), scaling, keys, kernel, a.dtype, parameter)
+    if experts == 1:
+        return [one]
+    block, _, leaf = str(parameter).rpartition(".")
+    ending = "" if leaf == "weight" else f".{leaf}"
+    parts = zip(one.a.view(experts, rank, -1), one.b.view(len(one.b), rank, experts).unbind(-1), strict=True)
+    return [one._replace(layer=f"{block}.{number}{ending}", a=a, b=b) for number, (a, b) in enumerate(parts)]
 
 
 def _order(name: str) -> list[tuple[int, str]]:

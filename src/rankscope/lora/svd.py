@@ -82,9 +82,12 @@ def _row(factors: Factors) -> dict[str, Any]:
 
 
 def split_layer_name(layer: str) -> tuple[int, str]:
-    """Block and module: `model.layers.3.self_attn.q_proj` -> (3, `self_attn.q_proj`); -1 and the last part without."""
+    """Block and module: `model.layers.3.self_attn.q_proj` -> (3, `self_attn.q_proj`); -1 and the last part without.
+
+    All experts of a block are one module: `model.layers.3.mlp.experts.7.down_proj` -> (3, `mlp.experts.*.down_proj`).
+    """
     match = re.search(r"(?:^|\.)(\d+)\.(.+)$", layer)
-    return (int(match[1]), match[2]) if match else (-1, layer.rsplit(".", 1)[-1])
+    return (int(match[1]), re.sub(r"\.\d+(?=\.|$)", ".*", match[2])) if match else (-1, layer.rsplit(".", 1)[-1])
 
 
 def by_module(frame: pd.DataFrame) -> pd.DataFrame:
@@ -135,7 +138,6 @@ _NOT_PLAIN = {
     "monteclora_config": "its factors are random",
     "arrow_config": "it routes between adapters",
     "ensure_weight_tying": "two layers share its factors",
-    "target_parameters": "its factors are of many experts at once",
 }
 
 
@@ -145,6 +147,11 @@ def check_resizable(adapter: SavedAdapter) -> None:
     for option, reason in _NOT_PLAIN.items():
         if getattr(adapter.config, option, None):
             raise ModelError(f"the adapter is no plain LoRA ({option}): {reason}", "Only plain LoRA can be resized.")
+    if experts := next((layer for layer in adapter.layers if layer.of_experts), None):
+        raise ModelError(
+            f"the adapter is no plain LoRA (target_parameters): the factors of {experts.parameter} are of many experts",
+            "Only plain LoRA can be resized.",
+        )
     if init.startswith(_INITS_CHANGING_BASE):
         raise ModelError(
             f"the adapter belongs to a base model that {init} changed",
@@ -242,8 +249,9 @@ def resized(adapter: SavedAdapter, layers: Sequence[Decomposed], ranks: Mapping[
     """
     config = copy.deepcopy(adapter.config)
     config.r = config.lora_alpha = max(ranks.values())  # a scaling of 1
-    lower = [name for name, rank in ranks.items() if rank < config.r]
-    config.rank_pattern = {_pattern(name, ranks): ranks[name] for name in lower}
+    targets = {layer.factors.layer: layer.factors.target for layer in layers}
+    lower = {targets[name]: rank for name, rank in ranks.items() if rank < config.r}
+    config.rank_pattern = {_pattern(name, targets.values()): rank for name, rank in lower.items()}
     config.alpha_pattern = dict(config.rank_pattern)
     config.use_rslora, config.init_lora_weights, config.eva_config = False, True, None
     return SavedAdapter(config, [layer.truncate(ranks[layer.factors.layer]) for layer in layers], adapter.others)

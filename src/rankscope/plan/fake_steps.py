@@ -6,6 +6,7 @@ frees within itself is not seen.
 """
 
 import itertools
+import logging
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -27,6 +28,8 @@ from rankscope.spec.candidates import Candidate
 from rankscope.train.engine import PackedEngine, PeftEngine
 from rankscope.train.flops import Products
 from rankscope.train.loss import label_losses
+
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it logs tracebacks of what is caught
 
 
 class Event(NamedTuple):
@@ -110,7 +113,7 @@ def add_empty_adapter(model: PreTrainedModel, candidate: Candidate) -> None:
     Raises:
         StudyError: the target modules match nothing, or cannot carry LoRA.
     """
-    inject(lora_config(candidate), model, adapter_key(candidate.name), empty=True)
+    inject(lora_config(candidate, model), model, adapter_key(candidate.name), empty=True)
     to_float32(model, candidate.name)
 
 

@@ -72,6 +72,7 @@ def model_card(evidence: Evidence, verdict: Mapping[str, Any], trial: Trial, res
         "Token accuracy": percent(results["eval_accuracy"]) if known(results["eval_accuracy"]) else "unknown",
         "Training loss": f"{results['train_loss']:.4f}, mean over the last tenth of the steps",
     }
+    fault = results.get("adapter_fault")
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     parts = [
         f"---\n{metadata.to_yaml()}\n---",
@@ -79,6 +80,11 @@ def model_card(evidence: Evidence, verdict: Mapping[str, Any], trial: Trial, res
         f"A LoRA adapter of rank {candidate.rank}, one of the {len(spec.trials())} trials of a rankscope study.",
         f"The study's verdict: {escape(verdict_sentence(verdict, 'en'))}",
         *(escape(text("caveat.warning", sentence=it)) for it in data_warnings(data, text)),
+        *(
+            [escape(text("caveat.warning", sentence=text("caveat.adapter_fault", fault=fault)))]
+            if isinstance(fault, str)
+            else []
+        ),
         "## How it was made",
         _table(facts),
         "## What was measured",

@@ -1,6 +1,6 @@
 """Content of a report in one language, which HTML and Markdown render."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -122,7 +122,10 @@ def compose(
         savings_note=saved.note,
         cost=cost,
         cost_notes=cost_notes,
-        caveats=[caveat_sentence(verdict or {}, code, text) for code in caveats if code not in DOUBTS],
+        caveats=[
+            *(caveat_sentence(verdict or {}, code, text) for code in caveats if code not in DOUBTS),
+            *(text("caveat.adapter_fault", fault=fault) for fault in dict.fromkeys(_adapter_faults(evidence))),
+        ],
         how_to_read=[text(f"how.{name}") for name in ("averages", "axes", "alone", "differences", *half)],
         sections=[
             make_section("loss", loss_figures(evidence, verdict, table, text)),
@@ -153,6 +156,12 @@ def _subtitle(evidence: Evidence, text: Catalogue) -> str:
     ids = {"model": evidence.spec.model.id, "data": evidence.spec.data.name}
     names = {what: text(f"page.embedded_{what}") if name == EMBEDDED else name for what, name in ids.items()}
     return text("page.subtitle", **names)
+
+
+def _adapter_faults(evidence: Evidence) -> Iterator[str]:
+    for part in evidence.parts:
+        if "adapter_fault" in part.results:
+            yield from part.results["adapter_fault"].dropna()
 
 
 def _cost(verdict: Mapping[str, Any] | None, table: pd.DataFrame, text: Catalogue) -> tuple[str, list[str]]:

@@ -162,6 +162,8 @@ def resize(
     source = find_adapter(adapter, revision)
     saved = read_adapter(source)
     check_resizable(saved)
+    if saved.foreign:
+        say(f"PEFT loads nothing of {adapter}, as it knows no keys such as {saved.foreign}; the resized one it does")
     folder = out or _beside(adapter, source, rule)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise StudyError(f"{folder} exists and is not empty", "Choose another --out, or remove it.")

@@ -55,6 +55,11 @@ def propose(study: Study, rank: int | None = None) -> Proposal:
             f"Ranks by layer are derived from rank {largest}, the study's largest, and must be below it.",
         )
     layers = mean_layers([study.adapter_file(trial).parent for trial in trained])
+    if experts := next((layer.factors for layer in layers if layer.factors.of_experts), None):
+        raise StudyError(
+            f"the study's adapters are of experts ({experts.target}), which share one rank in PEFT's format",
+            "Ranks by layer are proposed for studies on all-linear.",
+        )
     uniform = parameters(layers, uniform_ranks(layers, rank))
     ranks = ranks_within(layers, uniform)
     own_alpha = trained[0].candidate.lora_alpha

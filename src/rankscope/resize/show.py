@@ -97,8 +97,13 @@ def module_table(frame: pd.DataFrame, text: Catalogue) -> Table:
 
 
 def spectrum_chart(frame: pd.DataFrame, text: Catalogue) -> alt.LayerChart | alt.FacetChart:
-    """One cell per layer: directions that hold 90% of its update's energy, coloured by their share of the rank."""
+    """One cell per layer: directions that hold 90% of its update's energy, coloured by their share of the rank.
+
+    Experts of a layer share a cell, which has their means.
+    """
     shown = frame.drop(columns="singular_values").assign(share=frame["rank_90"] / frame["rank"])
+    how = {name: "first" if name == "layer" else "mean" for name in shown.columns if name not in ("block", "module")}
+    shown = shown.groupby(["block", "module"], sort=False, as_index=False).agg(how)
     for name in ("layer", "module"):
         shown[name] = shown[name].map(strip_control_characters)  # SVG is XML, which has no control characters
     shown["block"] = shown["block"].astype(str).replace("-1", text("none"))  # -1: outside the blocks
@@ -117,7 +122,7 @@ def spectrum_chart(frame: pd.DataFrame, text: Catalogue) -> alt.LayerChart | alt
         color=alt.Color("share:Q", scale=scale, title=text("spectrum.share"), legend=alt.Legend(format="%"))
     )
     ink = alt.condition("datum.share > 0.6", alt.value("black"), alt.value("white"))
-    numbers = base.mark_text(fontSize=11).encode(text="rank_90:Q", color=ink)
+    numbers = base.mark_text(fontSize=11).encode(text=alt.Text("rank_90:Q", format=".3~g"), color=ink)
     return alt.layer(cells, numbers).properties(width=max(240, 76 * len(modules)), height=max(60, 22 * blocks))
 
 

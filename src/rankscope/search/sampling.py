@@ -23,6 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rankscope.search.folder import Spent
 from rankscope.search.space import Point, RateRange, SearchSpec
+from rankscope.spec.candidates import all_linear_or_names
 
 NAME = "rankscope"
 """Name of the study within Optuna's journal."""
@@ -130,7 +131,7 @@ def modules_text(modules: str | tuple[str, ...]) -> str:
 
 def point_of(trial: FrozenTrial) -> Point:
     rank, rate, alpha, modules = trial.user_attrs["point"]
-    return Point(rank, rate, alpha, "all-linear" if isinstance(modules, str) else tuple(modules))
+    return Point(rank, rate, alpha, all_linear_or_names(modules))
 
 
 def end(study: optuna.Study, trial: optuna.Trial, how: str, loss: float | None = None) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
 from rankscope.errors import StudyError, shortened
-from rankscope.spec.candidates import Candidate, Count, Rank, Seed, Trial
+from rankscope.spec.candidates import AllLinear, Candidate, Count, Rank, Seed, Trial
 from rankscope.spec.models import AdapterSpec, StudySpec
 from rankscope.spec.options import assemble, doublings
 
@@ -18,7 +18,7 @@ DEFAULT_RATES = "3e-5..3e-3"
 DEFAULT_TRIALS = 32
 
 Alpha = float | str
-Targets = Literal["all-linear"] | tuple[str, ...]
+Targets = AllLinear | tuple[str, ...]
 
 
 class _Part(BaseModel):
@@ -233,7 +233,7 @@ def _rate(value: Any) -> float:
 
 
 def _targets(value: Any) -> Targets:
-    names = [part.strip() for part in value.split(",")] if isinstance(value, str) and value != "all-linear" else value
+    names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
     return _adapter("target-modules", names).target_modules
 
 

@@ -10,6 +10,12 @@ CONTROL = "control"
 """Name of the profile that measures the first candidate once more, for the noise of every cost."""
 
 
+AllLinear = Literal["all-linear", "all-linear+experts"]
+"""Values of adapter.target_modules that are no names: see `rankscope.lora.targets`."""
+
+ALL_LINEAR, ALL_LINEAR_AND_EXPERTS = get_args(AllLinear)
+
+
 def as_list(value: Any) -> Any:
     return [value] if isinstance(value, str | int | float) else value
 
@@ -42,8 +48,8 @@ def alpha_or_alphas(value: Any) -> Any:
 def all_linear_or_names(value: Any) -> Any:
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) and name for name in names):
-        raise ValueError("expected all-linear, or names of modules such as q_proj")
-    return value if value == "all-linear" else tuple(names)
+        raise ValueError(f"expected {' or '.join(get_args(AllLinear))}, or names of modules such as q_proj")
+    return names[0] if len(names) == 1 and names[0] in get_args(AllLinear) else tuple(names)
 
 
 def name_or_names(value: Any) -> Any:
@@ -133,7 +139,7 @@ class Candidate(Frozen):
     rank: Count
     learning_rate: PositiveFloat
     lora_alpha: PositiveFloat
-    target_modules: Literal["all-linear"] | tuple[str, ...]
+    target_modules: AllLinear | tuple[str, ...]
     lora_dropout: float
     use_rslora: bool
     init_lora_weights: Literal["kaiming", "gaussian"]

@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, Field, PositiveFloat, ValidationInfo, fiel
 from rankscope.spec.candidates import (
     CONTROL,
     FULL,
+    AllLinear,
     Candidate,
     Column,
     Count,
@@ -66,7 +67,7 @@ def _number_with(units: Iterable[str]) -> str:
 RankOrFull = Rank | Annotated[list[Rank | Literal["full"]], Field(min_length=1)]
 AlphaOrMultiple = PositiveFloat | Annotated[str, Field(pattern=r"^\s*[0-9]+(\.[0-9]*)?r\s*$")]
 Name = Annotated[str, Field(min_length=1)]
-ModuleNames = Literal["all-linear"] | OneOrSeveral[Name]
+ModuleNames = AllLinear | OneOrSeveral[Name]
 BytesOrText = PositiveFloat | Annotated[str, Field(pattern=_number_with(BYTES))]
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 ShareOrText = Fraction | Annotated[str, Field(pattern=r"^\s*[0-9]+(\.[0-9]+)?\s*%\s*$")]
@@ -87,7 +88,7 @@ Alphas = Annotated[
     BeforeValidator(alpha_or_alphas, json_schema_input_type=OneOrSeveral[AlphaOrMultiple]),
 ]
 Modules = Annotated[
-    Literal["all-linear"] | tuple[str, ...], BeforeValidator(all_linear_or_names, json_schema_input_type=ModuleNames)
+    AllLinear | tuple[str, ...], BeforeValidator(all_linear_or_names, json_schema_input_type=ModuleNames)
 ]
 Names = Annotated[str | tuple[str, ...], BeforeValidator(name_or_names, json_schema_input_type=OneOrSeveral[Name])]
 ColumnName = Annotated[str, BeforeValidator(column_of_a_format, json_schema_input_type=Column)]
@@ -218,7 +219,8 @@ class AdapterSpec(Frozen):
     """`lora_alpha`: a number, or a multiple of the rank such as `2r`; or a list. Of several, each rank is judged at its
     best."""
     target_modules: Modules = "all-linear"
-    """Layers that get an adapter: `all-linear`, or names such as `q_proj`."""
+    """Layers that get an adapter: `all-linear`, `all-linear+experts`, or names such as `q_proj`. `all-linear` has no
+    routed experts; neither has routers."""
     lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Dropout probability of an adapter's inputs during training."""
     use_rslora: bool = False

@@ -37,7 +37,9 @@ OPTIONS = {
     "epochs": Option("training.epochs", float, "Passes over the training rows, instead of --steps."),
     "batch_size": Option("training.batch_size", int, "Examples per trial and step."),
     "max_length": Option("data.max_length", int, "Longest sequence, in tokens; longer rows are truncated and counted."),
-    "target_modules": Option("adapter.target_modules", str, "all-linear, or names, e.g. q_proj,v_proj."),
+    "target_modules": Option(
+        "adapter.target_modules", str, "all-linear, all-linear+experts, or names, e.g. q_proj,v_proj."
+    ),
     "device": Option("model.device", str, "auto, cpu, cuda or cuda:1."),
     "dtype": Option("model.dtype", str, "Type of the base model: auto, float32 or bfloat16."),
     "quantization": Option("model.quantization", str, "Quantize the base's linear layers: nf4 (4 bits) or int8."),

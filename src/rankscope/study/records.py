@@ -94,6 +94,7 @@ class TrialRecord(Record):
     model_sha256: str | None = None
     tokens_sha256: str | None = None
     weights: str | None = None  # full fine-tuning: why they are not saved
+    adapter_fault: str | None = None  # what PEFT does not read back of the saved adapter
     candidate: dict[str, Any] | None = None
     learning_rate: float | None = None  # full fine-tuning
     seed: int | None = None

@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 IDENTITY_FIELDS = ("trial", "candidate", "variant", "rank", "learning_rate", "seed")
 NAMES = IDENTITY_FIELDS[:3]
-OUTCOME_FIELDS = ("status", "reason", "engine", "pack")
+OUTCOME_FIELDS = ("status", "reason", "engine", "pack", "adapter_fault")
 RESULT_FIELDS = tuple(TrialResults.model_fields)
 EXAMPLE_FIELDS = ("example", "loss", "label_tokens", "correct_tokens")
 
 
 def results(study: StudyFolder) -> "pd.DataFrame":
     """One row per trial: `trial candidate variant rank learning_rate lora_alpha scaling use_rslora target_modules
-    seed status reason engine pack steps tokens trainable_params adapter_bytes train_loss eval_loss eval_perplexity
-    eval_accuracy general_loss_before general_loss_after train_seconds eval_seconds tokens_per_second`.
+    seed status reason engine pack adapter_fault steps tokens trainable_params adapter_bytes train_loss eval_loss
+    eval_perplexity eval_accuracy general_loss_before general_loss_after train_seconds eval_seconds tokens_per_second`.
 
     `train_loss` is the mean over the last tenth of the steps, `eval_loss` the final held-out loss (nats per label
     token); both are NaN for a trial that did not finish. `train_seconds` is the time of its pack's steps,

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
@@ -22,7 +23,12 @@ from rankscope.lora.adapters import adapter_parameters
 from rankscope.lora.variants import iter_initial_factors
 
 _aten = torch.ops.aten
-_PRODUCTS = {_aten.mm: 0, _aten.addmm: 1, _aten.addmm_: 1}  # index of the left operand among the arguments
+_PRODUCTS = {
+    _aten.mm: 0,
+    _aten.addmm: 1,
+    _aten.addmm_: 1,
+    _aten._grouped_mm: 0,
+}  # index of the left operand among the arguments
 
 
 class Cost(NamedTuple):
@@ -52,7 +58,12 @@ class Products(TorchDispatchMode):
         first = _PRODUCTS.get(func.overloadpacket)
         if first is not None:
             left, right = args[first : first + 2]
-            self.shapes[left.shape[0], left.shape[1], right.shape[1]] += 1
+            self.shapes[left.shape[0], left.shape[1], right.shape[-1]] += 1  # experts' (E, k, n) take each row once
+            if func.overloadpacket is _aten._grouped_mm and isinstance(
+                left, FakeTensor
+            ):  # torch's is of bfloat16 alone
+                stack = [] if right.dim() == 3 else [args[2].shape[0]]  # the gradient of experts' weights
+                return left.new_empty(*stack, left.shape[0], right.shape[-1])
         return func(*args, **(kwargs or {}))
 
     @property

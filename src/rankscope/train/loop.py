@@ -4,7 +4,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from rankscope.data.tokens import TokenizedData, Tokens
 from rankscope.errors import KilledError, ModelError
 from rankscope.files import JsonlWriter, file_hashes, read_jsonl
 from rankscope.lora.layout import NotPackable
+from rankscope.lora.saved import peft_fault
 from rankscope.model.device import free_bytes
 from rankscope.spec.candidates import AnyTrial, Trial
 from rankscope.spec.models import StudySpec, TrainingSpec
@@ -244,13 +245,20 @@ def train_trials(
             if stop.made and step < steps:
                 raise KilledError("stopped as asked, with a checkpoint")
 
+        faults: list[str | None] = []  # of the first adapter alone: the names of the others' layers are the same
+
+        def adapter_fault(adapter: Path) -> str | None:
+            if not faults:
+                faults.append(peft_fault(model, adapter))
+            return faults[0]
+
         if active:
             evals = _evaluate(engine, data.eval, active, logs, steps, tally)
             general = _general_losses(engine, data.general, [state.trial.name for state in active])
             for state, held_out, after in zip(active, evals, general, strict=True):
                 if state.trial.name in logs:
                     history, losses = histories[state.trial.name], (general_before, after)
-                    _finish(record, state, held_out, history, tally, losses, folders)
+                    _finish(record, state, held_out, history, tally, losses, folders, adapter_fault)
     return PackRun(step, tally.step_seconds, tally.useful_flops)
 
 
@@ -323,11 +331,22 @@ class _TrialRecorder(NamedTuple):
         return record.status if record else None
 
     def __call__(
-        self, trial: AnyTrial, status: str, reason: str | None = None, results: Mapping[str, Any] | None = None
+        self,
+        trial: AnyTrial,
+        status: str,
+        reason: str | None = None,
+        results: Mapping[str, Any] | None = None,
+        fault: str | None = None,
     ) -> None:
         folder = self.folders[trial.name]
         files = file_hashes(folder, TRIAL_FILES) if status in FINISHED else {}
-        known: dict[str, Any] = {"status": status, "reason": reason, "results": results, "files": files}
+        known: dict[str, Any] = {
+            "status": status,
+            "reason": reason,
+            "results": results,
+            "files": files,
+            "adapter_fault": fault,
+        }
         record = TrialRecord(trial=trial.name, **known, **self.shared, **trial.model_dump(mode="json"))
         record.write(folder / "trial.json")
 
@@ -348,6 +367,7 @@ def _finish(
     tally: _Tally,
     general: tuple[float | None, float | None],
     folders: Mapping[str, Path],
+    adapter_fault: Callable[[Path], str | None],
 ) -> None:
     """Write the final files of a trial; trial.json comes last, so that `done` implies that they are complete.
 
@@ -359,6 +379,9 @@ def _finish(
         return
     EvalRecord(step=len(history), examples=_examples(held_out)).write(folder / "eval.json")
     adapter_bytes = save_trained_adapter(state, folder / "adapter")
+    fault = None if adapter_bytes is None else adapter_fault(folder / "adapter")
+    if fault:
+        log.warning("%s: PEFT does not read its adapter back: %s", trial.name, fault)
     tail = history[-max(1, len(history) // 10) :]
     tokens = sum(step.tokens for step in history)
     results = {
@@ -376,4 +399,4 @@ def _finish(
         "eval_seconds": tally.eval_seconds,
         "tokens_per_second": tokens / tally.step_seconds,
     }
-    record(trial, "done", results=results)
+    record(trial, "done", results=results, fault=fault)

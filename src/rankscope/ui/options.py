@@ -86,7 +86,7 @@ def resolve_study(study: Path | None, options: Mapping[str, Any], sets: Sequence
 
     values = dict(options)
     for name in ("ranks", "variants", "learning_rates", "alphas", "seeds", "target_modules"):
-        if values.get(name) not in (None, "all-linear"):
+        if values.get(name) is not None:
             values[name] = comma_list(name, values[name])
     if values.get("alpha") is not None:
         values["alpha"] = one_number(values["alpha"])

@@ -1,0 +1,275 @@
+"""Which modules of a model get an adapter: `all-linear`, `all-linear+experts`, or names.
+
+`all-linear` is PEFT's, every linear module but the output layer, without three kinds. Routed experts hold most of a
+model's parameters and each sees few tokens: they are asked for by `all-linear+experts`. Routers choose experts, and
+change abruptly. What cannot carry LoRA would end the training. The coverage of a study names what was left out.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from peft import LoraConfig, LoraModel
+from peft.tuners.lora import LoraLayer
+from peft.utils import transformers_weight_conversion as conversion
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from rankscope.errors import StudyError, did_you_mean
+from rankscope.model.quantized import dequantized_forward
+from rankscope.spec.candidates import ALL_LINEAR, ALL_LINEAR_AND_EXPERTS
+
+LeftOut = Literal["output", "experts", "routers", "refused", "own_forward", "renamed"]
+"""Why a module gets no adapter: it is the output layer, of routed experts, or a router; PEFT refuses it in this
+architecture; its forward is no linear layer's; or PEFT takes its name for that of experts, and has neither dropout nor
+DoRA for it then."""
+
+
+class Targets(NamedTuple):
+    """Full names of what is adapted, and of what `all-linear` left out."""
+
+    modules: tuple[str, ...]  # PEFT's target_modules
+    parameters: tuple[str, ...]  # PEFT's target_parameters: experts that lie in one tensor, (E, O, D) or (E, D, O)
+    left_out: dict[LeftOut, tuple[str, ...]]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.modules, *self.parameters)
+
+
+class _Anatomy(NamedTuple):
+    """Modules of a model without adapters' own, by what they are."""
+
+    modules: dict[str, nn.Module]
+    linear: tuple[str, ...]
+    experts: tuple[str, ...]  # linear modules of routed experts
+    parameters: tuple[str, ...]  # experts' weights that lie in one tensor
+    routers: frozenset[str]
+
+
+def find_targets(model: nn.Module, asked: str | Sequence[str], plain: bool = True) -> Targets:
+    """Resolve `adapter.target_modules` on a model, whether it carries adapters already or not.
+
+    `plain` is false for LoRA with dropout and for DoRA, which PEFT does not have on parameters.
+
+    Raises:
+        StudyError: a name matches nothing, or something that cannot carry LoRA; nothing is left to adapt.
+    """
+    anatomy = _look_at(model)
+    if not isinstance(asked, str):
+        return _named(model, anatomy, asked, plain)
+    with_experts = asked == ALL_LINEAR_AND_EXPERTS
+    output: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    output = output.get_base_layer() if isinstance(output, LoraLayer) else output
+    taken, modules, renamed = _taken_for_experts(model), list[str](), list[str]()
+    left: dict[LeftOut, list[str]] = {}
+    for name in anatomy.linear:
+        layer = anatomy.modules[name]
+        reason: LeftOut | None = None
+        if layer is output:
+            reason = "output"
+        elif name in anatomy.routers:
+            reason = "routers"
+        elif name in anatomy.experts and not with_experts:
+            reason = "experts"
+        elif _refused(model, name):
+            reason = "refused"
+        elif not _is_linear(layer):
+            reason = "own_forward"
+        elif name.rsplit(".", 1)[-1] in taken:
+            reason = None if plain else "renamed"
+        if reason:
+            left.setdefault(reason, []).append(name)
+        else:
+            (renamed if name.rsplit(".", 1)[-1] in taken else modules).append(name)
+    other_routers = sorted(anatomy.routers - set(anatomy.linear), key=list(anatomy.modules).index)
+    if other_routers:
+        left.setdefault("routers", []).extend(other_routers)
+    if anatomy.parameters and not (with_experts and plain):
+        if with_experts:
+            raise _no_dropout(anatomy.parameters[0])
+        left.setdefault("experts", []).extend(anatomy.parameters)
+    if with_experts and not (anatomy.experts or anatomy.parameters):
+        raise StudyError(
+            f"adapter.target_modules: {ALL_LINEAR_AND_EXPERTS}: this model has no routed experts", f"Use {ALL_LINEAR}."
+        )
+    parameters = [f"{name}.weight" for name in renamed] + list(anatomy.parameters if with_experts else ())
+    found = Targets(tuple(modules), tuple(parameters), {reason: tuple(names) for reason, names in left.items()})
+    if not found.names:
+        raise StudyError(
+            f"adapter.target_modules: {asked}: this model has no linear module that can carry LoRA", _todo(anatomy)
+        )
+    return found
+
+
+def for_peft(model: nn.Module, targets: Targets) -> tuple[list[str], list[str]]:
+    """target_modules and target_parameters of PEFT's configuration: the shortest endings that no other name has."""
+    modules = dict(base_modules(model))
+    weights = [f"{name}.{key}" for name, module in modules.items() for key, _ in module.named_parameters(recurse=False)]
+    return _endings(targets.modules, modules), _endings(targets.parameters, weights)
+
+
+def _endings(names: Sequence[str], known: Iterable[str]) -> list[str]:
+    others = {ending for other in set(known) - set(names) for ending in _all_endings(other)}
+    short = (next((e for e in _all_endings(name) if e not in others), name) for name in names)
+    return list(dict.fromkeys(short))
+
+
+def _all_endings(name: str) -> list[str]:
+    """`a.b.c` -> `c`, `b.c`, `a.b.c`."""
+    parts = name.split(".")
+    return [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
+
+
+def _named(model: nn.Module, anatomy: _Anatomy, asked: Sequence[str], plain: bool) -> Targets:
+    """Resolve names, each of which matches modules or parameters whose names end in it."""
+    modules, parameters, taken = list[str](), list[str](), _taken_for_experts(model)
+    for name in asked:
+        found = [other for other in anatomy.modules if _ends_in(other, name)]
+        weights = [w for w in anatomy.parameters if _ends_in(w, name) or _ends_in(w.rsplit(".", 1)[0], name)]
+        inside = [other for other in anatomy.experts if any(other.startswith(f"{stack}.") for stack in found)]
+        if not found and not weights:
+            known = linear_names(anatomy)
+            guess = did_you_mean(name, known, most=2, cutoff=0.5)
+            raise StudyError(f"adapter.target_modules: {name} matches no module of this model{guess}", _todo(anatomy))
+        for other in [] if weights or inside else found:
+            layer, leaf = anatomy.modules[other], other.rsplit(".", 1)[-1]
+            kind = type(layer).__name__
+            if other in anatomy.routers:
+                raise StudyError(
+                    f"adapter.target_modules: {name} is a router ({kind}): it gets no adapter", _todo(anatomy)
+                )
+            if not isinstance(getattr(layer, "weight", None), torch.Tensor) and not dequantized_forward(layer):
+                raise StudyError(
+                    f"adapter.target_modules: {name} is a {kind}, and no layer with a weight of its own", _todo(anatomy)
+                )
+            if isinstance(layer, nn.Linear) and not _is_linear(layer):
+                raise StudyError(f"adapter.target_modules: {name} is a {kind}, which cannot carry LoRA", _todo(anatomy))
+            if leaf in taken and isinstance(layer, nn.Linear):
+                if not plain:
+                    raise _no_dropout(other)
+                parameters.append(f"{other}.weight")
+            else:
+                modules.append(other)
+        modules += inside
+        parameters += weights
+        if weights and not plain:
+            raise _no_dropout(weights[0])
+    return Targets(tuple(dict.fromkeys(modules)), tuple(dict.fromkeys(parameters)), {})
+
+
+def _no_dropout(name: str) -> StudyError:
+    return StudyError(
+        f"adapter.target_modules: {name} is a parameter to PEFT, which has neither dropout nor DoRA for those",
+        "Set adapter.lora_dropout to 0, leave dora out of the variants, or name other modules.",
+    )
+
+
+def _todo(anatomy: _Anatomy) -> str:
+    return f"Linear modules of this model: {', '.join(linear_names(anatomy))}."
+
+
+def linear_names(anatomy: _Anatomy) -> list[str]:
+    """Last parts of the names of what can be adapted, for messages."""
+    names = [name for name in anatomy.linear if name not in anatomy.routers]
+    return sorted({name.rsplit(".", 1)[-1] for name in (*names, *anatomy.parameters)})
+
+
+def _ends_in(name: str, ending: str) -> bool:
+    """Whether PEFT takes `ending` for this name."""
+    return name == ending or name.endswith(f".{ending}")
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules of a model as (name, module), without what adapters have added."""
+    inside: str | None = None
+    for name, module in model.named_modules():
+        if inside is not None and name.startswith(inside):
+            continue
+        inside = None
+        if isinstance(module, LoraLayer):
+            inside, module = f"{name}.", module.get_base_layer()
+        yield name, module
+
+
+def _look_at(model: nn.Module) -> _Anatomy:
+    modules = dict(base_modules(model))
+    linear = tuple(name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D))
+    experts = tuple(name for name in linear if _of_routed_experts(name))
+    stacked = [name for name, module in modules.items() if _is_stack(name, module)]
+    parameters = tuple(
+        f"{name}.{key}"
+        for name in stacked
+        for key, value in modules[name].named_parameters(recurse=False)
+        if value.dim() == 3
+    )
+    counts: dict[str, int] = {}  # experts of each block that has some
+    for name in stacked:
+        sizes = [value.shape[0] for value in modules[name].parameters(recurse=False) if value.dim() == 3]
+        if sizes:
+            counts[name.rpartition(".")[0]] = sizes[0]
+    for name in experts:
+        if match := re.match(r"(.*?)\.?[^.]*expert[^.]*\.(\d+)\.", name):
+            counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
+    routers = {name for name, module in modules.items() if _is_router(name, module, modules, counts)}
+    return _Anatomy(modules, linear, experts, parameters, frozenset(routers))
+
+
+def _of_routed_experts(name: str) -> bool:
+    return any("expert" in part and "shared" not in part for part in name.lower().split("."))
+
+
+def _is_stack(name: str, module: nn.Module) -> bool:
+    """Whether the module holds the weights of all experts itself."""
+    if isinstance(module, nn.Linear | Conv1D | nn.modules.conv._ConvNd | nn.Embedding):
+        return False
+    kind = type(module).__name__.lower()
+    return _of_routed_experts(name) or ("expert" in kind and "shared" not in kind)
+
+
+def _is_router(name: str, module: nn.Module, modules: dict[str, nn.Module], counts: dict[str, int]) -> bool:
+    """Whether the module chooses experts: by its class or its parent's, or a gate of as many outputs as experts."""
+    block, _, leaf = name.rpartition(".")
+    if not isinstance(module, nn.Linear) and not any(True for _ in module.parameters(recurse=False)):
+        return False
+    kinds = [type(module).__name__.lower(), type(modules.get(block)).__name__.lower()]
+    if any("router" in kind or "topkgat" in kind for kind in kinds):
+        return True
+    outer, _, parent = block.rpartition(".")
+    gate = any(word in part for part in (leaf, parent) for word in ("gate", "router", "wg"))
+    return gate and isinstance(module, nn.Linear) and module.out_features in (counts.get(block), counts.get(outer))
+
+
+def _refused(model: nn.Module, name: str) -> bool:
+    """Whether PEFT refuses the module in this architecture, as it does Mamba's out_proj."""
+    try:
+        LoraModel._check_target_module_compatiblity(None, LoraConfig(), model, name.rsplit(".", 1)[-1])  # type: ignore
+    except ValueError:
+        return True
+    return False
+
+
+def _is_linear(layer: Any) -> bool:
+    """Whether the layer's forward is that of a linear layer, (..., D) to (..., O), tried where a class has its own."""
+    if type(layer).forward in (nn.Linear.forward, Conv1D.forward) or dequantized_forward(layer):
+        return True
+    weights = {name: value.to("meta") for name, value in layer.named_parameters()}
+    x = torch.empty(2, 3, layer.in_features, device="meta", dtype=layer.weight.dtype)
+    try:
+        out = torch.func.functional_call(layer, weights, (x,))
+    except Exception:  # whatever a layer that wants other inputs makes of it
+        return False
+    return isinstance(out, torch.Tensor) and out.shape == (2, 3, layer.out_features)
+
+
+def _taken_for_experts(model: nn.Module) -> Iterable[str]:
+    """Names of modules that PEFT takes for those which experts had before transformers 5, such as gate_proj.
+
+    It adapts the experts in their place, so modules of that name (dense layers, shared experts) are given to it as
+    parameters: their adapter is the same, in memory and in the file.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    family = getattr(conversion, "_MODEL_TO_CONVERSION_PATTERN", {}).get(kind)
+    names: dict[str, str] = getattr(conversion, "_MOE_TARGET_MODULE_MAPPING", {}).get(family, {})
+    return names.keys()
