@@ -31,9 +31,11 @@ def pack_layers(model: PreTrainedModel) -> None:
     """Replace the forward of every LoRA layer by the packed one. `unpack_layers` undoes it.
 
     Raises:
-        NotPackable: a layer is not plain LoRA over a linear module, or the output layer carries an adapter.
+        NotPackable: a layer is not plain LoRA over a linear module, or one after the trunk carries an adapter.
     """
-    head = model.get_output_embeddings()
+    trunk = trunk_name(model)
+    if trunk is None:
+        raise NotPackable(Unpackable.NO_TRUNK)
     for name, layer in outer_layers(model):
         base = layer.get_base_layer()
         if isinstance(layer, ParamWrapper) and not isinstance(base, nn.Linear):
@@ -46,9 +48,19 @@ def pack_layers(model: PreTrainedModel) -> None:
             raise NotPackable(Unpackable.NOT_LINEAR, f"{name} carries a variant of LoRA")
         if type(base).forward not in (nn.Linear.forward, Conv1D.forward) and not dequantized_forward(base):
             raise NotPackable(Unpackable.NOT_LINEAR, f"{name} adapts a {type(base).__name__} with its own forward")
-        if layer is head:
+        if not name.startswith(f"{trunk}."):  # what follows the trunk is given label positions alone
             raise NotPackable(Unpackable.OUTPUT_ADAPTER, name)
         layer.__dict__["forward"] = partial(_packed_forward, layer)
+
+
+def trunk_name(model: PreTrainedModel) -> str | None:
+    """Name of the direct part of a model that makes the hidden states: that which holds the input embeddings.
+
+    `base_model_prefix` would be wrong for the text models of Llama 4 and Mllama.
+    """
+    embeddings = model.get_input_embeddings()
+    parts = [(name, part) for name, part in model.named_children() if part is not embeddings]
+    return next((name for name, part in parts if any(module is embeddings for module in part.modules())), None)
 
 
 def unpack_layers(model: PreTrainedModel) -> None:

@@ -65,17 +65,11 @@ def load_config(spec: ModelSpec) -> Any:
             f"model {spec.id}: not a causal language model: {not_causal}",
             "Use a model that predicts each token from those before it, such as a LlamaForCausalLM.",
         )
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        text = config.get_text_config().model_type
-        inside = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text, f"{text} model")
-        more = (
-            f"Save the text model inside it, a {inside}, as a model of its own, or u"
-            if text != config.model_type
-            else "U"
-        )
+    text = config.get_text_config().model_type
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and text != config.model_type:
         raise ModelError(
             f"model {spec.id}: transformers has no causal language model for {config.model_type}",
-            f"{more}se a causal language model that transformers has.",
+            f"Save the text model in it, {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text, text)}, as a model of its own.",
         )
     for part in (config, config.get_text_config()):  # what a forward returns beside logits is not read
         part.return_dict, part.output_attentions, part.output_hidden_states = True, False, False

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from rankscope.data.tokens import Tokens
 from rankscope.lora.adapters import adapter_key, lora_layers
 from rankscope.lora.layout import Examples, FlatBatch, Layout, Slice, flatten, use_layout
-from rankscope.train.loss import Head, label_losses, trunk_name
+from rankscope.lora.packed import trunk_name
+from rankscope.train.loss import Head, label_losses
 
 EVAL_TOKENS = 4096  # tokens of one evaluation forward at most, so that it needs less memory than training
 

@@ -12,20 +12,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rankscope.lora.layout import NotPackable, Unpackable
+from rankscope.lora.packed import trunk_name
 
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**26}
 """Bytes of one chunk's float32 logits; about two copies are alive at once. A CPU is faster when they fit its cache
 (measured, docs/lab-notes.md); a GPU needs more rows to be busy (not measured)."""
-
-
-def trunk_name(model: PreTrainedModel) -> str | None:
-    """Name of the direct part of a model that makes the hidden states: that which holds the input embeddings.
-
-    `base_model_prefix` would be wrong for the text models of Llama 4 and Mllama.
-    """
-    embeddings = model.get_input_embeddings()
-    parts = [(name, part) for name, part in model.named_children() if part is not embeddings]
-    return next((name for name, part in parts if any(module is embeddings for module in part.modules())), None)
 
 
 class Head:

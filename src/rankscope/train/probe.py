@@ -39,17 +39,25 @@ log = logging.getLogger(__name__)
 
 
 def check_causal(model: PreTrainedModel) -> None:
-    """Check that no logits of the model's own forward depend on later tokens.
+    """Check that the model's own forward works, and that no logits of it depend on later tokens.
+
+    Logits that are not finite pass: the loss will show them.
 
     Raises:
-        ModelError: they do, as in CPM-Ant, which reads its prompt in both directions.
+        ModelError: it fails, or they do, as in CPM-Ant, which reads its prompt in both directions.
     """
     ids = probe_tokens(model).ids[: max(_LENGTHS)]
     later = ids.copy()
     later[-4:] = ids[-8:-4]
-    with in_float32(model):
-        before, after = (_own_logits(model, part)[:-4] for part in (ids, later))
-    if not _same(before, after, _most_rounding(model)):
+    try:
+        with in_float32(model):
+            before, after = (_own_logits(model, part)[:-4] for part in (ids, later))
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        raise ModelError(
+            f"{type(model).__name__}: its own forward fails with these adapters: {type(error).__name__}: {error}",
+            "Choose other adapter.target_modules, or another model.",
+        ) from error
+    if before.isfinite().all() and not _same(before, after, _most_rounding(model)):
         raise ModelError(
             f"{type(model).__name__} is not a causal language model: later tokens change its earlier logits, so that "
             "its loss would be that of a model which sees the answers",
