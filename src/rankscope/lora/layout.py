@@ -28,7 +28,7 @@ class Unpackable(StrEnum):
     OWN_MASK = "its attention takes a mask or an argument that the packed one does not cover"
     RESHAPES = "its layers change the order or number of a batch's tokens"
     NO_TRUNK = "its output layer cannot be told from the rest of the model"
-    OUTPUT_ADAPTER = "a layer at its output, after the decoder's layers, carries an adapter"
+    OUTPUT_ADAPTER = "its output layer, or one just before it, carries an adapter"
     NOT_LINEAR = "an adapter is not plain LoRA on a linear layer"
     FAILS = "its forward fails on rows laid end to end"
 
