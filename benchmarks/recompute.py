@@ -180,9 +180,15 @@ class Judge:
         return min(good) if good and self.trained_enough() else None
 
     def kept(self, rank: int) -> float | None:
-        """Return the share of the gain that a rank is shown to keep: one minus the root of the upper bound."""
+        """Return the share of the gain that a rank is shown to keep: one minus the root of the upper bound.
+
+        It is full fine-tuning's gain where that is larger, whatever the other ranks do.
+        """
 
         def worst(margin: float) -> float:
+            if self.full is not None:
+                above = self.tables[rank] - self.full - margin * (self.untrained - self.full)
+                return self.interval(above, self.good)[2]
             others = [other for other in self.tables if other != rank]
             return max(self.interval(self.contrast(rank, other, margin), self.good)[2] for other in others)
 
@@ -234,7 +240,8 @@ def gains(judge: Judge, best: int, regrets: dict[int, float]) -> dict[str, Any]:
         found |= {"gain_low": None, "gain_high": None}
     if judge.trained_enough():
         for rank in judge.tables:
-            found |= {f"{rank}.kept": 1 - regrets[rank] / found["gain"], f"{rank}.kept_low": judge.kept(rank)}
+            gained = each[rank][0] if judge.full is not None else found["gain"] - regrets[rank]
+            found |= {f"{rank}.kept": gained / found["gain"], f"{rank}.kept_low": judge.kept(rank)}
         found |= {f"at {margin}": judge.recommended(margin) for margin in (0.01, 0.02, 0.05, 0.1)}
     return found
 

@@ -13,6 +13,7 @@ from analysis.made_up import Losses, evidence_of, examples, untrained_examples, 
 from rankscope.analysis.comparison import Judged, compare, judge, least_kept
 from rankscope.analysis.verdict import GAIN_OVER_WIDTH, conclude
 from rankscope.errors import StudyError
+from rankscope.text.verdict import verdict_sentence
 
 
 def by_hand(values: np.ndarray, tokens: np.ndarray, confidence: float) -> tuple[float, float]:
@@ -222,5 +223,10 @@ def test_full_fine_tuning_that_gains_more_is_what_the_margin_is_a_share_of() -> 
     better = conclude(evidence._replace(reference=examples({(0, 1e-4): [1.6, 1.6, 1.6]})))
     assert (better["rank"], better["gain_of"]) == (64, "full")
     assert better["gain"] == pytest.approx(0.8)
+    assert [row["kept"] for row in better["comparison"]] == pytest.approx([0.374 / 0.8, 0.4 / 0.8])
+    for row in better["comparison"]:
+        assert 0.45 < row["kept_low"] < row["kept"]
+    assert "at most 5% of what full fine-tuning gains beside the best rank (it keeps 46.7%" in verdict_sentence(better)
+    assert "46.7%" in verdict_sentence(better, "ko")
     worse = conclude(evidence._replace(reference=examples({(0, 1e-4): [2.2, 2.2, 2.2]})))
     assert (worse["rank"], worse["gain_of"]) == (256, "r256-lr0.001")

@@ -245,8 +245,11 @@ def compare(judged: Judged, share: float) -> list[Comparison]:
 
 def least_kept(judged: Judged, name: str, confidence: float) -> float | None:
     """Share of the gain that a candidate is shown to keep, whichever other one is the best: one minus the smallest
-    margin at which it is good enough. None if it is not good enough at any, and 1 without another candidate."""
+    margin at which it is good enough. None if it is not good enough at any, and 1 without another candidate. Of full
+    fine-tuning's gain, where that is larger."""
     pairs = list(_beside(judged, name).values())
+    if judged.full is not None:
+        pairs = [(judged.losses[name].to_numpy(), judged.full[None])]
 
     def good(share: float) -> bool:
         excesses = (estimate(own - judged.allowed(other, share), judged.label_tokens) for own, other in pairs)

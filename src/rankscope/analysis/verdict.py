@@ -211,7 +211,7 @@ def _of_the_gain(
         return fields
     good, _ = _levels(len(rows), confidence)
     for row in verdict["comparison"]:
-        row["kept"] = 1 - row["regret"] / gain.mean
+        row["kept"] = row["gain"] / gain.mean if reference == "full" else 1 - row["regret"] / gain.mean
         row["kept_low"] = None if verdict["seeds"] < 2 else least_kept(judged, row["candidate"], good)
     for share in USUAL_MARGINS:
         decision, _ = decide(compare(judged, share), confidence, over, look_ahead=False)

@@ -42,6 +42,7 @@ from rankscope.text.verdict import (
     claim_sentences,
     gained,
     margin_table,
+    margin_unit,
     outcome_label,
     verdict_sentence,
 )
@@ -175,7 +176,8 @@ def _cost(verdict: Mapping[str, Any] | None, table: pd.DataFrame, text: Catalogu
         return "", [text("cost.unknown")]
     notes = []
     if known(chosen["kept"]):
-        notes.append(text("cost.share_gain", share=percent(1 - chosen["kept"])))
+        share = chosen["regret"] / verdict["gain"]
+        notes.append(text(f"cost.share_{margin_unit(verdict)}", share=percent(share)))
     elif known(chosen["regret_share"]):
         notes.append(text("cost.share", share=percent(chosen["regret_share"])))
     if known(chosen["regret_low"]) and known(chosen["regret_high"]):
@@ -256,12 +258,9 @@ def _trials(evidence: Evidence, text: Catalogue) -> Table:
 
 def _limits(evidence: Evidence, verdict: Mapping[str, Any] | None, text: Catalogue) -> list[str]:
     spec = evidence.spec
-    margin = (verdict or {}).get("margin", spec.verdict.margin)
-    good = (
-        text("limit.margin_gain", least=percent(1 - margin))
-        if (verdict or {}).get("margin_of", spec.verdict.margin_of) == "gain"
-        else text("limit.margin", margin=percent(margin))
-    )
+    asked = {"margin": spec.verdict.margin, "margin_of": spec.verdict.margin_of} | dict(verdict or {})
+    shares = {"least": percent(1 - asked["margin"]), "margin": percent(asked["margin"])}
+    good = text(f"limit.margin_{margin_unit(asked)}", **shares)
     limits = [text("limit.scope"), good, text("limit.seeds")]
     if len(spec.learning_rates) > 1:
         limits.append(text("limit.rates"))

@@ -20,6 +20,7 @@ from rankscope.report.frames import (
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import loss, percent, rate, shown
+from rankscope.text.verdict import margin_unit
 
 SMOOTHING_SHARE = 0.05  # share of a curve's points in the centred moving average
 
@@ -122,9 +123,8 @@ def _heldout_by_rank(
     finished = table.dropna(subset=["eval_loss"])
     margin, note = _margin(verdict), text("chart.eval_by_rank.note")
     if verdict is not None and margin is not None:
-        share, of_gain = verdict["margin"], verdict.get("margin_of") == "gain"
-        shares = {"least": percent(1 - share)} if of_gain else {"margin": percent(share)}
-        key = f"chart.eval_by_rank.note_{'gain' if of_gain else 'margin'}"
+        shares = {"least": percent(1 - verdict["margin"]), "margin": percent(verdict["margin"])}
+        key = f"chart.eval_by_rank.note_{margin_unit(verdict)}"
         note = text(key, confidence=percent(verdict["confidence"]), **shares)
         if finished["learning_rate"].nunique() > 1:
             note = f"{note} {text('chart.eval_by_rank.rates')}"

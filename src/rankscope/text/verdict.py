@@ -23,7 +23,7 @@ def verdict_sentence(verdict: Mapping[str, Any] | None, language: str = "en") ->
     text = load(language)
     if verdict is None:
         return text("sentence.none")
-    outcome, more, of_gain = verdict["outcome"], verdict.get("more_seeds"), verdict.get("margin_of") == "gain"
+    outcome, more = verdict["outcome"], verdict.get("more_seeds")
     values = {
         "seeds": text.count("seeds", verdict["seeds"]),
         "margin": percent(verdict["margin"]),
@@ -40,8 +40,9 @@ def verdict_sentence(verdict: Mapping[str, Any] | None, language: str = "en") ->
         return " ".join([reason, *_guess(verdict, text)])
 
     def say(key: str) -> str:
-        """The sentence about the gain or about the loss, where there are two."""
-        return text(f"sentence.{key}{'_gain' * of_gain}", **values)
+        """The sentence about what the margin is a share of, where there are several."""
+        unit = margin_unit(verdict)
+        return text(f"sentence.{key}" if unit == "loss" else f"sentence.{key}_{unit}", **values)
 
     rows = {row["candidate"]: row for row in verdict["comparison"]}
     chosen, best = rows[verdict["candidate"]], rows[verdict["best_candidate"]]
@@ -68,6 +69,11 @@ def verdict_sentence(verdict: Mapping[str, Any] | None, language: str = "en") ->
     one_rate = "one_learning_rate" in verdict["caveats"]
     sentences.append(text("sentence.one_rate" if one_rate else "sentence.scaling", **values))
     return " ".join(sentences)
+
+
+def margin_unit(verdict: Mapping[str, Any]) -> str:
+    """What the margin is a share of: `loss`, `gain`, or `full`, the gain of full fine-tuning."""
+    return "full" if verdict.get("gain_of") == "full" else str(verdict.get("margin_of", "loss"))
 
 
 def outcome_label(verdict: Mapping[str, Any] | None, text: Catalogue) -> str:
@@ -102,7 +108,7 @@ def _guess(verdict: Mapping[str, Any], text: Catalogue) -> list[str]:
     if row["candidate"] == verdict["best_candidate"]:
         return [text("sentence.guess_best", name=name)]
     if known(row.get("kept")):
-        return [text("sentence.guess_gain", name=name, kept=percent(row["kept"]))]
+        return [text(f"sentence.guess_{margin_unit(verdict)}", name=name, kept=percent(row["kept"]))]
     return [text("sentence.guess_loss", name=name, share=percent(row["regret_share"]))]
 
 
@@ -133,8 +139,14 @@ def margin_table(verdict: Mapping[str, Any] | None, text: Catalogue) -> Table | 
             return text("gain.open")
         return text("gain.lower_open", rank=row["rank"]) if row["undetermined"] else str(row["rank"])
 
-    columns = {text("gain.kept"): lambda row: percent(1 - row["margin"]), text("gain.smallest"): smallest}
-    caption = text("gain.margins", confidence=percent(verdict["confidence"]))
+    of_full = margin_unit(verdict) == "full"
+    columns = {
+        text("gain.lost"): lambda row: percent(row["margin"]),
+        text("gain.kept"): lambda row: percent(1 - row["margin"]),
+        text("gain.smallest"): smallest,
+    }
+    del columns[text("gain.kept" if of_full else "gain.lost")]
+    caption = text("gain.margins_full" if of_full else "gain.margins", confidence=percent(verdict["confidence"]))
     own = next((number for number, row in enumerate(margins) if row["margin"] == verdict["margin"]), None)
     return tabulate(caption, columns, margins, words=columns, chosen=own)
 
