@@ -28,7 +28,7 @@ class Unpackable(StrEnum):
     OWN_MASK = "its attention takes a mask or an argument that the packed one does not cover"
     RESHAPES = "its layers change the order or number of a batch's tokens"
     NO_TRUNK = "its output layer cannot be told from the rest of the model"
-    OUTPUT_ADAPTER = "its output layer, or one just before it, carries an adapter"
+    OUTPUT_DROPOUT = "its output layer, or one just before it, carries an adapter with dropout"
     NOT_LINEAR = "an adapter is not plain LoRA on a linear layer"
     FAILS = "its forward fails on rows laid end to end"
 
@@ -73,11 +73,18 @@ class Layout(NamedTuple):
         """Offsets of the sequences, S + 1 of them, the last one T."""
         return tuple(accumulate((length for segment in self.segments for length in segment.lengths), initial=0))
 
+    def part(self, start: int, stop: int) -> "Layout":
+        """Layout of the tokens [start, stop) alone, without dropout, each segment's as one sequence."""
+        clipped = [(s.adapter, max(0, s.start - start), min(stop, s.stop) - start) for s in self.segments]
+        segments = tuple(Segment(name, a, b, (b - a,), ()) for name, a, b in clipped if a < b)
+        return Layout(segments, stop - start)
+
 
 class FlatBatch(NamedTuple):
     """Inputs of one forward of the packed model, with L label tokens and S sequences."""
 
     layout: Layout
+    label_layout: Layout  # of the L label tokens alone, for layers behind the trunk
     input_ids: torch.Tensor  # (1, T)
     position_ids: torch.Tensor  # (1, T), restarting at 0 in each sequence
     label_positions: torch.Tensor  # (L,), positions before a label token
@@ -100,7 +107,8 @@ class Slice(NamedTuple):
 def flatten(tokens: Tokens, slices: Sequence[Slice], device: torch.device, most_kept: int | None = None) -> FlatBatch:
     """Lay the examples of each slice end to end. With more than `most_kept` tokens the layout asks to recompute."""
     segments, ids, positions, label_positions, label_sequence = [], [], [], [], []
-    start, sequence = 0, 0
+    of_labels: list[Segment] = []
+    start, sequence, labelled = 0, 0, 0
     for adapter, examples, dropout_seeds in slices:
         begin, lengths = start, []
         for example in examples:
@@ -115,6 +123,8 @@ def flatten(tokens: Tokens, slices: Sequence[Slice], device: torch.device, most_
             sequence += 1
         streams = tuple(torch.Generator(device).manual_seed(seed) for seed in dropout_seeds)
         segments.append(Segment(adapter, begin, start, tuple(lengths), streams))
+        first, labelled = labelled, sum(map(len, label_positions))
+        of_labels.append(Segment(adapter, first, labelled, (labelled - first,), ()))
 
     def tensor(parts: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device, non_blocking=True)
@@ -122,6 +132,7 @@ def flatten(tokens: Tokens, slices: Sequence[Slice], device: torch.device, most_
     input_ids, where = tensor(ids), tensor(label_positions)
     return FlatBatch(
         layout=Layout(tuple(segments), start, recompute=most_kept is not None and start > most_kept),
+        label_layout=Layout(tuple(of_labels), labelled),
         input_ids=input_ids[None],
         position_ids=tensor(positions)[None],
         label_positions=where,

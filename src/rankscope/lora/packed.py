@@ -31,7 +31,8 @@ def pack_layers(model: PreTrainedModel) -> None:
     """Replace the forward of every LoRA layer by the packed one. `unpack_layers` undoes it.
 
     Raises:
-        NotPackable: a layer is not plain LoRA over a linear module, or one after the trunk carries an adapter.
+        NotPackable: a layer is not plain LoRA over a linear module, or one behind the trunk has LoRA dropout, whose
+            numbers PEFT draws for all positions and not for the labels alone.
     """
     trunk = trunk_name(model)
     if trunk is None:
@@ -48,8 +49,9 @@ def pack_layers(model: PreTrainedModel) -> None:
             raise NotPackable(Unpackable.NOT_LINEAR, f"{name} carries a variant of LoRA")
         if type(base).forward not in (nn.Linear.forward, Conv1D.forward) and not dequantized_forward(base):
             raise NotPackable(Unpackable.NOT_LINEAR, f"{name} adapts a {type(base).__name__} with its own forward")
-        if not name.startswith(f"{trunk}."):  # what follows the trunk is given label positions alone
-            raise NotPackable(Unpackable.OUTPUT_ADAPTER, name)
+        has_dropout = any(isinstance(dropout, nn.Dropout) for dropout in layer.lora_dropout.values())
+        if has_dropout and not name.startswith(f"{trunk}."):
+            raise NotPackable(Unpackable.OUTPUT_DROPOUT, name)
         layer.__dict__["forward"] = partial(_packed_forward, layer)
 
 

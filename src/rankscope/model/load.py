@@ -85,10 +85,15 @@ def most_positions(spec: ModelSpec) -> int | None:
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return positions
-    for name, table in skeleton(spec.model_copy(update={"quantization": None})).named_modules():
-        if isinstance(table, nn.Embedding) and "position" in name and table.padding_idx is not None:
-            positions = table.num_embeddings - table.padding_idx - 1
+    if table := offset_positions(skeleton(spec.model_copy(update={"quantization": None}))):
+        positions = table.num_embeddings - int(table.padding_idx or 0) - 1
     return positions if positions is not None and positions > 0 else None
+
+
+def offset_positions(model: nn.Module) -> nn.Embedding | None:
+    """Table of positions of which the first is the padding id plus one, as in RoBERTa; None without one."""
+    tables = ((name, part) for name, part in model.named_modules() if isinstance(part, nn.Embedding))
+    return next((part for name, part in tables if "position" in name and part.padding_idx is not None), None)
 
 
 def commit(spec: ModelSpec) -> str | None:

@@ -16,6 +16,7 @@ from rankscope.data.tokens import Tokens
 from rankscope.lora.adapters import adapter_key, lora_layers
 from rankscope.lora.layout import Examples, FlatBatch, Layout, Slice, flatten, use_layout
 from rankscope.lora.packed import trunk_name
+from rankscope.model.load import offset_positions
 from rankscope.train.loss import Head, label_losses
 
 EVAL_TOKENS = 4096  # tokens of one evaluation forward at most, so that it needs less memory than training
@@ -61,6 +62,8 @@ class PackedEngine:
     def __init__(self, model: PreTrainedModel, tokens_per_forward: int, base_dropout: bool = False) -> None:
         self.model = model
         self.head, self._rotations = Head(model), dynamic_rotations(model)
+        offset = offset_positions(model)
+        self._first_position = int(offset.padding_idx or 0) + 1 if offset else 0
         self.tokens_per_forward = tokens_per_forward
         self.base_dropout = base_dropout
 
@@ -72,10 +75,12 @@ class PackedEngine:
 
     def hidden(self, batch: FlatBatch, attention_mask: Tensor | None = None) -> Tensor:
         """Trunk's last hidden states at the label positions, (L, D)."""
-        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": attention_mask}
+        positions = batch.position_ids + self._first_position
+        inputs = {"input_ids": batch.input_ids, "position_ids": positions, "attention_mask": attention_mask}
         forget_lengths(self._rotations)
         with use_layout(batch.layout):
             states: Tensor = self.head.trunk(**inputs, use_cache=False).last_hidden_state
+        self.head.layout = batch.label_layout
         return states[0, batch.label_positions]
 
     def groups(self, tokens: Tokens, slices: Sequence[Slice], most: int | None = None) -> list[list[Slice]]:

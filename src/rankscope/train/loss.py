@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from rankscope.lora.layout import NotPackable, Unpackable
+from rankscope.lora.layout import Layout, NotPackable, Unpackable, use_layout
 from rankscope.lora.packed import trunk_name
 
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**26}
@@ -23,11 +24,14 @@ class Head:
     """Logits (L, V) from hidden states (L, D), by the model's own forward.
 
     A model may do more than one product after its trunk (soft-capping in Gemma, scaling in Granite and Cohere), so a
-    shallow copy of the model is run with a trunk that returns given hidden states.
+    shallow copy of the model is run with a trunk that returns given hidden states. Layers behind the trunk may carry
+    adapters (BERT's transform); `layout` says whose the rows are.
 
     Raises:
         NotPackable: the model has no such trunk.
     """
+
+    layout: Layout | None = None
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._trunk, name = _FixedTrunk(), trunk_name(model)
@@ -42,9 +46,11 @@ class Head:
         """Trained weights: none beside adapters, all of them in full fine-tuning."""
         return [parameter for parameter in self._model.parameters() if parameter.requires_grad]
 
-    def __call__(self, hidden: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, start: int = 0) -> Tensor:
+        """Logits of rows from `start` on."""
         self._trunk.hidden = hidden[None]
-        logits = self._model(inputs_embeds=hidden[None], use_cache=False).logits
+        with use_layout(self.layout.part(start, start + len(hidden))) if self.layout else nullcontext():
+            logits = self._model(inputs_embeds=hidden[None], use_cache=False).logits
         assert isinstance(logits, Tensor)
         return logits[0]
 
@@ -80,7 +86,7 @@ class LabelLosses(NamedTuple):
 
 
 def label_losses(
-    head: Callable[[Tensor], Tensor],
+    head: Callable[[Tensor, int], Tensor],
     hidden: Tensor,
     targets: Tensor,
     weights: Tensor,
@@ -88,9 +94,10 @@ def label_losses(
 ) -> LabelLosses:
     """Compute the cross-entropy of each label, and the sum weighted by `weights`.
 
-    Shapes: hidden (L, D), targets (L,) token ids, weights (L,). The gradient with respect to `hidden` is computed chunk
-    by chunk in the forward (as in Liger Kernel, arXiv:2410.10989), so that no logits are kept for the backward; so is
-    the gradient of the head's `trained` parameters, which takes a buffer of their size.
+    Shapes: hidden (L, D), targets (L,) token ids, weights (L,). `head` gets rows and the number of
+    the first. The gradient with respect to `hidden` is computed chunk by chunk in the forward (as in Liger Kernel,
+    arXiv:2410.10989), so that no logits are kept for the backward; so is the gradient of the head's `trained`
+    parameters, which takes a buffer of their size.
     """
     if not torch.is_grad_enabled():
         trained = ()  # parameters require gradients even under no_grad
@@ -101,20 +108,20 @@ def label_losses(
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, weights: Tensor, head: Callable[[Tensor], Tensor], *trained: Tensor
+        ctx: Any, hidden: Tensor, targets: Tensor, weights: Tensor, head: Callable[[Tensor, int], Tensor], *trained: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         correct = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         head_grads = [torch.zeros_like(parameter) for parameter in trained]
         with torch.no_grad():
-            vocab_size = head(hidden[:1]).shape[-1]
+            vocab_size = head(hidden[:1], 0).shape[-1]
         size = max(16, CHUNK_BYTES[hidden.device.type] // (4 * vocab_size))
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
             with torch.set_grad_enabled(grad is not None):
                 chunk = hidden[part].detach().requires_grad_(grad is not None)
-                logits = head(chunk)
+                logits = head(chunk, start)
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             log_probs = F.log_softmax(logits.detach(), dim=-1)
             rows = torch.arange(len(log_probs), device=hidden.device)
@@ -124,7 +131,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_logits = log_probs.exp_()
                 grad_logits[rows, targets[part]] -= 1
                 grad_logits *= weights[part, None].to(grad_logits.dtype)
-                grad[part], *parts = torch.autograd.grad(logits, (chunk, *trained), grad_logits)
+                grad[part], *parts = torch.autograd.grad(
+                    logits, (chunk, *trained), grad_logits, materialize_grads=True
+                )  # an adapter without rows in this chunk has none
                 for total, one in zip(head_grads, parts, strict=True):
                     total += one
         if grad is not None:
