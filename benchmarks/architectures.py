@@ -236,7 +236,7 @@ def first_label(length: int) -> int:
     return max(1, length // 3)
 
 
-def examine(model_type: str, folder: Path, note: Any) -> None:
+def examine(model_type: str, folder: Path, note: Any, memory: bool = False) -> None:
     """Run one architecture and pass facts on to `note`, as soon as they are known."""
     note(stage="configuration")
     model = tiny_model(model_type)
@@ -246,7 +246,7 @@ def examine(model_type: str, folder: Path, note: Any) -> None:
     causal = is_causal(model)
     note(causal=causal)
     del model
-    ours = run_rankscope(folder, note)
+    ours = run_rankscope(folder, note, memory)
     note(stage="reference")
     compare_with_reference(folder, ours, note)
     note(stage=None)
@@ -264,13 +264,14 @@ def is_causal(model: Any) -> bool:
     return bool((one - two).abs().max() <= 1e-4 * one.std())
 
 
-def run_rankscope(folder: Path, note: Any) -> dict[int, Any]:
+def run_rankscope(folder: Path, note: Any, memory: bool) -> dict[int, Any]:
     """Losses and gradients of both trials, by rank, as a study computes them; their adapters are saved in `folder`."""
     import numpy as np
     import torch
 
     from rankscope.data.tokens import Example, Tokens
     from rankscope.lora.layout import Slice
+    from rankscope.lora.saved import peft_fault
     from rankscope.model.load import load_model
     from rankscope.plan.memory import predict, predict_peak
     from rankscope.spec.models import DataSpec, ModelSpec, StudySpec, TrainingSpec
@@ -283,9 +284,10 @@ def run_rankscope(folder: Path, note: Any) -> dict[int, Any]:
         model=ModelSpec(id=str(folder / "model"), device="cpu", dtype="float32"),
         data=DataSpec(id="unused"), ranks=tuple(TRIALS), seeds=(0,), training=training,
     )  # fmt: skip
-    note(stage="plan")
-    peak = predict_peak(spec, predict(spec), spec.trials(), tokens, 10**12)
-    note(memory=peak if isinstance(peak, str) else None)
+    if memory:
+        note(stage="plan")
+        peak = predict_peak(spec, predict(spec), spec.trials(), tokens, 10**12)
+        note(memory=peak if isinstance(peak, str) else None)
     note(stage="loading")
     model = load_model(spec.model)
     note(stage="adapters")
@@ -303,6 +305,7 @@ def run_rankscope(folder: Path, note: Any) -> dict[int, Any]:
     for state, batch in zip(states, losses, strict=True):
         rank = state.trial.candidate.rank
         save_trained_adapter(state, folder / f"r{rank}")
+        note(unread=peft_fault(model, folder / f"r{rank}"))
         gradients = {name: weight.grad for name, weight in state.weights.items()}
         values = {name: weight.detach().clone() for name, weight in state.weights.items()}
         found[rank] = (batch.loss, gradients, values)
@@ -392,7 +395,7 @@ def verdict(result: Mapping[str, Any]) -> str:
     return str(result["engine"])
 
 
-def _child(model_type: str, end: Connection) -> None:
+def _child(model_type: str, memory: bool, end: Connection) -> None:
     """Run one architecture, and send its facts one by one."""
     import torch
 
@@ -407,7 +410,7 @@ def _child(model_type: str, end: Connection) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         try:
-            examine(model_type, Path(folder), note)
+            examine(model_type, Path(folder), note, memory)
         except RankscopeError as error:
             note(refused=str(error).replace(folder, "FOLDER"))
         except BaseException as error:
@@ -423,11 +426,11 @@ def _frames(error: BaseException) -> list[traceback.FrameSummary]:
     return [frame for frame in traceback.extract_tb(error.__traceback__) if wanted.search(frame.filename)]
 
 
-def run_one(model_type: str, limit: float) -> dict[str, Any]:
+def run_one(model_type: str, limit: float, memory: bool = False) -> dict[str, Any]:
     """Facts about one architecture, from a child process that has at most `limit` seconds."""
     started, result = time.monotonic(), {"name": model_type}
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    child = _server().Process(target=_child, args=(model_type, theirs))
+    child = _server().Process(target=_child, args=(model_type, memory, theirs))
     child.start()
     theirs.close()
     try:
@@ -464,11 +467,12 @@ def read(file: Path) -> dict[str, dict[str, Any]]:
     return {result["name"]: result for result in map(json.loads, lines)}
 
 
-def results(wanted: Sequence[str], jobs: int, limit: float, until: float) -> Iterator[dict[str, Any]]:
+def results(wanted: Sequence[str], jobs: int, limit: float, until: float, memory: bool) -> Iterator[dict[str, Any]]:
     """Results of `wanted`, as they come; what has not begun at the time `until` is left out."""
     with ThreadPoolExecutor(jobs) as pool:
         waiting = [
-            pool.submit(lambda name=name: run_one(name, limit) if time.monotonic() < until else None) for name in wanted
+            pool.submit(lambda name=name: run_one(name, limit, memory) if time.monotonic() < until else None)
+            for name in wanted
         ]
         for future in waiting:
             if result := future.result():
@@ -539,6 +543,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="architectures at a time")
     parser.add_argument("--limit", type=float, default=120, help="seconds of one architecture")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin none after so many seconds")
+    parser.add_argument("--memory", action="store_true", help="predict memory too, which takes as long as the rest")
     parser.add_argument("--table", type=Path, help="write the page of the documentation, and run nothing")
     given = parser.parse_args()
     if given.table:
@@ -547,7 +552,7 @@ def main() -> None:
     known = {} if given.again else read(given.out)
     wanted = [name for name in given.only or names() if name not in known]
     with given.out.open("a", encoding="utf-8") as out:
-        for result in results(wanted, given.jobs, given.limit, time.monotonic() + given.seconds):
+        for result in results(wanted, given.jobs, given.limit, time.monotonic() + given.seconds, given.memory):
             out.write(json.dumps(result) + "\n")
             out.flush()
             print(result["name"], result["verdict"], result.get("reason") or _what(result), file=sys.stderr)

@@ -13,6 +13,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    RobertaConfig,
+    RobertaForCausalLM,
     ZambaConfig,
     ZambaForCausalLM,
 )
@@ -172,10 +174,41 @@ def test_a_model_whose_logits_see_later_tokens_is_refused(engine: str) -> None:
         choose_engine(model, [member], training)
 
 
-def test_an_adapter_on_the_output_layer_is_not_packed() -> None:
-    model, trial = tiny_model("llama-gqa"), make_trial(4, 1e-3, modules=("q_proj", "lm_head"))
+def roberta_decoder() -> PreTrainedModel:
+    """Decoder with a linear layer behind its trunk, and positions that begin behind the padding id."""
+    config = RobertaConfig(
+        vocab_size=131, hidden_size=32, num_attention_heads=4, intermediate_size=48, num_hidden_layers=1,
+        max_position_embeddings=40, is_decoder=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = RobertaForCausalLM(config).eval()
+    model.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "modules"),
+    [(lambda: tiny_model("llama-gqa"), ("q_proj", "lm_head")), (roberta_decoder, "all-linear")],
+    ids=["lm_head", "roberta"],
+)
+def test_adapters_behind_the_trunk_are_packed(make: Callable[[], PreTrainedModel], modules: Any) -> None:
+    tokens, model = random_tokens(20), make()
+    trials = [make_trial(4, 3e-3, modules=modules), make_trial(8, 1e-3, seed=1, modules=modules)]
+    members = [make_train_state(model, trial, TRAINING, 6) for trial in trials]
+    engine, reason, _ = choose_engine(model, members, TRAINING)
+    assert (engine.name, reason) == ("packed", None)
+    losses = [[m.loss for m in train_step(engine, members, tokens, TRAINING, step)] for step in range(6)]
+    for column, member, trial in zip(zip(*losses, strict=True), members, trials, strict=True):
+        expected = train_with_peft(make(), trial, tokens, TRAINING, 6)
+        assert column == pytest.approx(expected.losses, rel=1e-5)
+        for key, value in expected.weights.items():
+            torch.testing.assert_close(member.weights[key].detach(), value, rtol=0, atol=1e-4)
+
+
+def test_dropout_behind_the_trunk_is_not_packed() -> None:
+    model, trial = tiny_model("llama-gqa"), make_trial(4, 1e-3, dropout=0.1, modules=("q_proj", "lm_head"))
     add_adapter(model, trial)
-    with pytest.raises(NotPackable, match="output layer"):
+    with pytest.raises(NotPackable, match=r"output layer.*dropout"):
         make_packable(model, [trial.name])
 
 

@@ -108,7 +108,12 @@ def label_losses(
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, weights: Tensor, head: Callable[[Tensor, int], Tensor], *trained: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        head: Callable[[Tensor, int], Tensor],
+        *trained: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         correct = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
