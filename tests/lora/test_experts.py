@@ -15,8 +15,8 @@ from rankscope.data.tokens import Tokens
 from rankscope.errors import ModelError
 from rankscope.lora.adapters import adapter_weights, add_adapter, save_adapter
 from rankscope.lora.layout import Slice
-from rankscope.lora.saved import attach, attached, peft_fault, read_adapter
-from rankscope.lora.svd import by_module, check_resizable, spectrum
+from rankscope.lora.saved import attach, attached, peft_fault, read_adapter, write_adapter
+from rankscope.lora.svd import by_module, check_resizable, decompose, ranks_by_energy, resized, spectrum
 from rankscope.train.engine import PackedEngine
 from rankscope.train.probe import make_packable
 from reference import make_trial, random_tokens
@@ -106,6 +106,30 @@ def test_an_adapter_of_experts_is_attached_as_it_was_saved_and_not_resized(tmp_p
         torch.testing.assert_close(model(ids).logits, expected(ids).logits)
     with pytest.raises(ModelError, match=r"experts\.\w+ are of many experts"):
         check_resizable(adapter)
+
+
+@pytest.mark.filterwarnings(PATTERNS)
+def test_ranks_by_layer_of_layers_that_are_parameters_to_peft(tmp_path: Path) -> None:
+    """DeepSeek-V3's dense layers and shared experts, whose patterns end in `.weight`."""
+    model, trial = moe_model("deepseek_v3"), make_trial(4, 1e-3)
+    config = add_adapter(model, trial)
+    torch.manual_seed(1)
+    for number, weight in enumerate(adapter_weights(model, trial.name).values()):
+        weight.data.normal_(std=0.1)
+        if number % 3 == 0:
+            weight.data[1:] *= 0.01
+    save_adapter(adapter_weights(model, trial.name), config, tmp_path / "whole")
+    adapter = read_adapter(tmp_path / "whole")
+    check_resizable(adapter)
+    layers = [decompose(factors) for factors in adapter.layers]
+    smaller = resized(adapter, layers, ranks_by_energy(layers, 0.95))
+    assert any(key.endswith("weight") for key in smaller.config.rank_pattern or {})
+    write_adapter(smaller, tmp_path / "smaller")
+    other = moe_model("deepseek_v3")
+    expected = PeftModel.from_pretrained(moe_model("deepseek_v3"), str(tmp_path / "smaller"))
+    ids = torch.arange(3, 15)[None]
+    with attached(other, "adapter", read_adapter(tmp_path / "smaller")), torch.no_grad():
+        torch.testing.assert_close(other(ids).logits, expected(ids).logits)
 
 
 def test_what_peft_loses_is_found_and_rankscope_reads_it_all_the_same(tmp_path: Path) -> None:

@@ -28,6 +28,9 @@ def lora_config(candidate: Candidate, model: nn.Module, base: str | None = None)
     plain = not candidate.lora_dropout and candidate.variant != "dora"
     targets = find_targets(model, candidate.target_modules, plain)
     modules, parameters = for_peft(model, targets)
+    experts = [name for name in targets.parameters if not name.endswith(".weight")]
+    if experts and candidate.variant in ("pissa", "olora"):
+        raise StudyError(f"variants: {candidate.variant} cannot initialise {experts[0]}, of experts", "Leave it out.")
     weights = {name: f"{name}.weight" for name, _ in candidate.rank_pattern}
     ranks = {weights[n] if weights[n] in targets.parameters else n: rank for n, rank in candidate.rank_pattern}
     return LoraConfig(

@@ -45,6 +45,7 @@ class _Anatomy(NamedTuple):
     linear: tuple[str, ...]
     experts: tuple[str, ...]  # linear modules of routed experts
     parameters: tuple[str, ...]  # experts' weights that lie in one tensor
+    flat: tuple[str, ...]  # those in one matrix (DBRX), whose rows are of several experts: no adapter is one expert's
     routers: frozenset[str]
 
 
@@ -90,9 +91,12 @@ def find_targets(model: nn.Module, asked: str | Sequence[str], plain: bool = Tru
         if with_experts:
             raise _no_dropout(anatomy.parameters[0])
         left.setdefault("experts", []).extend(anatomy.parameters)
+    if anatomy.flat:
+        left.setdefault("experts", []).extend(anatomy.flat)
     if with_experts and not (anatomy.experts or anatomy.parameters):
+        why = "experts in a layout that PEFT has no adapter for" if anatomy.flat else "no routed experts"
         raise StudyError(
-            f"adapter.target_modules: {ALL_LINEAR_AND_EXPERTS}: this model has no routed experts", f"Use {ALL_LINEAR}."
+            f"adapter.target_modules: {ALL_LINEAR_AND_EXPERTS}: this model has {why}", f"Use {ALL_LINEAR}."
         )
     parameters = [f"{name}.weight" for name in renamed] + list(anatomy.parameters if with_experts else ())
     found = Targets(tuple(modules), tuple(parameters), {reason: tuple(names) for reason, names in left.items()})
@@ -204,6 +208,12 @@ def _look_at(model: nn.Module) -> _Anatomy:
         for key, value in modules[name].named_parameters(recurse=False)
         if value.dim() == 3
     )
+    flat = tuple(
+        f"{name}.{key}"
+        for name in stacked
+        for key, value in modules[name].named_parameters(recurse=False)
+        if value.dim() == 2 and "bias" not in key and not any(other.startswith(f"{name}.") for other in parameters)
+    )
     counts: dict[str, int] = {}  # experts of each block that has some
     for name in stacked:
         sizes = [value.shape[0] for value in modules[name].parameters(recurse=False) if value.dim() == 3]
@@ -213,7 +223,7 @@ def _look_at(model: nn.Module) -> _Anatomy:
         if match := re.match(r"(.*?)\.?[^.]*expert[^.]*\.(\d+)\.", name):
             counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
     routers = {name for name, module in modules.items() if _is_router(name, module, modules, counts)}
-    return _Anatomy(modules, linear, experts, parameters, frozenset(routers))
+    return _Anatomy(modules, linear, experts, parameters, flat, frozenset(routers))
 
 
 def _of_routed_experts(name: str) -> bool:
