@@ -31,14 +31,12 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def moe_config(name: str) -> Any:
-    return AutoConfig.for_model(name, **{k: v for k, v in (_COMMON | MODELS[name]).items() if v is not None})
-
-
-def moe_model(name: str) -> PreTrainedModel:
+def moe_model(name: str, vocabulary: int = 131) -> PreTrainedModel:
     """A frozen model with the same weights at each call."""
+    fields = _COMMON | MODELS[name] | {"vocab_size": vocabulary}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(moe_config(name))
+    config = AutoConfig.for_model(name, **{field: value for field, value in fields.items() if value is not None})
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "norm" not in parameter_name:

@@ -256,17 +256,19 @@ def peft_fault(model: PreTrainedModel, folder: Path) -> str | None:
     PEFT itself loads it, into a model without weights. Some architectures of transformers rename keys while they load,
     and adapters' with them.
     """
+    tensors = load_file(folder / WEIGHTS)
     with torch.device("meta"):
         base = type(model)(copy.deepcopy(model.config))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is found out below
             loaded: Any = get_peft_model(base, LoraConfig.from_pretrained(str(folder)), low_cpu_mem_usage=True)
-            result: Any = set_peft_model_state_dict(loaded, load_file(folder / WEIGHTS))
+            result: Any = set_peft_model_state_dict(loaded, tensors)
     except Exception as error:  # whatever PEFT raises for what it does not understand
         return shortened(" ".join(str(error).split()), 200)
-    lost = [key for key in (*result.unexpected_keys, *result.missing_keys) if ".lora_" in key]
-    return f"{len(lost)} keys are of one and not of the other, {lost[0]} for one" if lost else None
+    missing, odd = ([key for key in keys if ".lora_" in key] for keys in (result.missing_keys, result.unexpected_keys))
+    lost = [key.replace(".default", "") for key in missing or odd]
+    return f"{len(lost)} of {len(tensors)} tensors are lost, {lost[0]} for one" if lost else None
 
 
 @contextmanager
