@@ -80,6 +80,9 @@ def test_layers_that_peft_takes_for_experts_are_adapted_as_parameters() -> None:
     adapted = {name for name, _ in lora_layers(model)}
     assert adapted == {name.removesuffix(".weight") for name in found.names}
     assert find_targets(model, "all-linear") == found, "adapters are seen through"
+    named = find_targets(model, ["down_proj"]).names
+    assert named == ("model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.shared_experts.down_proj.weight")
+    assert find_targets(model, ["experts.down_proj"]).names == ("model.layers.1.mlp.experts.down_proj",)
     dropout = find_targets(model, "all-linear", plain=False)  # PEFT has none on parameters
     assert dropout.left_out["renamed"] == tuple(name.removesuffix(".weight") for name in found.parameters)
 

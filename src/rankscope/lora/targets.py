@@ -6,6 +6,7 @@ change abruptly. What cannot carry LoRA would end the training. The coverage of 
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -64,7 +65,7 @@ def find_targets(model: nn.Module, asked: str | Sequence[str], plain: bool = Tru
     output: Any = getattr(model, "get_output_embeddings", lambda: None)()
     output = output.get_base_layer() if isinstance(output, LoraLayer) else output
     taken, modules, renamed = _taken_for_experts(model), list[str](), list[str]()
-    left: dict[LeftOut, list[str]] = {}
+    left: defaultdict[LeftOut, list[str]] = defaultdict(list)
     for name in anatomy.linear:
         layer = anatomy.modules[name]
         reason: LeftOut | None = None
@@ -81,25 +82,22 @@ def find_targets(model: nn.Module, asked: str | Sequence[str], plain: bool = Tru
         elif name.rsplit(".", 1)[-1] in taken:
             reason = None if plain else "renamed"
         if reason:
-            left.setdefault(reason, []).append(name)
+            left[reason].append(name)
         else:
             (renamed if name.rsplit(".", 1)[-1] in taken else modules).append(name)
-    other_routers = sorted(anatomy.routers - set(anatomy.linear), key=list(anatomy.modules).index)
-    if other_routers:
-        left.setdefault("routers", []).extend(other_routers)
-    if anatomy.parameters and not (with_experts and plain):
-        if with_experts:
-            raise _no_dropout(anatomy.parameters[0])
-        left.setdefault("experts", []).extend(anatomy.parameters)
-    if anatomy.flat:
-        left.setdefault("experts", []).extend(anatomy.flat)
+    left["routers"] += [name for name in anatomy.modules if name in anatomy.routers - set(anatomy.linear)]
+    left["experts"] += [*(() if with_experts else anatomy.parameters), *anatomy.flat]
+    if with_experts and anatomy.parameters and not plain:
+        raise _no_dropout(anatomy.parameters[0])
     if with_experts and not (anatomy.experts or anatomy.parameters):
         why = "experts in a layout that PEFT has no adapter for" if anatomy.flat else "no routed experts"
         raise StudyError(
             f"adapter.target_modules: {ALL_LINEAR_AND_EXPERTS}: this model has {why}", f"Use {ALL_LINEAR}."
         )
     parameters = [f"{name}.weight" for name in renamed] + list(anatomy.parameters if with_experts else ())
-    found = Targets(tuple(modules), tuple(parameters), {reason: tuple(names) for reason, names in left.items()})
+    found = Targets(
+        tuple(modules), tuple(parameters), {reason: tuple(names) for reason, names in left.items() if names}
+    )
     if not found.names:
         raise StudyError(
             f"adapter.target_modules: {asked}: this model has no linear module that can carry LoRA", _todo(anatomy)
@@ -132,6 +130,8 @@ def _named(model: nn.Module, anatomy: _Anatomy, asked: Sequence[str], plain: boo
     for name in asked:
         found = [other for other in anatomy.modules if _ends_in(other, name)]
         weights = [w for w in anatomy.parameters if _ends_in(w, name) or _ends_in(w.rsplit(".", 1)[0], name)]
+        if any(other in anatomy.linear for other in found):  # a dense layer's down_proj: experts' are experts.down_proj
+            weights = []
         inside = [other for other in anatomy.experts if any(other.startswith(f"{stack}.") for stack in found)]
         if not found and not weights:
             known = linear_names(anatomy)
