@@ -1,5 +1,6 @@
 """Mixtures of experts from end to end: two packs, answers, and a report that says what is not read back."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,6 @@ import pytest
 
 import rankscope
 from experts import moe_model
-from rankscope.files import read_json
 from rankscope.lora.saved import read_adapter
 from small_study import OPTIONS, SETS
 
@@ -15,7 +15,7 @@ from small_study import OPTIONS, SETS
 def model_like(root: Path, folder: Path, name: str) -> Path:
     """A mixture of experts with the tokenizer of the model in `root`."""
     shutil.copytree(root / "model", folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-    moe_model(name, read_json(root / "model" / "config.json")["vocab_size"]).save_pretrained(folder)
+    moe_model(name, json.loads((root / "model" / "config.json").read_text())["vocab_size"]).save_pretrained(folder)
     return folder
 
 
