@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from launchers import HERE, FakeLauncher
 from rankscope import cli, pipeline
+from rankscope.analysis.verdict import conclude
 from rankscope.errors import RankscopeError, StudyError
 from rankscope.files import read_json, write_json
 from rankscope.jobs.job import Job
@@ -326,6 +327,8 @@ def test_a_grown_study_has_the_trials_and_losses_of_one_run(
     assert list(found.index) == list(expected.index)
     assert (found["status"] == "done").all()
     pd.testing.assert_series_equal(found["eval_loss"], expected["eval_loss"], atol=LOSS_OF_ONE_RUN, rtol=0)
+    grown, once = (conclude(one.evidence()) for one in (study, at_once))
+    assert [grown[key] for key in ("outcome", "rank", "guess")] == [once[key] for key in ("outcome", "rank", "guess")]
     assert [set(entry.added) for entry in study.log] == [
         {"adapter.alpha" if field == "alphas" else field for field in fields} for fields in order
     ]
