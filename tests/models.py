@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     CodeGenConfig,
+    DogeConfig,
     FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -83,6 +84,7 @@ UNPACKABLE: dict[str, Any] = {
         bos_token_id=2,
         eos_token_id=2,
     ),
+    "doge": lambda: DogeConfig(**_GLU),  # a mask of its own, which its forward makes
     "bloom": lambda: BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, bos_token_id=2, eos_token_id=2),
 }
 ATTENTION_KINDS: dict[str, Any] = {  # with experts, whose adapters are packed apart from this

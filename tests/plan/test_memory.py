@@ -126,19 +126,17 @@ def test_every_architecture_is_predicted(name: str, tmp_path: Path) -> None:
     assert found.parts.activations > 0
 
 
-@pytest.mark.parametrize("name", ["falcon"])
-def test_the_forward_by_peft_is_predicted_where_a_model_cannot_be_packed(name: str, tmp_path: Path) -> None:
-    tiny_model(name).save_pretrained(tmp_path)
+def test_the_forward_by_peft_is_predicted_where_a_model_cannot_be_packed(tmp_path: Path) -> None:
+    tiny_model("doge").save_pretrained(tmp_path)
     spec = StudySpec(
         model=ModelSpec(id=str(tmp_path), device="cpu"), data=DataSpec(id="unused"), seeds=(0,), ranks=(4,)
     )
     costs = predict(spec)
-    assert (costs.engine, costs.reason) == ("peft", None)
-    assert costs.engine_reason in set(Unpackable)
+    assert (costs.engine, costs.engine_reason, costs.reason) == ("peft", Unpackable.OWN_MASK, None)
     found = predict_peak(spec, costs, spec.trials(), rows_of(*[20, 30] * 8), PLENTY)
     assert isinstance(found, PeakMemory), found
     by_peft = spec.model_copy(update={"training": spec.training.model_copy(update={"engine": "peft"})})
-    assert found == predict_peak(by_peft, predict(by_peft), spec.trials(), rows_of(*[20, 30] * 8), PLENTY)
+    assert costs._replace(engine_reason=None) == predict(by_peft)
 
 
 def test_dropout_keeps_its_masks() -> None:

@@ -12,6 +12,8 @@ from transformers import (
     CpmAntForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     RobertaConfig,
     RobertaForCausalLM,
@@ -28,7 +30,7 @@ from rankscope.spec.models import TrainingSpec
 from rankscope.train.engine import PackedEngine
 from rankscope.train.flops import count_cost
 from rankscope.train.loop import choose_engine
-from rankscope.train.probe import make_packable, probe_tokens, use_own_forward
+from rankscope.train.probe import check_causal, make_packable, probe_tokens, use_own_forward
 from rankscope.train.step import TrainState, make_train_state, train_step
 from reference import make_trial, random_tokens, train_with_peft
 
@@ -159,6 +161,25 @@ def test_a_state_over_time_leaks_at_the_scale_of_initialisation() -> None:
     with pytest.raises(NotPackable) as caught:
         make_packable(model, [trial.name])
     assert caught.value.reason == Unpackable.LEAKS
+
+
+def test_experts_may_round_by_which_tokens_they_get_but_not_leak() -> None:
+    config = MixtralConfig(
+        vocab_size=131, hidden_size=64, intermediate_size=48, num_hidden_layers=12, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, trial = MixtralForCausalLM(config).eval(), make_trial(4, 1e-3, modules=("q_proj",))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(4.0 if weight.dim() > 1 else 1.0)
+    add_adapter(model, trial)
+    check_causal(model)
+    make_packable(model, [trial.name])
+    use_own_forward(model, "sdpa")
+    model.model.layers[0].self_attn.o_proj.register_forward_hook(leak("convolution", 1e-4))
+    with pytest.raises(NotPackable, match="rows beside it"):
+        make_packable(model, [trial.name])
 
 
 @pytest.mark.parametrize("engine", ["packed", "peft"])
