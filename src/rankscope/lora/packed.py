@@ -163,8 +163,9 @@ def _experts_factors(layer: Any, parameter: str, layout: Layout) -> list[_Expert
             found.append(None)
             continue
         a, b = cast(Tensor, layer.lora_A[key].weight), cast(Tensor, layer.lora_B[key].weight)
-        experts = a.view(layer.num_experts, -1, a.shape[1]), b.view(b.shape[0], -1, layer.num_experts)
-        found.append(_ExpertsFactors(experts[0].unbind(), experts[1].unbind(-1), layer.scaling[key]))
+        a = a.view(layer.num_experts, -1, a.shape[1])
+        b = b.view(b.shape[0], -1, layer.num_experts).permute(2, 0, 1).contiguous()  # products copy it otherwise
+        found.append(_ExpertsFactors(a.unbind(), b.unbind(), layer.scaling[key]))
     return found
 
 
