@@ -93,7 +93,7 @@ def find_adapter(name: str, revision: str | None = None) -> Path:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise ModelError(
                 f"adapter {name}: the hub has it, but without {CONFIG} or {WEIGHTS}",
-                "Give a LoRA adapter in PEFT's format; its weights are read from a safetensors file only.",
+                "Give an adapter in PEFT's format; its weights are read from one safetensors file, not from shards.",
             ) from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
