@@ -11,6 +11,7 @@ from transformers import (
     CodeGenConfig,
     DogeConfig,
     FalconConfig,
+    FalconH1Config,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -18,8 +19,10 @@ from transformers import (
     GPTNeoConfig,
     GPTNeoXConfig,
     GptOssConfig,
+    Lfm2Config,
     Llama4TextConfig,
     LlamaConfig,
+    Mamba2Config,
     MistralConfig,
     MixtralConfig,
     OPTConfig,
@@ -27,6 +30,7 @@ from transformers import (
     PhimoeConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
 )
 
@@ -103,12 +107,22 @@ _SINCE_5_24: dict[str, Any] = {  # before, transformers' attention of these coul
         vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128, rotary_dim=8, bos_token_id=2, eos_token_id=2
     ),
 }
+_GATED = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 16}
+HYBRIDS: dict[str, Any] = {  # a short convolution, linear attention, a state beside attention, a state alone
+    "lfm2": lambda: Lfm2Config(**_GLU, layer_types=["conv", "full_attention"]),
+    "qwen3.5": lambda: Qwen3_5TextConfig(
+        **_GLU, **_GATED, head_dim=8, layer_types=["linear_attention", "full_attention"]
+    ),
+    "falcon-h1": lambda: FalconH1Config(**_GLU, **_MAMBA, mamba_d_ssm=64),
+    "mamba2": lambda: Mamba2Config(**_COMMON, num_heads=4, head_dim=16, state_size=8, n_groups=1, chunk_size=16),
+}
 (CONFIGS if Version(version("transformers")) >= Version("5.24") else UNPACKABLE).update(_SINCE_5_24)
 
 
 def tiny_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Return a frozen model of architecture `name` with the same weights at each call."""
-    config = (CONFIGS | UNPACKABLE | ATTENTION_KINDS)[name]()
+    config = (CONFIGS | UNPACKABLE | ATTENTION_KINDS | HYBRIDS)[name]()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -23,6 +23,7 @@ from rankscope.lora.layout import NotPackable, Slice, Unpackable, flatten
 from rankscope.lora.packed import pack_layers, unpack_layers
 from rankscope.train.attention import NAME
 from rankscope.train.engine import PackedEngine
+from rankscope.train.mixers import divide_mixers, join_mixers
 from rankscope.train.recompute import keep_layers, recompute_layers
 
 _LENGTHS = (7, 12, 5, 9)
@@ -125,6 +126,7 @@ def use_packed_forward(model: PreTrainedModel) -> None:
     Raises NotPackable if a layer, or the model's attention, cannot be replaced.
     """
     pack_layers(model)
+    divide_mixers(model)
     recompute_layers(model)
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:  # GPT-Neo and Falcon ignore it without an error
@@ -134,6 +136,7 @@ def use_packed_forward(model: PreTrainedModel) -> None:
 def use_own_forward(model: PreTrainedModel, attention: str) -> None:
     """Restore the attention of that name and the own forward of all layers."""
     unpack_layers(model)
+    join_mixers(model)
     keep_layers(model)
     model.set_attn_implementation(attention)
 
