@@ -10,7 +10,7 @@ import rankscope.train.probe as probe
 from models import HYBRIDS, tiny_model
 from rankscope.data.tokens import Tokens
 from rankscope.lora.adapters import adapter_key, adapter_weights, add_adapter, lora_layers
-from rankscope.lora.layout import NotPackable, Slice
+from rankscope.lora.layout import NotPackable, Slice, Unpackable
 from rankscope.spec.candidates import Trial
 from rankscope.train.engine import PackedEngine
 from rankscope.train.mixers import mixers
@@ -33,15 +33,17 @@ def trials_of(name: str) -> list[Trial]:
     ]
 
 
-def with_adapters(name: str, trials: list[Trial], dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model with the trials' adapters, whose B are not zero, so that every factor gets a gradient."""
-    model = tiny_model(name, dtype)
+def packed_model(name: str, trials: list[Trial]) -> PreTrainedModel:
+    """A packed model with the trials' adapters, whose B are not zero, so that every factor gets a gradient."""
+    model = tiny_model(name)
     for trial in trials:
         add_adapter(model, trial)
+    make_packable(model, [trial.name for trial in trials])
+    for trial in trials:
         generator = torch.Generator().manual_seed(trial.candidate.rank)
         for key, weight in adapter_weights(model, trial.name).items():
             if ".lora_B." in key:
-                weight.data.copy_(0.1 * torch.randn(weight.shape, generator=generator, dtype=dtype))
+                weight.data.copy_(0.1 * torch.randn(weight.shape, generator=generator))
     return model
 
 
@@ -85,40 +87,41 @@ def assert_near(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: 
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_a_pack_of_hybrids_equals_peft_and_each_trial_alone(name: str) -> None:
     trials, tokens = trials_of(name), random_tokens(8)
-    model = with_adapters(name, trials)
-    expected = [by_peft(model, trial, tokens) for trial in trials]
-    own = model.config._attn_implementation
-    make_packable(model, [trial.name for trial in trials])
+    model = packed_model(name, trials)
     slices = [slice_of(trial) for trial in trials]
-    for tokens_per_forward in (1 << 30, 1):  # together, and each sequence for itself with its layers run again
-        losses = PackedEngine(model, tokens_per_forward).accumulate(tokens, slices)
-        for trial, loss, (expected_loss, gradients) in zip(trials, losses, expected, strict=True):
-            assert loss.loss == pytest.approx(expected_loss, rel=2e-7)
-            assert_near(taken_gradients(model, trial), gradients, 6e-5)
+    packs = [(1 << 30, slices), (1, slices), *((1 << 30, [slice_]) for slice_ in slices)]
+    found: dict[str, list[tuple[float, dict[str, Tensor]]]] = {trial.name: [] for trial in trials}
+    for tokens_per_forward, pack in packs:  # together, sequence by sequence with layers that run again, and alone
+        losses = PackedEngine(model, tokens_per_forward).accumulate(tokens, pack)
+        for loss, part in zip(losses, pack, strict=True):
+            (trial,) = (trial for trial in trials if trial.name == part.adapter)
+            found[trial.name].append((loss.loss, taken_gradients(model, trial)))
     (evaluated,) = PackedEngine(model, 1 << 30).evaluate(tokens, [trials[0].name])
-    use_own_forward(model, own)
-    rows = [
-        by_peft(model, trials[0], Tokens.from_examples([tokens[row]] * 4))[0] for row in EXAMPLES[0]
-    ]  # the same row four times: its own mean
+    use_own_forward(model, tiny_model(name).config._attn_implementation)
+    for trial in trials:
+        expected_loss, expected = by_peft(model, trial, tokens)
+        assert len(found[trial.name]) == 3
+        for loss, gradients in found[trial.name]:
+            assert loss == pytest.approx(expected_loss, rel=2e-7)
+            assert_near(gradients, expected, 6e-5)
+    rows = [by_peft(model, trials[0], Tokens.from_examples([tokens[row]] * 4))[0] for row in EXAMPLES[0]]
     np.testing.assert_allclose(evaluated.loss[EXAMPLES[0]], rows, rtol=5e-7)
 
 
 def test_sequences_of_equal_length_go_as_one_batch() -> None:
     trials, tokens = trials_of("lfm2")[:2], random_tokens(8)
-    model = with_adapters("lfm2", trials)
-    make_packable(model, [trial.name for trial in trials])
+    model = packed_model("lfm2", trials)
     ((_, mixer),) = mixers(model)
     shapes: list[tuple[int, ...]] = []
     mixer.in_proj.register_forward_hook(lambda module, args, out: shapes.append(args[0].shape[:2]))
     PackedEngine(model, 1 << 30).accumulate(tokens, [slice_of(trial) for trial in trials])
-    lengths = sorted(int(tokens.lengths[row]) for row in EXAMPLES[0])
+    lengths = [int(tokens.lengths[row]) for row in EXAMPLES[0]]
     assert shapes == [(2 * lengths.count(length), length) for length in sorted(set(lengths))]
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_a_hybrid_whose_mixers_run_on_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "divide_mixers", lambda model: None)
-    (trial, *_) = trials_of(name)
-    model = with_adapters(name, [trial])
-    with pytest.raises(NotPackable):
-        make_packable(model, [trial.name])
+    with pytest.raises(NotPackable) as caught:
+        packed_model(name, trials_of(name)[:1])
+    assert caught.value.reason is Unpackable.LEAKS

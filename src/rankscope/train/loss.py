@@ -34,10 +34,11 @@ class Head:
     layout: Layout | None = None
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._trunk, name = _FixedTrunk(), trunk_name(model)
+        name = trunk_name(model)
         if name is None:
             raise NotPackable(Unpackable.NO_TRUNK)
         self.trunk = getattr(model, name)
+        self._trunk = _FixedTrunk(self.trunk)
         self._model = copy.copy(model)
         self._model._modules = {**model._modules, name: self._trunk}
 
@@ -56,9 +57,13 @@ class Head:
 
 
 class _FixedTrunk(nn.Module):
-    """Trunk that returns given hidden states. Some models call `model.decoder` instead of `model`."""
+    """Stand-in for a trunk that returns given hidden states. Some models call `model.decoder` instead of `model`."""
 
     hidden: Tensor
+
+    def __init__(self, trunk: nn.Module) -> None:
+        super().__init__()
+        vars(self).update({name: value for name, value in vars(trunk).items() if isinstance(value, int | float)})
 
     @property
     def decoder(self) -> "_FixedTrunk":

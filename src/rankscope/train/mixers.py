@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rankscope.lora.layout import Layout, NotPackable, Segment, Unpackable, layout_if_any, use_layout
 
@@ -38,13 +39,14 @@ def join_mixers(model: PreTrainedModel) -> None:
 def mixers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     """Names and modules of the mixers that the registered attention does not reach.
 
-    These are the innermost modules that are handed a state, unless they attend through transformers'
+    These are the innermost modules of decoder layers that are handed a state, unless they attend through transformers'
     AttentionInterface. What this misses leaks from sequence to sequence, which the probe finds.
     """
     stateful = [
         (name, module)
         for name, module in model.named_modules()
-        if not isinstance(module, PreTrainedModel) and _STATE & set(inspect.signature(type(module).forward).parameters)
+        if not isinstance(module, PreTrainedModel | GradientCheckpointingLayer)
+        and _STATE & set(inspect.signature(type(module).forward).parameters)
     ]
     outer = {name[:at] for name, _ in stateful for at, letter in enumerate(name) if letter == "."}
     return [(name, module) for name, module in stateful if name not in outer and not _attends(type(module))]
