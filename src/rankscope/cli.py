@@ -8,6 +8,7 @@ import logging
 import os
 import shlex
 import sys
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,18 +17,8 @@ import typer
 
 from rankscope import __version__
 from rankscope.errors import RankscopeError, StudyError, shortened
+from rankscope.ui import options as ask
 from rankscope.ui.console import error_console, out_console, print_json, print_table, stoppable
-from rankscope.ui.options import (
-    CRITERIA,
-    PLAN,
-    RESIZE,
-    RUN,
-    SEARCH,
-    resolve_study,
-    study_at,
-    study_values,
-    with_options,
-)
 
 app = typer.Typer(
     name="rankscope",
@@ -60,6 +51,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for s
 Language = Annotated[str, typer.Option("--lang", help="Language of the report: en or ko.")]
 
 
+def _answer(json_: bool, describe: Callable[[], Mapping[str, Any]], show: Callable[[], None]) -> None:
+    """Print a command's result: as one JSON object where `--json` asks for it, else in words."""
+    if json_:
+        print_json(describe())
+    else:
+        show()
+
+
 @app.callback(invoke_without_command=True)
 def _global(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
@@ -71,7 +70,7 @@ def _global(
 
 
 @app.command()
-@with_options(RUN)
+@ask.with_options(ask.RUN)
 def run(
     options: dict[str, Any],
     study: StudyOrDirectory = None,
@@ -88,8 +87,8 @@ def run(
     lang: Language = "en",
 ) -> None:
     """Train every rank, measure what it costs, and conclude. On an existing study: add to it, do what is missing."""
-    study, out = study_at(study, out)
-    asked = resolve_study(study, options, set_)
+    study, out = ask.study_at(study, out)
+    asked = ask.resolve_study(study, options, set_)
     path = out or Path(asked.name)
     from rankscope.jobs.launchers import make_launcher
     from rankscope.pipeline import question_at, run_study
@@ -105,23 +104,16 @@ def run(
         show_plan(plan_study(spec, begun, launcher, ray_address, remeasure=remeasure), begun, json_)
         return
     console.print(f"Study {spec.name} in {path}/")
-    trackers = choose_trackers(report_to or ())
-    with (
-        stoppable(),
-        TerminalProgress(console, path) as progress,
-        make_launcher(launcher, spec.model, ray_address, progress.say) as launching,
-    ):
+    trackers, progress = choose_trackers(report_to or ()), TerminalProgress(console, path)
+    with stoppable(), progress, make_launcher(launcher, spec.model, ray_address, progress.say) as launching:
         conclusion = run_study(spec, path, launching, progress, trackers, lang, remeasure)
-    if json_:
-        print_json(describe_outcome(conclusion))
-    else:
-        show_outcome(conclusion, console, lang)
+    _answer(json_, lambda: describe_outcome(conclusion), lambda: show_outcome(conclusion, console, lang))
     if show_failures(conclusion.study, error_console):
         raise typer.Exit(4)
 
 
 @app.command()
-@with_options(SEARCH)
+@ask.with_options(ask.SEARCH)
 def search(
     options: dict[str, Any],
     study: StudyFile = None,
@@ -141,26 +133,20 @@ def search(
     from rankscope.search.space import resolve_search
     from rankscope.ui.search import SearchProgress, describe_result, show_result
 
-    values = study_values(study, options)
+    values = ask.study_values(study, options)
     if study is None and options["model"] is None:  # the embedded study's lists are no search space
         values |= {"ranks": None, "learning_rates": None}
     spec = resolve_search(values, options, set_ or (), study)
     path, console = out or Path(f"{spec.study.name}-search"), error_console if json_ else out_console
     console.print(f"Search in {path}/")
-    with (
-        stoppable(),
-        SearchProgress(console, path) as progress,
-        make_launcher(launcher, spec.study.model, ray_address, progress.say) as launching,
-    ):
+    progress, found = SearchProgress(console, path), Search(path, spec)
+    with stoppable(), progress, make_launcher(launcher, spec.study.model, ray_address, progress.say) as launching:
         result = run(spec, path, launching, progress.say, progress.poll)
-    if json_:
-        print_json(describe_result(Search(path, spec), result))
-    else:
-        show_result(Search(path, spec), result, console)
+    _answer(json_, lambda: describe_result(found, result), lambda: show_result(found, result, console))
 
 
 @app.command()
-@with_options(PLAN)
+@ask.with_options(ask.PLAN)
 def plan(
     options: dict[str, Any],
     study: StudyOrDirectory = None,
@@ -178,25 +164,22 @@ def plan(
     json_: Json = False,
 ) -> None:
     """Show what `run` would do and take: packs, memory by part, time, what fits. Trains and writes nothing."""
-    study, out = study_at(study, out)
-    spec = resolve_study(study, options, set_)
+    study, out = ask.study_at(study, out)
+    spec = ask.resolve_study(study, options, set_)
     from rankscope.study.study import Study
     from rankscope.ui.plan import plan_study, show_plan
 
     path = out or Path(spec.name)
-    begun = Study.open(path) if Study.is_at(path) else None
-    if begun is not None:
-        try:
-            begun = begun.grown(spec)
-            spec = begun.spec
-        except StudyError:  # another study, which `run` would refuse
-            begun = None
+    found, begun = Study.open(path) if Study.is_at(path) else None, None
+    with suppress(StudyError):  # another study, which `run` would refuse
+        begun = found and found.grown(spec)
+    spec = begun.spec if begun else spec
     planned = plan_study(spec, begun, launcher, ray_address, gpu_memory, gpu_flops, devices, price)
     show_plan(planned, begun, json_, show_rows)
 
 
 @app.command()
-@with_options(CRITERIA)
+@ask.with_options(ask.CRITERIA)
 def report(options: dict[str, Any], directory: Directory, json_: Json = False, lang: Language = "en") -> None:
     """Conclude again from a study's files, by other criteria where some are given, and rebuild its report."""
     from rankscope.pipeline import finish, judge_by
@@ -205,11 +188,9 @@ def report(options: dict[str, Any], directory: Directory, json_: Json = False, l
 
     study = Study.open(directory)
     conclusion = finish(judge_by(study, options) if any(options.values()) else study, lang)
-    if json_:
-        print_json(describe_outcome(conclusion))
-        return
-    show_verdict(conclusion, out_console, lang)
-    out_console.print(f"Report: {conclusion.study.report}", soft_wrap=True)
+    _answer(json_, lambda: describe_outcome(conclusion), lambda: show_verdict(conclusion, out_console, lang))
+    if not json_:
+        out_console.print(f"Report: {conclusion.study.report}", soft_wrap=True)
 
 
 @app.command()
@@ -221,10 +202,7 @@ def compare(
     from rankscope.ui.compare import compare_studies, show_comparison
 
     found = compare_studies(studies)
-    if json_:
-        print_json(found)
-    else:
-        show_comparison(found)
+    _answer(json_, lambda: found, lambda: show_comparison(found))
 
 
 @app.command()
@@ -246,17 +224,10 @@ def curve(
     from rankscope.ui.progress import TerminalProgress
 
     study, console = Study.open(directory), error_console if json_ else out_console
-    asked = None if ranks is None else comma_list("ranks", ranks)
-    with (
-        stoppable(),
-        TerminalProgress(console, directory) as progress,
-        make_launcher(launcher, study.spec.model, ray_address, progress.say) as launching,
-    ):
+    asked, progress = None if ranks is None else comma_list("ranks", ranks), TerminalProgress(console, directory)
+    with stoppable(), progress, make_launcher(launcher, study.spec.model, ray_address, progress.say) as launching:
         conclusion = measure_curve(study, launching, progress, asked, recover, lang)
-    if json_:
-        print_json(describe_curve(conclusion))
-    else:
-        show_curve(conclusion, lang)
+    _answer(json_, lambda: describe_curve(conclusion), lambda: show_curve(conclusion, lang))
 
 
 @app.command()
@@ -277,8 +248,7 @@ def pattern(
     proposal = propose(study, rank)
     write_proposal(proposal, out)
     if json_:
-        found = {"rank": proposal.rank, "parameters": proposal.parameters, "ranks": proposal.ranks}
-        print_json({"study": str(out), **found})
+        print_json({"study": str(out)} | {name: getattr(proposal, name) for name in ("rank", "parameters", "ranks")})
         return
     print_table(pattern_table(by_module(proposal), proposal.rank, text))
     sizes = {"parameters": f"{proposal.parameters:,}", "uniform": f"{proposal.uniform_parameters:,}"}
@@ -331,14 +301,12 @@ def spectrum(
         console.print(text("spectrum.others", n=len(saved.others), names=names), soft_wrap=True)
     if saved.foreign:
         console.print(text("spectrum.foreign", name=saved.foreign), soft_wrap=True)
-    if json_:
-        print_json({"adapter": adapter, "layers": frame.to_dict("records")})
-    else:
-        print_table(module_table(frame, text))
+    found = {"adapter": adapter, "layers": frame.to_dict("records")}
+    _answer(json_, lambda: found, lambda: print_table(module_table(frame, text)))
 
 
 @app.command()
-@with_options(RESIZE)
+@ask.with_options(ask.RESIZE)
 def resize(
     adapter: Adapter,
     *,
@@ -364,17 +332,16 @@ def resize(
     lang: Language = "en",
 ) -> None:
     """Truncate a trained adapter to one lower rank or to one per layer, and report what is lost."""
-    from rankscope.resize.command import choose_rule, describe
-    from rankscope.resize.command import resize as resize_adapter
+    from rankscope.resize import command
     from rankscope.resize.show import rank_table, sentences, tried_table
     from rankscope.text.catalogue import load
 
     text = load(lang)
     rules: dict[str, Any] = {"rank": rank, "energy": energy, "cumulative": cumulative, "budget_rank": budget_rank}
-    rule = choose_rule(rules | {"max_loss_increase": max_loss_increase})
-    result = resize_adapter(adapter, rule, out, revision, uniform, options, set_ or (), error_console.print)
+    rule = command.choose_rule(rules | {"max_loss_increase": max_loss_increase})
+    result = command.resize(adapter, rule, out, revision, uniform, options, set_ or (), error_console.print)
     if json_:
-        print_json(describe(result))
+        print_json(command.describe(result))
         return
     if result.loss is not None:
         print_table(tried_table(result.loss, text))
@@ -396,10 +363,7 @@ def doctor(json_: Json = False) -> None:
     """Show versions, devices and optional packages."""
     from rankscope.ui.doctor import describe_system, show_system
 
-    if json_:
-        print_json(describe_system())
-    else:
-        show_system(out_console)
+    _answer(json_, describe_system, lambda: show_system(out_console))
 
 
 def main() -> None:

@@ -15,21 +15,15 @@ from safetensors import SafetensorError
 from rankscope.errors import DamagedError, RankscopeError, StudyDirectoryError
 
 _MEND = "Mend that, or choose another --out, and run again: a study that has begun goes on where it was."
-
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # names of files that `published` has not renamed yet
-
 _DIGEST_AND_END = re.compile(rb'[0-9a-f]{64}"\n}\n')
 
 
 @contextmanager
 def published(path: Path) -> Iterator[Path]:
-    """Temporary file beside `path` for the body to fill, which is then flushed to disk and renamed to `path`.
-
-    A reader sees the old file or the new one, never a part (the recipe of inspect_ai and of git).
-
-    Raises:
-        StudyDirectoryError: the disk is full, or the folder cannot be written.
-    """
+    """Temporary file beside `path` for the body to fill, which is then flushed to disk and renamed to `path`. A reader
+    sees the old file or the new one, never a part (the recipe of inspect_ai and of git). Raises StudyDirectoryError:
+    the disk is full, or the folder cannot be written."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -60,12 +54,8 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn an error of the body into one that says why `path` cannot be read.
-
-    Raises:
-        DamagedError: it is missing.
-        StudyDirectoryError: it cannot be read, which does not mean that it is corrupt.
-    """
+    """Turn an error of the body into one that says why `path` cannot be read. Raises DamagedError: it is missing;
+    StudyDirectoryError: it cannot be read, which does not mean that it is corrupt."""
     try:
         yield
     except FileNotFoundError:
@@ -73,9 +63,8 @@ def reading(path: Path) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, RankscopeError):
             raise
-        raise StudyDirectoryError(
-            f"{path}: cannot be read: {error.strerror or error}", "Mend that and try again: nothing was removed."
-        ) from error
+        what = f"{path}: cannot be read: {error.strerror or error}"
+        raise StudyDirectoryError(what, "Mend that and try again: nothing was removed.") from error
 
 
 @contextmanager
@@ -91,7 +80,6 @@ def corrupt_on_error(path: Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Publish a file with this content."""
     with published(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -112,12 +100,9 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path, schema: int = 1) -> dict[str, Any]:
-    """Read what `write_json` wrote, without the hash. `schema` is the newest schema that the caller knows.
-
-    Raises:
-        DamagedError: the file is missing or corrupt.
-        StudyDirectoryError: it cannot be read, or a newer version wrote it.
-    """
+    """Read what `write_json` wrote, without the hash. `schema` is the newest schema that the caller knows. Raises
+    DamagedError: the file is missing or corrupt; StudyDirectoryError: it cannot be read, or a newer version wrote
+    it."""
     with reading(path):
         content = path.read_bytes()
     return parse_json(content, path, schema)
@@ -156,11 +141,7 @@ def find_json(path: Path, schema: int = 1) -> dict[str, Any] | None:
 
 
 def exists(path: Path) -> bool:
-    """Whether anything is at `path`.
-
-    Raises:
-        StudyDirectoryError: its folder cannot be read.
-    """
+    """Whether anything is at `path`. Raises StudyDirectoryError: its folder cannot be read."""
     with reading(path), suppress(FileNotFoundError):
         path.lstat()
         return True
@@ -168,12 +149,10 @@ def exists(path: Path) -> bool:
 
 
 def missing_error(path: Path) -> DamagedError:
-    """Error for a file that does not exist."""
     return DamagedError(f"{path}: missing", "Run the study again: only what is missing is done.")
 
 
 def damaged_error(path: Path, how: str) -> DamagedError:
-    """Error for a corrupt file."""
     return DamagedError(f"{path}: damaged: {how}", "Run the study again: what is damaged is made again.")
 
 
@@ -201,12 +180,8 @@ def file_sha256(path: Path) -> str:
 
 
 def read_whole(path: Path, sha256: str | None) -> bytes:
-    """Bytes of a file, checked against its hash where one is given.
-
-    Raises:
-        DamagedError: the file is missing, or its hash is another.
-        StudyDirectoryError: it cannot be read.
-    """
+    """Bytes of a file, checked against its hash where one is given. Raises DamagedError: the file is missing, or its
+    hash is another; StudyDirectoryError: it cannot be read."""
     with reading(path):
         content = path.read_bytes()
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
@@ -244,36 +219,28 @@ def is_free(folder: Path) -> bool:
 
 
 def inside(root: Path, *parts: str) -> Path:
-    """`root/PARTS`, for names read from a file of the study.
-
-    Raises:
-        StudyDirectoryError: a part is absolute, or has `..` or a NUL.
-    """
+    """`root/PARTS`, for names read from a file of the study. Raises StudyDirectoryError: a part is absolute, or has
+    `..` or a NUL."""
     name = "/".join(parts)
     if any(map(os.path.isabs, parts)) or ".." in name.split("/") or "\0" in name:
-        raise StudyDirectoryError(
-            f"{root}: {name!r} is no name of a file in it", "Use the study only if you know who changed it."
-        )
+        what = f"{root}: {name!r} is no name of a file in it"
+        raise StudyDirectoryError(what, "Use the study only if you know who changed it.")
     return root.joinpath(*parts)
 
 
 def refuse_links_out(root: Path) -> None:
     """Check everything below `root` before any of it is read or written. `root` itself may be reached by a link.
 
-    A folder that cannot be listed is passed over: reading a file in it raises.
-
-    Raises:
-        StudyDirectoryError: a symbolic link leads out of `root`, or something is neither a file nor a folder, such as
-            a pipe, which would block its reader forever.
+    A folder that cannot be listed is passed over: reading a file in it raises. Raises StudyDirectoryError: a symbolic
+    link leads out of `root`, or something is neither a file nor a folder, such as a pipe, which would block its reader
+    forever.
     """
     for folder, folders, files in os.walk(root):
         for path in (os.path.join(folder, name) for name in folders + files):
             if os.path.islink(path):
                 if not _stays_inside(Path(path), root):
-                    raise StudyDirectoryError(
-                        f"{path}: a symbolic link that leads out of {root}",
-                        "If you know who made it, put a copy of what it points to in its place; else remove it.",
-                    )
+                    todo = "If you know who made it, put a copy of what it points to in its place; else remove it."
+                    raise StudyDirectoryError(f"{path}: a symbolic link that leads out of {root}", todo)
             elif not (os.path.isdir(path) or os.path.isfile(path)) and os.path.lexists(path):  # else published since
                 raise StudyDirectoryError(f"{path}: neither a file nor a folder", "Remove it.")
 
@@ -358,12 +325,8 @@ class JsonlTail:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file; a torn last line is dropped, a missing file has none.
-
-    Raises:
-        DamagedError: a line before the last is corrupt.
-        StudyDirectoryError: the file cannot be read.
-    """
+    """Rows of a JSONL file; a torn last line is dropped, a missing file has none. Raises DamagedError: a line before
+    the last is corrupt; StudyDirectoryError: the file cannot be read."""
     lines: list[bytes] = []
     with reading(path), suppress(FileNotFoundError):
         lines = path.read_bytes().split(b"\n")

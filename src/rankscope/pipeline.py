@@ -83,11 +83,8 @@ def run(
 
 
 def question_at(path: Path, asked: StudySpec) -> StudySpec:
-    """Return the question that a run in `path` answers: that of the study there, with what `asked` adds to it.
-
-    Raises:
-        StudyError: another study is there.
-    """
+    """Return the question that a run in `path` answers: that of the study there, with what `asked` adds to it. Raises
+    StudyError: another study is there."""
     return Study.create(path, asked).spec if Study.is_at(path) else asked
 
 
@@ -100,10 +97,8 @@ def run_study(
     language: str = "en",
     remeasure: bool = False,
 ) -> Conclusion:
-    """Run a resolved study. A trial or profile that fails is recorded, not raised: see `rankscope.study.missing`.
-
-    What `spec` adds to a study in `out` is written to its study.yaml once it is known that it can be trained here.
-    """
+    """Run a resolved study. A trial or profile that fails is recorded, not raised: see `rankscope.study.missing`. What
+    `spec` adds to a study in `out` is written to its study.yaml once it is known that it can be trained here."""
     load_catalogue(language)  # an unknown language is refused now, not when all is trained
     with ExitStack() as resources:
         study, site = None, None
@@ -177,12 +172,8 @@ def measure_curve(
 
 def judge_by(study: Study, criteria: Mapping[str, Any]) -> Study:
     """Return the study with other criteria (`margin`, `margin_of`, `confidence`, `max_gpu_memory`, `max_runtime`; None
-    for those that stay), which study.yaml keeps.
-
-    Raises:
-        StudyError: a criterion is wrong.
-        StudyDirectoryError: a run holds the study.
-    """
+    for those that stay), which study.yaml keeps. Raises StudyError: a criterion is wrong; StudyDirectoryError: a run
+    holds the study."""
     with study.lock():
         changed = Study.open(study.path)
         changed = changed.grown(assemble(changed.spec.model_dump(mode="json"), criteria))
@@ -231,7 +222,5 @@ def _interruptible(study: Study) -> Iterator[None]:
 
 
 class _Silent:
-    """Progress that shows nothing."""
-
     def say(self, message: str) -> None: ...
     def poll(self) -> None: ...

@@ -41,8 +41,8 @@ def texts(id: Any, **fields: Any) -> tuple[list[str], list[str]]:
     spec = DataSpec(id=id, **fields)
     train, heldout = resolve_sources(spec)
     return (
-        [row["text"] for row in load_records(spec, train)],
-        [row["text"] for row in load_records(spec, heldout)] if heldout else [],
+        [row["text"] for row in load_records(spec, train).rows],
+        [row["text"] for row in load_records(spec, heldout).rows] if heldout else [],
     )
 
 
@@ -267,7 +267,7 @@ def test_only_the_chosen_splits_are_fetched_all_of_one_commit(fake_hub: Hub) -> 
     put(fake_hub.files, **{"data__train-00000-of-00002": "a", "data__train-00001-of-00002": "b", "data__test": "c"})
     pd.DataFrame({"text": ["d"]}).to_parquet(fake_hub.files / "data" / "dev.parquet")
     records = load_records(DataSpec(id="owner/name", split="test", revision="v1"))
-    assert ([row["text"] for row in records], records.id, records.revision) == (["c"], "owner/name", COMMIT)
+    assert ([row["text"] for row in records.rows], records.id, records.revision) == (["c"], "owner/name", COMMIT)
     assert fake_hub.fetched == ["data/test.jsonl"]
     assert fake_hub.asked == [("owner/name", "v1")]
     assert texts("owner/name", max_rows=1) == (["a"], ["d"])
@@ -290,7 +290,7 @@ def test_offline_the_files_of_an_earlier_study_are_read(fake_hub: Hub) -> None:
     assert texts("owner/name") == (["a"], ["b"])
     fake_hub.failure = OfflineModeIsEnabled("offline")
     records = load_records(DataSpec(id="owner/name"))
-    assert ([row["text"] for row in records], records.revision) == (["a"], COMMIT)
+    assert ([row["text"] for row in records.rows], records.revision) == (["a"], COMMIT)
     (fake_hub.cached / "train.jsonl").unlink()
     with pytest.raises(DataError, match="no split train, only test"):
         texts("owner/name", split="train")

@@ -23,7 +23,7 @@ def content_of(evidence: Evidence, language: str = "en") -> Content:
 
 
 def test_noise_stands_beside_every_measured_difference(evidence: Evidence) -> None:
-    peak, runtime, adapter = content_of(evidence).savings
+    peak, runtime, adapter = content_of(evidence).savings.rows
     # runtimes of rank 8: 977.6, 989.6, and the control's 983.6, 995.6; peaks differ by 3 MB in 2,350
     assert runtime.noise == "measurement noise: ±1.8%"
     assert runtime.less
@@ -35,7 +35,7 @@ def test_noise_stands_beside_every_measured_difference(evidence: Evidence) -> No
 def test_a_difference_within_the_noise_is_marked(evidence: Evidence) -> None:
     profiles = evidence.profiles.copy()
     profiles.loc[profiles["rank"] == 256, "runtime_seconds"] = 990.0
-    peak, runtime, _ = content_of(evidence._replace(profiles=profiles)).savings
+    peak, runtime, _ = content_of(evidence._replace(profiles=profiles)).savings.rows
     assert runtime.noise == "no measurable difference (noise ±1.8%)"
     assert not runtime.less
     assert peak.less
@@ -54,8 +54,8 @@ def test_without_a_control_nothing_is_said_of_noise(evidence: Evidence) -> None:
     profiles = evidence.profiles[~evidence.profiles["control"]]
     content = content_of(evidence._replace(profiles=profiles))
     assert content.noise == ""
-    assert {saving.noise for saving in content.savings} == {""}
-    assert all(saving.less for saving in content.savings)
+    assert {saving.noise for saving in content.savings.rows} == {""}
+    assert all(saving.less for saving in content.savings.rows)
     bare = content_of(evidence._replace(profiles=pd.DataFrame(), samples=pd.DataFrame()))
     assert (bare.noise, bare.costs) == ("", [])
 

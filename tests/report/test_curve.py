@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from analysis.test_curve import with_cuts
-from rankscope.report.curve import rank_curve, rank_curve_sections
+from rankscope.report.curve import rank_curve_sections
 from rankscope.report.write import build
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import load
@@ -23,7 +23,8 @@ def evidence() -> Evidence:
 
 
 def test_the_sentences_say_where_it_holds_and_where_not(evidence: Evidence) -> None:
-    assert rank_curve(evidence, load("en")).sentences == [
+    (section,) = rank_curve_sections(evidence, load("en"))
+    assert section.sentences == [
         "The truncated curve is an upper estimate from rank 16 alone: a rank that is trained directly usually reaches "
         "a lower loss than the adapter truncated to it.",
         "Truncated, compared with the same rank trained: within 1% at rank 8; off by more than 1% at rank 4.",
@@ -38,16 +39,15 @@ def test_the_sentences_say_where_it_holds_and_where_not(evidence: Evidence) -> N
 
 
 def test_without_a_trained_lower_rank_the_error_is_not_known() -> None:
-    found = rank_curve(with_cuts({16: 1.8}, {(0, 4): 2.1, (0, 16): 1.8}), load("en"))
-    assert found.errors is None
+    (found,) = rank_curve_sections(with_cuts({16: 1.8}, {(0, 4): 2.1, (0, 16): 1.8}), load("en"))
+    assert found.tables == []
     assert found.sentences[1:] == [
         "No lower rank was trained here, so the error of the estimate is unknown.",
     ]
 
 
 def test_the_table_has_the_error_with_its_interval_share_and_spread(evidence: Evidence) -> None:
-    table = rank_curve(evidence, load("en")).errors
-    assert table is not None
+    (table,) = rank_curve_sections(evidence, load("en"))[0].tables
     assert [row[:5] for row in table.rows[:2]] == [
         ["4", "0", "2.0100", "2.1110", "+0.1010\n[+0.0985, +0.1035]"],
         ["8", "0", "1.9100", "1.9160", "+0.0060\n[+0.0035, +0.0085]"],
@@ -56,8 +56,7 @@ def test_the_table_has_the_error_with_its_interval_share_and_spread(evidence: Ev
         ["+5.02%", "0.0010", "no"], ["+0.314%", "0.0010", "yes"],
         ["+0.796%", "0.0010", "yes"], ["+0.0524%", "0.0010", "yes"],
     ]  # fmt: skip
-    single = rank_curve(with_cuts({4: 2.0, 16: 1.8}, {(0, 4): 2.1}, seeds=[0]), load("en")).errors
-    assert single is not None
+    (single,) = rank_curve_sections(with_cuts({4: 2.0, 16: 1.8}, {(0, 4): 2.1}, seeds=[0]), load("en"))[0].tables
     assert single.rows[0][4:7] == ["+0.1000", "+5%", "–"]
 
 

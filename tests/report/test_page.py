@@ -24,7 +24,7 @@ TAB = ("Tab", 9)
 def _no_images() -> Iterator[None]:
     """Reports have no image files, which the page does not show and which take longer than the page."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(write, "render_image", lambda figure: write.Image("", b""))
+        patch.setattr(write, "render_image", lambda figure: {})
         yield
 
 

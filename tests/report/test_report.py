@@ -309,7 +309,7 @@ def test_one_rank_and_one_seed() -> None:
     verdict = make_verdict(evidence, "not_enough_evidence", caveats=["one_seed", "one_learning_rate"], more_seeds=2)
     content = compose(evidence, verdict, load("en"), "one", "rankscope run")
     assert content.rank == ""
-    assert content.savings == []
+    assert content.savings.rows == []
     assert content.caveats[0].startswith("Only one seed was run")
     row = dict(zip(content.candidates.headers, content.candidates.rows[0], strict=True))
     assert row["Held-out loss"] == "1.2270"
@@ -321,11 +321,11 @@ def test_one_rank_and_one_seed() -> None:
 
 def test_the_largest_rank_saves_nothing_and_the_best_costs_nothing(evidence: Evidence) -> None:
     largest = compose(evidence, make_verdict(evidence, chosen=2), load("en"), "x", "y")
-    assert largest.savings == []
-    assert largest.savings_note.startswith("This is the largest rank compared")
+    assert largest.savings.rows == []
+    assert largest.savings.note.startswith("This is the largest rank compared")
     best = compose(evidence, make_verdict(evidence, chosen=1), load("en"), "x", "y")
-    assert best.cost == ""
-    assert best.cost_notes == ["Nothing: it has the lowest held-out loss of all candidates."]
+    assert best.cost.value == ""
+    assert best.cost.notes == ["Nothing: it has the lowest held-out loss of all candidates."]
 
 
 def test_a_diverged_trial_is_told_and_left_out(evidence: Evidence) -> None:
@@ -444,7 +444,7 @@ def test_an_empty_comparison_is_a_verdict_too(evidence: Evidence) -> None:
     verdict = make_verdict(evidence, "not_enough_evidence", seeds=0, **empty)
     content = compose(evidence, verdict, load("en"), "x", "y")
     assert content.sentence == "There is no verdict yet: no rank has finished its trials."
-    assert (content.rank, content.savings_title, content.cost) == ("", "", "")
+    assert (content.rank, content.savings.title, content.cost.value) == ("", "", "")
 
 
 def test_embedded_model_and_data_are_named_in_words() -> None:

@@ -36,18 +36,18 @@ def placeholders(text: str) -> set[str]:
 
 
 def test_catalogues_have_the_same_keys_and_placeholders() -> None:
-    english, korean = (load(language).items() for language in ("en", "ko"))
+    english, korean = (load(language)._texts for language in ("en", "ko"))
     assert english.keys() == korean.keys()
     assert [key for key in english if placeholders(english[key]) != placeholders(korean[key])] == []
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_string_of_a_catalogue_is_text(language: str) -> None:
-    assert [key for key, text in load(language).items().items() if not isinstance(text, str) or not text] == []
+    assert [key for key, text in load(language)._texts.items() if not isinstance(text, str) or not text] == []
 
 
 def test_korean_is_translated() -> None:
-    english, korean = load("en").items(), load("ko").items()
+    english, korean = load("en")._texts, load("ko")._texts
     same = {key for key in english if english[key] == korean[key] and placeholders(english[key]) == set()}
     names = {f"variant.{name}" for name in ("lora", "rslora", "pissa", "olora", "loraplus", "dora")}
     assert same <= {"none", "machine.gpus"} | names

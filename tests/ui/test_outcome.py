@@ -27,7 +27,7 @@ TABLES = ("evidence", "results", "curves", "profiles", "samples", "examples", "r
 
 @pytest.fixture
 def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
-    monkeypatch.setattr(write, "render_image", lambda figure: write.Image("", b""))  # the slow part of a report
+    monkeypatch.setattr(write, "render_image", lambda figure: {})  # the slow part of a report
     shutil.copytree(FIXTURE, tmp_path / "study")
     return Study.open(tmp_path / "study")
 

@@ -44,9 +44,7 @@ class Paired(NamedTuple):
 def judge_claims(evidence: Evidence, compared: Sequence[str]) -> list[dict[str, Any]]:
     """One row per claim: `claim`, `outcome` (held, not_held, not_distinguishable or not_measured), and the `effect`
     from rank `from_rank` to `to_rank` with `low` and `high`. The claim on CPU memory has a second part, `then`.
-
-    `compared` are the candidates that the verdict compares, each rank at its best learning rate.
-    """
+    `compared` are the candidates that the verdict compares, each rank at its best learning rate."""
     confidence, results = evidence.spec.verdict.confidence, evidence.results
     losses = results[(results["status"] == "done") & results["candidate"].isin(compared)] if compared else results[:0]
     loss = Paired(_pivot(losses, "seed", "train_loss"), 0.0)
@@ -122,12 +120,5 @@ def _lowest_then_flat(claim: str, table: Paired, confidence: float) -> dict[str,
 
 
 def _row(claim: str, outcome: str, found: Effect, before: int, after: int) -> dict[str, Any]:
-    return {
-        "claim": claim,
-        "outcome": outcome,
-        "effect": found.mean,
-        "low": found.low,
-        "high": found.high,
-        "from_rank": before,
-        "to_rank": after,
-    }
+    row = {"claim": claim, "outcome": outcome, "effect": found.mean, "low": found.low, "high": found.high}
+    return row | {"from_rank": before, "to_rank": after}

@@ -62,10 +62,8 @@ def _quantile(confidence: float, degrees: int) -> float:
 
 
 def estimate(values: np.ndarray, label_tokens: np.ndarray) -> Estimate:
-    """Mean of `values` (S, E) over seeds and examples, with examples weighted by `label_tokens` (E,).
-
-    A mean with random weights is a ratio: its variance is that of its linear part, w (value - mean).
-    """
+    """Mean of `values` (S, E) over seeds and examples, with examples weighted by `label_tokens` (E,). A mean with
+    random weights is a ratio: its variance is that of its linear part, w (value - mean)."""
     seeds, examples = values.shape
     weights = label_tokens / label_tokens.mean()
     mean = float((weights * values).mean())
@@ -91,11 +89,9 @@ class Judged(NamedTuple):
     full: np.ndarray | None = None  # (E,), means over seeds of full fine-tuning, where it gains more than any candidate
 
     def allowed(self, losses: np.ndarray, share: float) -> np.ndarray:
-        """Largest losses that are good enough beside those of another candidate, (S, E).
-
-        Of the gain: loss + share (untrained - reference), where the reference is the other's loss itself, or that of
-        full fine-tuning. Of the loss: (1 + share) loss.
-        """
+        """Largest losses that are good enough beside those of another candidate, (S, E). Of the gain: loss + share
+        (untrained - reference), where the reference is the other's loss itself, or that of full fine-tuning. Of the
+        loss: (1 + share) loss."""
         scale = losses if self.untrained is None else self.untrained - (losses if self.full is None else self.full)
         found: np.ndarray = losses + share * scale
         return found
@@ -137,11 +133,9 @@ def may_be_best(rows: Sequence[Comparison], confidence: float) -> set[str]:
 
 
 def bounds(rows: Sequence[Comparison], confidence: float) -> list[Bounds]:
-    """Interval of each candidate's regret, from the intervals of the differences at `confidence`.
-
-    Its upper end is that of the largest difference to any other; its lower end that of the least difference to any that
-    may be the best, and zero where the candidate itself may be.
-    """
+    """Interval of each candidate's regret, from the intervals of the differences at `confidence`. Its upper end is that
+    of the largest difference to any other; its lower end that of the least difference to any that may be the best, and
+    zero where the candidate itself may be."""
     best = may_be_best(rows, confidence)
     found = []
     for row in rows:
@@ -160,10 +154,8 @@ def without_diverged(examples: pd.DataFrame, results: pd.DataFrame | None) -> pd
 
 
 def losses_by_candidate(examples: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Held-out losses of each candidate, lowest rank first: its finished seeds as rows, examples as columns.
-
-    `examples` is `Study.examples()`, or part of it.
-    """
+    """Held-out losses of each candidate, lowest rank first: its finished seeds as rows, examples as columns. `examples`
+    is `Study.examples()`, or part of it."""
     return {
         str(name): part.pivot(index="seed", columns="example", values="loss").sort_index()
         for (_, _, name), part in examples.groupby(["rank", "learning_rate", "candidate"])
@@ -205,12 +197,9 @@ def judged_examples(examples: pd.DataFrame) -> pd.DataFrame:
 
 
 def judge(examples: pd.DataFrame, untrained: pd.DataFrame | None = None, full: pd.DataFrame | None = None) -> Judged:
-    """Choose what is compared, from `Study.examples()`.
-
-    `untrained` has the losses before training, by example, where the margin is a share of the gain; `full` those of
-    full fine-tuning (seeds as rows, examples as columns). Candidates that share no seed with another one are left out,
-    those with the fewest seeds first.
-    """
+    """Choose what is compared, from `Study.examples()`. `untrained` has the losses before training, by example, where
+    the margin is a share of the gain; `full` those of full fine-tuning (seeds as rows, examples as columns). Candidates
+    that share no seed with another one are left out, those with the fewest seeds first."""
     judged = judged_examples(examples)
     losses, tokens = losses_by_candidate(judged), label_tokens(judged)
     while lone := [name for name, own in losses.items() if any(not _shared(own, other) for other in losses.values())]:

@@ -33,11 +33,9 @@ def noise_floor(profiles: pd.DataFrame, column: str) -> Noise | None:
 
 
 def over_budget(verdict: VerdictSpec, profiles: pd.DataFrame, candidates: Sequence[str]) -> dict[str, list[str]]:
-    """Limits that each candidate exceeds: `gpu_memory`, `runtime`, or `unmeasured` for an unknown cost.
-
-    GPU memory is the highest repeat's peak that torch's allocator reserved (CUDA's own context adds about 0.5 GB);
-    runtime is the mean over repeats of the whole schedule, trained alone.
-    """
+    """Limits that each candidate exceeds: `gpu_memory`, `runtime`, or `unmeasured` for an unknown cost. GPU memory is
+    the highest repeat's peak that torch's allocator reserved (CUDA's own context adds about 0.5 GB); runtime is the
+    mean over repeats of the whole schedule, trained alone."""
     over: dict[str, list[str]] = {name: [] for name in candidates}
     for cost, limit, column, how in (
         ("gpu_memory", verdict.max_gpu_memory, "gpu_reserved_peak_bytes", "max"),
@@ -59,11 +57,9 @@ def over_budget(verdict: VerdictSpec, profiles: pd.DataFrame, candidates: Sequen
 
 
 def on_front(table: pd.DataFrame, columns: Sequence[str]) -> "pd.Series[bool]":
-    """Whether each row of `table` is on the Pareto front of `columns`, where less is better.
-
-    A row is beaten by one that is nowhere higher and somewhere lower, so rows with equal values do not beat each other.
-    A row with NaN is not on the front and beats none. Noise and intervals are not considered.
-    """
+    """Whether each row of `table` is on the Pareto front of `columns`, where less is better. A row is beaten by one
+    that is nowhere higher and somewhere lower, so rows with equal values do not beat each other. A row with NaN is not
+    on the front and beats none. Noise and intervals are not considered."""
     values = table[list(columns)].to_numpy(dtype="float64")
     front = []
     for row in values:

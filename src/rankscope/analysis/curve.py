@@ -20,11 +20,9 @@ ERROR_COLUMNS += ["error_sd", "error_share", "within"]
 
 
 def loss_curve(evidence: Evidence) -> pd.DataFrame:
-    """One row per point: `kind recover_steps rank seeds eval_loss eval_loss_low eval_loss_high`.
-
-    `kind` is `trained`, `cut` or `recovered`. Losses are means over seeds, in nats per label token; the interval covers
-    the randomness of seeds, at the verdict's confidence (NaN with one seed).
-    """
+    """One row per point: `kind recover_steps rank seeds eval_loss eval_loss_low eval_loss_high`. `kind` is `trained`,
+    `cut` or `recovered`. Losses are means over seeds, in nats per label token; the interval covers the randomness of
+    seeds, at the verdict's confidence (NaN with one seed)."""
     trained, truncated, tokens = _tables(evidence)
     points = [("trained", 0, rank, table) for rank, table in trained.items()]
     points += [("recovered" if steps else "cut", steps, rank, table) for (steps, rank), table in truncated.items()]

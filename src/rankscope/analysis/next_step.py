@@ -1,25 +1,21 @@
-"""The command that would settle an open verdict. Imports nothing heavy."""
+"""The command that would settle an open verdict."""
 
 import shlex
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import percent, rate
-from rankscope.text.verdict import cause_of, kind_of_gain
+from rankscope.text.verdict import Verdict, cause_of, kind_of_gain
 
 
 class NextStep(NamedTuple):
-    """What would settle an open verdict."""
-
     title: str
     command: str
 
 
-def next_step(
-    verdict: Mapping[str, Any] | None, evidence: Evidence, directory: str, text: Catalogue
-) -> NextStep | None:
+def next_step(verdict: Verdict, evidence: Evidence, directory: str, text: Catalogue) -> NextStep | None:
     """The command that would settle an open verdict on the study in `directory`; None where all is settled."""
     if verdict is None:
         return None

@@ -4,13 +4,7 @@ from typing import Any
 
 import pandas as pd
 
-from rankscope.analysis.comparison import (
-    estimate,
-    judged_examples,
-    label_tokens,
-    losses_by_candidate,
-    without_diverged,
-)
+from rankscope.analysis.comparison import estimate, judged_examples, label_tokens, losses_by_candidate, without_diverged
 from rankscope.analysis.costs import noise_floor
 from rankscope.study.evidence import Evidence
 

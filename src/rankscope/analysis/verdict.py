@@ -38,15 +38,9 @@ from rankscope.spec.models import EMBEDDED
 from rankscope.study.evidence import Evidence
 
 MAX_MORE_SEEDS = 50  # added seeds that the search for `more_seeds` tries
-
 MAX_REGRET_MARGINS = 2.0  # margins that the cheapest of ranks without a visible difference may lose at most
-
-GAIN_OVER_WIDTH = (
-    3.0  # least gain, in half-widths of the widest interval between candidates, for ranks to be told apart
-)
-
+GAIN_OVER_WIDTH = 3.0  # least gain for ranks to be told apart, in half-widths of the widest interval between them
 USUAL_MARGINS = (0.01, 0.02, 0.05, 0.1)  # shares of the gain at which the verdict is shown beside its own
-
 OVERFIT_STEP_SHARE = 0.8  # of the steps: a rank whose best evaluation comes before it, and is clearly better, overfits
 
 States = Mapping[str, bool | None]  # by candidate: True for good enough, False for worse, None for undecided
@@ -91,21 +85,16 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
     verdict: dict[str, Any] = {
         "schema": 3,
         "outcome": "not_enough_evidence",
-        "rank": None,
-        "candidate": None,
-        "best_candidate": None,
+        **dict.fromkeys(("rank", "candidate", "best_candidate")),
         "margin": spec.verdict.margin,
         "margin_of": spec.verdict.margin_of,
         "confidence": confidence,
         "seeds": min((row.eval_loss.seeds for row in rows), default=0),
         "examples": rows[0].eval_loss.examples if rows else 0,
         "scaling": {"alpha": spec.adapter.alpha, "use_rslora": spec.adapter.use_rslora},
-        "gain": None,
-        "gain_low": None,
-        "gain_high": None,
+        **dict.fromkeys(("gain", "gain_low", "gain_high")),
         "margins": [],
-        "guess": None,
-        "more_seeds": None,
+        **dict.fromkeys(("guess", "more_seeds")),
         "undetermined": [],
         "left_out": sorted(set(spec.ranks) - {row.rank for row in rows}),
         "diverged": diverged,
@@ -239,10 +228,8 @@ def decide(
     *,
     look_ahead: bool = True,
 ) -> tuple[dict[str, Any], States]:
-    """Fields of verdict.json that hold the conclusion, and the state of each candidate.
-
-    `over` names the limits that each candidate exceeds; `look_ahead` is whether to find `more_seeds`.
-    """
+    """Fields of verdict.json that hold the conclusion, and the state of each candidate. `over` names the limits that
+    each candidate exceeds; `look_ahead` is whether to find `more_seeds`."""
     over, seeds = over or {}, min(row.eval_loss.seeds for row in rows)
     states = _states(rows, confidence)
     found = {"best_candidate": best_of(rows).candidate} | _outcome(rows, states, confidence, over)
@@ -261,11 +248,9 @@ def _settled(found: Mapping[str, Any]) -> bool:
 
 
 def _levels(candidates: int, confidence: float) -> tuple[float, float]:
-    """Two-sided confidence of one difference, for claims of good enough and of worse.
-
-    One candidate is the best, so a claim can be wrong about `candidates - 1` others. Good enough is wrong on one side
-    only, which doubles the level; the confidence is never below the one shown.
-    """
+    """Two-sided confidence of one difference, for claims of good enough and of worse. One candidate is the best, so a
+    claim can be wrong about `candidates - 1` others. Good enough is wrong on one side only, which doubles the level;
+    the confidence is never below the one shown."""
     share = (1 - confidence) / max(1, candidates - 1)
     return max(confidence, 1 - 2 * share), 1 - share
 

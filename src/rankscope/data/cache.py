@@ -23,22 +23,14 @@ from rankscope.spec.models import DataSpec
 
 _log = logging.getLogger(__name__)
 
-_ROW_FIELDS = {
-    *("id", "config", "revision", "split", "format", "columns", "max_rows"),
-    *("eval_dataset", "eval_split"),
-}
-"""Fields of DataSpec that only determine the rows, which have a fingerprint. All other fields are part of the key."""
+# Fields of DataSpec that only determine the rows, which have a fingerprint. All other fields are part of the key.
+_ROW_FIELDS = {"id", "config", "revision", "split", "format", "columns", "max_rows", "eval_dataset", "eval_split"}
 
 
 def prepare_cached(spec: DataSpec, tokenizer: Tokenizer, vocab_size: int) -> TokenizedData:
-    """Tokens of a study, from the cache if possible. The rows are read and checked every time.
-
-    `vocab_size` is the number of rows of the model's embedding. An entry that cannot be read is replaced; a cache that
-    cannot be written is a warning.
-
-    Raises:
-        DataError, ModelError: see `load_records` and `tokenize`.
-    """
+    """Tokens of a study, from the cache if possible. The rows are read and checked every time. `vocab_size` is the
+    number of rows of the model's embedding. An entry that cannot be read is replaced; a cache that cannot be written is
+    a warning. Raises DataError, ModelError: see `load_records` and `tokenize`."""
     with_chat_template(tokenizer, spec.chat_template)
     sources, of_eval = resolve_sources(spec)
     records = load_records(spec, sources)
@@ -62,15 +54,8 @@ def prepare_cached(spec: DataSpec, tokenizer: Tokenizer, vocab_size: int) -> Tok
 
 def _check_columns(spec: DataSpec, *read: Records | None) -> None:
     """Raise DataError where no source has the columns that the study names; of several, one may have others."""
-    names = {
-        name
-        for records in read
-        if records
-        for own in records.layouts.values()
-        for layout in own
-        for name in layout.columns.values()
-    }
-    if spec.columns and not names & set(spec.columns.values()):
+    layouts = [layout for records in read if records for own in records.layouts.values() for layout in own]
+    if spec.columns and not any({*layout.columns.values()} & {*spec.columns.values()} for layout in layouts):
         what = f"{spec.name}: no source has a column {listed(spec.columns.values())}, which data.columns names"
         raise DataError(what, "Correct data.columns (--columns OURS=THEIRS).")
 
@@ -78,11 +63,9 @@ def _check_columns(spec: DataSpec, *read: Records | None) -> None:
 def cache_key(
     records: Records, spec: DataSpec, tokenizer: Tokenizer, vocab_size: int, evaluated: Records | None = None
 ) -> str | None:
-    """sha256, in hex, of everything that determines tokens and facts; None where that cannot be known.
-
-    A hash of the vocabulary does not cover the code of a tokenizer written in Python, and a chat template that uses the
-    current time writes another prompt tomorrow.
-    """
+    """sha256, in hex, of everything that determines tokens and facts; None where that cannot be known. A hash of the
+    vocabulary does not cover the code of a tokenizer written in Python, and a chat template that uses the current time
+    writes another prompt tomorrow."""
     template = json.dumps(tokenizer.chat_template)
     if not tokenizer.is_fast or "strftime_now" in template:
         return None

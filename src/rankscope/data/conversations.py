@@ -8,9 +8,10 @@ found by rendering the conversation up to that turn, and checked.
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from rankscope.data.messages import says_something, shared_length
+from rankscope.data.messages import Messages, says_something, shared_length
 from rankscope.errors import DataError
 from rankscope.spec.models import CHATML
 
@@ -30,20 +31,19 @@ _PLUMBING = ("role", "content", "tool_call_id")  # fields that are no text of th
 _THOUGHTS = ("reasoning_content", "thinking")
 
 
-class Rendered(NamedTuple):
-    """One row as text."""
+Spans: TypeAlias = list[tuple[int, int]]  # of characters, in order
 
+
+class Rendered(NamedTuple):
     text: str
-    learned: list[tuple[int, int]]  # characters of each answer to learn, in order
+    learned: Spans  # characters of each answer to learn, in order
     beginning: str  # what rows of one conversation or question share, for the split
     is_chat: bool = True  # written by a chat template, with its special tokens
 
 
 def with_chat_template(tokenizer: Tokenizer, template: str | None) -> None:
-    """Give the tokenizer the study's own chat template, if it has one.
-
-    `chatml` ends a turn with `<|im_end|>`, or with the tokenizer's own end of sequence where that is no token of it.
-    """
+    """Give the tokenizer the study's own chat template, if it has one. `chatml` ends a turn with `<|im_end|>`, or with
+    the tokenizer's own end of sequence where that is no token of it."""
     if template == CHATML:
         template = _CHATML
         if _END not in tokenizer.get_vocab():
@@ -72,22 +72,15 @@ class ChatTemplate:
         return {name: rows for name, rows in self.with_field.items() if name not in self._written}
 
     def render(self, row: Mapping[str, Any]) -> Rendered:
-        """Render a conversation.
-
-        Raises:
-            DataError: there is no template, it refuses the conversation, writes no tool calls, or an answer cannot be
-                found in what it writes.
-        """
+        """Render a conversation. Raises DataError: there is no template, it refuses the conversation, writes no tool
+        calls, or an answer cannot be found in what it writes."""
         if not self.tokenizer.chat_template:
-            raise DataError(
-                "the rows are conversations, but the model's tokenizer has no chat template",
-                "Give one: --chat-template chatml, or a file with a Jinja template; or take a chat (instruct) model.",
-            )
+            todo = "Give one: --chat-template chatml, or a file with a Jinja template; or take a chat (instruct) model."
+            raise DataError("the rows are conversations, but the model's tokenizer has no chat template", todo)
         messages = [{key: value for key, value in message.items() if key != "weight"} for message in row["messages"]]
         self._rename_thoughts(messages)
-        given = {key: row[key] for key in ("tools", "documents") if key in row} | dict(
-            row.get("chat_template_kwargs", {})
-        )
+        given = {key: row[key] for key in ("tools", "documents") if key in row}
+        given |= row.get("chat_template_kwargs", {})
         text = self._text(messages, given)
         self._look_for_ignored(messages, given, text)
         turns = self._turns(row, messages)
@@ -106,38 +99,29 @@ class ChatTemplate:
             said = ["content", *self._written.intersection(_THOUGHTS)]  # others are told as ignored
             answers = [(messages[number], text[slice(*span)]) for number, span in zip(turns, learned, strict=True)]
             self.changed += any(not _stands_in(message, said, own) for message, own in answers)
-        if any(name not in text for message in messages for name in _called(message)):
+        calls = chain.from_iterable(message.get("tool_calls", ()) for message in messages)
+        if any(call["function"]["name"] not in text for call in calls):
             raise self._no_calls()
         return Rendered(text, learned, _beginning(messages))
 
-    def _turns(self, row: Mapping[str, Any], messages: list[dict[str, Any]]) -> list[int]:
+    def _turns(self, row: Mapping[str, Any], messages: Messages) -> list[int]:
         """Indices of the messages to learn."""
-        answers = [
-            number
-            for number, message in enumerate(row["messages"])
-            if message["role"] == "assistant" and number >= row.get("first", 0)
-        ]
+        given = row["messages"]
+        answers = [n for n in range(row.get("first", 0), len(given)) if given[n]["role"] == "assistant"]
         if self.loss_on in ("last", "completion"):
             answers = answers[-1:]
-        return [
-            number
-            for number in answers
-            if row["messages"][number].get("weight", 1) != 0 and says_something(messages[number])
-        ]
+        return [n for n in answers if given[n].get("weight", 1) != 0 and says_something(messages[n])]
 
     def _all_but_unlearned(
-        self, row: Mapping[str, Any], messages: list[dict[str, Any]], given: Mapping[str, Any], text: str
-    ) -> list[tuple[int, int]]:
+        self, row: Mapping[str, Any], messages: Messages, given: Mapping[str, Any], text: str
+    ) -> Spans:
         """Whole text without the answers of weight 0."""
         left_out = [number for number, message in enumerate(row["messages"]) if message.get("weight", 1) == 0]
-        borders = [
-            0,
-            *(border for number in left_out for border in self._span(messages, number, given, text)),
-            len(text),
-        ]
+        inner = chain.from_iterable(self._span(messages, number, given, text) for number in left_out)
+        borders = [0, *inner, len(text)]
         return list(zip(borders[::2], borders[1::2], strict=True))
 
-    def _text(self, messages: list[dict[str, Any]], given: Mapping[str, Any], prompt: bool = False) -> str:
+    def _text(self, messages: Messages, given: Mapping[str, Any], prompt: bool = False) -> str:
         try:
             text: Any = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=prompt, **given
@@ -150,7 +134,7 @@ class ChatTemplate:
             ) from None
         return str(text)
 
-    def _rename_thoughts(self, messages: list[dict[str, Any]]) -> None:
+    def _rename_thoughts(self, messages: Messages) -> None:
         """Give thoughts the name that the template reads, if it reads only the other one."""
         read = [name for name in _THOUGHTS if name in self._source]
         if len(read) == 1:
@@ -159,15 +143,10 @@ class ChatTemplate:
                 if other in message and read[0] not in message:
                     message[read[0]] = message.pop(other)
 
-    def _look_for_ignored(self, messages: list[dict[str, Any]], given: Mapping[str, Any], text: str) -> None:
+    def _look_for_ignored(self, messages: Messages, given: Mapping[str, Any], text: str) -> None:
         """Find out which fields change nothing in what the template writes: by leaving them out."""
-        own = {
-            key
-            for message in messages
-            for key in message
-            if key not in _PLUMBING and (key != "name" or message["role"] != "tool")  # the call has that name too
-        }
-        fields = [*given, *sorted(own)]
+        own = {(key, message["role"] == "tool") for message in messages for key in message if key not in _PLUMBING}
+        fields = [*given, *sorted({key for key, of_tool in own if key != "name" or not of_tool})]  # a call has its name
         if any(message["role"] == "system" for message in messages):
             fields.append("system")
         for name in fields:
@@ -198,7 +177,7 @@ class ChatTemplate:
             "Give a template that writes tool_calls (--chat-template FILE), or take a model that calls tools.",
         )
 
-    def _marked(self, messages: list[dict[str, Any]], given: Mapping[str, Any]) -> list[tuple[int, int]] | None:
+    def _marked(self, messages: Messages, given: Mapping[str, Any]) -> Spans | None:
         """Characters that the template itself marks as the assistant's."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -211,9 +190,7 @@ class ChatTemplate:
         _, [marked] = rendered
         return [(start, end) for start, end in marked if end > start]
 
-    def _of_marked(
-        self, marked: list[tuple[int, int]], turns: list[int], messages: list[dict[str, Any]]
-    ) -> list[tuple[int, int]]:
+    def _of_marked(self, marked: Spans, turns: list[int], messages: Messages) -> Spans:
         """Marks of the turns to learn, where the template marks every answer once."""
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if len(marked) == len(answers):
@@ -226,7 +203,7 @@ class ChatTemplate:
             "Learn all of them: data.loss_on=assistant, and no message with weight 0.",
         )
 
-    def _start(self, before: list[dict[str, Any]], given: Mapping[str, Any], text: str) -> int:
+    def _start(self, before: Messages, given: Mapping[str, Any], text: str) -> int:
         """Where the answer after these messages begins: after the generation prompt, or what the text has of it."""
         prompt = self._text(before, given, prompt=True)
         if text.startswith(prompt):
@@ -238,7 +215,7 @@ class ChatTemplate:
             raise self._not_found()
         return shared
 
-    def _first(self, messages: list[dict[str, Any]], given: Mapping[str, Any], text: str) -> int:
+    def _first(self, messages: Messages, given: Mapping[str, Any], text: str) -> int:
         """Where the answer begins that opens a conversation: no messages come before it, and templates want some."""
         greeting = messages[0] | {"content": _MARK + messages[0]["content"]}
         marked = self._text([greeting, *messages[1:]], given)
@@ -246,9 +223,7 @@ class ChatTemplate:
             raise self._not_found()
         return marked.index(_MARK)
 
-    def _span(
-        self, messages: list[dict[str, Any]], number: int, given: Mapping[str, Any], text: str
-    ) -> tuple[int, int]:
+    def _span(self, messages: Messages, number: int, given: Mapping[str, Any], text: str) -> tuple[int, int]:
         """Characters of one answer, its end mark included."""
         start = self._start(messages[:number], given, text) if number else self._first(messages, given, text)
         until = text if number == len(messages) - 1 else self._text(messages[: number + 1], given)
@@ -276,11 +251,6 @@ class ChatTemplate:
         )
 
 
-def _called(message: Mapping[str, Any]) -> list[str]:
-    """Names of the functions that a message calls."""
-    return [call["function"]["name"] for call in message.get("tool_calls", ())]
-
-
 def _stands_in(message: Mapping[str, Any], fields: Sequence[str], text: str) -> bool:
     """Whether a text holds what a message says in these fields."""
     said = (message.get(name) for name in fields)
@@ -301,7 +271,7 @@ def _whole_words(text: str) -> str:
     return text[: max((at + 1 for at, character in enumerate(text) if character.isspace()), default=len(text))]
 
 
-def _beginning(messages: list[dict[str, Any]]) -> str:
+def _beginning(messages: Messages) -> str:
     """Messages before the first answer, which all rows have that were made of one conversation."""
     asked = next((number for number, message in enumerate(messages) if message["role"] == "user"), 0)
     answers = (number for number, message in enumerate(messages) if message["role"] == "assistant" and number > asked)

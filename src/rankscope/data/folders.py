@@ -23,6 +23,7 @@ SPLITS = {
 }  # fmt: skip
 """Splits by the names that files have."""
 
+_HIDDEN = re.compile(r"(^|/)(\.|__)")  # a file, or a folder that it lies in
 _DESCRIPTION = re.compile(r"(dataset_infos?|dataset_dict|state|config|generation_config|tokenizer_config)\.json")
 _UNREMARKABLE = re.compile(
     rf"(readme|license|licence|notice|citation|changelog|contributing)\b.*|.*\.(md|py|png|jpe?g|svg)|{_DESCRIPTION.pattern}"
@@ -40,21 +41,12 @@ class Folder(NamedTuple):
 
 
 def divide(files: Sequence[str], readme: str, config: str | None, name: str) -> Folder:
-    """Files by split; `files` are paths below the folder, with forward slashes.
-
-    Raises:
-        DataError: README.md has several configurations and none is chosen, or it names no file that is there; there is
-            no data file at all.
-    """
-    plain = sorted(
-        file for file in files if not any(part.startswith((".", "__")) for part in PurePosixPath(file).parts)
-    )
-    data = [
-        file for file in plain if _type(file) in FILE_TYPES and not _DESCRIPTION.fullmatch(PurePosixPath(file).name)
-    ]
-    named = [
-        file for file in plain if file not in data and not _UNREMARKABLE.fullmatch(PurePosixPath(file).name.lower())
-    ]
+    """Files by split; `files` are paths below the folder, with forward slashes. Raises DataError: README.md has several
+    configurations and none is chosen, or it names no file that is there; there is no data file at all."""
+    plain = sorted(file for file in files if not _HIDDEN.search(file))
+    names = {file: PurePosixPath(file).name for file in plain}
+    data = [file for file in plain if _type(file) in FILE_TYPES and not _DESCRIPTION.fullmatch(names[file])]
+    named = [file for file in plain if file not in data and not _UNREMARKABLE.fullmatch(names[file].lower())]
     notes = [f"{name}: no rows, not read: {listed(named)}"] if named else []
     configs, default = _configs(readme)
     if config is not None and config not in configs and (configs or config not in _folders_of_splits(data)):
@@ -62,10 +54,8 @@ def divide(files: Sequence[str], readme: str, config: str | None, name: str) -> 
     if configs:
         chosen = config or default
         if chosen is None:
-            raise DataError(
-                f"{name}: has several configurations: {listed(configs)}",
-                f"Choose one: data.config={next(iter(configs))}",
-            )
+            what = f"{name}: has several configurations: {listed(configs)}"
+            raise DataError(what, f"Choose one: data.config={next(iter(configs))}")
         splits = {split: [file for file in data if _matches(file, globs)] for split, globs in configs[chosen].items()}
         if splits.keys() == {_BY_NAME}:
             return Folder(_by_name(splits[_BY_NAME]), notes)
@@ -73,10 +63,8 @@ def divide(files: Sequence[str], readme: str, config: str | None, name: str) -> 
         if unread := [file for file in data if not _matches(file, named_anywhere)]:
             notes.append(f"{name}: README.md does not name, and so not read: {listed(unread)}")
         if empty := [split for split, found in splits.items() if not found]:
-            raise DataError(
-                f"{name}: README.md names files of the split {empty[0]} that are not there",
-                "Fetch the whole repository.",
-            )
+            what = f"{name}: README.md names files of the split {empty[0]} that are not there"
+            raise DataError(what, "Fetch the whole repository.")
         return Folder(splits, notes)
     if not data:
         more = "; its loading script is not executed" if any(file.endswith(".py") for file in plain) else ""
@@ -153,12 +141,10 @@ def _configs(readme: str) -> tuple[dict[str, dict[str, list[str]]], str | None]:
         if isinstance(files, dict):
             entries = [{"split": split, "path": path} for split, path in files.items()]
         splits: dict[str, list[str]] = {}
-        for entry in entries:
-            split, path = (
-                (entry.get("split", "train"), entry.get("path")) if isinstance(entry, dict) else ("train", entry)
-            )
+        for entry in (one if isinstance(one, dict) else {"path": one} for one in entries):
+            path, split = entry.get("path"), str(entry.get("split", "train"))
             paths = [str(part) for part in (path if isinstance(path, list) else [path])]
-            splits.setdefault(str(split), []).extend(f"{folder}/{part}" if folder else part for part in paths)
+            splits.setdefault(split, []).extend(f"{folder}/{part}" if folder else part for part in paths)
         name = str(one.get("config_name", "default"))
         found[name] = splits
         if one.get("default") is True or (name == "default" and default is None):

@@ -38,7 +38,6 @@ _ASKED = ("instruction", "question", "query", "prompt", "problem")
 _SAID = ("output", "response", "answer", "completion", "solution")
 _GIVEN = ("input", "context")
 _OWN = {column for format in REQUIRED for column in (*REQUIRED[format], *OPTIONAL[format])}
-
 COLUMNS = frozenset({*_OWN, *_CONVERSATION, *_ASKED, *_SAID, *_GIVEN, *MEDIA, "chosen", "rejected", "functions"})
 """Columns that any format reads; others are not loaded where that saves time."""
 
@@ -51,29 +50,21 @@ class Layout(NamedTuple):
     guessed: bool = False
 
     def describe(self, source: str) -> str:
-        """Say what was guessed."""
         pairs = [f"`{theirs}` as {field}" for field, theirs in self.columns.items() if field != theirs]
         return f"{source} is read as {self.format}: {', '.join(pairs)}"
 
 
 def resolve_layout(spec: DataSpec, columns: Sequence[str], source: str, sample: Mapping[str, object]) -> Layout:
-    """Layout of a source with these columns.
-
-    `spec.columns` comes first, then the formats' own names, then a guess, if only one is possible. `sample` is a row;
-    whether an answer is a list of messages decides between two of them.
-
-    Raises:
-        DataError: the columns fit no format, or several.
-    """
+    """Layout of a source with these columns. `spec.columns` comes first, then the formats' own names, then a guess, if
+    only one is possible. `sample` is a row; whether an answer is a list of messages decides between two of them. Raises
+    DataError: the columns fit no format, or several."""
     given = spec.columns
     several = len(spec.ids) > 1 or spec.eval_dataset is not None
     if several and not set(given.values()) & set(columns):
         given = {}  # names of another source's columns
     if absent := [theirs for theirs in given.values() if theirs not in columns]:
-        raise DataError(
-            f"{source}: no column {listed(absent)}, which data.columns names; found {listed(columns)}",
-            "Correct data.columns (--columns OURS=THEIRS).",
-        )
+        what = f"{source}: no column {listed(absent)}, which data.columns names; found {listed(columns)}"
+        raise DataError(what, "Correct data.columns (--columns OURS=THEIRS).")
     own = {name: name for name in columns if name in _OWN and name not in given.values()} | given
     if "functions" in columns:  # OpenAI's older name
         own.setdefault("tools", "functions")

@@ -27,12 +27,9 @@ _CHARACTERS_PER_TOKEN = 16  # characters tokenised per token needed: a large fil
 
 
 def with_general_text(data: TokenizedData, id: str, most: int, tokenizer: Tokenizer, vocab_size: int) -> TokenizedData:
-    """Copy of `data` with the first `most` sequences of the general text `id`, truncated as its rows are.
-
-    Raises:
-        DataError: the text cannot be read, has no `text` column, or no token to predict.
-        ModelError: the tokenizer gives ids that are not in the model's vocabulary.
-    """
+    """Copy of `data` with the first `most` sequences of the general text `id`, truncated as its rows are. Raises
+    DataError: the text cannot be read, has no `text` column, or no token to predict; ModelError: the tokenizer gives
+    ids that are not in the model's vocabulary."""
     try:
         source = _source(id)
         tokens = _tokens(source, id, most, data.facts["max_length"], tokenizer, vocab_size)
@@ -51,9 +48,7 @@ def _tokens(source: Source, id: str, most: int, max_length: int, tokenizer: Toke
     front = special_tokens_in_front(tokenizer)
     room = max_length - len(front)
     examples: list[Example] = []
-    rows = (
-        (part, index, line, row) for part in source.parts for index, (line, row) in enumerate(part.rows((_COLUMN,)))
-    )
+    rows = ((part, index, *row) for part in source.parts for index, row in enumerate(part.rows((_COLUMN,))))
     for part, index, line, row in islice(rows, _ROWS_PER_SEQUENCE * most):
         try:
             text = checked_text(row.get(_COLUMN), _COLUMN)
@@ -73,10 +68,8 @@ def _tokens(source: Source, id: str, most: int, max_length: int, tokenizer: Toke
         if len(examples) >= most:
             break
     if not examples:
-        raise DataError(
-            f"{id} has no token to predict within data.max_length {max_length}",
-            "Give a text of at least a few sentences.",
-        )
+        what = f"{id} has no token to predict within data.max_length {max_length}"
+        raise DataError(what, "Give a text of at least a few sentences.")
     check_ids(max(int(example.ids.max()) for example in examples[:most]), tokenizer, vocab_size)
     return Tokens.from_examples(examples[:most])
 

@@ -7,7 +7,7 @@ parts; tool calls with their arguments as JSON text; messages as JSON text, sinc
 import ast
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from rankscope.data.readers import kind
 from rankscope.errors import shortened
@@ -19,6 +19,7 @@ ROLES = {
 }  # fmt: skip
 """Roles of chat templates by the names that ShareGPT's descendants use."""
 
+Messages: TypeAlias = list[dict[str, Any]]  # as chat templates read them: see `parse_messages`
 _ARGUMENTS = ("parameters", "args", "input")  # other dialects' names of a call's arguments
 _LEARN = ("weight", "train", "training")  # of OpenAI and Axolotl: whether an answer is learned
 
@@ -50,15 +51,10 @@ def checked_text(value: Any, field: str) -> str:
     return value
 
 
-def parse_messages(value: Any, field: str) -> list[dict[str, Any]]:
-    """Messages with `role`, `content` as text, and every other field that is not null.
-
-    A message that is not to be learned has `weight` 0; no other weight is left.
-
-    Raises:
-        WrongRowError: it is no list of messages, a role or content is missing, a part is no text, a weight is neither
-            0 nor 1.
-    """
+def parse_messages(value: Any, field: str) -> Messages:
+    """Messages with `role`, `content` as text, and every other field that is not null. A message that is not to be
+    learned has `weight` 0; no other weight is left. Raises WrongRowError: it is no list of messages, a role or content
+    is missing, a part is no text, a weight is neither 0 nor 1."""
     if isinstance(value, str):
         value = parse_json(value, field, "a list of messages")
     if not isinstance(value, list):
@@ -115,17 +111,15 @@ def _content(value: Any, message: dict[str, Any], has_calls: bool, field: str) -
     texts = []
     for number, part in enumerate(value):
         where = f"{field}[{number}]"
-        kind_of_part = part.get("type", "text") if isinstance(part, dict) else "text"
-        text = part.get(kind_of_part) if isinstance(part, dict) else part
-        if kind_of_part in ("thinking", "reasoning"):
+        form = part.get("type", "text") if isinstance(part, dict) else "text"
+        text = part.get(form) if isinstance(part, dict) else part
+        if form in ("thinking", "reasoning"):
             known = checked_text(message.get("reasoning_content", ""), f"{field}: reasoning_content")
             message["reasoning_content"] = known + checked_text(text, where)
-        elif kind_of_part == "text":
+        elif form == "text":
             texts.append(checked_text(text, where))
         else:
-            raise WrongRowError(
-                f"`{where}` is of type {shortened(str(kind_of_part))}, which a text model does not read"
-            )
+            raise WrongRowError(f"`{where}` is of type {shortened(str(form))}, which a text model does not read")
     return "".join(texts)
 
 
@@ -160,7 +154,6 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
 
 
 def parse_tools(value: Any, field: str) -> list[dict[str, Any]]:
-    """Tools that a model may call, in the form that chat templates read; JSON text is parsed."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return []
     found = parse_json(value, field, "a list of tools") if isinstance(value, str) else value

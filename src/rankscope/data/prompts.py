@@ -44,15 +44,14 @@ def render_plain(row: Mapping[str, Any], spec: DataSpec, loss_on: str) -> Render
     if "prompt" in row:
         prompt, completion, beginning = row["prompt"], row["completion"], row["prompt"]
     else:
-        front = f"{row['system']}\n" if "system" in row else ""
-        turns = [({"instruction": asked, "input": ""}, said) for asked, said in row.get("history", ())]
-        prompts = [_fill(spec, asked) for asked in (*(asked for asked, _ in turns), row)]
-        answers = [_after(prompt, said) for prompt, (_, said) in zip(prompts, turns, strict=False)]
-        beginning = front + prompts[0]
-        prompt = (
-            front + "".join(f"{asked}{said}\n" for asked, said in zip(prompts, answers, strict=False)) + prompts[-1]
-        )
-        completion = _after(prompts[-1], row["output"])
+        prompt = f"{row['system']}\n" if "system" in row else ""
+        earlier = [({"instruction": asked, "input": ""}, said) for asked, said in row.get("history", ())]
+        beginning = prompt + _fill(spec, earlier[0][0] if earlier else row)
+        for asked, said in earlier:
+            question = _fill(spec, asked)
+            prompt += f"{question}{_after(question, said)}\n"
+        question = _fill(spec, row)
+        prompt, completion = prompt + question, _after(question, row["output"])
     start = 0 if loss_on == "all" else len(prompt)
     return Rendered(prompt + completion, [(start, len(prompt + completion))], beginning, is_chat=False)
 
@@ -84,10 +83,8 @@ def encode(rows: Sequence[Rendered], tokenizer: Tokenizer) -> list[Encoded]:
 
     A plain text begins with the tokenizer's leading special tokens (often bos) and ends with one eos. A plain prompt is
     tokenised as at inference: where a token would span its border (it ends in a space, say), the answer's tokens are
-    those of the text that follows it, and ids differ from the whole text's. Chat text is tokenised as it is.
-
-    Raises:
-        ModelError: the tokenizer has no eos token, and plain answers need one.
+    those of the text that follows it, and ids differ from the whole text's. Chat text is tokenised as it is. Raises
+    ModelError: the tokenizer has no eos token, and plain answers need one.
     """
     chats = [row for row in rows if row.is_chat]
     plain = [row for row in rows if not row.is_chat]
@@ -139,10 +136,8 @@ def _encode_plain(rows: Sequence[Rendered], tokenizer: Tokenizer) -> list[Encode
         return []
     front, eos = special_tokens_in_front(tokenizer), tokenizer.eos_token_id
     if not isinstance(eos, int):
-        raise ModelError(
-            f"model {tokenizer.name_or_path}: the tokenizer has no end-of-sequence token, so no answer could end",
-            "Choose a model whose tokenizer has one (eos_token in its tokenizer_config.json).",
-        )
+        what = f"model {tokenizer.name_or_path}: the tokenizer has no end-of-sequence token, so no answer could end"
+        raise ModelError(what, "Choose a model whose tokenizer has one (eos_token in its tokenizer_config.json).")
     borders = [row.learned[0][0] for row in rows]
     wholes = token_ids([row.text for row in rows], tokenizer)
     prompts = token_ids([row.text[:border] for row, border in zip(rows, borders, strict=True)], tokenizer)

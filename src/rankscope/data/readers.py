@@ -18,15 +18,15 @@ import json
 import sys
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path, PurePath
 from typing import IO, Any, NamedTuple, TypeAlias
 
 from rankscope.errors import DataError, shortened
 
-Numbered: TypeAlias = tuple[int | None, Any]
-"""Line, from 1, on which a row starts (None without lines), and the row."""
+Numbered: TypeAlias = tuple[int | None, Any]  # line, from 1, on which a row starts (None without lines), and the row
 
 TEXT_TYPES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 FILE_TYPES = (*TEXT_TYPES, ".parquet", ".arrow")
@@ -42,11 +42,9 @@ def file_type(path: PurePath) -> str:
 
 
 class Part(NamedTuple):
-    """A file, or a saved table: what errors call it, and its rows, which can be read again and again.
-
-    `rows(columns)` may leave out other columns than those; `columns()` names all there are, where that needs no pass
-    over the rows (else an empty tuple).
-    """
+    """A file, or a saved table: what errors call it, and its rows, which can be read again and again. `rows(columns)`
+    may leave out other columns than those; `columns()` names all there are, where that needs no pass over the rows
+    (else an empty tuple)."""
 
     name: str
     rows: Callable[[Collection[str]], Iterator[Numbered]]
@@ -64,14 +62,11 @@ def file_part(path: Path, name: str | None = None) -> Part:
     name = name or str(path)
     suffix = file_type(path)
     if suffix not in FILE_TYPES:
-        raise DataError(
-            f"{name}: unknown file type {suffix or '(no suffix)'}",
-            f"Name it by what it holds: {', '.join(FILE_TYPES)} (text may be gzipped).",
-        )
-    if suffix == ".parquet":
-        return Part(name, lambda wanted: _parquet_rows(path, name, wanted), lambda: _parquet_columns(path, name))
-    if suffix == ".arrow":
-        return Part(name, lambda wanted: _arrow_rows(path, name, wanted), lambda: _arrow_columns(path, name))
+        what = f"{name}: unknown file type {suffix or '(no suffix)'}"
+        raise DataError(what, f"Name it by what it holds: {', '.join(FILE_TYPES)} (text may be gzipped).")
+    if suffix in (".parquet", ".arrow"):
+        table = partial(_parquet if suffix == ".parquet" else _arrow, path, name)
+        return Part(name, lambda wanted: _table_rows(table(), wanted), lambda: _table_columns(table()))
     read = _csv_rows if suffix in (".csv", ".tsv") else _json_rows
     return Part(name, lambda wanted: _objects(name, read(path, name, wanted)))
 
@@ -86,10 +81,8 @@ def _objects(name: str, numbered: Iterable[Numbered]) -> Iterator[Numbered]:
     for count, (line, value) in enumerate(numbered, start=1):
         if not isinstance(value, dict):
             where = name if line is None else f"{name}, line {line}"
-            raise DataError(
-                f"{where}: row {count} is {kind(value)}, expected an object",
-                'Write each row as {"instruction": ..., "output": ...}.',
-            )
+            what = f"{where}: row {count} is {kind(value)}, expected an object"
+            raise DataError(what, 'Write each row as {"instruction": ..., "output": ...}.')
         yield line, value
 
 
@@ -130,10 +123,8 @@ def _first_bytes(path: Path, name: str) -> bytes:
     except OSError as error:
         raise _unreadable(name, error) from None
     if start == _LFS:
-        raise DataError(
-            f"{name}: a Git LFS pointer, which stands for a file that was not fetched",
-            "Fetch it in its repository: git lfs pull",
-        )
+        what = f"{name}: a Git LFS pointer, which stands for a file that was not fetched"
+        raise DataError(what, "Fetch it in its repository: git lfs pull")
     return start
 
 
@@ -204,9 +195,7 @@ _decoder = json.JSONDecoder()
 
 def _objects_over_lines(name: str, number: int, lines: Iterator[str], wanted: Collection[str]) -> Iterator[Numbered]:
     """Objects that follow one another, over several lines or with commas between; the rest of the file is read whole.
-
-    If that is not what the rest is, the error is that of its first line alone, where the next one begins an object.
-    """
+    If that is not what the rest is, the error is that of its first line alone, where the next one begins an object."""
     first = next(lines)
     text = first + "".join(lines)
     position, rows = 0, 0
@@ -244,10 +233,8 @@ def _parse_json(name: str, text: str, line: int | None = None) -> Any:
 
 
 def _not_json(name: str, line: int | None, message: str) -> DataError:
-    return DataError(
-        f"{name}{f', line {line}' if line else ''}: not valid JSON: {message}",
-        "Correct it; expected is one list of objects, or one object a line.",
-    )
+    what = f"{name}{f', line {line}' if line else ''}: not valid JSON: {message}"
+    return DataError(what, "Correct it; expected is one list of objects, or one object a line.")
 
 
 def _one_object(name: str, value: Any, line: int, wanted: Collection[str]) -> Iterator[Numbered]:
@@ -271,10 +258,8 @@ def _one_object(name: str, value: Any, line: int, wanted: Collection[str]) -> It
     else:
         holders = [key for key in value if key not in wanted and _are_objects(value[key])]
         if len(holders) > 1:
-            raise DataError(
-                f"{name}: lists of objects lie under several keys: {listed(holders)}",
-                "Write each list to a file of its own; files of a folder may be named by split.",
-            )
+            what = f"{name}: lists of objects lie under several keys: {listed(holders)}"
+            raise DataError(what, "Write each list to a file of its own; files of a folder may be named by split.")
         if not holders:
             yield line, value
             return
@@ -303,10 +288,8 @@ def _csv_rows(path: Path, name: str, wanted: Collection[str]) -> Iterator[Number
             for values in reader:
                 if values and len(values) != len(header):
                     count = f"{len(values)} value" + "s" * (len(values) != 1)
-                    raise DataError(
-                        f"{name}, line {line}: {count} for {len(header)} column" + "s" * (len(header) != 1),
-                        f"Put text that contains {delimiter!r} in double quotes.",
-                    )
+                    what = f"{name}, line {line}: {count} for {len(header)} column" + "s" * (len(header) != 1)
+                    raise DataError(what, f"Put text that contains {delimiter!r} in double quotes.")
                 if values:
                     yield line, {column: value for column, value in zip(header, values, strict=True) if column}
                 line = reader.line_num + 1
@@ -319,26 +302,33 @@ def _csv_rows(path: Path, name: str, wanted: Collection[str]) -> Iterator[Number
 # Columnar files
 
 
-def _parquet_columns(path: Path, name: str) -> tuple[str, ...]:
-    with _parquet(path, name) as file:
-        return tuple(file.schema_arrow.names)
+class _Table(NamedTuple):
+    """An open columnar file: its columns, and batches of some of them."""
+
+    columns: tuple[str, ...]
+    batches: Callable[[list[str]], Iterable[Any]]
 
 
-def _parquet_rows(path: Path, name: str, wanted: Collection[str]) -> Iterator[Numbered]:
-    with _parquet(path, name) as file:
-        columns = [column for column in file.schema_arrow.names if column in wanted]
-        with _arrow_errors(name, "Parquet"):
-            for batch in file.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False):
-                yield from _batch_rows(batch)
+def _table_columns(opened: AbstractContextManager[_Table]) -> tuple[str, ...]:
+    with opened as table:
+        return table.columns
 
 
-def _parquet(path: Path, name: str) -> Any:
+def _table_rows(opened: AbstractContextManager[_Table], wanted: Collection[str]) -> Iterator[Numbered]:
+    with opened as table:
+        for batch in table.batches([column for column in table.columns if column in wanted]):
+            yield from _batch_rows(batch)
+
+
+@contextmanager
+def _parquet(path: Path, name: str) -> Iterator[_Table]:
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     _first_bytes(path, name)
-    with _arrow_errors(name, "Parquet"):
-        # So a row group is read page by page: pyarrow's writer puts a million rows in one.
-        return pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+    # So a row group is read page by page: pyarrow's writer puts a million rows in one.
+    with _arrow_errors(name, "Parquet"), pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
+        read = partial(file.iter_batches, _BATCH_ROWS, use_threads=False)
+        yield _Table(tuple(file.schema_arrow.names), lambda columns: read(columns=columns))
 
 
 @contextmanager
@@ -351,33 +341,26 @@ def _arrow_errors(name: str, what: str) -> Iterator[None]:
         raise DataError(f"{name}: not readable as {what}: {error}", "Check the file, or fetch it again.") from None
 
 
-def _arrow_columns(path: Path, name: str) -> tuple[str, ...]:
-    with _arrow(path, name) as (columns, _):
-        return columns
-
-
-def _arrow_rows(path: Path, name: str, wanted: Collection[str]) -> Iterator[Numbered]:
-    with _arrow(path, name) as (columns, batches):
-        read = [column for column in columns if column in wanted]
-        for batch in batches:
-            for start in range(0, batch.num_rows, _BATCH_ROWS):
-                yield from _batch_rows(batch.select(read).slice(start, _BATCH_ROWS))
-
-
 @contextmanager
-def _arrow(path: Path, name: str) -> Iterator[tuple[tuple[str, ...], Iterable[Any]]]:
-    """Columns and batches of an Arrow file of either kind: a stream, as `datasets` writes it, or a file."""
+def _arrow(path: Path, name: str) -> Iterator[_Table]:
+    """An Arrow file of either kind: a stream, as `datasets` writes it, or a file."""
     import pyarrow as pa
 
     _first_bytes(path, name)
     with _arrow_errors(name, "Arrow"), pa.memory_map(str(path)) as source:
         try:
-            stream = pa.ipc.open_stream(source)
+            batches = file = pa.ipc.open_stream(source)
         except pa.ArrowInvalid:
             file = pa.ipc.open_file(source)
-            yield tuple(file.schema.names), (file.get_batch(number) for number in range(file.num_record_batches))
-        else:
-            yield tuple(stream.schema.names), stream
+            batches = map(file.get_batch, range(file.num_record_batches))
+        yield _Table(
+            tuple(file.schema.names),
+            lambda columns: (
+                batch.select(columns).slice(start, _BATCH_ROWS)
+                for batch in batches
+                for start in range(0, batch.num_rows, _BATCH_ROWS)
+            ),
+        )
 
 
 def _batch_rows(batch: Any) -> Iterator[Numbered]:

@@ -20,6 +20,7 @@ from typing import Any
 
 from rankscope.data.formats import COLUMNS, MEDIA, Layout, resolve_layout
 from rankscope.data.messages import (
+    Messages,
     WrongRowError,
     checked_text,
     parse_json,
@@ -38,7 +39,7 @@ _ROWS_FOR_COLUMNS = 1000  # first rows of a part whose fields are its columns, w
 
 @dataclass
 class Records:
-    """Rows of one or several sources, in order. Iterating reads them again; rows left out are left out again."""
+    """Rows of one or several sources, in order. They are read anew each time; rows left out are left out again."""
 
     sources: Sequence[Source]
     layouts: dict[str, tuple[Layout, ...]]  # of each part, by the source's name
@@ -64,10 +65,6 @@ class Records:
         """Formats of the sources, such as `messages` or `alpaca + text`."""
         return " + ".join(dict.fromkeys(layout.format for own in self.layouts.values() for layout in own))
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for _, row in self.located():
-            yield row
-
     def located(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Rows with their place, e.g. `data.jsonl, line 7`."""
         for where, row in _checked(self.sources, self.layouts, self.spec):
@@ -76,19 +73,16 @@ class Records:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """All rows at once."""
-        return list(self)
+        return [row for _, row in self.located()]
 
 
 def load_records(spec: DataSpec, sources: Sequence[Source] | None = None) -> Records:
     """Check every row of the sources (default: those to train on), of which the first `spec.max_rows` are used.
 
     A null or absent `input` means no input. Rows whose answer, or whose every field, is blank are left out and counted.
-
-    Raises:
-        DataError: a source cannot be read, its columns fit no format or several, every answer is blank, or rows are
-            wrong and not to be skipped: null, a number or a list instead of text, broken Unicode, a conversation that
-            does not end with the assistant. The message names file, line, row and field.
+    Raises DataError: a source cannot be read, its columns fit no format or several, every answer is blank, or rows are
+    wrong and not to be skipped: null, a number or a list instead of text, broken Unicode, a conversation that does not
+    end with the assistant. The message names file, line, row and field.
     """
     if sources is None:
         sources, _ = resolve_sources(spec)
@@ -116,18 +110,14 @@ def load_records(spec: DataSpec, sources: Sequence[Source] | None = None) -> Rec
     shown = "\n".join(f"  - {problem}" for problem in problems) + ("\n  - ..." if bad > 3 else "")
     if problems and not (spec.skip_bad_rows and bad < records.rows_read):
         count = "1 row is" if bad == 1 else f"{bad:,} rows are"
-        raise DataError(
-            f"{count} wrong, read as {records.format}:\n{shown}",
-            "Correct or remove these rows, or leave them out: --skip-bad-rows.",
-        )
+        what = f"{count} wrong, read as {records.format}:\n{shown}"
+        raise DataError(what, "Correct or remove these rows, or leave them out: --skip-bad-rows.")
     if problems:
         records.notes.append(f"{bad:,} bad row{'s' * (bad > 1)} left out, of which the first:\n{shown}")
     if records.rows_read == bad + blank:
         answer = {"alpaca": "output", "prompt_completion": "completion"}.get(records.format, records.format)
-        raise DataError(
-            f"{records.id}: every row's {answer} is blank: there is nothing to learn",
-            "Put the answers there, or say which column holds them: --columns OURS=THEIRS.",
-        )
+        what = f"{records.id}: every row's {answer} is blank: there is nothing to learn"
+        raise DataError(what, "Put the answers there, or say which column holds them: --columns OURS=THEIRS.")
     records.fingerprint = digest.hexdigest()
     records.unread_columns = tuple(unread)
     return records
@@ -164,9 +154,8 @@ def _layouts(source: Source, spec: DataSpec, unread: dict[str, None]) -> tuple[L
             if len(found) == 1:
                 raise
             other, its_columns, _ = found[0] if part is not found[0][0] else found[1]
-            raise DataError(
-                f"{error.what}. Beside it lies {other.name} with the columns {listed(its_columns)}", error.todo
-            ) from None
+            what = f"{error.what}. Beside it lies {other.name} with the columns {listed(its_columns)}"
+            raise DataError(what, error.todo) from None
         if layouts[-1].format != layouts[0].format:
             first_part, first_columns, _ = found[0]
             raise DataError(
@@ -205,11 +194,8 @@ def _checked(
 
 
 def _canonical(raw: dict[str, Any], layout: Layout) -> dict[str, Any] | None:
-    """Row in its form, or None if its answer or the whole of it is blank.
-
-    Raises:
-        WrongRowError: a field is missing or of a wrong type.
-    """
+    """Row in its form, or None if its answer or the whole of it is blank. Raises WrongRowError: a field is missing or
+    of a wrong type."""
     values = {name: raw[column] for name, column in layout.columns.items() if column in raw}
     if all(value is None or (isinstance(value, str) and not value.strip()) for value in raw.values()):
         return None
@@ -228,10 +214,8 @@ def _canonical(raw: dict[str, Any], layout: Layout) -> dict[str, Any] | None:
         name = layout.columns["messages"]
         messages = _with_system(parse_messages(values["messages"], name), values)
         if len(messages) < 2:
-            raise WrongRowError(
-                f"`{layout.columns['messages']}` needs at least two: something to answer, and the answer"
-            )
-        return _conversation(messages, 0, values, layout.columns["messages"])
+            raise WrongRowError(f"`{name}` needs at least two: something to answer, and the answer")
+        return _conversation(messages, 0, values, name)
     return _pair(values, layout)
 
 
@@ -248,9 +232,8 @@ def _alpaca(values: dict[str, Any], layout: Layout) -> dict[str, Any] | None:
     if isinstance(history, str):
         history = parse_json(history, "history", "a list of pairs of question and answer") if history.strip() else []
     if history:
-        if not isinstance(history, list) or any(
-            not isinstance(turn, list | tuple) or len(turn) != 2 for turn in history
-        ):
+        turns = history if isinstance(history, list) else [None]
+        if any(not isinstance(turn, list | tuple) or len(turn) != 2 for turn in turns):
             raise WrongRowError("`history` holds something else than pairs of question and answer")
         row["history"] = [[checked_text(text, "history") for text in turn] for turn in history]
     return row if row["output"].strip() else None
@@ -260,10 +243,11 @@ def _pair(values: dict[str, Any], layout: Layout) -> dict[str, Any] | None:
     """Prompt and completion: texts, or messages, which become a conversation whose prompt is not learned."""
     completion, name = values["completion"], layout.columns["completion"]
     prompt = values.get("prompt")
-    if "rejected" in layout.columns:  # no prompt of its own: what both answers begin with
-        prompt, completion = _common_beginning(
-            checked_text(completion, name), checked_text(values.get("rejected"), "rejected")
-        )
+    if "rejected" in layout.columns:  # no prompt of its own: what both answers begin with, as in TRL
+        chosen = checked_text(completion, name)
+        same = shared_length(chosen, checked_text(values.get("rejected"), "rejected"))
+        same -= chosen[:same].endswith(" ")
+        prompt, completion = chosen[:same], chosen[same:]
     prompt_name = layout.columns.get("prompt", "prompt")
     if isinstance(prompt, list) or (isinstance(completion, list) and name == "chosen"):
         if isinstance(completion, str) and name != "chosen":
@@ -286,15 +270,7 @@ def _pair(values: dict[str, Any], layout: Layout) -> dict[str, Any] | None:
     return pair if pair["completion"].strip() else None
 
 
-def _common_beginning(chosen: str, rejected: str) -> tuple[str, str]:
-    """Prompt and answer of a preferred text, divided where the rejected one differs, as TRL does."""
-    same = shared_length(chosen, rejected)
-    if same and chosen[same - 1] == " ":
-        same -= 1
-    return chosen[:same], chosen[same:]
-
-
-def _with_system(messages: list[dict[str, Any]], values: dict[str, Any]) -> list[dict[str, Any]]:
+def _with_system(messages: Messages, values: dict[str, Any]) -> Messages:
     """Messages that begin with the row's own `system`, if it has one."""
     system = values.get("system")
     if system is None or (isinstance(system, str) and not system.strip()):
@@ -307,9 +283,7 @@ def _with_system(messages: list[dict[str, Any]], values: dict[str, Any]) -> list
     return messages
 
 
-def _conversation(
-    messages: list[dict[str, Any]], first: int, values: dict[str, Any], name: str
-) -> dict[str, Any] | None:
+def _conversation(messages: Messages, first: int, values: dict[str, Any], name: str) -> dict[str, Any] | None:
     if messages[-1]["role"] != "assistant":
         role = shortened(repr(messages[-1]["role"]))
         raise WrongRowError(f"`{name}` ends with the role {role}, expected assistant")
@@ -324,9 +298,8 @@ def _conversation(
     if not isinstance(row.get("chat_template_kwargs", {}), dict):
         raise WrongRowError(f"`chat_template_kwargs` is {kind(row['chat_template_kwargs'])}, expected an object")
     _refuse_broken_text(row, name)
-    return (
-        row if any(says_something(message) for message in messages[first:] if message["role"] == "assistant") else None
-    )
+    answers = [message for message in messages[first:] if message["role"] == "assistant"]
+    return row if any(map(says_something, answers)) else None
 
 
 def _refuse_broken_text(value: Any, name: str) -> None:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import textwrap
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -24,7 +24,6 @@ from rankscope.spec.models import DataSpec
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # of a model or a data set
 _COMMIT = re.compile(r"/snapshots/([0-9a-f]{40})/")
 _SAVED_FILE = re.compile(r"(\w[\w.-]*)?/\w[\w.-]*\.arrow")  # split/file of data saved by `save_to_disk`
-_WHOLE_SPLITS = "Name whole splits, with + between several; data.max_rows takes the first rows."
 
 
 class Source(NamedTuple):
@@ -51,10 +50,8 @@ def resolve_sources(spec: DataSpec) -> tuple[list[Source], list[Source]]:
     """Sources to train on and to evaluate on; the second is empty where rows are to be held out.
 
     A local file or folder takes precedence over the hub. Where the data have a split `validation` or `test` beside
-    `train`, and the study names neither a split nor an evaluation set, that split is evaluated on.
-
-    Raises:
-        DataError: a source is missing, of an unknown type, has no such split, or cannot be fetched.
+    `train`, and the study names neither a split nor an evaluation set, that split is evaluated on. Raises DataError: a
+    source is missing, of an unknown type, has no such split, or cannot be fetched.
     """
     every = [_splits(id, spec) for id in _each(spec.ids)]
     chosen = [_chosen(found, spec) for found in every]
@@ -115,7 +112,6 @@ def _chosen(found: Splits, spec: DataSpec) -> str:
 
 
 def _canonical_split(found: Splits, name: str) -> str | None:
-    """Split by its name, or by another common name for it."""
     return next((split for split in (name, SPLITS.get(name)) if split in found.splits), None)
 
 
@@ -172,17 +168,19 @@ def _divided(
     revision: str | None = None,
 ) -> Splits:
     folder = divide(files, readme, spec.config, name)
+    return _of_files(name, folder.splits, part, revision=revision, notes=tuple(folder.notes))
+
+
+def _of_files(name: str, splits: Mapping[str, Sequence[str]], part: Callable[[str], Part], **more: Any) -> Splits:
+    """Splits whose files `part` reads; several are named with + between them."""
 
     def parts(split: str) -> tuple[Part, ...]:
-        return tuple(part(file) for one in split.split("+") for file in _files_of(one, folder.splits, name))
+        if wrong := [one for one in split.split("+") if one not in splits]:
+            todo = "Name whole splits, with + between several; data.max_rows takes the first rows."
+            raise DataError(f"{name}: no split {wrong[0]}, only {listed(splits)}", todo)
+        return tuple(part(file) for one in split.split("+") for file in splits[one])
 
-    return Splits(name, tuple(folder.splits), parts, revision, tuple(folder.notes))
-
-
-def _files_of(split: str, splits: dict[str, list[str]], name: str) -> list[str]:
-    if split not in splits:
-        raise DataError(f"{name}: no split {split}, only {listed(splits)}", _WHOLE_SPLITS)
-    return splits[split]
+    return Splits(name, tuple(splits), parts, **more)
 
 
 def _saved(path: Path, id: str, spec: DataSpec) -> Splits | None:
@@ -202,12 +200,7 @@ def _saved(path: Path, id: str, spec: DataSpec) -> Splits | None:
     if away := [file for file in files if not _SAVED_FILE.fullmatch(file)]:
         raise DataError(f"{id}: names the file {away[0]}, which is not in it", "Save it again with save_to_disk.")
 
-    def parts(split: str) -> tuple[Part, ...]:
-        return tuple(
-            file_part(path / file.lstrip("/")) for one in split.split("+") for file in _files_of(one, splits, id)
-        )
-
-    return Splits(id, tuple(splits), parts)
+    return _of_files(id, splits, lambda file: file_part(path / file.lstrip("/")))
 
 
 def _downloaded(url: str) -> Path:

@@ -7,7 +7,6 @@ beyond the tokens themselves.
 """
 
 import hashlib
-import io
 import re
 import tempfile
 from array import array
@@ -49,11 +48,8 @@ def tokenize(
     eval cut to max_length) and `answers_cut_off` (rows of which an answer was cut off whole). Of the tokens:
     `train_tokens`, `train_label_tokens`, `eval_tokens`, `eval_label_tokens`, `mean_length` and `longest` of the cut
     rows. With general text `general_text` (its id), `general_text_revision`, `general_sequences` and
-    `general_label_tokens`.
-
-    Raises:
-        DataError: the chat template refuses a row, or too few rows remain to train on and to hold out.
-        ModelError: the tokenizer has no eos token, or gives ids that are not in the model's vocabulary.
+    `general_label_tokens`. Raises DataError: the chat template refuses a row, or too few rows remain to train on and to
+    hold out; ModelError: the tokenizer has no eos token, or gives ids that are not in the model's vocabulary.
     """
     notes: list[str] = []
     with tempfile.TemporaryFile() as file, tempfile.TemporaryFile() as other_file:
@@ -66,7 +62,7 @@ def tokenize(
             chosen, divided = held_out(rows.keys, spec.eval_rows)
             if divided:
                 notes.append("too few different prompts to keep equal ones together: held out row by row")
-            _check_split(chosen, rows, spec)
+            _check_split(chosen, spec)
             train, heldout = rows.tokens(~chosen), rows.tokens(chosen)
             kept = np.ones(len(chosen), dtype=np.bool_)
         else:
@@ -101,15 +97,9 @@ def tokenize(
             "notes": notes,
             "warnings": [*rows.warnings(), *(f"Of the evaluation set: {found}" for found in others.warnings())],
         }
-        facts |= (
-            {}
-            if evaluated is None
-            else {
-                "eval_bad_rows_dropped": others.refused,
-                "eval_duplicates_dropped": others.duplicates,
-                "eval_without_label": others.without_label,
-            }
-        )
+        if evaluated is not None:
+            facts |= {"eval_bad_rows_dropped": others.refused, "eval_duplicates_dropped": others.duplicates}
+            facts["eval_without_label"] = others.without_label
     return TokenizedData(train, heldout, facts)
 
 
@@ -135,14 +125,9 @@ def with_source_facts(data: TokenizedData, records: Records, evaluated: Records 
         "notes": list(dict.fromkeys([*records.notes, *unread, *(evaluated.notes if evaluated else ()), *own["notes"]])),
     }
     if evaluated is not None:
-        left_out = {
-            "blank": evaluated.left_out["blank"],
-            "bad": evaluated.left_out["bad"] + own["eval_bad_rows_dropped"],
-        }
-        left_out |= {
-            "duplicate": own["eval_duplicates_dropped"],
-            "without an answer to learn": own["eval_without_label"],
-        }
+        bad = evaluated.left_out["bad"] + own["eval_bad_rows_dropped"]
+        left_out = {"blank": evaluated.left_out["blank"], "bad": bad, "duplicate": own["eval_duplicates_dropped"]}
+        left_out["without an answer to learn"] = own["eval_without_label"]
         if said := [f"{count:,} {why}" for why, count in left_out.items() if count]:
             facts["notes"].append(f"of the evaluation set left out: {', '.join(said)}")
         if evaluated.id != records.id:
@@ -157,17 +142,6 @@ def loss_on(spec: DataSpec, format: str) -> str:
     return spec.loss_on or defaults.get(format, "completion")
 
 
-def examples(records: Records, spec: DataSpec, tokenizer: Tokenizer) -> Iterator[Example]:
-    """Every row as it is trained on: cut, with duplicates; for previews and tests."""
-    for rendered, encoded in encoded_rows(records, spec, tokenizer):
-        yield _example(rendered, encoded, spec.max_length)
-
-
-def encoded_rows(records: Records, spec: DataSpec, tokenizer: Tokenizer) -> Iterator[tuple[Rendered, Encoded]]:
-    """Every row as text and as token ids with labels, not yet cut; for previews and tests."""
-    yield from _Rows(spec, tokenizer, io.BytesIO()).encoded(records)
-
-
 class _Rows:
     """Tokens of rows as they are read, in a temporary file, and what must be known of each."""
 
@@ -178,7 +152,9 @@ class _Rows:
         self._digests = array("Q")  # of the cut tokens and labels: two of a million rows collide once in 4e7 data sets
         self._lengths = array("i")
         self._truncated = array("b")
-        self._kept = np.zeros(0, dtype=np.int64)  # rows that equal none before
+        # Of the rows that equal none before, once all are read: these rows, and what is above of them, each (S,).
+        self._kept = np.zeros(0, dtype=np.int64)
+        self.keys, self.digests, self.truncated = np.zeros(0, np.uint64), np.zeros(0, np.uint64), np.zeros(0, np.bool_)
         self.learned: dict[str, None] = {}  # what is learned, of `data.loss_on`
         self.highest_id = self.refused = self.duplicates = self.without_label = self.answers_cut_off = 0
         self._templates: dict[str, ChatTemplate] = {}
@@ -189,24 +165,6 @@ class _Rows:
         self.refusal = ""  # why the first row was refused
         self._example = ""  # of a special token in a row
 
-    def _of_kept(self, values: "array[int]") -> npt.NDArray[Any]:
-        return np.asarray(values)[self._kept]
-
-    @property
-    def keys(self) -> npt.NDArray[np.uint64]:
-        """Key of each row's group, (S,)."""
-        return self._of_kept(self._keys)
-
-    @property
-    def digests(self) -> npt.NDArray[np.uint64]:
-        """Hash of each row's tokens and labels, (S,)."""
-        return self._of_kept(self._digests)
-
-    @property
-    def truncated(self) -> npt.NDArray[np.bool_]:
-        """Whether each row was cut, (S,)."""
-        return self._of_kept(self._truncated).astype(np.bool_)
-
     def read(self, records: Records) -> None:
         """Read all rows. Raises DataError with the place of one that cannot be rendered and is not to be skipped."""
         for number, (rendered, encoded) in enumerate(self.encoded(records)):
@@ -214,11 +172,12 @@ class _Rows:
                 self._check(rendered, encoded)
             self._add(rendered, encoded)
         _, first = np.unique(np.asarray(self._digests), return_index=True)
-        self._kept = np.sort(first)
+        self._kept = kept = np.sort(first)
+        self.keys, self.digests = np.asarray(self._keys)[kept], np.asarray(self._digests)[kept]
+        self.truncated = np.asarray(self._truncated)[kept].astype(np.bool_)
         self.duplicates = len(self._digests) - len(first)
 
     def encoded(self, records: Records) -> Iterator[tuple[Rendered, Encoded]]:
-        """Rows as text and tokens."""
         for batch in _batches(self._rendered(records)):
             yield from zip(batch, encode(batch, self.tokenizer), strict=True)
 
@@ -303,7 +262,6 @@ class _Rows:
         return Tokens(ids, is_label, offsets)
 
     def notes(self) -> list[str]:
-        """What people should know of the rows."""
         border = self._counts["border"]
         alone = "in %s row%s the prompt's end and the answer's beginning would be one token; %s"
         told = "they are tokenised apart, as at inference"
@@ -317,7 +275,6 @@ class _Rows:
         return found
 
     def warnings(self) -> list[str]:
-        """What makes the rows doubtful."""
         found = []
         for template in self._templates.values():
             found += [
@@ -357,18 +314,14 @@ def _batches(rows: Iterator[Rendered]) -> Iterator[list[Rendered]]:
 
 
 def _example(rendered: Rendered, encoded: Encoded, max_length: int) -> Example:
-    length = _cut(encoded, max_length, rendered.is_chat and len(rendered.learned) > 1)
+    """A row, cut to `max_length`, or in a conversation to the end of the last answer that fits whole."""
+    length = min(len(encoded.ids), max_length)
+    fitting = [end for end in encoded.ends if end <= max_length]
+    if length < len(encoded.ids) and fitting and rendered.is_chat and len(rendered.learned) > 1:
+        length = fitting[-1]
     is_label = encoded.is_label[:length].copy()
     is_label[:1] = False  # nothing predicts it
     return Example(np.array(encoded.ids[:length], dtype=np.int32), is_label)
-
-
-def _cut(encoded: Encoded, max_length: int, several_answers: bool) -> int:
-    """Length to which a row is cut: `max_length`, or in a conversation the end of the last answer that fits whole."""
-    if len(encoded.ids) <= max_length:
-        return len(encoded.ids)
-    fitting = [end for end in encoded.ends if end <= max_length]
-    return fitting[-1] if several_answers and fitting else max_length
 
 
 def _taken(keys: npt.NDArray[np.uint64], spec: DataSpec) -> npt.NDArray[np.bool_]:
@@ -397,19 +350,16 @@ def _check_number(rows: _Rows, spec: DataSpec, left: int | None = None) -> None:
         todo = "Give more rows; a verdict needs hundreds."
         if number >= 3:
             todo += " To train all the same: --force."
-        raise DataError(
-            f"{spec.name}: only {number} different row{'s' * (number > 1)}{dropped}; at least {needed} are needed", todo
-        )
+        what = f"{spec.name}: only {number} different row{'s' * (number > 1)}{dropped}; at least {needed} are needed"
+        raise DataError(what, todo)
 
 
-def _check_split(chosen: npt.NDArray[np.bool_], rows: _Rows, spec: DataSpec) -> None:
+def _check_split(chosen: npt.NDArray[np.bool_], spec: DataSpec) -> None:
     number, held = len(chosen), int(chosen.sum())
     if number - held < 2 or held == 0:
         asked = f"{spec.eval_rows:,} asked to be held out" if spec.eval_rows else f"{held:,} held out"
-        raise DataError(
-            f"{spec.name}: {number:,} different rows with {asked} leave fewer than 2 to train on",
-            "Give more rows, or lower data.eval_rows.",
-        )
+        what = f"{spec.name}: {number:,} different rows with {asked} leave fewer than 2 to train on"
+        raise DataError(what, "Give more rows, or lower data.eval_rows.")
 
 
 def _check_own_split(train: Tokens, heldout: Tokens, rows: _Rows, spec: DataSpec) -> None:
@@ -418,8 +368,6 @@ def _check_own_split(train: Tokens, heldout: Tokens, rows: _Rows, spec: DataSpec
     if not len(heldout):
         raise DataError(f"{spec.name}: no row to evaluate on has a token to learn", "Raise data.max_length.")
     if len(train) < 2:
-        raise DataError(
-            f"{spec.name}: fewer than 2 rows to train on are not in the evaluation set too",
-            "Give other rows to one of them.",
-        )
+        what = f"{spec.name}: fewer than 2 rows to train on are not in the evaluation set too"
+        raise DataError(what, "Give other rows to one of them.")
     _check_number(rows, spec, len(train))

@@ -36,7 +36,6 @@ class Tokens:
 
     @classmethod
     def from_examples(cls, examples: Sequence[Example]) -> Self:
-        """Lay examples end to end, in order."""
         offsets = np.zeros(len(examples) + 1, dtype=np.int64)
         np.cumsum([len(example.ids) for example in examples], out=offsets[1:])
         return cls(
@@ -91,10 +90,8 @@ def check_ids(highest: int, tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def save(data: TokenizedData, folder: Path) -> None:
-    """Write `folder/tokens.safetensors`, then `folder/facts.json` with its hash: facts imply complete tokens.
-
-    The tensors are `train.ids`, `train.is_label`, `train.offsets`, and the same for `eval` and, if present, `general`.
-    """
+    """Write `folder/tokens.safetensors`, then `folder/facts.json` with its hash: facts imply complete tokens. The
+    tensors are `train.ids`, `train.is_label`, `train.offsets`, and the same for `eval` and, if present, `general`."""
     digest = hashlib.sha256()
     with published(folder / "tokens.safetensors") as temporary, temporary.open("wb") as file:
         for piece in _pieces(data):
@@ -139,12 +136,8 @@ _DTYPE_OF = {theirs: ours for ours, theirs in _DTYPES.items()}
 
 
 def load(folder: Path) -> TokenizedData:
-    """Read the tokens that `save` wrote.
-
-    Raises:
-        DamagedError: a file is missing, or facts and tokens do not belong together.
-        StudyDirectoryError: a file cannot be read.
-    """
+    """Read the tokens that `save` wrote. Raises DamagedError: a file is missing, or facts and tokens do not belong
+    together; StudyDirectoryError: a file cannot be read."""
     facts = read_json(folder / "facts.json")
     path = folder / "tokens.safetensors"
     with reading(path), path.open("rb") as file:

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel
 
+from rankscope.data.conversations import Tokenizer
 from rankscope.data.tokens import Tokens
 from rankscope.errors import RankscopeError
 from rankscope.jobs.child import load_base, open_study
@@ -77,10 +78,8 @@ def questions(held_out: Tokens, count: int, max_length: int) -> list[Question]:
 
 def answer(model: PreTrainedModel, spec: StudySpec, adapters: Mapping[Trial, Path], held_out: Tokens) -> dict[str, Any]:
     """Generate greedy answers of `model` and of each trial in `adapters` (its file of weights), by PEFT's own forward.
-
     Return {"questions": [{"example", "prompt", "reference"}], "answers": {"base" or trial: [text]}}; each text has at
-    most `measure.answer_tokens` tokens, without the special ones. One prompt at a time, so that nothing is padded.
-    """
+    most `measure.answer_tokens` tokens, without the special ones. One prompt at a time, so that nothing is padded."""
     tokenizer = load_tokenizer(spec.model)
     asked = questions(held_out, spec.measure.answers, spec.data.max_length)
     most, positions = spec.measure.answer_tokens, most_positions(spec.model)
@@ -97,11 +96,7 @@ def answer(model: PreTrainedModel, spec: StudySpec, adapters: Mapping[Trial, Pat
 
 
 def _generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    asked: Sequence[Question],
-    most: int,
-    positions: int | None,
+    model: PreTrainedModel, tokenizer: Tokenizer, asked: Sequence[Question], most: int, positions: int | None
 ) -> Iterator[str]:
     ends = _ids(tokenizer.eos_token_id) | _ids(getattr(model.generation_config, "eos_token_id", None))
     for question in asked:
@@ -124,5 +119,5 @@ def _ids(value: int | Sequence[int] | None) -> set[int]:
     return {value} if isinstance(value, int) else set(value)
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+def _text(tokenizer: Tokenizer, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True))

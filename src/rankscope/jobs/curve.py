@@ -4,7 +4,7 @@
 ranks that were trained, and the report shows both.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from rankscope.analysis.comparison import judged_examples, without_diverged
 from rankscope.errors import DamagedError, RankscopeError, StudyError
 from rankscope.jobs.child import load_base, open_study
-from rankscope.jobs.job import Job, Launcher, Progress
+from rankscope.jobs.job import Job, Launcher, Progress, Say
 from rankscope.jobs.queue import run_jobs
 from rankscope.spec.candidates import PLAIN, Trial
 from rankscope.study.folder import CURVE, StudyFolder
@@ -33,13 +33,9 @@ def take_curve(
 
     Without `ranks`: the powers of two below the largest rank, and the study's own. With `recover` each truncation is
     measured once more after so many steps of training. The full adapters are measured too, as the control. The study
-    must be locked.
-
-    Raises:
-        StudyError: no trial of the largest rank is done, or a rank is not below it.
-        StudyDirectoryError: an adapter of the study is corrupt.
-        ModelError: the model is another, or gives the full adapter another loss than was recorded.
-        WorkerError: a child process ended without finishing.
+    must be locked. Raises StudyError: no trial of the largest rank is done, or a rank is not below it;
+    StudyDirectoryError: an adapter of the study is corrupt; ModelError: the model is another, or gives the full adapter
+    another loss than was recorded; WorkerError: a child process ended without finishing.
     """
     if not 0 <= recover <= MOST_RECOVERY_STEPS:
         raise StudyError(f"--recover {recover}: expected 0 to {MOST_RECOVERY_STEPS:,} steps", "Give a few: 8.")
@@ -56,10 +52,8 @@ def take_curve(
 
 
 def jobs(study: StudyFolder, wanted: Mapping[str, Sequence[tuple[int, int]]], slots: int) -> list[Job]:
-    """Return the jobs that measure the wanted pairs of rank and recovery steps of each trial.
-
-    On one device one job measures all of them, and loads the model once; on several each trial is a job.
-    """
+    """Return the jobs that measure the wanted pairs of rank and recovery steps of each trial. On one device one job
+    measures all of them, and loads the model once; on several each trial is a job."""
     groups = {f"curve/jobs/{name}": {name: pairs} for name, pairs in wanted.items()}
     if slots == 1 and wanted:
         groups = {"curve": dict(wanted)}
@@ -89,7 +83,6 @@ def work(study_path: Path, content: Mapping[str, Any]) -> None:
 
 
 def ended(study: StudyFolder, job: Job, error: RankscopeError | None, waiting: Sequence[Job]) -> list[Job]:
-    """Move what the job has measured into curve.json, and raise its error."""
     _take_part(study, study.file(job.folder, PART))
     if error is not None:
         raise error
@@ -97,18 +90,14 @@ def ended(study: StudyFolder, job: Job, error: RankscopeError | None, waiting: S
 
 
 def _take_part(study: StudyFolder, part: Path) -> None:
-    """Move a job's part into curve.json."""
     if (record := CurveRecord.find(part)) is not None:
         study.add_cuts(record.cuts)
         part.unlink()
 
 
 def trained_trials(study: Study) -> list[Trial]:
-    """Return the trials of the largest rank that are done, at the learning rate that the verdict takes.
-
-    Raises:
-        StudyError: there are none.
-    """
+    """Return the trials of the largest rank that are done, at the learning rate that the verdict takes. Raises
+    StudyError: there are none."""
     rank = max(study.spec.ranks)
     examples = without_diverged(study.examples(), study.results())
     plain = examples[examples["variant"] == PLAIN]
@@ -117,19 +106,14 @@ def trained_trials(study: Study) -> list[Trial]:
     trials = [trial for trial in study.spec.trials() if trial.candidate.name in names]
     done = [trial for trial in trials if study.trial_record(trial).status == "done"]
     if not done:
-        raise StudyError(
-            f"{study.path}: no trial of rank {rank}, the study's largest, is done without a seed that diverged",
-            "Run the study to its end first: lower ranks are cut from the largest.",
-        )
+        what = f"{study.path}: no trial of rank {rank}, the study's largest, is done without a seed that diverged"
+        raise StudyError(what, "Run the study to its end first: lower ranks are cut from the largest.")
     return done
 
 
 def lower_ranks(rank: int, own: Sequence[int]) -> list[int]:
-    """Return the powers of two below `rank`, and the ranks of `own` that are below it.
-
-    Raises:
-        StudyError: there are none.
-    """
+    """Return the powers of two below `rank`, and the ranks of `own` that are below it. Raises StudyError: there are
+    none."""
     powers = [1 << bits for bits in range(rank.bit_length()) if 1 << bits < rank]
     if not powers:
         raise StudyError(f"rank {rank} has no lower rank to be cut to", "Train a larger one.")
@@ -146,12 +130,10 @@ def validate_ranks(ranks: Sequence[int], full: int) -> list[int]:
 
 
 def missing(
-    study: StudyFolder, trials: Sequence[Trial], ranks: Sequence[int], recover: int, say: Callable[[str], None]
+    study: StudyFolder, trials: Sequence[Trial], ranks: Sequence[int], recover: int, say: Say
 ) -> dict[str, list[tuple[int, int]]]:
-    """Return, by trial, the pairs of rank and recovery steps that curve.json lacks.
-
-    Parts that an interrupted run left behind are moved into curve.json first. Corrupt files are removed.
-    """
+    """Return, by trial, the pairs of rank and recovery steps that curve.json lacks. Parts that an interrupted run left
+    behind are moved into curve.json first. Corrupt files are removed."""
     try:
         study.rank_curve()
     except DamagedError:

@@ -10,7 +10,7 @@ tests/jobs/test_contract.py for both launchers.
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from rankscope.errors import RankscopeError, WorkerError
 from rankscope.measure.machine import Site
@@ -18,13 +18,10 @@ from rankscope.plan.plan import Plan
 from rankscope.study.folder import StudyFolder
 from rankscope.study.records import Failure
 
-FATAL_EXIT_CODES = (2, 3)
-"""Exit codes of errors in the study, the model or the data, which every job would hit."""
+FATAL_EXIT_CODES = (2, 3)  # exit codes of errors in the study, the model or the data, which every job would hit
 
 
 class Job(NamedTuple):
-    """The work of one child process."""
-
     module: str  # module whose `work` does the job, such as `rankscope.jobs.packs`
     content: Mapping[str, Any]  # arguments of `work`, published as job.json
     folder: str  # of the study, for job.json, log.txt (all output of the process) and, after a failure, error.json
@@ -44,12 +41,13 @@ class Progress(Protocol):
         """Look again: called twice a second while jobs run."""
 
 
-class Run(NamedTuple):
-    """A study that is being run by its plan."""
+Say: TypeAlias = Callable[[str], None]  # tells the user a sentence
 
+
+class Run(NamedTuple):
     study: StudyFolder
     plan: Plan
-    say: Callable[[str], None]
+    say: Say
 
 
 class Kind(Protocol):
@@ -62,16 +60,11 @@ class Kind(Protocol):
         """Do one job, in the child process. `study_path` is the study's directory."""
 
     def ended(self, run: Run, job: Job, error: RankscopeError | None, waiting: Sequence[Job]) -> list[Job]:
-        """Record how a job ended, and return the jobs to run from here on, given those that still wait.
-
-        Raises:
-            RankscopeError: the run cannot go on.
-        """
+        """Record how a job ended, and return the jobs to run from here on, given those that still wait. Raises
+        RankscopeError: the run cannot go on."""
 
 
 class Running(Protocol):
-    """A job that has been started."""
-
     job: Job
 
     def is_running(self) -> bool:
@@ -97,11 +90,8 @@ class Launcher(Protocol):
         """Return how many jobs can run concurrently: one for each device."""
 
     def start(self, study: Path, job: Job) -> Running:
-        """Start a job of the study in `study`, in a free slot.
-
-        Raises:
-            StudyDirectoryError: the job's folder cannot be written.
-        """
+        """Start a job of the study in `study`, in a free slot. Raises StudyDirectoryError: the job's folder cannot be
+        written."""
 
     def __enter__(self) -> "Launcher": ...
 
@@ -115,5 +105,4 @@ def raise_fatal(error: RankscopeError | None) -> None:
 
 
 def failure_of(error: RankscopeError) -> Failure:
-    """Return the entry of failures.json for an error."""
     return Failure(status=getattr(error, "status", WorkerError.status), reason=error.what)

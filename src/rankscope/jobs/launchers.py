@@ -1,29 +1,19 @@
 """Launchers by name."""
 
-from collections.abc import Callable
-
 from rankscope.errors import StudyError, did_you_mean
-from rankscope.jobs.job import Launcher
+from rankscope.jobs.job import Launcher, Say
 from rankscope.spec.models import ModelSpec
 
 LAUNCHERS = ("local", "ray")
 
 
-def make_launcher(
-    name: str, model: ModelSpec, address: str | None = None, say: Callable[[str], None] = print
-) -> Launcher:
-    """Create the launcher of that name, for a study's model.
-
-    `address` is that of a Ray cluster; `say` is called with what a user should know.
-
-    Raises:
-        StudyError: the name is unknown, or the device does not exist.
-        MissingExtraError: Ray is not installed.
-    """
+def make_launcher(name: str, model: ModelSpec, address: str | None = None, say: Say = print) -> Launcher:
+    """Create the launcher of that name, for a study's model. `address` is that of a Ray cluster; `say` is called with
+    what a user should know. Raises StudyError: the name is unknown, or the device does not exist; MissingExtraError:
+    Ray is not installed."""
     if name not in LAUNCHERS:
-        raise StudyError(
-            f"--launcher {name}: unknown{did_you_mean(name, LAUNCHERS)}", f"Known: {', '.join(LAUNCHERS)}."
-        )
+        what = f"--launcher {name}: unknown{did_you_mean(name, LAUNCHERS)}"
+        raise StudyError(what, f"Known: {', '.join(LAUNCHERS)}.")
     if name == "ray":
         from rankscope.jobs.ray import RayLauncher
 

@@ -17,14 +17,8 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 class LocalLauncher:
-    """Local child processes.
-
-    With `model.device` `auto` or `cuda` each visible GPU is a slot; with `cuda:1` that GPU alone is one, and on a CPU
-    the machine.
-
-    Raises:
-        StudyError: the device does not exist here.
-    """
+    """Local child processes. With `model.device` `auto` or `cuda` each visible GPU is a slot; with `cuda:1` that GPU
+    alone is one, and on a CPU the machine. Raises StudyError: the device does not exist here."""
 
     def __init__(self, model: ModelSpec) -> None:
         self._model, self._device = model, resolve_device(model.device)

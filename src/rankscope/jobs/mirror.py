@@ -14,21 +14,15 @@ from typing import BinaryIO, NamedTuple
 
 from rankscope.files import inside, published, refuse_links_out, write_atomic, writing
 
-PIECE_BYTES = 32 << 20
-"""Size of the pieces in which a file is sent."""
-
+PIECE_BYTES = 32 << 20  # size of the pieces in which a file is sent
 VOUCHING = ("trial.json", "pack.json", "manifest.json", "error.json")
 """Names of files whose presence means that other files are complete."""
 
-GROWING = (".jsonl", ".txt")
-"""Suffixes of files that are appended to."""
-
+GROWING = (".jsonl", ".txt")  # suffixes of files that are appended to
 _TAIL_BYTES = 4096
 
 
 class Change(NamedTuple):
-    """A piece of a file, or its removal."""
-
     name: str  # below the study's directory
     data: bytes | None = None  # None: the file is removed
     offset: int = 0
@@ -44,8 +38,6 @@ class _Seen(NamedTuple):
 
 
 class Mirror:
-    """Finds changes below a folder."""
-
     def __init__(self, root: Path) -> None:
         """Take the files that exist now as known."""
         self._root = root
@@ -107,11 +99,12 @@ class Mirror:
             offset = self._sent(name, seen, file.fileno())
             tail = self._seen[name].tail if offset else b""
             growing = name.endswith(GROWING)
-            for piece in _pieces(file, offset, seen.size):
+            for piece in _pieces(name, file, offset, seen.size):
+                data = piece.data or b""
                 if growing:
-                    tail = (tail + piece.data)[-_TAIL_BYTES:]
-                yield Change(name, piece.data, piece.offset, piece.last, growing)
-                offset += len(piece.data)
+                    tail = (tail + data)[-_TAIL_BYTES:]
+                yield piece._replace(appended=growing)
+                offset += len(data)
             self._seen[name] = seen._replace(size=offset, tail=tail)
 
     def _sent(self, name: str, now: _Seen, descriptor: int) -> int:
@@ -199,28 +192,20 @@ def _below(root: Path, folder: Path) -> list[str]:
     ]
 
 
-class _Piece(NamedTuple):
-    data: bytes
-    offset: int
-    last: bool
-
-
-def _pieces(file: BinaryIO, offset: int, size: int) -> Iterator[_Piece]:
+def _pieces(name: str, file: BinaryIO, offset: int, size: int) -> Iterator[Change]:
     """Yield an open file's bytes from `offset` to `size`, or to its end: at least one piece."""
     file.seek(offset)
     last = False
     while not last:
         data = file.read(min(PIECE_BYTES, size - offset))
         last = offset + len(data) >= size or not data
-        yield _Piece(data, offset, last)
+        yield Change(name, data, offset, last)
         offset += len(data)
 
 
 def pieces(root: Path, name: str) -> Iterator[Change]:
-    """Yield a whole file, in pieces."""
     with (root / name).open("rb") as file:
-        for piece in _pieces(file, 0, os.fstat(file.fileno()).st_size):
-            yield Change(name, *piece)
+        yield from _pieces(name, file, 0, os.fstat(file.fileno()).st_size)
 
 
 def collect(root: Path, names: Iterable[str]) -> list[str]:

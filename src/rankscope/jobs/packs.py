@@ -12,13 +12,16 @@ import torch
 from rankscope.errors import KilledError, RankscopeError, WorkerError
 from rankscope.jobs.child import load_base, open_study
 from rankscope.jobs.job import Job, Run, failure_of, raise_fatal
+from rankscope.lora.adapters import remove_adapters
 from rankscope.measure.sampler import peak_rss, reset_peak_rss
 from rankscope.model.device import give_back_freed
 from rankscope.plan.packs import longest_first, work_of
 from rankscope.spec.candidates import Trial
 from rankscope.study.folder import FINISHED, Division
 from rankscope.study.records import PackRecord
-from rankscope.train.loop import PackRun
+from rankscope.train.loop import PackRun, train_pack
+from rankscope.train.probe import use_own_forward
+from rankscope.train.stopping import StopRequest
 
 
 def jobs(run: Run) -> list[Job]:
@@ -33,12 +36,9 @@ def jobs(run: Run) -> list[Job]:
 
 
 def _jobs_of(run: Run, packs: Mapping[str, Sequence[Trial]]) -> list[Job]:
-    """Return the jobs that train `packs`.
-
-    On one device of this machine the packs follow one another in one process, which loads the model once. On several
-    devices, or where a job may be lost, each pack has a process of its own, those that take longest first. So has each
-    isolated trial.
-    """
+    """Return the jobs that train `packs`. On one device of this machine the packs follow one another in one process,
+    which loads the model once. On several devices, or where a job may be lost, each pack has a process of its own,
+    those that take longest first. So has each isolated trial."""
     plan = run.plan
     if not packs:
         return []
@@ -60,15 +60,8 @@ def _job(run: Run, packs: Mapping[str, Sequence[Trial]]) -> Job:
 
 def work(study_path: Path, content: Mapping[str, Any]) -> None:
     """Train packs of trials, given by name, one after the other over one model that is loaded once.
-
     `packs/NAME/pack.json` is written when a pack starts, and again with what it measured when it ends; then its
-    checkpoints are removed.
-    """
-    from rankscope.lora.adapters import remove_adapters
-    from rankscope.train.loop import train_pack
-    from rankscope.train.probe import use_own_forward
-    from rankscope.train.stopping import StopRequest
-
+    checkpoints are removed."""
     study, data = open_study(study_path)
     model, weights = load_base(study)
     attention = model.config._attn_implementation
@@ -99,11 +92,9 @@ def ended(run: Run, job: Job, error: RankscopeError | None, waiting: Sequence[Jo
 
 
 def _left_to_train(run: Run, packs: Mapping[str, list[Trial]], error: RankscopeError) -> dict[str, list[Trial]]:
-    """Return the packs of a job that are to be trained in another.
-
-    A pack in which the job ended by an error is divided in two, to be trained again: that takes less memory, and a
-    trial that cannot be trained does not keep the others from it. Other trials of that pack are marked as ended.
-    """
+    """Return the packs of a job that are to be trained in another. A pack in which the job ended by an error is divided
+    in two, to be trained again: that takes less memory, and a trial that cannot be trained does not keep the others
+    from it. Other trials of that pack are marked as ended."""
     study = run.study
     status = failure_of(error).status
     for number, (pack, trials) in enumerate(packs.items()):

@@ -21,14 +21,9 @@ ENVIRONMENT = {
 
 
 class JobProcess:
-    """The child process of one job of the study in `study`.
-
-    It reads from a pipe that closes when this process ends, in whatever way, and then ends too. The job's folder
-    receives job.json, log.txt and, after a failure, error.json.
-
-    Raises:
-        StudyDirectoryError: one of these files cannot be written.
-    """
+    """The child process of one job of the study in `study`. It reads from a pipe that closes when this process ends, in
+    whatever way, and then ends too. The job's folder receives job.json, log.txt and, after a failure, error.json.
+    Raises StudyDirectoryError: one of these files cannot be written."""
 
     def __init__(self, study: Path, job: Job, environment: Mapping[str, str] = MappingProxyType({})) -> None:
         self.job, self._folder, self._kills = job, study / job.folder, _memory_kills()
@@ -64,7 +59,6 @@ class JobProcess:
         self.is_running()
 
     def error(self) -> RankscopeError | None:
-        """Return what went wrong in a process that has ended."""
         code, log_hint = self._process.returncode, f"Its log: {self._folder / 'log.txt'}"
         if code == 0:
             return None

@@ -65,9 +65,7 @@ def ended(run: Run, job: Job, error: RankscopeError | None, waiting: Sequence[Jo
 
 def replace_profiles(study: StudyFolder) -> bool:
     """Replace the profiles by those that were measured again, if these have all that are whole; whether they have.
-
-    machine.json comes with them: it is that of the costs.
-    """
+    machine.json comes with them: it is that of the costs."""
     again, whole = study.file(AGAIN), study.file(WHOLE)
     if exists(again):
         names = study.spec.profiled()

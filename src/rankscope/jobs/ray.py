@@ -11,32 +11,25 @@ import itertools
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeAlias
 
 from rankscope import __version__
 from rankscope.errors import KilledError, MissingExtraError, OutOfMemoryError, RankscopeError, StudyError, WorkerError
-from rankscope.jobs.job import Job
+from rankscope.jobs.job import Job, Say
 from rankscope.jobs.mirror import PIECE_BYTES, Change, Mirror, Replica, collect, pieces
 from rankscope.jobs.process import JobProcess
 from rankscope.jobs.queue import POLL_SECONDS
 from rankscope.measure.machine import Site
 from rankscope.spec.models import ModelSpec
 
-MAX_STARTS = 4
-"""Most starts of one job whose nodes are lost."""
-
-SURVEY_SECONDS = 120.0
-"""Time for all nodes to describe their hardware; the run goes on without later answers."""
-
-MAX_UNREAD_MESSAGES = 4
-"""Most messages of a job that wait to be written here; the job waits while there are more."""
+MAX_STARTS = 4  # most starts of one job whose nodes are lost
+SURVEY_SECONDS = 120.0  # time for all nodes to describe their hardware; the run goes on without later answers
+MAX_UNREAD_MESSAGES = 4  # most messages of a job that wait to be written here; the job waits while there are more
 
 
 class Node(NamedTuple):
-    """A node of the cluster that can run jobs."""
-
     id: str
     name: str
     cpus: int
@@ -45,26 +38,19 @@ class Node(NamedTuple):
 
 
 class Share(NamedTuple):
-    """Resources of a node that a job takes."""
-
     cpus: int
     gpus: int
 
     def times(self, node: Node) -> int:
-        """Number of jobs that a node can run concurrently."""
         return min(node.cpus // self.cpus if self.cpus else node.gpus, node.gpus if self.gpus else node.cpus)
 
 
 class RayLauncher:
     """Ray tasks on the cluster at `address`. Without an address they run on the cluster of `RAY_ADDRESS` or of this
-    machine, else on a Ray that is started on this machine and ends with the run.
+    machine, else on a Ray that is started on this machine and ends with the run. Raises MissingExtraError: Ray is not
+    installed; StudyError: there is no cluster at `address`, or no node of it has what `model.device` asks for."""
 
-    Raises:
-        MissingExtraError: Ray is not installed.
-        StudyError: there is no cluster at `address`, or no node of it has what `model.device` asks for.
-    """
-
-    def __init__(self, model: ModelSpec, address: str | None, say: Callable[[str], None]) -> None:
+    def __init__(self, model: ModelSpec, address: str | None, say: Say) -> None:
         self._model, self.say = model, say
         self._ray = require_ray()
         self._began = not self._ray.is_initialized()
@@ -160,11 +146,9 @@ class RayLauncher:
         return node
 
     def _put(self, study: Path, names: Iterable[str]) -> dict[str, list[Any]]:
-        """Put each file into Ray's object store, in pieces."""
         return {name: [self._ray.put(change) for change in pieces(study, name)] for name in names}
 
     def stop(self, number: int) -> None:
-        """Ask the task of that number to stop its job."""
         self._mailbox.stop.remote(number)
 
     def __enter__(self) -> Self:
@@ -179,8 +163,6 @@ _numbers = itertools.count()
 
 
 class RayJob:
-    """A job that runs as a Ray task."""
-
     def __init__(self, launcher: RayLauncher, study: Path, job: Job) -> None:
         self.job, self._launcher, self._study = job, launcher, study
         self._ray = require_ray()
@@ -196,7 +178,7 @@ class RayJob:
     def is_running(self) -> bool:
         while not self._ended and self._ray.wait([self._stream], timeout=0)[0]:
             try:
-                message: list[Change] | Ended = self._ray.get(next(self._stream))
+                message: Message = self._ray.get(next(self._stream))
                 if isinstance(message, Ended):
                     self._end(message.error)
                 else:
@@ -238,6 +220,9 @@ class Ended(NamedTuple):
     error: RankscopeError | None
 
 
+Message: TypeAlias = list[Change] | Ended
+
+
 class _Mailbox:
     """An actor that holds the numbers of jobs that should stop. It ends with the process that started it."""
 
@@ -252,15 +237,12 @@ class _Mailbox:
 
 
 def _look(model: ModelSpec) -> Site:
-    """Return the site of a node, from a task there."""
     from rankscope.jobs.local import LocalLauncher
 
     return LocalLauncher(model).site()
 
 
-def _work(
-    files: dict[str, list[Any]], job: Job, study: str, mailbox: Any, number: int
-) -> Iterator[list[Change] | Ended]:
+def _work(files: dict[str, list[Any]], job: Job, study: str, mailbox: Any, number: int) -> Iterator[Message]:
     """Run the job in a folder that starts with `files`, and yield what it writes. The body of a task."""
     ray = require_ray()
     with tempfile.TemporaryDirectory(prefix="rankscope-") as scratch:
@@ -300,11 +282,7 @@ def _messages(changes: Iterable[Change]) -> Iterator[list[Change]]:
 
 
 def require_ray() -> Any:
-    """Import and return Ray.
-
-    Raises:
-        MissingExtraError: Ray is not installed.
-    """
+    """Import and return Ray. Raises MissingExtraError: Ray is not installed."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage statistics
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 would slow workers beside other processes
     try:
@@ -316,23 +294,18 @@ def require_ray() -> Any:
 
 def _connect(address: str | None) -> None:
     if address and address.startswith("ray://"):
-        raise StudyError(
-            f"--ray-address {address}: Ray's client cannot stream what a job writes",
-            "Run rankscope on a node of the cluster, by `ray job submit` for one, and give HOST:PORT or auto.",
-        )
+        todo = "Run rankscope on a node of the cluster, by `ray job submit` for one, and give HOST:PORT or auto."
+        raise StudyError(f"--ray-address {address}: Ray's client cannot stream what a job writes", todo)
     ray = require_ray()
     try:
         dashboard = False if address is None else None
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING, include_dashboard=dashboard)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise StudyError(
-            f"Ray at {address or 'this machine'}: {_first_line(error)}",
-            "Give the address of a running cluster (`ray start --head` prints it), or none to start Ray here.",
-        ) from None
+        todo = "Give the address of a running cluster (`ray start --head` prints it), or none to start Ray here."
+        raise StudyError(f"Ray at {address or 'this machine'}: {_first_line(error)}", todo) from None
 
 
 def _device_kind(device: str, nodes: list[Node]) -> str:
-    """Return cpu or cuda, by the study's device and the cluster's resources."""
     has_gpu = any(node.gpus for node in nodes)
     if device == "auto":
         return "cuda" if has_gpu else "cpu"
@@ -345,10 +318,7 @@ def _device_kind(device: str, nodes: list[Node]) -> str:
 
 def share(nodes: list[Node], kind: str) -> Share:
     """Return what each job takes: one GPU with its share of the cores; without GPUs all cores of the smallest node.
-
-    Raises:
-        StudyError: no node can run anything.
-    """
+    Raises StudyError: no node can run anything."""
     if kind == "cuda":
         return Share(min(node.cpus // node.gpus for node in nodes if node.gpus), 1)
     cpus = [node.cpus for node in nodes if node.cpus]
@@ -366,10 +336,8 @@ def _on(node: str) -> Any:
 def _cannot_work(error: Exception) -> RankscopeError:
     """Return the error of a task that could not even start its job."""
     if "No module named 'rankscope" in str(error):
-        return StudyError(
-            "rankscope is not installed on a node of the Ray cluster",
-            f"Install it on every node, with what the study needs: pip install rankscope=={__version__}",
-        )
+        todo = f"Install it on every node, with what the study needs: pip install rankscope=={__version__}"
+        return StudyError("rankscope is not installed on a node of the Ray cluster", todo)
     last_line = str(error).strip().rpartition("\n")[2]
     return WorkerError(f"a task on the Ray cluster failed: {last_line}")
 

@@ -35,14 +35,11 @@ def jobs(run: Run) -> list[Job]:
     memory = prediction.base_bytes + GPU_HOST_BYTES
     if prediction.device == "cpu":
         memory = PROCESS_BYTES["cpu"] + BYTES_PER_PARAMETER * prediction.base_params
-    return [
-        Job(__name__, {"trial": trial.name}, f"reference/{trial.name}", memory_bytes=memory)
-        for trial in run.plan.reference
-    ]
+    names = [trial.name for trial in run.plan.reference]
+    return [Job(__name__, {"trial": name}, f"reference/{name}", memory_bytes=memory) for name in names]
 
 
 def work(study_path: Path, content: Mapping[str, Any]) -> None:
-    """Train one trial of full fine-tuning."""
     study, data = open_study(study_path)
     (trial,) = [trial for trial in study.reference_trials if trial.name == content["trial"]]
     with StopRequest() as stop:
@@ -70,12 +67,9 @@ def make_full_train_state(model: PreTrainedModel, trial: FullTrial, training: Tr
 
 
 def train_full(spec: StudySpec, trial: FullTrial, folder: Path, data: TokenizedData, stop: StopRequest) -> None:
-    """Load the model and train all of it; `folder` receives the files of any trial but the weights.
-
-    The weights are float32, as an adapter's are; over a bfloat16 base their products are in bfloat16 too (mixed
-    precision, Micikevicius et al. 2018, arXiv:1710.03740). A model that cannot be packed is trained on padded batches,
-    by its own forward.
-    """
+    """Load the model and train all of it; `folder` receives the files of any trial but the weights. The weights are
+    float32, as an adapter's are; over a bfloat16 base their products are in bfloat16 too (mixed precision, Micikevicius
+    et al. 2018, arXiv:1710.03740). A model that cannot be packed is trained on padded batches, by its own forward."""
     model = load_model(spec.model.model_copy(update={"dtype": "float32"}))
     weights = fingerprint(model)
     member = make_full_train_state(model, trial, spec.training, total_steps(spec.training, len(data.train)))

@@ -23,11 +23,8 @@ STALE_TEMP_SECONDS = 3600.0
 
 
 def remove_corrupt(study: StudyFolder) -> list[str]:
-    """Remove corrupt files that a run makes again, and return their names.
-
-    Raises:
-        StudyDirectoryError: a file cannot be read, or a newer version wrote it; that file stays.
-    """
+    """Remove corrupt files that a run makes again, and return their names. Raises StudyDirectoryError: a file cannot be
+    read, or a newer version wrote it; that file stays."""
     removed = []
     packs = [file.parent.name for file in study.path.glob("packs/*/pack.json")]
     records: dict[str, Callable[[], object]] = {

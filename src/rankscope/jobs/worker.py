@@ -53,10 +53,8 @@ def known_error(error: Exception) -> RankscopeError:
         return error
     what = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        return StudyDirectoryError(
-            f"{error.filename or 'a file'}: cannot be read or written: {error.strerror}",
-            "Mend that and run the study again: it goes on where it was.",
-        )
+        what = f"{error.filename or 'a file'}: cannot be read or written: {error.strerror}"
+        return StudyDirectoryError(what, "Mend that and run the study again: it goes on where it was.")
     no_memory = isinstance(error, OSError) and error.errno == errno.ENOMEM
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or no_memory or any(t in str(error) for t in NO_MEMORY):
         return OutOfMemoryError(what)

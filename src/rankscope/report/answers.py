@@ -1,18 +1,17 @@
 """Answers of the model and of each candidate to the same held-out prompts, side by side."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import rate
+from rankscope.text.verdict import Verdict
 
 LONGEST = 4000  # characters of one text: rows of the data may be of any length, a page may not
 
 
 class Answer(NamedTuple):
-    """One answer, and the name of its author."""
-
     name: str
     text: str
     chosen: bool = False  # by the verdict
@@ -26,15 +25,13 @@ class Answered(NamedTuple):
     answers: list[Answer]
 
 
-def answered(evidence: Evidence, verdict: Mapping[str, Any] | None, text: Catalogue) -> list[Answered]:
-    """`Evidence.answers` by prompt, candidates from the lowest rank to the highest; empty without answers.
-
-    A rank with several learning rates shows the one that the verdict compares; all of them before there is a verdict.
-    """
+def answered(evidence: Evidence, verdict: Verdict, text: Catalogue) -> list[Answered]:
+    """`Evidence.answers` by prompt, candidates from the lowest rank to the highest; empty without answers. A rank with
+    several learning rates shows the one that the verdict compares; all of them before there is a verdict."""
     if evidence.answers is None or evidence.answers.empty:
         return []
-    order = ["base", *(candidate.name for candidate in evidence.spec.candidates())]
-    position = {name: number for number, name in enumerate(order)}
+    rates = {candidate.name: candidate.learning_rate for candidate in evidence.spec.candidates()}
+    position = {name: number for number, name in enumerate(["base", *rates])}
     chosen = (verdict or {}).get("candidate")
     compared = {row["rank"]: row["candidate"] for row in (verdict or {}).get("comparison", [])}
     found = []
@@ -43,17 +40,16 @@ def answered(evidence: Evidence, verdict: Mapping[str, Any] | None, text: Catalo
         answers = [Answer(text("answer.reference"), _short(records[0]["reference"]))]
         for row in records:
             if compared.get(row["rank"], row["candidate"]) == row["candidate"]:
-                name = _name(evidence, row["candidate"], int(row["rank"]), text)
-                answers.append(Answer(name, _short(row["answer"]), row["candidate"] == chosen))
+                answers.append(Answer(_name(row, rates, text), _short(row["answer"]), row["candidate"] == chosen))
         found.append(Answered(text("answer.prompt", number=number), _short(records[0]["prompt"]), answers))
     return found
 
 
-def _name(evidence: Evidence, candidate: str, rank: int, text: Catalogue) -> str:
+def _name(row: Mapping[Hashable, Any], rates: Mapping[str, float], text: Catalogue) -> str:
+    rank, candidate = int(row["rank"]), row["candidate"]
     if rank == 0:
         return text("answer.base")
-    rates = {found.name: found.learning_rate for found in evidence.spec.candidates()}
-    if len(evidence.spec.learning_rates) == 1 or candidate not in rates:
+    if len(set(rates.values())) == 1 or candidate not in rates:
         return text("name.rank", rank=rank)
     return text("name.rank_and_rate", rank=rank, rate=rate(rates[candidate]))
 

@@ -21,9 +21,7 @@ FONT = (
 WIDTH, HEIGHT = 640, 280  # of a figure file, in pixels; on the page a chart is as wide as its column
 
 LEGEND_COLUMNS = 5  # ranks side by side in a legend: as many as fit on a phone
-
 DASHES = [[1, 0], [7, 3], [2, 2], [9, 3, 2, 3], [12, 4], [4, 2, 1, 2], [1, 4], [5, 5]]
-
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
 
 
@@ -63,6 +61,7 @@ def theme(colours: Mapping[str, str] = LIGHT) -> dict[str, Any]:
     ink, muted, grid, paper = (colours[name] for name in ("ink", "muted", "line", "paper"))
     words = {"titleColor": muted, "titleFontWeight": "normal", "titleFontSize": 12, "labelFontSize": 12, "aria": False}
     lines = {"gridColor": grid, "domainColor": grid, "tickColor": grid, "tickCount": 6}
+    on_top = {"orient": "top", "titleOrient": "left"}
     return {
         "background": None,
         "mark": {"aria": False},
@@ -71,14 +70,7 @@ def theme(colours: Mapping[str, str] = LIGHT) -> dict[str, Any]:
         "range": {"category": _palette("rank", colours), "ordinal": _palette("part", colours)},
         "axis": {**words, **lines, "labelColor": muted, "titlePadding": 10, "labelPadding": 6},
         "axisX": {"grid": False},
-        "legend": {
-            **words,
-            "labelColor": ink,
-            "titlePadding": 8,
-            "rowPadding": 5,
-            "orient": "top",
-            "titleOrient": "left",
-        },
+        "legend": {**words, **on_top, "labelColor": ink, "titlePadding": 8, "rowPadding": 5},
         "title": {"color": ink, "subtitleColor": muted, "anchor": "start", "fontSize": 14, "offset": 14},
         "text": {"color": ink, "fill": ink},
         "rule": {"color": muted},
@@ -93,7 +85,6 @@ def theme(colours: Mapping[str, str] = LIGHT) -> dict[str, Any]:
 
 
 def layered(*layers: Any) -> alt.Chart:
-    """One chart of the layers, in the size of a figure file."""
     layer: Any = alt.layer(*layers)
     chart: alt.Chart = layer.properties(width=WIDTH, height=HEIGHT)
     return chart
@@ -123,12 +114,11 @@ def _legend(text: Catalogue, kind: str) -> alt.Legend | None:
     """One legend for colour and dash (`stroke`) or for colour and shape (`symbol`), or none (empty)."""
     if not kind:
         return None
+    symbols: dict[str, Any] = {"symbolStrokeWidth": 0, "symbolSize": 90}
+    if kind == "stroke":
+        symbols = {"symbolType": "stroke", "symbolSize": 400}
     # Full opacity: else a band's paleness passes to the legend's symbols.
-    common: dict[str, Any] = {"title": text("chart.rank"), "symbolOpacity": 1, "columns": LEGEND_COLUMNS}
-    symbols = (
-        {"symbolType": "stroke", "symbolSize": 400} if kind == "stroke" else {"symbolStrokeWidth": 0, "symbolSize": 90}
-    )
-    return alt.Legend(**common, **symbols)
+    return alt.Legend(title=text("chart.rank"), symbolOpacity=1, columns=LEGEND_COLUMNS, **symbols)
 
 
 def rank_axis(text: Catalogue, ranks: list[int]) -> alt.X:
@@ -159,7 +149,6 @@ def candidate_tooltip(text: Catalogue, more: Mapping[str, str], number: str = ".
 
 
 def loss_titles(text: Catalogue) -> dict[str, str]:
-    """Mean and interval of a held-out loss, for a tooltip."""
     columns = {"eval_loss": "mean", "eval_loss_low": "lowest", "eval_loss_high": "highest"}
     return {f"{column}:Q": text(f"chart.{name}") for column, name in columns.items()}
 
@@ -185,12 +174,8 @@ def loss_intervals(
 
 
 def band(limits: tuple[float, float], scale: alt.Scale) -> alt.Chart:
-    """Shaded range of the y axis."""
-    frame = pd.DataFrame({"from": [limits[0]], "to": [limits[1]]})
-    shaded: alt.Chart = (
-        alt.Chart(frame).mark_rect(opacity=0.13, style="band").encode(y=alt.Y("from:Q", scale=scale), y2="to:Q")
-    )
-    return shaded
+    shaded = alt.Chart(pd.DataFrame([limits], columns=["from", "to"])).mark_rect(opacity=0.13, style="band")
+    return shaded.encode(y=alt.Y("from:Q", scale=scale), y2="to:Q")  # type: ignore[no-any-return]
 
 
 class Along(NamedTuple):

@@ -1,6 +1,6 @@
 """Content of a report in one language, which HTML and Markdown render."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -8,7 +8,7 @@ import pandas as pd
 from rankscope.analysis.next_step import NextStep, next_step
 from rankscope.data.doubts import DOUBTS, data_warnings, doubts
 from rankscope.report.answers import Answered, answered
-from rankscope.report.costs import Saving, cost_tables, noise_sentence, prediction_tables, savings
+from rankscope.report.costs import Savings, cost_tables, noise_sentence, prediction_tables, savings
 from rankscope.report.curve import rank_curve_sections
 from rankscope.report.figures import Figure, Missing, Section, make_section
 from rankscope.report.frames import by_candidate, chosen_row, compared_rows, has_gpu
@@ -21,8 +21,10 @@ from rankscope.spec.models import EMBEDDED
 from rankscope.spec.resolve import write_yaml
 from rankscope.study.evidence import Evidence
 from rankscope.study.folder import ANSWERS
+from rankscope.text import verdict as words
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import (
+    Columns,
     Table,
     at_least,
     duration,
@@ -36,16 +38,7 @@ from rankscope.text.formats import (
     size,
     tabulate,
 )
-from rankscope.text.verdict import (
-    Gain,
-    caveat_sentence,
-    claim_sentences,
-    gained,
-    margin_table,
-    margin_unit,
-    outcome_label,
-    verdict_sentence,
-)
+from rankscope.text.verdict import Verdict
 
 
 class Content(NamedTuple):
@@ -58,13 +51,10 @@ class Content(NamedTuple):
     sentence: str
     next_step: NextStep | None
     warnings: list[str]
-    gain: Gain
+    gain: words.Gain
     margins: Table | None
-    savings_title: str
-    savings: list[Saving]
-    savings_note: str
-    cost: str
-    cost_notes: list[str]
+    savings: Savings
+    cost: words.Gain
     caveats: list[str]
     how_to_read: list[str]
     sections: list[Section]
@@ -93,38 +83,30 @@ class Content(NamedTuple):
 
 
 def compose(
-    evidence: Evidence,
-    verdict: Mapping[str, Any] | None,
-    text: Catalogue,
-    study_name: str,
-    reproduce: str,
-    directory: str = "",
+    evidence: Evidence, verdict: Verdict, text: Catalogue, study_name: str, reproduce: str, directory: str = ""
 ) -> Content:
     """Content of the report; `verdict` may be None, and any table of the evidence may be empty. `directory` is the
     study's, as commands name it (default: its name)."""
     table = by_candidate(evidence, verdict)
     rank = (verdict or {}).get("rank")
-    saved = savings(evidence, verdict, table, text)
-    cost, cost_notes = _cost(verdict, table, text)
     caveats = (verdict or {}).get("caveats", [])
     half = [] if compared_rows(evidence) is None else ["half"]
+    ids = {"model": evidence.spec.model.id, "data": evidence.spec.data.name}
+    names = {what: text(f"page.embedded_{what}") if name == EMBEDDED else name for what, name in ids.items()}
     return Content(
         title=text("page.title", study=study_name),
-        subtitle=_subtitle(evidence, text),
-        outcome=outcome_label(verdict, text),
+        subtitle=text("page.subtitle", **names),
+        outcome=words.outcome_label(verdict, text),
         rank="" if rank is None else str(rank),
-        sentence=verdict_sentence(verdict, text.language),
+        sentence=words.verdict_sentence(verdict, text.language),
         next_step=next_step(verdict, evidence, directory or study_name, text),
         warnings=data_warnings(evidence.data_facts, text),
-        gain=gained(verdict, text),
-        margins=margin_table(verdict, text),
-        savings_title=saved.title,
-        savings=saved.savings,
-        savings_note=saved.note,
-        cost=cost,
-        cost_notes=cost_notes,
+        gain=words.gained(verdict, text),
+        margins=words.margin_table(verdict, text),
+        savings=savings(evidence, verdict, table, text),
+        cost=_cost(verdict, table, text),
         caveats=[
-            *(caveat_sentence(verdict or {}, code, text) for code in caveats if code not in DOUBTS),
+            *(words.caveat_sentence(verdict or {}, code, text) for code in caveats if code not in DOUBTS),
             *(text("caveat.adapter_fault", fault=fault) for fault in dict.fromkeys(_adapter_faults(evidence))),
         ],
         how_to_read=[text(f"how.{name}") for name in ("averages", "axes", "alone", "differences", *half)],
@@ -136,7 +118,7 @@ def compose(
             make_section("time", runtime_figures(evidence, text)),
             make_section("trade_off", trade_off_figures(evidence, verdict, table, text)),
         ],
-        claims=claim_sentences(verdict, text.language),
+        claims=words.claim_sentences(verdict, text.language),
         answers=answered(evidence, verdict, text),
         candidates=_candidates(evidence, verdict, table, text),
         noise=noise_sentence(evidence.profiles, text),
@@ -153,42 +135,33 @@ def compose(
     )
 
 
-def _subtitle(evidence: Evidence, text: Catalogue) -> str:
-    ids = {"model": evidence.spec.model.id, "data": evidence.spec.data.name}
-    names = {what: text(f"page.embedded_{what}") if name == EMBEDDED else name for what, name in ids.items()}
-    return text("page.subtitle", **names)
-
-
 def _adapter_faults(evidence: Evidence) -> Iterator[str]:
     for part in evidence.parts:
         if "adapter_fault" in part.results:
             yield from part.results["adapter_fault"].dropna()
 
 
-def _cost(verdict: Mapping[str, Any] | None, table: pd.DataFrame, text: Catalogue) -> tuple[str, list[str]]:
+def _cost(verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> words.Gain:
     """The chosen candidate's loss above the best one's, and notes on it."""
     chosen = chosen_row(verdict, table)
     if chosen is None or verdict is None:
-        return "", []
+        return words.Gain("", [])
     if verdict["candidate"] == verdict["best_candidate"]:
-        return "", [text("cost.nothing")]
+        return words.Gain("", [text("cost.nothing")])
     if not known(chosen["regret"]):
-        return "", [text("cost.unknown")]
-    notes = []
+        return words.Gain("", [text("cost.unknown")])
+    notes, low, high = [], chosen["regret_low"], chosen["regret_high"]
     if known(chosen["kept"]):
         share = chosen["regret"] / verdict["gain"]
-        notes.append(text(f"cost.share_{margin_unit(verdict)}", share=percent(share)))
+        notes.append(text(f"cost.share_{words.margin_unit(verdict)}", share=percent(share)))
     elif known(chosen["regret_share"]):
         notes.append(text("cost.share", share=percent(chosen["regret_share"])))
-    if known(chosen["regret_low"]) and known(chosen["regret_high"]):
-        ends = {"low": signed(chosen["regret_low"]), "high": signed(chosen["regret_high"])}
-        notes.append(text("cost.interval", confidence=percent(verdict["confidence"]), **ends))
-    else:
-        notes.append(text("cost.no_interval"))
-    return text("cost.nats", value=signed(chosen["regret"])), notes
+    ends = {"low": signed(low), "high": signed(high), "confidence": percent(verdict["confidence"])}
+    notes.append(text("cost.interval", **ends) if known(low) and known(high) else text("cost.no_interval"))
+    return words.Gain(text("cost.nats", value=signed(chosen["regret"])), notes)
 
 
-def _candidates(evidence: Evidence, verdict: Mapping[str, Any] | None, table: pd.DataFrame, text: Catalogue) -> Table:
+def _candidates(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> Table:
     gpu, chosen = has_gpu(evidence), (verdict or {}).get("candidate")
 
     def memory(row: Any, kind: str) -> str:
@@ -210,7 +183,7 @@ def _candidates(evidence: Evidence, verdict: Mapping[str, Any] | None, table: pd
         least = text("table.at_least", share=at_least(row["kept_low"])) if known(row["kept_low"]) else ""
         return "\n".join(filter(None, [shown(row["kept"], percent, text), least]))
 
-    columns: dict[str, Callable[[Any], str]] = {
+    columns: Columns = {
         "rank": lambda row: str(row["rank"]),
         "learning_rate": lambda row: rate(row["learning_rate"]),
         "alpha": lambda row: f"{row['lora_alpha']:g}",
@@ -241,7 +214,7 @@ def _trials(evidence: Evidence, text: Catalogue) -> Table:
     records = [row for part in evidence.parts for row in part.results.to_dict("records")]
     if evidence.reference_results is not None:
         records += evidence.reference_results.to_dict("records")
-    columns: dict[str, Callable[[Any], str]] = {
+    columns: Columns = {
         "trial": lambda row: str(row["trial"]),
         "rank": lambda row: rank_name(row["rank"], text),
         "learning_rate": lambda row: rate(row["learning_rate"]),
@@ -256,28 +229,26 @@ def _trials(evidence: Evidence, text: Catalogue) -> Table:
     return tabulate(text("table.trials"), headed, records, [text(f"table.{n}") for n in ("trial", "status", "reason")])
 
 
-def _limits(evidence: Evidence, verdict: Mapping[str, Any] | None, text: Catalogue) -> list[str]:
-    spec = evidence.spec
+def _limits(evidence: Evidence, verdict: Verdict, text: Catalogue) -> list[str]:
+    spec, facts = evidence.spec, evidence.data_facts
     asked = {"margin": spec.verdict.margin, "margin_of": spec.verdict.margin_of} | dict(verdict or {})
     shares = {"least": percent(1 - asked["margin"]), "margin": percent(asked["margin"])}
-    good = text(f"limit.margin_{margin_unit(asked)}", **shares)
-    limits = [text("limit.scope"), good, text("limit.seeds")]
-    if len(spec.learning_rates) > 1:
-        limits.append(text("limit.rates"))
-    if len(spec.ranks) > 1 and not isinstance(spec.adapter.alpha, str) and not spec.adapter.use_rslora:
-        limits.append(text("limit.alpha"))
-    if not evidence.profiles.empty:
-        limits.append(text("limit.costs", steps=int(evidence.profiles["steps"].max())))
-    if (evidence.results["status"] == "diverged").any():
-        limits.append(text("limit.diverged"))
-    if evidence.divided:
-        limits.append(text("limit.divided", trials=", ".join(evidence.divided)))
-    if evidence.survivors:
-        limits.append(text("limit.left", trials=", ".join(evidence.survivors)))
+    one_alpha = len(spec.ranks) > 1 and not isinstance(spec.adapter.alpha, str) and not spec.adapter.use_rslora
+    steps = 0 if evidence.profiles.empty else int(evidence.profiles["steps"].max())
+    cut = 0 if "rows_cut" in doubts(facts) else facts.get("truncated") or 0
+    limits = {
+        text("limit.scope"): True,
+        text(f"limit.margin_{words.margin_unit(asked)}", **shares): True,
+        text("limit.seeds"): True,
+        text("limit.rates"): len(spec.learning_rates) > 1,
+        text("limit.alpha"): one_alpha,
+        text("limit.costs", steps=steps): not evidence.profiles.empty,
+        text("limit.diverged"): (evidence.results["status"] == "diverged").any(),
+        text("limit.divided", trials=", ".join(evidence.divided)): evidence.divided,
+        text("limit.left", trials=", ".join(evidence.survivors)): evidence.survivors,
+    }
     for name, failure in evidence.failures.items():
         what = text("limit.answers") if name == ANSWERS else text("limit.profile", name=name)
-        limits.append(text("limit.failed", what=what, reason=failure.reason))
-    truncated = evidence.data_facts.get("truncated")
-    if isinstance(truncated, int) and truncated and "rows_cut" not in doubts(evidence.data_facts):
-        limits.append(text("limit.truncated", rows=f"{truncated:,}"))
-    return limits
+        limits[text("limit.failed", what=what, reason=failure.reason)] = True
+    limits[text("limit.truncated", rows=f"{cut:,}")] = cut
+    return [limit for limit, holds in limits.items() if holds]

@@ -1,6 +1,5 @@
 """Costs in the report: the chosen rank beside the largest, each cost in detail, and measurement noise."""
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,8 +9,8 @@ from rankscope.analysis.costs import Noise, noise_floor
 from rankscope.report.frames import chosen_row, has_gpu, rank_profiles
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue
-from rankscope.text.formats import Table, change, duration, known, rate, shown, size, tabulate
-from rankscope.text.verdict import candidate_name
+from rankscope.text.formats import Columns, Table, change, duration, known, rate, shown, size, tabulate
+from rankscope.text.verdict import Verdict, candidate_name
 
 QUANTITIES = {
     "cpu_mean": "rss_mean_bytes",
@@ -64,14 +63,12 @@ class Saving(NamedTuple):
 
 
 class Savings(NamedTuple):
-    """Costs beside the largest rank's, or a note on why they are missing."""
-
     title: str
-    savings: list[Saving]
+    rows: list[Saving]
     note: str
 
 
-def savings(evidence: Evidence, verdict: Mapping[str, Any] | None, table: pd.DataFrame, text: Catalogue) -> Savings:
+def savings(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> Savings:
     """Costs of the chosen candidate beside those of the largest rank in the comparison."""
     chosen = chosen_row(verdict, table)
     if chosen is None or verdict is None:
@@ -165,9 +162,13 @@ def prediction_tables(evidence: Evidence, text: Catalogue) -> list[Table]:
         return lambda row: size(sum(row[1]["parts"][name] for name in names))
 
     def measured(row: Any, column: str, how: str, number: Callable[[float], str]) -> str:
-        return shown(_measured(profiles, row[0].name, column, how), number, text)
+        """Aggregate over the candidate's own repeats, without the control's; unknown where it was not profiled."""
+        if profiles.empty or column not in profiles:
+            return text("none")
+        own = profiles.loc[(profiles["candidate"] == row[0].name) & ~profiles["control"], column]
+        return shown(float(own.astype("float64").agg(how)), number, text)
 
-    columns: dict[str, Callable[[Any], str]] = {
+    columns: Columns = {
         "table.rank": lambda row: str(row[0].rank),
         "table.learning_rate": lambda row: rate(row[0].learning_rate),
         "prediction.base": parts("base"),
@@ -187,11 +188,3 @@ def prediction_tables(evidence: Evidence, text: Catalogue) -> list[Table]:
     records = [(candidate, found) for candidate, found in pairs if found and found["parts"]]
     headed = {text(key): cell for key, cell in columns.items()}
     return [tabulate(text("prediction.title"), headed, records)] if records else []
-
-
-def _measured(profiles: pd.DataFrame, candidate: str, column: str, how: str) -> float:
-    """Aggregate over the candidate's own repeats, without the control's; NaN where it was not profiled."""
-    if profiles.empty or column not in profiles:
-        return math.nan
-    own = (profiles["candidate"] == candidate) & ~profiles["control"]
-    return float(profiles.loc[own, column].astype("float64").agg(how))

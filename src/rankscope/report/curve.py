@@ -1,7 +1,7 @@
 """The rank curve: losses of the largest rank's adapters truncated to lower ranks, beside those of trained ranks."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import altair as alt
 import pandas as pd
@@ -11,35 +11,16 @@ from rankscope.report import charts
 from rankscope.report.figures import Figure, Panel, Section, make_section, numbers
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue
-from rankscope.text.formats import Table, interval, loss, percent, shown, signed, signed_percent, tabulate
-
-
-class RankCurve(NamedTuple):
-    """The curve as it is shown."""
-
-    figure: Figure
-    errors: Table | None  # None where no lower rank was trained
-    sentences: list[str]
-
-    @property
-    def tables(self) -> list[Table]:
-        """Tables behind the figure."""
-        return [table for table in (self.figure.numbers, self.errors) if table]
+from rankscope.text.formats import Columns, Table, interval, loss, percent, shown, signed, signed_percent, tabulate
 
 
 def rank_curve_sections(evidence: Evidence, text: Catalogue) -> list[Section]:
-    """One section, or none without a curve."""
+    """One section, or none without a curve; without a table where no lower rank was trained."""
     if evidence.cuts is None or evidence.cuts.empty:
         return []
-    found = rank_curve(evidence, text)
-    return [make_section("cuts", [found.figure], found.sentences, [found.errors] if found.errors else [])]
-
-
-def rank_curve(evidence: Evidence, text: Catalogue) -> RankCurve:
-    """The curve of `Evidence.cuts`, which must not be empty."""
     curve, errors = loss_curve(evidence), curve_errors(evidence)
-    table = None if errors.empty else _error_table(evidence, errors, text)
-    return RankCurve(_figure(curve, text), table, _sentences(evidence, curve, errors, text))
+    tables = [] if errors.empty else [_error_table(evidence, errors, text)]
+    return [make_section("cuts", [_figure(curve, text)], _sentences(evidence, curve, errors, text), tables)]
 
 
 def _name(steps: Any, text: Catalogue) -> str:
@@ -52,7 +33,7 @@ def _figure(curve: pd.DataFrame, text: Catalogue) -> Figure:
     named.loc[trained, "name"] = text("cuts.trained")
     names = list(dict.fromkeys(named["name"]))
     wide = named.pivot(index="rank", columns="name", values="eval_loss").reset_index()
-    columns: dict[str, Callable[[Any], str]] = {text("table.rank"): lambda row: str(row["rank"])}
+    columns: Columns = {text("table.rank"): lambda row: str(row["rank"])}
     for name in names:
         columns[name] = lambda row, name=name: shown(row[name], loss, text)  # type: ignore[misc]
     points = named[named["kind"] == "cut"].sort_values("rank").to_dict("records")
@@ -94,7 +75,7 @@ def _chart(points: pd.DataFrame, names: Sequence[str], text: Catalogue) -> alt.C
 
 def _error_table(evidence: Evidence, errors: pd.DataFrame, text: Catalogue) -> Table:
     verdict, states = evidence.spec.verdict, {True: "table.yes", False: "table.no", None: "cuts.open"}
-    columns: dict[str, Callable[[Any], str]] = {
+    columns: Columns = {
         text("table.rank"): lambda row: str(row["rank"]),
         text("cuts.steps"): lambda row: str(row["recover_steps"]),
         text("cuts.trained_loss"): lambda row: loss(row["trained"]),

@@ -1,20 +1,18 @@
 """Figures of the report: charts with their words and numbers, and the sections that hold them."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import altair as alt
 import pandas as pd
 
 from rankscope.text.catalogue import Catalogue
-from rankscope.text.formats import Table, rate, shown, tabulate
+from rankscope.text.formats import Columns, Table, rate, shown, tabulate
 
 POINTS_IN_TABLE = 6  # columns of a curve in the table under its figure
 
 
 class Panel(NamedTuple):
-    """One chart of a figure."""
-
     title: str  # empty in a figure with one panel
     chart: alt.Chart
 
@@ -31,15 +29,15 @@ class Figure(NamedTuple):
 
 
 class Missing(NamedTuple):
-    """A figure that cannot be drawn, and why."""
-
     name: str
     reason: str
 
 
-class Section(NamedTuple):
-    """Figures under one heading, and what follows them."""
+Figures: TypeAlias = list[Figure | Missing]
+Draw: TypeAlias = Callable[[pd.DataFrame, tuple[float, float]], alt.Chart]  # of rows, within a range of the y axis
 
+
+class Section(NamedTuple):
     name: str  # the page's anchor, and a key of the catalogue
     figures: list[Figure]
     missing: list[Missing]
@@ -59,9 +57,7 @@ def make_section(
     return Section(name, figures, [one for one in found if isinstance(one, Missing)], sentences, tables)
 
 
-def by_rate(
-    frame: pd.DataFrame, text: Catalogue, draw: Callable[[pd.DataFrame, tuple[float, float]], alt.Chart]
-) -> list[Panel]:
+def by_rate(frame: pd.DataFrame, text: Catalogue, draw: Draw) -> list[Panel]:
     """One panel per learning rate, all with the same y axis, so that heights can be compared."""
     y_range = (float(frame["low"].min()), float(frame["high"].max()))
     rates = sorted(frame["learning_rate"].unique())
@@ -87,7 +83,7 @@ def say(title: str, table: pd.DataFrame, column: str, number: Callable[[float], 
     return text("chart.values", title=title, values=values) if values else title
 
 
-def numbers(title: str, columns: Mapping[str, Callable[[Any], str]], records: Sequence[Any], text: Catalogue) -> Table:
+def numbers(title: str, columns: Columns, records: Sequence[Any], text: Catalogue) -> Table:
     """Table under a figure: a row per record, a column per header."""
     return tabulate(text("chart.numbers", title=title), columns, records)
 
@@ -109,7 +105,7 @@ def curve_numbers(
     wide = frame.pivot_table(index=["rank", "learning_rate"], columns=along, values=column, sort=True)
     # A curve may lack a point just there: two profiles are not sampled at the same moments.
     filled = wide.sort_index(axis=1).ffill(axis=1)[chosen].reset_index()
-    columns: dict[str, Callable[[Any], str]] = {
+    columns: Columns = {
         text("table.rank"): lambda row: str(row["rank"]),
         text("table.learning_rate"): lambda row: rate(row["learning_rate"]),
     }

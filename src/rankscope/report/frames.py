@@ -1,7 +1,6 @@
 """Evidence as tidy frames: candidates with their losses and costs, and curves thinned to the width of a screen."""
 
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,9 +8,9 @@ import pandas as pd
 
 from rankscope.analysis.comparison import judged_examples, without_diverged
 from rankscope.study.evidence import Evidence
+from rankscope.text.verdict import Verdict
 
 POINTS = 4000  # of all curves of a figure together, so that a page stays below 3 MB; a curve keeps 30 or more
-
 KEYS = ["candidate", "rank", "learning_rate"]
 
 
@@ -43,10 +42,8 @@ def ranks_of(evidence: Evidence) -> list[int]:
 
 def compared_rows(evidence: Evidence) -> set[int] | None:
     """Numbers of the held-out rows on which ranks are compared, where these are half of all; None where they are all.
-
     With several candidates a rank, the verdict judges on one half (`rankscope.analysis.comparison.judged_examples`),
-    and all losses of a candidate are shown on that half.
-    """
+    and all losses of a candidate are shown on that half."""
     examples = without_diverged(evidence.examples, evidence.results)
     if examples.empty:
         return None
@@ -71,6 +68,13 @@ def comparable(results: pd.DataFrame, examples: pd.DataFrame, rows: set[int] | N
 
 
 LOSSES = ("train_loss", "eval_loss", "eval_perplexity", "eval_accuracy", "general_loss_after")
+
+
+def counted(results: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """By candidate, in their order: these columns, and its numbers of trials, `trials finished diverged`."""
+    states = {"finished": results["status"] == "done", "diverged": results["status"] == "diverged"}
+    marked = results.assign(**states).groupby("candidate", sort=False)
+    return marked[columns].first().assign(trials=marked.size(), **{name: marked[name].sum() for name in states})
 
 
 def heldout_by_seed(evidence: Evidence) -> pd.DataFrame:
@@ -107,7 +111,7 @@ COSTS = {
 """Costs of `by_candidate`: a column of `Study.profiles`, and its aggregation over repeats."""
 
 
-def by_candidate(evidence: Evidence, verdict: Mapping[str, Any] | None, beside: Evidence | None = None) -> pd.DataFrame:
+def by_candidate(evidence: Evidence, verdict: Verdict, beside: Evidence | None = None) -> pd.DataFrame:
     """One row per candidate in the study's order, lowest rank first.
 
     Columns: `candidate rank learning_rate lora_alpha scaling trainable_params adapter_bytes trials finished diverged
@@ -122,11 +126,7 @@ def by_candidate(evidence: Evidence, verdict: Mapping[str, Any] | None, beside: 
     rows = compared_rows(beside or evidence)
     results = comparable(evidence.results, evidence.examples, rows)
     done = results[results["status"] == "done"].groupby("candidate")
-    everything = results.groupby("candidate", sort=False)
-    own = ["rank", "learning_rate", "lora_alpha", "scaling", "trainable_params", "adapter_bytes"]
-    table = everything.first()[own].assign(trials=everything.size())
-    table["finished"] = done.size().reindex(table.index, fill_value=0)
-    table["diverged"] = (results["status"] == "diverged").groupby(results["candidate"]).sum()
+    table = counted(results, ["rank", "learning_rate", "lora_alpha", "scaling", "trainable_params", "adapter_bytes"])
     table[["train_loss", "eval_loss"]] = done[["train_loss", "eval_loss"]].mean()
     table["eval_loss_sd"] = done["eval_loss"].std()
     table["gain"] = untrained_loss(evidence, rows) - table["eval_loss"]
@@ -152,15 +152,13 @@ def rank_profiles(evidence: Evidence) -> pd.DataFrame:
 
 
 def _costs(profiles: pd.DataFrame) -> pd.DataFrame:
-    """Columns of `COSTS`, one row per rank."""
     if profiles.empty:
         return pd.DataFrame(columns=list(COSTS), index=pd.Index([], name="rank", dtype="int64"), dtype="float64")
     numeric = profiles.astype({column: "float64" for column, _ in COSTS.values()})  # None without a GPU
     return numeric.groupby("rank").agg(**COSTS)
 
 
-def chosen_row(verdict: Mapping[str, Any] | None, table: pd.DataFrame) -> "pd.Series[Any] | None":
-    """Row of `by_candidate` that the verdict chose, or None."""
+def chosen_row(verdict: Verdict, table: pd.DataFrame) -> "pd.Series[Any] | None":
     rows = table[table["candidate"] == (verdict or {}).get("candidate")]
     return None if rows.empty else rows.iloc[0]
 

@@ -27,7 +27,6 @@ from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import strip_control_characters
 
 VEGA_LITE = ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])  # altair's version, in vl_convert's form: `6.4`
-
 SECTIONS = ("claims", "answers", "candidates", "also", "trials", "data", "machine", "reproduce", "limits")
 """Sections after the figures, in the page's order."""
 
@@ -98,10 +97,8 @@ def chart_id(figure: Figure, number: int) -> str:
 
 
 def json_in_html(value: Any) -> str:
-    """JSON that cannot end its script element: `<`, `>` and `&` become escapes, which JSON allows in strings.
-
-    Nothing but a string of JSON contains them. U+2028 and U+2029 are escaped by `ensure_ascii`.
-    """
+    """JSON that cannot end its script element: `<`, `>` and `&` become escapes, which JSON allows in strings. Nothing
+    but a string of JSON contains them. U+2028 and U+2029 are escaped by `ensure_ascii`."""
     content = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return content.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

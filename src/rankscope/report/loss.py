@@ -1,62 +1,47 @@
 """Figures of loss: against steps, against rank, and the map of learning rate and rank."""
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import altair as alt
 import pandas as pd
 
-from rankscope.report import charts
-from rankscope.report.figures import Figure, Missing, Panel, by_rate, curve_numbers, numbers, say, with_rates
-from rankscope.report.frames import (
-    KEYS,
-    Binned,
-    bin_steps,
-    compared_rows,
-    heldout_by_seed,
-    mean_and_range,
-    ranks_of,
-)
+from rankscope.report import charts, frames
+from rankscope.report.figures import Figure, Figures, Missing, Panel, by_rate, curve_numbers, numbers, say, with_rates
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue
-from rankscope.text.formats import loss, percent, rate, shown
-from rankscope.text.verdict import margin_unit
+from rankscope.text.formats import Columns, loss, percent, rate, shown
+from rankscope.text.verdict import Verdict, margin_unit
 
 SMOOTHING_SHARE = 0.05  # share of a curve's points in the centred moving average
 
 
-def loss_figures(
-    evidence: Evidence, verdict: Mapping[str, Any] | None, table: pd.DataFrame, text: Catalogue
-) -> list[Figure | Missing]:
+def loss_figures(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> Figures:
     """Training loss against steps, held-out loss against rank and steps, and by rate where there are several."""
     found = [
         _training_loss(evidence, table, text),
         _heldout_by_rank(evidence, verdict, table, text),
-        _heldout_by_step(evidence, table, text),
+        _heldout_by_step(evidence, text),
     ]
     return [*found, _rate_map(evidence, verdict, table, text)] if len(evidence.spec.learning_rates) > 1 else found
 
 
-def training_loss(evidence: Evidence) -> Binned:
-    """`candidate rank learning_rate step mean low high smooth_mean smooth_low smooth_high` over seeds, in nats.
-
-    A mean over a trial that stopped midway would jump where it stops, so only finished trials count, or all trials of a
-    candidate without one; a candidate with a seed that diverged has no curve.
-    """
+def training_loss(evidence: Evidence) -> frames.Binned:
+    """`candidate rank learning_rate step mean low high smooth_mean smooth_low smooth_high` over seeds, in nats. A mean
+    over a trial that stopped midway would jump where it stops, so only finished trials count, or all trials of a
+    candidate without one; a candidate with a seed that diverged has no curve."""
     curves = _usable(evidence, "train_loss")
     curves = curves[curves["step"] > 0]
     if curves.empty:
-        return Binned(curves, 1)
-    binned, width = bin_steps(curves)
-    seeds = binned.groupby([*KEYS, "seed", "step"], observed=True)["train_loss"].mean().reset_index()
+        return frames.Binned(curves, 1)
+    binned, width = frames.bin_steps(curves)
+    seeds = binned.groupby([*frames.KEYS, "seed", "step"], observed=True)["train_loss"].mean().reset_index()
     window = max(3, round(seeds["step"].nunique() * SMOOTHING_SHARE))
-    seeds["smooth"] = seeds.groupby([*KEYS, "seed"], observed=True)["train_loss"].transform(
+    seeds["smooth"] = seeds.groupby([*frames.KEYS, "seed"], observed=True)["train_loss"].transform(
         lambda losses: losses.rolling(window, center=True, min_periods=1).mean()
     )
-    smooth = mean_and_range(seeds, "smooth").rename(
-        columns={name: f"smooth_{name}" for name in ("mean", "low", "high")}
-    )
-    return Binned(mean_and_range(seeds, "train_loss").merge(smooth, on=[*KEYS, "step"]), width)
+    names = {name: f"smooth_{name}" for name in ("mean", "low", "high")}
+    smooth = frames.mean_and_range(seeds, "smooth").rename(columns=names)
+    return frames.Binned(frames.mean_and_range(seeds, "train_loss").merge(smooth, on=[*frames.KEYS, "step"]), width)
 
 
 def _usable(evidence: Evidence, column: str) -> pd.DataFrame:
@@ -67,7 +52,7 @@ def _usable(evidence: Evidence, column: str) -> pd.DataFrame:
     unfinished = status[~status["candidate"].isin(done["candidate"])]
     curves = evidence.curves
     kept = curves["trial"].isin([*done.index, *unfinished.index]) & curves[column].notna()
-    return curves.loc[kept, [*KEYS, "seed", "step", column]]
+    return curves.loc[kept, [*frames.KEYS, "seed", "step", column]]
 
 
 def _training_loss(evidence: Evidence, table: pd.DataFrame, text: Catalogue) -> Figure | Missing:
@@ -75,7 +60,7 @@ def _training_loss(evidence: Evidence, table: pd.DataFrame, text: Catalogue) -> 
     frame, steps_a_point = training_loss(evidence)
     if frame.empty:
         return Missing(name, text("chart.train_loss.absent"))
-    ranks = ranks_of(evidence)
+    ranks = frames.ranks_of(evidence)
     panels = by_rate(frame, text, lambda rows, y: _training_chart(rows, text, ranks, y))
     note = text("chart.train_loss.note", bins=text.count("steps", steps_a_point))
     alternative = say(title, table, "train_loss", loss, text)
@@ -95,12 +80,12 @@ def _training_chart(frame: pd.DataFrame, text: Catalogue, ranks: list[int], y_ra
     return charts.layered(*layers).add_params(switch)
 
 
-def _heldout_by_step(evidence: Evidence, table: pd.DataFrame, text: Catalogue) -> Figure | Missing:
+def _heldout_by_step(evidence: Evidence, text: Catalogue) -> Figure | Missing:
     name, title = "heldout-loss-steps", text("chart.eval_steps.title")
-    frame = mean_and_range(_usable(evidence, "eval_loss"), "eval_loss")
+    frame = frames.mean_and_range(_usable(evidence, "eval_loss"), "eval_loss")
     if frame.empty:
         return Missing(name, text("chart.eval_steps.absent"))
-    ranks, axis = ranks_of(evidence), charts.steps_axis(text)
+    ranks, axis = frames.ranks_of(evidence), charts.steps_axis(text)
 
     def draw(rows: pd.DataFrame, y_range: tuple[float, float]) -> alt.Chart:
         y_title = text("chart.eval_steps.y")
@@ -109,15 +94,13 @@ def _heldout_by_step(evidence: Evidence, table: pd.DataFrame, text: Catalogue) -
     last = frame[frame["step"] == frame.groupby("candidate")["step"].transform("max")]
     alternative = say(title, last, "mean", loss, text)
     table_of = curve_numbers(title, frame, "mean", loss, text)
-    note = text("chart.eval_steps.note" if compared_rows(evidence) is None else "chart.eval_steps.note_all")
+    note = text("chart.eval_steps.note" if frames.compared_rows(evidence) is None else "chart.eval_steps.note_all")
     return Figure(name, title, note, alternative, by_rate(frame, text, draw), table_of)
 
 
-def _heldout_by_rank(
-    evidence: Evidence, verdict: Mapping[str, Any] | None, table: pd.DataFrame, text: Catalogue
-) -> Figure | Missing:
+def _heldout_by_rank(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> Figure | Missing:
     name, title = "heldout-loss-rank", text("chart.eval_by_rank.title")
-    seeds = heldout_by_seed(evidence)
+    seeds = frames.heldout_by_seed(evidence)
     if seeds.empty:
         return Missing(name, text("chart.eval_by_rank.absent"))
     finished = table.dropna(subset=["eval_loss"])
@@ -128,9 +111,9 @@ def _heldout_by_rank(
         note = text(key, confidence=percent(verdict["confidence"]), **shares)
         if finished["learning_rate"].nunique() > 1:
             note = f"{note} {text('chart.eval_by_rank.rates')}"
-    chart = _heldout_chart(seeds, finished, text, ranks_of(evidence), margin)
+    chart = _heldout_chart(seeds, finished, text, frames.ranks_of(evidence), margin)
     by_candidate = seeds.groupby("candidate")["eval_loss"]
-    columns: dict[str, Callable[[Any], str]] = {
+    columns: Columns = {
         text("table.rank"): lambda row: str(row["rank"]),
         text("table.learning_rate"): lambda row: rate(row["learning_rate"]),
         text("chart.mean"): lambda row: loss(row["eval_loss"]),
@@ -143,7 +126,7 @@ def _heldout_by_rank(
     return Figure(name, title, with_rates(note, finished, text), alternative, [Panel("", chart)], table_of)
 
 
-def _margin(verdict: Mapping[str, Any] | None) -> tuple[float, float] | None:
+def _margin(verdict: Verdict) -> tuple[float, float] | None:
     """Losses that are good enough beside the best one, in nats; None where fine-tuning has gained nothing."""
     if verdict is None or not verdict["comparison"]:
         return None
@@ -156,7 +139,7 @@ def _heldout_chart(
     seeds: pd.DataFrame, candidates: pd.DataFrame, text: Catalogue, ranks: list[int], margin: tuple[float, float] | None
 ) -> alt.Chart:
     """`seeds` is `heldout_by_seed`, `candidates` are rows of `by_candidate`; `margin` is shaded, in nats."""
-    columns = [*KEYS, "eval_loss", "eval_loss_low", "eval_loss_high"]
+    columns = [*frames.KEYS, "eval_loss", "eval_loss_low", "eval_loss_high"]
     seeds = seeds.assign(rate=seeds["learning_rate"].map(rate))
     candidates = candidates[columns].assign(rate=candidates["learning_rate"].map(rate))
     x, of_rank, y = charts.by_rank(seeds, text, ranks), charts.colour(ranks, text), charts.loss_axis(text)
@@ -171,10 +154,8 @@ def _heldout_chart(
     return charts.layered(*layers)
 
 
-def _rate_map(
-    evidence: Evidence, verdict: Mapping[str, Any] | None, table: pd.DataFrame, text: Catalogue
-) -> Figure | Missing:
-    name, title, ranks = "learning-rate-map", text("chart.rate_map.title"), ranks_of(evidence)
+def _rate_map(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> Figure | Missing:
+    name, title, ranks = "learning-rate-map", text("chart.rate_map.title"), frames.ranks_of(evidence)
     if table["eval_loss"].isna().all():
         return Missing(name, text("chart.eval_by_rank.absent"))
     compared = [row["candidate"] for row in (verdict or {}).get("comparison", [])]  # may be chosen on other rows
@@ -184,7 +165,7 @@ def _rate_map(
         note=[text("status.diverged" if diverged else "none") for diverged in table["diverged"]],
     )
     cells = frame.set_index(["learning_rate", "rank"])["eval_loss"]
-    columns: dict[str, Callable[[Any], str]] = {text("table.learning_rate"): rate}
+    columns: Columns = {text("table.learning_rate"): rate}
     for rank in ranks:
         header = text("name.rank", rank=rank)
         columns[header] = lambda value, rank=rank: shown(cells.get((value, rank)), loss, text)  # type: ignore[misc]

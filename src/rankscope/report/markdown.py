@@ -24,16 +24,16 @@ def render(content: Content, text: Catalogue) -> str:
         parts += [f"{text('gain.title')}:", _list([content.gain.value, *content.gain.notes])]
     if content.margins is not None:
         parts.append(markdown_table(content.margins))
-    if content.savings:
+    if content.savings.rows:
         lines = [
             f"{saving.label}: {text('saving.pair', value=saving.value, other=saving.instead)} ({saving.difference})"
-            for saving in content.savings
+            for saving in content.savings.rows
         ]
-        parts += [f"{escape(content.savings_title)}:", _list(lines)]
-    parts.append(escape(content.savings_note))
-    cost = [f"{text('cost.regret')}: {content.cost}"] if content.cost else []
-    if cost or content.cost_notes:
-        parts += [f"{text('cost.title')}:", _list([*cost, *content.cost_notes])]
+        parts += [f"{escape(content.savings.title)}:", _list(lines)]
+    parts.append(escape(content.savings.note))
+    cost = [f"{text('cost.regret')}: {content.cost.value}"] if content.cost.value else []
+    if cost or content.cost.notes:
+        parts += [f"{text('cost.title')}:", _list([*cost, *content.cost.notes])]
     if content.caveats:
         parts += [f"{text('caveat.title')}:", _list(content.caveats)]
     parts += [f"## {text('how.title')}", _list(content.how_to_read)]

@@ -9,30 +9,26 @@ import altair as alt
 import pandas as pd
 
 from rankscope.report import charts
-from rankscope.report.figures import Figure, Missing, Panel, by_rate, curve_numbers, numbers, say
+from rankscope.report.figures import Figure, Figures, Missing, Panel, by_rate, curve_numbers, numbers, say
 from rankscope.report.frames import KEYS, bin_steps, has_gpu, mean_and_range, ranks_of
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue
-from rankscope.text.formats import Table, Unit, duration, shown, size, size_unit, time_unit
+from rankscope.text.formats import Columns, Table, Unit, duration, shown, size, size_unit, time_unit
 
 COLUMNS = {"cpu": "rss", "gpu": "gpu_allocated"}  # prefix of a kind's columns in profiles and samples
-
 PARTS = ("process", "base", "adapter", "gradients", "optimizer", "activations", "logits", "retained")
 """Parts of a predicted peak, from the bottom of a bar to its top. A part keeps its colour in every chart."""
 
 PART_COLUMNS = 3  # parts side by side in the legend: as many as fit on a phone
-
 MOST_LABELLED_BARS = 8  # above more bars, numbers would overlap on a phone; the table under the chart has them
-
 POINTS_IN_TIME = 900  # of all curves against time together: samples are many, and repeat each other
 
 
-def memory_figures(evidence: Evidence, table: pd.DataFrame, text: Catalogue) -> list[Figure | Missing]:
+def memory_figures(evidence: Evidence, table: pd.DataFrame, text: Catalogue) -> Figures:
     """Three figures for each kind of memory; without a GPU the reason stands for its three."""
     kinds = ["cpu", "gpu"] if has_gpu(evidence) else ["cpu"]
     found = [_by_rank(evidence, table, text, kind) for kind in kinds]
-    for kind in kinds:
-        found += [_by_step(evidence, table, text, kind), _by_time(evidence, table, text, kind)]
+    found += [_curve(evidence, table, text, kind, along) for kind in kinds for along in ("steps", "time")]
     if "gpu" not in kinds:
         names = ("gpu-memory", "gpu-memory-steps", "gpu-memory-time")
         found += [Missing(name, text("chart.gpu_steps.absent")) for name in names]
@@ -111,7 +107,7 @@ def _numbers(title: str, measured: pd.DataFrame, parts: pd.DataFrame, text: Cata
     """A row per rank: the parts of its predicted peak, their sum, and what was measured."""
     by_part = parts.pivot_table(index="rank", columns="part", values="bytes")
     by_rank = measured.set_index("rank")
-    columns: dict[str, Callable[[Any], str]] = {text("table.rank"): str}
+    columns: Columns = {text("table.rank"): str}
 
     def cell(table: "pd.Series[Any]") -> Callable[[Any], str]:
         return lambda rank: shown(table.get(rank, math.nan), size, text)
@@ -137,10 +133,8 @@ def _chart(
     kinds = [name for name, rows in (("predicted", parts), ("measured", measured)) if not rows.empty]
     bars = len(ranks) * len(kinds)
     size = max(6, min(44, 200 // bars))
-    x = {
-        "x": charts.rank_axis(text, ranks),
-        "xOffset": alt.XOffset("kind:N", scale=alt.Scale(domain=kinds), sort=kinds),
-    }
+    beside = alt.XOffset("kind:N", scale=alt.Scale(domain=kinds), sort=kinds)
+    x = {"x": charts.rank_axis(text, ranks), "xOffset": beside}
     layers = []
     if not parts.empty:
         layers += _predicted(parts.assign(kind="predicted"), text, x, title, size, bars <= MOST_LABELLED_BARS)
@@ -160,10 +154,8 @@ def _predicted(
     scale = alt.Scale(domain=[text(f"part.{part}") for part in PARTS], range="ordinal")
     of_part = alt.Color("name:N", sort=None, scale=scale, legend=legend)
     titles = {"rank:O": text("chart.rank"), "name:N": text("chart.predicted"), "value:Q": title}
-    y, tooltip = (
-        alt.Y("value:Q", title=title, stack="zero", scale=alt.Scale(zero=True)),
-        charts.tooltips(titles, ".3~g"),
-    )
+    tooltip = charts.tooltips(titles, ".3~g")
+    y = alt.Y("value:Q", title=title, stack="zero", scale=alt.Scale(zero=True))
     stack, total = alt.Chart(parts).mark_bar(size=size, style="part"), alt.Chart(parts).mark_text(dy=-10)
     layers = [
         stack.encode(**x, y=y, color=of_part, order=alt.Order("order:Q"), tooltip=tooltip),
@@ -188,43 +180,32 @@ def _measured(
     return layers if labelled else layers[:2]
 
 
-def _by_step(evidence: Evidence, table: pd.DataFrame, text: Catalogue, kind: str) -> Figure | Missing:
-    name, title = f"{kind}-memory-steps", text(f"chart.{kind}_steps.title")
-    frame = memory_by_step(evidence, f"{COLUMNS[kind]}_bytes")
+def _curve(evidence: Evidence, table: pd.DataFrame, text: Catalogue, kind: str, along: str) -> Figure | Missing:
+    """Memory of a kind against `steps`, or against `time`, where training is drawn thicker than what is around it."""
+    name, title, column = f"{kind}-memory-{along}", text(f"chart.{kind}_{along}.title"), COLUMNS[kind]
+    of_time = along == "time"
+    frame = (memory_by_time if of_time else memory_by_step)(evidence, f"{column}_bytes")
     if frame.empty:
         return Missing(name, text("chart.not_profiled"))
     ranks, unit = ranks_of(evidence), size_unit(frame["high"].max())
-    y_title, axis = text(f"chart.{kind}_memory.y", unit=unit.name), charts.steps_axis(text)
+    y_title, axis, shown = text(f"chart.{kind}_memory.y", unit=unit.name), charts.steps_axis(text), frame
+    if of_time:
+        time = time_unit(frame["seconds"].max(), text)
+        axis = charts.Along("seconds", text("chart.time", unit=time.name), ".3~g", alt.Axis(tickCount=6))
+        shown = frame.assign(seconds=frame["seconds"] / time.factor)
 
     def draw(rows: pd.DataFrame, y_range: tuple[float, float]) -> alt.Chart:
         scaled, y_range = charts.in_unit(rows, y_range, unit)
-        points = scaled["step"].nunique() <= 30
+        points = not of_time and scaled["step"].nunique() <= 30
         layers = charts.lines(scaled, text, ranks, y_title, y_range, ".4~g", along=axis, points=points)
-        return charts.layered(*layers)
-
-    alternative = say(title, table, f"{COLUMNS[kind]}_mean_bytes", size, text)
-    table_of = curve_numbers(title, frame, "mean", size, text)
-    return Figure(name, title, text(f"chart.{kind}_steps.note"), alternative, by_rate(frame, text, draw), table_of)
-
-
-def _by_time(evidence: Evidence, table: pd.DataFrame, text: Catalogue, kind: str) -> Figure | Missing:
-    name, title = f"{kind}-memory-time", text(f"chart.{kind}_time.title")
-    frame = memory_by_time(evidence, f"{COLUMNS[kind]}_bytes")
-    if frame.empty:
-        return Missing(name, text("chart.not_profiled"))
-    ranks, unit, time = ranks_of(evidence), size_unit(frame["high"].max()), time_unit(frame["seconds"].max(), text)
-    y_title = text(f"chart.{kind}_memory.y", unit=unit.name)
-    along = charts.Along("seconds", text("chart.time", unit=time.name), ".3~g", alt.Axis(tickCount=6))
-
-    def draw(rows: pd.DataFrame, y_range: tuple[float, float]) -> alt.Chart:
-        scaled, y_range = charts.in_unit(rows.assign(seconds=rows["seconds"] / time.factor), y_range, unit)
         thick = charts.plain(scaled).transform_filter("datum.phase === 'train'")
         thick = thick.mark_line(strokeWidth=4, opacity=0.45, clip=True)
         of_rank = charts.colour(ranks, text, legend="stroke")
-        training = thick.encode(x=charts.x_axis(along), y=charts.y_axis(y_title, y_range), color=of_rank)
-        layers = charts.lines(scaled, text, ranks, y_title, y_range, ".4~g", along=along)
-        return charts.layered(training, *layers)
+        training = thick.encode(x=charts.x_axis(axis), y=charts.y_axis(y_title, y_range), color=of_rank)
+        return charts.layered(*([training] if of_time else []), *layers)
 
-    alternative = say(title, table, f"{COLUMNS[kind]}_peak_bytes", size, text)
-    table_of = curve_numbers(title, frame, "mean", size, text, along="seconds", place=partial(duration, text=text))
-    return Figure(name, title, text("chart.time_note"), alternative, by_rate(frame, text, draw), table_of)
+    alternative = say(title, table, f"{column}_{'peak' if of_time else 'mean'}_bytes", size, text)
+    places: dict[str, Any] = {"along": "seconds", "place": partial(duration, text=text)} if of_time else {}
+    table_of = curve_numbers(title, frame, "mean", size, text, **places)
+    note = text("chart.time_note" if of_time else f"chart.{kind}_steps.note")
+    return Figure(name, title, note, alternative, by_rate(shown, text, draw), table_of)

@@ -1,16 +1,15 @@
 """Perplexity, token accuracy, forgetting, divergence and the full fine-tuning baseline; facts on data and machine."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from rankscope.report.frames import comparable, compared_rows
+from rankscope.report.frames import comparable, compared_rows, counted
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue, flatten
-from rankscope.text.formats import Table, interval, loss, percent, rate, shown, signed, size, tabulate
-
-_MEANS = ["eval_loss", "eval_perplexity", "eval_accuracy", "general_change"]
+from rankscope.text.formats import Columns, Table, interval, loss, percent, rate, shown, signed, size, tabulate
+from rankscope.text.verdict import Verdict
 
 
 def metrics_by_candidate(results: pd.DataFrame) -> pd.DataFrame:
@@ -21,17 +20,12 @@ def metrics_by_candidate(results: pd.DataFrame) -> pd.DataFrame:
     the general text after training minus before, in nats per token.
     """
     change = results["general_loss_after"] - results["general_loss_before"]
-    status, candidate = results["status"], results["candidate"]
-    everything = results.groupby("candidate", sort=False)
-    table = everything[["rank", "learning_rate"]].first()
-    table["trials"] = everything.size()
-    table["finished"] = (status == "done").groupby(candidate).sum()
-    table["diverged"] = (status == "diverged").groupby(candidate).sum()
-    done = results.assign(general_change=change)[status == "done"]
-    return table.join(done.groupby("candidate")[_MEANS].mean()).reset_index(names="candidate")
+    done = results.assign(general_change=change)[results["status"] == "done"]
+    means = done.groupby("candidate")[["eval_loss", "eval_perplexity", "eval_accuracy", "general_change"]].mean()
+    return counted(results, ["rank", "learning_rate"]).join(means).reset_index(names="candidate")
 
 
-def full_fine_tuning(evidence: Evidence, verdict: Mapping[str, Any] | None) -> pd.DataFrame:
+def full_fine_tuning(evidence: Evidence, verdict: Verdict) -> pd.DataFrame:
     """Full fine-tuning's row of `metrics_by_candidate` at its best rate by the verdict, else at its first; empty
     without a reference."""
     if evidence.reference_results is None or evidence.reference_results.empty:
@@ -42,7 +36,7 @@ def full_fine_tuning(evidence: Evidence, verdict: Mapping[str, Any] | None) -> p
     return table.head(1) if best.empty else best
 
 
-def metrics_table(evidence: Evidence, verdict: Mapping[str, Any] | None, text: Catalogue) -> Table:
+def metrics_table(evidence: Evidence, verdict: Verdict, text: Catalogue) -> Table:
     """One row per candidate and one of full fine-tuning. Forgetting and the loss over full fine-tuning's have columns
     in studies that measure them."""
     full = full_fine_tuning(evidence, verdict)
@@ -53,7 +47,7 @@ def metrics_table(evidence: Evidence, verdict: Mapping[str, Any] | None, text: C
         ends = interval(row.get("over_full_low"), row.get("over_full_high"), signed)
         return shown(row.get("over_full"), signed, text) + ends
 
-    columns: dict[str, Callable[[Mapping[Hashable, Any]], str]] = {
+    columns: Columns = {
         "rank": lambda row: rank_name(row["rank"], text),
         "learning_rate": lambda row: rate(row["learning_rate"]),
         "eval_loss": lambda row: shown(row["eval_loss"], loss, text),
@@ -71,7 +65,6 @@ def metrics_table(evidence: Evidence, verdict: Mapping[str, Any] | None, text: C
 
 
 def metrics_notes(evidence: Evidence, text: Catalogue) -> list[str]:
-    """Notes on forgetting and on full fine-tuning, in studies that measure them."""
     notes = []
     before = evidence.results["general_loss_before"].dropna()
     if evidence.spec.measure.forgetting is not None and not before.empty:
@@ -93,10 +86,8 @@ class Fact(NamedTuple):
 
 
 def data_facts(facts: Mapping[str, Any], text: Catalogue) -> list[Fact]:
-    """Content of data/facts.json, in order, with masked tokens (context only) after label tokens.
-
-    Its warnings are not among them: the report begins with them.
-    """
+    """Content of data/facts.json, in order, with masked tokens (context only) after label tokens. Its warnings are not
+    among them: the report begins with them."""
     facts = {key: value for key, value in _with_masked(facts).items() if key != "warnings"}
     return [Fact(text.get(f"fact.{key}", key), _show(key, value, text)) for key, value in flatten(facts).items()]
 

@@ -1,8 +1,7 @@
 """Figures of time: runtime and throughput against rank, and held-out loss against memory and runtime."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import altair as alt
 import pandas as pd
@@ -10,16 +9,17 @@ import pandas as pd
 from rankscope.analysis.costs import noise_floor, on_front
 from rankscope.report import charts
 from rankscope.report.costs import noise_share
-from rankscope.report.figures import Figure, Missing, Panel, numbers, say, with_rates
+from rankscope.report.figures import Figure, Figures, Missing, Panel, numbers, say, with_rates
 from rankscope.report.frames import KEYS, has_gpu, rank_profiles, ranks_of
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue
-from rankscope.text.formats import Unit, duration, loss, rate, size, size_unit, time_unit
+from rankscope.text.formats import Columns, Unit, duration, loss, rate, size, size_unit, time_unit
+from rankscope.text.verdict import Verdict
 
 NUMBER = Unit("", 1.0)
 
 
-def runtime_figures(evidence: Evidence, text: Catalogue) -> list[Figure | Missing]:
+def runtime_figures(evidence: Evidence, text: Catalogue) -> Figures:
     """Runtime and training throughput, each with its noise."""
     runtimes, _ = measurements(evidence, "runtime_seconds")
     unit = time_unit(runtimes["value"].max(), text) if not runtimes.empty else NUMBER
@@ -30,11 +30,9 @@ def runtime_figures(evidence: Evidence, text: Catalogue) -> list[Figure | Missin
 
 
 def measurements(evidence: Evidence, column: str) -> tuple[pd.DataFrame, bool]:
-    """`candidate rank learning_rate number value`, one row per measurement, and whether profiles gave them.
-
-    `column` is `runtime_seconds` or `tokens_per_second`. Without profiles, trials that had a pack to themselves give
-    the time of their steps and evaluations; the others shared theirs, and are left out.
-    """
+    """`candidate rank learning_rate number value`, one row per measurement, and whether profiles gave them. `column` is
+    `runtime_seconds` or `tokens_per_second`. Without profiles, trials that had a pack to themselves give the time of
+    their steps and evaluations; the others shared theirs, and are left out."""
     profiles = rank_profiles(evidence)
     if not profiles.empty and profiles[column].notna().any():
         named = profiles[profiles[column].notna()].rename(columns={"repeat": "number", column: "value"})
@@ -67,7 +65,7 @@ def _by_rank(
     y_title = text(f"chart.{key}.y", unit=unit.name)
     chart = _cost_chart(scaled, text, ranks_of(evidence), y_title, dot, limits)
     means = frame.groupby(["rank", "learning_rate"])["value"].agg(["mean", list]).reset_index()
-    columns: dict[str, Callable[[Any], str]] = {
+    columns: Columns = {
         text("table.rank"): lambda row: str(row["rank"]),
         text("table.learning_rate"): lambda row: rate(row["learning_rate"]),
         text("chart.mean"): lambda row: number(row["mean"]),
@@ -98,9 +96,7 @@ def _cost_chart(
     return charts.layered(bars.encode(**x, y=mean, color=of_rank, tooltip=averaged), *shaded, dots)
 
 
-def trade_off_figures(
-    evidence: Evidence, verdict: Mapping[str, Any] | None, table: pd.DataFrame, text: Catalogue
-) -> list[Figure | Missing]:
+def trade_off_figures(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> Figures:
     """Held-out loss against peak memory, of the GPU where there is one, and against runtime."""
     kind, peak = ("gpu", "gpu_allocated_peak_bytes") if has_gpu(evidence) else ("cpu", "rss_peak_bytes")
     known = table.dropna(subset=["eval_loss"])
@@ -126,7 +122,7 @@ def _trade_off(
     title, note = text(f"chart.trade_off.{name}"), text("chart.trade_off.note")
     if frame["chosen"].any():
         note = f"{note} {text('chart.trade_off.ring')}"
-    columns: dict[str, Callable[[Any], str]] = {
+    columns: Columns = {
         text("table.rank"): lambda row: str(row["rank"]),
         text("table.learning_rate"): lambda row: rate(row["learning_rate"]),
         cost_title: lambda row: number(row["cost"]),

@@ -1,6 +1,6 @@
 """Variants of LoRA beside plain LoRA: one sentence and one row per variant and rank."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import altair as alt
@@ -12,6 +12,7 @@ from rankscope.report.frames import by_candidate
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import (
+    Columns,
     Table,
     interval,
     known,
@@ -24,9 +25,10 @@ from rankscope.text.formats import (
     size,
     tabulate,
 )
+from rankscope.text.verdict import Verdict
 
 
-def variant_sections(evidence: Evidence, verdict: Mapping[str, Any] | None, text: Catalogue) -> list[Section]:
+def variant_sections(evidence: Evidence, verdict: Verdict, text: Catalogue) -> list[Section]:
     """One section, or none without variants."""
     table = variant_table(evidence, verdict, text)
     if table is None:
@@ -68,7 +70,7 @@ def _chart(frame: pd.DataFrame, text: Catalogue) -> alt.Chart:
     return charts.layered(zero, interval, dots)
 
 
-def variant_sentences(verdict: Mapping[str, Any] | None, text: Catalogue) -> list[str]:
+def variant_sentences(verdict: Verdict, text: Catalogue) -> list[str]:
     """Conclusion on each variant at each rank."""
     sentences = []
     for row in (verdict or {}).get("variants", []):
@@ -81,7 +83,7 @@ def variant_sentences(verdict: Mapping[str, Any] | None, text: Catalogue) -> lis
     return sentences
 
 
-def variant_table(evidence: Evidence, verdict: Mapping[str, Any] | None, text: Catalogue) -> Table | None:
+def variant_table(evidence: Evidence, verdict: Verdict, text: Catalogue) -> Table | None:
     """One row per variant and rank, or None without variants."""
     if evidence.variants is None:
         return None
@@ -90,7 +92,11 @@ def variant_table(evidence: Evidence, verdict: Mapping[str, Any] | None, text: C
     table = by_candidate(evidence.variants, None, evidence)
     records = [row | {"judged": judged.get(row["candidate"], {})} for row in table.to_dict("records")]
     words = [text("variant.name"), text("variant.outcome")]
-    columns: dict[str, Callable[[Any], str]] = {
+
+    def difference(judged: Mapping[str, Any]) -> str:
+        return shown(judged.get("difference"), signed, text) + interval(judged.get("low"), judged.get("high"), signed)
+
+    columns: Columns = {
         words[0]: lambda row: text(f"variant.{variants[row['candidate']]}"),
         text("table.rank"): lambda row: str(row["rank"]),
         text("table.learning_rate"): lambda row: rate(row["learning_rate"]),
@@ -98,8 +104,8 @@ def variant_table(evidence: Evidence, verdict: Mapping[str, Any] | None, text: C
         text("table.params"): lambda row: shown(row["trainable_params"], "{:,.0f}".format, text),
         text("table.adapter"): lambda row: shown(row["adapter_bytes"], size, text),
         text("table.eval_loss"): lambda row: shown(row["eval_loss"], loss, text),
-        text("variant.difference"): lambda row: _difference(row["judged"], text),
-        words[1]: lambda row: _outcome(row["judged"], text),
+        text("variant.difference"): lambda row: difference(row["judged"]),
+        words[1]: lambda row: text.get(f"variant.outcome_{row['judged'].get('outcome')}", text("none")),
         text("variant.memory"): lambda row: shown(row["judged"].get("memory"), signed_percent, text),
         text("variant.step_seconds"): lambda row: shown(row["judged"].get("step_seconds"), signed_percent, text),
     }
@@ -107,18 +113,10 @@ def variant_table(evidence: Evidence, verdict: Mapping[str, Any] | None, text: C
     return tabulate(text("variant.caption", confidence=confidence), columns, records, words)
 
 
-def _difference(judged: Mapping[str, Any], text: Catalogue) -> str:
-    return shown(judged.get("difference"), signed, text) + interval(judged.get("low"), judged.get("high"), signed)
-
-
-def _outcome(judged: Mapping[str, Any], text: Catalogue) -> str:
-    return text(f"variant.outcome_{judged['outcome']}") if judged.get("outcome") else text("none")
-
-
 def pattern_table(modules: pd.DataFrame, rank: int, text: Catalogue) -> Table:
     """Proposed ranks of each module; `modules` is `rankscope.resize.pattern.by_module`."""
     module = text("pattern.module")
-    columns: dict[str, Callable[[Any], str]] = {
+    columns: Columns = {
         module: lambda row: str(row["module"]),
         text("pattern.layers"): lambda row: str(row["layers"]),
         text("pattern.mean"): lambda row: f"{row['mean']:.1f}",

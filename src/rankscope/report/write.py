@@ -1,9 +1,7 @@
 """Write the report's files, each whole or absent."""
 
-from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import altair as alt
 import pandas as pd
@@ -15,18 +13,14 @@ from rankscope.report.content import compose
 from rankscope.report.figures import Figure
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue, load
+from rankscope.text.verdict import Verdict
 
 PNG_SCALE = 2.0  # pixels per point of the drawing: sharp in print and on dense screens
 
 
-class Image(NamedTuple):
-    svg: str
-    png: bytes
-
-
 def build(
     evidence: Evidence,
-    verdict: Mapping[str, Any] | None,
+    verdict: Verdict,
     folder: Path,
     language: str = "en",
     *,
@@ -39,10 +33,7 @@ def build(
     `verdict` is the content of verdict.json, or None before there is one. `study_name` defaults to the study's own;
     `reproduce` is the command that the report shows, `directory` the study's as its other commands name it.
 
-    Returns: the path of index.html.
-
-    Raises:
-        StudyError: the language has no catalogue.
+    Returns: the path of index.html. Raises StudyError: the language has no catalogue.
     """
     text, name = load(language), study_name or evidence.spec.name
     content = compose(evidence, verdict, text, name, reproduce, directory)
@@ -50,12 +41,11 @@ def build(
     drawn = content if can_draw(text) else compose(evidence, verdict, load("en"), name, reproduce, directory)
     figures = folder / "figures"
     for figure in drawn.figures:
-        image = render_image(figure)
-        write_atomic(figures / f"{figure.name}.svg", image.svg)
-        write_atomic(figures / f"{figure.name}.png", image.png)
+        for kind, image in render_image(figure).items():
+            write_atomic(figures / f"{figure.name}.{kind}", image)
     for missing in drawn.missing:  # an earlier report may have had it
-        (figures / f"{missing.name}.svg").unlink(missing_ok=True)
-        (figures / f"{missing.name}.png").unlink(missing_ok=True)
+        for kind in ("svg", "png"):
+            (figures / f"{missing.name}.{kind}").unlink(missing_ok=True)
     table = pd.concat([part.results for part in evidence.parts], ignore_index=True)
     parquet = BytesIO()
     table.to_parquet(parquet, index=False)
@@ -66,22 +56,20 @@ def build(
     return folder / "index.html"
 
 
-def render_image(figure: Figure) -> Image:
-    """The figure on white, with its title and its panels one below the other."""
+def render_image(figure: Figure) -> dict[str, str | bytes]:
+    """The figure on white by kind (svg and png), with its title and its panels one below the other."""
     panels = [panel.chart.properties(title=panel.title) if panel.title else panel.chart for panel in figure.panels]
     chart = alt.vconcat(*panels) if len(panels) > 1 else panels[0]
     spec = chart.properties(title=figure.title).to_dict(validate=False)
     spec |= {"config": charts.theme(), "background": "white", "padding": 16}
     svg = vl_convert.vegalite_to_svg(spec, vl_version=html.VEGA_LITE)
-    return Image(svg, vl_convert.svg_to_png(svg, scale=PNG_SCALE))
+    return {"svg": svg, "png": vl_convert.svg_to_png(svg, scale=PNG_SCALE)}
 
 
 def can_draw(text: Catalogue) -> bool:
     """Whether a font on this machine has the language's letters: two letters without a glyph look the same."""
     letters = [letter for letter in text("language") if not letter.isascii()][:2]
-    if len(letters) < 2:
-        return True
-    return len({vl_convert.svg_to_png(_letter_svg(letter)) for letter in letters}) == 2
+    return len(letters) < 2 or len({vl_convert.svg_to_png(_letter_svg(letter)) for letter in letters}) == 2
 
 
 def _letter_svg(letter: str) -> str:

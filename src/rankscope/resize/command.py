@@ -9,36 +9,13 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from transformers import PreTrainedModel
 
 from rankscope.data.tokens import Tokens, load
 from rankscope.errors import ModelError, StudyError
+from rankscope.lora import svd
 from rankscope.lora.saved import SavedAdapter, find_adapter, read_adapter, write_adapter
-from rankscope.lora.svd import (
-    Decomposed,
-    check_resizable,
-    decompose,
-    kept_energy,
-    parameters,
-    ranks_by_energy,
-    ranks_by_sum,
-    ranks_within,
-    relative_error,
-    resized,
-    split_layer_name,
-    uniform_ranks,
-)
 from rankscope.model.load import load_model
-from rankscope.resize.loss_budget import (
-    Difference,
-    MeasuredTruncation,
-    Ranks,
-    difference,
-    held_out_losses,
-    measure_truncations,
-    rank_rule,
-    smallest_within,
-)
+from rankscope.resize import loss_budget as budget
 from rankscope.spec.models import ModelSpec
 from rankscope.spec.options import assemble
 from rankscope.study.study import Study
@@ -46,9 +23,7 @@ from rankscope.train.engine import ExampleLosses
 from rankscope.train.prepare import prepare_data
 
 _ROUNDING = 1e-4  # relative: how far two losses of the same tensors may lie apart on a GPU
-
 _BUDGET = "max_loss_increase"
-
 _SUFFIXES = {"rank": "r", "budget_rank": "budget", _BUDGET: "loss"}
 
 
@@ -57,11 +32,6 @@ class Rule(NamedTuple):
 
     name: str
     value: float
-
-    @property
-    def suffix(self) -> str:
-        """Ending of the name of the written folder: `-r16`."""
-        return f"-{_SUFFIXES.get(self.name, self.name)}{self.value:g}"
 
 
 class HeldOut(NamedTuple):
@@ -76,9 +46,9 @@ class LossChange(NamedTuple):
 
     before: ExampleLosses
     after: ExampleLosses
-    difference: Difference
+    difference: budget.Difference
     limit: float  # largest allowed increase, relative to the loss before
-    tried: list[MeasuredTruncation]  # in the order in which they were measured
+    tried: list[budget.MeasuredTruncation]  # in the order in which they were measured
 
     @property
     def increase(self) -> float:
@@ -97,22 +67,9 @@ class Resized(NamedTuple):
     loss: LossChange | None
 
 
-class _BudgetSearch(NamedTuple):
-    """The smallest truncation within a loss budget, and the measurements that led to it."""
-
-    model: PreTrainedModel
-    tokens: Tokens
-    whole: ExampleLosses
-    measured: list[MeasuredTruncation]
-    best: MeasuredTruncation
-
-
 def choose_rule(options: Mapping[str, Any]) -> Rule:
-    """The only option with a value; the others are None.
-
-    Raises:
-        StudyError: none or several are given, or the share is not between 0 and 1.
-    """
+    """The only option with a value; the others are None. Raises StudyError: none or several are given, or the share is
+    not between 0 and 1."""
     given = {name: value for name, value in options.items() if value is not None}
     if len(given) != 1:
         found, all_options = " and ".join(map(_option, given)) or "none", ", ".join(map(_option, options))
@@ -150,10 +107,8 @@ def resize(
 
     `uniform`, `data` (options of `rankscope.spec.options` that name model and data) and `sets` (assignments over them)
     belong to the rule `max_loss_increase`. Without data it takes model and held-out rows from the adapter's study.
-
-    Raises:
-        StudyError: `out` is not empty, the rank exceeds the adapter's, or an option does not go with the rule.
-        ModelError, DataError: the adapter, the model or the data cannot be used.
+    Raises StudyError: `out` is not empty, the rank exceeds the adapter's, or an option does not go with the rule;
+    ModelError, DataError: the adapter, the model or the data cannot be used.
     """
     options = {name: value for name, value in (data or {}).items() if value is not None}
     if rule.name != _BUDGET:
@@ -161,67 +116,62 @@ def resize(
             raise StudyError(f"{_option(name)} goes with {_option(_BUDGET)} alone", "Leave one of them out.")
     source = find_adapter(adapter, revision)
     saved = read_adapter(source)
-    check_resizable(saved)
+    svd.check_resizable(saved)
     if saved.foreign:
         say(f"PEFT loads nothing of {adapter}, as it knows no keys such as {saved.foreign}; the resized one it does")
     folder = out or _beside(adapter, source, rule)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise StudyError(f"{folder} exists and is not empty", "Choose another --out, or remove it.")
-    layers = [decompose(factors) for factors in saved.layers]
-    search = None
+    layers = [svd.decompose(factors) for factors in saved.layers]
+    measure = None
     if rule.name == _BUDGET:
-        search = _search(saved, layers, find_held_out(source, saved, options, sets), rule.value, uniform, say)
-        ranks = search.best.ranks
+        held_out = find_held_out(source, saved, options, sets)
+        ranks, measure = _search(saved, layers, held_out, rule.value, uniform, say)
     else:
         ranks = _ranks(saved, layers, rule)
-    smaller = resized(saved, layers, ranks)
+    smaller = svd.resized(saved, layers, ranks)
     file_bytes = write_adapter(smaller, folder)
     return Resized(
         folder,
         rule,
         _by_layer(saved, smaller, layers, ranks),
-        (sum(factors.a.numel() + factors.b.numel() for factors in saved.layers), parameters(layers, ranks)),
+        (sum(factors.a.numel() + factors.b.numel() for factors in saved.layers), svd.parameters(layers, ranks)),
         ((source / SAFETENSORS_WEIGHTS_NAME).stat().st_size, file_bytes),
-        kept_energy(layers, ranks),
-        _loss_change(search, folder, rule.value) if search else None,
+        svd.kept_energy(layers, ranks),
+        measure(folder) if measure else None,
     )
 
 
 def _beside(adapter: str, source: Path, rule: Rule) -> Path:
-    """Folder beside the adapter's; in the working directory for an adapter from the hub."""
+    """Folder such as ADAPTER-r16, beside the adapter's; in the working directory for an adapter from the hub."""
+    suffix = f"-{_SUFFIXES.get(rule.name, rule.name)}{rule.value:g}"
     if not Path(adapter).is_dir():
-        return Path(adapter.rsplit("/", 1)[-1] + rule.suffix)
+        return Path(adapter.rsplit("/", 1)[-1] + suffix)
     named = source if source.name not in ("", "..") else source.resolve()
-    return named.parent / f"{named.name}{rule.suffix}"
+    return named.parent / f"{named.name}{suffix}"
 
 
-def _ranks(saved: SavedAdapter, layers: Sequence[Decomposed], rule: Rule) -> Ranks:
+def _ranks(saved: SavedAdapter, layers: Sequence[svd.Decomposed], rule: Rule) -> budget.Ranks:
     if rule.name == "energy":
-        return ranks_by_energy(layers, rule.value)
+        return svd.ranks_by_energy(layers, rule.value)
     if rule.name == "cumulative":
-        return ranks_by_sum(layers, rule.value)
+        return svd.ranks_by_sum(layers, rule.value)
     rank, highest = int(rule.value), max(factors.rank for factors in saved.layers)
     if rank > highest:
         what = f"{_option(rule.name)} {rank}: the adapter's largest rank is {highest}"
         raise StudyError(what, f"Give {highest} or less.")
-    uniform = uniform_ranks(layers, rank)
-    return uniform if rule.name == "rank" else ranks_within(layers, parameters(layers, uniform))
+    uniform = svd.uniform_ranks(layers, rank)
+    return uniform if rule.name == "rank" else svd.ranks_within(layers, svd.parameters(layers, uniform))
 
 
 def find_held_out(folder: Path, saved: SavedAdapter, options: Mapping[str, Any], sets: Sequence[str]) -> HeldOut:
-    """Model and held-out rows that the options name, or those of the study that `folder` lies in.
-
-    Raises:
-        StudyError: no study is found, and the model or the data are not named.
-        ModelError, DataError: they cannot be used.
-    """
+    """Model and held-out rows that the options name, or those of the study that `folder` lies in. Raises StudyError: no
+    study is found, and the model or the data are not named; ModelError, DataError: they cannot be used."""
     trials = folder.resolve().parent.parent
     if "dataset" not in options and trials.name == "trials" and Study.is_at(trials.parent):
         for name in [name for name in options if name not in ("device", "dtype")] + (["set"] if sets else []):
-            raise StudyError(
-                f"{_option(name)} needs --dataset: without it, model and data are those of the study {trials.parent}",
-                "Add --dataset, or leave it out.",
-            )
+            what = f"{_option(name)} needs --dataset: without it, model and data are those of the study {trials.parent}"
+            raise StudyError(what, "Add --dataset, or leave it out.")
         study = Study.open(trials.parent)
         model = study.spec.model.model_copy(update=dict(options))
         return HeldOut(ModelSpec.model_validate(model.model_dump()), load(study.path / "data").eval)
@@ -239,47 +189,47 @@ def find_held_out(folder: Path, saved: SavedAdapter, options: Mapping[str, Any],
 
 def _search(
     saved: SavedAdapter,
-    layers: Sequence[Decomposed],
+    layers: Sequence[svd.Decomposed],
     held_out: HeldOut,
     max_increase: float,
     uniform: bool,
     say: Callable[[str], None],
-) -> _BudgetSearch:
-    model, tokens, measured = load_model(held_out.model), held_out.tokens, list[MeasuredTruncation]()
-    whole = held_out_losses(model, saved, tokens)
+) -> tuple[budget.Ranks, Callable[[Path], LossChange]]:
+    """Ranks of the smallest truncation within the budget, and a function that measures it as it is written."""
+    model, tokens, measured = load_model(held_out.model), held_out.tokens, list[budget.MeasuredTruncation]()
+    whole = budget.held_out_losses(model, saved, tokens)
     say(f"Held-out loss of the whole adapter: {whole.mean:.4f}, over {len(tokens):,} examples")
 
-    def evaluate(ranks: Ranks) -> ExampleLosses:
-        return held_out_losses(model, resized(saved, layers, ranks), tokens)
+    def evaluate(ranks: budget.Ranks) -> ExampleLosses:
+        return budget.held_out_losses(model, svd.resized(saved, layers, ranks), tokens)
 
-    for one in measure_truncations(layers, rank_rule(layers, uniform), evaluate, whole.mean, max_increase):
+    rule = budget.rank_rule(layers, uniform)
+    for one in budget.measure_truncations(layers, rule, evaluate, whole.mean, max_increase):
         measured.append(one)
         say(f"{one.parameters:,} parameters: {one.losses.mean:.4f} ({one.increase:+.3%})")
-    best = smallest_within(measured, max_increase)
+    best = budget.smallest_within(measured, max_increase)
     if best is None:
-        raise StudyError(
-            f"{_option(_BUDGET)} {max_increase:g}: even at full rank the rounded update exceeds it",
-            "Allow a larger one.",
-        )
-    return _BudgetSearch(model, tokens, whole, measured, best)
+        what = f"{_option(_BUDGET)} {max_increase:g}: even at full rank the rounded update exceeds it"
+        raise StudyError(what, "Allow a larger one.")
+    chosen = best.losses.mean
+
+    def change(folder: Path) -> LossChange:
+        after = budget.held_out_losses(model, read_adapter(folder), tokens)
+        if abs(after.mean / chosen - 1) > _ROUNDING:
+            what = f"{folder}: its held-out loss is {after.mean:.6g}, and {chosen:.6g} before it was written"
+            raise ModelError(what, "This is a bug in rankscope: report it.")
+        return LossChange(whole, after, budget.difference(after, whole), max_increase, measured)
+
+    return best.ranks, change
 
 
-def _loss_change(search: _BudgetSearch, folder: Path, limit: float) -> LossChange:
-    """Measure the adapter in `folder`, and check that it is the truncation that was chosen."""
-    after = held_out_losses(search.model, read_adapter(folder), search.tokens)
-    if abs(after.mean / search.best.losses.mean - 1) > _ROUNDING:
-        raise ModelError(
-            f"{folder}: its held-out loss is {after.mean:.6g}, and {search.best.losses.mean:.6g} before it was written",
-            "This is a bug in rankscope: report it.",
-        )
-    return LossChange(search.whole, after, difference(after, search.whole), limit, search.measured)
-
-
-def _by_layer(saved: SavedAdapter, smaller: SavedAdapter, layers: Sequence[Decomposed], ranks: Ranks) -> pd.DataFrame:
+def _by_layer(
+    saved: SavedAdapter, smaller: SavedAdapter, layers: Sequence[svd.Decomposed], ranks: budget.Ranks
+) -> pd.DataFrame:
     rows = []
     for old, new, layer in zip(saved.layers, smaller.layers, layers, strict=True):
-        block, module = split_layer_name(old.layer)
-        lost = kept_energy([layer], ranks), relative_error(old, new)
+        block, module = svd.split_layer_name(old.layer)
+        lost = svd.kept_energy([layer], ranks), svd.relative_error(old, new)
         rows.append([old.layer, module, block, old.rank, new.rank, *lost])
     names = ["layer", "module", "block", "old_rank", "new_rank", "kept_energy", "relative_error"]
     return pd.DataFrame(rows, columns=names)
@@ -290,10 +240,8 @@ def describe(result: Resized) -> dict[str, Any]:
     found: dict[str, Any] = {
         "adapter": str(result.folder),
         "rule": {result.rule.name: result.rule.value},
-        "parameters_before": result.parameters[0],
-        "parameters_after": result.parameters[1],
-        "file_bytes_before": result.file_bytes[0],
-        "file_bytes_after": result.file_bytes[1],
+        **dict(zip(("parameters_before", "parameters_after"), result.parameters, strict=True)),
+        **dict(zip(("file_bytes_before", "file_bytes_after"), result.file_bytes, strict=True)),
         "kept_energy": result.kept_energy,
         "largest_relative_error": float(result.layers["relative_error"].max()),
         "layers": result.layers.to_dict("records"),
@@ -310,14 +258,8 @@ def describe(result: Resized) -> dict[str, Any]:
             "max_increase": change.limit,
             "examples": len(change.before.loss),
             "tried": [
-                {
-                    "rule": one.rule,
-                    "parameters": one.parameters,
-                    "loss": one.losses.mean,
-                    "increase": one.increase,
-                    "within": one.increase <= change.limit,
-                    "ranks": one.ranks,
-                }
+                {"rule": one.rule, "parameters": one.parameters, "loss": one.losses.mean, "increase": one.increase}
+                | {"within": one.increase <= change.limit, "ranks": one.ranks}
                 for one in change.tried
             ],
         }

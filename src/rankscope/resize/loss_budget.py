@@ -26,7 +26,6 @@ from rankscope.train.engine import (
 from rankscope.train.probe import make_packable, use_own_forward
 
 _PEFT_ROWS = 8  # rows in one of PEFT's own forwards: rows of differing lengths are padded there
-
 _ADAPTER = "adapter"  # name of the attached adapter
 
 Ranks = dict[str, int]
@@ -41,8 +40,6 @@ class RankRule(NamedTuple):
 
 
 class MeasuredTruncation(NamedTuple):
-    """A truncation with its measured held-out loss."""
-
     rule: str
     ranks: Ranks
     parameters: int
@@ -51,11 +48,8 @@ class MeasuredTruncation(NamedTuple):
 
 
 def rank_rule(layers: Sequence[Decomposed], uniform: bool) -> RankRule:
-    """The rule that divides ranks among the layers.
-
-    By default the direction with the most energy per parameter comes first, over all layers (`most_energy`); with
-    `uniform` every layer has the same rank.
-    """
+    """The rule that divides ranks among the layers. By default the direction with the most energy per parameter comes
+    first, over all layers (`most_energy`); with `uniform` every layer has the same rank."""
     if uniform:
         highest = max(len(layer.values) for layer in layers)
         return RankRule("uniform", highest, lambda number: uniform_ranks(layers, number + 1))
@@ -70,11 +64,9 @@ def measure_truncations(
     whole: float,
     max_increase: float,
 ) -> Iterator[MeasuredTruncation]:
-    """Measure truncations until the smallest one within the budget is known, and yield each.
-
-    Sizes double from the smallest one on until the increase over the loss `whole` is at most `max_increase`; from there
-    the border is bisected. So a border at a small size is found even where a larger truncation is worse again.
-    """
+    """Measure truncations until the smallest one within the budget is known, and yield each. Sizes double from the
+    smallest one on until the increase over the loss `whole` is at most `max_increase`; from there the border is
+    bisected. So a border at a small size is found even where a larger truncation is worse again."""
     over, within, probe, climbing = -1, rule.length, 0, True  # the border lies between `over` and `within`
     while within - over > 1:
         ranks = rule.ranks(probe)
@@ -85,12 +77,8 @@ def measure_truncations(
             within, climbing = probe, False
         else:
             over = probe
-        probe = min(_first_of(layers, rule, 2 * size), within - 1) if climbing else (over + within) // 2
-
-
-def _first_of(layers: Sequence[Decomposed], rule: RankRule, size: int) -> int:
-    """Number of the rule's first truncation with at least `size` parameters, or `rule.length` without one."""
-    return bisect_left(range(rule.length), size, key=lambda number: parameters(layers, rule.ranks(number)))
+        doubled = bisect_left(range(rule.length), 2 * size, key=lambda number: parameters(layers, rule.ranks(number)))
+        probe = min(doubled, within - 1) if climbing else (over + within) // 2
 
 
 def smallest_within(measured: Sequence[MeasuredTruncation], max_increase: float) -> MeasuredTruncation | None:
@@ -100,13 +88,9 @@ def smallest_within(measured: Sequence[MeasuredTruncation], max_increase: float)
 
 
 def held_out_losses(model: PreTrainedModel, adapter: SavedAdapter, tokens: Tokens) -> ExampleLosses:
-    """Loss of every example of `tokens` under the adapter; `model`, which has no adapter, is left as it was.
-
-    The forward is the packed one where a probe shows that model and adapter can be packed, and PEFT's own elsewhere.
-
-    Raises:
-        ModelError: the adapter does not fit the model, or a loss is not a finite number.
-    """
+    """Loss of every example of `tokens` under the adapter; `model`, which has no adapter, is left as it was. The
+    forward is the packed one where a probe shows that model and adapter can be packed, and PEFT's own elsewhere. Raises
+    ModelError: the adapter does not fit the model, or a loss is not a finite number."""
     attention = model.config._attn_implementation
     with attached(model, _ADAPTER, adapter):
         try:
@@ -136,11 +120,8 @@ class Difference(NamedTuple):
 
 
 def difference(losses: ExampleLosses, other: ExampleLosses) -> Difference:
-    """`losses.mean - other.mean` with its paired standard error.
-
-    A mean with random weights is a ratio: its variance is that of its linear part, w (d - mean), with w an example's
-    label tokens over their mean.
-    """
+    """`losses.mean - other.mean` with its paired standard error. A mean with random weights is a ratio: its variance is
+    that of its linear part, w (d - mean), with w an example's label tokens over their mean."""
     weights = losses.label_tokens / losses.label_tokens.mean()
     differences = losses.loss - other.loss
     mean = float((weights * differences).mean())

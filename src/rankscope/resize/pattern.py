@@ -24,8 +24,6 @@ from rankscope.study.study import Study
 
 
 class Proposal(NamedTuple):
-    """Ranks by layer, and the study that tries them."""
-
     rank: int  # the uniform rank that they are compared with
     ranks: dict[str, int]
     parameters: int
@@ -37,12 +35,8 @@ class Proposal(NamedTuple):
 def propose(study: Study, rank: int | None = None) -> Proposal:
     """Propose ranks by layer with the parameters of `rank`, by default the verdict's rank, or the study's lowest.
 
-    The energies of singular values are averaged over seeds.
-
-    Raises:
-        StudyError: no trial of the study's largest rank is done, or `rank` is not below it.
-        StudyDirectoryError: an adapter is corrupt.
-        ModelError: an adapter cannot be read.
+    The energies of singular values are averaged over seeds. Raises StudyError: no trial of the study's largest rank is
+    done, or `rank` is not below it; StudyDirectoryError: an adapter is corrupt; ModelError: an adapter cannot be read.
     """
     trained = trained_trials(study)
     largest, own = trained[0].candidate.rank, sorted(study.spec.ranks)
@@ -50,10 +44,8 @@ def propose(study: Study, rank: int | None = None) -> Proposal:
         rank = (study.find_verdict() or {}).get("rank")
         rank = rank if rank is not None and rank < largest else own[0]
     if not 0 < rank < largest:
-        raise StudyError(
-            f"--rank {rank}: expected 1 to {largest - 1}",
-            f"Ranks by layer are derived from rank {largest}, the study's largest, and must be below it.",
-        )
+        todo = f"Ranks by layer are derived from rank {largest}, the study's largest, and must be below it."
+        raise StudyError(f"--rank {rank}: expected 1 to {largest - 1}", todo)
     layers = mean_layers([study.adapter_file(trial).parent for trial in trained])
     if experts := next((layer.factors for layer in layers if layer.factors.of_experts), None):
         raise StudyError(
@@ -89,12 +81,7 @@ def mean_layers(folders: Sequence[Path]) -> list[Decomposed]:
 
 
 def write_proposal(proposal: Proposal, file: Path) -> None:
-    """Write the study's file.
-
-    Raises:
-        StudyError: the file exists.
-        StudyDirectoryError: it cannot be written.
-    """
+    """Write the study's file. Raises StudyError: the file exists; StudyDirectoryError: it cannot be written."""
     if file.exists():
         raise StudyError(f"{file} exists", "Choose another --out, or remove it.")
     write_atomic(file, write_yaml(proposal.spec))

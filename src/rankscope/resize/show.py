@@ -13,43 +13,37 @@ from rankscope.report.charts import theme
 from rankscope.report.html import VEGA_LITE, chart_page
 from rankscope.report.write import PNG_SCALE
 from rankscope.resize.command import LossChange, Resized
+from rankscope.text import formats
 from rankscope.text.catalogue import Catalogue
-from rankscope.text.formats import Table, change, loss, percent, signed, signed_percent, size, strip_control_characters
+from rankscope.text.formats import Columns, Table, change, loss, percent, signed, signed_percent, size, tabulate
 
 
 def rank_table(layers: pd.DataFrame, text: Catalogue) -> Table:
     """Rank of each module before and after; `layers` is that of `rankscope.resize.command.Resized`."""
-    headers = [text("spectrum.module"), text("spectrum.layers")]
-    headers += [text(f"resize.{name}") for name in ("before", "after", "lowest", "highest", "error")]
-    rows = [
-        [
-            str(module),
-            str(len(part)),
-            f"{part['old_rank'].mean():.4g}",
-            f"{part['new_rank'].mean():.4g}",
-            str(part["new_rank"].min()),
-            str(part["new_rank"].max()),
-            percent(part["relative_error"].max()),
-        ]
-        for module, part in layers.groupby("module", sort=False)
-    ]
-    return Table(text("resize.caption"), headers, [False, *[True] * 6], rows)
+    module = text("spectrum.module")
+    columns: Columns = {
+        module: lambda row: str(row[0]),
+        text("spectrum.layers"): lambda row: str(len(row[1])),
+        text("resize.before"): lambda row: f"{row[1]['old_rank'].mean():.4g}",
+        text("resize.after"): lambda row: f"{row[1]['new_rank'].mean():.4g}",
+        text("resize.lowest"): lambda row: str(row[1]["new_rank"].min()),
+        text("resize.highest"): lambda row: str(row[1]["new_rank"].max()),
+        text("resize.error"): lambda row: percent(row[1]["relative_error"].max()),
+    }
+    return tabulate(text("resize.caption"), columns, layers.groupby("module", sort=False), [module])
 
 
 def tried_table(found: LossChange, text: Catalogue) -> Table:
     """Truncations whose held-out loss was measured, in order."""
-    rows = [
-        [
-            text(f"resize.{one.rule}"),
-            f"{one.parameters:,}",
-            loss(one.losses.mean),
-            signed_percent(one.increase),
-            text("resize.yes" if one.increase <= found.limit else "resize.no"),
-        ]
-        for one in found.tried
-    ]
-    headers = [text(f"resize.{name}") for name in ("rule", "parameters_column", "loss_column", "increase", "within")]
-    return Table(text("resize.tried"), headers, [False, True, True, True, False], rows)
+    columns: Columns = {
+        "rule": lambda one: text(f"resize.{one.rule}"),
+        "parameters_column": lambda one: f"{one.parameters:,}",
+        "loss_column": lambda one: loss(one.losses.mean),
+        "increase": lambda one: signed_percent(one.increase),
+        "within": lambda one: text("resize.yes" if one.increase <= found.limit else "resize.no"),
+    }
+    headed = {text(f"resize.{name}"): cell for name, cell in columns.items()}
+    return tabulate(text("resize.tried"), headed, found.tried, [text("resize.rule"), text("resize.within")])
 
 
 def sentences(result: Resized, text: Catalogue) -> list[str]:
@@ -64,36 +58,28 @@ def sentences(result: Resized, text: Catalogue) -> list[str]:
     ]
     if (found := result.loss) is not None:
         error = found.difference.standard_error
-        lines.append(
-            text(
-                "resize.loss",
-                before=loss(found.before.mean),
-                after=loss(found.after.mean),
-                difference=signed(found.difference.mean),
-                error="–" if error is None else f"{error:.4f}",
-                n=f"{len(found.before.loss):,}",
-                increase=signed_percent(found.increase),
-                limit=percent(found.limit),
-            )
-        )
-    lines.append(text("resize.written", folder=result.folder))
-    return lines
+        values = {
+            "before": loss(found.before.mean),
+            "after": loss(found.after.mean),
+            "n": f"{len(found.before.loss):,}",
+        }
+        values |= {"difference": signed(found.difference.mean), "error": "–" if error is None else f"{error:.4f}"}
+        values |= {"increase": signed_percent(found.increase), "limit": percent(found.limit)}
+        lines.append(text("resize.loss", **values))
+    return [*lines, text("resize.written", folder=result.folder)]
 
 
 KINDS = (".html", ".svg", ".png")
-
 _SPECTRUM_NUMBERS = ("rank", "rank_90", "rank_95", "rank_99", "effective_rank", "stable_rank", "frobenius_norm")
 
 
 def module_table(frame: pd.DataFrame, text: Catalogue) -> Table:
     """Mean effective ranks of each module's layers; `frame` is that of `rankscope.lora.svd.spectrum`."""
-    table = by_module(frame)
-    headers = [text(f"spectrum.{name}") for name in table.columns]
-    rows = [
-        [str(row["module"]), str(row["layers"])] + [f"{row[name]:.4g}" for name in table.columns[2:]]
-        for row in table.to_dict("records")
-    ]
-    return Table(text("spectrum.caption"), headers, [name != "module" for name in table.columns], rows)
+    table, columns = by_module(frame), Columns()
+    for name in table.columns:
+        form = str if name in ("module", "layers") else "{:.4g}".format
+        columns[text(f"spectrum.{name}")] = lambda row, name=name, form=form: form(row[name])  # type: ignore[misc]
+    return tabulate(text("spectrum.caption"), columns, table.to_dict("records"), [text("spectrum.module")])
 
 
 def spectrum_chart(frame: pd.DataFrame, text: Catalogue) -> alt.LayerChart | alt.FacetChart:
@@ -105,7 +91,7 @@ def spectrum_chart(frame: pd.DataFrame, text: Catalogue) -> alt.LayerChart | alt
     how = {name: "first" if name == "layer" else "mean" for name in shown.columns if name not in ("block", "module")}
     shown = shown.groupby(["block", "module"], sort=False, as_index=False).agg(how)
     for name in ("layer", "module"):
-        shown[name] = shown[name].map(strip_control_characters)  # SVG is XML, which has no control characters
+        shown[name] = shown[name].map(formats.strip_control_characters)  # SVG is XML, which has no control characters
     shown["block"] = shown["block"].astype(str).replace("-1", text("none"))  # -1: outside the blocks
     modules = list(dict.fromkeys(shown["module"]))
     blocks = shown["block"].nunique()
@@ -127,12 +113,8 @@ def spectrum_chart(frame: pd.DataFrame, text: Catalogue) -> alt.LayerChart | alt
 
 
 def save_chart(chart: alt.LayerChart | alt.FacetChart, file: Path, text: Catalogue) -> None:
-    """Write the chart as an offline page, SVG or PNG, by the file's suffix.
-
-    Raises:
-        StudyError: the suffix is none of these.
-        StudyDirectoryError: the file cannot be written.
-    """
+    """Write the chart as an offline page, SVG or PNG, by the file's suffix. Raises StudyError: the suffix is none of
+    these; StudyDirectoryError: the file cannot be written."""
     kind = file.suffix.lower()
     if kind not in KINDS:
         raise StudyError(f"--chart {file}: not a kind of chart", f"End its name with one of: {', '.join(KINDS)}.")

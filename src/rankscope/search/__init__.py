@@ -1,13 +1,4 @@
-"""The search for the best candidate within a budget, by Optuna: `pip install 'rankscope[search]'`.
-
-space      the space of candidates and the budget
-folder     the search's directory
-sampling   candidates drawn by Optuna, and their ends reported to it
-driver     the loop: slots in a pack, rungs, the budget
-trainer    candidates in one pack, each at a step of its own
-job        the kind of job
-run        the main path
-"""
+"""The search for the best candidate within a budget, by Optuna: `pip install 'rankscope[search]'`."""
 
 from importlib.util import find_spec
 
@@ -18,6 +9,5 @@ def require_optuna() -> None:
     """Raise MissingExtraError where Optuna is not installed; the message has the command that installs it."""
     found = find_spec("optuna")
     if found is None or found.origin is None:
-        raise MissingExtraError(
-            "rankscope search: optuna is not installed", "Install it: pip install 'rankscope[search]'"
-        )
+        what = "rankscope search: optuna is not installed"
+        raise MissingExtraError(what, "Install it: pip install 'rankscope[search]'")

@@ -17,18 +17,8 @@ from typing import Any, Protocol
 
 import optuna
 
+from rankscope.search import sampling
 from rankscope.search.folder import Spent
-from rankscope.search.sampling import (
-    DIVERGED,
-    DONE,
-    OUT_OF_BUDGET,
-    STOPPED,
-    draw,
-    end,
-    interrupted,
-    set_pruner,
-    suggested,
-)
 from rankscope.search.space import SearchSpec, SearchTrial
 
 
@@ -50,8 +40,6 @@ class Trainer(Protocol):
 
 @dataclass
 class Running:
-    """A candidate in training."""
-
     asked: SearchTrial
     trial: optuna.Trial
     step: int = 0
@@ -69,7 +57,6 @@ class StepResult:
     ended: dict[str, str] = field(default_factory=dict)  # ends of candidates, by name: see `rankscope.search.sampling`
 
     def row(self) -> dict[str, Any]:
-        """Return the line of steps.jsonl."""
         row: dict[str, Any] = {**self.spent._asdict(), "losses": self.losses}
         return row | {name: values for name in ("held_out", "ended") if (values := getattr(self, name))}
 
@@ -91,8 +78,8 @@ def drive(
     True the search ends between two steps, and leaves candidates in training as they are.
     """
     steps, upto = len(step_tokens), list(itertools.accumulate(step_tokens, initial=0))
-    set_pruner(study, spec, steps)
-    stops, waiting = [*spec.rung_steps(steps), steps], interrupted(study)
+    sampling.set_pruner(study, spec, steps)
+    stops, waiting = [*spec.rung_steps(steps), steps], sampling.interrupted(study)
     asked = sum("trial" in trial.user_attrs for trial in study.get_trials(deepcopy=False))
     running: dict[str, Running] = {}
     exhausted, start = False, clock()
@@ -105,10 +92,10 @@ def drive(
     while not stopped():
         while len(running) < slots and affords(0, list(running.values())):
             if waiting:
-                drawn = suggested(waiting.pop(0), spec)
+                drawn = sampling.suggested(waiting.pop(0), spec)
             elif exhausted or (spec.budget.trials is not None and asked >= spec.budget.trials):
                 break
-            elif (found := draw(study, spec)) is None:
+            elif (found := sampling.draw(study, spec)) is None:
                 exhausted = True
                 break
             else:
@@ -123,7 +110,7 @@ def drive(
             trainer.add(one.asked)
         if not running:
             for left in waiting:  # what an earlier run began, and the budget does not reach
-                end(study, left, OUT_OF_BUDGET)
+                sampling.end(study, left, sampling.OUT_OF_BUDGET)
             return
 
         losses = trainer.step({name: one.step for name, one in running.items()})
@@ -132,11 +119,11 @@ def drive(
             one.step += 1
         finite = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
         moment = StepResult(spent, {name: (running[name].step, finite.get(name)) for name in losses})
-        moment.ended |= {name: DIVERGED for name in losses if name not in finite}
+        moment.ended |= {name: sampling.DIVERGED for name in losses if name not in finite}
         due = {n: one.step for n, one in running.items() if one.step in stops and n not in moment.ended}
         held_out = dict(trainer.evaluate(due)) if due else {}
         moment.held_out = {name: loss for name, loss in held_out.items() if math.isfinite(loss)}
-        moment.ended |= dict.fromkeys(held_out.keys() - moment.held_out.keys(), DIVERGED)
+        moment.ended |= dict.fromkeys(held_out.keys() - moment.held_out.keys(), sampling.DIVERGED)
         now = clock()
         moment.spent = Spent(tokens, now - start)
         start, spent = now, Spent(spent.tokens + tokens, spent.seconds + now - start)
@@ -149,24 +136,24 @@ def drive(
             one, loss = running[name], moment.held_out[name]
             others = [running[other] for other in running.keys() - moment.ended.keys() - set(undecided[position:])]
             if one.step == steps:
-                moment.ended[name] = DONE
+                moment.ended[name] = sampling.DONE
             elif _stops(one, loss):
-                moment.ended[name] = STOPPED
+                moment.ended[name] = sampling.STOPPED
             elif not affords(one.step, others):
-                moment.ended[name] = OUT_OF_BUDGET
+                moment.ended[name] = sampling.OUT_OF_BUDGET
         if spec.budget.hours is not None and spent.seconds >= 3600 * spec.budget.hours:
-            moment.ended |= {name: OUT_OF_BUDGET for name in running if name not in moment.ended}
+            moment.ended |= {name: sampling.OUT_OF_BUDGET for name in running if name not in moment.ended}
         yield moment
 
         for name, how in moment.ended.items():
             one = running.pop(name)
             facts: dict[str, Any] = {"steps": one.step, "tokens": upto[one.step], "seconds": one.seconds}
-            if how == DIVERGED:
+            if how == sampling.DIVERGED:
                 what = "held-out loss" if name in held_out else "loss or gradient"
                 facts["reason"] = f"{what} not finite at step {one.step}"
             for fact, value in facts.items():
                 one.trial.set_user_attr(fact, value)
-            end(study, one.trial, how, moment.held_out[name] if how == DONE else None)
+            sampling.end(study, one.trial, how, moment.held_out[name] if how == sampling.DONE else None)
             trainer.remove(name)
 
 

@@ -44,19 +44,14 @@ class Search:
 
     @classmethod
     def create(cls, path: Path, spec: SearchSpec) -> Self:
-        """Create the directory, or open it where it holds the same search; only the budget may differ.
-
-        Raises:
-            StudyError: it holds another search, or something else; the message shows the difference.
-        """
+        """Create the directory, or open it where it holds the same search; only the budget may differ. Raises
+        StudyError: it holds another search, or something else; the message shows the difference."""
         if (path / "search.yaml").exists():
             old, new = cls.open(path).spec.model_dump(mode="json"), spec.model_dump(mode="json")
             differences = differences_of(old | {"budget": None}, new | {"budget": None})
             if differences:
-                raise StudyError(
-                    f"{path} holds another search:\n" + "\n".join(f"  - {line}" for line in differences),
-                    "Choose another --out, or run it with the values it has.",
-                )
+                what = f"{path} holds another search:\n" + "\n".join(f"  - {line}" for line in differences)
+                raise StudyError(what, "Choose another --out, or run it with the values it has.")
         elif not is_free(path):
             raise StudyError(f"{path} exists and is not a search", "Choose another --out.")
         write_question(path / "search.yaml", write_yaml(spec))
@@ -64,12 +59,8 @@ class Search:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Open an existing search.
-
-        Raises:
-            StudyDirectoryError: there is none at `path`, or a symbolic link leads out of it.
-            StudyError: its search.yaml is damaged.
-        """
+        """Open an existing search. Raises StudyDirectoryError: there is none at `path`, or a symbolic link leads out of
+        it; StudyError: its search.yaml is damaged."""
         file = path / "search.yaml"
         if not file.is_file():
             raise StudyDirectoryError(f"{path}: not a search (no search.yaml)", "Give the directory of a search.")
@@ -80,11 +71,9 @@ class Search:
             raise StudyError(f"{file}: {error.errors()[0]['msg']}", "Begin anew with another --out.") from None
 
     def file(self, *parts: str) -> Path:
-        """Path of a file or folder of the search: see `rankscope.files.inside`."""
         return inside(self.path, *parts)
 
     def lock(self) -> AbstractContextManager[None]:
-        """See `rankscope.study.question.lock_folder`."""
         return lock_folder(self.path)
 
     def spent(self) -> Spent:

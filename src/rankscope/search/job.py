@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import optuna
 from rankscope.data.tokens import load
 from rankscope.errors import DataError, KilledError, ModelError, OutOfMemoryError, RankscopeError
 from rankscope.files import JsonlWriter, write_atomic
-from rankscope.jobs.job import Job
+from rankscope.jobs.job import Job, Say
 from rankscope.model.load import fingerprint, load_model
 from rankscope.search.driver import drive
 from rankscope.search.folder import Search, Spent
@@ -22,8 +22,7 @@ from rankscope.spec.models import StudySpec
 from rankscope.spec.resolve import write_yaml
 from rankscope.train.stopping import StopRequest
 
-WRITE_EVERY_SECONDS = 1.0
-"""Interval of writing result.json while nothing but steps has changed."""
+WRITE_EVERY_SECONDS = 1.0  # interval of writing result.json while nothing but steps has changed
 
 
 def job_of(search: Search, slots: int) -> Job:
@@ -33,12 +32,9 @@ def job_of(search: Search, slots: int) -> Job:
 
 
 def work(study_path: Path, content: Mapping[str, Any]) -> None:
-    """Search until the budget is spent, from where an earlier job has stopped.
-
-    Raises:
-        KilledError: the search was asked to stop, and has stopped after a step.
-        ModelError, DataError: the model or the data is not the one that the search began with.
-    """
+    """Search until the budget is spent, from where an earlier job has stopped. Raises KilledError: the search was asked
+    to stop, and has stopped after a step; ModelError, DataError: the model or the data is not the one that the search
+    began with."""
     search, slots = Search.open(study_path), int(content["places"])
     spec, data = search.spec, load(search.file("data"))
     model = load_model(spec.study.model)
@@ -52,8 +48,10 @@ def work(study_path: Path, content: Mapping[str, Any]) -> None:
         for moment in drive(study, spec, trainer, tokens, slots, spent, lambda: stop.made):
             steps.write(moment.row())
             spent = Spent(spent.tokens + moment.spent.tokens, spent.seconds + moment.spent.seconds)
-            for name, how in moment.ended.items():
-                if how == DONE and _is_good(moment.held_out[name], summary(study, spec, spent, False)):
+            for name in [name for name, how in moment.ended.items() if how == DONE]:
+                found, own = summary(study, spec, spent, False), moment.held_out[name]
+                losses = [float(c["eval_loss"]) for c in found["candidates"] if c["eval_loss"] is not None]
+                if own <= min([own, *losses]) * (1 + float(found["margin"])):  # of the best so far
                     trainer.save(name, search.file("adapters", name))
             if moment.held_out or moment.ended or time.monotonic() - written > WRITE_EVERY_SECONDS:
                 written = time.monotonic()
@@ -70,9 +68,7 @@ def work(study_path: Path, content: Mapping[str, Any]) -> None:
     search.write_result(result | {"training": {}})
 
 
-def ended(
-    search: Search, say: Callable[[str], None], job: Job, error: RankscopeError | None, waiting: Sequence[Job]
-) -> list[Job]:
+def ended(search: Search, say: Say, job: Job, error: RankscopeError | None, waiting: Sequence[Job]) -> list[Job]:
     """Search on with half as many candidates at a time where memory was short; raise any other error."""
     slots = int(job.content["places"])
     if isinstance(error, OutOfMemoryError) and slots > 1:
@@ -92,18 +88,10 @@ def _check_same(study: optuna.Study, facts: dict[str, str]) -> None:
             study.set_user_attr(name, value)
 
 
-def _is_good(loss: float, result: dict[str, Any]) -> bool:
-    """Whether a candidate that has just ended is within the margin of the best so far."""
-    losses = [float(c["eval_loss"]) for c in result["candidates"] if c["eval_loss"] is not None]
-    return loss <= min([loss, *losses]) * (1 + float(result["margin"]))
-
-
 def confirming(spec: SearchSpec, result: dict[str, Any]) -> StudySpec:
-    """Return a study that trains the best candidate again, with three seeds that the search has not used.
-
-    Beside it stands the candidate of the lowest rank within the margin with the same alpha and target modules; each of
-    the two ranks is trained at the rates of both.
-    """
+    """Return a study that trains the best candidate again, with three seeds that the search has not used. Beside it
+    stands the candidate of the lowest rank within the margin with the same alpha and target modules; each of the two
+    ranks is trained at the rates of both."""
     candidates = {candidate["trial"]: candidate for candidate in result["candidates"]}
     best, within = candidates[result["best"]], [candidates[name] for name in result["within_margin"]]
     alike = [one for one in within if all(one[name] == best[name] for name in ("alpha", "target_modules"))]

@@ -10,38 +10,35 @@ import torch
 from rankscope.data.tokens import TokenizedData, load, save
 from rankscope.errors import StudyError
 from rankscope.files import write_json
-from rankscope.jobs.job import Launcher
+from rankscope.jobs.job import Launcher, Say
 from rankscope.jobs.queue import run_jobs
 from rankscope.measure.machine import Site, describe_machine
 from rankscope.plan.checks import check_base_fits, check_ranks
 from rankscope.plan.memory import CostModel, predict
 from rankscope.plan.packs import divide_into_packs
 from rankscope.plan.plan import with_site_dtype
-from rankscope.search import job, require_optuna
+from rankscope.search import job
 from rankscope.search.folder import Search
 from rankscope.search.space import DEFAULT_RANKS, SearchSpec, resolve_ranks
 from rankscope.search.trainer import step_tokens
 from rankscope.spec.models import StudySpec
 from rankscope.train.prepare import describe_data, prepare_data
 
-MOST_SLOTS = 64
-"""Most candidates that train at a time."""
+MOST_SLOTS = 64  # most candidates that train at a time
 
 
 def run(
-    spec: SearchSpec, out: Path, launcher: Launcher, say: Callable[[str], None], poll: Callable[[], None] = lambda: None
+    spec: SearchSpec, out: Path, launcher: Launcher, say: Say, poll: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
     """Search, or go on with the search in `out`; return its result, see `rankscope.search.sampling.summary`.
 
     `say` is called with sentences to keep, `poll` twice a second.
 
     Raises:
-        MissingExtraError: Optuna is not installed.
         StudyError: the question is wrong, or `out` holds another one.
         DataError, ModelError: the data or the model cannot be used.
         WorkerError: the child process ended without finishing its work.
     """
-    require_optuna()
     site = launcher.site()
     predictions = _predictions(spec, site)
     full_rank = min(prediction.full_rank for prediction in predictions)
@@ -65,10 +62,8 @@ def run(
         if result is None or not result["finished"] or result["budget"] != spec.budget.model_dump(mode="json"):
             slots, tokens = _slots(spec, predictions, data, site.free_bytes), step_tokens(spec, data)
             if spec.budget.tokens is not None and spec.budget.tokens < sum(tokens):
-                raise StudyError(
-                    f"--tokens {spec.budget.tokens:,}: one candidate alone takes {sum(tokens):,}",
-                    "Give more, or fewer --steps.",
-                )
+                what = f"--tokens {spec.budget.tokens:,}: one candidate alone takes {sum(tokens):,}"
+                raise StudyError(what, "Give more, or fewer --steps.")
             say(describe_data(data.facts))
             say(f"{slots} candidates train at a time, {len(tokens):,} steps of {sum(tokens):,} tokens each at most")
             jobs = [job.job_of(search, slots)]
@@ -79,7 +74,6 @@ def run(
 
 
 def _predictions(spec: SearchSpec, site: Site) -> list[CostModel]:
-    """Costs of the highest rank, for each group of target modules."""
     corners = [_corner(spec, group) for group in range(len(spec.space.target_modules))]
     return [predict(with_site_dtype(corner, site), torch.device(site.kind)) for corner in corners]
 

@@ -25,18 +25,15 @@ from rankscope.search.folder import Spent
 from rankscope.search.space import Point, RateRange, SearchSpec
 from rankscope.spec.candidates import all_linear_or_names
 
-NAME = "rankscope"
-"""Name of the study within Optuna's journal."""
+NAME = "rankscope"  # name of the study within Optuna's journal
 
 DONE, STOPPED, DIVERGED, OUT_OF_BUDGET, DRAWN_BEFORE = "done", "stopped", "diverged", "out of budget", "asked before"
 _STATES = {DONE: TrialState.COMPLETE, DRAWN_BEFORE: TrialState.FAIL}
-
 RANDOM_TRIALS = 5
 """Number of candidates drawn at random before TPE learns from them. With Optuna's own ten a small budget is nearly all
 random search: docs/results/search.md."""
 
-REPEATS = 10
-"""How often the sampler may repeat candidates; then one is drawn from those that were never drawn."""
+REPEATS = 10  # how often the sampler may repeat candidates; then one is drawn from those that were never drawn
 
 
 def open_journal(file: Path, spec: SearchSpec) -> optuna.Study:
@@ -74,8 +71,6 @@ def interrupted(study: optuna.Study) -> list[optuna.Trial]:
 
 
 class Suggestion(NamedTuple):
-    """A candidate drawn by Optuna."""
-
     trial: optuna.Trial
     point: Point
 
@@ -185,10 +180,8 @@ def _describe(trial: FrozenTrial, spec: SearchSpec) -> dict[str, Any]:
         "lora_alpha": candidate.lora_alpha,
         "target_modules": modules_text(candidate.target_modules),
         "state": attributes.get("ended", "training") if trial.state.is_finished() else "training",
-        "reason": attributes.get("reason"),
-        "steps": attributes.get("steps", 0),
-        "tokens": attributes.get("tokens", 0),
-        "seconds": attributes.get("seconds", 0.0),
+        **{"reason": None, "steps": 0, "tokens": 0, "seconds": 0.0},
+        **{name: attributes[name] for name in ("reason", "steps", "tokens", "seconds") if name in attributes},
         "eval_loss": trial.value if trial.state == TrialState.COMPLETE else None,
         "losses": {str(step): loss for step, loss in sorted(trial.intermediate_values.items())},
     }

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -69,7 +70,6 @@ class SearchSpec(_Part):
     seed: Seed = 0  # of the sampler; the study's own seed determines batches and initial weights
 
     def candidate(self, point: "Point") -> Candidate:
-        """Return the candidate at a point of the space."""
         adapter = self.study.adapter.model_copy(update={"alpha": point.alpha, "target_modules": point.target_modules})
         only = {"ranks": (point.rank,), "learning_rates": (point.learning_rate,), "adapter": adapter}
         return self.study.model_copy(update=only).candidates()[0]
@@ -87,7 +87,6 @@ class SearchSpec(_Part):
         return SearchTrial(candidate=self.candidate(point), seed=0, number=number)
 
     def points(self) -> list["Point"]:
-        """Return all points of a finite space."""
         space, rates = self.space, self.space.learning_rates
         assert not isinstance(rates, RateRange)
         return [Point(*parts) for parts in product(space.ranks, rates, space.alphas, space.target_modules)]
@@ -101,8 +100,6 @@ class SearchSpec(_Part):
 
 
 class Point(NamedTuple):
-    """A point of the space."""
-
     rank: int
     learning_rate: float
     alpha: Alpha
@@ -126,10 +123,8 @@ def resolve_search(
 
     Options of the search itself, as text or numbers, None for a default: `ranks learning_rates alpha target_modules
     trials hours tokens sampler pruner seed`. Ranks and learning rates default to those of the values, else `4..256` and
-    `3e-5..3e-3`; alpha and target modules are the study's.
-
-    Raises:
-        StudyError: a part of the space or the budget is wrong, or the study is.
+    `3e-5..3e-3`; alpha and target modules are the study's. Raises StudyError: a part of the space or the budget is
+    wrong, or the study is.
     """
     own = ("ranks", "learning_rates", "alpha", "target_modules", "trials", "hours", "tokens", "sampler", "pruner")
     given = {name: options.get(name) for name in (*own, "seed")}
@@ -144,9 +139,9 @@ def resolve_search(
     if study.variants or study.reference.full:
         raise StudyError("a search is among plain LoRA adapters", "Leave out variants and reference.full.")
     given["alpha"] = study.adapter.alpha if given["alpha"] is None else given["alpha"]
-    alphas = _each("alpha", _parts(given["alpha"], ","), lambda value: _adapter("alpha", value).alpha)
+    alphas = _each("alpha", _parts(given["alpha"], ","), partial(_adapter, "alpha"))
     modules = given["target_modules"] or [study.adapter.target_modules]
-    groups = _each("target-modules", _parts(modules, ";"), _targets)
+    groups = _each("target-modules", _parts(modules, ";"), partial(_adapter, "target-modules"))
     space = SearchSpace(ranks=ranks, learning_rates=rates, alphas=alphas, target_modules=groups)
     budget = {name: given[name] for name in ("trials", "hours", "tokens")}
     if all(value is None for value in budget.values()):
@@ -203,9 +198,8 @@ def _rank(value: Any) -> int:
     except ValueError:
         rank = 0
     if not 0 < rank <= 1 << 20:
-        raise StudyError(
-            f"--ranks: {shortened(str(value))} is no rank", "Give whole numbers such as 8,32,128, or ends as in 4..256."
-        )
+        what = f"--ranks: {shortened(str(value))} is no rank"
+        raise StudyError(what, "Give whole numbers such as 8,32,128, or ends as in 4..256.")
     return rank
 
 
@@ -225,21 +219,18 @@ def _rate(value: Any) -> float:
     except (TypeError, ValueError):
         rate = 0.0
     if not 0 < rate < math.inf:
-        raise StudyError(
-            f"--learning-rates: {shortened(str(value))} is no learning rate",
-            "Give numbers above 0 such as 1e-4,3e-4, or ends as in 1e-5..1e-3.",
-        )
+        what = f"--learning-rates: {shortened(str(value))} is no learning rate"
+        raise StudyError(what, "Give numbers above 0 such as 1e-4,3e-4, or ends as in 1e-5..1e-3.")
     return rate
 
 
-def _targets(value: Any) -> Targets:
-    names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-    return _adapter("target-modules", names).target_modules
-
-
-def _adapter(option: str, value: Any) -> AdapterSpec:
+def _adapter(option: str, value: Any) -> Any:
+    """Value of a field of the adapter, checked."""
+    field = option.replace("-", "_")
+    several = option == "target-modules" and isinstance(value, str)
+    values = [part.strip() for part in value.split(",")] if several else value
     try:
-        return AdapterSpec.model_validate({option.replace("-", "_"): value})
+        return getattr(AdapterSpec.model_validate({field: values}), field)
     except ValidationError as error:
         message = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise StudyError(f"--{option} {shortened(str(value))}: {message}", _HELP) from None

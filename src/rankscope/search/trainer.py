@@ -24,11 +24,9 @@ from rankscope.train.step import (
 
 
 class PackTrainer:
-    """A `rankscope.search.driver.Trainer` of at most `slots` candidates at a time.
-
-    A candidate's losses equal those of the same trial of `rankscope run`, up to rounding: initial weights, batches and
-    schedule are the same. At rungs only part of the held-out rows is evaluated: see `rung_rows`.
-    """
+    """A `rankscope.search.driver.Trainer` of at most `slots` candidates at a time. A candidate's losses equal those of
+    the same trial of `rankscope run`, up to rounding: initial weights, batches and schedule are the same. At rungs only
+    part of the held-out rows is evaluated: see `rung_rows`."""
 
     def __init__(self, model: PreTrainedModel, spec: SearchSpec, data: TokenizedData, slots: int) -> None:
         self.model, self.spec, self.data = model, spec, data
@@ -73,16 +71,13 @@ class PackTrainer:
         return losses | dict.fromkeys(diverged, math.nan)
 
     def save(self, name: str, folder: Path) -> None:
-        """Save a candidate's adapter in PEFT's format."""
         save_trained_adapter(self.members[name], folder)
 
 
 def rung_rows(spec: SearchSpec, data: TokenizedData, steps: int) -> Tokens:
-    """Return the held-out rows that are evaluated before the end of the schedule, the same at all rungs.
-
-    There are as many as were trained on up to the first rung: evaluation has no backward, so it takes at most about a
-    third of the time of training.
-    """
+    """Return the held-out rows that are evaluated before the end of the schedule, the same at all rungs. There are as
+    many as were trained on up to the first rung: evaluation has no backward, so it takes at most about a third of the
+    time of training."""
     rungs = spec.rung_steps(steps)
     trained = rungs[0] * spec.study.training.effective_batch_size if rungs else len(data.eval)
     rows = min(trained, len(data.eval))

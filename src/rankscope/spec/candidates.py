@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationInfo, field_validator
 
-CONTROL = "control"
-"""Name of the profile that measures the first candidate once more, for the noise of every cost."""
+CONTROL = "control"  # name of the profile that measures the first candidate once more, for the noise of every cost
 
 
 AllLinear = Literal["all-linear", "all-linear+experts"]
@@ -45,19 +44,22 @@ def alpha_or_alphas(value: Any) -> Any:
     return alphas if len(alphas) > 1 else alphas[0]
 
 
-def all_linear_or_names(value: Any) -> Any:
+def _names(value: Any, expected: str) -> tuple[str, ...]:
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"expected {' or '.join(get_args(AllLinear))}, or names of modules such as q_proj")
-    return names[0] if len(names) == 1 and names[0] in get_args(AllLinear) else tuple(names)
+        raise ValueError(f"expected {expected}")
+    return tuple(names)
+
+
+def all_linear_or_names(value: Any) -> Any:
+    names = _names(value, f"{' or '.join(get_args(AllLinear))}, or names of modules such as q_proj")
+    return names[0] if len(names) == 1 and names[0] in get_args(AllLinear) else names
 
 
 def name_or_names(value: Any) -> Any:
     """One name, or several different ones as a tuple; a list of one is that one."""
-    names = [value] if isinstance(value, str) else value
-    if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) and name for name in names):
-        raise ValueError("expected a name, or a list of names")
-    return unique(tuple(names)) if len(names) > 1 else names[0]
+    names = unique(_names(value, "a name, or a list of names"))
+    return names if len(names) > 1 else names[0]
 
 
 def columns_or_text(value: Any) -> Any:
@@ -94,8 +96,7 @@ Variant = Literal["rslora", "pissa", "olora", "loraplus", "dora", "pattern"]
 
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 
-Count = Annotated[int, Field(gt=0, lt=1 << 63)]
-"""A positive number that fits in a signed 64-bit integer."""
+Count = Annotated[int, Field(gt=0, lt=1 << 63)]  # a positive number that fits in a signed 64-bit integer
 
 
 class Frozen(BaseModel):
@@ -113,8 +114,7 @@ class Frozen(BaseModel):
         return value
 
 
-FULL = "full"
-"""Entry among the ranks for full fine-tuning, the baseline."""
+FULL = "full"  # entry among the ranks for full fine-tuning, the baseline
 
 
 class FullTrial(Frozen):
@@ -188,8 +188,7 @@ class Trial(Frozen):
         return f"{self.candidate.name}-s{self.seed}"
 
 
-AnyTrial = Trial | FullTrial
-"""A trial of a candidate or of full fine-tuning."""
+AnyTrial = Trial | FullTrial  # a trial of a candidate or of full fine-tuning
 
 
 def alpha_of(alpha: float | str, rank: int) -> float:

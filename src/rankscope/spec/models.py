@@ -8,7 +8,7 @@ PEFT and transformers where they have one.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import product
 from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar, get_args
 
@@ -43,9 +43,7 @@ EMBEDDED = "embedded"
 """Value of model.id and data.id for the small pretrained model and the Python functions that come with rankscope."""
 
 DEFAULT_TEMPLATE = "### Question: {instruction}\n{input}\n ### Answer:"
-
-CHATML = "chatml"
-"""Value of data.chat_template for the ChatML template that comes with rankscope."""
+CHATML = "chatml"  # value of data.chat_template for the ChatML template that comes with rankscope
 
 
 def is_jinja(text: str) -> bool:
@@ -73,34 +71,25 @@ Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 ShareOrText = Fraction | Annotated[str, Field(pattern=r"^\s*[0-9]+(\.[0-9]+)?\s*%\s*$")]
 SecondsOrText = PositiveFloat | Annotated[str, Field(pattern=_number_with(SECONDS))]
 
-Ranks = Annotated[tuple[Rank, ...], BeforeValidator(as_list, json_schema_input_type=RankOrFull), Field(min_length=1)]
-Rates = Annotated[
-    tuple[PositiveFloat, ...],
-    BeforeValidator(as_list, json_schema_input_type=OneOrSeveral[PositiveFloat]),
-    Field(min_length=1),
-]
-Seeds = Annotated[
-    tuple[Seed, ...], BeforeValidator(as_list, json_schema_input_type=OneOrSeveral[Seed]), Field(min_length=1)
-]
-Variants = Annotated[tuple[Variant, ...], BeforeValidator(as_list, json_schema_input_type=OneOrSeveral[Variant])]
-Alphas = Annotated[
-    float | str | tuple[float | str, ...],
-    BeforeValidator(alpha_or_alphas, json_schema_input_type=OneOrSeveral[AlphaOrMultiple]),
-]
-Modules = Annotated[
-    AllLinear | tuple[str, ...], BeforeValidator(all_linear_or_names, json_schema_input_type=ModuleNames)
-]
-Names = Annotated[str | tuple[str, ...], BeforeValidator(name_or_names, json_schema_input_type=OneOrSeveral[Name])]
-ColumnName = Annotated[str, BeforeValidator(column_of_a_format, json_schema_input_type=Column)]
-Columns = Annotated[
-    dict[ColumnName, Name],
-    BeforeValidator(
-        columns_or_text, json_schema_input_type=dict[ColumnName, Name] | Annotated[str, Field(pattern="=")]
-    ),
-]
-Share = Annotated[Fraction, BeforeValidator(parse_share, json_schema_input_type=ShareOrText)]
-Bytes = Annotated[Count, BeforeValidator(parse_bytes, json_schema_input_type=BytesOrText)]
-Seconds = Annotated[PositiveFloat, BeforeValidator(parse_seconds, json_schema_input_type=SecondsOrText)]
+
+def _read(by: Callable[[Any], Any], form: Any) -> BeforeValidator:
+    """Read a value of the `form` that editors learn."""
+    return BeforeValidator(by, json_schema_input_type=form)
+
+
+Ranks = Annotated[tuple[Rank, ...], _read(as_list, RankOrFull), Field(min_length=1)]
+Rates = Annotated[tuple[PositiveFloat, ...], _read(as_list, OneOrSeveral[PositiveFloat]), Field(min_length=1)]
+Seeds = Annotated[tuple[Seed, ...], _read(as_list, OneOrSeveral[Seed]), Field(min_length=1)]
+Variants = Annotated[tuple[Variant, ...], _read(as_list, OneOrSeveral[Variant])]
+Alphas = Annotated[float | str | tuple[float | str, ...], _read(alpha_or_alphas, OneOrSeveral[AlphaOrMultiple])]
+Modules = Annotated[AllLinear | tuple[str, ...], _read(all_linear_or_names, ModuleNames)]
+Names = Annotated[str | tuple[str, ...], _read(name_or_names, OneOrSeveral[Name])]
+ColumnName = Annotated[str, _read(column_of_a_format, Column)]
+ColumnsOrText = dict[ColumnName, Name] | Annotated[str, Field(pattern="=")]
+Columns = Annotated[dict[ColumnName, Name], _read(columns_or_text, ColumnsOrText)]
+Share = Annotated[Fraction, _read(parse_share, ShareOrText)]
+Bytes = Annotated[Count, _read(parse_bytes, BytesOrText)]
+Seconds = Annotated[PositiveFloat, _read(parse_seconds, SecondsOrText)]
 
 
 class ModelSpec(Frozen):
@@ -161,7 +150,6 @@ class DataSpec(Frozen):
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """Sources of the rows, in order."""
         return (self.id,) if isinstance(self.id, str) else self.id
 
     @property
@@ -234,7 +222,6 @@ class AdapterSpec(Frozen):
 
     @property
     def alphas(self) -> tuple[float | str, ...]:
-        """Values of `alpha`, in order."""
         return self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
 
     def alphas_at(self, rank: int) -> list[float]:
@@ -317,8 +304,7 @@ class MeasureSpec(Frozen):
     """Longest answer, in tokens."""
 
 
-LOSS_MARGIN = 0.01
-"""Default margin as a share of the loss."""
+LOSS_MARGIN = 0.01  # default margin as a share of the loss
 
 
 class VerdictSpec(Frozen):

@@ -26,11 +26,8 @@ class _Yaml(NamedTuple):
 
 
 def read_study_file(path: Path) -> dict[str, Any]:
-    """Read a study's YAML as a mapping, which is not validated yet.
-
-    Raises:
-        StudyError: the file is missing, is not YAML, has a field twice, or is not a mapping.
-    """
+    """Read a study's YAML as a mapping, which is not validated yet. Raises StudyError: the file is missing, is not
+    YAML, has a field twice, or is not a mapping."""
     values = _parse_file(path).values
     if not isinstance(values, dict):
         found = "nothing" if values is None else type(values).__name__
@@ -96,18 +93,13 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 
 def _problem(error: Exception) -> str:
-    """First line of an error's problem."""
     return str(getattr(error, "problem", None) or error or type(error).__name__).split("\n")[0]
 
 
 def set_value(values: dict[str, Any], assignment: str) -> None:
-    """Apply one `--set training.steps=200` to a nested mapping, in place.
-
-    The value is YAML; that of a text field is taken literally, unless it is in quotes, or `null` or `~` for none.
-
-    Raises:
-        StudyError: it is not KEY=VALUE, or the value is missing or not YAML.
-    """
+    """Apply one `--set training.steps=200` to a nested mapping, in place. The value is YAML; that of a text field is
+    taken literally, unless it is in quotes, or `null` or `~` for none. Raises StudyError: it is not KEY=VALUE, or the
+    value is missing or not YAML."""
     key, equals, text = assignment.partition("=")
     shown = shortened(assignment, 200)
     if not equals or not key:
@@ -178,22 +170,16 @@ def set_field(values: dict[str, Any], key: str, value: Any) -> None:
 def assemble(
     values: Mapping[str, Any], options: Mapping[str, Any], assignments: Sequence[str] = (), file: Path | None = None
 ) -> StudySpec:
-    """Study from a file's values, options over them (None for those not given), and `--set` assignments over both.
-
-    A chat template's file is replaced by its text, so that the study stands alone. Errors name `file`, from which the
-    values were read, and the line of a wrong value.
-
-    Raises:
-        StudyError: an option or field is unknown or wrong.
-    """
+    """Study from a file's values, options over them (None for those not given), and `--set` assignments over both. A
+    chat template's file is replaced by its text, so that the study stands alone. Errors name `file`, from which the
+    values were read, and the line of a wrong value. Raises StudyError: an option or field is unknown or wrong."""
     merged = copy.deepcopy(dict(values))
     if options.get("alpha") is not None and options.get("alphas") is not None:
         raise StudyError("alpha and alphas are the same field", "Give one of them.")
     for option, value in options.items():
         if option not in OPTIONS:
-            raise StudyError(
-                f"{option}: unknown option{did_you_mean(option, OPTIONS)}", f"Known: {', '.join(OPTIONS)}."
-            )
+            what = f"{option}: unknown option{did_you_mean(option, OPTIONS)}"
+            raise StudyError(what, f"Known: {', '.join(OPTIONS)}.")
         if value is not None:
             set_field(merged, OPTIONS[option].field, value)
     training = merged.get("training")
@@ -246,11 +232,8 @@ def _default_name(values: Mapping[str, Any]) -> str:
 
 
 def comma_list(name: str, text: str) -> list[Any]:
-    """Values of an option's text. Of ranks `4..64` is 4, 8, 16 up to 64; of seeds `0..4` is 0, 1, 2, 3, 4.
-
-    Raises:
-        StudyError: the ends of a range are not whole numbers in order.
-    """
+    """Values of an option's text. Of ranks `4..64` is 4, 8, 16 up to 64; of seeds `0..4` is 0, 1, 2, 3, 4. Raises
+    StudyError: the ends of a range are not whole numbers in order."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if name == "target_modules":
         return parts
@@ -266,8 +249,7 @@ def _range(name: str, text: str) -> Sequence[Any]:
     return doublings(low, high) if name == "ranks" else range(low, high + 1)
 
 
-MOST_IN_RANGE = 1 << 20
-"""Largest distance between the ends of a range."""
+MOST_IN_RANGE = 1 << 20  # largest distance between the ends of a range
 
 
 def doublings(low: int, high: int) -> list[int]:

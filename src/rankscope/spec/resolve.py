@@ -11,30 +11,22 @@ from rankscope.errors import StudyError, shortened
 from rankscope.spec.models import StudySpec
 
 MAX_ERRORS_SHOWN = 5  # wrong fields in one message
-
-LOG = "log"
-"""Field of study.yaml in a study's directory: what was added, and when."""
+LOG = "log"  # field of study.yaml in a study's directory: what was added, and when
 
 
 def resolve_spec(
     values: Mapping[str, Any], source: str = "the study", lines: Mapping[str, int] | None = None
 ) -> StudySpec:
-    """Validate a nested mapping. The `log` of a study's directory is no part of the question.
-
-    Errors name its `source`, and the line of a field where `lines` has it.
-
-    Raises:
-        StudyError: a field is unknown, missing or wrong; the message names each, and the nearest valid name.
-    """
+    """Validate a nested mapping. The `log` of a study's directory is no part of the question. Errors name its `source`,
+    and the line of a field where `lines` has it. Raises StudyError: a field is unknown, missing or wrong; the message
+    names each, and the nearest valid name."""
     try:
         return StudySpec.model_validate({name: value for name, value in values.items() if name != LOG})
     except ValidationError as error:
         found = list(dict.fromkeys(_explain(dict(detail), lines or {}) for detail in error.errors()))
         shown = [f"  - {line}" for line in found[:MAX_ERRORS_SHOWN]] + ["  - ..."] * (len(found) > MAX_ERRORS_SHOWN)
-        raise StudyError(
-            f"{source} is wrong:\n" + "\n".join(shown),
-            "Correct these fields and run again; `rankscope run --help` and studies/ show valid ones.",
-        ) from None
+        todo = "Correct these fields and run again; `rankscope run --help` and studies/ show valid ones."
+        raise StudyError(f"{source} is wrong:\n" + "\n".join(shown), todo) from None
 
 
 def _explain(detail: dict[str, Any], lines: Mapping[str, int]) -> str:

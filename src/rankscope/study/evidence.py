@@ -2,40 +2,37 @@
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import pandas as pd
 
 from rankscope.spec.candidates import PLAIN
 from rankscope.spec.models import StudySpec
 from rankscope.study.records import Failure
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 class Evidence(NamedTuple):
     """Tables and facts of a study, from which the analysis and the report start; None is the same as an empty table.
-
-    All fields but `variants` are evidence of plain LoRA, whose ranks the verdict is about.
-    """
+    All fields but `variants` are evidence of plain LoRA, whose ranks the verdict is about."""
 
     spec: StudySpec
-    results: "pd.DataFrame"
-    curves: "pd.DataFrame"
-    profiles: "pd.DataFrame"
-    samples: "pd.DataFrame"
-    examples: "pd.DataFrame"
+    results: pd.DataFrame
+    curves: pd.DataFrame
+    profiles: pd.DataFrame
+    samples: pd.DataFrame
+    examples: pd.DataFrame
     machine: dict[str, Any]
     data_facts: dict[str, Any]
-    reference: "pd.DataFrame"  # `Study.reference_examples()`: empty where the study has no reference
-    untrained: "pd.DataFrame | None" = None  # `Study.untrained_examples()`
+    reference: pd.DataFrame  # `Study.reference_examples()`: empty where the study has no reference
+    untrained: pd.DataFrame | None = None  # `Study.untrained_examples()`
     prediction: Mapping[str, Any] = MappingProxyType({})
-    reference_results: "pd.DataFrame | None" = None
+    reference_results: pd.DataFrame | None = None
     divided: Sequence[str] = ()  # trials whose pack ended with an error and was divided
     survivors: Sequence[str] = ()  # trials that went on in their pack without one that diverged
     failures: Mapping[str, Failure] = MappingProxyType({})  # `Study.open_failures()`
-    answers: "pd.DataFrame | None" = None
+    answers: pd.DataFrame | None = None
     variants: "Evidence | None" = None  # None in a study without variants
-    cuts: "pd.DataFrame | None" = None  # `Study.cut_examples()`
+    cuts: pd.DataFrame | None = None  # `Study.cut_examples()`
 
     @property
     def parts(self) -> "list[Evidence]":

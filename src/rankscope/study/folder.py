@@ -29,65 +29,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from rankscope import __version__
+from rankscope import __version__, files
 from rankscope.errors import StudyDirectoryError, StudyError
-from rankscope.files import (
-    corrupt_on_error,
-    damaged_error,
-    exists,
-    file_hashes,
-    file_sha256,
-    inside,
-    is_free,
-    parse_json,
-    read_whole,
-    reading,
-    refuse_links_out,
-    unlike_its_hash,
-)
 from rankscope.spec.candidates import CONTROL, AnyTrial, Candidate, FullTrial, Trial
 from rankscope.spec.models import StudySpec
 from rankscope.spec.resolve import LOG, resolve_spec, write_yaml
+from rankscope.study import records
 from rankscope.study.growth import grow
 from rankscope.study.metrics import read_rows
 from rankscope.study.question import Holder, lock_folder, read_question, text_of, write_question
-from rankscope.study.records import (
-    AnswersRecord,
-    CurveRecord,
-    Cut,
-    DivisionRecord,
-    EvalRecord,
-    Examples,
-    FactsRecord,
-    Failure,
-    FailuresRecord,
-    LogEntry,
-    MachineRecord,
-    PackRecord,
-    PredictionRecord,
-    ProfileRecord,
-    Repeat,
-    TrialRecord,
-    VerdictRecord,
-)
 
 SCHEMA = 1
-
 FINISHED = ("done", "diverged")  # statuses that are results: a trial with any other is trained again
-
 NOT_ENDED = ("pending", "running")
 
-TRIAL_FILES = (
-    "metrics.jsonl",
-    "untrained.json",
-    "eval.json",
-    "adapter/*",
-)  # files with a hash in trial.json once the trial has ended
-
+TRIAL_FILES = ("metrics.jsonl", "untrained.json", "eval.json", "adapter/*")  # with a hash in trial.json at its end
 CURVE = "curve/curve.json"
-
 ANSWERS = "answers"  # key of the answers in failures.json
-
 AGAIN = "profiles/again"  # profiles of `run --remeasure`, until all are measured
 
 
@@ -98,11 +56,9 @@ class Division(NamedTuple):
     divided: dict[str, list[str]]  # parts of each pack that ended with an error, and so left `packs`
 
     def trials(self) -> set[str]:
-        """Names of all trials that a pack has."""
         return {trial.name for trials in self.packs.values() for trial in trials}
 
     def trials_of_divided(self) -> list[str]:
-        """Names of the trials in parts of divided packs."""
         made = {part for parts in self.divided.values() for part in parts}
         return [trial.name for pack, trials in self.packs.items() if pack in made for trial in trials]
 
@@ -115,27 +71,23 @@ class Division(NamedTuple):
 class StudyFolder:
     """A study's directory: its question, its files, and the lock. Opening reads nothing but study.yaml."""
 
-    def __init__(self, path: Path, spec: StudySpec, log: Sequence[LogEntry] = ()) -> None:
+    def __init__(self, path: Path, spec: StudySpec, log: Sequence[records.LogEntry] = ()) -> None:
         self.path, self.spec, self.log = path, spec, list(log)
 
     @classmethod
     def create(cls, path: Path, spec: StudySpec) -> Self:
-        """Make the directory; or open the study that it holds, grown by what `spec` adds.
-
-        Raises:
-            StudyError: it holds another study; the message shows the difference.
-        """
+        """Make the directory; or open the study that it holds, grown by what `spec` adds. Raises StudyError: it holds
+        another study; the message shows the difference."""
         if cls.is_at(path):
             return cls.open(path).grown(spec)
-        if not is_free(path):
+        if not files.is_free(path):
             raise StudyError(f"{path} exists and is not a study", "Choose another --out.")
         write_question(path / "study.yaml", write_yaml(spec))
         return cls(path, spec)
 
     @staticmethod
     def is_at(path: Path) -> bool:
-        """Whether `path` holds a study."""
-        with reading(path):
+        with files.reading(path):
             return (path / "study.yaml").is_file()
 
     @classmethod
@@ -149,15 +101,12 @@ class StudyFolder:
         path = Path(path)
         if not cls.is_at(path):
             raise StudyDirectoryError(f"{path}: not a study (no study.yaml)", "Give the directory that `run` printed.")
-        refuse_links_out(path)
+        files.refuse_links_out(path)
         return cls(path, *_read(path / "study.yaml"))
 
     def grown(self, asked: StudySpec) -> Self:
-        """The study with what `asked` adds, which `publish` writes: see `rankscope.study.growth`.
-
-        Raises:
-            StudyError: `asked` is another study.
-        """
+        """The study with what `asked` adds, which `publish` writes: see `rankscope.study.growth`. Raises StudyError:
+        `asked` is another study."""
         spec, added = grow(self.spec, asked, self.path)
         return type(self)(self.path, spec, [*self.log, *([_entry(added=added)] if added else [])])
 
@@ -175,16 +124,14 @@ class StudyFolder:
 
     def file(self, *parts: str) -> Path:
         """A file or folder of the study: see `rankscope.files.inside`."""
-        return inside(self.path, *parts)
+        return files.inside(self.path, *parts)
 
     @cached_property
     def trials(self) -> list[Trial]:
-        """Trials of the candidates, in a fixed order."""
         return self.spec.trials()
 
     @cached_property
     def reference_trials(self) -> list[FullTrial]:
-        """Trials of full fine-tuning, the reference."""
         return self.spec.reference_trials()
 
     def all_trials(self) -> list[AnyTrial]:
@@ -195,14 +142,12 @@ class StudyFolder:
         return self.file("trials" if isinstance(trial, Trial) else "reference", trial.name)
 
     def profiled(self, again: bool = False) -> dict[str, Candidate]:
-        """`StudySpec.profiled`, with the control that control.json has: it stays when a lower rank is added.
-
-        With `again` those that are being measured anew, as in the two functions below.
-        """
+        """`StudySpec.profiled`, with the control that control.json has: it stays when a lower rank is added. With
+        `again` those that are being measured anew, as in the two functions below."""
         found = self.spec.profiled()
-        record = ProfileRecord.find(self.profile_file(CONTROL, again))
+        record = records.ProfileRecord.find(self.profile_file(CONTROL, again))
         if record is not None and record.candidate is not None:
-            with corrupt_on_error(self.profile_file(CONTROL, again)):
+            with files.corrupt_on_error(self.profile_file(CONTROL, again)):
                 control = Candidate.model_validate(record.candidate)
             found |= {CONTROL: control} if control in self.spec.candidates() else {}
         return found
@@ -212,36 +157,33 @@ class StudyFolder:
 
     def profile_repeats(self, name: str, again: bool = False) -> list[dict[str, Any]]:
         """Repeats measured so far (`rankscope.measure.profile.profile_candidate`), with the number of their session."""
-        record = ProfileRecord.find(self.profile_file(name, again))
+        record = records.ProfileRecord.find(self.profile_file(name, again))
         return record.repeats if record else []
 
     def whole_repeats(self, name: str, again: bool = False) -> list[dict[str, Any]]:
-        """`profile_repeats`, checked to be complete.
-
-        Raises:
-            DamagedError: a repeat is incomplete.
-        """
+        """`profile_repeats`, checked to be complete. Raises DamagedError: a repeat is incomplete."""
         repeats = self.profile_repeats(name, again)
         for repeat in repeats:
-            Repeat.of(repeat, self.profile_file(name, again))
+            records.Repeat.of(repeat, self.profile_file(name, again))
         return repeats
 
-    def failures(self) -> dict[str, Failure]:
+    def failures(self) -> dict[str, records.Failure]:
         """failures.json: how unfinished profiles, by name, and `answers` ended when a run last tried them."""
-        record = FailuresRecord.find(self.file("failures.json"))
+        record = records.FailuresRecord.find(self.file("failures.json"))
         return record.failures if record else {}
 
-    def write_failure(self, name: str, failure: Failure | None) -> None:
+    def write_failure(self, name: str, failure: records.Failure | None) -> None:
         """Record how a profile, or the answers, ended; None where they are whole."""
         before = self.failures()
         after = {other: known for other, known in before.items() if other != name}
         after |= {} if failure is None else {name: failure}
         if after != before:
-            FailuresRecord(failures=after).write(self.file("failures.json"))
+            records.FailuresRecord(failures=after).write(self.file("failures.json"))
 
-    def trial_record(self, trial: AnyTrial) -> TrialRecord:
+    def trial_record(self, trial: AnyTrial) -> records.TrialRecord:
         """trial.json; its status is `pending` before the trial has begun."""
-        return TrialRecord.find(self.trial_folder(trial) / "trial.json") or TrialRecord(status="pending")
+        file = self.trial_folder(trial) / "trial.json"
+        return records.TrialRecord.find(file) or records.TrialRecord(status="pending")
 
     def with_known_model(self) -> Trial | None:
         """First trial that has begun; its record has the fingerprint of the study's model."""
@@ -250,19 +192,19 @@ class StudyFolder:
     def division(self) -> Division:
         """Division of the trials into packs; empty before it is made."""
         file = self.file("packs", "division.json")
-        record = DivisionRecord.find(file)
+        record = records.DivisionRecord.find(file)
         if record is None:
             return Division({}, {})
         for pack in record.packs:
             self.file("packs", pack)  # refused where it leads elsewhere: folders of that name are written and removed
         trials = {trial.name: trial for trial in self.trials}
-        with corrupt_on_error(file):
+        with files.corrupt_on_error(file):
             packs = {pack: [trials[name] for name in names] for pack, names in record.packs.items()}
         return Division(packs, record.divided)
 
     def write_division(self, division: Division) -> None:
         packs = {pack: [trial.name for trial in trials] for pack, trials in division.packs.items()}
-        DivisionRecord(packs=packs, divided=division.divided).write(self.file("packs", "division.json"))
+        records.DivisionRecord(packs=packs, divided=division.divided).write(self.file("packs", "division.json"))
 
     def divide(self, pack: str, trials: Sequence[Trial]) -> dict[str, list[Trial]]:
         """Divide the `trials` of a pack into two packs, remove its checkpoints, and return the two."""
@@ -275,12 +217,11 @@ class StudyFolder:
         shutil.rmtree(self.file("packs", pack, "checkpoints"), ignore_errors=True)
         return parts
 
-    def pack_record(self, pack: str) -> PackRecord | None:
+    def pack_record(self, pack: str) -> records.PackRecord | None:
         """pack.json; None before the pack has begun."""
-        return PackRecord.find(self.file("packs", pack, "pack.json"))
+        return records.PackRecord.find(self.file("packs", pack, "pack.json"))
 
     def lock(self) -> AbstractContextManager[None]:
-        """Hold the directory: see `lock_folder`."""
         return lock_folder(self.path)
 
     def holder(self) -> Holder | None:
@@ -295,10 +236,9 @@ class StudyFolder:
 
     def mark_ended(self, trial: AnyTrial, status: str, reason: str, pack: str | None = None) -> None:
         """Give a trial that is still pending or running a final `status` and `reason`."""
-        record = self.trial_record(trial)
+        record, folder = self.trial_record(trial), self.trial_folder(trial)
         if record.status not in NOT_ENDED:
             return
-        folder = self.trial_folder(trial)
         last = max((row["step"] for row in read_rows(folder / "metrics.jsonl")), default=0)
         ended = {
             "trial": trial.name,
@@ -306,65 +246,55 @@ class StudyFolder:
             "reason": reason + (f", after step {last}" if last else ""),
             "pack": record.pack or pack,
             "results": record.results,
-            "files": file_hashes(folder, TRIAL_FILES),
+            "files": files.file_hashes(folder, TRIAL_FILES),
         }
         record.model_copy(update=ended | trial.model_dump(mode="json")).write(folder / "trial.json")
 
     def whole_file(self, trial: AnyTrial, name: str) -> Path:
-        """Path of a trial's file, checked against its hash in trial.json where the trial has ended.
-
-        Raises:
-            StudyDirectoryError: it is missing or corrupt.
-        """
+        """Path of a trial's file, checked against its hash in trial.json where the trial has ended. Raises
+        StudyDirectoryError: it is missing or corrupt."""
         path, sha256 = self.find_file(trial, name)
-        if sha256 is not None and file_sha256(path) != sha256:
-            raise unlike_its_hash(path)
+        if sha256 is not None and files.file_sha256(path) != sha256:
+            raise files.unlike_its_hash(path)
         return path
 
     def find_file(self, trial: AnyTrial, name: str) -> tuple[Path, str | None]:
         """Path of a trial's file, unread, and its hash in trial.json; None where the trial has not ended."""
-        return inside(self.trial_folder(trial), name), self.trial_record(trial).sha256(name)
+        return files.inside(self.trial_folder(trial), name), self.trial_record(trial).sha256(name)
 
     def adapter_file(self, trial: Trial) -> Path:
-        """Weights of a trial that is done.
-
-        Raises:
-            StudyDirectoryError: they are missing or corrupt.
-        """
+        """Weights of a trial that is done. Raises StudyDirectoryError: they are missing or corrupt."""
         return self.whole_file(trial, "adapter/adapter_model.safetensors")
 
     @property
     def machine(self) -> dict[str, Any]:
         """machine.json: hardware, versions and the model that the study began with."""
-        return MachineRecord.content(self.file("machine.json"))
+        return records.MachineRecord.content(self.file("machine.json"))
 
     @property
     def data_facts(self) -> dict[str, Any]:
         """data/facts.json: source, counts and treatment of the rows (`rankscope.data.tokens.TokenizedData`)."""
-        return FactsRecord.content(self.file("data", "facts.json"))
+        return records.FactsRecord.content(self.file("data", "facts.json"))
 
     @property
     def prediction(self) -> dict[str, Any]:
         """prediction.json (`rankscope.plan.runtime.StudyForecast.describe`), or empty before it is written."""
         file = self.file("prediction.json")
-        return PredictionRecord.content(file) if exists(file) else {}
+        return records.PredictionRecord.content(file) if files.exists(file) else {}
 
     def find_verdict(self) -> dict[str, Any] | None:
         """verdict.json as it is now, or None before there is one."""
         file = self.file("verdict.json")
-        return VerdictRecord.content(file) if exists(file) else None
+        return records.VerdictRecord.content(file) if files.exists(file) else None
 
-    def held_out(self, trial: AnyTrial, name: str = "eval.json") -> Examples:
-        """Held-out examples of a trial that is done: in eval.json, or in untrained.json, before it was trained.
-
-        Raises:
-            StudyDirectoryError: it is missing or corrupt.
-        """
+    def held_out(self, trial: AnyTrial, name: str = "eval.json") -> records.Examples:
+        """Held-out examples of a trial that is done: in eval.json, or in untrained.json, before it was trained. Raises
+        StudyDirectoryError: it is missing or corrupt."""
         file, sha256 = self.find_file(trial, name)
-        examples = EvalRecord.of(parse_json(read_whole(file, sha256), file), file).examples
+        examples = records.EvalRecord.of(files.parse_json(files.read_whole(file, sha256), file), file).examples
         counts = {len(examples.loss), len(examples.label_tokens), len(examples.correct_tokens)}
         if counts != {len(examples.example)}:
-            raise damaged_error(file, "not as it is written: its lists are not of one length")
+            raise files.damaged_error(file, "not as it is written: its lists are not of one length")
         return examples
 
     def answered(self) -> list[Trial]:
@@ -375,10 +305,10 @@ class StudyFolder:
                 done.setdefault(trial.candidate.name, trial)
         return list(done.values())
 
-    def answers_record(self) -> AnswersRecord:
+    def answers_record(self) -> records.AnswersRecord:
         """answers.json (`rankscope.jobs.answers.answer`), or a record without answers before it is written."""
-        record = AnswersRecord.find(self.file("answers", "answers.json"))
-        return record or AnswersRecord(questions=[], answers={})
+        file = self.file("answers", "answers.json")
+        return records.AnswersRecord.find(file) or records.AnswersRecord(questions=[], answers={})
 
     def kept_answers(self) -> dict[str, list[str]]:
         """Answers by `base` and trial; none where more, fewer, longer or shorter ones are wanted by now."""
@@ -386,33 +316,29 @@ class StudyFolder:
         return record.answers if record.asked in (None, [measure.answers, measure.answer_tokens]) else {}
 
     def unanswered(self) -> list[Trial]:
-        """Trials of `answered` that have not answered."""
         kept = self.kept_answers()
         return [trial for trial in self.answered() if trial.name not in kept]
 
     @property
     def rank_curve_file(self) -> Path:
-        """curve.json, which `rankscope curve` writes."""
         return self.file(*CURVE.split("/"))
 
-    def rank_curve(self) -> list[Cut]:
+    def rank_curve(self) -> list[records.Cut]:
         """Truncations in curve.json of adapters that are still those of their trials."""
-        record = CurveRecord.find(self.rank_curve_file)
+        record = records.CurveRecord.find(self.rank_curve_file)
         if record is None:
             return []
         own = {trial.name: self.adapter_sha256(trial) for trial in self.trials}
         return [cut for cut in record.cuts if own.get(cut.trial) == cut.adapter_sha256]
 
-    def add_cuts(self, cuts: Sequence[Cut]) -> None:
-        """Publish curve.json with more truncations."""
+    def add_cuts(self, cuts: Sequence[records.Cut]) -> None:
         if cuts:
-            CurveRecord(cuts=[*self.rank_curve(), *cuts]).write(self.rank_curve_file)
+            records.CurveRecord(cuts=[*self.rank_curve(), *cuts]).write(self.rank_curve_file)
 
     def adapter_sha256(self, trial: Trial) -> str | None:
-        """Hash of the weights of a trial that is done."""
         return self.trial_record(trial).sha256("adapter/adapter_model.safetensors")
 
-    def open_failures(self) -> dict[str, Failure]:
+    def open_failures(self) -> dict[str, records.Failure]:
         """`failures()` of profiles and answers that are still missing."""
         measure = self.spec.measure
         profiled = self.spec.profiled() if measure.profiles else ()
@@ -421,20 +347,13 @@ class StudyFolder:
         return {name: failure for name, failure in self.failures().items() if not done.get(name, True)}
 
 
-def _read(file: Path) -> tuple[StudySpec, list[LogEntry]]:
-    """Question and log of a study.yaml."""
+def _read(file: Path) -> tuple[StudySpec, list[records.LogEntry]]:
     question = read_question(file)
-    log = [LogEntry.of(entry, file) for entry in question.pop(LOG, [])]
-    return resolve_spec(_of_its_time(question), source=str(file)), log
+    log = [records.LogEntry.of(entry, file) for entry in question.pop(LOG, [])]
+    if isinstance(verdict := question.get("verdict"), dict):
+        verdict.setdefault("margin_of", "loss")  # before there were margins of the gain
+    return resolve_spec(question, source=str(file)), log
 
 
-def _entry(**what: Any) -> LogEntry:
-    return LogEntry(when=datetime.now(UTC).isoformat(timespec="seconds"), version=__version__, **what)
-
-
-def _of_its_time(question: dict[str, Any]) -> dict[str, Any]:
-    """Question with what its own version meant: before margins of the gain, they were of the loss."""
-    verdict = question.get("verdict")
-    if isinstance(verdict, dict):
-        verdict.setdefault("margin_of", "loss")
-    return question
+def _entry(**what: Any) -> records.LogEntry:
+    return records.LogEntry(when=datetime.now(UTC).isoformat(timespec="seconds"), version=__version__, **what)

@@ -5,6 +5,7 @@ wrote adds or changes anything: a default adds nothing.
 """
 
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from shlex import quote
 from typing import Any, Literal, NamedTuple
@@ -57,23 +58,15 @@ _FIXED = Rule("fixed", "")
 
 
 class Growth(NamedTuple):
-    """A study as it becomes."""
-
     spec: StudySpec
     added: dict[str, list[Any]]  # values of fields that grow
 
 
 def grow(spec: StudySpec, asked: StudySpec, path: Path) -> Growth:
-    """Add what `asked` has to the study `spec` in the directory `path`.
-
-    Raises:
-        StudyError: `asked` is another study, or both together are contradictory; the message names the fields.
-    """
-    before, wanted, given = (
-        dict(_leaves(spec)),
-        dict(_leaves(asked)),
-        {field for field, _ in _leaves(asked, given=True)},
-    )
+    """Add what `asked` has to the study `spec` in the directory `path`. Raises StudyError: `asked` is another study, or
+    both together are contradictory; the message names the fields."""
+    before, wanted = dict(_leaves(spec)), dict(_leaves(asked))
+    given = {field for field, _ in _leaves(asked, given=True)}
     if wanted["verdict.margin_of"] != before["verdict.margin_of"] and "verdict.margin_of" in given:
         given.add("verdict.margin")  # a share of something else is another margin, if only by default
     values, added, conflicts = spec.model_dump(mode="json"), dict[str, list[Any]](), list[str]()
@@ -90,10 +83,11 @@ def grow(spec: StudySpec, asked: StudySpec, path: Path) -> Growth:
             added[field] = new
             set_field(values, field, True if value is True else [*_known(spec, field), *new])
     if conflicts:
+        free = next(other for n in count(2) if not (other := path.with_name(f"{path.name}-{n}")).exists())
         raise StudyError(
             f"{path} holds another study:\n" + "\n".join(f"  - {line}" for line in conflicts),
-            f"Give this one a directory of its own, --out {quote(str(free_name(path)))}, or leave these fields as they "
-            f"are: `rankscope run {quote(str(path))}` takes them from there.",
+            f"Give this one a directory of its own, --out {quote(str(free))}, or leave these fields as they are: "
+            f"`rankscope run {quote(str(path))}` takes them from there.",
         )
     return Growth(resolve_spec(values, f"what {path} would become"), added)
 
@@ -103,14 +97,6 @@ def rule_of(field: str, spec: StudySpec) -> Rule:
     if field in OF_VARIANTS and OF_VARIANTS[field] not in spec.variants:
         return Rule("free", "no trial depends on it")
     return RULES.get(field) or RULES.get(field.partition(".")[0], _FIXED)
-
-
-def free_name(path: Path) -> Path:
-    """First of PATH-2, PATH-3, ... that does not exist."""
-    number = 2
-    while path.with_name(f"{path.name}-{number}").exists():
-        number += 1
-    return path.with_name(f"{path.name}-{number}")
 
 
 def _leaves(model: BaseModel, prefix: str = "", given: bool = False) -> Iterator[tuple[str, Any]]:

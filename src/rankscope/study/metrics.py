@@ -32,7 +32,6 @@ class _Row(TypedDict, total=False):
 
 
 FIELDS = tuple(name for name in _Row.__annotations__ if name != "step")  # numbers of a step
-
 _ROWS = TypeAdapter(list[_Row])
 
 
@@ -44,22 +43,14 @@ class Steps(NamedTuple):
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics.jsonl.
-
-    Raises:
-        DamagedError: a line has another shape.
-    """
+    """Lines of a metrics.jsonl. Raises DamagedError: a line has another shape."""
     return [MetricsRow.of(row, file).model_dump() for row in read_jsonl(file)]
 
 
 def read_steps(file: Path, sha256: str | None = None) -> Steps:
-    """Steps of a trial from its metrics.jsonl, checked against the hash `sha256` where one is given.
-
-    Without a hash the file may still grow: it may be missing, or end in a torn line. A later line of a step wins.
-
-    Raises:
-        DamagedError: the file is corrupt.
-    """
+    """Steps of a trial from its metrics.jsonl, checked against the hash `sha256` where one is given. Without a hash the
+    file may still grow: it may be missing, or end in a torn line. A later line of a step wins. Raises DamagedError: the
+    file is corrupt."""
     content = b"" if sha256 is None and not exists(file) else read_whole(file, sha256)
     steps: dict[int, dict[str, Any]] = {}
     for row in _parse(content) or read_rows(file):

@@ -21,8 +21,6 @@ _QUESTION_HASH = "# sha256 of all lines above: "
 
 
 class Holder(NamedTuple):
-    """Process that runs a study."""
-
     pid: int
     host: str
 
@@ -50,7 +48,6 @@ def _sha256(text: str) -> str:
 
 
 def differences_of(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Fields that differ between two questions, one line each."""
     before, after = flatten(old), flatten(new)
     return [
         f"{key}: {before.get(key)!r} there, {after.get(key)!r} asked for"
@@ -65,11 +62,7 @@ def write_question(file: Path, question: str) -> None:
 
 
 def read_question(file: Path) -> dict[str, Any]:
-    """Read what `write_question` wrote.
-
-    Raises:
-        StudyError: it is corrupt, or was changed.
-    """
+    """Read what `write_question` wrote. Raises StudyError: it is corrupt, or was changed."""
     with reading(file):
         content = file.read_bytes()
     try:
@@ -78,30 +71,23 @@ def read_question(file: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise StudyError(f"{file}: damaged: {error}", "Restore the file, or run the study anew.") from None
     if sha256.strip() != _sha256(question):
-        raise StudyError(
-            f"{file}: damaged, or changed since the study began: it does not match the hash in its last line",
-            "Restore it; to ask something else, give it to `rankscope run` with another --out.",
-        )
+        what = f"{file}: damaged, or changed since the study began: it does not match the hash in its last line"
+        raise StudyError(what, "Restore it; to ask something else, give it to `rankscope run` with another --out.")
     return values if isinstance(values, dict) else {}
 
 
 @contextmanager
 def lock_folder(path: Path) -> Iterator[None]:
-    """Hold a study's directory while a run writes to it; the system releases it however the process ends.
-
-    Raises:
-        StudyDirectoryError: another run holds it; the message names the process.
-    """
+    """Hold a study's directory while a run writes to it; the system releases it however the process ends. Raises
+    StudyDirectoryError: another run holds it; the message names the process."""
     holder = inside(path, ".lock-holder")
     lock = FileLock(inside(path, ".lock"), blocking=False)
     with writing(path / ".lock"):
         try:
             lock.acquire()
         except Timeout:
-            raise StudyDirectoryError(
-                f"{path}: another run is writing to it ({text_of(holder) or 'it has just begun'})",
-                "Wait for it to end, or choose another --out.",
-            ) from None
+            what = f"{path}: another run is writing to it ({text_of(holder) or 'it has just begun'})"
+            raise StudyDirectoryError(what, "Wait for it to end, or choose another --out.") from None
     try:
         write_atomic(holder, f"process {os.getpid()} on {platform.node()}\n")
         yield

@@ -21,35 +21,23 @@ class Record(BaseModel):
     schema_version: ClassVar[int] = 1
 
     @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read a file that `write` wrote.
-
-        Raises:
-            DamagedError: the file is missing or corrupt; the message says which field.
-            StudyDirectoryError: it cannot be read, or a newer version wrote it.
-        """
-        return cls.of(read_json(path, cls.schema_version), path)
-
-    @classmethod
     def find(cls, path: Path) -> Self | None:
-        """`read`, or None where the file does not exist."""
+        """Read a file that `write` wrote; None where it does not exist. Raises DamagedError: it is corrupt; the message
+        says which field; StudyDirectoryError: it cannot be read, or a newer version wrote it."""
         value = find_json(path, cls.schema_version)
         return None if value is None else cls.of(value, path)
 
     @classmethod
     def content(cls, path: Path) -> dict[str, Any]:
-        """Checked content of a file with all keys in their order, as the report shows them; raises as `read` does."""
+        """Checked content of a file with all keys in their order, as the report shows them. Raises as `find` does."""
         value = read_json(path, cls.schema_version)
         cls.of(value, path)
         return value
 
     @classmethod
     def of(cls, value: dict[str, Any], path: Path) -> Self:
-        """Check the content of the file `path`.
-
-        Raises:
-            DamagedError: it has another shape; the message says which field.
-        """
+        """Check the content of the file `path`. Raises DamagedError: it has another shape; the message says which
+        field."""
         try:
             return cls.model_validate({key: value[key] for key in value if key != "schema"})
         except ValidationError as error:
@@ -207,8 +195,6 @@ class ProfileRecord(Record):
 
 
 class Summary(Record):
-    """Costs measured in one repeat."""
-
     __pydantic_extra__: dict[str, Number]
 
     steps: int
@@ -235,8 +221,6 @@ class Samples(Record):
 
 
 class Repeat(Record):
-    """One repeat of a profile."""
-
     summary: Summary
     samples: Samples
     session: int = 0  # repeats of one session were measured side by side, with the control's among them

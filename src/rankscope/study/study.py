@@ -48,7 +48,9 @@ class Study(StudyFolder):
 
     def evidence(self) -> Evidence:
         """Read everything that the analysis and the report start from."""
-        results = self.results()
+        results, division = self.results(), self.division()
+        status = dict(zip(results["trial"], results["status"], strict=True))
+        packs = [[trial.name for trial in trials] for trials in division.packs.values()]
         everything = Evidence(
             spec=self.spec,
             results=results,
@@ -62,35 +64,21 @@ class Study(StudyFolder):
             prediction=self.prediction,
             reference=self.reference_examples(),
             reference_results=self.reference_results(),
-            divided=self.division().trials_of_divided(),
-            survivors=self._survivors(dict(zip(results["trial"], results["status"], strict=True))),
+            divided=division.trials_of_divided(),
+            survivors=[t for pack in packs if "diverged" in map(status.get, pack) for t in pack if status[t] == "done"],
             failures=self.open_failures(),
             answers=self.answers(),
             cuts=self.cut_examples(),
         )
         return without_variants(everything) if self.spec.variants else everything
 
-    def _survivors(self, statuses: dict[str, str]) -> list[str]:
-        """Trials whose pack went on without one that diverged."""
-        left: list[str] = []
-        for trials in self.division().packs.values():
-            names = [trial.name for trial in trials]
-            if "diverged" in map(statuses.get, names):
-                left += [name for name in names if statuses[name] == "done"]
-        return left
-
     def _repr_html_(self) -> str:
         """The verdict and the results by trial, as a notebook shows them."""
         results = self.results()
         done = int((results["status"] == "done").sum())
-        concluded = self.file("verdict.json").exists()
-        sentence = verdict_sentence(self.verdict, "en") if concluded else "There is no verdict yet."
-        table = (
-            results[_SHOWN]
-            .astype({"trainable_params": "Int64"})
-            .to_html(index=False, na_rep="–", float_format=lambda value: f"{value:,.4g}", border=0)
-        )
+        shown = results[_SHOWN].astype({"trainable_params": "Int64"})
+        table = shown.to_html(index=False, na_rep="–", float_format=lambda value: f"{value:,.4g}", border=0)
         return (
             f"<p><strong>{escape(self.spec.name)}</strong>: {done} of {len(results)} trials are done.</p>"
-            f"<p>{escape(sentence)}</p>{table}<p>{escape(str(self.report))}</p>"
+            f"<p>{escape(verdict_sentence(self.find_verdict()))}</p>{table}<p>{escape(str(self.report))}</p>"
         )

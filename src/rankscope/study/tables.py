@@ -4,18 +4,16 @@ Trials are in the order of the study's question. Tables are built by column: a s
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from rankscope.files import corrupt_on_error
 from rankscope.spec.candidates import CONTROL, FULL, AnyTrial, Candidate, Trial
 from rankscope.study.folder import StudyFolder
 from rankscope.study.metrics import FIELDS, Steps, read_steps
 from rankscope.study.records import TrialResults
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 IDENTITY_FIELDS = ("trial", "candidate", "variant", "rank", "learning_rate", "seed")
 NAMES = IDENTITY_FIELDS[:3]
@@ -24,7 +22,7 @@ RESULT_FIELDS = tuple(TrialResults.model_fields)
 EXAMPLE_FIELDS = ("example", "loss", "label_tokens", "correct_tokens")
 
 
-def results(study: StudyFolder) -> "pd.DataFrame":
+def results(study: StudyFolder) -> pd.DataFrame:
     """One row per trial: `trial candidate variant rank learning_rate lora_alpha scaling use_rslora target_modules
     seed status reason engine pack adapter_fault steps tokens trainable_params adapter_bytes train_loss eval_loss
     eval_perplexity eval_accuracy general_loss_before general_loss_after train_seconds eval_seconds tokens_per_second`.
@@ -35,8 +33,6 @@ def results(study: StudyFolder) -> "pd.DataFrame":
     tokens over the time of the pack it shared. `general_loss_…` is the loss on `measure.forgetting` before and after
     training (nats per token); NaN without one.
     """
-    import pandas as pd
-
     rows = []
     for trial in study.trials:
         adapter = {name: getattr(trial.candidate, name) for name in ("lora_alpha", "scaling", "use_rslora")}
@@ -47,11 +43,9 @@ def results(study: StudyFolder) -> "pd.DataFrame":
     return pd.DataFrame(columns).astype(dict.fromkeys(RESULT_FIELDS, "float64"))
 
 
-def reference_results(study: StudyFolder) -> "pd.DataFrame":
+def reference_results(study: StudyFolder) -> pd.DataFrame:
     """Columns of `results()` that apply to full fine-tuning, one row per trial, with rank 0. Empty without a
     reference."""
-    import pandas as pd
-
     rows = [{**identity(trial), **_outcome(study, trial)} for trial in study.reference_trials]
     frame = pd.DataFrame(rows, columns=[*IDENTITY_FIELDS, *OUTCOME_FIELDS, *RESULT_FIELDS])
     return frame.astype(dict.fromkeys(RESULT_FIELDS, "float64"))
@@ -64,12 +58,10 @@ def _outcome(study: StudyFolder, trial: AnyTrial) -> dict[str, Any]:
     }
 
 
-def curves(study: StudyFolder) -> "pd.DataFrame":
+def curves(study: StudyFolder) -> pd.DataFrame:
     """One row per step of a trial: `trial candidate variant rank learning_rate seed step epoch train_loss eval_loss
     grad_norm step_learning_rate tokens label_tokens step_seconds`; `eval_loss` is NaN between evaluations, and
     step 0 is the evaluation before training. `trial`, `candidate` and `variant` are categories."""
-    import pandas as pd
-
     steps = [trial_steps(study, trial) for trial in study.trials]
     columns = {"step": np.concatenate([of_trial.step for of_trial in steps])}
     columns |= {name: np.concatenate([of_trial.values[name] for of_trial in steps]) for name in FIELDS}
@@ -82,18 +74,16 @@ def trial_steps(study: StudyFolder, trial: AnyTrial) -> Steps:
     return read_steps(*study.find_file(trial, "metrics.jsonl"))
 
 
-def examples(study: StudyFolder) -> "pd.DataFrame":
+def examples(study: StudyFolder) -> pd.DataFrame:
     """One row per held-out example of a finished trial: `trial candidate variant rank learning_rate seed example loss
     label_tokens correct_tokens` (`loss` is the mean over the example's label tokens, in nats)."""
     return _examples(study, study.trials)
 
 
-def untrained_examples(study: StudyFolder) -> "pd.DataFrame":
+def untrained_examples(study: StudyFolder) -> pd.DataFrame:
     """One row per held-out example before training: `example loss label_tokens correct_tokens`, from the finished trial
     whose name comes first: trials differ by rounding alone, but a study grows in any order. Empty in a study of an
     earlier version."""
-    import pandas as pd
-
     for trial in sorted(study.trials, key=lambda trial: trial.name):
         if study.trial_record(trial).sha256("untrained.json"):
             found = study.held_out(trial, "untrained.json")
@@ -101,14 +91,12 @@ def untrained_examples(study: StudyFolder) -> "pd.DataFrame":
     return pd.DataFrame(columns=list(EXAMPLE_FIELDS))
 
 
-def reference_examples(study: StudyFolder) -> "pd.DataFrame":
+def reference_examples(study: StudyFolder) -> pd.DataFrame:
     """`examples()` of full fine-tuning, with rank 0."""
     return _examples(study, study.reference_trials)
 
 
-def _examples(study: StudyFolder, trials: Sequence[AnyTrial]) -> "pd.DataFrame":
-    import pandas as pd
-
+def _examples(study: StudyFolder, trials: Sequence[AnyTrial]) -> pd.DataFrame:
     done = [trial for trial in trials if study.trial_record(trial).status == "done"]
     if not done:
         return pd.DataFrame(columns=[*IDENTITY_FIELDS, *EXAMPLE_FIELDS])
@@ -119,10 +107,8 @@ def _examples(study: StudyFolder, trials: Sequence[AnyTrial]) -> "pd.DataFrame":
     return frame.astype(dict.fromkeys(NAMES, "str"))
 
 
-def _repeated(trials: Sequence[AnyTrial], counts: "np.ndarray") -> dict[str, Any]:
+def _repeated(trials: Sequence[AnyTrial], counts: np.ndarray) -> dict[str, Any]:
     """Identity of each trial, repeated `counts` times; names are categories, of a byte or two per row."""
-    import pandas as pd
-
     columns: dict[str, Any] = {}
     rows = [identity(trial) for trial in trials]
     for name in IDENTITY_FIELDS:
@@ -136,7 +122,7 @@ def _repeated(trials: Sequence[AnyTrial], counts: "np.ndarray") -> dict[str, Any
     return columns
 
 
-def profiles(study: StudyFolder) -> "pd.DataFrame":
+def profiles(study: StudyFolder) -> pd.DataFrame:
     """One row per repeat of a candidate's profile: `candidate variant rank learning_rate repeat session control` and
     the columns of `rankscope.measure.profile.profile_candidate`'s summary; empty where nothing was profiled.
 
@@ -144,8 +130,6 @@ def profiles(study: StudyFolder) -> "pd.DataFrame":
     second profile of one candidate, the study's first, which differs from the first by noise alone. What was added to a
     study was measured in a later `session`, beside more repeats of the control.
     """
-    import pandas as pd
-
     rows = [
         candidate_identity(candidate)
         | {"repeat": number, "session": repeat.get("session", 0), "control": name == CONTROL, **repeat["summary"]}
@@ -159,12 +143,10 @@ def profiles(study: StudyFolder) -> "pd.DataFrame":
     return frame.astype(dict.fromkeys(numbers, "float64"))
 
 
-def samples(study: StudyFolder) -> "pd.DataFrame":
+def samples(study: StudyFolder) -> pd.DataFrame:
     """One row per memory sample: `candidate variant rank learning_rate repeat phase step seconds rss_bytes
     gpu_allocated_bytes gpu_reserved_bytes gpu_nvml_bytes` (`phase`: load, warmup, train or eval; GPU columns are
     NaN without one). Each rank has the samples of the candidate that was measured, without the control's."""
-    import pandas as pd
-
     frames = []
     for name, candidate in study.profiled().items():
         for number, repeat in enumerate([] if name == CONTROL else study.whole_repeats(name)):
@@ -173,11 +155,9 @@ def samples(study: StudyFolder) -> "pd.DataFrame":
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
-def answers(study: StudyFolder) -> "pd.DataFrame":
+def answers(study: StudyFolder) -> pd.DataFrame:
     """One row per answer: `example prompt reference candidate rank answer`; `example` is the held-out row's number,
     `reference` the row's own answer, and the candidate `base`, of rank 0, the model without an adapter."""
-    import pandas as pd
-
     record, trials = study.answers_record(), {trial.name: trial.candidate for trial in study.trials}
     with corrupt_on_error(study.file("answers", "answers.json")):
         rows = [
@@ -189,12 +169,10 @@ def answers(study: StudyFolder) -> "pd.DataFrame":
     return pd.DataFrame(rows, columns=["example", "prompt", "reference", "candidate", "rank", "answer"])
 
 
-def cuts(study: StudyFolder) -> "pd.DataFrame":
+def cuts(study: StudyFolder) -> pd.DataFrame:
     """One row per truncation of `rankscope curve`: `trial candidate variant rank learning_rate seed cut_rank
     recover_steps kept_energy eval_loss`. `rank` is the trained one, and where `cut_rank` equals it nothing was
     truncated; `eval_loss` is in nats per label token, NaN where recovery training diverged."""
-    import pandas as pd
-
     columns = [*IDENTITY_FIELDS, "cut_rank", "recover_steps", "kept_energy", "eval_loss"]
     trials = {trial.name: trial for trial in study.trials}
     rows = [{**cut.model_dump(), **identity(trials[cut.trial]), "cut_rank": cut.rank} for cut in study.rank_curve()]
@@ -202,11 +180,9 @@ def cuts(study: StudyFolder) -> "pd.DataFrame":
     return frame.sort_values(["seed", "recover_steps", "cut_rank"], ignore_index=True)
 
 
-def cut_examples(study: StudyFolder) -> "pd.DataFrame":
+def cut_examples(study: StudyFolder) -> pd.DataFrame:
     """One row per held-out example of a truncation whose recovery did not diverge: columns of `examples()` without
     `correct_tokens`, and `cut_rank recover_steps`."""
-    import pandas as pd
-
     columns = [*IDENTITY_FIELDS, "cut_rank", "recover_steps", "example", "loss", "label_tokens"]
     trials, frames = {trial.name: trial for trial in study.trials}, []
     for cut in study.rank_curve():

@@ -16,8 +16,7 @@ class Catalogue:
     """Strings of one language: `text("chart.value", rank=8, value="1.2")`."""
 
     def __init__(self, language: str, texts: dict[str, str]) -> None:
-        self.language = language
-        self._texts = texts
+        self.language, self._texts = language, texts
 
     def __call__(self, key: str, **values: object) -> str:
         return self._texts[key].format(**values)
@@ -30,17 +29,10 @@ class Catalogue:
         """`3 seeds` or `1 seed`."""
         return self(f"count.{key}_one") if number == 1 else self(f"count.{key}_many", n=f"{number:,}")
 
-    def items(self) -> dict[str, str]:
-        return dict(self._texts)
-
 
 @cache
 def load(language: str) -> Catalogue:
-    """Read the catalogue of a language.
-
-    Raises:
-        StudyError: the language has no catalogue.
-    """
+    """Read the catalogue of a language. Raises StudyError: the language has no catalogue."""
     if language not in LANGUAGES:
         raise StudyError(f"no report language {language!r}", f"Choose one of: {', '.join(LANGUAGES)}.")
     file = resources.files("rankscope.text") / "languages" / f"{language}.yaml"

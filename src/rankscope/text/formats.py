@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from decimal import Decimal
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard
 
 if TYPE_CHECKING:
     from rankscope.text.catalogue import Catalogue
@@ -30,40 +30,33 @@ class Table(NamedTuple):
     chosen: int | None = None  # index of the row that the verdict chose
 
 
+Columns: TypeAlias = dict[str, Callable[[Any], str]]  # a cell of each record, by header
+
+
 def tabulate(
-    caption: str,
-    columns: Mapping[str, Callable[[Any], str]],
-    records: Iterable[Any],
-    words: Collection[str] = (),
-    chosen: int | None = None,
+    caption: str, columns: Columns, records: Iterable[Any], words: Collection[str] = (), chosen: int | None = None
 ) -> Table:
     """Table with one row per record, and one column per header; those in `words` are aligned as text."""
     rows = [[cell(record) for cell in columns.values()] for record in records]
     return Table(caption, list(columns), [header not in words for header in columns], rows, chosen)
 
 
-def known(value: float | None) -> bool:
-    """Whether the value is a finite number."""
+def known(value: float | None) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
 
 
 def shown(value: float | None, number: Callable[[float], str], text: "Catalogue") -> str:
     """The value as `number` writes it, or the catalogue's sign for an unknown one."""
-    return number(value) if value is not None and known(value) else text("none")
+    return number(value) if known(value) else text("none")
 
 
 def interval(low: float | None, high: float | None, number: Callable[[float], str]) -> str:
     """Second line of a table's cell: `[0.1, 0.2]`; empty where an end is unknown."""
-    if low is None or high is None or not (known(low) and known(high)):
-        return ""
-    return f"\n[{number(low)}, {number(high)}]"
+    return f"\n[{number(low)}, {number(high)}]" if known(low) and known(high) else ""
 
 
 def size_unit(largest_bytes: float) -> Unit:
-    for name, factor in (("GB", 1e9), ("MB", 1e6)):
-        if largest_bytes >= factor:
-            return Unit(name, factor)
-    return Unit("kB", 1e3)
+    return next((Unit(name, f) for name, f in (("GB", 1e9), ("MB", 1e6)) if largest_bytes >= f), Unit("kB", 1e3))
 
 
 def time_unit(largest_seconds: float, text: "Catalogue") -> Unit:
@@ -128,18 +121,12 @@ def _three_digits(value: float) -> str:
 
 
 BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-
 SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
-
 FLOPS = {"flops": 1, "gflops": 10**9, "tflops": 10**12, "pflops": 10**15}
 
 
 def parse_bytes(text: str | float) -> int:
-    """Bytes of a size: `24GB` -> 24,000,000,000; `24GiB` counts in 1,024s; a bare number is bytes.
-
-    Raises:
-        ValueError: the text is not a size of at least a byte; the message shows the form.
-    """
+    """Bytes of a size, at least one: `24GB` -> 24,000,000,000; `24GiB` counts in 1,024s; a bare number is bytes."""
     expected = "a size such as 24GB, 512MB or 16GiB"
     size = int(_parse(text, BYTES, "b", expected))
     if size < 1:
@@ -148,34 +135,23 @@ def parse_bytes(text: str | float) -> int:
 
 
 def parse_seconds(text: str | float) -> float:
-    """Seconds of a time such as `90s`, `45min`, `2h`, `1.5d`; a bare number is seconds.
-
-    Raises:
-        ValueError: the text is not a time; the message shows the form.
-    """
+    """Seconds of a time such as `90s`, `45min`, `2h`, `1.5d`; a bare number is seconds."""
     return float(_parse(text, SECONDS, "s", "a time such as 90s, 45min or 2h"))
 
 
 def parse_share(text: str | float) -> float:
-    """Share such as `2%` -> 0.02, or a bare number.
-
-    Raises:
-        ValueError: the text is not a share; the message shows the form.
-    """
+    """Share such as `2%` -> 0.02, or a bare number."""
     return float(_parse(text, {"%": Fraction(1, 100), "": 1}, "", "a share such as 2% or 0.02"))
 
 
 def parse_flops(text: str | float) -> float:
-    """Operations per second of a rate: `400TFLOPS` -> 4e14; also GFLOPS and PFLOPS, or a bare number.
-
-    Raises:
-        ValueError: the text is not a rate; the message shows the form.
-    """
+    """Operations per second of a rate: `400TFLOPS` -> 4e14; also GFLOPS and PFLOPS, or a bare number."""
     return float(_parse(text, FLOPS, "flops", "a rate such as 400TFLOPS or 1.2PFLOPS"))
 
 
 def _parse(text: str | float, units: Mapping[str, int | Fraction], bare: str, expected: str) -> Fraction:
-    """Exact value of a number with a unit: as a float, 2.01GB would be a byte off."""
+    """Exact value of a number with a unit: as a float, 2.01GB would be a byte off. Raises ValueError with the form that
+    was expected."""
     try:
         if isinstance(text, str):
             match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*|%)\s*", text)
@@ -194,7 +170,5 @@ _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u20
 
 def strip_control_characters(text: str) -> str:
     """Text with U+FFFD for control characters, which a terminal obeys, and for those that reverse the text around them.
-
-    Tabs and line breaks stay.
-    """
+    Tabs and line breaks stay."""
     return _CONTROL_CHARACTERS.sub("\ufffd", text)

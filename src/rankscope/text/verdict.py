@@ -4,20 +4,22 @@ Verdicts of version 0.1 lack what is a share of the gain. Imports nothing heavy.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from rankscope.text.catalogue import Catalogue, load
-from rankscope.text.formats import Table, at_least, known, loss, percent, rate, signed_percent, tabulate
+from rankscope.text.formats import Columns, Table, at_least, known, loss, percent, rate, signed_percent, tabulate
+
+Verdict: TypeAlias = Mapping[str, Any] | None  # content of verdict.json; None before there is one
 
 
 class Gain(NamedTuple):
-    """What fine-tuning gains; empty where the verdict does not know it."""
+    """What fine-tuning gains, or a lower rank costs; empty where the verdict does not know it."""
 
     value: str
     notes: list[str]
 
 
-def verdict_sentence(verdict: Mapping[str, Any] | None, language: str = "en") -> str:
+def verdict_sentence(verdict: Verdict, language: str = "en") -> str:
     """Recommendation and its confidence, or a best guess and why there is no more; `verdict` is the content of
     verdict.json, or None without one."""
     text = load(language)
@@ -76,8 +78,7 @@ def margin_unit(verdict: Mapping[str, Any]) -> str:
     return "full" if verdict.get("gain_of") == "full" else str(verdict.get("margin_of", "loss"))
 
 
-def outcome_label(verdict: Mapping[str, Any] | None, text: Catalogue) -> str:
-    """Heading of the verdict."""
+def outcome_label(verdict: Verdict, text: Catalogue) -> str:
     outcome = verdict["outcome"] if verdict else "none"
     seeds_would_do = outcome == "not_trained_enough" and kind_of_gain(verdict or {}) == "little_gain_more"
     return text("outcome.not_enough_evidence" if seeds_would_do else f"outcome.{outcome}")
@@ -112,7 +113,7 @@ def _guess(verdict: Mapping[str, Any], text: Catalogue) -> list[str]:
     return [text("sentence.guess_loss", name=name, share=percent(row["regret_share"]))]
 
 
-def gained(verdict: Mapping[str, Any] | None, text: Catalogue) -> Gain:
+def gained(verdict: Verdict, text: Catalogue) -> Gain:
     """Gain in nats, the losses it is the difference of, and its interval."""
     gain = (verdict or {}).get("gain")
     if verdict is None or gain is None:
@@ -128,7 +129,7 @@ def gained(verdict: Mapping[str, Any] | None, text: Catalogue) -> Gain:
     return Gain(text("gain.nats", value=loss(gain)), notes)
 
 
-def margin_table(verdict: Mapping[str, Any] | None, text: Catalogue) -> Table | None:
+def margin_table(verdict: Verdict, text: Catalogue) -> Table | None:
     """The smallest rank that is good enough, by margin; None where the margin is no share of the gain."""
     margins = (verdict or {}).get("margins")
     if verdict is None or not margins:
@@ -140,7 +141,7 @@ def margin_table(verdict: Mapping[str, Any] | None, text: Catalogue) -> Table | 
         return text("gain.lower_open", rank=row["rank"]) if row["undetermined"] else str(row["rank"])
 
     of_full = margin_unit(verdict) == "full"
-    columns = {
+    columns: Columns = {
         text("gain.lost"): lambda row: percent(row["margin"]),
         text("gain.kept"): lambda row: percent(1 - row["margin"]),
         text("gain.smallest"): smallest,
@@ -158,17 +159,12 @@ def caveat_sentence(verdict: Mapping[str, Any], code: str, text: Catalogue) -> s
     """A caveat of verdict.json in words, with its numbers."""
     values: dict[str, str] = {}
     if code == "diverged":
-        found = [
-            text(
-                "caveat.diverged_seeds",
-                name=text("name.rank_and_rate", rank=row["rank"], rate=rate(row["learning_rate"])),
-                seeds=text(
-                    "caveat.of_seeds" if len(row["seeds"]) > 1 else "caveat.of_seed",
-                    seeds=", ".join(map(str, row["seeds"])),
-                ),
-            )
-            for row in verdict["diverged"]
-        ]
+        found = []
+        for row in verdict["diverged"]:
+            several = "s" * (len(row["seeds"]) > 1)
+            seeds = text(f"caveat.of_seed{several}", seeds=", ".join(map(str, row["seeds"])))
+            name = text("name.rank_and_rate", rank=row["rank"], rate=rate(row["learning_rate"]))
+            found.append(text("caveat.diverged_seeds", name=name, seeds=seeds))
         values["candidates"] = "; ".join(found)
     elif code == "worse_than_untrained":
         worse = [row for row in verdict["comparison"] if known(row["gain"]) and row["gain"] < 0]
@@ -186,10 +182,9 @@ def scaling_name(scaling: Mapping[str, Any], text: Catalogue) -> str:
     """Name of verdict.json's `scaling`: `alpha 32 for every rank (scaling alpha/rank)`."""
     alpha = scaling["alpha"]
     alphas = alpha if isinstance(alpha, list | tuple) else [alpha]
-    kind = "multiple" if all(isinstance(one, str) for one in alphas) else "fixed"
-    shown = ", ".join(
-        one.removesuffix("r" * (kind == "multiple")) if isinstance(one, str) else f"{one:g}" for one in alphas
-    )
+    multiple = all(isinstance(one, str) for one in alphas)
+    shown = ", ".join(one.removesuffix("r" * multiple) if isinstance(one, str) else f"{one:g}" for one in alphas)
+    kind = "multiple" if multiple else "fixed"
     return text(f"scaling.{kind}{'_rslora' * scaling['use_rslora']}", alpha=shown)
 
 
@@ -204,26 +199,22 @@ def _kind(verdict: Mapping[str, Any], chosen: Mapping[str, Any], best: Mapping[s
     return "recommended_is_lowest" if chosen["rank"] == min(ranks) else "recommended_is_best"
 
 
-def claim_sentences(verdict: Mapping[str, Any] | None, language: str = "en") -> list[str]:
+def claim_sentences(verdict: Verdict, language: str = "en") -> list[str]:
     """Outcome of each of the original study's claims here, with effect and interval."""
     text, lines = load(language), []
     for claim in (verdict or {}).get("claims", []):
         outcome = text(f"claim.{claim['outcome']}")
-        parts = [text("claim.sentence", claim=text(f"claim.{claim['claim']}"), outcome=outcome)]
-        for found in (claim, claim.get("then")):
-            if found and "effect" in found:
-                parts.append(_effect(found, percent((verdict or {})["confidence"]), text))
-        lines.append(" ".join(parts))
+        line = text("claim.sentence", claim=text(f"claim.{claim['claim']}"), outcome=outcome)
+        for found in (claim, claim.get("then") or {}):
+            if "effect" in found:
+                ranks = {"low_rank": found["from_rank"], "high_rank": found["to_rank"]}
+                line += f" {text('claim.effect', change=signed_percent(found['effect']), **ranks)}"
+                if found["low"] is not None:
+                    ends = {end: signed_percent(found[end]) for end in ("low", "high")}
+                    line += f" {text('claim.interval', confidence=percent((verdict or {})['confidence']), **ends)}"
+                line += "."
+        lines.append(line)
     return lines
-
-
-def _effect(found: Mapping[str, Any], confidence: str, text: Catalogue) -> str:
-    change = signed_percent(found["effect"])
-    effect = text("claim.effect", low_rank=found["from_rank"], high_rank=found["to_rank"], change=change)
-    if found["low"] is None:
-        return f"{effect}."
-    low, high = signed_percent(found["low"]), signed_percent(found["high"])
-    return f"{effect} {text('claim.interval', confidence=confidence, low=low, high=high)}."
 
 
 def candidate_name(verdict: Mapping[str, Any], candidate: str, text: Catalogue) -> str:

@@ -35,11 +35,9 @@ class Run(Protocol):
         """Append points, in order."""
 
     def finish(self, summary: Point, status: str) -> None:
-        """End the run with the trial's status, such as `done` or `diverged`. A later session may begin it again.
-
-        The summary is a point at the last step, with metrics of its own: none where the trial has no result, or where
-        an earlier session has sent them.
-        """
+        """End the run with the trial's status, such as `done` or `diverged`. A later session may begin it again. The
+        summary is a point at the last step, with metrics of its own: none where the trial has no result, or where an
+        earlier session has sent them."""
 
 
 class Tracker(Protocol):
@@ -50,9 +48,7 @@ class Tracker(Protocol):
 
     def begin(self, trial: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> Run:
         """Begin the run of a trial, or, with `again`, resume the run that an earlier session has begun as `run_id`.
-
-        `config` may hold mappings: see `flat`.
-        """
+        `config` may hold mappings: see `flat`."""
 
     def close(self) -> None:
         """Release the client, when all runs have been finished."""
@@ -68,19 +64,14 @@ TRACKERS = {
 
 
 def choose_trackers(asked: str | Sequence[str]) -> list[str]:
-    """Return the names of trackers in a list or in comma-separated text. None is imported.
-
-    Raises:
-        StudyError: a name is unknown, or stands twice.
-        MissingExtraError: the client is not installed; the message has the command that installs it.
-    """
+    """Return the names of trackers in a list or in comma-separated text. None is imported. Raises StudyError: a name is
+    unknown, or stands twice. Raises MissingExtraError: the client is not installed; the message has the command that
+    installs it."""
     names = [name.strip() for name in (asked.split(",") if isinstance(asked, str) else asked)]
     for number, name in enumerate(names):
         if name not in TRACKERS:
-            raise StudyError(
-                f"--report-to {name}: unknown tracker{did_you_mean(name.lower(), TRACKERS)}",
-                f"Known: {', '.join(TRACKERS)}.",
-            )
+            what = f"--report-to {name}: unknown tracker{did_you_mean(name.lower(), TRACKERS)}"
+            raise StudyError(what, f"Known: {', '.join(TRACKERS)}.")
         if name in names[:number]:
             raise StudyError(f"--report-to {name}: listed twice", "Name each tracker once.")
         spec = find_spec(name)

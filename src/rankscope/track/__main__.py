@@ -20,17 +20,12 @@ from rankscope.study.folder import StudyFolder
 from rankscope.track import open_tracker
 from rankscope.track.follow import TrackerSync
 
-FOLLOW_SECONDS = 1.0
-"""Interval of reading the study's files."""
-
+FOLLOW_SECONDS = 1.0  # interval of reading the study's files
 LAST_SECONDS = 300
 """Time for the rest when the study has ended. A run waits for less; this ends a process that nobody waits for."""
 
-REASON_LENGTH = 300
-"""Longest reason of a client's failure: some append the page that a server answered with."""
-
-NICENESS = 10
-"""Niceness of the process: training comes first where processors are few."""
+REASON_LENGTH = 300  # longest reason of a client's failure: some append the page that a server answered with
+NICENESS = 10  # niceness of the process: training comes first where processors are few
 
 
 def main(path: Path, name: str) -> int:

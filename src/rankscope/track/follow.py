@@ -20,7 +20,6 @@ from rankscope.study.folder import NOT_ENDED, SCHEMA, StudyFolder
 from rankscope.track import PROFILE_STEP, RANK, STEP, Point, Run, Tracker
 
 GB = 1e9
-
 NAMES = {"train_loss": "train/loss", "step_learning_rate": "train/learning_rate"}
 """Names of transformers' Trainer for fields of metrics.jsonl that have other names there: see `metric_name`."""
 
@@ -142,11 +141,9 @@ def memory_points(repeats: Sequence[Mapping[str, Any]]) -> list[Point]:
 
 
 def costs(repeats: Sequence[Mapping[str, Any]], examples: int) -> dict[str, float]:
-    """Return the cost of a rank alone, for steps of `examples` examples; GPU figures only where there is a GPU.
-
-    They are means over repeats, and for peaks the highest. Memory of training is in GB (1e9 bytes); `train_runtime`, of
-    the whole schedule, in seconds.
-    """
+    """Return the cost of a rank alone, for steps of `examples` examples; GPU figures only where there is a GPU. They
+    are means over repeats, and for peaks the highest. Memory of training is in GB (1e9 bytes); `train_runtime`, of the
+    whole schedule, in seconds."""
     summaries = [repeat["summary"] for repeat in repeats]
     found: dict[str, float] = {}
     for name, column in (("cpu", "rss"), ("gpu", "gpu_allocated")):

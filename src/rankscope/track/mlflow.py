@@ -12,15 +12,13 @@ from rankscope.track import Point, flat
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-BATCH_METRICS, BATCH_PARAMS = 1000, 100
-"""Largest batch of metrics and of parameters that MLflow accepts."""
+BATCH_METRICS, BATCH_PARAMS = 1000, 100  # largest batch of metrics and of parameters that MLflow accepts
 
 ID_TAG = "rankscope.run_id"
 STATUS_TAG = "rankscope.status"
 """Tag of a run with the trial's status: MLflow has fewer statuses, and run ids of its own."""
 
-STATUSES = {"done": "FINISHED", "interrupted": "KILLED"}
-"""MLflow's status for a trial's; all others are FAILED."""
+STATUSES = {"done": "FINISHED", "interrupted": "KILLED"}  # MLflow's status for a trial's; all others are FAILED
 
 
 class MlflowTracker:

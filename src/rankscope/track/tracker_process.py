@@ -19,9 +19,7 @@ FINISH_SECONDS, STOPPED_SECONDS = 120.0, 20.0
 @contextmanager
 def run_trackers(study: StudyFolder, names: Sequence[str], progress: Progress) -> Iterator[Progress]:
     """Send the study to the trackers `names` while the body runs. The progress that it yields also shows their output.
-
-    The failure of a tracker is said once; the rest of the run goes on without it.
-    """
+    The failure of a tracker is said once; the rest of the run goes on without it."""
     if not names:
         yield progress
         return

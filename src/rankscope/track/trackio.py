@@ -15,10 +15,8 @@ if TYPE_CHECKING:
 
 
 class TrackioTracker:
-    """Runs in TRACKIO_PROJECT (`rankscope`), and in TRACKIO_SPACE_ID or TRACKIO_SERVER_URL where one is set.
-
-    Local files are in TRACKIO_DIR, or in the study's folder.
-    """
+    """Runs in TRACKIO_PROJECT (`rankscope`), and in TRACKIO_SPACE_ID or TRACKIO_SERVER_URL where one is set. Local
+    files are in TRACKIO_DIR, or in the study's folder."""
 
     def __init__(self, folder: Path) -> None:
         remote = os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL")

@@ -41,6 +41,9 @@ class WandbTracker:
     def begin(self, trial: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> "_Run":
         import wandb
 
+        # What W&B would measure is this process, not the one that trains; and links would lead out of the study.
+        off = ("disable_git", "disable_code", "x_disable_stats", "x_disable_meta", "x_disable_machine_info", "silent")
+        settings = {"console": "off", "symlink": False, "x_save_requirements": False, **dict.fromkeys(off, True)}
         run = wandb.init(
             project=self._project,
             group=group,
@@ -52,18 +55,7 @@ class WandbTracker:
             mode="offline" if self._offline else None,  # None: what WANDB_MODE says
             resume="allow",
             reinit="create_new",
-            # What W&B would measure is this process, not the one that trains; and links would lead out of the study.
-            settings=wandb.Settings(
-                console="off",
-                silent=True,
-                symlink=False,
-                disable_git=True,
-                disable_code=True,
-                x_disable_stats=True,
-                x_disable_meta=True,
-                x_disable_machine_info=True,
-                x_save_requirements=False,
-            ),
+            settings=settings,
         )
         for axis, metrics in AXES.items():
             run.define_metric(axis)

@@ -13,12 +13,8 @@ from rankscope.ui.console import make_table, out_console
 
 def compare_studies(paths: Sequence[Path]) -> dict[str, Any]:
     """Facts of the studies as plain data, for `--json`: `studies`, `pairs` (`paired_differences`), and `common`, the
-    smallest rank that keeps 95% of the gain over all studies (null with fewer than ten).
-
-    Raises:
-        StudyError: fewer than two studies, or one twice.
-        StudyDirectoryError: a path holds no study, or one that cannot be read.
-    """
+    smallest rank that keeps 95% of the gain over all studies (null with fewer than ten). Raises StudyError: fewer than
+    two studies, or one twice; StudyDirectoryError: a path holds no study, or one that cannot be read."""
     names = [str(path) for path in paths]
     if len({path.resolve() for path in paths}) < max(2, len(paths)):
         raise StudyError("compare needs at least two different studies", "Give the directories of finished studies.")
@@ -28,38 +24,25 @@ def compare_studies(paths: Sequence[Path]) -> dict[str, Any]:
     known = {name: rank for name, rank in found.items() if rank is not None}
     common = common_rank(list(known.values()))
     shrunken = dict(zip(known, common.shrunken, strict=True)) if common else {}
-    return {
-        "kept": KEPT,
-        "studies": [
-            _describe(name, study, found[name]) | {"shrunken_rank": _power(shrunken.get(name))}
-            for name, study in studies.items()
-        ],
-        "pairs": paired_differences(evidence),
-        "common": common
-        and {
-            "rank": _power(common.log2_rank),
-            "low": _power(common.low),
-            "high": _power(common.high),
-            "next_low": _power(common.next_low),
-            "next_high": _power(common.next_high),
-            "between_octaves": common.between,
-        },
-    }
+    rows = [_describe(name, study, found[name], shrunken.get(name)) for name, study in studies.items()]
+    shared: dict[str, Any] | None = None
+    if common is not None:
+        ends = {name: _power(getattr(common, name)) for name in ("low", "high", "next_low", "next_high")}
+        shared = {"rank": _power(common.log2_rank), **ends, "between_octaves": common.between}
+    return {"kept": KEPT, "studies": rows, "pairs": paired_differences(evidence), "common": shared}
 
 
-def _describe(name: str, study: Study, found: Sufficient | None) -> dict[str, Any]:
+def _describe(name: str, study: Study, found: Sufficient | None, shrunken: float | None) -> dict[str, Any]:
     verdict = study.find_verdict() or {}
     return {
         "study": name,
         "model": study.spec.model.id,
         "data": study.spec.data.name,
         "ranks": sorted(study.spec.ranks),
-        "seeds": verdict.get("seeds"),
-        "gain": verdict.get("gain"),
-        "outcome": verdict.get("outcome"),
-        "rank": verdict.get("rank"),
+        **{name: verdict.get(name) for name in ("seeds", "gain", "outcome", "rank")},
         "sufficient_rank": _power(found.log2_rank if found else None),
         "sufficient_at_lowest": found.at_lowest if found else None,
+        "shrunken_rank": _power(shrunken),
     }
 
 
@@ -118,6 +101,4 @@ def show_comparison(found: dict[str, Any]) -> None:
 
 
 def _rank(rank: float | None, at_lowest: bool | None = False) -> str:
-    if rank is None:
-        return "–"
-    return f"{'at most ' if at_lowest else ''}{rank:.3g}"
+    return "–" if rank is None else f"{'at most ' if at_lowest else ''}{rank:.3g}"

@@ -7,16 +7,14 @@ import sys
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 from rich.console import Console, RenderableType
+from rich.table import Table as RichTable
 from rich.text import Text
 
 from rankscope.text.formats import Table, strip_control_characters
-
-if TYPE_CHECKING:
-    from rich.table import Table as RichTable
 
 
 class PlainConsole(Console):
@@ -43,10 +41,8 @@ def make_table(
     left: Container[int] = (0,),
     title: str | None = None,
     no_wrap: bool = False,
-) -> "RichTable":
+) -> RichTable:
     """Table without borders; columns at the positions `left` are aligned to the left, all others to the right."""
-    from rich.table import Table as RichTable
-
     table = RichTable(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
     for position, header in enumerate(headers):
         table.add_column(header, justify="left" if position in left else "right", no_wrap=no_wrap)

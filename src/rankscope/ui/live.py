@@ -37,11 +37,7 @@ class MetricsTail:
         self.eval_loss: float | None = None
 
     def read(self) -> None:
-        """Read the lines that are new since the last call.
-
-        Raises:
-            DamagedError: a line is not one of metrics.jsonl.
-        """
+        """Read the lines that are new since the last call. Raises DamagedError: a line is not one of metrics.jsonl."""
         first, lines = self._tail.read()
         if first == 1:
             self._reset()
@@ -59,8 +55,6 @@ class MetricsTail:
 
 
 class TrialState(NamedTuple):
-    """State of one trial."""
-
     name: str
     rank: int  # 0 for full fine-tuning
     status: str  # see `Study.trial_record`
@@ -70,8 +64,6 @@ class TrialState(NamedTuple):
 
 
 class State(NamedTuple):
-    """State of a study."""
-
     doing: str  # train, reference, profile, answer, conclude, curve, done or stopped
     training: dict[str, list[TrialState]]  # trials in training, by pack or by the name of a full fine-tuning trial
     packs: list[str]  # names of all packs
@@ -86,16 +78,12 @@ class State(NamedTuple):
 
     @property
     def pack(self) -> str | None:
-        """Names of the packs in training."""
         return ", ".join(name for name in self.training if name in self.packs) or None
 
 
 class LiveStudy:
-    """Reader of a study's state, again and again, while a run writes it.
-
-    Raises:
-        StudyDirectoryError: the study has no data yet.
-    """
+    """Reader of a study's state, again and again, while a run writes it. Raises StudyDirectoryError: the study has no
+    data yet."""
 
     def __init__(self, study: StudyFolder) -> None:
         self.study = study
@@ -149,11 +137,9 @@ class LiveStudy:
         return TrialState(name, rank, statuses[name], tail.step, tail.train_loss, tail.eval_loss)
 
     def _training(self, statuses: Mapping[str, str], began: float) -> dict[str, list[str]]:
-        """Names of the trials of each pack in training, and of each trial of full fine-tuning in training.
-
-        A killed run leaves records of running trials behind. Those of full fine-tuning count where they were written
-        after this run `began`; packs have no pack.json before this run begins them.
-        """
+        """Names of the trials of each pack in training, and of each trial of full fine-tuning in training. A killed run
+        leaves records of running trials behind. Those of full fine-tuning count where they were written after this run
+        `began`; packs have no pack.json before this run begins them."""
         found = {}
         for pack, members in self.study.division().packs.items():
             names = [trial.name for trial in members]
@@ -208,10 +194,8 @@ class LiveStudy:
         return name if name and jobs[name] >= max(began, *recorded) else None
 
     def _seconds_left(self, statuses: Mapping[str, str], profiles: int, devices: int) -> float | None:
-        """Predicted time of the steps left, divided among the devices in use, and of the profiles left.
-
-        Both are scaled by how much longer the steps so far took than predicted.
-        """
+        """Predicted time of the steps left, divided among the devices in use, and of the profiles left. Both are scaled
+        by how much longer the steps so far took than predicted."""
         known = self.study.prediction.get("candidates", {})
         predicted = {name: found["runtime_seconds"] for name, found in known.items()}
         if not predicted or None in predicted.values():

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from rankscope.spec.models import StudySpec
 
 EMBEDDED_STUDY = Path(__file__).parents[1] / "demo" / "study.yaml"
-
 RUN = [name for name, option in OPTIONS.items() if option.help]
 CRITERIA = [name for name, option in OPTIONS.items() if option.field.startswith("verdict.")]
 PLAN = [name for name in RUN if name not in CRITERIA]
@@ -45,10 +44,8 @@ RESIZE = {
 
 
 def with_options(options: Mapping[str, Option] | Iterable[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorator of a command: its parameter `options` becomes one option each, and receives their values by name.
-
-    An option that is not given is None. `options` are a table of their own, or names in `OPTIONS`.
-    """
+    """Decorator of a command: its parameter `options` becomes one option each, and receives their values by name. An
+    option that is not given is None. `options` are a table of their own, or names in `OPTIONS`."""
     table = options if isinstance(options, Mapping) else {name: OPTIONS[name] for name in options}
     added = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(name, option))
@@ -77,11 +74,8 @@ def _annotation(name: str, option: Option) -> Any:
 
 
 def resolve_study(study: Path | None, options: Mapping[str, Any], sets: Sequence[str] | None) -> "StudySpec":
-    """The study of a file, with options as the command line has them and `--set` assignments over it.
-
-    Raises:
-        StudyError: a file, an option or a field is wrong.
-    """
+    """The study of a file, with options as the command line has them and `--set` assignments over it. Raises
+    StudyError: a file, an option or a field is wrong."""
     from rankscope.spec.options import assemble, comma_list, one_number
 
     values = dict(options)
@@ -101,11 +95,8 @@ def study_at(study: Path | None, out: Path | None) -> tuple[Path | None, Path | 
 
 
 def study_values(study: Path | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a study's file; without a file, model and data, those of the embedded study.
-
-    Raises:
-        StudyError: the file is wrong, or one of model and data is missing.
-    """
+    """Fields of a study's file; without a file, model and data, those of the embedded study. Raises StudyError: the
+    file is wrong, or one of model and data is missing."""
     from rankscope.spec.options import read_study_file
 
     model, dataset = options["model"], options["dataset"]

@@ -11,7 +11,7 @@ from rankscope.analysis.next_step import next_step
 from rankscope.data.doubts import data_warnings
 from rankscope.pipeline import Conclusion
 from rankscope.report.costs import noise_sentence
-from rankscope.report.curve import rank_curve
+from rankscope.report.curve import rank_curve_sections
 from rankscope.report.frames import by_candidate, compared_rows, has_gpu
 from rankscope.report.variants import variant_sentences
 from rankscope.study.evidence import Evidence
@@ -79,12 +79,13 @@ def describe_curve(conclusion: Conclusion) -> dict[str, Any]:
 
 
 def show_curve(conclusion: Conclusion, language: str) -> None:
-    """Print the curve of estimated losses by rank."""
-    curve = rank_curve(conclusion.evidence, load(language))
-    for table in curve.tables:
-        print_table(table)
-    for sentence in [*curve.sentences, f"Report: {conclusion.study.report}"]:
-        out_console.print(sentence, soft_wrap=True)
+    sections = rank_curve_sections(conclusion.evidence, load(language))
+    for section in sections:
+        for table in filter(None, [*(figure.numbers for figure in section.figures), *section.tables]):
+            print_table(table)
+    lines = [sentence for section in sections for sentence in section.sentences]
+    for line in [*lines, f"Report: {conclusion.study.report}"]:
+        out_console.print(line, soft_wrap=True)
 
 
 def show_failures(study: Study, console: Console) -> bool:
@@ -128,10 +129,8 @@ def _show_candidates(evidence: Evidence, verdict: Mapping[str, Any], console: Co
         worse = " (worse than no training)" if field == "eval_loss" and row["gain"] < 0 else ""
         return f"{show(row[field])}{worse}" if known(row[field]) else "–"
 
-    rows = [
-        [row["candidate"], *(cell(row, field, show) for field, show in shown.values())]
-        for row in table.to_dict("records")
-    ]
+    records = table.to_dict("records")
+    rows = [[row["candidate"], *(cell(row, field, show) for field, show in shown.values())] for row in records]
     console.print(make_table(["candidate", *shown], rows))
     if compared_rows(evidence) is not None:
         console.print(load("en")("how.half"), soft_wrap=True)

@@ -37,11 +37,8 @@ def plan_study(
     price: float | None = None,
     remeasure: bool = False,
 ) -> Plan:
-    """Return the plan that a run would execute, or would on a GPU that need not exist.
-
-    Raises:
-        StudyError, DataError, ModelError: as a run would; and where an option is no size, rate, number or price.
-    """
+    """Return the plan that a run would execute, or would on a GPU that need not exist. Raises StudyError, DataError,
+    ModelError: as a run would; and where an option is no size, rate, number or price."""
     gpu = parse_gpu(gpu_memory, gpu_flops)
     if gpu is not None:
         site, slots, study = imagined_gpu(spec.model, gpu.memory_bytes), 1, None
@@ -106,18 +103,13 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
 
 
 class Gpu(NamedTuple):
-    """A GPU that need not exist."""
-
     memory_bytes: int
     flops_per_second: float | None  # rate of plain matrix products
 
 
 def parse_gpu(memory: str | None, flops: str | None) -> Gpu | None:
-    """Return the GPU of `--gpu-memory 24GB` and `--gpu-flops 400TFLOPS`; None where neither is given.
-
-    Raises:
-        StudyError: one of the two is no size or no rate, or the memory is missing.
-    """
+    """Return the GPU of `--gpu-memory 24GB` and `--gpu-flops 400TFLOPS`; None where neither is given. Raises
+    StudyError: one of the two is no size or no rate, or the memory is missing."""
     size_bytes = _parsed("--gpu-memory", memory, parse_bytes, "24GB")
     rate = _parsed("--gpu-flops", flops, parse_flops, "400TFLOPS")
     if rate and not size_bytes:
@@ -203,7 +195,6 @@ def _checkpointing(found: StudyForecast) -> list[str]:
 
 
 def _fleet(plan: Plan) -> list[str]:
-    """Time, device hours and cost, where several devices or a price were asked for."""
     found, text = plan.fleet_estimate, load("en")
     if found is None:
         return []
@@ -233,7 +224,6 @@ def _largest(spec: StudySpec, prediction: CostModel, rank: int) -> str:
 
 
 def _packs(plan: Plan) -> list[str]:
-    """One line a pack."""
     free, lines = plan.site.free_bytes, []
     for pack, trials in plan.packs.items():
         total = plan.forecast.memory.peak_bytes(trials)

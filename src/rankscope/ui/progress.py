@@ -21,8 +21,7 @@ from rankscope.ui.live import LiveStudy, State, TrialState, trial_rows
 MAX_CPU_SHARE = 0.01
 """Share of one core for reading the whole study again and again, while its cost may be being measured."""
 
-LINE_EVERY_SECONDS = 15.0
-"""Interval of lines where output is no terminal."""
+LINE_EVERY_SECONDS = 15.0  # interval of lines where output is no terminal
 
 
 class Display:
@@ -44,21 +43,17 @@ class Display:
             self._live.stop()
 
     def say(self, message: str) -> None:
-        """Print a line that stays."""
         self.console.print(message, highlight=False, soft_wrap=True)
 
     @property
     def is_drawn(self) -> bool:
-        """Whether output is a terminal."""
         return self._live is not None
 
     def draw(self, part: RenderableType) -> None:
-        """Redraw the part below the lines."""
         if self._live:
             self._live.update(part)
 
     def line_is_due(self) -> bool:
-        """Whether the next of the regular lines is due."""
         due = time.monotonic() >= self._next_line
         if due:
             self._next_line = time.monotonic() + LINE_EVERY_SECONDS
@@ -115,7 +110,6 @@ class TerminalProgress(Display):
         self._announce(self._state)
 
     def _announce(self, state: State) -> None:
-        """Say once what has begun, and what a pack took that has ended."""
         for pack, results in state.results.items():
             if pack not in self._ended:
                 self._ended.add(pack)
@@ -163,7 +157,6 @@ def _title(name: str, trials: list[TrialState], state: State) -> str:
 
 
 def _describe_pack(pack: str, results: Mapping[str, Any]) -> str:
-    """Speed and peak memory of a pack that has ended."""
     peak = results["gpu_allocated_peak_bytes"] or results["rss_peak_bytes"]
     return (
         f"Pack {pack}: {results['step_seconds'] / results['steps']:.3g} s a step; "
@@ -184,7 +177,6 @@ def _whole_left(state: State, joint: str) -> str:
 
 
 def _memory(state: State) -> str:
-    """Memory of the working process."""
     return f" · {size(state.rss_bytes)}" if state.rss_bytes else ""
 
 

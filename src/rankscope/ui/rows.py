@@ -21,10 +21,8 @@ class Span(NamedTuple):
 
 
 def spans(example: Example, tokenizer: Tokenizer) -> list[Span]:
-    """A row's text, divided where it begins or ceases to be learned.
-
-    Spans are differences of decoded prefixes: alone, SentencePiece would decode a span without its first space.
-    """
+    """A row's text, divided where it begins or ceases to be learned. Spans are differences of decoded prefixes: alone,
+    SentencePiece would decode a span without its first space."""
     edges = [0, *(np.flatnonzero(np.diff(example.is_label)) + 1), len(example.ids)]
     texts = [str(tokenizer.decode(example.ids[:edge], skip_special_tokens=False)) for edge in edges]
     learned = example.is_label[edges[:-1]].tolist()

@@ -54,7 +54,6 @@ def progress_line(result: Mapping[str, Any]) -> str:
 
 
 def budget_left(result: Mapping[str, Any]) -> str:
-    """Budget left, for each of its limits."""
     budget, spent = result["budget"], result["spent"]
     left = [f"{max(0, budget[n] - spent[n]):,} {word}" for n, word in _COUNTED.items() if budget[n] is not None]
     if budget["hours"] is not None:
@@ -85,7 +84,6 @@ def show_result(search: Search, result: Mapping[str, Any], console: Console) -> 
 
 
 def sentences(path: Path, result: Mapping[str, Any]) -> list[str]:
-    """Result in words."""
     candidates, spent = _by_name(result), result["spent"]
     best, smallest = candidates[result["best"]], candidates[result["smallest_rank"]]
     count = len(result["within_margin"])
@@ -101,12 +99,10 @@ def sentences(path: Path, result: Mapping[str, Any]) -> list[str]:
 
 
 def confirm_command(path: Path) -> str:
-    """Command that trains the best candidate again, with other seeds."""
     return shlex.join(["rankscope", "run", str(path / "confirm.yaml"), "--out", f"{path}-confirm"])
 
 
 def describe_result(search: Search, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Result as data, for `--json`."""
     confirm = confirm_command(search.path) if result["best"] else None
     shown = {name: value for name, value in result.items() if name not in ("training", "schema")}
     return {"search": str(search.path), **shown, "confirm": confirm}

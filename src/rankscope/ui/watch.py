@@ -11,14 +11,12 @@ import threading
 import time
 import webbrowser
 from collections.abc import Iterator
-from functools import cached_property
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 
 from rankscope.errors import StudyDirectoryError, StudyError
 from rankscope.pipeline import reproduce_command
@@ -32,15 +30,9 @@ from rankscope.ui.console import make_table
 from rankscope.ui.live import LiveStudy, State, trial_rows
 
 LOOPBACK = "127.0.0.1"
-
-MIN_POLL_SECONDS = 2.0
-"""Shortest interval between two requests of the page."""
-
-MAX_CPU_SHARE = 0.05
-"""Largest share of one core for a page that is watched: the run is being measured."""
-
-TERMINAL_SECONDS = 2.0
-"""Interval between two reads of the study for the terminal."""
+MIN_POLL_SECONDS = 2.0  # shortest interval between two requests of the page
+MAX_CPU_SHARE = 0.05  # largest share of one core for a page that is watched: the run is being measured
+TERMINAL_SECONDS = 2.0  # interval between two reads of the study for the terminal
 
 
 class Watch:
@@ -48,25 +40,18 @@ class Watch:
 
     def __init__(self, study: Study, language: str) -> None:
         self.study, self.text = study, load(language)
+        self._live: LiveStudy | None = None  # once the study has begun
         self._lock = threading.Lock()  # a browser sends requests in parallel
 
-    @cached_property
-    def _live(self) -> LiveStudy:
-        return LiveStudy(self.study)
-
     def state(self) -> State:
-        """Return the current state of the study, which may have grown.
-
-        Raises:
-            StudyDirectoryError: the study has not begun.
-        """
+        """Return the current state of the study, which may have grown. Raises StudyDirectoryError: the study has not
+        begun."""
         if self.study.has_changed():
-            self.study = Study.open(self.study.path)
-            self.__dict__.pop("_live", None)
+            self.study, self._live = Study.open(self.study.path), None
+        self._live = self._live or LiveStudy(self.study)
         return self._live.read()
 
     def page(self) -> str:
-        """HTML of the whole page."""
         with self._lock:
             now = self._now(self.state())
             return html.render(self._content(), self.text, now=now)
@@ -150,11 +135,8 @@ def _handler(watch: Watch) -> type[BaseHTTPRequestHandler]:
 
 
 def watch_page(watch: Watch, port: int, console: Console, browser: bool) -> None:
-    """Serve the page until Ctrl-C, and open it in a browser where there is a desktop.
-
-    Raises:
-        StudyError: the port cannot be used.
-    """
+    """Serve the page until Ctrl-C, and open it in a browser where there is a desktop. Raises StudyError: the port
+    cannot be used."""
     try:
         server = serve(watch, port)
     except OSError as error:
@@ -175,15 +157,12 @@ def watch_terminal(watch: Watch, console: Console) -> None:
                 if watch.study.holder() is None:
                     raise
             else:
-                live.update(_terminal_table(state, watch.text), refresh=True)
+                names = ("trial", "status", "steps", "train_loss", "eval_loss_all")
+                rows = trial_rows(state.trials, state.steps, watch.text)
+                title = " · ".join(lines(state, watch.text))
+                table = make_table([watch.text(f"table.{name}") for name in names], rows, left=(0, 1), title=title)
+                table.title_style = "bold"
+                live.update(table, refresh=True)
                 if state.doing in ("done", "stopped") or not console.is_terminal:
                     return
             time.sleep(TERMINAL_SECONDS)
-
-
-def _terminal_table(state: State, text: Catalogue) -> Table:
-    headers = [text(f"table.{name}") for name in ("trial", "status", "steps", "train_loss", "eval_loss_all")]
-    rows = trial_rows(state.trials, state.steps, text)
-    table = make_table(headers, rows, left=(0, 1), title=" · ".join(lines(state, text)))
-    table.title_style = "bold"
-    return table
