@@ -90,7 +90,7 @@ class Recording(NamedTuple):
 
 
 def to_fake(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> None:
-    """Turn all tensors of a model on the meta device into fake ones on `device`, in place."""
+    """Turn all tensors of a model into fake ones on `device`, in place. DiffLlama's are not all on the meta device."""
     made: dict[int, tuple[Tensor, Tensor]] = {}  # the old ones too, so that no id comes twice
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -98,7 +98,7 @@ def to_fake(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> Non
                 if tensor is None:
                     continue
                 if id(tensor) not in made:
-                    fake: Tensor = FakeTensor(mode, tensor.detach(), device)
+                    fake: Tensor = FakeTensor(mode, tensor.detach().to("meta"), device)
                     if isinstance(tensor, nn.Parameter):
                         fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
                     made[id(tensor)] = tensor, fake
