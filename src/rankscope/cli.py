@@ -1,7 +1,5 @@
-"""The commands: parse, call, print.
-
-torch, transformers, pandas and pydantic are imported inside the commands, so that `rankscope --help` is fast.
-"""
+"""The commands: parse, call, print. torch, transformers, pandas and pydantic are imported inside them, so that
+`rankscope --help` is fast."""
 
 import errno
 import logging
