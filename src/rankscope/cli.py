@@ -185,7 +185,7 @@ def report(options: dict[str, Any], directory: Directory, json_: Json = False, l
     from rankscope.ui.outcome import describe_outcome, show_verdict
 
     study = Study.open(directory)
-    conclusion = finish(judge_by(study, options) if any(options.values()) else study, lang)
+    conclusion = judge_by(study, options, lang) if any(options.values()) else finish(study, lang)
     _answer(json_, lambda: describe_outcome(conclusion), lambda: show_verdict(conclusion, out_console, lang))
     if not json_:
         out_console.print(f"Report: {conclusion.study.report}", soft_wrap=True)

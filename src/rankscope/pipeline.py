@@ -170,15 +170,16 @@ def measure_curve(
         return finish(study, language)
 
 
-def judge_by(study: Study, criteria: Mapping[str, Any]) -> Study:
-    """Return the study with other criteria (`margin`, `margin_of`, `confidence`, `max_gpu_memory`, `max_runtime`; None
-    for those that stay), which study.yaml keeps. Raises StudyError: a criterion is wrong; StudyDirectoryError: a run
-    holds the study."""
+def judge_by(study: Study, criteria: Mapping[str, Any], language: str = "en") -> Conclusion:
+    """Conclude by other criteria (`margin`, `margin_of`, `confidence`, `max_gpu_memory`, `max_runtime`; None for those
+    that stay), which study.yaml keeps once they have led to a verdict. Raises StudyError: a criterion is wrong, or the
+    study lacks what it needs; StudyDirectoryError: a run holds the study."""
     with study.lock():
         changed = Study.open(study.path)
         changed = changed.grown(assemble(changed.spec.model_dump(mode="json"), criteria))
+        conclusion = finish(changed, language)
         changed.publish()
-        return changed
+        return conclusion
 
 
 def finish(study: Study, language: str = "en") -> Conclusion:

@@ -10,6 +10,7 @@ from rankscope.analysis.curve import loss_curve
 from rankscope.analysis.variants import judge_variants
 from rankscope.analysis.verdict import conclude
 from rankscope.study.evidence import Evidence
+from rankscope.text.verdict import cause_of
 
 
 def without(evidence: Evidence, rank: int, *seeds: int, status: str = "failed") -> Evidence:
@@ -114,6 +115,14 @@ def test_nothing_is_recommended_where_every_rank_diverged() -> None:
     verdict = verdict_on({(8, 1e-3): [2.0, None, 2.0], (256, 1e-3): [None, 1.9, 1.9]})
     assert (verdict["outcome"], verdict["rank"], verdict["comparison"]) == ("not_enough_evidence", None, [])
     assert (len(verdict["diverged"]), verdict["guess"]) == (2, None)
+
+
+def test_a_seed_that_diverged_is_no_cause_while_others_are_not_trained() -> None:
+    evidence = evidence_of({(8, 1e-3): [None, 2.0], (16, 1e-3): [2.0, 2.0]})
+    waiting = evidence.results["status"].where(evidence.results["rank"] == 8, "pending")
+    verdict = conclude(evidence._replace(results=evidence.results.assign(status=waiting), examples=pd.DataFrame()))
+    assert cause_of(verdict) == "unfinished"
+    assert cause_of(verdict_on({(8, 1e-3): [None, 2.0]})) == "diverged"
 
 
 def test_a_best_rate_beside_one_that_diverged_is_not_at_the_edge() -> None:

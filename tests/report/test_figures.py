@@ -7,13 +7,17 @@ import pandas as pd
 import pytest
 
 from rankscope.analysis.costs import on_front
+from rankscope.analysis.verdict import conclude
 from rankscope.report.content import compose
 from rankscope.report.figures import Figure
 from rankscope.report.frames import by_candidate, heldout_by_seed
+from rankscope.report.loss import loss_figures
 from rankscope.report.memory import POINTS_IN_TIME, memory_by_time, predicted_parts
 from rankscope.report.variants import variant_table
 from rankscope.study.evidence import Evidence, without_variants
 from rankscope.text.catalogue import load
+from rankscope.text.formats import loss
+from rankscope.text.verdict import caveat_sentence
 from report.report_evidence import make_evidence, make_spec, make_verdict, of_the_loss, replace_trial
 
 PARTS = {
@@ -153,6 +157,31 @@ def test_the_map_has_a_cell_a_candidate() -> None:
     assert {key for key, row in cells.items() if row["best"]} == {(8, "1e-4"), (128, "1e-4"), (256, "1e-4")}
     assert numbers(figure) == {"Learning rate": "1e-4", "rank 8": "1.2290", "rank 128": "1.2220", "rank 256": "1.2270"}
     assert "learning-rate-map" not in figures(make_evidence(steps=8)), "one rate is no map"
+
+
+def test_of_several_alphas_figures_of_loss_show_the_best_of_each_rank_and_rate() -> None:
+    evidence = make_evidence(make_spec(adapter={"alpha": [16, "2r"]}, learning_rates=[1e-4, 2e-4]))
+    results = evidence.results
+    results.loc[results["candidate"] == "r128-lr1e-4-a256", "eval_loss"] -= 0.01
+    results.loc[results["candidate"] == "r256-lr2e-4", "eval_loss"] -= 0.01
+    results.loc[results["trial"] == "r256-lr2e-4-a512-s1", "status"] = "diverged"
+    verdict = conclude(evidence)
+    table, text = by_candidate(evidence, None), load("en")
+    figures = {figure.name: figure for figure in loss_figures(evidence, None, table, text)}
+    for name in ("train-loss", "heldout-loss-rank", "heldout-loss-steps", "learning-rate-map"):
+        figure = figures[name]
+        assert isinstance(figure, Figure)
+        named = [tuple(row[:2]) for row in figure.numbers.rows]
+        assert len(named) == len(set(named)) == (2 if name == "learning-rate-map" else 6)
+    chart = figures["learning-rate-map"].numbers.rows  # type: ignore[union-attr]
+    best = table.set_index("candidate")["eval_loss"]
+    assert chart[0][2] == loss(best["r128-lr1e-4-a256"])
+    assert chart[1][3] == loss(best["r256-lr2e-4"])
+    told = caveat_sentence(verdict, "diverged", text)
+    assert "rank 256 at learning rate 2e-4 with alpha 512 (seed 1)" in told
+    limits = " ".join(compose(evidence, verdict, text, "n", "c").limits)
+    assert "Alpha is the same" not in limits
+    assert "alpha of each rank were chosen" in limits
 
 
 def test_one_rate_that_nearly_diverged_leaves_colours_to_the_others() -> None:

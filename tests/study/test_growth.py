@@ -19,6 +19,7 @@ from rankscope.files import read_json, write_json
 from rankscope.jobs.job import Job
 from rankscope.jobs.profiles import WHOLE, replace_profiles
 from rankscope.measure.machine import Site
+from rankscope.pipeline import judge_by
 from rankscope.spec.models import StudySpec
 from rankscope.spec.options import assemble, read_study_file, set_field
 from rankscope.study.folder import AGAIN, StudyFolder
@@ -173,7 +174,7 @@ def test_what_nobody_wrote_adds_and_changes_nothing(tmp_path: Path) -> None:
     written |= {"verdict": {"margin": "2%"}, "measure": {"answers": 0}, "variants": ["dora"], "training": {"steps": 9}}
     study = Study.create(tmp_path / "study", assemble(BASE | written, {}))
     file = (tmp_path / "study" / "study.yaml").read_bytes()
-    asked = assemble({"model": BASE["model"], "data": BASE["data"]}, {"steps": 9})
+    asked = assemble({"model": BASE["model"], "data": BASE["data"]}, {})
     grown = study.grown(asked)
     assert (grown.spec, grown.log) == (study.spec, [])
     grown.publish()
@@ -279,6 +280,16 @@ def test_an_old_study_opens_and_grows(tmp_path: Path) -> None:
     assert grown.spec.seeds == (*study.spec.seeds, 5)
     assert grown.spec.verdict == study.spec.verdict, "its margin is of the loss"
     assert list(grown.results()["status"]) == ["done"] * 8 + ["pending"] * 4
+    again = study.grown(assemble({}, {"model": "model", "dataset": "data.json", "ranks": [2, 8], "steps": 4}))
+    assert (again.spec, again.log) == (study.spec, []), "defaults that have changed since then are nobody's wish"
+
+
+def test_a_criterion_that_leads_to_no_verdict_is_not_kept(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURE, tmp_path / "study")
+    before = (tmp_path / "study" / "study.yaml").read_bytes()
+    with pytest.raises(StudyError, match="margin-of loss"):
+        judge_by(Study.open(tmp_path / "study"), {"margin_of": "gain"})
+    assert (tmp_path / "study" / "study.yaml").read_bytes() == before
 
 
 # -- what is run

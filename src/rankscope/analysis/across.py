@@ -107,7 +107,7 @@ def _interpolated(losses: Mapping[int, float], untrained: float) -> tuple[float,
             if below is None:
                 return math.log2(rank), math.log2(ranks[min(1, len(ranks) - 1)] / rank)
             gap = math.log2(rank / below)
-            return math.log2(below) + gap * (KEPT - kept[below]) / (share - kept[below]), gap
+            return float(math.log2(below) + gap * (KEPT - kept[below]) / (share - kept[below])), gap
         below = rank
     return None  # the best rank keeps all of it
 

@@ -115,6 +115,10 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
         verdict["comparison"] = _table(rows, states, over, over_reference, confidence)
         if judged.untrained is not None:
             verdict |= _of_the_gain(verdict, judged, rows, over)
+    if isinstance(spec.adapter.alpha, tuple):
+        alphas = {candidate.name: candidate.lora_alpha for candidate in spec.candidates()}
+        for named in [*verdict["comparison"], *diverged]:
+            named["alpha"] = alphas[named["candidate"]]
     verdict["caveats"] = _caveats(evidence, verdict, rows, over)
     return verdict
 

@@ -233,14 +233,14 @@ def _limits(evidence: Evidence, verdict: Verdict, text: Catalogue) -> list[str]:
     spec, facts = evidence.spec, evidence.data_facts
     asked = {"margin": spec.verdict.margin, "margin_of": spec.verdict.margin_of} | dict(verdict or {})
     shares = {"least": percent(1 - asked["margin"]), "margin": percent(asked["margin"])}
-    one_alpha = len(spec.ranks) > 1 and not isinstance(spec.adapter.alpha, str) and not spec.adapter.use_rslora
+    one_alpha = len(spec.ranks) > 1 and isinstance(spec.adapter.alpha, float) and not spec.adapter.use_rslora
     steps = 0 if evidence.profiles.empty else int(evidence.profiles["steps"].max())
     cut = 0 if "rows_cut" in doubts(facts) else facts.get("truncated") or 0
     limits = {
         text("limit.scope"): True,
         text(f"limit.margin_{words.margin_unit(asked)}", **shares): True,
         text("limit.seeds"): True,
-        text("limit.rates"): len(spec.learning_rates) > 1,
+        text("limit.rates"): len(spec.learning_rates) > 1 or isinstance(spec.adapter.alpha, tuple),
         text("limit.alpha"): one_alpha,
         text("limit.costs", steps=steps): not evidence.profiles.empty,
         text("limit.diverged"): (evidence.results["status"] == "diverged").any(),

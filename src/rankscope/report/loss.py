@@ -16,13 +16,21 @@ SMOOTHING_SHARE = 0.05  # share of a curve's points in the centred moving averag
 
 
 def loss_figures(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> Figures:
-    """Training loss against steps, held-out loss against rank and steps, and by rate where there are several."""
+    """Training loss against steps, held-out loss against rank and steps, and by rate where there are several; of
+    several alphas, the best of each rank and rate."""
+    table = _one_alpha(table)
     found = [
         _training_loss(evidence, table, text),
         _heldout_by_rank(evidence, verdict, table, text),
-        _heldout_by_step(evidence, text),
+        _heldout_by_step(evidence, table, text),
     ]
     return [*found, _rate_map(evidence, verdict, table, text)] if len(evidence.spec.learning_rates) > 1 else found
+
+
+def _one_alpha(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `by_candidate` with the verdict's alpha, or else that of the lowest held-out loss at a rank and rate."""
+    best_first = table.assign(other=table["regret"].isna()).sort_values(["other", "eval_loss"])
+    return table.loc[best_first.drop_duplicates(["rank", "learning_rate"]).index.sort_values()]
 
 
 def training_loss(evidence: Evidence) -> frames.Binned:
@@ -58,6 +66,7 @@ def _usable(evidence: Evidence, column: str) -> pd.DataFrame:
 def _training_loss(evidence: Evidence, table: pd.DataFrame, text: Catalogue) -> Figure | Missing:
     name, title = "train-loss", text("chart.train_loss.title")
     frame, steps_a_point = training_loss(evidence)
+    frame = frame[frame["candidate"].isin(table["candidate"])]
     if frame.empty:
         return Missing(name, text("chart.train_loss.absent"))
     ranks = frames.ranks_of(evidence)
@@ -80,9 +89,10 @@ def _training_chart(frame: pd.DataFrame, text: Catalogue, ranks: list[int], y_ra
     return charts.layered(*layers).add_params(switch)
 
 
-def _heldout_by_step(evidence: Evidence, text: Catalogue) -> Figure | Missing:
+def _heldout_by_step(evidence: Evidence, table: pd.DataFrame, text: Catalogue) -> Figure | Missing:
     name, title = "heldout-loss-steps", text("chart.eval_steps.title")
     frame = frames.mean_and_range(_usable(evidence, "eval_loss"), "eval_loss")
+    frame = frame[frame["candidate"].isin(table["candidate"])]
     if frame.empty:
         return Missing(name, text("chart.eval_steps.absent"))
     ranks, axis = frames.ranks_of(evidence), charts.steps_axis(text)
@@ -101,6 +111,7 @@ def _heldout_by_step(evidence: Evidence, text: Catalogue) -> Figure | Missing:
 def _heldout_by_rank(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> Figure | Missing:
     name, title = "heldout-loss-rank", text("chart.eval_by_rank.title")
     seeds = frames.heldout_by_seed(evidence)
+    seeds = seeds[seeds["candidate"].isin(table["candidate"])]
     if seeds.empty:
         return Missing(name, text("chart.eval_by_rank.absent"))
     finished = table.dropna(subset=["eval_loss"])

@@ -71,15 +71,16 @@ def grow(spec: StudySpec, asked: StudySpec, path: Path) -> Growth:
         given.add("verdict.margin")  # a share of something else is another margin, if only by default
     values, added, conflicts = spec.model_dump(mode="json"), dict[str, list[Any]](), list[str]()
     for field, value in wanted.items():
-        if value == before[field] or (field in ("model.device", "model.dtype") and value == "auto"):
+        unasked = field not in given or (field in ("model.device", "model.dtype") and value == "auto")
+        if unasked or value == before[field]:
             continue
         rule = rule_of(field, spec)
         if rule.kind == "fixed":
             why = f": {rule.reason}" if rule.reason else ""
             conflicts.append(f"{field}: {before[field]!r} there, {value!r} asked for{why}")
-        elif rule.kind == "free" and field in given:
+        elif rule.kind == "free":
             set_field(values, field, value)
-        elif field in given and (new := [one for one in _several(value) if one not in _known(spec, field)]):
+        elif new := [one for one in _several(value) if one not in _known(spec, field)]:
             added[field] = new
             set_field(values, field, True if value is True else [*_known(spec, field), *new])
     if conflicts:

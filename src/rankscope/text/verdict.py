@@ -94,7 +94,8 @@ def kind_of_gain(verdict: Mapping[str, Any]) -> str:
 def cause_of(verdict: Mapping[str, Any]) -> str:
     """Why there is not enough evidence: a key of the catalogue's `cause`."""
     if not verdict["comparison"]:
-        return "diverged" if verdict.get("diverged") else "unfinished"
+        unfinished = "some_trials_unfinished" in verdict["caveats"] or not verdict.get("diverged")
+        return "unfinished" if unfinished else "diverged"
     if verdict["seeds"] == 1:
         return "one_seed"
     return "few_seeds" if verdict.get("more_seeds") else "close"
@@ -163,8 +164,7 @@ def caveat_sentence(verdict: Mapping[str, Any], code: str, text: Catalogue) -> s
         for row in verdict["diverged"]:
             several = "s" * (len(row["seeds"]) > 1)
             seeds = text(f"caveat.of_seed{several}", seeds=", ".join(map(str, row["seeds"])))
-            name = text("name.rank_and_rate", rank=row["rank"], rate=rate(row["learning_rate"]))
-            found.append(text("caveat.diverged_seeds", name=name, seeds=seeds))
+            found.append(text("caveat.diverged_seeds", name=_name(row, text), seeds=seeds))
         values["candidates"] = "; ".join(found)
     elif code == "worse_than_untrained":
         worse = [row for row in verdict["comparison"] if known(row["gain"]) and row["gain"] < 0]
@@ -218,8 +218,11 @@ def claim_sentences(verdict: Verdict, language: str = "en") -> list[str]:
 
 
 def candidate_name(verdict: Mapping[str, Any], candidate: str, text: Catalogue) -> str:
-    """Name of a candidate of the comparison: `rank 8`, with its learning rate if the study tried several."""
+    """Name of a candidate of the comparison: `rank 8`, with its learning rate and alpha if the study tried several."""
     row = next(row for row in verdict["comparison"] if row["candidate"] == candidate)
-    if "one_learning_rate" in verdict["caveats"]:
-        return text("name.rank", rank=row["rank"])
-    return text("name.rank_and_rate", rank=row["rank"], rate=rate(row["learning_rate"]))
+    return _name(row, text, one_rate="one_learning_rate" in verdict["caveats"])
+
+
+def _name(row: Mapping[str, Any], text: Catalogue, one_rate: bool = False) -> str:
+    name = text("name.rank" if one_rate else "name.rank_and_rate", rank=row["rank"], rate=rate(row["learning_rate"]))
+    return text("name.with_alpha", name=name, alpha=f"{row['alpha']:g}") if "alpha" in row else name
