@@ -74,20 +74,14 @@ CONFIGS: dict[str, Any] = {
     "gpt-neox": lambda: GPTNeoXConfig(**_COMMON, intermediate_size=64),
     "phi": lambda: PhiConfig(**{**_GLU, "num_key_value_heads": 4}),
     "mixtral": lambda: MixtralConfig(**_GLU, head_dim=8, num_local_experts=4, num_experts_per_tok=2),
-}  # fmt: skip
-UNPACKABLE: dict[str, Any] = {
+    # attention of their own, which is not replaced but given a mask of sequences
     "falcon": lambda: FalconConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
     "gpt-neo": lambda: GPTNeoConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        num_layers=2,
-        num_heads=4,
-        attention_types=[[["global", "local"], 1]],
-        max_position_embeddings=128,
-        window_size=5,
-        bos_token_id=2,
-        eos_token_id=2,
+        vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=128, window_size=5, bos_token_id=2, eos_token_id=2,
     ),
+}  # fmt: skip
+UNPACKABLE: dict[str, Any] = {
     "doge": lambda: DogeConfig(**_GLU),  # a mask of its own, which its forward makes
     "bloom": lambda: BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, bos_token_id=2, eos_token_id=2),
 }
@@ -117,7 +111,8 @@ HYBRIDS: dict[str, Any] = {  # a short convolution, linear attention, a state be
     "falcon-h1": lambda: FalconH1Config(**_GLU, **_MAMBA, mamba_d_ssm=64),
     "mamba2": lambda: Mamba2Config(**_COMMON, num_heads=4, head_dim=16, state_size=8, n_groups=1, chunk_size=16),
 }
-(CONFIGS if Version(version("transformers")) >= Version("5.24") else UNPACKABLE).update(_SINCE_5_24)
+if Version(version("transformers")) >= Version("5.24"):
+    CONFIGS.update(_SINCE_5_24)
 
 
 def tiny_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -127,7 +127,7 @@ def test_every_architecture_is_predicted(name: str, tmp_path: Path) -> None:
 
 
 def test_the_forward_by_peft_is_predicted_where_a_model_cannot_be_packed(tmp_path: Path) -> None:
-    tiny_model("doge").save_pretrained(tmp_path)
+    tiny_model("bloom").save_pretrained(tmp_path)
     spec = StudySpec(
         model=ModelSpec(id=str(tmp_path), device="cpu"), data=DataSpec(id="unused"), seeds=(0,), ranks=(4,)
     )

@@ -88,7 +88,7 @@ def test_dividing_and_recomputing_change_rounding_only(tokens_per_forward: int) 
 
 
 def test_a_model_that_cannot_be_packed_is_trained_on_padded_batches() -> None:
-    name, tokens = "gpt-neo", random_tokens(30)
+    name, tokens = "bloom", random_tokens(30)
     assert name in UNPACKABLE
     model = tiny_model(name)
     member = make_full_train_state(model, TRIAL, TRAINING, STEPS)

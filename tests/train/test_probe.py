@@ -229,6 +229,14 @@ def test_adapters_behind_the_trunk_are_packed(make: Callable[[], PreTrainedModel
             torch.testing.assert_close(member.weights[key].detach(), value, rtol=0, atol=1e-4)
 
 
+def test_blocks_that_are_longer_than_the_probes_rows_are_not_packed() -> None:
+    model, trial = tiny_model("llama-gqa"), make_trial(4, 1e-3)
+    model.config.index_block_size = 128  # as MiniMax-M3 has it
+    add_adapter(model, trial)
+    with pytest.raises(NotPackable, match="blocks of tokens"):
+        make_packable(model, [trial.name])
+
+
 def test_dropout_behind_the_trunk_is_not_packed() -> None:
     model, trial = tiny_model("llama-gqa"), make_trial(4, 1e-3, dropout=0.1, modules=("q_proj", "lm_head"))
     add_adapter(model, trial)

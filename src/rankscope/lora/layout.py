@@ -26,6 +26,7 @@ class Unpackable(StrEnum):
     OTHER_LOGITS = "rows laid end to end get other logits than alone"
     OWN_ATTENTION = "its attention is code of its own, which transformers cannot replace"
     OWN_MASK = "its attention takes a mask or an argument that the packed one does not cover"
+    BLOCKS = "its attention reads blocks of tokens, which rows laid end to end would share"
     RESHAPES = "its layers change the order or number of a batch's tokens"
     NO_TRUNK = "its output layer cannot be told from the rest of the model"
     OUTPUT_DROPOUT = "its output layer, or one just before it, carries an adapter with dropout"

@@ -47,12 +47,20 @@ def pack_layers(model: PreTrainedModel) -> None:
             raise NotPackable(Unpackable.NOT_LINEAR, f"{name} is a {type(layer).__name__} of PEFT")
         if layer.lora_variant or any(layer.lora_bias.values()):
             raise NotPackable(Unpackable.NOT_LINEAR, f"{name} carries a variant of LoRA")
-        if type(base).forward not in (nn.Linear.forward, Conv1D.forward) and not dequantized_forward(base):
+        if not dequantized_forward(base) and not _is_product(base):
             raise NotPackable(Unpackable.NOT_LINEAR, f"{name} adapts a {type(base).__name__} with its own forward")
         has_dropout = any(isinstance(dropout, nn.Dropout) for dropout in layer.lora_dropout.values())
         if has_dropout and not name.startswith(f"{trunk}."):
             raise NotPackable(Unpackable.OUTPUT_DROPOUT, name)
         layer.__dict__["forward"] = partial(_packed_forward, layer)
+
+
+def _is_product(base: Any) -> bool:
+    """Whether a layer's forward is x W.T + b: tried where a class has one of its own, as Falcon's has."""
+    if type(base).forward in (nn.Linear.forward, Conv1D.forward) or isinstance(base.weight, FakeTensor):
+        return True
+    x = torch.randn(2, base.in_features, generator=torch.Generator().manual_seed(0)).to(base.weight)
+    return torch.allclose(base(x), F.linear(x, base.weight, base.bias), rtol=1e-2, atol=1e-3)
 
 
 def trunk_name(model: PreTrainedModel) -> str | None:

@@ -37,7 +37,7 @@ from rankscope.train.engine import LOGIT_BYTES, PackedEngine, PeftEngine, tokens
 from rankscope.train.flops import Cost, count_cost
 from rankscope.train.loss import CHUNK_BYTES
 from rankscope.train.optimizer import check_optimizer, state_sizes, step_bytes
-from rankscope.train.probe import probe_tokens, use_packed_forward
+from rankscope.train.probe import ATTENTIONS, probe_tokens, use_packed_forward
 from rankscope.train.recompute import recompute_layers
 
 _ONLY_FAKE = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
@@ -100,6 +100,7 @@ class Family(NamedTuple):
     sizes: tuple[tuple[int, bool], ...]  # parameters of each tensor at the lowest rank, and whether they grow with rank
     costs: tuple[Cost, Cost] | None  # at the lowest and the highest rank; None where they are not predictable
     repeats: Repeats | None
+    attention: str | None = ATTENTIONS[0]  # of the packed forward
 
     def sizes_at(self, rank: int) -> list[int]:
         """Parameters of each tensor of the adapter at `rank`."""
@@ -250,16 +251,17 @@ def _count(spec: StudySpec, candidates: Sequence[Candidate], dtype: torch.dtype,
     full_rank = max(min(layer.in_features or 1, layer.out_features or 1) for _, layer in lora_layers(model))
     family = Family(low, high, spec.training.optim, sizes, None, find_repeats(model))
     packed, why_not = spec.training.engine == "packed" and low.packable, None
-    if packed:
+    for attention in ATTENTIONS if packed else ():  # as `rankscope.train.probe.make_packable` has it
+        family = family._replace(attention=attention)
         try:
             return _Counted(_with_costs(spec, dtype, family, device, True), "packed", None, None, full_rank)
         except _ONLY_FAKE as error:
             return _Counted(family, "packed", None, _reason(error), full_rank)
         except NotPackable as error:
-            why_not = str(error.reason)
-        except Exception as error:  # as `rankscope.train.probe.make_packable` has it
+            why_not = why_not or str(error.reason)
+        except Exception as error:
             log.info("not packed", exc_info=error)
-            why_not = str(Unpackable.FAILS)
+            why_not = why_not or str(Unpackable.FAILS)
     try:
         return _Counted(_with_costs(spec, dtype, family, device, False), "peft", why_not, None, full_rank)
     except Exception as error:  # whatever a model does that fake tensors cannot: it is not to keep a study from running
@@ -296,7 +298,7 @@ def _fake_engines(
     for module in rotary:  # whose rotations may depend on the positions' values, which are not there
         module.rope_type = dict.fromkeys(module.rope_type, "default") if isinstance(module.rope_type, dict) else ""
     with mode:
-        engine = _engine(model, spec, budget, packed)
+        engine = _engine(model, spec, budget, packed, family.attention)
     yield engine, mode
     if repeats:
         repeats.keep(model, 2)
@@ -476,11 +478,13 @@ def _stand_in(device: torch.device) -> torch.device:
     return device if device.type == "cpu" or torch.backends.cuda.is_built() else torch.device("cpu")
 
 
-def _engine(model: PreTrainedModel, spec: StudySpec, budget: int, packed: bool) -> PackedEngine | PeftEngine:
+def _engine(
+    model: PreTrainedModel, spec: StudySpec, budget: int, packed: bool, attention: str | None
+) -> PackedEngine | PeftEngine:
     """An engine over a fake model. Raises NotPackable where the packed one cannot be."""
     dropout = spec.training.base_dropout == "keep"
     if packed:
-        use_packed_forward(model)
+        use_packed_forward(model, attention)
         return PackedEngine(model, budget, dropout)
     recompute_layers(model)
     return PeftEngine(model, spec.training.batch_size, dropout, budget)

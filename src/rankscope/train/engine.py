@@ -17,9 +17,12 @@ from rankscope.lora.adapters import adapter_key, lora_layers
 from rankscope.lora.layout import Examples, FlatBatch, Layout, Slice, flatten, use_layout
 from rankscope.lora.packed import trunk_name
 from rankscope.model.load import offset_positions
+from rankscope.train.attention import NAME
 from rankscope.train.loss import Head, label_losses
 
 EVAL_TOKENS = 4096  # tokens of one evaluation forward at most, so that it needs less memory than training
+
+OWN_ATTENTION_TOKENS = 2048  # tokens of one packed forward at most by a model's own attention: its mask has all pairs
 
 
 class BatchLoss(NamedTuple):
@@ -85,8 +88,11 @@ class PackedEngine:
 
     def groups(self, tokens: Tokens, slices: Sequence[Slice], most: int | None = None) -> list[list[Slice]]:
         """Slices of each forward, of at most `most` tokens (default: those of a training forward)."""
-        kinds = of_one_kind(tokens, slices, row_kind(self.model.config))
-        return [group for kind in kinds for group in divide(tokens, kind, most or self.tokens_per_forward)]
+        kinds, most = of_one_kind(tokens, slices, row_kind(self.model.config)), most or self.tokens_per_forward
+        if self.model.config._attn_implementation != NAME:
+            positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+            most = min(most, OWN_ATTENTION_TOKENS, positions or most)  # some have buffers of so many
+        return [group for kind in kinds for group in divide(tokens, kind, most)]
 
     def accumulate(self, tokens: Tokens, slices: Sequence[Slice]) -> list[BatchLoss]:
         """Add the gradient of each slice's mean loss to its adapter's parameters."""

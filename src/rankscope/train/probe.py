@@ -7,8 +7,10 @@ sequence's logits change when its neighbours do.
 
 import itertools
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from transformers import PreTrainedModel
 from rankscope.data.tokens import Tokens
 from rankscope.errors import ModelError
 from rankscope.lora.layout import NotPackable, Slice, Unpackable, flatten
-from rankscope.lora.packed import pack_layers, unpack_layers
+from rankscope.lora.packed import pack_layers, trunk_name, unpack_layers
 from rankscope.train.attention import NAME
 from rankscope.train.engine import PackedEngine
 from rankscope.train.mixers import divide_mixers, join_mixers
@@ -30,6 +32,14 @@ _LENGTHS = (7, 12, 5, 9)
 _OTHER_LENGTHS = ((7, 9, 5, 12), (4, 12, 8, 9))
 """Of as many tokens, none longer: the first keeps sequences 0 and 2, the second 1 and 3."""
 PROBE_TOKENS = sum(_LENGTHS)  # total length of the probe sequences
+
+ATTENTIONS = (NAME, None)
+"""Attention of the packed forward, in the order in which they are tried: ours, or else the model's own over the whole
+batch, which takes a mask of (T, T): sparse attention chooses keys by it (DeepSeek-V3.2)."""
+
+_IN_BLOCKS = r"compress|^index_(block|topk_blocks)"
+"""Names of sizes of blocks of tokens that attention reads as one: blocks are longer than the probe's sequences, so that
+it would not see sequences share one (DeepSeek-V4, MiniMax-M3)."""
 
 LENGTH_ROUNDING = 1e-6
 """Relative difference that rounding may make in float32 where products have other shapes."""
@@ -76,21 +86,21 @@ def make_packable(model: PreTrainedModel, adapters: Sequence[str]) -> None:
         NotPackable: a sequence's logits depend on its neighbours, or are not those of the model's own forward, or the
             packed forward fails; the model is then unchanged.
     """
-    own_attention = model.config._attn_implementation
-    try:
-        with in_float32(model):
-            tokens = probe_tokens(model)
-            expected, rounding = [_own_logits(model, ids) for ids, _ in tokens], _rounding(model)
-            use_packed_forward(model)
-            _check_packed(PackedEngine(model, 1 << 30), tokens, expected, adapters[0], rounding)
-    except NotPackable as error:
-        use_own_forward(model, own_attention)
-        log.info("not packed: %s", error)
-        raise
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
-        use_own_forward(model, own_attention)
-        log.info("not packed", exc_info=error)
-        raise NotPackable(Unpackable.FAILS, str(error)) from error
+    own_attention, reasons = model.config._attn_implementation, list[NotPackable]()
+    with in_float32(model):
+        tokens = probe_tokens(model)
+        expected, rounding = [_own_logits(model, ids) for ids, _ in tokens], _rounding(model)
+        for attention in ATTENTIONS:
+            try:
+                use_packed_forward(model, attention)
+                return _check_packed(PackedEngine(model, 1 << 30), tokens, expected, adapters[0], rounding)
+            except NotPackable as error:
+                reasons.append(error)
+            except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
+                reasons.append(NotPackable(Unpackable.FAILS, str(error)))
+            use_own_forward(model, own_attention)
+            log.info("not packed with attention %s: %s", attention or own_attention, reasons[-1])
+    raise reasons[0]
 
 
 @contextmanager
@@ -122,16 +132,22 @@ def in_float32(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-def use_packed_forward(model: PreTrainedModel) -> None:
+def use_packed_forward(model: PreTrainedModel, attention: str | None = NAME) -> None:
     """Switch attention, LoRA layers and decoder layers to the packed forward, without comparing logits.
 
-    Raises NotPackable if a layer, or the model's attention, cannot be replaced.
+    Raises NotPackable if a layer cannot be replaced, or the model's attention, or its own cannot do instead.
     """
+    if any(re.search(_IN_BLOCKS, name) for name, value in vars(model.config.get_text_config()).items() if value):
+        raise NotPackable(Unpackable.BLOCKS)
     pack_layers(model)
     divide_mixers(model)
     recompute_layers(model)
-    model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:  # GPT-Neo and Falcon ignore it without an error
+    if attention is None:  # transformers makes a mask of sequences from the positions, where a model takes some
+        if "position_ids" not in signature(getattr(model, str(trunk_name(model))).forward).parameters:
+            raise NotPackable(Unpackable.OWN_ATTENTION)
+        return
+    model.set_attn_implementation(attention)
+    if model.config._attn_implementation != attention:  # GPT-Neo and Falcon ignore it without an error
         raise NotPackable(Unpackable.OWN_ATTENTION)
 
 
