@@ -74,15 +74,8 @@ CONFIGS: dict[str, Any] = {
     "gpt-neox": lambda: GPTNeoXConfig(**_COMMON, intermediate_size=64),
     "phi": lambda: PhiConfig(**{**_GLU, "num_key_value_heads": 4}),
     "mixtral": lambda: MixtralConfig(**_GLU, head_dim=8, num_local_experts=4, num_experts_per_tok=2),
-    # attention of their own, which is not replaced but given a mask of sequences
-    "falcon": lambda: FalconConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
-    "gpt-neo": lambda: GPTNeoConfig(
-        vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
-        max_position_embeddings=128, window_size=5, bos_token_id=2, eos_token_id=2,
-    ),
 }  # fmt: skip
 UNPACKABLE: dict[str, Any] = {
-    "doge": lambda: DogeConfig(**_GLU),  # a mask of its own, which its forward makes
     "bloom": lambda: BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, bos_token_id=2, eos_token_id=2),
 }
 ATTENTION_KINDS: dict[str, Any] = {  # with experts, whose adapters are packed apart from this
@@ -92,6 +85,13 @@ ATTENTION_KINDS: dict[str, Any] = {  # with experts, whose adapters are packed a
         attention_chunk_size=5, layer_types=["chunked_attention", "full_attention"], no_rope_layers=[1, 0],
     ),
     "phimoe-window": lambda: PhimoeConfig(**_EXPERTS),  # the mask has the window, the attention is not told
+    # attention of their own, or a mask, which are not replaced but given a mask of sequences
+    "falcon": lambda: FalconConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
+    "gpt-neo": lambda: GPTNeoConfig(
+        vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=128, window_size=5, bos_token_id=2, eos_token_id=2,
+    ),
+    "doge": lambda: DogeConfig(**_GLU),
 }  # fmt: skip
 _SINCE_5_24: dict[str, Any] = {  # before, transformers' attention of these could not be replaced
     "gpt-j": lambda: GPTJConfig(

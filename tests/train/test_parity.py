@@ -95,9 +95,8 @@ def test_packed_equals_peft(name: str, dropout: float, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("name", ATTENTION_KINDS)
-def test_sinks_chunks_and_windows_equal_peft(name: str) -> None:
-    tokens, training = random_tokens(30), recipe(batch_size=4)
-    trial = make_trial(8, 3e-3, modules=("q_proj", "k_proj", "v_proj", "o_proj"))
+def test_attention_of_all_kinds_equals_pefts(name: str) -> None:
+    tokens, training, trial = random_tokens(30), recipe(batch_size=4), make_trial(8, 3e-3)
     (packed,) = train_packed(name, [trial], tokens, training)
     assert_same(packed, train_with_peft(tiny_model(name), trial, tokens, training, STEPS))
 
