@@ -132,7 +132,7 @@ def test_the_forward_by_peft_is_predicted_where_a_model_cannot_be_packed(tmp_pat
         model=ModelSpec(id=str(tmp_path), device="cpu"), data=DataSpec(id="unused"), seeds=(0,), ranks=(4,)
     )
     costs = predict(spec)
-    assert (costs.engine, costs.engine_reason, costs.reason) == ("peft", Unpackable.OWN_MASK, None)
+    assert (costs.engine, costs.engine_reason, costs.reason) == ("peft", Unpackable.OWN_ATTENTION, None)
     found = predict_peak(spec, costs, spec.trials(), rows_of(*[20, 30] * 8), PLENTY)
     assert isinstance(found, PeakMemory), found
     by_peft = spec.model_copy(update={"training": spec.training.model_copy(update={"engine": "peft"})})

@@ -248,7 +248,7 @@ def test_a_model_that_ignores_the_layout_is_caught(monkeypatch: pytest.MonkeyPat
     """Plain sdpa on OPT lets flattened sequences see each other without an error: the probe must see it."""
     import rankscope.train.probe as probe
 
-    monkeypatch.setattr(probe, "NAME", "sdpa")
+    monkeypatch.setattr(probe, "ATTENTIONS", ("sdpa",))
     model, trial = tiny_model("opt-post-norm"), make_trial(4, 1e-3)
     add_adapter(model, trial)
     with pytest.raises(NotPackable, match="rows beside it"):
@@ -262,7 +262,7 @@ def test_a_failed_probe_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPat
     model, trial = tiny_model("opt-post-norm"), make_trial(4, 1e-3)
     add_adapter(model, trial)
     before = model(input_ids=ids).logits
-    monkeypatch.setattr(probe, "NAME", "sdpa")
+    monkeypatch.setattr(probe, "ATTENTIONS", ("sdpa",))
     with pytest.raises(NotPackable):
         make_packable(model, [trial.name])
     torch.testing.assert_close(model(input_ids=ids).logits, before)

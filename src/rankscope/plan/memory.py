@@ -252,11 +252,11 @@ def _count(spec: StudySpec, candidates: Sequence[Candidate], dtype: torch.dtype,
     family = Family(low, high, spec.training.optim, sizes, None, find_repeats(model))
     packed, why_not = spec.training.engine == "packed" and low.packable, None
     for attention in ATTENTIONS if packed else ():  # as `rankscope.train.probe.make_packable` has it
-        family = family._replace(attention=attention)
+        packing = family._replace(attention=attention)
         try:
-            return _Counted(_with_costs(spec, dtype, family, device, True), "packed", None, None, full_rank)
+            return _Counted(_with_costs(spec, dtype, packing, device, True), "packed", None, None, full_rank)
         except _ONLY_FAKE as error:
-            return _Counted(family, "packed", None, _reason(error), full_rank)
+            return _Counted(packing, "packed", None, _reason(error), full_rank)
         except NotPackable as error:
             why_not = why_not or str(error.reason)
         except Exception as error:
