@@ -494,6 +494,7 @@ HEADINGS = {
 def table(found: Mapping[str, Mapping[str, Any]]) -> str:
     """Page of the documentation with all results."""
     groups = {kind: [r for _, r in sorted(found.items()) if r["verdict"] == kind] for kind in HEADINGS}
+    missing = [name for name in names() if name not in found]
     built = sum(len(group) for kind, group in groups.items() if kind != "not built")
     lines = [
         "# Architectures",
@@ -529,6 +530,8 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
         if groups[kind]:
             lines += ["", f"## {HEADINGS[kind]}", "", "| architecture | what happens |", "|---|---|"]
             lines += [f"| {r['name']} | {_what(r)} |" for r in groups[kind]]
+    if missing:
+        lines += ["", "## Not run", "", ", ".join(missing)]
     return "\n".join(lines) + "\n"
 
 

@@ -140,12 +140,12 @@ def use_packed_forward(model: PreTrainedModel, attention: str | None = NAME) -> 
     if any(re.search(_IN_BLOCKS, name) for name, value in vars(model.config.get_text_config()).items() if value):
         raise NotPackable(Unpackable.BLOCKS)
     pack_layers(model)
-    divide_mixers(model)
     recompute_layers(model)
     if attention is None:  # transformers makes a mask of sequences from the positions, where a model takes some
         if "position_ids" not in signature(getattr(model, str(trunk_name(model))).forward).parameters:
             raise NotPackable(Unpackable.OWN_ATTENTION)
         return
+    divide_mixers(model)
     model.set_attn_implementation(attention)
     if model.config._attn_implementation != attention:  # GPT-Neo and Falcon ignore it without an error
         raise NotPackable(Unpackable.OWN_ATTENTION)
