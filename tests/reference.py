@@ -67,6 +67,7 @@ def train_with_peft(
         lora_dropout=trial.candidate.lora_dropout,
         use_dora=trial.candidate.variant == "dora",
         task_type="CAUSAL_LM",
+        **trial.candidate.peft,
     )
     peft_model = get_peft_model(model, config)
     peft_model.eval()

@@ -31,6 +31,7 @@ from rankscope.study.evidence import Evidence
 from rankscope.study.folder import CURVE
 from rankscope.study.study import Study
 from rankscope.text.catalogue import load as load_catalogue
+from rankscope.text.coverage import coverage_sentences
 from rankscope.track import choose_trackers
 from rankscope.track.tracker_process import run_trackers
 from rankscope.train.prepare import describe_data, study_data
@@ -121,7 +122,8 @@ def run_study(
             study.publish(changes(study.machine, [entry.changed for entry in study.log], site))
         else:
             study.publish()
-        for sentence in filter(None, (describe_data(plan.data.facts), plan.unmeasured)):
+        coverage = coverage_sentences(study.prediction.get("coverage"), study.spec.ranks, load_catalogue("en"))
+        for sentence in filter(None, (describe_data(plan.data.facts), " ".join(coverage), plan.unmeasured)):
             progress.say(sentence)
         shown = resources.enter_context(run_trackers(study, trackers, progress))
         run = Run(study, plan, shown.say)

@@ -133,12 +133,3 @@ def test_a_model_without_its_adapters_is_the_one_it_was(name: str, one_by_one: b
             remove_adapters(model)
         assert dict(model.named_modules()) == modules
         assert {key: id(weight) for key, weight in model.named_parameters()} == {k: id(w) for k, w in weights.items()}
-
-
-@pytest.mark.parametrize(("name", "embedding"), [("llama-gqa", "embed_tokens"), ("gpt2", "wpe")])
-def test_an_embedding_is_refused(name: str, embedding: str) -> None:
-    """PEFT would inject factors of other names (lora_embedding_A), which nothing here trains, counts or saves."""
-    linear = "q_proj" if name == "llama-gqa" else "c_attn"
-    for modules in [(embedding,), (linear, embedding)]:
-        with pytest.raises(StudyError, match=rf"{embedding} is an embedding[\s\S]*Leave {embedding} out"):
-            add_adapter(tiny_model(name), make_trial(2, 1e-3, modules=modules))

@@ -1,7 +1,5 @@
 """Bases in nf4 and int8: training over them equals PEFT's over bitsandbytes' own layers, and their size is known."""
 
-import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -264,16 +262,6 @@ def test_checkpoints_are_told_apart(folders: dict[str, Path], tmp_path: Path) ->
     found = [fingerprint(load_model(spec_of(f, k))) for f in (folders["llama-gqa"], tmp_path) for k in (None, *KINDS)]
     assert len(set(found)) == 6
     assert fingerprint(load_model(spec_of(tmp_path, "nf4"))) == found[4]
-
-
-def test_a_model_that_is_quantized_already_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    shutil.copytree(folders["llama-gqa"], tmp_path / "model")
-    file = tmp_path / "model" / "config.json"
-    own = json.loads(file.read_text())
-    file.write_text(json.dumps(own | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}))
-    for kind in (None, "nf4"):
-        with pytest.raises(ModelError, match=r"quantized already \(bitsandbytes\)"):
-            predict(study(tmp_path / "model", kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -276,7 +276,7 @@ def test_bytes_per_token_grow_with_adapters() -> None:
         add_adapter(model, trial)
         make_packable(model, [trial.name])
         engine, tokens = PackedEngine(model, 1 << 30), probe_tokens(model)
-        cost = count_cost(model, trial.name, engine.forward, tokens)
+        cost = count_cost(model, trial.name, engine.forward, tokens).cost
         counts.append(cost.bytes_per_token)
     layers, modules = 2, 7
     assert counts[1] - counts[0] == pytest.approx(

@@ -68,7 +68,8 @@ def work(study_path: Path, content: Mapping[str, Any]) -> None:
     trials = {trial.name: trial for trial in study.spec.trials()}
     with StopRequest() as stop:
         for pack, names in content["packs"].items():
-            pack_folder, record = study.path / "packs" / pack, PackRecord(pack=pack, trials=list(names), results=None)
+            pack_folder = study.path / "packs" / pack
+            record = PackRecord(pack=pack, trials=list(names), results=None, left_over=model.left_over)
             record.write(pack_folder / "pack.json")
             folders = {name: study.trial_folder(trials[name]) for name in names}
             members, checkpoints = [trials[name] for name in names], pack_folder / "checkpoints"
@@ -102,6 +103,8 @@ def _left_to_train(run: Run, packs: Mapping[str, list[Trial]], error: RankscopeE
         for reason in {study.trial_record(trial).engine_reason for trial in packable} - {None}:
             run.say(f"Trained by PEFT's own forward, one trial at a time, since this model cannot be packed: {reason}")
         record = study.pack_record(pack)
+        if record and record.left_over and not number:
+            run.say(f"Weights that this model has no place for are left over: {left_over(record.left_over)}")
         if record and record.results:
             continue
         rest = dict(list(packs.items())[number + 1 :])
@@ -116,6 +119,11 @@ def _left_to_train(run: Run, packs: Mapping[str, list[Trial]], error: RankscopeE
             study.mark_ended(trial, status, error.what, pack)
         return {name: trials for name, trials in rest.items() if name not in stopped}
     return {}
+
+
+def left_over(names: Sequence[str]) -> str:
+    """The first of these weights, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if names[3:] else "")
 
 
 class PackResults(NamedTuple):

@@ -1,7 +1,9 @@
 """Adapters on a frozen model, by PEFT: target matching, initialisation, scaling and saving are its own."""
 
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,14 +12,24 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from rankscope.errors import StudyError, shortened
 from rankscope.files import published, write_atomic
-from rankscope.lora.targets import find_targets, for_peft
+from rankscope.lora.targets import Targets, find_targets, for_peft
 from rankscope.spec.candidates import Candidate, Trial
+
+SAVED_PREFIX = "base_model.model."
+"""Prefix of a model's weights in PEFT's files."""
+
+
+def targets_of(candidate: Candidate, model: nn.Module) -> Targets:
+    """What the candidate adapts of this model. Raises StudyError as `find_targets` does."""
+    plain = not candidate.lora_dropout and candidate.variant != "dora"
+    return find_targets(model, candidate.target_modules, plain)
 
 
 def lora_config(candidate: Candidate, model: nn.Module, base: str | None = None) -> LoraConfig:
@@ -25,10 +37,10 @@ def lora_config(candidate: Candidate, model: nn.Module, base: str | None = None)
 
     Raises StudyError as `find_targets` does.
     """
-    plain = not candidate.lora_dropout and candidate.variant != "dora"
-    targets = find_targets(model, candidate.target_modules, plain)
+    targets, others = targets_of(candidate, model), deepcopy(candidate.peft)
     modules, parameters = for_peft(model, targets)
-    experts = [name for name in targets.parameters if not name.endswith(".weight")]
+    parameters += others.pop("target_parameters", [])
+    experts = [name for name in parameters if not name.endswith(".weight")]
     if experts and candidate.variant in ("pissa", "olora"):
         raise StudyError(f"variants: {candidate.variant} cannot initialise {experts[0]}, of experts", "Leave it out.")
     weights = {name: f"{name}.weight" for name, _ in candidate.rank_pattern}
@@ -45,17 +57,15 @@ def lora_config(candidate: Candidate, model: nn.Module, base: str | None = None)
         use_dora=candidate.variant == "dora",
         rank_pattern=ranks,
         # Every layer keeps the scaling of the candidate's own rank: alpha/r, or alpha/sqrt(r).
-        alpha_pattern={
-            name: candidate.scaling * (rank**0.5 if candidate.use_rslora else rank) for name, rank in ranks.items()
-        },
-        init_lora_weights=True if candidate.init_lora_weights == "kaiming" else "gaussian",
+        alpha_pattern=others.pop("alpha_pattern", {})
+        | {name: candidate.scaling * (rank**0.5 if candidate.use_rslora else rank) for name, rank in ranks.items()},
+        init_lora_weights=others.pop("init_lora_weights", candidate.init_lora_weights == "kaiming" or "gaussian"),
+        **others,
     )
 
 
-def inject(config: LoraConfig, model: nn.Module, name: str, empty: bool = False, embeddings: bool = False) -> None:
+def inject(config: LoraConfig, model: nn.Module, name: str, empty: bool = False) -> None:
     """Inject an adapter as PEFT does; with `empty` on the meta device.
-
-    `embeddings` allows adapters on embeddings, which saved adapters may have and rankscope does not train.
 
     Raises:
         StudyError: a target module matches nothing, or cannot carry LoRA.
@@ -70,12 +80,6 @@ def inject(config: LoraConfig, model: nn.Module, name: str, empty: bool = False,
         except ValueError as error:
             reason = shortened(" ".join(str(error).split()), 300)
             raise StudyError(f"adapter.target_modules: {reason}", "Name other modules.") from None
-    embedding = next((module for module, layer in lora_layers(model) if name in layer.lora_embedding_A), None)
-    if embedding and not embeddings:
-        raise StudyError(
-            f"adapter.target_modules: {embedding} is an embedding, and rankscope trains no adapters on embeddings",
-            f"Leave {embedding.rsplit('.', 1)[-1]} out.",
-        )
 
 
 def add_adapter(model: PreTrainedModel, trial: Trial, base: str | None = None) -> LoraConfig:
@@ -96,10 +100,7 @@ def add_adapter(model: PreTrainedModel, trial: Trial, base: str | None = None) -
 
 def to_float32(model: nn.Module, adapter: str) -> None:
     """Convert the adapter's weights to float32, as mixed-precision training keeps them over a half-precision base."""
-    key = adapter_key(adapter)
-    factors = [part for _, layer in lora_layers(model) for part in (layer.lora_embedding_A, layer.lora_embedding_B)]
-    embeddings = [part[key] for part in factors if key in part]
-    for parameter in [*adapter_parameters(model, adapter), *embeddings]:
+    for parameter in adapter_parameters(model, adapter):
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
@@ -107,6 +108,8 @@ def remove_adapters(model: PreTrainedModel) -> None:
     """Put every base layer back, so that the model is as it was before the first adapter."""
     for name, layer in outer_layers(model):
         model.set_submodule(name, layer.get_base_layer())
+    for name, wrapper in wrapped_modules(model):
+        model.set_submodule(name, wrapper.original_module)
     if hasattr(model, "peft_config"):
         del model.peft_config
 
@@ -114,14 +117,17 @@ def remove_adapters(model: PreTrainedModel) -> None:
 def remove_adapter(model: PreTrainedModel, adapter: str) -> None:
     """Remove one adapter from the model; a layer that then carries none is the base layer again."""
     key, trained = adapter_key(adapter), [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for _, layer in lora_layers(model):
-        if key in layer.lora_A:
+    for _, layer in [*lora_layers(model), *wrapped_modules(model)]:
+        if isinstance(layer, AuxiliaryTrainingWrapper) or key in layer.lora_A or key in layer.lora_embedding_A:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
-                layer.delete_adapter(key)
+                layer.delete_adapter(key, [])
     for name, layer in outer_layers(model):
-        if not layer.lora_A:
+        if not layer.lora_A and not layer.lora_embedding_A:
             model.set_submodule(name, layer.get_base_layer())
+    for name, wrapper in wrapped_modules(model):
+        if not wrapper._adapters:
+            model.set_submodule(name, wrapper.original_module)
     for parameter in trained:  # PEFT makes another adapter active, and freezes all but that one
         parameter.requires_grad_(True)
     del model.peft_config[key]
@@ -141,17 +147,84 @@ def outer_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
     return [(name, layer) for name, layer in layers if id(layer) not in inner]
 
 
+def wrapped_modules(model: nn.Module) -> list[tuple[str, AuxiliaryTrainingWrapper]]:
+    """Names and wrappers of the modules that are trained beside the adapters: modules_to_save, trainable tokens."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+
+
 def adapter_weights(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """Parameters of the adapter under PEFT's saved names: `base_model.model.….lora_A.weight`."""
     key = adapter_key(adapter)
     weights: dict[str, Any] = {}
     for name, layer in lora_layers(model):
+        prefix = f"{SAVED_PREFIX}{name}"
         if key in layer.lora_A:
-            weights[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A[key].weight
-            weights[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B[key].weight
+            for factor, part in (("lora_A", layer.lora_A[key]), ("lora_B", layer.lora_B[key])):
+                weights |= {f"{prefix}.{factor}.{kind}": weight for kind, weight in part.named_parameters()}
+        if key in layer.lora_embedding_A:
+            weights[f"{prefix}.lora_embedding_A"] = layer.lora_embedding_A[key]
+            weights[f"{prefix}.lora_embedding_B"] = layer.lora_embedding_B[key]
         if key in layer.lora_magnitude_vector:  # DoRA
-            weights[f"base_model.model.{name}.lora_magnitude_vector"] = layer.lora_magnitude_vector[key].weight
+            weights[f"{prefix}.lora_magnitude_vector"] = layer.lora_magnitude_vector[key].weight
+    for name, wrapper in wrapped_modules(model):
+        held, own = wrapper.adapter_state_dict_load_map(key), dict(wrapper.named_parameters())
+        weights |= {f"{SAVED_PREFIX}{name}.{saved}": own[inside] for saved, inside in held.items() if inside in own}
     return weights
+
+
+def grows_with_rank(weight: str) -> bool:
+    """Whether an adapter's weight of that saved name is a factor, and so has as many parameters as its rank is high."""
+    return bool(re.search(r"\.lora_(?:[AB]\.weight|embedding_[AB])$", weight))
+
+
+def unreached_layers(model: nn.Module, adapter: str, trunk: str | None) -> list[str]:
+    """Adapted layers of the `trunk` (None: of all) to which the backward that has just run gave no gradient.
+
+    Text never reaches a vision tower, nor do labels reach what only picks indices. Experts in a list are reached by
+    some tokens alone: one that is reached speaks for its siblings.
+    """
+    reached: dict[str, bool] = {}
+    for name, weight in adapter_weights(model, adapter).items():
+        layer = layer_of(name)
+        if layer and (trunk is None or layer.startswith(f"{trunk}.")):
+            reached[layer] = reached.get(layer, False) or weight.grad is not None
+    alive = {_siblings(layer) for layer, found in reached.items() if found}
+    return [layer for layer in reached if _siblings(layer) not in alive]
+
+
+def layer_of(weight: str) -> str:
+    """Name of the adapted layer that has the weight of this saved name; empty for what is trained beside adapters."""
+    return weight.removeprefix(SAVED_PREFIX).rpartition(".lora_")[0]
+
+
+def check_reached(weights: Collection[str], unreached: Collection[str]) -> None:
+    """Raise StudyError where nothing is left to train beside the layers that get no gradient."""
+    if not weights:
+        names = ", ".join(sorted({name.rpartition(".")[2] for name in unreached}))
+        raise StudyError(
+            f"adapter.target_modules: no gradient reaches {names}: text never passes through them, or only "
+            "their weights are used",
+            "Name other modules, or all-linear.",
+        )
+
+
+def _siblings(layer: str) -> str:
+    """Name that the members of a list within one decoder layer share."""
+    stack, *rest = re.split(r"(?<=\.)(\d+)(?=\.)", layer, maxsplit=1)
+    return stack if not rest else stack + rest[0] + re.sub(r"\.\d+(?=\.)", ".*", rest[1])
+
+
+def leave_out(model: PreTrainedModel, layers: Sequence[str], config: LoraConfig) -> None:
+    """Take the adapters off these layers, and note in an adapter's `config` that PEFT is to give them none."""
+    for name in layers:
+        layer = model.get_submodule(name)
+        if isinstance(layer, LoraLayer):
+            model.set_submodule(name, layer.get_base_layer())  # type: ignore[unreachable]
+    others = config.exclude_modules or []
+    if isinstance(others, str):
+        config.exclude_modules = "|".join([f"(?:{others})", *map(re.escape, layers)])
+    else:
+        config.exclude_modules = [*others, *layers]
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> list[nn.Parameter]:

@@ -31,6 +31,7 @@ class Unpackable(StrEnum):
     NO_TRUNK = "its output layer cannot be told from the rest of the model"
     OUTPUT_DROPOUT = "its output layer, or one just before it, carries an adapter with dropout"
     NOT_LINEAR = "an adapter is not plain LoRA on a linear layer"
+    WHOLE = "whole modules or tokens are trained beside the adapters"
     FAILS = "its forward fails on rows laid end to end"
 
 

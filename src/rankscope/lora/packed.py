@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rankscope.lora.adapters import adapter_key, lora_layers, outer_layers
+from rankscope.lora.adapters import adapter_key, lora_layers, outer_layers, wrapped_modules
 from rankscope.lora.layout import Layout, NotPackable, Segment, Unpackable, current_layout
 from rankscope.lora.variants import initial_factors
 from rankscope.model.quantized import DequantizedForward, dequantized_forward
@@ -34,6 +34,8 @@ def pack_layers(model: PreTrainedModel) -> None:
         NotPackable: a layer is not plain LoRA over a linear module, or one behind the trunk has LoRA dropout, whose
             numbers PEFT draws for all positions and not for the labels alone.
     """
+    if others := wrapped_modules(model):
+        raise NotPackable(Unpackable.WHOLE, others[0][0])
     trunk = trunk_name(model)
     if trunk is None:
         raise NotPackable(Unpackable.NO_TRUNK)

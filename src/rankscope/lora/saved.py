@@ -16,7 +16,6 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME as CONFIG
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
-from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -227,7 +226,7 @@ def attach(model: PreTrainedModel, name: str, adapter: SavedAdapter) -> None:
     key, config = adapter_key(name), _by_name(adapter)
     todo = "Give the model that the adapter was trained on."
     try:
-        inject(config, model, key, embeddings=True)
+        inject(config, model, key)
         to_float32(model, name)
         tensors = {_canonical(file_key): tensor for file_key, tensor in _tensors(adapter).items()}
         weights = adapter_weights(model, name)
@@ -280,9 +279,6 @@ def attached(model: PreTrainedModel, name: str, adapter: SavedAdapter) -> Iterat
         yield
     finally:
         remove_adapters(model)
-        for key, module in list(model.named_modules()):
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                model.set_submodule(key, module.original_module)
         for key, bias in biases.items():  # which are the base model's own parameters
             model.get_parameter(key).data.copy_(bias)
 

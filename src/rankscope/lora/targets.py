@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, LoraModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import transformers_weight_conversion as conversion
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -194,6 +195,8 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         inside = None
         if isinstance(module, LoraLayer):
             inside, module = f"{name}.", module.get_base_layer()
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            inside, module = f"{name}.", module.original_module
         yield name, module
 
 

@@ -48,7 +48,7 @@ def init_from_weights(model: nn.Module, adapter: str, variant: str) -> None:
     """
     key = adapter_key(adapter)
     for name, layer in lora_layers(model):
-        if key not in layer.lora_A:
+        if key not in layer.lora_A and key not in layer.lora_embedding_A:
             continue
         base = layer.get_base_layer()
         if not isinstance(base, nn.Linear) and (variant == "olora" or not isinstance(base, Conv1D)):
@@ -118,7 +118,9 @@ def as_plain_lora(
     tensors = {
         name: torch.cat([weight, initial[name]]) if ".lora_A." in name else torch.cat([weight, -initial[name]], dim=1)
         for name, weight in weights.items()
+        if name in initial
     }
+    tensors = dict(weights) | tensors
     config = copy(config)
     config.r *= 2
     config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2  # type: ignore[assignment]  # a float is fine

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from rankscope.data.tokens import TokenizedData, Tokens
 from rankscope.measure.sampler import MemorySampler, Sample
-from rankscope.model.device import resolve_device
+from rankscope.model.device import resolve_device, synchronize
 from rankscope.model.load import load_model
 from rankscope.spec.candidates import Candidate, Trial
 from rankscope.spec.models import StudySpec
@@ -74,8 +73,7 @@ def profile_candidate(spec: StudySpec, candidate: Candidate, data: TokenizedData
             sampler.step = number
             start = time.perf_counter()
             (metrics,) = train_step(engine, [member], data.train, training, step)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(device)
             seconds.append(time.perf_counter() - start)
             tokens.append(metrics.tokens)
             sampler.take()

@@ -145,6 +145,8 @@ def _fill(member: TrainState, layers: Sequence[Decomposed], rank: int | None) ->
     """
     assert isinstance(member.trial, Trial)
     for layer in layers:
+        if not layer.factors.b.any():
+            continue  # of a layer that gets no gradient, as earlier versions saved them
         a, b = (member.weights[key].data for key in layer.factors.keys)
         if rank is None:
             a.copy_(layer.factors.a)

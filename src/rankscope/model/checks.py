@@ -3,6 +3,7 @@
 import json
 import logging
 import textwrap
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from rankscope import demo
 from rankscope.data.sources import HUB_ID
-from rankscope.errors import ModelError, shortened
+from rankscope.errors import MissingExtraError, ModelError, shortened
 from rankscope.spec.models import EMBEDDED, ModelSpec
 
 # Nothing of a model is ever executed: no code from its folder, no pickled weights (design decision 9, SECURITY.md).
@@ -26,9 +27,63 @@ def location(spec: ModelSpec) -> str:
     return str(demo.model_path()) if spec.id == EMBEDDED else spec.id
 
 
+def is_gguf(spec: ModelSpec) -> bool:
+    """Whether the model is a GGUF file, which transformers dequantizes and which holds configuration and tokenizer."""
+    return spec.id.endswith(".gguf") and Path(spec.id).is_file()
+
+
+def source(spec: ModelSpec) -> dict[str, Any]:
+    """Arguments of transformers' from_pretrained that say where the model is, and that nothing of it is executed."""
+    if is_gguf(spec):
+        file = Path(spec.id).absolute()
+        return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, **SAFE}
+    return {"pretrained_model_name_or_path": location(spec), "revision": spec.revision, **SAFE}
+
+
+DEQUANTIZED = ("fp8", "mxfp4")
+"""Quantizations of checkpoints that transformers can undo while it loads."""
+
+
+def check_quantized(spec: ModelSpec, own: Any) -> None:
+    """Raise ModelError where weights that are quantized already cannot be used as the study asks.
+
+    `own` is the quantization_config of the checkpoint. Those of bitsandbytes are used as they are; FP8 and MXFP4 are
+    dequantized on request, which is noted in `own`.
+    """
+    method = own.get("quant_method") if isinstance(own, dict) else getattr(own, "quant_method", own)
+    method = str(getattr(method, "value", method))
+    what = f"model {spec.id}: its weights are quantized already ({shortened(method)})"
+    if spec.quantization:
+        raise ModelError(f"{what}, and model.quantization is {spec.quantization}", "Leave it out.")
+    if method == "bitsandbytes" and isinstance(own, dict):
+        if spec.dequantize:
+            raise ModelError(f"{what}, which are used as they are", "Leave --dequantize out.")
+    elif method in DEQUANTIZED and isinstance(own, dict):
+        if not spec.dequantize:
+            raise ModelError(what, "--dequantize loads them as weights of --dtype, which takes more memory.")
+        own["dequantize"] = True
+    else:
+        raise ModelError(
+            f"{what}, in a form that cannot be trained over here",
+            "Give the model that it was made of (base_model on its card), if need be with --quantization nf4 or int8.",
+        )
+
+
 def check_source(spec: ModelSpec) -> None:
     """Raise ModelError if `spec.id` is neither the folder of a model nor a valid hub id."""
     folder = Path(location(spec))
+    if is_gguf(spec):
+        if find_spec("gguf") is None:
+            raise MissingExtraError(
+                f"model {spec.id}: the package gguf is not installed", "Install it: pip install 'rankscope[gguf]'"
+            )
+        if spec.revision is not None or spec.dequantize or spec.quantization:
+            option = "revision" if spec.revision else "dequantize" if spec.dequantize else "quantization"
+            raise ModelError(
+                f"model {spec.id}: model.{option} is not for a GGUF file, whose weights are loaded as model.dtype",
+                "Leave it out.",
+            )
+        return
     if folder.is_dir():
         if spec.revision is not None:
             raise ModelError(
@@ -135,6 +190,8 @@ def not_causal_reason(config: Any) -> str | None:
 
 def model_file(spec: ModelSpec, name: str) -> Path | None:
     """Path of a file of the model, downloaded if necessary; None if it does not exist or is unavailable."""
+    if is_gguf(spec):
+        return None
     lenient = ("missing_entries", "connection_errors", "gated_repo")  # loading has a better message
     options: dict[str, Any] = {f"_raise_exceptions_for_{name}": False for name in lenient}
     file = cached_file(location(spec), name, revision=spec.revision, **options)
@@ -150,6 +207,10 @@ def loading_error(spec: ModelSpec, part: str, error: Exception) -> ModelError:
         reason = f"{type(error).__name__}: {reason}"
     if part == "tokenizer" and folder.is_dir() and not any(any(folder.glob(kind)) for kind in _VOCABULARIES):
         reason = "there is no file of a tokenizer in the folder, such as tokenizer.json"
+    if part == "tokenizer" and folder.is_dir() and any(folder.glob("*.model")) and find_spec("sentencepiece") is None:
+        reason = (
+            "its tokenizer.model takes the package sentencepiece, which is not installed: pip install sentencepiece"
+        )
     reason = _corrupt_file(folder) or reason
     if "trust_remote_code" in str(error):  # which transformers advises
         reason = "it needs custom code of its own, which is never run"
@@ -161,6 +222,8 @@ def loading_error(spec: ModelSpec, part: str, error: Exception) -> ModelError:
         others = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.gguf") for path in folder.glob(kind))
         if part == "model" and others and not any(folder.glob("*.safetensors")):
             todo = f"{others[0]} is not read: load the model where you trust it, and save it with save_pretrained."
+            if others[0].endswith(".gguf"):
+                todo = f"Give the file itself: --model {folder / others[0]}"
     return ModelError(f"{part} of {spec.id} cannot be loaded: {reason}", todo)
 
 

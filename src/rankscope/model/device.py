@@ -17,15 +17,26 @@ def resolve_device(device: str) -> torch.device:
     try:
         resolved = torch.device(device)
     except RuntimeError:
-        raise StudyError(f"model.device: {device!r} is not a device", "Use auto, cpu, cuda or cuda:1.") from None
-    if resolved.type not in ("cpu", "cuda"):
-        raise StudyError(f"model.device: {device} is not supported", "Use auto, cpu, cuda or cuda:1.")
+        raise StudyError(f"model.device: {device!r} is not a device", _DEVICES) from None
+    if resolved.type not in ("cpu", "cuda", "mps"):
+        raise StudyError(f"model.device: {device} is not supported", _DEVICES)
+    if resolved.type == "mps" and not torch.backends.mps.is_available():
+        raise StudyError("model.device: mps asked for, but this torch finds no GPU of Apple's", "Use --device cpu.")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise StudyError(
             f"model.device: {device} asked for, but {torch.cuda.device_count()} CUDA devices are visible",
             "Use --device cpu, or see `rankscope doctor`.",
         )
     return resolved
+
+
+_DEVICES = "Use auto, cpu, cuda, cuda:1 or mps."
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -40,6 +51,8 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     available = psutil.virtual_memory().available
     cgroup = Path("/sys/fs/cgroup")
     try:

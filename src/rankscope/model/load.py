@@ -1,28 +1,43 @@
 """Loading of the frozen base model and its tokenizer, from a hub id or a folder."""
 
 import hashlib
+import logging
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from rankscope.errors import ModelError, shortened
+from rankscope.errors import ModelError
 from rankscope.model import checks
-from rankscope.model.checks import SAFE, loading_error, location
+from rankscope.model.checks import loading_error, location
 from rankscope.model.device import resolve_device, resolve_dtype
-from rankscope.model.quantized import quantization_config, quantize_skeleton, use_dequantized_forward
+from rankscope.model.quantized import (
+    quantization_config,
+    quantize_skeleton,
+    require_bitsandbytes,
+    use_dequantized_forward,
+)
 from rankscope.spec.models import ModelSpec
+
+log = logging.getLogger(__name__)
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer. Raises ModelError without a usable one."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location(spec), revision=spec.revision, **SAFE)
+        tokenizer = AutoTokenizer.from_pretrained(**checks.source(spec))
     except Exception as error:
         raise loading_error(spec, "tokenizer", error) from error
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers makes an empty one without any file
@@ -40,7 +55,7 @@ def load_config(spec: ModelSpec) -> Any:
     checks.check_source(spec)
     folder = Path(location(spec))
     try:
-        config = AutoConfig.from_pretrained(location(spec), revision=spec.revision, **SAFE)
+        config = AutoConfig.from_pretrained(**checks.source(spec))
         shards = checks.indexed_files(spec)
         unsafe = checks.unsafe_reason(spec, config, shards)
     except ModelError:
@@ -50,11 +65,9 @@ def load_config(spec: ModelSpec) -> Any:
     if unsafe:
         raise ModelError(f"model {spec.id}: {unsafe}", "Use a plain base model with safetensors weights.")
     if own := getattr(config, "quantization_config", None):
-        method = own.get("quant_method") if isinstance(own, dict) else getattr(own, "quant_method", own)
-        raise ModelError(
-            f"model {spec.id}: its weights are quantized already ({shortened(str(method))})",
-            "Give the model that it was made of, with model.quantization: nf4 or int8.",
-        )
+        checks.check_quantized(spec, own)
+    elif spec.dequantize:
+        raise ModelError(f"model {spec.id}: its weights are not quantized", "Leave --dequantize out.")
     if wrong := checks.config_fault(config):
         raise ModelError(f"model {spec.id}: {CONFIG_NAME}: {wrong}", f"Restore {CONFIG_NAME}, or correct it.")
     missing = [file for file in shards if folder.is_dir() and not (folder / file).is_file()]
@@ -120,13 +133,14 @@ def load_model(spec: ModelSpec, attention: str | None = None) -> PreTrainedModel
     options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # to name them below
     if attention:
         options["attn_implementation"] = attention
-    if spec.quantization:  # on the device, tensor by tensor: unquantized it might not fit
-        options["quantization_config"] = quantization_config(spec.quantization, dtype)
+    quantization = quantization_of(spec, config, dtype)
+    if quantization:  # on the device, tensor by tensor: unquantized it might not fit
         options["device_map"] = {"": device}
+    if spec.quantization:
+        options["quantization_config"] = quantization
+    options["use_safetensors"] = not checks.is_gguf(spec)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            location(spec), config=config, revision=spec.revision, dtype=dtype, use_safetensors=True, **options, **SAFE
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(config=config, dtype=dtype, **options, **checks.source(spec))
     except Exception as error:
         raise loading_error(spec, "model", error) from error
     model, loading = loaded
@@ -144,10 +158,29 @@ def load_model(spec: ModelSpec, attention: str | None = None) -> PreTrainedModel
             f"model {spec.id}: its files lack {len(missing)} weights, {missing[0]} for one",
             "They would be random numbers; use a complete checkpoint of a causal language model.",
         )
-    if spec.quantization:
+    if left_over := sorted(loading["unexpected_keys"]):
+        log.warning("%s: %d weights are left over: %s", spec.id, len(left_over), ", ".join(left_over))
+    model.left_over = left_over
+    if quantization:
         use_dequantized_forward(model)
         return freeze(model)
-    return freeze(model.to(device))
+    return freeze(model.to(device, dtype) if spec.dequantize else model.to(device))
+
+
+def quantization_of(spec: ModelSpec, config: Any, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """How bitsandbytes quantizes the base: as the study asks, or as its checkpoint is already.
+
+    Raises:
+        MissingExtraError: bitsandbytes is not installed.
+    """
+    if spec.quantization:
+        return quantization_config(spec.quantization, dtype)
+    own = getattr(config, "quantization_config", None)
+    if own is None or spec.dequantize:
+        return None
+    require_bitsandbytes(f"model {spec.id}")
+    found: BitsAndBytesConfig = BitsAndBytesConfig.from_dict(own)
+    return found
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
@@ -186,6 +219,6 @@ def skeleton(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> PreTrainedM
             f"model {spec.id}: none can be made of its config.json: {type(error).__name__}: {reason}",
             "Use a causal language model that transformers has.",
         ) from None
-    if spec.quantization:
-        quantize_skeleton(model, spec.quantization, dtype)
+    if quantization := quantization_of(spec, config, dtype):
+        quantize_skeleton(model, quantization, dtype)
     return freeze(model)

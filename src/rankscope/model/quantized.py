@@ -134,7 +134,7 @@ def _check_quantized(model: PreTrainedModel) -> None:
         )
 
 
-def quantize_skeleton(model: PreTrainedModel, kind: str, dtype: torch.dtype) -> None:
+def quantize_skeleton(model: PreTrainedModel, config: BitsAndBytesConfig, dtype: torch.dtype) -> None:
     """Quantize a model on the meta device as loading quantizes a real one: layers and tensors have the same shapes and
     types.
 
@@ -142,7 +142,7 @@ def quantize_skeleton(model: PreTrainedModel, kind: str, dtype: torch.dtype) -> 
         MissingExtraError: bitsandbytes is not installed.
         ModelError: no layer can be quantized.
     """
-    quantizer = AutoHfQuantizer.from_config(quantization_config(kind, dtype), pre_quantized=False)
+    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # for the biases
     try:
@@ -155,20 +155,22 @@ def quantize_skeleton(model: PreTrainedModel, kind: str, dtype: torch.dtype) -> 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    for _, layer in _layers_of_bitsandbytes(model):
+    for kind, layer in _layers_of_bitsandbytes(model):
         rows, columns = layer.out_features, layer.in_features
         if kind == "int8":
             weight: Any = nn.Parameter(empty(rows, columns, dtype=torch.int8), requires_grad=False)
             layer.quant_state, layer.state.SCB = None, empty(rows)
         else:
             weight = nn.Parameter(empty(-(-rows * columns // 2), 1, dtype=torch.uint8), requires_grad=False)
-            weight.compress_statistics, weight.quant_type = True, "nf4"  # which PEFT reads
+            nested, digits = config.bnb_4bit_use_double_quant, config.bnb_4bit_quant_type
+            weight.compress_statistics, weight.quant_type = nested, digits  # which PEFT reads
             blocks = -(-rows * columns // _NF4_BLOCK)
             options: dict[str, Any] = {"code": empty(256), "blocksize": _SCALES_BLOCK, "dtype": torch.float32}
             scales = QuantState(empty(-(-blocks // _SCALES_BLOCK)), **options)
-            options = {"code": empty(16), "blocksize": _NF4_BLOCK, "dtype": dtype, "quant_type": "nf4"}
-            options |= {"shape": torch.Size([rows, columns]), "offset": empty(), "state2": scales}
-            layer.quant_state = QuantState(empty(blocks, dtype=torch.uint8), **options)
+            options = {"code": empty(16), "blocksize": _NF4_BLOCK, "dtype": dtype, "quant_type": digits}
+            options |= {"shape": torch.Size([rows, columns])}
+            options |= {"offset": empty(), "state2": scales} if nested else {}
+            layer.quant_state = QuantState(empty(blocks, dtype=torch.uint8 if nested else torch.float32), **options)
         layer.weight, layer.forward = weight, DequantizedForward(layer)
         # PEFT's DoRA dequantizes by the weight's type, which this one lacks, or as HQQ's layers do.
         layer.W_q, layer.dequantize = weight, partial(layer.forward.weight, dtype)
@@ -183,8 +185,9 @@ def quantization_tensors(model: nn.Module) -> list[tuple[Any, str]]:
             places.append((layer.state, "SCB"))
         else:
             state = layer.quant_state
-            places += [(state, name) for name in ("absmax", "code", "offset")]
-            places += [(state.state2, name) for name in ("absmax", "code")]
+            places += [(state, name) for name in ("absmax", "code")]
+            if state.nested:
+                places += [(state, "offset"), *((state.state2, name) for name in ("absmax", "code"))]
     return places
 
 

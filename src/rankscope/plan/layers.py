@@ -23,6 +23,18 @@ class Repeats(NamedTuple):
     period: int  # layers of a period: 1 where all are alike, 2 where window and full attention alternate
     periods: int
 
+    def in_kept(self, name: str, periods: int) -> str:
+        """Name of the module that stands for one of the whole model where only `periods` are kept."""
+        if not name.startswith(f"{self.stack}."):
+            return name
+        number, dot, rest = name.removeprefix(f"{self.stack}.").partition(".")
+        layer, end = int(number), self.start + self.periods * self.period
+        if layer >= end:
+            layer -= (self.periods - periods) * self.period
+        elif layer >= self.start:
+            layer = self.start + (layer - self.start) % self.period
+        return f"{self.stack}.{layer}{dot}{rest}"
+
     def keep(self, model: nn.Module, periods: int) -> "Repeats":
         """Take all but `periods` of the periods out of the model; what is left."""
         layers: Any = model.get_submodule(self.stack)

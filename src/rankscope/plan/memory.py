@@ -22,19 +22,21 @@ from torch._subclasses.fake_tensor import (
 from transformers import PreTrainedModel
 
 from rankscope.data.tokens import Tokens
-from rankscope.lora.adapters import adapter_weights, lora_layers
+from rankscope.errors import StudyError
+from rankscope.lora.adapters import adapter_weights, check_reached, grows_with_rank, layer_of, lora_layers, targets_of
+from rankscope.lora.coverage import Coverage, find_coverage
 from rankscope.lora.layout import NotPackable, Unpackable
 from rankscope.lora.variants import WEIGHT_INIT_VARIANTS
 from rankscope.model.device import resolve_device, resolve_dtype
 from rankscope.model.load import skeleton
-from rankscope.model.quantized import base_bytes, parameter_count
+from rankscope.model.quantized import base_bytes, parameter_count, quantized_layers
 from rankscope.plan.fake_steps import Instant, Recording, add_empty_adapter, make_trainable, record, to_fake
 from rankscope.plan.forwards import ForwardSizes
 from rankscope.plan.layers import Repeats, find_repeats
 from rankscope.spec.candidates import PLAIN, Candidate, Trial
 from rankscope.spec.models import StudySpec
 from rankscope.train.engine import LOGIT_BYTES, PackedEngine, PeftEngine, tokens_per_forward
-from rankscope.train.flops import Cost, count_cost
+from rankscope.train.flops import Cost, Counted, count_cost
 from rankscope.train.loss import CHUNK_BYTES
 from rankscope.train.optimizer import check_optimizer, state_sizes, step_bytes
 from rankscope.train.probe import ATTENTIONS, probe_tokens, use_packed_forward
@@ -49,15 +51,15 @@ BYTES_PER_PARAMETER = 16  # in training: weight, gradient and AdamW's two moment
 
 WEIGHT_AND_GRAD_BYTES = 8  # per parameter, without the optimizer's states, which may be smaller
 
-PROCESS_BYTES = {"cpu": 460_000_000, "cuda": 0}
+PROCESS_BYTES = {"cpu": 460_000_000, "cuda": 0, "mps": 460_000_000}
 """Python with torch and transformers loaded, and threads' buffers: measured 0.41 to 0.50 GB on a CPU."""
 
-UNTRACKED_ACTIVATION_FRACTION = {"cpu": 0.65, "cuda": 0.0}
+UNTRACKED_ACTIVATION_FRACTION = {"cpu": 0.65, "cuda": 0.0, "mps": 0.0}
 """Memory that fake tensors do not show, as a fraction of activations and logits: what operators allocate within
 themselves, and freed memory that the C library keeps. Fitted on one machine with glibc:
 docs/results/memory-prediction.md. On a GPU not measured."""
 
-FULL_STEP_TOKENS = {"cpu": 1536, "cuda": 1 << 14}
+FULL_STEP_TOKENS = {"cpu": 1536, "cuda": 1 << 14, "mps": 1 << 13}
 """Tokens of a step that keep the device busy: more trials in its pack take memory and gain no time. On a CPU measured,
 docs/lab-notes.md; on a GPU not yet."""
 
@@ -139,6 +141,7 @@ class CostModel(NamedTuple):
     full_rank: int  # highest rank that an update of any adapted layer can have: higher ones only add parameters
     optimizer_bytes: Mapping[str, int] = MappingProxyType({})  # states of one trial's optimizer
     families: Mapping[Hashable, Family] = MappingProxyType({})
+    coverage: Coverage | None = None
 
     def adapter_bytes(self, trials: Sequence[Trial]) -> int:
         """Weights, gradients, optimizer states and initial factors of all trials' adapters."""
@@ -207,11 +210,13 @@ def predict(spec: StudySpec, device: torch.device | None = None) -> CostModel:
     check_optimizer(spec.training, device)
     model = skeleton(spec.model, dtype)
     base, held = parameter_count(model), base_bytes(model)
+    if any(quantized_layers(model)) and (wrong := spec.trains_the_base("a quantized checkpoint")):
+        raise StudyError(wrong, "Leave it out, or give the model that the checkpoint was made of.")
     all_logits = LOGIT_BYTES * model.config.get_text_config().vocab_size
     members: dict[Hashable, list[Candidate]] = {}
     for candidate in sorted(spec.candidates(), key=lambda candidate: not candidate.packable):
         members.setdefault(family_key(candidate), []).append(candidate)
-    families, engine, reason, full_rank = {}, str(spec.training.engine), None, 0
+    families, engine, reason, full_rank, coverage = {}, str(spec.training.engine), None, 0, None
     engine_reason: str | None = None
     for key, candidates in members.items():
         counted = _count(spec, candidates, dtype, device)
@@ -222,10 +227,10 @@ def predict(spec: StudySpec, device: torch.device | None = None) -> CostModel:
             low, high = (cost._replace(bytes_per_token=cost.bytes_per_token + all_logits) for cost in family.costs)
             family = family._replace(costs=(low, high))
         families[key], reason, full_rank = family, reason or counted.reason, counted.full_rank
+        coverage = coverage or counted.coverage
     logits = all_logits if engine == "peft" else 0
-    costs = CostModel(
-        device.type, dtype, engine, base, held, {}, {}, reason, engine_reason, logits, full_rank, families=families
-    )
+    costs = CostModel(device.type, dtype, engine, base, held, {}, {}, reason, engine_reason, logits, full_rank)
+    costs = costs._replace(families=families, coverage=coverage)
     for candidate in spec.candidates():
         costs = costs.including(candidate)
     return costs
@@ -237,6 +242,7 @@ class _Counted(NamedTuple):
     engine_reason: str | None  # for PEFT's where the packed one was asked for
     reason: str | None  # for missing costs
     full_rank: int
+    coverage: Coverage
 
 
 def _count(spec: StudySpec, candidates: Sequence[Candidate], dtype: torch.dtype, device: torch.device) -> _Counted:
@@ -246,38 +252,60 @@ def _count(spec: StudySpec, candidates: Sequence[Candidate], dtype: torch.dtype,
         high = low.model_copy(update={"rank": 2 * low.rank})
     model = skeleton(spec.model, dtype)
     add_empty_adapter(model, low)
-    weights = adapter_weights(model, low.name)
-    sizes = tuple((weight.numel(), "lora_magnitude" not in name) for name, weight in weights.items())
-    full_rank = max(min(layer.in_features or 1, layer.out_features or 1) for _, layer in lora_layers(model))
-    family = Family(low, high, spec.training.optim, sizes, None, find_repeats(model))
-    packed, why_not = spec.training.engine == "packed" and low.packable, None
+    found = _count_costs(spec, Family(low, high, spec.training.optim, (), None, find_repeats(model)), dtype, device)
+    repeats, layers = found.family.repeats, lora_layers(model)
+    dead = {name for name, _ in layers if (repeats.in_kept(name, 3) if repeats else name) in found.unreached}
+    weights = {name: w for name, w in adapter_weights(model, low.name).items() if layer_of(name) not in dead}
+    check_reached(weights, dead)
+    sizes = tuple((weight.numel(), grows_with_rank(name)) for name, weight in weights.items())
+    ranks = [min(x.in_features or 1, x.out_features or 1) for name, x in layers if name not in dead]
+    coverage = find_coverage(model, targets_of(low, model).left_out, sorted(dead))
+    family = found.family._replace(sizes=sizes)
+    return _Counted(family, found.engine, found.engine_reason, found.reason, max(ranks, default=0), coverage)
+
+
+class _CountedCosts(NamedTuple):
+    family: Family
+    unreached: set[str]  # layers without gradient: those that the fake model has kept stand for all
+    engine: str
+    engine_reason: str | None  # for PEFT's where the packed one was asked for
+    reason: str | None  # for missing costs
+
+
+def _count_costs(spec: StudySpec, family: Family, dtype: torch.dtype, device: torch.device) -> _CountedCosts:
+    """Count the costs of one family's lowest and highest rank."""
+    packed, why_not = spec.training.engine == "packed" and family.low.packable, None
     for attention in ATTENTIONS if packed else ():  # as `rankscope.train.probe.make_packable` has it
         packing = family._replace(attention=attention)
         try:
-            return _Counted(_with_costs(spec, dtype, packing, device, True), "packed", None, None, full_rank)
+            return _CountedCosts(*_with_costs(spec, dtype, packing, device, True), "packed", None, None)
         except _ONLY_FAKE as error:
-            return _Counted(packing, "packed", None, _reason(error), full_rank)
+            return _CountedCosts(packing, set(), "packed", None, _reason(error))
         except NotPackable as error:
             why_not = why_not or str(error.reason)
         except Exception as error:
             log.info("not packed", exc_info=error)
             why_not = why_not or str(Unpackable.FAILS)
     try:
-        return _Counted(_with_costs(spec, dtype, family, device, False), "peft", why_not, None, full_rank)
+        return _CountedCosts(*_with_costs(spec, dtype, family, device, False), "peft", why_not, None)
     except Exception as error:  # whatever a model does that fake tensors cannot: it is not to keep a study from running
-        return _Counted(family, "peft", why_not, _reason(error), full_rank)
+        return _CountedCosts(family, set(), "peft", why_not, _reason(error))
 
 
-def _with_costs(spec: StudySpec, dtype: torch.dtype, family: Family, device: torch.device, packed: bool) -> Family:
-    """The family with the costs of its lowest and highest rank, counted by an engine."""
-    counted: list[list[Cost]] = []
+def _with_costs(
+    spec: StudySpec, dtype: torch.dtype, family: Family, device: torch.device, packed: bool
+) -> tuple[Family, set[str]]:
+    """The family with the costs of its lowest and highest rank, counted by an engine, and its layers without
+    gradient."""
+    counted: list[list[Counted]] = []
     for engine, mode in _fake_engines(spec, dtype, family, device, 1 << 30, packed):
         with mode:
             tokens = probe_tokens(engine.model)
             ends = (family.low.name, family.high.name)
             counted.append([count_cost(engine.model, name, engine.forward, tokens) for name in ends])
-    lower, higher = (Cost(*map(round, _whole(family, ends))) for ends in zip(*counted, strict=True))
-    return family._replace(costs=(lower, higher))
+    costs = ([end.cost for end in depth] for depth in counted)
+    lower, higher = (Cost(*map(round, _whole(family, ends))) for ends in zip(*costs, strict=True))
+    return family._replace(costs=(lower, higher)), set(counted[0][0].unreached)
 
 
 def _fake_engines(

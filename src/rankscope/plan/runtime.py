@@ -54,6 +54,7 @@ class StudyForecast(NamedTuple):
             "dtype": str(prediction.dtype).removeprefix("torch."),
             "engine": prediction.engine,
             "reason": self.reason,
+            "coverage": prediction.coverage and prediction.coverage._asdict(),
             "product_flops_per_second": self.product_flops_per_second,
             "product_share": self.product_share,
             "candidates": {name: asdict(forecast) for name, forecast in self.candidates.items()},

@@ -17,6 +17,7 @@ from rankscope.report.markdown import escape, markdown_table
 from rankscope.spec.candidates import PLAIN, Trial
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import load
+from rankscope.text.coverage import coverage_sentences
 from rankscope.text.formats import Table, known, percent, rate, size
 from rankscope.text.verdict import verdict_sentence
 
@@ -51,6 +52,7 @@ def model_card(evidence: Evidence, verdict: Mapping[str, Any], trial: Trial, res
         pipeline_tag="text-generation",
         tags=["lora", "rankscope"],
     )
+    coverage = coverage_sentences(evidence.prediction.get("coverage"), [candidate.rank], text)
     modules, revision = candidate.target_modules, machine["model"].get("revision")
     facts = {
         "Base model": f"{spec.model.id}" + (f", revision {revision}" if revision else ""),
@@ -59,6 +61,7 @@ def model_card(evidence: Evidence, verdict: Mapping[str, Any], trial: Trial, res
         **({} if candidate.variant == PLAIN else {"LoRA variant": VARIANTS[candidate.variant]}),
         "lora_alpha": f"{candidate.lora_alpha:g} (the update is scaled by {candidate.scaling:.4g})",
         "Target modules": modules if isinstance(modules, str) else ", ".join(modules),
+        **({"Coverage": " ".join(coverage)} if coverage else {}),
         "LoRA dropout": f"{candidate.lora_dropout:g}",
         "Learning rate": f"{rate(candidate.learning_rate)}, {spec.training.lr_scheduler_type}",
         "Steps": f"{results['steps']:,.0f}, {spec.training.effective_batch_size} examples per step",

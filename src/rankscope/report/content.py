@@ -23,6 +23,7 @@ from rankscope.study.evidence import Evidence
 from rankscope.study.folder import ANSWERS
 from rankscope.text import verdict as words
 from rankscope.text.catalogue import Catalogue
+from rankscope.text.coverage import coverage_sentences
 from rankscope.text.formats import (
     Columns,
     Table,
@@ -62,6 +63,7 @@ class Content(NamedTuple):
     answers: list[Answered]
     candidates: Table
     noise: str
+    coverage: list[str]
     costs: list[Table]
     also: Table
     also_notes: list[str]
@@ -122,6 +124,7 @@ def compose(
         answers=answered(evidence, verdict, text),
         candidates=_candidates(evidence, verdict, table, text),
         noise=noise_sentence(evidence.profiles, text),
+        coverage=coverage_sentences(evidence.prediction.get("coverage"), evidence.spec.ranks, text),
         costs=[*cost_tables(evidence, text), *prediction_tables(evidence, text)],
         also=metrics_table(evidence, verdict, text),
         also_notes=metrics_notes(evidence, text),

@@ -44,7 +44,7 @@ def render(content: Content, text: Catalogue) -> str:
     parts += [f"## {text('section.answers')}", text("answer.note") if content.answers else text("answer.absent")]
     parts += [part for prompt in content.answers for part in _answers(prompt, text)]
     parts += [f"## {text('section.candidates')}", markdown_table(content.candidates), escape(content.noise)]
-    parts += [*map(markdown_table, content.costs), text("unit.note")]
+    parts += [_list(content.coverage), *map(markdown_table, content.costs), text("unit.note")]
     parts += [f"## {text('section.also')}", markdown_table(content.also), *map(escape, content.also_notes)]
     parts += [f"## {text('section.trials')}", markdown_table(content.trials)]
     parts += [f"## {text('section.data')}", _facts(content.data, text)]

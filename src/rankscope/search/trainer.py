@@ -16,6 +16,7 @@ from rankscope.train.step import (
     TrainState,
     evenly_spaced,
     finite_weights,
+    leave_out_unreached,
     make_train_state,
     save_trained_adapter,
     total_steps,
@@ -48,6 +49,7 @@ class PackTrainer:
 
     def add(self, asked: SearchTrial) -> None:
         self.members[asked.name] = self._member(asked)
+        leave_out_unreached(self.model, self.members[asked.name], self.engine.unreached)
         if self.engine.name == "packed":
             pack_layers(self.model)  # those that carried no adapter before
 

@@ -143,6 +143,7 @@ class Candidate(Frozen):
     lora_dropout: float
     use_rslora: bool
     init_lora_weights: Literal["kaiming", "gaussian"]
+    peft: dict[str, Any] = {}
     variant: Literal["lora"] | Variant = PLAIN
     loraplus_lr_ratio: float = 1.0
     rank_pattern: tuple[tuple[str, int], ...] = ()

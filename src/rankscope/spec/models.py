@@ -37,6 +37,7 @@ from rankscope.spec.candidates import (
     name_or_names,
     unique,
 )
+from rankscope.spec.peft_options import checked_options
 from rankscope.text.formats import BYTES, SECONDS, parse_bytes, parse_seconds, parse_share
 
 EMBEDDED = "embedded"
@@ -93,18 +94,27 @@ Seconds = Annotated[PositiveFloat, _read(parse_seconds, SecondsOrText)]
 
 
 class ModelSpec(Frozen):
-    """The frozen base model: a hub id or a folder with safetensors weights."""
+    """The frozen base model: a hub id, a folder with safetensors weights, or a GGUF file."""
 
     id: str = Field(min_length=1)
-    """Hub id, folder, or `embedded` for the small pretrained model that comes with rankscope."""
+    """Hub id, folder, .gguf file, or `embedded` for the small pretrained model that comes with rankscope."""
     revision: str | None = None
     """Hub revision (branch, tag, commit). Not for folders."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the base weights. `auto`: bfloat16 on GPUs that support it, else float32. Adapters are float32."""
     device: str = "auto"
-    """`auto`, `cpu`, `cuda` or `cuda:1`."""
+    """`auto`, `cpu`, `cuda`, `cuda:1`, or `mps` for Apple's GPUs, which has not been measured. `auto`: a CUDA GPU, else
+    the CPU."""
     quantization: Literal["nf4", "int8"] | None = None
     """Quantize the base's linear layers to 4 bits (`nf4`) or 8 (`int8`); needs `rankscope[quantization]`."""
+    dequantize: bool = False
+    """Load a checkpoint in FP8 or MXFP4 as weights of `dtype`."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.dequantize and self.quantization:
+            raise ValueError(f"give dequantize or quantization: {self.quantization}, not both")
+        return self
 
 
 class DataSpec(Frozen):
@@ -217,6 +227,9 @@ class AdapterSpec(Frozen):
     """Initialization of A: PEFT's default (`kaiming`) or `gaussian`. B starts at zero."""
     loraplus_lr_ratio: float = Field(default=16.0, ge=1.0)
     """Ratio of B's learning rate to A's in the variant `loraplus` (Hayou et al. 2024, arXiv:2402.12354)."""
+    peft: Annotated[dict[str, Any], BeforeValidator(checked_options, json_schema_input_type=dict[str, Any])] = {}  # noqa: RUF012
+    """Further fields of PEFT's LoraConfig, such as `layers_to_transform` or `modules_to_save`. Those that the packed
+    forward lacks are trained by PEFT's own."""
     rank_pattern: dict[str, Rank] = {}  # noqa: RUF012  pydantic copies it
     """Ranks of single layers, by name, in the variant `pattern`. `rankscope pattern` proposes them."""
 
@@ -427,13 +440,17 @@ class StudySpec(Frozen):
 
     @model_validator(mode="after")
     def _a_quantized_base_is_not_trained(self) -> Self:
-        kind = self.model.quantization
-        if kind and self.reference.full:
-            raise ValueError(f"reference.full: the weights of a model in {kind} cannot be trained: leave out one")
-        if kind and (from_weights := sorted({"pissa", "olora"}.intersection(self.variants))):
-            what = f"variants: {from_weights[0]} begins from the base's weights, of which {kind} keeps few digits"
-            raise ValueError(f"{what}: leave out one")
+        if self.model.quantization and (wrong := self.trains_the_base(self.model.quantization)):
+            raise ValueError(f"{wrong}: leave out one")
         return self
+
+    def trains_the_base(self, kind: str) -> str | None:
+        """What the study asks of a base's weights that they lack in `kind`; None where it asks for nothing."""
+        if self.reference.full:
+            return f"reference.full: the weights of a model in {kind} cannot be trained"
+        for variant in sorted({"pissa", "olora"}.intersection(self.variants)):
+            return f"variants: {variant} begins from the base's weights, of which {kind} keeps few digits"
+        return None
 
     def candidates(self) -> list[Candidate]:
         """Grid of ranks, learning rates and alphas, lowest rank first, for plain LoRA and then for each variant,

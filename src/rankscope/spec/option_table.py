@@ -14,7 +14,7 @@ class Option(NamedTuple):
 
 OPTIONS = {
     "name": Option("name", str),
-    "model": Option("model.id", str, "Base model: hub id or folder."),
+    "model": Option("model.id", str, "Base model: hub id, folder or .gguf file."),
     "revision": Option("model.revision", str),
     "dataset": Option("data.id", list[str], "Instruction data: file, folder or hub id. Repeat it for several.", "DATA"),
     "eval_dataset": Option("data.eval_dataset", list[str], "Data to evaluate on, instead of held-out rows.", "DATA"),
@@ -40,9 +40,11 @@ OPTIONS = {
     "target_modules": Option(
         "adapter.target_modules", str, "all-linear, all-linear+experts, or names, e.g. q_proj,v_proj."
     ),
-    "device": Option("model.device", str, "auto, cpu, cuda or cuda:1."),
+    "adapter_config": Option("adapter.peft", str, "An adapter_config.json of PEFT, to take its options from.", "FILE"),
+    "device": Option("model.device", str, "auto, cpu, cuda, cuda:1 or mps."),
     "dtype": Option("model.dtype", str, "Type of the base model: auto, float32 or bfloat16."),
     "quantization": Option("model.quantization", str, "Quantize the base's linear layers: nf4 (4 bits) or int8."),
+    "dequantize": Option("model.dequantize", bool, "Load a checkpoint in FP8 or MXFP4 as weights of --dtype."),
     "engine": Option("training.engine", str, "packed, or peft: one trial at a time with PEFT's own forward."),
     "isolated": Option("training.isolated", bool, "Train every trial alone, in its own process."),
     "margin": Option("verdict.margin", str, "Largest loss above the best of a rank that is good enough, e.g. 2%."),

@@ -15,6 +15,7 @@ from rankscope.errors import StudyError, did_you_mean, shortened
 from rankscope.spec.candidates import as_list
 from rankscope.spec.models import CHATML, StudySpec, is_jinja
 from rankscope.spec.option_table import OPTIONS
+from rankscope.spec.peft_options import read_adapter_config
 from rankscope.spec.resolve import resolve_spec, short_form
 
 
@@ -176,11 +177,14 @@ def assemble(
     merged = copy.deepcopy(dict(values))
     if options.get("alpha") is not None and options.get("alphas") is not None:
         raise StudyError("alpha and alphas are the same field", "Give one of them.")
+    if options.get("adapter_config") is not None:
+        for field, value in read_adapter_config(Path(options["adapter_config"])).items():
+            set_field(merged, field, value)
     for option, value in options.items():
         if option not in OPTIONS:
             what = f"{option}: unknown option{did_you_mean(option, OPTIONS)}"
             raise StudyError(what, f"Known: {', '.join(OPTIONS)}.")
-        if value is not None:
+        if value is not None and option != "adapter_config":
             set_field(merged, OPTIONS[option].field, value)
     training = merged.get("training")
     for given, other in (("steps", "epochs"), ("epochs", "steps")):  # a length given by option replaces the file's

@@ -158,6 +158,7 @@ class PredictionRecord(Record):
 
     device: str
     candidates: dict[str, Predicted]
+    coverage: dict[str, Any] | None = None  # see `rankscope.lora.coverage`
 
 
 class DivisionRecord(Record):
@@ -173,6 +174,7 @@ class PackRecord(Record):
     pack: str
     trials: list[str]
     results: dict[str, Number] | None
+    left_over: list[str] = []  # weights of the checkpoint that the model has no place for
 
 
 class LogEntry(Record):

@@ -4,7 +4,7 @@
 batches. Both accumulate gradients in the adapters' parameters and give the same numbers, up to rounding.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rankscope.data.tokens import Tokens
-from rankscope.lora.adapters import adapter_key, lora_layers
+from rankscope.lora.adapters import adapter_key, lora_layers, wrapped_modules
 from rankscope.lora.layout import Examples, FlatBatch, Layout, Slice, flatten, use_layout
 from rankscope.lora.packed import trunk_name
 from rankscope.model.load import offset_positions
@@ -60,6 +60,7 @@ class PackedEngine:
     """Engine for all trials in one flattened batch, divided into forwards of at most `tokens_per_forward` tokens."""
 
     name = "packed"
+    unreached: Collection[str] = ()  # adapted layers that get no gradient, and keep no adapter
     mixed = False  # matrix products in bfloat16 over float32 weights: full fine-tuning of a bfloat16 base
 
     def __init__(self, model: PreTrainedModel, tokens_per_forward: int, base_dropout: bool = False) -> None:
@@ -99,7 +100,8 @@ class PackedEngine:
         self.model.train(self.base_dropout)
         labels = [int(tokens.label_counts[slice_.examples].sum()) for slice_ in slices]
         order = {slice_.adapter: number for number, slice_ in enumerate(slices)}
-        share = torch.tensor([1 / count for count in labels], dtype=torch.float64, device=self.model.device)
+        kind = torch.float32 if self.model.device.type == "mps" else torch.float64  # which Apple's GPUs lack
+        share = torch.tensor([1 / count for count in labels], dtype=kind, device=self.model.device)
         sums = np.zeros(len(slices))
         for group in self.groups(tokens, slices):
             batch = flatten(tokens, group, self.model.device, most_kept=self.tokens_per_forward)
@@ -108,7 +110,7 @@ class PackedEngine:
             with mixed_precision(self.model.device, self.mixed):
                 out = label_losses(self.head, self.hidden(batch), batch.targets, share[owner], self.head.trained)
             out.total.backward()
-            sums += np.bincount(owner.cpu(), weights=out.losses.double().cpu(), minlength=len(slices))
+            sums += np.bincount(owner.cpu(), weights=out.losses.cpu().double(), minlength=len(slices))
         return [
             BatchLoss(float(total / count), int(tokens.lengths[slice_.examples].sum()), count)
             for total, count, slice_ in zip(sums, labels, slices, strict=True)
@@ -128,8 +130,8 @@ class PackedEngine:
                     hidden = self.hidden(batch)
                     out = label_losses(self.head, hidden, batch.targets, torch.ones_like(hidden[:, 0]).float())
                 where = batch.label_sequence.cpu()
-                losses[number, part.examples] = np.bincount(where, out.losses.double().cpu(), len(part.examples))
-                correct[number, part.examples] = np.bincount(where, out.correct.double().cpu(), len(part.examples))
+                losses[number, part.examples] = np.bincount(where, out.losses.cpu().double(), len(part.examples))
+                correct[number, part.examples] = np.bincount(where, out.correct.cpu().double(), len(part.examples))
         return [ExampleLosses(loss / counts, counts, hits) for loss, hits in zip(losses, correct, strict=True)]
 
 
@@ -142,6 +144,7 @@ class PeftEngine:
 
     name = "peft"
     mixed = False
+    unreached: Collection[str] = ()
 
     def __init__(
         self, model: PreTrainedModel, batch_size: int, base_dropout: bool = False, tokens_per_forward: int = 1 << 30
@@ -152,7 +155,7 @@ class PeftEngine:
         self.base_dropout = base_dropout
 
     def _activate(self, adapter: str) -> None:
-        for _, layer in lora_layers(self.model):
+        for _, layer in [*lora_layers(self.model), *wrapped_modules(self.model)]:
             layer.set_adapter(adapter_key(adapter))
 
     def forward(self, tokens: Tokens, adapter: str) -> Tensor:
@@ -181,7 +184,7 @@ class PeftEngine:
             for part in self.parts(tokens, slice_):
                 loss = self.losses(tokens, part)
                 (loss.sum() / labels).backward()
-                total += float(loss.detach().double().sum())
+                total += float(loss.detach().cpu().double().sum())
             results.append(BatchLoss(total / labels, int(tokens.lengths[slice_.examples].sum()), labels))
         return results
 
@@ -216,7 +219,7 @@ class PeftEngine:
             losses, correct = np.zeros((2, len(tokens)))
             for _, part, _ in self.parts(tokens, Slice(adapter, range(len(tokens)))):
                 loss, hits = self._losses(tokens, part)
-                losses[part] = loss.double().sum(dim=1).cpu()
+                losses[part] = loss.cpu().double().sum(dim=1)
                 correct[part] = hits.sum(dim=1).cpu()
             results.append(ExampleLosses(losses / counts, counts, correct))
         return results
@@ -318,7 +321,7 @@ LOGIT_BYTES = 16
 FORWARD_MEMORY_FRACTION = 0.6
 """Share of the memory free beside weights and adapters for what a forward saves; the rest is for temporaries."""
 
-TOKENS_PER_FORWARD = {"cpu": 512, "cuda": 1 << 15}
+TOKENS_PER_FORWARD = {"cpu": 512, "cuda": 1 << 15, "mps": 1 << 13}
 """Maximum tokens of one training forward. Larger ones gain nothing on a CPU (docs/lab-notes.md); GPU not measured."""
 
 

@@ -19,8 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from rankscope.data.tokens import Tokens
-from rankscope.lora.adapters import adapter_parameters
+from rankscope.lora.adapters import adapter_parameters, unreached_layers
 from rankscope.lora.variants import iter_initial_factors
+from rankscope.model.device import synchronize
+from rankscope.train.loss import trunk_name
 
 _aten = torch.ops.aten
 _PRODUCTS = {
@@ -47,6 +49,13 @@ class Cost(NamedTuple):
         return self.flops_per_token * tokens + self.flops_per_label * label_tokens
 
 
+class Counted(NamedTuple):
+    """Cost of an adapter, and the adapted layers that get no gradient: see `unreached_layers`."""
+
+    cost: Cost
+    unreached: list[str]
+
+
 class Products(TorchDispatchMode):
     """Counter of the matrix products that run inside it, by shape (m, k, n) of (m, k) @ (k, n)."""
 
@@ -71,7 +80,9 @@ class Products(TorchDispatchMode):
         return sum(2 * m * k * n * count for (m, k, n), count in self.shapes.items())
 
 
-def count_cost(model: PreTrainedModel, adapter: str, forward: Callable[[Tokens, str], Tensor], tokens: Tokens) -> Cost:
+def count_cost(
+    model: PreTrainedModel, adapter: str, forward: Callable[[Tokens, str], Tensor], tokens: Tokens
+) -> Counted:
     """Count the cost of `adapter` on `tokens`; `forward` is an engine's."""
     kept = itertools.chain(model.parameters(), iter_initial_factors(model))
     weights = {tensor.untyped_storage()._cdata for tensor in kept}
@@ -86,12 +97,15 @@ def count_cost(model: PreTrainedModel, adapter: str, forward: Callable[[Tokens, 
     with Products() as products:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             hidden = forward(tokens, adapter)
-        hidden.backward(torch.ones_like(hidden))
+        if hidden.requires_grad:
+            hidden.backward(torch.ones_like(hidden))
+    unreached = unreached_layers(model, adapter, trunk_name(model))
     for parameter in adapter_parameters(model, adapter):
         parameter.grad = None
     total = int(tokens.offsets[-1])
     head = model.get_output_embeddings()
-    return Cost(sum(saved.values()) // total, products.flops // total, 4 * head.weight.numel())
+    cost = Cost(sum(saved.values()) // total, products.flops // total, 4 * head.weight.numel())
+    return Counted(cost, unreached)
 
 
 def product_rate(
@@ -108,18 +122,13 @@ def product_rate(
         out = left @ right
         times: list[float] = []
         while len(times) < 7 and (len(times) < 2 or time.perf_counter() < end):
-            _synchronize(device)
+            synchronize(device)
             start = time.perf_counter()
             torch.mm(left, right, out=out)
-            _synchronize(device)
+            synchronize(device)
             times.append(time.perf_counter() - start)
         flops += 2 * m * k * n * count
         seconds += statistics.median(times[min(2, len(times) - 1) :]) * count
         if time.perf_counter() > end:
             break
     return flops / seconds
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from transformers import PreTrainedModel
 
 from rankscope.data.batches import steps_per_epoch
@@ -19,7 +18,7 @@ from rankscope.errors import KilledError, ModelError
 from rankscope.files import JsonlWriter, file_hashes, read_jsonl
 from rankscope.lora.layout import NotPackable
 from rankscope.lora.saved import peft_fault
-from rankscope.model.device import free_bytes
+from rankscope.model.device import free_bytes, synchronize
 from rankscope.spec.candidates import AnyTrial, Trial
 from rankscope.spec.models import StudySpec, TrainingSpec
 from rankscope.study.folder import FINISHED, TRIAL_FILES
@@ -35,6 +34,7 @@ from rankscope.train.step import (
     TrainState,
     eval_steps,
     finite_weights,
+    leave_out_unreached,
     make_train_state,
     save_trained_adapter,
     total_steps,
@@ -75,7 +75,13 @@ def choose_engine(model: PreTrainedModel, states: Sequence[TrainState], training
     if engine.name == "peft":
         recompute_layers(model)
     tokens = probe_tokens(model)
-    costs = {name: count_cost(model, name, engine.forward, tokens) for name in names}
+    counted = {name: count_cost(model, name, engine.forward, tokens) for name in names}
+    costs = {name: found.cost for name, found in counted.items()}
+    engine.unreached = sorted(set().union(*(found.unreached for found in counted.values())))
+    if engine.unreached:
+        log.warning("no gradient reaches %s: their adapters are left out", ", ".join(engine.unreached))
+    for state in states:
+        leave_out_unreached(model, state, engine.unreached)
     for state in states:  # gradients that counting left on weights of full fine-tuning
         state.optimizer.zero_grad(set_to_none=True)
     per_token = max(cost.bytes_per_token for cost in costs.values())
@@ -215,8 +221,7 @@ def train_trials(
         for step in range(first + 1, steps + 1):
             start = time.perf_counter()
             metrics = train_step(engine, active, data.train, training, step - 1)
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(model.device)
             step_seconds = time.perf_counter() - start
             tally.step_seconds += step_seconds
             flops = [costs[s.trial.name].flops(m.tokens, m.label_tokens) for s, m in zip(active, metrics, strict=True)]

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from rankscope.lora.layout import Layout, NotPackable, Unpackable, use_layout
 from rankscope.lora.packed import trunk_name
 
-CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**26}
+CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**26, "mps": 2**26}
 """Bytes of one chunk's float32 logits; about two copies are alive at once. A CPU is faster when they fit its cache
 (measured, docs/lab-notes.md); a GPU needs more rows to be busy (not measured)."""
 

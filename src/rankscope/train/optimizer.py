@@ -25,10 +25,10 @@ def check_optimizer(training: TrainingSpec, device: torch.device) -> None:
     """
     if training.optim == "adamw_torch_fused":
         return
-    if training.optim.startswith("paged") and device.type == "cpu":
+    if training.optim.startswith("paged") and device.type != "cuda":
         raise StudyError(
-            f"training.optim: {training.optim} moves states from a GPU to the CPU's memory; on a CPU there is nothing "
-            "to move",
+            f"training.optim: {training.optim} moves states from a CUDA GPU to the CPU's memory, and {device.type} has "
+            "nothing to move",
             "Use adamw_8bit, or adamw_torch_fused.",
         )
     require_bitsandbytes(f"training.optim: {training.optim}")

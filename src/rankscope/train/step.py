@@ -2,7 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -18,7 +19,14 @@ from transformers import PreTrainedModel, get_scheduler
 from rankscope.data.batches import batch_indices, steps_per_epoch
 from rankscope.data.tokens import Tokens
 from rankscope.errors import StudyError
-from rankscope.lora.adapters import adapter_weights, add_adapter, save_adapter
+from rankscope.lora.adapters import (
+    adapter_weights,
+    add_adapter,
+    check_reached,
+    layer_of,
+    leave_out,
+    save_adapter,
+)
 from rankscope.lora.layout import Slice
 from rankscope.lora.variants import WEIGHT_INIT_VARIANTS, as_plain_lora, init_from_weights, initial_state_dict
 from rankscope.spec.candidates import AnyTrial, Trial
@@ -96,11 +104,30 @@ def make_train_state(
     weights = adapter_weights(model, trial.name)
     rates: dict[float, list[nn.Parameter]] = {candidate.learning_rate: []}
     for name, weight in weights.items():
-        faster = candidate.loraplus_lr_ratio if ".lora_B." in name else 1.0
+        faster = candidate.loraplus_lr_ratio if re.search(r"\.lora_(embedding_)?B", name) else 1.0
         rates.setdefault(candidate.learning_rate * faster, []).append(weight)
     optimizer = make_optimizer(rates, training)
     scheduler = make_scheduler(optimizer, training, steps)
     return TrainState(trial, config, weights, optimizer, scheduler, initial_state_dict(model, trial.name))
+
+
+def leave_out_unreached(model: PreTrainedModel, state: TrainState, unreached: Collection[str]) -> None:
+    """Take a trial's adapter off layers that get no gradient: it would stay zero there, and be counted and saved.
+
+    Raises:
+        StudyError: nothing would be left to train.
+    """
+    dead = [name for name in state.weights if layer_of(name) in unreached]
+    if not dead or state.config is None:
+        return
+    layers = list(dict.fromkeys(map(layer_of, dead)))
+    for name in dead:
+        del state.weights[name]
+    check_reached(state.weights, layers)
+    left = {id(weight) for weight in state.parameters}
+    for group in state.optimizer.param_groups:
+        group["params"] = [weight for weight in group["params"] if id(weight) in left]
+    leave_out(model, layers, state.config)
 
 
 def save_trained_adapter(state: TrainState, folder: Path) -> int | None:

@@ -33,14 +33,24 @@ SEARCH = {name: OPTIONS[name] for name in ("model", *_DATA)} | {
 }
 SEARCH |= {
     name: OPTIONS[name]
-    for name in ("steps", "epochs", "batch_size", "max_length", "device", "dtype", "quantization", "engine")
+    for name in (
+        "steps",
+        "epochs",
+        "batch_size",
+        "max_length",
+        "device",
+        "dtype",
+        "quantization",
+        "dequantize",
+        "engine",
+    )
 }
 """Options of `rankscope search`. Those without a field are the search's own."""
 
 RESIZE = {
     "model": Option("model.id", str, "Base model. Default: the adapter's."),
     "dataset": OPTIONS["dataset"]._replace(help="Data to hold out rows of. Default: those of the adapter's study."),
-} | {name: OPTIONS[name] for name in ("max_length", "device", "dtype")}
+} | {name: OPTIONS[name] for name in ("max_length", "device", "dtype", "dequantize")}
 
 
 def with_options(options: Mapping[str, Option] | Iterable[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:

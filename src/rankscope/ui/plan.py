@@ -18,6 +18,7 @@ from rankscope.study.folder import StudyFolder
 from rankscope.study.missing import is_finished
 from rankscope.study.study import Study
 from rankscope.text.catalogue import load
+from rankscope.text.coverage import coverage_sentences
 from rankscope.text.formats import duration, parse_bytes, parse_flops, percent, size
 from rankscope.train.prepare import describe_data, study_data
 from rankscope.ui.console import error_console, make_table, out_console, print_json
@@ -69,6 +70,8 @@ def show_plan(plan: Plan, study: StudyFolder | None, as_json: bool, rows: int = 
 def _print_plan(plan: Plan, rows: int) -> None:
     out_console.print(f"Model {plan.spec.model.id}: {plan.prediction.base_params:,} parameters")
     out_console.print(describe_data(plan.data.facts), soft_wrap=True)
+    for sentence in coverage_of(plan):
+        out_console.print(sentence, soft_wrap=True)
     if rows:
         show_rows(plan, rows)
     out_console.print(_candidates(plan))
@@ -79,6 +82,12 @@ def _print_plan(plan: Plan, rows: int) -> None:
         lines.append(f"{full} trials of full fine-tuning, each alone: their memory and time are not predicted.")
     for line in [*lines, f"On the disk: at most about {size(plan.disk_bytes)}."]:
         out_console.print(line, soft_wrap=True)
+
+
+def coverage_of(plan: Plan) -> list[str]:
+    """Sentences about what the adapters reach."""
+    found = plan.prediction.coverage
+    return coverage_sentences(found and found._asdict(), plan.spec.ranks, load("en"))
 
 
 def describe_plan(plan: Plan) -> dict[str, Any]:
