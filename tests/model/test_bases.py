@@ -71,6 +71,8 @@ def test_a_checkpoint_of_bitsandbytes_is_the_base_that_it_is(own: dict[str, Any]
     spec = spec_of(tmp_path / "model")
     model = load_model(spec)
     ids = torch.arange(3, 15)[None]
+    for layer in saved.modules():
+        layer.support_avx512bf16_for_cpu = False  # whose kernel needs whole blocks
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, saved(ids).logits, rtol=1e-2, atol=1e-2)
     assert base_bytes(skeleton(spec)) == base_bytes(model)
@@ -219,8 +221,8 @@ def write_gguf(file: Path) -> Any:
 
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([*sorted(ByteLevel.alphabet()), "<s>", "</s>", "<pad>", "<unk>"])
-    writer.add_token_types([1] * 256 + [3] * 4)
+    writer.add_token_list([*sorted(ByteLevel.alphabet()), "<s>", "</s>", "<pad>", "ab"])
+    writer.add_token_types([1] * 256 + [3] * 3 + [1])
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(256)
     writer.add_eos_token_id(257)

@@ -121,7 +121,7 @@ def remove_adapter(model: PreTrainedModel, adapter: str) -> None:
         if isinstance(layer, AuxiliaryTrainingWrapper) or key in layer.lora_A or key in layer.lora_embedding_A:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
-                layer.delete_adapter(key, [])
+                layer.delete_adapter(*((key, []) if isinstance(layer, AuxiliaryTrainingWrapper) else (key,)))
     for name, layer in outer_layers(model):
         if not layer.lora_A and not layer.lora_embedding_A:
             model.set_submodule(name, layer.get_base_layer())
@@ -211,7 +211,7 @@ def check_reached(weights: Collection[str], unreached: Collection[str]) -> None:
 def _siblings(layer: str) -> str:
     """Name that the members of a list within one decoder layer share."""
     stack, *rest = re.split(r"(?<=\.)(\d+)(?=\.)", layer, maxsplit=1)
-    return stack if not rest else stack + rest[0] + re.sub(r"\.\d+(?=\.)", ".*", rest[1])
+    return stack if not rest else stack + rest[0] + re.sub(r"\.\d+(?=\.|$)", ".*", rest[1])
 
 
 def leave_out(model: PreTrainedModel, layers: Sequence[str], config: LoraConfig) -> None:

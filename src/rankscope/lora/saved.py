@@ -28,6 +28,7 @@ from rankscope.lora.adapters import (
     adapter_key,
     adapter_weights,
     inject,
+    layer_of,
     remove_adapters,
     save_adapter,
     to_float32,
@@ -231,7 +232,7 @@ def attach(model: PreTrainedModel, name: str, adapter: SavedAdapter) -> None:
         tensors = {_canonical(file_key): tensor for file_key, tensor in _tensors(adapter).items()}
         weights = adapter_weights(model, name)
         direct = weights.keys() <= tensors.keys()  # PEFT would rename some as the checkpoint's, and lose them
-        for weight in weights if direct else ():
+        for weight in filter(layer_of, weights) if direct else ():
             if weights[weight].shape != tensors[weight].shape:
                 raise ValueError(f"{weight} is {list(tensors[weight].shape)}, not {list(weights[weight].shape)}")
             weights[weight].data.copy_(tensors.pop(weight))
