@@ -69,7 +69,7 @@ def work(study_path: Path, content: Mapping[str, Any]) -> None:
     with StopRequest() as stop:
         for pack, names in content["packs"].items():
             pack_folder = study.path / "packs" / pack
-            record = PackRecord(pack=pack, trials=list(names), results=None, left_over=model.left_over)
+            record = PackRecord(pack=pack, trials=list(names), results=None, left_over=getattr(model, "left_over", []))
             record.write(pack_folder / "pack.json")
             folders = {name: study.trial_folder(trials[name]) for name in names}
             members, checkpoints = [trials[name] for name in names], pack_folder / "checkpoints"

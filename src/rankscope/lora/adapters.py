@@ -117,7 +117,7 @@ def remove_adapters(model: PreTrainedModel) -> None:
 def remove_adapter(model: PreTrainedModel, adapter: str) -> None:
     """Remove one adapter from the model; a layer that then carries none is the base layer again."""
     key, trained = adapter_key(adapter), [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for _, layer in [*lora_layers(model), *wrapped_modules(model)]:
+    for layer in adapted_modules(model):
         if isinstance(layer, AuxiliaryTrainingWrapper) or key in layer.lora_A or key in layer.lora_embedding_A:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
@@ -152,6 +152,11 @@ def wrapped_modules(model: nn.Module) -> list[tuple[str, AuxiliaryTrainingWrappe
     return [(name, module) for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
 
 
+def adapted_modules(model: nn.Module) -> list[Any]:
+    """Layers that carry adapters, and wrappers of what is trained beside them."""
+    return [layer for _, layer in [*lora_layers(model), *wrapped_modules(model)]]
+
+
 def adapter_weights(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """Parameters of the adapter under PEFT's saved names: `base_model.model.….lora_A.weight`."""
     key = adapter_key(adapter)
@@ -167,7 +172,8 @@ def adapter_weights(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
         if key in layer.lora_magnitude_vector:  # DoRA
             weights[f"{prefix}.lora_magnitude_vector"] = layer.lora_magnitude_vector[key].weight
     for name, wrapper in wrapped_modules(model):
-        held, own = wrapper.adapter_state_dict_load_map(key), dict(wrapper.named_parameters())
+        held: dict[str, str] = wrapper.adapter_state_dict_load_map(key)  # type: ignore[no-untyped-call]
+        own = dict(wrapper.named_parameters())
         weights |= {f"{SAVED_PREFIX}{name}.{saved}": own[inside] for saved, inside in held.items() if inside in own}
     return weights
 
@@ -219,7 +225,7 @@ def leave_out(model: PreTrainedModel, layers: Sequence[str], config: LoraConfig)
     for name in layers:
         layer = model.get_submodule(name)
         if isinstance(layer, LoraLayer):
-            model.set_submodule(name, layer.get_base_layer())  # type: ignore[unreachable]
+            model.set_submodule(name, layer.get_base_layer())
     others = config.exclude_modules or []
     if isinstance(others, str):
         config.exclude_modules = "|".join([f"(?:{others})", *map(re.escape, layers)])

@@ -78,7 +78,8 @@ def checked_options(options: Any) -> dict[str, Any]:
 def _defaults() -> dict[str, Any]:
     from peft import LoraConfig
 
-    return LoraConfig().to_dict()
+    defaults: dict[str, Any] = LoraConfig().to_dict()  # type: ignore[no-untyped-call]
+    return defaults
 
 
 def read_adapter_config(file: Path) -> dict[str, Any]:

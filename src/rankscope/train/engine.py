@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rankscope.data.tokens import Tokens
-from rankscope.lora.adapters import adapter_key, lora_layers, wrapped_modules
+from rankscope.lora.adapters import adapted_modules, adapter_key, lora_layers
 from rankscope.lora.layout import Examples, FlatBatch, Layout, Slice, flatten, use_layout
 from rankscope.lora.packed import trunk_name
 from rankscope.model.load import offset_positions
@@ -155,7 +155,7 @@ class PeftEngine:
         self.base_dropout = base_dropout
 
     def _activate(self, adapter: str) -> None:
-        for _, layer in [*lora_layers(self.model), *wrapped_modules(self.model)]:
+        for layer in adapted_modules(self.model):
             layer.set_adapter(adapter_key(adapter))
 
     def forward(self, tokens: Tokens, adapter: str) -> Tensor:

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 
 from rankscope.data.tokens import Tokens
 from rankscope.lora.adapters import adapter_parameters, unreached_layers
+from rankscope.lora.packed import trunk_name
 from rankscope.lora.variants import iter_initial_factors
 from rankscope.model.device import synchronize
-from rankscope.train.loss import trunk_name
 
 _aten = torch.ops.aten
 _PRODUCTS = {
