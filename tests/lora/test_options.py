@@ -84,7 +84,15 @@ def test_they_are_trained_as_peft_does_and_read_back(case: str, tmp_path: Path) 
     assert not wrapped_modules(fresh)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        name
+        if name in ("embeddings", "layers_to_transform", "modules_to_save")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in CASES
+    ],
+)
 def test_they_are_counted_before_anything_is_loaded(case: str, tmp_path: Path) -> None:
     name, modules, options, engine = CASES[case]
     model = tiny_model(name)

@@ -24,6 +24,7 @@ def test_they_are_kept_as_they_are_given() -> None:
     assert spec.adapter.peft == OPTIONS
     assert resolve_spec(yaml.safe_load(write_yaml(spec))) == spec
     assert spec.candidates()[0].peft == OPTIONS
+    assert len({*spec.trials(), *spec.trials()}) == len(spec.trials()), "trials are keys of mappings"
 
 
 @pytest.mark.parametrize(

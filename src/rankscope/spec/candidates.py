@@ -149,6 +149,9 @@ class Candidate(Frozen):
     rank_pattern: tuple[tuple[str, int], ...] = ()
     alpha_in_name: bool = Field(default=False, exclude=True)  # where alpha is not the study's first
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # options of PEFT are a mapping, which has none
+
     @property
     def name(self) -> str:
         """A file name such as `r008-lr2e-4`, `r008-lr2e-4-a16` or `r008-lr2e-4-pissa`; unique within a study.
