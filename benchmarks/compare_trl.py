@@ -205,7 +205,7 @@ def train_with_trl(study_path: Path, rank: int, result: Path, grouped: bool) -> 
     )
     base.to(device)
     torch.manual_seed(SEED)
-    model = get_peft_model(base, lora_config(candidate))
+    model = get_peft_model(base, lora_config(candidate, base))
 
     class Stopwatch(TrainerCallback):
         def __init__(self) -> None:
