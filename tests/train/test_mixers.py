@@ -23,7 +23,7 @@ MODULES = {
     "falcon-h1": ("in_proj", "q_proj", "down_proj"),
     "mamba2": ("in_proj",),
 }
-EXAMPLES = {0: [0, 1, 2, 3], 1: [4, 5, 6, 7]}  # by seed, as in a study
+EXAMPLES = {0: [0, 1, 2], 1: [3, 0, 1]}  # by seed, as in a study
 
 
 def trials_of(name: str) -> list[Trial]:
@@ -86,12 +86,12 @@ def assert_near(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: 
 
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_a_pack_of_hybrids_equals_peft_and_each_trial_alone(name: str) -> None:
-    trials, tokens = trials_of(name), random_tokens(8)
+    trials, tokens = trials_of(name), random_tokens(4)
     model = packed_model(name, trials)
     slices = [slice_of(trial) for trial in trials]
-    packs = [(1 << 30, slices), (1, slices), *((1 << 30, [slice_]) for slice_ in slices)]
+    packs = [(1 << 30, slices), (1, slices[1:2]), *((1 << 30, [slice_]) for slice_ in slices)]
     found: dict[str, list[tuple[float, dict[str, Tensor]]]] = {trial.name: [] for trial in trials}
-    for tokens_per_forward, pack in packs:  # together, sequence by sequence with layers that run again, and alone
+    for tokens_per_forward, pack in packs:  # together; one by sequence, its layers run again; alone
         losses = PackedEngine(model, tokens_per_forward).accumulate(tokens, pack)
         for loss, part in zip(losses, pack, strict=True):
             (trial,) = (trial for trial in trials if trial.name == part.adapter)
@@ -100,16 +100,16 @@ def test_a_pack_of_hybrids_equals_peft_and_each_trial_alone(name: str) -> None:
     use_own_forward(model, tiny_model(name).config._attn_implementation)
     for trial in trials:
         expected_loss, expected = by_peft(model, trial, tokens)
-        assert len(found[trial.name]) == 3
+        assert len(found[trial.name]) == (3 if trial is trials[1] else 2)
         for loss, gradients in found[trial.name]:
             assert loss == pytest.approx(expected_loss, rel=2e-7)
             assert_near(gradients, expected, 6e-5)
-    rows = [by_peft(model, trials[0], Tokens.from_examples([tokens[row]] * 4))[0] for row in EXAMPLES[0]]
+    rows = [by_peft(model, trials[0], Tokens.from_examples([tokens[row]] * 3))[0] for row in EXAMPLES[0]]
     np.testing.assert_allclose(evaluated.loss[EXAMPLES[0]], rows, rtol=5e-7)
 
 
 def test_sequences_of_equal_length_go_as_one_batch() -> None:
-    trials, tokens = trials_of("lfm2")[:2], random_tokens(8)
+    trials, tokens = trials_of("lfm2")[:2], random_tokens(4)
     model = packed_model("lfm2", trials)
     ((_, mixer),) = mixers(model)
     shapes: list[tuple[int, ...]] = []
