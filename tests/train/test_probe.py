@@ -12,6 +12,8 @@ from transformers import (
     CpmAntForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
@@ -183,6 +185,14 @@ def test_experts_may_round_by_which_tokens_they_get_but_not_leak() -> None:
     model.model.layers[0].self_attn.o_proj.register_forward_hook(leak("convolution", 1e-4))
     with pytest.raises(NotPackable, match="rows beside it"):
         make_packable(model, [trial.name])
+
+
+def test_a_model_that_casts_to_its_output_layers_dtype_is_probed_in_float32() -> None:
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=131, hidden_size=32, num_hidden_layers=1, state_size=4)
+    model = MambaForCausalLM(config).to(torch.bfloat16).eval()
+    check_causal(model)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("engine", ["packed", "peft"])

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from rankscope.data.tokens import Tokens
@@ -114,11 +115,16 @@ def in_float32(model: PreTrainedModel) -> Iterator[None]:
     within = {part for module in whole for part in module.modules() if part is not module}
     kept: dict[nn.Module, list[tuple[Any, Tensor]]] = {}
 
-    def convert(module: nn.Module, *_: Any) -> None:
+    def wider(value: Any) -> Any:
+        half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+        return value.float() if half else value
+
+    def convert(module: nn.Module, args: Any, kwargs: Any) -> Any:
         held = itertools.chain(module.parameters(module in whole), module.buffers(module in whole))
         kept[module] = [(weight, weight.data) for weight in held if weight.dtype in (torch.bfloat16, torch.float16)]
         for weight, data in kept[module]:
             weight.data = data.float()
+        return tree_map(wider, (args, kwargs))  # Mamba casts what it hands to its output layer to that layer's dtype
 
     def restore(module: nn.Module, *_: Any) -> None:
         for weight, data in kept.pop(module, []):
@@ -127,7 +133,7 @@ def in_float32(model: PreTrainedModel) -> Iterator[None]:
     with ExitStack() as hooks:
         for module in model.modules():
             if module not in within:
-                hooks.callback(module.register_forward_pre_hook(convert).remove)
+                hooks.callback(module.register_forward_pre_hook(convert, with_kwargs=True).remove)
                 hooks.callback(module.register_forward_hook(restore, always_call=True).remove)
         yield
 
