@@ -150,7 +150,8 @@ def _values(field: dict[str, Any]) -> str:
     if field["type"] == "array":
         return "a list of these" if "anyOf" in field["items"] else "a list"
     if field["type"] == "object":
-        return f"a name and a {_values(field['additionalProperties'])}, for each"
+        values = field["additionalProperties"]
+        return "names and values" if values is True else f"a name and a {_values(values)}, for each"
     words = {"integer": "whole number", "number": "number", "string": "text", "boolean": "`true` or `false`"}
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     bounds = [f"{sign} {field[bound]:,}" for bound, sign in signs.items() if field.get(bound, _NO_BOUND) < _NO_BOUND]
