@@ -7,14 +7,15 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rankscope.analysis.verdict import conclude
-from rankscope.data.tokens import save
+from rankscope.data.tokens import save, sha256_of
 from rankscope.errors import DataError, ModelError
-from rankscope.files import write_json
-from rankscope.jobs import answers, packs, profiles, reference
+from rankscope.files import exists, write_json
+from rankscope.jobs import answers, packs, profiles, reference, rows
 from rankscope.jobs.curve import take_curve
 from rankscope.jobs.job import Kind, Launcher, Progress, Run
 from rankscope.jobs.launchers import make_launcher
@@ -29,6 +30,7 @@ from rankscope.spec.models import StudySpec
 from rankscope.spec.options import assemble
 from rankscope.study.evidence import Evidence
 from rankscope.study.folder import CURVE
+from rankscope.study.missing import unevaluated
 from rankscope.study.study import Study
 from rankscope.text.catalogue import load as load_catalogue
 from rankscope.text.coverage import coverage_sentences
@@ -36,7 +38,7 @@ from rankscope.track import choose_trackers
 from rankscope.track.tracker_process import run_trackers
 from rankscope.train.prepare import describe_data, study_data
 
-KINDS: tuple[Kind, ...] = (packs, profiles, reference, answers)
+KINDS: tuple[Kind, ...] = (rows, packs, profiles, reference, answers)
 
 
 class Conclusion(NamedTuple):
@@ -106,6 +108,7 @@ def run_study(
         if Study.is_at(out):
             resources.enter_context(Study.open(out).lock())
             study, site = Study.create(out, spec), launcher.site()
+            spec = study.spec
             resources.enter_context(_interruptible(study))
             _repair(study, remeasure, site, progress.say)
         data, fleet, site = study_data(spec, study), Fleet(launcher.slots(), None), site or launcher.site()
@@ -117,11 +120,10 @@ def run_study(
             resources.enter_context(_removed_if_useless(study))
             resources.enter_context(study.lock())
             resources.enter_context(_interruptible(study))
-        _write_facts(study, plan)
-        if plan.packs or plan.reference or plan.profiles:
+        study.publish()  # before the tokens change: the log has the hashes of those before and now
+        _write_facts(study, plan, progress.say)
+        if plan.packs or plan.reference or plan.profiles or unevaluated(study):
             study.publish(changes(study.machine, [entry.changed for entry in study.log], site))
-        else:
-            study.publish()
         coverage = coverage_sentences(study.prediction.get("coverage"), study.spec.ranks, load_catalogue("en"))
         for sentence in filter(None, (describe_data(plan.data.facts), " ".join(coverage), plan.unmeasured)):
             progress.say(sentence)
@@ -143,10 +145,21 @@ def _repair(study: Study, remeasure: bool, site: Site, say: Callable[[str], None
     profiles.settle_profiles(study, remeasure, site)
 
 
-def _write_facts(study: Study, plan: Plan) -> None:
-    """Write the tokens, the machine and the forecast, where the study lacks them."""
-    if not (study.path / "data" / "facts.json").exists():
-        save(plan.data, study.path / "data")
+def _write_facts(study: Study, plan: Plan, say: Callable[[str], None]) -> None:
+    """Write the tokens, the machine and the forecast, where the study lacks them.
+
+    Tokens with more evaluation rows replace others, after all that was made from those and is not of one trial.
+    """
+    facts, data = study.file("data", "facts.json"), plan.data
+    if not exists(facts) or study.data_facts["tokens_sha256"] != sha256_of(data):
+        if any(entry.tokens_sha256 for entry in study.log):
+            if exists(study.rank_curve_file):
+                say(f"{CURVE} is removed, since evaluation rows were added; `rankscope curve` makes it again.")
+            for name in ("curve", "answers"):
+                shutil.rmtree(study.file(name), ignore_errors=True)
+            note = "evaluation rows were added: evaluations while earlier trials were trained are on fewer"
+            data = replace(data, facts=data.facts | {"notes": [*data.facts.get("notes", []), note]})
+        save(data, facts.parent)
     if not (study.path / "machine.json").exists():
         machine = describe_machine(study.spec, plan.prediction.base_params, plan.site)
         write_json(study.path / "machine.json", machine)

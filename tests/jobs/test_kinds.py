@@ -14,7 +14,8 @@ import rankscope
 from folders import write_data, write_model
 from launchers import HERE, FakeLauncher
 from rankscope.errors import KilledError, ModelError, RankscopeError, StudyDirectoryError
-from rankscope.jobs import answers, curve, packs, profiles, reference
+from rankscope.files import read_json, write_json
+from rankscope.jobs import answers, curve, packs, profiles, reference, rows
 from rankscope.jobs.job import Job, Run
 from rankscope.jobs.queue import run_jobs
 from rankscope.pipeline import KINDS
@@ -22,6 +23,7 @@ from rankscope.plan.plan import make_fleet, make_plan
 from rankscope.search import job as search
 from rankscope.search.run import run as run_search
 from rankscope.search.space import resolve_search
+from rankscope.study.records import LogEntry
 from rankscope.study.study import Study
 from rankscope.train.prepare import study_data
 from recording import RecordingProgress
@@ -57,6 +59,7 @@ MADE = {
     reference: ("reference",),
     answers: ("answers",),
     curve: (),
+    rows: (),
 }
 """Folders of a study that each kind writes."""
 
@@ -70,9 +73,20 @@ def of_study(module: Any, whole: Study, folder: Path) -> Kind:
         trials = [trial for trial in study.trials if trial.candidate.rank == 4]
         missing = partial(curve.missing, study, trials, [1, 4], 0, lambda line: None)
         return Kind(curve, folder, lambda: curve.jobs(study, missing(), 1), partial(curve.ended, study))
+    if module is rows:
+        make_stale(study)
     plan = partial(make_plan, study.spec, study_data(study.spec, study), HERE, make_fleet(None, None), study)
     run = Run(study, plan(), lambda line: None)
     return Kind(module, folder, lambda: module.jobs(run._replace(plan=plan())), partial(module.ended, run))
+
+
+def make_stale(study: Study) -> None:
+    """Have the trials evaluated on fewer rows than the study has, by their records."""
+    for trial in study.trials:
+        file = study.trial_folder(trial) / "trial.json"
+        write_json(file, read_json(file) | {"tokens_sha256": "before"})
+    study.log.append(LogEntry(when="", version="", tokens_sha256=["before", study.data_facts["tokens_sha256"]]))
+    study.publish()
 
 
 def of_search(whole: Study, folder: Path) -> Kind:

@@ -1,5 +1,8 @@
 """A study grows: what adds to it, what changes it freely, what makes it another study; and only what is new is done."""
 
+import importlib
+import json
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,25 +14,31 @@ import yaml
 from pydantic import BaseModel
 from typer.testing import CliRunner
 
+import rankscope
+from folders import write_data
 from launchers import HERE, FakeLauncher
 from rankscope import cli, pipeline
+from rankscope.analysis.next_step import next_step
 from rankscope.analysis.verdict import conclude
 from rankscope.errors import RankscopeError, StudyError
-from rankscope.files import read_json, write_json
+from rankscope.files import read_json, write_atomic, write_json
 from rankscope.jobs.job import Job
 from rankscope.jobs.profiles import WHOLE, replace_profiles
 from rankscope.measure.machine import Site
 from rankscope.pipeline import judge_by
 from rankscope.spec.models import StudySpec
 from rankscope.spec.options import assemble, read_study_file, set_field
+from rankscope.spec.resolve import write_yaml
 from rankscope.study.folder import AGAIN, StudyFolder
 from rankscope.study.growth import RULES
-from rankscope.study.missing import ProfileJob, missing_profiles
-from rankscope.study.records import ProfileRecord
+from rankscope.study.missing import ProfileJob, missing_profiles, unfinished
+from rankscope.study.question import write_question
+from rankscope.study.records import Cut, ProfileRecord
 from rankscope.study.study import Study
+from rankscope.text.catalogue import load
 from rankscope.ui.watch import Watch
 from recording import RecordingProgress
-from small_study import run_small
+from small_study import OPTIONS, SETS, run_small
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "study-0.1"
 
@@ -292,6 +301,19 @@ def test_a_criterion_that_leads_to_no_verdict_is_not_kept(tmp_path: Path) -> Non
     with pytest.raises(StudyError, match="margin-of loss"):
         judge_by(Study.open(tmp_path / "study"), {"margin_of": "gain"})
     assert (tmp_path / "study" / "study.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize("own", [{"data__eval_dataset": "e"}, {"data__eval_split": "test"}, {}])
+def test_rows_of_an_evaluation_set_are_added(tmp_path: Path, own: dict[str, Any]) -> None:
+    study = Study.create(tmp_path / "study", ask(**own, data__eval_rows=5))
+    if not own:  # a split that was found beside `train`
+        facts = {"id": "d", "max_length": 9, "mean_length": 9.0, "rows_train": 9, "rows_eval": 5}
+        counts = ("truncated", "duplicates_dropped", "rows_without_label_dropped")
+        write_json(study.file("data", "facts.json"), facts | dict.fromkeys(counts, 0) | {"eval_id": "d"})
+    grown = study.grown(ask(**own, data__eval_rows=7))
+    assert grown.spec.data.eval_rows == 7
+    assert grown.log[0].added == {"data.eval_rows": [7]}
+    assert study.grown(ask(**own)).spec.data.eval_rows == 5, "a default adds nothing"
 
 
 # -- what is run
@@ -587,3 +609,188 @@ def test_a_study_that_is_watched_may_grow(study: Study) -> None:
     assert len(watch.state().trials) == 4
     Study.create(study.path, assemble(study.spec.model_dump(mode="json"), {"seeds": [7]})).publish()
     assert len(watch.state().trials) == 6
+
+
+# -- rows that are added
+
+
+OWN: dict[str, Any] = {"ranks": [2], "seeds": [0, 1], "margin_of": "loss"}
+
+
+def run_own(root: Path, folder: Path, out: Path, rows: int | None, **options: Any) -> Study:
+    """Run a study with an evaluation set of its own, of 40 rows."""
+    beside = folder / "eval.json"
+    if not beside.exists():
+        beside.write_text(json.dumps(json.loads(write_data(folder / "all.json", 160).read_text())[120:]))
+    sets = [one for one in SETS if "eval_rows" not in one] + ([f"data.eval_rows={rows}"] if rows else [])
+    asked = {"model": str(root / "model"), "dataset": str(root / "data.json"), "eval_dataset": [str(beside)]}
+    return rankscope.run(out=out, sets=sets, **(OPTIONS | asked | OWN | options))
+
+
+@pytest.fixture(scope="module")
+def of_ten(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """A study of ten rows of its evaluation set, with a curve and full fine-tuning."""
+    folder = tmp_path_factory.mktemp("own")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rankscope.pipeline.build", lambda *_, **__: Path())
+        return run_own(root, folder, folder / "ten", 10)
+
+
+@pytest.fixture
+def ten(of_ten: Study, tmp_path: Path) -> Study:
+    return Study.open(shutil.copytree(of_ten.path, tmp_path / "ten"))
+
+
+@pytest.fixture(scope="module")
+def of_thirty(root: Path, of_ten: Study) -> Study:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rankscope.pipeline.build", lambda *_, **__: Path())
+        return run_own(root, of_ten.path.parent, of_ten.path.parent / "thirty", 30)
+
+
+def files_of(study: Study, *names: str) -> dict[Path, int]:
+    return {file: file.stat().st_mtime_ns for name in names for file in study.path.glob(f"trials/*/{name}")}
+
+
+def same_losses(one: Study, other: Study) -> None:
+    found, expected = (study.results().set_index("trial") for study in (one, other))
+    for column in ("eval_loss", "eval_perplexity", "eval_accuracy", "train_loss"):
+        pd.testing.assert_series_equal(found[column], expected[column], atol=LOSS_OF_ONE_RUN, rtol=1e-5)
+    for table in ("examples", "untrained_examples"):
+        mine, theirs = getattr(one, table)(), getattr(other, table)()
+        pd.testing.assert_frame_equal(mine, theirs, atol=LOSS_OF_ONE_RUN, rtol=1e-5)
+    assert len(one.untrained_examples()) == one.data_facts["rows_eval"]
+
+
+@pytest.mark.usefixtures("no_report")
+def test_added_rows_are_evaluated_and_nothing_is_trained(
+    root: Path, of_ten: Study, of_thirty: Study, ten: Study
+) -> None:
+    ten.add_cuts([Cut(trial=ten.trials[0].name, adapter_sha256=ten.adapter_sha256(ten.trials[0]), rank=1,
+                      recover_steps=0, kept_energy=1.0, eval_loss=5.0, losses=[5.0], label_tokens=[1])])  # fmt: skip
+    trained, progress = files_of(ten, "metrics.jsonl", "adapter/*.safetensors"), RecordingProgress()
+    study = run_own(root, of_ten.path.parent, ten.path, 30, progress=progress)
+    assert files_of(study, "metrics.jsonl", "adapter/*.safetensors") == trained
+    assert not list(study.path.glob("packs/*/checkpoints"))
+    assert list(study.log[0].added.items()) == [("data.eval_rows", [30])]
+    tokens = [one.data_facts["tokens_sha256"] for one in (of_ten, of_thirty)]
+    assert study.log[0].tokens_sha256 == tokens
+    assert study.data_facts["tokens_sha256"] == tokens[1]
+    same_losses(study, of_thirty)
+    assert study.answers()["example"].isin(range(30)).all()
+    assert list(study.answers()["prompt"]) == list(of_thirty.answers()["prompt"]), "of the rows of now"
+    assert study.cuts().empty
+    assert "curve/curve.json is removed, since evaluation rows were added; `rankscope curve` makes it again." in (
+        progress.lines
+    )
+    assert study.data_facts["notes"][-1].startswith("evaluation rows were added: evaluations while earlier trials")
+    assert "2 trials are evaluated on the rows that were added; they are not trained again" in progress.lines
+    seen, again = files_of(study, "trial.json"), RecordingProgress()
+    run_own(root, of_ten.path.parent, ten.path, None, seeds=[0, 1, 5], progress=again)
+    study = Study.open(ten.path)
+    assert seen.items() <= files_of(study, "trial.json").items()
+    assert study.results()["eval_loss"].notna().all()
+    assert set(study.examples().groupby("trial").size()) == {30}, "an added seed has all rows"
+    assert not any("evaluated on the rows" in line for line in again.lines)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing catches it."""
+
+
+def in_this_process(path: Path, job: Job) -> RankscopeError | None:
+    importlib.import_module(job.module).work(path, json.loads(json.dumps(dict(job.content))))
+    return None
+
+
+@pytest.mark.usefixtures("no_report")
+@pytest.mark.parametrize(
+    ("where", "call"),
+    [
+        ("rankscope.pipeline.save", 1),  # the log has the rows, the tokens are those of before
+        ("rankscope.data.tokens.write_json", 1),  # facts.json is that of other tokens
+        ("rankscope.train.loop.file_hashes", 1),  # eval.json of the first trial is new, its trial.json is not
+        ("rankscope.train.loop.file_hashes", 2),
+    ],
+)
+def test_a_killed_run_is_finished_by_the_next(
+    of_thirty: Study, ten: Study, where: str, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, calls = files_of(ten, "metrics.jsonl", "adapter/*.safetensors"), list[int]()
+    module, name = where.rsplit(".", 1)
+    real = getattr(importlib.import_module(module), name)
+
+    def kills(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            raise Killed
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, kills)
+        with pytest.raises(Killed):
+            run(ten, does=in_this_process, data__eval_rows=30)
+    study = Study.open(ten.path)
+    assert study.spec.data.eval_rows == 30, "the log comes first"
+    statuses = list(study.results()["status"])
+    assert statuses == ["done"] * (call - 1) + ["interrupted"] * (3 - call)
+    rows = 30 if call == 2 else 0
+    assert len(study.examples()) == rows, "losses on other rows are not compared"
+    assert {trial.name for trial in unfinished(study)} == {trial.name for trial in study.trials[call - 1 :]}
+    run(study, does=in_this_process)
+    same_losses(Study.open(ten.path), of_thirty)
+    assert files_of(ten, "metrics.jsonl", "adapter/*.safetensors") == trained
+
+
+@pytest.mark.usefixtures("no_report")
+def test_what_is_unfinished_or_without_weights_is_trained_on_the_new_rows(ten: Study) -> None:
+    ten = ten.grown(assemble(ten.spec.model_dump(mode="json"), {}, ["reference.full=true"]))
+    ten.publish()
+    first, full = ten.trials[0], ten.reference_trials[0]
+    record = ten.trial_record(first)
+    record.model_copy(update={"status": "running"}).write(ten.trial_folder(first) / "trial.json")
+    (pack,) = ten.division().packs
+    checkpoints = ten.file("packs", pack, "checkpoints")
+    checkpoints.mkdir()
+    shutil.copytree(ten.trial_folder(first), ten.trial_folder(full))
+    record.model_copy(update=full.model_dump(mode="json")).write(ten.trial_folder(full) / "trial.json")
+    started: list[str] = []
+
+    def does(path: Path, job: Job) -> RankscopeError | None:
+        started.append(job.folder)
+        return in_this_process(path, job) if job.folder == "rows/0" else None
+
+    said = run(ten, does=does, data__eval_rows=30, measure__answers=0)
+    assert started == ["rows/0", *(f"reference/{one.name}" for one in ten.reference_trials)]
+    assert not checkpoints.exists()
+    assert not ten.trial_folder(full).exists()
+    assert f"Pack {pack} is trained from the start: evaluation rows were added" in said
+    assert f"{full.name} is trained again, since evaluation rows were added: the weights are not" in " ".join(said)
+    assert list(Study.open(ten.path).results()["status"])[1] == "done", "the other one is not trained by `run`"
+
+
+def test_rows_are_only_added_and_never_to_rows_that_are_held_out(
+    ten: Study, study: Study, invoke: Callable[..., str], tmp_path: Path
+) -> None:
+    file = (ten.path / "study.yaml").read_bytes()
+    for rows, found in ((5, 5), (10_000, 40)):
+        told = invoke("run", ten.path, "--dry-run", "--set", f"data.eval_rows={rows}", code=0 if found > 10 else 2)
+        assert ("2 trials would be evaluated on the rows" if found > 10 else "5 gives 5 rows, and") in told
+    assert f"--out {ten.path}-2" in invoke("run", ten.path, "--set", "data.eval_rows=9", code=2)
+    told = invoke("run", study.path, "--set", "data.eval_rows=24", code=2)
+    assert "12 there, 24 asked for: held-out rows are not trained on, and trials were trained on all others" in told
+    assert f"--out {study.path}-2" in told
+    other = write_data(tmp_path / "other.json", 119)
+    spec = ten.spec.model_copy(update={"data": ten.spec.data.model_copy(update={"id": str(other)})})
+    write_question(ten.path / "study.yaml", write_yaml(spec))
+    assert "not the rows that the study was trained on" in invoke("run", ten.path, "--set", "data.eval_rows=30", code=3)
+    write_atomic(ten.path / "study.yaml", file)
+    assert Study.open(ten.path).data_facts["rows_eval"] == 10
+
+
+def test_the_command_for_more_rows_works_as_printed(ten: Study, study: Study, invoke: Callable[..., str]) -> None:
+    verdict = {"outcome": "not_enough_evidence", "comparison": [1], "margin": 0.01, "margins": [], "seeds": 2}
+    for one, told in ((ten, "2 trials would be evaluated"), (study, "4 trials of 5 steps")):
+        step = next_step(verdict, one.evidence(), str(one.path), load("en"))
+        assert step is not None
+        assert told in invoke(*shlex.split(step.command)[1:], "--dry-run")

@@ -156,7 +156,8 @@ def test_a_guess_says_why_it_is_one() -> None:
          "To train longer, as another study", "--steps 800 --out 'my study-800-steps'"),
         ({"comparison": [], "diverged": [{"rank": 8}]}, [0, 1, 2], "To try a lower learning rate",
          "--learning-rates 5e-5,2e-4"),
-        ({"margins": []}, [0, 1, 2], "To hold out more rows", "--set data.eval_rows=2000"),
+        ({"margins": []}, [0, 1, 2], "To evaluate on more rows",
+         "--set data.eval_rows=2000 --out 'my study-2000-rows'"),
     ],
 )  # fmt: skip
 def test_the_command_that_would_settle_it(changes: dict[str, Any], seeds: list[int], title: str, command: str) -> None:
@@ -166,6 +167,20 @@ def test_the_command_that_would_settle_it(changes: dict[str, Any], seeds: list[i
     assert step is not None
     assert step.title == title
     assert step.command == f"rankscope run 'my study' {command}".rstrip()
+
+
+def test_rows_of_an_evaluation_set_are_added_while_it_has_more() -> None:
+    evidence = make_evidence(steps=8)
+    verdict = make_verdict(evidence, "not_enough_evidence") | {"margins": []}
+
+    def command(**facts: Any) -> str | None:
+        own = evidence._replace(data_facts=evidence.data_facts | facts)
+        step = next_step(verdict, own, "x", load("en"))
+        return step and step.command
+
+    assert command(eval_id="e", eval_rows_unused=5) == "rankscope run x --set data.eval_rows=2000"
+    assert command(eval_id="e", eval_rows_unused=0) is None
+    assert command(rows_eval=9_600) is None, "more than half of the rows would be held out"
 
 
 def test_a_wider_margin_that_would_do_is_proposed() -> None:

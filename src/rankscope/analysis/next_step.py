@@ -46,8 +46,12 @@ def next_step(verdict: Verdict, evidence: Evidence, directory: str, text: Catalo
     wider = [row["margin"] for row in verdict.get("margins", []) if row["margin"] > verdict["margin"] and row["rank"]]
     if wider:
         return step("margin", f"rankscope report {shlex.quote(directory)} --margin {percent(wider[0])}")
-    rows = evidence.data_facts.get("rows_eval")
-    return step("rows", f"{run} --set data.eval_rows={2 * rows}") if rows and not spec.data.eval_dataset else None
+    facts = evidence.data_facts
+    rows, others = facts.get("rows_eval", 0), facts.get("rows_train", 0)
+    command = f"{run} --set data.eval_rows={2 * rows}"
+    if "eval_id" in facts:  # a set of its own, of which the study takes more
+        return step("rows", command) if facts.get("eval_rows_unused") else None
+    return step("rows", f"{command} --out {shlex.quote(f'{directory}-{2 * rows}-rows')}") if others > 2 * rows else None
 
 
 def _seeds(seeds: Sequence[int], wanted: int) -> str:

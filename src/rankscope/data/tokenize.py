@@ -100,6 +100,7 @@ def tokenize(
         if evaluated is not None:
             facts |= {"eval_bad_rows_dropped": others.refused, "eval_duplicates_dropped": others.duplicates}
             facts["eval_without_label"] = others.without_label
+            facts["eval_rows_unused"] = int((~taken).sum())
     return TokenizedData(train, heldout, facts)
 
 

@@ -18,6 +18,7 @@ from rankscope.model.device import give_back_freed
 from rankscope.plan.packs import longest_first, work_of
 from rankscope.spec.candidates import Trial
 from rankscope.study.folder import FINISHED, Division
+from rankscope.study.missing import is_finished
 from rankscope.study.records import PackRecord
 from rankscope.train.loop import PackRun, train_pack
 from rankscope.train.probe import use_own_forward
@@ -31,7 +32,11 @@ def jobs(run: Run) -> list[Job]:
     if not plan.packs.keys() <= division.packs.keys():
         study.write_division(Division(division.packs | plan.packs, division.divided))
     for pack in plan.packs:
-        (study.path / "packs" / pack / "pack.json").unlink(missing_ok=True)  # of a run that was stopped
+        folder = study.file("packs", pack)
+        (folder / "pack.json").unlink(missing_ok=True)  # of a run that was stopped
+        if any(study.is_stale(study.saved_record(one)) for one in plan.packs[pack] if not is_finished(study, one)):
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            run.say(f"Pack {pack} is trained from the start: evaluation rows were added")
     return _jobs_of(run, plan.packs)
 
 

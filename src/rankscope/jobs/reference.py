@@ -31,6 +31,10 @@ NOT_SAVED = "the weights are not saved: they are as large as the model"
 
 def jobs(run: Run) -> list[Job]:
     """Return a job for each trial of full fine-tuning without a result."""
+    for trial in run.plan.reference:
+        if run.study.is_stale(run.study.saved_record(trial)):
+            shutil.rmtree(run.study.trial_folder(trial))
+            run.say(f"{trial.name} is trained again, since evaluation rows were added: {NOT_SAVED}")
     prediction = run.plan.prediction
     memory = prediction.base_bytes + GPU_HOST_BYTES
     if prediction.device == "cpu":

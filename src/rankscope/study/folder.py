@@ -12,6 +12,7 @@ NAME/
   profiles/r008.json          time and memory of each repeat of a rank's profile, with samples
   profiles/control.json       second profile of the lowest rank: the noise of every cost
   profiles/again/             the same files while `run --remeasure` measures all costs anew
+  rows/                       job.json, log.txt of evaluations on evaluation rows that were added
   failures.json               profiles and answers that did not finish when they were last tried, and why
   answers/                    answers.json: answers of the base and each candidate to the same held-out prompts
   curve/                      curve.json: held-out losses of the largest rank's adapters, truncated to lower ranks
@@ -45,6 +46,7 @@ NOT_ENDED = ("pending", "running")
 
 TRIAL_FILES = ("metrics.jsonl", "untrained.json", "eval.json", "adapter/*")  # with a hash in trial.json at its end
 CURVE = "curve/curve.json"
+OF_HELD_OUT = ("untrained.json", "eval.json")  # files of a trial with its losses on held-out rows
 ANSWERS = "answers"  # key of the answers in failures.json
 AGAIN = "profiles/again"  # profiles of `run --remeasure`, until all are measured
 
@@ -181,9 +183,25 @@ class StudyFolder:
             records.FailuresRecord(failures=after).write(self.file("failures.json"))
 
     def trial_record(self, trial: AnyTrial) -> records.TrialRecord:
-        """trial.json; its status is `pending` before the trial has begun."""
+        """trial.json; its status is `pending` before the trial has begun.
+
+        Without results, and as `interrupted`, where these are on fewer evaluation rows than the study has by now.
+        """
+        record = self.saved_record(trial)
+        if record.status not in FINISHED or not self.is_stale(record):
+            return record
+        kept = {name: sha256 for name, sha256 in (record.files or {}).items() if name not in OF_HELD_OUT}
+        reason = "not yet evaluated on the rows that were added"
+        return record.model_copy(update={"status": "interrupted", "reason": reason, "results": None, "files": kept})
+
+    def saved_record(self, trial: AnyTrial) -> records.TrialRecord:
+        """trial.json as it is on the disk, or a record that is `pending`."""
         file = self.trial_folder(trial) / "trial.json"
         return records.TrialRecord.find(file) or records.TrialRecord(status="pending")
+
+    def is_stale(self, record: records.TrialRecord) -> bool:
+        """Whether evaluation rows were added since the trial began, or was last evaluated."""
+        return record.tokens_sha256 in {entry.tokens_sha256[0] for entry in self.log if entry.tokens_sha256}
 
     def with_known_model(self) -> Trial | None:
         """First trial that has begun; its record has the fingerprint of the study's model."""

@@ -16,6 +16,7 @@ from rankscope.errors import StudyError
 from rankscope.spec.models import StudySpec
 from rankscope.spec.options import set_field
 from rankscope.spec.resolve import resolve_spec
+from rankscope.study.records import FactsRecord
 
 
 class Rule(NamedTuple):
@@ -45,7 +46,7 @@ RULES = {
     "model.device": Rule("free", "where it trains is logged"),
     "training.steps": Rule("fixed", "in a longer schedule every step has another learning rate"),
     "training.epochs": Rule("fixed", "in a longer schedule every step has another learning rate"),
-    "data.eval_rows": Rule("fixed", "held-out rows are not trained on, and all trials are judged on the same rows"),
+    "data.eval_rows": Rule("grows", "finished trials are evaluated on more of the set; held-out rows are fixed"),
     "data.eval_dataset": Rule("fixed", "all trials are judged on the same rows"),
     "data.eval_split": Rule("fixed", "all trials are judged on the same rows"),
 }
@@ -55,6 +56,7 @@ OF_VARIANTS = {"adapter.loraplus_lr_ratio": "loraplus", "adapter.rank_pattern": 
 """Fields that only a variant reads: they are fixed once the study has it."""
 
 _FIXED = Rule("fixed", "")
+_HELD_OUT = Rule("fixed", "held-out rows are not trained on, and trials were trained on all others")
 
 
 class Growth(NamedTuple):
@@ -74,27 +76,37 @@ def grow(spec: StudySpec, asked: StudySpec, path: Path) -> Growth:
         unasked = field not in given or (field in ("model.device", "model.dtype") and value == "auto")
         if unasked or value == before[field]:
             continue
-        rule = rule_of(field, spec)
+        rule = rule_of(field, spec, path)
         if rule.kind == "fixed":
             why = f": {rule.reason}" if rule.reason else ""
             conflicts.append(f"{field}: {before[field]!r} there, {value!r} asked for{why}")
         elif rule.kind == "free":
             set_field(values, field, value)
+        elif field == "data.eval_rows":
+            added[field] = [value]
+            set_field(values, field, value)
         elif new := [one for one in _several(value) if one not in _known(spec, field)]:
             added[field] = new
             set_field(values, field, True if value is True else [*_known(spec, field), *new])
     if conflicts:
-        free = next(other for n in count(2) if not (other := path.with_name(f"{path.name}-{n}")).exists())
         raise StudyError(
             f"{path} holds another study:\n" + "\n".join(f"  - {line}" for line in conflicts),
-            f"Give this one a directory of its own, --out {quote(str(free))}, or leave these fields as they are: "
+            f"Give this one a directory of its own, --out {free_name(path)}, or leave these fields as they are: "
             f"`rankscope run {quote(str(path))}` takes them from there.",
         )
     return Growth(resolve_spec(values, f"what {path} would become"), added)
 
 
-def rule_of(field: str, spec: StudySpec) -> Rule:
-    """Rule of a field such as `training.steps` in the study `spec`."""
+def free_name(path: Path) -> str:
+    """First of PATH-2, PATH-3, ... that does not exist, as a shell takes it."""
+    return quote(str(next(other for n in count(2) if not (other := path.with_name(f"{path.name}-{n}")).exists())))
+
+
+def rule_of(field: str, spec: StudySpec, path: Path) -> Rule:
+    """Rule of a field such as `training.steps` in the study `spec` in the directory `path`."""
+    if field == "data.eval_rows" and not (spec.data.eval_dataset or spec.data.eval_split):
+        facts = FactsRecord.find(path / "data" / "facts.json")
+        return RULES[field] if facts and facts.eval_id else _HELD_OUT
     if field in OF_VARIANTS and OF_VARIANTS[field] not in spec.variants:
         return Rule("free", "no trial depends on it")
     return RULES.get(field) or RULES.get(field.partition(".")[0], _FIXED)

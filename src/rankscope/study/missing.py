@@ -27,8 +27,14 @@ def missing_trials(study: StudyFolder) -> list[Trial]:
 
 
 def is_finished(study: StudyFolder, trial: AnyTrial) -> bool:
-    """Whether a trial has a result."""
-    return study.trial_record(trial).status in FINISHED
+    """Whether a trial has a result. One of full fine-tuning, whose weights are not kept, has none on added rows."""
+    record = study.trial_record(trial) if isinstance(trial, FullTrial) else study.saved_record(trial)
+    return record.status in FINISHED
+
+
+def unevaluated(study: StudyFolder) -> list[Trial]:
+    """Finished trials whose results are on fewer evaluation rows than the study has by now."""
+    return [t for t in study.trials if is_finished(study, t) and study.trial_record(t).status not in FINISHED]
 
 
 def missing_reference(study: StudyFolder) -> list[FullTrial]:

@@ -141,6 +141,7 @@ class FactsRecord(Record):
     duplicates_dropped: int
     rows_without_label_dropped: int
     mean_length: float
+    eval_id: str | None = None  # the evaluation set, where it is one of its own
     answers_cut_off: int = 0
     notes: list[str] = []
     warnings: list[str] = []
@@ -184,6 +185,7 @@ class LogEntry(Record):
     version: str  # of rankscope
     added: dict[str, list[Any]] = {}  # values by field of the question
     changed: dict[str, dict[str, list[Any]]] = {}  # of `machine` and `versions`: [before, now] by field
+    tokens_sha256: list[str] = []  # of the tokens, where evaluation rows were added: [before, now]
 
 
 class ProfileRecord(Record):

@@ -21,7 +21,7 @@ from rankscope.lora.saved import peft_fault
 from rankscope.model.device import free_bytes, synchronize
 from rankscope.spec.candidates import AnyTrial, Trial
 from rankscope.spec.models import StudySpec, TrainingSpec
-from rankscope.study.folder import FINISHED, TRIAL_FILES
+from rankscope.study.folder import FINISHED, OF_HELD_OUT, TRIAL_FILES
 from rankscope.study.records import EvalRecord, Examples, TrialRecord
 from rankscope.train.checkpoint import load_checkpoint, save_checkpoint
 from rankscope.train.engine import LOGIT_BYTES, Engine, ExampleLosses, PackedEngine, PeftEngine, tokens_per_forward
@@ -35,6 +35,7 @@ from rankscope.train.step import (
     eval_steps,
     finite_weights,
     leave_out_unreached,
+    load_trained_adapter,
     make_train_state,
     save_trained_adapter,
     total_steps,
@@ -395,9 +396,7 @@ def _finish(
         "trainable_params": sum(parameter.numel() for parameter in state.parameters),
         "adapter_bytes": adapter_bytes,
         "train_loss": sum(step.loss for step in tail) / len(tail),
-        "eval_loss": held_out.mean,
-        "eval_perplexity": math.exp(min(held_out.mean, 700.0)),
-        "eval_accuracy": held_out.accuracy,
+        **_held_out_results(held_out),
         "general_loss_before": general[0],
         "general_loss_after": general[1],
         "train_seconds": tally.step_seconds,
@@ -405,3 +404,31 @@ def _finish(
         "tokens_per_second": tokens / tally.step_seconds,
     }
     record(trial, "done", results=results, fault=fault)
+
+
+def _held_out_results(losses: ExampleLosses) -> dict[str, float]:
+    perplexity = math.exp(min(losses.mean, 700.0))
+    return {"eval_loss": losses.mean, "eval_perplexity": perplexity, "eval_accuracy": losses.accuracy}
+
+
+def evaluate_anew(
+    engine: Engine, state: TrainState, folder: Path, data: TokenizedData, untrained: ExampleLosses
+) -> None:
+    """Replace the held-out losses of a trial that has ended, in `folder`, by those on the rows of `data`.
+
+    `untrained` has the base model's. trial.json, with the hash of `data`, comes last. metrics.jsonl stays.
+    """
+    record, found = TrialRecord.find(folder / "trial.json"), dict[str, Any]()
+    assert record is not None  # the trial has ended
+    EvalRecord(step=0, examples=_examples(untrained)).write(folder / "untrained.json")
+    if record.results is not None:
+        load_trained_adapter(state, folder / "adapter")
+        (losses,) = engine.evaluate(data.eval, [state.trial.name])
+        if math.isfinite(losses.mean):
+            steps = int(record.results.steps or 0)
+            EvalRecord(step=steps, examples=_examples(losses)).write(folder / "eval.json")
+            found = {"results": record.results.model_copy(update=_held_out_results(losses))}
+        else:
+            found = {"status": "diverged", "reason": "held-out loss not finite on added rows", "results": None}
+    files = (record.files or {}) | file_hashes(folder, OF_HELD_OUT)
+    record.model_copy(update=found | {"files": files, "tokens_sha256": data.sha256}).write(folder / "trial.json")

@@ -1,6 +1,7 @@
 """Tokens of a study's data, prepared once for all trials."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from textwrap import indent
 from typing import Any
 
@@ -9,11 +10,12 @@ from rankscope.data.cache import prepare_cached
 from rankscope.data.doubts import data_warnings
 from rankscope.data.general import with_general_text
 from rankscope.data.tokens import TokenizedData, load, sha256_of
-from rankscope.errors import DataError
+from rankscope.errors import DataError, StudyError
 from rankscope.model.load import load_config, load_tokenizer, most_positions
 from rankscope.spec.candidates import name_or_names
 from rankscope.spec.models import EMBEDDED, StudySpec
 from rankscope.study.folder import StudyFolder
+from rankscope.study.growth import free_name
 from rankscope.text.catalogue import load as load_catalogue
 
 LEFT_OUT = {
@@ -43,21 +45,44 @@ def prepare_data(spec: StudySpec) -> TokenizedData:
 def study_data(spec: StudySpec, study: StudyFolder | None) -> TokenizedData:
     """Return the tokens that a study has saved, or prepare those of a study that has none yet.
 
+    Where `spec`, the question of `study`, adds evaluation rows, the newest entry of its log has the hashes of the
+    tokens before and now.
+
     Raises:
         DataError: the data cannot be used, or trials were trained on other tokens.
+        StudyError: the study has as many evaluation rows already.
     """
     if study is None:
         return prepare_data(spec)
-    saved = study.path / "data"
-    data = load(saved) if (saved / "facts.json").exists() else prepare_data(spec)
-    sha256 = sha256_of(data)
-    for trial in study.all_trials():
-        if (study.trial_record(trial).tokens_sha256 or sha256) != sha256:
-            raise DataError(
-                f"{spec.data.name}: not the rows that {trial.name} was trained on",
-                "Give the rows that the study began with, or choose another --out.",
-            )
-    return data
+    begun = StudyFolder.open(study.path)  # as it is on the disk
+    saved, known = study.file("data"), [sha256 for entry in begun.log for sha256 in entry.tokens_sha256]
+    data = load(saved) if (saved / "facts.json").exists() else prepare_data(begun.spec)
+    if sha256_of(data) in known[:-1]:  # stopped before those with more evaluation rows were saved
+        data = prepare_data(begun.spec)
+    sha256, rows = sha256_of(data), len(data.eval)
+    trained_on = {trial.name: study.saved_record(trial).tokens_sha256 for trial in study.all_trials()}
+    wrong = [name for name, one in trained_on.items() if one not in {None, sha256, *known}]
+    wrong += [] if sha256 in (known or [sha256])[-1:] else ["the study"]
+    more = data
+    if not wrong and spec.data.eval_rows != begun.spec.data.eval_rows:
+        more = prepare_data(spec)
+        one, other = (sha256_of(replace(each, eval=data.eval, sha256="")) for each in (data, more))
+        wrong += [] if one == other else ["the study"]
+    if wrong:
+        raise DataError(
+            f"{spec.data.name}: not the rows that {wrong[0]} was trained on",
+            "Give the rows that the study began with, or choose another --out.",
+        )
+    if more is data:
+        return data
+    if len(more.eval) <= rows:
+        raise StudyError(
+            f"data.eval_rows: {spec.data.eval_rows} gives {len(more.eval):,} rows, and {study.path} is evaluated on "
+            f"{rows:,} already",
+            f"Rows are only added: give more, or another directory, --out {free_name(study.path)}.",
+        )
+    study.log[-1].tokens_sha256 = [sha256, sha256_of(more)]
+    return more
 
 
 def describe_data(facts: Mapping[str, Any]) -> str:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -138,6 +140,16 @@ def save_trained_adapter(state: TrainState, folder: Path) -> int | None:
     if state.config is None:
         return None
     return save_adapter(*as_plain_lora(state.weights, state.initial, state.config), folder)
+
+
+def load_trained_adapter(state: TrainState, folder: Path) -> None:
+    """Fill a trial's weights, and the initial ones that it has, from what `save_trained_adapter` wrote."""
+    for name, tensor in load_file(folder / SAFETENSORS_WEIGHTS_NAME).items():  # without layers that no token reaches
+        if name in state.initial:  # see `as_plain_lora`
+            is_a = ".lora_A." in name
+            tensor, initial = tensor.chunk(2, dim=0 if is_a else 1)
+            state.initial[name].copy_(initial if is_a else -initial)
+        state.weights[name].data.copy_(tensor)
 
 
 def make_scheduler(optimizer: Optimizer, training: TrainingSpec, steps: int) -> LambdaLR:

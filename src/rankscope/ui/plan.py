@@ -15,7 +15,7 @@ from rankscope.plan.plan import Plan, imagined_gpu, make_fleet, make_plan
 from rankscope.plan.runtime import COUNTED, NOT_COUNTED, StudyForecast, study_seconds
 from rankscope.spec.models import StudySpec
 from rankscope.study.folder import StudyFolder
-from rankscope.study.missing import is_finished
+from rankscope.study.missing import is_finished, unevaluated
 from rankscope.study.study import Study
 from rankscope.text.catalogue import load
 from rankscope.text.coverage import coverage_sentences
@@ -58,10 +58,11 @@ def show_plan(plan: Plan, study: StudyFolder | None, as_json: bool, rows: int = 
     else:
         _print_plan(plan, rows)
     if study is not None:
-        done = sum(is_finished(study, trial) for trial in study.trials)
+        done, stale = sum(is_finished(study, trial) for trial in study.trials), len(unevaluated(study))
         (error_console if as_json else out_console).print(
             f"{study.path} has {done} of the {len(study.trials)} trials; {len(plan.profiles)} repeats of profiles and "
             f"{len(plan.reference)} trials of full fine-tuning are missing too. A run would do what is missing."
+            + (f" {stale} trials would be evaluated on the rows that are added." if stale else "")
             + (f" {plan.unmeasured}" if plan.unmeasured else ""),
             soft_wrap=True,
         )
