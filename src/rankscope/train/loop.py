@@ -27,7 +27,7 @@ from rankscope.train.checkpoint import load_checkpoint, save_checkpoint
 from rankscope.train.engine import LOGIT_BYTES, Engine, ExampleLosses, PackedEngine, PeftEngine, tokens_per_forward
 from rankscope.train.flops import Cost, count_cost
 from rankscope.train.optimizer import state_sizes
-from rankscope.train.probe import check_causal, make_packable, probe_tokens
+from rankscope.train.probe import check_causal, make_packable, padding_matters, probe_tokens
 from rankscope.train.recompute import recompute_layers
 from rankscope.train.step import (
     StepMetrics,
@@ -73,7 +73,10 @@ def choose_engine(model: PreTrainedModel, states: Sequence[TrainState], training
         except NotPackable as error:
             name, reason = type(model).__name__, str(error.reason)
             log.warning("%s cannot be packed: %s. Its trials are trained by PEFT's forward.", name, reason)
-    if engine.name == "peft":
+    if isinstance(engine, PeftEngine):
+        if padding_matters(model):
+            log.warning("%s gives padded rows other logits: its forwards have one row each", type(model).__name__)
+            engine.batch_size = 1
         recompute_layers(model)
     tokens = probe_tokens(model)
     counted = {name: count_cost(model, name, engine.forward, tokens) for name in names}

@@ -25,7 +25,7 @@ from rankscope.errors import ModelError
 from rankscope.lora.layout import NotPackable, Slice, Unpackable, flatten
 from rankscope.lora.packed import pack_layers, trunk_name, unpack_layers
 from rankscope.train.attention import NAME
-from rankscope.train.engine import PackedEngine
+from rankscope.train.engine import PackedEngine, pad
 from rankscope.train.mixers import divide_mixers, join_mixers
 from rankscope.train.recompute import keep_layers, recompute_layers
 
@@ -102,6 +102,17 @@ def make_packable(model: PreTrainedModel, adapters: Sequence[str]) -> None:
             use_own_forward(model, own_attention)
             log.info("not packed with attention %s: %s", attention or own_attention, reasons[-1])
     raise reasons[0]
+
+
+@torch.no_grad()
+def padding_matters(model: PreTrainedModel) -> bool:
+    """Whether a row's logits, by the model's own forward, change where a longer row makes it be padded (ProphetNet)."""
+    tokens = probe_tokens(model, (max(_LENGTHS), min(_LENGTHS)))
+    ids, mask, _ = pad(tokens, range(2), model.device)
+    with in_float32(model):
+        alone = _own_logits(model, tokens[1].ids)
+        padded = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[1, : len(alone)].float()
+    return not _difference(alone, padded) <= NEARNESS
 
 
 @contextmanager
