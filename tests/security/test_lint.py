@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from rankscope.spec.models import ModelSpec
+
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 
@@ -66,6 +68,9 @@ def ruff(code: str) -> list[tuple[int, str]]:
     return [(finding["location"]["row"], finding["code"]) for finding in json.loads(done.stdout)]
 
 
+SAFETENSORS = ("True", "not checks.is_gguf(spec)")
+
+
 def unsafe(code: str) -> Iterator[str]:
     """Yield what code does that could execute another file's content."""
     for node in ast.walk(ast.parse(code)):
@@ -81,10 +86,11 @@ def unsafe(code: str) -> Iterator[str]:
                 if given[name] != ("True" if name == "weights_only" else "False"):
                     yield f"gives {name}={given[name]}"
             loads = called.endswith((".from_pretrained", ".from_config"))
-            if loads and called != "AutoHfQuantizer.from_config":  # which only chooses how to quantize
-                if "trust_remote_code" not in given and given.get(None) != "SAFE":
+            # These choose how to quantize, and read JSON.
+            if loads and called not in ("AutoHfQuantizer.from_config", "LoraConfig.from_pretrained"):
+                if "trust_remote_code" not in given and given.get(None) != "checks.source(spec)":
                     yield f"{called} without trust_remote_code=False"
-                if "ForCausalLM.from_pretrained" in called and given.get("use_safetensors") != "True":
+                if "ForCausalLM.from_pretrained" in called and given.get("use_safetensors") not in SAFETENSORS:
                     yield f"{called} without use_safetensors=True"
 
 
@@ -138,7 +144,9 @@ def test_nobody_silences_these_rules_unseen() -> None:
     assert not [file for file in SOURCES if "noqa: TID251" in file.read_text()]
 
 
-def test_the_models_arguments_are_what_they_are_called() -> None:
-    from rankscope.model import load
+def test_the_models_arguments_are_what_they_are_called(tmp_path: Path) -> None:
+    from rankscope.model import checks
 
-    assert load.SAFE == {"trust_remote_code": False}
+    (tmp_path / "a.gguf").touch()
+    for name in ("org/name", str(tmp_path), str(tmp_path / "a.gguf")):
+        assert checks.source(ModelSpec(id=name))["trust_remote_code"] is False

@@ -78,10 +78,10 @@ def test_small_states_are_exact() -> None:
 @pytest.mark.parametrize("optim", ["paged_adamw_32bit", "paged_adamw_8bit"])
 def test_a_cpu_has_nothing_to_page(optim: str) -> None:
     training = TrainingSpec(optim=optim)  # type: ignore[arg-type]
-    with pytest.raises(StudyError, match="moves states from a GPU"):
+    with pytest.raises(StudyError, match="moves states from a CUDA GPU"):
         check_optimizer(training, torch.device("cpu"))
     check_optimizer(training, torch.device("cuda"))
-    with pytest.raises(StudyError, match="moves states from a GPU"):
+    with pytest.raises(StudyError, match="moves states from a CUDA GPU"):
         predict(study(optim))
     assert predict(study(optim), torch.device("cuda")).device == "cuda"
 

@@ -164,7 +164,8 @@ def test_the_profile_that_is_measured(study: Study) -> None:
     assert (state.doing, state.profile, state.profiles_done) == ("profile", None, state.profiles - 1)
     write_json(study.path / "profiles" / "jobs" / name / "job.json", {"kind": "profile"})
     assert LiveStudy(study).read().profile == name
-    file.touch()
+    later = os.path.getmtime(study.path / "profiles" / "jobs" / name / "job.json") + 1
+    os.utime(file, (later, later))
     assert LiveStudy(study).read().profile is None, "it is recorded"
     os.utime(file, (1, 1))
     os.utime(study.path / "profiles" / "jobs" / name / "job.json", (2, 2))

@@ -138,9 +138,10 @@ def load_model(spec: ModelSpec, attention: str | None = None) -> PreTrainedModel
         options["device_map"] = {"": device}
     if spec.quantization:
         options["quantization_config"] = quantization
-    options["use_safetensors"] = not checks.is_gguf(spec)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(config=config, dtype=dtype, **options, **checks.source(spec))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            config=config, dtype=dtype, use_safetensors=not checks.is_gguf(spec), **options, **checks.source(spec)
+        )
     except Exception as error:
         raise loading_error(spec, "model", error) from error
     model, loading = loaded

@@ -177,8 +177,10 @@ def assemble(
     merged = copy.deepcopy(dict(values))
     if options.get("alpha") is not None and options.get("alphas") is not None:
         raise StudyError("alpha and alphas are the same field", "Give one of them.")
-    if options.get("adapter_config") is not None:
-        for field, value in read_adapter_config(Path(options["adapter_config"])).items():
+    if (config := options.get("adapter_config")) is not None:
+        if not isinstance(config, str | Path):
+            raise StudyError(f"adapter_config: {config!r} is no path", "Give an adapter_config.json, or its folder.")
+        for field, value in read_adapter_config(Path(config)).items():
             set_field(merged, field, value)
     for option, value in options.items():
         if option not in OPTIONS:
