@@ -97,6 +97,7 @@ SLOWLY = [pytest.param(how, marks=pytest.mark.slow) for how in (signal.SIGTERM, 
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, *SLOWLY], ids=lambda how: how.name)
+@pytest.mark.slow
 def test_a_run_that_is_stopped_goes_on(folder: Path, how: signal.Signals) -> None:
     """In mid-training: nothing half-made passes for done, the child ends too, the same command finishes. A run that is
     asked to stop goes on from where it was; as in a terminal, SIGINT reaches the child too."""

@@ -18,6 +18,8 @@ from rankscope.study.study import Study
 from rankscope.ui.console import PlainConsole
 from recording import RecordingProgress
 
+pytestmark = pytest.mark.slow  # whole studies
+
 OPTIONS: dict[str, Any] = {
     "ranks": [2, 4, 8],
     "seeds": [0],

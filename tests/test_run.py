@@ -146,6 +146,7 @@ def test_run_again_does_only_what_is_missing(study: Study, root: Path, tmp_path:
     )  # alone, where it was packed before
 
 
+@pytest.mark.slow
 def test_isolated_trials_have_a_process_each(root: Path, tmp_path: Path) -> None:
     options = OPTIONS | {"ranks": [2], "seeds": [0], "learning_rates": [1e-3, 5e-3], "steps": 2}
     study = rankscope.run(

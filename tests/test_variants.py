@@ -18,6 +18,8 @@ from rankscope.resize.pattern import propose
 from rankscope.study.study import Study
 from recording import RecordingProgress
 
+pytestmark = pytest.mark.slow  # whole studies
+
 VARIANTS = ["pissa", "dora"]
 
 

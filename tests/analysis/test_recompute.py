@@ -22,6 +22,8 @@ from rankscope.study.question import write_question
 from rankscope.study.study import Study
 from study.planting import plant_trial
 
+pytestmark = pytest.mark.slow  # whole studies
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "recompute.py"
 
 

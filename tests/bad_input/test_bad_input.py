@@ -352,6 +352,7 @@ def test_a_folder_for_a_study(here: Path, capsys: pytest.CaptureFixture[str], mo
     check(capsys, monkeypatch, 2, ["study.yaml: cannot be read", "path of a .yaml file"], "study.yaml")
 
 
+@pytest.mark.slow
 def test_the_same_from_a_process_of_its_own(here: Path) -> None:
     (here / "a.json").write_text("")
     command = [sys.executable, "-m", "rankscope.cli", "run", "--model", "model", "--dataset", "a.json", "--ranks", "2"]

@@ -184,6 +184,7 @@ def test_the_error_of_a_failed_job_names_the_studys_files(
     assert (path / "profiles" / "r002.json").read_text() == "no JSON"
 
 
+@pytest.mark.slow
 def test_ray_trains_bitwise_as_this_machine_alone(
     root: Path, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,7 @@ def difference(column: str, plain: list[dict[str, Any]], changed: list[dict[str,
     return float(after - before)
 
 
+@pytest.mark.slow
 def test_a_step_that_takes_longer_is_measured(spec: StudySpec, data: TokenizedData) -> None:
     spent: list[float] = []
 

@@ -202,6 +202,7 @@ def study(folder: Path, kind: str | None, **values: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_memory_is_predicted_over_a_quantized_base(kind: str, tmp_path: Path) -> None:
     """On few tokens one dequantized layer is larger than their activations."""
     torch.manual_seed(0)

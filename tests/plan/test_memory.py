@@ -71,6 +71,7 @@ def test_the_parts_are_what_can_be_counted(engine: str) -> None:
     assert known + tracked < found.parts.total <= known + adapter + 2 * tracked
 
 
+@pytest.mark.slow
 def test_what_depends_on_rank_is_proportional_to_it() -> None:
     """Predictions of two ranks then give the largest rank that fits."""
     spec, tokens = embedded(), rows_of(*[60, 90, 40, 70] * 6)
@@ -87,6 +88,7 @@ def test_what_depends_on_rank_is_proportional_to_it() -> None:
     assert slopes == [slopes[0]] * 3
 
 
+@pytest.mark.slow
 def test_a_forward_that_must_be_small_takes_less() -> None:
     spec, tokens = embedded(), rows_of(*[100] * 24)
     prediction = predict(spec)
@@ -105,6 +107,7 @@ def test_a_sequence_that_is_recomputed_takes_less_than_one_that_is_kept() -> Non
     assert recomputed.parts.activations < 0.8 * kept.parts.activations
 
 
+@pytest.mark.slow
 def test_a_pack_takes_more_than_its_trials_and_less_than_their_sum() -> None:
     spec, tokens = embedded(), rows_of(*[60] * 24)
     together = predict_peak(spec, predict(spec), spec.trials(), tokens, PLENTY)
@@ -139,6 +142,7 @@ def test_the_forward_by_peft_is_predicted_where_a_model_cannot_be_packed(tmp_pat
     assert costs._replace(engine_reason=None) == predict(by_peft)
 
 
+@pytest.mark.slow
 def test_dropout_keeps_its_masks() -> None:
     without, tokens = embedded(), rows_of(*[60] * 24)
     with_dropout = without.model_copy(update={"adapter": without.adapter.model_copy(update={"lora_dropout": 0.1})})
@@ -166,6 +170,7 @@ def test_the_largest_rank_is_that_of_brute_force(free: int) -> None:
     assert 0 <= expected <= 256
 
 
+@pytest.mark.slow
 def test_the_largest_rank_that_fits_is_at_most_the_full_rank() -> None:
     spec = embedded().model_copy(update={"ranks": (8,)})  # one rank alone: a second one is looked at for the slope
     tokens = rows_of(*[60] * 24)
@@ -232,6 +237,7 @@ def exactly(costs: CostModel) -> CostModel:
 
 
 @pytest.mark.parametrize("deep", DEEP_PARAMS, indirect=True)
+@pytest.mark.slow
 def test_a_few_layers_stand_for_all(deep: StudySpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes by part, FLOPs and products are those of the whole model; also where sequences are recomputed."""
     tokens = rows_of(*[20, 30, 25, 17] * 6)
@@ -349,6 +355,7 @@ def test_the_prediction_is_near_what_is_measured(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("engine", ["packed", "peft"])
+@pytest.mark.slow
 def test_gradient_checkpointing_is_planned_where_a_sequence_would_not_fit(
     engine: str, device: str, tmp_path: Path
 ) -> None:

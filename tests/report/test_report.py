@@ -293,6 +293,7 @@ def test_nothing_has_run_yet(tmp_path: Path) -> None:
     assert "nan" not in page.text
 
 
+@pytest.mark.slow
 def test_a_rebuilt_report_keeps_no_figure_that_it_no_longer_has(evidence: Evidence, tmp_path: Path) -> None:
     build(evidence, make_verdict(evidence), tmp_path)
     build(evidence._replace(profiles=pd.DataFrame(), samples=pd.DataFrame()), make_verdict(evidence), tmp_path)

@@ -102,6 +102,7 @@ def test_the_best_is_found_and_kept(found: tuple[Search, dict[str, Any]]) -> Non
     )
 
 
+@pytest.mark.slow
 def test_a_finished_candidate_is_the_same_trial_of_a_run(found: tuple[Search, dict[str, Any]], tmp_path: Path) -> None:
     """Its held-out loss, its training losses and its weights."""
     search, result = found
@@ -227,6 +228,7 @@ def test_the_confirming_study_runs_the_best_with_new_seeds(found: tuple[Search, 
     assert study.training == search.spec.study.training
 
 
+@pytest.mark.slow
 def test_a_search_that_is_done_is_told_again_and_a_larger_budget_goes_on(
     root: Path, found: tuple[Search, dict[str, Any]], tmp_path: Path
 ) -> None:

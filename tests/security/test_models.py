@@ -212,6 +212,7 @@ def test_the_name_of_a_builder_is_no_data_set(tmp_path: Path, monkeypatch: pytes
             load_records(DataSpec(id=name))
 
 
+@pytest.mark.slow
 def test_the_hub_s_commit_is_known(model: Path, tmp_path: Path) -> None:
     """A process without network, with one model in its hub cache."""
     repository = tmp_path / "hub" / "models--someone--tiny"

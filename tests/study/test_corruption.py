@@ -90,6 +90,7 @@ def copied(study: Study, tmp_path: Path) -> Path:
     return Path(shutil.copytree(study.path, tmp_path / "study", ignore=shutil.ignore_patterns("report")))
 
 
+@pytest.mark.slow
 def test_every_corruption_is_detected_or_harmless(study: Study, known: dict[str, Any], tmp_path: Path) -> None:
     copy, rng, detected, tried = copied(study, tmp_path), random.Random(0), 0, 0
     names = [file.relative_to(copy) for file in files(copy)]

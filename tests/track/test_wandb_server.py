@@ -60,6 +60,7 @@ def check(server: WandbServer, study: Study) -> None:
     assert [row["_step"] for row in rows] == sorted({row["_step"] for row in rows})
 
 
+@pytest.mark.slow
 def test_online_a_run_goes_on_where_it_was(
     server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,6 +76,7 @@ def test_online_a_run_goes_on_where_it_was(
         assert not file.is_file() or SECRETS["WANDB_API_KEY"].encode() not in file.read_bytes()
 
 
+@pytest.mark.slow
 def test_what_was_written_offline_is_synced_whole(server: WandbServer, tmp_path: Path) -> None:
     study = interrupt_and_go_on(tmp_path / "study", RecordingProgress())
     assert not server.runs

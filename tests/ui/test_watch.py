@@ -126,6 +126,7 @@ def test_nothing_to_wait_for_is_an_error(running: Running) -> None:
         watch_terminal(Watch(running.study, "en"), Console())
 
 
+@pytest.mark.slow
 def test_the_page_follows_a_run(
     browser: Browser, server: ThreadingHTTPServer, running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
