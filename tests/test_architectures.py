@@ -20,7 +20,7 @@ def benchmark() -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of what the reference reads
-@pytest.mark.parametrize(("name", "engine"), [("gpt2", "packed"), ("bloom", "peft")])
+@pytest.mark.parametrize(("name", "engine"), [("gpt2", "packed"), ("bloom", "peft"), ("prophetnet", "peft")])
 def test_an_architecture_trains_as_transformers_and_peft_do(
     benchmark: dict[str, Any], name: str, engine: str, tmp_path: Path
 ) -> None:
