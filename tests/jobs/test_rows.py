@@ -46,6 +46,7 @@ def run(study: Study, does: Any = rows.work, devices: int = 1) -> tuple[list[Job
     return launcher.started, said
 
 
+@pytest.mark.slow
 def test_every_variant_has_the_losses_that_its_training_ended_with(stale: Study) -> None:
     before = {trial.name: stale.saved_record(trial) for trial in stale.trials}
     examples = {trial.name: stale.held_out(trial) for trial in stale.trials}

@@ -249,6 +249,7 @@ KILLED = KilledError("profile r002 was killed (signal 9)")
 NO_MEMORY = OutOfMemoryError("MemoryError: no more")
 
 
+@pytest.mark.slow
 def test_a_profile_that_fails_is_recorded_told_and_measured_again(
     study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -510,6 +510,7 @@ def test_what_a_killed_remeasure_leaves_is_removed_by_a_run_without_it(costed: S
     assert costed.profile_file("r002").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_costs_of_another_machine_are_not_mixed_and_the_change_is_logged(costed: Study) -> None:
     site = elsewhere(costed, cpu="another", memory_bytes=1, system="a newer kernel")
     said = run(costed, site, ranks=[4])

@@ -216,6 +216,7 @@ def test_the_command_refuses_an_unknown_tracker_before_it_looks_at_anything(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_real_run_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clear_environment(monkeypatch, tmp_path / "home")
     told = RecordingProgress()
