@@ -430,7 +430,7 @@ def _frames(error: BaseException) -> list[traceback.FrameSummary]:
 
 def run_one(model_type: str, limit: float, memory: bool = False) -> dict[str, Any]:
     """Facts about one architecture, from a child process that has at most `limit` seconds."""
-    started, result = time.monotonic(), {"name": model_type}
+    started, result = time.monotonic(), {"name": model_type, "stage": "starting"}
     ours, theirs = multiprocessing.Pipe(duplex=False)
     child = _server().Process(target=_child, args=(model_type, memory, theirs))
     child.start()
