@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rankscope.lora.adapters import lora_layers, wrapped_modules
-from rankscope.lora.targets import base_modules
+from rankscope.lora.targets import base_modules, of_routed_experts
 from rankscope.model.quantized import dequantized_forward
 
 
@@ -101,7 +101,7 @@ def _sizes(model: PreTrainedModel, unreached: tuple[str, ...]) -> Iterator[tuple
             if key == "weight" and dequantized_forward(module):
                 size = module.in_features * module.out_features  # type: ignore[operator, assignment]
             products = float(size) if weight.dim() > 1 and not isinstance(module, nn.Embedding) else 0.0
-            if any("expert" in part and "shared" not in part for part in name.split(".")):
+            if of_routed_experts(name):
                 products *= active
             if f"{name}.".startswith(unreached):
                 products = 0.0

@@ -25,6 +25,7 @@ from rankscope.data.sources import HUB_ID
 from rankscope.errors import ModelError, StudyError, shortened
 from rankscope.lora.adapter_config import PatternKeys, checked_name, pattern_keys, read_config
 from rankscope.lora.adapters import (
+    SAVED_PREFIX,
     adapter_key,
     adapter_weights,
     inject,
@@ -34,7 +35,6 @@ from rankscope.lora.adapters import (
     to_float32,
 )
 
-_PREFIX = "base_model.model."  # of PEFT's keys
 _WRAPPED = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module)\.")  # names that torch.compile and FSDP add
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.weight)?")
 
@@ -167,7 +167,7 @@ def _canonical(key: str) -> str:
     if match is None:
         return key
     ending = "" if "embedding" in match[2] else ".weight"
-    return f"{_PREFIX}{_WRAPPED.sub('', match[1])}.{match[2]}{ending}"
+    return f"{SAVED_PREFIX}{_WRAPPED.sub('', match[1])}.{match[2]}{ending}"
 
 
 def _parameter(
@@ -236,10 +236,8 @@ def attach(model: PreTrainedModel, name: str, adapter: SavedAdapter) -> None:
             if weights[weight].shape != tensors[weight].shape:
                 raise ValueError(f"{weight} is {list(tensors[weight].shape)}, not {list(weights[weight].shape)}")
             weights[weight].data.copy_(tensors.pop(weight))
-        for other in (
-            adapter.others.keys() & tensors.keys()
-        ):  # PEFT expects modules saved whole under this model's names
-            tensors[other.removeprefix(_PREFIX)] = tensors.pop(other)
+        for other in adapter.others.keys() & tensors.keys():  # PEFT wants modules saved whole by this model's names
+            tensors[other.removeprefix(SAVED_PREFIX)] = tensors.pop(other)
         result: Any = set_peft_model_state_dict(model, tensors, adapter_name=key)
     except (StudyError, RuntimeError, ValueError, KeyError, re.error) as error:
         reason = str(error).strip().splitlines()[-1]

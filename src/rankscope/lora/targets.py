@@ -203,7 +203,7 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _look_at(model: nn.Module) -> _Anatomy:
     modules = dict(base_modules(model))
     linear = tuple(name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D))
-    experts = tuple(name for name in linear if _of_routed_experts(name))
+    experts = tuple(name for name in linear if of_routed_experts(name))
     stacked = [name for name, module in modules.items() if _is_stack(name, module)]
     parameters = tuple(
         f"{name}.{key}"
@@ -229,7 +229,8 @@ def _look_at(model: nn.Module) -> _Anatomy:
     return _Anatomy(modules, linear, experts, parameters, flat, frozenset(routers))
 
 
-def _of_routed_experts(name: str) -> bool:
+def of_routed_experts(name: str) -> bool:
+    """Whether a module of that name is one of routed experts, or within them; shared experts are not."""
     return any("expert" in part and "shared" not in part for part in name.lower().split("."))
 
 
@@ -238,7 +239,7 @@ def _is_stack(name: str, module: nn.Module) -> bool:
     if isinstance(module, nn.Linear | Conv1D | nn.modules.conv._ConvNd | nn.Embedding):
         return False
     kind = type(module).__name__.lower()
-    return _of_routed_experts(name) or ("expert" in kind and "shared" not in kind)
+    return of_routed_experts(name) or ("expert" in kind and "shared" not in kind)
 
 
 def _is_router(name: str, module: nn.Module, modules: dict[str, nn.Module], counts: dict[str, int]) -> bool:

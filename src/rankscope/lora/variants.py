@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rankscope.errors import StudyError
-from rankscope.lora.adapters import adapter_key, lora_layers
+from rankscope.lora.adapters import SAVED_PREFIX, adapter_key, lora_layers
 
 WEIGHT_INIT_VARIANTS = ("pissa", "olora")  # initialised from the base weights, with an initial update to subtract
 
@@ -101,8 +101,8 @@ def initial_state_dict(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name, layer in lora_layers(model):
         if initial := initial_factors(layer, adapter_key(adapter)):
-            state[f"base_model.model.{name}.lora_A.weight"] = initial.a
-            state[f"base_model.model.{name}.lora_B.weight"] = initial.b
+            state[f"{SAVED_PREFIX}{name}.lora_A.weight"] = initial.a
+            state[f"{SAVED_PREFIX}{name}.lora_B.weight"] = initial.b
     return state
 
 

@@ -121,8 +121,7 @@ def gained(verdict: Verdict, text: Catalogue) -> Gain:
         return Gain("", [])
     best = next(row for row in verdict["comparison"] if row["candidate"] == verdict["best_candidate"])
     before = best["eval_loss"] + best["gain"]
-    of_full = verdict["gain_of"] != best["candidate"]
-    name = text("gain.full") if of_full else candidate_name(verdict, best["candidate"], text)
+    name = text("gain.full") if margin_unit(verdict) == "full" else candidate_name(verdict, best["candidate"], text)
     notes = [text("gain.from_to", before=loss(before), after=loss(before - gain), name=name)]
     if known(verdict["gain_low"]) and known(verdict["gain_high"]):
         ends = {"low": loss(verdict["gain_low"]), "high": loss(verdict["gain_high"])}
@@ -142,12 +141,11 @@ def margin_table(verdict: Verdict, text: Catalogue) -> Table | None:
         return text("gain.lower_open", rank=row["rank"]) if row["undetermined"] else str(row["rank"])
 
     of_full = margin_unit(verdict) == "full"
+    share = text("gain.lost" if of_full else "gain.kept")
     columns: Columns = {
-        text("gain.lost"): lambda row: percent(row["margin"]),
-        text("gain.kept"): lambda row: percent(1 - row["margin"]),
+        share: lambda row: percent(row["margin"] if of_full else 1 - row["margin"]),
         text("gain.smallest"): smallest,
     }
-    del columns[text("gain.kept" if of_full else "gain.lost")]
     caption = text("gain.margins_full" if of_full else "gain.margins", confidence=percent(verdict["confidence"]))
     own = next((number for number, row in enumerate(margins) if row["margin"] == verdict["margin"]), None)
     return tabulate(caption, columns, margins, words=columns, chosen=own)

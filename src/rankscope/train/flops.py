@@ -68,9 +68,7 @@ class Products(TorchDispatchMode):
         if first is not None:
             left, right = args[first : first + 2]
             self.shapes[left.shape[0], left.shape[1], right.shape[-1]] += 1  # experts' (E, k, n) take each row once
-            if func.overloadpacket is _aten._grouped_mm and isinstance(
-                left, FakeTensor
-            ):  # torch's is of bfloat16 alone
+            if func.overloadpacket is _aten._grouped_mm and isinstance(left, FakeTensor):  # torch's: bfloat16 alone
                 stack = [] if right.dim() == 3 else [args[2].shape[0]]  # the gradient of experts' weights
                 return left.new_empty(*stack, left.shape[0], right.shape[-1])
         return func(*args, **(kwargs or {}))

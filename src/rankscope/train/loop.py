@@ -86,10 +86,9 @@ def choose_engine(model: PreTrainedModel, states: Sequence[TrainState], training
         log.warning("no gradient reaches %s: their adapters are left out", ", ".join(engine.unreached))
     for state in states:
         leave_out_unreached(model, state, engine.unreached)
-    for state in states:  # gradients that counting left on weights of full fine-tuning
-        state.optimizer.zero_grad(set_to_none=True)
+        state.optimizer.zero_grad(set_to_none=True)  # which counting left on weights of full fine-tuning
     per_token = max(cost.bytes_per_token for cost in costs.values())
-    if engine.name == "peft":
+    if isinstance(engine, PeftEngine):
         per_token += LOGIT_BYTES * model.config.get_text_config().vocab_size
     sizes = [parameter.numel() for state in states for parameter in state.parameters]
     pending = sum(4 * size + sum(state_sizes(training.optim, size)) for size in sizes)  # gradients and states

@@ -31,20 +31,8 @@ SEARCH = {name: OPTIONS[name] for name in ("model", *_DATA)} | {
     "pruner": Option("", str, "halving stops hopeless candidates early; or none."),
     "seed": Option("", int, "Seed of the sampler and of every candidate's training."),
 }
-SEARCH |= {
-    name: OPTIONS[name]
-    for name in (
-        "steps",
-        "epochs",
-        "batch_size",
-        "max_length",
-        "device",
-        "dtype",
-        "quantization",
-        "dequantize",
-        "engine",
-    )
-}
+_RECIPE = ("steps", "epochs", "batch_size", "max_length", "device", "dtype", "quantization", "dequantize", "engine")
+SEARCH |= {name: OPTIONS[name] for name in _RECIPE}
 """Options of `rankscope search`. Those without a field are the search's own."""
 
 RESIZE = {
