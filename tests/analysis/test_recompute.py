@@ -1,6 +1,5 @@
 """A real study's verdict against benchmarks/recompute.py, which knows its files and nothing of rankscope."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -20,21 +19,17 @@ from rankscope.spec.candidates import Trial
 from rankscope.spec.resolve import resolve_spec, write_yaml
 from rankscope.study.question import write_question
 from rankscope.study.study import Study
+from scripts import BENCHMARKS, load_benchmark
 from study.planting import plant_trial
 
 pytestmark = pytest.mark.slow  # whole studies
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "recompute.py"
+SCRIPT = BENCHMARKS / "recompute.py"
 
 
 @pytest.fixture(scope="module")
 def module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("recompute", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("recompute")
 
 
 @pytest.fixture(scope="module")

@@ -1,28 +1,19 @@
 """Coverage of intervals and error rates of claims on simulated studies: benchmarks/simulate.py on a small scale."""
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from scripts import load_benchmark
 
 STUDIES = 400
 MOST_FALSE = 0.05 + 3 * (0.05 * 0.95 / STUDIES) ** 0.5
 """Largest share of false claims: 5% and three standard errors (the benchmark, with more studies: 6.5%)."""
 
-FILE = Path(__file__).parents[2] / "benchmarks" / "simulate.py"
-
 
 @pytest.fixture(scope="module")
 def simulation() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("simulate", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["simulate"] = module  # NamedTuples of a module look it up
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("simulate")
 
 
 SETTINGS = ((0, 0.97), (1, 0.98), (2, 0.97))
