@@ -132,9 +132,12 @@ def test_cuts_of_an_adapter_that_was_trained_anew_count_no_more(copy_of_whole: S
     assert set(copy_of_whole.cuts()["seed"]) == {0}
 
 
-@pytest.mark.parametrize("status", ["failed", "diverged"])
-def test_without_a_trial_of_the_largest_rank_there_is_nothing_to_cut(copy: Study, status: str) -> None:
-    for seed in (0, 1):
+@pytest.mark.parametrize(("status", "seeds"), [("failed", (0, 1)), ("diverged", (0, 1)), ("diverged", (0,))])
+def test_without_a_trial_of_the_largest_rank_there_is_nothing_to_cut(
+    copy: Study, status: str, seeds: tuple[int, ...]
+) -> None:
+    """A seed that diverged counts against the whole candidate."""
+    for seed in seeds:
         file = copy.path / "trials" / f"r008-lr3e-2-s{seed}" / "trial.json"
         write_json(file, read_json(file) | {"status": status, "results": None})
     with pytest.raises(StudyError, match="no trial of rank 8, the study's largest, is done") as caught:
