@@ -34,6 +34,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from rankscope.model.mixed import use_mixed_precision
+
 VOCAB = 131
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -124,7 +126,11 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel
         for parameter_name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "norm" not in parameter_name:
                 parameter.mul_(2.0)  # 0.02 is so small that a leak or a wrong position would hardly show
-    model = model.to(dtype).eval()
+    model.eval()
+    if dtype == torch.bfloat16:
+        use_mixed_precision(model)
+    else:
+        model.to(dtype)
     model.requires_grad_(False)
     model.config.use_cache = False
     return model

@@ -152,7 +152,7 @@ def test_dropout_keeps_its_masks() -> None:
 def test_a_gpu_that_is_not_here_is_planned_for_in_bfloat16() -> None:
     spec = embedded()
     prediction = predict(spec, torch.device("cuda"))
-    assert prediction.base_bytes == 2 * prediction.base_params
+    assert prediction.base_bytes == pytest.approx(2 * prediction.base_params, rel=0.01), "norms stay in float32"
     found = predict_peak(spec, prediction, spec.trials()[:1], rows_of(*[60] * 24), 24 * 10**9)
     assert isinstance(found, PeakMemory), found
     assert found.parts.process == found.parts.retained == 0

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from models import UNPACKABLE, tiny_model
 from rankscope.errors import ModelError
 from rankscope.lora.adapters import adapter_weights, add_adapter, remove_adapters
 from rankscope.lora.layout import NotPackable, Unpackable
+from rankscope.model.mixed import use_mixed_precision
 from rankscope.spec.candidates import Trial
 from rankscope.spec.models import TrainingSpec
 from rankscope.train.engine import PackedEngine
@@ -147,7 +149,7 @@ def test_leaks_of_any_kind_and_size_are_caught(kind: str, size: float, dtype: to
     assert caught.value.reason == Unpackable.LEAKS
     remove_adapters(model)
     after = model.state_dict()
-    assert all(after[name].dtype == dtype and torch.equal(after[name], weight) for name, weight in before.items())
+    assert all(after[name].dtype == kept.dtype and torch.equal(after[name], kept) for name, kept in before.items())
 
 
 def test_a_state_over_time_leaks_at_the_scale_of_initialisation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,9 +192,12 @@ def test_experts_may_round_by_which_tokens_they_get_but_not_leak() -> None:
 def test_a_model_that_casts_to_its_output_layers_dtype_is_probed_in_float32() -> None:
     torch.manual_seed(0)
     config = MambaConfig(vocab_size=131, hidden_size=32, num_hidden_layers=1, state_size=4)
-    model = MambaForCausalLM(config).to(torch.bfloat16).eval()
+    model = MambaForCausalLM(config).eval()
+    use_mixed_precision(model)
+    types = {name: weight.dtype for name, weight in model.named_parameters()}
     check_causal(model)
-    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert {name: weight.dtype for name, weight in model.named_parameters()} == types
+    assert set(types.values()) == {torch.float32, torch.bfloat16}
 
 
 @pytest.mark.parametrize("engine", ["packed", "peft"])
@@ -294,18 +299,23 @@ def test_bytes_per_token_grow_with_adapters() -> None:
     )  # h = A x of each module, float32
 
 
-def test_bfloat16_packed_is_close_to_peft_under_autocast() -> None:
-    tokens, trial = random_tokens(20), make_trial(8, 1e-3)
-    losses = {}
-    for kind in ("packed", "peft"):
-        model = tiny_model("llama-gqa", torch.bfloat16)
-        member = make_train_state(model, trial, TRAINING, 6)
-        training = TRAINING.model_copy(update={"engine": kind})
-        engine = choose_engine(model, [member], training).engine
-        assert engine.name == kind
-        assert all(weight.dtype == torch.float32 for weight in member.weights.values())
-        losses[kind] = [train_step(engine, [member], tokens, training, step)[0].loss for step in range(6)]
-    assert losses["packed"] == pytest.approx(losses["peft"], rel=5e-3)
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "mixtral", "lfm2"])
+def test_in_bfloat16_packed_is_solo_and_close_to_peft(name: str) -> None:
+    """A pack's products round as those of a trial alone; PEFT's round A x and the update too."""
+    tokens, trials, losses = random_tokens(12), [make_trial(8, 3e-3, seed=0), make_trial(3, 1e-3, seed=1)], {}
+    for kind, own in (("packed", trials), ("solo", trials[1:]), ("peft", trials), ("float32", trials)):
+        model = tiny_model(name, torch.float32 if kind == "float32" else torch.bfloat16)
+        members = [make_train_state(model, trial, TRAINING, 6) for trial in own]
+        training = TRAINING.model_copy(update={"engine": "peft" if kind == "peft" else "packed"})
+        engine = choose_engine(model, members, training).engine
+        assert engine.name == training.engine
+        assert all(weight.dtype == torch.float32 for member in members for weight in member.weights.values())
+        steps = [train_step(engine, members, tokens, training, step) for step in range(6)]
+        losses[kind] = np.array([[one.loss for one in step] for step in steps])
+    np.testing.assert_allclose(losses["solo"][:, 0], losses["packed"][:, 1], rtol=1e-6)
+    np.testing.assert_allclose(losses["peft"], losses["packed"], rtol=1e-3)
+    np.testing.assert_allclose(losses["float32"], losses["packed"], rtol=1e-3)
+    assert not np.allclose(losses["float32"], losses["packed"], rtol=1e-6), "no product was in bfloat16"
 
 
 def test_memory_budget_divides_the_step(monkeypatch: pytest.MonkeyPatch) -> None:

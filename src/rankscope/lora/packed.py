@@ -7,24 +7,24 @@ PEFT's layers stay what they are; only their `forward` is replaced. A quantized 
 Experts whose weights lie in one tensor take the same products, each over the tokens that are routed to it.
 """
 
+import weakref
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from rankscope.lora.adapters import adapter_key, lora_layers, outer_layers, wrapped_modules
 from rankscope.lora.layout import Layout, NotPackable, Segment, Unpackable, current_layout
 from rankscope.lora.variants import initial_factors
-from rankscope.model.quantized import DequantizedForward, dequantized_forward
+from rankscope.model.mixed import FrozenForward, frozen_forward, is_product, linear, operand_dtype
+from rankscope.model.quantized import dequantized_forward
 
 
 def pack_layers(model: PreTrainedModel) -> None:
@@ -49,20 +49,12 @@ def pack_layers(model: PreTrainedModel) -> None:
             raise NotPackable(Unpackable.NOT_LINEAR, f"{name} is a {type(layer).__name__} of PEFT")
         if layer.lora_variant or any(layer.lora_bias.values()):
             raise NotPackable(Unpackable.NOT_LINEAR, f"{name} carries a variant of LoRA")
-        if not dequantized_forward(base) and not _is_product(base):
+        if not dequantized_forward(base) and not is_product(cast(Any, type(base))):
             raise NotPackable(Unpackable.NOT_LINEAR, f"{name} adapts a {type(base).__name__} with its own forward")
         has_dropout = any(isinstance(dropout, nn.Dropout) for dropout in layer.lora_dropout.values())
         if has_dropout and not name.startswith(f"{trunk}."):
             raise NotPackable(Unpackable.OUTPUT_DROPOUT, name)
         layer.__dict__["forward"] = partial(_packed_forward, layer)
-
-
-def _is_product(base: Any) -> bool:
-    """Whether a layer's forward is x W.T + b: tried where a class has one of its own, as Falcon's has."""
-    if type(base).forward in (nn.Linear.forward, Conv1D.forward) or isinstance(base.weight, FakeTensor):
-        return True
-    x = torch.randn(2, base.in_features, generator=torch.Generator().manual_seed(0)).to(base.weight)
-    return torch.allclose(base(x), F.linear(x, base.weight, base.bias), rtol=1e-2, atol=1e-3)
 
 
 def trunk_name(model: PreTrainedModel) -> str | None:
@@ -85,6 +77,8 @@ def _packed_forward(layer: Any, x: Tensor) -> Tensor:
     """Packed forward of one layer, from (1, T, D) or (T, D) to (1, T, O) or (T, O)."""
     layout, base = current_layout(), layer.get_base_layer()
     flat = x.reshape(-1, x.shape[-1])  # (T, D): a frozen weight's product is slower with 3-D operands
+    weight = frozen_forward(base) or (base.weight if isinstance(base, nn.Linear) else base.weight.T)  # Conv1D
+    operand = _operand(x, weight.dtype).view_as(flat)
     if flat.shape[0] != layout.tokens:
         raise NotPackable(Unpackable.RESHAPES, f"a layer was given {flat.shape[0]} of {layout.tokens} tokens")
     weights, spans, keeps = [], [], []
@@ -98,9 +92,21 @@ def _packed_forward(layer: Any, x: Tensor) -> Tensor:
                 weights += initial
                 spans.append((segment.start, segment.stop, -layer.scaling[key]))
                 keeps.append(None)
-    weight = dequantized_forward(base) or (base.weight if isinstance(base, nn.Linear) else base.weight.T)  # Conv1D
-    out: Tensor = _PackedLinear.apply(flat, weight, base.bias, spans, keeps, *weights)  # type: ignore[no-untyped-call]
+    arguments = (flat, operand, weight, base.bias, spans, keeps, *weights)
+    out: Tensor = _PackedLinear.apply(*arguments)  # type: ignore[no-untyped-call]
     return out.view(*x.shape[:-1], out.shape[-1])
+
+
+_last_operand: list[Any] = [lambda: None, 0, torch.empty(0)]
+
+
+def _operand(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A layer's input as its product takes it. q, k and v are handed one tensor, which is converted and kept once."""
+    if x.dtype == dtype:
+        return x.detach()
+    if _last_operand[0]() is not x or _last_operand[1] != x._version or _last_operand[2].dtype != dtype:
+        _last_operand[:] = weakref.ref(x), x._version, x.detach().to(dtype)
+    return cast(Tensor, _last_operand[2])
 
 
 def _check_experts(name: str, layer: ParamWrapper) -> None:
@@ -188,8 +194,9 @@ def _expert_product(
     own = [(start, stop, part) for (start, stop), part in zip(spans, factors, strict=True) if part and stop > start]
     weights = [factor for _, _, part in own for factor in (part.a[expert], part.b[expert])]
     scaled = [(start, stop, part.scaling) for start, stop, part in own]
+    operand = x.detach().to(operand_dtype(weight.dtype))
     out: Tensor = _PackedLinear.apply(  # type: ignore[no-untyped-call]
-        x, weight.T if experts.is_transposed else weight, bias, scaled, [None] * len(own), *weights
+        x, operand, weight.T if experts.is_transposed else weight, bias, scaled, [None] * len(own), *weights
     )
     return out
 
@@ -197,9 +204,10 @@ def _expert_product(
 class _PackedLinear(torch.autograd.Function):
     """Frozen product plus the update of every span of tokens, with the input gradients added up in one buffer.
 
-    Shapes: x (T, D), weight (O, D), bias (O,) or None, A (R, D), B (O, R). `keeps` holds each span's dropout mask and
-    factor, or None. A span with untrained A and B subtracts an initial update: see `rankscope.lora.variants`.
-    The backward needs x (which q, k and v share), s A x of shape (t, R), and the dropout masks.
+    Shapes: x and `operand`, which is x in the type of the products, (T, D), weight (O, D), bias (O,) or None, A (R, D),
+    B (O, R). `keeps` holds each span's dropout mask and factor, or None. A span with untrained A and B subtracts an
+    initial update: see `rankscope.lora.variants`. In mixed precision sums are float32: see `rankscope.model.mixed`.
+    The backward needs the operand (which q, k and v share), s A x of shape (t, R), and the dropout masks.
 
     The order of products is (x A) B rather than x (W + B A): a merged weight would have to be recomputed in the
     backward or kept for every trial, and costs more unless a span has more than 2 D O / (D + O) tokens.
@@ -209,54 +217,65 @@ class _PackedLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor | DequantizedForward,
+        operand: Tensor,
+        weight: Tensor | FrozenForward,
         bias: Tensor | None,
         spans: list[tuple[int, int, float]],
         keeps: list[Any],
         *weights: Tensor,
     ) -> Tensor:
-        out = F.linear(x, _matrix(weight, x.dtype), bias)
+        kind = operand.dtype
+        out = linear(operand, _matrix(weight, kind), None if bias is None else bias.to(kind))
         hidden = []
         for (start, stop, scaling), keep, a, b in zip(spans, keeps, weights[::2], weights[1::2], strict=True):
-            h = (_drop(x[start:stop], keep) @ a.to(x.dtype).T).mul_(scaling)  # (t, R)
-            out[start:stop].addmm_(h, b.to(x.dtype).T)
+            h = linear(_drop(operand[start:stop], keep), a.to(kind)).mul_(scaling).to(kind)  # (t, R)
+            _add_product(out[start:stop], h, b.to(kind).T)
             hidden.append(h if a.requires_grad else h[:0])
         ctx.weight, ctx.spans, ctx.keeps = weight, spans, keeps
-        ctx.save_for_backward(x, *weights, *hidden)
+        ctx.save_for_backward(operand, *weights, *hidden)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, *saved = ctx.saved_tensors
-        count = len(ctx.spans)
+        operand, *saved = ctx.saved_tensors
+        count, kind = len(ctx.spans), operand.dtype
         weights, hidden = saved[: 2 * count], saved[2 * count :]
-        grad_x = grad @ _matrix(ctx.weight, grad.dtype) if ctx.needs_input_grad[0] else None
+        grad = grad.to(kind)
+        grad_x = linear(grad, _matrix(ctx.weight, kind).T) if ctx.needs_input_grad[0] else None
         grad_weights: list[Tensor | None] = []
         for i, (start, stop, scaling) in enumerate(ctx.spans):
-            a, b, keep, g = weights[2 * i].to(x.dtype), weights[2 * i + 1].to(x.dtype), ctx.keeps[i], grad[start:stop]
-            grad_h = (g @ b).mul_(scaling)  # (t, R)
-            inputs = _drop(x[start:stop], keep)
-            if ctx.needs_input_grad[5 + 2 * i]:
+            a, b, keep, g = weights[2 * i].to(kind), weights[2 * i + 1].to(kind), ctx.keeps[i], grad[start:stop]
+            grad_h = linear(g, b.T).mul_(scaling).to(kind)  # (t, R)
+            inputs = _drop(operand[start:stop], keep)
+            if ctx.needs_input_grad[6 + 2 * i]:
                 grad_weights += [_grad(weights[2 * i], grad_h.T, inputs), _grad(weights[2 * i + 1], g.T, hidden[i])]
             else:
                 grad_weights += [None, None]
             if grad_x is not None and keep is None:
-                grad_x[start:stop].addmm_(grad_h, a)
+                _add_product(grad_x[start:stop], grad_h, a)
             elif grad_x is not None:
-                grad_x[start:stop] += _drop(grad_h @ a, keep)
-        return grad_x, None, None, None, None, *grad_weights
+                grad_x[start:stop] += _drop(linear(grad_h, a.T), keep)
+        return grad_x, None, None, None, None, None, *grad_weights
 
 
-def _matrix(weight: Tensor | DequantizedForward, dtype: torch.dtype) -> Tensor:
+def _matrix(weight: Tensor | FrozenForward, dtype: torch.dtype) -> Tensor:
     """Frozen weight of shape (O, D), dequantized where it is quantized."""
-    return weight.weight(dtype) if isinstance(weight, DequantizedForward) else weight
+    return weight.weight(dtype) if isinstance(weight, FrozenForward) else weight.to(dtype)
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add `left @ right` in place, in the type of `out`."""
+    if out.dtype == left.dtype:
+        out.addmm_(left, right)
+    else:
+        out += linear(left, right.T)
 
 
 def _grad(weight: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
     """Return the gradient `left @ right`, or add it to the one that the step has accumulated and return None."""
-    if not weight.is_leaf or weight.grad is None or weight.dtype != left.dtype:
-        return left @ right
-    weight.grad.addmm_(left, right)
+    if not weight.is_leaf or weight.grad is None:
+        return linear(left, right.T)
+    _add_product(weight.grad, left, right)
     return None
 
 

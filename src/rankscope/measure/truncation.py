@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
@@ -20,6 +19,7 @@ from rankscope.errors import ModelError
 from rankscope.lora.adapters import remove_adapters
 from rankscope.lora.saved import read_adapter
 from rankscope.lora.svd import Decomposed, check_resizable, decompose, kept_energy, uniform_ranks
+from rankscope.model.mixed import is_mixed
 from rankscope.spec.candidates import Trial
 from rankscope.spec.models import StudySpec
 from rankscope.train.engine import Engine, ExampleLosses
@@ -33,7 +33,7 @@ RECOVERY_RATE_FRACTION = 0.1
 """Learning rate of recovery over the candidate's. Its schedule ended near 0, where the weights settled: at the full
 rate they would leave that optimum and, within a few steps and without a decay, not settle again."""
 
-LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
+LOSS_TOLERANCE = {"float32": 1e-4, "mixed": 5e-3}
 """Largest relative difference in held-out loss between two forwards of one adapter in differing batches."""
 
 
@@ -99,7 +99,8 @@ def evaluate_truncations(
             _fill(member, layers, None if rank == whole else rank)
         now = [rank for rank in ranks if rank == whole or TruncationRequest(rank, 0) in requests]
         losses = dict(zip(now, engine.evaluate(data.eval, [trials[rank].name for rank in now]), strict=True))
-        if whole in losses and not abs(losses[whole].mean - eval_loss) <= LOSS_TOLERANCE[model.dtype] * eval_loss:
+        most = LOSS_TOLERANCE["mixed" if is_mixed(model) else "float32"] * eval_loss
+        if whole in losses and not abs(losses[whole].mean - eval_loss) <= most:
             found = losses[whole].mean
             raise ModelError(
                 f"{trial.name}: its adapter's held-out loss is {found:.6g} here, and {eval_loss:.6g} was recorded",

@@ -23,6 +23,7 @@ from rankscope.errors import ModelError
 from rankscope.model import checks
 from rankscope.model.checks import loading_error, location
 from rankscope.model.device import resolve_device, resolve_dtype
+from rankscope.model.mixed import use_mixed_precision
 from rankscope.model.quantized import (
     quantization_config,
     quantize_skeleton,
@@ -163,9 +164,10 @@ def load_model(spec: ModelSpec, attention: str | None = None) -> PreTrainedModel
         log.warning("%s: %d weights are left over: %s", spec.id, len(left_over), ", ".join(left_over))
     model.left_over = left_over
     if quantization:
-        use_dequantized_forward(model)
-        return freeze(model)
-    return freeze(model.to(device, dtype) if spec.dequantize else model.to(device))
+        use_dequantized_forward(model, dtype)
+    else:
+        model = model.to(device, dtype) if spec.dequantize else model.to(device)
+    return freeze(model, dtype)
 
 
 def quantization_of(spec: ModelSpec, config: Any, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -184,11 +186,13 @@ def quantization_of(spec: ModelSpec, config: Any, dtype: torch.dtype) -> BitsAnd
     return found
 
 
-def freeze(model: PreTrainedModel) -> PreTrainedModel:
-    """Turn off gradients, dropout and the key-value cache."""
+def freeze(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Turn off gradients, dropout and the key-value cache; with bfloat16, turn on mixed precision."""
     model.requires_grad_(False)
     model.eval()
     model.config.use_cache = False
+    if dtype == torch.bfloat16:
+        use_mixed_precision(model)
     return model
 
 
@@ -222,4 +226,4 @@ def skeleton(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> PreTrainedM
         ) from None
     if quantization := quantization_of(spec, config, dtype):
         quantize_skeleton(model, quantization, dtype)
-    return freeze(model)
+    return freeze(model, dtype)

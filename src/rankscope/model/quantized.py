@@ -20,12 +20,12 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from rankscope.errors import MissingExtraError, ModelError
+from rankscope.model.mixed import FrozenForward
 
 _NF4_BLOCK = 64
 _SCALES_BLOCK = 256
@@ -58,37 +58,17 @@ def quantization_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-class DequantizedForward:
-    """The forward of one quantized layer: x (..., D) to (..., O)."""
-
-    def __init__(self, layer: Any) -> None:
-        self.layer = layer
+class DequantizedForward(FrozenForward):
+    """The forward of one quantized layer."""
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """The layer's weight, (O, D)."""
+        """The layer's weight, (O, D), dequantized."""
         if self.layer.quant_state is None:
             scales = self.layer.state.SCB / 127  # the largest of each row, which is 127 in the weight
             return self.layer.weight.data.to(dtype).mul_(scales[:, None])  # type: ignore[no-any-return]
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(self.layer.weight.data, self.layer.quant_state).to(dtype)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        out: Tensor = _DequantizedLinear.apply(x, self, self.layer.bias)  # type: ignore[no-untyped-call]
-        return out
-
-
-class _DequantizedLinear(torch.autograd.Function):
-    """Nothing is saved: the backward dequantizes the weight again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, source: DequantizedForward, bias: Tensor | None) -> Tensor:
-        ctx.source = source
-        return F.linear(x, source.weight(x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad @ ctx.source.weight(grad.dtype), None, None
 
 
 def dequantized_forward(layer: nn.Module) -> DequantizedForward | None:
@@ -102,8 +82,8 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, layer) for name, layer in model.named_modules() if dequantized_forward(layer))
 
 
-def use_dequantized_forward(model: PreTrainedModel) -> None:
-    """Give this forward to the bitsandbytes layers of a loaded model.
+def use_dequantized_forward(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give this forward, with products of `dtype`, to the bitsandbytes layers of a loaded model.
 
     Raises:
         ModelError: no layer is quantized.
@@ -112,7 +92,7 @@ def use_dequantized_forward(model: PreTrainedModel) -> None:
         if kind == "int8":
             layer.init_8bit_state()  # which its own forward does first: the scales move from the weight to the layer
             layer.quant_state = None
-        layer.forward = DequantizedForward(layer)
+        layer.forward = DequantizedForward(layer, dtype)
     _check_quantized(model)
 
 
@@ -171,7 +151,7 @@ def quantize_skeleton(model: PreTrainedModel, config: BitsAndBytesConfig, dtype:
             options |= {"shape": torch.Size([rows, columns])}
             options |= {"offset": empty(), "state2": scales} if nested else {}
             layer.quant_state = QuantState(empty(blocks, dtype=torch.uint8 if nested else torch.float32), **options)
-        layer.weight, layer.forward = weight, DequantizedForward(layer)
+        layer.weight, layer.forward = weight, DequantizedForward(layer, dtype)
         # PEFT's DoRA dequantizes by the weight's type, which this one lacks, or as HQQ's layers do.
         layer.W_q, layer.dequantize = weight, partial(layer.forward.weight, dtype)
     _check_quantized(model)

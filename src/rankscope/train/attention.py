@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from rankscope.lora.layout import NotPackable, Unpackable, current_layout
+from rankscope.model.mixed import is_mixed
 
 NAME = "rankscope"
 # Keyword arguments that models pass along and that have no effect here. Any other that is not None makes a model
@@ -63,6 +64,8 @@ def packed_attention(
     longest = max(stop - start for start, stop in pairwise(starts))
     window = local.window if local.window is not None and local.window < longest else None
     plain = not softcap and not dropout and s_aux is None
+    if query.is_cuda and plain and is_mixed(module):
+        query, key, value = (part.to(torch.bfloat16) for part in (query, key, value))
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and plain:
         return _varlen(query, key, value, starts, longest, scaling, window), None
     lengths = [stop - start for start, stop in pairwise(starts)]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from peft.tuners.lora import ParamWrapper
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,6 +18,7 @@ from rankscope.lora.adapters import adapted_modules, adapter_key, lora_layers
 from rankscope.lora.layout import Examples, FlatBatch, Layout, Slice, flatten, use_layout
 from rankscope.lora.packed import trunk_name
 from rankscope.model.load import offset_positions
+from rankscope.model.mixed import is_mixed
 from rankscope.train.attention import NAME
 from rankscope.train.loss import Head, label_losses
 
@@ -150,6 +152,10 @@ class PeftEngine:
         self, model: PreTrainedModel, batch_size: int, base_dropout: bool = False, tokens_per_forward: int = 1 << 30
     ) -> None:
         self.model, self._rotations = model, dynamic_rotations(model)
+        for layer in adapted_modules(model):
+            if isinstance(layer, ParamWrapper):  # PEFT adds an update to the weight itself, in the weight's type
+                weight: Tensor = layer.get_param()  # type: ignore[no-untyped-call]
+                weight.data = weight.data.float()
         self.batch_size = batch_size
         self.tokens_per_forward = tokens_per_forward
         self.base_dropout = base_dropout
@@ -167,7 +173,7 @@ class PeftEngine:
     def _losses(self, tokens: Tokens, examples: Examples) -> tuple[Tensor, Tensor]:
         """Losses and hits of each label, of shape (examples, longest - 1) and zero elsewhere."""
         ids, mask, is_label = pad(tokens, examples, self.model.device)
-        mixed = self.mixed or self.model.dtype != torch.float32  # float32 adapters over a bfloat16 base, as in TRL
+        mixed = self.mixed or is_mixed(self.model)  # what PEFT's own forward multiplies beside the base
         layout = Layout((), ids.numel(), recompute=ids.numel() > self.tokens_per_forward)
         forget_lengths(self._rotations)
         with mixed_precision(self.model.device, mixed), use_layout(layout):

@@ -5,25 +5,21 @@ leaks where an architecture ignores the registered attention, or has a convoluti
 sequence's logits change when its neighbours do.
 """
 
-import itertools
 import logging
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from inspect import signature
-from typing import Any
 
 import numpy as np
 import torch
-from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rankscope.data.tokens import Tokens
 from rankscope.errors import ModelError
 from rankscope.lora.layout import NotPackable, Slice, Unpackable, flatten
 from rankscope.lora.packed import pack_layers, trunk_name, unpack_layers
+from rankscope.model.mixed import products_in_float32
 from rankscope.train.attention import NAME
 from rankscope.train.engine import PackedEngine, pad
 from rankscope.train.mixers import divide_mixers, join_mixers
@@ -64,7 +60,7 @@ def check_causal(model: PreTrainedModel) -> None:
     later = ids.copy()
     later[-4:] = ids[-8:-4]
     try:
-        with in_float32(model):
+        with products_in_float32():
             before, after = (_own_logits(model, part)[:-4] for part in (ids, later))
             most = max(_rounding(model), CAUSAL_ROUNDING)
     except (ValueError, TypeError, AttributeError, LookupError) as error:
@@ -88,7 +84,7 @@ def make_packable(model: PreTrainedModel, adapters: Sequence[str]) -> None:
             packed forward fails; the model is then unchanged.
     """
     own_attention, reasons = model.config._attn_implementation, list[NotPackable]()
-    with in_float32(model):
+    with products_in_float32():
         tokens = probe_tokens(model)
         expected, rounding = [_own_logits(model, ids) for ids, _ in tokens], _rounding(model)
         for attention in ATTENTIONS:
@@ -109,44 +105,10 @@ def padding_matters(model: PreTrainedModel) -> bool:
     """Whether a row's logits, by the model's own forward, change where a longer row makes it be padded (ProphetNet)."""
     tokens = probe_tokens(model, (max(_LENGTHS), min(_LENGTHS)))
     ids, mask, _ = pad(tokens, range(2), model.device)
-    with in_float32(model):
+    with products_in_float32():
         alone = _own_logits(model, tokens[1].ids)
         padded = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[1, : len(alone)].float()
     return not _difference(alone, padded) <= NEARNESS
-
-
-@contextmanager
-def in_float32(model: PreTrainedModel) -> Iterator[None]:
-    """Make the model's forwards run in float32, layer by layer, so that one layer's float32 weights exist at a time.
-
-    Quantized weights stay what they are: their products dequantize them to the dtype of the input.
-    """
-    listed = {part for module in model.modules() if isinstance(module, nn.ModuleList) for part in module}
-    whole = {module for module in model.modules() if module in listed or isinstance(module, LoraLayer)}
-    within = {part for module in whole for part in module.modules() if part is not module}
-    kept: dict[nn.Module, list[tuple[Any, Tensor]]] = {}
-
-    def wider(value: Any) -> Any:
-        half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
-        return value.float() if half else value
-
-    def convert(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        held = itertools.chain(module.parameters(module in whole), module.buffers(module in whole))
-        kept[module] = [(weight, weight.data) for weight in held if weight.dtype in (torch.bfloat16, torch.float16)]
-        for weight, data in kept[module]:
-            weight.data = data.float()
-        return tree_map(wider, (args, kwargs))  # Mamba casts what it hands to its output layer to that layer's dtype
-
-    def restore(module: nn.Module, *_: Any) -> None:
-        for weight, data in kept.pop(module, []):
-            weight.data = data
-
-    with ExitStack() as hooks:
-        for module in model.modules():
-            if module not in within:
-                hooks.callback(module.register_forward_pre_hook(convert, with_kwargs=True).remove)
-                hooks.callback(module.register_forward_hook(restore, always_call=True).remove)
-        yield
 
 
 def use_packed_forward(model: PreTrainedModel, attention: str | None = NAME) -> None:
