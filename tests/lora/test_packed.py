@@ -30,7 +30,7 @@ def test_gradients_of_the_packed_update() -> None:
     weight, bias = random(6, 4).detach(), random(6).detach()
 
     def layer(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-        return _PackedLinear.apply(x, weight, bias, spans, keeps, *weights)
+        return _PackedLinear.apply(x, x.detach(), weight, bias, spans, keeps, *weights)
 
     assert torch.autograd.gradcheck(layer, (random(8, 4), *weights))
 
