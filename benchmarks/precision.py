@@ -67,7 +67,10 @@ def make_engine(setting: str, args: argparse.Namespace, trial: Trial, training: 
 def measure(setting: str, seed: int, args: argparse.Namespace) -> dict:
     """Train one adapter; its gain, losses and seconds."""
     train, held_out = read_tokens(args)
-    candidate = Candidate(rank=args.rank, lora_alpha=2 * args.rank, learning_rate=args.learning_rate)
+    sizes = {"rank": args.rank, "lora_alpha": 2 * args.rank, "learning_rate": args.learning_rate}
+    candidate = Candidate(
+        **sizes, target_modules="all-linear", lora_dropout=0, use_rslora=False, init_lora_weights="kaiming"
+    )
     trial = Trial(candidate=candidate, seed=seed)
     training = TrainingSpec(steps=args.steps, batch_size=args.batch_size)
     engine, states = make_engine(setting, args, trial, training)
