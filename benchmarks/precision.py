@@ -33,7 +33,6 @@ from rankscope.train.step import make_train_state, train_step
 
 SETTINGS = ("float32", "float32-divided", "bfloat16", "peft-autocast", "peft-weights")
 PROMPT = "### Question: {instruction}\n{input}\n ### Answer: "
-HELD_OUT = 64
 
 
 def read_tokens(args: argparse.Namespace) -> tuple[Tokens, Tokens]:
@@ -45,7 +44,7 @@ def read_tokens(args: argparse.Namespace) -> tuple[Tokens, Tokens]:
         ids = [*prompt, *tokenizer(row["output"])["input_ids"], tokenizer.eos_token_id]
         if len(ids) <= args.most_tokens:
             examples.append(Example(np.array(ids, dtype=np.int32), np.arange(len(ids)) >= len(prompt)))
-    return Tokens.from_examples(examples[HELD_OUT:]), Tokens.from_examples(examples[:HELD_OUT])
+    return Tokens.from_examples(examples[args.held_out :]), Tokens.from_examples(examples[: args.held_out])
 
 
 def make_engine(setting: str, args: argparse.Namespace, trial: Trial, training: TrainingSpec) -> tuple[Engine, list]:
@@ -84,7 +83,7 @@ def measure(setting: str, seed: int, args: argparse.Namespace) -> dict:
     return {
         "setting": setting, "seed": seed, "gain": before - after, "before": before, "after": after,
         "train_losses": losses, "step_seconds": statistics.median(seconds),
-        "recipe": [args.steps, args.batch_size, args.rank, args.learning_rate, args.most_tokens, len(train)],
+        "recipe": [args.steps, args.batch_size, args.rank, args.learning_rate, args.most_tokens, args.held_out],
     }  # fmt: skip
 
 
@@ -115,6 +114,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--held-out", type=int, default=64, help="rows, the first of the file")
     parser.add_argument("--most-tokens", type=int, default=256, help="longer rows are left out")
     args = parser.parse_args()
     lines = args.out.read_text().splitlines() if args.out.exists() else []
