@@ -23,7 +23,15 @@ from transformers import PreTrainedModel
 from rankscope.lora.adapters import adapter_key, lora_layers, outer_layers, wrapped_modules
 from rankscope.lora.layout import Layout, NotPackable, Segment, Unpackable, current_layout
 from rankscope.lora.variants import initial_factors
-from rankscope.model.mixed import FrozenForward, frozen_forward, is_product, linear, operand_dtype
+from rankscope.model.mixed import (
+    FrozenForward,
+    frozen_forward,
+    is_product,
+    linear,
+    operand_dtype,
+    rounded_operands,
+    rounds_operands,
+)
 from rankscope.model.quantized import dequantized_forward
 
 
@@ -207,7 +215,7 @@ class _PackedLinear(torch.autograd.Function):
     Shapes: x and `operand`, which is x in the type of the products, (T, D), weight (O, D), bias (O,) or None, A (R, D),
     B (O, R). `keeps` holds each span's dropout mask and factor, or None. A span with untrained A and B subtracts an
     initial update: see `rankscope.lora.variants`. In mixed precision sums are float32: see `rankscope.model.mixed`.
-    The backward needs the operand (which q, k and v share), s A x of shape (t, R), and the dropout masks.
+    The backward needs x or the operand (which q, k and v share), s A x of shape (t, R), and the dropout masks.
 
     The order of products is (x A) B rather than x (W + B A): a merged weight would have to be recomputed in the
     backward or kept for every trial, and costs more unless a span has more than 2 D O / (D + O) tokens.
@@ -226,35 +234,37 @@ class _PackedLinear(torch.autograd.Function):
     ) -> Tensor:
         kind = operand.dtype
         out = linear(operand, _matrix(weight, kind), None if bias is None else bias.to(kind))
+        inputs = x if rounds_operands(x, kind) else operand
         hidden = []
-        for (start, stop, scaling), keep, a, b in zip(spans, keeps, weights[::2], weights[1::2], strict=True):
-            h = linear(_drop(operand[start:stop], keep), a.to(kind)).mul_(scaling).to(kind)  # (t, R)
-            _add_product(out[start:stop], h, b.to(kind).T)
-            hidden.append(h if a.requires_grad else h[:0])
-        ctx.weight, ctx.spans, ctx.keeps = weight, spans, keeps
-        ctx.save_for_backward(operand, *weights, *hidden)
+        with rounded_operands(kind):
+            for (start, stop, scaling), keep, a, b in zip(spans, keeps, weights[::2], weights[1::2], strict=True):
+                h = linear(_drop(inputs[start:stop], keep), a.to(inputs.dtype)).mul_(scaling).to(inputs.dtype)  # (t, R)
+                _add_product(out[start:stop], h, b.to(inputs.dtype).T)
+                hidden.append(h if a.requires_grad else h[:0])
+        ctx.weight, ctx.spans, ctx.keeps, ctx.kind = weight, spans, keeps, kind
+        ctx.save_for_backward(inputs, *weights, *hidden)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        operand, *saved = ctx.saved_tensors
-        count, kind = len(ctx.spans), operand.dtype
-        weights, hidden = saved[: 2 * count], saved[2 * count :]
-        grad = grad.to(kind)
-        grad_x = linear(grad, _matrix(ctx.weight, kind).T) if ctx.needs_input_grad[0] else None
+        inputs, *saved = ctx.saved_tensors
+        count, kind, weights = len(ctx.spans), inputs.dtype, saved[: 2 * len(ctx.spans)]
+        operand, grad = grad.to(ctx.kind), grad.to(kind)
+        grad_x = linear(operand, _matrix(ctx.weight, ctx.kind).T) if ctx.needs_input_grad[0] else None
         grad_weights: list[Tensor | None] = []
-        for i, (start, stop, scaling) in enumerate(ctx.spans):
-            a, b, keep, g = weights[2 * i].to(kind), weights[2 * i + 1].to(kind), ctx.keeps[i], grad[start:stop]
-            grad_h = linear(g, b.T).mul_(scaling).to(kind)  # (t, R)
-            inputs = _drop(operand[start:stop], keep)
-            if ctx.needs_input_grad[6 + 2 * i]:
-                grad_weights += [_grad(weights[2 * i], grad_h.T, inputs), _grad(weights[2 * i + 1], g.T, hidden[i])]
-            else:
-                grad_weights += [None, None]
-            if grad_x is not None and keep is None:
-                _add_product(grad_x[start:stop], grad_h, a)
-            elif grad_x is not None:
-                grad_x[start:stop] += _drop(linear(grad_h, a.T), keep)
+        with rounded_operands(ctx.kind):
+            for i, (start, stop, scaling) in enumerate(ctx.spans):
+                a, b, keep, g = weights[2 * i].to(kind), weights[2 * i + 1].to(kind), ctx.keeps[i], grad[start:stop]
+                grad_h = linear(g, b.T).mul_(scaling).to(kind)  # (t, R)
+                if ctx.needs_input_grad[6 + 2 * i]:
+                    grad_weights.append(_grad(weights[2 * i], grad_h.T, _drop(inputs[start:stop], keep)))
+                    grad_weights.append(_grad(weights[2 * i + 1], g.T, saved[2 * count + i]))
+                else:
+                    grad_weights += [None, None]
+                if grad_x is not None and keep is None:
+                    _add_product(grad_x[start:stop], grad_h, a)
+                elif grad_x is not None:
+                    grad_x[start:stop] += _drop(linear(grad_h, a.T), keep)
         return grad_x, None, None, None, None, None, *grad_weights
 
 

@@ -57,6 +57,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out if bias is None else out.add_(bias)
 
 
+def rounds_operands(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a product of float32 x within `rounded_operands` has operands of `dtype`, without a conversion here."""
+    return x.device.type == "cpu" and (x.dtype, dtype) == (torch.float32, torch.bfloat16)
+
+
+@contextmanager
+def rounded_operands(dtype: torch.dtype) -> Iterator[None]:
+    """Let oneDNN round the operands of float32 products to bfloat16, if that is `dtype`, and sum in float32.
+
+    It saves a CPU converting factors, gradients and updates one by one; one without bfloat16 computes in float32.
+    """
+    products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = products.fp32_precision
+    products.fp32_precision = "bf16" if dtype == torch.bfloat16 else before
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
+
+
 class FrozenForward:
     """Forward of one frozen linear layer in mixed precision, x (..., D) to (..., O)."""
 
