@@ -38,8 +38,8 @@ PROMPT = "### Question: {instruction}\n{input}\n ### Answer: "
 def read_tokens(args: argparse.Namespace) -> tuple[Tokens, Tokens]:
     """Tokens of the rows to train on and of the held-out ones: those of at most --most-tokens, in the file's order."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    examples = []
-    for row in json.loads(args.rows.read_text()):
+    examples, text = [], args.rows.read_text()
+    for row in map(json.loads, text.splitlines()) if args.rows.suffix == ".jsonl" else json.loads(text):
         prompt = tokenizer(PROMPT.format(**row))["input_ids"]
         ids = [*prompt, *tokenizer(row["output"])["input_ids"], tokenizer.eos_token_id]
         if len(ids) <= args.most_tokens:
@@ -106,7 +106,7 @@ def table(results: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--rows", type=Path, required=True, help="JSON list of instruction, input and output")
+    parser.add_argument("--rows", type=Path, required=True, help="JSON list, or JSON Lines")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--settings", default=",".join(SETTINGS))
     parser.add_argument("--seeds", default="0,1,2")
