@@ -1,4 +1,4 @@
-"""Recompute a study's verdict from its raw files with pandas and scipy alone, without rankscope's code.
+"""Recompute a study's verdict from its raw files with numpy, pandas and scipy alone, without rankscope's code.
 
     python benchmarks/recompute.py STUDY
 
@@ -16,12 +16,12 @@ import sys
 from collections.abc import Iterator
 from itertools import permutations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import yaml
-from scipy import optimize, stats
+from scipy import stats
 
 COSTS = {
     "cpu_memory_lowest_then_flat": "rss_mean_bytes",
@@ -78,28 +78,67 @@ def judged(examples: pd.DataFrame) -> pd.DataFrame:
     return examples[pairs.isin(chosen) & (examples["example"] % 2 == 1).to_numpy()]
 
 
-def analysis_of_variance(
-    table: pd.DataFrame, weight: pd.Series, level: float, seeds_only: bool = False
-) -> tuple[float, float]:
-    """Return a seeds x examples table's mean weighted by label tokens, and its interval's half-width at `level`, which
-    is infinite with one seed."""
-    long = table.stack().rename("value").reset_index()
-    long["w"] = long["example"].map(weight / weight.mean())
-    mean = np.average(long["value"], weights=long["w"])
-    long["part"] = long["w"] * (long["value"] - mean)
-    seeds, examples = table.shape
+class Moments(NamedTuple):
+    """Mean of a seeds x examples table weighted by label tokens, its variance due to seeds and the rest and due to
+    examples, and the third central moment that examples give it."""
+
+    mean: float
+    of_seeds: float
+    of_examples: float
+    third: float
+    seeds: int
+    examples: int
+
+
+def moments(table: pd.DataFrame, weight: "pd.Series[float]") -> Moments:
+    values, w = table.to_numpy(), (weight / weight.mean())[table.columns].to_numpy()
+    seeds, examples = values.shape
+    mean = float(np.average(values.mean(axis=0), weights=w))
     if seeds < 2:
-        return float(mean), math.inf
-    by_seed, by_example = long.groupby("seed")["part"].mean(), long.groupby("example")["part"].mean()
-    fitted = long["seed"].map(by_seed) * long["w"] + long["example"].map(by_example)
-    left = ((long["part"] - fitted) ** 2).sum() / ((seeds - 1) * (examples - 1))
-    variances = np.array([examples * by_seed.var(), max(0.0, seeds * by_example.var() - left)]) / (seeds * examples)
-    if seeds_only:
-        variances[1] = 0.0
-    if not variances.sum():
-        return float(mean), 0.0
-    t = stats.t.ppf(0.5 + level / 2, [seeds - 1, examples - 1])
-    return float(mean), float(t @ variances / np.sqrt(variances.sum()))
+        return Moments(mean, math.inf, 0.0, 0.0, seeds, examples)
+    part = w * (values - mean)
+    of_seed, of_example = part.mean(axis=1), part.mean(axis=0)
+    left = part - np.outer(of_seed, w) - of_example
+    square = (left**2).sum() / ((seeds - 1) * (examples - 1))
+    third = float(stats.kstat(of_example, 3)) / examples**2
+    variance = max(0.0, of_example.var(ddof=1) / examples - square / (seeds * examples))
+    return Moments(mean, float(of_seed.var(ddof=1)) / seeds, float(variance), third, seeds, examples)
+
+
+def quantile(of_seeds: float, of_examples: float, degrees: float, examples: int, level: float) -> float:
+    """Return Student's t at `level`, its two degrees of freedom weighted by their shares of the variance."""
+    if not of_seeds + of_examples:
+        return 0.0
+    share = of_seeds / (of_seeds + of_examples)
+    return float(share * stats.t.ppf(level, degrees) + (1 - share) * stats.t.ppf(level, examples - 1))
+
+
+def analysis_of_variance(
+    table: pd.DataFrame, weight: "pd.Series[float]", level: float, seeds_only: bool = False
+) -> tuple[float, float]:
+    """Return a table's mean and its plain interval's half-width at `level`, which is infinite with one seed."""
+    found = moments(table, weight)
+    if found.seeds < 2:
+        return found.mean, math.inf
+    of_examples = 0.0 if seeds_only else found.of_examples
+    t = quantile(found.of_seeds, of_examples, found.seeds - 1, found.examples, 0.5 + level / 2)
+    return found.mean, t * math.sqrt(found.of_seeds + of_examples)
+
+
+def level_of(seeds: int, confidence: float) -> float:
+    """Return the level of all claims at this number of seeds: that of the last planned number."""
+    shares = {2: 0.02, 3: 0.6, 5: 0.15, 8: 0.1, 12: 0.1}
+    return (1 - confidence) * shares[max((look for look in shares if look <= seeds), default=2)]
+
+
+def high(found: Moments, of_seeds: float, degrees: float, level: float) -> float:
+    """Return the one-sided upper bound of a mean with this variance over seeds, by Hall's transformation."""
+    error = math.sqrt(of_seeds + found.of_examples)
+    if not error or math.isinf(error):
+        return found.mean if not error else math.inf
+    a = max(0.0, found.third) / error**3
+    y = -quantile(of_seeds, found.of_examples, degrees, found.examples, 1 - level)
+    return found.mean - error * (3 * (np.cbrt(1 + a * (y - a / 6)) - 1) / a if a > 1e-6 else y - a / 6 - a * y * y / 3)
 
 
 class Judge:
@@ -116,9 +155,7 @@ class Judge:
         self.of_gain = self.spec["verdict"].get("margin_of", "loss") == "gain"
         self.untrained = before_training(study)[self.weight.index] if self.of_gain else None
         self.full = self._full(held_out(study, "reference"))
-        good, worse, confidence = len(self.tables) - 1, len(self.tables) - 1, self.spec["verdict"]["confidence"]
-        self.good, self.worse = max(confidence, 1 - 2 * (1 - confidence) / good), 1 - (1 - confidence) / worse
-        self.confidence = confidence
+        self.confidence: float = self.spec["verdict"]["confidence"]
 
     def _full(self, reference: pd.DataFrame) -> "pd.Series[float] | None":
         """Return full fine-tuning's mean loss of each example, where it is below every rank's."""
@@ -153,15 +190,35 @@ class Judge:
         return [rank for rank in self.tables if (ends.loc[rank, "low"] <= 0).all()]
 
     def states(self, margin: float) -> dict[int, bool | None]:
-        """Return which ranks are good enough (True) and which are worse (False)."""
-        first = self.unbeaten(self.ends(self.worse))
-        good, worse = self.ends(self.good, margin), self.ends(self.worse, margin)
-        found: dict[int, bool | None] = {}
-        for rank in self.tables:
-            lows = [worse.loc[(rank, other), "low"] for other in first if other != rank]
-            found[rank] = False if rank not in first and min(lows) > 0 else None
-            found[rank] = True if (good.loc[rank, "high"] <= 0).all() else found[rank]
-        return found
+        """Return which ranks are good enough (True) and which are worse (False), step by step."""
+        pairs = list(permutations(self.tables, 2))
+        found = {pair: moments(self.contrast(*pair, margin), self.weight) for pair in pairs}
+        apart = {pair: abs(math.log2(pair[0] / pair[1])) + 0.5 for pair in pairs}
+        known = [pair for pair in pairs if found[pair].seeds > 1]
+        rate = np.mean([found[pair].of_seeds * found[pair].seeds / apart[pair] for pair in known])
+        more = (len(self.tables) - 2) * np.mean([found[pair].seeds - 1 for pair in known])
+
+        def bound(pair: tuple[int, int], share: float, sign: int) -> float:
+            own = found[pair]
+            if own.seeds < 2:
+                return math.inf
+            degrees = own.seeds - 1 + more
+            variance = (more * rate * apart[pair] / own.seeds + (own.seeds - 1) * own.of_seeds) / degrees
+            turned = own._replace(mean=sign * own.mean, third=sign * own.third)
+            return sign * high(turned, variance, degrees, level_of(own.seeds, self.confidence) / share)
+
+        states: dict[int, bool | None] = dict.fromkeys(self.tables)
+        others = len(self.tables) - 1
+        for _ in self.tables:
+            open_ = [rank for rank, state in states.items() if state is None]
+            among = min(max(1, len(open_)), others)
+            for rank in open_:
+                beside = [pair for pair in pairs if pair[0] == rank]
+                if max(bound(pair, among, 1) for pair in beside) <= 0:
+                    states[rank] = True
+                elif max(bound(pair, among * others, -1) for pair in beside if found[pair].seeds > 1) > 0:
+                    states[rank] = False
+        return states
 
     def best(self) -> int:
         """Return the rank whose largest mean difference to another is the least."""
@@ -180,21 +237,25 @@ class Judge:
         return min(good) if good and self.trained_enough() else None
 
     def kept(self, rank: int) -> float | None:
-        """Return the share of the gain that a rank is shown to keep: one minus the root of the upper bound.
+        """Return the share of the gain that a rank is shown to keep: one minus the smallest margin that it is within.
 
         It is full fine-tuning's gain where that is larger, whatever the other ranks do.
         """
 
-        def worst(margin: float) -> float:
-            if self.full is not None:
-                above = self.tables[rank] - self.full - margin * (self.untrained - self.full)
-                return self.interval(above, self.good)[2]
-            others = [other for other in self.tables if other != rank]
-            return max(self.interval(self.contrast(rank, other, margin), self.good)[2] for other in others)
+        def within(margin: float) -> bool:
+            if self.full is None:
+                return self.states(margin)[rank] is True
+            above = moments(self.tables[rank] - self.full - margin * (self.untrained - self.full), self.weight)
+            level = level_of(above.seeds, self.confidence) / (len(self.tables) - 1)
+            return high(above, above.of_seeds, above.seeds - 1, level) <= 0
 
-        if worst(1.0) > 0:
+        if not within(1.0):
             return None
-        return 1.0 if worst(0.0) <= 0 else 1 - float(optimize.brentq(worst, 0.0, 1.0, xtol=1e-12))
+        low, most = 0.0, 1.0
+        while most - low > 1e-5:
+            middle = (low + most) / 2
+            low, most = (low, middle) if within(middle) else (middle, most)
+        return 1 - most
 
 
 def recompute(study: Path) -> dict[str, Any]:

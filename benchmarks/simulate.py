@@ -1,347 +1,298 @@
 """Accuracy of the verdict, on simulated studies with a known truth.
 
-    python benchmarks/simulate.py --studies 2000 --out docs/results/simulation.md
+    python benchmarks/simulate.py --studies 4000 --out simulation.jsonl      # adds a line for each cell
+    python benchmarks/simulate.py --tables simulation.jsonl                  # prints them in Markdown
 
-A study has three ranks (8, 128, 256) or six, and a table of held-out losses, seeds x examples, for each:
+A study has a table of held-out losses, seeds x rows, for each rank (8 and 64; 8, 64 and 256; or 8, 16, ... 256):
 
-    loss[rank, seed, example] = base[example] + effect[rank] + seed effect[seed] + rank's own seed effect[rank, seed]
-                                + rank's own example effect[rank, example] + noise[rank, seed, example]
-    untrained loss[example] = base[example] + gain + gain's own example effect[example]
+    loss[rank, seed, row] = base[row] + shared[seed] + shared[seed, row]
+                            + effect[rank] * concentration[row]
+                            + of seed[rank, seed] + of row[rank, row] + rest[rank, seed, row]
+    untrained[row] = base[row] + gain[row]
 
-`effect` is the rank's true effect: its mean loss over many seeds and examples. Standard deviations are relative to the
-mean loss of 2 nats: examples differ by 30% and seeds by 1% (pairing removes both from differences between ranks; the
-seeds' stay in the gain), and an example gains half as much more or less, and 2% of the loss; the others depend on the
-setting:
+Everything is a share of the mean loss:
 
-- as measured: seeds 0.25%, noise 0.7%: differences between ranks 8 and 128 on the embedded study vary by 0.013 and
-  0.036 of 3.8 nats, each rank by that divided by the square root of 2; no example effects
-- examples differ: seeds 0.1%, examples 2%, noise 2%: ranks that do better on some examples and worse on others
-- seeds differ: seeds 1%, examples 0.5%, noise 1%: unstable training
+- Label tokens of a row, its weight: lognormal, median 55, sigma 0.88, from 1 to 1,024. That gives a mean of 81, 0.7% of
+  rows above 480 and 0.05% above 1,000, as CodeAlpaca's answers have.
+- `base`: lognormal with a standard deviation of 23%; `gain`: a gamma variable with a standard deviation of 76% of its
+  mean (both as in the embedded study).
+- `concentration`: exponential times the root of the row's loss, mean 1: few rows have most of a rank's effect.
+- The last three terms: over ranks fractional Brownian motion in log2(rank) with H = 0.7 and a nugget of 15% (the share
+  of a pair's variance that does not depend on their distance); over seeds, rows and both, Student's t with 3 to 5
+  degrees of freedom, drawn for each study. The standard deviation of the difference of ranks 8 and 256 is the world's;
+  `of row` has the same, `rest` 3.5 times as much (in the embedded study: 0.31, 0.31 and 1.14% of the loss).
+- `shared`: 0.5% a seed, 1% a seed and row. Pairing removes both from differences; they stay in the gain.
 
-The margin is 5% of the gain. Effects of the ranks, as multiples of the margin: none; small (0.5, 0.2, 0); at the margin
-(1, 1, 0); beyond (1.5, 0.5, 0); large (4, 2, 0). Examples have 10 to 200 label tokens, as real answers have.
+Worlds: quiet 0.1%, demo 0.3%, noisy 1%, and unstable: 0.4%, 3 degrees of freedom, 7% of the seeds with three times the
+deviations, and up to 2.5 times as much noise at the highest rank.
 
-**Planted gains.** None: no rank differs from the untrained model. Harmful: all are 2% of the loss worse. Tiny: 0.5% of
-the loss. Modest: 4%. Large: 20% of the loss, so that the margin is 1% of it. Columns:
-
-- half-widths: the true gain, in half-widths of the 95% interval between two ranks, if their variance is the true one
-- untold: "not trained long enough to tell"
-- named: a rank is recommended, or named as the cheapest where none are distinguishable
-- wrong: a recommended rank loses the margin or more, one named as the cheapest more than two margins, or there is no
-  gain
-- right: nothing wrong is said. "Not trained long enough" is wrong where the true gain is six half-widths or more
-- kept: studies in which no rank is stated to keep more of the gain than it does
-
-**Large gains**, and which claims are made, on a quarter as many studies:
-
-- coverage: the 95% interval of the difference between two given ranks covers the true one: 93 to 97%. It does not
-  depend on the effects, which are added to all losses alike, so it is given once per size. Where seeds hardly differ it
-  is higher: with few seeds the interval has to allow for their variance
-- bootstrap: coverage of the percentile interval of a hierarchical bootstrap over seeds and examples (on a tenth of the
-  studies)
-- regret: the 95% interval of a rank's regret covers it
-- better: a study calls some rank worse than the margin that is not, or a best one not the best: at most 5%
-- recommended: studies that recommend a rank; wrong: the recommended rank's regret is the margin or more: at most 5% of
-  all studies, followed by the share of those that recommend
-- alike: studies that name the cheapest rank because none are distinguishable, and the 95th percentile of its true
-  regret, in margins
+Truths. Mix: 20% no effect; else A (r / r0)^-g with A log-uniform from 0.1 to 5% and g from 0.25 to 2; in a quarter the
+loss rises again towards the highest rank, there by 10 to 100% of A. Others are multiples of the margin, which is 5% of
+the gain; the worst truths have ranks on the margin itself.
 """
 
 import argparse
+import json
 import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
-from scipy import stats
 
-from rankscope.analysis.comparison import Judged, bounds, compare, least_kept
-from rankscope.analysis.verdict import GAIN_OVER_WIDTH, MAX_REGRET_MARGINS, _levels, decide
+from rankscope.analysis.comparison import Estimate, estimate
+from rankscope.analysis.decision import MAX_REGRET_MARGINS, Decision, decide_arrays, outcome_of, states
 
-BASE = 2.0
-MARGIN = 0.05
-"""Share of the gain."""
+MARGIN = 0.05  # of the gain
 CONFIDENCE = 0.95
+BASE_SPREAD, GAIN_SPREAD = 0.23, 0.76
+HURST, NUGGET = 0.7, 0.15
+REST = 3.5  # times the world's standard deviation
+CHUNK = 100  # studies at once
+RANKS = {2: (8, 64), 3: (8, 64, 256), 6: (8, 16, 32, 64, 128, 256)}
 
 
-class Setting(NamedTuple):
-    """Standard deviations as shares of the mean loss."""
-
-    name: str
-    seeds: float
-    examples: float
-    noise: float
+class World(NamedTuple):
+    pair: float  # standard deviation of a pair five octaves apart, as a share of the loss
+    degrees: tuple[int, int] = (3, 5)
+    bad_seeds: float = 0.0
+    high_rank: float = 1.0  # noise of the highest rank, as a multiple of the lowest's
 
 
-SETTINGS = (
-    Setting("as measured", 0.0025, 0.0, 0.007),
-    Setting("examples differ", 0.001, 0.02, 0.02),
-    Setting("seeds differ", 0.01, 0.005, 0.01),
-)
-EFFECTS: dict[str, tuple[float, ...]] = {
-    "none": (0, 0, 0),
-    "small": (0.5, 0.2, 0),
-    "at the margin": (1, 1, 0),
-    "beyond": (1.5, 0.5, 0),
-    "large": (4, 2, 0),
-    "six ranks, none": (0, 0, 0, 0, 0, 0),
-    "six ranks": (3, 1.05, 1.05, 0.5, 0, 0),
+WORLDS = {
+    "quiet": World(0.001),
+    "demo": World(0.003),
+    "noisy": World(0.01),
+    "unstable": World(0.004, (3, 3), 0.07, 2.5),
 }
-SIZES = ((2, 50), (2, 1000), (3, 100), (3, 500), (5, 200), (10, 50), (10, 1000))
-"""Numbers of seeds and held-out examples."""
-GAIN_SIZES = ((2, 50), (3, 100), (5, 200))
-
-LARGE = 0.2
-GAINS: dict[str, tuple[float, str]] = {
-    "none": (0.0, "none"),
-    "none, six ranks": (0.0, "six ranks, none"),
-    "harmful": (-0.02, "none"),
-    "tiny": (0.005, "large"),
-    "tiny, at the margin": (0.005, "at the margin"),
-    "modest": (0.04, "large"),
-    "modest, at the margin": (0.04, "at the margin"),
-    "large": (LARGE, "large"),
-    "large, at the margin": (LARGE, "at the margin"),
-}
-"""Gains as shares of the mean loss, and the effects of the ranks."""
 
 
-class Outcome(NamedTuple):
-    """Outcome of one simulated study. Rates are over its pairs or ranks."""
+class Drawn(NamedTuple):
+    """Studies: losses (N, K, S, E), losses before training (N, E), label tokens (N, E), true effects (N, K)."""
 
-    covered: float
-    regret_covered: float
-    falsely_worse: bool
-    recommended: bool
-    falsely_recommended: bool
-    beyond: float
-    """True regret, in margins, of the rank named as cheapest where nothing is distinguishable; else NaN."""
-    untold: bool
-    named: bool
-    wrong: bool
-    kept: bool
-    """Whether every rank keeps what it is stated to keep, if anything is stated."""
+    losses: np.ndarray
+    untrained: np.ndarray
+    tokens: np.ndarray
+    truth: np.ndarray
+
+
+def octaves(ranks: int) -> np.ndarray:
+    return np.log2(np.array(RANKS[ranks], dtype=float))
+
+
+def factor(ranks: int) -> np.ndarray:
+    """Root of the covariance of ranks' deviations, (K, K); a pair five octaves apart differs with a variance of 1."""
+    place = (octaves(ranks) - 3) / 5
+    power = 2 * HURST
+    brownian = place[:, None] ** power + place**power - np.abs(place[:, None] - place) ** power
+    values, vectors = np.linalg.eigh(0.5 * ((1 - NUGGET) * brownian + NUGGET * np.eye(len(place))))
+    root: np.ndarray = vectors * np.sqrt(np.maximum(values, 0))
+    return root
+
+
+def mixed(rng: np.random.Generator, studies: int, ranks: int) -> np.ndarray:
+    """True effects (N, K) of the mix."""
+    place = octaves(ranks) - 3
+    size, power = np.exp(rng.uniform(math.log(0.001), math.log(0.05), studies)), rng.uniform(0.25, 2, studies)
+    effects = size[:, None] * 2.0 ** (-power[:, None] * place)
+    rise = np.where(rng.random(studies) < 0.25, size * rng.uniform(0.1, 1, studies), 0.0)
+    effects += rise[:, None] * (place / place[-1]) ** 2
+    effects[rng.random(studies) < 0.2] = 0.0
+    found: np.ndarray = effects - effects.min(axis=1, keepdims=True)
+    return found
+
+
+def heavy(rng: np.random.Generator, shape: tuple[int, ...], root: np.ndarray, degrees: np.ndarray) -> np.ndarray:
+    """Deviations (N, ..., K) of Student's t, correlated over ranks, of variance one before correlation."""
+    degrees = np.broadcast_to(degrees.reshape(-1, *[1] * (len(shape) - 1)), shape)
+    scale = np.sqrt((degrees - 2) / rng.chisquare(degrees))
+    found: np.ndarray = rng.standard_normal((*shape, len(root)), dtype=np.float32) @ root.T * scale[..., None]
+    return found
 
 
 def draw(
-    rng: np.random.Generator, setting: Setting, effects: Sequence[float], seeds: int, examples: int, gain: float = LARGE
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw losses (K, S, E), untrained losses (E,) and label tokens (E,)."""
-    ranks = len(effects)
-    tokens = rng.integers(10, 200, examples).astype(float)
-    base = BASE * (1 + rng.normal(0, 0.3, examples))
-    own = BASE * (
-        margin(gain) * np.array(effects)[:, None, None]
-        + rng.normal(0, 0.01, (seeds, 1))
-        + rng.normal(0, setting.seeds, (ranks, seeds, 1))
-        + rng.normal(0, setting.examples, (ranks, 1, examples))
-        + rng.normal(0, setting.noise, (ranks, seeds, examples))
-    )
-    gains = gain * (1 + rng.normal(0, 0.5, examples)) + rng.normal(0, 0.02, examples)
-    return base + own, base + BASE * gains, tokens
+    rng: np.random.Generator, world: World, truth: np.ndarray, seeds: int, rows: int, gain: float
+) -> Drawn:  # fmt: skip
+    studies, ranks = truth.shape
+    tokens = np.clip(np.round(rng.lognormal(4.0, 0.88, (studies, rows))), 1, 1024)
+    sigma = math.sqrt(math.log(1 + BASE_SPREAD**2))
+    base = rng.lognormal(-(sigma**2) / 2, sigma, (studies, rows))
+    concentration = rng.exponential(1, (studies, rows)) * np.sqrt(base) * math.exp(sigma**2 / 8)
+    degrees = rng.integers(world.degrees[0], world.degrees[1] + 1, studies)
+    louder = world.high_rank ** ((octaves(ranks) - 3) / (octaves(ranks)[-1] - 3))
+    root = (factor(ranks) * louder[:, None] * world.pair).astype(np.float32)
+    of_seed = heavy(rng, (studies, seeds), root, degrees)
+    of_seed *= np.where(rng.random((studies, seeds, 1)) < world.bad_seeds, 3.0, 1.0)
+    of_row = heavy(rng, (studies, rows), root, degrees)
+    rest = REST * heavy(rng, (studies, seeds, rows), root, degrees)
+    shared = rng.normal(0, 0.005, (studies, seeds, 1)) + rng.normal(0, 0.01, (studies, seeds, rows))
+    own = np.moveaxis(of_seed[:, :, None] + of_row[:, None] + rest, -1, 1)
+    own += (base[:, None] + shared)[:, None] + (truth[:, :, None] * concentration[:, None])[:, :, None]
+    gained = gain * rng.gamma(GAIN_SPREAD**-2, GAIN_SPREAD**2, (studies, rows))
+    return Drawn(own.astype(np.float32), base + gained, tokens, truth)
 
 
-def margin(gain: float) -> float:
-    """Return the margin as a share of the mean loss."""
-    return MARGIN * max(gain, 0.0)
+class Contrasts(NamedTuple):
+    differences: Estimate  # (N, K, K)
+    excesses: Estimate
+    gain: Estimate  # (N, K)
 
 
-def judged(losses: np.ndarray, untrained: np.ndarray, tokens: np.ndarray) -> Judged:
-    ranks = [2 ** (number + 3) for number in range(len(losses))]
-    names = [f"r{rank:03d}" for rank in ranks]
-    tables = dict(zip(names, map(pd.DataFrame, losses), strict=True))
-    return Judged(tables, {name: (rank, 1e-4) for name, rank in zip(names, ranks, strict=True)}, tokens, untrained)
+def excesses_at(drawn: Drawn, seeds: int, share: np.ndarray) -> Estimate:
+    """Estimates of each rank's loss minus what a margin of `share` (N,) allows beside each other rank."""
+    own, other = drawn.losses[:, :, None, :seeds], drawn.losses[:, None, :, :seeds]
+    part = share.astype(np.float32)[:, None, None, None, None]
+    before = drawn.untrained.astype(np.float32)[:, None, None, None]
+    return estimate(own - other - part * (before - other), drawn.tokens[:, None, None])
 
 
-def assess(found: Judged, effects: Sequence[float], gain: float = LARGE, shares: bool = False) -> Outcome:
-    """Compare the conclusion with the truth; without `shares`, not what each rank is stated to keep."""
-    rows = compare(found, MARGIN)
-    least = BASE * margin(gain)  # the margin, in nats; the lowest true effect is none
-    truth = {row.candidate: least * effect for row, effect in zip(rows, effects, strict=True)}
-    covered = [
-        low <= truth[row.candidate] - truth[other] <= high
-        for row in rows
-        for other, difference in row.differences.items()
-        for low, high in [difference.interval(CONFIDENCE)]
-    ]
-    regrets = [
-        bound.low is not None and bound.high is not None and bound.low <= truth[row.candidate] <= bound.high
-        for row, bound in zip(rows, bounds(rows, CONFIDENCE), strict=True)
-    ]
-    verdict, states = decide(rows, CONFIDENCE, look_ahead=False)
-    # A regret of exactly the margin counts against either claim: so the boundary, the hardest truth, is tested.
-    worse = gain > 0 and any(states[name] is False and truth[name] <= least * (1 + 1e-9) for name in truth)
-    better = any(
-        bound.low is not None and bound.low > 0 and truth[row.candidate] == 0
-        for row, bound in zip(rows, bounds(rows, _simultaneous(len(rows))), strict=True)
-    )
-    outcome, named = verdict["outcome"], verdict.get("candidate")
-    recommended, untold = outcome == "recommended", outcome == "not_trained_enough"
-    allowed = least * (1.0 if recommended else MAX_REGRET_MARGINS)
-    wrong = bool(named) and (gain <= 0 or truth[named] >= allowed * (1 - 1e-9))
-    beyond = truth[named] / least if named and not recommended and least else math.nan
-    stated = (
-        {}
-        if untold or not shares
-        else {name: least_kept(found, name, _levels(len(rows), CONFIDENCE)[0]) for name in truth}
-    )
-    kept = all(
-        low is None or (gain > 0 and 1 - truth[name] / (BASE * gain) >= low - 1e-9) for name, low in stated.items()
-    )
-    falsely = recommended and wrong
-    return Outcome(
-        float(np.mean(covered)), float(np.mean(regrets)), worse or better, recommended, falsely, beyond,
-        untold, bool(named), wrong, kept,
-    )  # fmt: skip
+def contrasts(drawn: Drawn, seeds: int) -> Contrasts:
+    none = np.zeros(len(drawn.truth))
+    gain = estimate(drawn.untrained[:, None, None] - drawn.losses[:, :, :seeds], drawn.tokens[:, None])
+    return Contrasts(excesses_at(drawn, seeds, none), excesses_at(drawn, seeds, none + MARGIN), gain)
 
 
-def _simultaneous(candidates: int) -> float:
-    """Return the level at which a claim that a rank is not the best is made."""
-    return 1 - (1 - CONFIDENCE) / (candidates - 1)
-
-
-def half_width(setting: Setting, seeds: int, examples: int) -> float:
-    """Return half of the interval of the difference of two ranks with the true variances, as a share of the loss."""
-    tokens = np.arange(10, 200)
-    examples_by_weight = examples / float((tokens**2).mean() / tokens.mean() ** 2)
-    of_seeds = 2 * (setting.seeds**2 / seeds + setting.noise**2 / (seeds * examples_by_weight))
-    of_examples = 2 * setting.examples**2 / examples_by_weight
-    t = stats.t.ppf((1 + CONFIDENCE) / 2, [seeds - 1, examples - 1])
-    return float(t @ [of_seeds, of_examples] / math.sqrt(of_seeds + of_examples))
-
-
-def simulate(
-    setting: Setting, effects: Sequence[float], seeds: int, examples: int, studies: int, random: Sequence[int] = (0,),
-    gain: float = LARGE, shares: bool = False,
-) -> pd.DataFrame:  # fmt: skip
-    """Return one row per study: the fields of `Outcome`."""
-    rng = np.random.default_rng(random)
-    drawn = (judged(*draw(rng, setting, effects, seeds, examples, gain)) for _ in range(studies))
-    return pd.DataFrame([assess(found, effects, gain, shares) for found in drawn])
-
-
-def bootstrap_coverage(
-    setting: Setting, effects: Sequence[float], seeds: int, examples: int, studies: int, random: Sequence[int] = (0,)
-) -> float:
-    """Return how often a hierarchical percentile bootstrap (999 resamples) covers the first rank's true difference."""
-    rng = np.random.default_rng(random)
-    truth, covered = BASE * margin(LARGE) * (effects[0] - effects[-1]), 0
-    for _ in range(studies):
-        losses, _, tokens = draw(rng, setting, effects, seeds, examples)
-        difference = losses[0] - losses[-1]
-        means = []
-        for _ in range(999):
-            chosen = rng.integers(examples, size=examples)
-            weights = tokens[chosen] / tokens[chosen].sum()
-            by_seed = difference[rng.integers(seeds, size=seeds)][:, chosen] @ weights
-            means.append(by_seed.mean())
-        low, high = np.quantile(means, (0.025, 0.975))
-        covered += bool(low <= truth <= high)
-    return covered / studies
+def assess(drawn: Drawn, seeds: int, gain: float, kept: bool = False) -> dict[str, np.ndarray]:
+    """What is said of each study, (N,), held against the truth; with `kept` also whether each rank keeps what it is
+    shown to keep."""
+    truth, margin, place = drawn.truth, MARGIN * gain, octaves(drawn.truth.shape[1])
+    found = contrasts(drawn, seeds)
+    decision = decide_arrays(*found, place, CONFIDENCE)
+    good_enough = truth < margin * (1 - 1e-9)  # a rank exactly on the margin is the hardest that may not be recommended
+    right = good_enough.argmax(axis=1)
+    outcomes = [outcome_of(Decision(*one), [True] * len(place)) for one in zip(*decision, strict=True)]
+    named = np.array([-1 if number is None else number for _, number in outcomes])
+    of_outcome = np.array([outcome for outcome, _ in outcomes])
+    recommended = of_outcome == "recommended"
+    below = np.arange(len(place)) < named[:, None]
+    loss = np.where(named >= 0, np.take_along_axis(truth, np.maximum(named, 0)[:, None], 1)[:, 0], -np.inf)
+    allowed = margin * np.where(recommended, 1.0, MAX_REGRET_MARGINS) * (1 - 1e-9)
+    low, high = found.differences.interval(CONFIDENCE)
+    real = truth[:, :, None] - truth[:, None]
+    others = ~np.eye(len(place), dtype=bool)
+    rates = {
+        "settled": recommended & ~(below & ~decision.worse).any(axis=1),
+        "right": (named == right) & (gain > 0),
+        "recommended": recommended,
+        "false": recommended & ((loss >= allowed) | (gain <= 0)),
+        "named wrongly": (named >= 0) & ((loss >= allowed) | (gain <= 0)),
+        "falsely worse": (decision.worse & (truth <= margin * (1 + 1e-9))).any(axis=1) & (gain > 0),
+        "untold": of_outcome == "not_trained_enough",
+        "coverage": ((low <= real) & (real <= high))[:, others].mean(axis=1),
+    }
+    if kept:
+        lost = truth / gain
+        claimed = [
+            (states(excesses_at(drawn, seeds, share * (1 - 1e-9)), place, CONFIDENCE)[0][:, rank] & (share > 0))
+            for rank, share in enumerate(lost.T)
+        ]
+        rates["kept"] = ~(np.array(claimed).any(axis=0) & decision.gained)
+    return rates
 
 
 class Cell(NamedTuple):
-    """One row of a table."""
-
-    kind: str  # gain, intervals or claims
-    setting: int
-    size: int
-    name: str  # of GAINS or EFFECTS
-    studies: int
-
-
-def gain_row(cell: Cell) -> list[Any]:
-    setting, (seeds, examples), (gain, effects) = SETTINGS[cell.setting], SIZES[cell.size], GAINS[cell.name]
-    random = (cell.setting, cell.size, 50 + list(GAINS).index(cell.name))
-    found = simulate(setting, EFFECTS[effects], seeds, examples, cell.studies, random, gain, shares=True)
-    widths = gain / half_width(setting, seeds, examples)
-    wrong = found["wrong"] | (found["untold"] & (widths >= 2 * GAIN_OVER_WIDTH))
-    rates = [f"{found[name].mean():.1%}" for name in ("untold", "named", "wrong")]
-    return [cell.name, f"{widths:.1f}", *rates, f"{1 - wrong.mean():.1%}", f"{found['kept'].mean():.1%}"]
+    table: str
+    world: str
+    gain: float
+    ranks: int
+    seeds: tuple[int, ...]  # at which the study is judged
+    rows: int
+    truth: tuple[float, ...] = ()  # multiples of the margin; the mix without
 
 
-def intervals_row(cell: Cell) -> list[Any]:
-    setting, size, random = SETTINGS[cell.setting], SIZES[cell.size], (cell.setting, cell.size)
-    found = simulate(setting, EFFECTS["small"], *size, cell.studies, (*random, 99))
-    plain = bootstrap_coverage(setting, EFFECTS["small"], *size, max(1, cell.studies // 10), (*random, 98))
-    return [f"{found['covered'].mean():.1%}", f"{plain:.0%}"]
+def simulate(cell: Cell, studies: int, random: Sequence[int] = ()) -> dict[str, Any]:
+    """Rates over studies at the last number of seeds, and `ever false` over all of them."""
+    rng, sums = np.random.default_rng([*random, studies]), dict[str, float]()
+    for start in range(0, studies, CHUNK):
+        count = min(CHUNK, studies - start)
+        truth = mixed(rng, count, cell.ranks)
+        if cell.truth:
+            truth = np.tile(np.array(cell.truth) * MARGIN * max(cell.gain, 0.0), (count, 1))
+        drawn = draw(rng, WORLDS[cell.world], truth, cell.seeds[-1], cell.rows, cell.gain)
+        looks = [assess(drawn, seeds, cell.gain, kept=cell.table == "mix" and cell.ranks == 3) for seeds in cell.seeds]
+        rates = looks[-1] | {"ever false": np.any([look["false"] for look in looks], axis=0)}
+        rates["ever worse"] = np.any([look["falsely worse"] for look in looks], axis=0)
+        for name, values in rates.items():
+            sums[name] = sums.get(name, 0.0) + float(values.sum())
+    return {**cell._asdict(), "studies": studies, **{name: total / studies for name, total in sums.items()}}
 
 
-def claims_row(cell: Cell) -> list[Any]:
-    random = (cell.setting, cell.size, list(EFFECTS).index(cell.name))
-    found = simulate(SETTINGS[cell.setting], EFFECTS[cell.name], *SIZES[cell.size], cell.studies, random)
-    alike, wrong = found["beyond"].dropna(), found["falsely_recommended"].sum()
-    return [
-        cell.name, f"{found['regret_covered'].mean():.1%}", f"{found['falsely_worse'].mean():.1%}",
-        f"{found['recommended'].mean():.0%}", f"{wrong / cell.studies:.1%}",
-        f"{wrong / max(1, found['recommended'].sum()):.1%}", f"{len(alike) / cell.studies:.0%}",
-        f"{alike.quantile(0.95):.2g}" if len(alike) else "",
-    ]  # fmt: skip
+WORST = {2: ((1, 0),), 3: ((1, 1, 0), (1, 4, 0)), 6: ((9, 9, 9, 9, 1, 0), (1, 1, 1, 1, 1, 0))}
+ONE_BY_ONE = (2, 3, 4, 5, 6, 8, 10, 12)
+PLANNED = (3, 5, 8, 12)
+
+
+def cells() -> Iterator[Cell]:
+    """All cells, those that matter most first."""
+    for world in ("demo", "unstable", "noisy", "quiet"):
+        for ranks in (6, 3):
+            yield Cell("mix", world, 0.21, ranks, (3,), 100)
+        for ranks, truths in WORST.items():
+            for rows in (30, 100):
+                yield Cell("worst", world, 0.21, ranks, (3,), rows, truths[0])
+        for ranks in (2, 3):
+            yield Cell("growth", world, 0.21, ranks, ONE_BY_ONE, 100, WORST[ranks][0])
+        for gain in (0.0, -0.02, 0.005):
+            yield Cell("little gain", world, gain, 3, (3,), 100, (4, 2, 0))
+    for world in WORLDS:
+        yield Cell("growth", world, 0.21, 6, PLANNED, 100, WORST[6][0])
+        for ranks in (6, 3):
+            yield Cell("mix", world, 0.05, ranks, (3,), 100)
+            yield Cell("mix", world, 0.21, ranks, (5,), 100)
+        for ranks in (3, 6):
+            yield Cell("worst", world, 0.21, ranks, (3,), 100, WORST[ranks][1])
+        yield Cell("worst", world, 0.05, 3, (3,), 100, WORST[3][0])
 
 
 TABLES = {
-    "gain": ("gain", "half-widths", "untold", "named", "wrong", "right", "kept"),
-    "intervals": ("coverage", "bootstrap"),
-    "claims": ("effects", "regret", "better", "recommended", "wrong", "of those", "alike", "regret"),
+    "mix": ("settled", "right", "recommended", "false", "falsely worse", "coverage", "kept"),
+    "worst": ("recommended", "false", "falsely worse", "coverage"),
+    "growth": ("settled", "right", "ever false", "ever worse"),
+    "little gain": ("untold", "recommended", "named wrongly"),
 }
-"""Columns of each kind of table, after those of the seeds and examples."""
 
 
-def cells(studies: int) -> list[Cell]:
-    """Return the rows of all tables, in order."""
-    names = {"gain": list(GAINS), "intervals": [""], "claims": list(EFFECTS)}
-    sizes = {"gain": GAIN_SIZES, "intervals": SIZES, "claims": SIZES}
-    return [
-        Cell(kind, setting, size, name, studies if kind == "gain" else max(1, studies // 4))
-        for kind in TABLES
-        for setting, size in product(range(len(SETTINGS)), map(SIZES.index, sizes[kind]))
-        for name in names[kind]
-    ]
-
-
-def run(cell: Cell) -> str:
-    """Return the row of a cell in Markdown."""
-    row = {"gain": gain_row, "intervals": intervals_row, "claims": claims_row}[cell.kind](cell)
-    seeds, examples = SIZES[cell.size]
-    return f"| {' | '.join(map(str, [seeds, f'{examples:,}', *row]))} |\n"
-
-
-def lines(studies: int, processes: int) -> Iterator[str]:
-    """Yield Markdown tables by line: planted gains, intervals and claims, each in every setting."""
-    before: tuple[str, int] | None = None
-    everything = cells(studies)
-    with ProcessPoolExecutor(processes) as pool:
-        for cell, row in zip(everything, pool.map(run, everything), strict=True):
-            if (cell.kind, cell.setting) != before:
-                setting, columns = SETTINGS[cell.setting], ("seeds", "examples", *TABLES[cell.kind])
-                title = {"gain": "Planted gains", "intervals": "Intervals", "claims": "Claims"}[cell.kind]
-                yield f"\n## {title}: {setting.name}\n\nSeeds {setting.seeds:.2%}, examples {setting.examples:.2%}, "
-                yield f"noise {setting.noise:.2%} of the mean loss.\n\n| {' | '.join(columns)} |\n"
-                yield f"{'|---:' * len(columns)}|\n"
-            before = cell.kind, cell.setting
-            yield row
+def tables(file: Path) -> Iterator[str]:
+    """Markdown, line by line; of cells that were simulated several times, the last."""
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    for table, columns in TABLES.items():
+        cells_of = [line for line in lines if line["table"] == table]
+        yield f"\n## {table.capitalize()}\n"
+        heads = ("world", "gain", "ranks", "rows", "seeds", "truth", "studies", *columns)
+        yield f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}"
+        for line in {str([line[key] for key in Cell._fields]): line for line in cells_of}.values():
+            own = (
+                line["world"],
+                f"{line['gain']:.1%}",
+                line["ranks"],
+                line["rows"],
+                ", ".join(map(str, line["seeds"])),
+            )
+            rates = [f"{line[name]:.1%}" if name in line else "" for name in columns]
+            truth = ", ".join(f"{one:g}" for one in line["truth"]) or "mix"
+            yield f"| {' | '.join(map(str, [*own, truth, line['studies'], *rates]))} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--studies", type=int, default=2000, help="of each row of planted gains; a quarter for the others"
-    )
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="a Markdown file")
+    parser.add_argument("--studies", type=int, default=4000, help="of each cell")
+    parser.add_argument("--out", type=Path, help="a file of JSON lines, to which each cell's rates are added")
+    parser.add_argument("--part", default="1/1", help="2/3: the second of every three cells")
+    parser.add_argument("--table", choices=TABLES, help="only this table's cells")
+    parser.add_argument("--tables", type=Path, help="print the tables of such a file, and simulate nothing")
     args = parser.parse_args()
-    command = f"python benchmarks/simulate.py --studies {args.studies}"
-    about = (__doc__ or "").partition("A study has")[2]
-    text = f"# How often the verdict is right\n\n```\n{command}\n```\n\nA study has{about}"
-    for line in lines(args.studies, args.processes):
-        text += line
-        print(line, end="", flush=True)
-    if args.out:
-        args.out.write_text(text, encoding="utf-8")
+    if args.tables:
+        print("\n".join(tables(args.tables)))
+        return
+    part, parts = map(int, args.part.split("/"))
+    for number, cell in enumerate(cells()):
+        if number % parts != part - 1 or args.table not in (None, cell.table):
+            continue
+        line = json.dumps(simulate(cell, args.studies, (number,)))
+        print(line, flush=True)
+        if args.out:
+            with args.out.open("a", encoding="utf-8") as out:
+                out.write(line + "\n")
 
 
 if __name__ == "__main__":

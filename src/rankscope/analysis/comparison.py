@@ -9,7 +9,9 @@ candidates are compared pair by pair:
 with seeds and examples both drawn at random (crossed random effects). Their variances come from the analysis of
 variance (Searle, Casella and McCulloch 1992, chapter 4). The interval's t is the mean of those of the two degrees of
 freedom, each weighted by its share of the variance (Cochran and Cox 1957, section 4.14). A percentile bootstrap would
-cover far less than its nominal level with two or three seeds (docs/method.md, docs/results/simulation.md).
+cover far less than its nominal level with two or three seeds (docs/method.md).
+
+These intervals are the ones shown; verdicts are drawn by `rankscope.analysis.decision`.
 
 The regret of a candidate is its loss minus the lowest loss of all candidates. The truly lowest is unknown, so a claim
 on a regret must hold whichever it is (multiple comparisons with the best: Edwards and Hsu 1983, JASA 78).
@@ -17,66 +19,73 @@ on a regret must hold whichever it is (multiple comparisons with the best: Edwar
 
 import math
 from collections.abc import Sequence
-from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special
+
+Numbers = Any  # a float, or an array of floats
 
 
 class Estimate(NamedTuple):
-    """Mean over seeds and held-out examples with its standard errors, in nats per label token."""
+    """Mean over seeds and held-out examples with its standard errors, in nats per label token; numbers, or arrays of
+    one shape for many estimates."""
 
-    mean: float
-    seed_error: float | None  # of seeds and the residual, with seeds - 1 degrees of freedom; None with one seed
-    example_error: float  # of examples, alike for every seed, with examples - 1 degrees of freedom
-    seeds: int
+    mean: Numbers
+    seed_error: Numbers  # of seeds and the residual, with seeds - 1 degrees of freedom; infinite with one seed
+    example_error: Numbers  # of examples, alike for every seed, with examples - 1 degrees of freedom
+    third: Numbers  # third central moment of the mean over examples: how skewed it is
+    seeds: Numbers
     examples: int
 
-    def half_width(self, confidence: float) -> float:
+    def half_width(self, confidence: float) -> Numbers:
         """Half of the two-sided interval; infinite with one seed, which shows no variation between seeds."""
-        if self.seed_error is None:
-            return math.inf
-        seed, example = self.seed_error**2, self.example_error**2
-        if not seed + example:
-            return 0.0
-        share = seed / (seed + example)
-        t = share * _quantile(confidence, self.seeds - 1) + (1 - share) * _quantile(confidence, self.examples - 1)
-        return t * math.sqrt(seed + example)
+        return self.t((1 + confidence) / 2, self.seeds - 1) * self.error
 
-    def interval(self, confidence: float) -> tuple[float, float]:
+    @property
+    def error(self) -> Numbers:
+        found: Numbers = np.hypot(self.seed_error, self.example_error)
+        return found
+
+    def t(self, level: float, degrees: Numbers) -> Numbers:
+        """One-sided quantile of Student's t: the mean of those of the seeds' and the examples' degrees of freedom, by
+        their shares of the variance."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            share = np.where(np.isfinite(self.seed_error), np.square(self.seed_error / self.error), 1.0)
+        share = np.where(self.error == 0, 1.0, share)
+        of_examples = special.stdtrit(max(1, self.examples - 1), level)
+        found: Numbers = share * special.stdtrit(np.maximum(degrees, 1), level) + (1 - share) * of_examples
+        return found
+
+    def interval(self, confidence: float) -> tuple[Numbers, Numbers]:
         half = self.half_width(confidence)
         return self.mean - half, self.mean + half
 
-    def with_seeds(self, seeds: int) -> "Estimate":
+    def with_seeds(self, seeds: Numbers) -> "Estimate":
         """Estimate that so many seeds would give, if they vary as these do."""
-        error = None if self.seed_error is None else self.seed_error * math.sqrt(self.seeds / seeds)
-        return self._replace(seed_error=error, seeds=seeds)
-
-
-@cache
-def _quantile(confidence: float, degrees: int) -> float:
-    """Two-sided quantile of Student's t."""
-    return float(stats.t.ppf((1 + confidence) / 2, degrees))
+        return self._replace(seed_error=self.seed_error * np.sqrt(self.seeds / seeds), seeds=seeds)
 
 
 def estimate(values: np.ndarray, label_tokens: np.ndarray) -> Estimate:
-    """Mean of `values` (S, E) over seeds and examples, with examples weighted by `label_tokens` (E,). A mean with
-    random weights is a ratio: its variance is that of its linear part, w (value - mean)."""
-    seeds, examples = values.shape
-    weights = label_tokens / label_tokens.mean()
-    mean = float((weights * values).mean())
-    parts = weights * (values - mean)
+    """Mean of `values` (..., S, E) over seeds and examples, with examples weighted by `label_tokens` (..., E). A mean
+    with random weights is a ratio: its variance is that of its linear part, w (value - mean)."""
+    seeds, examples = values.shape[-2:]
+    weights = label_tokens / label_tokens.mean(axis=-1, keepdims=True)
+    mean = (weights[..., None, :] * values).mean(axis=(-2, -1))
     if seeds < 2 or examples < 2:
-        return Estimate(mean, None, 0.0, seeds, examples)
-    by_seed, by_example = parts.mean(axis=1), parts.mean(axis=0)
-    left = parts - by_seed[:, None] * weights - by_example  # a seed's effect reaches a part as its weight
-    left_square = float((left**2).sum()) / ((seeds - 1) * (examples - 1))
-    count = seeds * examples
-    seed_error = math.sqrt(examples * float(by_seed.var(ddof=1)) / count)
-    example_error = math.sqrt(max(0.0, seeds * float(by_example.var(ddof=1)) - left_square) / count)
-    return Estimate(mean, seed_error, example_error, seeds, examples)
+        none = np.zeros_like(mean)
+        return Estimate(mean, none + np.inf, none, none, seeds, examples)
+    parts = weights[..., None, :] * (values - mean[..., None, None])
+    by_seed, by_example = parts.mean(axis=-1), parts.mean(axis=-2)
+    parts -= by_seed[..., None] * weights[..., None, :]  # a seed's effect reaches a part as its weight
+    parts -= by_example[..., None, :]
+    left_square = np.square(parts).sum(axis=(-2, -1)) / ((seeds - 1) * (examples - 1))
+    of_examples = by_example.var(axis=-1, ddof=1) / examples - left_square / (seeds * examples)
+    centred = by_example - by_example.mean(axis=-1, keepdims=True)
+    third = (centred**3).sum(axis=-1) / (examples * (examples - 1) * max(1, examples - 2))
+    seed_error = np.sqrt(by_seed.var(axis=-1, ddof=1) / seeds)
+    return Estimate(mean, seed_error, np.sqrt(np.maximum(0.0, of_examples)), third, seeds, examples)
 
 
 class Judged(NamedTuple):
@@ -144,6 +153,30 @@ def bounds(rows: Sequence[Comparison], confidence: float) -> list[Bounds]:
         low = 0.0 if row.candidate in best else max(0.0, min(own[name][0] for name in best))
         found.append(Bounds(None, None) if math.isinf(high) else Bounds(low, max(0.0, high)))
     return found
+
+
+def excesses(judged: Judged, share: float) -> Estimate:
+    """Excesses of each candidate over a margin of `share` beside each other one, (K, K)."""
+    tables = list(judged.losses.values())
+    if all(table.index.equals(tables[0].index) for table in tables):
+        losses = np.stack([table.to_numpy() for table in tables])
+        return estimate(losses[:, None] - judged.allowed(losses[None], share), judged.label_tokens)
+    pairs = [(own, other, _shared(own, other)) for own in tables for other in tables]
+    found = [
+        estimate(_of_seeds(own, both) - judged.allowed(_of_seeds(other, both), share), judged.label_tokens)
+        for own, other, both in pairs
+    ]
+    return stacked(found, len(tables), len(tables))
+
+
+def stacked(estimates: Sequence[Estimate], *shape: int) -> Estimate:
+    """Estimates on the same examples as arrays of this shape."""
+
+    def field(name: str) -> Numbers:
+        return np.array([getattr(one, name) for one in estimates]).reshape(shape)
+
+    errors = field("seed_error"), field("example_error")
+    return Estimate(field("mean"), *errors, field("third"), field("seeds"), estimates[0].examples)
 
 
 def without_diverged(examples: pd.DataFrame, results: pd.DataFrame | None) -> pd.DataFrame:
@@ -230,30 +263,6 @@ def compare(judged: Judged, share: float) -> list[Comparison]:
         identity = judged.identity[name]
         found.append(Comparison(name, *identity, estimate(losses, judged.label_tokens), differences, excesses, gain))
     return found
-
-
-def least_kept(judged: Judged, name: str, confidence: float) -> float | None:
-    """Share of the gain that a candidate is shown to keep, whichever other one is the best: one minus the smallest
-    margin at which it is good enough. None if it is not good enough at any, and 1 without another candidate. Of full
-    fine-tuning's gain, where that is larger."""
-    pairs = list(_beside(judged, name).values())
-    if judged.full is not None:
-        pairs = [(judged.losses[name].to_numpy(), judged.full[None])]
-
-    def good(share: float) -> bool:
-        excesses = (estimate(own - judged.allowed(other, share), judged.label_tokens) for own, other in pairs)
-        return all(excess.interval(confidence)[1] <= 0 for excess in excesses)
-
-    if not good(1.0):
-        return None
-    low, high = 0.0, 1.0
-    for _ in range(_BISECTIONS if pairs else 0):
-        middle = (low + high) / 2
-        low, high = (low, middle) if good(middle) else (middle, high)
-    return 1.0 - high if pairs else 1.0
-
-
-_BISECTIONS = 14  # to a share of 0.0001
 
 
 def _beside(judged: Judged, name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -2,9 +2,7 @@
 
 A rank is good enough (non-inferior) when its loss is shown to be at most the best candidate's plus the margin,
 whichever candidate is the best; it is worse when its loss is shown to be above. The margin is a share of the gain: the
-untrained model's loss minus the best candidate's. Several ranks are tested at once, so their level is divided among
-them (Bonferroni): the chance that any rank is wrongly called good enough stays below 1 - confidence, and so does the
-chance that any is wrongly called worse (benchmarks/simulate.py).
+untrained model's loss minus the best candidate's. How that is shown: `rankscope.analysis.decision`.
 
 Where fine-tuning itself has hardly gained anything, a share of it is nothing that could be measured: such a study was
 not trained long enough to tell ranks apart, and recommends none.
@@ -12,8 +10,10 @@ not trained long enough to tell ranks apart, and recommends none.
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from rankscope.analysis.claims import judge_claims
@@ -23,23 +23,21 @@ from rankscope.analysis.comparison import (
     bounds,
     compare,
     estimate,
+    excesses,
     judge,
     judged_examples,
-    least_kept,
     losses_by_candidate,
-    may_be_best,
+    stacked,
     without_diverged,
 )
 from rankscope.analysis.costs import over_budget
+from rankscope.analysis.decision import LEVELS, Decision, decide_arrays, level_at, outcome_of, states, upper_bound
 from rankscope.analysis.variants import judge_variants
 from rankscope.data.doubts import doubts
 from rankscope.errors import StudyError
 from rankscope.spec.models import EMBEDDED
 from rankscope.study.evidence import Evidence
 
-MAX_MORE_SEEDS = 50  # added seeds that the search for `more_seeds` tries
-MAX_REGRET_MARGINS = 2.0  # margins that the cheapest of ranks without a visible difference may lose at most
-GAIN_OVER_WIDTH = 3.0  # least gain for ranks to be told apart, in half-widths of the widest interval between them
 USUAL_MARGINS = (0.01, 0.02, 0.05, 0.1)  # shares of the gain at which the verdict is shown beside its own
 OVERFIT_STEP_SHARE = 0.8  # of the steps: a rank whose best evaluation comes before it, and is clearly better, overfits
 
@@ -65,13 +63,13 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
     losses. `margins` has the smallest rank that is good enough at other margins, by the same test. `guess` is the
     smallest rank whose mean is within the margin, whatever is shown, or else the best.
 
-    `more_seeds` is the least number of added seeds that would settle it with the same means and spreads; None where
-    all is settled, or where up to 50 would not do. `comparison` has a row for each rank at its best candidate,
-    `diverged` one for each candidate with a seed that diverged, which is compared with none: a mean over the seeds that
-    survived would flatter it. `left_out` names ranks without a row; `overfits` those whose best evaluation came early,
-    with its step. `reference_candidate` is full fine-tuning at its best rate; `claims` are the four of the original
-    study; `variants` are those of `rankscope.analysis.variants`; `caveats` are codes that the report puts in words; of
-    those in `rankscope.data.doubts.DOUBTS` the numbers are in data/facts.json.
+    `more_seeds` is the number of added seeds to the first planned number that would settle it with the same means
+    and spreads; None where all is settled, or where none would do. `comparison` has a row for each rank at its best
+    candidate, `diverged` one for each candidate with a seed that diverged, which is compared with none: a mean over
+    the seeds that survived would flatter it. `left_out` names ranks without a row; `overfits` those whose best
+    evaluation came early, with its step. `reference_candidate` is full fine-tuning at its best rate; `claims` are
+    the four of the original study; `variants` are those of `rankscope.analysis.variants`; `caveats` are codes that
+    the report puts in words; of those in `rankscope.data.doubts.DOUBTS` the numbers are in data/facts.json.
 
     Raises:
         StudyError: the margin is a share of the gain, and the study does not know the untrained model's losses.
@@ -202,10 +200,10 @@ def _of_the_gain(
     fields: dict[str, Any] = {"gain": gain.mean, "gain_low": low, "gain_high": high, "gain_of": reference}
     if verdict["outcome"] == "not_trained_enough" or gain.mean <= 0:
         return fields
-    good, _ = _levels(len(rows), confidence)
+    kept = least_kept(judged, confidence)
     for row in verdict["comparison"]:
         row["kept"] = row["gain"] / gain.mean if reference == "full" else 1 - row["regret"] / gain.mean
-        row["kept_low"] = None if verdict["seeds"] < 2 else least_kept(judged, row["candidate"], good)
+        row["kept_low"] = None if verdict["seeds"] < 2 else kept[row["candidate"]]
     for share in USUAL_MARGINS:
         decision, _ = decide(compare(judged, share), confidence, over, look_ahead=False)
         chosen = decision if decision["outcome"] == "recommended" else {}
@@ -213,6 +211,39 @@ def _of_the_gain(
             {"margin": share, "rank": chosen.get("rank"), "undetermined": chosen.get("undetermined", [])}
         )
     return fields
+
+
+def least_kept(judged: Judged, confidence: float) -> dict[str, float | None]:
+    """Share of the gain that each candidate is shown to keep: one minus the smallest margin at which it is good enough.
+    None if it is not good enough at any, and 1 without another candidate. Of full fine-tuning's gain, where that is
+    larger, whatever the other candidates do."""
+    names = list(judged.losses)
+    if len(names) == 1 and judged.full is None:
+        return {names[0]: 1.0}
+    octaves = np.log2([judged.identity[name][0] for name in names])
+
+    @cache
+    def good(share: float) -> list[bool]:
+        if judged.full is None:
+            return list(states(excesses(judged, share), octaves, confidence)[0])
+        over = [
+            estimate(table.to_numpy() - judged.allowed(judged.full[None], share), judged.label_tokens)
+            for table in judged.losses.values()
+        ]
+        level = [level_at(one.seeds, confidence) / max(1, len(names) - 1) for one in over]
+        return [upper_bound(one, one.seeds - 1, of) <= 0 for one, of in zip(over, level, strict=True)]
+
+    found: dict[str, float | None] = {}
+    for number, name in enumerate(names):
+        low, high = 0.0, 1.0
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if good(middle)[number] else (middle, high)
+        found[name] = 1.0 - high if good(high)[number] else None
+    return found
+
+
+_BISECTIONS = 14  # to a share of 0.0001
 
 
 def best_of(rows: Sequence[Comparison]) -> Comparison:
@@ -235,14 +266,32 @@ def decide(
     """Fields of verdict.json that hold the conclusion, and the state of each candidate. `over` names the limits that
     each candidate exceeds; `look_ahead` is whether to find `more_seeds`."""
     over, seeds = over or {}, min(row.eval_loss.seeds for row in rows)
-    states = _states(rows, confidence)
-    found = {"best_candidate": best_of(rows).candidate} | _outcome(rows, states, confidence, over)
-    for added in range(1, MAX_MORE_SEEDS + 1) if look_ahead and seeds > 1 and not _settled(found) else ():
-        more = [row.with_seeds(added) for row in rows]
-        if _settled(_outcome(more, _states(more, confidence), confidence, over)):
-            found["more_seeds"] = added
+    decision = _decision(rows, confidence)
+    found = {"best_candidate": best_of(rows).candidate} | _outcome(rows, decision, over)
+    for look in LEVELS if look_ahead and seeds > 1 and not _settled(found) else ():
+        more = [row.with_seeds(look - seeds) for row in rows] if look > seeds else rows
+        if _settled(_outcome(more, _decision(more, confidence), over)):
+            found["more_seeds"] = look - seeds
             break
-    return found, states
+    return found, _states(rows, decision)
+
+
+def _decision(rows: Sequence[Comparison], confidence: float) -> Decision:
+    """Decision on one study."""
+    names, count = [row.candidate for row in rows], len(rows)
+    own = [row.eval_loss._replace(mean=0.0) for row in rows]  # on the diagonal, which is not read
+    differences, over = (
+        stacked([of.get(name, none) for of, none in zip(side, own, strict=True) for name in names], count, count)
+        for side in ([row.differences for row in rows], [row.excesses for row in rows])
+    )
+    gains = [row.gain for row in rows if row.gain is not None]
+    gain = stacked(gains, count) if gains else None
+    return decide_arrays(differences, over, gain, np.log2([row.rank for row in rows]), confidence)
+
+
+def _states(rows: Sequence[Comparison], decision: Decision) -> States:
+    pairs = zip(rows, decision.good, decision.worse, strict=True)
+    return {row.candidate: True if good else False if worse else None for row, good, worse in pairs}
 
 
 def _settled(found: Mapping[str, Any]) -> bool:
@@ -251,76 +300,26 @@ def _settled(found: Mapping[str, Any]) -> bool:
     return found["outcome"] not in open_ and not found.get("undetermined")
 
 
-def _levels(candidates: int, confidence: float) -> tuple[float, float]:
-    """Two-sided confidence of one difference, for claims of good enough and of worse. One candidate is the best, so a
-    claim can be wrong about `candidates - 1` others. Good enough is wrong on one side only, which doubles the level;
-    the confidence is never below the one shown."""
-    share = (1 - confidence) / max(1, candidates - 1)
-    return max(confidence, 1 - 2 * share), 1 - share
-
-
-def _states(rows: Sequence[Comparison], confidence: float) -> States:
-    good, worse = _levels(len(rows), confidence)
-    best = may_be_best(rows, worse)
-    states: dict[str, bool | None] = {}
-    for row in rows:
-        highs = [excess.interval(good)[1] for excess in row.excesses.values()]
-        lows = [row.excesses[name].interval(worse)[0] for name in best if name != row.candidate]
-        states[row.candidate] = None
-        if highs and max(highs) <= 0:
-            states[row.candidate] = True
-        elif row.candidate not in best and min(lows) > 0:
-            states[row.candidate] = False
-    return states
-
-
-def _outcome(
-    rows: Sequence[Comparison], states: States, confidence: float, over: Mapping[str, list[str]]
-) -> dict[str, Any]:
-    inside = [row for row in rows if not over.get(row.candidate)]
-    if not inside:
-        return {"outcome": "nothing_in_budget"}
-    if not _gained_enough(rows, confidence):
-        return {"outcome": "not_trained_enough"}
-    if len(rows) == 1 and not _gain_unknown(rows[0]):
+def _outcome(rows: Sequence[Comparison], decision: Decision, over: Mapping[str, list[str]]) -> dict[str, Any]:
+    inside = [not over.get(row.candidate) for row in rows]
+    if len(rows) == 1 and inside[0] and decision.gained and not _gain_unknown(rows[0]):
         return _chosen("recommended", rows[0])
-    for row in inside:
-        if states[row.candidate]:
-            below = [other.candidate for other in inside if other.rank < row.rank and states[other.candidate] is None]
-            return _chosen("recommended", row) | {"undetermined": below}
-    if len(inside) < len(rows) and all(states[row.candidate] is False for row in inside):
-        return _chosen("best_in_budget", best_of(inside))
-    if len(inside) == len(rows) and _alike(rows, confidence):
-        return _chosen("not_distinguishable", inside[0])
-    return {"outcome": "not_enough_evidence"}
-
-
-def _gained_enough(rows: Sequence[Comparison], confidence: float) -> bool:
-    """Whether fine-tuning gained so much that differences between ranks could matter; with one seed nobody knows."""
-    best = best_of(rows)
-    if best.gain is None or _gain_unknown(best):
-        return True
-    gain = best.gain
-    widths = [found.half_width(confidence) for row in rows for found in row.differences.values()]
-    widest = max((width for width in widths if math.isfinite(width)), default=0.0)
-    return gain.interval(confidence)[0] > 0 and gain.mean >= GAIN_OVER_WIDTH * widest
+    outcome, number = outcome_of(decision, inside)
+    if outcome == "best_in_budget":
+        return _chosen(outcome, best_of([row for row, fits in zip(rows, inside, strict=True) if fits]))
+    if number is None:
+        return {"outcome": outcome}
+    below = [row.candidate for n, row in enumerate(rows[:number]) if inside[n] and not decision.worse[n]]
+    return _chosen(outcome, rows[number]) | ({"undetermined": below} if outcome == "recommended" else {})
 
 
 def _gain_unknown(row: Comparison) -> bool:
     """Whether the margin is a share of the gain, of which one seed gives no interval."""
-    return row.gain is not None and row.gain.seed_error is None
+    return row.gain is not None and math.isinf(row.gain.seed_error)
 
 
 def _chosen(outcome: str, row: Comparison) -> dict[str, Any]:
     return {"outcome": outcome, "rank": row.rank, "candidate": row.candidate}
-
-
-def _alike(rows: Sequence[Comparison], confidence: float) -> bool:
-    """Whether no two differ visibly, and the first one's regret is at most `MAX_REGRET_MARGINS`."""
-    alike = len(may_be_best(rows, confidence)) == len(rows)
-    margins = [rows[0].differences[name].mean - rows[0].excesses[name].mean for name in rows[0].excesses]
-    high = bounds(rows, confidence)[0].high
-    return alike and high is not None and high <= MAX_REGRET_MARGINS * min(margins)
 
 
 def _table(
