@@ -1,37 +1,41 @@
-"""Time, memory and agreement of `rankscope run` and TRL's SFTTrainer with PEFT on one rank study.
+"""rankscope and TRL's SFTTrainer with PEFT on one rank study: gain, time of a step, and memory, in one table.
 
-    python benchmarks/compare_trl.py --model DIR_OR_ID --dataset FILE --ranks 8,128,256 --out FILE.json
+    python benchmarks/compare_trl.py --out FILE.jsonl --model DIR --dataset ROWS --lengths 128,1024 --gain-steps 24
+    python benchmarks/compare_trl.py --out FILE.jsonl                  # prints the tables of what was measured
 
-Each repeat runs the arms one after the other, so that machine drift affects all of them:
+Each measurement is a line of FILE as soon as it is there; a second call does only what is missing. Settings:
 
-- rankscope: `rankscope run` in a child process, with one seed and without cost profiles
-- trl: SFTTrainer, one rank after the other, each in a fresh child process
-- trl-grouped (with `--grouped`): like trl, with batches of similar length. The first batch is unchanged; the rows of
-  the timed steps are sorted by length, longest first. transformers' own `group_by_length` sorts at most a quarter of
-  its rows at once, so on the same rows it pads no less
+- rankscope: `rankscope run` in a child process, all ranks in one study, in float32 and in bfloat16
+- TRL float32; TRL autocast (float32 weights, `bf16=True`); TRL bfloat16 (bfloat16 weights, `bf16=True`, adapters in
+  float32 by PEFT's default): one rank after the other, the largest first, in one child process
+- each of TRL's also grouped by length, at its best: in place of the rows of a batch those whose lengths are nearest to
+  the batch's mean. So a step has as many real tokens as rankscope's, and next to no padding
 
-The TRL arms read the tokens of the study that rankscope has just made, in rankscope's order. Their adapters start from
-the same values; optimizer, schedule, clipping and precision are the study's; the base's own dropout is off. So the loss
-curves of `rankscope` and `trl` must agree. If they differ by more than 1e-4 (relative, float32), the arms did different
-work: the ratios do not count, and the exit code is 1. trl-grouped has other batches: its losses are not compared. The
-warm-up starts at a learning rate of zero, so losses show an update only from the third step on.
+TRL trains on rankscope's tokens in rankscope's order. Adapters start from the same values; optimizer, schedule and
+clipping are the study's; the base's own dropout is off. So the losses of rankscope and TRL in float32 must agree: the
+last table has their largest relative difference. Grouped batches are others, so their losses are not compared.
 
 TRL's settings: no gradient checkpointing (TRL's default computes each forward twice), fused AdamW, no saving, no
 trackers, and huge pages for torch's CPU allocator, as rankscope's own children have them. Everything else is TRL's
 default, including entropy and token accuracy. On a CPU its loss scores every position, padding and prompt too, and no
 setting changes that.
 
-- seconds a step: all ranks together; the mean over all steps but the first, which warms up and is reported
-  separately. Packs (rankscope) or ranks (TRL) that train one after the other are summed. TRL's clock goes from
-  on_step_begin to on_step_end, which excludes forming the batch and logging; rankscope's excludes logging only
-- training seconds: seconds a step times steps
-- wall time: the processes' whole time, with imports and loading; only rankscope's includes tokenising, evaluation and
-  the report
-- peak memory: ru_maxrss of wait4 (Linux), the high-water mark of resident memory of the arm's largest process, which
-  for rankscope with a small model may be the one that writes the report
-- GPU peak: allocated bytes, TRL arms only; rankscope records its own in the profiles, which are off here
+- s a step: all ranks together, the mean over all steps but the first, which only warms up. TRL's clock goes
+  from on_step_begin to on_step_end, which excludes forming the batch and logging; rankscope's excludes logging only
+- peak: ru_maxrss of wait4 (Linux), the high-water mark of resident memory of the setting's largest process
+- private: the highest sum of anonymous memory over the setting's processes, sampled ten times a second: without the
+  files that are mapped, such as libraries and weights
+- padded: tokens that TRL computes for each real one in the steps that are timed
+- gain: loss on held-out rows before training, less after `--gain-steps` steps, in nats a label token: from runs of
+  their own that are not timed, of `--gain-ranks`, at the first length. All adapters are evaluated alike: by PEFT, over
+  the base in float32, one row at a time. A grouped setting counts with the gain of its precision, because its batches
+  differ; a model without gains of its own with those of the others
+- limit: FLOPs of a step's products, LoRA's included and padding left out, at the rate of plain products of the model's
+  shapes, in float32 and bfloat16, timed in each repeat in a process of its own
 
-Tables show medians over repeats; a ratio is taken within each repeat first.
+Repeats are interleaved: each runs all settings, one after the other. Tables show medians over repeats, and a ratio is
+taken within each repeat first. The reference of the bars is the fastest TRL setting whose gain, averaged over ranks,
+is at least 99% of TRL's in float32.
 """
 
 import argparse
@@ -44,310 +48,345 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterable, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
+
 from rankscope.files import read_json, read_jsonl, write_json
 from rankscope.jobs.process import ENVIRONMENT
-from rankscope.measure.machine import hardware, versions
+from rankscope.measure.machine import versions
+from rankscope.spec.models import StudySpec
+from rankscope.spec.options import assemble
 from rankscope.study.study import Study
 
-# torch and TRL are imported in the children only: a child's ru_maxrss begins with the memory of the process it was
-# started from, so this one must stay small.
-
+OURS = ("rankscope float32", "rankscope bfloat16")
+PRECISIONS = ("TRL float32", "TRL autocast", "TRL bfloat16")
+GROUPED = ", grouped"
+ARMS = (*OURS, *(f"{arm}{order}" for arm in PRECISIONS for order in ("", GROUPED)))
 SEED = 0
-TOLERANCE = 1e-4
-"""Largest relative difference between two losses of one step, in float32, that counts as the same training."""
-
-SHARED = ("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm")
-"""Fields of the study's training that have the same name in TRL's configuration."""
-
-
-class Cost(NamedTuple):
-    """Cost of one arm in one repeat, all ranks together."""
-
-    step_seconds: list[float]  # (steps,)
-    wall_seconds: float
-    peak_bytes: int
-    gpu_peak_bytes: int | None
-    losses: dict[int, list[float]]  # (steps,) of each rank
-    dtype: str | None  # of the base; rankscope's is that of the TRL arms
-
-    @property
-    def seconds_a_step(self) -> float:
-        return statistics.fmean(self.step_seconds[1:])
-
-
-QUANTITIES = ("seconds_a_step", "wall_seconds", "peak_bytes")
-"""Fields of `Cost` that the ratios compare."""
+LEAST_GAIN = 0.99
+"""Share of TRL's gain in float32 that another setting must reach to have done the same work."""
 
 
 class Process(NamedTuple):
-    """Cost of a finished child process."""
+    """Memory of a finished child process and its descendants."""
 
-    wall_seconds: float
     peak_bytes: int
+    private_bytes: int
 
 
 def run_child(command: Sequence[str], folder: Path) -> Process:
-    """Run a command to its end; `folder` takes its output and, so that every repeat tokenises anew, its cache."""
+    """Run a command to its end; `folder` takes its output and its cache of tokens."""
     environment = ENVIRONMENT | os.environ | {"RANKSCOPE_CACHE": str(folder / "cache")}
-    log = folder / "log.txt"
-    start = time.perf_counter()
+    log, ended, sampled = folder / "log.txt", threading.Event(), [0]
+
+    def sample(identity: int) -> None:
+        process = psutil.Process(identity)
+        while not ended.wait(0.1):
+            try:
+                together = [process, *process.children(recursive=True)]
+                kept = [one.memory_info() for one in together]
+                sampled.append(sum(memory.rss - memory.shared for memory in kept))
+            except psutil.Error:  # a process ended meanwhile
+                continue
+
     with (
         log.open("wb") as out,
         subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True) as process,
     ):
+        sampler = threading.Thread(target=sample, args=(process.pid,), daemon=True)
+        sampler.start()
         try:
             _, status, usage = os.wait4(process.pid, 0)
         except BaseException:
             os.killpg(process.pid, signal.SIGTERM)  # with what it has started: an orphan would slow what runs next
             raise
+        finally:
+            ended.set()
+        sampler.join()
         process.returncode = os.waitstatus_to_exitcode(status)
-    seconds = time.perf_counter() - start
     if process.returncode:
         raise SystemExit(f"{shlex.join(command)} ended with {process.returncode}:\n{log.read_text()[-4000:]}")
-    return Process(seconds, usage.ru_maxrss * 1024)
+    return Process(usage.ru_maxrss * 1024, max(sampled))
 
 
-def run_rankscope(args: argparse.Namespace, folder: Path) -> Cost:
+class Case(NamedTuple):
+    """One study, to be trained by every setting."""
+
+    model: str
+    dataset: str
+    max_length: int
+    ranks: list[int]
+    steps: int
+    batch_size: int
+    learning_rate: float
+    eval_rows: int
+
+    def options(self) -> dict[str, Any]:
+        names = ("model", "dataset", "max_length", "ranks", "steps", "batch_size")
+        own = {"learning_rates": [self.learning_rate], "target_modules": "all-linear", "seeds": [SEED]}
+        return {name: getattr(self, name) for name in names} | own
+
+    def assignments(self) -> list[str]:
+        return ["measure.profiles=false", "measure.answers=0", "training.evals=1", f"data.eval_rows={self.eval_rows}"]
+
+    def spec(self) -> StudySpec:
+        return assemble({}, self.options(), self.assignments())
+
+
+def run_rankscope(case: Case, arm: str, folder: Path) -> tuple[dict[str, Any], Process]:
     """Run the study from the command line, in `folder`/study."""
-    path = folder / "study"
-    command = [sys.executable, "-m", "rankscope.cli", "run", "--out", str(path), "--seeds", str(SEED)]
-    for name in ("model", "dataset", "ranks", "steps", "batch_size", "max_length", "target_modules"):
-        command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    command += ["--learning-rates", str(args.learning_rate)]
-    for assignment in ("measure.profiles=false", "measure.answers=0", "training.evals=1", "data.eval_rows=8"):
+    path, dtype = folder / "study", arm.rpartition(" ")[2]
+    command = [sys.executable, "-m", "rankscope.cli", "run", "--out", str(path)]
+    for name, value in case.options().items():
+        command += [f"--{name.replace('_', '-')}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    for assignment in (*case.assignments(), f"model.dtype={dtype}"):
         command += ["--set", assignment]
     process = run_child(command, folder)
     study = Study.open(path)
-    losses: dict[int, list[float]] = {}
-    packs: dict[str, list[float]] = {}  # trials of one pack have the pack's step time, which counts once
+    losses, packs, adapters, tokens = {}, {}, {}, [0] * case.steps
     for trial in study.spec.trials():
         rows = [row for row in read_jsonl(study.trial_folder(trial) / "metrics.jsonl") if "train_loss" in row]
         losses[trial.candidate.rank] = [row["train_loss"] for row in rows]
-        packs[study.trial_record(trial).pack] = [row["step_seconds"] for row in rows]
-    return Cost(_by_step(packs.values()), *process, None, losses, None)
-
-
-def run_trl(folder: Path, grouped: bool) -> Cost:
-    """Train the ranks of `folder`/study with TRL, one after the other."""
-    study = folder / "study"
-    processes, results = [], {}
-    for candidate in Study.open(study).spec.candidates():
-        result = folder / "trl.json"
-        command = [sys.executable, __file__, "trl-arm", str(study), str(candidate.rank), str(result)]
-        processes.append(run_child(command + ["--grouped"] * grouped, folder))
-        results[candidate.rank] = read_json(result)
-    gpu = [found["gpu_peak_bytes"] for found in results.values() if found["gpu_peak_bytes"] is not None]
-    return Cost(
-        _by_step(found["step_seconds"] for found in results.values()),
-        sum(process.wall_seconds for process in processes),
-        max(process.peak_bytes for process in processes),
-        max(gpu, default=None),
-        {rank: found["losses"] for rank, found in results.items()},
-        next(found["dtype"] for found in results.values()),
-    )
-
-
-def _by_step(series: Iterable[Sequence[float]]) -> list[float]:
-    return [sum(seconds) for seconds in zip(*series, strict=True)]
-
-
-def train_with_trl(study_path: Path, rank: int, result: Path, grouped: bool) -> None:
-    """Train one rank of a study with SFTTrainer and write its cost and losses to `result`; to be called in a child."""
-    import torch
-    from datasets import Dataset
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
-
-    from rankscope.data.batches import batch_indices
-    from rankscope.data.tokens import load
-    from rankscope.lora.adapters import lora_config
-    from rankscope.model.checks import location
-    from rankscope.model.device import resolve_device, resolve_dtype
-    from rankscope.model.load import load_config, load_tokenizer
-
-    spec = Study.open(study_path).spec
-    training = spec.training
-    assert training.steps is not None
-    (candidate,) = [candidate for candidate in spec.candidates() if candidate.rank == rank]
-    device = resolve_device(spec.model.device)
-    dtype = resolve_dtype(spec.model.dtype, device)
-    cuda = device.type == "cuda"
-
-    tokens = load(study_path / "data").train
-    batches = [batch_indices(len(tokens), training.batch_size, SEED, step).tolist() for step in range(training.steps)]
-    if any(len(batch) < training.batch_size for batch in batches):
-        raise SystemExit(f"{len(tokens)} rows end in a smaller batch within {training.steps} steps: use fewer steps")
-    rows = [index for batch in batches for index in batch]
-    if grouped:
-        warmup, timed = rows[: training.batch_size], rows[training.batch_size :]
-        rows = warmup + sorted(timed, key=lambda index: -int(tokens.lengths[index]))
-    dataset = Dataset.from_dict(
-        {
-            "input_ids": [tokens[index].ids.tolist() for index in rows],
-            "completion_mask": [tokens[index].is_label.astype(int).tolist() for index in rows],
-        }
-    )
-
-    config = load_config(spec.model)
-    for part in (config, config.get_text_config()):
-        for name, value in list(vars(part).items()):
-            if name.endswith(("drop", "dropout", "dropout_prob")) and isinstance(value, float):
-                setattr(part, name, 0.0)
-    base: Any = AutoModelForCausalLM.from_pretrained(
-        location(spec.model), config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
-    )
-    base.to(device)
-    torch.manual_seed(SEED)
-    model = get_peft_model(base, lora_config(candidate, base))
-
-    class Stopwatch(TrainerCallback):
-        def __init__(self) -> None:
-            self.seconds: list[float] = []
-
-        def now(self) -> float:
-            if cuda:
-                torch.cuda.synchronize()
-            return time.perf_counter()
-
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.start = self.now()
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            self.seconds.append(self.now() - self.start)
-
-    stopwatch = Stopwatch()
-    constant = training.lr_scheduler_type == "constant"
-    settings = SFTConfig(
-        output_dir=str(result.with_name("trl-output")),
-        max_steps=training.steps,
-        per_device_train_batch_size=training.batch_size,
-        learning_rate=candidate.learning_rate,
-        optim="adamw_torch_fused",
-        **training.model_dump(include=set(SHARED)),
-        lr_scheduler_type="constant_with_warmup" if constant else training.lr_scheduler_type,
-        warmup_steps=math.ceil(training.warmup_ratio * training.steps),
-        bf16=dtype == torch.bfloat16,
-        gradient_checkpointing=False,
-        completion_only_loss=True,
-        max_length=None,  # the tokens are cut already
-        train_sampling_strategy="sequential",
-        dataloader_pin_memory=cuda,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=SEED,
-    )
-    trainer = SFTTrainer(
-        model, settings, train_dataset=dataset, processing_class=load_tokenizer(spec.model), callbacks=[stopwatch]
-    )
-    trainer.train()
+        packs[study.trial_record(trial).pack] = [row["step_seconds"] for row in rows]  # one time for a pack's trials
+        adapters[trial.candidate.rank] = str(study.trial_folder(trial) / "adapter")
+        tokens = [row["tokens"] for row in rows]
+    flops = sum(read_json(path / "packs" / pack / "pack.json")["results"]["useful_flops"] for pack in packs)
     found = {
-        "step_seconds": stopwatch.seconds,
-        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "gpu_peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
-        "dtype": str(dtype).removeprefix("torch."),
+        "step_seconds": [sum(each) for each in zip(*packs.values(), strict=True)],
+        "losses": losses,
+        "flops": flops * statistics.fmean(tokens[1:]) / sum(tokens),  # of a step that is timed
+        "adapters": adapters,
     }
-    write_json(result, found)
+    return found, process
 
 
-def largest_difference(one: Cost, other: Cost) -> float:
-    """Return max |a - b| / |a| over the losses of all ranks and steps."""
-    assert one.losses.keys() == other.losses.keys()
-    return max(
-        abs(a - b) / abs(a) for rank in one.losses for a, b in zip(one.losses[rank], other.losses[rank], strict=True)
-    )
+def run_in_child(case: Case, python: str, job: str, folder: Path, **more: Any) -> tuple[dict[str, Any], Process]:
+    """What a function of trl_jobs.py returns, run by `python` in a process of its own."""
+    file = folder / "job.json"
+    write_json(file, {"job": job, "case": case._asdict()} | more)
+    process = run_child([python, str(Path(__file__).with_name("trl_jobs.py")), str(file)], folder)
+    return read_json(folder / "result.json"), process
 
 
-def show(costs: dict[str, list[Cost]], ratios: dict[str, dict[str, float]], steps: int) -> None:
-    """Print the tables in Markdown; 1 MB is 1e6 bytes."""
-    print("\n| arm | training s | s a step | first step s | wall s | peak MB | GPU peak MB |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
-    for arm, repeats in costs.items():
-        seconds, wall, peak = (statistics.median(getattr(cost, name) for cost in repeats) for name in QUANTITIES)
-        first = statistics.median(cost.step_seconds[0] for cost in repeats)
-        gpu = [cost.gpu_peak_bytes / 1e6 for cost in repeats if cost.gpu_peak_bytes is not None]
-        row = f"{seconds * steps:.2f} | {seconds:.3f} | {first:.3f} | {wall:.1f} | {peak / 1e6:,.0f}"
-        print(f"| {arm} | {row} | {f'{statistics.median(gpu):,.0f}' if gpu else '-'} |")
-    print("\n| ratio | s a step | wall | peak memory |\n|---|---:|---:|---:|")
-    for arm, ratio in ratios.items():
-        print(f"| {arm} / rankscope | {' | '.join(f'{value:.2f}' for value in ratio.values())} |")
+def train(case: Case, arm: str, python: str, folder: Path) -> tuple[dict[str, Any], Process]:
+    if arm in OURS:
+        return run_rankscope(case, arm, folder)
+    return run_in_child(case, python, "train_with_trl", folder, arm=arm)
 
 
-def compare(args: argparse.Namespace) -> bool:
-    """Run all repeats, print the tables, write `--out`; return whether the ratios count."""
-    costs: dict[str, list[Cost]] = {arm: [] for arm in ("rankscope", "trl", *["trl-grouped"] * args.grouped)}
-    for repeat in range(args.repeats):
+def key(line: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(line.get(name) for name in ("kind", "model", "length", "arm", "repeat"))
+
+
+class Log:
+    """The measurements of one file, of which each is made once."""
+
+    def __init__(self, file: Path, minutes: float) -> None:
+        self.file, self.end = file, time.monotonic() + 60 * minutes
+        self.lines = read_jsonl(file) if file.exists() else []
+
+    def add(self, case: Case, work: Callable[[Path], dict[str, Any]], **values: Any) -> None:
+        """Append what `work` returns of a temporary folder, unless the file has it, or the time is over."""
+        line = {"model": Path(case.model).name, "length": case.max_length} | values
+        line["case"] = case._asdict() | {"model": line["model"], "dataset": Path(case.dataset).name}
+        for known in self.lines:
+            if key(known) == key(line):
+                if known["case"] != line["case"]:
+                    raise SystemExit(f"{self.file} has {key(line)} of {known['case']}: use another --out")
+                return
+        if time.monotonic() > self.end:
+            return
         with tempfile.TemporaryDirectory(prefix="rankscope-trl-") as folder:
-            for arm, repeats in costs.items():
-                run = Path(folder)
-                cost = run_rankscope(args, run) if arm == "rankscope" else run_trl(run, arm == "trl-grouped")
-                repeats.append(cost)
-                print(f"{repeat + 1}/{args.repeats} {arm}: {cost.seconds_a_step:.3f} s a step", flush=True)
-    ratios = {
-        arm: {
-            name: statistics.median(
-                getattr(cost, name) / getattr(own, name) for cost, own in zip(repeats, costs["rankscope"], strict=True)
+            line |= work(Path(folder)) | {"versions": versions(), "date": f"{datetime.now(UTC):%Y-%m-%d}"}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self.lines.append(json.loads(json.dumps(line)))
+        print(*(value for value in key(line) if value is not None), flush=True)
+
+
+def measure(args: argparse.Namespace, log: Log) -> None:
+    """Measure what the file does not have yet."""
+
+    def rates(case: Case, folder: Path) -> dict[str, Any]:
+        return run_in_child(case, sys.executable, "product_rates", folder)[0]
+
+    def times(case: Case, arm: str, folder: Path) -> dict[str, Any]:
+        found, process = train(case, arm, args.trl_python, folder)
+        del found["adapters"]
+        return found | process._asdict()
+
+    def gains(case: Case, arm: str, folder: Path) -> dict[str, Any]:
+        adapters = train(case, arm, args.trl_python, folder)[0]["adapters"]
+        return run_in_child(case, sys.executable, "held_out_losses", folder, adapters=adapters)[0]
+
+    def case_of(length: int, ranks: list[int], steps: int, eval_rows: int) -> Case:
+        return Case(args.model, args.dataset, length, ranks, steps, args.batch_size, args.learning_rate, eval_rows)
+
+    for arm in (arm for arm in args.arms if args.gain_steps and not arm.endswith(GROUPED)):
+        case = case_of(args.lengths[0], args.gain_ranks, args.gain_steps, args.gain_rows)
+        log.add(case, partial(gains, case, arm), kind="gain", arm=arm)
+    for repeat in range(args.repeats):
+        for case in (case_of(length, args.ranks, args.steps, 8) for length in args.lengths):
+            log.add(case, partial(rates, case), kind="rate", repeat=repeat)
+            for arm in args.arms:
+                log.add(case, partial(times, case, arm), kind="time", arm=arm, repeat=repeat)
+
+
+def seconds(line: dict[str, Any]) -> float:
+    """Seconds of a step after the first, all ranks together."""
+    return statistics.fmean(line["step_seconds"][1:])
+
+
+Times = dict[str, dict[int, dict[str, Any]]]
+"""Measurements of one model and length: by setting, by repeat."""
+
+
+def median(times: Times, arm: str, value: Callable[[dict[str, Any]], float]) -> float:
+    return statistics.median(map(value, times[arm].values()))
+
+
+def ratio(times: Times, arm: str, ours: str, value: Callable[[dict[str, Any]], float]) -> float | None:
+    """Median over the repeats that have both of `arm` over `ours`."""
+    both = times.get(arm, {}).keys() & times.get(ours, {}).keys()
+    return statistics.median(value(times[arm][r]) / value(times[ours][r]) for r in both) if both else None
+
+
+def mean_gains(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Gain of each setting, averaged over ranks."""
+    gains = (line for line in lines if line["kind"] == "gain")
+    return {line["arm"]: line["before"] - statistics.fmean(line["after"].values()) for line in gains}
+
+
+def as_good(gains: dict[str, float]) -> set[str]:
+    """Settings that reach 99% of TRL's gain in float32, grouped ones with their precision; float32 always does."""
+    target = gains.get(PRECISIONS[0], math.inf)
+    good = {arm for arm, gain in gains.items() if gain >= LEAST_GAIN * target} | {OURS[0], PRECISIONS[0]}
+    return {arm for arm in ARMS if arm.removesuffix(GROUPED) in good}
+
+
+def setting_rows(model: str, length: int, times: Times, gains: dict[str, float], best: str) -> Iterator[str]:
+    """One line a setting; the reference of the bars is in bold."""
+    for arm in (arm for arm in ARMS if arm in times):
+        peak, private, padded = (
+            median(times, arm, value)
+            for value in (
+                lambda line: line["peak_bytes"] / 1e9,
+                lambda line: line["private_bytes"] / 1e9,
+                lambda line: line.get("padded", 1.0),
             )
-            for name in QUANTITIES
-        }
-        for arm, repeats in costs.items()
-        if arm != "rankscope"
-    }
-    difference = max(map(largest_difference, costs["rankscope"], costs["trl"]))
-    dtype = costs["trl"][0].dtype
-    counts = dtype != "float32" or difference <= TOLERANCE
-    show(costs, ratios, args.steps)
-    print(f"\nLargest relative difference of the loss curves ({dtype}): {difference:.2e}")
-    if not counts:
-        print(f"It exceeds {TOLERANCE:g}: the ratio does not count.")
-    if args.out:
-        machine = hardware()
-        del machine["system"]
-        options = {name: value for name, value in vars(args).items() if name != "out"}
-        record = {
-            "schema": 1,
-            "options": options | {"model": Path(args.model).name, "dataset": Path(args.dataset).name},
-            "machine": machine,
-            "versions": versions() | {name: version(name) for name in ("trl", "accelerate")},
-            "dtype": dtype,
-            "largest_loss_difference": difference,
-            "ratios_count": counts,
-            "ratios": ratios,
-            "arms": {arm: [cost._asdict() for cost in repeats] for arm, repeats in costs.items()},
-        }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return counts
+        )
+        gain = gains.get(arm.removesuffix(GROUPED))
+        cells = [model, str(length), f"**{arm}**" if arm == best else arm, "–" if gain is None else f"{gain:.4f}"]
+        cells += [f"{value:.2f}" for value in (median(times, arm, seconds), peak, private, padded)]
+        yield f"| {' | '.join(cells)} |"
+
+
+def bar_rows(model: str, length: int, times: Times, best: str, rates: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """One line for each of rankscope's dtypes: ratios to the reference and to TRL in float32, and the limit."""
+    for ours in (ours for ours in OURS if ours in times):
+        rate = statistics.median(line["rates"][ours.rpartition(" ")[2]] for line in rates)
+        limit = median(times, ours, lambda line: line["flops"]) / rate
+        quantities = (
+            ratio(times, best, ours, seconds),
+            ratio(times, best, ours, lambda line: line["peak_bytes"]),
+            ratio(times, best, ours, lambda line: line["private_bytes"]),
+            ratio(times, PRECISIONS[0], ours, seconds),
+        )
+        cells = [model, str(length), ours, best, *("–" if value is None else f"{value:.2f}" for value in quantities)]
+        cells += [f"{rate / 1e9:,.0f}", f"{limit:.2f}", f"{limit / median(times, ours, seconds):.0%}"]
+        if best in times:
+            cells.append(f"{median(times, best, seconds) / limit:.1f}")
+        yield f"| {' | '.join(cells)} |"
+
+
+def loss_difference(times: Times) -> float | None:
+    """Largest relative difference between the losses of rankscope and TRL, both in float32."""
+    pairs = [(times.get(arm, {}).get(0, {}).get("losses", {})) for arm in (OURS[0], PRECISIONS[0])]
+    both = [zip(pairs[0][rank], pairs[1][rank], strict=True) for rank in pairs[0].keys() & pairs[1].keys()]
+    return max((abs(a - b) / abs(b) for each in both for a, b in each), default=None)
+
+
+def tables(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """All tables, in Markdown."""
+    gains, good = mean_gains(lines), as_good(mean_gains(lines))
+    settings, bars, losses = [], [], []
+    for model, length in dict.fromkeys((line["model"], line["length"]) for line in lines if line["kind"] == "time"):
+        here = [line for line in lines if (line["model"], line["length"]) == (model, length)]
+        times: Times = {}
+        for line in (line for line in here if line["kind"] == "time"):
+            times.setdefault(line["arm"], {})[line["repeat"]] = line
+        theirs = [arm for arm in times if arm in good and arm not in OURS]
+        best = min(theirs, key=lambda arm: median(times, arm, seconds), default="none")
+        own = mean_gains(here)
+        settings += setting_rows(model, length, times, own, best)
+        bars += bar_rows(model, length, times, best, [line for line in here if line["kind"] == "rate"])
+        if (difference := loss_difference(times)) is not None:
+            losses.append(f"{model} at {length}: {difference:.1e}")
+    yield "| model | length | setting | gain | s a step | peak, GB | private, GB | padded |"
+    yield "|---|---:|---|---:|---:|---:|---:|---:|"
+    yield from settings
+    equal = ", ".join(arm for arm in ARMS if arm in good) if gains else "not measured; float32 alone counts"
+    yield f"\nSettings that gain as much as TRL in float32: {equal}.\n"
+    yield (
+        "| model | length | rankscope in | reference | time, bar 3 | peak, bar 2 | private | TRL float32, bar 4.5 | "
+        "plain products, GFLOP/s | limit, s | share of it reached | reference / limit |"
+    )
+    yield "|---|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"
+    yield from bars
+    if gains:
+        yield "\n| setting | steps | loss before | after, by rank | mean gain |\n|---|---:|---:|---|---:|"
+    for line in (line for line in lines if line["kind"] == "gain"):
+        after = ", ".join(
+            f"{rank}: {loss:.4f}" for rank, loss in sorted(line["after"].items(), key=lambda x: int(x[0]))
+        )
+        cells = (line["arm"], str(line["case"]["steps"]), f"{line['before']:.4f}", after, f"{gains[line['arm']]:.4f}")
+        yield f"| {' | '.join(cells)} |"
+    found = "; ".join(losses) or "not measured"
+    yield f"\nLargest relative difference of losses, rankscope and TRL in float32: {found}.\n"
+    machines = dict.fromkeys("{cpu}, {cores} cores".format(**line["machine"]) for line in lines if "machine" in line)
+    packages = ("torch", "transformers", "peft", "rankscope")
+    used = dict.fromkeys(f"{name} {line['versions'][name]}" for name in packages for line in lines)
+    used |= dict.fromkeys(f"TRL {line['trl']}" for line in lines if "trl" in line)
+    dates = sorted({line["date"] for line in lines})
+    yield f"{'; '.join(machines)}; {', '.join(used)}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["trl-arm"]:  # what `run_trl` starts
-        study, rank, result, *flags = sys.argv[2:]
-        train_with_trl(Path(study), int(rank), Path(result), flags == ["--grouped"])
-        return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children are ended, too
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--model", default="embedded", help="embedded, a folder or a hub id")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="a JSONL file, of measurements and to be added to")
+    parser.add_argument("--model", help="a folder or a hub id; without it only the tables are printed")
     parser.add_argument("--dataset", default="embedded", help="embedded, a file or a hub id")
-    parser.add_argument("--ranks", default="8,128,256")
-    for option, default in (("--max-length", 1024), ("--batch-size", 8), ("--steps", 4), ("--repeats", 3)):
+    parser.add_argument("--ranks", type=numbers, default=[8, 128, 256])
+    parser.add_argument("--lengths", type=numbers, default=[128, 1024])
+    for option, default in (("--batch-size", 8), ("--steps", 3), ("--repeats", 2)):
         parser.add_argument(option, type=int, default=default)
+    parser.add_argument("--gain-steps", type=int, default=0, help="0: no gain is measured")
+    parser.add_argument("--gain-ranks", type=numbers, default=[8])
+    parser.add_argument("--gain-rows", type=int, default=32, help="held-out rows of the gain")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--target-modules", default="all-linear")
-    parser.add_argument("--grouped", action="store_true", help="TRL with batches of similar length as well")
-    parser.add_argument("--out", type=Path, help="a JSON file")
+    parser.add_argument("--arms", type=lambda text: text.split(";"), default=ARMS, help=f"of {'; '.join(ARMS)}")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no measurement after so many")
+    parser.add_argument("--trl-python", default=sys.executable, help="a Python that has TRL, if this one has not")
     args = parser.parse_args()
-    if args.steps < 3 or args.repeats < 1:
-        parser.error("--steps must be at least 3, or the losses show no update, and --repeats at least 1")
-    sys.exit(0 if compare(args) else 1)
+    if args.out is None or not set(args.arms) <= set(ARMS) or args.steps < 2:
+        parser.error(f"--out is needed, --arms are of {'; '.join(ARMS)}, and --steps at least 2: the first is apart")
+    log = Log(args.out, args.minutes)
+    if args.model:
+        measure(args, log)
+    print(*tables(log.lines), sep="\n")
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 if __name__ == "__main__":
