@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow docs clean
+.PHONY: demo test test-slow test-oldest docs clean
 
 demo: .venv/installed
 	$(BIN)/rankscope run --out rankscope-demo
@@ -18,6 +18,19 @@ test: .venv/installed-dev
 test-slow: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile -m slow
 	OMP_NUM_THREADS=1 $(BIN)/pytest --hypothesis-profile long tests/properties tests/lora/test_pattern_keys.py
+
+# Parity with PEFT, training, commands and a short embedded study on the lowest versions that pyproject.toml accepts.
+OLDEST := .venv-oldest
+OLDEST_PYTHON ?= $(shell for p in python3.12 $(PYTHON); do $$p --version >/dev/null 2>&1 && echo $$p && break; done)
+OLDEST_TESTS := lora/test_packed.py lora/test_adapters.py lora/test_svd.py lora/test_variants.py train/test_parity.py \
+	train/test_full_parity.py train/test_attention.py train/test_loss.py train/test_loop.py train/test_checkpoint.py \
+	train/test_optimizer.py train/test_probe.py plan/test_memory.py test_cli.py
+
+test-oldest: $(OLDEST)/installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest --numprocesses auto --dist loadfile $(addprefix tests/,$(OLDEST_TESTS))
+	rm -rf build/oldest
+	$(OLDEST)/bin/rankscope run --ranks 2,8 --seeds 0 --steps 4 --out build/oldest
+	$(OLDEST)/bin/python benchmarks/gpu.py --rehearse --stages machine,parity,scaling
 
 # Builds the site in build/site. tests/docs/test_site.py builds and checks it too.
 docs: .venv/installed-dev
@@ -36,5 +49,11 @@ docs: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group dev
 	touch $@
 
+$(OLDEST)/installed: pyproject.toml constraints-oldest.txt
+	$(OLDEST_PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -e . pytest pytest-timeout pytest-xdist hypothesis
+	touch $@
+
 clean:
-	rm -rf .venv rankscope-demo build
+	rm -rf .venv .venv-oldest rankscope-demo build

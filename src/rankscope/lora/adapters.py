@@ -89,12 +89,13 @@ def add_adapter(model: PreTrainedModel, trial: Trial, base: str | None = None) -
     weights. Raises StudyError as `inject` does.
     """
     config = lora_config(trial.candidate, model, base)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(trial.seed)
         inject(config, model, adapter_key(trial.name))
     to_float32(model, trial.name)
-    for parameter in adapter_parameters(model, trial.name):
-        parameter.requires_grad_(True)  # PEFT enables the active adapter only
+    for parameter in (*trained, *adapter_parameters(model, trial.name)):
+        parameter.requires_grad_(True)  # PEFT enables the active adapter only, and PEFT 0.19 disables all others
     return config
 
 
