@@ -184,10 +184,10 @@ def measure(point: Point, device: str, steps: int, threads: int) -> Cost:
     )
 
 
-def random_tokens(rows: int, vocabulary: int) -> Tokens:
+def random_tokens(rows: int, vocabulary: int, length: int = ROW) -> Tokens:
     """Return `rows` sequences of random ids, with the second half of each as labels."""
-    rng, is_label = np.random.default_rng(0), np.arange(ROW) >= ROW // 2
-    ids = rng.integers(vocabulary, size=(rows, ROW), dtype=np.int32)
+    rng, is_label = np.random.default_rng(0), np.arange(length) >= length // 2
+    ids = rng.integers(vocabulary, size=(rows, length), dtype=np.int32)
     return Tokens.from_examples([Example(row, is_label) for row in ids])
 
 
@@ -202,26 +202,29 @@ def measure_in_child(point: Point, args: argparse.Namespace) -> Cost:
 
 
 def make_models(folder: Path) -> list[str]:
-    """Write the random models, post-norm and with narrow embeddings like opt-350m, and return their folders."""
+    """Write the random models, and return their folders."""
+    return [write_opt(folder / f"opt-{hidden}x{layers}", hidden, layers, words) for hidden, layers, words in SHAPES]
+
+
+def write_opt(folder: Path, hidden: int, layers: int, vocabulary: int, dtype: torch.dtype = torch.float32) -> str:
+    """Write a random model, post-norm and with narrow embeddings like opt-350m, and return its folder."""
     from transformers import OPTConfig, OPTForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    made = []
-    for hidden, layers, vocabulary in SHAPES:
-        torch.manual_seed(0)
-        config = OPTConfig(
-            vocab_size=vocabulary,
-            hidden_size=hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=hidden // 64,
-            ffn_dim=4 * hidden,
-            word_embed_proj_dim=hidden // 2,
-            do_layer_norm_before=False,
-        )
-        made.append(str(folder / f"opt-{hidden}x{layers}"))
-        OPTForCausalLM(config).save_pretrained(made[-1])
-    return made
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        ffn_dim=4 * hidden,
+        word_embed_proj_dim=hidden // 2,
+        do_layer_norm_before=False,
+        dropout=0.0,  # off in rankscope anyway, but not in TRL
+    )
+    OPTForCausalLM(config).to(dtype).save_pretrained(folder)
+    return str(folder)
 
 
 def summarise(sweep: Sweep, costs: dict[Point, list[Cost]]) -> Result:

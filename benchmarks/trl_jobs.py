@@ -63,11 +63,11 @@ def train_with_trl(case: Case, folder: Path, arm: str) -> dict[str, Any]:
     return found | {"padded": padded / sum(lengths), "trl": version("trl")}
 
 
-def trl_rows(case: Case, tokens: Any, grouped: bool) -> dict[str, list[list[int]]]:
+def trl_rows(case: Case, tokens: Any, grouped: bool, seed: int = SEED) -> dict[str, list[list[int]]]:
     """The rows of rankscope's batches, in its order; `grouped`: rows as long as each batch's mean in their place."""
     from rankscope.data.batches import batch_indices
 
-    batches = [batch_indices(len(tokens), case.batch_size, SEED, step).tolist() for step in range(case.steps)]
+    batches = [batch_indices(len(tokens), case.batch_size, seed, step).tolist() for step in range(case.steps)]
     if any(len(batch) < case.batch_size for batch in batches):
         raise SystemExit(f"{len(tokens)} rows end in a smaller batch within {case.steps} steps: use fewer steps")
     if grouped:
@@ -91,16 +91,20 @@ def train_rank(
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
+    from rankscope.model.device import synchronize
     from rankscope.model.load import load_tokenizer
 
     training, seconds = spec.training, []
+    cuda = model.device.type == "cuda"
     assert training.steps is not None
 
     class Stopwatch(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            synchronize(model.device)
             self.start = time.perf_counter()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            synchronize(model.device)
             seconds.append(time.perf_counter() - self.start)
 
     constant = training.lr_scheduler_type == "constant"
@@ -114,12 +118,12 @@ def train_rank(
         lr_scheduler_type="constant_with_warmup" if constant else training.lr_scheduler_type,
         warmup_steps=math.ceil(training.warmup_ratio * training.steps),
         bf16=autocast,
-        use_cpu=True,
+        use_cpu=not cuda,
         gradient_checkpointing=False,
         completion_only_loss=True,
         max_length=None,  # the tokens are cut already
         train_sampling_strategy="sequential",
-        dataloader_pin_memory=False,
+        dataloader_pin_memory=cuda,
         logging_steps=1,
         save_strategy="no",
         report_to="none",
