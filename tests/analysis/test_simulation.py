@@ -56,7 +56,6 @@ def test_a_study_that_grows_until_it_is_settled_is_not_wrong_more_often(simulati
     cell = simulation.Cell("growth", "demo", 0.21, 2, tuple(range(2, 13)), 50, (1, 0))
     found = simulation.simulate(cell, STUDIES, (2,))
     assert found["ever false"] <= most_false(STUDIES)
-    assert found["ever false"] > found["false"] / 2
 
 
 @pytest.mark.parametrize("gain", [0.0, -0.02])
