@@ -161,12 +161,10 @@ def _experts_forward(experts: nn.Module, x: Tensor, *args: Any) -> Tensor:
 
 
 def _weights_read_elsewhere(model: nn.Module) -> Iterator[int]:
-    """Ids of weights that a module multiplies without the forward of the layer that holds them, as Mamba does."""
+    """Ids of weights and biases that a module reads without the forward of the layer that holds them, as Mamba does."""
     for module in model.modules():
-        for name in _read_in_source(cast(Any, type(module))):
-            weight = getattr(getattr(module, name, None), "weight", None)
-            if isinstance(weight, Tensor):
-                yield id(weight)
+        parts = (getattr(module, name, None) for name in _read_in_source(cast(Any, type(module))))
+        yield from (id(weight) for part in parts if isinstance(part, nn.Module) for weight in part.parameters(False))
 
 
 @cache
