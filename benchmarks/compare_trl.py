@@ -1,6 +1,6 @@
 """rankscope and TRL's SFTTrainer with PEFT on one rank study: gain, time of a step, and memory, in one table.
 
-    python benchmarks/compare_trl.py --out FILE.jsonl --model DIR --dataset ROWS --lengths 128,1024 --gain-steps 24
+    python benchmarks/compare_trl.py --out FILE.jsonl --model DIR --dataset ROWS --lengths 128,1024 --gain-steps 16
     python benchmarks/compare_trl.py --out FILE.jsonl                  # prints the tables of what was measured
 
 Each measurement is a line of FILE as soon as it is there; a second call does only what is missing. Settings:
