@@ -27,7 +27,8 @@ OLDEST_TESTS := lora/test_packed.py lora/test_adapters.py lora/test_svd.py lora/
 	train/test_optimizer.py train/test_probe.py plan/test_memory.py test_cli.py
 
 test-oldest: $(OLDEST)/installed
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest --numprocesses auto --dist loadfile $(addprefix tests/,$(OLDEST_TESTS))
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest --numprocesses auto --dist loadfile -W ignore::DeprecationWarning \
+		$(addprefix tests/,$(OLDEST_TESTS))
 	rm -rf build/oldest
 	$(OLDEST)/bin/rankscope run --ranks 2,8 --seeds 0 --steps 4 --out build/oldest
 	$(OLDEST)/bin/python benchmarks/gpu.py --rehearse --stages machine,parity,scaling
