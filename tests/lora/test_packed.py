@@ -116,7 +116,7 @@ def test_a_trial_with_nan_leaves_the_others_alone() -> None:
     adapter_parameters(engine.model, adapters[0])[0].data.fill_(float("nan"))
     broken, got = engine.accumulate(tokens, slices)
     assert np.isnan(broken.loss)
-    assert got == expected
+    assert (got.loss, got[1:]) == (expected.loss, expected[1:])
     for parameter, gradient in zip(adapter_parameters(engine.model, adapters[1]), gradients, strict=True):
         assert parameter.grad is not None
         assert torch.equal(parameter.grad, gradient)

@@ -75,6 +75,11 @@ class Layout(NamedTuple):
         """Offsets of the sequences, S + 1 of them, the last one T."""
         return tuple(accumulate((length for segment in self.segments for length in segment.lengths), initial=0))
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each segment."""
+        return [segment.stop - segment.start for segment in self.segments]
+
     def part(self, start: int, stop: int) -> "Layout":
         """Layout of the tokens [start, stop) alone, without dropout, each segment's as one sequence."""
         clipped = [(s.adapter, max(0, s.start - start), min(stop, s.stop) - start) for s in self.segments]
@@ -91,7 +96,7 @@ class FlatBatch(NamedTuple):
     position_ids: torch.Tensor  # (1, T), restarting at 0 in each sequence
     label_positions: torch.Tensor  # (L,), positions before a label token
     targets: torch.Tensor  # (L,), the label tokens
-    label_sequence: torch.Tensor  # (L,), the sequence (0..S-1) each label belongs to
+    label_sequence: npt.NDArray[np.int64]  # (L,), the sequence (0..S-1) each label belongs to
 
 
 Examples = Sequence[int] | npt.NDArray[np.int64]
@@ -131,15 +136,15 @@ def flatten(tokens: Tokens, slices: Sequence[Slice], device: torch.device, most_
     def tensor(parts: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device, non_blocking=True)
 
-    input_ids, where = tensor(ids), tensor(label_positions)
+    targets = np.concatenate(ids)[np.concatenate(label_positions) + 1]
     return FlatBatch(
         layout=Layout(tuple(segments), start, recompute=most_kept is not None and start > most_kept),
         label_layout=Layout(tuple(of_labels), labelled),
-        input_ids=input_ids[None],
+        input_ids=tensor(ids)[None],
         position_ids=tensor(positions)[None],
-        label_positions=where,
-        targets=input_ids[where + 1],
-        label_sequence=tensor(label_sequence),
+        label_positions=tensor(label_positions),
+        targets=tensor([targets]),
+        label_sequence=np.concatenate(label_sequence),
     )
 
 

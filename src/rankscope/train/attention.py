@@ -5,6 +5,7 @@ OPT in transformers 5 builds its mask without looking at position ids, so plain 
 a flattened batch attend to each other.
 """
 
+from functools import cache, lru_cache
 from inspect import signature
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
@@ -64,9 +65,9 @@ def packed_attention(
     longest = max(stop - start for start, stop in pairwise(starts))
     window = local.window if local.window is not None and local.window < longest else None
     plain = not softcap and not dropout and s_aux is None
-    if query.is_cuda and plain and is_mixed(module):
+    if plain and _on_gpu(query) and is_mixed(module):
         query, key, value = (part.to(torch.bfloat16) for part in (query, key, value))
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and plain:
+    if plain and _on_gpu(query) and _is_ampere() and _fits_kernel(query, value):
         return _varlen(query, key, value, starts, longest, scaling, window), None
     lengths = [stop - start for start, stop in pairwise(starts)]
     # split rather than slices: a slice's backward fills a zero tensor of all tokens for each sequence
@@ -109,6 +110,28 @@ def _attend(
     return F.dropout(weights, dropout, training=dropout > 0) @ value
 
 
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _fits_kernel(query: Tensor, value: Tensor) -> bool:
+    """Whether FlashAttention takes tensors like these: what torch's flash_api.cpp checks before it launches."""
+    dimension = query.shape[-1]
+    halves = query.dtype in (torch.bfloat16, torch.float16)
+    return halves and dimension % 8 == 0 and dimension <= 256 and value.shape[-1] == dimension
+
+
+@cache
+def _is_ampere() -> bool:
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
+
+
+@lru_cache(maxsize=4)
+def _offsets(starts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Offsets on the device, made once for all layers of a forward."""
+    return torch.tensor(starts, dtype=torch.int32).to(device, non_blocking=True)
+
+
 def _varlen(
     query: Tensor,
     key: Tensor,
@@ -127,7 +150,7 @@ def _varlen(
         options["enable_gqa"] = True
     elif groups > 1:  # torch 2.11
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    offsets = torch.tensor(starts, dtype=torch.int32, device=query.device)
+    offsets = _offsets(starts, query.device)
     q, k, v = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
     options["window_size"] = (-1 if window is None else window - 1, 0)
     out = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scaling, **options)

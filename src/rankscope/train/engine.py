@@ -28,11 +28,16 @@ OWN_ATTENTION_TOKENS = 2048  # tokens of one packed forward at most by a model's
 
 
 class BatchLoss(NamedTuple):
-    """Loss of one trial's step."""
+    """Loss of one trial's step, left on the device: to read it is to wait for a GPU."""
 
-    loss: float  # mean over the step's label tokens, in nats
+    losses: list[Tensor]  # of each label token, in nats, in parts; padding counts as 0
     tokens: int
     label_tokens: int
+
+    @property
+    def loss(self) -> float:
+        """Mean over the step's label tokens, in nats."""
+        return float(torch.cat(self.losses).cpu().double().sum()) / self.label_tokens
 
 
 class ExampleLosses(NamedTuple):
@@ -87,7 +92,7 @@ class PackedEngine:
         with use_layout(batch.layout):
             states: Tensor = self.head.trunk(**inputs, use_cache=False).last_hidden_state
         self.head.layout = batch.label_layout
-        return states[0, batch.label_positions]
+        return states[0].index_select(0, batch.label_positions)
 
     def groups(self, tokens: Tokens, slices: Sequence[Slice], most: int | None = None) -> list[list[Slice]]:
         """Slices of each forward, of at most `most` tokens (default: those of a training forward)."""
@@ -97,26 +102,35 @@ class PackedEngine:
             most = min(most, OWN_ATTENTION_TOKENS, positions or most)  # some have buffers of so many
         return [group for kind in kinds for group in divide(tokens, kind, most)]
 
+    def by_rank(self, slices: Sequence[Slice]) -> Sequence[Slice]:
+        """Slices in the order of their ranks, on a GPU: see `rankscope.lora.grouped`."""
+        configs = getattr(self.model, "peft_config", {})
+        if self.model.device.type != "cuda" or not configs:
+            return slices
+        return sorted(slices, key=lambda slice_: int(configs[adapter_key(slice_.adapter)].r))
+
     def accumulate(self, tokens: Tokens, slices: Sequence[Slice]) -> list[BatchLoss]:
         """Add the gradient of each slice's mean loss to its adapter's parameters."""
         self.model.train(self.base_dropout)
-        labels = [int(tokens.label_counts[slice_.examples].sum()) for slice_ in slices]
-        order = {slice_.adapter: number for number, slice_ in enumerate(slices)}
-        kind = torch.float32 if self.model.device.type == "mps" else torch.float64  # which Apple's GPUs lack
-        share = torch.tensor([1 / count for count in labels], dtype=kind, device=self.model.device)
-        sums = np.zeros(len(slices))
+        results = {
+            slice_.adapter: BatchLoss(
+                [], int(tokens.lengths[slice_.examples].sum()), int(tokens.label_counts[slice_.examples].sum())
+            )
+            for slice_ in slices
+        }
+        slices = self.by_rank(slices)
+        kind = np.float32 if self.model.device.type == "mps" else np.float64  # which Apple's GPUs lack
         for group in self.groups(tokens, slices):
             batch = flatten(tokens, group, self.model.device, most_kept=self.tokens_per_forward)
-            owners = [order[part.adapter] for part in group for _ in part.examples]
-            owner = torch.tensor(owners, device=self.model.device)[batch.label_sequence]  # (L,), slice of each label
+            owners, counts = [results[part.adapter] for part in group], batch.label_layout.lengths
+            shares = np.repeat(np.array([1 / owner.label_tokens for owner in owners], dtype=kind), counts)  # (L,)
+            weights = torch.from_numpy(shares).to(self.model.device, non_blocking=True)
             with mixed_precision(self.model.device, self.mixed):
-                out = label_losses(self.head, self.hidden(batch), batch.targets, share[owner], self.head.trained)
+                out = label_losses(self.head, self.hidden(batch), batch.targets, weights, self.head.trained)
             out.total.backward()
-            sums += np.bincount(owner.cpu(), weights=out.losses.cpu().double(), minlength=len(slices))
-        return [
-            BatchLoss(float(total / count), int(tokens.lengths[slice_.examples].sum()), count)
-            for total, count, slice_ in zip(sums, labels, slices, strict=True)
-        ]
+            for owner, losses in zip(owners, out.losses.split(counts), strict=True):
+                owner.losses.append(losses)
+        return list(results.values())
 
     @torch.no_grad()
     def evaluate(self, tokens: Tokens, adapters: Sequence[str]) -> list[ExampleLosses]:
@@ -131,9 +145,9 @@ class PackedEngine:
                 with mixed_precision(self.model.device, self.mixed):
                     hidden = self.hidden(batch)
                     out = label_losses(self.head, hidden, batch.targets, torch.ones_like(hidden[:, 0]).float())
-                where = batch.label_sequence.cpu()
-                losses[number, part.examples] = np.bincount(where, out.losses.cpu().double(), len(part.examples))
-                correct[number, part.examples] = np.bincount(where, out.correct.cpu().double(), len(part.examples))
+                where, rows = batch.label_sequence, len(part.examples)
+                losses[number, part.examples] = np.bincount(where, out.losses.cpu().double(), rows)
+                correct[number, part.examples] = np.bincount(where, out.correct.cpu().double(), rows)
         return [ExampleLosses(loss / counts, counts, hits) for loss, hits in zip(losses, correct, strict=True)]
 
 
@@ -186,12 +200,12 @@ class PeftEngine:
         self.model.train(self.base_dropout)
         results = []
         for slice_ in slices:
-            labels, total = int(tokens.label_counts[slice_.examples].sum()), 0.0
+            labels, found = int(tokens.label_counts[slice_.examples].sum()), list[Tensor]()
             for part in self.parts(tokens, slice_):
                 loss = self.losses(tokens, part)
                 (loss.sum() / labels).backward()
-                total += float(loss.detach().cpu().double().sum())
-            results.append(BatchLoss(total / labels, int(tokens.lengths[slice_.examples].sum()), labels))
+                found.append(loss.detach().flatten())
+            results.append(BatchLoss(found, int(tokens.lengths[slice_.examples].sum()), labels))
         return results
 
     def parts(self, tokens: Tokens, slice_: Slice) -> list[Slice]:

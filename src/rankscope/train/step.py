@@ -175,11 +175,15 @@ def train_step(
     ]
     for state in states:
         state.optimizer.zero_grad(set_to_none=True)
-    metrics = []
-    for state, batch in zip(states, engine.accumulate(tokens, slices), strict=True):
-        norm: torch.Tensor = nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None])
+    batches, metrics = engine.accumulate(tokens, slices), []
+    norms = [nn.utils.get_total_norm([p.grad for p in s.parameters if p.grad is not None]) for s in states]
+    losses = [part for batch in batches for part in batch.losses]
+    read = torch.cat([*losses, *(norm.to(losses[0].device).view(1) for norm in norms)]).cpu().double()  # waits, once
+    *parts, lengths = read.split([sum(map(len, batch.losses)) for batch in batches] + [len(states)])
+    for state, batch, own, norm, length in zip(states, batches, parts, norms, lengths.tolist(), strict=True):
         rate = float(state.scheduler.get_last_lr()[0])
-        result = StepMetrics(batch.loss, float(norm), rate, batch.tokens, batch.label_tokens)
+        loss = float(own.sum()) / batch.label_tokens
+        result = StepMetrics(loss, length, rate, batch.tokens, batch.label_tokens)
         if result.finite:
             if training.max_grad_norm:
                 nn.utils.clip_grads_with_norm_(state.parameters, training.max_grad_norm, norm)
