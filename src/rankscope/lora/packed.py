@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from rankscope.lora.adapters import adapter_key, lora_layers, outer_layers, wrapped_modules
+from rankscope.lora.grouped import Span, add_updates, grouped
 from rankscope.lora.layout import Layout, NotPackable, Segment, Unpackable, current_layout
 from rankscope.lora.variants import initial_factors
 from rankscope.model.mixed import (
@@ -89,19 +90,22 @@ def _packed_forward(layer: Any, x: Tensor) -> Tensor:
     operand = _operand(x, weight.dtype).view_as(flat)
     if flat.shape[0] != layout.tokens:
         raise NotPackable(Unpackable.RESHAPES, f"a layer was given {flat.shape[0]} of {layout.tokens} tokens")
-    weights, spans, keeps = [], [], []
+    spans = []
     for segment in layout.segments:
-        key = adapter_key(segment.adapter)
+        key, place = adapter_key(segment.adapter), (segment.start, segment.stop)
         if key in layer.lora_A:
-            weights += [layer.lora_A[key].weight, layer.lora_B[key].weight]
-            spans.append((segment.start, segment.stop, layer.scaling[key]))
-            keeps.append(_dropout_keep(layer.lora_dropout[key], segment, flat))
+            scaling, keep = layer.scaling[key], _dropout_keep(layer.lora_dropout[key], segment, flat)
+            spans.append(Span(*place, scaling, keep, layer.lora_A[key].weight, layer.lora_B[key].weight))
             if initial := initial_factors(layer, key):
-                weights += initial
-                spans.append((segment.start, segment.stop, -layer.scaling[key]))
-                keeps.append(None)
-    arguments = (flat, operand, weight, base.bias, spans, keeps, *weights)
-    out: Tensor = _PackedLinear.apply(*arguments)  # type: ignore[no-untyped-call]
+                spans.append(Span(*place, -scaling, None, *initial))
+    groups = grouped(spans, operand)
+    taken = {id(span) for group in groups for span in group}
+    alone = [span for span in spans if id(span) not in taken]
+    arguments = (flat, operand, weight, base.bias, [span[:3] for span in alone], [span.keep for span in alone])
+    factors = [factor for span in alone for factor in (span.a, span.b)]
+    out: Tensor = _PackedLinear.apply(*arguments, *factors)  # type: ignore[no-untyped-call]
+    if groups:
+        out = add_updates(out, flat, operand, groups)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
