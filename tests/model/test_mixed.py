@@ -9,6 +9,7 @@ from rankscope.lora.adapters import adapter_weights, add_adapter
 from rankscope.lora.layout import Slice, flatten, use_layout
 from rankscope.lora.packed import pack_layers
 from rankscope.model.mixed import is_mixed, is_product, products_in_float32, use_mixed_precision
+from rankscope.train.probe import make_packable
 from reference import make_trial, random_tokens
 
 
@@ -108,3 +109,12 @@ def test_own_forwards_take_the_types_as_they_are(name: str) -> None:
         expected, found = (tiny_model(name, kind)(ids).logits for kind in (torch.float32, torch.bfloat16))
     assert found.dtype == torch.float32
     assert (found - expected).norm() / expected.norm() < 0.02
+
+
+def test_experts_with_adapters_are_probed_in_float32() -> None:
+    """PEFT adds their update to the weight itself: converted behind it, the model's own logits would be bfloat16's."""
+    model, trial = tiny_model("gpt-oss", torch.bfloat16), make_trial(4, 1e-3, modules="all-linear+experts")
+    add_adapter(model, trial)
+    types = [weight.dtype for weight in model.parameters()]
+    make_packable(model, [trial.name])
+    assert [weight.dtype for weight in model.parameters()] == types

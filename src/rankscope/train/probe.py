@@ -7,16 +7,20 @@ sequence's logits change when its neighbours do.
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from inspect import signature
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from peft.tuners.lora import ParamWrapper
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rankscope.data.tokens import Tokens
 from rankscope.errors import ModelError
+from rankscope.lora.adapters import outer_layers
 from rankscope.lora.layout import NotPackable, Slice, Unpackable, flatten
 from rankscope.lora.packed import pack_layers, trunk_name, unpack_layers
 from rankscope.model.mixed import products_in_float32
@@ -60,7 +64,7 @@ def check_causal(model: PreTrainedModel) -> None:
     later = ids.copy()
     later[-4:] = ids[-8:-4]
     try:
-        with products_in_float32():
+        with in_float32(model):
             before, after = (_own_logits(model, part)[:-4] for part in (ids, later))
             most = max(_rounding(model), CAUSAL_ROUNDING)
     except (ValueError, TypeError, AttributeError, LookupError) as error:
@@ -84,7 +88,7 @@ def make_packable(model: PreTrainedModel, adapters: Sequence[str]) -> None:
             packed forward fails; the model is then unchanged.
     """
     own_attention, reasons = model.config._attn_implementation, list[NotPackable]()
-    with products_in_float32():
+    with in_float32(model):
         tokens = probe_tokens(model)
         expected, rounding = [_own_logits(model, ids) for ids, _ in tokens], _rounding(model)
         for attention in ATTENTIONS:
@@ -105,10 +109,32 @@ def padding_matters(model: PreTrainedModel) -> bool:
     """Whether a row's logits, by the model's own forward, change where a longer row makes it be padded (ProphetNet)."""
     tokens = probe_tokens(model, (max(_LENGTHS), min(_LENGTHS)))
     ids, mask, _ = pad(tokens, range(2), model.device)
-    with products_in_float32():
+    with in_float32(model):
         alone = _own_logits(model, tokens[1].ids)
         padded = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[1, : len(alone)].float()
     return not _difference(alone, padded) <= NEARNESS
+
+
+@contextmanager
+def in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """Make the model's forwards run in float32; experts to which PEFT adds an update are converted before it does."""
+    kept: dict[nn.Module, list[tuple[nn.Parameter, Tensor]]] = {}
+
+    def widen(layer: nn.Module, args: Any) -> None:
+        kept[layer] = [(weight, weight.data) for weight in layer.parameters() if weight.dtype == torch.bfloat16]
+        for weight, data in kept[layer]:
+            weight.data = data.float()
+
+    def restore(layer: nn.Module, *_: Any) -> None:
+        for weight, data in kept.pop(layer):
+            weight.data = data
+
+    with products_in_float32(), ExitStack() as hooks:
+        for _, layer in outer_layers(model):
+            if isinstance(layer, ParamWrapper):
+                hooks.callback(layer.register_forward_pre_hook(widen).remove)
+                hooks.callback(layer.register_forward_hook(restore, always_call=True).remove)
+        yield
 
 
 def use_packed_forward(model: PreTrainedModel, attention: str | None = NAME) -> None:
