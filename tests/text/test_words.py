@@ -25,7 +25,7 @@ from report.report_evidence import make_evidence, make_spec, make_verdict, of_th
 ALIKE = "The ranks cannot be distinguished over 3 seeds at 95% confidence. Take the cheapest, rank 8: "
 SCOPE = "Tested only at learning rate 2e-4, with alpha 32 at every rank (scaling alpha/rank)."
 CLOSE = (
-    "There is no verdict yet: a rank lies too close to the margin, or too few rows are held out; up to 50 more seeds "
+    "There is no verdict yet: a rank lies too close to the margin, or too few rows are held out; more seeds, up to 12, "
     "would not settle it."
 )
 GUESS = "Best guess: rank 8, which keeps 99.6% of what fine-tuning gains, on average."
