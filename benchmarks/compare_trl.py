@@ -382,6 +382,8 @@ def main() -> None:
     log = Log(args.out, args.minutes)
     if args.model:
         measure(args, log)
+    if not log.lines:
+        parser.error(f"{args.out} has no measurements: give --model")
     print(*tables(log.lines), sep="\n")
 
 
