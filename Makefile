@@ -30,7 +30,7 @@ test-oldest: $(OLDEST)/installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest --numprocesses auto --dist loadfile -W ignore::DeprecationWarning \
 		$(addprefix tests/,$(OLDEST_TESTS))
 	rm -rf build/oldest
-	$(OLDEST)/bin/rankscope run --ranks 2,8 --seeds 0 --steps 4 --out build/oldest
+	$(OLDEST)/bin/rankscope run --ranks 2,8 --seeds 0 --steps 4 --set measure.profiles=false --out build/oldest
 	$(OLDEST)/bin/python benchmarks/gpu.py --rehearse --stages machine,parity,scaling
 
 # Builds the site in build/site. tests/docs/test_site.py builds and checks it too.
