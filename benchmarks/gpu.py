@@ -89,7 +89,7 @@ from rankscope.jobs.process import ENVIRONMENT, JobProcess
 from rankscope.jobs.queue import run_kind
 from rankscope.lora.adapters import lora_config, remove_adapters
 from rankscope.lora.layout import Layout, Segment, use_layout
-from rankscope.measure.machine import hardware, versions
+from rankscope.measure.machine import describe_machine, hardware, versions
 from rankscope.measure.profile import MEMORY
 from rankscope.model.device import free_bytes, resolve_device, synchronize
 from rankscope.model.load import load_model
@@ -461,6 +461,7 @@ def oom(here: Here) -> None:
     study = here.study("oom", spec, data)
     launcher = (LocalLauncher if here.gpu else Rehearsed)(spec.model)
     plan = make_plan(spec, data, launcher.site(), make_fleet(None, None), study)
+    write_json(study.path / "machine.json", describe_machine(spec, plan.prediction.base_params, plan.site))
     here.note(
         "packs of the plan", len(plan.packs), "; ".join(str([t.name for t in pack]) for pack in plan.packs.values())
     )
@@ -551,7 +552,7 @@ def run_all(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]
     found: dict[str, dict[str, Any]] = {}
     end = time.perf_counter() + args.seconds
     for name in args.stages:
-        left = min(240 if args.rehearse else STAGES[name][1], end - time.perf_counter())
+        left = min(600 if args.rehearse else STAGES[name][1], end - time.perf_counter())
         lacking = missing({module: OPTIONAL[module] for module in NEEDS.get(name, ())})
         skipped = f"needs {' and '.join(lacking)}: pip install {' '.join(lacking)}" if lacking else None
         skipped = skipped or ("no time is left" if left < 1 else None)
