@@ -26,6 +26,7 @@ from rankscope.lora.packed import pack_layers, trunk_name, unpack_layers
 from rankscope.model.mixed import products_in_float32
 from rankscope.train.attention import NAME
 from rankscope.train.engine import PackedEngine, pad
+from rankscope.train.fused import fuse_elementwise, own_elementwise
 from rankscope.train.mixers import divide_mixers, join_mixers
 from rankscope.train.recompute import keep_layers, recompute_layers
 
@@ -145,6 +146,7 @@ def use_packed_forward(model: PreTrainedModel, attention: str | None = NAME) -> 
     if any(re.search(_IN_BLOCKS, name) for name, value in vars(model.config.get_text_config()).items() if value):
         raise NotPackable(Unpackable.BLOCKS)
     pack_layers(model)
+    fuse_elementwise(model)
     recompute_layers(model)
     if attention is None:  # transformers makes a mask of sequences from the positions, where a model takes some
         if "position_ids" not in signature(getattr(model, str(trunk_name(model))).forward).parameters:
@@ -159,6 +161,7 @@ def use_packed_forward(model: PreTrainedModel, attention: str | None = NAME) -> 
 def use_own_forward(model: PreTrainedModel, attention: str) -> None:
     """Restore the attention of that name and the own forward of all layers."""
     unpack_layers(model)
+    own_elementwise(model)
     join_mixers(model)
     keep_layers(model)
     model.set_attn_implementation(attention)
