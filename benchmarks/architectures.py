@@ -300,7 +300,7 @@ def run_rankscope(folder: Path, note: Any, memory: bool) -> dict[int, Any]:
             weight.data.normal_(0, 0.3 * weight.shape[1] ** -0.5, generator=generator)
     note(engine=choice.engine.name, reason=choice.reason, stage="losses and gradients")
     slices = [Slice(state.trial.name, list(TRIALS[state.trial.candidate.rank])) for state in states]
-    losses = choice.engine.accumulate(tokens, slices)
+    losses = list(choice.engine.accumulate(tokens, slices))
     found = {}
     for state, batch in zip(states, losses, strict=True):
         rank = state.trial.candidate.rank

@@ -54,7 +54,7 @@ def test_a_pack_with_experts_is_what_peft_does(name: str, tmp_path: Path) -> Non
     for trial in trials:
         for weight in adapter_weights(model, trial.name).values():
             weight.data.normal_(std=0.1)
-    found = PackedEngine(model, 1 << 30).accumulate(tokens, [Slice(trial.name, range(5)) for trial in trials])
+    found = list(PackedEngine(model, 1 << 30).accumulate(tokens, [Slice(trial.name, range(5)) for trial in trials]))
     for trial, config, loss in zip(trials, configs, found, strict=True):
         weights = adapter_weights(model, trial.name)
         save_adapter(weights, config, tmp_path / trial.name)

@@ -37,7 +37,7 @@ def test_grouped_products_equal_one_for_each_trial(name: str, monkeypatch: pytes
                 weight.data.fill_(0.01 * (number + 1))  # so that A gets a gradient too, and each trial its own
         use_packed_forward(model)
         slices = [Slice(trial.name, [0, 1, 2], [7, 8, 9] if trial.candidate.lora_dropout else []) for trial in trials]
-        losses = PackedEngine(model, 1 << 30).accumulate(tokens, slices)
+        losses = list(PackedEngine(model, 1 << 30).accumulate(tokens, slices))
         gradients = [torch.cat([p.grad.flatten() for p in member.parameters]) for member in members]
         found.append((torch.tensor([loss.loss for loss in losses]), gradients))
     assert sizes

@@ -6,7 +6,7 @@ import torch
 
 from models import CONFIGS, tiny_model
 from rankscope.data.tokens import Example, Tokens
-from rankscope.lora.adapters import adapter_parameters, add_adapter
+from rankscope.lora.adapters import adapter_parameters, add_adapter, lora_layers
 from rankscope.lora.layout import FlatBatch, NotPackable, Slice, flatten, use_layout
 from rankscope.lora.packed import _PackedLinear
 from rankscope.train.engine import PackedEngine
@@ -120,6 +120,41 @@ def test_a_trial_with_nan_leaves_the_others_alone() -> None:
     for parameter, gradient in zip(adapter_parameters(engine.model, adapters[1]), gradients, strict=True):
         assert parameter.grad is not None
         assert torch.equal(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "opt-post-norm"])
+def test_filling_up_changes_rounding_only(name: str) -> None:
+    """Losses and gradients with parts of 16 tokens, LoRA dropout's included, and no forward is recomputed for it."""
+    engine, adapters = with_random_adapters(name)
+    for _, layer in lora_layers(engine.model):
+        layer.lora_dropout = torch.nn.ModuleDict(dict.fromkeys(layer.lora_dropout, torch.nn.Dropout(0.3)))
+    tokens, found = random_tokens(4), []
+    slices = [Slice(adapter, range(4), range(5, 9)) for adapter in adapters]
+    for engine.multiple in (1, 16):
+        layout = flatten(tokens, slices, CPU, 2 * int(tokens.lengths.sum()), engine.multiple).layout
+        assert not layout.recompute
+        assert all(part.stop % engine.multiple == 0 for part in layout.segments)
+        losses = list(engine.accumulate(tokens, slices))
+        weights = [weight for adapter in adapters for weight in adapter_parameters(engine.model, adapter)]
+        found.append([torch.tensor([part.loss for part in losses]), *[weight.grad for weight in weights]])
+        for weight in weights:
+            weight.grad = None
+    assert layout.tokens > int(2 * tokens.lengths.sum())  # some were filled up
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_trials_gradient_is_complete_before_the_next_one_begins() -> None:
+    """So that a step can use and drop it: a pack never holds the gradients of all its trials."""
+    engine, adapters = with_random_adapters("llama-gqa")
+    engine.tokens_per_forward = 1
+    slices = [Slice(adapter, range(4)) for adapter in adapters]
+    steps = engine.accumulate(random_tokens(4), slices)
+    next(steps)
+    first, second = (
+        {weight.grad is None for weight in adapter_parameters(engine.model, adapter)} for adapter in adapters
+    )
+    assert (first, second) == ({False}, {True})
+    assert len(list(steps)) == 1
 
 
 def test_dropout_streams_are_those_of_torch() -> None:

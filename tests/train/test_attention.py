@@ -141,7 +141,9 @@ def test_models_attend_alike_by_the_kernel(name: str, monkeypatch: pytest.Monkey
         for weight in (w for member in members for n, w in member.weights.items() if "lora_B" in n):
             weight.data.fill_(0.01)  # so that A gets a gradient too
         use_packed_forward(model)
-        losses = PackedEngine(model, 1 << 30).accumulate(tokens, [Slice(trial.name, range(6)) for trial in trials])
+        losses = list(
+            PackedEngine(model, 1 << 30).accumulate(tokens, [Slice(trial.name, range(6)) for trial in trials])
+        )
         gradients = torch.cat([p.grad.flatten() for member in members for p in member.parameters])
         found.append((torch.tensor([loss.loss for loss in losses]), gradients))
     assert bool(calls) == (name != "gemma2"), "soft-capped scores go another way, all others by the kernel"

@@ -22,14 +22,17 @@ def test_equals_cross_entropy(monkeypatch: pytest.MonkeyPatch, chunk_bytes: int)
     (3 * expected @ weights).backward()
     torch.testing.assert_close(got.losses, expected.detach())
     torch.testing.assert_close(mine.grad, theirs.grad)
-    assert torch.equal(got.correct, logits.argmax(-1) == targets)
+    assert not len(got.correct), "a pass over the logits that training does not need"
 
 
-def test_no_gradient_is_worked_out_in_evaluation() -> None:
-    weight = torch.randn(131, 16)
+def test_evaluation_counts_hits_and_works_out_no_gradient() -> None:
+    weight, hidden = torch.randn(131, 16), torch.randn(9, 16)
+    logits = hidden @ weight.T
+    targets = torch.where(torch.arange(9) < 4, logits.argmax(-1), logits.argmin(-1))
     with torch.no_grad():
-        got = label_losses(lambda h, _: h @ weight.T, torch.randn(9, 16), torch.arange(9), torch.ones(9))
+        got = label_losses(lambda h, _: h @ weight.T, hidden, targets, torch.ones(9))
     assert not got.total.requires_grad
+    assert got.correct.tolist() == [True] * 4 + [False] * 5
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -92,7 +92,7 @@ def test_a_pack_of_hybrids_equals_peft_and_each_trial_alone(name: str) -> None:
     packs = [(1 << 30, slices), (1, slices[1:2]), *((1 << 30, [slice_]) for slice_ in slices)]
     found: dict[str, list[tuple[float, dict[str, Tensor]]]] = {trial.name: [] for trial in trials}
     for tokens_per_forward, pack in packs:  # together; one by sequence, its layers run again; alone
-        losses = PackedEngine(model, tokens_per_forward).accumulate(tokens, pack)
+        losses = list(PackedEngine(model, tokens_per_forward).accumulate(tokens, pack))
         for loss, part in zip(losses, pack, strict=True):
             (trial,) = (trial for trial in trials if trial.name == part.adapter)
             found[trial.name].append((loss.loss, taken_gradients(model, trial)))
@@ -114,7 +114,7 @@ def test_sequences_of_equal_length_go_as_one_batch() -> None:
     ((_, mixer),) = mixers(model)
     shapes: list[tuple[int, ...]] = []
     mixer.in_proj.register_forward_hook(lambda module, args, out: shapes.append(args[0].shape[:2]))
-    PackedEngine(model, 1 << 30).accumulate(tokens, [slice_of(trial) for trial in trials])
+    list(PackedEngine(model, 1 << 30).accumulate(tokens, [slice_of(trial) for trial in trials]))
     lengths = [int(tokens.lengths[row]) for row in EXAMPLES[0]]
     assert shapes == [(2 * lengths.count(length), length) for length in sorted(set(lengths))]
 

@@ -111,11 +111,16 @@ class Slice(NamedTuple):
     dropout_seeds: Sequence[int] = ()
 
 
-def flatten(tokens: Tokens, slices: Sequence[Slice], device: torch.device, most_kept: int | None = None) -> FlatBatch:
-    """Lay the examples of each slice end to end. With more than `most_kept` tokens the layout asks to recompute."""
+def flatten(
+    tokens: Tokens, slices: Sequence[Slice], device: torch.device, most_kept: int | None = None, multiple: int = 1
+) -> FlatBatch:
+    """Lay the examples of each slice end to end. With more than `most_kept` tokens the layout asks to recompute.
+
+    A slice is filled up to a `multiple` of tokens by a last sequence without labels, so that products meet few shapes.
+    """
     segments, ids, positions, label_positions, label_sequence = [], [], [], [], []
     of_labels: list[Segment] = []
-    start, sequence, labelled = 0, 0, 0
+    start, sequence, labelled, filled = 0, 0, 0, 0
     for adapter, examples, dropout_seeds in slices:
         begin, lengths = start, []
         for example in examples:
@@ -128,6 +133,12 @@ def flatten(tokens: Tokens, slices: Sequence[Slice], device: torch.device, most_
             lengths.append(len(example_ids))
             start += len(example_ids)
             sequence += 1
+        if filling := (begin - start) % multiple:
+            ids.append(np.repeat(ids[-1][:1], filling))
+            positions.append(np.arange(filling))
+            lengths.append(filling)
+            start, filled = start + filling, filled + filling
+            dropout_seeds = [*dropout_seeds, 0] if dropout_seeds else ()
         streams = tuple(torch.Generator(device).manual_seed(seed) for seed in dropout_seeds)
         segments.append(Segment(adapter, begin, start, tuple(lengths), streams))
         first, labelled = labelled, sum(map(len, label_positions))
@@ -138,7 +149,7 @@ def flatten(tokens: Tokens, slices: Sequence[Slice], device: torch.device, most_
 
     targets = np.concatenate(ids)[np.concatenate(label_positions) + 1]
     return FlatBatch(
-        layout=Layout(tuple(segments), start, recompute=most_kept is not None and start > most_kept),
+        layout=Layout(tuple(segments), start, recompute=most_kept is not None and start - filled > most_kept),
         label_layout=Layout(tuple(of_labels), labelled),
         input_ids=tensor(ids)[None],
         position_ids=tensor(positions)[None],

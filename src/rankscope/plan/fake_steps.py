@@ -153,7 +153,7 @@ def _forward_and_backward(
 ) -> None:
     with recorder:
         if isinstance(engine, PackedEngine):
-            batch = flatten(tokens, slices, engine.model.device, most_kept=engine.tokens_per_forward)
+            batch = flatten(tokens, slices, engine.model.device, engine.tokens_per_forward, engine.multiple)
             weights = torch.ones(len(batch.targets), dtype=torch.float64, device=engine.model.device)
             # Given a mask, transformers does not look for sequences in the positions' values, which are not there.
             hidden = engine.hidden(batch, torch.ones_like(batch.input_ids))

@@ -4,7 +4,7 @@
 batches. Both accumulate gradients in the adapters' parameters and give the same numbers, up to rounding.
 """
 
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,10 @@ from rankscope.train.attention import NAME
 from rankscope.train.loss import Head, label_losses
 
 EVAL_TOKENS = 4096  # tokens of one evaluation forward at most, so that it needs less memory than training
+
+BFLOAT16_MULTIPLE = 32
+"""Multiple of tokens of a trial's part of a forward, for products in bfloat16 on a CPU: oneDNN compiles a kernel for
+each new shape, which takes longer than a small product itself (docs/lab-notes.md)."""
 
 OWN_ATTENTION_TOKENS = 2048  # tokens of one packed forward at most by a model's own attention: its mask has all pairs
 
@@ -69,10 +73,13 @@ class PackedEngine:
     name = "packed"
     unreached: Collection[str] = ()  # adapted layers that get no gradient, and keep no adapter
     mixed = False  # matrix products in bfloat16 over float32 weights: full fine-tuning of a bfloat16 base
+    multiple = 1  # of tokens to which each trial's part of a forward is filled up
 
     def __init__(self, model: PreTrainedModel, tokens_per_forward: int, base_dropout: bool = False) -> None:
         self.model = model
         self.head, self._rotations = Head(model), dynamic_rotations(model)
+        if model.device.type == "cpu" and is_mixed(model):
+            self.multiple = BFLOAT16_MULTIPLE
         offset = offset_positions(model)
         self._first_position = int(offset.padding_idx or 0) + 1 if offset else 0
         self.tokens_per_forward = tokens_per_forward
@@ -109,8 +116,12 @@ class PackedEngine:
             return slices
         return sorted(slices, key=lambda slice_: int(configs[adapter_key(slice_.adapter)].r))
 
-    def accumulate(self, tokens: Tokens, slices: Sequence[Slice]) -> list[BatchLoss]:
-        """Add the gradient of each slice's mean loss to its adapter's parameters."""
+    def accumulate(self, tokens: Tokens, slices: Sequence[Slice]) -> Iterator[BatchLoss]:
+        """Add the gradient of each slice's mean loss to its adapter's parameters.
+
+        A slice's loss is handed out, in their order, once its gradient is complete: a caller may use and drop that
+        before the next one takes memory.
+        """
         self.model.train(self.base_dropout)
         results = {
             slice_.adapter: BatchLoss(
@@ -118,10 +129,11 @@ class PackedEngine:
             )
             for slice_ in slices
         }
-        slices = self.by_rank(slices)
+        groups, pending = self.groups(tokens, self.by_rank(slices)), list(results)
+        ends = {part.adapter: number for number, group in enumerate(groups) for part in group}
         kind = np.float32 if self.model.device.type == "mps" else np.float64  # which Apple's GPUs lack
-        for group in self.groups(tokens, slices):
-            batch = flatten(tokens, group, self.model.device, most_kept=self.tokens_per_forward)
+        for number, group in enumerate(groups):
+            batch = flatten(tokens, group, self.model.device, self.tokens_per_forward, self.multiple)
             owners, counts = [results[part.adapter] for part in group], batch.label_layout.lengths
             shares = np.repeat(np.array([1 / owner.label_tokens for owner in owners], dtype=kind), counts)  # (L,)
             weights = torch.from_numpy(shares).to(self.model.device, non_blocking=True)
@@ -130,25 +142,28 @@ class PackedEngine:
             out.total.backward()
             for owner, losses in zip(owners, out.losses.split(counts), strict=True):
                 owner.losses.append(losses)
-        return list(results.values())
+            while pending and ends[pending[0]] <= number:
+                yield results[pending.pop(0)]
 
     @torch.no_grad()
     def evaluate(self, tokens: Tokens, adapters: Sequence[str]) -> list[ExampleLosses]:
         """Evaluate the loss of every example under each adapter, without gradient or dropout."""
         self.model.eval()
-        counts = tokens.label_counts
-        losses, correct = np.zeros((2, len(adapters), len(tokens)))
-        budget = min(EVAL_TOKENS, self.tokens_per_forward)
-        for number, adapter in enumerate(adapters):
-            for (part,) in self.groups(tokens, [Slice(adapter, range(len(tokens)))], budget):
-                batch = flatten(tokens, [part], self.model.device)
-                with mixed_precision(self.model.device, self.mixed):
-                    hidden = self.hidden(batch)
-                    out = label_losses(self.head, hidden, batch.targets, torch.ones_like(hidden[:, 0]).float())
-                where, rows = batch.label_sequence, len(part.examples)
-                losses[number, part.examples] = np.bincount(where, out.losses.cpu().double(), rows)
-                correct[number, part.examples] = np.bincount(where, out.correct.cpu().double(), rows)
-        return [ExampleLosses(loss / counts, counts, hits) for loss, hits in zip(losses, correct, strict=True)]
+        counts, rows = tokens.label_counts, len(tokens)
+        losses, correct = np.zeros((2, len(adapters) * rows))
+        first = {adapter: number * rows for number, adapter in enumerate(adapters)}
+        slices = [Slice(adapter, range(rows)) for adapter in adapters]
+        for group in self.groups(tokens, slices, min(EVAL_TOKENS, self.tokens_per_forward)):
+            batch = flatten(tokens, group, self.model.device, multiple=self.multiple)
+            with mixed_precision(self.model.device, self.mixed):
+                hidden = self.hidden(batch)
+                out = label_losses(self.head, hidden, batch.targets, torch.ones_like(hidden[:, 0]).float())
+            places = np.array([first[part.adapter] + int(example) for part in group for example in part.examples])
+            where = batch.label_sequence
+            losses[places] = np.bincount(where, out.losses.cpu().double(), len(places))
+            correct[places] = np.bincount(where, out.correct.cpu().double(), len(places))
+        parts = zip(losses.reshape(-1, rows), correct.reshape(-1, rows), strict=True)
+        return [ExampleLosses(loss / counts, counts, hits) for loss, hits in parts]
 
 
 class PeftEngine:
@@ -196,17 +211,15 @@ class PeftEngine:
         loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
         return loss * wanted, (logits.argmax(dim=-1) == targets) & wanted
 
-    def accumulate(self, tokens: Tokens, slices: Sequence[Slice]) -> list[BatchLoss]:
+    def accumulate(self, tokens: Tokens, slices: Sequence[Slice]) -> Iterator[BatchLoss]:
         self.model.train(self.base_dropout)
-        results = []
         for slice_ in slices:
             labels, found = int(tokens.label_counts[slice_.examples].sum()), list[Tensor]()
             for part in self.parts(tokens, slice_):
                 loss = self.losses(tokens, part)
                 (loss.sum() / labels).backward()
                 found.append(loss.detach().flatten())
-            results.append(BatchLoss(found, int(tokens.lengths[slice_.examples].sum()), labels))
-        return results
+            yield BatchLoss(found, int(tokens.lengths[slice_.examples].sum()), labels)
 
     def parts(self, tokens: Tokens, slice_: Slice) -> list[Slice]:
         """Parts of a slice, one for each forward."""

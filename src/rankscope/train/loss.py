@@ -87,7 +87,7 @@ class LabelLosses(NamedTuple):
 
     total: Tensor  # (), weighted sum, with gradient
     losses: Tensor  # (L,) float32, without gradient
-    correct: Tensor  # (L,) bool, whether the label has the highest logit
+    correct: Tensor  # (L,) bool, whether the label has the highest logit; empty where gradients are on
 
 
 def label_losses(
@@ -121,8 +121,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         *trained: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        correct = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        correct = torch.empty(0 if grad is not None else len(targets), dtype=torch.bool, device=hidden.device)
         head_grads = [torch.zeros_like(parameter) for parameter in trained]
         with torch.no_grad():
             vocab_size = head(hidden[:1], 0).shape[-1]
@@ -136,8 +136,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             log_probs = F.log_softmax(logits.detach(), dim=-1)
             rows = torch.arange(len(log_probs), device=hidden.device)
             losses[part] = -log_probs[rows, targets[part]]
-            correct[part] = logits.detach().argmax(dim=-1) == targets[part]
-            if grad is not None:  # d loss / d logits = weight (p - 1{target}), in the buffer of log p
+            if grad is None:
+                correct[part] = logits.argmax(dim=-1) == targets[part]
+            else:  # d loss / d logits = weight (p - 1{target}), in the buffer of log p
                 grad_logits = log_probs.exp_()
                 grad_logits[rows, targets[part]] -= 1
                 grad_logits *= weights[part, None].to(grad_logits.dtype)
