@@ -438,7 +438,7 @@ def resume(here: Here) -> None:
         pass
     process.kill()
     done = sum('"train_loss"' in line for line in lines.read_text().splitlines())
-    here.note("killed", done, f"after step {done} of {steps}: {process.error()}", "unfinished", done < steps)
+    here.note("killed", done, f"after step {done} of {steps}", "unfinished", done < steps)
     packs.work(killed, job.content)
 
     def apart(other: Path) -> float:
@@ -543,7 +543,7 @@ def table(stages: Mapping[str, Mapping[str, Any]]) -> str:
         for row in [*stage["rows"], *failed]:
             met = {True: "yes", False: "**no**", None: ""}[row["met"]]
             cells = (name, row["what"], row["found"], row["bar"] or "", met)
-            lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+            lines.append(f"| {' | '.join(' '.join(cell.replace('|', '/').split()) for cell in cells)} |")
     return "\n".join(lines)
 
 
