@@ -24,7 +24,7 @@ OLDEST := .venv-oldest
 OLDEST_PYTHON ?= $(shell for p in python3.12 $(PYTHON); do $$p --version >/dev/null 2>&1 && echo $$p && break; done)
 OLDEST_TESTS := lora/test_packed.py lora/test_adapters.py lora/test_svd.py lora/test_variants.py train/test_parity.py \
 	train/test_full_parity.py train/test_attention.py train/test_loss.py train/test_loop.py train/test_checkpoint.py \
-	train/test_optimizer.py train/test_probe.py plan/test_memory.py test_cli.py
+	train/test_optimizer.py train/test_probe.py test_cli.py
 
 test-oldest: $(OLDEST)/installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest --numprocesses auto --dist loadfile -W ignore::DeprecationWarning \
