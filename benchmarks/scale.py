@@ -38,11 +38,11 @@ from rankscope.data.tokens import Tokens
 from rankscope.files import file_hashes, write_json
 from rankscope.plan.memory import predict
 from rankscope.plan.packs import divide_into_packs, longest_first, lower_bound, simulate
-from rankscope.plan.runtime import START_SECONDS
 from rankscope.spec.candidates import Trial
 from rankscope.spec.models import StudySpec
 from rankscope.spec.options import assemble
 from rankscope.study.folder import TRIAL_FILES, Division
+from rankscope.study.missing import START_SECONDS
 from rankscope.study.study import Study
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"

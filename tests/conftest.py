@@ -72,7 +72,7 @@ def trained(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs build no report, whose figures take longer than training."""
-    monkeypatch.setattr("rankscope.pipeline.build", lambda *_, **__: Path())
+    monkeypatch.setattr("rankscope.report.finish.build", lambda *_, **__: Path())
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from rankscope.analysis.costs import noise_floor
 from rankscope.data.tokens import load
 from rankscope.errors import StudyDirectoryError, StudyError
 from rankscope.files import read_json
-from rankscope.pipeline import Conclusion
+from rankscope.report.finish import Conclusion
 from rankscope.study.missing import unfinished
 from rankscope.study.study import Study
 from rankscope.ui.outcome import show_outcome

@@ -13,7 +13,7 @@ import pytest
 
 import rankscope
 from rankscope.errors import ModelError
-from rankscope.pipeline import finish
+from rankscope.report.finish import finish
 from rankscope.study.missing import unfinished
 from rankscope.study.study import Study
 

@@ -16,6 +16,7 @@ import typer
 from rankscope import __version__
 from rankscope.errors import RankscopeError, StudyError, shortened
 from rankscope.ui import options as ask
+from rankscope.ui import start
 from rankscope.ui.console import error_console, out_console, print_json, print_table, stoppable
 
 app = typer.Typer(
@@ -87,24 +88,31 @@ def run(
     """Train every rank, measure what it costs, and conclude. On an existing study: add to it, do what is missing."""
     study, out = ask.study_at(study, out)
     asked = ask.resolve_study(study, options, set_)
-    path = out or Path(asked.name)
-    from rankscope.jobs.launchers import make_launcher
-    from rankscope.pipeline import question_at, run_study
-    from rankscope.study.study import Study
+    path, console = out or Path(asked.name), error_console if json_ else out_console
     from rankscope.track import choose_trackers
-    from rankscope.ui.outcome import describe_outcome, show_failures, show_outcome
-    from rankscope.ui.plan import plan_study, show_plan
-    from rankscope.ui.progress import TerminalProgress
 
-    console, spec = error_console if json_ else out_console, question_at(path, asked)
+    start.check_names(lang, launcher, ray_address)
+    trackers, begun, conclusion = choose_trackers(report_to or ()), start.begun_at(path, asked), None
+    spec = begun.spec if begun else asked
     if dry_run:
-        begun = Study.create(path, spec) if Study.is_at(path) else None
-        show_plan(plan_study(spec, begun, launcher, ray_address, remeasure=remeasure), begun, json_)
+        start.show_plan(spec, begun, json_, launcher=launcher, ray_address=ray_address, remeasure=remeasure)
         return
     console.print(f"Study {spec.name} in {path}/")
-    trackers, progress = choose_trackers(report_to or ()), TerminalProgress(console, path)
-    with stoppable(), progress, make_launcher(launcher, spec.model, ray_address, progress.say) as launching:
-        conclusion = run_study(spec, path, launching, progress, trackers, lang, remeasure)
+    if begun and not (remeasure or trackers):
+        from rankscope.report.finish import finish_complete
+
+        conclusion = finish_complete(begun, lang)
+    if conclusion is None:
+        start.check_inputs(spec, data=begun is None)
+        from rankscope.jobs.launchers import make_launcher
+        from rankscope.pipeline import run_study
+        from rankscope.ui.progress import TerminalProgress
+
+        progress = TerminalProgress(console, path)
+        with stoppable(), progress, make_launcher(launcher, spec.model, ray_address, progress.say) as launching:
+            conclusion = run_study(spec, path, launching, progress, trackers, lang, remeasure)
+    from rankscope.ui.outcome import describe_outcome, show_failures, show_outcome
+
     _answer(json_, lambda: describe_outcome(conclusion), lambda: show_outcome(conclusion, console, lang))
     if show_failures(conclusion.study, error_console):
         raise typer.Exit(4)
@@ -125,18 +133,21 @@ def search(
     from rankscope.search import require_optuna
 
     require_optuna()
-    from rankscope.jobs.launchers import make_launcher
     from rankscope.search.folder import Search
-    from rankscope.search.run import run
     from rankscope.search.space import resolve_search
-    from rankscope.ui.search import SearchProgress, describe_result, show_result
 
     values = ask.study_values(study, options)
     if study is None and options["model"] is None:  # the embedded study's lists are no search space
         values |= {"ranks": None, "learning_rates": None}
     spec = resolve_search(values, options, set_ or (), study)
     path, console = out or Path(f"{spec.study.name}-search"), error_console if json_ else out_console
+    start.check_names("en", launcher, ray_address)
+    start.check_inputs(spec.study, data=not path.exists())
     console.print(f"Search in {path}/")
+    from rankscope.jobs.launchers import make_launcher
+    from rankscope.search.run import run
+    from rankscope.ui.search import SearchProgress, describe_result, show_result
+
     progress, found = SearchProgress(console, path), Search(path, spec)
     with stoppable(), progress, make_launcher(launcher, spec.study.model, ray_address, progress.say) as launching:
         result = run(spec, path, launching, progress.say, progress.poll)
@@ -164,27 +175,26 @@ def plan(
     """Show what `run` would do and take: packs, memory by part, time, what fits. Trains and writes nothing."""
     study, out = ask.study_at(study, out)
     spec = ask.resolve_study(study, options, set_)
+    start.check_names("en", launcher, ray_address)
     from rankscope.study.study import Study
-    from rankscope.ui.plan import plan_study, show_plan
 
     path = out or Path(spec.name)
     found, begun = Study.open(path) if Study.is_at(path) else None, None
     with suppress(StudyError):  # another study, which `run` would refuse
         begun = found and found.grown(spec)
     spec = begun.spec if begun else spec
-    planned = plan_study(spec, begun, launcher, ray_address, gpu_memory, gpu_flops, devices, price)
-    show_plan(planned, begun, json_, show_rows)
+    asked = {"gpu_memory": gpu_memory, "gpu_flops": gpu_flops, "devices": devices, "price": price}
+    start.show_plan(spec, begun, json_, show_rows, launcher=launcher, ray_address=ray_address, **asked)
 
 
 @app.command()
 @ask.with_options(ask.CRITERIA)
 def report(options: dict[str, Any], directory: Directory, json_: Json = False, lang: Language = "en") -> None:
     """Conclude again from a study's files, by other criteria where some are given, and rebuild its report."""
-    from rankscope.pipeline import finish, judge_by
-    from rankscope.study.study import Study
+    study = start.open_study(directory, lang)
+    from rankscope.report.finish import finish, judge_by
     from rankscope.ui.outcome import describe_outcome, show_verdict
 
-    study = Study.open(directory)
     conclusion = judge_by(study, options, lang) if any(options.values()) else finish(study, lang)
     _answer(json_, lambda: describe_outcome(conclusion), lambda: show_verdict(conclusion, out_console, lang))
     if not json_:
@@ -197,6 +207,8 @@ def compare(
     json_: Json = False,
 ) -> None:
     """Set several studies side by side: paired where they share rows and seeds, and what they have in common."""
+    for directory in studies:
+        start.open_study(directory)
     from rankscope.ui.compare import compare_studies, show_comparison
 
     found = compare_studies(studies)
@@ -214,15 +226,17 @@ def curve(
     lang: Language = "en",
 ) -> None:
     """Estimate the loss of every lower rank from the largest one, by truncated SVD. Measures only what is missing."""
+    from rankscope.spec.options import comma_list
+
+    study, console = start.open_study(directory, lang, launcher, ray_address), error_console if json_ else out_console
+    asked = None if ranks is None else comma_list("ranks", ranks)
+    start.check_inputs(study.spec, data=False)
     from rankscope.jobs.launchers import make_launcher
     from rankscope.pipeline import measure_curve
-    from rankscope.spec.options import comma_list
-    from rankscope.study.study import Study
     from rankscope.ui.outcome import describe_curve, show_curve
     from rankscope.ui.progress import TerminalProgress
 
-    study, console = Study.open(directory), error_console if json_ else out_console
-    asked, progress = None if ranks is None else comma_list("ranks", ranks), TerminalProgress(console, directory)
+    progress = TerminalProgress(console, directory)
     with stoppable(), progress, make_launcher(launcher, study.spec.model, ray_address, progress.say) as launching:
         conclusion = measure_curve(study, launching, progress, asked, recover, lang)
     _answer(json_, lambda: describe_curve(conclusion), lambda: show_curve(conclusion, lang))
@@ -237,12 +251,12 @@ def pattern(
     lang: Language = "en",
 ) -> None:
     """Propose ranks by layer with as many parameters as a uniform rank, as a study that compares the two."""
+    study = start.open_study(directory, lang)
     from rankscope.report.variants import pattern_table
     from rankscope.resize.pattern import by_module, propose, write_proposal
-    from rankscope.study.study import Study
     from rankscope.text.catalogue import load
 
-    study, text = Study.open(directory), load(lang)
+    text = load(lang)
     proposal = propose(study, rank)
     write_proposal(proposal, out)
     if json_:
@@ -263,10 +277,10 @@ def watch(
     lang: Language = "en",
 ) -> None:
     """Follow a running study on a live page or in the terminal. Ctrl-C stops watching; the study goes on."""
-    from rankscope.study.study import Study
+    study = start.open_study(directory, lang)
     from rankscope.ui.watch import Watch, watch_page, watch_terminal
 
-    watched = Watch(Study.open(directory), lang)
+    watched = Watch(study, lang)
     with suppress(KeyboardInterrupt):
         if terminal:
             watch_terminal(watched, out_console)
@@ -283,12 +297,15 @@ def spectrum(
     lang: Language = "en",
 ) -> None:
     """Show how much of its rank any LoRA adapter uses, by layer and module."""
+    from rankscope.text.catalogue import load
+
+    text = load(lang)
+    start.check_adapter(adapter)
     from rankscope.lora.saved import find_adapter, read_adapter
     from rankscope.lora.svd import spectrum as spectrum_of
     from rankscope.resize.show import module_table, save_chart, spectrum_chart
-    from rankscope.text.catalogue import load
 
-    text, saved = load(lang), read_adapter(find_adapter(adapter, revision))
+    saved = read_adapter(find_adapter(adapter, revision))
     frame = spectrum_of(saved.layers)
     console = error_console if json_ else out_console
     if chart is not None:
@@ -330,13 +347,16 @@ def resize(
     lang: Language = "en",
 ) -> None:
     """Truncate a trained adapter to one lower rank or to one per layer, and report what is lost."""
-    from rankscope.resize import command
-    from rankscope.resize.show import rank_table, sentences, tried_table
+    from rankscope.resize.rules import choose_rule
     from rankscope.text.catalogue import load
 
     text = load(lang)
     rules: dict[str, Any] = {"rank": rank, "energy": energy, "cumulative": cumulative, "budget_rank": budget_rank}
-    rule = command.choose_rule(rules | {"max_loss_increase": max_loss_increase})
+    rule = choose_rule(rules | {"max_loss_increase": max_loss_increase})
+    start.check_adapter(adapter)
+    from rankscope.resize import command
+    from rankscope.resize.show import rank_table, sentences, tried_table
+
     result = command.resize(adapter, rule, out, revision, uniform, options, set_ or (), error_console.print)
     if json_:
         print_json(command.describe(result))
@@ -359,6 +379,7 @@ def schema() -> None:
 @app.command()
 def doctor(json_: Json = False) -> None:
     """Show versions, devices and optional packages."""
+    start.announce("Looking at this system")
     from rankscope.ui.doctor import describe_system, show_system
 
     _answer(json_, describe_system, lambda: show_system(out_console))

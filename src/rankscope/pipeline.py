@@ -3,15 +3,13 @@
 Every step looks at the study's directory first and does only what is missing.
 """
 
-import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from rankscope.analysis.verdict import conclude
 from rankscope.data.tokens import save, sha256_of
 from rankscope.errors import DataError, ModelError
 from rankscope.files import exists, write_json
@@ -24,11 +22,9 @@ from rankscope.jobs.repair import remove_corrupt, remove_leftovers
 from rankscope.measure.machine import Site, changes, describe_machine
 from rankscope.plan.plan import Plan, make_plan, with_site_dtype
 from rankscope.plan.runtime import Fleet
-from rankscope.report.card import write_cards
-from rankscope.report.write import build
+from rankscope.report.finish import Conclusion, finish
 from rankscope.spec.models import StudySpec
 from rankscope.spec.options import assemble
-from rankscope.study.evidence import Evidence
 from rankscope.study.folder import CURVE
 from rankscope.study.missing import unevaluated
 from rankscope.study.study import Study
@@ -39,14 +35,6 @@ from rankscope.track.tracker_process import run_trackers
 from rankscope.train.prepare import describe_data, study_data
 
 KINDS: tuple[Kind, ...] = (rows, packs, profiles, reference, answers)
-
-
-class Conclusion(NamedTuple):
-    """A study, and the evidence that its verdict is drawn from."""
-
-    study: Study
-    evidence: Evidence
-    verdict: dict[str, Any]  # see verdict.json
 
 
 def run(
@@ -80,15 +68,10 @@ def run(
     """
     asked, shown = assemble(study or {}, options, sets), progress or _Silent()
     trackers, path = choose_trackers(report_to), Path(out or asked.name)
-    spec = question_at(path, asked)
+    begun = Study.begun_at(path, asked)
+    spec = begun.spec if begun else asked
     with make_launcher(launcher, spec.model, ray_address, shown.say) as launching:
         return run_study(spec, path, launching, shown, trackers, remeasure=remeasure).study
-
-
-def question_at(path: Path, asked: StudySpec) -> StudySpec:
-    """Return the question that a run in `path` answers: that of the study there, with what `asked` adds to it. Raises
-    StudyError: another study is there."""
-    return Study.create(path, asked).spec if Study.is_at(path) else asked
 
 
 def run_study(
@@ -183,35 +166,6 @@ def measure_curve(
     with study.lock():
         take_curve(study, launcher, progress, ranks, recover)
         return finish(study, language)
-
-
-def judge_by(study: Study, criteria: Mapping[str, Any], language: str = "en") -> Conclusion:
-    """Conclude by other criteria (`margin`, `margin_of`, `confidence`, `max_gpu_memory`, `max_runtime`; None for those
-    that stay), which study.yaml keeps once they have led to a verdict. Raises StudyError: a criterion is wrong, or the
-    study lacks what it needs; StudyDirectoryError: a run holds the study."""
-    with study.lock():
-        changed = Study.open(study.path)
-        changed = changed.grown(assemble(changed.spec.model_dump(mode="json"), criteria))
-        conclusion = finish(changed, language)
-        changed.publish()
-        return conclusion
-
-
-def finish(study: Study, language: str = "en") -> Conclusion:
-    """Read the evidence, draw the conclusion, and write the adapters' model cards and the report."""
-    load_catalogue(language)
-    evidence = study.evidence()
-    verdict = conclude(evidence)
-    write_json(study.path / "verdict.json", verdict)
-    write_cards(evidence, verdict, study.path / "trials")
-    reproduce = reproduce_command(study.spec)
-    build(evidence, verdict, study.path / "report", language, reproduce=reproduce, directory=str(study.path))
-    return Conclusion(study, evidence, verdict)
-
-
-def reproduce_command(spec: StudySpec) -> str:
-    """Return the command that runs this study again from its study.yaml."""
-    return f"rankscope run study.yaml --out {shlex.quote(spec.name)}"
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import yaml
 import rankscope
 from rankscope.analysis.verdict import conclude
 from rankscope.files import write_json
-from rankscope.pipeline import finish
+from rankscope.report.finish import finish
 from rankscope.spec.candidates import Trial
 from rankscope.spec.resolve import resolve_spec, write_yaml
 from rankscope.study.question import write_question

@@ -25,7 +25,7 @@ VARIANTS = ["rslora", "pissa", "olora", "loraplus", "dora"]
 def stale(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
     """A study of each variant whose trials are taken to be of other evaluation rows, though they are of these."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rankscope.pipeline.build", lambda *_, **__: Path())
+        patch.setattr("rankscope.report.finish.build", lambda *_, **__: Path())
         options = {"ranks": [2], "seeds": [0], "variants": VARIANTS}
         study = run_small(root, tmp_path_factory.mktemp("rows") / "study", **options)
     for trial in study.trials:

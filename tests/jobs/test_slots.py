@@ -1,6 +1,5 @@
 """Which devices there are, what each job gets of them, and what is refused: without a GPU and without a cluster."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Any, cast
@@ -9,7 +8,7 @@ import pytest
 import torch
 
 from rankscope.errors import MissingExtraError, StudyError, WorkerError
-from rankscope.jobs import ray
+from rankscope.jobs import local, ray
 from rankscope.jobs.launchers import make_launcher
 from rankscope.jobs.local import LocalLauncher, gpu_environments
 from rankscope.jobs.ray import Node, Share, share
@@ -22,10 +21,10 @@ def nodes(*sizes: tuple[int, int]) -> list[Node]:
 
 
 def test_each_gpu_is_a_place_that_sees_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    cores = len(os.sched_getaffinity(0))
+    monkeypatch.setattr(local, "threads", lambda: 5)
     places = gpu_environments(2, {})
     assert [place["CUDA_VISIBLE_DEVICES"] for place in places] == ["0", "1"]
-    assert {place["OMP_NUM_THREADS"] for place in places} == {str(max(1, cores // 2))}
+    assert {place["OMP_NUM_THREADS"] for place in places} == {"2"}
     assert gpu_environments(2, {"CUDA_VISIBLE_DEVICES": "3,MIG-5f,7", "OMP_NUM_THREADS": "4"}) == [
         {"CUDA_VISIBLE_DEVICES": "3", "OMP_NUM_THREADS": "4"},
         {"CUDA_VISIBLE_DEVICES": "MIG-5f", "OMP_NUM_THREADS": "4"},

@@ -7,9 +7,10 @@ import pytest
 
 from rankscope.plan.memory import FULL_STEP_TOKENS, CostModel, predict
 from rankscope.plan.packs import Assignment, divide_into_packs, longest_first, lower_bound, simulate
-from rankscope.plan.runtime import START_SECONDS, Fleet, Forecast, estimate_fleet, study_seconds
+from rankscope.plan.runtime import Fleet, Forecast, estimate_fleet, study_seconds
 from rankscope.spec.models import DataSpec, ModelSpec, StudySpec
 from rankscope.study.folder import Division
+from rankscope.study.missing import START_SECONDS
 from rows import rows_of
 
 PLENTY = 10**15

@@ -7,8 +7,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from rankscope.files import read_json
-from rankscope.pipeline import finish
 from rankscope.report.card import model_card
+from rankscope.report.finish import finish
 from rankscope.study.study import Study
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "study-0.1"

@@ -25,7 +25,7 @@ from rankscope.files import read_json, write_atomic, write_json
 from rankscope.jobs.job import Job
 from rankscope.jobs.profiles import WHOLE, replace_profiles
 from rankscope.measure.machine import Site
-from rankscope.pipeline import judge_by
+from rankscope.report.finish import judge_by
 from rankscope.spec.models import StudySpec
 from rankscope.spec.options import assemble, read_study_file, set_field
 from rankscope.spec.resolve import write_yaml
@@ -336,7 +336,7 @@ ORDERS = [
 @pytest.fixture(scope="module")
 def at_once(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rankscope.pipeline.build", lambda *_, **__: Path())
+        patch.setattr("rankscope.report.finish.build", lambda *_, **__: Path())
         return run_small(root, tmp_path_factory.mktemp("once") / "study", margin_of="loss", **ALL)
 
 
@@ -633,7 +633,7 @@ def of_ten(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
     """A study of ten rows of its evaluation set, with a curve and full fine-tuning."""
     folder = tmp_path_factory.mktemp("own")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rankscope.pipeline.build", lambda *_, **__: Path())
+        patch.setattr("rankscope.report.finish.build", lambda *_, **__: Path())
         return run_own(root, folder, folder / "ten", 10)
 
 
@@ -645,7 +645,7 @@ def ten(of_ten: Study, tmp_path: Path) -> Study:
 @pytest.fixture(scope="module")
 def of_thirty(root: Path, of_ten: Study) -> Study:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rankscope.pipeline.build", lambda *_, **__: Path())
+        patch.setattr("rankscope.report.finish.build", lambda *_, **__: Path())
         return run_own(root, of_ten.path.parent, of_ten.path.parent / "thirty", 30)
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from folders import write_model
+from rankscope.data.batches import total_steps
 from rankscope.data.tokens import TokenizedData
 from rankscope.files import read_json, read_jsonl
 from rankscope.model.load import load_model
 from rankscope.spec.models import DataSpec, ModelSpec, StudySpec, TrainingSpec
 from rankscope.train.loop import train_pack
-from rankscope.train.step import total_steps
 from rankscope.train.stopping import StopRequest
 from reference import random_tokens
 

@@ -14,8 +14,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from rankscope.cli import app
-from rankscope.pipeline import Conclusion, finish
 from rankscope.report import write
+from rankscope.report.finish import Conclusion, finish
 from rankscope.study.study import Study
 from rankscope.text.verdict import verdict_sentence
 from rankscope.ui.outcome import describe_outcome, show_curve, show_outcome

@@ -1,9 +1,13 @@
 """Batches: the examples of a step, a pure function of (seed, step), so that a resume has nothing to restore."""
 
+import math
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
+
+from rankscope.errors import StudyError
+from rankscope.spec.models import TrainingSpec
 
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:
@@ -12,6 +16,22 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
     if examples < 1 or batch_size < 1:
         raise ValueError(f"examples and batch_size must be at least 1, got {examples} and {batch_size}")
     return -(-examples // batch_size)
+
+
+def total_steps(training: TrainingSpec, examples: int) -> int:
+    """Number of optimizer steps of the whole schedule. Raises StudyError if it exceeds `MAX_STEPS`."""
+    steps: float | None = training.steps
+    if steps is None:
+        steps = (training.epochs or 1.0) * steps_per_epoch(examples, training.effective_batch_size)
+    if steps > MAX_STEPS:
+        raise StudyError(
+            f"training: {steps:,.6g} optimizer steps a trial, more than {MAX_STEPS:,}", "Lower its steps or epochs."
+        )
+    return max(1, math.ceil(steps))
+
+
+MAX_STEPS = 1_000_000
+"""Optimizer steps of a trial beyond which the question is taken for a mistake; a plan looks at the batch of each."""
 
 
 def batch_indices(examples: int, batch_size: int, seed: int, step: int) -> npt.NDArray[np.int64]:

@@ -19,7 +19,7 @@ from rankscope.data.folders import SPLITS, divide
 from rankscope.data.readers import FILE_TYPES, Numbered, Part, file_part, file_type, listed
 from rankscope.errors import DataError
 from rankscope.files import published
-from rankscope.spec.models import DataSpec
+from rankscope.spec.models import EMBEDDED, DataSpec
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # of a model or a data set
 _COMMIT = re.compile(r"/snapshots/([0-9a-f]{40})/")
@@ -75,6 +75,23 @@ def resolve_sources(spec: DataSpec) -> tuple[list[Source], list[Source]]:
         only = found.splits[0] if len(found.splits) == 1 else likely[0]
         evaluated.append(_source(found, only, [], len(found.splits) > 1))
     return train, evaluated
+
+
+def check_local(spec: DataSpec) -> None:
+    """Raise DataError where a local source is missing, of an unknown type, or of splits that cannot be told apart:
+    all that takes neither the network nor a row."""
+    evaluated = (spec.eval_dataset,) if isinstance(spec.eval_dataset, str) else spec.eval_dataset or ()
+    for ids, one in ((spec.ids, spec), (evaluated, spec.model_copy(update={"config": None, "revision": None}))):
+        for id in _each(ids):
+            if id != EMBEDDED and (os.path.exists(os.path.expanduser(id)) or not _is_remote(id)):
+                _splits(id, one)
+
+
+def _is_remote(id: str) -> bool:
+    """Whether an id that is nothing here is a URL, or can be that of a data set on the hub."""
+    path = Path(id)
+    is_file = file_type(path) in FILE_TYPES or path.suffix.lower() == ".gz"
+    return bool(re.match(r"https?://", id) or (HUB_ID.fullmatch(id) and not is_file))
 
 
 def _each(ids: Sequence[str]) -> Iterator[str]:
@@ -136,7 +153,7 @@ def _splits(id: str, spec: DataSpec) -> Splits:
         common = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
         below = {Path(os.path.relpath(file, common)).as_posix(): Path(file) for file in files}
         return _divided(id, list(below), "", spec, lambda file: file_part(below[file]))
-    if file_type(path) in FILE_TYPES or path.suffix.lower() == ".gz" or not HUB_ID.fullmatch(id):
+    if not _is_remote(id):
         raise DataError(f"{id}: no such file or folder", "Check the path, or give a hub id such as owner/name.")
     return _hub(id, spec)
 

@@ -10,13 +10,15 @@ tests/jobs/test_contract.py for both launchers.
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from rankscope.errors import RankscopeError, WorkerError
-from rankscope.measure.machine import Site
-from rankscope.plan.plan import Plan
 from rankscope.study.folder import StudyFolder
 from rankscope.study.records import Failure
+
+if TYPE_CHECKING:  # torch takes seconds, and what shows a study needs none
+    from rankscope.measure.machine import Site
+    from rankscope.plan.plan import Plan
 
 FATAL_EXIT_CODES = (2, 3)  # exit codes of errors in the study, the model or the data, which every job would hit
 
@@ -46,7 +48,7 @@ Say: TypeAlias = Callable[[str], None]  # tells the user a sentence
 
 class Run(NamedTuple):
     study: StudyFolder
-    plan: Plan
+    plan: "Plan"
     say: Say
 
 
@@ -83,7 +85,7 @@ class Running(Protocol):
 class Launcher(Protocol):
     """Starts jobs. A context manager: leaving it releases what it holds."""
 
-    def site(self) -> Site:
+    def site(self) -> "Site":
         """Return where jobs run. May take seconds."""
 
     def slots(self) -> int:

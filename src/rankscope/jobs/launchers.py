@@ -1,25 +1,34 @@
 """Launchers by name."""
 
-from rankscope.errors import StudyError, did_you_mean
+from importlib.util import find_spec
+
+from rankscope.errors import MissingExtraError, StudyError, did_you_mean
 from rankscope.jobs.job import Launcher, Say
 from rankscope.spec.models import ModelSpec
 
 LAUNCHERS = ("local", "ray")
 
 
+def check_launcher(name: str, address: str | None) -> None:
+    """Raise as `make_launcher` does for a name or an address, without importing anything."""
+    if name not in LAUNCHERS:
+        what = f"--launcher {name}: unknown{did_you_mean(name, LAUNCHERS)}"
+        raise StudyError(what, f"Known: {', '.join(LAUNCHERS)}.")
+    if name == "local" and address is not None:
+        raise StudyError("--ray-address is given, but the launcher is local", "Add --launcher ray.")
+    if name == "ray" and find_spec("ray") is None:
+        raise MissingExtraError("Ray is not installed", "Install it: pip install 'rankscope[ray]'.")
+
+
 def make_launcher(name: str, model: ModelSpec, address: str | None = None, say: Say = print) -> Launcher:
     """Create the launcher of that name, for a study's model. `address` is that of a Ray cluster; `say` is called with
     what a user should know. Raises StudyError: the name is unknown, or the device does not exist; MissingExtraError:
     Ray is not installed."""
-    if name not in LAUNCHERS:
-        what = f"--launcher {name}: unknown{did_you_mean(name, LAUNCHERS)}"
-        raise StudyError(what, f"Known: {', '.join(LAUNCHERS)}.")
+    check_launcher(name, address)
     if name == "ray":
         from rankscope.jobs.ray import RayLauncher
 
         return RayLauncher(model, address, say)
-    if address is not None:
-        raise StudyError("--ray-address is given, but the launcher is local", "Add --launcher ray.")
     from rankscope.jobs.local import LocalLauncher
 
     return LocalLauncher(model)

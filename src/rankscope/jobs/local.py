@@ -9,6 +9,7 @@ import torch
 
 from rankscope.jobs.job import Job
 from rankscope.jobs.process import JobProcess
+from rankscope.measure.cores import threads
 from rankscope.measure.machine import Site, hardware, versions
 from rankscope.model.device import free_bytes, resolve_device, resolve_dtype
 from rankscope.spec.models import ModelSpec
@@ -52,5 +53,5 @@ def gpu_environments(count: int, environment: Mapping[str, str]) -> list[Mapping
     """Environment of the process on each of `count` visible GPUs: that GPU alone, and its share of the cores."""
     visible = environment.get(VISIBLE)
     names = visible.split(",")[:count] if visible else list(map(str, range(count)))
-    threads = max(1, len(os.sched_getaffinity(0)) // count) if hasattr(os, "sched_getaffinity") else 1
-    return [{VISIBLE: name, "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", str(threads))} for name in names]
+    share = environment.get("OMP_NUM_THREADS", str(max(1, threads() // count)))
+    return [{VISIBLE: name, "OMP_NUM_THREADS": share} for name in names]

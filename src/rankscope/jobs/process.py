@@ -11,6 +11,7 @@ from types import MappingProxyType
 from rankscope.errors import KilledError, OutOfMemoryError, RankscopeError, StudyDirectoryError, WorkerError
 from rankscope.files import read_json, write_json, writing
 from rankscope.jobs.job import Job
+from rankscope.measure.cores import threads
 
 ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -34,7 +35,8 @@ class JobProcess:
             self._error_file.unlink(missing_ok=True)
             log = log_file.open("ab")
         command = [sys.executable, "-m", "rankscope.jobs.worker", job.module, str(study), str(job_file)]
-        variables = ENVIRONMENT | os.environ | dict(environment)
+        own = ENVIRONMENT | {"OMP_NUM_THREADS": str(threads())}
+        variables = own | os.environ | dict(environment)
         with log:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=variables)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from rankscope.data.batches import total_steps
 from rankscope.data.tokens import TokenizedData
 from rankscope.errors import RankscopeError
 from rankscope.jobs.child import open_study
@@ -23,7 +24,7 @@ from rankscope.spec.candidates import FullTrial
 from rankscope.spec.models import StudySpec, TrainingSpec
 from rankscope.train.loop import choose_engine, train_trials
 from rankscope.train.optimizer import make_optimizer
-from rankscope.train.step import TrainState, make_scheduler, total_steps
+from rankscope.train.step import TrainState, make_scheduler
 from rankscope.train.stopping import StopRequest
 
 NOT_SAVED = "the weights are not saved: they are as large as the model"

@@ -5,7 +5,7 @@ The study's lock must be held.
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 
@@ -23,9 +23,18 @@ STALE_TEMP_SECONDS = 3600.0
 
 
 def remove_corrupt(study: StudyFolder) -> list[str]:
-    """Remove corrupt files that a run makes again, and return their names. Raises StudyDirectoryError: a file cannot be
-    read, or a newer version wrote it; that file stays."""
+    """Remove corrupt files that a run makes again, and return their names. Raises as `find_corrupt`."""
     removed = []
+    for name in find_corrupt(study):
+        file = study.file(name)
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+        removed.append(name)
+    return removed
+
+
+def find_corrupt(study: StudyFolder) -> Iterator[str]:
+    """Names of corrupt files and folders that a run makes again. Raises StudyDirectoryError: a file cannot be read, or
+    a newer version wrote it."""
     packs = [file.parent.name for file in study.path.glob("packs/*/pack.json")]
     records: dict[str, Callable[[], object]] = {
         "machine.json": lambda: study.machine,
@@ -42,25 +51,19 @@ def remove_corrupt(study: StudyFolder) -> list[str]:
     for name, read in records.items():
         file = study.file(name)
         if exists(file) and not _is_whole(read):
-            file.unlink()
-            removed.append(name)
+            yield name
     data = study.file("data")
     if exists(data) and not (_is_whole(partial(load, data)) and _is_whole(lambda: study.data_facts)):
-        shutil.rmtree(data)
-        removed.append("data")
+        yield "data"
     for trial in study.all_trials():
         folder = study.trial_folder(trial)
         metrics = folder / "metrics.jsonl"
         if not _is_whole(partial(_check_trial, study, trial)):
-            shutil.rmtree(folder)
-            removed.append(str(folder.relative_to(study.path)))
+            yield str(folder.relative_to(study.path))
         elif study.find_file(trial, metrics.name)[1] is None and not _is_whole(partial(read_rows, metrics)):
-            metrics.unlink()
-            removed.append(str(metrics.relative_to(study.path)))
+            yield str(metrics.relative_to(study.path))
     if exists(study.rank_curve_file) and not _is_whole(partial(tables.cut_examples, study)):  # reads trial.json as well
-        study.rank_curve_file.unlink()
-        removed.append(CURVE)
-    return removed
+        yield CURVE
 
 
 def _check_trial(study: StudyFolder, trial: AnyTrial) -> None:

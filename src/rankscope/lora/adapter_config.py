@@ -1,7 +1,6 @@
 """Reading and checking of the adapter_config.json of a LoRA adapter, possibly made elsewhere."""
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import fields
@@ -14,6 +13,7 @@ from peft.utils import CONFIG_NAME as CONFIG
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from rankscope.errors import ModelError, shortened
+from rankscope.model.checks import check_adapter_folder
 
 Value = TypeVar("Value")
 
@@ -66,8 +66,7 @@ def read_config(folder: Path) -> tuple[LoraConfig, tuple[str, ...]]:
     Raises:
         ModelError: it is missing or corrupt, a field has another type than PEFT's, or it is not of LoRA.
     """
-    if not os.path.isfile(folder / CONFIG):
-        raise ModelError(f"adapter {folder}: no {CONFIG} in the folder", "Give the folder of a PEFT LoRA adapter.")
+    check_adapter_folder(folder)
     known = {field.name for field in fields(LoraConfig) if field.init}  # a newer PEFT has more
     try:
         values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))

@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from rankscope import __version__
+from rankscope.measure.cores import threads
 from rankscope.model.load import commit
 from rankscope.spec.models import StudySpec
 
@@ -31,7 +32,7 @@ def hardware() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
+        "torch_threads": torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else threads(),  # of a job
         "memory_bytes": psutil.virtual_memory().total,
         "gpus": [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus],
     }

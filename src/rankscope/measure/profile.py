@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from rankscope.data.batches import total_steps
 from rankscope.data.tokens import TokenizedData, Tokens
 from rankscope.measure.sampler import MemorySampler, Sample
 from rankscope.model.device import resolve_device, synchronize
@@ -23,7 +24,6 @@ from rankscope.train.step import (
     evenly_spaced,
     make_train_state,
     save_trained_adapter,
-    total_steps,
     train_step,
 )
 

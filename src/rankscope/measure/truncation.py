@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
+from rankscope.data.batches import total_steps
 from rankscope.data.tokens import TokenizedData
 from rankscope.errors import ModelError
 from rankscope.lora.adapters import remove_adapters
@@ -25,7 +26,7 @@ from rankscope.spec.models import StudySpec
 from rankscope.train.engine import Engine, ExampleLosses
 from rankscope.train.loop import choose_engine
 from rankscope.train.probe import use_own_forward
-from rankscope.train.step import TrainState, finite_weights, make_train_state, total_steps, train_step
+from rankscope.train.step import TrainState, finite_weights, make_train_state, train_step
 
 log = logging.getLogger(__name__)
 

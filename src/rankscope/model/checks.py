@@ -1,4 +1,5 @@
-"""Checks of a model's folder, configuration and files before it is loaded."""
+"""Checks of a model's folder, configuration and files before it is loaded. transformers is imported where it is needed:
+what a folder lacks is said at once."""
 
 import json
 import logging
@@ -8,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.hub import cached_file
-from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from rankscope import demo
 from rankscope.data.sources import HUB_ID
 from rankscope.errors import MissingExtraError, ModelError, shortened
 from rankscope.spec.models import EMBEDDED, ModelSpec
+
+CONFIG_NAME, ADAPTER_CONFIG_NAME = "config.json", "adapter_config.json"  # as transformers and PEFT have them
+SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 
 # Nothing of a model is ever executed: no code from its folder, no pickled weights (design decision 9, SECURITY.md).
 SAFE: dict[str, Any] = {"trust_remote_code": False}
@@ -103,10 +103,36 @@ def check_source(spec: ModelSpec) -> None:
         raise ModelError(f"model {spec.id}: no such folder", "Check the id: a folder, or a hub id such as owner/name.")
 
 
+def check_folder(spec: ModelSpec) -> None:
+    """Raise ModelError for what can be said of a local model without transformers: its folder, a configuration that is
+    no JSON, and files of a tokenizer that are missing."""
+    check_source(spec)
+    folder = Path(location(spec))
+    if not folder.is_dir():
+        return
+    try:
+        json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise loading_error(spec, "configuration", error) from None
+    if not _has_tokenizer(folder):
+        raise loading_error(spec, "tokenizer", FileNotFoundError())
+
+
 _FOLDER_HOLDS = "The folder must hold config.json, *.safetensors, and the tokenizer's files such as tokenizer.json."
 
 # File names of tokenizers, in transformers' own format and in those that it converts.
 _VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+
+
+def check_adapter_folder(folder: Path) -> None:
+    """Raise ModelError if `folder` has no configuration of an adapter."""
+    if not (folder / ADAPTER_CONFIG_NAME).is_file():
+        what = f"adapter {folder}: no {ADAPTER_CONFIG_NAME} in the folder"
+        raise ModelError(what, "Give the folder of a PEFT LoRA adapter.")
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(any(folder.glob(kind)) for kind in _VOCABULARIES)
 
 
 def unsafe_reason(spec: ModelSpec, config: Any, shards: list[str]) -> str | None:
@@ -170,13 +196,15 @@ def not_causal_reason(config: Any) -> str | None:
     `causal`) is true. Those families also have a class for masked tokens; in others (GPT-NeoX) a false `is_decoder` has
     no meaning.
     """
-    classes = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    from transformers.models.auto import modeling_auto as auto
+
+    classes = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     causal = {name for names in classes for name in ([names] if isinstance(names, str) else names)}
     asked = ", ".join(config.architectures or ()) or config.model_type
     if config.is_encoder_decoder:
         return None if causal.intersection(config.architectures or ()) else f"{asked} has an encoder besides"
     decides = "causal" if hasattr(config, "causal") else "is_decoder"
-    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, decides, False):
+    if config.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, decides, False):
         return f"{asked} is an encoder: {decides} is not true in {CONFIG_NAME}"
     text = config.get_text_config()
     if getattr(text, "attn_type", None) == "bi":  # XLNet
@@ -190,6 +218,8 @@ def not_causal_reason(config: Any) -> str | None:
 
 def model_file(spec: ModelSpec, name: str) -> Path | None:
     """Path of a file of the model, downloaded if necessary; None if it does not exist or is unavailable."""
+    from transformers.utils.hub import cached_file
+
     if is_gguf(spec):
         return None
     lenient = ("missing_entries", "connection_errors", "gated_repo")  # loading has a better message
@@ -205,7 +235,7 @@ def loading_error(spec: ModelSpec, part: str, error: Exception) -> ModelError:
     reason = textwrap.shorten(str(error), 300, placeholder=" ...")
     if isinstance(error, LookupError) or not reason:  # a LookupError's text is only the key
         reason = f"{type(error).__name__}: {reason}"
-    if part == "tokenizer" and folder.is_dir() and not any(any(folder.glob(kind)) for kind in _VOCABULARIES):
+    if part == "tokenizer" and folder.is_dir() and not _has_tokenizer(folder):
         reason = "there is no file of a tokenizer in the folder, such as tokenizer.json"
     if part == "tokenizer" and folder.is_dir() and any(folder.glob("*.model")) and find_spec("sentencepiece") is None:
         reason = (
@@ -236,7 +266,7 @@ def _corrupt_file(folder: Path) -> str | None:
             return f"{file}: not valid JSON: {error}"
     for file in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(file, framework="pt"):
+            with safe_open(file, framework="numpy"):
                 pass
         except (OSError, SafetensorError) as error:
             return f"{file}: corrupt or incomplete: {error}"

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from rankscope.data.batches import total_steps
 from rankscope.data.tokens import TokenizedData
 from rankscope.errors import MissingExtraError, ModelError, StudyDirectoryError, StudyError
 from rankscope.lora.variants import WEIGHT_INIT_VARIANTS
@@ -21,7 +22,6 @@ from rankscope.study.folder import StudyFolder
 from rankscope.study.missing import is_finished
 from rankscope.text.formats import size
 from rankscope.train.checkpoint import KEPT
-from rankscope.train.step import total_steps
 
 
 def check_base_fits(model: ModelSpec, prediction: CostModel, free: int) -> None:

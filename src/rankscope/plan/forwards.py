@@ -3,13 +3,14 @@
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
+from rankscope.data.batches import total_steps
 from rankscope.data.tokens import Tokens
 from rankscope.lora.layout import Slice
 from rankscope.model.load import load_config
 from rankscope.spec.candidates import Candidate, Trial
 from rankscope.spec.models import StudySpec
 from rankscope.train.engine import PackedEngine, PeftEngine, row_kind
-from rankscope.train.step import batch_at, evenly_spaced, step_slice, total_steps
+from rankscope.train.step import batch_at, evenly_spaced, step_slice
 
 MAX_STEPS_SEARCHED = 2000  # of a schedule, for its largest forward: later ones are like these
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from rankscope.data.batches import total_steps
 from rankscope.data.tokens import TokenizedData
 from rankscope.errors import StudyError
 from rankscope.files import exists
@@ -31,7 +32,6 @@ from rankscope.spec.candidates import FullTrial, Trial
 from rankscope.spec.models import ModelSpec, StudySpec
 from rankscope.study.folder import Division, StudyFolder
 from rankscope.study.missing import ProfileJob, missing_profiles, missing_reference, missing_trials
-from rankscope.train.step import total_steps
 
 GPU_HOST_BYTES = 4 << 30
 """Assumed memory of the host for a process that works on a GPU, beside the base model as it is loaded; not measured."""

@@ -6,13 +6,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from rankscope.data.batches import total_steps
 from rankscope.data.tokens import TokenizedData
 from rankscope.plan.memory import CostModel, StudyMemory
 from rankscope.plan.packs import MAX_PACK_MEMORY_FRACTION, longest_first, lower_bound, simulate
 from rankscope.spec.candidates import CONTROL, PLAIN, Candidate, Trial
 from rankscope.spec.models import StudySpec
+from rankscope.study.missing import START_SECONDS
 from rankscope.train.flops import Cost, product_rate
-from rankscope.train.step import batch_at, eval_steps, total_steps
+from rankscope.train.step import batch_at, eval_steps
 
 RATE_SECONDS = 0.5  # at most, for timing plain matrix products
 
@@ -20,8 +22,6 @@ SMALL_MODEL_PARAMS = 50_000_000
 
 PRODUCT_SHARE = {"small": 0.5, "large": 0.7}
 """Rate of a step's useful FLOPs, as a share of plain products' rate, on a CPU: below and above `SMALL_MODEL_PARAMS`."""
-
-START_SECONDS = 6.0  # of a process: Python, libraries and a small model, on two cores
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from rankscope.lora import svd
 from rankscope.lora.saved import SavedAdapter, find_adapter, read_adapter, write_adapter
 from rankscope.model.load import load_model
 from rankscope.resize import loss_budget as budget
+from rankscope.resize.rules import Rule, option_name
 from rankscope.spec.models import ModelSpec
 from rankscope.spec.options import assemble
 from rankscope.study.study import Study
@@ -25,13 +26,6 @@ from rankscope.train.prepare import prepare_data
 _ROUNDING = 1e-4  # relative: how far two losses of the same tensors may lie apart on a GPU
 _BUDGET = "max_loss_increase"
 _SUFFIXES = {"rank": "r", "budget_rank": "budget", _BUDGET: "loss"}
-
-
-class Rule(NamedTuple):
-    """Choice of ranks: the name of the option, and its value."""
-
-    name: str
-    value: float
 
 
 class HeldOut(NamedTuple):
@@ -67,32 +61,6 @@ class Resized(NamedTuple):
     loss: LossChange | None
 
 
-def choose_rule(options: Mapping[str, Any]) -> Rule:
-    """The only option with a value; the others are None. Raises StudyError: none or several are given, or the share is
-    not between 0 and 1."""
-    given = {name: value for name, value in options.items() if value is not None}
-    if len(given) != 1:
-        found, all_options = " and ".join(map(_option, given)) or "none", ", ".join(map(_option, options))
-        raise StudyError(f"one rule is needed, {found} given", f"Give exactly one of {all_options}.")
-    ((name, value),) = given.items()
-    return Rule(name, value if isinstance(value, int) else _share(_option(name), value))
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _share(option: str, text: str) -> float:
-    """`0.5%` or `0.005`."""
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise StudyError(f"{option} {text}: not a share between 0 and 1", f"For example {option} 0.95, or 95%.")
-    return value
-
-
 def resize(
     adapter: str,
     rule: Rule,
@@ -113,7 +81,7 @@ def resize(
     options = {name: value for name, value in (data or {}).items() if value is not None}
     if rule.name != _BUDGET:
         for name in [*options, *(["set"] if sets else []), *(["uniform"] if uniform else [])]:
-            raise StudyError(f"{_option(name)} goes with {_option(_BUDGET)} alone", "Leave one of them out.")
+            raise StudyError(f"{option_name(name)} goes with {option_name(_BUDGET)} alone", "Leave one of them out.")
     source = find_adapter(adapter, revision)
     saved = read_adapter(source)
     svd.check_resizable(saved)
@@ -158,7 +126,7 @@ def _ranks(saved: SavedAdapter, layers: Sequence[svd.Decomposed], rule: Rule) ->
         return svd.ranks_by_sum(layers, rule.value)
     rank, highest = int(rule.value), max(factors.rank for factors in saved.layers)
     if rank > highest:
-        what = f"{_option(rule.name)} {rank}: the adapter's largest rank is {highest}"
+        what = f"{option_name(rule.name)} {rank}: the adapter's largest rank is {highest}"
         raise StudyError(what, f"Give {highest} or less.")
     uniform = svd.uniform_ranks(layers, rank)
     return uniform if rule.name == "rank" else svd.ranks_within(layers, svd.parameters(layers, uniform))
@@ -170,7 +138,7 @@ def find_held_out(folder: Path, saved: SavedAdapter, options: Mapping[str, Any],
     trials = folder.resolve().parent.parent
     if "dataset" not in options and trials.name == "trials" and Study.is_at(trials.parent):
         for name in [name for name in options if name not in ("device", "dtype")] + (["set"] if sets else []):
-            what = f"{_option(name)} needs --dataset: without it, model and data are those of the study {trials.parent}"
+            what = f"{option_name(name)} needs --dataset: without it, model and data are those of {trials.parent}"
             raise StudyError(what, "Add --dataset, or leave it out.")
         study = Study.open(trials.parent)
         model = study.spec.model.model_copy(update=dict(options))
@@ -209,7 +177,7 @@ def _search(
         say(f"{one.parameters:,} parameters: {one.losses.mean:.4f} ({one.increase:+.3%})")
     best = budget.smallest_within(measured, max_increase)
     if best is None:
-        what = f"{_option(_BUDGET)} {max_increase:g}: even at full rank the rounded update exceeds it"
+        what = f"{option_name(_BUDGET)} {max_increase:g}: even at full rank the rounded update exceeds it"
         raise StudyError(what, "Allow a larger one.")
     chosen = best.losses.mean
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from rankscope.data.batches import batch_indices
+from rankscope.data.batches import batch_indices, total_steps
 from rankscope.data.tokens import TokenizedData, Tokens
 from rankscope.lora.adapters import remove_adapter
 from rankscope.lora.packed import pack_layers
@@ -19,7 +19,6 @@ from rankscope.train.step import (
     leave_out_unreached,
     make_train_state,
     save_trained_adapter,
-    total_steps,
     train_step,
 )
 

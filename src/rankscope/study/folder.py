@@ -18,7 +18,7 @@ NAME/
   curve/                      curve.json: held-out losses of the largest rank's adapters, truncated to lower ranks
   tracking/                   records of what trackers have been sent
   verdict.json
-  report/                     index.html, report.md, results.csv, results.parquet, figures/
+  report/                     index.html, report.md, results.csv, results.parquet, figures/; made-of.json
 """
 
 import re
@@ -80,12 +80,19 @@ class StudyFolder:
     def create(cls, path: Path, spec: StudySpec) -> Self:
         """Make the directory; or open the study that it holds, grown by what `spec` adds. Raises StudyError: it holds
         another study; the message shows the difference."""
-        if cls.is_at(path):
-            return cls.open(path).grown(spec)
-        if not files.is_free(path):
-            raise StudyError(f"{path} exists and is not a study", "Choose another --out.")
+        if begun := cls.begun_at(path, spec):
+            return begun
         write_question(path / "study.yaml", write_yaml(spec))
         return cls(path, spec)
+
+    @classmethod
+    def begun_at(cls, path: Path, asked: StudySpec) -> Self | None:
+        """The study in `path`, grown by what `asked` adds; None where one may begin there. Raises as `create`."""
+        if not cls.is_at(path):
+            if not files.is_free(path):
+                raise StudyError(f"{path} exists and is not a study", "Choose another --out.")
+            return None
+        return cls.open(path).grown(asked)
 
     @staticmethod
     def is_at(path: Path) -> bool:

@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 from rankscope.spec.candidates import CONTROL, AnyTrial, FullTrial, Trial
 from rankscope.spec.models import StudySpec
-from rankscope.study.folder import FINISHED, StudyFolder
+from rankscope.study.folder import AGAIN, FINISHED, StudyFolder
+
+START_SECONDS = 6.0  # of a job's process: Python, libraries and a small model, on two cores
 
 
 def unfinished(study: StudyFolder) -> list[AnyTrial]:
@@ -35,6 +37,24 @@ def is_finished(study: StudyFolder, trial: AnyTrial) -> bool:
 def unevaluated(study: StudyFolder) -> list[Trial]:
     """Finished trials whose results are on fewer evaluation rows than the study has by now."""
     return [t for t in study.trials if is_finished(study, t) and study.trial_record(t).status not in FINISHED]
+
+
+def nothing_missing(study: StudyFolder) -> bool:
+    """Whether a run in `study` has nothing to do but to conclude, from its records alone; corrupt ones aside."""
+    measure = study.spec.measure
+    if not all(study.file(name).exists() for name in ("machine.json", "prediction.json", "data/facts.json")):
+        return False
+    if study.file(AGAIN).exists() or study.file("profiles/whole").exists() or unfinished(study):
+        return False
+    if StudyFolder.open(study.path).spec.data != study.spec.data:  # more evaluation rows
+        return False
+    tokens = {None, study.data_facts["tokens_sha256"]}
+    return (
+        {study.saved_record(trial).tokens_sha256 for trial in study.all_trials()} <= tokens
+        and {candidate.name for candidate in study.spec.candidates()} <= study.prediction["candidates"].keys()
+        and not missing_profiles(study.spec, study)
+        and not (measure.answers and study.unanswered())
+    )
 
 
 def missing_reference(study: StudyFolder) -> list[FullTrial]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
-from rankscope.data.batches import steps_per_epoch
+from rankscope.data.batches import steps_per_epoch, total_steps
 from rankscope.data.tokens import TokenizedData, Tokens
 from rankscope.errors import KilledError, ModelError
 from rankscope.files import JsonlWriter, file_hashes, read_jsonl
@@ -38,7 +38,6 @@ from rankscope.train.step import (
     load_trained_adapter,
     make_train_state,
     save_trained_adapter,
-    total_steps,
     train_step,
 )
 from rankscope.train.stopping import StopRequest

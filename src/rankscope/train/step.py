@@ -18,9 +18,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, get_scheduler
 
-from rankscope.data.batches import batch_indices, steps_per_epoch
+from rankscope.data.batches import batch_indices
 from rankscope.data.tokens import Tokens
-from rankscope.errors import StudyError
 from rankscope.lora.adapters import (
     adapter_weights,
     add_adapter,
@@ -68,22 +67,6 @@ class TrainState(NamedTuple):
     @property
     def lora_dropout(self) -> float:
         return self.config.lora_dropout if self.config else 0.0
-
-
-def total_steps(training: TrainingSpec, examples: int) -> int:
-    """Number of optimizer steps of the whole schedule. Raises StudyError if it exceeds `MAX_STEPS`."""
-    steps: float | None = training.steps
-    if steps is None:
-        steps = (training.epochs or 1.0) * steps_per_epoch(examples, training.effective_batch_size)
-    if steps > MAX_STEPS:
-        raise StudyError(
-            f"training: {steps:,.6g} optimizer steps a trial, more than {MAX_STEPS:,}", "Lower its steps or epochs."
-        )
-    return max(1, math.ceil(steps))
-
-
-MAX_STEPS = 1_000_000
-"""Optimizer steps of a trial beyond which the question is taken for a mistake; a plan looks at the batch of each."""
 
 
 def eval_steps(training: TrainingSpec, steps: int) -> set[int]:

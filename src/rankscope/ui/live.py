@@ -11,15 +11,14 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from rankscope.data.batches import total_steps
 from rankscope.files import JsonlTail, corrupt_on_error
-from rankscope.plan.runtime import START_SECONDS
 from rankscope.spec.candidates import AnyTrial, Trial
 from rankscope.study.folder import AGAIN, FINISHED, NOT_ENDED, StudyFolder
-from rankscope.study.missing import missing_profiles
+from rankscope.study.missing import START_SECONDS, missing_profiles
 from rankscope.study.question import Holder
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import loss
-from rankscope.train.step import total_steps
 
 SMOOTHING = 0.2  # weight of a new step's loss in the smoothed training loss
 

@@ -9,9 +9,9 @@ from rich.console import Console
 from rankscope.analysis.curve import curve_errors, loss_curve
 from rankscope.analysis.next_step import next_step
 from rankscope.data.doubts import data_warnings
-from rankscope.pipeline import Conclusion
 from rankscope.report.costs import noise_sentence
 from rankscope.report.curve import rank_curve_sections
+from rankscope.report.finish import Conclusion
 from rankscope.report.frames import by_candidate, compared_rows, has_gpu
 from rankscope.report.variants import variant_sentences
 from rankscope.study.evidence import Evidence

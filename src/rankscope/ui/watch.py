@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.live import Live
 
 from rankscope.errors import StudyDirectoryError, StudyError
-from rankscope.pipeline import reproduce_command
 from rankscope.report import html
 from rankscope.report.content import Content, compose
+from rankscope.report.finish import reproduce_command
 from rankscope.study.folder import NOT_ENDED
 from rankscope.study.study import Study
 from rankscope.text.catalogue import Catalogue, load

@@ -1,0 +1,59 @@
+"""Cores that this process may use: for threads of a job, and their division over the jobs of several GPUs."""
+
+import math
+import os
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+ROOT = Path("/")
+
+
+def threads(root: Path = ROOT) -> int:
+    """Threads of a job where OMP_NUM_THREADS does not say: the physical cores among the CPUs that the process may run
+    on (two hyperthreads of one core share its matrix units), at most its container's quota, rounded up. `root` is that
+    of the file system."""
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return max(1, min(_physical(cpus, root), math.ceil(_quota(root))))
+
+
+def _physical(cpus: Collection[int], root: Path) -> int:
+    """Physical cores among CPUs; each is one of its own where the kernel does not say."""
+    siblings = set()
+    for cpu in cpus:
+        file = root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+        siblings.add(_text(file) or str(cpu))
+    return len(siblings)
+
+
+def _quota(root: Path) -> float:
+    """CPUs' worth of time that the control groups of this process allow, of cgroup v2 (cpu.max) and v1
+    (cpu.cfs_quota_us); infinity without a limit. A group's limit holds for all groups below it."""
+    found = [math.inf]
+    for folder in _groups(root):
+        limit = _text(folder / "cpu.max")
+        limit = limit or f"{_text(folder / 'cpu.cfs_quota_us')} {_text(folder / 'cpu.cfs_period_us')}"
+        with suppress(ValueError):  # `max 100000`, or no such file
+            quota, period = map(int, limit.split())
+            found += [quota / period] if quota > 0 and period > 0 else []  # -1 for none in v1
+    return min(found)
+
+
+def _groups(root: Path) -> Iterator[Path]:
+    """Folders of this process's groups that may limit its CPU time, and of those above them. In a container only the
+    mount itself may be there."""
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / controllers
+        mount = mount if mount.is_dir() else root / "sys/fs/cgroup/cpu" if controllers else mount
+        parts = [part for part in group.split("/") if part not in ("", "..")]
+        yield from (mount.joinpath(*parts[:length]) for length in range(len(parts) + 1))
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
