@@ -32,6 +32,7 @@ from rankscope.analysis.comparison import (
 )
 from rankscope.analysis.costs import over_budget
 from rankscope.analysis.decision import LEVELS, Decision, decide_arrays, level_at, outcome_of, states, upper_bound
+from rankscope.analysis.rates import judge_rates
 from rankscope.analysis.variants import judge_variants
 from rankscope.data.doubts import doubts
 from rankscope.errors import StudyError
@@ -68,8 +69,9 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
     candidate, `diverged` one for each candidate with a seed that diverged, which is compared with none: a mean over
     the seeds that survived would flatter it. `left_out` names ranks without a row; `overfits` those whose best
     evaluation came early, with its step. `reference_candidate` is full fine-tuning at its best rate; `claims` are
-    the four of the original study; `variants` are those of `rankscope.analysis.variants`; `caveats` are codes that
-    the report puts in words; of those in `rankscope.data.doubts.DOUBTS` the numbers are in data/facts.json.
+    the four of the original study; `variants` are those of `rankscope.analysis.variants`, `rates` those of
+    `rankscope.analysis.rates`; `caveats` are codes that the report puts in words; of those in
+    `rankscope.data.doubts.DOUBTS` the numbers are in data/facts.json.
 
     Raises:
         StudyError: the margin is a share of the gain, and the study does not know the untrained model's losses.
@@ -101,6 +103,7 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
         "comparison": [],
         "claims": judge_claims(evidence, compared),
         "variants": judge_variants(evidence),
+        "rates": judge_rates(evidence.results, confidence),
         "caveats": [],
     }
     over = over_budget(spec.verdict, evidence.profiles, compared)

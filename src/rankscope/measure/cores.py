@@ -14,7 +14,7 @@ def threads(root: Path = ROOT) -> int:
     on (two hyperthreads of one core share its matrix units), at most its container's quota, rounded up. `root` is that
     of the file system."""
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    return max(1, min(_physical(cpus, root), math.ceil(_quota(root))))
+    return max(1, math.ceil(min(_physical(cpus, root), _quota(root))))
 
 
 def _physical(cpus: Collection[int], root: Path) -> int:

@@ -113,7 +113,7 @@ def compose(
         ],
         how_to_read=[text(f"how.{name}") for name in ("averages", "axes", "alone", "differences", *half)],
         sections=[
-            make_section("loss", loss_figures(evidence, verdict, table, text)),
+            make_section("loss", loss_figures(evidence, verdict, table, text), words.rate_sentences(verdict, text)),
             *variant_sections(evidence, verdict, text),
             *rank_curve_sections(evidence, text),
             make_section("memory", memory_figures(evidence, table, text)),

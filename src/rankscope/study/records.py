@@ -287,6 +287,7 @@ class VerdictRecord(Record):
     comparison: list[dict[str, Any]]
     claims: list[Any]
     caveats: list[str]
+    rates: dict[str, Any] | None = None  # `rankscope.analysis.rates.judge_rates`
 
 
 class MetricsRow(Record):

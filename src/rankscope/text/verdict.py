@@ -151,6 +151,36 @@ def margin_table(verdict: Verdict, text: Catalogue) -> Table | None:
     return tabulate(caption, columns, margins, words=columns, chosen=own)
 
 
+def rate_sentences(verdict: Verdict, text: Catalogue) -> list[str]:
+    """How the best learning rate moves with rank: each rank's optimum, and what the trend is; none without rates."""
+    rates = (verdict or {}).get("rates")
+    if verdict is None or rates is None:
+        return []
+    if not rates["curved"]:
+        return [text("rates.flat")]
+    optima = []
+    for row in rates["ranks"]:
+        values = {name: rate(_rounded(row[name])) for name in ("optimum", "low", "high") if row[name] is not None}
+        kind = "edge" if row["edge"] else "optimum" if {"low", "high"} <= values.keys() else "one_seed"
+        edge = text(f"rates.{row['edge']}") if row["edge"] else ""
+        optima.append(text(f"rates.{kind}", rank=row["rank"], edge=edge, tried=rate(row["tried"]), **values))
+    key = "rates.optima" if rates["seeds"] > 1 else "rates.optima_alone"
+    sentences = [text(key, confidence=percent(verdict["confidence"]), ranks="; ".join(optima))]
+    if rates["exponent_low"] is not None:
+        ends = {name: f"{rates[name]:+.2f}" for name in ("exponent", "exponent_low", "exponent_high")}
+        kind = {(True, True): "both", (True, False): "same", (False, True): "inverse"}.get(
+            (rates["same"], rates["inverse"]), "neither"
+        )
+        sentences.append(text(f"rates.{kind}", **ends))
+    elif rates["exponent"] is not None:
+        sentences.append(text("rates.no_interval", exponent=f"{rates['exponent']:+.2f}"))
+    return sentences
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.2g}")
+
+
 ALARMS = ("diverged", "worse_than_untrained", "overfits")  # caveats that name ranks: the terminal shows them too
 
 

@@ -21,7 +21,7 @@ from rankscope.study.records import Failure, TrialRecord
 from rankscope.study.study import Study
 from rankscope.text.catalogue import load
 from rankscope.text.formats import duration, known, loss, percent, signed, size
-from rankscope.text.verdict import ALARMS, caveat_sentence, gained, margin_table, verdict_sentence
+from rankscope.text.verdict import ALARMS, caveat_sentence, gained, margin_table, rate_sentences, verdict_sentence
 from rankscope.ui.console import make_table, out_console, print_table
 
 
@@ -31,7 +31,8 @@ def show_outcome(conclusion: Conclusion, console: Console, language: str) -> Non
     _show_candidates(evidence, verdict, console)
     console.print()
     show_verdict(conclusion, console, language)
-    for sentence in [*variant_sentences(verdict, load(language)), f"Report: {study.report}"]:
+    text = load(language)
+    for sentence in [*rate_sentences(verdict, text), *variant_sentences(verdict, text), f"Report: {study.report}"]:
         console.print(sentence, soft_wrap=True)
 
 
