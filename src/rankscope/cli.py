@@ -1,9 +1,7 @@
 """The commands: parse, call, print. torch, transformers, pandas and pydantic are imported inside them, so that
 `rankscope --help` is fast."""
 
-import errno
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -14,10 +12,10 @@ from typing import Annotated, Any
 import typer
 
 from rankscope import __version__
-from rankscope.errors import RankscopeError, StudyError, shortened
+from rankscope.errors import RankscopeError, StudyError
 from rankscope.ui import options as ask
 from rankscope.ui import start
-from rankscope.ui.console import error_console, out_console, print_json, print_table, stoppable
+from rankscope.ui.console import error_console, out_console, print_json, print_table, show_system_error, stoppable
 
 app = typer.Typer(
     name="rankscope",
@@ -398,22 +396,9 @@ def main() -> None:
         error_console.print(f"error: {error}", style="red", soft_wrap=True)
         sys.exit(error.exit_code)
     except OSError as error:
-        todo = _TODO.get(error.errno or 0)
-        if debug or todo is None:
+        if debug or not show_system_error(error):
             raise
-        if error.filename is None:  # the output failed: else Python writes the rest of it at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        name = "the output" if error.filename is None else shortened(str(error.filename))
-        error_console.print(f"error: {name}: {error.strerror}\n  {todo}", style="red", soft_wrap=True)
         sys.exit(2)
-
-
-_TODO = {
-    errno.ENAMETOOLONG: "Give a shorter name.",
-    errno.ENOSPC: "Make room there, and run again: a study that has begun goes on where it was.",
-    errno.EIO: "See what is wrong with that device, and run again.",
-}
-"""Advice on errors of the system, by their numbers."""
 
 
 if __name__ == "__main__":

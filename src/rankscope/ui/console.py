@@ -1,6 +1,8 @@
 """The terminal. Text from models, data and studies is only shown: no control characters and no markup."""
 
+import errno
 import json
+import os
 import shlex
 import signal
 import sys
@@ -14,6 +16,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from rankscope.errors import shortened
 from rankscope.text.formats import Table, strip_control_characters
 
 
@@ -58,6 +61,25 @@ def print_table(table: Table) -> None:
 
 def print_json(value: Mapping[str, Any]) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def show_system_error(error: OSError) -> bool:
+    """Print an error of the system in a line, with advice. Whether there is any; else nothing is printed."""
+    todo = _TODO.get(error.errno or 0)
+    if todo is None:
+        return False
+    if error.filename is None:  # the output failed: else Python writes the rest of it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    name = "the output" if error.filename is None else shortened(str(error.filename))
+    error_console.print(f"error: {name}: {error.strerror}\n  {todo}", style="red", soft_wrap=True)
+    return True
+
+
+_TODO = {
+    errno.ENAMETOOLONG: "Give a shorter name.",
+    errno.ENOSPC: "Make room there, and run again: a study that has begun goes on where it was.",
+    errno.EIO: "See what is wrong with that device, and run again.",
+}
 
 
 @contextmanager
