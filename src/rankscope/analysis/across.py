@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy import optimize, stats
+from scipy import optimize, special
 
 from rankscope.analysis.comparison import (
     estimate,
@@ -123,7 +123,7 @@ def common_rank(found: Sequence[Sufficient]) -> Common | None:
     mean, degrees = float(np.average(values, weights=weights)), len(values) - 1
     scale = max(1.0, float((weights * (values - mean) ** 2).sum()) / degrees)  # studies too much alike are luck
     error = math.sqrt(scale / weights.sum())
-    t = float(stats.t.ppf(0.975, degrees))
+    t = float(special.stdtrit(degrees, 0.975))
     spread = t * math.sqrt(between + error**2)
     drawn = [
         mean + between / (between + one.error**2) * (one.log2_rank - mean) if one in known else mean for one in found

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special
 
 from rankscope.analysis.costs import noise_floor
 from rankscope.study.evidence import Evidence
@@ -80,7 +80,7 @@ def effect(table: pd.DataFrame, before: int, after: int, confidence: float) -> E
     mean = float(changes.mean())
     if len(changes) < 2:
         return Effect(mean, None, None)
-    reach = float(stats.t.ppf((1 + confidence) / 2, len(changes) - 1) * changes.std(ddof=1) / np.sqrt(len(changes)))
+    reach = float(special.stdtrit(len(changes) - 1, (1 + confidence) / 2) * changes.std(ddof=1) / np.sqrt(len(changes)))
     return Effect(mean, mean - reach, mean + reach)
 
 
