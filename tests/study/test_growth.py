@@ -421,8 +421,8 @@ def run(study: Study, site: Site = HERE, remeasure: bool = False, does: Any = me
 @pytest.fixture
 def costed(study: Study, no_report: None, monkeypatch: pytest.MonkeyPatch) -> Study:
     """The study with costs of its two ranks, measured here."""
-    monkeypatch.setattr(pipeline, "conclude", lambda _: {"outcome": "none"})
-    monkeypatch.setattr(pipeline, "write_cards", lambda *_: None)
+    monkeypatch.setattr("rankscope.report.finish.conclude", lambda _: {"outcome": "none"})
+    monkeypatch.setattr("rankscope.report.finish.write_cards", lambda *_: None)
     run(study, measure__profiles=True, measure__answers=0)
     return Study.open(study.path)
 
@@ -546,8 +546,8 @@ def test_versions_that_costs_do_not_depend_on_are_logged_alone(costed: Study) ->
 def test_costs_that_nobody_has_measured_may_be_measured_elsewhere(
     study: Study, no_report: None, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(pipeline, "conclude", lambda _: {"outcome": "none"})
-    monkeypatch.setattr(pipeline, "write_cards", lambda *_: None)
+    monkeypatch.setattr("rankscope.report.finish.conclude", lambda _: {"outcome": "none"})
+    monkeypatch.setattr("rankscope.report.finish.write_cards", lambda *_: None)
     run(study, elsewhere(study, cpu="another"), measure__profiles=True, measure__answers=0)
     assert study.machine["hardware"]["cpu"] == "another"
     assert all(numbers == [0, 0] for numbers in sessions(study).values())

@@ -3,6 +3,7 @@ what a folder lacks is said at once."""
 
 import json
 import logging
+import os
 import textwrap
 from importlib.util import find_spec
 from pathlib import Path
@@ -126,7 +127,7 @@ _VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "tekken.js
 
 def check_adapter_folder(folder: Path) -> None:
     """Raise ModelError if `folder` has no configuration of an adapter."""
-    if not (folder / ADAPTER_CONFIG_NAME).is_file():
+    if not os.path.isfile(folder / ADAPTER_CONFIG_NAME):  # False for a name that is no valid path
         what = f"adapter {folder}: no {ADAPTER_CONFIG_NAME} in the folder"
         raise ModelError(what, "Give the folder of a PEFT LoRA adapter.")
 

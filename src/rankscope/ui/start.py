@@ -1,5 +1,6 @@
 """What a command says and checks before it imports anything that takes seconds, such as torch."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,7 @@ def check_adapter(name: str) -> None:
     from rankscope.data.sources import HUB_ID
     from rankscope.model.checks import check_adapter_folder
 
-    if Path(name).is_dir() or not HUB_ID.fullmatch(name):
+    if os.path.isdir(name) or not HUB_ID.fullmatch(name):
         check_adapter_folder(Path(name))
     announce(f"Reading {name}")
 
