@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.utils import clip_grad
 from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -55,33 +56,31 @@ VIEWS = ("detach", "lift_fresh", "_unsafe_view", "alias", "_reshape_alias")
 def fake_gpu() -> Iterator[FakeTensorMode]:
     """Make fake tensors of the device "cuda" pass for a GPU's in Python, and for meta tensors in C++."""
     own, generator, mode = Tensor._make_subclass, torch.Generator, FakeTensorMode(allow_non_fake_inputs=True)
+    own_dispatch = FakeTensorMode.dispatch
 
     def make_subclass(*args: Any, dispatch_device: bool = False, device_for_backend_keys: Any = None) -> Any:
         keys = META if device_for_backend_keys == GPU else device_for_backend_keys
         return own(*args, dispatch_device=keys is not META, device_for_backend_keys=keys)
 
+    def dispatch(mode: FakeTensorMode, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta":  # as C++ code says
+            kwargs["device"] = GPU
+        return own_dispatch(mode, func, types, args, kwargs)
+
     with ExitStack() as stack:
         for target, name, value in (
             (Tensor, "_make_subclass", make_subclass),
+            (FakeTensorMode, "dispatch", dispatch),
             (FakeTensor, "is_cuda", property(lambda tensor: tensor.device.type == "cuda")),
             (torch, "Generator", lambda *_: generator()),
-            (_foreach_utils, "_foreach_supported_types", [*_foreach_utils._foreach_supported_types, FakeTensor]),
+            (_foreach_utils, "_has_foreach_support", lambda tensors, device: True),
+            (clip_grad, "_has_foreach_support", lambda tensors, device: True),
             (FakeTensor, "tolist", lambda tensor: np.zeros(tensor.cpu().shape).tolist()),
         ):
             stack.enter_context(mock.patch.object(target, name, value, create=True))
         stack.enter_context(mode)
-        stack.enter_context(_OnGpu())
         yield mode
-
-
-class _OnGpu(TorchDispatchMode):
-    """Puts on the GPU what C++ code makes on the meta device, because it takes a fake tensor's device for that."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if kwargs.get("device") == META:
-            kwargs = {**kwargs, "device": GPU}
-        return func(*args, **kwargs)
 
 
 class Counted(TorchDispatchMode):
@@ -101,6 +100,8 @@ class Counted(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        if name == "_to_copy" and (made[0].dtype, made[0].device) == (tensors[0].dtype, tensors[0].device):
+            return out  # asked for by C++ code, which sees another device
         on_gpu = any(tensor.device.type == "cuda" for tensor in (*tensors, *made))
         if on_gpu and not func.is_view and name not in VIEWS and not name.startswith(("empty", "new_empty")):
             self.launches[name] += 1
@@ -138,10 +139,11 @@ def shaped(name: str, layers: int) -> PreTrainedModel:
 def count_step(
     model: PreTrainedModel, trials: Sequence[Trial], tokens: Tokens, training: TrainingSpec, packed: bool = True
 ) -> Counted:
-    """Count the second optimizer step of `trials` over a frozen model, which turns fake: the first makes the states.
+    """Count the second optimizer step of `trials` over a frozen model, which loses its weights. The first makes states.
 
     What is read from a fake tensor is zero, so every loss and norm is.
     """
+    model.to("meta")
     configs = {trial.name: lora_config(trial.candidate, model) for trial in trials}
     for name, config in configs.items():
         inject(config, model, adapter_key(name), empty=True)
