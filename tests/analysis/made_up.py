@@ -39,7 +39,8 @@ def _identity(rank: int, rate: float, seed: int) -> dict[str, Any]:
 def results(losses: Losses) -> pd.DataFrame:
     """`Study.results()` of these trials."""
     rows = [
-        _identity(rank, rate, seed) | {"status": "diverged" if loss is None else "done", "train_loss": loss}
+        _identity(rank, rate, seed)
+        | {"lora_alpha": 16.0, "status": "diverged" if loss is None else "done", "train_loss": loss, "eval_loss": loss}
         for (rank, rate), by_seed in losses.items()
         for seed, loss in enumerate(by_seed)
     ]

@@ -16,6 +16,7 @@ from rankscope.errors import StudyError
 from rankscope.jobs.repair import remove_corrupt
 from rankscope.report.write import build
 
+_NEW = ("caveats", "more_seeds", "outcome", "schema")
 STUDIES = sorted((Path(__file__).parents[1] / "fixtures").glob("study-*"))
 
 
@@ -34,8 +35,12 @@ def test_an_old_study_opens_and_concludes_as_it_did(path: Path, tmp_path: Path) 
     assert len(evidence.profiles) == 5  # each rank's for both of its rates, and the control's for one
     found = conclude(evidence)
     assert found["caveats"] == [*study.verdict["caveats"], "few_held_out_rows"], "which version 0.1 did not say"
-    same = {"caveats": study.verdict["caveats"], "schema": study.verdict["schema"]}
-    assert_same(found | same, study.verdict)
+    assert (found["outcome"], found["more_seeds"]) == ("not_distinguishable", 1), "two seeds are no longer a claim"
+    assert [row.pop("within_margin") for row in found["comparison"]] == [None, None]
+    expected = {key: study.verdict[key] for key in study.verdict if key not in _NEW}
+    for row in expected["comparison"]:
+        del row["within_margin"]
+    assert_same(found, expected)
     assert (found["margin_of"], found["margin"], found["gain"]) == ("loss", 0.01, None)
     build(evidence, study.verdict, copy / "report")
     assert "full fine-tuning" in (copy / "report" / "index.html").read_text(encoding="utf-8")

@@ -148,6 +148,8 @@ class PackedEngine:
     @torch.no_grad()
     def evaluate(self, tokens: Tokens, adapters: Sequence[str]) -> list[ExampleLosses]:
         """Evaluate the loss of every example under each adapter, without gradient or dropout."""
+        if not adapters:
+            return []
         self.model.eval()
         counts, rows = tokens.label_counts, len(tokens)
         losses, correct = np.zeros((2, len(adapters) * rows))
