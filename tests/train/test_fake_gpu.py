@@ -24,7 +24,7 @@ def test_a_packed_step_waits_for_a_gpu_once(name: str) -> None:
 
 def test_a_wait_in_a_layer_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Offsets made in every layer, as they once were; and a number read from the GPU."""
-    monkeypatch.setattr(attention, "_offsets", lambda starts, device: torch.tensor(starts, device=device).int())
+    monkeypatch.setattr(attention, "offsets_on", lambda starts, device: torch.tensor(starts, device=device).int())
     monkeypatch.setattr(step, "batch_at", lambda *_: [int(torch.ones(1, device="cuda").sum()), 1, 2])
     model, training = tiny_model("mistral-window", torch.bfloat16), TrainingSpec(steps=10, batch_size=3)
     counted = load_benchmark("fake_gpu").count_step(model, [make_trial(8, 1e-3)], random_tokens(9), training)

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
-from scipy import special
 
+from rankscope.analysis.comparison import mean_of
 from rankscope.analysis.costs import noise_floor
 from rankscope.study.evidence import Evidence
 
@@ -77,11 +76,7 @@ def _pivot(table: pd.DataFrame, pair: str, column: str) -> pd.DataFrame:
 def effect(table: pd.DataFrame, before: int, after: int, confidence: float) -> Effect:
     """Mean paired change between two ranks, over the mean before."""
     changes = (table[after] - table[before]).to_numpy() / float(table[before].mean())
-    mean = float(changes.mean())
-    if len(changes) < 2:
-        return Effect(mean, None, None)
-    reach = float(special.stdtrit(len(changes) - 1, (1 + confidence) / 2) * changes.std(ddof=1) / np.sqrt(len(changes)))
-    return Effect(mean, mean - reach, mean + reach)
+    return Effect(*mean_of(changes, confidence))
 
 
 def _monotone(claim: str, table: Paired, sign: int, confidence: float) -> dict[str, Any]:

@@ -67,6 +67,23 @@ class Estimate(NamedTuple):
         return self._replace(seed_error=self.seed_error * np.sqrt(self.seeds / seeds), seeds=seeds)
 
 
+class Mean(NamedTuple):
+    """Mean of independent values, and the ends of its interval; None with one value."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+def mean_of(values: np.ndarray, confidence: float) -> Mean:
+    """Mean of values (N,) with Student's interval."""
+    mean, count = float(values.mean()), len(values)
+    if count < 2:
+        return Mean(mean, None, None)
+    half = float(special.stdtrit(count - 1, (1 + confidence) / 2) * values.std(ddof=1)) / math.sqrt(count)
+    return Mean(mean, mean - half, mean + half)
+
+
 def estimate(values: np.ndarray, label_tokens: np.ndarray) -> Estimate:
     """Mean of `values` (..., S, E) over seeds and examples, with examples weighted by `label_tokens` (..., E). A mean
     with random weights is a ratio: its variance is that of its linear part, w (value - mean)."""

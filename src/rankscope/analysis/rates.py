@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import special
+
+from rankscope.analysis.comparison import Mean, mean_of
 
 WINDOW = 3  # rates of a parabola: the best one, and those beside it
 
@@ -33,14 +34,6 @@ class Curve(NamedTuple):
     @property
     def edge(self) -> str | None:
         return {0: "lowest", len(self.rates) - 1: "highest"}.get(self.best)
-
-
-class Mean(NamedTuple):
-    """Mean of values by seed, and the ends of its interval; None with one seed."""
-
-    value: float
-    low: float | None
-    high: float | None
 
 
 def judge_rates(results: pd.DataFrame, confidence: float) -> dict[str, Any] | None:
@@ -116,12 +109,3 @@ def locate(curves: Sequence[Curve]) -> np.ndarray | None:
         centred @ (losses - np.outer(centred**2, curvature)) / (centred @ centred) for _, centred, _, losses in parts
     ]
     return np.array([mean - slope / (2 * curvature) for (mean, *_), slope in zip(parts, slopes, strict=True)])
-
-
-def mean_of(values: np.ndarray, confidence: float) -> Mean:
-    """Mean over seeds (S,) with Student's interval."""
-    mean, count = float(values.mean()), len(values)
-    if count < 2:
-        return Mean(mean, None, None)
-    half = float(special.stdtrit(count - 1, (1 + confidence) / 2) * values.std(ddof=1)) / math.sqrt(count)
-    return Mean(mean, mean - half, mean + half)

@@ -271,8 +271,9 @@ def decide(
     over, seeds = over or {}, min(row.eval_loss.seeds for row in rows)
     decision = _decision(rows, confidence)
     found = {"best_candidate": best_of(rows).candidate} | _outcome(rows, decision, over)
-    for look in LEVELS if look_ahead and seeds > 1 and not _settled(found) else ():
-        more = [row.with_seeds(look - seeds) for row in rows] if look > seeds else rows
+    looks = [look for look in LEVELS if look > seeds] if look_ahead and seeds > 1 and not _settled(found) else []
+    for look in looks:
+        more = [row.with_seeds(look - seeds) for row in rows]
         if _settled(_outcome(more, _decision(more, confidence), over)):
             found["more_seeds"] = look - seeds
             break

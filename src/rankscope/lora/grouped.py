@@ -7,13 +7,14 @@ bfloat16, and rows of a multiple of 16 bytes. So an update, and a gradient of A 
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from rankscope.lora.layout import offsets_on
 
 MULTIPLE = 8  # values of bfloat16 in 16 bytes
 
@@ -46,12 +47,6 @@ def _is_plain(span: Span) -> bool:
     return span.keep is None and span.a.requires_grad and not any(size % MULTIPLE for size in sizes)
 
 
-@lru_cache(maxsize=64)
-def _ends(ends: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where the rows of each group end, made once for all layers of a forward."""
-    return torch.tensor(ends, dtype=torch.int32).to(device, non_blocking=True)
-
-
 def add_updates(out: Tensor, x: Tensor, operand: Tensor, groups: Sequence[Sequence[Span]]) -> Tensor:
     """Add the updates of `groups` in place to float32 outputs (T, O), of inputs x (T, D), `operand` in bfloat16."""
     weights = [factor for group in groups for span in group for factor in (span.a, span.b)]
@@ -64,7 +59,7 @@ class _Updates(torch.autograd.Function):
         ctx.groups, kept, kind = [], [], operand.dtype
         for group in groups:
             rows, scaling = slice(group[0].start, group[-1].stop), group[0].scaling
-            ends = _ends(tuple(span.stop - rows.start for span in group), out.device)
+            ends = offsets_on(tuple(span.stop - rows.start for span in group), out.device)
             a = torch.stack([span.a for span in group]).to(kind)  # (G, R, D)
             b = torch.stack([span.b for span in group]).to(kind)  # (G, O, R)
             hidden = F.grouped_mm(operand[rows], a.mT, offs=ends).mul_(scaling)  # (t, R)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import StrEnum
+from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -97,6 +98,12 @@ class FlatBatch(NamedTuple):
     label_positions: torch.Tensor  # (L,), positions before a label token
     targets: torch.Tensor  # (L,), the label tokens
     label_sequence: npt.NDArray[np.int64]  # (L,), the sequence (0..S-1) each label belongs to
+
+
+@lru_cache(maxsize=64)
+def offsets_on(offsets: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Offsets of rows as kernels take them, int32 on the device, made once for all layers of a forward."""
+    return torch.tensor(offsets, dtype=torch.int32).to(device, non_blocking=True)
 
 
 Examples = Sequence[int] | npt.NDArray[np.int64]

@@ -5,7 +5,7 @@ OPT in transformers 5 builds its mask without looking at position ids, so plain 
 a flattened batch attend to each other.
 """
 
-from functools import cache, lru_cache
+from functools import cache
 from inspect import signature
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from rankscope.lora.layout import NotPackable, Unpackable, current_layout
+from rankscope.lora.layout import NotPackable, Unpackable, current_layout, offsets_on
 from rankscope.model.mixed import is_mixed
 
 NAME = "rankscope"
@@ -126,12 +126,6 @@ def _is_ampere() -> bool:
     return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
 
 
-@lru_cache(maxsize=4)
-def _offsets(starts: tuple[int, ...], device: torch.device) -> Tensor:
-    """Offsets on the device, made once for all layers of a forward."""
-    return torch.tensor(starts, dtype=torch.int32).to(device, non_blocking=True)
-
-
 def _varlen(
     query: Tensor,
     key: Tensor,
@@ -150,7 +144,7 @@ def _varlen(
         options["enable_gqa"] = True
     elif groups > 1:  # torch 2.11
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    offsets = _offsets(starts, query.device)
+    offsets = offsets_on(starts, query.device)
     q, k, v = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
     options["window_size"] = (-1 if window is None else window - 1, 0)
     out = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scaling, **options)
