@@ -61,11 +61,8 @@ class _CheckedConfig(BaseModel):
 
 
 def read_config(folder: Path) -> tuple[LoraConfig, tuple[str, ...]]:
-    """Read the configuration, and the names of the options that are set and that PEFT does not know.
-
-    Raises:
-        ModelError: it is missing or corrupt, a field has another type than PEFT's, or it is not of LoRA.
-    """
+    """Read the configuration, and the names of the options that are set and that PEFT does not know. Raises ModelError:
+    it is missing or corrupt, a field has another type than PEFT's, or it is not of LoRA."""
     check_adapter_folder(folder)
     known = {field.name for field in fields(LoraConfig) if field.init}  # a newer PEFT has more
     try:
@@ -102,11 +99,9 @@ class PatternKeys(Generic[Value]):
     """Values by the keys of rank_pattern or alpha_pattern: names of modules, or regular expressions.
 
     PEFT matches the keys with Python's `re`, in which one such as `(a+)+` can take exponential time. RE2 gives the same
-    answers in time linear in the layer's name, whatever an adapter from elsewhere asks for.
-
-    Raises:
-        ValueError: a key is too long, is no regular expression, or has what RE2 cannot match (backreferences,
-            lookaround) or reads differently from `re` (flags, named groups, spaces).
+    answers in time linear in the layer's name, whatever an adapter from elsewhere asks for. Raises ValueError: a key is
+    too long, is no regular expression, or has what RE2 cannot match (backreferences, lookaround) or reads differently
+    from `re` (flags, named groups, spaces).
     """
 
     def __init__(self, patterns: Mapping[str, Value]) -> None:

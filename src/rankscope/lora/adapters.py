@@ -33,10 +33,8 @@ def targets_of(candidate: Candidate, model: nn.Module) -> Targets:
 
 
 def lora_config(candidate: Candidate, model: nn.Module, base: str | None = None) -> LoraConfig:
-    """PEFT's configuration of the candidate on this model; `base` is its id or folder, for the saved file.
-
-    Raises StudyError as `find_targets` does.
-    """
+    """PEFT's configuration of the candidate on this model; `base` is its id or folder, for the saved file. Raises
+    StudyError as `find_targets` does."""
     targets, others = targets_of(candidate, model), deepcopy(candidate.peft)
     modules, parameters = for_peft(model, targets)
     parameters += others.pop("target_parameters", [])
@@ -65,11 +63,8 @@ def lora_config(candidate: Candidate, model: nn.Module, base: str | None = None)
 
 
 def inject(config: LoraConfig, model: nn.Module, name: str, empty: bool = False) -> None:
-    """Inject an adapter as PEFT does; with `empty` on the meta device.
-
-    Raises:
-        StudyError: a target module matches nothing, or cannot carry LoRA.
-    """
+    """Inject an adapter as PEFT does; with `empty` on the meta device. Raises StudyError: a target module matches
+    nothing, or cannot carry LoRA."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # many adapters: meant
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # PEFT corrects it for Conv1D
@@ -83,11 +78,9 @@ def inject(config: LoraConfig, model: nn.Module, name: str, empty: bool = False)
 
 
 def add_adapter(model: PreTrainedModel, trial: Trial, base: str | None = None) -> LoraConfig:
-    """Inject the trial's adapter under the trial's name, initialised from the trial's seed alone.
-
-    The seed is set in a fork of the random state, so the other trials of a pack do not change an adapter's initial
-    weights. Raises StudyError as `inject` does.
-    """
+    """Inject the trial's adapter under the trial's name, initialised from the trial's seed alone. The seed is set in a
+    fork of the random state, so the other trials of a pack do not change an adapter's initial weights. Raises
+    StudyError as `inject` does."""
     config = lora_config(trial.candidate, model, base)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with torch.random.fork_rng(devices=[]):
@@ -185,11 +178,9 @@ def grows_with_rank(weight: str) -> bool:
 
 
 def unreached_layers(model: nn.Module, adapter: str, trunk: str | None) -> list[str]:
-    """Adapted layers of the `trunk` (None: of all) to which the backward that has just run gave no gradient.
-
-    Text never reaches a vision tower, nor do labels reach what only picks indices. Experts in a list are reached by
-    some tokens alone: one that is reached speaks for its siblings.
-    """
+    """Adapted layers of the `trunk` (None: of all) to which the backward that has just run gave no gradient. Text never
+    reaches a vision tower, nor do labels reach what only picks indices. Experts in a list are reached by some tokens
+    alone: one that is reached speaks for its siblings."""
     reached: dict[str, bool] = {}
     for name, weight in adapter_weights(model, adapter).items():
         layer = layer_of(name)

@@ -27,11 +27,8 @@ class Coverage(NamedTuple):
 
 
 def find_coverage(model: PreTrainedModel, left_out: Mapping[Any, Iterable[str]], unreached: Iterable[str]) -> Coverage:
-    """Coverage of a model that carries adapters, and may lie on the meta device.
-
-    `left_out` has names by reason: `rankscope.lora.targets.Targets`. Layers in `unreached` will lose their adapters,
-    since they get no gradient.
-    """
+    """Coverage of a model that carries adapters, and may lie on the meta device. `left_out` has names by reason:
+    `rankscope.lora.targets.Targets`. Layers in `unreached` will lose their adapters, since they get no gradient."""
     adapted = {name: layer for name, layer in lora_layers(model) if name not in set(unreached)}
     out = {reason: list(names) for reason, names in [*left_out.items(), ("unreached", unreached)]}
     trees = {reason: subtrees(names, [*adapted, *_others(out, reason)]) for reason, names in out.items() if names}

@@ -121,10 +121,8 @@ class Slice(NamedTuple):
 def flatten(
     tokens: Tokens, slices: Sequence[Slice], device: torch.device, most_kept: int | None = None, multiple: int = 1
 ) -> FlatBatch:
-    """Lay the examples of each slice end to end. With more than `most_kept` tokens the layout asks to recompute.
-
-    A slice is filled up to a `multiple` of tokens by a last sequence without labels, so that products meet few shapes.
-    """
+    """Lay the examples of each slice end to end. With more than `most_kept` tokens the layout asks to recompute. A
+    slice is filled up to a `multiple` of tokens by a last sequence without labels, so that products meet few shapes."""
     segments, ids, positions, label_positions, label_sequence = [], [], [], [], []
     of_labels: list[Segment] = []
     start, sequence, labelled, filled = 0, 0, 0, 0

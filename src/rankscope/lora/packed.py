@@ -37,12 +37,9 @@ from rankscope.model.quantized import dequantized_forward
 
 
 def pack_layers(model: PreTrainedModel) -> None:
-    """Replace the forward of every LoRA layer by the packed one. `unpack_layers` undoes it.
-
-    Raises:
-        NotPackable: a layer is not plain LoRA over a linear module, or one behind the trunk has LoRA dropout, whose
-            numbers PEFT draws for all positions and not for the labels alone.
-    """
+    """Replace the forward of every LoRA layer by the packed one. `unpack_layers` undoes it. Raises NotPackable: a layer
+    is not plain LoRA over a linear module, or one behind the trunk has LoRA dropout, whose numbers PEFT draws for all
+    positions and not for the labels alone."""
     if others := wrapped_modules(model):
         raise NotPackable(Unpackable.WHOLE, others[0][0])
     trunk = trunk_name(model)
@@ -68,9 +65,7 @@ def pack_layers(model: PreTrainedModel) -> None:
 
 def trunk_name(model: PreTrainedModel) -> str | None:
     """Name of the direct part of a model that makes the hidden states: that which holds the input embeddings.
-
-    `base_model_prefix` would be wrong for the text models of Llama 4 and Mllama.
-    """
+    `base_model_prefix` would be wrong for the text models of Llama 4 and Mllama."""
     embeddings = model.get_input_embeddings()
     parts = [(name, part) for name, part in model.named_children() if part is not embeddings]
     return next((name for name, part in parts if any(module is embeddings for module in part.modules())), None)
@@ -131,10 +126,8 @@ def _check_experts(name: str, layer: ParamWrapper) -> None:
 
 def _packed_experts(layer: ParamWrapper, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Packed forward of all experts of a block, (T, D) to (T, D); each token goes to K experts, with (T, K) weights.
-
     transformers' `grouped_mm_experts_forward` with the update of each adapter: the rows of an expert are in the order
-    of the tokens, so that each adapter's lie together.
-    """
+    of the tokens, so that each adapter's lie together."""
     layout, experts = current_layout(), cast(Any, layer.get_base_layer())
     if x.shape[0] != layout.tokens:
         raise NotPackable(Unpackable.RESHAPES, f"experts: {x.shape[0]} of {layout.tokens} tokens")
@@ -158,10 +151,8 @@ def _packed_experts(layer: ParamWrapper, x: Tensor, top_k_index: Tensor, top_k_w
 
 
 def _ends(expert: Tensor, token: Tensor, layout: Layout, experts: int) -> list[list[int]]:
-    """Where the rows of each expert begin, and where those of each segment end among them: (E, segments + 1).
-
-    On fake tensors, which have no values, each expert gets as many tokens of each segment.
-    """
+    """Where the rows of each expert begin, and where those of each segment end among them: (E, segments + 1). On fake
+    tensors, which have no values, each expert gets as many tokens of each segment."""
     ends = [0, *(segment.stop for segment in layout.segments)]
     if isinstance(expert, FakeTensor) or expert.is_meta:
         rows, tokens = len(expert), layout.tokens
@@ -294,10 +285,8 @@ def _grad(weight: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
 
 
 def _dropout_keep(dropout: nn.Module, segment: Segment, x: Tensor) -> tuple[Tensor, float] | None:
-    """Dropout mask of a segment, a bool (t, D), and the factor 1 / (1 - p); None without dropout.
-
-    On the CPU a sequence's random stream draws the same numbers as `torch.nn.Dropout` does for that sequence alone.
-    """
+    """Dropout mask of a segment, a bool (t, D), and the factor 1 / (1 - p); None without dropout. On the CPU a
+    sequence's random stream draws the same numbers as `torch.nn.Dropout` does for that sequence alone."""
     if not segment.dropout or not isinstance(dropout, nn.Dropout) or dropout.p == 0.0:
         return None
     mask = torch.empty(segment.stop - segment.start, x.shape[1], dtype=torch.bool, device=x.device)

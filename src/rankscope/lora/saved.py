@@ -77,11 +77,8 @@ class SavedAdapter(NamedTuple):
 
 
 def find_adapter(name: str, revision: str | None = None) -> Path:
-    """Folder of an adapter: `name` itself, or the downloaded folder of a hub id.
-
-    Raises:
-        ModelError: no such adapter, or a revision is given for a folder.
-    """
+    """Folder of an adapter: `name` itself, or the downloaded folder of a hub id. Raises ModelError: no such adapter, or
+    a revision is given for a folder."""
     folder = Path(name)
     if os.path.isdir(folder) or not HUB_ID.fullmatch(name):
         if revision is not None:
@@ -91,24 +88,18 @@ def find_adapter(name: str, revision: str | None = None) -> Path:
         config, _ = (hf_hub_download(name, file, revision=revision) for file in (CONFIG, WEIGHTS))
     except Exception as error:  # the hub's client raises its own errors, httpx's and the file system's
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            raise ModelError(
-                f"adapter {name}: the hub has it, but without {CONFIG} or {WEIGHTS}",
-                "Give an adapter in PEFT's format; its weights are read from one safetensors file, not from shards.",
-            ) from None
+            todo = "Give an adapter in PEFT's format; its weights are read from one safetensors file, not from shards."
+            raise ModelError(f"adapter {name}: the hub has it, but without {CONFIG} or {WEIGHTS}", todo) from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"adapter {name}: no such folder, and not on the hub: {reason}", "Give a folder, or a hub id."
-        ) from None
+        what = f"adapter {name}: no such folder, and not on the hub: {reason}"
+        raise ModelError(what, "Give a folder, or a hub id.") from None
     return Path(config).parent
 
 
 def read_adapter(folder: Path) -> SavedAdapter:
-    """Read an adapter. Nothing of it is executed: its configuration is JSON, its weights are safetensors.
-
-    Raises:
-        ModelError: a file is missing or corrupt, it is no LoRA adapter, a factor has no counterpart or is not finite,
-            its rank differs from the configuration, or a name is no valid module name.
-    """
+    """Read an adapter. Nothing of it is executed: its configuration is JSON, its weights are safetensors. Raises
+    ModelError: a file is missing or corrupt, it is no LoRA adapter, a factor has no counterpart or is not finite, its
+    rank differs from the configuration, or a name is no valid module name."""
     config, unknown = read_config(folder)
     (ranks, alphas), file = pattern_keys(folder, config), folder / WEIGHTS
     try:
@@ -130,10 +121,8 @@ def read_adapter(folder: Path) -> SavedAdapter:
                 raise ModelError(f"{file}: {other} and {key} are one factor", "Remove one of them.")
     if not keys:
         found = f"; a key of it is {shortened(next(iter(tensors)), 100)}" if tensors else ""
-        raise ModelError(
-            f"{file}: holds no LoRA factors under PEFT's names{found}",
-            "Save it with PEFT's save_pretrained; adapters of kohya and others are not read.",
-        )
+        what = f"{file}: holds no LoRA factors under PEFT's names{found}"
+        raise ModelError(what, "Save it with PEFT's save_pretrained; adapters of kohya and others are not read.")
     foreign = next((key for both in keys.values() for key in both.values() if _canonical(key) != key), None)
     pairs = {name: {part: (key, tensors.pop(key)) for part, key in both.items()} for name, both in keys.items()}
     parameters = {name: _parameter(file, name, pairs, config, ranks) for name in pairs}
@@ -149,15 +138,11 @@ def _missing(file: Path) -> ModelError:
     """Error about weights that are not in PEFT's one file."""
     others = sorted(path.name for path in file.parent.glob("adapter_model*"))
     if any(name.endswith(".safetensors") or name.endswith(".index.json") for name in others):
-        return ModelError(
-            f"{file}: missing: the weights are in shards ({others[0]}), which are not read",
-            "Save the adapter in one file: save_pretrained with a larger max_shard_size.",
-        )
+        what = f"{file}: missing: the weights are in shards ({others[0]}), which are not read"
+        return ModelError(what, "Save the adapter in one file: save_pretrained with a larger max_shard_size.")
     if others:
-        return ModelError(
-            f"{file}: missing: {others[0]} is not read, since loading it could execute code",
-            "Load the adapter where you trust it, and save it with save_pretrained.",
-        )
+        what = f"{file}: missing: {others[0]} is not read, since loading it could execute code"
+        return ModelError(what, "Load the adapter where you trust it, and save it with save_pretrained.")
     return ModelError(f"{file}: missing", "Weights are read from safetensors files only.")
 
 
@@ -173,11 +158,9 @@ def _canonical(key: str) -> str:
 def _parameter(
     file: Path, name: str, pairs: Mapping[str, Any], config: LoraConfig, ranks: PatternKeys[int]
 ) -> str | None:
-    """Name of the parameter that the layer `name` of the file adapts; None where it adapts a module.
-
-    PEFT nests the wrappers of two parameters of one module, the first that the module defines innermost, as
-    `experts.base_layer` in `experts`. The file has no more than that: which is which is known of transformers' experts.
-    """
+    """Name of the parameter that the layer `name` of the file adapts; None where it adapts a module. PEFT nests the
+    wrappers of two parameters of one module, the first that the module defines innermost, as `experts.base_layer` in
+    `experts`. The file has no more than that: which is which is known of transformers' experts."""
     targets = config.target_parameters or ()
     if f"{name}.weight" in targets or any(f"{name}.weight".endswith(f".{t}") and "." in t for t in targets):
         return f"{name}.weight"
@@ -192,10 +175,8 @@ def _parameter(
     wrappers = [wrapped for wrapped in (f"{module}.base_layer", module) if wrapped in pairs]
     clear = len(own) == 1 or (len(own) == 2 and own[1].startswith("down"))
     if not clear or len(own) != len(wrappers):
-        raise ModelError(
-            f"{file}: {name} is of experts, and of which of their parameters cannot be told",
-            f"Name them in target_parameters of {CONFIG} as PEFT has saved them.",
-        )
+        what = f"{file}: {name} is of experts, and of which of their parameters cannot be told"
+        raise ModelError(what, f"Name them in target_parameters of {CONFIG} as PEFT has saved them.")
     return f"{module}.{own[wrappers.index(name)]}"
 
 
@@ -219,11 +200,8 @@ def _tensors(adapter: SavedAdapter) -> dict[str, Tensor]:
 
 
 def attach(model: PreTrainedModel, name: str, adapter: SavedAdapter) -> None:
-    """Add the adapter to `model` under `name`, with float32 weights, beside any that it has.
-
-    Raises:
-        ModelError: the adapter does not fit the model.
-    """
+    """Add the adapter to `model` under `name`, with float32 weights, beside any that it has. Raises ModelError: the
+    adapter does not fit the model."""
     key, config = adapter_key(name), _by_name(adapter)
     todo = "Give the model that the adapter was trained on."
     try:
@@ -250,10 +228,8 @@ def attach(model: PreTrainedModel, name: str, adapter: SavedAdapter) -> None:
 
 def peft_fault(model: PreTrainedModel, folder: Path) -> str | None:
     """What PEFT does not read back of an adapter that was saved for `model`; None where it finds a place for all of it.
-
     PEFT itself loads it, into a model without weights. Some architectures of transformers rename keys while they load,
-    and adapters' with them.
-    """
+    and adapters' with them."""
     tensors = load_file(folder / WEIGHTS)
     with torch.device("meta"):
         base = type(model)(copy.deepcopy(model.config))
@@ -305,10 +281,8 @@ def _layers(
     ranks: PatternKeys[int],
     alphas: PatternKeys[float],
 ) -> list[Factors]:
-    """Factors of one layer of the file: one, or as many as its tensors have experts.
-
-    PEFT stacks the experts' A as (E R, D), and their B as (O, R E).
-    """
+    """Factors of one layer of the file: one, or as many as its tensors have experts. PEFT stacks the experts' A as
+    (E R, D), and their B as (O, R E)."""
     tensors = {part: tensor for part, (_, tensor) in sorted(pair.items())}
     shapes = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in tensors.items())
     whole = tensors.keys() == {"A", "B"} and all(tensor.dim() >= 2 and tensor.numel() for tensor in tensors.values())
@@ -318,9 +292,8 @@ def _layers(
         raise ModelError(f"{file}: {name} has {shapes}: no pair of LoRA factors", "Restore it.")
     a, b = tensors["A"], tensors["B"]
     if not all(part.is_floating_point() and part.element_size() > 1 for part in (a, b)):
-        raise ModelError(
-            f"{file}: {name} is of {a.dtype} and {b.dtype}, which is not read", "Save it in float32 or bfloat16."
-        )
+        what = f"{file}: {name} is of {a.dtype} and {b.dtype}, which is not read"
+        raise ModelError(what, "Save it in float32 or bfloat16.")
     if not (a.isfinite().all() and b.isfinite().all()):
         raise ModelError(f"{file}: {name} holds NaN or infinity", "Its training diverged: take another.")
     rank = ranks.get(parameter or name, config.r)

@@ -29,10 +29,8 @@ def singular_values(factors: Factors) -> Tensor:
 
 
 def effective_rank(values: Tensor) -> float:
-    """Exponential of the entropy of the singular values, as shares of their sum (Roy and Vetterli 2007).
-
-    It is between 1 and the rank, which it reaches if all values are equal; 0 for an update of zero.
-    """
+    """Exponential of the entropy of the singular values, as shares of their sum (Roy and Vetterli 2007). It is between
+    1 and the rank, which it reaches if all values are equal; 0 for an update of zero."""
     total = values.sum()
     if total == 0:
         return 0.0
@@ -55,11 +53,8 @@ def energy_rank(values: Tensor, share: float) -> int:
 
 def spectrum(layers: Sequence[Factors]) -> pd.DataFrame:
     """Table with one row per layer: `layer module block rank scaling frobenius_norm spectral_norm effective_rank
-    stable_rank rank_90 rank_95 rank_99 singular_values`.
-
-    `block` is the first number in the layer's name, -1 without one; `module` is the name after it. `rank_90` and so on
-    are `energy_rank`; `singular_values` is a list.
-    """
+    stable_rank rank_90 rank_95 rank_99 singular_values`. `block` is the first number in the layer's name, -1 without
+    one; `module` is the name after it. `rank_90` and so on are `energy_rank`; `singular_values` is a list."""
     return pd.DataFrame([_row(factors) for factors in layers])
 
 
@@ -82,10 +77,8 @@ def _row(factors: Factors) -> dict[str, Any]:
 
 
 def split_layer_name(layer: str) -> tuple[int, str]:
-    """Block and module: `model.layers.3.self_attn.q_proj` -> (3, `self_attn.q_proj`); -1 and the last part without.
-
-    All experts of a block are one module: `model.layers.3.mlp.experts.7.down_proj` -> (3, `mlp.experts.*.down_proj`).
-    """
+    """Block and module: `model.layers.3.self_attn.q_proj` -> (3, `self_attn.q_proj`); -1 and the last part without. All
+    experts of a block are one module: `model.layers.3.mlp.experts.7.down_proj` -> (3, `mlp.experts.*.down_proj`)."""
     match = re.search(r"(?:^|\.)(\d+)\.(.+)$", layer)
     return (int(match[1]), re.sub(r"\.\d+(?=\.|$)", ".*", match[2])) if match else (-1, layer.rsplit(".", 1)[-1])
 
@@ -153,14 +146,11 @@ def check_resizable(adapter: SavedAdapter) -> None:
             "Only plain LoRA can be resized.",
         )
     if init.startswith(_INITS_CHANGING_BASE):
-        raise ModelError(
-            f"the adapter belongs to a base model that {init} changed",
-            "Save it with PEFT's path_initial_model_for_weight_conversion, which makes plain LoRA of it.",
-        )
+        todo = "Save it with PEFT's path_initial_model_for_weight_conversion, which makes plain LoRA of it."
+        raise ModelError(f"the adapter belongs to a base model that {init} changed", todo)
     if adapter.unknown:
-        raise ModelError(
-            f"its configuration has {adapter.unknown[0]}, which the installed PEFT does not know", "Update PEFT."
-        )
+        what = f"its configuration has {adapter.unknown[0]}, which the installed PEFT does not know"
+        raise ModelError(what, "Update PEFT.")
 
 
 def uniform_ranks(layers: Sequence[Decomposed], rank: int) -> dict[str, int]:
@@ -170,10 +160,8 @@ def uniform_ranks(layers: Sequence[Decomposed], rank: int) -> dict[str, int]:
 
 def ranks_by_energy(layers: Sequence[Decomposed], share: float) -> dict[str, int]:
     """Lowest rank of each layer that keeps `share` of its energy, the sum of squared singular values; at least 1.
-
     PEFT's conversion does the same with a fractional rank, as does kohya's `sv_fro` with sqrt(share), except that
-    kohya's always drops at least the last singular value.
-    """
+    kohya's always drops at least the last singular value."""
     return {layer.factors.layer: max(1, energy_rank(layer.values, share)) for layer in layers}
 
 
@@ -183,11 +171,9 @@ def ranks_by_sum(layers: Sequence[Decomposed], share: float) -> dict[str, int]:
 
 
 def ranks_within(layers: Sequence[Decomposed], parameters: int) -> dict[str, int]:
-    """Ranks that keep the most energy within so many parameters, but at least 1 for each layer.
-
-    Directions are taken in the order of `order_by_energy`, skipping those that no longer fit. If all layers have the
-    same size the result is optimal; otherwise it loses less than the energy of the first direction skipped.
-    """
+    """Ranks that keep the most energy within so many parameters, but at least 1 for each layer. Directions are taken in
+    the order of `order_by_energy`, skipping those that no longer fit. If all layers have the same size the result is
+    optimal; otherwise it loses less than the energy of the first direction skipped."""
     left, taken = parameters - sum(layer.parameters_per_rank for layer in layers), []
     for number in order_by_energy(layers):
         if layers[number].parameters_per_rank <= left:
@@ -221,10 +207,8 @@ def kept_energy(layers: Sequence[Decomposed], ranks: Mapping[str, int]) -> float
 
 
 def relative_error(whole: Factors, truncated: Factors) -> float:
-    """Frobenius norm of the difference of two updates, relative to `whole`; 0 if that is 0.
-
-    It includes the rounding to the file's own type.
-    """
+    """Frobenius norm of the difference of two updates, relative to `whole`; 0 if that is 0. It includes the rounding to
+    the file's own type."""
     b, a = truncated.b.to(truncated.dtype).double(), truncated.a.to(truncated.dtype).double()
     b = torch.cat([whole.scaling * whole.b.double(), -truncated.scaling * b], dim=1)
     a = torch.cat([whole.a.double(), a])
@@ -243,10 +227,8 @@ def parameters(layers: Sequence[Decomposed], ranks: Mapping[str, int]) -> int:
 
 
 def resized(adapter: SavedAdapter, layers: Sequence[Decomposed], ranks: Mapping[str, int]) -> SavedAdapter:
-    """Adapter with each layer truncated to its rank.
-
-    `r` is the largest rank, by which servers size their buffers; `rank_pattern` names the layers with a lower one.
-    """
+    """Adapter with each layer truncated to its rank. `r` is the largest rank, by which servers size their buffers;
+    `rank_pattern` names the layers with a lower one."""
     config = copy.deepcopy(adapter.config)
     config.r = config.lora_alpha = max(ranks.values())  # a scaling of 1
     targets = {layer.factors.layer: layer.factors.target for layer in layers}

@@ -52,13 +52,9 @@ class _Anatomy(NamedTuple):
 
 
 def find_targets(model: nn.Module, asked: str | Sequence[str], plain: bool = True) -> Targets:
-    """Resolve `adapter.target_modules` on a model, whether it carries adapters already or not.
-
-    `plain` is false for LoRA with dropout and for DoRA, which PEFT does not have on parameters.
-
-    Raises:
-        StudyError: a name matches nothing, or something that cannot carry LoRA; nothing is left to adapt.
-    """
+    """Resolve `adapter.target_modules` on a model, whether it carries adapters already or not. `plain` is false for
+    LoRA with dropout and for DoRA, which PEFT does not have on parameters. Raises StudyError: a name matches nothing,
+    or something that cannot carry LoRA; nothing is left to adapt."""
     anatomy = _look_at(model)
     if not isinstance(asked, str):
         return _named(model, anatomy, asked, plain)
@@ -92,17 +88,15 @@ def find_targets(model: nn.Module, asked: str | Sequence[str], plain: bool = Tru
         raise _no_dropout(anatomy.parameters[0])
     if with_experts and not (anatomy.experts or anatomy.parameters):
         why = "experts in a layout that PEFT has no adapter for" if anatomy.flat else "no routed experts"
-        raise StudyError(
-            f"adapter.target_modules: {ALL_LINEAR_AND_EXPERTS}: this model has {why}", f"Use {ALL_LINEAR}."
-        )
+        what = f"adapter.target_modules: {ALL_LINEAR_AND_EXPERTS}: this model has {why}"
+        raise StudyError(what, f"Use {ALL_LINEAR}.")
     parameters = [f"{name}.weight" for name in renamed] + list(anatomy.parameters if with_experts else ())
     found = Targets(
         tuple(modules), tuple(parameters), {reason: tuple(names) for reason, names in left.items() if names}
     )
     if not found.names:
-        raise StudyError(
-            f"adapter.target_modules: {asked}: this model has no linear module that can carry LoRA", _todo(anatomy)
-        )
+        what = f"adapter.target_modules: {asked}: this model has no linear module that can carry LoRA"
+        raise StudyError(what, _todo(anatomy))
     return found
 
 
@@ -142,13 +136,11 @@ def _named(model: nn.Module, anatomy: _Anatomy, asked: Sequence[str], plain: boo
             layer, leaf = anatomy.modules[other], other.rsplit(".", 1)[-1]
             kind = type(layer).__name__
             if other in anatomy.routers:
-                raise StudyError(
-                    f"adapter.target_modules: {name} is a router ({kind}): it gets no adapter", _todo(anatomy)
-                )
+                what = f"adapter.target_modules: {name} is a router ({kind}): it gets no adapter"
+                raise StudyError(what, _todo(anatomy))
             if not isinstance(getattr(layer, "weight", None), torch.Tensor) and not dequantized_forward(layer):
-                raise StudyError(
-                    f"adapter.target_modules: {name} is a {kind}, and no layer with a weight of its own", _todo(anatomy)
-                )
+                what = f"adapter.target_modules: {name} is a {kind}, and no layer with a weight of its own"
+                raise StudyError(what, _todo(anatomy))
             if isinstance(layer, nn.Linear) and not _is_linear(layer):
                 raise StudyError(f"adapter.target_modules: {name} is a {kind}, which cannot carry LoRA", _todo(anatomy))
             if leaf in taken and isinstance(layer, nn.Linear):
@@ -165,10 +157,8 @@ def _named(model: nn.Module, anatomy: _Anatomy, asked: Sequence[str], plain: boo
 
 
 def _no_dropout(name: str) -> StudyError:
-    return StudyError(
-        f"adapter.target_modules: {name} is a parameter to PEFT, which has neither dropout nor DoRA for those",
-        "Set adapter.lora_dropout to 0, leave dora out of the variants, or name other modules.",
-    )
+    what = f"adapter.target_modules: {name} is a parameter to PEFT, which has neither dropout nor DoRA for those"
+    return StudyError(what, "Set adapter.lora_dropout to 0, leave dora out of the variants, or name other modules.")
 
 
 def _todo(anatomy: _Anatomy) -> str:
@@ -278,11 +268,9 @@ def _is_linear(layer: Any) -> bool:
 
 
 def _taken_for_experts(model: nn.Module) -> Iterable[str]:
-    """Names of modules that PEFT takes for those which experts had before transformers 5, such as gate_proj.
-
-    It adapts the experts in their place, so modules of that name (dense layers, shared experts) are given to it as
-    parameters: their adapter is the same, in memory and in the file.
-    """
+    """Names of modules that PEFT takes for those which experts had before transformers 5, such as gate_proj. It adapts
+    the experts in their place, so modules of that name (dense layers, shared experts) are given to it as parameters:
+    their adapter is the same, in memory and in the file."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     family = getattr(conversion, "_MODEL_TO_CONVERSION_PATTERN", {}).get(kind)
     names: dict[str, str] = getattr(conversion, "_MOE_TARGET_MODULE_MAPPING", {}).get(family, {})

@@ -42,10 +42,8 @@ def initial_factors(layer: LoraLayer, key: str) -> InitialFactors | None:
 
 
 def init_from_weights(model: nn.Module, adapter: str, variant: str) -> None:
-    """Initialise an injected adapter as `variant` does, without changing the base weights.
-
-    Raises StudyError if PEFT has no such initialisation for the type of a layer.
-    """
+    """Initialise an injected adapter as `variant` does, without changing the base weights. Raises StudyError if PEFT
+    has no such initialisation for the type of a layer."""
     key = adapter_key(adapter)
     for name, layer in lora_layers(model):
         if key not in layer.lora_A and key not in layer.lora_embedding_A:
@@ -109,10 +107,8 @@ def initial_state_dict(model: nn.Module, adapter: str) -> dict[str, Tensor]:
 def as_plain_lora(
     weights: Mapping[str, Tensor], initial: Mapping[str, Tensor], config: LoraConfig
 ) -> tuple[dict[str, Tensor], LoraConfig]:
-    """Weights and configuration of an adapter for the unchanged base model.
-
-    With `initial` factors the rank doubles: [B, -B0] [A; A0] = B A - B0 A0.
-    """
+    """Weights and configuration of an adapter for the unchanged base model. With `initial` factors the rank doubles:
+    [B, -B0] [A; A0] = B A - B0 A0."""
     if not initial:
         return dict(weights), config
     tensors = {

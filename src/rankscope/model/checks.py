@@ -46,11 +46,9 @@ DEQUANTIZED = ("fp8", "mxfp4")
 
 
 def check_quantized(spec: ModelSpec, own: Any) -> None:
-    """Raise ModelError where weights that are quantized already cannot be used as the study asks.
-
-    `own` is the quantization_config of the checkpoint. Those of bitsandbytes are used as they are; FP8 and MXFP4 are
-    dequantized on request, which is noted in `own`.
-    """
+    """Raise ModelError where weights that are quantized already cannot be used as the study asks. `own` is the
+    quantization_config of the checkpoint. Those of bitsandbytes are used as they are; FP8 and MXFP4 are dequantized on
+    request, which is noted in `own`."""
     method = own.get("quant_method") if isinstance(own, dict) else getattr(own, "quant_method", own)
     method = str(getattr(method, "value", method))
     what = f"model {spec.id}: its weights are quantized already ({shortened(method)})"
@@ -75,26 +73,20 @@ def check_source(spec: ModelSpec) -> None:
     folder = Path(location(spec))
     if is_gguf(spec):
         if find_spec("gguf") is None:
-            raise MissingExtraError(
-                f"model {spec.id}: the package gguf is not installed", "Install it: pip install 'rankscope[gguf]'"
-            )
+            what = f"model {spec.id}: the package gguf is not installed"
+            raise MissingExtraError(what, "Install it: pip install 'rankscope[gguf]'")
         if spec.revision is not None or spec.dequantize or spec.quantization:
             option = "revision" if spec.revision else "dequantize" if spec.dequantize else "quantization"
-            raise ModelError(
-                f"model {spec.id}: model.{option} is not for a GGUF file, whose weights are loaded as model.dtype",
-                "Leave it out.",
-            )
+            what = f"model {spec.id}: model.{option} is not for a GGUF file, whose weights are loaded as model.dtype"
+            raise ModelError(what, "Leave it out.")
         return
     if folder.is_dir():
         if spec.revision is not None:
-            raise ModelError(
-                f"model {spec.id}: model.revision is {spec.revision!r}, but a folder has no revision", "Remove it."
-            )
+            what = f"model {spec.id}: model.revision is {spec.revision!r}, but a folder has no revision"
+            raise ModelError(what, "Remove it.")
         if (folder / ADAPTER_CONFIG_NAME).is_file() and not (folder / CONFIG_NAME).is_file():
-            raise ModelError(
-                f"model {spec.id}: an adapter ({ADAPTER_CONFIG_NAME}), not a model",
-                "Give the model that it was trained on: base_model_name_or_path in that file.",
-            )
+            what = f"model {spec.id}: an adapter ({ADAPTER_CONFIG_NAME}), not a model"
+            raise ModelError(what, "Give the model that it was trained on: base_model_name_or_path in that file.")
         if not (folder / CONFIG_NAME).is_file():
             raise ModelError(f"model {spec.id}: no {CONFIG_NAME} in the folder", _FOLDER_HOLDS)
         return
@@ -137,11 +129,9 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def unsafe_reason(spec: ModelSpec, config: Any, shards: list[str]) -> str | None:
-    """Reason why loading the model would not be safe, though transformers would accept it; None if it is safe.
-
-    Unsafe are adapters inside the model, which may be pickles and change the base; weights that are no safetensors
-    files, or outside of the model; and attention that is fetched from the hub as code.
-    """
+    """Reason why loading the model would not be safe, though transformers would accept it; None if it is safe. Unsafe
+    are adapters inside the model, which may be pickles and change the base; weights that are no safetensors files, or
+    outside of the model; and attention that is fetched from the hub as code."""
     if model_file(spec, ADAPTER_CONFIG_NAME):
         return f"there is an adapter in it ({ADAPTER_CONFIG_NAME}), which would be loaded with it"
     for file in [*shards, getattr(config, "transformers_weights", None) or SAFE_WEIGHTS_NAME]:
@@ -170,10 +160,8 @@ def indexed_files(spec: ModelSpec) -> list[str]:
 
 def index_error(spec: ModelSpec, wrong: str) -> ModelError:
     """Error about the index of the weights."""
-    return ModelError(
-        f"model {spec.id}: {SAFE_WEIGHTS_INDEX_NAME}: {wrong}",
-        "Fetch the model again, with all of its *.safetensors files, or save it with save_pretrained.",
-    )
+    todo = "Fetch the model again, with all of its *.safetensors files, or save it with save_pretrained."
+    return ModelError(f"model {spec.id}: {SAFE_WEIGHTS_INDEX_NAME}: {wrong}", todo)
 
 
 def config_fault(config: Any) -> str | None:
@@ -191,12 +179,9 @@ def config_fault(config: Any) -> str | None:
 
 
 def not_causal_reason(config: Any) -> str | None:
-    """Reason why `AutoModelForCausalLM` would not make a causal decoder of `config`; None if it would.
-
-    transformers also has causal classes for encoders such as BERT, which are causal only if `is_decoder` (XLM:
-    `causal`) is true. Those families also have a class for masked tokens; in others (GPT-NeoX) a false `is_decoder` has
-    no meaning.
-    """
+    """Reason why `AutoModelForCausalLM` would not make a causal decoder of `config`; None if it would. transformers
+    also has causal classes for encoders such as BERT, which are causal only if `is_decoder` (XLM: `causal`) is true.
+    Those families also have a class for masked tokens; in others (GPT-NeoX) a false `is_decoder` has no meaning."""
     from transformers.models.auto import modeling_auto as auto
 
     classes = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()

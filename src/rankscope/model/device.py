@@ -23,10 +23,8 @@ def resolve_device(device: str) -> torch.device:
     if resolved.type == "mps" and not torch.backends.mps.is_available():
         raise StudyError("model.device: mps asked for, but this torch finds no GPU of Apple's", "Use --device cpu.")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise StudyError(
-            f"model.device: {device} asked for, but {torch.cuda.device_count()} CUDA devices are visible",
-            "Use --device cpu, or see `rankscope doctor`.",
-        )
+        what = f"model.device: {device} asked for, but {torch.cuda.device_count()} CUDA devices are visible"
+        raise StudyError(what, "Use --device cpu, or see `rankscope doctor`.")
     return resolved
 
 
@@ -65,10 +63,8 @@ def free_bytes(device: torch.device) -> int:
 
 
 def give_back_freed(device: torch.device) -> None:
-    """Return memory that freed CPU tensors leave with glibc to the system.
-
-    Not for every forward: allocating it again costs 10% of a step at opt-350m's size (docs/lab-notes.md).
-    """
+    """Return memory that freed CPU tensors leave with glibc to the system. Not for every forward: allocating it again
+    costs 10% of a step at opt-350m's size (docs/lab-notes.md)."""
     if device.type == "cpu" and sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # missing in other C libraries
         if trim is not None:

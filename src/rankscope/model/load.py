@@ -47,12 +47,8 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
 
 
 def load_config(spec: ModelSpec) -> Any:
-    """Load and check the model's configuration.
-
-    Raises:
-        ModelError: it is missing or invalid, the model is no causal language model, a file of its weights is missing,
-            or loading it would not be safe.
-    """
+    """Load and check the model's configuration. Raises ModelError: it is missing or invalid, the model is no causal
+    language model, a file of its weights is missing, or loading it would not be safe."""
     checks.check_source(spec)
     folder = Path(location(spec))
     try:
@@ -75,26 +71,20 @@ def load_config(spec: ModelSpec) -> Any:
     if missing and not (folder / SAFE_WEIGHTS_NAME).is_file():  # which takes precedence over the index
         raise checks.index_error(spec, f"names {missing[0]}, which is not in the folder")
     if not_causal := checks.not_causal_reason(config):
-        raise ModelError(
-            f"model {spec.id}: not a causal language model: {not_causal}",
-            "Use a model that predicts each token from those before it, such as a LlamaForCausalLM.",
-        )
+        what = f"model {spec.id}: not a causal language model: {not_causal}"
+        raise ModelError(what, "Use a model that predicts each token from those before it, such as a LlamaForCausalLM.")
     text = config.get_text_config().model_type
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and text != config.model_type:
-        raise ModelError(
-            f"model {spec.id}: transformers has no causal language model for {config.model_type}",
-            f"Save the text model in it, {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text, text)}, as a model of its own.",
-        )
+        todo = f"Save the text model in it, {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text, text)}, as a model of its own."
+        raise ModelError(f"model {spec.id}: transformers has no causal language model for {config.model_type}", todo)
     for part in (config, config.get_text_config()):  # what a forward returns beside logits is not read
         part.return_dict, part.output_attentions, part.output_hidden_states = True, False, False
     return config
 
 
 def most_positions(spec: ModelSpec) -> int | None:
-    """Most tokens of a row that the model has positions for; None where it has no limit.
-
-    RoBERTa and its kin count positions from the padding id on, so that they have fewer than their table has rows.
-    """
+    """Most tokens of a row that the model has positions for; None where it has no limit. RoBERTa and its kin count
+    positions from the padding id on, so that they have fewer than their table has rows."""
     config = load_config(spec)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
@@ -120,13 +110,10 @@ def commit(spec: ModelSpec) -> str | None:
 def load_model(spec: ModelSpec, attention: str | None = None) -> PreTrainedModel:
     """Load the frozen base model onto its device, in evaluation mode (its own dropout off).
 
-    `attention` names a registered attention implementation; None keeps the model's default.
-
-    Raises:
-        ModelError: no such model, no safetensors weights, weights missing or of other shapes than config.json says, or
-            an architecture unknown to transformers; see also `load_config`.
-        StudyError: the device does not exist.
-        MissingExtraError: quantization is on, and bitsandbytes is not installed.
+    `attention` names a registered attention implementation; None keeps the model's default. Raises ModelError: no such
+    model, no safetensors weights, weights missing or of other shapes than config.json says, or an architecture unknown
+    to transformers; see also `load_config`. Raises StudyError: the device does not exist. Raises MissingExtraError:
+    quantization is on, and bitsandbytes is not installed.
     """
     device = resolve_device(spec.device)
     dtype = resolve_dtype(spec.dtype, device)
@@ -156,10 +143,8 @@ def load_model(spec: ModelSpec, attention: str | None = None) -> PreTrainedModel
         )
     missing = sorted(loading["missing_keys"])
     if missing:
-        raise ModelError(
-            f"model {spec.id}: its files lack {len(missing)} weights, {missing[0]} for one",
-            "They would be random numbers; use a complete checkpoint of a causal language model.",
-        )
+        what = f"model {spec.id}: its files lack {len(missing)} weights, {missing[0]} for one"
+        raise ModelError(what, "They would be random numbers; use a complete checkpoint of a causal language model.")
     if left_over := sorted(loading["unexpected_keys"]):
         log.warning("%s: %d weights are left over: %s", spec.id, len(left_over), ", ".join(left_over))
     model.left_over = left_over
@@ -171,11 +156,8 @@ def load_model(spec: ModelSpec, attention: str | None = None) -> PreTrainedModel
 
 
 def quantization_of(spec: ModelSpec, config: Any, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """How bitsandbytes quantizes the base: as the study asks, or as its checkpoint is already.
-
-    Raises:
-        MissingExtraError: bitsandbytes is not installed.
-    """
+    """How bitsandbytes quantizes the base: as the study asks, or as its checkpoint is already. Raises
+    MissingExtraError: bitsandbytes is not installed."""
     if spec.quantization:
         return quantization_config(spec.quantization, dtype)
     own = getattr(config, "quantization_config", None)
@@ -208,22 +190,17 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def skeleton(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Model without weights, on the meta device, quantized as by `load_model`.
-
-    Raises:
-        MissingExtraError: quantization is on, and bitsandbytes is not installed.
-        ModelError: transformers cannot make a causal language model of this configuration.
-    """
+    """Model without weights, on the meta device, quantized as by `load_model`. Raises MissingExtraError: quantization
+    is on, and bitsandbytes is not installed; ModelError: transformers cannot make a causal language model of this
+    configuration."""
     config = load_config(spec)
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # a model's code may raise anything for an invalid value in config.json
         reason = (str(error).splitlines() or [""])[0]
-        raise ModelError(
-            f"model {spec.id}: none can be made of its config.json: {type(error).__name__}: {reason}",
-            "Use a causal language model that transformers has.",
-        ) from None
+        what = f"model {spec.id}: none can be made of its config.json: {type(error).__name__}: {reason}"
+        raise ModelError(what, "Use a causal language model that transformers has.") from None
     if quantization := quantization_of(spec, config, dtype):
         quantize_skeleton(model, quantization, dtype)
     return freeze(model, dtype)

@@ -46,9 +46,7 @@ def is_mixed(module: nn.Module) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Product x W.T + b of (T, D) and (O, D), of one type: in float32 of bfloat16 ones, which only CUDA need not round.
-
-    There the sum is written as float32, elsewhere it is rounded to bfloat16 once: torch has no such product on CPUs.
-    """
+    There the sum is written as float32, elsewhere it is rounded to bfloat16 once: torch has no such product on CPUs."""
     if x.dtype != torch.bfloat16:
         return F.linear(x, weight, bias)
     if not x.is_cuda:
@@ -64,10 +62,8 @@ def rounds_operands(x: Tensor, dtype: torch.dtype) -> bool:
 
 @contextmanager
 def rounded_operands(dtype: torch.dtype) -> Iterator[None]:
-    """Let oneDNN round the operands of float32 products to bfloat16, if that is `dtype`, and sum in float32.
-
-    It saves a CPU converting factors, gradients and updates one by one; one without bfloat16 computes in float32.
-    """
+    """Let oneDNN round the operands of float32 products to bfloat16, if that is `dtype`, and sum in float32. It saves a
+    CPU converting factors, gradients and updates one by one; one without bfloat16 computes in float32."""
     products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = products.fp32_precision
     products.fp32_precision = "bf16" if dtype == torch.bfloat16 else before
@@ -120,9 +116,7 @@ def frozen_forward(layer: nn.Module) -> FrozenForward | None:
 
 def use_mixed_precision(model: PreTrainedModel) -> None:
     """Hold the weights that go into products, and embeddings, in bfloat16, the others in float32, and replace forwards.
-
-    A linear layer stays float32 where its class computes something else, or another module reads its weight.
-    """
+    A linear layer stays float32 where its class computes something else, or another module reads its weight."""
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D | nn.Embedding)]
     read = set(_weights_read_elsewhere(model))
     linears = [m for m in layers if isinstance(m, nn.Embedding) or frozen_forward(m) or is_product(cast(Any, type(m)))]

@@ -36,17 +36,13 @@ def require_bitsandbytes(asked: str) -> None:
     """Raises MissingExtraError where bitsandbytes is not installed; `asked` is the field that needs it."""
     found = find_spec("bitsandbytes")
     if found is None or found.origin is None:
-        raise MissingExtraError(
-            f"{asked}: bitsandbytes is not installed", "Install it: pip install 'rankscope[quantization]'"
-        )
+        what = f"{asked}: bitsandbytes is not installed"
+        raise MissingExtraError(what, "Install it: pip install 'rankscope[quantization]'")
 
 
 def quantization_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Return the configuration for `model.quantization`; other weights and all products have `dtype`.
-
-    Raises:
-        MissingExtraError: bitsandbytes is not installed.
-    """
+    """Return the configuration for `model.quantization`; other weights and all products have `dtype`. Raises
+    MissingExtraError: bitsandbytes is not installed."""
     require_bitsandbytes(f"model.quantization: {kind}")
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -83,11 +79,8 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def use_dequantized_forward(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give this forward, with products of `dtype`, to the bitsandbytes layers of a loaded model.
-
-    Raises:
-        ModelError: no layer is quantized.
-    """
+    """Give this forward, with products of `dtype`, to the bitsandbytes layers of a loaded model. Raises ModelError: no
+    layer is quantized."""
     for kind, layer in _layers_of_bitsandbytes(model):
         if kind == "int8":
             layer.init_8bit_state()  # which its own forward does first: the scales move from the weight to the layer
@@ -116,12 +109,7 @@ def _check_quantized(model: PreTrainedModel) -> None:
 
 def quantize_skeleton(model: PreTrainedModel, config: BitsAndBytesConfig, dtype: torch.dtype) -> None:
     """Quantize a model on the meta device as loading quantizes a real one: layers and tensors have the same shapes and
-    types.
-
-    Raises:
-        MissingExtraError: bitsandbytes is not installed.
-        ModelError: no layer can be quantized.
-    """
+    types. Raises MissingExtraError: bitsandbytes is not installed; ModelError: no layer can be quantized."""
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # for the biases

@@ -83,10 +83,8 @@ def module_table(frame: pd.DataFrame, text: Catalogue) -> Table:
 
 
 def spectrum_chart(frame: pd.DataFrame, text: Catalogue) -> alt.LayerChart | alt.FacetChart:
-    """One cell per layer: directions that hold 90% of its update's energy, coloured by their share of the rank.
-
-    Experts of a layer share a cell, which has their means.
-    """
+    """One cell per layer: directions that hold 90% of its update's energy, coloured by their share of the rank. Experts
+    of a layer share a cell, which has their means."""
     shown = frame.drop(columns="singular_values").assign(share=frame["rank_90"] / frame["rank"])
     how = {name: "first" if name == "layer" else "mean" for name in shown.columns if name not in ("block", "module")}
     shown = shown.groupby(["block", "module"], sort=False, as_index=False).agg(how)

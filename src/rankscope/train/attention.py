@@ -45,10 +45,8 @@ def packed_attention(
 
     A window of w lets a token see itself and the w - 1 before it, a chunk of c those of its own chunk, counted from the
     sequence's start (Llama 4); `softcap` bounds the scores by c tanh(s / c) (Gemma 2); `s_aux`, (H,), is one more logit
-    of each head's softmax, an attention sink (gpt-oss).
-
-    Raises:
-        NotPackable: the model uses something that is not covered, such as a mask of its own.
+    of each head's softmax, an attention sink (gpt-oss). Raises NotPackable: the model uses something that is not
+    covered, such as a mask of its own.
     """
     unknown = sorted(k for k, v in kwargs.items() if v is not None and v is not False and k not in _HARMLESS)
     local = attention_mask if isinstance(attention_mask, LocalMask) else LocalMask(None, None)
@@ -160,10 +158,8 @@ class LocalMask(NamedTuple):
 
 
 def packed_mask(*args: Any, config: Any = None, local_size: int | None = None, **kwargs: Any) -> LocalMask | None:
-    """Mask function for `packed_attention`: builds no mask, and passes on the size of a local one.
-
-    transformers gives a window and a chunk under one name; the configuration tells which it is.
-    """
+    """Mask function for `packed_attention`: builds no mask, and passes on the size of a local one. transformers gives a
+    window and a chunk under one name; the configuration tells which it is."""
     chunk, window = (getattr(config, name, None) for name in ("attention_chunk_size", "sliding_window"))
     if local_size is None:
         return None

@@ -31,11 +31,9 @@ log = logging.getLogger(__name__)
 
 
 def save_checkpoint(folder: Path, step: int, states: Sequence[TrainState], progress: Mapping[str, Any]) -> None:
-    """Write the checkpoint after `step` steps, and remove all but the last `KEPT`.
-
-    `states` are the trials still in training. `progress` is plain data for the loop: its `trials` are all trials of the
-    pack, and `lines` has the number and hash of the lines in metrics.jsonl for each trial that is not done.
-    """
+    """Write the checkpoint after `step` steps, and remove all but the last `KEPT`. `states` are the trials still in
+    training. `progress` is plain data for the loop: its `trials` are all trials of the pack, and `lines` has the number
+    and hash of the lines in metrics.jsonl for each trial that is not done."""
     target = folder / f"step-{step:08d}"
     shutil.rmtree(target, ignore_errors=True)  # an unfinished checkpoint of the same step
     with published(target / "tensors.safetensors") as file:
@@ -52,9 +50,7 @@ def load_checkpoint(folder: Path, states: Sequence[TrainState], logs: Mapping[st
 
     The progress has `active`, the names of the trials that were in training and are restored. A checkpoint is valid if
     it is of exactly these trials and the lines in their `logs` are those that it counts; a corrupt one is removed.
-
-    Raises:
-        StudyDirectoryError: a checkpoint cannot be read, or a newer version wrote it.
+    Raises StudyDirectoryError: a checkpoint cannot be read, or a newer version wrote it.
     """
     for target in sorted(folder.glob("step-*"), reverse=True):
         try:

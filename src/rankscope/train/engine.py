@@ -117,11 +117,8 @@ class PackedEngine:
         return sorted(slices, key=lambda slice_: int(configs[adapter_key(slice_.adapter)].r))
 
     def accumulate(self, tokens: Tokens, slices: Sequence[Slice]) -> Iterator[BatchLoss]:
-        """Add the gradient of each slice's mean loss to its adapter's parameters.
-
-        A slice's loss is handed out, in their order, once its gradient is complete: a caller may use and drop that
-        before the next one takes memory.
-        """
+        """Add the gradient of each slice's mean loss to its adapter's parameters. A slice's loss is handed out, in
+        their order, once its gradient is complete: a caller may use and drop that before the next one takes memory."""
         self.model.train(self.base_dropout)
         results = {
             slice_.adapter: BatchLoss(
@@ -169,11 +166,9 @@ class PackedEngine:
 
 
 class PeftEngine:
-    """Engine for one trial at a time, by PEFT's forward and the model's own attention, on right-padded batches.
-
-    A forward takes at most `batch_size` rows, or fewer to stay within `tokens_per_forward` tokens. A single row with
-    more tokens is recomputed if `recompute_layers` has prepared the model: see `rankscope.train.recompute`.
-    """
+    """Engine for one trial at a time, by PEFT's forward and the model's own attention, on right-padded batches. A
+    forward takes at most `batch_size` rows, or fewer to stay within `tokens_per_forward` tokens. A single row with more
+    tokens is recomputed if `recompute_layers` has prepared the model: see `rankscope.train.recompute`."""
 
     name = "peft"
     mixed = False
@@ -314,10 +309,8 @@ def forget_lengths(rotations: Sequence[Any]) -> None:
 
 
 def divide(tokens: Tokens, slices: Sequence[Slice], tokens_per_forward: int) -> list[list[Slice]]:
-    """Divide the sequences of `slices`, in order, into groups of at most `tokens_per_forward` tokens.
-
-    A longer sequence is not divided but makes a group by itself.
-    """
+    """Divide the sequences of `slices`, in order, into groups of at most `tokens_per_forward` tokens. A longer sequence
+    is not divided but makes a group by itself."""
     groups: list[list[Slice]] = [[]]
     used = 0
     for slice_ in slices:

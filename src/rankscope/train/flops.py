@@ -34,11 +34,8 @@ _PRODUCTS = {
 
 
 class Cost(NamedTuple):
-    """Cost of training one adapter over its base model.
-
-    FLOPs leave out attention's products over pairs of tokens: below 1,024 tokens they are a few per cent, and the count
-    is too low rather than too high.
-    """
+    """Cost of training one adapter over its base model. FLOPs leave out attention's products over pairs of tokens:
+    below 1,024 tokens they are a few per cent, and the count is too low rather than too high."""
 
     bytes_per_token: int  # saved for the backward, each storage once, without weights
     flops_per_token: int  # matrix products of the trunk, forward and backward, LoRA's included
@@ -110,9 +107,8 @@ def product_rate(
     shapes: Mapping[tuple[int, int, int], int], device: torch.device, dtype: torch.dtype, most_seconds: float = math.inf
 ) -> float:
     """FLOP/s of plain products of these shapes, each as often as counted: the median of five, after two to warm up.
-
-    After `most_seconds` what is left is taken to run as fast as what was timed; the shapes that take most come first.
-    """
+    After `most_seconds` what is left is taken to run as fast as what was timed; the shapes that take most come
+    first."""
     flops = seconds = 0.0
     end = time.perf_counter() + most_seconds
     for (m, k, n), count in sorted(shapes.items(), key=lambda item: -math.prod(item[0]) * item[1]):

@@ -54,13 +54,9 @@ class EngineChoice(NamedTuple):
 
 
 def choose_engine(model: PreTrainedModel, states: Sequence[TrainState], training: TrainingSpec) -> EngineChoice:
-    """Choose the packed engine if the model can be packed, which is probed on the model itself, or else PEFT's.
-
-    Its forwards have as many tokens as the memory that is free after loading allows.
-
-    Raises:
-        ModelError: the model is not causal.
-    """
+    """Choose the packed engine if the model can be packed, which is probed on the model itself, or else PEFT's. Its
+    forwards have as many tokens as the memory that is free after loading allows. Raises ModelError: the model is not
+    causal."""
     check_causal(model)
     dropout, reason = training.base_dropout == "keep", None
     names = [state.trial.name for state in states]
@@ -124,10 +120,8 @@ def train_pack(
     weights: str,
     stop: StopRequest,
 ) -> PackRun:
-    """Give each of `trials` an adapter and train them together: see `train_trials`.
-
-    `weights` is the base model's fingerprint.
-    """
+    """Give each of `trials` an adapter and train them together: see `train_trials`. `weights` is the base model's
+    fingerprint."""
     steps = total_steps(spec.training, len(data.train))
     states = [make_train_state(model, trial, spec.training, steps, spec.model.id) for trial in trials]
     choice = choose_engine(model, states, spec.training)
@@ -156,13 +150,10 @@ def train_trials(
 
     In a trial's folder, trial.json has status, results and `facts`, metrics.jsonl a line for each step, untrained.json
     and eval.json the held-out loss of each example before training and at its end, and adapter/ the adapter in PEFT's
-    format (none in full fine-tuning).
-    A trial with a loss or gradient that is not finite is frozen and recorded as diverged; the others go on.
-    A trial that is done already takes part again, so that the numbers of the others do not change.
-
-    Raises:
-        KilledError: `stop` was requested. The current step is completed and a checkpoint written.
-        ModelError: the checkpoint is of another model, or the model's loss is not finite.
+    format (none in full fine-tuning). A trial with a loss or gradient that is not finite is frozen and recorded as
+    diverged; the others go on. A trial that is done already takes part again, so that the numbers of the others do not
+    change. Raises KilledError: `stop` was requested. The current step is completed and a checkpoint written. Raises
+    ModelError: the checkpoint is of another model, or the model's loss is not finite.
     """
     engine, _, costs = choice
     steps = total_steps(training, len(data.train))
@@ -197,10 +188,8 @@ def train_trials(
             (before,) = engine.evaluate(data.eval, one)  # the base model's loss, equal for every trial: B is zero
             tally.eval_seconds += time.perf_counter() - start
             if not math.isfinite(before.mean):
-                raise ModelError(
-                    "the model's held-out loss is not finite before training",
-                    "Its weights hold NaN or infinity, or overflow: try another model.dtype.",
-                )
+                what = "the model's held-out loss is not finite before training"
+                raise ModelError(what, "Its weights hold NaN or infinity, or overflow: try another model.dtype.")
             (general_before,) = _general_losses(engine, data.general, one)
             for name, log_ in logs.items():
                 log_.write({"step": 0, "epoch": 0.0, "eval_loss": before.mean})
@@ -376,10 +365,8 @@ def _finish(
     folders: Mapping[str, Path],
     adapter_fault: Callable[[Path], str | None],
 ) -> None:
-    """Write the final files of a trial; trial.json comes last, so that `done` implies that they are complete.
-
-    `general` has the losses on the general text before and after training.
-    """
+    """Write the final files of a trial; trial.json comes last, so that `done` implies that they are complete. `general`
+    has the losses on the general text before and after training."""
     trial, folder = state.trial, folders[state.trial.name]
     if not math.isfinite(held_out.mean) or not finite_weights(state):
         record(trial, "diverged", f"held-out loss or weights not finite after step {len(history)}")
@@ -415,10 +402,8 @@ def _held_out_results(losses: ExampleLosses) -> dict[str, float]:
 def evaluate_anew(
     engine: Engine, state: TrainState, folder: Path, data: TokenizedData, untrained: ExampleLosses
 ) -> None:
-    """Replace the held-out losses of a trial that has ended, in `folder`, by those on the rows of `data`.
-
-    `untrained` has the base model's. trial.json, with the hash of `data`, comes last. metrics.jsonl stays.
-    """
+    """Replace the held-out losses of a trial that has ended, in `folder`, by those on the rows of `data`. `untrained`
+    has the base model's. trial.json, with the hash of `data`, comes last. metrics.jsonl stays."""
     record, found = TrialRecord.find(folder / "trial.json"), dict[str, Any]()
     assert record is not None  # the trial has ended
     EvalRecord(step=0, examples=_examples(untrained)).write(folder / "untrained.json")

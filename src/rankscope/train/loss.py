@@ -25,10 +25,7 @@ class Head:
 
     A model may do more than one product after its trunk (soft-capping in Gemma, scaling in Granite and Cohere), so a
     shallow copy of the model is run with a trunk that returns given hidden states. Layers behind the trunk may carry
-    adapters (BERT's transform); `layout` says whose the rows are.
-
-    Raises:
-        NotPackable: the model has no such trunk.
+    adapters (BERT's transform); `layout` says whose the rows are. Raises NotPackable: the model has no such trunk.
     """
 
     layout: Layout | None = None

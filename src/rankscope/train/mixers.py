@@ -37,11 +37,9 @@ def join_mixers(model: PreTrainedModel) -> None:
 
 
 def mixers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    """Names and modules of the mixers that the registered attention does not reach.
-
-    These are the innermost modules of decoder layers that are handed a state, unless they attend through transformers'
-    AttentionInterface. What this misses leaks from sequence to sequence, which the probe finds.
-    """
+    """Names and modules of the mixers that the registered attention does not reach. These are the innermost modules of
+    decoder layers that are handed a state, unless they attend through transformers' AttentionInterface. What this
+    misses leaks from sequence to sequence, which the probe finds."""
     stateful = [
         (name, module)
         for name, module in model.named_modules()
@@ -89,10 +87,8 @@ def _by_sequence(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _split(leaf: Any, lengths: list[int]) -> list[Tensor] | None:
-    """Parts of a tensor, one for each sequence; None for what has no tokens.
-
-    Tokens are in the second dimension, or in the first that has as many; a mask (1, H, T, T) has them in the last, too.
-    """
+    """Parts of a tensor, one for each sequence; None for what has no tokens. Tokens are in the second dimension, or in
+    the first that has as many; a mask (1, H, T, T) has them in the last, too."""
     tokens = sum(lengths)
     if not isinstance(leaf, Tensor) or tokens not in leaf.shape:
         return None

@@ -17,12 +17,8 @@ _CODEBOOKS = ("qmap1", "qmap2")  # states that map the 256 codes to values, equa
 
 
 def check_optimizer(training: TrainingSpec, device: torch.device) -> None:
-    """Check that `training.optim` is available on `device`.
-
-    Raises:
-        StudyError: the optimizer pages, and the device is a CPU.
-        MissingExtraError: bitsandbytes is not installed.
-    """
+    """Check that `training.optim` is available on `device`. Raises StudyError: the optimizer pages, and the device is a
+    CPU; MissingExtraError: bitsandbytes is not installed."""
     if training.optim == "adamw_torch_fused":
         return
     if training.optim.startswith("paged") and device.type != "cuda":
@@ -35,10 +31,8 @@ def check_optimizer(training: TrainingSpec, device: torch.device) -> None:
 
 
 def make_optimizer(weights: Mapping[float, Sequence[nn.Parameter]], training: TrainingSpec) -> Optimizer:
-    """Make AdamW for weights grouped by learning rate.
-
-    As in transformers' Trainer, weight decay does not apply to biases, norms and DoRA's magnitudes.
-    """
+    """Make AdamW for weights grouped by learning rate. As in transformers' Trainer, weight decay does not apply to
+    biases, norms and DoRA's magnitudes."""
     groups: list[dict[str, Any]] = []
     for rate, parameters in weights.items():
         groups.append({"params": [p for p in parameters if p.dim() > 1], "lr": rate})
@@ -59,21 +53,17 @@ def make_optimizer(weights: Mapping[float, Sequence[nn.Parameter]], training: Tr
 
 
 def state_sizes(optim: str, count: int) -> list[int]:
-    """Size of each state of a tensor of `count` weights, in bytes.
-
-    Paged states count too: they stay on the GPU while they fit, and every step needs them there.
-    """
+    """Size of each state of a tensor of `count` weights, in bytes. Paged states count too: they stay on the GPU while
+    they fit, and every step needs them there."""
     if not optim.endswith("8bit") or count < MIN_8BIT_WEIGHTS:
         return [4 * count, 4 * count]
     return [count, count, *[4 * -(-count // STATE_BLOCK)] * 2]
 
 
 def step_bytes(optim: str, count: int, device: str) -> int:
-    """Temporary memory of a step on a tensor of `count` weights, in bytes.
-
-    On a CPU the 8-bit step of bitsandbytes makes both states, the gradient and two more tensors in float32. On a GPU it
-    is one kernel without temporary memory.
-    """
+    """Temporary memory of a step on a tensor of `count` weights, in bytes. On a CPU the 8-bit step of bitsandbytes
+    makes both states, the gradient and two more tensors in float32. On a GPU it is one kernel without temporary
+    memory."""
     return 20 * count if device == "cpu" and optim.endswith("8bit") and count >= MIN_8BIT_WEIGHTS else 0
 
 

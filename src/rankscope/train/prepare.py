@@ -46,11 +46,8 @@ def study_data(spec: StudySpec, study: StudyFolder | None) -> TokenizedData:
     """Return the tokens that a study has saved, or prepare those of a study that has none yet.
 
     Where `spec`, the question of `study`, adds evaluation rows, the newest entry of its log has the hashes of the
-    tokens before and now.
-
-    Raises:
-        DataError: the data cannot be used, or trials were trained on other tokens.
-        StudyError: the study has as many evaluation rows already.
+    tokens before and now. Raises DataError: the data cannot be used, or trials were trained on other tokens;
+    StudyError: the study has as many evaluation rows already.
     """
     if study is None:
         return prepare_data(spec)
@@ -69,10 +66,8 @@ def study_data(spec: StudySpec, study: StudyFolder | None) -> TokenizedData:
         one, other = (sha256_of(replace(each, eval=data.eval, sha256="")) for each in (data, more))
         wrong += [] if one == other else ["the study"]
     if wrong:
-        raise DataError(
-            f"{spec.data.name}: not the rows that {wrong[0]} was trained on",
-            "Give the rows that the study began with, or choose another --out.",
-        )
+        what = f"{spec.data.name}: not the rows that {wrong[0]} was trained on"
+        raise DataError(what, "Give the rows that the study began with, or choose another --out.")
     if more is data:
         return data
     if len(more.eval) <= rows:

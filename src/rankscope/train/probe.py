@@ -54,13 +54,9 @@ log = logging.getLogger(__name__)
 
 
 def check_causal(model: PreTrainedModel) -> None:
-    """Check that the model's own forward works, and that no logits of it depend on later tokens.
-
-    Logits that are not finite pass: the loss will show them.
-
-    Raises:
-        ModelError: it fails, or they do, as in CPM-Ant, which reads its prompt in both directions.
-    """
+    """Check that the model's own forward works, and that no logits of it depend on later tokens. Logits that are not
+    finite pass: the loss will show them. Raises ModelError: it fails, or they do, as in CPM-Ant, which reads its prompt
+    in both directions."""
     ids = probe_tokens(model).ids[: max(_LENGTHS)]
     later = ids.copy()
     later[-4:] = ids[-8:-4]
@@ -69,10 +65,8 @@ def check_causal(model: PreTrainedModel) -> None:
             before, after = (_own_logits(model, part)[:-4] for part in (ids, later))
             most = max(_rounding(model), CAUSAL_ROUNDING)
     except (ValueError, TypeError, AttributeError, LookupError) as error:
-        raise ModelError(
-            f"{type(model).__name__}: its own forward fails with these adapters: {type(error).__name__}: {error}",
-            "Choose other adapter.target_modules, or another model.",
-        ) from error
+        what = f"{type(model).__name__}: its own forward fails with these adapters: {type(error).__name__}: {error}"
+        raise ModelError(what, "Choose other adapter.target_modules, or another model.") from error
     if before.isfinite().all() and after.isfinite().all() and _difference(before, after) > most:
         raise ModelError(
             f"{type(model).__name__} is not a causal language model: later tokens change its earlier logits, so that "
@@ -83,11 +77,8 @@ def check_causal(model: PreTrainedModel) -> None:
 
 def make_packable(model: PreTrainedModel, adapters: Sequence[str]) -> None:
     """Switch the model's attention and LoRA layers to the packed forward, and check that no sequence sees another.
-
-    Raises:
-        NotPackable: a sequence's logits depend on its neighbours, or are not those of the model's own forward, or the
-            packed forward fails; the model is then unchanged.
-    """
+    Raises NotPackable: a sequence's logits depend on its neighbours, or are not those of the model's own forward, or
+    the packed forward fails; the model is then unchanged."""
     own_attention, reasons = model.config._attn_implementation, list[NotPackable]()
     with in_float32(model):
         tokens = probe_tokens(model)
@@ -139,10 +130,8 @@ def in_float32(model: PreTrainedModel) -> Iterator[None]:
 
 
 def use_packed_forward(model: PreTrainedModel, attention: str | None = NAME) -> None:
-    """Switch attention, LoRA layers and decoder layers to the packed forward, without comparing logits.
-
-    Raises NotPackable if a layer cannot be replaced, or the model's attention, or its own cannot do instead.
-    """
+    """Switch attention, LoRA layers and decoder layers to the packed forward, without comparing logits. Raises
+    NotPackable if a layer cannot be replaced, or the model's attention, or its own cannot do instead."""
     if any(re.search(_IN_BLOCKS, name) for name, value in vars(model.config.get_text_config()).items() if value):
         raise NotPackable(Unpackable.BLOCKS)
     pack_layers(model)
@@ -195,11 +184,9 @@ def _packed_logits(engine: PackedEngine, tokens: Tokens, adapter: str) -> list[T
 def _check_packed(
     engine: PackedEngine, tokens: Tokens, expected: Sequence[Tensor], adapter: str, rounding: float
 ) -> None:
-    """Raise NotPackable if a sequence's logits change with its neighbours, or are not those of `expected`.
-
-    No change at all shows a leak of any size, where nearness would hide a small one. The batch always has as many
-    tokens, so that nothing is rounded otherwise; only routed experts get other numbers of them.
-    """
+    """Raise NotPackable if a sequence's logits change with its neighbours, or are not those of `expected`. No change at
+    all shows a leak of any size, where nearness would hide a small one. The batch always has as many tokens, so that
+    nothing is rounded otherwise; only routed experts get other numbers of them."""
     found = _packed_logits(engine, tokens, adapter)
     for kept in (0, 1):  # every other sequence keeps its tokens; its neighbours have other ones, then other lengths
         for lengths, limit in ((_LENGTHS, rounding), (_OTHER_LENGTHS[kept], max(rounding, LENGTH_ROUNDING))):
@@ -215,11 +202,9 @@ def _check_packed(
 
 
 def _rounding(model: PreTrainedModel) -> float:
-    """Most that a token's logits may change with another's id: nothing, except where experts group the tokens.
-
-    There a row alone and beside another in a batch of the model's own, which cannot leak, show what grouping changes:
-    3e-6 in a deep model.
-    """
+    """Most that a token's logits may change with another's id: nothing, except where experts group the tokens. There a
+    row alone and beside another in a batch of the model's own, which cannot leak, show what grouping changes: 3e-6 in a
+    deep model."""
     if not any("expert" in name.lower() for name, _ in model.named_modules()):
         return 0.0
     row, other = probe_tokens(model, (max(_LENGTHS),) * 2).ids.reshape(2, -1)

@@ -98,10 +98,7 @@ def make_train_state(
 
 def leave_out_unreached(model: PreTrainedModel, state: TrainState, unreached: Collection[str]) -> None:
     """Take a trial's adapter off layers that get no gradient: it would stay zero there, and be counted and saved.
-
-    Raises:
-        StudyError: nothing would be left to train.
-    """
+    Raises StudyError: nothing would be left to train."""
     dead = [name for name in state.weights if layer_of(name) in unreached]
     if not dead or state.config is None:
         return
@@ -116,10 +113,8 @@ def leave_out_unreached(model: PreTrainedModel, state: TrainState, unreached: Co
 
 
 def save_trained_adapter(state: TrainState, folder: Path) -> int | None:
-    """Write a trial's adapter as plain LoRA, and return the size of its weights in bytes.
-
-    Full fine-tuning writes nothing and returns None.
-    """
+    """Write a trial's adapter as plain LoRA, and return the size of its weights in bytes. Full fine-tuning writes
+    nothing and returns None."""
     if state.config is None:
         return None
     return save_adapter(*as_plain_lora(state.weights, state.initial, state.config), folder)
@@ -146,9 +141,7 @@ def train_step(
     engine: Engine, states: Sequence[TrainState], tokens: Tokens, training: TrainingSpec, step: int | Sequence[int]
 ) -> list[StepMetrics]:
     """Take one optimizer step of every trial. `step` counts from 0 over the whole schedule, for all trials or for each.
-
-    A trial with a loss or gradient that is not finite is left unchanged; the caller reads that from its metrics.
-    """
+    A trial with a loss or gradient that is not finite is left unchanged; the caller reads that from its metrics."""
     steps = [step] * len(states) if isinstance(step, int) else step
     if training.base_dropout == "keep":  # the base's own dropout draws from the global stream
         torch.manual_seed(stream_seed(states[0].trial.seed, steps[0], -1))
