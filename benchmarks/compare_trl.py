@@ -59,7 +59,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from rankscope.files import read_json, read_jsonl, write_json
-from rankscope.jobs.process import ENVIRONMENT
+from rankscope.measure.cores import ENVIRONMENT
 from rankscope.measure.machine import versions
 from rankscope.spec.models import StudySpec
 from rankscope.spec.options import assemble

@@ -85,10 +85,11 @@ from rankscope.files import read_json, write_json
 from rankscope.jobs import packs
 from rankscope.jobs.job import Job, Run
 from rankscope.jobs.local import LocalLauncher
-from rankscope.jobs.process import ENVIRONMENT, JobProcess
+from rankscope.jobs.process import JobProcess
 from rankscope.jobs.queue import run_kind
 from rankscope.lora.adapters import lora_config, remove_adapters
 from rankscope.lora.layout import Layout, Segment, use_layout
+from rankscope.measure.cores import ENVIRONMENT
 from rankscope.measure.machine import describe_machine, hardware, versions
 from rankscope.measure.profile import MEMORY
 from rankscope.model.device import free_bytes, resolve_device, synchronize

@@ -24,9 +24,8 @@ import yaml
 from scipy import stats
 
 COSTS = {
-    "cpu_memory_lowest_then_flat": "rss_mean_bytes",
+    "cpu_memory_lowest_then_flat": "private_mean_bytes",
     "gpu_memory_rises": "gpu_allocated_mean_bytes",
-    "runtime_rises": "runtime_seconds",
 }
 
 
@@ -313,28 +312,66 @@ def claims(study: Path, examples: pd.DataFrame, confidence: float) -> dict[str, 
     for rank, seed, folder in examples[["rank", "seed", "folder"]].drop_duplicates().itertuples(index=False):
         curve = pd.read_json(folder / "metrics.jsonl", lines=True)["train_loss"].dropna()
         rows.append({"pair": seed, "rank": rank, "loss_falls": curve.tail(max(1, len(curve) // 10)).mean()})
-    profiled = [json.loads(file.read_text()) for file in sorted((study / "profiles").glob("r*.json"))]
-    costs = [
-        {"pair": pair, "rank": profile["candidate"]["rank"], **repeat["summary"]}
-        for profile in profiled
-        for pair, repeat in enumerate(profile["repeats"])
-    ]
+    by_rank = pd.DataFrame(rows).pivot(index="pair", columns="rank", values="loss_falls").dropna()
     found: dict[str, Any] = {}
-    frames = {"loss_falls": (pd.DataFrame(rows), "loss_falls")}
-    if costs:
-        frames |= {claim: (pd.DataFrame(costs), column) for claim, column in COSTS.items()}
-    for claim, (frame, column) in frames.items():
-        by_rank = frame.assign(value=pd.to_numeric(frame[column])).pivot(index="pair", columns="rank", values="value")
-        by_rank = by_rank.dropna()
-        if by_rank.empty:
-            continue
-        last = by_rank.iloc[:, 1] if "lowest" in claim else by_rank.iloc[:, -1]
-        change = (last - by_rank.iloc[:, 0]) / by_rank.iloc[:, 0].mean()
-        found[f"{claim}.effect"] = float(change.mean())
+    if not by_rank.empty:
+        change = (by_rank.iloc[:, -1] - by_rank.iloc[:, 0]) / by_rank.iloc[:, 0].mean()
+        found["loss_falls.effect"] = float(change.mean())
         if len(change) > 1:
             interval = stats.t.interval(confidence, len(change) - 1, change.mean(), stats.sem(change))
-            found |= {f"{claim}.low": float(interval[0]), f"{claim}.high": float(interval[1])}
+            found |= {"loss_falls.low": float(interval[0]), "loss_falls.high": float(interval[1])}
+    return found | claims_on_memory(study, confidence) | claim_on_runtime(study, confidence)
+
+
+def changed(claim: str, ratio: float, error: float, free: int, confidence: float) -> dict[str, float]:
+    """Return a relative change and the ends of its interval, from a ratio and the standard error of its logarithm."""
+    found = {f"{claim}.effect": ratio - 1}
+    if free > 0:
+        reach = np.exp(stats.t.ppf((1 + confidence) / 2, free) * error)
+        found |= {f"{claim}.low": ratio / reach - 1, f"{claim}.high": ratio * reach - 1}
     return found
+
+
+def claims_on_memory(study: Path, confidence: float) -> dict[str, Any]:
+    """Return the effects of the claims on memory: the spread of repeats is that of all ranks and of the control."""
+    profiles = [json.loads(file.read_text()) for file in sorted((study / "profiles").glob("*.json"))]
+    repeats = [
+        {"rank": one["candidate"]["rank"], "control": one["profile"] == "control", **repeat["summary"]}
+        for one in profiles
+        if one["candidate"]
+        for repeat in one["repeats"]
+    ]
+    found: dict[str, Any] = {}
+    for claim, column in COSTS.items() if repeats else ():
+        table = pd.DataFrame(repeats).assign(value=lambda table, column=column: pd.to_numeric(table[column]))
+        table = table.dropna(subset=["value"])
+        if table.empty:
+            continue
+        by_rank = np.log(table["value"]).groupby(table["rank"])
+        squares, free = (by_rank.var(ddof=0) * by_rank.count()).sum(), len(table) - by_rank.ngroups
+        error = np.sqrt(squares / free * 2 / by_rank.count().min()) if free else np.nan
+        means = table[~table["control"]].groupby("rank")["value"].mean()
+        ratio = means.iloc[1 if "lowest" in claim else -1] / means.iloc[0]
+        found |= changed(claim, float(ratio), float(error), free, confidence)
+    return found
+
+
+def claim_on_runtime(study: Path, confidence: float) -> dict[str, Any]:
+    """Return the effect of the claim on runtime, from the ratios to the control."""
+    file = study / "profiles" / "time.json"
+    if not file.exists():
+        return {}
+    timed = {
+        name: summary
+        for session in json.loads(file.read_text())["repeats"]
+        for name, summary in session["summaries"].items()
+        if name != "control"
+    }
+    low, high = (pick(timed, key=lambda name: int(name[1:].partition("-")[0])) for pick in (min, max))
+    errors = [summary["runtime_ratio_se"] for summary in timed.values() if summary["runtime_ratio_se"]]
+    error, rounds = np.sqrt(np.mean(np.square(errors))), min(summary["rounds"] for summary in timed.values())
+    ratio = timed[high]["runtime_ratio"] / timed[low]["runtime_ratio"]
+    return changed("runtime_rises", ratio, float(error), rounds - 1, confidence)
 
 
 def stored(study: Path) -> dict[str, Any]:

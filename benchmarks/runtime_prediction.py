@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from rankscope.analysis.costs import noise_floor
+from rankscope.analysis.costs import noise_of
 from rankscope.study.study import Study
 
 TARGET = 0.05
@@ -51,14 +51,14 @@ def main() -> None:
     args, options = parser.parse_known_args()
     with tempfile.TemporaryDirectory(prefix="rankscope-runtime-") as temporary:
         study = run_isolated(options, args.out or Path(temporary) / "study")
-        table, noise = compare(study), noise_floor(study.profiles(), "runtime_seconds")
+        table, noise = compare(study), noise_of(study.profiles(), "runtime_seconds")
     print("\n| trial | predicted, s | isolated, s | error |\n|---|---:|---:|---:|")
     for row in table.itertuples():
         print(f"| {row.trial} | {row.predicted:.2f} | {row.isolated:.2f} | {row.error:+.1%} |")
     median = float(table["error"].abs().median())
     print(f"\nMedian error {median:.1%} (target {TARGET:.0%}).", end=" ")
     if noise is not None:
-        print(f"Noise of a profile's runtime: {noise.floor:.1%} in {noise.measurements} of rank {noise.rank}.")
+        print(f"Noise of a difference in runtime: {noise.floor:.1%}, in {noise.measurements} rounds.")
     sys.exit(0 if median <= TARGET else 1)
 
 

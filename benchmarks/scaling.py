@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 from rankscope.data.tokens import Example, Tokens
-from rankscope.jobs.process import ENVIRONMENT
+from rankscope.measure.cores import ENVIRONMENT
 from rankscope.measure.machine import hardware, versions
 from rankscope.measure.sampler import peak_rss
 from rankscope.model.load import load_model

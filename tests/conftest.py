@@ -14,6 +14,7 @@ from hypothesis import settings
 import forking
 from folders import write_data, write_model
 from rankscope.jobs import process
+from rankscope.plan import memory
 from rankscope.study.study import Study
 from report.browser import Browser, need_browser
 from small_study import run_small
@@ -49,6 +50,14 @@ def _forked_jobs() -> Iterator[None]:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANKSCOPE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _known_process() -> Iterator[None]:
+    """A process's own memory is as measured once: measuring it takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "own_process_bytes", lambda: 330_000_000)
         yield
 
 

@@ -56,8 +56,9 @@ def do(kind: Kind, study: StudyFolder, launcher: FakeLauncher, progress: Progres
         profiles=missing_profiles(study.spec, study),
         remeasure=False,
         reference=missing_reference(study),
-        prediction=SimpleNamespace(device="cpu", base_bytes=0, base_params=0),
+        prediction=SimpleNamespace(device="cpu", base_bytes=0, base_params=0, process_bytes=0),
         host_bytes=lambda *_: 0,
+        fitting=lambda _, names: [list(names)],
     )
     run = Run(study, plan, progress.say)
     run_kind(kind, run, kind.jobs(run), launcher, progress.poll)

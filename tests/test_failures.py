@@ -171,7 +171,14 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(root: Path, whole: Study, tm
 def test_a_profile_that_is_killed_is_told_and_measured_again(
     root: Path, tmp_path: Path, harm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    profiled = (*SETS, "measure.profiles=true", "measure.repeats=1", "measure.steps=2", "measure.warmup_steps=1")
+    profiled = (
+        *SETS,
+        "measure.profiles=true",
+        "measure.repeats=1",
+        "measure.steps=2",
+        "measure.rounds=2",
+        "measure.warmup_steps=1",
+    )
     monkeypatch.setitem(globals(), "SETS", profiled)
     harm("pass", "import sys; 'profiles' in sys.argv[2] and os.kill(os.getpid(), signal.SIGKILL)")
     study = run(root, tmp_path / "study", ranks=[2], steps=2)

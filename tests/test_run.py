@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import rankscope
 from rankscope import cli
-from rankscope.analysis.costs import noise_floor
+from rankscope.analysis.costs import noise_of
 from rankscope.data.tokens import load
 from rankscope.errors import StudyDirectoryError, StudyError
 from rankscope.files import read_json
@@ -23,7 +23,14 @@ from rankscope.study.study import Study
 from rankscope.ui.outcome import show_outcome
 
 OPTIONS = {"ranks": [2, 16], "seeds": [0, 1], "steps": 6, "batch_size": 4, "learning_rates": [5e-3]}
-SETS = ("measure.repeats=2", "measure.steps=2", "measure.warmup_steps=1", "data.eval_rows=12", "training.evals=2")
+SETS = (
+    "measure.repeats=2",
+    "measure.steps=2",
+    "measure.rounds=3",
+    "measure.warmup_steps=1",
+    "data.eval_rows=12",
+    "training.evals=2",
+)
 
 
 @pytest.fixture(scope="module")
@@ -88,18 +95,23 @@ def test_held_out_loss_can_be_recomputed_from_the_saved_adapter(study: Study, ro
 def test_profiles_measure_each_candidate(study: Study) -> None:
     everything = study.profiles()
     assert list(everything.groupby(["control", "candidate"]).size()) == [2, 2, 2], "each twice, the first twice over"
-    assert sorted(path.stem for path in (study.path / "profiles").glob("*.json")) == ["control", "r002", "r016"]
+    assert sorted(path.stem for path in (study.path / "profiles").glob("*.json")) == ["control", "r002", "r016", "time"]
     profiles = everything[~everything["control"]]
-    assert (profiles["rss_peak_bytes"] >= profiles["rss_mean_bytes"]).all()
-    assert (profiles["rss_base_bytes"] > 100e6).all()
+    for kind in ("rss", "private"):
+        assert (profiles[f"{kind}_peak_bytes"] >= profiles[f"{kind}_mean_bytes"]).all()
+    assert (profiles["rss_base_bytes"] > profiles["private_base_bytes"]).all()
+    assert (profiles["private_base_bytes"] > 100e6).all()
     assert (profiles["step_seconds_median"] > 0).all()
     assert (profiles["steps"] == 2).all()
     assert list(profiles["trainable_params"].unique()) == list(study.results()["trainable_params"].unique())
     assert set(profiles["adapter_bytes"]) == set(study.results()["adapter_bytes"])
-    noise = noise_floor(everything, "rss_mean_bytes")
-    assert noise is not None
-    assert noise.measurements == 4
-    assert 0 < noise.floor < 0.5
+    for column, measurements in (("private_mean_bytes", 2), ("runtime_seconds", 3)):
+        noise = noise_of(everything, column)
+        assert noise is not None
+        assert noise.measurements == measurements
+        assert noise.floor > 0
+    (session,) = study.profile_repeats("time")
+    assert set(session["summaries"]) == {"control", "r002", "r016"}
     samples = study.samples()
     assert set(samples["phase"]) == {"load", "warmup", "train", "eval"}
 

@@ -35,7 +35,14 @@ def module() -> ModuleType:
 @pytest.fixture(scope="module")
 def study(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
     """Three ranks, full fine-tuning, two learning rates and three seeds each."""
-    sets = ("measure.repeats=1", "measure.steps=2", "measure.warmup_steps=1", "data.eval_rows=12", "training.evals=1")
+    sets = (
+        "measure.repeats=1",
+        "measure.steps=2",
+        "measure.rounds=2",
+        "measure.warmup_steps=1",
+        "data.eval_rows=12",
+        "training.evals=1",
+    )
     options = {"ranks": [2, 4, 16, "full"], "seeds": [0, 1, 2], "steps": 5, "batch_size": 4}
     return rankscope.run(
         model=str(root / "model"),

@@ -30,7 +30,8 @@ from recording import RecordingProgress
 
 OPTIONS: dict[str, Any] = {"ranks": [2, 4], "seeds": [0], "steps": 3, "learning_rates": [1e-2], "device": "cpu"}
 SETS = (
-    "measure.repeats=1", "measure.steps=1", "measure.warmup_steps=1", "measure.answers=1", "measure.answer_tokens=2",
+    "measure.repeats=1", "measure.steps=1", "measure.rounds=2",
+    "measure.warmup_steps=1", "measure.answers=1", "measure.answer_tokens=2",
     "data.eval_rows=4", "training.evals=1", "training.batch_size=2", "reference.full=true",
 )  # fmt: skip
 

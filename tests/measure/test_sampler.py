@@ -18,11 +18,13 @@ def test_samples_see_a_block_that_is_held() -> None:
         block = np.ones(BLOCK, dtype=np.uint8)
         time.sleep(0.2)
         del block
-    before = np.mean([row[3] for row in sampler.rows if row[0] == "load"])
-    during = max(row[3] for row in sampler.rows if row[0] == "train")
-    assert during - before == pytest.approx(BLOCK, rel=0.05)
+    for kind in ("rss_bytes", "private_bytes"):
+        before = np.mean([getattr(row, kind) for row in sampler.rows if row.phase == "load"])
+        during = max(getattr(row, kind) for row in sampler.rows if row.phase == "train")
+        assert during - before == pytest.approx(BLOCK, rel=0.05), kind
+    assert all(row.rss_bytes == row.private_bytes + row.mapped_bytes for row in sampler.rows)
     assert len(sampler.rows) >= 8
-    assert all(row[4:] == (None, None, None) for row in sampler.rows), "no GPU columns on a CPU"
+    assert all(row[6:] == (None, None, None) for row in sampler.rows), "no GPU columns on a CPU"
 
 
 def test_each_phase_has_a_peak_of_its_own() -> None:
@@ -34,7 +36,8 @@ def test_each_phase_has_a_peak_of_its_own() -> None:
         sampler.begin("eval")
     assert set(sampler.peaks) == {"load", "train", "eval"}
     for quiet in ("load", "eval"):
-        assert sampler.peaks["train"]["rss"] - sampler.peaks[quiet]["rss"] == pytest.approx(BLOCK, rel=0.1)
+        for kind in ("rss", "private"):
+            assert sampler.peaks["train"][kind] - sampler.peaks[quiet][kind] == pytest.approx(BLOCK, rel=0.1)
 
 
 def test_the_kernels_peak_is_not_missed_and_starts_anew() -> None:

@@ -235,7 +235,7 @@ def test_what_can_be_seen_of_apple_s_gpus_on_a_machine_without_one(monkeypatch: 
     mps = device.resolve_device("mps")
     assert (mps.type, device.resolve_dtype("auto", mps)) == ("mps", torch.float32)
     for table in (
-        memory.PROCESS_BYTES, memory.UNTRACKED_ACTIVATION_FRACTION, memory.FULL_STEP_TOKENS,
+        memory.UNTRACKED_ACTIVATION_FRACTION, memory.FULL_STEP_TOKENS,
         engines.TOKENS_PER_FORWARD, loss.CHUNK_BYTES,
     ):  # fmt: skip
         assert "mps" in table

@@ -17,7 +17,7 @@ from rankscope.jobs.job import Job
 from rankscope.lora.layout import Unpackable
 from rankscope.plan.fake_steps import Event, Instant, Recording, add_empty_adapter
 from rankscope.plan.layers import Repeats, find_repeats
-from rankscope.plan.memory import PROCESS_BYTES, CostModel, PeakMemory, StudyMemory, predict, predict_peak
+from rankscope.plan.memory import CostModel, PeakMemory, StudyMemory, predict, predict_peak
 from rankscope.plan.plan import make_fleet
 from rankscope.plan.runtime import forecast, largest_fitting_rank, study_seconds
 from rankscope.spec.models import DataSpec, ModelSpec, StudySpec, TrainingSpec
@@ -65,9 +65,9 @@ def test_the_parts_are_what_can_be_counted(engine: str) -> None:
     assert 0 <= found.parts.gradients <= adapter
     assert found.parts.activations > prediction.costs[spec.candidates()[0].name].bytes_per_token * 100
     assert found.parts.logits > 0
-    assert found.parts.process == PROCESS_BYTES["cpu"]
+    assert found.parts.process == prediction.process_bytes > 0
     tracked = found.parts.activations + found.parts.logits
-    known = PROCESS_BYTES["cpu"] + prediction.base_bytes + 3 * adapter
+    known = prediction.process_bytes + prediction.base_bytes + 3 * adapter
     assert known + tracked < found.parts.total <= known + adapter + 2 * tracked
 
 
@@ -349,7 +349,7 @@ def test_the_prediction_is_near_what_is_measured(tmp_path: Path) -> None:
     save(data, study.path / "data")
     job = Job("rankscope.jobs.profiles", {"profile": "r256", "repeat": 0}, "profiles/jobs/r256")
     assert run_alone(study.path, job) is None
-    measured = study.profiles()["rss_peak_bytes"].max()
+    measured = study.profiles()["private_peak_bytes"].max()
     assert candidate.peak_bytes == pytest.approx(measured, rel=0.15)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from rankscope.plan.checks import disk_bytes
 from rankscope.plan.memory import FULL_STEP_TOKENS, CostModel, predict
 from rankscope.plan.packs import divide_into_packs
 from rankscope.plan.plan import Plan, make_fleet, make_plan
+from rankscope.spec.candidates import Trial
 from rankscope.spec.models import DataSpec, ModelSpec, ReferenceSpec, StudySpec, TrainingSpec
 from rankscope.study.missing import ProfileJob, missing_profiles
 from rankscope.study.study import Study
@@ -129,12 +131,34 @@ def test_profiles_are_interleaved_and_each_rank_is_measured_once_the_first_twice
     study = Study(tmp_path, spec.model_copy(update={"learning_rates": (1e-4, 2e-4)}))
     names = {"r008", "r128", "r256", "control"}
     jobs = missing_profiles(study.spec, study)
+    assert jobs.pop() == ProfileJob("time", 0, ("control", "r008", "r128", "r256")), "and timed side by side"
     assert [job.repeat for job in jobs] == [0] * 4 + [1] * 4
     assert {job.profile for job in jobs[:4]} == {job.profile for job in jobs[4:]} == names
     assert [job.profile for job in jobs[:4]] != [job.profile for job in jobs[4:]], "a new order in each repeat"
-    assert jobs == missing_profiles(study.spec, study), "the same each time"
+    assert jobs == missing_profiles(study.spec, study)[:-1], "the same each time"
     assert study.spec.profiled()["control"] == study.spec.profiled()["r008"] == study.spec.candidates()[0]
     write_json(study.profile_file("r128"), {"repeats": [{}]})
     write_json(study.profile_file("control"), {"repeats": [{}]})
-    left = missing_profiles(study.spec, study)
+    write_json(study.profile_file("time"), {"repeats": [{"summaries": {"r008": {}, "r256": {}}}]})
+    *left, timed = missing_profiles(study.spec, study)
+    assert timed.members == ("control", "r128")
     assert set(left) == {ProfileJob("r008", 0), ProfileJob("r256", 0)} | {ProfileJob(name, 1) for name in names}
+
+
+def test_candidates_that_do_not_fit_together_are_timed_in_parts_with_the_control(
+    spec: StudySpec, prediction: CostModel, tmp_path: Path
+) -> None:
+    tokens = rows_of(5)
+    trials = {name: Trial(candidate=one, seed=0) for name, one in spec.profiled().items()}
+    names = ("control", "r008", "r128", "r256")
+
+    def parts(free: int) -> list[list[str]]:
+        plan = plan_of(spec, TokenizedData(tokens, tokens, {}), Study(tmp_path, spec))
+        site = HERE._replace(free_bytes=free)
+        return replace(plan, site=site, prediction=prediction).fitting(trials, names)
+
+    assert parts(PLENTY) == [list(names)]
+    two = [trials["control"], trials["r256"]]
+    free = int((prediction.fixed_bytes(two) + 5 * prediction.bytes_per_token(two)) / 0.9) + 1000
+    assert parts(free) == [["control", "r008", "r128"], ["control", "r256"]]
+    assert parts(1) == [["control", "r008"], ["control", "r128"], ["control", "r256"]], "two are tried all the same"

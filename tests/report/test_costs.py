@@ -24,8 +24,8 @@ def content_of(evidence: Evidence, language: str = "en") -> Content:
 
 def test_noise_stands_beside_every_measured_difference(evidence: Evidence) -> None:
     peak, runtime, adapter = content_of(evidence).savings.rows
-    # runtimes of rank 8: 977.6, 989.6, and the control's 983.6, 995.6; peaks differ by 3 MB in 2,350
-    assert runtime.noise == "measurement noise: ±1.8%"
+    # runtimes of each rank differ by 12 s in 1,000, of rank 8 and the control by 6 s more; peaks by 1 and 2 MB in 2,350
+    assert runtime.noise == "measurement noise: ±1.9%"
     assert runtime.less
     assert peak.noise == "measurement noise: ±0.1%"
     assert adapter.noise == "", "a file's size is counted, not measured"
@@ -43,15 +43,23 @@ def test_a_difference_within_the_noise_is_marked(evidence: Evidence) -> None:
 
 def test_the_noise_is_said_in_a_sentence(evidence: Evidence) -> None:
     assert noise_sentence(evidence.profiles, load("en")) == (
-        "Measurement noise, from 4 measurements of rank 8: up to 0.1% in average CPU memory, 0.1% in peak CPU memory, "
-        "2.4% in seconds per step, 1.8% in runtime. Smaller differences between ranks are not measurable."
+        "Measurement noise (95%): 0.1% in average CPU memory, 0.1% in peak CPU memory, 3.5% in seconds per step, "
+        "1.9% in runtime. Smaller differences between ranks are not measurable."
     )
-    assert content_of(evidence).noise.startswith("Measurement noise, from 4")
-    assert content_of(evidence, "ko").noise.startswith("측정 오차(랭크 8, 4회 측정)")
+    assert content_of(evidence).noise.startswith("Measurement noise (95%)")
+    assert content_of(evidence, "ko").noise.startswith("측정 오차(95%)")
 
 
-def test_without_a_control_nothing_is_said_of_noise(evidence: Evidence) -> None:
-    profiles = evidence.profiles[~evidence.profiles["control"]]
+def test_a_busy_machine_is_said_with_what_to_do(evidence: Evidence) -> None:
+    for language, what in (("en", "(for 40% of it"), ("ko", "40%")):
+        busy, idle = (evidence._replace(profiles=evidence.profiles.assign(cpu_pressure=x)) for x in (0.4, 0.05))
+        assert what in content_of(busy, language).noise
+        assert "--remeasure" in content_of(busy, language).noise
+        assert "--remeasure" not in content_of(idle, language).noise
+
+
+def test_without_a_second_measurement_nothing_is_said_of_noise(evidence: Evidence) -> None:
+    profiles = evidence.profiles[~evidence.profiles["control"] & (evidence.profiles["repeat"] == 0)]
     content = content_of(evidence._replace(profiles=profiles))
     assert content.noise == ""
     assert {saving.noise for saving in content.savings.rows} == {""}

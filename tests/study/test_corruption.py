@@ -28,7 +28,14 @@ OPTIONS: dict[str, Any] = {
     "learning_rates": [5e-3],
     "device": "cpu",
 }
-SETS = ("measure.repeats=1", "measure.steps=2", "measure.warmup_steps=1", "data.eval_rows=8", "training.evals=1")
+SETS = (
+    "measure.repeats=1",
+    "measure.steps=2",
+    "measure.rounds=2",
+    "measure.warmup_steps=1",
+    "data.eval_rows=8",
+    "training.evals=1",
+)
 NOT_READ = ("report", "log.txt", "job.json", ".lock", ".lock-holder")  # made anew by each run, or for people
 
 

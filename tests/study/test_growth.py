@@ -26,6 +26,7 @@ from rankscope.jobs.job import Job
 from rankscope.jobs.profiles import WHOLE, replace_profiles
 from rankscope.measure.machine import Site
 from rankscope.report.finish import judge_by
+from rankscope.spec.candidates import CONTROL, TIME
 from rankscope.spec.models import StudySpec
 from rankscope.spec.options import assemble, read_study_file, set_field
 from rankscope.spec.resolve import write_yaml
@@ -105,6 +106,7 @@ OTHERS: dict[str, Any] = {
     "measure.repeats": 7,
     "measure.warmup_steps": 7,
     "measure.steps": 7,
+    "measure.rounds": 7,
     "measure.forgetting": "other",
     "measure.forgetting_rows": 7,
     "measure.answers": 7,
@@ -382,13 +384,29 @@ def study(trained: Study, tmp_path: Path) -> Study:
 def measure(path: Path, job: Job) -> RankscopeError | None:
     """Do a profile's job without measuring anything: with the numbers of another study."""
     content = dict(job.content)
-    study, again = StudyFolder.open(path), content["again"]
+    study, again, name = StudyFolder.open(path), content["again"], content["profile"]
     (repeat,) = read_json(FIXTURE / "profiles" / "r002.json", schema=2)["repeats"]
-    candidate = study.profiled(again)[content["profile"]].model_dump(mode="json")
-    repeats = [*study.profile_repeats(content["profile"], again), repeat | {"session": content["session"]}]
-    record = ProfileRecord(profile=content["profile"], candidate=candidate, repeats=repeats)
-    record.write(study.profile_file(content["profile"], again))
+    repeat["summary"] = {column: repeat["summary"][column] for column in repeat["summary"] if "second" not in column}
+    repeat["summary"]["load_seconds"] = 1.0
+    if content.get("members"):
+        repeat = timed(content["members"], len(study.profile_repeats(name, again)))
+    candidate = None if name == TIME else study.profiled(again)[name].model_dump(mode="json")
+    repeats = [*study.profile_repeats(name, again), repeat]
+    ProfileRecord(profile=name, candidate=candidate, repeats=repeats).write(study.profile_file(name, again))
     return None
+
+
+def timed(members: list[str], slower: int) -> dict[str, Any]:
+    """A rank takes 1 + rank/10 times as long as the control, on a machine that is each time slower than before."""
+    ratios = {name: 1.0 if name == CONTROL else 1 + int(name[1:4]) / 10 for name in members}
+    summaries = {
+        name: {f"{of}_ratio": ratio for of in ("step", "runtime")}
+        | {f"{of}_ratio_se": 0.01 for of in ("step", "runtime")}
+        | {f"step_seconds_{of}": ratio * (1 + slower) for of in ("median", "mean")}
+        | {"rounds": 9, "runtime_seconds": ratio * (1 + slower) * 100, "tokens_per_second": 50 / ratio / (1 + slower)}
+        for name, ratio in ratios.items()
+    }
+    return {"engine": "packed", "control": "r002", "clock": "wall", "cpu_pressure": 0.5, "summaries": summaries}
 
 
 def run(study: Study, site: Site = HERE, remeasure: bool = False, does: Any = measure, **fields: Any) -> list[str]:
@@ -433,19 +451,24 @@ def elsewhere(study: Study, **hardware: Any) -> Site:
     return HERE._replace(hardware=machine["hardware"] | hardware, versions=machine["versions"])
 
 
-def sessions(study: Study) -> dict[str, list[int]]:
-    return {name: [one["session"] for one in study.profile_repeats(name)] for name in study.spec.profiled()}
+def repeats(study: Study) -> dict[str, int]:
+    return {name: len(study.profile_repeats(name)) for name in (*study.spec.profiled(), TIME)}
 
 
 def test_costs_of_what_is_added_are_measured_beside_the_control_anew(costed: Study) -> None:
-    assert sessions(costed) == {"r002": [0, 0], "r008": [0, 0], "control": [0, 0]}
-    run(costed, ranks=[1, 4], seeds=[0, 1, 5])
+    assert repeats(costed) == {"r002": 2, "r008": 2, "control": 2, "time": 1}
+    assert missing_profiles(costed.spec, costed) == []
+    said = run(costed, ranks=[1, 4], seeds=[0, 1, 5])
+    assert any(line.startswith("Other programs kept this machine busy") for line in said)
     study = Study.open(costed.path)
-    expected = {"r001": [1, 1], "r002": [0, 0], "r004": [1, 1], "r008": [0, 0], "control": [0, 0, 1, 1]}
-    assert sessions(study) == expected
+    assert repeats(study) == {"r001": 2, "r002": 2, "r004": 2, "r008": 2, "control": 2, "time": 2}
+    assert list(study.profile_repeats(TIME)[1]["summaries"]) == ["control", "r001", "r004"]
     profiles = study.profiles()
     assert set(profiles.loc[profiles["control"], "rank"]) == {2}, "the control stays when a lower rank is added"
-    assert list(profiles.loc[profiles["rank"] == 4, "session"]) == [1, 1]
+    own = profiles[~profiles["control"]].drop_duplicates("rank").set_index("rank")
+    for rank in (1, 2, 4, 8):  # the control took twice as long when ranks 1 and 4 were added
+        assert own.loc[rank, "runtime_seconds"] == pytest.approx(100 * (1 + rank / 10))
+        assert own.loc[rank, "tokens_per_second"] == pytest.approx(50 / (1 + rank / 10))
     assert study.log[-1].added == {"ranks": [1, 4], "seeds": [5]}
 
 
@@ -455,8 +478,8 @@ def test_a_profile_that_failed_is_measured_again_without_the_control(costed: Stu
 
     run(costed, does=fails, ranks=[4])
     study = Study.open(costed.path)
-    assert sessions(study)["control"] == [0, 0, 1, 1]
-    assert missing_profiles(study.spec, study) == [ProfileJob("r004", 0, 1), ProfileJob("r004", 1, 1)]
+    assert missing_profiles(study.spec, study) == [ProfileJob("r004", 0), ProfileJob("r004", 1)]
+    assert repeats(study)["control"] == 2
 
 
 def test_all_costs_are_measured_again_and_replaced_when_they_are_whole(costed: Study) -> None:
@@ -477,17 +500,17 @@ def test_all_costs_are_measured_again_and_replaced_when_they_are_whole(costed: S
 
     run(costed, remeasure=True, does=counts)
     assert measured == ["r008", "r008"], "what the first one measured here is kept"
-    assert sessions(costed) == {"r002": [0, 0], "r008": [0, 0], "control": [0, 0]}
+    assert repeats(costed) == {"r002": 2, "r008": 2, "control": 2, "time": 1}
     assert not (costed.path / AGAIN).exists()
     run(costed, remeasure=True, does=lambda path, job: measured.append("again") or measure(path, job))
-    assert measured.count("again") == 6
+    assert measured.count("again") == 7
 
 
 def test_a_killed_replacement_is_finished_by_the_next_run(costed: Study) -> None:
     site = elsewhere(costed, cpu="another")
     for name in costed.spec.profiled():
         for repeat in range(2):
-            content = {"profile": name, "repeat": repeat, "session": 0, "again": True}
+            content = {"profile": name, "repeat": repeat, "again": True}
             measure(costed.path, Job("profiles", content, ""))
     marked = read_json(costed.profile_file("r002", again=True), schema=2)
     write_json(costed.profile_file("r002", again=True), marked | {"marked": True})
@@ -503,7 +526,7 @@ def test_a_killed_replacement_is_finished_by_the_next_run(costed: Study) -> None
 
 def test_what_a_killed_remeasure_leaves_is_removed_by_a_run_without_it(costed: Study) -> None:
     before = costed.profile_file("r002").read_bytes()
-    measure(costed.path, Job("profiles", {"profile": "r002", "repeat": 0, "session": 0, "again": True}, ""))
+    measure(costed.path, Job("profiles", {"profile": "r002", "repeat": 0, "again": True}, ""))
     assert not replace_profiles(costed)
     run(costed)
     assert not (costed.path / AGAIN).exists()
@@ -522,15 +545,15 @@ def test_costs_of_another_machine_are_not_mixed_and_the_change_is_logged(costed:
         f"Costs of control, r004 are not measured, since those of the study are from elsewhere (cpu: {before}"
     )
     assert f"`rankscope run {study.path} --remeasure`" in told
-    assert sessions(study) == sessions(costed) | {"r004": []}
+    assert repeats(study) == repeats(costed) | {"r004": 0}
     entries = len(study.log)
     run(study, site, ranks=[16])
     assert len(Study.open(study.path).log) == entries + 1, "that machine is known"
     run(study, site, remeasure=True)
-    assert all(numbers == [0, 0] for numbers in sessions(Study.open(study.path)).values())
+    assert repeats(Study.open(study.path)) == {"r002": 2, "r004": 2, "r008": 2, "r016": 2, "control": 2, "time": 1}
     assert study.machine["hardware"]["cpu"] == "another", "machine.json is that of the costs"
     run(study, site, ranks=[32])
-    assert sessions(Study.open(study.path))["r032"] == [1, 1]
+    assert repeats(Study.open(study.path))["r032"] == 2
     run(study, elsewhere(study, cpu=before), seeds=[9])
     assert Study.open(study.path).log[-1].changed == {"machine": {"cpu": ["another", before]}}
 
@@ -540,7 +563,7 @@ def test_versions_that_costs_do_not_depend_on_are_logged_alone(costed: Study) ->
     run(costed, site, ranks=[4])
     study = Study.open(costed.path)
     assert list(study.log[-1].changed["versions"]) == ["pandas"]
-    assert sessions(study)["r004"] == [1, 1]
+    assert repeats(study)["r004"] == 2
 
 
 def test_costs_that_nobody_has_measured_may_be_measured_elsewhere(
@@ -550,7 +573,7 @@ def test_costs_that_nobody_has_measured_may_be_measured_elsewhere(
     monkeypatch.setattr("rankscope.report.finish.write_cards", lambda *_: None)
     run(study, elsewhere(study, cpu="another"), measure__profiles=True, measure__answers=0)
     assert study.machine["hardware"]["cpu"] == "another"
-    assert all(numbers == [0, 0] for numbers in sessions(study).values())
+    assert repeats(study) == {"r002": 2, "r008": 2, "control": 2, "time": 1}
 
 
 def test_what_cannot_be_trained_is_not_added(costed: Study) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from models import CONFIGS, tiny_model
 from rankscope.lora.adapters import add_adapter, remove_adapters
-from rankscope.plan.memory import PROCESS_BYTES, predict
+from rankscope.plan.memory import predict
 from rankscope.spec.models import DataSpec, ModelSpec, StudySpec, TrainingSpec
 from rankscope.train.engine import TOKENS_PER_FORWARD, tokens_per_forward
 from rankscope.train.flops import Products, product_rate
@@ -62,7 +62,7 @@ def test_a_pack_needs_what_its_parts_need() -> None:
     parts = [prediction.fixed_bytes([trial]) - prediction.fixed_bytes([]) for trial in trials]
     assert parts == [params * 16 for params in prediction.params.values()]
     assert prediction.fixed_bytes(trials) == prediction.fixed_bytes([]) + sum(parts)
-    assert prediction.fixed_bytes([]) > PROCESS_BYTES["cpu"] + 4 * prediction.base_params
+    assert prediction.fixed_bytes([]) > prediction.process_bytes + 4 * prediction.base_params
     roomy, tight = (prediction.peak_bytes(trials, free, 1e6) for free in (10**12, prediction.fixed_bytes(trials)))
     assert roomy - tight == pytest.approx(TOKENS_PER_FORWARD["cpu"] * prediction.bytes_per_token(trials), rel=0.01)
 

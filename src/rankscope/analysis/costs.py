@@ -1,59 +1,107 @@
 """Noise of measured costs, costs over the budget, and the Pareto front."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
+from scipy import stats
 
 from rankscope.spec.models import VerdictSpec
 
+CONFIDENCE = 0.95  # of the noise of costs
+
+RATIO_ERRORS = {
+    "step_seconds_median": "step_ratio_se",
+    "step_seconds_mean": "step_ratio_se",
+    "tokens_per_second": "step_ratio_se",
+    "runtime_seconds": "runtime_ratio_se",
+}
+"""Columns of `Study.profiles` that were measured side by side, and the standard error of their logarithms."""
+
 
 class Noise(NamedTuple):
-    """Variation between repeated measurements of one candidate."""
+    """Uncertainty of the difference of a cost between two candidates."""
 
-    rank: int
-    measurements: int
-    floor: float  # relative: 0.03 means that differences below 3% are noise
+    measurements: int  # of each candidate: rounds in which all were timed, or repeats
+    floor: float  # relative: a difference below 0.03, or 3%, may be noise
+
+    def interval(self, change: float) -> tuple[float, float]:
+        """Interval of a relative change."""
+        return (1 + change) / (1 + self.floor) - 1, (1 + change) * (1 + self.floor) - 1
 
 
-def noise_floor(profiles: pd.DataFrame, column: str) -> Noise | None:
-    """Noise of a column of `Study.profiles`; None where it was not measured twice.
+def noise_of(profiles: pd.DataFrame, column: str, confidence: float = CONFIDENCE) -> Noise | None:
+    """Noise of a column of `Study.profiles`: half of the interval of a difference between two candidates.
 
-    The first candidate is profiled twice over, as a control. The floor is (highest - lowest) / mean over the repeats
-    of both profiles. It is never less than the difference of the two means, which may be small by luck, and does not
-    shrink with more repeats, as a standard error would: it errs on the side of calling a difference noise.
+    The standard error is that of logarithms, pooled over all ranks and the control: of times from the rounds in which
+    they were measured side by side, of other costs from their repeats, where the control counts as its rank's. None
+    where neither tells.
     """
-    if profiles.empty or not profiles["control"].any():
+    if profiles.empty or column not in profiles:
         return None
-    twice = profiles[profiles["control"]].iloc[0]
-    values = pd.to_numeric(profiles.loc[profiles["candidate"] == twice["candidate"], column]).dropna()
-    if len(values) < 2 or not values.mean() > 0:
+    error = RATIO_ERRORS.get(column)
+    if error in profiles and profiles[error].notna().any():  # one that failed has none
+        errors = profiles.loc[~profiles["control"], error]
+        errors = errors[errors > 0]  # the control's own ratio to itself is exact
+        rounds = int(profiles["rounds"].min())
+        se, free = float(np.sqrt((errors**2).mean())) if len(errors) else 0.0, rounds - 1
+    else:
+        one = profiles.drop_duplicates(["rank", "repeat", "control"]).reset_index(drop=True)
+        logs = np.log(pd.to_numeric(one[column]).where(lambda values: values > 0)).dropna()
+        groups = logs.groupby(one["rank"])
+        free, rounds = len(logs) - groups.ngroups, int(groups.size().min()) if len(logs) else 0
+        if free < 1:
+            return None
+        spread = float(np.sqrt(((logs - groups.transform("mean")) ** 2).sum() / free))
+        se = spread * math.sqrt(2 / rounds)
+    if free < 1:
         return None
-    return Noise(int(twice["rank"]), len(values), float((values.max() - values.min()) / values.mean()))
+    return Noise(rounds, math.expm1(float(stats.t.ppf((1 + confidence) / 2, free)) * se))
+
+
+def cpu_memory(profiles: pd.DataFrame) -> str:
+    """Prefix of the CPU's memory in `Study.profiles`: private memory, or all that is resident where the study does not
+    tell them apart."""
+    told = "private_peak_bytes" in profiles and bool(profiles["private_peak_bytes"].notna().all())
+    return "private" if told else "rss"
+
+
+GPU_CONTEXT_BYTES = 500_000_000
+"""CUDA's context, which torch's allocator does not count, where NVML has not measured it."""
 
 
 def over_budget(verdict: VerdictSpec, profiles: pd.DataFrame, candidates: Sequence[str]) -> dict[str, list[str]]:
     """Limits that each candidate exceeds: `gpu_memory`, `runtime`, or `unmeasured` for an unknown cost. GPU memory is
-    the highest repeat's peak that torch's allocator reserved (CUDA's own context adds about 0.5 GB); runtime is the
-    mean over repeats of the whole schedule, trained alone."""
+    the highest repeat's peak that torch's allocator reserved, with CUDA's context; runtime is that of the whole
+    schedule, trained alone, and exceeds its limit where it does by more than noise."""
     over: dict[str, list[str]] = {name: [] for name in candidates}
-    for cost, limit, column, how in (
-        ("gpu_memory", verdict.max_gpu_memory, "gpu_reserved_peak_bytes", "max"),
-        ("runtime", verdict.max_runtime, "runtime_seconds", "mean"),
-    ):
+    noise = noise_of(profiles, "runtime_seconds")
+    slack = 1 + noise.floor if noise else 1.0
+    for cost, limit in (("gpu_memory", verdict.max_gpu_memory), ("runtime", verdict.max_runtime)):
         if limit is None:
             continue
-        found: dict[str, float] = {}
+        found = {}
         if not profiles.empty:
-            measured = profiles[~profiles["control"]].astype({column: "float64"})
-            values = measured.groupby("candidate")[column].agg(how).dropna()
-            found = {str(name): float(value) for name, value in values.items()}
+            measured = profiles[~profiles["control"]]
+            values = gpu_memory(measured) if cost == "gpu_memory" else measured["runtime_seconds"].astype("float64")
+            grouped = values.groupby(measured["candidate"])
+            most = grouped.max() if cost == "gpu_memory" else grouped.mean() / slack
+            found = {str(name): float(value) for name, value in most.dropna().items()}
         for name in candidates:
             if name not in found:
                 over[name].append("unmeasured")
             elif found[name] > limit:
                 over[name].append(cost)
     return over
+
+
+def gpu_memory(profiles: pd.DataFrame) -> "pd.Series[float]":
+    """Peak of a GPU's memory in each repeat, in bytes: reserved by torch's allocator, and CUDA's context."""
+    reserved = profiles["gpu_reserved_peak_bytes"].astype("float64")
+    context = profiles.get("gpu_context_bytes", pd.Series(index=profiles.index, dtype="float64")).astype("float64")
+    return reserved + context.fillna(GPU_CONTEXT_BYTES)
 
 
 def on_front(table: pd.DataFrame, columns: Sequence[str]) -> "pd.Series[bool]":

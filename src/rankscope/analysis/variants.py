@@ -5,7 +5,7 @@ from typing import Any
 import pandas as pd
 
 from rankscope.analysis.comparison import estimate, judged_examples, label_tokens, losses_by_candidate, without_diverged
-from rankscope.analysis.costs import noise_floor
+from rankscope.analysis.costs import cpu_memory, noise_of
 from rankscope.study.evidence import Evidence
 
 COSTS = {"memory": ("peak", "max"), "step_seconds": ("step_seconds_median", "median")}
@@ -19,7 +19,7 @@ def judge_variants(evidence: Evidence) -> list[dict[str, Any]]:
     `difference` is the variant's held-out loss minus that of `plain`, in nats per label token, with an interval whose
     confidence holds for all rows together (Bonferroni). `outcome` is `better`, `worse` or `not_distinguishable`: by the
     interval alone, however small the difference; None and no interval with fewer than two seeds that both finished.
-    `memory` (peak) and `step_seconds` are relative changes, None where they are unknown or below the noise floor. A
+    `memory` (peak) and `step_seconds` are relative changes, None where they are unknown or below noise. A
     rank without finished plain trials has no row, nor has a candidate with a seed that diverged.
     """
     if evidence.variants is None:
@@ -65,18 +65,18 @@ def _compared(evidence: Evidence, own: pd.DataFrame, plain: pd.DataFrame, confid
 
 
 def _cost(evidence: Evidence, variant: str, plain: str, column: str, how: str) -> float | None:
-    """Relative change of a cost; None where one was not measured, or within the noise floor."""
+    """Relative change of a cost; None where one was not measured, or within noise."""
     assert evidence.variants is not None
     tables = [table for table in (evidence.variants.profiles, evidence.profiles) if not table.empty]
     if len(tables) < 2:
         return None
     if column == "peak":
         gpu = evidence.profiles["gpu_allocated_peak_bytes"].notna().any()
-        column = "gpu_allocated_peak_bytes" if gpu else "rss_peak_bytes"
+        column = "gpu_allocated_peak_bytes" if gpu else f"{cpu_memory(pd.concat(tables))}_peak_bytes"
     values = [
         table.loc[(table["candidate"] == name) & ~table["control"], column].astype("float64").agg(how)
         for table, name in zip(tables, (variant, plain), strict=True)
     ]
-    noise = noise_floor(evidence.profiles, column)
+    noise = noise_of(evidence.profiles, column)
     change = float(values[0] / values[1] - 1)
     return change if noise is not None and abs(change) > noise.floor else None

@@ -37,7 +37,7 @@ def prepare_cached(spec: DataSpec, tokenizer: Tokenizer, vocab_size: int) -> Tok
     evaluated = load_records(spec.model_copy(update={"max_rows": None}), of_eval) if of_eval else None
     _check_columns(spec, records, evaluated)
     key = cache_key(records, spec, tokenizer, vocab_size, evaluated)
-    folder = _folder()
+    folder = cache_folder("tokens")
     if key is None or folder is None:
         data = tokenize(records, spec, tokenizer, vocab_size, evaluated)
         return with_source_facts(data, records, evaluated)
@@ -83,11 +83,11 @@ def cache_key(
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _folder() -> Path | None:
-    """Folder of the entries; None for a user without a home directory."""
+def cache_folder(name: str) -> Path | None:
+    """Folder of one kind of entries; None for a user without a home directory."""
     if own := os.environ.get("RANKSCOPE_CACHE"):
-        return Path(own).expanduser() / "tokens"
+        return Path(own).expanduser() / name
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankscope" / "tokens"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankscope" / name
     except RuntimeError:
         return None

@@ -1,6 +1,5 @@
 """The child process of one job: start it, watch it, stop it, and find out how it ended."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -11,14 +10,7 @@ from types import MappingProxyType
 from rankscope.errors import KilledError, OutOfMemoryError, RankscopeError, StudyDirectoryError, WorkerError
 from rankscope.files import read_json, write_json, writing
 from rankscope.jobs.job import Job
-from rankscope.measure.cores import threads
-
-ENVIRONMENT = {
-    "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONUNBUFFERED": "1",
-    "THP_MEM_ALLOC_ENABLE": "1",  # torch's CPU allocator asks for huge pages: half the page faults, docs/lab-notes.md
-}
-"""Environment of a child process; variables that the user has set win."""
+from rankscope.measure.cores import job_environment
 
 
 class JobProcess:
@@ -35,8 +27,7 @@ class JobProcess:
             self._error_file.unlink(missing_ok=True)
             log = log_file.open("ab")
         command = [sys.executable, "-m", "rankscope.jobs.worker", job.module, str(study), str(job_file)]
-        own = ENVIRONMENT | {"OMP_NUM_THREADS": str(threads())}
-        variables = own | os.environ | dict(environment)
+        variables = job_environment() | dict(environment)
         with log:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=variables)
 

@@ -1,4 +1,4 @@
-"""Profiles: the cost of each candidate, measured alone.
+"""Profiles: the memory of each candidate, measured alone, and the time of all, measured side by side.
 
 `run --remeasure` measures all of them anew in profiles/again, beside the machine.json of the machine that it runs on.
 When they are whole, that folder becomes profiles/whole, and its files replace those of the study: a kill in between
@@ -15,40 +15,52 @@ from rankscope.files import exists, write_json
 from rankscope.jobs.child import open_study
 from rankscope.jobs.job import Job, Run, failure_of, raise_fatal
 from rankscope.measure.machine import Site, changes_of_costs
-from rankscope.spec.candidates import Trial
+from rankscope.spec.candidates import CONTROL, TIME, Trial
 from rankscope.study.folder import AGAIN, StudyFolder
-from rankscope.study.records import MachineRecord, ProfileRecord
+from rankscope.study.missing import missing_profiles
+from rankscope.study.records import BUSY_PRESSURE, MachineRecord, ProfileRecord
+from rankscope.text.catalogue import load
+from rankscope.text.formats import percent
 
 WHOLE = "profiles/whole"
 
 
 def jobs(run: Run) -> list[Job]:
-    """Return a job for each repeat of a profile that is missing. Nothing else of the study runs beside one."""
+    """Return a job for each repeat of a profile that is missing. Nothing else of the study runs beside one. Candidates
+    that do not fit into memory together are timed by several jobs, each beside the control."""
     study, again = run.study, run.plan.remeasure
     candidates, found = study.profiled(again), []
     if again:
         site = run.plan.site
         machine = study.machine | {"hardware": site.hardware, "versions": site.versions, "device": site.device}
         write_json(study.file(AGAIN, "machine.json"), machine)
-    for name, repeat, session in run.plan.profiles:
-        trial = Trial(candidate=candidates[name], seed=study.spec.seeds[0])
-        content = {"profile": name, "repeat": repeat, "session": session, "again": again}
+    trials = {name: Trial(candidate=one, seed=study.spec.seeds[0]) for name, one in candidates.items()}
+    for name, _, members in run.plan.profiles:
         reads = [str(study.profile_file(name, again).relative_to(study.path))]
-        memory = run.plan.host_bytes([trial])
-        found.append(Job(__name__, content, f"profiles/jobs/{name}", reads, memory, alone=True))
+        for part in run.plan.fitting(trials, members) if members else [[name]]:
+            content = {"profile": name, "members": part if members else [], "again": again}
+            memory = run.plan.host_bytes([trials[member] for member in part])
+            found.append(Job(__name__, content, f"profiles/jobs/{name}", reads, memory, alone=True))
     return found
 
 
 def work(study_path: Path, content: Mapping[str, Any]) -> None:
-    """Measure one repeat of a candidate's profile, and add it to its file."""
+    """Measure one repeat of a profile, and add it to its file."""
     from rankscope.measure.profile import profile_candidate
+    from rankscope.measure.timing import time_candidates
 
     study, data = open_study(study_path)
     name, again = content["profile"], content.get("again", False)
-    candidate = study.profiled(again)[name]
-    repeat = profile_candidate(study.spec, candidate, data) | {"session": content.get("session", 0)}
-    repeats = [*study.profile_repeats(name, again), repeat]
-    record = ProfileRecord(profile=name, candidate=candidate.model_dump(mode="json"), repeats=repeats)
+    candidates, members = study.profiled(again), content.get("members", [])
+    if members:
+        timed = {member: candidates[member] for member in members}
+        if not all(timed[member].packable == timed[members[-1]].packable for member in members):
+            timed[CONTROL] = timed[members[-1]]  # PEFT's own forward is compared with itself
+        candidate, repeat = None, time_candidates(study.spec, timed, data)
+    else:
+        candidate = candidates[name].model_dump(mode="json")
+        repeat = profile_candidate(study.spec, candidates[name], data)
+    record = ProfileRecord(profile=name, candidate=candidate, repeats=[*study.profile_repeats(name, again), repeat])
     record.write(study.profile_file(name, again))
 
 
@@ -58,6 +70,9 @@ def ended(run: Run, job: Job, error: RankscopeError | None, waiting: Sequence[Jo
     name = job.content["profile"]
     run.study.write_failure(name, None if error is None else failure_of(error))
     if error is None:
+        busy = [one.get("cpu_pressure") or 0.0 for one in run.study.profile_repeats(name, run.plan.remeasure)[-1:]]
+        if busy and busy[0] > BUSY_PRESSURE:
+            run.say(load("en")("noise.busy", share=percent(busy[0])))
         return list(waiting)
     run.say(f"profile of {name} did not finish: {error}")
     return [other for other in waiting if other.content["profile"] != name]
@@ -68,10 +83,10 @@ def replace_profiles(study: StudyFolder) -> bool:
     machine.json comes with them: it is that of the costs."""
     again, whole = study.file(AGAIN), study.file(WHOLE)
     if exists(again):
-        names = study.spec.profiled()
-        if any(_is_whole(study, name) and not _is_whole(study, name, again=True) for name in names):
+        lacking, before = ({job.profile for job in missing_profiles(study.spec, study, x)} for x in (True, False))
+        if lacking - before:
             return False
-        for name in names:
+        for name in (*study.spec.profiled(), TIME):
             if not exists(study.profile_file(name, again=True)):
                 study.profile_file(name).unlink(missing_ok=True)
         again.rename(whole)
@@ -80,10 +95,6 @@ def replace_profiles(study: StudyFolder) -> bool:
             file.replace(study.path / file.name if file.name == "machine.json" else whole.parent / file.name)
         shutil.rmtree(whole)
     return True
-
-
-def _is_whole(study: StudyFolder, name: str, again: bool = False) -> bool:
-    return len(study.profile_repeats(name, again)) >= study.spec.measure.repeats
 
 
 def settle_profiles(study: StudyFolder, remeasure: bool, site: Site) -> None:

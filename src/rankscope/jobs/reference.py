@@ -18,7 +18,7 @@ from rankscope.jobs.child import open_study
 from rankscope.jobs.job import Job, Run, failure_of, raise_fatal
 from rankscope.model.device import resolve_device, resolve_dtype
 from rankscope.model.load import fingerprint, load_model
-from rankscope.plan.memory import BYTES_PER_PARAMETER, PROCESS_BYTES
+from rankscope.plan.memory import BYTES_PER_PARAMETER
 from rankscope.plan.plan import GPU_HOST_BYTES
 from rankscope.spec.candidates import FullTrial
 from rankscope.spec.models import StudySpec, TrainingSpec
@@ -39,7 +39,7 @@ def jobs(run: Run) -> list[Job]:
     prediction = run.plan.prediction
     memory = prediction.base_bytes + GPU_HOST_BYTES
     if prediction.device == "cpu":
-        memory = PROCESS_BYTES["cpu"] + BYTES_PER_PARAMETER * prediction.base_params
+        memory = prediction.process_bytes + BYTES_PER_PARAMETER * prediction.base_params
     names = [trial.name for trial in run.plan.reference]
     return [Job(__name__, {"trial": name}, f"reference/{name}", memory_bytes=memory) for name in names]
 

@@ -12,7 +12,7 @@ from functools import partial
 from rankscope.data.tokens import load
 from rankscope.errors import DamagedError
 from rankscope.files import damaged_error, exists, leftovers
-from rankscope.spec.candidates import AnyTrial
+from rankscope.spec.candidates import TIME, AnyTrial
 from rankscope.study import tables
 from rankscope.study.folder import AGAIN, CURVE, StudyFolder
 from rankscope.study.metrics import read_rows
@@ -36,6 +36,7 @@ def find_corrupt(study: StudyFolder) -> Iterator[str]:
     """Names of corrupt files and folders that a run makes again. Raises StudyDirectoryError: a file cannot be read, or
     a newer version wrote it."""
     packs = [file.parent.name for file in study.path.glob("packs/*/pack.json")]
+    profiles = (*study.spec.profiled(), TIME)
     records: dict[str, Callable[[], object]] = {
         "machine.json": lambda: study.machine,
         "prediction.json": lambda: study.prediction,
@@ -43,8 +44,8 @@ def find_corrupt(study: StudyFolder) -> Iterator[str]:
         "verdict.json": study.find_verdict,
         "failures.json": study.failures,
         "packs/division.json": study.division,
-        **{f"profiles/{name}.json": partial(study.whole_repeats, name) for name in study.spec.profiled()},
-        **{f"{AGAIN}/{name}.json": partial(study.whole_repeats, name, again=True) for name in study.spec.profiled()},
+        **{f"profiles/{name}.json": partial(study.whole_repeats, name) for name in profiles},
+        **{f"{AGAIN}/{name}.json": partial(study.whole_repeats, name, again=True) for name in profiles},
         f"{AGAIN}/machine.json": lambda: MachineRecord.content(study.file(AGAIN, "machine.json")),
         **{f"packs/{name}/pack.json": partial(study.pack_record, name) for name in packs},
     }

@@ -8,6 +8,15 @@ from pathlib import Path
 
 ROOT = Path("/")
 
+ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONUNBUFFERED": "1",
+    "GOMP_SPINCOUNT": "1000",  # of OpenMP: threads that wait sleep soon, or a busy machine takes many times as long
+    "KMP_BLOCKTIME": "0",  # the same of Intel's
+    "THP_MEM_ALLOC_ENABLE": "1",  # torch's CPU allocator asks for huge pages: half the page faults, docs/lab-notes.md
+}
+"""Environment of a job's process; variables that the user has set win."""
+
 
 def threads(root: Path = ROOT) -> int:
     """Threads of a job where OMP_NUM_THREADS does not say: the physical cores among the CPUs that the process may run
@@ -15,6 +24,11 @@ def threads(root: Path = ROOT) -> int:
     of the file system."""
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     return max(1, math.ceil(min(_physical(cpus, root), _quota(root))))
+
+
+def job_environment() -> dict[str, str]:
+    """Environment variables of a job's process."""
+    return ENVIRONMENT | {"OMP_NUM_THREADS": str(threads())} | os.environ
 
 
 def _physical(cpus: Collection[int], root: Path) -> int:

@@ -1,6 +1,7 @@
 """Sampling of a process's memory at a fixed interval, from a thread beside the work."""
 
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -30,13 +31,37 @@ def peak_rss() -> int:
     raise OSError("/proc/self/status has no VmHWM")
 
 
+class Resident(NamedTuple):
+    """Resident memory of this process, in bytes. What is mapped from files, libraries most of all, moves with the
+    system's page cache; None where the system does not tell it from what is private."""
+
+    rss: int
+    private: int | None
+    mapped: int | None
+
+
+def resident(process: psutil.Process) -> Resident:
+    """Resident memory now: RssAnon, and RssFile with RssShmem, of proc(5); elsewhere psutil's unique set size."""
+    if not sys.platform.startswith("linux"):
+        try:
+            full = process.memory_full_info()
+        except psutil.Error:  # macOS lets only some users ask
+            return Resident(process.memory_info().rss, None, None)
+        return Resident(full.rss, full.uss, max(0, full.rss - full.uss))
+    lines = (line.partition(":") for line in Path("/proc/self/status").read_text().splitlines())
+    sizes = {name: int(value.split()[0]) * 1024 for name, _, value in lines if name.startswith(("VmRSS", "Rss"))}
+    return Resident(sizes["VmRSS"], sizes["RssAnon"], sizes["RssFile"] + sizes["RssShmem"])
+
+
 class Sample(NamedTuple):
     """Memory at one moment, in bytes; None for a GPU's memory without one."""
 
     phase: str
     step: int
     seconds: float  # since the sampler was created
-    rss_bytes: int  # resident set of this process, including shared libraries
+    rss_bytes: int  # resident set of this process, private and mapped
+    private_bytes: int | None  # see `Resident`
+    mapped_bytes: int | None
     gpu_allocated_bytes: int | None  # by torch's caching allocator
     gpu_reserved_bytes: int | None  # by torch's caching allocator
     gpu_nvml_bytes: int | None  # see `Nvml.used_bytes`
@@ -68,7 +93,7 @@ class MemorySampler:
             self.phase,
             self.step,
             round(time.perf_counter() - self._start, 4),
-            self._process.memory_info().rss,
+            *resident(self._process),
             torch.cuda.memory_allocated(self._device) if gpu else None,
             torch.cuda.memory_reserved(self._device) if gpu else None,
             self.nvml.used_bytes() if self.nvml else None,
@@ -85,6 +110,9 @@ class MemorySampler:
     def _end_phase(self) -> None:
         self.take()
         self.peaks[self.phase] = {"rss": peak_rss()} if self._kernel else {}
+        mapped = [sample.mapped_bytes for sample in self.rows if sample.phase == self.phase and sample.mapped_bytes]
+        if self._kernel and mapped:  # the kernel keeps no mark of private memory alone
+            self.peaks[self.phase]["private"] = peak_rss() - max(mapped)
         if self._gpu():
             self.peaks[self.phase] |= {
                 "gpu_allocated": torch.cuda.max_memory_allocated(self._device),

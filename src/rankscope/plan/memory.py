@@ -27,6 +27,7 @@ from rankscope.lora.adapters import adapter_weights, check_reached, grows_with_r
 from rankscope.lora.coverage import Coverage, find_coverage
 from rankscope.lora.layout import NotPackable, Unpackable
 from rankscope.lora.variants import WEIGHT_INIT_VARIANTS
+from rankscope.measure.own_process import own_process_bytes
 from rankscope.model.device import resolve_device, resolve_dtype
 from rankscope.model.load import skeleton
 from rankscope.model.quantized import base_bytes, parameter_count, quantized_layers
@@ -50,9 +51,6 @@ log = logging.getLogger(__name__)
 BYTES_PER_PARAMETER = 16  # in training: weight, gradient and AdamW's two moments, in float32
 
 WEIGHT_AND_GRAD_BYTES = 8  # per parameter, without the optimizer's states, which may be smaller
-
-PROCESS_BYTES = {"cpu": 460_000_000, "cuda": 0, "mps": 460_000_000}
-"""Python with torch and transformers loaded, and threads' buffers: measured 0.41 to 0.50 GB on a CPU."""
 
 UNTRACKED_ACTIVATION_FRACTION = {"cpu": 0.65, "cuda": 0.0, "mps": 0.0}
 """Memory that fake tensors do not show, as a fraction of activations and logits: what operators allocate within
@@ -142,6 +140,7 @@ class CostModel(NamedTuple):
     optimizer_bytes: Mapping[str, int] = MappingProxyType({})  # states of one trial's optimizer
     families: Mapping[Hashable, Family] = MappingProxyType({})
     coverage: Coverage | None = None
+    process_bytes: int = 0  # of the process itself: `own_process_bytes`; 0 on a GPU, whose memory it does not take
 
     def adapter_bytes(self, trials: Sequence[Trial]) -> int:
         """Weights, gradients, optimizer states and initial factors of all trials' adapters."""
@@ -162,7 +161,7 @@ class CostModel(NamedTuple):
 
     def fixed_bytes(self, trials: Sequence[Trial]) -> int:
         """Memory that does not grow with a forward's tokens: process, base, adapters, the loss's two buffers."""
-        return PROCESS_BYTES[self.device] + self.base_bytes + self.adapter_bytes(trials) + 2 * CHUNK_BYTES[self.device]
+        return self.process_bytes + self.base_bytes + self.adapter_bytes(trials) + 2 * CHUNK_BYTES[self.device]
 
     def bytes_per_token(self, trials: Sequence[Trial]) -> int:
         """Saved tensors of one token, for the candidate that takes most; 0 where they are not predictable."""
@@ -230,7 +229,8 @@ def predict(spec: StudySpec, device: torch.device | None = None) -> CostModel:
         coverage = coverage or counted.coverage
     logits = all_logits if engine == "peft" else 0
     costs = CostModel(device.type, dtype, engine, base, held, {}, {}, reason, engine_reason, logits, full_rank)
-    costs = costs._replace(families=families, coverage=coverage)
+    own = 0 if device.type == "cuda" else own_process_bytes()
+    costs = costs._replace(families=families, coverage=coverage, process_bytes=own)
     for candidate in spec.candidates():
         costs = costs.including(candidate)
     return costs
@@ -405,7 +405,7 @@ class StudyMemory:
             return None
         initial = sum(4 * costs.params[t.candidate.name] for t in trials if t.candidate.variant in WEIGHT_INIT_VARIANTS)
         parts = MemoryBreakdown(
-            process=PROCESS_BYTES[device],
+            process=costs.process_bytes,
             base=costs.base_bytes,
             adapter=sum(4 * costs.params[trial.candidate.name] for trial in trials) + initial,
             gradients=int(fullest.gradients),

@@ -26,6 +26,12 @@ def most_per_pack(training: TrainingSpec) -> int | None:
     return 1 if training.isolated or training.base_dropout == "keep" else training.trials_per_pack
 
 
+def fits_together(trials: Sequence[Trial], prediction: CostModel, free: int, longest: int) -> bool:
+    """Whether trials fit on a device with `free` bytes, with one row of `longest` tokens a forward."""
+    needed = prediction.fixed_bytes(trials) + longest * prediction.bytes_per_token(trials)
+    return needed <= free * MAX_PACK_MEMORY_FRACTION
+
+
 def divide_into_packs(
     trials: Sequence[Trial],
     prediction: CostModel,
@@ -55,8 +61,7 @@ def divide_into_packs(
             return False
         names = tuple(candidates[id(trial)] for trial in pack)
         if names not in known:
-            needed = prediction.fixed_bytes(pack) + longest * prediction.bytes_per_token(pack)
-            known[names] = needed <= free * MAX_PACK_MEMORY_FRACTION
+            known[names] = fits_together(pack, prediction, free, longest)
         return known[names]
 
     packs: list[list[Trial]] = []

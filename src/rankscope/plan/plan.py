@@ -5,7 +5,7 @@
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from rankscope.files import exists
 from rankscope.measure.machine import Site, changes_of_costs
 from rankscope.plan.checks import Disk, check_base_fits, check_disk, check_ranks, disk_bytes, disk_taken
 from rankscope.plan.memory import CostModel, predict
-from rankscope.plan.packs import divide_into_packs
+from rankscope.plan.packs import divide_into_packs, fits_together
 from rankscope.plan.runtime import (
     Fleet,
     FleetEstimate,
@@ -93,6 +93,17 @@ class Plan:
             return self.prediction.base_bytes + GPU_HOST_BYTES
         return self.prediction.peak_bytes(trials, self.site.free_bytes, step_tokens)
 
+    def fitting(self, trials: Mapping[str, Trial], names: Sequence[str]) -> list[list[str]]:
+        """`names`, of which the first is the control, divided into parts with it that fit into memory together."""
+        longest, (control, *others) = int(self.data.train.lengths.max()), names
+        parts: list[list[str]] = [[control]]
+        for name in others:
+            grown = [trials[one] for one in (*parts[-1], name)]
+            if len(grown) > 2 and not fits_together(grown, self.prediction, self.site.free_bytes, longest):
+                parts.append([control])
+            parts[-1].append(name)
+        return parts
+
     def check(self, out: Path) -> None:
         """Raise where what is missing cannot be trained here or written to `out`.
 
@@ -160,7 +171,7 @@ def make_plan(
 
 
 def _unmeasured(study: StudyFolder, profiles: Sequence[ProfileJob], elsewhere: Sequence[str]) -> str:
-    names = ", ".join(sorted({job.profile for job in profiles}))
+    names = ", ".join(sorted({name for job in profiles for name in job.members or [job.profile]}))
     return (
         f"Costs of {names} are not measured, since those of the study are from elsewhere ({'; '.join(elsewhere)}): "
         f"`rankscope run {shlex.quote(str(study.path))} --remeasure` measures all of them here."

@@ -12,7 +12,7 @@ from rankscope.plan.memory import CostModel, StudyMemory
 from rankscope.plan.packs import MAX_PACK_MEMORY_FRACTION, longest_first, lower_bound, simulate
 from rankscope.spec.candidates import CONTROL, PLAIN, Candidate, Trial
 from rankscope.spec.models import StudySpec
-from rankscope.study.missing import START_SECONDS
+from rankscope.study.missing import START_SECONDS, missing_profiles, profile_seconds
 from rankscope.train.flops import Cost, product_rate
 from rankscope.train.step import batch_at, eval_steps
 
@@ -129,12 +129,8 @@ def study_seconds(spec: StudySpec, forecasts: Mapping[str, Forecast]) -> tuple[f
     trials = starts * START_SECONDS + sum(
         forecasts[trial.candidate.name].runtime_seconds or 0 for trial in spec.trials()
     )
-    if not spec.measure.profiles:
-        return trials, 0.0
-    steps = spec.measure.warmup_steps + spec.measure.steps
-    profiled = spec.profiled().values()
-    once = sum(START_SECONDS + steps * (forecasts[candidate.name].step_seconds or 0) for candidate in profiled)
-    return trials, spec.measure.repeats * once
+    steps = {name: forecasts[one.name].step_seconds or 0.0 for name, one in spec.profiled().items()}
+    return trials, sum(profile_seconds(spec.measure, job, steps) for job in missing_profiles(spec, None))
 
 
 def pack_seconds(packs: Mapping[str, Sequence[Trial]], forecasts: Mapping[str, Forecast]) -> dict[str, float]:

@@ -199,7 +199,7 @@ def _candidates(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text:
         "regret": regret,
         **({"kept": kept} if table["kept"].notna().any() else {}),
         "within": lambda row: shown(row["within_margin"], lambda it: text("table.yes" if it else "table.no"), text),
-        "cpu_memory": lambda row: memory(row, "rss"),
+        "cpu_memory": lambda row: memory(row, "cpu"),
         "gpu_memory": lambda row: memory(row, "gpu_allocated") if gpu else text("table.no_gpu"),
         "step_seconds": lambda row: shown(row["step_seconds"], "{:.3g}".format, text),
         "runtime": lambda row: shown(row["runtime_seconds"], lambda seconds: duration(seconds, text), text),

@@ -5,24 +5,32 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from rankscope.analysis.costs import Noise, noise_floor
+from rankscope.analysis.costs import Noise, cpu_memory, noise_of
 from rankscope.report.frames import chosen_row, has_gpu, rank_profiles
 from rankscope.study.evidence import Evidence
+from rankscope.study.records import BUSY_PRESSURE
 from rankscope.text.catalogue import Catalogue
-from rankscope.text.formats import Columns, Table, change, duration, known, rate, shown, size, tabulate
+from rankscope.text.formats import Columns, Table, change, duration, known, percent, rate, shown, size, tabulate
 from rankscope.text.verdict import Verdict, candidate_name
 
 QUANTITIES = {
-    "cpu_mean": "rss_mean_bytes",
-    "cpu_peak": "rss_peak_bytes",
+    "cpu_mean": "{}_mean_bytes",
+    "cpu_peak": "{}_peak_bytes",
     "gpu_mean": "gpu_allocated_mean_bytes",
     "gpu_peak": "gpu_allocated_peak_bytes",
     "step_seconds": "step_seconds_median",
     "runtime": "runtime_seconds",
 }
-"""Costs with a stated noise, and their columns in `Study.profiles`."""
+"""Costs with a stated noise, and their columns in `Study.profiles`; {} is `cpu_memory`."""
 
-MEMORY_KINDS = ("rss", "gpu_allocated", "gpu_reserved", "gpu_nvml")  # prefixes of columns in `Study.profiles`
+MEMORY_KINDS = (
+    "private",
+    "mapped",
+    "rss",
+    "gpu_allocated",
+    "gpu_reserved",
+    "gpu_nvml",
+)  # prefixes of columns in `Study.profiles`
 
 Detail = tuple[str, str, Callable[[float], str]]
 """A column of `Study.profiles`, its aggregation over repeats, and the form of its values."""
@@ -41,6 +49,8 @@ TIME_DETAILS: dict[str, Detail] = {
     "table.step_p10": ("step_seconds_p10", "median", "{:.3g}".format),
     "table.step_median": ("step_seconds_median", "median", "{:.3g}".format),
     "table.step_p90": ("step_seconds_p90", "median", "{:.3g}".format),
+    "table.step_ratio": ("step_ratio", "mean", "{:.3f}".format),
+    "table.cpu_ratio": ("cpu_ratio", "mean", "{:.3f}".format),
     "table.tokens_per_second": ("tokens_per_second", "mean", "{:,.0f}".format),
     "table.load_seconds": ("load_seconds", "mean", "{:.3g}".format),
     "table.energy": ("joules_per_token", "mean", "{:.3g}".format),
@@ -78,35 +88,39 @@ def savings(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Cat
     title = text("saving.title", name=candidate_name(verdict, name, text))
     if largest["rank"] == chosen["rank"]:
         return Savings(title, [], text("saving.none"))
-    wanted: list[tuple[str, str, Callable[[float], str]]] = [
-        ("gpu_peak", "gpu_allocated_peak_bytes", size),
-        ("cpu_peak", "rss_peak_bytes", size),
-        ("runtime", "runtime_seconds", lambda value: duration(value, text)),
-        ("adapter", "adapter_bytes", size),
+    wanted: list[tuple[str, str, str, Callable[[float], str]]] = [
+        ("gpu_peak", "gpu_allocated_peak_bytes", QUANTITIES["gpu_peak"], size),
+        ("cpu_peak", "cpu_peak_bytes", QUANTITIES["cpu_peak"].format(cpu_memory(evidence.profiles)), size),
+        ("runtime", "runtime_seconds", QUANTITIES["runtime"], lambda value: duration(value, text)),
+        ("adapter", "adapter_bytes", "", size),
     ]
     found = []
-    for label, column, number in wanted:
+    for label, column, measured, number in wanted:
         new, old = chosen[column], largest[column]
         if not (known(new) and known(old) and old > 0):
             continue
-        noise = noise_floor(evidence.profiles, column) if column in QUANTITIES.values() else None
+        noise = noise_of(evidence.profiles, measured)
         seen = noise is None or abs(new / old - 1) > noise.floor
         beside = text("noise.beside" if seen else "noise.within", floor=noise_share(noise)) if noise else ""
         values = text(f"saving.{label}"), number(new), number(old), change(new, old)
         found.append(Saving(*values, less=bool(new < old and seen), noise=beside))
-    return Savings(title, found, "" if known(chosen["rss_peak_bytes"]) else text("saving.unmeasured"))
+    return Savings(title, found, "" if known(chosen["cpu_peak_bytes"]) else text("saving.unmeasured"))
 
 
 def noise_sentence(profiles: pd.DataFrame, text: Catalogue) -> str:
-    """Noise of each cost, from the candidate that was profiled twice over; empty without one."""
-    found = {name: noise for name, column in QUANTITIES.items() if (noise := noise_floor(profiles, column))}
+    """Noise of each cost, and whether other programs ran while time was measured; empty where noise is unknown."""
+    kind = cpu_memory(profiles)
+    columns = {name: column.format(kind) for name, column in QUANTITIES.items()}
+    found = {name: noise for name, column in columns.items() if (noise := noise_of(profiles, column))}
     if not found:
         return ""
-    first = next(iter(found.values()))
     quantities = {name: text(f"noise.{name}") for name in found}
     items = [text("noise.item", floor=noise_share(noise), quantity=quantities[name]) for name, noise in found.items()]
-    name = text("name.rank", rank=first.rank)
-    return text("noise.sentence", name=name, times=first.measurements, floors=", ".join(items))
+    sentences = [text("noise.sentence", floors=", ".join(items))]
+    pressure = profiles["cpu_pressure"].max() if "cpu_pressure" in profiles else None
+    if known(pressure) and pressure > BUSY_PRESSURE:
+        sentences.append(text("noise.busy", share=percent(pressure)))
+    return " ".join(sentences)
 
 
 def cost_tables(evidence: Evidence, text: Catalogue) -> list[Table]:
@@ -114,7 +128,8 @@ def cost_tables(evidence: Evidence, text: Catalogue) -> list[Table]:
     profiles = rank_profiles(evidence)
     if profiles.empty:
         return []
-    kinds = [kind for kind in MEMORY_KINDS if profiles[f"{kind}_mean_bytes"].notna().any()]
+    measured = {kind: f"{kind}_mean_bytes" for kind in MEMORY_KINDS}
+    kinds = [kind for kind, column in measured.items() if column in profiles and profiles[column].notna().any()]
     ranks: list[tuple[str, pd.DataFrame | None]] = [(str(rank), part) for rank, part in profiles.groupby("rank")]
     ranks.append((text("noise.row"), None))
     memory = [
@@ -143,7 +158,7 @@ def _cells(
         elif repeats is not None:
             cells.append(shown(float(repeats[column].agg(how)), number, text))
         else:
-            noise = noise_floor(evidence.profiles, column)
+            noise = noise_of(evidence.profiles, column)
             cells.append(noise_share(noise) if noise else text("none"))
     return cells
 
@@ -156,7 +171,7 @@ def noise_share(noise: Noise) -> str:
 def prediction_tables(evidence: Evidence, text: Catalogue) -> list[Table]:
     """Predicted and measured memory and time, one row per candidate; empty where no memory was predicted."""
     predicted, profiles = evidence.prediction.get("candidates", {}), evidence.profiles
-    peak = "gpu_allocated_peak_bytes" if has_gpu(evidence) else "rss_peak_bytes"
+    peak = "gpu_allocated_peak_bytes" if has_gpu(evidence) else f"{cpu_memory(profiles)}_peak_bytes"
 
     def parts(*names: str) -> Callable[[Any], str]:
         return lambda row: size(sum(row[1]["parts"][name] for name in names))

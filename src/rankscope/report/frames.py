@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from rankscope.analysis.comparison import judged_examples, without_diverged
+from rankscope.analysis.costs import cpu_memory
 from rankscope.study.evidence import Evidence
 from rankscope.text.verdict import Verdict
 
@@ -101,14 +102,15 @@ COMPARED = (
 """Columns that `by_candidate` takes from the verdict's comparison."""
 
 COSTS = {
-    "rss_mean_bytes": ("rss_mean_bytes", "mean"),
-    "rss_peak_bytes": ("rss_peak_bytes", "max"),
+    "cpu_mean_bytes": ("cpu_mean_bytes", "mean"),
+    "cpu_peak_bytes": ("cpu_peak_bytes", "max"),
     "gpu_allocated_mean_bytes": ("gpu_allocated_mean_bytes", "mean"),
     "gpu_allocated_peak_bytes": ("gpu_allocated_peak_bytes", "max"),
     "step_seconds": ("step_seconds_median", "median"),
     "runtime_seconds": ("runtime_seconds", "mean"),
 }
-"""Costs of `by_candidate`: a column of `Study.profiles`, and its aggregation over repeats."""
+"""Costs of `by_candidate`: a column of `Study.profiles`, and its aggregation over repeats. The CPU's memory is that of
+`cpu_memory`."""
 
 
 def by_candidate(evidence: Evidence, verdict: Verdict, beside: Evidence | None = None) -> pd.DataFrame:
@@ -154,7 +156,9 @@ def rank_profiles(evidence: Evidence) -> pd.DataFrame:
 def _costs(profiles: pd.DataFrame) -> pd.DataFrame:
     if profiles.empty:
         return pd.DataFrame(columns=list(COSTS), index=pd.Index([], name="rank", dtype="int64"), dtype="float64")
-    numeric = profiles.astype({column: "float64" for column, _ in COSTS.values()})  # None without a GPU
+    kind = cpu_memory(profiles)
+    cpu = {f"cpu_{end}_bytes": profiles[f"{kind}_{end}_bytes"] for end in ("mean", "peak")}
+    numeric = profiles.assign(**cpu).astype({column: "float64" for column, _ in COSTS.values()})  # None without a GPU
     return numeric.groupby("rank").agg(**COSTS)
 
 

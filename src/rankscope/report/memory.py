@@ -8,6 +8,7 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
+from rankscope.analysis.costs import cpu_memory
 from rankscope.report import charts
 from rankscope.report.figures import Figure, Figures, Missing, Panel, by_rate, curve_numbers, numbers, say
 from rankscope.report.frames import KEYS, bin_steps, has_gpu, mean_and_range, ranks_of
@@ -15,7 +16,7 @@ from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import Columns, Table, Unit, duration, shown, size, size_unit, time_unit
 
-COLUMNS = {"cpu": "rss", "gpu": "gpu_allocated"}  # prefix of a kind's columns in profiles and samples
+COLUMNS = {"cpu": "cpu", "gpu": "gpu_allocated"}  # prefix of a kind's columns in `by_candidate`
 PARTS = ("process", "base", "adapter", "gradients", "optimizer", "activations", "logits", "retained")
 """Parts of a predicted peak, from the bottom of a bar to its top. A part keeps its colour in every chart."""
 
@@ -184,7 +185,8 @@ def _curve(evidence: Evidence, table: pd.DataFrame, text: Catalogue, kind: str, 
     """Memory of a kind against `steps`, or against `time`, where training is drawn thicker than what is around it."""
     name, title, column = f"{kind}-memory-{along}", text(f"chart.{kind}_{along}.title"), COLUMNS[kind]
     of_time = along == "time"
-    frame = (memory_by_time if of_time else memory_by_step)(evidence, f"{column}_bytes")
+    sampled = cpu_memory(evidence.profiles) if kind == "cpu" else column
+    frame = (memory_by_time if of_time else memory_by_step)(evidence, f"{sampled}_bytes")
     if frame.empty:
         return Missing(name, text("chart.not_profiled"))
     ranks, unit = ranks_of(evidence), size_unit(frame["high"].max())

@@ -6,7 +6,7 @@ from functools import partial
 import altair as alt
 import pandas as pd
 
-from rankscope.analysis.costs import noise_floor, on_front
+from rankscope.analysis.costs import noise_of, on_front
 from rankscope.report import charts
 from rankscope.report.costs import noise_share
 from rankscope.report.figures import Figure, Figures, Missing, Panel, numbers, say, with_rates
@@ -35,6 +35,8 @@ def measurements(evidence: Evidence, column: str) -> tuple[pd.DataFrame, bool]:
     their steps and evaluations; the others shared theirs, and are left out."""
     profiles = rank_profiles(evidence)
     if not profiles.empty and profiles[column].notna().any():
+        if "rounds" in profiles:  # timed once, side by side
+            profiles = profiles.drop_duplicates("rank")
         named = profiles[profiles[column].notna()].rename(columns={"repeat": "number", column: "value"})
         return named[[*KEYS, "number", "value"]].reset_index(drop=True), True
     results = evidence.results
@@ -54,12 +56,13 @@ def _by_rank(
     if frame.empty:
         return Missing(name, text("chart.runtime.absent"))
     note = with_rates(text(f"chart.{key}.note" if profiled else f"chart.{key}.note_trials"), frame, text)
-    noise = noise_floor(evidence.profiles, column) if profiled else None
+    noise = noise_of(evidence.profiles, column) if profiled else None
     limits = None
     if noise is not None:
-        note = f"{note} {text('chart.noise_note', rank=noise.rank, floor=noise_share(noise))}"
-        mean = float(frame.loc[frame["rank"] == noise.rank, "value"].mean()) / unit.factor
-        limits = (mean * max(0.0, 1 - noise.floor), mean * (1 + noise.floor))
+        lowest = int(frame["rank"].min())
+        note = f"{note} {text('chart.noise_note', rank=lowest, floor=noise_share(noise))}"
+        mean = float(frame.loc[frame["rank"] == lowest, "value"].mean()) / unit.factor
+        limits = (mean / (1 + noise.floor), mean * (1 + noise.floor))
     scaled = frame.assign(value=frame["value"] / unit.factor)
     dot = text("chart.repeat" if profiled else "chart.seed")
     y_title = text(f"chart.{key}.y", unit=unit.name)
@@ -98,7 +101,7 @@ def _cost_chart(
 
 def trade_off_figures(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> Figures:
     """Held-out loss against peak memory, of the GPU where there is one, and against runtime."""
-    kind, peak = ("gpu", "gpu_allocated_peak_bytes") if has_gpu(evidence) else ("cpu", "rss_peak_bytes")
+    kind, peak = ("gpu", "gpu_allocated_peak_bytes") if has_gpu(evidence) else ("cpu", "cpu_peak_bytes")
     known = table.dropna(subset=["eval_loss"])
     known = known.assign(chosen=known["candidate"] == (verdict or {}).get("candidate"))
     return [

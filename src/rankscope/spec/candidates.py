@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationInfo
 
 CONTROL = "control"  # name of the profile that measures the first candidate once more, for the noise of every cost
 
+TIME = "time"  # name of the profile that has the times of all of them, side by side
+
 
 AllLinear = Literal["all-linear", "all-linear+experts"]
 """Values of adapter.target_modules that are no names: see `rankscope.lora.targets`."""

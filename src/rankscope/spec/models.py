@@ -298,16 +298,18 @@ class TrainingSpec(Frozen):
 
 
 class MeasureSpec(Frozen):
-    """Measurement of each candidate's cost: alone, in fresh processes."""
+    """Measurement of each candidate's cost: memory alone, in fresh processes; time in one, in which they take turns."""
 
     profiles: bool = True
     """Whether to measure memory and time."""
     repeats: Count = 2
-    """Fresh processes per candidate, interleaved with those of the others."""
+    """Fresh processes per candidate that measure its memory, interleaved with those of the others."""
     warmup_steps: int = Field(default=2, ge=0)
     """Steps before the measured ones."""
     steps: Count = 8
-    """Measured steps, on batches spread evenly over the schedule."""
+    """Steps of each of these processes, on batches spread evenly over the schedule."""
+    rounds: Count = 24
+    """Least number of steps of each candidate that are timed, side by side with the others'; see docs/method.md."""
     forgetting: str | None = Field(default=None, min_length=1)
     """General text for the loss before and after training: a .txt file, or data with a `text` column."""
     forgetting_rows: Count = 64

@@ -9,8 +9,9 @@ NAME/
   reference/full-lr2e-5-s0/   full fine-tuning: the same files without weights, and job.json, log.txt
   packs/division.json         which trials train together
   packs/p000/                 pack.json, job.json, log.txt; checkpoints/ until it has ended
-  profiles/r008.json          time and memory of each repeat of a rank's profile, with samples
+  profiles/r008.json          memory of each repeat of a rank's profile, with samples
   profiles/control.json       second profile of the lowest rank: the noise of every cost
+  profiles/time.json          time of all of them, side by side
   profiles/again/             the same files while `run --remeasure` measures all costs anew
   rows/                       job.json, log.txt of evaluations on evaluation rows that were added
   failures.json               profiles and answers that did not finish when they were last tried, and why
@@ -32,7 +33,7 @@ from typing import Any, NamedTuple, Self
 
 from rankscope import __version__, files
 from rankscope.errors import StudyDirectoryError, StudyError
-from rankscope.spec.candidates import CONTROL, AnyTrial, Candidate, FullTrial, Trial
+from rankscope.spec.candidates import CONTROL, TIME, AnyTrial, Candidate, FullTrial, Trial
 from rankscope.spec.models import StudySpec
 from rankscope.spec.resolve import LOG, resolve_spec, write_yaml
 from rankscope.study import records
@@ -165,15 +166,17 @@ class StudyFolder:
         return self.file(AGAIN if again else "profiles", f"{name}.json")
 
     def profile_repeats(self, name: str, again: bool = False) -> list[dict[str, Any]]:
-        """Repeats measured so far (`rankscope.measure.profile.profile_candidate`), with the number of their session."""
+        """Repeats measured so far (`rankscope.measure.profile.profile_candidate`); those of `TIME` are
+        `rankscope.measure.timing.time_candidates`."""
         record = records.ProfileRecord.find(self.profile_file(name, again))
         return record.repeats if record else []
 
     def whole_repeats(self, name: str, again: bool = False) -> list[dict[str, Any]]:
         """`profile_repeats`, checked to be complete. Raises DamagedError: a repeat is incomplete."""
         repeats = self.profile_repeats(name, again)
+        kind = records.TimeRepeat if name == TIME else records.Repeat
         for repeat in repeats:
-            records.Repeat.of(repeat, self.profile_file(name, again))
+            kind.of(repeat, self.profile_file(name, again))
         return repeats
 
     def failures(self) -> dict[str, records.Failure]:
@@ -368,6 +371,7 @@ class StudyFolder:
         measure = self.spec.measure
         profiled = self.spec.profiled() if measure.profiles else ()
         done = {name: len(self.profile_repeats(name)) >= measure.repeats for name in profiled}
+        done[TIME] = not measure.profiles
         done[ANSWERS] = not measure.answers or not self.unanswered()
         return {name: failure for name, failure in self.failures().items() if not done.get(name, True)}
 

@@ -1,13 +1,16 @@
 """Trials and profiles that a study still lacks."""
 
 import random
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from rankscope.spec.candidates import CONTROL, AnyTrial, FullTrial, Trial
-from rankscope.spec.models import StudySpec
+from rankscope.spec.candidates import CONTROL, TIME, AnyTrial, FullTrial, Trial
+from rankscope.spec.models import MeasureSpec, StudySpec
 from rankscope.study.folder import AGAIN, FINISHED, StudyFolder
 
 START_SECONDS = 6.0  # of a job's process: Python, libraries and a small model, on two cores
+
+TURN_STEPS = 1.5  # time of a step and the evaluation after it, in steps, where candidates take turns
 
 
 def unfinished(study: StudyFolder) -> list[AnyTrial]:
@@ -16,11 +19,11 @@ def unfinished(study: StudyFolder) -> list[AnyTrial]:
 
 
 class ProfileJob(NamedTuple):
-    """One repeat of a profile of `StudyFolder.profiled`."""
+    """One repeat of a profile of `StudyFolder.profiled`, or of `TIME`, which times its members side by side."""
 
     profile: str
     repeat: int
-    session: int = 0
+    members: tuple[str, ...] = ()  # by profile name, the control first
 
 
 def missing_trials(study: StudyFolder) -> list[Trial]:
@@ -63,25 +66,38 @@ def missing_reference(study: StudyFolder) -> list[FullTrial]:
 
 
 def missing_profiles(spec: StudySpec, study: StudyFolder | None, again: bool = False) -> list[ProfileJob]:
-    """Repeats not yet measured: repeat by repeat, in each all candidates and the control in a random order.
+    """Repeats not yet measured: of memory, repeat by repeat all candidates and the control in a random order; then of
+    time, for those that have none yet, beside the control.
 
-    They are interleaved, so that a drift of the machine does not look like an effect of rank. What is added when the
-    control has all its repeats is measured in a new session, with as many more repeats of the control. The order of one
-    study is always the same. With `again` the repeats are those of `StudyFolder.profiled(again=True)`.
+    The order of one study is always the same. With `again` the repeats are those of `StudyFolder.profiled(again=True)`.
     """
     if not spec.measure.profiles:
         return []
-    found = {name: study.profile_repeats(name, again) if study else [] for name in spec.profiled()}
-    sessions = {name: [int(repeat.get("session", 0)) for repeat in repeats] for name, repeats in found.items()}
-    session = max((number for numbers in sessions.values() for number in numbers), default=0)
-    tried = study.failures() if study else {}
-    added = [name for name, numbers in sessions.items() if name != CONTROL and not numbers and name not in tried]
-    if added and sessions[CONTROL].count(session) >= spec.measure.repeats:
-        session += 1
-    done = {name: len(numbers) for name, numbers in sessions.items()}
-    done[CONTROL] = sessions[CONTROL].count(session)
+    done = {name: len(study.profile_repeats(name, again)) if study else 0 for name in spec.profiled()}
     jobs = []
     for repeat in range(spec.measure.repeats):
         order = random.Random(repeat).sample(list(done), len(done))
-        jobs += [ProfileJob(name, repeat, session) for name in order if repeat >= done[name]]
-    return jobs
+        jobs += [ProfileJob(name, repeat) for name in order if repeat >= done[name]]
+    return jobs + [ProfileJob(TIME, 0, (CONTROL, *names)) for names in _untimed(spec, study, again) if names]
+
+
+def _untimed(spec: StudySpec, study: StudyFolder | None, again: bool) -> list[list[str]]:
+    """Names of the profiles without a time: those that can be packed, and those that cannot."""
+    timed = {name for one in (study.profile_repeats(TIME, again) if study else []) for name in one["summaries"]}
+    names = {name: candidate for name, candidate in spec.profiled().items() if name != CONTROL and name not in timed}
+    if study and all(_has_old_times(study.profile_repeats(name, again)) for name in names):
+        return []
+    return [[name for name, candidate in names.items() if candidate.packable == packable] for packable in (True, False)]
+
+
+def _has_old_times(repeats: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a version that timed each candidate by itself has measured them."""
+    return bool(repeats) and all("runtime_seconds" in repeat.get("summary", {}) for repeat in repeats)
+
+
+def profile_seconds(measure: MeasureSpec, job: ProfileJob, steps: Mapping[str, float]) -> float:
+    """Seconds of one repeat of a profile, from those of a step by profile name."""
+    if job.members:
+        turns = (measure.warmup_steps + measure.rounds) * TURN_STEPS
+        return START_SECONDS + turns * sum(steps[name] for name in job.members)
+    return START_SECONDS + (measure.warmup_steps + measure.steps) * steps[job.profile]

@@ -189,7 +189,8 @@ class LogEntry(Record):
 
 
 class ProfileRecord(Record):
-    """profiles/NAME.json, with the repeats of `rankscope.measure.profile.profile_candidate`."""
+    """profiles/NAME.json, with the repeats of `rankscope.measure.profile.profile_candidate`; profiles/time.json, with
+    those of `rankscope.measure.timing.time_candidates`."""
 
     schema_version: ClassVar[int] = 2
 
@@ -202,10 +203,6 @@ class Summary(Record):
     __pydantic_extra__: dict[str, Number]
 
     steps: int
-    step_seconds_median: float
-    step_seconds_mean: float
-    tokens_per_second: float
-    runtime_seconds: float
     load_seconds: float
     rss_base_bytes: Number
     rss_mean_bytes: Number
@@ -227,7 +224,35 @@ class Samples(Record):
 class Repeat(Record):
     summary: Summary
     samples: Samples
-    session: int = 0  # repeats of one session were measured side by side, with the control's among them
+
+
+BUSY_PRESSURE = 0.1
+"""Share of the time in which a program of the machine waited for a processor, from which on measured seconds are those
+of a busy machine."""
+
+
+class Times(Record):
+    __pydantic_extra__: dict[str, Number]
+
+    rounds: int
+    step_ratio: float
+    step_ratio_se: float
+    runtime_ratio: float
+    runtime_ratio_se: float
+    step_seconds_median: float
+    step_seconds_mean: float
+    tokens_per_second: float
+    runtime_seconds: float
+
+
+class TimeRepeat(Record):
+    """Candidates timed side by side in one process, with the control among them."""
+
+    engine: str
+    control: str  # candidate that the control is, once more
+    clock: str  # wall or cpu: what ratios are of
+    cpu_pressure: Number
+    summaries: dict[str, Times]
 
 
 class AnswersRecord(Record):

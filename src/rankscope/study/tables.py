@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from rankscope.files import corrupt_on_error
-from rankscope.spec.candidates import CONTROL, FULL, AnyTrial, Candidate, Trial
+from rankscope.spec.candidates import CONTROL, FULL, TIME, AnyTrial, Candidate, Trial
 from rankscope.study.folder import StudyFolder
 from rankscope.study.metrics import FIELDS, Steps, read_steps
 from rankscope.study.records import TrialResults
@@ -123,30 +123,56 @@ def _repeated(trials: Sequence[AnyTrial], counts: np.ndarray) -> dict[str, Any]:
 
 
 def profiles(study: StudyFolder) -> pd.DataFrame:
-    """One row per repeat of a candidate's profile: `candidate variant rank learning_rate repeat session control` and
-    the columns of `rankscope.measure.profile.profile_candidate`'s summary; empty where nothing was profiled.
+    """One row per repeat of a candidate's profile: `candidate variant rank learning_rate repeat control`, the columns
+    of `rankscope.measure.profile.profile_candidate`'s summary, and those of `times`, the same in each repeat; empty
+    where nothing was profiled.
 
     A rank is profiled once, so that its learning rates and alphas have the same numbers. Rows with `control` are the
-    second profile of one candidate, the study's first, which differs from the first by noise alone. What was added to a
-    study was measured in a later `session`, beside more repeats of the control.
+    second profile of one candidate, the study's first, which differs from the first by noise alone.
     """
+    timed = times(study)
     rows = [
         candidate_identity(candidate)
-        | {"repeat": number, "session": repeat.get("session", 0), "control": name == CONTROL, **repeat["summary"]}
+        | {"repeat": number, "control": name == CONTROL, **repeat["summary"], **timed.get(name, {})}
         for name, measured in study.profiled().items()
         for candidate in study.spec.candidates()
         if candidate == measured or candidate.profile_name == name
         for number, repeat in enumerate(study.whole_repeats(name))
     ]
     frame = pd.DataFrame(rows)
+    if rows:  # not timed yet, or in vain
+        frame[[name for name in (*BY_RATIO, *OF_STEPS) if name not in frame]] = np.nan
     numbers = [name for name in frame if str(name).endswith(("_bytes", "_per_token"))]  # None without a GPU
     return frame.astype(dict.fromkeys(numbers, "float64"))
 
 
+BY_RATIO = {"step_seconds_median": "step_ratio", "step_seconds_mean": "step_ratio", "runtime_seconds": "runtime_ratio"}
+"""Seconds of `times`, and the ratio that gives them."""
+
+OF_STEPS = ("step_seconds_p10", "step_seconds_p90", "tokens_per_second")
+
+
+def times(study: StudyFolder) -> dict[str, dict[str, Any]]:
+    """Time of each candidate and the control, by profile name: the columns of `rankscope.measure.timing.summarise`. Its
+    seconds are the control's, times the ratio: candidates that were timed later, beside the control once more, stay
+    comparable on a machine whose speed has changed."""
+    found: dict[str, dict[str, Any]] = {}
+    controls: dict[str, dict[str, Any]] = {}
+    for session in study.whole_repeats(TIME):
+        own = session["summaries"]
+        first = controls.setdefault(session["control"], own[CONTROL])
+        for name, summary in own.items():
+            seconds = {column: first[column] * summary[ratio] for column, ratio in BY_RATIO.items()}
+            rate = {"tokens_per_second": first["tokens_per_second"] / summary["step_ratio"]}
+            found.setdefault(name, summary | seconds | rate)
+    return found
+
+
 def samples(study: StudyFolder) -> pd.DataFrame:
     """One row per memory sample: `candidate variant rank learning_rate repeat phase step seconds rss_bytes
-    gpu_allocated_bytes gpu_reserved_bytes gpu_nvml_bytes` (`phase`: load, warmup, train or eval; GPU columns are
-    NaN without one). Each rank has the samples of the candidate that was measured, without the control's."""
+    private_bytes mapped_bytes gpu_allocated_bytes gpu_reserved_bytes gpu_nvml_bytes` (`phase`: load, warmup, train or
+    eval; GPU columns are NaN without one). Each rank has the samples of the candidate that was measured, without the
+    control's."""
     frames = []
     for name, candidate in study.profiled().items():
         for number, repeat in enumerate([] if name == CONTROL else study.whole_repeats(name)):

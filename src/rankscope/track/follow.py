@@ -17,6 +17,7 @@ from rankscope.errors import DamagedError
 from rankscope.files import JsonlTail, corrupt_on_error, read_json, write_json
 from rankscope.spec.candidates import AnyTrial, Trial
 from rankscope.study.folder import NOT_ENDED, SCHEMA, StudyFolder
+from rankscope.study.tables import times
 from rankscope.track import PROFILE_STEP, RANK, STEP, Point, Run, Tracker
 
 GB = 1e9
@@ -109,9 +110,10 @@ class TrackerSync:
         if not isinstance(trial, Trial):
             return []
         repeats, spec = self.study.profile_repeats(trial.candidate.profile_name), self.study.spec
-        if len(repeats) < spec.measure.repeats:
+        timed = times(self.study).get(trial.candidate.profile_name, {})
+        if len(repeats) < spec.measure.repeats or "runtime_seconds" not in repeats[0]["summary"] | timed:
             return []
-        found = costs(repeats, spec.training.effective_batch_size)
+        found = costs(repeats, timed, spec.training.effective_batch_size)
         return [*memory_points(repeats), Point(RANK, trial.candidate.rank, found)]
 
 
@@ -140,13 +142,14 @@ def memory_points(repeats: Sequence[Mapping[str, Any]]) -> list[Point]:
     ]
 
 
-def costs(repeats: Sequence[Mapping[str, Any]], examples: int) -> dict[str, float]:
+def costs(repeats: Sequence[Mapping[str, Any]], timed: Mapping[str, Any], examples: int) -> dict[str, float]:
     """Return the cost of a rank alone, for steps of `examples` examples; GPU figures only where there is a GPU. They
-    are means over repeats, and for peaks the highest. Memory of training is in GB (1e9 bytes); `train_runtime`, of the
-    whole schedule, in seconds."""
-    summaries = [repeat["summary"] for repeat in repeats]
+    are means over repeats, and for peaks the highest, or `timed` side by side with the other ranks'. Memory of training
+    is in GB (1e9 bytes); `train_runtime`, of the whole schedule, in seconds."""
+    summaries = [repeat["summary"] | dict(timed) for repeat in repeats]
     found: dict[str, float] = {}
-    for name, column in (("cpu", "rss"), ("gpu", "gpu_allocated")):
+    cpu = "private" if all(summary.get("private_mean_bytes") is not None for summary in summaries) else "rss"
+    for name, column in (("cpu", cpu), ("gpu", "gpu_allocated")):
         if all(summary[f"{column}_mean_bytes"] is not None for summary in summaries):
             found[f"average_{name}_memory_gb"] = fmean(summary[f"{column}_mean_bytes"] for summary in summaries) / GB
             found[f"peak_{name}_memory_gb"] = max(summary[f"{column}_peak_bytes"] for summary in summaries) / GB

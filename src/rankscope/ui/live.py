@@ -5,7 +5,7 @@
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +13,9 @@ import psutil
 
 from rankscope.data.batches import total_steps
 from rankscope.files import JsonlTail, corrupt_on_error
-from rankscope.spec.candidates import AnyTrial, Trial
+from rankscope.spec.candidates import TIME, AnyTrial, Trial
 from rankscope.study.folder import AGAIN, FINISHED, NOT_ENDED, StudyFolder
-from rankscope.study.missing import START_SECONDS, missing_profiles
+from rankscope.study.missing import ProfileJob, missing_profiles, profile_seconds
 from rankscope.study.question import Holder
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import loss
@@ -99,9 +99,11 @@ class LiveStudy:
         self._read_tails(statuses)
         self._began = began = _modified(study.file(".lock-holder")) or self._began
         training = self._training(statuses, began)
-        names, again = study.spec.profiled() if study.spec.measure.profiles else (), study.file(AGAIN).exists()
+        names = (*study.spec.profiled(), TIME) if study.spec.measure.profiles else ()
+        again = study.file(AGAIN).exists()
         measured = sum(len(study.profile_repeats(name, again)) for name in names)
-        profiles = measured + len(missing_profiles(study.spec, study, again))
+        missing = missing_profiles(study.spec, study, again)
+        profiles = measured + len(missing)
         return State(
             doing=self._doing(statuses, training, measured < profiles, holder is not None, began),
             training={name: [self._trial(one, statuses) for one in members] for name, members in training.items()},
@@ -112,7 +114,7 @@ class LiveStudy:
             profile=self._profile(began),
             profiles_done=measured,
             profiles=profiles,
-            seconds_left=self._seconds_left(statuses, profiles - measured, max(1, len(training))),
+            seconds_left=self._seconds_left(statuses, missing, max(1, len(training))),
             rss_bytes=_rss(holder),
         )
 
@@ -192,28 +194,25 @@ class LiveStudy:
         recorded = [_modified(self.study.profile_file(name, again)) for again in (False, True)] if name else []
         return name if name and jobs[name] >= max(began, *recorded) else None
 
-    def _seconds_left(self, statuses: Mapping[str, str], profiles: int, devices: int) -> float | None:
-        """Predicted time of the steps left, divided among the devices in use, and of the profiles left. Both are scaled
-        by how much longer the steps so far took than predicted."""
-        known = self.study.prediction.get("candidates", {})
+    def _seconds_left(self, statuses: Mapping[str, str], jobs: Sequence[ProfileJob], devices: int) -> float | None:
+        """Predicted time of the steps and evaluations left, divided among the devices in use, and of the profiles left.
+        Both are scaled by how much longer the steps so far took than predicted."""
+        known, spec = self.study.prediction.get("candidates", {}), self.study.spec
         predicted = {name: found["runtime_seconds"] for name, found in known.items()}
         if not predicted or None in predicted.values():
             return None
+        steps = {name: found["step_seconds"] for name, found in known.items()}
         taken = expected = left = 0.0
         for members in self.study.division().packs.values():
             for trial in members:
                 share = self._tails[trial.name].step / self.steps
-                expected += predicted[trial.candidate.name] * share
+                expected += steps[trial.candidate.name] * self._tails[trial.name].step
                 if statuses[trial.name] not in FINISHED:
                     left += predicted[trial.candidate.name] * (1 - share)
             taken += max(self._tails[trial.name].seconds for trial in members)
-        left /= devices
-        measure = self.study.spec.measure
-        runtimes = [predicted[candidate.name] for candidate in self.study.spec.profiled().values()]
-        if runtimes:
-            share = (measure.warmup_steps + measure.steps) / self.steps
-            left += profiles * (START_SECONDS + sum(runtimes) / len(runtimes) * share)
-        return left * (taken / expected if expected and taken else 1.0)
+        slower = taken / expected if expected and taken else 1.0
+        own = {name: steps[candidate.name] * slower for name, candidate in spec.profiled().items()}
+        return left * slower / devices + sum(profile_seconds(spec.measure, job, own) for job in jobs)
 
 
 def trial_rows(trials: list[TrialState], steps: int, text: Catalogue) -> list[list[str]]:

@@ -1,0 +1,248 @@
+"""Time of all candidates, measured in one process in which they take turns on the same batches.
+
+A machine's speed drifts, and other programs take it in bursts. Within a round all candidates and the control meet the
+same machine and the same batch, so the ratio of a candidate's time to the control's holds where seconds do not.
+"""
+
+import math
+import random
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from rankscope.data.batches import total_steps
+from rankscope.data.tokens import TokenizedData, Tokens
+from rankscope.model.device import synchronize
+from rankscope.model.load import load_model
+from rankscope.spec.candidates import CONTROL, Candidate, Trial
+from rankscope.spec.models import StudySpec
+from rankscope.study.records import BUSY_PRESSURE
+from rankscope.train.engine import EVAL_TOKENS, Engine
+from rankscope.train.loop import choose_engine
+from rankscope.train.step import TrainState, batch_at, eval_steps, make_train_state, train_step
+
+RATIO_WIDTH = 0.02  # of a ratio's 95% interval, from which on more rounds are not worth their time
+
+MAX_EXTRA_SECONDS = 120.0  # for rounds beyond `measure.rounds`
+
+MAD_TO_MEDIAN_SE = 1.4826 * math.sqrt(math.pi / 2)
+"""Standard error of a median, over the median absolute deviation and the root of the count: of normal values, and no
+more than that of others' centre; outliers, which other programs cause, do not count."""
+
+
+class Turn(NamedTuple):
+    """Seconds of one candidate in one round."""
+
+    step: float
+    evaluation: float
+    step_cpu: float  # processor time, of all threads
+    evaluation_cpu: float
+
+
+class Rounds(NamedTuple):
+    """Measurements of one process."""
+
+    turns: list[dict[str, Turn]]  # of each candidate, by round
+    tokens: list[int]  # of each round's batch
+    first_step_seconds: float  # of the first step of all, which is slower
+    cpu_pressure: float | None = None  # share of the time in which a program here waited for a processor
+    on_cpu: bool = True  # whether the steps are the processor's own work, and not a GPU's
+
+    @property
+    def clock(self) -> str:
+        """What candidates are compared by: `wall` time, or `cpu` time where others take their share of the wall's."""
+        return "cpu" if self.on_cpu and (self.cpu_pressure or 0.0) > BUSY_PRESSURE else "wall"
+
+    def compared(self, name: str, field: str) -> np.ndarray:
+        """Seconds of one candidate by `clock`, (rounds,)."""
+        return self.seconds(name, f"{field}_cpu" if self.clock == "cpu" else field)
+
+    def seconds(self, name: str, field: str) -> np.ndarray:
+        """Seconds of one candidate, (rounds,)."""
+        return np.array([getattr(turns[name], field) for turns in self.turns])
+
+
+def time_candidates(spec: StudySpec, candidates: Mapping[str, Candidate], data: TokenizedData) -> dict[str, Any]:
+    """Time each of `candidates`, by profile name, over one base model; one is `CONTROL`, which ratios are to.
+
+    Returns {"seconds": {column: {name: [...]}}, "tokens": [...], "summaries": {name: {column: number}}, ...} with one
+    number a round in each list. See `summarise` for the summaries.
+    """
+    model = load_model(spec.model)
+    steps = total_steps(spec.training, len(data.train))
+    trials = {name: Trial(candidate=_own(name, one), seed=spec.seeds[0]) for name, one in candidates.items()}
+    states = {
+        name: make_train_state(model, trial, spec.training, steps, spec.model.id) for name, trial in trials.items()
+    }
+    engine = choose_engine(model, list(states.values()), spec.training).engine
+    held_out = first_examples(data.eval, min(EVAL_TOKENS, engine.tokens_per_forward))
+    rounds = take_turns(spec, states, engine, data.train, held_out)
+    control, training = trials[CONTROL], spec.training
+    work = Work(
+        tokens=sum(
+            int(data.train.lengths[batch_at(control, data.train, training, step)].sum()) for step in range(steps)
+        ),
+        evaluated=int(data.eval.offsets[-1]) * (1 + len(eval_steps(training, steps))),
+        evaluated_a_round=int(held_out.offsets[-1]),
+    )
+    return {
+        "seconds": {field: {name: rounds.seconds(name, field).tolist() for name in states} for field in Turn._fields},
+        "tokens": rounds.tokens,
+        "engine": engine.name,
+        "control": candidates[CONTROL].name,
+        "clock": rounds.clock,
+        "cpu_pressure": rounds.cpu_pressure,
+        "summaries": {name: summarise(rounds, name, work) for name in states},
+    }
+
+
+def take_turns(
+    spec: StudySpec, states: Mapping[str, TrainState], engine: Engine, tokens: Tokens, held_out: Tokens
+) -> Rounds:
+    """Rounds in which all trials, in random order, take the same step of the schedule and evaluate `held_out`.
+
+    `measure.warmup_steps` do not count. Then there are `measure.rounds`, and more until no ratio to the control's has
+    an interval wider than `RATIO_WIDTH`, for `MAX_EXTRA_SECONDS` at most.
+    """
+    steps, shuffle, measure = total_steps(spec.training, len(tokens)), random.Random(spec.seeds[0]), spec.measure
+    rounds, end = Rounds([], [], 0.0, on_cpu=engine.model.device.type == "cpu"), math.inf
+    began, stalled = time.perf_counter(), stalled_seconds()
+    for number in range(-measure.warmup_steps, MOST_ROUNDS):
+        if number == measure.rounds:
+            end = time.perf_counter() + MAX_EXTRA_SECONDS
+        rounds = rounds._replace(cpu_pressure=_pressure(began, stalled))
+        if number >= measure.rounds and (time.perf_counter() > end or _narrow(rounds)):
+            break
+        step, turns, trained = int(steps * (number * GOLDEN % 1)), {}, 0
+        for name in shuffle.sample(list(states), len(states)):
+            turns[name], trained = _turn(engine, states[name], spec, tokens, step, held_out)
+            rounds = rounds._replace(first_step_seconds=rounds.first_step_seconds or turns[name].step)
+        if number >= 0:
+            rounds.turns.append(turns)
+            rounds.tokens.append(trained)
+    return rounds
+
+
+MOST_ROUNDS = 1000
+
+GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, are spread evenly over a schedule however many there are
+
+
+def _own(name: str, candidate: Candidate) -> Candidate:
+    """The control under a name of its own: it is one of the candidates once more."""
+    return candidate.model_copy(update={"alpha_in_name": not candidate.alpha_in_name}) if name == CONTROL else candidate
+
+
+def _turn(
+    engine: Engine, state: TrainState, spec: StudySpec, tokens: Tokens, step: int, held_out: Tokens
+) -> tuple[Turn, int]:
+    """Seconds of one candidate's turn, and the tokens of its step."""
+    device = engine.model.device
+    start, cpu = time.perf_counter(), time.process_time()
+    (metrics,) = train_step(engine, [state], tokens, spec.training, step)
+    synchronize(device)
+    trained, trained_cpu = time.perf_counter(), time.process_time()
+    engine.evaluate(held_out, [state.trial.name])
+    evaluated, evaluated_cpu = time.perf_counter() - trained, time.process_time() - trained_cpu
+    return Turn(trained - start, evaluated, trained_cpu - cpu, evaluated_cpu), metrics.tokens
+
+
+def first_examples(tokens: Tokens, count: int) -> Tokens:
+    """First examples with at most `count` tokens together, at least one."""
+    examples = max(1, int((tokens.offsets[1:] <= count).sum()))
+    return Tokens.from_examples([tokens[number] for number in range(examples)])
+
+
+def _narrow(rounds: Rounds) -> bool:
+    if len(rounds.turns) < 2:
+        return False
+    reach = stats.t.ppf(0.975, len(rounds.turns) - 1)
+    return bool(2 * reach * max(step_ratio(rounds, name).se for name in rounds.turns[0]) < RATIO_WIDTH)
+
+
+class Ratio(NamedTuple):
+    """Median of paired ratios."""
+
+    ratio: float
+    se: float  # standard error of the ratio's logarithm
+
+
+def median_ratio(seconds: np.ndarray, control: np.ndarray) -> Ratio:
+    """Ratio of two series of seconds, each (rounds,), that were measured side by side."""
+    logs = np.log(seconds / control)
+    middle = float(np.median(logs))
+    spread = float(np.median(np.abs(logs - middle)))
+    return Ratio(math.exp(middle), MAD_TO_MEDIAN_SE * spread / math.sqrt(len(logs)))
+
+
+def step_ratio(rounds: Rounds, name: str) -> Ratio:
+    return median_ratio(rounds.compared(name, "step"), rounds.compared(CONTROL, "step"))
+
+
+class Work(NamedTuple):
+    """Tokens of a whole schedule, and of what a round evaluates."""
+
+    tokens: int
+    evaluated: int  # by all evaluations
+    evaluated_a_round: int
+
+
+def summarise(rounds: Rounds, name: str, work: Work) -> dict[str, float | None]:
+    """Summary of a candidate's time.
+
+    - `step_ratio step_ratio_se`: a step's time by `Rounds.clock` over the control's on the same batch, the median over
+      rounds, and the standard error of its logarithm; `runtime_ratio runtime_ratio_se` the same of a whole schedule's
+      steps and evaluations; `cpu_ratio` of a step's processor time, whatever the clock
+    - `step_seconds_median tokens_per_second runtime_seconds`: the control's median, times the ratio. `runtime_seconds`
+      is of a whole schedule trained alone: by tokens, with its evaluations and the first step's excess
+    - `step_seconds_p10 step_seconds_p90 step_cpu_seconds`: percentiles of the candidate's own steps, and the median of
+      their processor time
+    - `rounds cpu_pressure`: see `Rounds`
+    """
+    tokens = np.array(rounds.tokens)
+
+    def schedule(of: str, seconds: Callable[[str, str], np.ndarray] = rounds.compared) -> np.ndarray:
+        evaluated = seconds(of, "evaluation") / work.evaluated_a_round * work.evaluated
+        total: np.ndarray = evaluated + seconds(of, "step") / tokens * work.tokens
+        return total
+
+    step, runtime = step_ratio(rounds, name), median_ratio(schedule(name), schedule(CONTROL))
+    per_token = float(np.median(rounds.seconds(CONTROL, "step") / tokens)) * step.ratio
+    low, high = np.percentile(rounds.seconds(name, "step"), (10, 90))
+    excess = max(0.0, rounds.first_step_seconds - per_token * float(tokens.mean()))
+    cpu = median_ratio(rounds.seconds(name, "step_cpu"), rounds.seconds(CONTROL, "step_cpu"))
+    return {
+        "rounds": len(rounds.turns),
+        "step_ratio": step.ratio,
+        "step_ratio_se": step.se,
+        "runtime_ratio": runtime.ratio,
+        "runtime_ratio_se": runtime.se,
+        "cpu_ratio": cpu.ratio,
+        "step_seconds_median": float(np.median(rounds.seconds(CONTROL, "step"))) * step.ratio,
+        "step_seconds_mean": per_token * float(tokens.mean()),
+        "step_seconds_p10": float(low),
+        "step_seconds_p90": float(high),
+        "step_cpu_seconds": float(np.median(rounds.seconds(name, "step_cpu"))),
+        "tokens_per_second": 1 / per_token,
+        "runtime_seconds": excess + float(np.median(schedule(CONTROL, rounds.seconds))) * runtime.ratio,
+        "cpu_pressure": rounds.cpu_pressure,
+    }
+
+
+def _pressure(began: float, stalled: float | None) -> float | None:
+    waited = stalled_seconds()
+    return None if stalled is None or waited is None else (waited - stalled) / (time.perf_counter() - began)
+
+
+def stalled_seconds() -> float | None:
+    """Time in which any program of this machine waited for a processor, since boot; None where the system does not
+    count it (Linux: https://docs.kernel.org/accounting/psi.html)."""
+    try:
+        some = Path("/proc/pressure/cpu").read_text().splitlines()[0]
+    except (OSError, IndexError):
+        return None
+    return int(some.rpartition("total=")[2]) / 1e6
