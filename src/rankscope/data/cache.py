@@ -54,7 +54,7 @@ def prepare_cached(spec: DataSpec, tokenizer: Tokenizer, vocab_size: int) -> Tok
 
 def _check_columns(spec: DataSpec, *read: Records | None) -> None:
     """Raise DataError where no source has the columns that the study names; of several, one may have others."""
-    layouts = [layout for records in read if records for own in records.layouts.values() for layout in own]
+    layouts = [layout for records in read if records for _, layout in records.parts]
     if spec.columns and not any({*layout.columns.values()} & {*spec.columns.values()} for layout in layouts):
         what = f"{spec.name}: no source has a column {listed(spec.columns.values())}, which data.columns names"
         raise DataError(what, "Correct data.columns (--columns OURS=THEIRS).")

@@ -13,16 +13,16 @@ and an error can name the line. Nothing from a file is ever executed.
 
 import csv
 import gzip
-import io
 import json
+import re
 import sys
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path, PurePath
-from typing import IO, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from rankscope.errors import DataError, shortened
 
@@ -31,9 +31,9 @@ Numbered: TypeAlias = tuple[int | None, Any]  # line, from 1, on which a row sta
 TEXT_TYPES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 FILE_TYPES = (*TEXT_TYPES, ".parquet", ".arrow")
 _GZIP, _LFS = b"\x1f\x8b", b"version https://git-lfs"
-_UNREADABLE = (OSError, EOFError, zlib.error)
 _BATCH_ROWS = 256  # rows of Parquet or Arrow in Python at a time
 _BUFFER_BYTES = 1 << 20  # of a Parquet file, for each column
+_CARRIAGE_RETURN = re.compile(r"(?<=\r)(?!\n)")  # by which some spreadsheets end a row
 
 
 def file_type(path: PurePath) -> str:
@@ -65,16 +65,14 @@ def file_part(path: Path, name: str | None = None) -> Part:
         what = f"{name}: unknown file type {suffix or '(no suffix)'}"
         raise DataError(what, f"Name it by what it holds: {', '.join(FILE_TYPES)} (text may be gzipped).")
     if suffix in (".parquet", ".arrow"):
-        table = partial(_parquet if suffix == ".parquet" else _arrow, path, name)
-        return Part(name, lambda wanted: _table_rows(table(), wanted), lambda: _table_columns(table()))
+        return Part(name, partial(_table_rows, path, name), partial(_table_columns, path, name))
     read = _csv_rows if suffix in (".csv", ".tsv") else _json_rows
     return Part(name, lambda wanted: _objects(name, read(path, name, wanted)))
 
 
 def read_text(path: Path, name: str | None = None) -> str:
     """Text of a file, gzipped or not. Raises DataError if it cannot be read or is not UTF-8, with the line."""
-    with _open_text(path, name or str(path)) as file:
-        return "".join(_lines(file, path, name or str(path)))
+    return "".join(_text_lines(path, name or str(path)))
 
 
 def _objects(name: str, numbered: Iterable[Numbered]) -> Iterator[Numbered]:
@@ -102,19 +100,6 @@ def kind(value: Any) -> str:
 # Text files
 
 
-def _open_text(path: Path, name: str, newline: str = "\n") -> IO[str]:
-    """Open for reading line by line; only `newline` ends a line, so that U+2028 inside text does not."""
-    return io.TextIOWrapper(_open_binary(path, name), encoding="utf-8-sig", newline=newline)
-
-
-def _open_binary(path: Path, name: str) -> Any:
-    start = _first_bytes(path, name)
-    try:
-        return gzip.open(path) if start.startswith(_GZIP) else path.open("rb")
-    except OSError as error:
-        raise _unreadable(name, error) from None
-
-
 def _first_bytes(path: Path, name: str) -> bytes:
     """Beginning of a file. Raises DataError if it cannot be read, or is a pointer to another one."""
     try:
@@ -132,72 +117,55 @@ def _unreadable(name: str, error: Exception) -> DataError:
     return DataError(f"{name}: cannot be read: {error}", "Check the file, or fetch it again.")
 
 
-def _lines(file: IO[str], path: Path, name: str) -> Iterator[str]:
+def _text_lines(path: Path, name: str) -> Iterator[str]:
+    """Lines of a file, gzipped or not, with their ends: line feeds alone, so that U+2028 stays inside a text."""
+    start = _first_bytes(path, name)
     try:
-        yield from file
-    except UnicodeDecodeError:
-        raise _not_utf8(path, name) from None
-    except _UNREADABLE as error:
-        raise _unreadable(name, error) from None
-
-
-def _not_utf8(path: Path, name: str) -> DataError:
-    try:
-        with _open_binary(path, name) as binary:
-            for number, line in enumerate(binary, start=1):
+        with gzip.open(path) if start.startswith(_GZIP) else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
                 try:
-                    line.decode("utf-8-sig")
+                    yield line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
-                    what = f"{name}, line {number}: not valid UTF-8 (byte 0x{line[error.start]:02x})"
-                    return DataError(what, "Save the file as UTF-8.")
-    except _UNREADABLE as error:
-        return _unreadable(name, error)
-    return DataError(f"{name}: not valid UTF-8", "Save the file as UTF-8.")
+                    what = f"{name}, line {number}: not valid UTF-8 (byte 0x{error.object[error.start]:02x})"
+                    raise DataError(what, "Save the file as UTF-8.") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise _unreadable(name, error) from None
 
 
 def _json_rows(path: Path, name: str, wanted: Collection[str]) -> Iterator[Numbered]:
     """Rows of JSON of any shape; the content decides, since many .json files hold one object a line."""
-    with _open_text(path, name) as file:
-        lines = _lines(file, path, name)
-        number, first = next(((number, line) for number, line in enumerate(lines, start=1) if line.strip()), (1, ""))
-        if not first:
+    lines = _text_lines(path, name)
+    first: tuple[int, Any] = (0, None)
+    rows = 0
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        if rows == 0 and line.lstrip().startswith("["):
+            yield from ((None, row) for row in _parse_json(name, "\n" * (number - 1) + line + "".join(lines)))
             return
-        if first.lstrip().startswith("["):
-            yield from ((None, row) for row in _parse_json(name, "\n" * (number - 1) + first + "".join(lines)))
-            return
+        if rows == 1:
+            yield first  # it is not alone, and so no object that holds the rows
         try:
-            value = json.loads(first)
+            row = (number, json.loads(line))
         except (ValueError, RecursionError):
-            yield from _objects_over_lines(name, number, chain([first], lines), wanted)
+            yield from _objects_over_lines(name, number, line, "".join(lines), wanted)
             return
-        second = next((line for line in enumerate(lines, start=number + 1) if line[1].strip()), None)
-        if second is None:
-            yield from _one_object(name, value, number, wanted)
-            return
-        yield number, value
-        yield from _json_lines(name, second[0], chain([second[1]], lines), wanted)
-
-
-def _json_lines(name: str, number: int, lines: Iterator[str], wanted: Collection[str]) -> Iterator[Numbered]:
-    for line in lines:
-        if content := line.strip():
-            try:
-                value = json.loads(content)
-            except (ValueError, RecursionError):
-                yield from _objects_over_lines(name, number, chain([line], lines), wanted)
-                return
-            yield number, value
-        number += 1
+        rows += 1
+        if rows == 1:
+            first = row
+        else:
+            yield row
+    if rows == 1:
+        yield from _one_object(name, first[1], first[0], wanted)
 
 
 _decoder = json.JSONDecoder()
 
 
-def _objects_over_lines(name: str, number: int, lines: Iterator[str], wanted: Collection[str]) -> Iterator[Numbered]:
-    """Objects that follow one another, over several lines or with commas between; the rest of the file is read whole.
-    If that is not what the rest is, the error is that of its first line alone, where the next one begins an object."""
-    first = next(lines)
-    text = first + "".join(lines)
+def _objects_over_lines(name: str, number: int, first: str, rest: str, wanted: Collection[str]) -> Iterator[Numbered]:
+    """Objects that follow one another from line `number` on, over several lines or with commas between. If that is not
+    what the file is, the error is that of the `first` line alone, where the next one begins an object."""
+    text = first + rest
     position, rows = 0, 0
     while True:
         while position < len(text) and text[position] in " \t\r\n,":
@@ -208,7 +176,7 @@ def _objects_over_lines(name: str, number: int, lines: Iterator[str], wanted: Co
         try:
             value, end = _decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            following = text[len(first) :].lstrip()
+            following = rest.lstrip()
             if rows == 0 and (not following or following.startswith("{")) and first.strip() != "{":
                 _parse_json(name, first.strip(), number)
             message = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
@@ -274,25 +242,24 @@ def _are_objects(value: Any) -> bool:
 def _csv_rows(path: Path, name: str, wanted: Collection[str]) -> Iterator[Numbered]:
     previous_limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses fields over 128 KiB
     try:
-        with _open_text(path, name, newline="") as file:
-            lines = _lines(file, path, name)
-            first = next((line for line in lines if line.strip() and not line.startswith("sep=")), "")  # Excel's mark
-            marks = "\t,;|" if file_type(path) == ".tsv" else ",;\t|"
-            headers = {mark: next(csv.reader([first], delimiter=mark), []) for mark in marks}
-            delimiter = max(marks, key=lambda mark: (len(set(headers[mark]) & set(wanted)), len(headers[mark])))
-            reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
-            header = next(reader, [])
-            if twice := [column for column in header if header.count(column) > 1 and column in wanted]:
-                raise DataError(f"{name}, line 1: a column is named twice: {listed(header)}", f"Rename one {twice[0]}.")
+        lines = (part for line in _text_lines(path, name) for part in _CARRIAGE_RETURN.split(line))
+        first = next((line for line in lines if line.strip() and not line.startswith("sep=")), "")  # Excel's mark
+        marks = "\t,;|" if file_type(path) == ".tsv" else ",;\t|"
+        headers = {mark: next(csv.reader([first], delimiter=mark), []) for mark in marks}
+        delimiter = max(marks, key=lambda mark: (len(set(headers[mark]) & set(wanted)), len(headers[mark])))
+        reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
+        header = next(reader, [])
+        if twice := [column for column in header if header.count(column) > 1 and column in wanted]:
+            raise DataError(f"{name}, line 1: a column is named twice: {listed(header)}", f"Rename one {twice[0]}.")
+        line = reader.line_num + 1
+        for values in reader:
+            if values and len(values) != len(header):
+                count = f"{len(values)} value" + "s" * (len(values) != 1)
+                what = f"{name}, line {line}: {count} for {len(header)} column" + "s" * (len(header) != 1)
+                raise DataError(what, f"Put text that contains {delimiter!r} in double quotes.")
+            if values:
+                yield line, {column: value for column, value in zip(header, values, strict=True) if column}
             line = reader.line_num + 1
-            for values in reader:
-                if values and len(values) != len(header):
-                    count = f"{len(values)} value" + "s" * (len(values) != 1)
-                    what = f"{name}, line {line}: {count} for {len(header)} column" + "s" * (len(header) != 1)
-                    raise DataError(what, f"Put text that contains {delimiter!r} in double quotes.")
-                if values:
-                    yield line, {column: value for column, value in zip(header, values, strict=True) if column}
-                line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{name}, line {reader.line_num}: not valid CSV: {error}", "Correct that line.") from None
     finally:
@@ -302,71 +269,50 @@ def _csv_rows(path: Path, name: str, wanted: Collection[str]) -> Iterator[Number
 # Columnar files
 
 
-class _Table(NamedTuple):
-    """An open columnar file: its columns, and batches of some of them."""
-
-    columns: tuple[str, ...]
-    batches: Callable[[list[str]], Iterable[Any]]
+def _table_columns(path: Path, name: str) -> tuple[str, ...]:
+    with _table(path, name) as (columns, _):
+        return columns
 
 
-def _table_columns(opened: AbstractContextManager[_Table]) -> tuple[str, ...]:
-    with opened as table:
-        return table.columns
-
-
-def _table_rows(opened: AbstractContextManager[_Table], wanted: Collection[str]) -> Iterator[Numbered]:
-    with opened as table:
-        for batch in table.batches([column for column in table.columns if column in wanted]):
-            yield from _batch_rows(batch)
+def _table_rows(path: Path, name: str, wanted: Collection[str]) -> Iterator[Numbered]:
+    """Rows of a Parquet or Arrow file. Fields of nested objects that are null were absent, or are of other rows."""
+    with _table(path, name) as (columns, read):
+        for batch in read([column for column in columns if column in wanted]):
+            for row in batch.to_pylist():
+                yield None, {column: _without_nulls(value) for column, value in row.items()}
 
 
 @contextmanager
-def _parquet(path: Path, name: str) -> Iterator[_Table]:
+def _table(path: Path, name: str) -> Iterator[tuple[tuple[str, ...], Callable[[list[str]], Iterable[Any]]]]:
+    """Columns of a Parquet or Arrow file, and what reads some of them in batches."""
+    import pyarrow as pa
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     _first_bytes(path, name)
-    # So a row group is read page by page: pyarrow's writer puts a million rows in one.
-    with _arrow_errors(name, "Parquet"), pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
-        read = partial(file.iter_batches, _BATCH_ROWS, use_threads=False)
-        yield _Table(tuple(file.schema_arrow.names), lambda columns: read(columns=columns))
-
-
-@contextmanager
-def _arrow_errors(name: str, what: str) -> Iterator[None]:
-    import pyarrow as pa
-
+    what = "Parquet" if file_type(path) == ".parquet" else "Arrow"
     try:
-        yield
+        if what == "Parquet":
+            # So a row group is read page by page: pyarrow's writer puts a million rows in one.
+            with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
+                read = partial(file.iter_batches, _BATCH_ROWS, use_threads=False)
+                yield tuple(file.schema_arrow.names), lambda columns: read(columns=columns)
+            return
+        with pa.memory_map(str(path)) as source:
+            try:  # a stream, as `datasets` writes it
+                batches = file = pa.ipc.open_stream(source)
+            except pa.ArrowInvalid:
+                file = pa.ipc.open_file(source)
+                batches = map(file.get_batch, range(file.num_record_batches))
+            yield (
+                tuple(file.schema.names),
+                lambda columns: (
+                    batch.select(columns).slice(start, _BATCH_ROWS)
+                    for batch in batches
+                    for start in range(0, batch.num_rows, _BATCH_ROWS)
+                ),
+            )
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{name}: not readable as {what}: {error}", "Check the file, or fetch it again.") from None
-
-
-@contextmanager
-def _arrow(path: Path, name: str) -> Iterator[_Table]:
-    """An Arrow file of either kind: a stream, as `datasets` writes it, or a file."""
-    import pyarrow as pa
-
-    _first_bytes(path, name)
-    with _arrow_errors(name, "Arrow"), pa.memory_map(str(path)) as source:
-        try:
-            batches = file = pa.ipc.open_stream(source)
-        except pa.ArrowInvalid:
-            file = pa.ipc.open_file(source)
-            batches = map(file.get_batch, range(file.num_record_batches))
-        yield _Table(
-            tuple(file.schema.names),
-            lambda columns: (
-                batch.select(columns).slice(start, _BATCH_ROWS)
-                for batch in batches
-                for start in range(0, batch.num_rows, _BATCH_ROWS)
-            ),
-        )
-
-
-def _batch_rows(batch: Any) -> Iterator[Numbered]:
-    """Rows of an Arrow batch or table. Fields of nested objects that are null were absent, or are of other rows."""
-    for row in batch.to_pylist():
-        yield None, {column: _without_nulls(value) for column, value in row.items()}
 
 
 def _without_nulls(value: Any) -> Any:

@@ -13,9 +13,9 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from rankscope.data.formats import COLUMNS, MEDIA, Layout, resolve_layout
@@ -42,7 +42,7 @@ class Records:
     """Rows of one or several sources, in order. They are read anew each time; rows left out are left out again."""
 
     sources: Sequence[Source]
-    layouts: dict[str, tuple[Layout, ...]]  # of each part, by the source's name
+    parts: list[tuple[Part, Layout]]  # of all sources
     spec: DataSpec
     fingerprint: str = ""  # sha256 of the rows, whatever kind of file they came from
     rows_read: int = 0
@@ -63,13 +63,11 @@ class Records:
     @property
     def format(self) -> str:
         """Formats of the sources, such as `messages` or `alpaca + text`."""
-        return " + ".join(dict.fromkeys(layout.format for own in self.layouts.values() for layout in own))
+        return " + ".join(dict.fromkeys(layout.format for _, layout in self.parts))
 
     def located(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Rows with their place, e.g. `data.jsonl, line 7`."""
-        for where, row in _checked(self.sources, self.layouts, self.spec):
-            if isinstance(row, dict):
-                yield where, row
+        return ((where, row) for where, row in _checked(self.parts, self.spec, {}) if isinstance(row, dict))
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -87,110 +85,93 @@ def load_records(spec: DataSpec, sources: Sequence[Source] | None = None) -> Rec
     if sources is None:
         sources, _ = resolve_sources(spec)
     unread: dict[str, None] = {}
-    records = Records(sources, {source.name: _layouts(source, spec, unread) for source in sources}, spec)
-    records.notes += [note for source in sources for note in source.notes]
-    records.notes += [
-        note
-        for name, own in records.layouts.items()
-        for note in dict.fromkeys(one.describe(name) for one in own if one.guessed)
-    ]
+    parts = [_with_layouts(source, spec, unread) for source in sources]
+    records = Records(sources, list(chain(*parts)), spec, notes=[note for source in sources for note in source.notes])
+    for source, own in zip(sources, parts, strict=True):
+        records.notes += dict.fromkeys(layout.describe(source.name) for _, layout in own if layout.guessed)
     digest = hashlib.sha256()
     problems: list[str] = []
-    for where, row in _checked(sources, records.layouts, spec, unread):
+    for where, row in _checked(records.parts, spec, unread):
         records.rows_read += 1
         if isinstance(row, WrongRowError):
             records.left_out["bad"] += 1
-            if len(problems) < 3:
-                problems.append(f"{where}: {row}")
+            problems += [f"  - {where}: {row}"] if len(problems) < 3 else []
         elif row is None:
             records.left_out["blank"] += 1
-        else:
-            digest.update(canonical_text(row).encode() + b"\n")
+        else:  # as JSON that is equal for equal rows only; `default` is for the dates of Parquet
+            text = json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+            digest.update(text.encode() + b"\n")
     bad, blank = records.left_out["bad"], records.left_out["blank"]
-    shown = "\n".join(f"  - {problem}" for problem in problems) + ("\n  - ..." if bad > 3 else "")
-    if problems and not (spec.skip_bad_rows and bad < records.rows_read):
+    shown = "\n".join([*problems, *["  - ..."] * (bad > 3)])
+    if bad and not (spec.skip_bad_rows and bad < records.rows_read):
         count = "1 row is" if bad == 1 else f"{bad:,} rows are"
         what = f"{count} wrong, read as {records.format}:\n{shown}"
         raise DataError(what, "Correct or remove these rows, or leave them out: --skip-bad-rows.")
-    if problems:
+    if bad:
         records.notes.append(f"{bad:,} bad row{'s' * (bad > 1)} left out, of which the first:\n{shown}")
     if records.rows_read == bad + blank:
         answer = {"alpaca": "output", "prompt_completion": "completion"}.get(records.format, records.format)
         what = f"{records.id}: every row's {answer} is blank: there is nothing to learn"
         raise DataError(what, "Put the answers there, or say which column holds them: --columns OURS=THEIRS.")
-    records.fingerprint = digest.hexdigest()
-    records.unread_columns = tuple(unread)
+    records.fingerprint, records.unread_columns = digest.hexdigest(), tuple(unread)
     return records
 
 
-def canonical_text(row: dict[str, Any]) -> str:
-    """JSON of a row with sorted keys, which is equal for equal rows only."""
-    return json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)  # dates of Parquet
-
-
-def _layouts(source: Source, spec: DataSpec, unread: dict[str, None]) -> tuple[Layout, ...]:
-    """Layout of each part of a source, all of one format; parts that are not read have the first one's."""
+def _with_layouts(source: Source, spec: DataSpec, unread: dict[str, None]) -> list[tuple[Part, Layout]]:
+    """Parts of a source with their layouts, all of one format; those that are not read have the first one's. Columns
+    that no format reads go to `unread`."""
     wanted = COLUMNS.union(spec.columns.values())
     found: list[tuple[Part, tuple[str, ...], dict[str, Any]]] = []
     left = spec.max_rows or sys.maxsize
     for part in source.parts:
-        seen: dict[str, None] = {}
-        sample: dict[str, Any] | None = None
-        for _, row in islice(part.rows(wanted), min(_ROWS_FOR_COLUMNS, left)):
-            seen |= dict.fromkeys(row)
-            sample = sample or row
-            left -= 1
-        if sample is not None:
-            found.append((part, part.columns() or tuple(seen), sample))
+        first = [row for _, row in islice(part.rows(wanted), min(_ROWS_FOR_COLUMNS, left))]
+        left -= len(first)
+        if first:
+            sample = next(filter(None, first), first[0])
+            found.append((part, part.columns() or tuple(dict.fromkeys(chain(*first))), sample))
         if left == 0:
             break  # the parts that follow are not read
     if not found:
         raise DataError(f"{source.name}: no rows", "Give data with at least a few dozen rows.")
-    layouts = []
+    layouts: dict[int, Layout] = {}
+    first_part, first_columns, _ = found[0]
     for part, columns, sample in found:
         try:
-            layouts.append(resolve_layout(spec, columns, part.name if len(found) > 1 else source.name, sample))
+            layout = resolve_layout(spec, columns, part.name if len(found) > 1 else source.name, sample)
         except DataError as error:
             if len(found) == 1:
                 raise
-            other, its_columns, _ = found[0] if part is not found[0][0] else found[1]
+            other, its_columns, _ = found[0] if part is not first_part else found[1]
             what = f"{error.what}. Beside it lies {other.name} with the columns {listed(its_columns)}"
             raise DataError(what, error.todo) from None
-        if layouts[-1].format != layouts[0].format:
-            first_part, first_columns, _ = found[0]
+        layouts[id(part)] = layout
+        if layout.format != layouts[id(first_part)].format:
             raise DataError(
                 f"{source.name}: its files are of two formats: {first_part.name} has the columns "
-                f"{listed(first_columns)} ({layouts[0].format}), {part.name} has {listed(columns)} "
-                f"({layouts[-1].format})",
+                f"{listed(first_columns)} ({layouts[id(first_part)].format}), {part.name} has {listed(columns)} "
+                f"({layout.format})",
                 "Give each kind of file as a --dataset of its own.",
             )
-    for (_, columns, _), layout in zip(found, layouts, strict=True):
-        read = set(layout.columns.values())
-        unread.update((column, None) for column in columns if column and column not in read)
-    own = {id(part): layout for (part, _, _), layout in zip(found, layouts, strict=True)}
-    return tuple(own.get(id(part), layouts[0]) for part in source.parts)
+        unread.update((column, None) for column in columns if column and column not in layout.columns.values())
+    return [(part, layouts.get(id(part), layouts[id(first_part)])) for part in source.parts]
 
 
 def _checked(
-    sources: Sequence[Source],
-    layouts: Mapping[str, Sequence[Layout]],
-    spec: DataSpec,
-    seen: dict[str, None] | None = None,
+    parts: Sequence[tuple[Part, Layout]], spec: DataSpec, unread: dict[str, None]
 ) -> Iterator[tuple[str, dict[str, Any] | WrongRowError | None]]:
-    """Every row's place, and the row; None if it is blank, its fault if it is wrong. Unread columns go to `seen`."""
+    """Every row's place, and the row; None if it is blank, its fault if it is wrong."""
     left = spec.max_rows
     wanted = COLUMNS.union(spec.columns.values())
-    for source in sources:
-        for part, layout in zip(source.parts, layouts[source.name], strict=True):
-            read = set(layout.columns.values())
-            for index, (line, raw) in enumerate(islice(part.rows(wanted), left)):
-                if seen is not None and not raw.keys() <= read:
-                    seen.update(dict.fromkeys(column for column in raw if column not in read))
-                try:
-                    yield part.where(line, index), _canonical(raw, layout)
-                except WrongRowError as error:
-                    yield part.where(line, index), error
-                left = left - 1 if left is not None else None
+    for part, layout in parts:
+        read = set(layout.columns.values())
+        for index, (line, raw) in enumerate(islice(part.rows(wanted), left)):
+            if not raw.keys() <= read:
+                unread.update(dict.fromkeys(column for column in raw if column not in read))
+            try:
+                yield part.where(line, index), _canonical(raw, layout)
+            except WrongRowError as error:
+                yield part.where(line, index), error
+            left = left - 1 if left is not None else None
 
 
 def _canonical(raw: dict[str, Any], layout: Layout) -> dict[str, Any] | None:

@@ -56,26 +56,18 @@ def tokenize(
         rows, others = _Rows(spec, tokenizer, file), _Rows(spec, tokenizer, other_file)
         rows.read(records)
         check_ids(rows.highest_id, tokenizer, vocab_size)
-        leaked, taken = np.zeros(len(rows.keys), dtype=np.bool_), np.zeros(0, dtype=np.bool_)
         if evaluated is None:
-            _check_number(rows, spec)
-            chosen, divided = held_out(rows.keys, spec.eval_rows)
-            if divided:
-                notes.append("too few different prompts to keep equal ones together: held out row by row")
-            _check_split(chosen, spec)
-            train, heldout = rows.tokens(~chosen), rows.tokens(chosen)
-            kept = np.ones(len(chosen), dtype=np.bool_)
+            source, leaked, taken = rows, 0, _hold_out(rows, spec, notes)
+            kept = ~taken
         else:
             others.read(evaluated)
             check_ids(others.highest_id, tokenizer, vocab_size)
-            leaked = np.isin(rows.digests, others.digests)
-            taken = _taken(others.keys, spec)
-            if not taken.all():
-                notes.append(f"{int(taken.sum()):,} of the {len(taken):,} rows of the evaluation set are used")
-            train, heldout, kept = rows.tokens(~leaked), others.tokens(taken), ~leaked
-            _check_own_split(train, heldout, rows, spec)
+            source, taken = others, _taken(others.keys, spec, notes)
+            kept = ~np.isin(rows.digests, others.digests)
+            leaked = int((~kept).sum())
+            _check_own_set(rows, int(kept.sum()), others, spec)
+        train, heldout = rows.tokens(kept), source.tokens(taken)
         notes += rows.notes()
-        truncated = int(rows.truncated[kept].sum() + others.truncated[taken].sum())
         lengths = np.concatenate([train.lengths, heldout.lengths])
         facts: dict[str, Any] = {
             "loss_on": " + ".join(rows.learned),
@@ -83,10 +75,10 @@ def tokenize(
             "bad_rows_dropped": rows.refused,
             "duplicates_dropped": rows.duplicates,
             "rows_without_label_dropped": rows.without_label,
-            "eval_rows_in_train_dropped": int(leaked.sum()),
+            "eval_rows_in_train_dropped": leaked,
             "rows_train": len(train),
             "rows_eval": len(heldout),
-            "truncated": truncated,
+            "truncated": int(rows.truncated[kept].sum() + source.truncated[taken].sum()),
             "answers_cut_off": rows.answers_cut_off + others.answers_cut_off,
             "train_tokens": len(train.ids),
             "train_label_tokens": int(train.is_label.sum()),
@@ -325,19 +317,44 @@ def _example(rendered: Rendered, encoded: Encoded, max_length: int) -> Example:
     return Example(np.array(encoded.ids[:length], dtype=np.int32), is_label)
 
 
-def _taken(keys: npt.NDArray[np.uint64], spec: DataSpec) -> npt.NDArray[np.bool_]:
+def _hold_out(rows: _Rows, spec: DataSpec, notes: list[str]) -> npt.NDArray[np.bool_]:
+    """Mask of the rows to hold out of those that were read. Raises DataError: too few are left."""
+    _check_number(rows, len(rows.keys), spec)
+    chosen, divided = held_out(rows.keys, spec.eval_rows)
+    if divided:
+        notes.append("too few different prompts to keep equal ones together: held out row by row")
+    held = int(chosen.sum())
+    if len(chosen) - held < 2 or held == 0:
+        asked = f"{spec.eval_rows:,} asked to be held out" if spec.eval_rows else f"{held:,} held out"
+        what = f"{spec.name}: {len(chosen):,} different rows with {asked} leave fewer than 2 to train on"
+        raise DataError(what, "Give more rows, or lower data.eval_rows.")
+    return chosen
+
+
+def _taken(keys: npt.NDArray[np.uint64], spec: DataSpec, notes: list[str]) -> npt.NDArray[np.bool_]:
     """Mask of the rows of an evaluation set to use: all, `eval_rows`, or at most a thousand of a split found beside."""
     asked = spec.eval_dataset is not None or spec.eval_split is not None
     most = spec.eval_rows or (len(keys) if asked else MOST_OF_A_TEST_SPLIT)
     taken = np.zeros(len(keys), dtype=np.bool_)
     taken[np.argsort(keys, kind="stable")[:most]] = True
+    if len(keys) > most:
+        notes.append(f"{most:,} of the {len(keys):,} rows of the evaluation set are used")
     return taken
 
 
-def _check_number(rows: _Rows, spec: DataSpec, left: int | None = None) -> None:
-    """Raise DataError for too few rows; `left` is how many are not in the evaluation set too."""
-    number = len(rows.keys) if left is None else left
-    if number == 0 and rows.refused and not rows.without_label:
+def _check_own_set(rows: _Rows, kept: int, others: _Rows, spec: DataSpec) -> None:
+    """Raise DataError where too few rows are left to train on, or to evaluate on, with an evaluation set of its own."""
+    if len(rows.keys) and not len(others.keys):
+        raise DataError(f"{spec.name}: no row to evaluate on has a token to learn", "Raise data.max_length.")
+    if len(rows.keys) and kept < 2:
+        what = f"{spec.name}: fewer than 2 rows to train on are not in the evaluation set too"
+        raise DataError(what, "Give other rows to one of them.")
+    _check_number(rows, kept, spec)
+
+
+def _check_number(rows: _Rows, number: int, spec: DataSpec) -> None:
+    """Raise DataError for too few rows: of all that were read, `number` may be trained on or held out."""
+    if not len(rows.keys) and rows.refused and not rows.without_label:
         raise DataError(f"{spec.name}: no row is left: {rows.refusal}", "Give another --chat-template.")
     if not len(rows.keys):
         raise DataError(
@@ -348,27 +365,6 @@ def _check_number(rows: _Rows, spec: DataSpec, left: int | None = None) -> None:
     needed = 3 if spec.force else FEWEST_ROWS
     if number < needed:
         dropped = f" ({rows.without_label:,} more had no token to learn)" if rows.without_label else ""
-        todo = "Give more rows; a verdict needs hundreds."
-        if number >= 3:
-            todo += " To train all the same: --force."
+        todo = "Give more rows; a verdict needs hundreds." + " To train all the same: --force." * (number >= 3)
         what = f"{spec.name}: only {number} different row{'s' * (number > 1)}{dropped}; at least {needed} are needed"
         raise DataError(what, todo)
-
-
-def _check_split(chosen: npt.NDArray[np.bool_], spec: DataSpec) -> None:
-    number, held = len(chosen), int(chosen.sum())
-    if number - held < 2 or held == 0:
-        asked = f"{spec.eval_rows:,} asked to be held out" if spec.eval_rows else f"{held:,} held out"
-        what = f"{spec.name}: {number:,} different rows with {asked} leave fewer than 2 to train on"
-        raise DataError(what, "Give more rows, or lower data.eval_rows.")
-
-
-def _check_own_split(train: Tokens, heldout: Tokens, rows: _Rows, spec: DataSpec) -> None:
-    if not len(rows.keys):
-        _check_number(rows, spec)
-    if not len(heldout):
-        raise DataError(f"{spec.name}: no row to evaluate on has a token to learn", "Raise data.max_length.")
-    if len(train) < 2:
-        what = f"{spec.name}: fewer than 2 rows to train on are not in the evaluation set too"
-        raise DataError(what, "Give other rows to one of them.")
-    _check_number(rows, spec, len(train))

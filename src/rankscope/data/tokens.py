@@ -1,20 +1,20 @@
 """Tokens: sequences laid end to end, those of a study, and the file that keeps them."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import numpy as numpy_file
 
 from rankscope.data.conversations import Tokenizer
 from rankscope.errors import ModelError
-from rankscope.files import corrupt_on_error, damaged_error, published, read_json, reading, write_json
+from rankscope.files import corrupt_on_error, damaged_error, file_sha256, published, read_json, reading, write_json
 
 TOKENS_VERSION = 3  # increase it when the same rows give other tokens or facts, to invalidate the cache
 
@@ -92,47 +92,24 @@ def check_ids(highest: int, tokenizer: Tokenizer, vocab_size: int) -> None:
 def save(data: TokenizedData, folder: Path) -> None:
     """Write `folder/tokens.safetensors`, then `folder/facts.json` with its hash: facts imply complete tokens. The
     tensors are `train.ids`, `train.is_label`, `train.offsets`, and the same for `eval` and, if present, `general`."""
-    digest = hashlib.sha256()
-    with published(folder / "tokens.safetensors") as temporary, temporary.open("wb") as file:
-        for piece in _pieces(data):
-            digest.update(piece)
-            file.write(piece)
-    write_json(folder / "facts.json", {**data.facts, "tokens_sha256": digest.hexdigest()})
+    with published(folder / "tokens.safetensors") as temporary:
+        numpy_file.save_file(_tensors(data), temporary)
+        sha256 = file_sha256(temporary)
+    write_json(folder / "facts.json", {**data.facts, "tokens_sha256": sha256})
 
 
 def sha256_of(data: TokenizedData) -> str:
     """Hash, in hex, of the file in which `save` keeps the tokens."""
-    if data.sha256:
-        return data.sha256
-    digest = hashlib.sha256()
-    for piece in _pieces(data):
-        digest.update(piece)
-    return digest.hexdigest()
+    return data.sha256 or hashlib.sha256(numpy_file.save(_tensors(data))).hexdigest()
 
 
-def _pieces(data: TokenizedData) -> Iterator[bytes | memoryview]:
-    """File in safetensors' format, piece by piece: safetensors' own writer copies all tensors first."""
-    tensors = {
+def _tensors(data: TokenizedData) -> dict[str, npt.NDArray[Any]]:
+    return {
         f"{side}.{name}": np.ascontiguousarray(getattr(tokens, name))
         for side, tokens in (("train", data.train), ("eval", data.eval), ("general", data.general))
         if tokens is not None
         for name in ("offsets", "ids", "is_label")
     }
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))  # each then begins aligned
-    header: dict[str, Any] = {}
-    position = 0
-    for name, tensor in ordered:
-        span = [position, position + tensor.nbytes]
-        header[name] = {"dtype": _DTYPES[tensor.dtype.str], "shape": list(tensor.shape), "data_offsets": span}
-        position = span[1]
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    yield from (tensor.reshape(-1).view(np.uint8).data for _, tensor in ordered)
-
-
-_DTYPES = {"<i4": "I32", "<i8": "I64", "|b1": "BOOL"}
-_DTYPE_OF = {theirs: ours for ours, theirs in _DTYPES.items()}
 
 
 def load(folder: Path) -> TokenizedData:
@@ -140,12 +117,11 @@ def load(folder: Path) -> TokenizedData:
     together; StudyDirectoryError: a file cannot be read."""
     facts = read_json(folder / "facts.json")
     path = folder / "tokens.safetensors"
-    with reading(path), path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = file_sha256(path)
     if sha256 != facts.pop("tokens_sha256", None):
         raise damaged_error(path, "not the tokens that facts.json was written for")
-    with corrupt_on_error(path), reading(path), path.open("rb") as file:
-        tensors = _read(file)
+    with corrupt_on_error(path), reading(path):
+        tensors = numpy_file.load_file(path)
         train, heldout, general = (
             Tokens(*(tensors[f"{side}.{name}"] for name in ("ids", "is_label", "offsets")))
             if f"{side}.ids" in tensors
@@ -155,15 +131,3 @@ def load(folder: Path) -> TokenizedData:
     if train is None or heldout is None:
         raise damaged_error(path, "holds no rows to train on or to hold out")
     return TokenizedData(train, heldout, facts, general, sha256)
-
-
-def _read(file: BinaryIO) -> dict[str, npt.NDArray[Any]]:
-    """Tensors of a file in safetensors' format; safetensors' own reader maps the file while it copies it."""
-    size = int.from_bytes(file.read(8), "little")
-    tensors = {}
-    for name, entry in json.loads(file.read(size)).items():
-        first, end = entry["data_offsets"]
-        file.seek(8 + size + first)
-        dtype = np.dtype(_DTYPE_OF[entry["dtype"]])
-        tensors[name] = np.fromfile(file, dtype, (end - first) // dtype.itemsize).reshape(entry["shape"])
-    return tensors
