@@ -323,18 +323,6 @@ def spectrum(
 def resize(
     adapter: Adapter,
     *,
-    rank: Annotated[int | None, typer.Option(min=1, help="Truncate every layer to this rank.")] = None,
-    energy: Annotated[
-        str | None, typer.Option(help="Share of each layer's energy (squared singular values) to keep: 0.95.")
-    ] = None,
-    cumulative: Annotated[str | None, typer.Option(help="Share of each layer's singular values to keep: 0.95.")] = None,
-    budget_rank: Annotated[
-        int | None, typer.Option(min=1, help="As many parameters as this rank has, divided to keep most energy.")
-    ] = None,
-    max_loss_increase: Annotated[
-        str | None, typer.Option(help="Smallest adapter whose held-out loss rises by at most this, e.g. 0.5%.")
-    ] = None,
-    uniform: Annotated[bool, typer.Option("--uniform", help="With --max-loss-increase: one rank everywhere.")] = False,
     options: dict[str, Any],
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="With --dataset, e.g. data.eval_rows=500.")
@@ -349,8 +337,7 @@ def resize(
     from rankscope.text.catalogue import load
 
     text = load(lang)
-    rules: dict[str, Any] = {"rank": rank, "energy": energy, "cumulative": cumulative, "budget_rank": budget_rank}
-    rule = choose_rule(rules | {"max_loss_increase": max_loss_increase})
+    rule, uniform = choose_rule({name: options.pop(name) for name in ask.RULES}), bool(options.pop("uniform"))
     start.check_adapter(adapter)
     from rankscope.resize import command
     from rankscope.resize.show import rank_table, sentences, tried_table

@@ -14,13 +14,15 @@ class Rule(NamedTuple):
 
 
 def choose_rule(options: Mapping[str, Any]) -> Rule:
-    """The only option with a value; the others are None. Raises StudyError: none or several are given, or the share is
-    not between 0 and 1."""
+    """The only option with a value; the others are None. Raises StudyError: none or several are given, the rank is
+    below 1, or the share not between 0 and 1."""
     given = {name: value for name, value in options.items() if value is not None}
     if len(given) != 1:
         found, all_options = " and ".join(map(option_name, given)) or "none", ", ".join(map(option_name, options))
         raise StudyError(f"one rule is needed, {found} given", f"Give exactly one of {all_options}.")
     ((name, value),) = given.items()
+    if isinstance(value, int) and value < 1:
+        raise StudyError(f"{option_name(name)} {value}: not a rank", "Give 1 or more.")
     return Rule(name, value if isinstance(value, int) else _share(option_name(name), value))
 
 

@@ -35,7 +35,16 @@ _RECIPE = ("steps", "epochs", "batch_size", "max_length", "device", "dtype", "qu
 SEARCH |= {name: OPTIONS[name] for name in _RECIPE}
 """Options of `rankscope search`. Those without a field are the search's own."""
 
+RULES = {
+    "rank": Option("", int, "Truncate every layer to this rank."),
+    "energy": Option("", str, "Share of each layer's energy (squared singular values) to keep: 0.95."),
+    "cumulative": Option("", str, "Share of each layer's singular values to keep: 0.95."),
+    "budget_rank": Option("", int, "As many parameters as this rank has, divided to keep most energy."),
+    "max_loss_increase": Option("", str, "Smallest adapter whose held-out loss rises by at most this, e.g. 0.5%."),
+}
 RESIZE = {
+    **RULES,
+    "uniform": Option("", bool, "With --max-loss-increase: one rank everywhere."),
     "model": Option("model.id", str, "Base model. Default: the adapter's."),
     "dataset": OPTIONS["dataset"]._replace(help="Data to hold out rows of. Default: those of the adapter's study."),
 } | {name: OPTIONS[name] for name in ("max_length", "device", "dtype", "dequantize")}
