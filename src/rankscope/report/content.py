@@ -1,6 +1,5 @@
 """Content of a report in one language, which HTML and Markdown render."""
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -93,6 +92,7 @@ def compose(
     rank = (verdict or {}).get("rank")
     caveats = (verdict or {}).get("caveats", [])
     half = [] if compared_rows(evidence) is None else ["half"]
+    faults = [fault for part in evidence.parts for fault in part.results.get("adapter_fault", pd.Series()).dropna()]
     ids = {"model": evidence.spec.model.id, "data": evidence.spec.data.name}
     names = {what: text(f"page.embedded_{what}") if name == EMBEDDED else name for what, name in ids.items()}
     return Content(
@@ -109,7 +109,7 @@ def compose(
         cost=_cost(verdict, table, text),
         caveats=[
             *(words.caveat_sentence(verdict or {}, code, text) for code in caveats if code not in DOUBTS),
-            *(text("caveat.adapter_fault", fault=fault) for fault in dict.fromkeys(_adapter_faults(evidence))),
+            *(text("caveat.adapter_fault", fault=fault) for fault in dict.fromkeys(faults)),
         ],
         how_to_read=[text(f"how.{name}") for name in ("averages", "axes", "alone", "differences", *half)],
         sections=[
@@ -136,12 +136,6 @@ def compose(
         limits=_limits(evidence, verdict, text),
         version=str((evidence.machine.get("versions") or {}).get("rankscope") or ""),
     )
-
-
-def _adapter_faults(evidence: Evidence) -> Iterator[str]:
-    for part in evidence.parts:
-        if "adapter_fault" in part.results:
-            yield from part.results["adapter_fault"].dropna()
 
 
 def _cost(verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> words.Gain:

@@ -17,20 +17,15 @@ SMOOTHING_SHARE = 0.05  # share of a curve's points in the centred moving averag
 
 def loss_figures(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> Figures:
     """Training loss against steps, held-out loss against rank and steps, and by rate where there are several; of
-    several alphas, the best of each rank and rate."""
-    table = _one_alpha(table)
+    several alphas the verdict's, or else that of the lowest held-out loss at a rank and rate."""
+    best_first = table.assign(other=table["regret"].isna()).sort_values(["other", "eval_loss"])
+    table = table.loc[best_first.drop_duplicates(["rank", "learning_rate"]).index.sort_values()]
     found = [
         _training_loss(evidence, table, text),
         _heldout_by_rank(evidence, verdict, table, text),
         _heldout_by_step(evidence, table, text),
     ]
     return [*found, _rate_map(evidence, verdict, table, text)] if len(evidence.spec.learning_rates) > 1 else found
-
-
-def _one_alpha(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `by_candidate` with the verdict's alpha, or else that of the lowest held-out loss at a rank and rate."""
-    best_first = table.assign(other=table["regret"].isna()).sort_values(["other", "eval_loss"])
-    return table.loc[best_first.drop_duplicates(["rank", "learning_rate"]).index.sort_values()]
 
 
 def training_loss(evidence: Evidence) -> frames.Binned:

@@ -56,7 +56,7 @@ def interval(low: float | None, high: float | None, number: Callable[[float], st
 
 
 def size_unit(largest_bytes: float) -> Unit:
-    return next((Unit(name, f) for name, f in (("GB", 1e9), ("MB", 1e6)) if largest_bytes >= f), Unit("kB", 1e3))
+    return Unit("GB", 1e9) if largest_bytes >= 1e9 else Unit("MB", 1e6) if largest_bytes >= 1e6 else Unit("kB", 1e3)
 
 
 def time_unit(largest_seconds: float, text: "Catalogue") -> Unit:

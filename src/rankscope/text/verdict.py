@@ -160,7 +160,8 @@ def rate_sentences(verdict: Verdict, text: Catalogue) -> list[str]:
         return [text("rates.flat")]
     optima = []
     for row in rates["ranks"]:
-        values = {name: rate(_rounded(row[name])) for name in ("optimum", "low", "high") if row[name] is not None}
+        ends = [name for name in ("optimum", "low", "high") if row[name] is not None]
+        values = {name: rate(float(f"{row[name]:.2g}")) for name in ends}
         kind = "edge" if row["edge"] else "optimum" if {"low", "high"} <= values.keys() else "one_seed"
         edge = text(f"rates.{row['edge']}") if row["edge"] else ""
         optima.append(text(f"rates.{kind}", rank=row["rank"], edge=edge, tried=rate(row["tried"]), **values))
@@ -175,10 +176,6 @@ def rate_sentences(verdict: Verdict, text: Catalogue) -> list[str]:
     elif rates["exponent"] is not None:
         sentences.append(text("rates.no_interval", exponent=f"{rates['exponent']:+.2f}"))
     return sentences
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.2g}")
 
 
 ALARMS = ("diverged", "worse_than_untrained", "overfits")  # caveats that name ranks: the terminal shows them too
