@@ -22,7 +22,6 @@ from rankscope.files import published
 from rankscope.spec.models import EMBEDDED, DataSpec
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # of a model or a data set
-_COMMIT = re.compile(r"/snapshots/([0-9a-f]{40})/")
 _SAVED_FILE = re.compile(r"(\w[\w.-]*)?/\w[\w.-]*\.arrow")  # split/file of data saved by `save_to_disk`
 
 
@@ -55,36 +54,37 @@ def resolve_sources(spec: DataSpec) -> tuple[list[Source], list[Source]]:
     """
     every = [_splits(id, spec) for id in _each(spec.ids)]
     chosen = [_chosen(found, spec) for found in every]
-    others: list[str | None] = [spec.eval_split] * len(every)
-    for found in every if spec.eval_split else ():
-        if _canonical_split(found, spec.eval_split or "") is None:
-            raise _no_split(found, spec.eval_split or "", "data.eval_split")
-    if spec.eval_split is None and spec.split is None and not spec.eval_dataset and set(chosen) == {"train"}:
+    others: list[str | None] = [None] * len(every)
+    if spec.eval_split is not None:
+        others = [_named_split(found, spec.eval_split, "data.eval_split") for found in every]
+    elif spec.split is None and not spec.eval_dataset and set(chosen) == {"train"}:
         beside = [next((name for name in ("validation", "test") if name in found.splits), None) for found in every]
         others = beside if all(beside) else others  # of a mixture every part must be held out
-    train, evaluated = [], []
-    for found, split, other in zip(every, chosen, others, strict=True):
-        train.append(_source(found, split, [other] if other else [], spec.split is None))
-        if other:
-            evaluated.append(_source(found, _canonical_split(found, other) or other, [], False))
-    for id in _each((spec.eval_dataset,) if isinstance(spec.eval_dataset, str) else spec.eval_dataset or ()):
-        found = _splits(id, spec.model_copy(update={"config": None, "revision": None}))
-        likely = [name for name in ("test", "validation", "train") if name in found.splits]
-        if len(found.splits) > 1 and not likely:
+    pairs = list(zip(every, chosen, others, strict=True))
+    train = [_source(found, split, other, say=spec.split is None) for found, split, other in pairs]
+    evaluated = [_source(found, other, say=False) for found, _, other in pairs if other]
+    for id in _each(spec.eval_ids):
+        found = _splits(id, _of_evaluation(spec))
+        only = found.splits[0] if len(found.splits) == 1 else None
+        only = only or next((name for name in ("test", "validation", "train") if name in found.splits), None)
+        if only is None:
             raise _no_split(found, "test", "data.eval_dataset")
-        only = found.splits[0] if len(found.splits) == 1 else likely[0]
-        evaluated.append(_source(found, only, [], len(found.splits) > 1))
+        evaluated.append(_source(found, only, say=len(found.splits) > 1))
     return train, evaluated
+
+
+def _of_evaluation(spec: DataSpec) -> DataSpec:
+    """Settings by which an evaluation set of its own is read."""
+    return spec.model_copy(update={"config": None, "revision": None})
 
 
 def check_local(spec: DataSpec) -> None:
     """Raise DataError where a local source is missing, of an unknown type, or of splits that cannot be told apart:
     all that takes neither the network nor a row."""
-    evaluated = (spec.eval_dataset,) if isinstance(spec.eval_dataset, str) else spec.eval_dataset or ()
-    for ids, one in ((spec.ids, spec), (evaluated, spec.model_copy(update={"config": None, "revision": None}))):
+    for ids, own in ((spec.ids, spec), (spec.eval_ids, _of_evaluation(spec))):
         for id in _each(ids):
             if id != EMBEDDED and (os.path.exists(os.path.expanduser(id)) or not _is_remote(id)):
-                _splits(id, one)
+                _splits(id, own)
 
 
 def _is_remote(id: str) -> bool:
@@ -101,12 +101,12 @@ def _each(ids: Sequence[str]) -> Iterator[str]:
         yield from [id] if one_source else filter(None, (part.strip() for part in id.split(",")))
 
 
-def _source(found: Splits, split: str, used: Sequence[str], say: bool) -> Source:
+def _source(found: Splits, split: str, other: str | None = None, *, say: bool) -> Source:
     """Source of a split; where `say`, with a note on what stays unread, or was taken though nobody asked for it."""
     notes = list(found.notes)
     if say and found.named:
-        unread = [name for name in found.splits if name != split and name not in used]
-        notes += [f"{found.name}: the split {other} is the evaluation set" for other in used]
+        unread = [name for name in found.splits if name not in (split, other)]
+        notes += [f"{found.name}: the split {other} is the evaluation set"] if other else []
         notes += [f"{found.name}: not read: the split{'s' * (len(unread) > 1)} {listed(unread)}"] if unread else []
         notes += [f"{found.name}: its only split is {split}"] if split != "train" and len(found.splits) == 1 else []
     return Source(found.name, found.parts(split), found.revision, tuple(notes))
@@ -116,20 +116,18 @@ def _chosen(found: Splits, spec: DataSpec) -> str:
     """Split to train on. Raises DataError if there is no such split, or none is meant."""
     if spec.split not in (None, "train") and not found.named:  # studies of earlier versions name `train`
         raise DataError(f"{found.name}: data.split is {spec.split!r}, but local data has no split", "Remove it.")
-    if spec.split is None:
-        if len(found.splits) == 1:
-            return found.splits[0]
-        if "train" in found.splits:
-            return "train"
-        raise _no_split(found, "train", "data.split")
-    split = _canonical_split(found, spec.split)
-    if split is None and not re.search(r"[+\[]", spec.split):
-        raise _no_split(found, spec.split, "data.split")
-    return split or spec.split
+    if spec.split is None and len(found.splits) == 1:
+        return found.splits[0]
+    if spec.split not in found.splits and re.search(r"[+\[]", spec.split or ""):
+        return str(spec.split)  # several with + between them
+    return _named_split(found, spec.split or "train", "data.split")
 
 
-def _canonical_split(found: Splits, name: str) -> str | None:
-    return next((split for split in (name, SPLITS.get(name)) if split in found.splits), None)
+def _named_split(found: Splits, name: str, field: str) -> str:
+    for split in (name, SPLITS.get(name)):
+        if split in found.splits:
+            return str(split)
+    raise _no_split(found, name, field)
 
 
 def _no_split(found: Splits, name: str, field: str) -> DataError:
@@ -177,15 +175,10 @@ def _folder(path: Path, id: str, spec: DataSpec) -> Splits:
 
 
 def _divided(
-    name: str,
-    files: Sequence[str],
-    readme: str,
-    spec: DataSpec,
-    part: Callable[[str], Part],
-    revision: str | None = None,
+    name: str, files: Sequence[str], readme: str, spec: DataSpec, part: Callable[[str], Part], commit: str | None = None
 ) -> Splits:
-    folder = divide(files, readme, spec.config, name)
-    return _of_files(name, folder.splits, part, revision=revision, notes=tuple(folder.notes))
+    splits, notes = divide(files, readme, spec.config, name)
+    return _of_files(name, splits, part, revision=commit, notes=tuple(notes))
 
 
 def _of_files(name: str, splits: Mapping[str, Sequence[str]], part: Callable[[str], Part], **more: Any) -> Splits:
@@ -213,10 +206,8 @@ def _saved(path: Path, id: str, spec: DataSpec) -> Splits | None:
             splits[name or state["_split"] or "train"] = [f"{name}/{file['filename']}" for file in state["_data_files"]]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise _not_loaded(id, error, "Save it again with save_to_disk.") from error
-    files = [file for several_files in splits.values() for file in several_files]
-    if away := [file for file in files if not _SAVED_FILE.fullmatch(file)]:
+    if away := [file for own in splits.values() for file in own if not _SAVED_FILE.fullmatch(file)]:
         raise DataError(f"{id}: names the file {away[0]}, which is not in it", "Save it again with save_to_disk.")
-
     return _of_files(id, splits, lambda file: file_part(path / file.lstrip("/")))
 
 

@@ -164,6 +164,10 @@ class DataSpec(Frozen):
         return (self.id,) if isinstance(self.id, str) else self.id
 
     @property
+    def eval_ids(self) -> tuple[str, ...]:
+        return (self.eval_dataset,) if isinstance(self.eval_dataset, str) else self.eval_dataset or ()
+
+    @property
     def name(self) -> str:
         """Sources as text, such as `a.jsonl + b.jsonl`."""
         return " + ".join(self.ids)
@@ -206,7 +210,7 @@ class DataSpec(Frozen):
             raise ValueError("give eval_dataset or eval_split, not both")
         if self.eval_split == (self.split or "train"):
             raise ValueError(f"eval_split: {self.eval_split} is the split to train on; name another one")
-        if shared := set(self.ids).intersection(as_list(self.eval_dataset) or ()):
+        if shared := set(self.ids).intersection(self.eval_ids):
             raise ValueError(f"eval_dataset: {min(shared)} is what is trained on; name another one")
         return self
 
