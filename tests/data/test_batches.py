@@ -40,11 +40,3 @@ def test_changing_a_batch_changes_no_other() -> None:
     expected = batch.copy()
     batch[:] = -1
     np.testing.assert_array_equal(batch_indices(20, 3, seed=1, step=0), expected)
-
-
-@pytest.mark.parametrize(
-    ("examples", "batch_size", "seed", "step"), [(0, 1, 0, 0), (1, 0, 0, 0), (1, 1, -1, 0), (1, 1, 0, -1)]
-)
-def test_impossible_arguments_are_refused(examples: int, batch_size: int, seed: int, step: int) -> None:
-    with pytest.raises(ValueError, match="must"):
-        batch_indices(examples, batch_size, seed, step)

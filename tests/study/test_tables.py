@@ -1,4 +1,4 @@
-"""Tables of many trials: metrics parsed at once say what they say line by line."""
+"""Tables of many trials, and the lines of metrics.jsonl that they are made of."""
 
 import json
 import shutil
@@ -11,8 +11,7 @@ import pytest
 from rankscope.errors import DamagedError
 from rankscope.files import file_sha256, read_json, write_json
 from rankscope.jobs.repair import remove_corrupt
-from rankscope.study import metrics
-from rankscope.study.metrics import FIELDS, Steps, read_steps
+from rankscope.study.metrics import FIELDS, Steps, read_rows, read_steps
 from rankscope.study.study import Study
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "study-0.1"
@@ -40,44 +39,44 @@ LINES = {
 
 
 @pytest.mark.parametrize("text", LINES.values(), ids=LINES.keys())
-def test_what_is_parsed_at_once_is_what_stands_there(
-    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_parsed_at_once_is_what_stands_there(text: str, tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text(text)
-    with monkeypatch.context() as at_once:
-        at_once.setattr(metrics, "read_rows", None)
-        parsed = read_steps(file)
-    monkeypatch.setattr(metrics, "_parse", lambda content: None)
-    assert same(parsed, read_steps(file))
+    parsed = read_steps(file)
     rows = [json.loads(line) for line in text.splitlines()]
     assert parsed.step.tolist() == sorted({row["step"] for row in rows})
     last = [row["tokens"] for row in rows if row["step"] == 1 and "tokens" in row][-1]
     assert parsed.values["tokens"][1] == last
 
 
+@pytest.mark.parametrize("line", ['{"step": 2, "train_loss": null}\n', '{"step": 2, "other": 1.0}\n', '{"step": 2'])
+def test_what_a_line_may_also_be(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(PLAIN + line)
+    assert [row["step"] for row in read_rows(file)] == ([0, 1, 2] if line.endswith("\n") else [0, 1])
+
+
 @pytest.mark.parametrize(
-    "line",
+    ("line", "message"),
     [
-        '{"step": 2, "train_loss": null}\n',
-        '{"step": 2, "other": 1.0}\n',
-        '{"step": "2"}\n',
-        '{"step": 2.0}\n',
-        '{"train_loss": 2.0}\n',
-        '{"step": 2, "train_loss": "1"}\n',
-        '{"step": 2, "train_loss": true}\n',
-        '{"step": 2, "train_loss": [1]}\n',
-        '{"step": 2} {"step": 3}\n',
-        '\n{"step": 2}\n',
-        '{"step":\n2}\n',
-        '{"step": 2\n"epoch": 3}\n',
-        '{"step": 2',
-        "x\n",
+        ('{"step": "2"}\n', "line 3: step: Input should be a valid integer"),
+        ('{"step": 2.0}\n', "line 3: step: Input should be a valid integer"),
+        ('{"train_loss": 2.0}\n', "line 3: step: Field required"),
+        ('{"step": 2, "train_loss": "1"}\n', "line 3: train_loss: Input should be a valid number"),
+        ('{"step": 2, "train_loss": true}\n', "line 3: train_loss: Input should be a valid number"),
+        ('{"step": 2, "train_loss": [1]}\n', "line 3: train_loss: Input should be a valid number"),
+        ('{"step": 2} {"step": 3}\n', "at line 3"),
+        ('\n{"step": 2}\n', "at line 3"),
+        ('{"step":\n2}\n', "at line 3"),
+        ('{"step": 2\n"epoch": 3}\n', "4 lines hold 3 objects"),
+        ("x\n", "at line 3"),
     ],
 )
-def test_all_else_is_left_to_be_read_line_by_line(line: str) -> None:
-    assert metrics._parse(PLAIN.encode()) is not None
-    assert metrics._parse((PLAIN + line).encode()) is None
+def test_a_corrupt_line_is_named(line: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(PLAIN + line)
+    with pytest.raises(DamagedError, match=rf"metrics.jsonl: damaged: .*{message}"):
+        read_rows(file)
 
 
 def test_curves_have_the_steps_of_all_trials(study: Study) -> None:

@@ -11,10 +11,7 @@ from rankscope.spec.models import TrainingSpec
 
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:
-    """Number of batches that cover every example once; the last may be smaller (as with transformers' Trainer). Raises
-    ValueError: a count is below 1."""
-    if examples < 1 or batch_size < 1:
-        raise ValueError(f"examples and batch_size must be at least 1, got {examples} and {batch_size}")
+    """Number of batches that cover every example once; the last may be smaller (as with transformers' Trainer)."""
     return -(-examples // batch_size)
 
 
@@ -38,11 +35,8 @@ def batch_indices(examples: int, batch_size: int, seed: int, step: int) -> npt.N
     """Indices of the examples of `step`, counted from 0 over the whole schedule: (batch_size,) or fewer.
 
     Epoch e is the permutation of `numpy.random.default_rng([seed, e])`, divided into batches, so trials with the same
-    seed see the same examples in the same order, whatever their rank. Raises ValueError: a count is below 1, or seed or
-    step is negative.
+    seed see the same examples in the same order, whatever their rank.
     """
-    if seed < 0 or step < 0:
-        raise ValueError(f"seed and step must not be negative, got {seed} and {step}")
     epoch, batch = divmod(step, steps_per_epoch(examples, batch_size))
     start = batch * batch_size
     return _permutation(examples, seed, epoch)[start : start + batch_size].copy()  # a copy of the cached permutation

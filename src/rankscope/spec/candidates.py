@@ -67,6 +67,7 @@ def name_or_names(value: Any) -> Any:
 def columns_or_text(value: Any) -> Any:
     """Columns as a mapping, from text such as `prompt=question,completion=answer` or a list of such texts."""
     if isinstance(value, Mapping):
+        unique(tuple(value.values()))
         return value
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
@@ -74,7 +75,8 @@ def columns_or_text(value: Any) -> Any:
     pairs = [part.partition("=") for text in texts for part in text.split(",")]
     if wrong := [name for name, equals, _ in pairs if not equals]:
         raise ValueError(f"{wrong[0]!r} is no pair such as prompt=question: the format's name, and the data's")
-    unique(tuple(name.strip() for name, _, _ in pairs))
+    for several in ([name.strip() for name, _, _ in pairs], [column.strip() for _, _, column in pairs]):
+        unique(tuple(several))
     return {name.strip(): column.strip() for name, _, column in pairs}
 
 

@@ -12,7 +12,15 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import product
 from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar, get_args
 
-from pydantic import BeforeValidator, Field, PositiveFloat, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PositiveFloat,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from rankscope.spec.candidates import (
     CONTROL,
@@ -78,10 +86,11 @@ def _read(by: Callable[[Any], Any], form: Any) -> BeforeValidator:
     return BeforeValidator(by, json_schema_input_type=form)
 
 
-Ranks = Annotated[tuple[Rank, ...], _read(as_list, RankOrFull), Field(min_length=1)]
-Rates = Annotated[tuple[PositiveFloat, ...], _read(as_list, OneOrSeveral[PositiveFloat]), Field(min_length=1)]
-Seeds = Annotated[tuple[Seed, ...], _read(as_list, OneOrSeveral[Seed]), Field(min_length=1)]
-Variants = Annotated[tuple[Variant, ...], _read(as_list, OneOrSeveral[Variant])]
+_Unique = AfterValidator(unique)
+Ranks = Annotated[tuple[Rank, ...], _read(as_list, RankOrFull), Field(min_length=1), _Unique]
+Rates = Annotated[tuple[PositiveFloat, ...], _read(as_list, OneOrSeveral[PositiveFloat]), Field(min_length=1), _Unique]
+Seeds = Annotated[tuple[Seed, ...], _read(as_list, OneOrSeveral[Seed]), Field(min_length=1), _Unique]
+Variants = Annotated[tuple[Variant, ...], _read(as_list, OneOrSeveral[Variant]), _Unique]
 Alphas = Annotated[float | str | tuple[float | str, ...], _read(alpha_or_alphas, OneOrSeveral[AlphaOrMultiple])]
 Modules = Annotated[AllLinear | tuple[str, ...], _read(all_linear_or_names, ModuleNames)]
 Names = Annotated[str | tuple[str, ...], _read(name_or_names, OneOrSeveral[Name])]
@@ -171,12 +180,6 @@ class DataSpec(Frozen):
     def name(self) -> str:
         """Sources as text, such as `a.jsonl + b.jsonl`."""
         return " + ".join(self.ids)
-
-    @field_validator("columns")
-    @classmethod
-    def _no_column_twice(cls, columns: dict[str, str]) -> dict[str, str]:
-        unique(tuple(columns.values()))
-        return columns
 
     @field_validator("template", "template_without_input")
     @classmethod
@@ -373,7 +376,6 @@ class ReferenceSpec(Frozen):
     def _rates_need_full(self) -> Self:
         if self.learning_rates is not None and not self.full:
             raise ValueError("learning_rates are given, but full is false: nothing would be trained at them")
-        unique(self.learning_rates or ())
         return self
 
 
@@ -426,27 +428,14 @@ class StudySpec(Frozen):
         return {**values, "ranks": numbers, "reference": wanted}
 
     @model_validator(mode="after")
-    def _nothing_twice(self) -> Self:
-        for field in ("ranks", "learning_rates", "seeds", "variants"):
-            try:
-                unique(getattr(self, field))
-            except ValueError as error:
-                raise ValueError(f"{field}: {error}") from None
-        unique(tuple(candidate.name for candidate in self.candidates()))
-        return self
-
-    @model_validator(mode="after")
-    def _variants_make_sense(self) -> Self:
+    def _makes_sense(self) -> Self:
         if "rslora" in self.variants and self.adapter.use_rslora:
             raise ValueError("variants: rslora is what adapter.use_rslora makes of all candidates")
         if ("pattern" in self.variants) != bool(self.adapter.rank_pattern):
             raise ValueError("variants: pattern and adapter.rank_pattern need each other: see `rankscope pattern`")
         if "pattern" in self.variants and len(self.ranks) > 1:
             raise ValueError("variants: pattern is held against one rank: give one")
-        return self
-
-    @model_validator(mode="after")
-    def _a_quantized_base_is_not_trained(self) -> Self:
+        unique(tuple(candidate.name for candidate in self.candidates()))  # which have six digits of alpha
         if self.model.quantization and (wrong := self.trains_the_base(self.model.quantization)):
             raise ValueError(f"{wrong}: leave out one")
         return self

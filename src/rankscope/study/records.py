@@ -313,11 +313,3 @@ class VerdictRecord(Record):
     claims: list[Any]
     caveats: list[str]
     rates: dict[str, Any] | None = None  # `rankscope.analysis.rates.judge_rates`
-
-
-class MetricsRow(Record):
-    """A line of metrics.jsonl."""
-
-    __pydantic_extra__: dict[str, Number]
-
-    step: int
