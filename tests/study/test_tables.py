@@ -11,7 +11,7 @@ import pytest
 from rankscope.errors import DamagedError
 from rankscope.files import file_sha256, read_json, write_json
 from rankscope.jobs.repair import remove_corrupt
-from rankscope.study.metrics import FIELDS, Steps, read_rows, read_steps
+from rankscope.study.metrics import read_rows, read_steps
 from rankscope.study.study import Study
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "study-0.1"
@@ -21,11 +21,6 @@ FIXTURE = Path(__file__).parents[1] / "fixtures" / "study-0.1"
 def study(tmp_path: Path) -> Study:
     shutil.copytree(FIXTURE, tmp_path / "study")
     return Study.open(tmp_path / "study")
-
-
-def same(one: Steps, other: Steps) -> bool:
-    values = [np.array_equal(one.values[name], other.values[name], equal_nan=True) for name in FIELDS]
-    return one.step.tolist() == other.step.tolist() and all(values)
 
 
 PLAIN = '{"step": 0, "epoch": 0.0, "eval_loss": 5.7}\n{"step": 1, "train_loss": 0.1, "tokens": 7}\n'

@@ -285,7 +285,7 @@ def _table_rows(path: Path, name: str, wanted: Collection[str]) -> Iterator[Numb
 @contextmanager
 def _table(path: Path, name: str) -> Iterator[tuple[tuple[str, ...], Callable[[list[str]], Iterable[Any]]]]:
     """Columns of a Parquet or Arrow file, and what reads some of them in batches."""
-    import pyarrow as pa
+    import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     _first_bytes(path, name)

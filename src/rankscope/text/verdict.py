@@ -160,8 +160,8 @@ def rate_sentences(verdict: Verdict, text: Catalogue) -> list[str]:
         return [text("rates.flat")]
     optima = []
     for row in rates["ranks"]:
-        ends = [name for name in ("optimum", "low", "high") if row[name] is not None]
-        values = {name: rate(float(f"{row[name]:.2g}")) for name in ends}
+        known_ends = [name for name in ("optimum", "low", "high") if row[name] is not None]
+        values = {name: rate(float(f"{row[name]:.2g}")) for name in known_ends}
         kind = "edge" if row["edge"] else "optimum" if {"low", "high"} <= values.keys() else "one_seed"
         edge = text(f"rates.{row['edge']}") if row["edge"] else ""
         optima.append(text(f"rates.{kind}", rank=row["rank"], edge=edge, tried=rate(row["tried"]), **values))
