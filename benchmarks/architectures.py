@@ -273,7 +273,8 @@ def run_rankscope(folder: Path, note: Any, memory: bool) -> dict[int, Any]:
     from rankscope.lora.layout import Slice
     from rankscope.lora.saved import peft_fault
     from rankscope.model.load import load_model
-    from rankscope.plan.memory import predict, predict_peak
+    from rankscope.plan.costs import predict
+    from rankscope.plan.memory import StudyMemory
     from rankscope.spec.models import DataSpec, ModelSpec, StudySpec, TrainingSpec
     from rankscope.train.loop import choose_engine
     from rankscope.train.step import make_train_state, save_trained_adapter
@@ -286,8 +287,8 @@ def run_rankscope(folder: Path, note: Any, memory: bool) -> dict[int, Any]:
     )  # fmt: skip
     if memory:
         note(stage="plan")
-        peak = predict_peak(spec, predict(spec), spec.trials(), tokens, 10**12)
-        note(memory=peak if isinstance(peak, str) else None)
+        planned = StudyMemory(spec, predict(spec), tokens, 10**12)
+        note(memory=None if planned.peak(spec.trials()) else planned.reason)
     note(stage="loading")
     model = load_model(spec.model)
     note(stage="adapters")

@@ -77,6 +77,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import reference
 import trl_jobs
 from models import tiny_model
+from plain_products import product_rate
 from predict_memory import compare
 from rankscope.analysis.verdict import conclude
 from rankscope.data.tokens import TokenizedData, Tokens, save
@@ -95,7 +96,8 @@ from rankscope.measure.profile import MEMORY
 from rankscope.model.device import free_bytes, resolve_device, synchronize
 from rankscope.model.load import load_model
 from rankscope.model.quantized import base_bytes
-from rankscope.plan.memory import predict, predict_peak
+from rankscope.plan.costs import predict
+from rankscope.plan.memory import StudyMemory
 from rankscope.plan.plan import make_fleet, make_plan
 from rankscope.spec.candidates import Trial
 from rankscope.spec.models import StudySpec
@@ -104,7 +106,6 @@ from rankscope.study.study import Study
 from rankscope.text.formats import size
 from rankscope.train import step as step_module
 from rankscope.train.attention import packed_attention
-from rankscope.train.flops import product_rate
 from rankscope.train.loop import EngineChoice, choose_engine
 from rankscope.train.prepare import prepare_data
 from rankscope.train.probe import use_own_forward
@@ -398,11 +399,12 @@ def memory(here: Here) -> None:
     spec = here.spec(here.shaped_model(), sizes.ranks, sizes.seeds)
     tokens, costs = random_tokens(64, sizes.shape[2], sizes.rows[0]), predict(spec)
     here.free()
-    told = predict_peak(spec, costs, spec.trials(), tokens, free_bytes(here.device))
+    predicted = StudyMemory(spec, costs, tokens, free_bytes(here.device))
+    told = predicted.peak(spec.trials())
     train(spec, spec.trials(), tokens, sizes.warmup)
     measured, reserved = torch.cuda.max_memory_allocated(here.device), torch.cuda.max_memory_reserved(here.device)
-    if isinstance(told, str):
-        raise RuntimeError(f"not predicted: {told}; allocated {size(measured)}")
+    if told is None:
+        raise RuntimeError(f"not predicted: {predicted.reason}; allocated {size(measured)}")
     off = told.parts.total / measured - 1
     text = f"allocated {size(measured)}, reserved {size(reserved)}; predicted {size(told.parts.total)}, {off:+.1%}"
     here.note(f"pack of {len(spec.trials())}", off, text)

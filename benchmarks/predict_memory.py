@@ -5,11 +5,13 @@
 
 - predicted: `rankscope.plan.runtime`, what `rankscope plan` shows, computed before anything is loaded
 - measured: rankscope's own profile, the highest peak of the training phase over `--repeats` fresh processes a rank
-  (private memory on a CPU, torch's allocator on a GPU); the steps' ratio to the lowest rank's, side by side
+  (on a CPU private memory, and the base's weights where they are pages of their own file; torch's allocator on a GPU);
+  the steps' ratio to the lowest rank's, side by side
 - difference: predicted over measured, minus one
 
-`--before` says what happens before each process: `installed` rewrites every shared library of the environment in writes
-of 1 MB, as an installation does; `cold` drops them from the page cache. Resident memory moves with both.
+`--before nothing,installed,cold` says what happens before each process: `installed` rewrites every shared library of
+the environment in writes of 1 MB, as an installation does; `cold` drops them from the page cache. Resident memory moves
+with both. Run it from an environment of its own: it must not rewrite what others run from.
 """
 
 import argparse
@@ -31,7 +33,8 @@ from rankscope.jobs.job import Job
 from rankscope.jobs.process import JobProcess
 from rankscope.measure.machine import hardware, versions
 from rankscope.model.device import free_bytes, resolve_device
-from rankscope.plan.memory import predict
+from rankscope.plan.costs import predict
+from rankscope.plan.memory import StudyMemory
 from rankscope.plan.runtime import forecast
 from rankscope.spec.candidates import CONTROL, TIME
 from rankscope.spec.models import StudySpec
@@ -51,7 +54,8 @@ def main() -> None:
     parser.add_argument("--warmup-steps", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=24)
-    parser.add_argument("--before", choices=("nothing", "installed", "cold"), default="nothing")
+    parser.add_argument("--before", default="nothing", help="nothing, installed or cold, or several")
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--engine", choices=("packed", "peft"), default="packed")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="where to write the figures, as JSON")
@@ -61,12 +65,15 @@ def main() -> None:
         "seeds": [0],
         **{name: getattr(arguments, name) for name in ("model", "dataset", "max_length", "batch_size", "engine")},
         "device": arguments.device,
+        "dtype": arguments.dtype,
     }
     sets = [f"measure.{name}={getattr(arguments, name)}" for name in ("repeats", "warmup_steps", "steps", "rounds")]
     spec = assemble({}, options, sets)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = compare(spec, Path(folder) / "study", BEFORE[arguments.before])
-    print(table(rows))
+    rows = []
+    for before in arguments.before.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            rows += [{"before": before} | row for row in compare(spec, Path(folder) / "study", BEFORE[before])]
+        print(table(rows), flush=True)
     if arguments.out:
         command = f"python benchmarks/predict_memory.py {shlex.join(sys.argv[1:])}"
         write_json(arguments.out, {"command": command, "machine": hardware(), "versions": versions(), "rows": rows})
@@ -110,10 +117,11 @@ def run_job(folder: Path, content: dict[str, Any]) -> None:
         raise error
 
 
-def compare(spec: StudySpec, folder: Path, before: Callable[[], None]) -> list[dict[str, Any]]:
+def compare(spec: StudySpec, folder: Path, before: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
     """Return one row per rank."""
-    prediction, data = predict(spec), prepare_data(spec)
-    found = forecast(spec, prediction, data, free_bytes(resolve_device(spec.model.device)))
+    data = prepare_data(spec)
+    memory = StudyMemory(spec, predict(spec), data.train, free_bytes(resolve_device(spec.model.device)))
+    found = forecast(spec, memory, data)
     if found.reason:
         print(f"not all can be predicted: {found.reason}", file=sys.stderr)
     study = Study.create(folder, spec)
@@ -132,6 +140,9 @@ def compare(spec: StudySpec, folder: Path, before: Callable[[], None]) -> list[d
         summaries = [one["summary"] for one in study.profile_repeats(f"r{candidate.rank:03d}")]
         on_gpu = summaries[0]["gpu_allocated_peak_bytes"] is not None
         peaks = [one["gpu_allocated_peak_bytes" if on_gpu else "private_peak_bytes"] for one in summaries]
+        base = memory.costs.base_bytes
+        if not on_gpu and summaries[0]["private_base_bytes"] - memory.costs.process_bytes < base / 2:
+            peaks = [peak + base for peak in peaks]  # the weights are pages of their file
         rows.append(
             {
                 "rank": candidate.rank,
@@ -162,13 +173,13 @@ def table(rows: list[dict[str, Any]]) -> str:
         "step over the lowest rank's: predicted",
         "measured",
     ]
-    lines = [f"| rank | {' | '.join([*parts, *ends])} |", "|" + "---:|" * (len(parts) + len(ends) + 1)]
+    lines = [f"| before | rank | {' | '.join([*parts, *ends])} |", "|---|" + "---:|" * (len(parts) + len(ends) + 1)]
     for row in rows:
         cells = [f"{row['parts'][part] / 1e6:,.0f}" for part in parts]
         cells += [f"{row['peak_bytes'] / 1e6:,.0f}", f"{max(row['measured_peak_bytes']) / 1e6:,.0f}"]
         cells += [f"{row['difference']:+.1%}", f"{max(row['measured_rss_bytes']) / 1e6:,.0f}"]
         cells += [f"{value:.2f}" if value else "" for value in (row["predicted_ratio"], row["measured_ratio"])]
-        lines.append(f"| {row['rank']} | {' | '.join(cells)} |")
+        lines.append(f"| {row['before']} | {row['rank']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

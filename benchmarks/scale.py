@@ -36,7 +36,7 @@ import numpy as np
 
 from rankscope.data.tokens import Tokens
 from rankscope.files import file_hashes, write_json
-from rankscope.plan.memory import predict
+from rankscope.plan.costs import predict
 from rankscope.plan.packs import divide_into_packs, longest_first, lower_bound, simulate
 from rankscope.spec.candidates import Trial
 from rankscope.spec.models import StudySpec

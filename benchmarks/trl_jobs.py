@@ -175,8 +175,8 @@ def product_rates(case: Case, folder: Path) -> dict[str, Any]:
     """FLOP/s of plain products of the model's linear layers over 1,024 tokens, by dtype, and what they ran on."""
     import torch
 
+    from plain_products import product_rate
     from rankscope.model.load import skeleton
-    from rankscope.train.flops import product_rate
 
     layers = [part for part in skeleton(case.spec().model).modules() if isinstance(part, torch.nn.Linear)]
     shapes = Counter((1024, layer.in_features, layer.out_features) for layer in layers)

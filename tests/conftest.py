@@ -14,7 +14,7 @@ from hypothesis import settings
 import forking
 from folders import write_data, write_model
 from rankscope.jobs import process
-from rankscope.plan import memory
+from rankscope.plan import costs
 from rankscope.study.study import Study
 from report.browser import Browser, need_browser
 from small_study import run_small
@@ -57,7 +57,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def _known_process() -> Iterator[None]:
     """A process's own memory is as measured once: measuring it takes seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "own_process_bytes", lambda: 330_000_000)
+        patch.setattr(costs, "own_process_bytes", lambda: 330_000_000)
         yield
 
 

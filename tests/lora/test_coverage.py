@@ -23,7 +23,7 @@ from rankscope.errors import StudyError
 from rankscope.lora.adapters import layer_of, lora_layers, unreached_layers
 from rankscope.lora.coverage import Coverage, subtrees
 from rankscope.lora.saved import read_adapter
-from rankscope.plan.memory import predict
+from rankscope.plan.costs import predict
 from rankscope.spec.models import StudySpec, TrainingSpec
 from rankscope.text.catalogue import load
 from rankscope.text.coverage import coverage_sentences

@@ -13,7 +13,7 @@ from rankscope.data.tokens import Tokens
 from rankscope.errors import StudyError
 from rankscope.lora.adapters import lora_layers, remove_adapter, remove_adapters, wrapped_modules
 from rankscope.lora.saved import attached, read_adapter
-from rankscope.plan.memory import predict
+from rankscope.plan.costs import predict
 from rankscope.spec.candidates import Trial
 from rankscope.spec.models import StudySpec, TrainingSpec
 from rankscope.train.engine import PeftEngine

@@ -19,8 +19,8 @@ from rankscope.errors import MissingExtraError, ModelError, StudyError
 from rankscope.model import checks, device
 from rankscope.model.load import load_config, load_model, load_tokenizer, skeleton
 from rankscope.model.quantized import base_bytes, quantized_layers
-from rankscope.plan import memory
-from rankscope.plan.memory import predict
+from rankscope.plan import memory, packs
+from rankscope.plan.costs import predict
 from rankscope.spec.models import ModelSpec, StudySpec, TrainingSpec
 from rankscope.train import engine as engines
 from rankscope.train import loss
@@ -235,7 +235,7 @@ def test_what_can_be_seen_of_apple_s_gpus_on_a_machine_without_one(monkeypatch: 
     mps = device.resolve_device("mps")
     assert (mps.type, device.resolve_dtype("auto", mps)) == ("mps", torch.float32)
     for table in (
-        memory.UNTRACKED_ACTIVATION_FRACTION, memory.FULL_STEP_TOKENS,
+        memory.UNTRACKED_ACTIVATION_FRACTION, packs.FULL_STEP_TOKENS,
         engines.TOKENS_PER_FORWARD, loss.CHUNK_BYTES,
     ):  # fmt: skip
         assert "mps" in table

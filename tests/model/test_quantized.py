@@ -20,7 +20,8 @@ from rankscope.lora.saved import read_adapter
 from rankscope.model import quantized
 from rankscope.model.load import fingerprint, load_model, skeleton
 from rankscope.model.quantized import base_bytes, parameter_count, quantized_layers
-from rankscope.plan.memory import PeakMemory, predict, predict_peak
+from rankscope.plan.costs import predict
+from rankscope.plan.memory import PeakMemory, StudyMemory
 from rankscope.resize.loss_budget import held_out_losses
 from rankscope.spec.candidates import Trial
 from rankscope.spec.models import ModelSpec, TrainingSpec
@@ -214,7 +215,7 @@ def test_memory_is_predicted_over_a_quantized_base(kind: str, tmp_path: Path) ->
         prediction = predict(one)
         assert prediction.reason is None
         for trial in one.trials():
-            found = predict_peak(one, prediction, [trial], random_tokens(8, longest=6), 10**12)
+            found = StudyMemory(one, prediction, random_tokens(8, longest=6), 10**12).peak([trial])
             assert isinstance(found, PeakMemory), found
             peaks.append(found.parts)
     quantized_lora, quantized_dora, lora, dora = peaks

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rankscope.errors import ModelError
 from rankscope.model import quantized
 from rankscope.plan.checks import check_base_fits, too_large
-from rankscope.plan.memory import CostModel, predict
+from rankscope.plan.costs import CostModel, predict
 from rankscope.spec.models import DataSpec, ModelSpec, StudySpec
 
 

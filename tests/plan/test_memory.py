@@ -1,6 +1,5 @@
 """Peak memory predicted by part: against measurement, against brute force, and where nothing can be known."""
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,17 @@ from rankscope.data.tokens import Tokens, save
 from rankscope.errors import StudyError
 from rankscope.jobs.job import Job
 from rankscope.lora.layout import Unpackable
+from rankscope.measure.own_process import own_process_bytes
+from rankscope.plan.costs import CostModel, predict
 from rankscope.plan.fake_steps import Event, Instant, Recording, add_empty_adapter
 from rankscope.plan.layers import Repeats, find_repeats
-from rankscope.plan.memory import CostModel, PeakMemory, StudyMemory, predict, predict_peak
+from rankscope.plan.memory import PeakMemory, StudyMemory
 from rankscope.plan.plan import make_fleet
 from rankscope.plan.runtime import forecast, largest_fitting_rank, study_seconds
 from rankscope.spec.models import DataSpec, ModelSpec, StudySpec, TrainingSpec
 from rankscope.spec.options import assemble
 from rankscope.study.study import Study
+from rankscope.train.loss import CHUNK_BYTES
 from rankscope.train.prepare import prepare_data
 from rankscope.ui.plan import parse_gpu
 
@@ -47,16 +49,50 @@ def embedded(**training: object) -> StudySpec:
     )
 
 
+_counted: dict[str, CostModel] = {}
+
+
+def counted(spec: StudySpec) -> CostModel:
+    """`predict`, once for all tests of a study."""
+    key = spec.model_dump_json()
+    if key not in _counted:
+        _counted[key] = predict(spec)
+    return _counted[key]
+
+
 def peak(spec: StudySpec, tokens: Tokens, index: int = 0, free: int = PLENTY) -> PeakMemory:
-    found = predict_peak(spec, predict(spec), [spec.trials()[index]], tokens, free)
+    found = StudyMemory(spec, counted(spec), tokens, free).peak([spec.trials()[index]])
     assert isinstance(found, PeakMemory), found
     return found
+
+
+def held(spec: StudySpec, prediction: CostModel) -> int:
+    """Bytes of the first trial's study that are there whatever the forward, where nothing can be rehearsed."""
+    memory = StudyMemory(spec, prediction._replace(costs={}, logit_bytes_per_token=0), rows_of(2), PLENTY)
+    memory.reason = "not rehearsed"
+    return memory.peak_bytes(spec.trials()[:1])
+
+
+def test_without_a_rehearsal_saved_tensors_are_counted() -> None:
+    spec, tokens = embedded(), rows_of(*[60] * 24)
+    prediction, trials = counted(spec), spec.trials()
+    adapter = prediction.params[trials[0].candidate.name]
+    fixed = prediction.process_bytes + prediction.base_bytes + 16 * adapter + 2 * CHUNK_BYTES["cpu"]
+    assert held(spec, prediction) == fixed
+    memory = StudyMemory(spec, prediction, tokens, PLENTY)
+    memory.reason = "not rehearsed"
+    assert memory.peak_bytes(trials[:1]) == fixed + 240 * prediction.bytes_per_token(trials[:1]), "a step of four rows"
+    both = memory.peak_bytes(trials[:2]) - 480 * prediction.bytes_per_token(trials[:2])
+    assert both == fixed + 16 * prediction.params[trials[1].candidate.name]
+    memory.free = fixed
+    assert memory.peak_bytes(trials[:1]) == fixed + prediction.bytes_per_token(trials[:1]), "one token at a time"
+    assert not memory.fits(trials[:1])
 
 
 @pytest.mark.parametrize("engine", ["packed", "peft"])
 def test_the_parts_are_what_can_be_counted(engine: str) -> None:
     spec, tokens = embedded(engine=engine), rows_of(*[60, 90, 40, 70] * 6)
-    prediction = predict(spec)
+    prediction = counted(spec)
     found = peak(spec, tokens)
     adapter = 4 * prediction.params[spec.candidates()[0].name]
     assert found.parts.base == prediction.base_bytes
@@ -92,8 +128,7 @@ def test_what_depends_on_rank_is_proportional_to_it() -> None:
 def test_a_forward_that_must_be_small_takes_less() -> None:
     spec, tokens = embedded(), rows_of(*[100] * 24)
     prediction = predict(spec)
-    fixed = prediction.fixed_bytes(spec.trials()[:1])
-    tight = peak(spec, tokens, free=fixed + 200 * prediction.bytes_per_token(spec.trials()))
+    tight = peak(spec, tokens, free=held(spec, prediction) + 200 * prediction.bytes_per_token(spec.trials()))
     roomy = peak(spec, tokens)
     assert (tight.forward_tokens, roomy.forward_tokens) == (100, 400)
     assert tight.parts.activations < 0.5 * roomy.parts.activations
@@ -110,7 +145,7 @@ def test_a_sequence_that_is_recomputed_takes_less_than_one_that_is_kept() -> Non
 @pytest.mark.slow
 def test_a_pack_takes_more_than_its_trials_and_less_than_their_sum() -> None:
     spec, tokens = embedded(), rows_of(*[60] * 24)
-    together = predict_peak(spec, predict(spec), spec.trials(), tokens, PLENTY)
+    together = StudyMemory(spec, predict(spec), tokens, PLENTY).peak(spec.trials())
     assert isinstance(together, PeakMemory)
     alone = [peak(spec, tokens, index).parts for index in range(3)]
     assert together.parts.adapter == sum(parts.adapter for parts in alone)
@@ -118,13 +153,18 @@ def test_a_pack_takes_more_than_its_trials_and_less_than_their_sum() -> None:
     assert max(p.total for p in alone) < together.parts.total < sum(p.total for p in alone)
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, "lfm2"])
+QUICK = ("opt-post-norm", "mixtral", "lfm2")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in (*CONFIGS, "lfm2")]
+)
 def test_every_architecture_is_predicted(name: str, tmp_path: Path) -> None:
     tiny_model(name).save_pretrained(tmp_path)
     spec = StudySpec(
         model=ModelSpec(id=str(tmp_path), device="cpu"), data=DataSpec(id="unused"), seeds=(0,), ranks=(4,)
     )
-    found = predict_peak(spec, predict(spec), spec.trials(), rows_of(*[20, 30] * 8), PLENTY)
+    found = StudyMemory(spec, predict(spec), rows_of(*[20, 30] * 8), PLENTY).peak(spec.trials())
     assert isinstance(found, PeakMemory), found
     assert found.parts.activations > 0
 
@@ -136,7 +176,7 @@ def test_the_forward_by_peft_is_predicted_where_a_model_cannot_be_packed(tmp_pat
     )
     costs = predict(spec)
     assert (costs.engine, costs.engine_reason, costs.reason) == ("peft", Unpackable.OWN_ATTENTION, None)
-    found = predict_peak(spec, costs, spec.trials(), rows_of(*[20, 30] * 8), PLENTY)
+    found = StudyMemory(spec, costs, rows_of(*[20, 30] * 8), PLENTY).peak(spec.trials())
     assert isinstance(found, PeakMemory), found
     by_peft = spec.model_copy(update={"training": spec.training.model_copy(update={"engine": "peft"})})
     assert costs._replace(engine_reason=None) == predict(by_peft)
@@ -153,21 +193,23 @@ def test_a_gpu_that_is_not_here_is_planned_for_in_bfloat16() -> None:
     spec = embedded()
     prediction = predict(spec, torch.device("cuda"))
     assert prediction.base_bytes == pytest.approx(2 * prediction.base_params, rel=0.01), "norms stay in float32"
-    found = predict_peak(spec, prediction, spec.trials()[:1], rows_of(*[60] * 24), 24 * 10**9)
+    found = StudyMemory(spec, prediction, rows_of(*[60] * 24), 24 * 10**9).peak(spec.trials()[:1])
     assert isinstance(found, PeakMemory), found
     assert found.parts.process == found.parts.retained == 0
     assert found.parts.adapter == 4 * prediction.params[spec.candidates()[0].name], "adapters stay in float32"
 
 
-@pytest.mark.parametrize("free", [600_000_000, 700_000_000, 900_000_000])
-def test_the_largest_rank_is_that_of_brute_force(free: int) -> None:
+def test_the_largest_rank_is_that_of_brute_force() -> None:
     """Also where memory is short, so that forwards are smaller at higher ranks."""
-    spec, tokens = embedded(), rows_of(*[60] * 24)
-    memory = StudyMemory(spec, predict(spec), tokens, free)
-    plain = spec.candidates()[0]
-    expected = max((rank for rank in range(1, 257) if memory.peak_at(plain, rank) <= 0.9 * free), default=0)
-    assert largest_fitting_rank(spec, memory) == expected
-    assert 0 <= expected <= 256
+    spec = embedded()
+    memory = StudyMemory(spec, counted(spec), rows_of(*[60] * 24), PLENTY)
+    plain, known = spec.candidates()[0], []
+    for free in (480_000_000, 500_000_000, 900_000_000):
+        memory.free = free
+        expected = max((rank for rank in range(1, 257) if memory.peak_at(plain, rank) <= 0.9 * free), default=0)
+        assert largest_fitting_rank(spec, memory) == expected
+        known.append(expected)
+    assert 0 < known[0] < known[1] < known[2] == 256
 
 
 @pytest.mark.slow
@@ -199,7 +241,7 @@ def test_the_fullest_instants_are_found_near_the_loss_and_near_the_end() -> None
         Event(4, "activations", 7),
         Event(4, "activations", -7),
     ]
-    recording = Recording(events, Counter())
+    recording = Recording(events)
     assert recording.gradients == 60
     assert recording.instants(20) == [Instant(50, 20, 0), Instant(50, 0, 30), Instant(12, 0, 60), Instant(50, 20, 0)]
     assert recording.instants(30) == [Instant(50, 20, 0), Instant(0, 0, 0), Instant(50, 0, 30), Instant(50, 20, 0)]
@@ -239,7 +281,7 @@ def exactly(costs: CostModel) -> CostModel:
 @pytest.mark.parametrize("deep", DEEP_PARAMS, indirect=True)
 @pytest.mark.slow
 def test_a_few_layers_stand_for_all(deep: StudySpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes by part, FLOPs and products are those of the whole model; also where sequences are recomputed."""
+    """Bytes by part and FLOPs are those of the whole model; also where sequences are recomputed."""
     tokens = rows_of(*[20, 30, 25, 17] * 6)
     costs = predict(deep)
     (family,) = costs.families.values()
@@ -256,10 +298,25 @@ def test_a_few_layers_stand_for_all(deep: StudySpec, monkeypatch: pytest.MonkeyP
             assert tracked[0] == pytest.approx(tracked[1], rel=0.01)
             assert found[1:] == expected[1:]
             assert (found.recomputed_tokens > 0) == (free == 0)
-        assert memory.products == whole.products
-    monkeypatch.setattr("rankscope.plan.memory.find_repeats", lambda model: None)
+    monkeypatch.setattr("rankscope.plan.costs.find_repeats", lambda model: None)
     for name, cost in predict(deep).costs.items():
         assert costs.costs[name] == pytest.approx(cost, rel=1e-4, abs=2)
+
+
+@pytest.mark.parametrize("deep", ["llama-gqa"], indirect=True)
+def test_seconds_follow_from_a_few_layers(deep: StudySpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are affine in rank and in layers: here exactly so, by a clock made up of both."""
+    memory = StudyMemory(deep, predict(deep), rows_of(*[23] * 24), PLENTY)
+    assert all((memory.seconds_per_token(candidate) or 0) > 0 for candidate in deep.candidates()), "by a real clock"
+
+    def clock(engine: Any, tokens: Tokens, slices: Any) -> float:
+        rank = next(one.rank for one in deep.candidates() if one.name == slices[0].adapter)
+        return len(engine.model.model.layers) * (100.0 + rank) + 7.0
+
+    memory._seconds.clear()
+    monkeypatch.setattr("rankscope.plan.memory.forward_seconds", clock)
+    found = [memory.seconds_per_token(candidate) for candidate in deep.candidates()]
+    assert found == pytest.approx([(7 * (100 + rank) + 7) / 92 for rank in (2, 4, 8)]), "a step of all four rows"
 
 
 def test_layers_that_differ_are_rehearsed_one_and_all() -> None:
@@ -330,13 +387,15 @@ def test_a_fleet_that_cannot_be_is_refused() -> None:
 
 
 @pytest.mark.own_processes
-def test_the_prediction_is_near_what_is_measured(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_prediction_is_near_what_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Predicted and measured peak of the embedded model, in a real child process."""
+    monkeypatch.setattr("rankscope.plan.costs.own_process_bytes", own_process_bytes)
     values = {"data": {"max_length": 128, "max_rows": 200, "eval_rows": 32}, "measure": {"steps": 4, "warmup_steps": 1}}
     options = {"model": "embedded", "dataset": "embedded", "ranks": [256], "seeds": [0], "steps": 20}
     spec = assemble(values, {**options, "device": "cpu", "dtype": "float32"})
     data = prepare_data(spec)
-    found = forecast(spec, predict(spec), data, PLENTY)
+    found = forecast(spec, StudyMemory(spec, predict(spec), data.train, PLENTY), data)
     (candidate,) = found.candidates.values()
     assert candidate.peak_bytes
     assert candidate.step_seconds
@@ -350,7 +409,7 @@ def test_the_prediction_is_near_what_is_measured(tmp_path: Path) -> None:
     job = Job("rankscope.jobs.profiles", {"profile": "r256", "repeat": 0}, "profiles/jobs/r256")
     assert run_alone(study.path, job) is None
     measured = study.profiles()["private_peak_bytes"].max()
-    assert candidate.peak_bytes == pytest.approx(measured, rel=0.15)
+    assert candidate.peak_bytes == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -365,10 +424,10 @@ def test_gradient_checkpointing_is_planned_where_a_sequence_would_not_fit(
     spec = spec.model_copy(update={"model": ModelSpec(id=str(tmp_path), device="cpu")})
     prediction = predict(spec, torch.device(device))
     trial = spec.trials()[0]
-    fixed, per_token = prediction.fixed_bytes([trial]), prediction.bytes_per_token([trial])
+    fixed, per_token = held(spec, prediction), prediction.bytes_per_token([trial])
     peaks = []
     for free in (PLENTY, fixed + 50 * per_token):
-        found = predict_peak(spec, prediction, [trial], tokens, free)
+        found = StudyMemory(spec, prediction, tokens, free).peak([trial])
         assert isinstance(found, PeakMemory), found
         peaks.append(found)
     kept, recomputed = peaks

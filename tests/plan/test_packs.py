@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from rankscope.errors import StudyDirectoryError
 from rankscope.files import write_json
 from rankscope.plan import checks
 from rankscope.plan.checks import disk_bytes
-from rankscope.plan.memory import FULL_STEP_TOKENS, CostModel, predict
-from rankscope.plan.packs import divide_into_packs
+from rankscope.plan.costs import CostModel, predict
+from rankscope.plan.memory import MAX_PACK_MEMORY_FRACTION, StudyMemory
+from rankscope.plan.packs import FULL_STEP_TOKENS, divide_into_packs
 from rankscope.plan.plan import Plan, make_fleet, make_plan
 from rankscope.spec.candidates import Trial
 from rankscope.spec.models import DataSpec, ModelSpec, ReferenceSpec, StudySpec, TrainingSpec
@@ -39,34 +41,48 @@ def prediction(spec: StudySpec) -> CostModel:
     return predict(spec)
 
 
-def sizes(spec: StudySpec, prediction: CostModel, free: int, tokens: Tokens, **training: object) -> list[int]:
-    packs = divide_into_packs(spec.trials(), prediction, free, TrainingSpec(batch_size=8, **training), tokens)  # type: ignore[arg-type]
+def room_for(spec: StudySpec, prediction: CostModel, trials: Sequence[Trial], tokens: Tokens) -> StudyMemory:
+    """Memory of a device on which `trials` fit together, and hardly more."""
+    needed = StudyMemory(spec, prediction, tokens, PLENTY).peak_bytes(trials)
+    return StudyMemory(spec, prediction, tokens, int(needed / MAX_PACK_MEMORY_FRACTION) + 1000)
+
+
+def always(trials: Sequence[Trial]) -> bool:
+    return True
+
+
+def sizes(
+    spec: StudySpec, prediction: CostModel, fits: Callable[[Sequence[Trial]], bool], tokens: Tokens, **training: object
+) -> list[int]:
+    packs = divide_into_packs(spec.trials(), prediction, fits, TrainingSpec(batch_size=8, **training), tokens)  # type: ignore[arg-type]
     assert [trial for pack in packs for trial in pack] == spec.trials()
     return [len(pack) for pack in packs]
 
 
 def test_a_pack_takes_as_many_trials_as_fill_a_step(spec: StudySpec, prediction: CostModel) -> None:
     third = FULL_STEP_TOKENS["cpu"] // (3 * 8)
-    assert sizes(spec, prediction, PLENTY, rows_of(third)) == [3, 3]
-    assert sizes(spec, prediction, PLENTY, rows_of(10 * third)) == [1] * 6
-    assert sizes(spec, prediction, PLENTY, rows_of(third), gradient_accumulation_steps=3) == [1] * 6
+    assert sizes(spec, prediction, always, rows_of(third)) == [3, 3]
+    assert sizes(spec, prediction, always, rows_of(10 * third)) == [1] * 6
+    assert sizes(spec, prediction, always, rows_of(third), gradient_accumulation_steps=3) == [1] * 6
 
 
 def test_the_user_may_say_how_many(spec: StudySpec, prediction: CostModel) -> None:
-    assert sizes(spec, prediction, PLENTY, rows_of(500), trials_per_pack=4) == [4, 2]
-    assert sizes(spec, prediction, PLENTY, rows_of(5), isolated=True) == [1] * 6
-    assert sizes(spec, prediction, PLENTY, rows_of(5), base_dropout="keep") == [1] * 6
+    assert sizes(spec, prediction, always, rows_of(500), trials_per_pack=4) == [4, 2]
+    assert sizes(spec, prediction, always, rows_of(5), isolated=True) == [1] * 6
+    assert sizes(spec, prediction, always, rows_of(5), base_dropout="keep") == [1] * 6
 
 
 def test_a_pack_takes_no_more_than_fit(spec: StudySpec, prediction: CostModel) -> None:
     two = spec.trials()[:2]
-    free = int((prediction.fixed_bytes(two) + 5 * prediction.bytes_per_token(two)) / 0.9) + 1000
-    packs = sizes(spec, prediction, free, rows_of(5), trials_per_pack=6)
+    memory = room_for(spec, prediction, two, rows_of(5))
+    packs = sizes(spec, prediction, memory.fits, rows_of(5), trials_per_pack=6)
     assert packs == [2, 1, 2, 1]  # 8 and 128, 256 alone
+    whole = divide_into_packs(spec.trials(), prediction, memory.fits, TrainingSpec(trials_per_pack=6), rows_of(5))
+    assert all(len(pack) == 1 or memory.peak_bytes(pack) <= 0.9 * memory.free for pack in whole), "what `plan` shows"
 
 
 def test_a_trial_that_does_not_fit_is_tried_all_the_same(spec: StudySpec, prediction: CostModel) -> None:
-    assert sizes(spec, prediction, 1, rows_of(5)) == [1] * 6
+    assert sizes(spec, prediction, lambda pack: False, rows_of(5)) == [1] * 6
 
 
 def plan_of(spec: StudySpec, data: TokenizedData, study: Study) -> Plan:
@@ -152,13 +168,10 @@ def test_candidates_that_do_not_fit_together_are_timed_in_parts_with_the_control
     trials = {name: Trial(candidate=one, seed=0) for name, one in spec.profiled().items()}
     names = ("control", "r008", "r128", "r256")
 
-    def parts(free: int) -> list[list[str]]:
-        plan = plan_of(spec, TokenizedData(tokens, tokens, {}), Study(tmp_path, spec))
-        site = HERE._replace(free_bytes=free)
-        return replace(plan, site=site, prediction=prediction).fitting(trials, names)
-
-    assert parts(PLENTY) == [list(names)]
-    two = [trials["control"], trials["r256"]]
-    free = int((prediction.fixed_bytes(two) + 5 * prediction.bytes_per_token(two)) / 0.9) + 1000
-    assert parts(free) == [["control", "r008", "r128"], ["control", "r256"]]
-    assert parts(1) == [["control", "r008"], ["control", "r128"], ["control", "r256"]], "two are tried all the same"
+    plan = plan_of(spec, TokenizedData(tokens, tokens, {}), Study(tmp_path, spec))
+    assert plan.fitting(trials, names) == [list(names)]
+    tight = room_for(spec, prediction, [trials["control"], trials["r256"]], tokens)
+    assert replace(plan, memory=tight).fitting(trials, names) == [["control", "r008", "r128"], ["control", "r256"]]
+    tight.free = 1
+    apart = [["control", "r008"], ["control", "r128"], ["control", "r256"]]
+    assert replace(plan, memory=tight).fitting(trials, names) == apart, "two are tried all the same"

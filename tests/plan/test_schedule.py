@@ -5,8 +5,9 @@ from itertools import permutations
 
 import pytest
 
-from rankscope.plan.memory import FULL_STEP_TOKENS, CostModel, predict
-from rankscope.plan.packs import Assignment, divide_into_packs, longest_first, lower_bound, simulate
+from rankscope.plan.costs import CostModel, predict
+from rankscope.plan.memory import StudyMemory
+from rankscope.plan.packs import FULL_STEP_TOKENS, Assignment, divide_into_packs, longest_first, lower_bound, simulate
 from rankscope.plan.runtime import Fleet, Forecast, estimate_fleet, study_seconds
 from rankscope.spec.models import DataSpec, ModelSpec, StudySpec
 from rankscope.study.folder import Division
@@ -66,7 +67,7 @@ def prediction(spec: StudySpec) -> CostModel:
 @pytest.mark.parametrize("devices", [2, 3, 7, 10, 33, 100, 250])
 def test_packs_for_several_devices_keep_all_of_them_busy(spec: StudySpec, prediction: CostModel, devices: int) -> None:
     rows, trials = rows_of(FULL_STEP_TOKENS["cpu"] // (6 * spec.training.batch_size)), spec.trials()  # six fill a step
-    packs = divide_into_packs(trials, prediction, PLENTY, spec.training, rows, devices)
+    packs = divide_into_packs(trials, prediction, lambda pack: True, spec.training, rows, devices)
     assert sorted(trial.name for pack in packs for trial in pack) == sorted(trial.name for trial in trials)
     assert len(packs) >= min(devices, len(trials))
     assert max(map(len, packs)) <= 6
@@ -84,17 +85,17 @@ def test_packs_for_several_devices_keep_all_of_them_busy(spec: StudySpec, predic
 def test_packs_for_several_devices_fit_in_each(spec: StudySpec, prediction: CostModel) -> None:
     rows, trials = rows_of(5), spec.trials()
     two = [trial for trial in trials if trial.candidate.rank == 256][:2]
-    free = int((prediction.fixed_bytes(two) + 5 * prediction.bytes_per_token(two)) / 0.9) + 1000
-    packs = divide_into_packs(trials, prediction, free, spec.training, rows, 2)
-    needed = [prediction.fixed_bytes(pack) + 5 * prediction.bytes_per_token(pack) for pack in packs]
-    assert max(needed) <= 0.9 * free
+    memory = StudyMemory(spec, prediction, rows, PLENTY)
+    memory.free = int(memory.peak_bytes(two) / 0.9) + 1000
+    packs = divide_into_packs(trials, prediction, memory.fits, spec.training, rows, 2)
+    assert max(map(memory.peak_bytes, packs)) <= 0.9 * memory.free
     assert max(map(len, packs)) > 2
 
 
 def test_trials_that_train_alone_count_as_work_too(spec: StudySpec, prediction: CostModel) -> None:
     mixed = spec.model_copy(update={"variants": ("dora",), "seeds": (0, 1)})
     unknown = prediction._replace(params={one.name: 1000 for one in mixed.candidates()}, costs={})
-    packs = divide_into_packs(mixed.trials(), unknown, PLENTY, mixed.training, rows_of(5), 4)
+    packs = divide_into_packs(mixed.trials(), unknown, lambda pack: True, mixed.training, rows_of(5), 4)
     alone = [pack for pack in packs if not pack[0].candidate.packable]
     assert [len(pack) for pack in alone] == [1] * 8
     assert packs[-8:] == alone

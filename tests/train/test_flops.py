@@ -7,10 +7,10 @@ import torch
 
 from models import CONFIGS, tiny_model
 from rankscope.lora.adapters import add_adapter, remove_adapters
-from rankscope.plan.memory import predict
+from rankscope.plan.costs import predict
 from rankscope.spec.models import DataSpec, ModelSpec, StudySpec, TrainingSpec
 from rankscope.train.engine import TOKENS_PER_FORWARD, tokens_per_forward
-from rankscope.train.flops import Products, product_rate
+from rankscope.train.flops import Products
 from rankscope.train.loop import choose_engine
 from rankscope.train.step import make_train_state
 from reference import VOCAB, make_trial
@@ -56,24 +56,13 @@ def test_prediction_without_weights_is_that_of_the_loaded_model(name: str, tmp_p
         assert predicted.bytes_per_token == pytest.approx(real.bytes_per_token, rel=0.15)
 
 
-def test_a_pack_needs_what_its_parts_need() -> None:
-    spec = StudySpec(model=ModelSpec(id="embedded", device="cpu"), data=DATA, ranks=(8, 128), seeds=(0,))
-    prediction, trials = predict(spec), spec.trials()
-    parts = [prediction.fixed_bytes([trial]) - prediction.fixed_bytes([]) for trial in trials]
-    assert parts == [params * 16 for params in prediction.params.values()]
-    assert prediction.fixed_bytes(trials) == prediction.fixed_bytes([]) + sum(parts)
-    assert prediction.fixed_bytes([]) > prediction.process_bytes + 4 * prediction.base_params
-    roomy, tight = (prediction.peak_bytes(trials, free, 1e6) for free in (10**12, prediction.fixed_bytes(trials)))
-    assert roomy - tight == pytest.approx(TOKENS_PER_FORWARD["cpu"] * prediction.bytes_per_token(trials), rel=0.01)
-
-
 def test_forwards_shrink_with_memory_and_never_vanish() -> None:
     assert tokens_per_forward(10**12, 1000, "cpu") == TOKENS_PER_FORWARD["cpu"]
     assert tokens_per_forward(100_000, 1000, "cpu") == 60
     assert tokens_per_forward(-5, 1000, "cpu") == 1
 
 
-def test_products_are_counted_by_shape_and_timed() -> None:
+def test_products_are_counted_by_shape() -> None:
     a, b = torch.rand(3, 4), torch.rand(4, 5)
     with Products() as products:
         torch.addmm(torch.zeros(5), a, b)
@@ -81,7 +70,6 @@ def test_products_are_counted_by_shape_and_timed() -> None:
         _ = b.T @ a.T
     assert products.shapes == {(3, 4, 5): 2, (5, 4, 3): 1}
     assert products.flops == 3 * 2 * 60
-    assert product_rate(products.shapes, torch.device("cpu"), torch.float32) > 0
 
 
 def test_removing_adapters_leaves_the_model_as_it_was() -> None:

@@ -59,7 +59,7 @@ def _job(run: Run, packs: Mapping[str, Sequence[Trial]]) -> Job:
     reads = [f"trials/{name}" for name in itertools.chain(*names.values())]
     if known is not None:  # its record says which model the study began with
         reads.append(f"trials/{known.name}/trial.json")
-    memory = max(plan.host_bytes(trials, plan.step_tokens) for trials in packs.values())
+    memory = max(plan.host_bytes(trials) for trials in packs.values())
     return Job(__name__, {"packs": names}, f"packs/{next(iter(names))}", reads, memory)
 
 

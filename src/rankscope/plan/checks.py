@@ -15,7 +15,7 @@ from rankscope.errors import MissingExtraError, ModelError, StudyDirectoryError,
 from rankscope.lora.variants import WEIGHT_INIT_VARIANTS
 from rankscope.model.load import skeleton
 from rankscope.model.quantized import base_bytes
-from rankscope.plan.memory import CostModel
+from rankscope.plan.costs import CostModel
 from rankscope.spec.candidates import FullTrial, Trial
 from rankscope.spec.models import ModelSpec, StudySpec
 from rankscope.study.folder import StudyFolder

@@ -1,4 +1,5 @@
-"""Training steps on fake tensors: the memory they allocate, without loading or computing anything.
+"""Training steps on fake tensors: the memory they allocate, without loading or computing anything; and on random ones,
+for their time.
 
 The model's code and rankscope's own run as they are; torch's FakeTensorMode gives every tensor its shape and device,
 and no data. Each storage that an operator makes is noted, and when it is freed. Memory that an operator allocates and
@@ -7,9 +8,10 @@ frees within itself is not seen.
 
 import itertools
 import logging
+import time
 import weakref
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +25,7 @@ from rankscope.data.tokens import Tokens
 from rankscope.lora.adapters import adapter_key, adapter_parameters, inject, lora_config, to_float32
 from rankscope.lora.layout import Slice, flatten
 from rankscope.lora.variants import WEIGHT_INIT_VARIANTS, iter_initial_factors, record_initial_factors
+from rankscope.model.device import synchronize
 from rankscope.model.quantized import held_tensors, quantization_tensors
 from rankscope.spec.candidates import Candidate
 from rankscope.train.engine import PackedEngine, PeftEngine
@@ -61,7 +64,6 @@ class Recording(NamedTuple):
     """Allocations of one forward and its backward, for one trial."""
 
     events: list[Event]
-    products: Counter[tuple[int, int, int]]  # matrix products by shape
 
     @property
     def gradients(self) -> int:
@@ -89,8 +91,26 @@ class Recording(NamedTuple):
         return fullest
 
 
+def to_random(model: nn.Module, device: torch.device) -> None:
+    """Give a model on the meta device weights on `device`, random ones, in place; buffers are zero."""
+
+    def make(tensor: Tensor) -> Tensor:
+        new = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+        return new.normal_(std=0.02) if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() else new
+
+    if quantization_tensors(model):
+        raise NotImplementedError("quantized weights cannot be drawn")
+    _replace_tensors(model, make)
+
+
 def to_fake(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> None:
     """Turn all tensors of a model into fake ones on `device`, in place. DiffLlama's are not all on the meta device."""
+    _replace_tensors(model, lambda tensor: FakeTensor(mode, tensor.detach().to("meta"), device))
+    for holder, name in quantization_tensors(model):
+        setattr(holder, name, FakeTensor(mode, getattr(holder, name), device))
+
+
+def _replace_tensors(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
     made: dict[int, tuple[Tensor, Tensor]] = {}  # the old ones too, so that no id comes twice
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -98,13 +118,11 @@ def to_fake(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> Non
                 if tensor is None:
                     continue
                 if id(tensor) not in made:
-                    fake: Tensor = FakeTensor(mode, tensor.detach().to("meta"), device)
+                    new = make(tensor)
                     if isinstance(tensor, nn.Parameter):
-                        fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-                    made[id(tensor)] = tensor, fake
+                        new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+                    made[id(tensor)] = tensor, new
                 tensors[name] = made[id(tensor)][1]  # type: ignore[assignment]
-    for holder, name in quantization_tensors(model):
-        setattr(holder, name, FakeTensor(mode, getattr(holder, name), device))
 
 
 def add_empty_adapter(model: PreTrainedModel, candidate: Candidate) -> None:
@@ -139,17 +157,35 @@ def record(
     )
     recorder = _Recorder(model)
     model.train(engine.base_dropout)
-    with mode, recorder.products:
+    with mode, Products():  # which gives grouped products on fake tensors their shapes
         _forward_and_backward(engine, recorder, tokens, slices)
     gradients = {recorder.number(p.grad) for p in parameters if p.grad is not None}
     for parameter in parameters:
         parameter.grad = None
     events = [event._replace(part="gradients") if event.storage in gradients else event for event in recorder.events]
-    return Recording([e for e in events if e.part != "gradients" or e.bytes > 0], recorder.products.shapes)
+    return Recording([e for e in events if e.part != "gradients" or e.bytes > 0])
+
+
+def forward_seconds(engine: PackedEngine | PeftEngine, tokens: Tokens, slices: Sequence[Slice]) -> float:
+    """Seconds of one forward of `slices` and its backward, on a model with weights."""
+    device = engine.model.device
+    engine.model.train(engine.base_dropout)
+    synchronize(device)
+    start = time.perf_counter()
+    _forward_and_backward(engine, nullcontext(), tokens, slices)
+    synchronize(device)
+    seconds = time.perf_counter() - start
+    for part in slices:
+        for parameter in adapter_parameters(engine.model, part.adapter):
+            parameter.grad = None
+    return seconds
 
 
 def _forward_and_backward(
-    engine: PackedEngine | PeftEngine, recorder: "_Recorder", tokens: Tokens, slices: Sequence[Slice]
+    engine: PackedEngine | PeftEngine,
+    recorder: AbstractContextManager[object],
+    tokens: Tokens,
+    slices: Sequence[Slice],
 ) -> None:
     with recorder:
         if isinstance(engine, PackedEngine):
@@ -171,7 +207,6 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[Event] = []
-        self.products = Products()
         self._vocab = model.config.get_text_config().vocab_size
         self._numbers: dict[int, int] = {}  # of storages alive
         self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}

@@ -53,6 +53,11 @@ class ForwardSizes:
             self._known[packed, budget] = self._search(packed, budget)
         return self._known[packed, budget]
 
+    def tokens_of(self, part: Slice, packed: bool) -> int:
+        """Tokens of the sequences of a forward, with PEFT's padding."""
+        lengths = self.tokens.lengths[list(part.examples)]
+        return int(lengths.sum() if packed else len(lengths) * lengths.max())
+
     def _search(self, packed: bool, budget: int) -> Forwards:
         largest: dict[bool, tuple[int, Place]] = {}
         several = False

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from rankscope.data.tokens import Tokens
-from rankscope.plan.memory import FULL_STEP_TOKENS, CostModel
+from rankscope.plan.costs import CostModel
 from rankscope.spec.candidates import Trial
 from rankscope.spec.models import TrainingSpec
 
-MAX_PACK_MEMORY_FRACTION = 0.9
-"""Largest share of free memory that a pack may be predicted to take: the prediction is not exact."""
+FULL_STEP_TOKENS = {"cpu": 1536, "cuda": 1 << 14, "mps": 1 << 13}
+"""Tokens of a step that keep the device busy: more trials in its pack take memory and gain no time. On a CPU measured,
+docs/lab-notes.md; on a GPU not yet."""
 
 MIN_MAKESPAN_GAIN = 1.05
 """Factor by which smaller packs must shorten the makespan on several devices to be worth more processes. The search for
@@ -26,33 +27,25 @@ def most_per_pack(training: TrainingSpec) -> int | None:
     return 1 if training.isolated or training.base_dropout == "keep" else training.trials_per_pack
 
 
-def fits_together(trials: Sequence[Trial], prediction: CostModel, free: int, longest: int) -> bool:
-    """Whether trials fit on a device with `free` bytes, with one row of `longest` tokens a forward."""
-    needed = prediction.fixed_bytes(trials) + longest * prediction.bytes_per_token(trials)
-    return needed <= free * MAX_PACK_MEMORY_FRACTION
-
-
 def divide_into_packs(
     trials: Sequence[Trial],
     prediction: CostModel,
-    free: int,
+    fits_memory: Callable[[Sequence[Trial]], bool],
     training: TrainingSpec,
     tokens: Tokens,
     devices: int = 1,
 ) -> list[list[Trial]]:
-    """Divide trials into packs: no more trials together than fit in `free` bytes, nor than fill the device, or than
+    """Divide trials into packs: no more trials together than fit a device (`fits_memory`), nor than fill it, or than
     `training.trials_per_pack` where it is set.
 
-    On one device a pack has as many consecutive trials as that allows. On several, which have `free` bytes each, packs
-    are smaller, so that all devices are busy to the end: see `_spread_over_devices`. Trials that cannot train in a pack
+    On one device a pack has as many consecutive trials as that allows. On several packs are smaller, so that all
+    devices are busy to the end: see `_spread_over_devices`. Trials that cannot train in a pack
     come last, each alone. So is a trial that does not fit even alone: the prediction is no proof, and its step is
     divided down to single sequences.
     """
     step_tokens = float(tokens.lengths.mean()) * training.effective_batch_size
     filled = max(1, int(FULL_STEP_TOKENS[prediction.device] / step_tokens))
     most = most_per_pack(training) or filled
-    longest = int(tokens.lengths.max())
-
     candidates = {id(trial): trial.candidate.name for trial in trials}  # names are made anew each time
     known: dict[tuple[str, ...], bool] = {}
 
@@ -61,7 +54,7 @@ def divide_into_packs(
             return False
         names = tuple(candidates[id(trial)] for trial in pack)
         if names not in known:
-            known[names] = fits_together(pack, prediction, free, longest)
+            known[names] = fits_memory(pack)
         return known[names]
 
     packs: list[list[Trial]] = []

@@ -18,8 +18,9 @@ from rankscope.errors import StudyError
 from rankscope.files import exists
 from rankscope.measure.machine import Site, changes_of_costs
 from rankscope.plan.checks import Disk, check_base_fits, check_disk, check_ranks, disk_bytes, disk_taken
-from rankscope.plan.memory import CostModel, predict
-from rankscope.plan.packs import divide_into_packs, fits_together
+from rankscope.plan.costs import CostModel, predict
+from rankscope.plan.memory import StudyMemory
+from rankscope.plan.packs import divide_into_packs
 from rankscope.plan.runtime import (
     Fleet,
     FleetEstimate,
@@ -45,6 +46,7 @@ class Plan:
     site: Site
     data: TokenizedData
     prediction: CostModel
+    memory: StudyMemory  # peaks of packs and of other ranks
     packs: dict[str, list[Trial]]  # with trials that have no result yet, by name, in their order
     reference: list[FullTrial]  # trials of full fine-tuning without a result
     profiles: list[ProfileJob]  # repeats to be measured
@@ -59,16 +61,10 @@ class Plan:
         """Optimizer steps of each trial."""
         return total_steps(self.spec.training, len(self.data.train))
 
-    @property
-    def step_tokens(self) -> float:
-        """Mean number of tokens in one trial's step."""
-        return float(self.data.train.lengths.mean()) * self.spec.training.effective_batch_size
-
     @cached_property
     def forecast(self) -> StudyForecast:
         """Memory by part and time of each candidate; takes seconds."""
-        site = self.site
-        return forecast(self.spec, self.prediction, self.data, site.free_bytes, site.here, self.product_flops)
+        return forecast(self.spec, self.memory, self.data, self.site.here, self.product_flops)
 
     @property
     def fleet_estimate(self) -> FleetEstimate | None:
@@ -85,21 +81,21 @@ class Plan:
     @cached_property
     def largest_rank(self) -> int | None:
         """See `largest_fitting_rank`."""
-        return largest_fitting_rank(self.spec, self.forecast.memory)
+        return largest_fitting_rank(self.spec, self.memory)
 
-    def host_bytes(self, trials: Sequence[Trial], step_tokens: float = math.inf) -> int:
+    def host_bytes(self, trials: Sequence[Trial]) -> int:
         """Predicted memory of the host for a process that trains `trials` together."""
         if self.prediction.device == "cuda":
             return self.prediction.base_bytes + GPU_HOST_BYTES
-        return self.prediction.peak_bytes(trials, self.site.free_bytes, step_tokens)
+        return self.memory.peak_bytes(trials)
 
     def fitting(self, trials: Mapping[str, Trial], names: Sequence[str]) -> list[list[str]]:
         """`names`, of which the first is the control, divided into parts with it that fit into memory together."""
-        longest, (control, *others) = int(self.data.train.lengths.max()), names
+        control, *others = names
         parts: list[list[str]] = [[control]]
         for name in others:
             grown = [trials[one] for one in (*parts[-1], name)]
-            if len(grown) > 2 and not fits_together(grown, self.prediction, self.site.free_bytes, longest):
+            if len(grown) > 2 and not self.memory.fits(grown):
                 parts.append([control])
             parts[-1].append(name)
         return parts
@@ -136,6 +132,7 @@ def make_plan(
         ModelError: transformers has no causal language model of this architecture.
     """
     prediction = predict(with_site_dtype(spec, site), torch.device(site.kind))
+    memory = StudyMemory(spec, prediction, data.train, site.free_bytes)
     check_ranks(spec, prediction)
     trials = missing_trials(study) if study else spec.trials()
     reference = missing_reference(study) if study else spec.reference_trials()
@@ -143,8 +140,8 @@ def make_plan(
     known, missing = division.trials(), {trial.name for trial in trials}
     packs, added = dict(division.packs), [trial for trial in spec.trials() if trial.name not in known]
     if added:
-        free, devices = site.free_bytes, fleet.devices
-        packs |= division.named(divide_into_packs(added, prediction, free, spec.training, data.train, devices))
+        divided = divide_into_packs(added, prediction, memory.fits, spec.training, data.train, fleet.devices)
+        packs |= division.named(divided)
     packs = {pack: members for pack, members in packs.items() if any(trial.name in missing for trial in members)}
     unwritten = [[trial for trial in members if trial.name in missing] for members in packs.values()]
     whole = disk_bytes(spec, prediction, unwritten, reference, data, fleet.devices)
@@ -159,6 +156,7 @@ def make_plan(
         site=site,
         data=data,
         prediction=prediction,
+        memory=memory,
         packs=packs,
         reference=reference,
         profiles=profiles,

@@ -4,19 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-import torch
-
 from rankscope.data.batches import total_steps
 from rankscope.data.tokens import TokenizedData
-from rankscope.plan.memory import CostModel, StudyMemory
-from rankscope.plan.packs import MAX_PACK_MEMORY_FRACTION, longest_first, lower_bound, simulate
+from rankscope.plan.costs import CostModel
+from rankscope.plan.memory import MAX_PACK_MEMORY_FRACTION, StudyMemory
+from rankscope.plan.packs import longest_first, lower_bound, simulate
 from rankscope.spec.candidates import CONTROL, PLAIN, Candidate, Trial
 from rankscope.spec.models import StudySpec
 from rankscope.study.missing import START_SECONDS, missing_profiles, profile_seconds
-from rankscope.train.flops import Cost, product_rate
 from rankscope.train.step import batch_at, eval_steps
 
-RATE_SECONDS = 0.5  # at most, for timing plain matrix products
+EVALUATION_FASTER = 2  # than a step, a token: the frozen weights need no gradient of their own
 
 SMALL_MODEL_PARAMS = 50_000_000
 
@@ -41,9 +39,8 @@ class StudyForecast(NamedTuple):
     """Forecasts of all candidates, by name."""
 
     candidates: dict[str, Forecast]
-    memory: StudyMemory  # peaks of packs and of other ranks
     reason: str | None  # for memory, or a part of it, that cannot be predicted
-    product_flops_per_second: float | None  # of plain matrix products: as given, else measured on this machine
+    product_flops_per_second: float | None  # of plain matrix products, where it was given
     product_share: float  # of that rate which training is taken to reach
 
     def describe(self, prediction: CostModel) -> dict[str, Any]:
@@ -70,34 +67,24 @@ class _Work(NamedTuple):
     eval_tokens: int
     eval_labels: int
 
-    def train_flops(self, cost: Cost) -> float:
-        return cost.flops(self.tokens, self.labels)
-
-    def eval_flops(self, cost: Cost) -> float:
-        """A forward alone is half of a step: the frozen weights need no gradient of their own."""
-        return cost.flops(self.eval_tokens, self.eval_labels) / 2
-
 
 def forecast(
     spec: StudySpec,
-    prediction: CostModel,
+    memory: StudyMemory,
     data: TokenizedData,
-    free: int,
     here: bool = True,
     product_flops_per_second: float | None = None,
 ) -> StudyForecast:
-    """Forecast every candidate on a device with `free` bytes.
+    """Forecast every candidate.
 
-    `product_flops_per_second` is its rate of plain matrix products; where it is not given it is measured, if the device
-    is this machine's, which `here` says.
+    Time follows from a few layers that are timed, if the device is this machine's, which `here` says; else from
+    `product_flops_per_second`, the device's rate of plain matrix products.
     """
-    memory = StudyMemory(spec, prediction, data.train, free)
+    prediction = memory.costs
     profiled = {name: candidate for name, candidate in spec.profiled().items() if name != CONTROL}
     peaks = {name: memory.peak([_trial(spec, candidate)]) for name, candidate in profiled.items()}
     reason = prediction.reason or memory.reason
     rate = product_flops_per_second
-    if rate is None and here and memory.products:
-        rate = product_rate(memory.products, torch.device(prediction.device), prediction.dtype, RATE_SECONDS)
     share = PRODUCT_SHARE["small" if prediction.base_params < SMALL_MODEL_PARAMS else "large"]
     engines = {c.name: prediction.engine if c.packable else "peft" for c in spec.candidates()}
     works = {engine: _work(spec, engine, data) for engine in set(engines.values())}
@@ -107,8 +94,10 @@ def forecast(
         work = works[engines[candidate.name]]
         train = runtime = None
         if rate and cost:
-            train = work.train_flops(cost) / (rate * share)
-            runtime = train + work.eval_flops(cost) / (rate * share)
+            train = cost.flops(work.tokens, work.labels) / (rate * share)
+            runtime = train + cost.flops(work.eval_tokens, work.eval_labels) / (rate * share) / EVALUATION_FASTER
+        elif here and (own := memory.seconds_per_token(candidate)):
+            train, runtime = work.tokens * own, (work.tokens + work.eval_tokens / EVALUATION_FASTER) * own
         candidates[candidate.name] = Forecast(
             trainable_params=prediction.params[candidate.name],
             parts=peak.parts._asdict() if peak else None,
@@ -118,7 +107,7 @@ def forecast(
             runtime_seconds=runtime,
             recomputed_tokens=peak.recomputed_tokens if peak else 0,
         )
-    return StudyForecast(candidates, memory, reason, rate, share)
+    return StudyForecast(candidates, reason, rate, share)
 
 
 def study_seconds(spec: StudySpec, forecasts: Mapping[str, Forecast]) -> tuple[float, float] | None:

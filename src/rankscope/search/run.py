@@ -14,7 +14,8 @@ from rankscope.jobs.job import Launcher, Say
 from rankscope.jobs.queue import run_jobs
 from rankscope.measure.machine import Site, describe_machine
 from rankscope.plan.checks import check_base_fits, check_ranks
-from rankscope.plan.memory import CostModel, predict
+from rankscope.plan.costs import CostModel, predict
+from rankscope.plan.memory import StudyMemory
 from rankscope.plan.packs import divide_into_packs
 from rankscope.plan.plan import with_site_dtype
 from rankscope.search import job
@@ -81,11 +82,11 @@ def _predictions(spec: SearchSpec, site: Site) -> list[CostModel]:
 def _slots(spec: SearchSpec, predictions: list[CostModel], data: TokenizedData, free: int) -> int:
     """How many candidates of the highest rank can train together."""
     largest = [[spec.largest(slot, group) for slot in range(MOST_SLOTS)] for group in range(len(predictions))]
-    training = spec.study.training
-    return min(
-        len(divide_into_packs(trials, prediction, free, training, data.train)[0])
-        for trials, prediction in zip(largest, predictions, strict=True)
-    )
+    training, counts = spec.study.training, []
+    for group, (trials, prediction) in enumerate(zip(largest, predictions, strict=True)):
+        memory = StudyMemory(_corner(spec, group), prediction, data.train, free)
+        counts.append(len(divide_into_packs(trials, prediction, memory.fits, training, data.train)[0]))
+    return min(counts)
 
 
 def _corner(spec: SearchSpec, group: int) -> StudySpec:

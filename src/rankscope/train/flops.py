@@ -1,15 +1,12 @@
-"""Cost of a training step: FLOPs and saved bytes per token, and the speed of plain matrix products of its shapes.
+"""Cost of a training step: FLOPs and saved bytes per token.
 
 Counting takes one forward and backward of four short sequences, on the loaded model or on one without weights (the meta
 device), so that memory can be predicted before anything is loaded.
 """
 
 import itertools
-import math
-import statistics
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +19,6 @@ from rankscope.data.tokens import Tokens
 from rankscope.lora.adapters import adapter_parameters, unreached_layers
 from rankscope.lora.packed import trunk_name
 from rankscope.lora.variants import iter_initial_factors
-from rankscope.model.device import synchronize
 
 _aten = torch.ops.aten
 _PRODUCTS = {
@@ -101,28 +97,3 @@ def count_cost(
     head = model.get_output_embeddings()
     cost = Cost(sum(saved.values()) // total, products.flops // total, 4 * head.weight.numel())
     return Counted(cost, unreached)
-
-
-def product_rate(
-    shapes: Mapping[tuple[int, int, int], int], device: torch.device, dtype: torch.dtype, most_seconds: float = math.inf
-) -> float:
-    """FLOP/s of plain products of these shapes, each as often as counted: the median of five, after two to warm up.
-    After `most_seconds` what is left is taken to run as fast as what was timed; the shapes that take most come
-    first."""
-    flops = seconds = 0.0
-    end = time.perf_counter() + most_seconds
-    for (m, k, n), count in sorted(shapes.items(), key=lambda item: -math.prod(item[0]) * item[1]):
-        left, right = torch.rand(m, k, device=device, dtype=dtype), torch.rand(k, n, device=device, dtype=dtype)
-        out = left @ right
-        times: list[float] = []
-        while len(times) < 7 and (len(times) < 2 or time.perf_counter() < end):
-            synchronize(device)
-            start = time.perf_counter()
-            torch.mm(left, right, out=out)
-            synchronize(device)
-            times.append(time.perf_counter() - start)
-        flops += 2 * m * k * n * count
-        seconds += statistics.median(times[min(2, len(times) - 1) :]) * count
-        if time.perf_counter() > end:
-            break
-    return flops / seconds

@@ -9,8 +9,8 @@ from rankscope.data.doubts import data_warnings
 from rankscope.errors import StudyError
 from rankscope.jobs.launchers import make_launcher
 from rankscope.plan.checks import too_large
-from rankscope.plan.memory import CostModel
-from rankscope.plan.packs import MAX_PACK_MEMORY_FRACTION
+from rankscope.plan.costs import CostModel
+from rankscope.plan.memory import MAX_PACK_MEMORY_FRACTION
 from rankscope.plan.plan import Plan, imagined_gpu, make_fleet, make_plan
 from rankscope.plan.runtime import COUNTED, NOT_COUNTED, StudyForecast, study_seconds
 from rankscope.spec.models import StudySpec
@@ -173,19 +173,19 @@ def _notes(plan: Plan) -> list[str]:
     if plan.largest_rank is not None:
         notes.append(_largest(spec, prediction, plan.largest_rank))
     seconds = study_seconds(spec, found.candidates)
-    if seconds is None or found.product_flops_per_second is None:
+    if seconds is None:
         known = " --gpu-flops says what it reaches." if hypothetical else ""
         return [*notes, f"Time: not predicted, since this device's speed is not known here.{known}"]
     trials, profiles = (duration(part, load("en")) for part in seconds)
-    measured = (
-        "where packs reached 45% to 75% on one CPU: a rough guide, within about a third"
-        if prediction.device == "cpu"
-        else "a share that was measured on a CPU and never on a GPU: this can be far off"
-    )
+    timed, rate = "Time: about; a few layers with random weights are timed here.", found.product_flops_per_second
+    if rate is not None:
+        timed = (
+            f"Time: about; FLOPs at {found.product_share:.0%} of plain matrix products ({rate / 1e9:,.0f} GFLOP/s as "
+            "given), a share that was measured on a CPU and never on a GPU: this can be far off."
+        )
     return [
         *notes,
-        f"Time: about; FLOPs at {found.product_share:.0%} of plain matrix products "
-        f"({found.product_flops_per_second / 1e9:,.0f} GFLOP/s {'as given' if hypothetical else 'here'}), {measured}.",
+        timed,
         f"The whole study: about {duration(sum(seconds), load('en'))} on one device: trials {trials}, profiles "
         f"{profiles}.",
         *_fleet(plan),
@@ -236,7 +236,7 @@ def _largest(spec: StudySpec, prediction: CostModel, rank: int) -> str:
 def _packs(plan: Plan) -> list[str]:
     free, lines = plan.site.free_bytes, []
     for pack, trials in plan.packs.items():
-        total = plan.forecast.memory.peak_bytes(trials)
+        total = plan.memory.peak_bytes(trials)
         fits = "" if total <= free else f", more than the {size(free)} there are"
         lines.append(f"  {pack}  {', '.join(trial.name for trial in trials)}: about {size(total)}{fits}")
     return lines
