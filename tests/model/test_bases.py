@@ -17,7 +17,7 @@ from gguf_files import write_gguf
 from models import tiny_model
 from rankscope.errors import MissingExtraError, ModelError, StudyError
 from rankscope.model import checks, device
-from rankscope.model.load import load_config, load_model, load_tokenizer, skeleton
+from rankscope.model.load import load_config, load_model, load_tokenizer, resolve_dtype, skeleton
 from rankscope.model.quantized import base_bytes, quantized_layers
 from rankscope.plan import memory, packs
 from rankscope.plan.costs import predict
@@ -233,7 +233,7 @@ def test_what_can_be_seen_of_apple_s_gpus_on_a_machine_without_one(monkeypatch: 
             device.resolve_device("mps")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     mps = device.resolve_device("mps")
-    assert (mps.type, device.resolve_dtype("auto", mps)) == ("mps", torch.float32)
+    assert (mps.type, resolve_dtype(ModelSpec(id="embedded"), mps)) == ("mps", torch.float32)
     for table in (
         memory.UNTRACKED_ACTIVATION_FRACTION, packs.FULL_STEP_TOKENS,
         engines.TOKENS_PER_FORWARD, loss.CHUNK_BYTES,

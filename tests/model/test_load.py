@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from rankscope.errors import ModelError
-from rankscope.model.load import load_config, most_positions
+from rankscope.model.load import load_config, most_positions, resolve_dtype
 from rankscope.spec.models import ModelSpec
 
 SIZES: dict[str, Any] = {
@@ -57,3 +57,22 @@ def test_of_a_model_for_images_the_text_model_inside_is_named(config: Any, insid
     with pytest.raises(ModelError, match="no causal language model for") as caught:
         load_config(spec_of(config(), tmp_path))
     assert inside in caught.value.todo
+
+
+@pytest.mark.parametrize(
+    ("has", "wide", "asked", "expected"),
+    [
+        ("avx512_bf16", 512, "auto", torch.bfloat16),
+        ("amx_bf16", 512, "auto", torch.bfloat16),
+        ("avx512_f", 512, "auto", torch.float32),
+        ("amx_bf16", 504, "auto", torch.float32),
+        ("avx512_f", 32, "bfloat16", torch.bfloat16),
+        ("amx_bf16", 512, "float32", torch.float32),
+    ],
+)
+def test_auto_multiplies_bfloat16_where_a_cpu_has_it_and_the_model_is_wide(
+    has: str, wide: int, asked: Any, expected: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {has: True})
+    spec = spec_of(LlamaConfig(**SIZES | {"hidden_size": wide}), tmp_path).model_copy(update={"dtype": asked})
+    assert resolve_dtype(spec, torch.device("cpu")) == expected

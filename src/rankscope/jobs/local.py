@@ -11,7 +11,8 @@ from rankscope.jobs.job import Job
 from rankscope.jobs.process import JobProcess
 from rankscope.measure.cores import threads
 from rankscope.measure.machine import Site, hardware, versions
-from rankscope.model.device import free_bytes, resolve_device, resolve_dtype
+from rankscope.model.device import free_bytes, resolve_device
+from rankscope.model.load import resolve_dtype
 from rankscope.spec.models import ModelSpec
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -30,7 +31,7 @@ class LocalLauncher:
         self._jobs: dict[int, JobProcess] = {}  # the last job of each slot
 
     def site(self) -> Site:
-        dtype = str(resolve_dtype(self._model.dtype, self._device)).removeprefix("torch.")
+        dtype = str(resolve_dtype(self._model, self._device)).removeprefix("torch.")
         free = min(map(free_bytes, self._devices))
         return Site(self._device.type, True, free, str(self._device), dtype, hardware(), versions())
 

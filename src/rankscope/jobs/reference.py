@@ -16,8 +16,8 @@ from rankscope.data.tokens import TokenizedData
 from rankscope.errors import RankscopeError
 from rankscope.jobs.child import open_study
 from rankscope.jobs.job import Job, Run, failure_of, raise_fatal
-from rankscope.model.device import resolve_device, resolve_dtype
-from rankscope.model.load import fingerprint, load_model
+from rankscope.model.device import resolve_device
+from rankscope.model.load import fingerprint, load_model, resolve_dtype
 from rankscope.plan.memory import BYTES_PER_PARAMETER
 from rankscope.plan.plan import GPU_HOST_BYTES
 from rankscope.spec.candidates import FullTrial
@@ -79,7 +79,7 @@ def train_full(spec: StudySpec, trial: FullTrial, folder: Path, data: TokenizedD
     weights = fingerprint(model)
     member = make_full_train_state(model, trial, spec.training, total_steps(spec.training, len(data.train)))
     choice = choose_engine(model, [member], spec.training)
-    choice.engine.mixed = resolve_dtype(spec.model.dtype, resolve_device(spec.model.device)) == torch.bfloat16
+    choice.engine.mixed = resolve_dtype(spec.model, resolve_device(spec.model.device)) == torch.bfloat16
     engine = "packed" if choice.engine.name == "packed" else "padded"
     facts = {"engine": engine, "engine_reason": choice.reason, "weights": NOT_SAVED}
     facts |= {"model_sha256": weights, "tokens_sha256": data.sha256}

@@ -22,7 +22,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 from rankscope.errors import ModelError
 from rankscope.model import checks
 from rankscope.model.checks import loading_error, location
-from rankscope.model.device import resolve_device, resolve_dtype
+from rankscope.model.device import multiplies_bfloat16, resolve_device
 from rankscope.model.mixed import use_mixed_precision
 from rankscope.model.quantized import (
     quantization_config,
@@ -107,6 +107,22 @@ def commit(spec: ModelSpec) -> str | None:
     return match[1] if match else None
 
 
+WIDE = 512
+"""Features from which a CPU's products in bfloat16 save more than the conversions around them take: at 576 a step is
+faster (docs/results/speed.md), at 256, the embedded model's, it is not (docs/results/precision.md)."""
+
+
+def resolve_dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:
+    """Type of products. `auto` is bfloat16 where `device` multiplies it, on a CPU for wide models; float32 elsewhere.
+
+    Gain is that of float32 (docs/results/precision.md). Raises as `load_config`.
+    """
+    half = spec.dtype == "bfloat16"
+    if spec.dtype == "auto" and multiplies_bfloat16(device):
+        half = device.type == "cuda" or getattr(load_config(spec).get_text_config(), "hidden_size", 0) >= WIDE
+    return torch.bfloat16 if half else torch.float32
+
+
 def load_model(spec: ModelSpec, attention: str | None = None) -> PreTrainedModel:
     """Load the frozen base model onto its device, in evaluation mode (its own dropout off).
 
@@ -116,7 +132,7 @@ def load_model(spec: ModelSpec, attention: str | None = None) -> PreTrainedModel
     quantization is on, and bitsandbytes is not installed.
     """
     device = resolve_device(spec.device)
-    dtype = resolve_dtype(spec.dtype, device)
+    dtype = resolve_dtype(spec, device)
     config = load_config(spec)
     options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # to name them below
     if attention:

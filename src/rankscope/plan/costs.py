@@ -25,8 +25,8 @@ from rankscope.lora.coverage import Coverage, find_coverage
 from rankscope.lora.layout import NotPackable, Unpackable
 from rankscope.lora.variants import WEIGHT_INIT_VARIANTS
 from rankscope.measure.own_process import own_process_bytes
-from rankscope.model.device import resolve_device, resolve_dtype
-from rankscope.model.load import skeleton
+from rankscope.model.device import resolve_device
+from rankscope.model.load import resolve_dtype, skeleton
 from rankscope.model.quantized import base_bytes, parameter_count, quantized_layers
 from rankscope.plan.fake_steps import add_empty_adapter, make_trainable, to_fake, to_random
 from rankscope.plan.layers import Repeats, find_repeats
@@ -144,10 +144,10 @@ def predict(spec: StudySpec, device: torch.device | None = None) -> CostModel:
     """
     if device is None:
         device = resolve_device(spec.model.device)
-        dtype = resolve_dtype(spec.model.dtype, device)
+        dtype = resolve_dtype(spec.model, device)
     else:
         auto = spec.model.dtype == "auto"
-        dtype = torch.bfloat16 if auto and device.type == "cuda" else resolve_dtype(spec.model.dtype, device)
+        dtype = torch.bfloat16 if auto and device.type == "cuda" else resolve_dtype(spec.model, device)
     check_optimizer(spec.training, device)
     model = skeleton(spec.model, dtype)
     base, held = parameter_count(model), base_bytes(model)
