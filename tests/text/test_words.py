@@ -273,9 +273,9 @@ def test_claims_are_told_with_effect_and_interval() -> None:
          "from_rank": 8, "to_rank": 256},
     ]  # fmt: skip
     assert claim_sentences(make_verdict(make_evidence(), claims=claims)) == [
-        "Training loss falls with rank: holds. From rank 8 to rank 256: −2.1% (95% interval −3% to −1.2%).",
-        "GPU memory rises with rank: not measured.",
-        "Runtime rises with rank: undecided. From rank 8 to rank 256: +10%.",
+        "✓ Training loss falls with rank: holds. From rank 8 to rank 256: −2.1% (95% interval −3% to −1.2%).",
+        "– GPU memory rises with rank: not measured.",
+        "? Runtime rises with rank: undecided. From rank 8 to rank 256: +10%.",
     ]
 
 

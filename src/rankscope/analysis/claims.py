@@ -1,4 +1,4 @@
-"""Tests of the original study's four claims on the evidence of this one.
+"""Tests of the four rules of thumb that the original exercise ended with, on the evidence of this study.
 
 As the rank rises, training loss falls, CPU memory is lowest at the lowest rank and flat above it, GPU memory rises, and
 runtime rises. Each is an effect with its interval: of the loss by Student's t over differences paired by seed, of a

@@ -224,12 +224,15 @@ def _kind(verdict: Mapping[str, Any], chosen: Mapping[str, Any], best: Mapping[s
     return "recommended_is_lowest" if chosen["rank"] == min(ranks) else "recommended_is_best"
 
 
+MARKS = {"held": "✓", "not_held": "✗", "not_distinguishable": "?", "not_measured": "–"}
+
+
 def claim_sentences(verdict: Verdict, language: str = "en") -> list[str]:
-    """Outcome of each of the original study's claims here, with effect and interval."""
+    """Outcome of each rule of thumb here, with effect and interval."""
     text, lines = load(language), []
     for claim in (verdict or {}).get("claims", []):
-        outcome = text(f"claim.{claim['outcome']}")
-        line = text("claim.sentence", claim=text(f"claim.{claim['claim']}"), outcome=outcome)
+        parts = {"claim": text(f"claim.{claim['claim']}"), "outcome": text(f"claim.{claim['outcome']}")}
+        line = text("claim.sentence", mark=MARKS[claim["outcome"]], **parts)
         for found in (claim, claim.get("then") or {}):
             if "effect" in found:
                 ranks = {"low_rank": found["from_rank"], "high_rank": found["to_rank"]}
