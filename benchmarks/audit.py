@@ -82,24 +82,23 @@ def main() -> None:
     args = parser.parse_args()
     values = study_values(args)
     ranks = values["ranks"]
-    orders = {"8 first" if ranks[0] == 8 else "as given": ranks, "reverse": ranks[::-1], "turned": ranks[1:] + ranks[:1]}
     context, rows = multiprocessing.get_context("spawn"), {}
-    for order in orders.values():
+    for order in (ranks, ranks[::-1], ranks[1:] + ranks[:1]):
         results = context.Queue()
         process = context.Process(target=original_loop, args=(order, values, results))
         process.start()
         rows[tuple(order)] = results.get()
         process.join()
-    with tempfile.TemporaryDirectory() as scratch:
-        study = rankscope.run(study=values, out=args.study or Path(scratch, "audit"))
-        profiles = study.profiles()
     print("| measured | " + " | ".join(f"rank {rank}, MB" for rank in ranks) + " |\n|---" + "|--:" * len(ranks) + "|")
     for order, found in rows.items():
         for number, what in enumerate(("RSS", "allocated on the GPU")):
             means = [sum(reading[number] for reading in found[rank]) / 2 for rank in ranks]
             if any(means):
                 cells = " | ".join(f"{mean / MB:.0f}" for mean in means)
-                print(f"| {what}, mean of two readings, order {', '.join(map(str, order))} | {cells} |")
+                print(f"| {what}, mean of two readings, order {', '.join(map(str, order))} | {cells} |", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        study = rankscope.run(study=values, out=args.study or Path(scratch, "audit"))
+        profiles = study.profiles()
     own = profiles[~profiles["control"]].groupby("rank")["private_mean_bytes"].mean()
     print(f"| rankscope: private memory, mean in training | {' | '.join(f'{own[rank] / MB:.0f}' for rank in ranks)} |")
     libraries = {name: version(name) for name in ("torch", "transformers", "peft", "rankscope")}
