@@ -1,12 +1,13 @@
-"""The original exercise's measurement of memory, in three orders of its ranks, beside rankscope's of the same candidates.
+"""The original exercise's measurement of memory, in three orders of its ranks, beside rankscope's of the same ones.
 
     python benchmarks/audit.py [--model FOLDER] [--rows FILE.json] [--ranks 8,128,256] [--steps 6] [--study DIR]
 
-The original trained one rank after the other in one process, on one model object that `get_peft_model` was given again for
-each rank, and took as a rank's memory the mean of two readings, before and after its training: of the process's resident
-memory, and of the GPU's allocated memory. Here the same loop runs once for each order, each in a process of its own.
-rankscope's figures are those of `rankscope run` on the same rows and steps: the mean of the private memory sampled during
-training, each rank in processes of its own. Its study is written to --study, and taken up where one is there.
+The original trained one rank after the other in one process, on one model object that `get_peft_model` was given again
+for each rank, and took as a rank's memory the mean of two readings, before and after its training: of the process's
+resident memory, and of the GPU's allocated memory. Here the same loop runs once for each order, each in a process of
+its own. rankscope's figures are those of `rankscope run` on the same rows and steps: the mean of the private memory
+sampled during training, each rank in processes of its own. Its study is written to --study, and taken up if it is
+there.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def study_values(args: argparse.Namespace) -> dict:
 
 
 def original_loop(order: Sequence[int], values: dict, results: "multiprocessing.Queue") -> None:
-    """Train one rank after the other on one model object; put each rank's two readings of RSS and of the GPU, in bytes."""
+    """Train one rank after the other on one model object; put each rank's readings of RSS and of the GPU, in bytes."""
     import psutil
     import torch
     from peft import LoraConfig, get_peft_model

@@ -2,9 +2,9 @@
 
     python benchmarks/step_shares.py --model FOLDER --rows FILE.json [--ranks 8,128,256] [--dtypes float32,bfloat16]
 
-One pack of all ranks is trained on the rows; after two steps, which compile kernels for new shapes, a step is timed and the
-next one recorded by torch.profiler. A share is the CPU time of a kind's own operators; *other* is what the profiler sees
-no operator in: Python, autograd and the profiler itself.
+One pack of all ranks is trained on the rows; after two steps, which compile kernels for new shapes, a step is timed and
+the next one recorded by torch.profiler. A share is the CPU time of a kind's own operators; *other* is what the profiler
+sees no operator in: Python, autograd and the profiler itself.
 """
 
 import argparse
@@ -14,9 +14,9 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from precision import read_tokens
 from torch.profiler import ProfilerActivity, profile
 
+from precision import read_tokens
 from rankscope.data.tokens import Tokens
 from rankscope.measure.machine import hardware
 from rankscope.model.load import load_model

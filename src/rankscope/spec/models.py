@@ -110,8 +110,8 @@ class ModelSpec(Frozen):
     revision: str | None = None
     """Hub revision (branch, tag, commit). Not for folders."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of products and of the base weights in them. `auto`: bfloat16 on GPUs that have it, and for models 512 or more
-    wide on CPUs with AVX512_BF16 or AMX; else float32. Adapters, norms and sums are float32."""
+    """Type of products and of the base weights in them. `auto`: bfloat16 on GPUs that have it, and for models 512
+    or more wide on CPUs with AVX512_BF16 or AMX; else float32. Adapters, norms and sums are float32."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, or `mps` for Apple's GPUs, which has not been measured. `auto`: a CUDA GPU, else
     the CPU."""
