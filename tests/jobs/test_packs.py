@@ -104,7 +104,7 @@ def test_a_job_says_what_it_reads_and_what_memory_it_takes(question: Any, tmp_pa
     for job in launcher.started:
         (names,) = job.content["packs"].values()
         assert job.reads == [*(f"trials/{name}" for name in names), f"trials/{first}/trial.json"]
-        assert 4e8 < job.memory_bytes < 2e9
+        assert 3.3e8 < job.memory_bytes < 2e9, "a process and more"
 
 
 @pytest.mark.parametrize("slots", [1, 2])

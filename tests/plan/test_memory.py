@@ -89,7 +89,7 @@ def test_without_a_rehearsal_saved_tensors_are_counted() -> None:
     assert not memory.fits(trials[:1])
 
 
-@pytest.mark.parametrize("engine", ["packed", "peft"])
+@pytest.mark.parametrize("engine", ["packed", pytest.param("peft", marks=pytest.mark.slow)])
 def test_the_parts_are_what_can_be_counted(engine: str) -> None:
     spec, tokens = embedded(engine=engine), rows_of(*[60, 90, 40, 70] * 6)
     prediction = counted(spec)
@@ -153,7 +153,7 @@ def test_a_pack_takes_more_than_its_trials_and_less_than_their_sum() -> None:
     assert max(p.total for p in alone) < together.parts.total < sum(p.total for p in alone)
 
 
-QUICK = ("opt-post-norm", "mixtral", "lfm2")
+QUICK = ("opt-post-norm", "mixtral")
 
 
 @pytest.mark.parametrize(
