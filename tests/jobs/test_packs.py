@@ -1,10 +1,13 @@
-"""Jobs that a launcher receives, their order, and the effect of how each ends; nothing is trained."""
+"""Jobs that a launcher receives, their order, and the effect of how each ends; memory after a pack."""
 
+import gc
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from launchers import HERE, FakeLauncher
 from rankscope.data.tokens import TokenizedData
@@ -133,3 +136,34 @@ def test_a_pack_that_was_killed_keeps_no_other_from_training(question: Any, tmp_
 def test_a_wrong_model_ends_the_run(question: Any, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="another"):
         train(question, tmp_path, 2, [ModelError("another model")])
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors that Python can reach."""
+    gc.collect()
+    tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
+    storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
+    return sum(storages.values())
+
+
+def test_memory_after_a_pack_is_that_before_it(trained: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = shutil.copytree(trained.path, tmp_path / "study")
+    shutil.rmtree(path / "trials")
+    names, found = [trial.name for trial in trained.trials], []
+    measure, remove = kind.measure_pack, kind.remove_adapters
+
+    def measured(*arguments: Any) -> Any:
+        found.append(live_bytes())
+        return measure(*arguments)
+
+    def removed(model: Any) -> None:
+        trained_bytes = live_bytes()
+        remove(model)
+        found.append(live_bytes())
+        assert found[-1] < trained_bytes, "adapters take memory"
+
+    monkeypatch.setattr(kind, "measure_pack", measured)
+    monkeypatch.setattr(kind, "remove_adapters", removed)
+    kind.work(path, {"packs": {"p000": names[:3], "p001": names[3:]}})
+    assert len(found) == 4
+    assert len(set(found)) == 1

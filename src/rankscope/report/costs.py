@@ -23,14 +23,8 @@ QUANTITIES = {
 }
 """Costs with a stated noise, and their columns in `Study.profiles`; {} is `cpu_memory`."""
 
-MEMORY_KINDS = (
-    "private",
-    "mapped",
-    "rss",
-    "gpu_allocated",
-    "gpu_reserved",
-    "gpu_nvml",
-)  # prefixes of columns in `Study.profiles`
+MEMORY_KINDS = ("private", "mapped", "rss", "gpu_allocated", "gpu_reserved", "gpu_nvml")
+"""Prefixes of columns in `Study.profiles`."""
 
 Detail = tuple[str, str, Callable[[float], str]]
 """A column of `Study.profiles`, its aggregation over repeats, and the form of its values."""
