@@ -130,7 +130,7 @@ def differences_before(medians: Mapping[str, list[float]]) -> dict[str, float]:
     return {name: abs(median(medians[name]) / median(medians[CONTROL]) - 1) / floor for name in BARS}
 
 
-def run(number: int, spec: StudySpec, members: Members, engine: Engine, tokens: Tokens) -> dict[str, Any]:
+def run(number: int, spec: StudySpec, members: Members, engine: Engine, tokens: Tokens, before: bool) -> dict[str, Any]:
     spec = spec.model_copy(update={"seeds": (number,)})
     held_out = timing.first_examples(tokens, 1)
     start = time.perf_counter()
@@ -138,13 +138,13 @@ def run(number: int, spec: StudySpec, members: Members, engine: Engine, tokens: 
     seconds = time.perf_counter() - start
     medians: dict[str, list[float]] = {name: [] for name in PLANTED}
     shuffle = random.Random(number)
-    for _ in range(2):
+    for _ in range(2 if before else 0):
         for name in shuffle.sample(list(PLANTED), len(PLANTED)):
             turns = [timing._turn(engine, members[name], spec, tokens, step, held_out)[0] for step in range(10)]
             medians[name].append(median(turn.step for turn in turns[2:]))
     return {
         "now": differences_now(rounds),
-        "before": differences_before(medians),
+        "before": differences_before(medians) if before else None,
         "rounds": len(rounds.turns),
         "seconds": seconds,
         "cpu_pressure": rounds.cpu_pressure,
@@ -158,11 +158,11 @@ def table(runs: list[dict[str, Any]]) -> tuple[str, bool]:
     """Runs in which each was told apart, and whether all bars are kept."""
     lines, kept = ["| planted | before | now | bar |", "|---|---:|---:|---:|"], True
     for name, (least, most) in BARS.items():
-        before, now = (sum(one[how][name] > 1 for one in runs) for how in ("before", "now"))
+        told = {how: [one[how][name] > 1 for one in runs if one[how]] for how in ("before", "now")}
+        shares = [f"{sum(each)} of {len(each)} ({fmean(each):.1%})" if each else "" for each in told.values()]
         bar = f"at most {most:.0%}" if least == 0 else f"at least {least:.0%}"
-        shares = [f"{count} of {len(runs)} ({count / len(runs):.1%})" for count in (before, now)]
         lines.append(f"| {name} | {' | '.join(shares)} | {bar} |")
-        kept &= least <= now / len(runs) <= most
+        kept &= least <= fmean(told["now"]) <= most
     rounds, pressure, seconds = (median(one[name] for one in runs) for name in ("rounds", "cpu_pressure", "seconds"))
     wall, cpu = (1000 * median(second for one in runs for second in one[of][CONTROL]) for of in ("steps", "cpu"))
     lines.append(
@@ -183,7 +183,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     runs = []
     with one_core(bool(arguments.load)), planted(members):
         for number in range(arguments.runs):
-            runs.append(run(number, spec, members, engine, tokens))
+            runs.append(run(number, spec, members, engine, tokens, number < arguments.before))
             if arguments.out:
                 write_json(arguments.out, {"machine": hardware(), "versions": versions(), "runs": runs})
     return runs
@@ -193,6 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--extra", type=float, default=2.0)
+    parser.add_argument("--before", type=int, default=40, help="runs that are also measured as before")
     parser.add_argument("--load", type=int, choices=(0, 1), default=1)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--read", type=Path, help="show the runs of this file instead")
