@@ -1,5 +1,6 @@
 """Shared by all tests: one thread a process, so that tiny models do not wait for each other; forked jobs; no access to
-the hub or to the user's cache; a model, data and a trained study that no test changes."""
+the hub or to the user's cache; predictions that are made once, and images that are drawn where they are tested; a
+model, data and a trained study that no test changes."""
 
 import os
 from collections.abc import Iterator
@@ -9,12 +10,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the hub's client reads it when i
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
+import drawing
 import forking
 from folders import write_data, write_model
 from rankscope.jobs import process
-from rankscope.plan import costs
+from rankscope.plan import costs, plan
+from rankscope.report import write
+from rankscope.spec.models import StudySpec
 from rankscope.study.study import Study
 from report.browser import Browser, need_browser
 from small_study import run_small
@@ -47,6 +52,39 @@ def _forked_jobs() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _predicted_once() -> Iterator[None]:
+    """Runs and plans of one question over one model share its prediction, which takes longer than to train a step.
+
+    The tests of predictions make their own: they take `predict` from `rankscope.plan.costs`.
+    """
+    known: dict[tuple[str, str, bytes], costs.CostModel] = {}
+    elsewhere = {"name", "seeds", "measure", "verdict"}  # what no prediction depends on
+
+    def predict(spec: StudySpec, device: torch.device) -> costs.CostModel:
+        file = Path(spec.model.id, "config.json")
+        key = spec.model_dump_json(exclude=elsewhere), str(device), file.read_bytes() if file.is_file() else b""
+        return known[key] if key in known else known.setdefault(key, costs.predict(spec, device))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "predict", predict)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _images_where_asked_for() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(write, "render_image", drawing.render_if_asked)
+        yield
+
+
+@pytest.fixture
+def images() -> Iterator[None]:
+    """Reports have images."""
+    with drawing.images():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANKSCOPE_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -62,20 +100,31 @@ def _known_process() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all workers of a run."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def root(shared: Path) -> Path:
     """A folder with `model`, `data.json` and `general.txt`. Tests write elsewhere."""
-    root = tmp_path_factory.mktemp("root")
-    write_model(root / "model")
-    write_data(root / "data.json")
-    line = "Sort the list and read the file. Then write a class whose test reads each number in a loop.\n"
-    (root / "general.txt").write_text(line * 30)
+    root = shared / "root"
+    with FileLock(shared / "root.lock"):
+        if not root.exists():
+            write_model(root / "model")
+            write_data(root / "data.json")
+            line = "Sort the list and read the file. Then write a class whose test reads each number in a loop.\n"
+            (root / "general.txt").write_text(line * 30)
     return root
 
 
 @pytest.fixture(scope="session")
-def trained(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
-    """The study of `small_study`. A test that writes to it takes a copy."""
-    return run_small(root, tmp_path_factory.mktemp("trained") / "study")
+def trained(root: Path, shared: Path) -> Study:
+    """The study of `small_study`, trained by the first worker that needs it. A test that writes to it takes a copy."""
+    path = shared / "trained"
+    with FileLock(shared / "trained.lock"):
+        return Study.open(path) if path.exists() else run_small(root, path)
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import IO, Any
 
+import drawing
+
 HOOK = "RANKSCOPE_TEST_HOOK"
 """Environment variable with the path of a Python file that a forked job runs first."""
 
@@ -30,7 +32,14 @@ _NAME = "_forkserver"
 _server: Any = getattr(forkserver, _NAME)
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["rankscope.jobs.worker", "rankscope.train.loop", "rankscope.measure.profile", "rankscope.pipeline"]
+    [
+        "rankscope.jobs.worker",
+        "rankscope.train.loop",
+        "rankscope.measure.profile",
+        "rankscope.pipeline",
+        "rankscope.cli",
+        "torch._dynamo",  # which every optimizer's first step imports
+    ]
 )
 
 
@@ -79,7 +88,7 @@ def rankscope(arguments: Sequence[str], cwd: Path, environment: Mapping[str, str
         error.touch()
         texts = (os.devnull, str(out), str(error))
         _server.ensure_running()
-        given = (list(arguments), str(cwd), dict(environment), texts, _address())
+        given = (list(arguments), str(cwd), dict(environment), texts, _address(), drawing.asked)
         process = _context.Process(target=_run_command, args=given)
         process.start()
         process.join(240)
@@ -109,9 +118,15 @@ def _address() -> dict[str, Any]:
 
 
 def _run_command(
-    arguments: list[str], cwd: str, environment: dict[str, str], texts: tuple[str, str, str], address: dict[str, Any]
+    arguments: list[str],
+    cwd: str,
+    environment: dict[str, str],
+    texts: tuple[str, str, str],
+    address: dict[str, Any],
+    images: bool,
 ) -> None:
     from rankscope.jobs import process
+    from rankscope.report import write
 
     vars(_server).update(address)  # else this process would start a server of its own, which imports everything again
     _server.ensure_running = lambda: None
@@ -120,6 +135,7 @@ def _run_command(
         os.chdir(cwd)
         sys.argv = ["rankscope", *arguments]
         process.subprocess = instead_of_subprocess  # type: ignore[assignment]
+        drawing.asked, write.render_image = images, drawing.render_if_asked
         from rankscope import cli
 
         try:

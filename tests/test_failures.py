@@ -136,7 +136,7 @@ def test_one_that_is_killed_as_it_goes_on_loses_nothing(root: Path, whole: Study
     """The second kill comes after metrics are cut back to the checkpoint, when their recorded hash is stale."""
     harm("if step == 3: os.kill(os.getpid(), signal.SIGKILL)")
     run(root, tmp_path / "study")
-    harm("pass", "loop._history = lambda file: os.kill(os.getpid(), signal.SIGKILL)")
+    harm("pass", "loop.TrialFiles.history = lambda files: os.kill(os.getpid(), signal.SIGKILL)")
     run(root, tmp_path / "study")
     harm("assert step >= 2, 'it began anew'")
     said = RecordingProgress()

@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import rankscope
+from drawing import images
 from rankscope import cli
 from rankscope.analysis.costs import noise_of
 from rankscope.data.tokens import load
@@ -35,13 +36,9 @@ SETS = (
 
 @pytest.fixture(scope="module")
 def study(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
-    return rankscope.run(
-        model=str(root / "model"),
-        dataset=str(root / "data.json"),
-        out=tmp_path_factory.mktemp("run") / "study",
-        sets=SETS,
-        **OPTIONS,
-    )
+    files, out = {"model": str(root / "model"), "dataset": str(root / "data.json")}, tmp_path_factory.mktemp("run")
+    with images():
+        return rankscope.run(out=out / "study", sets=SETS, **files, **OPTIONS)
 
 
 def test_every_trial_is_done(study: Study) -> None:
@@ -128,6 +125,7 @@ def test_verdict_and_report(study: Study) -> None:
     assert [row["rank"] for row in verdict["comparison"]] == [2, 16]
     page = (study.path / "report" / "index.html").read_text()
     assert "r016-lr5e-3" in page
+    assert (study.path / "report" / "figures" / "train-loss.png").exists()
     frame = pd.read_csv(study.path / "report" / "results.csv")
     assert len(frame) == 4
 

@@ -41,6 +41,9 @@ def test_a_name_too_long_is_an_error_of_a_few_lines(
     assert 2 <= len(told.splitlines()) <= 4
 
 
+DOCTOR = pytest.param("doctor", marks=pytest.mark.slow)  # a process that imports torch
+
+
 def run(*arguments: str, into: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "rankscope.cli", *arguments]
     return subprocess.run(
@@ -49,7 +52,7 @@ def run(*arguments: str, into: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-@pytest.mark.parametrize("command", ["schema", "doctor", "--version", "--help"])
+@pytest.mark.parametrize("command", ["schema", DOCTOR, "--version", "--help"])
 def test_an_output_without_room_is_an_error_of_two_lines(command: str) -> None:
     done = run(command, into="> /dev/full")
     assert done.returncode == 2, done.stderr
@@ -57,7 +60,7 @@ def test_an_output_without_room_is_an_error_of_two_lines(command: str) -> None:
     assert len(done.stderr.splitlines()) == 2
 
 
-@pytest.mark.parametrize("command", ["schema", "doctor"])
+@pytest.mark.parametrize("command", ["schema", DOCTOR, "--help"])
 def test_a_reader_that_has_gone_is_no_error_to_speak_of(command: str) -> None:
     """A reader such as `head -1` closes the pipe before all output is written."""
     done = run(command, into="| true")

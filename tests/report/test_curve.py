@@ -60,6 +60,7 @@ def test_the_table_has_the_error_with_its_interval_share_and_spread(evidence: Ev
     assert single.rows[0][4:7] == ["+0.1000", "+5%", "–"]
 
 
+@pytest.mark.usefixtures("images")
 def test_the_figure_is_on_the_page_with_all_its_numbers(evidence: Evidence, tmp_path: Path) -> None:
     build(evidence, make_verdict(evidence), tmp_path)
     page = read_page(tmp_path)

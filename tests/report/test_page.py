@@ -1,6 +1,5 @@
 """The page in a real browser: charts are drawn, hover and switches work, keys reach everything, nothing is fetched."""
 
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import pandas as pd
 import pytest
 
 from analysis.test_curve import with_cuts
-from rankscope.report import write
 from rankscope.report.charts import DARK, LIGHT
 from rankscope.report.write import build
 from rankscope.study.evidence import Evidence
@@ -18,14 +16,6 @@ from report.report_evidence import make_evidence, make_spec, make_verdict
 
 TRAIN_LOSS = "#chart-train-loss-0"
 TAB = ("Tab", 9)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_images() -> Iterator[None]:
-    """Reports have no image files, which the page does not show and which take longer than the page."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(write, "render_image", lambda figure: {})
-        yield
 
 
 @pytest.fixture(scope="module")

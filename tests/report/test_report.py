@@ -14,6 +14,7 @@ import altair as alt
 import pandas as pd
 import pytest
 
+from drawing import images
 from rankscope.report import charts, write
 from rankscope.report.content import compose
 from rankscope.report.frames import POINTS, by_candidate
@@ -81,7 +82,8 @@ def evidence() -> Evidence:
 @pytest.fixture(scope="module")
 def folder(evidence: Evidence, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    path = build(evidence, make_verdict(evidence), folder, reproduce="rankscope run studies/opt.yaml")
+    with images():
+        path = build(evidence, make_verdict(evidence), folder, reproduce="rankscope run studies/opt.yaml")
     assert path == folder / "index.html"
     return folder
 
@@ -252,6 +254,7 @@ def test_korean_report(evidence: Evidence, tmp_path: Path) -> None:
     assert "**권장 랭크: 8**" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("images")
 def test_with_a_gpu_its_memory_is_drawn_once_a_rank(tmp_path: Path) -> None:
     evidence = make_evidence(make_spec(learning_rates=[1e-4, 2e-4]), gpu=True, steps=40)
     build(evidence, make_verdict(evidence), tmp_path)
@@ -294,6 +297,7 @@ def test_nothing_has_run_yet(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("images")
 def test_a_rebuilt_report_keeps_no_figure_that_it_no_longer_has(evidence: Evidence, tmp_path: Path) -> None:
     build(evidence, make_verdict(evidence), tmp_path)
     build(evidence._replace(profiles=pd.DataFrame(), samples=pd.DataFrame()), make_verdict(evidence), tmp_path)
@@ -516,6 +520,7 @@ def test_ranks_beyond_the_palette_still_differ() -> None:
     assert len(pairs) == len(ranks)
 
 
+@pytest.mark.usefixtures("images")
 def test_a_machine_without_the_letters_draws_figures_in_english(
     evidence: Evidence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

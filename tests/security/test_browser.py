@@ -21,6 +21,7 @@ import pytest
 import torch
 from markdown_it import MarkdownIt
 
+from drawing import images
 from folders import prepare, write_model
 from rankscope.lora.saved import Factors
 from rankscope.lora.svd import spectrum
@@ -121,7 +122,8 @@ def folder(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of a study whose every name and text is hostile, and whose rows are."""
     root, bad = tmp_path_factory.mktemp("hostile"), lab.all_payloads
     evidence = _evidence(root, bad)
-    build(evidence, _verdict(evidence, bad), root / "report", study_name=bad, reproduce=f"rankscope run {bad}")
+    with images():
+        build(evidence, _verdict(evidence, bad), root / "report", study_name=bad, reproduce=f"rankscope run {bad}")
     return root / "report"
 
 

@@ -436,13 +436,27 @@ def run(study: Study, site: Site = HERE, remeasure: bool = False, does: Any = me
     return progress.lines
 
 
-@pytest.fixture
-def costed(study: Study, no_report: None, monkeypatch: pytest.MonkeyPatch) -> Study:
+def without_conclusion(patch: pytest.MonkeyPatch) -> None:
+    """Have runs end without verdict, cards and report."""
+    patch.setattr("rankscope.report.finish.conclude", lambda _: {"outcome": "none"})
+    patch.setattr("rankscope.report.finish.write_cards", lambda *_: None)
+    patch.setattr("rankscope.report.finish.build", lambda *_, **__: Path())
+
+
+@pytest.fixture(scope="module")
+def measured(trained: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The study with costs of its two ranks, measured here."""
-    monkeypatch.setattr("rankscope.report.finish.conclude", lambda _: {"outcome": "none"})
-    monkeypatch.setattr("rankscope.report.finish.write_cards", lambda *_: None)
-    run(study, measure__profiles=True, measure__answers=0)
-    return Study.open(study.path)
+    path = Path(shutil.copytree(trained.path, tmp_path_factory.mktemp("measured") / "study"))
+    with pytest.MonkeyPatch.context() as patch:
+        without_conclusion(patch)
+        run(Study.open(path), measure__profiles=True, measure__answers=0)
+    return path
+
+
+@pytest.fixture
+def costed(measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
+    without_conclusion(monkeypatch)
+    return Study.open(shutil.copytree(measured, tmp_path / "study"))
 
 
 def elsewhere(study: Study, **hardware: Any) -> Site:
@@ -567,10 +581,9 @@ def test_versions_that_costs_do_not_depend_on_are_logged_alone(costed: Study) ->
 
 
 def test_costs_that_nobody_has_measured_may_be_measured_elsewhere(
-    study: Study, no_report: None, monkeypatch: Any
+    study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rankscope.report.finish.conclude", lambda _: {"outcome": "none"})
-    monkeypatch.setattr("rankscope.report.finish.write_cards", lambda *_: None)
+    without_conclusion(monkeypatch)
     run(study, elsewhere(study, cpu="another"), measure__profiles=True, measure__answers=0)
     assert study.machine["hardware"]["cpu"] == "another"
     assert repeats(study) == {"r002": 2, "r008": 2, "control": 2, "time": 1}
@@ -733,8 +746,8 @@ def in_this_process(path: Path, job: Job) -> RankscopeError | None:
     [
         ("rankscope.pipeline.save", 1),  # the log has the rows, the tokens are those of before
         ("rankscope.data.tokens.write_json", 1),  # facts.json is that of other tokens
-        ("rankscope.train.loop.file_hashes", 1),  # eval.json of the first trial is new, its trial.json is not
-        ("rankscope.train.loop.file_hashes", 2),
+        ("rankscope.train.results.file_hashes", 1),  # eval.json of the first trial is new, its trial.json is not
+        ("rankscope.train.results.file_hashes", 2),
     ],
 )
 def test_a_killed_run_is_finished_by_the_next(

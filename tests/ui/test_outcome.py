@@ -14,7 +14,6 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from rankscope.cli import app
-from rankscope.report import write
 from rankscope.report.finish import Conclusion, finish
 from rankscope.study.study import Study
 from rankscope.text.verdict import verdict_sentence
@@ -26,8 +25,7 @@ TABLES = ("evidence", "results", "curves", "profiles", "samples", "examples", "r
 
 
 @pytest.fixture
-def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
-    monkeypatch.setattr(write, "render_image", lambda figure: {})  # the slow part of a report
+def study(tmp_path: Path) -> Study:
     shutil.copytree(FIXTURE, tmp_path / "study")
     return Study.open(tmp_path / "study")
 

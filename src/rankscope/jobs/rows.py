@@ -10,8 +10,9 @@ from rankscope.jobs.job import Job, Run, raise_fatal
 from rankscope.lora.adapters import remove_adapters
 from rankscope.study.missing import unevaluated
 from rankscope.train.engine import ExampleLosses
-from rankscope.train.loop import choose_engine, evaluate_anew
+from rankscope.train.loop import choose_engine
 from rankscope.train.probe import use_own_forward
+from rankscope.train.results import evaluate_anew
 from rankscope.train.step import make_train_state
 
 

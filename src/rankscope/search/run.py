@@ -20,7 +20,7 @@ from rankscope.plan.packs import divide_into_packs
 from rankscope.plan.plan import with_site_dtype
 from rankscope.search import job
 from rankscope.search.folder import Search
-from rankscope.search.space import DEFAULT_RANKS, SearchSpec, resolve_ranks
+from rankscope.search.space import DEFAULT_RANKS, SearchSpec
 from rankscope.search.trainer import step_tokens
 from rankscope.spec.models import StudySpec
 from rankscope.train.prepare import describe_data, prepare_data
@@ -43,7 +43,7 @@ def run(
     site = launcher.site()
     predictions = _predictions(spec, site)
     full_rank = min(prediction.full_rank for prediction in predictions)
-    if spec.space.ranks == resolve_ranks(DEFAULT_RANKS) and full_rank < max(spec.space.ranks):
+    if spec.space.ranks == tuple(DEFAULT_RANKS) and full_rank < max(spec.space.ranks):
         say(f"Ranks up to {full_rank:,}, the full rank of the model's layers")
         spec = spec.up_to(full_rank)
         predictions = _predictions(spec, site)

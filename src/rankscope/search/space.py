@@ -1,25 +1,23 @@
 """The question of a search: a study's question with a space of candidates instead of a list, and a budget."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
 from rankscope.errors import StudyError, shortened
-from rankscope.spec.candidates import AllLinear, Candidate, Count, Rank, Seed, Trial
-from rankscope.spec.models import AdapterSpec, StudySpec
-from rankscope.spec.options import assemble, doublings
+from rankscope.spec.candidates import Candidate, Count, Rank, Seed, Trial, as_list, unique
+from rankscope.spec.models import Modules, StudySpec
+from rankscope.spec.options import assemble, comma_list, doublings
 
-DEFAULT_RANKS = "4..256"
+DEFAULT_RANKS = doublings(4, 256)
 DEFAULT_RATES = "3e-5..3e-3"
 DEFAULT_TRIALS = 32
 
 Alpha = float | str
-Targets = AllLinear | tuple[str, ...]
 
 
 class _Part(BaseModel):
@@ -39,7 +37,7 @@ class SearchSpace(_Part):
     ranks: tuple[Rank, ...] = Field(min_length=1)
     learning_rates: RateRange | tuple[PositiveFloat, ...]
     alphas: tuple[Alpha, ...] = Field(min_length=1)
-    target_modules: tuple[Targets, ...] = Field(min_length=1)
+    target_modules: Annotated[tuple[Modules, ...], Field(min_length=1), AfterValidator(unique)]
 
     @property
     def size(self) -> float:
@@ -103,7 +101,7 @@ class Point(NamedTuple):
     rank: int
     learning_rate: float
     alpha: Alpha
-    target_modules: Targets
+    target_modules: Modules
 
 
 class SearchTrial(Trial):
@@ -129,108 +127,44 @@ def resolve_search(
     own = ("ranks", "learning_rates", "alpha", "target_modules", "trials", "hours", "tokens", "sampler", "pruner")
     given = {name: options.get(name) for name in (*own, "seed")}
     rest = {name: value for name, value in options.items() if name not in given}
-    ranks = resolve_ranks(given["ranks"] or values.get("ranks") or DEFAULT_RANKS)
-    rates = _rates(given["learning_rates"] or values.get("learning_rates") or DEFAULT_RATES)
+    ranks = given["ranks"] or values.get("ranks") or DEFAULT_RANKS
+    rates = given["learning_rates"] or values.get("learning_rates") or DEFAULT_RATES
+    ends = rates.split("..") if isinstance(rates, str) and ".." in rates else []
+    fixed = {"ranks": _listed("ranks", ranks), "learning_rates": _listed("learning_rates", ",".join(ends) or rates)}
+    if given["alpha"] is not None:
+        rest["alpha"] = _listed("alpha", given["alpha"])
     seed = given["seed"] or 0
-    ends = (rates.low, rates.high) if isinstance(rates, RateRange) else rates
-    question = {name: value for name, value in values.items() if name not in ("ranks", "learning_rates", "seeds")}
-    fixed = {"ranks": list(ranks), "learning_rates": list(ends), "seeds": [seed]}
-    study = assemble(question | fixed, rest, assignments, file)
+    question = {name: value for name, value in values.items() if name not in (*fixed, "seeds")}
+    study = assemble(question | fixed | {"seeds": [seed]}, rest, assignments, file)
     if study.variants or study.reference.full:
         raise StudyError("a search is among plain LoRA adapters", "Leave out variants and reference.full.")
-    given["alpha"] = study.adapter.alpha if given["alpha"] is None else given["alpha"]
-    alphas = _each("alpha", _parts(given["alpha"], ","), partial(_adapter, "alpha"))
-    modules = given["target_modules"] or [study.adapter.target_modules]
-    groups = _each("target-modules", _parts(modules, ";"), partial(_adapter, "target-modules"))
-    space = SearchSpace(ranks=ranks, learning_rates=rates, alphas=alphas, target_modules=groups)
+    ordered = sorted(study.learning_rates)
+    if ends and (len(ordered) != 2 or ordered != list(study.learning_rates)):
+        raise StudyError(f"--learning-rates {rates}: no such range", "Give two ends, the lower first: 1e-5..1e-3.")
+    groups: Any = [study.adapter.target_modules]
+    if isinstance(modules := given["target_modules"], str):
+        groups = [comma_list("target_modules", group) for group in modules.split(";")]
+    space = {
+        "ranks": sorted(study.ranks),
+        "learning_rates": dict(zip(("low", "high"), study.learning_rates, strict=True)) if ends else ordered,
+        "alphas": study.adapter.alphas,
+        "target_modules": groups,
+    }
     budget = {name: given[name] for name in ("trials", "hours", "tokens")}
     if all(value is None for value in budget.values()):
         budget["trials"] = DEFAULT_TRIALS
-    shared = study.adapter.model_copy(update={"alpha": alphas[0], "target_modules": groups[0]})
-    chosen: dict[str, Any] = {name: given[name] for name in ("sampler", "pruner") if given[name] is not None}
-    study = study.model_copy(update={"adapter": shared, "ranks": ranks, "learning_rates": ends})
+    chosen = {name: given[name] for name in ("sampler", "pruner") if given[name] is not None}
     try:
-        return SearchSpec(study=study, space=space, budget=Budget.model_validate(budget), seed=seed, **chosen)
+        spec = SearchSpec.model_validate({"study": study, "space": space, "budget": budget, "seed": seed, **chosen})
     except ValidationError as error:
         detail = error.errors()[0]
-        raise StudyError(f"--{detail['loc'][-1]} {detail['input']}: {detail['msg']}", _HELP) from None
+        name = next(part for part in reversed(detail["loc"]) if isinstance(part, str)).replace("_", "-")
+        what = f"--{name} {shortened(str(detail['input']))}: {detail['msg'].removeprefix('Value error, ')}"
+        raise StudyError(what, "See rankscope search --help.") from None
+    first = {"alpha": spec.space.alphas[0], "target_modules": spec.space.target_modules[0]}
+    shared = {"adapter": study.adapter.model_copy(update=first), "ranks": spec.space.ranks}
+    return spec.model_copy(update={"study": study.model_copy(update=shared)})
 
 
-_HELP = "See rankscope search --help."
-
-
-def _parts(value: Any, separator: str) -> list[Any]:
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(separator) if part.strip()]
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _each(name: str, parts: Sequence[Any], read: Callable[[Any], Any]) -> tuple[Any, ...]:
-    values = [read(part) for part in parts]
-    if not values:
-        raise StudyError(f"--{name}: expected at least one", _HELP)
-    for number, value in enumerate(values):
-        if value in values[:number]:
-            raise StudyError(f"--{name}: listed twice: {value}", "Name each once.")
-    return tuple(values)
-
-
-def _ends(value: Any) -> tuple[str, str] | None:
-    """Return the two ends of `4..256`; None for anything else."""
-    low, dots, high = value.partition("..") if isinstance(value, str) else ("", "", "")
-    return (low.strip(), high.strip()) if dots else None
-
-
-def resolve_ranks(value: Any) -> tuple[int, ...]:
-    """Return the ranks of a list, or of a range: `4..256` is 4, 8, 16 and so on up to 256."""
-    ends = _ends(value)
-    if ends is None:
-        return tuple(sorted(_each("ranks", _parts(value, ","), _rank)))
-    low, high = map(_rank, ends)
-    if low > high:
-        raise StudyError(f"--ranks {value}: the first is the larger", "Write the lower end first.")
-    return tuple(doublings(low, high))
-
-
-def _rank(value: Any) -> int:
-    try:
-        rank = int(str(value))
-    except ValueError:
-        rank = 0
-    if not 0 < rank <= 1 << 20:
-        what = f"--ranks: {shortened(str(value))} is no rank"
-        raise StudyError(what, "Give whole numbers such as 8,32,128, or ends as in 4..256.")
-    return rank
-
-
-def _rates(value: Any) -> RateRange | tuple[float, ...]:
-    ends = _ends(value)
-    if ends is None:
-        return tuple(sorted(_each("learning-rates", _parts(value, ","), _rate)))
-    low, high = map(_rate, ends)
-    if low >= high:
-        raise StudyError(f"--learning-rates {value}: the first is not the smaller", "Write the lower end first.")
-    return RateRange(low=low, high=high)
-
-
-def _rate(value: Any) -> float:
-    try:
-        rate = float(value)
-    except (TypeError, ValueError):
-        rate = 0.0
-    if not 0 < rate < math.inf:
-        what = f"--learning-rates: {shortened(str(value))} is no learning rate"
-        raise StudyError(what, "Give numbers above 0 such as 1e-4,3e-4, or ends as in 1e-5..1e-3.")
-    return rate
-
-
-def _adapter(option: str, value: Any) -> Any:
-    """Value of a field of the adapter, checked."""
-    field = option.replace("-", "_")
-    several = option == "target-modules" and isinstance(value, str)
-    values = [part.strip() for part in value.split(",")] if several else value
-    try:
-        return getattr(AdapterSpec.model_validate({field: values}), field)
-    except ValidationError as error:
-        message = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise StudyError(f"--{option} {shortened(str(value))}: {message}", _HELP) from None
+def _listed(name: str, value: Any) -> Any:
+    return comma_list(name, value) if isinstance(value, str) else as_list(value)

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,27 +14,25 @@ from transformers import PreTrainedModel
 from rankscope.data.batches import steps_per_epoch, total_steps
 from rankscope.data.tokens import TokenizedData, Tokens
 from rankscope.errors import KilledError, ModelError
-from rankscope.files import JsonlWriter, file_hashes, read_jsonl
+from rankscope.files import JsonlWriter
 from rankscope.lora.layout import NotPackable
 from rankscope.lora.saved import peft_fault
 from rankscope.model.device import free_bytes, synchronize
-from rankscope.spec.candidates import AnyTrial, Trial
+from rankscope.spec.candidates import Trial
 from rankscope.spec.models import StudySpec, TrainingSpec
-from rankscope.study.folder import FINISHED, OF_HELD_OUT, TRIAL_FILES
-from rankscope.study.records import EvalRecord, Examples, TrialRecord
 from rankscope.train.checkpoint import load_checkpoint, save_checkpoint
 from rankscope.train.engine import LOGIT_BYTES, Engine, ExampleLosses, PackedEngine, PeftEngine, tokens_per_forward
 from rankscope.train.flops import Cost, count_cost
 from rankscope.train.optimizer import state_sizes
 from rankscope.train.probe import check_causal, make_packable, padding_matters, probe_tokens
 from rankscope.train.recompute import recompute_layers
+from rankscope.train.results import TrialFiles, held_out_results, metrics_row, training_results, write_losses
 from rankscope.train.step import (
     StepMetrics,
     TrainState,
     eval_steps,
     finite_weights,
     leave_out_unreached,
-    load_trained_adapter,
     make_train_state,
     save_trained_adapter,
     train_step,
@@ -159,14 +156,13 @@ def train_trials(
     steps = total_steps(training, len(data.train))
     per_epoch = steps_per_epoch(len(data.train), training.effective_batch_size)
     evaluated = eval_steps(training, steps)
-    record = _TrialRecorder(folders, facts)
-    metrics_files = {name: folder / "metrics.jsonl" for name, folder in folders.items()}
-    saved = load_checkpoint(checkpoints, states, metrics_files)
+    of = {s.trial.name: TrialFiles(s.trial, folders[s.trial.name], facts) for s in states}
+    saved = load_checkpoint(checkpoints, states, {name: own.metrics for name, own in of.items()})
     if saved is None:
-        active = [state for state in states if record.status(state.trial) != "done"]
+        active = [state for state in states if not of[state.trial.name].is_done]
         first, tally, general_before = 0, _Tally(), None
         for state in active:
-            _clear(folders[state.trial.name])
+            of[state.trial.name].clear()
     else:
         first, active = saved["step"], [state for state in states if state.trial.name in saved["active"]]
         tally, general_before = _Tally(**saved["tally"]), saved["general_before"]
@@ -174,14 +170,13 @@ def train_trials(
             raise ModelError("the model is not the one that this study began with", "Choose another --out.")
         engine.tokens_per_forward = saved["tokens_per_forward"]  # other forwards would round differently
     log.info("from step %d of %d, with %d trials", first, steps, len(active))
-    unfinished = [state.trial for state in active if record.status(state.trial) != "done"]
     with ExitStack() as files:
-        logs = {}
-        for trial in unfinished:
-            record(trial, "running")  # before its metrics change: a stopped trial's trial.json has their hash
-            lines = saved["lines"][trial.name][0] if saved else None
-            logs[trial.name] = files.enter_context(JsonlWriter(metrics_files[trial.name], lines))
-        histories = {trial.name: _history(metrics_files[trial.name]) for trial in unfinished}
+        logs, histories = dict[str, JsonlWriter](), dict[str, list[StepMetrics]]()  # of the trials that are not done
+        for name in [state.trial.name for state in active if not of[state.trial.name].is_done]:
+            of[name].record("running")  # before its metrics change: a stopped trial's trial.json has their hash
+            lines = saved["lines"][name][0] if saved else None
+            logs[name] = files.enter_context(JsonlWriter(of[name].metrics, lines))
+            histories[name] = of[name].history()
 
         if saved is None:
             start, one = time.perf_counter(), [active[0].trial.name]
@@ -193,7 +188,7 @@ def train_trials(
             (general_before,) = _general_losses(engine, data.general, one)
             for name, log_ in logs.items():
                 log_.write({"step": 0, "epoch": 0.0, "eval_loss": before.mean})
-                EvalRecord(step=0, examples=_examples(before)).write(folders[name] / "untrained.json")
+                write_losses(of[name].folder / "untrained.json", 0, before)
 
         def save(step: int) -> None:
             for log_ in logs.values():
@@ -222,12 +217,10 @@ def train_trials(
                 if not result.finite:
                     active.remove(state)
                     what = "loss" if not math.isfinite(result.loss) else "gradient"
-                    record(state.trial, "diverged", f"{what} not finite at step {step}")
-                    continue
-                if name not in logs:
-                    continue
-                histories[name].append(result)
-                logs[name].write(_row(step, step / per_epoch, result, step_seconds))
+                    of[name].record("diverged", f"{what} not finite at step {step}")
+                elif name in logs:
+                    histories[name].append(result)
+                    logs[name].write(metrics_row(step, step / per_epoch, result, step_seconds))
             if not active:
                 break
             if step in evaluated and step < steps:
@@ -252,24 +245,10 @@ def train_trials(
             evals = _evaluate(engine, data.eval, active, logs, steps, tally)
             general = _general_losses(engine, data.general, [state.trial.name for state in active])
             for state, held_out, after in zip(active, evals, general, strict=True):
-                if state.trial.name in logs:
-                    history, losses = histories[state.trial.name], (general_before, after)
-                    _finish(record, state, held_out, history, tally, losses, folders, adapter_fault)
+                name, losses = state.trial.name, (general_before, after)
+                if name in logs:
+                    _finish(of[name], state, held_out, histories[name], tally, losses, adapter_fault)
     return PackRun(step, tally.step_seconds, tally.useful_flops)
-
-
-def _row(step: int, epoch: float, metrics: StepMetrics, seconds: float) -> dict[str, Any]:
-    """Line of metrics.jsonl for one step."""
-    return {
-        "step": step,
-        "epoch": epoch,
-        "train_loss": metrics.loss,
-        "grad_norm": metrics.grad_norm,
-        "step_learning_rate": metrics.learning_rate,
-        "tokens": metrics.tokens,
-        "label_tokens": metrics.label_tokens,
-        "step_seconds": seconds,
-    }
 
 
 def _evaluate(
@@ -290,63 +269,6 @@ def _evaluate(
     return evals
 
 
-def _history(file: Path) -> list[StepMetrics]:
-    """Training steps recorded in metrics.jsonl."""
-    return [
-        StepMetrics(row["train_loss"], row["grad_norm"], row["step_learning_rate"], row["tokens"], row["label_tokens"])
-        for row in read_jsonl(file)
-        if "train_loss" in row
-    ]
-
-
-def _clear(folder: Path) -> None:
-    """Remove the files of an earlier run of a trial."""
-    for name in ("trial.json", "metrics.jsonl", "eval.json", "untrained.json"):
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "adapter", ignore_errors=True)
-
-
-def _examples(losses: ExampleLosses) -> Examples:
-    return Examples(
-        example=list(range(len(losses.loss))),
-        loss=losses.loss.tolist(),
-        label_tokens=losses.label_tokens.tolist(),
-        correct_tokens=losses.correct_tokens.astype(int).tolist(),
-    )
-
-
-class _TrialRecorder(NamedTuple):
-    """Writer of trial.json."""
-
-    folders: Mapping[str, Path]
-    shared: Mapping[str, Any]
-
-    def status(self, trial: AnyTrial) -> str | None:
-        """Status in trial.json; None without the file."""
-        record = TrialRecord.find(self.folders[trial.name] / "trial.json")
-        return record.status if record else None
-
-    def __call__(
-        self,
-        trial: AnyTrial,
-        status: str,
-        reason: str | None = None,
-        results: Mapping[str, Any] | None = None,
-        fault: str | None = None,
-    ) -> None:
-        folder = self.folders[trial.name]
-        files = file_hashes(folder, TRIAL_FILES) if status in FINISHED else {}
-        known: dict[str, Any] = {
-            "status": status,
-            "reason": reason,
-            "results": results,
-            "files": files,
-            "adapter_fault": fault,
-        }
-        record = TrialRecord(trial=trial.name, **known, **self.shared, **trial.model_dump(mode="json"))
-        record.write(folder / "trial.json")
-
-
 def _general_losses(engine: Engine, tokens: Tokens | None, names: Sequence[str]) -> list[float | None]:
     """Loss on the general text under each adapter, in nats per token; None without a text or if not finite."""
     if tokens is None:
@@ -356,65 +278,25 @@ def _general_losses(engine: Engine, tokens: Tokens | None, names: Sequence[str])
 
 
 def _finish(
-    record: _TrialRecorder,
+    files: TrialFiles,
     state: TrainState,
     held_out: ExampleLosses,
     history: Sequence[StepMetrics],
     tally: _Tally,
     general: tuple[float | None, float | None],
-    folders: Mapping[str, Path],
     adapter_fault: Callable[[Path], str | None],
 ) -> None:
     """Write the final files of a trial; trial.json comes last, so that `done` implies that they are complete. `general`
     has the losses on the general text before and after training."""
-    trial, folder = state.trial, folders[state.trial.name]
     if not math.isfinite(held_out.mean) or not finite_weights(state):
-        record(trial, "diverged", f"held-out loss or weights not finite after step {len(history)}")
+        files.record("diverged", f"held-out loss or weights not finite after step {len(history)}")
         return
-    EvalRecord(step=len(history), examples=_examples(held_out)).write(folder / "eval.json")
-    adapter_bytes = save_trained_adapter(state, folder / "adapter")
-    fault = None if adapter_bytes is None else adapter_fault(folder / "adapter")
+    write_losses(files.folder / "eval.json", len(history), held_out)
+    adapter_bytes = save_trained_adapter(state, files.folder / "adapter")
+    fault = None if adapter_bytes is None else adapter_fault(files.folder / "adapter")
     if fault:
-        log.warning("%s: PEFT does not read its adapter back: %s", trial.name, fault)
-    tail = history[-max(1, len(history) // 10) :]
-    tokens = sum(step.tokens for step in history)
-    results = {
-        "steps": len(history),
-        "tokens": tokens,
-        "trainable_params": sum(parameter.numel() for parameter in state.parameters),
-        "adapter_bytes": adapter_bytes,
-        "train_loss": sum(step.loss for step in tail) / len(tail),
-        **_held_out_results(held_out),
-        "general_loss_before": general[0],
-        "general_loss_after": general[1],
-        "train_seconds": tally.step_seconds,
-        "eval_seconds": tally.eval_seconds,
-        "tokens_per_second": tokens / tally.step_seconds,
-    }
-    record(trial, "done", results=results, fault=fault)
-
-
-def _held_out_results(losses: ExampleLosses) -> dict[str, float]:
-    perplexity = math.exp(min(losses.mean, 700.0))
-    return {"eval_loss": losses.mean, "eval_perplexity": perplexity, "eval_accuracy": losses.accuracy}
-
-
-def evaluate_anew(
-    engine: Engine, state: TrainState, folder: Path, data: TokenizedData, untrained: ExampleLosses
-) -> None:
-    """Replace the held-out losses of a trial that has ended, in `folder`, by those on the rows of `data`. `untrained`
-    has the base model's. trial.json, with the hash of `data`, comes last. metrics.jsonl stays."""
-    record, found = TrialRecord.find(folder / "trial.json"), dict[str, Any]()
-    assert record is not None  # the trial has ended
-    EvalRecord(step=0, examples=_examples(untrained)).write(folder / "untrained.json")
-    if record.results is not None:
-        load_trained_adapter(state, folder / "adapter")
-        (losses,) = engine.evaluate(data.eval, [state.trial.name])
-        if math.isfinite(losses.mean):
-            steps = int(record.results.steps or 0)
-            EvalRecord(step=steps, examples=_examples(losses)).write(folder / "eval.json")
-            found = {"results": record.results.model_copy(update=_held_out_results(losses))}
-        else:
-            found = {"status": "diverged", "reason": "held-out loss not finite on added rows", "results": None}
-    files = (record.files or {}) | file_hashes(folder, OF_HELD_OUT)
-    record.model_copy(update=found | {"files": files, "tokens_sha256": data.sha256}).write(folder / "trial.json")
+        log.warning("%s: PEFT does not read its adapter back: %s", state.trial.name, fault)
+    results = training_results(state, history, tally.step_seconds) | held_out_results(held_out)
+    results |= {"adapter_bytes": adapter_bytes, "eval_seconds": tally.eval_seconds}
+    results |= {"general_loss_before": general[0], "general_loss_after": general[1]}
+    files.record("done", results=results, adapter_fault=fault)
