@@ -180,7 +180,7 @@ def main() -> None:
     labels = np.arange(128) > 40
     tokens = Tokens.from_examples([Example(np.arange(128, dtype=np.int32), labels)] * 8)
     if arguments.alone:
-        grouped._on_gpu = lambda tensor: False
+        grouped.on_gpu = lambda tensor: False
     model = shaped(arguments.model, arguments.layers)
     counted = count_step(model, trials, tokens, TrainingSpec(steps=10, batch_size=8), not arguments.peft)
     print(f"torch {torch.__version__}: {counted.launches.total()} launches, {counted.waits.total()} waits a step")

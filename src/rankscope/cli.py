@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from rankscope import __version__
-from rankscope.errors import RankscopeError, StudyError
+from rankscope.errors import RankscopeError, StudyError, require
 from rankscope.ui import options as ask
 from rankscope.ui import start
 from rankscope.ui.console import error_console, out_console, print_json, print_table, show_system_error, stoppable
@@ -128,9 +128,8 @@ def search(
     json_: Json = False,
 ) -> None:
     """Find the best rank, learning rate, alpha and target modules within a budget. Resumes where it stopped."""
-    from rankscope.search import require_optuna
 
-    require_optuna()
+    require("optuna", "search", "rankscope search")
     from rankscope.search.folder import Search
     from rankscope.search.space import resolve_search
 

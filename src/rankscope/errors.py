@@ -6,6 +6,7 @@ standard exception that a caller would expect to catch.
 
 import difflib
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 
 
 class RankscopeError(Exception):
@@ -69,6 +70,14 @@ class MissingExtraError(RankscopeError, ImportError):
     """An optional part is not installed (exit code 2)."""
 
     exit_code = 2
+
+
+def require(package: str, extra: str, asked: str) -> None:
+    """Raise MissingExtraError where the package that `asked` needs is not installed."""
+    found = find_spec(package)
+    if found is None or found.origin is None:  # or merely a folder of that name, as W&B makes one where it runs
+        todo = f"Install it: pip install 'rankscope[{extra}]'"
+        raise MissingExtraError(f"{asked}: {package} is not installed", todo)
 
 
 class WorkerError(RankscopeError, RuntimeError):

@@ -29,7 +29,7 @@ def test_grouped_products_equal_one_for_each_trial(name: str, monkeypatch: pytes
     add_updates = grouped.add_updates
     monkeypatch.setattr(packed, "add_updates", noted)
     for on_gpu in (False, True):
-        monkeypatch.setattr(grouped, "_on_gpu", lambda _, on_gpu=on_gpu: on_gpu)
+        monkeypatch.setattr(grouped, "on_gpu", lambda _, on_gpu=on_gpu: on_gpu)
         model = tiny_model(name, torch.bfloat16)
         members = [make_train_state(model, trial, TrainingSpec(steps=1), 1) for trial in trials]
         for number, member in enumerate(members):

@@ -17,7 +17,6 @@ from rankscope.data.tokens import Tokens
 from rankscope.errors import MissingExtraError, ModelError, StudyError
 from rankscope.lora.adapters import remove_adapters
 from rankscope.lora.saved import read_adapter
-from rankscope.model import quantized
 from rankscope.model.load import fingerprint, load_model, skeleton
 from rankscope.model.quantized import base_bytes, parameter_count, quantized_layers
 from rankscope.plan.costs import predict
@@ -249,7 +248,7 @@ def test_what_trains_or_takes_apart_the_base_is_refused(values: dict[str, Any], 
 
 
 def test_bitsandbytes_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantized, "find_spec", lambda name: None)
+    monkeypatch.setattr("rankscope.errors.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"pip install 'rankscope\[quantization\]'"):
         predict(study(Path("embedded"), "nf4"))
     with pytest.raises(MissingExtraError, match=r"pip install 'rankscope\[quantization\]'"):

@@ -7,7 +7,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rankscope.errors import ModelError
-from rankscope.model import quantized
 from rankscope.plan.checks import check_base_fits, too_large
 from rankscope.plan.costs import CostModel, predict
 from rankscope.spec.models import DataSpec, ModelSpec, StudySpec
@@ -70,7 +69,7 @@ def test_on_a_gpu_the_base_is_in_bfloat16_already(folder: Path) -> None:
 
 def test_without_bitsandbytes_it_is_not_advised(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, prediction = predicted(folder)
-    monkeypatch.setattr(quantized, "find_spec", lambda name: None)
+    monkeypatch.setattr("rankscope.errors.find_spec", lambda name: None)
     found = too_large(model, prediction, prediction.base_bytes - 1)
     assert found is not None
     assert "--dtype bfloat16" in found[1]

@@ -123,7 +123,7 @@ def test_without_optuna_the_command_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("rankscope.search.find_spec", lambda name: None)
+    monkeypatch.setattr("rankscope.errors.find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["rankscope", "search"])
     with pytest.raises(SystemExit) as ended:
         cli.main()

@@ -135,7 +135,7 @@ def test_models_attend_alike_by_the_kernel(name: str, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
     for on_gpu in (False, True):
-        monkeypatch.setattr(attention, "_on_gpu", lambda _, on_gpu=on_gpu: on_gpu)
+        monkeypatch.setattr(attention, "on_gpu", lambda _, on_gpu=on_gpu: on_gpu)
         model = tiny_model(name, torch.bfloat16)
         members = [make_train_state(model, trial, TrainingSpec(steps=1), 1) for trial in trials]
         for weight in (w for member in members for n, w in member.weights.items() if "lora_B" in n):

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from rankscope.errors import MissingExtraError, StudyError
-from rankscope.model import quantized
 from rankscope.plan.costs import predict
 from rankscope.plan.memory import PeakMemory, StudyMemory
 from rankscope.spec.models import StudySpec, TrainingSpec
@@ -88,7 +87,7 @@ def test_a_cpu_has_nothing_to_page(optim: str) -> None:
 
 
 def test_bitsandbytes_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantized, "find_spec", lambda name: None)
+    monkeypatch.setattr("rankscope.errors.find_spec", lambda name: None)
     predict(study("adamw_torch_fused"))
     with pytest.raises(MissingExtraError, match=r"training.optim: adamw_8bit: .*\n.*rankscope\[quantization\]"):
         predict(study("adamw_8bit"))

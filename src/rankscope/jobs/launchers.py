@@ -1,8 +1,6 @@
 """Launchers by name."""
 
-from importlib.util import find_spec
-
-from rankscope.errors import MissingExtraError, StudyError, did_you_mean
+from rankscope.errors import StudyError, did_you_mean, require
 from rankscope.jobs.job import Launcher, Say
 from rankscope.spec.models import ModelSpec
 
@@ -16,8 +14,8 @@ def check_launcher(name: str, address: str | None) -> None:
         raise StudyError(what, f"Known: {', '.join(LAUNCHERS)}.")
     if name == "local" and address is not None:
         raise StudyError("--ray-address is given, but the launcher is local", "Add --launcher ray.")
-    if name == "ray" and find_spec("ray") is None:
-        raise MissingExtraError("Ray is not installed", "Install it: pip install 'rankscope[ray]'.")
+    if name == "ray":
+        require("ray", "ray", "--launcher ray")
 
 
 def make_launcher(name: str, model: ModelSpec, address: str | None = None, say: Say = print) -> Launcher:

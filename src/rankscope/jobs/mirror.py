@@ -46,15 +46,13 @@ class Mirror:
     def changes(self) -> Iterator[Change]:
         """Yield the changes since the last call, in the order in which they must be applied."""
         # Vouching files are read first and applied last: the files they vouch for exist before the others are listed.
-        vouching = {name: self._read(name) for name in filter(_vouches, self._names()) if self._is_new(name)}
+        new = [name for name in filter(_vouches, self._names()) if self._is_new(name)]
+        vouching = [change for name in new for change in self._send(name)]
         names = self._names()
         for name in names:
             if not _vouches(name) and self._is_new(name):
                 yield from self._send(name)
-        for name, read in vouching.items():
-            if read is not None:
-                self._seen[name], content = read
-                yield Change(name, content)
+        yield from vouching
         for name in sorted(self._seen.keys() - set(names), key=_vouches, reverse=True):
             del self._seen[name]
             yield Change(name)
@@ -82,13 +80,6 @@ class Mirror:
         with (self._root / name).open("rb") as file:
             file.seek(max(0, seen.size - _TAIL_BYTES))
             return seen._replace(tail=file.read(_TAIL_BYTES))
-
-    def _read(self, name: str) -> tuple[_Seen, bytes] | None:
-        """Read a small file; None where it has been removed meanwhile."""
-        seen = self._stat(name)
-        with suppress(FileNotFoundError):
-            return None if seen is None else (seen, (self._root / name).read_bytes())
-        return None
 
     def _send(self, name: str) -> Iterator[Change]:
         """Yield the pieces of a file: all of it, or the new end of one that grows."""

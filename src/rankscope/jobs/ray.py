@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeAlias
 
 from rankscope import __version__
-from rankscope.errors import KilledError, MissingExtraError, OutOfMemoryError, RankscopeError, StudyError, WorkerError
+from rankscope.errors import KilledError, OutOfMemoryError, RankscopeError, StudyError, WorkerError, require
 from rankscope.jobs.job import Job, Say
 from rankscope.jobs.mirror import PIECE_BYTES, Change, Mirror, Replica, collect, pieces
 from rankscope.jobs.process import JobProcess
@@ -285,10 +285,9 @@ def require_ray() -> Any:
     """Import and return Ray. Raises MissingExtraError: Ray is not installed."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage statistics
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 would slow workers beside other processes
-    try:
-        import ray
-    except ImportError:
-        raise MissingExtraError("Ray is not installed", "Install it: pip install 'rankscope[ray]'.") from None
+    require("ray", "ray", "--launcher ray")
+    import ray
+
     return ray
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankscope.lora.layout import offsets_on
+from rankscope.lora.layout import offsets_on, on_gpu
 
 MULTIPLE = 8  # values of bfloat16 in 16 bytes
 
@@ -32,14 +32,10 @@ class Span(NamedTuple):
 
 def grouped(spans: Sequence[Span], operand: Tensor) -> list[list[Span]]:
     """Groups of two or more neighbouring spans for grouped products; none where their rules do not hold."""
-    if not _on_gpu(operand) or operand.dtype != torch.bfloat16:
+    if not on_gpu(operand) or operand.dtype != torch.bfloat16:
         return []
     runs = [list(run) for _, run in groupby(spans, lambda span: (len(span.a), span.scaling, _is_plain(span)))]
     return [run for run in runs if len(run) > 1 and _is_plain(run[0])]
-
-
-def _on_gpu(tensor: Tensor) -> bool:
-    return tensor.is_cuda
 
 
 def _is_plain(span: Span) -> bool:

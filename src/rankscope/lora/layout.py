@@ -100,6 +100,11 @@ class FlatBatch(NamedTuple):
     label_sequence: npt.NDArray[np.int64]  # (L,), the sequence (0..S-1) each label belongs to
 
 
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether the kernels of CUDA GPUs take the tensor: a function of its own, so that tests without one can say so."""
+    return tensor.is_cuda
+
+
 @lru_cache(maxsize=64)
 def offsets_on(offsets: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Offsets of rows as kernels take them, int32 on the device, made once for all layers of a forward."""

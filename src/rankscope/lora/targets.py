@@ -91,12 +91,10 @@ def find_targets(model: nn.Module, asked: str | Sequence[str], plain: bool = Tru
         what = f"adapter.target_modules: {ALL_LINEAR_AND_EXPERTS}: this model has {why}"
         raise StudyError(what, f"Use {ALL_LINEAR}.")
     parameters = [f"{name}.weight" for name in renamed] + list(anatomy.parameters if with_experts else ())
-    found = Targets(
-        tuple(modules), tuple(parameters), {reason: tuple(names) for reason, names in left.items() if names}
-    )
+    left_out = {reason: tuple(names) for reason, names in left.items() if names}
+    found = Targets(tuple(modules), tuple(parameters), left_out)
     if not found.names:
-        what = f"adapter.target_modules: {asked}: this model has no linear module that can carry LoRA"
-        raise StudyError(what, _todo(anatomy))
+        raise _wrong(anatomy, f"{asked}: this model has no linear module that can carry LoRA")
     return found
 
 
@@ -129,20 +127,17 @@ def _named(model: nn.Module, anatomy: _Anatomy, asked: Sequence[str], plain: boo
             weights = []
         inside = [other for other in anatomy.experts if any(other.startswith(f"{stack}.") for stack in found)]
         if not found and not weights:
-            known = linear_names(anatomy)
-            guess = did_you_mean(name, known, most=2, cutoff=0.5)
-            raise StudyError(f"adapter.target_modules: {name} matches no module of this model{guess}", _todo(anatomy))
+            guess = did_you_mean(name, linear_names(anatomy), most=2, cutoff=0.5)
+            raise _wrong(anatomy, f"{name} matches no module of this model{guess}")
         for other in [] if weights or inside else found:
             layer, leaf = anatomy.modules[other], other.rsplit(".", 1)[-1]
             kind = type(layer).__name__
             if other in anatomy.routers:
-                what = f"adapter.target_modules: {name} is a router ({kind}): it gets no adapter"
-                raise StudyError(what, _todo(anatomy))
+                raise _wrong(anatomy, f"{name} is a router ({kind}): it gets no adapter")
             if not isinstance(getattr(layer, "weight", None), torch.Tensor) and not dequantized_forward(layer):
-                what = f"adapter.target_modules: {name} is a {kind}, and no layer with a weight of its own"
-                raise StudyError(what, _todo(anatomy))
+                raise _wrong(anatomy, f"{name} is a {kind}, and no layer with a weight of its own")
             if isinstance(layer, nn.Linear) and not _is_linear(layer):
-                raise StudyError(f"adapter.target_modules: {name} is a {kind}, which cannot carry LoRA", _todo(anatomy))
+                raise _wrong(anatomy, f"{name} is a {kind}, which cannot carry LoRA")
             if leaf in taken and isinstance(layer, nn.Linear):
                 if not plain:
                     raise _no_dropout(other)
@@ -161,8 +156,9 @@ def _no_dropout(name: str) -> StudyError:
     return StudyError(what, "Set adapter.lora_dropout to 0, leave dora out of the variants, or name other modules.")
 
 
-def _todo(anatomy: _Anatomy) -> str:
-    return f"Linear modules of this model: {', '.join(linear_names(anatomy))}."
+def _wrong(anatomy: _Anatomy, what: str) -> StudyError:
+    names = ", ".join(linear_names(anatomy))
+    return StudyError(f"adapter.target_modules: {what}", f"Linear modules of this model: {names}.")
 
 
 def linear_names(anatomy: _Anatomy) -> list[str]:
@@ -194,29 +190,21 @@ def _look_at(model: nn.Module) -> _Anatomy:
     modules = dict(base_modules(model))
     linear = tuple(name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D))
     experts = tuple(name for name in linear if of_routed_experts(name))
-    stacked = [name for name, module in modules.items() if _is_stack(name, module)]
-    parameters = tuple(
-        f"{name}.{key}"
-        for name in stacked
-        for key, value in modules[name].named_parameters(recurse=False)
-        if value.dim() == 3
-    )
-    flat = tuple(
-        f"{name}.{key}"
-        for name in stacked
-        for key, value in modules[name].named_parameters(recurse=False)
-        if value.dim() == 2 and "bias" not in key and not any(other.startswith(f"{name}.") for other in parameters)
-    )
     counts: dict[str, int] = {}  # experts of each block that has some
-    for name in stacked:
-        sizes = [value.shape[0] for value in modules[name].parameters(recurse=False) if value.dim() == 3]
-        if sizes:
-            counts[name.rpartition(".")[0]] = sizes[0]
+    parameters, flat = list[str](), list[str]()
+    for stack, module in modules.items():
+        own = dict(module.named_parameters(recurse=False)) if _is_stack(stack, module) else {}
+        stacked = [name for name, value in own.items() if value.dim() == 3]
+        parameters += [f"{stack}.{name}" for name in stacked]
+        flat += [f"{stack}.{name}" for name, value in own.items() if value.dim() == 2 and "bias" not in name]
+        if stacked:
+            counts[stack.rpartition(".")[0]] = own[stacked[0]].shape[0]
+    flat = [name for name in flat if not any(other.startswith(f"{name.rpartition('.')[0]}.") for other in parameters)]
     for name in experts:
         if match := re.match(r"(.*?)\.?[^.]*expert[^.]*\.(\d+)\.", name):
             counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
-    routers = {name for name, module in modules.items() if _is_router(name, module, modules, counts)}
-    return _Anatomy(modules, linear, experts, parameters, flat, frozenset(routers))
+    routers = frozenset(name for name, module in modules.items() if _is_router(name, module, modules, counts))
+    return _Anatomy(modules, linear, experts, tuple(parameters), tuple(flat), routers)
 
 
 def of_routed_experts(name: str) -> bool:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from rankscope import demo
 from rankscope.data.sources import HUB_ID
-from rankscope.errors import MissingExtraError, ModelError, shortened
+from rankscope.errors import ModelError, require, shortened
 from rankscope.spec.models import EMBEDDED, ModelSpec
 
 CONFIG_NAME, ADAPTER_CONFIG_NAME = "config.json", "adapter_config.json"  # as transformers and PEFT have them
@@ -72,9 +72,7 @@ def check_source(spec: ModelSpec) -> None:
     """Raise ModelError if `spec.id` is neither the folder of a model nor a valid hub id."""
     folder = Path(location(spec))
     if is_gguf(spec):
-        if find_spec("gguf") is None:
-            what = f"model {spec.id}: the package gguf is not installed"
-            raise MissingExtraError(what, "Install it: pip install 'rankscope[gguf]'")
+        require("gguf", "gguf", f"model {spec.id}")
         if spec.revision is not None or spec.dequantize or spec.quantization:
             option = "revision" if spec.revision else "dequantize" if spec.dequantize else "quantization"
             what = f"model {spec.id}: model.{option} is not for a GGUF file, whose weights are loaded as model.dtype"

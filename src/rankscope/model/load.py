@@ -19,7 +19,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from rankscope.errors import ModelError
+from rankscope.errors import ModelError, require
 from rankscope.model import checks
 from rankscope.model.checks import loading_error, location
 from rankscope.model.device import multiplies_bfloat16, resolve_device
@@ -27,7 +27,6 @@ from rankscope.model.mixed import use_mixed_precision
 from rankscope.model.quantized import (
     quantization_config,
     quantize_skeleton,
-    require_bitsandbytes,
     use_dequantized_forward,
 )
 from rankscope.spec.models import ModelSpec
@@ -179,7 +178,7 @@ def quantization_of(spec: ModelSpec, config: Any, dtype: torch.dtype) -> BitsAnd
     own = getattr(config, "quantization_config", None)
     if own is None or spec.dequantize:
         return None
-    require_bitsandbytes(f"model {spec.id}")
+    require("bitsandbytes", "quantization", f"model {spec.id}")
     found: BitsAndBytesConfig = BitsAndBytesConfig.from_dict(own)
     return found
 

@@ -16,7 +16,6 @@ AVX512-BF16 that of nf4 rearranges the weights where it meets a batch without gr
 
 from collections.abc import Iterator
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from rankscope.errors import MissingExtraError, ModelError
+from rankscope.errors import ModelError, require
 from rankscope.model.mixed import FrozenForward
 
 _NF4_BLOCK = 64
@@ -32,18 +31,10 @@ _SCALES_BLOCK = 256
 """Values that share a scale, and scales that do, as bitsandbytes has them by default."""
 
 
-def require_bitsandbytes(asked: str) -> None:
-    """Raises MissingExtraError where bitsandbytes is not installed; `asked` is the field that needs it."""
-    found = find_spec("bitsandbytes")
-    if found is None or found.origin is None:
-        what = f"{asked}: bitsandbytes is not installed"
-        raise MissingExtraError(what, "Install it: pip install 'rankscope[quantization]'")
-
-
 def quantization_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     """Return the configuration for `model.quantization`; other weights and all products have `dtype`. Raises
     MissingExtraError: bitsandbytes is not installed."""
-    require_bitsandbytes(f"model.quantization: {kind}")
+    require("bitsandbytes", "quantization", f"model.quantization: {kind}")
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

@@ -7,11 +7,10 @@ of it, and goes on whether it waits or crashes.
 
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from rankscope.errors import MissingExtraError, StudyError, did_you_mean
+from rankscope.errors import StudyError, did_you_mean, require
 from rankscope.text.catalogue import flatten
 
 STEP = "train/global_step"
@@ -74,10 +73,7 @@ def choose_trackers(asked: str | Sequence[str]) -> list[str]:
             raise StudyError(what, f"Known: {', '.join(TRACKERS)}.")
         if name in names[:number]:
             raise StudyError(f"--report-to {name}: listed twice", "Name each tracker once.")
-        spec = find_spec(name)
-        if spec is None or spec.origin is None:  # or merely a folder of that name: W&B makes one where it runs
-            todo = f"Install it: pip install 'rankscope[{name}]'"
-            raise MissingExtraError(f"--report-to {name}: {name} is not installed", todo)
+        require(name, name, f"--report-to {name}")
     return names
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from rankscope.lora.layout import NotPackable, Unpackable, current_layout, offsets_on
+from rankscope.lora.layout import NotPackable, Unpackable, current_layout, offsets_on, on_gpu
 from rankscope.model.mixed import is_mixed
 
 NAME = "rankscope"
@@ -63,9 +63,9 @@ def packed_attention(
     longest = max(stop - start for start, stop in pairwise(starts))
     window = local.window if local.window is not None and local.window < longest else None
     plain = not softcap and not dropout and s_aux is None
-    if plain and _on_gpu(query) and is_mixed(module):
+    if plain and on_gpu(query) and is_mixed(module):
         query, key, value = (part.to(torch.bfloat16) for part in (query, key, value))
-    if plain and _on_gpu(query) and _is_ampere() and _fits_kernel(query, value):
+    if plain and on_gpu(query) and _is_ampere() and _fits_kernel(query, value):
         return _varlen(query, key, value, starts, longest, scaling, window), None
     lengths = [stop - start for start, stop in pairwise(starts)]
     # split rather than slices: a slice's backward fills a zero tensor of all tokens for each sequence
@@ -106,10 +106,6 @@ def _attend(
         scores = torch.cat([scores, sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
     weights = scores.softmax(dim=-1, dtype=torch.float32)[..., :length].to(query.dtype)
     return F.dropout(weights, dropout, training=dropout > 0) @ value
-
-
-def _on_gpu(tensor: Tensor) -> bool:
-    return tensor.is_cuda
 
 
 def _fits_kernel(query: Tensor, value: Tensor) -> bool:

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from rankscope.errors import StudyError
-from rankscope.model.quantized import require_bitsandbytes
+from rankscope.errors import StudyError, require
 from rankscope.spec.models import TrainingSpec
 
 MIN_8BIT_WEIGHTS = 4096  # of the smallest tensor with 8-bit states; bitsandbytes keeps the others in float32
@@ -27,7 +26,7 @@ def check_optimizer(training: TrainingSpec, device: torch.device) -> None:
             "nothing to move",
             "Use adamw_8bit, or adamw_torch_fused.",
         )
-    require_bitsandbytes(f"training.optim: {training.optim}")
+    require("bitsandbytes", "quantization", f"training.optim: {training.optim}")
 
 
 def make_optimizer(weights: Mapping[float, Sequence[nn.Parameter]], training: TrainingSpec) -> Optimizer:

@@ -63,11 +63,13 @@ def check_causal(model: PreTrainedModel) -> None:
     try:
         with in_float32(model):
             before, after = (_own_logits(model, part)[:-4] for part in (ids, later))
-            most = max(_rounding(model), CAUSAL_ROUNDING)
+            finite = bool(before.isfinite().all() and after.isfinite().all())
+            difference = _difference(before, after) if finite else 0.0
+            sees_later = difference > CAUSAL_ROUNDING and difference > _rounding(model)
     except (ValueError, TypeError, AttributeError, LookupError) as error:
         what = f"{type(model).__name__}: its own forward fails with these adapters: {type(error).__name__}: {error}"
         raise ModelError(what, "Choose other adapter.target_modules, or another model.") from error
-    if before.isfinite().all() and after.isfinite().all() and _difference(before, after) > most:
+    if sees_later:
         raise ModelError(
             f"{type(model).__name__} is not a causal language model: later tokens change its earlier logits, so that "
             "its loss would be that of a model which sees the answers",
