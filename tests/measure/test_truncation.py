@@ -106,14 +106,19 @@ def loss_of(cut: Truncation) -> float:
     return cut.losses.mean
 
 
-@pytest.mark.parametrize("engine", ["packed", "peft"])
 @pytest.mark.parametrize(
-    "adapter", [{"alpha": 32}, {"alpha": "2r"}, {"alpha": 4, "use_rslora": True}], ids=["fixed", "multiple", "rslora"]
+    ("engine", "adapter"),
+    [
+        ("packed", {"alpha": 32}),
+        ("packed", {"alpha": "2r"}),
+        ("packed", {"alpha": 4, "use_rslora": True}),
+        ("peft", {"alpha": 4, "use_rslora": True}),
+    ],
 )
-def test_a_cut_is_the_best_update_of_its_rank(tmp_path: Path, adapter: dict[str, Any], engine: str) -> None:
+def test_a_cut_is_the_best_update_of_its_rank(tmp_path: Path, engine: str, adapter: dict[str, Any]) -> None:
     """A planted update of rank 3 loses nothing down to rank 3."""
     spec = make_spec(adapter=adapter, training={"engine": engine})
-    ranks = [1, 2, 3, 5, RANK]
+    ranks = [1, 3, 5, RANK]
     found = take(spec, tmp_path, [TruncationRequest(rank, 0) for rank in ranks])
     assert sorted(found) == [TruncationRequest(rank, 0) for rank in ranks]
     trial = plant(tiny_model("llama-gqa"), spec, tmp_path)

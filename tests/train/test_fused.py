@@ -8,7 +8,8 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 
-from rankscope.train.fused import _RMSNorm, _SwiGLU, fuse_elementwise, own_elementwise
+from rankscope.lora.packed import own_forwards
+from rankscope.train.fused import _RMSNorm, _SwiGLU, fuse_elementwise
 
 SIZES = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_key_value_heads": 2}
 
@@ -34,7 +35,7 @@ def test_fused_modules_compute_what_their_own_forward_does() -> None:
     assert all("forward" in vars(module) for module in own)
     torch.testing.assert_close(results(), expected, rtol=1e-5, atol=1e-6)
     assert type(own[0](inputs[0]).grad_fn).__name__ == "_RMSNormBackward"
-    own_elementwise(own)
+    own_forwards(own)
     assert not any("forward" in vars(module) for module in own)
 
 

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -80,7 +80,7 @@ def work(study_path: Path, content: Mapping[str, Any]) -> None:
             members, checkpoints = [trials[name] for name in names], pack_folder / "checkpoints"
             train = partial(train_pack, model, study.spec, members, folders, checkpoints, data, pack, weights, stop)
             results = measure_pack(train, model.device)
-            record.model_copy(update={"results": results._asdict()}).write(pack_folder / "pack.json")
+            record.model_copy(update={"results": results}).write(pack_folder / "pack.json")
             shutil.rmtree(checkpoints, ignore_errors=True)
             use_own_forward(model, attention)
             remove_adapters(model)
@@ -131,24 +131,13 @@ def left_over(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if names[3:] else "")
 
 
-class PackResults(NamedTuple):
-    """Speed and peak memory of a pack, measured by its own process."""
-
-    steps: int
-    step_seconds: float  # of all steps
-    useful_flops: float  # of all steps: see `rankscope.train.flops.Cost`
-    useful_flops_per_second: float
-    rss_peak_bytes: int
-    gpu_allocated_peak_bytes: int | None
-
-
-def measure_pack(train: Callable[[], PackRun], device: torch.device) -> PackResults:
-    """Run `train` and measure it. Peaks exclude memory that was freed before the run."""
+def measure_pack(train: Callable[[], PackRun], device: torch.device) -> dict[str, Any]:
+    """Run `train`, and return its numbers with useful FLOP/s and peaks of memory, without what was freed before."""
     give_back_freed(device)
     reset_peak_rss()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     run = train()
     gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    useful = run.useful_flops / run.step_seconds
-    return PackResults(run.steps, run.step_seconds, run.useful_flops, useful, peak_rss(), gpu)
+    peaks = {"rss_peak_bytes": peak_rss(), "gpu_allocated_peak_bytes": gpu}
+    return {**run._asdict(), "useful_flops_per_second": run.useful_flops / run.step_seconds, **peaks}

@@ -8,7 +8,7 @@ Experts whose weights lie in one tensor take the same products, each over the to
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
-from rankscope.lora.adapters import adapter_key, lora_layers, outer_layers, wrapped_modules
+from rankscope.lora.adapters import adapter_key, outer_layers, wrapped_modules
 from rankscope.lora.grouped import Span, add_updates, grouped
 from rankscope.lora.layout import Layout, NotPackable, Segment, Unpackable, current_layout
 from rankscope.lora.variants import initial_factors
@@ -37,7 +37,7 @@ from rankscope.model.quantized import dequantized_forward
 
 
 def pack_layers(model: PreTrainedModel) -> None:
-    """Replace the forward of every LoRA layer by the packed one. `unpack_layers` undoes it. Raises NotPackable: a layer
+    """Replace the forward of every LoRA layer by the packed one. Raises NotPackable: a layer
     is not plain LoRA over a linear module, or one behind the trunk has LoRA dropout, whose numbers PEFT draws for all
     positions and not for the labels alone."""
     if others := wrapped_modules(model):
@@ -49,7 +49,7 @@ def pack_layers(model: PreTrainedModel) -> None:
         base = layer.get_base_layer()
         if isinstance(layer, ParamWrapper) and not isinstance(base, nn.Linear):
             _check_experts(name, layer)
-            layer.__dict__["forward"] = partial(_packed_experts, layer)
+            replace_forward(layer, _packed_experts, layer)
             continue
         if type(layer) not in (LoraLinear, ParamWrapper) and not dequantized_forward(base):
             raise NotPackable(Unpackable.NOT_LINEAR, f"{name} is a {type(layer).__name__} of PEFT")
@@ -60,7 +60,7 @@ def pack_layers(model: PreTrainedModel) -> None:
         has_dropout = any(isinstance(dropout, nn.Dropout) for dropout in layer.lora_dropout.values())
         if has_dropout and not name.startswith(f"{trunk}."):
             raise NotPackable(Unpackable.OUTPUT_DROPOUT, name)
-        layer.__dict__["forward"] = partial(_packed_forward, layer)
+        replace_forward(layer, _packed_forward, layer)
 
 
 def trunk_name(model: PreTrainedModel) -> str | None:
@@ -71,10 +71,20 @@ def trunk_name(model: PreTrainedModel) -> str | None:
     return next((name for name, part in parts if any(module is embeddings for module in part.modules())), None)
 
 
-def unpack_layers(model: PreTrainedModel) -> None:
-    """Give every LoRA layer its own forward back."""
-    for _, layer in lora_layers(model):
-        layer.__dict__.pop("forward", None)
+class Replaced(partial[Any]):
+    """Forward that stands in for a module's own in the packed forward, or to recompute it."""
+
+
+def replace_forward(module: Any, forward: Callable[..., Any], *arguments: Any) -> None:
+    """Have `forward`, with these first arguments, stand in for the module's own. `own_forwards` undoes it."""
+    module.__dict__["forward"] = Replaced(forward, *arguments)
+
+
+def own_forwards(model: nn.Module) -> None:
+    """Give every module whose forward was replaced its own back."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), Replaced):
+            del module.__dict__["forward"]
 
 
 def _packed_forward(layer: Any, x: Tensor) -> Tensor:

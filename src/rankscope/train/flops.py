@@ -21,12 +21,8 @@ from rankscope.lora.packed import trunk_name
 from rankscope.lora.variants import iter_initial_factors
 
 _aten = torch.ops.aten
-_PRODUCTS = {
-    _aten.mm: 0,
-    _aten.addmm: 1,
-    _aten.addmm_: 1,
-    _aten._grouped_mm: 0,
-}  # index of the left operand among the arguments
+_PRODUCTS = {_aten.mm: 0, _aten.addmm: 1, _aten.addmm_: 1, _aten._grouped_mm: 0}
+"""Index of the left operand among the arguments of each product."""
 
 
 class Cost(NamedTuple):

@@ -7,7 +7,6 @@ Only modules whose forward is the very code of Llama's take them, as that of Mis
 float32 and while they are frozen.
 """
 
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,21 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from rankscope.lora.packed import replace_forward
+
 
 def fuse_elementwise(model: nn.Module) -> None:
-    """Replace the forwards of norms and gated layers. `own_elementwise` undoes it."""
+    """Replace the forwards of norms and gated layers."""
     for module in model.modules():
         if _same_code(module, LlamaRMSNorm):
-            module.__dict__["forward"] = partial(_norm, module)
+            replace_forward(module, _norm, module)
         elif _same_code(module, LlamaMLP) and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation"):
-            module.__dict__["forward"] = partial(_gated, module)
-
-
-def own_elementwise(model: nn.Module) -> None:
-    """Give norms and gated layers their own forward back."""
-    for module in model.modules():
-        if getattr(module.__dict__.get("forward"), "func", None) in (_norm, _gated):
-            del module.__dict__["forward"]
+            replace_forward(module, _gated, module)
 
 
 def _same_code(module: nn.Module, kind: type[nn.Module]) -> bool:

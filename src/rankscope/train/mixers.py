@@ -8,7 +8,6 @@ as rows of a batch, without padding. The rest of the model stays flattened.
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -19,21 +18,16 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rankscope.lora.layout import Layout, NotPackable, Segment, Unpackable, layout_if_any, use_layout
+from rankscope.lora.packed import replace_forward
 
 _STATE = {"cache", "cache_params", "layer_past", "past_key_value", "past_key_values", "state", "use_cache"}
 """Parameters of a forward by which a module is handed what it keeps of earlier tokens: only a mixer needs one."""
 
 
 def divide_mixers(model: PreTrainedModel) -> None:
-    """Call every mixer by sequence. `join_mixers` undoes it."""
+    """Call every mixer by sequence."""
     for _, module in mixers(model):
-        module.__dict__["forward"] = partial(_by_sequence, module.forward)
-
-
-def join_mixers(model: PreTrainedModel) -> None:
-    """Give every mixer its own forward back."""
-    for _, module in mixers(model):
-        module.__dict__.pop("forward", None)
+        replace_forward(module, _by_sequence, module.forward)
 
 
 def mixers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:

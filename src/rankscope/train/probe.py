@@ -22,13 +22,13 @@ from rankscope.data.tokens import Tokens
 from rankscope.errors import ModelError
 from rankscope.lora.adapters import outer_layers
 from rankscope.lora.layout import NotPackable, Slice, Unpackable, flatten
-from rankscope.lora.packed import pack_layers, trunk_name, unpack_layers
+from rankscope.lora.packed import own_forwards, pack_layers, trunk_name
 from rankscope.model.mixed import products_in_float32
 from rankscope.train.attention import NAME
 from rankscope.train.engine import PackedEngine, pad
-from rankscope.train.fused import fuse_elementwise, own_elementwise
-from rankscope.train.mixers import divide_mixers, join_mixers
-from rankscope.train.recompute import keep_layers, recompute_layers
+from rankscope.train.fused import fuse_elementwise
+from rankscope.train.mixers import divide_mixers
+from rankscope.train.recompute import recompute_layers
 
 _LENGTHS = (7, 12, 5, 9)
 _OTHER_LENGTHS = ((7, 9, 5, 12), (4, 12, 8, 9))
@@ -151,10 +151,7 @@ def use_packed_forward(model: PreTrainedModel, attention: str | None = NAME) -> 
 
 def use_own_forward(model: PreTrainedModel, attention: str) -> None:
     """Restore the attention of that name and the own forward of all layers."""
-    unpack_layers(model)
-    own_elementwise(model)
-    join_mixers(model)
-    keep_layers(model)
+    own_forwards(model)
     model.set_attn_implementation(attention)
 
 

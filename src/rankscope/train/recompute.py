@@ -7,7 +7,6 @@ backward.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,22 +15,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rankscope.lora.layout import Layout, layout_if_any, use_layout
+from rankscope.lora.packed import replace_forward
 
 
 def recompute_layers(model: nn.Module) -> None:
-    """Make every decoder layer follow the layout's `recompute`. `keep_layers` undoes it."""
-    for layer in _decoder_layers(model):
-        layer.forward = partial(_recomputed, layer.forward)
-
-
-def keep_layers(model: nn.Module) -> None:
-    """Give every decoder layer its own forward back."""
-    for layer in _decoder_layers(model):
-        layer.__dict__.pop("forward", None)
-
-
-def _decoder_layers(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    """Make every decoder layer follow the layout's `recompute`."""
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            replace_forward(layer, _recomputed, layer.forward)
 
 
 def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -70,7 +70,7 @@ class TrainState(NamedTuple):
 
 
 def eval_steps(training: TrainingSpec, steps: int) -> set[int]:
-    """Steps after which the held-out loss is measured: evenly evenly_spaced, including the last one."""
+    """Steps after which the held-out loss is measured: evenly spaced, including the last one."""
     return {math.ceil(steps * (i + 1) / training.evals) for i in range(training.evals)}
 
 
