@@ -3,7 +3,7 @@ the hub or to the user's cache; predictions that are made once, and images that 
 model, data and a trained study that no test changes."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the hub's client reads it when it is imported
@@ -52,7 +52,7 @@ def _forked_jobs() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _predicted_once() -> Iterator[None]:
+def predicted_once() -> Iterator[Callable[[StudySpec, torch.device], memory.CostModel]]:
     """Runs and plans of one question over one model share its prediction, which takes longer than to train a step.
 
     The tests of predictions make their own: they take `predict` from `rankscope.plan.costs`.
@@ -67,7 +67,7 @@ def _predicted_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "predict", predict)
-        yield
+        yield predict
 
 
 @pytest.fixture(scope="session", autouse=True)
