@@ -99,6 +99,14 @@ def _known_process() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_extra_rounds() -> Iterator[None]:
+    """Costs are measured in `measure.rounds` rounds, however noisy; `forking` has it for jobs in other processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rankscope.measure.timing.MAX_EXTRA_SECONDS", 0.0)
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of all workers of a run."""

@@ -100,8 +100,10 @@ def rankscope(arguments: Sequence[str], cwd: Path, environment: Mapping[str, str
 
 def _run_job(end: Connection, log: str, environment: dict[str, str], arguments: list[str]) -> None:
     from rankscope.jobs import worker
+    from rankscope.measure import timing
 
     def work() -> int:
+        timing.MAX_EXTRA_SECONDS = 0.0  # `measure.rounds` and no more: they are to be taken, not to be precise
         os.dup2(end.fileno(), 0)
         worker.end_with_parent()
         sys.argv = ["rankscope.jobs.worker", *arguments]
