@@ -87,15 +87,24 @@ def contents(folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("stops", [(1,), (5,), (8,), (3, 2, 1)], ids=str)
-@pytest.mark.parametrize("training", [{}, {"engine": "peft"}, {"lr_scheduler_type": "constant"}], ids=str)
+@pytest.mark.parametrize(
+    ("training", "stops"),
+    [
+        ({}, (1,)),
+        ({}, (8,)),
+        ({}, (3, 2, 1)),
+        ({"engine": "peft"}, (5,)),
+        ({"lr_scheduler_type": "constant"}, (5,)),
+    ],
+    ids=str,
+)
 def test_a_stopped_pack_goes_on_bitwise(
     model: str,
     data: TokenizedData,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    stops: Sequence[int],
     training: dict[str, Any],
+    stops: Sequence[int],
 ) -> None:
     spec = study(model, **training)
     train(spec, data, tmp_path / "whole")
@@ -157,8 +166,17 @@ def stopped(model: str, data: TokenizedData, folder: Path, monkeypatch: pytest.M
     return spec
 
 
-@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "manifest.json"])
-@pytest.mark.parametrize("harm", ["cut", "flip", "gone"])
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("tensors.safetensors", "flip"),
+        ("tensors.safetensors", "gone"),
+        ("state.json", "cut"),
+        ("state.json", "flip"),
+        ("manifest.json", "cut"),
+        ("manifest.json", "gone"),
+    ],
+)
 def test_a_damaged_checkpoint_is_seen_and_the_other_used(
     model: str, data: TokenizedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, harm: str
 ) -> None:

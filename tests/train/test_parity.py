@@ -19,9 +19,9 @@ from rankscope.train.recompute import recompute_layers
 from rankscope.train.step import make_train_state, train_step
 from reference import Trained, make_trial, random_tokens, train_with_peft
 
-STEPS = 20
+STEPS = 10
 WEIGHT_TOLERANCE = {torch.float32: 3e-4, torch.float64: 1e-9}
-"""Absolute, after 20 steps of AdamW. In float32 AdamW blows rounding up where a gradient is nearly zero (it divides by
+"""Absolute, after all steps of AdamW. In float32 AdamW blows rounding up where a gradient is nearly zero (it divides by
 its size); float64 shows that nothing but rounding differs."""
 
 
@@ -75,12 +75,21 @@ def recipe(batch_size: int) -> TrainingSpec:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("name", CONFIGS)
+FEW = ("opt-post-norm", "gpt2", "llama-gqa")
+"""Architectures that `make test` trains with dropout and in float32 too, which act in LoRA's layers alone."""
+
+PARITY = [
+    pytest.param(name, dropout, dtype, marks=[] if fast else pytest.mark.slow)
+    for name in CONFIGS
+    for dropout in (0.0, 0.2)
+    for dtype in (torch.float32, torch.float64)
+    if (name, dtype) != ("mixtral", torch.float64)  # transformers' experts have no float64 product
+    for fast in [name in FEW or (not dropout and (dtype == torch.float64 or name == "mixtral"))]
+]
+
+
+@pytest.mark.parametrize(("name", "dropout", "dtype"), PARITY, ids=str)
 def test_packed_equals_peft(name: str, dropout: float, dtype: torch.dtype) -> None:
-    if dtype == torch.float64 and name == "mixtral":
-        pytest.skip("transformers' experts have no float64 product")
     # Dropout is compared on single sequences, since a padded batch draws other numbers; and so is Gemma 2 in float64,
     # whose own attention gives NaN where a padded row sees nothing.
     alone = dropout > 0 or (dtype == torch.float64 and name == "gemma2")
@@ -102,8 +111,14 @@ def test_attention_of_all_kinds_equals_pefts(name: str) -> None:
     assert_same(packed, train_with_peft(tiny_model(name), trial, tokens, training, STEPS))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("name", CONFIGS)
+ALONE = [
+    pytest.param(name, dropout, marks=[] if dropout and name in (*FEW, "gemma2", "mixtral") else pytest.mark.slow)
+    for name in CONFIGS
+    for dropout in (0.0, 0.2)
+]
+
+
+@pytest.mark.parametrize(("name", "dropout"), ALONE)
 def test_packed_equals_packed_alone(name: str, dropout: float) -> None:
     tokens = random_tokens(30)
     training = recipe(batch_size=4)
