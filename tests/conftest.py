@@ -52,7 +52,7 @@ def _forked_jobs() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def predicted_once() -> Iterator[Callable[[StudySpec, torch.device], memory.CostModel]]:
+def predicted_once() -> Iterator[Callable[[StudySpec, torch.device], costs.CostModel]]:
     """Runs and plans of one question over one model share its prediction, which takes longer than to train a step.
 
     The tests of predictions make their own: they take `predict` from `rankscope.plan.costs`.
