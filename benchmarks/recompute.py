@@ -194,8 +194,9 @@ class Judge:
         found = {pair: moments(self.contrast(*pair, margin), self.weight) for pair in pairs}
         apart = {pair: abs(math.log2(pair[0] / pair[1])) + 0.5 for pair in pairs}
         known = [pair for pair in pairs if found[pair].seeds > 1]
-        rate = np.mean([found[pair].of_seeds * found[pair].seeds / apart[pair] for pair in known])
-        more = (len(self.tables) - 2) * np.mean([found[pair].seeds - 1 for pair in known])
+        free = [found[pair].seeds - 1 for pair in known]
+        rate = np.average([found[pair].of_seeds * found[pair].seeds / apart[pair] for pair in known], weights=free)
+        more = (len(self.tables) - 2) * np.mean(free)
 
         def bound(pair: tuple[int, int], share: float, sign: int) -> float:
             own = found[pair]
@@ -211,9 +212,10 @@ class Judge:
         for _ in self.tables:
             open_ = [rank for rank, state in states.items() if state is None]
             among = min(max(1, len(open_)), others)
+            worse = [rank for rank, state in states.items() if state is False]
             for rank in open_:
                 beside = [pair for pair in pairs if pair[0] == rank]
-                if max(bound(pair, among, 1) for pair in beside) <= 0:
+                if all(bound(pair, among, 1) <= 0 for pair in beside if pair[1] not in worse):
                     states[rank] = True
                 elif max(bound(pair, among * others, -1) for pair in beside if found[pair].seeds > 1) > 0:
                     states[rank] = False

@@ -35,13 +35,21 @@ import argparse
 import json
 import math
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rankscope.analysis.comparison import Estimate, estimate
-from rankscope.analysis.decision import MAX_REGRET_MARGINS, Decision, decide_arrays, outcome_of, states
+from rankscope.analysis.comparison import Estimate, estimate_of
+from rankscope.analysis.decision import (
+    MAX_REGRET_MARGINS,
+    Decision,
+    decide_arrays,
+    in_contention,
+    outcome_of,
+    states,
+)
 
 MARGIN = 0.05  # of the gain
 CONFIDENCE = 0.95
@@ -132,31 +140,85 @@ def draw(
     return Drawn(own.astype(np.float32), base + gained, tokens, truth)
 
 
+class Parts(NamedTuple):
+    """Parts of the losses of the first seeds, as `rankscope.analysis.comparison.estimate` divides them. A contrast is a
+    sum of losses with coefficients, and its parts are the same sum of theirs."""
+
+    mean: np.ndarray  # (N, K)
+    by_seed: np.ndarray  # (N, K, S)
+    by_row: np.ndarray  # (N, K, E)
+    left: np.ndarray  # (N, K, K), products of what is left of two ranks, summed over seeds and rows
+    untrained: np.ndarray  # (N,)
+    untrained_by_row: np.ndarray  # (N, E)
+
+
+def parts_of(drawn: Drawn, seeds: int) -> Parts:
+    weights = drawn.tokens / drawn.tokens.mean(axis=-1, keepdims=True)
+    weighed = weights[:, None, None]
+    parts = weighed * drawn.losses[:, :, :seeds]
+    mean, before = parts.mean(axis=(-2, -1)), (weights * drawn.untrained).mean(axis=-1)
+    parts -= mean[..., None, None] * weighed
+    by_seed, by_row = parts.mean(axis=-1), parts.mean(axis=-2)
+    parts -= by_seed[..., None] * weighed
+    parts -= by_row[:, :, None]
+    flat = parts.reshape(*mean.shape, -1)
+    untrained_by_row = weights * (drawn.untrained - before[:, None])
+    return Parts(mean, by_seed, by_row, flat @ flat.transpose(0, 2, 1), before, untrained_by_row)
+
+
+def excesses_of(parts: Parts, share: np.ndarray) -> Estimate:
+    """Estimates, (N, K, K), of each rank's loss minus what a margin of `share` (N,) allows beside each other rank."""
+    share, keep = share[:, None, None], 1 - share[:, None, None]
+    own, keeps = np.diagonal(parts.left, axis1=1, axis2=2), keep[..., None]
+    before = share[..., None] * parts.untrained_by_row[:, None, None]
+    return estimate_of(
+        parts.mean[:, :, None] - keep * parts.mean[:, None] - share * parts.untrained[:, None, None],
+        parts.by_seed[:, :, None] - keeps * parts.by_seed[:, None],
+        parts.by_row[:, :, None] - keeps * parts.by_row[:, None] - before,
+        np.maximum(0.0, own[:, :, None] - 2 * keep * parts.left + keep**2 * own[:, None]),
+    )
+
+
+def gain_of(parts: Parts) -> Estimate:
+    by_row = parts.untrained_by_row[:, None] - parts.by_row
+    own = np.diagonal(parts.left, axis1=1, axis2=2)
+    return estimate_of(parts.untrained[:, None] - parts.mean, -parts.by_seed, by_row, own)
+
+
 class Contrasts(NamedTuple):
     differences: Estimate  # (N, K, K)
     excesses: Estimate
     gain: Estimate  # (N, K)
 
 
-def excesses_at(drawn: Drawn, seeds: int, share: np.ndarray) -> Estimate:
-    """Estimates of each rank's loss minus what a margin of `share` (N,) allows beside each other rank."""
-    own, other = drawn.losses[:, :, None, :seeds], drawn.losses[:, None, :, :seeds]
-    part = share.astype(np.float32)[:, None, None, None, None]
-    before = drawn.untrained.astype(np.float32)[:, None, None, None]
-    return estimate(own - other - part * (before - other), drawn.tokens[:, None, None])
+def contrasts(parts: Parts) -> Contrasts:
+    none = np.zeros(len(parts.mean))
+    return Contrasts(excesses_of(parts, none), excesses_of(parts, none + MARGIN), gain_of(parts))
 
 
-def contrasts(drawn: Drawn, seeds: int) -> Contrasts:
-    none = np.zeros(len(drawn.truth))
-    gain = estimate(drawn.untrained[:, None, None] - drawn.losses[:, :, :seeds], drawn.tokens[:, None])
-    return Contrasts(excesses_at(drawn, seeds, none), excesses_at(drawn, seeds, none + MARGIN), gain)
+def at_looks(found: Sequence[Contrasts], look: np.ndarray) -> Contrasts:
+    """Contrasts of studies whose ranks have different numbers of seeds: of each rank those of its look, (N, K); of a
+    pair those of the seeds that both have."""
+
+    def chosen(estimates: Sequence[Estimate], where: np.ndarray) -> Estimate:
+        fields = [[np.broadcast_to(part, where.shape) for part in one[:-1]] for one in estimates]
+        taken = [np.take_along_axis(np.array(parts), where[None], 0)[0] for parts in zip(*fields, strict=True)]
+        return Estimate(*taken, estimates[0].examples)
+
+    pair = np.minimum(look[:, :, None], look[:, None])
+    sides = zip(*found, strict=True)
+    return Contrasts(*(chosen(side, where) for side, where in zip(sides, (pair, pair, look), strict=True)))
 
 
-def assess(drawn: Drawn, seeds: int, gain: float, kept: bool = False) -> dict[str, np.ndarray]:
-    """What is said of each study, (N,), held against the truth; with `kept` also whether each rank keeps what it is
-    shown to keep."""
-    truth, margin, place = drawn.truth, MARGIN * gain, octaves(drawn.truth.shape[1])
-    found = contrasts(drawn, seeds)
+class Assessed(NamedTuple):
+    """What is said of each study, (N,), held against the truth; and which ranks are in contention, (N, K)."""
+
+    rates: dict[str, np.ndarray]
+    contention: np.ndarray
+
+
+def assess(found: Contrasts, truth: np.ndarray, gain: float) -> Assessed:
+    margin, place = MARGIN * gain, octaves(truth.shape[1])
     decision = decide_arrays(*found, place, CONFIDENCE)
     good_enough = truth < margin * (1 - 1e-9)  # a rank exactly on the margin is the hardest that may not be recommended
     right = good_enough.argmax(axis=1)
@@ -180,14 +242,19 @@ def assess(drawn: Drawn, seeds: int, gain: float, kept: bool = False) -> dict[st
         "untold": of_outcome == "not_trained_enough",
         "coverage": ((low <= real) & (real <= high))[:, others].mean(axis=1),
     }
-    if kept:
-        lost = truth / gain
-        claimed = [
-            (states(excesses_at(drawn, seeds, share * (1 - 1e-9)), place, CONFIDENCE)[0][:, rank] & (share > 0))
-            for rank, share in enumerate(lost.T)
-        ]
-        rates["kept"] = ~(np.array(claimed).any(axis=0) & decision.gained)
-    return rates
+    return Assessed(rates, in_contention(decision))
+
+
+def keeps(parts: Parts, truth: np.ndarray, gain: float) -> np.ndarray:
+    """Whether each rank keeps what it is shown to keep, (N,)."""
+    place = octaves(truth.shape[1])
+    gained = decide_arrays(*contrasts(parts), place, CONFIDENCE).gained
+    claimed = [
+        states(excesses_of(parts, share * (1 - 1e-9)), place, CONFIDENCE)[0][:, rank] & (share > 0)
+        for rank, share in enumerate((truth / gain).T)
+    ]
+    found: np.ndarray = ~(np.array(claimed).any(axis=0) & gained)
+    return found
 
 
 class Cell(NamedTuple):
@@ -200,6 +267,24 @@ class Cell(NamedTuple):
     truth: tuple[float, ...] = ()  # multiples of the margin; the mix without
 
 
+def grow(found: Sequence[Contrasts], truth: np.ndarray, cell: Cell) -> dict[str, np.ndarray]:
+    """Rates of studies, (N,), that are judged at each number of seeds: of all ranks; or `until settled`, of those in
+    contention alone, until nothing is open."""
+    contend = cell.table == "until settled"
+    look, open_ = np.zeros(truth.shape, dtype=int), np.ones(len(truth), dtype=bool)
+    rates: dict[str, np.ndarray] = {}
+    for number in range(len(found)):
+        judged = assess(at_looks(found, look) if contend else found[number], truth, cell.gain)
+        for ever, name in (("ever false", "false"), ("ever worse", "falsely worse")):
+            judged.rates[ever] = judged.rates[name] | rates.get(ever, False)
+        rates |= {name: np.where(open_, values, rates.get(name, values)) for name, values in judged.rates.items()}
+        if contend and number + 1 < len(found):
+            open_ &= ~judged.rates["settled"]
+            look[open_[:, None] & judged.contention] = number + 1
+    trained = np.array(cell.seeds)[look] if contend else np.full(truth.shape, cell.seeds[-1])
+    return rates | {"trials": trained.sum(axis=1) / (cell.ranks * cell.seeds[-1])}
+
+
 def simulate(cell: Cell, studies: int, random: Sequence[int] = ()) -> dict[str, Any]:
     """Rates over studies at the last number of seeds, and `ever false` over all of them."""
     rng, sums = np.random.default_rng([*random, studies]), dict[str, float]()
@@ -209,9 +294,10 @@ def simulate(cell: Cell, studies: int, random: Sequence[int] = ()) -> dict[str, 
         if cell.truth:
             truth = np.tile(np.array(cell.truth) * MARGIN * max(cell.gain, 0.0), (count, 1))
         drawn = draw(rng, WORLDS[cell.world], truth, cell.seeds[-1], cell.rows, cell.gain)
-        looks = [assess(drawn, seeds, cell.gain, kept=cell.table == "mix" and cell.ranks == 3) for seeds in cell.seeds]
-        rates = looks[-1] | {"ever false": np.any([look["false"] for look in looks], axis=0)}
-        rates["ever worse"] = np.any([look["falsely worse"] for look in looks], axis=0)
+        parts = [parts_of(drawn, seeds) for seeds in cell.seeds]
+        rates = grow([contrasts(part) for part in parts], truth, cell)
+        if cell.table == "mix" and cell.ranks < 6:
+            rates["kept"] = keeps(parts[-1], truth, cell.gain)
         for name, values in rates.items():
             sums[name] = sums.get(name, 0.0) + float(values.sum())
     return {**cell._asdict(), "studies": studies, **{name: total / studies for name, total in sums.items()}}
@@ -223,44 +309,52 @@ PLANNED = (3, 5, 8, 12)
 
 
 def cells() -> Iterator[Cell]:
-    """All cells, those that matter most first."""
-    for world in ("demo", "unstable", "noisy", "quiet"):
-        for ranks in (6, 3):
-            yield Cell("mix", world, 0.21, ranks, (3,), 100)
-        for ranks, truths in WORST.items():
-            for rows in (30, 100):
-                yield Cell("worst", world, 0.21, ranks, (3,), rows, truths[0])
-        for ranks in (2, 3):
-            yield Cell("growth", world, 0.21, ranks, ONE_BY_ONE, 100, WORST[ranks][0])
-        for gain in (0.0, -0.02, 0.005):
-            yield Cell("little gain", world, gain, 3, (3,), 100, (4, 2, 0))
-    for world in WORLDS:
-        yield Cell("growth", world, 0.21, 6, PLANNED, 100, WORST[6][0])
-        for ranks in (6, 3):
-            yield Cell("mix", world, 0.05, ranks, (3,), 100)
-            yield Cell("mix", world, 0.21, ranks, (5,), 100)
-        for ranks in (3, 6):
-            yield Cell("worst", world, 0.21, ranks, (3,), 100, WORST[ranks][1])
-        yield Cell("worst", world, 0.05, 3, (3,), 100, WORST[3][0])
+    """All cells: what matters most first, the demo world and a gain of 21% before the others."""
+    studies = list(product((0.21, 0.05), ("demo", "unstable", "noisy", "quiet"), (6, 3, 2), (100, 30)))
+    for seeds in ((3,), (5,)):
+        for gain, world, ranks, rows in studies:
+            yield Cell("mix", world, gain, ranks, seeds, rows)
+            for truth in WORST[ranks]:
+                yield Cell("worst", world, gain, ranks, seeds, rows, truth)
+    for gain, world, ranks, rows in studies:
+        for settled in (*WORST[ranks], ()):
+            yield Cell("until settled", world, gain, ranks, PLANNED, rows, settled)
+    for gain, world, ranks, rows in studies:
+        for truth in WORST[ranks]:
+            yield Cell("growth", world, gain, ranks, ONE_BY_ONE, rows, truth)
+    for gain, world, rows in product((0.0, -0.02, 0.005), WORLDS, (100, 30)):
+        yield Cell("little gain", world, gain, 3, (3,), rows, (4, 2, 0))
 
 
 TABLES = {
     "mix": ("settled", "right", "recommended", "false", "falsely worse", "coverage", "kept"),
     "worst": ("recommended", "false", "falsely worse", "coverage"),
     "growth": ("settled", "right", "ever false", "ever worse"),
+    "until settled": ("settled", "right", "ever false", "ever worse", "trials"),
     "little gain": ("untold", "recommended", "named wrongly"),
 }
 
 
+def known_in(file: Path) -> dict[Cell, dict[str, Any]]:
+    """Cells that were simulated, with their rates; of one that was simulated several times, the last."""
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines()]
+    return {cell_of(line): line for line in lines}
+
+
+def cell_of(line: dict[str, Any]) -> Cell:
+    return Cell(*(tuple(line[name]) if isinstance(line[name], list) else line[name] for name in Cell._fields))
+
+
 def tables(file: Path) -> Iterator[str]:
-    """Markdown, line by line; of cells that were simulated several times, the last."""
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    """Markdown, line by line."""
+    lines = list(known_in(file).values())
     for table, columns in TABLES.items():
         cells_of = [line for line in lines if line["table"] == table]
         yield f"\n## {table.capitalize()}\n"
         heads = ("world", "gain", "ranks", "rows", "seeds", "truth", "studies", *columns)
         yield f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}"
-        for line in {str([line[key] for key in Cell._fields]): line for line in cells_of}.values():
+        for line in cells_of:
             own = (
                 line["world"],
                 f"{line['gain']:.1%}",
@@ -276,7 +370,9 @@ def tables(file: Path) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--studies", type=int, default=4000, help="of each cell")
-    parser.add_argument("--out", type=Path, help="a file of JSON lines, to which each cell's rates are added")
+    parser.add_argument(
+        "--out", type=Path, help="a file of JSON lines, to which the rates of each cell that it lacks are added"
+    )
     parser.add_argument("--part", default="1/1", help="2/3: the second of every three cells")
     parser.add_argument("--table", choices=TABLES, help="only this table's cells")
     parser.add_argument("--tables", type=Path, help="print the tables of such a file, and simulate nothing")
@@ -285,8 +381,9 @@ def main() -> None:
         print("\n".join(tables(args.tables)))
         return
     part, parts = map(int, args.part.split("/"))
+    known = {cell for cell, line in known_in(args.out).items() if line["studies"] >= args.studies} if args.out else ()
     for number, cell in enumerate(cells()):
-        if number % parts != part - 1 or args.table not in (None, cell.table):
+        if number % parts != part - 1 or args.table not in (None, cell.table) or cell in known:
             continue
         line = json.dumps(simulate(cell, args.studies, (number,)))
         print(line, flush=True)

@@ -55,6 +55,7 @@ def do(kind: Kind, study: StudyFolder, launcher: FakeLauncher, progress: Progres
         site=launcher.site(),
         profiles=missing_profiles(study.spec, study),
         remeasure=False,
+        timed=False,
         reference=missing_reference(study),
         prediction=SimpleNamespace(device="cpu", base_bytes=0, base_params=0, process_bytes=0),
         host_bytes=lambda *_: 0,

@@ -54,7 +54,7 @@ def test_run_and_report(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "r002-lr2e-4" in done.stdout
     assert "There is no verdict yet: one seed does not show" in done.stdout
-    assert "rankscope run out --seeds 0..2" in done.stdout
+    assert "rankscope run out --until-settled" in done.stdout
     assert len(warnings_in(done.stdout)) == 2, "before training, and with the verdict"
     assert (folder / "out" / "report" / "index.html").exists()
     assert "step" in done.stdout

@@ -79,6 +79,13 @@ def run(
     launcher: LauncherName = "local",
     ray_address: RayAddress = None,
     remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure the costs of all ranks again.")] = False,
+    until_settled: Annotated[
+        bool,
+        typer.Option("--until-settled", help="Add seeds of ranks still in contention (to 3, 5, 8, 12) while open."),
+    ] = False,
+    hours: Annotated[
+        float | None, typer.Option(help="Start nothing that would end later, and conclude from what is there.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and end, like `plan`.")] = False,
     json_: Json = False,
     lang: Language = "en",
@@ -87,31 +94,38 @@ def run(
     study, out = ask.study_at(study, out)
     asked = ask.resolve_study(study, options, set_)
     path, console = out or Path(asked.name), error_console if json_ else out_console
+    from rankscope.jobs.queue import time_limit
     from rankscope.track import choose_trackers
 
     start.check_names(lang, launcher, ray_address)
+    limit = time_limit(hours)
     trackers, begun, conclusion = choose_trackers(report_to or ()), start.begun_at(path, asked), None
-    spec = begun.spec if begun else asked
+    spec, again = begun.spec if begun else asked, None
     if dry_run:
         start.show_plan(spec, begun, json_, launcher=launcher, ray_address=ray_address, remeasure=remeasure)
         return
     console.print(f"Study {spec.name} in {path}/")
     if begun and not (remeasure or trackers):
-        from rankscope.report.finish import finish_complete
+        from rankscope.report.finish import finish_complete, for_next_look
 
         conclusion = finish_complete(begun, lang)
-    if conclusion is None:
+        again = until_settled and conclusion and for_next_look(conclusion)
+    if conclusion is None or again:
         start.check_inputs(spec, data=begun is None)
         from rankscope.jobs.launchers import make_launcher
-        from rankscope.pipeline import run_study
+        from rankscope.pipeline import run_looks
         from rankscope.ui.progress import TerminalProgress
 
         progress = TerminalProgress(console, path)
         with stoppable(), progress, make_launcher(launcher, spec.model, ray_address, progress.say) as launching:
-            conclusion = run_study(spec, path, launching, progress, trackers, lang, remeasure)
-    from rankscope.ui.outcome import describe_outcome, show_failures, show_outcome
+            conclusion = run_looks(
+                again or spec, path, launching, progress, trackers, lang, remeasure, limit, until_settled
+            )
+    from rankscope.ui.outcome import describe_outcome, show_failures, show_outcome, show_untried
 
     _answer(json_, lambda: describe_outcome(conclusion), lambda: show_outcome(conclusion, console, lang))
+    if hours is not None:
+        show_untried(conclusion.study, error_console, lang)
     if show_failures(conclusion.study, error_console):
         raise typer.Exit(4)
 

@@ -17,12 +17,12 @@ from rankscope.jobs import answers, packs, profiles, reference, rows
 from rankscope.jobs.curve import take_curve
 from rankscope.jobs.job import Kind, Launcher, Progress, Run
 from rankscope.jobs.launchers import make_launcher
-from rankscope.jobs.queue import run_kind
+from rankscope.jobs.queue import TimeLimit, run_kind, time_limit
 from rankscope.jobs.repair import remove_corrupt, remove_leftovers
 from rankscope.measure.machine import Site, changes, describe_machine
 from rankscope.plan.plan import Plan, make_plan, with_site_dtype
 from rankscope.plan.runtime import Fleet
-from rankscope.report.finish import Conclusion, finish
+from rankscope.report.finish import Conclusion, finish, for_next_look
 from rankscope.spec.models import StudySpec
 from rankscope.spec.options import assemble
 from rankscope.study.folder import CURVE
@@ -47,6 +47,8 @@ def run(
     launcher: str = "local",
     ray_address: str | None = None,
     remeasure: bool = False,
+    until_settled: bool = False,
+    hours: float | None = None,
     **options: Any,
 ) -> Study:
     """Run a study from its question to its report, and return it.
@@ -55,7 +57,7 @@ def run(
     and the others of `rankscope.spec.option_table.OPTIONS`; `study` is a mapping like a study's YAML, which they
     override. `out` is the study's directory (default: its name). On a directory that holds a study, what is new is
     added to it and only what is missing is done; `remeasure` measures all costs again. `report_to` names trackers that
-    follow the run: `wandb`, `tensorboard`, `mlflow`, `trackio`.
+    follow the run: `wandb`, `tensorboard`, `mlflow`, `trackio`. `until_settled` and `hours`: see `run_looks`.
     `launcher` is `local`, or `ray`, on the cluster at `ray_address`.
 
     Example: `rankscope.run(model="facebook/opt-350m", dataset="code.jsonl", ranks=[8, 64], steps=200)`
@@ -66,12 +68,39 @@ def run(
         DataError, ModelError: the data or the model cannot be used.
         WorkerError: a child process ended without finishing its work.
     """
+    limit = time_limit(hours)
     asked, shown = assemble(study or {}, options, sets), progress or _Silent()
     trackers, path = choose_trackers(report_to), Path(out or asked.name)
     begun = Study.begun_at(path, asked)
     spec = begun.spec if begun else asked
     with make_launcher(launcher, spec.model, ray_address, shown.say) as launching:
-        return run_study(spec, path, launching, shown, trackers, remeasure=remeasure).study
+        return run_looks(spec, path, launching, shown, trackers, "en", remeasure, limit, until_settled).study
+
+
+def run_looks(
+    spec: StudySpec,
+    out: Path,
+    launcher: Launcher,
+    progress: Progress,
+    trackers: Sequence[str] = (),
+    language: str = "en",
+    remeasure: bool = False,
+    limit: TimeLimit | None = None,
+    until_settled: bool = False,
+) -> Conclusion:
+    """Run a resolved study, and look at it: `until_settled`, the ranks in contention then get the seeds of the next
+    planned look (`next_look` of verdict.json), until nothing is open or the last look was taken. Each look is what
+    `run_study` makes of the study's files, which alone say where it stands: a killed run is taken up by another.
+
+    With a `limit` nothing starts that its forecast says would end later.
+    """
+    conclusion = run_study(spec, out, launcher, progress, trackers, language, remeasure, limit)
+    while until_settled and (asked := for_next_look(conclusion)):
+        look = conclusion.verdict["next_look"]
+        ranks = ", ".join(map(str, look["ranks"]))
+        progress.say(f"Not settled: rank{'s' * (len(look['ranks']) > 1)} {ranks} get seeds, up to {look['seeds']}")
+        conclusion = run_study(asked, out, launcher, progress, trackers, language, limit=limit)
+    return conclusion
 
 
 def run_study(
@@ -82,6 +111,7 @@ def run_study(
     trackers: Sequence[str] = (),
     language: str = "en",
     remeasure: bool = False,
+    limit: TimeLimit | None = None,
 ) -> Conclusion:
     """Run a resolved study. A trial or profile that fails is recorded, not raised: see `rankscope.study.missing`. What
     `spec` adds to a study in `out` is written to its study.yaml once it is known that it can be trained here."""
@@ -96,7 +126,7 @@ def run_study(
             _repair(study, remeasure, site, progress.say)
         data, fleet, site = study_data(spec, study), Fleet(launcher.slots(), None), site or launcher.site()
         spec = study.spec if study else with_site_dtype(spec, site)
-        plan = make_plan(spec, data, site, fleet, study, remeasure=remeasure)
+        plan = make_plan(spec, data, site, fleet, study, remeasure=remeasure, timed=limit is not None)
         plan.check(out)
         if study is None:  # nothing is written before the data, the model and the disk are known to do
             study = Study.create(out, spec)
@@ -113,7 +143,7 @@ def run_study(
         shown = resources.enter_context(run_trackers(study, trackers, progress))
         run = Run(study, plan, shown.say)
         for kind in KINDS:
-            run_kind(kind, run, kind.jobs(run), launcher, shown.poll)
+            run_kind(kind, run, kind.jobs(run), launcher, shown.poll, limit)
         if plan.remeasure and not profiles.replace_profiles(study):
             shown.say("Not all costs could be measured again: those that the study had stay.")
         return finish(study, language)

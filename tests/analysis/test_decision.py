@@ -5,7 +5,16 @@ import pytest
 from scipy import stats
 
 from rankscope.analysis.comparison import Estimate
-from rankscope.analysis.decision import LEVELS, level_at, lower_bound, outcome_of, pooled, states, upper_bound
+from rankscope.analysis.decision import (
+    LEVELS,
+    in_contention,
+    level_at,
+    lower_bound,
+    outcome_of,
+    pooled,
+    states,
+    upper_bound,
+)
 from rankscope.analysis.decision import Decision as Decided
 
 SEEDS, ROWS = 3, 100
@@ -38,6 +47,33 @@ def test_a_candidate_is_worse_where_some_other_one_shows_it() -> None:
     assert worse.tolist() == [True, True, False]
     _, worse = states(pairs([60.0, 55.0, 50.0]), octaves(3), 0.95)
     assert not worse.any()
+
+
+def test_beside_a_candidate_that_is_worse_nothing_need_be_shown() -> None:
+    """The first is worse than the last. The second is uncertain beside the first alone, which cannot be the best."""
+    beside = pairs([60.0, 1.0, 0.0])
+    beside.example_error[1, 0] = 1e3
+    good, worse = states(beside, octaves(3), 0.95)
+    assert (good.tolist(), worse.tolist()) == ([False, True, True], [True, False, False])
+    beside.mean[0] -= 55
+    good, worse = states(beside, octaves(3), 0.95)
+    assert (good[1], worse[0]) == (False, False)
+
+
+def test_of_pairs_with_more_seeds_more_is_learned() -> None:
+    """With as many seeds of one rank as of the others the variance is the mean of all; and fewer weigh less."""
+    errors = np.ones((3, 3))
+    errors[0, 1] = errors[1, 0] = errors[0, 2] = errors[2, 0] = 5.0
+    few = np.array([[3, 3, 3], [3, 12, 12], [3, 12, 12]])
+    of_few, of_all = (pooled(pairs([0, 0, 0])._replace(seed_error=errors, seeds=s), octaves(3)) for s in (few, 3))
+    assert of_few[0].seed_error[1, 2] < of_all[0].seed_error[1, 2] * np.sqrt(3 / 12)
+    assert of_few[1][0, 1] == pytest.approx(2 + (2 + 2 + 11) / 3)
+
+
+def test_worse_candidates_are_out_of_contention_where_differences_matter() -> None:
+    decided = Decided(np.array([False, True, True]), np.array([True, False, False]), True, False)
+    assert in_contention(decided).tolist() == [False, True, True]
+    assert in_contention(decided._replace(gained=np.False_)).all()
 
 
 def test_many_studies_at_once_are_decided_as_each_alone() -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from scipy import stats
 from analysis.made_up import Losses, evidence_of, examples, untrained_examples, verdict_on
 from rankscope.analysis.comparison import Judged, compare, judge
 from rankscope.analysis.decision import GAIN_OVER_WIDTH, level_at
-from rankscope.analysis.verdict import conclude, decide, least_kept
+from rankscope.analysis.outcome import decide
+from rankscope.analysis.verdict import conclude, least_kept
 from rankscope.errors import StudyError
 from rankscope.text.verdict import verdict_sentence
 
@@ -58,15 +60,15 @@ def test_what_is_tested_is_the_contrast_with_its_own_noise(share: float) -> None
     judged = random_study(0, (0.05, 0.01, 0.0))
     assert judged.untrained is not None
     losses, tokens = losses_of(judged), judged.label_tokens
-    for row in compare(judged, share):
-        mine = losses[row.candidate]
-        for other, excess in row.excesses.items():
-            contrast = mine - (1 - share) * losses[other] - share * judged.untrained
-            mean, half = by_hand(contrast, tokens, 0.95)
-            assert (excess.mean, excess.half_width(0.95)) == pytest.approx((mean, half), rel=1e-9)
-        assert row.gain is not None
-        found = row.gain.mean, row.gain.half_width(0.9)
-        assert found == pytest.approx(by_hand(judged.untrained - mine, tokens, 0.9), rel=1e-9)
+    found = compare(judged, share)
+    assert found.gain is not None
+    for pair in permutations(range(3), 2):
+        own, other = (losses[found.candidates[number]] for number in pair)
+        contrast = own - (1 - share) * other - share * judged.untrained
+        excess = found.excesses.mean[pair], found.excesses.half_width(0.95)[pair]
+        assert excess == pytest.approx(by_hand(contrast, tokens, 0.95), rel=1e-9)
+        gain = found.gain.mean[pair[0]], found.gain.half_width(0.9)[pair[0]]
+        assert gain == pytest.approx(by_hand(judged.untrained - own, tokens, 0.9), rel=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(3))

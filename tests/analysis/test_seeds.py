@@ -30,13 +30,14 @@ LATER: Losses = {
 
 def test_each_pair_is_compared_on_the_seeds_that_both_finished() -> None:
     evidence = without(without(evidence_of(LATER), 256, 3), 8, 0)
-    rows = {row.rank: row for row in compare(judge(evidence.examples), 0.01)}
-    assert {rank: row.eval_loss.seeds for rank, row in rows.items()} == {8: 3, 64: 4, 256: 3}
+    found = compare(judge(evidence.examples), 0.01)
+    assert dict(zip(found.ranks, found.eval_loss.seeds, strict=True)) == {8: 3, 64: 4, 256: 3}
     pairs = {(8, 64): [1, 2, 3], (8, 256): [1, 2], (64, 256): [0, 1, 2]}
-    for (one, other), seeds in pairs.items():
-        difference = rows[one].differences[rows[other].candidate]
-        own, theirs = (pd.Series(LATER[rank, 1e-3])[seeds] for rank in (one, other))
-        assert (difference.seeds, difference.mean) == (len(seeds), pytest.approx((own - theirs).mean()))
+    for ranks, seeds in pairs.items():
+        pair = tuple(map(found.ranks.index, ranks))
+        own, theirs = (pd.Series(LATER[rank, 1e-3])[seeds] for rank in ranks)
+        assert found.differences.seeds[pair] == len(seeds)
+        assert found.differences.mean[pair] == pytest.approx((own - theirs).mean())
     verdict = conclude(evidence)
     assert (verdict["outcome"], verdict["rank"], verdict["seeds"]) == ("recommended", 64, 3)
 

@@ -4,6 +4,7 @@ from types import ModuleType
 
 import pytest
 
+from rankscope.analysis.comparison import estimate
 from scripts import load_benchmark
 
 STUDIES = 300
@@ -52,10 +53,46 @@ def test_ranks_on_the_margin_are_seldom_recommended(
     assert found["falsely worse"] <= most_false(STUDIES)
 
 
-def test_a_study_that_grows_until_it_is_settled_is_not_wrong_more_often(simulation: ModuleType) -> None:
-    cell = simulation.Cell("growth", "demo", 0.21, 2, tuple(range(2, 13)), 50, (1, 0))
-    found = simulation.simulate(cell, STUDIES, (2,))
+@pytest.mark.parametrize(("table", "ranks", "truth"), [("growth", 2, (1, 0)), ("until settled", 3, (1, 4, 0))])
+def test_a_study_that_grows_until_it_is_settled_is_not_wrong_more_often(
+    simulation: ModuleType, table: str, ranks: int, truth: tuple[float, ...]
+) -> None:
+    looks = simulation.PLANNED if table == "until settled" else tuple(range(2, 13))
+    found = simulation.simulate(simulation.Cell(table, "demo", 0.21, ranks, looks, 50, truth), STUDIES, (2,))
     assert found["ever false"] <= most_false(STUDIES)
+    assert (found["trials"] < 0.9) == (table == "until settled"), "a rank that is worse gets no more seeds"
+
+
+def test_ranks_with_different_numbers_of_seeds_are_compared_on_those_that_both_have(simulation: ModuleType) -> None:
+    rng, none = simulation.np.random.default_rng(0), simulation.np.zeros((5, 3))
+    drawn = simulation.draw(rng, simulation.WORLDS["demo"], none, 5, 30, 0.21)
+    looks = [simulation.contrasts(simulation.parts_of(drawn, seeds)) for seeds in (3, 5)]
+    look = simulation.np.array([[0, 1, 1]] * 5)
+    found = simulation.at_looks(looks, look)
+    assert found.excesses.seeds[0].tolist() == [[3, 3, 3], [3, 5, 5], [3, 5, 5]]
+    assert (found.excesses.mean[:, 1, 2] == looks[1].excesses.mean[:, 1, 2]).all()
+    assert (found.excesses.mean[:, 0, 2] == looks[0].excesses.mean[:, 0, 2]).all()
+    assert found.gain.seeds[0].tolist() == [3, 5, 5]
+
+
+def test_what_is_simulated_is_judged_by_the_estimates_of_real_studies(simulation: ModuleType) -> None:
+    """Contrasts from the parts of losses against `estimate` of the contrast itself."""
+    rng, truth = simulation.np.random.default_rng(0), simulation.np.zeros((4, 3))
+    drawn = simulation.draw(rng, simulation.WORLDS["demo"], truth, 5, 30, 0.21)
+    parts, share = simulation.parts_of(drawn, 4), simulation.np.array([0.0, 0.05, 0.3, 1.0])
+    losses, before = drawn.losses[:, :, :4].astype(float), drawn.untrained
+    found, gain = simulation.excesses_of(parts, share), simulation.gain_of(parts)
+    for study, own, other in simulation.product(range(4), range(3), range(3)):
+        part, pair = share[study], losses[study]
+        contrast = pair[own] - (1 - part) * pair[other] - part * before[study]
+        for values, ours, at in (
+            (contrast, found, (study, own, other)),
+            (before[study] - pair[own], gain, (study, own)),
+        ):
+            expected = estimate(values, drawn.tokens[study])
+            if own != other:
+                mine = [getattr(ours, name)[at] for name in ("mean", "seed_error", "example_error", "third")]
+                assert mine == pytest.approx(list(expected[:4]), rel=1e-9, abs=1e-18)
 
 
 @pytest.mark.parametrize("gain", [0.0, -0.02])

@@ -107,11 +107,11 @@ def test_a_candidate_that_fails_takes_no_evidence_from_the_others() -> None:
     losses = {(8, 1e-3): [2.1, 2.1, 2.1], (64, 1e-3): [2.0, 2.01, 2.0], (256, 1e-3): [1.9, 9.0, 9.0]}
     frame = examples(losses)
     frame = frame[~((frame["rank"] == 256) & (frame["seed"] > 0))]
-    eight, sixty_four, largest = compare(judge(frame), 0.01)
-    assert eight.eval_loss.seeds == eight.differences[sixty_four.candidate].seeds == 3
-    assert largest.differences[eight.candidate].seeds == 1
-    (alone, _) = compare(judge(frame[frame["rank"] < 256]), 0.01)
-    assert eight.differences[sixty_four.candidate] == alone.differences[sixty_four.candidate]
+    found, alone = compare(judge(frame), 0.01), compare(judge(frame[frame["rank"] < 256]), 0.01)
+    assert found.eval_loss.seeds[0] == found.differences.seeds[0, 1] == 3
+    assert found.differences.seeds[2, 0] == 1
+    for field in ("mean", "seed_error", "example_error"):
+        assert getattr(found.differences, field)[0, 1] == getattr(alone.differences, field)[0, 1]
 
 
 def test_a_rate_is_not_chosen_from_nothing() -> None:
@@ -159,8 +159,8 @@ def test_the_margin_is_the_users() -> None:
 def test_pairing_by_seed_removes_what_seeds_share() -> None:
     """Seeds differ by far more than ranks do, but every seed says the same about the ranks."""
     comparison = compare(judge(examples({(8, 1e-3): [2.3, 2.0, 2.6], (256, 1e-3): [2.2, 1.9, 2.5]})), 0.01)
-    assert comparison[0].differences[comparison[1].candidate].interval(0.95) == pytest.approx((0.1, 0.1))
-    assert comparison[0].eval_loss.half_width(0.95) > 0.5
+    assert [end[0, 1] for end in comparison.differences.interval(0.95)] == pytest.approx([0.1, 0.1])
+    assert comparison.eval_loss.half_width(0.95)[0] > 0.5
 
 
 def test_each_rank_at_its_best_learning_rate() -> None:
@@ -176,17 +176,17 @@ def test_the_rate_is_chosen_and_judged_on_different_examples() -> None:
     lucky = (frame["learning_rate"] == 1e-2) & (frame["example"] % 2 == 0)
     frame.loc[lucky, "loss"] -= 1.0  # looks better on the half that chooses
     frame.loc[(frame["learning_rate"] == 1e-2) & (frame["example"] % 2 == 1), "loss"] = 3.0
-    (row,) = compare(judge(frame), 0.01)
-    assert row.candidate == "r008-lr0.01"
-    assert row.eval_loss.mean == pytest.approx(3.0)
+    found = compare(judge(frame), 0.01)
+    assert found.candidates == ["r008-lr0.01"]
+    assert found.eval_loss.mean == pytest.approx([3.0])
 
 
 def test_a_difference_is_of_the_seeds_that_both_finished() -> None:
     frame = examples({(8, 1e-3): [2.1, 9.0, 2.1], (256, 1e-3): [2.0, 2.0, 9.0]})
     frame = frame[~((frame["rank"] == 256) & (frame["seed"] == 2)) & ~((frame["rank"] == 8) & (frame["seed"] == 1))]
-    (rank_8, rank_256) = compare(judge(frame), 0.01)
-    assert (rank_8.eval_loss.seeds, rank_8.differences[rank_256.candidate].seeds) == (2, 1)
-    assert rank_8.differences[rank_256.candidate].mean == pytest.approx(0.1)
+    found = compare(judge(frame), 0.01)
+    assert (found.eval_loss.seeds[0], found.differences.seeds[0, 1]) == (2, 1)
+    assert found.differences.mean[0, 1] == pytest.approx(0.1)
 
 
 def nothing_finished(status: str) -> Evidence:
@@ -229,11 +229,10 @@ def test_examples_count_by_their_label_tokens() -> None:
 def test_bounds_hold_whichever_candidate_is_the_best() -> None:
     """Two are alike and a third is worse: its lower bound is to the nearer of the two that may be the best."""
     losses = {(8, 1e-3): [3.0, 3.01, 3.02], (64, 1e-3): [2.02, 2.0, 2.01], (256, 1e-3): [2.0, 2.01, 2.03]}
-    rows = compare(judge(examples(losses)), 0.01)
-    eight, _, _ = found = bounds(rows, 0.95)
-    lows = [difference.interval(0.95)[0] for difference in rows[0].differences.values()]
-    assert eight.low == pytest.approx(min(lows))
-    assert eight.high == pytest.approx(max(difference.interval(0.95)[1] for difference in rows[0].differences.values()))
+    compared = compare(judge(examples(losses)), 0.01)
+    eight, _, _ = found = bounds(compared, 0.95)
+    lows, highs = (end[0, 1:] for end in compared.differences.interval(0.95))
+    assert (eight.low, eight.high) == pytest.approx((min(lows), max(highs)))
     assert [bound.low for bound in found[1:]] == [0.0, 0.0]
 
 

@@ -73,6 +73,27 @@ def run(
     run_jobs(as_launcher, Path(), names, poll, ended)
 
 
+def test_nothing_starts_that_would_end_after_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first job takes twice its forecast of 10 s, so that of 45 s no longer fits into the 80 s left; one of 35 s
+    does, and so does one without a forecast."""
+    now = iter([0.0, 0.0, 20.0, *[20.0] * 99])
+    monkeypatch.setattr(queue.time, "monotonic", lambda: next(now))
+    launcher = Clockwork(1)
+    given = [
+        job._replace(seconds=of) for job, of in zip(jobs("a/0", "b/0", "c/0", "d/0"), (10, 45, 35, 0), strict=True)
+    ]
+    as_launcher: Launcher = launcher  # type: ignore[assignment]
+    run_jobs(as_launcher, Path(), given, lambda: None, lambda job, error, waiting: list(waiting), queue.TimeLimit(100))
+    assert [event for event in launcher.events if event.startswith("start")] == ["start a/0", "start c/0", "start d/0"]
+
+
+def test_after_the_limit_nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue.time, "monotonic", lambda: 101.0)
+    launcher: Any = Clockwork(1)
+    run_jobs(launcher, Path(), jobs("a/0"), lambda: None, lambda *_: [], queue.TimeLimit(100))
+    assert launcher.events == []
+
+
 def test_a_free_slot_takes_the_next_job() -> None:
     launcher = Clockwork(2)
     run(launcher, jobs("a/9", "b/2", "c/2", "d/2"))

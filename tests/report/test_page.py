@@ -169,7 +169,7 @@ def test_the_gain_the_margins_and_the_next_command_are_on_the_first_screen(
     browser: Browser, evidence: Evidence, tmp_path: Path, language: str
 ) -> None:
     browser.open(build(evidence, make_verdict(evidence, "not_enough_evidence", more_seeds=2), tmp_path, language))
-    for place, expected in ((".next code", "--seeds 0..4"), (".gained .value", "1.6"), (".gained tr.chosen", "95%")):
+    for place, expected in ((".next code", "--until-settled"), (".gained .value", "1.6"), (".gained tr.chosen", "95%")):
         assert expected in browser.ask(f"document.querySelector('{place}').innerText")
         assert browser.ask(f"document.querySelector('{place}').getBoundingClientRect().bottom") <= 800
     assert browser.messages == []

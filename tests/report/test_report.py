@@ -400,7 +400,7 @@ def test_an_open_verdict_has_its_guess_and_its_command_on_page_and_in_markdown(
             "3 seeds are too few; about 2 more seeds would settle it",
             "Best guess: rank 8",
             "To settle it",
-            "rankscope run studies/mine --seeds 0..4\n",
+            "rankscope run studies/mine --until-settled\n",
             "Keeps at least",
         ):
             assert expected in report

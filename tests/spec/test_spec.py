@@ -121,6 +121,32 @@ def test_the_margin_s_default_is_that_of_what_it_is_a_share_of(
     assert resolve_spec(yaml.safe_load(write_yaml(spec))) == spec
 
 
+def test_a_confidence_may_be_a_percentage() -> None:
+    assert resolve_spec(BASE | {"verdict": {"confidence": "90%"}}).verdict.confidence == 0.9
+
+
+@pytest.mark.parametrize("confidence", ["50%", 0.5, "100%", 1, "ninety"])
+def test_a_confidence_is_above_a_half(confidence: object) -> None:
+    with pytest.raises(StudyError, match=r"verdict\.confidence"):
+        resolve_spec(BASE | {"verdict": {"confidence": confidence}})
+
+
+def test_seeds_of_single_ranks_are_of_plain_lora_and_pair_with_those_of_others() -> None:
+    values = {"ranks": [8, 64], "seeds": [0, 1], "variants": ["pissa"], "seeds_by_rank": {64: [5, 1]}}
+    trials = resolve_spec(BASE | values).trials()
+    assert [trial.name for trial in trials if trial.seed == 5] == ["r064-lr2e-4-s5"]
+    assert len(trials) == 2 * 2 * 2 + 1, "one that is among the study's counts once"
+
+
+@pytest.mark.parametrize(
+    ("by_rank", "said"),
+    [({16: [3]}, "seeds_by_rank: 16 is none of the ranks: 8, 64"), ({8: [3, 3]}, "listed twice: 3"), ({8: [-1]}, "8")],
+)
+def test_seeds_of_ranks_that_make_no_sense_are_refused(by_rank: object, said: str) -> None:
+    with pytest.raises(StudyError, match=said):
+        resolve_spec(BASE | {"ranks": [8, 64], "seeds_by_rank": by_rank})
+
+
 @pytest.mark.parametrize("margin", [2, "200%", "100%", 0, "0%", "-1%", "two percent", None, True])
 def test_a_margin_that_is_no_share_is_refused(margin: object) -> None:
     with pytest.raises(StudyError, match=r"verdict\.margin"):

@@ -72,6 +72,7 @@ OTHERS: dict[str, Any] = {
     "ranks": [16],
     "learning_rates": [1e-3],
     "seeds": [7],
+    "seeds_by_rank": {8: [7]},
     "variants": ["pissa"],
     "adapter.alpha": "2r",
     "adapter.target_modules": ["q_proj"],
@@ -120,7 +121,7 @@ OTHERS: dict[str, Any] = {
 """Another value of every field of a study."""
 
 GROWS = {
-    *("ranks", "learning_rates", "seeds", "variants", "adapter.alpha"),
+    *("ranks", "learning_rates", "seeds", "seeds_by_rank", "variants", "adapter.alpha"),
     *("reference.full", "reference.learning_rates"),
 }
 FREE = {
@@ -179,7 +180,7 @@ def test_a_field_grows_is_free_or_makes_another_study(begun: Study, field: str) 
         kept = before if isinstance(before, tuple) else () if not before else (before,)
         new = wanted if isinstance(wanted, tuple) else (wanted,)
         assert after == (True if field == "reference.full" else (*kept, *new) if kept else wanted)
-        assert grown.log[0].added[field] == list(new)
+        assert grown.log[0].added[field] == ([{8: [7]}] if field == "seeds_by_rank" else list(new))
 
 
 def test_what_nobody_wrote_adds_and_changes_nothing(tmp_path: Path) -> None:

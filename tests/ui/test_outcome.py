@@ -109,7 +109,7 @@ def test_the_verdict_is_followed_by_the_gain_the_margins_and_what_would_settle_i
         "98% 8",
         "95% 8",
         "To settle it:",
-        "rankscope run 'my study' --seeds 0..4",
+        "rankscope run 'my study' --until-settled",
         "Report: report",
     ]
 

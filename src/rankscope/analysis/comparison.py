@@ -48,14 +48,13 @@ class Estimate(NamedTuple):
         found: Numbers = np.hypot(self.seed_error, self.example_error)
         return found
 
-    def t(self, level: float, degrees: Numbers) -> Numbers:
+    def t(self, level: Numbers, degrees: Numbers) -> Numbers:
         """One-sided quantile of Student's t: the mean of those of the seeds' and the examples' degrees of freedom, by
         their shares of the variance."""
         with np.errstate(invalid="ignore", divide="ignore"):
             share = np.where(np.isfinite(self.seed_error), np.square(self.seed_error / self.error), 1.0)
         share = np.where(self.error == 0, 1.0, share)
-        of_examples = special.stdtrit(max(1, self.examples - 1), level)
-        found: Numbers = share * special.stdtrit(np.maximum(degrees, 1), level) + (1 - share) * of_examples
+        found: Numbers = share * student(degrees, level) + (1 - share) * student(self.examples - 1, level)
         return found
 
     def interval(self, confidence: float) -> tuple[Numbers, Numbers]:
@@ -65,6 +64,14 @@ class Estimate(NamedTuple):
     def with_seeds(self, seeds: Numbers) -> "Estimate":
         """Estimate that so many seeds would give, if they vary as these do."""
         return self._replace(seed_error=self.seed_error * np.sqrt(self.seeds / seeds), seeds=seeds)
+
+
+def student(degrees: Numbers, level: Numbers) -> Numbers:
+    """Quantile of Student's t, with one degree of freedom at least; of many equal values it is found once."""
+    pairs = np.maximum(degrees, 1) + 1j * np.asarray(level)
+    asked, where = np.unique(pairs, return_inverse=True)
+    found: Numbers = special.stdtrit(asked.real, asked.imag)[where].reshape(pairs.shape)
+    return found
 
 
 class Mean(NamedTuple):
@@ -97,10 +104,18 @@ def estimate(values: np.ndarray, label_tokens: np.ndarray) -> Estimate:
     by_seed, by_example = parts.mean(axis=-1), parts.mean(axis=-2)
     parts -= by_seed[..., None] * weights[..., None, :]  # a seed's effect reaches a part as its weight
     parts -= by_example[..., None, :]
-    left_square = np.square(parts).sum(axis=(-2, -1)) / ((seeds - 1) * (examples - 1))
-    of_examples = by_example.var(axis=-1, ddof=1) / examples - left_square / (seeds * examples)
+    return estimate_of(mean, by_seed, by_example, np.square(parts).sum(axis=(-2, -1)))
+
+
+def estimate_of(mean: Numbers, by_seed: np.ndarray, by_example: np.ndarray, left: Numbers) -> Estimate:
+    """Estimate from means of the parts over examples (..., S) and over seeds (..., E), and the sum of squares of what
+    both leave of them."""
+    seeds, examples = by_seed.shape[-1], by_example.shape[-1]
+    left_square = left / ((seeds - 1) * (examples - 1))
     centred = by_example - by_example.mean(axis=-1, keepdims=True)
-    third = (centred**3).sum(axis=-1) / (examples * (examples - 1) * max(1, examples - 2))
+    squares = np.square(centred)
+    of_examples = squares.sum(axis=-1) / (examples * (examples - 1)) - left_square / (seeds * examples)
+    third = (squares * centred).sum(axis=-1) / (examples * (examples - 1) * max(1, examples - 2))
     seed_error = np.sqrt(by_seed.var(axis=-1, ddof=1) / seeds)
     return Estimate(mean, seed_error, np.sqrt(np.maximum(0.0, of_examples)), third, seeds, examples)
 
@@ -124,26 +139,39 @@ class Judged(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """One candidate compared with the others, each on the seeds that both finished. Losses are in nats per label
-    token."""
+    """Candidates compared with each other, lowest rank first, in nats per label token. Contrasts are (K, K): of each
+    candidate beside each other one, on the seeds that both finished; their diagonals mean nothing."""
 
-    candidate: str
-    rank: int
-    learning_rate: float
-    eval_loss: Estimate
-    differences: dict[str, Estimate]  # this candidate's loss minus each other one's
-    # This candidate's loss minus the largest that the margin allows beside each other one's: above 0 where it is worse.
-    # The margin is a share of what was estimated, so its own uncertainty counts as well.
-    excesses: dict[str, Estimate]
-    gain: Estimate | None  # the untrained model's loss minus this candidate's
+    candidates: list[str]
+    ranks: list[int]
+    learning_rates: list[float]
+    eval_loss: Estimate  # (K,), as the gain on each candidate's own seeds
+    differences: Estimate  # a candidate's loss minus another's
+    # A candidate's loss minus the largest that the margin allows beside another's: above 0 where it is worse. The
+    # margin is a share of what was estimated, so its own uncertainty counts as well.
+    excesses: Estimate
+    gain: Estimate | None  # (K,), the untrained model's loss minus a candidate's
 
-    def with_seeds(self, added: int) -> "Comparison":
-        """Comparison that so many more seeds would give, if they vary as these do."""
-        return self._replace(
-            differences={name: found.with_seeds(found.seeds + added) for name, found in self.differences.items()},
-            excesses={name: found.with_seeds(found.seeds + added) for name, found in self.excesses.items()},
-            gain=self.gain.with_seeds(self.gain.seeds + added) if self.gain else None,
-        )
+    @property
+    def regrets(self) -> np.ndarray:
+        """Largest mean difference of each candidate to any other, (K,); negative for the best, 0 for one alone."""
+        others = np.where(np.eye(len(self.ranks), dtype=bool), -math.inf, self.differences.mean)
+        return others.max(axis=1) if len(self.ranks) > 1 else np.zeros(1)
+
+    @property
+    def best(self) -> int:
+        """Number of the candidate with the lowest held-out loss, on the seeds that it shares with each other one."""
+        return int(self.regrets.argmin())
+
+    def with_seeds(self, seeds: int, of: np.ndarray) -> "Comparison":
+        """Comparison that so many seeds of some candidates, `of` (K,), would give, if they vary as these do."""
+
+        def more(found: Estimate, which: np.ndarray) -> Estimate:
+            return found.with_seeds(np.where(which, np.maximum(found.seeds, seeds), found.seeds))
+
+        pairs = of[:, None] & of
+        gain = more(self.gain, of) if self.gain else None
+        return self._replace(differences=more(self.differences, pairs), excesses=more(self.excesses, pairs), gain=gain)
 
 
 class Bounds(NamedTuple):
@@ -153,37 +181,34 @@ class Bounds(NamedTuple):
     high: float | None
 
 
-def may_be_best(rows: Sequence[Comparison], confidence: float) -> set[str]:
-    """Candidates that no other is shown to beat; the best of the sample is always one."""
-    return {row.candidate for row in rows if all(d.interval(confidence)[0] <= 0 for d in row.differences.values())}
-
-
-def bounds(rows: Sequence[Comparison], confidence: float) -> list[Bounds]:
+def bounds(found: Comparison, confidence: float) -> list[Bounds]:
     """Interval of each candidate's regret, from the intervals of the differences at `confidence`. Its upper end is that
     of the largest difference to any other; its lower end that of the least difference to any that may be the best, and
-    zero where the candidate itself may be."""
-    best = may_be_best(rows, confidence)
-    found = []
-    for row in rows:
-        own = {name: difference.interval(confidence) for name, difference in row.differences.items()}
-        high = max((high for _, high in own.values()), default=math.inf)
-        low = 0.0 if row.candidate in best else max(0.0, min(own[name][0] for name in best))
-        found.append(Bounds(None, None) if math.isinf(high) else Bounds(low, max(0.0, high)))
-    return found
+    zero where the candidate itself may be: where no other is shown to beat it."""
+    others = ~np.eye(len(found.ranks), dtype=bool)
+    lows, highs = found.differences.interval(confidence)
+    best = np.where(others, lows, -math.inf).max(axis=1) <= 0
+    low = np.where(best, 0.0, np.where(others & best, lows, math.inf).min(axis=1))
+    high = np.where(others, highs, -math.inf).max(axis=1)
+    return [
+        Bounds(max(0.0, float(one)), max(0.0, float(other))) if math.isfinite(other) else Bounds(None, None)
+        for one, other in zip(low, high, strict=True)
+    ]
 
 
 def excesses(judged: Judged, share: float) -> Estimate:
-    """Excesses of each candidate over a margin of `share` beside each other one, (K, K)."""
-    tables = list(judged.losses.values())
+    """Excesses of each candidate over a margin of `share` beside each other one, (K, K); differences at a share of
+    0."""
+    tables, count = list(judged.losses.values()), len(judged.losses)
     if all(table.index.equals(tables[0].index) for table in tables):
         losses = np.stack([table.to_numpy() for table in tables])
         return estimate(losses[:, None] - judged.allowed(losses[None], share), judged.label_tokens)
     pairs = [(own, other, _shared(own, other)) for own in tables for other in tables]
     found = [
-        estimate(_of_seeds(own, both) - judged.allowed(_of_seeds(other, both), share), judged.label_tokens)
+        estimate(own.loc[both].to_numpy() - judged.allowed(other.loc[both].to_numpy(), share), judged.label_tokens)
         for own, other, both in pairs
     ]
-    return stacked(found, len(tables), len(tables))
+    return stacked(found, count, count)
 
 
 def stacked(estimates: Sequence[Estimate], *shape: int) -> Estimate:
@@ -267,30 +292,15 @@ def judge(examples: pd.DataFrame, untrained: pd.DataFrame | None = None, full: p
     return Judged(losses, identity, tokens, before, mean)
 
 
-def compare(judged: Judged, share: float) -> list[Comparison]:
-    """Comparison of each candidate with the others; `share` is the margin."""
-    found = []
-    for name, own in judged.losses.items():
-        differences, excesses = {}, {}
-        for other, (mine, theirs) in _beside(judged, name).items():
-            differences[other] = estimate(mine - theirs, judged.label_tokens)
-            excesses[other] = estimate(mine - judged.allowed(theirs, share), judged.label_tokens)
-        losses = own.to_numpy()
-        gain = None if judged.untrained is None else estimate(judged.untrained - losses, judged.label_tokens)
-        identity = judged.identity[name]
-        found.append(Comparison(name, *identity, estimate(losses, judged.label_tokens), differences, excesses, gain))
-    return found
-
-
-def _beside(judged: Judged, name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Losses of a candidate and of each other one, on the seeds that both finished, (S, E)."""
-    own = judged.losses[name]
-    seeds = {other: _shared(own, theirs) for other, theirs in judged.losses.items() if other != name}
-    return {other: (_of_seeds(own, both), _of_seeds(judged.losses[other], both)) for other, both in seeds.items()}
-
-
-def _of_seeds(losses: pd.DataFrame, seeds: list[int]) -> np.ndarray:
-    return losses.to_numpy() if len(seeds) == len(losses) else losses.loc[seeds].to_numpy()
+def compare(judged: Judged, share: float) -> Comparison:
+    """Comparison of the candidates with each other; `share` is the margin."""
+    tables, tokens = [table.to_numpy() for table in judged.losses.values()], judged.label_tokens
+    ranks, rates = zip(*(judged.identity[name] for name in judged.losses), strict=True)
+    losses = stacked([estimate(own, tokens) for own in tables], len(tables))
+    before = judged.untrained
+    gain = None if before is None else stacked([estimate(before - own, tokens) for own in tables], len(tables))
+    differences = excesses(judged, 0.0)
+    return Comparison(list(judged.losses), list(ranks), list(rates), losses, differences, excesses(judged, share), gain)
 
 
 def _shared(one: pd.DataFrame, other: pd.DataFrame) -> list[int]:

@@ -79,9 +79,9 @@ def outcome_of(decision: Decision, inside: Sequence[bool]) -> tuple[str, int | N
 def states(excesses: Estimate, octaves: Numbers, confidence: float) -> tuple[Numbers, Numbers]:
     """Candidates that are good enough, and those that are worse, (..., K).
 
-    Good enough: the bound beside every other candidate is below zero, since each may be the best. Worse: the bound
-    beside some other candidate is above zero, since the best is no worse than that one; which one it is may be chosen
-    after the fact, so the level is divided by their number, and halved.
+    Good enough: the bound beside every other candidate that may be the best, as none does that is worse, is below zero.
+    Worse: the bound beside some other candidate is above zero, since the best is no worse than that one; which one it
+    is may be chosen after the fact, so the level is divided by their number once more.
     """
     count = len(octaves)
     open_ = np.ones(excesses.mean.shape[:-1], dtype=bool)
@@ -90,37 +90,45 @@ def states(excesses: Estimate, octaves: Numbers, confidence: float) -> tuple[Num
         return good, worse
     off, level = ~np.eye(count, dtype=bool), level_at(excesses.seeds, confidence)
     drawn, degrees = pooled(excesses, octaves)
-    at_most, beyond = [], []
+    within, beyond = [], []
     for among in range(1, count):
-        high = upper_bound(drawn, degrees, level / among)
+        within.append((upper_bound(drawn, degrees, level / among) <= 0) | ~off)
         low = lower_bound(drawn, degrees, level / (among * others))
-        at_most.append(np.where(off, high, -np.inf).max(axis=-1) <= 0)
         beyond.append(np.where(off, low, -np.inf).max(axis=-1) > 0)
     for _ in range(count):
         among = np.clip((~(good | worse)).sum(axis=-1), 1, others)[None, ..., None] - 1
-        good = good | (np.take_along_axis(np.array(at_most), among, 0)[0] & ~worse)
+        beside = np.take_along_axis(np.array(within), among[..., None], 0)[0] | worse[..., None, :]
+        good = good | (beside.all(axis=-1) & ~worse)
         worse = worse | (np.take_along_axis(np.array(beyond), among, 0)[0] & ~good)
     return good, worse
+
+
+def in_contention(decision: Decision) -> Numbers:
+    """Candidates whose further seeds could change the outcome, (..., K): all but those that are worse, or all where no
+    difference could matter yet."""
+    found: Numbers = ~(decision.worse & np.asarray(decision.gained)[..., None])
+    return found
 
 
 def pooled(contrasts: Estimate, octaves: Numbers) -> tuple[Estimate, Numbers]:
     """Contrasts whose variance over seeds is drawn towards what all pairs say of it, and its degrees of freedom.
 
     Losses of neighbouring ranks move together, so the variance of a pair is taken to be proportional to the octaves
-    between its ranks, plus a half for what neighbours do not share; the rate is the mean over pairs. It counts as K - 2
-    further pairs: trials of K ranks have (K - 1) (S - 1) degrees of freedom, of which a pair alone has S - 1.
+    between its ranks, plus a half for what neighbours do not share; the rate is the mean over pairs, each weighted by
+    its S - 1. It counts as K - 2 further pairs: trials of K ranks have (K - 1) (S - 1) degrees of freedom, of which a
+    pair alone has S - 1.
     """
     apart = np.abs(octaves[:, None] - octaves)
     spread = apart + 0.5
-    seeds = np.broadcast_to(contrasts.seeds, apart.shape).astype(float)
+    seeds = contrasts.seeds + 0.0 * apart
     known = (apart > 0) & (seeds > 1)
-    if not known.any():
-        return contrasts, np.maximum(seeds - 1, 1)
     own = np.where(known, np.square(contrasts.seed_error), 0.0) * seeds
-    rate = (own[..., known] / spread[known]).mean(axis=-1)[..., None, None]
-    others = (len(octaves) - 2) * (seeds[known] - 1).mean()
+    free = np.where(known, seeds - 1, 0.0)
+    all_free, pairs = (of.sum(axis=(-2, -1), keepdims=True) for of in (free, known))
+    rate = (free * own / spread).sum(axis=(-2, -1), keepdims=True) / np.maximum(all_free, 1)
+    others = (len(octaves) - 2) * all_free / np.maximum(pairs, 1)
     degrees = np.maximum(seeds - 1, 1) + others
-    variance = (others * rate * spread + (seeds - 1) * own) / (degrees * seeds)
+    variance = (others * rate * spread + free * own) / (degrees * seeds)
     return contrasts._replace(seed_error=np.where(known, np.sqrt(variance), np.inf)), degrees
 
 

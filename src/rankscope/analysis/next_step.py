@@ -1,7 +1,6 @@
 """The command that would settle an open verdict."""
 
 import shlex
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from rankscope.study.evidence import Evidence
@@ -37,10 +36,8 @@ def next_step(verdict: Verdict, evidence: Evidence, directory: str, text: Catalo
     if cause == "diverged":
         rates = [float(f"{min(spec.learning_rates) / 4:.3g}"), *sorted(spec.learning_rates)]
         return step("lower_rate", f"{run} --learning-rates {','.join(map(rate, rates))}")
-    if cause in ("one_seed", "few_seeds"):
-        wanted = verdict["seeds"] + (2 if cause == "one_seed" else verdict["more_seeds"])
-        if wanted > len(spec.seeds):
-            return step("title", f"{run} --seeds {_seeds(spec.seeds, wanted)}")
+    if cause in ("one_seed", "few_seeds") and "some_trials_unfinished" not in verdict["caveats"]:
+        return step("title", f"{run} --until-settled")
     if cause != "close":
         return step("unfinished", run)
     wider = [row["margin"] for row in verdict.get("margins", []) if row["margin"] > verdict["margin"] and row["rank"]]
@@ -52,9 +49,3 @@ def next_step(verdict: Verdict, evidence: Evidence, directory: str, text: Catalo
     if "eval_id" in facts:  # a set of its own, of which the study takes more
         return step("rows", command) if facts.get("eval_rows_unused") else None
     return step("rows", f"{command} --out {shlex.quote(f'{directory}-{2 * rows}-rows')}") if others > 2 * rows else None
-
-
-def _seeds(seeds: Sequence[int], wanted: int) -> str:
-    """So many seeds, the given ones first, as `--seeds` takes them: `0..4`, or `0,3,7,8`."""
-    more = [*sorted(seeds), *range(max(seeds) + 1, max(seeds) + 1 + wanted - len(seeds))]
-    return f"{more[0]}..{more[-1]}" if more[-1] - more[0] == len(more) - 1 else ",".join(map(str, more))

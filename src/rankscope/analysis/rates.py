@@ -78,10 +78,11 @@ def _rate(log_rate: float | None) -> float | None:
 
 
 def _curves(results: pd.DataFrame) -> dict[int, Curve]:
-    """Curves by rank, at the alpha of its lowest mean loss, on the seeds that the whole study has. A rate at which a
+    """Curves by rank, at the alpha of its lowest mean loss, on the seeds of all candidates. A rate at which a
     seed did not finish is left out: a mean over the others would flatter it."""
-    seeds, found = sorted(results["seed"].unique()), {}
-    done, keys = results[results["status"] == "done"], ["lora_alpha", "learning_rate"]
+    keys, found = ["lora_alpha", "learning_rate"], dict[int, Curve]()
+    seeds = sorted(set.intersection(*results.groupby(["rank", *keys])["seed"].agg(set)))
+    done = results[results["status"] == "done"]
     for rank in sorted(map(int, done["rank"].unique())):
         wide = done[done["rank"] == rank].pivot_table(index=keys, columns="seed", values="eval_loss")
         wide = wide.reindex(columns=seeds).dropna()

@@ -27,11 +27,11 @@ from rankscope.analysis.comparison import (
     judge,
     judged_examples,
     losses_by_candidate,
-    stacked,
     without_diverged,
 )
 from rankscope.analysis.costs import over_budget
-from rankscope.analysis.decision import LEVELS, Decision, decide_arrays, level_at, outcome_of, states, upper_bound
+from rankscope.analysis.decision import level_at, states, upper_bound
+from rankscope.analysis.outcome import States, decide, settled
 from rankscope.analysis.rates import judge_rates
 from rankscope.analysis.variants import judge_variants
 from rankscope.data.doubts import doubts
@@ -41,8 +41,6 @@ from rankscope.study.evidence import Evidence
 
 USUAL_MARGINS = (0.01, 0.02, 0.05, 0.1)  # shares of the gain at which the verdict is shown beside its own
 OVERFIT_STEP_SHARE = 0.8  # of the steps: a rank whose best evaluation comes before it, and is clearly better, overfits
-
-States = Mapping[str, bool | None]  # by candidate: True for good enough, False for worse, None for undecided
 
 
 def conclude(evidence: Evidence) -> dict[str, Any]:
@@ -65,7 +63,9 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
     smallest rank whose mean is within the margin, whatever is shown, or else the best.
 
     `more_seeds` is the number of added seeds to the first planned number that would settle it with the same means
-    and spreads; None where all is settled, or where none would do. `comparison` has a row for each rank at its best
+    and spreads, if the ranks in contention got them; None where all is settled, or where none would do. `next_look` is
+    what `run --until-settled` would train next: the `ranks` in contention, and how many `seeds` each then has; None
+    where it would train nothing. `comparison` has a row for each rank at its best
     candidate, `diverged` one for each candidate with a seed that diverged, which is compared with none: a mean over
     the seeds that survived would flatter it. `left_out` names ranks without a row; `overfits` those whose best
     evaluation came early, with its step. `reference_candidate` is full fine-tuning at its best rate; `claims` are
@@ -80,8 +80,11 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
     diverged = diverged_candidates(evidence.results)
     examples = without_diverged(evidence.examples, evidence.results)
     judged = judge(examples, _untrained(evidence), _full_losses(evidence)) if len(examples) else None
-    rows = compare(judged, spec.verdict.margin) if judged else []
-    compared = [row.candidate for row in rows]
+    found = compare(judged, spec.verdict.margin) if judged and judged.losses else None
+    compared = found.candidates if found else []
+    lost = {row["rank"] for row in diverged}
+    left_out = sorted(set(spec.ranks) - set(found.ranks if found else ()))
+    alone = len(compared) == 1 and bool(set(left_out) - lost)  # others have not finished: nothing is compared
     verdict: dict[str, Any] = {
         "schema": 3,
         "outcome": "not_enough_evidence",
@@ -89,14 +92,14 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
         "margin": spec.verdict.margin,
         "margin_of": spec.verdict.margin_of,
         "confidence": confidence,
-        "seeds": min((row.eval_loss.seeds for row in rows), default=0),
-        "examples": rows[0].eval_loss.examples if rows else 0,
+        "seeds": int(found.eval_loss.seeds.min()) if found else 0,
+        "examples": found.eval_loss.examples if found else 0,
         "scaling": {"alpha": spec.adapter.alpha, "use_rslora": spec.adapter.use_rslora},
         **dict.fromkeys(("gain", "gain_low", "gain_high")),
         "margins": [],
-        **dict.fromkeys(("guess", "more_seeds")),
+        **dict.fromkeys(("guess", "more_seeds", "next_look")),
         "undetermined": [],
-        "left_out": sorted(set(spec.ranks) - {row.rank for row in rows}),
+        "left_out": left_out,
         "diverged": diverged,
         "overfits": [],
         "reference_candidate": None,
@@ -107,20 +110,22 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
         "caveats": [],
     }
     over = over_budget(spec.verdict, evidence.profiles, compared)
-    if judged and rows:
-        decision, states = decide(rows, confidence, over)
+    if judged and found:
+        decision, states = decide(found, confidence, over)
         reference, over_reference = over_full(evidence, judged)
         verdict |= decision | {"reference_candidate": reference}
-        verdict["guess"] = _guess(rows, over)
-        verdict["overfits"] = _overfits(evidence, rows)
-        verdict["comparison"] = _table(rows, states, over, over_reference, confidence)
+        if alone:
+            verdict |= {"outcome": "not_enough_evidence", **dict.fromkeys(("rank", "candidate", "next_look"))}
+        verdict["guess"] = _guess(found, over)
+        verdict["overfits"] = _overfits(evidence, found)
+        verdict["comparison"] = _table(found, states, over, over_reference, confidence)
         if judged.untrained is not None:
-            verdict |= _of_the_gain(verdict, judged, rows, over)
+            verdict |= _of_the_gain(verdict, judged, found, over)
     if isinstance(spec.adapter.alpha, tuple):
         alphas = {candidate.name: candidate.lora_alpha for candidate in spec.candidates()}
         for named in [*verdict["comparison"], *diverged]:
             named["alpha"] = alphas[named["candidate"]]
-    verdict["caveats"] = _caveats(evidence, verdict, rows, over)
+    verdict["caveats"] = _caveats(evidence, verdict, found, over)
     return verdict
 
 
@@ -163,49 +168,52 @@ def _reference(evidence: Evidence) -> pd.DataFrame:
     return without_diverged(evidence.reference, evidence.reference_results)
 
 
-def _guess(rows: Sequence[Comparison], over: Mapping[str, list[str]]) -> str | None:
+def _guess(found: Comparison, over: Mapping[str, list[str]]) -> str | None:
     """Candidate of the smallest rank whose mean is within the margin, whatever is shown; else the best."""
-    inside = [row for row in rows if not over.get(row.candidate)]
-    good = [row for row in inside if all(excess.mean <= 0 for excess in row.excesses.values())]
-    return (good[0] if good else best_of(inside)).candidate if inside else None
+    others = ~np.eye(len(found.ranks), dtype=bool)
+    within = np.where(others, found.excesses.mean, -math.inf).max(axis=1) <= 0
+    inside = [number for number, name in enumerate(found.candidates) if not over.get(name)]
+    good = [number for number in inside if within[number]]
+    chosen = good[0] if good else min(inside, key=found.regrets.__getitem__, default=None)
+    return None if chosen is None else found.candidates[chosen]
 
 
-def _overfits(evidence: Evidence, rows: Sequence[Comparison]) -> list[dict[str, Any]]:
+def _overfits(evidence: Evidence, found: Comparison) -> list[dict[str, Any]]:
     """Candidates whose mean held-out loss was clearly lower before the last fifth of the steps than at the end:
     `candidate rank step rise`; clearly is by more than the margin allows."""
-    found, curves = [], evidence.curves.dropna(subset=["eval_loss"])
+    rows, curves = [], evidence.curves.dropna(subset=["eval_loss"])
     curves = curves[curves["trial"].isin(evidence.results.loc[evidence.results["status"] == "done", "trial"])]
-    for row in rows:
-        curve = curves[curves["candidate"] == row.candidate]
-        means = curve.groupby("step")["eval_loss"].mean()
+    scales = found.eval_loss.mean if found.gain is None else found.gain.mean
+    for name, rank, scale in zip(found.candidates, found.ranks, scales, strict=True):
+        means = curves[curves["candidate"] == name].groupby("step")["eval_loss"].mean()
         means = means[means.index > 0]
         if len(means) < 2:
             continue
         step, rise = int(means.index[int(means.argmin())]), float(means.iloc[-1] - means.min())
-        share, of_gain = evidence.spec.verdict.margin, row.gain is not None
-        allowed = share * (row.gain.mean + rise if row.gain is not None else row.eval_loss.mean)
-        if step <= OVERFIT_STEP_SHARE * means.index[-1] and rise > allowed and (not of_gain or allowed > 0):
-            found.append({"candidate": row.candidate, "rank": row.rank, "step": step, "rise": rise})
-    return found
+        allowed = evidence.spec.verdict.margin * (scale if found.gain is None else scale + rise)
+        if step <= OVERFIT_STEP_SHARE * means.index[-1] and rise > allowed > 0:
+            rows.append({"candidate": name, "rank": rank, "step": step, "rise": rise})
+    return rows
 
 
 def _of_the_gain(
-    verdict: Mapping[str, Any], judged: Judged, rows: Sequence[Comparison], over: Mapping[str, list[str]]
+    verdict: Mapping[str, Any], judged: Judged, found: Comparison, over: Mapping[str, list[str]]
 ) -> dict[str, Any]:
     """Fields of verdict.json that are shares of the gain, whose reference is full fine-tuning where it gains most."""
-    confidence, best = verdict["confidence"], best_of(rows)
+    confidence, best = verdict["confidence"], found.best
     assert judged.untrained is not None
-    assert best.gain is not None
-    gain, reference = best.gain, best.candidate
-    if judged.full is not None:
-        gain, reference = estimate((judged.untrained - judged.full)[None], judged.label_tokens), "full"
-    low, high = _finite(gain.interval(confidence))
-    fields: dict[str, Any] = {"gain": gain.mean, "gain_low": low, "gain_high": high, "gain_of": reference}
-    if verdict["outcome"] == "not_trained_enough" or gain.mean <= 0:
+    assert found.gain is not None
+    gain, reference = float(found.gain.mean[best]), found.candidates[best]
+    low, high = _finite([end[best] for end in found.gain.interval(confidence)])
+    if judged.full is not None:  # of one mean over seeds
+        gain, reference = float(estimate((judged.untrained - judged.full)[None], judged.label_tokens).mean), "full"
+        low = high = None
+    fields: dict[str, Any] = {"gain": gain, "gain_low": low, "gain_high": high, "gain_of": reference}
+    if verdict["outcome"] == "not_trained_enough" or gain <= 0:
         return fields
     kept = least_kept(judged, confidence)
     for row in verdict["comparison"]:
-        row["kept"] = row["gain"] / gain.mean if reference == "full" else 1 - row["regret"] / gain.mean
+        row["kept"] = row["gain"] / gain if reference == "full" else 1 - row["regret"] / gain
         row["kept_low"] = None if verdict["seeds"] < 2 else kept[row["candidate"]]
     for share in USUAL_MARGINS:
         decision, _ = decide(compare(judged, share), confidence, over, look_ahead=False)
@@ -249,118 +257,43 @@ def least_kept(judged: Judged, confidence: float) -> dict[str, float | None]:
 _BISECTIONS = 14  # to a share of 0.0001
 
 
-def best_of(rows: Sequence[Comparison]) -> Comparison:
-    """Candidate with the lowest held-out loss in the sample, on the seeds that it shares with each other one."""
-    return min(rows, key=_regret)
-
-
-def _regret(row: Comparison) -> float:
-    """Largest mean difference to any other candidate; negative for the best."""
-    return max((difference.mean for difference in row.differences.values()), default=0.0)
-
-
-def decide(
-    rows: Sequence[Comparison],
-    confidence: float,
-    over: Mapping[str, list[str]] | None = None,
-    *,
-    look_ahead: bool = True,
-) -> tuple[dict[str, Any], States]:
-    """Fields of verdict.json that hold the conclusion, and the state of each candidate. `over` names the limits that
-    each candidate exceeds; `look_ahead` is whether to find `more_seeds`."""
-    over, seeds = over or {}, min(row.eval_loss.seeds for row in rows)
-    decision = _decision(rows, confidence)
-    found = {"best_candidate": best_of(rows).candidate} | _outcome(rows, decision, over)
-    looks = [look for look in LEVELS if look > seeds] if look_ahead and seeds > 1 and not _settled(found) else []
-    for look in looks:
-        more = [row.with_seeds(look - seeds) for row in rows]
-        if _settled(_outcome(more, _decision(more, confidence), over)):
-            found["more_seeds"] = look - seeds
-            break
-    return found, _states(rows, decision)
-
-
-def _decision(rows: Sequence[Comparison], confidence: float) -> Decision:
-    """Decision on one study."""
-    names, count = [row.candidate for row in rows], len(rows)
-    own = [row.eval_loss._replace(mean=0.0) for row in rows]  # on the diagonal, which is not read
-    differences, over = (
-        stacked([of.get(name, none) for of, none in zip(side, own, strict=True) for name in names], count, count)
-        for side in ([row.differences for row in rows], [row.excesses for row in rows])
-    )
-    gains = [row.gain for row in rows if row.gain is not None]
-    gain = stacked(gains, count) if gains else None
-    return decide_arrays(differences, over, gain, np.log2([row.rank for row in rows]), confidence)
-
-
-def _states(rows: Sequence[Comparison], decision: Decision) -> States:
-    pairs = zip(rows, decision.good, decision.worse, strict=True)
-    return {row.candidate: True if good else False if worse else None for row, good, worse in pairs}
-
-
-def _settled(found: Mapping[str, Any]) -> bool:
-    """Whether the outcome is final and no lower rank is undecided."""
-    open_ = ("not_enough_evidence", "not_distinguishable", "not_trained_enough")
-    return found["outcome"] not in open_ and not found.get("undetermined")
-
-
-def _outcome(rows: Sequence[Comparison], decision: Decision, over: Mapping[str, list[str]]) -> dict[str, Any]:
-    inside = [not over.get(row.candidate) for row in rows]
-    if len(rows) == 1 and inside[0] and decision.gained and not _gain_unknown(rows[0]):
-        return _chosen("recommended", rows[0])
-    outcome, number = outcome_of(decision, inside)
-    if outcome == "best_in_budget":
-        return _chosen(outcome, best_of([row for row, fits in zip(rows, inside, strict=True) if fits]))
-    if number is None:
-        return {"outcome": outcome}
-    below = [row.candidate for n, row in enumerate(rows[:number]) if inside[n] and not decision.worse[n]]
-    return _chosen(outcome, rows[number]) | ({"undetermined": below} if outcome == "recommended" else {})
-
-
-def _gain_unknown(row: Comparison) -> bool:
-    """Whether the margin is a share of the gain, of which one seed gives no interval."""
-    return row.gain is not None and math.isinf(row.gain.seed_error)
-
-
-def _chosen(outcome: str, row: Comparison) -> dict[str, Any]:
-    return {"outcome": outcome, "rank": row.rank, "candidate": row.candidate}
-
-
 def _table(
-    rows: Sequence[Comparison],
+    found: Comparison,
     states: States,
     over: Mapping[str, list[str]],
     over_reference: Mapping[str, Mapping[str, float | None]],
     confidence: float,
 ) -> list[dict[str, Any]]:
-    best, table = best_of(rows), []
-    for row, bound in zip(rows, bounds(rows, confidence), strict=True):
-        on_these = row.eval_loss._replace(example_error=0.0)  # between candidates what examples share does not count
-        low, high = _finite(on_these.interval(confidence))
-        regret = max(0.0, _regret(row))
+    losses, regrets = found.eval_loss, np.maximum(found.regrets, 0.0)
+    on_these = losses._replace(example_error=0.0)  # between candidates what examples share does not count
+    ends = zip(*on_these.interval(confidence), strict=True)
+    table = []
+    for number, (bound, interval) in enumerate(zip(bounds(found, confidence), ends, strict=True)):
+        name, (low, high) = found.candidates[number], _finite(interval)
         table.append(
             {
-                "candidate": row.candidate,
-                "rank": row.rank,
-                "learning_rate": row.learning_rate,
-                "eval_loss": row.eval_loss.mean,
+                "candidate": name,
+                "rank": found.ranks[number],
+                "learning_rate": found.learning_rates[number],
+                "seeds": int(losses.seeds[number]),
+                "eval_loss": float(losses.mean[number]),
                 "eval_loss_low": low,
                 "eval_loss_high": high,
-                "regret": regret,
+                "regret": float(regrets[number]),
                 "regret_low": bound.low,
                 "regret_high": bound.high,
-                "regret_share": regret / best.eval_loss.mean,
-                "within_margin": states[row.candidate],
-                "gain": row.gain.mean if row.gain else None,
-                "over_budget": over.get(row.candidate, []),
-                **over_reference.get(row.candidate, {}),
+                "regret_share": float(regrets[number] / losses.mean[found.best]),
+                "within_margin": states[name],
+                "gain": float(found.gain.mean[number]) if found.gain else None,
+                "over_budget": over.get(name, []),
+                **over_reference.get(name, {}),
             }
         )
     return table
 
 
-def _finite(interval: tuple[float, float]) -> list[float | None]:
-    return [end if math.isfinite(end) else None for end in interval]
+def _finite(interval: Sequence[float]) -> list[float | None]:
+    return [float(end) if math.isfinite(end) else None for end in interval]
 
 
 def over_full(evidence: Evidence, judged: Judged) -> tuple[str | None, dict[str, dict[str, float | None]]]:
@@ -383,24 +316,25 @@ def over_full(evidence: Evidence, judged: Judged) -> tuple[str | None, dict[str,
 
 
 def _caveats(
-    evidence: Evidence, verdict: Mapping[str, Any], rows: Sequence[Comparison], over: Mapping[str, list[str]]
+    evidence: Evidence, verdict: Mapping[str, Any], found: Comparison | None, over: Mapping[str, list[str]]
 ) -> list[str]:
     spec = evidence.spec
     ended = evidence.results["status"].isin(["done", "diverged"])
-    rates = sorted(evidence.results.loc[ended, "learning_rate"].unique()) if rows else sorted(spec.learning_rates)
-    asked = bool(rows) and verdict["seeds"] > 1 and verdict["outcome"] != "not_trained_enough"
-    open_ = asked and not _settled(verdict) and verdict["more_seeds"] is None
-    found = {
+    rates = sorted(evidence.results.loc[ended, "learning_rate"].unique()) if found else sorted(spec.learning_rates)
+    asked = found is not None and verdict["seeds"] > 1 and verdict["outcome"] != "not_trained_enough"
+    open_ = asked and not settled(verdict) and verdict["more_seeds"] is None
+    codes = {
         "one_learning_rate": len(rates) == 1,
-        "rate_at_edge": len(rates) > 1 and any(row.learning_rate in (rates[0], rates[-1]) for row in rows),
+        "rate_at_edge": len(rates) > 1
+        and any(row["learning_rate"] in (rates[0], rates[-1]) for row in verdict["comparison"]),
         "one_seed": verdict["seeds"] == 1,
         "seeds_would_not_do": open_,
-        "ranks_left_out": bool(rows) and bool(set(verdict["left_out"]) - {row["rank"] for row in verdict["diverged"]}),
+        "ranks_left_out": bool(found and set(verdict["left_out"]) - {row["rank"] for row in verdict["diverged"]}),
         "diverged": bool(verdict["diverged"]),
-        "worse_than_untrained": any(row.gain is not None and row.gain.mean < 0 for row in rows),
+        "worse_than_untrained": bool(found and found.gain and (found.gain.mean < 0).any()),
         "overfits": bool(verdict["overfits"]),
         "some_trials_unfinished": bool((~evidence.results["status"].isin(["done", "diverged"])).any()),
         "budget_unmeasured": any("unmeasured" in reasons for reasons in over.values()),
         "embedded_data": EMBEDDED in (*spec.data.ids, spec.model.id),
     }
-    return [*(code for code, true in found.items() if true), *doubts(evidence.data_facts)]
+    return [*(code for code, true in codes.items() if true), *doubts(evidence.data_facts)]

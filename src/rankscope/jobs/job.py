@@ -29,6 +29,7 @@ class Job(NamedTuple):
     folder: str  # of the study, for job.json, log.txt (all output of the process) and, after a failure, error.json
     reads: Sequence[str] = ()  # files and folders of the study that the job needs beside `shared` and its own folder
     memory_bytes: int = 0  # predicted peak of the host's memory; 0 where it is not predicted
+    seconds: float = 0.0  # forecast of a run with a time limit; 0 where there is none
     alone: bool = False  # whether nothing else may run on the job's device, nor beside it on a CPU: it measures
     shared: Sequence[str] = ("study.yaml", "data")  # files and folders that all jobs read and none changes
 

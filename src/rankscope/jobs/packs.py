@@ -18,7 +18,8 @@ from rankscope.model.device import give_back_freed
 from rankscope.plan.packs import longest_first, work_of
 from rankscope.spec.candidates import Trial
 from rankscope.study.folder import FINISHED, Division
-from rankscope.study.missing import is_finished
+from rankscope.study.metrics import read_rows
+from rankscope.study.missing import START_SECONDS, is_finished
 from rankscope.study.records import PackRecord
 from rankscope.train.loop import PackRun, train_pack
 from rankscope.train.probe import use_own_forward
@@ -42,12 +43,12 @@ def jobs(run: Run) -> list[Job]:
 
 def _jobs_of(run: Run, packs: Mapping[str, Sequence[Trial]]) -> list[Job]:
     """Return the jobs that train `packs`. On one device of this machine the packs follow one another in one process,
-    which loads the model once. On several devices, or where a job may be lost, each pack has a process of its own,
-    those that take longest first. So has each isolated trial."""
+    which loads the model once. On several devices, or where a job may be lost or not start, each pack has a process of
+    its own, those that take longest first. So has each isolated trial."""
     plan = run.plan
     if not packs:
         return []
-    if plan.site.here and plan.fleet.devices == 1 and not plan.spec.training.isolated:
+    if plan.site.here and plan.fleet.devices == 1 and not plan.spec.training.isolated and not plan.timed:
         return [_job(run, packs)]
     work = {pack: sum(work_of(trial, plan.prediction) for trial in trials) for pack, trials in packs.items()}
     return [_job(run, {pack: packs[pack]}) for pack in (longest_first(work) if plan.fleet.devices > 1 else packs)]
@@ -60,7 +61,15 @@ def _job(run: Run, packs: Mapping[str, Sequence[Trial]]) -> Job:
     if known is not None:  # its record says which model the study began with
         reads.append(f"trials/{known.name}/trial.json")
     memory = max(plan.host_bytes(trials) for trials in packs.values())
-    return Job(__name__, {"packs": names}, f"packs/{next(iter(names))}", reads, memory)
+    seconds = _seconds_left(run, [*itertools.chain(*packs.values())]) if plan.timed else 0.0
+    return Job(__name__, {"packs": names}, f"packs/{next(iter(names))}", reads, memory, seconds)
+
+
+def _seconds_left(run: Run, trials: Sequence[Trial]) -> float:
+    """Forecast of a process that trains what these trials lack, one after the other: side by side they take less."""
+    steps = {trial.name: read_rows(run.study.trial_folder(trial) / "metrics.jsonl") for trial in trials}
+    done = {name: max((row["step"] for row in rows), default=0) / run.plan.steps for name, rows in steps.items()}
+    return START_SECONDS + sum(run.plan.seconds(trial) * (1 - done[trial.name]) for trial in trials)
 
 
 def work(study_path: Path, content: Mapping[str, Any]) -> None:

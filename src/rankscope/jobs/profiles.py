@@ -17,7 +17,7 @@ from rankscope.jobs.job import Job, Run, failure_of, raise_fatal
 from rankscope.measure.machine import Site, changes_of_costs
 from rankscope.spec.candidates import CONTROL, TIME, Trial
 from rankscope.study.folder import AGAIN, StudyFolder
-from rankscope.study.missing import missing_profiles
+from rankscope.study.missing import ProfileJob, missing_profiles, profile_seconds
 from rankscope.study.records import BUSY_PRESSURE, MachineRecord, ProfileRecord
 from rankscope.text.catalogue import load
 from rankscope.text.formats import percent
@@ -40,8 +40,18 @@ def jobs(run: Run) -> list[Job]:
         for part in run.plan.fitting(trials, members) if members else [[name]]:
             content = {"profile": name, "members": part if members else [], "again": again}
             memory = run.plan.host_bytes([trials[member] for member in part])
-            found.append(Job(__name__, content, f"profiles/jobs/{name}", reads, memory, alone=True))
+            seconds = _seconds(run, ProfileJob(name, 0, tuple(part if members else ())))
+            found.append(Job(__name__, content, f"profiles/jobs/{name}", reads, memory, seconds, alone=True))
     return found
+
+
+def _seconds(run: Run, job: ProfileJob) -> float:
+    """Forecast of a job; 0 in a run without a time limit."""
+    if not run.plan.timed:
+        return 0.0
+    forecasts, profiled = run.plan.forecast.candidates, run.study.profiled(run.plan.remeasure)
+    steps = {name: forecasts[one.name].step_seconds or 0.0 for name, one in profiled.items()}
+    return profile_seconds(run.study.spec.measure, job, steps)
 
 
 def work(study_path: Path, content: Mapping[str, Any]) -> None:

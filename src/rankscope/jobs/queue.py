@@ -1,19 +1,55 @@
 """One queue of jobs over a launcher's slots."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rankscope.errors import RankscopeError
+from rankscope.errors import RankscopeError, StudyError
 from rankscope.jobs.job import Job, Kind, Launcher, Run, Running
 
 POLL_SECONDS = 0.5
 
 
-def run_kind(kind: Kind, run: Run, jobs: Iterable[Job], launcher: Launcher, poll: Callable[[], None]) -> None:
-    """Run jobs of one kind, and those that follow from them, to the end."""
-    run_jobs(launcher, run.study.path, jobs, poll, partial(kind.ended, run))
+@dataclass
+class TimeLimit:
+    """Time after which nothing may run. Forecasts are scaled by how much longer than theirs the jobs so far took."""
+
+    ends: float  # of `time.monotonic`
+    forecast: float = 0.0  # seconds of the jobs that have ended well, and those that they took
+    taken: float = 0.0
+
+    def fits(self, job: Job) -> bool:
+        """Whether the job would end in time if it started now."""
+        scale = self.taken / self.forecast if self.forecast else 1.0
+        return time.monotonic() + scale * job.seconds <= self.ends
+
+    def count(self, job: Job, seconds: float) -> None:
+        if job.seconds:
+            self.forecast, self.taken = self.forecast + job.seconds, self.taken + seconds
+
+
+def time_limit(hours: float | None) -> TimeLimit | None:
+    """Limit of a run that begins now. Raises StudyError: no time is left to it."""
+    if hours is None:
+        return None
+    if not 0 < hours < math.inf:
+        raise StudyError(f"--hours {hours:g}: expected hours above 0", "For example --hours 2, or 0.5.")
+    return TimeLimit(time.monotonic() + 3600 * hours)
+
+
+def run_kind(
+    kind: Kind,
+    run: Run,
+    jobs: Iterable[Job],
+    launcher: Launcher,
+    poll: Callable[[], None],
+    limit: TimeLimit | None = None,
+) -> None:
+    """Run jobs of one kind, and those that follow from them, to the end, or as far as the time limit allows."""
+    run_jobs(launcher, run.study.path, jobs, poll, partial(kind.ended, run), limit)
 
 
 def run_jobs(
@@ -22,22 +58,29 @@ def run_jobs(
     jobs: Iterable[Job],
     poll: Callable[[], None],
     ended: Callable[[Job, RankscopeError | None, Sequence[Job]], list[Job]],
+    limit: TimeLimit | None = None,
 ) -> None:
-    """Run all jobs in their order, each as soon as a slot is free.
+    """Run all jobs in their order, each as soon as a slot is free; those that would end after the limit do not start.
 
     `poll` is called twice a second. `ended` is called with each job that has ended, its error and the jobs that still
     wait; it returns the jobs to run from here on. On an interruption, or where one of the two raises, the running jobs
     are asked to stop, and waited for; a second interruption kills them.
     """
-    waiting, running = list(jobs), list[Running]()
+    waiting, running, began = list(jobs), list[Running](), dict[int, float]()
     try:
         while waiting or running:
             while waiting and len(running) < launcher.slots():
-                running.append(launcher.start(study, waiting.pop(0)))
-            done = _first_done(running, poll)
+                job = waiting.pop(0)
+                if limit is None or limit.fits(job):
+                    running.append(launcher.start(study, job))
+                    began[id(running[-1])] = time.monotonic()
+            done = _first_done(running, poll) if running else []
             running = [one for one in running if one not in done]
             for one in done:
-                waiting = ended(one.job, one.error(), waiting)
+                error = one.error()
+                if limit is not None and error is None:
+                    limit.count(one.job, time.monotonic() - began[id(one)])
+                waiting = ended(one.job, error, waiting)
     except BaseException:
         _stop(running)
         raise

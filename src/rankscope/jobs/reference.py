@@ -20,7 +20,7 @@ from rankscope.model.device import resolve_device
 from rankscope.model.load import fingerprint, load_model, resolve_dtype
 from rankscope.plan.memory import BYTES_PER_PARAMETER
 from rankscope.plan.plan import GPU_HOST_BYTES
-from rankscope.spec.candidates import FullTrial
+from rankscope.spec.candidates import FullTrial, Trial
 from rankscope.spec.models import StudySpec, TrainingSpec
 from rankscope.train.loop import choose_engine, train_trials
 from rankscope.train.optimizer import make_optimizer
@@ -41,7 +41,10 @@ def jobs(run: Run) -> list[Job]:
     if prediction.device == "cpu":
         memory = prediction.process_bytes + BYTES_PER_PARAMETER * prediction.base_params
     names = [trial.name for trial in run.plan.reference]
-    return [Job(__name__, {"trial": name}, f"reference/{name}", memory_bytes=memory) for name in names]
+    # No time of full fine-tuning is forecast: it takes longer than the largest candidate.
+    longest = Trial(candidate=run.study.spec.candidates()[-1], seed=0)
+    seconds = run.plan.seconds(longest) if run.plan.timed and names else 0.0
+    return [Job(__name__, {"trial": name}, f"reference/{name}", (), memory, seconds) for name in names]
 
 
 def work(study_path: Path, content: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -54,6 +55,7 @@ class Plan:
     fleet: Fleet  # the devices that jobs run on
     product_flops: float | None = None  # the device's rate of plain matrix products, a second; None: to be measured
     remeasure: bool = False  # whether the profiles replace those that the study has
+    timed: bool = False  # whether the run has a time limit: then jobs are small, and have forecasts
     unmeasured: str | None = None  # sentence on costs that are missing and not measured here, beside those of elsewhere
 
     @property
@@ -100,16 +102,23 @@ class Plan:
             parts[-1].append(name)
         return parts
 
+    def seconds(self, trial: Trial) -> float:
+        """Forecast of a trial's steps and evaluations, alone; 0 where no time is forecast."""
+        return self.forecast.candidates[trial.candidate.name].runtime_seconds or 0.0
+
     def check(self, out: Path) -> None:
         """Raise where what is missing cannot be trained here or written to `out`.
 
         Raises:
+            StudyError: the run has a time limit, and no time can be forecast.
             ModelError: the base model alone is larger than its device.
             StudyDirectoryError: the disk has too little room.
         """
         if self.packs or self.reference:
             check_base_fits(self.spec.model, self.prediction, self.site.free_bytes)
             check_disk(out, self.disk_bytes)
+        if self.timed and any(one.runtime_seconds is None for one in self.forecast.candidates.values()):
+            raise StudyError("--hours: no time can be forecast on this device", "Run it without --hours.")
 
 
 def make_plan(
@@ -120,8 +129,11 @@ def make_plan(
     study: StudyFolder | None = None,
     product_flops: float | None = None,
     remeasure: bool = False,
+    timed: bool = False,
 ) -> Plan:
     """Work out the plan of a study on the equal devices of `fleet`, which are like that of `site`.
+
+    New packs of a `timed` run have one seed each, so that what ends in time can be compared.
 
     A `study` that has begun keeps its division into packs, and only what it lacks is planned: trials that no pack has
     get new ones. Costs measured elsewhere are not mixed with new ones: only `remeasure`, which measures all of them
@@ -140,8 +152,11 @@ def make_plan(
     known, missing = division.trials(), {trial.name for trial in trials}
     packs, added = dict(division.packs), [trial for trial in spec.trials() if trial.name not in known]
     if added:
-        divided = divide_into_packs(added, prediction, memory.fits, spec.training, data.train, fleet.devices)
-        packs |= division.named(divided)
+        seeds = sorted({trial.seed for trial in added})
+        groups = [[trial for trial in added if trial.seed == seed] for seed in seeds] if timed else [added]
+        fits, training, devices = memory.fits, spec.training, fleet.devices
+        made = [divide_into_packs(group, prediction, fits, training, data.train, devices) for group in groups]
+        packs |= division.named([*chain(*made)])
     packs = {pack: members for pack, members in packs.items() if any(trial.name in missing for trial in members)}
     unwritten = [[trial for trial in members if trial.name in missing] for members in packs.values()]
     whole = disk_bytes(spec, prediction, unwritten, reference, data, fleet.devices)
@@ -165,6 +180,7 @@ def make_plan(
         product_flops=product_flops,
         remeasure=remeasure,
         unmeasured=unmeasured,
+        timed=timed,
     )
 
 

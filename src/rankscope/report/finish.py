@@ -14,7 +14,8 @@ from rankscope.report.write import build
 from rankscope.spec.models import StudySpec
 from rankscope.spec.options import assemble
 from rankscope.study.evidence import Evidence
-from rankscope.study.missing import nothing_missing
+from rankscope.study.growth import with_seeds
+from rankscope.study.missing import nothing_missing, unfinished
 from rankscope.study.study import Study
 from rankscope.text.catalogue import load as load_catalogue
 
@@ -77,6 +78,15 @@ def finish_complete(study: Study, language: str = "en") -> Conclusion | None:
             return finish_again(study, language)
     except DamagedError:  # which a run mends
         return None
+
+
+def for_next_look(conclusion: Conclusion) -> StudySpec | None:
+    """The question of the next planned look; None where nothing is open, no look is left, or a trial is unfinished."""
+    look, study = conclusion.verdict["next_look"], conclusion.study
+    if look is None or unfinished(study):
+        return None
+    asked = with_seeds(study.spec, look["ranks"], look["seeds"])
+    return asked if asked != study.spec else None
 
 
 MADE_OF = "report/made-of.json"

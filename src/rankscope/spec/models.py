@@ -9,7 +9,7 @@ PEFT and transformers where they have one.
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from itertools import product
+from itertools import chain, product
 from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar, get_args
 
 from pydantic import (
@@ -25,6 +25,7 @@ from pydantic import (
 from rankscope.spec.candidates import (
     CONTROL,
     FULL,
+    PLAIN,
     AllLinear,
     Candidate,
     Column,
@@ -77,7 +78,8 @@ Name = Annotated[str, Field(min_length=1)]
 ModuleNames = AllLinear | OneOrSeveral[Name]
 BytesOrText = PositiveFloat | Annotated[str, Field(pattern=_number_with(BYTES))]
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
-ShareOrText = Fraction | Annotated[str, Field(pattern=r"^\s*[0-9]+(\.[0-9]+)?\s*%\s*$")]
+Percentage = Annotated[str, Field(pattern=r"^\s*[0-9]+(\.[0-9]+)?\s*%\s*$")]
+AboveHalf = Annotated[float, Field(gt=0.5, lt=1.0)]
 SecondsOrText = PositiveFloat | Annotated[str, Field(pattern=_number_with(SECONDS))]
 
 
@@ -97,7 +99,8 @@ Names = Annotated[str | tuple[str, ...], _read(name_or_names, OneOrSeveral[Name]
 ColumnName = Annotated[str, _read(column_of_a_format, Column)]
 ColumnsOrText = dict[ColumnName, Name] | Annotated[str, Field(pattern="=")]
 Columns = Annotated[dict[ColumnName, Name], _read(columns_or_text, ColumnsOrText)]
-Share = Annotated[Fraction, _read(parse_share, ShareOrText)]
+Share = Annotated[Fraction, _read(parse_share, Fraction | Percentage)]
+Confidence = Annotated[AboveHalf, _read(parse_share, AboveHalf | Percentage)]
 Bytes = Annotated[Count, _read(parse_bytes, BytesOrText)]
 Seconds = Annotated[PositiveFloat, _read(parse_seconds, SecondsOrText)]
 
@@ -339,8 +342,8 @@ class VerdictSpec(Frozen):
     margin: Share = 0.05
     """Largest loss above the best of a rank that is good enough, as a share or as `2%`. Default: 5% of the gain, or 1%
     of the loss."""
-    confidence: float = Field(default=0.95, gt=0.5, lt=1.0)
-    """Confidence level of the intervals and the verdict."""
+    confidence: Confidence = 0.95
+    """Confidence level of the intervals and the verdict, above a half: 0.9, or `90%`."""
     max_gpu_memory: Bytes | None = None
     """Largest GPU memory of a recommended rank, in bytes or as `24GB`."""
     max_runtime: Seconds | None = None
@@ -394,6 +397,8 @@ class StudySpec(Frozen):
     """Peak learning rates. Of several, each rank is judged at its best."""
     seeds: Seeds = (0, 1, 2)
     """Seeds to train each candidate with. A single seed gives no measure of uncertainty."""
+    seeds_by_rank: dict[Rank, Seeds] = {}  # noqa: RUF012  pydantic copies it
+    """Seeds to train the plain LoRA candidates of single ranks with besides. `run --until-settled` adds them."""
     variants: Variants = ()
     """Variants to train beside plain LoRA at each rank, learning rate and alpha."""
     adapter: AdapterSpec = AdapterSpec()
@@ -429,6 +434,9 @@ class StudySpec(Frozen):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
+        for rank in self.seeds_by_rank:
+            if rank not in self.ranks:
+                raise ValueError(f"seeds_by_rank: {rank} is none of the ranks: {', '.join(map(str, self.ranks))}")
         if "rslora" in self.variants and self.adapter.use_rslora:
             raise ValueError("variants: rslora is what adapter.use_rslora makes of all candidates")
         if ("pattern" in self.variants) != bool(self.adapter.rank_pattern):
@@ -468,9 +476,16 @@ class StudySpec(Frozen):
         ]
         return plain + others
 
+    def seeds_of(self, candidate: Candidate) -> list[int]:
+        """Seeds of a candidate: those of the study, and of plain LoRA also those of its rank."""
+        of_rank = self.seeds_by_rank.get(candidate.rank, ()) if candidate.variant == PLAIN else ()
+        return sorted({*self.seeds, *of_rank})
+
     def trials(self) -> list[Trial]:
-        """Every candidate with every seed, in a fixed order."""
-        return [Trial(candidate=candidate, seed=seed) for seed in sorted(self.seeds) for candidate in self.candidates()]
+        """Every candidate with each of its seeds, in a fixed order."""
+        seeds, candidates = sorted({*self.seeds, *chain(*self.seeds_by_rank.values())}), self.candidates()
+        known = [(candidate, self.seeds_of(candidate)) for candidate in candidates]
+        return [Trial(candidate=candidate, seed=seed) for seed in seeds for candidate, own in known if seed in own]
 
     def profiled(self) -> dict[str, Candidate]:
         """Candidates to profile, by profile name: each rank and variant once, as cost depends neither on the learning

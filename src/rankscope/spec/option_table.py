@@ -49,7 +49,9 @@ OPTIONS = {
     "isolated": Option("training.isolated", bool, "Train every trial alone, in its own process."),
     "margin": Option("verdict.margin", str, "Largest loss above the best of a rank that is good enough, e.g. 2%."),
     "margin_of": Option("verdict.margin_of", str, "What the margin is a share of: gain or loss."),
-    "confidence": Option("verdict.confidence", float, "Confidence level of intervals and verdict. Default: 0.95."),
+    "confidence": Option(
+        "verdict.confidence", str, "Confidence level of intervals and verdict, e.g. 90%. Default: 95%."
+    ),
     "max_gpu_memory": Option("verdict.max_gpu_memory", str, "Largest GPU memory of a recommended rank, e.g. 24GB."),
     "max_runtime": Option("verdict.max_runtime", str, "Longest training of a recommended rank, e.g. 2h."),
 }

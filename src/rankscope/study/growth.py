@@ -4,8 +4,8 @@
 wrote adds or changes anything: a default adds nothing.
 """
 
-from collections.abc import Iterator
-from itertools import count
+from collections.abc import Iterator, Sequence
+from itertools import chain, count
 from pathlib import Path
 from shlex import quote
 from typing import Any, Literal, NamedTuple
@@ -30,6 +30,7 @@ RULES = {
     "ranks": Rule("grows", "each rank has trials of its own"),
     "learning_rates": Rule("grows", "each learning rate has trials of its own"),
     "seeds": Rule("grows", "each seed has trials of its own"),
+    "seeds_by_rank": Rule("grows", "each seed has trials of its own"),
     "variants": Rule("grows", "each variant has trials of its own"),
     "adapter.alpha": Rule("grows", "each alpha has trials of its own"),
     "reference.full": Rule("grows", "full fine-tuning has trials of its own"),
@@ -82,6 +83,13 @@ def grow(spec: StudySpec, asked: StudySpec, path: Path) -> Growth:
             conflicts.append(f"{field}: {before[field]!r} there, {value!r} asked for{why}")
         elif rule.kind == "free":
             set_field(values, field, value)
+        elif field == "seeds_by_rank":
+            known = spec.seeds_by_rank
+            more = {rank: [seed for seed in seeds if seed not in known.get(rank, ())] for rank, seeds in value.items()}
+            if any(more.values()):
+                added[field] = [more]
+                both = {rank: [*known.get(rank, ()), *more.get(rank, ())] for rank in sorted({*known, *more})}
+                set_field(values, field, both)
         elif field == "data.eval_rows":
             added[field] = [value]
             set_field(values, field, value)
@@ -95,6 +103,18 @@ def grow(spec: StudySpec, asked: StudySpec, path: Path) -> Growth:
             f"`rankscope run {quote(str(path))}` takes them from there.",
         )
     return Growth(resolve_spec(values, f"what {path} would become"), added)
+
+
+def with_seeds(spec: StudySpec, ranks: Sequence[int], count: int) -> StudySpec:
+    """The question with at least `count` seeds of these ranks: seeds that others have come first, so that they pair."""
+    known = sorted({*spec.seeds, *chain(*spec.seeds_by_rank.values())})
+    order, by_rank = [*known, *range(known[-1] + 1, known[-1] + 1 + count)], dict(spec.seeds_by_rank)
+    for rank in ranks:
+        own = {*spec.seeds, *by_rank.get(rank, ())}
+        more = [seed for seed in order if seed not in own][: max(0, count - len(own))]
+        if more:
+            by_rank[rank] = (*by_rank.get(rank, ()), *more)
+    return spec.model_copy(update={"seeds_by_rank": by_rank})
 
 
 def free_name(path: Path) -> str:

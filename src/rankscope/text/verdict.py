@@ -27,7 +27,7 @@ def verdict_sentence(verdict: Verdict, language: str = "en") -> str:
         return text("sentence.none")
     outcome, more = verdict["outcome"], verdict.get("more_seeds")
     values = {
-        "seeds": text.count("seeds", verdict["seeds"]),
+        "seeds": _seeds(verdict, text),
         "margin": percent(verdict["margin"]),
         "least": percent(1 - verdict["margin"]),
         "confidence": percent(verdict["confidence"]),
@@ -96,9 +96,19 @@ def cause_of(verdict: Mapping[str, Any]) -> str:
     if not verdict["comparison"]:
         unfinished = "some_trials_unfinished" in verdict["caveats"] or not verdict.get("diverged")
         return "unfinished" if unfinished else "diverged"
+    if len(verdict["comparison"]) == 1 and "ranks_left_out" in verdict.get("caveats", ()):
+        return "alone"
     if verdict["seeds"] == 1:
         return "one_seed"
     return "few_seeds" if verdict.get("more_seeds") else "close"
+
+
+def _seeds(verdict: Mapping[str, Any], text: Catalogue) -> str:
+    """Number of seeds, or its range where ranks have different ones."""
+    counts = {row.get("seeds", verdict["seeds"]) for row in verdict["comparison"]} or {verdict["seeds"]}
+    if len(counts) == 1:
+        return text.count("seeds", *counts)
+    return text("count.seeds_range", low=min(counts), high=max(counts))
 
 
 def _guess(verdict: Mapping[str, Any], text: Catalogue) -> list[str]:

@@ -1,5 +1,6 @@
 """Results of a run for the terminal and for scripts."""
 
+import shlex
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
@@ -14,9 +15,10 @@ from rankscope.report.curve import rank_curve_sections
 from rankscope.report.finish import Conclusion
 from rankscope.report.frames import by_candidate, compared_rows, has_gpu
 from rankscope.report.variants import variant_sentences
+from rankscope.spec.candidates import Trial
 from rankscope.study.evidence import Evidence
 from rankscope.study.folder import ANSWERS
-from rankscope.study.missing import unfinished
+from rankscope.study.missing import missing_profiles, unfinished
 from rankscope.study.records import Failure, TrialRecord
 from rankscope.study.study import Study
 from rankscope.text.catalogue import load
@@ -89,12 +91,31 @@ def show_curve(conclusion: Conclusion, language: str) -> None:
         out_console.print(line, soft_wrap=True)
 
 
+def show_untried(study: Study, console: Console, language: str) -> None:
+    """Print what a run with a time limit did not start, and the command that goes on."""
+    text, seeds = load(language), dict[str, list[str]]()
+    for trial in unfinished(study):
+        if study.trial_record(trial).status == "pending":
+            name = trial.candidate.name if isinstance(trial, Trial) else trial.candidate_name
+            seeds.setdefault(name, []).append(str(trial.seed))
+    costs = sorted({job.profile for job in missing_profiles(study.spec, study)} - study.failures().keys())
+    if seeds:
+        names = [text("untried.trials", name=name, seeds=", ".join(own)) for name, own in seeds.items()]
+        console.print(text("untried.not_started", names="; ".join(names)), soft_wrap=True)
+    if costs:
+        console.print(text("untried.not_measured", names=", ".join(costs)), soft_wrap=True)
+    if seeds or costs:
+        console.print(text("untried.next", command=f"rankscope run {shlex.quote(str(study.path))}"), soft_wrap=True)
+
+
 def show_failures(study: Study, console: Console) -> bool:
-    """Print every trial, profile and answer that did not finish, and why. Whether there are any."""
+    """Print every trial, profile and answer that was begun and did not finish, and why. Whether any did not finish."""
     failures: dict[str, TrialRecord | Failure] = {t.name: study.trial_record(t) for t in unfinished(study)}
     for name, unmeasured in study.open_failures().items():
         failures[name if name == ANSWERS else f"profile of {name}"] = unmeasured
     for name, failure in failures.items():
+        if failure.status == "pending":  # `show_untried` names it
+            continue
         console.print(f"{name}: {failure.status}: {failure.reason}", style="yellow")
     return bool(failures)
 

@@ -80,8 +80,10 @@ class TerminalProgress(Display):
         super().__exit__(*error)
 
     def poll(self) -> None:
-        with suppress(StudyDirectoryError, StudyError):  # the run itself reports damage; showing must not end training
+        try:  # the run itself reports damage; showing must not end training
             self._read()
+        except (StudyDirectoryError, StudyError):
+            self._study = None  # which has grown, or is damaged: it is opened again
         state = self._state
         if state is None:
             return
