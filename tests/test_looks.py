@@ -110,6 +110,7 @@ def test_a_settled_study_gets_no_seed(study: Study) -> None:
     assert not [line for line in lines if line.startswith("Not settled")]
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_taken_up_and_ends_as_one_that_was_not(study: Study, tmp_path: Path) -> None:
     shutil.copytree(study.path, tmp_path / "other")
     whole, _ = look(Study.open(tmp_path / "other"), open_below, ranks=(2, 4, 8))
