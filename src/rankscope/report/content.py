@@ -1,5 +1,6 @@
 """Content of a report in one language, which HTML and Markdown render."""
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -122,7 +123,7 @@ def compose(
         ],
         claims=words.claim_sentences(verdict, text.language),
         answers=answered(evidence, verdict, text),
-        candidates=_candidates(evidence, verdict, table, text),
+        candidates=candidate_table(evidence, verdict, table, text),
         noise=noise_sentence(evidence.profiles, text),
         coverage=coverage_sentences(evidence.prediction.get("coverage"), evidence.spec.ranks, text),
         costs=[*cost_tables(evidence, text), *prediction_tables(evidence, text)],
@@ -158,7 +159,10 @@ def _cost(verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> words.Gain:
     return words.Gain(text("cost.nats", value=signed(chosen["regret"])), notes)
 
 
-def _candidates(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> Table:
+def candidate_table(
+    evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Catalogue, only: Collection[str] = ()
+) -> Table:
+    """One row per row of `by_candidate`, with the columns `only` (default: all)."""
     gpu, chosen = has_gpu(evidence), (verdict or {}).get("candidate")
 
     def memory(row: Any, kind: str) -> str:
@@ -201,7 +205,7 @@ def _candidates(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text:
     confidence = (verdict or {}).get("confidence", evidence.spec.verdict.confidence)
     return tabulate(
         text("table.candidates", confidence=percent(confidence)),
-        {text(f"table.{name}"): cell for name, cell in columns.items()},
+        {text(f"table.{name}"): cell for name, cell in columns.items() if not only or name in only},
         table.to_dict("records"),
         chosen=next((number for number, name in enumerate(table["candidate"]) if name == chosen), None),
     )

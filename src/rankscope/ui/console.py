@@ -48,7 +48,8 @@ def make_table(
     """Table without borders; columns at the positions `left` are aligned to the left, all others to the right."""
     table = RichTable(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
     for position, header in enumerate(headers):
-        table.add_column(header, justify="left" if position in left else "right", no_wrap=no_wrap)
+        justify: Any = "left" if position in left else "right"
+        table.add_column(header, justify=justify, no_wrap=no_wrap, overflow="fold")  # never cut a number
     for row in rows:
         table.add_row(*row)
     return table

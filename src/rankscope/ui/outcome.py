@@ -1,7 +1,7 @@
 """Results of a run for the terminal and for scripts."""
 
 import shlex
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable
 from typing import Any
 
 import pandas as pd
@@ -10,30 +10,38 @@ from rich.console import Console
 from rankscope.analysis.curve import curve_errors, loss_curve
 from rankscope.analysis.next_step import next_step
 from rankscope.data.doubts import data_warnings
+from rankscope.report.content import candidate_table
 from rankscope.report.costs import noise_sentence
 from rankscope.report.curve import rank_curve_sections
 from rankscope.report.finish import Conclusion
 from rankscope.report.frames import by_candidate, compared_rows, has_gpu
 from rankscope.report.variants import variant_sentences
 from rankscope.spec.candidates import Trial
-from rankscope.study.evidence import Evidence
 from rankscope.study.folder import ANSWERS
 from rankscope.study.missing import missing_profiles, unfinished
 from rankscope.study.records import Failure, TrialRecord
 from rankscope.study.study import Study
 from rankscope.text.catalogue import load
-from rankscope.text.formats import duration, known, loss, percent, signed, size
 from rankscope.text.verdict import ALARMS, caveat_sentence, gained, margin_table, rate_sentences, verdict_sentence
 from rankscope.ui.console import make_table, out_console, print_table
+
+COLUMNS = ("train_loss", "eval_loss", "regret", "kept", "cpu_memory", "step_seconds", "runtime")
+"""Columns of the report's table of candidates that a terminal has room for; `gpu_memory` beside them on a GPU."""
 
 
 def show_outcome(conclusion: Conclusion, console: Console, language: str) -> None:
     """Print the report's numbers for each candidate, and the verdict."""
     study, evidence, verdict = conclusion
-    _show_candidates(evidence, verdict, console)
+    text, candidates = load(language), by_candidate(evidence, verdict)
+    gpu = ("gpu_memory",) if has_gpu(evidence) else ()
+    table = candidate_table(evidence, verdict, candidates, text, COLUMNS + gpu)
+    rows = [[name, *cells] for name, cells in zip(candidates["candidate"], table.rows, strict=True)]
+    console.print(make_table([text("table.candidate"), *table.headers], rows))
+    half = text("how.half") if compared_rows(evidence) is not None else ""
+    for sentence in filter(None, [half, noise_sentence(evidence.profiles, text)]):
+        console.print(sentence, soft_wrap=True)
     console.print()
     show_verdict(conclusion, console, language)
-    text = load(language)
     for sentence in [*rate_sentences(verdict, text), *variant_sentences(verdict, text), f"Report: {study.report}"]:
         console.print(sentence, soft_wrap=True)
 
@@ -124,39 +132,3 @@ def _records(frame: pd.DataFrame) -> list[dict[Hashable, Any]]:
     """One object per row, in full precision, with None for NaN."""
     values = frame.astype(object)
     return values.where(values.notna(), None).to_dict("records")
-
-
-def _show_candidates(evidence: Evidence, verdict: Mapping[str, Any], console: Console) -> None:
-    gpu = has_gpu(evidence)
-    columns: dict[str, tuple[str, Callable[[float], str]]] = {
-        "train loss": ("train_loss", loss),
-        "held-out loss": ("eval_loss", loss),
-        "loss above the best": ("regret", signed),
-        "gain kept": ("kept", percent),
-        "CPU mean": ("cpu_mean_bytes", size),
-        "CPU peak": ("cpu_peak_bytes", size),
-        "GPU mean": ("gpu_allocated_mean_bytes", size),
-        "GPU peak": ("gpu_allocated_peak_bytes", size),
-        "s/step": ("step_seconds", lambda seconds: f"{seconds:.3g}"),
-        "runtime": ("runtime_seconds", lambda seconds: duration(seconds, load("en"))),
-    }
-    table = by_candidate(evidence, verdict)
-    shown = {title: column for title, column in columns.items() if gpu or not title.startswith("GPU")}
-    if table["kept"].isna().all():
-        del shown["gain kept"]
-
-    def cell(row: Mapping[Hashable, Any], field: str, show: Callable[[float], str]) -> str:
-        if field == "eval_loss" and row["diverged"]:
-            return "diverged"
-        worse = " (worse than no training)" if field == "eval_loss" and row["gain"] < 0 else ""
-        return f"{show(row[field])}{worse}" if known(row[field]) else "–"
-
-    records = table.to_dict("records")
-    rows = [[row["candidate"], *(cell(row, field, show) for field, show in shown.values())] for row in records]
-    console.print(make_table(["candidate", *shown], rows))
-    if compared_rows(evidence) is not None:
-        console.print(load("en")("how.half"), soft_wrap=True)
-    if noise := noise_sentence(evidence.profiles, load("en")):
-        console.print(noise, soft_wrap=True)
-    if not gpu:
-        console.print("GPU memory: none, as no GPU was used.")
