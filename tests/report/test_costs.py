@@ -19,7 +19,7 @@ def evidence() -> Evidence:
 
 
 def content_of(evidence: Evidence, language: str = "en") -> Content:
-    return compose(evidence, make_verdict(evidence), load(language), "x", "y")
+    return compose(evidence, make_verdict(evidence), load(language))
 
 
 def test_noise_stands_beside_every_measured_difference(evidence: Evidence) -> None:

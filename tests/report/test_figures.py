@@ -33,7 +33,7 @@ def predict(evidence: Evidence, device: str = "cpu") -> Evidence:
 
 
 def figures(evidence: Evidence, language: str = "en", **verdict: Any) -> dict[str, Figure]:
-    content = compose(evidence, make_verdict(evidence, **verdict), load(language), "x", "y")
+    content = compose(evidence, make_verdict(evidence, **verdict), load(language))
     return {figure.name: figure for figure in content.figures}
 
 
@@ -137,7 +137,7 @@ def test_on_a_gpu_loss_is_weighed_against_its_memory() -> None:
 def test_one_candidate_has_nothing_to_weigh() -> None:
     for evidence in (make_evidence(make_spec(ranks=[8]), steps=8), make_evidence(profiles=False, steps=8)):
         assert "loss-runtime" not in figures(evidence)
-        content = compose(evidence, make_verdict(evidence), load("en"), "x", "y")
+        content = compose(evidence, make_verdict(evidence), load("en"))
         reasons = {missing.name: missing.reason for missing in content.missing}
         assert reasons["loss-runtime"].startswith("Fewer than two candidates")
 
@@ -179,7 +179,7 @@ def test_of_several_alphas_figures_of_loss_show_the_best_of_each_rank_and_rate()
     assert chart[1][3] == loss(best["r256-lr2e-4"])
     told = caveat_sentence(verdict, "diverged", text)
     assert "rank 256 at learning rate 2e-4 with alpha 512 (seed 1)" in told
-    limits = " ".join(compose(evidence, verdict, text, "n", "c").limits)
+    limits = " ".join(compose(evidence, verdict, text).limits)
     assert "Alpha is the same" not in limits
     assert "alpha of each rank were chosen" in limits
 
@@ -207,7 +207,7 @@ def test_with_several_rates_a_candidate_has_one_held_out_loss() -> None:
     evidence = on_two_halves(make_evidence(make_spec(learning_rates=[1e-4, 2e-4]), steps=8))
     assert set(heldout_by_seed(evidence)["eval_loss"]) == {2.5}
     assert by_candidate(evidence, None)["eval_loss"].tolist() == [2.5] * 6
-    content = compose(evidence, make_verdict(evidence), load("en"), "x", "y")
+    content = compose(evidence, make_verdict(evidence), load("en"))
     found = {figure.name: figure for figure in content.figures}
     for table, column in (
         (found["heldout-loss-rank"].numbers, "Mean"),
@@ -230,7 +230,7 @@ def test_with_several_rates_a_candidate_has_one_held_out_loss() -> None:
 
 def test_with_one_rate_no_half_is_spoken_of() -> None:
     evidence = on_two_halves(make_evidence(steps=8))
-    content = compose(evidence, make_verdict(evidence), load("en"), "x", "y")
+    content = compose(evidence, make_verdict(evidence), load("en"))
     assert "half" not in str([content.how_to_read, [figure.note for figure in content.figures]])
     assert content.candidates.rows[0][content.candidates.headers.index("Held-out loss")].startswith("1.2310")
 
@@ -251,7 +251,7 @@ def test_the_band_holds_losses_that_keep_enough_of_the_gain() -> None:
     evidence = make_evidence(steps=8)
 
     def band(verdict: dict[str, Any]) -> list[dict[str, Any]]:
-        content = compose(evidence, verdict, load("en"), "x", "y")
+        content = compose(evidence, verdict, load("en"))
         figure = next(figure for figure in content.figures if figure.name == "heldout-loss-rank")
         assert ("95% of what" in figure.note) == (verdict.get("margin_of") == "gain")
         return [rows[0] for rows in drawn(figure) if "from" in rows[0]]
@@ -296,7 +296,7 @@ def test_every_drawn_figure_has_its_numbers(language: str) -> None:
 def test_masked_tokens_are_told() -> None:
     evidence = make_evidence(steps=8)
     facts = evidence.data_facts | {"train_label_tokens": 1_000_000, "eval_label_tokens": 5}
-    found = compose(evidence._replace(data_facts=facts), None, load("en"), "x", "y").data
+    found = compose(evidence._replace(data_facts=facts), None, load("en")).data
     named = {fact.label: fact.value for fact in found}
     assert named["Training tokens masked (context only)"] == "1,310,552 (56.7%)"
     assert "Held-out tokens masked" not in named, "how many there are in all is not known"

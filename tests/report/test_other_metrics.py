@@ -15,7 +15,7 @@ from report.report_evidence import HOSTILE, make_evidence, make_spec, make_verdi
 
 def content(language: str = "en", **values: Any) -> Content:
     evidence = make_evidence(make_spec(**values), steps=8)
-    return compose(evidence, make_verdict(evidence), load(language), "x", "y")
+    return compose(evidence, make_verdict(evidence), load(language))
 
 
 def rows(found: Content) -> dict[str, dict[str, str]]:

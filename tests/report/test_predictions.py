@@ -49,5 +49,5 @@ def test_the_report_holds_it_in_both_languages() -> None:
     evidence = make_evidence()._replace(prediction=predicted())
     for language in ("en", "ko"):
         text = load(language)
-        content = compose(evidence, None, text, "study", "rankscope run study.yaml")
+        content = compose(evidence, None, text)
         assert content.costs[-1].caption == text("prediction.title")

@@ -83,7 +83,7 @@ def evidence() -> Evidence:
 def folder(evidence: Evidence, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     with images():
-        path = build(evidence, make_verdict(evidence), folder, reproduce="rankscope run studies/opt.yaml")
+        path = build(evidence, make_verdict(evidence), folder)
     assert path == folder / "index.html"
     return folder
 
@@ -146,7 +146,7 @@ def test_the_page_says_the_verdict_the_savings_and_the_cost(folder: Path) -> Non
         "+0.0070 nats\n0.438% of what fine-tuning gains\n95% interval: +0.0050 to +0.0100 nats",
         "Only one learning rate was tried.",
         "No GPU was used",
-        "rankscope run studies/opt.yaml",
+        "rankscope run study.yaml --out ",
         "AMD EPYC 7763",
         "a_new_fact",
         "id: facebook/opt-350m",
@@ -180,7 +180,7 @@ def test_the_report_begins_with_what_is_doubtful_about_the_data(
         assert text("caveat.one_learning_rate") in report
         assert "columns not read: id, source; read as prompt and answer" in report
         assert text("fact.notes") in report
-    assert compose(doubtful, None, text, "x", "y").warnings, "also where there is no verdict yet"
+    assert compose(doubtful, None, text).warnings, "also where there is no verdict yet"
 
 
 def test_where_nothing_is_doubtful_nothing_warns(folder: Path) -> None:
@@ -192,7 +192,7 @@ def test_where_nothing_is_doubtful_nothing_warns(folder: Path) -> None:
 def test_rows_that_are_cut_are_told_once(evidence: Evidence) -> None:
     few, many = ({"truncated": rows} for rows in (3, 3_000))
     for facts, told in ((few, "3 rows were longer"), (many, "15% of the rows are cut")):
-        content = compose(evidence._replace(data_facts=evidence.data_facts | facts), None, load("en"), "x", "y")
+        content = compose(evidence._replace(data_facts=evidence.data_facts | facts), None, load("en"))
         about = [line for line in [*content.warnings, *content.limits] if "cut" in line]
         assert len(about) == 1
         assert about[0].startswith(told)
@@ -278,7 +278,7 @@ def test_a_long_study_of_many_candidates_stays_small(tmp_path: Path) -> None:
     frame, steps_a_point = training_loss(evidence)
     assert steps_a_point == 8
     assert len(frame) <= POINTS
-    content = compose(evidence, make_verdict(evidence), load("en"), "long", "rankscope run")
+    content = compose(evidence, make_verdict(evidence), load("en"))
     specs = [panel.chart.to_dict() for figure in content.figures for panel in figure.panels]
     assert len(json.dumps(specs)) < 1_500_000
 
@@ -312,7 +312,7 @@ def test_a_rebuilt_report_keeps_no_figure_that_it_no_longer_has(evidence: Eviden
 def test_one_rank_and_one_seed() -> None:
     evidence = make_evidence(make_spec(ranks=[8], seeds=[0]), steps=20)
     verdict = make_verdict(evidence, "not_enough_evidence", caveats=["one_seed", "one_learning_rate"], more_seeds=2)
-    content = compose(evidence, verdict, load("en"), "one", "rankscope run")
+    content = compose(evidence, verdict, load("en"))
     assert content.rank == ""
     assert content.savings.rows == []
     assert content.caveats[0].startswith("Only one seed was run")
@@ -325,10 +325,10 @@ def test_one_rank_and_one_seed() -> None:
 
 
 def test_the_largest_rank_saves_nothing_and_the_best_costs_nothing(evidence: Evidence) -> None:
-    largest = compose(evidence, make_verdict(evidence, chosen=2), load("en"), "x", "y")
+    largest = compose(evidence, make_verdict(evidence, chosen=2), load("en"))
     assert largest.savings.rows == []
     assert largest.savings.note.startswith("This is the largest rank compared")
-    best = compose(evidence, make_verdict(evidence, chosen=1), load("en"), "x", "y")
+    best = compose(evidence, make_verdict(evidence, chosen=1), load("en"))
     assert best.cost.value == ""
     assert best.cost.notes == ["Nothing: it has the lowest held-out loss of all candidates."]
 
@@ -342,7 +342,7 @@ def test_a_diverged_trial_is_told_and_left_out(evidence: Evidence) -> None:
         eval_loss=math.nan,
         train_loss=math.nan,
     )
-    content = compose(changed, make_verdict(changed), load("en"), "x", "y")
+    content = compose(changed, make_verdict(changed), load("en"))
     assert content.trials.rows[0][4:] == [
         "diverged",
         "loss is not finite at step 12",
@@ -368,10 +368,10 @@ def test_of_unfinished_trials_the_finished_ones_are_drawn(evidence: Evidence) ->
 def test_a_loss_above_the_untrained_model_s_is_worse_than_no_training(evidence: Evidence) -> None:
     assert evidence.untrained is not None
     low = evidence._replace(untrained=evidence.untrained.assign(loss=1.23))
-    content = compose(low, make_verdict(low), load("en"), "x", "y")
+    content = compose(low, make_verdict(low), load("en"))
     cells = [row[content.candidates.headers.index("Held-out loss")] for row in content.candidates.rows]
     assert ["worse than\nno training" in cell for cell in cells] == [True, False, False]
-    old = compose(evidence._replace(untrained=None), make_verdict(evidence), load("en"), "x", "y")
+    old = compose(evidence._replace(untrained=None), make_verdict(evidence), load("en"))
     assert "worse" not in str(old.candidates.rows)
 
 
@@ -381,7 +381,7 @@ def test_an_interval_wider_than_the_gain_is_none(evidence: Evidence) -> None:
     table = by_candidate(evidence, verdict).set_index("rank")
     assert table["few_seeds"].tolist() == [False, False, True]
     assert table[["regret_high", "eval_loss_low"]].isna().sum(axis=1).tolist() == [0, 0, 2]
-    content = compose(evidence, verdict, load("en"), "x", "y")
+    content = compose(evidence, verdict, load("en"))
     at = content.candidates.headers.index("Loss above the best (nats)")
     assert content.candidates.rows[2][at] == "0.0050\ntoo few seeds\nfor an interval"
     unknown = by_candidate(evidence, verdict | {"gain": None})
@@ -410,6 +410,7 @@ def test_an_open_verdict_has_its_guess_and_its_command_on_page_and_in_markdown(
 def test_hostile_text_stays_text(evidence: Evidence, tmp_path: Path) -> None:
     spec = make_spec(model={"id": HOSTILE}, data={"id": f"x]({HOSTILE})|`"})
     hostile = make_evidence(spec, steps=8)
+    hostile = hostile._replace(spec=spec.model_copy(update={"name": f"{HOSTILE} ```"}))
     hostile = replace_trial(hostile, 0, status="failed", reason=f"{HOSTILE}</script><!-- | \n## heading")
     hostile = hostile._replace(
         data_facts={
@@ -426,7 +427,7 @@ def test_hostile_text_stays_text(evidence: Evidence, tmp_path: Path) -> None:
         },
     )
     verdict = make_verdict(hostile, caveats=[HOSTILE])
-    build(hostile, verdict, tmp_path, study_name=HOSTILE, reproduce=f"rankscope run {HOSTILE} ```")
+    build(hostile, verdict, tmp_path)
     page = read_page(tmp_path)
     assert [attributes.get("type") for tag, attributes in page.tags if tag == "script"] == [
         "application/json",
@@ -441,20 +442,20 @@ def test_hostile_text_stays_text(evidence: Evidence, tmp_path: Path) -> None:
     outside_code = re.sub(r"^(`{3,})\w*\n.*?^\1$", "", markdown, flags=re.DOTALL | re.MULTILINE)
     assert "<script" not in outside_code.replace("\\<", "")
     assert "\n## heading" not in markdown
-    assert "````sh\nrankscope run <script>alert(1)</script> ```\n````" in markdown
+    assert "````sh\nrankscope run study.yaml --out '<script>alert(1)</script> ```'\n````" in markdown
 
 
 def test_an_empty_comparison_is_a_verdict_too(evidence: Evidence) -> None:
     empty: dict[str, Any] = {"comparison": [], "best_candidate": None, "gain": None, "margins": [], "guess": None}
     verdict = make_verdict(evidence, "not_enough_evidence", seeds=0, **empty)
-    content = compose(evidence, verdict, load("en"), "x", "y")
+    content = compose(evidence, verdict, load("en"))
     assert content.sentence == "There is no verdict yet: no rank has finished its trials."
     assert (content.rank, content.savings.title, content.cost.value) == ("", "", "")
 
 
 def test_embedded_model_and_data_are_named_in_words() -> None:
     evidence = make_evidence(make_spec(model={"id": "embedded"}, data={"id": "embedded"}), steps=8)
-    content = compose(evidence, None, load("en"), "x", "y")
+    content = compose(evidence, None, load("en"))
     assert content.subtitle == "the embedded model on the embedded data"
 
 

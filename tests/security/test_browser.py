@@ -122,8 +122,9 @@ def folder(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of a study whose every name and text is hostile, and whose rows are."""
     root, bad = tmp_path_factory.mktemp("hostile"), lab.all_payloads
     evidence = _evidence(root, bad)
+    evidence = evidence._replace(spec=evidence.spec.model_copy(update={"name": bad}))  # which no study may have
     with images():
-        build(evidence, _verdict(evidence, bad), root / "report", study_name=bad, reproduce=f"rankscope run {bad}")
+        build(evidence, _verdict(evidence, bad), root / "report")
     return root / "report"
 
 

@@ -1,5 +1,6 @@
 """Content of a report in one language, which HTML and Markdown render."""
 
+import shlex
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -84,11 +85,10 @@ class Content(NamedTuple):
         return [missing for section in self.sections for missing in section.missing]
 
 
-def compose(
-    evidence: Evidence, verdict: Verdict, text: Catalogue, study_name: str, reproduce: str, directory: str = ""
-) -> Content:
+def compose(evidence: Evidence, verdict: Verdict, text: Catalogue, directory: str = "") -> Content:
     """Content of the report; `verdict` may be None, and any table of the evidence may be empty. `directory` is the
     study's, as commands name it (default: its name)."""
+    study_name = evidence.spec.name
     table = by_candidate(evidence, verdict)
     rank = (verdict or {}).get("rank")
     caveats = (verdict or {}).get("caveats", [])
@@ -132,7 +132,7 @@ def compose(
         trials=_trials(evidence, text),
         data=data_facts(evidence.data_facts, text),
         machine=machine_facts(evidence.machine, text),
-        reproduce=reproduce,
+        reproduce=f"rankscope run study.yaml --out {shlex.quote(study_name)}",
         study=write_yaml(evidence.parts[-1].spec),
         limits=_limits(evidence, verdict, text),
         version=str((evidence.machine.get("versions") or {}).get("rankscope") or ""),

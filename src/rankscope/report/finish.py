@@ -1,6 +1,5 @@
 """The end of a study: the verdict from its files, its report, and whether both are still those of its files."""
 
-import shlex
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,7 +10,6 @@ from rankscope.files import file_hashes, find_json, write_json
 from rankscope.jobs.repair import find_corrupt, remove_leftovers
 from rankscope.report.card import write_cards
 from rankscope.report.write import build
-from rankscope.spec.models import StudySpec
 from rankscope.spec.options import assemble
 from rankscope.study.evidence import Evidence
 from rankscope.study.growth import with_seeds
@@ -47,8 +45,7 @@ def finish(study: Study, language: str = "en") -> Conclusion:
     verdict = conclude(evidence)
     write_json(study.path / "verdict.json", verdict)
     write_cards(evidence, verdict, study.path / "trials")
-    reproduce = reproduce_command(study.spec)
-    build(evidence, verdict, study.path / "report", language, reproduce=reproduce, directory=str(study.path))
+    build(evidence, verdict, study.path / "report", language, str(study.path))
     write_json(study.file(MADE_OF), _made_of(study, language))
     return Conclusion(study, evidence, verdict)
 
@@ -99,8 +96,3 @@ def _made_of(study: Study, language: str) -> dict[str, Any]:
     hashes = file_hashes(study.path, (*_RESULTS, *_REPORT))
     hashes.pop(MADE_OF, None)
     return {"version": __version__, "language": language, "directory": str(study.path), "files": hashes}
-
-
-def reproduce_command(spec: StudySpec) -> str:
-    """Return the command that runs this study again from its study.yaml."""
-    return f"rankscope run study.yaml --out {shlex.quote(spec.name)}"

@@ -18,27 +18,16 @@ from rankscope.text.verdict import Verdict
 PNG_SCALE = 2.0  # pixels per point of the drawing: sharp in print and on dense screens
 
 
-def build(
-    evidence: Evidence,
-    verdict: Verdict,
-    folder: Path,
-    language: str = "en",
-    *,
-    study_name: str | None = None,
-    reproduce: str = "rankscope run study.yaml",
-    directory: str = "",
-) -> Path:
+def build(evidence: Evidence, verdict: Verdict, folder: Path, language: str = "en", directory: str = "") -> Path:
     """Write index.html, report.md, results.csv, results.parquet and figures/ into `folder`, also on partial evidence.
 
-    `verdict` is the content of verdict.json, or None before there is one. `study_name` defaults to the study's own;
-    `reproduce` is the command that the report shows, `directory` the study's as its other commands name it.
-
-    Returns: the path of index.html. Raises StudyError: the language has no catalogue.
+    `verdict` is the content of verdict.json, or None before there is one; `directory` is the study's, as the commands
+    in the report name it. Returns the path of index.html. Raises StudyError: the language has no catalogue.
     """
-    text, name = load(language), study_name or evidence.spec.name
-    content = compose(evidence, verdict, text, name, reproduce, directory)
+    text = load(language)
+    content = compose(evidence, verdict, text, directory)
     # Figures go into other documents: where no font here has a language's letters, English beats boxes.
-    drawn = content if can_draw(text) else compose(evidence, verdict, load("en"), name, reproduce, directory)
+    drawn = content if can_draw(text) else compose(evidence, verdict, load("en"), directory)
     figures = folder / "figures"
     for figure in drawn.figures:
         for kind, image in render_image(figure).items():

@@ -21,7 +21,6 @@ from rich.live import Live
 from rankscope.errors import StudyDirectoryError, StudyError
 from rankscope.report import html
 from rankscope.report.content import Content, compose
-from rankscope.report.finish import reproduce_command
 from rankscope.study.folder import NOT_ENDED
 from rankscope.study.study import Study
 from rankscope.text.catalogue import Catalogue, load
@@ -66,10 +65,8 @@ class Watch:
             return found | {"again_ms": round(1000 * max(MIN_POLL_SECONDS, taken / MAX_CPU_SHARE))}
 
     def _content(self) -> Content:
-        study = self.study
-        verdict = study.find_verdict()  # `Study.verdict` is cached
-        reproduce, directory = reproduce_command(study.spec), str(study.path)
-        return compose(study.evidence(), verdict, self.text, study.spec.name, reproduce, directory)
+        verdict = self.study.find_verdict()  # `Study.verdict` is cached
+        return compose(self.study.evidence(), verdict, self.text, str(self.study.path))
 
     def _now(self, state: State) -> dict[str, Any]:
         """State as the page shows it; the page reloads its tables when `part` changes."""
