@@ -32,11 +32,9 @@ MAX_STEPS = 1_000_000
 
 
 def batch_indices(examples: int, batch_size: int, seed: int, step: int) -> npt.NDArray[np.int64]:
-    """Indices of the examples of `step`, counted from 0 over the whole schedule: (batch_size,) or fewer.
-
-    Epoch e is the permutation of `numpy.random.default_rng([seed, e])`, divided into batches, so trials with the same
-    seed see the same examples in the same order, whatever their rank.
-    """
+    """Indices of the examples of `step`, counted from 0 over the whole schedule: (batch_size,) or fewer. Epoch e is the
+    permutation of `numpy.random.default_rng([seed, e])`, divided into batches, so trials with the same seed see the
+    same examples in the same order, whatever their rank."""
     epoch, batch = divmod(step, steps_per_epoch(examples, batch_size))
     start = batch * batch_size
     return _permutation(examples, seed, epoch)[start : start + batch_size].copy()  # a copy of the cached permutation

@@ -20,10 +20,8 @@ PNG_SCALE = 2.0  # pixels per point of the drawing: sharp in print and on dense 
 
 def build(evidence: Evidence, verdict: Verdict, folder: Path, language: str = "en", directory: str = "") -> Path:
     """Write index.html, report.md, results.csv, results.parquet and figures/ into `folder`, also on partial evidence.
-
     `verdict` is the content of verdict.json, or None before there is one; `directory` is the study's, as the commands
-    in the report name it. Returns the path of index.html. Raises StudyError: the language has no catalogue.
-    """
+    in the report name it. Returns the path of index.html. Raises StudyError: the language has no catalogue."""
     text = load(language)
     content = compose(evidence, verdict, text, directory)
     # Figures go into other documents: where no font here has a language's letters, English beats boxes.

@@ -158,10 +158,8 @@ class Candidate(Frozen):
 
     @property
     def name(self) -> str:
-        """A file name such as `r008-lr2e-4`, `r008-lr2e-4-a16` or `r008-lr2e-4-pissa`; unique within a study.
-
-        A study's first alpha is not in it, so that trials keep their names when alphas are added.
-        """
+        """A file name such as `r008-lr2e-4`, `r008-lr2e-4-a16` or `r008-lr2e-4-pissa`; unique within a study. A study's
+        first alpha is not in it, so that trials keep their names when alphas are added."""
         alpha = f"-a{self.lora_alpha:g}" if self.alpha_in_name else ""
         return f"r{self.rank:03d}-lr{_short(self.learning_rate)}{alpha}{self._ending}"
 

@@ -489,8 +489,7 @@ class StudySpec(Frozen):
 
     def profiled(self) -> dict[str, Candidate]:
         """Candidates to profile, by profile name: each rank and variant once, as cost depends neither on the learning
-        rate nor on alpha, and the lowest rank once more as the control.
-        """
+        rate nor on alpha, and the lowest rank once more as the control."""
         first: dict[str, Candidate] = {}
         for candidate in self.candidates():
             first.setdefault(candidate.profile_name, candidate)

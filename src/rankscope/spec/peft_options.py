@@ -41,11 +41,8 @@ _STARTS = (True, "gaussian", "orthogonal")  # values of init_lora_weights by whi
 
 
 def checked_options(options: Any) -> dict[str, Any]:
-    """Return the fields of `adapter.peft`.
-
-    Raises:
-        ValueError: a field is the study's own, is unknown, cannot be had in a study, or has a value that PEFT refuses.
-    """
+    """Return the fields of `adapter.peft`. Raises ValueError: a field is the study's own, is unknown, cannot be had in
+    a study, or has a value that PEFT refuses."""
     if not isinstance(options, Mapping):
         raise ValueError("expected a mapping of fields of PEFT's LoraConfig, such as layers_to_transform: [0, 1]")
     for name in options:
@@ -83,13 +80,9 @@ def _defaults() -> dict[str, Any]:
 
 
 def read_adapter_config(file: Path) -> dict[str, Any]:
-    """Fields of a study, such as `adapter.alpha`, from the adapter_config.json of an adapter or in its folder.
-
-    Its rank is left out: ranks are what a study is about.
-
-    Raises:
-        StudyError: it cannot be read, is not of LoRA, or has ranks or alphas of single layers.
-    """
+    """Fields of a study, such as `adapter.alpha`, from the adapter_config.json of an adapter or in its folder. Its rank
+    is left out: ranks are what a study is about. Raises StudyError: it cannot be read, is not of LoRA, or has ranks or
+    alphas of single layers."""
     file = file / "adapter_config.json" if file.is_dir() else file
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

@@ -102,12 +102,8 @@ class StudyFolder:
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
-        """Open an existing study.
-
-        Raises:
-            StudyDirectoryError: `path` holds no study, or a symbolic link leads out of it.
-            StudyError: its study.yaml is corrupt.
-        """
+        """Open an existing study. Raises StudyDirectoryError: `path` holds no study, or a symbolic link leads out of
+        it; StudyError: its study.yaml is corrupt."""
         path = Path(path)
         if not cls.is_at(path):
             raise StudyDirectoryError(f"{path}: not a study (no study.yaml)", "Give the directory that `run` printed.")
@@ -193,10 +189,8 @@ class StudyFolder:
             records.FailuresRecord(failures=after).write(self.file("failures.json"))
 
     def trial_record(self, trial: AnyTrial) -> records.TrialRecord:
-        """trial.json; its status is `pending` before the trial has begun.
-
-        Without results, and as `interrupted`, where these are on fewer evaluation rows than the study has by now.
-        """
+        """trial.json; its status is `pending` before the trial has begun. Without results, and as `interrupted`, where
+        these are on fewer evaluation rows than the study has by now."""
         record = self.saved_record(trial)
         if record.status not in FINISHED or not self.is_stale(record):
             return record

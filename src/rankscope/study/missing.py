@@ -67,10 +67,8 @@ def missing_reference(study: StudyFolder) -> list[FullTrial]:
 
 def missing_profiles(spec: StudySpec, study: StudyFolder | None, again: bool = False) -> list[ProfileJob]:
     """Repeats not yet measured: of memory, repeat by repeat all candidates and the control in a random order; then of
-    time, for those that have none yet, beside the control.
-
-    The order of one study is always the same. With `again` the repeats are those of `StudyFolder.profiled(again=True)`.
-    """
+    time, for those that have none yet, beside the control. The order of one study is always the same. With `again` the
+    repeats are those of `StudyFolder.profiled(again=True)`."""
     if not spec.measure.profiles:
         return []
     done = {name: len(study.profile_repeats(name, again)) if study else 0 for name in spec.profiled()}

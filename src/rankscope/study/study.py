@@ -15,11 +15,8 @@ _SHOWN = ["trial", "status", "train_loss", "eval_loss", "trainable_params", "tok
 
 
 class Study(StudyFolder):
-    """A study: its directory, tables, verdict and report.
-
-    Opening reads nothing but study.yaml; a table is read when its method is called. Tables are tidy pandas DataFrames,
-    with trials in the order of the question.
-    """
+    """A study: its directory, tables, verdict and report. Opening reads nothing but study.yaml; a table is read when
+    its method is called. Tables are tidy pandas DataFrames, with trials in the order of the question."""
 
     results = tables.results
     reference_results = tables.reference_results
