@@ -130,11 +130,9 @@ def _configs(readme: str) -> tuple[dict[str, dict[str, list[str]]], str | None]:
     found: dict[str, dict[str, list[str]]] = {}
     default = None
     given: Any = values.get("configs") if isinstance(values, dict) else None
-    for one in given if isinstance(given, list) else []:
-        files = one.get("data_files") if isinstance(one, dict) else None
-        folder = str(one.get("data_dir") or "").strip("/") if isinstance(one, dict) else ""
-        if not files and folder:
-            files = {_BY_NAME: "**/*"}
+    for one in filter(lambda one: isinstance(one, dict), given if isinstance(given, list) else []):
+        folder = str(one.get("data_dir") or "").strip("/")
+        files = one.get("data_files") or ({_BY_NAME: "**/*"} if folder else None)
         if not files:
             continue
         entries = files if isinstance(files, list) else [files]

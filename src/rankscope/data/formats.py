@@ -109,11 +109,10 @@ def _guesses(
     """Every way to read columns that have none of the formats' own names."""
     if given.keys() & {field for needed in REQUIRED.values() for field in needed}:
         return []
-    found: list[Layout] = []
     more = {field: own.get(field, field) for field in OPTIONAL["messages"]}
-    found += [Layout("messages", {"messages": name} | more, True) for name in _CONVERSATION if name in columns]
+    found = [Layout("messages", {"messages": name} | more, True) for name in _CONVERSATION if name in columns]
+    asked = [name for name in _ASKED if name in columns]
     if not found and "chosen" in columns:
-        asked = [name for name in _ASKED if name in columns]
         if len(asked) == 1 and asked != ["prompt"] and isinstance(sample.get("chosen"), str):
             return [Layout("alpaca", _fields("alpaca", {**own, "instruction": asked[0], "output": "chosen"}), True)]
         prompt = {"prompt": asked[0]} if len(asked) == 1 else {}
@@ -122,7 +121,6 @@ def _guesses(
         if not prompt and "rejected" in columns:
             prompt = {"rejected": "rejected"}
         return [Layout("prompt_completion", prompt | {"completion": "chosen"} | more, True)]
-    asked = [name for name in _ASKED if name in columns]
     inputs = [name for name in _GIVEN if name in columns]
     if not asked and "input" in inputs:
         asked, inputs = ["input"], [name for name in inputs if name != "input"]

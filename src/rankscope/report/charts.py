@@ -11,7 +11,7 @@ import altair as alt
 import pandas as pd
 
 from rankscope.text.catalogue import Catalogue
-from rankscope.text.formats import Unit, rate
+from rankscope.text.formats import rate
 
 FONT = (
     "system-ui, -apple-system, 'Segoe UI', 'Noto Sans', 'Apple SD Gothic Neo', 'Malgun Gothic', "
@@ -189,12 +189,6 @@ class Along(NamedTuple):
 
 def steps_axis(text: Catalogue) -> Along:
     return Along("step", text("chart.step"), ",d", alt.Axis(format=",d", tickMinStep=1, tickCount=6))
-
-
-def in_unit(frame: pd.DataFrame, y_range: tuple[float, float], unit: Unit) -> tuple[pd.DataFrame, tuple[float, float]]:
-    """A curve's frame and the range of its y axis in the unit."""
-    scaled = frame.assign(**{column: frame[column] / unit.factor for column in ("mean", "low", "high")})
-    return scaled, (y_range[0] / unit.factor, y_range[1] / unit.factor)
 
 
 def plain(frame: pd.DataFrame) -> alt.Chart:

@@ -197,7 +197,8 @@ def _curve(evidence: Evidence, table: pd.DataFrame, text: Catalogue, kind: str, 
         shown = frame.assign(seconds=frame["seconds"] / time.factor)
 
     def draw(rows: pd.DataFrame, y_range: tuple[float, float]) -> alt.Chart:
-        scaled, y_range = charts.in_unit(rows, y_range, unit)
+        scaled = rows.assign(**{name: rows[name] / unit.factor for name in ("mean", "low", "high")})
+        y_range = y_range[0] / unit.factor, y_range[1] / unit.factor
         points = not of_time and scaled["step"].nunique() <= 30
         layers = charts.lines(scaled, text, ranks, y_title, y_range, ".4~g", along=axis, points=points)
         thick = charts.plain(scaled).transform_filter("datum.phase === 'train'")

@@ -61,10 +61,6 @@ class Division(NamedTuple):
     def trials(self) -> set[str]:
         return {trial.name for trials in self.packs.values() for trial in trials}
 
-    def trials_of_divided(self) -> list[str]:
-        made = {part for parts in self.divided.values() for part in parts}
-        return [trial.name for pack, trials in self.packs.items() if pack in made for trial in trials]
-
     def named(self, trials: Sequence[Sequence[Trial]]) -> dict[str, list[Trial]]:
         """Name new packs; a name is never used twice."""
         first = len(self.packs) + len(self.divided)

@@ -2,6 +2,7 @@
 
 from functools import cached_property
 from html import escape
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class Study(StudyFolder):
         """Read everything that the analysis and the report start from."""
         results, division = self.results(), self.division()
         status = dict(zip(results["trial"], results["status"], strict=True))
+        divided = set(chain(*division.divided.values()))  # packs that were made of others
         packs = [[trial.name for trial in trials] for trials in division.packs.values()]
         everything = Evidence(
             spec=self.spec,
@@ -61,7 +63,7 @@ class Study(StudyFolder):
             prediction=self.prediction,
             reference=self.reference_examples(),
             reference_results=self.reference_results(),
-            divided=division.trials_of_divided(),
+            divided=[trial.name for pack in division.packs if pack in divided for trial in division.packs[pack]],
             survivors=[t for pack in packs if "diverged" in map(status.get, pack) for t in pack if status[t] == "done"],
             failures=self.open_failures(),
             answers=self.answers(),
