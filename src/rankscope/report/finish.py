@@ -10,6 +10,7 @@ from rankscope.files import file_hashes, find_json, write_json
 from rankscope.jobs.repair import find_corrupt, remove_leftovers
 from rankscope.report.card import write_cards
 from rankscope.report.write import build
+from rankscope.spec.models import StudySpec
 from rankscope.spec.options import assemble
 from rankscope.study.evidence import Evidence
 from rankscope.study.growth import with_seeds
