@@ -1,5 +1,4 @@
-"""The commands: parse, call, print. torch, transformers, pandas and pydantic are imported inside them, so that
-`rankscope --help` is fast."""
+"""The commands: parse, call, print. Slow imports (torch, pandas, pydantic) are inside them: `--help` is fast."""
 
 import logging
 import shlex
@@ -44,6 +43,9 @@ Out = Annotated[Path | None, typer.Option(help="The study's directory. Default: 
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any field: training.steps=200.")]
 LauncherName = Annotated[str, typer.Option("--launcher", help="Where jobs run: local (all GPUs here) or ray.")]
 RayAddress = Annotated[str | None, typer.Option(help="HOST:PORT or auto. Default: RAY_ADDRESS, or Ray here.")]
+UntilSettled = Annotated[
+    bool, typer.Option("--until-settled", help="Add seeds, to 3, 5, 8 and 12, of the ranks that are undecided.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts; all else goes to stderr.")]
 Language = Annotated[str, typer.Option("--lang", help="Language of the report: en or ko.")]
 
@@ -79,13 +81,8 @@ def run(
     launcher: LauncherName = "local",
     ray_address: RayAddress = None,
     remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure the costs of all ranks again.")] = False,
-    until_settled: Annotated[
-        bool,
-        typer.Option("--until-settled", help="Add seeds of ranks still in contention (to 3, 5, 8, 12) while open."),
-    ] = False,
-    hours: Annotated[
-        float | None, typer.Option(help="Start nothing that would end later, and conclude from what is there.")
-    ] = None,
+    until_settled: UntilSettled = False,
+    hours: Annotated[float | None, typer.Option(help="Conclude by then: start nothing that would end later.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and end, like `plan`.")] = False,
     json_: Json = False,
     lang: Language = "en",
@@ -118,9 +115,8 @@ def run(
 
         progress = TerminalProgress(console, path)
         with stoppable(), progress, make_launcher(launcher, spec.model, ray_address, progress.say) as launching:
-            conclusion = run_looks(
-                again or spec, path, launching, progress, trackers, lang, remeasure, limit, until_settled
-            )
+            looks = (again or spec, path, launching, progress, trackers, lang)
+            conclusion = run_looks(*looks, remeasure, limit, until_settled)
     from rankscope.ui.outcome import describe_outcome, show_failures, show_outcome, show_untried
 
     _answer(json_, lambda: describe_outcome(conclusion), lambda: show_outcome(conclusion, console, lang))
@@ -142,7 +138,6 @@ def search(
     json_: Json = False,
 ) -> None:
     """Find the best rank, learning rate, alpha and target modules within a budget. Resumes where it stopped."""
-
     require("optuna", "search", "rankscope search")
     from rankscope.search.folder import Search
     from rankscope.search.space import resolve_search
