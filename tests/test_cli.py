@@ -76,7 +76,7 @@ def test_results_for_scripts(folder: Path) -> None:
     assert found["verdict"] == read_json(folder / "scripts/verdict.json", schema=3)
     (trial,) = found["trials"]
     assert trial["eval_loss"] == read_json(folder / "scripts/trials/r002-lr2e-4-s0/trial.json")["results"]["eval_loss"]
-    assert found["candidates"][0]["rss_mean_bytes"] is None, "it was not measured"
+    assert found["candidates"][0]["cpu_mean_bytes"] is None, "it was not measured"
     assert "Pack p000" in done.stderr
     assert len(warnings_in(done.stderr)) == 1
     assert "few_held_out_rows" in found["verdict"]["caveats"]

@@ -478,8 +478,8 @@ def test_by_candidate_defines_each_number(evidence: Evidence) -> None:
     assert row["eval_loss_sd"] == pytest.approx(0.004)
     assert row["regret"] == pytest.approx(0.007)
     base = 1.9e9 + 3.1e6 * 8
-    assert row["rss_mean_bytes"] == pytest.approx(base)
-    assert row["rss_peak_bytes"] == pytest.approx(base * 1.22 + 1e6)  # the higher of two repeats
+    assert row["cpu_mean_bytes"] == pytest.approx(base)
+    assert row["cpu_peak_bytes"] == pytest.approx(base * 1.22 + 1e6)  # the higher of two repeats
     assert row["step_seconds"] == pytest.approx(0.413)  # the median of 0.408 and 0.418
     assert row["runtime_seconds"] == pytest.approx(960 + 8 * 2.2 + 6)
     assert math.isnan(row["gpu_allocated_peak_bytes"])

@@ -229,7 +229,8 @@ def test_the_run_that_holds_the_study_marks_what_it_was_doing(study: Study, monk
     record = running(study)
     monkeypatch.setattr(pipeline, "study_data", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run_study(study.spec, study.path, LocalLauncher(study.spec.model), RecordingProgress())
+        launcher = LocalLauncher(study.spec.model.model_copy(update={"dtype": "float32"}))  # there is no model
+        pipeline.run_study(study.spec, study.path, launcher, RecordingProgress())
     assert read_json(record)["status"] == "interrupted"
     assert read_json(record)["reason"] == "interrupted by the user, after step 4"
 

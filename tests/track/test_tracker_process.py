@@ -175,7 +175,7 @@ def test_costs_are_means_over_repeats_and_peaks_the_highest() -> None:
         "tokens_per_second": 100.0,
     }
     other = {name: 3 * value for name, value in one.items()}
-    assert costs([{"summary": one}, {"summary": other}], examples=8) == {
+    assert costs([{"summary": one}, {"summary": other}], {}, examples=8) == {
         "average_cpu_memory_gb": 2.0,
         "peak_cpu_memory_gb": 6.0,
         "average_gpu_memory_gb": 6.0,

@@ -189,7 +189,7 @@ def test_dropout_acts() -> None:
     tokens, training = random_tokens(30), recipe(batch_size=4)
     (dropped,) = train_packed("opt-post-norm", [make_trial(8, 1e-2, dropout=0.2)], tokens, training)
     (plain,) = train_packed("opt-post-norm", [make_trial(8, 1e-2)], tokens, training)
-    assert abs(dropped.losses[-1] - plain.losses[-1]) > 1e-3
+    assert abs(dropped.losses[-1] - plain.losses[-1]) > 1e-4
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])

@@ -47,7 +47,7 @@ class TrialFiles(NamedTuple):
     def record(self, status: str, reason: str | None = None, **results: Any) -> None:
         """Write trial.json; `results` are further fields of `TrialRecord`."""
         files = file_hashes(self.folder, TRIAL_FILES) if status in FINISHED else {}
-        known: dict[str, Any] = {"status": status, "reason": reason, "files": files, **results}
+        known: dict[str, Any] = {"status": status, "reason": reason, "files": files, "results": None, **results}
         record = TrialRecord(trial=self.trial.name, **known, **self.facts, **self.trial.model_dump(mode="json"))
         record.write(self.folder / "trial.json")
 

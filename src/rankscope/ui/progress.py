@@ -80,10 +80,8 @@ class TerminalProgress(Display):
         super().__exit__(*error)
 
     def poll(self) -> None:
-        try:  # the run itself reports damage; showing must not end training
+        with suppress(StudyDirectoryError, StudyError):  # the run itself reports damage; showing must not end training
             self._read()
-        except (StudyDirectoryError, StudyError):
-            self._study = None  # which has grown, or is damaged: it is opened again
         state = self._state
         if state is None:
             return
@@ -99,11 +97,12 @@ class TerminalProgress(Display):
 
     def _read(self) -> None:
         """Read the whole study where that is due, else what the trials in training have written."""
-        if self._study is None:
+        due = self._state is None or time.monotonic() >= self._read_again
+        if self._study is None or (due and self._study.study.has_changed()):
             if not StudyFolder.is_at(self._folder):
                 return
             self._study = LiveStudy(StudyFolder.open(self._folder))
-        if self._state is not None and time.monotonic() < self._read_again:
+        if self._state is not None and not due:
             self._state = self._study.refresh(self._state)
             return
         start = time.thread_time()
