@@ -228,8 +228,8 @@ def test_a_second_run_that_is_stopped_marks_nothing_of_the_first(study: Study, m
 def test_the_run_that_holds_the_study_marks_what_it_was_doing(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     record = running(study)
     monkeypatch.setattr(pipeline, "study_data", interrupt)
+    launcher = LocalLauncher(study.spec.model.model_copy(update={"dtype": "float32"}))  # there is no model
     with pytest.raises(KeyboardInterrupt):
-        launcher = LocalLauncher(study.spec.model.model_copy(update={"dtype": "float32"}))  # there is no model
         pipeline.run_study(study.spec, study.path, launcher, RecordingProgress())
     assert read_json(record)["status"] == "interrupted"
     assert read_json(record)["reason"] == "interrupted by the user, after step 4"
