@@ -108,7 +108,7 @@ def run(
         conclusion = finish_complete(begun, lang)
         again = until_settled and conclusion and for_next_look(conclusion)
     if conclusion is None or again:
-        start.check_inputs(spec, data=begun is None)
+        spec = start.check_inputs(spec, data=begun is None)
         from rankscope.jobs.launchers import make_launcher
         from rankscope.pipeline import run_looks
         from rankscope.ui.progress import TerminalProgress
@@ -148,7 +148,7 @@ def search(
     spec = resolve_search(values, options, set_ or (), study)
     path, console = out or Path(f"{spec.study.name}-search"), error_console if json_ else out_console
     start.check_names("en", launcher, ray_address)
-    start.check_inputs(spec.study, data=not path.exists())
+    spec = spec.model_copy(update={"study": start.check_inputs(spec.study, data=not path.exists())})
     console.print(f"Search in {path}/")
     from rankscope.jobs.launchers import make_launcher
     from rankscope.search.run import run

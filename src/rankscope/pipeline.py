@@ -20,6 +20,7 @@ from rankscope.jobs.launchers import make_launcher
 from rankscope.jobs.queue import TimeLimit, run_kind, time_limit
 from rankscope.jobs.repair import remove_corrupt, remove_leftovers
 from rankscope.measure.machine import Site, changes, describe_machine
+from rankscope.model.checks import pinned
 from rankscope.plan.plan import Plan, make_plan, with_site_dtype
 from rankscope.plan.runtime import Fleet
 from rankscope.report.finish import Conclusion, finish, for_next_look
@@ -124,6 +125,7 @@ def run_study(
             spec = study.spec
             resources.enter_context(_interruptible(study))
             _repair(study, remeasure, site, progress.say)
+        spec = spec if study else pinned(spec)
         data, fleet, site = study_data(spec, study), Fleet(launcher.slots(), None), site or launcher.site()
         spec = study.spec if study else with_site_dtype(spec, site)
         plan = make_plan(spec, data, site, fleet, study, remeasure=remeasure, timed=limit is not None)

@@ -11,16 +11,12 @@ from typing import Any
 import datasets  # type: ignore[import-untyped]
 import httpx
 import huggingface_hub as hub
-import pandas as pd
 import pytest
-from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
 from rankscope.data.records import load_records
 from rankscope.data.sources import resolve_sources
 from rankscope.errors import DataError
 from rankscope.spec.models import DataSpec
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def line(*texts: str) -> str:
@@ -221,108 +217,6 @@ def test_names_that_look_like_patterns_or_lists(tmp_path: Path, monkeypatch: pyt
 def test_a_missing_file_is_not_looked_for_on_the_hub(missing: str) -> None:
     with pytest.raises(DataError, match=re.escape(f"{missing}: no such file or folder")):
         texts(missing)
-
-
-class Hub:
-    """The hub's client with one repository, without network; `fetched` are the files asked for."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.files, self.cached, self.fetched = folder / "remote", folder / "cache" / COMMIT, list[str]()
-        self.failure: Exception | None = None
-        self.asked: list[Any] = []
-        monkeypatch.setattr(hub.HfApi, "dataset_info", self.dataset_info)
-        monkeypatch.setattr(hub, "hf_hub_download", self.hf_hub_download)
-        monkeypatch.setattr(hub, "snapshot_download", self.snapshot_download)
-
-    def dataset_info(self, id: str, revision: str | None = None) -> SimpleNamespace:
-        self.asked.append((id, revision))
-        if self.failure:
-            raise self.failure
-        names = [file.relative_to(self.files).as_posix() for file in self.files.rglob("*") if file.is_file()]
-        return SimpleNamespace(sha=COMMIT, siblings=[SimpleNamespace(rfilename=name) for name in names])
-
-    def hf_hub_download(self, filename: str, repo_id: str, repo_type: str, revision: str) -> str:
-        assert (repo_id, repo_type, revision) == ("owner/name", "dataset", COMMIT)
-        if not (self.cached / filename).exists():
-            if self.failure:
-                raise self.failure
-            self.fetched.append(filename)
-            (self.cached / filename).parent.mkdir(parents=True, exist_ok=True)
-            (self.cached / filename).write_bytes((self.files / filename).read_bytes())
-        return str(self.cached / filename)
-
-    def snapshot_download(self, repo_id: str, repo_type: str, revision: str | None, local_files_only: bool) -> str:
-        assert local_files_only
-        if not self.cached.exists():
-            raise FileNotFoundError("not in the cache")
-        return str(self.cached)
-
-
-@pytest.fixture
-def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    return Hub(tmp_path, monkeypatch)
-
-
-def test_only_the_chosen_splits_are_fetched_all_of_one_commit(fake_hub: Hub) -> None:
-    put(fake_hub.files, **{"data__train-00000-of-00002": "a", "data__train-00001-of-00002": "b", "data__test": "c"})
-    pd.DataFrame({"text": ["d"]}).to_parquet(fake_hub.files / "data" / "dev.parquet")
-    records = load_records(DataSpec(id="owner/name", split="test", revision="v1"))
-    assert ([row["text"] for row in records.rows], records.id, records.revision) == (["c"], "owner/name", COMMIT)
-    assert fake_hub.fetched == ["data/test.jsonl"]
-    assert fake_hub.asked == [("owner/name", "v1")]
-    assert texts("owner/name", max_rows=1) == (["a"], ["d"])
-    assert fake_hub.fetched[1:] == ["data/train-00000-of-00002.jsonl", "data/dev.parquet"]
-    assert texts("owner/name") == (["a", "b"], ["d"])
-
-
-def test_the_readme_says_which_files_are_a_configuration_s(fake_hub: Hub) -> None:
-    put(fake_hub.files, code__x="a", math__x="b")
-    configs = [{"config_name": name, "data_files": f"{name}/*.jsonl"} for name in ("code", "math")]
-    (fake_hub.files / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
-    assert texts("owner/name", config="math") == (["b"], [])
-    assert fake_hub.fetched == ["README.md", "math/x.jsonl"]
-    with pytest.raises(DataError, match=r"owner/name: has several configurations: code, math\n.*data.config=code"):
-        texts("owner/name")
-
-
-def test_offline_the_files_of_an_earlier_study_are_read(fake_hub: Hub) -> None:
-    put(fake_hub.files, train="a", test="b")
-    assert texts("owner/name") == (["a"], ["b"])
-    fake_hub.failure = OfflineModeIsEnabled("offline")
-    records = load_records(DataSpec(id="owner/name"))
-    assert ([row["text"] for row in records.rows], records.revision) == (["a"], COMMIT)
-    (fake_hub.cached / "train.jsonl").unlink()
-    with pytest.raises(DataError, match="no split train, only test"):
-        texts("owner/name", split="train")
-
-
-def test_errors_in_a_file_name_it_as_on_the_hub(fake_hub: Hub) -> None:
-    put(fake_hub.files, train="a")
-    (fake_hub.files / "train.jsonl").write_text(line("a", "b") + "{")
-    with pytest.raises(DataError, match=r"^owner/name/train.jsonl, line 3: not valid JSON"):
-        texts("owner/name")
-
-
-@pytest.mark.parametrize("failure", [ConnectionError("x" * 5000), OfflineModeIsEnabled("offline " * 900)])
-def test_without_an_answer_or_a_cache_the_failure_is_told_briefly(failure: Exception, fake_hub: Hub) -> None:
-    fake_hub.failure = failure
-    with pytest.raises(DataError, match=rf"^owner/name: cannot be loaded: {type(failure).__name__}: ") as caught:
-        texts("owner/name")
-    assert "local file" in caught.value.todo
-    assert len(str(caught.value)) < 800
-
-
-def test_a_file_that_cannot_be_fetched_and_a_repository_that_is_not_there(fake_hub: Hub) -> None:
-    put(fake_hub.files, train="a")
-    sources, _ = resolve_sources(DataSpec(id="owner/name"))
-    fake_hub.failure = ConnectionError("lost")
-    with pytest.raises(DataError, match="owner/name: cannot be loaded: ConnectionError: lost"):
-        load_records(DataSpec(id="owner/name"), sources)
-    fake_hub.cached.mkdir(parents=True)  # a repository that was deleted is not read from the cache
-    request = SimpleNamespace(headers={}, request=None, status_code=404, url="")
-    fake_hub.failure = RepositoryNotFoundError("gone", response=request)  # type: ignore[arg-type]
-    with pytest.raises(DataError, match="owner/name: cannot be loaded: RepositoryNotFoundError: gone"):
-        texts("owner/name")
 
 
 def test_a_url_is_fetched_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 from peft.tuners import tuners_utils
 from peft.tuners.lora import model as lora_model
 from peft.utils.other import get_pattern_key
@@ -19,9 +17,9 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from folders import write_model
+from rankscope import hub
 from rankscope.cli import app
 from rankscope.errors import ModelError
-from rankscope.lora import saved
 from rankscope.lora.saved import CONFIG, WEIGHTS, attached, find_adapter, read_adapter
 from rankscope.ui.console import PlainConsole
 
@@ -176,22 +174,12 @@ def test_a_revision_of_a_folder_is_an_error(tmp_path: Path) -> None:
 
 
 def test_an_adapter_on_the_hub_without_safetensors_is_called_that(monkeypatch: pytest.MonkeyPatch) -> None:
-    answer = httpx.Response(404, request=httpx.Request("GET", "https://hub.invalid"))
-
-    def fetch(name: str, file: str, **_: object) -> str:
-        if file == WEIGHTS:
-            raise RemoteEntryNotFoundError("404", response=answer)
-        return f"/x/{file}"
-
-    monkeypatch.setattr(saved, "hf_hub_download", fetch)
+    monkeypatch.setattr(hub, "repository", lambda *_: hub.Repository("0" * 40, [CONFIG, "adapter_model.bin"], True))
+    monkeypatch.setattr(hub, "fetch", lambda *of: Path("/x") / of[-1])
     with pytest.raises(ModelError, match=f"the hub has it, but without {CONFIG} or {WEIGHTS}"):
         find_adapter("someone/adapter")
-
-    def away(name: str, file: str, **_: object) -> str:
-        raise LocalEntryNotFoundError("offline")
-
-    monkeypatch.setattr(saved, "hf_hub_download", away)
-    with pytest.raises(ModelError, match="no such folder, and not on the hub: offline"):
+    monkeypatch.undo()
+    with pytest.raises(ModelError, match="not from the hub: not wholly in the cache, and HF_HUB_OFFLINE is set"):
         find_adapter("someone/adapter")
 
 

@@ -24,7 +24,9 @@ from rankscope.spec.models import DataSpec
 _log = logging.getLogger(__name__)
 
 # Fields of DataSpec that only determine the rows, which have a fingerprint. All other fields are part of the key.
-_ROW_FIELDS = {"id", "config", "revision", "split", "format", "columns", "max_rows", "eval_dataset", "eval_split"}
+_ROW_FIELDS = {
+    "id", "config", "revision", "commits", "split", "format", "columns", "max_rows", "eval_dataset", "eval_split",
+}  # fmt: skip
 
 
 def prepare_cached(spec: DataSpec, tokenizer: Tokenizer, vocab_size: int) -> TokenizedData:

@@ -7,8 +7,10 @@ which are no labels.
 """
 
 import os
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -26,12 +28,19 @@ _ROWS_PER_SEQUENCE = 16  # rows read per sequence needed: a row with text gives 
 _CHARACTERS_PER_TOKEN = 16  # characters tokenised per token needed: a large file takes no longer than a small one
 
 
-def with_general_text(data: TokenizedData, id: str, most: int, tokenizer: Tokenizer, vocab_size: int) -> TokenizedData:
-    """Copy of `data` with the first `most` sequences of the general text `id`, truncated as its rows are. Raises
-    DataError: the text cannot be read, has no `text` column, or no token to predict; ModelError: the tokenizer gives
-    ids that are not in the model's vocabulary."""
+def with_general_text(
+    data: TokenizedData,
+    id: str,
+    most: int,
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    commits: Mapping[str, str] = MappingProxyType({}),
+) -> TokenizedData:
+    """Copy of `data` with the first `most` sequences of the general text `id`, truncated as its rows are; one from the
+    hub is read at its commit in `commits`. Raises DataError: the text cannot be read, has no `text` column, or no token
+    to predict; ModelError: the tokenizer gives ids that are not in the model's vocabulary."""
     try:
-        source = _source(id)
+        source = _source(id, commits)
         tokens = _tokens(source, id, most, data.facts["max_length"], tokenizer, vocab_size)
     except DataError as error:
         raise DataError(f"measure.forgetting: {error.what}", error.todo) from None
@@ -74,7 +83,7 @@ def _tokens(source: Source, id: str, most: int, max_length: int, tokenizer: Toke
     return Tokens.from_examples(examples[:most])
 
 
-def _source(id: str) -> Source:
+def _source(id: str, commits: Mapping[str, str]) -> Source:
     """Data with a `text` column, or a text file as one row."""
     path = Path(os.path.expanduser(id))
     if path.name.lower().endswith((".txt", ".txt.gz")):
@@ -82,7 +91,7 @@ def _source(id: str) -> Source:
             raise _unfit(f"{id}: no such file")
         return Source(id, (Part(str(path), lambda _: iter([(None, {_COLUMN: read_text(path)})])),))
     try:
-        [source], _ = resolve_sources(DataSpec(id=id))
+        [source], _ = resolve_sources(DataSpec(id=id, commits=dict(commits)))
     except DataError as error:
         raise _unfit(error.what) from None
     return source

@@ -312,7 +312,9 @@ def _table(path: Path, name: str) -> Iterator[tuple[tuple[str, ...], Callable[[l
                 ),
             )
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{name}: not readable as {what}: {error}", "Check the file, or fetch it again.") from None
+        here = "Check the file, or fetch it again."
+        todo = here if name == str(path) else f"Delete {path.resolve()}, and run again: it is fetched anew."
+        raise DataError(f"{name}: not readable as {what}: {error}", todo) from None
 
 
 def _without_nulls(value: Any) -> Any:

@@ -10,18 +10,18 @@ import hashlib
 import json
 import os
 import re
-import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from rankscope import hub
 from rankscope.data.folders import SPLITS, divide
 from rankscope.data.readers import FILE_TYPES, Numbered, Part, file_part, file_type, listed
-from rankscope.errors import DataError
+from rankscope.errors import DataError, shortened
 from rankscope.files import published
+from rankscope.hub import HUB_ID
 from rankscope.spec.models import EMBEDDED, DataSpec
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # of a model or a data set
 _SAVED_FILE = re.compile(r"(\w[\w.-]*)?/\w[\w.-]*\.arrow")  # split/file of data saved by `save_to_disk`
 
 
@@ -229,52 +229,58 @@ def _downloaded(url: str) -> Path:
     return path
 
 
+def commits(spec: DataSpec, general: str | None = None) -> dict[str, str]:
+    """Commit of each id of data on the hub, `general` text among them: as `spec` has it, else as it is now. Raises
+    DataError: the hub does not have it, or does not answer and it was never fetched."""
+    ids = dict.fromkeys([*_each(spec.eval_ids), *_each([general] if general else ())], None)
+    ids |= dict.fromkeys(_each(spec.ids), spec.revision)
+    on_hub = {id: revision for id, revision in ids.items() if _is_on_hub(id)}
+    return {id: spec.commits.get(id) or _repository(id, revision).commit for id, revision in on_hub.items()}
+
+
+def _is_on_hub(id: str) -> bool:
+    """Whether an id of data, or of general text, is of the hub."""
+    here = id == EMBEDDED or os.path.exists(os.path.expanduser(id)) or id.lower().endswith(".txt")
+    return not here and bool(HUB_ID.fullmatch(id)) and _is_remote(id)
+
+
+def _repository(id: str, revision: str | None) -> hub.Repository:
+    try:
+        return hub.repository(id, "dataset", revision, "README.md")
+    except Exception as error:
+        raise _not_fetched(id, error) from error
+
+
 def _hub(id: str, spec: DataSpec) -> Splits:
     """Data on the hub; its files are fetched once, split by split, and read from the cache offline."""
-    import huggingface_hub as hub
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    commit, files, _ = _repository(id, spec.commits.get(id) or spec.revision)
 
-    todo = "Check data.id, config, split and revision, and the connection; or give a local file instead."
-    where: dict[str, Any] = {"repo_id": id, "repo_type": "dataset"}
-    try:
+    @functools.cache
+    def path(file: str) -> Path:
         try:
-            info = hub.HfApi().dataset_info(id, revision=spec.revision)
-            commit, files = info.sha, [file.rfilename for file in info.siblings or ()]
-        except (RepositoryNotFoundError, RevisionNotFoundError):
-            raise
-        except Exception as error:  # no answer: what an earlier study fetched, if anything
-            try:
-                folder = Path(hub.snapshot_download(**where, revision=spec.revision, local_files_only=True))
-            except Exception:
-                raise error from None
-            commit = folder.name
-            files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
-        where["revision"] = commit  # one for all files, whatever is pushed meanwhile
-        readme = Path(hub.hf_hub_download(filename="README.md", **where)) if "README.md" in files else None
-    except Exception as error:
-        raise _not_loaded(id, error, todo) from error
+            return hub.fetch(id, "dataset", commit, file)  # of one commit, whatever is pushed meanwhile
+        except Exception as error:
+            raise _not_fetched(id, error) from error
 
     def part(file: str) -> Part:
         name = f"{id}/{file}"
         file_part(Path(file), name)  # an unknown type is not worth fetching
 
-        @functools.cache
-        def fetched() -> Part:
-            try:
-                path = hub.hf_hub_download(filename=file, **where)
-            except Exception as error:
-                raise _not_loaded(id, error, todo) from error
-            return file_part(Path(path), name)
-
         def rows(wanted: Collection[str]) -> Iterator[Numbered]:
-            yield from fetched().rows(wanted)  # the first rows of many files need only the first file
+            yield from file_part(path(file), name).rows(wanted)  # the first rows of many files need only the first file
 
-        return Part(name, rows, lambda: fetched().columns())
+        return Part(name, rows, lambda: file_part(path(file), name).columns())
 
-    text = readme.read_text(encoding="utf-8", errors="replace") if readme else ""
-    return _divided(id, files, text, spec, part, commit)
+    readme = path("README.md").read_text(encoding="utf-8", errors="replace") if "README.md" in files else ""
+    return _divided(id, files, readme, spec, part, commit)
+
+
+def _not_fetched(id: str, error: Exception) -> DataError:
+    if found := hub.explained(id, error):
+        return DataError(f"data set {id}: {found[0]}", found[1] or "Check data.id, config, split and revision.")
+    return _not_loaded(id, error, "Check data.id, config, split and revision; or give a local file instead.")
 
 
 def _not_loaded(name: str, error: Exception, todo: str) -> DataError:
-    message = textwrap.shorten(str(error), 500, placeholder=" ...")
+    message = shortened(" ".join(str(error).split()), 500)
     return DataError(f"{name}: cannot be loaded: {type(error).__name__}: {message}", todo)

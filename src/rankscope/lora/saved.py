@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME as CONFIG
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
@@ -21,8 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rankscope.data.sources import HUB_ID
+from rankscope import hub
 from rankscope.errors import ModelError, StudyError, shortened
+from rankscope.hub import HUB_ID
 from rankscope.lora.adapter_config import PatternKeys, checked_name, pattern_keys, read_config
 from rankscope.lora.adapters import (
     SAVED_PREFIX,
@@ -85,15 +84,16 @@ def find_adapter(name: str, revision: str | None = None) -> Path:
             raise ModelError(f"adapter {name}: --revision {revision}, but a folder has no revision", "Leave it out.")
         return folder
     try:
-        config, _ = (hf_hub_download(name, file, revision=revision) for file in (CONFIG, WEIGHTS))
+        commit, files, _ = hub.repository(name, "model", revision, CONFIG)
+        found = [hub.fetch(name, "model", commit, file) for file in (CONFIG, WEIGHTS) if file in files]
     except Exception as error:  # the hub's client raises its own errors, httpx's and the file system's
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            todo = "Give an adapter in PEFT's format; its weights are read from one safetensors file, not from shards."
-            raise ModelError(f"adapter {name}: the hub has it, but without {CONFIG} or {WEIGHTS}", todo) from None
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        what = f"adapter {name}: no such folder, and not on the hub: {reason}"
-        raise ModelError(what, "Give a folder, or a hub id.") from None
-    return Path(config).parent
+        reason, todo = hub.explained(name, error) or ((str(error).strip() or type(error).__name__).splitlines()[0], "")
+        what = f"adapter {name}: no such folder, and not from the hub: {reason}"
+        raise ModelError(what, todo or "Give a folder, or a hub id.") from None
+    if len(found) < 2:
+        todo = "Give an adapter in PEFT's format; its weights are read from one safetensors file, not from shards."
+        raise ModelError(f"adapter {name}: the hub has it, but without {CONFIG} or {WEIGHTS}", todo)
+    return found[0].parent
 
 
 def read_adapter(folder: Path) -> SavedAdapter:

@@ -11,10 +11,11 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from rankscope import demo
-from rankscope.data.sources import HUB_ID
+from rankscope import demo, hub
+from rankscope.data.sources import commits
 from rankscope.errors import ModelError, require, shortened
-from rankscope.spec.models import EMBEDDED, ModelSpec
+from rankscope.hub import HUB_ID
+from rankscope.spec.models import EMBEDDED, ModelSpec, StudySpec
 
 CONFIG_NAME, ADAPTER_CONFIG_NAME = "config.json", "adapter_config.json"  # as transformers and PEFT have them
 SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
@@ -38,7 +39,7 @@ def source(spec: ModelSpec) -> dict[str, Any]:
     if is_gguf(spec):
         file = Path(spec.id).absolute()
         return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, **SAFE}
-    return {"pretrained_model_name_or_path": location(spec), "revision": spec.revision, **SAFE}
+    return {"pretrained_model_name_or_path": location(spec), "revision": spec.commit or spec.revision, **SAFE}
 
 
 DEQUANTIZED = ("fp8", "mxfp4")
@@ -83,8 +84,7 @@ def check_source(spec: ModelSpec) -> None:
             what = f"model {spec.id}: model.revision is {spec.revision!r}, but a folder has no revision"
             raise ModelError(what, "Remove it.")
         if (folder / ADAPTER_CONFIG_NAME).is_file() and not (folder / CONFIG_NAME).is_file():
-            what = f"model {spec.id}: an adapter ({ADAPTER_CONFIG_NAME}), not a model"
-            raise ModelError(what, "Give the model that it was trained on: base_model_name_or_path in that file.")
+            raise _is_adapter(spec)
         if not (folder / CONFIG_NAME).is_file():
             raise ModelError(f"model {spec.id}: no {CONFIG_NAME} in the folder", _FOLDER_HOLDS)
         return
@@ -92,6 +92,41 @@ def check_source(spec: ModelSpec) -> None:
         raise ModelError(f"model {spec.id}: a file, not a folder", _FOLDER_HOLDS)
     if not HUB_ID.fullmatch(spec.id):
         raise ModelError(f"model {spec.id}: no such folder", "Check the id: a folder, or a hub id such as owner/name.")
+
+
+def pinned(spec: StudySpec, begun: StudySpec | None = None) -> StudySpec:
+    """The question with the commits of its hub ids, at which all of the study is then read: those that it or `begun`
+    has, else where the ids are now. Raises ModelError, DataError: the hub does not have an id, or does not answer and
+    it was never fetched."""
+    check_source(spec.model)
+    commit = begun.model.commit if begun else spec.model.commit
+    found = begun.data.commits if begun else commits(spec.data, spec.measure.forgetting)
+    if commit is None and not begun and not os.path.exists(location(spec.model)):
+        commit = _commit(spec.model)
+    model, data = spec.model.model_copy(update={"commit": commit}), spec.data.model_copy(update={"commits": found})
+    return spec.model_copy(update={"model": model, "data": data})
+
+
+def _commit(spec: ModelSpec) -> str:
+    """Commit of a model on the hub. Raises ModelError: there is none, or it has no safetensors weights."""
+    try:
+        commit, files, whole = hub.repository(spec.id, "model", spec.revision, CONFIG_NAME)
+    except Exception as error:
+        raise loading_error(spec, "configuration", error) from error
+    if ADAPTER_CONFIG_NAME in files and CONFIG_NAME not in files:
+        raise _is_adapter(spec)
+    if whole and CONFIG_NAME not in files:
+        raise ModelError(f"model {spec.id}: no {CONFIG_NAME} in it", "Give a model as transformers saves it.")
+    if whole and not any(file.endswith(".safetensors") for file in files):
+        others = [file for file in files if file.endswith((".bin", ".pt", ".pth", ".gguf"))]
+        what = f"model {spec.id}: no *.safetensors in it" + (f", only {others[0]}, which is not read" if others else "")
+        raise ModelError(what, "Load it where you trust it, save it with save_pretrained, and give that folder.")
+    return commit
+
+
+def _is_adapter(spec: ModelSpec) -> ModelError:
+    what = f"model {spec.id}: an adapter ({ADAPTER_CONFIG_NAME}), not a model"
+    return ModelError(what, "Give the model that it was trained on: base_model_name_or_path in that file.")
 
 
 def check_folder(spec: ModelSpec) -> None:
@@ -208,7 +243,7 @@ def model_file(spec: ModelSpec, name: str) -> Path | None:
         return None
     lenient = ("missing_entries", "connection_errors", "gated_repo")  # loading has a better message
     options: dict[str, Any] = {f"_raise_exceptions_for_{name}": False for name in lenient}
-    file = cached_file(location(spec), name, revision=spec.revision, **options)
+    file = cached_file(location(spec), name, revision=spec.commit or spec.revision, **options)
     return Path(file) if file else None
 
 
@@ -216,6 +251,8 @@ def loading_error(spec: ModelSpec, part: str, error: Exception) -> ModelError:
     """Error about a part of the model (configuration, tokenizer, model) that could not be loaded."""
     logging.getLogger(__name__).debug("loading failed", exc_info=error)
     folder = Path(location(spec))
+    if not os.path.exists(folder) and (found := hub.explained(spec.id, error)):
+        return ModelError(f"model {spec.id}: {found[0]}", found[1] or "Check the id and the revision.")
     reason = textwrap.shorten(str(error), 300, placeholder=" ...")
     if isinstance(error, LookupError) or not reason:  # a LookupError's text is only the key
         reason = f"{type(error).__name__}: {reason}"
@@ -225,10 +262,15 @@ def loading_error(spec: ModelSpec, part: str, error: Exception) -> ModelError:
         reason = (
             "its tokenizer.model takes the package sentencepiece, which is not installed: pip install sentencepiece"
         )
-    reason = _corrupt_file(folder) or reason
+    if corrupt := _corrupt_file(_files_of(spec)):
+        file, fault = corrupt
+        reason = f"{file}: {fault}"
+        if not folder.is_dir():
+            todo = f"Delete {file.resolve()}, and run again: it is fetched anew."
+            return ModelError(f"model {spec.id}: {file.name} in the hub's cache: {fault}", todo)
     if "trust_remote_code" in str(error):  # which transformers advises
         reason = "it needs custom code of its own, which is never run"
-    todo = "Check the id (hub id or folder), the network, and `hf auth login` for a gated model."
+    todo = "Check the id: a folder, or a hub id such as owner/name."
     if folder.is_dir():
         todo = _FOLDER_HOLDS
         if part == "tokenizer":
@@ -241,17 +283,26 @@ def loading_error(spec: ModelSpec, part: str, error: Exception) -> ModelError:
     return ModelError(f"{part} of {spec.id} cannot be loaded: {reason}", todo)
 
 
-def _corrupt_file(folder: Path) -> str | None:
-    """Fault of the first file in a model's folder that is no valid JSON or safetensors; None without one."""
+def _files_of(spec: ModelSpec) -> Path:
+    """Folder with the model's files; of a hub id that of its commit in the cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = Path(location(spec))
+    cached = None if folder.exists() else try_to_load_from_cache(spec.id, CONFIG_NAME, revision=spec.commit)
+    return Path(cached).parent if isinstance(cached, str) else folder
+
+
+def _corrupt_file(folder: Path) -> tuple[Path, str] | None:
+    """First file in a model's folder that is no valid JSON or safetensors, and its fault; None without one."""
     for file in sorted(folder.glob("*.json")):
         try:
             json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            return f"{file}: not valid JSON: {error}"
+            return file, f"not valid JSON: {error}"
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="numpy"):
                 pass
         except (OSError, SafetensorError) as error:
-            return f"{file}: corrupt or incomplete: {error}"
+            return file, f"corrupt or incomplete: {error}"
     return None

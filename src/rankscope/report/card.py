@@ -11,8 +11,8 @@ from huggingface_hub import ModelCardData
 
 from rankscope import __version__
 from rankscope.data.doubts import data_warnings
-from rankscope.data.sources import HUB_ID
 from rankscope.files import write_atomic
+from rankscope.hub import HUB_ID
 from rankscope.report.markdown import escape, markdown_table
 from rankscope.spec.candidates import PLAIN, Trial
 from rankscope.study.evidence import Evidence

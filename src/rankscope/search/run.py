@@ -13,6 +13,7 @@ from rankscope.files import write_json
 from rankscope.jobs.job import Launcher, Say
 from rankscope.jobs.queue import run_jobs
 from rankscope.measure.machine import Site, describe_machine
+from rankscope.model.checks import pinned
 from rankscope.plan.checks import check_base_fits, check_ranks
 from rankscope.plan.costs import CostModel, predict
 from rankscope.plan.memory import StudyMemory
@@ -40,6 +41,8 @@ def run(
         DataError, ModelError: the data or the model cannot be used.
         WorkerError: the child process ended without finishing its work.
     """
+    known = Search.open(out).spec.study if (out / "search.yaml").exists() else None
+    spec = spec.model_copy(update={"study": pinned(spec.study, known)})
     site = launcher.site()
     predictions = _predictions(spec, site)
     full_rank = min(prediction.full_rank for prediction in predictions)

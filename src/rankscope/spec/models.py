@@ -112,6 +112,8 @@ class ModelSpec(Frozen):
     """Hub id, folder, .gguf file, or `embedded` for the small pretrained model that comes with rankscope."""
     revision: str | None = None
     """Hub revision (branch, tag, commit). Not for folders."""
+    commit: str | None = None
+    """Commit of that revision when the study began; rankscope writes it, and all later runs load it."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of products and of the base weights in them. `auto`: bfloat16 on GPUs that have it, and for models 512
     or more wide on CPUs with AVX512_BF16 or AMX; else float32. Adapters, norms and sums are float32."""
@@ -139,6 +141,8 @@ class DataSpec(Frozen):
     """Configuration of a hub dataset that has several."""
     revision: str | None = None
     """Hub revision (branch, tag, commit). Not for files."""
+    commits: dict[str, str] = {}  # noqa: RUF012  pydantic copies it
+    """Commit of each hub id when the study began; rankscope writes them, and all later runs read them."""
     split: Name | None = None
     """Split to train on. Default: `train`, or the only one there is."""
     format: Literal["auto", "alpaca", "prompt_completion", "messages", "text"] = "auto"

@@ -39,7 +39,8 @@ def prepare_data(spec: StudySpec) -> TokenizedData:
     data = TokenizedData(data.train, data.eval, data.facts | {"id": spec.data.name})
     if measured.forgetting is None:
         return data
-    return with_general_text(data, measured.forgetting, measured.forgetting_rows, tokenizer, config.vocab_size)
+    asked = measured.forgetting, measured.forgetting_rows
+    return with_general_text(data, *asked, tokenizer, config.vocab_size, spec.data.commits)
 
 
 def study_data(spec: StudySpec, study: StudyFolder | None) -> TokenizedData:

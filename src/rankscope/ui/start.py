@@ -27,19 +27,21 @@ def check_names(language: str = "en", launcher: str = "local", ray_address: str 
     check_launcher(launcher, ray_address)
 
 
-def check_inputs(spec: "StudySpec", data: bool = True) -> None:
-    """Raise ModelError where a local model, DataError where local `data`, cannot be used."""
+def check_inputs(spec: "StudySpec", data: bool = True) -> "StudySpec":
+    """The question with the commits of its hub ids. Raises ModelError where the model, DataError where `data`, are not
+    there, or a local one cannot be used."""
     from rankscope.data.sources import check_local
-    from rankscope.model.checks import check_folder
+    from rankscope.model.checks import check_folder, pinned
 
     check_folder(spec.model)
     if data:
         check_local(spec.data)
+    return pinned(spec) if data else spec
 
 
 def check_adapter(name: str) -> None:
     """Raise ModelError where a local folder holds no adapter."""
-    from rankscope.data.sources import HUB_ID
+    from rankscope.hub import HUB_ID
     from rankscope.model.checks import check_adapter_folder
 
     if os.path.isdir(name) or not HUB_ID.fullmatch(name):
@@ -72,7 +74,7 @@ def _with_tables(study: "StudyFolder") -> "Study":
 
 def show_plan(spec: "StudySpec", begun: "Study | None", as_json: bool, rows: int = 0, **options: Any) -> None:
     """Print the plan of a study: `rankscope.ui.plan`, whose `plan_study` takes the options."""
-    check_inputs(spec, data=begun is None)
+    spec = check_inputs(spec, data=begun is None)
     announce("Planning")
     from rankscope.ui.plan import plan_study, show_plan
 

@@ -1,0 +1,126 @@
+"""The Hugging Face Hub, or a mirror at HF_ENDPOINT: commits, files, and failures in words. Its client is imported where
+it is needed."""
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from rankscope.errors import RankscopeError
+from rankscope.files import find_json, write_json
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # of a model or a data set
+_OFFLINE = "What was fetched once is used offline; HF_ENDPOINT names a mirror, HTTPS_PROXY a proxy."
+
+
+class Repository(NamedTuple):
+    """A repository as one commit of it is."""
+
+    commit: str
+    files: list[str]
+    whole: bool  # whether `files` are all there are, not only those fetched earlier
+
+
+def repository(id: str, kind: Literal["model", "dataset"], revision: str | None, file: str) -> Repository:
+    """The commit that `revision` (default: main) is now, and its files. Without an answer of the hub it is the commit
+    that was fetched last. `file` is one that is needed anyway: with it the cache learns which commit `revision` was.
+    Raises the errors of the hub's client; `explained` has them in words."""
+    import huggingface_hub as hub
+    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    _quiet()
+    where: dict[str, Any] = {"repo_id": id, "repo_type": kind, "revision": revision}
+    try:
+        info: Any = hub.HfApi().repo_info(**where, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT)
+        with suppress(EntryNotFoundError):
+            hub.hf_hub_download(filename=file, **where)
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise
+    except Exception as error:  # no answer: what an earlier study fetched, if anything
+        try:
+            folder = Path(hub.snapshot_download(**where, local_files_only=True, allow_patterns=[file]))
+        except Exception:
+            raise error from None
+        with suppress(RankscopeError):  # some of its files may not have been fetched
+            if listed := find_json(_listing(kind, id, folder.name)):
+                return Repository(folder.name, listed["files"], True)
+        files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        return Repository(folder.name, files, False)
+    files = [one.rfilename for one in info.siblings or ()]
+    with suppress(OSError):  # a cache that cannot be written
+        write_json(_listing(kind, id, info.sha), {"files": files})
+    return Repository(info.sha, files, True)
+
+
+def _listing(kind: str, id: str, commit: str) -> Path:
+    """File with the names of all files of a commit, for runs offline."""
+    import huggingface_hub as hub
+
+    return Path(hub.cached_assets_path("rankscope", kind, id.replace("/", "--"))) / f"{commit}.json"
+
+
+def fetch(id: str, kind: Literal["model", "dataset"], commit: str, file: str) -> Path:
+    """A file of a commit, in the cache. Raises the errors of the hub's client."""
+    import huggingface_hub as hub
+
+    _quiet()
+    return Path(hub.hf_hub_download(id, file, repo_type=kind, revision=commit))
+
+
+def explained(id: str, error: BaseException) -> tuple[str, str] | None:
+    """Why the hub did not give what was asked of it, and the way out; None where `error` is of something else."""
+    from huggingface_hub import constants, errors
+
+    at = constants.ENDPOINT
+    for cause in _chain(error):
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if isinstance(cause, errors.GatedRepoError):
+            todo = f"Accept its terms at {at}/{id}, then `hf auth login`, or set HF_TOKEN."
+            return "it is gated, and this account has no access to it", todo
+        if isinstance(cause, errors.RevisionNotFoundError):
+            return "it has no such revision", f"Give a branch, a tag or a commit: {at}/{id} lists them."
+        if isinstance(cause, errors.RepositoryNotFoundError):
+            todo = "Check the id. For a private one: `hf auth login`, or set HF_TOKEN."
+            return f"{at} has none of that name, or it is private", todo
+        if isinstance(cause, errors.RemoteEntryNotFoundError):
+            return f"it has no file {str(getattr(cause, 'request', None) and cause.request.url).rpartition('/')[2]}", ""
+        local = isinstance(cause, errors.LocalEntryNotFoundError) and cause.__cause__ is None
+        if local or isinstance(cause, errors.OfflineModeIsEnabled):
+            return "not wholly in the cache, and HF_HUB_OFFLINE is set", "Run once with HF_HUB_OFFLINE=0."
+        if status == 429:
+            wait = cause.response.headers.get("Retry-After")  # type: ignore[attr-defined]
+            after = f" in {wait} seconds" if wait else " later"
+            return "too many requests (429)", f"Run again{after}; `hf auth login` raises the limit."
+        if status in (401, 403):
+            return f"{at} refuses access ({status})", "Check the token: `hf auth whoami`, `hf auth login`, HF_TOKEN."
+        if status is not None:
+            return f"{at} answers {status}", f"Run again later. {_OFFLINE}"
+        if isinstance(cause, OSError) and "Consistency check failed" in str(cause):
+            return "the download broke off", "Run again: files that are whole are not fetched again."
+        if type(cause).__module__.startswith("httpx"):
+            slow = "Timeout" in type(cause).__name__
+            reason = "no answer in time" if slow else f"no connection: {' '.join(str(cause).split()) or 'closed'}"
+            return f"{at}: {reason}", f"Check the network. {_OFFLINE}"
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _quiet() -> None:
+    """Keep the client's retries and hints to itself; that it waits for a rate limit is told."""
+    import huggingface_hub  # noqa: F401  its logger's handler is made by the import
+
+    for handler in logging.getLogger("huggingface_hub").handlers:
+        if _is_told not in handler.filters:
+            handler.addFilter(_is_told)
+
+
+def _is_told(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR or "Rate limited" in record.getMessage()
