@@ -14,6 +14,7 @@ from rankscope.data.tokens import Tokens, load
 from rankscope.errors import ModelError, StudyError
 from rankscope.lora import svd
 from rankscope.lora.saved import SavedAdapter, find_adapter, read_adapter, write_adapter
+from rankscope.model.checks import pinned
 from rankscope.model.load import load_model
 from rankscope.resize import loss_budget as budget
 from rankscope.resize.rules import Rule, option_name
@@ -151,7 +152,7 @@ def find_held_out(folder: Path, saved: SavedAdapter, options: Mapping[str, Any],
         named["revision"] = None if Path(base).is_dir() else saved.config.revision
     if "model" not in named:
         raise StudyError("--model is missing: the adapter names no base model", "Name the model it was trained on.")
-    spec = assemble({}, named, sets)
+    spec = pinned(assemble({}, named, sets))
     return HeldOut(spec.model, prepare_data(spec).eval)
 
 
