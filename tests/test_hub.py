@@ -245,6 +245,7 @@ def test_a_study_stays_at_the_commits_it_began_with(published: HubServer, tmp_pa
         again = tmp_path / f"again-{offline}"
         [(code, said)] = commands([["run", *STUDY, *FAST, "--out", str(again)]], where, home, HF_HUB_OFFLINE=offline)
         assert code == 0, said
+        assert ("which was fetched before" in said) == (offline == "0")
         assert StudyFolder.open(again).spec.model.commit == commits[0]  # what was fetched
         assert StudyFolder.open(again).spec.data.commits == {"owner/rows": commits[1]}
 

@@ -12,6 +12,7 @@ from rankscope.errors import RankscopeError
 from rankscope.files import find_json, write_json
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # of a model or a data set
+_log = logging.getLogger(__name__)
 _OFFLINE = "What was fetched once is used offline; HF_ENDPOINT names a mirror, HTTPS_PROXY a proxy."
 
 
@@ -28,10 +29,17 @@ def repository(id: str, kind: Literal["model", "dataset"], revision: str | None,
     that was fetched last. `file` is one that is needed anyway: with it the cache learns which commit `revision` was.
     Raises the errors of the hub's client; `explained` has them in words."""
     import huggingface_hub as hub
-    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     _quiet()
     where: dict[str, Any] = {"repo_id": id, "repo_type": kind, "revision": revision}
+    if revision and (files := _listed(kind, id, revision)):  # a commit stays as it is
+        return Repository(revision, files, True)
     try:
         info: Any = hub.HfApi().repo_info(**where, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT)
         with suppress(EntryNotFoundError):
@@ -43,11 +51,12 @@ def repository(id: str, kind: Literal["model", "dataset"], revision: str | None,
             folder = Path(hub.snapshot_download(**where, local_files_only=True, allow_patterns=[file]))
         except Exception:
             raise error from None
-        with suppress(RankscopeError):  # some of its files may not have been fetched
-            if listed := find_json(_listing(kind, id, folder.name)):
-                return Repository(folder.name, listed["files"], True)
-        files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-        return Repository(folder.name, files, False)
+        if not isinstance(error, OfflineModeIsEnabled):
+            reason, _ = explained(id, error) or (str(error), "")
+            _log.warning("%s: %s; commit %s is used, which was fetched before", id, reason, folder.name[:7])
+        files = _listed(kind, id, folder.name)  # some of them may not have been fetched
+        here = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        return Repository(folder.name, files or here, files is not None)
     files = [one.rfilename for one in info.siblings or ()]
     with suppress(OSError):  # a cache that cannot be written
         write_json(_listing(kind, id, info.sha), {"files": files})
@@ -58,7 +67,14 @@ def _listing(kind: str, id: str, commit: str) -> Path:
     """File with the names of all files of a commit, for runs offline."""
     import huggingface_hub as hub
 
-    return Path(hub.cached_assets_path("rankscope", kind, id.replace("/", "--"))) / f"{commit}.json"
+    return Path(hub.cached_assets_path("rankscope", kind, id.replace("/", "--"))) / f"{commit.replace('/', '--')}.json"
+
+
+def _listed(kind: str, id: str, commit: str) -> list[str] | None:
+    with suppress(RankscopeError, OSError):  # damaged, or in a cache that cannot be read
+        if found := find_json(_listing(kind, id, commit)):
+            return [*found["files"]]
+    return None
 
 
 def fetch(id: str, kind: Literal["model", "dataset"], commit: str, file: str) -> Path:
