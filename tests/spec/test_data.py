@@ -203,7 +203,8 @@ def test_files_that_hold_no_chat_template(name: str, content: bytes, message: st
 
 def test_defaults() -> None:
     assert data().model_dump(exclude={"id", "max_length", "split_seed"}) == {
-        "config": None, "revision": None, "split": None, "format": "auto", "columns": {}, "template": DEFAULT_TEMPLATE,
+        "config": None, "revision": None, "commits": {}, "split": None, "format": "auto", "columns": {},
+        "template": DEFAULT_TEMPLATE,
         "template_without_input": None, "chat_template": None, "loss_on": None, "max_rows": None, "eval_rows": None,
         "eval_dataset": None, "eval_split": None, "skip_bad_rows": False, "force": False,
     }  # fmt: skip
