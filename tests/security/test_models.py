@@ -208,7 +208,7 @@ def test_the_name_of_a_builder_is_no_data_set(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.json").write_text('{"instruction": "a", "output": "b"}\n')
     for name in ("json", "webdataset"):
-        with pytest.raises(DataError, match=f"{name}: cannot be loaded"):
+        with pytest.raises(DataError, match=f"data set {name}: not wholly in the cache"):
             load_records(DataSpec(id=name))
 
 
