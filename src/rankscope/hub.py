@@ -104,7 +104,8 @@ def explained(id: str, error: BaseException) -> tuple[str, str] | None:
             return f"it has no file {str(getattr(cause, 'request', None) and cause.request.url).rpartition('/')[2]}", ""
         local = isinstance(cause, errors.LocalEntryNotFoundError) and cause.__cause__ is None
         if local or isinstance(cause, errors.OfflineModeIsEnabled):
-            return "not wholly in the cache, and HF_HUB_OFFLINE is set", "Check the id, or run once with HF_HUB_OFFLINE=0."
+            todo = "Check the id, or run once with HF_HUB_OFFLINE=0."
+            return "not wholly in the cache, and HF_HUB_OFFLINE is set", todo
         if status == 429:
             wait = cause.response.headers.get("Retry-After")  # type: ignore[attr-defined]
             after = f" in {wait} seconds" if wait else " later"
