@@ -1,6 +1,7 @@
 """The hub as its client speaks to it, unpatched: what is asked of it, what is pinned, what works without it, what is
 said when it refuses. Commands run in processes of their own, which know the hub by HF_ENDPOINT alone."""
 
+import hashlib
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import pytest
 from safetensors.torch import load, save
 
 from hub_server import HubServer, serving
+from rankscope.search.folder import Search
 from rankscope.study.folder import StudyFolder
 from rankscope.study.study import Study
 
@@ -38,11 +40,12 @@ from rankscope.data.sources import commits, resolve_sources
 from rankscope.errors import DataError
 from rankscope.spec.models import DataSpec
 for asked in json.loads(sys.argv[1]):
+    general = asked.pop("general", None)
     spec = DataSpec(**asked)
     try:
         found = [load_records(spec, sources) if sources else None for sources in resolve_sources(spec)]
         texts = [[row["text"] for row in records.rows] if records else [] for records in found]
-        print(json.dumps({"texts": texts, "commits": commits(spec)}))
+        print(json.dumps({"texts": texts, "commits": commits(spec, general)}))
     except DataError as error:
         print(json.dumps(str(error)))
 """
@@ -148,6 +151,8 @@ def test_rows_of_several_files_and_configurations(hub: HubServer, tmp_path: Path
     front = [{"config_name": name, "data_files": f"{name}/*.parquet"} for name in ("code", "math")]
     readme = f"---\nconfigs: {json.dumps(front)}\n---\n".encode()
     configured.push({"README.md": readme, "code/x.parquet": parquet("x"), "math/y.parquet": parquet("y")})
+    held = hub.repository("owner/held", "datasets").push({"test.jsonl": b'{"text": "h"}\n'})
+    prose = hub.repository("owner/prose", "datasets").push({"train.jsonl": b'{"text": "p"}\n'})
     configured.push({"README.md": b"", "train.jsonl": b'{"text": "old"}\n{'}, branch="v1")
     asked: list[dict[str, Any]] = [
         {"id": "owner/plain", "max_rows": 1},
@@ -156,10 +161,13 @@ def test_rows_of_several_files_and_configurations(hub: HubServer, tmp_path: Path
         {"id": "owner/configured"},
         {"id": "owner/configured", "revision": "v1"},
         {"id": "owner/plain", "split": "validation"},
+        {"id": "owner/plain", "eval_dataset": "owner/held", "general": "owner/prose"},
     ]
-    one, both, math, several, broken, unknown = rows(asked, hub.url, tmp_path)
+    one, both, math, several, broken, unknown, three = rows(asked, hub.url, tmp_path)
     assert (one["texts"], both["texts"], math["texts"]) == ([["a"], ["d"]], [["a", "b", "c"], ["d"]], [["y"], []])
     assert both["commits"] == {"owner/plain": first}
+    assert three["texts"] == [["a", "b", "c"], ["h"]]
+    assert three["commits"] == {"owner/plain": first, "owner/held": held, "owner/prose": prose}
     assert several.startswith("owner/configured: has several configurations: code, math\n")
     assert broken.startswith("owner/configured/train.jsonl, line 2: not valid JSON")
     assert unknown.startswith("owner/plain: no split validation, only test, train")
@@ -195,9 +203,11 @@ def another_model(files: dict[str, bytes]) -> dict[str, bytes]:
     return files | {WEIGHTS: save(weights, {"format": "pt"})}
 
 
-def alpaca(rows: range) -> bytes:
-    file = io.BytesIO()
-    pd.DataFrame([{"instruction": f"Add {n}", "output": f"return {n}"} for n in rows]).to_parquet(file)
+def alpaca(rows: range, more: int = 0) -> bytes:
+    """Parquet of some rows, with so many bytes `more` in a column that is not read."""
+    file, columns = io.BytesIO(), [{"instruction": f"Add {n}", "output": f"return {n}"} for n in rows]
+    note = {"note": [os.urandom(more // len(rows)) for _ in rows]} if more else {}
+    pd.DataFrame(columns).assign(**note).to_parquet(file)
     return file.getvalue()
 
 
@@ -242,10 +252,11 @@ def test_a_study_stays_at_the_commits_it_began_with(published: HubServer, tmp_pa
     assert {study.trial_record(trial).status for trial in study.trials} == {"done"}
     assert len({study.trial_record(trial).model_sha256 for trial in study.trials}) == 1
     for where, offline in ((gone, "0"), (hub.url, "1")):
-        again = tmp_path / f"again-{offline}"
+        again, answered = tmp_path / f"again-{offline}", len(hub.requests)
         [(code, said)] = commands([["run", *STUDY, *FAST, "--out", str(again)]], where, home, HF_HUB_OFFLINE=offline)
         assert code == 0, said
         assert ("which was fetched before" in said) == (offline == "0")
+        assert len(hub.requests) == answered
         assert StudyFolder.open(again).spec.model.commit == commits[0]  # what was fetched
         assert StudyFolder.open(again).spec.data.commits == {"owner/rows": commits[1]}
 
@@ -253,16 +264,22 @@ def test_a_study_stays_at_the_commits_it_began_with(published: HubServer, tmp_pa
 @pytest.mark.slow
 def test_downloads_that_break_off_and_caches_that_are_damaged(published: HubServer, tmp_path: Path) -> None:
     hub, home = published, tmp_path / "hf"
-    size = len(hub.repository("owner/model").commits[hub.repository("owner/model").refs["main"]][WEIGHTS])
-    hub.fail("/stored/", times=1, cut=200)
+    [weights] = (files[WEIGHTS] for files in hub.repository("owner/model").commits.values())
+    part = 10 * 2**20  # what the client writes at a time
+    large, small = (alpaca(rows, more) for rows, more in ((range(30), part + 2**19), (range(30, 60), 0)))
+    names = [f"data/train-{n:05}-of-00002.parquet" for n in range(2)]
+    hub.repository("owner/rows", "datasets").push(dict(zip(names, (large, small), strict=True)))
+    stored = [f"/stored/{hashlib.sha256(file).hexdigest()}" for file in (weights, large)]
+    for path, cut in zip(stored, (200, part + 200), strict=True):
+        hub.fail(path, times=1, cut=cut)
     run = ["run", *STUDY, *FAST, "--seeds", "0"]
     [(code, said)] = commands([[*run, "--out", str(tmp_path / "one")]], hub.url, home)
     assert code == 0, said
     assert "resume" not in said
     assert "%|" not in said
-    assert [one.range for one in hub.asked("/stored/", "GET") if one.range] == ["bytes=200-"]
+    assert [[one.range for one in hub.asked(path, "GET")] for path in stored] == [[None] * 2, [None, f"bytes={part}-"]]
     for file in home.rglob(WEIGHTS):
-        file.write_bytes(file.read_bytes()[: size // 2])
+        file.write_bytes(weights[: len(weights) // 2])
     [(code, said)] = commands([[*run, "--out", str(tmp_path / "two")]], hub.url, home)
     assert code == 3, said
     assert f"error: model owner/model: {WEIGHTS} in the hub's cache: corrupt or incomplete" in said
@@ -316,3 +333,25 @@ def test_adapters_by_hub_id(hub: HubServer, trained: Study, tmp_path: Path) -> N
     assert "none of that name" in error(found[4][1])
     assert (Path(out) / "adapter_model.safetensors").is_file()
     assert all(first in one.path for one in hub.asked("owner/adapter/resolve.*safetensors"))
+    asked = [["spectrum", "gated/adapter"]]
+    [(code, said)] = commands(asked, hub.url, tmp_path, HF_TOKEN="hf_accepted")
+    assert code == 0, said
+    assert {one.token for one in hub.asked("/stored/")} == {None}  # another host
+
+
+@pytest.mark.slow
+def test_a_search_stays_at_the_commits_it_began_with(published: HubServer, tmp_path: Path) -> None:
+    hub, out = published, tmp_path / "search"
+    model, data = hub.repository("owner/model"), hub.repository("owner/rows", "datasets")
+    commits = model.refs["main"], data.refs["main"]
+    where = ["--model", "owner/model", "--dataset", "owner/rows", "--ranks", "2,4", "--batch-size", "2"]
+    asked = ["search", *where, "--steps", "2", "--set", "data.eval_rows=4", "--device", "cpu", "--out", str(out)]
+    for trials in ("1", "2"):
+        [(code, said)] = commands([[*asked, "--trials", trials]], hub.url, tmp_path / "hf")
+        assert code == 0, said
+        study = Search.open(out).spec.study
+        assert (study.model.commit, study.data.commits) == (commits[0], {"owner/rows": commits[1]})
+        model.push(another_model(model.commits[commits[0]]))
+        data.push({"train.parquet": alpaca(range(40))})
+    weights = {one.path for one in hub.asked("/owner/model/resolve/.*safetensors")}
+    assert weights == {f"/owner/model/resolve/{commits[0]}/{WEIGHTS}"}
