@@ -151,9 +151,10 @@ def search(
     spec = spec.model_copy(update={"study": start.check_inputs(spec.study, data=not path.exists())})
     console.print(f"Search in {path}/")
     from rankscope.jobs.launchers import make_launcher
-    from rankscope.search.run import run
+    from rankscope.search.run import at_commits, run
     from rankscope.ui.search import SearchProgress, describe_result, show_result
 
+    spec = at_commits(spec, path)  # the launcher reads the model's configuration too
     progress, found = SearchProgress(console, path), Search(path, spec)
     with stoppable(), progress, make_launcher(launcher, spec.study.model, ray_address, progress.say) as launching:
         result = run(spec, path, launching, progress.say, progress.poll)

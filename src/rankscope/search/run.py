@@ -29,6 +29,12 @@ from rankscope.train.prepare import describe_data, prepare_data
 MOST_SLOTS = 64  # most candidates that train at a time
 
 
+def at_commits(spec: SearchSpec, out: Path) -> SearchSpec:
+    """The question with the commits of its hub ids, which are those of the search in `out` if there is one."""
+    known = Search.open(out).spec.study if (out / "search.yaml").exists() else None
+    return spec.model_copy(update={"study": pinned(spec.study, known)})
+
+
 def run(
     spec: SearchSpec, out: Path, launcher: Launcher, say: Say, poll: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
@@ -41,8 +47,7 @@ def run(
         DataError, ModelError: the data or the model cannot be used.
         WorkerError: the child process ended without finishing its work.
     """
-    known = Search.open(out).spec.study if (out / "search.yaml").exists() else None
-    spec = spec.model_copy(update={"study": pinned(spec.study, known)})
+    spec = at_commits(spec, out)
     site = launcher.site()
     predictions = _predictions(spec, site)
     full_rank = min(prediction.full_rank for prediction in predictions)
