@@ -26,7 +26,7 @@ for arguments in json.loads(sys.argv[1]):
         code = cli.main()
     except SystemExit as end:
         code = end.code
-    heavy = {"torch", "transformers", "peft", "datasets", "optuna"} & set(sys.modules)
+    heavy = {"torch", "transformers", "peft", "datasets", "optuna", "scipy.stats"} & set(sys.modules)
     found.append([code, sorted(heavy)])
 print(json.dumps(found), file=sys.stderr)
 """

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special
 
 from rankscope.spec.models import VerdictSpec
 
@@ -58,7 +58,7 @@ def noise_of(profiles: pd.DataFrame, column: str, confidence: float = CONFIDENCE
         se = spread * math.sqrt(2 / rounds)
     if free < 1:
         return None
-    return Noise(rounds, math.expm1(float(stats.t.ppf((1 + confidence) / 2, free)) * se))
+    return Noise(rounds, math.expm1(float(special.stdtrit(free, (1 + confidence) / 2)) * se))
 
 
 def cpu_memory(profiles: pd.DataFrame) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from rankscope.data.batches import total_steps
 from rankscope.data.tokens import TokenizedData, Tokens
@@ -160,7 +160,7 @@ def first_examples(tokens: Tokens, count: int) -> Tokens:
 def _narrow(rounds: Rounds) -> bool:
     if len(rounds.turns) < 2:
         return False
-    reach = stats.t.ppf(0.975, len(rounds.turns) - 1)
+    reach = special.stdtrit(len(rounds.turns) - 1, 0.975)
     return bool(2 * reach * max(step_ratio(rounds, name).se for name in rounds.turns[0]) < RATIO_WIDTH)
 
 
