@@ -113,7 +113,7 @@ def run(
         from rankscope.pipeline import run_looks
         from rankscope.ui.progress import TerminalProgress
 
-        progress = TerminalProgress(console, path)
+        progress = TerminalProgress(console, path, lang)
         with stoppable(), progress, make_launcher(launcher, spec.model, ray_address, progress.say) as launching:
             looks = (again or spec, path, launching, progress, trackers, lang)
             conclusion = run_looks(*looks, remeasure, limit, until_settled)
@@ -204,8 +204,6 @@ def report(options: dict[str, Any], directory: Directory, json_: Json = False, l
 
     conclusion = judge_by(study, options, lang) if any(options.values()) else finish(study, lang)
     _answer(json_, lambda: describe_outcome(conclusion), lambda: show_verdict(conclusion, out_console, lang))
-    if not json_:
-        out_console.print(f"Report: {conclusion.study.report}", soft_wrap=True)
 
 
 @app.command()
@@ -243,7 +241,7 @@ def curve(
     from rankscope.ui.outcome import describe_curve, show_curve
     from rankscope.ui.progress import TerminalProgress
 
-    progress = TerminalProgress(console, directory)
+    progress = TerminalProgress(console, directory, lang)
     with stoppable(), progress, make_launcher(launcher, study.spec.model, ray_address, progress.say) as launching:
         conclusion = measure_curve(study, launching, progress, asked, recover, lang)
     _answer(json_, lambda: describe_curve(conclusion), lambda: show_curve(conclusion, lang))
@@ -287,12 +285,11 @@ def watch(
     study = start.open_study(directory, lang)
     from rankscope.ui.watch import Watch, watch_page, watch_terminal
 
-    watched = Watch(study, lang)
     with suppress(KeyboardInterrupt):
         if terminal:
-            watch_terminal(watched, out_console)
+            watch_terminal(study, out_console, lang)
         else:
-            watch_page(watched, port, out_console, browser)
+            watch_page(Watch(study, lang), port, out_console, browser)
 
 
 @app.command()

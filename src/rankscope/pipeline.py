@@ -139,7 +139,7 @@ def run_study(
         _write_facts(study, plan, progress.say)
         if plan.packs or plan.reference or plan.profiles or unevaluated(study):
             study.publish(changes(study.machine, [entry.changed for entry in study.log], site))
-        coverage = coverage_sentences(study.prediction.get("coverage"), study.spec.ranks, load_catalogue("en"))
+        coverage = coverage_sentences(study.prediction.get("coverage"), study.spec.ranks, load_catalogue(language))
         for sentence in filter(None, (describe_data(plan.data.facts), " ".join(coverage), plan.unmeasured)):
             progress.say(sentence)
         shown = resources.enter_context(run_trackers(study, trackers, progress))
@@ -148,6 +148,8 @@ def run_study(
             run_kind(kind, run, kind.jobs(run), launcher, shown.poll, limit)
         if plan.remeasure and not profiles.replace_profiles(study):
             shown.say("Not all costs could be measured again: those that the study had stay.")
+        shown.say(load_catalogue(language)("live.conclude"))
+        shown.poll()
         return finish(study, language)
 
 

@@ -4,12 +4,22 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from rankscope.files import read_json, write_json
 from rankscope.spec.candidates import CONTROL, AnyTrial
+from rankscope.study.missing import (
+    MAX_EXTRA_SECONDS,
+    REPORT_SECONDS,
+    START_SECONDS,
+    ProfileJob,
+    missing_profiles,
+    profile_seconds,
+)
 from rankscope.study.study import Study
 from rankscope.ui.live import LiveStudy, MetricsTail
 
@@ -99,8 +109,7 @@ def test_a_study_that_is_done(study: Study) -> None:
     assert state.rss_bytes is None
 
 
-def test_a_study_that_trains(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of the steps of one of the trials are left: half of what its steps took is, too."""
+def test_a_study_that_trains(study: Study) -> None:
     steps = read_json(next(study.path.glob("trials/*/trial.json")))["results"]["steps"]
     trial = study.spec.trials()[-1]
     folder = study.trial_folder(trial)
@@ -114,18 +123,147 @@ def test_a_study_that_trains(study: Study, monkeypatch: pytest.MonkeyPatch) -> N
     begin(study, "p001")
     state = LiveStudy(study).read()
     assert state.doing == "train"
-    assert state.pack == "p001"
+    assert list(state.training) == ["p001"]
     assert [one.step for one in state.training["p001"]] == [steps, steps, steps // 2]
     (now,) = [found for found in state.trials if found.name == trial.name]
     assert (now.status, now.step) == ("running", steps // 2)
-    assert state.seconds_left is not None
-    seconds = [json.loads(line).get("step_seconds", 0.0) for line in lines]
-    assert state.seconds_left == pytest.approx(sum(seconds) / 2, rel=0.7), "packs of two share their steps' time"
-    training = {"p000": [], "p001": []}
-    monkeypatch.setattr(LiveStudy, "_training", lambda *_: training)
-    on_two = LiveStudy(study).read()
-    assert on_two.pack == "p000, p001"
-    assert on_two.seconds_left == pytest.approx(state.seconds_left / 2)
+
+
+EVENTS = Iterator[tuple[float, Callable[[], object]]]  # forecast seconds of some work, and the files that it leaves
+
+
+def restore(study: Study, *parts: str) -> None:
+    """Let a folder of the study have the fixture's files again."""
+    shutil.copytree(FIXTURE.joinpath(*parts), study.file(*parts), dirs_exist_ok=True)
+
+
+def work(study: Study, runtime: float) -> EVENTS:
+    """All work of a run, where each candidate is forecast to take so long. Full fine-tuning is said to take as long."""
+    packs, spec = study.division().packs, study.spec
+    steps = read_json(next(FIXTURE.glob("trials/*/trial.json")))["results"]["steps"]
+    for pack, trials in packs.items():
+        yield (START_SECONDS if pack == next(iter(packs)) else 0.0), partial(start_pack, study, pack)
+        for step in range(1, steps + 1):
+            yield len(trials) * runtime / steps, partial(advance, study, pack, step)
+        yield (
+            0.0,
+            lambda pack=pack, trials=trials: [
+                *[restore(study, "trials", trial.name) for trial in trials],
+                restore(study, "packs", pack),
+            ],
+        )
+    measured = dict.fromkeys(spec.profiled(), runtime / 5)
+    for job in missing_profiles(spec, None):
+        yield profile_seconds(spec.measure, job, measured), partial(leave_profile, study, job)
+    for trial in study.reference_trials:
+        yield START_SECONDS + runtime, partial(restore, study, "reference", trial.name)
+    models, measure = 1 + len(spec.candidates()), spec.measure
+    token = runtime / 5 / 8 / spec.training.effective_batch_size
+    yield START_SECONDS + models * measure.answers * measure.answer_tokens * token, partial(leave_answers, study)
+    yield REPORT_SECONDS, lambda: None
+
+
+def start_pack(study: Study, pack: str) -> None:
+    begin(study, pack)
+    for trial in study.division().packs[pack]:
+        restart(study, trial)
+
+
+def advance(study: Study, pack: str, step: int) -> None:
+    for trial in study.division().packs[pack]:
+        (study.trial_folder(trial) / "metrics.jsonl").write_text(lines(1, step))
+
+
+def leave_profile(study: Study, job: ProfileJob) -> None:
+    repeats = [{"summaries": {name: {} for name in job.members}}] if job.members else [{"summary": {}}]
+    write_json(study.profile_file(job.profile), {"schema": 2, "repeats": repeats})
+
+
+def leave_answers(study: Study) -> None:
+    measure, answers = study.spec.measure, {trial.name: ["yes"] for trial in study.answered()}
+    record = {"schema": 1, "questions": [], "answers": answers, "asked": [measure.answers, measure.answer_tokens]}
+    write_json(study.path / "answers" / "answers.json", record)
+
+
+@pytest.mark.parametrize("slower", [0.5, 1.0, 3.0])
+def test_half_way_the_time_left_is_near_the_truth(slower: float, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that a run does takes `slower` times as long as forecast: nothing is forgotten, and that is found out."""
+    clock, runtime = [0.0], 20.0
+    monkeypatch.setattr("rankscope.ui.live.monotonic", lambda: clock[0])
+    monkeypatch.setattr("rankscope.ui.live.cpu_pressure", lambda *_: 0.0)
+    prediction = read_json(study.path / "prediction.json")
+    for found in prediction["candidates"].values():
+        found |= {"step_seconds": runtime / 5, "runtime_seconds": runtime}
+    write_json(study.path / "prediction.json", prediction)
+    for trial in study.all_trials():
+        restart(study, trial, status="pending")
+    shutil.rmtree(study.path / "profiles")
+    hold(study, os.getpid(), platform.node())
+    events, live, shares = list(work(study, runtime)), LiveStudy(study), list[float]()
+    whole, half = slower * sum(seconds for seconds, _ in events), None
+    for seconds, leave in events:
+        state = live.read()
+        shares.append(state.share)
+        assert state.seconds_left is not None
+        assert max(state.pack_seconds.values(), default=0.0) <= state.seconds_left
+        if half is None and clock[0] + slower * seconds >= whole / 2:
+            before, clock[0] = clock[0], whole / 2
+            half, clock[0] = live.read().seconds_left, before
+        clock[0] += slower * seconds
+        leave()
+    assert half == pytest.approx(whole / 2, rel=0.25)
+    assert shares == sorted(shares)
+    assert shares[0] == 0.0
+    assert shares[-1] > 0.9
+
+
+def test_a_busy_machine_takes_more_rounds_of_time(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(study.path / "profiles")
+    hold(study, os.getpid(), platform.node())
+    seconds = []
+    for pressure in (0.0, 0.5):
+        monkeypatch.setattr("rankscope.ui.live.cpu_pressure", lambda *_, pressure=pressure: pressure)
+        seconds.append(LiveStudy(study).read().seconds_left)
+    idle, busy = seconds
+    assert idle is not None
+    assert busy == pytest.approx(idle + MAX_EXTRA_SECONDS, abs=1)
+
+
+def test_a_trial_that_diverges_does_not_make_the_others_faster(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("rankscope.ui.live.monotonic", lambda: clock[0])
+    for trial in study.division().packs["p001"]:
+        restart(study, trial)
+    begin(study, "p001")
+    hold(study, os.getpid(), platform.node())
+    live = LiveStudy(study)
+    live.read()
+    clock[0] = 100.0
+    advance(study, "p001", 1)
+    live.read()
+    scale = live._pace.scale
+    assert scale is not None
+    assert scale > 2, "a step of milliseconds took 100 s"
+    restart(study, study.division().packs["p001"][0], status="diverged")
+    assert live.read().training["p001"][0].status == "diverged"
+    assert live._pace.scale == pytest.approx(scale)
+
+
+UNTRAINED = '{"step": 0, "eval_loss": 5.0}\n'
+
+
+@pytest.mark.parametrize(
+    ("rows", "activity"),
+    [("", "evaluate"), (UNTRAINED, "train"), (UNTRAINED + lines(1, 1), "train"), (UNTRAINED + lines(1, 2), "evaluate")],
+)
+def test_loading_and_evaluating_are_named(rows: str, activity: str, study: Study) -> None:
+    trial = study.trials[-1]
+    restart(study, trial)
+    hold(study, os.getpid(), platform.node())
+    assert LiveStudy(study).read().activity == "load"
+    begin(study, "p001")
+    (study.trial_folder(trial) / "metrics.jsonl").write_text(rows)
+    assert LiveStudy(study).read().activity == activity
 
 
 def test_metrics_are_followed_without_reading_anything_else(study: Study) -> None:
@@ -182,7 +320,6 @@ def test_full_fine_tuning_in_training(study: Study) -> None:
     state = LiveStudy(study).read()
     assert state.doing == "reference"
     assert list(state.training) == [first.name]
-    assert state.pack is None
 
 
 def test_what_is_done_when_all_is_trained(study: Study) -> None:

@@ -19,6 +19,7 @@ from rankscope.study.study import Study
 from rankscope.text.verdict import verdict_sentence
 from rankscope.ui.outcome import describe_outcome, show_curve, show_outcome
 from report.report_evidence import make_evidence, make_verdict, replace_trial
+from ui.test_console import accepts
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "study-0.1"
 TABLES = ("evidence", "results", "curves", "profiles", "samples", "examples", "reference_results")
@@ -79,16 +80,17 @@ def test_trials_are_in_the_order_of_the_study(study: Study) -> None:
 def test_doubts_about_the_data_follow_the_verdict(study: Study, language: str, warning: str) -> None:
     concluded, output = finish(study), io.StringIO()
     show_outcome(concluded, Console(file=output, width=200), language)
-    lines = output.getvalue().splitlines()
-    at = lines.index(verdict_sentence(concluded.verdict, language))
-    assert lines[at + 1].startswith(warning)
     again = CliRunner().invoke(app, ["report", str(study.path), "--lang", language])
-    assert again.output.splitlines()[1].startswith(warning)
+    for shown in (output.getvalue(), again.output):
+        lines = shown.splitlines()
+        at = lines.index(verdict_sentence(concluded.verdict, language))
+        assert lines[at + 1].startswith(warning)
 
 
 def made_up(**values: Any) -> Conclusion:
     evidence = make_evidence(steps=8)
-    where = SimpleNamespace(path="my study", report="report")
+    adapter = {"best_trial": lambda: "best", "trial_folder": lambda name: Path("trials") / name}
+    where = SimpleNamespace(path="my study", report="report", **adapter)
     return Conclusion(cast(Study, where), evidence, make_verdict(evidence, **values))
 
 
@@ -98,20 +100,35 @@ def shown(conclusion: Conclusion) -> list[str]:
     return output.getvalue().splitlines()
 
 
-def test_the_verdict_is_followed_by_the_gain_the_margins_and_what_would_settle_it() -> None:
+def test_the_end_is_the_gain_the_margins_the_verdict_and_what_would_settle_it() -> None:
     lines = shown(made_up(outcome="not_enough_evidence", more_seeds=2))
-    at = next(number for number, line in enumerate(lines) if line.startswith("There is no verdict yet: 3 seeds"))
-    assert [" ".join(line.split()) for line in lines[at + 1 :]] == [
+    at = next(number for number, line in enumerate(lines) if line.startswith("What fine-tuning gains"))
+    assert lines[at + 6].startswith("There is no verdict yet: 3 seeds")
+    assert [" ".join(line.split()) for line in lines[at : at + 6] + lines[at + 7 :]] == [
         "What fine-tuning gains: 1.6000 nats; held-out loss 2.8240 before training, 1.2240 with rank 128; 95% "
         "interval: 1.5800 to 1.6200 nats.",
         "Smallest rank by the share of the gain it must keep (95% confidence):",
         "Keeps at least Smallest rank",
         "98% 8",
         "95% 8",
+        "",
+        "Report: report",
         "To settle it:",
         "rankscope run 'my study' --until-settled",
-        "Report: report",
     ]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "title", "command"),
+    [
+        (0, "To try lower ranks as well:", "rankscope run 'my study' --ranks 2,4"),
+        (1, "To conclude at another margin:", "rankscope report 'my study' --margin 2.5%"),
+    ],
+)
+def test_a_settled_study_ends_with_its_adapter_and_what_to_try_next(chosen: int, title: str, command: str) -> None:
+    lines = shown(made_up(chosen=chosen))
+    assert lines[-4:] == [f"Adapter: {Path('trials/best/adapter')}", "Report: report", title, f"  {command}"]
+    assert accepts(command)
 
 
 def test_ranks_to_doubt_are_named_on_the_terminal() -> None:

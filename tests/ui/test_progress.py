@@ -3,6 +3,7 @@
 import io
 import os
 import platform
+import re
 import shutil
 from pathlib import Path
 
@@ -68,9 +69,10 @@ def test_lines_where_output_is_no_terminal(study: Study, progress: TerminalProgr
     progress.poll()
     advance(study, 2)
     progress.poll()
-    first, *more = output.getvalue().splitlines()
+    follow, command, first, *more = output.getvalue().splitlines()
+    assert (follow, command) == ("To follow it on a live page, in another terminal:", f"  rankscope watch {study.path}")
     assert first == "Pack p001 (2 of 2): 3 trials, 4 steps"
-    assert "loading" in more[0]
+    assert [line.split(" · ")[2] for line in more] == ["p001 0 / 4  about 5 s left", "p001 2 / 4  about 5 s left"]
     assert f"{study.trials[-1].name} –" in more[0]
     assert output.getvalue().count("Pack p001") == 1
     finish(study)
@@ -84,12 +86,25 @@ def test_lines_where_output_is_no_terminal(study: Study, progress: TerminalProgr
 def test_time_left_and_losses(study: Study, progress: TerminalProgress, output: io.StringIO) -> None:
     progress.poll()
     advance(study, 2)
+    diverged = study.trials[-2]
+    restart(study, diverged, status="diverged")
     progress.poll()
-    last = output.getvalue().splitlines()[-1]
-    assert last.startswith("  step 2/4, about ")
-    assert " left, about " in last
-    assert " for the whole study" in last
-    assert last.endswith(f"{study.trials[-1].name} 1.2000")
+    share, now, pack, losses = output.getvalue().splitlines()[-1].split(" · ")
+    assert re.fullmatch(r"  \d+%  about .* left", share)
+    assert now == "Evaluating p001 on the held-out rows"
+    assert re.fullmatch(r"p001 2 / 4  about .* left", pack)
+    assert losses.endswith(f"{diverged.name} diverged, {study.trials[-1].name} 1.2000")
+
+
+def test_nothing_new_is_no_line(study: Study, progress: TerminalProgress, output: io.StringIO) -> None:
+    progress.poll()
+    before = output.getvalue()
+    progress.poll()
+    progress.poll()
+    assert output.getvalue() == before
+    advance(study, 1)
+    progress.poll()
+    assert len(output.getvalue().splitlines()) == len(before.splitlines()) + 1
 
 
 def test_packs_on_several_devices(study: Study, progress: TerminalProgress, output: io.StringIO) -> None:
@@ -97,8 +112,9 @@ def test_packs_on_several_devices(study: Study, progress: TerminalProgress, outp
     begin(study, "p000")
     progress.poll()
     said = output.getvalue().splitlines()
-    assert said[:2] == ["Pack p000 (1 of 2): 5 trials, 4 steps", "Pack p001 (2 of 2): 3 trials, 4 steps"]
-    assert [line[:8] for line in said[2:]] == ["  p000, ", "  p001, "]
+    assert said[2:4] == ["Pack p000 (1 of 2): 5 trials, 4 steps", "Pack p001 (2 of 2): 3 trials, 4 steps"]
+    (line,) = said[4:]
+    assert line.index(" · p000 0 / 4") < line.index(" · p001 0 / 4")
 
 
 def test_full_fine_tuning_and_profiles(study: Study, progress: TerminalProgress, output: io.StringIO) -> None:
@@ -106,7 +122,7 @@ def test_full_fine_tuning_and_profiles(study: Study, progress: TerminalProgress,
     (reference, *_) = study.reference_trials
     restart(study, reference)
     progress.poll()
-    assert output.getvalue().startswith(f"Full fine-tuning, {reference.name}: 4 steps\n")
+    assert output.getvalue().splitlines()[2] == f"Full fine-tuning, {reference.name}: 4 steps"
     shutil.rmtree(study.path / "reference")
     shutil.copytree(FIXTURE / "reference", study.path / "reference")
     name = CONTROL
@@ -116,7 +132,7 @@ def test_full_fine_tuning_and_profiles(study: Study, progress: TerminalProgress,
     progress.poll()
     total = len(study.spec.profiled()) * study.spec.measure.repeats
     done = total - study.spec.measure.repeats
-    assert output.getvalue().splitlines()[-1] == f"Measuring cost, {done + 1} of {total}: {name}"
+    assert output.getvalue().splitlines()[-1].endswith(f" · Measuring memory of {name}, {done + 1} of {total}")
     assert output.getvalue().count("Measuring") == 1
 
 
@@ -127,7 +143,15 @@ def test_a_table_in_a_terminal(study: Study, output: io.StringIO) -> None:
         assert progress._live is not None
         progress._live.refresh()
         shown = output.getvalue()
-        for part in ("trial", "step", "loss", "held-out", "2/4", "1.2000", "━", "Pack p001 (2 of 2)"):
+        for part in (
+            "Trial",
+            "Training loss",
+            "2 / 4",
+            "1.2000",
+            "━",
+            "Pack p001 (2 of 2)",
+            "11 of 12 trials",
+        ):
             assert part in shown
         finish(study)
         restart(study, study.trials[0])
@@ -141,7 +165,7 @@ def test_memory_of_the_working_process(
 ) -> None:
     monkeypatch.setattr("rankscope.ui.live._rss", lambda holder: 635_000_000)
     progress.poll()
-    assert "635 MB: " in output.getvalue()
+    assert output.getvalue().endswith(" · 635 MB in use\n")
 
 
 def test_the_whole_study_is_read_less_often_the_longer_that_takes(
@@ -152,7 +176,7 @@ def test_the_whole_study_is_read_less_often_the_longer_that_takes(
     finish(study)
     advance(study, 3)
     progress.poll()  # as it was when the whole study was read
-    assert "step 3/4" in output.getvalue(), "metrics of the trials in training are always read"
+    assert "p001 3 / 4" in output.getvalue(), "metrics of the trials in training are always read"
     monkeypatch.setattr(progress, "_read_again", 0.0)
     before = output.getvalue()
     progress.poll()
@@ -174,4 +198,4 @@ def test_a_damaged_line_ends_no_run_that_shows_it(
     with file.open("a") as metrics:
         metrics.write(lines(3, 3))
     progress.poll()
-    assert "step 3/4" in output.getvalue()
+    assert "p001 3 / 4" in output.getvalue()

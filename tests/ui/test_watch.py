@@ -1,9 +1,11 @@
 """`rankscope watch`: a live page that follows the files of a run, answers for one study alone, and writes nothing."""
 
 import http.client
+import io
 import json
 import os
 import platform
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -18,6 +20,9 @@ from rankscope.errors import StudyDirectoryError
 from rankscope.files import read_json, write_json
 from rankscope.spec.candidates import AnyTrial
 from rankscope.study.study import Study
+from rankscope.text.catalogue import load
+from rankscope.ui.live import LiveStudy
+from rankscope.ui.progress import view
 from rankscope.ui.watch import Watch, address, serve, watch_terminal
 from report.browser import Browser
 
@@ -93,6 +98,9 @@ def test_only_the_study_is_served_and_only_here(server: ThreadingHTTPServer, run
     found = json.loads(news)
     assert found["now"]["lines"][0] == "Training pack p001"
     assert found["now"]["lines"][1] == "11 of 12 trials have ended"
+    assert found["now"]["so_far"] == "So far, with 11 of 12 trials ended; more of them can change it:"
+    assert 0.5 < found["now"]["share"] < 1
+    assert re.fullmatch(r"\d\d%  about .* left", found["now"]["left"])
     assert found["again_ms"] >= 2000
     for path in ("/study.yaml", "/../study.yaml", "/%2e%2e/study.yaml", "//etc/passwd", "/trials/", "/news.json/.."):
         assert get(server, path)[0] == 404
@@ -112,18 +120,30 @@ def test_a_study_that_has_not_begun_is_asked_for_again(server: ThreadingHTTPServ
 
 
 def test_the_terminal_shows_the_same(running: Running, capsys: pytest.CaptureFixture[str]) -> None:
-    watch_terminal(Watch(running.study, "en"), Console(width=160))
+    watch_terminal(running.study, Console(width=160))
     shown = capsys.readouterr().out
     assert "11 of 12 trials have ended" in shown
-    assert running.trial.name in shown
+    assert all(trial.name in shown for trial in running.study.all_trials())
     assert "running" in shown
+    caveat, verdict = shown.splitlines()[-2:]
+    assert caveat == "So far, with 11 of 12 trials ended; more of them can change it:"
+    assert verdict.startswith("There is no verdict yet")
+
+
+def test_a_display_that_is_too_low_for_all_trials_says_where_they_are(running: Running) -> None:
+    output, state = io.StringIO(), LiveStudy(running.study).read()
+    Console(file=output, width=80).print(view(state, load("en"), running.study.path, most_rows=4))
+    *_, said, command = output.getvalue().splitlines()
+    assert said == "and 10 more; all are on the page of"
+    assert command == f"  rankscope watch {running.study.path}"
+    assert "running" in output.getvalue(), "what is in training comes first"
 
 
 def test_nothing_to_wait_for_is_an_error(running: Running) -> None:
     (running.study.path / ".lock-holder").unlink()
     shutil.rmtree(running.study.path / "data")
     with pytest.raises(StudyDirectoryError, match=r"facts\.json: missing"):
-        watch_terminal(Watch(running.study, "en"), Console())
+        watch_terminal(running.study, Console())
 
 
 @pytest.mark.slow
@@ -143,6 +163,7 @@ def test_the_page_follows_a_run(
     running.reach(steps - 1)
     browser.until(f"{step} === '{steps - 1} / {steps}'")
     assert browser.ask("window.unchanged"), "the page was loaded anew"
+    assert browser.ask("document.getElementById('now-bar').value") > 0.5
     browser.until("drawn['chart-train-loss-0'] !== undefined")
     assert browser.ask("document.querySelector('input[name=smooth]').checked") == smooth
     running.finish()

@@ -27,6 +27,11 @@ def total_steps(training: TrainingSpec, examples: int) -> int:
     return max(1, math.ceil(steps))
 
 
+def eval_steps(training: TrainingSpec, steps: int) -> set[int]:
+    """Steps after which the held-out loss is measured: evenly spaced, including the last one."""
+    return {math.ceil(steps * (i + 1) / training.evals) for i in range(training.evals)}
+
+
 MAX_STEPS = 1_000_000
 """Optimizer steps of a trial beyond which the question is taken for a mistake; a plan looks at the batch of each."""
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -71,3 +72,17 @@ def _text(file: Path) -> str:
         return file.read_text(encoding="utf-8").strip()
     except OSError:
         return ""
+
+
+def stalled_seconds() -> float | None:
+    """Time in which any program of this machine waited for a processor, since boot; None where the system does not
+    count it (Linux: https://docs.kernel.org/accounting/psi.html)."""
+    some = _text(ROOT / "proc/pressure/cpu").splitlines()[:1]
+    return int(some[0].rpartition("total=")[2]) / 1e6 if some else None
+
+
+def cpu_pressure(began: float, stalled: float | None) -> float | None:
+    """Share of the time since `began` (of `time.perf_counter`, when `stalled_seconds` was `stalled`) in which a program
+    waited for a processor."""
+    waited = stalled_seconds()
+    return None if stalled is None or waited is None else (waited - stalled) / (time.perf_counter() - began)

@@ -8,26 +8,25 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import special
 
-from rankscope.data.batches import total_steps
+from rankscope.data.batches import eval_steps, total_steps
 from rankscope.data.tokens import TokenizedData, Tokens
+from rankscope.measure.cores import cpu_pressure, stalled_seconds
 from rankscope.model.device import synchronize
 from rankscope.model.load import load_model
 from rankscope.spec.candidates import CONTROL, Candidate, Trial
 from rankscope.spec.models import StudySpec
+from rankscope.study.missing import MAX_EXTRA_SECONDS
 from rankscope.study.records import BUSY_PRESSURE
 from rankscope.train.engine import EVAL_TOKENS, Engine
 from rankscope.train.loop import choose_engine
-from rankscope.train.step import TrainState, batch_at, eval_steps, make_train_state, train_step
+from rankscope.train.step import TrainState, batch_at, make_train_state, train_step
 
 RATIO_WIDTH = 0.02  # of a ratio's 95% interval, from which on more rounds are not worth their time
-
-MAX_EXTRA_SECONDS = 120.0  # for rounds beyond `measure.rounds`
 
 MAD_TO_MEDIAN_SE = 1.4826 * math.sqrt(math.pi / 2)
 """Standard error of a median, over the median absolute deviation and the root of the count: of normal values, and no
@@ -114,7 +113,7 @@ def take_turns(
     for number in range(-measure.warmup_steps, MOST_ROUNDS):
         if number == measure.rounds:
             end = time.perf_counter() + MAX_EXTRA_SECONDS
-        rounds = rounds._replace(cpu_pressure=_pressure(began, stalled))
+        rounds = rounds._replace(cpu_pressure=cpu_pressure(began, stalled))
         if number >= measure.rounds and (time.perf_counter() > end or _narrow(rounds)):
             break
         step, turns, trained = int(steps * (number * GOLDEN % 1)), {}, 0
@@ -231,18 +230,3 @@ def summarise(rounds: Rounds, name: str, work: Work) -> dict[str, float | None]:
         "runtime_seconds": excess + float(np.median(schedule(CONTROL, rounds.seconds))) * runtime.ratio,
         "cpu_pressure": rounds.cpu_pressure,
     }
-
-
-def _pressure(began: float, stalled: float | None) -> float | None:
-    waited = stalled_seconds()
-    return None if stalled is None or waited is None else (waited - stalled) / (time.perf_counter() - began)
-
-
-def stalled_seconds() -> float | None:
-    """Time in which any program of this machine waited for a processor, since boot; None where the system does not
-    count it (Linux: https://docs.kernel.org/accounting/psi.html)."""
-    try:
-        some = Path("/proc/pressure/cpu").read_text().splitlines()[0]
-    except (OSError, IndexError):
-        return None
-    return int(some.rpartition("total=")[2]) / 1e6

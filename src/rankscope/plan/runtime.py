@@ -4,15 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from rankscope.data.batches import total_steps
+from rankscope.data.batches import eval_steps, total_steps
 from rankscope.data.tokens import TokenizedData
 from rankscope.plan.costs import CostModel
 from rankscope.plan.memory import MAX_PACK_MEMORY_FRACTION, StudyMemory
 from rankscope.plan.packs import longest_first, lower_bound, simulate
 from rankscope.spec.candidates import CONTROL, PLAIN, Candidate, Trial
 from rankscope.spec.models import StudySpec
-from rankscope.study.missing import START_SECONDS, missing_profiles, profile_seconds
-from rankscope.train.step import batch_at, eval_steps
+from rankscope.study.missing import START_SECONDS, StudySeconds, missing_profiles, work_seconds
+from rankscope.train.step import batch_at
 
 EVALUATION_FASTER = 2  # than a step, a token: the frozen weights need no gradient of their own
 
@@ -110,16 +110,15 @@ def forecast(
     return StudyForecast(candidates, reason, rate, share)
 
 
-def study_seconds(spec: StudySpec, forecasts: Mapping[str, Forecast]) -> tuple[float, float] | None:
-    """Seconds of all trials, and of all profiles, one after the other; None where times are not known."""
+def study_seconds(spec: StudySpec, forecasts: Mapping[str, Forecast]) -> StudySeconds | None:
+    """Seconds of a study that has not begun; None where times are not known."""
     if any(found.runtime_seconds is None for found in forecasts.values()):
         return None
-    starts = len(spec.trials()) if spec.training.isolated else 1
-    trials = starts * START_SECONDS + sum(
-        forecasts[trial.candidate.name].runtime_seconds or 0 for trial in spec.trials()
-    )
-    steps = {name: forecasts[one.name].step_seconds or 0.0 for name, one in spec.profiled().items()}
-    return trials, sum(profile_seconds(spec.measure, job, steps) for job in missing_profiles(spec, None))
+    steps = {name: found.step_seconds or 0.0 for name, found in forecasts.items()}
+    runtimes = {name: found.runtime_seconds or 0.0 for name, found in forecasts.items()}
+    left = {trial.name: 1.0 for trial in (*spec.trials(), *spec.reference_trials())}
+    answering = 1 + len(spec.candidates()) if spec.measure.answers else 0
+    return work_seconds(spec, steps, runtimes, left, missing_profiles(spec, None), answering)
 
 
 def pack_seconds(packs: Mapping[str, Sequence[Trial]], forecasts: Mapping[str, Forecast]) -> dict[str, float]:
@@ -253,7 +252,7 @@ def estimate_fleet(
     alone = study_seconds(spec, forecasts)
     if alone is None:
         return None
-    trials, profiles = alone
+    trials, profiles, _ = alone
     jobs = pack_seconds(packs, forecasts) if fleet.devices > 1 else {"all packs in one process": trials}
     schedule = simulate(longest_first(jobs), jobs, fleet.devices)
     busy = schedule.busy_seconds + profiles

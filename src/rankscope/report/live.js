@@ -3,6 +3,9 @@ const drawn = {};
 function fill(now) {
   const lines = document.getElementById("now-lines"), body = document.getElementById("now-rows");
   lines.replaceChildren(...now.lines.map(line => Object.assign(document.createElement("li"), {textContent: line})));
+  document.getElementById("now-bar").value = now.share;
+  document.getElementById("now-left").textContent = now.left;
+  document.getElementById("now-so-far").textContent = now.so_far;
   body.replaceChildren(...now.rows.map(cells => {
     const row = document.createElement("tr");
     row.append(...cells.map((cell, place) => {

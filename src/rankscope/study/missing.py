@@ -12,6 +12,14 @@ START_SECONDS = 6.0  # of a job's process: Python, libraries and a small model, 
 
 TURN_STEPS = 1.5  # time of a step and the evaluation after it, in steps, where candidates take turns
 
+MAX_EXTRA_SECONDS = 120.0  # for rounds of time beyond `measure.rounds`; a busy machine takes them all
+
+ANSWER_ROWS = 1 / 8  # time of an answer's token, in those of a training step's row: it too reads all weights
+
+ANSWER_SECONDS = 0.005  # of an answer's token at least: the layers' calls, on two cores
+
+REPORT_SECONDS = 8.0  # of the verdict, the model cards, the figures and the page, on two cores
+
 
 def unfinished(study: StudyFolder) -> list[AnyTrial]:
     """Trials, full fine-tuning included, that did not end as `done`."""
@@ -99,3 +107,43 @@ def profile_seconds(measure: MeasureSpec, job: ProfileJob, steps: Mapping[str, f
         turns = (measure.warmup_steps + measure.rounds) * TURN_STEPS
         return START_SECONDS + turns * sum(steps[name] for name in job.members)
     return START_SECONDS + (measure.warmup_steps + measure.steps) * steps[job.profile]
+
+
+class StudySeconds(NamedTuple):
+    """Forecast of a study's work, in seconds, each part by itself."""
+
+    trials: float  # one after the other
+    profiles: float
+    others: float  # full fine-tuning, taken to be as long as the longest candidate; answers; the verdict and its report
+
+
+def work_seconds(
+    spec: StudySpec,
+    steps: Mapping[str, float],
+    runtimes: Mapping[str, float],
+    left: Mapping[str, float],
+    jobs: Sequence[ProfileJob],
+    answering: int,
+) -> StudySeconds:
+    """Forecast of what is left, from the seconds of a step and of a whole trial by candidate.
+
+    `left` has the share of each trial's steps that is left, `jobs` the profiles that are missing; `answering` models
+    are still to answer, the base model among them.
+    """
+    trials = sum(seconds_of(trial, runtimes) * left[trial.name] for trial in spec.trials())
+    whole = [left[trial.name] == 1 for trial in spec.trials()]
+    starts = sum(whole) if spec.training.isolated else float(all(whole))
+    profiled = {name: steps[candidate.name] for name, candidate in spec.profiled().items()}
+    full = sum((START_SECONDS + seconds_of(one, runtimes)) * left[one.name] for one in spec.reference_trials())
+    token = max(ANSWER_SECONDS, ANSWER_ROWS * min(steps.values()) / spec.training.effective_batch_size)
+    answers = START_SECONDS + answering * spec.measure.answers * spec.measure.answer_tokens * token
+    return StudySeconds(
+        trials=starts * START_SECONDS + trials,
+        profiles=sum(profile_seconds(spec.measure, job, profiled) for job in jobs),
+        others=full + (answers if answering else 0.0) + REPORT_SECONDS,
+    )
+
+
+def seconds_of(trial: AnyTrial, runtimes: Mapping[str, float]) -> float:
+    """Forecast of a whole trial; full fine-tuning, which has none, is taken to be as long as the longest candidate."""
+    return runtimes[trial.candidate.name] if isinstance(trial, Trial) else max(runtimes.values())

@@ -80,6 +80,12 @@ def duration(seconds: float, text: "Catalogue") -> str:
     return text("unit.duration", value=_three_digits(seconds / unit.factor), unit=unit.name)
 
 
+def about(seconds: float, text: "Catalogue") -> str:
+    """A forecast's duration, no finer than it is known, and never nothing: to 5 s, from two minutes on to 30 s."""
+    step = next(step for limit, step in ((120, 5), (600, 30), (7200, 60), (math.inf, 600)) if seconds < limit)
+    return duration(max(5, round(seconds / step) * step), text)
+
+
 def percent(share: float) -> str:
     """`0.01` -> `1%`, `0.0025` -> `0.25%`."""
     return f"{MINUS if share < 0 else ''}{abs(share) * 100:.3g}%"

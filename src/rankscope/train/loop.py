@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
-from rankscope.data.batches import steps_per_epoch, total_steps
+from rankscope.data.batches import eval_steps, steps_per_epoch, total_steps
 from rankscope.data.tokens import TokenizedData, Tokens
 from rankscope.errors import KilledError, ModelError
 from rankscope.files import JsonlWriter
@@ -30,7 +30,6 @@ from rankscope.train.results import TrialFiles, held_out_results, metrics_row, t
 from rankscope.train.step import (
     StepMetrics,
     TrainState,
-    eval_steps,
     finite_weights,
     leave_out_unreached,
     make_train_state,

@@ -69,11 +69,6 @@ class TrainState(NamedTuple):
         return self.config.lora_dropout if self.config else 0.0
 
 
-def eval_steps(training: TrainingSpec, steps: int) -> set[int]:
-    """Steps after which the held-out loss is measured: evenly spaced, including the last one."""
-    return {math.ceil(steps * (i + 1) / training.evals) for i in range(training.evals)}
-
-
 def evenly_spaced(steps: int, count: int) -> list[int]:
     """Indices of `count` steps spread evenly over a schedule of `steps`, repeated where it is shorter."""
     return [i * steps // count for i in range(count)]

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -12,7 +13,8 @@ from types import FrameType
 from typing import Any
 
 import typer
-from rich.console import Console, RenderableType
+from rich.cells import cell_len
+from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -21,16 +23,45 @@ from rankscope.text.formats import Table, strip_control_characters
 
 
 class PlainConsole(Console):
-    """Console without control characters, markup and emoji codes, in tables as well."""
+    """Console without control characters, markup and emoji codes, in tables as well.
+
+    A paragraph is wrapped at words in a terminal, and a line in a file; a command is never broken: see `wrapped`.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, **options)
 
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as rich does, but a string as paragraphs; those that begin with `Warning: ` are yellow."""
+        if len(objects) == 1 and isinstance(objects[0], str):
+            text = strip_control_characters(objects[0])
+            lines = ("\n".join(wrapped(line, self.width)) if self.is_terminal else line for line in text.split("\n"))
+            parts = [Text(line, style="yellow" if line.startswith("Warning: ") else "") for line in lines]
+            objects, options = (Text("\n").join(parts),), options | {"soft_wrap": True}
+        super().print(*objects, **options)
+
     def render_str(self, text: str, **options: Any) -> Text:
-        """Text of a string that rich prints, table cells included; lines that begin with `Warning: ` are yellow."""
-        rendered = super().render_str(strip_control_characters(text), **options)
-        rendered.highlight_regex(r"(?m)^Warning: .*", "yellow")
-        return rendered
+        """Text of a string that rich prints, table cells included."""
+        return super().render_str(strip_control_characters(text), **options)
+
+
+COMMAND = re.compile(r"\s+(rankscope|pip|python|make|git) ")
+"""How a line that is a command begins."""
+
+
+def wrapped(line: str, width: int) -> Iterator[str]:
+    """A line in parts of at most `width` cells, where words allow it. A command, which is an indented line or stands
+    between backquotes, stays whole, so that it can be copied; an indented line that is none goes on indented."""
+    words = [] if COMMAND.match(line) else re.findall(r"\S*`[^`]+`\S*|\S+", line)
+    indent = line[: len(line) - len(line.lstrip())]
+    row = indent + words[0] if words else line
+    for word in words[1:]:
+        if cell_len(row) + 1 + cell_len(word) > width:
+            yield row
+            row = indent + word
+        else:
+            row += f" {word}"
+    yield row
 
 
 out_console, error_console = PlainConsole(highlight=False), PlainConsole(stderr=True, highlight=False)
@@ -40,16 +71,25 @@ if not out_console.is_terminal:
 
 def make_table(
     headers: Sequence[str],
-    rows: Iterable[Sequence[RenderableType]],
+    rows: Iterable[Sequence[str]],
     left: Container[int] = (0,),
     title: str | None = None,
     no_wrap: bool = False,
 ) -> RichTable:
-    """Table without borders; columns at the positions `left` are aligned to the left, all others to the right."""
+    """Table without borders; columns at the positions `left` are aligned to the left, all others to the right. Where it
+    is wider than the terminal, its cells are wrapped at words."""
     table = RichTable(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
+    rows = list(rows)
+    cells = [[header, *(row[position] for row in rows)] for position, header in enumerate(headers)]
+    widths = [max(cell_len(line) for cell in column for line in cell.split("\n")) for column in cells]
+    words = [max((cell_len(word) for cell in column for word in cell.split()), default=0) for column in cells]
+    while not no_wrap and sum(widths) + 2 * (len(widths) - 1) > out_console.width and widths != words:
+        widest = max(range(len(widths)), key=lambda position: (widths[position] > words[position], widths[position]))
+        widths[widest] -= 1
     for position, header in enumerate(headers):
         justify: Any = "left" if position in left else "right"
-        table.add_column(header, justify=justify, no_wrap=no_wrap, overflow="fold")  # never cut a number
+        width = None if no_wrap else widths[position]
+        table.add_column(header, justify=justify, width=width, no_wrap=no_wrap, overflow="fold")  # never cut a number
     for row in rows:
         table.add_row(*row)
     return table

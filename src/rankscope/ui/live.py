@@ -5,22 +5,34 @@
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from time import monotonic, perf_counter
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import psutil
 
-from rankscope.data.batches import total_steps
+from rankscope.data.batches import eval_steps, total_steps
 from rankscope.files import JsonlTail, corrupt_on_error
-from rankscope.spec.candidates import TIME, AnyTrial, Trial
+from rankscope.measure.cores import cpu_pressure, stalled_seconds
+from rankscope.spec.candidates import TIME, AnyTrial
 from rankscope.study.folder import AGAIN, FINISHED, NOT_ENDED, StudyFolder
-from rankscope.study.missing import ProfileJob, missing_profiles, profile_seconds
+from rankscope.study.missing import (
+    MAX_EXTRA_SECONDS,
+    ProfileJob,
+    missing_profiles,
+    seconds_of,
+    work_seconds,
+)
 from rankscope.study.question import Holder
+from rankscope.study.records import BUSY_PRESSURE
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import loss
 
 SMOOTHING = 0.2  # weight of a new step's loss in the smoothed training loss
+
+TRUSTED_SECONDS = 10.0  # of work: until a run has done so much, it is mostly the forecast that is believed
 
 
 class MetricsTail:
@@ -32,6 +44,7 @@ class MetricsTail:
 
     def _reset(self) -> None:
         self.step, self.seconds = 0, 0.0
+        self.evaluated = -1  # last step with a held-out loss
         self.train_loss: float | None = None  # smoothed
         self.eval_loss: float | None = None
 
@@ -46,7 +59,8 @@ class MetricsTail:
 
     def _add(self, row: dict[str, Any]) -> None:
         self.step = max(self.step, row["step"])
-        self.eval_loss = row.get("eval_loss", self.eval_loss)
+        if "eval_loss" in row:
+            self.eval_loss, self.evaluated = row["eval_loss"], row["step"]
         if "train_loss" in row:
             new, old = row["train_loss"], self.train_loss
             self.train_loss = new if old is None else (1 - SMOOTHING) * old + SMOOTHING * new
@@ -55,11 +69,11 @@ class MetricsTail:
 
 class TrialState(NamedTuple):
     name: str
-    rank: int  # 0 for full fine-tuning
     status: str  # see `Study.trial_record`
     step: int
     train_loss: float | None
     eval_loss: float | None
+    evaluating: bool
 
 
 class State(NamedTuple):
@@ -72,12 +86,55 @@ class State(NamedTuple):
     profile: str | None  # candidate whose cost is being measured
     profiles_done: int
     profiles: int
-    seconds_left: float | None  # for all training and measuring; None without a prediction
     rss_bytes: int | None  # of the working process; None without one, or on another machine
+    seconds_left: float | None = None  # for the whole study; None without a prediction
+    share: float = 0.0  # of the whole study that is done
+    pack_seconds: Mapping[str, float] = MappingProxyType({})  # for each of `training`; empty without a prediction
 
     @property
-    def pack(self) -> str | None:
-        return ", ".join(name for name in self.training if name in self.packs) or None
+    def activity(self) -> str:
+        """What is done right now: a key of the catalogue's `live`."""
+        if self.doing == "profile":
+            return "prepare" if self.profile is None else "timing" if self.profile == TIME else "profile"
+        if self.doing not in ("train", "reference"):
+            return self.doing
+        if not self.training:
+            return "prepare" if self.results else "load"
+        evaluating = any(trial.evaluating for trials in self.training.values() for trial in trials)
+        return "evaluate" if evaluating else self.doing
+
+
+class Pace:
+    """How many seconds a forecast second takes, from the forecast of the work that is left, and from the clock."""
+
+    def __init__(self) -> None:
+        self.scale: float | None = None
+        self._first: float | None = None  # forecast of the work that was left when counting began, and last
+        self._last = self._since = self._changed = self._prior = 0.0
+
+    def restart(self) -> None:
+        """Count anew, since another run begins, or runs on more devices."""
+        self._first = None
+
+    def update(self, left: float, prior: float) -> float:
+        """Return the scale, given the forecast of the work left. `prior` is what earlier work suggests."""
+        now = monotonic()
+        if self._first is None or left > self._last:  # the work may grow
+            self._first, self._since, self._prior = left, now, self.scale or prior
+            self._last = math.inf
+        if left != self._last:
+            self._last, self._changed = left, now
+            self.scale = (TRUSTED_SECONDS * self._prior + now - self._since) / (TRUSTED_SECONDS + self._first - left)
+        return self.scale or prior
+
+    def skip(self, seconds: float) -> None:
+        """Leave out work of so many forecast seconds, which is not done: a trial diverged or failed."""
+        if self._first is not None:
+            self._first, self._last = self._first - seconds, self._last - seconds
+
+    def passed(self) -> float:
+        """Seconds since work was last seen to be done."""
+        return monotonic() - self._changed
 
 
 class LiveStudy:
@@ -87,25 +144,41 @@ class LiveStudy:
     def __init__(self, study: StudyFolder) -> None:
         self.study = study
         self.steps = total_steps(study.spec.training, study.data_facts["rows_train"])
+        self._evaluated = {0, *eval_steps(study.spec.training, self.steps)}
         self._trials = {trial.name: trial for trial in study.all_trials()}
         self._tails = {name: MetricsTail(study.trial_folder(t) / "metrics.jsonl") for name, t in self._trials.items()}
         self._read_to_end: set[str] = set()
         self._began = math.inf  # when the last run that was seen began
+        self._due, self._jobs = set[str](), list[ProfileJob]()  # trials and profiles that this run still has before it
+        self._answering, self._devices = 0, 1
+        self._pace, self._prior, self._watched = Pace(), 1.0, (perf_counter(), stalled_seconds())
+        self._step_seconds, self._runtimes = dict[str, float](), dict[str, float]()  # by candidate; empty if not known
 
     def read(self) -> State:
         """State of the whole study. Reads the record of every trial."""
         study, holder = self.study, self.study.holder()
         statuses = {name: study.trial_record(trial).status for name, trial in self._trials.items()}
         self._read_tails(statuses)
-        self._began = began = _modified(study.file(".lock-holder")) or self._began
+        began = _modified(study.file(".lock-holder")) or self._began
         training = self._training(statuses, began)
         names = (*study.spec.profiled(), TIME) if study.spec.measure.profiles else ()
         again = study.file(AGAIN).exists()
         measured = sum(len(study.profile_repeats(name, again)) for name in names)
         missing = missing_profiles(study.spec, study, again)
         profiles = measured + len(missing)
-        return State(
-            doing=self._doing(statuses, training, measured < profiles, holder is not None, began),
+        doing = self._doing(statuses, training, measured < profiles, holder is not None, began)
+        due = {name for name, trial in self._trials.items() if self._is_due(trial, statuses, began)}
+        given_up = sum(self._left(name) for name in self._due - due) if self._runtimes else 0.0
+        self._pace.skip(given_up / self._devices)
+        self._due = due
+        self._jobs = missing if doing in ("train", "profile") else []
+        self._answering = 0 if doing in ("conclude", "done") else self._unanswered()
+        if began != self._began or len(training) > self._devices:
+            self._began, self._devices = began, max(self._devices, len(training))
+            self._pace.restart()
+        self._read_forecasts()
+        state = State(
+            doing=doing,
             training={name: [self._trial(one, statuses) for one in members] for name, members in training.items()},
             packs=list(study.division().packs),
             results=self._results(began),
@@ -114,16 +187,16 @@ class LiveStudy:
             profile=self._profile(began),
             profiles_done=measured,
             profiles=profiles,
-            seconds_left=self._seconds_left(statuses, missing, max(1, len(training))),
             rss_bytes=_rss(holder),
         )
+        return self._with_times(state)
 
     def refresh(self, state: State) -> State:
         """`state` with the latest steps of the trials in training. Reads nothing but their new metrics."""
         statuses = {trial.name: trial.status for trials in state.training.values() for trial in trials}
         self._read_tails(statuses)
         training = {name: [self._trial(t.name, statuses) for t in trials] for name, trials in state.training.items()}
-        return state._replace(training=training)
+        return self._with_times(state._replace(training=training))
 
     def _read_tails(self, statuses: Mapping[str, str]) -> None:
         """Read new metrics, except of trials that have ended and were read since."""
@@ -133,9 +206,10 @@ class LiveStudy:
         self._read_to_end = self._read_to_end - statuses.keys() | finished  # a corrupt trial is trained again
 
     def _trial(self, name: str, statuses: Mapping[str, str]) -> TrialState:
-        tail, trial = self._tails[name], self._trials[name]
-        rank = trial.candidate.rank if isinstance(trial, Trial) else 0
-        return TrialState(name, rank, statuses[name], tail.step, tail.train_loss, tail.eval_loss)
+        tail = self._tails[name]
+        is_due = tail.step in self._evaluated and tail.evaluated < tail.step
+        evaluating = statuses[name] == "running" and is_due
+        return TrialState(name, statuses[name], tail.step, tail.train_loss, tail.eval_loss, evaluating)
 
     def _training(self, statuses: Mapping[str, str], began: float) -> dict[str, list[str]]:
         """Names of the trials of each pack in training, and of each trial of full fine-tuning in training. A killed run
@@ -194,25 +268,56 @@ class LiveStudy:
         recorded = [_modified(self.study.profile_file(name, again)) for again in (False, True)] if name else []
         return name if name and jobs[name] >= max(began, *recorded) else None
 
-    def _seconds_left(self, statuses: Mapping[str, str], jobs: Sequence[ProfileJob], devices: int) -> float | None:
-        """Predicted time of the steps and evaluations left, divided among the devices in use, and of the profiles left.
-        Both are scaled by how much longer the steps so far took than predicted."""
-        known, spec = self.study.prediction.get("candidates", {}), self.study.spec
-        predicted = {name: found["runtime_seconds"] for name, found in known.items()}
-        if not predicted or None in predicted.values():
-            return None
-        steps = {name: found["step_seconds"] for name, found in known.items()}
-        taken = expected = left = 0.0
+    def _unanswered(self) -> int:
+        """Number of models that are still to answer: the base model answers whenever a candidate does."""
+        kept, study = self.study.kept_answers(), self.study
+        answered = {trial.candidate.name for trial in study.trials if trial.name in kept}
+        lacking = len(study.spec.candidates()) - len(answered)
+        return lacking + 1 if study.spec.measure.answers and lacking else 0
+
+    def _read_forecasts(self) -> None:
+        """Read the forecast times, if all are known, and by how much longer the steps took that are done."""
+        found = self.study.prediction.get("candidates", {})
+        known = {one.name: found.get(one.name, {}).get("runtime_seconds") for one in self.study.spec.candidates()}
+        if None in known.values():
+            return
+        self._runtimes, self._step_seconds = known, {name: found[name]["step_seconds"] for name in known}
+        taken = expected = 0.0
         for members in self.study.division().packs.values():
-            for trial in members:
-                share = self._tails[trial.name].step / self.steps
-                expected += steps[trial.candidate.name] * self._tails[trial.name].step
-                if statuses[trial.name] not in FINISHED:
-                    left += predicted[trial.candidate.name] * (1 - share)
-            taken += max(self._tails[trial.name].seconds for trial in members)
-        slower = taken / expected if expected and taken else 1.0
-        own = {name: steps[candidate.name] * slower for name, candidate in spec.profiled().items()}
-        return left * slower / devices + sum(profile_seconds(spec.measure, job, own) for job in jobs)
+            expected += sum(self._step_seconds[one.candidate.name] * self._tails[one.name].step for one in members)
+            taken += max(self._tails[one.name].seconds for one in members)
+        self._prior = taken / expected if expected and taken else 1.0
+
+    def _left(self, name: str) -> float:
+        """Forecast seconds of the steps and evaluations that the trial lacks."""
+        return seconds_of(self._trials[name], self._runtimes) * (1 - self._tails[name].step / self.steps)
+
+    def _with_times(self, state: State) -> State:
+        """`state` with the time that is left and the share that is done.
+
+        What counts is the forecast that the study began with, of training, evaluation, profiles, answers and the
+        report; by how much longer this run took than it for what it has done, the rest is taken to take longer too.
+        """
+        spec, runtimes, steps = self.study.spec, self._runtimes, self._step_seconds
+        if state.doing == "done":
+            return state._replace(seconds_left=0.0, share=1.0)
+        if not runtimes or state.doing == "curve":
+            parts = sum(tail.step / self.steps for tail in self._tails.values()) + state.profiles_done
+            return state._replace(share=parts / (len(self._tails) + state.profiles))
+        left = {name: 1 - self._tails[name].step / self.steps if name in self._due else 0.0 for name in self._trials}
+        work = work_seconds(spec, steps, runtimes, left, self._jobs, self._answering)
+        ahead = work.trials / self._devices + work.profiles + work.others
+        scale = self._pace.update(ahead, self._prior)
+        busy = (cpu_pressure(*self._watched) or 0.0) > BUSY_PRESSURE
+        extra = MAX_EXTRA_SECONDS * busy * sum(job.profile == TIME for job in self._jobs)
+        seconds = max(scale * ahead + extra - self._pace.passed(), 0.0)
+        everything = dict.fromkeys(left, 1.0), missing_profiles(spec, None), 1 + len(spec.candidates())
+        whole = scale * max(ahead, sum(work_seconds(spec, steps, runtimes, *everything))) + extra
+        packs = {
+            name: scale * sum(self._left(one.name) for one in pack if one.name in self._due)
+            for name, pack in state.training.items()
+        }
+        return state._replace(seconds_left=seconds, share=max(0.0, 1 - seconds / whole), pack_seconds=packs)
 
 
 def trial_rows(trials: list[TrialState], steps: int, text: Catalogue) -> list[list[str]]:

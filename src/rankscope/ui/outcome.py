@@ -8,7 +8,7 @@ import pandas as pd
 from rich.console import Console
 
 from rankscope.analysis.curve import curve_errors, loss_curve
-from rankscope.analysis.next_step import next_step
+from rankscope.analysis.next_step import NextStep, next_step
 from rankscope.data.doubts import data_warnings
 from rankscope.report.content import candidate_table
 from rankscope.report.costs import noise_sentence
@@ -21,7 +21,8 @@ from rankscope.study.folder import ANSWERS
 from rankscope.study.missing import missing_profiles, unfinished
 from rankscope.study.records import Failure, TrialRecord
 from rankscope.study.study import Study
-from rankscope.text.catalogue import load
+from rankscope.text.catalogue import Catalogue, load
+from rankscope.text.formats import percent
 from rankscope.text.verdict import ALARMS, caveat_sentence, gained, margin_table, rate_sentences, verdict_sentence
 from rankscope.ui.console import make_table, out_console, print_table
 
@@ -30,37 +31,54 @@ COLUMNS = ("train_loss", "eval_loss", "regret", "kept", "cpu_memory", "step_seco
 
 
 def show_outcome(conclusion: Conclusion, console: Console, language: str) -> None:
-    """Print the report's numbers for each candidate, and the verdict."""
-    study, evidence, verdict = conclusion
+    """Print the report's numbers for each candidate, what they show, and at last the verdict: see `show_verdict`."""
+    _, evidence, verdict = conclusion
     text, candidates = load(language), by_candidate(evidence, verdict)
     gpu = ("gpu_memory",) if has_gpu(evidence) else ()
     table = candidate_table(evidence, verdict, candidates, text, COLUMNS + gpu)
     rows = [[name, *cells] for name, cells in zip(candidates["candidate"], table.rows, strict=True)]
     console.print(make_table([text("table.candidate"), *table.headers], rows))
     half = text("how.half") if compared_rows(evidence) is not None else ""
-    for sentence in filter(None, [half, noise_sentence(evidence.profiles, text)]):
+    noise = noise_sentence(evidence.profiles, text)
+    for sentence in filter(None, [half, noise, *rate_sentences(verdict, text), *variant_sentences(verdict, text)]):
         console.print(sentence, soft_wrap=True)
     console.print()
     show_verdict(conclusion, console, language)
-    for sentence in [*rate_sentences(verdict, text), *variant_sentences(verdict, text), f"Report: {study.report}"]:
-        console.print(sentence, soft_wrap=True)
 
 
 def show_verdict(conclusion: Conclusion, console: Console, language: str) -> None:
-    """Print the verdict, and below it what is doubtful, what fine-tuning gains, and what would settle it."""
+    """Print what fine-tuning gains, the verdict, what is doubtful, where the adapter and the report are, and what to do
+    next."""
     study, evidence, verdict = conclusion
     text = load(language)
-    console.print(verdict_sentence(verdict, language), style="bold", soft_wrap=True)
-    alarms = [caveat_sentence(verdict, code, text) for code in verdict["caveats"] if code in ALARMS]
-    for sentence in [*data_warnings(evidence.data_facts, text), *alarms]:
-        console.print(text("caveat.warning", sentence=sentence), style="yellow", soft_wrap=True)
     if (gain := gained(verdict, text)).value:
         console.print(f"{text('gain.title')}: {'; '.join([gain.value, *gain.notes])}.", soft_wrap=True)
     if (margins := margin_table(verdict, text)) is not None:
         console.print(f"{margins.caption}:", soft_wrap=True)
         console.print(make_table(margins.headers, margins.rows, left=(0, 1)))
-    if (step := next_step(verdict, evidence, str(study.path), text)) is not None:
+    console.print()
+    console.print(verdict_sentence(verdict, language), style="bold", soft_wrap=True)
+    alarms = [caveat_sentence(verdict, code, text) for code in verdict["caveats"] if code in ALARMS]
+    for sentence in [*data_warnings(evidence.data_facts, text), *alarms]:
+        console.print(text("caveat.warning", sentence=sentence), style="yellow", soft_wrap=True)
+    if verdict["candidate"] is not None:
+        adapter = study.trial_folder(study.best_trial()) / "adapter"
+        console.print(f"{text('outcome.adapter')}: {adapter}", soft_wrap=True)
+    console.print(f"{text('outcome.report')}: {study.report}", soft_wrap=True)
+    if step := next_step(verdict, evidence, str(study.path), text) or _after(verdict, str(study.path), text):
         console.print(f"{step.title}:\n  {step.command}", soft_wrap=True)
+
+
+def _after(verdict: dict[str, Any], directory: str, text: Catalogue) -> NextStep | None:
+    """What to do where all is settled: try lower ranks, or judge by another margin."""
+    rank = verdict["rank"]
+    if rank is None:
+        return None
+    if rank > 1 and rank == min(row["rank"] for row in verdict["comparison"]):
+        lower = ",".join(str(one) for one in (rank // 4, rank // 2) if one)
+        return NextStep(text("settle.lower"), shlex.join(["rankscope", "run", directory, "--ranks", lower]))
+    command = ["rankscope", "report", directory, "--margin", percent(verdict["margin"] / 2)]
+    return NextStep(text("settle.margin"), shlex.join(command))
 
 
 def describe_outcome(conclusion: Conclusion) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "free_bytes": plan.site.free_bytes,
         "largest_rank_that_fits": plan.largest_rank,
         "disk_bytes": plan.disk_bytes,
-        "seconds": {"trials": seconds[0], "profiles": seconds[1]} if seconds else None,
+        "seconds": seconds._asdict() if seconds else None,
         "fleet": found.describe() if (found := plan.fleet_estimate) else None,
     }
 
@@ -176,7 +176,7 @@ def _notes(plan: Plan) -> list[str]:
     if seconds is None:
         known = " --gpu-flops says what it reaches." if hypothetical else ""
         return [*notes, f"Time: not predicted, since this device's speed is not known here.{known}"]
-    trials, profiles = (duration(part, load("en")) for part in seconds)
+    trials, profiles, others = (duration(part, load("en")) for part in seconds)
     timed, rate = "Time: about; a few layers with random weights are timed here.", found.product_flops_per_second
     if rate is not None:
         timed = (
@@ -187,7 +187,7 @@ def _notes(plan: Plan) -> list[str]:
         *notes,
         timed,
         f"The whole study: about {duration(sum(seconds), load('en'))} on one device: trials {trials}, profiles "
-        f"{profiles}.",
+        f"{profiles}, the rest {others}.",
         *_fleet(plan),
     ]
 

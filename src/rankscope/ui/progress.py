@@ -1,7 +1,11 @@
-"""Progress of a run in the terminal: a live table, or a line now and then where output is no terminal."""
+"""Progress in the terminal: a display below the lines that stay, or a line now and then where output is no terminal.
 
+`rankscope run` and `rankscope watch --terminal` have the same display.
+"""
+
+import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -9,19 +13,22 @@ from typing import Any, Self
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
 from rankscope.errors import StudyDirectoryError, StudyError
-from rankscope.study.folder import StudyFolder
-from rankscope.text.catalogue import load
-from rankscope.text.formats import duration, size
+from rankscope.study.folder import NOT_ENDED, StudyFolder
+from rankscope.text.catalogue import Catalogue, load
+from rankscope.text.formats import about, size
 from rankscope.ui.console import make_table
 from rankscope.ui.live import LiveStudy, State, TrialState, trial_rows
 
 MAX_CPU_SHARE = 0.01
 """Share of one core for reading the whole study again and again, while its cost may be being measured."""
 
-LINE_EVERY_SECONDS = 15.0  # interval of lines where output is no terminal
+LINE_EVERY_SECONDS = 15.0  # interval of lines where output is no terminal; of a long study a fiftieth of its time
+
+BESIDE_ROWS = 9  # rows of a terminal that are not for trials
 
 
 class Display:
@@ -53,25 +60,29 @@ class Display:
         if self._live:
             self._live.update(part)
 
-    def line_is_due(self) -> bool:
+    def line_is_due(self, seconds: float = LINE_EVERY_SECONDS) -> bool:
         due = time.monotonic() >= self._next_line
         if due:
-            self._next_line = time.monotonic() + LINE_EVERY_SECONDS
+            self._next_line = time.monotonic() + seconds
         return due
 
 
 class TerminalProgress(Display):
-    """Progress of `rankscope run` and `rankscope curve`, read from the study in `folder` once it exists."""
+    """Progress of a study, read from its files in `folder` once it exists."""
 
-    def __init__(self, console: Console, folder: Path) -> None:
+    def __init__(self, console: Console, folder: Path, language: str = "en", told: bool = False) -> None:
+        """`told`: whether the user knows how to follow the study elsewhere."""
         super().__init__(console)
-        self._folder = folder
+        self._folder, self.text, self._told = folder, load(language), told
         self._study: LiveStudy | None = None
         self._state: State | None = None
         self._read_again = 0.0  # next time the whole study is read
-        self._begun: dict[str, tuple[float, int]] = {}  # time and step at which a pack was first seen in training
-        self._ended: set[str] = set()
-        self._measuring = ""
+        self._begun, self._ended = set[str](), set[str]()  # what was said to have begun, and to have ended
+        self._said: object = None  # what the last line was about
+
+    def __enter__(self) -> Self:
+        self.draw(Text(self.text("live.begin"), style="bold"))
+        return super().__enter__()
 
     def __exit__(self, *error: object) -> None:
         with suppress(StudyDirectoryError, StudyError):
@@ -79,109 +90,136 @@ class TerminalProgress(Display):
                 self._announce(self._study.read())
         super().__exit__(*error)
 
+    def say(self, message: str) -> None:
+        super().say(message)
+        self._read_again = 0.0  # something has happened
+
     def poll(self) -> None:
         with suppress(StudyDirectoryError, StudyError):  # the run itself reports damage; showing must not end training
-            self._read()
-        state = self._state
-        if state is None:
-            return
-        if self.is_drawn:
-            parts = [self._trial_table(name, trials, state) for name, trials in state.training.items()]
-            self.draw(Group(*parts) if parts else Text(self._heading(state), style="bold"))
-        elif state.training and self.line_is_due():
-            for name, trials in state.training.items():
-                which = f"{name}, " if len(state.training) > 1 else ""
-                losses = "  ".join(f"{row[0]} {row[3]}" for row in trial_rows(trials, state.steps, load("en")))
-                step = f"step {_step(trials)}/{state.steps}"
-                self.say(f"  {which}{step}, {self._left(name, trials, state)}{_memory(state)}: {losses}")
+            self.read()
+        if (state := self._state) is not None:
+            self.show(state)
 
-    def _read(self) -> None:
-        """Read the whole study where that is due, else what the trials in training have written."""
+    def show(self, state: State, note: str = "") -> None:
+        """Draw the state, and a note; or print a line where the state has changed, and one is due."""
+        if self.is_drawn:
+            self.draw(view(state, self.text, self._folder, self.console.height - BESIDE_ROWS, note))
+            return
+        steps = {name: _step(trials) for name, trials in state.training.items()}
+        now = state.activity, state.profiles_done, steps
+        whole = (state.seconds_left or 0.0) / max(0.02, 1 - state.share)
+        if now != self._said and self.line_is_due(max(LINE_EVERY_SECONDS, whole / 50)):
+            self._said = now
+            super().say(f"  {_line(state, self.text)}")
+
+    def read(self) -> State | None:
+        """State of the study, once it exists: all of it where that is due, else what the trials in training have
+        written. Raises StudyDirectoryError, StudyError: it has not begun, or is corrupt."""
         due = self._state is None or time.monotonic() >= self._read_again
         if self._study is None or (due and self._study.study.has_changed()):
             if not StudyFolder.is_at(self._folder):
-                return
+                return None
             self._study = LiveStudy(StudyFolder.open(self._folder))
         if self._state is not None and not due:
             self._state = self._study.refresh(self._state)
-            return
+            return self._state
         start = time.thread_time()
         self._state = self._study.read()
         self._read_again = time.monotonic() + (time.thread_time() - start) / MAX_CPU_SHARE
         self._announce(self._state)
+        return self._state
 
     def _announce(self, state: State) -> None:
+        """Say what has begun or ended since."""
+        if not self._told:
+            self._told = True
+            super().say(self.text("live.follow", command=watch_command(self._folder)))
         for pack, results in state.results.items():
             if pack not in self._ended:
                 self._ended.add(pack)
-                self.say(_describe_pack(pack, results))
+                super().say(_pack_ended(pack, results, self.text))
         for name, trials in state.training.items():
             if name not in self._begun:
-                self._begun[name] = (time.monotonic(), _step(trials))
-                self.say(_title(name, trials, state))
-        measuring = _measuring(state)
-        if measuring and measuring != self._measuring and not self.is_drawn:
-            self._measuring = measuring
-            self.say(measuring)
-
-    def _left(self, name: str, trials: list[TrialState], state: State) -> str:
-        """Time left for one pack, from its pace since it was first seen, and for the whole study."""
-        start, first = self._begun[name]
-        step = _step(trials)
-        if step <= first:
-            return "loading"
-        left = (time.monotonic() - start) / (step - first) * (state.steps - step)
-        return f"about {duration(left, load('en'))} left{_whole_left(state, ', ')}"
-
-    def _heading(self, state: State) -> str:
-        """Line for work that is no training."""
-        doing = _measuring(state) or ("Loading the model" if state.doing == "train" else "Working")
-        if state.doing in ("answer", "curve"):
-            doing = load("en")(f"live.{state.doing}")
-        return f"{doing}{_whole_left(state, ' · ')}{_memory(state)}"
-
-    def _trial_table(self, name: str, trials: list[TrialState], state: State) -> Group:
-        rows: list[list[RenderableType]] = []
-        for trial, (shown, _, _, *losses) in zip(trials, trial_rows(trials, state.steps, load("en")), strict=True):
-            bar = ProgressBar(total=state.steps, completed=trial.step, width=20)
-            rows.append([shown, f"{trial.step}/{state.steps}", *losses, bar])
-        table = make_table(("trial", "step", "loss", "held-out", ""), rows, left=(0, 4))
-        heading = f"{_title(name, trials, state)} · {self._left(name, trials, state)}{_memory(state)}"
-        return Group(Text(heading, style="bold"), table)
+                self._begun.add(name)
+                super().say(_title(name, trials, state, self.text))
 
 
-def _title(name: str, trials: list[TrialState], state: State) -> str:
+def lines(state: State, text: Catalogue) -> list[str]:
+    """Current work, what has ended and memory in use, in a line each."""
+    number, packs = state.profiles_done + 1, ", ".join(state.training)
+    now = text(f"live.{state.activity}", pack=packs, name=state.profile, done=number, total=state.profiles)
+    ended = sum(trial.status not in NOT_ENDED for trial in state.trials)
+    memory = [text("live.memory", size=size(state.rss_bytes))] if state.rss_bytes else []
+    return [now, text("live.trials", done=ended, total=len(state.trials)), *memory]
+
+
+def whole_left(state: State, text: Catalogue) -> str:
+    """Share of the study that is done, and the time left where it is known."""
+    known = state.seconds_left is not None and state.doing not in ("done", "stopped")
+    left = text("live.left", time=about(state.seconds_left or 0.0, text)) if known else ""
+    return f"{state.share:.0%}  {left}".strip()
+
+
+def view(state: State, text: Catalogue, folder: Path, most_rows: int | None = None, note: str = "") -> Group:
+    """The whole display: what is done now, a bar for the study and one for each pack, the trials (those in training
+    first, then those that wait and those that have ended, `most_rows` at most), and a note."""
+    bars = Table.grid(padding=(0, 2, 0, 0), expand=True)
+    for ratio in (None, 1, None):
+        bars.add_column(ratio=ratio, no_wrap=True)
+    bars.add_row(text("live.whole"), ProgressBar(1.0, state.share), whole_left(state, text))
+    for name, trials in state.training.items():
+        bars.add_row(name, ProgressBar(state.steps, _step(trials)), _pack_left(name, trials, state, text))
+    if state.doing == "profile":
+        count = f"{state.profiles_done} / {state.profiles}"
+        bars.add_row(text("live.costs"), ProgressBar(state.profiles, state.profiles_done), count)
+    training = [trial for trials in state.training.values() for trial in trials]
+    names = {trial.name for trial in training}
+    others = sorted((one for one in state.trials if one.name not in names), key=lambda one: one.status != "pending")
+    shown = (training + others)[: None if most_rows is None else max(1, most_rows - len(bars.rows))]
+    headers = [text(f"table.{name}") for name in ("trial", "status", "steps", "train_loss", "eval_loss_all")]
+    rows = make_table(headers, trial_rows(shown, state.steps, text), left=(0, 1))
+    parts: list[RenderableType] = [Text(" · ".join(lines(state, text)), style="bold"), bars, Text(""), rows]
+    if hidden := len(state.trials) - len(shown):
+        command = watch_command(folder)
+        parts.append(Text(text("live.hidden", n=hidden, command=command), no_wrap=True, overflow="ignore"))
+    return Group(*parts, *([Text(f"\n{note}")] if note else []))
+
+
+def watch_command(folder: Path) -> str:
+    return shlex.join(["rankscope", "watch", str(folder)])
+
+
+def _line(state: State, text: Catalogue) -> str:
+    """Progress in a line, where output is no terminal."""
+    now, _, *memory = lines(state, text)
+    packs = []
+    for name, trials in state.training.items():
+        rows = zip(trials, trial_rows(trials, state.steps, text), strict=True)
+        losses = [f"{row[0]} {row[1] if trial.status == 'diverged' else row[3]}" for trial, row in rows]
+        packs += [f"{name} {_pack_left(name, trials, state, text)}", ", ".join(losses)]
+    return " · ".join([whole_left(state, text), now, *packs, *memory])
+
+
+def _pack_left(name: str, trials: Sequence[TrialState], state: State, text: Catalogue) -> str:
+    steps, seconds = f"{_step(trials)} / {state.steps}", state.pack_seconds.get(name)
+    return steps if seconds is None else f"{steps}  {text('live.left', time=about(seconds, text))}"
+
+
+def _title(name: str, trials: Sequence[TrialState], state: State, text: Catalogue) -> str:
     if name not in state.packs:
-        return f"Full fine-tuning, {name}: {state.steps} steps"
-    position = state.packs.index(name) + 1
-    return f"Pack {name} ({position} of {len(state.packs)}): {len(trials)} trials, {state.steps} steps"
+        return text("live.full_began", name=name, steps=state.steps)
+    number, total = state.packs.index(name) + 1, len(state.packs)
+    count = text.count("trials", len(trials))
+    return text("live.pack_began", pack=name, number=number, total=total, trials=count, steps=state.steps)
 
 
-def _describe_pack(pack: str, results: Mapping[str, Any]) -> str:
+def _pack_ended(pack: str, results: Mapping[str, Any], text: Catalogue) -> str:
     peak = results["gpu_allocated_peak_bytes"] or results["rss_peak_bytes"]
-    return (
-        f"Pack {pack}: {results['step_seconds'] / results['steps']:.3g} s a step; "
-        f"{results['useful_flops_per_second'] / 1e9:,.0f} useful GFLOP/s; peak {size(peak)}"
-    )
+    seconds, rate = results["step_seconds"] / results["steps"], results["useful_flops_per_second"] / 1e9
+    return text("live.pack_ended", pack=pack, seconds=f"{seconds:.3g}", rate=f"{rate:,.0f}", peak=size(peak))
 
 
-def _measuring(state: State) -> str:
-    """Which profile is being measured; empty where none is."""
-    if state.doing != "profile" or state.profile is None:
-        return ""
-    return f"Measuring cost, {state.profiles_done + 1} of {state.profiles}: {state.profile}"
-
-
-def _whole_left(state: State, joint: str) -> str:
-    seconds = state.seconds_left
-    return "" if seconds is None else f"{joint}about {duration(seconds, load('en'))} for the whole study"
-
-
-def _memory(state: State) -> str:
-    return f" · {size(state.rss_bytes)}" if state.rss_bytes else ""
-
-
-def _step(trials: list[TrialState]) -> int:
+def _step(trials: Sequence[TrialState]) -> int:
     """Step of a pack. Trials that have ended are left out: an earlier run may have ended them."""
     running = [trial.step for trial in trials if trial.status == "running"]
     return max(running or [trial.step for trial in trials])

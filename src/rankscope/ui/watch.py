@@ -10,23 +10,24 @@ import sys
 import threading
 import time
 import webbrowser
-from collections.abc import Iterator
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from rich.console import Console
-from rich.live import Live
 
+from rankscope.analysis.verdict import conclude
 from rankscope.errors import StudyDirectoryError, StudyError
 from rankscope.report import html
 from rankscope.report.content import Content, compose
+from rankscope.study.evidence import Evidence
 from rankscope.study.folder import NOT_ENDED
 from rankscope.study.study import Study
 from rankscope.text.catalogue import Catalogue, load
-from rankscope.text.formats import duration, size
-from rankscope.ui.console import make_table
+from rankscope.text.verdict import verdict_sentence
 from rankscope.ui.live import LiveStudy, State, trial_rows
+from rankscope.ui.progress import TerminalProgress, lines, view, whole_left
 
 LOOPBACK = "127.0.0.1"
 MIN_POLL_SECONDS = 2.0  # shortest interval between two requests of the page
@@ -52,40 +53,44 @@ class Watch:
 
     def page(self) -> str:
         with self._lock:
-            now = self._now(self.state())
-            return html.render(self._content(), self.text, now=now)
+            state = self.state()
+            return html.render(self._content(state), self.text, now=self._now(state))
 
     def news(self) -> dict[str, Any]:
         """Update for an open page: the state, the charts, and the milliseconds until the next request."""
         with self._lock:
             start = time.thread_time()
             state = self.state()
-            found = {"now": self._now(state), "charts": html.specifications(self._content())}
+            found = {"now": self._now(state), "charts": html.specifications(self._content(state))}
             taken = time.thread_time() - start
             return found | {"again_ms": round(1000 * max(MIN_POLL_SECONDS, taken / MAX_CPU_SHARE))}
 
-    def _content(self) -> Content:
-        verdict = self.study.find_verdict()  # `Study.verdict` is cached
-        return compose(self.study.evidence(), verdict, self.text, str(self.study.path))
+    def _content(self, state: State) -> Content:
+        """The report of the results so far."""
+        evidence = self.study.evidence()
+        return compose(evidence, _verdict(self.study, evidence, state), self.text, str(self.study.path))
 
     def _now(self, state: State) -> dict[str, Any]:
         """State as the page shows it; the page reloads its tables when `part` changes."""
         statuses = ",".join(trial.status for trial in state.trials)
-        part = f"{state.doing} {state.pack} {state.profiles_done} {statuses}"
-        rows = trial_rows(state.trials, state.steps, self.text)
-        return {"lines": list(lines(state, self.text)), "rows": rows, "part": part}
+        part = f"{state.doing} {list(state.training)} {state.profiles_done} {statuses}"
+        shown = {"lines": lines(state, self.text), "rows": trial_rows(state.trials, state.steps, self.text)}
+        bar = {"share": state.share, "left": whole_left(state, self.text)}
+        return shown | bar | {"so_far": _caveat(state, self.text), "part": part}
 
 
-def lines(state: State, text: Catalogue) -> Iterator[str]:
-    """Current work, progress, time left and memory, one line each."""
+def _verdict(study: Study, evidence: Evidence, state: State) -> dict[str, Any] | None:
+    """The study's verdict, or, until it is done, the conclusion from what has ended by now."""
+    if state.doing != "done":
+        with suppress(StudyError):  # the evidence of an old study allows none
+            return conclude(evidence)
+    return study.find_verdict()
+
+
+def _caveat(state: State, text: Catalogue) -> str:
+    """What a verdict rests on while the study is not done; empty once it is."""
     done = sum(trial.status not in NOT_ENDED for trial in state.trials)
-    doing = "load" if state.doing == "train" and not state.training else state.doing
-    yield text(f"live.{doing}", pack=state.pack or "", done=state.profiles_done + 1, total=state.profiles)
-    yield text("live.trials", done=done, total=len(state.trials))
-    if state.seconds_left and state.doing not in ("done", "stopped"):
-        yield text("live.left", time=duration(state.seconds_left, text))
-    if state.rss_bytes:
-        yield text("live.memory", size=size(state.rss_bytes))
+    return "" if state.doing == "done" else text("live.so_far", done=done, total=len(state.trials))
 
 
 def serve(watch: Watch, port: int) -> ThreadingHTTPServer:
@@ -144,22 +149,25 @@ def watch_page(watch: Watch, port: int, console: Console, browser: bool) -> None
     server.serve_forever()
 
 
-def watch_terminal(watch: Watch, console: Console) -> None:
-    """Show the study in the terminal until it is done or stopped; once if output is no terminal."""
-    with Live(console=console, auto_refresh=False, transient=False) as live:
+def watch_terminal(study: Study, console: Console, language: str = "en") -> None:
+    """Show the study in the terminal, as the run itself does, and the verdict so far, until it is done or stopped; once
+    if output is no terminal."""
+    progress, ended, note = TerminalProgress(console, study.path, language, told=True), list[str](), ""
+    with progress:
         while True:
             try:
-                state = watch.state()
+                state = progress.read()
+                assert state is not None  # the study is there
+                if ended != (ended := [trial.status for trial in state.trials]):
+                    now = Study.open(study.path)  # it may have grown
+                    sentence = verdict_sentence(_verdict(now, now.evidence(), state), language)
+                    note = "\n".join(filter(None, [_caveat(state, progress.text), sentence]))
             except StudyDirectoryError:
-                if watch.study.holder() is None:
+                if study.holder() is None:
                     raise
             else:
-                names = ("trial", "status", "steps", "train_loss", "eval_loss_all")
-                rows = trial_rows(state.trials, state.steps, watch.text)
-                title = " · ".join(lines(state, watch.text))
-                table = make_table([watch.text(f"table.{name}") for name in names], rows, left=(0, 1), title=title)
-                table.title_style = "bold"
-                live.update(table, refresh=True)
                 if state.doing in ("done", "stopped") or not console.is_terminal:
-                    return
+                    break
+                progress.show(state, note)
             time.sleep(TERMINAL_SECONDS)
+    console.print(view(state, progress.text, study.path, note=note))
