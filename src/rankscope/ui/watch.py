@@ -41,6 +41,8 @@ class Watch:
     def __init__(self, study: Study, language: str) -> None:
         self.study, self.text = study, load(language)
         self._live: LiveStudy | None = None  # once the study has begun
+        self._ended: list[str] = []  # statuses of the trials, and what they show
+        self._verdict: dict[str, Any] | None = None
         self._lock = threading.Lock()  # a browser sends requests in parallel
 
     def state(self) -> State:
@@ -66,9 +68,11 @@ class Watch:
             return found | {"again_ms": round(1000 * max(MIN_POLL_SECONDS, taken / MAX_CPU_SHARE))}
 
     def _content(self, state: State) -> Content:
-        """The report of the results so far."""
-        evidence = self.study.evidence()
-        return compose(evidence, _verdict(self.study, evidence, state), self.text, str(self.study.path))
+        """The report of the results so far. It concludes anew when a trial has ended: the run is being measured."""
+        evidence, ended = self.study.evidence(), [trial.status for trial in state.trials]
+        if self._ended != ended or state.doing == "done":
+            self._ended, self._verdict = ended, _verdict(self.study, evidence, state)
+        return compose(evidence, self._verdict, self.text, str(self.study.path))
 
     def _now(self, state: State) -> dict[str, Any]:
         """State as the page shows it; the page reloads its tables when `part` changes."""
