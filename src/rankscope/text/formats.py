@@ -83,7 +83,8 @@ def duration(seconds: float, text: "Catalogue") -> str:
 def about(seconds: float, text: "Catalogue") -> str:
     """A forecast's duration, no finer than it is known, and never nothing: to 5 s, from two minutes on to 30 s."""
     step = next(step for limit, step in ((120, 5), (600, 30), (7200, 60), (math.inf, 600)) if seconds < limit)
-    return duration(max(5, round(seconds / step) * step), text)
+    near = max(5, round(seconds / step) * step)
+    return duration(near, text) if near >= 60 else text("unit.duration", value=near, unit=text("unit.seconds"))
 
 
 def percent(share: float) -> str:
