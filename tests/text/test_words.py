@@ -332,6 +332,12 @@ def test_durations(seconds: float, expected: str) -> None:
     assert formats.duration(seconds, load("en")) == expected
 
 
+@pytest.mark.parametrize(("seconds", "expected"), [(0.0, "5 s"), (8.0, "10 s"), (44.4, "45 s")])
+def test_a_time_left_is_rough_and_never_nothing(seconds: float, expected: str) -> None:
+    assert formats.about(seconds, load("en")) == expected
+    assert formats.about(9876, load("en")) == formats.duration(9600, load("en"))
+
+
 @pytest.mark.parametrize(
     ("value", "expected"), [(2e-4, "2e-4"), (1.5e-4, "1.5e-4"), (0.01, "0.01"), (1e-5, "1e-5"), (1.0, "1")]
 )
