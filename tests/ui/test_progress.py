@@ -24,6 +24,7 @@ from ui.test_live import FIXTURE, begin, hold, lines, restart
 def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
     """The fixture while its second pack trains."""
     monkeypatch.setattr(shown_by, "LINE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(shown_by, "MOST_LINES", float("inf"))
     monkeypatch.setattr(shown_by, "MAX_CPU_SHARE", float("inf"))
     shutil.copytree(FIXTURE, tmp_path / "study")
     found = Study.open(tmp_path / "study")

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Hashable
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -62,8 +63,9 @@ def show_verdict(conclusion: Conclusion, console: Console, language: str) -> Non
     for sentence in [*data_warnings(evidence.data_facts, text), *alarms]:
         console.print(text("caveat.warning", sentence=sentence), style="yellow", soft_wrap=True)
     if verdict["candidate"] is not None:
-        adapter = study.trial_folder(study.best_trial()) / "adapter"
-        console.print(f"{text('outcome.adapter')}: {adapter}", soft_wrap=True)
+        own = evidence.results[evidence.results["candidate"] == verdict["candidate"]]
+        best = own.loc[own["eval_loss"].idxmin(), "trial"]  # NaN of a trial that is not done
+        console.print(f"{text('outcome.adapter')}: {Path(study.path, 'trials', best, 'adapter')}", soft_wrap=True)
     console.print(f"{text('outcome.report')}: {study.report}", soft_wrap=True)
     if step := next_step(verdict, evidence, str(study.path), text) or _after(verdict, str(study.path), text):
         console.print(f"{step.title}:\n  {step.command}", soft_wrap=True)

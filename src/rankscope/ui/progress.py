@@ -26,7 +26,9 @@ from rankscope.ui.live import LiveStudy, State, TrialState, trial_rows
 MAX_CPU_SHARE = 0.01
 """Share of one core for reading the whole study again and again, while its cost may be being measured."""
 
-LINE_EVERY_SECONDS = 15.0  # interval of lines where output is no terminal; of a long study a fiftieth of its time
+LINE_EVERY_SECONDS = 15.0  # least interval of lines where output is no terminal
+
+MOST_LINES = 50  # of a study, about
 
 BESIDE_ROWS = 9  # rows of a terminal that are not for trials
 
@@ -103,12 +105,12 @@ class TerminalProgress(Display):
     def show(self, state: State, note: str = "") -> None:
         """Draw the state, and a note; or print a line where the state has changed, and one is due."""
         if self.is_drawn:
-            self.draw(view(state, self.text, self._folder, self.console.height - BESIDE_ROWS, note))
+            self.draw(view(state, self.text, self.console.height - BESIDE_ROWS, note))
             return
         steps = {name: _step(trials) for name, trials in state.training.items()}
         now = state.activity, state.profiles_done, steps
         whole = (state.seconds_left or 0.0) / max(0.02, 1 - state.share)
-        if now != self._said and self.line_is_due(max(LINE_EVERY_SECONDS, whole / 50)):
+        if now != self._said and self.line_is_due(max(LINE_EVERY_SECONDS, whole / MOST_LINES)):
             self._said = now
             super().say(f"  {_line(state, self.text)}")
 
@@ -133,7 +135,8 @@ class TerminalProgress(Display):
         """Say what has begun or ended since."""
         if not self._told:
             self._told = True
-            super().say(self.text("live.follow", command=watch_command(self._folder)))
+            command = shlex.join(["rankscope", "watch", str(self._folder)])
+            super().say(self.text("live.follow", command=command))
         for pack, results in state.results.items():
             if pack not in self._ended:
                 self._ended.add(pack)
@@ -160,7 +163,7 @@ def whole_left(state: State, text: Catalogue) -> str:
     return f"{state.share:.0%}  {left}".strip()
 
 
-def view(state: State, text: Catalogue, folder: Path, most_rows: int | None = None, note: str = "") -> Group:
+def view(state: State, text: Catalogue, most_rows: int | None = None, note: str = "") -> Group:
     """The whole display: what is done now, a bar for the study and one for each pack, the trials (those in training
     first, then those that wait and those that have ended, `most_rows` at most), and a note."""
     bars = Table.grid(padding=(0, 2, 0, 0), expand=True)
@@ -180,13 +183,8 @@ def view(state: State, text: Catalogue, folder: Path, most_rows: int | None = No
     rows = make_table(headers, trial_rows(shown, state.steps, text), left=(0, 1))
     parts: list[RenderableType] = [Text(" · ".join(lines(state, text)), style="bold"), bars, Text(""), rows]
     if hidden := len(state.trials) - len(shown):
-        command = watch_command(folder)
-        parts.append(Text(text("live.hidden", n=hidden, command=command), no_wrap=True, overflow="ignore"))
+        parts.append(Text(text("live.hidden", n=hidden)))
     return Group(*parts, *([Text(f"\n{note}")] if note else []))
-
-
-def watch_command(folder: Path) -> str:
-    return shlex.join(["rankscope", "watch", str(folder)])
 
 
 def _line(state: State, text: Catalogue) -> str:

@@ -174,4 +174,4 @@ def watch_terminal(study: Study, console: Console, language: str = "en") -> None
                     break
                 progress.show(state, note)
             time.sleep(TERMINAL_SECONDS)
-    console.print(view(state, progress.text, study.path, note=note))
+    console.print(view(state, progress.text, note=note))
