@@ -73,7 +73,8 @@ def predicted_once() -> Iterator[Callable[[StudySpec, torch.device], costs.CostM
 @pytest.fixture(scope="session", autouse=True)
 def _images_where_asked_for() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(write, "render_image", drawing.render_if_asked)
+        for name, instead in drawing.INSTEAD.items():
+            patch.setattr(write, name, instead)
         yield
 
 

@@ -137,7 +137,8 @@ def _run_command(
         os.chdir(cwd)
         sys.argv = ["rankscope", *arguments]
         process.subprocess = instead_of_subprocess  # type: ignore[assignment]
-        drawing.asked, write.render_image = images, drawing.render_if_asked
+        drawing.asked = images
+        vars(write).update(drawing.INSTEAD)
         from rankscope import cli
 
         try:

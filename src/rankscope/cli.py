@@ -47,7 +47,7 @@ UntilSettled = Annotated[
     bool, typer.Option("--until-settled", help="Add seeds, to 3, 5, 8 and 12, of the ranks that are undecided.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts; all else goes to stderr.")]
-Language = Annotated[str, typer.Option("--lang", help="Language of the report: en or ko.")]
+Language = Annotated[str, typer.Option("--lang", help="Language of the verdict and of report/index.html: en or ko.")]
 
 
 def _answer(json_: bool, describe: Callable[[], Mapping[str, Any]], show: Callable[[], None]) -> None:
@@ -196,14 +196,22 @@ def plan(
 
 @app.command()
 @ask.with_options(ask.CRITERIA)
-def report(options: dict[str, Any], directory: Directory, json_: Json = False, lang: Language = "en") -> None:
+def report(
+    options: dict[str, Any],
+    directory: Directory,
+    pdf: Annotated[bool, typer.Option("--pdf", help="Also print report.pdf, with Chromium or Chrome.")] = False,
+    json_: Json = False,
+    lang: Language = "en",
+) -> None:
     """Conclude again from a study's files, by other criteria where some are given, and rebuild its report."""
     study = start.open_study(directory, lang)
     from rankscope.report.finish import finish, judge_by
     from rankscope.ui.outcome import describe_outcome, show_verdict
 
-    conclusion = judge_by(study, options, lang) if any(options.values()) else finish(study, lang)
+    conclusion = judge_by(study, options, lang, pdf) if any(options.values()) else finish(study, lang, pdf)
     _answer(json_, lambda: describe_outcome(conclusion), lambda: show_verdict(conclusion, out_console, lang))
+    if pdf and not json_:
+        out_console.print(f"PDF: {conclusion.study.report.with_name('report.pdf')}", soft_wrap=True)
 
 
 @app.command()

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,6 +20,14 @@ os.dup2(int(sys.argv[2]), 4)
 os.execv(sys.argv[3], sys.argv[3:])
 """
 """The browser reads commands from descriptor 3 and answers on 4."""
+
+
+def axe() -> str:
+    """Script of axe-core, which finds what hinders people with disabilities. Without it the test is skipped."""
+    package = find_spec("axe_playwright_python")
+    if package is None or package.origin is None:
+        (pytest.fail if os.environ.get("RANKSCOPE_REQUIRE_BROWSER") else pytest.skip)("no axe-playwright-python")
+    return Path(package.origin).with_name("axe.min.js").read_text(encoding="utf-8")
 
 
 def need_browser() -> str:
@@ -100,8 +109,11 @@ class Browser:
         elif method == "Network.requestWillBeSent" and values["request"]["url"] != self._page:
             self.requests.append(values["request"]["url"])
 
-    def open(self, page: Path | str, *, width: int = 1280, height: int = 800, dark: bool = False) -> None:
-        """Open a page and wait until its charts are drawn; the page before it is closed."""
+    def open(
+        self, page: Path | str, *, width: int = 1280, height: int = 800, dark: bool = False, scripts: bool = True
+    ) -> None:
+        """Open a page with its details and wait until its charts are drawn; the page before it is closed. Without
+        `scripts`, open it as it lies there."""
         before, self._session = self._target, ""
         self._page = page if isinstance(page, str) else page.as_uri()
         self._target = self.call("Target.createTarget", url="about:blank")["targetId"]
@@ -114,9 +126,13 @@ class Browser:
         self.media(dark=dark)
         self.messages.clear()
         self.requests.clear()
+        self.call("Emulation.setScriptExecutionDisabled", value=not scripts)
         self.call("Page.navigate", url=self._page)
         self.until("document.readyState === 'complete'")
-        self.until("[...document.querySelectorAll('.chart')].every(chart => chart.querySelector('svg[aria-hidden]'))")
+        if scripts:
+            self.ask("document.querySelectorAll('.level').forEach(level => { level.open = true; })")
+            drawn = "chart.classList.contains('vega-embed') && chart.querySelector('svg[aria-hidden]')"
+            self.until(f"[...document.querySelectorAll('.chart')].every(chart => {drawn})")
 
     def size(self, width: int, height: int = 800) -> None:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
@@ -126,8 +142,8 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", media="print" if paper else "", features=[scheme])
 
     def ask(self, expression: str) -> Any:
-        """Return the value of an expression in the page."""
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        """Return the value of an expression in the page, or that of its promise."""
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in answer:
             raise RuntimeError(f"{expression}: {answer['exceptionDetails']}")
         return answer["result"].get("value")

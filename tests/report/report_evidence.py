@@ -95,6 +95,7 @@ def make_evidence(
         samples=pd.DataFrame(samples),
         examples=pd.DataFrame(),
         machine={
+            "date": "2026-11-29",
             "hardware": {
                 "cpu": "AMD EPYC 7763", "cores": 16, "memory_bytes": 128_000_000_000,
                 "gpus": [{"name": "NVIDIA H100", "memory_bytes": 80_000_000_000}] if gpu else [],

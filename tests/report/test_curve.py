@@ -53,11 +53,11 @@ def test_the_table_has_the_error_with_its_interval_share_and_spread(evidence: Ev
         ["8", "0", "1.9100", "1.9160", "+0.0060\n[+0.0035, +0.0085]"],
     ]
     assert [row[5:] for row in table.rows] == [
-        ["+5.02%", "0.0010", "no"], ["+0.314%", "0.0010", "yes"],
-        ["+0.796%", "0.0010", "yes"], ["+0.0524%", "0.0010", "yes"],
+        ["+5.0%", "0.0010", "no"], ["+0.31%", "0.0010", "yes"],
+        ["+0.80%", "0.0010", "yes"], ["+0.052%", "0.0010", "yes"],
     ]  # fmt: skip
     (single,) = rank_curve_sections(with_cuts({4: 2.0, 16: 1.8}, {(0, 4): 2.1}, seeds=[0]), load("en"))[0].tables
-    assert single.rows[0][4:7] == ["+0.1000", "+5%", "–"]
+    assert single.rows[0][4:7] == ["+0.1000", "+5.0%", "–"]
 
 
 @pytest.mark.usefixtures("images")
@@ -77,7 +77,7 @@ def test_the_figure_is_on_the_page_with_all_its_numbers(evidence: Evidence, tmp_
     for text in ("Error of the estimate", "+0.1010\n[+0.0985, +0.1035]", "is an upper estimate from rank 16 alone"):
         assert text in page.text
     markdown = (tmp_path / "report.md").read_text()
-    assert "| 4 | 0 | 2.0100 | 2.1110 | +0.1010 \\[+0.0985, +0.1035\\] | +5.02% | 0.0010 | no |" in markdown
+    assert "| 4 | 0 | 2.0100 | 2.1110 | +0.1010 \\[+0.0985, +0.1035\\] | +5.0% | 0.0010 | no |" in markdown
 
 
 def test_in_korean(evidence: Evidence, tmp_path: Path) -> None:

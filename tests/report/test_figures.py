@@ -1,6 +1,7 @@
 """The figures' content: parts of memory, noise beside costs, the Pareto front, the map of rates; what stands in."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pandas as pd
@@ -8,6 +9,7 @@ import pytest
 
 from rankscope.analysis.costs import noise_of, on_front
 from rankscope.analysis.verdict import conclude
+from rankscope.report.charts import spread
 from rankscope.report.content import compose
 from rankscope.report.figures import Figure
 from rankscope.report.frames import by_candidate, heldout_by_seed
@@ -84,8 +86,7 @@ def test_noise_is_a_band_around_the_lowest_rank() -> None:
     noise, mean = noise_of(evidence.profiles, "runtime_seconds"), 983.6 / 60  # rank 8: 977.6 and 989.6
     assert noise is not None
     assert band == pytest.approx({"from": mean / (1 + noise.floor), "to": mean * (1 + noise.floor)})
-    assert "±0.1%" in found["tokens-per-second"].note, "no noise at all reads as a tenth of a per cent"
-    assert numbers(found["tokens-per-second"])["Mean"] == "2,100"
+    assert numbers(found["runtime"])["Mean"] == "16 min 24 s"
 
 
 def test_noise_above_all_does_not_reach_below_zero() -> None:
@@ -99,7 +100,7 @@ def test_noise_above_all_does_not_reach_below_zero() -> None:
 def test_without_a_second_measurement_there_is_no_band() -> None:
     evidence = make_evidence()
     profiles = evidence.profiles[~evidence.profiles["control"] & (evidence.profiles["repeat"] == 0)]
-    figure = figures(evidence._replace(profiles=profiles))["tokens-per-second"]
+    figure = figures(evidence._replace(profiles=profiles))["runtime"]
     assert not any("from" in rows[0] for rows in drawn(figure))
     assert "noise" not in figure.note
 
@@ -126,7 +127,59 @@ def test_a_candidate_with_more_loss_for_more_cost_is_off_the_front() -> None:
         assert found[name].alternative.endswith("On the Pareto front: rank 8, rank 128.")
         points = max(drawn(found[name]), key=len)
         assert [row["chosen"] for row in points] == [True, False, False]
-    assert "The ring" in found["loss-memory"].note
+    assert "the ring marks" in found["loss-memory"].note
+
+
+def test_costs_that_differ_by_noise_have_no_front() -> None:
+    evidence = make_evidence(steps=8)
+    alike = evidence.profiles["runtime_seconds"].where(evidence.profiles["repeat"] > 0, 900.0).clip(900.0, 990.0)
+    found = figures(evidence._replace(profiles=evidence.profiles.assign(runtime_seconds=alike)))
+    assert found["loss-runtime"].note.startswith("No measurable difference in cost (noise ±")
+    assert "On the Pareto front" not in numbers(found["loss-runtime"])
+    assert not any(row.get("front") for rows in drawn(found["loss-runtime"]) for row in rows)
+    assert any(row.get("front") for rows in drawn(found["loss-memory"]) for row in rows)
+
+
+def test_the_first_figure_is_the_evidence_of_the_verdict() -> None:
+    """Loss above the best with the verdict's intervals, paired by seed, and the margin shaded."""
+    evidence = make_evidence(steps=8)
+    found = figures(evidence)
+    assert next(iter(found)) == "loss-above-best"
+    figure = found["loss-above-best"]
+    means = next(rows for rows in drawn(figure) if "above_high" in rows[0])
+    assert [(row["rank"], row["above"]) for row in means] == [
+        (8, pytest.approx(0.007)), (128, pytest.approx(0.0, abs=1e-12)), (256, pytest.approx(0.005)),
+    ]  # fmt: skip
+    assert (means[0]["above_low"], means[0]["above_high"]) == pytest.approx((0.005, 0.010))
+    seeds = next(rows for rows in drawn(figure) if "seed" in rows[0])
+    assert [row["above"] for row in seeds if row["rank"] == 8] == pytest.approx([0.007] * 3), "seeds are paired"
+    assert next(rows for rows in drawn(figure) if "from" in rows[0]) == [{"from": 0.0, "to": pytest.approx(0.08)}]
+    assert "its bar ends in the shaded band, 5% of what fine-tuning gains" in figure.note
+
+
+def test_candidates_beyond_the_verdict_s_are_arrows_with_their_value() -> None:
+    evidence = make_evidence(make_spec(learning_rates=[1e-4, 2e-4]), steps=8)
+    far = evidence.results.index[evidence.results["candidate"] == "r128-lr2e-4"]
+    for row in far:
+        evidence = replace_trial(evidence, int(row), eval_loss=7.0)
+    lost = evidence.results.index[evidence.results["candidate"] == "r256-lr2e-4"][0]
+    evidence = replace_trial(evidence, int(lost), status="diverged", eval_loss=math.nan)
+    found = figures(evidence)
+    for name, labels in (("loss-above-best", ["+5.7780", "diverged"]), ("loss-memory", ["7.0000"])):
+        arrows = next(rows for rows in drawn(found[name]) if "top" in rows[0])
+        assert [row["label"] for row in arrows] == labels
+        scales = [layer["encoding"]["y"].get("scale", {}) for layer in found[name].panels[0].chart.to_dict()["layer"]]
+        assert {scale["domain"][1] for scale in scales} == {arrows[0]["top"]}
+        assert arrows[0]["top"] < 1.4
+
+
+@pytest.mark.parametrize("values", [[3.0, 1.0, 2.0], [1.0, 1.0, 1.0], [5.0, 1.0, 1.2], []])
+def test_labels_do_not_lie_on_each_other(values: list[float]) -> None:
+    found = spread(values, 0.5)
+    order = sorted(found)
+    assert all(after - before >= 0.5 - 1e-9 for before, after in pairwise(order))
+    assert sum(found) == pytest.approx(sum(values)), "as high as their lines, on average"
+    assert sorted(range(len(found)), key=found.__getitem__) == sorted(range(len(values)), key=values.__getitem__)
 
 
 def test_on_a_gpu_loss_is_weighed_against_its_memory() -> None:
@@ -168,18 +221,18 @@ def test_of_several_alphas_figures_of_loss_show_the_best_of_each_rank_and_rate()
     verdict = conclude(evidence)
     table, text = by_candidate(evidence, None), load("en")
     figures = {figure.name: figure for figure in loss_figures(evidence, None, table, text)}
-    for name in ("train-loss", "heldout-loss-rank", "heldout-loss-steps", "learning-rate-map"):
+    for name, rows in (("train-loss", 3), ("loss-above-best", 6), ("learning-rate-map", 2)):
         figure = figures[name]
         assert isinstance(figure, Figure)
         named = [tuple(row[:2]) for row in figure.numbers.rows]
-        assert len(named) == len(set(named)) == (2 if name == "learning-rate-map" else 6)
+        assert len(named) == len(set(named)) == rows
     chart = figures["learning-rate-map"].numbers.rows  # type: ignore[union-attr]
     best = table.set_index("candidate")["eval_loss"]
     assert chart[0][2] == loss(best["r128-lr1e-4-a256"])
     assert chart[1][3] == loss(best["r256-lr2e-4"])
     told = caveat_sentence(verdict, "diverged", text)
     assert "rank 256 at learning rate 2e-4 with alpha 512 (seed 1)" in told
-    limits = " ".join(compose(evidence, verdict, text).limits)
+    limits = " ".join(compose(evidence, verdict, text).section("limits").sentences)
     assert "Alpha is the same" not in limits
     assert "alpha of each rank were chosen" in limits
 
@@ -210,29 +263,30 @@ def test_with_several_rates_a_candidate_has_one_held_out_loss() -> None:
     content = compose(evidence, make_verdict(evidence), load("en"))
     found = {figure.name: figure for figure in content.figures}
     for table, column in (
-        (found["heldout-loss-rank"].numbers, "Mean"),
         (found["loss-memory"].numbers, "Held-out loss"),
         (found["loss-runtime"].numbers, "Held-out loss"),
         (found["learning-rate-map"].numbers, "rank 8"),
-        (content.candidates, "Held-out loss"),
-        (content.also, "Held-out loss"),
+        (content.section("candidates").tables[0], "Held-out loss"),
+        (content.section("also").tables[0], "Held-out loss"),
     ):
         assert table is not None
         at = table.headers.index(column)
         assert {row[at].split("\n")[0] for row in table.rows} == {"2.5000"}, table.caption
-    also = dict(zip(content.also.headers, content.also.rows[0], strict=True))
+    table, trials = content.section("also").tables[0], content.section("trials").tables[0]
+    also = dict(zip(table.headers, table.rows[0], strict=True))
     assert (also["Perplexity"], also["Token accuracy"]) == ("12.18", "60%")
     assert "half of the held-out rows" in content.how_to_read[-1]
     assert "over all held-out rows" in found["heldout-loss-steps"].note, "whose losses have no rows of their own"
-    assert content.trials.headers[-1] == "Held-out loss (all rows)"
-    assert {row[-1] for row in content.trials.rows} > {"1.2250", "1.2290"}
+    assert trials.headers[-1] == "Held-out loss (all rows)"
+    assert {row[-1] for row in trials.rows} > {"1.2250", "1.2290"}
 
 
 def test_with_one_rate_no_half_is_spoken_of() -> None:
     evidence = on_two_halves(make_evidence(steps=8))
     content = compose(evidence, make_verdict(evidence), load("en"))
     assert "half" not in str([content.how_to_read, [figure.note for figure in content.figures]])
-    assert content.candidates.rows[0][content.candidates.headers.index("Held-out loss")].startswith("1.2310")
+    candidates = content.section("candidates").tables[0]
+    assert candidates.rows[0][candidates.headers.index("Held-out loss")].startswith("1.2310")
 
 
 @pytest.mark.parametrize(("rates", "expected"), [([2e-4], 1.231), ([1e-4, 2e-4], 2.5)])
@@ -252,20 +306,19 @@ def test_the_band_holds_losses_that_keep_enough_of_the_gain() -> None:
 
     def band(verdict: dict[str, Any]) -> list[dict[str, Any]]:
         content = compose(evidence, verdict, load("en"))
-        figure = next(figure for figure in content.figures if figure.name == "heldout-loss-rank")
-        assert ("95% of what" in figure.note) == (verdict.get("margin_of") == "gain")
+        figure = next(figure for figure in content.figures if figure.name == "loss-above-best")
+        assert ("of what fine-tuning gains" in figure.note) == (verdict.get("margin_of") == "gain")
         return [rows[0] for rows in drawn(figure) if "from" in rows[0]]
 
     verdict = make_verdict(evidence)
-    assert band(verdict) == [{"from": pytest.approx(1.224), "to": pytest.approx(1.224 + 0.05 * 1.6)}]
-    assert band(of_the_loss(verdict)) == [{"from": pytest.approx(1.224), "to": pytest.approx(1.224 * 1.01)}]
+    assert band(verdict) == [{"from": 0.0, "to": pytest.approx(0.05 * 1.6)}]
+    assert band(of_the_loss(verdict)) == [{"from": 0.0, "to": pytest.approx(0.01224)}]
 
 
-def test_a_candidate_with_a_diverged_seed_is_drawn_nowhere_and_has_no_mean() -> None:
+def test_a_candidate_with_a_diverged_seed_has_no_mean() -> None:
     evidence = replace_trial(make_evidence(steps=8), 0, status="diverged", eval_loss=math.nan)
     found = figures(evidence, chosen=1)
-    assert "heldout-loss-rank" in found
-    for name in ("train-loss", "heldout-loss-rank", "heldout-loss-steps", "loss-memory"):
+    for name in ("train-loss", "loss-above-best", "heldout-loss-steps", "loss-memory"):
         table = found[name].numbers
         assert table is not None
         assert [row[0] for row in table.rows] == ["128", "256"]
@@ -296,7 +349,7 @@ def test_every_drawn_figure_has_its_numbers(language: str) -> None:
 def test_masked_tokens_are_told() -> None:
     evidence = make_evidence(steps=8)
     facts = evidence.data_facts | {"train_label_tokens": 1_000_000, "eval_label_tokens": 5}
-    found = compose(evidence._replace(data_facts=facts), None, load("en")).data
-    named = {fact.label: fact.value for fact in found}
+    content = compose(evidence._replace(data_facts=facts), None, load("en"))
+    named = dict(content.section("data").tables[0].rows)
     assert named["Training tokens masked (context only)"] == "1,310,552 (56.7%)"
     assert "Held-out tokens masked" not in named, "how many there are in all is not known"

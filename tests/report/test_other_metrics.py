@@ -19,26 +19,27 @@ def content(language: str = "en", **values: Any) -> Content:
 
 
 def rows(found: Content) -> dict[str, dict[str, str]]:
-    return {row[0]: dict(zip(found.also.headers, row, strict=True)) for row in found.also.rows}
+    table = found.section("also").tables[0]
+    return {row[0]: dict(zip(table.headers, row, strict=True)) for row in table.rows}
 
 
 def test_every_candidate_has_its_perplexity_and_accuracy() -> None:
     found = content()
-    assert found.also.headers == [
+    assert found.section("also").tables[0].headers == [
         "Rank", "Learning rate", "Held-out loss", "Perplexity", "Token accuracy", "Diverged",
     ]  # fmt: skip
     assert rows(found).keys() == {"8", "128", "256"}
     assert rows(found)["8"]["Perplexity"] == f"{sum(math.exp(1.231 + d) for d in (-0.004, 0, 0.004)) / 3:.4g}"
     assert rows(found)["8"]["Token accuracy"] == "70%"
     assert rows(found)["8"]["Diverged"] == "0 / 3"
-    assert found.also_notes == []
+    assert found.section("also").sentences == []
 
 
 def test_forgetting_is_the_mean_change_over_seeds() -> None:
     found = content(measure={"forgetting": "general.txt"})
     assert rows(found)["8"]["Forgetting (nats)"] == "+0.0180"  # 0.008, and 0, 0.01 and 0.02 of the seeds
     assert rows(found)["256"]["Forgetting (nats)"] == "+0.2660"
-    (note,) = found.also_notes
+    (note,) = found.section("also").sentences
     assert "(general.txt)" in note
     assert "before training it was 3.1000" in note
 
@@ -48,10 +49,10 @@ def test_full_fine_tuning_is_a_row_at_its_best_rate() -> None:
     full = rows(found)["full fine-tuning"]
     assert (full["Learning rate"], full["Held-out loss"]) == ("1e-5", "1.2000")
     assert full["Diverged"] == "0 / 3"
-    (note,) = found.also_notes
+    (note,) = found.section("also").sentences
     assert "1e-5, 2e-5, 4e-5" in note
     assert "not profiled" in note
-    trials = [row for row in found.trials.rows if row[1] == "full fine-tuning"]
+    trials = [row for row in found.section("trials").tables[0].rows if row[1] == "full fine-tuning"]
     assert len(trials) == 9
     assert sum(row[5] == "loss not finite at step 7" for row in trials) == 3
     assert len(found.candidates.rows) == 1, "the reference is no candidate"

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import altair as alt
 import pandas as pd
@@ -16,10 +17,10 @@ import pytest
 
 from drawing import images
 from rankscope.report import charts, write
-from rankscope.report.content import compose
+from rankscope.report.content import Content, compose
 from rankscope.report.frames import POINTS, by_candidate
 from rankscope.report.html import json_in_html
-from rankscope.report.loss import training_loss
+from rankscope.report.loss import paired_difference, training_loss
 from rankscope.report.markdown import escape
 from rankscope.report.memory import memory_by_step
 from rankscope.report.runtime import measurements
@@ -29,8 +30,8 @@ from rankscope.text.catalogue import load
 from report.report_evidence import DOUBTFUL, HOSTILE, make_evidence, make_spec, make_verdict, replace_trial
 
 CPU_FIGURES = {
-    "train-loss", "heldout-loss-rank", "heldout-loss-steps", "cpu-memory", "cpu-memory-steps", "cpu-memory-time",
-    "runtime", "tokens-per-second", "loss-memory", "loss-runtime",
+    "loss-above-best", "train-loss", "heldout-loss-steps", "cpu-memory", "cpu-memory-steps", "cpu-memory-time",
+    "runtime", "loss-memory", "loss-runtime",
 }  # fmt: skip
 GPU_FIGURES = CPU_FIGURES | {"gpu-memory", "gpu-memory-steps", "gpu-memory-time"}
 
@@ -70,6 +71,11 @@ def read_page(folder: Path) -> Page:
     return Page((folder / "index.html").read_text(encoding="utf-8"))
 
 
+def first_row(content: Content, section: str) -> dict[str, str]:
+    table = content.section(section).tables[0]
+    return dict(zip(table.headers, table.rows[0], strict=True))
+
+
 def figures(folder: Path, kind: str) -> set[str]:
     return {file.stem for file in (folder / "figures").glob(f"*.{kind}")}
 
@@ -91,7 +97,35 @@ def folder(evidence: Evidence, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_all_files_are_there_and_no_others(folder: Path) -> None:
     names = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     images = {f"figures/{name}.{kind}" for name in CPU_FIGURES for kind in ("svg", "png")}
-    assert names == images | {"index.html", "report.md", "results.csv", "results.parquet"}
+    assert names == images | {"index.html", "index.ko.html", "report.md", "results.csv", "results.parquet"}
+
+
+def test_a_page_in_each_language_links_to_the_other(evidence: Evidence, tmp_path: Path) -> None:
+    """The one that is asked for is index.html, and no page of an earlier report stays beside it."""
+    for language, other, word in (("en", "ko", "한국어"), ("ko", "en", "English")):
+        (tmp_path / "report.pdf").write_bytes(b"of an earlier verdict")
+        build(evidence, make_verdict(evidence), tmp_path, language)
+        first, second = (Page((tmp_path / name).read_text()) for name in ("index.html", f"index.{other}.html"))
+        assert ("html", {"lang": language}) in first.tags
+        assert ("html", {"lang": other}) in second.tags
+        assert ("a", {"href": f"index.{other}.html", "lang": other, "hreflang": other}) in first.tags
+        assert ("a", {"href": "index.html", "lang": language, "hreflang": language}) in second.tags
+        assert word in first.text
+        assert {file.name for file in tmp_path.glob("*.*ml")} == {"index.html", f"index.{other}.html"}
+        assert not (tmp_path / "report.pdf").exists()
+
+
+def test_the_page_shows_its_charts_without_its_scripts(folder: Path) -> None:
+    """In its own colours, and each with clipping paths of its own."""
+    source = (folder / "index.html").read_text(encoding="utf-8")
+    drawn = dict(re.findall(r'<div class="chart" id="([\w-]+)"[^>]*>(<svg.*?</svg>)</div>', source, re.DOTALL))
+    assert len(drawn) == len(CPU_FIGURES) + 1
+    for name, svg in drawn.items():
+        assert svg.count("<path") > 3, name
+        assert "var(--muted)" in svg
+        assert set(re.findall(r'id="([\w-]+?)-clip', svg)) <= {name}
+        assert not re.findall(r"url\(#(?!chart-)", svg)
+        ElementTree.fromstring(svg)  # noqa: S314  # rankscope wrote it
 
 
 def test_images_hold_a_drawing(folder: Path) -> None:
@@ -114,7 +148,7 @@ def test_the_page_is_small_and_fetches_nothing(folder: Path) -> None:
     tags = read_page(folder).tags
     assert {tag for tag, _ in tags} & {"link", "img", "iframe", "object", "embed", "base", "form"} == set()
     addresses = [a[name] for _, a in tags for name in ("src", "href", "srcset") if name in a]
-    assert [address for address in addresses if not str(address).startswith("#")] == []
+    assert [address for address in addresses if not str(address).startswith("#")] == ["index.ko.html"]
     style = re.search(r"<style>(.*?)</style>", (folder / "index.html").read_text(), re.DOTALL)
     assert style is not None
     assert "url(" not in style.group(1)
@@ -134,16 +168,19 @@ def test_the_policy_allows_the_page_s_scripts_and_nothing_else(folder: Path) -> 
 def test_the_page_says_the_verdict_the_savings_and_the_cost(folder: Path) -> None:
     text = read_page(folder).text
     for expected in (
+        "facebook/opt-350m on lucasmccabe-lmi/CodeAlpaca-20k · 18,980 rows · 120 steps · 3 seeds · "
+        "AMD EPYC 7763, 16 cores · 2026-11-29\n",
         "Recommended rank\n8\n",
+        "8\n99.6%\nat least 99.3%\n2.35 GB\n16 min 24 s\n3.5 MB\n",
         "Use rank 8: the lowest rank shown to keep at least 95% of what fine-tuning gains (it keeps 99.6%, at least",
         "What fine-tuning gains",
         "1.6000 nats\nheld-out loss 2.8240 before training, 1.2240 with rank 128",
         "95%\n8\n",
         "Compared with rank 256",
         "2.35 GB\n\N{MINUS SIGN}29%\ninstead of 3.29 GB",
-        "16.4 min\n\N{MINUS SIGN}36%\ninstead of 25.5 min",
+        "16 min 24 s\n\N{MINUS SIGN}36%\ninstead of 25 min 29 s",
         "3.54 MB\n\N{MINUS SIGN}97%\ninstead of 113 MB",
-        "+0.0070 nats\n0.438% of what fine-tuning gains\n95% interval: +0.0050 to +0.0100 nats",
+        "+0.0070 nats\n0.44% of what fine-tuning gains\n95% interval: +0.0050 to +0.0100 nats",
         "Only one learning rate was tried.",
         "No GPU was used",
         "rankscope run study.yaml --out ",
@@ -193,7 +230,7 @@ def test_rows_that_are_cut_are_told_once(evidence: Evidence) -> None:
     few, many = ({"truncated": rows} for rows in (3, 3_000))
     for facts, told in ((few, "3 rows were longer"), (many, "15% of the rows are cut")):
         content = compose(evidence._replace(data_facts=evidence.data_facts | facts), None, load("en"))
-        about = [line for line in [*content.warnings, *content.limits] if "cut" in line]
+        about = [line for line in [*content.warnings, *content.section("limits").sentences] if "cut" in line]
         assert len(about) == 1
         assert about[0].startswith(told)
 
@@ -201,19 +238,19 @@ def test_rows_that_are_cut_are_told_once(evidence: Evidence) -> None:
 def test_sections_come_in_the_order_of_the_questions(folder: Path) -> None:
     headings = re.findall(r'<h2 id="(\w+)">', (folder / "index.html").read_text())
     assert headings == [
-        "loss", "memory", "time", "trade_off", "claims", "answers", "candidates", "also", "trials", "data", "machine",
-        "reproduce", "limits",
+        "loss", "costs", "trade_off", "claims", "details", "answers", "curves", "candidates", "also", "trials", "data",
+        "machine", "limits", "reproduce",
     ]  # fmt: skip
     linked = [attributes["href"] for tag, attributes in read_page(folder).tags if tag == "a"]
-    assert linked == ["#main", *(f"#{heading}" for heading in headings)]
+    assert linked == ["#main", "index.ko.html", *(f"#{heading}" for heading in headings)]
 
 
 def test_every_chart_has_its_place_its_words_and_its_numbers(folder: Path) -> None:
     page = read_page(folder)
     places = {str(a["id"]): str(a["aria-label"]) for _, a in page.tags if a.get("class") == "chart"}
-    assert places.keys() == page.charts.keys() == {f"chart-{name}-0" for name in CPU_FIGURES}
-    assert "Rank 8: 1.2310; Rank 128: 1.2240" in places["chart-heldout-loss-rank-0"]
-    assert "Rank 8: 16.4 min" in places["chart-runtime-0"]
+    assert places.keys() == page.charts.keys() == {f"chart-{name}-0" for name in CPU_FIGURES} | {"chart-train-loss-1"}
+    assert "Rank 8: +0.0070; Rank 128: +0.0000" in places["chart-loss-above-best-0"]
+    assert "Rank 8: 16 min 24 s" in places["chart-runtime-0"]
     for name, spec in page.charts.items():
         assert spec["description"] == places[name]
         assert any(rows for rows in spec["datasets"].values())
@@ -267,7 +304,6 @@ def test_with_a_gpu_its_memory_is_drawn_once_a_rank(tmp_path: Path) -> None:
     assert "No GPU" not in page.text
     assert "no GPU" not in page.text
     assert "Peak GPU memory\n4.81 GB" in page.text
-    assert "Learning rate 1e-4" in page.text
     assert "Compared with rank 256 at learning rate 1e-4" in page.text
     assert "NVIDIA H100 (80.0 GB)" in page.text
 
@@ -275,7 +311,7 @@ def test_with_a_gpu_its_memory_is_drawn_once_a_rank(tmp_path: Path) -> None:
 def test_a_long_study_of_many_candidates_stays_small(tmp_path: Path) -> None:
     spec = make_spec(ranks=[4, 8, 16, 32, 64, 128, 256], learning_rates=[1e-4, 2e-4, 4e-4], seeds=[0])
     evidence = make_evidence(spec, steps=1500, profiles=False)
-    frame, steps_a_point = training_loss(evidence)
+    frame, steps_a_point = training_loss(evidence, by_candidate(evidence, None)["candidate"])
     assert steps_a_point == 8
     assert len(frame) <= POINTS
     content = compose(evidence, make_verdict(evidence), load("en"))
@@ -302,7 +338,7 @@ def test_a_rebuilt_report_keeps_no_figure_that_it_no_longer_has(evidence: Eviden
     build(evidence, make_verdict(evidence), tmp_path)
     build(evidence._replace(profiles=pd.DataFrame(), samples=pd.DataFrame()), make_verdict(evidence), tmp_path)
     assert figures(tmp_path, "svg") == figures(tmp_path, "png") == {
-        "train-loss", "heldout-loss-rank", "heldout-loss-steps",
+        "train-loss", "loss-above-best", "heldout-loss-steps",
     }  # fmt: skip
     page = read_page(tmp_path)
     assert "Costs were not profiled" in page.text
@@ -316,10 +352,11 @@ def test_one_rank_and_one_seed() -> None:
     assert content.rank == ""
     assert content.savings.rows == []
     assert content.caveats[0].startswith("Only one seed was run")
-    row = dict(zip(content.candidates.headers, content.candidates.rows[0], strict=True))
+    row = first_row(content, "candidates")
     assert row["Held-out loss"] == "1.2270"
     assert row["Loss above the best (nats)"] == "0.0000", "nothing to compare it with, so no interval is missing"
-    marks = str(content.figures[0].panels[0].chart.to_dict())
+    (panel,) = next(figure.panels for figure in content.figures if figure.name == "train-loss")
+    marks = str(panel.chart.to_dict())
     assert "'area'" not in marks
     assert "'line'" in marks
 
@@ -343,36 +380,36 @@ def test_a_diverged_trial_is_told_and_left_out(evidence: Evidence) -> None:
         train_loss=math.nan,
     )
     content = compose(changed, make_verdict(changed), load("en"))
-    assert content.trials.rows[0][4:] == [
+    assert content.section("trials").tables[0].rows[0][4:] == [
         "diverged",
         "loss is not finite at step 12",
         "120",
         *[load("en")("none")] * 2,
     ]
-    row = dict(zip(content.candidates.headers, content.candidates.rows[0], strict=True))
+    row = first_row(content, "candidates")
     assert row["Seeds finished"] == "2 / 3"
     assert (row["Held-out loss"], row["Training loss"]) == ("diverged", load("en")("none")), "no mean over survivors"
-    assert sorted(training_loss(changed).frame["rank"].unique()) == [128, 256]
-    also = dict(zip(content.also.headers, content.also.rows[0], strict=True))
+    assert sorted(training_loss(changed, changed.results["candidate"]).frame["rank"].unique()) == [128, 256]
+    also = first_row(content, "also")
     assert (also["Held-out loss"], also["Perplexity"], also["Diverged"]) == ("–", "–", "1 / 3")
 
 
 def test_of_unfinished_trials_the_finished_ones_are_drawn(evidence: Evidence) -> None:
     changed = replace_trial(evidence, 0, status="interrupted")
-    drawn = training_loss(changed).frame
-    first = drawn[drawn["rank"] == 8].iloc[0]
-    rows = changed.curves[(changed.curves["rank"] == 8) & (changed.curves["step"] == 1)]
-    assert first["mean"] == pytest.approx(rows[rows["seed"] > 0]["train_loss"].mean())
+    drawn = training_loss(changed, changed.results["candidate"]).frame
+    assert set(drawn.loc[drawn["rank"] == 8, "seed"]) == {1, 2}
+    assert set(drawn.loc[drawn["rank"] == 128, "seed"]) == {0, 1, 2}
 
 
 def test_a_loss_above_the_untrained_model_s_is_worse_than_no_training(evidence: Evidence) -> None:
     assert evidence.untrained is not None
     low = evidence._replace(untrained=evidence.untrained.assign(loss=1.23))
     content = compose(low, make_verdict(low), load("en"))
-    cells = [row[content.candidates.headers.index("Held-out loss")] for row in content.candidates.rows]
+    candidates = content.section("candidates").tables[0]
+    cells = [row[candidates.headers.index("Held-out loss")] for row in candidates.rows]
     assert ["worse than\nno training" in cell for cell in cells] == [True, False, False]
     old = compose(evidence._replace(untrained=None), make_verdict(evidence), load("en"))
-    assert "worse" not in str(old.candidates.rows)
+    assert "worse" not in str(old.section("candidates").tables[0].rows)
 
 
 def test_an_interval_wider_than_the_gain_is_none(evidence: Evidence) -> None:
@@ -382,8 +419,9 @@ def test_an_interval_wider_than_the_gain_is_none(evidence: Evidence) -> None:
     assert table["few_seeds"].tolist() == [False, False, True]
     assert table[["regret_high", "eval_loss_low"]].isna().sum(axis=1).tolist() == [0, 0, 2]
     content = compose(evidence, verdict, load("en"))
-    at = content.candidates.headers.index("Loss above the best (nats)")
-    assert content.candidates.rows[2][at] == "0.0050\ntoo few seeds\nfor an interval"
+    candidates = content.section("candidates").tables[0]
+    at = candidates.headers.index("Loss above the best (nats)")
+    assert candidates.rows[2][at] == "0.0050\ntoo few seeds\nfor an interval"
     unknown = by_candidate(evidence, verdict | {"gain": None})
     assert not unknown["few_seeds"].any()
 
@@ -456,7 +494,19 @@ def test_an_empty_comparison_is_a_verdict_too(evidence: Evidence) -> None:
 def test_embedded_model_and_data_are_named_in_words() -> None:
     evidence = make_evidence(make_spec(model={"id": "embedded"}, data={"id": "embedded"}), steps=8)
     content = compose(evidence, None, load("en"))
-    assert content.subtitle == "the embedded model on the embedded data"
+    assert content.subtitle.startswith("the embedded model on the embedded data · ")
+
+
+def test_files_are_named_without_their_folders() -> None:
+    """A report goes to others, whom the home of its author does not concern."""
+    data = ["/home/me/rows.jsonl", "owner/rows"]
+    evidence = make_evidence(make_spec(model={"id": "/home/me/models/opt"}, data={"id": data}), steps=8)
+    evidence = evidence._replace(data_facts=evidence.data_facts | {"id": " + ".join(data)})
+    content = compose(evidence, None, load("en"))
+    assert content.subtitle.startswith("opt on rows.jsonl + owner/rows · ")
+    facts = [row for name in ("data", "machine") for row in content.section(name).tables[0].rows]
+    assert {"rows.jsonl + owner/rows", "opt"} <= {value for _, value in facts}
+    assert "/home/me" not in str(facts)
 
 
 def test_json_cannot_leave_its_script() -> None:
@@ -487,20 +537,28 @@ def test_by_candidate_defines_each_number(evidence: Evidence) -> None:
 
 def test_trials_in_packs_of_their_own_tell_their_runtime(evidence: Evidence) -> None:
     shared = evidence._replace(profiles=pd.DataFrame(), samples=pd.DataFrame())
-    assert measurements(shared, "runtime_seconds")[0].empty
+    assert measurements(shared)[0].empty
     alone = shared._replace(results=shared.results.assign(pack=[f"p{i:03d}" for i in range(9)]))
-    frame, profiled = measurements(alone, "runtime_seconds")
+    frame, profiled = measurements(alone)
     assert not profiled
     assert list(frame["value"]) == [312.0] * 9
-    assert list(measurements(alone, "tokens_per_second")[0]["value"]) == [360.0] * 9
 
 
-def test_smoothing_keeps_a_constant_and_calms_noise(evidence: Evidence) -> None:
-    frame = training_loss(evidence).frame
-    late = frame[(frame["step"] > 90) & (frame["rank"] == 8)]
-    assert late["smooth_mean"].diff().std() < late["mean"].diff().std() / 2
-    flat = evidence._replace(curves=evidence.curves.assign(train_loss=2.0))
-    assert training_loss(flat).frame["smooth_mean"].to_numpy() == pytest.approx(2.0)
+def test_training_losses_are_compared_at_the_same_step_with_the_same_seed(evidence: Evidence) -> None:
+    """What both have in common, such as a hard batch, is gone; what is left has its interval over seeds."""
+    seeds = training_loss(evidence, evidence.results["candidate"]).frame
+    hard = seeds["seed"] * 5.0 + seeds["step"] % 3
+    apart = {(8, 0): 0.0, (8, 1): 0.0, (8, 2): 0.0, (128, 0): 0.1, (128, 1): 0.2, (128, 2): 0.3}
+    keys = list(zip(seeds["rank"], seeds["seed"], strict=True))
+    found = paired_difference(seeds.assign(train_loss=hard + pd.Series([apart.get(key, 0.0) for key in keys])))
+    of_128 = found[found["rank"] == 128]
+    assert of_128["mean"].to_numpy() == pytest.approx(0.2)
+    assert (of_128["high"] - of_128["mean"]).to_numpy() == pytest.approx(4.302653 * 0.1 / math.sqrt(3))
+    assert found.loc[found["rank"] == 8, ["mean", "low", "high"]].to_numpy() == pytest.approx(0.0)
+    one = paired_difference(seeds[seeds["seed"] == 0])
+    assert one["low"].tolist() == one["mean"].tolist() == one["high"].tolist()
+    noisy = found.assign(step=found["step"]).merge(seeds[seeds["seed"] == 0], on=["rank", "step"])
+    assert one.loc[one["rank"] == 128, "mean"].diff().std() < noisy.loc[noisy["rank"] == 128, "train_loss"].diff().std()
 
 
 def test_memory_is_drawn_from_training_samples_only(evidence: Evidence) -> None:
@@ -515,9 +573,9 @@ def test_memory_is_drawn_from_training_samples_only(evidence: Evidence) -> None:
 
 def test_ranks_beyond_the_palette_still_differ() -> None:
     ranks = [1, 2, 4, 8, 16, 32, 64, 128, 256]
-    spec = charts.dash(ranks, load("en")).to_dict()
+    dashes = charts.cycle(ranks, charts.DASHES).to_dict()["range"]
     colours = charts.theme()["range"]["category"]
-    pairs = {(colours[index % len(colours)], tuple(dash)) for index, dash in enumerate(spec["scale"]["range"])}
+    pairs = {(colours[index % len(colours)], tuple(dash)) for index, dash in enumerate(dashes)}
     assert len(pairs) == len(ranks)
 
 

@@ -1,5 +1,6 @@
 """Catalogues, sentences and number formats: what the command line shares with the report."""
 
+import math
 import string
 import subprocess
 import sys
@@ -272,7 +273,7 @@ def test_claims_are_told_with_effect_and_interval() -> None:
          "from_rank": 8, "to_rank": 256},
     ]  # fmt: skip
     assert claim_sentences(make_verdict(make_evidence(), claims=claims)) == [
-        "✓ Training loss falls with rank: holds. From rank 8 to rank 256: −2.1% (95% interval −3% to −1.2%).",
+        "✓ Training loss falls with rank: holds. From rank 8 to rank 256: −2.1% (95% interval −3.0% to −1.2%).",
         "– GPU memory rises with rank: not measured.",
         "? Runtime rises with rank: undecided. From rank 8 to rank 256: +10%.",
     ]
@@ -326,10 +327,28 @@ def test_sizes_are_decimal(value: float, expected: str) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "expected"),
-    [(0.25, "0.25 s"), (119.0, "119 s"), (120.0, "2.00 min"), (7199.0, "120 min"), (9000.0, "2.50 h")],
-)
+    [(0.25, "0.25 s"), (42.13, "42.1 s"), (59.97, "1 min"), (119.0, "1 min 59 s"), (140.2, "2 min 20 s"),
+     (3599.6, "1 h"), (7199.0, "2 h"), (9000.0, "2 h 30 min"), (180_000.0, "50 h")],
+)  # fmt: skip
 def test_durations(seconds: float, expected: str) -> None:
     assert formats.duration(seconds, load("en")) == expected
+    assert formats.duration(140.2, load("ko")) == "2분 20초"
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([3.54e6, 113.2e6], ["3.5 MB", "113.2 MB"]), ([1.9e9, math.nan, 2.35e9], ["1.90 GB", "nan GB", "2.35 GB"]),
+     ([4.0e5, 1.3e10], ["0.0004 GB", "13.0000 GB"]), ([], []), ([0.0], ["0 kB"])],
+)  # fmt: skip
+def test_a_column_of_sizes_has_one_unit_and_as_many_decimals(values: list[float], expected: list[str]) -> None:
+    assert list(map(formats.sizes(values), values)) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(137.7, "140"), (3.0, "3.0"), (9.96, "10"), (0.418, "0.42"), (-29.2, "−29"), (0.0, "0.0")]
+)
+def test_noise_and_changes_have_two_significant_digits(value: float, expected: str) -> None:
+    assert formats.two_digits(value) == expected
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(0.0, "5 s"), (8.0, "10 s"), (44.4, "45 s")])
@@ -346,7 +365,8 @@ def test_learning_rates(value: float, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("new", "old", "expected"), [(62, 100, "\N{MINUS SIGN}38%"), (1003, 1000, "±0%"), (103, 100, "+3%")]
+    ("new", "old", "expected"),
+    [(62, 100, "\N{MINUS SIGN}38%"), (10003, 10000, "±0%"), (1003, 1000, "+0.30%"), (238, 100, "+140%")],
 )
 def test_changes_are_signed(new: float, old: float, expected: str) -> None:
     assert formats.change(new, old) == expected

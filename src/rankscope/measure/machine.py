@@ -4,6 +4,7 @@ import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,7 +69,7 @@ class Site(NamedTuple):
 
 
 def describe_machine(spec: StudySpec, parameters: int, site: Site) -> dict[str, Any]:
-    """Content of machine.json: hardware, versions, device and base model."""
+    """Content of machine.json: date, hardware, versions, device and base model."""
     model = {
         "id": spec.model.id,
         "revision": commit(spec.model) or spec.model.revision,
@@ -76,7 +77,8 @@ def describe_machine(spec: StudySpec, parameters: int, site: Site) -> dict[str, 
         "dtype": site.dtype,
         "quantization": spec.model.quantization,
     }
-    return {"hardware": site.hardware, "versions": site.versions, "model": model, "device": site.device}
+    date = datetime.now(UTC).date().isoformat()
+    return {"date": date, "hardware": site.hardware, "versions": site.versions, "model": model, "device": site.device}
 
 
 COMPARED = ("cpu", "cores", "torch_threads", "gpus")

@@ -26,13 +26,14 @@ class Answered(NamedTuple):
 
 
 def answered(evidence: Evidence, verdict: Verdict, text: Catalogue) -> list[Answered]:
-    """`Evidence.answers` by prompt, candidates from the lowest rank to the highest; empty without answers. A rank with
-    several learning rates shows the one that the verdict compares; all of them before there is a verdict."""
+    """`Evidence.answers` by prompt: the data's own, the verdict's candidate, the model without an adapter, the others
+    from the lowest rank to the highest; empty without answers. A rank with several learning rates shows the one that
+    the verdict compares; all of them before there is a verdict."""
     if evidence.answers is None or evidence.answers.empty:
         return []
     rates = {candidate.name: candidate.learning_rate for candidate in evidence.spec.candidates()}
-    position = {name: number for number, name in enumerate(["base", *rates])}
     chosen = (verdict or {}).get("candidate")
+    position = {name: number for number, name in enumerate(dict.fromkeys([chosen, "base", *rates]))}
     compared = {row["rank"]: row["candidate"] for row in (verdict or {}).get("comparison", [])}
     found = []
     for number, (_, rows) in enumerate(evidence.answers.groupby("example", sort=False), start=1):

@@ -3,11 +3,12 @@
 Labels are the catalogue's; no string of the model or the data enters a chart.
 """
 
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import altair as alt
+import numpy as np
 import pandas as pd
 
 from rankscope.text.catalogue import Catalogue
@@ -18,9 +19,10 @@ FONT = (
     "'Noto Sans KR', 'Noto Sans CJK KR', sans-serif"
 )
 
-WIDTH, HEIGHT = 640, 280  # of a figure file, in pixels; on the page a chart is as wide as its column
-
-LEGEND_COLUMNS = 5  # ranks side by side in a legend: as many as fit on a phone
+Range: TypeAlias = tuple[float, float]  # of an axis
+Axis: TypeAlias = Callable[[str], alt.Y]  # an axis for any column of a frame
+HEIGHT = 280  # of a chart, in pixels
+LABEL_SHARE = 0.055  # of the height: the distance of two labels, which do not touch
 DASHES = [[1, 0], [7, 3], [2, 2], [9, 3, 2, 3], [12, 4], [4, 2, 1, 2], [1, 4], [5, 5]]
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
 
@@ -86,23 +88,16 @@ def theme(colours: Mapping[str, str] = LIGHT) -> dict[str, Any]:
 
 def layered(*layers: Any) -> alt.Chart:
     layer: Any = alt.layer(*layers)
-    chart: alt.Chart = layer.properties(width=WIDTH, height=HEIGHT)
+    chart: alt.Chart = layer.properties(height=HEIGHT)
     return chart
 
 
-def colour(ranks: list[int], text: Catalogue, *, legend: str = "") -> alt.Color:
-    scale = alt.Scale(domain=ranks)
-    return alt.Color("rank:N", sort=ranks, scale=scale, legend=_legend(text, legend), title=text("chart.rank"))
+def colour(ranks: list[int]) -> alt.Color:
+    return alt.Color("rank:N", sort=ranks, scale=alt.Scale(domain=ranks), legend=None)
 
 
-def shape(ranks: list[int], text: Catalogue, *, legend: str = "") -> alt.Shape:
-    scale = cycle(ranks, SHAPES)
-    return alt.Shape("rank:N", sort=ranks, scale=scale, legend=_legend(text, legend), title=text("chart.rank"))
-
-
-def dash(ranks: list[int], text: Catalogue) -> alt.StrokeDash:
-    scale, legend = cycle(ranks, DASHES), _legend(text, "stroke")
-    return alt.StrokeDash("rank:N", sort=ranks, scale=scale, legend=legend, title=text("chart.rank"))
+def shape(ranks: list[int]) -> alt.Shape:
+    return alt.Shape("rank:N", sort=ranks, scale=cycle(ranks, SHAPES), legend=None)
 
 
 def cycle(domain: Sequence[Any], values: Sequence[Any]) -> alt.Scale:
@@ -110,15 +105,24 @@ def cycle(domain: Sequence[Any], values: Sequence[Any]) -> alt.Scale:
     return alt.Scale(domain=list(domain), range=[values[number % len(values)] for number in range(len(domain))])
 
 
-def _legend(text: Catalogue, kind: str) -> alt.Legend | None:
-    """One legend for colour and dash (`stroke`) or for colour and shape (`symbol`), or none (empty)."""
-    if not kind:
-        return None
-    symbols: dict[str, Any] = {"symbolStrokeWidth": 0, "symbolSize": 90}
-    if kind == "stroke":
-        symbols = {"symbolType": "stroke", "symbolSize": 400}
-    # Full opacity: else a band's paleness passes to the legend's symbols.
-    return alt.Legend(title=text("chart.rank"), symbolOpacity=1, columns=LEGEND_COLUMNS, **symbols)
+def spread(values: Sequence[float], gap: float) -> list[float]:
+    """Positions of labels, in the order of their values and about as high, at least `gap` from each other."""
+    placed, last = dict[int, float](), -math.inf
+    for place in sorted(range(len(values)), key=values.__getitem__):
+        placed[place] = last = max(values[place], last + gap)
+    above = (sum(placed.values()) - sum(values)) / max(1, len(values))
+    return [placed[place] - above for place in range(len(values))]
+
+
+def end_labels(
+    ends: pd.DataFrame, text: Catalogue, ranks: list[int], x: alt.X, y: Axis, y_range: Range
+) -> list[alt.Chart]:
+    """Name of each rank at the end of its line: `ends` has its `rank`, where on the x axis, and how high (`mean`)."""
+    heights = spread([float(value) for value in ends["mean"].clip(*y_range)], LABEL_SHARE * (y_range[1] - y_range[0]))
+    base = alt.Chart(ends.assign(at=heights, label=[text("name.rank", rank=rank) for rank in ends["rank"]]))
+    symbols = base.mark_point(filled=True, size=50, opacity=1, xOffset=10)
+    words = base.mark_text(align="left", dx=18).encode(x=x, y=y("at"), text="label:N")
+    return [symbols.encode(x=x, y=y("at"), color=colour(ranks), shape=shape(ranks)), words]
 
 
 def rank_axis(text: Catalogue, ranks: list[int]) -> alt.X:
@@ -148,34 +152,42 @@ def candidate_tooltip(text: Catalogue, more: Mapping[str, str], number: str = ".
     return tooltips({"rank:O": text("chart.rank"), "rate:N": text("chart.learning_rate"), **more}, number)
 
 
-def loss_titles(text: Catalogue) -> dict[str, str]:
-    columns = {"eval_loss": "mean", "eval_loss_low": "lowest", "eval_loss_high": "highest"}
-    return {f"{column}:Q": text(f"chart.{name}") for column, name in columns.items()}
+def reach(*values: Any) -> Range:
+    """Range of an axis that shows all these numbers and columns, with room around them; NaN is left out."""
+    found = np.concatenate([np.atleast_1d(np.asarray(value, dtype="float64")) for value in values])
+    low, high = float(np.nanmin(found)), float(np.nanmax(found))
+    room = 0.06 * (high - low) or 0.01 * abs(high) or 1.0
+    return low - room, high + room
 
 
-def loss_scale(padding: int = 12) -> alt.Scale:
-    return alt.Scale(zero=False, nice=True, padding=padding)
+def y_axis(title: str, y_range: Range) -> Axis:
+    """Y axis of this range, which need not start at zero, for any column."""
+    scale = alt.Scale(domain=list(y_range), zero=False, nice=True)
+    return lambda column: alt.Y(f"{column}:Q", title=title, scale=scale)
 
 
-def loss_axis(text: Catalogue, column: str = "eval_loss", padding: int = 12) -> alt.Y:
-    """Y axis of a held-out loss in nats, which does not start at zero."""
-    return alt.Y(f"{column}:Q", title=text("chart.eval_by_rank.y"), scale=loss_scale(padding))
-
-
-def loss_intervals(
-    frame: pd.DataFrame, text: Catalogue, encoding: Mapping[str, Any], padding: int = 12, **mark: Any
-) -> list[alt.Chart]:
-    """Vertical bars from `eval_loss_low` to `eval_loss_high`; no layer where no row has both."""
-    both = frame.dropna(subset=["eval_loss_low", "eval_loss_high"])
+def intervals(frame: pd.DataFrame, y: Axis, encoding: Mapping[str, Any], column: str, **mark: Any) -> list[alt.Chart]:
+    """Vertical bars from `…_low` to `…_high` of a column, on the axis `y`; no layer where no row has both."""
+    both = frame.dropna(subset=[f"{column}_low", f"{column}_high"])
     if both.empty:
         return []
-    low = loss_axis(text, "eval_loss_low", padding)
-    return [alt.Chart(both).mark_rule(**mark).encode(y=low, y2="eval_loss_high:Q", **encoding)]
+    return [alt.Chart(both).mark_rule(**mark).encode(y=y(f"{column}_low"), y2=f"{column}_high:Q", **encoding)]
 
 
-def band(limits: tuple[float, float], scale: alt.Scale) -> alt.Chart:
+def beyond(
+    frame: pd.DataFrame, y: Axis, encoding: Mapping[str, Any], of_rank: alt.Color, top: float
+) -> list[alt.Chart]:
+    """Arrows at the upper end of the axis `y` for rows that lie above it, each with its `label`; no layer without."""
+    if frame.empty:
+        return []
+    base = alt.Chart(frame.assign(top=top)).encode(y=y("top"), **encoding)
+    arrows = base.mark_point(shape="triangle-up", filled=True, size=90, opacity=1)
+    return [arrows.encode(color=of_rank), base.mark_text(dy=14, fontSize=11).encode(text="label:N")]
+
+
+def band(limits: Range, y: Axis) -> alt.Chart:
     shaded = alt.Chart(pd.DataFrame([limits], columns=["from", "to"])).mark_rect(opacity=0.13, style="band")
-    return shaded.encode(y=alt.Y("from:Q", scale=scale), y2="to:Q")  # type: ignore[no-any-return]
+    return shaded.encode(y=y("from"), y2="to:Q")  # type: ignore[no-any-return]
 
 
 class Along(NamedTuple):
@@ -191,53 +203,38 @@ def steps_axis(text: Catalogue) -> Along:
     return Along("step", text("chart.step"), ",d", alt.Axis(format=",d", tickMinStep=1, tickCount=6))
 
 
-def plain(frame: pd.DataFrame) -> alt.Chart:
-    """Chart of `mean low high` as they are."""
-    return alt.Chart(frame).transform_calculate(shown="datum.mean", shown_low="datum.low", shown_high="datum.high")
-
-
 def x_axis(along: Along) -> alt.X:
     return alt.X(f"{along.column}:Q", title=along.title, axis=along.axis, scale=alt.Scale(nice=False))
 
 
-def y_axis(title: str, y_range: tuple[float, float]) -> alt.Y:
-    return alt.Y("shown:Q", title=title, scale=alt.Scale(domain=list(y_range), zero=False, nice=True))
-
-
 def lines(
-    frame: pd.DataFrame,
-    text: Catalogue,
-    ranks: list[int],
-    title: str,
-    y_range: tuple[float, float],
-    number: str,
-    *,
-    along: Along,
-    points: bool = False,
-    base: alt.Chart | None = None,
-) -> list[alt.Chart]:
-    """Layers with a mean line and a band per rank, and under the pointer the values of all ranks."""
-    base, x, y = base or plain(frame), x_axis(along), y_axis(title, y_range)
-    of_rank = colour(ranks, text, legend="symbol" if points else "stroke")
+    frame: pd.DataFrame, text: Catalogue, ranks: list[int], title: str, y_range: Range, number: str,
+    *, along: Along, points: bool = False,
+) -> list[alt.Chart]:  # fmt: skip
+    """Layers with a mean line and a band per rank, its name at the end, and under the pointer the values of all ranks.
+    The frame has `rank mean low high`, and the column of the x axis."""
+    base, x, y, of_rank = alt.Chart(frame), x_axis(along), y_axis(title, y_range), colour(ranks)
     layers = []
     if (frame["high"] > frame["low"]).any():
-        low = alt.Y("shown_low:Q", title=title)
-        layers.append(base.mark_area(opacity=0.15).encode(x=x, y=low, y2="shown_high:Q", color=of_rank))
-    line = base.mark_line(strokeWidth=2, clip=True).encode(x=x, y=y, color=of_rank)
+        band = base.mark_area(opacity=0.15, clip=True)
+        layers.append(band.encode(x=x, y=y("low"), y2="high:Q", color=of_rank))
+    line = base.mark_line(strokeWidth=2, clip=True).encode(x=x, y=y("mean"), color=of_rank)
     if points:  # their shapes tell the ranks apart without colour; elsewhere dashes do
         marks = base.mark_point(filled=True, size=40, opacity=1)
-        layers += [line, marks.encode(x=x, y=y, color=of_rank, shape=shape(ranks, text, legend="symbol"))]
+        layers += [line, marks.encode(x=x, y=y("mean"), color=of_rank, shape=shape(ranks))]
     else:
-        layers.append(line.encode(strokeDash=dash(ranks, text)))
+        dashes = alt.StrokeDash("rank:N", sort=ranks, scale=cycle(ranks, DASHES), legend=None)
+        layers.append(line.encode(strokeDash=dashes))
+    ends = frame.loc[frame.groupby("rank")[along.column].idxmax(), ["rank", along.column, "mean"]]
+    layers += end_labels(ends, text, ranks, x, y, y_range)
     return [*layers, _hover(base, frame, text, ranks, number, along)]
 
 
 def _hover(
     base: alt.Chart, frame: pd.DataFrame, text: Catalogue, ranks: list[int], number: str, along: Along
 ) -> alt.Chart:
-    panel = re.sub(r"\W", "_", rate(frame["learning_rate"].iloc[0]))  # panels of one file need names of their own
     nearest = alt.selection_point(
-        name=f"nearest_{panel}", nearest=True, on="pointerover", clear="pointerout", fields=[along.column], empty=False
+        nearest=True, on="pointerover", clear="pointerout", fields=[along.column], empty=False, name="nearest"
     )
     values = [
         alt.Tooltip(field=str(rank), type="quantitative", format=number, title=text("name.rank", rank=rank))
@@ -246,6 +243,6 @@ def _hover(
     ]
     tooltip = [alt.Tooltip(f"{along.column}:Q", title=along.title, format=along.number), *values]
     opacity = alt.condition(nearest, alt.value(0.6), alt.value(0))
-    rule = base.transform_pivot("rank", value="shown", groupby=[along.column]).mark_rule(strokeWidth=1)
+    rule = base.transform_pivot("rank", value="mean", groupby=[along.column]).mark_rule(strokeWidth=1)
     hover: alt.Chart = rule.encode(x=x_axis(along), opacity=opacity, tooltip=tooltip).add_params(nearest)
     return hover

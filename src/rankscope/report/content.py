@@ -1,7 +1,7 @@
 """Content of a report in one language, which HTML and Markdown render."""
 
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -12,11 +12,18 @@ from rankscope.report.answers import Answered, answered
 from rankscope.report.costs import Savings, cost_tables, noise_sentence, prediction_tables, savings
 from rankscope.report.curve import rank_curve_sections
 from rankscope.report.figures import Figure, Missing, Section, make_section
-from rankscope.report.frames import by_candidate, chosen_row, compared_rows, has_gpu
-from rankscope.report.loss import loss_figures
-from rankscope.report.memory import memory_figures
-from rankscope.report.other_metrics import Fact, data_facts, machine_facts, metrics_notes, metrics_table, rank_name
-from rankscope.report.runtime import runtime_figures, trade_off_figures
+from rankscope.report.frames import best_of_ranks, by_candidate, chosen_row, compared_rows, has_gpu
+from rankscope.report.loss import heldout_by_step, loss_figures
+from rankscope.report.memory import memory_curves, memory_figures
+from rankscope.report.other_metrics import (
+    base_names,
+    data_facts,
+    machine_facts,
+    metrics_notes,
+    metrics_table,
+    rank_name,
+)
+from rankscope.report.runtime import runtime_figure, trade_off_figures
 from rankscope.report.variants import variant_sections
 from rankscope.spec.models import EMBEDDED
 from rankscope.spec.resolve import write_yaml
@@ -30,6 +37,7 @@ from rankscope.text.formats import (
     Table,
     at_least,
     duration,
+    fixed,
     interval,
     known,
     loss,
@@ -37,14 +45,15 @@ from rankscope.text.formats import (
     rate,
     shown,
     signed,
-    size,
+    sizes,
     tabulate,
+    two_digits,
 )
 from rankscope.text.verdict import Verdict
 
 
 class Content(NamedTuple):
-    """Parts of a report in the order in which they are shown."""
+    """Parts of a report in the order in which they are shown: from `answers` on, they are its details."""
 
     title: str
     subtitle: str
@@ -53,36 +62,30 @@ class Content(NamedTuple):
     sentence: str
     next_step: NextStep | None
     warnings: list[str]
-    gain: words.Gain
+    ranks: Table
     margins: Table | None
-    savings: Savings
+    gain: words.Gain
     cost: words.Gain
+    savings: Savings
     caveats: list[str]
     how_to_read: list[str]
     sections: list[Section]
-    claims: list[str]
     answers: list[Answered]
-    candidates: Table
-    noise: str
-    coverage: list[str]
-    costs: list[Table]
-    also: Table
-    also_notes: list[str]
-    trials: Table
-    data: list[Fact]
-    machine: list[Fact]
+    details: list[Section]
     reproduce: str
     study: str
-    limits: list[str]
     version: str
+
+    def section(self, name: str) -> Section:
+        return next(section for section in [*self.sections, *self.details] if section.name == name)
 
     @property
     def figures(self) -> list[Figure]:
-        return [figure for section in self.sections for figure in section.figures]
+        return [figure for section in [*self.sections, *self.details] for figure in section.figures]
 
     @property
     def missing(self) -> list[Missing]:
-        return [missing for section in self.sections for missing in section.missing]
+        return [missing for section in [*self.sections, *self.details] for missing in section.missing]
 
 
 def compose(evidence: Evidence, verdict: Verdict, text: Catalogue, directory: str = "") -> Content:
@@ -93,50 +96,81 @@ def compose(evidence: Evidence, verdict: Verdict, text: Catalogue, directory: st
     rank = (verdict or {}).get("rank")
     caveats = (verdict or {}).get("caveats", [])
     half = [] if compared_rows(evidence) is None else ["half"]
+    claims = words.claim_sentences(verdict, text.language)
     faults = [fault for part in evidence.parts for fault in part.results.get("adapter_fault", pd.Series()).dropna()]
-    ids = {"model": evidence.spec.model.id, "data": evidence.spec.data.name}
-    names = {what: text(f"page.embedded_{what}") if name == EMBEDDED else name for what, name in ids.items()}
     return Content(
         title=text("page.title", study=study_name),
-        subtitle=text("page.subtitle", **names),
+        subtitle=" · ".join(_about(evidence, text)),
         outcome=words.outcome_label(verdict, text),
         rank="" if rank is None else str(rank),
         sentence=words.verdict_sentence(verdict, text.language),
         next_step=next_step(verdict, evidence, directory or study_name, text),
         warnings=data_warnings(evidence.data_facts, text),
-        gain=words.gained(verdict, text),
+        ranks=_rank_table(evidence, verdict, best_of_ranks(table), text),
         margins=words.margin_table(verdict, text),
-        savings=savings(evidence, verdict, table, text),
+        gain=words.gained(verdict, text),
         cost=_cost(verdict, table, text),
+        savings=savings(evidence, verdict, table, text),
         caveats=[
             *(words.caveat_sentence(verdict or {}, code, text) for code in caveats if code not in DOUBTS),
             *(text("caveat.adapter_fault", fault=fault) for fault in dict.fromkeys(faults)),
         ],
-        how_to_read=[text(f"how.{name}") for name in ("averages", "axes", "alone", "differences", *half)],
+        how_to_read=[text(f"how.{name}") for name in ("averages", "axes", "memory", "alone", "noise", *half)],
         sections=[
             make_section("loss", loss_figures(evidence, verdict, table, text), words.rate_sentences(verdict, text)),
             *variant_sections(evidence, verdict, text),
             *rank_curve_sections(evidence, text),
-            make_section("memory", memory_figures(evidence, table, text)),
-            make_section("time", runtime_figures(evidence, text)),
+            make_section("costs", [*memory_figures(evidence, table, text), runtime_figure(evidence, text)]),
             make_section("trade_off", trade_off_figures(evidence, verdict, table, text)),
+            make_section("claims", [] if claims else [Missing("claims", text("claim.absent"))], claims),
         ],
-        claims=words.claim_sentences(verdict, text.language),
         answers=answered(evidence, verdict, text),
-        candidates=candidate_table(evidence, verdict, table, text),
-        noise=noise_sentence(evidence.profiles, text),
-        coverage=coverage_sentences(evidence.prediction.get("coverage"), evidence.spec.ranks, text),
-        costs=[*cost_tables(evidence, text), *prediction_tables(evidence, text)],
-        also=metrics_table(evidence, verdict, text),
-        also_notes=metrics_notes(evidence, text),
-        trials=_trials(evidence, text),
-        data=data_facts(evidence.data_facts, text),
-        machine=machine_facts(evidence.machine, text),
+        details=_details(evidence, verdict, table, text),
         reproduce=f"rankscope run study.yaml --out {shlex.quote(study_name)}",
         study=write_yaml(evidence.parts[-1].spec),
-        limits=_limits(evidence, verdict, text),
         version=str((evidence.machine.get("versions") or {}).get("rankscope") or ""),
     )
+
+
+def _details(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> list[Section]:
+    """Sections of the second level: curves, all that was measured, where, and the limits of the conclusion."""
+    candidates = candidate_table(evidence, verdict, table, text)
+    costs = [*cost_tables(evidence, text), *prediction_tables(evidence, text)]
+    coverage = coverage_sentences(evidence.prediction.get("coverage"), evidence.spec.ranks, text)
+    noise = list(filter(None, [noise_sentence(evidence.profiles, text)]))
+    facts = {"data": data_facts(evidence.data_facts, text), "machine": machine_facts(evidence.machine, text)}
+    headers, unknown = [text("table.key"), text("table.value")], [Missing("facts", text("table.missing"))]
+    return [
+        make_section("curves", [heldout_by_step(evidence, table, text), *memory_curves(evidence, table, text)]),
+        make_section("candidates", [], [*noise, *coverage, text("unit.note")], [candidates, *costs]),
+        make_section("also", [], metrics_notes(evidence, text), [metrics_table(evidence, verdict, text)]),
+        make_section("trials", [], [], [_trials(evidence, text)]),
+        *(
+            make_section(name, [] if rows else unknown, [], [Table("", headers, [False, False], rows)] if rows else [])
+            for name, rows in facts.items()
+        ),
+        make_section("limits", [], _limits(evidence, verdict, text)),
+    ]
+
+
+def _about(evidence: Evidence, text: Catalogue) -> Iterator[str]:
+    """What was trained on what, for how long, where and when, as far as it is known."""
+    spec, machine = evidence.spec, evidence.machine
+    ids = {"model": spec.model.id, "data": spec.data.name}
+    names = {what: text(f"page.embedded_{what}") if name == EMBEDDED else name for what, name in ids.items()}
+    yield text("page.subtitle", **{what: base_names(name) for what, name in names.items()})
+    if "rows_train" in evidence.data_facts:
+        yield text.count("rows", evidence.data_facts["rows_train"])
+    if known(steps := evidence.results["steps"].max()):
+        yield text.count("training_steps", int(steps))
+    yield text.count("seeds", len(spec.seeds))
+    hardware = machine.get("hardware") or {}
+    if gpus := hardware.get("gpus"):
+        yield ", ".join(dict.fromkeys(str(gpu["name"]) for gpu in gpus))
+    elif "cpu" in hardware:
+        yield text("page.cpu", name=hardware["cpu"], cores=hardware.get("cores") or text("unknown"))
+    if "date" in machine:
+        yield str(machine["date"])
 
 
 def _cost(verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> words.Gain:
@@ -151,22 +185,35 @@ def _cost(verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> words.Gain:
     notes, low, high = [], chosen["regret_low"], chosen["regret_high"]
     if known(chosen["kept"]):
         share = chosen["regret"] / verdict["gain"]
-        notes.append(text(f"cost.share_{words.margin_unit(verdict)}", share=percent(share)))
+        notes.append(text(f"cost.share_{words.margin_unit(verdict)}", share=f"{two_digits(100 * share)}%"))
     elif known(chosen["regret_share"]):
-        notes.append(text("cost.share", share=percent(chosen["regret_share"])))
+        notes.append(text("cost.share", share=f"{two_digits(100 * chosen['regret_share'])}%"))
     ends = {"low": signed(low), "high": signed(high), "confidence": percent(verdict["confidence"])}
     notes.append(text("cost.interval", **ends) if known(low) and known(high) else text("cost.no_interval"))
     return words.Gain(text("cost.nats", value=signed(chosen["regret"])), notes)
 
 
+def _rank_table(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> Table:
+    """What each rank brings and takes, as its best candidate does: the first table of a report."""
+    rates = ["learning_rate"] if len(evidence.spec.learning_rates) > 1 else []
+    quality = "kept" if table["kept"].notna().any() else "eval_loss"
+    shown_on_top = ["rank", *rates, quality, "cpu_peak", "gpu_peak", "runtime", "adapter"]
+    found = candidate_table(evidence, verdict, table, text, shown_on_top)
+    return found._replace(caption=text("table.ranks"))
+
+
 def candidate_table(
     evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Catalogue, only: Collection[str] = ()
 ) -> Table:
-    """One row per row of `by_candidate`, with the columns `only` (default: all)."""
+    """One row per row of `by_candidate`, with the columns `only` (default: all but the peak of memory alone)."""
     gpu, chosen = has_gpu(evidence), (verdict or {}).get("candidate")
+    of_kind = {kind: [table[f"{kind}_{end}_bytes"] for end in ("mean", "peak")] for kind in ("cpu", "gpu_allocated")}
+    memory_size = {kind: sizes(pd.concat(columns)) for kind, columns in of_kind.items()}
+    adapter_size, seconds = sizes(table["adapter_bytes"]), fixed(table["step_seconds"])
+    peak, peak_kind = ("gpu_peak", "gpu_allocated") if gpu else ("cpu_peak", "cpu")
 
     def memory(row: Any, kind: str) -> str:
-        average, peak = (shown(row[f"{kind}_{end}_bytes"], size, text) for end in ("mean", "peak"))
+        average, peak = (shown(row[f"{kind}_{end}_bytes"], memory_size[kind], text) for end in ("mean", "peak"))
         return average if average == peak == text("none") else f"{average} /\n{peak}"
 
     def eval_loss(row: Any) -> str:
@@ -182,7 +229,7 @@ def candidate_table(
 
     def kept(row: Any) -> str:
         least = text("table.at_least", share=at_least(row["kept_low"])) if known(row["kept_low"]) else ""
-        return "\n".join(filter(None, [shown(row["kept"], percent, text), least]))
+        return "\n".join(filter(None, [shown(row["kept"], "{:.1%}".format, text), least]))
 
     columns: Columns = {
         "rank": lambda row: str(row["rank"]),
@@ -190,7 +237,7 @@ def candidate_table(
         "alpha": lambda row: f"{row['lora_alpha']:g}",
         "scaling": lambda row: f"{row['scaling']:.4g}",
         "params": lambda row: shown(row["trainable_params"], "{:,.0f}".format, text),
-        "adapter": lambda row: shown(row["adapter_bytes"], size, text),
+        "adapter": lambda row: shown(row["adapter_bytes"], adapter_size, text),
         "finished": lambda row: f"{row['finished']} / {row['trials']}",
         "train_loss": lambda row: shown(row["train_loss"], loss, text),
         "eval_loss": eval_loss,
@@ -199,13 +246,14 @@ def candidate_table(
         "within": lambda row: shown(row["within_margin"], lambda it: text("table.yes" if it else "table.no"), text),
         "cpu_memory": lambda row: memory(row, "cpu"),
         "gpu_memory": lambda row: memory(row, "gpu_allocated") if gpu else text("table.no_gpu"),
-        "step_seconds": lambda row: shown(row["step_seconds"], "{:.3g}".format, text),
+        peak: lambda row: shown(row[f"{peak_kind}_peak_bytes"], memory_size[peak_kind], text),
+        "step_seconds": lambda row: shown(row["step_seconds"], seconds, text),
         "runtime": lambda row: shown(row["runtime_seconds"], lambda seconds: duration(seconds, text), text),
     }
     confidence = (verdict or {}).get("confidence", evidence.spec.verdict.confidence)
     return tabulate(
         text("table.candidates", confidence=percent(confidence)),
-        {text(f"table.{name}"): cell for name, cell in columns.items() if not only or name in only},
+        {text(f"table.{name}"): cell for name, cell in columns.items() if name in (only or columns.keys() - {peak})},
         table.to_dict("records"),
         chosen=next((number for number, name in enumerate(table["candidate"]) if name == chosen), None),
     )

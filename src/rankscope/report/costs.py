@@ -1,5 +1,6 @@
 """Costs in the report: the chosen rank beside the largest, each cost in detail, and measurement noise."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,7 +11,21 @@ from rankscope.report.frames import chosen_row, has_gpu, rank_profiles
 from rankscope.study.evidence import Evidence
 from rankscope.study.records import BUSY_PRESSURE
 from rankscope.text.catalogue import Catalogue
-from rankscope.text.formats import Columns, Table, change, duration, known, percent, rate, shown, size, tabulate
+from rankscope.text.formats import (
+    Columns,
+    Table,
+    change,
+    duration,
+    fixed,
+    known,
+    percent,
+    rate,
+    shown,
+    size,
+    sizes,
+    tabulate,
+    two_digits,
+)
 from rankscope.text.verdict import Verdict, candidate_name
 
 QUANTITIES = {
@@ -26,28 +41,28 @@ QUANTITIES = {
 MEMORY_KINDS = ("private", "mapped", "rss", "gpu_allocated", "gpu_reserved", "gpu_nvml")
 """Prefixes of columns in `Study.profiles`."""
 
-Detail = tuple[str, str, Callable[[float], str]]
-"""A column of `Study.profiles`, its aggregation over repeats, and the form of its values."""
+Detail = tuple[str, str]
+"""A column of `Study.profiles`, and its aggregation over repeats."""
 
 MEMORY_DETAILS: dict[str, Detail] = {
-    "chart.average": ("{}_mean_bytes", "mean", size),
-    "chart.peak": ("{}_peak_bytes", "max", size),
-    "table.p99": ("{}_p99_bytes", "mean", size),
-    "table.above_average": ("{}_above_base_mean_bytes", "mean", size),
-    "table.above_peak": ("{}_above_base_peak_bytes", "max", size),
-    "table.load_peak": ("load_{}_peak_bytes", "max", size),
-    "table.eval_peak": ("eval_{}_peak_bytes", "max", size),
+    "chart.average": ("{}_mean_bytes", "mean"),
+    "chart.peak": ("{}_peak_bytes", "max"),
+    "table.p99": ("{}_p99_bytes", "mean"),
+    "table.above_average": ("{}_above_base_mean_bytes", "mean"),
+    "table.above_peak": ("{}_above_base_peak_bytes", "max"),
+    "table.load_peak": ("load_{}_peak_bytes", "max"),
+    "table.eval_peak": ("eval_{}_peak_bytes", "max"),
 }
 
 TIME_DETAILS: dict[str, Detail] = {
-    "table.step_p10": ("step_seconds_p10", "median", "{:.3g}".format),
-    "table.step_median": ("step_seconds_median", "median", "{:.3g}".format),
-    "table.step_p90": ("step_seconds_p90", "median", "{:.3g}".format),
-    "table.step_ratio": ("step_ratio", "mean", "{:.3f}".format),
-    "table.cpu_ratio": ("cpu_ratio", "mean", "{:.3f}".format),
-    "table.tokens_per_second": ("tokens_per_second", "mean", "{:,.0f}".format),
-    "table.load_seconds": ("load_seconds", "mean", "{:.3g}".format),
-    "table.energy": ("joules_per_token", "mean", "{:.3g}".format),
+    "table.step_p10": ("step_seconds_p10", "median"),
+    "table.step_median": ("step_seconds_median", "median"),
+    "table.step_p90": ("step_seconds_p90", "median"),
+    "table.step_ratio": ("step_ratio", "mean"),
+    "table.cpu_ratio": ("cpu_ratio", "mean"),
+    "table.tokens_per_second": ("tokens_per_second", "mean"),
+    "table.load_seconds": ("load_seconds", "mean"),
+    "table.energy": ("joules_per_token", "mean"),
 }
 
 
@@ -57,13 +72,13 @@ class Saving(NamedTuple):
     label: str
     value: str
     instead: str  # value of the largest rank
-    change: str
+    change: str  # empty within noise
     less: bool  # by more than noise
     noise: str  # what a difference must exceed; empty for a value that is counted, not measured
 
     @property
     def difference(self) -> str:
-        return f"{self.change}; {self.noise}" if self.noise else self.change
+        return "; ".join(filter(None, [self.change, self.noise]))
 
 
 class Savings(NamedTuple):
@@ -96,7 +111,7 @@ def savings(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Cat
         noise = noise_of(evidence.profiles, measured)
         seen = noise is None or abs(new / old - 1) > noise.floor
         beside = text("noise.beside" if seen else "noise.within", floor=noise_share(noise)) if noise else ""
-        values = text(f"saving.{label}"), number(new), number(old), change(new, old)
+        values = text(f"saving.{label}"), number(new), number(old), change(new, old) if seen else ""
         found.append(Saving(*values, less=bool(new < old and seen), noise=beside))
     return Savings(title, found, "" if known(chosen["cpu_peak_bytes"]) else text("saving.unmeasured"))
 
@@ -124,14 +139,12 @@ def cost_tables(evidence: Evidence, text: Catalogue) -> list[Table]:
         return []
     measured = {kind: f"{kind}_mean_bytes" for kind in MEMORY_KINDS}
     kinds = [kind for kind, column in measured.items() if column in profiles and profiles[column].notna().any()]
-    ranks: list[tuple[str, pd.DataFrame | None]] = [(str(rank), part) for rank, part in profiles.groupby("rank")]
-    ranks.append((text("noise.row"), None))
+    ranks = [*map(str, sorted(profiles["rank"].unique())), text("noise.row")]
+    by_kind = {kind: _details(evidence, MEMORY_DETAILS, text, kind) for kind in kinds}
     memory = [
-        [name, text(f"memory.{kind}"), *_cells(evidence, repeats, MEMORY_DETAILS, text, kind)]
-        for name, repeats in ranks
-        for kind in kinds
+        [name, text(f"memory.{kind}"), *by_kind[kind][number]] for number, name in enumerate(ranks) for kind in kinds
     ]
-    time = [[name, *_cells(evidence, repeats, TIME_DETAILS, text)] for name, repeats in ranks]
+    time = [[name, *cells] for name, cells in zip(ranks, _details(evidence, TIME_DETAILS, text), strict=True)]
     headers = [text(f"table.{name}") for name in ("rank", "memory_kind")]
     numeric = [True] * len(MEMORY_DETAILS)
     return [
@@ -140,35 +153,34 @@ def cost_tables(evidence: Evidence, text: Catalogue) -> list[Table]:
     ]
 
 
-def _cells(
-    evidence: Evidence, repeats: pd.DataFrame | None, details: Mapping[str, Detail], text: Catalogue, kind: str = ""
-) -> list[str]:
-    """Each detail's aggregate over a rank's repeats; without repeats, its noise."""
-    cells = []
-    for pattern, how, number in details.values():
+def _details(evidence: Evidence, details: Mapping[str, Detail], text: Catalogue, kind: str = "") -> list[list[str]]:
+    """Cells of each rank, lowest first: each detail's aggregate over its repeats; then the details' noise."""
+    profiles, columns = rank_profiles(evidence), []
+    for pattern, how in details.values():
         column = pattern.format(kind)
-        if column not in evidence.profiles:
-            cells.append(text("none"))
-        elif repeats is not None:
-            cells.append(shown(float(repeats[column].agg(how)), number, text))
-        else:
-            noise = noise_of(evidence.profiles, column)
-            cells.append(noise_share(noise) if noise else text("none"))
-    return cells
+        values = profiles.assign(**({} if column in profiles else {column: math.nan})).groupby("rank")[column].agg(how)
+        number = (sizes if kind else fixed)(values)
+        noise = noise_of(evidence.profiles, column)
+        last = noise_share(noise) if noise else text("none")
+        columns.append([*(shown(float(value), number, text) for value in values), last])
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def noise_share(noise: Noise) -> str:
-    """The floor in percent, `3.1%`, and at least `0.1%`: less would read as no noise at all."""
-    return f"{max(noise.floor, 0.001):.1%}"
+    """The floor in percent, `3.1%`, and at least `0.10%`: less would read as no noise at all."""
+    return f"{two_digits(100 * max(noise.floor, 0.001))}%"
 
 
 def prediction_tables(evidence: Evidence, text: Catalogue) -> list[Table]:
     """Predicted and measured memory and time, one row per candidate; empty where no memory was predicted."""
     predicted, profiles = evidence.prediction.get("candidates", {}), evidence.profiles
+    pairs = [(candidate, predicted.get(candidate.name)) for candidate in evidence.spec.candidates()]
+    records = [(candidate, found) for candidate, found in pairs if found and found["parts"]]
     peak = "gpu_allocated_peak_bytes" if has_gpu(evidence) else f"{cpu_memory(profiles)}_peak_bytes"
 
     def parts(*names: str) -> Callable[[Any], str]:
-        return lambda row: size(sum(row[1]["parts"][name] for name in names))
+        number = sizes(sum(found["parts"][name] for name in names) for _, found in records)
+        return lambda row: number(sum(row[1]["parts"][name] for name in names))
 
     def measured(row: Any, column: str, how: str, number: Callable[[float], str]) -> str:
         """Aggregate over the candidate's own repeats, without the control's; unknown where it was not profiled."""
@@ -177,6 +189,8 @@ def prediction_tables(evidence: Evidence, text: Catalogue) -> list[Table]:
         own = profiles.loc[(profiles["candidate"] == row[0].name) & ~profiles["control"], column]
         return shown(float(own.astype("float64").agg(how)), number, text)
 
+    peaks = sizes([*(found["peak_bytes"] for _, found in records), *profiles.get(peak, [])])
+    seconds = fixed([*(found["step_seconds"] for _, found in records), *profiles.get("step_seconds_median", [])])
     columns: Columns = {
         "table.rank": lambda row: str(row[0].rank),
         "table.learning_rate": lambda row: rate(row[0].learning_rate),
@@ -185,15 +199,13 @@ def prediction_tables(evidence: Evidence, text: Catalogue) -> list[Table]:
         "prediction.activations": parts("activations"),
         "prediction.logits": parts("logits"),
         "prediction.other": parts("process", "retained"),
-        "prediction.predicted": lambda row: size(row[1]["peak_bytes"]),
-        "prediction.measured": lambda row: measured(row, peak, "max", size),
+        "prediction.predicted": lambda row: peaks(row[1]["peak_bytes"]),
+        "prediction.measured": lambda row: measured(row, peak, "max", peaks),
         "prediction.difference": lambda row: measured(
             row, peak, "max", lambda value: change(row[1]["peak_bytes"], value)
         ),
-        "prediction.seconds_predicted": lambda row: shown(row[1]["step_seconds"], "{:.3g}".format, text),
-        "prediction.seconds_measured": lambda row: measured(row, "step_seconds_median", "median", "{:.3g}".format),
+        "prediction.seconds_predicted": lambda row: shown(row[1]["step_seconds"], seconds, text),
+        "prediction.seconds_measured": lambda row: measured(row, "step_seconds_median", "median", seconds),
     }
-    pairs = [(candidate, predicted.get(candidate.name)) for candidate in evidence.spec.candidates()]
-    records = [(candidate, found) for candidate, found in pairs if found and found["parts"]]
     headed = {text(key): cell for key, cell in columns.items()}
     return [tabulate(text("prediction.title"), headed, records)] if records else []

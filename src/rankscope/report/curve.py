@@ -57,19 +57,21 @@ def _chart(points: pd.DataFrame, names: Sequence[str], text: Catalogue) -> alt.C
         axis=alt.Axis(values=sorted(map(int, points["rank"].unique())), format="d", labelOverlap=True),
     )
     legend = alt.Legend(title=None, columns=2, symbolOpacity=1, symbolSize=110)
-    y = charts.loss_axis(text)
+    ends = [points[name] for name in ("eval_loss", "eval_loss_low", "eval_loss_high")]
+    y = charts.y_axis(text("chart.eval_steps.y"), charts.reach(*ends))
     common: dict[str, Any] = {"sort": list(names), "legend": legend}
     colour = alt.Color("name:N", scale=alt.Scale(domain=list(names)), **common)
     dash = alt.StrokeDash("name:N", scale=charts.cycle(names, charts.DASHES), **common)
     shape = alt.Shape("name:N", scale=charts.cycle(names, charts.SHAPES), **common)
-    titles = {"name:N": text("cuts.kind"), "rank:O": text("chart.rank"), **charts.loss_titles(text)}
+    titles = {"name:N": text("cuts.kind"), "rank:O": text("chart.rank"), "eval_loss:Q": text("chart.mean")}
+    titles |= {"eval_loss_low:Q": text("chart.lowest"), "eval_loss_high:Q": text("chart.highest")}
     tooltip = charts.tooltips(titles, ".4f")
-    layers = [alt.Chart(points).mark_line(strokeWidth=1.5).encode(x=x, y=y, color=colour, strokeDash=dash)]
+    layers = [alt.Chart(points).mark_line(strokeWidth=1.5).encode(x=x, y=y("eval_loss"), color=colour, strokeDash=dash)]
     for number, name in enumerate(names):  # side by side, or at one rank they would hide each other
         mark: dict[str, Any] = {"strokeWidth": 1.5, "opacity": 0.6, "xOffset": 6 * (number - (len(names) - 1) / 2)}
-        layers += charts.loss_intervals(points[points["name"] == name], text, {"x": x, "color": colour}, **mark)
+        layers += charts.intervals(points[points["name"] == name], y, {"x": x, "color": colour}, "eval_loss", **mark)
     dots = alt.Chart(points).mark_point(filled=True, size=80, opacity=1)
-    layers.append(dots.encode(x=x, y=y, color=colour, shape=shape, tooltip=tooltip))
+    layers.append(dots.encode(x=x, y=y("eval_loss"), color=colour, shape=shape, tooltip=tooltip))
     return charts.layered(*layers)
 
 

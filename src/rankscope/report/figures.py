@@ -26,6 +26,12 @@ class Figure(NamedTuple):
     alternative: str  # one sentence
     panels: list[Panel]
     numbers: Table | None = None
+    half: bool = False  # as wide as half of the page, beside another
+
+    @property
+    def width(self) -> int:
+        """Of a panel in a file, in pixels; on the page a panel is as wide as its column."""
+        return 400 if self.half or len(self.panels) > 1 else 640
 
 
 class Missing(NamedTuple):
@@ -34,7 +40,6 @@ class Missing(NamedTuple):
 
 
 Figures: TypeAlias = list[Figure | Missing]
-Draw: TypeAlias = Callable[[pd.DataFrame, tuple[float, float]], alt.Chart]  # of rows, within a range of the y axis
 
 
 class Section(NamedTuple):
@@ -55,19 +60,6 @@ def make_section(
 ) -> Section:
     figures = [figure for figure in found if isinstance(figure, Figure)]
     return Section(name, figures, [one for one in found if isinstance(one, Missing)], sentences, tables)
-
-
-def by_rate(frame: pd.DataFrame, text: Catalogue, draw: Draw) -> list[Panel]:
-    """One panel per learning rate, all with the same y axis, so that heights can be compared."""
-    y_range = (float(frame["low"].min()), float(frame["high"].max()))
-    rates = sorted(frame["learning_rate"].unique())
-    return [
-        Panel(
-            text("chart.panel", rate=rate(value)) if len(rates) > 1 else "",
-            draw(frame[frame["learning_rate"] == value].reset_index(drop=True), y_range),
-        )
-        for value in rates
-    ]
 
 
 def with_rates(note: str, frame: pd.DataFrame, text: Catalogue) -> str:

@@ -9,6 +9,7 @@ from rankscope.errors import DamagedError
 from rankscope.files import file_hashes, find_json, write_json
 from rankscope.jobs.repair import find_corrupt, remove_leftovers
 from rankscope.report.card import write_cards
+from rankscope.report.pdf import find_browser
 from rankscope.report.write import build
 from rankscope.spec.models import StudySpec
 from rankscope.spec.options import assemble
@@ -27,26 +28,29 @@ class Conclusion(NamedTuple):
     verdict: dict[str, Any]  # see verdict.json
 
 
-def judge_by(study: Study, criteria: Mapping[str, Any], language: str = "en") -> Conclusion:
+def judge_by(study: Study, criteria: Mapping[str, Any], language: str = "en", pdf: bool = False) -> Conclusion:
     """Conclude by other criteria (`margin`, `margin_of`, `confidence`, `max_gpu_memory`, `max_runtime`; None for those
     that stay), which study.yaml keeps once they have led to a verdict. Raises StudyError: a criterion is wrong, or the
     study lacks what it needs; StudyDirectoryError: a run holds the study."""
     with study.lock():
         changed = Study.open(study.path)
         changed = changed.grown(assemble(changed.spec.model_dump(mode="json"), criteria))
-        conclusion = finish(changed, language)
+        conclusion = finish(changed, language, pdf)
         changed.publish()
         return conclusion
 
 
-def finish(study: Study, language: str = "en") -> Conclusion:
-    """Read the evidence, draw the conclusion, and write the adapters' model cards and the report."""
+def finish(study: Study, language: str = "en", pdf: bool = False) -> Conclusion:
+    """Read the evidence, draw the conclusion, and write the adapters' model cards and the report, also as PDF where
+    `pdf` asks for it. Raises MissingExtraError: nothing here prints a PDF."""
     load_catalogue(language)
+    if pdf:
+        find_browser()
     evidence = study.evidence()
     verdict = conclude(evidence)
     write_json(study.path / "verdict.json", verdict)
     write_cards(evidence, verdict, study.path / "trials")
-    build(evidence, verdict, study.path / "report", language, str(study.path))
+    build(evidence, verdict, study.path / "report", language, str(study.path), pdf)
     write_json(study.file(MADE_OF), _made_of(study, language))
     return Conclusion(study, evidence, verdict)
 

@@ -11,7 +11,7 @@ from rankscope.analysis.costs import cpu_memory
 from rankscope.study.evidence import Evidence
 from rankscope.text.verdict import Verdict
 
-POINTS = 4000  # of all curves of a figure together, so that a page stays below 3 MB; a curve keeps 30 or more
+POINTS = 4000  # of all lines of a figure together, so that a page stays below 3 MB; a line keeps 30 or more
 KEYS = ["candidate", "rank", "learning_rate"]
 
 
@@ -23,8 +23,9 @@ class Binned(NamedTuple):
 
 
 def bin_steps(rows: pd.DataFrame) -> Binned:
-    """Bins of so many steps that all candidates together have at most `POINTS` points. `rows` must not be empty."""
-    points = max(30, POINTS // rows["candidate"].nunique())
+    """Bins of so many steps that all lines together have at most `POINTS` points. `rows` must not be empty."""
+    lines = rows[["candidate", "seed"]] if "seed" in rows else rows[["candidate"]]
+    points = max(30, POINTS // len(lines.drop_duplicates()))
     width = int(max(1, -(-rows["step"].max() // points)))
     return Binned(rows.assign(step=(rows["step"].astype("int64") + width - 1) // width * width), width)
 
@@ -145,6 +146,12 @@ def by_candidate(evidence: Evidence, verdict: Verdict, beside: Evidence | None =
     table = table.join(_costs(rank_profiles(evidence)), on="rank")
     order = [candidate.name for candidate in evidence.spec.candidates()]
     return table.reindex([name for name in order if name in table.index]).reset_index(names="candidate")
+
+
+def best_of_ranks(table: pd.DataFrame) -> pd.DataFrame:
+    """One row of `by_candidate` per rank: the verdict's, or else the one of the lowest held-out loss, or the first."""
+    best_first = table.assign(other=table["regret"].isna()).sort_values(["other", "eval_loss"], kind="stable")
+    return table.loc[best_first.drop_duplicates("rank").index.sort_values()]
 
 
 def rank_profiles(evidence: Evidence) -> pd.DataFrame:

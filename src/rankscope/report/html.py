@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
+from types import MappingProxyType
 from typing import Any
 
 import altair as alt
@@ -23,16 +24,23 @@ from rankscope.report import charts
 from rankscope.report.charts import DARK, LIGHT, PAGE, declarations
 from rankscope.report.content import Content
 from rankscope.report.figures import Figure, Panel
-from rankscope.text.catalogue import Catalogue
+from rankscope.text.catalogue import Catalogue, load
 from rankscope.text.formats import strip_control_characters
 
 VEGA_LITE = ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])  # altair's version, in vl_convert's form: `6.4`
-SECTIONS = ("claims", "answers", "candidates", "also", "trials", "data", "machine", "reproduce", "limits")
-"""Sections after the figures, in the page's order."""
 
 
-def render(content: Content, text: Catalogue, now: Mapping[str, Any] | None = None) -> str:
-    """The page, below 3 MB; with `now` (see `rankscope.ui.watch`) it fetches news from its server."""
+def render(
+    content: Content,
+    text: Catalogue,
+    *,
+    pages: Mapping[str, str] = MappingProxyType({}),
+    drawn: Mapping[str, str] = MappingProxyType({}),
+    now: Mapping[str, Any] | None = None,
+) -> str:
+    """The page, below 3 MB. `pages` are the file names of the same page by language; `drawn` has each chart's SVG by
+    its id, which the page shows until its scripts draw; with `now` (see `rankscope.ui.watch`) it fetches news from its
+    server."""
     return _page(
         "template.html",
         {"charts": specifications(content), "now": now},
@@ -41,7 +49,9 @@ def render(content: Content, text: Catalogue, now: Mapping[str, Any] | None = No
         text=text,
         chart_id=chart_id,
         panel_label=panel_label,
-        section_names=[*(section.name for section in content.sections), *SECTIONS],
+        drawn={name: Markup(svg) for name, svg in drawn.items()},  # noqa: S704  # vl_convert escapes text
+        pages={name: (file, load(name)("language")) for name, file in pages.items()},
+        detail_names=["answers", *(section.name for section in content.details), "reproduce"],
         live=now is not None,
     )
 

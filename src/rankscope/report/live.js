@@ -20,12 +20,9 @@ function fill(now) {
 }
 async function redraw(id, spec) {
   const text = JSON.stringify(spec);
-  if (drawn[id] === text) return;
-  let smooth;
-  try { smooth = views[id].signal("smooth"); } catch { /* no chart yet, or one without the switch */ }
-  views[id] = await draw(id, spec);
+  if (drawn[id] === text || !document.getElementById(id).checkVisibility()) return;
+  await draw(id, spec);
   drawn[id] = text;
-  if (smooth !== undefined) await views[id].signal("smooth", smooth).runAsync();
 }
 async function ask() {
   let wait = 2000;

@@ -1,56 +1,146 @@
-"""Figures of loss: against steps, against rank, and the map of learning rate and rank."""
+"""Figures of loss: above the best by rank, in training and against steps, and the map of learning rate and rank."""
 
+import math
 from typing import Any
 
 import altair as alt
 import pandas as pd
+from scipy import special
 
 from rankscope.report import charts, frames
-from rankscope.report.figures import Figure, Figures, Missing, Panel, by_rate, curve_numbers, numbers, say, with_rates
+from rankscope.report.figures import Figure, Figures, Missing, Panel, curve_numbers, numbers, say, with_rates
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue
-from rankscope.text.formats import Columns, loss, percent, rate, shown
+from rankscope.text.formats import Columns, loss, percent, rate, shown, signed
 from rankscope.text.verdict import Verdict, margin_unit
 
 SMOOTHING_SHARE = 0.05  # share of a curve's points in the centred moving average
+CONFIDENCE = 0.95  # of the interval of a difference in training loss
 
 
 def loss_figures(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> Figures:
-    """Training loss against steps, held-out loss against rank and steps, and by rate where there are several; of
-    several alphas the verdict's, or else that of the lowest held-out loss at a rank and rate."""
+    """Held-out loss above the best, and training loss; by rate where there are several. Of several alphas each rank and
+    rate has the verdict's, or else that of the lowest held-out loss."""
     best_first = table.assign(other=table["regret"].isna()).sort_values(["other", "eval_loss"])
     table = table.loc[best_first.drop_duplicates(["rank", "learning_rate"]).index.sort_values()]
-    found = [
-        _training_loss(evidence, table, text),
-        _heldout_by_rank(evidence, verdict, table, text),
-        _heldout_by_step(evidence, table, text),
-    ]
+    found = [_above_best(evidence, verdict, table, text), _training_loss(evidence, table, text)]
     return [*found, _rate_map(evidence, verdict, table, text)] if len(evidence.spec.learning_rates) > 1 else found
 
 
-def training_loss(evidence: Evidence) -> frames.Binned:
-    """`candidate rank learning_rate step mean low high smooth_mean smooth_low smooth_high` over seeds, in nats. A mean
-    over a trial that stopped midway would jump where it stops, so only finished trials count, or all trials of a
-    candidate without one; a candidate with a seed that diverged has no curve."""
-    curves = _usable(evidence, "train_loss")
+def above_best(evidence: Evidence, table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rows of `table` with their held-out loss `above` that of the best candidate, in nats, with the verdict's interval
+    `above_low above_high`; and `candidate rank learning_rate seed above` of each seed, beside the best candidate's loss
+    with the same seed. Where the verdict compares none, the best is the one of the lowest mean."""
+    found = table.dropna(subset=["eval_loss"])
+    compared = found.dropna(subset=["regret"])
+    best = (found if compared.empty else compared).sort_values("eval_loss").iloc[:1]
+    found = found.assign(above=found["regret"].fillna(found["eval_loss"] - best["eval_loss"].sum()))
+    found = found.rename(columns={"regret_low": "above_low", "regret_high": "above_high"})
+    seeds = frames.heldout_by_seed(evidence)
+    own = seeds[seeds["candidate"].isin(best["candidate"])].set_index("seed")["eval_loss"]
+    seeds = seeds.assign(above=seeds["eval_loss"] - seeds["seed"].map(own)).dropna(subset=["above"])
+    return found, seeds[seeds["candidate"].isin(found["candidate"])]
+
+
+def _above_best(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> Figure | Missing:
+    name, title = "loss-above-best", text("chart.above_best.title")
+    found, seeds = above_best(evidence, table)
+    if found.empty:
+        return Missing(name, text("chart.above_best.absent"))
+    margin, note = _margin(verdict), text("chart.above_best.note")
+    if verdict is not None and margin:
+        shares = {"confidence": percent(verdict["confidence"]), "margin": percent(verdict["margin"])}
+        note = f"{note} {text(f'chart.above_best.note_{margin_unit(verdict)}', **shares)}"
+    by_candidate = seeds.groupby("candidate")["above"]
+    columns: Columns = {
+        text("table.rank"): lambda row: str(row["rank"]),
+        text("table.learning_rate"): lambda row: rate(row["learning_rate"]),
+        text("table.regret"): lambda row: signed(row["above"]),
+        text("chart.lowest"): lambda row: shown(row["above_low"], signed, text),
+        text("chart.highest"): lambda row: shown(row["above_high"], signed, text),
+        text("chart.seeds"): lambda row: ", ".join(map(signed, by_candidate.get_group(row["candidate"]))),
+    }
+    lost = table[table["diverged"] > 0].assign(above=math.inf)
+    chart = _above_chart(pd.concat([found, lost]), seeds, text, frames.ranks_of(evidence), margin)
+    alternative = say(title, found, "above", signed, text)
+    table_of = numbers(title, columns, found.to_dict("records"), text)
+    return Figure(name, title, with_rates(note, found, text), alternative, [Panel("", chart)], table_of)
+
+
+def _margin(verdict: Verdict) -> float:
+    """How far above the best a loss may be, in nats; 0 where fine-tuning has gained nothing."""
+    if verdict is None or not verdict["comparison"]:
+        return 0.0
+    best = min(row["eval_loss"] for row in verdict["comparison"])
+    of_gain = verdict.get("margin_of") == "gain"
+    return max(0.0, float(verdict["margin"] * ((verdict["gain"] or 0.0) if of_gain else best)))
+
+
+def _above_chart(
+    found: pd.DataFrame, seeds: pd.DataFrame, text: Catalogue, ranks: list[int], margin: float
+) -> alt.Chart:
+    """`found` and `seeds` of `above_best`; a candidate that diverged is infinitely far above. The axis reaches as far
+    as the compared candidates, others are arrows at its end. Losses up to `margin` nats above the best are shaded."""
+    compared = found.dropna(subset=["regret"])
+    inside = found[found["above"] < math.inf] if compared.empty else compared
+    of_compared = seeds[seeds["candidate"].isin(inside["candidate"])]
+    ends = [inside[name] for name in ("above", "above_low", "above_high")]
+    y_range = charts.reach(0.0, margin, of_compared["above"], *ends)
+    labels = [signed(value) if value < math.inf else text("status.diverged") for value in found["above"]]
+    found, seeds = (part.assign(rate=part["learning_rate"].map(rate)) for part in (found.assign(label=labels), seeds))
+    x, of_rank = charts.by_rank(found, text, ranks), charts.colour(ranks)
+    y = charts.y_axis(text("table.regret"), y_range)
+    points, near = {**x, "color": of_rank, "shape": charts.shape(ranks)}, found["above"] <= y_range[1]
+    drawn = found.loc[near, [*frames.KEYS, "rate", "above", "above_low", "above_high"]]
+    layers = [charts.band((0.0, margin), y)] if margin else []
+    layers.append(alt.Chart(pd.DataFrame({"zero": [0.0]})).mark_rule(strokeDash=[4, 4]).encode(y=y("zero")))
+    layers += charts.intervals(drawn, y, {**x, "color": of_rank}, "above", strokeWidth=2.5)
+    titles = {"above": "mean", "above_low": "lowest", "above_high": "highest"}
+    tooltip = charts.candidate_tooltip(text, {f"{n}:Q": text(f"chart.{title}") for n, title in titles.items()}, "+.4f")
+    means = alt.Chart(drawn).mark_point(filled=True, size=130, opacity=1)
+    layers.append(means.encode(y=y("above"), tooltip=tooltip, **points))
+    of_seed = {"seed:O": text("chart.seed"), "above:Q": text("table.regret")}
+    single = alt.Chart(seeds[seeds["above"].between(*y_range)])
+    single = single.mark_point(size=30, opacity=0.7, xOffset=-12 if "xOffset" in x else -18)
+    layers.append(single.encode(y=y("above"), tooltip=charts.candidate_tooltip(text, of_seed, "+.4f"), **points))
+    far = found.loc[~near, [*frames.KEYS, "rate", "label"]]
+    return charts.layered(*layers, *charts.beyond(far, y, x, of_rank, y_range[1]))
+
+
+def training_loss(evidence: Evidence, candidates: "pd.Series[str]") -> frames.Binned:
+    """`candidate rank learning_rate seed step train_loss` of these candidates, in nats. Only finished trials count, or
+    all trials of a candidate without one; a candidate with a seed that diverged has no curve."""
+    curves = _usable(evidence, "train_loss", candidates)
     curves = curves[curves["step"] > 0]
     if curves.empty:
         return frames.Binned(curves, 1)
     binned, width = frames.bin_steps(curves)
-    seeds = binned.groupby([*frames.KEYS, "seed", "step"], observed=True)["train_loss"].mean().reset_index()
-    window = max(3, round(seeds["step"].nunique() * SMOOTHING_SHARE))
-    seeds["smooth"] = seeds.groupby([*frames.KEYS, "seed"], observed=True)["train_loss"].transform(
-        lambda losses: losses.rolling(window, center=True, min_periods=1).mean()
+    means = binned.groupby([*frames.KEYS, "seed", "step"], observed=True)["train_loss"].mean().reset_index()
+    return frames.Binned(means.astype({"candidate": "str"}), width)
+
+
+def paired_difference(seeds: pd.DataFrame) -> pd.DataFrame:
+    """`candidate rank learning_rate step mean low high`: a training loss minus the lowest rank's at the same step with
+    the same seed, which had the same batch, smoothed; the mean over seeds, and its 95% interval by Student's t. With
+    one seed there is no interval, and both ends are the mean."""
+    lowest = seeds.loc[seeds["rank"] == seeds["rank"].min(), ["seed", "step", "train_loss"]]
+    both = seeds.merge(lowest, on=["seed", "step"], suffixes=("", "_lowest"))
+    window = max(3, round(both["step"].nunique() * SMOOTHING_SHARE))
+    both["difference"] = both["train_loss"] - both["train_loss_lowest"]
+    both["difference"] = both.groupby([*frames.KEYS, "seed"])["difference"].transform(
+        lambda values: values.rolling(window, center=True, min_periods=1).mean()
     )
-    names = {name: f"smooth_{name}" for name in ("mean", "low", "high")}
-    smooth = frames.mean_and_range(seeds, "smooth").rename(columns=names)
-    return frames.Binned(frames.mean_and_range(seeds, "train_loss").merge(smooth, on=[*frames.KEYS, "step"]), width)
+    found = both.groupby([*frames.KEYS, "step"])["difference"].agg(["mean", "sem", "count"]).reset_index()
+    half = special.stdtrit(found.pop("count") - 1, (1 + CONFIDENCE) / 2) * found.pop("sem")
+    return found.assign(low=found["mean"] - half.fillna(0.0), high=found["mean"] + half.fillna(0.0))
 
 
-def _usable(evidence: Evidence, column: str) -> pd.DataFrame:
-    """`candidate rank learning_rate seed step` and the column of `Evidence.curves`, where it has a value."""
+def _usable(evidence: Evidence, column: str, candidates: "pd.Series[str]") -> pd.DataFrame:
+    """`candidate rank learning_rate seed step` and the column of `Evidence.curves`, where it has a value. A mean over a
+    trial that stopped midway would jump where it stops."""
     status = evidence.results.set_index("trial")[["candidate", "status"]]
-    status = status[~status["candidate"].isin(status.loc[status["status"] == "diverged", "candidate"])]
+    lost = status.loc[status["status"] == "diverged", "candidate"]
+    status = status[status["candidate"].isin(candidates) & ~status["candidate"].isin(lost)]
     done = status[status["status"] == "done"]
     unfinished = status[~status["candidate"].isin(done["candidate"])]
     curves = evidence.curves
@@ -60,110 +150,61 @@ def _usable(evidence: Evidence, column: str) -> pd.DataFrame:
 
 def _training_loss(evidence: Evidence, table: pd.DataFrame, text: Catalogue) -> Figure | Missing:
     name, title = "train-loss", text("chart.train_loss.title")
-    frame, steps_a_point = training_loss(evidence)
-    frame = frame[frame["candidate"].isin(table["candidate"])]
-    if frame.empty:
+    best = frames.best_of_ranks(table)
+    seeds, steps_a_point = training_loss(evidence, best["candidate"])
+    if seeds.empty:
         return Missing(name, text("chart.train_loss.absent"))
-    ranks = frames.ranks_of(evidence)
-    panels = by_rate(frame, text, lambda rows, y: _training_chart(rows, text, ranks, y))
+    ranks, lowest = frames.ranks_of(evidence), int(seeds["rank"].min())
+    panels = [Panel(text("chart.train_loss.raw"), _raw_chart(seeds, text, ranks))]
+    if seeds["rank"].nunique() > 1:
+        difference = _difference_chart(paired_difference(seeds), text, ranks)
+        panels.insert(0, Panel(text("chart.train_loss.difference", rank=lowest), difference))
     note = text("chart.train_loss.note", bins=text.count("steps", steps_a_point))
-    alternative = say(title, table, "train_loss", loss, text)
-    return Figure(name, title, note, alternative, panels, curve_numbers(title, frame, "smooth_mean", loss, text))
+    means = seeds.groupby([*frames.KEYS, "step"])["train_loss"].mean().reset_index()
+    table_of = curve_numbers(title, means, "train_loss", loss, text)
+    return Figure(name, title, note, say(title, best, "train_loss", loss, text), panels, table_of)
 
 
-def _training_chart(frame: pd.DataFrame, text: Catalogue, ranks: list[int], y_range: tuple[float, float]) -> alt.Chart:
-    """Curves of `training_loss`; a switch chooses the smoothed ones."""
-    switch = alt.param(name="smooth", value=True, bind=alt.binding_checkbox(name=text("chart.smooth")))
-    base = alt.Chart(frame).transform_calculate(
-        shown="smooth ? datum.smooth_mean : datum.mean",
-        shown_low="smooth ? datum.smooth_low : datum.low",
-        shown_high="smooth ? datum.smooth_high : datum.high",
-    )
-    title, axis = text("chart.train_loss.y"), charts.steps_axis(text)
-    layers = charts.lines(frame, text, ranks, title, y_range, ".4f", along=axis, base=base)
-    return charts.layered(*layers).add_params(switch)
+def _difference_chart(frame: pd.DataFrame, text: Catalogue, ranks: list[int]) -> alt.Chart:
+    """Curves of `paired_difference`. With few seeds intervals are wide: the axis shows half of them whole."""
+    half = (frame["high"] - frame["mean"]).median()
+    y_range = charts.reach(frame["mean"] - half, frame["mean"] + half)
+    title = text("chart.train_loss.y_difference")
+    return charts.layered(*charts.lines(frame, text, ranks, title, y_range, "+.4f", along=charts.steps_axis(text)))
 
 
-def _heldout_by_step(evidence: Evidence, table: pd.DataFrame, text: Catalogue) -> Figure | Missing:
+def _raw_chart(seeds: pd.DataFrame, text: Catalogue, ranks: list[int]) -> alt.Chart:
+    """A thin line per trial, with each rank's name at the end of its mean."""
+    y_range, along = charts.reach(seeds["train_loss"]), charts.steps_axis(text)
+    x, y = charts.x_axis(along), charts.y_axis(text("chart.train_loss.y"), y_range)
+    thin = alt.Chart(seeds).mark_line(strokeWidth=0.8, opacity=0.5)
+    means = seeds.groupby(["rank", "step"])["train_loss"].mean().rename("mean").reset_index()
+    ends = means.loc[means.groupby("rank")["step"].idxmax()]
+    labels = charts.end_labels(ends, text, ranks, x, y, y_range)
+    of_trial = {"color": charts.colour(ranks), "detail": "seed:N"}
+    return charts.layered(thin.encode(x=x, y=y("train_loss"), **of_trial), *labels)
+
+
+def heldout_by_step(evidence: Evidence, table: pd.DataFrame, text: Catalogue) -> Figure | Missing:
+    """Held-out loss against steps, of each rank's best candidate."""
     name, title = "heldout-loss-steps", text("chart.eval_steps.title")
-    frame = frames.mean_and_range(_usable(evidence, "eval_loss"), "eval_loss")
-    frame = frame[frame["candidate"].isin(table["candidate"])]
+    best = frames.best_of_ranks(table)
+    frame = frames.mean_and_range(_usable(evidence, "eval_loss", best["candidate"]), "eval_loss")
     if frame.empty:
         return Missing(name, text("chart.eval_steps.absent"))
-    ranks, axis = frames.ranks_of(evidence), charts.steps_axis(text)
-
-    def draw(rows: pd.DataFrame, y_range: tuple[float, float]) -> alt.Chart:
-        y_title = text("chart.eval_steps.y")
-        return charts.layered(*charts.lines(rows, text, ranks, y_title, y_range, ".4f", along=axis, points=True))
-
+    y_range, along = charts.reach(frame["low"], frame["high"]), charts.steps_axis(text)
+    y_title, ranks = text("chart.eval_steps.y"), frames.ranks_of(evidence)
+    lines = charts.lines(frame, text, ranks, y_title, y_range, ".4f", along=along, points=True)
     last = frame[frame["step"] == frame.groupby("candidate")["step"].transform("max")]
-    alternative = say(title, last, "mean", loss, text)
-    table_of = curve_numbers(title, frame, "mean", loss, text)
     note = text("chart.eval_steps.note" if frames.compared_rows(evidence) is None else "chart.eval_steps.note_all")
-    return Figure(name, title, note, alternative, by_rate(frame, text, draw), table_of)
-
-
-def _heldout_by_rank(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> Figure | Missing:
-    name, title = "heldout-loss-rank", text("chart.eval_by_rank.title")
-    seeds = frames.heldout_by_seed(evidence)
-    seeds = seeds[seeds["candidate"].isin(table["candidate"])]
-    if seeds.empty:
-        return Missing(name, text("chart.eval_by_rank.absent"))
-    finished = table.dropna(subset=["eval_loss"])
-    margin, note = _margin(verdict), text("chart.eval_by_rank.note")
-    if verdict is not None and margin is not None:
-        shares = {"least": percent(1 - verdict["margin"]), "margin": percent(verdict["margin"])}
-        key = f"chart.eval_by_rank.note_{margin_unit(verdict)}"
-        note = text(key, confidence=percent(verdict["confidence"]), **shares)
-        if finished["learning_rate"].nunique() > 1:
-            note = f"{note} {text('chart.eval_by_rank.rates')}"
-    chart = _heldout_chart(seeds, finished, text, frames.ranks_of(evidence), margin)
-    by_candidate = seeds.groupby("candidate")["eval_loss"]
-    columns: Columns = {
-        text("table.rank"): lambda row: str(row["rank"]),
-        text("table.learning_rate"): lambda row: rate(row["learning_rate"]),
-        text("chart.mean"): lambda row: loss(row["eval_loss"]),
-        text("chart.lowest"): lambda row: shown(row["eval_loss_low"], loss, text),
-        text("chart.highest"): lambda row: shown(row["eval_loss_high"], loss, text),
-        text("chart.seeds"): lambda row: ", ".join(map(loss, by_candidate.get_group(row["candidate"]))),
-    }
-    alternative = say(title, finished, "eval_loss", loss, text)
-    table_of = numbers(title, columns, finished.to_dict("records"), text)
-    return Figure(name, title, with_rates(note, finished, text), alternative, [Panel("", chart)], table_of)
-
-
-def _margin(verdict: Verdict) -> tuple[float, float] | None:
-    """Losses that are good enough beside the best one, in nats; None where fine-tuning has gained nothing."""
-    if verdict is None or not verdict["comparison"]:
-        return None
-    best = min(row["eval_loss"] for row in verdict["comparison"])
-    whole = (verdict["gain"] or 0.0) if verdict.get("margin_of") == "gain" else best
-    return (best, best + verdict["margin"] * whole) if whole > 0 else None
-
-
-def _heldout_chart(
-    seeds: pd.DataFrame, candidates: pd.DataFrame, text: Catalogue, ranks: list[int], margin: tuple[float, float] | None
-) -> alt.Chart:
-    """`seeds` is `heldout_by_seed`, `candidates` are rows of `by_candidate`; `margin` is shaded, in nats."""
-    columns = [*frames.KEYS, "eval_loss", "eval_loss_low", "eval_loss_high"]
-    seeds = seeds.assign(rate=seeds["learning_rate"].map(rate))
-    candidates = candidates[columns].assign(rate=candidates["learning_rate"].map(rate))
-    x, of_rank, y = charts.by_rank(seeds, text, ranks), charts.colour(ranks, text), charts.loss_axis(text)
-    points = {**x, "y": y, "color": of_rank, "shape": charts.shape(ranks, text)}
-    layers = [charts.band(margin, charts.loss_scale())] if margin is not None else []
-    layers += charts.loss_intervals(candidates, text, {**x, "color": of_rank}, strokeWidth=2.5)
-    means = alt.Chart(candidates).mark_point(filled=True, size=130, opacity=1)
-    layers.append(means.encode(**points, tooltip=charts.candidate_tooltip(text, charts.loss_titles(text), ".4f")))
-    of_seed = {"seed:O": text("chart.seed"), "eval_loss:Q": text("chart.eval_by_rank.y")}
-    single = alt.Chart(seeds).mark_point(size=40, opacity=0.85, xOffset=-12 if "xOffset" in x else -18)
-    layers.append(single.encode(**points, tooltip=charts.candidate_tooltip(text, of_seed, ".4f")))
-    return charts.layered(*layers)
+    alternative, table_of = say(title, last, "mean", loss, text), curve_numbers(title, frame, "mean", loss, text)
+    return Figure(name, title, note, alternative, [Panel("", charts.layered(*lines))], table_of)
 
 
 def _rate_map(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> Figure | Missing:
     name, title, ranks = "learning-rate-map", text("chart.rate_map.title"), frames.ranks_of(evidence)
     if table["eval_loss"].isna().all():
-        return Missing(name, text("chart.eval_by_rank.absent"))
+        return Missing(name, text("chart.above_best.absent"))
     compared = [row["candidate"] for row in (verdict or {}).get("comparison", [])]  # may be chosen on other rows
     lowest = table.groupby("rank")["eval_loss"].transform("min") == table["eval_loss"]
     frame = table[["candidate", "rank", "learning_rate", "eval_loss"]].assign(
@@ -194,7 +235,7 @@ def _map_chart(frame: pd.DataFrame, text: Catalogue, ranks: list[int]) -> alt.Ch
     rates = [rate(value) for value in sorted(values["learning_rate"].unique(), reverse=True)]
     x = charts.rank_axis(text, ranks)
     y = alt.Y("rate:N", sort=rates, title=text("chart.learning_rate"), scale=alt.Scale(domain=rates))
-    tooltip = charts.candidate_tooltip(text, {"eval_loss:Q": text("chart.eval_by_rank.y")}, ".4f")
+    tooltip = charts.candidate_tooltip(text, {"eval_loss:Q": text("chart.eval_steps.y")}, ".4f")
     opacity = alt.Opacity("eval_loss:Q", scale=depth, legend=None)
     cells = alt.Chart(values).mark_rect(style="cell-of-map").encode(x=x, y=y, opacity=opacity, tooltip=tooltip)
     label: dict[str, Any] = {"x": x, "y": y, "text": "label:N", "tooltip": tooltip}

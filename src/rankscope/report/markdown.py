@@ -5,8 +5,7 @@ from collections.abc import Iterable
 
 from rankscope.report.answers import Answered
 from rankscope.report.content import Content
-from rankscope.report.figures import Figure
-from rankscope.report.other_metrics import Fact
+from rankscope.report.figures import Figure, Section
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import Table, strip_control_characters
 
@@ -20,10 +19,12 @@ def render(content: Content, text: Catalogue) -> str:
         parts += [f"{escape(content.next_step.title)}:", _code(content.next_step.command, "sh")]
     if content.warnings:
         parts += [f"**{text('caveat.data')}**", _list(content.warnings)]
+    parts += [markdown_table(table) for table in (content.ranks, content.margins) if table is not None]
     if content.gain.value:
         parts += [f"{text('gain.title')}:", _list([content.gain.value, *content.gain.notes])]
-    if content.margins is not None:
-        parts.append(markdown_table(content.margins))
+    cost = [f"{text('cost.regret')}: {content.cost.value}"] if content.cost.value else []
+    if cost or content.cost.notes:
+        parts += [f"{text('cost.title')}:", _list([*cost, *content.cost.notes])]
     if content.savings.rows:
         lines = [
             f"{saving.label}: {text('saving.pair', value=saving.value, other=saving.instead)} ({saving.difference})"
@@ -31,27 +32,15 @@ def render(content: Content, text: Catalogue) -> str:
         ]
         parts += [f"{escape(content.savings.title)}:", _list(lines)]
     parts.append(escape(content.savings.note))
-    cost = [f"{text('cost.regret')}: {content.cost.value}"] if content.cost.value else []
-    if cost or content.cost.notes:
-        parts += [f"{text('cost.title')}:", _list([*cost, *content.cost.notes])]
     if content.caveats:
         parts += [f"{text('caveat.title')}:", _list(content.caveats)]
     parts += [f"## {text('how.title')}", _list(content.how_to_read)]
-    for section in content.sections:
-        parts += [f"## {text(f'section.{section.name}')}", *map(_figure, section.figures)]
-        parts += [*map(escape, section.reasons), _list(section.sentences), *map(markdown_table, section.tables)]
-    parts += [f"## {text('section.claims')}", _list(content.claims) or text("claim.absent")]
+    parts += [part for section in content.sections for part in _section(section, text)]
     parts += [f"## {text('section.answers')}", text("answer.note") if content.answers else text("answer.absent")]
     parts += [part for prompt in content.answers for part in _answers(prompt, text)]
-    parts += [f"## {text('section.candidates')}", markdown_table(content.candidates), escape(content.noise)]
-    parts += [_list(content.coverage), *map(markdown_table, content.costs), text("unit.note")]
-    parts += [f"## {text('section.also')}", markdown_table(content.also), *map(escape, content.also_notes)]
-    parts += [f"## {text('section.trials')}", markdown_table(content.trials)]
-    parts += [f"## {text('section.data')}", _facts(content.data, text)]
-    parts += [f"## {text('section.machine')}", _facts(content.machine, text)]
+    parts += [part for section in content.details for part in _section(section, text)]
     parts += [f"## {text('section.reproduce')}", text("reproduce.command"), _code(content.reproduce, "sh")]
     parts += [text("reproduce.study"), _code(content.study, "yaml")]
-    parts += [f"## {text('section.limits')}", _list(content.limits)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -59,6 +48,11 @@ def escape(value: str) -> str:
     """Plain text for a paragraph, list or table cell: without markup, HTML or a second line."""
     line = strip_control_characters(" ".join(value.split()))
     return re.sub(r"([\\`*_{}\[\]<>|~#])", r"\\\1", line.replace("&", "&amp;"))
+
+
+def _section(section: Section, text: Catalogue) -> list[str]:
+    parts = [f"## {text(f'section.{section.name}')}", *map(_figure, section.figures)]
+    return [*parts, *map(escape, section.reasons), _list(section.sentences), *map(markdown_table, section.tables)]
 
 
 def _figure(figure: Figure) -> str:
@@ -81,13 +75,6 @@ def markdown_table(table: Table) -> str:
     lines += [[escape(cell) for cell in row] for row in table.rows]
     caption = f"{escape(table.caption)}\n\n" if table.caption else ""
     return caption + "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _facts(facts: list[Fact], text: Catalogue) -> str:
-    if not facts:
-        return text("table.missing")
-    rows = [[fact.label, fact.value] for fact in facts]
-    return markdown_table(Table(text("table.facts"), [text("table.key"), text("table.value")], [False, False], rows))
 
 
 def _list(items: Iterable[str]) -> str:

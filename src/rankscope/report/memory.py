@@ -10,11 +10,11 @@ import pandas as pd
 
 from rankscope.analysis.costs import cpu_memory
 from rankscope.report import charts
-from rankscope.report.figures import Figure, Figures, Missing, Panel, by_rate, curve_numbers, numbers, say
+from rankscope.report.figures import Figure, Figures, Missing, Panel, curve_numbers, numbers, say
 from rankscope.report.frames import KEYS, bin_steps, has_gpu, mean_and_range, ranks_of
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue
-from rankscope.text.formats import Columns, Table, Unit, duration, shown, size, size_unit, time_unit
+from rankscope.text.formats import Columns, Table, Unit, duration, shown, size, size_unit, sizes, time_unit
 
 COLUMNS = {"cpu": "cpu", "gpu": "gpu_allocated"}  # prefix of a kind's columns in `by_candidate`
 PARTS = ("process", "base", "adapter", "gradients", "optimizer", "activations", "logits", "retained")
@@ -26,14 +26,18 @@ POINTS_IN_TIME = 900  # of all curves against time together: samples are many, a
 
 
 def memory_figures(evidence: Evidence, table: pd.DataFrame, text: Catalogue) -> Figures:
-    """Three figures for each kind of memory; without a GPU the reason stands for its three."""
-    kinds = ["cpu", "gpu"] if has_gpu(evidence) else ["cpu"]
-    found = [_by_rank(evidence, table, text, kind) for kind in kinds]
-    found += [_curve(evidence, table, text, kind, along) for kind in kinds for along in ("steps", "time")]
-    if "gpu" not in kinds:
-        names = ("gpu-memory", "gpu-memory-steps", "gpu-memory-time")
-        found += [Missing(name, text("chart.gpu_steps.absent")) for name in names]
-    return found
+    """Memory of each kind against rank; without a GPU the reason stands for its figure."""
+    found = [_by_rank(evidence, table, text, kind) for kind in _kinds(evidence)]
+    return found if has_gpu(evidence) else [*found, Missing("gpu-memory", text("chart.gpu_steps.absent"))]
+
+
+def memory_curves(evidence: Evidence, table: pd.DataFrame, text: Catalogue) -> Figures:
+    """Memory of each kind against steps and against time."""
+    return [_curve(evidence, table, text, kind, along) for kind in _kinds(evidence) for along in ("steps", "time")]
+
+
+def _kinds(evidence: Evidence) -> list[str]:
+    return ["cpu", "gpu"] if has_gpu(evidence) else ["cpu"]
 
 
 def memory_by_step(evidence: Evidence, column: str) -> pd.DataFrame:
@@ -89,9 +93,9 @@ def _by_rank(evidence: Evidence, table: pd.DataFrame, text: Catalogue, kind: str
         return Missing(name, text("chart.not_profiled"))
     predicted = parts.groupby("rank")["bytes"].sum().rename("peak").reset_index()
     unit = size_unit(max([*measured["peak"], *predicted["peak"]]))
-    notes = [text("chart.not_measured" if measured.empty else f"chart.{kind}_memory.note")]
+    notes = [text("chart.not_measured")] if measured.empty else []
     if not parts.empty:
-        notes.append(text("chart.predicted_only" if measured.empty else "chart.predicted_note"))
+        notes.append(text("chart.predicted_note"))
     if (parts["part"] == "retained").any():
         notes.append(text("chart.retained_note"))
     return Figure(
@@ -101,6 +105,7 @@ def _by_rank(evidence: Evidence, table: pd.DataFrame, text: Catalogue, kind: str
         say(title, predicted if measured.empty else measured, "peak", size, text),
         [Panel("", _chart(measured, parts, text, ranks_of(evidence), kind, unit))],
         _numbers(title, measured, parts, text),
+        half=True,
     )
 
 
@@ -110,8 +115,9 @@ def _numbers(title: str, measured: pd.DataFrame, parts: pd.DataFrame, text: Cata
     by_rank = measured.set_index("rank")
     columns: Columns = {text("table.rank"): str}
 
-    def cell(table: "pd.Series[Any]") -> Callable[[Any], str]:
-        return lambda rank: shown(table.get(rank, math.nan), size, text)
+    def cell(column: "pd.Series[Any]") -> Callable[[Any], str]:
+        number = sizes(column)
+        return lambda rank: shown(column.get(rank, math.nan), number, text)
 
     for part in parts.drop_duplicates("part").sort_values("order").to_dict("records"):
         columns[part["name"]] = cell(by_part[part["part"]])
@@ -170,7 +176,7 @@ def _measured(
 ) -> list[alt.Chart]:
     titles = {"rank:O": text("chart.rank"), "average:Q": text("chart.average"), "peak:Q": text("chart.peak")}
     tooltip = charts.tooltips(titles)
-    base, of_rank = alt.Chart(values), charts.colour(ranks, text)
+    base, of_rank = alt.Chart(values), charts.colour(ranks)
     average, peak = alt.Y("average:Q", title=title, scale=alt.Scale(zero=True)), alt.Y("peak:Q", title=title)
     layers = [
         base.mark_bar(opacity=0.45, size=size).encode(**x, y=average, color=of_rank, tooltip=tooltip),
@@ -190,25 +196,20 @@ def _curve(evidence: Evidence, table: pd.DataFrame, text: Catalogue, kind: str, 
     if frame.empty:
         return Missing(name, text("chart.not_profiled"))
     ranks, unit = ranks_of(evidence), size_unit(frame["high"].max())
-    y_title, axis, shown = text(f"chart.{kind}_memory.y", unit=unit.name), charts.steps_axis(text), frame
+    y_title, axis = text(f"chart.{kind}_memory.y", unit=unit.name), charts.steps_axis(text)
+    scaled = frame.assign(**{name: frame[name] / unit.factor for name in ("mean", "low", "high")})
     if of_time:
         time = time_unit(frame["seconds"].max(), text)
         axis = charts.Along("seconds", text("chart.time", unit=time.name), ".3~g", alt.Axis(tickCount=6))
-        shown = frame.assign(seconds=frame["seconds"] / time.factor)
-
-    def draw(rows: pd.DataFrame, y_range: tuple[float, float]) -> alt.Chart:
-        scaled = rows.assign(**{name: rows[name] / unit.factor for name in ("mean", "low", "high")})
-        y_range = y_range[0] / unit.factor, y_range[1] / unit.factor
-        points = not of_time and scaled["step"].nunique() <= 30
-        layers = charts.lines(scaled, text, ranks, y_title, y_range, ".4~g", along=axis, points=points)
-        thick = charts.plain(scaled).transform_filter("datum.phase === 'train'")
-        thick = thick.mark_line(strokeWidth=4, opacity=0.45, clip=True)
-        of_rank = charts.colour(ranks, text, legend="stroke")
-        training = thick.encode(x=charts.x_axis(axis), y=charts.y_axis(y_title, y_range), color=of_rank)
-        return charts.layered(*([training] if of_time else []), *layers)
-
+        scaled = scaled.assign(seconds=scaled["seconds"] / time.factor)
+    y_range, points = charts.reach(scaled["low"], scaled["high"]), not of_time and scaled["step"].nunique() <= 30
+    layers = charts.lines(scaled, text, ranks, y_title, y_range, ".4~g", along=axis, points=points)
+    if of_time:
+        x, y = charts.x_axis(axis), charts.y_axis(y_title, y_range)
+        thick = alt.Chart(scaled[scaled["phase"] == "train"]).mark_line(strokeWidth=4, opacity=0.45)
+        layers.insert(0, thick.encode(x=x, y=y("mean"), color=charts.colour(ranks)))
     alternative = say(title, table, f"{column}_{'peak' if of_time else 'mean'}_bytes", size, text)
     places: dict[str, Any] = {"along": "seconds", "place": partial(duration, text=text)} if of_time else {}
     table_of = curve_numbers(title, frame, "mean", size, text, **places)
     note = text("chart.time_note" if of_time else f"chart.{kind}_steps.note")
-    return Figure(name, title, note, alternative, by_rate(shown, text, draw), table_of)
+    return Figure(name, title, note, alternative, [Panel("", charts.layered(*layers))], table_of)

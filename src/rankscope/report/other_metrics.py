@@ -1,10 +1,12 @@
 """Perplexity, token accuracy, forgetting, divergence and the full fine-tuning baseline; facts on data and machine."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from pathlib import PurePath
+from typing import Any
 
 import pandas as pd
 
+from rankscope.hub import HUB_ID
 from rankscope.report.frames import comparable, compared_rows, counted
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue, flatten
@@ -80,27 +82,30 @@ def rank_name(rank: int, text: Catalogue) -> str:
     return str(rank) if rank else text("table.full")
 
 
-class Fact(NamedTuple):
-    label: str
-    value: str
+def base_names(source: str) -> str:
+    """Sources without the folders of files: `/data/a.jsonl + owner/name` -> `a.jsonl + owner/name`."""
+    names = source.split(" + ")
+    return " + ".join(name if HUB_ID.fullmatch(name) else PurePath(name).name or name for name in names)
 
 
-def data_facts(facts: Mapping[str, Any], text: Catalogue) -> list[Fact]:
-    """Content of data/facts.json, in order, with masked tokens (context only) after label tokens. Its warnings are not
-    among them: the report begins with them."""
+def data_facts(facts: Mapping[str, Any], text: Catalogue) -> list[list[str]]:
+    """Label and value of each fact in data/facts.json, in order, with masked tokens (context only) after label tokens.
+    Its warnings are not among them: the report begins with them."""
     facts = {key: value for key, value in _with_masked(facts).items() if key != "warnings"}
-    return [Fact(text.get(f"fact.{key}", key), _show(key, value, text)) for key, value in flatten(facts).items()]
+    facts |= {key: base_names(str(facts[key])) for key in ("id", "eval_id", "general_text") if facts.get(key)}
+    return [[text.get(f"fact.{key}", key), _show(key, value, text)] for key, value in flatten(facts).items()]
 
 
-def machine_facts(machine: Mapping[str, Any], text: Catalogue) -> list[Fact]:
-    """Content of machine.json, in order; versions are named by their packages."""
+def machine_facts(machine: Mapping[str, Any], text: Catalogue) -> list[list[str]]:
+    """Label and value of each fact in machine.json, in order; versions are named by their packages."""
     facts = []
     for key, value in flatten(machine).items():
         group, _, name = key.partition(".")
         label = {"hardware": name, "model": f"model_{name}"}.get(group, key if group != "versions" else "")
         shown = text.get(f"machine.{label}", name or key)
+        value = base_names(value) if label == "model_id" else value
         empty_gpus = label == "gpus" and not value
-        facts.append(Fact(shown, text("machine.no_gpu") if empty_gpus else _show(name or key, value, text)))
+        facts.append([shown, text("machine.no_gpu") if empty_gpus else _show(name or key, value, text)])
     return facts
 
 

@@ -40,34 +40,31 @@ def variant_sections(evidence: Evidence, verdict: Verdict, text: Catalogue) -> l
 
 def _figure(judged: Sequence[Mapping[str, Any]], text: Catalogue) -> Figure:
     """A point with its interval per variant and rank, beside the line of plain LoRA."""
-    rows = [{**row, "name": text(f"variant.{row['variant']}")} for row in judged]
+    rows = [{**row, "name": _name(row, text)} for row in judged]
     title = text("variant.title")
-    values = "; ".join(
-        text("variant.value", variant=row["name"], rank=row["rank"], value=signed(row["difference"])) for row in rows
-    )
+    values = "; ".join(f"{row['name']}: {signed(row['difference'])}" for row in rows)
     alternative = text("chart.values", title=title, values=values)
     return Figure("variants", title, text("variant.note"), alternative, [Panel("", _chart(pd.DataFrame(rows), text))])
 
 
+def _name(row: Mapping[str, Any], text: Catalogue) -> str:
+    variant = text(f"variant.{row['variant']}")
+    return f"{variant}, {text('name.rank', rank=row['rank'])}"
+
+
 def _chart(frame: pd.DataFrame, text: Catalogue) -> alt.Chart:
-    """`name rank difference low high eval_loss`: one row per variant, its ranks one below the other."""
-    ranks, names = sorted(int(rank) for rank in frame["rank"].unique()), list(dict.fromkeys(frame["name"]))
-    y = {"y": alt.Y("name:N", sort=names, title=None), "yOffset": alt.YOffset("rank:N", sort=ranks)}
-    title, of_rank = text("variant.difference"), charts.colour(ranks, text, legend="symbol")
-    x = alt.X("difference:Q", title=title, scale=alt.Scale(zero=True, nice=True, padding=12))
-    titles = {"name:N": text("variant.name"), "rank:O": text("chart.rank"), "difference:Q": title}
+    """`name rank difference low high`: one row per variant and rank."""
+    ranks = sorted(int(rank) for rank in frame["rank"].unique())
+    y, title, of_rank = alt.Y("name:N", sort=None, title=None), text("variant.difference"), charts.colour(ranks)
+    scale = alt.Scale(domain=list(charts.reach(0.0, frame["low"], frame["high"])), nice=True)
+    titles = {"name:N": text("variant.name"), "difference:Q": title}
     titles |= {"low:Q": text("chart.lowest"), "high:Q": text("chart.highest")}
     zero = alt.Chart(pd.DataFrame({"zero": [0.0]})).mark_rule(strokeDash=[4, 4]).encode(x="zero:Q")
-    base = alt.Chart(frame)
-    interval = base.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q", title=title), x2="high:Q", color=of_rank, **y)
-    dots = base.mark_point(filled=True, size=90, opacity=1).encode(
-        x=x,
-        color=of_rank,
-        shape=charts.shape(ranks, text, legend="symbol"),
-        tooltip=charts.tooltips(titles, "+.4f"),
-        **y,
-    )
-    return charts.layered(zero, interval, dots)
+    base = alt.Chart(frame[["name", "rank", "difference", "low", "high"]]).encode(y=y, color=of_rank)
+    interval = base.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q", title=title, scale=scale), x2="high:Q")
+    dots = base.mark_point(filled=True, size=90, opacity=1)
+    x, tooltip = alt.X("difference:Q", title=title, scale=scale), charts.tooltips(titles, "+.4f")
+    return charts.layered(zero, interval, dots.encode(x=x, shape=charts.shape(ranks), tooltip=tooltip))
 
 
 def variant_sentences(verdict: Verdict, text: Catalogue) -> list[str]:

@@ -1,7 +1,10 @@
 """Write the report's files, each whole or absent."""
 
+import re
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import altair as alt
 import pandas as pd
@@ -9,23 +12,29 @@ import vl_convert
 
 from rankscope.files import write_atomic
 from rankscope.report import charts, html, markdown
-from rankscope.report.content import compose
+from rankscope.report.content import Content, compose
 from rankscope.report.figures import Figure
+from rankscope.report.pdf import print_pdf
 from rankscope.study.evidence import Evidence
-from rankscope.text.catalogue import Catalogue, load
+from rankscope.text.catalogue import LANGUAGES, Catalogue, load
 from rankscope.text.verdict import Verdict
 
 PNG_SCALE = 2.0  # pixels per point of the drawing: sharp in print and on dense screens
 
 
-def build(evidence: Evidence, verdict: Verdict, folder: Path, language: str = "en", directory: str = "") -> Path:
-    """Write index.html, report.md, results.csv, results.parquet and figures/ into `folder`, also on partial evidence.
-    `verdict` is the content of verdict.json, or None before there is one; `directory` is the study's, as the commands
-    in the report name it. Returns the path of index.html. Raises StudyError: the language has no catalogue."""
+def build(
+    evidence: Evidence, verdict: Verdict, folder: Path, language: str = "en", directory: str = "", pdf: bool = False
+) -> Path:
+    """Write index.html, its pages in the other languages, report.md, results.csv, results.parquet, figures/ and, where
+    `pdf` asks for it, report.pdf into `folder`, also on partial evidence. `verdict` is the content of verdict.json, or
+    None before there is one; `directory` is the study's, as the commands in the report name it. Returns the path of
+    index.html. Raises StudyError: the language has no catalogue, or nothing here prints."""
     text = load(language)
-    content = compose(evidence, verdict, text, directory)
+    pages = {language: "index.html"} | {name: f"index.{name}.html" for name in LANGUAGES if name != language}
+    contents = {name: compose(evidence, verdict, load(name), directory) for name in pages}
+    content = contents[language]
     # Figures go into other documents: where no font here has a language's letters, English beats boxes.
-    drawn = content if can_draw(text) else compose(evidence, verdict, load("en"), directory)
+    drawn = contents[language if can_draw(text) else "en"]
     figures = folder / "figures"
     for figure in drawn.figures:
         for kind, image in render_image(figure).items():
@@ -39,18 +48,43 @@ def build(evidence: Evidence, verdict: Verdict, folder: Path, language: str = "e
     write_atomic(folder / "results.csv", table.to_csv(index=False))
     write_atomic(folder / "results.parquet", parquet.getvalue())
     write_atomic(folder / "report.md", markdown.render(content, text))
-    write_atomic(folder / "index.html", html.render(content, text))
+    for name, own in contents.items():
+        write_atomic(folder / pages[name], html.render(own, load(name), pages=pages, drawn=draw_charts(own)))
+    for old in (f"index.{language}.html", "report.pdf"):  # of an earlier report
+        (folder / old).unlink(missing_ok=True)
+    if pdf:
+        write_atomic(folder / "report.pdf", print_pdf(folder / "index.html"))
     return folder / "index.html"
 
 
 def render_image(figure: Figure) -> dict[str, str | bytes]:
     """The figure on white by kind (svg and png), with its title and its panels one below the other."""
-    panels = [panel.chart.properties(title=panel.title) if panel.title else panel.chart for panel in figure.panels]
+    sized = {"width": figure.width}
+    panels = [
+        panel.chart.properties(**sized | ({"title": panel.title} if panel.title else {})) for panel in figure.panels
+    ]
     chart = alt.vconcat(*panels) if len(panels) > 1 else panels[0]
-    spec = chart.properties(title=figure.title).to_dict(validate=False)
-    spec |= {"config": charts.theme(), "background": "white", "padding": 16}
-    svg = vl_convert.vegalite_to_svg(spec, vl_version=html.VEGA_LITE)
+    svg = _svg(chart.properties(title=figure.title), charts.LIGHT, background="white", padding=16)
     return {"svg": svg, "png": vl_convert.svg_to_png(svg, scale=PNG_SCALE)}
+
+
+def draw_charts(content: Content) -> dict[str, str]:
+    """Each chart of the page as SVG, by its element's id: what is seen where no script runs, as in mail. Its colours
+    are the page's, and its names of clipping paths its own."""
+    found = {}
+    for figure in content.figures:
+        for number, panel in enumerate(figure.panels):
+            name = html.chart_id(figure, number)
+            svg = _svg(panel.chart.properties(width=figure.width), charts.PAGE)
+            svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)
+            svg = re.sub(r'(id="|url\(#)', rf"\g<1>{name}-", svg)
+            found[name] = svg.replace("<svg ", '<svg aria-hidden="true" ', 1)
+    return found
+
+
+def _svg(chart: alt.Chart, colours: Mapping[str, str], **more: Any) -> str:
+    spec = chart.to_dict(validate=False) | {"config": charts.theme(colours)} | more
+    return vl_convert.vegalite_to_svg(spec, vl_version=html.VEGA_LITE)
 
 
 def can_draw(text: Catalogue) -> bool:

@@ -127,7 +127,8 @@ def profiles(study: StudyFolder) -> pd.DataFrame:
     of `rankscope.measure.profile.profile_candidate`'s summary, and those of `times`, the same in each repeat; empty
     where nothing was profiled.
 
-    A rank is profiled once, so that its learning rates and alphas have the same numbers. Rows with `control` are the
+    A peak is that of training and evaluation together. A rank is profiled once, so that its learning rates and alphas
+    have the same numbers. Rows with `control` are the
     second profile of one candidate, the study's first, which differs from the first by noise alone.
     """
     timed = times(study)
@@ -143,7 +144,9 @@ def profiles(study: StudyFolder) -> pd.DataFrame:
     if rows:  # not timed yet, or in vain
         frame[[name for name in (*BY_RATIO, *OF_STEPS) if name not in frame]] = np.nan
     numbers = [name for name in frame if str(name).endswith(("_bytes", "_per_token"))]  # None without a GPU
-    return frame.astype(dict.fromkeys(numbers, "float64"))
+    frame = frame.astype(dict.fromkeys(numbers, "float64"))
+    peaks = {name: f"eval_{name}" for name in numbers if f"eval_{name}" in frame and name.endswith("_peak_bytes")}
+    return frame.assign(**{name: frame[[name, of_eval]].max(axis="columns") for name, of_eval in peaks.items()})
 
 
 BY_RATIO = {"step_seconds_median": "step_ratio", "step_seconds_mean": "step_ratio", "runtime_seconds": "runtime_ratio"}

@@ -20,6 +20,9 @@ class Unit(NamedTuple):
     factor: float
 
 
+NUMBER = Unit("", 1.0)
+
+
 class Table(NamedTuple):
     """Table of text cells; a line break in a cell separates a value from its interval."""
 
@@ -75,9 +78,27 @@ def size(value_bytes: float) -> str:
 
 
 def duration(seconds: float, text: "Catalogue") -> str:
-    """`42.1 s`, `3.50 min`, `2.10 h`."""
-    unit = time_unit(seconds, text)
-    return text("unit.duration", value=_three_digits(seconds / unit.factor), unit=unit.name)
+    """`42.1 s`, `2 min 20 s`, `2 h 20 min`."""
+    if seconds < 59.95:
+        return text("unit.duration", value=_three_digits(seconds), unit=text("unit.seconds"))
+    names, least = (("minutes", "seconds"), 1) if seconds < 3599.5 else (("hours", "minutes"), 60)
+    parts = zip(divmod(round(seconds / least), 60), names, strict=True)
+    return " ".join(text("unit.duration", value=f"{n:,}", unit=text(f"unit.{name}")) for n, name in parts if n)
+
+
+def fixed(values: Iterable[float | None], unit: Unit = NUMBER) -> Callable[[float], str]:
+    """Form of a column's numbers, all with as many decimals: the largest has at least three digits, the smallest two,
+    where four decimals are enough for that."""
+    found = [abs(value) / unit.factor for value in values if known(value) and value]
+    wanted = [2 - math.floor(math.log10(max(found))), 1 - math.floor(math.log10(min(found)))] if found else []
+    digits, name = min(4, max([0, *wanted])), unit.name and f" {unit.name}"
+    return lambda value: f"{value / unit.factor:,.{digits}f}{name}".replace("-", MINUS)
+
+
+def sizes(values: Iterable[float | None]) -> Callable[[float], str]:
+    """Form of a column's sizes, all in one unit and with as many decimals."""
+    found = [value for value in values if known(value)]
+    return fixed(found, size_unit(max(found, default=0.0)))
 
 
 def about(seconds: float, text: "Catalogue") -> str:
@@ -94,18 +115,23 @@ def percent(share: float) -> str:
 
 def at_least(share: float) -> str:
     """A lower bound in percent, rounded down: `0.99375` -> `99.3%`."""
-    return percent(math.floor(share * 1000) / 1000)
+    return f"{math.floor(share * 1000) / 10:.1f}%".replace("-", MINUS)
+
+
+def two_digits(value: float) -> str:
+    """The value to two significant digits, without an exponent: `140`, `3.0`, `0.42`."""
+    return f"{Decimal(f'{value:.1e}'):,f}".replace("-", MINUS)
 
 
 def signed_percent(share: float) -> str:
-    """`0.0213` -> `+2.13%`."""
-    return f"{share * 100:+.3g}%".replace("-", MINUS)
+    """A change, to two significant digits: `0.0213` -> `+2.1%`."""
+    return f"{'+' if share >= 0 else ''}{two_digits(100 * share)}%"
 
 
 def change(new: float, old: float) -> str:
-    """Signed relative change in percent; `±0%` below half a percent."""
-    percents = round((new / old - 1) * 100)
-    return "±0%" if percents == 0 else signed(percents, 0) + "%"
+    """Relative change as `signed_percent`; `±0%` below a twentieth of a percent."""
+    share = new / old - 1
+    return "±0%" if abs(share) < 0.0005 else signed_percent(share)
 
 
 def signed(value: float, digits: int = 4) -> str:
