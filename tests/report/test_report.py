@@ -238,7 +238,7 @@ def test_rows_that_are_cut_are_told_once(evidence: Evidence) -> None:
 def test_sections_come_in_the_order_of_the_questions(folder: Path) -> None:
     headings = re.findall(r'<h2 id="(\w+)">', (folder / "index.html").read_text())
     assert headings == [
-        "loss", "costs", "trade_off", "claims", "details", "answers", "curves", "candidates", "also", "trials", "data",
+        "loss", "costs", "trade_off", "details", "answers", "claims", "curves", "candidates", "also", "trials", "data",
         "machine", "limits", "reproduce",
     ]  # fmt: skip
     linked = [attributes["href"] for tag, attributes in read_page(folder).tags if tag == "a"]

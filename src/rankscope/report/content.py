@@ -96,7 +96,6 @@ def compose(evidence: Evidence, verdict: Verdict, text: Catalogue, directory: st
     rank = (verdict or {}).get("rank")
     caveats = (verdict or {}).get("caveats", [])
     half = [] if compared_rows(evidence) is None else ["half"]
-    claims = words.claim_sentences(verdict, text.language)
     faults = [fault for part in evidence.parts for fault in part.results.get("adapter_fault", pd.Series()).dropna()]
     return Content(
         title=text("page.title", study=study_name),
@@ -122,7 +121,6 @@ def compose(evidence: Evidence, verdict: Verdict, text: Catalogue, directory: st
             *rank_curve_sections(evidence, text),
             make_section("costs", [*memory_figures(evidence, table, text), runtime_figure(evidence, text)]),
             make_section("trade_off", trade_off_figures(evidence, verdict, table, text)),
-            make_section("claims", [] if claims else [Missing("claims", text("claim.absent"))], claims),
         ],
         answers=answered(evidence, verdict, text),
         details=_details(evidence, verdict, table, text),
@@ -133,14 +131,16 @@ def compose(evidence: Evidence, verdict: Verdict, text: Catalogue, directory: st
 
 
 def _details(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> list[Section]:
-    """Sections of the second level: curves, all that was measured, where, and the limits of the conclusion."""
+    """Sections of the second level: rules of thumb, curves, all that was measured, and the conclusion's limits."""
     candidates = candidate_table(evidence, verdict, table, text)
     costs = [*cost_tables(evidence, text), *prediction_tables(evidence, text)]
     coverage = coverage_sentences(evidence.prediction.get("coverage"), evidence.spec.ranks, text)
     noise = list(filter(None, [noise_sentence(evidence.profiles, text)]))
     facts = {"data": data_facts(evidence.data_facts, text), "machine": machine_facts(evidence.machine, text)}
     headers, unknown = [text("table.key"), text("table.value")], [Missing("facts", text("table.missing"))]
+    claims = words.claim_sentences(verdict, text.language)
     return [
+        make_section("claims", [] if claims else [Missing("claims", text("claim.absent"))], claims),
         make_section("curves", [heldout_by_step(evidence, table, text), *memory_curves(evidence, table, text)]),
         make_section("candidates", [], [*noise, *coverage, text("unit.note")], [candidates, *costs]),
         make_section("also", [], metrics_notes(evidence, text), [metrics_table(evidence, verdict, text)]),

@@ -29,12 +29,13 @@ def loss_figures(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text
 
 def above_best(evidence: Evidence, table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rows of `table` with their held-out loss `above` that of the best candidate, in nats, with the verdict's interval
-    `above_low above_high`; and `candidate rank learning_rate seed above` of each seed, beside the best candidate's loss
-    with the same seed. Where the verdict compares none, the best is the one of the lowest mean."""
-    found = table.dropna(subset=["eval_loss"])
-    compared = found.dropna(subset=["regret"])
-    best = (found if compared.empty else compared).sort_values("eval_loss").iloc[:1]
-    found = found.assign(above=found["regret"].fillna(found["eval_loss"] - best["eval_loss"].sum()))
+    `above_low above_high`, infinite for one that diverged; and `candidate rank learning_rate seed above` of each seed,
+    beside the best candidate's loss with the same seed. Where the verdict compares none, the best is the one of the
+    lowest mean."""
+    known, compared = table.dropna(subset=["eval_loss"]), table.dropna(subset=["regret", "eval_loss"])
+    best = (known if compared.empty else compared).sort_values("eval_loss").iloc[:1]
+    above = table["regret"].fillna(table["eval_loss"] - best["eval_loss"].sum()).mask(table["diverged"] > 0, math.inf)
+    found = table.assign(above=above).dropna(subset=["above"])
     found = found.rename(columns={"regret_low": "above_low", "regret_high": "above_high"})
     seeds = frames.heldout_by_seed(evidence)
     own = seeds[seeds["candidate"].isin(best["candidate"])].set_index("seed")["eval_loss"]
@@ -45,25 +46,25 @@ def above_best(evidence: Evidence, table: pd.DataFrame) -> tuple[pd.DataFrame, p
 def _above_best(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> Figure | Missing:
     name, title = "loss-above-best", text("chart.above_best.title")
     found, seeds = above_best(evidence, table)
-    if found.empty:
+    finite = found[found["above"] < math.inf]
+    if finite.empty:
         return Missing(name, text("chart.above_best.absent"))
     margin, note = _margin(verdict), text("chart.above_best.note")
     if verdict is not None and margin:
         shares = {"confidence": percent(verdict["confidence"]), "margin": percent(verdict["margin"])}
         note = f"{note} {text(f'chart.above_best.note_{margin_unit(verdict)}', **shares)}"
-    by_candidate = seeds.groupby("candidate")["above"]
+    of_seeds = {str(name): own["above"] for name, own in seeds.groupby("candidate")}
     columns: Columns = {
         text("table.rank"): lambda row: str(row["rank"]),
         text("table.learning_rate"): lambda row: rate(row["learning_rate"]),
         text("table.regret"): lambda row: signed(row["above"]),
         text("chart.lowest"): lambda row: shown(row["above_low"], signed, text),
         text("chart.highest"): lambda row: shown(row["above_high"], signed, text),
-        text("chart.seeds"): lambda row: ", ".join(map(signed, by_candidate.get_group(row["candidate"]))),
+        text("chart.seeds"): lambda row: ", ".join(map(signed, of_seeds.get(row["candidate"], []))),
     }
-    lost = table[table["diverged"] > 0].assign(above=math.inf)
-    chart = _above_chart(pd.concat([found, lost]), seeds, text, frames.ranks_of(evidence), margin)
-    alternative = say(title, found, "above", signed, text)
-    table_of = numbers(title, columns, found.to_dict("records"), text)
+    chart = _above_chart(found, seeds, text, frames.ranks_of(evidence), margin)
+    alternative = say(title, finite, "above", signed, text)
+    table_of = numbers(title, columns, finite.to_dict("records"), text)
     return Figure(name, title, with_rates(note, found, text), alternative, [Panel("", chart)], table_of)
 
 
@@ -79,8 +80,8 @@ def _margin(verdict: Verdict) -> float:
 def _above_chart(
     found: pd.DataFrame, seeds: pd.DataFrame, text: Catalogue, ranks: list[int], margin: float
 ) -> alt.Chart:
-    """`found` and `seeds` of `above_best`; a candidate that diverged is infinitely far above. The axis reaches as far
-    as the compared candidates, others are arrows at its end. Losses up to `margin` nats above the best are shaded."""
+    """`found` and `seeds` of `above_best`. The axis reaches as far as the compared candidates, others are arrows at its
+    end. Losses up to `margin` nats above the best are shaded."""
     compared = found.dropna(subset=["regret"])
     inside = found[found["above"] < math.inf] if compared.empty else compared
     of_compared = seeds[seeds["candidate"].isin(inside["candidate"])]
