@@ -1,4 +1,5 @@
-"""Images of reports, which take longer than a small study: they are drawn where they are asked for."""
+"""Images of reports, and their pages in a second language, take longer than a small study: they are made where they are
+asked for."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from rankscope.report.content import Content
 from rankscope.report.figures import Figure
 
 asked = False
-_render, _draw = write.render_image, write.draw_charts
+_render, _draw, _others = write.render_image, write.draw_charts, write.other_languages
 
 
 def _render_if_asked(figure: Figure) -> dict[str, str | bytes]:
@@ -19,13 +20,17 @@ def _draw_if_asked(content: Content) -> dict[str, str]:
     return _draw(content) if asked else {}
 
 
-INSTEAD = {"render_image": _render_if_asked, "draw_charts": _draw_if_asked}
+def _others_if_asked(language: str) -> list[str]:
+    return _others(language) if asked else []
+
+
+INSTEAD = {"render_image": _render_if_asked, "draw_charts": _draw_if_asked, "other_languages": _others_if_asked}
 """Replacements in `rankscope.report.write`, by name."""
 
 
 @contextmanager
 def images() -> Iterator[None]:
-    """Context in which reports have images."""
+    """Context in which reports have images, and a page in each language."""
     global asked
     asked = True
     try:

@@ -96,6 +96,7 @@ def test_profiles_measure_each_candidate(study: Study) -> None:
     profiles = everything[~everything["control"]]
     for kind in ("rss", "private"):
         assert (profiles[f"{kind}_peak_bytes"] >= profiles[f"{kind}_mean_bytes"]).all()
+        assert (profiles[f"{kind}_peak_bytes"] >= profiles[f"eval_{kind}_peak_bytes"]).all()
     assert (profiles["rss_base_bytes"] > profiles["private_base_bytes"]).all()
     assert (profiles["private_base_bytes"] > 100e6).all()
     assert (profiles["step_seconds_median"] > 0).all()

@@ -100,6 +100,7 @@ def test_all_files_are_there_and_no_others(folder: Path) -> None:
     assert names == images | {"index.html", "index.ko.html", "report.md", "results.csv", "results.parquet"}
 
 
+@pytest.mark.usefixtures("images")
 def test_a_page_in_each_language_links_to_the_other(evidence: Evidence, tmp_path: Path) -> None:
     """The one that is asked for is index.html, and no page of an earlier report stays beside it."""
     for language, other, word in (("en", "ko", "한국어"), ("ko", "en", "English")):

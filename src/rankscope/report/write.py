@@ -30,7 +30,7 @@ def build(
     None before there is one; `directory` is the study's, as the commands in the report name it. Returns the path of
     index.html. Raises StudyError: the language has no catalogue, or nothing here prints."""
     text = load(language)
-    pages = {language: "index.html"} | {name: f"index.{name}.html" for name in LANGUAGES if name != language}
+    pages = {language: "index.html"} | {name: f"index.{name}.html" for name in other_languages(language)}
     contents = {name: compose(evidence, verdict, load(name), directory) for name in pages}
     content = contents[language]
     # Figures go into other documents: where no font here has a language's letters, English beats boxes.
@@ -55,6 +55,10 @@ def build(
     if pdf:
         write_atomic(folder / "report.pdf", print_pdf(folder / "index.html"))
     return folder / "index.html"
+
+
+def other_languages(language: str) -> list[str]:
+    return [name for name in LANGUAGES if name != language]
 
 
 def render_image(figure: Figure) -> dict[str, str | bytes]:
