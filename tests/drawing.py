@@ -9,7 +9,7 @@ from rankscope.report.content import Content
 from rankscope.report.figures import Figure
 
 asked = False
-_render, _draw, _others = write.render_image, write.draw_charts, write.other_languages
+_render, _draw, others = write.render_image, write.draw_charts, write.other_languages
 
 
 def _render_if_asked(figure: Figure) -> dict[str, str | bytes]:
@@ -21,7 +21,7 @@ def _draw_if_asked(content: Content) -> dict[str, str]:
 
 
 def _others_if_asked(language: str) -> list[str]:
-    return _others(language) if asked else []
+    return others(language) if asked else []
 
 
 INSTEAD = {"render_image": _render_if_asked, "draw_charts": _draw_if_asked, "other_languages": _others_if_asked}

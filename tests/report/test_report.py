@@ -15,6 +15,7 @@ import altair as alt
 import pandas as pd
 import pytest
 
+import drawing
 from drawing import images
 from rankscope.report import charts, write
 from rankscope.report.content import Content, compose
@@ -100,9 +101,11 @@ def test_all_files_are_there_and_no_others(folder: Path) -> None:
     assert names == images | {"index.html", "index.ko.html", "report.md", "results.csv", "results.parquet"}
 
 
-@pytest.mark.usefixtures("images")
-def test_a_page_in_each_language_links_to_the_other(evidence: Evidence, tmp_path: Path) -> None:
+def test_a_page_in_each_language_links_to_the_other(
+    evidence: Evidence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The one that is asked for is index.html, and no page of an earlier report stays beside it."""
+    monkeypatch.setattr(write, "other_languages", drawing.others)
     for language, other, word in (("en", "ko", "한국어"), ("ko", "en", "English")):
         (tmp_path / "report.pdf").write_bytes(b"of an earlier verdict")
         build(evidence, make_verdict(evidence), tmp_path, language)
