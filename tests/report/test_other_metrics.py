@@ -55,7 +55,7 @@ def test_full_fine_tuning_is_a_row_at_its_best_rate() -> None:
     trials = [row for row in found.section("trials").tables[0].rows if row[1] == "full fine-tuning"]
     assert len(trials) == 9
     assert sum(row[5] == "loss not finite at step 7" for row in trials) == 3
-    assert len(found.candidates.rows) == 1, "the reference is no candidate"
+    assert len(found.section("candidates").tables[0].rows) == 1, "the reference is no candidate"
     assert rows(found)["8"]["Over full fine-tuning (nats)"] == "+0.0310\n[+0.0210, +0.0410]"
     assert full["Over full fine-tuning (nats)"] == "–"
     one = rows(content(ranks=[8, "full"], seeds=[0]))["8"]["Over full fine-tuning (nats)"]

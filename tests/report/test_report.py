@@ -175,7 +175,7 @@ def test_the_page_says_the_verdict_the_savings_and_the_cost(folder: Path) -> Non
         "facebook/opt-350m on lucasmccabe-lmi/CodeAlpaca-20k · 18,980 rows · 120 steps · 3 seeds · "
         "AMD EPYC 7763, 16 cores · 2026-11-29\n",
         "Recommended rank\n8\n",
-        "8\n99.6%\nat least 99.3%\n2.35 GB\n16 min 24 s\n3.5 MB\n",
+        "8\n99.6%\n(at least 99.3%)\n2.35 GB\n16 min 24 s\n3.5 MB\n",
         "Use rank 8: the lowest rank shown to keep at least 95% of what fine-tuning gains (it keeps 99.6%, at least",
         "What fine-tuning gains",
         "1.6000 nats\nheld-out loss 2.8240 before training, 1.2240 with rank 128",

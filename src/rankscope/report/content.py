@@ -237,7 +237,6 @@ def candidate_table(
         "alpha": lambda row: f"{row['lora_alpha']:g}",
         "scaling": lambda row: f"{row['scaling']:.4g}",
         "params": lambda row: shown(row["trainable_params"], "{:,.0f}".format, text),
-        "adapter": lambda row: shown(row["adapter_bytes"], adapter_size, text),
         "finished": lambda row: f"{row['finished']} / {row['trials']}",
         "train_loss": lambda row: shown(row["train_loss"], loss, text),
         "eval_loss": eval_loss,
@@ -249,6 +248,7 @@ def candidate_table(
         peak: lambda row: shown(row[f"{peak_kind}_peak_bytes"], memory_size[peak_kind], text),
         "step_seconds": lambda row: shown(row["step_seconds"], seconds, text),
         "runtime": lambda row: shown(row["runtime_seconds"], lambda seconds: duration(seconds, text), text),
+        "adapter": lambda row: shown(row["adapter_bytes"], adapter_size, text),
     }
     confidence = (verdict or {}).get("confidence", evidence.spec.verdict.confidence)
     return tabulate(
