@@ -86,7 +86,7 @@ def draw_charts(content: Content) -> dict[str, str]:
     return found
 
 
-def _svg(chart: alt.Chart, colours: Mapping[str, str], **more: Any) -> str:
+def _svg(chart: alt.Chart | alt.VConcatChart, colours: Mapping[str, str], **more: Any) -> str:
     spec = chart.to_dict(validate=False) | {"config": charts.theme(colours)} | more
     return vl_convert.vegalite_to_svg(spec, vl_version=html.VEGA_LITE)
 

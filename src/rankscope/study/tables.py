@@ -128,8 +128,8 @@ def profiles(study: StudyFolder) -> pd.DataFrame:
     where nothing was profiled.
 
     A peak is that of training and evaluation together. A rank is profiled once, so that its learning rates and alphas
-    have the same numbers. Rows with `control` are the
-    second profile of one candidate, the study's first, which differs from the first by noise alone.
+    have the same numbers. Rows with `control` are the second profile of one candidate, the study's first, which differs
+    from the first by noise alone.
     """
     timed = times(study)
     rows = [
@@ -143,7 +143,7 @@ def profiles(study: StudyFolder) -> pd.DataFrame:
     frame = pd.DataFrame(rows)
     if rows:  # not timed yet, or in vain
         frame[[name for name in (*BY_RATIO, *OF_STEPS) if name not in frame]] = np.nan
-    numbers = [name for name in frame if str(name).endswith(("_bytes", "_per_token"))]  # None without a GPU
+    numbers = [name for name in map(str, frame) if name.endswith(("_bytes", "_per_token"))]  # None without a GPU
     frame = frame.astype(dict.fromkeys(numbers, "float64"))
     peaks = {name: f"eval_{name}" for name in numbers if f"eval_{name}" in frame and name.endswith("_peak_bytes")}
     return frame.assign(**{name: frame[[name, of_eval]].max(axis="columns") for name, of_eval in peaks.items()})
