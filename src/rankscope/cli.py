@@ -1,6 +1,7 @@
 """The commands: parse, call, print. Slow imports (torch, pandas, pydantic) are inside them: `--help` is fast."""
 
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ import typer
 
 from rankscope import __version__
 from rankscope.errors import RankscopeError, StudyError, require
+from rankscope.measure.cores import ENVIRONMENT
 from rankscope.ui import options as ask
 from rankscope.ui import start
 from rankscope.ui.console import error_console, out_console, print_json, print_table, show_system_error, stoppable
@@ -387,6 +389,9 @@ def doctor(json_: Json = False) -> None:
 def main() -> None:
     """Run the command line. A rankscope error is printed in a few lines, without a traceback."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it warns whenever PEFT is imported
+    os.environ.update(
+        ENVIRONMENT | os.environ
+    )  # a plan times its layers as a job runs them; read when torch is imported
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]  # accepted anywhere
     try:
