@@ -387,7 +387,8 @@ def memory(here: Here) -> None:
     """Peaks of candidates, each in a process of its own, and of a pack in this one."""
     sizes = here.sizes
     ranks = sizes.ranks[:1] if here.rehearse else (sizes.ranks[0], sizes.ranks[-1])
-    sets = ["measure.repeats=1", f"measure.warmup_steps={sizes.warmup}", f"measure.steps={sizes.steps}"]
+    sets = ["measure.repeats=1", "measure.rounds=1"]  # memory alone, no time
+    sets += [f"measure.warmup_steps={sizes.warmup}", f"measure.steps={sizes.steps}"]
     for row in compare(here.spec(here.shaped_model(), ranks, sets=sets), here.folder / "memory"):
         (repeat,) = Study.open(here.folder / "memory").profile_repeats(f"r{row['rank']:03d}")
         kinds = {kind: repeat["summary"][f"{kind}_peak_bytes"] for kind in MEMORY}
