@@ -126,6 +126,14 @@ def test_a_busy_machine_is_compared_by_processor_time() -> None:
     assert summarise(rounds._replace(cpu_pressure=0.5, on_cpu=False), "r008", work)["step_ratio"] == pytest.approx(9)
 
 
+def test_more_rounds_are_taken_while_ratios_are_uncertain(
+    spec: StudySpec, data: TokenizedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "RATIO_WIDTH", 0.0)
+    monkeypatch.setattr(timing, "MAX_EXTRA_SECONDS", 60.0)
+    assert len(time_candidates(spec, spec.profiled(), data)["tokens"]) == (1 + timing.EXTRA_ROUNDS) * ROUNDS
+
+
 def test_the_order_of_candidates_changes_no_adapter(
     spec: StudySpec, data: TokenizedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:

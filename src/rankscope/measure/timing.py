@@ -20,7 +20,7 @@ from rankscope.model.device import synchronize
 from rankscope.model.load import load_model
 from rankscope.spec.candidates import CONTROL, Candidate, Trial
 from rankscope.spec.models import StudySpec
-from rankscope.study.missing import MAX_EXTRA_SECONDS
+from rankscope.study.missing import EXTRA_ROUNDS, MAX_EXTRA_SECONDS
 from rankscope.study.records import BUSY_PRESSURE
 from rankscope.train.engine import EVAL_TOKENS, Engine
 from rankscope.train.loop import choose_engine
@@ -105,12 +105,12 @@ def take_turns(
     """Rounds in which all trials, in random order, take the same step of the schedule and evaluate `held_out`.
 
     `measure.warmup_steps` do not count. Then there are `measure.rounds`, and more until no ratio to the control's has
-    an interval wider than `RATIO_WIDTH`, for `MAX_EXTRA_SECONDS` at most.
+    an interval wider than `RATIO_WIDTH`: `EXTRA_ROUNDS` times as many and `MAX_EXTRA_SECONDS` at most.
     """
     steps, shuffle, measure = total_steps(spec.training, len(tokens)), random.Random(spec.seeds[0]), spec.measure
     rounds, end = Rounds([], [], 0.0, on_cpu=engine.model.device.type == "cpu"), math.inf
     began, stalled = time.perf_counter(), stalled_seconds()
-    for number in range(-measure.warmup_steps, MOST_ROUNDS):
+    for number in range(-measure.warmup_steps, (1 + EXTRA_ROUNDS) * measure.rounds):
         if number == measure.rounds:
             end = time.perf_counter() + MAX_EXTRA_SECONDS
         rounds = rounds._replace(cpu_pressure=cpu_pressure(began, stalled))
@@ -125,8 +125,6 @@ def take_turns(
             rounds.tokens.append(trained)
     return rounds
 
-
-MOST_ROUNDS = 1000
 
 GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, are spread evenly over a schedule however many there are
 

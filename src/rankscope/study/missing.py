@@ -12,7 +12,8 @@ START_SECONDS = 6.0  # of a job's process: Python, libraries and a small model, 
 
 TURN_STEPS = 1.5  # time of a step and the evaluation after it, in steps, where candidates take turns
 
-MAX_EXTRA_SECONDS = 120.0  # for rounds of time beyond `measure.rounds`; a busy machine takes them all
+EXTRA_ROUNDS, MAX_EXTRA_SECONDS = 2, 120.0
+"""Rounds of time beyond `measure.rounds`: at most as many times as many, for so long. A busy machine takes all."""
 
 ANSWER_ROWS = 1 / 8  # time of an answer's token, in those of a training step's row: it too reads all weights
 
@@ -109,6 +110,16 @@ def profile_seconds(measure: MeasureSpec, job: ProfileJob, steps: Mapping[str, f
     return START_SECONDS + (measure.warmup_steps + measure.steps) * steps[job.profile]
 
 
+def extra_seconds(spec: StudySpec, steps: Mapping[str, float], jobs: Sequence[ProfileJob]) -> float:
+    """Most seconds of the rounds of time beyond `measure.rounds`, from those of a step by candidate."""
+    timed = [profile_seconds(spec.measure, job, _by_profile(spec, steps)) for job in jobs if job.members]
+    return sum(min(MAX_EXTRA_SECONDS, EXTRA_ROUNDS * seconds) for seconds in timed)
+
+
+def _by_profile(spec: StudySpec, steps: Mapping[str, float]) -> dict[str, float]:
+    return {name: steps[candidate.name] for name, candidate in spec.profiled().items()}
+
+
 class StudySeconds(NamedTuple):
     """Forecast of a study's work, in seconds, each part by itself."""
 
@@ -133,7 +144,7 @@ def work_seconds(
     trials = sum(seconds_of(trial, runtimes) * left[trial.name] for trial in spec.trials())
     whole = [left[trial.name] == 1 for trial in spec.trials()]
     starts = sum(whole) if spec.training.isolated else float(all(whole))
-    profiled = {name: steps[candidate.name] for name, candidate in spec.profiled().items()}
+    profiled = _by_profile(spec, steps)
     full = sum((START_SECONDS + seconds_of(one, runtimes)) * left[one.name] for one in spec.reference_trials())
     token = max(ANSWER_SECONDS, ANSWER_ROWS * min(steps.values()) / spec.training.effective_batch_size)
     answers = START_SECONDS + answering * spec.measure.answers * spec.measure.answer_tokens * token

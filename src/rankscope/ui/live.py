@@ -19,8 +19,8 @@ from rankscope.measure.cores import cpu_pressure, stalled_seconds
 from rankscope.spec.candidates import TIME, AnyTrial
 from rankscope.study.folder import AGAIN, FINISHED, NOT_ENDED, StudyFolder
 from rankscope.study.missing import (
-    MAX_EXTRA_SECONDS,
     ProfileJob,
+    extra_seconds,
     missing_profiles,
     seconds_of,
     work_seconds,
@@ -309,7 +309,7 @@ class LiveStudy:
         ahead = work.trials / self._devices + work.profiles + work.others
         scale = self._pace.update(ahead, self._prior)
         busy = (cpu_pressure(*self._watched) or 0.0) > BUSY_PRESSURE
-        extra = MAX_EXTRA_SECONDS * busy * sum(job.profile == TIME for job in self._jobs)
+        extra = busy * extra_seconds(spec, steps, self._jobs)
         seconds = max(scale * ahead + extra - self._pace.passed(), 0.0)
         everything = dict.fromkeys(left, 1.0), missing_profiles(spec, None), 1 + len(spec.candidates())
         whole = scale * max(ahead, sum(work_seconds(spec, steps, runtimes, *everything))) + extra
