@@ -231,6 +231,23 @@ def compare(
 
 
 @app.command()
+def judge(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH...", help="Folders of Trainer's runs, W&B's CSV, PEFT's result files.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Write the study that would settle it to this file.")] = None,
+    json_: Json = False,
+) -> None:
+    """Say what training runs of other tools can and cannot show about rank, and which study would settle it."""
+    start.announce("Reading the runs")
+    from rankscope.judge.command import describe, judge
+    from rankscope.ui.judge import show_judged
+
+    found = judge(paths, out)
+    _answer(json_, lambda: describe(found), lambda: show_judged(found, out))
+
+
+@app.command()
 def curve(
     directory: FinishedDirectory,
     ranks: Annotated[str | None, typer.Option(help="Lower ranks. Default: powers of two, and the study's.")] = None,

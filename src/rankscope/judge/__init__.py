@@ -1,0 +1,1 @@
+"""What training runs of other tools can say about rank."""

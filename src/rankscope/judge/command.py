@@ -1,0 +1,89 @@
+"""`rankscope judge`: what runs of other tools can say about rank, and the study that would settle it."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import yaml
+
+from rankscope.errors import StudyError
+from rankscope.files import write_atomic
+from rankscope.judge.confounders import SETTINGS, Finding, confounders, limits, normalised
+from rankscope.judge.differences import comparable, difference
+from rankscope.judge.readers import RSLORA, Skipped, read_runs
+from rankscope.spec.resolve import YamlDumper, resolve_spec
+
+YOUR_ROWS, YOUR_BASE = "your-rows.jsonl", "your-base-model"  # in a proposed study, where the runs name none
+
+
+class Judged(NamedTuple):
+    runs: pd.DataFrame
+    skipped: list[Skipped]
+    confounders: list[Finding]
+    limits: list[Finding]
+    differences: list[dict[str, Any]]
+    study: dict[str, Any]  # fields of a study.yaml
+
+
+def judge(paths: Sequence[Path], out: Path | None = None) -> Judged:
+    """Judge the runs below `paths`, and write the study to `out`. Raises StudyError: a path is missing, or `out` is
+    there; DataError: there is no run."""
+    for path in paths:
+        if not path.exists():
+            raise StudyError(f"{path}: no such file or folder", "Give what a training run has written.")
+    if out is not None and out.exists():
+        raise StudyError(f"{out} exists", "Choose another --out, or remove it.")
+    runs, skipped = read_runs(paths)
+    runs = normalised(runs)
+    differences = [one for part in comparable(runs) if (one := difference(part)) is not None]
+    found = Judged(runs, skipped, confounders(runs), limits(runs), differences, propose(runs, differences))
+    if out is not None:
+        write_atomic(out, study_text(found))
+    return found
+
+
+def describe(found: Judged) -> dict[str, Any]:
+    """`Judged` as one JSON object; null for what is not recorded or not finite."""
+    rows = json.loads(found.runs.to_json(orient="records", double_precision=15))
+    findings = {name: [one._asdict() for one in getattr(found, name)] for name in ("skipped", "confounders", "limits")}
+    return {"runs": rows, **findings, "differences": found.differences, "study": found.study}
+
+
+def propose(runs: pd.DataFrame, differences: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Fields of a study that crosses what the runs confound: every rank with the rates and alphas that were tried, at
+    least three seeds, the same rows and steps for all."""
+    tried: dict[str, list[Any]] = {name: sorted(set(runs[name].dropna())) for name in (*SETTINGS, "alpha", "scaling")}
+    agreed = {name: values[0] for name, values in tried.items() if len(values) == 1}
+    variant, data = agreed.get("variant"), agreed.get("data", YOUR_ROWS)
+    alphas = [f"{agreed['scaling']:g}r"] if "scaling" in agreed and variant != RSLORA else tried["alpha"][:4]
+    modules, training = agreed.get("target_modules", "all-linear").split(", "), {"epochs": 1}
+    if tried["steps"]:
+        training = {"steps": int(tried["steps"][-1])}
+    values: dict[str, Any] = {
+        "name": "judged",
+        "model": {"id": agreed.get("base_model", YOUR_BASE)},
+        "data": {"id": YOUR_ROWS if {"@", ","} & set(data) else data},
+        "ranks": sorted(int(rank) for rank in runs["rank"].unique()),
+        "seeds": list(range(max([3, *(len(one["seeds"]) + (one["more_seeds"] or 0) for one in differences)]))),
+        "learning_rates": tried["learning_rate"][-4:] or [2e-4],
+        "adapter": {"alpha": alphas or [32.0], "target_modules": modules, "use_rslora": variant == RSLORA},
+        "training": training | ({"batch_size": int(agreed["batch_size"])} if "batch_size" in agreed else {}),
+    }
+    try:
+        resolve_spec(values)
+    except StudyError:  # values of a file that no study takes: a pattern in the place of names, a rate of 0
+        values |= {"learning_rates": [2e-4], "adapter": {"target_modules": ["all-linear"]}, "training": {"epochs": 1}}
+    return values
+
+
+def study_text(found: Judged) -> str:
+    """The study.yaml, with comments on what is still to be filled in."""
+    words, logged = {"model": YOUR_BASE, "data": YOUR_ROWS}, found.runs["rate_logged"].any()
+    lines = [
+        f"{name}.id: the runs name none, or several" for name, word in words.items() if found.study[name]["id"] == word
+    ]
+    lines += ["learning_rates: the highest that were logged, which lie below the peak"] * bool(logged)
+    comments = "".join(f"# {line}: put yours here.\n" for line in lines)
+    return comments + yaml.dump(found.study, Dumper=YamlDumper, sort_keys=False, allow_unicode=True)

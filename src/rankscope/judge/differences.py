@@ -1,0 +1,93 @@
+"""What runs show of rank: differences of held-out loss over seeds, by the rules of the verdict.
+
+Other tools keep no losses of single rows, so the rows count as given: intervals are over seeds alone, and what is shown
+is shown of these rows. What is open is open whatever the rows.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from rankscope.analysis.comparison import Comparison, Estimate, bounds, student
+from rankscope.analysis.decision import level_at
+from rankscope.analysis.outcome import PLANNED, decide
+from rankscope.judge.confounders import SETTINGS
+from rankscope.spec.models import LOSS_MARGIN, VerdictSpec
+
+CONFIDENCE = 0.95
+
+
+def comparable(runs: pd.DataFrame) -> Iterator[pd.DataFrame]:
+    """Runs of several ranks with all `SETTINGS` in common, and alpha or alpha/rank, by whichever splits them less.
+    Left out are those whose rank diverged, whose seed is unknown or not theirs alone, and copies; where no seed is
+    known, one run a rank stays, as of one seed."""
+    usable = runs[~runs["copy"] & (runs["eval_loss"].notna() | runs["diverged"])]
+    for _, alike in usable.groupby(list(SETTINGS), dropna=False, sort=False):
+        parts = [[part for _, part in alike.groupby(by, dropna=False)] for by in ("alpha", "scaling")]
+        for part in min(parts, key=len):
+            left = part[~part["rank"].isin(part["rank"][part["diverged"]])]
+            left = left if left["seed"].isna().all() else left.dropna(subset="seed")
+            left = left.fillna({"seed": -1})[~left.duplicated(["rank", "seed"], keep=False)]
+            if left["rank"].nunique() > 1:
+                yield left
+
+
+def difference(runs: pd.DataFrame) -> dict[str, Any] | None:
+    """What comparable runs show, None where no two ranks share a seed: `runs ranks seeds`, `gap` (between the highest
+    and the lowest mean), `coarse` (losses have too few digits to show how seeds vary), `rows` (`rank mean`; from two
+    seeds on `regret low high within_margin`), and of the verdict `margin margin_of outcome rank more_seeds`."""
+    table = runs.pivot(index="rank", columns="seed", values="eval_loss").sort_index()
+    while len(table) > 2 and table.dropna(axis=1).shape[1] < 2:
+        table = table.drop(index=table.count(axis=1).idxmin())
+    table = table.dropna(axis=1)
+    if table.empty:
+        return None
+    ranks, losses = [int(rank) for rank in table.index], table.to_numpy()
+    used = runs[runs["rank"].isin(ranks) & runs["seed"].isin(table.columns)]
+    known = used["untrained_loss"].notna().all()
+    found: dict[str, Any] = dict.fromkeys(("outcome", "rank", "more_seeds")) | {
+        "runs": list(used["run"]),
+        "ranks": ranks,
+        "seeds": table.columns.astype(int).tolist(),
+        "gap": float(np.ptp(losses.mean(axis=1))),
+        "margin": VerdictSpec().margin if known else LOSS_MARGIN,
+        "margin_of": "gain" if known else "loss",
+        "rows": [{"rank": rank, "mean": float(own.mean())} for rank, own in zip(ranks, losses, strict=True)],
+        "coarse": False,
+    }
+    if losses.shape[1] < 2:
+        return found
+    compared = _compare(ranks, losses, float(used["untrained_loss"].mean()) if known else None, found["margin"])
+    digits = max(len(repr(float(loss)).partition(".")[2]) for loss in losses.flat)
+    errors = compared.differences.seed_error[~np.eye(len(ranks), dtype=bool)]
+    if (errors * math.sqrt(losses.shape[1]) < max(10.0**-digits, 1e-9)).any():
+        return found | {"coarse": True}
+    fields, states = decide(compared, CONFIDENCE)
+    for row, regret, end in zip(found["rows"], compared.regrets, bounds(compared, CONFIDENCE), strict=True):
+        row |= {"regret": max(0.0, float(regret)), "low": end.low, "high": end.high}
+        row["within_margin"] = None if (state := states[str(row["rank"])]) is None else bool(state)
+    return found | {name: fields.get(name) for name in ("outcome", "rank", "more_seeds")}
+
+
+def _compare(ranks: list[int], losses: np.ndarray, untrained: float | None, margin: float) -> Comparison:
+    """Comparison of ranks by their losses (K, S); `untrained` is the loss before training, for a margin of the gain."""
+    allowed = losses + margin * (losses if untrained is None else untrained - losses)
+    gain = None if untrained is None else _over_seeds(untrained - losses)
+    differences, excesses = (_over_seeds(losses[:, None] - other[None]) for other in (losses, allowed))
+    return Comparison([*map(str, ranks)], ranks, [0.0] * len(ranks), _over_seeds(losses), differences, excesses, gain)
+
+
+def _over_seeds(values: np.ndarray) -> Estimate:
+    """Estimate from values by seed (..., S), with the held-out rows as given."""
+    error = values.std(axis=-1, ddof=1) / math.sqrt(values.shape[-1])
+    return Estimate(values.mean(axis=-1), error, 0 * error, 0 * error, np.full(error.shape, values.shape[-1]), 2)
+
+
+def largest_spread(gap: float, ranks: int) -> dict[int, float]:
+    """By planned number of seeds, the largest standard deviation over seeds at which the rule of the verdict shows a
+    difference of `gap` among so many ranks."""
+    levels = {seeds: level_at(seeds, CONFIDENCE) / (ranks - 1) ** 2 for seeds in PLANNED}
+    return {seeds: gap * math.sqrt(seeds) / float(student(seeds - 1, 1 - level)) for seeds, level in levels.items()}

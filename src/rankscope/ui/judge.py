@@ -1,0 +1,121 @@
+"""Runs of other tools in the terminal: what they show of rank, what is confounded, and what would settle it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from rankscope.analysis.outcome import PLANNED
+from rankscope.judge.command import Judged, study_text
+from rankscope.judge.confounders import SETTINGS, label, names, show
+from rankscope.judge.differences import largest_spread
+from rankscope.text.catalogue import load
+from rankscope.text.formats import duration, loss, percent, signed, size
+from rankscope.ui.console import make_table, out_console
+
+_SHOWN = 5  # skipped files that are named
+
+
+def show_judged(found: Judged, out: Path | None) -> None:
+    """Print what was found; the study itself where it was not written to `out`."""
+    _show_runs(found.runs)
+    for title, lines in _sections(found).items():
+        if lines:
+            out_console.print(f"\n{title}", style="bold")
+        for line in lines:
+            out_console.print(f"- {line}")
+    if not any(one["outcome"] for one in found.differences):
+        out_console.print("\nThese runs support no conclusion about rank.", style="bold")
+    for one in found.differences:
+        out_console.print()
+        if one["outcome"]:
+            _show_difference(one)
+        for line in _sentences(one):
+            out_console.print(line)
+    out_console.print("\nThe study that would settle it" + (f": {out}" if out else " (--out FILE writes it):"))
+    if out is None:
+        out_console.print(study_text(found), soft_wrap=True)
+
+
+def _show_runs(runs: pd.DataFrame) -> None:
+    """Print runs with their losses and costs, and with the settings in which they differ."""
+    text, settings = load("en"), ("alpha", "seed", *SETTINGS)
+    shared = [name for name in settings if runs[name].nunique(dropna=False) == 1]
+    facts = [f"{label(name)} {show(runs[name].iloc[0])}" for name in shared if runs[name].notna().any()]
+    shown: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "run": ("run", str),
+        "rank": ("rank", str),
+        **{name: (label(name), show) for name in settings if name not in shared},
+        "train_loss": ("train loss", loss),
+        "eval_loss": ("eval loss", loss),
+        "best_loss": ("lowest", loss),
+        "score": ("score", loss),
+        "memory_gib": ("memory", lambda gib: size(gib * 2**30)),
+        "seconds": ("time", lambda seconds: duration(seconds, text)),
+    }
+    columns = {name: column for name, column in shown.items() if runs[name].notna().any()}
+    rows = [
+        [write(row[name]) if pd.notna(row[name]) else text("none") for name, (_, write) in columns.items()]
+        for row in runs.sort_values(["rank", "seed", "run"]).to_dict("records")
+    ]
+    out_console.print(make_table([title for title, _ in columns.values()], rows))
+    out_console.print(f"The same in all: {', '.join(facts)}." if facts and len(runs) > 1 else "")
+
+
+def _sections(found: Judged) -> dict[str, list[str]]:
+    """Titles and lines of what keeps the runs from showing more."""
+    more = len(found.skipped) - _SHOWN
+    return {
+        "Skipped": [f"{o.path}: {o.reason}" for o in found.skipped[:_SHOWN]] + [f"{more} more"] * (more > 0),
+        "Confounded with rank, so that losses are not compared": [o.text for o in found.confounders if o.blocks],
+        "Confounded with rank": [o.text for o in found.confounders if not o.blocks],
+        "Missing or doubtful": [f"{names(o.runs, len(found.runs))}: {o.text}" for o in found.limits],
+    }
+
+
+def _show_difference(found: dict[str, Any]) -> None:
+    """Print ranks with their losses over seeds."""
+    states = {True: "yes", False: "no", None: "open"}
+    headers = ["rank", "eval loss", "above the best", "95% interval", f"within {_margin(found)}"]
+    rows = [
+        [
+            str(row["rank"]),
+            loss(row["mean"]),
+            signed(row["regret"]),
+            f"{signed(row['low'])} to {signed(row['high'])}",
+            states[row["within_margin"]],
+        ]
+        for row in found["rows"]
+    ]
+    title = f"Seeds {', '.join(map(str, found['seeds']))}, all recorded settings alike:"
+    out_console.print(make_table(headers, rows, left=(), title=title))
+
+
+def _margin(found: dict[str, Any]) -> str:
+    return f"{percent(found['margin'])} of the {found['margin_of']}"
+
+
+def _sentences(found: dict[str, Any]) -> list[str]:
+    """What comparable runs show, and what would settle the rest."""
+    listed, count = ", ".join(map(str, found["ranks"])), len(found["seeds"])
+    if found["coarse"]:
+        return [f"Ranks {listed}: the losses have too few digits to show how seeds vary. Export all digits."]
+    if count < 2:
+        spread = largest_spread(found["gap"], len(found["ranks"]))
+        would = ", ".join(f"{seeds} seeds if it is at most {most:.4f}" for seeds, most in spread.items())
+        return [
+            f"Ranks {listed} with one seed, all recorded settings alike, differ by at most {found['gap']:.4f}. How "
+            f"much that varies between seeds is unknown. By its standard deviation it would be shown by {would}."
+        ]
+    said = {
+        "recommended": f"Rank {found['rank']} is the smallest shown to be within {_margin(found)} of the best.",
+        "not_distinguishable": f"No two ranks differ visibly; the cheapest is rank {found['rank']}.",
+        "not_trained_enough": "Training gained too little to tell ranks apart: train longer.",
+    }
+    lines = [said.get(found["outcome"], f"Which rank is within {_margin(found)} of the best is open.")]
+    more, planned = found["more_seeds"], ", ".join(map(str, PLANNED))
+    if more or found["outcome"] != "recommended":
+        ahead = f"{more} more seeds of each rank" if more else f"no planned number of seeds ({planned})"
+        lines.append(f"If means and spreads stay as they are, {ahead} would settle it.")
+    return [*lines, "All this is of these held-out rows. What others would show takes the loss of each row."]
