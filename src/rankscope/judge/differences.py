@@ -22,14 +22,14 @@ CONFIDENCE = 0.95
 
 def comparable(runs: pd.DataFrame) -> Iterator[pd.DataFrame]:
     """Runs of several ranks with all `SETTINGS` in common, and alpha or alpha/rank, by whichever splits them less.
-    Left out are those whose rank diverged, whose seed is unknown or not theirs alone, and copies; where no seed is
-    known, one run a rank stays, as of one seed."""
-    usable = runs[~runs["copy"] & (runs["eval_loss"].notna() | runs["diverged"])]
+    Left out are those whose rank diverged at their rate, whose seed is unknown or not theirs alone, and copies; where
+    no seed is known, one run a rank stays, as of one seed."""
+    lost = runs.groupby(["rank", "learning_rate"], dropna=False)["diverged"].transform("any")
+    usable = runs[~lost & ~runs["copy"] & runs["eval_loss"].notna()]
     for _, alike in usable.groupby(list(SETTINGS), dropna=False, sort=False):
         parts = [[part for _, part in alike.groupby(by, dropna=False)] for by in ("alpha", "scaling")]
         for part in min(parts, key=len):
-            left = part[~part["rank"].isin(part["rank"][part["diverged"]])]
-            left = left if left["seed"].isna().all() else left.dropna(subset="seed")
+            left = part if part["seed"].isna().all() else part.dropna(subset="seed")
             left = left.fillna({"seed": -1})[~left.duplicated(["rank", "seed"], keep=False)]
             if left["rank"].nunique() > 1:
                 yield left

@@ -197,11 +197,12 @@ def _run(tool: str, values: Mapping[str, Any]) -> Row:
     start, words = plain.get("init_lora_weights"), {"use_rslora": RSLORA, "use_dora": "DoRA"}
     parts = [word for key, word in words.items() if str(plain.get(key)).lower() == "true"]
     parts += [start] if isinstance(start, str) and start.lower() != "true" else []
-    parts += [key for key in ("rank_pattern", "alpha_pattern") if plain.get(key) not in (None, {}, "{}")]
+    patterns = {key: plain.get(key) for key in ("rank_pattern", "alpha_pattern")}
+    parts += [f"{key} {one}" for key, one in patterns.items() if one not in (None, {}, "{}")]
     if row["batch_size"] and "total_train_batch_size" not in plain:
         row["batch_size"] *= _whole(plain.get("gradient_accumulation_steps")) or 1
     losses = [loss for loss in (row["train_loss"], row["eval_loss"]) if loss is not None]
-    variant = shortened(" + ".join(parts)) or "LoRA"
+    variant = shortened(" + ".join(parts), 300) or "LoRA"
     flags = {"diverged": not all(map(math.isfinite, losses)), "rate_logged": False}
     return row | {"tool": tool, "variant": variant, **flags}
 

@@ -100,7 +100,9 @@ def _sentences(found: dict[str, Any]) -> list[str]:
     """What comparable runs show, and what would settle the rest."""
     listed, count = ", ".join(map(str, found["ranks"])), len(found["seeds"])
     if found["coarse"]:
-        return [f"Ranks {listed}: the losses have too few digits to show how seeds vary. Export all digits."]
+        return [
+            f"Ranks {listed} differ by the same at every seed: losses that were rounded, or copied, show no spread."
+        ]
     if count < 2:
         spread = largest_spread(found["gap"], len(found["ranks"]))
         would = ", ".join(f"{seeds} seeds if it is at most {most:.4f}" for seeds, most in spread.items())
