@@ -103,7 +103,7 @@ def main(out: Path) -> None:
     for file in sorted(out.rglob("*"), reverse=True):
         if file.is_dir() and not any(file.iterdir()):
             file.rmdir()
-        elif file.is_file() and file.name not in KEPT:
+        elif file.is_file() and (file.name not in KEPT or file.match("checkpoint-*/README.md")):
             file.unlink()
 
 

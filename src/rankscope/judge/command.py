@@ -68,9 +68,11 @@ def propose(runs: pd.DataFrame, differences: Sequence[dict[str, Any]]) -> dict[s
         "ranks": sorted(int(rank) for rank in runs["rank"].unique()),
         "seeds": list(range(max([3, *(len(one["seeds"]) + (one["more_seeds"] or 0) for one in differences)]))),
         "learning_rates": tried["learning_rate"][-4:] or [2e-4],
-        "adapter": {"alpha": alphas or [32.0], "target_modules": modules, "use_rslora": variant == RSLORA},
+        "adapter": {"alpha": alphas or [32.0], "target_modules": modules},
         "training": training | ({"batch_size": int(agreed["batch_size"])} if "batch_size" in agreed else {}),
     }
+    if variant == RSLORA:
+        values["adapter"]["use_rslora"] = True
     try:
         resolve_spec(values)
     except StudyError:  # values of a file that no study takes: a pattern in the place of names, a rate of 0
@@ -86,4 +88,6 @@ def study_text(found: Judged) -> str:
     ]
     lines += ["learning_rates: the highest that were logged, which lie below the peak"] * bool(logged)
     comments = "".join(f"# {line}: put yours here.\n" for line in lines)
-    return comments + yaml.dump(found.study, Dumper=YamlDumper, sort_keys=False, allow_unicode=True)
+    return comments + yaml.dump(
+        found.study, Dumper=YamlDumper, sort_keys=False, allow_unicode=True, default_flow_style=None
+    )

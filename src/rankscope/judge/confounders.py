@@ -32,7 +32,8 @@ def normalised(runs: pd.DataFrame) -> pd.DataFrame:
     rank has the same losses, and with equal values where tools round."""
     scaled = np.where(runs["variant"].str.contains(RSLORA, regex=False), runs["alpha"], runs["alpha"] / runs["rank"])
     copies = runs.duplicated(["rank", "train_loss", "eval_loss"]) & runs["eval_loss"].notna() & ~runs["diverged"]
-    runs = runs.assign(scaling=scaled, copy=copies)
+    rates = runs["learning_rate"].map(lambda rate: float(f"{rate:.6g}"))
+    runs = runs.assign(scaling=scaled, copy=copies, learning_rate=rates)
     for column, share in _ROUNDED.items():
         if runs[column].max() <= (1 + share) * runs[column].min():
             runs[column] = runs[column].where(runs[column].isna(), runs[column].median())

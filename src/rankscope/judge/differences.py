@@ -18,6 +18,7 @@ from rankscope.judge.confounders import SETTINGS
 from rankscope.spec.models import LOSS_MARGIN, VerdictSpec
 
 CONFIDENCE = 0.95
+_VERDICT = ("outcome", "rank", "undetermined", "more_seeds")
 
 
 def comparable(runs: pd.DataFrame) -> Iterator[pd.DataFrame]:
@@ -38,17 +39,18 @@ def comparable(runs: pd.DataFrame) -> Iterator[pd.DataFrame]:
 def difference(runs: pd.DataFrame) -> dict[str, Any] | None:
     """What comparable runs show, None where no two ranks share a seed: `runs ranks seeds`, `gap` (between the highest
     and the lowest mean), `coarse` (losses have too few digits to show how seeds vary), `rows` (`rank mean`; from two
-    seeds on `regret low high within_margin`), and of the verdict `margin margin_of outcome rank more_seeds`."""
+    seeds on `regret low high within_margin`), and of the verdict `margin margin_of` and `_VERDICT`."""
     table = runs.pivot(index="rank", columns="seed", values="eval_loss").sort_index()
-    while len(table) > 2 and table.dropna(axis=1).shape[1] < 2:
-        table = table.drop(index=table.count(axis=1).idxmin())
-    table = table.dropna(axis=1)
+    several = table[table.count(axis=1) > 1]
+    while len(several) > 2 and several.dropna(axis=1).shape[1] < 2:
+        several = several.drop(index=several.count(axis=1).idxmin())
+    table = (several if len(several) > 1 and several.dropna(axis=1).shape[1] > 1 else table).dropna(axis=1)
     if table.empty:
         return None
     ranks, losses = [int(rank) for rank in table.index], table.to_numpy()
     used = runs[runs["rank"].isin(ranks) & runs["seed"].isin(table.columns)]
     known = used["untrained_loss"].notna().all()
-    found: dict[str, Any] = dict.fromkeys(("outcome", "rank", "more_seeds")) | {
+    found: dict[str, Any] = dict.fromkeys(_VERDICT) | {
         "runs": list(used["run"]),
         "ranks": ranks,
         "seeds": table.columns.astype(int).tolist(),
@@ -69,7 +71,7 @@ def difference(runs: pd.DataFrame) -> dict[str, Any] | None:
     for row, regret, end in zip(found["rows"], compared.regrets, bounds(compared, CONFIDENCE), strict=True):
         row |= {"regret": max(0.0, float(regret)), "low": end.low, "high": end.high}
         row["within_margin"] = None if (state := states[str(row["rank"])]) is None else bool(state)
-    return found | {name: fields.get(name) for name in ("outcome", "rank", "more_seeds")}
+    return found | {name: fields.get(name) for name in _VERDICT}
 
 
 def _compare(ranks: list[int], losses: np.ndarray, untrained: float | None, margin: float) -> Comparison:

@@ -73,7 +73,9 @@ def _places(root: Path) -> Iterator[tuple[Path, Callable[[Path, Path], list[Row]
         raise DataError(f"{root}: cannot be listed: {error}", "Give the folders of the runs themselves.") from None
     for file in files:
         if file.name not in (STATE, CONFIG):
-            if file.is_file() and _BEGINNINGS[file.suffix].search(file.open("rb").read(4096)):
+            with file.open("rb") if file.is_file() else io.BytesIO() as opened:
+                head = opened.read(4096)
+            if _BEGINNINGS[file.suffix].search(head):
                 yield file, readers.get(file.suffix, _peft_result)
         elif not (file.parent.parent / "trial.json").exists():  # of a study, whose report has a table
             yield file.parent.parent if _step_of(file.parent) and file.parent != root else file.parent, _trainer

@@ -77,13 +77,13 @@ def _sections(found: Judged) -> dict[str, list[str]]:
 def _show_difference(found: dict[str, Any]) -> None:
     """Print ranks with their losses over seeds."""
     states = {True: "yes", False: "no", None: "open"}
-    headers = ["rank", "eval loss", "above the best", "95% interval", f"within {_margin(found)}"]
+    headers = ["rank", "eval loss", "above the best", "95% interval", f"at most {_margin(found)}"]
     rows = [
         [
             str(row["rank"]),
             loss(row["mean"]),
             signed(row["regret"]),
-            f"{signed(row['low'])} to {signed(row['high'])}",
+            f"{signed(row['low'])} to {signed(row['high'])}" if row["high"] else "best",
             states[row["within_margin"]],
         ]
         for row in found["rows"]
@@ -111,13 +111,18 @@ def _sentences(found: dict[str, Any]) -> list[str]:
             f"much that varies between seeds is unknown. By its standard deviation it would be shown by {would}."
         ]
     said = {
-        "recommended": f"Rank {found['rank']} is the smallest shown to be within {_margin(found)} of the best.",
+        "recommended": f"Rank {found['rank']} is the smallest shown to be at most {_margin(found)} above the best.",
         "not_distinguishable": f"No two ranks differ visibly; the cheapest is rank {found['rank']}.",
         "not_trained_enough": "Training gained too little to tell ranks apart: train longer.",
     }
-    lines = [said.get(found["outcome"], f"Which rank is within {_margin(found)} of the best is open.")]
+    lines = [said.get(found["outcome"], f"Which rank is at most {_margin(found)} above the best is open.")]
     more, planned = found["more_seeds"], ", ".join(map(str, PLANNED))
-    if more or found["outcome"] != "recommended":
+    if found["undetermined"]:
+        lines.append(f"Of lower ranks {', '.join(found['undetermined'])} are undecided.")
+    if found["undetermined"] or found["outcome"] != "recommended":
         ahead = f"{more} more seeds of each rank" if more else f"no planned number of seeds ({planned})"
         lines.append(f"If means and spreads stay as they are, {ahead} would settle it.")
-    return [*lines, "All this is of these held-out rows. What others would show takes the loss of each row."]
+    return [
+        *lines,
+        "This holds for these held-out rows: what others would show cannot be said without the loss of each row.",
+    ]
