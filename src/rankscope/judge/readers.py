@@ -249,13 +249,14 @@ def _evaluations(logs: Sequence[Row]) -> Row:
     if not any(losses):
         return {}
     last, name = max(losses), key.removesuffix("_loss")
+    finite = [loss for step, one in losses.items() if step and (loss := _finite(one)) is not None]
     speed, seconds = (_finite(rows[last].get(f"{name}_{what}")) for what in ("samples_per_second", "runtime"))
     return {
         "eval_loss": losses[last],
         "eval_step": last,
         "eval_dataset": name.removeprefix("eval").removeprefix("_"),
         "eval_rows": round(speed * seconds) if speed and seconds else None,
-        "best_loss": min((loss for step, loss in losses.items() if step and _finite(loss) is not None), default=None),
+        "best_loss": min(finite, default=None),
         "untrained_loss": losses.get(0),
     }
 
