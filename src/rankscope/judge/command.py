@@ -86,7 +86,7 @@ def study_text(found: Judged) -> str:
     lines = [
         f"{name}.id: the runs name none, or several" for name, word in words.items() if found.study[name]["id"] == word
     ]
-    lines += ["learning_rates: the highest that were logged, which lie below the peak"] * bool(logged)
+    lines += ["learning_rates: the highest logged, below the peak"] * bool(logged)
     comments = "".join(f"# {line}: put yours here.\n" for line in lines)
     return comments + yaml.dump(
         found.study, Dumper=YamlDumper, sort_keys=False, allow_unicode=True, default_flow_style=None
