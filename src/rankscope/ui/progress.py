@@ -163,9 +163,17 @@ def whole_left(state: State, text: Catalogue) -> str:
     return f"{state.share:.0%}  {left}".strip()
 
 
+def in_order(state: State) -> list[TrialState]:
+    """All trials: those in training, with their latest step, those that wait, and those that have ended."""
+    latest = {trial.name: trial for trials in state.training.values() for trial in trials}
+    trials, last = [latest.get(trial.name, trial) for trial in state.trials], len(NOT_ENDED)
+    places = {status: place for place, status in enumerate(reversed(NOT_ENDED))}
+    return sorted(trials, key=lambda trial: places.get(trial.status, last))
+
+
 def view(state: State, text: Catalogue, most_rows: int | None = None, note: str = "") -> Group:
-    """The whole display: what is done now, a bar for the study and one for each pack, the trials (those in training
-    first, then those that wait and those that have ended, `most_rows` at most), and a note."""
+    """The whole display: what is done now, a bar for the study and one for each pack, the trials, `most_rows` at most,
+    and a note."""
     bars = Table.grid(padding=(0, 2, 0, 0), expand=True)
     for ratio in (None, 1, None):
         bars.add_column(ratio=ratio, no_wrap=True)
@@ -175,10 +183,7 @@ def view(state: State, text: Catalogue, most_rows: int | None = None, note: str 
     if state.doing == "profile":
         count = f"{state.profiles_done} / {state.profiles}"
         bars.add_row(text("live.costs"), ProgressBar(state.profiles, state.profiles_done), count)
-    training = [trial for trials in state.training.values() for trial in trials]
-    names = {trial.name for trial in training}
-    others = sorted((one for one in state.trials if one.name not in names), key=lambda one: one.status != "pending")
-    shown = (training + others)[: None if most_rows is None else max(1, most_rows - len(bars.rows))]
+    shown = in_order(state)[: None if most_rows is None else max(1, most_rows - len(bars.rows))]
     headers = [text(f"table.{name}") for name in ("trial", "status", "steps", "train_loss", "eval_loss_all")]
     rows = make_table(headers, trial_rows(shown, state.steps, text), left=(0, 1))
     parts: list[RenderableType] = [Text(" · ".join(lines(state, text)), style="bold"), bars, Text(""), rows]

@@ -27,7 +27,7 @@ from rankscope.study.study import Study
 from rankscope.text.catalogue import Catalogue, load
 from rankscope.text.verdict import verdict_sentence
 from rankscope.ui.live import LiveStudy, State, trial_rows
-from rankscope.ui.progress import TerminalProgress, lines, view, whole_left
+from rankscope.ui.progress import TerminalProgress, in_order, lines, view, whole_left
 
 LOOPBACK = "127.0.0.1"
 MIN_POLL_SECONDS = 2.0  # shortest interval between two requests of the page
@@ -78,7 +78,7 @@ class Watch:
         """State as the page shows it; the page reloads its tables when `part` changes."""
         statuses = ",".join(trial.status for trial in state.trials)
         part = f"{state.doing} {list(state.training)} {state.profiles_done} {statuses}"
-        shown = {"lines": lines(state, self.text), "rows": trial_rows(state.trials, state.steps, self.text)}
+        shown = {"lines": lines(state, self.text), "rows": trial_rows(in_order(state), state.steps, self.text)}
         bar = {"share": state.share, "left": whole_left(state, self.text)}
         return shown | bar | {"so_far": _caveat(state, self.text), "part": part}
 
