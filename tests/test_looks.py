@@ -150,7 +150,7 @@ def test_what_would_end_after_the_limit_is_not_begun_and_is_named(
     assert show_failures(found.study, console), "the exit code tells that trials are missing"
     told = console.export_text()
     assert "Not tried, since it would have ended after the time given: r002-lr3e-2 (seeds 2); r004-lr3e-2" in told
-    assert f"To go on: rankscope run {found.study.path}" in told
+    assert f"To go on:\n  rankscope run {found.study.path}" in told
     assert "pending" not in told
     later, _ = look(Study.open(study.path), open_below, False)
     assert seeds(later.study) == {rank: [0, 1, 2] for rank in (2, 4, 8)}

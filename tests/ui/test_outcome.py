@@ -128,7 +128,7 @@ def test_the_end_is_the_gain_the_margins_the_verdict_and_what_would_settle_it() 
 def test_a_settled_study_ends_with_its_adapter_and_what_to_try_next(chosen: int, title: str, command: str) -> None:
     lines = shown(made_up(chosen=chosen))
     adapter, *rest = lines[-4:]
-    assert re.fullmatch(rf"Adapter: my study/trials/r{(8, 64)[chosen]:03d}-.*-s\d/adapter", adapter)
+    assert re.fullmatch(rf"Adapter: my study/trials/r{(8, 128)[chosen]:03d}-.*-s\d/adapter", adapter)
     assert rest == ["Report: report", title, f"  {command}"]
     assert accepts(command)
 

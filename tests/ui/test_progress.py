@@ -179,9 +179,8 @@ def test_the_whole_study_is_read_less_often_the_longer_that_takes(
     progress.poll()  # as it was when the whole study was read
     assert "p001 3 / 4" in output.getvalue(), "metrics of the trials in training are always read"
     monkeypatch.setattr(progress, "_read_again", 0.0)
-    before = output.getvalue()
     progress.poll()
-    assert output.getvalue() == before, "the pack has ended"
+    assert output.getvalue().endswith(" · Answering held-out prompts\n"), "the pack has ended"
 
 
 @pytest.mark.parametrize("line", ["z", "3", '{"stdp": 5}', '{"step": 2, "train_loss": "x", "step_seconds": 1}'])

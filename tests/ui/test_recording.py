@@ -4,6 +4,7 @@ import fcntl
 import os
 import pty
 import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -14,7 +15,6 @@ import pytest
 import torch
 from rich.cells import cell_len
 
-from rankscope.study.study import Study
 from ui.test_console import accepts
 
 REPORT = {"en": "Report: my study/", "ko": "보고서: my study/"}
@@ -46,17 +46,14 @@ def record(command: list[str], folder: Path, columns: int = 80, rows: int = 24) 
 def test_a_run_at_80_columns(language: str, root: Path, tmp_path: Path) -> None:
     """Lines keep to the terminal's width, and each command that is printed can be copied and run."""
     options = ["--ranks", "2,8", "--seeds", "0,1", "--steps", "5", "--batch-size", "4", "--learning-rates", "3e-2"]
-    options += ["--set", "data.eval_rows=12", "--set", "measure.repeats=1", "--set", "measure.rounds=3"]
+    options += ["--set", "data.eval_rows=12", "--set", "measure.profiles=false", "--set", "measure.answers=1"]
     options += ["--model", str(root / "model"), "--dataset", str(root / "data.json"), "--out", "my study"]
     shown = record([sys.executable, "-m", "rankscope.cli", "run", *options, "--lang", language], tmp_path)
     lines = [line.rstrip() for line in re.split(r"[\r\n]+", shown)]
     commands = [line for line in lines if re.match(r"\s+rankscope ", line)] + re.findall(r"`(rankscope [^`]*)`", shown)
-    assert {command.split()[1] for command in commands} >= {"watch"}
-    assert len(set(commands)) > 1
+    assert {shlex.split(command)[1] for command in commands} >= {"watch"}
     assert all(map(accepts, commands))
-    assert max(cell_len(line) for line in lines if line not in commands and str(tmp_path) not in line) <= 80
-    study = Study.open(tmp_path / "my study")
-    assert study.verdict["outcome"]
+    assert max(cell_len(line) for line in lines if line not in commands) <= 80
     assert any(line.startswith(REPORT[language]) for line in lines[-5:])
     assert [line for line in lines if line][-1] in commands, "it ends with what to do next"
     assert not re.search(r"about 0|약 0", shown)
