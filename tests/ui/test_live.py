@@ -13,6 +13,7 @@ import pytest
 from rankscope.files import read_json, write_json
 from rankscope.spec.candidates import CONTROL, AnyTrial
 from rankscope.study.missing import (
+    MAX_EXTRA_SECONDS,
     REPORT_SECONDS,
     START_SECONDS,
     ProfileJob,
@@ -229,8 +230,7 @@ def test_a_busy_machine_takes_more_rounds_of_time(study: Study, monkeypatch: pyt
     found = read_json(study.file("prediction.json"))["candidates"]
     steps = {name: forecast["step_seconds"] for name, forecast in found.items()}
     extra = extra_seconds(study.spec, steps, missing_profiles(study.spec, None))
-    assert extra > 0
-    assert busy == pytest.approx(idle + extra, abs=1)
+    assert 0 < extra < busy - idle <= MAX_EXTRA_SECONDS, "steps took longer than forecast"
 
 
 def test_a_trial_that_diverges_does_not_make_the_others_faster(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -309,7 +309,7 @@ class LiveStudy:
         ahead = work.trials / self._devices + work.profiles + work.others
         scale = self._pace.update(ahead, self._prior)
         busy = (cpu_pressure(*self._watched) or 0.0) > BUSY_PRESSURE
-        extra = busy * extra_seconds(spec, steps, self._jobs)
+        extra = busy * extra_seconds(spec, {name: scale * one for name, one in steps.items()}, self._jobs)
         seconds = max(scale * ahead + extra - self._pace.passed(), 0.0)
         everything = dict.fromkeys(left, 1.0), missing_profiles(spec, None), 1 + len(spec.candidates())
         whole = scale * max(ahead, sum(work_seconds(spec, steps, runtimes, *everything))) + extra
