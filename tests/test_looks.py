@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+import rankscope
 from launchers import FakeLauncher
 from rankscope import pipeline
 from rankscope.errors import RankscopeError, StudyError
@@ -166,4 +167,4 @@ def test_a_look_that_would_end_after_the_limit_is_the_last(study: Study, monkeyp
 @pytest.mark.parametrize("hours", [0.0, -1.0, float("nan"), float("inf")])
 def test_hours_are_above_zero(hours: float) -> None:
     with pytest.raises(StudyError, match=r"--hours .*: expected hours above 0\n.*--hours 2"):
-        pipeline.run(hours=hours)
+        rankscope.run(hours=hours)

@@ -1,15 +1,14 @@
 """rankscope: which LoRA rank should I use, and what does it cost me?
 
 study = rankscope.run(model="facebook/opt-350m", dataset="code.jsonl", ranks=[8, 64])
-study.verdict, study.results(), study.curves()
+print(study.sentence()); study.best, study.adapter(8), study.results(), study.conclude(margin="2%")
 rankscope.open("opt-350m-code")
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rankscope.pipeline import run
-    from rankscope.study.study import Study
+    from rankscope.api import Study, run
 
     open = Study.open
 
@@ -18,13 +17,9 @@ __version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is asked for when it is asked for: torch takes seconds, `import rankscope` should not."""
-    if name == "run":
-        from rankscope.pipeline import run
+    """Imports what is asked for when it is asked for: pandas takes its time, `import rankscope` should not."""
+    if name not in __all__:
+        raise AttributeError(f"module 'rankscope' has no attribute {name!r}")
+    from rankscope.api import Study, run
 
-        return run
-    if name in ("Study", "open"):
-        from rankscope.study.study import Study
-
-        return Study if name == "Study" else Study.open
-    raise AttributeError(f"module 'rankscope' has no attribute {name!r}")
+    return {"Study": Study, "open": Study.open, "run": run}[name]

@@ -4,11 +4,10 @@ Every step looks at the study's directory first and does only what is missing.
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rankscope.data.tokens import save, sha256_of
 from rankscope.errors import DataError, ModelError
@@ -16,8 +15,7 @@ from rankscope.files import exists, write_json
 from rankscope.jobs import answers, packs, profiles, reference, rows
 from rankscope.jobs.curve import take_curve
 from rankscope.jobs.job import Kind, Launcher, Progress, Run
-from rankscope.jobs.launchers import make_launcher
-from rankscope.jobs.queue import TimeLimit, run_kind, time_limit
+from rankscope.jobs.queue import TimeLimit, run_kind
 from rankscope.jobs.repair import remove_corrupt, remove_leftovers
 from rankscope.measure.machine import Site, changes, describe_machine
 from rankscope.model.checks import pinned
@@ -25,57 +23,15 @@ from rankscope.plan.plan import Plan, make_plan, with_site_dtype
 from rankscope.plan.runtime import Fleet
 from rankscope.report.finish import Conclusion, finish, for_next_look
 from rankscope.spec.models import StudySpec
-from rankscope.spec.options import assemble
 from rankscope.study.folder import CURVE
 from rankscope.study.missing import unevaluated
 from rankscope.study.study import Study
 from rankscope.text.catalogue import load as load_catalogue
 from rankscope.text.coverage import coverage_sentences
-from rankscope.track import choose_trackers
 from rankscope.track.tracker_process import run_trackers
 from rankscope.train.prepare import describe_data, study_data
 
 KINDS: tuple[Kind, ...] = (rows, packs, profiles, reference, answers)
-
-
-def run(
-    *,
-    out: Path | str | None = None,
-    progress: Progress | None = None,
-    sets: Sequence[str] = (),
-    study: Mapping[str, Any] | None = None,
-    report_to: str | Sequence[str] = (),
-    launcher: str = "local",
-    ray_address: str | None = None,
-    remeasure: bool = False,
-    until_settled: bool = False,
-    hours: float | None = None,
-    **options: Any,
-) -> Study:
-    """Run a study from its question to its report, and return it.
-
-    `options` are those of the command line: `model`, `dataset`, `ranks`, `learning_rates`, `seeds`, `alpha`, `steps`,
-    and the others of `rankscope.spec.option_table.OPTIONS`; `study` is a mapping like a study's YAML, which they
-    override. `out` is the study's directory (default: its name). On a directory that holds a study, what is new is
-    added to it and only what is missing is done; `remeasure` measures all costs again. `report_to` names trackers that
-    follow the run: `wandb`, `tensorboard`, `mlflow`, `trackio`. `until_settled` and `hours`: see `run_looks`.
-    `launcher` is `local`, or `ray`, on the cluster at `ray_address`.
-
-    Example: `rankscope.run(model="facebook/opt-350m", dataset="code.jsonl", ranks=[8, 64], steps=200)`
-
-    Raises:
-        StudyError: the question is wrong, a tracker or launcher is unknown, or `out` holds another study.
-        MissingExtraError: a tracker, or Ray, is not installed.
-        DataError, ModelError: the data or the model cannot be used.
-        WorkerError: a child process ended without finishing its work.
-    """
-    limit = time_limit(hours)
-    asked, shown = assemble(study or {}, options, sets), progress or _Silent()
-    trackers, path = choose_trackers(report_to), Path(out or asked.name)
-    begun = Study.begun_at(path, asked)
-    spec = begun.spec if begun else asked
-    with make_launcher(launcher, spec.model, ray_address, shown.say) as launching:
-        return run_looks(spec, path, launching, shown, trackers, "en", remeasure, limit, until_settled).study
 
 
 def run_looks(
@@ -142,14 +98,14 @@ def run_study(
         coverage = coverage_sentences(study.prediction.get("coverage"), study.spec.ranks, load_catalogue(language))
         for sentence in filter(None, (describe_data(plan.data.facts), " ".join(coverage), plan.unmeasured)):
             progress.say(sentence)
-        shown = resources.enter_context(run_trackers(study, trackers, progress))
-        run = Run(study, plan, shown.say)
+        resources.enter_context(run_trackers(study, trackers, progress.say))
+        run = Run(study, plan, progress.say)
         for kind in KINDS:
-            run_kind(kind, run, kind.jobs(run), launcher, shown.poll, limit)
+            run_kind(kind, run, kind.jobs(run), launcher, progress.poll, limit)
         if plan.remeasure and not profiles.replace_profiles(study):
-            shown.say("Not all costs could be measured again: those that the study had stay.")
-        shown.say(load_catalogue(language)("live.conclude"))
-        shown.poll()
+            progress.say("Not all costs could be measured again: those that the study had stay.")
+        progress.say(load_catalogue(language)("live.conclude"))
+        progress.poll()
         return finish(study, language)
 
 
@@ -223,8 +179,3 @@ def _interruptible(study: Study) -> Iterator[None]:
             if study.trial_record(trial).status == "running":
                 study.mark_ended(trial, "interrupted", "interrupted by the user")
         raise
-
-
-class _Silent:
-    def say(self, message: str) -> None: ...
-    def poll(self) -> None: ...

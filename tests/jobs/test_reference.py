@@ -134,7 +134,7 @@ def test_a_trial_that_fails_is_recorded_and_ends_no_study(
     shutil.copytree(study.path, copy)
     shutil.rmtree(copy / "reference" / FOLDERS[1])
     ending = FakeLauncher(lambda *_: WorkerError("the child ended by signal 9"), LocalLauncher(study.spec.model).site())
-    monkeypatch.setattr(pipeline, "make_launcher", lambda *_: ending)
+    monkeypatch.setattr("rankscope.jobs.launchers.make_launcher", lambda *_: ending)
     again = run(root, copy)
     assert list(again.reference_results()["status"]) == ["done", "failed"]
     assert again.reference_results()["reason"][1] == "the child ended by signal 9"
@@ -150,7 +150,7 @@ def test_memory_that_runs_out_is_recorded(
     shutil.copytree(study.path, copy)
     shutil.rmtree(copy / "reference" / FOLDERS[0])
     ending = FakeLauncher(lambda *_: OutOfMemoryError("no more"), LocalLauncher(study.spec.model).site())
-    monkeypatch.setattr(pipeline, "make_launcher", lambda *_: ending)
+    monkeypatch.setattr("rankscope.jobs.launchers.make_launcher", lambda *_: ending)
     assert list(run(root, copy).reference_results()["status"]) == ["oom", "done"]
 
 

@@ -24,6 +24,9 @@ class Seen(NamedTuple):
     """The trial's, in rankscope's words."""
     state: str
     """The run's, in the tool's."""
+    verdict: str = ""
+    report: str = ""
+    """The page, or what stands for it. Of the study's own run alone, as is the verdict."""
 
 
 def read_tensorboard(folder: Path, trial: str) -> Seen:
@@ -38,9 +41,11 @@ def read_tensorboard(folder: Path, trial: str) -> Seen:
     start = metadata.parse_session_start_info_plugin_data(told[metadata.SESSION_START_INFO_TAG])
     end = metadata.parse_session_end_info_plugin_data(told[metadata.SESSION_END_INFO_TAG])
     config = {name: getattr(value, str(value.WhichOneof("kind"))) for name, value in start.hparams.items()}
-    status = make_ndarray(events.Tensors("status")[-1].tensor_proto).item().decode()
+    said = {tag: events.Tensors(tag)[-1].tensor_proto for tag in events.Tags()["tensors"]}
+    texts = {tag: make_ndarray(proto).item().decode() for tag, proto in said.items() if proto.string_val}
     summary = {tag: values[-1][1] for tag, values in curves.items()}
-    return Seen(path.parent.name, config, curves, summary, status, api_pb2.Status.Name(end.status))
+    ended = texts["status"], api_pb2.Status.Name(end.status), texts.get("verdict", ""), texts.get("report", "")
+    return Seen(path.parent.name, config, curves, summary, *ended)
 
 
 def read_mlflow(folder: Path, trial: str) -> Seen:
@@ -53,9 +58,12 @@ def read_mlflow(folder: Path, trial: str) -> Seen:
         (run,) = client.search_runs(list(groups), f"attributes.run_name = '{trial}'")
         names = list(run.data.metrics)
         points = {name: client.get_metric_history(run.info.run_id, name) for name in names}
+        files = [file.path for file in client.list_artifacts(run.info.run_id, "report")]
+        pages = [Path(client.download_artifacts(run.info.run_id, file)).read_text() for file in files]
     curves = {name: [(point.step, point.value) for point in points[name]] for name in names}
     group, status = groups[run.info.experiment_id], run.data.tags["rankscope.status"]
-    return Seen(group, run.data.params, curves, run.data.metrics, status, run.info.status)
+    said = run.info.status, run.data.tags.get("mlflow.note.content", ""), "".join(pages)
+    return Seen(group, run.data.params, curves, run.data.metrics, status, *said)
 
 
 def read_trackio(folder: Path, trial: str) -> Seen:
@@ -69,6 +77,9 @@ def read_trackio(folder: Path, trial: str) -> Seen:
         (run,) = [run for run in trackio.Api().runs("rankscope") if run.name == trial]
         rows = sqlite_storage.SQLiteStorage.get_logs("rankscope", trial, run_id=run.id)
         config = dict(run.config or {})
+        linked = sqlite_storage.SQLiteStorage.get_run_artifacts("rankscope", trial, run.id)["output"]
+    pages = [file.read_text() for file in (folder / "trackio").rglob("sha256/*/*")] if linked else []
+    verdicts = [row["verdict"]["_value"] for row in rows if "verdict" in row]
     curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for row in rows:
         for name, value in row.items():
@@ -76,12 +87,12 @@ def read_trackio(folder: Path, trial: str) -> Seen:
                 curves[name].append((row["step"], value))
     statuses = [row["status"] for row in rows if "status" in row]
     summary = {name: values[-1][1] for name, values in curves.items()}
-    return Seen(config["_Group"], config, curves, summary, statuses[-1], "")
+    return Seen(config["_Group"], config, curves, summary, statuses[-1], "", "".join(verdicts), "".join(pages))
 
 
 def read_wandb(folder: Path, trial: str) -> Seen:
     """Records of all fragments of the run, in the order in which `wandb sync` sends them."""
-    group, config, exit_code = "", {}, 0
+    group, config, exit_code, report = "", {}, 0, ""
     curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
     summary: dict[str, Any] = {}
     for file in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
@@ -99,9 +110,12 @@ def read_wandb(folder: Path, trial: str) -> Seen:
                     curves[name].append((row[axis], value))
             elif kind == "summary":
                 summary |= _items(record.summary.update)
+            elif kind == "artifact":
+                report = Path(record.artifact.manifest.contents[0].local_path).read_text()
             elif kind == "exit":
                 exit_code = record.exit.exit_code
-    return Seen(group, config, curves, summary, summary["status"], str(exit_code))
+    said = summary["status"], str(exit_code), summary.get("verdict", ""), report
+    return Seen(group, config, curves, summary, *said)
 
 
 def _items(items: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -38,14 +38,17 @@ def replayed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     (root / "home").mkdir()
     shutil.copytree(FIXTURE, root / "study")
     study = Study.open(root / "study")
+    (study.path / "report").mkdir()
+    (study.path / "report" / "index.html").write_text("the page", encoding="utf-8")
+    (study.path / "report" / "report.md").write_text("the page", encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         clear_environment(patch, root / "home")
         whole = cut_back(study, 5)
-        with run_trackers(study, [request.param], told):
+        with run_trackers(study, [request.param], told.say):
             pass
         for file in whole:  # to a checkpoint before what has been sent
             file.write_bytes(b"".join(whole[file].splitlines(keepends=True)[:2]))
-        with run_trackers(study, [request.param], told):
+        with run_trackers(study, [request.param], told.say):
             for file, content in whole.items():
                 file.write_bytes(b"".join(content.splitlines(keepends=True)[:6]))
             wait_for(study, request.param, 6)
@@ -55,6 +58,7 @@ def replayed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def cut_back(study: Study, lines: int) -> dict[Path, bytes]:
     """Leaves of a finished study what it has while it trains; returns the whole curves."""
+    (study.path / "verdict.json").unlink()
     whole = {}
     for trial in study.all_trials():
         folder = study.trial_folder(trial)
@@ -101,8 +105,7 @@ def test_a_run_has_the_config_and_its_group(replayed: Replayed) -> None:
     assert float(nested or seen.config["training.steps"]) == 4
 
 
-def test_costs_stand_over_the_rank(replayed: Replayed) -> None:
-    """The original study's graphs beside the loss: average CPU memory, average GPU memory, runtime."""
+def test_costs_are_in_the_summary(replayed: Replayed) -> None:
     summary = read_json(FIXTURE / "profiles" / "r008.json", schema=2)["repeats"][0]["summary"]
     seen = replayed.read()
     for name, value in {
@@ -111,10 +114,32 @@ def test_costs_stand_over_the_rank(replayed: Replayed) -> None:
         "train_runtime": summary["runtime_seconds"],
         "train_tokens_per_second": summary["tokens_per_second"],
     }.items():
-        assert seen.curves[name] == [(8, pytest.approx(value, rel=1e-6))]
-        assert seen.summary[name] == pytest.approx(value, rel=1e-6)
-    assert "average_gpu_memory_gb" not in seen.curves, "no GPU was used"
-    assert "train_runtime" not in replayed.read(REFERENCE).curves, "its cost is not profiled"
+        assert seen.summary[f"cost/{name}"] == pytest.approx(value, rel=1e-6)
+    assert "cost/average_gpu_memory_gb" not in seen.summary, "no GPU was used"
+    assert "cost/train_runtime" not in replayed.read(REFERENCE).summary, "its cost is not profiled"
+
+
+def test_a_study_has_its_graphs_by_rank_its_verdict_and_its_report(replayed: Replayed) -> None:
+    """The original study's four graphs: training loss, average CPU memory, average GPU memory, runtime."""
+    study, seen = replayed.study, replayed.read("by-rank")
+    compared = {row["rank"]: row for row in study.verdict["comparison"]}
+    results, profiles = study.results(), study.profiles()
+    expected: dict[str, list[Any]] = {}
+    for rank, row in sorted(compared.items()):
+        trials, measured = results[results["candidate"] == row["candidate"]], profiles[profiles["rank"] == rank]
+        for name, value in {
+            "train_loss": trials["train_loss"].mean(),
+            "eval_loss": row["eval_loss"],
+            "average_cpu_memory_gb": measured[~measured["control"]]["rss_mean_bytes"].mean() / 1e9,
+            "train_runtime": measured[~measured["control"]]["runtime_seconds"].mean(),
+        }.items():
+            expected.setdefault(f"by_rank/{name}", []).append((rank, pytest.approx(value, rel=1e-6)))
+    assert len(expected["by_rank/train_loss"]) == len(compared) > 1
+    assert {name: seen.curves[name] for name in expected} == expected
+    assert "by_rank/average_gpu_memory_gb" not in seen.curves, "no GPU was used"
+    assert seen.verdict == study.sentence()
+    assert seen.report == "the page"
+    assert (seen.group, seen.status) == (study.spec.name, "done")
 
 
 def test_memory_stands_over_the_profiles_steps(replayed: Replayed) -> None:
@@ -130,7 +155,7 @@ def test_summary_and_status(replayed: Replayed) -> None:
     results = read_json(FIXTURE / "trials" / TRIAL / "trial.json")["results"]
     seen = replayed.read()
     for name in ("train_loss", "eval_loss", "eval_accuracy", "trainable_params"):
-        assert seen.summary[name] == pytest.approx(results[name], rel=1e-6)
+        assert seen.summary[f"final/{name}"] == pytest.approx(results[name], rel=1e-6)
     assert seen.status == "done"
     assert seen.state in ("0", "FINISHED", "STATUS_SUCCESS", "")
 
@@ -162,6 +187,6 @@ def test_a_moved_study_goes_on_with_the_same_runs(replayed: Replayed, tmp_path: 
         Study.open(tmp_path / "moved"),
         read_json(replayed.study.path / "tracking" / f"{replayed.name}.json"),
     )
-    with run_trackers(moved, [replayed.name], RecordingProgress()):
+    with run_trackers(moved, [replayed.name], RecordingProgress().say):
         pass
     assert read_json(moved.path / "tracking" / f"{replayed.name}.json") == before

@@ -5,8 +5,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -14,16 +15,19 @@ import rankscope
 from folders import write_data, write_model
 from rankscope.cli import app
 from rankscope.errors import MissingExtraError, StudyError
-from rankscope.files import read_json
+from rankscope.files import read_json, write_json
+from rankscope.spec.models import StudySpec
 from rankscope.study.study import Study
-from rankscope.track import choose_trackers, flat
+from rankscope.track import choose_trackers, flat, open_tracker
 from rankscope.track import tracker_process as beside
 from rankscope.track.__main__ import redacted
-from rankscope.track.follow import costs, memory_points
+from rankscope.track.follow import TrackerSync, costs, memory_points
 from rankscope.track.tracker_process import run_trackers
 from recording import RecordingProgress
 from track.readers import READERS, clear_environment
 from track.test_contract import FIXTURE
+
+CANDIDATE = StudySpec.model_validate({"model": {"id": "m"}, "data": {"id": "d"}}).candidates()[0]
 
 CLIENT = """
 import os, time
@@ -55,11 +59,10 @@ def pretend(monkeypatch: pytest.MonkeyPatch, folder: Path, at_import: str = "", 
 
 
 def follow_until_said(study: Study, names: list[str], said: str) -> RecordingProgress:
-    """A run that polls until a line has `said` in it, and ends."""
+    """A run that goes on until a line has `said` in it, and ends."""
     told, end = RecordingProgress(), time.monotonic() + 60
-    with run_trackers(study, names, told) as progress:
+    with run_trackers(study, names, told.say):
         while not any(said in line for line in told.lines) and time.monotonic() < end:
-            progress.poll()
             time.sleep(0.05)
     return told
 
@@ -92,17 +95,16 @@ def test_a_client_that_waits_holds_up_nothing_but_the_end(
     pretend(monkeypatch, tmp_path, at_begin="time.sleep(3600)")
     monkeypatch.setattr(beside, "FINISH_SECONDS", 0.5)
     told, start = RecordingProgress(), time.monotonic()
-    with run_trackers(study, ["mlflow"], told) as progress:
-        for _ in range(3):
-            progress.poll()
+    with run_trackers(study, ["mlflow"], told.say):
         assert time.monotonic() - start < 5
     assert time.monotonic() - start < 30
     assert "still sending" in told.lines[-1]
+    assert not any("goes on without" in line for line in told.lines)
 
 
 def test_an_error_of_the_study_passes_and_what_there_is_is_sent(study: Study) -> None:
     def run() -> None:
-        with run_trackers(study, ["tensorboard"], RecordingProgress()):
+        with run_trackers(study, ["tensorboard"], RecordingProgress().say):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -121,7 +123,7 @@ def test_a_tracker_ends_with_the_process_that_started_it(study: Study) -> None:
 def test_a_damaged_record_of_what_was_sent_begins_new_runs(study: Study) -> None:
     (study.path / "tracking").mkdir()
     (study.path / "tracking" / "tensorboard.json").write_text("{", encoding="utf-8")
-    with run_trackers(study, ["tensorboard"], RecordingProgress()):
+    with run_trackers(study, ["tensorboard"], RecordingProgress().say):
         pass
     assert len(read_json(study.path / "tracking" / "tensorboard.json")["trials"]) == 12
 
@@ -151,17 +153,18 @@ def test_a_client_that_is_missing_is_named_with_its_command(
 
 
 def test_memory_of_a_gpu_has_a_curve_of_its_own() -> None:
-    columns: dict[str, list[Any]] = {
-        "phase": ["load", "warmup", "train", "train"],
-        "step": [0, 0, 1, 1],
-        "rss_bytes": [1e9, 2e9, 3e9, 5e9],
-        "gpu_allocated_bytes": [0, 1e9, 2e9, 2e9],
-    }
-    points = memory_points([{"samples": columns}])
-    assert [(point.step, point.metrics) for point in points] == [
+    samples = pd.DataFrame({
+        "phase": ["load", "warmup", "train", "train", "train"],
+        "step": [0, 0, 1, 1, 1],
+        "rss_bytes": [1e9, 2e9, 3e9, 5e9, 9e9],
+        "gpu_allocated_bytes": [0, 1e9, 2e9, 2e9, 9e9],
+    }).assign(rank=[8, 8, 8, 8, 4], variant="lora")  # fmt: skip
+    assert [(point.step, point.metrics) for point in memory_points(samples, CANDIDATE)] == [
         (0, {"system/cpu_memory_gb": 2.0, "system/gpu_memory_gb": 1.0}),
         (1, {"system/cpu_memory_gb": 4.0, "system/gpu_memory_gb": 2.0}),
     ]
+    without = memory_points(samples.assign(gpu_allocated_bytes=None), CANDIDATE)
+    assert [point.metrics for point in without] == [{"system/cpu_memory_gb": 2.0}, {"system/cpu_memory_gb": 4.0}]
 
 
 def test_costs_are_means_over_repeats_and_peaks_the_highest() -> None:
@@ -170,28 +173,42 @@ def test_costs_are_means_over_repeats_and_peaks_the_highest() -> None:
         "rss_peak_bytes": 2e9,
         "gpu_allocated_mean_bytes": 3e9,
         "gpu_allocated_peak_bytes": 4e9,
-        "step_seconds_mean": 0.5,
         "runtime_seconds": 60.0,
         "tokens_per_second": 100.0,
     }
     other = {name: 3 * value for name, value in one.items()}
-    assert costs([{"summary": one}, {"summary": other}], {}, examples=8) == {
+    rows = pd.DataFrame([one, other, {name: 9 * value for name, value in one.items()}])
+    profiles = rows.assign(candidate="r008", control=[False, False, True])
+    expected = {
         "average_cpu_memory_gb": 2.0,
         "peak_cpu_memory_gb": 6.0,
         "average_gpu_memory_gb": 6.0,
         "peak_gpu_memory_gb": 12.0,
         "train_runtime": 120.0,
-        "train_steps_per_second": 1.0,
-        "train_samples_per_second": 8.0,
         "train_tokens_per_second": 200.0,
     }
+    assert costs(profiles) == {"r008": expected}
+    assert costs(profiles.assign(runtime_seconds=np.nan)) == {}, "not timed yet"
+    assert costs(pd.DataFrame()) == {}
+
+
+def test_a_later_verdict_has_a_run_of_its_own(study: Study) -> None:
+    tracking = study.path / "tracking"
+    tracking.mkdir()
+    for margin in (study.verdict["margin"], 0.5, 0.5):
+        write_json(study.path / "verdict.json", study.verdict | {"margin": margin})
+        TrackerSync(study, open_tracker("tensorboard", tracking), "tensorboard").finish()
+    assert sorted(run.name for run in tracking.glob("tensorboard/*/by-rank*")) == ["by-rank", "by-rank-2"]
+    said = [READERS["tensorboard"](tracking, name).verdict for name in ("by-rank", "by-rank-2")]
+    assert "within 1% of the best" in said[0]
+    assert said[1] == study.sentence() != said[0]
 
 
 def test_a_process_that_cannot_be_started_is_told_of(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     told = RecordingProgress()
-    with run_trackers(study, ["wandb"], told) as progress:
-        progress.poll()
+    with run_trackers(study, ["wandb"], told.say):
+        pass
     assert ["cannot be started" in line for line in told.lines] == [True]
 
 

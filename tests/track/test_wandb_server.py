@@ -32,17 +32,19 @@ def interrupt_and_go_on(path: Path, told: RecordingProgress) -> Study:
     """Two sessions of one study."""
     shutil.copytree(FIXTURE, path)
     study = Study.open(path)
+    (path / "report").mkdir()
+    (path / "report" / "index.html").write_text("the page", encoding="utf-8")
     cut_back(study, 4)
-    with run_trackers(study, ["wandb"], told):
+    with run_trackers(study, ["wandb"], told.say):
         pass
     shutil.copytree(FIXTURE, path, dirs_exist_ok=True)
-    with run_trackers(study, ["wandb"], told):
+    with run_trackers(study, ["wandb"], told.say):
         pass
     return study
 
 
 def the_run(server: WandbServer) -> Received:
-    assert len(server.runs) == 12
+    assert len(server.runs) == 13
     (run,) = [run for run in server.runs.values() if run.asked["displayName"] == TRIAL]
     return run
 
@@ -56,7 +58,6 @@ def check(server: WandbServer, study: Study) -> None:
     for name, field in (("train/loss", "train_loss"), ("eval/loss", "eval_loss")):
         seen = [(row["train/global_step"], row[name]) for row in rows if name in row]
         assert seen == [(row["step"], row[field]) for row in expected if field in row]
-    assert sum("train_runtime" in row for row in rows) == 1
     assert [row["_step"] for row in rows] == sorted({row["_step"] for row in rows})
 
 
@@ -69,7 +70,10 @@ def test_online_a_run_goes_on_where_it_was(
     study = interrupt_and_go_on(tmp_path / "study", told)
     assert told.lines == [f"W&B sends the runs to {server.url}, project rankscope"] * 2
     check(server, study)
-    assert the_run(server).summary["average_cpu_memory_gb"] > 0
+    assert the_run(server).summary["cost/average_cpu_memory_gb"] > 0
+    (by_rank,) = [run for run in server.runs.values() if run.asked["displayName"] == "by-rank"]
+    assert by_rank.summary["verdict"] == study.sentence()
+    assert [artifact["description"] for artifact in server.artifacts] == [study.sentence()]
     key = base64.b64encode(f"api:{SECRETS['WANDB_API_KEY']}".encode()).decode()
     assert server.keys <= {f"Basic {key}", ""}
     for file in study.path.rglob("*"):
@@ -93,7 +97,7 @@ def test_without_a_key_it_is_offline_and_asks_nobody(
     monkeypatch.delenv("WANDB_MODE")
     shutil.copytree(FIXTURE, tmp_path / "study")
     told = RecordingProgress()
-    with run_trackers(Study.open(tmp_path / "study"), ["wandb"], told):
+    with run_trackers(Study.open(tmp_path / "study"), ["wandb"], told.say):
         pass
     assert ["offline" in line and "wandb sync" in line for line in told.lines] == [True]
     assert not server.runs

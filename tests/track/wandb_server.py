@@ -24,6 +24,7 @@ class WandbServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.runs: dict[str, Received] = {}
         self.keys: set[str] = set()
+        self.artifacts: list[dict[str, Any]] = []
 
     @property
     def url(self) -> str:
@@ -48,6 +49,10 @@ class WandbServer(ThreadingHTTPServer):
             case "CreateRunFiles":
                 files = [{"name": name, "uploadUrl": f"{self.url}/upload"} for name in given["files"]]
                 return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
+            case "CreateArtifact":  # "committed": its files need not be sent
+                self.artifacts.append(given["input"])
+                artifact = {"id": "a", "state": "COMMITTED", "artifactSequence": {"latestArtifact": None}}
+                return {"createArtifact": {"artifact": artifact}}
         return {}
 
     def bucket(self, name: str) -> dict[str, Any]:

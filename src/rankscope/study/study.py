@@ -1,4 +1,4 @@
-"""`rankscope.Study`: a study's tables, verdict and report."""
+"""A study's tables, verdict, adapters and report."""
 
 from functools import cached_property
 from html import escape
@@ -6,7 +6,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from rankscope.errors import StudyError
 from rankscope.files import missing_error
+from rankscope.spec.candidates import PLAIN, Trial
 from rankscope.study import tables
 from rankscope.study.evidence import Evidence, without_variants
 from rankscope.study.folder import StudyFolder
@@ -16,8 +18,7 @@ _SHOWN = ["trial", "status", "train_loss", "eval_loss", "trainable_params", "tok
 
 
 class Study(StudyFolder):
-    """A study: its directory, tables, verdict and report. Opening reads nothing but study.yaml; a table is read when
-    its method is called. Tables are tidy pandas DataFrames, with trials in the order of the question."""
+    """A study with its tables, which are read when their methods are called."""
 
     results = tables.results
     reference_results = tables.reference_results
@@ -43,6 +44,41 @@ class Study(StudyFolder):
         if verdict is None:
             raise missing_error(self.file("verdict.json"))
         return verdict
+
+    def sentence(self, language: str = "en") -> str:
+        """The verdict in words, in English (`en`) or Korean (`ko`); also before there is one."""
+        return verdict_sentence(self.find_verdict(), language)
+
+    @property
+    def best(self) -> Trial:
+        """The trial to use: `best_trial` of the rank that the verdict names. `study.best.candidate` has its rank and
+        learning rate."""
+        return self.best_trial()
+
+    def best_trial(self, rank: int | None = None) -> Trial:
+        """A finished trial of the rank that the verdict names, or of `rank`: of the candidate that the verdict compares
+        at that rank, and of its seeds the one with the lowest held-out loss. Raises StudyError: the verdict names no
+        rank, or no trial of the rank is done."""
+        verdict = self.find_verdict() or {}
+        rank = verdict.get("rank") if rank is None else rank
+        if rank is None:
+            raise StudyError(f"{self.path}: {self.sentence()}", "Name a rank: study.adapter(8), or --rank 8.")
+        results = self.results()
+        of_rank = results[(results["rank"] == rank) & (results["variant"] == PLAIN)]
+        compared = of_rank["candidate"].isin([row["candidate"] for row in verdict.get("comparison", ())])
+        done = of_rank[(of_rank["status"] == "done") & of_rank["eval_loss"].notna() & (compared | ~compared.any())]
+        if done.empty:
+            states = ", ".join(sorted(set(of_rank["status"]))) or "it has no such rank"
+            todo = f"Ranks of the study: {', '.join(map(str, self.spec.ranks))}."
+            raise StudyError(f"{self.path}: no trial of rank {rank} is done: {states}", todo)
+        best = done.loc[done["eval_loss"].idxmin(), "trial"]
+        return next(trial for trial in self.trials if trial.name == best)
+
+    def adapter(self, rank: int | None = None) -> Path:
+        """Folder of the adapter of `best`, or of `best_trial(rank)`, as PEFT saves it, with weights that are whole.
+        Nothing is loaded: it is for `PeftModel.from_pretrained(base, study.adapter())`, and for every other tool that
+        reads PEFT's format. Raises StudyError as `best_trial` does; StudyDirectoryError: it is missing or corrupt."""
+        return self.adapter_file(self.best_trial(rank)).parent
 
     def evidence(self) -> Evidence:
         """Read everything that the analysis and the report start from."""
@@ -79,5 +115,5 @@ class Study(StudyFolder):
         table = shown.to_html(index=False, na_rep="–", float_format=lambda value: f"{value:,.4g}", border=0)
         return (
             f"<p><strong>{escape(self.spec.name)}</strong>: {done} of {len(results)} trials are done.</p>"
-            f"<p>{escape(verdict_sentence(self.find_verdict()))}</p>{table}<p>{escape(str(self.report))}</p>"
+            f"<p>{escape(self.sentence())}</p>{table}<p>{escape(str(self.report))}</p>"
         )

@@ -1,8 +1,8 @@
 """Trackers: a study's measurements in the experiment trackers that people use. One file for each.
 
-A tracker has one run for each trial, grouped by study. It lives in a process of its own
-(`rankscope.track.tracker_process`), which follows the study's files (`rankscope.track.follow`): training does not know
-of it, and goes on whether it waits or crashes.
+A tracker has one run for each trial, and one with the ranks and the verdict, grouped by study. It lives in a process of
+its own (`rankscope.track.tracker_process`), which follows the study's files (`rankscope.track.follow`): training does
+not know of it, and goes on whether it waits or crashes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from rankscope.text.catalogue import flatten
 STEP = "train/global_step"
 RANK = "rank"
 PROFILE_STEP = "system/step"
-"""Axes of points: the optimizer step, the candidate's rank (0: full fine-tuning), the step of its profile."""
+"""Axes of points: the optimizer step, the candidate's rank, the step of its profile."""
 
 
 class Point(NamedTuple):
@@ -28,10 +28,13 @@ class Point(NamedTuple):
 
 
 class Run(Protocol):
-    """One trial in a tracker. Methods return when the client has accepted the data."""
+    """One trial, or a study by rank, in a tracker. Methods return when the client has accepted the data."""
 
     def log(self, points: Sequence[Point]) -> None:
         """Append points, in order."""
+
+    def conclude(self, sentence: str, pages: Sequence[Path]) -> None:
+        """Attach the verdict's sentence, and the report: its page in each language, beside which report.md lies."""
 
     def finish(self, summary: Point, status: str) -> None:
         """End the run with the trial's status, such as `done` or `diverged`. A later session may begin it again. The
@@ -45,9 +48,9 @@ class Tracker(Protocol):
     destination: str  # of the runs, in any words without a key: where it changes, everything is sent again
     note: str  # one line for the user: the destination, and how to look at it
 
-    def begin(self, trial: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> Run:
-        """Begin the run of a trial, or, with `again`, resume the run that an earlier session has begun as `run_id`.
-        `config` may hold mappings: see `flat`."""
+    def begin(self, name: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> Run:
+        """Begin a run, or, with `again`, resume the one that an earlier session began as `run_id`. `config` may hold
+        mappings: see `flat`."""
 
     def close(self) -> None:
         """Release the client, when all runs have been finished."""

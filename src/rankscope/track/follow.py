@@ -6,18 +6,20 @@ checkpoint, since repeated steps are bitwise the same.
 
 import hashlib
 import json
+import math
 import secrets
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from statistics import fmean
 from typing import Any
 
+import pandas as pd
+
 from rankscope.errors import DamagedError
-from rankscope.files import JsonlTail, corrupt_on_error, read_json, write_json
-from rankscope.spec.candidates import AnyTrial, Trial
+from rankscope.files import JsonlTail, corrupt_on_error, file_sha256, read_json, write_json
+from rankscope.spec.candidates import AnyTrial, Candidate, Trial
+from rankscope.study import tables
 from rankscope.study.folder import NOT_ENDED, SCHEMA, StudyFolder
-from rankscope.study.tables import times
+from rankscope.text.verdict import verdict_sentence
 from rankscope.track import PROFILE_STEP, RANK, STEP, Point, Run, Tracker
 
 GB = 1e9
@@ -26,6 +28,12 @@ NAMES = {"train_loss": "train/loss", "step_learning_rate": "train/learning_rate"
 
 RESULTS = ("train_loss", "eval_loss", "eval_perplexity", "eval_accuracy", "trainable_params", "adapter_bytes")
 """Fields of a trial's results that its summary has."""
+
+MEMORY = {"rss_bytes": "system/cpu_memory_gb", "gpu_allocated_bytes": "system/gpu_memory_gb"}
+"""Columns of `Study.samples` that a trial's run has over the steps of its profile."""
+
+BY_RANK = "by-rank"
+"""Name of a study's own run. A later verdict has another, `by-rank-2`: no tool takes a point back."""
 
 
 class TrackerSync:
@@ -38,6 +46,7 @@ class TrackerSync:
         kept = self._kept()
         self._session: str = kept["session"]
         self._sent: dict[str, dict[str, Any]] = kept["trials"]
+        self._verdicts: list[str] = kept["verdicts"]  # hashes of verdict.json
         self._tails = {t.name: JsonlTail(study.trial_folder(t) / "metrics.jsonl") for t in study.all_trials()}
         self._runs: dict[str, Run] = {}
 
@@ -54,26 +63,48 @@ class TrackerSync:
                 self._keep()
 
     def finish(self) -> None:
-        """Send the rest, costs and summaries, and end the runs: called when the study has ended, in whatever way."""
+        """Send the rest, costs, summaries and the verdict, and end the runs: called when the study has ended, in
+        whatever way."""
         self.poll()
+        found, samples = costs(tables.profiles(self.study)), tables.samples(self.study)
         for trial in self.study.all_trials():
-            self._finish(trial)
+            own = found.get(trial.candidate.name, {}) if isinstance(trial, Trial) else {}
+            memory = memory_points(samples, trial.candidate) if isinstance(trial, Trial) and own else []
+            self._finish(trial, own, memory)
+        if verdict := self.study.find_verdict():
+            self._conclude(verdict, file_sha256(self.study.file("verdict.json")), found)
 
-    def _finish(self, trial: AnyTrial) -> None:
+    def _finish(self, trial: AnyTrial, found: Mapping[str, float], memory: Sequence[Point]) -> None:
         record, before = self.study.trial_record(trial), self._sent.get(trial.name, {})
         if record.status == "pending" and trial.name not in self._runs:
             return
         status = "interrupted" if record.status in NOT_ENDED else record.status
-        points = self._cost_points(trial)
-        new_status, new_costs = before.get("status") != status, bool(points) and not before.get("costs")
+        new_status, new_costs = before.get("status") != status, bool(found) and not before.get("costs")
         if not (new_status or new_costs or trial.name in self._runs):
             return
         run, results = self._run(trial), record.results
         if new_costs:
-            run.log(points)
-        metrics = _numbers({name: getattr(results, name, None) for name in RESULTS}) if new_status else {}
-        run.finish(Point(STEP, int(results.steps or 0) if results else 0, metrics), status)
+            run.log(memory)
+        metrics = {f"final/{name}": getattr(results, name, None) for name in RESULTS} if new_status else {}
+        metrics |= {f"cost/{name}": value for name, value in found.items()} if new_costs else {}
+        run.finish(Point(STEP, int(results.steps or 0) if results else 0, _numbers(metrics)), status)
         self._sent[trial.name] |= {"costs": new_costs or before.get("costs", False), "status": status}
+        self._keep()
+
+    def _conclude(self, verdict: Mapping[str, Any], sha256: str, found: Mapping[str, Mapping[str, float]]) -> None:
+        """Send the study's own run, unless this verdict has one: its ranks, the verdict's sentence, the report."""
+        if sha256 in self._verdicts:
+            return
+        self._verdicts.append(sha256)
+        number = len(self._verdicts)
+        run = self._begin(BY_RANK if number == 1 else f"{BY_RANK}-{number}", {}, False)
+        losses = tables.results(self.study).groupby("candidate")["train_loss"].mean()
+        for row in verdict["comparison"]:
+            own = {"train_loss": losses[row["candidate"]], "eval_loss": row["eval_loss"]}
+            own |= found.get(row["candidate"], {})
+            run.log([Point(RANK, row["rank"], {f"by_rank/{name}": float(value) for name, value in own.items()})])
+        run.conclude(verdict_sentence(verdict), sorted(self.study.file("report").glob("index*.html")))
+        run.finish(Point(RANK, max(self.study.spec.ranks), {}), "done")
         self._keep()
 
     def _kept(self) -> dict[str, Any]:
@@ -82,8 +113,9 @@ class TrackerSync:
         with suppress(DamagedError), corrupt_on_error(self._file):
             kept = read_json(self._file)
             if kept["place"] == self._destination:
-                return {"session": str(kept["session"]), "trials": dict(kept["trials"])}
-        return {"session": secrets.token_hex(8), "trials": {}}
+                of_verdicts = {"verdicts": list(kept.get("verdicts", []))}  # which version 0.1 did not send
+                return {"session": str(kept["session"]), "trials": dict(kept["trials"]), **of_verdicts}
+        return {"session": secrets.token_hex(8), "trials": {}, "verdicts": []}
 
     def _new_rows(self, trial: AnyTrial) -> list[dict[str, Any]]:
         """Return the rows that have been neither sent nor read."""
@@ -92,29 +124,21 @@ class TrackerSync:
         return [json.loads(line) for number, line in enumerate(lines, first) if number > sent]
 
     def _keep(self) -> None:
-        kept = {"place": self._destination, "session": self._session, "trials": self._sent}
-        write_json(self._file, {"schema": SCHEMA, **kept})
+        kept = {"session": self._session, "trials": self._sent, "verdicts": self._verdicts}
+        write_json(self._file, {"schema": SCHEMA, "place": self._destination, **kept})
 
     def _run(self, trial: AnyTrial) -> Run:
         """Return the trial's run, which begins with the first data to send."""
         name = trial.name
         if name not in self._runs:
-            run_id = _short_hash(f"{self._session} {name}")
-            config = trial_config(self.study, trial)
-            self._runs[name] = self.tracker.begin(name, run_id, self.study.spec.name, config, name in self._sent)
+            self._runs[name] = self._begin(name, trial_config(trial), name in self._sent)
             self._sent.setdefault(name, {"lines": 0, "costs": False, "status": None})
         return self._runs[name]
 
-    def _cost_points(self, trial: AnyTrial) -> list[Point]:
-        """Return the points of the candidate's profile; none for an unfinished profile, or full fine-tuning."""
-        if not isinstance(trial, Trial):
-            return []
-        repeats, spec = self.study.profile_repeats(trial.candidate.profile_name), self.study.spec
-        timed = times(self.study).get(trial.candidate.profile_name, {})
-        if len(repeats) < spec.measure.repeats or "runtime_seconds" not in repeats[0]["summary"] | timed:
-            return []
-        found = costs(repeats, timed, spec.training.effective_batch_size)
-        return [*memory_points(repeats), Point(RANK, trial.candidate.rank, found)]
+    def _begin(self, name: str, own: Mapping[str, Any], again: bool) -> Run:
+        spec, run_id = self.study.spec, _short_hash(f"{self._session} {name}")
+        shared = spec.model_dump(mode="json", include={"model", "data", "training"})
+        return self.tracker.begin(name, run_id, spec.name, {"study": spec.name, **own, **shared}, again)
 
 
 def metric_name(field: str) -> str:
@@ -127,53 +151,53 @@ def step_point(row: Mapping[str, Any]) -> Point:
     return Point(STEP, row["step"], _numbers({metric_name(name): row[name] for name in row if name != "step"}))
 
 
-def memory_points(repeats: Sequence[Mapping[str, Any]]) -> list[Point]:
-    """Return memory at each step of a profile, in GB (1e9 bytes): the mean of samples, over all repeats."""
-    samples: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for columns in (repeat["samples"] for repeat in repeats):
-        for number, phase in enumerate(columns["phase"]):
-            if phase in ("warmup", "train"):
-                for name, column in (("cpu", "rss_bytes"), ("gpu", "gpu_allocated_bytes")):
-                    if columns[column][number] is not None:
-                        samples[columns["step"][number]][name].append(columns[column][number] / GB)
-    return [
-        Point(PROFILE_STEP, step, {f"system/{name}_memory_gb": fmean(values) for name, values in found.items()})
-        for step, found in sorted(samples.items())
-    ]
+def costs(profiles: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Return the costs of each candidate alone, by name, where its time is known; GPU figures only where there is a
+    GPU. Means over repeats, and of peaks the highest. Memory of training is in GB (1e9 bytes); `train_runtime`, of the
+    whole schedule, in seconds."""
+    from rankscope.analysis.costs import cpu_memory  # at the end of a study: scipy takes its time
+
+    if profiles.empty:
+        return {}
+    cpu = cpu_memory(profiles)
+    found = (
+        profiles[~profiles["control"] & profiles["runtime_seconds"].notna()]
+        .groupby("candidate")
+        .agg(
+            average_cpu_memory_gb=(f"{cpu}_mean_bytes", "mean"),
+            peak_cpu_memory_gb=(f"{cpu}_peak_bytes", "max"),
+            average_gpu_memory_gb=("gpu_allocated_mean_bytes", "mean"),
+            peak_gpu_memory_gb=("gpu_allocated_peak_bytes", "max"),
+            train_runtime=("runtime_seconds", "mean"),
+            train_tokens_per_second=("tokens_per_second", "mean"),
+        )
+    )
+    found.loc[:, found.columns.str.endswith("_gb")] /= GB
+    return {str(name): _numbers(row) for name, row in found.to_dict("index").items()}
 
 
-def costs(repeats: Sequence[Mapping[str, Any]], timed: Mapping[str, Any], examples: int) -> dict[str, float]:
-    """Return the cost of a rank alone, for steps of `examples` examples; GPU figures only where there is a GPU. They
-    are means over repeats, and for peaks the highest, or `timed` side by side with the other ranks'. Memory of training
-    is in GB (1e9 bytes); `train_runtime`, of the whole schedule, in seconds."""
-    summaries = [repeat["summary"] | dict(timed) for repeat in repeats]
-    found: dict[str, float] = {}
-    cpu = "private" if all(summary.get("private_mean_bytes") is not None for summary in summaries) else "rss"
-    for name, column in (("cpu", cpu), ("gpu", "gpu_allocated")):
-        if all(summary[f"{column}_mean_bytes"] is not None for summary in summaries):
-            found[f"average_{name}_memory_gb"] = fmean(summary[f"{column}_mean_bytes"] for summary in summaries) / GB
-            found[f"peak_{name}_memory_gb"] = max(summary[f"{column}_peak_bytes"] for summary in summaries) / GB
-    steps_per_second = 1 / fmean(summary["step_seconds_mean"] for summary in summaries)
-    return found | {
-        "train_runtime": fmean(summary["runtime_seconds"] for summary in summaries),
-        "train_steps_per_second": steps_per_second,
-        "train_samples_per_second": steps_per_second * examples,
-        "train_tokens_per_second": fmean(summary["tokens_per_second"] for summary in summaries),
-    }
+def memory_points(samples: pd.DataFrame, candidate: Candidate) -> list[Point]:
+    """Return memory at each step of a candidate's profile, in GB (1e9 bytes): the mean of samples, over all repeats."""
+    own = (samples["rank"] == candidate.rank) & (samples["variant"] == candidate.variant)
+    rows = samples[own & samples["phase"].isin(("warmup", "train"))].set_index("step")
+    means = rows[[*MEMORY]].astype("float64").groupby("step").mean().rename(columns=MEMORY) / GB
+    rows_by_step = zip(means.index.tolist(), means.to_dict("records"), strict=True)
+    return [Point(PROFILE_STEP, step, _numbers(row)) for step, row in rows_by_step]
 
 
-def trial_config(study: StudyFolder, trial: AnyTrial) -> dict[str, Any]:
-    """Return the candidate's fields at the top level, as Trainer's users know them, and the rest as in study.yaml."""
-    names = {"study": study.spec.name, "trial": trial.name, "seed": trial.seed}
+def trial_config(trial: AnyTrial) -> dict[str, Any]:
+    """Return the candidate's fields at the top level, as Trainer's users know them. Full fine-tuning has rank 0."""
     candidate = {"rank": 0, "learning_rate": getattr(trial, "learning_rate", None)}
     if isinstance(trial, Trial):
         candidate = trial.candidate.model_dump(mode="json")
-    return names | candidate | study.spec.model_dump(mode="json", include={"model", "data", "training"})
+    return {"trial": trial.name, "seed": trial.seed, **candidate}
 
 
 def _short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
+def _numbers(values: Mapping[Any, Any]) -> dict[str, float]:
+    """Return the values that are numbers."""
+    numbers = {str(name): float(value) for name, value in values.items() if isinstance(value, int | float)}
+    return {name: value for name, value in numbers.items() if not math.isnan(value)}

@@ -36,16 +36,16 @@ class MlflowTracker:
         show = f"To look at the runs: mlflow ui --backend-store-uri {shlex.quote(uri)}"
         self.note = "MLflow's runs go to MLFLOW_TRACKING_URI" if given else show
 
-    def begin(self, trial: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> "_Run":
+    def begin(self, name: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> "_Run":
         known = self._client.get_experiment_by_name(group)
         experiment = known.experiment_id if known else self._client.create_experiment(group, self._artifacts)
         if again and (found := self._client.search_runs([experiment], f"tags.`{ID_TAG}` = '{run_id}'")):
             self._client.update_run(found[0].info.run_id, status="RUNNING")
             return _Run(self._client, found[0].info.run_id)
-        run = self._client.create_run(experiment, run_name=trial, tags={ID_TAG: run_id})
+        run = self._client.create_run(experiment, run_name=name, tags={ID_TAG: run_id})
         from mlflow.entities import Param
 
-        for batch in _batches([Param(name, str(value)) for name, value in flat(config).items()], BATCH_PARAMS):
+        for batch in _batches([Param(field, str(value)) for field, value in flat(config).items()], BATCH_PARAMS):
             self._client.log_batch(run.info.run_id, params=batch)
         return _Run(self._client, run.info.run_id)
 
@@ -64,6 +64,12 @@ class _Run:
         metrics = [Metric(name, value, now, step) for _, step, found in points for name, value in found.items()]
         for batch in _batches(metrics, BATCH_METRICS):
             self._client.log_batch(self._id, metrics=batch)
+
+    def conclude(self, sentence: str, pages: Sequence[Path]) -> None:
+        """Attach them as MLflow shows them: the run's description, and an artifact that it opens."""
+        self._client.set_tag(self._id, "mlflow.note.content", sentence)
+        for page in pages:
+            self._client.log_artifact(self._id, str(page), "report")
 
     def finish(self, summary: Point, status: str) -> None:
         self.log([summary])

@@ -19,8 +19,8 @@ class TensorBoardTracker:
         self.destination = given or "study"
         self.note = f"To look at the curves: tensorboard --logdir {shlex.quote(str(self._folder))}"
 
-    def begin(self, trial: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> "_Run":
-        return _Run(self._folder / group / trial, run_id, flat(config))
+    def begin(self, name: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> "_Run":
+        return _Run(self._folder / group / name, run_id, flat(config))
 
     def close(self) -> None:
         pass
@@ -48,6 +48,13 @@ class _Run:
             values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
             self._add(Summary(value=values), step)
         self._writer.flush()
+
+    def conclude(self, sentence: str, pages: Sequence[Path]) -> None:
+        from tensorboard.plugins.text.summary_v2 import text_pb
+
+        self._add(text_pb("verdict", sentence), 0)
+        for page in pages[:1]:
+            self._add(text_pb("report", page.with_name("report.md").read_text(encoding="utf-8")), 0)
 
     def finish(self, summary: Point, status: str) -> None:
         """Write the status as text, and as the session's status on TensorBoard's HPARAMS page."""

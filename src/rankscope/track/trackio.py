@@ -37,13 +37,13 @@ class TrackioTracker:
         if "trackio" in Path(filename).parts:
             self._failures.append(str(message))
 
-    def begin(self, trial: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> "_Run":
+    def begin(self, name: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> "_Run":
         import trackio
 
         run = Context().run(  # in a context of its own, since it ends the run of the present one
             trackio.init,
             project=self._project,
-            name=trial,
+            name=name,
             group=group,
             config=flat(config),
             resume="allow" if again else "never",
@@ -65,6 +65,16 @@ class _Run:
         for axis, step, metrics in points:
             self._run.log({axis: step, **metrics}, step=step)
         self._check()
+
+    def conclude(self, sentence: str, pages: Sequence[Path]) -> None:
+        from trackio import Artifact, Markdown
+
+        self._run.log({"verdict": Markdown(sentence)})
+        artifact = Artifact(f"report-{self._run.id}", "report", sentence)
+        for page in pages:
+            artifact.add_file(page)
+        if pages:  # it takes none without a file
+            self._run.log_artifact(artifact)
 
     def finish(self, summary: Point, status: str) -> None:
         self._run.log({**summary.metrics, "status": status}, step=summary.step)

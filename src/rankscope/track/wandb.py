@@ -14,8 +14,8 @@ from rankscope.track import PROFILE_STEP, RANK, STEP, Point
 if TYPE_CHECKING:
     import wandb
 
-AXES = {STEP: ("train/*", "eval/*"), PROFILE_STEP: ("system/*",)}
-"""Axis of each group of charts. Metrics over the rank have names of their own."""
+AXES = {STEP: ("train/*", "eval/*"), PROFILE_STEP: ("system/*",), RANK: ("by_rank/*",)}
+"""Axis of each group of charts."""
 
 
 class WandbTracker:
@@ -23,6 +23,7 @@ class WandbTracker:
 
     def __init__(self, folder: Path) -> None:
         os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "wandb-cache"))  # its logs, to which each run has a link
+        os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb-data"))  # artifacts, until they are uploaded
         import wandb
 
         self._folder = Path(os.environ.get("WANDB_DIR") or folder)
@@ -38,7 +39,7 @@ class WandbTracker:
             sync = f"wandb sync {shlex.quote(str(self._folder / 'wandb'))}/offline-run-*"
             self.note = f"W&B keeps the runs here, offline. To upload them: {sync}"
 
-    def begin(self, trial: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> "_Run":
+    def begin(self, name: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> "_Run":
         import wandb
 
         # What W&B would measure is this process, not the one that trains; and links would lead out of the study.
@@ -47,7 +48,7 @@ class WandbTracker:
         run = wandb.init(
             project=self._project,
             group=group,
-            name=trial,
+            name=name,
             id=run_id,
             dir=self._folder,
             config=dict(config),
@@ -61,7 +62,6 @@ class WandbTracker:
             run.define_metric(axis)
             for metric in metrics:
                 run.define_metric(metric, step_metric=axis)
-        run.define_metric(RANK)
         self._remove_links()
         return _Run(run)
 
@@ -83,11 +83,18 @@ class _Run:
         self._run = run
 
     def log(self, points: Sequence[Point]) -> None:
-        for point in points:
-            if point.axis == RANK:
-                for name in point.metrics:
-                    self._run.define_metric(name, step_metric=RANK)
-            self._run.log({point.axis: point.step, **point.metrics})
+        for axis, step, metrics in points:
+            self._run.log({axis: step, **metrics})
+
+    def conclude(self, sentence: str, pages: Sequence[Path]) -> None:
+        import wandb
+
+        self._run.summary.update({"verdict": sentence})
+        artifact = wandb.Artifact(f"report-{self._run.id}", "report", description=sentence)
+        for page in pages:
+            artifact.add_file(str(page))
+        if pages:
+            self._run.log_artifact(artifact)
 
     def finish(self, summary: Point, status: str) -> None:
         self._run.summary.update({**summary.metrics, "status": status})
