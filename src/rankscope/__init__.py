@@ -20,6 +20,9 @@ def __getattr__(name: str) -> Any:
     """Imports what is asked for when it is asked for: pandas takes its time, `import rankscope` should not."""
     if name not in __all__:
         raise AttributeError(f"module 'rankscope' has no attribute {name!r}")
+    from rankscope.errors import check_system
+
+    check_system()
     from rankscope.api import Study, run
 
     return {"Study": Study, "open": Study.open, "run": run}[name]

@@ -6,13 +6,14 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from rankscope import __version__
-from rankscope.errors import RankscopeError, StudyError, require
+from rankscope.errors import RankscopeError, StudyError, check_system, require
 from rankscope.measure.cores import ENVIRONMENT
 from rankscope.ui import options as ask
 from rankscope.ui import start
@@ -20,36 +21,17 @@ from rankscope.ui.console import error_console, out_console, print_json, print_t
 
 app = typer.Typer(
     name="rankscope",
-    help="Which LoRA rank should I use, and what does it cost me?",
+    help="Which LoRA rank should I use, and what does it cost me? Begin with `rankscope demo`, then `rankscope init`.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-StudyFile = Annotated[
-    Path | None,
-    typer.Argument(metavar="[STUDY.yaml]", help="A study's file. Default without --model: the embedded study."),
-]
-StudyOrDirectory = Annotated[
-    Path | None,
-    typer.Argument(
-        metavar="[STUDY.yaml|DIR]",
-        help="A study's file, or its directory, to add to it. Default without --model: the embedded study.",
-    ),
-]
-Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A study's directory.")]
-FinishedDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a finished study.")]
-Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a PEFT LoRA adapter, or a hub id.")]
-Revision = Annotated[str | None, typer.Option(help="Hub revision (branch, tag, commit).")]
-Out = Annotated[Path | None, typer.Option(help="The study's directory. Default: its name.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any field: training.steps=200.")]
-LauncherName = Annotated[str, typer.Option("--launcher", help="Where jobs run: local (all GPUs here) or ray.")]
-RayAddress = Annotated[str | None, typer.Option(help="HOST:PORT or auto. Default: RAY_ADDRESS, or Ray here.")]
-UntilSettled = Annotated[
-    bool, typer.Option("--until-settled", help="Add seeds, to 3, 5, 8 and 12, of the ranks that are undecided.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts; all else goes to stderr.")]
-Language = Annotated[str, typer.Option("--lang", help="Language of the verdict and of report/index.html: en or ko.")]
+FIRST, FURTHER, HERE = "Which rank?", "Further", "This installation"  # groups of commands in the help
+
+
+def command(panel: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return app.command(cls=ask.Command, rich_help_panel=panel)
 
 
 def _answer(json_: bool, describe: Callable[[], Mapping[str, Any]], show: Callable[[], None]) -> None:
@@ -68,31 +50,60 @@ def _global(
     if version:
         typer.echo(f"rankscope {__version__}")
         raise typer.Exit
+    check_system()
 
 
-@app.command()
+@command(FIRST)
+def demo(out: ask.Out = Path("rankscope-demo"), json_: ask.Json = False, lang: ask.Language = "en") -> None:
+    """Run the embedded study: a small model and Python functions, minutes, no download. `run` alone does so too."""
+    run(**dict.fromkeys(ask.RUN), out=out, json_=json_, lang=lang)
+    error_console.print("Next, with your own model and data:\n  rankscope init", soft_wrap=True)
+
+
+@command(FIRST)
+@ask.with_options(ask.INIT)
+def init(
+    options: dict[str, Any],
+    file: Annotated[Path, typer.Argument(metavar="[STUDY.yaml]", help="File to write.")] = Path("study.yaml"),
+) -> None:
+    """Ask five questions (those without an option), check each answer, and write a study's file with comments."""
+    if file.exists():
+        raise StudyError(f"{file}: exists already", "Name another file: rankscope init other.yaml.")
+    from rankscope.ui.init import answers_to, write_study
+
+    answers = answers_to(options)
+    write_study(file, answers)
+    plan_it, run_it = (shlex.join(["rankscope", name, str(file)]) for name in ("plan", "run"))
+    out_console.print(f"{file} is written. Next:\n  {plan_it}\n  {run_it} --hours {answers['hours']}", soft_wrap=True)
+
+
+@command(FIRST)
 @ask.with_options(ask.RUN)
 def run(
     options: dict[str, Any],
-    study: StudyOrDirectory = None,
-    out: Out = None,
-    set_: Sets = None,
+    study: ask.StudyOrDirectory = None,
+    out: ask.Out = None,
+    set_: ask.Sets = None,
+    quick: ask.Quick = False,
     report_to: Annotated[
-        str | None, typer.Option(help="Trackers: wandb, tensorboard, mlflow, trackio; comma-separated.")
+        str | None, typer.Option(help="Trackers: wandb,tensorboard,mlflow,trackio.", show_default="none")
     ] = None,
-    launcher: LauncherName = "local",
-    ray_address: RayAddress = None,
+    launcher: ask.LauncherName = "local",
+    ray_address: ask.RayAddress = None,
     remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure the costs of all ranks again.")] = False,
-    until_settled: UntilSettled = False,
-    hours: Annotated[float | None, typer.Option(help="Conclude by then: start nothing that would end later.")] = None,
+    until_settled: ask.UntilSettled = False,
+    hours: Annotated[
+        float | None,
+        typer.Option(help="Conclude by then: start nothing that would end later.", show_default="no limit"),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Start without asking, however long it takes.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and end, like `plan`.")] = False,
-    json_: Json = False,
-    lang: Language = "en",
+    json_: ask.Json = False,
+    lang: ask.Language = "en",
 ) -> None:
     """Train every rank, measure what it costs, and conclude. On an existing study: add to it, do what is missing."""
-    study, out = ask.study_at(study, out)
-    asked = ask.resolve_study(study, options, set_)
-    path, console = out or Path(asked.name), error_console if json_ else out_console
+    asked, path = ask.study_and_path(study, out, options, set_, quick)
+    console = error_console if json_ else out_console
     from rankscope.jobs.queue import time_limit
     from rankscope.track import choose_trackers
 
@@ -113,31 +124,36 @@ def run(
         spec = start.check_inputs(spec, data=begun is None)
         from rankscope.jobs.launchers import make_launcher
         from rankscope.pipeline import run_looks
+        from rankscope.ui.plan import approve as approve_long
         from rankscope.ui.progress import TerminalProgress
 
         progress = TerminalProgress(console, path, lang)
+        approve = None if yes or limit else partial(approve_long, progress)
         with stoppable(), progress, make_launcher(launcher, spec.model, ray_address, progress.say) as launching:
             looks = (again or spec, path, launching, progress, trackers, lang)
-            conclusion = run_looks(*looks, remeasure, limit, until_settled)
+            conclusion = run_looks(*looks, remeasure, limit, until_settled, approve)
     from rankscope.ui.outcome import describe_outcome, show_failures, show_outcome, show_untried
 
     _answer(json_, lambda: describe_outcome(conclusion), lambda: show_outcome(conclusion, console, lang))
     if hours is not None:
         show_untried(conclusion.study, error_console, lang)
+    if quick:
+        whole = shlex.join(["rankscope", *(word for word in sys.argv[1:] if word != "--quick")])
+        console.print(f"This was a quick look. For a verdict, the whole study:\n  {whole}", soft_wrap=True)
     if show_failures(conclusion.study, error_console):
         raise typer.Exit(4)
 
 
-@app.command()
+@command(FURTHER)
 @ask.with_options(ask.SEARCH)
 def search(
     options: dict[str, Any],
-    study: StudyFile = None,
-    out: Out = None,
-    set_: Sets = None,
-    launcher: LauncherName = "local",
-    ray_address: RayAddress = None,
-    json_: Json = False,
+    study: ask.StudyFile = None,
+    out: ask.Out = None,
+    set_: ask.Sets = None,
+    launcher: ask.LauncherName = "local",
+    ray_address: ask.RayAddress = None,
+    json_: ask.Json = False,
 ) -> None:
     """Find the best rank, learning rate, alpha and target modules within a budget. Resumes where it stopped."""
     require("optuna", "search", "rankscope search")
@@ -163,31 +179,38 @@ def search(
     _answer(json_, lambda: describe_result(found, result), lambda: show_result(found, result, console))
 
 
-@app.command()
+@command(FIRST)
 @ask.with_options(ask.PLAN)
 def plan(
     options: dict[str, Any],
-    study: StudyOrDirectory = None,
-    out: Out = None,
-    set_: Sets = None,
-    gpu_memory: Annotated[str | None, typer.Option(help="Plan for a GPU of this size, here or not, e.g. 24GB.")] = None,
-    gpu_flops: Annotated[str | None, typer.Option(help="Its matmul speed, e.g. 400TFLOPS; to estimate time.")] = None,
-    devices: Annotated[int | None, typer.Option(help="Plan for this many devices: makespan, device-hours.")] = None,
-    price: Annotated[float | None, typer.Option(help="Price of one device-hour, e.g. 2.5.")] = None,
+    study: ask.StudyOrDirectory = None,
+    out: ask.Out = None,
+    set_: ask.Sets = None,
+    quick: ask.Quick = False,
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="Plan for a GPU of this size, e.g. 24GB.", show_default="this machine's")
+    ] = None,
+    gpu_flops: Annotated[
+        str | None, typer.Option(help="Its matmul speed, e.g. 400TFLOPS.", show_default="unknown; no times")
+    ] = None,
+    devices: Annotated[
+        int | None, typer.Option(help="Devices to plan for: makespan, device-hours.", show_default="those here")
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(help="Price of one device-hour, e.g. 2.5.", show_default="unknown")
+    ] = None,
     show_rows: Annotated[
         int, typer.Option(min=0, metavar="N", help="Show N rows: which text is read, which learned.")
     ] = 0,
-    launcher: LauncherName = "local",
-    ray_address: RayAddress = None,
-    json_: Json = False,
+    launcher: ask.LauncherName = "local",
+    ray_address: ask.RayAddress = None,
+    json_: ask.Json = False,
 ) -> None:
     """Show what `run` would do and take: packs, memory by part, time, what fits. Trains and writes nothing."""
-    study, out = ask.study_at(study, out)
-    spec = ask.resolve_study(study, options, set_)
+    spec, path = ask.study_and_path(study, out, options, set_, quick)
     start.check_names("en", launcher, ray_address)
     from rankscope.study.study import Study
 
-    path = out or Path(spec.name)
     found, begun = Study.open(path) if Study.is_at(path) else None, None
     with suppress(StudyError):  # another study, which `run` would refuse
         begun = found and found.grown(spec)
@@ -196,14 +219,14 @@ def plan(
     start.show_plan(spec, begun, json_, show_rows, launcher=launcher, ray_address=ray_address, **asked)
 
 
-@app.command()
+@command(FIRST)
 @ask.with_options(ask.CRITERIA)
 def report(
     options: dict[str, Any],
-    directory: Directory,
+    directory: ask.Directory,
     pdf: Annotated[bool, typer.Option("--pdf", help="Also print report.pdf, with Chromium or Chrome.")] = False,
-    json_: Json = False,
-    lang: Language = "en",
+    json_: ask.Json = False,
+    lang: ask.Language = "en",
 ) -> None:
     """Conclude again from a study's files, by other criteria where some are given, and rebuild its report."""
     study = start.open_study(directory, lang)
@@ -216,10 +239,10 @@ def report(
         out_console.print(f"PDF: {conclusion.study.report.with_name('report.pdf')}", soft_wrap=True)
 
 
-@app.command()
+@command(FURTHER)
 def compare(
     studies: Annotated[list[Path], typer.Argument(metavar="STUDY...", help="Directories of finished studies.")],
-    json_: Json = False,
+    json_: ask.Json = False,
 ) -> None:
     """Set several studies side by side: paired where they share rows and seeds, and what they have in common."""
     for directory in studies:
@@ -230,13 +253,13 @@ def compare(
     _answer(json_, lambda: found, lambda: show_comparison(found))
 
 
-@app.command()
+@command(FURTHER)
 def judge(
     paths: Annotated[
         list[Path], typer.Argument(metavar="PATH...", help="Folders of Trainer's runs, W&B's CSV, PEFT's result files.")
     ],
     out: Annotated[Path | None, typer.Option(help="Write the study that would settle it to this file.")] = None,
-    json_: Json = False,
+    json_: ask.Json = False,
 ) -> None:
     """Say what training runs of other tools can and cannot show about rank, and which study would settle it."""
     start.announce("Reading the runs")
@@ -247,21 +270,23 @@ def judge(
     _answer(json_, lambda: describe(found), lambda: show_judged(found, out))
 
 
-@app.command()
+@command(FURTHER)
 def curve(
-    directory: FinishedDirectory,
-    ranks: Annotated[str | None, typer.Option(help="Lower ranks. Default: powers of two, and the study's.")] = None,
+    directory: ask.FinishedDirectory,
+    ranks: Annotated[
+        str | None, typer.Option(help="Lower ranks.", show_default="powers of two, and the study's")
+    ] = None,
     recover: Annotated[int, typer.Option(metavar="STEPS", help="Measure also after so many steps of recovery.")] = 0,
-    launcher: LauncherName = "local",
-    ray_address: RayAddress = None,
-    json_: Json = False,
-    lang: Language = "en",
+    launcher: ask.LauncherName = "local",
+    ray_address: ask.RayAddress = None,
+    json_: ask.Json = False,
+    lang: ask.Language = "en",
 ) -> None:
     """Estimate the loss of every lower rank from the largest one, by truncated SVD. Measures only what is missing."""
-    from rankscope.spec.options import comma_list
+    from rankscope.spec.candidates import ranks_of
 
     study, console = start.open_study(directory, lang, launcher, ray_address), error_console if json_ else out_console
-    asked = None if ranks is None else comma_list("ranks", ranks)
+    asked = None if ranks is None else ranks_of(ranks)
     start.check_inputs(study.spec, data=False)
     from rankscope.jobs.launchers import make_launcher
     from rankscope.pipeline import measure_curve
@@ -274,13 +299,13 @@ def curve(
     _answer(json_, lambda: describe_curve(conclusion), lambda: show_curve(conclusion, lang))
 
 
-@app.command()
+@command(FURTHER)
 def pattern(
-    directory: FinishedDirectory,
-    rank: Annotated[int | None, typer.Option(help="Uniform rank to compare. Default: the verdict's.")] = None,
+    directory: ask.FinishedDirectory,
+    rank: Annotated[int | None, typer.Option(help="Uniform rank to compare.", show_default="the verdict's")] = None,
     out: Annotated[Path, typer.Option(help="File of the new study.")] = Path("pattern.yaml"),
-    json_: Json = False,
-    lang: Language = "en",
+    json_: ask.Json = False,
+    lang: ask.Language = "en",
 ) -> None:
     """Propose ranks by layer with as many parameters as a uniform rank, as a study that compares the two."""
     study = start.open_study(directory, lang)
@@ -300,13 +325,13 @@ def pattern(
     out_console.print(text("pattern.next", command=shlex.join(["rankscope", "run", str(out)])), soft_wrap=True)
 
 
-@app.command()
+@command(FIRST)
 def watch(
-    directory: Directory,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Local port. Default: a free one.")] = 0,
+    directory: ask.Directory,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Local port; 0 for a free one.")] = 0,
     terminal: Annotated[bool, typer.Option("--terminal", help="Show in the terminal.")] = False,
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
-    lang: Language = "en",
+    lang: ask.Language = "en",
 ) -> None:
     """Follow a running study on a live page or in the terminal. Ctrl-C stops watching; the study goes on."""
     study = start.open_study(directory, lang)
@@ -319,13 +344,13 @@ def watch(
             watch_page(Watch(study, lang), port, out_console, browser)
 
 
-@app.command()
+@command(FURTHER)
 def spectrum(
-    adapter: Adapter,
+    adapter: ask.Adapter,
     chart: Annotated[Path | None, typer.Option(help="Chart of layers by module: an .html, .svg or .png file.")] = None,
-    revision: Revision = None,
-    json_: Json = False,
-    lang: Language = "en",
+    revision: ask.Revision = None,
+    json_: ask.Json = False,
+    lang: ask.Language = "en",
 ) -> None:
     """Show how much of its rank any LoRA adapter uses, by layer and module."""
     from rankscope.text.catalogue import load
@@ -351,19 +376,19 @@ def spectrum(
     _answer(json_, lambda: found, lambda: print_table(module_table(frame, text)))
 
 
-@app.command()
+@command(FURTHER)
 @ask.with_options(ask.RESIZE)
 def resize(
-    adapter: Adapter,
+    adapter: ask.Adapter,
     *,
     options: dict[str, Any],
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="With --dataset, e.g. data.eval_rows=500.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write. Default: ADAPTER-r16.")] = None,
-    revision: Revision = None,
-    json_: Json = False,
-    lang: Language = "en",
+    out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="ADAPTER-r16")] = None,
+    revision: ask.Revision = None,
+    json_: ask.Json = False,
+    lang: ask.Language = "en",
 ) -> None:
     """Truncate a trained adapter to one lower rank or to one per layer, and report what is lost."""
     from rankscope.resize.rules import choose_rule
@@ -386,7 +411,7 @@ def resize(
         out_console.print(line, soft_wrap=True)
 
 
-@app.command()
+@command(HERE)
 def schema() -> None:
     """Print the JSON schema of a study's file, for completion and checks in an editor."""
     from rankscope.spec.schema import study_schema
@@ -394,8 +419,8 @@ def schema() -> None:
     print_json(study_schema())
 
 
-@app.command()
-def doctor(json_: Json = False) -> None:
+@command(HERE)
+def doctor(json_: ask.Json = False) -> None:
     """Show versions, devices and optional packages."""
     start.announce("Looking at this system")
     from rankscope.ui.doctor import describe_system, show_system

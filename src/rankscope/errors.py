@@ -5,7 +5,11 @@ standard exception that a caller would expect to catch.
 """
 
 import difflib
+import json
+import shlex
+import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 
 
@@ -76,8 +80,32 @@ def require(package: str, extra: str, asked: str) -> None:
     """Raise MissingExtraError where the package that `asked` needs is not installed."""
     found = find_spec(package)
     if found is None or found.origin is None:  # or merely a folder of that name, as W&B makes one where it runs
-        todo = f"Install it: pip install 'rankscope[{extra}]'"
-        raise MissingExtraError(f"{asked}: {package} is not installed", todo)
+        raise MissingExtraError(f"{asked}: {package} is not installed", f"Install it: {install_command(extra)}")
+
+
+REPOSITORY = "https://github.com/rankscope/rankscope"
+
+
+def install_command(extra: str) -> str:
+    """The command that installs an optional part from where this rankscope came (PEP 610): a folder or file, else git,
+    as no package index has it."""
+    from importlib.metadata import PackageNotFoundError, distribution
+    from urllib.parse import unquote, urlsplit
+
+    origin = {}
+    with suppress(PackageNotFoundError):
+        origin = json.loads(distribution("rankscope").read_text("direct_url.json") or "{}")
+    part, editable = f"rankscope[{extra}] @ git+{REPOSITORY}", origin.get("dir_info", {}).get("editable")
+    if (url := urlsplit(origin.get("url", ""))).scheme == "file":
+        part = f"{unquote(url.path)}[{extra}]"
+    return f"pip install {'-e ' * bool(editable)}{shlex.quote(part)}"
+
+
+def check_system() -> None:
+    """Raise RankscopeError on Windows, which lacks the signals, and the accounting of memory, that a study needs."""
+    if sys.platform == "win32":
+        what = "rankscope runs on Linux and macOS; on Windows run it in WSL, the Windows Subsystem for Linux"
+        raise RankscopeError(what, "`wsl --install` sets it up; then install rankscope in it as on Linux.")
 
 
 class WorkerError(RankscopeError, RuntimeError):

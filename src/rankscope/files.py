@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from safetensors import SafetensorError
 
-from rankscope.errors import DamagedError, RankscopeError, StudyDirectoryError
+from rankscope.errors import REPOSITORY, DamagedError, RankscopeError, StudyDirectoryError
 
 _MEND = "Mend that, or choose another --out, and run again: a study that has begun goes on where it was."
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # names of files that `published` has not renamed yet
@@ -120,7 +120,7 @@ def parse_json(content: bytes, path: Path, schema: int = 1) -> dict[str, Any]:
     if found > schema:
         raise StudyDirectoryError(
             f"{path}: made by a newer rankscope: its schema is {found}, and this version knows {schema} at most",
-            "Use that version (`pip install --upgrade rankscope`), or choose another --out.",
+            f"Use that version, from {REPOSITORY}, or choose another --out.",
         )
     return value
 

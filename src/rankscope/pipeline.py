@@ -44,14 +44,16 @@ def run_looks(
     remeasure: bool = False,
     limit: TimeLimit | None = None,
     until_settled: bool = False,
+    approve: Callable[[Plan], None] | None = None,
 ) -> Conclusion:
     """Run a resolved study, and look at it: `until_settled`, the ranks in contention then get the seeds of the next
     planned look (`next_look` of verdict.json), until nothing is open or the last look was taken. Each look is what
     `run_study` makes of the study's files, which alone say where it stands: a killed run is taken up by another.
 
-    With a `limit` nothing starts that its forecast says would end later.
+    With a `limit` nothing starts that its forecast says would end later. `approve` is called with the plan of a study
+    that has not begun, before anything is written; it may raise.
     """
-    conclusion = run_study(spec, out, launcher, progress, trackers, language, remeasure, limit)
+    conclusion = run_study(spec, out, launcher, progress, trackers, language, remeasure, limit, approve)
     while until_settled and (asked := for_next_look(conclusion)):
         look = conclusion.verdict["next_look"]
         ranks = ", ".join(map(str, look["ranks"]))
@@ -69,6 +71,7 @@ def run_study(
     language: str = "en",
     remeasure: bool = False,
     limit: TimeLimit | None = None,
+    approve: Callable[[Plan], None] | None = None,
 ) -> Conclusion:
     """Run a resolved study. A trial or profile that fails is recorded, not raised: see `rankscope.study.missing`. What
     `spec` adds to a study in `out` is written to its study.yaml once it is known that it can be trained here."""
@@ -87,6 +90,8 @@ def run_study(
         plan = make_plan(spec, data, site, fleet, study, remeasure=remeasure, timed=limit is not None)
         plan.check(out)
         if study is None:  # nothing is written before the data, the model and the disk are known to do
+            if approve:
+                approve(plan)
             study = Study.create(out, spec)
             resources.enter_context(_removed_if_useless(study))
             resources.enter_context(study.lock())

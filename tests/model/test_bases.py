@@ -215,7 +215,7 @@ def test_a_gguf_file_is_a_base(tmp_path: Path) -> None:
 def test_gguf_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr("rankscope.errors.find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'rankscope\[gguf\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install .*\[gguf\]'"):
         load_config(spec_of(tmp_path / "a.gguf"))
 
 

@@ -1,6 +1,7 @@
 """The question of a search: how a space and a budget are written, and errors in them."""
 
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -77,16 +78,16 @@ def test_rungs_lie_within_the_schedule(steps: int, rungs: list[int]) -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"ranks": "8,eight"}, "ranks.1: .*eight"),
-        ({"ranks": "64..8"}, "--ranks 64..8: no such range"),
-        ({"ranks": "0"}, "ranks.0: .*greater than 0"),
+        ({"ranks": "8,eight"}, "ranks, 2nd value: .*eight"),
+        ({"ranks": "64..8"}, "ranks: 64..8: no such range"),
+        ({"ranks": "0"}, "ranks, 1st value: .*greater than 0"),
         ({"ranks": "8,8"}, "ranks: listed twice: 8"),
         ({"ranks": ","}, "ranks: expected at least one"),
         ({"ranks": "full"}, "give at least one number"),
         ({"learning_rates": "1e-3..1e-5"}, "--learning-rates 1e-3..1e-5: no such range"),
         ({"learning_rates": "1e-3.."}, "--learning-rates 1e-3..: no such range"),
-        ({"learning_rates": "-1"}, "learning_rates.0: .*greater than 0"),
-        ({"learning_rates": "1e-4..fast"}, "learning_rates.1: .*fast"),
+        ({"learning_rates": "-1"}, "learning_rates, 1st value: .*greater than 0"),
+        ({"learning_rates": "1e-4..fast"}, "learning_rates, 2nd value: .*fast"),
         ({"alpha": "0"}, "adapter.alpha: expected a number above 0"),
         ({"target_modules": "q_proj,;"}, "--target-modules .*: expected all-linear"),
         ({"target_modules": "all-linear;all-linear"}, "--target-modules .*: listed twice"),
@@ -128,7 +129,7 @@ def test_without_optuna_the_command_is_named(
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
-    assert "pip install 'rankscope[search]'" in capsys.readouterr().err
+    assert re.search(r"pip install .*\[search\]'", capsys.readouterr().err)
 
 
 def test_studies_of_other_kinds_are_refused() -> None:

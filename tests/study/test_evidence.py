@@ -78,7 +78,7 @@ def test_what_a_newer_version_wrote_is_refused_and_kept(study: Study, name: str)
     with pytest.raises(StudyDirectoryError, match=message) as caught:
         remove_corrupt(study)
     assert not isinstance(caught.value, DamagedError)
-    assert "pip install --upgrade rankscope" in caught.value.todo
+    assert "Use that version" in caught.value.todo
     assert file.exists()
     with pytest.raises(StudyDirectoryError, match=message):
         read_all(study)

@@ -9,9 +9,21 @@ import typer
 from typer.testing import CliRunner
 
 from rankscope.errors import StudyError
-from rankscope.spec.models import StudySpec
+from rankscope.spec.models import StudySpec, TrainingSpec
 from rankscope.spec.option_table import OPTIONS, Option
-from rankscope.ui.options import CRITERIA, PLAN, RESIZE, RUN, SEARCH, resolve_study, study_values, with_options
+from rankscope.spec.options import assemble
+from rankscope.ui.options import (
+    CRITERIA,
+    PLAN,
+    RESIZE,
+    RUN,
+    SEARCH,
+    own_names,
+    resolve_study,
+    study_and_path,
+    study_values,
+    with_options,
+)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -26,7 +38,67 @@ def test_options_of_the_commands() -> None:
     criteria = {"margin", "margin_of", "confidence", "max_gpu_memory", "max_runtime"}
     assert set(RUN) - set(PLAN) == criteria == set(CRITERIA), "plan judges nothing"
     assert all(option.help for option in SEARCH.values())
-    assert OPTIONS.keys() - set(RUN) == {"name", "revision", "loss_on", "lora_dropout", "use_rslora"}
+    assert OPTIONS.keys() - set(RUN) == {"name", "revision", "loss_on", "alphas", "lora_dropout", "use_rslora"}
+
+
+@pytest.mark.parametrize("name", [name for name in RUN if OPTIONS[name].type is not bool])
+def test_the_help_shows_the_default_that_holds(name: str) -> None:
+    """Either it is the field's own, or in words where the field has none."""
+    option, base = OPTIONS[name], {"model": {"id": "a"}, "data": {"id": "b"}}
+    default: Any = assemble(base, {})
+    for part in option.field.split("."):
+        default = getattr(default, part)
+    if name in ("model", "dataset", "columns", "adapter_config"):
+        assert option.default == "", "there is none, or nothing"
+    elif default in (None, ()):
+        assert option.default in ("none", "no limit", "1", "those of --epochs", "rows held out", "the tokenizer's")
+        assert name != "epochs" or "Default without either: 1." in str(TrainingSpec.model_fields[name].description)
+    else:
+        assert assemble(base, {name: option.default}) == assemble(base, {})
+
+
+OWN = {"--ranks", "--learning-rates", "--model", "--dataset", "--batch-size", "--alpha", "--set", "--out", "--isolated"}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--lr 1e-4 --lora_r=8", "--learning-rates 1e-4 --ranks=8"),
+        ("--per_device_train_batch_size 4", "--batch-size 4"),
+        ("--batch_size=4", "--batch-size=4"),
+        ("--model_name_or_path m --data d.jsonl", "--model m --dataset d.jsonl"),
+        ("--gradient-accumulation-steps 2", "--set training.gradient_accumulation_steps=2"),
+        ("--lora_dropout=0.1 --out x", "--set adapter.lora_dropout=0.1 --out x"),
+        ("--use_rslora --out x", "--set adapter.use_rslora=true --out x"),
+        ("study.yaml --alphas 16,2r -h", "study.yaml --alpha 16,2r -h"),
+        ("--nothing 3 -x --", "--nothing 3 -x --"),
+    ],
+)
+def test_a_command_line_by_other_tools_names(words: str, expected: str) -> None:
+    assert list(own_names(words.split(), OWN)) == expected.split()
+
+
+def test_a_command_without_a_study_has_its_own_names_alone() -> None:
+    assert list(own_names(["--lr", "3", "--max_gpu_memory", "2GB"], {"--max-gpu-memory"})) == [
+        "--lr", "3", "--max-gpu-memory", "2GB",
+    ]  # fmt: skip
+
+
+def test_an_option_of_another_tool_names_what_to_give() -> None:
+    with pytest.raises(StudyError, match=r"(?s)--load_in_4bit is no option of rankscope.*Give model\.quantization"):
+        list(own_names(["--load_in_4bit"], OWN))
+
+
+def test_a_study_by_its_directory_and_a_quick_look_beside_it(tmp_path: Path) -> None:
+    options = dict.fromkeys(RUN)
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "study.yaml").write_text("name: other\nmodel: m\ndata: d\nseeds: 0..4\n")
+    spec, path = study_and_path(tmp_path / "s", None, options, None, quick=False)
+    assert (spec.name, spec.seeds, path) == ("other", (0, 1, 2, 3, 4), tmp_path / "s")
+    spec, path = study_and_path(tmp_path / "s" / "study.yaml", None, options, None, quick=True)
+    assert (spec.name, spec.seeds, path) == ("other", (0, 1), Path("other-quick"))
+    assert study_and_path(tmp_path / "s", None, options, None, quick=True)[1] == tmp_path / "s-quick"
+    assert study_and_path(tmp_path / "s", Path("x"), options, None, quick=True)[1] == Path("x-quick")
 
 
 def test_a_command_receives_its_options_by_name() -> None:

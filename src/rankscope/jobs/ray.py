@@ -335,7 +335,7 @@ def _on(node: str) -> Any:
 def _cannot_work(error: Exception) -> RankscopeError:
     """Return the error of a task that could not even start its job."""
     if "No module named 'rankscope" in str(error):
-        todo = f"Install it on every node, with what the study needs: pip install rankscope=={__version__}"
+        todo = f"Install version {__version__} on every node, with what the study needs, as docs/guides/ray.md says."
         return StudyError("rankscope is not installed on a node of the Ray cluster", todo)
     last_line = str(error).strip().rpartition("\n")[2]
     return WorkerError(f"a task on the Ray cluster failed: {last_line}")

@@ -1,4 +1,4 @@
-"""A frozen base with quantized linear layers, by bitsandbytes: `pip install 'rankscope[quantization]'`.
+"""A frozen base with quantized linear layers, by bitsandbytes: extra `quantization`.
 
 nf4   4 bits a weight, NormalFloat in blocks of 64 with one scale each, which are quantized once more (double
       quantization): Dettmers et al. 2023, "QLoRA", arXiv:2305.14314

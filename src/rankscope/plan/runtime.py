@@ -1,7 +1,7 @@
 """Forecast of a study before anything is trained: memory of each candidate by part, time, and cost."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from rankscope.data.batches import eval_steps, total_steps
@@ -119,6 +119,30 @@ def study_seconds(spec: StudySpec, forecasts: Mapping[str, Forecast]) -> StudySe
     left = {trial.name: 1.0 for trial in (*spec.trials(), *spec.reference_trials())}
     answering = 1 + len(spec.candidates()) if spec.measure.answers else 0
     return work_seconds(spec, steps, runtimes, left, missing_profiles(spec, None), answering)
+
+
+def shorter(spec: StudySpec, steps: int, forecasts: Mapping[str, Forecast]) -> dict[str, float]:
+    """Seconds of the study by the same forecasts with fewer seeds, ranks or `steps`, and with all of these, by the
+    options that ask for it. Two seeds and two ranks are the least: one gives no interval, or nothing to compare. Empty
+    where times are not known."""
+    if study_seconds(spec, forecasts) is None:
+        return {}
+    ranks, seeds, half = sorted(spec.ranks), spec.seeds[:2], max(1, steps // 2)
+    fewer: dict[str, dict[str, Any]] = {}
+    if len(spec.seeds) > len(seeds):
+        fewer[f"--seeds {','.join(map(str, seeds))}"] = {"seeds": seeds}
+    if len(ranks) > 2:
+        fewer[f"--ranks {ranks[0]},{ranks[-1]}{',full' * spec.reference.full}"] = {"ranks": (ranks[0], ranks[-1])}
+    sooner = {
+        name: replace(one, runtime_seconds=(one.runtime_seconds or 0) - (steps - half) * (one.step_seconds or 0))
+        for name, one in forecasts.items()
+    }
+    found = {option: study_seconds(spec.model_copy(update=update), forecasts) for option, update in fewer.items()}
+    found[f"--steps {half}"] = study_seconds(spec, sooner)
+    if fewer:
+        both = {field: value for update in fewer.values() for field, value in update.items()}
+        found[" ".join(found)] = study_seconds(spec.model_copy(update=both), sooner)
+    return {option: sum(seconds) for option, seconds in found.items() if seconds}
 
 
 def pack_seconds(packs: Mapping[str, Sequence[Trial]], forecasts: Mapping[str, Forecast]) -> dict[str, float]:

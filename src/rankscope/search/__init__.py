@@ -1,1 +1,1 @@
-"""The search for the best candidate within a budget, by Optuna: `pip install 'rankscope[search]'`."""
+"""The search for the best candidate within a budget, by Optuna: extra `search`."""

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
 from rankscope.errors import StudyError, shortened
-from rankscope.spec.candidates import Candidate, Count, Rank, Seed, Trial, as_list, unique
+from rankscope.spec.candidates import Candidate, Count, Rank, Seed, Trial, doublings, unique
 from rankscope.spec.models import Modules, StudySpec
-from rankscope.spec.options import assemble, comma_list, doublings
+from rankscope.spec.options import assemble
 
 DEFAULT_RANKS = doublings(4, 256)
 DEFAULT_RATES = "3e-5..3e-3"
@@ -130,9 +130,9 @@ def resolve_search(
     ranks = given["ranks"] or values.get("ranks") or DEFAULT_RANKS
     rates = given["learning_rates"] or values.get("learning_rates") or DEFAULT_RATES
     ends = rates.split("..") if isinstance(rates, str) and ".." in rates else []
-    fixed = {"ranks": _listed("ranks", ranks), "learning_rates": _listed("learning_rates", ",".join(ends) or rates)}
+    fixed = {"ranks": ranks, "learning_rates": ",".join(ends) or rates}
     if given["alpha"] is not None:
-        rest["alpha"] = _listed("alpha", given["alpha"])
+        rest["alpha"] = given["alpha"]
     seed = given["seed"] or 0
     question = {name: value for name, value in values.items() if name not in (*fixed, "seeds")}
     study = assemble(question | fixed | {"seeds": [seed]}, rest, assignments, file)
@@ -143,7 +143,7 @@ def resolve_search(
         raise StudyError(f"--learning-rates {rates}: no such range", "Give two ends, the lower first: 1e-5..1e-3.")
     groups: Any = [study.adapter.target_modules]
     if isinstance(modules := given["target_modules"], str):
-        groups = [comma_list("target_modules", group) for group in modules.split(";")]
+        groups = modules.split(";")
     space = {
         "ranks": sorted(study.ranks),
         "learning_rates": dict(zip(("low", "high"), study.learning_rates, strict=True)) if ends else ordered,
@@ -164,7 +164,3 @@ def resolve_search(
     first = {"alpha": spec.space.alphas[0], "target_modules": spec.space.target_modules[0]}
     shared = {"adapter": study.adapter.model_copy(update=first), "ranks": spec.space.ranks}
     return spec.model_copy(update={"study": study.model_copy(update=shared)})
-
-
-def _listed(name: str, value: Any) -> Any:
-    return comma_list(name, value) if isinstance(value, str) else as_list(value)

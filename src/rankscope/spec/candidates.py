@@ -1,10 +1,13 @@
 """Candidates and trials, and the types of their fields."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
+from functools import partial
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationInfo, field_validator
+
+from rankscope.errors import StudyError
 
 CONTROL = "control"  # name of the profile that measures the first candidate once more, for the noise of every cost
 
@@ -19,6 +22,48 @@ ALL_LINEAR, ALL_LINEAR_AND_EXPERTS = get_args(AllLinear)
 
 def as_list(value: Any) -> Any:
     return [value] if isinstance(value, str | int | float) else value
+
+
+def doublings(low: int, high: int) -> list[int]:
+    """`low` and its products with powers of two, up to `high`."""
+    return [low << power for power in range(64) if low << power <= high]
+
+
+def listed(value: Any, between: Callable[[int, int], Sequence[int]] | None = None) -> Any:
+    """Values of a field that takes several: one, a list, or text such as `4,16..64`, also in a list. Ranges are what
+    `between` makes of their ends. Raises StudyError: a range is none, or the field has none."""
+    if isinstance(value, list | tuple):
+        return [one for entry in value for one in (listed(entry, between) if isinstance(entry, str) else [entry])]
+    if not isinstance(value, str):
+        return as_list(value)
+    parts = [part.strip() for part in value.split(",") if part.strip()]
+    return [one for part in parts for one in (_range(part, between) if ".." in part else [one_number(part)])]
+
+
+def counted(low: int, high: int) -> Sequence[int]:
+    return range(low, high + 1)
+
+
+ranks_of, seeds_of = partial(listed, between=doublings), partial(listed, between=counted)
+_MOST_IN_RANGE = 1 << 20  # largest distance between the ends of a range
+
+
+def _range(text: str, between: Callable[[int, int], Sequence[int]] | None) -> Sequence[Any]:
+    unit = "r" * (text.count("r") == 2 and between is doublings)  # alphas that are multiples of the rank
+    low, *others = (one_number(end.strip().removesuffix(unit)) for end in text.split(".."))
+    whole = len(others) == 1 and isinstance(low, int) and isinstance(others[0], int)
+    if between is None or not whole or not (between is not counted) <= low <= others[0] <= low + _MOST_IN_RANGE:
+        raise StudyError(f"{text}: no such range; ranges are 8..64 of ranks and alphas, 0..4 of seeds")
+    return [f"{one}{unit}" if unit else one for one in between(low, others[0])]
+
+
+def one_number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -40,7 +85,8 @@ def alpha_or_multiple(value: Any) -> Any:
 
 def alpha_or_alphas(value: Any) -> Any:
     """One alpha, or several different ones as a tuple; a list of one is that one."""
-    alphas = unique(tuple(map(alpha_or_multiple, value if isinstance(value, list | tuple) else [value])))
+    several = listed(value, doublings)
+    alphas = unique(tuple(map(alpha_or_multiple, several if isinstance(several, list | tuple) else [several])))
     if not alphas:
         raise ValueError("expected at least one")
     return alphas if len(alphas) > 1 else alphas[0]
@@ -54,6 +100,7 @@ def _names(value: Any, expected: str) -> tuple[str, ...]:
 
 
 def all_linear_or_names(value: Any) -> Any:
+    value = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
     names = _names(value, f"{' or '.join(get_args(AllLinear))}, or names of modules such as q_proj")
     return names[0] if len(names) == 1 and names[0] in get_args(AllLinear) else names
 

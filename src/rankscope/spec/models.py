@@ -9,6 +9,7 @@ PEFT and transformers where they have one.
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from itertools import chain, product
 from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar, get_args
 
@@ -39,11 +40,13 @@ from rankscope.spec.candidates import (
     all_linear_or_names,
     alpha_of,
     alpha_or_alphas,
-    as_list,
     column_of_a_format,
     columns_or_text,
     divided,
+    listed,
     name_or_names,
+    ranks_of,
+    seeds_of,
     unique,
 )
 from rankscope.spec.peft_options import checked_options
@@ -72,8 +75,11 @@ def _number_with(units: Iterable[str]) -> str:
     return rf"^\s*[0-9]+(\.[0-9]+)?\s*({'|'.join(either_case)})?\s*$"
 
 
-RankOrFull = Rank | Annotated[list[Rank | Literal["full"]], Field(min_length=1)]
-AlphaOrMultiple = PositiveFloat | Annotated[str, Field(pattern=r"^\s*[0-9]+(\.[0-9]*)?r\s*$")]
+ListText = Annotated[str, Field(pattern=r"^[0-9.,\sefulrE+-]*[0-9][0-9.,\sefulrE+-]*$")]
+"""Text such as `8,64`, `4..64` or `1r,2r`, in a list too."""
+
+Numbers = OneOrSeveral[PositiveFloat | ListText]
+RankOrFull = Rank | ListText | Annotated[list[Rank | ListText | Literal["full"]], Field(min_length=1)]
 Name = Annotated[str, Field(min_length=1)]
 ModuleNames = AllLinear | OneOrSeveral[Name]
 BytesOrText = PositiveFloat | Annotated[str, Field(pattern=_number_with(BYTES))]
@@ -89,11 +95,11 @@ def _read(by: Callable[[Any], Any], form: Any) -> BeforeValidator:
 
 
 _Unique = AfterValidator(unique)
-Ranks = Annotated[tuple[Rank, ...], _read(as_list, RankOrFull), Field(min_length=1), _Unique]
-Rates = Annotated[tuple[PositiveFloat, ...], _read(as_list, OneOrSeveral[PositiveFloat]), Field(min_length=1), _Unique]
-Seeds = Annotated[tuple[Seed, ...], _read(as_list, OneOrSeveral[Seed]), Field(min_length=1), _Unique]
-Variants = Annotated[tuple[Variant, ...], _read(as_list, OneOrSeveral[Variant]), _Unique]
-Alphas = Annotated[float | str | tuple[float | str, ...], _read(alpha_or_alphas, OneOrSeveral[AlphaOrMultiple])]
+Ranks = Annotated[tuple[Rank, ...], _read(ranks_of, RankOrFull), Field(min_length=1), _Unique]
+Rates = Annotated[tuple[PositiveFloat, ...], _read(listed, Numbers), Field(min_length=1), _Unique]
+Seeds = Annotated[tuple[Seed, ...], _read(seeds_of, OneOrSeveral[Seed | ListText]), Field(min_length=1), _Unique]
+Variants = Annotated[tuple[Variant, ...], _read(listed, OneOrSeveral[Variant]), _Unique]
+Alphas = Annotated[float | str | tuple[float | str, ...], _read(alpha_or_alphas, Numbers)]
 Modules = Annotated[AllLinear | tuple[str, ...], _read(all_linear_or_names, ModuleNames)]
 Names = Annotated[str | tuple[str, ...], _read(name_or_names, OneOrSeveral[Name])]
 ColumnName = Annotated[str, _read(column_of_a_format, Column)]
@@ -420,7 +426,9 @@ class StudySpec(Frozen):
     @classmethod
     def _full_is_the_reference(cls, values: Any) -> Any:
         """Replace `full` among the ranks by `reference.full`: a candidate's rank is always a number."""
-        ranks = as_list(values.get("ranks")) if isinstance(values, Mapping) else None
+        ranks = values.get("ranks") if isinstance(values, Mapping) else None
+        with suppress(ValueError):  # which the field itself says
+            ranks = ranks_of(ranks)
         if not isinstance(ranks, list | tuple) or FULL not in ranks:
             return values
         numbers = [rank for rank in ranks if rank != FULL]

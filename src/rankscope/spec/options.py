@@ -14,6 +14,7 @@ import yaml
 from rankscope.errors import StudyError, did_you_mean, shortened
 from rankscope.spec.candidates import as_list
 from rankscope.spec.models import CHATML, StudySpec, is_jinja
+from rankscope.spec.names import INSTEAD, field_of, type_of
 from rankscope.spec.option_table import OPTIONS
 from rankscope.spec.peft_options import read_adapter_config
 from rankscope.spec.resolve import resolve_spec, short_form
@@ -29,11 +30,7 @@ class _Yaml(NamedTuple):
 def read_study_file(path: Path) -> dict[str, Any]:
     """Read a study's YAML as a mapping, which is not validated yet. Raises StudyError: the file is missing, is not
     YAML, has a field twice, or is not a mapping."""
-    values = _parse_file(path).values
-    if not isinstance(values, dict):
-        found = "nothing" if values is None else type(values).__name__
-        what = f"{path}: expected fields such as model and data, found {found}"
-        raise StudyError(what, "studies/ has files to begin with.")
+    values: dict[str, Any] = _parse_file(path).values
     return values
 
 
@@ -42,12 +39,38 @@ def _parse_file(path: Path) -> _Yaml:
         raise StudyError(f"{path}: no such study file", "Give the path of a .yaml file, or use --model.")
     text = _text_of(path, "Give the path of a .yaml file.")
     try:
-        return _parse(text)
+        found = _parse(text)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise StudyError(f"{path}, line {line}: not valid YAML: {_problem(error)}", "Correct that line.") from None
     except Exception as error:  # YAML's constructors raise what they like: !!int x, a date that does not exist
         raise StudyError(f"{path}: not valid YAML: {_problem(error)}", "Correct the file.") from None
+    if not isinstance(found.values, dict):
+        kind = "nothing" if found.values is None else type(found.values).__name__
+        what = f"{path}: expected fields such as model and data, found {kind}"
+        raise StudyError(what, "`rankscope init` writes a file to begin with.")
+    for name, field in rename(found.values).items():
+        below = [line for line in found.lines if f"{line}.".startswith(f"{name}.")]
+        found.lines.update({line.replace(name, field, 1): found.lines[line] for line in below})
+    return found
+
+
+def rename(values: dict[str, Any]) -> dict[str, str]:
+    """Put what has another name where it belongs, in place (see `rankscope.spec.names`), and return the fields of these
+    names. Raises StudyError: a field is there under two names."""
+    moved: dict[str, str] = {}
+    groups = [(f"{name}.", group) for name, group in values.items() if isinstance(group, dict)]
+    for prefix, group in [("", values), *groups]:
+        for name in [name for name in group if isinstance(name, str) and "." not in name]:
+            field = field_of(f"{prefix}{name}", group[name])
+            if field == f"{prefix}{name}":
+                continue
+            moved[f"{prefix}{name}"], value = field, group.pop(name)
+            parent, _, last = field.rpartition(".")
+            if isinstance(there := values.get(parent) if parent else values, dict) and there.get(last) is not None:
+                raise StudyError(f"{prefix}{name} and {field} are the same field", "Give one of them.")
+            set_field(values, field, value)
+    return moved
 
 
 def _text_of(path: Path, todo: str) -> str:
@@ -102,17 +125,17 @@ def set_value(values: dict[str, Any], assignment: str) -> None:
     taken literally, unless it is in quotes, or `null` or `~` for none. Raises StudyError: it is not KEY=VALUE, or the
     value is missing or not YAML."""
     key, equals, text = assignment.partition("=")
-    shown = shortened(assignment, 200)
+    key, shown = field_of(key), shortened(assignment, 200)
     if not equals or not key:
         raise StudyError(f"--set {shown}: expected KEY=VALUE", "For example --set training.steps=200.")
     try:
-        value = _value(text, _types(key))
+        value = _value(text, _members(type_of(key)))
     except Exception as error:
         what = f"--set {shown}: the value is not valid YAML: {_problem(error)}"
         raise StudyError(what, "Put it in quotes.") from None
     if value is None and text.strip().lower() not in ("null", "~"):
         raise StudyError(f"--set {shown}: no value is given", f"For none, write --set {key}=null.")
-    set_field(values, key, value)
+    set_field(values, field_of(key, value), value)
 
 
 def _value(text: str, types: set[Any]) -> Any:
@@ -135,15 +158,6 @@ def _value(text: str, types: set[Any]) -> Any:
 
 _SEVERAL = tuple[str, ...]
 _QUOTED = re.compile(r"""'(?:[^']|'')*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
-
-
-def _types(key: str) -> set[Any]:
-    """Types that a field such as `training.steps` takes; None alone for an unknown field."""
-    annotation: Any = StudySpec
-    for part in key.split("."):
-        field = getattr(annotation, "model_fields", {}).get(part)
-        annotation = field and field.annotation
-    return _members(annotation)
 
 
 def _members(annotation: Any) -> set[Any]:
@@ -175,33 +189,34 @@ def assemble(
     chat template's file is replaced by its text, so that the study stands alone. Errors name `file`, from which the
     values were read, and the line of a wrong value. Raises StudyError: an option or field is unknown or wrong."""
     merged = copy.deepcopy(dict(values))
-    if options.get("alpha") is not None and options.get("alphas") is not None:
-        raise StudyError("alpha and alphas are the same field", "Give one of them.")
+    rename(merged)
     if (config := options.get("adapter_config")) is not None:
         if not isinstance(config, str | Path):
             raise StudyError(f"adapter_config: {config!r} is no path", "Give an adapter_config.json, or its folder.")
         for field, value in read_adapter_config(Path(config)).items():
             set_field(merged, field, value)
+    given: dict[str, str] = {}  # option of each field that has one
     for option, value in options.items():
-        if option not in OPTIONS:
-            what = f"{option}: unknown option{did_you_mean(option, OPTIONS)}"
-            raise StudyError(what, f"Known: {', '.join(OPTIONS)}.")
+        field = OPTIONS[option].field if option in OPTIONS else field_of(option)
+        if not type_of(field):
+            hint = f"; {INSTEAD[option]}" if option in INSTEAD else did_you_mean(option, OPTIONS)
+            raise StudyError(f"{option}: unknown option{hint}", f"Known: {', '.join(OPTIONS)}.")
+        if value is not None and given.setdefault(field, option) != option:
+            raise StudyError(f"{given[field]} and {option} are the same field", "Give one of them.")
         if value is not None and option != "adapter_config":
-            set_field(merged, OPTIONS[option].field, value)
+            set_field(merged, field, value)
     training = merged.get("training")
-    for given, other in (("steps", "epochs"), ("epochs", "steps")):  # a length given by option replaces the file's
-        if isinstance(training, dict) and options.get(given) is not None and options.get(other) is None:
+    for one, other in (("steps", "epochs"), ("epochs", "steps")):  # a length given by option replaces the file's
+        if isinstance(training, dict) and f"training.{one}" in given and f"training.{other}" not in given:
             training.pop(other, None)
     verdict = merged.get("verdict")
-    if isinstance(verdict, dict) and options.get("margin_of") is not None and options.get("margin") is None:
+    if isinstance(verdict, dict) and "verdict.margin_of" in given and "verdict.margin" not in given:
         verdict.pop("margin", None)  # the file's is a share of something else
     for assignment in assignments:
         set_value(merged, assignment)
-    named = "name" in merged
+    has_name = "name" in merged
     merged.setdefault("name", _default_name(merged))
-    fields = [OPTIONS[option].field for option in options if options[option] is not None]
-    fields += [assignment.partition("=")[0] for assignment in assignments]
-    over = tuple(f"{field}." for field in fields)
+    over = tuple(f"{field}." for field in [*given, *(field_of(one.partition("=")[0]) for one in assignments)])
     in_file = file is not None and not "data.chat_template.".startswith(over)
     _read_chat_template(merged, [file.parent, Path()] if file and in_file else [Path()])
     if file is None:
@@ -209,7 +224,7 @@ def assemble(
     else:
         lines = {name: line for name, line in _parse_file(file).lines.items() if not f"{name}.".startswith(over)}
         spec = resolve_spec(merged, f"the study {file}", lines)
-    if not named:
+    if not has_name:
         spec.model_fields_set.discard("name")  # nobody wrote it: see `rankscope.study.growth`
     return spec
 
@@ -237,36 +252,23 @@ def _default_name(values: Mapping[str, Any]) -> str:
     return "-".join(filter(None, words))[:100] or "study"
 
 
-def comma_list(name: str, text: str) -> list[Any]:
-    """Values of an option's text. Of ranks `4..64` is 4, 8, 16 up to 64; of seeds `0..4` is 0, 1, 2, 3, 4. Raises
-    StudyError: the ends of a range are not whole numbers in order."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if name == "target_modules":
-        return parts
-    return [number for part in parts for number in (_range(name, part) if ".." in part else [one_number(part)])]
+QUICK_STEPS, QUICK_ROWS = 200, 2000
 
 
-def _range(name: str, text: str) -> Sequence[Any]:
-    low, _, high = (one_number(end.strip()) for end in text.partition(".."))
-    whole = name in ("ranks", "seeds") and isinstance(low, int) and isinstance(high, int)
-    if not whole or not (0 if name == "seeds" else 1) <= low <= high <= low + MOST_IN_RANGE:
-        todo = "Ranges are of ranks (8..64) or seeds (0..4): two whole numbers, the lower first."
-        raise StudyError(f"--{name.replace('_', '-')} {text}: no such range", todo)
-    return doublings(low, high) if name == "ranks" else range(low, high + 1)
-
-
-MOST_IN_RANGE = 1 << 20  # largest distance between the ends of a range
-
-
-def doublings(low: int, high: int) -> list[int]:
-    """`low` and its products with powers of two, up to `high`."""
-    return [low << power for power in range(64) if low << power <= high]
-
-
-def one_number(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+def quick_look(spec: StudySpec) -> StudySpec:
+    """The question as `--quick` asks it: at most three of its ranks (the lowest, a middle one, the highest), two seeds,
+    200 steps, one epoch and 2,000 rows, a quarter of them held out at most."""
+    ranks, training, data = sorted(spec.ranks), spec.training, spec.data
+    rows, length = QUICK_ROWS, dict[str, Any](steps=training.steps and min(training.steps, QUICK_STEPS))
+    if training.steps is None:  # no more rows than these steps need
+        rows, length = min(rows, QUICK_STEPS * training.effective_batch_size), {"epochs": min(training.epochs or 1, 1)}
+    rows = min(rows, data.max_rows or rows)
+    held_out = {"eval_rows": min(data.eval_rows, rows // 4)} if data.eval_rows else {}
+    less = {
+        "ranks": tuple(dict.fromkeys((ranks[0], ranks[len(ranks) // 2], ranks[-1]))),
+        "seeds": spec.seeds[:2],
+        "seeds_by_rank": {},
+        "training": training.model_copy(update=length),
+        "data": data.model_copy(update={"max_rows": rows, **held_out}),
+    }
+    return spec.model_copy(update=less)

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from rankscope.errors import StudyError, shortened
 from rankscope.spec.models import StudySpec
+from rankscope.spec.names import INSTEAD
 
 MAX_ERRORS_SHOWN = 5  # wrong fields in one message
 LOG = "log"  # field of study.yaml in a study's directory: what was added, and when
@@ -23,15 +24,15 @@ def resolve_spec(
     try:
         return StudySpec.model_validate({name: value for name, value in values.items() if name != LOG})
     except ValidationError as error:
-        found = list(dict.fromkeys(_explain(dict(detail), lines or {}) for detail in error.errors()))
+        found = list(dict.fromkeys(_explain(dict(detail), values, lines or {}) for detail in error.errors()))
         shown = [f"  - {line}" for line in found[:MAX_ERRORS_SHOWN]] + ["  - ..."] * (len(found) > MAX_ERRORS_SHOWN)
         todo = "Correct these fields and run again; `rankscope run --help` and studies/ show valid ones."
         raise StudyError(f"{source} is wrong:\n" + "\n".join(shown), todo) from None
 
 
-def _explain(detail: dict[str, Any], lines: Mapping[str, int]) -> str:
-    path = [str(part) for part in detail["loc"] if part != "[key]"]  # pydantic's sign of a mapping's wrong key
-    field = ".".join(part if part.isprintable() and len(part) < 60 else short_form(part) for part in path) or "study"
+def _explain(detail: dict[str, Any], values: Any, lines: Mapping[str, int]) -> str:
+    path = [str(part) for part in detail["loc"] if part != "[key]"]
+    field = _place(detail["loc"], values) or "study"
     parents = (".".join(path[:length]) for length in range(len(path), 0, -1))  # `training.steps`, `training`
     line = next((lines[name] for name in parents if name in lines), None)
     where = f"line {line}, {field}" if line else field
@@ -47,6 +48,20 @@ def _explain(detail: dict[str, Any], lines: Mapping[str, int]) -> str:
     return f"{where}: {message}{shown}"
 
 
+def _place(path: Sequence[str | int], values: Any) -> str:
+    """Where `values` have what pydantic complains of: `training.steps`, or `ranks, 2nd value`."""
+    place = ""
+    for part in path:
+        if isinstance(part, int) and not isinstance(values, Mapping):
+            nth = part + 1
+            place += f", {nth}{ {1: 'st', 2: 'nd', 3: 'rd'}.get(nth if nth < 20 else nth % 10, 'th') } value"
+        elif part != "[key]":  # pydantic's sign of a mapping's wrong key
+            name = str(part)
+            place += "." * bool(place) + (name if name.isprintable() and len(name) < 60 else short_form(name))
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return place
+
+
 def short_form(value: Any) -> str:
     """A value for an error message: one line, truncated."""
     try:
@@ -59,6 +74,8 @@ def short_form(value: Any) -> str:
 def _suggestion(path: Sequence[str]) -> str:
     """Hint at the nearest field of the same group, else of any group."""
     *group, name = path
+    if name in INSTEAD:
+        return INSTEAD[name]
     if group == ["data"] and name in ("eval", "eval_id"):
         return "did you mean eval_dataset?"
     known = _fields(group)

@@ -1,4 +1,4 @@
-"""MLflow: the study is an experiment, each trial a run; `pip install 'rankscope[mlflow]'`."""
+"""MLflow: the study is an experiment, each trial a run; extra `mlflow`."""
 
 import os
 import shlex

@@ -1,4 +1,4 @@
-"""TensorBoard: event files in GROUP/TRIAL, written by its own writer; `pip install 'rankscope[tensorboard]'`."""
+"""TensorBoard: event files in GROUP/TRIAL, written by its own writer; extra `tensorboard`."""
 
 import os
 import shlex

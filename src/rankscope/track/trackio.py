@@ -1,4 +1,4 @@
-"""Trackio: the study is a group, each trial a run; `pip install 'rankscope[trackio]'`."""
+"""Trackio: the study is a group, each trial a run; extra `trackio`."""
 
 import os
 import shlex

@@ -1,4 +1,4 @@
-"""Weights & Biases: the study is a group, each trial a run; `pip install 'rankscope[wandb]'`.
+"""Weights & Biases: the study is a group, each trial a run; extra `wandb`.
 
 Runs are offline where WANDB_MODE says so, and where there is no API key: the user is not prompted for one.
 """

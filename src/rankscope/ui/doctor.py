@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
+from rankscope.errors import install_command
 from rankscope.measure.machine import hardware, installed, versions
 from rankscope.text.formats import size
 from rankscope.track import TRACKERS
@@ -22,7 +23,7 @@ def show_system(console: Console) -> None:
     lines += [("cpu", f"{facts['cpu']}, {facts['cores']} cores, {size(facts['memory_bytes'])}")]
     lines += [("gpu", gpu) for gpu in gpus or ["none that torch can use: studies run on the CPU"]]
     for name, version in _optional().items():
-        lines += [(name, version or f"not installed (optional: pip install 'rankscope[{name}]')")]
+        lines += [(name, version or f"not installed (optional: {install_command(name)})")]
     for name, text in [*lines, ("disk", f"{size(free)} free here")]:
         console.print(f"{name:<14} {text}")
 

@@ -2,11 +2,12 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from rankscope.errors import StudyError
 from rankscope.spec.option_table import OPTIONS, Option
@@ -20,16 +21,16 @@ CRITERIA = [name for name, option in OPTIONS.items() if option.field.startswith(
 PLAN = [name for name in RUN if name not in CRITERIA]
 _DATA = ("dataset", "eval_dataset", "columns", "chat_template", "skip_bad_rows", "force")
 SEARCH = {name: OPTIONS[name] for name in ("model", *_DATA)} | {
-    "ranks": Option("", str, "Ranks, e.g. 8,32,128, or 4..256 for 4, 8, 16 up to 256."),
-    "learning_rates": Option("", str, "A range such as 1e-5..1e-3, sampled log-uniformly, or a list."),
-    "alpha": Option("", str, "One lora_alpha or several, e.g. 16,32,2r."),
-    "target_modules": Option("", str, "Groups, separated by semicolons, e.g. all-linear;q_proj,v_proj."),
-    "trials": Option("", int, "Budget: candidates to begin. Default: 32."),
-    "hours": Option("", float, "Budget: hours of training and evaluation."),
-    "tokens": Option("", int, "Budget: training tokens of all candidates together."),
-    "sampler": Option("", str, "tpe or random."),
-    "pruner": Option("", str, "halving stops hopeless candidates early; or none."),
-    "seed": Option("", int, "Seed of the sampler and of every candidate's training."),
+    "ranks": Option("", str, "Ranks: a list, or a range in doublings.", "4..256"),
+    "learning_rates": Option("", str, "A list, or a range, sampled log-uniformly.", "3e-5..3e-3"),
+    "alpha": Option("", str, "One lora_alpha or several, e.g. 16,32,2r.", "32"),
+    "target_modules": Option("", str, "Groups, e.g. all-linear;q_proj,v_proj.", "all-linear"),
+    "trials": Option("", int, "Budget: candidates to begin.", "32 without another budget"),
+    "hours": Option("", float, "Budget: hours of training and evaluation.", "no limit"),
+    "tokens": Option("", int, "Budget: training tokens of all candidates together.", "no limit"),
+    "sampler": Option("", str, "tpe or random.", "tpe"),
+    "pruner": Option("", str, "halving stops hopeless candidates early; or none.", "halving"),
+    "seed": Option("", int, "Seed of the sampler and of every candidate's training.", "0"),
 }
 _RECIPE = ("steps", "epochs", "batch_size", "max_length", "device", "dtype", "quantization", "dequantize", "engine")
 SEARCH |= {name: OPTIONS[name] for name in _RECIPE}
@@ -45,9 +46,38 @@ RULES = {
 RESIZE = {
     **RULES,
     "uniform": Option("", bool, "With --max-loss-increase: one rank everywhere."),
-    "model": Option("model.id", str, "Base model. Default: the adapter's."),
-    "dataset": OPTIONS["dataset"]._replace(help="Data to hold out rows of. Default: those of the adapter's study."),
+    "model": Option("model.id", str, "Base model.", "the adapter's"),
+    "dataset": OPTIONS["dataset"]._replace(help="Data to hold out rows of.", default="those of the adapter's study"),
 } | {name: OPTIONS[name] for name in ("max_length", "device", "dtype", "dequantize")}
+
+
+StudyFile = Annotated[
+    Path | None,
+    typer.Argument(metavar="[STUDY.yaml]", help="A study's file. Without one and --model: the embedded study."),
+]
+StudyOrDirectory = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[STUDY.yaml|DIR]",
+        help="A study's file, or its directory, to add to it. Without one and --model: the embedded study.",
+    ),
+]
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A study's directory.")]
+FinishedDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a finished study.")]
+Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a PEFT LoRA adapter, or a hub id.")]
+Revision = Annotated[str | None, typer.Option(help="Hub revision (branch, tag, commit).", show_default="main")]
+Out = Annotated[Path | None, typer.Option(help="The study's directory.", show_default="its name")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any field: training.steps=200.")]
+LauncherName = Annotated[str, typer.Option("--launcher", help="Where jobs run: local (all GPUs here) or ray.")]
+RayAddress = Annotated[str | None, typer.Option(help="HOST:PORT or auto.", show_default="RAY_ADDRESS, or Ray here")]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="A first look: at most 3 ranks, 2 seeds, 200 steps and 2,000 rows.")
+]
+UntilSettled = Annotated[
+    bool, typer.Option("--until-settled", help="Add seeds, to 3, 5, 8 and 12, of the ranks that are undecided.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts; all else goes to stderr.")]
+Language = Annotated[str, typer.Option("--lang", help="Language of the verdict and of report/index.html: en or ko.")]
 
 
 def with_options(options: Mapping[str, Option] | Iterable[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -74,31 +104,89 @@ def with_options(options: Mapping[str, Option] | Iterable[str]) -> Callable[[Cal
     return decorate
 
 
+INIT = {
+    "model": Option("", str, "Base model: hub id, folder or .gguf file.", "embedded"),
+    "dataset": Option("", str, "Data: file, folder or hub id.", "embedded"),
+    "task": Option("", str, "What a row is: auto, instructions, questions, chat or text.", "auto"),
+    "hardware": Option("", str, "Hardware: auto, cpu, cuda, mps, or the memory of a GPU elsewhere: 24GB.", "auto"),
+    "hours": Option("", str, "Hours it may take; below 1 it is a quick look.", "2"),
+}
+"""Options, questions and default answers of `rankscope init`."""
+
+_PANELS = dict.fromkeys(("model", "data"), "Model and data") | {"training": "Training", "verdict": "Verdict"}
+_PANELS |= dict.fromkeys(("ranks", "variants", "adapter", "learning_rates", "seeds"), "Candidates")
+"""Groups of options in the help, by the first part of their fields."""
+
+
 def _annotation(name: str, option: Option) -> Any:
     """Return the option as typer declares it; a switch has no --no- form."""
     declarations = [f"--{name.replace('_', '-')}"] if option.type is bool else []
-    return Annotated[option.type | None, typer.Option(*declarations, metavar=option.metavar, help=option.help)]
+    shown: Any = {"metavar": option.metavar, "help": option.help, "show_default": option.default or True}
+    panel = _PANELS.get(option.field.partition(".")[0])
+    return Annotated[option.type | None, typer.Option(*declarations, rich_help_panel=panel, **shown)]
+
+
+class Command(TyperCommand):
+    """A command that reads its options by the names of other tools too: `--lr 1e-4`, `--lora_alpha=16`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(
+            ctx, list(own_names(args, {name for one in self.get_params(ctx) for name in one.opts}))
+        )
+
+
+def own_names(words: Sequence[str], own: Collection[str]) -> Iterator[str]:
+    """The words of a command line with the command's `own` options instead of other names for them; fields of a study
+    without an option become `--set`. Raises StudyError: an option of another tool means no field."""
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        written, equals, value = word.partition("=")
+        option = written.replace("_", "-")
+        field = None if option in own or not option.startswith("--") or "--set" not in own else _field(written)
+        names = (f"--{name.replace('_', '-')}" for name, known in OPTIONS.items() if field and known.field == field)
+        option = next((name for name in names if name in own), option)
+        if option in own:
+            yield f"{option}{equals}{value}"
+        elif field is None:
+            yield word
+        else:
+            if not equals:
+                value = "true" if not rest or rest[0].startswith("--") else rest.pop(0)
+            yield from ("--set", f"{field}={value}")
+
+
+def _field(option: str) -> str | None:
+    """The field of a study that an option such as `--lora_alpha` means, if any."""
+    from rankscope.spec.names import INSTEAD, field_of, type_of
+
+    name = option.removeprefix("--").replace("-", "_")
+    if name in INSTEAD:
+        raise StudyError(f"{option} is no option of rankscope", f"{INSTEAD[name][0].upper()}{INSTEAD[name][1:]}.")
+    field = field_of(name, "text")
+    return field if type_of(field) else None
 
 
 def resolve_study(study: Path | None, options: Mapping[str, Any], sets: Sequence[str] | None) -> "StudySpec":
     """The study of a file, with options as the command line has them and `--set` assignments over it. Raises
     StudyError: a file, an option or a field is wrong."""
-    from rankscope.spec.options import assemble, comma_list, one_number
+    from rankscope.spec.options import assemble
 
-    values = dict(options)
-    for name in ("ranks", "variants", "learning_rates", "alphas", "seeds", "target_modules"):
-        if values.get(name) is not None:
-            values[name] = comma_list(name, values[name])
-    if values.get("alpha") is not None:
-        values["alpha"] = one_number(values["alpha"])
-    return assemble(study_values(study, options), values, sets or (), study)
+    return assemble(study_values(study, options), options, sets or (), study)
 
 
-def study_at(study: Path | None, out: Path | None) -> tuple[Path | None, Path | None]:
-    """File and directory of a study that is given as its file, or as a directory, in which it then runs."""
+def study_and_path(
+    study: Path | None, out: Path | None, options: Mapping[str, Any], sets: Sequence[str] | None, quick: bool
+) -> tuple["StudySpec", Path]:
+    """The study that is asked for by its file, or by its directory, in which it then runs; and its directory. A `quick`
+    look at one has its own, beside it."""
+    from rankscope.spec.options import quick_look
+
     if study is not None and (study / "study.yaml").is_file():
-        return study / "study.yaml", out or study
-    return study, out
+        study, out = study / "study.yaml", out or study
+    spec = resolve_study(study, options, sets)
+    path = out or Path(spec.name)
+    return (quick_look(spec), path.with_name(f"{path.name}-quick")) if quick else (spec, path)
 
 
 def study_values(study: Path | None, options: Mapping[str, Any]) -> dict[str, Any]:

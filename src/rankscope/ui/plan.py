@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
+import typer
 from rich.table import Table
 
 from rankscope.data.doubts import data_warnings
@@ -12,16 +13,17 @@ from rankscope.plan.checks import too_large
 from rankscope.plan.costs import CostModel
 from rankscope.plan.memory import MAX_PACK_MEMORY_FRACTION
 from rankscope.plan.plan import Plan, imagined_gpu, make_fleet, make_plan
-from rankscope.plan.runtime import COUNTED, NOT_COUNTED, StudyForecast, study_seconds
+from rankscope.plan.runtime import COUNTED, NOT_COUNTED, StudyForecast, shorter, study_seconds
 from rankscope.spec.models import StudySpec
 from rankscope.study.folder import StudyFolder
 from rankscope.study.missing import is_finished, unevaluated
 from rankscope.study.study import Study
 from rankscope.text.catalogue import load
 from rankscope.text.coverage import coverage_sentences
-from rankscope.text.formats import duration, parse_bytes, parse_flops, percent, size
+from rankscope.text.formats import about, duration, parse_bytes, parse_flops, percent, size
 from rankscope.train.prepare import describe_data, study_data
 from rankscope.ui.console import error_console, make_table, out_console, print_json
+from rankscope.ui.progress import Display
 from rankscope.ui.rows import describe_rows, show_rows
 
 Number = TypeVar("Number", int, float)
@@ -56,7 +58,7 @@ def show_plan(plan: Plan, study: StudyFolder | None, as_json: bool, rows: int = 
     if as_json:
         print_json(describe_plan(plan) | ({"rows": describe_rows(plan, rows)} if rows else {}))
     else:
-        _print_plan(plan, rows)
+        _print_plan(plan, rows, study is not None)
     if study is not None:
         done, stale = sum(is_finished(study, trial) for trial in study.trials), len(unevaluated(study))
         (error_console if as_json else out_console).print(
@@ -68,7 +70,7 @@ def show_plan(plan: Plan, study: StudyFolder | None, as_json: bool, rows: int = 
         )
 
 
-def _print_plan(plan: Plan, rows: int) -> None:
+def _print_plan(plan: Plan, rows: int, begun: bool) -> None:
     out_console.print(f"Model {plan.spec.model.id}: {plan.prediction.base_params:,} parameters")
     out_console.print(describe_data(plan.data.facts), soft_wrap=True)
     for sentence in coverage_of(plan):
@@ -81,8 +83,33 @@ def _print_plan(plan: Plan, rows: int) -> None:
     lines = [*_notes(plan), packs, *_packs(plan)]
     if full:
         lines.append(f"{full} trials of full fine-tuning, each alone: their memory and time are not predicted.")
-    for line in [*lines, f"On the disk: at most about {size(plan.disk_bytes)}."]:
+    lines.append(f"On the disk: at most about {size(plan.disk_bytes)}.")
+    for line in [*lines, *([] if begun else shorter_lines(plan))]:
         out_console.print(line, soft_wrap=True)
+
+
+def shorter_lines(plan: Plan) -> list[str]:
+    """What makes the study shorter, with its time on one device by the same forecast."""
+    times = shorter(plan.spec, plan.steps, plan.forecast.candidates)
+    lines = [f"  {option}: about {about(seconds, load('en'))}" for option, seconds in times.items()]
+    quick = "  --quick: a first look, at most 3 ranks, 2 seeds, 200 steps and 2,000 rows"
+    hours = "  --hours 2: starts nothing that would end later, and concludes from what it has"
+    return ["Shorter, on one device by the same forecast:", *lines, quick, hours] if lines else []
+
+
+LONG_SECONDS = 2 * 3600  # a run of more says so first, and asks
+
+
+def approve(progress: Display, plan: Plan) -> None:
+    """Say that a study takes hours, and what makes it shorter; in a terminal, ask. Raises typer.Exit: no."""
+    fleet, alone = plan.fleet_estimate, study_seconds(plan.spec, plan.forecast.candidates)
+    seconds = fleet.makespan_seconds if fleet else sum(alone or ())
+    if seconds <= LONG_SECONDS:
+        return
+    for line in [f"This will take about {about(seconds, load('en'))}.", *shorter_lines(plan)]:
+        progress.say(line)
+    if not progress.ask("Start?"):
+        raise typer.Exit(130)
 
 
 def coverage_of(plan: Plan) -> list[str]:
@@ -107,6 +134,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "free_bytes": plan.site.free_bytes,
         "largest_rank_that_fits": plan.largest_rank,
         "disk_bytes": plan.disk_bytes,
+        "shorter": shorter(plan.spec, plan.steps, plan.forecast.candidates),
         "seconds": seconds._asdict() if seconds else None,
         "fleet": found.describe() if (found := plan.fleet_estimate) else None,
     }

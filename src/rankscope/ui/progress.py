@@ -4,12 +4,14 @@
 """
 
 import shlex
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
+import typer
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -53,6 +55,15 @@ class Display:
 
     def say(self, message: str) -> None:
         self.console.print(message, highlight=False, soft_wrap=True)
+
+    def ask(self, question: str) -> bool:
+        """Ask for yes or no, where a terminal can answer; elsewhere the answer is yes."""
+        if self._live is None or not sys.stdin.isatty():
+            return True
+        self._live.stop()
+        answer = typer.confirm(question, default=True)
+        self._live.start()
+        return answer
 
     @property
     def is_drawn(self) -> bool:

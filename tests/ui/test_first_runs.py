@@ -1,0 +1,61 @@
+"""`rankscope demo`, `run --quick`, `--yes`: what is asked of the main path, and what is said at the end."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rankscope import cli
+from rankscope.report.finish import Conclusion
+from rankscope.study.study import Study
+
+
+@pytest.fixture
+def asked(trained: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the main path was asked, which concludes at once."""
+    calls: list[Any] = []
+
+    def run_looks(*question: Any) -> Conclusion:
+        calls.append(question)
+        return Conclusion(trained, trained.evidence(), trained.verdict)
+
+    monkeypatch.setattr("rankscope.pipeline.run_looks", run_looks)
+    monkeypatch.chdir(tmp_path)
+    return calls
+
+
+def rankscope(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["rankscope", *words.split()])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+
+
+def test_demo_is_run_alone(
+    asked: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rankscope("run", monkeypatch)
+    assert "rankscope init" not in capsys.readouterr().err
+    rankscope("demo", monkeypatch)
+    assert "Next, with your own model and data:\n  rankscope init" in capsys.readouterr().err
+    (spec, path, *_), (same, there, *_) = asked
+    assert (spec.model.id, spec.data.id, str(path)) == ("embedded", "embedded", "rankscope-demo")
+    assert (spec, path) == (same, there)
+
+
+def test_a_quick_look_ends_with_the_command_of_the_whole(
+    asked: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rankscope("run --quick --out x --num_train_epochs 2", monkeypatch)
+    assert capsys.readouterr().out.endswith("the whole study:\n  rankscope run --out x --num_train_epochs 2\n")
+    ((spec, path, *_),) = asked
+    assert (str(path), spec.seeds, spec.training.epochs, spec.data.max_rows) == ("x-quick", (0, 1), 1, 1600)
+
+
+@pytest.mark.parametrize(("words", "asks"), [("run", True), ("run --yes", False), ("run --hours 9", False)])
+def test_who_has_a_limit_or_says_yes_is_not_asked(
+    words: str, asks: bool, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rankscope(words, monkeypatch)
+    assert (asked[0][-1] is not None) == asks
