@@ -93,7 +93,9 @@ def _above_chart(
     y = charts.y_axis(text("table.regret"), y_range)
     points, near = {**x, "color": of_rank, "shape": charts.shape(ranks)}, found["above"] <= y_range[1]
     drawn = found.loc[near, [*frames.KEYS, "rate", "above", "above_low", "above_high"]]
-    layers = [charts.band((0.0, margin), y)] if margin else []
+    edge = alt.Chart(pd.DataFrame({"margin": [margin], "label": [text("chart.above_best.margin")]}))
+    named = edge.mark_text(align="left", dy=10).encode(x=alt.value(8), y=y("margin"), text="label:N")
+    layers = [charts.band((0.0, margin), y), named] if margin else []
     layers.append(alt.Chart(pd.DataFrame({"zero": [0.0]})).mark_rule(strokeDash=[4, 4]).encode(y=y("zero")))
     layers += charts.intervals(drawn, y, {**x, "color": of_rank}, "above", strokeWidth=2.5)
     titles = {"above": "mean", "above_low": "lowest", "above_high": "highest"}
