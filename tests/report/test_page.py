@@ -188,7 +188,7 @@ def test_the_gain_the_margins_and_the_next_command_are_on_the_first_screen(
     browser: Browser, evidence: Evidence, tmp_path: Path, language: str
 ) -> None:
     browser.open(build(evidence, make_verdict(evidence, "not_enough_evidence", more_seeds=2), tmp_path, language))
-    for place, expected in ((".next code", "--until-settled"), (".first th", "8"), (".first tr.chosen", "95%")):
+    for place, expected in ((".next code", "--until-settled"), (".first tbody th", "8"), (".first tr.chosen", "95%")):
         assert expected in browser.ask(f"document.querySelector('{place}').innerText")
         assert browser.ask(f"document.querySelector('{place}').getBoundingClientRect().bottom") <= 800
     assert browser.messages == []
