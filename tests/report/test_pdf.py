@@ -34,9 +34,10 @@ def test_without_a_browser_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_browser_that_prints_nothing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "chromium"
+    program, page = tmp_path / "chromium", tmp_path / "index.html"
+    page.write_text("<p>x</p>")
     program.write_text("#!/bin/sh\necho one >&2\necho no display >&2\nexit 1\n")
     program.chmod(0o755)
     monkeypatch.setattr(pdf, "BROWSERS", (str(program),))
     with pytest.raises(StudyDirectoryError, match="chromium printed nothing: no display"):
-        print_pdf(tmp_path / "index.html")
+        print_pdf(page)

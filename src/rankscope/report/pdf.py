@@ -1,6 +1,7 @@
 """The report as PDF, printed by a Chromium or Chrome of this machine, where it has one."""
 
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -28,9 +29,11 @@ def print_pdf(page: Path) -> bytes:
     """The page as PDF, printed without its scripts: what is printed is what lies in the page. Raises MissingExtraError:
     there is no browser; StudyDirectoryError: the browser printed nothing."""
     with tempfile.TemporaryDirectory() as folder:
-        printed = Path(folder, "report.pdf")
+        copy, printed = Path(folder, "page.html"), Path(folder, "report.pdf")
+        source = page.read_text(encoding="utf-8")
+        copy.write_text(re.sub(r"<script\b.*?</script>", "", source, flags=re.DOTALL), encoding="utf-8")
         command = [find_browser(), "--headless", "--disable-gpu", "--no-pdf-header-footer", f"--user-data-dir={folder}"]
-        command += ["--blink-settings=scriptEnabled=false", f"--print-to-pdf={printed}", page.resolve().as_uri()]
+        command += ["--disable-dev-shm-usage", f"--print-to-pdf={printed}", copy.as_uri()]
         if hasattr(os, "geteuid") and os.geteuid() == 0:  # Chromium's sandbox refuses root, as in most containers
             command.insert(1, "--no-sandbox")
         try:
