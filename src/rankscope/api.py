@@ -57,9 +57,9 @@ def run(
     *,
     model: PathOrId | None = None,
     dataset: PathOrId | Sequence[PathOrId] | None = None,
-    ranks: int | Sequence[int | Literal["full"]] | None = None,
-    learning_rates: float | Sequence[float] | None = None,
-    seeds: int | Sequence[int] | None = None,
+    ranks: int | str | Sequence[int | Literal["full"]] | None = None,
+    learning_rates: float | str | Sequence[float] | None = None,
+    seeds: int | str | Sequence[int] | None = None,
     steps: int | None = None,
     epochs: float | None = None,
     batch_size: int | None = None,
@@ -112,9 +112,9 @@ def run(
     Args:
         model: Base model: hub id, folder or .gguf file.
         dataset: Instruction data: hub id, file or folder, or several of them.
-        ranks: LoRA ranks to compare; `full` adds full fine-tuning.
+        ranks: LoRA ranks to compare: `[8, 64]`, or `4..64` for 4, 8, 16 up to 64; `full` adds full fine-tuning.
         learning_rates: Peak learning rates. Of several, each rank is judged at its best.
-        seeds: Seeds to train each candidate with.
+        seeds: Seeds to train each candidate with: `[0, 1, 2]`, or `0..2`.
         steps: Optimizer steps per trial.
         epochs: Passes over the training rows, instead of `steps`.
         batch_size: Examples per trial and step.
