@@ -106,7 +106,8 @@ def test_a_run_has_the_config_and_its_group(replayed: Replayed) -> None:
 
 
 def test_costs_are_in_the_summary(replayed: Replayed) -> None:
-    summary = read_json(FIXTURE / "profiles" / "r008.json", schema=2)["repeats"][0]["summary"]
+    profiles = replayed.study.profiles()
+    summary = profiles[(profiles["rank"] == 8) & ~profiles["control"]].iloc[0]
     seen = replayed.read()
     for name, value in {
         "average_cpu_memory_gb": summary["rss_mean_bytes"] / 1e9,
