@@ -294,6 +294,43 @@ def test_other_data_is_a_confounder(tmp_path: Path) -> None:
     assert "data" in {one.what for one in judge([tmp_path]).confounders}
 
 
+def edited_state(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    state = json.loads((folder / readers.STATE).read_text())
+    for row in state["log_history"]:
+        change(row)
+    (folder / readers.STATE).write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize(
+    ("key", "share", "column"),
+    [
+        ("eval_runtime", 1.02, "eval_rows"),
+        ("eval_runtime", 1.002, None),
+        ("eval_loss", 1.01, "untrained_loss"),
+        ("eval_loss", 1 + 1e-6, None),
+    ],
+)
+def test_another_evaluation_set_shows_in_its_rows_or_in_the_loss_before_training(
+    tmp_path: Path, key: str, share: float, column: str | None
+) -> None:
+    folder = shutil.copytree(RUNS / "trainer", tmp_path / "runs")
+    for seed in "abc":
+        edited_state(folder / f"r4-{seed}", lambda row: row.update({key: row[key] * share} if key in row else {}))
+    found = judge([folder])
+    named = {one.what for one in found.confounders} & {"eval_rows", "untrained_loss"}
+    assert named == ({column} if column else set())
+    assert [one["ranks"] for one in found.differences] == ([[1, 16]] if column else [[1, 4, 16]])
+
+
+def test_of_two_evaluations_at_one_step_the_first_is_of_the_run(tmp_path: Path) -> None:
+    folder = shutil.copytree(RUNS / "trainer" / "r4-a", tmp_path / "r4")
+    state = json.loads((folder / readers.STATE).read_text())
+    last = next(row for row in reversed(state["log_history"]) if "eval_loss" in row)
+    state["log_history"].append(last | {"eval_loss": 1.0})  # of the best checkpoint, loaded at the end
+    (folder / readers.STATE).write_text(json.dumps(state))
+    assert judge([folder]).runs["eval_loss"].tolist() == [last["eval_loss"]]
+
+
 DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "torn": (lambda file: file.write_text('{"log_history": ['), "not JSON"),
     "empty": (lambda file: file.write_text(""), "not JSON"),

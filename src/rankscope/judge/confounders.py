@@ -1,5 +1,6 @@
 """What differs with rank besides rank, and what runs lack for a conclusion."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,8 +16,9 @@ SETTINGS = (
 )  # fmt: skip
 """Columns that are equal where losses can be compared. Seeds, alpha and the order are judged by themselves."""
 
-_RARE = ("max_length", "eval_set", "steps_an_epoch", "eval_step", "untrained_loss")  # that few tools record
-_ROUNDED = {"epochs": 0.02, "steps_an_epoch": 0.02, "eval_rows": 0.02, "untrained_loss": 0.001}  # equal within shares
+_RARE = ("steps_an_epoch", "eval_step", "untrained_loss")  # that few tools record, beside others that say as much
+_ROUNDED = dict.fromkeys(("epochs", "steps_an_epoch", "eval_rows"), 0.005) | {"untrained_loss": 0.001}
+"""Shares within which values are equal, as they are computed from rounded ones."""
 _RISE = 0.01  # share of the lowest held-out loss by which the last is above it where a run overfits
 
 
@@ -35,8 +37,10 @@ def normalised(runs: pd.DataFrame) -> pd.DataFrame:
     rates = runs["learning_rate"].map(lambda rate: float(f"{rate:.6g}"))
     runs = runs.assign(scaling=scaled, copy=copies, learning_rate=rates)
     for column, share in _ROUNDED.items():
-        if runs[column].max() <= (1 + share) * runs[column].min():
-            runs[column] = runs[column].where(runs[column].isna(), runs[column].median())
+        first, same = math.nan, dict[float, float]()
+        for value in sorted(set(runs[column].dropna())):
+            same[value] = first = first if value <= (1 + share) * first else value
+        runs[column] = runs[column].map(same).astype("float64")
     return runs
 
 
@@ -93,6 +97,7 @@ def limits(runs: pd.DataFrame) -> list[Finding]:
     everything, unseeded = runs["rank"] > 0, runs["seed"].isna()
     seeds, rates = (runs.groupby("rank")[column].nunique() for column in ("seed", "learning_rate"))
     unknown = [label(name) for name in SETTINGS if runs[name].isna().all() and name not in _RARE]
+    unknown += ["schedule", "precision", "prompt"]  # which no column has
     same_losses = runs.duplicated(["rank", "train_loss", "eval_loss"], keep=False)
     twice = runs.duplicated(["rank", "seed", "alpha", *SETTINGS], keep=False) & ~same_losses & ~unseeded
     tests = {
@@ -108,6 +113,6 @@ def limits(runs: pd.DataFrame) -> list[Finding]:
         "losses of another run of its rank: a copy, counted once": runs["copy"],
         "settings and seed of another run, but other losses: not compared": twice,
         "ends above its lowest held-out loss: overfits": runs["eval_loss"] > (1 + _RISE) * runs["best_loss"],
-        f"not recorded and taken to be equal: {', '.join(unknown)}": everything & bool(unknown),
+        f"not recorded and taken to be equal: {', '.join(unknown)}": everything,
     }
     return [Finding(text.partition(":")[0], text, list(runs["run"][of])) for text, of in tests.items() if of.any()]
