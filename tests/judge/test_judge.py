@@ -304,7 +304,7 @@ def edited_state(folder: Path, change: Callable[[dict[str, Any]], object]) -> No
 @pytest.mark.parametrize(
     ("key", "share", "column"),
     [
-        ("eval_runtime", 1.02, "eval_rows"),
+        ("eval_runtime", 1.06, "eval_rows"),
         ("eval_runtime", 1.002, None),
         ("eval_loss", 1.01, "untrained_loss"),
         ("eval_loss", 1 + 1e-6, None),
