@@ -184,6 +184,9 @@ def test_a_table_of_wandb_with_seeds_shows_a_rank_that_is_worse(tmp_path: Path) 
     found = judge([write_csv(tmp_path / "runs.csv", several({8: 1.9, 64: 1.5}))])
     (shown,) = found.differences
     assert [row["within_margin"] for row in shown["rows"]] == [False, True]
+    apart = 0.4 + np.subtract(*NOISE.values())
+    interval = stats.t.interval(0.95, 2, apart.mean(), apart.std(ddof=1) / math.sqrt(3))
+    assert (shown["rows"][0]["low"], shown["rows"][0]["high"]) == pytest.approx(interval), "of two ranks, Student's"
     assert shown["outcome"] == "recommended"
     assert shown["rank"] == 64
     assert runs_of(found, "scaling") == set(found.runs["run"]), "alpha is 16 at both ranks"
@@ -326,9 +329,12 @@ def test_of_two_evaluations_at_one_step_the_first_is_of_the_run(tmp_path: Path) 
     folder = shutil.copytree(RUNS / "trainer" / "r4-a", tmp_path / "r4")
     state = json.loads((folder / readers.STATE).read_text())
     last = next(row for row in reversed(state["log_history"]) if "eval_loss" in row)
+    last["eval_loss"] = 9.0
     state["log_history"].append(last | {"eval_loss": 1.0})  # of the best checkpoint, loaded at the end
     (folder / readers.STATE).write_text(json.dumps(state))
-    assert judge([folder]).runs["eval_loss"].tolist() == [last["eval_loss"]]
+    found = judge([folder])
+    assert found.runs["eval_loss"].tolist() == [9.0]
+    assert runs_of(found, "ends above its lowest held-out loss") == {"r4"}
 
 
 DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -382,7 +388,7 @@ def test_values_that_are_none_are_not_taken_for_some(tmp_path: Path) -> None:
     assert len(row["base_model"]) == 300
 
 
-@pytest.mark.parametrize("rank", [0, -8, 8.5, True, "eight", None, 10**30, [8]])
+@pytest.mark.parametrize("rank", [0, -8, 8.5, True, "eight", None, 2**20 + 1, 10**30, [8]])
 def test_a_rank_that_is_none_is_refused(tmp_path: Path, rank: Any) -> None:
     (tmp_path / readers.STATE).write_text("{}")
     (tmp_path / readers.CONFIG).write_text(json.dumps({"r": rank}))
