@@ -423,7 +423,7 @@ def test_the_proposed_study_is_one(source: str, tmp_path: Path) -> None:
     assert list(spec.learning_rates) == sorted(set(found.runs["learning_rate"]))
     assert spec.training.steps == found.runs["steps"].max()
     assert spec.adapter.target_modules == ("q_proj", "up_proj", "v_proj")
-    assert spec.adapter.alpha == ("2r" if source == "trainer" else 8)
+    assert spec.adapter.alpha == ("2r" if source == "trainer" else (8, "4r"))
     with pytest.raises(StudyError, match="exists"):
         judge([RUNS / source], out)
 

@@ -58,6 +58,8 @@ def propose(runs: pd.DataFrame, differences: Sequence[dict[str, Any]]) -> dict[s
     agreed = {name: values[0] for name, values in tried.items() if len(values) == 1}
     variant, data = agreed.get("variant"), agreed.get("data", YOUR_ROWS)
     alphas = [f"{agreed['scaling']:g}r"] if "scaling" in agreed and variant != RSLORA else tried["alpha"][:4]
+    if len(alphas) == 1 and len(tried["scaling"]) > 1:  # one alpha, whose factor falls with rank
+        alphas = [*alphas, f"{tried['scaling'][-1]:g}r"]
     modules, training = agreed.get("target_modules", "all-linear").split(", "), {"epochs": 1}
     if tried["steps"]:
         training = {"steps": int(tried["steps"][-1])}

@@ -15,6 +15,8 @@ from rankscope.text.formats import duration, loss, percent, signed, size
 from rankscope.ui.console import make_table, out_console
 
 _SHOWN = 5  # skipped files that are named
+_COLUMNS = ("alpha", "seed", "learning_rate", "steps", "epochs", "batch_size")
+"""Settings that have a column where they differ. What else differs is said of the confounders."""
 
 
 def show_judged(found: Judged, out: Path | None) -> None:
@@ -33,7 +35,7 @@ def show_judged(found: Judged, out: Path | None) -> None:
             _show_difference(one)
         for line in _sentences(one):
             out_console.print(line)
-    out_console.print("\nThe study that would settle it" + (f": {out}" if out else " (--out FILE writes it):"))
+    out_console.print("\nA study to settle it" + (f": {out}" if out else ", which --out FILE writes:"))
     if out is None:
         out_console.print(study_text(found), soft_wrap=True)
 
@@ -46,7 +48,7 @@ def _show_runs(runs: pd.DataFrame) -> None:
     shown: dict[str, tuple[str, Callable[[Any], str]]] = {
         "run": ("run", str),
         "rank": ("rank", str),
-        **{name: (label(name), show) for name in settings if name not in shared},
+        **{name: (label(name), show) for name in _COLUMNS if name not in shared},
         "train_loss": ("train loss", loss),
         "eval_loss": ("eval loss", loss),
         "best_loss": ("lowest", loss),
@@ -54,6 +56,8 @@ def _show_runs(runs: pd.DataFrame) -> None:
         "memory_gib": ("memory", lambda gib: size(gib * 2**30)),
         "seconds": ("time", lambda seconds: duration(seconds, text)),
     }
+    if not (runs["best_loss"] < runs["eval_loss"]).any():
+        del shown["best_loss"]
     columns = {name: column for name, column in shown.items() if runs[name].notna().any()}
     rows = [
         [write(row[name]) if pd.notna(row[name]) else text("none") for name, (_, write) in columns.items()]
@@ -118,7 +122,7 @@ def _sentences(found: dict[str, Any]) -> list[str]:
     lines = [said.get(found["outcome"], f"Which rank is at most {_margin(found)} above the best is open.")]
     more, planned = found["more_seeds"], ", ".join(map(str, PLANNED))
     if found["undetermined"]:
-        lines.append(f"Of lower ranks {', '.join(found['undetermined'])} are undecided.")
+        lines.append(f"Undecided among lower ranks: {', '.join(found['undetermined'])}.")
     if found["undetermined"] or found["outcome"] != "recommended":
         ahead = f"{more} more seeds of each rank" if more else f"no planned number of seeds ({planned})"
         lines.append(f"If means and spreads stay as they are, {ahead} would settle it.")
