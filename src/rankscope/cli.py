@@ -258,7 +258,7 @@ def judge(
     paths: Annotated[
         list[Path], typer.Argument(metavar="PATH...", help="Folders of Trainer's runs, W&B's CSV, PEFT's result files.")
     ],
-    out: Annotated[Path | None, typer.Option(help="Write the study that would settle it to this file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write a study to settle it to this file.")] = None,
     json_: ask.Json = False,
 ) -> None:
     """Say what training runs of other tools can and cannot show about rank, and which study would settle it."""

@@ -184,7 +184,7 @@ def test_a_table_of_wandb_with_seeds_shows_a_rank_that_is_worse(tmp_path: Path) 
     found = judge([write_csv(tmp_path / "runs.csv", several({8: 1.9, 64: 1.5}))])
     (shown,) = found.differences
     assert [row["within_margin"] for row in shown["rows"]] == [False, True]
-    apart = 0.4 + np.subtract(*NOISE.values())
+    apart = 0.4 + np.subtract(NOISE[8], NOISE[64])
     interval = stats.t.interval(0.95, 2, apart.mean(), apart.std(ddof=1) / math.sqrt(3))
     assert (shown["rows"][0]["low"], shown["rows"][0]["high"]) == pytest.approx(interval), "of two ranks, Student's"
     assert shown["outcome"] == "recommended"
