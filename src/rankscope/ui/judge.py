@@ -17,6 +17,7 @@ from rankscope.ui.console import make_table, out_console
 _SHOWN = 5  # skipped files that are named
 _COLUMNS = ("alpha", "seed", "learning_rate", "steps", "epochs", "batch_size")
 """Settings that have a column where they differ. What else differs is said of the confounders."""
+_WIDEST = 9  # columns of one table; more are two tables, of settings and of results
 
 
 def show_judged(found: Judged, out: Path | None) -> None:
@@ -59,11 +60,12 @@ def _show_runs(runs: pd.DataFrame) -> None:
     if not (runs["best_loss"] < runs["eval_loss"]).any():
         del shown["best_loss"]
     columns = {name: column for name, column in shown.items() if runs[name].notna().any()}
-    rows = [
-        [write(row[name]) if pd.notna(row[name]) else text("none") for name, (_, write) in columns.items()]
-        for row in runs.sort_values(["rank", "seed", "run"]).to_dict("records")
-    ]
-    out_console.print(make_table([title for title, _ in columns.values()], rows))
+    rows = runs.sort_values(["rank", "seed", "run"]).to_dict("records")
+    settled = [name for name in columns if name in ("run", "rank", *_COLUMNS)]
+    halves = [settled, ["run", "rank", *(name for name in columns if name not in settled)]]
+    for part in halves if len(columns) > _WIDEST else [list(columns)]:
+        cells = [[columns[n][1](row[n]) if pd.notna(row[n]) else text("none") for n in part] for row in rows]
+        out_console.print(make_table([columns[name][0] for name in part], cells))
     out_console.print(f"The same in all: {', '.join(facts)}." if facts and len(runs) > 1 else "")
 
 
