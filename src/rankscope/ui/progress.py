@@ -175,11 +175,11 @@ def whole_left(state: State, text: Catalogue) -> str:
 
 
 def in_order(state: State) -> list[TrialState]:
-    """All trials: those in training, with their latest step, those that wait, and those that have ended."""
+    """All trials: those of packs in training, with their latest step, those that wait, and those that have ended."""
     latest = {trial.name: trial for trials in state.training.values() for trial in trials}
     trials, last = [latest.get(trial.name, trial) for trial in state.trials], len(NOT_ENDED)
     places = {status: place for place, status in enumerate(reversed(NOT_ENDED))}
-    return sorted(trials, key=lambda trial: places.get(trial.status, last))
+    return sorted(trials, key=lambda trial: (trial.name not in latest, places.get(trial.status, last)))
 
 
 def view(state: State, text: Catalogue, most_rows: int | None = None, note: str = "") -> Group:
