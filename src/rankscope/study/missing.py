@@ -19,7 +19,7 @@ ANSWER_ROWS = 1 / 8  # time of an answer's token, in those of a training step's 
 
 ANSWER_SECONDS = 0.005  # of an answer's token at least: the layers' calls, on two cores
 
-REPORT_SECONDS = 8.0  # of the verdict, the model cards, the figures and the page, on two cores
+REPORT_SECONDS = 12.0  # of the verdict, the model cards, the figures and the page, on two cores
 
 
 def unfinished(study: StudyFolder) -> list[AnyTrial]:
