@@ -146,13 +146,7 @@ def work(study: Study, runtime: float) -> EVENTS:
         yield (START_SECONDS if pack == next(iter(packs)) else 0.0), partial(start_pack, study, pack)
         for step in range(1, steps + 1):
             yield len(trials) * runtime / steps, partial(advance, study, pack, step)
-        yield (
-            0.0,
-            lambda pack=pack, trials=trials: [
-                *[restore(study, "trials", trial.name) for trial in trials],
-                restore(study, "packs", pack),
-            ],
-        )
+        yield 0.0, partial(end_pack, study, pack)
     measured = dict.fromkeys(spec.profiled(), runtime / 5)
     for job in missing_profiles(spec, None):
         yield profile_seconds(spec.measure, job, measured), partial(leave_profile, study, job)
@@ -170,14 +164,20 @@ def start_pack(study: Study, pack: str) -> None:
         restart(study, trial)
 
 
+def end_pack(study: Study, pack: str) -> None:
+    for trial in study.division().packs[pack]:
+        restore(study, "trials", trial.name)
+    restore(study, "packs", pack)
+
+
 def advance(study: Study, pack: str, step: int) -> None:
     for trial in study.division().packs[pack]:
         (study.trial_folder(trial) / "metrics.jsonl").write_text(lines(1, step))
 
 
 def leave_profile(study: Study, job: ProfileJob) -> None:
-    repeats = [{"summaries": {name: {} for name in job.members}}] if job.members else [{"summary": {}}]
-    write_json(study.profile_file(job.profile), {"schema": 2, "repeats": repeats})
+    repeat = {"summaries": dict.fromkeys(job.members, 0)} if job.members else {"summary": {}}
+    write_json(study.profile_file(job.profile), {"schema": 2, "repeats": [repeat]})
 
 
 def leave_answers(study: Study) -> None:
@@ -227,6 +227,7 @@ def test_a_busy_machine_takes_more_rounds_of_time(study: Study, monkeypatch: pyt
         seconds.append(LiveStudy(study).read().seconds_left)
     idle, busy = seconds
     assert idle is not None
+    assert busy is not None
     found = read_json(study.file("prediction.json"))["candidates"]
     steps = {name: forecast["step_seconds"] for name, forecast in found.items()}
     extra = extra_seconds(study.spec, steps, missing_profiles(study.spec, None))

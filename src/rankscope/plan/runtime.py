@@ -9,7 +9,7 @@ from rankscope.data.tokens import TokenizedData
 from rankscope.plan.costs import CostModel
 from rankscope.plan.memory import MAX_PACK_MEMORY_FRACTION, StudyMemory
 from rankscope.plan.packs import longest_first, lower_bound, simulate
-from rankscope.spec.candidates import CONTROL, PLAIN, Candidate, Trial
+from rankscope.spec.candidates import CONTROL, PLAIN, AnyTrial, Candidate, Trial
 from rankscope.spec.models import StudySpec
 from rankscope.study.missing import START_SECONDS, StudySeconds, missing_profiles, work_seconds
 from rankscope.train.step import batch_at
@@ -116,7 +116,8 @@ def study_seconds(spec: StudySpec, forecasts: Mapping[str, Forecast]) -> StudySe
         return None
     steps = {name: found.step_seconds or 0.0 for name, found in forecasts.items()}
     runtimes = {name: found.runtime_seconds or 0.0 for name, found in forecasts.items()}
-    left = {trial.name: 1.0 for trial in (*spec.trials(), *spec.reference_trials())}
+    trials: list[AnyTrial] = [*spec.trials(), *spec.reference_trials()]
+    left = {trial.name: 1.0 for trial in trials}
     answering = 1 + len(spec.candidates()) if spec.measure.answers else 0
     return work_seconds(spec, steps, runtimes, left, missing_profiles(spec, None), answering)
 
