@@ -93,8 +93,7 @@ def shorter_lines(plan: Plan) -> list[str]:
     times = shorter(plan.spec, plan.steps, plan.forecast.candidates)
     lines = [f"  {option}: about {about(seconds, load('en'))}" for option, seconds in times.items()]
     quick = "  --quick: a first look, at most 3 ranks, 2 seeds, 200 steps and 2,000 rows"
-    hours = "  --hours 2: starts nothing that would end later, and concludes from what it has"
-    return ["Shorter, on one device by the same forecast:", *lines, quick, hours] if lines else []
+    return ["Shorter, on one device by the same forecast:", *lines, quick] if lines else []
 
 
 LONG_SECONDS = 2 * 3600  # a run of more says so first, and asks
@@ -106,7 +105,8 @@ def approve(progress: Display, plan: Plan) -> None:
     seconds = fleet.makespan_seconds if fleet else sum(alone or ())
     if seconds <= LONG_SECONDS:
         return
-    for line in [f"This will take about {about(seconds, load('en'))}.", *shorter_lines(plan)]:
+    hours = "  --hours 2: starts nothing that would end later, and concludes from what it has"
+    for line in [f"This will take about {about(seconds, load('en'))}.", *shorter_lines(plan), hours]:
         progress.say(line)
     if not progress.ask("Start?"):
         raise typer.Exit(130)
