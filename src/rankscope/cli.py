@@ -309,20 +309,26 @@ def pattern(
 ) -> None:
     """Propose ranks by layer with as many parameters as a uniform rank, as a study that compares the two."""
     study = start.open_study(directory, lang)
-    from rankscope.report.variants import pattern_table
-    from rankscope.resize.pattern import by_module, propose, write_proposal
-    from rankscope.text.catalogue import load
+    from rankscope.ui.adapters import propose_pattern
 
-    text = load(lang)
-    proposal = propose(study, rank)
-    write_proposal(proposal, out)
-    if json_:
-        print_json({"study": str(out)} | {name: getattr(proposal, name) for name in ("rank", "parameters", "ranks")})
-        return
-    print_table(pattern_table(by_module(proposal), proposal.rank, text))
-    sizes = {"parameters": f"{proposal.parameters:,}", "uniform": f"{proposal.uniform_parameters:,}"}
-    out_console.print(text("pattern.parameters", rank=proposal.rank, **sizes), soft_wrap=True)
-    out_console.print(text("pattern.next", command=shlex.join(["rankscope", "run", str(out)])), soft_wrap=True)
+    propose_pattern(study, rank, out, json_, lang)
+
+
+@command(FIRST)
+@ask.with_options(ask.EXPORT)
+def export(
+    directory: ask.FinishedDirectory,
+    *,
+    options: dict[str, Any],
+    out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="NAME-r008")] = None,
+    json_: ask.Json = False,
+    lang: ask.Language = "en",
+) -> None:
+    """Write the recommended adapter, or a merged model, for use without the study; measure it as it is served."""
+    study = start.open_study(directory, lang)
+    from rankscope.ui.adapters import export_study
+
+    export_study(study, options, out, json_, lang)
 
 
 @command(FIRST)
@@ -392,23 +398,15 @@ def resize(
 ) -> None:
     """Truncate a trained adapter to one lower rank or to one per layer, and report what is lost."""
     from rankscope.resize.rules import choose_rule
-    from rankscope.text.catalogue import load
 
-    text = load(lang)
+    start.check_names(lang)
     rule, uniform = choose_rule({name: options.pop(name) for name in ask.RULES}), bool(options.pop("uniform"))
     start.check_adapter(adapter)
     from rankscope.resize import command
-    from rankscope.resize.show import rank_table, sentences, tried_table
+    from rankscope.ui.adapters import show_resized
 
     result = command.resize(adapter, rule, out, revision, uniform, options, set_ or (), error_console.print)
-    if json_:
-        print_json(command.describe(result))
-        return
-    if result.loss is not None:
-        print_table(tried_table(result.loss, text))
-    print_table(rank_table(result.layers, text))
-    for line in sentences(result, text):
-        out_console.print(line, soft_wrap=True)
+    _answer(json_, lambda: command.describe(result), lambda: show_resized(result, lang))
 
 
 @command(HERE)

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from safetensors import SafetensorError
 
-from rankscope.errors import REPOSITORY, DamagedError, RankscopeError, StudyDirectoryError
+from rankscope.errors import REPOSITORY, DamagedError, RankscopeError, StudyDirectoryError, StudyError
 
 _MEND = "Mend that, or choose another --out, and run again: a study that has begun goes on where it was."
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # names of files that `published` has not renamed yet
@@ -38,6 +38,29 @@ def published(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
             raise
         _flush(path.parent)  # the rename too survives a power cut
+
+
+@contextmanager
+def published_folder(path: Path) -> Iterator[Path]:
+    """Temporary folder for the body to fill, which is then flushed to disk and renamed to `path`. Raises as `published`
+    and `check_empty`."""
+    with writing(path):
+        check_empty(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as scratch:
+            folder = Path(scratch, path.name)
+            folder.mkdir()
+            yield folder
+            for part in (*folder.rglob("*"), folder):
+                _flush(part)
+            folder.replace(path)
+        _flush(path.parent)
+
+
+def check_empty(folder: Path) -> None:
+    """Raise StudyError where something is at `folder` already: nothing is overwritten."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise StudyError(f"{folder} exists and is not empty", "Choose another --out, or remove it.")
 
 
 @contextmanager

@@ -3,12 +3,13 @@ it is needed."""
 
 import logging
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from rankscope.errors import RankscopeError
+from rankscope.errors import RankscopeError, StudyError
 from rankscope.files import find_json, write_json
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # of a model or a data set
@@ -83,6 +84,21 @@ def fetch(id: str, kind: Literal["model", "dataset"], commit: str, file: str) ->
 
     _quiet()
     return Path(hub.hf_hub_download(id, file, repo_type=kind, revision=commit))
+
+
+def push(id: str, folder: Path, message: str) -> str:
+    """Commit the files of `folder` to the model repository `id`, made private where it does not exist, and return the
+    commit's address. Raises StudyError: the hub refuses."""
+    import huggingface_hub as hub
+
+    _quiet()
+    try:
+        hub.create_repo(id, private=True, exist_ok=True)
+        return str(hub.upload_folder(repo_id=id, folder_path=folder, commit_message=message).commit_url)
+    except Exception as error:  # the hub's client raises its own errors, httpx's and the file system's
+        reason, todo = explained(id, error) or (" ".join(str(error).split()) or type(error).__name__, "")
+        todo = f"{todo} It is written; to push it: {shlex.join(['hf', 'upload', id, str(folder)])}".strip()
+        raise StudyError(f"--push {id}: {reason}", todo) from None
 
 
 def explained(id: str, error: BaseException) -> tuple[str, str] | None:

@@ -236,6 +236,12 @@ def save_adapter(weights: Mapping[str, torch.Tensor], config: LoraConfig, folder
     file = folder / SAFETENSORS_WEIGHTS_NAME
     with published(file) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
+    save_config(config, folder)
+    return file.stat().st_size
+
+
+def save_config(config: LoraConfig, folder: Path) -> None:
+    """Write PEFT's adapter_config.json."""
     config.inference_mode = True
     for field in ("target_modules", "target_parameters"):
         if isinstance(getattr(config, field), set):  # its order differs between processes
@@ -244,7 +250,6 @@ def save_adapter(weights: Mapping[str, torch.Tensor], config: LoraConfig, folder
         config.save_pretrained(scratch)
         text = Path(scratch, CONFIG_NAME).read_bytes()
     write_atomic(folder / CONFIG_NAME, text)
-    return file.stat().st_size
 
 
 def adapter_key(adapter: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME as CONFIG
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
 from safetensors import SafetensorError
@@ -230,19 +230,29 @@ def peft_fault(model: PreTrainedModel, folder: Path) -> str | None:
     """What PEFT does not read back of an adapter that was saved for `model`; None where it finds a place for all of it.
     PEFT itself loads it, into a model without weights. Some architectures of transformers rename keys while they load,
     and adapters' with them."""
-    tensors = load_file(folder / WEIGHTS)
     with torch.device("meta"):
         base = type(model)(copy.deepcopy(model.config))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is found out below
-            loaded: Any = get_peft_model(base, LoraConfig.from_pretrained(str(folder)), low_cpu_mem_usage=True)
-            result: Any = set_peft_model_state_dict(loaded, tensors)
+        load_by_peft(base, folder, empty=True)
     except Exception as error:  # whatever PEFT raises for what it does not understand
-        return shortened(" ".join(str(error).split()), 200)
+        return shortened(" ".join(str(getattr(error, "what", error)).split()), 200)
+    return None
+
+
+def load_by_peft(base: PreTrainedModel, folder: Path, empty: bool = False) -> PeftModel:
+    """Load an adapter as PEFT itself does, with `empty` on the meta device. Raises ModelError: PEFT finds no place for
+    a tensor, or misses one; and what PEFT raises."""
+    tensors = load_file(folder / WEIGHTS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is found out below
+        loaded: Any = get_peft_model(base, LoraConfig.from_pretrained(str(folder)), low_cpu_mem_usage=empty)
+        result: Any = set_peft_model_state_dict(loaded, tensors)
     missing, odd = ([key for key in keys if ".lora_" in key] for keys in (result.missing_keys, result.unexpected_keys))
-    lost = [key.replace(".default", "") for key in missing or odd]
-    return f"{len(lost)} of {len(tensors)} tensors are lost, {lost[0]} for one" if lost else None
+    if lost := [key.replace(".default", "") for key in missing or odd]:
+        raise ModelError(
+            f"{len(lost)} of {len(tensors)} tensors are lost, {lost[0]} for one", "PEFT does not read them."
+        )
+    return loaded  # type: ignore[no-any-return]
 
 
 @contextmanager

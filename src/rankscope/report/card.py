@@ -3,8 +3,9 @@
 The form is the hub's (https://huggingface.co/docs/hub/model-cards); huggingface_hub writes the metadata.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -13,8 +14,9 @@ from rankscope import __version__
 from rankscope.data.doubts import data_warnings
 from rankscope.files import write_atomic
 from rankscope.hub import HUB_ID
-from rankscope.report.markdown import escape, markdown_table
+from rankscope.report.markdown import code_block, escape, markdown_table
 from rankscope.spec.candidates import PLAIN, Trial
+from rankscope.spec.models import DataSpec, is_jinja
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import load
 from rankscope.text.coverage import coverage_sentences
@@ -33,22 +35,36 @@ VARIANTS = {
 
 def write_cards(evidence: Evidence, verdict: Mapping[str, Any], trials: Path) -> None:
     """Write README.md beside the weights of every finished trial in the folder `trials`."""
+    for part, trial, results in done_trials(evidence):
+        write_atomic(trials / trial.name / "adapter" / "README.md", model_card(part, verdict, trial, results))
+
+
+def done_trials(evidence: Evidence) -> Iterator[tuple[Evidence, Trial, dict[str, Any]]]:
+    """Trials that are done, with the part of the evidence that they are in, and their rows of `Study.results()`."""
     for part in evidence.parts:
         results = {str(name): row for name, row in part.results.set_index("trial").T.to_dict().items()}
         for trial in part.spec.trials():
             if trial.name in results and results[trial.name]["status"] == "done":
-                text = model_card(part, verdict, trial, results[trial.name])
-                write_atomic(trials / trial.name / "adapter" / "README.md", text)
+                yield part, trial, results[trial.name]
 
 
-def model_card(evidence: Evidence, verdict: Mapping[str, Any], trial: Trial, results: Mapping[str, Any]) -> str:
-    """Card of one trial's adapter; `results` is its row of `Study.results()`."""
+def model_card(
+    evidence: Evidence,
+    verdict: Mapping[str, Any] | None,
+    trial: Trial,
+    results: Mapping[str, Any],
+    merged: str | None = None,
+    as_exported: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """Card of one trial's adapter, or of a model with weights of the type `merged`; `results` is its row of
+    `Study.results()`, and `as_exported` has what was measured of what `rankscope export` wrote."""
     spec, candidate, machine, data = evidence.spec, trial.candidate, evidence.machine, evidence.data_facts
     text = load("en")
+    package, kind = ("transformers", "AutoModelForCausalLM") if merged else ("peft", "AutoPeftModelForCausalLM")
     metadata = ModelCardData(
         base_model=_on_the_hub(spec.model.id),
         datasets=list(filter(_on_the_hub, spec.data.ids)) or None,
-        library_name="peft",
+        library_name=package,
         pipeline_tag="text-generation",
         tags=["lora", "rankscope"],
     )
@@ -62,6 +78,7 @@ def model_card(evidence: Evidence, verdict: Mapping[str, Any], trial: Trial, res
         "lora_alpha": f"{candidate.lora_alpha:g} (the update is scaled by {candidate.scaling:.4g})",
         "Target modules": modules if isinstance(modules, str) else ", ".join(modules),
         **({"Coverage": " ".join(coverage)} if coverage else {}),
+        **({"Merged": f"into the base model, as {merged}"} if merged else {}),
         "LoRA dropout": f"{candidate.lora_dropout:g}",
         "Learning rate": f"{rate(candidate.learning_rate)}, {spec.training.lr_scheduler_type}",
         "Steps": f"{results['steps']:,.0f}, {spec.training.effective_batch_size} examples per step",
@@ -91,14 +108,30 @@ def model_card(evidence: Evidence, verdict: Mapping[str, Any], trial: Trial, res
         "## How it was made",
         _table(facts),
         "## What was measured",
-        _table(measured),
+        _table(measured | dict(as_exported)),
         "## Use",
-        "```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
-        'model = AutoPeftModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")\n```',
-        "Prompts must have the format of the training data: see `template` in the study's study.yaml.",
+        code_block(f'from {package} import {kind}\n\nmodel = {kind}.from_pretrained("PATH_OF_THIS_FOLDER")', "python"),
+        *prompt_format(spec.data, data.get("format", "alpaca")),
         f"Made by rankscope {__version__} ({escape(versions)}).",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def prompt_format(spec: DataSpec, format: str) -> list[str]:
+    """Paragraphs on how prompts of the training data were written, and so have to be: with the template itself."""
+    if format == "text":
+        return ["It was trained on plain text, without a template."]
+    found = ["A prompt is given as it stands in the data."] if "prompt_completion" in format else []
+    if "messages" in format or "prompt_completion" in format:
+        own = spec.chat_template is not None and is_jinja(spec.chat_template)
+        whose = "the study's own" if own else spec.chat_template or "that of the base model's tokenizer"
+        found += [f"Messages are written by the chat template: {whose}."]
+        return found + ([code_block(spec.chat_template or "")] if own else [])
+    after = "its last white space" if spec.template[-1:].isspace() else "a space"
+    found += [f"Prompts are written by this template; the answer follows after {after}:", code_block(spec.template)]
+    if spec.template_without_input is None:
+        return [*found, "Without an input, lines with `{input}` alone are left out."]
+    return [*found, "Without an input, by this one:", code_block(spec.template_without_input)]
 
 
 def _on_the_hub(name: str) -> str | None:

@@ -16,7 +16,7 @@ def render(content: Content, text: Catalogue) -> str:
     headline = f"{content.outcome}: {content.rank}" if content.rank else content.outcome
     parts += [f"**{escape(headline)}**", escape(content.sentence)]
     if content.next_step is not None:
-        parts += [f"{escape(content.next_step.title)}:", _code(content.next_step.command, "sh")]
+        parts += [f"{escape(content.next_step.title)}:", code_block(content.next_step.command, "sh")]
     if content.warnings:
         parts += [f"**{text('caveat.data')}**", _list(content.warnings)]
     parts += [markdown_table(table) for table in (content.ranks, content.margins) if table is not None]
@@ -39,8 +39,8 @@ def render(content: Content, text: Catalogue) -> str:
     parts += [f"## {text('section.answers')}", text("answer.note") if content.answers else text("answer.absent")]
     parts += [part for prompt in content.answers for part in _answers(prompt, text)]
     parts += [part for section in content.details for part in _section(section, text)]
-    parts += [f"## {text('section.reproduce')}", text("reproduce.command"), _code(content.reproduce, "sh")]
-    parts += [text("reproduce.study"), _code(content.study, "yaml")]
+    parts += [f"## {text('section.reproduce')}", text("reproduce.command"), code_block(content.reproduce, "sh")]
+    parts += [text("reproduce.study"), code_block(content.study, "yaml")]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -62,9 +62,9 @@ def _figure(figure: Figure) -> str:
 
 
 def _answers(prompt: Answered, text: Catalogue) -> list[str]:
-    parts = [f"### {escape(prompt.title)}", _code(prompt.prompt, "text")]
+    parts = [f"### {escape(prompt.title)}", code_block(prompt.prompt, "text")]
     for answer in prompt.answers:
-        parts += [f"{escape(answer.name)}:", _code(answer.text or text("answer.empty"), "text")]
+        parts += [f"{escape(answer.name)}:", code_block(answer.text or text("answer.empty"), "text")]
     return parts
 
 
@@ -81,7 +81,7 @@ def _list(items: Iterable[str]) -> str:
     return "\n".join(f"- {escape(item)}" for item in items)
 
 
-def _code(content: str, language: str) -> str:
+def code_block(content: str, language: str = "text") -> str:
     content = strip_control_characters(content)
     longest = max((len(run) for run in re.findall(r"`+", content)), default=0)
     fence = "`" * max(3, longest + 1)  # a fence longer than any inside, so that text cannot close it

@@ -12,6 +12,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from rankscope.data.tokens import Tokens, load
 from rankscope.errors import ModelError, StudyError
+from rankscope.files import check_empty
 from rankscope.lora import svd
 from rankscope.lora.saved import SavedAdapter, find_adapter, read_adapter, write_adapter
 from rankscope.model.checks import pinned
@@ -89,8 +90,7 @@ def resize(
     if saved.foreign:
         say(f"PEFT loads nothing of {adapter}, as it knows no keys such as {saved.foreign}; the resized one it does")
     folder = out or _beside(adapter, source, rule)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise StudyError(f"{folder} exists and is not empty", "Choose another --out, or remove it.")
+    check_empty(folder)
     layers = [svd.decompose(factors) for factors in saved.layers]
     measure = None
     if rule.name == _BUDGET:

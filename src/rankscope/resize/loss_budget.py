@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedModel
 
+from rankscope.analysis.comparison import student
 from rankscope.data.tokens import Tokens
 from rankscope.errors import ModelError
 from rankscope.lora.layout import NotPackable
@@ -117,6 +118,14 @@ class Difference(NamedTuple):
 
     mean: float
     standard_error: float | None  # paired, over examples; None with fewer than two
+    examples: int
+
+    def interval(self, confidence: float) -> tuple[float | None, float | None]:
+        """Student's two-sided interval; without ends where there are fewer than two examples."""
+        if self.standard_error is None:
+            return None, None
+        half = float(student(self.examples - 1, (1 + confidence) / 2)) * self.standard_error
+        return self.mean - half, self.mean + half
 
 
 def difference(losses: ExampleLosses, other: ExampleLosses) -> Difference:
@@ -126,5 +135,6 @@ def difference(losses: ExampleLosses, other: ExampleLosses) -> Difference:
     differences = losses.loss - other.loss
     mean = float((weights * differences).mean())
     if len(differences) < 2:
-        return Difference(mean, None)
-    return Difference(mean, float((weights * (differences - mean)).std(ddof=1)) / math.sqrt(len(differences)))
+        return Difference(mean, None, len(differences))
+    error = float((weights * (differences - mean)).std(ddof=1)) / math.sqrt(len(differences))
+    return Difference(mean, error, len(differences))

@@ -7,6 +7,7 @@ NAME/
   prediction.json             memory and time of each candidate, predicted before anything was trained
   trials/r008-lr2e-4-s0/      trial.json, metrics.jsonl, untrained.json, eval.json, adapter/
   reference/full-lr2e-5-s0/   full fine-tuning: the same files without weights, and job.json, log.txt
+  retrained/TRIAL/            a trial that `export --retrain` has trained on all rows: the same files
   packs/division.json         which trials train together
   packs/p000/                 pack.json, job.json, log.txt; checkpoints/ until it has ended
   profiles/r008.json          memory of each repeat of a rank's profile, with samples

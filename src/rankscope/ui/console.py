@@ -45,7 +45,7 @@ class PlainConsole(Console):
         return super().render_str(strip_control_characters(text), **options)
 
 
-COMMAND = re.compile(r"\s+(rankscope|pip|python|make|git) ")
+COMMAND = re.compile(r"\s+(rankscope|pip|python|make|git|vllm|from) ")
 """How a line that is a command begins."""
 
 

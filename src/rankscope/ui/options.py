@@ -50,6 +50,17 @@ RESIZE = {
     "dataset": OPTIONS["dataset"]._replace(help="Data to hold out rows of.", default="those of the adapter's study"),
 } | {name: OPTIONS[name] for name in ("max_length", "device", "dtype", "dequantize")}
 
+EXPORT = {
+    "rank": Option("", int, "Rank to export.", default="the one that the verdict recommends"),
+    "trial": Option("", str, "Trial to export, by its name, e.g. one of a LoRA variant."),
+    "retrain": Option("", bool, "Train it again on all rows first, the held-out ones too."),
+    "merge": Option("", str, "Write a merged model instead of an adapter: bf16, fp16 or float32.", metavar="TYPE"),
+    "over": Option("", str, "Measure the loss in these forms too: bf16, fp16, float32, nf4, int8.", metavar="FORMS"),
+    "push": Option("", str, "Push it to the hub; a new repository is private.", metavar="OWNER/NAME"),
+    "model": Option("", str, "Base model, if it has been moved since.", metavar="ID|FOLDER"),
+    "device": OPTIONS["device"],
+}
+
 
 StudyFile = Annotated[
     Path | None,

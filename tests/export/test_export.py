@@ -1,0 +1,181 @@
+"""`rankscope export` as a user meets it: what is written loads by plain transformers and PEFT, from any folder."""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from peft.utils import CONFIG_NAME as CONFIG
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner, Result
+
+from export.loaded import logits, own_logits
+from rankscope.cli import app
+from rankscope.data.tokens import load
+from rankscope.errors import ModelError, RankscopeError, StudyDirectoryError, StudyError
+from rankscope.export.command import export
+from rankscope.lora.saved import read_adapter
+from rankscope.model.load import load_model
+from rankscope.resize.loss_budget import held_out_losses
+from rankscope.study.study import Study
+
+RANK = 8
+
+
+def run(study: Study, *arguments: object) -> Result:
+    return CliRunner().invoke(app, ["export", str(study.path), *map(str, arguments)])
+
+
+def answer(study: Study, *arguments: object) -> Any:
+    done = run(study, *arguments, "--json")
+    assert done.exit_code == 0, (done.output, done.exception)
+    return json.loads(done.stdout)
+
+
+def files_of(folder: Path) -> dict[str, int]:
+    return {str(file): file.stat().st_mtime_ns for file in sorted(folder.rglob("*")) if not file.name.startswith(".")}
+
+
+def test_an_adapter_is_used_from_any_folder(trained: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, out = files_of(trained.path), tmp_path / "my adapter's"
+    found = answer(trained, "--rank", RANK, "--out", out)
+    assert files_of(trained.path) == before, "a study is read only"
+    losses = {int(seed): loss for seed, loss in found["seeds"].items()}
+    assert set(losses) == {0, 1}
+    assert found["trial"] == f"r008-lr3e-2-s{min(losses, key=losses.__getitem__)}"
+    assert found["held_out_loss"] == pytest.approx(min(losses.values()))
+    config = json.loads((out / CONFIG).read_text())
+    assert Path(config["base_model_name_or_path"]).is_absolute()
+    assert all("." not in name for name in config["target_modules"])
+    shutil.move(out, tmp_path / "moved")
+    monkeypatch.chdir("/")
+    model = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "moved"))  # just written
+    torch.testing.assert_close(logits(model, trained), own_logits(trained, found["trial"]), rtol=1e-5, atol=1e-5)
+    assert list(found["deployed"]) == ["float32"]
+    deployed = found["deployed"]["float32"]
+    assert abs(deployed["lost"]) < 1e-5
+    assert deployed["lost_low"] <= deployed["lost"] <= deployed["lost_high"]
+    assert AutoTokenizer.from_pretrained(tmp_path / "moved")("Sort")["input_ids"]
+    card = (tmp_path / "moved" / "README.md").read_text()
+    assert trained.spec.data.template in card
+    assert f"| Held-out loss, loaded as float32 | {deployed['loss']:.4f} |" in card
+
+
+FORMS = [("bf16", torch.bfloat16, 0.2), pytest.param("float32", torch.float32, 1e-5, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("form", "dtype", "near"), FORMS)
+def test_a_merged_model_is_used_alone(
+    trained: Study, tmp_path: Path, form: str, dtype: torch.dtype, near: float
+) -> None:
+    found = answer(trained, "--rank", RANK, "--merge", form, "--out", tmp_path / "merged")
+    assert not (tmp_path / "merged" / CONFIG).exists()
+    assert {weight.dtype for weight in load_file(tmp_path / "merged" / "model.safetensors").values()} == {dtype}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert model.config.use_cache
+    own = own_logits(trained, found["trial"])
+    torch.testing.assert_close(logits(model, trained).float(), own, rtol=near, atol=near)
+    deployed = found["deployed"][form]
+    assert deployed["lost"] == pytest.approx(deployed["loss"] - found["held_out_loss"], abs=1e-9)
+    assert (abs(deployed["lost"]) > 1e-6) == (form == "bf16"), "rounded weights have another loss"
+    assert list(found["serve"]) == ["transformers", "vLLM", "llama.cpp"]
+    assert "--enable-lora" not in found["serve"]["vLLM"]
+
+
+def test_what_is_said(trained: Study, tmp_path: Path) -> None:
+    for language, said in (("en", "lowest held-out loss of 2 seeds"), ("ko", "시드 2개 중 검증 손실이 가장 낮습니다")):
+        done = run(trained, "--rank", RANK, "--out", tmp_path / language, "--lang", language)
+        assert done.exit_code == 0, done.exception
+        assert said in done.stdout
+        lines = " ".join(done.stdout.split())
+        assert f"--enable-lora --max-lora-rank 8 --lora-modules {language}={tmp_path / language}" in lines
+        assert "convert_lora_to_gguf.py" in done.stdout
+        assert "2 → 8" in done.stdout
+        assert "trials/*/adapter" in done.stdout
+        assert "{" not in done.stdout.replace("{input}", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rank", 3], "no trial of rank 3 is done"),
+        (["--rank", 2, "--trial", "r002-lr3e-2-s0"], "Name one of trials/, without --rank"),
+        (["--trial", "r008-lr3e-2-s9"], "--trial r008-lr3e-2-s9: no trial of that name is done"),
+        (["--rank", 2, "--merge", "bf61"], "--merge bf61: unknown"),
+        (["--rank", 2, "--over", "nf4,fp8"], "--over fp8: unknown"),
+        (["--rank", 2, "--push", "mine"], "--push mine: not OWNER/NAME"),
+        (["--rank", 2, "--push", "me/mine"], "is on this machine alone"),
+        (["--rank", 2, "--model", "/no/such"], "no such folder"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(trained: Study, tmp_path: Path, arguments: list[Any], message: str) -> None:
+    done = run(trained, *arguments, "--out", tmp_path / "out")
+    assert isinstance(done.exception, RankscopeError), done.output
+    assert message in str(done.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_overwritten_and_nothing_is_left_by_a_failure(
+    trained: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("mine")
+    with pytest.raises(StudyError, match="not empty"):
+        export(trained, tmp_path / "taken", RANK)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("rankscope.export.write.shutil.copyfile", full)
+    with pytest.raises(StudyDirectoryError, match="cannot be written: No space left on device"):
+        export(trained, tmp_path / "out", RANK)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["taken"]
+
+
+def test_a_base_that_is_another_now_is_refused(trained: Study, tmp_path: Path) -> None:
+    shutil.copytree(trained.spec.model.id, tmp_path / "model")
+    elsewhere = export(trained, tmp_path / "moved", RANK, model=str(tmp_path / "model"))
+    assert elsewhere.made.config.base_model_name_or_path == str(tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    changed = {name: weight + 0.01 for name, weight in weights.items()}
+    save_file(changed, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    for merge in (None, "bf16"):
+        with pytest.raises(ModelError, match="not the weights that the study was trained on"):
+            export(trained, tmp_path / "out", RANK, merge=merge, model=str(tmp_path / "model"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_corrupt_adapter_is_refused(trained: Study, tmp_path: Path) -> None:
+    shutil.copytree(trained.path, tmp_path / "study")
+    for folder in (tmp_path / "study" / "trials").iterdir():
+        (folder / "adapter" / WEIGHTS).write_bytes(b"x")
+    with pytest.raises(StudyDirectoryError, match="does not match its hash"):
+        export(Study.open(tmp_path / "study"), tmp_path / "out", RANK)
+
+
+@pytest.mark.slow
+def test_trained_again_on_all_rows(trained: Study, tmp_path: Path) -> None:
+    shutil.copytree(trained.path, tmp_path / "study")
+    study, said = Study.open(tmp_path / "study"), list[str]()
+    found = export(study, tmp_path / "out", RANK, retrain=True, merge="float32", say=said.append)
+    data = load(study.path / "data")
+    rows = len(data.train) + len(data.eval)
+    assert f"Training {found.trial.name} on all {rows:,} rows" in said
+    again = read_adapter(study.path / "retrained" / f"{found.trial.name}-{rows}-rows" / "adapter")
+    own = read_adapter(study.trial_folder(found.trial) / "adapter")
+    assert any(not torch.equal(one.b, other.b) for one, other in zip(again.layers, own.layers, strict=True))
+    whole = held_out_losses(load_model(study.spec.model), again, data.eval).mean
+    assert found.before.mean == pytest.approx(whole, rel=1e-5)
+    assert found.deployed["float32"][0].mean == pytest.approx(whole, rel=1e-5)
+    assert "After training on the held-out rows too" in (tmp_path / "out" / "README.md").read_text()
+    said.clear()
+    export(study, tmp_path / "again", RANK, retrain=True, say=said.append)
+    assert not any("Training" in line for line in said), "what is done is used again"
+    assert study.results()["status"].eq("done").all()
