@@ -190,7 +190,7 @@ def test_nothing_in_a_hostile_report_runs_and_nothing_is_fetched(lab: Lab, page:
     assert seen.console == [], "the policy refuses none of the page's own parts"
     charts = page.count('<div class="chart"')
     assert charts >= 8
-    assert seen.dom.count('vega-embed"') >= 5, "the page's own scripts have drawn those that are seen"
+    assert seen.dom.count('"chart vega-embed') >= 5, "the page's own scripts have drawn those that are seen"
     assert seen.dom.count("<svg") >= charts
     assert "7 * 7" in html.unescape(seen.dom)
     assert not set("\x00\x1b\u202e") & set(seen.dom)
