@@ -4,6 +4,7 @@ Large files are redirected to another host, as the hub does, which must not be s
 otherwise than the hub's clients do, is answered 501 and kept in `unknown`.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -21,6 +22,9 @@ _INFO = re.compile(rf"/api/(?P<kind>models|datasets)/{_ID}(?:/revision/(?P<revis
 _TREE = re.compile(rf"/api/(?P<kind>models|datasets)/{_ID}/tree/(?P<revision>[^/]+)(?:/(?P<path>.*))?")
 _FILE = re.compile(rf"/(?:(?P<kind>datasets)/)?{_ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 _STORED = re.compile(r"/stored/(?P<sha256>[0-9a-f]{64})")
+_PREUPLOAD = re.compile(rf"/api/models/{_ID}/preupload/main")
+_BATCH = re.compile(rf"/{_ID}\.git/info/lfs/objects/batch")
+_COMMIT = re.compile(rf"/api/models/{_ID}/commit/main")
 
 
 class Request(NamedTuple):
@@ -44,10 +48,10 @@ class Fault(NamedTuple):
 class Repository:
     """Commits by hash, each with all of its files; `refs` are branches and tags."""
 
-    def __init__(self, gated: bool = False) -> None:
+    def __init__(self, gated: bool = False, private: bool = False) -> None:
         self.commits: dict[str, dict[str, bytes]] = {}
         self.refs: dict[str, str] = {}
-        self.gated = gated
+        self.gated, self.private = gated, private
 
     def push(self, files: dict[str, bytes], branch: str = "main") -> str:
         """Commit these files and no others; return the hash."""
@@ -106,9 +110,74 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def do_POST(self) -> None:
-        self._unknown()
+        """Uploads, as the client does them without Xet: repository, modes, large files, commit."""
+        path, body = unquote(urlsplit(self.path).path), self._body()
+        self.server.requests.append(Request(self.command, path, None, self.headers["Authorization"]))
+        self._fault = self.server.fault(path)
+        if found := _STORED.fullmatch(path):
+            return self._store(found["sha256"], body)
+        if self.command != "POST":
+            return self._unknown()
+        if path == "/api/validate-yaml":
+            return self._json({"warnings": [], "errors": []})
+        if not self.headers["Authorization"]:
+            return self._refuse(401, "", "Invalid username or password.")
+        if path == "/api/repos/create":
+            return self._create(json.loads(body))
+        for pattern, answer in ((_PREUPLOAD, self._modes), (_BATCH, self._places), (_COMMIT, self._commit)):
+            if found := pattern.fullmatch(path):
+                return answer(found["id"], body)
+        return self._unknown()
 
     do_PUT = do_DELETE = do_PATCH = do_POST
+
+    def _body(self) -> bytes:
+        if self.headers["Transfer-Encoding"] != "chunked":
+            return self.rfile.read(int(self.headers["Content-Length"] or 0))
+        parts = list[bytes]()
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def _create(self, asked: dict[str, Any]) -> None:
+        id = "/".join(filter(None, (asked["organization"], asked["name"])))
+        known = ("models", id) in self.server.repositories
+        if not known:
+            private = asked.get("visibility") == "private" or asked.get("private") is True
+            self.server.repositories["models", id] = Repository(private=private)
+        self._json({"url": f"{self.server.url}/{id}"}, 409 if known else 200)
+
+    def _modes(self, id: str, body: bytes) -> None:
+        paths = [file["path"] for file in json.loads(body)["files"]]
+        modes = ["lfs" if path.endswith(LARGE) else "regular" for path in paths]
+        pairs = zip(paths, modes, strict=True)
+        self._json({"files": [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in pairs]})
+
+    def _places(self, id: str, body: bytes) -> None:
+        found = []
+        for one in json.loads(body)["objects"]:
+            place = {"href": f"{self.server.store}/stored/{one['oid']}"}
+            found.append({"oid": one["oid"], "size": one["size"], "actions": {"upload": place}})
+        self._json({"transfer": "basic", "objects": found})
+
+    def _store(self, sha256: str, content: bytes) -> None:
+        if self.command != "PUT" or hashlib.sha256(content).hexdigest() != sha256:
+            return self._unknown()
+        self.server.stored[sha256] = content
+        self._send(200, b"", {})
+
+    def _commit(self, id: str, body: bytes) -> None:
+        repository, lines = self.server.repositories["models", id], [json.loads(line) for line in body.splitlines()]
+        files = dict(repository.commits.get(repository.refs.get("main", ""), {}))
+        for key, value in ((line["key"], line["value"]) for line in lines):
+            if key == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif key == "lfsFile":
+                files[value["path"]] = self.server.stored[value["oid"]]
+        commit = repository.push(files)
+        self._json({"commitUrl": f"{self.server.url}/{id}/commit/{commit}", "commitOid": commit, "success": True})
 
     def log_message(self, *_: object) -> None: ...
 
@@ -138,11 +207,11 @@ class _Handler(BaseHTTPRequestHandler):
         cut = self._fault.cut if self._fault else None
         with suppress(ConnectionError):  # of a client that has given up
             self.end_headers()
-            self.wfile.write(body[:cut] if self.command == "GET" else b"")
+            self.wfile.write(body[:cut] if self.command != "HEAD" else b"")
         self.close_connection = self.close_connection or cut is not None
 
-    def _json(self, value: Any) -> None:
-        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+    def _json(self, value: Any, status: int = 200) -> None:
+        self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def _refuse(self, status: int, code: str, message: str, **headers: str) -> None:
         self._send(status, b"", {"X-Error-Code": code, "X-Error-Message": message} | headers)
@@ -165,7 +234,12 @@ class _Handler(BaseHTTPRequestHandler):
         if found := self._found(kind, id, revision):
             repository, commit = found
             files = [{"rfilename": name} for name in repository.commits[commit]]
-            about = {"id": id, "sha": commit, "private": False, "gated": "auto" if repository.gated else False}
+            about = {
+                "id": id,
+                "sha": commit,
+                "private": repository.private,
+                "gated": "auto" if repository.gated else False,
+            }
             self._json(about | {"siblings": files, "tags": [], "downloads": 0, "likes": 0})
 
     def _tree(self, kind: str, id: str, revision: str, path: str | None) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from safetensors.torch import load, save
 
 from hub_server import HubServer, serving
@@ -341,6 +342,31 @@ def test_adapters_by_hub_id(hub: HubServer, trained: Study, tmp_path: Path) -> N
     answered = len(hub.requests)
     [(code, said)] = commands(asked[:1], hub.url, tmp_path, HF_HUB_OFFLINE="1")
     assert (code, len(hub.requests)) == (0, answered), said
+
+
+@pytest.mark.slow
+def test_a_folder_is_pushed_to_a_private_repository(hub: HubServer, tmp_path: Path) -> None:
+    """By huggingface_hub as it is, without Xet, whose protocol this hub does not speak. A token is needed; a second
+    push goes to the same repository."""
+    folder = tmp_path / "an adapter"
+    folder.mkdir()
+    (folder / "README.md").write_text("---\ntags: [lora]\n---\n# Card\n")
+    (folder / "adapter_model.safetensors").write_bytes(save({"a": torch.ones(9)}))
+    code = (
+        "import json, sys\nfrom pathlib import Path\n"
+        "from rankscope import hub\nfrom rankscope.errors import StudyError\n"
+        "try:\n    print(hub.push('owner/new', Path(json.loads(sys.argv[1])), 'Export'))\n"
+        "except StudyError as error:\n    print('refused', error)\n"
+    )
+    refused = python(code, str(folder), hub.url, tmp_path / "hf", HF_HUB_DISABLE_XET="1")
+    assert "refuses access (401)" in refused
+    assert f"hf upload owner/new '{folder}'" in refused
+    for _ in range(2):
+        said = python(code, str(folder), hub.url, tmp_path / "hf", HF_HUB_DISABLE_XET="1", HF_TOKEN="hf_x")
+        assert f"{hub.url}/owner/new/commit/" in said
+    repository = hub.repository("owner/new")
+    assert repository.private
+    assert files_of(folder) in repository.commits.values()
 
 
 @pytest.mark.slow
