@@ -1,5 +1,6 @@
 """The Python API: `run`, and the study that it returns. What takes seconds to import waits until something is run."""
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -164,6 +165,7 @@ def run(
         WorkerError: a child process ended without finishing its work.
     """
     options = {option: _plain(value) for option, value in locals().items() if option in OPTIONS} | others
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it warns whenever PEFT is imported
     from rankscope.jobs.launchers import make_launcher
     from rankscope.jobs.queue import time_limit
     from rankscope.model.checks import pinned
