@@ -74,7 +74,7 @@ def merged_model(base: PreTrainedModel, adapter: Path, form: str) -> PreTrainedM
     nn.Module.to(base, torch.float32)  # in place
     loaded: Any = load_by_peft(base, adapter)
     ends: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
-    inner = [end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends]
+    inner: list[Any] = [end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends]
     if inner != ends and None not in inner and inner[0].weight is inner[1].weight:
         inner[1].weight = nn.Parameter(inner[1].weight.detach().clone(), requires_grad=False)
     with warnings.catch_warnings():
