@@ -58,7 +58,7 @@ def spec_of(seed: int = 0, between: bool = False, **changes: Any) -> SearchSpec:
     training's is 0."""
     values = {name: value for name, value in read_study_file(DEMO).items() if name not in ("ranks", "learning_rates")}
     options = {"ranks": RANKS, "learning_rates": "1e-4..1e-2" if between else RATES, "steps": STEPS, "trials": 1}
-    sets = ("training.trials_per_pack=4",)
+    sets = ("training.trials_per_pack=4", "data.eval_rows=96")  # as when the grid in docs/results was trained
     return resolve_search(values, options, sets).model_copy(update={"seed": seed, **changes})
 
 

@@ -15,12 +15,12 @@ Everything is a share of the mean loss:
 - Label tokens of a row, its weight: lognormal, median 55, sigma 0.88, from 1 to 1,024. That gives a mean of 81, 0.7% of
   rows above 480 and 0.05% above 1,000, as CodeAlpaca's answers have.
 - `base`: lognormal with a standard deviation of 23%; `gain`: a gamma variable with a standard deviation of 76% of its
-  mean (both as in the embedded study).
+  mean (both as in a study of the embedded model).
 - `concentration`: exponential times the root of the row's loss, mean 1: few rows have most of a rank's effect.
 - The last three terms: over ranks fractional Brownian motion in log2(rank) with H = 0.7 and a nugget of 15% (the share
   of a pair's variance that does not depend on their distance); over seeds, rows and both, Student's t with 3 to 5
   degrees of freedom, drawn for each study. The standard deviation of the difference of ranks 8 and 256 is the world's;
-  `of row` has the same, `rest` 3.5 times as much (in the embedded study: 0.31, 0.31 and 1.14% of the loss).
+  `of row` has the same, `rest` 3.5 times as much (in a study of the embedded model: 0.31, 0.31 and 1.14% of the loss).
 - `shared`: 0.5% a seed, 1% a seed and row. Pairing removes both from differences; they stay in the gain.
 
 Worlds: quiet 0.1%, demo 0.3%, noisy 1%, and unstable: 0.4%, 3 degrees of freedom, 7% of the seeds with three times the
