@@ -127,4 +127,4 @@ def test_the_difference_is_paired() -> None:
     jackknife = np.sqrt(199 / 200 * np.sum((np.array(without) - np.mean(without)) ** 2))
     assert found.standard_error == pytest.approx(jackknife, rel=0.01)
     alone = ExampleLosses(hard[:1], labels[:1], np.zeros(1))
-    assert difference(alone, alone) == (0.0, None)
+    assert difference(alone, alone) == (0.0, None, 1)

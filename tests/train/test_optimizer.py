@@ -89,7 +89,7 @@ def test_a_cpu_has_nothing_to_page(optim: str) -> None:
 def test_bitsandbytes_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rankscope.errors.find_spec", lambda name: None)
     predict(study("adamw_torch_fused"))
-    with pytest.raises(MissingExtraError, match=r"training.optim: adamw_8bit: .*\n.*rankscope\[quantization\]"):
+    with pytest.raises(MissingExtraError, match=r"training.optim: adamw_8bit: .*\n.*pip install .*\[quantization\]"):
         predict(study("adamw_8bit"))
 
 

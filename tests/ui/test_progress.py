@@ -90,7 +90,7 @@ def test_time_left_and_losses(study: Study, progress: TerminalProgress, output: 
     diverged = study.trials[-2]
     restart(study, diverged, status="diverged")
     progress.poll()
-    share, now, pack, losses = output.getvalue().splitlines()[-1].split(" · ")
+    share, now, pack, losses, *_ = output.getvalue().splitlines()[-1].split(" · ")
     assert re.fullmatch(r"  \d+%  about .* left", share)
     assert now == "Evaluating p001 on the held-out rows"
     assert re.fullmatch(r"p001 2 / 4  about .* left", pack)
@@ -133,7 +133,7 @@ def test_full_fine_tuning_and_profiles(study: Study, progress: TerminalProgress,
     progress.poll()
     total = len(study.spec.profiled()) * study.spec.measure.repeats
     done = total - study.spec.measure.repeats
-    assert output.getvalue().splitlines()[-1].endswith(f" · Measuring memory of {name}, {done + 1} of {total}")
+    assert f" · Measuring memory of {name}, {done + 1} of {total}" in output.getvalue().splitlines()[-1]
     assert output.getvalue().count("Measuring") == 1
 
 
@@ -180,7 +180,7 @@ def test_the_whole_study_is_read_less_often_the_longer_that_takes(
     assert "p001 3 / 4" in output.getvalue(), "metrics of the trials in training are always read"
     monkeypatch.setattr(progress, "_read_again", 0.0)
     progress.poll()
-    assert output.getvalue().endswith(" · Answering held-out prompts\n"), "the pack has ended"
+    assert " · Answering held-out prompts" in output.getvalue().splitlines()[-1], "the pack has ended"
 
 
 @pytest.mark.parametrize("line", ["z", "3", '{"stdp": 5}', '{"step": 2, "train_loss": "x", "step_seconds": 1}'])

@@ -19,7 +19,8 @@ from rankscope.data.tokens import Tokens
 from rankscope.errors import ModelError
 from rankscope.lora.adapters import save_config
 from rankscope.lora.saved import SavedAdapter, load_by_peft, read_adapter
-from rankscope.model.checks import SAFE, is_gguf, loading_error, location, source
+from rankscope.model import checks
+from rankscope.model.checks import loading_error, location
 from rankscope.model.device import resolve_device
 from rankscope.model.load import fingerprint, load_config, load_tokenizer, resolve_dtype
 from rankscope.model.quantized import quantization_config
@@ -99,12 +100,14 @@ def load_plain(spec: ModelSpec, form: str, sha256: str | None, folder: Path | No
     options: dict[str, Any] = {"dtype": DTYPES.get(form) or resolve_dtype(spec, device), "device_map": {"": device}}
     if form not in DTYPES:
         options["quantization_config"] = quantization_config(form, options["dtype"])
-    if folder is None:
-        options |= {"config": load_config(spec), "use_safetensors": not is_gguf(spec), **source(spec)}
-    else:
-        options |= {"pretrained_model_name_or_path": str(folder), "use_safetensors": True, **SAFE}
+    if folder is not None:
+        spec = spec.model_copy(update={"id": str(folder), "revision": None, "commit": None})
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(**options)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            config=load_config(spec), use_safetensors=not checks.is_gguf(spec), **options, **checks.source(spec)
+        )
+    except ModelError:
+        raise
     except Exception as error:
         raise loading_error(spec, "model", error) from error
     comparable = folder is None and form == own_form(spec) and not spec.quantization
