@@ -169,6 +169,7 @@ def test_the_card_and_the_name_give_the_seed_that_the_state_lacks(tmp_path: Path
     assert runs_of(found, "seed taken from the name") == {"r1-seed7"}
 
 
+EXACT = {"train/loss": 1.000013}  # of more digits than chance makes equal
 NOISE = {8: (0.0, 0.011, -0.006), 64: (0.002, 0.008, -0.007)}
 
 
@@ -207,7 +208,7 @@ def test_a_setting_that_every_rank_has_is_no_confounder(tmp_path: Path) -> None:
     found = judge([write_csv(tmp_path / "runs.csv", rows)])
     assert not runs_of(found, "learning_rate")
     assert not runs_of(found, "one learning rate")
-    assert len(found.differences) == 2, "one for each rate"
+    assert [one["at"] for one in found.differences] == [{"learning_rate": 2e-4}, {"learning_rate": 1e-4}]
     assert found.study["learning_rates"] == [1e-4, 2e-4]
 
 
@@ -221,7 +222,11 @@ def test_seeds_that_differ_between_ranks_are_a_confounder(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("rows", "what", "named"),
     [
-        ([*several({8: 1.9, 64: 1.5}), {"r": 8, "seed": 3, "eval": 1.9}], "losses of another run", {"run-6"}),
+        (
+            [*several({8: 1.9, 64: 1.5}, **EXACT), {"r": 8, "seed": 3, "eval": 1.9, **EXACT}],
+            "losses of another run",
+            {"run-6"},
+        ),
         (
             [*several({8: 1.9, 64: 1.5}), {"r": 8, "seed": 0, "eval": 1.7}],
             "settings and seed of another",
@@ -231,7 +236,14 @@ def test_seeds_that_differ_between_ranks_are_a_confounder(tmp_path: Path) -> Non
         ([{"r": 8, "eval": ""}, {"r": 64, "eval": ""}], "no held-out loss", {"run-0", "run-1"}),
         ([{"r": 8, "eval": 1.5}, {"r": 8, "seed": 1, "eval": 1.6}], "one rank", {"run-0", "run-1"}),
         ([{"r": 8, "eval": 1.5, "State": "crashed"}, {"r": 64, "eval": 1.6}], "ended before", {"run-0"}),
+        (
+            [{"r": 8, "eval": 1.5, "State": "crashed", "train/global_step": ""}, {"r": 64, "eval": 1.6}],
+            "ended before",
+            {"run-0"},
+        ),
         ([{"r": 8, "eval": 1.5, "seed": ""}, {"r": 64, "eval": 1.6}], "seed not recorded", {"run-0"}),
+        ([{"r": 8, "eval": 1.5, "learning_rate": ""}, {"r": 64, "eval": 1.6}], "recorded for others", {"run-0"}),
+        ([{"r": 8, "eval": 1.5, "lora_alpha": ""}, {"r": 64, "eval": 1.6}], "recorded for others", {"run-0"}),
     ],
 )
 def test_doubtful_runs_are_named(tmp_path: Path, rows: list[Mapping[str, Any]], what: str, named: set[str]) -> None:
@@ -241,6 +253,25 @@ def test_doubtful_runs_are_named(tmp_path: Path, rows: list[Mapping[str, Any]], 
 def test_a_rank_that_diverged_once_is_compared_with_none(tmp_path: Path) -> None:
     rows = [*several({8: 1.9, 64: 1.5}), {"r": 8, "seed": 3, "eval": "NaN"}]
     assert judge([write_csv(tmp_path / "runs.csv", rows)]).differences == []
+
+
+@pytest.mark.parametrize("steps", ["", 100])
+def test_a_run_that_crashed_is_compared_nowhere(tmp_path: Path, steps: Any) -> None:
+    changes = {"train/global_step": steps, "State": "crashed"}
+    rows = [row | (changes if row["seed"] == 2 else {"train/global_step": steps}) for row in several({8: 1.9, 64: 1.5})]
+    (shown,) = judge([write_csv(tmp_path / "runs.csv", rows)]).differences
+    assert shown["seeds"] == [0, 1]
+
+
+def test_seeds_of_equal_rounded_losses_are_no_copies(tmp_path: Path) -> None:
+    losses = {8: (1.53, 1.53, 1.55), 64: (1.5, 1.51, 1.49)}
+    rows = [{"r": rank, "seed": seed, "eval": one} for rank, of in losses.items() for seed, one in enumerate(of)]
+    found = judge([write_csv(tmp_path / "runs.csv", rows)])
+    assert not found.runs["copy"].any()
+    assert [one["seeds"] for one in found.differences] == [[0, 1, 2]]
+    same = [row | {"train/loss": "", "eval": row["eval"] + 1e-7} for row in rows]
+    assert not judge([write_csv(tmp_path / "runs.csv", same)]).runs["copy"].any(), "one of the two losses is missing"
+    assert list(judge([write_csv(tmp_path / "runs.csv", [*rows, rows[0]])]).runs["copy"]) == [False] * 6 + [True]
 
 
 def test_runs_without_a_seed_do_not_count_as_further_seeds(tmp_path: Path) -> None:
@@ -428,6 +459,21 @@ def test_the_proposed_study_is_one(source: str, tmp_path: Path) -> None:
         judge([RUNS / source], out)
 
 
+@pytest.mark.parametrize("variants", [["use_dora"], ["use_rslora", "use_dora"], ["use_rslora"]])
+def test_the_proposed_study_has_rslora_and_names_what_it_leaves_out(tmp_path: Path, variants: list[str]) -> None:
+    for rank in (8, 64):
+        (tmp_path / f"r{rank}").mkdir()
+        config = {"r": rank, "lora_alpha": 32} | dict.fromkeys(variants, True)
+        (tmp_path / f"r{rank}" / readers.CONFIG).write_text(json.dumps(config))
+        (tmp_path / f"r{rank}" / readers.STATE).write_text("{}")
+    found = judge([tmp_path])
+    adapter = resolve_spec(yaml.safe_load(study_text(found))).adapter
+    rslora = "use_rslora" in variants
+    assert (adapter.use_rslora, adapter.alpha) == (rslora, 32 if rslora else (32, "4r"))
+    assert ("# Not in this study, though in runs: 'DoRA'." in study_text(found)) == ("use_dora" in variants)
+    assert "rsLoRA" not in study_text(found)
+
+
 def test_a_study_is_proposed_whatever_the_names(tmp_path: Path) -> None:
     (tmp_path / readers.STATE).write_text("{}")
     config = {"r": 8, "target_modules": r".*\.(q|v)_proj", "base_model_name_or_path": "a: b\n- c"}
@@ -461,6 +507,35 @@ def test_the_terminal_says_what_the_seeds_show(
     assert "no conclusion" not in shown
     assert "95% interval" in shown
     assert "This holds for these held-out rows" in shown
+
+
+def test_the_terminal_names_the_settings_of_each_of_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [*several({8: 1.9, 64: 1.5}), *several({8: 1.4, 64: 1.6}, learning_rate=1e-4)]
+    assert run_command([str(write_csv(tmp_path / "runs.csv", rows))], monkeypatch, 200) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for at, rank in (("2e-4 (run-0, run-1, run-2, run-3 and 2 more)", 64), ("1e-4 (run-6, run-7, run-8, run-9 and", 8)):
+        assert shown.count(f"At learning rate {at}") == 2, "in the title and in the sentence"
+        assert f": Rank {rank} is the smallest shown" in shown.partition(f"At learning rate {at}")[2]
+    assert "Each holds at its own settings, none at the best rate of each rank, and at 95% by itself" in shown
+
+
+def test_an_unreadable_file_is_skipped(confounded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.json", "b.csv"):
+        (confounded / name).write_text("")
+    opened = Path.open
+
+    def refuse(path: Path, *arguments: Any, **how: Any) -> Any:  # as of mode 000, which root may read
+        if path.suffix in (".json", ".csv") and path.parent == confounded:
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *arguments, **how)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    found = judge([confounded])
+    assert [Path(one.path).name for one in found.skipped] == ["a.json", "b.csv"]
+    assert all("Permission denied" in one.reason for one in found.skipped)
+    assert len(found.runs) == 3
 
 
 def test_json_is_one_object_without_nan(

@@ -47,10 +47,10 @@ def test_demo_is_run_alone(
 def test_a_quick_look_ends_with_the_command_of_the_whole(
     asked: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rankscope("run --quick --out x --num_train_epochs 2", monkeypatch)
-    assert capsys.readouterr().out.endswith("the whole study:\n  rankscope run --out x --num_train_epochs 2\n")
+    rankscope("run --quick --out x --num_train_epochs 0.5", monkeypatch)
+    assert capsys.readouterr().out.endswith("the whole study:\n  rankscope run --out x --num_train_epochs 0.5\n")
     ((spec, path, *_),) = asked
-    assert (str(path), spec.seeds, spec.training.epochs, spec.data.max_rows) == ("x-quick", (0, 1), 1, 1600)
+    assert (str(path), spec.seeds, spec.training.epochs, spec.data.max_rows) == ("x-quick", (0, 1), 0.5, 1600)
 
 
 @pytest.mark.parametrize(("words", "asks"), [("run", True), ("run --yes", False), ("run --hours 9", False)])

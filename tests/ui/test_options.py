@@ -89,7 +89,7 @@ def test_an_option_of_another_tool_names_what_to_give() -> None:
         list(own_names(["--load_in_4bit"], OWN))
 
 
-def test_a_study_by_its_directory_and_a_quick_look_beside_it(tmp_path: Path) -> None:
+def test_a_study_by_its_directory_and_a_quick_look_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = dict.fromkeys(RUN)
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "study.yaml").write_text("name: other\nmodel: m\ndata: d\nseeds: 0..4\n")
@@ -99,6 +99,25 @@ def test_a_study_by_its_directory_and_a_quick_look_beside_it(tmp_path: Path) -> 
     assert (spec.name, spec.seeds, path) == ("other", (0, 1), Path("other-quick"))
     assert study_and_path(tmp_path / "s", None, options, None, quick=True)[1] == tmp_path / "s-quick"
     assert study_and_path(tmp_path / "s", Path("x"), options, None, quick=True)[1] == Path("x-quick")
+    monkeypatch.chdir(tmp_path / "s")
+    assert study_and_path(Path(), None, options, None, quick=True)[1] == tmp_path / "s-quick"
+    assert study_and_path(None, Path(), options, None, quick=True)[1] == tmp_path / "s-quick"
+    assert study_and_path(None, Path(".."), options, None, quick=True)[1] == Path(f"{tmp_path}-quick")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("seeds", "0..4"), ("steps", 500), ("epochs", 2.0), ("set", "training.steps=500")]
+)
+def test_a_quick_look_refuses_more_than_it_takes(option: str, value: Any) -> None:
+    options = dict.fromkeys(RUN) | ({} if option == "set" else {option: value})
+    with pytest.raises(StudyError, match=f"(?s)--{option}.* asks for more.*Leave out --{option}"):
+        study_and_path(None, None, options, [value] if option == "set" else None, quick=True)
+
+
+def test_a_quick_look_takes_less() -> None:
+    options = dict.fromkeys(RUN) | {"seeds": "3,4", "steps": 50, "ranks": "4..256"}
+    spec, _ = study_and_path(None, None, options, None, quick=True)
+    assert (spec.seeds, spec.training.steps, spec.ranks) == ((3, 4), 50, (4, 32, 256))
 
 
 def test_a_command_receives_its_options_by_name() -> None:

@@ -11,7 +11,7 @@ import yaml
 from rankscope.errors import StudyError
 from rankscope.files import write_atomic
 from rankscope.judge.confounders import SETTINGS, Finding, confounders, limits, normalised
-from rankscope.judge.differences import comparable, difference
+from rankscope.judge.differences import differences
 from rankscope.judge.readers import RSLORA, Skipped, read_runs
 from rankscope.spec.resolve import YamlDumper, resolve_spec
 
@@ -28,17 +28,15 @@ class Judged(NamedTuple):
 
 
 def judge(paths: Sequence[Path], out: Path | None = None) -> Judged:
-    """Judge the runs below `paths`, and write the study to `out`. Raises StudyError: a path is missing, or `out` is
-    there; DataError: there is no run."""
-    for path in paths:
-        if not path.exists():
-            raise StudyError(f"{path}: no such file or folder", "Give what a training run has written.")
+    """Judge runs, and write a study to `out`. Raises StudyError: no such path, `out` is there; DataError: no run."""
+    if missing := [str(path) for path in paths if not path.exists()]:
+        raise StudyError(f"{missing[0]}: no such file or folder", "Give what a training run has written.")
     if out is not None and out.exists():
         raise StudyError(f"{out} exists", "Choose another --out, or remove it.")
     runs, skipped = read_runs(paths)
     runs = normalised(runs)
-    differences = [one for part in comparable(runs) if (one := difference(part)) is not None]
-    found = Judged(runs, skipped, confounders(runs), limits(runs), differences, propose(runs, differences))
+    shown = differences(runs)
+    found = Judged(runs, skipped, confounders(runs), limits(runs), shown, propose(runs, shown))
     if out is not None:
         write_atomic(out, study_text(found))
     return found
@@ -51,30 +49,27 @@ def describe(found: Judged) -> dict[str, Any]:
     return {"runs": rows, **findings, "differences": found.differences, "study": found.study}
 
 
-def propose(runs: pd.DataFrame, differences: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def propose(runs: pd.DataFrame, shown: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Fields of a study that crosses what the runs confound: every rank with the rates and alphas that were tried, at
     least three seeds, the same rows and steps for all."""
     tried: dict[str, list[Any]] = {name: sorted(set(runs[name].dropna())) for name in (*SETTINGS, "alpha", "scaling")}
     agreed = {name: values[0] for name, values in tried.items() if len(values) == 1}
-    variant, data = agreed.get("variant"), agreed.get("data", YOUR_ROWS)
-    alphas = [f"{agreed['scaling']:g}r"] if "scaling" in agreed and variant != RSLORA else tried["alpha"][:4]
-    if len(alphas) == 1 and len(tried["scaling"]) > 1:  # one alpha, whose factor falls with rank
+    rslora, data = runs["variant"].str.contains(RSLORA, regex=False), agreed.get("data", YOUR_ROWS)
+    alphas = [f"{agreed['scaling']:g}r"] if "scaling" in agreed and not rslora.any() else tried["alpha"][:4]
+    if len(alphas) == 1 and len(tried["scaling"]) > 1 and not rslora.any():  # one alpha: its factor falls with rank
         alphas = [*alphas, f"{tried['scaling'][-1]:g}r"]
-    modules, training = agreed.get("target_modules", "all-linear").split(", "), {"epochs": 1}
-    if tried["steps"]:
-        training = {"steps": int(tried["steps"][-1])}
+    modules = agreed.get("target_modules", "all-linear").split(", ")
+    training = {"steps": int(tried["steps"][-1])} if tried["steps"] else {"epochs": 1}
+    factor = {"use_rslora": True} if rslora.all() else {}
     values: dict[str, Any] = {
-        "name": "judged",
-        "model": {"id": agreed.get("base_model", YOUR_BASE)},
+        "name": "judged", "model": {"id": agreed.get("base_model", YOUR_BASE)},
         "data": {"id": YOUR_ROWS if {"@", ","} & set(data) else data},
         "ranks": sorted(int(rank) for rank in runs["rank"].unique()),
-        "seeds": list(range(max([3, *(len(one["seeds"]) + (one["more_seeds"] or 0) for one in differences)]))),
+        "seeds": list(range(max([3, *(len(one["seeds"]) + (one["more_seeds"] or 0) for one in shown)]))),
         "learning_rates": tried["learning_rate"][-4:] or [2e-4],
-        "adapter": {"alpha": alphas or [32.0], "target_modules": modules},
+        "adapter": {"alpha": alphas or [32.0], "target_modules": modules} | factor,
         "training": training | ({"batch_size": int(agreed["batch_size"])} if "batch_size" in agreed else {}),
-    }
-    if variant == RSLORA:
-        values["adapter"]["use_rslora"] = True
+    }  # fmt: skip
     try:
         resolve_spec(values)
     except StudyError:  # values of a file that no study takes: a pattern in the place of names, a rate of 0
@@ -84,12 +79,12 @@ def propose(runs: pd.DataFrame, differences: Sequence[dict[str, Any]]) -> dict[s
 
 def study_text(found: Judged) -> str:
     """The study.yaml, with comments on what is still to be filled in."""
-    words, logged = {"model": YOUR_BASE, "data": YOUR_ROWS}, found.runs["rate_logged"].any()
-    lines = [
-        f"{name}.id: the runs name none, or several" for name, word in words.items() if found.study[name]["id"] == word
-    ]
-    lines += ["learning_rates: the highest logged, below the peak"] * bool(logged)
-    comments = "".join(f"# {line}: put yours here.\n" for line in lines)
-    return comments + yaml.dump(
-        found.study, Dumper=YamlDumper, sort_keys=False, allow_unicode=True, default_flow_style=None
-    )
+    unnamed = [name for name in ("model", "data") if found.study[name]["id"] in (YOUR_BASE, YOUR_ROWS)]
+    lines = [f"{name}.id: the runs name none, or several" for name in unnamed]
+    lines += ["learning_rates: the highest logged, below the peak"] * bool(found.runs["rate_logged"].any())
+    kept = {"LoRA"} | ({RSLORA} if found.study["adapter"].get("use_rslora") else set())
+    left_out = {part for variant in found.runs["variant"] for part in variant.split(" + ")} - kept
+    comments = [f"# {line}: put yours here.\n" for line in lines]
+    comments += [f"# Not in this study, though in runs: {part!r}.\n" for part in sorted(left_out)]
+    how: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "default_flow_style": None}
+    return "".join([*comments, yaml.dump(found.study, Dumper=YamlDumper, **how)])

@@ -23,7 +23,7 @@ from rankscope.text.formats import size
 STATE, CONFIG = "trainer_state.json", "adapter_config.json"
 MAX_BYTES, MAX_RUNS, MAX_RANK = 32_000_000, 10_000, 1 << 20
 RSLORA = "rsLoRA"
-_FLAGS = ("diverged", "seed_in_name", "rate_logged")  # the last: the rate is the highest that was logged
+_FLAGS = ("diverged", "unfinished", "seed_in_name", "rate_logged")  # the last: the rate is the highest logged
 Row = dict[str, Any]
 
 
@@ -46,7 +46,7 @@ def read_runs(paths: Sequence[Path]) -> tuple[pd.DataFrame, list[Skipped]]:
             name = path.resolve().name if path == root else path.relative_to(root.parent if len(paths) > 1 else root)
             try:
                 rows += [_with_seed({"run": str(name)} | row) for row in reader(path, root)]
-            except (ValueError, RecursionError) as error:
+            except (OSError, ValueError, RecursionError) as error:
                 skipped.append(Skipped(str(path), shortened(" ".join(str(error).split()), 200)))
             if len(rows) > MAX_RUNS:
                 raise DataError(f"{path}: more than {MAX_RUNS:,} runs", "Give fewer at once.")
@@ -73,9 +73,12 @@ def _places(root: Path) -> Iterator[tuple[Path, Callable[[Path, Path], list[Row]
         raise DataError(f"{root}: cannot be listed: {error}", "Give the folders of the runs themselves.") from None
     for file in files:
         if file.name not in (STATE, CONFIG):
-            with file.open("rb") if file.is_file() else io.BytesIO() as opened:
-                head = opened.read(4096)
-            if _BEGINNINGS[file.suffix].search(head):
+            try:
+                with file.open("rb") if file.is_file() else io.BytesIO() as opened:
+                    head = opened.read(4096)
+            except OSError:
+                head = None  # the reader says why
+            if head is None or _BEGINNINGS[file.suffix].search(head):
                 yield file, readers.get(file.suffix, _peft_result)
         elif not (file.parent.parent / "trial.json").exists():  # of a study, whose report has a table
             yield file.parent.parent if _step_of(file.parent) and file.parent != root else file.parent, _trainer
@@ -117,6 +120,10 @@ def _json(path: Path, root: Path) -> Row:
     return value
 
 
+def _part(value: Row, key: str) -> Row:
+    return found if isinstance(found := value.get(key), dict) else {}
+
+
 def _number(value: Any) -> float | None:
     """A number or its text, which may be NaN or infinite."""
     try:
@@ -151,29 +158,24 @@ def _date(value: Any) -> float | None:
         return None
 
 
+_PATH = "model_name_or_path"
 FIELDS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "rank": (_whole, "r, lora_r, lora_rank, rank"),
     "alpha": (_finite, "lora_alpha, alpha"),
-    "base_model": (
-        _words,
-        "model_id, base_model, base_model_name_or_path, model_name_or_path, model_name, _name_or_path",
-    ),
+    "base_model": (_words, f"model_id, base_model, base_{_PATH}, {_PATH}, model_name, _name_or_path"),
     "target_modules": (_words, "target_modules, lora_target_modules, lora_target"),
     "dropout": (_finite, "lora_dropout"),
     "learning_rate": (_finite, "learning_rate, lr"),
     "steps": (_whole, "train/global_step, global_step, step, steps"),
     "planned_steps": (_whole, "max_steps"),
     "epochs": (_finite, "train/epoch, epoch, num_train_epochs, num_epochs, epochs"),
-    "steps_an_epoch": (_whole, "steps_an_epoch"),  # rows over the effective batch size
+    **{name: (_whole, name) for name in ("steps_an_epoch", "eval_rows", "seed", "eval_step")},
     "batch_size": (_whole, "total_train_batch_size, per_device_train_batch_size, micro_batch_size, batch_size"),
     "max_length": (_whole, "max_length, max_seq_length, sequence_len, cutoff_len"),
     "data": (_words, "datasets, dataset, dataset_name, dataset_id, data, train_file"),
     "eval_set": (_words, "eval_dataset, eval_dataset_name, eval_file"),
-    "eval_rows": (_whole, "eval_rows"),
-    "seed": (_whole, "seed"),
     "train_loss": (_number, "train/loss, loss, train_loss, train loss"),  # of a Trainer the mean of the last tenth
     "eval_loss": (_number, "eval/loss, eval_loss, val/loss, val_loss, validation/loss, validation_loss"),  # the last
-    "eval_step": (_whole, "eval_step"),
     "best_loss": (_finite, "best_loss, eval/loss.min, eval_loss.min, best_eval_loss"),
     "untrained_loss": (_finite, "untrained_loss"),  # evaluated before the first step
     "score": (_finite, "test accuracy"),  # share of right answers
@@ -205,8 +207,9 @@ def _run(tool: str, values: Mapping[str, Any]) -> Row:
         row["batch_size"] *= _whole(plain.get("gradient_accumulation_steps")) or 1
     losses = [loss for loss in (row["train_loss"], row["eval_loss"]) if loss is not None]
     variant = shortened(" + ".join(parts), 300) or "LoRA"
-    flags = {"diverged": not all(map(math.isfinite, losses)), "rate_logged": False}
-    return row | {"tool": tool, "variant": variant, **flags}
+    steps, planned = row["steps"], row["planned_steps"]
+    flags = {"unfinished": steps is not None and steps < (planned or 0), "rate_logged": False}
+    return row | {"tool": tool, "variant": variant, "diverged": not all(map(math.isfinite, losses)), **flags}
 
 
 def _trainer(folder: Path, root: Path) -> list[Row]:
@@ -252,13 +255,10 @@ def _evaluations(logs: Sequence[Row]) -> Row:
     finite = [loss for step, one in losses.items() if step and (loss := _finite(one)) is not None]
     speed, seconds = (_finite(rows[last].get(f"{name}_{what}")) for what in ("samples_per_second", "runtime"))
     return {
-        "eval_loss": losses[last],
-        "eval_step": last,
-        "eval_dataset": name.removeprefix("eval").removeprefix("_"),
+        "eval_loss": losses[last], "eval_step": last, "eval_dataset": name.removeprefix("eval").removeprefix("_"),
         "eval_rows": round(speed * seconds) if speed and seconds else None,
-        "best_loss": min(finite, default=None),
-        "untrained_loss": losses.get(0),
-    }
+        "best_loss": min(finite, default=None), "untrained_loss": losses.get(0),
+    }  # fmt: skip
 
 
 def _card(text: str) -> Row:
@@ -294,8 +294,7 @@ def _csv(path: Path, root: Path) -> list[Row]:
             row = _run("rankscope" if "trial" in cells else "W&B", cells)
         except ValueError:
             continue
-        if cells.get("State", "finished") != "finished":
-            row["planned_steps"] = max(row["planned_steps"] or 0, (row["steps"] or 0) + 1)
+        row["unfinished"] |= cells.get("State", "finished") != "finished"
         row["diverged"] |= cells.get("status") == "diverged"  # in results.csv, which has no loss then
         rows.append(row | {"run": shortened(cells.get("Name") or cells.get("trial") or path.stem)})
     if not rows:
@@ -306,25 +305,18 @@ def _csv(path: Path, root: Path) -> list[Row]:
 
 def _peft_result(path: Path, root: Path) -> list[Row]:
     """The run of a result file of PEFT's method_comparison, as `log_results` in its MetaMathQA/utils.py writes it."""
-
-    def part(value: Row, *keys: str) -> Row:
-        for key in keys:
-            value = found if isinstance(found := value.get(key), dict) else {}
-        return value
-
     value = _json(path, root)
-    about, train, data = part(value, "run_info"), part(value, "train_info"), part(value, "meta_info", "dataset_info")
-    asked, config, metrics = part(about, "train_config"), part(about, "peft_config"), train.get("metrics")
+    about, train = _part(value, "run_info"), _part(value, "train_info")
+    asked, config, metrics = _part(about, "train_config"), _part(about, "peft_config"), train.get("metrics")
+    data = _part(_part(value, "meta_info"), "dataset_info")
     if not asked or not config or train.get("status") != "success":
-        what = "run_info.train_config, run_info.peft_config and train_info.status: success"
-        raise ValueError(f"{path.name}: no result of LoRA of PEFT's method_comparison: it needs {what}")
+        needs = "run_info.train_config, run_info.peft_config and train_info.status: success"
+        raise ValueError(f"{path.name}: no result of LoRA of PEFT's method_comparison: it needs {needs}")
     rows = [row for row in metrics if isinstance(row, dict)] if isinstance(metrics, list) else []
     memory = _number(train.get("accelerator_memory_max", train.get("cuda_memory_max")))
     values = config | asked | (rows[-1] if rows else {}) | {
-        "learning_rate": part(asked, "optimizer_kwargs").get("lr"),
-        "dataset": [f"{name}@{str(part(data, name).get('sha'))[:8]}" for name in data],
-        "memory_gib": memory and memory / 2**30,
-        "train_time": train.get("train_time"),
-        "created": about.get("created_at"),
+        "learning_rate": _part(asked, "optimizer_kwargs").get("lr"), "memory_gib": memory and memory / 2**30,
+        "dataset": [f"{name}@{str(_part(data, name).get('sha'))[:8]}" for name in data],
+        "train_time": train.get("train_time"), "created": about.get("created_at"),
     }  # fmt: skip
     return [_run("PEFT", values) | {"run": shortened(str(about.get("experiment_name") or path.stem))}]

@@ -17,25 +17,41 @@ from rankscope.ui.console import make_table, out_console
 _SHOWN = 5  # skipped files that are named
 _COLUMNS = ("alpha", "seed", "learning_rate", "steps", "epochs", "batch_size")
 """Settings that have a column where they differ. What else differs is said of the confounders."""
+_LOSSES = ("train_loss", "eval_loss", "best_loss", "score")
+_TITLES = {"best_loss": "lowest", "memory_gib": "memory", "seconds": "time"}
+_PLANNED = ", ".join(map(str, PLANNED))
 _WIDEST = 9  # columns of one table; more are two tables, of settings and of results
 
 
 def show_judged(found: Judged, out: Path | None) -> None:
     """Print what was found; the study itself where it was not written to `out`."""
     _show_runs(found.runs)
-    for title, lines in _sections(found).items():
+    more = len(found.skipped) - _SHOWN
+    sections = {
+        "Skipped": [f"{o.path}: {o.reason}" for o in found.skipped[:_SHOWN]] + [f"{more} more"] * (more > 0),
+        "Confounded with rank, so that losses are not compared": [o.text for o in found.confounders if o.blocks],
+        "Confounded with rank": [o.text for o in found.confounders if not o.blocks],
+        "Missing or doubtful": [f"{names(o.runs, len(found.runs))}: {o.text}" for o in found.limits],
+    }
+    for title, lines in sections.items():
         if lines:
             out_console.print(f"\n{title}", style="bold")
         for line in lines:
             out_console.print(f"- {line}")
-    if not any(one["outcome"] for one in found.differences):
+    concluded = [one for one in found.differences if one["outcome"]]
+    if not concluded:
         out_console.print("\nThese runs support no conclusion about rank.", style="bold")
     for one in found.differences:
         out_console.print()
         if one["outcome"]:
             _show_difference(one)
-        for line in _sentences(one):
-            out_console.print(line)
+        out_console.print(f"{_where(one)}{_said(one)}")
+    if concluded:
+        rows = "This holds for these held-out rows: what others would show cannot be said without the loss of each row."
+        out_console.print(rows)
+    if any(one["at"] for one in found.differences):
+        several = ", and at 95% by itself: that all hold is less sure" if len(concluded) > 1 else ""
+        out_console.print(f"Each holds at its own settings, none at the best rate of each rank{several}.")
     out_console.print("\nA study to settle it" + (f": {out}" if out else ", which --out FILE writes:"))
     if out is None:
         out_console.print(study_text(found), soft_wrap=True)
@@ -46,38 +62,19 @@ def _show_runs(runs: pd.DataFrame) -> None:
     text, settings = load("en"), ("alpha", "seed", *SETTINGS)
     shared = [name for name in settings if runs[name].nunique(dropna=False) == 1]
     facts = [f"{label(name)} {show(runs[name].iloc[0])}" for name in shared if runs[name].notna().any()]
-    shown: dict[str, tuple[str, Callable[[Any], str]]] = {
-        "run": ("run", str),
-        "rank": ("rank", str),
-        **{name: (label(name), show) for name in _COLUMNS if name not in shared},
-        "train_loss": ("train loss", loss),
-        "eval_loss": ("eval loss", loss),
-        "best_loss": ("lowest", loss),
-        "score": ("score", loss),
-        "memory_gib": ("memory", lambda gib: size(gib * 2**30)),
-        "seconds": ("time", lambda seconds: duration(seconds, text)),
-    }
+    shown: dict[str, Callable[[Any], str]] = {"run": str, "rank": str}
+    shown |= {name: show for name in _COLUMNS if name not in shared} | dict.fromkeys(_LOSSES, loss)
+    shown |= {"memory_gib": lambda gib: size(gib * 2**30), "seconds": lambda seconds: duration(seconds, text)}
     if not (runs["best_loss"] < runs["eval_loss"]).any():
         del shown["best_loss"]
-    columns = {name: column for name, column in shown.items() if runs[name].notna().any()}
+    columns = [name for name in shown if runs[name].notna().any()]
     rows = runs.sort_values(["rank", "seed", "run"]).to_dict("records")
     settled = [name for name in columns if name in ("run", "rank", *_COLUMNS)]
     halves = [settled, ["run", "rank", *(name for name in columns if name not in settled)]]
-    for part in halves if len(columns) > _WIDEST else [list(columns)]:
-        cells = [[columns[n][1](row[n]) if pd.notna(row[n]) else text("none") for n in part] for row in rows]
-        out_console.print(make_table([columns[name][0] for name in part], cells))
+    for part in halves if len(columns) > _WIDEST else [columns]:
+        cells = [[shown[name](row[name]) if pd.notna(row[name]) else text("none") for name in part] for row in rows]
+        out_console.print(make_table([_TITLES.get(name, label(name)) for name in part], cells))
     out_console.print(f"The same in all: {', '.join(facts)}." if facts and len(runs) > 1 else "")
-
-
-def _sections(found: Judged) -> dict[str, list[str]]:
-    """Titles and lines of what keeps the runs from showing more."""
-    more = len(found.skipped) - _SHOWN
-    return {
-        "Skipped": [f"{o.path}: {o.reason}" for o in found.skipped[:_SHOWN]] + [f"{more} more"] * (more > 0),
-        "Confounded with rank, so that losses are not compared": [o.text for o in found.confounders if o.blocks],
-        "Confounded with rank": [o.text for o in found.confounders if not o.blocks],
-        "Missing or doubtful": [f"{names(o.runs, len(found.runs))}: {o.text}" for o in found.limits],
-    }
 
 
 def _show_difference(found: dict[str, Any]) -> None:
@@ -85,50 +82,45 @@ def _show_difference(found: dict[str, Any]) -> None:
     states = {True: "yes", False: "no", None: "open"}
     headers = ["rank", "eval loss", "above the best", "95% interval", f"at most {_margin(found)}"]
     rows = [
-        [
-            str(row["rank"]),
-            loss(row["mean"]),
-            signed(row["regret"]),
-            f"{signed(row['low'])} to {signed(row['high'])}" if row["high"] else "best",
-            states[row["within_margin"]],
-        ]
+        [str(row["rank"]), loss(row["mean"]), signed(row["regret"]),
+         f"{signed(row['low'])} to {signed(row['high'])}" if row["high"] else "best", states[row["within_margin"]]]
         for row in found["rows"]
-    ]
-    title = f"Seeds {', '.join(map(str, found['seeds']))}, all recorded settings alike:"
-    out_console.print(make_table(headers, rows, left=(), title=title))
+    ]  # fmt: skip
+    title = f"{_where(found)}seeds {', '.join(map(str, found['seeds']))}, all recorded settings alike:"
+    out_console.print(make_table(headers, rows, left=(), title=title[0].upper() + title[1:]))
+
+
+def _where(found: dict[str, Any]) -> str:
+    """Settings and runs of a difference, before what is said of it; nothing where all runs have these settings."""
+    at = [f"{label(name)} {'not recorded' if value is None else show(value)}" for name, value in found["at"].items()]
+    return f"At {', '.join(at)} ({names(found['runs'])}): " if at else ""
 
 
 def _margin(found: dict[str, Any]) -> str:
     return f"{percent(found['margin'])} of the {found['margin_of']}"
 
 
-def _sentences(found: dict[str, Any]) -> list[str]:
+def _said(found: dict[str, Any]) -> str:
     """What comparable runs show, and what would settle the rest."""
-    listed, count = ", ".join(map(str, found["ranks"])), len(found["seeds"])
+    listed, more = ", ".join(map(str, found["ranks"])), found["more_seeds"]
     if found["coarse"]:
-        return [
-            f"Ranks {listed} differ by the same at every seed: losses that were rounded, or copied, show no spread."
-        ]
-    if count < 2:
+        return f"Ranks {listed} differ by the same at every seed: losses that were rounded, or copied, show no spread."
+    if len(found["seeds"]) < 2:
         spread = largest_spread(found["gap"], len(found["ranks"]))
         would = ", ".join(f"{seeds} seeds if it is at most {most:.4f}" for seeds, most in spread.items())
-        return [
+        return (
             f"Ranks {listed} with one seed, all recorded settings alike, differ by at most {found['gap']:.4f}. How "
             f"much that varies between seeds is unknown. By its standard deviation it would be shown by {would}."
-        ]
+        )
     said = {
         "recommended": f"Rank {found['rank']} is the smallest shown to be at most {_margin(found)} above the best.",
         "not_distinguishable": f"No two ranks differ visibly; the cheapest is rank {found['rank']}.",
         "not_trained_enough": "Training gained too little to tell ranks apart: train longer.",
     }
-    lines = [said.get(found["outcome"], f"Which rank is at most {_margin(found)} above the best is open.")]
-    more, planned = found["more_seeds"], ", ".join(map(str, PLANNED))
+    line = said.get(found["outcome"], f"Which rank is at most {_margin(found)} above the best is open.")
     if found["undetermined"]:
-        lines.append(f"Undecided among lower ranks: {', '.join(found['undetermined'])}.")
+        line += f" Undecided among lower ranks: {', '.join(found['undetermined'])}."
     if found["undetermined"] or found["outcome"] != "recommended":
-        ahead = f"{more} more seeds of each rank" if more else f"no planned number of seeds ({planned})"
-        lines.append(f"If means and spreads stay as they are, {ahead} would settle it.")
-    return [
-        *lines,
-        "This holds for these held-out rows: what others would show cannot be said without the loss of each row.",
-    ]
+        ahead = f"{more} more seeds of each rank" if more else f"no planned number of seeds ({_PLANNED})"
+        line += f" If means and spreads stay as they are, {ahead} would settle it."
+    return line

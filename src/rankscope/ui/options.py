@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -190,14 +191,24 @@ def study_and_path(
     study: Path | None, out: Path | None, options: Mapping[str, Any], sets: Sequence[str] | None, quick: bool
 ) -> tuple["StudySpec", Path]:
     """The study that is asked for by its file, or by its directory, in which it then runs; and its directory. A `quick`
-    look at one has its own, beside it."""
+    look at one has its own, beside it. Raises StudyError: what is given is wrong, or more than a quick look takes."""
+    from rankscope.spec.names import field_of
     from rankscope.spec.options import quick_look
 
     if study is not None and (study / "study.yaml").is_file():
         study, out = study / "study.yaml", out or study
     spec = resolve_study(study, options, sets)
     path = out or Path(spec.name)
-    return (quick_look(spec), path.with_name(f"{path.name}-quick")) if quick else (spec, path)
+    if not quick:
+        return spec, path
+    look, path = quick_look(spec), path if path.name not in ("", "..") else path.resolve()
+    given = {OPTIONS[name].field: f"--{name}" for name, value in options.items() if value is not None}
+    given |= {field_of(one.partition("=")[0]): f"--set {one}" for one in sets or ()}
+    for field in ("seeds", "training.steps", "training.epochs"):
+        if field in given and attrgetter(field)(look) != attrgetter(field)(spec):
+            what = f"{given[field]} asks for more than a quick look takes: 2 seeds, and 200 steps or 1 epoch"
+            raise StudyError(what, f"Leave out {given[field]}, or --quick for the whole study.")
+    return look, path.parent / f"{path.name}-quick"
 
 
 def study_values(study: Path | None, options: Mapping[str, Any]) -> dict[str, Any]:
