@@ -70,7 +70,10 @@ def difference(runs: pd.DataFrame) -> dict[str, Any]:
     }  # fmt: skip
     if losses.shape[1] < 2:
         return found
-    compared = _compare(ranks, losses, float(used["untrained_loss"].mean()) if known else None, found["margin"])
+    gained = float(used["untrained_loss"].mean()) - losses if known else losses  # what the margin is a share of
+    allowed, gain = losses + found["margin"] * gained, _over_seeds(gained) if known else None
+    apart, excesses = (_over_seeds(losses[:, None] - other[None]) for other in (losses, allowed))
+    compared = Comparison([*map(str, ranks)], ranks, [0.0] * len(ranks), _over_seeds(losses), apart, excesses, gain)
     errors = compared.differences.seed_error[~np.eye(len(ranks), dtype=bool)]
     if (errors * math.sqrt(losses.shape[1]) < max(10.0 ** -max(map(decimals, losses.flat)), 1e-9)).any():
         return found | {"coarse": True}
@@ -79,14 +82,6 @@ def difference(runs: pd.DataFrame) -> dict[str, Any]:
         row |= {"regret": max(0.0, float(regret)), "low": end.low, "high": end.high}
         row["within_margin"] = None if (state := states[str(row["rank"])]) is None else bool(state)
     return found | {name: fields.get(name) for name in _VERDICT}
-
-
-def _compare(ranks: list[int], losses: np.ndarray, untrained: float | None, margin: float) -> Comparison:
-    """Comparison of ranks by their losses (K, S); `untrained` is the loss before training, for a margin of the gain."""
-    allowed = losses + margin * (losses if untrained is None else untrained - losses)
-    gain = None if untrained is None else _over_seeds(untrained - losses)
-    differences, excesses = (_over_seeds(losses[:, None] - other[None]) for other in (losses, allowed))
-    return Comparison([*map(str, ranks)], ranks, [0.0] * len(ranks), _over_seeds(losses), differences, excesses, gain)
 
 
 def _over_seeds(values: np.ndarray) -> Estimate:

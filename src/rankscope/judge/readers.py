@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,9 +36,7 @@ class Skipped(NamedTuple):
 def read_runs(paths: Sequence[Path]) -> tuple[pd.DataFrame, list[Skipped]]:
     """Runs below `paths`, a row each: `run tool variant`, `_FLAGS` and `FIELDS`, None or NaN where nothing is recorded;
     and what was passed over. Raises DataError: there is no run, or there are too many."""
-    rows: list[Row] = []
-    skipped: list[Skipped] = []
-    seen: set[Path] = set()
+    rows, skipped, seen = list[Row](), list[Skipped](), set[Path]()
     for root in paths:
         for path, reader in _places(root):
             if path.resolve() in seen:
@@ -93,8 +92,7 @@ _BEGINNINGS = {
 
 def _step_of(folder: Path) -> int:
     """Step of `checkpoint-500`; 0 for any other folder."""
-    match = re.fullmatch(r"checkpoint-(\d{1,12})", folder.name)
-    return int(match[1]) if match else 0
+    return int(match[1]) if (match := re.fullmatch(r"checkpoint-(\d{1,12})", folder.name)) else 0
 
 
 def _text(path: Path, root: Path) -> str:
@@ -237,8 +235,8 @@ def _trainer(folder: Path, root: Path) -> list[Row]:
         "steps_an_epoch": round(steps / epoch) if steps and epoch else None,
         "time": max((float(one[1]) for one in starts if one), default=(at / STATE).stat().st_mtime),
     }
-    cards = [_text(one / "README.md", root) for one in (folder, at) if (one / "README.md").exists()]
-    card = _card(cards[0]) if cards else {}
+    cards = (_text(one / "README.md", root) for one in (folder, at) if (one / "README.md").exists())
+    card = _card(next(cards, ""))
     row = _run("Trainer", _json(configs[0], root) | values | card)
     return [row | {"rate_logged": "learning_rate" not in card and row["learning_rate"] is not None}]
 
@@ -290,13 +288,11 @@ def _csv(path: Path, root: Path) -> list[Row]:
         raise ValueError(f"{path.name}: not CSV: {error}") from None
     rows = []
     for cells in table.to_dict("records"):
-        try:
+        with suppress(ValueError):
             row = _run("rankscope" if "trial" in cells else "W&B", cells)
-        except ValueError:
-            continue
-        row["unfinished"] |= cells.get("State", "finished") != "finished"
-        row["diverged"] |= cells.get("status") == "diverged"  # in results.csv, which has no loss then
-        rows.append(row | {"run": shortened(cells.get("Name") or cells.get("trial") or path.stem)})
+            row["unfinished"] |= cells.get("State", "finished") != "finished"
+            row["diverged"] |= cells.get("status") == "diverged"  # in results.csv, which has no loss then
+            rows.append(row | {"run": shortened(cells.get("Name") or cells.get("trial") or path.stem)})
     if not rows:
         what = f"no row with a rank in a column {FIELDS['rank'][1].replace(', ', ' or ')}"
         raise ValueError(f"{path.name}: {what}: show it in the run table and export again")

@@ -19,7 +19,6 @@ _COLUMNS = ("alpha", "seed", "learning_rate", "steps", "epochs", "batch_size")
 """Settings that have a column where they differ. What else differs is said of the confounders."""
 _LOSSES = ("train_loss", "eval_loss", "best_loss", "score")
 _TITLES = {"best_loss": "lowest", "memory_gib": "memory", "seconds": "time"}
-_PLANNED = ", ".join(map(str, PLANNED))
 _WIDEST = 9  # columns of one table; more are two tables, of settings and of results
 
 
@@ -47,8 +46,8 @@ def show_judged(found: Judged, out: Path | None) -> None:
             _show_difference(one)
         out_console.print(f"{_where(one)}{_said(one)}")
     if concluded:
-        rows = "This holds for these held-out rows: what others would show cannot be said without the loss of each row."
-        out_console.print(rows)
+        others = "what others would show cannot be said without the loss of each row"
+        out_console.print(f"This holds for these held-out rows: {others}.")
     if any(one["at"] for one in found.differences):
         several = ", and at 95% by itself: that all hold is less sure" if len(concluded) > 1 else ""
         out_console.print(f"Each holds at its own settings, none at the best rate of each rank{several}.")
@@ -80,13 +79,14 @@ def _show_runs(runs: pd.DataFrame) -> None:
 def _show_difference(found: dict[str, Any]) -> None:
     """Print ranks with their losses over seeds."""
     states = {True: "yes", False: "no", None: "open"}
-    headers = ["rank", "eval loss", "above the best", "95% interval", f"at most {_margin(found)}"]
+    within = f"at most {percent(found['margin'])} of the {found['margin_of']}"
     rows = [
         [str(row["rank"]), loss(row["mean"]), signed(row["regret"]),
          f"{signed(row['low'])} to {signed(row['high'])}" if row["high"] else "best", states[row["within_margin"]]]
         for row in found["rows"]
     ]  # fmt: skip
     title = f"{_where(found)}seeds {', '.join(map(str, found['seeds']))}, all recorded settings alike:"
+    headers = ["rank", "eval loss", "above the best", "95% interval", within]
     out_console.print(make_table(headers, rows, left=(), title=title[0].upper() + title[1:]))
 
 
@@ -96,13 +96,10 @@ def _where(found: dict[str, Any]) -> str:
     return f"At {', '.join(at)} ({names(found['runs'])}): " if at else ""
 
 
-def _margin(found: dict[str, Any]) -> str:
-    return f"{percent(found['margin'])} of the {found['margin_of']}"
-
-
 def _said(found: dict[str, Any]) -> str:
     """What comparable runs show, and what would settle the rest."""
     listed, more = ", ".join(map(str, found["ranks"])), found["more_seeds"]
+    within = f"at most {percent(found['margin'])} of the {found['margin_of']} above the best"
     if found["coarse"]:
         return f"Ranks {listed} differ by the same at every seed: losses that were rounded, or copied, show no spread."
     if len(found["seeds"]) < 2:
@@ -113,14 +110,15 @@ def _said(found: dict[str, Any]) -> str:
             f"much that varies between seeds is unknown. By its standard deviation it would be shown by {would}."
         )
     said = {
-        "recommended": f"Rank {found['rank']} is the smallest shown to be at most {_margin(found)} above the best.",
+        "recommended": f"Rank {found['rank']} is the smallest shown to be {within}.",
         "not_distinguishable": f"No two ranks differ visibly; the cheapest is rank {found['rank']}.",
         "not_trained_enough": "Training gained too little to tell ranks apart: train longer.",
     }
-    line = said.get(found["outcome"], f"Which rank is at most {_margin(found)} above the best is open.")
+    line = said.get(found["outcome"], f"Which rank is {within} is open.")
     if found["undetermined"]:
         line += f" Undecided among lower ranks: {', '.join(found['undetermined'])}."
     if found["undetermined"] or found["outcome"] != "recommended":
-        ahead = f"{more} more seeds of each rank" if more else f"no planned number of seeds ({_PLANNED})"
+        none = f"no planned number of seeds ({', '.join(map(str, PLANNED))})"
+        ahead = f"{more} more seeds of each rank" if more else none
         line += f" If means and spreads stay as they are, {ahead} would settle it."
     return line
