@@ -19,11 +19,15 @@ from typer.testing import CliRunner, Result
 from export.loaded import logits, own_logits
 from rankscope.cli import app
 from rankscope.data.tokens import load
-from rankscope.errors import ModelError, RankscopeError, StudyDirectoryError, StudyError
+from rankscope.errors import ModelError, OutOfMemoryError, RankscopeError, StudyDirectoryError, StudyError
 from rankscope.export.command import export
+from rankscope.export.show import deletable
+from rankscope.export.write import load_plain
+from rankscope.files import read_json, write_json
 from rankscope.lora.saved import read_adapter
-from rankscope.model.load import load_model
+from rankscope.model.load import fingerprint, load_model
 from rankscope.resize.loss_budget import held_out_losses
+from rankscope.spec.models import ModelSpec
 from rankscope.study.study import Study
 
 RANK = 8
@@ -152,12 +156,62 @@ def test_a_base_that_is_another_now_is_refused(trained: Study, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("merge", [None, "bf16"])
+def test_a_quantized_base_that_is_another_now_is_refused(trained: Study, tmp_path: Path, merge: str | None) -> None:
+    base = trained.spec.model.model_copy(update={"quantization": "nf4"})
+    study = Study(trained.path, trained.spec.model_copy(update={"model": base}), trained.log)
+    with pytest.raises(ModelError, match="not the weights that the study was trained on"):
+        export(study, tmp_path / "out", RANK, merge=merge)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantized_base_has_the_hash_of_the_study(trained: Study, kind: str) -> None:
+    spec = ModelSpec.model_validate(trained.spec.model.model_dump() | {"quantization": kind})
+    model = load_plain(spec, kind, fingerprint(load_model(spec)))
+    assert not any(getattr(layer, "support_avx512bf16_for_cpu", False) for layer in model.modules())
+
+
+@pytest.mark.parametrize("place", ["AutoModelForCausalLM.from_pretrained", "PeftEngine.evaluate"])
+def test_out_of_memory_has_a_way_out(
+    trained: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    monkeypatch.setattr(f"rankscope.export.write.{place}", full)
+    with pytest.raises(OutOfMemoryError, match=r"Tried to allocate 9 GiB\.\n.*--device cpu"):
+        export(trained, tmp_path / "out", RANK)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_corrupt_adapter_is_refused(trained: Study, tmp_path: Path) -> None:
     shutil.copytree(trained.path, tmp_path / "study")
     for folder in (tmp_path / "study" / "trials").iterdir():
         (folder / "adapter" / WEIGHTS).write_bytes(b"x")
     with pytest.raises(StudyDirectoryError, match="does not match its hash"):
         export(Study.open(tmp_path / "study"), tmp_path / "out", RANK)
+
+
+def test_one_trained_again_has_a_card_of_its_own_and_is_not_to_be_deleted(trained: Study, tmp_path: Path) -> None:
+    shutil.copytree(trained.path, tmp_path / "study")
+    study = Study.open(tmp_path / "study")
+    own, other = [trial for trial in study.trials if trial.candidate.rank == RANK]
+    data = load(study.path / "data")
+    rows = len(data.train) + len(data.eval)
+    again = tmp_path / "study" / "retrained" / f"{own.name}-{rows}-rows"
+    shutil.copytree(study.trial_folder(other), again)  # as if it had been trained: what is done is used again
+    record = read_json(again / "trial.json")
+    record["results"] |= {"steps": 7, "train_loss": 1.2345}
+    write_json(again / "trial.json", record)
+    found = export(study, study.path / "retrained" / "out", trial=own.name, retrain=True)
+    card = (study.path / "retrained" / "out" / "README.md").read_text()
+    assert "| Steps | 7, 4 examples per step |" in card
+    assert "| Training loss | 1.2345, " in card
+    assert f": {rows} rows, none held out, loss on " in card
+    assert [name for name in ("| Held-out loss", "Perplexity", "Token accuracy") if name in card] == []
+    assert list(deletable(found)) == ["adapters"]
+    elsewhere = found._replace(made=found.made._replace(folder=tmp_path / "out"))
+    assert list(deletable(elsewhere)) == ["adapters", "retrained", "study"]
 
 
 @pytest.mark.slow

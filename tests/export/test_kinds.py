@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 import rankscope
 from export.loaded import logits, own_logits
 from rankscope.export.command import export
+from rankscope.export.show import serving_lines
 from rankscope.report.card import prompt_format
 from rankscope.spec.models import DataSpec
 from rankscope.study.study import Study
@@ -71,14 +72,23 @@ def test_a_chat_template_of_the_study_goes_along(root: Path, tmp_path: Path) -> 
     assert template in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_a_tokenizer_larger_than_the_model_stays_away(trained: Study, tmp_path: Path) -> None:
-    """PEFT would enlarge the model to it, by rows of random numbers."""
+@pytest.mark.parametrize(("format", "own"), [("prompt_completion", True), ("alpaca", False)])
+def test_a_tokenizer_larger_than_the_model_stays_away(
+    trained: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, own: bool
+) -> None:
+    """PEFT would enlarge the model to it, by rows of random numbers. Its chat template is written, if it is the
+    study's."""
+    data = trained.spec.data.model_copy(update={"chat_template": "chatml"})
+    trained = Study(trained.path, trained.spec.model_copy(update={"data": data}), trained.log)
+    monkeypatch.setattr(Study, "data_facts", trained.data_facts | {"format": format})
     shutil.copytree(trained.spec.model.id, tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     tokenizer.add_tokens([f"<more-{n}>" for n in range(9)])
     tokenizer.save_pretrained(tmp_path / "model")
     found = export(trained, tmp_path / "out", 8, model=str(tmp_path / "model"))
     assert not list((tmp_path / "out").glob("tokenizer*"))
+    assert (tmp_path / "out" / "chat_template.jinja").exists() == own
+    assert ("chat_template.jinja" in serving_lines(found.made)["vLLM"]) == own
     model = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "out"))  # just written
     torch.testing.assert_close(logits(model, trained), own_logits(trained, found.trial.name), rtol=1e-5, atol=1e-5)
 

@@ -44,6 +44,17 @@ def test_a_card_says_what_is_doubtful_about_the_data(study: Study) -> None:
     assert "Warning" not in model_card(sound, study.verdict, trial, results)
 
 
+def test_a_card_says_nothing_of_the_machine_that_it_was_written_on(study: Study) -> None:
+    evidence, trial = study.evidence(), study.spec.trials()[0]
+    model = study.spec.model.model_copy(update={"id": "/home/me/models/base"})
+    data = study.spec.data.model_copy(update={"id": ("/home/me/a + b/rows.jsonl", "owner/data")})
+    there = evidence._replace(spec=study.spec.model_copy(update={"model": model, "data": data}))
+    card = model_card(there, study.verdict, trial, evidence.results.iloc[0].to_dict())
+    assert "/home" not in card
+    assert "| Base model | base |" in card
+    assert "| Data | rows.jsonl + owner/data: " in card
+
+
 def test_only_what_the_hub_has_is_named_in_the_metadata(study: Study) -> None:
     evidence, trial = study.evidence(), study.spec.trials()[0]
     results = evidence.results.iloc[0].to_dict()

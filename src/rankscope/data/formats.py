@@ -42,6 +42,11 @@ COLUMNS = frozenset({*_OWN, *_CONVERSATION, *_ASKED, *_SAID, *_GIVEN, *MEDIA, "c
 """Columns that any format reads; others are not loaded where that saves time."""
 
 
+def has_conversations(format: str) -> bool:
+    """Whether rows of a format, or of several joined, may be conversations, which a chat template writes."""
+    return "messages" in format or "prompt_completion" in format
+
+
 class Layout(NamedTuple):
     """Format of a source, and the column that holds each of its fields."""
 

@@ -4,7 +4,8 @@ choose -> (train again) -> write, or merge and write -> load it as a server does
 """
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -13,11 +14,13 @@ import numpy as np
 
 from rankscope import hub
 from rankscope.data.tokens import Tokens, load
-from rankscope.errors import ModelError, StudyError, WorkerError
+from rankscope.errors import ModelError, OutOfMemoryError, RankscopeError, StudyError, WorkerError
 from rankscope.export.write import DTYPES, FORMS, Exported, measure, own_form, write_files
 from rankscope.files import check_empty, published_folder, read_json
 from rankscope.jobs.child import load_base
+from rankscope.jobs.worker import known_error
 from rankscope.model.checks import check_source, location
+from rankscope.model.device import resolve_device
 from rankscope.model.load import load_config
 from rankscope.report.card import done_trials, model_card
 from rankscope.resize.loss_budget import Difference, difference
@@ -43,6 +46,20 @@ class Result(NamedTuple):
     pushed: str | None  # address of the commit
 
 
+@contextmanager
+def _way_out_of_memory() -> Iterator[None]:
+    """Raise rankscope's own error where memory runs out, which may be the cause of a model that cannot be loaded."""
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, RankscopeError) and error.__cause__ else error
+        if isinstance(known := known_error(cause), OutOfMemoryError):  # type: ignore[arg-type]
+            todo = "In place of a GPU use the CPU: --device cpu; or a machine with more memory."
+            raise OutOfMemoryError(known.what, known.todo or todo) from error
+        raise
+
+
+@_way_out_of_memory()
 def export(
     study: Study,
     out: Path | None = None,
@@ -62,7 +79,8 @@ def export(
     `retrain` trains it on all rows first. `merge` writes a model of that type in place of an adapter. `over` names
     further forms to measure it in, `push` a repository of the hub, `model` and `device` where the base is now. Raises
     StudyError: `out` is not empty, the verdict names no candidate, or an option does not go with the study; ModelError:
-    the base is another, or cannot be merged; StudyDirectoryError: an adapter is corrupt, or `out` cannot be written.
+    the base is another, or cannot be merged; StudyDirectoryError: an adapter is corrupt, or `out` cannot be written;
+    OutOfMemoryError.
     """
     chosen = study.best_trial(rank) if trial is None else next((t for t in study.trials if t.name == trial), None)
     if chosen is None or study.trial_record(chosen).status != "done" or (trial and rank):
@@ -76,11 +94,17 @@ def export(
     record, before = TrialRecord.of(read_json(source / "trial.json"), source), _losses(source / "eval.json")
     rows, deployed = load(study.file("data")).eval, dict[str, tuple[ExampleLosses, Difference]]()
     part, row = next((part, row) for part, one, row in done_trials(study.evidence()) if one == chosen)
+    if retrain:  # its own steps and training loss; of its quality nothing is known
+        row |= {**dict(record.results or {}), "eval_loss": None, "adapter_fault": record.adapter_fault}
+    sha256 = record.model_sha256
+    if base.quantization and study.machine.get("device", "").split(":")[0] != resolve_device(base.device).type:
+        sha256 = None
+        say(f"Not checked: whether {base.id} is the study's base. Another device may quantize it otherwise")
     with published_folder(folder) as scratch:
-        made = write_files(study, source / "adapter", merge, record.model_sha256, scratch)
+        made = write_files(study, source / "adapter", merge, sha256, scratch)
         for form in filter(None, dict.fromkeys([merge or own_form(base), base.quantization, *over])):
             say(f"Held-out loss, loaded as {form}: {len(rows):,} rows")
-            losses = measure(base, form, record.model_sha256, made, rows)
+            losses = measure(base, form, sha256, made, rows)
             deployed[form] = losses, difference(losses, before)
         name = "After training on the held-out rows too, their loss" if retrain else "Held-out loss"
         measured = {f"{name}, loaded as {form}": f"{one.mean:.4f}" for form, (one, _) in deployed.items()}

@@ -60,7 +60,7 @@ def serving_lines(made: Exported) -> dict[str, str]:
 
 
 def deletable(result: Result) -> dict[str, int]:
-    """Bytes of what the exported folder does not need: by key of the catalogue, `export.delete.…`."""
+    """Bytes of what the exported folder neither needs nor lies in: by key of the catalogue, `export.delete.…`."""
     study, own = result.study.path, result.study.trial_folder(result.trial) / "adapter"
     parts = {
         "checkpoints": [*study.glob("packs/*/checkpoints"), *study.glob("retrained/*/checkpoints")],
@@ -68,7 +68,10 @@ def deletable(result: Result) -> dict[str, int]:
         "retrained": [study / "retrained"],
         "study": [study],
     }
-    sizes = {name: sum(map(folder_bytes, folders)) for name, folders in parts.items()}
+    around = result.made.folder.resolve().parents
+    sizes = {
+        name: sum(folder_bytes(f) for f in folders if f.resolve() not in around) for name, folders in parts.items()
+    }
     return {name: size for name, size in sizes.items() if size}
 
 
@@ -140,6 +143,6 @@ def sentences(result: Result, text: Catalogue) -> list[str]:
         lines.append(text("export.ranks", known=", ".join(map(str, VLLM_RANKS))))
         lines += [text("export.padded", ranks=padded)] if padded else []
         lines += [text("export.refused", ranks=refused)] if refused else []
-    lines.append(text("export.deletable"))
-    lines += [f"  {text(f'export.delete.{key}', size=size(n))}" for key, n in deletable(result).items()]
+    left = [f"  {text(f'export.delete.{key}', size=size(n))}" for key, n in deletable(result).items()]
+    lines += [text("export.deletable"), *left] if left else []
     return [*lines, *([text("export.pushed", address=result.pushed)] if result.pushed else [])]

@@ -13,8 +13,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.hub import CHAT_TEMPLATE_FILE
 
 from rankscope.data.conversations import with_chat_template
+from rankscope.data.formats import has_conversations
 from rankscope.data.tokens import Tokens
 from rankscope.errors import ModelError
 from rankscope.lora.adapters import save_config
@@ -42,18 +44,23 @@ class Exported(NamedTuple):
 
 def write_files(study: StudyFolder, adapter: Path, merged: str | None, sha256: str | None, folder: Path) -> Exported:
     """Fill `folder` from the adapter in another. To a larger tokenizer beside an adapter PEFT would enlarge the model,
-    by random rows, which take probability: such a tokenizer is left out. Raises as `load_plain` and `merged_model`."""
+    by random rows, which take probability: of such a tokenizer only the study's chat template is written. Raises as
+    `load_plain` and `merged_model`."""
     spec, data, saved = study.spec.model, study.spec.data, read_adapter(adapter)
     config, tokenizer = portable_config(saved, spec), load_tokenizer(spec)
-    own_template = data.chat_template is not None and "messages" in study.data_facts.get("format", "")
+    own_template = data.chat_template is not None and has_conversations(study.data_facts.get("format", ""))
     with_chat_template(tokenizer, data.chat_template if own_template else None)
     if merged:
+        if spec.quantization:
+            load_plain(spec, spec.quantization, sha256)  # merged is the base before it was quantized: no hash of it
         merged_model(load_plain(spec, own_form(spec), sha256), adapter, merged).save_pretrained(folder)
     else:
         shutil.copyfile(adapter / WEIGHTS, folder / WEIGHTS)
         save_config(config, folder)
     if merged or len(tokenizer) <= load_config(spec).get_text_config().vocab_size:
         tokenizer.save_pretrained(folder)
+    elif own_template:
+        (folder / CHAT_TEMPLATE_FILE).write_text(str(tokenizer.chat_template), "utf-8")
     return Exported(folder, merged, saved, config, own_template)
 
 
@@ -110,7 +117,11 @@ def load_plain(spec: ModelSpec, form: str, sha256: str | None, folder: Path | No
         raise
     except Exception as error:
         raise loading_error(spec, "model", error) from error
-    comparable = folder is None and form == own_form(spec) and not spec.quantization
+    layer: Any
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):  # a kernel of bitsandbytes that takes whole blocks alone
+            layer.support_avx512bf16_for_cpu = False
+    comparable = folder is None and form == (spec.quantization or own_form(spec))
     if comparable and sha256 and fingerprint(model) != sha256:
         todo = "Give the one that it began with: --model, or the commit in machine.json."
         raise ModelError(f"model {spec.id}: not the weights that the study was trained on", todo)

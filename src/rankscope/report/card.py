@@ -4,7 +4,7 @@ The form is the hub's (https://huggingface.co/docs/hub/model-cards); huggingface
 """
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Any
 
@@ -12,6 +12,7 @@ from huggingface_hub import ModelCardData
 
 from rankscope import __version__
 from rankscope.data.doubts import data_warnings
+from rankscope.data.formats import has_conversations
 from rankscope.files import write_atomic
 from rankscope.hub import HUB_ID
 from rankscope.report.markdown import code_block, escape, markdown_table
@@ -57,7 +58,8 @@ def model_card(
     as_exported: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """Card of one trial's adapter, or of a model with weights of the type `merged`; `results` is its row of
-    `Study.results()`, and `as_exported` has what was measured of what `rankscope export` wrote."""
+    `Study.results()`, without an `eval_loss` where it was trained on all rows, and `as_exported` has what was measured
+    of what `rankscope export` wrote."""
     spec, candidate, machine, data = evidence.spec, trial.candidate, evidence.machine, evidence.data_facts
     text = load("en")
     package, kind = ("transformers", "AutoModelForCausalLM") if merged else ("peft", "AutoPeftModelForCausalLM")
@@ -70,9 +72,11 @@ def model_card(
     )
     coverage = coverage_sentences(evidence.prediction.get("coverage"), [candidate.rank], text)
     modules, revision = candidate.target_modules, machine["model"].get("revision")
+    held_out, names = known(results["eval_loss"]), " + ".join(map(_public_name, spec.data.ids))
+    rows = data["rows_train"] if held_out else data["rows_train"] + data["rows_eval"]
     facts = {
-        "Base model": f"{spec.model.id}" + (f", revision {revision}" if revision else ""),
-        "Data": f"{spec.data.name}: {data['rows_train']:,} rows, loss on {data['loss_on']}",
+        "Base model": _public_name(spec.model.id) + (f", revision {revision}" if revision else ""),
+        "Data": f"{names}: {rows:,} rows{', none held out' * (not held_out)}, loss on {data['loss_on']}",
         "Rank": f"{candidate.rank}",
         **({} if candidate.variant == PLAIN else {"LoRA variant": VARIANTS[candidate.variant]}),
         "lora_alpha": f"{candidate.lora_alpha:g} (the update is scaled by {candidate.scaling:.4g})",
@@ -86,12 +90,13 @@ def model_card(
         "Trainable parameters": f"{results['trainable_params']:,.0f}",
         "Size": size(results["adapter_bytes"]),
     }
-    measured = {
-        "Held-out loss": f"{results['eval_loss']:.4f} nats per label token, {data['rows_eval']:,} rows",
-        "Perplexity": f"{results['eval_perplexity']:.4g}",
-        "Token accuracy": percent(results["eval_accuracy"]) if known(results["eval_accuracy"]) else "unknown",
-        "Training loss": f"{results['train_loss']:.4f}, mean over the last tenth of the steps",
-    }
+    measured = {"Training loss": f"{results['train_loss']:.4f}, mean over the last tenth of the steps"}
+    if held_out:
+        measured = {
+            "Held-out loss": f"{results['eval_loss']:.4f} nats per label token, {data['rows_eval']:,} rows",
+            "Perplexity": f"{results['eval_perplexity']:.4g}",
+            "Token accuracy": percent(results["eval_accuracy"]) if known(results["eval_accuracy"]) else "unknown",
+        } | measured
     fault = results.get("adapter_fault")
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     parts = [
@@ -122,7 +127,7 @@ def prompt_format(spec: DataSpec, format: str) -> list[str]:
     if format == "text":
         return ["It was trained on plain text, without a template."]
     found = ["A prompt is given as it stands in the data."] if "prompt_completion" in format else []
-    if "messages" in format or "prompt_completion" in format:
+    if has_conversations(format):
         own = spec.chat_template is not None and is_jinja(spec.chat_template)
         whose = "the study's own" if own else spec.chat_template or "that of the base model's tokenizer"
         found += [f"Messages are written by the chat template: {whose}."]
@@ -137,6 +142,11 @@ def prompt_format(spec: DataSpec, format: str) -> list[str]:
 def _on_the_hub(name: str) -> str | None:
     """The name if it is an id of the hub; None for a file, a folder, or embedded model and data."""
     return name if HUB_ID.fullmatch(name) and "/" in name and not Path(name).exists() else None
+
+
+def _public_name(source: str) -> str:
+    """An id of the hub, or a file's or folder's name alone: a path says whose machine it was."""
+    return _on_the_hub(source) or PurePath(source).name or source
 
 
 def _table(facts: Mapping[str, str]) -> str:
