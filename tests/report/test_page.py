@@ -171,6 +171,7 @@ def test_a_phone_scrolls_tables_and_answers_but_not_the_page(browser: Browser, p
     assert answers[0] > answers[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_warnings_about_the_data_are_on_the_first_screen(
@@ -183,6 +184,7 @@ def test_warnings_about_the_data_are_on_the_first_screen(
     assert "96" in browser.ask("document.querySelector('.warnings li').innerText")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_the_gain_the_margins_and_the_next_command_are_on_the_first_screen(
     browser: Browser, evidence: Evidence, tmp_path: Path, language: str
@@ -252,6 +254,7 @@ def luminance(colour: str) -> float:
     return sum(share * part for share, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
+@pytest.mark.slow
 def test_the_largest_page_stays_below_its_size(tmp_path: Path) -> None:
     spec = make_spec(ranks=[4, 8, 16, 32, 64, 128, 256], learning_rates=[1e-4, 2e-4, 4e-4], seeds=[0, 1])
     evidence = make_evidence(spec, steps=1200, gpu=True)
