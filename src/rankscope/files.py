@@ -57,6 +57,11 @@ def published_folder(path: Path) -> Iterator[Path]:
         _flush(path.parent)
 
 
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the files in `folder` and below it; 0 where there is no such folder. A link counts as itself."""
+    return sum(Path(place, name).lstat().st_size for place, _, names in os.walk(folder) for name in names)
+
+
 def check_empty(folder: Path) -> None:
     """Raise StudyError where something is at `folder` already: nothing is overwritten."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

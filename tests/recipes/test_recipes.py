@@ -15,6 +15,7 @@ import corpus
 import instructions
 import pretrain
 from rankscope.demo import data_path, model_path
+from rankscope.files import folder_bytes
 
 pytestmark = pytest.mark.slow
 
@@ -40,10 +41,6 @@ def tokenizer() -> Any:
 def stripped_lines(text: str) -> str:
     """Code without indentation and blank lines, between newlines, to be searched for in other code."""
     return "\n" + "\n".join(line.strip() for line in text.splitlines() if line.strip()) + "\n"
-
-
-def folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def made_from(library: corpus.Corpus, result: str) -> bool:

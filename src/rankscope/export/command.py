@@ -163,7 +163,3 @@ def train_again(study: Study, trial: Trial, say: Say) -> Path:
 def _losses(file: Path) -> ExampleLosses:
     examples = EvalRecord.of(read_json(file), file).examples
     return ExampleLosses(*map(np.array, (examples.loss, examples.label_tokens, examples.correct_tokens)))
-
-
-def folder_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

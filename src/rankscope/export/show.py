@@ -10,8 +10,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from rankscope.export.command import Result, folder_bytes
+from rankscope.export.command import Result
 from rankscope.export.write import Exported
+from rankscope.files import folder_bytes
 from rankscope.resize.loss_budget import Difference
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import Columns, Table, interval, loss, percent, signed, size, tabulate

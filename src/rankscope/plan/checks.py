@@ -1,7 +1,6 @@
 """Checks before anything is loaded or written: ranks, the base model on its device, room on the disk."""
 
 import heapq
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from rankscope.data.batches import total_steps
 from rankscope.data.tokens import TokenizedData
 from rankscope.errors import MissingExtraError, ModelError, StudyDirectoryError, StudyError
+from rankscope.files import folder_bytes
 from rankscope.lora.variants import WEIGHT_INIT_VARIANTS
 from rankscope.model.load import skeleton
 from rankscope.model.quantized import base_bytes
@@ -134,12 +134,7 @@ def disk_taken(study: StudyFolder) -> Disk:
     """Bytes on the disk already: of the trials that have no result yet, and of what all trials share."""
     missing = [study.trial_folder(trial) for trial in study.all_trials() if not is_finished(study, trial)]
     kept = [*study.path.glob("packs/*/checkpoints"), *(folder / "checkpoints" for folder in missing)]
-    checkpoints = sum(map(_size_of, kept))
-    own = sum(map(_size_of, missing)) - sum(_size_of(folder / "checkpoints") for folder in missing)
-    rest = sum(_size_of(study.file(name)) for name in ("report", "profiles"))
-    return Disk(own, checkpoints, _size_of(study.file("data")), rest)
-
-
-def _size_of(folder: Path) -> int:
-    """Bytes of the files in `folder` and below it; 0 where there is no such folder."""
-    return sum(Path(place, name).lstat().st_size for place, _, names in os.walk(folder) for name in names)
+    checkpoints = sum(map(folder_bytes, kept))
+    own = sum(map(folder_bytes, missing)) - sum(folder_bytes(folder / "checkpoints") for folder in missing)
+    rest = sum(folder_bytes(study.file(name)) for name in ("report", "profiles"))
+    return Disk(own, checkpoints, folder_bytes(study.file("data")), rest)

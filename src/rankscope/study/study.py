@@ -66,13 +66,11 @@ class Study(StudyFolder):
         results = self.results()
         of_rank = results[(results["rank"] == rank) & (results["variant"] == PLAIN)]
         compared = of_rank["candidate"].isin([row["candidate"] for row in verdict.get("comparison", ())])
-        known = of_rank[compared] if compared.any() else of_rank
-        done = known[(known["status"] == "done") & known["eval_loss"].notna()]
-        if done.empty:
+        best = tables.lowest_loss(of_rank[compared] if compared.any() else of_rank)
+        if best is None:
             states = ", ".join(sorted(set(of_rank["status"]))) or "it has no such rank"
             todo = f"Ranks of the study: {', '.join(map(str, self.spec.ranks))}."
             raise StudyError(f"{self.path}: no trial of rank {rank} is done: {states}", todo)
-        best = done.sort_values("eval_loss")["trial"].iloc[0]
         return next(trial for trial in self.trials if trial.name == best)
 
     def adapter(self, rank: int | None = None) -> Path:

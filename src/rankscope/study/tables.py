@@ -43,6 +43,12 @@ def results(study: StudyFolder) -> pd.DataFrame:
     return pd.DataFrame(columns).astype(dict.fromkeys(RESULT_FIELDS, "float64"))
 
 
+def lowest_loss(results: pd.DataFrame) -> str | None:
+    """The trial with the lowest held-out loss of those that are done; None where none is."""
+    done = results[(results["status"] == "done") & results["eval_loss"].notna()]
+    return None if done.empty else str(done["trial"].iloc[int(done["eval_loss"].to_numpy().argmin())])
+
+
 def reference_results(study: StudyFolder) -> pd.DataFrame:
     """Columns of `results()` that apply to full fine-tuning, one row per trial, with rank 0. Empty without a
     reference."""

@@ -22,6 +22,7 @@ from rankscope.study.folder import ANSWERS
 from rankscope.study.missing import missing_profiles, unfinished
 from rankscope.study.records import Failure, TrialRecord
 from rankscope.study.study import Study
+from rankscope.study.tables import lowest_loss
 from rankscope.text.catalogue import Catalogue, load
 from rankscope.text.formats import percent
 from rankscope.text.verdict import ALARMS, caveat_sentence, gained, margin_table, rate_sentences, verdict_sentence
@@ -62,9 +63,8 @@ def show_verdict(conclusion: Conclusion, console: Console, language: str) -> Non
     alarms = [caveat_sentence(verdict, code, text) for code in verdict["caveats"] if code in ALARMS]
     for sentence in [*data_warnings(evidence.data_facts, text), *alarms]:
         console.print(text("caveat.warning", sentence=sentence), style="yellow", soft_wrap=True)
-    if verdict["candidate"] is not None:
-        own = evidence.results[evidence.results["candidate"] == verdict["candidate"]]
-        best = own.loc[own["eval_loss"].idxmin(), "trial"]  # NaN of a trial that is not done
+    best = lowest_loss(evidence.results[evidence.results["candidate"] == verdict["candidate"]])
+    if best is not None:  # else the verdict names no candidate
         console.print(f"{text('outcome.adapter')}: {Path(study.path, 'trials', best, 'adapter')}", soft_wrap=True)
     console.print(f"{text('outcome.report')}: {study.report}", soft_wrap=True)
     if step := next_step(verdict, evidence, str(study.path), text) or _after(verdict, str(study.path), text):
