@@ -16,6 +16,7 @@ from rankscope.files import (
     JsonlWriter,
     file_sha256,
     find_json,
+    folder_bytes,
     read_json,
     read_jsonl,
     write_atomic,
@@ -160,3 +161,12 @@ def test_lines_are_read_once_also_from_a_file_that_is_cut_back(tmp_path: Path) -
     assert seen == [0, 1, 2, 3, 4, 5, 6]
     read(whole)
     assert seen == list(range(8))
+
+
+def test_bytes_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "one").write_bytes(b"123")
+    (tmp_path / "a" / "b" / "two").write_bytes(b"12345")
+    (tmp_path / "a" / "gone").symlink_to("nowhere")  # as long as its target's name
+    assert folder_bytes(tmp_path / "a") == 3 + 5 + len("nowhere")
+    assert folder_bytes(tmp_path / "none") == 0

@@ -429,9 +429,8 @@ def doctor(json_: ask.Json = False) -> None:
 def main() -> None:
     """Run the command line. A rankscope error is printed in a few lines, without a traceback."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it warns whenever PEFT is imported
-    os.environ.update(
-        ENVIRONMENT | os.environ
-    )  # a plan times its layers as a job runs them; read when torch is imported
+    # A plan times its layers as a job runs them; the variables are read when torch is imported.
+    os.environ.update(ENVIRONMENT | os.environ)
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]  # accepted anywhere
     try:
