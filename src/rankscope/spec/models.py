@@ -50,6 +50,7 @@ from rankscope.spec.candidates import (
     unique,
 )
 from rankscope.spec.peft_options import checked_options
+from rankscope.spec.task import checked_task
 from rankscope.text.formats import BYTES, SECONDS, parse_bytes, parse_seconds, parse_share
 
 EMBEDDED = "embedded"
@@ -338,6 +339,13 @@ class MeasureSpec(Frozen):
     """Held-out prompts that the base model and each candidate answer at the end."""
     answer_tokens: Count = 96
     """Longest answer, in tokens."""
+    task: Annotated[str, AfterValidator(checked_task)] | None = None
+    """Task on which the base model and every finished adapter are scored: `exact_match`, `choice`, `choice_norm`,
+    `regex:PATTERN`, `FILE.py:FUNCTION` or `lm_eval:TASK[,TASK]`; see docs/guides/task.md."""
+    task_items: Count = 1000
+    """Largest number of held-out rows, or of documents of each of the harness's tasks, that are scored."""
+    task_tokens: Count = 256
+    """Longest answer that is scored, in tokens. The harness's tasks have their own."""
 
 
 LOSS_MARGIN = 0.01  # default margin as a share of the loss

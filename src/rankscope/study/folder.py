@@ -5,7 +5,7 @@ NAME/
   machine.json                hardware, versions, model (its fingerprint is in trial.json, the data's in facts.json)
   data/                       tokens.safetensors, facts.json (what every trial reads)
   prediction.json             memory and time of each candidate, predicted before anything was trained
-  trials/r008-lr2e-4-s0/      trial.json, metrics.jsonl, untrained.json, eval.json, adapter/
+  trials/r008-lr2e-4-s0/      trial.json, metrics.jsonl, untrained.json, eval.json, adapter/; task.json: its scores
   reference/full-lr2e-5-s0/   full fine-tuning: the same files without weights, and job.json, log.txt
   retrained/TRIAL/            a trial that `export --retrain` has trained on all rows: the same files
   packs/division.json         which trials train together
@@ -17,6 +17,7 @@ NAME/
   rows/                       job.json, log.txt of evaluations on evaluation rows that were added
   failures.json               profiles and answers that did not finish when they were last tried, and why
   answers/                    answers.json: answers of the base and each candidate to the same held-out prompts
+  task/                       base.json: scores of the model without an adapter; choices.json, job.json, log.txt
   curve/                      curve.json: held-out losses of the largest rank's adapters, truncated to lower ranks
   tracking/                   records of what trackers have been sent
   verdict.json
@@ -50,6 +51,7 @@ TRIAL_FILES = ("metrics.jsonl", "untrained.json", "eval.json", "adapter/*")  # w
 CURVE = "curve/curve.json"
 OF_HELD_OUT = ("untrained.json", "eval.json")  # files of a trial with its losses on held-out rows
 ANSWERS = "answers"  # key of the answers in failures.json
+TASK = "task"  # key of the scores on a task in failures.json
 AGAIN = "profiles/again"  # profiles of `run --remeasure`, until all are measured
 
 
@@ -325,7 +327,7 @@ class StudyFolder:
         return list(done.values())
 
     def answers_record(self) -> records.AnswersRecord:
-        """answers.json (`rankscope.jobs.answers.answer`), or a record without answers before it is written."""
+        """answers.json (`rankscope.jobs.answers.work`), or a record without answers before it is written."""
         file = self.file("answers", "answers.json")
         return records.AnswersRecord.find(file) or records.AnswersRecord(questions=[], answers={})
 
@@ -364,6 +366,7 @@ class StudyFolder:
         done = {name: len(self.profile_repeats(name)) >= measure.repeats for name in profiled}
         done[TIME] = not measure.profiles
         done[ANSWERS] = not measure.answers or not self.unanswered()
+        done[TASK] = measure.task is None  # the job removes it once all is scored
         return {name: failure for name, failure in self.failures().items() if not done.get(name, True)}
 
 

@@ -40,6 +40,9 @@ RULES = {
     "measure.profiles": Rule("free", "costs are measured beside the trials"),
     "measure.answers": Rule("free", "answers are for the eye, and are made again"),
     "measure.answer_tokens": Rule("free", "answers are for the eye, and are made again"),
+    **dict.fromkeys(
+        ("measure.task", "measure.task_items", "measure.task_tokens"), Rule("free", "adapters are scored again")
+    ),
     "training.checkpoint_minutes": Rule("free", "a resumed pack ends as one that was not stopped"),
     "training.checkpoint_steps": Rule("free", "a resumed pack ends as one that was not stopped"),
     "training.trials_per_pack": Rule("free", "trials do not depend on their pack; packs that exist stay"),

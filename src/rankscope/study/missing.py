@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from rankscope.spec.candidates import CONTROL, TIME, AnyTrial, FullTrial, Trial
 from rankscope.spec.models import MeasureSpec, StudySpec
 from rankscope.study.folder import AGAIN, FINISHED, StudyFolder
+from rankscope.study.scores import unscored
 
 START_SECONDS = 6.0  # of a job's process: Python, libraries and a small model, on two cores
 
@@ -66,6 +67,7 @@ def nothing_missing(study: StudyFolder) -> bool:
         and {candidate.name for candidate in study.spec.candidates()} <= study.prediction["candidates"].keys()
         and not missing_profiles(study.spec, study)
         and not (measure.answers and study.unanswered())
+        and not unscored(study)
     )
 
 

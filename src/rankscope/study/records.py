@@ -5,9 +5,9 @@ writes. Keys that this version does not know are kept.
 """
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rankscope.files import damaged_error, find_json, read_json, write_json
 
@@ -261,6 +261,45 @@ class AnswersRecord(Record):
     questions: list[dict[str, Any]]
     answers: dict[str, list[str]]
     asked: list[int] | None = None  # `measure.answers` and `measure.answer_tokens`; None in earlier versions
+
+
+class TaskItems(Record):
+    """Lists with one value per item of a task."""
+
+    example: list[int]  # the held-out row, or the number of the harness's document
+    score: list[Annotated[float, Field(ge=0, le=1)]]
+    answer: list[str] | None = None  # None where `measure.answers` is 0, or nothing was generated
+    task: list[str] | None = None  # the harness's task; None where there is one alone
+
+    @model_validator(mode="after")
+    def _of_one_length(self) -> Self:
+        lists = (self.example, self.score, self.answer, self.task)
+        if len({len(values) for values in lists if values is not None}) > 1:
+            raise ValueError("its lists are not of one length")
+        return self
+
+
+class TaskRecord(Record):
+    """task.json of a trial; task/base.json, of the model without an adapter."""
+
+    task: str  # `measure.task`
+    metric: str
+    step: int
+    asked: dict[str, Any]  # what the scores depend on beside the adapter: `rankscope.study.scores.asked`
+    adapter_sha256: str | None
+    code_sha256: str | None = None
+    items: TaskItems
+
+
+class ChoicesRecord(Record):
+    """task/choices.json: the choices of held-out rows, each list with one value per row."""
+
+    example: list[int]
+    gold: list[int]  # which choice is the row's own answer
+    ids: list[list[list[int]]]  # tokens of the prompt and each choice
+    asked: dict[str, Any]  # as in `TaskRecord`
+    label_tokens: list[list[int]]  # how many of these, at the end, are the choice's
+    characters: list[list[int]]  # of each choice
 
 
 class Cut(Record):

@@ -9,7 +9,7 @@ from typing import Any
 from rankscope.errors import StudyError
 from rankscope.files import missing_error
 from rankscope.spec.candidates import PLAIN, Trial
-from rankscope.study import tables
+from rankscope.study import scores, tables
 from rankscope.study.evidence import Evidence, without_variants
 from rankscope.study.folder import StudyFolder
 from rankscope.text.verdict import verdict_sentence
@@ -31,6 +31,8 @@ class Study(StudyFolder):
     answers = tables.answers
     cuts = tables.cuts
     cut_examples = tables.cut_examples
+    task_scores = scores.task_scores
+    untrained_scores = scores.untrained_scores
 
     @property
     def report(self) -> Path:
