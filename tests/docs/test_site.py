@@ -11,6 +11,7 @@ import pytest
 
 import rankscope.errors
 from rankscope.spec.models import StudySpec
+from report.browser import Browser
 
 ROOT = Path(__file__).parents[2]
 
@@ -103,3 +104,17 @@ def test_the_reference_names_every_field(site: Path) -> None:
     for name, field in StudySpec.model_fields.items():
         for inside in (name, *getattr(field.annotation, "model_fields", ())):
             assert f"<td><code>{inside}</code></td>" in text
+
+
+def test_it_is_searched_from_disk(site: Path, browser: Browser) -> None:
+    """A page opened as a file may start no worker and fetch nothing: see docs/iframe-worker.js."""
+    browser.open(site / "guides" / "trackers.html")
+    browser.click("[for=__search]")
+    field = "document.querySelector('.md-search__input')"
+    browser.until(f"{field} === document.activeElement")
+    browser.ask(f"{field}.value = 'gated'; {field}.dispatchEvent(new Event('keyup', {{bubbles: true}}))")
+    browser.until("document.querySelector('.md-search-result__link') !== null")
+    found = browser.ask("[...document.querySelectorAll('.md-search-result__link')].map(link => link.href)")
+    assert any("faq.html" in link for link in found)
+    assert any("guides/hub.html" in link for link in found)
+    assert [url for url in browser.requests if not url.startswith((site.as_uri(), "data:"))] == []
