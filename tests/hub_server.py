@@ -12,9 +12,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from threading import Thread
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 LARGE = (".safetensors", ".parquet", ".bin")
 _ID = r"(?P<id>[\w.-]+(?:/[\w.-]+)?)"
@@ -243,12 +244,20 @@ class _Handler(BaseHTTPRequestHandler):
             self._json(about | {"siblings": files, "tags": [], "downloads": 0, "likes": 0})
 
     def _tree(self, kind: str, id: str, revision: str, path: str | None) -> None:
+        """Files and folders below `path`: all with `recursive`, else those that lie in it."""
         if found := self._found(kind, id, revision):
             repository, commit = found
-            below = [name for name in repository.commits[commit] if name.startswith(f"{path}/" if path else "")]
+            files, prefix = repository.commits[commit], f"{path}/" if path else ""
+            below = [name for name in files if name.startswith(prefix)]
             if path and not below:
                 return self._refuse(404, "EntryNotFound", f"{path} does not exist on {revision}")
-            self._json([self._entry(name, repository.commits[commit][name]) for name in below])
+            folders = {str(folder) for name in below for folder in PurePosixPath(name).parents[:-1]}
+            entries = [{"type": "directory", "path": name, "size": 0, "oid": _oid(b"")} for name in sorted(folders)]
+            entries += [self._entry(name, files[name]) for name in below]
+            inside = [one for one in entries if one["path"].startswith(prefix)]
+            if parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() != "true":
+                inside = [one for one in inside if "/" not in one["path"].removeprefix(prefix)]
+            self._json(inside)
 
     def _entry(self, name: str, content: bytes) -> dict[str, Any]:
         entry: dict[str, Any] = {"type": "file", "path": name, "size": len(content), "oid": _oid(content)}

@@ -222,6 +222,26 @@ def published(hub: HubServer, root: Path) -> HubServer:
     return hub
 
 
+_LOAD_DATASET = """
+import json, sys
+import datasets
+datasets.disable_progress_bars()
+found = datasets.load_dataset(json.loads(sys.argv[1]))
+print(json.dumps({split: found[split]["text"][:] for split in found}))
+"""
+
+
+@pytest.mark.slow
+def test_rows_are_those_of_datasets_itself(hub: HubServer, tmp_path: Path) -> None:
+    files = [f"{split}-0000{part}-of-00002.parquet" for split in ("train", "test") for part in range(2)]
+    pushed = {f"data/{name}": parquet(*(f"{name} {row}" for row in range(3))) for name in files}
+    hub.repository("owner/rows", "datasets").push(pushed | {"README.md": b"---\nlicense: mit\n---\n"})
+    theirs = json.loads(python(_LOAD_DATASET, "owner/rows", hub.url, tmp_path / "theirs"))
+    (ours,) = rows([{"id": "owner/rows"}], hub.url, tmp_path / "ours")
+    assert ours["texts"] == [theirs["train"], theirs["test"]]
+    assert len(theirs["train"]) == 6
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # five studies
 def test_a_study_stays_at_the_commits_it_began_with(published: HubServer, tmp_path: Path) -> None:
