@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rankscope.data.tokens import TokenizedData
+from rankscope.jobs.local import LocalLauncher
 from rankscope.model.load import load_model
 from rankscope.search.driver import drive
 from rankscope.search.run import run
@@ -65,7 +66,7 @@ def spec_of(seed: int = 0, between: bool = False, **changes: Any) -> SearchSpec:
 def train_grid(spec: SearchSpec, data: TokenizedData) -> dict[str, Any]:
     """Train the grid; return every candidate's held-out losses at `RECORDED` steps, and the tokens of each step."""
     trainer = PackTrainer(load_model(spec.study.model), spec, data, SLOTS)
-    curves, points, start = [], spec.points(), time.perf_counter()
+    curves, points, start = [], spec.space.points(), time.perf_counter()
     trials = [SearchTrial(candidate=spec.candidate(point), seed=0, number=n) for n, point in enumerate(points)]
     for first in range(0, len(trials), SLOTS):
         pack = trials[first : first + SLOTS]
@@ -153,7 +154,7 @@ def replay(grid: Grid, slots: int, part: int = 3, **changes: Any) -> Found:
     begun: set[str] = set()
     stopped = 0
     for moment in drive(study, spec, Replay(grid.curves), grid.step_tokens, slots):
-        spent += moment.spent.tokens
+        spent = moment.spent.tokens
         begun |= moment.losses.keys()
         for name, how in moment.ended.items():
             stopped += how != DONE
@@ -224,7 +225,9 @@ def real(grid: Grid, seed: int) -> Iterator[str]:
     spec = spec_of(seed=seed, budget=Budget(tokens=grid.tokens // 3))
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        result = run(spec, Path(folder) / "search", lambda line: print(line, file=sys.stderr))
+        out, launcher = Path(folder) / "search", LocalLauncher(spec.study.model)
+        with launcher:
+            result = run(spec, out, launcher, lambda line: print(line, file=sys.stderr))
     candidates = {candidate["trial"]: candidate for candidate in result["candidates"]}
     differences = [
         abs(loss / grid.curves[c["rank"], c["learning_rate"]][int(step)] - 1)

@@ -36,7 +36,7 @@ def test_a_space_is_written_in_ends_or_lists() -> None:
     listed = asked(ranks="32,8", learning_rates="1e-3,1e-4", alpha=8)
     assert listed.space.ranks == (8, 32)
     assert listed.space.learning_rates == (1e-4, 1e-3)
-    assert listed.space.size == len(listed.points()) == 4
+    assert listed.space.size == len(listed.space.points()) == 4
 
 
 def test_defaults_and_what_a_study_says() -> None:

@@ -1,7 +1,7 @@
 """The loop of a search. A candidate trains in one of the pack's slots, at a step of its own schedule.
 
-At a rung its held-out loss is reported to Optuna; where the pruner stops it, the slot goes to the next candidate. The
-trainer is a parameter, so that a search can be replayed over recorded curves.
+At a rung its held-out loss is compared with those of all candidates that have been there; where it is stopped, the slot
+goes to the next candidate. The trainer is a parameter, so that a search can be replayed over recorded curves.
 
 The budget of tokens is never exceeded, since a step's tokens are known beforehand: a candidate starts only where the
 budget covers its whole schedule beside the others' way to their next rungs, and it goes on from a rung only where the
@@ -11,7 +11,7 @@ budget lasts to its end. A budget of hours is converted to tokens at the rate so
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,17 +19,16 @@ import optuna
 
 from rankscope.search import sampling
 from rankscope.search.folder import Spent
+from rankscope.search.sampling import DIVERGED, DONE, OUT_OF_BUDGET, STOPPED
 from rankscope.search.space import SearchSpec, SearchTrial
 
 
 class Trainer(Protocol):
     """Trainer of candidates. `steps` are the completed steps of candidates, by name."""
 
-    def add(self, asked: SearchTrial) -> None:
-        """Give a candidate a slot, at step 0."""
+    def add(self, asked: SearchTrial) -> None: ...
 
-    def remove(self, name: str) -> None:
-        """Free the slot of a candidate."""
+    def remove(self, name: str) -> None: ...
 
     def step(self, steps: Mapping[str, int]) -> Mapping[str, float]:
         """Train each candidate by one step and return its loss, which is not finite where it diverged."""
@@ -44,21 +43,16 @@ class Running:
     trial: optuna.Trial
     step: int = 0
     seconds: float = 0.0  # of the steps that it took part in, divided among all that did
-    reported: int = 0  # last rung with a loss in Optuna, possibly from an earlier run that was stopped
 
 
 @dataclass
 class StepResult:
     """One step of the pack and its consequences, before Optuna and the trainer know which candidates have ended."""
 
-    spent: Spent  # by this step
+    spent: Spent  # by the search so far
     losses: dict[str, tuple[int, float | None]]  # step and training loss by candidate; None for one that is not finite
     held_out: dict[str, float] = field(default_factory=dict)
     ended: dict[str, str] = field(default_factory=dict)  # ends of candidates, by name: see `rankscope.search.sampling`
-
-    def row(self) -> dict[str, Any]:
-        row: dict[str, Any] = {**self.spent._asdict(), "losses": self.losses}
-        return row | {name: values for name in ("held_out", "ended") if (values := getattr(self, name))}
 
 
 def drive(
@@ -74,87 +68,77 @@ def drive(
     """Search until the budget or the space is exhausted, and yield the result of each step of the pack.
 
     `step_tokens` are the tokens of each step of the schedule, the same for all candidates; `spent` is what earlier runs
-    used. Candidates that an earlier run left in training start again, with the same parameters. Once `stopped` returns
-    True the search ends between two steps, and leaves candidates in training as they are.
+    used. Once `stopped` returns True the search ends between two steps, and leaves candidates in training as they are.
     """
     steps, upto = len(step_tokens), list(itertools.accumulate(step_tokens, initial=0))
-    sampling.set_pruner(study, spec, steps)
-    stops, waiting = [*spec.rung_steps(steps), steps], sampling.interrupted(study)
-    asked = sum("trial" in trial.user_attrs for trial in study.get_trials(deepcopy=False))
-    running: dict[str, Running] = {}
-    exhausted, start = False, clock()
+    stops, start, running = [*spec.rung_steps(steps), steps], clock(), dict[str, Running]()
 
-    def affords(step: int, others: Sequence[Running]) -> bool:
+    def affords(step: int, others: Iterable[Running]) -> bool:
         """Whether a candidate at `step` can be trained to its end beside the others' way to their next rungs."""
         reserved = sum(upto[next(stop for stop in stops if stop > one.step)] - upto[one.step] for one in others)
         return left_tokens(spec, spent) - reserved >= upto[steps] - upto[step]
 
     while not stopped():
-        while len(running) < slots and affords(0, list(running.values())):
-            if waiting:
-                drawn = sampling.suggested(waiting.pop(0), spec)
-            elif exhausted or (spec.budget.trials is not None and asked >= spec.budget.trials):
-                break
-            elif (found := sampling.draw(study, spec)) is None:
-                exhausted = True
-                break
-            else:
-                drawn = found
-            trial, number = drawn.trial, drawn.trial.number
-            candidate, seed = spec.candidate(drawn.point), spec.study.seeds[0]
-            one = Running(SearchTrial(candidate=candidate, seed=seed, number=number), trial)
-            asked += "trial" not in trial.user_attrs
-            one.reported = max(map(int, study.trials[number].intermediate_values), default=0)
-            trial.set_user_attr("trial", one.asked.name)
-            running[one.asked.name] = one
-            trainer.add(one.asked)
+        while len(running) < slots and affords(0, running.values()) and (drawn := sampling.draw(study, spec)):
+            trial, point = drawn
+            asked = SearchTrial(candidate=spec.candidate(point), seed=spec.study.seeds[0], number=trial.number)
+            trial.set_user_attr("trial", asked.name)
+            running[asked.name] = Running(asked, trial)
+            trainer.add(asked)
         if not running:
-            for left in waiting:  # what an earlier run began, and the budget does not reach
-                sampling.end(study, left, sampling.OUT_OF_BUDGET)
             return
 
-        losses = trainer.step({name: one.step for name, one in running.items()})
         tokens = sum(step_tokens[one.step] for one in running.values())
-        for one in running.values():
-            one.step += 1
-        finite = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
-        moment = StepResult(spent, {name: (running[name].step, finite.get(name)) for name in losses})
-        moment.ended |= {name: sampling.DIVERGED for name in losses if name not in finite}
-        due = {n: one.step for n, one in running.items() if one.step in stops and n not in moment.ended}
-        held_out = dict(trainer.evaluate(due)) if due else {}
-        moment.held_out = {name: loss for name, loss in held_out.items() if math.isfinite(loss)}
-        moment.ended |= dict.fromkeys(held_out.keys() - moment.held_out.keys(), sampling.DIVERGED)
-        now = clock()
-        moment.spent = Spent(tokens, now - start)
-        start, spent = now, Spent(spent.tokens + tokens, spent.seconds + now - start)
-        for one in running.values():
-            one.seconds += moment.spent.seconds / len(running)
-
-        # The best first: the pruner compares with what it was told before, and else the first would go on unopposed.
-        undecided = sorted(moment.held_out, key=moment.held_out.__getitem__)
-        for position, name in enumerate(undecided):
-            one, loss = running[name], moment.held_out[name]
-            others = [running[other] for other in running.keys() - moment.ended.keys() - set(undecided[position:])]
-            if one.step == steps:
-                moment.ended[name] = sampling.DONE
-            elif _stops(one, loss):
-                moment.ended[name] = sampling.STOPPED
-            elif not affords(one.step, others):
-                moment.ended[name] = sampling.OUT_OF_BUDGET
+        losses, held_out = _train(trainer, running, stops)
+        seconds = clock() - start
+        start, spent = start + seconds, Spent(spent.tokens + tokens, spent.seconds + seconds)
+        result = StepResult(spent, {name: (running[name].step, loss) for name, loss in losses.items()})
+        result.held_out = {name: loss for name, loss in held_out.items() if loss is not None}
+        result.ended = {name: DIVERGED for name, loss in (losses | held_out).items() if loss is None}
+        going = [one for name, one in running.items() if name not in result.ended and name not in held_out]
+        for name in sorted(result.held_out, key=result.held_out.__getitem__):  # the best first, which stops more
+            one = running[name]
+            if how := _end_of(study, spec, one, result.held_out[name], steps, affords(one.step, going)):
+                result.ended[name] = how
+            else:
+                going.append(one)
         if spec.budget.hours is not None and spent.seconds >= 3600 * spec.budget.hours:
-            moment.ended |= {name: sampling.OUT_OF_BUDGET for name in running if name not in moment.ended}
-        yield moment
+            result.ended = dict.fromkeys(running, OUT_OF_BUDGET) | result.ended
+        for one in running.values():
+            one.seconds += seconds / len(running)
+        yield result
 
-        for name, how in moment.ended.items():
+        for name, how in result.ended.items():
             one = running.pop(name)
             facts: dict[str, Any] = {"steps": one.step, "tokens": upto[one.step], "seconds": one.seconds}
-            if how == sampling.DIVERGED:
+            if how == DIVERGED:
                 what = "held-out loss" if name in held_out else "loss or gradient"
                 facts["reason"] = f"{what} not finite at step {one.step}"
-            for fact, value in facts.items():
-                one.trial.set_user_attr(fact, value)
-            sampling.end(study, one.trial, how, moment.held_out[name] if how == sampling.DONE else None)
+            sampling.end(study, one.trial, how, result.held_out[name] if how == DONE else None, facts)
             trainer.remove(name)
+
+
+def _train(
+    trainer: Trainer, running: Mapping[str, Running], stops: Sequence[int]
+) -> tuple[dict[str, float | None], dict[str, float | None]]:
+    """Train each candidate by a step, and evaluate those at a rung or at their end. Return training and held-out losses
+    by candidate, None where one is not finite."""
+    losses = trainer.step({name: one.step for name, one in running.items()})
+    for one in running.values():
+        one.step += 1
+    due = {name: one.step for name, one in running.items() if one.step in stops and math.isfinite(losses[name])}
+    held_out = trainer.evaluate(due) if due else {}
+    found = [{name: loss if math.isfinite(loss) else None for name, loss in of.items()} for of in (losses, held_out)]
+    return found[0], found[1]
+
+
+def _end_of(study: optuna.Study, spec: SearchSpec, one: Running, loss: float, steps: int, paid: bool) -> str | None:
+    """How a candidate ends that was evaluated, if it does; `paid` is whether the budget lasts to its end."""
+    if one.step == steps:
+        return DONE
+    if not sampling.passes(study, spec, one.trial, one.step, loss):
+        return STOPPED
+    return None if paid else OUT_OF_BUDGET
 
 
 def left_tokens(spec: SearchSpec, spent: Spent) -> float:
@@ -164,12 +148,3 @@ def left_tokens(spec: SearchSpec, spent: Spent) -> float:
     if budget.hours is not None and spent.seconds:
         left = min(left, (3600 * budget.hours - spent.seconds) * spent.tokens / spent.seconds)
     return left
-
-
-def _stops(one: Running, loss: float) -> bool:
-    """Report the loss at a rung, and return whether the pruner stops the candidate. An earlier run's rungs stand."""
-    if one.step < one.reported:
-        return False
-    if one.step > one.reported:
-        one.trial.report(loss, one.step)
-    return one.trial.should_prune()

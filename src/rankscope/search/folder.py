@@ -5,8 +5,7 @@
       machine.json     hardware, versions, model
       data/            tokens.safetensors, facts.json (what every candidate reads)
       optuna.log       Optuna's journal: `optuna-dashboard NAME/optuna.log` shows it while the search runs, and after
-      steps.jsonl      a line a step of the pack: seconds, tokens, and step and loss of each candidate
-      result.json      candidates, the best, those within the margin of it, what was spent
+      result.json      candidates, the best, those within the margin of it, what was spent; written after each step
       adapters/        adapters of the candidates within the margin of the best, in PEFT's format
       confirm.yaml     a study that trains the best again, with several seeds
       job/             job.json, log.txt of the child process
@@ -14,17 +13,16 @@
 Each file has one writer; the journal and what follows it are the child's.
 """
 
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from pydantic import ValidationError
 
 from rankscope.errors import StudyDirectoryError, StudyError
-from rankscope.files import find_json, inside, is_free, read_jsonl, refuse_links_out, write_json
+from rankscope.files import find_json, inside, is_free, refuse_links_out, write_json
 from rankscope.search.space import SearchSpec
 from rankscope.spec.resolve import write_yaml
-from rankscope.study.question import differences_of, lock_folder, read_question, write_question
+from rankscope.study.question import differences_of, read_question, write_question
 
 SCHEMA = 1
 
@@ -47,10 +45,9 @@ class Search:
         """Create the directory, or open it where it holds the same search; only the budget may differ. Raises
         StudyError: it holds another search, or something else; the message shows the difference."""
         if (path / "search.yaml").exists():
-            old, new = cls.open(path).spec.model_dump(mode="json"), spec.model_dump(mode="json")
-            differences = differences_of(old | {"budget": None}, new | {"budget": None})
-            if differences:
-                what = f"{path} holds another search:\n" + "\n".join(f"  - {line}" for line in differences)
+            old, new = (one.model_dump(mode="json", exclude={"budget"}) for one in (cls.open(path).spec, spec))
+            if lines := "".join(f"\n  - {line}" for line in differences_of(old, new)):
+                what = f"{path} holds another search:{lines}"
                 raise StudyError(what, "Choose another --out, or run it with the values it has.")
         elif not is_free(path):
             raise StudyError(f"{path} exists and is not a search", "Choose another --out.")
@@ -73,12 +70,9 @@ class Search:
     def file(self, *parts: str) -> Path:
         return inside(self.path, *parts)
 
-    def lock(self) -> AbstractContextManager[None]:
-        return lock_folder(self.path)
-
     def spent(self) -> Spent:
-        rows = read_jsonl(self.file("steps.jsonl"))
-        return Spent(sum(row["tokens"] for row in rows), sum(row["seconds"] for row in rows))
+        spent = (self.result() or {}).get("spent", {})
+        return Spent(*(spent[name] for name in Spent._fields if spent))
 
     def result(self) -> dict[str, Any] | None:
         """Return result.json (see `rankscope.search.sampling.summary`); None before the first candidate trains."""

@@ -24,6 +24,7 @@ from rankscope.search.folder import Search
 from rankscope.search.space import DEFAULT_RANKS, SearchSpec
 from rankscope.search.trainer import step_tokens
 from rankscope.spec.models import StudySpec
+from rankscope.study.question import lock_folder
 from rankscope.train.prepare import describe_data, prepare_data
 
 MOST_SLOTS = 64  # most candidates that train at a time
@@ -38,20 +39,13 @@ def at_commits(spec: SearchSpec, out: Path) -> SearchSpec:
 def run(
     spec: SearchSpec, out: Path, launcher: Launcher, say: Say, poll: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """Search, or go on with the search in `out`; return its result, see `rankscope.search.sampling.summary`.
-
-    `say` is called with sentences to keep, `poll` twice a second.
-
-    Raises:
-        StudyError: the question is wrong, or `out` holds another one.
-        DataError, ModelError: the data or the model cannot be used.
-        WorkerError: the child process ended without finishing its work.
-    """
-    spec = at_commits(spec, out)
-    site = launcher.site()
+    """Search, or go on with the search in `out`; return its result, see `rankscope.search.sampling.summary`. `poll` is
+    called twice a second. Raises StudyError: the question is wrong, or `out` holds another one; DataError, ModelError:
+    the data or the model cannot be used; WorkerError: the child process ended without finishing its work."""
+    spec, site = at_commits(spec, out), launcher.site()
     predictions = _predictions(spec, site)
     full_rank = min(prediction.full_rank for prediction in predictions)
-    if spec.space.ranks == tuple(DEFAULT_RANKS) and full_rank < max(spec.space.ranks):
+    if spec.space.ranks == DEFAULT_RANKS and full_rank < max(spec.space.ranks):
         say(f"Ranks up to {full_rank:,}, the full rank of the model's layers")
         spec = spec.up_to(full_rank)
         predictions = _predictions(spec, site)
@@ -61,13 +55,11 @@ def run(
     begun = (out / "data" / "facts.json").exists()
     prepared = None if begun else prepare_data(spec.study)
     search = Search.create(out, spec)
-    with search.lock():
+    with lock_folder(out):
         if prepared is not None:
-            save(prepared, search.file("data"))
-        data = load(search.file("data"))
-        if not search.file("machine.json").exists():
             write_json(search.file("machine.json"), describe_machine(spec.study, predictions[0].base_params, site))
-        result = search.result()
+            save(prepared, search.file("data"))
+        data, result = load(search.file("data")), search.result()
         if result is None or not result["finished"] or result["budget"] != spec.budget.model_dump(mode="json"):
             slots, tokens = _slots(spec, predictions, data, site.free_bytes), step_tokens(spec, data)
             if spec.budget.tokens is not None and spec.budget.tokens < sum(tokens):
@@ -75,8 +67,7 @@ def run(
                 raise StudyError(what, "Give more, or fewer --steps.")
             say(describe_data(data.facts))
             say(f"{slots} candidates train at a time, {len(tokens):,} steps of {sum(tokens):,} tokens each at most")
-            jobs = [job.job_of(search, slots)]
-            run_jobs(launcher, search.path, jobs, poll, partial(job.ended, search, say))
+            run_jobs(launcher, out, [job.job_of(search, slots)], poll, partial(job.ended, search, say))
             result = search.result()
     assert result is not None
     return result
@@ -88,12 +79,13 @@ def _predictions(spec: SearchSpec, site: Site) -> list[CostModel]:
 
 
 def _slots(spec: SearchSpec, predictions: list[CostModel], data: TokenizedData, free: int) -> int:
-    """How many candidates of the highest rank can train together."""
-    largest = [[spec.largest(slot, group) for slot in range(MOST_SLOTS)] for group in range(len(predictions))]
-    training, counts = spec.study.training, []
-    for group, (trials, prediction) in enumerate(zip(largest, predictions, strict=True)):
+    """How many candidates of the highest rank can train together, on the most expensive group of target modules."""
+    counts = []
+    for group, prediction in enumerate(predictions):
+        trials = [spec.largest(slot, group) for slot in range(MOST_SLOTS)]
         memory = StudyMemory(_corner(spec, group), prediction, data.train, free)
-        counts.append(len(divide_into_packs(trials, prediction, memory.fits, training, data.train)[0]))
+        packs = divide_into_packs(trials, prediction, memory.fits, spec.study.training, data.train)
+        counts.append(len(packs[0]))
     return min(counts)
 
 

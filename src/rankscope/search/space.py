@@ -6,32 +6,40 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
+from pydantic import AfterValidator, Field, PositiveFloat, ValidationError
 
 from rankscope.errors import StudyError, shortened
-from rankscope.spec.candidates import Candidate, Count, Rank, Seed, Trial, doublings, unique
+from rankscope.spec.candidates import Candidate, Count, Frozen, Rank, Seed, Trial, all_linear_or_names, unique
 from rankscope.spec.models import Modules, StudySpec
 from rankscope.spec.options import assemble
 
-DEFAULT_RANKS = doublings(4, 256)
+DEFAULT_RANKS = (4, 8, 16, 32, 64, 128, 256)
 DEFAULT_RATES = "3e-5..3e-3"
 DEFAULT_TRIALS = 32
 
 Alpha = float | str
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+class Point(NamedTuple):
+    rank: int
+    learning_rate: float
+    alpha: Alpha
+    target_modules: str  # see `modules_text`
 
 
-class RateRange(_Part):
+def modules_text(modules: str | Sequence[str]) -> str:
+    """A group of target modules as Optuna stores it."""
+    return modules if isinstance(modules, str) else ",".join(modules)
+
+
+class RateRange(Frozen):
     """Learning rates between two ends, log-uniform; each is rounded to three digits."""
 
     low: PositiveFloat
     high: PositiveFloat
 
 
-class SearchSpace(_Part):
+class SearchSpace(Frozen):
     """The values that each part of a candidate may take."""
 
     ranks: tuple[Rank, ...] = Field(min_length=1)
@@ -39,15 +47,25 @@ class SearchSpace(_Part):
     alphas: tuple[Alpha, ...] = Field(min_length=1)
     target_modules: Annotated[tuple[Modules, ...], Field(min_length=1), AfterValidator(unique)]
 
+    def choices(self) -> dict[str, tuple[Any, ...]]:
+        """Values of each part of a `Point` that is chosen from a list: all but learning rates in a range."""
+        rates = {} if isinstance(self.learning_rates, RateRange) else {"learning_rate": self.learning_rates}
+        modules = tuple(map(modules_text, self.target_modules))
+        return {"rank": self.ranks, **rates, "alpha": self.alphas, "target_modules": modules}
+
+    def points(self) -> list[Point]:
+        """All candidates; none where learning rates are a range."""
+        choices = self.choices()
+        several = product(*choices.values()) if "learning_rate" in choices else ()
+        return [Point(*parts) for parts in several]
+
     @property
     def size(self) -> float:
         """Number of candidates; infinity where learning rates are a range."""
-        if isinstance(self.learning_rates, RateRange):
-            return math.inf
-        return math.prod(map(len, (self.ranks, self.learning_rates, self.alphas, self.target_modules)))
+        return len(self.points()) or math.inf
 
 
-class Budget(_Part):
+class Budget(Frozen):
     """Limits of a search; the first one reached ends it. None is no limit."""
 
     trials: Count | None = None  # candidates that are started
@@ -55,7 +73,7 @@ class Budget(_Part):
     tokens: Count | None = None  # training tokens of all candidates together; never exceeded
 
 
-class SearchSpec(_Part):
+class SearchSpec(Frozen):
     """A search: everything that determines its result; only the budget may be raised later."""
 
     study: StudySpec  # `space` replaces its ranks, learning rates, alpha and target modules
@@ -67,9 +85,10 @@ class SearchSpec(_Part):
     rungs: int = Field(default=2, ge=1)  # where a candidate may be stopped; the first at schedule / reduction**rungs
     seed: Seed = 0  # of the sampler; the study's own seed determines batches and initial weights
 
-    def candidate(self, point: "Point") -> Candidate:
-        adapter = self.study.adapter.model_copy(update={"alpha": point.alpha, "target_modules": point.target_modules})
-        only = {"ranks": (point.rank,), "learning_rates": (point.learning_rate,), "adapter": adapter}
+    def candidate(self, point: Point) -> Candidate:
+        adapter = {"alpha": point.alpha, "target_modules": all_linear_or_names(point.target_modules)}
+        only: dict[str, Any] = {"ranks": (point.rank,), "learning_rates": (point.learning_rate,)}
+        only |= {"adapter": self.study.adapter.model_copy(update=adapter)}
         return self.study.model_copy(update=only).candidates()[0]
 
     def up_to(self, rank: int) -> "SearchSpec":
@@ -80,14 +99,9 @@ class SearchSpec(_Part):
 
     def largest(self, number: int, group: int) -> "SearchTrial":
         """Return a candidate of the highest rank on one of the groups of target modules: the most expensive one."""
-        rate, alpha = self.study.learning_rates[0], self.space.alphas[0]
-        point = Point(max(self.space.ranks), rate, alpha, self.space.target_modules[group])
+        modules = modules_text(self.space.target_modules[group])
+        point = Point(max(self.space.ranks), self.study.learning_rates[0], self.space.alphas[0], modules)
         return SearchTrial(candidate=self.candidate(point), seed=0, number=number)
-
-    def points(self) -> list["Point"]:
-        space, rates = self.space, self.space.learning_rates
-        assert not isinstance(rates, RateRange)
-        return [Point(*parts) for parts in product(space.ranks, rates, space.alphas, space.target_modules)]
 
     def rung_steps(self, steps: int) -> list[int]:
         """Return the steps after which a candidate may be stopped, for a schedule of `steps`."""
@@ -95,13 +109,6 @@ class SearchSpec(_Part):
             return []
         first = max(1, steps // self.reduction**self.rungs)
         return [step for k in range(self.rungs) if (step := first * self.reduction**k) < steps]
-
-
-class Point(NamedTuple):
-    rank: int
-    learning_rate: float
-    alpha: Alpha
-    target_modules: Modules
 
 
 class SearchTrial(Trial):
@@ -124,38 +131,32 @@ def resolve_search(
     `3e-5..3e-3`; alpha and target modules are the study's. Raises StudyError: a part of the space or the budget is
     wrong, or the study is.
     """
-    own = ("ranks", "learning_rates", "alpha", "target_modules", "trials", "hours", "tokens", "sampler", "pruner")
-    given = {name: options.get(name) for name in (*own, "seed")}
-    rest = {name: value for name, value in options.items() if name not in given}
+    own = ("ranks", "learning_rates", "target_modules", *Budget.model_fields, "sampler", "pruner", "seed")
+    given = {name: options.get(name) for name in own}
     ranks = given["ranks"] or values.get("ranks") or DEFAULT_RANKS
     rates = given["learning_rates"] or values.get("learning_rates") or DEFAULT_RATES
     ends = rates.split("..") if isinstance(rates, str) and ".." in rates else []
-    fixed = {"ranks": ranks, "learning_rates": ",".join(ends) or rates}
-    if given["alpha"] is not None:
-        rest["alpha"] = given["alpha"]
     seed = given["seed"] or 0
-    question = {name: value for name, value in values.items() if name not in (*fixed, "seeds")}
-    study = assemble(question | fixed | {"seeds": [seed]}, rest, assignments, file)
+    fixed = {"ranks": ranks, "learning_rates": ",".join(ends) or rates, "seeds": [seed]}
+    rest = {name: value for name, value in options.items() if name not in own}
+    study = assemble({**values, **fixed}, rest, assignments, file)
     if study.variants or study.reference.full:
         raise StudyError("a search is among plain LoRA adapters", "Leave out variants and reference.full.")
     ordered = sorted(study.learning_rates)
     if ends and (len(ordered) != 2 or ordered != list(study.learning_rates)):
         raise StudyError(f"--learning-rates {rates}: no such range", "Give two ends, the lower first: 1e-5..1e-3.")
-    groups: Any = [study.adapter.target_modules]
-    if isinstance(modules := given["target_modules"], str):
-        groups = modules.split(";")
+    modules: Any = given["target_modules"]
     space = {
         "ranks": sorted(study.ranks),
-        "learning_rates": dict(zip(("low", "high"), study.learning_rates, strict=True)) if ends else ordered,
+        "learning_rates": dict(zip(("low", "high"), ordered, strict=True)) if ends else ordered,
         "alphas": study.adapter.alphas,
-        "target_modules": groups,
+        "target_modules": modules.split(";") if isinstance(modules, str) else [study.adapter.target_modules],
     }
-    budget = {name: given[name] for name in ("trials", "hours", "tokens")}
-    if all(value is None for value in budget.values()):
-        budget["trials"] = DEFAULT_TRIALS
-    chosen = {name: given[name] for name in ("sampler", "pruner") if given[name] is not None}
+    budget = {name: given[name] for name in Budget.model_fields if given[name] is not None}
+    chosen = {name: given[name] for name in ("sampler", "pruner") if given[name] is not None} | {"seed": seed}
     try:
-        spec = SearchSpec.model_validate({"study": study, "space": space, "budget": budget, "seed": seed, **chosen})
+        question = {"study": study, "space": space, "budget": budget or {"trials": DEFAULT_TRIALS}, **chosen}
+        spec = SearchSpec.model_validate(question)
     except ValidationError as error:
         detail = error.errors()[0]
         name = next(part for part in reversed(detail["loc"]) if isinstance(part, str)).replace("_", "-")
