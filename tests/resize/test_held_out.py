@@ -15,7 +15,7 @@ from rankscope.data.tokens import Tokens
 from rankscope.errors import ModelError
 from rankscope.lora.saved import WEIGHTS, read_adapter
 from rankscope.resize.loss_budget import difference, held_out_losses
-from rankscope.train.engine import ExampleLosses
+from rankscope.train.engine import ExampleLosses, PeftEngine
 from reference import random_tokens
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -75,17 +75,15 @@ def test_losses_are_those_of_peft_alone(tmp_path: Path, kind: str) -> None:
 
 
 def test_over_a_bfloat16_base_adapters_are_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import rankscope.resize.loss_budget as held_out
-
     save(tmp_path, "opt-pre-norm", KINDS["embedding"][1])
     kinds: set[torch.dtype] = set()
-    original = held_out._engine
+    original = PeftEngine.evaluate
 
-    def spying(model: Any) -> Any:
-        kinds.update(weight.dtype for key, weight in model.named_parameters() if "lora_" in key)
-        return original(model)
+    def spying(engine: Any, *arguments: Any) -> Any:
+        kinds.update(weight.dtype for key, weight in engine.model.named_parameters() if "lora_" in key)
+        return original(engine, *arguments)
 
-    monkeypatch.setattr(held_out, "_engine", spying)
+    monkeypatch.setattr(PeftEngine, "evaluate", spying)
     tokens, adapter = random_tokens(12), read_adapter(tmp_path)
     model = tiny_model("opt-pre-norm", torch.bfloat16)
     found = held_out_losses(model, adapter, tokens).mean

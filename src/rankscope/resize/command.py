@@ -11,7 +11,7 @@ import pandas as pd
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from rankscope.data.tokens import Tokens, load
-from rankscope.errors import ModelError, StudyError
+from rankscope.errors import StudyError
 from rankscope.files import check_empty
 from rankscope.lora import svd
 from rankscope.lora.saved import SavedAdapter, find_adapter, read_adapter, write_adapter
@@ -22,45 +22,25 @@ from rankscope.resize.rules import Rule, option_name
 from rankscope.spec.models import ModelSpec
 from rankscope.spec.options import assemble
 from rankscope.study.study import Study
-from rankscope.train.engine import ExampleLosses
 from rankscope.train.prepare import prepare_data
 
-_ROUNDING = 1e-4  # relative: how far two losses of the same tensors may lie apart on a GPU
 _BUDGET = "max_loss_increase"
 _SUFFIXES = {"rank": "r", "budget_rank": "budget", _BUDGET: "loss"}
-
-
-class HeldOut(NamedTuple):
-    """Model and rows that a loss is measured on."""
-
-    model: ModelSpec
-    tokens: Tokens
-
-
-class LossChange(NamedTuple):
-    """Held-out loss of the whole adapter and of the smaller one, as it was written and read again."""
-
-    before: ExampleLosses
-    after: ExampleLosses
-    difference: budget.Difference
-    limit: float  # largest allowed increase, relative to the loss before
-    tried: list[budget.MeasuredTruncation]  # in the order in which they were measured
-
-    @property
-    def increase(self) -> float:
-        return self.after.mean / self.before.mean - 1
+Say = Callable[[str], None]
 
 
 class Resized(NamedTuple):
-    """A smaller adapter in its folder; pairs are (before, after)."""
+    """A smaller adapter: shares, bytes, nats per label token."""
 
-    folder: Path
-    rule: Rule
-    layers: pd.DataFrame  # one row per layer: `layer module block old_rank new_rank kept_energy relative_error`
-    parameters: tuple[int, int]
-    file_bytes: tuple[int, int]
+    adapter: str  # its folder
+    rule: dict[str, float]
+    parameters_before: int
+    parameters_after: int
+    file_bytes_before: int
+    file_bytes_after: int
     kept_energy: float  # share of the energy of all layers
-    loss: LossChange | None
+    layers: pd.DataFrame  # one row per layer: `layer module block old_rank new_rank kept_energy relative_error`
+    loss: dict[str, Any] | None  # see `_smallest_within`
 
 
 def resize(
@@ -71,7 +51,7 @@ def resize(
     uniform: bool = False,
     data: Mapping[str, Any] | None = None,
     sets: Sequence[str] = (),
-    say: Callable[[str], None] = lambda message: None,
+    say: Say = lambda message: None,
 ) -> Resized:
     """Write a smaller adapter to `out`, by default a folder beside the adapter.
 
@@ -81,9 +61,9 @@ def resize(
     ModelError, DataError: the adapter, the model or the data cannot be used.
     """
     options = {name: value for name, value in (data or {}).items() if value is not None}
-    if rule.name != _BUDGET:
-        for name in [*options, *(["set"] if sets else []), *(["uniform"] if uniform else [])]:
-            raise StudyError(f"{option_name(name)} goes with {option_name(_BUDGET)} alone", "Leave one of them out.")
+    given = [*options, *["set"] * bool(sets), *["uniform"] * uniform]
+    if given and rule.name != _BUDGET:
+        raise StudyError(f"{option_name(given[0])} goes with {option_name(_BUDGET)} alone", "Leave one of them out.")
     source = find_adapter(adapter, revision)
     saved = read_adapter(source)
     svd.check_resizable(saved)
@@ -95,19 +75,21 @@ def resize(
     measure = None
     if rule.name == _BUDGET:
         held_out = find_held_out(source, saved, options, sets)
-        ranks, measure = _search(saved, layers, held_out, rule.value, uniform, say)
+        ranks, measure = _smallest_within(saved, layers, *held_out, rule.value, uniform, say)
     else:
         ranks = _ranks(saved, layers, rule)
     smaller = svd.resized(saved, layers, ranks)
     file_bytes = write_adapter(smaller, folder)
     return Resized(
-        folder,
-        rule,
-        _by_layer(saved, smaller, layers, ranks),
-        (sum(factors.a.numel() + factors.b.numel() for factors in saved.layers), svd.parameters(layers, ranks)),
-        ((source / SAFETENSORS_WEIGHTS_NAME).stat().st_size, file_bytes),
-        svd.kept_energy(layers, ranks),
-        measure(folder) if measure else None,
+        adapter=str(folder),
+        rule={rule.name: rule.value},
+        parameters_before=sum(factors.a.numel() + factors.b.numel() for factors in saved.layers),
+        parameters_after=svd.parameters(layers, ranks),
+        file_bytes_before=(source / SAFETENSORS_WEIGHTS_NAME).stat().st_size,
+        file_bytes_after=file_bytes,
+        kept_energy=svd.kept_energy(layers, ranks),
+        layers=_by_layer(layers, smaller, ranks),
+        loss=measure(folder) if measure else None,
     )
 
 
@@ -117,7 +99,7 @@ def _beside(adapter: str, source: Path, rule: Rule) -> Path:
     if not Path(adapter).is_dir():
         return Path(adapter.rsplit("/", 1)[-1] + suffix)
     named = source if source.name not in ("", "..") else source.resolve()
-    return named.parent / f"{named.name}{suffix}"
+    return named.with_name(named.name + suffix)
 
 
 def _ranks(saved: SavedAdapter, layers: Sequence[svd.Decomposed], rule: Rule) -> budget.Ranks:
@@ -133,70 +115,76 @@ def _ranks(saved: SavedAdapter, layers: Sequence[svd.Decomposed], rule: Rule) ->
     return uniform if rule.name == "rank" else svd.ranks_within(layers, svd.parameters(layers, uniform))
 
 
-def find_held_out(folder: Path, saved: SavedAdapter, options: Mapping[str, Any], sets: Sequence[str]) -> HeldOut:
+def find_held_out(
+    folder: Path, saved: SavedAdapter, options: Mapping[str, Any], sets: Sequence[str]
+) -> tuple[ModelSpec, Tokens]:
     """Model and held-out rows that the options name, or those of the study that `folder` lies in. Raises StudyError: no
     study is found, and the model or the data are not named; ModelError, DataError: they cannot be used."""
-    trials = folder.resolve().parent.parent
-    if "dataset" not in options and trials.name == "trials" and Study.is_at(trials.parent):
-        for name in [name for name in options if name not in ("device", "dtype")] + (["set"] if sets else []):
-            what = f"{option_name(name)} needs --dataset: without it, model and data are those of {trials.parent}"
-            raise StudyError(what, "Add --dataset, or leave it out.")
-        study = Study.open(trials.parent)
-        model = study.spec.model.model_copy(update=dict(options))
-        return HeldOut(ModelSpec.model_validate(model.model_dump()), load(study.path / "data").eval)
-    if "dataset" not in options:
+    trials, base = folder.resolve().parent.parent, saved.config.base_model_name_or_path
+    if "dataset" in options:
+        own = {"model": base, "revision": None if Path(base).is_dir() else saved.config.revision} if base else {}
+        if "model" not in {**options, **own}:
+            raise StudyError("--model is missing: the adapter names no base model", "Name the one it was trained on.")
+        spec = pinned(assemble({}, {**({} if "model" in options else own), **options}, sets))
+        return spec.model, prepare_data(spec).eval
+    if trials.name != "trials" or not Study.is_at(trials.parent):
         raise StudyError("--dataset is missing: the adapter lies in no study", "Name data that it was not trained on.")
-    named, base = dict(options), saved.config.base_model_name_or_path
-    if "model" not in named and base:
-        named["model"] = base
-        named["revision"] = None if Path(base).is_dir() else saved.config.revision
-    if "model" not in named:
-        raise StudyError("--model is missing: the adapter names no base model", "Name the model it was trained on.")
-    spec = pinned(assemble({}, named, sets))
-    return HeldOut(spec.model, prepare_data(spec).eval)
+    for name in [*(name for name in options if name not in ("device", "dtype")), *["set"] * bool(sets)]:
+        what = f"{option_name(name)} needs --dataset: without it, model and data are those of {trials.parent}"
+        raise StudyError(what, "Add --dataset, or leave it out.")
+    study = Study.open(trials.parent)
+    model = ModelSpec.model_validate(study.spec.model.model_dump() | dict(options))
+    return model, load(study.path / "data").eval
 
 
-def _search(
+def _smallest_within(
     saved: SavedAdapter,
     layers: Sequence[svd.Decomposed],
-    held_out: HeldOut,
-    max_increase: float,
+    spec: ModelSpec,
+    tokens: Tokens,
+    limit: float,
     uniform: bool,
-    say: Callable[[str], None],
-) -> tuple[budget.Ranks, Callable[[Path], LossChange]]:
-    """Ranks of the smallest truncation within the budget, and a function that measures it as it is written."""
-    model, tokens, measured = load_model(held_out.model), held_out.tokens, list[budget.MeasuredTruncation]()
+    say: Say,
+) -> tuple[budget.Ranks, Callable[[Path], dict[str, Any]]]:
+    """Ranks of the smallest truncation whose held-out loss rises by at most the share `limit`, and a function that
+    measures the adapter that was written and returns what there is to say of its loss."""
+    model = load_model(spec)
     whole = budget.held_out_losses(model, saved, tokens)
     say(f"Held-out loss of the whole adapter: {whole.mean:.4f}, over {len(tokens):,} examples")
+    measured = list[budget.MeasuredTruncation]()
 
-    def evaluate(ranks: budget.Ranks) -> ExampleLosses:
-        return budget.held_out_losses(model, svd.resized(saved, layers, ranks), tokens)
+    def evaluate(ranks: budget.Ranks) -> float:
+        return budget.held_out_losses(model, svd.resized(saved, layers, ranks), tokens).mean
 
-    rule = budget.rank_rule(layers, uniform)
-    for one in budget.measure_truncations(layers, rule, evaluate, whole.mean, max_increase):
+    for one in budget.measure_truncations(layers, uniform, evaluate, whole.mean, limit):
         measured.append(one)
-        say(f"{one.parameters:,} parameters: {one.losses.mean:.4f} ({one.increase:+.3%})")
-    best = budget.smallest_within(measured, max_increase)
+        say(f"{one.parameters:,} parameters: {one.loss:.4f} ({one.increase:+.3%})")
+    best = budget.smallest_within(measured, limit)
     if best is None:
-        what = f"{option_name(_BUDGET)} {max_increase:g}: even at full rank the rounded update exceeds it"
+        what = f"{option_name(_BUDGET)} {limit:g}: even at full rank the rounded update exceeds it"
         raise StudyError(what, "Allow a larger one.")
-    chosen = best.losses.mean
 
-    def change(folder: Path) -> LossChange:
+    def measure(folder: Path) -> dict[str, Any]:
         after = budget.held_out_losses(model, read_adapter(folder), tokens)
-        if abs(after.mean / chosen - 1) > _ROUNDING:
-            what = f"{folder}: its held-out loss is {after.mean:.6g}, and {chosen:.6g} before it was written"
-            raise ModelError(what, "This is a bug in rankscope: report it.")
-        return LossChange(whole, after, budget.difference(after, whole), max_increase, measured)
+        lost, rule = budget.difference(after, whole), "uniform" if uniform else "most_energy"
+        return {
+            "before": whole.mean,
+            "after": after.mean,
+            "difference": lost.mean,
+            "standard_error": lost.standard_error,
+            "increase": after.mean / whole.mean - 1,
+            "max_increase": limit,
+            "examples": lost.examples,
+            "tried": [one._asdict() | {"rule": rule, "within": one.increase <= limit} for one in measured],
+        }
 
-    return best.ranks, change
+    return best.ranks, measure
 
 
-def _by_layer(
-    saved: SavedAdapter, smaller: SavedAdapter, layers: Sequence[svd.Decomposed], ranks: budget.Ranks
-) -> pd.DataFrame:
+def _by_layer(layers: Sequence[svd.Decomposed], smaller: SavedAdapter, ranks: budget.Ranks) -> pd.DataFrame:
     rows = []
-    for old, new, layer in zip(saved.layers, smaller.layers, layers, strict=True):
+    for layer, new in zip(layers, smaller.layers, strict=True):
+        old = layer.factors
         block, module = svd.split_layer_name(old.layer)
         lost = svd.kept_energy([layer], ranks), svd.relative_error(old, new)
         rows.append([old.layer, module, block, old.rank, new.rank, *lost])
@@ -205,31 +193,6 @@ def _by_layer(
 
 
 def describe(result: Resized) -> dict[str, Any]:
-    """Content of `--json`: shares, bytes, nats per label token."""
-    found: dict[str, Any] = {
-        "adapter": str(result.folder),
-        "rule": {result.rule.name: result.rule.value},
-        **dict(zip(("parameters_before", "parameters_after"), result.parameters, strict=True)),
-        **dict(zip(("file_bytes_before", "file_bytes_after"), result.file_bytes, strict=True)),
-        "kept_energy": result.kept_energy,
-        "largest_relative_error": float(result.layers["relative_error"].max()),
-        "layers": result.layers.to_dict("records"),
-        "loss": None,
-    }
-    if result.loss is not None:
-        change = result.loss
-        found["loss"] = {
-            "before": change.before.mean,
-            "after": change.after.mean,
-            "difference": change.difference.mean,
-            "standard_error": change.difference.standard_error,
-            "increase": change.increase,
-            "max_increase": change.limit,
-            "examples": len(change.before.loss),
-            "tried": [
-                {"rule": one.rule, "parameters": one.parameters, "loss": one.losses.mean, "increase": one.increase}
-                | {"within": one.increase <= change.limit, "ranks": one.ranks}
-                for one in change.tried
-            ],
-        }
-    return found
+    """Content of `--json`."""
+    largest = float(result.layers["relative_error"].max())
+    return result._asdict() | {"largest_relative_error": largest, "layers": result.layers.to_dict("records")}

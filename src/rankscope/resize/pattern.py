@@ -17,7 +17,7 @@ from rankscope.files import write_atomic
 from rankscope.jobs.curve import trained_trials
 from rankscope.lora.saved import read_adapter
 from rankscope.lora.svd import Decomposed, decompose, parameters, ranks_within, split_layer_name, uniform_ranks
-from rankscope.spec.candidates import Trial, alpha_of
+from rankscope.spec.candidates import alpha_of
 from rankscope.spec.models import StudySpec
 from rankscope.spec.resolve import write_yaml
 from rankscope.study.study import Study
@@ -28,7 +28,6 @@ class Proposal(NamedTuple):
     ranks: dict[str, int]
     parameters: int
     uniform_parameters: int
-    trained: Sequence[Trial]  # source of the singular values
     spec: StudySpec
 
 
@@ -39,36 +38,32 @@ def propose(study: Study, rank: int | None = None) -> Proposal:
     done, or `rank` is not below it; StudyDirectoryError: an adapter is corrupt; ModelError: an adapter cannot be read.
     """
     trained = trained_trials(study)
-    largest, own = trained[0].candidate.rank, sorted(study.spec.ranks)
+    largest = trained[0].candidate
     if rank is None:
-        rank = (study.find_verdict() or {}).get("rank")
-        rank = rank if rank is not None and rank < largest else own[0]
-    if not 0 < rank < largest:
-        todo = f"Ranks by layer are derived from rank {largest}, the study's largest, and must be below it."
-        raise StudyError(f"--rank {rank}: expected 1 to {largest - 1}", todo)
+        found = (study.find_verdict() or {}).get("rank")
+        rank = found if found is not None and found < largest.rank else min(study.spec.ranks)
+    if not 0 < rank < largest.rank:
+        todo = f"Ranks by layer are derived from rank {largest.rank}, the study's largest, and must be below it."
+        raise StudyError(f"--rank {rank}: expected 1 to {largest.rank - 1}", todo)
     layers = mean_layers([study.adapter_file(trial).parent for trial in trained])
     if experts := next((layer.factors for layer in layers if layer.factors.of_experts), None):
-        raise StudyError(
-            f"the study's adapters are of experts ({experts.target}), which share one rank in PEFT's format",
-            "Ranks by layer are proposed for studies on all-linear.",
-        )
+        what = f"the study's adapters are of experts ({experts.target}), which share one rank in PEFT's format"
+        raise StudyError(what, "Ranks by layer are proposed for studies on all-linear.")
     uniform = parameters(layers, uniform_ranks(layers, rank))
     ranks = ranks_within(layers, uniform)
-    own_alpha = trained[0].candidate.lora_alpha
-    alpha = next(one for one in study.spec.adapter.alphas if alpha_of(one, largest) == own_alpha)
     pattern = {layer: found for layer, found in ranks.items() if found != rank}
-    adapter = study.spec.adapter.model_copy(update={"alpha": alpha, "rank_pattern": pattern})
-    if not adapter.rank_pattern:
+    if not pattern:
         raise StudyError(f"every layer gets rank {rank}, so there is no pattern to try", "Keep the uniform rank.")
+    alpha = next(one for one in study.spec.adapter.alphas if alpha_of(one, largest.rank) == largest.lora_alpha)
     changes = {
         "name": f"{study.spec.name[:90]}-pattern",
         "ranks": (rank,),
-        "learning_rates": (trained[0].candidate.learning_rate,),
+        "learning_rates": (largest.learning_rate,),
         "variants": ("pattern",),
-        "adapter": adapter,
+        "adapter": study.spec.adapter.model_copy(update={"alpha": alpha, "rank_pattern": pattern}),
         "reference": study.spec.reference.model_copy(update={"full": False, "learning_rates": None}),
     }
-    return Proposal(rank, ranks, parameters(layers, ranks), uniform, trained, study.spec.model_copy(update=changes))
+    return Proposal(rank, ranks, parameters(layers, ranks), uniform, study.spec.model_copy(update=changes))
 
 
 def mean_layers(folders: Sequence[Path]) -> list[Decomposed]:

@@ -1,6 +1,8 @@
 """Tables, sentences and chart of `rankscope resize` and `rankscope spectrum`."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import altair as alt
 import pandas as pd
@@ -12,15 +14,26 @@ from rankscope.lora.svd import by_module
 from rankscope.report.charts import theme
 from rankscope.report.html import VEGA_LITE, chart_page
 from rankscope.report.write import PNG_SCALE
-from rankscope.resize.command import LossChange, Resized
-from rankscope.text import formats
+from rankscope.resize.command import Resized
 from rankscope.text.catalogue import Catalogue
-from rankscope.text.formats import Columns, Table, change, loss, percent, signed, signed_percent, size, tabulate
+from rankscope.text.formats import (
+    Columns,
+    Table,
+    change,
+    loss,
+    percent,
+    shown,
+    signed,
+    signed_percent,
+    size,
+    strip_control_characters,
+    tabulate,
+)
 
 
 def rank_table(layers: pd.DataFrame, text: Catalogue) -> Table:
     """Rank of each module before and after; `layers` is that of `rankscope.resize.command.Resized`."""
-    module = text("spectrum.module")
+    module, grouped = text("spectrum.module"), layers.groupby("module", sort=False)
     columns: Columns = {
         module: lambda row: str(row[0]),
         text("spectrum.layers"): lambda row: str(len(row[1])),
@@ -30,43 +43,38 @@ def rank_table(layers: pd.DataFrame, text: Catalogue) -> Table:
         text("resize.highest"): lambda row: str(row[1]["new_rank"].max()),
         text("resize.error"): lambda row: percent(row[1]["relative_error"].max()),
     }
-    return tabulate(text("resize.caption"), columns, layers.groupby("module", sort=False), [module])
+    return tabulate(text("resize.caption"), columns, grouped, [module])
 
 
-def tried_table(found: LossChange, text: Catalogue) -> Table:
-    """Truncations whose held-out loss was measured, in order."""
+def tried_table(found: Mapping[str, Any], text: Catalogue) -> Table:
+    """Truncations whose held-out loss was measured, in order; `found` is `Resized.loss`."""
     columns: Columns = {
-        "rule": lambda one: text(f"resize.{one.rule}"),
-        "parameters_column": lambda one: f"{one.parameters:,}",
-        "loss_column": lambda one: loss(one.losses.mean),
-        "increase": lambda one: signed_percent(one.increase),
-        "within": lambda one: text("resize.yes" if one.increase <= found.limit else "resize.no"),
+        text("resize.rule"): lambda one: text(f"resize.{one['rule']}"),
+        text("resize.parameters_column"): lambda one: f"{one['parameters']:,}",
+        text("resize.loss_column"): lambda one: loss(one["loss"]),
+        text("resize.increase"): lambda one: signed_percent(one["increase"]),
+        text("resize.within"): lambda one: text("resize.yes" if one["within"] else "resize.no"),
     }
-    headed = {text(f"resize.{name}"): cell for name, cell in columns.items()}
-    return tabulate(text("resize.tried"), headed, found.tried, [text("resize.rule"), text("resize.within")])
+    return tabulate(text("resize.tried"), columns, found["tried"], [text("resize.rule"), text("resize.within")])
 
 
 def sentences(result: Resized, text: Catalogue) -> list[str]:
     """Sizes, kept energy and change in loss, a sentence each."""
-    worst = max(result.layers.to_dict("records"), key=lambda row: float(row["relative_error"]))
-    (before, after), (old_bytes, new_bytes) = result.parameters, result.file_bytes
+    worst = result.layers.loc[result.layers["relative_error"].idxmax()]
+    before, after = result.parameters_before, result.parameters_after
+    old, new = result.file_bytes_before, result.file_bytes_after
     lines = [
         text("resize.parameters", before=f"{before:,}", after=f"{after:,}", change=change(after, before)),
-        text("resize.file", before=size(old_bytes), after=size(new_bytes), change=change(new_bytes, old_bytes)),
+        text("resize.file", before=size(old), after=size(new), change=change(new, old)),
         text("resize.kept", kept=percent(result.kept_energy)),
         text("resize.worst", error=percent(worst["relative_error"]), layer=worst["layer"]),
     ]
     if (found := result.loss) is not None:
-        error = found.difference.standard_error
-        values = {
-            "before": loss(found.before.mean),
-            "after": loss(found.after.mean),
-            "n": f"{len(found.before.loss):,}",
-        }
-        values |= {"difference": signed(found.difference.mean), "error": "–" if error is None else f"{error:.4f}"}
-        values |= {"increase": signed_percent(found.increase), "limit": percent(found.limit)}
+        values = {name: loss(found[name]) for name in ("before", "after")} | {"n": f"{found['examples']:,}"}
+        values |= {"difference": signed(found["difference"]), "error": shown(found["standard_error"], loss, text)}
+        values |= {"increase": signed_percent(found["increase"]), "limit": percent(found["max_increase"])}
         lines.append(text("resize.loss", **values))
-    return [*lines, text("resize.written", folder=result.folder)]
+    return [*lines, text("resize.written", folder=result.adapter)]
 
 
 KINDS = (".html", ".svg", ".png")
@@ -75,11 +83,10 @@ _SPECTRUM_NUMBERS = ("rank", "rank_90", "rank_95", "rank_99", "effective_rank", 
 
 def module_table(frame: pd.DataFrame, text: Catalogue) -> Table:
     """Mean effective ranks of each module's layers; `frame` is that of `rankscope.lora.svd.spectrum`."""
-    table, columns = by_module(frame), Columns()
-    for name in table.columns:
-        form = str if name in ("module", "layers") else "{:.4g}".format
-        columns[text(f"spectrum.{name}")] = lambda row, name=name, form=form: form(row[name])  # type: ignore[misc]
-    return tabulate(text("spectrum.caption"), columns, table.to_dict("records"), [text("spectrum.module")])
+    table = by_module(frame)
+    rows = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in table.to_numpy()]
+    headers = [text(f"spectrum.{name}") for name in table.columns]
+    return Table(text("spectrum.caption"), headers, [name != "module" for name in table.columns], rows)
 
 
 def spectrum_chart(frame: pd.DataFrame, text: Catalogue) -> alt.LayerChart | alt.FacetChart:
@@ -89,7 +96,7 @@ def spectrum_chart(frame: pd.DataFrame, text: Catalogue) -> alt.LayerChart | alt
     how = {name: "first" if name == "layer" else "mean" for name in shown.columns if name not in ("block", "module")}
     shown = shown.groupby(["block", "module"], sort=False, as_index=False).agg(how)
     for name in ("layer", "module"):
-        shown[name] = shown[name].map(formats.strip_control_characters)  # SVG is XML, which has no control characters
+        shown[name] = shown[name].map(strip_control_characters)  # SVG is XML, which has no control characters
     shown["block"] = shown["block"].astype(str).replace("-1", text("none"))  # -1: outside the blocks
     modules = list(dict.fromkeys(shown["module"]))
     blocks = shown["block"].nunique()
