@@ -21,9 +21,8 @@ _DIGEST_AND_END = re.compile(rb'[0-9a-f]{64}"\n}\n')
 
 @contextmanager
 def published(path: Path) -> Iterator[Path]:
-    """Temporary file beside `path` for the body to fill, which is then flushed to disk and renamed to `path`. A reader
-    sees the old file or the new one, never a part (the recipe of inspect_ai and of git). Raises StudyDirectoryError:
-    the disk is full, or the folder cannot be written."""
+    """Temporary file beside `path` for the body to fill, which is then flushed to disk and renamed to `path`: a reader
+    sees the old file or the new one. Raises StudyDirectoryError: the disk is full, or the folder cannot be written."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -42,8 +41,7 @@ def published(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def published_folder(path: Path) -> Iterator[Path]:
-    """Temporary folder for the body to fill, which is then flushed to disk and renamed to `path`. Raises as `published`
-    and `check_empty`."""
+    """`published` for a folder. Raises also as `check_empty`."""
     with writing(path):
         check_empty(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,8 +80,8 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn an error of the body into one that says why `path` cannot be read. Raises DamagedError: it is missing;
-    StudyDirectoryError: it cannot be read, which does not mean that it is corrupt."""
+    """Turn an error of the body into DamagedError where `path` is missing, and into StudyDirectoryError where it cannot
+    be read, which does not mean that it is corrupt."""
     try:
         yield
     except FileNotFoundError:
@@ -97,8 +95,8 @@ def reading(path: Path) -> Iterator[None]:
 
 @contextmanager
 def corrupt_on_error(path: Path) -> Iterator[None]:
-    """Turn an error of the body, which uses the content of `path`, into a DamagedError: content with a matching hash
-    still has the wrong shape if somebody changed both or another program wrote it."""
+    """Turn an error of the body, which uses the content of `path`, into a DamagedError: somebody may have changed both
+    content and hash."""
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, SafetensorError) as error:
@@ -122,15 +120,13 @@ def _flush(path: Path) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Publish a JSON object with the hash of all other keys as its last key, `sha256`. NaN and infinity, which are not
-    JSON, are refused."""
+    """Publish a JSON object with the hash of all other keys as its last key, `sha256`. NaN and infinity are refused."""
     write_atomic(path, _json({**value, "sha256": _digest(value)}))
 
 
 def read_json(path: Path, schema: int = 1) -> dict[str, Any]:
-    """Read what `write_json` wrote, without the hash. `schema` is the newest schema that the caller knows. Raises
-    DamagedError: the file is missing or corrupt; StudyDirectoryError: it cannot be read, or a newer version wrote
-    it."""
+    """What `write_json` wrote, without the hash. `schema` is the newest that the caller knows. Raises DamagedError: the
+    file is missing or corrupt; StudyDirectoryError: it cannot be read, or a newer version wrote it."""
     with reading(path):
         content = path.read_bytes()
     return parse_json(content, path, schema)
@@ -193,23 +189,20 @@ def _digest(value: Mapping[str, Any]) -> str:
 
 
 def _digest_as_written(content: bytes) -> str | None:
-    """Digest of a file that `write_json` wrote, from its bytes, or None if they do not end as `write_json` ends them.
-    Serializing every value again to hash it would take most of the time of reading thousands of files."""
+    """Digest of a file that `write_json` wrote, from its bytes; None if another program wrote them. Serializing every
+    value again to hash it would take most of the time of reading thousands of files."""
     rest, key, end = content.rpartition(b',\n "sha256": "')
-    if not key or not _DIGEST_AND_END.fullmatch(end):
-        return None
-    return hashlib.sha256(rest + b"\n}\n").hexdigest()
+    whole = key and _DIGEST_AND_END.fullmatch(end)
+    return hashlib.sha256(rest + b"\n}\n").hexdigest() if whole else None
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes; raises as `reading` does."""
     with reading(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_whole(path: Path, sha256: str | None) -> bytes:
-    """Bytes of a file, checked against its hash where one is given. Raises DamagedError: the file is missing, or its
-    hash is another; StudyDirectoryError: it cannot be read."""
+    """Bytes of a file. Raises as `reading`; DamagedError: its hash is not `sha256`, where that is given."""
     with reading(path):
         content = path.read_bytes()
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
@@ -223,8 +216,7 @@ def unlike_its_hash(path: Path) -> DamagedError:
 
 
 def file_hashes(folder: Path, patterns: Sequence[str]) -> dict[str, str]:
-    """Hash of each file in `folder` that a pattern matches, by relative path, without hidden files (such as the
-    temporary file of a killed writer)."""
+    """Hash of each file in `folder` that a pattern matches, by relative path, without those of killed writers."""
     found = sorted(file for pattern in patterns for file in folder.glob(pattern) if not file.name.startswith("."))
     return {file.relative_to(folder).as_posix(): file_sha256(file) for file in found}
 
@@ -237,13 +229,9 @@ def leftovers(folder: Path) -> Iterator[Path]:
 
 def is_free(folder: Path) -> bool:
     """Whether a study may begin in `folder`: it is missing, or has only what a killed start left behind."""
-    with reading(folder):
-        try:
-            return all(_TEMPORARY.fullmatch(file.name) for file in folder.iterdir())
-        except FileNotFoundError:
-            return True
-        except NotADirectoryError:
-            return False
+    with reading(folder), suppress(FileNotFoundError, NotADirectoryError):
+        return all(_TEMPORARY.fullmatch(file.name) for file in folder.iterdir())
+    return not exists(folder)
 
 
 def inside(root: Path, *parts: str) -> Path:
@@ -257,32 +245,24 @@ def inside(root: Path, *parts: str) -> Path:
 
 
 def refuse_links_out(root: Path) -> None:
-    """Check everything below `root` before any of it is read or written. `root` itself may be reached by a link.
-
-    A folder that cannot be listed is passed over: reading a file in it raises. Raises StudyDirectoryError: a symbolic
-    link leads out of `root`, or something is neither a file nor a folder, such as a pipe, which would block its reader
-    forever.
-    """
-    for folder, folders, files in os.walk(root):
-        for path in (os.path.join(folder, name) for name in folders + files):
-            if os.path.islink(path):
-                if not _stays_inside(Path(path), root):
+    """Check everything below `root`, which may be a link itself, before any of it is read or written. Raises
+    StudyDirectoryError: a symbolic link leads out of `root`, or something is neither a file nor a folder, such as a
+    pipe, which would block its reader forever."""
+    for folder, folders, files in os.walk(root):  # a folder that cannot be listed is passed over: reading in it raises
+        for path in (Path(folder, name) for name in folders + files):
+            if path.is_symlink():
+                leads_out = True
+                with suppress(OSError, RuntimeError):  # links in a circle
+                    leads_out = not path.resolve().is_relative_to(root.resolve())
+                if leads_out:
                     todo = "If you know who made it, put a copy of what it points to in its place; else remove it."
                     raise StudyDirectoryError(f"{path}: a symbolic link that leads out of {root}", todo)
-            elif not (os.path.isdir(path) or os.path.isfile(path)) and os.path.lexists(path):  # else published since
+            elif not (path.is_dir() or path.is_file()) and os.path.lexists(path):  # else published since
                 raise StudyDirectoryError(f"{path}: neither a file nor a folder", "Remove it.")
 
 
-def _stays_inside(link: Path, root: Path) -> bool:
-    try:
-        return link.resolve().is_relative_to(root.resolve())
-    except (OSError, RuntimeError):  # links in a circle
-        return False
-
-
 class JsonlWriter:
-    """Appends one JSON object per line. A torn last line, and all lines after the first `keep`, are removed at the
-    start. `lines` and `sha256` are those of the whole file."""
+    """Appends one JSON object per line. A torn last line, and all after the first `keep`, are removed at the start."""
 
     def __init__(self, path: Path, keep: int | None = None) -> None:
         self._path = path
@@ -308,6 +288,7 @@ class JsonlWriter:
 
     @property
     def sha256(self) -> str:
+        """Of the whole file."""
         return self._hash.hexdigest()
 
     def sync(self) -> None:
@@ -315,19 +296,12 @@ class JsonlWriter:
         with writing(self._path):
             os.fsync(self._file.fileno())
 
-    def close(self) -> None:
-        if not self._file.closed:
-            try:
-                self.sync()
-            finally:
-                with writing(self._path):
-                    self._file.close()
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        with self._file:
+            self.sync()
 
 
 class JsonlTail:
@@ -337,7 +311,7 @@ class JsonlTail:
         self.path, self._offset, self._lines = path, 0, 0
 
     def read(self) -> tuple[int, list[bytes]]:
-        """Number of the first new line since the last call (1 where all lines are new), and the new lines."""
+        """Number of the first new line since the last call (1 where all are new), and these lines."""
         content = b""
         with reading(self.path), suppress(FileNotFoundError), self.path.open("rb") as file:
             file.seek(max(0, self._offset - 1))
@@ -353,10 +327,7 @@ class JsonlTail:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file; a torn last line is dropped, a missing file has none. Raises DamagedError: a line before
-    the last is corrupt; StudyDirectoryError: the file cannot be read."""
-    lines: list[bytes] = []
-    with reading(path), suppress(FileNotFoundError):
-        lines = path.read_bytes().split(b"\n")
-    # Bytes after the last newline are a torn line, or none.
-    return [_parse_object(line, path, f"line {number}: ") for number, line in enumerate(lines[:-1], start=1)]
+    """Rows of a JSONL file without a torn last line; a missing file has none. Raises DamagedError: another line is
+    corrupt; StudyDirectoryError: the file cannot be read."""
+    first, lines = JsonlTail(path).read()
+    return [_parse_object(line, path, f"line {number}: ") for number, line in enumerate(lines, first)]

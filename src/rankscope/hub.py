@@ -4,7 +4,6 @@ it is needed."""
 import logging
 import re
 import shlex
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -30,12 +29,7 @@ def repository(id: str, kind: Literal["model", "dataset"], revision: str | None,
     that was fetched last. `file` is one that is needed anyway: with it the cache learns which commit `revision` was.
     Raises the errors of the hub's client; `explained` has them in words."""
     import huggingface_hub as hub
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors
 
     _quiet()
     where: dict[str, Any] = {"repo_id": id, "repo_type": kind, "revision": revision}
@@ -43,16 +37,16 @@ def repository(id: str, kind: Literal["model", "dataset"], revision: str | None,
         return Repository(revision, files, True)
     try:
         info: Any = hub.HfApi().repo_info(**where, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT)
-        with suppress(EntryNotFoundError):
+        with suppress(errors.EntryNotFoundError):
             hub.hf_hub_download(filename=file, **where)
-    except (RepositoryNotFoundError, RevisionNotFoundError):
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
         raise
     except Exception as error:  # no answer: what an earlier study fetched, if anything
         try:
             folder = Path(hub.snapshot_download(**where, local_files_only=True, allow_patterns=[file]))
         except Exception:
             raise error from None
-        if not isinstance(error, OfflineModeIsEnabled):
+        if not isinstance(error, errors.OfflineModeIsEnabled):
             reason, _ = explained(id, error) or (str(error), "")
             _log.warning("%s: %s; commit %s is used, which was fetched before", id, reason, folder.name[:7])
         files = _listed(kind, id, folder.name)  # some of them may not have been fetched
@@ -106,7 +100,8 @@ def explained(id: str, error: BaseException) -> tuple[str, str] | None:
     from huggingface_hub import constants, errors
 
     at = constants.ENDPOINT
-    for cause in _chain(error):
+    cause: BaseException | None = error
+    while cause is not None:
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if isinstance(cause, errors.GatedRepoError):
             todo = f"Accept its terms at {at}/{id}, then `hf auth login`, or set HF_TOKEN."
@@ -136,14 +131,8 @@ def explained(id: str, error: BaseException) -> tuple[str, str] | None:
             slow = "Timeout" in type(cause).__name__
             reason = "no answer in time" if slow else f"no connection: {' '.join(str(cause).split()) or 'closed'}"
             return f"{at}: {reason}", f"Check the network. {_OFFLINE}"
+        cause = cause.__cause__ or cause.__context__
     return None
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it came from."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _quiet() -> None:
@@ -151,8 +140,7 @@ def _quiet() -> None:
     import huggingface_hub  # noqa: F401  its logger's handler is made by the import
 
     for handler in logging.getLogger("huggingface_hub").handlers:
-        if _is_told not in handler.filters:
-            handler.addFilter(_is_told)
+        handler.addFilter(_is_told)
 
 
 def _is_told(record: logging.LogRecord) -> bool:
