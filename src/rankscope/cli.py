@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from rankscope import __version__
-from rankscope.errors import RankscopeError, StudyError, check_system, require
+from rankscope.errors import OutOfMemoryError, RankscopeError, StudyError, check_system, require
 from rankscope.measure.cores import ENVIRONMENT
 from rankscope.ui import options as ask
 from rankscope.ui import start
@@ -444,6 +444,15 @@ def main() -> None:
         if debug or not show_system_error(error):
             raise
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:  # of a device's memory torch raises a RuntimeError
+        from rankscope.jobs.worker import known_error
+
+        known = known_error(error)
+        if debug or not isinstance(known, OutOfMemoryError):
+            raise
+        todo = "Use a machine with more memory, or --device cpu in place of a GPU."
+        error_console.print(f"error: {known}\n  {todo}", style="red", soft_wrap=True)
+        sys.exit(known.exit_code)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from export.loaded import logits, own_logits
-from rankscope.cli import app
+from rankscope.cli import app, main
 from rankscope.data.tokens import load
-from rankscope.errors import ModelError, OutOfMemoryError, RankscopeError, StudyDirectoryError, StudyError
+from rankscope.errors import ModelError, RankscopeError, StudyDirectoryError, StudyError
 from rankscope.export.command import export
 from rankscope.export.show import deletable
 from rankscope.export.write import load_plain
@@ -171,16 +173,17 @@ def test_a_quantized_base_has_the_hash_of_the_study(trained: Study, kind: str) -
     assert not any(getattr(layer, "support_avx512bf16_for_cpu", False) for layer in model.modules())
 
 
-@pytest.mark.parametrize("place", ["AutoModelForCausalLM.from_pretrained", "PeftEngine.evaluate"])
 def test_out_of_memory_has_a_way_out(
-    trained: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+    trained: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
 
-    monkeypatch.setattr(f"rankscope.export.write.{place}", full)
-    with pytest.raises(OutOfMemoryError, match=r"Tried to allocate 9 GiB\.\n.*--device cpu"):
-        export(trained, tmp_path / "out", RANK)
+    monkeypatch.setattr("rankscope.export.write.AutoModelForCausalLM.from_pretrained", full)
+    monkeypatch.setattr(sys, "argv", ["rankscope", "export", str(trained.path), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    assert re.search(r"(?s)error: .*Tried to allocate 9 GiB\..*--device cpu", capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -4,8 +4,7 @@ choose -> (train again) -> write, or merge and write -> load it as a server does
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,11 +13,10 @@ import numpy as np
 
 from rankscope import hub
 from rankscope.data.tokens import Tokens, load
-from rankscope.errors import ModelError, OutOfMemoryError, RankscopeError, StudyError, WorkerError
+from rankscope.errors import ModelError, StudyError, WorkerError
 from rankscope.export.write import DTYPES, FORMS, Exported, measure, own_form, write_files
 from rankscope.files import check_empty, published_folder, read_json
 from rankscope.jobs.child import load_base
-from rankscope.jobs.worker import known_error
 from rankscope.model.checks import check_source, location
 from rankscope.model.device import resolve_device
 from rankscope.model.load import load_config
@@ -46,20 +44,6 @@ class Result(NamedTuple):
     pushed: str | None  # address of the commit
 
 
-@contextmanager
-def _way_out_of_memory() -> Iterator[None]:
-    """Raise rankscope's own error where memory runs out, which may be the cause of a model that cannot be loaded."""
-    try:
-        yield
-    except Exception as error:
-        cause = error.__cause__ if isinstance(error, RankscopeError) and error.__cause__ else error
-        if isinstance(known := known_error(cause), OutOfMemoryError):  # type: ignore[arg-type]
-            todo = "In place of a GPU use the CPU: --device cpu; or a machine with more memory."
-            raise OutOfMemoryError(known.what, known.todo or todo) from error
-        raise
-
-
-@_way_out_of_memory()
 def export(
     study: Study,
     out: Path | None = None,
@@ -74,13 +58,12 @@ def export(
     say: Say = lambda message: None,
 ) -> Result:
     """Export the best seed of the candidate that the verdict names, or compares at `rank`, or the trial of that name,
-    to the folder `out`.
+    to the folder `out`. Options are those of the command: `over` names further forms to measure it in, `model` and
+    `device` where the base is now.
 
-    `retrain` trains it on all rows first. `merge` writes a model of that type in place of an adapter. `over` names
-    further forms to measure it in, `push` a repository of the hub, `model` and `device` where the base is now. Raises
-    StudyError: `out` is not empty, the verdict names no candidate, or an option does not go with the study; ModelError:
-    the base is another, or cannot be merged; StudyDirectoryError: an adapter is corrupt, or `out` cannot be written;
-    OutOfMemoryError.
+    Raises StudyError: `out` is not empty, the verdict names no candidate, or an option does not go with the study;
+    ModelError: the base is another, or cannot be merged; StudyDirectoryError: an adapter is corrupt, or `out` cannot be
+    written.
     """
     chosen = study.best_trial(rank) if trial is None else next((t for t in study.trials if t.name == trial), None)
     if chosen is None or study.trial_record(chosen).status != "done" or (trial and rank):
@@ -136,9 +119,9 @@ def _check(study: Study, trial: Trial, folder: Path, merge: str | None, over: Se
 
 
 def train_again(study: Study, trial: Trial, say: Say) -> Path:
-    """Train the trial by the study's recipe on training rows and held-out ones, in retrained/ of the study, and return
-    its folder. What is done is used again, and what was stopped goes on. Raises StudyError: no rows are held out;
-    KilledError: it was stopped; WorkerError: it diverged."""
+    """Train the trial on training rows and held-out ones, in retrained/ of the study, and return its folder. What is
+    done is used again, and what was stopped goes on. Raises StudyError: no rows are held out; KilledError: it was
+    stopped; WorkerError: it diverged."""
     if study.spec.data.eval_dataset or study.spec.data.eval_split:
         what = "--retrain: the study is evaluated on rows of its own, and trained on all others already"
         raise StudyError(what, "Leave it out.")

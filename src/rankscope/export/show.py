@@ -13,7 +13,6 @@ from typing import Any
 from rankscope.export.command import Result
 from rankscope.export.write import Exported
 from rankscope.files import folder_bytes
-from rankscope.resize.loss_budget import Difference
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import Columns, Table, interval, loss, percent, signed, size, tabulate
 
@@ -70,15 +69,18 @@ def deletable(result: Result) -> dict[str, int]:
         "study": [study],
     }
     around = result.made.folder.resolve().parents
-    sizes = {
-        name: sum(folder_bytes(f) for f in folders if f.resolve() not in around) for name, folders in parts.items()
-    }
+    sizes = {name: sum(folder_bytes(f) for f in of if f.resolve() not in around) for name, of in parts.items()}
     return {name: size for name, size in sizes.items() if size}
 
 
 def describe(result: Result) -> dict[str, Any]:
     """Content of `--json`: bytes, nats per label token."""
     made, confidence = result.made, result.study.spec.verdict.confidence
+    deployed = {}
+    for form, (losses, lost) in result.deployed.items():
+        low, high = lost.interval(confidence)
+        about = {"lost": lost.mean, "rows": lost.examples, "lost_low": low, "lost_high": high}
+        deployed[form] = {"loss": losses.mean, **about}
     return {
         "folder": str(made.folder),
         "bytes": folder_bytes(made.folder),
@@ -87,11 +89,7 @@ def describe(result: Result) -> dict[str, Any]:
         "retrained": result.retrained,
         "merged": made.merged,
         "held_out_loss": result.before.mean,
-        "deployed": {
-            form: {"loss": losses.mean, "lost": lost.mean, "rows": lost.examples}
-            | dict(zip(("lost_low", "lost_high"), lost.interval(confidence), strict=True))
-            for form, (losses, lost) in result.deployed.items()
-        },
+        "deployed": deployed,
         "serve": serving_lines(made),
         "refused": refusals(made),
         "max_lora_rank": {rank: vllm_rank(rank) for rank in sorted(result.study.spec.ranks)},
@@ -106,16 +104,11 @@ def lost_table(result: Result, text: Catalogue) -> Table:
     columns: Columns = {
         text("export.form"): lambda row: row[0],
         text("export.loss"): lambda row: loss(row[1].mean),
-        text("export.lost"): lambda row: _lost(row[2], confidence),
+        text("export.lost"): lambda row: _signed(row[2].mean) + interval(*row[2].interval(confidence), _signed),
     }
     columns |= {text("export.of_gain"): lambda row: f"{_signed(100 * row[2].mean / gain, 1)}%"} if gain else {}
     rows = [(form, *found) for form, found in result.deployed.items()]
     return tabulate("", columns, rows, [text("export.form")])
-
-
-def _lost(lost: Difference, confidence: float) -> str:
-    low, high = lost.interval(confidence)
-    return _signed(lost.mean) + interval(low, high, _signed)
 
 
 def _signed(value: float, digits: int = 4) -> str:
@@ -124,26 +117,28 @@ def _signed(value: float, digits: int = 4) -> str:
 
 def sentences(result: Result, text: Catalogue) -> list[str]:
     """What was exported, the lines that serve it, which ranks a server takes, and what may be deleted."""
-    made, seeds = result.made, list(result.seeds.values())
+    made, seeds, losses = result.made, list(result.seeds.values()), result.before
+    confidence = percent(result.study.spec.verdict.confidence)
+    lines = [text("export.caption", confidence=confidence, before=loss(losses.mean), n=f"{len(losses.loss):,}")]
     chosen = {"trial": result.trial.name, "n": len(seeds), "mean": loss(sum(seeds) / len(seeds))}
-    about = {"before": loss(result.before.mean), "n": f"{len(result.before.loss):,}"}
-    lines = [text("export.caption", confidence=percent(result.study.spec.verdict.confidence), **about)]
-    lines += [text("export.one_seed" if len(seeds) == 1 else "export.seeds", **chosen)]
+    lines.append(text("export.one_seed" if len(seeds) == 1 else "export.seeds", **chosen))
     candidates = [one for one in result.study.trials if one.candidate == result.trial.candidate]
-    diverged = sum(result.study.trial_record(one).status == "diverged" for one in candidates)
-    lines += [text("export.diverged", n=diverged, all=len(candidates))] if diverged else []
-    lines += [text("export.retrained")] if result.retrained else []
+    if diverged := sum(result.study.trial_record(one).status == "diverged" for one in candidates):
+        lines.append(text("export.diverged", n=diverged, all=len(candidates)))
+    if result.retrained:
+        lines.append(text("export.retrained"))
     lines.append(text("export.written", folder=made.folder, size=size(folder_bytes(made.folder))))
     for server, line in serving_lines(made).items():
         lines += [f"{server}:", f"  {line}"]
     lines += [text(f"export.refusal.{why}", server=server) for server, why in refusals(made).items()]
     if not made.merged:
         found = {rank: vllm_rank(rank) for rank in sorted(result.study.spec.ranks)}
-        padded = ", ".join(f"{rank} → {taken}" for rank, taken in found.items() if taken not in (rank, None))
-        refused = ", ".join(str(rank) for rank, taken in found.items() if taken is None)
         lines.append(text("export.ranks", known=", ".join(map(str, VLLM_RANKS))))
-        lines += [text("export.padded", ranks=padded)] if padded else []
-        lines += [text("export.refused", ranks=refused)] if refused else []
-    left = [f"  {text(f'export.delete.{key}', size=size(n))}" for key, n in deletable(result).items()]
-    lines += [text("export.deletable"), *left] if left else []
+        if padded := [f"{rank} → {taken}" for rank, taken in found.items() if taken not in (rank, None)]:
+            lines.append(text("export.padded", ranks=", ".join(padded)))
+        if refused := [str(rank) for rank, taken in found.items() if taken is None]:
+            lines.append(text("export.refused", ranks=", ".join(refused)))
+    if left := deletable(result):
+        lines.append(text("export.deletable"))
+        lines += [f"  {text(f'export.delete.{key}', size=size(n))}" for key, n in left.items()]
     return [*lines, *([text("export.pushed", address=result.pushed)] if result.pushed else [])]

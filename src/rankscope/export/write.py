@@ -43,9 +43,7 @@ class Exported(NamedTuple):
 
 
 def write_files(study: StudyFolder, adapter: Path, merged: str | None, sha256: str | None, folder: Path) -> Exported:
-    """Fill `folder` from the adapter in another. To a larger tokenizer beside an adapter PEFT would enlarge the model,
-    by random rows, which take probability: of such a tokenizer only the study's chat template is written. Raises as
-    `load_plain` and `merged_model`."""
+    """Fill `folder` from the adapter in another. Raises as `load_plain` and `merged_model`."""
     spec, data, saved = study.spec.model, study.spec.data, read_adapter(adapter)
     config, tokenizer = portable_config(saved, spec), load_tokenizer(spec)
     own_template = data.chat_template is not None and has_conversations(study.data_facts.get("format", ""))
@@ -57,6 +55,7 @@ def write_files(study: StudyFolder, adapter: Path, merged: str | None, sha256: s
     else:
         shutil.copyfile(adapter / WEIGHTS, folder / WEIGHTS)
         save_config(config, folder)
+    # To a larger tokenizer beside an adapter PEFT would enlarge the model, by random rows, which take probability.
     if merged or len(tokenizer) <= load_config(spec).get_text_config().vocab_size:
         tokenizer.save_pretrained(folder)
     elif own_template:
@@ -65,8 +64,8 @@ def write_files(study: StudyFolder, adapter: Path, merged: str | None, sha256: s
 
 
 def portable_config(saved: SavedAdapter, spec: ModelSpec) -> LoraConfig:
-    """The adapter's configuration with a base that is found from any folder, and without rsLoRA where the same scaling
-    can be written as alpha over rank: llama.cpp reads nothing else."""
+    """The adapter's configuration with a base that is found from any folder, and without rsLoRA, which llama.cpp does
+    not read, where alpha over rank says the same."""
     config, base = copy.copy(saved.config), Path(location(spec))
     config.base_model_name_or_path = str(base.resolve()) if base.exists() else spec.id
     config.revision = spec.commit or spec.revision
@@ -113,7 +112,7 @@ def load_plain(spec: ModelSpec, form: str, sha256: str | None, folder: Path | No
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             config=load_config(spec), use_safetensors=not checks.is_gguf(spec), **options, **checks.source(spec)
         )
-    except ModelError:
+    except (ModelError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise loading_error(spec, "model", error) from error
