@@ -169,7 +169,6 @@ def test_the_card_and_the_name_give_the_seed_that_the_state_lacks(tmp_path: Path
     assert runs_of(found, "seed taken from the name") == {"r1-seed7"}
 
 
-EXACT = {"train/loss": 1.000013}  # of more digits than chance makes equal
 NOISE = {8: (0.0, 0.011, -0.006), 64: (0.002, 0.008, -0.007)}
 
 
@@ -222,11 +221,7 @@ def test_seeds_that_differ_between_ranks_are_a_confounder(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("rows", "what", "named"),
     [
-        (
-            [*several({8: 1.9, 64: 1.5}, **EXACT), {"r": 8, "seed": 3, "eval": 1.9, **EXACT}],
-            "losses of another run",
-            {"run-6"},
-        ),
+        ([*several({8: 1.9, 64: 1.5}), {"r": 8, "seed": 0, "eval": 1.9}], "a copy of another run", {"run-6"}),
         (
             [*several({8: 1.9, 64: 1.5}), {"r": 8, "seed": 0, "eval": 1.7}],
             "settings and seed of another",
@@ -269,8 +264,6 @@ def test_seeds_of_equal_rounded_losses_are_no_copies(tmp_path: Path) -> None:
     found = judge([write_csv(tmp_path / "runs.csv", rows)])
     assert not found.runs["copy"].any()
     assert [one["seeds"] for one in found.differences] == [[0, 1, 2]]
-    same = [row | {"train/loss": "", "eval": row["eval"] + 1e-7} for row in rows]
-    assert not judge([write_csv(tmp_path / "runs.csv", same)]).runs["copy"].any(), "one of the two losses is missing"
     assert list(judge([write_csv(tmp_path / "runs.csv", [*rows, rows[0]])]).runs["copy"]) == [False] * 6 + [True]
 
 

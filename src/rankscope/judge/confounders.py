@@ -19,7 +19,6 @@ SETTINGS = (
 _RARE = ("steps_an_epoch", "eval_step", "untrained_loss")  # that few tools record, beside others that say as much
 _ROUNDED = dict.fromkeys(("epochs", "steps_an_epoch", "eval_rows"), 0.005) | {"untrained_loss": 0.001}
 """Shares within which values are equal, as they are computed from rounded ones."""
-_ROUNDED_TO = 4  # decimals of a loss as tools print it, which two runs may share by chance
 _RISE = 0.01  # share of the lowest held-out loss by which the last is above it where a run overfits
 
 
@@ -31,15 +30,12 @@ class Finding(NamedTuple):
 
 
 def normalised(runs: pd.DataFrame) -> pd.DataFrame:
-    """Runs with `scaling`, alpha/rank (alpha with rsLoRA, whose rule this is), with `copy`, whether another run of the
-    rank has the same losses (and the same seed and rate, where losses are rounded so far that chance makes some equal,
-    or one is missing), and with equal values where tools round."""
+    """Runs with `scaling`, alpha/rank (alpha with rsLoRA, whose rule this is), with `copy`, whether another run has the
+    same rank, seed, rate and losses, and with equal values where tools round."""
     scaled = np.where(runs["variant"].str.contains(RSLORA, regex=False), runs["alpha"], runs["alpha"] / runs["rank"])
-    rates, losses = runs["learning_rate"].map(lambda rate: float(f"{rate:.6g}")), ["train_loss", "eval_loss"]
-    exact = runs["train_loss"].notna() & (runs[losses].map(decimals).max(axis=1) > _ROUNDED_TO)
-    alike = runs[["rank", *losses]].assign(seed=runs["seed"].mask(exact), rate=rates.mask(exact)).duplicated()
-    copies = alike & runs["eval_loss"].notna() & ~runs["diverged"]
-    runs = runs.assign(scaling=scaled, copy=copies, learning_rate=rates)
+    runs = runs.assign(scaling=scaled, learning_rate=runs["learning_rate"].map(lambda rate: float(f"{rate:.6g}")))
+    again = runs.duplicated(["rank", "seed", "learning_rate", "train_loss", "eval_loss"])
+    runs["copy"] = again & runs["eval_loss"].notna() & ~runs["diverged"]
     for column, share in _ROUNDED.items():
         first, same = math.nan, dict[float, float]()
         for value in sorted(set(runs[column].dropna())):
@@ -77,10 +73,10 @@ def confounders(runs: pd.DataFrame) -> list[Finding]:
         known = runs.dropna(subset=column)
         if len({frozenset(part[column]) for _, part in known.groupby("rank")}) < 2:
             continue
-        values = [
-            (show(value), sorted(set(of["rank"])), list(of["run"])) for value, of in known.groupby(column, sort=False)
+        listed = [
+            f"{show(value)} at rank {', '.join(map(str, sorted(set(of['rank']))))} ({names(list(of['run']))})"
+            for value, of in known.groupby(column, sort=False)
         ]
-        listed = [f"{value} at rank {', '.join(map(str, ranks))} ({names(of)})" for value, ranks, of in values]
         why = "; a difference is partly one of the update's factor" if column == "scaling" else ""
         if column == "learning_rate" and runs["rate_logged"].any():
             why = "; the highest that was logged, as the peak is not recorded"
@@ -114,7 +110,7 @@ def limits(runs: pd.DataFrame) -> list[Finding]:
         "one learning rate a rank: another may suit another rank better": everything & (rates.max() == 1),
         "diverged: its rank is compared with none": runs["diverged"],
         "ended before its last planned step: compared with none": runs["unfinished"],
-        "losses of another run of its rank: a copy, counted once": runs["copy"],
+        "a copy of another run, counted once": runs["copy"],
         "settings and seed of another run, but other losses: not compared": twice,
         "ends above its lowest held-out loss: overfits": runs["eval_loss"] > (1 + _RISE) * runs["best_loss"],
         f"not recorded and taken to be equal: {', '.join(unknown)}": everything,

@@ -22,7 +22,7 @@ from rankscope.errors import DataError, shortened
 from rankscope.text.formats import size
 
 STATE, CONFIG = "trainer_state.json", "adapter_config.json"
-MAX_BYTES, MAX_RUNS, MAX_RANK = 32_000_000, 10_000, 1 << 20
+MAX_BYTES, MAX_RANK = 32_000_000, 1 << 20
 RSLORA = "rsLoRA"
 _FLAGS = ("diverged", "unfinished", "seed_in_name", "rate_logged")  # the last: the rate is the highest logged
 Row = dict[str, Any]
@@ -35,7 +35,7 @@ class Skipped(NamedTuple):
 
 def read_runs(paths: Sequence[Path]) -> tuple[pd.DataFrame, list[Skipped]]:
     """Runs below `paths`, a row each: `run tool variant`, `_FLAGS` and `FIELDS`, None or NaN where nothing is recorded;
-    and what was passed over. Raises DataError: there is no run, or there are too many."""
+    and what was passed over. Raises DataError: there is no run."""
     rows, skipped, seen = list[Row](), list[Skipped](), set[Path]()
     for root in paths:
         for path, reader in _places(root):
@@ -47,8 +47,6 @@ def read_runs(paths: Sequence[Path]) -> tuple[pd.DataFrame, list[Skipped]]:
                 rows += [_with_seed({"run": str(name)} | row) for row in reader(path, root)]
             except (OSError, ValueError, RecursionError) as error:
                 skipped.append(Skipped(str(path), shortened(" ".join(str(error).split()), 200)))
-            if len(rows) > MAX_RUNS:
-                raise DataError(f"{path}: more than {MAX_RUNS:,} runs", "Give fewer at once.")
     if not rows:
         reasons = "".join(f"\n  {shortened(one.path, 200)}: {one.reason}" for one in skipped[:5])
         todo = f"Give folders with {STATE} and {CONFIG}, a CSV of W&B's run table, or PEFT's result files."
@@ -66,11 +64,7 @@ def _places(root: Path) -> Iterator[tuple[Path, Callable[[Path, Path], list[Row]
     if not root.is_dir():
         yield root, readers.get(root.suffix.lower(), _peft_result)
         return
-    try:
-        files = sorted(one for one in root.rglob("*") if one.suffix in _BEGINNINGS)
-    except (OSError, RecursionError) as error:
-        raise DataError(f"{root}: cannot be listed: {error}", "Give the folders of the runs themselves.") from None
-    for file in files:
+    for file in sorted(one for one in root.rglob("*") if one.suffix in _BEGINNINGS):
         if file.name not in (STATE, CONFIG):
             try:
                 with file.open("rb") if file.is_file() else io.BytesIO() as opened:
@@ -279,11 +273,8 @@ def _with_seed(row: Row) -> Row:
 def _csv(path: Path, root: Path) -> list[Row]:
     """Runs of W&B's run table. A row without a rank is of something else, and is left out."""
     text, separator = _text(path, root), "\t" if path.suffix.lower() == ".tsv" else ","
-    if text.partition("\n")[0].count(separator) > MAX_RUNS:
-        raise ValueError(f"{path.name}: more than {MAX_RUNS:,} columns")
-    how: dict[str, Any] = {"dtype": str, "keep_default_na": False, "index_col": False, "nrows": MAX_RUNS + 1}
     try:
-        table = pd.read_csv(io.StringIO(text), sep=separator, **how)
+        table: Any = pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False, index_col=False)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{path.name}: not CSV: {error}") from None
     rows = []
