@@ -67,7 +67,7 @@ def train_grid(spec: SearchSpec, data: TokenizedData) -> dict[str, Any]:
     """Train the grid; return every candidate's held-out losses at `RECORDED` steps, and the tokens of each step."""
     trainer = PackTrainer(load_model(spec.study.model), spec, data, SLOTS)
     curves, points, start = [], spec.space.points(), time.perf_counter()
-    trials = [SearchTrial(candidate=spec.candidate(point), seed=0, number=n) for n, point in enumerate(points)]
+    trials = [spec.trial(point, number) for number, point in enumerate(points)]
     for first in range(0, len(trials), SLOTS):
         pack = trials[first : first + SLOTS]
         names = [asked.name for asked in pack]

@@ -31,7 +31,7 @@ from rankscope.model.load import load_model
 from rankscope.search.folder import Search
 from rankscope.search.run import run
 from rankscope.search.sampling import NAME
-from rankscope.search.space import Point, SearchSpec, SearchTrial, resolve_search
+from rankscope.search.space import Point, SearchSpec, SearchTrial, modules_text, resolve_search
 from rankscope.search.trainer import PackTrainer, rung_rows, step_tokens
 from rankscope.study.question import lock_folder
 from rankscope.train.step import batch_at
@@ -128,10 +128,10 @@ def test_places_at_different_steps_train_as_alone(root: Path, engine: str) -> No
     have alone."""
     spec = asked(root, engine=engine)
     data = TokenizedData(*(_tokens(seed, rows) for seed, rows in ((0, 40), (1, 12))), {})
-    all_linear, some = spec.space.target_modules
+    all_linear, some = map(modules_text, spec.space.target_modules)
     points = [Point(2, 2e-1, 8.0, some), Point(4, 1e-1, 8.0, all_linear), Point(8, 2e-1, "2r", some)]
     points.append(Point(4, 2e-1, 8.0, some))
-    trials = [SearchTrial(candidate=spec.candidate(point), seed=0, number=n) for n, point in enumerate(points)]
+    trials = [spec.trial(point, n) for n, point in enumerate(points)]
     stopped, *others = trials
 
     def alone(trial: SearchTrial) -> tuple[list[float], float]:
@@ -182,7 +182,7 @@ def test_at_rungs_a_part_of_the_rows_is_looked_at(root: Path) -> None:
     spec, data = asked(root), TokenizedData(_tokens(0, 40), _tokens(1, 30), {})
     assert len(rung_rows(spec, data, steps=18)) == 2 * 4
     assert len(rung_rows(spec, data, steps=900)) == 30
-    trial = SearchTrial(candidate=spec.candidate(Point(4, 1e-3, 8.0, "all-linear")), seed=0, number=0)
+    trial = spec.trial(Point(4, 1e-3, 8.0, "all-linear"), 0)
     expected = [
         int(data.train.lengths[batch_at(trial, data.train, spec.study.training, s)].sum()) for s in range(STEPS)
     ]

@@ -64,7 +64,7 @@ def test_a_search_is_read_as_it_was_written() -> None:
 
 def test_a_point_is_a_candidate_of_the_study() -> None:
     spec = asked({**VALUES, "adapter": {"lora_dropout": 0.1, "use_rslora": True}}, alpha="16,2r")
-    candidate = spec.candidate(Point(8, 2.5e-4, "2r", ("q_proj",)))
+    candidate = spec.trial(Point(8, 2.5e-4, "2r", "q_proj"), 0).candidate
     assert (candidate.rank, candidate.learning_rate, candidate.lora_alpha) == (8, 2.5e-4, 16.0)
     assert (candidate.target_modules, candidate.lora_dropout, candidate.use_rslora) == (("q_proj",), 0.1, True)
 

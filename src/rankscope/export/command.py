@@ -4,7 +4,7 @@ choose -> (train again) -> write, or merge and write -> load it as a server does
 """
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from rankscope.errors import ModelError, StudyError, WorkerError
 from rankscope.export.write import DTYPES, FORMS, Exported, measure, own_form, write_files
 from rankscope.files import check_empty, published_folder, read_json
 from rankscope.jobs.child import load_base
+from rankscope.jobs.job import Say
 from rankscope.model.checks import check_source, location
 from rankscope.model.device import resolve_device
 from rankscope.model.load import load_config
@@ -29,8 +30,6 @@ from rankscope.study.study import Study
 from rankscope.train.engine import ExampleLosses
 from rankscope.train.loop import train_pack
 from rankscope.train.stopping import StopRequest
-
-Say = Callable[[str], None]
 
 
 class Result(NamedTuple):

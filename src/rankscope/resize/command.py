@@ -13,6 +13,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from rankscope.data.tokens import Tokens, load
 from rankscope.errors import StudyError
 from rankscope.files import check_empty
+from rankscope.jobs.job import Say
 from rankscope.lora import svd
 from rankscope.lora.saved import SavedAdapter, find_adapter, read_adapter, write_adapter
 from rankscope.model.checks import pinned
@@ -26,7 +27,6 @@ from rankscope.train.prepare import prepare_data
 
 _BUDGET = "max_loss_increase"
 _SUFFIXES = {"rank": "r", "budget_rank": "budget", _BUDGET: "loss"}
-Say = Callable[[str], None]
 
 
 class Resized(NamedTuple):

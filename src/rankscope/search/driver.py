@@ -39,7 +39,6 @@ class Trainer(Protocol):
 
 @dataclass
 class Running:
-    asked: SearchTrial
     trial: optuna.Trial
     step: int = 0
     seconds: float = 0.0  # of the steps that it took part in, divided among all that did
@@ -81,9 +80,9 @@ def drive(
     while not stopped():
         while len(running) < slots and affords(0, running.values()) and (drawn := sampling.draw(study, spec)):
             trial, point = drawn
-            asked = SearchTrial(candidate=spec.candidate(point), seed=spec.study.seeds[0], number=trial.number)
+            asked = spec.trial(point, trial.number)
             trial.set_user_attr("trial", asked.name)
-            running[asked.name] = Running(asked, trial)
+            running[asked.name] = Running(trial)
             trainer.add(asked)
         if not running:
             return

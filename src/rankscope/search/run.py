@@ -23,7 +23,6 @@ from rankscope.search import job
 from rankscope.search.folder import Search
 from rankscope.search.space import DEFAULT_RANKS, SearchSpec
 from rankscope.search.trainer import step_tokens
-from rankscope.spec.models import StudySpec
 from rankscope.study.question import lock_folder
 from rankscope.train.prepare import describe_data, prepare_data
 
@@ -49,8 +48,8 @@ def run(
         say(f"Ranks up to {full_rank:,}, the full rank of the model's layers")
         spec = spec.up_to(full_rank)
         predictions = _predictions(spec, site)
-    for group, prediction in enumerate(predictions):
-        check_ranks(_corner(spec, group), prediction)
+    for point, prediction in zip(spec.largest(), predictions, strict=True):
+        check_ranks(spec.alone(point), prediction)
         check_base_fits(spec.study.model, prediction, site.free_bytes)
     begun = (out / "data" / "facts.json").exists()
     prepared = None if begun else prepare_data(spec.study)
@@ -74,23 +73,16 @@ def run(
 
 
 def _predictions(spec: SearchSpec, site: Site) -> list[CostModel]:
-    corners = [_corner(spec, group) for group in range(len(spec.space.target_modules))]
-    return [predict(with_site_dtype(corner, site), torch.device(site.kind)) for corner in corners]
+    studies = [with_site_dtype(spec.alone(point), site) for point in spec.largest()]
+    return [predict(study, torch.device(site.kind)) for study in studies]
 
 
 def _slots(spec: SearchSpec, predictions: list[CostModel], data: TokenizedData, free: int) -> int:
     """How many candidates of the highest rank can train together, on the most expensive group of target modules."""
     counts = []
-    for group, prediction in enumerate(predictions):
-        trials = [spec.largest(slot, group) for slot in range(MOST_SLOTS)]
-        memory = StudyMemory(_corner(spec, group), prediction, data.train, free)
+    for point, prediction in zip(spec.largest(), predictions, strict=True):
+        trials = [spec.trial(point, number) for number in range(MOST_SLOTS)]
+        memory = StudyMemory(spec.alone(point), prediction, data.train, free)
         packs = divide_into_packs(trials, prediction, memory.fits, spec.study.training, data.train)
         counts.append(len(packs[0]))
     return min(counts)
-
-
-def _corner(spec: SearchSpec, group: int) -> StudySpec:
-    """Return the study of the highest rank alone, with one of the groups of target modules."""
-    adapter = spec.study.adapter.model_copy(update={"target_modules": spec.space.target_modules[group]})
-    rate = spec.study.learning_rates[:1]
-    return spec.study.model_copy(update={"ranks": (max(spec.space.ranks),), "learning_rates": rate, "adapter": adapter})

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, Field, PositiveFloat, ValidationError
 
 from rankscope.errors import StudyError, shortened
-from rankscope.spec.candidates import Candidate, Count, Frozen, Rank, Seed, Trial, all_linear_or_names, unique
+from rankscope.spec.candidates import Count, Frozen, Rank, Seed, Trial, all_linear_or_names, unique
 from rankscope.spec.models import Modules, StudySpec
 from rankscope.spec.options import assemble
 
@@ -85,23 +85,25 @@ class SearchSpec(Frozen):
     rungs: int = Field(default=2, ge=1)  # where a candidate may be stopped; the first at schedule / reduction**rungs
     seed: Seed = 0  # of the sampler; the study's own seed determines batches and initial weights
 
-    def candidate(self, point: Point) -> Candidate:
+    def alone(self, point: Point) -> StudySpec:
+        """The study of one candidate."""
         adapter = {"alpha": point.alpha, "target_modules": all_linear_or_names(point.target_modules)}
         only: dict[str, Any] = {"ranks": (point.rank,), "learning_rates": (point.learning_rate,)}
-        only |= {"adapter": self.study.adapter.model_copy(update=adapter)}
-        return self.study.model_copy(update=only).candidates()[0]
+        return self.study.model_copy(update=only | {"adapter": self.study.adapter.model_copy(update=adapter)})
+
+    def trial(self, point: Point, number: int) -> "SearchTrial":
+        return SearchTrial(candidate=self.alone(point).candidates()[0], seed=self.study.seeds[0], number=number)
+
+    def largest(self) -> list[Point]:
+        """The most expensive candidate on each of the groups of target modules."""
+        rank, rate, alpha = max(self.space.ranks), self.study.learning_rates[0], self.space.alphas[0]
+        return [Point(rank, rate, alpha, modules_text(modules)) for modules in self.space.target_modules]
 
     def up_to(self, rank: int) -> "SearchSpec":
         """Return the search without ranks above `rank`; with `rank` itself where none is left."""
         ranks = {"ranks": tuple(one for one in self.space.ranks if one <= rank) or (rank,)}
         parts = {"space": self.space.model_copy(update=ranks), "study": self.study.model_copy(update=ranks)}
         return self.model_copy(update=parts)
-
-    def largest(self, number: int, group: int) -> "SearchTrial":
-        """Return a candidate of the highest rank on one of the groups of target modules: the most expensive one."""
-        modules = modules_text(self.space.target_modules[group])
-        point = Point(max(self.space.ranks), self.study.learning_rates[0], self.space.alphas[0], modules)
-        return SearchTrial(candidate=self.candidate(point), seed=0, number=number)
 
     def rung_steps(self, steps: int) -> list[int]:
         """Return the steps after which a candidate may be stopped, for a schedule of `steps`."""

@@ -34,8 +34,8 @@ class PackTrainer:
         self.rung_data, self.members = rung_rows(spec, data, self.steps), dict[str, TrainState]()
         # Whether the model can be packed, and how large its forwards may be, is asked with all slots taken by the
         # largest candidates.
-        groups = len(spec.space.target_modules)
-        largest = [spec.largest(number, number % groups) for number in range(max(slots, groups))]
+        points = spec.largest()
+        largest = [spec.trial(points[n % len(points)], n) for n in range(max(slots, len(points)))]
         self.engine = choose_engine(model, [self._member(asked) for asked in largest], self.training).engine
         for asked in largest:
             remove_adapter(model, asked.name)
