@@ -68,17 +68,6 @@ def search_in(spec: SearchSpec, out: Path, say: Any) -> dict[str, Any]:
     return run(spec, out, LocalLauncher(spec.study.model), say)
 
 
-def test_ranks_that_were_not_named_end_at_the_models_full_rank(root: Path, tmp_path: Path) -> None:
-    said: list[str] = []
-    spec = asked(root, ranks=None, target_modules="all-linear", trials=None, tokens=1)
-    with pytest.raises(StudyError, match="one candidate alone takes"):
-        search_in(spec, tmp_path / "out", said.append)
-    assert "Ranks up to 32, the full rank of the model's layers" in said
-    assert Search.open(tmp_path / "out").spec.space.ranks == (4, 8, 16, 32)
-    with pytest.raises(StudyError, match="64 is larger than 32"):
-        search_in(asked(root, ranks="4..64"), tmp_path / "other", said.append)
-
-
 def test_the_best_is_found_and_kept(found: tuple[Search, dict[str, Any]]) -> None:
     search, result = found
     candidates = {c["trial"]: c for c in result["candidates"]}
@@ -281,9 +270,16 @@ def test_a_killed_search_goes_on(root: Path, tmp_path: Path, monkeypatch: pytest
     assert {c["state"] for c in result["candidates"]} <= {"done", "stopped", "diverged"}
 
 
-def test_a_budget_below_one_schedule_is_refused(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(StudyError, match=r"--tokens 100: one candidate alone takes \d"):
-        search_in(asked(root, tokens=100, trials=None), tmp_path / "search", lambda line: None)
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"tokens": 100, "trials": None}, r"--tokens 100: one candidate alone takes \d"),
+        ({"ranks": "4..64"}, "64 is larger than 32, the full rank"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(root: Path, tmp_path: Path, options: dict[str, Any], told: str) -> None:
+    with pytest.raises(StudyError, match=told):
+        search_in(asked(root, target_modules="all-linear", **options), tmp_path / "search", lambda line: None)
 
 
 @pytest.mark.slow

@@ -99,12 +99,6 @@ class SearchSpec(Frozen):
         rank, rate, alpha = max(self.space.ranks), self.study.learning_rates[0], self.space.alphas[0]
         return [Point(rank, rate, alpha, modules_text(modules)) for modules in self.space.target_modules]
 
-    def up_to(self, rank: int) -> "SearchSpec":
-        """Return the search without ranks above `rank`; with `rank` itself where none is left."""
-        ranks = {"ranks": tuple(one for one in self.space.ranks if one <= rank) or (rank,)}
-        parts = {"space": self.space.model_copy(update=ranks), "study": self.study.model_copy(update=ranks)}
-        return self.model_copy(update=parts)
-
     def rung_steps(self, steps: int) -> list[int]:
         """Return the steps after which a candidate may be stopped, for a schedule of `steps`."""
         if self.pruner == "none":
