@@ -180,7 +180,9 @@ def test_out_of_memory_has_a_way_out(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
 
     monkeypatch.setattr("rankscope.export.write.AutoModelForCausalLM.from_pretrained", full)
-    monkeypatch.setattr(sys, "argv", ["rankscope", "export", str(trained.path), "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(
+        sys, "argv", ["rankscope", "export", str(trained.path), "--rank", "8", "--out", str(tmp_path / "out")]
+    )
     with pytest.raises(SystemExit, match="1"):
         main()
     assert re.search(r"(?s)error: .*Tried to allocate 9 GiB\..*--device cpu", capsys.readouterr().err)
