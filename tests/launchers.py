@@ -11,7 +11,7 @@ from rankscope.jobs.process import JobProcess
 from rankscope.jobs.queue import run_kind
 from rankscope.measure.machine import Site
 from rankscope.study.folder import StudyFolder
-from rankscope.study.missing import missing_profiles, missing_reference
+from rankscope.study.missing import missing_profiles, without_result
 
 HERE = Site("cpu", True, 1 << 33, "cpu", "float32", {}, {})
 
@@ -56,7 +56,7 @@ def do(kind: Kind, study: StudyFolder, launcher: FakeLauncher, progress: Progres
         profiles=missing_profiles(study.spec, study),
         remeasure=False,
         timed=False,
-        reference=missing_reference(study),
+        reference=without_result(study, study.reference_trials),
         prediction=SimpleNamespace(device="cpu", base_bytes=0, base_params=0, process_bytes=0),
         host_bytes=lambda *_: 0,
         fitting=lambda _, names: [list(names)],

@@ -159,6 +159,7 @@ def test_a_forced_study_s_tokens_are_not_those_of_another(spec: Write, tokenizer
         prepared(spec("rows.json", json.dumps(ROWS[:4])), tokenizer)
 
 
+@pytest.mark.slow
 def test_the_key_is_the_same_in_another_process(spec: Write) -> None:
     asked = spec("rows.json", json.dumps(ROWS))
     code = (

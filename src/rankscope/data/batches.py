@@ -9,6 +9,8 @@ import numpy.typing as npt
 from rankscope.errors import StudyError
 from rankscope.spec.models import TrainingSpec
 
+MAX_STEPS = 1_000_000  # of a trial: more are taken for a mistake; a plan looks at the batch of each
+
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:
     """Number of batches that cover every example once; the last may be smaller (as with transformers' Trainer)."""
@@ -17,9 +19,8 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
 
 def total_steps(training: TrainingSpec, examples: int) -> int:
     """Number of optimizer steps of the whole schedule. Raises StudyError if it exceeds `MAX_STEPS`."""
-    steps: float | None = training.steps
-    if steps is None:
-        steps = (training.epochs or 1.0) * steps_per_epoch(examples, training.effective_batch_size)
+    of_epochs = (training.epochs or 1.0) * steps_per_epoch(examples, training.effective_batch_size)
+    steps = of_epochs if training.steps is None else training.steps
     if steps > MAX_STEPS:
         raise StudyError(
             f"training: {steps:,.6g} optimizer steps a trial, more than {MAX_STEPS:,}", "Lower its steps or epochs."
@@ -30,10 +31,6 @@ def total_steps(training: TrainingSpec, examples: int) -> int:
 def eval_steps(training: TrainingSpec, steps: int) -> set[int]:
     """Steps after which the held-out loss is measured: evenly spaced, including the last one."""
     return {math.ceil(steps * (i + 1) / training.evals) for i in range(training.evals)}
-
-
-MAX_STEPS = 1_000_000
-"""Optimizer steps of a trial beyond which the question is taken for a mistake; a plan looks at the batch of each."""
 
 
 def batch_indices(examples: int, batch_size: int, seed: int, step: int) -> npt.NDArray[np.int64]:

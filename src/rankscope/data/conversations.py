@@ -58,8 +58,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Tokenizer, loss_on: str) -> None:
         self.tokenizer = tokenizer
         self.loss_on = loss_on
-        template = tokenizer.chat_template
-        self._source = str(template)
+        self._source = str(tokenizer.chat_template)
         self._marks = re.search(r"\{%-?\s*generation\s*-?%\}", self._source) is not None
         self._tried: Counter[str] = Counter()
         self._written: set[str] = set()
@@ -83,43 +82,34 @@ class ChatTemplate:
         given |= row.get("chat_template_kwargs", {})
         text = self._text(messages, given)
         self._look_for_ignored(messages, given, text)
-        turns = self._turns(row, messages)
-        marked = self._marked(messages, given) if self._marks and self.loss_on != "all" else None
-        if self.loss_on == "all":
-            learned = self._all_but_unlearned(row, messages, given, text)
-        elif self.loss_on == "completion" and row.get("first"):
-            begin = self._start(messages[: row["first"]], given, text)
-            spans = self._all_but_unlearned(row, messages, given, text)
+        calls = [call["function"]["name"] for message in messages for call in message.get("tool_calls", ())]
+        if calls and ("tool_calls" not in self._written or any(name not in text for name in calls)):
+            raise DataError(
+                "the model's chat template writes no tool calls, or not all, so that an answer that is one would be "
+                "learned as an empty answer",
+                "Give a template that writes tool_calls (--chat-template FILE), or take a model that calls tools.",
+            )
+        first, weights = row.get("first", 0), [message.get("weight", 1) for message in row["messages"]]
+        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = [number for number in answers if number >= first]
+        turns = turns[-1:] if self.loss_on in ("last", "completion") else turns
+        turns = [number for number in turns if weights[number] != 0 and says_something(messages[number])]
+        if self.loss_on == "all" or (self.loss_on == "completion" and first):
+            begin = 0 if self.loss_on == "all" else self._start(messages[:first], given, text)
+            unlearned = [number for number, weight in enumerate(weights) if weight == 0]
+            left_out = [self._span(messages, number, given, text) for number in unlearned]
+            borders = [0, *chain(*left_out), len(text)]
+            spans = zip(borders[::2], borders[1::2], strict=True)
             learned = [(max(start, begin), end) for start, end in spans if end > begin]
-        elif marked is not None:
-            learned = self._of_marked(marked, turns, messages)
+        elif self._marks:
+            learned = self._marked(messages, given, turns, answers)
         else:
             learned = [self._span(messages, number, given, text) for number in turns]
         if len(learned) == len(turns) and self.loss_on != "all":
             said = ["content", *self._written.intersection(_THOUGHTS)]  # others are told as ignored
-            answers = [(messages[number], text[slice(*span)]) for number, span in zip(turns, learned, strict=True)]
-            self.changed += any(not _stands_in(message, said, own) for message, own in answers)
-        calls = chain.from_iterable(message.get("tool_calls", ()) for message in messages)
-        if any(call["function"]["name"] not in text for call in calls):
-            raise self._no_calls()
+            pairs = zip(turns, learned, strict=True)
+            self.changed += any(not _stands_in(messages[turn], said, text[start:end]) for turn, (start, end) in pairs)
         return Rendered(text, learned, _beginning(messages))
-
-    def _turns(self, row: Mapping[str, Any], messages: Messages) -> list[int]:
-        """Indices of the messages to learn."""
-        given = row["messages"]
-        answers = [n for n in range(row.get("first", 0), len(given)) if given[n]["role"] == "assistant"]
-        if self.loss_on in ("last", "completion"):
-            answers = answers[-1:]
-        return [n for n in answers if given[n].get("weight", 1) != 0 and says_something(messages[n])]
-
-    def _all_but_unlearned(
-        self, row: Mapping[str, Any], messages: Messages, given: Mapping[str, Any], text: str
-    ) -> Spans:
-        """Whole text without the answers of weight 0."""
-        left_out = [number for number, message in enumerate(row["messages"]) if message.get("weight", 1) == 0]
-        inner = chain.from_iterable(self._span(messages, number, given, text) for number in left_out)
-        borders = [0, *inner, len(text)]
-        return list(zip(borders[::2], borders[1::2], strict=True))
 
     def _text(self, messages: Messages, given: Mapping[str, Any], prompt: bool = False) -> str:
         try:
@@ -137,48 +127,35 @@ class ChatTemplate:
     def _rename_thoughts(self, messages: Messages) -> None:
         """Give thoughts the name that the template reads, if it reads only the other one."""
         read = [name for name in _THOUGHTS if name in self._source]
-        if len(read) == 1:
-            other = _THOUGHTS[1 - _THOUGHTS.index(read[0])]
-            for message in messages:
-                if other in message and read[0] not in message:
-                    message[read[0]] = message.pop(other)
+        for message in messages if len(read) == 1 else ():
+            [other] = {*_THOUGHTS} - {*read}
+            if other in message and read[0] not in message:
+                message[read[0]] = message.pop(other)
 
     def _look_for_ignored(self, messages: Messages, given: Mapping[str, Any], text: str) -> None:
         """Find out which fields change nothing in what the template writes: by leaving them out."""
         own = {(key, message["role"] == "tool") for message in messages for key in message if key not in _PLUMBING}
         fields = [*given, *sorted({key for key, of_tool in own if key != "name" or not of_tool})]  # a call has its name
-        if any(message["role"] == "system" for message in messages):
-            fields.append("system")
+        fields += ["system"] if any(message["role"] == "system" for message in messages) else []
         for name in fields:
             self.with_field[name] += 1
             if name in self._written or self._tried[name] >= _ROWS_TRIED:
                 continue
             self._tried[name] += 1
-            without = [
-                {key: value for key, value in message.items() if key != name}
-                for message in messages
-                if name != "system" or message["role"] != "system"
-            ]
+            kept = [message for message in messages if name != "system" or message["role"] != "system"]
+            without = [{key: value for key, value in message.items() if key != name} for message in kept]
             try:
-                other: Any = self.tokenizer.apply_chat_template(
-                    without, tokenize=False, **{key: value for key, value in given.items() if key != name}
-                )
-            except Exception:  # the template cannot do without it, so it reads it
+                other = self._text(without, {key: value for key, value in given.items() if key != name})
+            except DataError:  # the template cannot do without it, so it reads it
                 other = None
             if other != text:
                 self._written.add(name)
-            elif name == "tool_calls":
-                raise self._no_calls()
 
-    def _no_calls(self) -> DataError:
-        return DataError(
-            "the model's chat template writes no tool calls, or not all, so that an answer that is one would be "
-            "learned as an empty answer",
-            "Give a template that writes tool_calls (--chat-template FILE), or take a model that calls tools.",
-        )
-
-    def _marked(self, messages: Messages, given: Mapping[str, Any]) -> Spans | None:
-        """Characters that the template itself marks as the assistant's."""
+    def _marked(
+        self, messages: Messages, given: Mapping[str, Any], turns: Sequence[int], answers: Sequence[int]
+    ) -> Spans:
+        """Characters that the template itself marks as the assistant's: of the turns to learn, where it marks every
+        answer once."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         rendered: Any = render_jinja_template(
@@ -187,12 +164,7 @@ class ChatTemplate:
             return_assistant_tokens_mask=True,
             **{"tools": None, "documents": None} | dict(given) | self.tokenizer.special_tokens_map,
         )
-        _, [marked] = rendered
-        return [(start, end) for start, end in marked if end > start]
-
-    def _of_marked(self, marked: Spans, turns: list[int], messages: Messages) -> Spans:
-        """Marks of the turns to learn, where the template marks every answer once."""
-        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        marked = [(start, end) for start, end in rendered[1][0] if end > start]
         if len(marked) == len(answers):
             return [marked[answers.index(number)] for number in turns]
         if turns == answers:
@@ -210,18 +182,14 @@ class ChatTemplate:
             return len(prompt)
         shared = shared_length(prompt, text)
         shared = len(_whole_words(text[:shared]).removesuffix(" "))  # most tokenizers put a space before its word
-        history = len(self._text(before, given))
-        if shared < history:
-            raise self._not_found()
+        if shared < len(self._text(before, given)):
+            raise _not_found()
         return shared
 
     def _first(self, messages: Messages, given: Mapping[str, Any], text: str) -> int:
         """Where the answer begins that opens a conversation: no messages come before it, and templates want some."""
         greeting = messages[0] | {"content": _MARK + messages[0]["content"]}
-        marked = self._text([greeting, *messages[1:]], given)
-        if marked.count(_MARK) != 1 or marked.replace(_MARK, "") != text:
-            raise self._not_found()
-        return marked.index(_MARK)
+        return _place_of_mark(self._text([greeting, *messages[1:]], given), text)
 
     def _span(self, messages: Messages, number: int, given: Mapping[str, Any], text: str) -> tuple[int, int]:
         """Characters of one answer, its end mark included."""
@@ -231,24 +199,30 @@ class ChatTemplate:
             return start, len(until)
         # Once a question follows, some templates leave out the thoughts of earlier answers: look for this answer's end.
         marked = [*messages[:number], _with_mark(messages[number]), *messages[number + 1 :]]
-        whole, alone = self._text(marked, given), self._text(marked[: number + 1], given)
-        if whole.count(_MARK) != 1 or alone.count(_MARK) != 1 or whole.replace(_MARK, "") != text:
-            raise self._not_found()
-        end = whole.index(_MARK)
-        after = alone[alone.index(_MARK) + len(_MARK) :]
+        end = _place_of_mark(self._text(marked, given), text)
+        alone = self._text(marked[: number + 1], given)
+        after = alone.partition(_MARK)[2]
         shared = shared_length(after, text[end:])
         end += shared if shared == len(after) else len(_whole_words(after[:shared]))
-        if end <= start:
-            raise self._not_found()
+        if alone.count(_MARK) != 1 or end <= start:
+            raise _not_found()
         return start, end
 
-    def _not_found(self) -> DataError:
-        return DataError(
-            "the model's chat template is not prefix-preserving: it writes earlier messages differently once an answer "
-            "follows, so that the answers cannot be found in the text",
-            "Learn the last answer alone (data.loss_on=last), or give another template: --chat-template chatml, or a "
-            "file that marks answers with {% generation %}.",
-        )
+
+def _place_of_mark(marked: str, text: str) -> int:
+    """Where a text has a mark that is all in which it differs from `text`."""
+    if marked.count(_MARK) != 1 or marked.replace(_MARK, "") != text:
+        raise _not_found()
+    return marked.index(_MARK)
+
+
+def _not_found() -> DataError:
+    return DataError(
+        "the model's chat template is not prefix-preserving: it writes earlier messages differently once an answer "
+        "follows, so that the answers cannot be found in the text",
+        "Learn the last answer alone (data.loss_on=last), or give another template: --chat-template chatml, or a "
+        "file that marks answers with {% generation %}.",
+    )
 
 
 def _stands_in(message: Mapping[str, Any], fields: Sequence[str], text: str) -> bool:

@@ -8,18 +8,12 @@ from rankscope.text.formats import percent
 
 MAX_CUT_SHARE = 0.05  # of the rows: above it the loss is no longer that of the data as it was written
 MIN_EVAL_ROWS = 200  # with fewer, what differs between held-out rows hides differences of a percent between ranks
-DOUBTS = ("rows_cut", "answers_cut_off", "few_held_out_rows")
+DOUBTS = ("rows_cut", "answers_cut_off", "few_held_out_rows")  # the second: rows of which a whole answer is cut off
 
 
 def doubts(facts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Codes of `DOUBTS` that hold for the content of data/facts.json, each with its numbers.
-
-    - `rows_cut`: a `share` above 5% of the rows is cut at `max_length` tokens.
-    - `answers_cut_off`: in `rows` rows a whole answer is cut off.
-    - `few_held_out_rows`: only `rows` rows are held out, fewer than 200.
-
-    A count that the facts of an older study lack gives no doubt.
-    """
+    """Codes of `DOUBTS` that hold for data/facts.json, each with its numbers. A count that an older study lacks is no
+    doubt."""
     held_out = facts.get("rows_eval", MIN_EVAL_ROWS)
     share = facts.get("truncated", 0) / max(1, facts.get("rows_train", 0) + held_out)
     cut_off = facts.get("answers_cut_off", 0)
@@ -38,8 +32,5 @@ def data_warnings(facts: Mapping[str, Any], text: Catalogue) -> list[str]:
         "max_length": "{:,}".format,
         "rows": lambda rows: text.count("rows", rows),
     }
-    sentences = [
-        text(f"caveat.{code}", **{name: shown[name](value) for name, value in values.items()})
-        for code, values in doubts(facts).items()
-    ]
-    return [*sentences, *facts.get("warnings", [])]
+    found = {code: {name: shown[name](value) for name, value in own.items()} for code, own in doubts(facts).items()}
+    return [*(text(f"caveat.{code}", **values) for code, values in found.items()), *facts.get("warnings", [])]

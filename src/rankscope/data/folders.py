@@ -6,7 +6,7 @@ The README.md of a hub repository may name them. Otherwise a file is of the spli
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -45,7 +45,7 @@ def divide(files: Sequence[str], readme: str, config: str | None, name: str) -> 
     configurations and none is chosen, or it names no file that is there; there is no data file at all."""
     plain = sorted(file for file in files if not _HIDDEN.search(file))
     names = {file: PurePosixPath(file).name for file in plain}
-    data = [file for file in plain if _type(file) in FILE_TYPES and not _DESCRIPTION.fullmatch(names[file])]
+    data = [file for file in plain if file_type(file) in FILE_TYPES and not _DESCRIPTION.fullmatch(names[file])]
     named = [file for file in plain if file not in data and not _UNREMARKABLE.fullmatch(names[file].lower())]
     notes = [f"{name}: no rows, not read: {listed(named)}"] if named else []
     configs, default = _configs(readme)
@@ -68,11 +68,9 @@ def divide(files: Sequence[str], readme: str, config: str | None, name: str) -> 
         return Folder(splits, notes)
     if not data:
         more = "; its loading script is not executed" if any(file.endswith(".py") for file in plain) else ""
-        raise DataError(
-            f"{name}: holds no data files{more}" + (f", only {listed(named)}" if named else ""),
-            f"Give it some: {', '.join(FILE_TYPES)}."
-            + (" The hub may have converted them: data.revision=refs/convert/parquet" if more else ""),
-        )
+        todo = f"Give it some: {', '.join(FILE_TYPES)}."
+        todo += " The hub may have converted them: data.revision=refs/convert/parquet" if more else ""
+        raise DataError(f"{name}: holds no data files{more}" + (f", only {listed(named)}" if named else ""), todo)
     if len(folders := _folders_of_splits(data)) > 1:
         if config not in folders:
             way = f"Choose one: data.config={folders[0]}"
@@ -87,8 +85,9 @@ def divide(files: Sequence[str], readme: str, config: str | None, name: str) -> 
 
 def _by_name(data: Sequence[str]) -> dict[str, list[str]]:
     splits: dict[str, list[str]] = {}
+    stems = set(map(_stem, data))
     for file in data:
-        splits.setdefault(_split(file, data), []).append(file)
+        splits.setdefault(_split(file, stems), []).append(file)
     return splits
 
 
@@ -101,21 +100,20 @@ def _folders_of_splits(data: Sequence[str]) -> list[str]:
     return sorted({path.parts[0] for path in paths})
 
 
-def _type(file: str) -> str:
-    return file_type(PurePosixPath(file))
+def _stem(file: str) -> str:
+    """Name in lower case, without its type."""
+    return PurePosixPath(file.lower()).name.removesuffix(".gz").removesuffix(file_type(file))
 
 
-def _split(file: str, files: Sequence[str]) -> str:
-    """Split of a file by its name or its folder's, or by the file that is named alike but for the split."""
-    path = PurePosixPath(file.lower())
-    stem = path.name.removesuffix(".gz").removesuffix(_type(file))
-    for name in (_SHARD.sub("", stem), *reversed(path.parts[:-1])):
+def _split(file: str, stems: Collection[str]) -> str:
+    """Split of a file by its name or its folder's, or by the one of `stems` that differs by the split alone."""
+    stem = _stem(file)
+    for name in (_SHARD.sub("", stem), *reversed(PurePosixPath(file.lower()).parts[:-1])):
         if name in SPLITS:
             return SPLITS[name]
     for word in _WORD.finditer(stem):
-        before, after = stem[: word.start()], stem[word.end() :]
-        alike = {PurePosixPath(other.lower()).name.removesuffix(".gz").removesuffix(_type(other)) for other in files}
-        if any(before + other + after in alike for other, split in SPLITS.items() if split != SPLITS[word[0]]):
+        others = [other for other in SPLITS if SPLITS[other] != SPLITS[word[0]]]
+        if any(stem[: word.start()] + other + stem[word.end() :] in stems for other in others):
             return SPLITS[word[0]]
     return "train"
 
@@ -127,30 +125,33 @@ def _configs(readme: str) -> tuple[dict[str, dict[str, list[str]]], str | None]:
         values = yaml.safe_load(front[1]) if front else None
     except yaml.YAMLError:
         values = None
-    found: dict[str, dict[str, list[str]]] = {}
-    default = None
     given: Any = values.get("configs") if isinstance(values, dict) else None
-    for one in filter(lambda one: isinstance(one, dict), given if isinstance(given, list) else []):
-        folder = str(one.get("data_dir") or "").strip("/")
-        files = one.get("data_files") or ({_BY_NAME: "**/*"} if folder else None)
-        if not files:
-            continue
+    dicts = [one for one in given if isinstance(one, dict)] if isinstance(given, list) else []
+    configs = {str(one.get("config_name", "default")): one for one in dicts}
+    found = {name: patterns for name, one in configs.items() if (patterns := _patterns(one))}
+    default = [name for name in found if configs[name].get("default") is True]
+    default += [name for name in found if name == "default" or len(found) == 1]
+    return found, next(iter(default), None)
+
+
+def _patterns(config: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Patterns of each split that a configuration names; of `_BY_NAME` where it names a folder alone."""
+    folder = str(config.get("data_dir") or "").strip("/")
+    files = config.get("data_files") or ({_BY_NAME: "**/*"} if folder else {})
+    if isinstance(files, dict):
+        named = list(files.items())
+    else:
         entries = files if isinstance(files, list) else [files]
-        if isinstance(files, dict):
-            entries = [{"split": split, "path": path} for split, path in files.items()]
-        splits: dict[str, list[str]] = {}
-        for entry in (one if isinstance(one, dict) else {"path": one} for one in entries):
-            path, split = entry.get("path"), str(entry.get("split", "train"))
-            paths = [str(part) for part in (path if isinstance(path, list) else [path])]
-            splits.setdefault(split, []).extend(f"{folder}/{part}" if folder else part for part in paths)
-        name = str(one.get("config_name", "default"))
-        found[name] = splits
-        if one.get("default") is True or (name == "default" and default is None):
-            default = name
-    return found, default if len(found) != 1 else next(iter(found))
+        entries = [one if isinstance(one, dict) else {"path": one} for one in entries]
+        named = [(one.get("split", "train"), one.get("path")) for one in entries]
+    splits: dict[str, list[str]] = {}
+    for split, paths in named:
+        below = [PurePosixPath(folder, str(path)) for path in (paths if isinstance(paths, list) else [paths])]
+        splits.setdefault(str(split), []).extend(map(str, below))
+    return splits
 
 
 def _matches(file: str, patterns: Sequence[str]) -> bool:
     from fsspec.utils import glob_translate  # type: ignore[import-untyped]
 
-    return any(re.match(glob_translate(pattern.removeprefix("./")), file) for pattern in patterns)
+    return any(re.match(glob_translate(pattern), file) for pattern in patterns)

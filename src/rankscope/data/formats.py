@@ -1,12 +1,4 @@
-"""Formats: what the columns of a source mean, by their names, by a guess that is said, or as the study says.
-
-| format            | columns (of a study's own names)                 | other names                            |
-|-------------------|--------------------------------------------------|----------------------------------------|
-| messages          | messages; tools, system, chat_template_kwargs    | conversations, conversation, dialogue  |
-| prompt_completion | prompt, completion (texts, or lists of messages) | chosen, with or without prompt         |
-| alpaca            | instruction, output; input, system, history      | one of `_ASKED` with one of `_SAID`    |
-| text              | text                                             |                                        |
-"""
+"""Formats: what the columns of a source mean, by their names, by a guess that is said, or as the study says."""
 
 from collections.abc import Collection, Mapping, Sequence
 from itertools import product

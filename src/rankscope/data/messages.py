@@ -6,7 +6,7 @@ parts; tool calls with their arguments as JSON text; messages as JSON text, sinc
 
 import ast
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from rankscope.data.readers import kind
@@ -128,16 +128,16 @@ def _tool_calls(message: dict[str, Any], field: str) -> list[dict[str, Any]]:
     calls = message.pop("tool_calls", None) or []
     if legacy := message.pop("function_call", None):
         calls = [legacy]
-    if isinstance(calls, str):
-        calls = parse_json(calls, f"{field}.tool_calls", "a list of tool calls")
-    parsed = []
-    for number, call in enumerate(calls if isinstance(calls, list) else [calls]):
-        where = f"{field}.tool_calls[{number}]"
-        if isinstance(call, str):
-            call = parse_json(call, where, "a tool call")
-        for one in call if isinstance(call, list) else [call]:
-            parsed.append(_tool_call(one, where))
-    return parsed
+    several = _entries(calls, f"{field}.tool_calls", "a list of tool calls", "a tool call")
+    return [_tool_call(one, where) for where, call in several for one in (call if isinstance(call, list) else [call])]
+
+
+def _entries(value: Any, field: str, several: str, one: str) -> Iterator[tuple[str, Any]]:
+    """Entries of a list, with their places, or the one there is; the list and each entry may be JSON text."""
+    value = parse_json(value, field, several) if isinstance(value, str) else value
+    for number, entry in enumerate(value if isinstance(value, list) else [value]):
+        where = f"{field}[{number}]"
+        yield where, parse_json(entry, where, one) if isinstance(entry, str) else entry
 
 
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
@@ -156,12 +156,9 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
 def parse_tools(value: Any, field: str) -> list[dict[str, Any]]:
     if value is None or (isinstance(value, str) and not value.strip()):
         return []
-    found = parse_json(value, field, "a list of tools") if isinstance(value, str) else value
     tools = []
-    for number, tool in enumerate(found if isinstance(found, list) else [found]):
-        if isinstance(tool, str):
-            tool = parse_json(tool, f"{field}[{number}]", "a tool")
+    for where, tool in _entries(value, field, "a list of tools", "a tool"):
         if not isinstance(tool, dict):
-            raise WrongRowError(f"`{field}[{number}]` is {kind(tool)}, expected a tool: an object with a function")
+            raise WrongRowError(f"`{where}` is {kind(tool)}, expected a tool: an object with a function")
         tools.append({"type": "function", "function": tool} if "name" in tool and "function" not in tool else tool)
     return tools

@@ -86,16 +86,14 @@ def encode(rows: Sequence[Rendered], tokenizer: Tokenizer) -> list[Encoded]:
     those of the text that follows it, and ids differ from the whole text's. Chat text is tokenised as it is. Raises
     ModelError: the tokenizer has no eos token, and plain answers need one.
     """
-    chats = [row for row in rows if row.is_chat]
-    plain = [row for row in rows if not row.is_chat]
-    encoded = {id(row): one for row, one in zip(chats, _encode_chats(chats, tokenizer), strict=True)}
-    encoded |= {id(row): one for row, one in zip(plain, _encode_plain(plain, tokenizer), strict=True)}
+    encoded: dict[int, Encoded] = {}
+    for is_chat, encode_all in ((True, _encode_chats), (False, _encode_plain)):
+        if own := [row for row in rows if row.is_chat == is_chat]:
+            encoded |= zip(map(id, own), encode_all(own, tokenizer), strict=True)
     return [encoded[id(row)] for row in rows]
 
 
 def _encode_chats(rows: Sequence[Rendered], tokenizer: Tokenizer) -> list[Encoded]:
-    if not rows:
-        return []
     if not tokenizer.is_fast:
         ids = token_ids([row.text for row in rows], tokenizer)
         return [_by_prefixes(row, own, tokenizer) for row, own in zip(rows, ids, strict=True)]
@@ -132,8 +130,6 @@ def _by_prefixes(row: Rendered, ids: list[int], tokenizer: Tokenizer) -> Encoded
 
 
 def _encode_plain(rows: Sequence[Rendered], tokenizer: Tokenizer) -> list[Encoded]:
-    if not rows:
-        return []
     front, eos = special_tokens_in_front(tokenizer), tokenizer.eos_token_id
     if not isinstance(eos, int):
         what = f"model {tokenizer.name_or_path}: the tokenizer has no end-of-sequence token, so no answer could end"

@@ -3,12 +3,7 @@
 Text files are parsed here rather than by `datasets` or pandas, so that text stays text (`None`, `007`, `2024-05-01`)
 and an error can name the line. Nothing from a file is ever executed.
 
-| type                     | rows                                                                                  |
-|--------------------------|---------------------------------------------------------------------------------------|
-| .jsonl, .ndjson, .json   | an object a line; objects over several lines; one list of objects; a list of objects  |
-|                          | under a key; an object of columns (lists, or pandas' index -> value)                  |
-| .csv, .tsv               | separated by commas, semicolons, tabs or bars, whichever the header uses              |
-| .parquet, .arrow         | columns that any format reads, in batches                                             |
+Which shapes of a file are read is in docs/guides/my-own-data.md.
 """
 
 import csv
@@ -33,12 +28,14 @@ FILE_TYPES = (*TEXT_TYPES, ".parquet", ".arrow")
 _GZIP, _LFS = b"\x1f\x8b", b"version https://git-lfs"
 _BATCH_ROWS = 256  # rows of Parquet or Arrow in Python at a time
 _BUFFER_BYTES = 1 << 20  # of a Parquet file, for each column
+_BETWEEN_VALUES = re.compile(r"[ \t\r\n,]*")
+_decoder = json.JSONDecoder()
 _CARRIAGE_RETURN = re.compile(r"(?<=\r)(?!\n)")  # by which some spreadsheets end a row
 
 
-def file_type(path: PurePath) -> str:
+def file_type(path: str | PurePath) -> str:
     """Suffix in lower case, without .gz."""
-    return PurePath(path.name.lower().removesuffix(".gz")).suffix
+    return PurePath(str(path).lower().removesuffix(".gz")).suffix
 
 
 class Part(NamedTuple):
@@ -134,105 +131,74 @@ def _text_lines(path: Path, name: str) -> Iterator[str]:
 
 def _json_rows(path: Path, name: str, wanted: Collection[str]) -> Iterator[Numbered]:
     """Rows of JSON of any shape; the content decides, since many .json files hold one object a line."""
+    values = _json_values(path, name)
+    first, second = next(values, None), next(values, None)
+    if first and second:
+        yield from chain([first, second], values)
+    elif first:
+        rows = _rows_within(name, first[1], wanted)
+        yield from [first] if rows is None else ((None, row) for row in rows)
+
+
+def _json_values(path: Path, name: str) -> Iterator[Numbered]:
+    """Values of a file, one a line as long as its lines are JSON."""
     lines = _text_lines(path, name)
-    first: tuple[int, Any] = (0, None)
-    rows = 0
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        if rows == 0 and line.lstrip().startswith("["):
-            yield from ((None, row) for row in _parse_json(name, "\n" * (number - 1) + line + "".join(lines)))
-            return
-        if rows == 1:
-            yield first  # it is not alone, and so no object that holds the rows
         try:
-            row = (number, json.loads(line))
+            value = json.loads(line)
         except (ValueError, RecursionError):
-            yield from _objects_over_lines(name, number, line, "".join(lines), wanted)
+            yield from _values_over_lines(name, number, line, "".join(lines))
             return
-        rows += 1
-        if rows == 1:
-            first = row
-        else:
-            yield row
-    if rows == 1:
-        yield from _one_object(name, first[1], first[0], wanted)
+        yield number, value
 
 
-_decoder = json.JSONDecoder()
-
-
-def _objects_over_lines(name: str, number: int, first: str, rest: str, wanted: Collection[str]) -> Iterator[Numbered]:
-    """Objects that follow one another from line `number` on, over several lines or with commas between. If that is not
-    what the file is, the error is that of the `first` line alone, where the next one begins an object."""
-    text = first + rest
-    position, rows = 0, 0
+def _values_over_lines(name: str, line: int, first: str, rest: str) -> Iterator[Numbered]:
+    """Values that follow one another from the line `first` on, over several lines or with commas between."""
+    text, next_line, position = first + rest, rest.lstrip(), 0
+    alone = first.strip() not in ("{", "[") and (not next_line or next_line.startswith("{"))  # as a row of JSONL is
     while True:
-        while position < len(text) and text[position] in " \t\r\n,":
-            position += 1
-        if position == len(text):
+        start = _BETWEEN_VALUES.match(text, position).end()  # type: ignore[union-attr]  # it matches nothing, too
+        line += text.count("\n", position, start)
+        if start == len(text):
             return
-        line = number + text.count("\n", 0, position)
         try:
-            value, end = _decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            following = rest.lstrip()
-            if rows == 0 and (not following or following.startswith("{")) and first.strip() != "{":
-                _parse_json(name, first.strip(), number)
-            message = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            at = number + text.count("\n", 0, error.pos) if isinstance(error, json.JSONDecodeError) else line
-            raise _not_json(name, at, message) from None
-        position, rows = end, rows + 1
-        if rows == 1 and not text[end:].strip():
-            yield from _one_object(name, value, line, wanted)
-            return
+            value, position = _decoder.raw_decode(text, start)
+        except (ValueError, RecursionError) as error:  # also a number of thousands of digits; a list nested too deep
+            place, message = line, str(error)
+            if isinstance(error, json.JSONDecodeError):
+                message = error.msg
+                place += 0 if alone and position == 0 else text.count("\n", start, error.pos)
+            what = f"{name}, line {place}: not valid JSON: {message}"
+            raise DataError(what, "Correct it; expected is one list of objects, or one object a line.") from None
         yield line, value
+        line += text.count("\n", start, position)
 
 
-def _parse_json(name: str, text: str, line: int | None = None) -> Any:
-    """Value of one line of JSONL, or of a whole file where `line` is None."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line, message = line or error.lineno, error.msg
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; a list nested too deep
-        message = str(error)
-    raise _not_json(name, line, message)
-
-
-def _not_json(name: str, line: int | None, message: str) -> DataError:
-    what = f"{name}{f', line {line}' if line else ''}: not valid JSON: {message}"
-    return DataError(what, "Correct it; expected is one list of objects, or one object a line.")
-
-
-def _one_object(name: str, value: Any, line: int, wanted: Collection[str]) -> Iterator[Numbered]:
-    """Rows of a file that is one object: rows under a key, columns, or a single row."""
-    rows: Iterable[Any] = ()
-    cells = list(value.values()) if isinstance(value, dict) else []
-    if not cells or any(isinstance(value.get(column), str) for column in wanted):
-        yield line, value
-        return
+def _rows_within(name: str, value: Any, wanted: Collection[str]) -> Iterable[Any] | None:
+    """Rows of a file that is one value: a list, rows under a key, or columns; None where it is a row itself."""
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, dict) or not value or any(isinstance(value.get(column), str) for column in wanted):
+        return None
+    cells = list(value.values())
     if {"columns", "data"} <= value.keys() and all(isinstance(value[key], list) for key in ("columns", "data")):
-        rows = (dict(zip(value["columns"], row, strict=False)) for row in value["data"])  # pandas' orient="split"
-    elif all(isinstance(cell, dict) and cell.keys() == cells[0].keys() for cell in cells):
-        by_row = not cells[0].keys().isdisjoint(wanted)
-        rows = cells if by_row else ({column: value[column][index] for column in value} for index in cells[0])
-    elif all(isinstance(cell, list) and not _are_objects(cell) for cell in cells) and (
-        len(cells) > 1 or not value.keys().isdisjoint(wanted)
-    ):
+        return (dict(zip(value["columns"], row, strict=False)) for row in value["data"])  # pandas' orient="split"
+    if all(isinstance(cell, dict) and cell.keys() == cells[0].keys() for cell in cells):
+        if not cells[0].keys().isdisjoint(wanted):
+            return cells
+        return ({column: value[column][index] for column in value} for index in cells[0])
+    are_columns = len(cells) > 1 or not value.keys().isdisjoint(wanted)
+    if are_columns and all(isinstance(cell, list) and not _are_objects(cell) for cell in cells):
         if len({len(cell) for cell in cells}) > 1:
             raise DataError(f"{name}: its columns have lists of different lengths", "Give each column a value a row.")
-        rows = (dict(zip(value, row, strict=True)) for row in zip(*cells, strict=True))
-    else:
-        holders = [key for key in value if key not in wanted and _are_objects(value[key])]
-        if len(holders) > 1:
-            what = f"{name}: lists of objects lie under several keys: {listed(holders)}"
-            raise DataError(what, "Write each list to a file of its own; files of a folder may be named by split.")
-        if not holders:
-            yield line, value
-            return
-        rows = value[holders[0]]
-    yield from ((None, row) for row in rows)
+        return (dict(zip(value, row, strict=True)) for row in zip(*cells, strict=True))
+    holders = [key for key in value if key not in wanted and _are_objects(value[key])]
+    if len(holders) > 1:
+        what = f"{name}: lists of objects lie under several keys: {listed(holders)}"
+        raise DataError(what, "Write each list to a file of its own; files of a folder may be named by split.")
+    return value[holders[0]] if holders else None
 
 
 def _are_objects(value: Any) -> bool:
@@ -271,7 +237,7 @@ def _csv_rows(path: Path, name: str, wanted: Collection[str]) -> Iterator[Number
 
 def _table_columns(path: Path, name: str) -> tuple[str, ...]:
     with _table(path, name) as (columns, _):
-        return columns
+        return tuple(columns)
 
 
 def _table_rows(path: Path, name: str, wanted: Collection[str]) -> Iterator[Numbered]:
@@ -283,37 +249,29 @@ def _table_rows(path: Path, name: str, wanted: Collection[str]) -> Iterator[Numb
 
 
 @contextmanager
-def _table(path: Path, name: str) -> Iterator[tuple[tuple[str, ...], Callable[[list[str]], Iterable[Any]]]]:
+def _table(path: Path, name: str) -> Iterator[tuple[list[str], Callable[[list[str]], Iterable[Any]]]]:
     """Columns of a Parquet or Arrow file, and what reads some of them in batches."""
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     _first_bytes(path, name)
-    what = "Parquet" if file_type(path) == ".parquet" else "Arrow"
     try:
-        if what == "Parquet":
+        if file_type(path) == ".parquet":
             # So a row group is read page by page: pyarrow's writer puts a million rows in one.
             with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
                 read = partial(file.iter_batches, _BATCH_ROWS, use_threads=False)
-                yield tuple(file.schema_arrow.names), lambda columns: read(columns=columns)
+                yield file.schema_arrow.names, lambda columns: read(columns=columns)
             return
         with pa.memory_map(str(path)) as source:
             try:  # a stream, as `datasets` writes it
-                batches = file = pa.ipc.open_stream(source)
+                table = pa.ipc.open_stream(source).read_all()
             except pa.ArrowInvalid:
-                file = pa.ipc.open_file(source)
-                batches = map(file.get_batch, range(file.num_record_batches))
-            yield (
-                tuple(file.schema.names),
-                lambda columns: (
-                    batch.select(columns).slice(start, _BATCH_ROWS)
-                    for batch in batches
-                    for start in range(0, batch.num_rows, _BATCH_ROWS)
-                ),
-            )
+                table = pa.ipc.open_file(source).read_all()
+            yield table.column_names, lambda columns: table.select(columns).to_batches(_BATCH_ROWS)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         here = "Check the file, or fetch it again."
         todo = here if name == str(path) else f"Delete {path.resolve()}, and run again: it is fetched anew."
+        what = "Parquet" if file_type(path) == ".parquet" else "Arrow"
         raise DataError(f"{name}: not readable as {what}: {error}", todo) from None
 
 

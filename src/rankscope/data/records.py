@@ -52,7 +52,6 @@ class Records:
 
     @property
     def id(self) -> str:
-        """Sources' names for people."""
         return " + ".join(source.name for source in self.sources)
 
     @property
@@ -85,13 +84,15 @@ def load_records(spec: DataSpec, sources: Sequence[Source] | None = None) -> Rec
     if sources is None:
         sources, _ = resolve_sources(spec)
     unread: dict[str, None] = {}
-    parts = [_with_layouts(source, spec, unread) for source in sources]
-    records = Records(sources, list(chain(*parts)), spec, notes=[note for source in sources for note in source.notes])
-    for source, own in zip(sources, parts, strict=True):
-        records.notes += dict.fromkeys(layout.describe(source.name) for _, layout in own if layout.guessed)
+    parts, notes = list[tuple[Part, Layout]](), [note for source in sources for note in source.notes]
+    for source in sources:
+        own = _with_layouts(source, spec, unread)
+        parts += own
+        notes += dict.fromkeys(layout.describe(source.name) for _, layout in own if layout.guessed)
+    records = Records(sources, parts, spec, notes=notes)
     digest = hashlib.sha256()
     problems: list[str] = []
-    for where, row in _checked(records.parts, spec, unread):
+    for where, row in _checked(parts, spec, unread):
         records.rows_read += 1
         if isinstance(row, WrongRowError):
             records.left_out["bad"] += 1
@@ -108,7 +109,7 @@ def load_records(spec: DataSpec, sources: Sequence[Source] | None = None) -> Rec
         what = f"{count} wrong, read as {records.format}:\n{shown}"
         raise DataError(what, "Correct or remove these rows, or leave them out: --skip-bad-rows.")
     if bad:
-        records.notes.append(f"{bad:,} bad row{'s' * (bad > 1)} left out, of which the first:\n{shown}")
+        notes.append(f"{bad:,} bad row{'s' * (bad > 1)} left out, of which the first:\n{shown}")
     if records.rows_read == bad + blank:
         answer = {"alpaca": "output", "prompt_completion": "completion"}.get(records.format, records.format)
         what = f"{records.id}: every row's {answer} is blank: there is nothing to learn"
@@ -121,57 +122,46 @@ def _with_layouts(source: Source, spec: DataSpec, unread: dict[str, None]) -> li
     """Parts of a source with their layouts, all of one format; those that are not read have the first one's. Columns
     that no format reads go to `unread`."""
     wanted = COLUMNS.union(spec.columns.values())
-    found: list[tuple[Part, tuple[str, ...], dict[str, Any]]] = []
+    found: dict[str, Layout] = {}  # by name of the part
     left = spec.max_rows or sys.maxsize
     for part in source.parts:
         first = [row for _, row in islice(part.rows(wanted), min(_ROWS_FOR_COLUMNS, left))]
         left -= len(first)
         if first:
-            sample = next(filter(None, first), first[0])
-            found.append((part, part.columns() or tuple(dict.fromkeys(chain(*first))), sample))
+            columns = part.columns() or tuple(dict.fromkeys(chain(*first)))
+            name = part.name if len(source.parts) > 1 else source.name
+            found[part.name] = layout = resolve_layout(spec, columns, name, next(filter(None, first), first[0]))
+            unread.update((column, None) for column in columns if column and column not in layout.columns.values())
         if left == 0:
             break  # the parts that follow are not read
     if not found:
         raise DataError(f"{source.name}: no rows", "Give data with at least a few dozen rows.")
-    layouts: dict[int, Layout] = {}
-    first_part, first_columns, _ = found[0]
-    for part, columns, sample in found:
-        try:
-            layout = resolve_layout(spec, columns, part.name if len(found) > 1 else source.name, sample)
-        except DataError as error:
-            if len(found) == 1:
-                raise
-            other, its_columns, _ = found[0] if part is not first_part else found[1]
-            what = f"{error.what}. Beside it lies {other.name} with the columns {listed(its_columns)}"
-            raise DataError(what, error.todo) from None
-        layouts[id(part)] = layout
-        if layout.format != layouts[id(first_part)].format:
-            raise DataError(
-                f"{source.name}: its files are of two formats: {first_part.name} has the columns "
-                f"{listed(first_columns)} ({layouts[id(first_part)].format}), {part.name} has {listed(columns)} "
-                f"({layout.format})",
-                "Give each kind of file as a --dataset of its own.",
-            )
-        unread.update((column, None) for column in columns if column and column not in layout.columns.values())
-    return [(part, layouts.get(id(part), layouts[id(first_part)])) for part in source.parts]
+    if len({layout.format for layout in found.values()}) > 1:
+        examples = {layout.format: name for name, layout in found.items()}
+        formats = ", ".join(f"{name} is {format}" for format, name in examples.items())
+        what = f"{source.name}: its files are of several formats: {formats}"
+        raise DataError(what, "Give each kind of file as a --dataset of its own.")
+    default = next(iter(found.values()))
+    return [(part, found.get(part.name, default)) for part in source.parts]
 
 
 def _checked(
     parts: Sequence[tuple[Part, Layout]], spec: DataSpec, unread: dict[str, None]
 ) -> Iterator[tuple[str, dict[str, Any] | WrongRowError | None]]:
     """Every row's place, and the row; None if it is blank, its fault if it is wrong."""
-    left = spec.max_rows
+    left = spec.max_rows or sys.maxsize
     wanted = COLUMNS.union(spec.columns.values())
     for part, layout in parts:
+        if left == 0:
+            return  # before a further file is fetched
         read = set(layout.columns.values())
         for index, (line, raw) in enumerate(islice(part.rows(wanted), left)):
-            if not raw.keys() <= read:
-                unread.update(dict.fromkeys(column for column in raw if column not in read))
+            left -= 1
+            unread.update((column, None) for column in raw if column not in read)
             try:
                 yield part.where(line, index), _canonical(raw, layout)
             except WrongRowError as error:
                 yield part.where(line, index), error
-            left = left - 1 if left is not None else None
 
 
 def _canonical(raw: dict[str, Any], layout: Layout) -> dict[str, Any] | None:
@@ -278,14 +268,6 @@ def _conversation(messages: Messages, first: int, values: dict[str, Any], name: 
             row[key] = parse_json(given, key, "an object or a list") if isinstance(given, str) else given
     if not isinstance(row.get("chat_template_kwargs", {}), dict):
         raise WrongRowError(f"`chat_template_kwargs` is {kind(row['chat_template_kwargs'])}, expected an object")
-    _refuse_broken_text(row, name)
+    checked_text(json.dumps(row, ensure_ascii=False, default=str), name)  # also what is deep inside a call
     answers = [message for message in messages[first:] if message["role"] == "assistant"]
     return row if any(map(says_something, answers)) else None
-
-
-def _refuse_broken_text(value: Any, name: str) -> None:
-    """Raise WrongRowError for half of a surrogate pair anywhere in a nested value."""
-    if isinstance(value, str):
-        checked_text(value, name)
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _refuse_broken_text(item, name)

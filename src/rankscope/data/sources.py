@@ -10,13 +10,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rankscope import hub
 from rankscope.data.folders import SPLITS, divide
-from rankscope.data.readers import FILE_TYPES, Numbered, Part, file_part, file_type, listed
+from rankscope.data.readers import FILE_TYPES, Part, file_part, file_type, listed
 from rankscope.errors import DataError, shortened
 from rankscope.files import published
 from rankscope.hub import HUB_ID
@@ -35,11 +36,10 @@ class Source(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """All splits of a source; `parts` reads one, so that others need not be fetched."""
+    """All splits of a source. Files on the hub are fetched when their rows are asked for."""
 
     name: str
-    splits: Sequence[str]
-    parts: Callable[[str], tuple[Part, ...]]
+    parts: Mapping[str, Sequence[Part]]  # by split
     revision: str | None = None
     notes: tuple[str, ...] = ()
     named: bool = True  # whether the data have splits; False for a file or a pattern without
@@ -58,19 +58,22 @@ def resolve_sources(spec: DataSpec) -> tuple[list[Source], list[Source]]:
     if spec.eval_split is not None:
         others = [_named_split(found, spec.eval_split, "data.eval_split") for found in every]
     elif spec.split is None and not spec.eval_dataset and set(chosen) == {"train"}:
-        beside = [next((name for name in ("validation", "test") if name in found.splits), None) for found in every]
+        beside = [_first_of(found, "validation", "test") for found in every]
         others = beside if all(beside) else others  # of a mixture every part must be held out
     pairs = list(zip(every, chosen, others, strict=True))
     train = [_source(found, split, other, say=spec.split is None) for found, split, other in pairs]
     evaluated = [_source(found, other, say=False) for found, _, other in pairs if other]
     for id in _each(spec.eval_ids):
         found = _splits(id, _of_evaluation(spec))
-        only = found.splits[0] if len(found.splits) == 1 else None
-        only = only or next((name for name in ("test", "validation", "train") if name in found.splits), None)
-        if only is None:
-            raise _no_split(found, "test", "data.eval_dataset")
-        evaluated.append(_source(found, only, say=len(found.splits) > 1))
+        split = next(iter(found.parts)) if len(found.parts) == 1 else _first_of(found, "test", "validation", "train")
+        if split is None:
+            raise _no_split(found, "test", "Choose one of them: data.eval_dataset.")
+        evaluated.append(_source(found, split, say=len(found.parts) > 1))
     return train, evaluated
+
+
+def _first_of(found: Splits, *names: str) -> str | None:
+    return next((name for name in names if name in found.parts), None)
 
 
 def _of_evaluation(spec: DataSpec) -> DataSpec:
@@ -83,67 +86,79 @@ def check_local(spec: DataSpec) -> None:
     all that takes neither the network nor a row."""
     for ids, own in ((spec.ids, spec), (spec.eval_ids, _of_evaluation(spec))):
         for id in _each(ids):
-            if id != EMBEDDED and (os.path.exists(os.path.expanduser(id)) or not _is_remote(id)):
+            if id != EMBEDDED and not _is_url(id) and not _is_on_hub(id):
                 _splits(id, own)
 
 
-def _is_remote(id: str) -> bool:
-    """Whether an id that is nothing here is a URL, or can be that of a data set on the hub."""
-    path = Path(id)
-    is_file = file_type(path) in FILE_TYPES or path.suffix.lower() == ".gz"
-    return bool(re.match(r"https?://", id) or (HUB_ID.fullmatch(id) and not is_file))
+def _is_url(id: str) -> bool:
+    return id.startswith(("http://", "https://"))
+
+
+def _is_here(id: str) -> bool:
+    return os.path.exists(os.path.expanduser(id))  # unlike Path's own, False for a name that is no valid path
+
+
+def _is_on_hub(id: str) -> bool:
+    """Whether an id of data, or of general text, can be that of a data set on the hub."""
+    is_file = file_type(Path(id)) in (*FILE_TYPES, ".txt") or id.lower().endswith(".gz")
+    return not (id == EMBEDDED or is_file or _is_here(id)) and HUB_ID.fullmatch(id) is not None
 
 
 def _each(ids: Sequence[str]) -> Iterator[str]:
     """Ids one by one; one that names no file may be several, separated by commas."""
     for id in ids:
-        one_source = os.path.exists(os.path.expanduser(id)) or "," not in id
-        yield from [id] if one_source else filter(None, (part.strip() for part in id.split(",")))
+        yield from [id] if _is_here(id) else filter(None, (part.strip() for part in id.split(",")))
 
 
 def _source(found: Splits, split: str, other: str | None = None, *, say: bool) -> Source:
-    """Source of a split; where `say`, with a note on what stays unread, or was taken though nobody asked for it."""
+    """Source of a split, or of several with + between them; where `say`, with a note on what stays unread, or was taken
+    though nobody asked for it."""
+    chosen = split.split("+")
+    if wrong := [one for one in chosen if one not in found.parts]:
+        todo = "Name whole splits, with + between several; data.max_rows takes the first rows."
+        raise _no_split(found, wrong[0], todo)
     notes = list(found.notes)
     if say and found.named:
-        unread = [name for name in found.splits if name not in (split, other)]
+        unread = [name for name in found.parts if name not in (split, other)]
         notes += [f"{found.name}: the split {other} is the evaluation set"] if other else []
         notes += [f"{found.name}: not read: the split{'s' * (len(unread) > 1)} {listed(unread)}"] if unread else []
-        notes += [f"{found.name}: its only split is {split}"] if split != "train" and len(found.splits) == 1 else []
-    return Source(found.name, found.parts(split), found.revision, tuple(notes))
+        notes += [f"{found.name}: its only split is {split}"] if split != "train" and len(found.parts) == 1 else []
+    parts = chain.from_iterable(found.parts[one] for one in chosen)
+    return Source(found.name, tuple(parts), found.revision, tuple(notes))
 
 
 def _chosen(found: Splits, spec: DataSpec) -> str:
     """Split to train on. Raises DataError if there is no such split, or none is meant."""
     if spec.split not in (None, "train") and not found.named:  # studies of earlier versions name `train`
         raise DataError(f"{found.name}: data.split is {spec.split!r}, but local data has no split", "Remove it.")
-    if spec.split is None and len(found.splits) == 1:
-        return found.splits[0]
-    if spec.split not in found.splits and re.search(r"[+\[]", spec.split or ""):
-        return str(spec.split)  # several with + between them
+    if spec.split is None and len(found.parts) == 1:
+        return next(iter(found.parts))
+    if spec.split not in found.parts and re.search(r"[+\[]", spec.split or ""):
+        return str(spec.split)
     return _named_split(found, spec.split or "train", "data.split")
 
 
 def _named_split(found: Splits, name: str, field: str) -> str:
-    for split in (name, SPLITS.get(name)):
-        if split in found.splits:
-            return str(split)
-    raise _no_split(found, name, field)
+    split = _first_of(found, name, SPLITS.get(name, name))
+    if split is None:
+        raise _no_split(found, name, f"Choose one of them: {field}.")
+    return split
 
 
-def _no_split(found: Splits, name: str, field: str) -> DataError:
-    return DataError(f"{found.name}: no split {name}, only {listed(found.splits)}", f"Choose one of them: {field}.")
+def _no_split(found: Splits, name: str, todo: str) -> DataError:
+    return DataError(f"{found.name}: no split {name}, only {listed(found.parts)}", todo)
 
 
 def _splits(id: str, spec: DataSpec) -> Splits:
     path = Path(os.path.expanduser(id))
-    if os.path.isfile(path):  # unlike Path's own, these return False for a name that is no valid path
+    if os.path.isfile(path):
         _refuse_hub_fields(id, spec, "config", "revision")
-        return _unsplit(str(path), [file_part(path)])
+        return Splits(str(path), {"train": [file_part(path)]}, named=False)
     if os.path.isdir(path):
         _refuse_hub_fields(id, spec, "revision")
         return _saved(path, id, spec) or _folder(path, id, spec)
-    if re.match(r"https?://", id):
-        return _unsplit(id, [file_part(_downloaded(id), id)])
+    if _is_url(id):
+        return Splits(id, {"train": [file_part(_downloaded(id), id)]}, named=False)
     if glob.has_magic(id):
         files = sorted(file for file in glob.glob(os.path.expanduser(id), recursive=True) if os.path.isfile(file))
         if not files:
@@ -151,13 +166,9 @@ def _splits(id: str, spec: DataSpec) -> Splits:
         common = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
         below = {Path(os.path.relpath(file, common)).as_posix(): Path(file) for file in files}
         return _divided(id, list(below), "", spec, lambda file: file_part(below[file]))
-    if not _is_remote(id):
+    if not _is_on_hub(id):
         raise DataError(f"{id}: no such file or folder", "Check the path, or give a hub id such as owner/name.")
     return _hub(id, spec)
-
-
-def _unsplit(name: str, parts: Sequence[Part]) -> Splits:
-    return Splits(name, ("train",), lambda _: tuple(parts), named=False)
 
 
 def _refuse_hub_fields(id: str, spec: DataSpec, *fields: str) -> None:
@@ -178,19 +189,7 @@ def _divided(
     name: str, files: Sequence[str], readme: str, spec: DataSpec, part: Callable[[str], Part], commit: str | None = None
 ) -> Splits:
     splits, notes = divide(files, readme, spec.config, name)
-    return _of_files(name, splits, part, revision=commit, notes=tuple(notes))
-
-
-def _of_files(name: str, splits: Mapping[str, Sequence[str]], part: Callable[[str], Part], **more: Any) -> Splits:
-    """Splits whose files `part` reads; several are named with + between them."""
-
-    def parts(split: str) -> tuple[Part, ...]:
-        if wrong := [one for one in split.split("+") if one not in splits]:
-            todo = "Name whole splits, with + between several; data.max_rows takes the first rows."
-            raise DataError(f"{name}: no split {wrong[0]}, only {listed(splits)}", todo)
-        return tuple(part(file) for one in split.split("+") for file in splits[one])
-
-    return Splits(name, tuple(splits), parts, **more)
+    return Splits(name, {split: list(map(part, own)) for split, own in splits.items()}, commit, tuple(notes))
 
 
 def _saved(path: Path, id: str, spec: DataSpec) -> Splits | None:
@@ -208,7 +207,7 @@ def _saved(path: Path, id: str, spec: DataSpec) -> Splits | None:
         raise _not_loaded(id, error, "Save it again with save_to_disk.") from error
     if away := [file for own in splits.values() for file in own if not _SAVED_FILE.fullmatch(file)]:
         raise DataError(f"{id}: names the file {away[0]}, which is not in it", "Save it again with save_to_disk.")
-    return _of_files(id, splits, lambda file: file_part(path / file.lstrip("/")))
+    return Splits(id, {split: [file_part(path / file.lstrip("/")) for file in own] for split, own in splits.items()})
 
 
 def _downloaded(url: str) -> Path:
@@ -238,12 +237,6 @@ def commits(spec: DataSpec, general: str | None = None) -> dict[str, str]:
     return {id: spec.commits.get(id) or _repository(id, revision).commit for id, revision in on_hub.items()}
 
 
-def _is_on_hub(id: str) -> bool:
-    """Whether an id of data, or of general text, is of the hub."""
-    here = id == EMBEDDED or os.path.exists(os.path.expanduser(id)) or id.lower().endswith(".txt")
-    return not here and bool(HUB_ID.fullmatch(id)) and _is_remote(id)
-
-
 def _repository(id: str, revision: str | None) -> hub.Repository:
     try:
         return hub.repository(id, "dataset", revision, "README.md")
@@ -264,12 +257,8 @@ def _hub(id: str, spec: DataSpec) -> Splits:
 
     def part(file: str) -> Part:
         name = f"{id}/{file}"
-        file_part(Path(file), name)  # an unknown type is not worth fetching
-
-        def rows(wanted: Collection[str]) -> Iterator[Numbered]:
-            yield from file_part(path(file), name).rows(wanted)  # the first rows of many files need only the first file
-
-        return Part(name, rows, lambda: file_part(path(file), name).columns())
+        read = functools.partial(file_part, name=name)
+        return Part(name, lambda wanted: read(path(file)).rows(wanted), lambda: read(path(file)).columns())
 
     readme = path("README.md").read_text(encoding="utf-8", errors="replace") if "README.md" in files else ""
     return _divided(id, files, readme, spec, part, commit)

@@ -19,26 +19,20 @@ def group_key(beginning: str, seed: int) -> int:
 def held_out(keys: npt.NDArray[np.uint64], eval_rows: int | None) -> tuple[npt.NDArray[np.bool_], bool]:
     """Mask of the rows to hold out, (S,) for S rows with these group keys; and whether groups had to be divided.
 
-    Rows of one group stay together, so that no question is on both sides. Groups are taken in the order of their keys
-    until `eval_rows` rows are held out, skipping any that would hold out more than half of all rows. The choice depends
-    on the set of rows, not on their order in the file. Since groups are taken whole, somewhat more rows than
-    `eval_rows` may be held out.
-
-    Where large groups leave fewer than half of `eval_rows` (one prompt for all rows), rows are taken one by one, in the
-    order of a hash of key and place in the file.
+    Groups, whose rows stay together so that no question is on both sides, are taken in the order of their keys until
+    at least `eval_rows` rows are held out, skipping any that would hold out more than half of all rows: the choice
+    depends on the set of rows, not on their order. Where that leaves fewer than half of `eval_rows` (one prompt for all
+    rows), rows are taken one by one, in the order of a hash of key and place in the file.
     """
     rows = len(keys)
     wanted = default_eval_rows(rows) if eval_rows is None else eval_rows
     most = min(max(wanted, rows // 2), rows - 1)
     _, group_of, sizes = np.unique(keys, return_inverse=True, return_counts=True)
-    taken: list[int] = []
-    count = 0
-    for group, size in enumerate(sizes):
-        if count >= wanted:
-            break
-        if count + size <= most:
+    taken, count = list[int](), 0
+    for group, size in enumerate(sizes.tolist()):
+        if count < wanted and count + size <= most:
             taken.append(group)
-            count += int(size)
+            count += size
     if count and 2 * count >= min(wanted, rows // 2):
         return np.isin(group_of, taken), False
     hashes = (_hash(b"%d:%d" % (key, index)) for index, key in enumerate(keys))

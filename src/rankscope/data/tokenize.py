@@ -11,7 +11,8 @@ import re
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import compress, pairwise
 from typing import IO, Any
 
 import numpy as np
@@ -72,7 +73,7 @@ def tokenize(
         facts: dict[str, Any] = {
             "loss_on": " + ".join(rows.learned),
             "max_length": spec.max_length,
-            "bad_rows_dropped": rows.refused,
+            "bad_rows_dropped": rows.counts["refused"],
             "duplicates_dropped": rows.duplicates,
             "rows_without_label_dropped": rows.without_label,
             "eval_rows_in_train_dropped": leaked,
@@ -90,7 +91,7 @@ def tokenize(
             "warnings": [*rows.warnings(), *(f"Of the evaluation set: {found}" for found in others.warnings())],
         }
         if evaluated is not None:
-            facts |= {"eval_bad_rows_dropped": others.refused, "eval_duplicates_dropped": others.duplicates}
+            facts |= {"eval_bad_rows_dropped": others.counts["refused"], "eval_duplicates_dropped": others.duplicates}
             facts["eval_without_label"] = others.without_label
             facts["eval_rows_unused"] = int((~taken).sum())
     return TokenizedData(train, heldout, facts)
@@ -131,8 +132,24 @@ def with_source_facts(data: TokenizedData, records: Records, evaluated: Records 
 
 def loss_on(spec: DataSpec, format: str) -> str:
     """What is learned: as the study says, or by the format."""
-    defaults = {"messages": "assistant", "text": "all"}
-    return spec.loss_on or defaults.get(format, "completion")
+    return spec.loss_on or {"messages": "assistant", "text": "all"}.get(format, "completion")
+
+
+_NOTES = {
+    "border": "in {:,} of the rows the prompt's end and the answer's beginning would be one token; they are tokenised "
+    "apart, as at inference",
+    "heading": "prompts of rows without an input ({:,}) keep the line {!r}: give them data.template_without_input",
+    "refused": "rows left out, since the chat template refuses them: {:,}; the first: {}",
+}
+_WARNINGS = {
+    "changed": "the chat template writes the answers of {:,} rows otherwise than they stand in the data (it may leave "
+    "out their thoughts); another one: --chat-template FILE",
+    "border of a chat": "in {:,} rows a token lies over the border between what is read and what is learned, where "
+    "inference has two",
+    "special": "{:,} rows hold a special token of the model as text ({}); it is read as that token",
+    "unlike": "the tokens to learn are not the answer's: {1}",
+}
+"""What is said of a number of rows, and of an example of them."""
 
 
 class _Rows:
@@ -149,14 +166,15 @@ class _Rows:
         self._kept = np.zeros(0, dtype=np.int64)
         self.keys, self.digests, self.truncated = np.zeros(0, np.uint64), np.zeros(0, np.uint64), np.zeros(0, np.bool_)
         self.learned: dict[str, None] = {}  # what is learned, of `data.loss_on`
-        self.highest_id = self.refused = self.duplicates = self.without_label = self.answers_cut_off = 0
+        self.highest_id = self.duplicates = self.without_label = self.answers_cut_off = 0
         self._templates: dict[str, ChatTemplate] = {}
-        self._counts: Counter[str] = Counter()
-        self._file = file
+        self.counts: Counter[str] = Counter()  # by what is said of them: see `_NOTES`
+        self.examples: dict[str, str] = {}
+        self._file = file  # token ids as int32, those to learn as their complements, which are negative
         special = [token for token in tokenizer.all_special_tokens if token.strip()]
         self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
-        self.refusal = ""  # why the first row was refused
-        self._example = ""  # of a special token in a row
+        if heading := heading_without_input(spec):
+            self.examples["heading"] = heading
 
     def read(self, records: Records) -> None:
         """Read all rows. Raises DataError with the place of one that cannot be rendered and is not to be skipped."""
@@ -186,37 +204,38 @@ class _Rows:
                     rendered = template.render(row)
                 else:
                     rendered = render_plain(row, self.spec, learned)
-                    self._counts["without input"] += not row.get("input", "_").strip()
             except DataError as error:
                 if not self.tokenizer.chat_template:
                     raise
                 if self.spec.skip_bad_rows:
-                    self.refused += 1
-                    self.refusal = self.refusal or error.what
-                    continue
-                problems.append(DataError(f"{place}: {error.what}", error.todo))
+                    self._count("refused", error.what)
+                else:
+                    problems.append(DataError(f"{place}: {error.what}", error.todo))
                 if len(problems) == _PROBLEMS_SHOWN:
                     break
                 continue
+            self.counts["heading"] += "heading" in self.examples and not row.get("input", "_").strip()
             if found := self._special.search(str(row)):
-                self._counts["special"] += 1
-                self._example = self._example or found[0]
+                self._count("special", found[0])
             yield rendered
         if problems:
             raise DataError("\n".join(dict.fromkeys(problem.what for problem in problems)), problems[0].todo)
 
+    def _count(self, what: str, example: str) -> None:
+        self.counts[what] += 1
+        self.examples.setdefault(what, example)
+
     def _add(self, rendered: Rendered, encoded: Encoded) -> None:
         ids, is_label = _example(rendered, encoded, self.spec.max_length)
         length = len(ids)
-        self._counts["border of a chat" if rendered.is_chat else "border"] += encoded.spans_border
-        starts = [0, *encoded.ends][: len(encoded.ends)]
-        answers = zip(starts, encoded.ends, strict=True)
+        self.counts["border of a chat" if rendered.is_chat else "border"] += encoded.spans_border
+        answers = pairwise([0, *encoded.ends])
         whole = [encoded.is_label[start:end].any() and not is_label[start:end].any() for start, end in answers]
         self.answers_cut_off += any(whole) and length < len(encoded.ids)
         if not is_label.any():
             self.without_label += 1
             return
-        content = ids.tobytes() + is_label.tobytes()
+        content = np.where(is_label, ~ids, ids).tobytes()
         self._digests.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()))
         self._keys.append(group_key(rendered.beginning, self.spec.split_seed))
         self._lengths.append(length)
@@ -226,72 +245,43 @@ class _Rows:
 
     def _check(self, rendered: Rendered, encoded: Encoded) -> None:
         """Warn if the tokens to learn do not decode to the text to learn: the tokenizer hides where they are."""
-        learned = [encoded.ids[at] for at in np.flatnonzero(encoded.is_label)]
         text = "".join(rendered.text[start:end] for start, end in rendered.learned)
+        learned = list(compress(encoded.ids, encoded.is_label))
+        answer = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        end = "" if rendered.is_chat else str(self.tokenizer.eos_token)
         ours, expected = (
-            "".join(str(self.tokenizer.decode(ids)).split())
-            for ids in (learned, self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            "".join(str(self.tokenizer.decode(ids)).split()).removesuffix(end) for ids in (learned, answer)
         )
-        ours = ours.removesuffix("" if rendered.is_chat else str(self.tokenizer.eos_token))
-        if ours != expected.removesuffix("" if rendered.is_chat else str(self.tokenizer.eos_token)):
-            self._counts["unlike"] += 1
-            self._example_unlike = f"{ours[:60]!r} is learned, and the answer is {expected[:60]!r}"
+        if ours != expected:
+            self._count("unlike", f"{ours[:60]!r} is learned, and the answer is {expected[:60]!r}")
 
     def tokens(self, wanted: npt.NDArray[np.bool_]) -> Tokens:
         """Tokens of the rows that a mask names, in order."""
-        is_used = np.zeros(len(self._lengths), dtype=np.bool_)
+        lengths = np.asarray(self._lengths)
+        is_used = np.zeros(len(lengths), dtype=np.bool_)
         is_used[self._kept[wanted]] = True
-        offsets = np.zeros(int(wanted.sum()) + 1, dtype=np.int64)
-        np.cumsum(np.asarray(self._lengths)[is_used], out=offsets[1:])
-        ids, is_label = np.empty(offsets[-1], dtype=np.int32), np.empty(offsets[-1], dtype=np.bool_)
-        self._file.seek(0)
-        position = 0
-        for length, used in zip(self._lengths, is_used, strict=True):
-            content = self._file.read(5 * length)
-            if used:
-                ids[position : position + length] = np.frombuffer(content, np.int32, length)
-                is_label[position : position + length] = np.frombuffer(content, np.bool_, length, 4 * length)
-                position += length
-        return Tokens(ids, is_label, offsets)
+        self._file.flush()
+        signed = np.memmap(self._file, np.int32, mode="r")[np.repeat(is_used, lengths)]
+        is_label = signed < 0
+        offsets = np.concatenate([[0], np.cumsum(lengths[is_used], dtype=np.int64)])
+        return Tokens(np.where(is_label, ~signed, signed), is_label, offsets)
 
     def notes(self) -> list[str]:
-        border = self._counts["border"]
-        alone = "in %s row%s the prompt's end and the answer's beginning would be one token; %s"
-        told = "they are tokenised apart, as at inference"
-        found = [alone % (f"{border:,}", "s" * (border > 1), told)] if border else []
-        heading, count = heading_without_input(self.spec), self._counts["without input"]
-        if heading and count:
-            told = "give them data.template_without_input"
-            found.append(f"prompts of rows without an input ({count:,}) keep the line {heading!r}: {told}")
-        if self.refused:
-            found.append(f"{self.refused:,} row{'s' * (self.refused > 1)} left out: {self.refusal}")
-        return found
+        return self._said(_NOTES)
 
     def warnings(self) -> list[str]:
-        found = []
-        for template in self._templates.values():
-            found += [
-                f"the chat template does not write `{name}`, which {count:,} row{'s have' if count > 1 else ' has'}"
-                for name, count in template.ignored.items()
-            ]
-            if template.changed:
-                found.append(
-                    f"the chat template writes the answers of {template.changed:,} rows otherwise than they stand in "
-                    "the data (it may leave out their thoughts); another one: --chat-template FILE"
-                )
-        if self._counts["border of a chat"]:
-            found.append(
-                f"in {self._counts['border of a chat']:,} rows a token lies over the border between what is read "
-                "and what is learned, where inference has two"
-            )
-        if self._counts["special"]:
-            found.append(
-                f"{self._counts['special']:,} rows hold a special token of the model as text ({self._example}); it is "
-                "read as that token"
-            )
-        if self._counts["unlike"]:
-            found.append(f"the tokens to learn are not the answer's: {self._example_unlike}")
-        return found
+        templates = self._templates.values()
+        self.counts["changed"] = sum(template.changed for template in templates)
+        ignored = [
+            f"the chat template does not write `{name}`, which {'1 row has' if rows == 1 else f'{rows:,} rows have'}"
+            for template in templates
+            for name, rows in template.ignored.items()
+        ]
+        return [*ignored, *self._said(_WARNINGS)]
+
+    def _said(self, texts: Mapping[str, str]) -> list[str]:
+        counts = {what: self.counts[what] for what in texts}
+        return [texts[what].format(count, self.examples.get(what)) for what, count in counts.items() if count]
 
 
 def _batches(rows: Iterator[Rendered]) -> Iterator[list[Rendered]]:
@@ -354,8 +344,8 @@ def _check_own_set(rows: _Rows, kept: int, others: _Rows, spec: DataSpec) -> Non
 
 def _check_number(rows: _Rows, number: int, spec: DataSpec) -> None:
     """Raise DataError for too few rows: of all that were read, `number` may be trained on or held out."""
-    if not len(rows.keys) and rows.refused and not rows.without_label:
-        raise DataError(f"{spec.name}: no row is left: {rows.refusal}", "Give another --chat-template.")
+    if not len(rows.keys) and rows.counts["refused"] and not rows.without_label:
+        raise DataError(f"{spec.name}: no row is left: {rows.examples['refused']}", "Give another --chat-template.")
     if not len(rows.keys):
         raise DataError(
             f"{spec.name}: no row has a token to learn within max_length {spec.max_length} "

@@ -36,13 +36,9 @@ class Tokens:
 
     @classmethod
     def from_examples(cls, examples: Sequence[Example]) -> Self:
-        offsets = np.zeros(len(examples) + 1, dtype=np.int64)
-        np.cumsum([len(example.ids) for example in examples], out=offsets[1:])
-        return cls(
-            ids=np.concatenate([np.empty(0, np.int32), *(example.ids for example in examples)]),
-            is_label=np.concatenate([np.empty(0, np.bool_), *(example.is_label for example in examples)]),
-            offsets=offsets,
-        )
+        ids = np.concatenate([np.empty(0, np.int32), *(example.ids for example in examples)])
+        is_label = np.concatenate([np.empty(0, np.bool_), *(example.is_label for example in examples)])
+        return cls(ids, is_label, np.cumsum([0, *(len(example.ids) for example in examples)], dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -73,8 +69,7 @@ class TokenizedData:
 
     train: Tokens
     eval: Tokens
-    facts: dict[str, Any]
-    """Facts for data/facts.json and the report, see `rankscope.data.tokenize`."""
+    facts: dict[str, Any]  # data/facts.json: see `rankscope.data.tokenize`
     general: Tokens | None = None  # general text to measure forgetting on, every token a label
     sha256: str = ""  # of the file that it was loaded from; empty before it is saved
 

@@ -33,7 +33,7 @@ from rankscope.plan.runtime import (
 from rankscope.spec.candidates import FullTrial, Trial
 from rankscope.spec.models import ModelSpec, StudySpec
 from rankscope.study.folder import Division, StudyFolder
-from rankscope.study.missing import ProfileJob, missing_profiles, missing_reference, missing_trials
+from rankscope.study.missing import ProfileJob, missing_profiles, without_result
 
 GPU_HOST_BYTES = 4 << 30
 """Assumed memory of the host for a process that works on a GPU, beside the base model as it is loaded; not measured."""
@@ -146,8 +146,7 @@ def make_plan(
     prediction = predict(with_site_dtype(spec, site), torch.device(site.kind))
     memory = StudyMemory(spec, prediction, data.train, site.free_bytes)
     check_ranks(spec, prediction)
-    trials = missing_trials(study) if study else spec.trials()
-    reference = missing_reference(study) if study else spec.reference_trials()
+    trials, reference = without_result(study, spec.trials()), without_result(study, spec.reference_trials())
     division = study.division() if study else Division({}, {})
     known, missing = division.trials(), {trial.name for trial in trials}
     packs, added = dict(division.packs), [trial for trial in spec.trials() if trial.name not in known]

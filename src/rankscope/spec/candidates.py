@@ -10,13 +10,21 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationInfo
 from rankscope.errors import StudyError
 
 CONTROL = "control"  # name of the profile that measures the first candidate once more, for the noise of every cost
-
 TIME = "time"  # name of the profile that has the times of all of them, side by side
+FULL = "full"  # entry among the ranks for full fine-tuning, the baseline
+PLAIN: Literal["lora"] = "lora"
 
-
+Rank = Annotated[int, Field(gt=0, le=1 << 20)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+Count = Annotated[int, Field(gt=0, lt=1 << 63)]  # a positive number that fits in a signed 64-bit integer
+Variant = Literal["rslora", "pissa", "olora", "loraplus", "dora", "pattern"]
+"""A LoRA variant: see `rankscope.lora.variants`, and PEFT's documentation of each."""
+Column = Literal[
+    "instruction", "input", "output", "system", "history", "prompt", "completion", "messages", "text", "tools", "chosen"
+]
+"""Name of a column that a format reads."""
 AllLinear = Literal["all-linear", "all-linear+experts"]
 """Values of adapter.target_modules that are no names: see `rankscope.lora.targets`."""
-
 ALL_LINEAR, ALL_LINEAR_AND_EXPERTS = get_args(AllLinear)
 
 
@@ -37,7 +45,7 @@ def listed(value: Any, between: Callable[[int, int], Sequence[int]] | None = Non
     if not isinstance(value, str):
         return as_list(value)
     parts = [part.strip() for part in value.split(",") if part.strip()]
-    return [one for part in parts for one in (_range(part, between) if ".." in part else [one_number(part)])]
+    return [one for part in parts for one in (_range(part, between) if ".." in part else [part])]
 
 
 def counted(low: int, high: int) -> Sequence[int]:
@@ -50,20 +58,14 @@ _MOST_IN_RANGE = 1 << 20  # largest distance between the ends of a range
 
 def _range(text: str, between: Callable[[int, int], Sequence[int]] | None) -> Sequence[Any]:
     unit = "r" * (text.count("r") == 2 and between is doublings)  # alphas that are multiples of the rank
-    low, *others = (one_number(end.strip().removesuffix(unit)) for end in text.split(".."))
-    whole = len(others) == 1 and isinstance(low, int) and isinstance(others[0], int)
-    if between is None or not whole or not (between is not counted) <= low <= others[0] <= low + _MOST_IN_RANGE:
-        raise StudyError(f"{text}: no such range; ranges are 8..64 of ranks and alphas, 0..4 of seeds")
-    return [f"{one}{unit}" if unit else one for one in between(low, others[0])]
-
-
-def one_number(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    try:
+        low, high = (int(end.strip().removesuffix(unit)) for end in text.split(".."))
+        if between is None or not (between is not counted) <= low <= high <= low + _MOST_IN_RANGE:
+            raise ValueError
+    except ValueError:
+        what = f"{text}: no such range; ranges are 8..64 of ranks and alphas, 0..4 of seeds"
+        raise StudyError(what) from None
+    return [f"{one}{unit}" if unit else one for one in between(low, high)]
 
 
 def unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -133,23 +135,6 @@ def column_of_a_format(value: Any) -> Any:
     return value
 
 
-Column = Literal[
-    "instruction", "input", "output", "system", "history", "prompt", "completion", "messages", "text", "tools", "chosen"
-]
-"""Name of a column that a format reads."""
-
-Rank = Annotated[int, Field(gt=0, le=1 << 20)]
-
-PLAIN: Literal["lora"] = "lora"
-
-Variant = Literal["rslora", "pissa", "olora", "loraplus", "dora", "pattern"]
-"""A LoRA variant: see `rankscope.lora.variants`, and PEFT's documentation of each."""
-
-Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
-
-Count = Annotated[int, Field(gt=0, lt=1 << 63)]  # a positive number that fits in a signed 64-bit integer
-
-
 class Frozen(BaseModel):
     # Attribute docstrings are the descriptions in the JSON schema.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
@@ -163,9 +148,6 @@ class Frozen(BaseModel):
         if not is_switch and any(isinstance(one, bool) for one in values):
             raise ValueError("expected another value than true or false")
         return value
-
-
-FULL = "full"  # entry among the ranks for full fine-tuning, the baseline
 
 
 class FullTrial(Frozen):

@@ -76,9 +76,7 @@ def _number_with(units: Iterable[str]) -> str:
     return rf"^\s*[0-9]+(\.[0-9]+)?\s*({'|'.join(either_case)})?\s*$"
 
 
-ListText = Annotated[str, Field(pattern=r"^[0-9.,\sefulrE+-]*[0-9][0-9.,\sefulrE+-]*$")]
-"""Text such as `8,64`, `4..64` or `1r,2r`, in a list too."""
-
+ListText = Annotated[str, Field(pattern=r"^[0-9.,\sefulrE+-]*[0-9][0-9.,\sefulrE+-]*$")]  # `8,64`, `4..64`, `1r,2r`
 Numbers = OneOrSeveral[PositiveFloat | ListText]
 RankOrFull = Rank | ListText | Annotated[list[Rank | ListText | Literal["full"]], Field(min_length=1)]
 Name = Annotated[str, Field(min_length=1)]

@@ -19,6 +19,12 @@ from rankscope.spec.option_table import OPTIONS
 from rankscope.spec.peft_options import read_adapter_config
 from rankscope.spec.resolve import resolve_spec, short_form
 
+_MERGE = "tag:yaml.org,2002:merge"
+_SEVERAL = tuple[str, ...]
+_QUOTED = re.compile(r"""'(?:[^']|'')*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+_REPLACES = (("training", "steps", "epochs"), ("training", "epochs", "steps"), ("verdict", "margin_of", "margin"))
+"""Fields of a group that replace another of the file, where they are given by option."""
+
 
 class _Yaml(NamedTuple):
     """Values of YAML text, and the line of each field, e.g. of `training.steps`."""
@@ -113,9 +119,6 @@ def _fields(node: yaml.Node, prefix: str, seen: set[int]) -> Iterator[tuple[str,
         yield from _fields(value, f"{prefix}{name}.", seen)
 
 
-_MERGE = "tag:yaml.org,2002:merge"
-
-
 def _problem(error: Exception) -> str:
     return str(getattr(error, "problem", None) or error or type(error).__name__).split("\n")[0]
 
@@ -154,10 +157,6 @@ def _value(text: str, types: set[Any]) -> Any:
             if isinstance(names, list) and all(isinstance(name, str) for name in names):
                 return names
     return text
-
-
-_SEVERAL = tuple[str, ...]
-_QUOTED = re.compile(r"""'(?:[^']|'')*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 
 
 def _members(annotation: Any) -> set[Any]:
@@ -205,13 +204,9 @@ def assemble(
             raise StudyError(f"{given[field]} and {option} are the same field", "Give one of them.")
         if value is not None and option != "adapter_config":
             set_field(merged, field, value)
-    training = merged.get("training")
-    for one, other in (("steps", "epochs"), ("epochs", "steps")):  # a length given by option replaces the file's
-        if isinstance(training, dict) and f"training.{one}" in given and f"training.{other}" not in given:
-            training.pop(other, None)
-    verdict = merged.get("verdict")
-    if isinstance(verdict, dict) and "verdict.margin_of" in given and "verdict.margin" not in given:
-        verdict.pop("margin", None)  # the file's is a share of something else
+    for group, one, other in _REPLACES:
+        if f"{group}.{one}" in given and f"{group}.{other}" not in given and isinstance(merged.get(group), dict):
+            merged[group].pop(other, None)
     for assignment in assignments:
         set_value(merged, assignment)
     has_name = "name" in merged

@@ -61,9 +61,7 @@ def checked_options(options: Any) -> dict[str, Any]:
             raise ValueError(f"{shortened(str(name))}: LoraConfig of PEFT {__version__} has no such field{near}")
     if options.get("init_lora_weights", True) not in _STARTS:
         start = shortened(str(options["init_lora_weights"]))
-        todo = f"give {', '.join(map(str, _STARTS))}" + (
-            "; variants has pissa and olora" * start.startswith(("pissa", "olora"))
-        )
+        todo = f"give {', '.join(map(str, _STARTS))}; variants has pissa and olora"
         raise ValueError(f"init_lora_weights: {start}: {_START}; {todo}")
     try:
         LoraConfig(**dict(options))

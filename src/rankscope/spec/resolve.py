@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from rankscope.errors import StudyError, shortened
 from rankscope.spec.models import StudySpec
-from rankscope.spec.names import INSTEAD
+from rankscope.spec.names import INSTEAD, type_of
 
 MAX_ERRORS_SHOWN = 5  # wrong fields in one message
 LOG = "log"  # field of study.yaml in a study's directory: what was added, and when
@@ -76,11 +76,9 @@ def _suggestion(path: Sequence[str]) -> str:
     *group, name = path
     if name in INSTEAD:
         return INSTEAD[name]
-    if group == ["data"] and name in ("eval", "eval_id"):
-        return "did you mean eval_dataset?"
     known = _fields(group)
-    groups = [[], *([field] for field in _fields([]))]
-    elsewhere = {".".join([*other, field]): field for other in groups if other != group for field in _fields(other)}
+    elsewhere = {field: field for field in _fields([]) if group}
+    elsewhere |= {f"{other}.{field}": field for other in _fields([]) if [other] != group for field in _fields([other])}
     same_name = [full for full, field in elsewhere.items() if field == name]
     near = difflib.get_close_matches(name, known, n=1)
     near_elsewhere = difflib.get_close_matches(name, elsewhere.values(), n=1)
@@ -90,10 +88,7 @@ def _suggestion(path: Sequence[str]) -> str:
 
 def _fields(path: Sequence[str]) -> list[str]:
     """Names of a group's fields, the study's own for an empty path; empty for an unknown group."""
-    fields: dict[str, Any] = StudySpec.model_fields
-    for part in path:
-        fields = getattr(fields[part].annotation, "model_fields", {}) if part in fields else {}
-    return sorted(fields)
+    return sorted(getattr(type_of(".".join(path)) if path else StudySpec, "model_fields", ()))
 
 
 def write_yaml(spec: BaseModel, log: Sequence[Mapping[str, Any]] = ()) -> str:

@@ -48,6 +48,7 @@ FINISHED = ("done", "diverged")  # statuses that are results: a trial with any o
 NOT_ENDED = ("pending", "running")
 
 TRIAL_FILES = ("metrics.jsonl", "untrained.json", "eval.json", "adapter/*")  # with a hash in trial.json at its end
+ADAPTER = "adapter/adapter_model.safetensors"
 CURVE = "curve/curve.json"
 OF_HELD_OUT = ("untrained.json", "eval.json")  # files of a trial with its losses on held-out rows
 ANSWERS = "answers"  # key of the answers in failures.json
@@ -182,8 +183,7 @@ class StudyFolder:
     def write_failure(self, name: str, failure: records.Failure | None) -> None:
         """Record how a profile, or the answers, ended; None where they are whole."""
         before = self.failures()
-        after = {other: known for other, known in before.items() if other != name}
-        after |= {} if failure is None else {name: failure}
+        after = {one: known for one, known in {**before, name: failure}.items() if known is not None}
         if after != before:
             records.FailuresRecord(failures=after).write(self.file("failures.json"))
 
@@ -261,15 +261,10 @@ class StudyFolder:
         if record.status not in NOT_ENDED:
             return
         last = max((row["step"] for row in read_rows(folder / "metrics.jsonl")), default=0)
-        ended = {
-            "trial": trial.name,
-            "status": status,
-            "reason": reason + (f", after step {last}" if last else ""),
-            "pack": record.pack or pack,
-            "results": record.results,
-            "files": files.file_hashes(folder, TRIAL_FILES),
-        }
-        record.model_copy(update=ended | trial.model_dump(mode="json")).write(folder / "trial.json")
+        reason += f", after step {last}" if last else ""
+        ended = {"trial": trial.name, "status": status, "reason": reason, "pack": record.pack or pack}
+        written = {"files": files.file_hashes(folder, TRIAL_FILES), "results": record.results}
+        record.model_copy(update=ended | written | trial.model_dump(mode="json")).write(folder / "trial.json")
 
     def whole_file(self, trial: AnyTrial, name: str) -> Path:
         """Path of a trial's file, checked against its hash in trial.json where the trial has ended. Raises
@@ -285,7 +280,10 @@ class StudyFolder:
 
     def adapter_file(self, trial: Trial) -> Path:
         """Weights of a trial that is done. Raises StudyDirectoryError: they are missing or corrupt."""
-        return self.whole_file(trial, "adapter/adapter_model.safetensors")
+        return self.whole_file(trial, ADAPTER)
+
+    def adapter_sha256(self, trial: Trial) -> str | None:
+        return self.trial_record(trial).sha256(ADAPTER)
 
     @property
     def machine(self) -> dict[str, Any]:
@@ -342,7 +340,7 @@ class StudyFolder:
 
     @property
     def rank_curve_file(self) -> Path:
-        return self.file(*CURVE.split("/"))
+        return self.file(CURVE)
 
     def rank_curve(self) -> list[records.Cut]:
         """Truncations in curve.json of adapters that are still those of their trials."""
@@ -355,9 +353,6 @@ class StudyFolder:
     def add_cuts(self, cuts: Sequence[records.Cut]) -> None:
         if cuts:
             records.CurveRecord(cuts=[*self.rank_curve(), *cuts]).write(self.rank_curve_file)
-
-    def adapter_sha256(self, trial: Trial) -> str | None:
-        return self.trial_record(trial).sha256("adapter/adapter_model.safetensors")
 
     def open_failures(self) -> dict[str, records.Failure]:
         """`failures()` of profiles and answers that are still missing."""

@@ -2,25 +2,24 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from rankscope.spec.candidates import CONTROL, TIME, AnyTrial, FullTrial, Trial
 from rankscope.spec.models import MeasureSpec, StudySpec
 from rankscope.study.folder import AGAIN, FINISHED, StudyFolder
 from rankscope.study.scores import unscored
 
-START_SECONDS = 6.0  # of a job's process: Python, libraries and a small model, on two cores
+# Seconds on two cores:
+START_SECONDS = 6.0  # of a job's process: Python, libraries and a small model
+ANSWER_SECONDS = 0.005  # of an answer's token at least: the layers' calls
+REPORT_SECONDS = 12.0  # of the verdict, the model cards, the figures and the page
 
+ANSWER_ROWS = 1 / 8  # time of an answer's token, in those of a training step's row: it too reads all weights
 TURN_STEPS = 1.5  # time of a step and the evaluation after it, in steps, where candidates take turns
-
 EXTRA_ROUNDS, MAX_EXTRA_SECONDS = 2, 120.0
 """Rounds of time beyond `measure.rounds`: at most as many times as many, for so long. A busy machine takes all."""
 
-ANSWER_ROWS = 1 / 8  # time of an answer's token, in those of a training step's row: it too reads all weights
-
-ANSWER_SECONDS = 0.005  # of an answer's token at least: the layers' calls, on two cores
-
-REPORT_SECONDS = 12.0  # of the verdict, the model cards, the figures and the page, on two cores
+T = TypeVar("T", bound=AnyTrial)
 
 
 def unfinished(study: StudyFolder) -> list[AnyTrial]:
@@ -36,9 +35,9 @@ class ProfileJob(NamedTuple):
     members: tuple[str, ...] = ()  # by profile name, the control first
 
 
-def missing_trials(study: StudyFolder) -> list[Trial]:
-    """Trials without a result yet."""
-    return [trial for trial in study.spec.trials() if not is_finished(study, trial)]
+def without_result(study: StudyFolder | None, trials: Sequence[T]) -> list[T]:
+    """The trials that have no result yet: all, where there is no study."""
+    return [trial for trial in trials if not (study and is_finished(study, trial))]
 
 
 def is_finished(study: StudyFolder, trial: AnyTrial) -> bool:
@@ -69,11 +68,6 @@ def nothing_missing(study: StudyFolder) -> bool:
         and not (measure.answers and study.unanswered())
         and not unscored(study)
     )
-
-
-def missing_reference(study: StudyFolder) -> list[FullTrial]:
-    """Trials of full fine-tuning without a result yet."""
-    return [trial for trial in study.spec.reference_trials() if not is_finished(study, trial)]
 
 
 def missing_profiles(spec: StudySpec, study: StudyFolder | None, again: bool = False) -> list[ProfileJob]:

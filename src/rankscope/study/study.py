@@ -83,28 +83,24 @@ class Study(StudyFolder):
 
     def evidence(self) -> Evidence:
         """Read everything that the analysis and the report start from."""
-        results, division = self.results(), self.division()
+        tables = ("results", "curves", "profiles", "samples", "examples", "reference_results", "answers")
+        read = {name: getattr(self, name)() for name in tables}
+        division, results = self.division(), read["results"]
         status = dict(zip(results["trial"], results["status"], strict=True))
         divided = set(chain(*division.divided.values()))  # packs that were made of others
         packs = [[trial.name for trial in trials] for trials in division.packs.values()]
         everything = Evidence(
             spec=self.spec,
-            results=results,
-            curves=self.curves(),
-            profiles=self.profiles(),
-            samples=self.samples(),
-            examples=self.examples(),
             untrained=self.untrained_examples(),
             machine=self.machine,
             data_facts=self.data_facts,
             prediction=self.prediction,
             reference=self.reference_examples(),
-            reference_results=self.reference_results(),
             divided=[trial.name for pack in division.packs if pack in divided for trial in division.packs[pack]],
             survivors=[t for pack in packs if "diverged" in map(status.get, pack) for t in pack if status[t] == "done"],
             failures=self.open_failures(),
-            answers=self.answers(),
             cuts=self.cut_examples(),
+            **read,
         )
         return without_variants(everything) if self.spec.variants else everything
 

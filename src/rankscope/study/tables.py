@@ -69,10 +69,9 @@ def curves(study: StudyFolder) -> pd.DataFrame:
     grad_norm step_learning_rate tokens label_tokens step_seconds`; `eval_loss` is NaN between evaluations, and
     step 0 is the evaluation before training. `trial`, `candidate` and `variant` are categories."""
     steps = [trial_steps(study, trial) for trial in study.trials]
-    columns = {"step": np.concatenate([of_trial.step for of_trial in steps])}
-    columns |= {name: np.concatenate([of_trial.values[name] for of_trial in steps]) for name in FIELDS}
-    counts = np.array([len(of_trial.step) for of_trial in steps])
-    return pd.DataFrame(_repeated(study.trials, counts) | columns, copy=False)
+    columns = {name: np.concatenate([of_trial.values[name] for of_trial in steps]) for name in FIELDS}
+    frame = _repeated(study.trials, [len(of_trial.step) for of_trial in steps])
+    return frame.assign(step=np.concatenate([of_trial.step for of_trial in steps]), **columns)
 
 
 def trial_steps(study: StudyFolder, trial: AnyTrial) -> Steps:
@@ -108,24 +107,14 @@ def _examples(study: StudyFolder, trials: Sequence[AnyTrial]) -> pd.DataFrame:
         return pd.DataFrame(columns=[*IDENTITY_FIELDS, *EXAMPLE_FIELDS])
     found = [study.held_out(trial) for trial in done]
     columns = {name: [value for part in found for value in getattr(part, name)] for name in EXAMPLE_FIELDS}
-    counts = np.array([len(part.example) for part in found])
-    frame = pd.DataFrame(_repeated(done, counts) | columns, copy=False)
-    return frame.astype(dict.fromkeys(NAMES, "str"))
+    frame = _repeated(done, [len(part.example) for part in found])
+    return frame.assign(**columns).astype(dict.fromkeys(NAMES, "str"))
 
 
-def _repeated(trials: Sequence[AnyTrial], counts: np.ndarray) -> dict[str, Any]:
+def _repeated(trials: Sequence[AnyTrial], counts: Sequence[int]) -> pd.DataFrame:
     """Identity of each trial, repeated `counts` times; names are categories, of a byte or two per row."""
-    columns: dict[str, Any] = {}
-    rows = [identity(trial) for trial in trials]
-    for name in IDENTITY_FIELDS:
-        values = [row[name] for row in rows]
-        if name in NAMES:  # categories in alphabetical order, as strings are sorted and grouped
-            each = pd.Categorical(values, categories=sorted(set(values)))
-            columns[name] = pd.Categorical.from_codes(np.repeat(each.codes, counts), dtype=each.dtype)
-        else:
-            kind = np.float64 if name == "learning_rate" else np.int64
-            columns[name] = np.repeat(np.array(values, kind), counts)
-    return columns
+    rows = pd.DataFrame([identity(trial) for trial in trials]).astype(dict.fromkeys(NAMES, "category"))
+    return rows.loc[np.repeat(rows.index, counts)].reset_index(drop=True)
 
 
 def profiles(study: StudyFolder) -> pd.DataFrame:
