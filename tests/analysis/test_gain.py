@@ -71,13 +71,12 @@ def test_what_is_tested_is_the_contrast_with_its_own_noise(share: float) -> None
         assert gain == pytest.approx(by_hand(judged.untrained - own, tokens, 0.9), rel=1e-9)
 
 
-@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("effects", "gain"), [((0.05, 0.01, 0.0), 0.4), ((0.3, 0.0), 0.4), ((0.0, 0.01), 0.02)])
 def test_what_a_rank_keeps_is_one_minus_the_smallest_margin_at_which_it_is_good_enough(
-    effects: Sequence[float], gain: float, seed: int
+    effects: Sequence[float], gain: float
 ) -> None:
-    judged = random_study(seed, effects, gain=gain)
-    margins = np.linspace(0.0, 1.0, 101)
+    judged = random_study(0, effects, gain=gain)
+    margins = np.linspace(0.0, 1.0, 51)
     states = [decide(compare(judged, share), 0.95, look_ahead=False)[1] for share in margins]
     for name in judged.losses:
         good = [state[name] is True for state in states]
@@ -87,7 +86,7 @@ def test_what_a_rank_keeps_is_one_minus_the_smallest_margin_at_which_it_is_good_
             assert kept is None
         else:
             assert kept is not None
-            assert 1 - margins[good.index(True)] - 1e-4 <= kept <= 1 - margins[good.index(True)] + 0.01
+            assert 1 - margins[good.index(True)] - 1e-4 <= kept <= 1 - margins[good.index(True)] + 0.02
             assert decide(compare(judged, 1 - kept), 0.95)[1][name] is True, "what is stated is shown, not only nearly"
 
 

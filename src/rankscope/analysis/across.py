@@ -13,16 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 from scipy import optimize, special
 
-from rankscope.analysis.comparison import (
-    estimate,
-    judged_examples,
-    label_tokens,
-    losses_by_candidate,
-    without_diverged,
-)
+from rankscope.analysis.comparison import judged_examples, label_tokens, losses_by_candidate, paired
 from rankscope.study.evidence import Evidence
 
 KEPT = 0.95  # share of the gain
@@ -56,39 +49,32 @@ def sufficient_rank(evidence: Evidence) -> Sufficient | None:
     """Smallest rank of a study that keeps 95% of its gain; None without finished trials, the loss before training, or a
     gain."""
     untrained = evidence.curves.loc[evidence.curves["step"] == 0, "eval_loss"].mean()
-    examples = without_diverged(evidence.examples, evidence.results)
-    if examples.empty or math.isnan(untrained):
+    judged = judged_examples(evidence.examples, evidence.results)
+    if judged.empty or math.isnan(untrained):
         return None
-    judged = judged_examples(examples)
-    tokens = label_tokens(judged)
-    tables = losses_by_candidate(judged)
+    if evidence.untrained is not None and not evidence.untrained.empty:  # known by row: of the judged ones
+        rows = evidence.untrained[evidence.untrained["example"].isin(judged["example"])]
+        untrained = np.average(rows["loss"], weights=rows["label_tokens"])
+    tokens, tables = label_tokens(judged), losses_by_candidate(judged)
     ranks = {name: int(rank) for name, rank in judged.groupby("candidate")["rank"].first().items()}
     seeds = sorted(set.intersection(*(set(table.index) for table in tables.values())))
     if not seeds:
         return None
     losses = {ranks[name]: np.average(table.loc[seeds], axis=1, weights=tokens) for name, table in tables.items()}
-    return _with_error(losses, _untrained_of(evidence, judged, untrained))
-
-
-def _untrained_of(evidence: Evidence, judged: pd.DataFrame, mean: float) -> float:
-    """Untrained model's loss on the judged rows, where it is known by row; else on all."""
-    if evidence.untrained is None or evidence.untrained.empty:
-        return mean
-    rows = evidence.untrained[evidence.untrained["example"].isin(judged["example"])]
-    return float(np.average(rows["loss"], weights=rows["label_tokens"]))
+    return _with_error(losses, float(untrained))
 
 
 def _with_error(losses: Mapping[int, Numbers], untrained: float) -> Sufficient | None:
+    """From losses by seed of each rank, each (S,)."""
     found = _interpolated({rank: values.mean() for rank, values in losses.items()}, untrained)
     if found is None:
         return None
-    log2_rank, gap = found
-    count = len(next(iter(losses.values())))
+    (log2_rank, gap), count = found, len(next(iter(losses.values())))
     left_out = [
         _interpolated({rank: np.delete(values, seed).mean() for rank, values in losses.items()}, untrained)
-        for seed in range(count)
+        for seed in (range(count) if count > 1 else ())
     ]
-    values = np.array([one[0] for one in left_out if one is not None]) if count > 1 else np.array([])
+    values = np.array([one[0] for one in left_out if one is not None])
     by_seed = (len(values) - 1) / len(values) * ((values - values.mean()) ** 2).sum() if len(values) > 1 else math.inf
     return Sufficient(log2_rank, math.sqrt(by_seed + gap**2 / 12), log2_rank == math.log2(min(losses)))
 
@@ -99,17 +85,13 @@ def _interpolated(losses: Mapping[int, float], untrained: float) -> tuple[float,
     gain = untrained - min(losses.values())
     if gain <= 0:
         return None
-    kept = {rank: (untrained - losses[rank]) / gain for rank in sorted(losses)}
-    ranks = list(kept)
-    below: int | None = None
-    for rank, share in kept.items():
-        if share >= KEPT:
-            if below is None:
-                return math.log2(rank), math.log2(ranks[min(1, len(ranks) - 1)] / rank)
-            gap = math.log2(rank / below)
-            return float(math.log2(below) + gap * (KEPT - kept[below]) / (share - kept[below])), gap
-        below = rank
-    return None  # the best rank keeps all of it
+    ranks = sorted(losses)
+    kept = [(untrained - losses[rank]) / gain for rank in ranks]
+    number = next(number for number, share in enumerate(kept) if share >= KEPT)  # the best rank keeps all of it
+    if number == 0:
+        return math.log2(ranks[0]), math.log2(ranks[min(1, len(ranks) - 1)] / ranks[0])
+    below, gap = kept[number - 1], math.log2(ranks[number] / ranks[number - 1])
+    return float(math.log2(ranks[number - 1]) + gap * (KEPT - below) / (kept[number] - below)), gap
 
 
 def common_rank(found: Sequence[Sufficient]) -> Common | None:
@@ -153,29 +135,24 @@ def paired_differences(studies: Mapping[str, Evidence]) -> list[dict[str, Any]]:
         tokens = one.data_facts.get("tokens_sha256")
         if tokens is None or tokens != other.data_facts.get("tokens_sha256"):
             continue
-        mine, theirs = (judged_examples(without_diverged(each.examples, each.results)) for each in (one, other))
+        mine, theirs = (judged_examples(each.examples, each.results) for each in (one, other))
         for rank in sorted(set(mine["rank"]) & set(theirs["rank"])):
-            pair = [part[part["rank"] == rank] for part in (mine, theirs)]
-            shared = sorted(set(pair[0]["example"]) & set(pair[1]["example"]))
-            pair = [part[part["example"].isin(shared)] for part in pair]
-            first, second = (next(iter(losses_by_candidate(part).values())) for part in pair)
-            seeds = first.index.intersection(second.index)
-            if seeds.empty:
+            own, beside = (part[part["rank"] == rank] for part in (mine, theirs))
+            first, second = (next(iter(losses_by_candidate(part).values())) for part in (own, beside))
+            if (found := paired(second, first, label_tokens(own))) is None:
                 continue
-            weights = label_tokens(pair[0])
-            found = estimate((second.loc[seeds] - first.loc[seeds]).to_numpy(), weights)
-            low, high = found.interval(0.95)
+            low, high = found.difference.ends(0.95)
             rows.append(
                 {
                     "rank": int(rank),
                     "study": name,
                     "other": other_name,
-                    "loss": estimate(first.loc[seeds].to_numpy(), weights).mean,
-                    "other_loss": estimate(second.loc[seeds].to_numpy(), weights).mean,
-                    "difference": found.mean,
-                    "low": low if math.isfinite(low) else None,
-                    "high": high if math.isfinite(high) else None,
-                    "seeds": len(seeds),
+                    "loss": found.other,
+                    "other_loss": found.own,
+                    "difference": found.difference.mean,
+                    "low": low,
+                    "high": high,
+                    "seeds": found.difference.seeds,
                 }
             )
     return rows

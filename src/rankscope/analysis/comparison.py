@@ -11,14 +11,14 @@ variance (Searle, Casella and McCulloch 1992, chapter 4). The interval's t is th
 freedom, each weighted by its share of the variance (Cochran and Cox 1957, section 4.14). A percentile bootstrap would
 cover far less than its nominal level with two or three seeds (docs/method.md).
 
-These intervals are the ones shown; verdicts are drawn by `rankscope.analysis.decision`.
-
 The regret of a candidate is its loss minus the lowest loss of all candidates. The truly lowest is unknown, so a claim
-on a regret must hold whichever it is (multiple comparisons with the best: Edwards and Hsu 1983, JASA 78).
+on a regret must hold whichever it is (multiple comparisons with the best: Edwards and Hsu 1983, JASA 78). Verdicts are
+drawn by `rankscope.analysis.decision`; the intervals here are those that are shown.
 """
 
 import math
 from collections.abc import Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,9 +61,17 @@ class Estimate(NamedTuple):
         half = self.half_width(confidence)
         return self.mean - half, self.mean + half
 
+    def ends(self, confidence: float) -> tuple[float | None, float | None]:
+        """Interval of one estimate; None where it is unknown."""
+        return finite(*self.interval(confidence))
+
     def with_seeds(self, seeds: Numbers) -> "Estimate":
         """Estimate that so many seeds would give, if they vary as these do."""
         return self._replace(seed_error=self.seed_error * np.sqrt(self.seeds / seeds), seeds=seeds)
+
+
+def finite(low: float, high: float) -> tuple[float | None, float | None]:
+    return (float(low), float(high)) if math.isfinite(high) else (None, None)
 
 
 def student(degrees: Numbers, level: Numbers) -> Numbers:
@@ -75,11 +83,17 @@ def student(degrees: Numbers, level: Numbers) -> Numbers:
 
 
 class Mean(NamedTuple):
-    """Mean of independent values, and the ends of its interval; None with one value."""
+    """Mean of independent values, and the ends of its interval; None where it is unknown."""
 
     value: float
     low: float | None
     high: float | None
+
+    def sign(self) -> int | None:
+        """+1 or -1 where the whole interval has that sign, else None."""
+        if self.low is None or self.high is None or self.low <= 0 <= self.high:
+            return None
+        return 1 if self.value > 0 else -1
 
 
 def mean_of(values: np.ndarray, confidence: float) -> Mean:
@@ -120,10 +134,21 @@ def estimate_of(mean: Numbers, by_seed: np.ndarray, by_example: np.ndarray, left
     return Estimate(mean, seed_error, np.sqrt(np.maximum(0.0, of_examples)), third, seeds, examples)
 
 
+def stacked(estimates: Sequence[Estimate], *shape: int) -> Estimate:
+    """Estimates on the same examples as arrays of this shape."""
+
+    def field(name: str) -> Numbers:
+        return np.array([getattr(one, name) for one in estimates]).reshape(shape)
+
+    errors = field("seed_error"), field("example_error")
+    return Estimate(field("mean"), *errors, field("third"), field("seeds"), estimates[0].examples)
+
+
 class Judged(NamedTuple):
     """Losses on which ranks are compared: of each rank's best candidate, on the same held-out examples."""
 
     losses: dict[str, pd.DataFrame]  # by candidate, lowest rank first: seeds as rows, examples as columns
+    pairs: list[tuple[np.ndarray, np.ndarray]]  # of each candidate and each one, on the seeds that both have: (S, E)
     identity: dict[str, tuple[int, float]]  # rank and learning rate
     label_tokens: np.ndarray  # (E,)
     untrained: np.ndarray | None = None  # (E,), losses before training; None where the margin is a share of the loss
@@ -199,26 +224,27 @@ def bounds(found: Comparison, confidence: float) -> list[Bounds]:
 def excesses(judged: Judged, share: float) -> Estimate:
     """Excesses of each candidate over a margin of `share` beside each other one, (K, K); differences at a share of
     0."""
-    tables, count = list(judged.losses.values()), len(judged.losses)
-    if all(table.index.equals(tables[0].index) for table in tables):
-        losses = np.stack([table.to_numpy() for table in tables])
-        return estimate(losses[:, None] - judged.allowed(losses[None], share), judged.label_tokens)
-    pairs = [(own, other, _shared(own, other)) for own in tables for other in tables]
-    found = [
-        estimate(own.loc[both].to_numpy() - judged.allowed(other.loc[both].to_numpy(), share), judged.label_tokens)
-        for own, other, both in pairs
-    ]
-    return stacked(found, count, count)
+    found = [estimate(own - judged.allowed(other, share), judged.label_tokens) for own, other in judged.pairs]
+    return stacked(found, len(judged.losses), len(judged.losses))
 
 
-def stacked(estimates: Sequence[Estimate], *shape: int) -> Estimate:
-    """Estimates on the same examples as arrays of this shape."""
+class Pair(NamedTuple):
+    """Two candidates on the seeds and the examples that both have."""
 
-    def field(name: str) -> Numbers:
-        return np.array([getattr(one, name) for one in estimates]).reshape(shape)
+    own: float  # mean losses, in nats per label token
+    other: float
+    difference: Estimate
 
-    errors = field("seed_error"), field("example_error")
-    return Estimate(field("mean"), *errors, field("third"), field("seeds"), estimates[0].examples)
+
+def paired(own: pd.DataFrame, other: pd.DataFrame, tokens: "pd.Series[float]") -> Pair | None:
+    """Losses of two candidates (seeds as rows, examples as columns) held against each other; None where they share
+    nothing. `tokens` are the label tokens by example."""
+    seeds, examples = own.index.intersection(other.index), own.columns.intersection(other.columns)
+    if seeds.empty or examples.empty:
+        return None
+    weights = tokens[examples].to_numpy()
+    first, second = (table.loc[seeds, examples].to_numpy() for table in (own, other))
+    return Pair(estimate(first, weights).mean, estimate(second, weights).mean, estimate(first - second, weights))
 
 
 def without_diverged(examples: pd.DataFrame, results: pd.DataFrame | None) -> pd.DataFrame:
@@ -237,9 +263,9 @@ def losses_by_candidate(examples: pd.DataFrame) -> dict[str, pd.DataFrame]:
     }
 
 
-def label_tokens(examples: pd.DataFrame) -> np.ndarray:
-    """Label tokens of each held-out example, (E,), in the order of their numbers."""
-    return examples.groupby("example")["label_tokens"].first().to_numpy(dtype=np.float64)
+def label_tokens(examples: pd.DataFrame) -> "pd.Series[float]":
+    """Label tokens by held-out example."""
+    return examples.groupby("example")["label_tokens"].first().astype(float)
 
 
 def best_of_each_rank(examples: pd.DataFrame) -> list[str]:
@@ -247,7 +273,7 @@ def best_of_each_rank(examples: pd.DataFrame) -> list[str]:
     share; lowest rank first."""
     best = []
     for _, part in examples.groupby("rank"):
-        tokens, tables = label_tokens(part), losses_by_candidate(part)
+        tokens, tables = label_tokens(part).to_numpy(), losses_by_candidate(part)
         most = max(len(table) for table in tables.values())
         tables = {name: table for name, table in tables.items() if len(table) == most}
         shared = sorted(set.intersection(*(set(table.index) for table in tables.values())))
@@ -258,14 +284,15 @@ def best_of_each_rank(examples: pd.DataFrame) -> list[str]:
     return best
 
 
-def judged_examples(examples: pd.DataFrame) -> pd.DataFrame:
-    """Losses of each rank's best candidate, on the examples on which ranks are compared.
+def judged_examples(examples: pd.DataFrame, results: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Losses of each rank's best candidate without a diverged seed, on the examples on which ranks are compared.
 
     With several candidates a rank (learning rates, alphas), a rank's is chosen on the even-numbered half of the held-
     out examples and judged on the odd-numbered half: chosen and judged on the same examples, a rank with more
     candidates would look better than it is. The luck of a seed is common to both halves, and stays.
     """
-    if (examples.groupby("rank")["candidate"].nunique() == 1).all():
+    examples = without_diverged(examples, results)
+    if examples.empty or (examples.groupby("rank")["candidate"].nunique() == 1).all():
         return examples
     odd = examples["example"] % 2 == 1
     return examples[odd & examples["candidate"].isin(best_of_each_rank(examples[~odd]))]
@@ -276,20 +303,26 @@ def judge(examples: pd.DataFrame, untrained: pd.DataFrame | None = None, full: p
     the margin is a share of the gain; `full` those of full fine-tuning (seeds as rows, examples as columns). Candidates
     that share no seed with another one are left out, those with the fewest seeds first."""
     judged = judged_examples(examples)
-    losses, tokens = losses_by_candidate(judged), label_tokens(judged)
-    while lone := [name for name, own in losses.items() if any(not _shared(own, other) for other in losses.values())]:
+    losses, tokens = losses_by_candidate(judged), label_tokens(judged).to_numpy()
+    while lone := [
+        name for name, own in losses.items() if any(own.index.intersection(one.index).empty for one in losses.values())
+    ]:
         del losses[min(lone, key=lambda name: len(losses[name]))]
+    pairs = []
+    for own, other in product(losses.values(), repeat=2):
+        seeds = own.index.intersection(other.index)
+        pairs.append((own.loc[seeds].to_numpy(), other.loc[seeds].to_numpy()))
     first = judged.groupby("candidate")[["rank", "learning_rate"]].first()
     identity = {str(name): (int(rank), float(rate)) for name, rank, rate in first.itertuples()}
     if untrained is None:
-        return Judged(losses, identity, tokens)
+        return Judged(losses, pairs, identity, tokens)
     order = sorted(judged["example"].unique())
     before = untrained.set_index("example")["loss"].loc[order].to_numpy()
     mean = None if full is None or full.empty else full[order].to_numpy().mean(axis=0)
     if mean is not None:
         best = min(estimate(table.to_numpy(), tokens).mean for table in losses.values())
         mean = mean if estimate(mean[None], tokens).mean < best else None
-    return Judged(losses, identity, tokens, before, mean)
+    return Judged(losses, pairs, identity, tokens, before, mean)
 
 
 def compare(judged: Judged, share: float) -> Comparison:
@@ -301,8 +334,3 @@ def compare(judged: Judged, share: float) -> Comparison:
     gain = None if before is None else stacked([estimate(before - own, tokens) for own in tables], len(tables))
     differences = excesses(judged, 0.0)
     return Comparison(list(judged.losses), list(ranks), list(rates), losses, differences, excesses(judged, share), gain)
-
-
-def _shared(one: pd.DataFrame, other: pd.DataFrame) -> list[int]:
-    """Seeds that two candidates both finished."""
-    return sorted(set(one.index) & set(other.index))

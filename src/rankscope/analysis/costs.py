@@ -1,8 +1,8 @@
 """Noise of measured costs, costs over the budget, and the Pareto front."""
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -78,22 +78,20 @@ def over_budget(verdict: VerdictSpec, profiles: pd.DataFrame, candidates: Sequen
     schedule, trained alone, and exceeds its limit where it does by more than noise."""
     over: dict[str, list[str]] = {name: [] for name in candidates}
     noise = noise_of(profiles, "runtime_seconds")
-    slack = 1 + noise.floor if noise else 1.0
     for cost, limit in (("gpu_memory", verdict.max_gpu_memory), ("runtime", verdict.max_runtime)):
         if limit is None:
             continue
-        found = {}
+        found: Mapping[Any, float] = {}
         if not profiles.empty:
             measured = profiles[~profiles["control"]]
             values = gpu_memory(measured) if cost == "gpu_memory" else measured["runtime_seconds"].astype("float64")
-            grouped = values.groupby(measured["candidate"])
-            most = grouped.max() if cost == "gpu_memory" else grouped.mean() / slack
-            found = {str(name): float(value) for name, value in most.dropna().items()}
+            by_candidate = values.groupby(measured["candidate"])
+            slack = 1 + noise.floor if noise else 1.0
+            most = by_candidate.max() if cost == "gpu_memory" else by_candidate.mean() / slack
+            found = most.dropna().to_dict()
         for name in candidates:
-            if name not in found:
-                over[name].append("unmeasured")
-            elif found[name] > limit:
-                over[name].append(cost)
+            if found.get(name, math.inf) > limit:
+                over[name].append(cost if name in found else "unmeasured")
     return over
 
 
@@ -109,8 +107,6 @@ def on_front(table: pd.DataFrame, columns: Sequence[str]) -> "pd.Series[bool]":
     that is nowhere higher and somewhere lower, so rows with equal values do not beat each other. A row with NaN is not
     on the front and beats none. Noise and intervals are not considered."""
     values = table[list(columns)].to_numpy(dtype="float64")
-    front = []
-    for row in values:
-        beaten = ((values <= row).all(axis=1) & (values < row).any(axis=1)).any()
-        front.append(bool(not beaten and (row == row).all()))
-    return pd.Series(front, index=table.index, dtype=bool)
+    beaten = [((values <= row).all(axis=1) & (values < row).any(axis=1)).any() for row in values]
+    known = ~np.isnan(values).any(axis=1)
+    return pd.Series(known & ~np.array(beaten, dtype=bool), index=table.index, dtype=bool)

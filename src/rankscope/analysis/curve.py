@@ -6,12 +6,12 @@ seeds and held-out examples, and are compared in pairs, as ranks are (`rankscope
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from rankscope.analysis.comparison import Estimate, estimate, judged_examples, label_tokens, without_diverged
+from rankscope.analysis.comparison import estimate, judged_examples, label_tokens, paired
 from rankscope.study.evidence import Evidence
 
 CURVE_COLUMNS = ["kind", "recover_steps", "rank", "seeds", "eval_loss", "eval_loss_low", "eval_loss_high"]
@@ -28,11 +28,11 @@ def loss_curve(evidence: Evidence) -> pd.DataFrame:
     points += [("recovered" if steps else "cut", steps, rank, table) for (steps, rank), table in truncated.items()]
     rows = []
     for kind, steps, rank, table in points:
-        found = estimate(table.to_numpy(), tokens)
+        found = estimate(table.to_numpy(), tokens.to_numpy())
         # All points have the same examples, whose randomness does not count between them.
-        low, high = found._replace(example_error=0.0).interval(evidence.spec.verdict.confidence)
-        rows.append([kind, steps, rank, found.seeds, found.mean, _finite(low), _finite(high)])
-    return pd.DataFrame(rows, columns=CURVE_COLUMNS)
+        ends = found._replace(example_error=0.0).ends(evidence.spec.verdict.confidence)
+        rows.append([kind, steps, rank, found.seeds, found.mean, *ends])
+    return _with_ends(pd.DataFrame(rows, columns=CURVE_COLUMNS))
 
 
 def curve_errors(evidence: Evidence) -> pd.DataFrame:
@@ -45,32 +45,25 @@ def curve_errors(evidence: Evidence) -> pd.DataFrame:
     margin on either side: True or False where the interval shows it, else None; with one seed by the error itself.
     """
     trained, truncated, tokens = _tables(evidence)
-    verdict, top = evidence.spec.verdict, max(evidence.spec.ranks)
-    rows = []
+    verdict, rows = evidence.spec.verdict, []
     for (steps, rank), table in truncated.items():
-        seeds = table.index.intersection(trained[rank].index) if rank in trained else table.index[:0]
-        if seeds.empty or rank == top:
+        found = paired(table, trained.get(rank, table[:0]), tokens)
+        if found is None or rank == max(evidence.spec.ranks):
             continue
-        own, other = table.loc[seeds].to_numpy(), trained[rank].loc[seeds].to_numpy()
-        found, level = estimate(own - other, tokens), estimate(other, tokens).mean
-        low, high = found.interval(verdict.confidence)
-        by_seed = np.average(own - other, axis=1, weights=tokens)
-        rows.append(
-            {
-                "recover_steps": steps,
-                "rank": rank,
-                "seeds": len(seeds),
-                "cut": level + found.mean,
-                "trained": level,
-                "error": found.mean,
-                "error_low": _finite(low),
-                "error_high": _finite(high),
-                "error_sd": float(by_seed.std(ddof=1)) if len(seeds) > 1 else math.nan,
-                "error_share": found.mean / level,
-                "within": _within(found, level * verdict.loss_margin, verdict.confidence),
-            }
-        )
-    return pd.DataFrame(rows, columns=ERROR_COLUMNS)
+        error, ends = float(found.difference.mean), found.difference.ends(verdict.confidence)
+        apart = (table - trained[rank]).dropna(how="all")
+        sd = float(np.average(apart, axis=1, weights=tokens).std(ddof=1)) if len(apart) > 1 else math.nan
+        (low, high), margin = (error if end is None else end for end in ends), found.other * verdict.loss_margin
+        inside, outside = -margin <= low and high <= margin, low > margin or high < -margin
+        within = True if inside else False if outside else None
+        losses = [found.other + error, found.other, error]
+        rows.append([steps, rank, found.difference.seeds, *losses, *ends, sd, error / found.other, within])
+    return _with_ends(pd.DataFrame(rows, columns=ERROR_COLUMNS))
+
+
+def _with_ends(table: pd.DataFrame) -> pd.DataFrame:
+    """Intervals as numbers, NaN where they are unknown."""
+    return table.astype({name: float for name in table if str(name).endswith(("_low", "_high"))})
 
 
 def lowest_rank_within(points: pd.DataFrame, margin: float) -> int | None:
@@ -80,41 +73,24 @@ def lowest_rank_within(points: pd.DataFrame, margin: float) -> int | None:
     return min((rank for rank in losses if losses[rank] <= losses[max(losses)] * (1 + margin)), default=None)
 
 
-def _within(error: Estimate, margin: float, confidence: float) -> bool | None:
-    low, high = error.interval(confidence)
-    if math.isinf(high):
-        low = high = error.mean
-    if -margin <= low and high <= margin:
-        return True
-    return False if low > margin or high < -margin else None
-
-
-def _finite(value: float) -> float:
-    return value if math.isfinite(value) else math.nan
-
-
 class _Tables(NamedTuple):
     """Losses on the examples on which ranks are compared: seeds as rows, examples as columns."""
 
     trained: dict[int, pd.DataFrame]  # by rank
     truncated: dict[tuple[int, int], pd.DataFrame]  # by recovery steps and rank
-    label_tokens: np.ndarray  # (E,)
+    label_tokens: "pd.Series[float]"  # by example
 
 
 def _tables(evidence: Evidence) -> _Tables:
-    examples = without_diverged(evidence.examples, evidence.results)
-    if examples.empty:
-        return _Tables({}, {}, np.ones(0))
-    judged = judged_examples(examples)
-    trained = {int(str(rank)): _table(part) for rank, part in judged.groupby("rank")}
-    tokens = label_tokens(judged)
+    judged = judged_examples(evidence.examples, evidence.results)
+    if judged.empty:
+        return _Tables({}, {}, pd.Series(dtype=float))
+    tables = _Tables(_pivoted(judged, "rank"), {}, label_tokens(judged))
     if evidence.cuts is None or evidence.cuts.empty:
-        return _Tables(trained, {}, tokens)
+        return tables
     same = evidence.cuts["candidate"].isin(judged["candidate"]) & evidence.cuts["example"].isin(judged["example"])
-    groups = evidence.cuts[same].groupby(["recover_steps", "cut_rank"])
-    truncated = {(int(str(steps)), int(str(rank))): _table(part) for (steps, rank), part in groups}
-    return _Tables(trained, truncated, tokens)
+    return tables._replace(truncated=_pivoted(evidence.cuts[same], ["recover_steps", "cut_rank"]))
 
 
-def _table(part: pd.DataFrame) -> pd.DataFrame:
-    return part.pivot(index="seed", columns="example", values="loss")
+def _pivoted(examples: pd.DataFrame, by: str | list[str]) -> dict[Any, pd.DataFrame]:
+    return {key: part.pivot(index="seed", columns="example", values="loss") for key, part in examples.groupby(by)}

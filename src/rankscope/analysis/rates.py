@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from rankscope.analysis.comparison import Mean, mean_of
+from rankscope.analysis.comparison import mean_of
 
 WINDOW = 3  # rates of a parabola: the best one, and those beside it
 
@@ -48,28 +48,26 @@ def judge_rates(results: pd.DataFrame, confidence: float) -> dict[str, Any] | No
     curves = {rank: curve for rank, curve in _curves(results).items() if len(curve.rates) >= WINDOW}
     if not curves:
         return None
-    optima = locate(list(curves.values()))
-    rows, inside = [], []
+    optima, rows, inside = locate(list(curves.values())), [], {}
     for number, (rank, curve) in enumerate(curves.items()):
-        known = optima is not None and curve.edge is None
-        found = mean_of(optima[number], confidence) if optima is not None and known else Mean(math.nan, None, None)
-        rows.append({"rank": rank, "tried": float(curve.rates[curve.best]), "edge": curve.edge})
-        rows[-1] |= {name: _rate(value) if known else None for name, value in zip(_ENDS, found, strict=True)}
-        inside += [(math.log(rank), optima[number])] if optima is not None and known else []
+        row: dict[str, Any] = {"rank": rank, "tried": float(curve.rates[curve.best]), "edge": curve.edge}
+        row |= dict.fromkeys(("optimum", "low", "high"))
+        if optima is not None and curve.edge is None:
+            inside[math.log(rank)] = optima[number]
+            ends = mean_of(optima[number], confidence)
+            row |= {"optimum": _rate(ends.value), "low": _rate(ends.low), "high": _rate(ends.high)}
+        rows.append(row)
     verdict: dict[str, Any] = {"ranks": rows, "seeds": next(iter(curves.values())).losses.shape[1]}
     verdict |= {"curved": optima is not None, **dict.fromkeys(("exponent", "exponent_low", "exponent_high"))}
     verdict |= dict.fromkeys(("same", "inverse"))
     if len(inside) > 1:
-        ranks, best = (np.array(side) for side in zip(*inside, strict=True))
+        ranks, best = np.array(list(inside)), np.array(list(inside.values()))
         away = ranks - ranks.mean()
         slope = mean_of(away @ best / (away @ away), confidence)
-        verdict |= dict(zip(("exponent", "exponent_low", "exponent_high"), slope, strict=True))
+        verdict |= {"exponent": slope.value, "exponent_low": slope.low, "exponent_high": slope.high}
         if slope.low is not None and slope.high is not None:
             verdict |= {"same": slope.low <= 0 <= slope.high, "inverse": slope.low <= -1 <= slope.high}
     return verdict
-
-
-_ENDS = ("optimum", "low", "high")
 
 
 def _rate(log_rate: float | None) -> float | None:

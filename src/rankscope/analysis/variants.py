@@ -4,12 +4,9 @@ from typing import Any
 
 import pandas as pd
 
-from rankscope.analysis.comparison import estimate, judged_examples, label_tokens, losses_by_candidate, without_diverged
+from rankscope.analysis.comparison import estimate, judged_examples, label_tokens, losses_by_candidate, paired
 from rankscope.analysis.costs import cpu_memory, noise_of
 from rankscope.study.evidence import Evidence
-
-COSTS = {"memory": ("peak", "max"), "step_seconds": ("step_seconds_median", "median")}
-"""Compared costs: a column of `Study.profiles`, and its aggregation over repeats."""
 
 
 def judge_variants(evidence: Evidence) -> list[dict[str, Any]]:
@@ -24,48 +21,45 @@ def judge_variants(evidence: Evidence) -> list[dict[str, Any]]:
     """
     if evidence.variants is None:
         return []
-    plain = without_diverged(evidence.examples, evidence.results)
-    found = without_diverged(evidence.variants.examples, evidence.variants.results)
-    if plain.empty or found.empty:
+    plain, of_variants = judged_examples(evidence.examples, evidence.results), evidence.variants
+    if plain.empty or of_variants.examples.empty:
         return []
-    plain, names = judged_examples(plain), evidence.variants.spec.variants
-    pairs = [
-        (variant, rank, own[own["rank"] == rank], plain[plain["rank"] == rank])
-        for variant, own in ((name, judged_examples(found[found["variant"] == name])) for name in names)
-        for rank in sorted(set(own["rank"]) & set(plain["rank"]))
-    ]
+    pairs = []
+    for variant in of_variants.spec.variants:
+        examples = of_variants.examples[of_variants.examples["variant"] == variant]
+        for rank, own in judged_examples(examples, of_variants.results).groupby("rank"):
+            beside = plain[plain["rank"] == rank]
+            pairs += [] if beside.empty else [(variant, int(str(rank)), own, beside)]
     confidence = 1 - (1 - evidence.spec.verdict.confidence) / max(1, len(pairs))
     return [
-        {"variant": variant, "rank": int(rank)} | _compared(evidence, own, beside, confidence)
+        {"variant": variant, "rank": rank} | _compared(evidence, own, beside, confidence)
         for variant, rank, own, beside in pairs
     ]
 
 
 def _compared(evidence: Evidence, own: pd.DataFrame, plain: pd.DataFrame, confidence: float) -> dict[str, Any]:
-    shared = sorted(set(own["example"]) & set(plain["example"]))  # half of them, where one had several rates
-    own, plain = own[own["example"].isin(shared)], plain[plain["example"].isin(shared)]
-    tokens = label_tokens(own)
-    (name, losses), (plain_name, plain_losses) = (next(iter(losses_by_candidate(t).items())) for t in (own, plain))
-    seeds = losses.index.intersection(plain_losses.index)
+    (name, losses), (plain_name, beside) = (next(iter(losses_by_candidate(part).items())) for part in (own, plain))
+    shared = losses.columns.intersection(beside.columns)  # half of them, where one had several rates
+    tokens, found = label_tokens(own), paired(losses, beside, label_tokens(own))
     row: dict[str, Any] = {
         "candidate": name,
         "plain": plain_name,
-        "eval_loss": estimate(losses.to_numpy(), tokens).mean,
+        "eval_loss": estimate(losses[shared].to_numpy(), tokens[shared].to_numpy()).mean,
         **dict.fromkeys(("difference", "low", "high", "outcome")),
-        **{cost: _cost(evidence, name, plain_name, *how) for cost, how in COSTS.items()},
+        "memory": _cost(evidence, name, plain_name, "peak", "max"),
+        "step_seconds": _cost(evidence, name, plain_name, "step_seconds_median", "median"),
     }
-    if len(seeds):
-        found = estimate((losses.loc[seeds] - plain_losses.loc[seeds]).to_numpy(), tokens)
-        row["difference"] = found.mean
-        if len(seeds) > 1:
-            low, high = found.interval(confidence)
+    if found:
+        (low, high), row["difference"] = found.difference.ends(confidence), found.difference.mean
+        if low is not None and high is not None:
             outcome = "better" if high < 0 else "worse" if low > 0 else "not_distinguishable"
             row |= {"low": low, "high": high, "outcome": outcome}
     return row
 
 
 def _cost(evidence: Evidence, variant: str, plain: str, column: str, how: str) -> float | None:
-    """Relative change of a cost; None where one was not measured, or within noise."""
+    """Relative change of a column of `Study.profiles`, aggregated over repeats; None where one was not measured, or
+    within noise."""
     assert evidence.variants is not None
     tables = [table for table in (evidence.variants.profiles, evidence.profiles) if not table.empty]
     if len(tables) < 2:

@@ -9,7 +9,7 @@ not trained long enough to tell ranks apart, and recommends none.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -24,9 +24,12 @@ from rankscope.analysis.comparison import (
     compare,
     estimate,
     excesses,
+    finite,
     judge,
     judged_examples,
+    label_tokens,
     losses_by_candidate,
+    paired,
     without_diverged,
 )
 from rankscope.analysis.costs import over_budget
@@ -76,15 +79,14 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
     Raises:
         StudyError: the margin is a share of the gain, and the study does not know the untrained model's losses.
     """
-    spec, confidence = evidence.spec, evidence.spec.verdict.confidence
-    diverged = diverged_candidates(evidence.results)
-    examples = without_diverged(evidence.examples, evidence.results)
-    judged = judge(examples, _untrained(evidence), _full_losses(evidence)) if len(examples) else None
+    spec, confidence, results = evidence.spec, evidence.spec.verdict.confidence, evidence.results
+    diverged = _diverged(results)
+    examples = without_diverged(evidence.examples, results)
+    reference = judged_examples(evidence.reference, evidence.reference_results)
+    judged = judge(examples, _untrained(evidence), _full_losses(evidence, reference)) if len(examples) else None
     found = compare(judged, spec.verdict.margin) if judged and judged.losses else None
     compared = found.candidates if found else []
-    lost = {row["rank"] for row in diverged}
     left_out = sorted(set(spec.ranks) - set(found.ranks if found else ()))
-    alone = len(compared) == 1 and bool(set(left_out) - lost)  # others have not finished: nothing is compared
     verdict: dict[str, Any] = {
         "schema": 3,
         "outcome": "not_enough_evidence",
@@ -106,19 +108,21 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
         "comparison": [],
         "claims": judge_claims(evidence, compared),
         "variants": judge_variants(evidence),
-        "rates": judge_rates(evidence.results, confidence),
+        "rates": judge_rates(results, confidence),
         "caveats": [],
     }
     over = over_budget(spec.verdict, evidence.profiles, compared)
     if judged and found:
         decision, states = decide(found, confidence, over)
-        reference, over_reference = over_full(evidence, judged)
-        verdict |= decision | {"reference_candidate": reference}
-        if alone:
+        verdict |= decision
+        if len(compared) == 1 and set(left_out) - {row["rank"] for row in diverged}:  # others have not finished
             verdict |= {"outcome": "not_enough_evidence", **dict.fromkeys(("rank", "candidate", "next_look"))}
         verdict["guess"] = _guess(found, over)
         verdict["overfits"] = _overfits(evidence, found)
-        verdict["comparison"] = _table(found, states, over, over_reference, confidence)
+        verdict["comparison"] = _table(found, states, over, confidence)
+        if not reference.empty:
+            verdict["reference_candidate"] = str(reference["candidate"].iloc[0])
+            _add_over_full(verdict["comparison"], judged, reference, confidence)
         if judged.untrained is not None:
             verdict |= _of_the_gain(verdict, judged, found, over)
     if isinstance(spec.adapter.alpha, tuple):
@@ -129,18 +133,12 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
     return verdict
 
 
-def diverged_candidates(results: pd.DataFrame) -> list[dict[str, Any]]:
+def _diverged(results: pd.DataFrame) -> list[dict[str, Any]]:
     """Candidates of which a seed diverged: `candidate rank learning_rate seeds`, lowest rank first."""
-    lost = results[results["status"] == "diverged"]
-    return [
-        {
-            "candidate": str(name),
-            "rank": int(part["rank"].iloc[0]),
-            "learning_rate": float(part["learning_rate"].iloc[0]),
-            "seeds": sorted(map(int, part["seed"])),
-        }
-        for (_, _, name), part in lost.groupby(["rank", "learning_rate", "candidate"])
-    ]
+    lost = results[results["status"] == "diverged"].sort_values(["rank", "learning_rate", "candidate", "seed"])
+    seeds = lost.groupby(["candidate", "rank", "learning_rate"], sort=False)["seed"].agg(list)
+    rows: list[Any] = seeds.reset_index(name="seeds").to_dict("records")
+    return rows
 
 
 def _untrained(evidence: Evidence) -> pd.DataFrame | None:
@@ -155,17 +153,26 @@ def _untrained(evidence: Evidence) -> pd.DataFrame | None:
     return evidence.untrained
 
 
-def _full_losses(evidence: Evidence) -> pd.DataFrame | None:
-    """Losses of full fine-tuning at its best rate; of several, it is chosen on the even-numbered examples."""
-    reference = _reference(evidence)
-    if reference.empty:
-        return None
-    judged = judged_examples(reference)
-    return losses_by_candidate(reference)[str(judged["candidate"].iloc[0])]
+def _full_losses(evidence: Evidence, reference: pd.DataFrame) -> pd.DataFrame | None:
+    """Losses of full fine-tuning at its best rate on all examples; of several, it is chosen on the even-numbered."""
+    own = evidence.reference
+    return None if reference.empty else _losses(own[own["candidate"] == reference["candidate"].iloc[0]])
 
 
-def _reference(evidence: Evidence) -> pd.DataFrame:
-    return without_diverged(evidence.reference, evidence.reference_results)
+def _losses(examples: pd.DataFrame) -> pd.DataFrame:
+    """Losses of the one candidate in `examples`."""
+    (losses,) = losses_by_candidate(examples).values()
+    return losses
+
+
+def _add_over_full(rows: list[dict[str, Any]], judged: Judged, reference: pd.DataFrame, confidence: float) -> None:
+    """Add each compared candidate's loss above that of full fine-tuning at its best rate: `over_full`, `over_full_low`,
+    `over_full_high`, on the seeds and examples that both have."""
+    full, tokens = _losses(reference), label_tokens(reference)
+    for row in rows:
+        if pair := paired(judged.losses[row["candidate"]], full, tokens):
+            low, high = pair.difference.ends(confidence)
+            row |= {"over_full": pair.difference.mean, "over_full_low": low, "over_full_high": high}
 
 
 def _guess(found: Comparison, over: Mapping[str, list[str]]) -> str | None:
@@ -204,7 +211,7 @@ def _of_the_gain(
     assert judged.untrained is not None
     assert found.gain is not None
     gain, reference = float(found.gain.mean[best]), found.candidates[best]
-    low, high = _finite([end[best] for end in found.gain.interval(confidence)])
+    low, high = finite(*(end[best] for end in found.gain.interval(confidence)))
     if judged.full is not None:  # of one mean over seeds
         gain, reference = float(estimate((judged.untrained - judged.full)[None], judged.label_tokens).mean), "full"
         low = high = None
@@ -257,19 +264,13 @@ def least_kept(judged: Judged, confidence: float) -> dict[str, float | None]:
 _BISECTIONS = 14  # to a share of 0.0001
 
 
-def _table(
-    found: Comparison,
-    states: States,
-    over: Mapping[str, list[str]],
-    over_reference: Mapping[str, Mapping[str, float | None]],
-    confidence: float,
-) -> list[dict[str, Any]]:
+def _table(found: Comparison, states: States, over: Mapping[str, list[str]], confidence: float) -> list[dict[str, Any]]:
     losses, regrets = found.eval_loss, np.maximum(found.regrets, 0.0)
     on_these = losses._replace(example_error=0.0)  # between candidates what examples share does not count
-    ends = zip(*on_these.interval(confidence), strict=True)
+    lows, highs = on_these.interval(confidence)
     table = []
-    for number, (bound, interval) in enumerate(zip(bounds(found, confidence), ends, strict=True)):
-        name, (low, high) = found.candidates[number], _finite(interval)
+    for number, (name, bound) in enumerate(zip(found.candidates, bounds(found, confidence), strict=True)):
+        low, high = finite(lows[number], highs[number])
         table.append(
             {
                 "candidate": name,
@@ -286,33 +287,9 @@ def _table(
                 "within_margin": states[name],
                 "gain": float(found.gain.mean[number]) if found.gain else None,
                 "over_budget": over.get(name, []),
-                **over_reference.get(name, {}),
             }
         )
     return table
-
-
-def _finite(interval: Sequence[float]) -> list[float | None]:
-    return [float(end) if math.isfinite(end) else None for end in interval]
-
-
-def over_full(evidence: Evidence, judged: Judged) -> tuple[str | None, dict[str, dict[str, float | None]]]:
-    """Name of full fine-tuning at its best rate, and each compared candidate's loss above its own: `over_full`,
-    `over_full_low`, `over_full_high`, on the seeds that both finished. None and empty without a finished reference."""
-    full = _full_losses(evidence)
-    if full is None:
-        return None, {}
-    found: dict[str, dict[str, float | None]] = {}
-    reference = judged_examples(_reference(evidence))
-    for name, losses in judged.losses.items():
-        seeds = losses.index.intersection(full.index)
-        rows = losses.columns.isin(reference["example"])  # half of them, where it had several rates
-        if len(seeds):
-            above = losses.loc[seeds, losses.columns[rows]] - full.loc[seeds, losses.columns[rows]]
-            difference = estimate(above.to_numpy(), judged.label_tokens[rows])
-            low, high = _finite(difference.interval(evidence.spec.verdict.confidence))
-            found[name] = {"over_full": difference.mean, "over_full_low": low, "over_full_high": high}
-    return str(reference["candidate"].iloc[0]), found
 
 
 def _caveats(
