@@ -160,14 +160,14 @@ def test_one_that_is_killed_keeps_what_it_has(copy: Study, whole: Study, tmp_pat
     """The child is killed after its third piece, in the second seed's training."""
     hook = """
     import os, signal
-    from rankscope.jobs import curve
-    own, done = curve.write_json, []
-    def write(file, content):
-        own(file, content)
+    from rankscope.study.records import CurveRecord
+    own, done = CurveRecord.write, []
+    def write(*arguments):
+        own(*arguments)
         done.append(1)
         if len(done) == 3:
             os.kill(os.getpid(), signal.SIGKILL)
-    curve.write_json = write
+    CurveRecord.write = write
     """
     (tmp_path / "hook.py").write_text(textwrap.dedent(hook))
     with monkeypatch.context() as patch:

@@ -127,31 +127,20 @@ def test_run_again_trains_only_what_is_missing(study: Study, root: Path, tmp_pat
     assert len(list((copy / "packs").iterdir())) == len(list((study.path / "packs").iterdir()))
 
 
-def test_a_trial_that_fails_is_recorded_and_ends_no_study(
+def test_trials_that_fail_are_recorded_and_end_no_study(
     study: Study, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = tmp_path / "study"
     shutil.copytree(study.path, copy)
-    shutil.rmtree(copy / "reference" / FOLDERS[1])
-    ending = FakeLauncher(lambda *_: WorkerError("the child ended by signal 9"), LocalLauncher(study.spec.model).site())
+    shutil.rmtree(copy / "reference")
+    ends = iter([OutOfMemoryError("no more"), WorkerError("the child ended by signal 9")])
+    ending = FakeLauncher(lambda *_: next(ends), LocalLauncher(study.spec.model).site())
     monkeypatch.setattr("rankscope.jobs.launchers.make_launcher", lambda *_: ending)
     again = run(root, copy)
-    assert list(again.reference_results()["status"]) == ["done", "failed"]
+    assert list(again.reference_results()["status"]) == ["oom", "failed"]
     assert again.reference_results()["reason"][1] == "the child ended by signal 9"
-    assert [trial.name for trial in unfinished(again)] == FOLDERS[1:]
+    assert [trial.name for trial in unfinished(again)] == FOLDERS
     assert "the child ended by signal 9" in (copy / "report" / "report.md").read_text()
-
-
-@pytest.mark.usefixtures("no_report")
-def test_memory_that_runs_out_is_recorded(
-    study: Study, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    copy = tmp_path / "study"
-    shutil.copytree(study.path, copy)
-    shutil.rmtree(copy / "reference" / FOLDERS[0])
-    ending = FakeLauncher(lambda *_: OutOfMemoryError("no more"), LocalLauncher(study.spec.model).site())
-    monkeypatch.setattr("rankscope.jobs.launchers.make_launcher", lambda *_: ending)
-    assert list(run(root, copy).reference_results()["status"]) == ["oom", "done"]
 
 
 def test_a_general_text_that_is_missing_ends_the_run_before_it_begins(root: Path, tmp_path: Path) -> None:

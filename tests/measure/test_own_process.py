@@ -4,7 +4,6 @@ import subprocess
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 
 from rankscope.measure import own_process
@@ -33,5 +32,5 @@ def test_it_is_measured_once_for_the_same_versions(monkeypatch: pytest.MonkeyPat
 def test_a_small_step_leaves_what_a_job_holds() -> None:
     own = own_process.own_process_bytes.__wrapped__()
     assert 150e6 < own < 900e6
-    here = resident(psutil.Process())
+    here = resident()
     assert here.private is None or own < here.private + 200e6

@@ -1,6 +1,7 @@
 """Truncated adapters against dense updates that are truncated and merged by themselves; recovery training."""
 
 import math
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from rankscope.lora.adapters import (
     save_adapter,
 )
 from rankscope.measure import truncation as cuts
-from rankscope.measure.truncation import Truncation, TruncationRequest, evaluate_truncations, group_ranks
+from rankscope.measure.truncation import evaluate_truncations, group_ranks
 from rankscope.spec.candidates import Trial
 from rankscope.spec.models import StudySpec
 from rankscope.spec.resolve import resolve_spec
+from rankscope.study.records import Cut
 
 TRUE_RANK, RANK = 3, 8
 
@@ -86,24 +88,21 @@ def dense_loss(spec: StudySpec, folder: Path, trial: Trial, rank: int) -> float:
 
 
 def take(
-    spec: StudySpec, folder: Path, requests: list[TruncationRequest], eval_loss: float | None = None
-) -> dict[TruncationRequest, Truncation]:
+    spec: StudySpec, folder: Path, requests: list[tuple[int, int]], eval_loss: float | None = None
+) -> dict[tuple[int, int], Cut]:
     model = tiny_model("llama-gqa")
     trial = plant(model, spec, folder)
     recorded = dense_loss(spec, folder, trial, TRUE_RANK) if eval_loss is None else eval_loss
-    found = [
-        truncation
-        for group in evaluate_truncations(model, spec, trial, folder / "adapter", recorded, requests, DATA)
-        for truncation in group
-    ]
+    file = folder / "adapter" / "adapter_model.safetensors"
+    found = [*chain(*evaluate_truncations(model, spec, trial, file, recorded, requests, DATA))]
     assert not lora_layers(model), "the model is as it was"
     assert len({(cut.rank, cut.recover_steps) for cut in found}) == len(found)
-    return {TruncationRequest(cut.rank, cut.recover_steps): cut for cut in found}
+    return {(cut.rank, cut.recover_steps): cut for cut in found}
 
 
-def loss_of(cut: Truncation) -> float:
-    assert cut.losses is not None
-    return cut.losses.mean
+def loss_of(cut: Cut) -> float:
+    assert cut.eval_loss is not None
+    return cut.eval_loss
 
 
 @pytest.mark.parametrize(
@@ -119,35 +118,35 @@ def test_a_cut_is_the_best_update_of_its_rank(tmp_path: Path, engine: str, adapt
     """A planted update of rank 3 loses nothing down to rank 3."""
     spec = make_spec(adapter=adapter, training={"engine": engine})
     ranks = [1, 3, 5, RANK]
-    found = take(spec, tmp_path, [TruncationRequest(rank, 0) for rank in ranks])
-    assert sorted(found) == [TruncationRequest(rank, 0) for rank in ranks]
+    found = take(spec, tmp_path, [(rank, 0) for rank in ranks])
+    assert sorted(found) == [(rank, 0) for rank in ranks]
     trial = plant(tiny_model("llama-gqa"), spec, tmp_path)
     for rank in ranks:
         expected = dense_loss(spec, tmp_path, trial, rank)
-        assert loss_of(found[TruncationRequest(rank, 0)]) == pytest.approx(expected, rel=1e-4)
-    whole = loss_of(found[TruncationRequest(RANK, 0)])
+        assert loss_of(found[rank, 0]) == pytest.approx(expected, rel=1e-4)
+    whole = loss_of(found[RANK, 0])
     for rank in (3, 5):
-        assert loss_of(found[TruncationRequest(rank, 0)]) == pytest.approx(whole, rel=1e-4)
-        assert found[TruncationRequest(rank, 0)].kept_energy == pytest.approx(1)
-    assert abs(loss_of(found[TruncationRequest(1, 0)]) - whole) > 1e-2, "which is seen where something is lost"
-    assert found[TruncationRequest(1, 0)].kept_energy < 0.99
+        assert loss_of(found[rank, 0]) == pytest.approx(whole, rel=1e-4)
+        assert found[rank, 0].kept_energy == pytest.approx(1)
+    assert abs(loss_of(found[1, 0]) - whole) > 1e-2, "which is seen where something is lost"
+    assert found[1, 0].kept_energy < 0.99
 
 
 def test_a_rank_that_no_layer_has_loses_nothing(tmp_path: Path) -> None:
     """The keys of the tiny model are 16 wide, so an update of them has 16 directions: four of the twenty stay zero."""
-    found = take(make_spec(ranks=[2, 24]), tmp_path, [TruncationRequest(20, 0), TruncationRequest(24, 0)])
-    assert loss_of(found[TruncationRequest(20, 0)]) == pytest.approx(loss_of(found[TruncationRequest(24, 0)]), rel=1e-5)
+    found = take(make_spec(ranks=[2, 24]), tmp_path, [(20, 0), (24, 0)])
+    assert loss_of(found[20, 0]) == pytest.approx(loss_of(found[24, 0]), rel=1e-5)
 
 
 def test_another_loss_than_the_recorded_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"held-out loss is .* here, and 3 was recorded"):
-        take(make_spec(), tmp_path, [TruncationRequest(2, 0)], eval_loss=3.0)
+        take(make_spec(), tmp_path, [(2, 0)], eval_loss=3.0)
     with pytest.raises(ModelError, match="nan"):
-        take(make_spec(), tmp_path, [TruncationRequest(2, 0)], eval_loss=math.nan)
+        take(make_spec(), tmp_path, [(2, 0)], eval_loss=math.nan)
 
 
 def test_only_what_is_wanted_is_measured(tmp_path: Path) -> None:
-    assert list(take(make_spec(), tmp_path, [TruncationRequest(2, 3)])) == [TruncationRequest(2, 3)]
+    assert list(take(make_spec(), tmp_path, [(2, 3)])) == [(2, 3)]
 
 
 def test_recovery_goes_on_where_the_schedule_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,17 +160,15 @@ def test_recovery_goes_on_where_the_schedule_ended(tmp_path: Path, monkeypatch: 
 
     own = cuts.train_step
     monkeypatch.setattr(cuts, "train_step", noted)
-    wanted = [TruncationRequest(rank, steps) for rank in (1, 2, 4) for steps in (0, 20)]
+    wanted = [(rank, steps) for rank in (1, 2, 4) for steps in (0, 20)]
     found = take(make_spec(), tmp_path, wanted)
     assert [step for step, _, _ in seen] == list(range(6, 26))
     assert {tuple(ranks) for _, ranks, _ in seen} == {(1, 2, 4)}
     assert [rate for _, _, rate in seen] == pytest.approx([5e-4] + 19 * [1e-3])
     for rank in (1, 2, 4):
-        assert loss_of(found[TruncationRequest(rank, 20)]) < loss_of(found[TruncationRequest(rank, 0)])
-        alone = take(make_spec(), tmp_path, [TruncationRequest(rank, 20)])
-        assert loss_of(alone[TruncationRequest(rank, 20)]) == pytest.approx(
-            loss_of(found[TruncationRequest(rank, 20)]), rel=1e-4
-        )
+        assert loss_of(found[rank, 20]) < loss_of(found[rank, 0])
+        alone = take(make_spec(), tmp_path, [(rank, 20)])
+        assert loss_of(alone[rank, 20]) == pytest.approx(loss_of(found[rank, 20]), rel=1e-4)
 
 
 def test_a_recovery_that_diverges_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,10 +179,9 @@ def test_a_recovery_that_diverges_leaves_the_others(tmp_path: Path, monkeypatch:
 
     own = cuts.train_step
     monkeypatch.setattr(cuts, "train_step", harmed)
-    found = take(make_spec(), tmp_path, [TruncationRequest(2, 2), TruncationRequest(4, 2)])
-    assert found[TruncationRequest(2, 2)].losses is None
-    assert found[TruncationRequest(2, 2)].describe()["eval_loss"] is None
-    assert math.isfinite(loss_of(found[TruncationRequest(4, 2)]))
+    found = take(make_spec(), tmp_path, [(2, 2), (4, 2)])
+    assert (found[2, 2].losses, found[2, 2].eval_loss) == (None, None)
+    assert math.isfinite(loss_of(found[4, 2]))
 
 
 def test_groups_take_no_more_memory_than_the_trial() -> None:

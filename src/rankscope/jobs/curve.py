@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rankscope.analysis.comparison import judged_examples, without_diverged
+from rankscope.analysis.comparison import judged_examples
 from rankscope.errors import DamagedError, RankscopeError, StudyError
 from rankscope.jobs.child import load_base, open_study
 from rankscope.jobs.job import Job, Launcher, Progress, Say
@@ -65,21 +65,20 @@ def jobs(study: StudyFolder, wanted: Mapping[str, Sequence[tuple[int, int]]], sl
 
 def work(study_path: Path, content: Mapping[str, Any]) -> None:
     """Measure the wanted truncations of each trial; the job's part of the curve grows piece by piece."""
-    from rankscope.measure.truncation import TruncationRequest, evaluate_truncations
+    from rankscope.measure.truncation import evaluate_truncations
 
     study, data = open_study(study_path)
     model, _ = load_base(study)
-    part, cuts = study.file(content["folder"], PART), list[Cut]()
+    part, found = study.file(content["folder"], PART), list[Cut]()
     trials = {trial.name: trial for trial in study.spec.trials()}
     for name, pairs in content["wanted"].items():
-        trial, adapter = trials[name], study.adapter_file(trials[name]).parent
-        results, sha256 = study.trial_record(trial).results, study.adapter_sha256(trial)
+        trial, file, results = trials[name], study.adapter_file(trials[name]), study.trial_record(trials[name]).results
         assert results
         assert results.eval_loss is not None
-        requests = [TruncationRequest(*pair) for pair in pairs]
-        for group in evaluate_truncations(model, study.spec, trial, adapter, results.eval_loss, requests, data):
-            cuts += [Cut(trial=name, adapter_sha256=sha256, **one.describe()) for one in group]
-            CurveRecord(cuts=cuts).write(part)
+        wanted, sha256 = [(rank, steps) for rank, steps in pairs], study.adapter_sha256(trial)
+        for cuts in evaluate_truncations(model, study.spec, trial, file, results.eval_loss, wanted, data, sha256):
+            found += cuts
+            CurveRecord(cuts=found).write(part)
 
 
 def ended(study: StudyFolder, job: Job, error: RankscopeError | None, waiting: Sequence[Job]) -> list[Job]:
@@ -98,10 +97,8 @@ def _take_part(study: StudyFolder, part: Path) -> None:
 def trained_trials(study: Study) -> list[Trial]:
     """Return the trials of the largest rank that are done, at the learning rate that the verdict takes. Raises
     StudyError: there are none."""
-    rank = max(study.spec.ranks)
-    examples = without_diverged(study.examples(), study.results())
-    plain = examples[examples["variant"] == PLAIN]
-    judged = plain if plain.empty else judged_examples(plain)
+    rank, examples = max(study.spec.ranks), study.examples()
+    judged = judged_examples(examples[examples["variant"] == PLAIN], study.results())
     names = set(judged.loc[judged["rank"] == rank, "candidate"])
     trials = [trial for trial in study.spec.trials() if trial.candidate.name in names]
     done = [trial for trial in trials if study.trial_record(trial).status == "done"]

@@ -6,20 +6,20 @@ events as with a local job: a file that vouches for others (trial.json, a checkp
 Of a file that grows, such as metrics.jsonl, only the new end is sent.
 """
 
+import io
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from rankscope.files import inside, published, refuse_links_out, write_atomic, writing
+from rankscope.files import inside, published, refuse_links_out, writing
 
 PIECE_BYTES = 32 << 20  # size of the pieces in which a file is sent
 VOUCHING = ("trial.json", "pack.json", "manifest.json", "error.json")
 """Names of files whose presence means that other files are complete."""
 
 GROWING = (".jsonl", ".txt")  # suffixes of files that are appended to
-_TAIL_BYTES = 4096
 
 
 class Change(NamedTuple):
@@ -31,26 +31,25 @@ class Change(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    inode: int
-    size: int
-    changed_ns: int
-    tail: bytes = b""  # of a growing file, what was last sent
+    stat: tuple[int, int, int]  # inode, size and time of the last change
+    content: bytes = b""  # of a growing file
 
 
 class Mirror:
     def __init__(self, root: Path) -> None:
         """Take the files that exist now as known."""
-        self._root = root
-        self._seen = {name: self._look(name) for name in self._names()}
+        self._root, self._seen = root, dict[str, _Seen]()
+        for name in self._names():
+            with (root / name).open("rb") as file:
+                self._seen[name] = _Seen(_stat(file), file.read() if name.endswith(GROWING) else b"")
 
     def changes(self) -> Iterator[Change]:
         """Yield the changes since the last call, in the order in which they must be applied."""
         # Vouching files are read first and applied last: the files they vouch for exist before the others are listed.
-        new = [name for name in filter(_vouches, self._names()) if self._is_new(name)]
-        vouching = [change for name in new for change in self._send(name)]
+        vouching = [change for name in self._names() if _vouches(name) for change in self._send(name)]
         names = self._names()
         for name in names:
-            if not _vouches(name) and self._is_new(name):
+            if not _vouches(name):
                 yield from self._send(name)
         yield from vouching
         for name in sorted(self._seen.keys() - set(names), key=_vouches, reverse=True):
@@ -61,50 +60,25 @@ class Mirror:
         """All files but hidden ones, which are still being written."""
         return _below(self._root, self._root)
 
-    def _stat(self, name: str) -> _Seen | None:
-        try:
-            found = (self._root / name).stat()
-        except FileNotFoundError:
-            return None
-        return _Seen(found.st_ino, found.st_size, found.st_mtime_ns)
-
-    def _is_new(self, name: str) -> bool:
-        known = self._seen.get(name)
-        return self._stat(name) != (known and known._replace(tail=b""))
-
-    def _look(self, name: str) -> _Seen:
-        seen = self._stat(name)
-        assert seen is not None  # nobody writes yet
-        if not name.endswith(GROWING):
-            return seen
-        with (self._root / name).open("rb") as file:
-            file.seek(max(0, seen.size - _TAIL_BYTES))
-            return seen._replace(tail=file.read(_TAIL_BYTES))
-
     def _send(self, name: str) -> Iterator[Change]:
-        """Yield the pieces of a file: all of it, or the new end of one that grows."""
-        seen = self._stat(name)
-        if seen is None:
-            return
+        """Yield the pieces of a file that is new or changed: all of it, or the new end of one that has grown."""
         with suppress(FileNotFoundError), (self._root / name).open("rb") as file:
-            offset = self._sent(name, seen, file.fileno())
-            tail = self._seen[name].tail if offset else b""
-            growing = name.endswith(GROWING)
-            for piece in _pieces(name, file, offset, seen.size):
-                data = piece.data or b""
-                if growing:
-                    tail = (tail + data)[-_TAIL_BYTES:]
-                yield piece._replace(appended=growing)
-                offset += len(data)
-            self._seen[name] = seen._replace(size=offset, tail=tail)
+            stat, before = _stat(file), self._seen.get(name, _Seen((0, 0, 0)))
+            if stat == before.stat:
+                return
+            content = file.read() if name.endswith(GROWING) else b""
+            if name.endswith(GROWING):
+                start = len(before.content) if content.startswith(before.content) else 0
+                for piece in _pieces(name, io.BytesIO(content), start, len(content)):
+                    yield piece._replace(appended=True)
+            else:
+                yield from _pieces(name, file, 0, stat[1])
+            self._seen[name] = _Seen(stat, content)
 
-    def _sent(self, name: str, now: _Seen, descriptor: int) -> int:
-        """Number of bytes of a growing file that were sent; 0 where it was truncated or replaced."""
-        before = self._seen.get(name)
-        if before is None or not name.endswith(GROWING) or before.inode != now.inode or before.size > now.size:
-            return 0
-        same = os.pread(descriptor, len(before.tail), before.size - len(before.tail)) == before.tail
-        return before.size if same else 0
+
+def _stat(file: BinaryIO) -> tuple[int, int, int]:
+    found = os.fstat(file.fileno())
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _vouches(name: str) -> bool:
@@ -117,8 +91,7 @@ class Replica:
     def __init__(self, root: Path) -> None:
         """Raise StudyDirectoryError where a symbolic link leads out of `root`."""
         refuse_links_out(root)
-        self._root = root
-        self._grown: set[Path] = set()
+        self._root, self._grown = root, set[Path]()
 
     def apply(self, changes: Iterable[Change]) -> None:
         """Apply changes. Raise StudyDirectoryError where a file cannot be written, or would lie outside."""
@@ -130,12 +103,15 @@ class Replica:
             elif change.appended:
                 _append(path, change.data, change.offset)
                 self._grown.add(path)
-            elif change.last and not change.offset:
-                if _vouches(change.name):
-                    self._flush()
-                write_atomic(path, change.data)
             else:
-                _put(path, change)
+                # Of the names that `leftovers` knows; a file is published with its last piece.
+                arriving = path.with_name(f".{path.name}.arriving.tmp")
+                _append(arriving, change.data, change.offset)
+                if change.last:
+                    if _vouches(change.name):
+                        self._flush()
+                    with published(path) as file:
+                        arriving.replace(file)
 
     def _remove(self, path: Path) -> None:
         """Remove a file, and the folders that are empty then."""
@@ -163,16 +139,6 @@ def _append(path: Path, data: bytes, offset: int) -> None:
             file.write(data)
 
 
-def _put(path: Path, change: Change) -> None:
-    """Write a piece of a large file, which is published with its last piece."""
-    assert change.data is not None  # for mypy
-    partial = path.with_name(f".{path.name}.arriving.tmp")  # of the names that `leftovers` knows
-    _append(partial, change.data, change.offset)
-    if change.last:
-        with published(path) as file:
-            partial.replace(file)
-
-
 def _below(root: Path, folder: Path) -> list[str]:
     """Return the files in `folder` and below it, as names below `root`, without hidden ones."""
     return [
@@ -183,15 +149,12 @@ def _below(root: Path, folder: Path) -> list[str]:
     ]
 
 
-def _pieces(name: str, file: BinaryIO, offset: int, size: int) -> Iterator[Change]:
-    """Yield an open file's bytes from `offset` to `size`, or to its end: at least one piece."""
-    file.seek(offset)
-    last = False
-    while not last:
-        data = file.read(min(PIECE_BYTES, size - offset))
-        last = offset + len(data) >= size or not data
-        yield Change(name, data, offset, last)
-        offset += len(data)
+def _pieces(name: str, file: BinaryIO, start: int, end: int) -> Iterator[Change]:
+    """Yield the bytes of a file from `start` to `end`: at least one piece."""
+    file.seek(start)
+    for offset in range(start, max(end, start + 1), PIECE_BYTES):
+        data = file.read(min(PIECE_BYTES, end - offset))
+        yield Change(name, data, offset, offset + PIECE_BYTES >= end)
 
 
 def pieces(root: Path, name: str) -> Iterator[Change]:

@@ -56,20 +56,17 @@ def _jobs_of(run: Run, packs: Mapping[str, Sequence[Trial]]) -> list[Job]:
 
 def _job(run: Run, packs: Mapping[str, Sequence[Trial]]) -> Job:
     plan, known = run.plan, run.study.with_known_model()
-    names = {pack: [trial.name for trial in trials] for pack, trials in packs.items()}
-    reads = [f"trials/{name}" for name in itertools.chain(*names.values())]
+    trials, seconds = [*itertools.chain(*packs.values())], 0.0
+    if plan.timed:  # of a process that trains what these trials lack one after the other: side by side they take less
+        done = (read_rows(run.study.trial_folder(trial) / "metrics.jsonl") for trial in trials)
+        left = (1 - max((row["step"] for row in rows), default=0) / plan.steps for rows in done)
+        seconds = START_SECONDS + sum(plan.seconds(trial) * share for trial, share in zip(trials, left, strict=True))
+    reads = [f"trials/{trial.name}" for trial in trials]
     if known is not None:  # its record says which model the study began with
         reads.append(f"trials/{known.name}/trial.json")
-    memory = max(plan.host_bytes(trials) for trials in packs.values())
-    seconds = _seconds_left(run, [*itertools.chain(*packs.values())]) if plan.timed else 0.0
+    names = {pack: [trial.name for trial in members] for pack, members in packs.items()}
+    memory = max(plan.host_bytes(members) for members in packs.values())
     return Job(__name__, {"packs": names}, f"packs/{next(iter(names))}", reads, memory, seconds)
-
-
-def _seconds_left(run: Run, trials: Sequence[Trial]) -> float:
-    """Forecast of a process that trains what these trials lack, one after the other: side by side they take less."""
-    steps = {trial.name: read_rows(run.study.trial_folder(trial) / "metrics.jsonl") for trial in trials}
-    done = {name: max((row["step"] for row in rows), default=0) / run.plan.steps for name, rows in steps.items()}
-    return START_SECONDS + sum(run.plan.seconds(trial) * (1 - done[trial.name]) for trial in trials)
 
 
 def work(study_path: Path, content: Mapping[str, Any]) -> None:
@@ -110,28 +107,27 @@ def _left_to_train(run: Run, packs: Mapping[str, list[Trial]], error: RankscopeE
     """Return the packs of a job that are to be trained in another. A pack in which the job ended by an error is divided
     in two, to be trained again: that takes less memory, and a trial that cannot be trained does not keep the others
     from it. Other trials of that pack are marked as ended."""
-    study = run.study
-    status = failure_of(error).status
-    for number, (pack, trials) in enumerate(packs.items()):
+    study, status, waiting = run.study, failure_of(error).status, dict(packs)
+    for pack, trials in packs.items():
+        del waiting[pack]
         packable = [trial for trial in trials if trial.candidate.packable]  # DoRA's reason is known beforehand
         for reason in {study.trial_record(trial).engine_reason for trial in packable} - {None}:
             run.say(f"Trained by PEFT's own forward, one trial at a time, since this model cannot be packed: {reason}")
         record = study.pack_record(pack)
-        if record and record.left_over and not number:
+        if record and record.left_over and pack == next(iter(packs)):
             run.say(f"Weights that this model has no place for are left over: {left_over(record.left_over)}")
         if record and record.results:
             continue
-        rest = dict(list(packs.items())[number + 1 :])
         unfinished = [trial for trial in trials if study.trial_record(trial).status not in FINISHED]
         if record and len(unfinished) > 1 and status != KilledError.status:
             parts = study.divide(pack, unfinished)
             run.say(f"Pack {pack} is divided into {' and '.join(parts)}, and trained again: {error.what}")
-            return parts | rest
+            return parts | waiting
         run.say(f"Pack {pack} did not finish: {error}")
         stopped = {pack: trials} if record else packs  # what ends before the first pack begins would end all of them
         for trial in itertools.chain(*stopped.values()):
             study.mark_ended(trial, status, error.what, pack)
-        return {name: trials for name, trials in rest.items() if name not in stopped}
+        return waiting if record else {}
     return {}
 
 

@@ -20,11 +20,10 @@ class JobProcess:
 
     def __init__(self, study: Path, job: Job, environment: Mapping[str, str] = MappingProxyType({})) -> None:
         self.job, self._folder, self._kills = job, study / job.folder, _memory_kills()
-        self._error_file = self._folder / "error.json"
         job_file, log_file = self._folder / "job.json", self._folder / "log.txt"
         write_json(job_file, {"kind": job.module.rpartition(".")[2]} | dict(job.content))
         with writing(log_file):
-            self._error_file.unlink(missing_ok=True)
+            (self._folder / "error.json").unlink(missing_ok=True)
             log = log_file.open("ab")
         command = [sys.executable, "-m", "rankscope.jobs.worker", job.module, str(study), str(job_file)]
         variables = job_environment() | dict(environment)
@@ -55,10 +54,10 @@ class JobProcess:
         code, log_hint = self._process.returncode, f"Its log: {self._folder / 'log.txt'}"
         if code == 0:
             return None
-        if self._error_file.exists():
-            error = read_json(self._error_file)
-            kind = {kind.__name__: kind for kind in RankscopeError.all_kinds()}.get(error["kind"], WorkerError)
-            return kind(error["what"], error["todo"] or log_hint)
+        if (error_file := self._folder / "error.json").exists():
+            error = read_json(error_file)
+            kinds = {kind.__name__: kind for kind in RankscopeError.all_kinds()}
+            return kinds.get(error["kind"], WorkerError)(error["what"], error["todo"] or log_hint)
         if -code == SIGKILL and _memory_kills() > self._kills:
             return OutOfMemoryError(f"{self.job.folder}: killed by the system for lack of memory", log_hint)
         if -code in (SIGKILL, SIGTERM, SIGINT):

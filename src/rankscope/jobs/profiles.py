@@ -28,30 +28,23 @@ WHOLE = "profiles/whole"
 def jobs(run: Run) -> list[Job]:
     """Return a job for each repeat of a profile that is missing. Nothing else of the study runs beside one. Candidates
     that do not fit into memory together are timed by several jobs, each beside the control."""
-    study, again = run.study, run.plan.remeasure
+    study, plan, again = run.study, run.plan, run.plan.remeasure
     candidates, found = study.profiled(again), []
     if again:
-        site = run.plan.site
+        site = plan.site
         machine = study.machine | {"hardware": site.hardware, "versions": site.versions, "device": site.device}
         write_json(study.file(AGAIN, "machine.json"), machine)
     trials = {name: Trial(candidate=one, seed=study.spec.seeds[0]) for name, one in candidates.items()}
-    for name, _, members in run.plan.profiles:
+    forecasts = plan.forecast.candidates if plan.timed else {}
+    steps = {name: forecasts[one.name].step_seconds or 0.0 for name, one in candidates.items() if forecasts}
+    for name, _, members in plan.profiles:
         reads = [str(study.profile_file(name, again).relative_to(study.path))]
-        for part in run.plan.fitting(trials, members) if members else [[name]]:
-            content = {"profile": name, "members": part if members else [], "again": again}
-            memory = run.plan.host_bytes([trials[member] for member in part])
-            seconds = _seconds(run, ProfileJob(name, 0, tuple(part if members else ())))
+        for part in plan.fitting(trials, members) if members else [[]]:
+            content = {"profile": name, "members": part, "again": again}
+            memory = plan.host_bytes([trials[member] for member in part or [name]])
+            seconds = profile_seconds(study.spec.measure, ProfileJob(name, 0, tuple(part)), steps) if steps else 0.0
             found.append(Job(__name__, content, f"profiles/jobs/{name}", reads, memory, seconds, alone=True))
     return found
-
-
-def _seconds(run: Run, job: ProfileJob) -> float:
-    """Forecast of a job; 0 in a run without a time limit."""
-    if not run.plan.timed:
-        return 0.0
-    forecasts, profiled = run.plan.forecast.candidates, run.study.profiled(run.plan.remeasure)
-    steps = {name: forecasts[one.name].step_seconds or 0.0 for name, one in profiled.items()}
-    return profile_seconds(run.study.spec.measure, job, steps)
 
 
 def work(study_path: Path, content: Mapping[str, Any]) -> None:

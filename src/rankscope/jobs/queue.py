@@ -66,36 +66,29 @@ def run_jobs(
     wait; it returns the jobs to run from here on. On an interruption, or where one of the two raises, the running jobs
     are asked to stop, and waited for; a second interruption kills them.
     """
-    waiting, running, began = list(jobs), list[Running](), dict[int, float]()
+    waiting, running = list(jobs), list[tuple[Running, float]]()  # with the time at which each started
     try:
         while waiting or running:
             while waiting and len(running) < launcher.slots():
                 job = waiting.pop(0)
                 if limit is None or limit.fits(job):
-                    running.append(launcher.start(study, job))
-                    began[id(running[-1])] = time.monotonic()
-            done = _first_done(running, poll) if running else []
+                    running.append((launcher.start(study, job), time.monotonic()))
+            if not running:
+                break
+            due = time.monotonic() + POLL_SECONDS
+            done = [one for one in running if not one[0].is_running()]
+            poll()
             running = [one for one in running if one not in done]
-            for one in done:
+            for one, began in done:
                 error = one.error()
                 if limit is not None and error is None:
-                    limit.count(one.job, time.monotonic() - began[id(one)])
+                    limit.count(one.job, time.monotonic() - began)
                 waiting = ended(one.job, error, waiting)
+            while not done and time.monotonic() < due and all(one.is_running() for one, _ in running):
+                time.sleep(POLL_SECONDS / 10)
     except BaseException:
-        _stop(running)
+        _stop([one for one, _ in running])
         raise
-
-
-def _first_done(running: list[Running], poll: Callable[[], None]) -> list[Running]:
-    """Wait until at least one job has ended, and return those that have."""
-    while True:
-        due = time.monotonic() + POLL_SECONDS
-        done = [one for one in running if not one.is_running()]
-        poll()
-        if done:
-            return done
-        while time.monotonic() < due and all(one.is_running() for one in running):
-            time.sleep(POLL_SECONDS / 10)
 
 
 def _stop(running: list[Running]) -> None:

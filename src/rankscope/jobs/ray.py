@@ -38,6 +38,8 @@ class Node(NamedTuple):
 
 
 class Share(NamedTuple):
+    """What each job takes of a node."""
+
     cpus: int
     gpus: int
 
@@ -74,11 +76,11 @@ class RayLauncher:
         sizes = [[int(node["Resources"].get(name, 0)) for name in ("CPU", "GPU", "memory")] for node in alive]
         return [Node(one["NodeID"], one["NodeManagerHostname"], *size) for one, size in zip(alive, sizes, strict=True)]
 
-    def slots(self) -> int:
-        return max(1, sum(map(self._share.times, self._able())))
-
     def _able(self) -> list[Node]:
         return [node for node in self._nodes() if self._share.times(node)]
+
+    def slots(self) -> int:
+        return max(1, sum(map(self._share.times, self._able())))
 
     def site(self) -> Site:
         nodes = {node.id: node for node in self._able()}
@@ -97,21 +99,19 @@ class RayLauncher:
             sites: dict[str, Site] = {asked[task]: self._ray.get(task) for task in answered}
         except self._ray.exceptions.RayError as error:
             raise _cannot_work(error) from error
-        first = next(iter(sites))
-        self._profiled_on = first
-        hardware = dict(sites[first].hardware)
+        self._profiled_on, first = next(iter(sites.items()))
+        hardware = dict(first.hardware)
         if len(sites) > 1:
             shown = ("cpu", "cores", "memory_bytes", "gpus")
             hardware["nodes"] = [
                 {"name": nodes[node].name} | {name: site.hardware[name] for name in shown}
                 for node, site in sites.items()
             ]
-        versions = [site.versions for site in sites.values()]
-        for name, version in versions[0].items():
-            if any(other[name] != version for other in versions):
+        for name, version in first.versions.items():
+            if any(site.versions[name] != version for site in sites.values()):
                 self.say(f"The nodes have different versions of {name}; results may differ with where a trial ran.")
-        found = min(sites.values(), key=lambda site: site.free_bytes)
-        return sites[first]._replace(here=False, free_bytes=found.free_bytes, hardware=hardware)
+        free = min(site.free_bytes for site in sites.values())
+        return first._replace(here=False, free_bytes=free, hardware=hardware)
 
     def start(self, study: Path, job: Job) -> "RayJob":
         return RayJob(self, study, job)
@@ -126,8 +126,7 @@ class RayLauncher:
         if job.alone:
             node = self._one_of(able)
             able = [node]
-            cpus = self._share.cpus if self._share.gpus else node.cpus
-            options |= {"scheduling_strategy": _on(node.id), "num_cpus": cpus}
+            options |= {"scheduling_strategy": _on(node.id)} | ({} if self._share.gpus else {"num_cpus": node.cpus})
         # More than any node has would be waited for without end.
         options["memory"] = min(job.memory_bytes, max((node.memory_bytes for node in able), default=0))
         task = self._task.options(
@@ -176,6 +175,7 @@ class RayJob:
         self._stream = self._launcher.submit(self._study, self.job, self._number)
 
     def is_running(self) -> bool:
+        exceptions = self._ray.exceptions
         while not self._ended and self._ray.wait([self._stream], timeout=0)[0]:
             try:
                 message: Message = self._ray.get(next(self._stream))
@@ -183,11 +183,11 @@ class RayJob:
                     self._end(message.error)
                 else:
                     self._replica.apply(message)
-            except self._ray.exceptions.OutOfMemoryError as error:
+            except exceptions.OutOfMemoryError as error:
                 self._end(OutOfMemoryError(f"{self.job.folder}: Ray ended it for lack of memory", _first_line(error)))
-            except self._ray.exceptions.RayTaskError as error:
+            except exceptions.RayTaskError as error:
                 self._end(error.cause if isinstance(error.cause, RankscopeError) else _cannot_work(error))
-            except (self._ray.exceptions.RayError, StopIteration) as error:
+            except (exceptions.RayError, StopIteration) as error:
                 self._lost(error)
         return not self._ended
 
@@ -198,9 +198,9 @@ class RayJob:
         what = f"{self.job.folder}: its worker or node is lost ({type(error).__name__})"
         if self._stopped or self._starts >= MAX_STARTS:
             self._end(KilledError(what, "Run the study again: it goes on where it was."))
-            return
-        self._launcher.say(f"{what}; it goes on elsewhere from its last checkpoint")
-        self._start()
+        else:
+            self._launcher.say(f"{what}; it goes on elsewhere from its last checkpoint")
+            self._start()
 
     def error(self) -> RankscopeError | None:
         return self._error
@@ -250,8 +250,7 @@ def _work(files: dict[str, list[Any]], job: Job, study: str, mailbox: Any, numbe
         for name in files:
             Replica(root).apply(ray.get(piece) for piece in files[name])
         files.clear()
-        mirror = Mirror(root)
-        process = JobProcess(root, job)
+        mirror, process = Mirror(root), JobProcess(root, job)
         try:
             going, stopped = True, False
             while going:
@@ -261,9 +260,7 @@ def _work(files: dict[str, list[Any]], job: Job, study: str, mailbox: Any, numbe
                     stopped = True
                     process.stop()
             error = process.error()
-            if error is not None:
-                error = type(error)(error.what.replace(scratch, study), error.todo.replace(scratch, study))
-            yield Ended(error)
+            yield Ended(error and type(error)(*(text.replace(scratch, study) for text in (error.what, error.todo))))
         finally:
             if process.is_running():  # this task is cancelled, or what asked for it is gone
                 process.kill()
@@ -295,10 +292,9 @@ def _connect(address: str | None) -> None:
     if address and address.startswith("ray://"):
         todo = "Run rankscope on a node of the cluster, by `ray job submit` for one, and give HOST:PORT or auto."
         raise StudyError(f"--ray-address {address}: Ray's client cannot stream what a job writes", todo)
-    ray = require_ray()
     try:
         dashboard = False if address is None else None
-        ray.init(address, log_to_driver=False, logging_level=logging.WARNING, include_dashboard=dashboard)
+        require_ray().init(address, log_to_driver=False, logging_level=logging.WARNING, include_dashboard=dashboard)
     except (ConnectionError, ValueError, RuntimeError) as error:
         todo = "Give the address of a running cluster (`ray start --head` prints it), or none to start Ray here."
         raise StudyError(f"Ray at {address or 'this machine'}: {_first_line(error)}", todo) from None
@@ -306,13 +302,11 @@ def _connect(address: str | None) -> None:
 
 def _device_kind(device: str, nodes: list[Node]) -> str:
     has_gpu = any(node.gpus for node in nodes)
-    if device == "auto":
-        return "cuda" if has_gpu else "cpu"
-    if device not in ("cpu", "cuda"):
+    if device not in ("auto", "cpu", "cuda"):
         raise StudyError(f"model.device: {device}: Ray chooses the device of each job", "Use auto, cpu or cuda.")
     if device == "cuda" and not has_gpu:
         raise StudyError("model.device: cuda asked for, but no node of the Ray cluster has a GPU", "Use --device cpu.")
-    return device
+    return "cuda" if has_gpu and device != "cpu" else "cpu"
 
 
 def share(nodes: list[Node], kind: str) -> Share:

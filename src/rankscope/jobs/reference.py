@@ -36,14 +36,13 @@ def jobs(run: Run) -> list[Job]:
         if run.study.is_stale(run.study.saved_record(trial)):
             shutil.rmtree(run.study.trial_folder(trial))
             run.say(f"{trial.name} is trained again, since evaluation rows were added: {NOT_SAVED}")
-    prediction = run.plan.prediction
+    prediction, seconds = run.plan.prediction, 0.0
     memory = prediction.base_bytes + GPU_HOST_BYTES
     if prediction.device == "cpu":
         memory = prediction.process_bytes + BYTES_PER_PARAMETER * prediction.base_params
     names = [trial.name for trial in run.plan.reference]
-    # No time of full fine-tuning is forecast: it takes longer than the largest candidate.
-    longest = Trial(candidate=run.study.spec.candidates()[-1], seed=0)
-    seconds = run.plan.seconds(longest) if run.plan.timed and names else 0.0
+    if names and run.plan.timed:  # its own time is not forecast: it takes longer than the largest candidate
+        seconds = run.plan.seconds(Trial(candidate=run.study.spec.candidates()[-1], seed=0))
     return [Job(__name__, {"trial": name}, f"reference/{name}", (), memory, seconds) for name in names]
 
 

@@ -18,12 +18,10 @@ from rankscope.train.step import make_train_state
 
 def jobs(run: Run) -> list[Job]:
     """Return a job for each device, which loads the model once."""
-    trials, devices = unevaluated(run.study), run.plan.fleet.devices
+    trials, devices, found = unevaluated(run.study), run.plan.fleet.devices, list[Job]()
     if trials:
         run.say(f"{len(trials)} trials are evaluated on the rows that were added; they are not trained again")
-    groups = [group for first in range(devices) if (group := trials[first::devices])]
-    found = []
-    for number, group in enumerate(groups):
+    for number, group in enumerate(trials[first::devices] for first in range(min(devices, len(trials)))):
         names, memory = [trial.name for trial in group], max(run.plan.host_bytes([trial]) for trial in group)
         found.append(Job(__name__, {"trials": names}, f"rows/{number}", [f"trials/{name}" for name in names], memory))
     return found

@@ -34,11 +34,8 @@ def job_environment() -> dict[str, str]:
 
 def _physical(cpus: Collection[int], root: Path) -> int:
     """Physical cores among CPUs; each is one of its own where the kernel does not say."""
-    siblings = set()
-    for cpu in cpus:
-        file = root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
-        siblings.add(_text(file) or str(cpu))
-    return len(siblings)
+    files = {cpu: root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list" for cpu in cpus}
+    return len({_text(file) or str(cpu) for cpu, file in files.items()})
 
 
 def _quota(root: Path) -> float:

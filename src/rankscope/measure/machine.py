@@ -87,15 +87,12 @@ COMPARED = ("cpu", "cores", "torch_threads", "gpus")
 NOT_IN_COSTS = ("datasets", "tokenizers", "pandas", "altair")
 """Libraries that only read the data or draw: their versions are logged, but costs do not depend on them."""
 
+Changes = dict[str, dict[str, list[Any]]]  # by group, `machine` or `versions`, and field: [before, now]
 
-def changes(
-    machine: Mapping[str, Any], log: Sequence[Mapping[str, Any]], site: Site
-) -> dict[str, dict[str, list[Any]]]:
-    """Fields of `machine` and `versions` in which `site` differs from the last machine of a study: [before, now] each.
 
-    `machine` is machine.json, `log` the `changed` of each later entry in the study's log. Only fields that both have
-    are compared.
-    """
+def changes(machine: Mapping[str, Any], log: Sequence[Mapping[str, Any]], site: Site) -> Changes:
+    """Fields in which `site` differs from the last machine of a study. `machine` is machine.json, `log` the `changed`
+    of each later entry in the study's log. Only fields that both have are compared."""
     known, now = _facts(machine), _facts(site._asdict() | {"model": {"dtype": site.dtype}})
     for changed in log:
         for group, fields in changed.items():
@@ -109,14 +106,14 @@ def changes(
 
 def changes_of_costs(machine: Mapping[str, Any], site: Site) -> list[str]:
     """`changes` since machine.json that costs depend on, one sentence each."""
-    found = changes(machine, (), site)
-    fields = {name: pair for group in found.values() for name, pair in group.items() if name not in NOT_IN_COSTS}
-    return [f"{name}: {before}, now {now}" for name, (before, now) in fields.items()]
+    fields = [field for group in changes(machine, (), site).values() for field in group.items()]
+    return [f"{name}: {before}, now {now}" for name, (before, now) in fields if name not in NOT_IN_COSTS]
 
 
 def _facts(machine: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    hardware = {name: machine["hardware"][name] for name in COMPARED if name in machine["hardware"]}
+    facts = {name: machine["hardware"][name] for name in COMPARED if name in machine["hardware"]}
     if "device" in machine:
-        hardware["device"] = str(machine["device"]).partition(":")[0]
-    dtype = {"dtype": machine["model"]["dtype"]} if "dtype" in machine["model"] else {}
-    return {"machine": hardware | dtype, "versions": dict(machine["versions"])}
+        facts["device"] = str(machine["device"]).partition(":")[0]
+    if "dtype" in machine["model"]:
+        facts["dtype"] = machine["model"]["dtype"]
+    return {"machine": facts, "versions": dict(machine["versions"])}

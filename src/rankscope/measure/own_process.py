@@ -11,10 +11,10 @@ import json
 import logging
 import subprocess
 import sys
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
-import psutil
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -41,21 +41,19 @@ def own_process_bytes() -> int:
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder("process")
     file = folder and folder / f"{key}.json"
+    with suppress(RankscopeError):  # corrupt: measured again
+        if file and (known := find_json(file)):
+            return int(known["bytes"])
+    command = [sys.executable, "-m", "rankscope.measure.own_process"]
+    done = subprocess.run(command, capture_output=True, text=True, env=job_environment(), check=True)
+    found = int(done.stdout.split()[-1])
     try:
-        known = find_json(file, 1) if file else None
-    except RankscopeError:  # corrupt: measured again
-        known = None
-    if known is None:
-        command = [sys.executable, "-m", "rankscope.measure.own_process"]
-        done = subprocess.run(command, capture_output=True, text=True, env=job_environment(), check=True)
-        known = {"schema": 1, "bytes": int(done.stdout.split()[-1])}
-        try:
-            if file:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_json(file, known)
-        except OSError as error:
-            _log.warning("not cached: %s. Set RANKSCOPE_CACHE to a folder that can be written.", error)
-    return int(known["bytes"])
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, {"schema": 1, "bytes": found})
+    except OSError as error:
+        _log.warning("not cached: %s. Set RANKSCOPE_CACHE to a folder that can be written.", error)
+    return found
 
 
 def take_small_step() -> None:
@@ -66,13 +64,12 @@ def take_small_step() -> None:
     candidate = Candidate(**adapter, target_modules="all-linear", use_rslora=False, init_lora_weights="kaiming")
     trial, training = Trial(candidate=candidate, seed=0), TrainingSpec(batch_size=2)
     state = make_train_state(model, trial, training, 1)
-    engine = choose_engine(model, [state], training).engine
-    train_step(engine, [state], probe_tokens(model), training, 0)
+    train_step(choose_engine(model, [state], training).engine, [state], probe_tokens(model), training, 0)
 
 
 if __name__ == "__main__":
     for job in ("worker", "packs", "profiles"):  # what a job imports; by name, since imports run leftwards
         importlib.import_module(f"rankscope.jobs.{job}")
     take_small_step()
-    found = resident(psutil.Process())
+    found = resident()
     print(found.rss if found.private is None else found.private)

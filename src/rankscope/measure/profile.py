@@ -4,6 +4,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -54,21 +55,22 @@ def profile_candidate(spec: StudySpec, candidate: Candidate, data: TokenizedData
         member = make_train_state(model, trial, training, steps, spec.model.id)
         engine = choose_engine(model, [member], training).engine
         tokens, energy_before = 0, None
+        energy = sampler.nvml.energy_joules if sampler.nvml else lambda: None
         for number, step in enumerate(evenly_spaced(steps, measure.warmup_steps + measure.steps)):
             if number == measure.warmup_steps:
                 sampler.begin("train")
-                tokens, energy_before = 0, _energy(sampler)
+                tokens, energy_before = 0, energy()
             sampler.step = number
             (metrics,) = train_step(engine, [member], data.train, training, step)
             synchronize(device)
             tokens += metrics.tokens
             sampler.take()
-        energy_after, last = _energy(sampler), sampler.take()
+        joules, last = _less(energy(), energy_before), sampler.take()
         sampler.begin("eval")
         engine.evaluate(first_examples(data.eval, 2 * EVAL_TOKENS), [trial.name])
-    joules = None if energy_before is None or energy_after is None else energy_after - energy_before
     with tempfile.TemporaryDirectory() as folder:
         adapter_bytes = save_trained_adapter(member, Path(folder))
+    context = _less(last.gpu_nvml_bytes, last.gpu_reserved_bytes)
     summary = {
         "load_seconds": load_seconds,
         "steps": measure.steps,
@@ -76,22 +78,12 @@ def profile_candidate(spec: StudySpec, candidate: Candidate, data: TokenizedData
         "rss_base_bytes": base.rss_bytes,
         "private_base_bytes": base.private_bytes,
         **summarise_memory(sampler.rows, sampler.peaks, base.private_bytes),
-        "gpu_context_bytes": _context(last),
+        "gpu_context_bytes": None if context is None else max(0, context),
         "trainable_params": sum(parameter.numel() for parameter in member.parameters),
         "adapter_bytes": adapter_bytes,
     }
     samples = dict(zip(Sample._fields, map(list, zip(*sampler.rows, strict=True)), strict=True))
     return {"summary": summary, "samples": samples}
-
-
-def _context(sample: Sample) -> int | None:
-    if sample.gpu_nvml_bytes is None or sample.gpu_reserved_bytes is None:
-        return None
-    return max(0, sample.gpu_nvml_bytes - sample.gpu_reserved_bytes)
-
-
-def _energy(sampler: MemorySampler) -> float | None:
-    return sampler.nvml.energy_joules() if sampler.nvml else None
 
 
 MEMORY = ("private", "mapped", "rss", "gpu_allocated", "gpu_reserved", "gpu_nvml")  # kinds of memory in a `Sample`
@@ -109,17 +101,18 @@ def summarise_memory(
     with the base model loaded. What is resident is private or mapped from a file: see `Resident`.
     """
     columns: dict[str, float | None] = {}
-    for phase, prefix in PHASES.items():
-        during = [sample for sample in samples if sample.phase == phase]
-        for kind in MEMORY:
-            sampled = [getattr(sample, f"{kind}_bytes") for sample in during]
-            values = [value for value in sampled if value is not None]
-            counted = [peaks[phase][kind]] if kind in peaks[phase] else []
-            columns[f"{prefix}{kind}_mean_bytes"] = statistics.fmean(values) if values else None
-            columns[f"{prefix}{kind}_peak_bytes"] = max([*values, *counted]) if values else None
-            columns[f"{prefix}{kind}_p99_bytes"] = float(np.percentile(values, 99)) if values else None
+    for (phase, prefix), kind in product(PHASES.items(), MEMORY):
+        sampled = [getattr(sample, f"{kind}_bytes") for sample in samples if sample.phase == phase]
+        values = [value for value in sampled if value is not None]
+        counted = [peaks[phase][kind]] if kind in peaks[phase] else []
+        columns[f"{prefix}{kind}_mean_bytes"] = statistics.fmean(values) if values else None
+        columns[f"{prefix}{kind}_peak_bytes"] = max([*values, *counted]) if values else None
+        columns[f"{prefix}{kind}_p99_bytes"] = float(np.percentile(values, 99)) if values else None
     for statistic in ("mean", "peak", "p99"):
-        value = columns[f"private_{statistic}_bytes"]
-        above = None if value is None or base_bytes is None else value - base_bytes
-        columns[f"private_above_base_{statistic}_bytes"] = above
+        columns[f"private_above_base_{statistic}_bytes"] = _less(columns[f"private_{statistic}_bytes"], base_bytes)
     return columns
+
+
+def _less(value: float | None, other: float | None) -> float | None:
+    """Their difference; None where one is unknown."""
+    return None if value is None or other is None else value - other

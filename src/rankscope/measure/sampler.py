@@ -1,6 +1,7 @@
 """Sampling of a process's memory at a fixed interval, from a thread beside the work."""
 
 import os
+import resource
 import sys
 import threading
 import time
@@ -25,10 +26,14 @@ def reset_peak_rss() -> bool:
 
 def peak_rss() -> int:
     """Kernel's high-water mark of resident memory since `reset_peak_rss`, in bytes, which sampling could miss."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no VmHWM")
+    on_linux = sys.platform.startswith("linux")
+    return _status()["VmHWM"] if on_linux else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _status() -> dict[str, int]:
+    """Sizes of this process by their names in proc(5), in bytes."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return {name.rstrip(":"): int(rest[0]) * 1024 for name, *rest in lines if rest[-1:] == ["kB"]}
 
 
 class Resident(NamedTuple):
@@ -40,17 +45,16 @@ class Resident(NamedTuple):
     mapped: int | None
 
 
-def resident(process: psutil.Process) -> Resident:
+def resident() -> Resident:
     """Resident memory now: RssAnon, and RssFile with RssShmem, of proc(5); elsewhere psutil's unique set size."""
-    if not sys.platform.startswith("linux"):
-        try:
-            full = process.memory_full_info()
-        except psutil.Error:  # macOS lets only some users ask
-            return Resident(process.memory_info().rss, None, None)
-        return Resident(full.rss, full.uss, max(0, full.rss - full.uss))
-    lines = (line.partition(":") for line in Path("/proc/self/status").read_text().splitlines())
-    sizes = {name: int(value.split()[0]) * 1024 for name, _, value in lines if name.startswith(("VmRSS", "Rss"))}
-    return Resident(sizes["VmRSS"], sizes["RssAnon"], sizes["RssFile"] + sizes["RssShmem"])
+    if sys.platform.startswith("linux"):
+        sizes = _status()
+        return Resident(sizes["VmRSS"], sizes["RssAnon"], sizes["RssFile"] + sizes["RssShmem"])
+    try:
+        full = psutil.Process().memory_full_info()
+    except psutil.Error:  # macOS lets only some users ask
+        return Resident(psutil.Process().memory_info().rss, None, None)
+    return Resident(full.rss, full.uss, max(0, full.rss - full.uss))
 
 
 class Sample(NamedTuple):
@@ -79,25 +83,17 @@ class MemorySampler:
         self.rows: list[Sample] = []
         self.peaks: dict[str, dict[str, int]] = {}
         self.nvml = open_nvml(device)
-        self._device = device
-        self._kernel = False
-        self._process = psutil.Process()
-        self._start = time.perf_counter()
-        self._stop = threading.Event()
+        self._device, self._kernel = device, False
+        self._start, self._stop = time.perf_counter(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="rankscope-memory", daemon=True)
 
     def take(self) -> Sample:
         """Take one sample now."""
-        gpu = self._gpu()
-        sample = Sample(
-            self.phase,
-            self.step,
-            round(time.perf_counter() - self._start, 4),
-            *resident(self._process),
-            torch.cuda.memory_allocated(self._device) if gpu else None,
-            torch.cuda.memory_reserved(self._device) if gpu else None,
-            self.nvml.used_bytes() if self.nvml else None,
-        )
+        seconds, gpu = round(time.perf_counter() - self._start, 4), self._gpu()
+        allocated = torch.cuda.memory_allocated(self._device) if gpu else None
+        reserved = torch.cuda.memory_reserved(self._device) if gpu else None
+        nvml = self.nvml.used_bytes() if self.nvml else None
+        sample = Sample(self.phase, self.step, seconds, *resident(), allocated, reserved, nvml)
         self.rows.append(sample)
         return sample
 
@@ -109,15 +105,13 @@ class MemorySampler:
 
     def _end_phase(self) -> None:
         self.take()
-        self.peaks[self.phase] = {"rss": peak_rss()} if self._kernel else {}
+        peaks = self.peaks[self.phase] = {"rss": peak_rss()} if self._kernel else {}
         mapped = [sample.mapped_bytes for sample in self.rows if sample.phase == self.phase and sample.mapped_bytes]
         if self._kernel and mapped:  # the kernel keeps no mark of private memory alone
-            self.peaks[self.phase]["private"] = peak_rss() - max(mapped)
+            peaks["private"] = peaks["rss"] - max(mapped)
         if self._gpu():
-            self.peaks[self.phase] |= {
-                "gpu_allocated": torch.cuda.max_memory_allocated(self._device),
-                "gpu_reserved": torch.cuda.max_memory_reserved(self._device),
-            }
+            peaks["gpu_allocated"] = torch.cuda.max_memory_allocated(self._device)
+            peaks["gpu_reserved"] = torch.cuda.max_memory_reserved(self._device)
 
     def _reset_peaks(self) -> None:
         self._kernel = reset_peak_rss()

@@ -71,20 +71,19 @@ def time_candidates(spec: StudySpec, candidates: Mapping[str, Candidate], data: 
     Returns {"seconds": {column: {name: [...]}}, "tokens": [...], "summaries": {name: {column: number}}, ...} with one
     number a round in each list. See `summarise` for the summaries.
     """
-    model = load_model(spec.model)
-    steps = total_steps(spec.training, len(data.train))
-    trials = {name: Trial(candidate=_own(name, one), seed=spec.seeds[0]) for name, one in candidates.items()}
-    states = {
-        name: make_train_state(model, trial, spec.training, steps, spec.model.id) for name, trial in trials.items()
-    }
-    engine = choose_engine(model, list(states.values()), spec.training).engine
+    model, training = load_model(spec.model), spec.training
+    steps, states = total_steps(training, len(data.train)), dict[str, TrainState]()
+    for name, candidate in candidates.items():
+        if name == CONTROL:  # under a name of its own: it is one of the candidates once more
+            candidate = candidate.model_copy(update={"alpha_in_name": not candidate.alpha_in_name})
+        trial = Trial(candidate=candidate, seed=spec.seeds[0])
+        states[name] = make_train_state(model, trial, training, steps, spec.model.id)
+    engine = choose_engine(model, list(states.values()), training).engine
     held_out = first_examples(data.eval, min(EVAL_TOKENS, engine.tokens_per_forward))
-    rounds = take_turns(spec, states, engine, data.train, held_out)
-    control, training = trials[CONTROL], spec.training
+    rounds, control = take_turns(spec, states, engine, data.train, held_out), states[CONTROL].trial
+    batches = (batch_at(control, data.train, training, step) for step in range(steps))
     work = Work(
-        tokens=sum(
-            int(data.train.lengths[batch_at(control, data.train, training, step)].sum()) for step in range(steps)
-        ),
+        tokens=sum(int(data.train.lengths[examples].sum()) for examples in batches),
         evaluated=int(data.eval.offsets[-1]) * (1 + len(eval_steps(training, steps))),
         evaluated_a_round=int(held_out.offsets[-1]),
     )
@@ -97,6 +96,9 @@ def time_candidates(spec: StudySpec, candidates: Mapping[str, Candidate], data: 
         "cpu_pressure": rounds.cpu_pressure,
         "summaries": {name: summarise(rounds, name, work) for name in states},
     }
+
+
+GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, are spread evenly over a schedule however many there are
 
 
 def take_turns(
@@ -126,26 +128,18 @@ def take_turns(
     return rounds
 
 
-GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, are spread evenly over a schedule however many there are
-
-
-def _own(name: str, candidate: Candidate) -> Candidate:
-    """The control under a name of its own: it is one of the candidates once more."""
-    return candidate.model_copy(update={"alpha_in_name": not candidate.alpha_in_name}) if name == CONTROL else candidate
-
-
 def _turn(
     engine: Engine, state: TrainState, spec: StudySpec, tokens: Tokens, step: int, held_out: Tokens
 ) -> tuple[Turn, int]:
     """Seconds of one candidate's turn, and the tokens of its step."""
-    device = engine.model.device
-    start, cpu = time.perf_counter(), time.process_time()
+    clocks = [(time.perf_counter(), time.process_time())]
     (metrics,) = train_step(engine, [state], tokens, spec.training, step)
-    synchronize(device)
-    trained, trained_cpu = time.perf_counter(), time.process_time()
+    synchronize(engine.model.device)
+    clocks.append((time.perf_counter(), time.process_time()))
     engine.evaluate(held_out, [state.trial.name])
-    evaluated, evaluated_cpu = time.perf_counter() - trained, time.process_time() - trained_cpu
-    return Turn(trained - start, evaluated, trained_cpu - cpu, evaluated_cpu), metrics.tokens
+    clocks.append((time.perf_counter(), time.process_time()))
+    (step_wall, step_cpu), (wall, cpu) = np.diff(clocks, axis=0).tolist()
+    return Turn(step_wall, wall, step_cpu, cpu), metrics.tokens
 
 
 def first_examples(tokens: Tokens, count: int) -> Tokens:
@@ -200,7 +194,7 @@ def summarise(rounds: Rounds, name: str, work: Work) -> dict[str, float | None]:
       their processor time
     - `rounds cpu_pressure`: see `Rounds`
     """
-    tokens = np.array(rounds.tokens)
+    tokens, wall = np.array(rounds.tokens), rounds.seconds
 
     def schedule(of: str, seconds: Callable[[str, str], np.ndarray] = rounds.compared) -> np.ndarray:
         evaluated = seconds(of, "evaluation") / work.evaluated_a_round * work.evaluated
@@ -208,23 +202,22 @@ def summarise(rounds: Rounds, name: str, work: Work) -> dict[str, float | None]:
         return total
 
     step, runtime = step_ratio(rounds, name), median_ratio(schedule(name), schedule(CONTROL))
-    per_token = float(np.median(rounds.seconds(CONTROL, "step") / tokens)) * step.ratio
-    low, high = np.percentile(rounds.seconds(name, "step"), (10, 90))
+    per_token = float(np.median(wall(CONTROL, "step") / tokens)) * step.ratio
+    low, high = np.percentile(wall(name, "step"), (10, 90))
     excess = max(0.0, rounds.first_step_seconds - per_token * float(tokens.mean()))
-    cpu = median_ratio(rounds.seconds(name, "step_cpu"), rounds.seconds(CONTROL, "step_cpu"))
     return {
         "rounds": len(rounds.turns),
         "step_ratio": step.ratio,
         "step_ratio_se": step.se,
         "runtime_ratio": runtime.ratio,
         "runtime_ratio_se": runtime.se,
-        "cpu_ratio": cpu.ratio,
-        "step_seconds_median": float(np.median(rounds.seconds(CONTROL, "step"))) * step.ratio,
+        "cpu_ratio": median_ratio(wall(name, "step_cpu"), wall(CONTROL, "step_cpu")).ratio,
+        "step_seconds_median": float(np.median(wall(CONTROL, "step"))) * step.ratio,
         "step_seconds_mean": per_token * float(tokens.mean()),
         "step_seconds_p10": float(low),
         "step_seconds_p90": float(high),
-        "step_cpu_seconds": float(np.median(rounds.seconds(name, "step_cpu"))),
+        "step_cpu_seconds": float(np.median(wall(name, "step_cpu"))),
         "tokens_per_second": 1 / per_token,
-        "runtime_seconds": excess + float(np.median(schedule(CONTROL, rounds.seconds))) * runtime.ratio,
+        "runtime_seconds": excess + float(np.median(schedule(CONTROL, wall))) * runtime.ratio,
         "cpu_pressure": rounds.cpu_pressure,
     }

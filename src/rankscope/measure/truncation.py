@@ -7,9 +7,8 @@ goes into the factors, each with the root of the singular values: A = sqrt(S / s
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
@@ -23,6 +22,7 @@ from rankscope.lora.svd import Decomposed, check_resizable, decompose, kept_ener
 from rankscope.model.mixed import is_mixed
 from rankscope.spec.candidates import Trial
 from rankscope.spec.models import StudySpec
+from rankscope.study.records import Cut
 from rankscope.train.engine import Engine, ExampleLosses
 from rankscope.train.loop import choose_engine
 from rankscope.train.probe import use_own_forward
@@ -38,44 +38,18 @@ LOSS_TOLERANCE = {"float32": 1e-4, "mixed": 5e-3}
 """Largest relative difference in held-out loss between two forwards of one adapter in differing batches."""
 
 
-class TruncationRequest(NamedTuple):
-    """A loss to measure: at a rank, after some steps of recovery training."""
-
-    rank: int
-    recover_steps: int
-
-
-class Truncation(NamedTuple):
-    """Held-out losses of a truncated adapter."""
-
-    rank: int
-    recover_steps: int
-    kept_energy: float  # share of the update's energy, the sum of its squared singular values
-    losses: ExampleLosses | None  # None where the recovery training diverged
-
-    def describe(self) -> dict[str, Any]:
-        """Entry of curve.json."""
-        losses = self.losses
-        return {
-            "rank": self.rank,
-            "recover_steps": self.recover_steps,
-            "kept_energy": self.kept_energy,
-            "eval_loss": losses.mean if losses else None,
-            "losses": losses.loss.tolist() if losses else None,
-            "label_tokens": losses.label_tokens.tolist() if losses else None,
-        }
-
-
 def evaluate_truncations(
     model: PreTrainedModel,
     spec: StudySpec,
     trial: Trial,
-    folder: Path,
+    adapter_file: Path,
     eval_loss: float,
-    requests: Sequence[TruncationRequest],
+    requests: Sequence[tuple[int, int]],
     data: TokenizedData,
-) -> Iterator[list[Truncation]]:
-    """Truncate the adapter of `trial` in `folder`, and yield what is requested, a group of ranks at a time.
+    adapter_sha256: str | None = None,
+) -> Iterator[list[Cut]]:
+    """Truncate the adapter of `trial` in `adapter_file`, and yield what is requested, pairs of a rank and a number of
+    steps of recovery training, a group of ranks at a time.
 
     The trial's own rank stands for the whole adapter. It is always evaluated first, and must have the recorded
     `eval_loss`. The ranks of a group add up to at most the trial's own, so that none needs more memory than its
@@ -84,21 +58,37 @@ def evaluate_truncations(
     Raises:
         ModelError: the adapter is not plain LoRA, or its loss is not the recorded one.
     """
-    adapter = read_adapter(folder)
+    adapter = read_adapter(adapter_file.parent)
     check_resizable(adapter)
     # Factors in float32, for half the memory; the singular values stay float64.
     layers = [layer._replace(u=layer.u.float(), v=layer.v.float()) for layer in map(decompose, adapter.layers)]
     whole, attention = trial.candidate.rank, model.config._attn_implementation
+
+    def cuts(losses: Mapping[int, ExampleLosses | None], steps: int) -> list[Cut]:
+        return [
+            Cut(
+                trial=trial.name,
+                adapter_sha256=adapter_sha256,
+                rank=rank,
+                recover_steps=steps,
+                kept_energy=kept_energy(layers, uniform_ranks(layers, rank)),
+                eval_loss=found.mean if found else None,
+                losses=found.loss.tolist() if found else None,
+                label_tokens=found.label_tokens.tolist() if found else None,
+            )
+            for rank, found in losses.items()
+            if (rank, steps) in requests
+        ]
+
     lower = sorted({rank for rank, _ in requests} - {whole})
     for ranks in [[whole], *group_ranks(lower, whole, alone=spec.training.base_dropout == "keep")]:
         trials = {rank: _trial(spec, trial, rank) for rank in ranks}
         members = {rank: make_train_state(model, one, spec.training, 1, spec.model.id) for rank, one in trials.items()}
-        kept = {rank: kept_energy(layers, uniform_ranks(layers, rank)) for rank in ranks}
         # Chosen while the adapters still add nothing: the probe compares one of them with the model's own forward.
         engine = choose_engine(model, list(members.values()), spec.training).engine
         for rank, member in members.items():
             _fill(member, layers, None if rank == whole else rank)
-        now = [rank for rank in ranks if rank == whole or TruncationRequest(rank, 0) in requests]
+        now = [rank for rank in ranks if rank == whole or (rank, 0) in requests]
         losses = dict(zip(now, engine.evaluate(data.eval, [trials[rank].name for rank in now]), strict=True))
         most = LOSS_TOLERANCE["mixed" if is_mixed(model) else "float32"] * eval_loss
         if whole in losses and not abs(losses[whole].mean - eval_loss) <= most:
@@ -107,13 +97,12 @@ def evaluate_truncations(
                 f"{trial.name}: its adapter's held-out loss is {found:.6g} here, and {eval_loss:.6g} was recorded",
                 "Use the versions and the machine that the study was run with: machine.json has them.",
             )
-        yield [Truncation(rank, 0, kept[rank], losses[rank]) for rank in now if TruncationRequest(rank, 0) in requests]
+        yield cuts(losses, 0)
         for steps in sorted({steps for _, steps in requests} - {0}):
-            trained = {rank: members[rank] for rank in ranks if TruncationRequest(rank, steps) in requests}
+            trained = {rank: members[rank] for rank in ranks if (rank, steps) in requests}
             if trained:
                 log.info("%s truncated to %s: %d steps", trial.name, ", ".join(map(str, trained)), steps)
-                after = _recover(engine, trained, spec, data, steps)
-                yield [Truncation(rank, steps, kept[rank], after[rank]) for rank in trained]
+                yield cuts(_recover(engine, trained, spec, data, steps), steps)
         use_own_forward(model, attention)
         remove_adapters(model)
 
@@ -141,10 +130,8 @@ def _trial(spec: StudySpec, trial: Trial, rank: int) -> Trial:
 
 
 def _fill(member: TrainState, layers: Sequence[Decomposed], rank: int | None) -> None:
-    """Fill a member's weights with the trained adapter truncated to `rank`, or with the whole one (None).
-
-    A layer with fewer directions has zeros for the rest.
-    """
+    """Fill a member's weights with the trained adapter truncated to `rank`, or with the whole one (None). A layer with
+    fewer directions has zeros for the rest."""
     assert isinstance(member.trial, Trial)
     for layer in layers:
         if not layer.factors.b.any():
@@ -160,7 +147,7 @@ def _fill(member: TrainState, layers: Sequence[Decomposed], rank: int | None) ->
 
 
 def _recover(
-    engine: Engine, members: dict[int, TrainState], spec: StudySpec, data: TokenizedData, steps: int
+    engine: Engine, members: Mapping[int, TrainState], spec: StudySpec, data: TokenizedData, steps: int
 ) -> dict[int, ExampleLosses | None]:
     """Train the members together on the batches that would have come next, and return their losses by rank.
 

@@ -3,6 +3,7 @@
 import heapq
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,8 +27,7 @@ from rankscope.train.checkpoint import KEPT
 
 def check_base_fits(model: ModelSpec, prediction: CostModel, free: int) -> None:
     """Raise ModelError where the base alone is larger than the `free` bytes of its device."""
-    found = too_large(model, prediction, free)
-    if found is not None:
+    if found := too_large(model, prediction, free):
         raise ModelError(*found)
 
 
@@ -37,34 +37,21 @@ def too_large(model: ModelSpec, prediction: CostModel, free: int) -> tuple[str, 
         return None
     kind = model.quantization or str(prediction.dtype).removeprefix("torch.")
     what = f"model {model.id}: the base alone takes {size(prediction.base_bytes)} in {kind}, and {size(free)} are free"
-    smaller = [f"{option} ({size(held)})" for option, held in _smaller(model, prediction) if held <= free]
+    smaller = []  # options under which it fits, the most exact first
+    for field, value in (("dtype", "bfloat16"), ("quantization", "int8"), ("quantization", "nf4")):
+        other = model.model_copy(update={field: value})
+        with suppress(MissingExtraError, ModelError):  # no bitsandbytes, or nothing that it could quantize
+            held = base_bytes(skeleton(other, torch.bfloat16 if other.dtype == "bfloat16" else prediction.dtype))
+            smaller += [f"--{field} {value} ({size(held)})"] if held <= free else []
     todo = f"Use {' or '.join(smaller)}, or a larger device" if smaller else "Use a larger device, or a smaller model"
     return what, f"{todo}: one device holds the whole base."
 
 
-def _smaller(model: ModelSpec, prediction: CostModel) -> list[tuple[str, int]]:
-    """Return options under which the base takes fewer bytes, the most exact first, with those bytes."""
-    options = [("--dtype bfloat16", {"dtype": "bfloat16"})]
-    options += [(f"--quantization {kind}", {"quantization": kind}) for kind in ("int8", "nf4")]
-    found = []
-    for option, changes in options:
-        other = model.model_copy(update=changes)
-        dtype = torch.bfloat16 if other.dtype == "bfloat16" else prediction.dtype
-        try:
-            held = base_bytes(skeleton(other, dtype))
-        except (MissingExtraError, ModelError):  # where there is no bitsandbytes, or nothing that it could quantize
-            continue
-        if held < prediction.base_bytes:
-            found.append((option, held))
-    return found
-
-
 def check_ranks(spec: StudySpec, prediction: CostModel) -> None:
     """Raise StudyError where a rank is larger than any update of an adapted layer can have."""
-    too_large = [rank for rank in spec.ranks if rank > prediction.full_rank]
-    if too_large:
+    if (rank := max(spec.ranks)) > prediction.full_rank:
         raise StudyError(
-            f"ranks: {too_large[0]:,} is larger than {prediction.full_rank:,}, the full rank of the model's layers",
+            f"ranks: {rank:,} is larger than {prediction.full_rank:,}, the full rank of the model's layers",
             "Leave it out: it adds parameters and nothing else.",
         )
 
@@ -90,15 +77,10 @@ REST_BYTES = 30_000_000
 class Disk(NamedTuple):
     """Bytes on the disk, by what takes them."""
 
-    trials: int  # adapters and curves, full fine-tuning's curves included
-    checkpoints: int  # of the packs or trials that can train at once; removed when they have ended
-    tokens: int
-    rest: int  # report, profiles and logs
-
-    @classmethod
-    def empty(cls) -> "Disk":
-        """Return a disk that holds nothing."""
-        return cls(0, 0, 0, 0)
+    trials: int = 0  # adapters and curves, full fine-tuning's curves included
+    checkpoints: int = 0  # of the packs or trials that can train at once; removed when they have ended
+    tokens: int = 0
+    rest: int = 0  # report, profiles and logs
 
     def beside(self, there: "Disk") -> int:
         """Bytes still to be written where `there` is on the disk already, of the same trials."""
@@ -115,15 +97,15 @@ def disk_bytes(
 ) -> Disk:
     """Most bytes that a study writes for these packs and trials of full fine-tuning. Each device trains one of them at
     a time."""
-    steps = total_steps(spec.training, len(data.train))
     trials = [trial for pack in packs for trial in pack]
     # A trial that starts from the base's weights is saved at twice its rank: `rankscope.lora.variants.as_plain_lora`.
-    doubled = [trial.candidate.variant in WEIGHT_INIT_VARIANTS for trial in trials]
-    adapters = sum(4 * prediction.params[t.candidate.name] * (1 + d) for t, d in zip(trials, doubled, strict=True))
+    ranks = ((trial.candidate.name, 1 + (trial.candidate.variant in WEIGHT_INIT_VARIANTS)) for trial in trials)
+    adapters = sum(4 * prediction.params[name] * times for name, times in ranks)
     # Full fine-tuning keeps weights and two moments, in float32.
     kept = [*map(prediction.checkpoint_bytes, packs), *(12 * prediction.base_params for _ in reference)]
+    lines = total_steps(spec.training, len(data.train)) * (len(trials) + len(reference))
     return Disk(
-        trials=adapters + LINE_BYTES * steps * (len(trials) + len(reference)),
+        trials=adapters + LINE_BYTES * lines,
         checkpoints=(KEPT + 1) * sum(heapq.nlargest(devices, kept)),
         tokens=5 * (len(data.train.ids) + len(data.eval.ids)),
         rest=REST_BYTES,
@@ -133,8 +115,8 @@ def disk_bytes(
 def disk_taken(study: StudyFolder) -> Disk:
     """Bytes on the disk already: of the trials that have no result yet, and of what all trials share."""
     missing = [study.trial_folder(trial) for trial in study.all_trials() if not is_finished(study, trial)]
-    kept = [*study.path.glob("packs/*/checkpoints"), *(folder / "checkpoints" for folder in missing)]
-    checkpoints = sum(map(folder_bytes, kept))
-    own = sum(map(folder_bytes, missing)) - sum(folder_bytes(folder / "checkpoints") for folder in missing)
+    own = [folder / "checkpoints" for folder in missing]
+    checkpoints = [folder_bytes(folder) for folder in (*own, *study.path.glob("packs/*/checkpoints"))]
+    trials = sum(map(folder_bytes, missing)) - sum(checkpoints[: len(own)])
     rest = sum(folder_bytes(study.file(name)) for name in ("report", "profiles"))
-    return Disk(own, checkpoints, folder_bytes(study.file("data")), rest)
+    return Disk(trials, sum(checkpoints), folder_bytes(study.file("data")), rest)

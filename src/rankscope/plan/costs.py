@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
-from transformers import PreTrainedModel
 
 from rankscope.errors import StudyError
 from rankscope.lora.adapters import adapter_weights, check_reached, grows_with_rank, layer_of, lora_layers, targets_of
@@ -50,10 +49,15 @@ class Family(NamedTuple):
     low: Candidate
     high: Candidate
     optim: str
-    sizes: tuple[tuple[int, bool], ...]  # parameters of each tensor at the lowest rank, and whether they grow with rank
-    costs: tuple[Cost, Cost] | None  # at the lowest and the highest rank; None where they are not predictable
     repeats: Repeats | None
+    sizes: tuple[tuple[int, bool], ...] = ()  # parameters of each tensor at the lowest rank, and whether they grow
+    costs: tuple[Cost, Cost] | None = None  # at the lowest and the highest rank; None where they are not predictable
     attention: str | None = ATTENTIONS[0]  # of the packed forward
+    engine: str = "packed"
+    engine_reason: str | None = None  # for PEFT's where the packed one was asked for
+    reason: str | None = None  # for missing costs
+    full_rank: int = 0
+    coverage: Coverage | None = None
 
     @property
     def ends(self) -> tuple[Candidate, Candidate]:
@@ -142,99 +146,92 @@ def predict(spec: StudySpec, device: torch.device | None = None) -> CostModel:
         ModelError: transformers has no causal language model of this architecture, or none that can be quantized.
         MissingExtraError: the study uses bitsandbytes, which is not installed.
     """
-    if device is None:
-        device = resolve_device(spec.model.device)
-        dtype = resolve_dtype(spec.model, device)
-    else:
-        auto = spec.model.dtype == "auto"
-        dtype = torch.bfloat16 if auto and device.type == "cuda" else resolve_dtype(spec.model, device)
+    imagined, device = device is not None, device or resolve_device(spec.model.device)
+    as_auto = imagined and spec.model.dtype == "auto" and device.type == "cuda"
+    dtype = torch.bfloat16 if as_auto else resolve_dtype(spec.model, device)
     check_optimizer(spec.training, device)
     model = skeleton(spec.model, dtype)
-    base, held = parameter_count(model), base_bytes(model)
     if any(quantized_layers(model)) and (wrong := spec.trains_the_base("a quantized checkpoint")):
         raise StudyError(wrong, "Leave it out, or give the model that the checkpoint was made of.")
     all_logits = LOGIT_BYTES * model.config.get_text_config().vocab_size
     members: dict[Hashable, list[Candidate]] = {}
     for candidate in sorted(spec.candidates(), key=lambda candidate: not candidate.packable):
         members.setdefault(family_key(candidate), []).append(candidate)
-    families, engine, reason, full_rank, coverage = {}, str(spec.training.engine), None, 0, None
-    engine_reason: str | None = None
-    for key, candidates in members.items():
-        counted = _count(spec, candidates, dtype, device)
-        family, packable = counted.family, candidates[0].packable
-        if packable:
-            engine, engine_reason = counted.engine, counted.engine_reason
-        elif family.costs and engine == "packed":  # these alone keep the logits of all positions
+    families = {key: _count(spec, candidates, dtype, device) for key, candidates in members.items()}
+    packable = [family for family in families.values() if family.low.packable]
+    engine = packable[-1].engine if packable else str(spec.training.engine)
+    for key, family in families.items():
+        if not family.low.packable and family.costs and engine == "packed":  # these alone keep all logits
             low, high = (cost._replace(bytes_per_token=cost.bytes_per_token + all_logits) for cost in family.costs)
-            family = family._replace(costs=(low, high))
-        families[key], reason, full_rank = family, reason or counted.reason, counted.full_rank
-        coverage = coverage or counted.coverage
-    logits = all_logits if engine == "peft" else 0
-    costs = CostModel(device.type, dtype, engine, base, held, {}, {}, reason, engine_reason, logits, full_rank)
-    own = 0 if device.type == "cuda" else own_process_bytes()
-    costs = costs._replace(families=families, coverage=coverage, process_bytes=own)
+            families[key] = family._replace(costs=(low, high))
+    counted = list(families.values())
+    costs = CostModel(
+        device=device.type,
+        dtype=dtype,
+        engine=engine,
+        base_params=parameter_count(model),
+        base_bytes=base_bytes(model),
+        params={},
+        costs={},
+        reason=next((family.reason for family in counted if family.reason), None),
+        engine_reason=packable[-1].engine_reason if packable else None,
+        logit_bytes_per_token=all_logits if engine == "peft" else 0,
+        full_rank=counted[-1].full_rank,
+        families=families,
+        coverage=counted[0].coverage,
+        process_bytes=0 if device.type == "cuda" else own_process_bytes(),
+    )
     for candidate in spec.candidates():
         costs = costs.including(candidate)
     return costs
 
 
-class _Counted(NamedTuple):
-    family: Family
-    unreached: set[str]  # layers without gradient: those that the fake model has kept stand for all
-    engine: str
-    engine_reason: str | None  # for PEFT's where the packed one was asked for
-    reason: str | None  # for missing costs
-    full_rank: int = 0
-    coverage: Coverage | None = None
-
-
-def _count(spec: StudySpec, candidates: Sequence[Candidate], dtype: torch.dtype, device: torch.device) -> _Counted:
+def _count(spec: StudySpec, candidates: Sequence[Candidate], dtype: torch.dtype, device: torch.device) -> Family:
     """Count one family of candidates."""
     low, high = (pick(candidates, key=lambda candidate: candidate.rank) for pick in (min, max))
     if low.rank == high.rank:  # a second rank all the same, for the largest that fits
         high = low.model_copy(update={"rank": 2 * low.rank})
     model = skeleton(spec.model, dtype)
     add_empty_adapter(model, low)
-    found = _count_costs(spec, Family(low, high, spec.training.optim, (), None, find_repeats(model)), dtype, device)
-    repeats, layers = found.family.repeats, lora_layers(model)
-    dead = {name for name, _ in layers if (repeats.in_kept(name, 3) if repeats else name) in found.unreached}
+    repeats, layers = find_repeats(model), lora_layers(model)
+    family, unreached = _count_costs(spec, Family(low, high, spec.training.optim, repeats), dtype, device)
+    dead = {name for name, _ in layers if (repeats.in_kept(name, 3) if repeats else name) in unreached}
     weights = {name: w for name, w in adapter_weights(model, low.name).items() if layer_of(name) not in dead}
     check_reached(weights, dead)
-    sizes = tuple((weight.numel(), grows_with_rank(name)) for name, weight in weights.items())
     ranks = [min(x.in_features or 1, x.out_features or 1) for name, x in layers if name not in dead]
-    coverage = find_coverage(model, targets_of(low, model).left_out, sorted(dead))
-    family = found.family._replace(sizes=sizes)
-    return found._replace(family=family, full_rank=max(ranks, default=0), coverage=coverage)
+    return family._replace(
+        sizes=tuple((weight.numel(), grows_with_rank(name)) for name, weight in weights.items()),
+        full_rank=max(ranks, default=0),
+        coverage=find_coverage(model, targets_of(low, model).left_out, sorted(dead)),
+    )
 
 
-def _count_costs(spec: StudySpec, family: Family, dtype: torch.dtype, device: torch.device) -> _Counted:
-    """Count the costs of one family's lowest and highest rank."""
+def _count_costs(spec: StudySpec, family: Family, dtype: torch.dtype, device: torch.device) -> tuple[Family, set[str]]:
+    """The family with the costs of its lowest and highest rank by the engine that can train it, and its layers without
+    gradient: of equal layers those that the fake model has kept."""
     packed, why_not = spec.training.engine == "packed" and family.low.packable, None
     for attention in ATTENTIONS if packed else ():  # as `rankscope.train.probe.make_packable` has it
         packing = family._replace(attention=attention)
         try:
-            return _Counted(*_with_costs(spec, dtype, packing, device, True), "packed", None, None)
+            return _with_costs(spec, dtype, packing, device)
         except _ONLY_FAKE as error:
-            return _Counted(packing, set(), "packed", None, first_line(error))
+            return packing._replace(reason=first_line(error)), set()
         except NotPackable as error:
             why_not = why_not or str(error.reason)
         except Exception as error:
             log.info("not packed", exc_info=error)
             why_not = why_not or str(Unpackable.FAILS)
+    family = family._replace(engine="peft", engine_reason=why_not)
     try:
-        return _Counted(*_with_costs(spec, dtype, family, device, False), "peft", why_not, None)
+        return _with_costs(spec, dtype, family, device)
     except Exception as error:  # whatever a model does that fake tensors cannot: it is not to keep a study from running
-        return _Counted(family, set(), "peft", why_not, first_line(error))
+        return family._replace(reason=first_line(error)), set()
 
 
-def _with_costs(
-    spec: StudySpec, dtype: torch.dtype, family: Family, device: torch.device, packed: bool
-) -> tuple[Family, set[str]]:
-    """The family with the costs of its lowest and highest rank, counted by an engine, and its layers without
-    gradient."""
+def _with_costs(spec: StudySpec, dtype: torch.dtype, family: Family, device: torch.device) -> tuple[Family, set[str]]:
     counted: list[list[Counted]] = []
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    for engine in small_engines(spec, dtype, family, device, 1 << 30, packed, mode):
+    for engine in small_engines(spec, dtype, family, device, 1 << 30, family.engine == "packed", mode):
         with mode:
             tokens = probe_tokens(engine.model)
             counted.append([count_cost(engine.model, end.name, engine.forward, tokens) for end in family.ends])
@@ -253,10 +250,8 @@ def small_engines(
     mode: FakeTensorMode | None,
 ) -> Iterator[PackedEngine | PeftEngine]:
     """The engine over a model that carries the family's lowest and highest rank, on fake tensors of `mode`, or, without
-    one, on random weights.
-
-    The model is whole, or has first three periods of its repeating layers and then two.
-    """
+    one, on random weights. The model is whole, or has first three periods of its repeating layers and then two. Raises
+    NotPackable where the packed engine is asked for and cannot be."""
     model = skeleton(spec.model, dtype)
     repeats = family.repeats.keep(model, 3) if family.repeats else None
     for candidate in family.ends:
@@ -269,24 +264,19 @@ def small_engines(
     rotary: list[Any] = [module for module in model.modules() if hasattr(module, "rope_type")]
     for module in rotary:  # whose rotations may depend on the positions' values, which are not there
         module.rope_type = dict.fromkeys(module.rope_type, "default") if isinstance(module.rope_type, dict) else ""
+    dropout = spec.training.base_dropout == "keep"
+    engine: PackedEngine | PeftEngine
     with mode or nullcontext():
-        engine = _engine(model, spec, budget, packed, family.attention)
+        if packed:
+            use_packed_forward(model, family.attention)
+            engine = PackedEngine(model, budget, dropout)
+        else:
+            recompute_layers(model)
+            engine = PeftEngine(model, spec.training.batch_size, dropout, budget)
     yield engine
     if repeats:
         repeats.keep(model, 2)
         yield engine
-
-
-def _engine(
-    model: PreTrainedModel, spec: StudySpec, budget: int, packed: bool, attention: str | None
-) -> PackedEngine | PeftEngine:
-    """An engine over a fake model. Raises NotPackable where the packed one cannot be."""
-    dropout = spec.training.base_dropout == "keep"
-    if packed:
-        use_packed_forward(model, attention)
-        return PackedEngine(model, budget, dropout)
-    recompute_layers(model)
-    return PeftEngine(model, spec.training.batch_size, dropout, budget)
 
 
 def stand_in(device: torch.device) -> torch.device:

@@ -151,17 +151,11 @@ def record(
 
     The gradients are those of a step's first forward: later ones add to them.
     """
-    model = engine.model
-    parameters = list(
-        itertools.chain.from_iterable(adapter_parameters(model, name) for name in {part.adapter for part in slices})
-    )
-    recorder = _Recorder(model)
-    model.train(engine.base_dropout)
+    recorder = _Recorder(engine.model)
     with mode, Products():  # which gives grouped products on fake tensors their shapes
         _forward_and_backward(engine, recorder, tokens, slices)
-    gradients = {recorder.number(p.grad) for p in parameters if p.grad is not None}
-    for parameter in parameters:
-        parameter.grad = None
+    grads = _take_gradients(engine.model, slices)
+    gradients = {recorder.number(grad) for grad in grads}
     events = [event._replace(part="gradients") if event.storage in gradients else event for event in recorder.events]
     return Recording([e for e in events if e.part != "gradients" or e.bytes > 0])
 
@@ -169,16 +163,22 @@ def record(
 def forward_seconds(engine: PackedEngine | PeftEngine, tokens: Tokens, slices: Sequence[Slice]) -> float:
     """Seconds of one forward of `slices` and its backward, on a model with weights."""
     device = engine.model.device
-    engine.model.train(engine.base_dropout)
     synchronize(device)
     start = time.perf_counter()
     _forward_and_backward(engine, nullcontext(), tokens, slices)
     synchronize(device)
     seconds = time.perf_counter() - start
-    for part in slices:
-        for parameter in adapter_parameters(engine.model, part.adapter):
-            parameter.grad = None
+    _take_gradients(engine.model, slices)
     return seconds
+
+
+def _take_gradients(model: PreTrainedModel, slices: Sequence[Slice]) -> list[Tensor]:
+    """Gradients of the slices' adapters, which have none afterwards."""
+    parameters = [parameter for part in slices for parameter in adapter_parameters(model, part.adapter)]
+    found = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    for parameter in parameters:
+        parameter.grad = None
+    return found
 
 
 def _forward_and_backward(
@@ -187,6 +187,7 @@ def _forward_and_backward(
     tokens: Tokens,
     slices: Sequence[Slice],
 ) -> None:
+    engine.model.train(engine.base_dropout)
     with recorder:
         if isinstance(engine, PackedEngine):
             batch = flatten(tokens, slices, engine.model.device, engine.tokens_per_forward, engine.multiple)

@@ -1,6 +1,7 @@
 """Sizes of the forwards into which the steps of a schedule are divided."""
 
 from collections.abc import Hashable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 from rankscope.data.batches import total_steps
@@ -15,20 +16,13 @@ from rankscope.train.step import batch_at, evenly_spaced, step_slice
 MAX_STEPS_SEARCHED = 2000  # of a schedule, for its largest forward: later ones are like these
 
 
-class Place(NamedTuple):
-    """A forward's position in the schedule."""
-
-    step: int
-    number: int  # among the forwards of the step
-
-
 class Forwards(NamedTuple):
     """Largest forwards of a schedule. Token counts include padding."""
 
     kept: int  # tokens of the largest forward within the budget; 0 without one
     recomputed: int  # tokens of the longest sequence beyond the budget, whose layers run again; 0 without one
     several: bool  # whether a step has more than one forward, so that later ones meet all gradients
-    where: dict[bool, Place]  # by whether it is recomputed
+    where: dict[bool, tuple[int, int]]  # step, and number among its forwards, by whether it is recomputed
 
 
 class ForwardSizes:
@@ -44,23 +38,17 @@ class ForwardSizes:
             for step in sorted({*profiled, *range(min(steps, MAX_STEPS_SEARCHED))})
         }
         self.step_tokens = max(map(sum, self._lengths.values()))  # tokens of the largest step
-        self.longest = max(map(max, self._lengths.values()))  # tokens of the longest sequence
-        self._known: dict[tuple[bool, int], Forwards] = {}
-
-    def forwards(self, packed: bool, budget: int) -> Forwards:
-        """Forwards of one trial, by either engine, with at most `budget` tokens each."""
-        if (packed, budget) not in self._known:
-            self._known[packed, budget] = self._search(packed, budget)
-        return self._known[packed, budget]
+        self.forwards = cache(self._forwards)
 
     def tokens_of(self, part: Slice, packed: bool) -> int:
         """Tokens of the sequences of a forward, with PEFT's padding."""
         lengths = self.tokens.lengths[list(part.examples)]
         return int(lengths.sum() if packed else len(lengths) * lengths.max())
 
-    def _search(self, packed: bool, budget: int) -> Forwards:
-        largest: dict[bool, tuple[int, Place]] = {}
-        several = False
+    def _forwards(self, packed: bool, budget: int) -> Forwards:
+        """Forwards of one trial, by either engine, with at most `budget` tokens each."""
+        largest, several = {False: 0, True: 0}, False
+        where: dict[bool, tuple[int, int]] = {}
         for step, lengths in self._lengths.items():
             kinds: dict[Hashable, list[int]] = {}
             for length in lengths:
@@ -69,10 +57,9 @@ class ForwardSizes:
             sizes = [size for alike in kinds.values() for size in measure(alike, budget)]
             several |= len(sizes) > 1
             for number, size in enumerate(sizes):
-                if size >= largest.get(size > budget, (0, None))[0]:
-                    largest[size > budget] = size, Place(step, number)
-        kept, recomputed = (largest[long][0] if long in largest else 0 for long in (False, True))
-        return Forwards(kept, recomputed, several, {long: place for long, (_, place) in largest.items()})
+                if size >= largest[size > budget]:
+                    largest[size > budget], where[size > budget] = size, (step, number)
+        return Forwards(largest[False], largest[True], several, where)
 
     def _padded_sizes(self, lengths: Sequence[int], budget: int) -> list[int]:
         rows = max(1, min(self._spec.training.batch_size, budget // max(lengths)))
@@ -83,13 +70,13 @@ class ForwardSizes:
         self, engine: PackedEngine | PeftEngine, candidate: Candidate, recomputed: bool, budget: int
     ) -> list[Slice]:
         """The sequences of the largest forward of a kind, for the candidate's adapter."""
-        place = self.forwards(isinstance(engine, PackedEngine), budget).where[recomputed]
+        step, number = self.forwards(isinstance(engine, PackedEngine), budget).where[recomputed]
         trial = Trial(candidate=candidate, seed=self._spec.seeds[0])
-        slice_ = step_slice(trial, candidate.lora_dropout, self.tokens, self._spec.training, place.step)
+        slice_ = step_slice(trial, candidate.lora_dropout, self.tokens, self._spec.training, step)
         slice_ = slice_._replace(adapter=candidate.name)
         if isinstance(engine, PackedEngine):
-            return engine.groups(self.tokens, [slice_])[place.number]
-        return [engine.parts(self.tokens, slice_)[place.number]]
+            return engine.groups(self.tokens, [slice_])[number]
+        return [engine.parts(self.tokens, slice_)[number]]
 
 
 def _packed_sizes(lengths: Sequence[int], budget: int) -> list[int]:

@@ -71,13 +71,7 @@ class PeakMemory(NamedTuple):
     recomputed_tokens: int  # tokens of the longest forward with gradient checkpointing; 0 where none has it
 
 
-class _Rehearsal(NamedTuple):
-    """Memory of a forward and its backward, for a family's lowest and highest rank."""
-
-    tokens: int
-    packed: bool
-    low: list[float]  # four instants, as `Recording.instants` has them
-    high: list[float]
+Ends = tuple[list[float], list[float]]  # numbers at a family's lowest and highest rank
 
 
 class StudyMemory:
@@ -92,8 +86,8 @@ class StudyMemory:
         self.costs, self.free = costs, free
         self.reason: str | None = None  # for a peak that cannot be predicted
         self._spec, self._schedule = spec, ForwardSizes(spec, tokens)
-        self._rehearsals: dict[tuple[Hashable, bool], _Rehearsal] = {}
-        self._seconds: dict[Hashable, tuple[list[float], list[float]] | None] = {}
+        self._rehearsals: dict[tuple[Hashable, bool], tuple[int, Ends]] = {}  # tokens, and instants one after the other
+        self._seconds: dict[Hashable, Ends | None] = {}
 
     def fits(self, trials: Sequence[Trial]) -> bool:
         """Whether a pack fits on the device, with room for what the prediction does not know."""
@@ -101,8 +95,7 @@ class StudyMemory:
 
     def peak_bytes(self, trials: Sequence[Trial]) -> int:
         """Peak of a pack, in bytes: from `peak`, or roughly, by saved tensors, where that cannot be predicted."""
-        peak = self.peak(trials)
-        if peak is not None:
+        if peak := self.peak(trials):
             return peak.parts.total
         tokens = min(len(trials) * self._schedule.step_tokens, self._budget(trials))
         return self._held(trials).total + tokens * self.costs.bytes_per_token(trials)
@@ -122,8 +115,8 @@ class StudyMemory:
         longest = forwards.recomputed
         again = 0 if forwards.kept and longest <= RECOMPUTED_TAKES_LESS * budget else longest
         gradients = self._gradients(trials, packed, budget)
-        fullest, stepping = Instant(0, 0, gradients), max(self._step_bytes(trial.candidate) for trial in trials)
-        total, tracked, optimizer = float(gradients + stepping), 0.0, stepping
+        stepping = max(self._step_bytes(trial.candidate) for trial in trials)
+        fullest, total, tracked, optimizer = Instant(0, 0, gradients), float(gradients + stepping), 0.0, stepping
         try:
             for recomputed, size in ((False, forwards.kept), (True, again)):
                 alone = [self._instants(trial.candidate, recomputed, size, budget) for trial in trials if size]
@@ -151,30 +144,29 @@ class StudyMemory:
     def seconds_per_token(self, candidate: Candidate) -> float | None:
         """Seconds of a token of the schedule's largest forward and its backward, from a few layers with random weights
         that are timed here; None where that fails. Seconds too are affine in rank and in the number of layers."""
-        key = family_key(candidate)
+        key, family = family_key(candidate), self.costs.families[family_key(candidate)]
         if key not in self._seconds:
             try:
-                self._seconds[key] = self._time(self.costs.families[key], candidate)
+                self._seconds[key] = self._time(family)
             except Exception as error:  # whatever a model does with random weights
                 log.info("not timed", exc_info=error)
                 self._seconds[key] = None
         ends = self._seconds[key]
-        return self.costs.families[key].at(candidate.rank, *ends)[0] if ends else None
+        return family.at(candidate.rank, *ends)[0] if ends else None
 
-    def _time(self, family: Family, candidate: Candidate) -> tuple[list[float], list[float]]:
-        """Seconds of a token at the lowest and at the highest rank, each (1,)."""
-        costs, packed = self.costs, self._is_packed(candidate)
-        budget, device = self._budget([Trial(candidate=candidate, seed=0)]), torch.device(costs.device)
+    def _time(self, family: Family) -> Ends:
+        """Seconds of a token, each (1,)."""
+        costs, schedule, packed = self.costs, self._schedule, self._is_packed(family.low)
+        budget, device = self._budget([Trial(candidate=family.low, seed=0)]), torch.device(costs.device)
         seconds: list[list[list[float]]] = []
         tokens = 1
         for engine in small_engines(self._spec, costs.dtype, family, device, budget, packed, None):
-            recomputed = not self._schedule.forwards(packed, budget).kept
-            slices = [self._schedule.slices(engine, end, recomputed, budget) for end in family.ends]
-            tokens = self._schedule.tokens_of(slices[0][0], packed)
-            if tokens * 4 * costs.base_params > MOST_TIMED_FLOPS:
+            recomputed = not schedule.forwards(packed, budget).kept
+            slices = [schedule.slices(engine, end, recomputed, budget) for end in family.ends]
+            if schedule.tokens_of(slices[0][0], packed) * 4 * costs.base_params > MOST_TIMED_FLOPS:
                 slices = [[part._replace(examples=part.examples[:1])] for part, *_ in slices]
-                tokens = self._schedule.tokens_of(slices[0][0], packed)
-            turns = [[forward_seconds(engine, self._schedule.tokens, own) for own in slices] for _ in range(TURNS)]
+            tokens = schedule.tokens_of(slices[0][0], packed)
+            turns = [[forward_seconds(engine, schedule.tokens, own) for own in slices] for _ in range(TURNS)]
             seconds.append([[min(own)] for own in zip(*turns, strict=True)])
         ends = [[depth[end] for depth in seconds] for end in range(2)]
         low, high = (max(*family.whole(end), *end[0]) / tokens for end in ends)  # a clock's noise is not extrapolated
@@ -220,14 +212,14 @@ class StudyMemory:
         """The largest forwards of a pack: those of one trial are searched for, those of several are full, and each
         trial's part of them is filled up: see `rankscope.train.engine.BFLOAT16_MULTIPLE`."""
         one = self._schedule.forwards(packed, budget)
-        kept, several = one.kept, one.several
-        if trials > 1:
-            together = trials * self._schedule.step_tokens
-            several |= not packed or together > budget
-            kept = min(together, budget) if packed and kept else kept
-            if packed and kept and (self.costs.device, self.costs.dtype) == ("cpu", torch.bfloat16):
+        if trials == 1:
+            return one
+        together, kept = trials * self._schedule.step_tokens, one.kept
+        if packed and kept:
+            kept = min(together, budget)
+            if (self.costs.device, self.costs.dtype) == ("cpu", torch.bfloat16):
                 kept += (min(trials, self._met(packed, budget)) - 1) * BFLOAT16_MULTIPLE
-        return one._replace(kept=kept, several=several)
+        return one._replace(kept=kept, several=one.several or not packed or together > budget)
 
     def _step_bytes(self, candidate: Candidate) -> int:
         """Short-lived memory of an optimizer step."""
@@ -235,28 +227,29 @@ class StudyMemory:
         return max(step_bytes(family.optim, size, self.costs.device) for size in family.sizes_at(candidate.rank))
 
     def _instants(self, candidate: Candidate, recomputed: bool, tokens: int, budget: int) -> list[Instant]:
-        """The fullest instants of one trial's forward of so many tokens, and of its backward."""
-        key = family_key(candidate)
-        family = self.costs.families[key]
+        """The fullest instants of one trial's forward of so many tokens, and of its backward. The packed engine makes
+        logits in chunks of limited size."""
+        key, device = family_key(candidate), torch.device(self.costs.device)
+        family, packed = self.costs.families[key], self._is_packed(candidate)
         if (key, recomputed) not in self._rehearsals:
-            self._rehearsals[key, recomputed] = self._rehearse(family, recomputed, budget)
-        rehearsal = self._rehearsals[key, recomputed]
-        numbers = [max(0.0, number) for number in family.at(candidate.rank, rehearsal.low, rehearsal.high)]
-        instants = (Instant(*numbers[start : start + 3]) for start in range(0, len(numbers), 3))
-        return [self._scaled(instant, tokens / rehearsal.tokens, rehearsal.packed) for instant in instants]
+            forwards = self._schedule.forwards(packed, budget)
+            ends = self._rehearse(family, packed, recomputed, budget)
+            self._rehearsals[key, recomputed] = forwards.recomputed if recomputed else forwards.kept, ends
+        rehearsed, ends = self._rehearsals[key, recomputed]
+        numbers, scale = [max(0.0, number) for number in family.at(candidate.rank, *ends)], tokens / rehearsed
+        counted, chunk = CHUNK_BYTES[stand_in(device).type], CHUNK_BYTES[device.type]
+        instants = []
+        for start in range(0, len(numbers), 3):
+            activations, logits, gradients = numbers[start : start + 3]
+            scaled = logits * scale
+            if packed:
+                scaled = min(logits * max(1.0, scale), max(logits, 2.0 * counted)) * (chunk // counted)
+            instants.append(Instant(activations * scale, scaled, gradients))
+        return instants
 
-    def _scaled(self, instant: Instant, scale: float, packed: bool) -> Instant:
-        """An instant with more or fewer tokens. The packed engine makes logits in chunks of limited size."""
-        device = torch.device(self.costs.device)
-        logits = instant.logits * scale
-        if packed:
-            counted, chunk = CHUNK_BYTES[stand_in(device).type], CHUNK_BYTES[device.type]
-            logits = min(instant.logits * max(1.0, scale), max(instant.logits, 2.0 * counted)) * (chunk // counted)
-        return Instant(instant.activations * scale, logits, instant.gradients)
-
-    def _rehearse(self, family: Family, recomputed: bool, budget: int) -> _Rehearsal:
-        device, packed = torch.device(self.costs.device), self._is_packed(family.low)
-        recordings: list[list[Recording]] = []
+    def _rehearse(self, family: Family, packed: bool, recomputed: bool, budget: int) -> Ends:
+        """Four instants of each end, as `Recording.instants` has them."""
+        device, recordings = torch.device(self.costs.device), list[list[Recording]]()
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         for engine in small_engines(self._spec, self.costs.dtype, family, device, budget, packed, mode):
             slices = [self._schedule.slices(engine, end, recomputed, budget) for end in family.ends]
@@ -269,5 +262,4 @@ class StudyMemory:
             family.whole([[*itertools.chain(*depth[end].instants(last[end]))] for depth in recordings])
             for end in range(2)
         )
-        forwards = self._schedule.forwards(packed, budget)
-        return _Rehearsal(forwards.recomputed if recomputed else forwards.kept, packed, low, high)
+        return low, high

@@ -19,14 +19,6 @@ MIN_MAKESPAN_GAIN = 1.05
 smaller packs ends once the makespan is within this factor of devices that are never idle."""
 
 
-def most_per_pack(training: TrainingSpec) -> int | None:
-    """Return how many trials may train together; None means as many as pay off and fit.
-
-    With the base's own dropout kept, trials draw from one random stream, so only one at a time is independent.
-    """
-    return 1 if training.isolated or training.base_dropout == "keep" else training.trials_per_pack
-
-
 def divide_into_packs(
     trials: Sequence[Trial],
     prediction: CostModel,
@@ -44,8 +36,9 @@ def divide_into_packs(
     divided down to single sequences.
     """
     step_tokens = float(tokens.lengths.mean()) * training.effective_batch_size
-    filled = max(1, int(FULL_STEP_TOKENS[prediction.device] / step_tokens))
-    most = most_per_pack(training) or filled
+    most = training.trials_per_pack or max(1, int(FULL_STEP_TOKENS[prediction.device] / step_tokens))
+    if training.isolated or training.base_dropout == "keep":  # whose trials would draw from one random stream
+        most = 1
     candidates = {id(trial): trial.candidate.name for trial in trials}  # names are made anew each time
     known: dict[tuple[str, ...], bool] = {}
 
@@ -58,12 +51,9 @@ def divide_into_packs(
         return known[names]
 
     packs: list[list[Trial]] = []
-    for trial in trials:
-        if not trial.candidate.packable:
-            continue
-        grown = [*packs[-1], trial] if packs else []
-        if grown and fits(grown):
-            packs[-1] = grown
+    for trial in (trial for trial in trials if trial.candidate.packable):
+        if packs and fits([*packs[-1], trial]):
+            packs[-1].append(trial)
         else:
             packs.append([trial])
     alone = [[trial] for trial in trials if not trial.candidate.packable]
@@ -92,9 +82,9 @@ def _spread_over_devices(
     least, rounds = math.inf, math.ceil(len(packs) / devices)
     while trials and rounds:
         number = min(rounds * devices, len(trials))
-        dealt, dealt_packs = simulate(order, work, number).jobs, [list[str]() for _ in range(number)]
+        dealt, dealt_packs = simulate(order, work, number).devices, [list[str]() for _ in range(number)]
         for name in trials:
-            dealt_packs[dealt[name].device].append(name)
+            dealt_packs[dealt[name]].append(name)
         if all(len(pack) == 1 or fits([trials[name] for name in pack]) for pack in dealt_packs):
             jobs = {pack[0]: sum(work[name] for name in pack) for pack in dealt_packs} | others
             makespan = simulate(longest_first(jobs), jobs, devices).makespan
@@ -112,29 +102,11 @@ def work_of(trial: Trial, prediction: CostModel) -> float:
     return float(cost.flops_per_token) if cost else 1.0
 
 
-class Assignment(NamedTuple):
-    """Device and time of a job."""
-
-    device: int  # from 0
-    start: float  # in seconds after the first job's
-    end: float
-
-
 class DeviceSchedule(NamedTuple):
-    """Jobs of one queue on `devices` equal devices. Times are in seconds."""
+    """Jobs of one queue on equal devices."""
 
-    devices: int
-    jobs: dict[str, Assignment]  # by name, in the order in which they start
-
-    @property
-    def makespan(self) -> float:
-        """Time from the start of the first job to the end of the last; 0 without jobs."""
-        return max((job.end for job in self.jobs.values()), default=0.0)
-
-    @property
-    def busy_seconds(self) -> float:
-        """Busy time summed over devices, in seconds."""
-        return sum(job.end - job.start for job in self.jobs.values())
+    devices: dict[str, int]  # of each job, from 0, in the order in which they start
+    makespan: float  # time from the start of the first job to the end of the last; 0 without jobs
 
 
 def longest_first(seconds: Mapping[str, float]) -> list[str]:
@@ -143,18 +115,14 @@ def longest_first(seconds: Mapping[str, float]) -> list[str]:
 
 
 def simulate(order: Iterable[str], seconds: Mapping[str, float], devices: int) -> DeviceSchedule:
-    """Schedule jobs in this order, each taking its `seconds`, on the device that is free first.
-
-    The order may come from other times than `seconds`, such as predicted ones.
-    """
+    """Schedule jobs in this order, each taking its `seconds`, on the device that is free first. The order may come from
+    other times than `seconds`, such as predicted ones."""
     free = [(0.0, device) for device in range(devices)]  # equal, in order: a heap
-    jobs = {}
+    on = {}
     for name in order:
-        start, device = free[0]
-        end = start + seconds[name]
-        heapq.heapreplace(free, (end, device))
-        jobs[name] = Assignment(device, start, end)
-    return DeviceSchedule(devices, jobs)
+        start, on[name] = free[0]
+        heapq.heapreplace(free, (start + seconds[name], on[name]))
+    return DeviceSchedule(on, max(free)[0])
 
 
 def lower_bound(seconds: Mapping[str, float], devices: int) -> float:

@@ -22,14 +22,7 @@ from rankscope.plan.checks import Disk, check_base_fits, check_disk, check_ranks
 from rankscope.plan.costs import CostModel, predict
 from rankscope.plan.memory import StudyMemory
 from rankscope.plan.packs import divide_into_packs
-from rankscope.plan.runtime import (
-    Fleet,
-    FleetEstimate,
-    StudyForecast,
-    estimate_fleet,
-    forecast,
-    largest_fitting_rank,
-)
+from rankscope.plan.runtime import Fleet, FleetEstimate, StudyForecast, estimate_fleet, forecast, largest_fitting_rank
 from rankscope.spec.candidates import FullTrial, Trial
 from rankscope.spec.models import ModelSpec, StudySpec
 from rankscope.study.folder import Division, StudyFolder
@@ -96,8 +89,7 @@ class Plan:
         control, *others = names
         parts: list[list[str]] = [[control]]
         for name in others:
-            grown = [trials[one] for one in (*parts[-1], name)]
-            if len(grown) > 2 and not self.memory.fits(grown):
+            if len(parts[-1]) > 1 and not self.memory.fits([trials[one] for one in (*parts[-1], name)]):
                 parts.append([control])
             parts[-1].append(name)
         return parts
@@ -146,25 +138,30 @@ def make_plan(
     prediction = predict(with_site_dtype(spec, site), torch.device(site.kind))
     memory = StudyMemory(spec, prediction, data.train, site.free_bytes)
     check_ranks(spec, prediction)
-    trials, reference = without_result(study, spec.trials()), without_result(study, spec.reference_trials())
+    reference = without_result(study, spec.reference_trials())
+    missing = {trial.name for trial in without_result(study, spec.trials())}
     division = study.division() if study else Division({}, {})
-    known, missing = division.trials(), {trial.name for trial in trials}
-    packs, added = dict(division.packs), [trial for trial in spec.trials() if trial.name not in known]
-    if added:
+    known, packs = division.trials(), dict(division.packs)
+    if added := [trial for trial in spec.trials() if trial.name not in known]:
         seeds = sorted({trial.seed for trial in added})
         groups = [[trial for trial in added if trial.seed == seed] for seed in seeds] if timed else [added]
         fits, training, devices = memory.fits, spec.training, fleet.devices
         made = [divide_into_packs(group, prediction, fits, training, data.train, devices) for group in groups]
         packs |= division.named([*chain(*made)])
-    packs = {pack: members for pack, members in packs.items() if any(trial.name in missing for trial in members)}
-    unwritten = [[trial for trial in members if trial.name in missing] for members in packs.values()]
-    whole = disk_bytes(spec, prediction, unwritten, reference, data, fleet.devices)
+    unwritten = {pack: [trial for trial in members if trial.name in missing] for pack, members in packs.items()}
+    packs = {pack: packs[pack] for pack, members in unwritten.items() if members}
+    whole = disk_bytes(spec, prediction, list(unwritten.values()), reference, data, fleet.devices)
     elsewhere = changes_of_costs(study.machine, site) if study and exists(study.file("machine.json")) else []
     measured = study is not None and any(map(study.profile_repeats, spec.profiled()))
     remeasure = spec.measure.profiles and (remeasure if measured else bool(elsewhere))  # machine.json is the costs'
     profiles, unmeasured = missing_profiles(spec, study, remeasure), None
     if study and profiles and elsewhere and not remeasure:
-        profiles, unmeasured = [], _unmeasured(study, profiles, elsewhere)
+        names = ", ".join(sorted({name for job in profiles for name in job.members or [job.profile]}))
+        unmeasured = (
+            f"Costs of {names} are not measured, since those of the study are from elsewhere ({'; '.join(elsewhere)}): "
+            f"`rankscope run {shlex.quote(str(study.path))} --remeasure` measures all of them here."
+        )
+        profiles = []
     return Plan(
         spec=spec,
         site=site,
@@ -174,20 +171,12 @@ def make_plan(
         packs=packs,
         reference=reference,
         profiles=profiles,
-        disk_bytes=whole.beside(disk_taken(study) if study else Disk.empty()),
+        disk_bytes=whole.beside(disk_taken(study) if study else Disk()),
         fleet=fleet,
         product_flops=product_flops,
         remeasure=remeasure,
         unmeasured=unmeasured,
         timed=timed,
-    )
-
-
-def _unmeasured(study: StudyFolder, profiles: Sequence[ProfileJob], elsewhere: Sequence[str]) -> str:
-    names = ", ".join(sorted({name for job in profiles for name in job.members or [job.profile]}))
-    return (
-        f"Costs of {names} are not measured, since those of the study are from elsewhere ({'; '.join(elsewhere)}): "
-        f"`rankscope run {shlex.quote(str(study.path))} --remeasure` measures all of them here."
     )
 
 
@@ -202,11 +191,8 @@ def imagined_gpu(model: ModelSpec, memory_bytes: int) -> Site:
 
 
 def make_fleet(devices: int | None, price: float | None, slots: int = 1) -> Fleet:
-    """Return the fleet of `--devices` and `--price`; without `devices` it has the launcher's slots.
-
-    Raises:
-        StudyError: one of the two is out of range.
-    """
+    """Return the fleet of `--devices` and `--price`; without `devices` it has the launcher's slots. Raises StudyError:
+    one of the two is out of range."""
     if devices is not None and devices < 1:
         raise StudyError(f"--devices {devices}: expected 1 or more", "For example --devices 8.")
     if price is not None and not 0 < price < math.inf:

@@ -1,15 +1,18 @@
 """Forecast of a study before anything is trained: memory of each candidate by part, time, and cost."""
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from rankscope.data.batches import eval_steps, total_steps
-from rankscope.data.tokens import TokenizedData
+from rankscope.data.tokens import TokenizedData, Tokens
 from rankscope.plan.costs import CostModel
 from rankscope.plan.memory import MAX_PACK_MEMORY_FRACTION, StudyMemory
 from rankscope.plan.packs import longest_first, lower_bound, simulate
-from rankscope.spec.candidates import CONTROL, PLAIN, AnyTrial, Candidate, Trial
+from rankscope.spec.candidates import CONTROL, PLAIN, AnyTrial, Trial
 from rankscope.spec.models import StudySpec
 from rankscope.study.missing import START_SECONDS, StudySeconds, missing_profiles, work_seconds
 from rankscope.train.step import batch_at
@@ -22,8 +25,7 @@ PRODUCT_SHARE = {"small": 0.5, "large": 0.7}
 """Rate of a step's useful FLOPs, as a share of plain products' rate, on a CPU: below and above `SMALL_MODEL_PARAMS`."""
 
 
-@dataclass(frozen=True)
-class Forecast:
+class Forecast(NamedTuple):
     """Memory and time of one candidate, trained alone. Times are None where the device's speed is not known."""
 
     trainable_params: int
@@ -54,12 +56,47 @@ class StudyForecast(NamedTuple):
             "coverage": prediction.coverage and prediction.coverage._asdict(),
             "product_flops_per_second": self.product_flops_per_second,
             "product_share": self.product_share,
-            "candidates": {name: asdict(forecast) for name, forecast in self.candidates.items()},
+            "candidates": {name: forecast._asdict() for name, forecast in self.candidates.items()},
         }
 
 
+def forecast(
+    spec: StudySpec, memory: StudyMemory, data: TokenizedData, here: bool = True, product_flops: float | None = None
+) -> StudyForecast:
+    """Forecast every candidate. Time follows from a few layers that are timed, if the device is this machine's, which
+    `here` says; else from `product_flops`, the device's rate of plain matrix products, a second."""
+    prediction, candidates = memory.costs, dict[str, Forecast]()
+    share = PRODUCT_SHARE["small" if prediction.base_params < SMALL_MODEL_PARAMS else "large"]
+    engines = {one.name: prediction.engine if one.packable else "peft" for one in spec.candidates()}
+    works = {engine: _work(spec, engine, data) for engine in set(engines.values())}
+    peaks = {
+        name: memory.peak([Trial(candidate=one, seed=spec.seeds[0])])
+        for name, one in spec.profiled().items()
+        if name != CONTROL
+    }
+    for candidate in spec.candidates():
+        name, cost, work = candidate.name, prediction.costs.get(candidate.name), works[engines[candidate.name]]
+        peak, train, runtime = peaks[candidate.profile_name], None, None
+        if product_flops and cost:
+            rate = product_flops * share
+            train = cost.flops(work.tokens, work.labels) / rate
+            runtime = train + cost.flops(work.eval_tokens, work.eval_labels) / rate / EVALUATION_FASTER
+        elif here and (own := memory.seconds_per_token(candidate)):
+            train, runtime = work.tokens * own, (work.tokens + work.eval_tokens / EVALUATION_FASTER) * own
+        candidates[name] = Forecast(
+            trainable_params=prediction.params[name],
+            parts=peak.parts._asdict() if peak else None,
+            peak_bytes=peak.parts.total if peak else None,
+            forward_tokens=peak.forward_tokens if peak else None,
+            step_seconds=train / work.steps if train is not None else None,
+            runtime_seconds=runtime,
+            recomputed_tokens=peak.recomputed_tokens if peak else 0,
+        )
+    return StudyForecast(candidates, prediction.reason or memory.reason, product_flops, share)
+
+
 class _Work(NamedTuple):
-    """Tokens that a trial's schedule computes, padding included."""
+    """What a trial's schedule computes, padding included."""
 
     steps: int
     tokens: int
@@ -68,46 +105,24 @@ class _Work(NamedTuple):
     eval_labels: int
 
 
-def forecast(
-    spec: StudySpec,
-    memory: StudyMemory,
-    data: TokenizedData,
-    here: bool = True,
-    product_flops_per_second: float | None = None,
-) -> StudyForecast:
-    """Forecast every candidate.
+def _work(spec: StudySpec, engine: str, data: TokenizedData) -> _Work:
+    """Work of the first seed's schedule."""
+    training, steps = spec.training, total_steps(spec.training, len(data.train))
+    trial, rows = Trial(candidate=spec.candidates()[0], seed=spec.seeds[0]), training.batch_size * (engine == "peft")
+    batches = [batch_at(trial, data.train, training, step) for step in range(steps)]
+    tokens, labels = np.sum([_computed(data.train, batch, rows) for batch in batches], axis=0).tolist()
+    rounds, evaluated = 1 + len(eval_steps(training, steps)), _computed(data.eval, np.arange(len(data.eval)), rows)
+    return _Work(steps, tokens, labels, rounds * evaluated[0], rounds * evaluated[1])
 
-    Time follows from a few layers that are timed, if the device is this machine's, which `here` says; else from
-    `product_flops_per_second`, the device's rate of plain matrix products.
-    """
-    prediction = memory.costs
-    profiled = {name: candidate for name, candidate in spec.profiled().items() if name != CONTROL}
-    peaks = {name: memory.peak([_trial(spec, candidate)]) for name, candidate in profiled.items()}
-    reason = prediction.reason or memory.reason
-    rate = product_flops_per_second
-    share = PRODUCT_SHARE["small" if prediction.base_params < SMALL_MODEL_PARAMS else "large"]
-    engines = {c.name: prediction.engine if c.packable else "peft" for c in spec.candidates()}
-    works = {engine: _work(spec, engine, data) for engine in set(engines.values())}
-    candidates = {}
-    for candidate in spec.candidates():
-        peak, cost = peaks[candidate.profile_name], prediction.costs.get(candidate.name)
-        work = works[engines[candidate.name]]
-        train = runtime = None
-        if rate and cost:
-            train = cost.flops(work.tokens, work.labels) / (rate * share)
-            runtime = train + cost.flops(work.eval_tokens, work.eval_labels) / (rate * share) / EVALUATION_FASTER
-        elif here and (own := memory.seconds_per_token(candidate)):
-            train, runtime = work.tokens * own, (work.tokens + work.eval_tokens / EVALUATION_FASTER) * own
-        candidates[candidate.name] = Forecast(
-            trainable_params=prediction.params[candidate.name],
-            parts=peak.parts._asdict() if peak else None,
-            peak_bytes=peak.parts.total if peak else None,
-            forward_tokens=peak.forward_tokens if peak else None,
-            step_seconds=train / work.steps if train is not None else None,
-            runtime_seconds=runtime,
-            recomputed_tokens=peak.recomputed_tokens if peak else 0,
-        )
-    return StudyForecast(candidates, reason, rate, share)
+
+def _computed(tokens: Tokens, examples: np.ndarray, rows: int) -> tuple[int, int]:
+    """Tokens and labels of some examples. PEFT's engine, with so many rows a forward, computes the padding too, and the
+    logits of every position."""
+    if not rows:
+        return int(tokens.lengths[examples].sum()), int(tokens.label_counts[examples].sum())
+    parts = [tokens.lengths[examples[start : start + rows]] for start in range(0, len(examples), rows)]
+    padded = sum(len(part) * int(part.max()) for part in parts)
+    return padded, padded
 
 
 def study_seconds(spec: StudySpec, forecasts: Mapping[str, Forecast]) -> StudySeconds | None:
@@ -117,7 +132,7 @@ def study_seconds(spec: StudySpec, forecasts: Mapping[str, Forecast]) -> StudySe
     steps = {name: found.step_seconds or 0.0 for name, found in forecasts.items()}
     runtimes = {name: found.runtime_seconds or 0.0 for name, found in forecasts.items()}
     trials: list[AnyTrial] = [*spec.trials(), *spec.reference_trials()]
-    left = {trial.name: 1.0 for trial in trials}
+    left = dict.fromkeys([trial.name for trial in trials], 1.0)
     answering = 1 + len(spec.candidates()) if spec.measure.answers else 0
     return work_seconds(spec, steps, runtimes, left, missing_profiles(spec, None), answering)
 
@@ -135,7 +150,7 @@ def shorter(spec: StudySpec, steps: int, forecasts: Mapping[str, Forecast]) -> d
     if len(ranks) > 2:
         fewer[f"--ranks {ranks[0]},{ranks[-1]}{',full' * spec.reference.full}"] = {"ranks": (ranks[0], ranks[-1])}
     sooner = {
-        name: replace(one, runtime_seconds=(one.runtime_seconds or 0) - (steps - half) * (one.step_seconds or 0))
+        name: one._replace(runtime_seconds=(one.runtime_seconds or 0) - (steps - half) * (one.step_seconds or 0))
         for name, one in forecasts.items()
     }
     found = {option: study_seconds(spec.model_copy(update=update), forecasts) for option, update in fewer.items()}
@@ -146,70 +161,14 @@ def shorter(spec: StudySpec, steps: int, forecasts: Mapping[str, Forecast]) -> d
     return {option: sum(seconds) for option, seconds in found.items() if seconds}
 
 
-def pack_seconds(packs: Mapping[str, Sequence[Trial]], forecasts: Mapping[str, Forecast]) -> dict[str, float]:
-    """Seconds of each pack in a process of its own: its start, and its trials' steps and evaluations one by one.
-
-    So long takes a pack with steps that fill the device; others take less.
-
-    Raises:
-        ValueError: times are not known.
-    """
-    runtimes = {name: found.runtime_seconds for name, found in forecasts.items()}
-    seconds = {}
-    for pack, trials in packs.items():
-        own = [runtimes[trial.candidate.name] for trial in trials]
-        if None in own:
-            raise ValueError("no times are forecast")
-        seconds[pack] = START_SECONDS + sum(second or 0.0 for second in own)
-    return seconds
-
-
 def largest_fitting_rank(spec: StudySpec, memory: StudyMemory) -> int | None:
-    """The largest rank of plain LoRA with a predicted peak that fits, at most the full rank of the adapted layers.
-
-    0 where none fits, None where peaks cannot be predicted or no candidate is plain LoRA.
-    """
+    """The largest rank of plain LoRA with a predicted peak that fits, at most the full rank of the adapted layers; 0
+    where none fits, None where peaks cannot be predicted or no candidate is plain LoRA."""
     plain = next((candidate for candidate in spec.candidates() if candidate.variant == PLAIN), None)
-    if plain is None or memory.peak([_trial(spec, plain)]) is None:
+    if plain is None or memory.peak([Trial(candidate=plain, seed=spec.seeds[0])]) is None:
         return None
-    fits, too_large = 0, memory.costs.full_rank + 1
-    while too_large - fits > 1:
-        rank = (fits + too_large) // 2
-        if memory.peak_at(plain, rank) <= memory.free * MAX_PACK_MEMORY_FRACTION:
-            fits = rank
-        else:
-            too_large = rank
-    return fits
-
-
-def _trial(spec: StudySpec, candidate: Candidate) -> Trial:
-    return Trial(candidate=candidate, seed=spec.seeds[0])
-
-
-def _work(spec: StudySpec, engine: str, data: TokenizedData) -> _Work:
-    """Work of the first seed's schedule. PEFT's engine computes the padding too, and the logits of every position."""
-    training, tokens = spec.training, data.train
-    steps = total_steps(training, len(tokens))
-    trial = _trial(spec, spec.candidates()[0])
-    size, trained, labels = training.batch_size, 0, 0
-    for step in range(steps):
-        examples = batch_at(trial, tokens, training, step)
-        if engine == "peft":
-            rows = [examples[start : start + size] for start in range(0, len(examples), size)]
-            padded = sum(len(row) * int(tokens.lengths[row].max()) for row in rows)
-            trained, labels = trained + padded, labels + padded
-        else:
-            trained += int(tokens.lengths[examples].sum())
-            labels += int(tokens.label_counts[examples].sum())
-    rounds = 1 + len(eval_steps(training, steps))
-    eval_tokens, eval_labels = int(data.eval.offsets[-1]), int(data.eval.is_label.sum())
-    if engine == "peft":
-        starts = range(0, len(data.eval), size)
-        eval_tokens = sum(
-            len(data.eval.lengths[s : s + size]) * int(data.eval.lengths[s : s + size].max()) for s in starts
-        )
-        eval_labels = eval_tokens
-    return _Work(steps, trained, labels, rounds * eval_tokens, rounds * eval_labels)
+    room, ranks = memory.free * MAX_PACK_MEMORY_FRACTION, range(1, memory.costs.full_rank + 1)
+    return bisect_right(ranks, room, key=partial(memory.peak_at, plain))
 
 
 class Fleet(NamedTuple):
@@ -273,12 +232,19 @@ NOT_COUNTED = (
 def estimate_fleet(
     spec: StudySpec, packs: Mapping[str, Sequence[Trial]], forecasts: Mapping[str, Forecast], fleet: Fleet
 ) -> FleetEstimate | None:
-    """Time that the study takes on the fleet; None where times are not known."""
+    """Time that the study takes on the fleet; None where times are not known. On several devices each pack has a
+    process of its own, and is taken to last as long as its trials one by one: so does one whose steps fill the device,
+    others are faster."""
     alone = study_seconds(spec, forecasts)
     if alone is None:
         return None
-    trials, profiles, _ = alone
-    jobs = pack_seconds(packs, forecasts) if fleet.devices > 1 else {"all packs in one process": trials}
-    schedule = simulate(longest_first(jobs), jobs, fleet.devices)
-    busy = schedule.busy_seconds + profiles
-    return FleetEstimate(schedule.makespan, profiles, lower_bound(jobs, fleet.devices), busy, fleet)
+    jobs = {"all packs in one process": alone.trials}
+    if fleet.devices > 1:
+        runtimes = {name: found.runtime_seconds or 0.0 for name, found in forecasts.items()}
+        jobs = {
+            pack: START_SECONDS + sum(runtimes[trial.candidate.name] for trial in trials)
+            for pack, trials in packs.items()
+        }
+    makespan = simulate(longest_first(jobs), jobs, fleet.devices).makespan
+    busy = sum(jobs.values()) + alone.profiles
+    return FleetEstimate(makespan, alone.profiles, lower_bound(jobs, fleet.devices), busy, fleet)
