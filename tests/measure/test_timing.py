@@ -131,7 +131,8 @@ def test_more_rounds_are_taken_while_ratios_are_uncertain(
 ) -> None:
     monkeypatch.setattr(timing, "RATIO_WIDTH", 0.0)
     monkeypatch.setattr(timing, "MAX_EXTRA_SECONDS", 60.0)
-    assert len(time_candidates(spec, spec.profiled(), data)["tokens"]) == (1 + timing.EXTRA_ROUNDS) * ROUNDS
+    spec = spec.model_copy(update={"measure": spec.measure.model_copy(update={"rounds": 2})})
+    assert len(time_candidates(spec, spec.profiled(), data)["tokens"]) == (1 + timing.EXTRA_ROUNDS) * 2
 
 
 def test_the_order_of_candidates_changes_no_adapter(
@@ -148,6 +149,7 @@ def test_the_order_of_candidates_changes_no_adapter(
 
     monkeypatch.setattr(timing, "train_step", step)
     monkeypatch.setattr(timing, "MAX_EXTRA_SECONDS", 0.0)
+    spec = spec.model_copy(update={"measure": spec.measure.model_copy(update={"rounds": 2})})
     candidates = spec.profiled()
     time_candidates(spec, candidates, data)
     forwards, losses = dict(losses), {}

@@ -1,5 +1,6 @@
 """A base that is larger than its device is refused before it is loaded, with what would make it fit."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rankscope.errors import ModelError
+from rankscope.model.load import skeleton
+from rankscope.model.quantized import base_bytes
 from rankscope.plan.checks import check_base_fits, too_large
 from rankscope.plan.costs import CostModel, predict
 from rankscope.spec.models import DataSpec, ModelSpec, StudySpec
@@ -20,12 +23,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def predicted(folder: Path, device: str | None = None, **model: object) -> tuple[ModelSpec, CostModel]:
-    spec = StudySpec(
-        model=ModelSpec(id=str(folder), device="cpu", **model),  # type: ignore[arg-type]
-        data=DataSpec(id="unused"),
-        ranks=(4,),
-    )
+@cache
+def predicted(folder: Path, device: str | None = None) -> tuple[ModelSpec, CostModel]:
+    spec = StudySpec(model=ModelSpec(id=str(folder), device="cpu"), data=DataSpec(id="unused"), ranks=(4,))
     return spec.model, predict(spec, torch.device(device) if device else None)
 
 
@@ -39,11 +39,11 @@ def test_what_fits_is_let_through(folder: Path) -> None:
 def test_what_would_fit_is_said_with_its_size(folder: Path) -> None:
     model, prediction = predicted(folder)
     held = {
-        option: predicted(folder, **{key: value})[1].base_bytes
-        for option, key, value in [
-            ("--dtype bfloat16", "dtype", "bfloat16"),
-            ("--quantization int8", "quantization", "int8"),
-            ("--quantization nf4", "quantization", "nf4"),
+        option: base_bytes(skeleton(model.model_copy(update={key: value}), getattr(torch, dtype)))
+        for option, key, value, dtype in [
+            ("--dtype bfloat16", "dtype", "bfloat16", "bfloat16"),
+            ("--quantization int8", "quantization", "int8", "float32"),
+            ("--quantization nf4", "quantization", "nf4", "float32"),
         ]
     }
     assert sorted(held.values(), reverse=True) == list(held.values()), "nf4 is smallest"

@@ -153,7 +153,7 @@ def test_a_pack_takes_more_than_its_trials_and_less_than_their_sum() -> None:
     assert max(p.total for p in alone) < together.parts.total < sum(p.total for p in alone)
 
 
-QUICK = ("opt-post-norm", "mixtral")
+QUICK = ("mixtral",)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from launchers import HERE
 from rankscope.data.tokens import TokenizedData, Tokens
@@ -14,7 +15,7 @@ from rankscope.errors import StudyDirectoryError
 from rankscope.files import write_json
 from rankscope.plan import checks
 from rankscope.plan.checks import disk_bytes
-from rankscope.plan.costs import CostModel, predict
+from rankscope.plan.costs import CostModel
 from rankscope.plan.memory import MAX_PACK_MEMORY_FRACTION, StudyMemory
 from rankscope.plan.packs import FULL_STEP_TOKENS, divide_into_packs
 from rankscope.plan.plan import Plan, make_fleet, make_plan
@@ -32,19 +33,23 @@ PLENTY = 10**12
 @pytest.fixture(scope="module")
 def spec() -> StudySpec:
     return StudySpec(
-        model=ModelSpec(id="embedded", device="cpu"), data=DataSpec(id="unused"), ranks=(8, 128, 256), seeds=(0, 1)
+        model=ModelSpec(id="embedded", device="cpu", dtype="float32"),
+        data=DataSpec(id="unused"),
+        ranks=(8, 128, 256),
+        seeds=(0, 1),
     )
 
 
 @pytest.fixture(scope="module")
-def prediction(spec: StudySpec) -> CostModel:
-    return predict(spec)
+def prediction(spec: StudySpec, predicted_once: Callable[[StudySpec, torch.device], CostModel]) -> CostModel:
+    return predicted_once(spec, torch.device("cpu"))
 
 
 def room_for(spec: StudySpec, prediction: CostModel, trials: Sequence[Trial], tokens: Tokens) -> StudyMemory:
     """Memory of a device on which `trials` fit together, and hardly more."""
-    needed = StudyMemory(spec, prediction, tokens, PLENTY).peak_bytes(trials)
-    return StudyMemory(spec, prediction, tokens, int(needed / MAX_PACK_MEMORY_FRACTION) + 1000)
+    memory = StudyMemory(spec, prediction, tokens, PLENTY)
+    memory.free = int(memory.peak_bytes(trials) / MAX_PACK_MEMORY_FRACTION) + 1000
+    return memory
 
 
 def always(trials: Sequence[Trial]) -> bool:

@@ -1,11 +1,13 @@
 """Jobs on several devices: the order, how far from the bound, and what a study takes of them."""
 
 import random
+from collections.abc import Callable
 from itertools import permutations
 
 import pytest
+import torch
 
-from rankscope.plan.costs import CostModel, predict
+from rankscope.plan.costs import CostModel
 from rankscope.plan.memory import StudyMemory
 from rankscope.plan.packs import FULL_STEP_TOKENS, divide_into_packs, longest_first, lower_bound, simulate
 from rankscope.plan.runtime import Fleet, Forecast, estimate_fleet, study_seconds
@@ -48,13 +50,13 @@ def test_the_makespan_keeps_grahams_bound() -> None:
 
 @pytest.fixture(scope="module")
 def spec() -> StudySpec:
-    model = ModelSpec(id="embedded", device="cpu")
+    model = ModelSpec(id="embedded", device="cpu", dtype="float32")
     return StudySpec(model=model, data=DataSpec(id="unused"), ranks=(8, 32, 128, 256), seeds=tuple(range(25)))
 
 
 @pytest.fixture(scope="module")
-def prediction(spec: StudySpec) -> CostModel:
-    return predict(spec)
+def prediction(spec: StudySpec, predicted_once: Callable[[StudySpec, torch.device], CostModel]) -> CostModel:
+    return predicted_once(spec, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("devices", [2, 3, 7, 10, 33, 100, 250])
