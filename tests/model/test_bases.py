@@ -57,7 +57,10 @@ def train_one(model: Any) -> str:
     "own",
     [
         {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
-        {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False},
+        pytest.param(
+            {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False},
+            marks=pytest.mark.slow,
+        ),
         {"load_in_8bit": True},
     ],
     ids=["nf4", "fp4", "int8"],

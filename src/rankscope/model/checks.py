@@ -17,6 +17,7 @@ from rankscope.errors import ModelError, require, shortened
 from rankscope.hub import HUB_ID
 from rankscope.spec.models import EMBEDDED, ModelSpec, StudySpec
 
+NOT_READ = (".bin", ".pt", ".pth", ".gguf")  # weights beside a configuration
 CONFIG_NAME, ADAPTER_CONFIG_NAME = "config.json", "adapter_config.json"  # as transformers and PEFT have them
 SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 
@@ -52,17 +53,17 @@ def check_quantized(spec: ModelSpec, own: Any) -> None:
     request, which is noted in `own`."""
     method = own.get("quant_method") if isinstance(own, dict) else getattr(own, "quant_method", own)
     method = str(getattr(method, "value", method))
+    known = method if isinstance(own, dict) else ""
     what = f"model {spec.id}: its weights are quantized already ({shortened(method)})"
     if spec.quantization:
         raise ModelError(f"{what}, and model.quantization is {spec.quantization}", "Leave it out.")
-    if method == "bitsandbytes" and isinstance(own, dict):
-        if spec.dequantize:
-            raise ModelError(f"{what}, which are used as they are", "Leave --dequantize out.")
-    elif method in DEQUANTIZED and isinstance(own, dict):
-        if not spec.dequantize:
-            raise ModelError(what, "--dequantize loads them as weights of --dtype, which takes more memory.")
+    if known == "bitsandbytes" and spec.dequantize:
+        raise ModelError(f"{what}, which are used as they are", "Leave --dequantize out.")
+    if known in DEQUANTIZED and not spec.dequantize:
+        raise ModelError(what, "--dequantize loads them as weights of --dtype, which takes more memory.")
+    if known in DEQUANTIZED:
         own["dequantize"] = True
-    else:
+    elif known != "bitsandbytes":
         raise ModelError(
             f"{what}, in a form that cannot be trained over here",
             "Give the model that it was made of (base_model on its card), if need be with --quantization nf4 or int8.",
@@ -71,27 +72,25 @@ def check_quantized(spec: ModelSpec, own: Any) -> None:
 
 def check_source(spec: ModelSpec) -> None:
     """Raise ModelError if `spec.id` is neither the folder of a model nor a valid hub id."""
-    folder = Path(location(spec))
+    folder, what = Path(location(spec)), f"model {spec.id}:"
     if is_gguf(spec):
         require("gguf", "gguf", f"model {spec.id}")
-        if spec.revision is not None or spec.dequantize or spec.quantization:
-            option = "revision" if spec.revision else "dequantize" if spec.dequantize else "quantization"
-            what = f"model {spec.id}: model.{option} is not for a GGUF file, whose weights are loaded as model.dtype"
-            raise ModelError(what, "Leave it out.")
-        return
-    if folder.is_dir():
+        for option in ("revision", "dequantize", "quantization"):
+            if getattr(spec, option):
+                why = f"model.{option} is not for a GGUF file, whose weights are loaded as model.dtype"
+                raise ModelError(f"{what} {why}", "Leave it out.")
+    elif folder.is_dir():
         if spec.revision is not None:
-            what = f"model {spec.id}: model.revision is {spec.revision!r}, but a folder has no revision"
-            raise ModelError(what, "Remove it.")
-        if (folder / ADAPTER_CONFIG_NAME).is_file() and not (folder / CONFIG_NAME).is_file():
-            raise _is_adapter(spec)
+            why = f"model.revision is {spec.revision!r}, but a folder has no revision"
+            raise ModelError(f"{what} {why}", "Remove it.")
         if not (folder / CONFIG_NAME).is_file():
-            raise ModelError(f"model {spec.id}: no {CONFIG_NAME} in the folder", _FOLDER_HOLDS)
-        return
-    if folder.is_file():
-        raise ModelError(f"model {spec.id}: a file, not a folder", _FOLDER_HOLDS)
-    if not HUB_ID.fullmatch(spec.id):
-        raise ModelError(f"model {spec.id}: no such folder", "Check the id: a folder, or a hub id such as owner/name.")
+            if (folder / ADAPTER_CONFIG_NAME).is_file():
+                raise _is_adapter(spec)
+            raise ModelError(f"{what} no {CONFIG_NAME} in the folder", _FOLDER_HOLDS)
+    elif folder.is_file():
+        raise ModelError(f"{what} a file, not a folder", _FOLDER_HOLDS)
+    elif not HUB_ID.fullmatch(spec.id):
+        raise ModelError(f"{what} no such folder", "Check the id: a folder, or a hub id such as owner/name.")
 
 
 def pinned(spec: StudySpec, begun: StudySpec | None = None) -> StudySpec:
@@ -118,7 +117,7 @@ def _commit(spec: ModelSpec) -> str:
     if whole and CONFIG_NAME not in files:
         raise ModelError(f"model {spec.id}: no {CONFIG_NAME} in it", "Give a model as transformers saves it.")
     if whole and not any(file.endswith(".safetensors") for file in files):
-        others = [file for file in files if file.endswith((".bin", ".pt", ".pth", ".gguf"))]
+        others = [file for file in files if file.endswith(NOT_READ)]
         what = f"model {spec.id}: no *.safetensors in it" + (f", only {others[0]}, which is not read" if others else "")
         raise ModelError(what, "Load it where you trust it, save it with save_pretrained, and give that folder.")
     return commit
@@ -204,9 +203,8 @@ def config_fault(config: Any) -> str | None:
         return f"architectures is {shortened(repr(names))}, expected a list of names"
     for part in (config, config.get_text_config()):
         positions = getattr(part, "max_position_embeddings", None)
-        if isinstance(getattr(type(part), "max_position_embeddings", None), property):  # XLNet's -1: without a limit
-            continue
-        if positions is not None and not (isinstance(positions, int) and positions > 0):
+        unlimited = isinstance(getattr(type(part), "max_position_embeddings", None), property)  # XLNet's -1
+        if positions is not None and not unlimited and not (isinstance(positions, int) and positions > 0):
             return f"max_position_embeddings is {shortened(repr(positions))}, expected a number of at least 1"
     return None
 
@@ -253,33 +251,32 @@ def loading_error(spec: ModelSpec, part: str, error: Exception) -> ModelError:
     folder = Path(location(spec))
     if not os.path.exists(folder) and (found := hub.explained(spec.id, error)):
         return ModelError(f"model {spec.id}: {found[0]}", found[1] or "Check the id and the revision.")
+    if (corrupt := _corrupt_file(_files_of(spec))) and not folder.is_dir():
+        file, fault = corrupt
+        todo = f"Delete {file.resolve()}, and run again: it is fetched anew."
+        return ModelError(f"model {spec.id}: {file.name} in the hub's cache: {fault}", todo)
     reason = textwrap.shorten(str(error), 300, placeholder=" ...")
     if isinstance(error, LookupError) or not reason:  # a LookupError's text is only the key
         reason = f"{type(error).__name__}: {reason}"
-    if part == "tokenizer" and folder.is_dir() and not _has_tokenizer(folder):
-        reason = "there is no file of a tokenizer in the folder, such as tokenizer.json"
-    if part == "tokenizer" and folder.is_dir() and any(folder.glob("*.model")) and find_spec("sentencepiece") is None:
-        reason = (
-            "its tokenizer.model takes the package sentencepiece, which is not installed: pip install sentencepiece"
-        )
-    if corrupt := _corrupt_file(_files_of(spec)):
-        file, fault = corrupt
-        reason = f"{file}: {fault}"
-        if not folder.is_dir():
-            todo = f"Delete {file.resolve()}, and run again: it is fetched anew."
-            return ModelError(f"model {spec.id}: {file.name} in the hub's cache: {fault}", todo)
-    if "trust_remote_code" in str(error):  # which transformers advises
-        reason = "it needs custom code of its own, which is never run"
     todo = "Check the id: a folder, or a hub id such as owner/name."
     if folder.is_dir():
         todo = _FOLDER_HOLDS
+        others = sorted(path.name for path in folder.iterdir() if path.suffix in NOT_READ)
         if part == "tokenizer":
             todo = "Save it there by tokenizer.save_pretrained, or copy tokenizer.json and tokenizer_config.json."
-        others = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.gguf") for path in folder.glob(kind))
-        if part == "model" and others and not any(folder.glob("*.safetensors")):
+            if not _has_tokenizer(folder):
+                reason = "there is no file of a tokenizer in the folder, such as tokenizer.json"
+            elif any(folder.glob("*.model")) and find_spec("sentencepiece") is None:
+                package = "the package sentencepiece, which is not installed: pip install sentencepiece"
+                reason = f"its tokenizer.model takes {package}"
+        elif part == "model" and others and not any(folder.glob("*.safetensors")):
             todo = f"{others[0]} is not read: load the model where you trust it, and save it with save_pretrained."
             if others[0].endswith(".gguf"):
                 todo = f"Give the file itself: --model {folder / others[0]}"
+    if corrupt:
+        reason = f"{corrupt[0]}: {corrupt[1]}"
+    if "trust_remote_code" in str(error):  # which transformers advises
+        reason = "it needs custom code of its own, which is never run"
     return ModelError(f"{part} of {spec.id} cannot be loaded: {reason}", todo)
 
 
@@ -294,15 +291,12 @@ def _files_of(spec: ModelSpec) -> Path:
 
 def _corrupt_file(folder: Path) -> tuple[Path, str] | None:
     """First file in a model's folder that is no valid JSON or safetensors, and its fault; None without one."""
-    for file in sorted(folder.glob("*.json")):
+    for file in sorted(folder.glob("*.json")) + sorted(folder.glob("*.safetensors")):
         try:
-            json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            return file, f"not valid JSON: {error}"
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="numpy"):
-                pass
-        except (OSError, SafetensorError) as error:
+            if file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
+            else:
+                safe_open(file, framework="numpy")  # reads the header
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:
             return file, f"corrupt or incomplete: {error}"
     return None

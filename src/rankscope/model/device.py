@@ -17,18 +17,15 @@ def resolve_device(device: str) -> torch.device:
     try:
         resolved = torch.device(device)
     except RuntimeError:
-        raise StudyError(f"model.device: {device!r} is not a device", _DEVICES) from None
-    if resolved.type not in ("cpu", "cuda", "mps"):
-        raise StudyError(f"model.device: {device} is not supported", _DEVICES)
+        resolved = None
+    if resolved is None or resolved.type not in ("cpu", "cuda", "mps"):
+        raise StudyError(f"model.device: {device} is not a device here", "Use auto, cpu, cuda, cuda:1 or mps.")
     if resolved.type == "mps" and not torch.backends.mps.is_available():
         raise StudyError("model.device: mps asked for, but this torch finds no GPU of Apple's", "Use --device cpu.")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         what = f"model.device: {device} asked for, but {torch.cuda.device_count()} CUDA devices are visible"
         raise StudyError(what, "Use --device cpu, or see `rankscope doctor`.")
     return resolved
-
-
-_DEVICES = "Use auto, cpu, cuda, cuda:1 or mps."
 
 
 def synchronize(device: torch.device) -> None:

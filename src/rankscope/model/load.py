@@ -24,11 +24,7 @@ from rankscope.model import checks
 from rankscope.model.checks import loading_error, location
 from rankscope.model.device import multiplies_bfloat16, resolve_device
 from rankscope.model.mixed import use_mixed_precision
-from rankscope.model.quantized import (
-    quantization_config,
-    quantize_skeleton,
-    use_dequantized_forward,
-)
+from rankscope.model.quantized import quantization_config, quantize_skeleton, use_dequantized_forward
 from rankscope.spec.models import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -113,29 +109,23 @@ faster (docs/results/speed.md), at 256, the embedded model's, it is not (docs/re
 
 def resolve_dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:
     """Type of products. `auto` is bfloat16 where `device` multiplies it, on a CPU for wide models; float32 elsewhere.
-
-    Gain is that of float32 (docs/results/precision.md). Raises as `load_config`.
-    """
+    Gain is that of float32 (docs/results/precision.md). Raises as `load_config`."""
     half = spec.dtype == "bfloat16"
     if spec.dtype == "auto" and multiplies_bfloat16(device):
         half = device.type == "cuda" or getattr(load_config(spec).get_text_config(), "hidden_size", 0) >= WIDE
     return torch.bfloat16 if half else torch.float32
 
 
-def load_model(spec: ModelSpec, attention: str | None = None) -> PreTrainedModel:
+def load_model(spec: ModelSpec) -> PreTrainedModel:
     """Load the frozen base model onto its device, in evaluation mode (its own dropout off).
 
-    `attention` names a registered attention implementation; None keeps the model's default. Raises ModelError: no such
-    model, no safetensors weights, weights missing or of other shapes than config.json says, or an architecture unknown
-    to transformers; see also `load_config`. Raises StudyError: the device does not exist. Raises MissingExtraError:
-    quantization is on, and bitsandbytes is not installed.
+    Raises ModelError: no such model, no safetensors weights, weights missing or of other shapes than config.json says,
+    or an architecture unknown to transformers; see also `load_config`. Raises StudyError: the device does not exist.
+    Raises MissingExtraError: quantization is on, and bitsandbytes is not installed.
     """
     device = resolve_device(spec.device)
-    dtype = resolve_dtype(spec, device)
-    config = load_config(spec)
+    dtype, config = resolve_dtype(spec, device), load_config(spec)
     options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # to name them below
-    if attention:
-        options["attn_implementation"] = attention
     quantization = quantization_of(spec, config, dtype)
     if quantization:  # on the device, tensor by tensor: unquantized it might not fit
         options["device_map"] = {"": device}
@@ -148,19 +138,18 @@ def load_model(spec: ModelSpec, attention: str | None = None) -> PreTrainedModel
     except Exception as error:
         raise loading_error(spec, "model", error) from error
     model, loading = loaded
-    other_shapes = sorted(loading["mismatched_keys"])
-    if other_shapes:
-        name, actual, expected = other_shapes[0]
+    missing, left_over = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
+    if mismatched := sorted(loading["mismatched_keys"]):
+        name, actual, expected = mismatched[0]
         raise ModelError(
-            f"model {spec.id}: weights of other shapes than {CONFIG_NAME} says: {name} is {list(actual)}, expected "
-            f"{list(expected)}" + (f"; and {len(other_shapes) - 1} more" if other_shapes[1:] else ""),
+            f"model {spec.id}: {len(mismatched)} weights of other shapes than {CONFIG_NAME} says: {name} is "
+            f"{list(actual)}, expected {list(expected)}",
             f"Take {CONFIG_NAME} and the weights from the same checkpoint.",
         )
-    missing = sorted(loading["missing_keys"])
     if missing:
         what = f"model {spec.id}: its files lack {len(missing)} weights, {missing[0]} for one"
         raise ModelError(what, "They would be random numbers; use a complete checkpoint of a causal language model.")
-    if left_over := sorted(loading["unexpected_keys"]):
+    if left_over:
         log.warning("%s: %d weights are left over: %s", spec.id, len(left_over), ", ".join(left_over))
     model.left_over = left_over
     if quantization:

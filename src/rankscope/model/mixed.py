@@ -117,20 +117,21 @@ def frozen_forward(layer: nn.Module) -> FrozenForward | None:
 def use_mixed_precision(model: PreTrainedModel) -> None:
     """Hold the weights that go into products, and embeddings, in bfloat16, the others in float32, and replace forwards.
     A linear layer stays float32 where its class computes something else, or another module reads its weight."""
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D | nn.Embedding)]
-    read = set(_weights_read_elsewhere(model))
-    linears = [m for m in layers if isinstance(m, nn.Embedding) or frozen_forward(m) or is_product(cast(Any, type(m)))]
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
+    linears: list[Any] = [one for one in layers if frozen_forward(one) or is_product(cast(Any, type(one)))]
     experts = [module for module in model.modules() if hasattr(module, "has_gate") and hasattr(module, "down_proj")]
-    half = {id(weight) for module in (*linears, *experts) for weight in module.parameters()} - read
+    half = {id(weight) for module in (*embeddings, *linears, *experts) for weight in module.parameters()}
+    half -= set(_weights_read_elsewhere(model))
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(torch.bfloat16 if id(tensor) in half else torch.float32)
     for module in model.modules():
         module.__dict__["mixed"] = True
+    for module in embeddings:
+        module.register_forward_hook(_to_float32)
     for layer in linears:
-        if isinstance(layer, nn.Embedding):
-            layer.register_forward_hook(_to_float32)
-        elif not frozen_forward(layer) and id(layer.weight) in half:
+        if not frozen_forward(layer) and id(layer.weight) in half:
             layer.__dict__["forward"] = FrozenForward(layer)
     for module in experts:
         module.__dict__["forward"] = partial(_experts_forward, module)

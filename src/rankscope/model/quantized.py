@@ -77,25 +77,21 @@ def use_dequantized_forward(model: PreTrainedModel, dtype: torch.dtype) -> None:
             layer.init_8bit_state()  # which its own forward does first: the scales move from the weight to the layer
             layer.quant_state = None
         layer.forward = DequantizedForward(layer, dtype)
-    _check_quantized(model)
 
 
-def _layers_of_bitsandbytes(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the layers of bitsandbytes as (kind, module)."""
+def _layers_of_bitsandbytes(model: nn.Module) -> list[tuple[str, Any]]:
+    """Layers of bitsandbytes as (kind, module). Raises ModelError: there are none."""
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
-    for layer in model.modules():
-        if isinstance(layer, Linear4bit | Linear8bitLt):
-            yield "nf4" if isinstance(layer, Linear4bit) else "int8", layer
-
-
-def _check_quantized(model: PreTrainedModel) -> None:
-    if not any(quantized_layers(model)):
+    kinds: dict[type[nn.Module], str] = {Linear4bit: "nf4", Linear8bitLt: "int8"}
+    layers = [(kind, layer) for layer in model.modules() for cls, kind in kinds.items() if isinstance(layer, cls)]
+    if not layers:
         raise ModelError(
             f"model.quantization: no layer of a {type(model).__name__} can be quantized: its linear layers are of a "
             "class of its own",
             "Leave it out, or use bfloat16.",
         )
+    return layers
 
 
 def quantize_skeleton(model: PreTrainedModel, config: BitsAndBytesConfig, dtype: torch.dtype) -> None:
@@ -114,6 +110,7 @@ def quantize_skeleton(model: PreTrainedModel, config: BitsAndBytesConfig, dtype:
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
+    nested, digits = config.bnb_4bit_use_double_quant, config.bnb_4bit_quant_type
     for kind, layer in _layers_of_bitsandbytes(model):
         rows, columns = layer.out_features, layer.in_features
         if kind == "int8":
@@ -121,32 +118,29 @@ def quantize_skeleton(model: PreTrainedModel, config: BitsAndBytesConfig, dtype:
             layer.quant_state, layer.state.SCB = None, empty(rows)
         else:
             weight = nn.Parameter(empty(-(-rows * columns // 2), 1, dtype=torch.uint8), requires_grad=False)
-            nested, digits = config.bnb_4bit_use_double_quant, config.bnb_4bit_quant_type
             weight.compress_statistics, weight.quant_type = nested, digits  # which PEFT reads
             blocks = -(-rows * columns // _NF4_BLOCK)
-            options: dict[str, Any] = {"code": empty(256), "blocksize": _SCALES_BLOCK, "dtype": torch.float32}
-            scales = QuantState(empty(-(-blocks // _SCALES_BLOCK)), **options)
-            options = {"code": empty(16), "blocksize": _NF4_BLOCK, "dtype": dtype, "quant_type": digits}
-            options |= {"shape": torch.Size([rows, columns])}
-            options |= {"offset": empty(), "state2": scales} if nested else {}
-            layer.quant_state = QuantState(empty(blocks, dtype=torch.uint8 if nested else torch.float32), **options)
+            scales = {"code": empty(256), "blocksize": _SCALES_BLOCK, "dtype": torch.float32}
+            twice = {"offset": empty(), "state2": QuantState(empty(-(-blocks // _SCALES_BLOCK)), **scales)}
+            shape, absmax = torch.Size([rows, columns]), empty(blocks, dtype=torch.uint8 if nested else torch.float32)
+            digit = {"code": empty(16), "blocksize": _NF4_BLOCK, "dtype": dtype, "quant_type": digits, "shape": shape}
+            layer.quant_state = QuantState(absmax, **digit, **(twice if nested else {}))
         layer.weight, layer.forward = weight, DequantizedForward(layer, dtype)
         # PEFT's DoRA dequantizes by the weight's type, which this one lacks, or as HQQ's layers do.
         layer.W_q, layer.dequantize = weight, partial(layer.forward.weight, dtype)
-    _check_quantized(model)
 
 
 def quantization_tensors(model: nn.Module) -> list[tuple[Any, str]]:
     """Tensors of quantized layers beside their weights, each as (holder, attribute name)."""
     places: list[tuple[Any, str]] = []
     for _, layer in quantized_layers(model):
-        if layer.quant_state is None:
+        state = layer.quant_state
+        if state is None:
             places.append((layer.state, "SCB"))
-        else:
-            state = layer.quant_state
-            places += [(state, name) for name in ("absmax", "code")]
-            if state.nested:
-                places += [(state, "offset"), *((state.state2, name) for name in ("absmax", "code"))]
+            continue
+        places += [(state, "absmax"), (state, "code")]
+        if state.nested:
+            places += [(state, "offset"), (state.state2, "absmax"), (state.state2, "code")]
     return places
 
 
