@@ -303,13 +303,13 @@ def run_rankscope(folder: Path, note: Any, memory: bool) -> dict[int, Any]:
     slices = [Slice(state.trial.name, list(TRIALS[state.trial.candidate.rank])) for state in states]
     losses = list(choice.engine.accumulate(tokens, slices))
     found = {}
-    for state, batch in zip(states, losses, strict=True):
+    for state, losses_of in zip(states, losses, strict=True):
         rank = state.trial.candidate.rank
         save_trained_adapter(state, folder / f"r{rank}")
         note(unread=peft_fault(model, folder / f"r{rank}"))
         gradients = {name: weight.grad for name, weight in state.weights.items()}
         values = {name: weight.detach().clone() for name, weight in state.weights.items()}
-        found[rank] = (batch.loss, gradients, values)
+        found[rank] = (float(losses_of.double().mean()), gradients, values)
     note(stage="evaluation")
     evaluated = choice.engine.evaluate(tokens, [state.trial.name for state in states])
     for state, part in zip(states, evaluated, strict=True):

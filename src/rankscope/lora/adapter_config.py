@@ -65,25 +65,17 @@ def read_config(folder: Path) -> tuple[LoraConfig, tuple[str, ...]]:
     it is missing or corrupt, a field has another type than PEFT's, or it is not of LoRA."""
     check_adapter_folder(folder)
     known = {field.name for field in fields(LoraConfig) if field.init}  # a newer PEFT has more
-    try:
-        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("expected an object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{folder / CONFIG}: cannot be read: {error}", "Restore it.") from None
-    if values.get("peft_type") != "LORA":
-        kind = shortened(repr(values.get("peft_type")))
-        raise ModelError(f"{folder / CONFIG}: peft_type is {kind}, not LORA", "Only LoRA has ranks to look at.")
     switches = {field.name for field in fields(LoraConfig) if isinstance(field.default, bool)}
     try:
+        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         _CheckedConfig.model_validate(values)
         given = {k: v for k, v in values.items() if k in known and not (v is None and k in switches)}
         config = LoraConfig(**given)
     except ValidationError as error:
         wrong = error.errors()[0]
-        field, value = ".".join(map(str, wrong["loc"])), shortened(repr(wrong["input"]))
-        raise ModelError(f"{folder / CONFIG}: {shortened(field)} is {value}: {wrong['msg']}", "Restore it.") from None
-    except Exception as error:  # whatever PEFT makes of other fields
+        field, value = shortened(".".join(map(str, wrong["loc"]))) or "it", shortened(repr(wrong["input"]))
+        raise ModelError(f"{folder / CONFIG}: {field} is {value}: {wrong['msg']}", "Restore it.") from None
+    except Exception as error:  # of the file, and whatever PEFT makes of other fields
         reason = shortened(str(error).strip().split("\n")[0], 200)
         raise ModelError(f"{folder / CONFIG}: cannot be read: {reason}", "Restore it.") from None
     # Not numbers, which newer versions of PEFT write for options that are off.

@@ -100,10 +100,7 @@ def to_float32(model: nn.Module, adapter: str) -> None:
 
 def remove_adapters(model: PreTrainedModel) -> None:
     """Put every base layer back, so that the model is as it was before the first adapter."""
-    for name, layer in outer_layers(model):
-        model.set_submodule(name, layer.get_base_layer())
-    for name, wrapper in wrapped_modules(model):
-        model.set_submodule(name, wrapper.original_module)
+    _put_back(model, [*outer_layers(model), *wrapped_modules(model)])
     if hasattr(model, "peft_config"):
         del model.peft_config
 
@@ -111,22 +108,26 @@ def remove_adapters(model: PreTrainedModel) -> None:
 def remove_adapter(model: PreTrainedModel, adapter: str) -> None:
     """Remove one adapter from the model; a layer that then carries none is the base layer again."""
     key, trained = adapter_key(adapter), [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for layer in adapted_modules(model):
-        if isinstance(layer, AuxiliaryTrainingWrapper) or key in layer.lora_A or key in layer.lora_embedding_A:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
-                layer.delete_adapter(*((key, []) if isinstance(layer, AuxiliaryTrainingWrapper) else (key,)))
-    for name, layer in outer_layers(model):
-        if not layer.lora_A and not layer.lora_embedding_A:
-            model.set_submodule(name, layer.get_base_layer())
-    for name, wrapper in wrapped_modules(model):
-        if not wrapper._adapters:
-            model.set_submodule(name, wrapper.original_module)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
+        for _, layer in lora_layers(model):
+            if key in layer.lora_A or key in layer.lora_embedding_A:
+                layer.delete_adapter(key)
+        for _, wrapper in wrapped_modules(model):
+            wrapper.delete_adapter(key, [])
+    _put_back(model, [one for one in outer_layers(model) if not one[1].lora_A and not one[1].lora_embedding_A])
+    _put_back(model, [one for one in wrapped_modules(model) if not one[1]._adapters])
     for parameter in trained:  # PEFT makes another adapter active, and freezes all but that one
         parameter.requires_grad_(True)
     del model.peft_config[key]
     if not model.peft_config:
         del model.peft_config
+
+
+def _put_back(model: nn.Module, wrappers: Sequence[tuple[str, Any]]) -> None:
+    for name, wrapper in wrappers:
+        own = wrapper.get_base_layer() if isinstance(wrapper, LoraLayer) else wrapper.original_module
+        model.set_submodule(name, own)
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
@@ -153,22 +154,14 @@ def adapted_modules(model: nn.Module) -> list[Any]:
 
 def adapter_weights(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """Parameters of the adapter under PEFT's saved names: `base_model.model.….lora_A.weight`."""
-    key = adapter_key(adapter)
-    weights: dict[str, Any] = {}
-    for name, layer in lora_layers(model):
-        prefix = f"{SAVED_PREFIX}{name}"
-        if key in layer.lora_A:
-            for factor, part in (("lora_A", layer.lora_A[key]), ("lora_B", layer.lora_B[key])):
-                weights |= {f"{prefix}.{factor}.{kind}": weight for kind, weight in part.named_parameters()}
-        if key in layer.lora_embedding_A:
-            weights[f"{prefix}.lora_embedding_A"] = layer.lora_embedding_A[key]
-            weights[f"{prefix}.lora_embedding_B"] = layer.lora_embedding_B[key]
-        if key in layer.lora_magnitude_vector:  # DoRA
-            weights[f"{prefix}.lora_magnitude_vector"] = layer.lora_magnitude_vector[key].weight
-    for name, wrapper in wrapped_modules(model):
-        held: dict[str, str] = wrapper.adapter_state_dict_load_map(key)  # type: ignore[no-untyped-call]
-        own = dict(wrapper.named_parameters())
-        weights |= {f"{SAVED_PREFIX}{name}.{saved}": own[inside] for saved, inside in held.items() if inside in own}
+    key = re.escape(adapter_key(adapter))
+    inside = rf"(?:\.modules_to_save|(\.lora_\w+|\.trainable_tokens_delta))\.{key}(?=\.|$)"
+    weights: dict[str, nn.Parameter] = {}
+    for name, weight in model.named_parameters():
+        saved = re.sub(inside, r"\1", name)
+        if saved != name:
+            saved = re.sub(r"(?<=\.lora_magnitude_vector)\.weight$", "", saved)  # DoRA's
+            weights[SAVED_PREFIX + saved] = weight
     return weights
 
 
@@ -181,13 +174,11 @@ def unreached_layers(model: nn.Module, adapter: str, trunk: str | None) -> list[
     """Adapted layers of the `trunk` (None: of all) to which the backward that has just run gave no gradient. Text never
     reaches a vision tower, nor do labels reach what only picks indices. Experts in a list are reached by some tokens
     alone: one that is reached speaks for its siblings."""
-    reached: dict[str, bool] = {}
-    for name, weight in adapter_weights(model, adapter).items():
-        layer = layer_of(name)
-        if layer and (trunk is None or layer.startswith(f"{trunk}.")):
-            reached[layer] = reached.get(layer, False) or weight.grad is not None
-    alive = {_siblings(layer) for layer, found in reached.items() if found}
-    return [layer for layer in reached if _siblings(layer) not in alive]
+    inside = "" if trunk is None else f"{SAVED_PREFIX}{trunk}."
+    weights = {name: weight for name, weight in adapter_weights(model, adapter).items() if name.startswith(inside)}
+    alive = {_siblings(layer_of(name)) for name, weight in weights.items() if weight.grad is not None}
+    layers = dict.fromkeys(filter(None, map(layer_of, weights)))
+    return [layer for layer in layers if _siblings(layer) not in alive]
 
 
 def layer_of(weight: str) -> str:
@@ -214,10 +205,7 @@ def _siblings(layer: str) -> str:
 
 def leave_out(model: PreTrainedModel, layers: Sequence[str], config: LoraConfig) -> None:
     """Take the adapters off these layers, and note in an adapter's `config` that PEFT is to give them none."""
-    for name in layers:
-        layer = model.get_submodule(name)
-        if isinstance(layer, LoraLayer):
-            model.set_submodule(name, layer.get_base_layer())
+    _put_back(model, [one for one in outer_layers(model) if one[0] in layers])
     others = config.exclude_modules or []
     if isinstance(others, str):
         config.exclude_modules = "|".join([f"(?:{others})", *map(re.escape, layers)])

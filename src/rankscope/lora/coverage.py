@@ -3,8 +3,10 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
+import pandas as pd
 from peft.tuners.lora import ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
@@ -29,24 +31,27 @@ class Coverage(NamedTuple):
 def find_coverage(model: PreTrainedModel, left_out: Mapping[Any, Iterable[str]], unreached: Iterable[str]) -> Coverage:
     """Coverage of a model that carries adapters, and may lie on the meta device. `left_out` has names by reason:
     `rankscope.lora.targets.Targets`. Layers in `unreached` will lose their adapters, since they get no gradient."""
-    adapted = {name: layer for name, layer in lora_layers(model) if name not in set(unreached)}
-    out = {reason: list(names) for reason, names in [*left_out.items(), ("unreached", unreached)]}
-    trees = {reason: subtrees(names, [*adapted, *_others(out, reason)]) for reason, names in out.items() if names}
-    reached = {_weight_of(name, layer) for name, layer in adapted.items()}
-    sizes = list(_sizes(model, tuple(f"{tree}." for tree in subtrees(out["unreached"], adapted))))
-    totals = [sum(numbers) for numbers in zip(*(size for _, size in sizes), strict=True)]
-    ours = [sum(numbers) for numbers in zip(*(size for weight, size in sizes if weight in reached), strict=True)]
-    parameters, flops = (part / max(1, total) for part, total in zip(ours or [0, 0], totals, strict=True))
+    out = {reason: list(names) for reason, names in [*left_out.items(), ("unreached", unreached)] if names}
+    dead = out.get("unreached", [])
+    adapted = {name: layer for name, layer in lora_layers(model) if name not in set(dead)}
+    trees = {}
+    for reason, names in out.items():
+        others = chain(adapted, *(found for other, found in out.items() if other != reason))
+        trees[reason] = _with_stars(subtrees(names, others))
+    dead_trees = tuple(f"{tree}." for tree in subtrees(dead, adapted))
+    sizes = pd.DataFrame(_sizes(model, dead_trees), columns=["weight", "parameters", "flops"]).set_index("weight")
+    reached = sizes.index.isin([_weight_of(name, layer) for name, layer in adapted.items()])
+    shares = sizes[reached].sum() / sizes.sum().clip(lower=1)
+    own = {name: _own_name(name, layer) for name, layer in adapted.items()}
     full_rank: dict[str, int] = {}
     for name, layer in adapted.items():
-        own = _own_name(name, layer)
         smaller = min(layer.in_features or 1, layer.out_features or 1)
-        full_rank[own] = min(full_rank.get(own, smaller), smaller)
+        full_rank[own[name]] = min(full_rank.get(own[name], smaller), smaller)
     return Coverage(
-        modules=dict(Counter(_own_name(name, layer) for name, layer in adapted.items())),
-        parameters=parameters,
-        flops=flops,
-        left_out={reason: _with_stars(tree) for reason, tree in trees.items()},
+        modules=dict(Counter(own.values())),
+        parameters=float(shares["parameters"]),
+        flops=float(shares["flops"]),
+        left_out=trees,
         full_rank=full_rank,
         tied=getattr(model.get_output_embeddings(), "weight", 0) is getattr(model.get_input_embeddings(), "weight", 1),
         whole=[name.rpartition(".")[2] for name, _ in wrapped_modules(model)],
@@ -61,12 +66,7 @@ def subtrees(names: Iterable[str], others: Iterable[str]) -> dict[str, int]:
 
 def _prefixes(name: str) -> list[str]:
     """`a.b.c` -> `a`, `a.b`, `a.b.c`."""
-    parts = name.split(".")
-    return [".".join(parts[: count + 1]) for count in range(len(parts))]
-
-
-def _others(names: Mapping[str, list[str]], reason: str) -> Iterator[str]:
-    return (name for other, found in names.items() if other != reason for name in found)
+    return list(accumulate(name.split("."), "{}.{}".format))
 
 
 def _with_stars(trees: Mapping[str, int]) -> dict[str, int]:
@@ -89,7 +89,7 @@ def _own_name(name: str, layer: Any) -> str:
     return parts[-2] if parts[-1] == "weight" else parts[-1]
 
 
-def _sizes(model: PreTrainedModel, unreached: tuple[str, ...]) -> Iterator[tuple[str, tuple[int, float]]]:
+def _sizes(model: PreTrainedModel, unreached: tuple[str, ...]) -> Iterator[tuple[str, int, float]]:
     """Each weight's name, its parameters, and how many of them multiply a token."""
     active, seen = _active_experts(model.config.get_text_config()), set[int]()
     for name, module in base_modules(model):
@@ -97,12 +97,10 @@ def _sizes(model: PreTrainedModel, unreached: tuple[str, ...]) -> Iterator[tuple
             size = weight.numel()
             if key == "weight" and dequantized_forward(module):
                 size = module.in_features * module.out_features  # type: ignore[operator, assignment]
-            products = float(size) if weight.dim() > 1 and not isinstance(module, nn.Embedding) else 0.0
-            if of_routed_experts(name):
-                products *= active
-            if f"{name}.".startswith(unreached):
-                products = 0.0
-            yield f"{name}.{key}", (0 if id(weight) in seen else size, products)
+            multiplies = weight.dim() > 1 and not isinstance(module, nn.Embedding)
+            multiplies = multiplies and not f"{name}.".startswith(unreached)
+            flops = size * (active if of_routed_experts(name) else 1.0) * multiplies
+            yield f"{name}.{key}", 0 if id(weight) in seen else size, flops
             seen.add(id(weight))
 
 

@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import StrEnum
 from functools import lru_cache
-from itertools import accumulate
-from typing import NamedTuple
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from rankscope.data.tokens import Tokens
+from rankscope.data.tokens import Example, Tokens
 
 
 class Unpackable(StrEnum):
@@ -45,12 +45,9 @@ class NotPackable(Exception):
 
 
 class Segment(NamedTuple):
-    """Tokens of one trial, `[start, stop)`, and the lengths of its sequences.
-
-    `dropout` has one random stream for each sequence, which runs on from layer to layer; it is empty in evaluation. A
-    stream depends only on the trial's seed, the step, and the example's position in the step, so neither the division
-    of a step nor the other trials of a pack change it.
-    """
+    """Tokens of one trial, `[start, stop)`, and the lengths of its sequences. `dropout` has a random stream for each,
+    which runs on from layer to layer; it is empty in evaluation. A stream depends only on the trial's seed, the step,
+    and the example's position in the step, so neither the division of a step nor the other trials change it."""
 
     adapter: str
     start: int
@@ -122,50 +119,49 @@ class Slice(NamedTuple):
     examples: Examples
     dropout_seeds: Sequence[int] = ()
 
+    def take(self, places: Sequence[int]) -> "Slice":
+        """Examples at these places of the slice, with their seeds."""
+        seeds = [self.dropout_seeds[place] for place in places if self.dropout_seeds]
+        return Slice(self.adapter, [int(self.examples[place]) for place in places], seeds)
+
 
 def flatten(
     tokens: Tokens, slices: Sequence[Slice], device: torch.device, most_kept: int | None = None, multiple: int = 1
 ) -> FlatBatch:
     """Lay the examples of each slice end to end. With more than `most_kept` tokens the layout asks to recompute. A
     slice is filled up to a `multiple` of tokens by a last sequence without labels, so that products meet few shapes."""
-    segments, ids, positions, label_positions, label_sequence = [], [], [], [], []
-    of_labels: list[Segment] = []
-    start, sequence, labelled, filled = 0, 0, 0, 0
+    segments, rows, is_example, start = list[Segment](), list[Example](), list[bool](), 0
     for adapter, examples, dropout_seeds in slices:
-        begin, lengths = start, []
-        for example in examples:
-            example_ids, is_label = tokens[int(example)]
-            ids.append(example_ids)
-            positions.append(np.arange(len(example_ids)))
-            labels = np.flatnonzero(is_label[1:])  # the token before predicts each label
-            label_positions.append(start + labels)
-            label_sequence.append(np.full(len(labels), sequence))
-            lengths.append(len(example_ids))
-            start += len(example_ids)
-            sequence += 1
-        if filling := (begin - start) % multiple:
-            ids.append(np.repeat(ids[-1][:1], filling))
-            positions.append(np.arange(filling))
-            lengths.append(filling)
-            start, filled = start + filling, filled + filling
-            dropout_seeds = [*dropout_seeds, 0] if dropout_seeds else ()
-        streams = tuple(torch.Generator(device).manual_seed(seed) for seed in dropout_seeds)
-        segments.append(Segment(adapter, begin, start, tuple(lengths), streams))
-        first, labelled = labelled, sum(map(len, label_positions))
-        of_labels.append(Segment(adapter, first, labelled, (labelled - first,), ()))
+        own, seeds = [tokens[int(example)] for example in examples], list(dropout_seeds)
+        is_example += [True] * len(own)
+        if filling := -sum(len(row.ids) for row in own) % multiple:
+            own.append(Example(np.repeat(own[-1].ids[:1], filling), np.zeros(filling, bool)))
+            is_example.append(False)
+            seeds += [0] if seeds else []
+        row_lengths = tuple(len(row.ids) for row in own)
+        streams = tuple(torch.Generator(device).manual_seed(seed) for seed in seeds)
+        segments.append(Segment(adapter, start, start + sum(row_lengths), row_lengths, streams))
+        start += sum(row_lengths)
+        rows += own
+    ids, is_label = (np.concatenate(part) for part in zip(*rows, strict=True))
+    lengths = np.array([len(row.ids) for row in rows])
+    starts = np.cumsum(lengths) - lengths
+    is_label[starts] = False  # no token is before a sequence's first one, to predict it
+    labels = np.flatnonzero(is_label)
+    borders = pairwise([0, *np.searchsorted(labels, [segment.stop for segment in segments]).tolist()])
+    of_labels = [Segment(s.adapter, a, b, (b - a,), ()) for s, (a, b) in zip(segments, borders, strict=True)]
 
-    def tensor(parts: list[np.ndarray]) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device, non_blocking=True)
+    def tensor(values: npt.NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(values.astype(np.int64)).to(device, non_blocking=True)
 
-    targets = np.concatenate(ids)[np.concatenate(label_positions) + 1]
     return FlatBatch(
-        layout=Layout(tuple(segments), start, recompute=most_kept is not None and start - filled > most_kept),
-        label_layout=Layout(tuple(of_labels), labelled),
+        layout=Layout(tuple(segments), start, most_kept is not None and int(lengths[is_example].sum()) > most_kept),
+        label_layout=Layout(tuple(of_labels), len(labels)),
         input_ids=tensor(ids)[None],
-        position_ids=tensor(positions)[None],
-        label_positions=tensor(label_positions),
-        targets=tensor([targets]),
-        label_sequence=np.concatenate(label_sequence),
+        position_ids=tensor(np.arange(start) - np.repeat(starts, lengths))[None],
+        label_positions=tensor(labels - 1),
+        targets=tensor(ids[labels]),
+        label_sequence=np.repeat(np.cumsum(is_example) - 1, lengths)[labels],
     )
 
 
@@ -189,7 +185,6 @@ def layout_if_any() -> Layout | None:
 
 def current_layout() -> Layout:
     """Layout of the running forward. Raises RuntimeError outside of `use_layout`."""
-    layout = _current.get()
-    if layout is None:
+    if (layout := _current.get()) is None:
         raise RuntimeError("a packed model was called outside of use_layout")
     return layout

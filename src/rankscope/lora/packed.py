@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -37,26 +37,24 @@ from rankscope.model.quantized import dequantized_forward
 
 
 def pack_layers(model: PreTrainedModel) -> None:
-    """Replace the forward of every LoRA layer by the packed one. Raises NotPackable: a layer
-    is not plain LoRA over a linear module, or one behind the trunk has LoRA dropout, whose numbers PEFT draws for all
-    positions and not for the labels alone."""
+    """Replace the forward of every LoRA layer by the packed one. Raises NotPackable: a layer is not plain LoRA over a
+    linear module, or one behind the trunk has LoRA dropout, whose numbers PEFT draws for all positions and not for the
+    labels alone."""
     if others := wrapped_modules(model):
         raise NotPackable(Unpackable.WHOLE, others[0][0])
     trunk = trunk_name(model)
     if trunk is None:
         raise NotPackable(Unpackable.NO_TRUNK)
     for name, layer in outer_layers(model):
-        base = layer.get_base_layer()
+        base: Any = layer.get_base_layer()
         if isinstance(layer, ParamWrapper) and not isinstance(base, nn.Linear):
-            _check_experts(name, layer)
+            _check_experts(name, base)
             replace_forward(layer, _packed_experts, layer)
             continue
-        if type(layer) not in (LoraLinear, ParamWrapper) and not dequantized_forward(base):
-            raise NotPackable(Unpackable.NOT_LINEAR, f"{name} is a {type(layer).__name__} of PEFT")
-        if layer.lora_variant or any(layer.lora_bias.values()):
-            raise NotPackable(Unpackable.NOT_LINEAR, f"{name} carries a variant of LoRA")
-        if not dequantized_forward(base) and not is_product(cast(Any, type(base))):
-            raise NotPackable(Unpackable.NOT_LINEAR, f"{name} adapts a {type(base).__name__} with its own forward")
+        quantized, kinds = dequantized_forward(base), f"a {type(layer).__name__} on a {type(base).__name__}"
+        known = quantized or (type(layer) in (LoraLinear, ParamWrapper) and is_product(cast(Any, type(base))))
+        if not known or layer.lora_variant or any(layer.lora_bias.values()):
+            raise NotPackable(Unpackable.NOT_LINEAR, f"{name} is {kinds}, or carries a variant of LoRA")
         has_dropout = any(isinstance(dropout, nn.Dropout) for dropout in layer.lora_dropout.values())
         if has_dropout and not name.startswith(f"{trunk}."):
             raise NotPackable(Unpackable.OUTPUT_DROPOUT, name)
@@ -105,10 +103,7 @@ def _packed_forward(layer: Any, x: Tensor) -> Tensor:
                 spans.append(Span(*place, -scaling, None, *initial))
     groups = grouped(spans, operand)
     taken = {id(span) for group in groups for span in group}
-    alone = [span for span in spans if id(span) not in taken]
-    arguments = (flat, operand, weight, base.bias, [span[:3] for span in alone], [span.keep for span in alone])
-    factors = [factor for span in alone for factor in (span.a, span.b)]
-    out: Tensor = _PackedLinear.apply(*arguments, *factors)  # type: ignore[no-untyped-call]
+    out = _packed_linear(flat, operand, weight, base.bias, [span for span in spans if id(span) not in taken])
     if groups:
         out = add_updates(out, flat, operand, groups)
     return out.view(*x.shape[:-1], out.shape[-1])
@@ -126,9 +121,8 @@ def _operand(x: Tensor, dtype: torch.dtype) -> Tensor:
     return cast(Tensor, _last_operand[2])
 
 
-def _check_experts(name: str, layer: ParamWrapper) -> None:
+def _check_experts(name: str, experts: nn.Module) -> None:
     """Raise NotPackable where experts are not laid out as transformers' own functions for them expect."""
-    experts = layer.get_base_layer()
     known = all(hasattr(experts, part) for part in ("has_gate", "has_bias", "is_transposed", "down_proj"))
     if not known or getattr(experts, "has_post_expert_norm", False):
         raise NotPackable(Unpackable.NOT_LINEAR, f"{name} is a {type(experts).__name__}")
@@ -142,7 +136,7 @@ def _packed_experts(layer: ParamWrapper, x: Tensor, top_k_index: Tensor, top_k_w
     if x.shape[0] != layout.tokens:
         raise NotPackable(Unpackable.RESHAPES, f"experts: {x.shape[0]} of {layout.tokens} tokens")
     first = "gate_up_proj" if experts.has_gate else "up_proj"
-    factors = {parameter: _experts_factors(layer, parameter, layout) for parameter in (first, "down_proj")}
+    spans = {parameter: _expert_spans(layer, parameter, layout) for parameter in (first, "down_proj")}
     index = top_k_index.reshape(-1)
     order = index.sort(stable=True).indices  # (T K,), rows by expert and then by token
     token = order // top_k_index.shape[1]
@@ -150,10 +144,10 @@ def _packed_experts(layer: ParamWrapper, x: Tensor, top_k_index: Tensor, top_k_w
     for expert, ends in enumerate(_ends(index[order], token, layout, getattr(experts, first).shape[0])):
         rows = token[ends[0] : ends[-1]]
         if rows.shape[0]:
-            spans = [(start - ends[0], stop - ends[0]) for start, stop in pairwise(ends)]
-            hidden = _expert_product(experts, first, expert, x[rows], spans, factors[first])
+            places = [(start - ends[0], stop - ends[0]) for start, stop in pairwise(ends)]
+            hidden = _expert_product(experts, first, expert, x[rows], places, spans[first])
             hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
-            parts.append(_expert_product(experts, "down_proj", expert, hidden, spans, factors["down_proj"]))
+            parts.append(_expert_product(experts, "down_proj", expert, hidden, places, spans["down_proj"]))
     out = torch.cat(parts) * top_k_weights.reshape(-1)[order, None]
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
@@ -167,58 +161,57 @@ def _ends(expert: Tensor, token: Tensor, layout: Layout, experts: int) -> list[l
     if isinstance(expert, FakeTensor) or expert.is_meta:
         rows, tokens = len(expert), layout.tokens
         return [[(number * tokens + end) * rows // (experts * tokens) for end in ends] for number in range(experts)]
-    wanted = (
-        torch.tensor(ends, device=expert.device) + layout.tokens * torch.arange(experts, device=expert.device)[:, None]
-    )
+    first = layout.tokens * torch.arange(experts, device=expert.device)[:, None]
+    wanted = first + torch.tensor(ends, device=expert.device)
     found: list[list[int]] = torch.searchsorted(expert * layout.tokens + token, wanted).tolist()
     return found
 
 
-class _ExpertsFactors(NamedTuple):
-    """Factors of one segment's adapter, for each expert: E of (R, D) and E of (O, R)."""
-
-    a: tuple[Tensor, ...]
-    b: tuple[Tensor, ...]
-    scaling: float
-
-
-def _experts_factors(layer: Any, parameter: str, layout: Layout) -> list[_ExpertsFactors | None]:
-    """Factors of each segment's adapter on one parameter; None where it has none. PEFT's nested wrappers hold them."""
+def _expert_spans(layer: Any, parameter: str, layout: Layout) -> list[list[Span]]:
+    """Adapter of each segment on one parameter, as a span without a place for each expert; empty where it has none.
+    PEFT's nested wrappers hold them."""
     while isinstance(layer, ParamWrapper) and layer.parameter_name != parameter:
         layer = layer.base_layer
-    found: list[_ExpertsFactors | None] = []
+    found: list[list[Span]] = []
     for key in (adapter_key(segment.adapter) for segment in layout.segments):
         if not isinstance(layer, ParamWrapper) or key not in layer.lora_A:
-            found.append(None)
+            found.append([])
             continue
         a, b = cast(Tensor, layer.lora_A[key].weight), cast(Tensor, layer.lora_B[key].weight)
-        a = a.view(layer.num_experts, -1, a.shape[1])
-        b = b.view(b.shape[0], -1, layer.num_experts).permute(2, 0, 1).contiguous()  # products copy it otherwise
-        found.append(_ExpertsFactors(a.unbind(), b.unbind(), layer.scaling[key]))
+        a = a.view(layer.num_experts, -1, a.shape[1])  # (E, R, D)
+        b = b.view(b.shape[0], -1, layer.num_experts).permute(2, 0, 1).contiguous()  # (E, O, R): products copy it else
+        pairs = zip(a.unbind(), b.unbind(), strict=True)
+        found.append([Span(0, 0, layer.scaling[key], None, *pair) for pair in pairs])
     return found
 
 
 def _expert_product(
-    experts: Any, parameter: str, expert: int, x: Tensor, spans: Sequence[tuple[int, int]], factors: Sequence[Any]
+    experts: Any, name: str, expert: int, x: Tensor, places: Sequence[tuple[int, int]], spans: Sequence[Sequence[Span]]
 ) -> Tensor:
     """Product of one expert with its rows, and each adapter's update of its own."""
-    weight = getattr(experts, parameter)[expert]
-    bias = getattr(experts, f"{parameter}_bias")[expert] if experts.has_bias else None
-    own = [(start, stop, part) for (start, stop), part in zip(spans, factors, strict=True) if part and stop > start]
-    weights = [factor for _, _, part in own for factor in (part.a[expert], part.b[expert])]
-    scaled = [(start, stop, part.scaling) for start, stop, part in own]
+    weight = getattr(experts, name)[expert]
+    bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
+    pairs = zip(places, spans, strict=True)
+    own = [one[expert]._replace(start=start, stop=stop) for (start, stop), one in pairs if one and stop > start]
     operand = x.detach().to(operand_dtype(weight.dtype))
-    out: Tensor = _PackedLinear.apply(  # type: ignore[no-untyped-call]
-        x, operand, weight.T if experts.is_transposed else weight, bias, scaled, [None] * len(own), *weights
+    return _packed_linear(x, operand, weight.T if experts.is_transposed else weight, bias, own)
+
+
+def _packed_linear(
+    x: Tensor, operand: Tensor, weight: Tensor | FrozenForward, bias: Tensor | None, spans: Sequence[Span]
+) -> Tensor:
+    """Outputs (T, O) of a frozen layer with the updates of `spans`: see `_PackedLinear`."""
+    factors = [factor for span in spans for factor in (span.a, span.b)]
+    return _PackedLinear.apply(  # type: ignore[no-any-return, no-untyped-call]
+        x, operand, weight, bias, [span[:4] for span in spans], *factors
     )
-    return out
 
 
 class _PackedLinear(torch.autograd.Function):
     """Frozen product plus the update of every span of tokens, with the input gradients added up in one buffer.
 
     Shapes: x and `operand`, which is x in the type of the products, (T, D), weight (O, D), bias (O,) or None, A (R, D),
-    B (O, R). `keeps` holds each span's dropout mask and factor, or None. A span with untrained A and B subtracts an
+    B (O, R). `spans` have first and last token, scaling, and dropout mask. A span with untrained A and B subtracts an
     initial update: see `rankscope.lora.variants`. In mixed precision sums are float32: see `rankscope.model.mixed`.
     The backward needs x or the operand (which q, k and v share), s A x of shape (t, R), and the dropout masks.
 
@@ -233,8 +226,7 @@ class _PackedLinear(torch.autograd.Function):
         operand: Tensor,
         weight: Tensor | FrozenForward,
         bias: Tensor | None,
-        spans: list[tuple[int, int, float]],
-        keeps: list[Any],
+        spans: list[tuple[int, int, float, Any]],
         *weights: Tensor,
     ) -> Tensor:
         kind = operand.dtype
@@ -242,11 +234,11 @@ class _PackedLinear(torch.autograd.Function):
         inputs = x if rounds_operands(x, kind) else operand
         hidden = []
         with rounded_operands(kind):
-            for (start, stop, scaling), keep, a, b in zip(spans, keeps, weights[::2], weights[1::2], strict=True):
+            for (start, stop, scaling, keep), a, b in zip(spans, weights[::2], weights[1::2], strict=True):
                 h = linear(_drop(inputs[start:stop], keep), a.to(inputs.dtype)).mul_(scaling).to(inputs.dtype)  # (t, R)
                 _add_product(out[start:stop], h, b.to(inputs.dtype).T)
                 hidden.append(h if a.requires_grad else h[:0])
-        ctx.weight, ctx.spans, ctx.keeps, ctx.kind = weight, spans, keeps, kind
+        ctx.weight, ctx.spans, ctx.kind = weight, spans, kind
         ctx.save_for_backward(inputs, *weights, *hidden)
         return out
 
@@ -258,10 +250,10 @@ class _PackedLinear(torch.autograd.Function):
         grad_x = linear(operand, _matrix(ctx.weight, ctx.kind).T) if ctx.needs_input_grad[0] else None
         grad_weights: list[Tensor | None] = []
         with rounded_operands(ctx.kind):
-            for i, (start, stop, scaling) in enumerate(ctx.spans):
-                a, b, keep, g = weights[2 * i].to(kind), weights[2 * i + 1].to(kind), ctx.keeps[i], grad[start:stop]
+            for i, (start, stop, scaling, keep) in enumerate(ctx.spans):
+                a, b, g = weights[2 * i].to(kind), weights[2 * i + 1].to(kind), grad[start:stop]
                 grad_h = linear(g, b.T).mul_(scaling).to(kind)  # (t, R)
-                if ctx.needs_input_grad[6 + 2 * i]:
+                if ctx.needs_input_grad[5 + 2 * i]:
                     grad_weights.append(_grad(weights[2 * i], grad_h.T, _drop(inputs[start:stop], keep)))
                     grad_weights.append(_grad(weights[2 * i + 1], g.T, saved[2 * count + i]))
                 else:
@@ -270,7 +262,7 @@ class _PackedLinear(torch.autograd.Function):
                     _add_product(grad_x[start:stop], grad_h, a)
                 elif grad_x is not None:
                     grad_x[start:stop] += _drop(linear(grad_h, a.T), keep)
-        return grad_x, None, None, None, None, None, *grad_weights
+        return grad_x, None, None, None, None, *grad_weights
 
 
 def _matrix(weight: Tensor | FrozenForward, dtype: torch.dtype) -> Tensor:

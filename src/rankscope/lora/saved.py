@@ -105,9 +105,31 @@ def read_adapter(folder: Path) -> SavedAdapter:
     try:
         tensors = load_file(file)
     except FileNotFoundError:
-        raise _missing(file) from None
+        others = [path.name for path in sorted(folder.glob("adapter_model*"))]
+        what = f"{file}: missing" + (f": {others[0]} is not read" if others else "")
+        todo = "Weights are read from one safetensors file, not from shards or pickles, which could execute code: save "
+        raise ModelError(what, f"{todo}it where you trust it, by save_pretrained.") from None
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{file}: corrupt or incomplete: {error}", "Restore it.") from None
+    keys = _factor_keys(file, tensors)
+    foreign = next((key for both in keys.values() for key in both.values() if _canonical(key) != key), None)
+    pairs = {name: {part: tensors.pop(key) for part, key in sorted(both.items())} for name, both in keys.items()}
+    layers: list[Factors] = []
+    for name in sorted(pairs, key=_order):
+        parameter = _parameter(file, name, pairs, config, ranks)
+        rank = ranks.get(parameter or name, config.r)
+        alpha = alphas.get(parameter or name, config.lora_alpha)
+        scaling = alpha / (rank**0.5 if config.use_rslora else rank)
+        a, b = _checked_pair(f"{file}: {name}", pairs[name], rank, parameter is not None)
+        names = _canonical(keys[name]["A"]), _canonical(keys[name]["B"])
+        kernel = tuple(a.shape[1:]) if a.dim() > 2 else ()
+        one = Factors(name, a.flatten(1).float(), b.flatten(1).float(), scaling, names, kernel, a.dtype, parameter)
+        layers += [one] if len(a) == rank else _by_expert(one, rank)
+    return SavedAdapter(config, layers, tensors, unknown, foreign)
+
+
+def _factor_keys(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
+    """Keys of the factors in the file, by layer and by part, A or B."""
     keys: dict[str, dict[str, str]] = {}
     for key in tensors:
         if match := _FACTOR.fullmatch(key):
@@ -123,27 +145,34 @@ def read_adapter(folder: Path) -> SavedAdapter:
         found = f"; a key of it is {shortened(next(iter(tensors)), 100)}" if tensors else ""
         what = f"{file}: holds no LoRA factors under PEFT's names{found}"
         raise ModelError(what, "Save it with PEFT's save_pretrained; adapters of kohya and others are not read.")
-    foreign = next((key for both in keys.values() for key in both.values() if _canonical(key) != key), None)
-    pairs = {name: {part: (key, tensors.pop(key)) for part, key in both.items()} for name, both in keys.items()}
-    parameters = {name: _parameter(file, name, pairs, config, ranks) for name in pairs}
-    layers = [
-        part
-        for name in sorted(pairs, key=_order)
-        for part in _layers(file, name, pairs[name], parameters[name], config, ranks, alphas)
-    ]
-    return SavedAdapter(config, layers, tensors, unknown, foreign)
+    return keys
 
 
-def _missing(file: Path) -> ModelError:
-    """Error about weights that are not in PEFT's one file."""
-    others = sorted(path.name for path in file.parent.glob("adapter_model*"))
-    if any(name.endswith(".safetensors") or name.endswith(".index.json") for name in others):
-        what = f"{file}: missing: the weights are in shards ({others[0]}), which are not read"
-        return ModelError(what, "Save the adapter in one file: save_pretrained with a larger max_shard_size.")
-    if others:
-        what = f"{file}: missing: {others[0]} is not read, since loading it could execute code"
-        return ModelError(what, "Load the adapter where you trust it, and save it with save_pretrained.")
-    return ModelError(f"{file}: missing", "Weights are read from safetensors files only.")
+def _checked_pair(where: str, pair: Mapping[str, Tensor], rank: int, several: bool) -> tuple[Tensor, Tensor]:
+    """Factors A (R, D) and B (O, R) of a layer; with `several` A may be of experts, (E R, D), and B (O, R E)."""
+    shapes = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in pair.items())
+    whole = pair.keys() == {"A", "B"} and all(tensor.dim() >= 2 and tensor.numel() for tensor in pair.values())
+    if not whole or pair["A"].shape[0] != pair["B"].shape[1]:
+        todo = "Restore it; factors of a grouped convolution are not read."
+        raise ModelError(f"{where} has {shapes}: no pair of LoRA factors", todo)
+    a, b = pair["A"], pair["B"]
+    if not all(part.is_floating_point() and part.element_size() > 1 for part in (a, b)):
+        raise ModelError(f"{where} is of {a.dtype} and {b.dtype}, which is not read", "Save it in float32 or bfloat16.")
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise ModelError(f"{where} holds NaN or infinity", "Its training diverged: take another.")
+    if len(a) % rank or (len(a) != rank and not several):
+        wrong = f"{where} has rank {len(a)}, but {CONFIG} says {rank}"
+        raise ModelError(wrong, "Restore the file that was changed.")
+    return a, b
+
+
+def _by_expert(one: Factors, rank: int) -> list[Factors]:
+    """Factors of each of E experts, of which PEFT stacks A as (E R, D), and B as (O, R E)."""
+    block, _, leaf = str(one.parameter).rpartition(".")
+    ending = "" if leaf == "weight" else f".{leaf}"
+    experts = len(one.a) // rank
+    parts = zip(one.a.view(experts, rank, -1), one.b.view(len(one.b), rank, experts).unbind(-1), strict=True)
+    return [one._replace(layer=f"{block}.{number}{ending}", a=a, b=b) for number, (a, b) in enumerate(parts)]
 
 
 def _canonical(key: str) -> str:
@@ -156,7 +185,7 @@ def _canonical(key: str) -> str:
 
 
 def _parameter(
-    file: Path, name: str, pairs: Mapping[str, Any], config: LoraConfig, ranks: PatternKeys[int]
+    file: Path, name: str, pairs: Mapping[str, Mapping[str, Tensor]], config: LoraConfig, ranks: PatternKeys[int]
 ) -> str | None:
     """Name of the parameter that the layer `name` of the file adapts; None where it adapts a module. PEFT nests the
     wrappers of two parameters of one module, the first that the module defines innermost, as `experts.base_layer` in
@@ -165,7 +194,7 @@ def _parameter(
     if f"{name}.weight" in targets or any(f"{name}.weight".endswith(f".{t}") and "." in t for t in targets):
         return f"{name}.weight"
     module = name.removesuffix(".base_layer").removesuffix(".base_layer")
-    tensor = pairs[name].get("A", (None, None))[1]
+    tensor = pairs[name].get("A")
     nested = name != module or f"{name}.base_layer" in pairs
     if not targets or tensor is None or (not nested and tensor.shape[0] == ranks.get(name, config.r)):
         return None
@@ -202,12 +231,10 @@ def _tensors(adapter: SavedAdapter) -> dict[str, Tensor]:
 def attach(model: PreTrainedModel, name: str, adapter: SavedAdapter) -> None:
     """Add the adapter to `model` under `name`, with float32 weights, beside any that it has. Raises ModelError: the
     adapter does not fit the model."""
-    key, config = adapter_key(name), _by_name(adapter)
-    todo = "Give the model that the adapter was trained on."
+    key, tensors = adapter_key(name), {_canonical(key): tensor for key, tensor in _tensors(adapter).items()}
     try:
-        inject(config, model, key)
+        inject(_by_name(adapter), model, key)
         to_float32(model, name)
-        tensors = {_canonical(file_key): tensor for file_key, tensor in _tensors(adapter).items()}
         weights = adapter_weights(model, name)
         direct = weights.keys() <= tensors.keys()  # PEFT would rename some as the checkpoint's, and lose them
         for weight in filter(layer_of, weights) if direct else ():
@@ -217,13 +244,13 @@ def attach(model: PreTrainedModel, name: str, adapter: SavedAdapter) -> None:
         for other in adapter.others.keys() & tensors.keys():  # PEFT wants modules saved whole by this model's names
             tensors[other.removeprefix(SAVED_PREFIX)] = tensors.pop(other)
         result: Any = set_peft_model_state_dict(model, tensors, adapter_name=key)
+        missing = [other for other in result.missing_keys if ".lora_" in other and f".{key}" in other and not direct]
+        if odd := [*result.unexpected_keys, *missing]:
+            raise ValueError(f"{odd[0]} is of one and not of the other")
     except (StudyError, RuntimeError, ValueError, KeyError, re.error) as error:
         reason = str(error).strip().splitlines()[-1]
+        todo = "Give the model that the adapter was trained on."
         raise ModelError(f"the adapter does not fit the model: {reason}", todo) from None
-    missing = [other for other in result.missing_keys if ".lora_" in other and f".{key}" in other and not direct]
-    if result.unexpected_keys or missing:
-        odd = (result.unexpected_keys + missing)[0]
-        raise ModelError(f"the adapter does not fit the model: {odd} is of one and not of the other", todo)
 
 
 def peft_fault(model: PreTrainedModel, folder: Path) -> str | None:
@@ -271,55 +298,14 @@ def attached(model: PreTrainedModel, name: str, adapter: SavedAdapter) -> Iterat
 def _by_name(adapter: SavedAdapter) -> LoraConfig:
     """Configuration with the file's layers by name. `PatternKeys` resolves foreign patterns, and PEFT receives none."""
     config, alphas = copy.copy(adapter.config), PatternKeys(adapter.config.alpha_pattern or {})
-    by_target = {layer.target: layer for layer in adapter.layers}
-    config.target_modules = [target for target, layer in by_target.items() if layer.parameter is None]
-    config.target_parameters = [target for target, layer in by_target.items() if layer.parameter] or None
+    layers = {layer.target: layer for layer in adapter.layers}
+    config.target_modules = [target for target, layer in layers.items() if layer.parameter is None]
+    config.target_parameters = [target for target, layer in layers.items() if layer.parameter] or None
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    by_key = {f"^{re.escape(target)}": layer for target, layer in by_target.items()}
-    config.rank_pattern = {key: layer.rank for key, layer in by_key.items() if layer.rank != config.r}
-    by_layer = {key: alphas.get(layer.target, config.lora_alpha) for key, layer in by_key.items()}
+    config.rank_pattern = {f"^{re.escape(t)}": layer.rank for t, layer in layers.items() if layer.rank != config.r}
+    by_layer = {f"^{re.escape(target)}": alphas.get(target, config.lora_alpha) for target in layers}
     config.alpha_pattern = {key: alpha for key, alpha in by_layer.items() if alpha != config.lora_alpha}
     return config
-
-
-def _layers(
-    file: Path,
-    name: str,
-    pair: dict[str, tuple[str, Tensor]],
-    parameter: str | None,
-    config: LoraConfig,
-    ranks: PatternKeys[int],
-    alphas: PatternKeys[float],
-) -> list[Factors]:
-    """Factors of one layer of the file: one, or as many as its tensors have experts. PEFT stacks the experts' A as
-    (E R, D), and their B as (O, R E)."""
-    tensors = {part: tensor for part, (_, tensor) in sorted(pair.items())}
-    shapes = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in tensors.items())
-    whole = tensors.keys() == {"A", "B"} and all(tensor.dim() >= 2 and tensor.numel() for tensor in tensors.values())
-    if whole and tensors["B"].dim() > 2 and tensors["A"].shape[0] > tensors["B"].shape[1]:
-        raise ModelError(f"{file}: {name} has {shapes}: of a grouped convolution", "Its update is no product of two.")
-    if not whole or tensors["A"].shape[0] != tensors["B"].shape[1]:
-        raise ModelError(f"{file}: {name} has {shapes}: no pair of LoRA factors", "Restore it.")
-    a, b = tensors["A"], tensors["B"]
-    if not all(part.is_floating_point() and part.element_size() > 1 for part in (a, b)):
-        what = f"{file}: {name} is of {a.dtype} and {b.dtype}, which is not read"
-        raise ModelError(what, "Save it in float32 or bfloat16.")
-    if not (a.isfinite().all() and b.isfinite().all()):
-        raise ModelError(f"{file}: {name} holds NaN or infinity", "Its training diverged: take another.")
-    rank = ranks.get(parameter or name, config.r)
-    experts, rest = divmod(a.shape[0], rank)
-    if rest or (experts != 1 and parameter is None):
-        wrong = f"{file}: {name} has rank {a.shape[0]}, but {CONFIG} says {rank}"
-        raise ModelError(wrong, "Restore the file that was changed.")
-    scaling = alphas.get(parameter or name, config.lora_alpha) / (rank**0.5 if config.use_rslora else rank)
-    keys, kernel = (_canonical(pair["A"][0]), _canonical(pair["B"][0])), tuple(a.shape[1:]) if a.dim() > 2 else ()
-    one = Factors(name, a.flatten(1).float(), b.flatten(1).float(), scaling, keys, kernel, a.dtype, parameter)
-    if experts == 1:
-        return [one]
-    block, _, leaf = str(parameter).rpartition(".")
-    ending = "" if leaf == "weight" else f".{leaf}"
-    parts = zip(one.a.view(experts, rank, -1), one.b.view(len(one.b), rank, experts).unbind(-1), strict=True)
-    return [one._replace(layer=f"{block}.{number}{ending}", a=a, b=b) for number, (a, b) in enumerate(parts)]
 
 
 def _order(name: str) -> list[tuple[int, str]]:

@@ -20,12 +20,30 @@ from rankscope.lora.saved import Factors, SavedAdapter
 ENERGIES = (0.90, 0.95, 0.99)  # shares of the energy, the squared Frobenius norm: rank_90, rank_95 and rank_99
 
 
-def singular_values(factors: Factors) -> Tensor:
-    """Singular values of the layer's update, largest first, in float64: (min(O, R, D),)."""
-    r_b = torch.linalg.qr(factors.b.double(), mode="r").R  # (min(O, R), R)
-    r_a = torch.linalg.qr(factors.a.double().T, mode="r").R  # (min(D, R), R)
-    values: Tensor = torch.linalg.svdvals(r_b @ r_a.T)
-    return values * abs(factors.scaling)
+class Decomposed(NamedTuple):
+    """Thin SVD of a layer's update, `u * values @ v`, in float64, largest value first."""
+
+    factors: Factors
+    u: Tensor  # (O, K), K the smallest of O, R and D
+    values: Tensor  # (K,)
+    v: Tensor  # (K, D)
+
+    @property
+    def parameters_per_rank(self) -> int:
+        return self.u.shape[0] + self.v.shape[1]
+
+    def truncate(self, rank: int) -> Factors:
+        """Best approximation of the update with `rank`, a scaling of 1, in float32."""
+        a, b = self.v[:rank], self.u[:, :rank] * self.values[:rank]
+        return self.factors._replace(a=a.float(), b=b.float(), scaling=1.0)
+
+
+def decompose(factors: Factors) -> Decomposed:
+    """SVD of `scaling * b @ a` by QR of both factors."""
+    q_b, r_b = torch.linalg.qr(factors.b.double())
+    q_a, r_a = torch.linalg.qr(factors.a.double().T)
+    u, values, v = torch.linalg.svd(factors.scaling * (r_b @ r_a.T), full_matrices=False)
+    return Decomposed(factors, q_b @ u, values, v @ q_a.T)
 
 
 def effective_rank(values: Tensor) -> float:
@@ -59,7 +77,7 @@ def spectrum(layers: Sequence[Factors]) -> pd.DataFrame:
 
 
 def _row(factors: Factors) -> dict[str, Any]:
-    values = singular_values(factors)
+    values = decompose(factors).values
     block, module = split_layer_name(factors.layer)
     return {
         "layer": factors.layer,
@@ -94,32 +112,6 @@ def by_module(frame: pd.DataFrame) -> pd.DataFrame:
     return table.reset_index()
 
 
-class Decomposed(NamedTuple):
-    """Thin SVD of a layer's update, `u * values @ v`, in float64, largest value first."""
-
-    factors: Factors
-    u: Tensor  # (O, K), K the smallest of O, R and D
-    values: Tensor  # (K,)
-    v: Tensor  # (K, D)
-
-    @property
-    def parameters_per_rank(self) -> int:
-        return self.u.shape[0] + self.v.shape[1]
-
-    def truncate(self, rank: int) -> Factors:
-        """Best approximation of the update with `rank`, a scaling of 1, in float32."""
-        a, b = self.v[:rank], self.u[:, :rank] * self.values[:rank]
-        return self.factors._replace(a=a.float(), b=b.float(), scaling=1.0)
-
-
-def decompose(factors: Factors) -> Decomposed:
-    """SVD of `scaling * b @ a` by QR of both factors."""
-    q_b, r_b = torch.linalg.qr(factors.b.double())
-    q_a, r_a = torch.linalg.qr(factors.a.double().T)
-    u, values, v = torch.linalg.svd(factors.scaling * (r_b @ r_a.T), full_matrices=False)
-    return Decomposed(factors, q_b @ u, values, v @ q_a.T)
-
-
 # Values of init_lora_weights that change the base model, and would again when a truncated adapter is loaded.
 _INITS_CHANGING_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _NOT_PLAIN = {
@@ -136,15 +128,12 @@ _NOT_PLAIN = {
 
 def check_resizable(adapter: SavedAdapter) -> None:
     """Raise ModelError if the adapter is not plain LoRA, so that truncation would not preserve it."""
-    init = str(adapter.config.init_lora_weights).lower()
-    for option, reason in _NOT_PLAIN.items():
-        if getattr(adapter.config, option, None):
-            raise ModelError(f"the adapter is no plain LoRA ({option}): {reason}", "Only plain LoRA can be resized.")
+    config, init = adapter.config, str(adapter.config.init_lora_weights).lower()
+    reasons = {option: reason for option, reason in _NOT_PLAIN.items() if getattr(config, option, None)}
     if experts := next((layer for layer in adapter.layers if layer.of_experts), None):
-        raise ModelError(
-            f"the adapter is no plain LoRA (target_parameters): the factors of {experts.parameter} are of many experts",
-            "Only plain LoRA can be resized.",
-        )
+        reasons["target_parameters"] = f"the factors of {experts.parameter} are of many experts"
+    for option, reason in reasons.items():
+        raise ModelError(f"the adapter is no plain LoRA ({option}): {reason}", "Only plain LoRA can be resized.")
     if init.startswith(_INITS_CHANGING_BASE):
         todo = "Save it with PEFT's path_initial_model_for_weight_conversion, which makes plain LoRA of it."
         raise ModelError(f"the adapter belongs to a base model that {init} changed", todo)
@@ -209,11 +198,10 @@ def kept_energy(layers: Sequence[Decomposed], ranks: Mapping[str, int]) -> float
 def relative_error(whole: Factors, truncated: Factors) -> float:
     """Frobenius norm of the difference of two updates, relative to `whole`; 0 if that is 0. It includes the rounding to
     the file's own type."""
+    own_b, own_a = whole.scaling * whole.b.double(), whole.a.double()
     b, a = truncated.b.to(truncated.dtype).double(), truncated.a.to(truncated.dtype).double()
-    b = torch.cat([whole.scaling * whole.b.double(), -truncated.scaling * b], dim=1)
-    a = torch.cat([whole.a.double(), a])
-    norm = _norm(whole.scaling * whole.b.double(), whole.a.double())
-    return _norm(b, a) / norm if norm else 0.0
+    norm = _norm(own_b, own_a)
+    return _norm(torch.cat([own_b, -truncated.scaling * b], dim=1), torch.cat([own_a, a])) / norm if norm else 0.0
 
 
 def _norm(b: Tensor, a: Tensor) -> float:

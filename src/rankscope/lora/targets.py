@@ -8,6 +8,7 @@ change abruptly. What cannot carry LoRA would end the training. The coverage of 
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -58,30 +59,27 @@ def find_targets(model: nn.Module, asked: str | Sequence[str], plain: bool = Tru
     anatomy = _look_at(model)
     if not isinstance(asked, str):
         return _named(model, anatomy, asked, plain)
-    with_experts = asked == ALL_LINEAR_AND_EXPERTS
+    with_experts, taken = asked == ALL_LINEAR_AND_EXPERTS, _taken_for_experts(model)
     output: Any = getattr(model, "get_output_embeddings", lambda: None)()
     output = output.get_base_layer() if isinstance(output, LoraLayer) else output
-    taken, modules, renamed = _taken_for_experts(model), list[str](), list[str]()
     left: defaultdict[LeftOut, list[str]] = defaultdict(list)
+    modules, parameters = list[str](), list[str]()
     for name in anatomy.linear:
-        layer = anatomy.modules[name]
-        reason: LeftOut | None = None
-        if layer is output:
-            reason = "output"
-        elif name in anatomy.routers:
-            reason = "routers"
-        elif name in anatomy.experts and not with_experts:
-            reason = "experts"
-        elif _refused(model, name):
-            reason = "refused"
-        elif not _is_linear(layer):
-            reason = "own_forward"
-        elif name.rsplit(".", 1)[-1] in taken:
-            reason = None if plain else "renamed"
-        if reason:
+        layer, renamed = anatomy.modules[name], _leaf(name) in taken
+        reasons: dict[LeftOut, bool] = {
+            "output": layer is output,
+            "routers": name in anatomy.routers,
+            "experts": name in anatomy.experts and not with_experts,
+            "refused": _refused(model, name),
+            "own_forward": not _is_linear(layer),
+            "renamed": renamed and not plain,
+        }
+        if reason := next((reason for reason, holds in reasons.items() if holds), None):
             left[reason].append(name)
+        elif renamed:
+            parameters.append(f"{name}.weight")
         else:
-            (renamed if name.rsplit(".", 1)[-1] in taken else modules).append(name)
+            modules.append(name)
     left["routers"] += [name for name in anatomy.modules if name in anatomy.routers - set(anatomy.linear)]
     left["experts"] += [*(() if with_experts else anatomy.parameters), *anatomy.flat]
     if with_experts and anatomy.parameters and not plain:
@@ -90,12 +88,11 @@ def find_targets(model: nn.Module, asked: str | Sequence[str], plain: bool = Tru
         why = "experts in a layout that PEFT has no adapter for" if anatomy.flat else "no routed experts"
         what = f"adapter.target_modules: {ALL_LINEAR_AND_EXPERTS}: this model has {why}"
         raise StudyError(what, f"Use {ALL_LINEAR}.")
-    parameters = [f"{name}.weight" for name in renamed] + list(anatomy.parameters if with_experts else ())
-    left_out = {reason: tuple(names) for reason, names in left.items() if names}
-    found = Targets(tuple(modules), tuple(parameters), left_out)
-    if not found.names:
+    parameters += anatomy.parameters if with_experts else ()
+    if not modules and not parameters:
         raise _wrong(anatomy, f"{asked}: this model has no linear module that can carry LoRA")
-    return found
+    left_out = {reason: tuple(names) for reason, names in left.items() if names}
+    return Targets(tuple(modules), tuple(parameters), left_out)
 
 
 def for_peft(model: nn.Module, targets: Targets) -> tuple[list[str], list[str]]:
@@ -111,43 +108,38 @@ def _endings(names: Sequence[str], known: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(short))
 
 
-def _all_endings(name: str) -> list[str]:
+def _all_endings(name: str) -> Iterable[str]:
     """`a.b.c` -> `c`, `b.c`, `a.b.c`."""
-    parts = name.split(".")
-    return [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
+    return accumulate(reversed(name.split(".")), "{1}.{0}".format)
 
 
 def _named(model: nn.Module, anatomy: _Anatomy, asked: Sequence[str], plain: bool) -> Targets:
     """Resolve names, each of which matches modules or parameters whose names end in it."""
     modules, parameters, taken = list[str](), list[str](), _taken_for_experts(model)
     for name in asked:
-        found = [other for other in anatomy.modules if _ends_in(other, name)]
-        weights = [w for w in anatomy.parameters if _ends_in(w, name) or _ends_in(w.rsplit(".", 1)[0], name)]
-        if any(other in anatomy.linear for other in found):  # a dense layer's down_proj: experts' are experts.down_proj
-            weights = []
+        found, weights = [other for other in anatomy.modules if _ends_in(other, name)], list[str]()
+        if not any(other in anatomy.linear for other in found):  # else it is a dense layer's down_proj
+            weights = [w for w in anatomy.parameters if _ends_in(w, name) or _ends_in(w.rpartition(".")[0], name)]
         inside = [other for other in anatomy.experts if any(other.startswith(f"{stack}.") for stack in found)]
         if not found and not weights:
             guess = did_you_mean(name, linear_names(anatomy), most=2, cutoff=0.5)
             raise _wrong(anatomy, f"{name} matches no module of this model{guess}")
+        modules += inside
+        parameters += weights
         for other in [] if weights or inside else found:
-            layer, leaf = anatomy.modules[other], other.rsplit(".", 1)[-1]
-            kind = type(layer).__name__
+            layer, kind = anatomy.modules[other], type(anatomy.modules[other]).__name__
             if other in anatomy.routers:
                 raise _wrong(anatomy, f"{name} is a router ({kind}): it gets no adapter")
             if not isinstance(getattr(layer, "weight", None), torch.Tensor) and not dequantized_forward(layer):
                 raise _wrong(anatomy, f"{name} is a {kind}, and no layer with a weight of its own")
             if isinstance(layer, nn.Linear) and not _is_linear(layer):
                 raise _wrong(anatomy, f"{name} is a {kind}, which cannot carry LoRA")
-            if leaf in taken and isinstance(layer, nn.Linear):
-                if not plain:
-                    raise _no_dropout(other)
+            if _leaf(other) in taken and isinstance(layer, nn.Linear):
                 parameters.append(f"{other}.weight")
             else:
                 modules.append(other)
-        modules += inside
-        parameters += weights
-        if weights and not plain:
-            raise _no_dropout(weights[0])
+        if parameters and not plain:
+            raise _no_dropout(parameters[0].removesuffix(".weight"))
     return Targets(tuple(dict.fromkeys(modules)), tuple(dict.fromkeys(parameters)), {})
 
 
@@ -164,7 +156,12 @@ def _wrong(anatomy: _Anatomy, what: str) -> StudyError:
 def linear_names(anatomy: _Anatomy) -> list[str]:
     """Last parts of the names of what can be adapted, for messages."""
     names = [name for name in anatomy.linear if name not in anatomy.routers]
-    return sorted({name.rsplit(".", 1)[-1] for name in (*names, *anatomy.parameters)})
+    return sorted({_leaf(name) for name in (*names, *anatomy.parameters)})
+
+
+def _leaf(name: str) -> str:
+    """`a.b.c` -> `c`."""
+    return name.rpartition(".")[2]
 
 
 def _ends_in(name: str, ending: str) -> bool:
@@ -174,15 +171,14 @@ def _ends_in(name: str, ending: str) -> bool:
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules of a model as (name, module), without what adapters have added."""
-    inside: str | None = None
+    inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if inside is not None and name.startswith(inside):
+        if name.startswith(inside):
             continue
-        inside = None
         if isinstance(module, LoraLayer):
-            inside, module = f"{name}.", module.get_base_layer()
+            inside, module = (f"{name}.",), module.get_base_layer()
         elif isinstance(module, AuxiliaryTrainingWrapper):
-            inside, module = f"{name}.", module.original_module
+            inside, module = (f"{name}.",), module.original_module
         yield name, module
 
 
@@ -194,12 +190,11 @@ def _look_at(model: nn.Module) -> _Anatomy:
     parameters, flat = list[str](), list[str]()
     for stack, module in modules.items():
         own = dict(module.named_parameters(recurse=False)) if _is_stack(stack, module) else {}
-        stacked = [name for name, value in own.items() if value.dim() == 3]
-        parameters += [f"{stack}.{name}" for name in stacked]
-        flat += [f"{stack}.{name}" for name, value in own.items() if value.dim() == 2 and "bias" not in name]
-        if stacked:
-            counts[stack.rpartition(".")[0]] = own[stacked[0]].shape[0]
-    flat = [name for name in flat if not any(other.startswith(f"{name.rpartition('.')[0]}.") for other in parameters)]
+        if stacked := {name: len(value) for name, value in own.items() if value.dim() == 3}:
+            parameters += [f"{stack}.{name}" for name in stacked]
+            counts[stack.rpartition(".")[0]] = next(iter(stacked.values()))
+        else:
+            flat += [f"{stack}.{name}" for name, value in own.items() if value.dim() == 2 and "bias" not in name]
     for name in experts:
         if match := re.match(r"(.*?)\.?[^.]*expert[^.]*\.(\d+)\.", name):
             counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
@@ -236,7 +231,7 @@ def _is_router(name: str, module: nn.Module, modules: dict[str, nn.Module], coun
 def _refused(model: nn.Module, name: str) -> bool:
     """Whether PEFT refuses the module in this architecture, as it does Mamba's out_proj."""
     try:
-        LoraModel._check_target_module_compatiblity(None, LoraConfig(), model, name.rsplit(".", 1)[-1])  # type: ignore
+        LoraModel._check_target_module_compatiblity(None, LoraConfig(), model, _leaf(name))  # type: ignore
     except ValueError:
         return True
     return False

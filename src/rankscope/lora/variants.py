@@ -28,6 +28,9 @@ from rankscope.lora.adapters import SAVED_PREFIX, adapter_key, lora_layers
 WEIGHT_INIT_VARIANTS = ("pissa", "olora")  # initialised from the base weights, with an initial update to subtract
 
 
+_INITIAL = "rankscope_initial_factors"
+
+
 class InitialFactors(NamedTuple):
     """Untrained copies of one layer's factors as they were initialised."""
 
@@ -37,7 +40,7 @@ class InitialFactors(NamedTuple):
 
 def initial_factors(layer: LoraLayer, key: str) -> InitialFactors | None:
     """Initial factors of an adapter, by PEFT's name of it; None where the initial update is zero."""
-    factors: InitialFactors | None = layer.__dict__.get("rankscope_initial_factors", {}).get(key)
+    factors: InitialFactors | None = layer.__dict__.get(_INITIAL, {}).get(key)
     return factors
 
 
@@ -67,13 +70,12 @@ def record_initial_factors(model: nn.Module, adapter: str) -> None:
     for _, layer in lora_layers(model):
         if key not in layer.lora_A:
             continue
-        if "rankscope_initial_factors" not in layer.__dict__:
-            layer.__dict__["rankscope_initial_factors"] = {}  # no buffers, which would join the model's tensors
+        if _INITIAL not in layer.__dict__:
+            layer.__dict__[_INITIAL] = {}  # no buffers, which would join the model's tensors
             assert isinstance(layer, nn.Module)  # for mypy: PEFT's class is mixed into one
             layer.register_forward_hook(_subtract_initial_update)
-        weights: tuple[Any, Any] = (layer.lora_A[key].weight, layer.lora_B[key].weight)
-        copies = (weight.detach().clone() for weight in weights)
-        layer.__dict__["rankscope_initial_factors"][key] = InitialFactors(*copies)
+        factors: tuple[Any, Any] = layer.lora_A[key], layer.lora_B[key]
+        layer.__dict__[_INITIAL][key] = InitialFactors(*(factor.weight.detach().clone() for factor in factors))
 
 
 def _subtract_initial_update(layer: Any, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
@@ -90,7 +92,7 @@ def _subtract_initial_update(layer: Any, args: tuple[Any, ...], out: Tensor) -> 
 def iter_initial_factors(model: nn.Module) -> Iterator[Tensor]:
     """Tensors of all layers' and adapters' initial factors."""
     for _, layer in lora_layers(model):
-        for initial in layer.__dict__.get("rankscope_initial_factors", {}).values():
+        for initial in layer.__dict__.get(_INITIAL, {}).values():
             yield from initial
 
 
@@ -111,12 +113,10 @@ def as_plain_lora(
     [B, -B0] [A; A0] = B A - B0 A0."""
     if not initial:
         return dict(weights), config
-    tensors = {
-        name: torch.cat([weight, initial[name]]) if ".lora_A." in name else torch.cat([weight, -initial[name]], dim=1)
-        for name, weight in weights.items()
-        if name in initial
-    }
-    tensors = dict(weights) | tensors
+    tensors = dict(weights)
+    for name in initial.keys() & weights.keys():  # without layers that no token reaches
+        is_a, first = ".lora_A." in name, initial[name]
+        tensors[name] = torch.cat([weights[name], first if is_a else -first], dim=0 if is_a else 1)
     config = copy(config)
     config.r *= 2
     config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2  # type: ignore[assignment]  # a float is fine

@@ -8,7 +8,7 @@ a flattened batch attend to each other.
 from functools import cache
 from inspect import signature
 from itertools import chain, pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -85,23 +85,21 @@ def _attend(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of one sequence, (1, H, t, d) -> (1, H, t, d)."""
-    length = query.shape[2]
+    length, plain = query.shape[2], not softcap and sinks is None
     windowed = window is not None and window < length
-    options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": True}
-    plain = not softcap and sinks is None
-    if not windowed and plain:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
-    position = torch.arange(length, device=query.device)
-    distance = position[:, None] - position[None, :]
-    allowed = (distance >= 0) & (distance < window) if windowed and window else distance >= 0
+    allowed: Tensor | None = None
+    if windowed or not plain:
+        allowed = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+        allowed = allowed.triu(1 - window) if windowed and window else allowed
     if plain:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, **options)
+        options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": True}
+        return F.scaled_dot_product_attention(query, key, value, allowed, is_causal=allowed is None, **options)
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~allowed, float("-inf"))
+    scores = scores.masked_fill(~cast(Tensor, allowed), float("-inf"))
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
     weights = scores.softmax(dim=-1, dtype=torch.float32)[..., :length].to(query.dtype)
@@ -132,16 +130,15 @@ def _varlen(
     """Attention of all sequences in one kernel, on a GPU in half precision; not yet run on one (docs/lab-notes.md)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    options: dict[str, Any] = {}
-    groups = query.shape[1] // key.shape[1]
+    groups, options = query.shape[1] // key.shape[1], dict[str, Any]()
     if groups > 1 and "enable_gqa" in signature(varlen_attn).parameters:
         options["enable_gqa"] = True
     elif groups > 1:  # torch 2.11
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     offsets = offsets_on(starts, query.device)
     q, k, v = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
-    options["window_size"] = (-1 if window is None else window - 1, 0)
-    out = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scaling, **options)
+    sides = (-1 if window is None else window - 1, 0)
+    out = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scaling, window_size=sides, **options)
     assert isinstance(out, Tensor)
     return out[None]
 

@@ -5,12 +5,14 @@ batches. Both accumulate gradients in the adapters' parameters and give the same
 """
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from peft.tuners.lora import ParamWrapper
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from rankscope.data.tokens import Tokens
@@ -29,19 +31,6 @@ BFLOAT16_MULTIPLE = 32
 each new shape, which takes longer than a small product itself (docs/lab-notes.md)."""
 
 OWN_ATTENTION_TOKENS = 2048  # tokens of one packed forward at most by a model's own attention: its mask has all pairs
-
-
-class BatchLoss(NamedTuple):
-    """Loss of one trial's step, left on the device: to read it is to wait for a GPU."""
-
-    losses: list[Tensor]  # of each label token, in nats, in parts; padding counts as 0
-    tokens: int
-    label_tokens: int
-
-    @property
-    def loss(self) -> float:
-        """Mean over the step's label tokens, in nats."""
-        return float(torch.cat(self.losses).cpu().double().sum()) / self.label_tokens
 
 
 class ExampleLosses(NamedTuple):
@@ -76,14 +65,12 @@ class PackedEngine:
     multiple = 1  # of tokens to which each trial's part of a forward is filled up
 
     def __init__(self, model: PreTrainedModel, tokens_per_forward: int, base_dropout: bool = False) -> None:
-        self.model = model
+        self.model, self.tokens_per_forward, self.base_dropout = model, tokens_per_forward, base_dropout
         self.head, self._rotations = Head(model), dynamic_rotations(model)
         if model.device.type == "cpu" and is_mixed(model):
             self.multiple = BFLOAT16_MULTIPLE
         offset = offset_positions(model)
         self._first_position = int(offset.padding_idx or 0) + 1 if offset else 0
-        self.tokens_per_forward = tokens_per_forward
-        self.base_dropout = base_dropout
 
     def forward(self, tokens: Tokens, adapter: str) -> Tensor:
         """Trunk's hidden states of all of `tokens` under one adapter, for counting its cost."""
@@ -103,11 +90,12 @@ class PackedEngine:
 
     def groups(self, tokens: Tokens, slices: Sequence[Slice], most: int | None = None) -> list[list[Slice]]:
         """Slices of each forward, of at most `most` tokens (default: those of a training forward)."""
-        kinds, most = of_one_kind(tokens, slices, row_kind(self.model.config)), most or self.tokens_per_forward
+        most = most or self.tokens_per_forward
         if self.model.config._attn_implementation != NAME:
             positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
             most = min(most, OWN_ATTENTION_TOKENS, positions or most)  # some have buffers of so many
-        return [group for kind in kinds for group in divide(tokens, kind, most)]
+        kinds = by_kind(tokens, slices, row_kind(self.model.config))
+        return [group for alike in kinds for group in divide(tokens, alike, most)]
 
     def by_rank(self, slices: Sequence[Slice]) -> Sequence[Slice]:
         """Slices in the order of their ranks, on a GPU: see `rankscope.lora.grouped`."""
@@ -116,31 +104,28 @@ class PackedEngine:
             return slices
         return sorted(slices, key=lambda slice_: int(configs[adapter_key(slice_.adapter)].r))
 
-    def accumulate(self, tokens: Tokens, slices: Sequence[Slice]) -> Iterator[BatchLoss]:
-        """Add the gradient of each slice's mean loss to its adapter's parameters. A slice's loss is handed out, in
-        their order, once its gradient is complete: a caller may use and drop that before the next one takes memory."""
+    def accumulate(self, tokens: Tokens, slices: Sequence[Slice]) -> Iterator[Tensor]:
+        """Add the gradient of each slice's mean loss to its adapter's parameters. The losses of its labels, (L,), are
+        handed out in the slices' order once its gradient is complete: a caller may use and drop that before the next
+        one takes memory. They are left on the device: to read them is to wait for a GPU."""
         self.model.train(self.base_dropout)
-        results = {
-            slice_.adapter: BatchLoss(
-                [], int(tokens.lengths[slice_.examples].sum()), int(tokens.label_counts[slice_.examples].sum())
-            )
-            for slice_ in slices
-        }
-        groups, pending = self.groups(tokens, self.by_rank(slices)), list(results)
+        labels = {part.adapter: int(tokens.label_counts[part.examples].sum()) for part in slices}
+        found: dict[str, list[Tensor]] = {adapter: [] for adapter in labels}
+        groups, pending = self.groups(tokens, self.by_rank(slices)), list(labels)
         ends = {part.adapter: number for number, group in enumerate(groups) for part in group}
         kind = np.float32 if self.model.device.type == "mps" else np.float64  # which Apple's GPUs lack
         for number, group in enumerate(groups):
             batch = flatten(tokens, group, self.model.device, self.tokens_per_forward, self.multiple)
-            owners, counts = [results[part.adapter] for part in group], batch.label_layout.lengths
-            shares = np.repeat(np.array([1 / owner.label_tokens for owner in owners], dtype=kind), counts)  # (L,)
+            counts = batch.label_layout.lengths
+            shares = np.repeat(np.array([1 / labels[part.adapter] for part in group], dtype=kind), counts)  # (L,)
             weights = torch.from_numpy(shares).to(self.model.device, non_blocking=True)
             with mixed_precision(self.model.device, self.mixed):
                 out = label_losses(self.head, self.hidden(batch), batch.targets, weights, self.head.trained)
             out.total.backward()
-            for owner, losses in zip(owners, out.losses.split(counts), strict=True):
-                owner.losses.append(losses)
+            for part, losses in zip(group, out.losses.split(counts), strict=True):
+                found[part.adapter].append(losses)
             while pending and ends[pending[0]] <= number:
-                yield results[pending.pop(0)]
+                yield torch.cat(found.pop(pending.pop(0)))
 
     @torch.no_grad()
     def evaluate(self, tokens: Tokens, adapters: Sequence[str]) -> list[ExampleLosses]:
@@ -157,10 +142,9 @@ class PackedEngine:
             with mixed_precision(self.model.device, self.mixed):
                 hidden = self.hidden(batch)
                 out = label_losses(self.head, hidden, batch.targets, torch.ones_like(hidden[:, 0]).float())
-            places = np.array([first[part.adapter] + int(example) for part in group for example in part.examples])
-            where = batch.label_sequence
-            losses[places] = np.bincount(where, out.losses.cpu().double(), len(places))
-            correct[places] = np.bincount(where, out.correct.cpu().double(), len(places))
+            places = [first[part.adapter] + example for part in group for example in part.examples]
+            losses[places] = np.bincount(batch.label_sequence, out.losses.cpu().double(), len(places))
+            correct[places] = np.bincount(batch.label_sequence, out.correct.cpu().double(), len(places))
         parts = zip(losses.reshape(-1, rows), correct.reshape(-1, rows), strict=True)
         return [ExampleLosses(loss / counts, counts, hits) for loss, hits in parts]
 
@@ -177,20 +161,19 @@ class PeftEngine:
     def __init__(
         self, model: PreTrainedModel, batch_size: int, base_dropout: bool = False, tokens_per_forward: int = 1 << 30
     ) -> None:
-        self.model, self._rotations = model, dynamic_rotations(model)
+        self.model, self.tokens_per_forward, self.base_dropout = model, tokens_per_forward, base_dropout
+        self.batch_size, self._rotations = batch_size, dynamic_rotations(model)
         for layer in adapted_modules(model):
             if isinstance(layer, ParamWrapper):  # PEFT adds an update to the weight itself, in the weight's type
                 weight: Tensor = layer.get_param()  # type: ignore[no-untyped-call]
                 weight.data = weight.data.float()
-        self.batch_size = batch_size
-        self.tokens_per_forward = tokens_per_forward
-        self.base_dropout = base_dropout
 
     def _activate(self, adapter: str) -> None:
         for layer in adapted_modules(self.model):
             layer.set_adapter(adapter_key(adapter))
 
     def forward(self, tokens: Tokens, adapter: str) -> Tensor:
+        """As `PackedEngine.forward`, row by row."""
         self._activate(adapter)
         trunk = getattr(self.model, trunk_name(self.model) or "", self.model)
         rows = [torch.from_numpy(ids.astype(np.int64))[None].to(self.model.device) for ids, _ in tokens]
@@ -208,7 +191,8 @@ class PeftEngine:
         loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
         return loss * wanted, (logits.argmax(dim=-1) == targets) & wanted
 
-    def accumulate(self, tokens: Tokens, slices: Sequence[Slice]) -> Iterator[BatchLoss]:
+    def accumulate(self, tokens: Tokens, slices: Sequence[Slice]) -> Iterator[Tensor]:
+        """As `PackedEngine.accumulate`; padding has losses of 0."""
         self.model.train(self.base_dropout)
         for slice_ in slices:
             labels, found = int(tokens.label_counts[slice_.examples].sum()), list[Tensor]()
@@ -216,17 +200,15 @@ class PeftEngine:
                 loss = self.losses(tokens, part)
                 (loss.sum() / labels).backward()
                 found.append(loss.detach().flatten())
-            yield BatchLoss(found, int(tokens.lengths[slice_.examples].sum()), labels)
+            yield torch.cat(found)
 
     def parts(self, tokens: Tokens, slice_: Slice) -> list[Slice]:
         """Parts of a slice, one for each forward."""
         parts = []
-        for ((adapter, examples, seeds),) in of_one_kind(tokens, [slice_], row_kind(self.model.config)):
-            longest = int(tokens.lengths[list(examples)].max())
-            rows = max(1, min(self.batch_size, self.tokens_per_forward // longest))
-            parts += [
-                Slice(adapter, examples[i : i + rows], seeds[i : i + rows]) for i in range(0, len(examples), rows)
-            ]
+        for (alike,) in by_kind(tokens, [slice_], row_kind(self.model.config)):
+            longest = int(tokens.lengths[alike.examples].max())
+            rows, places = max(1, min(self.batch_size, self.tokens_per_forward // longest)), range(len(alike.examples))
+            parts += [alike.take(places[first : first + rows]) for first in places[::rows]]
         return parts
 
     def losses(self, tokens: Tokens, slice_: Slice) -> Tensor:
@@ -241,16 +223,15 @@ class PeftEngine:
 
     @torch.no_grad()
     def evaluate(self, tokens: Tokens, adapters: Sequence[str]) -> list[ExampleLosses]:
-        counts = tokens.label_counts
+        """As `PackedEngine.evaluate`."""
         self.model.eval()
-        results = []
+        counts, results = tokens.label_counts, []
         for adapter in adapters:
             self._activate(adapter)
             losses, correct = np.zeros((2, len(tokens)))
             for _, part, _ in self.parts(tokens, Slice(adapter, range(len(tokens)))):
                 loss, hits = self._losses(tokens, part)
-                losses[part] = loss.cpu().double().sum(dim=1)
-                correct[part] = hits.sum(dim=1).cpu()
+                losses[part], correct[part] = loss.cpu().double().sum(dim=1), hits.sum(dim=1).cpu()
             results.append(ExampleLosses(losses / counts, counts, correct))
         return results
 
@@ -278,19 +259,16 @@ def row_kind(config: Any) -> Callable[[int], Hashable]:
     return kind
 
 
-def of_one_kind(tokens: Tokens, slices: Sequence[Slice], kind: Callable[[int], Hashable]) -> list[list[Slice]]:
+def by_kind(tokens: Tokens, slices: Sequence[Slice], kind: Callable[[int], Hashable]) -> list[list[Slice]]:
     """Divide the rows of `slices`, in their order, into those of each kind."""
     kinds: dict[Hashable, list[Slice]] = {}
-    for adapter, examples, seeds in slices:
-        rows: dict[Hashable, list[int]] = {}
-        for place, example in enumerate(examples):
-            rows.setdefault(kind(int(tokens.lengths[int(example)])), []).append(place)
-        for key, places in rows.items():
-            own = Slice(
-                adapter, [int(examples[place]) for place in places], [seeds[place] for place in places if seeds]
-            )
-            kinds.setdefault(key, []).append(own)
-    return list(kinds.values()) if len(kinds) > 1 else [list(slices)]
+    for part in slices:
+        places: dict[Hashable, list[int]] = {}
+        for place, length in enumerate(tokens.lengths[part.examples].tolist()):
+            places.setdefault(kind(length), []).append(place)
+        for key, own in places.items():
+            kinds.setdefault(key, []).append(part.take(own))
+    return list(kinds.values())
 
 
 def dynamic_rotations(model: PreTrainedModel) -> list[Any]:
@@ -313,34 +291,29 @@ def divide(tokens: Tokens, slices: Sequence[Slice], tokens_per_forward: int) -> 
     is not divided but makes a group by itself."""
     groups: list[list[Slice]] = [[]]
     used = 0
-    for slice_ in slices:
-        adapter, examples, seeds = slice_
-        start = 0
-        for number, example in enumerate(examples):
-            length = int(tokens.lengths[int(example)])
+    for part in slices:
+        cuts = []
+        for place, length in enumerate(tokens.lengths[part.examples].tolist()):
             if used and used + length > tokens_per_forward:
-                if number > start:
-                    groups[-1].append(Slice(adapter, examples[start:number], seeds[start:number]))
-                groups.append([])
-                start, used = number, 0
+                cuts.append(place)
+                used = 0
             used += length
-        groups[-1].append(Slice(adapter, examples[start:], seeds[start:]))
+        first, *others = [part.take(range(start, stop)) for start, stop in pairwise([0, *cuts, len(part.examples)])]
+        groups[-1] += [first] if first.examples else []
+        groups += [[other] for other in others]
     return groups
 
 
 def pad(tokens: Tokens, examples: Examples, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Right-padded token ids, attention mask and label mask, each (examples, longest). Padding has token id 0."""
-    parts = [tokens[int(example)] for example in examples]
-    longest = max(len(ids) for ids, _ in parts)
-    ids = np.zeros((len(parts), longest), dtype=np.int64)
-    mask, is_label = np.zeros((2, len(parts), longest), dtype=bool)
-    for row, (part, labels) in enumerate(parts):
-        ids[row, : len(part)], mask[row, : len(part)], is_label[row, : len(part)] = part, True, labels
-    return (
-        torch.from_numpy(ids).to(device),
-        torch.from_numpy(mask.astype(np.int64)).to(device),
-        torch.from_numpy(is_label).to(device),
+    rows = [tokens[int(example)] for example in examples]
+    columns = (
+        [torch.from_numpy(row.ids.astype(np.int64)) for row in rows],
+        [torch.ones(len(row.ids), dtype=torch.int64) for row in rows],
+        [torch.from_numpy(row.is_label.copy()) for row in rows],
     )
+    ids, mask, is_label = (pad_sequence(column, batch_first=True).to(device) for column in columns)
+    return ids, mask, is_label
 
 
 LOGIT_BYTES = 16

@@ -29,11 +29,7 @@ def fuse_elementwise(model: nn.Module) -> None:
 def _same_code(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module's class computes what `kind` does, by the same code."""
     own, other = (getattr(one.forward, "__code__", None) for one in (type(module), kind))
-    return own is other or (
-        own is not None
-        and other is not None
-        and all(getattr(own, part) == getattr(other, part) for part in ("co_code", "co_names", "co_consts"))
-    )
+    return all(getattr(own, part, None) == getattr(other, part) for part in ("co_code", "co_names", "co_consts"))
 
 
 def _norm(module: Any, x: Tensor) -> Tensor:

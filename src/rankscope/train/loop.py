@@ -3,9 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +27,6 @@ from rankscope.train.probe import check_causal, make_packable, padding_matters, 
 from rankscope.train.recompute import recompute_layers
 from rankscope.train.results import TrialFiles, held_out_results, metrics_row, training_results, write_losses
 from rankscope.train.step import (
-    StepMetrics,
     TrainState,
     finite_weights,
     leave_out_unreached,
@@ -54,19 +52,20 @@ def choose_engine(model: PreTrainedModel, states: Sequence[TrainState], training
     forwards have as many tokens as the memory that is free after loading allows. Raises ModelError: the model is not
     causal."""
     check_causal(model)
+    engine: Engine | None = None
     dropout, reason = training.base_dropout == "keep", None
-    names = [state.trial.name for state in states]
-    engine: Engine = PeftEngine(model, training.batch_size, dropout)
+    names, kind = [state.trial.name for state in states], type(model).__name__
     if training.engine == "packed":
         try:
             make_packable(model, names)
             engine = PackedEngine(model, 1 << 30, dropout)
         except NotPackable as error:
-            name, reason = type(model).__name__, str(error.reason)
-            log.warning("%s cannot be packed: %s. Its trials are trained by PEFT's forward.", name, reason)
-    if isinstance(engine, PeftEngine):
+            reason = str(error.reason)
+            log.warning("%s cannot be packed: %s. Its trials are trained by PEFT's forward.", kind, reason)
+    if engine is None:
+        engine = PeftEngine(model, training.batch_size, dropout)
         if padding_matters(model):
-            log.warning("%s gives padded rows other logits: its forwards have one row each", type(model).__name__)
+            log.warning("%s gives padded rows other logits: its forwards have one row each", kind)
             engine.batch_size = 1
         recompute_layers(model)
     tokens = probe_tokens(model)
@@ -96,15 +95,6 @@ class PackRun(NamedTuple):
     useful_flops: float  # sum over all steps: see `Cost`
 
 
-@dataclass
-class _Tally:
-    """Running totals of a pack over all processes that trained it, saved in its checkpoints."""
-
-    step_seconds: float = 0.0
-    eval_seconds: float = 0.0
-    useful_flops: float = 0.0
-
-
 def train_pack(
     model: PreTrainedModel,
     spec: StudySpec,
@@ -121,13 +111,8 @@ def train_pack(
     steps = total_steps(spec.training, len(data.train))
     states = [make_train_state(model, trial, spec.training, steps, spec.model.id) for trial in trials]
     choice = choose_engine(model, states, spec.training)
-    facts = {
-        "pack": pack,
-        "engine": choice.engine.name,
-        "engine_reason": choice.reason,
-        "model_sha256": weights,
-        "tokens_sha256": data.sha256,
-    }
+    facts = {"pack": pack, "engine": choice.engine.name, "engine_reason": choice.reason}
+    facts |= {"model_sha256": weights, "tokens_sha256": data.sha256}
     return train_trials(model, spec.training, states, choice, folders, checkpoints, data, facts, stop)
 
 
@@ -154,53 +139,36 @@ def train_trials(
     engine, _, costs = choice
     steps = total_steps(training, len(data.train))
     per_epoch = steps_per_epoch(len(data.train), training.effective_batch_size)
-    evaluated = eval_steps(training, steps)
+    evaluated = eval_steps(training, steps) - {steps}
     of = {s.trial.name: TrialFiles(s.trial, folders[s.trial.name], facts) for s in states}
     saved = load_checkpoint(checkpoints, states, {name: own.metrics for name, own in of.items()})
     if saved is None:
         active = [state for state in states if not of[state.trial.name].is_done]
-        first, tally, general_before = 0, _Tally(), None
+        first, tally = 0, {"step_seconds": 0.0, "eval_seconds": 0.0, "useful_flops": 0.0}
         for state in active:
             of[state.trial.name].clear()
     else:
         first, active = saved["step"], [state for state in states if state.trial.name in saved["active"]]
-        tally, general_before = _Tally(**saved["tally"]), saved["general_before"]
+        tally, general_before = saved["tally"], saved["general_before"]
         if saved["model_sha256"] != facts["model_sha256"]:
             raise ModelError("the model is not the one that this study began with", "Choose another --out.")
         engine.tokens_per_forward = saved["tokens_per_forward"]  # other forwards would round differently
     log.info("from step %d of %d, with %d trials", first, steps, len(active))
     with ExitStack() as files:
-        logs, histories = dict[str, JsonlWriter](), dict[str, list[StepMetrics]]()  # of the trials that are not done
+        logs: dict[str, JsonlWriter] = {}  # of the trials that are not done
         for name in [state.trial.name for state in active if not of[state.trial.name].is_done]:
             of[name].record("running")  # before its metrics change: a stopped trial's trial.json has their hash
-            lines = saved["lines"][name][0] if saved else None
-            logs[name] = files.enter_context(JsonlWriter(of[name].metrics, lines))
-            histories[name] = of[name].history()
+            logs[name] = files.enter_context(JsonlWriter(of[name].metrics, saved["lines"][name][0] if saved else None))
 
-        if saved is None:
-            start, one = time.perf_counter(), [active[0].trial.name]
-            (before,) = engine.evaluate(data.eval, one)  # the base model's loss, equal for every trial: B is zero
-            tally.eval_seconds += time.perf_counter() - start
+        if saved is None:  # the base model's losses, equal for every trial: B is zero
+            (before,) = _evaluate(engine, data.eval, active[:1], {}, 0, tally)
             if not math.isfinite(before.mean):
                 what = "the model's held-out loss is not finite before training"
                 raise ModelError(what, "Its weights hold NaN or infinity, or overflow: try another model.dtype.")
-            (general_before,) = _general_losses(engine, data.general, one)
+            (general_before,) = _general_losses(engine, data.general, active[:1])
             for name, log_ in logs.items():
                 log_.write({"step": 0, "epoch": 0.0, "eval_loss": before.mean})
                 write_losses(of[name].folder / "untrained.json", 0, before)
-
-        def save(step: int) -> None:
-            for log_ in logs.values():
-                log_.sync()
-            progress = {
-                "trials": [state.trial.name for state in states],
-                "tally": asdict(tally),
-                "general_before": general_before,
-                "lines": {name: [log_.lines, log_.sha256] for name, log_ in logs.items()},
-                "tokens_per_forward": engine.tokens_per_forward,
-                "model_sha256": facts["model_sha256"],
-            }
-            save_checkpoint(checkpoints, step, active, progress)
 
         saved_at, step = time.monotonic(), first
         for step in range(first + 1, steps + 1):
@@ -208,46 +176,46 @@ def train_trials(
             metrics = train_step(engine, active, data.train, training, step - 1)
             synchronize(model.device)
             step_seconds = time.perf_counter() - start
-            tally.step_seconds += step_seconds
-            flops = [costs[s.trial.name].flops(m.tokens, m.label_tokens) for s, m in zip(active, metrics, strict=True)]
-            tally.useful_flops += sum(flops)
+            tally["step_seconds"] += step_seconds
             for state, result in zip(list(active), metrics, strict=True):
                 name = state.trial.name
+                tally["useful_flops"] += costs[name].flops(result.tokens, result.label_tokens)
                 if not result.finite:
                     active.remove(state)
                     what = "loss" if not math.isfinite(result.loss) else "gradient"
                     of[name].record("diverged", f"{what} not finite at step {step}")
                 elif name in logs:
-                    histories[name].append(result)
                     logs[name].write(metrics_row(step, step / per_epoch, result, step_seconds))
             if not active:
                 break
-            if step in evaluated and step < steps:
+            if step in evaluated:
                 _evaluate(engine, data.eval, active, logs, step, tally)
             due = time.monotonic() - saved_at >= 60 * training.checkpoint_minutes
             if training.checkpoint_steps:
                 due = step % training.checkpoint_steps == 0
             if due or step == steps or stop.made:
-                save(step)
+                for log_ in logs.values():
+                    log_.sync()
+                progress = {
+                    "trials": list(of),
+                    "tally": tally,
+                    "general_before": general_before,
+                    "lines": {name: [log_.lines, log_.sha256] for name, log_ in logs.items()},
+                    "tokens_per_forward": engine.tokens_per_forward,
+                    "model_sha256": facts["model_sha256"],
+                }
+                save_checkpoint(checkpoints, step, active, progress)
                 saved_at = time.monotonic()
             if stop.made and step < steps:
                 raise KilledError("stopped as asked, with a checkpoint")
 
-        faults: list[str | None] = []  # of the first adapter alone: the names of the others' layers are the same
-
-        def adapter_fault(adapter: Path) -> str | None:
-            if not faults:
-                faults.append(peft_fault(model, adapter))
-            return faults[0]
-
         if active:
             evals = _evaluate(engine, data.eval, active, logs, steps, tally)
-            general = _general_losses(engine, data.general, [state.trial.name for state in active])
+            general, faults = _general_losses(engine, data.general, active), list[str | None]()
             for state, held_out, after in zip(active, evals, general, strict=True):
-                name, losses = state.trial.name, (general_before, after)
-                if name in logs:
-                    _finish(of[name], state, held_out, histories[name], tally, losses, adapter_fault)
-    return PackRun(step, tally.step_seconds, tally.useful_flops)
+                if state.trial.name in logs:
+                    _finish(of[state.trial.name], state, held_out, tally, (general_before, after), model, faults)
+    return PackRun(step, tally["step_seconds"], tally["useful_flops"])
 
 
 def _evaluate(
@@ -256,23 +224,23 @@ def _evaluate(
     active: Sequence[TrainState],
     logs: Mapping[str, JsonlWriter],
     step: int,
-    tally: _Tally,
+    tally: dict[str, float],
 ) -> list[ExampleLosses]:
-    """Measure the held-out losses of all active trials, and log a line for those that are not done."""
+    """Measure the held-out losses of all active trials, and write a line for each that has a log."""
     start = time.perf_counter()
     evals = engine.evaluate(tokens, [state.trial.name for state in active])
-    tally.eval_seconds += time.perf_counter() - start
+    tally["eval_seconds"] += time.perf_counter() - start
     for state, held_out in zip(active, evals, strict=True):
         if state.trial.name in logs and math.isfinite(held_out.mean):
             logs[state.trial.name].write({"step": step, "eval_loss": held_out.mean})
     return evals
 
 
-def _general_losses(engine: Engine, tokens: Tokens | None, names: Sequence[str]) -> list[float | None]:
+def _general_losses(engine: Engine, tokens: Tokens | None, active: Sequence[TrainState]) -> list[float | None]:
     """Loss on the general text under each adapter, in nats per token; None without a text or if not finite."""
     if tokens is None:
-        return [None] * len(names)
-    means = [losses.mean for losses in engine.evaluate(tokens, names)]
+        return [None] * len(active)
+    means = [losses.mean for losses in engine.evaluate(tokens, [state.trial.name for state in active])]
     return [mean if math.isfinite(mean) else None for mean in means]
 
 
@@ -280,22 +248,26 @@ def _finish(
     files: TrialFiles,
     state: TrainState,
     held_out: ExampleLosses,
-    history: Sequence[StepMetrics],
-    tally: _Tally,
+    tally: Mapping[str, float],
     general: tuple[float | None, float | None],
-    adapter_fault: Callable[[Path], str | None],
+    model: PreTrainedModel,
+    faults: list[str | None],
 ) -> None:
     """Write the final files of a trial; trial.json comes last, so that `done` implies that they are complete. `general`
-    has the losses on the general text before and after training."""
+    has the losses on the general text before and after training, `faults` what PEFT does not read back of the pack's
+    first adapter: those of the others have the same names."""
+    history = files.history()
     if not math.isfinite(held_out.mean) or not finite_weights(state):
         files.record("diverged", f"held-out loss or weights not finite after step {len(history)}")
         return
     write_losses(files.folder / "eval.json", len(history), held_out)
     adapter_bytes = save_trained_adapter(state, files.folder / "adapter")
-    fault = None if adapter_bytes is None else adapter_fault(files.folder / "adapter")
+    if adapter_bytes is not None and not faults:
+        faults.append(peft_fault(model, files.folder / "adapter"))
+    fault = faults[0] if faults else None
     if fault:
         log.warning("%s: PEFT does not read its adapter back: %s", state.trial.name, fault)
-    results = training_results(state, history, tally.step_seconds) | held_out_results(held_out)
-    results |= {"adapter_bytes": adapter_bytes, "eval_seconds": tally.eval_seconds}
+    results = training_results(state, history, tally["step_seconds"]) | held_out_results(held_out)
+    results |= {"adapter_bytes": adapter_bytes, "eval_seconds": tally["eval_seconds"]}
     results |= {"general_loss_before": general[0], "general_loss_after": general[1]}
     files.record("done", results=results, adapter_fault=fault)

@@ -1,6 +1,5 @@
 """Cross-entropy at the label positions, in chunks, so that the logits never exist all at once."""
 
-import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,9 +22,9 @@ CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**26, "mps": 2**26}
 class Head:
     """Logits (L, V) from hidden states (L, D), by the model's own forward.
 
-    A model may do more than one product after its trunk (soft-capping in Gemma, scaling in Granite and Cohere), so a
-    shallow copy of the model is run with a trunk that returns given hidden states. Layers behind the trunk may carry
-    adapters (BERT's transform); `layout` says whose the rows are. Raises NotPackable: the model has no such trunk.
+    A model may do more than one product after its trunk (soft-capping in Gemma, scaling in Granite and Cohere), so all
+    of it runs, with a trunk that returns given hidden states. Layers behind the trunk may carry adapters (BERT's
+    transform); `layout` says whose the rows are. Raises NotPackable: the model has no such trunk.
     """
 
     layout: Layout | None = None
@@ -34,45 +33,32 @@ class Head:
         name = trunk_name(model)
         if name is None:
             raise NotPackable(Unpackable.NO_TRUNK)
-        self.trunk = getattr(model, name)
-        self._trunk = _FixedTrunk(self.trunk)
-        self._model = copy.copy(model)
-        self._model._modules = {**model._modules, name: self._trunk}
+        self._model, self._inside, self.trunk = model, f"{name}.", getattr(model, name)
 
     @property
     def trained(self) -> list[nn.Parameter]:
         """Trained weights: none beside adapters, all of them in full fine-tuning."""
-        return [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        named = self._model.named_parameters(remove_duplicate=False)  # an output layer may share the trunk's weight
+        own = {id(p): p for name, p in named if p.requires_grad and not name.startswith(self._inside)}
+        return list(own.values())
 
     def __call__(self, hidden: Tensor, start: int = 0) -> Tensor:
         """Logits of rows from `start` on."""
-        self._trunk.hidden = hidden[None]
-        with use_layout(self.layout.part(start, start + len(hidden))) if self.layout else nullcontext():
-            logits = self._model(inputs_embeds=hidden[None], use_cache=False).logits
-        assert isinstance(logits, Tensor)
+        called = {self.trunk, getattr(self.trunk, "decoder", self.trunk)}  # OPT calls `model.decoder`, not `model`
+        for part in called:
+            part.__dict__["forward"] = lambda *args, **kwargs: _TrunkOutput(last_hidden_state=hidden[None])
+        try:
+            with use_layout(self.layout.part(start, start + len(hidden))) if self.layout else nullcontext():
+                logits: Tensor = self._model(inputs_embeds=hidden[None], use_cache=False).logits
+        finally:
+            for part in called:
+                del part.__dict__["forward"]
         return logits[0]
-
-
-class _FixedTrunk(nn.Module):
-    """Stand-in for a trunk that returns given hidden states. Some models call `model.decoder` instead of `model`."""
-
-    hidden: Tensor
-
-    def __init__(self, trunk: nn.Module) -> None:
-        super().__init__()
-        vars(self).update({name: value for name, value in vars(trunk).items() if isinstance(value, int | float)})
-
-    @property
-    def decoder(self) -> "_FixedTrunk":
-        return self
-
-    def forward(self, *args: Any, **kwargs: Any) -> "_TrunkOutput":
-        return _TrunkOutput(last_hidden_state=self.hidden)
 
 
 @dataclass
 class _TrunkOutput(BaseModelOutputWithPast):
-    """Output of `_FixedTrunk`; further fields that models copy from it (cross attentions, router logits) are None."""
+    """Output of a trunk; further fields that models copy from it (cross attentions, router logits) are None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -96,10 +82,9 @@ def label_losses(
 ) -> LabelLosses:
     """Compute the cross-entropy of each label, and the sum weighted by `weights`.
 
-    Shapes: hidden (L, D), targets (L,) token ids, weights (L,). `head` gets rows and the number of
-    the first. The gradient with respect to `hidden` is computed chunk by chunk in the forward (as in Liger Kernel,
-    arXiv:2410.10989), so that no logits are kept for the backward; so is the gradient of the head's `trained`
-    parameters, which takes a buffer of their size.
+    Shapes: hidden (L, D), targets (L,) token ids, weights (L,). `head` gets rows and the number of the first. The
+    gradients of `hidden` and of the head's `trained` parameters are computed chunk by chunk in the forward (as in Liger
+    Kernel, arXiv:2410.10989), so that no logits are kept for the backward.
     """
     if not torch.is_grad_enabled():
         trained = ()  # parameters require gradients even under no_grad

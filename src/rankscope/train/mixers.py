@@ -61,12 +61,13 @@ def _by_sequence(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         for segment in layout.segments
         for number, length in enumerate(segment.lengths)
     ]
-    lengths = [length for segment in sequences for length in segment.lengths]
+    lengths = [sequence.lengths[0] for sequence in sequences]
     leaves, spec = tree_flatten((args, kwargs))
     parts = [_split(leaf, lengths) for leaf in leaves]
-    batched = all(part is None or part[0].shape[0] == 1 for part in parts)
     order = sorted(range(len(lengths)), key=lengths.__getitem__)  # stable: an adapter's sequences stay together
-    groups = [list(group) for _, group in groupby(order, lengths.__getitem__)] if batched else [[n] for n in order]
+    groups = [list(group) for _, group in groupby(order, lengths.__getitem__)]
+    if not all(part is None or part[0].shape[0] == 1 for part in parts):
+        groups = [[number] for number in order]
     outs = []
     for group in groups:
         pairs = zip(leaves, parts, strict=True)
@@ -74,8 +75,7 @@ def _by_sequence(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         own_args, own_kwargs = tree_unflatten(own, spec)
         with use_layout(_end_to_end([sequences[n] for n in group])):
             outs.append(forward(*own_args, **own_kwargs))
-    merged = _merge(outs, groups, lengths)
-    if merged is None:
+    if (merged := _merge(outs, groups, lengths)) is None:
         raise NotPackable(Unpackable.RESHAPES, "a module that mixes over time returns something else")
     return merged
 
@@ -86,8 +86,7 @@ def _split(leaf: Any, lengths: list[int]) -> list[Tensor] | None:
     tokens = sum(lengths)
     if not isinstance(leaf, Tensor) or tokens not in leaf.shape:
         return None
-    dim = 1 if leaf.ndim > 1 and leaf.shape[1] == tokens else leaf.shape.index(tokens)
-    parts = leaf.split(lengths, dim)
+    parts = leaf.split(lengths, 1 if leaf.ndim > 1 and leaf.shape[1] == tokens else leaf.shape.index(tokens))
     if leaf.ndim == 4 and leaf.shape[2:] == (tokens, tokens):
         return [part.split(lengths, 3)[number] for number, part in enumerate(parts)]
     return list(parts)
@@ -98,7 +97,7 @@ def _end_to_end(sequences: Sequence[Segment]) -> Layout:
     segments, start = [], 0
     for adapter, members in groupby(sequences, lambda segment: segment.adapter):
         own = list(members)
-        lengths = tuple(length for segment in own for length in segment.lengths)
+        lengths = tuple(segment.lengths[0] for segment in own)
         streams = tuple(stream for segment in own for stream in segment.dropout)
         segments.append(Segment(adapter, start, start + sum(lengths), lengths, streams))
         start += sum(lengths)

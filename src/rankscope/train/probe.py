@@ -192,12 +192,10 @@ def _check_packed(
             others = probe_tokens(engine.model, lengths, seed=1)
             rows = [(tokens if number % 2 == kept else others)[number] for number in range(len(tokens))]
             after = _packed_logits(engine, Tokens.from_examples(rows), adapter)
-            for number in range(kept, len(tokens), 2):
-                if not _difference(found[number], after[number]) <= limit:
-                    raise NotPackable(Unpackable.LEAKS, f"sequence {number}, beside lengths {lengths}")
-    for number, (one, other) in enumerate(zip(expected, found, strict=True)):
-        if not _difference(one, other) <= NEARNESS:
-            raise NotPackable(Unpackable.OTHER_LOGITS, f"sequence {number}")
+            if any(not _difference(found[number], after[number]) <= limit for number in range(kept, len(tokens), 2)):
+                raise NotPackable(Unpackable.LEAKS, f"beside lengths {lengths}")
+    if any(not _difference(one, other) <= NEARNESS for one, other in zip(expected, found, strict=True)):
+        raise NotPackable(Unpackable.OTHER_LOGITS)
 
 
 def _rounding(model: PreTrainedModel) -> float:

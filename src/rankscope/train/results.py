@@ -15,6 +15,9 @@ from rankscope.study.records import EvalRecord, Examples, TrialRecord
 from rankscope.train.engine import Engine, ExampleLosses
 from rankscope.train.step import StepMetrics, TrainState, load_trained_adapter
 
+COLUMNS = ("train_loss", "grad_norm", "step_learning_rate", "tokens", "label_tokens")
+"""Names of the fields of `StepMetrics` in metrics.jsonl."""
+
 
 class TrialFiles(NamedTuple):
     """A trial's folder, and the facts that its trial.json shares with the others of its pack."""
@@ -40,9 +43,8 @@ class TrialFiles(NamedTuple):
 
     def history(self) -> list[StepMetrics]:
         """Training steps recorded in metrics.jsonl."""
-        fields = ("train_loss", "grad_norm", "step_learning_rate", "tokens", "label_tokens")
         rows = [row for row in read_jsonl(self.metrics) if "train_loss" in row]
-        return [StepMetrics(*(row[field] for field in fields)) for row in rows]
+        return [StepMetrics(*(row[column] for column in COLUMNS)) for row in rows]
 
     def record(self, status: str, reason: str | None = None, **results: Any) -> None:
         """Write trial.json; `results` are further fields of `TrialRecord`."""
@@ -65,16 +67,7 @@ def write_losses(file: Path, step: int, losses: ExampleLosses) -> None:
 
 def metrics_row(step: int, epoch: float, metrics: StepMetrics, seconds: float) -> dict[str, Any]:
     """Line of metrics.jsonl for one step."""
-    return {
-        "step": step,
-        "epoch": epoch,
-        "train_loss": metrics.loss,
-        "grad_norm": metrics.grad_norm,
-        "step_learning_rate": metrics.learning_rate,
-        "tokens": metrics.tokens,
-        "label_tokens": metrics.label_tokens,
-        "step_seconds": seconds,
-    }
+    return {"step": step, "epoch": epoch, **dict(zip(COLUMNS, metrics, strict=True)), "step_seconds": seconds}
 
 
 def training_results(state: TrainState, history: Sequence[StepMetrics], step_seconds: float) -> dict[str, Any]:

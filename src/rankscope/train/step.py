@@ -32,7 +32,7 @@ from rankscope.lora.layout import Slice
 from rankscope.lora.variants import WEIGHT_INIT_VARIANTS, as_plain_lora, init_from_weights, initial_state_dict
 from rankscope.spec.candidates import AnyTrial, Trial
 from rankscope.spec.models import TrainingSpec
-from rankscope.train.engine import BatchLoss, Engine
+from rankscope.train.engine import Engine
 from rankscope.train.optimizer import make_optimizer
 
 
@@ -144,23 +144,26 @@ def train_step(
         step_slice(state.trial, state.lora_dropout, tokens, training, own)
         for state, own in zip(states, steps, strict=True)
     ]
-    pairs = zip(states, engine.accumulate(tokens, slices), strict=True)
+    trained = zip(states, slices, engine.accumulate(tokens, slices), strict=True)
     # A CPU takes trial after trial, so that the gradients of all never exist at once; a GPU would wait for each.
-    chunks = ([pair] for pair in pairs) if engine.model.device.type == "cpu" else [list(pairs)]
-    return [metrics for chunk in chunks for metrics in _update(chunk, training)]
+    chunks = ([one] for one in trained) if engine.model.device.type == "cpu" else [list(trained)]
+    return [metrics for chunk in chunks for metrics in _update(chunk, tokens, training)]
 
 
-def _update(trained: Sequence[tuple[TrainState, BatchLoss]], training: TrainingSpec) -> list[StepMetrics]:
+def _update(
+    trained: Sequence[tuple[TrainState, Slice, Tensor]], tokens: Tokens, training: TrainingSpec
+) -> list[StepMetrics]:
     """Step the optimizers of trials whose gradients are complete, and drop those."""
     metrics = []
-    norms = [nn.utils.get_total_norm([p.grad for p in s.parameters if p.grad is not None]) for s, _ in trained]
-    losses = [part for _, batch in trained for part in batch.losses]
+    states, slices, losses = zip(*trained, strict=True)
+    norms = [nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None]) for state in states]
     read = torch.cat([*losses, *(norm.to(losses[0].device).view(1) for norm in norms)]).cpu().double()  # waits, once
-    *parts, lengths = read.split([sum(map(len, batch.losses)) for _, batch in trained] + [len(trained)])
-    for (state, batch), own, norm, length in zip(trained, parts, norms, lengths.tolist(), strict=True):
-        rate = float(state.scheduler.get_last_lr()[0])
-        loss = float(own.sum()) / batch.label_tokens
-        result = StepMetrics(loss, length, rate, batch.tokens, batch.label_tokens)
+    *parts, lengths = read.split([*map(len, losses), len(norms)])
+    for state, slice_, own, norm, length in zip(states, slices, parts, norms, lengths.tolist(), strict=True):
+        rate, labels = float(state.scheduler.get_last_lr()[0]), int(tokens.label_counts[slice_.examples].sum())
+        result = StepMetrics(
+            float(own.sum()) / labels, length, rate, int(tokens.lengths[slice_.examples].sum()), labels
+        )
         if result.finite:
             if training.max_grad_norm:
                 nn.utils.clip_grads_with_norm_(state.parameters, training.max_grad_norm, norm)
