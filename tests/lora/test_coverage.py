@@ -76,7 +76,10 @@ def begin(model: PreTrainedModel, spec: StudySpec) -> tuple[Any, list[TrainState
     return choose_engine(model, members, TRAINING).engine, members
 
 
-@pytest.mark.parametrize(("name", "dead"), [("gemma3", "vision_tower"), ("bart", "encoder_attn")])
+@pytest.mark.parametrize(
+    ("name", "dead"),
+    [("gemma3", "vision_tower"), pytest.param("bart", "encoder_attn", marks=pytest.mark.slow)],
+)
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
 def test_layers_that_text_never_reaches_get_no_adapter(name: str, dead: str, tmp_path: Path) -> None:
     """They would stay zero, and be counted, saved, and given ranks that others pay for."""

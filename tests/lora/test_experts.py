@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from experts import moe_model
+from marks import mostly_slow
 from rankscope.data.tokens import Tokens
 from rankscope.errors import ModelError
 from rankscope.lora.adapters import adapter_weights, add_adapter, save_adapter
@@ -44,7 +45,9 @@ def by_peft(name: str, folder: Path, tokens: Tokens) -> tuple[list[float], dict[
     return [float(total.detach()) / labels], gradients
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize(
+    "name", mostly_slow(["mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"], "mixtral", "gpt_oss")
+)
 def test_a_pack_with_experts_is_what_peft_does(name: str, tmp_path: Path) -> None:
     model, tokens = moe_model(name), random_tokens(5, shortest=6, longest=12)
     trials = [make_trial(2, 1e-3, modules=EVERYTHING), make_trial(3, 2e-3, modules=EVERYTHING)]
@@ -60,7 +63,7 @@ def test_a_pack_with_experts_is_what_peft_does(name: str, tmp_path: Path) -> Non
         save_adapter(weights, config, tmp_path / trial.name)
         assert peft_fault(model, tmp_path / trial.name) is None
         (expected,), gradients = by_peft(name, tmp_path / trial.name, tokens)
-        assert loss.loss == pytest.approx(expected, rel=1e-5)
+        assert float(loss.double().mean()) == pytest.approx(expected, rel=1e-5)
         assert gradients.keys() == weights.keys()
         for key, gradient in gradients.items():
             torch.testing.assert_close(weights[key].grad.double(), gradient, rtol=1e-3, atol=1e-5)
@@ -183,7 +186,7 @@ def test_shards_and_pickled_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"adapter_model\.bin is not read"):
         read_adapter(tmp_path)
     (tmp_path / "adapter_model-00001-of-00002.safetensors").touch()
-    with pytest.raises(ModelError, match="in shards"):
+    with pytest.raises(ModelError, match=r"00001-of-00002\.safetensors is not read\n.*not from shards or pickles"):
         read_adapter(tmp_path)
 
 

@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from marks import mostly_slow
 from models import tiny_model
 from rankscope.data.tokens import Tokens
 from rankscope.errors import StudyError
@@ -57,7 +58,10 @@ def train(model: PreTrainedModel, trials: list[Trial], tokens: Tokens) -> tuple[
     return choice, members, [[step[number].loss for step in steps] for number in range(len(trials))]
 
 
-@pytest.mark.parametrize("case", CASES)
+FAST = ("embeddings", "layers_to_transform", "modules_to_save", "trainable_token_indices")
+
+
+@pytest.mark.parametrize("case", mostly_slow(CASES, *FAST, "target_parameters"))
 def test_they_are_trained_as_peft_does_and_read_back(case: str, tmp_path: Path) -> None:
     name, modules, options, engine = CASES[case]
     tokens, trials = random_tokens(16), [trial_with(4, modules, options), trial_with(2, modules, options)]
@@ -84,15 +88,7 @@ def test_they_are_trained_as_peft_does_and_read_back(case: str, tmp_path: Path) 
     assert not wrapped_modules(fresh)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        name
-        if name in ("embeddings", "layers_to_transform", "modules_to_save")
-        else pytest.param(name, marks=pytest.mark.slow)
-        for name in CASES
-    ],
-)
+@pytest.mark.parametrize("case", mostly_slow(CASES, "embeddings"))
 def test_they_are_counted_before_anything_is_loaded(case: str, tmp_path: Path) -> None:
     name, modules, options, engine = CASES[case]
     model = tiny_model(name)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from marks import mostly_slow
 from models import CONFIGS, tiny_model
 from rankscope.data.tokens import Example, Tokens
 from rankscope.lora.adapters import adapter_parameters, add_adapter, lora_layers
@@ -23,14 +24,13 @@ def test_gradients_of_the_packed_update() -> None:
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=rng, dtype=torch.float64).requires_grad_()
 
-    spans = [(0, 3, 0.5), (3, 8, 2.0)]
-    keeps = [None, (torch.rand(5, 4, generator=rng) < 0.7, 1 / 0.7)]
+    spans = [(0, 3, 0.5, None), (3, 8, 2.0, (torch.rand(5, 4, generator=rng) < 0.7, 1 / 0.7))]
     weights = [random(2, 4), random(6, 2), random(3, 4), random(6, 3)]
 
     weight, bias = random(6, 4).detach(), random(6).detach()
 
     def layer(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-        return _PackedLinear.apply(x, x.detach(), weight, bias, spans, keeps, *weights)
+        return _PackedLinear.apply(x, x.detach(), weight, bias, spans, *weights)
 
     assert torch.autograd.gradcheck(layer, (random(8, 4), *weights))
 
@@ -70,7 +70,7 @@ def hidden_states(engine: PackedEngine, batch: FlatBatch) -> torch.Tensor:
         return trunk(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state[0]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", mostly_slow(CONFIGS, "opt-post-norm", "gpt2", "gemma3", "mixtral"))
 def test_sequences_do_not_see_each_other(name: str) -> None:
     """Changing one sequence changes its own hidden states and nobody else's, in the same and in the other trial."""
     engine, adapters = with_random_adapters(name)
@@ -90,7 +90,7 @@ def test_sequences_do_not_see_each_other(name: str) -> None:
     torch.testing.assert_close(other[same], one[same], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", mostly_slow(CONFIGS, "opt-post-norm", "gpt2", "gemma3", "mixtral"))
 def test_positions_restart_and_adapters_differ(name: str) -> None:
     """Each sequence gives, wherever it lies, what it gives alone; and the two adapters give different things."""
     engine, adapters = with_random_adapters(name)
@@ -115,8 +115,8 @@ def test_a_trial_with_nan_leaves_the_others_alone() -> None:
             parameter.grad = None
     adapter_parameters(engine.model, adapters[0])[0].data.fill_(float("nan"))
     broken, got = engine.accumulate(tokens, slices)
-    assert np.isnan(broken.loss)
-    assert (got.loss, got[1:]) == (expected.loss, expected[1:])
+    assert broken.isnan().any()
+    assert torch.equal(got, expected)
     for parameter, gradient in zip(adapter_parameters(engine.model, adapters[1]), gradients, strict=True):
         assert parameter.grad is not None
         assert torch.equal(parameter.grad, gradient)
@@ -136,7 +136,7 @@ def test_filling_up_changes_rounding_only(name: str) -> None:
         assert all(part.stop % engine.multiple == 0 for part in layout.segments)
         losses = list(engine.accumulate(tokens, slices))
         weights = [weight for adapter in adapters for weight in adapter_parameters(engine.model, adapter)]
-        found.append([torch.tensor([part.loss for part in losses]), *[weight.grad for weight in weights]])
+        found.append([torch.stack([part.mean() for part in losses]), *[weight.grad for weight in weights]])
         for weight in weights:
             weight.grad = None
     assert layout.tokens > int(2 * tokens.lengths.sum())  # some were filled up

@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
 
+from marks import mostly_slow
 from models import tiny_model
 from rankscope.errors import StudyError
 from rankscope.lora.adapters import lora_config, remove_adapters, save_adapter
@@ -95,8 +96,16 @@ def train_with_peft(model: PeftModel, trial: Trial) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("name", ["llama-gqa", "gpt2"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("llama-gqa", torch.float32),
+        pytest.param("llama-gqa", torch.float64, marks=pytest.mark.slow),
+        pytest.param("gpt2", torch.float32, marks=pytest.mark.slow),
+        ("gpt2", torch.float64),
+    ],
+    ids=str,
+)
 def test_variants_in_one_pack_equal_peft(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     variants = [v for v in PACKED if not (v in ("pissa", "olora") and dtype == torch.float64)]  # PEFT's are float32
     if name == "gpt2":  # PEFT's OLoRA does not know that Conv1D is transposed
@@ -126,7 +135,7 @@ def test_variants_in_one_pack_equal_peft(name: str, dtype: torch.dtype, tmp_path
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), "the base is as it came"
 
 
-@pytest.mark.parametrize("variant", ["dora", "pissa", "olora", "rslora"])
+@pytest.mark.parametrize("variant", mostly_slow(["dora", "pissa", "olora", "rslora"], "dora", "pissa"))
 def test_by_pefts_forward_too(variant: str) -> None:
     trial, model, tokens = variant_trial("llama-gqa", variant), tiny_model("llama-gqa"), random_tokens(30)
     member = make_train_state(model, trial, TRAINING, STEPS)

@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from marks import mostly_slow
 from models import tiny_model
 from rankscope.data.tokens import Tokens
 from rankscope.errors import MissingExtraError, ModelError, StudyError
@@ -100,8 +101,14 @@ def assert_same(got: Trained, expected: Trained) -> None:
         torch.testing.assert_close(got.weights[key], value, rtol=0, atol=3e-4, msg=lambda m, key=key: f"{key}: {m}")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", PACKED)
+PAIRS = [
+    pytest.param(name, kind, marks=[] if (name, kind) in {("gpt2", "nf4"), ("llama-gqa", "int8")} else pytest.mark.slow)
+    for name in PACKED
+    for kind in KINDS
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
 def test_a_pack_equals_peft_over_bitsandbytes(name: str, kind: str, folders: dict[str, Path]) -> None:
     modules = MODULES.get(name, "all-linear")
     trials = [make_trial(8, 3e-3, 0, modules=modules), make_trial(3, 1e-3, 1, modules=modules)]
@@ -118,7 +125,7 @@ def test_a_pack_equals_peft_over_bitsandbytes(name: str, kind: str, folders: dic
     assert abs(plain.losses[0] - packed[0].losses[0]) > 1e-5, "the base was not quantized"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, "nf4"))
 def test_dropout_and_recomputing_too(kind: str, folders: dict[str, Path]) -> None:
     training = TRAINING.model_copy(update={"batch_size": 1})
     trial = make_trial(8, 3e-3, dropout=0.2)
@@ -128,8 +135,11 @@ def test_dropout_and_recomputing_too(kind: str, folders: dict[str, Path]) -> Non
         assert_same(got, own)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("name", "variant"), [("bloom", "lora"), ("llama-gqa", "lora"), ("llama-gqa", "dora")])
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, "nf4"))
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [("bloom", "lora"), pytest.param("llama-gqa", "lora", marks=pytest.mark.slow), ("llama-gqa", "dora")],
+)
 def test_by_pefts_forward_too(name: str, variant: str, kind: str, folders: dict[str, Path]) -> None:
     training, plain = TRAINING.model_copy(update={"weight_decay": 0.0}), make_trial(4, 2e-3)
     trial = Trial(candidate=plain.candidate.model_copy(update={"variant": variant}), seed=0)
@@ -144,7 +154,7 @@ def test_by_pefts_forward_too(name: str, variant: str, kind: str, folders: dict[
     assert_same(got, expected._replace(weights=weights))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, "nf4"))
 def test_adapters_load_in_peft(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
     model = load_model(spec_of(folders["llama-gqa"], kind))
     (member,), _ = train_packed(model, [make_trial(4, 1e-2)], TRAINING)
@@ -171,7 +181,7 @@ def test_adapters_load_in_peft(kind: str, folders: dict[str, Path], tmp_path: Pa
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [*PACKED, "bloom"])
+@pytest.mark.parametrize("name", mostly_slow([*PACKED, "bloom"], "gpt2", "mixtral"))
 def test_the_bytes_of_a_base_are_known_before_it_is_loaded(
     name: str, kind: str, dtype: str, folders: dict[str, Path]
 ) -> None:
@@ -265,7 +275,7 @@ def test_checkpoints_are_told_apart(folders: dict[str, Path], tmp_path: Path) ->
     assert fingerprint(load_model(spec_of(tmp_path, "nf4"))) == found[4]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, "int8"))
 def test_over_a_bfloat16_base_both_engines_agree(kind: str, folders: dict[str, Path]) -> None:
     """Adapters are float32 and products bfloat16, as on a GPU."""
     trial = make_trial(8, 3e-3)

@@ -41,8 +41,8 @@ def write(folder: Path, config: Mapping[str, Any] | str, tensors: Mapping[str, t
 
 
 CONFIGURATIONS: dict[str, tuple[dict[str, Any] | str, str]] = {
-    "a list": ("[]", "cannot be read: expected an object"),
-    "null": ("null", "cannot be read: expected an object"),
+    "a list": ("[]", r"it is \[\]: Input should be a valid dictionary"),
+    "null": ("null", "it is None: Input should be a valid dictionary"),
     "nested": ("[" * 100_000, "cannot be read: .*recursion"),
     "alpha is text": ({"lora_alpha": "x"}, "lora_alpha is 'x'"),
     "alpha is null": ({"lora_alpha": None}, "lora_alpha is None"),

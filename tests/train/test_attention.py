@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import varlen
 
+from marks import mostly_slow
 from models import CONFIGS, tiny_model
 from rankscope.lora.layout import Slice
 from rankscope.spec.models import TrainingSpec
@@ -117,12 +118,7 @@ def test_what_the_kernel_refuses_goes_another_way(
     assert _fits_kernel(query, value) == fits
 
 
-KERNEL = [
-    pytest.param(name, marks=[] if name in ("mistral-window", "gemma2") else pytest.mark.slow) for name in CONFIGS
-]
-
-
-@pytest.mark.parametrize("name", KERNEL)
+@pytest.mark.parametrize("name", mostly_slow(CONFIGS, "mistral-window", "gemma2"))
 def test_models_attend_alike_by_the_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses and gradients in bfloat16, of sequences of a pack, by the kernel's stand-in and by one product a row."""
     modules = ("q_proj", "v_proj") if name == "mixtral" else "all-linear"
@@ -145,7 +141,7 @@ def test_models_attend_alike_by_the_kernel(name: str, monkeypatch: pytest.Monkey
             PackedEngine(model, 1 << 30).accumulate(tokens, [Slice(trial.name, range(6)) for trial in trials])
         )
         gradients = torch.cat([p.grad.flatten() for member in members for p in member.parameters])
-        found.append((torch.tensor([loss.loss for loss in losses]), gradients))
+        found.append((torch.stack([loss.mean() for loss in losses]), gradients))
     assert bool(calls) == (name != "gemma2"), "soft-capped scores go another way, all others by the kernel"
     torch.testing.assert_close(found[1][0], found[0][0], rtol=2e-3, atol=0)
     assert torch.cosine_similarity(found[1][1], found[0][1], dim=0) > 0.999

@@ -1,6 +1,7 @@
 """A pack that is stopped goes on bitwise as if it had not been."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,33 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_model(tmp_path_factory.mktemp("model")))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def data() -> TokenizedData:
     return TokenizedData(random_tokens(36), random_tokens(8, seed=1), {})
+
+
+@pytest.fixture(scope="module")
+def whole(model: str, data: TokenizedData, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Contents of a pack that was not stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(study(model), data, folder)
+    return contents(folder)
+
+
+@pytest.fixture(scope="module")
+def stopped_pack(model: str, data: TokenizedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pack that was stopped in its eighth step, with the checkpoints of two."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 7)
+        with pytest.raises(Stopped):
+            train(study(model), data, folder)
+    return folder
+
+
+@pytest.fixture
+def stopped(stopped_pack: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(stopped_pack, tmp_path / "stopped"))
 
 
 def study(model: str, **training: Any) -> StudySpec:
@@ -90,24 +115,27 @@ def contents(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("training", "stops"),
     [
-        ({}, (1,)),
-        ({}, (8,)),
+        pytest.param({}, (1,), marks=pytest.mark.slow),
+        pytest.param({}, (8,), marks=pytest.mark.slow),
         ({}, (3, 2, 1)),
         ({"engine": "peft"}, (5,)),
-        ({"lr_scheduler_type": "constant"}, (5,)),
+        pytest.param({"lr_scheduler_type": "constant"}, (5,), marks=pytest.mark.slow),
     ],
     ids=str,
 )
 def test_a_stopped_pack_goes_on_bitwise(
     model: str,
     data: TokenizedData,
+    whole: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     training: dict[str, Any],
     stops: Sequence[int],
 ) -> None:
-    spec = study(model, **training)
-    train(spec, data, tmp_path / "whole")
+    spec, expected = study(model, **training), whole
+    if training:
+        train(spec, data, tmp_path / "whole")
+        expected = contents(tmp_path / "whole")
     for stop in stops:
         with monkeypatch.context() as patch:
             stop_after(patch, stop)
@@ -119,10 +147,13 @@ def test_a_stopped_pack_goes_on_bitwise(
         patch.setattr(loop, "train_step", lambda *args: (done.append(args[-1]), own(*args))[1])
         train(spec, data, tmp_path / "stopped")
     assert len(done) == STEPS - sum(stop - stop % 2 for stop in stops), "it did not go on from the last checkpoint"
-    assert {Path(name).name for name in contents(tmp_path / "whole")} >= {"metrics.jsonl", "eval.json", "trial.json"}
-    assert any(name.endswith("adapter_model.safetensors") for name in contents(tmp_path / "whole"))
-    without = {k: v for k, v in contents(tmp_path / "stopped").items() if not k.startswith("checkpoints")}
-    assert without == {k: v for k, v in contents(tmp_path / "whole").items() if not k.startswith("checkpoints")}
+    assert {Path(name).name for name in expected} >= {"metrics.jsonl", "eval.json", "trial.json"}
+    assert any(name.endswith("adapter_model.safetensors") for name in expected)
+    assert without_checkpoints(contents(tmp_path / "stopped")) == without_checkpoints(expected)
+
+
+def without_checkpoints(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: content for name, content in found.items() if not name.startswith("checkpoints")}
 
 
 def test_the_bases_own_dropout_goes_on_bitwise(
@@ -140,30 +171,20 @@ def test_the_bases_own_dropout_goes_on_bitwise(
 
 
 def test_a_trial_that_is_done_stays_as_it_is(
-    model: str, data: TokenizedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, data: TokenizedData, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The process ends between the last files of the first trial and those of the second."""
     spec = study(model)
     first, second = (trial.name for trial in spec.trials())
-    train(spec, data, tmp_path / "whole")
     with monkeypatch.context() as patch:
         stop_after(patch, 1, "_finish")
         with pytest.raises(Stopped):
-            train(spec, data, tmp_path / "stopped")
-    files = {file: file.read_bytes() for file in (tmp_path / "stopped" / first).rglob("*") if file.is_file()}
-    assert read_json(tmp_path / "stopped" / second / "trial.json")["status"] == "running"
-    train(spec, data, tmp_path / "stopped")
+            train(spec, data, tmp_path)
+    files = {file: file.read_bytes() for file in (tmp_path / first).rglob("*") if file.is_file()}
+    assert read_json(tmp_path / second / "trial.json")["status"] == "running"
+    train(spec, data, tmp_path)
     assert {file: file.read_bytes() for file in files} == files
-    assert contents(tmp_path / "stopped")[f"{second}/eval.json"] == contents(tmp_path / "whole")[f"{second}/eval.json"]
-
-
-def stopped(model: str, data: TokenizedData, folder: Path, monkeypatch: pytest.MonkeyPatch) -> StudySpec:
-    spec = study(model)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 7)
-        with pytest.raises(Stopped):
-            train(spec, data, folder)
-    return spec
+    assert contents(tmp_path)[f"{second}/eval.json"] == whole[f"{second}/eval.json"]
 
 
 @pytest.mark.parametrize(
@@ -172,16 +193,21 @@ def stopped(model: str, data: TokenizedData, folder: Path, monkeypatch: pytest.M
         ("tensors.safetensors", "flip"),
         ("tensors.safetensors", "gone"),
         ("state.json", "cut"),
-        ("state.json", "flip"),
+        pytest.param("state.json", "flip", marks=pytest.mark.slow),
         ("manifest.json", "cut"),
-        ("manifest.json", "gone"),
+        pytest.param("manifest.json", "gone", marks=pytest.mark.slow),
     ],
 )
 def test_a_damaged_checkpoint_is_seen_and_the_other_used(
-    model: str, data: TokenizedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, harm: str
+    model: str,
+    data: TokenizedData,
+    whole: dict[str, Any],
+    stopped: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    harm: str,
 ) -> None:
-    spec = stopped(model, data, tmp_path / "stopped", monkeypatch)
-    checkpoints = sorted((tmp_path / "stopped" / "checkpoints").iterdir())
+    checkpoints = sorted((stopped / "checkpoints").iterdir())
     assert [folder.name for folder in checkpoints] == ["step-00000004", "step-00000006"]
     file = checkpoints[1] / name
     content = bytearray(file.read_bytes())
@@ -193,59 +219,50 @@ def test_a_damaged_checkpoint_is_seen_and_the_other_used(
     steps: list[int] = []
     own = loop.train_step
     monkeypatch.setattr(loop, "train_step", lambda *args: (steps.append(args[-1]), own(*args))[1])
-    train(spec, data, tmp_path / "stopped")
+    train(study(model), data, stopped)
     assert steps[0] == 4
-    train(spec, data, tmp_path / "whole")
-    trial = f"{spec.trials()[1].name}/metrics.jsonl"
-    assert contents(tmp_path / "stopped")[trial] == contents(tmp_path / "whole")[trial]
+    trial = f"{study(model).trials()[1].name}/metrics.jsonl"
+    assert contents(stopped)[trial] == whole[trial]
 
 
-def test_another_model_is_refused(
-    model: str, data: TokenizedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = stopped(model, data, tmp_path, monkeypatch)
+def test_another_model_is_refused(model: str, data: TokenizedData, stopped: Path) -> None:
     with pytest.raises(ModelError, match="not the one that this study began with"):
-        train(spec, data, tmp_path, sha="another")
+        train(study(model), data, stopped, sha="another")
 
 
 def test_a_checkpoint_of_other_trials_is_not_used(
-    model: str, data: TokenizedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, data: TokenizedData, stopped: Path, tmp_path: Path
 ) -> None:
-    spec = stopped(model, data, tmp_path, monkeypatch)
-    train(spec, data, tmp_path, most=1)
-    steps = [row["step"] for row in read_jsonl(tmp_path / spec.trials()[0].name / "metrics.jsonl")]
+    spec = study(model)
+    train(spec, data, stopped, most=1)
+    steps = [row["step"] for row in read_jsonl(stopped / spec.trials()[0].name / "metrics.jsonl")]
     assert sorted(set(steps)) == list(range(STEPS + 1))
     train(spec, data, tmp_path / "alone", most=1)
     name = f"{spec.trials()[0].name}/eval.json"
-    assert (tmp_path / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
-    assert [folder.name for folder in sorted((tmp_path / "checkpoints").iterdir())] == [
+    assert (stopped / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    assert [folder.name for folder in sorted((stopped / "checkpoints").iterdir())] == [
         "step-00000008",
         "step-00000009",
     ]
 
 
-@pytest.mark.parametrize("harm", ["cut", "flip"])
+@pytest.mark.parametrize("harm", [pytest.param("cut", marks=pytest.mark.slow), "flip"])
 def test_damaged_lines_are_seen_and_trained_again(
-    model: str, data: TokenizedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
+    model: str, data: TokenizedData, whole: dict[str, Any], stopped: Path, harm: str
 ) -> None:
-    spec = stopped(model, data, tmp_path / "stopped", monkeypatch)
-    train(spec, data, tmp_path / "whole")
-    name = f"{spec.trials()[1].name}/metrics.jsonl"
-    file = tmp_path / "stopped" / name
+    name = f"{study(model).trials()[1].name}/metrics.jsonl"
+    file = stopped / name
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:3]) if harm == "cut" else file.read_text().replace("1", "2", 1))
-    train(spec, data, tmp_path / "stopped")
-    assert contents(tmp_path / "stopped")[name] == contents(tmp_path / "whole")[name]
+    train(study(model), data, stopped)
+    assert contents(stopped)[name] == whole[name]
 
 
-def test_a_manifest_that_names_other_files_is_none(
-    model: str, data: TokenizedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = stopped(model, data, tmp_path, monkeypatch)
-    for folder in (tmp_path / "checkpoints").iterdir():
+def test_a_manifest_that_names_other_files_is_none(model: str, data: TokenizedData, stopped: Path) -> None:
+    for folder in (stopped / "checkpoints").iterdir():
         write_json(folder / "manifest.json", {"schema": 1, "files": {"../../x": "y"}})
-    train(spec, data, tmp_path)
-    assert json.loads((tmp_path / spec.trials()[0].name / "trial.json").read_text())["status"] == "done"
+    train(study(model), data, stopped)
+    assert json.loads((stopped / study(model).trials()[0].name / "trial.json").read_text())["status"] == "done"
 
 
 def test_8_bit_states_go_on_bitwise(data: TokenizedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,5 +281,4 @@ def test_8_bit_states_go_on_bitwise(data: TokenizedData, tmp_path: Path, monkeyp
     assert {kept[name].dtype for name in kept if name.endswith("/state1")} == {torch.uint8, torch.float32}
     assert {int(kept[name]) for name in kept if name.endswith("/step")} == {4}
     train(spec, data, tmp_path / "stopped")
-    without = {k: v for k, v in contents(tmp_path / "stopped").items() if not k.startswith("checkpoints")}
-    assert without == {k: v for k, v in contents(tmp_path / "whole").items() if not k.startswith("checkpoints")}
+    assert without_checkpoints(contents(tmp_path / "stopped")) == without_checkpoints(contents(tmp_path / "whole"))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from marks import mostly_slow
 from models import tiny_model
 from rankscope.spec.models import TrainingSpec
 from rankscope.train import attention, step
@@ -12,7 +13,7 @@ from scripts import load_benchmark
 MORE = ("opt-pre-norm", "gpt2", "llama-gqa", "qwen2", "qwen3", "mistral-window", "gemma2", "gemma3", "gpt-neox", "phi")
 
 
-@pytest.mark.parametrize("name", ["opt-post-norm", *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
+@pytest.mark.parametrize("name", mostly_slow(["opt-post-norm", *MORE], "opt-post-norm"))
 def test_a_packed_step_waits_for_a_gpu_once(name: str) -> None:
     trials, training = [make_trial(8, 1e-3), make_trial(3, 1e-3)], TrainingSpec(steps=10, batch_size=3)
     model = tiny_model(name, torch.bfloat16)

@@ -72,15 +72,22 @@ def assert_same(got: Trained, expected: Trained, tolerance: float) -> None:
         )
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)], ids=str)
-@pytest.mark.parametrize("name", ["opt-post-norm", "opt-pre-norm", "llama-gqa", "gpt2"])
+FULL = [
+    pytest.param(name, dtype, tolerance, marks=[] if fast else pytest.mark.slow)
+    for name in ("opt-post-norm", "opt-pre-norm", "llama-gqa", "gpt2")
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-9))
+    for fast in [name == "opt-post-norm" or (name, dtype) == ("llama-gqa", torch.float64)]
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "tolerance"), FULL, ids=str)
 def test_full_fine_tuning_is_that_of_transformers(name: str, dtype: torch.dtype, tolerance: float) -> None:
     """Tied embeddings (OPT, GPT-2) and untied ones (Llama): the output layer's gradient is worked out in chunks."""
     tokens = random_tokens(30)
     assert_same(train_packed(name, tokens, dtype), train_plainly(tiny_model(name, dtype), tokens), tolerance)
 
 
-@pytest.mark.parametrize("tokens_per_forward", [1, 25])
+@pytest.mark.parametrize("tokens_per_forward", [1, pytest.param(25, marks=pytest.mark.slow)])
 def test_dividing_and_recomputing_change_rounding_only(tokens_per_forward: int) -> None:
     tokens, dtype = random_tokens(30), torch.float64
     whole = train_packed("opt-post-norm", tokens, dtype)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import rankscope.train.loss
+from marks import mostly_slow
 from models import CONFIGS, tiny_model
 from rankscope.train.loss import Head, label_losses
 
@@ -35,7 +36,7 @@ def test_evaluation_counts_hits_and_works_out_no_gradient() -> None:
     assert got.correct.tolist() == [True] * 4 + [False] * 5
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", mostly_slow(CONFIGS, "opt-post-norm", "gemma2"))
 def test_head_is_the_models_own(name: str) -> None:
     """Soft-capping and the like included: the head of the trunk's hidden states gives the model's logits."""
     model = tiny_model(name)

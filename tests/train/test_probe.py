@@ -24,6 +24,7 @@ from transformers import (
     ZambaForCausalLM,
 )
 
+from marks import mostly_slow
 from models import UNPACKABLE, tiny_model
 from rankscope.errors import ModelError
 from rankscope.lora.adapters import adapter_weights, add_adapter, remove_adapters
@@ -134,9 +135,20 @@ def leak(kind: str, size: float) -> Callable[[Any, Any, Tensor], Tensor]:
     return hook
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size", [1e-5, 1e-2])
-@pytest.mark.parametrize("kind", ["convolution", "state", "norm over time", "norm of each feature"])
+LEAKS = [
+    pytest.param(kind, size, dtype, marks=[] if (size, dtype) == fast else pytest.mark.slow)
+    for kind, fast in (
+        ("convolution", (1e-5, torch.float32)),
+        ("state", (1e-5, torch.bfloat16)),
+        ("norm over time", (1e-2, torch.float32)),
+        ("norm of each feature", (1e-5, torch.float32)),
+    )
+    for size in (1e-5, 1e-2)
+    for dtype in (torch.float32, torch.bfloat16)
+]
+
+
+@pytest.mark.parametrize(("kind", "size", "dtype"), LEAKS, ids=str)
 def test_leaks_of_any_kind_and_size_are_caught(kind: str, size: float, dtype: torch.dtype) -> None:
     model, trial = tiny_model("llama-gqa", dtype), make_trial(4, 1e-3)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -299,7 +311,7 @@ def test_bytes_per_token_grow_with_adapters() -> None:
     )  # h = A x of each module, float32
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "mixtral", "lfm2"])
+@pytest.mark.parametrize("name", mostly_slow(["llama-gqa", "gpt2", "mixtral", "lfm2"], "llama-gqa", "mixtral"))
 def test_in_bfloat16_packed_is_solo_and_close_to_peft(name: str) -> None:
     """A pack's products round as those of a trial alone; PEFT's round A x and the update too."""
     tokens, trials, losses = random_tokens(12), [make_trial(8, 3e-3, seed=0), make_trial(3, 1e-3, seed=1)], {}
