@@ -18,8 +18,12 @@ from rankscope.lora.adapters import adapter_weights, add_adapter, save_adapter
 from rankscope.lora.layout import Slice
 from rankscope.lora.saved import attach, attached, peft_fault, read_adapter, write_adapter
 from rankscope.lora.svd import by_module, check_resizable, decompose, ranks_by_energy, resized, spectrum
+from rankscope.model.mixed import use_mixed_precision
+from rankscope.spec.models import TrainingSpec
 from rankscope.train.engine import PackedEngine
+from rankscope.train.loop import choose_engine
 from rankscope.train.probe import make_packable
+from rankscope.train.step import make_train_state, train_step
 from reference import make_trial, random_tokens
 
 PATTERNS = "ignore:The following .*_pattern keys:RuntimeWarning"  # PEFT follows them for parameters, and says this
@@ -67,6 +71,22 @@ def test_a_pack_with_experts_is_what_peft_does(name: str, tmp_path: Path) -> Non
         assert gradients.keys() == weights.keys()
         for key, gradient in gradients.items():
             torch.testing.assert_close(weights[key].grad.double(), gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_packed_experts_of_a_bfloat16_base_stay_in_bfloat16() -> None:
+    tokens, trial, losses = random_tokens(5), make_trial(2, 1e-2, modules=EVERYTHING), {}
+    training = TrainingSpec(steps=3, batch_size=2, warmup_ratio=0.0)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = moe_model("mixtral")
+        if dtype == torch.bfloat16:
+            use_mixed_precision(model)
+        state = make_train_state(model, trial, training, 3)
+        engine = choose_engine(model, [state], training).engine
+        assert engine.name == "packed"
+        assert {weight.dtype for weight in model.parameters() if weight.dim() == 3} == {dtype}
+        losses[dtype] = [train_step(engine, [state], tokens, training, step)[0].loss for step in range(3)]
+    assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=1e-2)
+    assert losses[torch.bfloat16] != losses[torch.float32]
 
 
 def saved_experts(folder: Path, **options: object) -> dict[str, Tensor]:

@@ -1,11 +1,11 @@
 """Adapters on a frozen model, by PEFT: target matching, initialisation, scaling and saving are its own."""
 
+import json
 import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -229,15 +229,11 @@ def save_adapter(weights: Mapping[str, torch.Tensor], config: LoraConfig, folder
 
 
 def save_config(config: LoraConfig, folder: Path) -> None:
-    """Write PEFT's adapter_config.json."""
+    """Write adapter_config.json as PEFT does, but whole or not at all, and with names in order."""
     config.inference_mode = True
-    for field in ("target_modules", "target_parameters"):
-        if isinstance(getattr(config, field), set):  # its order differs between processes
-            setattr(config, field, sorted(getattr(config, field)))
-    with TemporaryDirectory() as scratch:  # PEFT writes in place, which is not atomic
-        config.save_pretrained(scratch)
-        text = Path(scratch, CONFIG_NAME).read_bytes()
-    write_atomic(folder / CONFIG_NAME, text)
+    fields: dict[str, Any] = config.to_dict()  # type: ignore[no-untyped-call]
+    values = {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
+    write_atomic(folder / CONFIG_NAME, json.dumps(values, indent=2, sort_keys=True).encode())
 
 
 def adapter_key(adapter: str) -> str:

@@ -1,13 +1,9 @@
-"""Variants of LoRA that initialise the factors from the base weights: PiSSA and OLoRA.
+"""Variants of LoRA that initialise the factors from the base weights: PiSSA (Meng et al. 2024, arXiv:2404.02948) and
+OLoRA (Büyükakyüz 2024, arXiv:2406.01775).
 
-Meng et al. 2024, arXiv:2404.02948; Büyükakyüz 2024, arXiv:2406.01775. Both move a part of each weight W into the
-adapter and leave the rest in the base: W = (W - s B0 A0) + s B0 A0. A pack has one base for all its trials, so W stays
-whole here, and each forward subtracts the initial update:
-
-    y = x W.T + s x (B A - B0 A0).T
-
-The initialisation is PEFT's own, and what is saved is what PEFT converts it to for sharing: plain LoRA of twice the
-rank.
+Both move a part of each weight W into the adapter: W = (W - s B0 A0) + s B0 A0. A pack has one base for all its trials,
+so W stays whole here, and each forward subtracts the initial update: y = x W.T + s x (B A - B0 A0).T. The
+initialisation is PEFT's own, and what is saved is what PEFT converts it to for sharing: plain LoRA of twice the rank.
 """
 
 import math

@@ -1,17 +1,12 @@
-"""A frozen base with quantized linear layers, by bitsandbytes: extra `quantization`.
+"""A frozen base with linear layers that bitsandbytes has quantized: extra `quantization`.
 
-nf4   4 bits a weight, NormalFloat in blocks of 64 with one scale each, which are quantized once more (double
-      quantization): Dettmers et al. 2023, "QLoRA", arXiv:2305.14314
-int8  8 bits a weight, with one scale for each row: Dettmers et al. 2022, "LLM.int8()", arXiv:2208.07339
+nf4   4 bits a weight, NormalFloat in blocks of 64 with doubly quantized scales: Dettmers et al. 2023, arXiv:2305.14314
+int8  8 bits a weight, with one scale for each row: Dettmers et al. 2022, arXiv:2208.07339
 
-transformers chooses the layers, all linear ones but the output layer, and quantizes them while it loads. Their products
-are of the base's dtype, over weights that are dequantized for each product and again in its backward:
-
-    y = x dequantize(W).T + b
-
-bitsandbytes' own forwards are not used. That of int8 quantizes activations too, all but the columns in which any token
-of the batch stands out, so that a trial's numbers would depend on what else is in the pack; and on CPUs with
-AVX512-BF16 that of nf4 rearranges the weights where it meets a batch without gradient.
+transformers quantizes all linear layers but the output layer while it loads. Products are of the base's dtype, over
+weights that are dequantized for each product and again in its backward: y = x dequantize(W).T + b. bitsandbytes' own
+forwards are not used: that of int8 quantizes activations by what else is in the batch, so that a trial's numbers would
+depend on its pack; and on CPUs with AVX512-BF16 that of nf4 rearranges the weights.
 """
 
 from collections.abc import Iterator

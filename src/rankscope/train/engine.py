@@ -316,12 +316,8 @@ def pad(tokens: Tokens, examples: Examples, device: torch.device) -> tuple[Tenso
     return ids, mask, is_label
 
 
-LOGIT_BYTES = 16
-"""Bytes per logit of PEFT's forward: logits and log-probabilities in float32, and the gradients of both."""
-
-FORWARD_MEMORY_FRACTION = 0.6
-"""Share of the memory free beside weights and adapters for what a forward saves; the rest is for temporaries."""
-
+LOGIT_BYTES = 16  # per logit of PEFT's forward: logits and log-probabilities in float32, and the gradients of both
+FORWARD_MEMORY_FRACTION = 0.6  # of the memory free beside weights and adapters, for what a forward saves
 TOKENS_PER_FORWARD = {"cpu": 512, "cuda": 1 << 15, "mps": 1 << 13}
 """Maximum tokens of one training forward. Larger ones gain nothing on a CPU (docs/lab-notes.md); GPU not measured."""
 

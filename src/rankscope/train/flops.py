@@ -1,8 +1,5 @@
-"""Cost of a training step: FLOPs and saved bytes per token.
-
-Counting takes one forward and backward of four short sequences, on the loaded model or on one without weights (the meta
-device), so that memory can be predicted before anything is loaded.
-"""
+"""FLOPs and saved bytes of a training step, per token, counted in one forward and backward of four short sequences: on
+the loaded model or on one without weights, so that memory can be predicted before anything is loaded."""
 
 import itertools
 from collections import Counter

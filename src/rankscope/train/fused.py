@@ -3,8 +3,7 @@
     y = x w / sqrt(mean(x^2) + eps)        Zhang and Sennrich 2019, arXiv:1910.07467
     y = silu(gate) up                      Shazeer 2020, arXiv:2002.05202
 
-Only modules whose forward is the very code of Llama's take them, as that of Mistral, Qwen and others is; norms only in
-float32 and while they are frozen.
+Modules with the very code of Llama's forward take them (Mistral, Qwen and others); norms in float32, while frozen.
 """
 
 from typing import Any, cast

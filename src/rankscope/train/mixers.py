@@ -1,9 +1,8 @@
 """Hybrids: modules that mix over time by other means than replaceable attention are called by sequence.
 
 A short convolution, a state-space model or linear attention runs on from one sequence of a flattened batch into the
-next. Most of transformers' own take `cu_seq_lens` or `seq_idx` only for their kernels on a GPU and ignore them
-elsewhere, so nothing is passed: while a mixer runs, its tensors and the layout are those of sequences of one length,
-as rows of a batch, without padding. The rest of the model stays flattened.
+next. Most of transformers' own heed sequence boundaries only in their kernels on a GPU. So while a mixer runs, its
+tensors and the layout are those of sequences of one length, as rows of a batch. The rest of the model stays flattened.
 """
 
 import inspect

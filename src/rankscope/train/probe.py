@@ -43,12 +43,10 @@ _IN_BLOCKS = r"compress|^index_(block|topk_blocks)"
 """Names of sizes of blocks of tokens that attention reads as one: blocks are longer than the probe's sequences, so that
 it would not see sequences share one (DeepSeek-V4, MiniMax-M3)."""
 
-LENGTH_ROUNDING = 1e-6
-"""Relative difference that rounding may make in float32 where products have other shapes."""
-CAUSAL_ROUNDING = 1e-5
-"""Relative difference that masked tokens may make in a model's own forward, where they are multiplied by almost 0."""
-NEARNESS = 1e-3
-"""Relative difference from the model's own forward in float32: its attention rounds otherwise, in every layer."""
+# Relative differences of logits in float32
+LENGTH_ROUNDING = 1e-6  # by rounding, where products have other shapes
+CAUSAL_ROUNDING = 1e-5  # by masked tokens in a model's own forward, where they are multiplied by almost 0
+NEARNESS = 1e-3  # from the model's own forward: its attention rounds otherwise, in every layer
 
 log = logging.getLogger(__name__)
 

@@ -1,9 +1,6 @@
-"""Activation checkpointing for forwards that are too long to keep (Chen et al. 2016, arXiv:1604.06174).
-
-A sequence is never divided, so one that is longer than a forward should be needs memory that no division of the step
-can save. Such a forward, of either engine, keeps only the decoder layers' inputs, and each layer is run again in its
-backward.
-"""
+"""Activation checkpointing for forwards that are too long to keep (Chen et al. 2016, arXiv:1604.06174): one sequence
+that is longer than a forward should be. Of either engine only the decoder layers' inputs are kept, and each layer is
+run again in its backward."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
