@@ -46,11 +46,7 @@ def truncations(layers: Sequence[Decomposed], uniform: bool) -> Truncations:
 
 
 def measure_truncations(
-    layers: Sequence[Decomposed],
-    uniform: bool,
-    evaluate: Callable[[Ranks], float],
-    whole: float,
-    max_increase: float,
+    layers: Sequence[Decomposed], uniform: bool, evaluate: Callable[[Ranks], float], whole: float, max_increase: float
 ) -> Iterator[MeasuredTruncation]:
     """Measure truncations until the smallest one within the budget is known, and yield each. Sizes double from the
     smallest one on until the increase over the loss `whole` is at most `max_increase`; from there the border is
