@@ -30,12 +30,9 @@ class Finding(NamedTuple):
 
 
 def normalised(runs: pd.DataFrame) -> pd.DataFrame:
-    """Runs with `scaling`, alpha/rank (alpha with rsLoRA, whose rule this is), with `copy`, whether another run has the
-    same rank, seed, rate and losses, and with equal values where tools round."""
+    """Runs with `scaling`, alpha/rank (alpha with rsLoRA, whose rule this is), and equal values where tools round."""
     scaled = np.where(runs["variant"].str.contains(RSLORA, regex=False), runs["alpha"], runs["alpha"] / runs["rank"])
     runs = runs.assign(scaling=scaled, learning_rate=runs["learning_rate"].map(lambda rate: float(f"{rate:.6g}")))
-    again = runs.duplicated(["rank", "seed", "learning_rate", "train_loss", "eval_loss"])
-    runs["copy"] = again & runs["eval_loss"].notna() & ~runs["diverged"]
     for column, share in _ROUNDED.items():
         first, same = math.nan, dict[float, float]()
         for value in sorted(set(runs[column].dropna())):
@@ -98,7 +95,7 @@ def limits(runs: pd.DataFrame) -> list[Finding]:
     unknown = [label(name) for name in SETTINGS if runs[name].isna().all() and name not in _RARE]
     unknown += ["schedule", "precision", "prompt"]  # which no column has
     counted = evaluated & ~runs["unfinished"]
-    own = runs[~runs["copy"] & counted & ~unseeded]
+    own = runs[counted & ~unseeded]
     twice = own.duplicated(["rank", "seed", "alpha", *SETTINGS], keep=False).reindex(runs.index, fill_value=False)
     tests = {
         "one rank alone: there is nothing to compare": everything & (runs["rank"].nunique() == 1),
@@ -110,7 +107,6 @@ def limits(runs: pd.DataFrame) -> list[Finding]:
         "one learning rate a rank: another may suit another rank better": everything & (rates.max() == 1),
         "diverged: its rank is compared with none": runs["diverged"],
         "ended before its last planned step: compared with none": runs["unfinished"],
-        "a copy of another run, counted once": runs["copy"],
         "settings and seed of another run, but other losses: not compared": twice,
         "ends above its lowest held-out loss: overfits": runs["eval_loss"] > (1 + _RISE) * runs["best_loss"],
         f"not recorded and taken to be equal: {', '.join(unknown)}": everything,

@@ -35,10 +35,10 @@ def differences(runs: pd.DataFrame) -> list[dict[str, Any]]:
 
 def comparable(runs: pd.DataFrame) -> Iterator[pd.DataFrame]:
     """Runs of several ranks with all `SETTINGS` in common, and alpha or alpha/rank, by whichever splits them less.
-    Left out are those whose rank diverged at their rate, that have not ended, whose seed is unknown or not theirs
-    alone, and copies; where no seed is known, one run a rank stays, as of one seed."""
+    Left out are those whose rank diverged at their rate, that have not ended, and whose seed is unknown or not theirs
+    alone; where no seed is known, one run a rank stays, as of one seed."""
     lost = runs.groupby(["rank", "learning_rate"], dropna=False)["diverged"].transform("any")
-    usable = runs[~lost & ~runs["copy"] & ~runs["unfinished"] & runs["eval_loss"].notna()]
+    usable = runs[~lost & ~runs["unfinished"] & runs["eval_loss"].notna()]
     for _, alike in usable.groupby(list(SETTINGS), dropna=False, sort=False):
         parts = [[part for _, part in alike.groupby(by, dropna=False)] for by in ("alpha", "scaling")]
         for part in min(parts, key=len):

@@ -25,6 +25,7 @@ STATE, CONFIG = "trainer_state.json", "adapter_config.json"
 MAX_BYTES, MAX_RANK = 32_000_000, 1 << 20
 RSLORA = "rsLoRA"
 _FLAGS = ("diverged", "unfinished", "seed_in_name", "rate_logged")  # the last: the rate is the highest logged
+_SAME = ["rank", "seed", "learning_rate", "train_loss", "eval_loss"]  # equal in a run and its copy
 Row = dict[str, Any]
 
 
@@ -55,7 +56,9 @@ def read_runs(paths: Sequence[Path]) -> tuple[pd.DataFrame, list[Skipped]]:
     kinds = dict.fromkeys((name for name, (read, _) in FIELDS.items() if read is not _words), "float64")
     frame = frame.astype(kinds | {"rank": "int64"} | dict.fromkeys(_FLAGS, "bool"))
     again = frame.groupby("run").cumcount()
-    return frame.assign(run=frame["run"].where(again == 0, frame["run"] + " #" + (again + 1).astype(str))), skipped
+    frame["run"] = frame["run"].where(again == 0, frame["run"] + " #" + (again + 1).astype(str))
+    copied = frame.duplicated(_SAME) & frame["eval_loss"].notna()
+    return frame[~copied], [*skipped, *(Skipped(run, "a copy of another run") for run in frame["run"][copied])]
 
 
 def _places(root: Path) -> Iterator[tuple[Path, Callable[[Path, Path], list[Row]]]]:
