@@ -103,11 +103,12 @@ def lost_table(result: Result, text: Catalogue) -> Table:
     confidence, gain = result.study.spec.verdict.confidence, (result.study.find_verdict() or {}).get("gain")
     columns: Columns = {
         text("export.form"): lambda row: row[0],
-        text("export.loss"): lambda row: loss(row[1].mean),
-        text("export.lost"): lambda row: _signed(row[2].mean) + interval(*row[2].interval(confidence), _signed),
+        text("export.loss"): lambda row: loss(row[1]),
+        text("export.lost"): lambda row: _signed(row[2]) + interval(row[3], row[4], _signed),
     }
-    columns |= {text("export.of_gain"): lambda row: f"{_signed(100 * row[2].mean / gain, 1)}%"} if gain else {}
-    rows = [(form, *found) for form, found in result.deployed.items()]
+    columns |= {text("export.of_gain"): lambda row: f"{_signed(100 * row[2] / gain, 1)}%"} if gain else {}
+    deployed = result.deployed.items()
+    rows = [(form, losses.mean, lost.mean, *lost.interval(confidence)) for form, (losses, lost) in deployed]
     return tabulate("", columns, rows, [text("export.form")])
 
 

@@ -23,9 +23,9 @@ Ranks = dict[str, int]
 
 
 class Truncations(NamedTuple):
-    """Truncations in which each layer's rank grows or stays: `ranks(0)` to `ranks(count - 1)`."""
+    """Truncations in which each layer's rank grows or stays: `ranks(0)` to `ranks(number - 1)`."""
 
-    count: int
+    number: int
     ranks: Callable[[int], Ranks]
 
 

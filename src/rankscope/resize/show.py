@@ -60,7 +60,7 @@ def tried_table(found: Mapping[str, Any], text: Catalogue) -> Table:
 
 def sentences(result: Resized, text: Catalogue) -> list[str]:
     """Sizes, kept energy and change in loss, a sentence each."""
-    worst = result.layers.loc[result.layers["relative_error"].idxmax()]
+    worst = result.layers.sort_values("relative_error").iloc[-1]
     before, after = result.parameters_before, result.parameters_after
     old, new = result.file_bytes_before, result.file_bytes_after
     lines = [
