@@ -17,8 +17,11 @@ from rankscope.files import read_json
 from rankscope.jobs.local import LocalLauncher
 from rankscope.jobs.repair import remove_corrupt
 from rankscope.pipeline import measure_curve
+from rankscope.spec.resolve import write_yaml
+from rankscope.study.question import write_question
 from rankscope.study.study import Study
 from recording import RecordingProgress
+from small_study import run_small
 
 OPTIONS: dict[str, Any] = {
     "ranks": [2, 4],
@@ -40,20 +43,12 @@ NOT_READ = ("report", "log.txt", "job.json", ".lock", ".lock-holder")  # made an
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """A study with every kind of file."""
     root = tmp_path_factory.mktemp("corruption")
     write_model(root / "model")
-    write_data(root / "data.json", rows=40)
-    return root
-
-
-def run(root: Path, out: Path) -> Study:
-    return rankscope.run(model=str(root / "model"), dataset=str(root / "data.json"), out=out, sets=SETS, **OPTIONS)
-
-
-@pytest.fixture(scope="module")
-def study(root: Path) -> Study:
-    study = run(root, root / "study")
+    data = write_data(root / "data.json", rows=40)
+    study = rankscope.run(model=str(root / "model"), dataset=str(data), out=root / "study", sets=SETS, **OPTIONS)
     measure_curve(study, LocalLauncher(study.spec.model), RecordingProgress(), ranks=[1])
     return study
 
@@ -139,9 +134,9 @@ def stamp(file: Path) -> tuple[int, int]:
     return file.stat().st_size, file.stat().st_mtime_ns
 
 
-@pytest.mark.parametrize("name", ["trials/r004-lr5e-3-s0/eval.json", "trials/r004-lr5e-3-s0/metrics.jsonl"])
-def test_reading_a_corrupt_file_is_an_error_that_names_it(study: Study, tmp_path: Path, name: str) -> None:
-    copy = copied(study, tmp_path)
+@pytest.mark.parametrize("name", ["trials/r008-lr3e-2-s0/eval.json", "trials/r008-lr3e-2-s0/metrics.jsonl"])
+def test_reading_a_corrupt_file_is_an_error_that_names_it(trained: Study, tmp_path: Path, name: str) -> None:
+    copy = copied(trained, tmp_path)
     content = (copy / name).read_text()
     (copy / name).write_text(content.replace("1", "2", 1))
     with pytest.raises(RankscopeError, match=rf"{name}: damaged") as caught:
@@ -149,29 +144,28 @@ def test_reading_a_corrupt_file_is_an_error_that_names_it(study: Study, tmp_path
     assert "made again" in caught.value.todo
 
 
-def test_a_run_makes_corrupt_files_again(root: Path, study: Study, tmp_path: Path) -> None:
-    copy = copied(study, tmp_path)
-    trial = copy / "trials" / "r002-lr5e-3-s0"
+@pytest.mark.usefixtures("no_report")
+def test_a_run_makes_corrupt_files_again(root: Path, trained: Study, tmp_path: Path) -> None:
+    copy = copied(trained, tmp_path)
+    trial = copy / "trials" / "r002-lr3e-2-s0"
     for file in (trial / "adapter" / "adapter_model.safetensors", copy / "data" / "tokens.safetensors"):
         content = bytearray(file.read_bytes())
         content[-1] ^= 1
         file.write_bytes(content)
-    (copy / "profiles" / "r004.json").write_text("{")
+    (copy / "prediction.json").write_text("{")
     (copy / "machine.json").unlink()
-    again = run(root, copy)
-    assert list(again.results()["status"]) == ["done", "done"]
-    assert len(again.profile_repeats("r004")) == 1
-    expected = read_json(study.path / "trials" / "r002-lr5e-3-s0" / "eval.json")["examples"]["loss"]
+    again = run_small(root, copy)
+    assert list(again.results()["status"]) == ["done"] * 4
+    assert again.prediction["candidates"].keys() == trained.prediction["candidates"].keys()
+    expected = read_json(trained.path / "trials" / "r002-lr3e-2-s0" / "eval.json")["examples"]["loss"]
     np.testing.assert_allclose(read_json(trial / "eval.json")["examples"]["loss"], expected, rtol=1e-4)
 
 
-def test_other_rows_under_the_same_name_are_refused(root: Path, study: Study, tmp_path: Path) -> None:
-    copy = copied(study, tmp_path)
+def test_other_rows_under_the_same_name_are_refused(root: Path, trained: Study, tmp_path: Path) -> None:
+    copy, data = copied(trained, tmp_path), tmp_path / "data.json"
     shutil.rmtree(copy / "data")
-    own = (root / "data.json").read_text()
-    try:
-        (root / "data.json").write_text(own.replace("sort", "turn"))
-        with pytest.raises(RankscopeError, match="not the rows that r002-lr5e-3-s0 was trained on"):
-            run(root, copy)
-    finally:
-        (root / "data.json").write_text(own)
+    data.write_text((root / "data.json").read_text().replace("sort", "turn"))
+    spec = trained.spec.model_copy(update={"data": trained.spec.data.model_copy(update={"id": str(data)})})
+    write_question(copy / "study.yaml", write_yaml(spec))
+    with pytest.raises(RankscopeError, match="not the rows that r002-lr3e-2-s0 was trained on"):
+        rankscope.run(model=spec.model.id, dataset=str(data), out=copy)

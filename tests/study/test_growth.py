@@ -327,8 +327,8 @@ def test_rows_of_an_evaluation_set_are_added(tmp_path: Path, own: dict[str, Any]
 LOSS_OF_ONE_RUN = 1e-5
 ALL: dict[str, Any] = {"ranks": [2, 8], "seeds": [0, 1], "learning_rates": [1e-2, 3e-2], "alphas": [32, 8]}
 FIRST: dict[str, Any] = {"ranks": [8], "seeds": [0], "learning_rates": [3e-2], "alphas": [32]}
-SHORT = [("ranks", "alphas"), ("seeds", "learning_rates")]
 ORDERS = [
+    [("ranks", "alphas"), ("seeds", "learning_rates")],
     [("ranks",), ("seeds",), ("learning_rates",), ("alphas",)],
     [("alphas",), ("learning_rates",), ("seeds",), ("ranks",)],
     [("seeds",), ("alphas",), ("ranks",), ("learning_rates",)],
@@ -346,19 +346,30 @@ def at_once(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 
 @pytest.mark.usefixtures("no_report")
-@pytest.mark.parametrize(
-    "order", [SHORT, *(pytest.param(order, marks=pytest.mark.slow) for order in ORDERS)], ids=range(1 + len(ORDERS))
-)
-def test_a_grown_study_has_the_trials_and_losses_of_one_run(
+def test_a_grown_study_has_the_trials_and_losses_of_one_run(root: Path, tmp_path: Path, trained: Study) -> None:
+    check_growth(root, tmp_path, trained, [("ranks",), ("seeds",)], {**OPTIONS, "alphas": [32]})
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_report")
+@pytest.mark.parametrize("order", ORDERS, ids=range(len(ORDERS)))
+def test_every_order_of_growth_gives_the_trials_and_losses_of_one_run(
     root: Path, tmp_path: Path, at_once: Study, order: list[tuple[str, ...]]
 ) -> None:
-    asked = dict(FIRST)
-    run_small(root, tmp_path / "study", margin_of="loss", **asked)
+    check_growth(root, tmp_path, at_once, order, {**ALL, "margin_of": "loss"})
+
+
+def check_growth(
+    root: Path, tmp_path: Path, at_once: Study, order: list[tuple[str, ...]], whole: dict[str, Any]
+) -> None:
+    """A study of one trial to which fields are added in this order is the one that was run `at_once`."""
+    asked = whole | FIRST
+    run_small(root, tmp_path / "study", **asked)
     for fields in order:
-        asked |= {field: ALL[field] for field in fields}
+        asked |= {field: whole[field] for field in fields}
         before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("study/trials/*/trial.json")}
         division = read_json(tmp_path / "study" / "packs" / "division.json")["packs"]
-        study = run_small(root, tmp_path / "study", margin_of="loss", **asked)
+        study = run_small(root, tmp_path / "study", **asked)
         assert all(file.stat().st_mtime_ns == time for file, time in before.items()), "nothing is trained again"
         packs = read_json(tmp_path / "study" / "packs" / "division.json")["packs"]
         assert packs | division == packs, "packs that exist stay"
@@ -748,9 +759,9 @@ def in_this_process(path: Path, job: Job) -> RankscopeError | None:
     ("where", "call"),
     [
         ("rankscope.pipeline.save", 1),  # the log has the rows, the tokens are those of before
-        ("rankscope.data.tokens.write_json", 1),  # facts.json is that of other tokens
+        pytest.param("rankscope.data.tokens.write_json", 1, marks=pytest.mark.slow),  # facts.json: of other tokens
         ("rankscope.train.results.file_hashes", 1),  # eval.json of the first trial is new, its trial.json is not
-        ("rankscope.train.results.file_hashes", 2),
+        pytest.param("rankscope.train.results.file_hashes", 2, marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_is_finished_by_the_next(

@@ -14,7 +14,7 @@ from rankscope.study.question import write_question
 from rankscope.study.study import Study
 from study.planting import plant_trial
 
-ORDERS = range(5)
+ORDERS = range(3)
 
 
 def grown(study: Study, path: Path, order: int) -> bytes:

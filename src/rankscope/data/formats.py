@@ -84,20 +84,16 @@ def resolve_layout(spec: DataSpec, columns: Sequence[str], source: str, sample: 
     if len(layouts) > 1:
         names = " and ".join(layout.format for layout in layouts)
         raise DataError(f"{what}, which fit {names}", "Set data.format to the one you mean.")
+    wanted = [format for format in REQUIRED if spec.format in ("auto", format)]
+    optional = {"alpaca": " (input is optional)"}
+    needs = [f"{format} needs {' and '.join(REQUIRED[format])}{optional.get(format, '')}" for format in wanted]
     way = "Say which is which: --columns OURS=THEIRS, e.g. --columns prompt=question,completion=answer."
-    if spec.format != "auto":
-        raise DataError(f"{what}; the format {spec.format} needs {_needs(spec.format)}", way)
-    needs = "; ".join(f"{format} needs {_needs(format)}" for format in REQUIRED)
-    raise DataError(f"{what}, which fit no format: {needs}", way)
+    raise DataError(f"{what}, which fit no format: {'; '.join(needs)}", way)
 
 
 def _fields(format: Format, own: Mapping[str, str]) -> dict[str, str]:
     """Column of each field. Optional ones may first appear in a later row."""
     return {field: own.get(field, field) for field in (*REQUIRED[format], *OPTIONAL[format])}
-
-
-def _needs(format: Format) -> str:
-    return " and ".join(REQUIRED[format]) + (" (input is optional)" if format == "alpaca" else "")
 
 
 def _guesses(

@@ -261,10 +261,10 @@ class _Rows:
         is_used = np.zeros(len(lengths), dtype=np.bool_)
         is_used[self._kept[wanted]] = True
         self._file.flush()
-        signed = np.memmap(self._file, np.int32, mode="r")[np.repeat(is_used, lengths)]
-        is_label = signed < 0
-        offsets = np.concatenate([[0], np.cumsum(lengths[is_used], dtype=np.int64)])
-        return Tokens(np.where(is_label, ~signed, signed), is_label, offsets)
+        ids = np.memmap(self._file, np.int32, mode="r")[np.repeat(is_used, lengths)]
+        is_label = ids < 0
+        np.invert(ids, out=ids, where=is_label)
+        return Tokens(ids, is_label, np.concatenate([[0], np.cumsum(lengths[is_used], dtype=np.int64)]))
 
     def notes(self) -> list[str]:
         return self._said(_NOTES)
