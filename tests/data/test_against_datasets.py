@@ -1,4 +1,4 @@
-"""5,000 rows of each kind of file, read by our readers and by `datasets`: equal but for text that `datasets` converts.
+"""1,000 rows of each kind of file, read by our readers and by `datasets`: equal but for text that `datasets` converts.
 
 There the file's text is right: what a model is to answer may be `007`, `None` or `2024-05-01`.
 """
@@ -24,7 +24,7 @@ from rankscope.spec.models import DataSpec
 
 Row: TypeAlias = dict[str, Any]
 
-COUNT = 5000
+COUNT = 1000
 PIECES = [
     *("word", "a", " ", "  ", "\t", "\n", "\r\n", "\r", "\x0b", "\x00", "\x85", "\u2028", "\xa0", "\ufeff"),
     *('"', '""', "'", ",", ";", "|", "\\", "\\n", "#", "{x}", "</s>", "%s", "<!--", "1.50"),

@@ -187,6 +187,7 @@ MALFORMED: dict[str, tuple[str, str | bytes, str]] = {
     "bad line between others": ("a.jsonl", "{}\n{\n{}", "a.jsonl, line 3: " + BAD_JSON),
     "text after an object": ("a.jsonl", "{} x", "a.jsonl, line 1: not valid JSON: "),
     "bad row of a list": ("a.json", '[\n {"instruction": "a",\n "output": }\n]', "a.json, line 3: " + BAD_JSON),
+    "bad row of a list that begins beside it": ("a.json", '[{"a": 1},\n{"a": }]', "a.json, line 2: " + BAD_JSON),
     "list not closed": ("a.json", '\n[\n{"a": 1}\n', "a.json, line 4: not valid JSON: Expecting ',' delimiter"),
     "object not closed": ("a.json", '{"a": 1}\n{\n"a": 1', "a.json, line 3: not valid JSON: Expecting ',' delimiter"),
     "missing comma": ("a.json", '[\n{"a": 1}\n{"a": 2}]', "a.json, line 3: not valid JSON: Expecting ',' delimiter"),

@@ -89,27 +89,36 @@ class ChatTemplate:
                 "learned as an empty answer",
                 "Give a template that writes tool_calls (--chat-template FILE), or take a model that calls tools.",
             )
-        first, weights = row.get("first", 0), [message.get("weight", 1) for message in row["messages"]]
-        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-        turns = [number for number in answers if number >= first]
-        turns = turns[-1:] if self.loss_on in ("last", "completion") else turns
-        turns = [number for number in turns if weights[number] != 0 and says_something(messages[number])]
-        if self.loss_on == "all" or (self.loss_on == "completion" and first):
-            begin = 0 if self.loss_on == "all" else self._start(messages[:first], given, text)
-            unlearned = [number for number, weight in enumerate(weights) if weight == 0]
-            left_out = [self._span(messages, number, given, text) for number in unlearned]
-            borders = [0, *chain(*left_out), len(text)]
-            spans = zip(borders[::2], borders[1::2], strict=True)
-            learned = [(max(start, begin), end) for start, end in spans if end > begin]
-        elif self._marks:
-            learned = self._marked(messages, given, turns, answers)
-        else:
-            learned = [self._span(messages, number, given, text) for number in turns]
+        turns = self._turns(row, messages)
+        learned = self._learned(row, messages, given, text, turns)
         if len(learned) == len(turns) and self.loss_on != "all":
             said = ["content", *self._written.intersection(_THOUGHTS)]  # others are told as ignored
             pairs = zip(turns, learned, strict=True)
             self.changed += any(not _stands_in(messages[turn], said, text[start:end]) for turn, (start, end) in pairs)
         return Rendered(text, learned, _beginning(messages))
+
+    def _turns(self, row: Mapping[str, Any], messages: Messages) -> list[int]:
+        """Indices of the messages to learn."""
+        given = row["messages"]
+        answers = [n for n in range(row.get("first", 0), len(given)) if given[n]["role"] == "assistant"]
+        if self.loss_on in ("last", "completion"):
+            answers = answers[-1:]
+        return [n for n in answers if given[n].get("weight", 1) != 0 and says_something(messages[n])]
+
+    def _learned(
+        self, row: Mapping[str, Any], messages: Messages, given: Mapping[str, Any], text: str, turns: list[int]
+    ) -> Spans:
+        """Characters of each turn; or all after the prompt, without the answers of weight 0."""
+        first = row.get("first", 0)
+        if self.loss_on == "all" or (self.loss_on == "completion" and first):
+            begin = 0 if self.loss_on == "all" else self._start(messages[:first], given, text)
+            unlearned = [number for number, message in enumerate(row["messages"]) if message.get("weight", 1) == 0]
+            borders = [0, *chain(*(self._span(messages, number, given, text) for number in unlearned)), len(text)]
+            spans = zip(borders[::2], borders[1::2], strict=True)
+            return [(max(start, begin), end) for start, end in spans if end > begin]
+        if self._marks:
+            return self._marked(messages, given, turns)
+        return [self._span(messages, number, given, text) for number in turns]
 
     def _text(self, messages: Messages, given: Mapping[str, Any], prompt: bool = False) -> str:
         try:
@@ -151,9 +160,7 @@ class ChatTemplate:
             if other != text:
                 self._written.add(name)
 
-    def _marked(
-        self, messages: Messages, given: Mapping[str, Any], turns: Sequence[int], answers: Sequence[int]
-    ) -> Spans:
+    def _marked(self, messages: Messages, given: Mapping[str, Any], turns: list[int]) -> Spans:
         """Characters that the template itself marks as the assistant's: of the turns to learn, where it marks every
         answer once."""
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -165,6 +172,7 @@ class ChatTemplate:
             **{"tools": None, "documents": None} | dict(given) | self.tokenizer.special_tokens_map,
         )
         marked = [(start, end) for start, end in rendered[1][0] if end > start]
+        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if len(marked) == len(answers):
             return [marked[answers.index(number)] for number in turns]
         if turns == answers:

@@ -157,7 +157,8 @@ def _json_values(path: Path, name: str) -> Iterator[Numbered]:
 def _values_over_lines(name: str, line: int, first: str, rest: str) -> Iterator[Numbered]:
     """Values that follow one another from the line `first` on, over several lines or with commas between."""
     text, next_line, position = first + rest, rest.lstrip(), 0
-    alone = first.strip() not in ("{", "[") and (not next_line or next_line.startswith("{"))  # as a row of JSONL is
+    begins_list = first.lstrip().startswith("[")
+    alone = not begins_list and first.strip() != "{" and next_line[:1] in ("", "{")  # as a row of JSONL is
     while True:
         start = _BETWEEN_VALUES.match(text, position).end()  # type: ignore[union-attr]  # it matches nothing, too
         line += text.count("\n", position, start)
