@@ -114,6 +114,9 @@ OTHERS: dict[str, Any] = {
     "measure.forgetting_rows": 7,
     "measure.answers": 7,
     "measure.answer_tokens": 7,
+    "measure.task": "exact_match",
+    "measure.task_items": 7,
+    "measure.task_tokens": 7,
     "verdict.margin_of": "loss",
     "verdict.margin": 0.02,
     "verdict.confidence": 0.9,
@@ -128,6 +131,7 @@ GROWS = {
 }
 FREE = {
     *("name", "model.device", "data.force", "measure.profiles", "measure.answers", "measure.answer_tokens"),
+    *("measure.task", "measure.task_items", "measure.task_tokens"),
     *("training.trials_per_pack", "training.checkpoint_minutes", "training.checkpoint_steps"),
     *("adapter.loraplus_lr_ratio", "adapter.rank_pattern"),  # no variant of the study reads them
     *(field for field in OTHERS if field.startswith("verdict.")),
