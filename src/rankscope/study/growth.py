@@ -26,34 +26,26 @@ class Rule(NamedTuple):
     reason: str
 
 
-RULES = {
-    "ranks": Rule("grows", "each rank has trials of its own"),
-    "learning_rates": Rule("grows", "each learning rate has trials of its own"),
-    "seeds": Rule("grows", "each seed has trials of its own"),
-    "seeds_by_rank": Rule("grows", "each seed has trials of its own"),
-    "variants": Rule("grows", "each variant has trials of its own"),
-    "adapter.alpha": Rule("grows", "each alpha has trials of its own"),
-    "reference.full": Rule("grows", "full fine-tuning has trials of its own"),
-    "reference.learning_rates": Rule("grows", "full fine-tuning has trials at each of its learning rates"),
-    "name": Rule("free", "a label"),
-    "verdict": Rule("free", "how evidence is judged is no reason to train again"),
-    "measure.profiles": Rule("free", "costs are measured beside the trials"),
-    "measure.answers": Rule("free", "answers are for the eye, and are made again"),
-    "measure.answer_tokens": Rule("free", "answers are for the eye, and are made again"),
-    **dict.fromkeys(
-        ("measure.task", "measure.task_items", "measure.task_tokens"), Rule("free", "adapters are scored again")
+_RULES = {
+    Rule("grows", "each has trials of its own"): "ranks learning_rates seeds seeds_by_rank variants adapter.alpha",
+    Rule("grows", "full fine-tuning has trials of its own"): "reference.full",
+    Rule("grows", "full fine-tuning has trials at each of its learning rates"): "reference.learning_rates",
+    Rule("free", "a label"): "name",
+    Rule("free", "how evidence is judged is no reason to train again"): "verdict",
+    Rule("free", "costs are measured beside the trials"): "measure.profiles",
+    Rule("free", "answers are for the eye, and are made again"): "measure.answers measure.answer_tokens",
+    Rule("free", "adapters are scored again"): "measure.task measure.task_items measure.task_tokens",
+    Rule("free", "a resumed pack ends as one that was not stopped"): (
+        "training.checkpoint_minutes training.checkpoint_steps"
     ),
-    "training.checkpoint_minutes": Rule("free", "a resumed pack ends as one that was not stopped"),
-    "training.checkpoint_steps": Rule("free", "a resumed pack ends as one that was not stopped"),
-    "training.trials_per_pack": Rule("free", "trials do not depend on their pack; packs that exist stay"),
-    "data.force": Rule("free", "the rows are the same"),
-    "model.device": Rule("free", "where it trains is logged"),
-    "training.steps": Rule("fixed", "in a longer schedule every step has another learning rate"),
-    "training.epochs": Rule("fixed", "in a longer schedule every step has another learning rate"),
-    "data.eval_rows": Rule("grows", "finished trials are evaluated on more of the set; held-out rows are fixed"),
-    "data.eval_dataset": Rule("fixed", "all trials are judged on the same rows"),
-    "data.eval_split": Rule("fixed", "all trials are judged on the same rows"),
+    Rule("free", "trials do not depend on their pack; packs that exist stay"): "training.trials_per_pack",
+    Rule("free", "the rows are the same"): "data.force",
+    Rule("free", "where it trains is logged"): "model.device",
+    Rule("fixed", "in a longer schedule every step has another learning rate"): "training.steps training.epochs",
+    Rule("grows", "finished trials are evaluated on more of the set; held-out rows are fixed"): "data.eval_rows",
+    Rule("fixed", "all trials are judged on the same rows"): "data.eval_dataset data.eval_split",
 }
+RULES = {field: rule for rule, fields in _RULES.items() for field in fields.split()}
 """Rules of fields, and of all fields of a group."""
 
 OF_VARIANTS = {"adapter.loraplus_lr_ratio": "loraplus", "adapter.rank_pattern": "pattern"}
