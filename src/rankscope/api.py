@@ -86,6 +86,7 @@ def run(
     dequantize: bool | None = None,
     engine: Literal["packed", "peft"] | None = None,
     isolated: bool | None = None,
+    task: str | None = None,
     margin: float | str | None = None,
     margin_of: Literal["gain", "loss"] | None = None,
     confidence: float | str | None = None,
@@ -101,6 +102,7 @@ def run(
     remeasure: bool = False,
     until_settled: bool = False,
     hours: float | None = None,
+    allow_code: PathOrId | Sequence[PathOrId] = (),
     **others: Any,
 ) -> Study:
     """Train every rank, measure what it costs, conclude, and return the study.
@@ -141,6 +143,7 @@ def run(
         dequantize: Load a checkpoint in FP8 or MXFP4 as weights of `dtype`.
         engine: `packed`, or `peft`: one trial at a time with PEFT's own forward.
         isolated: Train every trial alone, in its own process.
+        task: Score on a task too: `exact_match`, `choice`, `regex:PATTERN`, `my.py:score`, `lm_eval:TASK`.
         margin: Largest loss above the best of a rank that is good enough: 0.02, or `2%`.
         margin_of: What the margin is a share of.
         confidence: Confidence level of intervals and verdict, above a half: 0.9, or `90%`.
@@ -156,6 +159,7 @@ def run(
         remeasure: Measure the costs of all ranks again.
         until_settled: Add seeds to the ranks in contention, look by planned look, until nothing is open.
         hours: Conclude by then: start nothing whose forecast would end later.
+        allow_code: Files of code that `task` may run.
         others: Other tools' names of the options, such as `lr` or `num_train_epochs`.
 
     Raises:
@@ -180,7 +184,19 @@ def run(
     begun = Study.begun_at(path, asked)
     spec = begun.spec if begun else pinned(asked)  # first: the launcher reads the model's configuration too
     with make_launcher(launcher, spec.model, ray_address, shown.say) as launching:
-        run_looks(spec, path, launching, shown, trackers, "en", remeasure, limit, until_settled)
+        allowed = [allow_code] if isinstance(allow_code, str | os.PathLike) else allow_code
+        run_looks(
+            spec,
+            path,
+            launching,
+            shown,
+            trackers,
+            "en",
+            remeasure,
+            limit,
+            until_settled,
+            allow_code=[*map(Path, allowed)],
+        )
     return Study.open(path)
 
 

@@ -96,6 +96,9 @@ def run(
         float | None,
         typer.Option(help="Conclude by then: start nothing that would end later.", show_default="no limit"),
     ] = None,
+    allow_code: Annotated[
+        list[str] | None, typer.Option(metavar="PATH", help="Code of measure.task that may run: my.py.")
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Start without asking, however long it takes.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and end, like `plan`.")] = False,
     json_: ask.Json = False,
@@ -105,6 +108,7 @@ def run(
     asked, path = ask.study_and_path(study, out, options, set_, quick)
     console = error_console if json_ else out_console
     from rankscope.jobs.queue import time_limit
+    from rankscope.spec.task import check_code
     from rankscope.track import choose_trackers
 
     start.check_names(lang, launcher, ray_address)
@@ -121,6 +125,7 @@ def run(
         conclusion = finish_complete(begun, lang)
         again = until_settled and conclusion and for_next_look(conclusion)
     if conclusion is None or again:
+        check_code(spec.measure.task, allow_code or ())
         spec = start.check_inputs(spec, data=begun is None)
         from rankscope.jobs.launchers import make_launcher
         from rankscope.pipeline import run_looks
@@ -131,7 +136,7 @@ def run(
         approve = None if yes or limit else partial(approve_long, progress)
         with stoppable(), progress, make_launcher(launcher, spec.model, ray_address, progress.say) as launching:
             looks = (again or spec, path, launching, progress, trackers, lang)
-            conclusion = run_looks(*looks, remeasure, limit, until_settled, approve)
+            conclusion = run_looks(*looks, remeasure, limit, until_settled, approve, allow_code or ())
     from rankscope.ui.outcome import describe_outcome, show_failures, show_outcome, show_untried
 
     _answer(json_, lambda: describe_outcome(conclusion), lambda: show_outcome(conclusion, console, lang))

@@ -12,7 +12,7 @@ from pathlib import Path
 from rankscope.data.tokens import save, sha256_of
 from rankscope.errors import DataError, ModelError
 from rankscope.files import exists, write_json
-from rankscope.jobs import answers, packs, profiles, reference, rows
+from rankscope.jobs import answers, packs, profiles, reference, rows, task
 from rankscope.jobs.curve import take_curve
 from rankscope.jobs.job import Kind, Launcher, Progress, Run
 from rankscope.jobs.queue import TimeLimit, run_kind
@@ -23,6 +23,7 @@ from rankscope.plan.plan import Plan, make_plan, with_site_dtype
 from rankscope.plan.runtime import Fleet
 from rankscope.report.finish import Conclusion, finish, for_next_look
 from rankscope.spec.models import StudySpec
+from rankscope.spec.task import check_code
 from rankscope.study.folder import CURVE
 from rankscope.study.missing import unevaluated
 from rankscope.study.study import Study
@@ -31,7 +32,7 @@ from rankscope.text.coverage import coverage_sentences
 from rankscope.track.tracker_process import run_trackers
 from rankscope.train.prepare import describe_data, study_data
 
-KINDS: tuple[Kind, ...] = (rows, packs, profiles, reference, answers)
+KINDS: tuple[Kind, ...] = (rows, packs, profiles, reference, task, answers)
 
 
 def run_looks(
@@ -45,20 +46,21 @@ def run_looks(
     limit: TimeLimit | None = None,
     until_settled: bool = False,
     approve: Callable[[Plan], None] | None = None,
+    allow_code: Sequence[str | Path] = (),
 ) -> Conclusion:
     """Run a resolved study, and look at it: `until_settled`, the ranks in contention then get the seeds of the next
     planned look (`next_look` of verdict.json), until nothing is open or the last look was taken. Each look is what
     `run_study` makes of the study's files, which alone say where it stands: a killed run is taken up by another.
 
     With a `limit` nothing starts that its forecast says would end later. `approve` is called with the plan of a study
-    that has not begun, before anything is written; it may raise.
+    that has not begun, before anything is written; it may raise. `allow_code` names what `measure.task` may run.
     """
-    conclusion = run_study(spec, out, launcher, progress, trackers, language, remeasure, limit, approve)
+    conclusion = run_study(spec, out, launcher, progress, trackers, language, remeasure, limit, approve, allow_code)
     while until_settled and (asked := for_next_look(conclusion)):
         look = conclusion.verdict["next_look"]
         ranks = ", ".join(map(str, look["ranks"]))
         progress.say(f"Not settled: rank{'s' * (len(look['ranks']) > 1)} {ranks} get seeds, up to {look['seeds']}")
-        conclusion = run_study(asked, out, launcher, progress, trackers, language, limit=limit)
+        conclusion = run_study(asked, out, launcher, progress, trackers, language, limit=limit, allow_code=allow_code)
     return conclusion
 
 
@@ -72,6 +74,7 @@ def run_study(
     remeasure: bool = False,
     limit: TimeLimit | None = None,
     approve: Callable[[Plan], None] | None = None,
+    allow_code: Sequence[str | Path] = (),
 ) -> Conclusion:
     """Run a resolved study. A trial or profile that fails is recorded, not raised: see `rankscope.study.missing`. What
     `spec` adds to a study in `out` is written to its study.yaml once it is known that it can be trained here."""
@@ -84,6 +87,7 @@ def run_study(
             spec = study.spec
             resources.enter_context(_interruptible(study))
             _repair(study, remeasure, site, progress.say)
+        check_code(spec.measure.task, allow_code)
         spec = spec if study else pinned(spec)
         data, fleet, site = study_data(spec, study), Fleet(launcher.slots(), None), site or launcher.site()
         spec = study.spec if study else with_site_dtype(spec, site)
@@ -98,10 +102,11 @@ def run_study(
             resources.enter_context(_interruptible(study))
         study.publish()  # before the tokens change: the log has the hashes of those before and now
         _write_facts(study, plan, progress.say)
+        scored = task.prepare(study, plan.data)
         if plan.packs or plan.reference or plan.profiles or unevaluated(study):
             study.publish(changes(study.machine, [entry.changed for entry in study.log], site))
         coverage = coverage_sentences(study.prediction.get("coverage"), study.spec.ranks, load_catalogue(language))
-        for sentence in filter(None, (describe_data(plan.data.facts), " ".join(coverage), plan.unmeasured)):
+        for sentence in filter(None, (describe_data(plan.data.facts), " ".join(coverage), scored, plan.unmeasured)):
             progress.say(sentence)
         resources.enter_context(run_trackers(study, trackers, progress.say))
         run = Run(study, plan, progress.say)
@@ -133,7 +138,7 @@ def _write_facts(study: Study, plan: Plan, say: Callable[[str], None]) -> None:
         if any(entry.tokens_sha256 for entry in study.log):
             if exists(study.rank_curve_file):
                 say(f"{CURVE} is removed, since evaluation rows were added; `rankscope curve` makes it again.")
-            for name in ("curve", "answers"):
+            for name in ("curve", "answers", "task"):
                 shutil.rmtree(study.file(name), ignore_errors=True)
             note = "evaluation rows were added: evaluations while earlier trials were trained are on fewer"
             data = replace(data, facts=data.facts | {"notes": [*data.facts.get("notes", []), note]})

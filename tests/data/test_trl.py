@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rankscope.data.conversations import with_chat_template
 from rankscope.data.records import load_records
-from rankscope.data.tokenize import _example, _Rows
+from rankscope.data.tokenize import RowReader, _example
 from rankscope.errors import RankscopeError
 from rankscope.model.load import load_tokenizer
 from rankscope.spec.models import DataSpec, ModelSpec
@@ -121,7 +121,7 @@ def ours(model: Path, row: dict[str, Any], folder: Path, **fields: Any) -> Seque
     spec = DataSpec(id=str(path), **fields)
     tokenizer = copy(tokenizer_of(model))
     with_chat_template(tokenizer, spec.chat_template)
-    [found] = _Rows(spec, tokenizer, BytesIO()).encoded(load_records(spec))
+    [found] = RowReader(spec, tokenizer, BytesIO()).encoded(load_records(spec).located())
     example = _example(*found, spec.max_length)
     return Sequence(example.ids.tolist(), set(example.is_label.nonzero()[0].tolist()))
 

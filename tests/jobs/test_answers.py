@@ -10,9 +10,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rankscope.data.questions import questions
 from rankscope.data.tokens import Example, Tokens, load
 from rankscope.files import file_sha256, read_json, write_json
-from rankscope.jobs.answers import questions
 from rankscope.study.folder import ANSWERS
 from rankscope.study.study import Study
 from recording import RecordingProgress

@@ -15,7 +15,7 @@ from folders import write_data, write_model
 from launchers import HERE, FakeLauncher
 from rankscope.errors import KilledError, ModelError, RankscopeError, StudyDirectoryError
 from rankscope.files import read_json, write_json
-from rankscope.jobs import answers, curve, packs, profiles, reference, rows
+from rankscope.jobs import answers, curve, packs, profiles, reference, rows, task
 from rankscope.jobs.job import Job, Run
 from rankscope.jobs.queue import run_jobs
 from rankscope.pipeline import KINDS
@@ -24,6 +24,7 @@ from rankscope.search import job as search
 from rankscope.search.run import run as run_search
 from rankscope.search.space import resolve_search
 from rankscope.study.records import LogEntry
+from rankscope.study.scores import task_file
 from rankscope.study.study import Study
 from rankscope.train.prepare import study_data
 from recording import RecordingProgress
@@ -33,6 +34,7 @@ SETS = (
     "measure.repeats=1", "measure.steps=1", "measure.rounds=2",
     "measure.warmup_steps=1", "measure.answers=1", "measure.answer_tokens=2",
     "data.eval_rows=4", "training.evals=1", "training.batch_size=2", "reference.full=true",
+    "measure.task=exact_match", "measure.task_tokens=2",
 )  # fmt: skip
 
 Ended = Callable[[Job, RankscopeError | None, Sequence[Job]], list[Job]]
@@ -59,6 +61,7 @@ MADE = {
     profiles: ("profiles",),
     reference: ("reference",),
     answers: ("answers",),
+    task: ("task",),
     curve: (),
     rows: (),
 }
@@ -70,6 +73,8 @@ def of_study(module: Any, whole: Study, folder: Path) -> Kind:
     for name in MADE[module]:
         shutil.rmtree(folder / name)
     study = Study.open(folder)
+    for trial in study.trials if module is task else ():
+        task_file(study, trial).unlink()
     if module is curve:
         trials = [trial for trial in study.trials if trial.candidate.rank == 4]
         missing = partial(curve.missing, study, trials, [1, 4], 0, lambda line: None)
@@ -154,9 +159,10 @@ def test_a_job_that_is_killed_is_missing_again(kind: Kind) -> None:
 
 @pytest.mark.parametrize("error", [ModelError("another model"), StudyDirectoryError("the disk is full")])
 def test_an_error_that_every_job_would_hit_ends_all_but_the_optional(kind: Kind, error: RankscopeError) -> None:
-    if kind.module is answers:
+    if kind.module in (answers, task):
         run(kind, error)
-        assert Study.open(kind.folder).open_failures()["answers"].reason == error.what
+        name = kind.module.__name__.rpartition(".")[2]
+        assert Study.open(kind.folder).open_failures()[name].reason == error.what
     else:
         with pytest.raises(type(error), match=error.what):
             run(kind, error)

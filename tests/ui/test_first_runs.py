@@ -58,4 +58,18 @@ def test_who_has_a_limit_or_says_yes_is_not_asked(
     words: str, asks: bool, asked: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rankscope(words, monkeypatch)
-    assert (asked[0][-1] is not None) == asks
+    assert (asked[0][-2] is not None) == asks
+
+
+def test_code_of_a_task_is_refused_until_it_is_repeated(
+    asked: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("my.py").write_text("def score(prompt, answer, reference): return 1")
+    monkeypatch.setattr(sys, "argv", ["rankscope", "run", "--task", "my.py:score"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert "repeat its name: --allow-code my.py" in capsys.readouterr().err
+    assert asked == []
+    rankscope("run --task my.py:score --allow-code my.py", monkeypatch)
+    assert asked[0][-1] == ["my.py"]

@@ -14,6 +14,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
@@ -67,6 +68,14 @@ class Records:
     def located(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Rows with their place, e.g. `data.jsonl, line 7`."""
         return ((where, row) for where, row in _checked(self.parts, self.spec, {}) if isinstance(row, dict))
+
+    def with_columns(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """Rows, each with all columns of its source."""
+        for part, layout in self.parts:
+            for _, raw in part.rows({*COLUMNS, *self.spec.columns.values(), *part.columns()}):
+                with suppress(WrongRowError):
+                    if row := _canonical(raw, layout):
+                        yield row, raw
 
     @property
     def rows(self) -> list[dict[str, Any]]:

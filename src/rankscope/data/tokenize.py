@@ -11,7 +11,7 @@ import re
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import compress, pairwise
 from typing import IO, Any
 
@@ -54,7 +54,7 @@ def tokenize(
     """
     notes: list[str] = []
     with tempfile.TemporaryFile() as file, tempfile.TemporaryFile() as other_file:
-        rows, others = _Rows(spec, tokenizer, file), _Rows(spec, tokenizer, other_file)
+        rows, others = RowReader(spec, tokenizer, file), RowReader(spec, tokenizer, other_file)
         rows.read(records)
         check_ids(rows.highest_id, tokenizer, vocab_size)
         if evaluated is None:
@@ -152,7 +152,7 @@ _WARNINGS = {
 """What is said of a number of rows, and of an example of them."""
 
 
-class _Rows:
+class RowReader:
     """Tokens of rows as they are read, in a temporary file, and what must be known of each."""
 
     def __init__(self, spec: DataSpec, tokenizer: Tokenizer, file: IO[bytes]) -> None:
@@ -178,7 +178,7 @@ class _Rows:
 
     def read(self, records: Records) -> None:
         """Read all rows. Raises DataError with the place of one that cannot be rendered and is not to be skipped."""
-        for number, (rendered, encoded) in enumerate(self.encoded(records)):
+        for number, (rendered, encoded) in enumerate(self.encoded(records.located())):
             if number < _ROWS_CHECKED and len(rendered.text) <= _LENGTH_CHECKED:
                 self._check(rendered, encoded)
             self._add(rendered, encoded)
@@ -188,13 +188,21 @@ class _Rows:
         self.truncated = np.asarray(self._truncated)[kept].astype(np.bool_)
         self.duplicates = len(self._digests) - len(first)
 
-    def encoded(self, records: Records) -> Iterator[tuple[Rendered, Encoded]]:
-        for batch in _batches(self._rendered(records)):
+    def encoded(self, located: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[Rendered, Encoded]]:
+        for batch in _batches(self._rendered(located)):
             yield from zip(batch, encode(batch, self.tokenizer), strict=True)
 
-    def _rendered(self, records: Records) -> Iterator[Rendered]:
+    def example(self, row: dict[str, Any]) -> Example | None:
+        """Tokens of one row; None where the chat template refuses it."""
+        try:
+            found = next(self.encoded([("", row)]), None)
+        except DataError:
+            return None
+        return _example(*found, self.spec.max_length) if found else None
+
+    def _rendered(self, located: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Rendered]:
         problems: list[DataError] = []
-        for place, row in records.located():
+        for place, row in located:
             format = "messages" if "messages" in row else "text" if "text" in row else "pair"
             learned = loss_on(self.spec, format)
             self.learned[learned] = None
@@ -307,7 +315,7 @@ def _example(rendered: Rendered, encoded: Encoded, max_length: int) -> Example:
     return Example(np.array(encoded.ids[:length], dtype=np.int32), is_label)
 
 
-def _hold_out(rows: _Rows, spec: DataSpec, notes: list[str]) -> npt.NDArray[np.bool_]:
+def _hold_out(rows: RowReader, spec: DataSpec, notes: list[str]) -> npt.NDArray[np.bool_]:
     """Mask of the rows to hold out of those that were read. Raises DataError: too few are left."""
     _check_number(rows, len(rows.keys), spec)
     chosen, divided = held_out(rows.keys, spec.eval_rows)
@@ -332,7 +340,7 @@ def _taken(keys: npt.NDArray[np.uint64], spec: DataSpec, notes: list[str]) -> np
     return taken
 
 
-def _check_own_set(rows: _Rows, kept: int, others: _Rows, spec: DataSpec) -> None:
+def _check_own_set(rows: RowReader, kept: int, others: RowReader, spec: DataSpec) -> None:
     """Raise DataError where too few rows are left to train on, or to evaluate on, with an evaluation set of its own."""
     if len(rows.keys) and not len(others.keys):
         raise DataError(f"{spec.name}: no row to evaluate on has a token to learn", "Raise data.max_length.")
@@ -342,7 +350,7 @@ def _check_own_set(rows: _Rows, kept: int, others: _Rows, spec: DataSpec) -> Non
     _check_number(rows, kept, spec)
 
 
-def _check_number(rows: _Rows, number: int, spec: DataSpec) -> None:
+def _check_number(rows: RowReader, number: int, spec: DataSpec) -> None:
     """Raise DataError for too few rows: of all that were read, `number` may be trained on or held out."""
     if not len(rows.keys) and rows.counts["refused"] and not rows.without_label:
         raise DataError(f"{spec.name}: no row is left: {rows.examples['refused']}", "Give another --chat-template.")

@@ -16,7 +16,8 @@ from rankscope.spec.candidates import TIME, AnyTrial
 from rankscope.study import tables
 from rankscope.study.folder import AGAIN, CURVE, StudyFolder
 from rankscope.study.metrics import read_rows
-from rankscope.study.records import MachineRecord
+from rankscope.study.records import ChoicesRecord, MachineRecord, TaskRecord
+from rankscope.study.scores import task_file
 
 STALE_TEMP_SECONDS = 3600.0
 """Age from which a temporary file below report/ has no living writer: `rankscope report` runs without the lock."""
@@ -37,6 +38,7 @@ def find_corrupt(study: StudyFolder) -> Iterator[str]:
     a newer version wrote it."""
     packs = [file.parent.name for file in study.path.glob("packs/*/pack.json")]
     profiles = (*study.spec.profiled(), TIME)
+    scored = [task_file(study, trial) for trial in (None, *study.trials)]
     records: dict[str, Callable[[], object]] = {
         "machine.json": lambda: study.machine,
         "prediction.json": lambda: study.prediction,
@@ -46,6 +48,8 @@ def find_corrupt(study: StudyFolder) -> Iterator[str]:
         "packs/division.json": study.division,
         **{f"profiles/{name}.json": partial(study.whole_repeats, name) for name in profiles},
         **{f"{AGAIN}/{name}.json": partial(study.whole_repeats, name, again=True) for name in profiles},
+        **{str(file.relative_to(study.path)): partial(TaskRecord.find, file) for file in scored},
+        "task/choices.json": lambda: ChoicesRecord.find(study.file("task", "choices.json")),
         f"{AGAIN}/machine.json": lambda: MachineRecord.content(study.file(AGAIN, "machine.json")),
         **{f"packs/{name}/pack.json": partial(study.pack_record, name) for name in packs},
     }

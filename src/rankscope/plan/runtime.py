@@ -224,8 +224,8 @@ COUNTED = (
 )
 
 NOT_COUNTED = (
-    "loading a large model's weights, preparing the data, checkpoints, answers, the report, full fine-tuning, waiting "
-    "for devices, and what fails and is done again"
+    "loading a large model's weights, preparing the data, checkpoints, answers, scores on a task, the report, full "
+    "fine-tuning, waiting for devices, and what fails and is done again"
 )
 
 

@@ -28,7 +28,7 @@ from rankscope.report.variants import variant_sections
 from rankscope.spec.models import EMBEDDED
 from rankscope.spec.resolve import write_yaml
 from rankscope.study.evidence import Evidence
-from rankscope.study.folder import ANSWERS
+from rankscope.study.folder import ANSWERS, TASK
 from rankscope.text import verdict as words
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.coverage import coverage_sentences
@@ -297,7 +297,7 @@ def _limits(evidence: Evidence, verdict: Verdict, text: Catalogue) -> list[str]:
         text("limit.left", trials=", ".join(evidence.survivors)): evidence.survivors,
     }
     for name, failure in evidence.failures.items():
-        what = text("limit.answers") if name == ANSWERS else text("limit.profile", name=name)
+        what = text(f"limit.{name}") if name in (ANSWERS, TASK) else text("limit.profile", name=name)
         limits[text("limit.failed", what=what, reason=failure.reason)] = True
     limits[text("limit.truncated", rows=f"{cut:,}")] = cut
     return [limit for limit, holds in limits.items() if holds]

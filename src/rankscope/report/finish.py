@@ -93,7 +93,10 @@ def for_next_look(conclusion: Conclusion) -> StudySpec | None:
 
 MADE_OF = "report/made-of.json"
 _RESULTS = ("*.yaml", "*.json", "data/*.json", "trials/*/*.json*", "reference/*/*.json*", "trials/*/adapter/README.md")
-_REPORT = ("packs/division.json", "profiles/*.json", "answers/*.json", "curve/*.json", "report/*.*", "report/figures/*")
+_REPORT = (
+    "packs/division.json", "profiles/*.json", "answers/*.json", "task/*.json", "curve/*.json", "report/*.*",
+    "report/figures/*",
+)  # fmt: skip
 
 
 def _made_of(study: Study, language: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ _CONFIG = "An adapter_config.json of PEFT, to take its options from."
 _LENGTH = "Longest sequence, in tokens; longer rows are truncated and counted."
 _MARGIN = "Largest loss above the best of a rank that is good enough, e.g. 2%."
 _MEMORY = "Largest GPU memory of a recommended rank, e.g. 24GB."
+_TASK = "Score on a task too: exact_match, choice, regex:PATTERN, my.py:score, lm_eval:TASK."
 _ENGINE = "packed, or peft: one trial at a time with PEFT's own forward."
 
 OPTIONS = {
@@ -55,6 +56,7 @@ OPTIONS = {
     "dequantize": Option("model.dequantize", bool, "Load a checkpoint in FP8 or MXFP4 as weights of --dtype."),
     "engine": Option("training.engine", str, _ENGINE, "packed"),
     "isolated": Option("training.isolated", bool, "Train every trial alone, in its own process."),
+    "task": Option("measure.task", str, _TASK, "none"),
     "margin": Option("verdict.margin", str, _MARGIN, "5%"),
     "margin_of": Option("verdict.margin_of", str, "What the margin is a share of: gain, or loss (then 1%).", "gain"),
     "confidence": Option("verdict.confidence", str, "Confidence level of intervals and verdict.", "95%"),

@@ -13,7 +13,7 @@ from rankscope.data.tokens import TokenizedData, load, sha256_of
 from rankscope.errors import DataError, StudyError
 from rankscope.model.load import load_config, load_tokenizer, most_positions
 from rankscope.spec.candidates import name_or_names
-from rankscope.spec.models import EMBEDDED, StudySpec
+from rankscope.spec.models import EMBEDDED, DataSpec, StudySpec
 from rankscope.study.folder import StudyFolder
 from rankscope.study.growth import free_name
 from rankscope.text.catalogue import load as load_catalogue
@@ -29,18 +29,23 @@ LEFT_OUT = {
 
 
 def prepare_data(spec: StudySpec) -> TokenizedData:
-    """Read and tokenise the data. Rows are truncated to `data.max_length`, or to the model's positions if fewer."""
-    config, positions = load_config(spec.model).get_text_config(), most_positions(spec.model)
-    changes: dict[str, Any] = {"max_length": min(spec.data.max_length, positions or spec.data.max_length)}
-    if EMBEDDED in spec.data.ids:
-        changes["id"] = name_or_names([str(demo.data_path()) if id == EMBEDDED else id for id in spec.data.ids])
-    tokenizer, measured = load_tokenizer(spec.model), spec.measure
-    data = prepare_cached(spec.data.model_copy(update=changes), tokenizer, config.vocab_size)
+    """Read and tokenise the data."""
+    config, measured, tokenizer = load_config(spec.model).get_text_config(), spec.measure, load_tokenizer(spec.model)
+    data = prepare_cached(read_spec(spec), tokenizer, config.vocab_size)
     data = TokenizedData(data.train, data.eval, data.facts | {"id": spec.data.name})
     if measured.forgetting is None:
         return data
     asked = measured.forgetting, measured.forgetting_rows
     return with_general_text(data, *asked, tokenizer, config.vocab_size, spec.data.commits)
+
+
+def read_spec(spec: StudySpec) -> DataSpec:
+    """Data as they are read: rows are truncated to `data.max_length`, or to the model's positions if fewer."""
+    positions = most_positions(spec.model)
+    changes: dict[str, Any] = {"max_length": min(spec.data.max_length, positions or spec.data.max_length)}
+    if EMBEDDED in spec.data.ids:
+        changes["id"] = name_or_names([str(demo.data_path()) if id == EMBEDDED else id for id in spec.data.ids])
+    return spec.data.model_copy(update=changes)
 
 
 def study_data(spec: StudySpec, study: StudyFolder | None) -> TokenizedData:

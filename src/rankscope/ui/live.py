@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from rankscope.data.batches import eval_steps, total_steps
-from rankscope.files import JsonlTail, corrupt_on_error
+from rankscope.files import JsonlTail, corrupt_on_error, read_json
 from rankscope.measure.cores import cpu_pressure, stalled_seconds
 from rankscope.spec.candidates import TIME, AnyTrial
 from rankscope.study.folder import AGAIN, FINISHED, NOT_ENDED, StudyFolder
@@ -27,6 +27,7 @@ from rankscope.study.missing import (
 )
 from rankscope.study.question import Holder
 from rankscope.study.records import BUSY_PRESSURE
+from rankscope.study.scores import task_file
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import loss
 
@@ -77,7 +78,7 @@ class TrialState(NamedTuple):
 
 
 class State(NamedTuple):
-    doing: str  # train, reference, profile, answer, conclude, curve, done or stopped
+    doing: str  # train, reference, profile, task, answer, conclude, curve, done or stopped
     training: dict[str, list[TrialState]]  # trials in training, by pack or by the name of a full fine-tuning trial
     packs: list[str]  # names of all packs
     results: dict[str, dict[str, Any]]  # results of the packs that this run has ended, see pack.json
@@ -246,6 +247,9 @@ class LiveStudy:
             return "train"
         if any(_modified(job) >= began for job in study.file("curve").rglob("job.json")):
             return "curve"  # on several devices each trial has a job
+        scoring = [job for job in study.file("task").glob("*/job.json") if _modified(job) >= began]
+        if _modified(answers / "job.json") < began and any(map(self._scores, scoring)):
+            return "task"
         if _modified(answers / "job.json") >= began:
             return "conclude" if answered else "answer"
         if any(trial.name in training for trial in study.reference_trials):
@@ -255,6 +259,12 @@ class LiveStudy:
         if any(self._is_due(trial, statuses, began) for trial in study.reference_trials):
             return "reference"
         return "conclude" if answered or not study.spec.measure.answers else "answer"
+
+    def _scores(self, job: Path) -> bool:
+        """Whether a job has models that it has not scored on the task yet."""
+        trials = {trial.name: trial for trial in self.study.trials}
+        files = (task_file(self.study, trials.get(name)) for name in read_json(job)["models"])
+        return any(_modified(file) < _modified(job) for file in files)
 
     def _is_due(self, trial: AnyTrial, statuses: Mapping[str, str], began: float) -> bool:
         """Whether this run still trains the trial. One that failed in an earlier run is trained again."""

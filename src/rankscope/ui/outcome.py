@@ -18,7 +18,7 @@ from rankscope.report.finish import Conclusion
 from rankscope.report.frames import by_candidate, compared_rows, has_gpu
 from rankscope.report.variants import variant_sentences
 from rankscope.spec.candidates import Trial
-from rankscope.study.folder import ANSWERS
+from rankscope.study.folder import ANSWERS, TASK
 from rankscope.study.missing import missing_profiles, unfinished
 from rankscope.study.records import Failure, TrialRecord
 from rankscope.study.study import Study
@@ -140,7 +140,7 @@ def show_failures(study: Study, console: Console) -> bool:
     """Print every trial, profile and answer that was begun and did not finish, and why. Whether any did not finish."""
     failures: dict[str, TrialRecord | Failure] = {t.name: study.trial_record(t) for t in unfinished(study)}
     for name, unmeasured in study.open_failures().items():
-        failures[name if name == ANSWERS else f"profile of {name}"] = unmeasured
+        failures[name if name in (ANSWERS, TASK) else f"profile of {name}"] = unmeasured
     for name, failure in failures.items():
         if failure.status == "pending":  # `show_untried` names it
             continue
