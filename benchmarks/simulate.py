@@ -29,6 +29,15 @@ deviations, and up to 2.5 times as much noise at the highest rank.
 Truths. Mix: 20% no effect; else A (r / r0)^-g with A log-uniform from 0.1 to 5% and g from 0.25 to 2; in a quarter the
 loss rises again towards the highest rank, there by 10 to 100% of A. Others are multiples of the margin, which is 5% of
 the gain; the worst truths have ranks on the margin itself.
+
+The table `task` has outcomes of 0 and 1 in place of losses: whether a latent normal variable is above zero,
+
+    place[rank] + item + of item[rank, item] + shared[seed] + of seed[rank, seed] + shared[seed, item] + rest
+
+whose variance is 1, so that a rank's true score is the normal distribution's at `place`. Two thirds of the untrained
+model's variance is the same item's. Worlds: nested (items have 99.9% of the variance: a better rank is right wherever a
+worse one is), typical (70%) and erratic (40%, and a seed moves a score of 50% by 3 points). The margin
+is 10% of the gain on the task.
 """
 
 import argparse
@@ -40,6 +49,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import special
 
 from rankscope.analysis.comparison import Estimate, estimate_of
 from rankscope.analysis.decision import (
@@ -50,8 +60,10 @@ from rankscope.analysis.decision import (
     outcome_of,
     states,
 )
+from rankscope.analysis.task import add_items
 
 MARGIN = 0.05  # of the gain
+TASK_MARGIN = 0.1
 CONFIDENCE = 0.95
 BASE_SPREAD, GAIN_SPREAD = 0.23, 0.76
 HURST, NUGGET = 0.7, 0.15
@@ -72,6 +84,22 @@ WORLDS = {
     "demo": World(0.003),
     "noisy": World(0.01),
     "unstable": World(0.004, (3, 3), 0.07, 2.5),
+}
+
+
+class TaskWorld(NamedTuple):
+    """Shares of the latent variance; what is left is drawn for each outcome."""
+
+    item: float
+    rank_item: float
+    seed: float  # of one rank; half as much is shared by all
+    seed_item: float
+
+
+TASK_WORLDS = {
+    "nested": TaskWorld(0.999, 0.0, 0.0, 0.0005),
+    "typical": TaskWorld(0.7, 0.05, 0.001, 0.1),
+    "erratic": TaskWorld(0.4, 0.1, 0.004, 0.2),
 }
 
 
@@ -140,6 +168,27 @@ def draw(
     return Drawn(own.astype(np.float32), base + gained, tokens, truth)
 
 
+def draw_task(
+    rng: np.random.Generator, world: TaskWorld, truth: np.ndarray, seeds: int, items: int, before: float, gain: float
+) -> Drawn:
+    """Errors (1 - outcome) in place of losses. `truth` is how far each rank is behind the best, which scores `before`
+    and `gain`."""
+    studies, ranks = truth.shape
+
+    def normal(variance: float, *shape: int) -> np.ndarray:
+        drawn: np.ndarray = rng.standard_normal((studies, *shape), dtype=np.float32) * np.float32(math.sqrt(variance))
+        return drawn
+
+    item = normal(world.item, 1, 1, items)
+    rest = 1 - world.item - world.rank_item - 1.5 * world.seed - world.seed_item
+    latent = normal(rest, ranks, seeds, items) + normal(world.rank_item, ranks, 1, items) + item
+    latent += normal(world.seed, ranks, seeds, 1) + normal(world.seed / 2, 1, seeds, 1)
+    latent += normal(world.seed_item, 1, seeds, items)
+    latent += special.ndtri(before + gain - truth).astype(np.float32)[:, :, None, None]
+    untrained = math.sqrt(2 / 3 / world.item) * item[:, 0, 0] + normal(1 / 3, items) + special.ndtri(before)
+    return Drawn((latent <= 0).astype(np.float32), (untrained <= 0).astype(float), np.ones((studies, items)), truth)
+
+
 class Parts(NamedTuple):
     """Parts of the losses of the first seeds, as `rankscope.analysis.comparison.estimate` divides them. A contrast is a
     sum of losses with coefficients, and its parts are the same sum of theirs."""
@@ -191,9 +240,9 @@ class Contrasts(NamedTuple):
     gain: Estimate  # (N, K)
 
 
-def contrasts(parts: Parts) -> Contrasts:
+def contrasts(parts: Parts, margin: float = MARGIN) -> Contrasts:
     none = np.zeros(len(parts.mean))
-    return Contrasts(excesses_of(parts, none), excesses_of(parts, none + MARGIN), gain_of(parts))
+    return Contrasts(excesses_of(parts, none), excesses_of(parts, none + margin), gain_of(parts))
 
 
 def at_looks(found: Sequence[Contrasts], look: np.ndarray) -> Contrasts:
@@ -217,8 +266,8 @@ class Assessed(NamedTuple):
     contention: np.ndarray
 
 
-def assess(found: Contrasts, truth: np.ndarray, gain: float) -> Assessed:
-    margin, place = MARGIN * gain, octaves(truth.shape[1])
+def assess(found: Contrasts, truth: np.ndarray, gain: float, share: float = MARGIN) -> Assessed:
+    margin, place = share * gain, octaves(truth.shape[1])
     decision = decide_arrays(*found, place, CONFIDENCE)
     good_enough = truth < margin * (1 - 1e-9)  # a rank exactly on the margin is the hardest that may not be recommended
     right = good_enough.argmax(axis=1)
@@ -265,6 +314,7 @@ class Cell(NamedTuple):
     seeds: tuple[int, ...]  # at which the study is judged
     rows: int
     truth: tuple[float, ...] = ()  # multiples of the margin; the mix without
+    before: float = 0.0  # untrained score of a task
 
 
 def grow(found: Sequence[Contrasts], truth: np.ndarray, cell: Cell) -> dict[str, np.ndarray]:
@@ -285,11 +335,31 @@ def grow(found: Sequence[Contrasts], truth: np.ndarray, cell: Cell) -> dict[str,
     return rates | {"trials": trained.sum(axis=1) / (cell.ranks * cell.seeds[-1])}
 
 
+def judge_tasks(rng: np.random.Generator, cell: Cell, studies: int) -> dict[str, np.ndarray]:
+    """Rates of studies, (N,), that are judged by a task."""
+    truth = mixed(rng, studies, cell.ranks) * 10 * max(cell.gain, 0.0)  # effects of 1 to 50% of the gain
+    if cell.truth:
+        truth = np.tile(np.array(cell.truth) * TASK_MARGIN * max(cell.gain, 0.0), (studies, 1))
+    world, seeds = TASK_WORLDS[cell.world], cell.seeds[-1]
+    parts = parts_of(draw_task(rng, world, truth, seeds, cell.rows, cell.before, cell.gain), seeds)
+    found = Contrasts(*(add_items(one, CONFIDENCE) for one in contrasts(parts, TASK_MARGIN)))
+    rates = assess(found, truth, cell.gain, TASK_MARGIN).rates
+    errors = estimate_of(0.5 - parts.mean, parts.by_seed, parts.by_row, np.diagonal(parts.left, axis1=1, axis2=2))
+    low, high = add_items(errors, CONFIDENCE, 0.5).interval(CONFIDENCE)
+    score = cell.before + cell.gain - truth - 0.5
+    rates["score"] = ((low <= score) & (score <= high)).mean(axis=1)
+    return rates
+
+
 def simulate(cell: Cell, studies: int, random: Sequence[int] = ()) -> dict[str, Any]:
     """Rates over studies at the last number of seeds, and `ever false` over all of them."""
     rng, sums = np.random.default_rng([*random, studies]), dict[str, float]()
     for start in range(0, studies, CHUNK):
         count = min(CHUNK, studies - start)
+        if cell.table == "task":
+            for name, values in judge_tasks(rng, cell, count).items():
+                sums[name] = sums.get(name, 0.0) + float(values.sum())
+            continue
         truth = mixed(rng, count, cell.ranks)
         if cell.truth:
             truth = np.tile(np.array(cell.truth) * MARGIN * max(cell.gain, 0.0), (count, 1))
@@ -324,6 +394,13 @@ def cells() -> Iterator[Cell]:
             yield Cell("growth", world, gain, ranks, ONE_BY_ONE, rows, truth)
     for gain, world, rows in product((0.0, -0.02, 0.005), WORLDS, (100, 30)):
         yield Cell("little gain", world, gain, 3, (3,), rows, (4, 2, 0))
+    for seeds, items, ranks, world in product((3, 5), (200, 100, 1000), (3, 2, 6), TASK_WORLDS):
+        if items == 1000 and (world != "typical" or (seeds, ranks) == (5, 6)):
+            continue  # for time
+        for before, gain in ((0.5, 0.3), (0.05, 0.9), (0.05, 0.3), (0.95, 0.03))[: 4 if ranks == 3 else 2]:
+            for truth in ((), *WORST[ranks], (0.0,) * ranks):
+                yield Cell("task", world, gain, ranks, (seeds,), items, truth, before)
+        yield Cell("task", world, 0.0, ranks, (seeds,), items, (0.0,) * ranks, 0.5)
 
 
 TABLES = {
@@ -332,6 +409,7 @@ TABLES = {
     "growth": ("settled", "right", "ever false", "ever worse"),
     "until settled": ("settled", "right", "ever false", "ever worse", "trials"),
     "little gain": ("untold", "recommended", "named wrongly"),
+    "task": ("settled", "right", "recommended", "false", "falsely worse", "untold", "coverage", "score"),
 }
 
 
@@ -343,7 +421,8 @@ def known_in(file: Path) -> dict[Cell, dict[str, Any]]:
 
 
 def cell_of(line: dict[str, Any]) -> Cell:
-    return Cell(*(tuple(line[name]) if isinstance(line[name], list) else line[name] for name in Cell._fields))
+    values = [line.get(name, Cell._field_defaults.get(name)) for name in Cell._fields]  # the oldest lack the last
+    return Cell(*(tuple(value) if isinstance(value, list) else value for value in values))
 
 
 def tables(file: Path) -> Iterator[str]:
@@ -364,6 +443,7 @@ def tables(file: Path) -> Iterator[str]:
             )
             rates = [f"{line[name]:.1%}" if name in line else "" for name in columns]
             truth = ", ".join(f"{one:g}" for one in line["truth"]) or "mix"
+            own = (own[0], f"{line['before']:.0%} + {own[1]}", *own[2:]) if table == "task" else own
             yield f"| {' | '.join(map(str, [*own, truth, line['studies'], *rates]))} |"
 
 

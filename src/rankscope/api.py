@@ -23,6 +23,7 @@ class Study(directory.Study):
         *,
         margin: float | str | None = None,
         margin_of: Literal["gain", "loss"] | None = None,
+        by: Literal["loss", "task"] | None = None,
         confidence: float | str | None = None,
         max_gpu_memory: int | str | None = None,
         max_runtime: float | str | None = None,
@@ -36,6 +37,7 @@ class Study(directory.Study):
         Args:
             margin: Largest loss above the best of a rank that is good enough: 0.02, or `2%`.
             margin_of: What the margin is a share of.
+            by: What the verdict follows, in a study with a task.
             confidence: Confidence level of intervals and verdict, above a half: 0.9, or `90%`.
             max_gpu_memory: Largest GPU memory of a recommended rank, in bytes or as `24GB`.
             max_runtime: Longest training of a recommended rank, in seconds or as `2h`.
@@ -89,6 +91,7 @@ def run(
     task: str | None = None,
     margin: float | str | None = None,
     margin_of: Literal["gain", "loss"] | None = None,
+    by: Literal["loss", "task"] | None = None,
     confidence: float | str | None = None,
     max_gpu_memory: int | str | None = None,
     max_runtime: float | str | None = None,
@@ -146,6 +149,7 @@ def run(
         task: Score on a task too: `exact_match`, `choice`, `regex:PATTERN`, `my.py:score`, `lm_eval:TASK`.
         margin: Largest loss above the best of a rank that is good enough: 0.02, or `2%`.
         margin_of: What the margin is a share of.
+        by: What the verdict follows, in a study with a task.
         confidence: Confidence level of intervals and verdict, above a half: 0.9, or `90%`.
         max_gpu_memory: Largest GPU memory of a recommended rank, in bytes or as `24GB`.
         max_runtime: Longest training of a recommended rank, in seconds or as `2h`.

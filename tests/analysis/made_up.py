@@ -85,3 +85,35 @@ def verdict_on(
     losses: Losses, profiles: pd.DataFrame | None = None, untrained: float = UNTRAINED, **verdict: float | str
 ) -> dict[str, Any]:
     return conclude(evidence_of(losses, profiles, untrained, **verdict))
+
+
+RATE = 2e-4
+Outcomes = Mapping[int, np.ndarray]  # by rank, seeds x items
+
+
+def outcomes(shares: Mapping[int, float], seeds: int = 3, items: int = 400, before: float = 0.1) -> Outcomes:
+    """Outcomes of each rank with these true scores; under rank 0 of the untrained model. Items differ
+    in difficulty, and 5% of the outcomes of a seed are drawn anew."""
+    rng = np.random.default_rng(1)
+    easy = rng.random(items)
+
+    def of(share: float, number: int) -> np.ndarray:
+        drawn = np.where(rng.random((number, items)) < 0.05, rng.random((number, items)), easy)
+        return (drawn < share).astype(float)
+
+    return {0: of(before, 1)} | {rank: of(share, seeds) for rank, share in shares.items()}
+
+
+def with_task(evidence: Evidence, found: Outcomes, task: str = "exact_match") -> Evidence:
+    """The evidence with these scores."""
+    items = range(found[0].shape[1])
+    names = dict(zip(evidence.results["rank"], evidence.results["candidate"], strict=True))
+    scored = {"learning_rate": RATE, "example": items, "task": task}
+    frames = [
+        pd.DataFrame(_identity(rank, RATE, seed) | scored | {"candidate": names[rank], "score": own})
+        for rank, table in found.items()
+        if rank
+        for seed, own in enumerate(table)
+    ]
+    untrained = pd.DataFrame({"example": items, "score": found[0][0], "task": task})
+    return evidence._replace(task_scores=pd.concat(frames, ignore_index=True), task_untrained=untrained)

@@ -119,6 +119,8 @@ OTHERS: dict[str, Any] = {
     "measure.task_tokens": 7,
     "verdict.margin_of": "loss",
     "verdict.margin": 0.02,
+    "verdict.by": "loss",
+    "verdict.task_margin": 0.2,
     "verdict.confidence": 0.9,
     "verdict.max_gpu_memory": 1 << 30,
     "verdict.max_runtime": 60.0,

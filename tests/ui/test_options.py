@@ -35,7 +35,7 @@ def test_every_option_sets_a_field_of_a_study(name: str) -> None:
 
 
 def test_options_of_the_commands() -> None:
-    criteria = {"margin", "margin_of", "confidence", "max_gpu_memory", "max_runtime"}
+    criteria = {"margin", "margin_of", "by", "confidence", "max_gpu_memory", "max_runtime"}
     assert set(RUN) - set(PLAN) == criteria == set(CRITERIA), "plan judges nothing"
     assert all(option.help for option in SEARCH.values())
     assert OPTIONS.keys() - set(RUN) == {"name", "revision", "loss_on", "alphas", "lora_dropout", "use_rslora"}

@@ -38,6 +38,8 @@ def next_step(verdict: Verdict, evidence: Evidence, directory: str, text: Catalo
         return step("lower_rate", f"{run} --learning-rates {','.join(map(rate, rates))}")
     if cause in ("one_seed", "few_seeds") and "some_trials_unfinished" not in verdict["caveats"]:
         return step("title", f"{run} --until-settled")
+    if cause == "few_items":  # how many there are is the task's
+        return None
     if cause != "close":
         return step("unfinished", run)
     wider = [row["margin"] for row in verdict.get("margins", []) if row["margin"] > verdict["margin"] and row["rank"]]

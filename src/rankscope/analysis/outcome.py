@@ -1,5 +1,6 @@
 """Outcome of one study, and what would settle it where it is open."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,3 +72,13 @@ def _outcome(found: Comparison, decision: Decision, over: Mapping[str, list[str]
         return fields
     below = [name for n, name in enumerate(found.candidates[:number]) if inside[n] and not decision.worse[n]]
     return fields | {"undetermined": below}
+
+
+def best_guess(found: Comparison, over: Mapping[str, list[str]]) -> str | None:
+    """Candidate of the smallest rank whose mean is within the margin, whatever is shown; else the best."""
+    others = ~np.eye(len(found.ranks), dtype=bool)
+    within = np.where(others, found.excesses.mean, -math.inf).max(axis=1) <= 0
+    inside = [number for number, name in enumerate(found.candidates) if not over.get(name)]
+    good = [number for number in inside if within[number]]
+    chosen = good[0] if good else min(inside, key=found.regrets.__getitem__, default=None)
+    return None if chosen is None else found.candidates[chosen]

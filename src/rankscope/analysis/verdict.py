@@ -34,8 +34,9 @@ from rankscope.analysis.comparison import (
 )
 from rankscope.analysis.costs import over_budget
 from rankscope.analysis.decision import level_at, states, upper_bound
-from rankscope.analysis.outcome import States, decide, settled
+from rankscope.analysis.outcome import States, best_guess, decide, settled
 from rankscope.analysis.rates import judge_rates
+from rankscope.analysis.task import loss_and_task
 from rankscope.analysis.variants import judge_variants
 from rankscope.data.doubts import doubts
 from rankscope.errors import StudyError
@@ -74,7 +75,8 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
     evaluation came early, with its step. `reference_candidate` is full fine-tuning at its best rate; `claims` are
     the four of the original study; `variants` are those of `rankscope.analysis.variants`, `rates` those of
     `rankscope.analysis.rates`; `caveats` are codes that the report puts in words; of those in
-    `rankscope.data.doubts.DOUBTS` the numbers are in data/facts.json.
+    `rankscope.data.doubts.DOUBTS` the numbers are in data/facts.json. In a study with a task `loss` and `task` have the
+    conclusion of each, and the fields above that of the one that `by` names (`rankscope.analysis.task`).
 
     Raises:
         StudyError: the margin is a share of the gain, and the study does not know the untrained model's losses.
@@ -117,7 +119,7 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
         verdict |= decision
         if len(compared) == 1 and set(left_out) - {row["rank"] for row in diverged}:  # others have not finished
             verdict |= {"outcome": "not_enough_evidence", **dict.fromkeys(("rank", "candidate", "next_look"))}
-        verdict["guess"] = _guess(found, over)
+        verdict["guess"] = best_guess(found, over)
         verdict["overfits"] = _overfits(evidence, found)
         verdict["comparison"] = _table(found, states, over, confidence)
         if not reference.empty:
@@ -129,6 +131,7 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
         alphas = {candidate.name: candidate.lora_alpha for candidate in spec.candidates()}
         for named in [*verdict["comparison"], *diverged]:
             named["alpha"] = alphas[named["candidate"]]
+    verdict |= loss_and_task(evidence, verdict, [] if alone else compared, over)
     verdict["caveats"] = _caveats(evidence, verdict, found, over)
     return verdict
 
@@ -173,16 +176,6 @@ def _add_over_full(rows: list[dict[str, Any]], judged: Judged, reference: pd.Dat
         if pair := paired(judged.losses[row["candidate"]], full, tokens):
             low, high = pair.difference.ends(confidence)
             row |= {"over_full": pair.difference.mean, "over_full_low": low, "over_full_high": high}
-
-
-def _guess(found: Comparison, over: Mapping[str, list[str]]) -> str | None:
-    """Candidate of the smallest rank whose mean is within the margin, whatever is shown; else the best."""
-    others = ~np.eye(len(found.ranks), dtype=bool)
-    within = np.where(others, found.excesses.mean, -math.inf).max(axis=1) <= 0
-    inside = [number for number, name in enumerate(found.candidates) if not over.get(name)]
-    good = [number for number in inside if within[number]]
-    chosen = good[0] if good else min(inside, key=found.regrets.__getitem__, default=None)
-    return None if chosen is None else found.candidates[chosen]
 
 
 def _overfits(evidence: Evidence, found: Comparison) -> list[dict[str, Any]]:
@@ -305,7 +298,7 @@ def _caveats(
         "rate_at_edge": len(rates) > 1
         and any(row["learning_rate"] in (rates[0], rates[-1]) for row in verdict["comparison"]),
         "one_seed": verdict["seeds"] == 1,
-        "seeds_would_not_do": open_,
+        "seeds_would_not_do": open_ and verdict.get("by") != "task",
         "ranks_left_out": bool(found and set(verdict["left_out"]) - {row["rank"] for row in verdict["diverged"]}),
         "diverged": bool(verdict["diverged"]),
         "worse_than_untrained": bool(found and found.gain and (found.gain.mean < 0).any()),

@@ -24,6 +24,7 @@ from rankscope.report.other_metrics import (
     rank_name,
 )
 from rankscope.report.runtime import runtime_figure, trade_off_figures
+from rankscope.report.task import task_sections
 from rankscope.report.variants import variant_sections
 from rankscope.spec.models import EMBEDDED
 from rankscope.spec.resolve import write_yaml
@@ -117,6 +118,7 @@ def compose(evidence: Evidence, verdict: Verdict, text: Catalogue, directory: st
         how_to_read=[text(f"how.{name}") for name in ("averages", "axes", "memory", "alone", "noise", *half)],
         sections=[
             make_section("loss", loss_figures(evidence, verdict, table, text), words.rate_sentences(verdict, text)),
+            *task_sections(verdict, text),
             *variant_sections(evidence, verdict, text),
             *rank_curve_sections(evidence, text),
             make_section("costs", [*memory_figures(evidence, table, text), runtime_figure(evidence, text)]),

@@ -30,6 +30,15 @@ def bin_steps(rows: pd.DataFrame) -> Binned:
     return Binned(rows.assign(step=(rows["step"].astype("int64") + width - 1) // width * width), width)
 
 
+def scored_results(evidence: Evidence) -> pd.DataFrame:
+    """`Study.results()`, in a study with a task with each trial's mean score, `task_score`."""
+    scores = evidence.task_scores
+    if scores is None:
+        return evidence.results
+    means = scores.astype({"score": "float64"}).groupby("trial")["score"].mean()
+    return evidence.results.assign(task_score=evidence.results["trial"].map(means))
+
+
 def mean_and_range(rows: pd.DataFrame, column: str) -> pd.DataFrame:
     """`candidate rank learning_rate step mean low high` of a column at each step."""
     found = rows.groupby([*KEYS, "step"], as_index=False, observed=True).agg(

@@ -14,6 +14,7 @@ from rankscope.files import write_atomic
 from rankscope.report import charts, html, markdown
 from rankscope.report.content import Content, compose
 from rankscope.report.figures import Figure
+from rankscope.report.frames import scored_results
 from rankscope.report.pdf import print_pdf
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import LANGUAGES, Catalogue, load
@@ -42,7 +43,7 @@ def build(
     for missing in drawn.missing:  # an earlier report may have had it
         for kind in ("svg", "png"):
             (figures / f"{missing.name}.{kind}").unlink(missing_ok=True)
-    table = pd.concat([part.results for part in evidence.parts], ignore_index=True)
+    table = pd.concat(map(scored_results, evidence.parts), ignore_index=True)
     parquet = BytesIO()
     table.to_parquet(parquet, index=False)
     write_atomic(folder / "results.csv", table.to_csv(index=False))

@@ -358,6 +358,10 @@ class VerdictSpec(Frozen):
     margin: Share = 0.05
     """Largest loss above the best of a rank that is good enough, as a share or as `2%`. Default: 5% of the gain, or 1%
     of the loss."""
+    by: Literal["loss", "task"] | None = None
+    """What the verdict follows: held-out loss, or the score of `measure.task`. Default: the task where there is one."""
+    task_margin: Share = 0.1
+    """Largest score below the best of a rank that is good enough, as a share of what fine-tuning gains on the task."""
     confidence: Confidence = 0.95
     """Confidence level of the intervals and the verdict, above a half: 0.9, or `90%`."""
     max_gpu_memory: Bytes | None = None
@@ -455,6 +459,8 @@ class StudySpec(Frozen):
         for rank in self.seeds_by_rank:
             if rank not in self.ranks:
                 raise ValueError(f"seeds_by_rank: {rank} is none of the ranks: {', '.join(map(str, self.ranks))}")
+        if self.verdict.by == "task" and self.measure.task is None:
+            raise ValueError("verdict.by: task, but the study has none: give measure.task")
         if "rslora" in self.variants and self.adapter.use_rslora:
             raise ValueError("variants: rslora is what adapter.use_rslora makes of all candidates")
         if ("pattern" in self.variants) != bool(self.adapter.rank_pattern):

@@ -59,6 +59,7 @@ OPTIONS = {
     "task": Option("measure.task", str, _TASK, "none"),
     "margin": Option("verdict.margin", str, _MARGIN, "5%"),
     "margin_of": Option("verdict.margin_of", str, "What the margin is a share of: gain, or loss (then 1%).", "gain"),
+    "by": Option("verdict.by", str, "What the verdict follows: loss, or task.", "task where there is one"),
     "confidence": Option("verdict.confidence", str, "Confidence level of intervals and verdict.", "95%"),
     "max_gpu_memory": Option("verdict.max_gpu_memory", str, _MEMORY, "no limit"),
     "max_runtime": Option("verdict.max_runtime", str, "Longest training of a recommended rank, e.g. 2h.", "no limit"),

@@ -33,6 +33,8 @@ class Evidence(NamedTuple):
     answers: pd.DataFrame | None = None
     variants: "Evidence | None" = None  # None in a study without variants
     cuts: pd.DataFrame | None = None  # `Study.cut_examples()`
+    task_scores: pd.DataFrame | None = None  # `Study.task_scores()`; None in a study without a task
+    task_untrained: pd.DataFrame | None = None  # `Study.untrained_scores()`
 
     @property
     def parts(self) -> "list[Evidence]":
@@ -45,7 +47,7 @@ def without_variants(evidence: Evidence) -> Evidence:
     others = {candidate.name for candidate in evidence.spec.candidates() if candidate.variant != PLAIN}
 
     def part(is_variant: bool) -> dict[str, Any]:
-        fields = ("results", "curves", "profiles", "samples", "examples", "answers")
+        fields = ("results", "curves", "profiles", "samples", "examples", "answers", "task_scores")
         tables = {field: getattr(evidence, field) for field in fields}
         return {
             field: table[table["candidate"].isin(others) == is_variant].reset_index(drop=True)

@@ -100,6 +100,8 @@ class Study(StudyFolder):
             survivors=[t for pack in packs if "diverged" in map(status.get, pack) for t in pack if status[t] == "done"],
             failures=self.open_failures(),
             cuts=self.cut_examples(),
+            task_scores=self.task_scores() if self.spec.measure.task else None,
+            task_untrained=self.untrained_scores() if self.spec.measure.task else None,
             **read,
         )
         return without_variants(everything) if self.spec.variants else everything

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 from rankscope.text.catalogue import Catalogue, load
-from rankscope.text.formats import Columns, Table, at_least, known, loss, percent, rate, signed_percent, tabulate
+from rankscope.text.formats import Columns, Table, at_least, known, loss, percent, rate, shown, signed_percent, tabulate
 
 Verdict: TypeAlias = Mapping[str, Any] | None  # content of verdict.json; None before there is one
 
@@ -25,6 +25,13 @@ def verdict_sentence(verdict: Verdict, language: str = "en") -> str:
     text = load(language)
     if verdict is None:
         return text("sentence.none")
+    if "task" not in verdict:
+        return _loss_sentence(verdict, text)
+    by_task = verdict["by"] == "task"
+    return f"{(_task_sentence if by_task else _loss_sentence)(verdict, text)} {_agreement_sentence(verdict, text)}"
+
+
+def _loss_sentence(verdict: Mapping[str, Any], text: Catalogue) -> str:
     outcome, more = verdict["outcome"], verdict.get("more_seeds")
     values = {
         "seeds": _seeds(verdict, text),
@@ -73,6 +80,52 @@ def verdict_sentence(verdict: Verdict, language: str = "en") -> str:
     return " ".join(sentences)
 
 
+def _task_sentence(verdict: Mapping[str, Any], text: Catalogue) -> str:
+    """Recommendation by the task, or why there is none."""
+    task, outcome, more = verdict["task"], verdict["outcome"], verdict["more_seeds"]
+    values = {
+        "seeds": _seeds({"comparison": task["scores"], "seeds": task["seeds"]}, text),
+        "items": text.count("items", task["items"]),
+        "least": percent(1 - task["margin"]),
+        "confidence": percent(verdict["confidence"]),
+        "more": text.count("more_seeds", more or 0),
+        "base": shown(task["untrained"], percent, text),
+    }
+    named = verdict["candidate"] or verdict["guess"]
+    for row in (row for row in task["scores"] if row["candidate"] == named):
+        scores = {end: shown(row[end], percent, text) for end in ("score", "score_low", "score_high")}
+        values |= {"name": candidate_name(verdict, named, text), **scores}
+    if outcome == "nothing_in_budget":
+        return text("sentence.nothing_in_budget")
+    if outcome == "not_trained_enough":
+        return text(f"task.{kind_of_gain(verdict)}", **values)
+    if outcome == "not_enough_evidence":
+        reason = text("task.no_verdict", cause=text(f"cause.{cause_of(verdict)}", **values))
+        return f"{reason} {text('task.guess', **values)}" if "name" in values else reason
+    sentences = [text(f"task.{outcome}", **values)]
+    states = [row["within_margin"] for row in task["scores"] if row["rank"] < verdict["rank"]]
+    if outcome == "recommended" and verdict["undetermined"]:
+        sentences.append(text("sentence.below_open_more" if more else "sentence.below_open", **values))
+    elif outcome == "recommended" and states and set(states) == {False}:
+        sentences.append(text("sentence.below_worse_gain"))
+    return " ".join(sentences)
+
+
+def _agreement_sentence(verdict: Mapping[str, Any], text: Catalogue) -> str:
+    """Whether loss and task agree, and what the one that the verdict does not follow says of the other's rank."""
+    other = "loss" if verdict["by"] == "task" else "task"
+    if verdict["agreement"] == "same":
+        return text("task.same", by=text(f"task.by_{verdict['by']}"))
+    says, rank = verdict[other]["rank"], verdict["rank"]
+    sentence = text(f"task.{other}_open" if says is None else f"task.{other}_names", rank=says)
+    rows = verdict["comparison"] if other == "loss" else verdict["task"]["scores"]
+    states = [row["within_margin"] for row in rows if row["rank"] == rank != says]
+    kinds = {True: "task.enough", False: "task.worse", None: "task.undecided"}
+    beginning = [text("task.different")] if verdict["agreement"] == "different" else []
+    more = [text(kinds[state], rank=rank, other=text(f"task.by_{other}")) for state in states]
+    return " ".join([*beginning, sentence, *more])
+
+
 def margin_unit(verdict: Mapping[str, Any]) -> str:
     """What the margin is a share of: `loss`, `gain`, or `full`, the gain of full fine-tuning."""
     return "full" if verdict.get("gain_of") == "full" else str(verdict.get("margin_of", "loss"))
@@ -86,7 +139,8 @@ def outcome_label(verdict: Verdict, text: Catalogue) -> str:
 
 def kind_of_gain(verdict: Mapping[str, Any]) -> str:
     """Why ranks cannot be told apart by a share of the gain: a key of the catalogue's `sentence`."""
-    if verdict["gain_low"] is not None and verdict["gain_low"] <= 0:  # None of full fine-tuning's gain
+    low = (verdict["task"] if verdict.get("by") == "task" else verdict)["gain_low"]
+    if low is not None and low <= 0:  # None of full fine-tuning's gain
         return "no_gain"
     return "little_gain_more" if verdict["more_seeds"] else "little_gain"
 
@@ -98,9 +152,12 @@ def cause_of(verdict: Mapping[str, Any]) -> str:
         return "unfinished" if unfinished else "diverged"
     if len(verdict["comparison"]) == 1 and "ranks_left_out" in verdict.get("caveats", ()):
         return "alone"
+    by_task = verdict.get("by") == "task"
+    if by_task and not verdict["task"]["scores"]:
+        return "unscored"
     if verdict["seeds"] == 1:
         return "one_seed"
-    return "few_seeds" if verdict.get("more_seeds") else "close"
+    return "few_seeds" if verdict.get("more_seeds") else "few_items" if by_task else "close"
 
 
 def _seeds(verdict: Mapping[str, Any], text: Catalogue) -> str:

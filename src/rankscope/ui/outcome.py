@@ -15,7 +15,8 @@ from rankscope.report.content import candidate_table
 from rankscope.report.costs import noise_sentence
 from rankscope.report.curve import rank_curve_sections
 from rankscope.report.finish import Conclusion
-from rankscope.report.frames import by_candidate, compared_rows, has_gpu
+from rankscope.report.frames import by_candidate, compared_rows, has_gpu, scored_results
+from rankscope.report.task import task_table
 from rankscope.report.variants import variant_sentences
 from rankscope.spec.candidates import Trial
 from rankscope.study.folder import ANSWERS, TASK
@@ -58,6 +59,9 @@ def show_verdict(conclusion: Conclusion, console: Console, language: str) -> Non
     if (margins := margin_table(verdict, text)) is not None:
         console.print(f"{margins.caption}:", soft_wrap=True)
         console.print(make_table(margins.headers, margins.rows, left=(0, 1)))
+    if (scores := task_table(verdict, text)) is not None:
+        console.print(f"{scores.caption}:", soft_wrap=True)
+        console.print(make_table(scores.headers, scores.rows))
     console.print()
     console.print(verdict_sentence(verdict, language), style="bold", soft_wrap=True)
     alarms = [caveat_sentence(verdict, code, text) for code in verdict["caveats"] if code in ALARMS]
@@ -79,6 +83,8 @@ def _after(verdict: dict[str, Any], directory: str, text: Catalogue) -> NextStep
     if rank > 1 and rank == min(row["rank"] for row in verdict["comparison"]):
         lower = ",".join(str(one) for one in (rank // 4, rank // 2) if one)
         return NextStep(text("settle.lower"), shlex.join(["rankscope", "run", directory, "--ranks", lower]))
+    if verdict.get("by") == "task":
+        return None
     command = ["rankscope", "report", directory, "--margin", percent(verdict["margin"] / 2)]
     return NextStep(text("settle.margin"), shlex.join(command))
 
@@ -86,7 +92,7 @@ def _after(verdict: dict[str, Any], directory: str, text: Catalogue) -> NextStep
 def describe_outcome(conclusion: Conclusion) -> dict[str, Any]:
     """Results as data, for `--json`: null for unknown values; bytes, seconds, nats per label token."""
     study, evidence, verdict = conclusion
-    results = pd.concat([part.results for part in evidence.parts])
+    results = pd.concat(map(scored_results, evidence.parts))
     order = {trial.name: number for number, trial in enumerate(study.trials)}
     return {
         "study": str(study.path),
