@@ -51,7 +51,8 @@ def test_the_help_shows_the_default_that_holds(name: str) -> None:
     if name in ("model", "dataset", "columns", "adapter_config"):
         assert option.default == "", "there is none, or nothing"
     elif default in (None, ()):
-        assert option.default in ("none", "no limit", "1", "those of --epochs", "rows held out", "the tokenizer's")
+        words = ("none", "no limit", "1", "those of --epochs", "rows held out", "the tokenizer's")
+        assert option.default in (*words, "task where there is one")
         assert name != "epochs" or "Default without either: 1." in str(TrainingSpec.model_fields[name].description)
     else:
         assert assemble(base, {name: option.default}) == assemble(base, {})

@@ -8,7 +8,6 @@ Where fine-tuning itself has hardly gained anything, a share of it is nothing th
 not trained long enough to tell ranks apart, and recommends none.
 """
 
-import math
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -118,6 +117,7 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
         decision, states = decide(found, confidence, over)
         verdict |= decision
         if len(compared) == 1 and set(left_out) - {row["rank"] for row in diverged}:  # others have not finished
+            compared = []
             verdict |= {"outcome": "not_enough_evidence", **dict.fromkeys(("rank", "candidate", "next_look"))}
         verdict["guess"] = best_guess(found, over)
         verdict["overfits"] = _overfits(evidence, found)
@@ -131,7 +131,7 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
         alphas = {candidate.name: candidate.lora_alpha for candidate in spec.candidates()}
         for named in [*verdict["comparison"], *diverged]:
             named["alpha"] = alphas[named["candidate"]]
-    verdict |= loss_and_task(evidence, verdict, [] if alone else compared, over)
+    verdict |= loss_and_task(evidence, verdict, compared, over)
     verdict["caveats"] = _caveats(evidence, verdict, found, over)
     return verdict
 
