@@ -107,10 +107,10 @@ def outcomes(shares: Mapping[int, float], seeds: int = 3, items: int = 400, befo
 def with_task(evidence: Evidence, found: Outcomes, task: str = "exact_match") -> Evidence:
     """The evidence with these scores."""
     items = range(found[0].shape[1])
-    names = dict(zip(evidence.results["rank"], evidence.results["candidate"], strict=True))
-    scored = {"learning_rate": RATE, "example": items, "task": task}
+    names = {(row["rank"], row["seed"]): row for row in evidence.results.to_dict("records")}
+    scored, named = {"learning_rate": RATE, "example": items, "task": task}, ("trial", "candidate", "seed")
     frames = [
-        pd.DataFrame(_identity(rank, RATE, seed) | scored | {"candidate": names[rank], "score": own})
+        pd.DataFrame({name: names[rank, seed][name] for name in named} | scored | {"rank": rank, "score": own})
         for rank, table in found.items()
         if rank
         for seed, own in enumerate(table)

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from analysis.made_up import RATE, evidence_of, outcomes, with_task
+from analysis.made_up import RATE, examples, outcomes, untrained_examples, with_task
 from rankscope.analysis.verdict import conclude
 from rankscope.report.content import compose
 from rankscope.report.finish import Conclusion
@@ -26,7 +26,11 @@ SHARES = {8: 0.5, 128: 0.8, 256: 0.8}
 
 @pytest.fixture(scope="module")
 def evidence() -> Evidence:
-    return with_task(evidence_of({(rank, RATE): [2.0, 2.001, 2.002] for rank in SHARES}), outcomes(SHARES, items=1000))
+    made = make_evidence()
+    names = dict(zip(made.results["rank"], made.results["candidate"], strict=True))
+    losses = examples({(rank, RATE): [2.0, 2.001, 2.002] for rank in SHARES})
+    losses = losses.assign(candidate=losses["rank"].map(names))
+    return with_task(made._replace(examples=losses, untrained=untrained_examples()), outcomes(SHARES, items=1000))
 
 
 def test_the_report_has_each_rank_beside_the_untrained_model(evidence: Evidence) -> None:

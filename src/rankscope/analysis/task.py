@@ -67,6 +67,7 @@ def judge_task(
     fields, states = decide(found, confidence, over)
     assert plain.gain is not None
     assert found.gain is not None
+    assert judged.untrained is not None
     best, before = found.best, estimate(np.stack([judged.untrained] * 2), judged.label_tokens)  # alike at any seed
     lows, highs = found.gain.interval(confidence)
     rows = [row | {"within_margin": states[row["candidate"]]} for row in _rows(plain, found, confidence)]
