@@ -19,12 +19,10 @@ from typing import Any, NamedTuple, Self
 from pydantic import ValidationError
 
 from rankscope.errors import StudyDirectoryError, StudyError
-from rankscope.files import find_json, inside, is_free, refuse_links_out, write_json
+from rankscope.files import find_json, inside, is_free, refuse_links_out
 from rankscope.search.space import SearchSpec
 from rankscope.spec.resolve import write_yaml
 from rankscope.study.question import differences_of, read_question, write_question
-
-SCHEMA = 1
 
 
 class Spent(NamedTuple):
@@ -77,6 +75,3 @@ class Search:
     def result(self) -> dict[str, Any] | None:
         """Return result.json (see `rankscope.search.sampling.summary`); None before the first candidate trains."""
         return find_json(self.file("result.json"))
-
-    def write_result(self, result: dict[str, Any]) -> None:
-        write_json(self.file("result.json"), {"schema": SCHEMA} | result)

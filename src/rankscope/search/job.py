@@ -1,15 +1,14 @@
 """The one job of a search: it draws candidates, trains them together, and stops the hopeless ones."""
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from optuna.trial import TrialState
-
 from rankscope.data.tokens import load
 from rankscope.errors import DataError, KilledError, ModelError, OutOfMemoryError, RankscopeError
-from rankscope.files import write_atomic
+from rankscope.files import write_atomic, write_json
 from rankscope.jobs.job import Job, Say
 from rankscope.model.load import fingerprint, load_model
 from rankscope.search.driver import drive
@@ -45,12 +44,12 @@ def work(study_path: Path, content: Mapping[str, Any]) -> None:
     with StopRequest() as stop:
         for step in drive(study, spec, trainer, step_tokens(spec, data), slots, spent, lambda: stop.made):
             spent = step.spent
-            for name in [name for name, how in step.ended.items() if how == DONE]:
-                done = [trial.value for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
-                best = min([step.held_out[name], *(loss for loss in done if loss is not None)])
-                if step.held_out[name] <= best * (1 + spec.study.verdict.loss_margin):
+            found = summary(study, spec, spent, False)
+            best = min((one["eval_loss"] for one in found["candidates"] if one["state"] == DONE), default=math.inf)
+            for name, how in step.ended.items():
+                if how == DONE and step.held_out[name] <= best * (1 + found["margin"]):
                     trainer.save(name, search.file("adapters", name))
-            search.write_result(summary(study, spec, spent, False) | {"training": step.losses})
+            write_json(search.file("result.json"), found | {"training": step.losses})
     result = summary(study, spec, spent, not stop.made) | {"training": {}}
     if not stop.made:
         for adapter in search.file("adapters").glob("*"):
@@ -58,7 +57,7 @@ def work(study_path: Path, content: Mapping[str, Any]) -> None:
                 shutil.rmtree(adapter)
         if result["best"]:
             write_atomic(search.file("confirm.yaml"), write_yaml(confirming(spec, result)))
-    search.write_result(result)
+    write_json(search.file("result.json"), result)
     if stop.made:
         raise KilledError("stopped as asked")
 
