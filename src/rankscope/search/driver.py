@@ -1,7 +1,7 @@
 """The loop of a search. A candidate trains in one of the pack's slots, at a step of its own schedule.
 
 At a rung its held-out loss is compared with those of all candidates that have been there; where it is stopped, the slot
-goes to the next candidate. The trainer is a parameter, so that a search can be replayed over recorded curves.
+goes to the next candidate. The trainer is a parameter: `benchmarks/search.py` replays searches over recorded curves.
 
 The budget of tokens is never exceeded, since a step's tokens are known beforehand: a candidate starts only where the
 budget covers its whole schedule beside the others' way to their next rungs, and it goes on from a rung only where the
@@ -13,28 +13,15 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import optuna
 
 from rankscope.search import sampling
 from rankscope.search.folder import Spent
 from rankscope.search.sampling import DIVERGED, DONE, OUT_OF_BUDGET, STOPPED
-from rankscope.search.space import SearchSpec, SearchTrial
-
-
-class Trainer(Protocol):
-    """Trainer of candidates. `steps` are the completed steps of candidates, by name."""
-
-    def add(self, asked: SearchTrial) -> None: ...
-
-    def remove(self, name: str) -> None: ...
-
-    def step(self, steps: Mapping[str, int]) -> Mapping[str, float]:
-        """Train each candidate by one step and return its loss, which is not finite where it diverged."""
-
-    def evaluate(self, steps: Mapping[str, int]) -> Mapping[str, float]:
-        """Return the held-out loss of each candidate."""
+from rankscope.search.space import SearchSpec
+from rankscope.search.trainer import PackTrainer
 
 
 @dataclass
@@ -57,7 +44,7 @@ class StepResult:
 def drive(
     study: optuna.Study,
     spec: SearchSpec,
-    trainer: Trainer,
+    trainer: PackTrainer,
     step_tokens: Sequence[int],
     slots: int,
     spent: Spent = Spent(),  # noqa: B008  # immutable
@@ -118,7 +105,7 @@ def drive(
 
 
 def _train(
-    trainer: Trainer, running: Mapping[str, Running], stops: Sequence[int]
+    trainer: PackTrainer, running: Mapping[str, Running], stops: Sequence[int]
 ) -> tuple[dict[str, float | None], dict[str, float | None]]:
     """Train each candidate by a step, and evaluate those at a rung or at their end. Return training and held-out losses
     by candidate, None where one is not finite."""

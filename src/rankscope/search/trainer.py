@@ -24,8 +24,8 @@ from rankscope.train.step import (
 
 
 class PackTrainer:
-    """A `rankscope.search.driver.Trainer`. A candidate's losses equal those of the same trial of `rankscope run`, up to
-    rounding. At rungs only part of the held-out rows is evaluated: see `rung_rows`."""
+    """Trainer of candidates; `steps` are their completed steps, by name. A candidate's losses equal those of the same
+    trial of `rankscope run`, up to rounding. At rungs only part of the held-out rows is evaluated: see `rung_rows`."""
 
     def __init__(self, model: PreTrainedModel, spec: SearchSpec, data: TokenizedData, slots: int) -> None:
         self.model, self.spec, self.data = model, spec, data
@@ -54,6 +54,7 @@ class PackTrainer:
         remove_adapter(self.model, name)
 
     def step(self, steps: Mapping[str, int]) -> dict[str, float]:
+        """Train each candidate by one step, and return its loss; NaN where it diverged."""
         members = [self.members[name] for name in steps]
         metrics = train_step(self.engine, members, self.data.train, self.training, list(steps.values()))
         return {name: one.loss if one.finite else math.nan for name, one in zip(steps, metrics, strict=True)}
