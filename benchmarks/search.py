@@ -89,7 +89,7 @@ def train_grid(spec: SearchSpec, data: TokenizedData) -> dict[str, Any]:
 
 
 class Replay:
-    """A `rankscope.search.trainer.PackTrainer` over recorded curves; between two learning rates the losses lie on a line
+    """A `PackTrainer` over recorded curves; between two learning rates the losses lie on a line
     over their logarithm."""
 
     def __init__(self, curves: Mapping[tuple[int, float], Mapping[int, float]]) -> None:

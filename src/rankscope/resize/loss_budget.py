@@ -22,13 +22,6 @@ _ADAPTER = "adapter"  # name of the attached adapter
 Ranks = dict[str, int]
 
 
-class Truncations(NamedTuple):
-    """Truncations in which each layer's rank grows or stays: `ranks(0)` to `ranks(number - 1)`."""
-
-    number: int
-    ranks: Callable[[int], Ranks]
-
-
 class MeasuredTruncation(NamedTuple):
     ranks: Ranks
     parameters: int
@@ -36,13 +29,13 @@ class MeasuredTruncation(NamedTuple):
     increase: float  # relative to the loss of the whole adapter; negative where the truncation is better
 
 
-def truncations(layers: Sequence[Decomposed], uniform: bool) -> Truncations:
-    """By default the direction with the most energy per parameter comes first, over all layers; with `uniform` every
-    layer has the same rank."""
+def truncations(layers: Sequence[Decomposed], uniform: bool) -> tuple[int, Callable[[int], Ranks]]:
+    """Number of truncations, and the ranks of each by its index, which grow or stay. By default the direction with the
+    most energy per parameter comes first, over all layers; with `uniform` every layer has the same rank."""
     if uniform:
-        return Truncations(max(len(layer.values) for layer in layers), lambda n: uniform_ranks(layers, n + 1))
+        return max(len(layer.values) for layer in layers), lambda n: uniform_ranks(layers, n + 1)
     order = order_by_energy(layers)
-    return Truncations(len(order) + 1, lambda n: ranks_of(layers, order[:n]))
+    return len(order) + 1, lambda n: ranks_of(layers, order[:n])
 
 
 def measure_truncations(
