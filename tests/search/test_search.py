@@ -22,6 +22,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 import rankscope
+from forking import HOOK
 from launchers import FakeLauncher
 from rankscope.data.tokens import TokenizedData, load
 from rankscope.errors import KilledError, OutOfMemoryError, StudyDirectoryError, StudyError
@@ -236,19 +237,18 @@ def test_a_killed_search_goes_on(root: Path, tmp_path: Path, monkeypatch: pytest
     """The child kills itself in its eighth step; the same search then finishes, and what had ended stays."""
     hook = """
     import os, signal
-    if "rankscope.jobs.worker" in open("/proc/self/cmdline").read():
-        import rankscope.search.trainer as pack
-        own, count = pack.train_step, []
-        def harmed(*args):
-            count.append(1)
-            if len(count) == 8:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return own(*args)
-        pack.train_step = harmed
+    import rankscope.search.trainer as pack
+    own, count = pack.train_step, []
+    def harmed(*args):
+        count.append(1)
+        if len(count) == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return own(*args)
+    pack.train_step = harmed
     """
-    (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(hook))
+    (tmp_path / "hook.py").write_text(textwrap.dedent(hook))
     with monkeypatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(tmp_path))
+        patch.setenv(HOOK, str(tmp_path / "hook.py"))
         with pytest.raises(KilledError, match="signal 9"):
             search_in(asked(root, target_modules=GROUPS), tmp_path / "search", lambda line: None)
     search = Search(tmp_path / "search", asked(root, target_modules=GROUPS))
