@@ -20,14 +20,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from rankscope.data.batches import batch_indices
 from rankscope.data.tokens import Tokens
-from rankscope.lora.adapters import (
-    adapter_weights,
-    add_adapter,
-    check_reached,
-    layer_of,
-    leave_out,
-    save_adapter,
-)
+from rankscope.lora.adapters import adapter_weights, add_adapter, check_reached, layer_of, leave_out, save_adapter
 from rankscope.lora.layout import Slice
 from rankscope.lora.variants import WEIGHT_INIT_VARIANTS, as_plain_lora, init_from_weights, initial_state_dict
 from rankscope.spec.candidates import AnyTrial, Trial
