@@ -10,6 +10,8 @@ import pytest
 
 from rankscope.files import read_json, read_jsonl, write_json
 from rankscope.spec.candidates import Trial
+from rankscope.spec.resolve import write_yaml
+from rankscope.study.question import write_question
 from rankscope.study.study import Study
 from rankscope.track import TRACKERS
 from rankscope.track.follow import metric_name
@@ -18,7 +20,23 @@ from recording import RecordingProgress
 from track.readers import READERS, SECRETS, Seen, clear_environment
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "study-0.1"
-TRIAL, REFERENCE = "r008-lr5e-3-s1", "full-lr1e-4-s0"
+TRIAL, REFERENCE = "r008-lr5e-3-s1", "full-lr5e-4-s1"
+
+
+def copy_study(path: Path) -> Study:
+    """The fixture with one rate and one seed: two candidates, full fine-tuning and a verdict are four runs."""
+    shutil.copytree(FIXTURE, path)
+    whole = Study.open(path)
+    few = Study(path, whole.spec.model_copy(update={"learning_rates": (5e-3,), "seeds": (1,)}))
+    for trial in set(whole.all_trials()) - set(few.all_trials()):
+        shutil.rmtree(whole.trial_folder(trial))
+    write_question(path / "study.yaml", write_yaml(few.spec))
+    return Study.open(path)
+
+
+def restore(study: Study) -> None:
+    """Let a study that was cut back be finished."""
+    shutil.copytree(FIXTURE, study.path, ignore=shutil.ignore_patterns("study.yaml"), dirs_exist_ok=True)
 
 
 class Replayed(NamedTuple):
@@ -36,8 +54,7 @@ def replayed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """The finished study, as if it had been interrupted, gone back to a checkpoint, and gone on."""
     root, told = tmp_path_factory.mktemp(request.param), RecordingProgress()
     (root / "home").mkdir()
-    shutil.copytree(FIXTURE, root / "study")
-    study = Study.open(root / "study")
+    study = copy_study(root / "study")
     (study.path / "report").mkdir()
     (study.path / "report" / "index.html").write_text("the page", encoding="utf-8")
     (study.path / "report" / "report.md").write_text("the page", encoding="utf-8")
@@ -52,7 +69,7 @@ def replayed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
             for file, content in whole.items():
                 file.write_bytes(b"".join(content.splitlines(keepends=True)[:6]))
             wait_for(study, request.param, 6)
-            shutil.copytree(FIXTURE, study.path, dirs_exist_ok=True)
+            restore(study)
         yield Replayed(study, request.param, root / "home", told.lines)
 
 

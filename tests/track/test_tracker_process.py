@@ -1,6 +1,5 @@
 """Trackers cannot stop a study, delay it, or reveal secrets."""
 
-import shutil
 import subprocess
 import sys
 import time
@@ -18,14 +17,14 @@ from rankscope.errors import MissingExtraError, StudyError
 from rankscope.files import read_json, write_json
 from rankscope.spec.models import StudySpec
 from rankscope.study.study import Study
-from rankscope.track import choose_trackers, flat, open_tracker
+from rankscope.track import choose_trackers, flat
 from rankscope.track import tracker_process as beside
-from rankscope.track.__main__ import redacted
+from rankscope.track.__main__ import open_tracker, redacted
 from rankscope.track.follow import TrackerSync, costs, memory_points
 from rankscope.track.tracker_process import run_trackers
 from recording import RecordingProgress
 from track.readers import READERS, clear_environment
-from track.test_contract import FIXTURE
+from track.test_contract import copy_study
 
 CANDIDATE = StudySpec.model_validate({"model": {"id": "m"}, "data": {"id": "d"}}).candidates()[0]
 
@@ -46,8 +45,7 @@ class MlflowClient:
 def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
     (tmp_path / "home").mkdir()
     clear_environment(monkeypatch, tmp_path / "home")
-    shutil.copytree(FIXTURE, tmp_path / "study")
-    return Study.open(tmp_path / "study")
+    return copy_study(tmp_path / "study")
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, folder: Path, at_import: str = "", at_begin: str = "pass") -> None:
@@ -86,7 +84,7 @@ def test_a_client_that_fails_is_told_of_once_and_the_others_go_on(
     assert "hunter2" not in "".join(told.lines)
     log = study.path / "tracking" / "mlflow.log"
     assert not log.exists() or "mlflow-password" not in log.read_text()
-    assert len(read_json(study.path / "tracking" / "tensorboard.json")["trials"]) == 12
+    assert len(read_json(study.path / "tracking" / "tensorboard.json")["trials"]) == 3
 
 
 def test_a_client_that_waits_holds_up_nothing_but_the_end(
@@ -109,7 +107,7 @@ def test_an_error_of_the_study_passes_and_what_there_is_is_sent(study: Study) ->
 
     with pytest.raises(KeyboardInterrupt):
         run()
-    assert len(read_json(study.path / "tracking" / "tensorboard.json")["trials"]) == 12
+    assert len(read_json(study.path / "tracking" / "tensorboard.json")["trials"]) == 3
 
 
 def test_a_tracker_ends_with_the_process_that_started_it(study: Study) -> None:
@@ -125,7 +123,7 @@ def test_a_damaged_record_of_what_was_sent_begins_new_runs(study: Study) -> None
     (study.path / "tracking" / "tensorboard.json").write_text("{", encoding="utf-8")
     with run_trackers(study, ["tensorboard"], RecordingProgress().say):
         pass
-    assert len(read_json(study.path / "tracking" / "tensorboard.json")["trials"]) == 12
+    assert len(read_json(study.path / "tracking" / "tensorboard.json")["trials"]) == 3
 
 
 def test_names_are_checked() -> None:

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from rankscope.study.study import Study
 from rankscope.track.tracker_process import run_trackers
 from recording import RecordingProgress
 from track.readers import SECRETS, clear_environment
-from track.test_contract import FIXTURE, TRIAL, cut_back
+from track.test_contract import FIXTURE, TRIAL, copy_study, cut_back, restore
 from track.wandb_server import Received, WandbServer, wandb_server
 
 
@@ -30,21 +29,20 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbSer
 
 def interrupt_and_go_on(path: Path, told: RecordingProgress) -> Study:
     """Two sessions of one study."""
-    shutil.copytree(FIXTURE, path)
-    study = Study.open(path)
+    study = copy_study(path)
     (path / "report").mkdir()
     (path / "report" / "index.html").write_text("the page", encoding="utf-8")
     cut_back(study, 4)
     with run_trackers(study, ["wandb"], told.say):
         pass
-    shutil.copytree(FIXTURE, path, dirs_exist_ok=True)
+    restore(study)
     with run_trackers(study, ["wandb"], told.say):
         pass
     return study
 
 
 def the_run(server: WandbServer) -> Received:
-    assert len(server.runs) == 13
+    assert len(server.runs) == 4
     (run,) = [run for run in server.runs.values() if run.asked["displayName"] == TRIAL]
     return run
 
@@ -95,9 +93,8 @@ def test_without_a_key_it_is_offline_and_asks_nobody(
 ) -> None:
     monkeypatch.delenv("WANDB_API_KEY")
     monkeypatch.delenv("WANDB_MODE")
-    shutil.copytree(FIXTURE, tmp_path / "study")
     told = RecordingProgress()
-    with run_trackers(Study.open(tmp_path / "study"), ["wandb"], told.say):
+    with run_trackers(copy_study(tmp_path / "study"), ["wandb"], told.say):
         pass
     assert ["offline" in line and "wandb sync" in line for line in told.lines] == [True]
     assert not server.runs

@@ -6,16 +6,13 @@ not know of it, and goes on whether it waits or crashes.
 """
 
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from rankscope.errors import StudyError, did_you_mean, require
 from rankscope.text.catalogue import flatten
 
-STEP = "train/global_step"
-RANK = "rank"
-PROFILE_STEP = "system/step"
+STEP, RANK, PROFILE_STEP = "train/global_step", "rank", "system/step"
 """Axes of points: the optimizer step, the candidate's rank, the step of its profile."""
 
 
@@ -27,48 +24,39 @@ class Point(NamedTuple):
     metrics: dict[str, float]
 
 
-class Run(Protocol):
-    """One trial, or a study by rank, in a tracker. Methods return when the client has accepted the data."""
-
-    def log(self, points: Sequence[Point]) -> None:
-        """Append points, in order."""
-
-    def conclude(self, sentence: str, pages: Sequence[Path]) -> None:
-        """Attach the verdict's sentence, and the report: its page in each language, beside which report.md lies."""
-
-    def finish(self, summary: Point, status: str) -> None:
-        """End the run with the trial's status, such as `done` or `diverged`. A later session may begin it again. The
-        summary is a point at the last step, with metrics of its own: none where the trial has no result, or where an
-        earlier session has sent them."""
-
-
 class Tracker(Protocol):
-    """A tool that keeps runs. Any method may raise its client's errors."""
+    """A tool that keeps runs, each one trial, or a study by rank. Any method may raise its client's errors; those on a
+    `run`, which is the client's own object, return when the client has accepted the data."""
 
     destination: str  # of the runs, in any words without a key: where it changes, everything is sent again
     note: str  # one line for the user: the destination, and how to look at it
 
-    def begin(self, name: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> Run:
+    def begin(self, name: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> Any:
         """Begin a run, or, with `again`, resume the one that an earlier session began as `run_id`. `config` may hold
         mappings: see `flat`."""
+
+    def log(self, run: Any, points: Sequence[Point]) -> None:
+        """Append points, in order."""
+
+    def conclude(self, run: Any, sentence: str, pages: Sequence[Path]) -> None:
+        """Attach the verdict's sentence, and the report: its page in each language, beside which report.md lies."""
+
+    def finish(self, run: Any, summary: Point, status: str) -> None:
+        """End the run with the trial's status, such as `done` or `diverged`. A later session may begin it again. The
+        summary is a point at the last step, with metrics of its own: none where the trial has no result, or where an
+        earlier session has sent them."""
 
     def close(self) -> None:
         """Release the client, when all runs have been finished."""
 
 
-TRACKERS = {
-    "wandb": "WandbTracker",
-    "tensorboard": "TensorBoardTracker",
-    "mlflow": "MlflowTracker",
-    "trackio": "TrackioTracker",
-}
-"""Class of each tracker in rankscope.track.NAME, by the name of the client's module, which must be installed."""
+TRACKERS = ("wandb", "tensorboard", "mlflow", "trackio")
+"""Names of the clients' modules. Each has a module of that name here, with a class `Client`, a `Tracker`."""
 
 
 def choose_trackers(asked: str | Sequence[str]) -> list[str]:
-    """Return the names of trackers in a list or in comma-separated text. None is imported. Raises StudyError: a name is
-    unknown, or stands twice. Raises MissingExtraError: the client is not installed; the message has the command that
-    installs it."""
+    """Names of trackers in a list or in comma-separated text. None is imported. Raises StudyError: a name is unknown,
+    or stands twice; MissingExtraError: the client is not installed; the message has the command that installs it."""
     names = [name.strip() for name in (asked.split(",") if isinstance(asked, str) else asked)]
     for number, name in enumerate(names):
         if name not in TRACKERS:
@@ -78,12 +66,6 @@ def choose_trackers(asked: str | Sequence[str]) -> list[str]:
             raise StudyError(f"--report-to {name}: listed twice", "Name each tracker once.")
         require(name, name, f"--report-to {name}")
     return names
-
-
-def open_tracker(name: str, folder: Path) -> Tracker:
-    """Import a tracker's client and create the tracker. `folder` is the absolute path of the study's for trackers."""
-    tracker: Tracker = getattr(import_module(f"rankscope.track.{name}"), TRACKERS[name])(folder)
-    return tracker
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:

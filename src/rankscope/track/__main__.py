@@ -10,6 +10,7 @@ import select
 import signal
 import sys
 import traceback
+from importlib import import_module
 from pathlib import Path
 from typing import TextIO
 
@@ -17,7 +18,7 @@ from filelock import FileLock
 
 from rankscope.files import write_atomic
 from rankscope.study.folder import StudyFolder
-from rankscope.track import open_tracker
+from rankscope.track import Tracker
 from rankscope.track.follow import TrackerSync
 
 FOLLOW_SECONDS = 1.0  # interval of reading the study's files
@@ -31,7 +32,10 @@ NICENESS = 10  # niceness of the process: training comes first where processors 
 def main(path: Path, name: str) -> int:
     """Follow the study until standard input ends. Return 1, after one line of output, where the tracker failed."""
     os.nice(NICENESS)
-    with _own_output() as user:
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as user:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(nowhere, stream)
         try:
             follow(StudyFolder.open(path), name, user)
         except Exception as error:  # whatever a client raises
@@ -56,17 +60,14 @@ def follow(study: StudyFolder, name: str, user: TextIO) -> None:
         tracker.close()
 
 
-def _own_output() -> TextIO:
-    """Take standard output for this module alone; all other output is discarded."""
-    user = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
-    return user
+def open_tracker(name: str, folder: Path) -> Tracker:
+    """Import a tracker's client and create the tracker. `folder` is the absolute path of the study's for trackers."""
+    tracker: Tracker = import_module(f"rankscope.track.{name}").Client(folder)
+    return tracker
 
 
 def redacted(text: str) -> str:
-    """Return `text` without the environment's secrets, and without passwords in addresses."""
+    """`text` without the environment's secrets, and without passwords in addresses."""
     secret = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
     for name, value in os.environ.items():
         if secret.search(name) and len(value) >= 4:

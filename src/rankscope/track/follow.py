@@ -20,9 +20,8 @@ from rankscope.spec.candidates import AnyTrial, Candidate, Trial
 from rankscope.study import tables
 from rankscope.study.folder import NOT_ENDED, SCHEMA, StudyFolder
 from rankscope.text.verdict import verdict_sentence
-from rankscope.track import PROFILE_STEP, RANK, STEP, Point, Run, Tracker
+from rankscope.track import PROFILE_STEP, RANK, STEP, Point, Tracker
 
-GB = 1e9
 NAMES = {"train_loss": "train/loss", "step_learning_rate": "train/learning_rate"}
 """Names of transformers' Trainer for fields of metrics.jsonl that have other names there: see `metric_name`."""
 
@@ -46,9 +45,21 @@ class TrackerSync:
         kept = self._kept()
         self._session: str = kept["session"]
         self._sent: dict[str, dict[str, Any]] = kept["trials"]
-        self._verdicts: list[str] = kept["verdicts"]  # hashes of verdict.json
+        self._verdicts: list[str] = kept.get("verdicts", [])  # hashes of verdict.json; version 0.1 sent none
         self._tails = {t.name: JsonlTail(study.trial_folder(t) / "metrics.jsonl") for t in study.all_trials()}
-        self._runs: dict[str, Run] = {}
+        self._runs: dict[str, Any] = {}  # the client's, of this session
+
+    def _kept(self) -> dict[str, Any]:
+        """What has been sent to the same destination. Where that record is corrupt, everything is sent as new runs."""
+        with suppress(DamagedError), corrupt_on_error(self._file):
+            kept = read_json(self._file)
+            if kept["place"] == self._destination:
+                return {**kept, "session": str(kept["session"]), "trials": dict(kept["trials"])}
+        return {"session": secrets.token_hex(8), "trials": {}}
+
+    def _keep(self) -> None:
+        kept = {"session": self._session, "trials": self._sent, "verdicts": self._verdicts}
+        write_json(self._file, {"schema": SCHEMA, "place": self._destination, **kept})
 
     def poll(self) -> None:
         """Send the new steps of all trials."""
@@ -56,11 +67,17 @@ class TrackerSync:
         try:
             for trial, new in rows.items():
                 if new:
-                    self._run(trial).log([step_point(row) for row in new])
+                    self.tracker.log(self._run(trial), [step_point(row) for row in new])
                     self._sent[trial.name]["lines"] += len(new)
         finally:
             if any(rows.values()):
                 self._keep()
+
+    def _new_rows(self, trial: AnyTrial) -> list[dict[str, Any]]:
+        """Rows that have been neither sent nor read."""
+        sent: int = self._sent.get(trial.name, {}).get("lines", 0)
+        first, lines = self._tails[trial.name].read()
+        return [json.loads(line) for number, line in enumerate(lines, first) if number > sent]
 
     def finish(self) -> None:
         """Send the rest, costs, summaries and the verdict, and end the runs: called when the study has ended, in
@@ -75,19 +92,22 @@ class TrackerSync:
             self._conclude(verdict, file_sha256(self.study.file("verdict.json")), found)
 
     def _finish(self, trial: AnyTrial, found: Mapping[str, float], memory: Sequence[Point]) -> None:
+        """End a trial's run, with what it has not been sent: its costs, and the results of its status."""
         record, before = self.study.trial_record(trial), self._sent.get(trial.name, {})
-        if record.status == "pending" and trial.name not in self._runs:
+        begun = trial.name in self._runs
+        if record.status == "pending" and not begun:
             return
         status = "interrupted" if record.status in NOT_ENDED else record.status
         new_status, new_costs = before.get("status") != status, bool(found) and not before.get("costs")
-        if not (new_status or new_costs or trial.name in self._runs):
+        if not (new_status or new_costs or begun):
             return
         run, results = self._run(trial), record.results
         if new_costs:
-            run.log(memory)
+            self.tracker.log(run, memory)
         metrics = {f"final/{name}": getattr(results, name, None) for name in RESULTS} if new_status else {}
         metrics |= {f"cost/{name}": value for name, value in found.items()} if new_costs else {}
-        run.finish(Point(STEP, int(results.steps or 0) if results else 0, _numbers(metrics)), status)
+        step = int(results.steps or 0) if results else 0
+        self.tracker.finish(run, Point(STEP, step, _numbers(metrics)), status)
         self._sent[trial.name] |= {"costs": new_costs or before.get("costs", False), "status": status}
         self._keep()
 
@@ -102,91 +122,69 @@ class TrackerSync:
         for row in verdict["comparison"]:
             own = {"train_loss": losses[row["candidate"]], "eval_loss": row["eval_loss"]}
             own |= found.get(row["candidate"], {})
-            run.log([Point(RANK, row["rank"], {f"by_rank/{name}": float(value) for name, value in own.items()})])
-        run.conclude(verdict_sentence(verdict), sorted(self.study.file("report").glob("index*.html")))
-        run.finish(Point(RANK, max(self.study.spec.ranks), {}), "done")
+            metrics = {f"by_rank/{name}": float(value) for name, value in own.items()}
+            self.tracker.log(run, [Point(RANK, row["rank"], metrics)])
+        pages = sorted(self.study.file("report").glob("index*.html"))
+        self.tracker.conclude(run, verdict_sentence(verdict), pages)
+        self.tracker.finish(run, Point(RANK, max(self.study.spec.ranks), {}), "done")
         self._keep()
 
-    def _kept(self) -> dict[str, Any]:
-        """Return what has been sent to the same destination. Where that record is corrupt, everything is sent as new
-        runs."""
-        with suppress(DamagedError), corrupt_on_error(self._file):
-            kept = read_json(self._file)
-            if kept["place"] == self._destination:
-                of_verdicts = {"verdicts": list(kept.get("verdicts", []))}  # which version 0.1 did not send
-                return {"session": str(kept["session"]), "trials": dict(kept["trials"]), **of_verdicts}
-        return {"session": secrets.token_hex(8), "trials": {}, "verdicts": []}
-
-    def _new_rows(self, trial: AnyTrial) -> list[dict[str, Any]]:
-        """Return the rows that have been neither sent nor read."""
-        sent: int = self._sent.get(trial.name, {}).get("lines", 0)
-        first, lines = self._tails[trial.name].read()
-        return [json.loads(line) for number, line in enumerate(lines, first) if number > sent]
-
-    def _keep(self) -> None:
-        kept = {"session": self._session, "trials": self._sent, "verdicts": self._verdicts}
-        write_json(self._file, {"schema": SCHEMA, "place": self._destination, **kept})
-
-    def _run(self, trial: AnyTrial) -> Run:
-        """Return the trial's run, which begins with the first data to send."""
+    def _run(self, trial: AnyTrial) -> Any:
+        """The trial's run, which begins with the first data to send."""
         name = trial.name
         if name not in self._runs:
             self._runs[name] = self._begin(name, trial_config(trial), name in self._sent)
             self._sent.setdefault(name, {"lines": 0, "costs": False, "status": None})
         return self._runs[name]
 
-    def _begin(self, name: str, own: Mapping[str, Any], again: bool) -> Run:
+    def _begin(self, name: str, own: Mapping[str, Any], again: bool) -> Any:
         spec, run_id = self.study.spec, _short_hash(f"{self._session} {name}")
         shared = spec.model_dump(mode="json", include={"model", "data", "training"})
         return self.tracker.begin(name, run_id, spec.name, {"study": spec.name, **own, **shared}, again)
 
 
 def metric_name(field: str) -> str:
-    """Return transformers' name for a field: `train/grad_norm` for `grad_norm`, `eval/loss` for `eval_loss`."""
+    """transformers' name for a field: `train/grad_norm` for `grad_norm`, `eval/loss` for `eval_loss`."""
     return NAMES.get(field) or (f"eval/{field[5:]}" if field.startswith("eval_") else f"train/{field}")
 
 
 def step_point(row: Mapping[str, Any]) -> Point:
-    """Return the point of a line of metrics.jsonl. Values that are no finite numbers are None there, and left out."""
+    """Point of a line of metrics.jsonl. Values that are no finite numbers are None there, and left out."""
     return Point(STEP, row["step"], _numbers({metric_name(name): row[name] for name in row if name != "step"}))
 
 
 def costs(profiles: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Return the costs of each candidate alone, by name, where its time is known; GPU figures only where there is a
-    GPU. Means over repeats, and of peaks the highest. Memory of training is in GB (1e9 bytes); `train_runtime`, of the
-    whole schedule, in seconds."""
+    """Costs of each candidate alone, by name, where its time is known; GPU figures only where there is a GPU. Means
+    over repeats, and of peaks the highest. Memory of training is in GB (1e9 bytes); `train_runtime`, of the whole
+    schedule, in seconds."""
     from rankscope.analysis.costs import cpu_memory  # at the end of a study: scipy takes its time
 
     if profiles.empty:
         return {}
-    cpu = cpu_memory(profiles)
-    found = (
-        profiles[~profiles["control"] & profiles["runtime_seconds"].notna()]
-        .groupby("candidate")
-        .agg(
-            average_cpu_memory_gb=(f"{cpu}_mean_bytes", "mean"),
-            peak_cpu_memory_gb=(f"{cpu}_peak_bytes", "max"),
-            average_gpu_memory_gb=("gpu_allocated_mean_bytes", "mean"),
-            peak_gpu_memory_gb=("gpu_allocated_peak_bytes", "max"),
-            train_runtime=("runtime_seconds", "mean"),
-            train_tokens_per_second=("tokens_per_second", "mean"),
-        )
+    cpu, timed = cpu_memory(profiles), profiles[~profiles["control"] & profiles["runtime_seconds"].notna()]
+    found = timed.groupby("candidate").agg(
+        average_cpu_memory_gb=(f"{cpu}_mean_bytes", "mean"),
+        peak_cpu_memory_gb=(f"{cpu}_peak_bytes", "max"),
+        average_gpu_memory_gb=("gpu_allocated_mean_bytes", "mean"),
+        peak_gpu_memory_gb=("gpu_allocated_peak_bytes", "max"),
+        train_runtime=("runtime_seconds", "mean"),
+        train_tokens_per_second=("tokens_per_second", "mean"),
     )
-    found.loc[:, found.columns.str.endswith("_gb")] /= GB
+    found.loc[:, found.columns.str.endswith("_gb")] /= 1e9
     return {str(name): _numbers(row) for name, row in found.to_dict("index").items()}
 
 
 def memory_points(samples: pd.DataFrame, candidate: Candidate) -> list[Point]:
-    """Return memory at each step of a candidate's profile, in GB (1e9 bytes): the mean of samples, over all repeats."""
+    """Memory at each step of a candidate's profile, in GB (1e9 bytes): the mean of samples, over all repeats."""
     own = (samples["rank"] == candidate.rank) & (samples["variant"] == candidate.variant)
     rows = samples[own & samples["phase"].isin(("warmup", "train"))].set_index("step")
-    means = rows[[*MEMORY]].astype("float64").groupby("step").mean().rename(columns=MEMORY) / GB
+    means = rows[[*MEMORY]].astype("float64").groupby("step").mean().rename(columns=MEMORY) / 1e9
     rows_by_step = zip(means.index.tolist(), means.to_dict("records"), strict=True)
     return [Point(PROFILE_STEP, step, _numbers(row)) for step, row in rows_by_step]
 
 
 def trial_config(trial: AnyTrial) -> dict[str, Any]:
-    """Return the candidate's fields at the top level, as Trainer's users know them. Full fine-tuning has rank 0."""
+    """The candidate's fields at the top level, as Trainer's users know them. Full fine-tuning has rank 0."""
     candidate = {"rank": 0, "learning_rate": getattr(trial, "learning_rate", None)}
     if isinstance(trial, Trial):
         candidate = trial.candidate.model_dump(mode="json")
@@ -198,6 +196,6 @@ def _short_hash(text: str) -> str:
 
 
 def _numbers(values: Mapping[Any, Any]) -> dict[str, float]:
-    """Return the values that are numbers."""
+    """The values that are numbers."""
     numbers = {str(name): float(value) for name, value in values.items() if isinstance(value, int | float)}
     return {name: value for name, value in numbers.items() if not math.isnan(value)}

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rankscope.track import Point, flat
+from rankscope.track import Point, Tracker, flat
 
 
-class TensorBoardTracker:
-    """Event files in TENSORBOARD_LOGGING_DIR, as transformers' Trainer has it, or in the study's folder."""
+class Client(Tracker):
+    """Event files in TENSORBOARD_LOGGING_DIR, as transformers' Trainer has it, or in the study's folder. A run is a
+    writer, with one file for each session; TensorBoard reads them as one."""
 
     def __init__(self, folder: Path) -> None:
         given = os.environ.get("TENSORBOARD_LOGGING_DIR")
@@ -19,55 +20,47 @@ class TensorBoardTracker:
         self.destination = given or "study"
         self.note = f"To look at the curves: tensorboard --logdir {shlex.quote(str(self._folder))}"
 
-    def begin(self, name: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> "_Run":
-        return _Run(self._folder / group / name, run_id, flat(config))
-
-    def close(self) -> None:
-        pass
-
-
-class _Run:
-    """A run with one event file for each session; TensorBoard reads them as one."""
-
-    def __init__(self, folder: Path, run_id: str, config: Mapping[str, Any]) -> None:
+    def begin(self, name: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> Any:
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self._writer = EventFileWriter(str(folder))
-        self._add(hparams_pb(config, trial_id=run_id), 0)
+        writer = EventFileWriter(str(self._folder / group / name))
+        _add(writer, hparams_pb(flat(config), trial_id=run_id), 0)
+        return writer
 
-    def _add(self, summary: Any, step: int) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-
-        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
-
-    def log(self, points: Sequence[Point]) -> None:
+    def log(self, run: Any, points: Sequence[Point]) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         for _, step, metrics in points:
             values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
-            self._add(Summary(value=values), step)
-        self._writer.flush()
+            _add(run, Summary(value=values), step)
+        run.flush()
 
-    def conclude(self, sentence: str, pages: Sequence[Path]) -> None:
+    def conclude(self, run: Any, sentence: str, pages: Sequence[Path]) -> None:
         from tensorboard.plugins.text.summary_v2 import text_pb
 
-        self._add(text_pb("verdict", sentence), 0)
+        _add(run, text_pb("verdict", sentence), 0)
         for page in pages[:1]:
-            self._add(text_pb("report", page.with_name("report.md").read_text(encoding="utf-8")), 0)
+            _add(run, text_pb("report", page.with_name("report.md").read_text(encoding="utf-8")), 0)
 
-    def finish(self, summary: Point, status: str) -> None:
+    def finish(self, run: Any, summary: Point, status: str) -> None:
         """Write the status as text, and as the session's status on TensorBoard's HPARAMS page."""
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
         from tensorboard.plugins.text.summary_v2 import text_pb
 
-        self.log([summary])
-        self._add(text_pb("status", status), summary.step)
+        self.log(run, [summary])
+        _add(run, text_pb("status", status), summary.step)
         if status != "interrupted":  # TensorBoard keeps the first end that it sees
             ended = plugin_data_pb2.SessionEndInfo(
                 status=api_pb2.STATUS_SUCCESS if status == "done" else api_pb2.STATUS_FAILURE, end_time_secs=time.time()
             )
             data = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=ended))
-            self._add(Summary(value=[Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=data)]), summary.step)
-        self._writer.close()
+            _add(run, Summary(value=[Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=data)]), summary.step)
+        run.close()
+
+
+def _add(writer: Any, summary: Any, step: int) -> None:
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
-from typing import NamedTuple
 
 from rankscope.jobs.job import Say
 from rankscope.study.folder import StudyFolder
@@ -16,41 +15,37 @@ FINISH_SECONDS, STOPPED_SECONDS = 120.0, 20.0
 """Time that a study waits at its end for all trackers together: after success, and after a stop or failure."""
 
 
-class _Tracker(NamedTuple):
-    """The process of a tracker, which ends by itself when this process does, in whatever way; and what relays it."""
-
-    name: str
-    process: subprocess.Popen[str]
-    relay: Thread
-
-
 @contextmanager
 def run_trackers(study: StudyFolder, names: Sequence[str], say: Say) -> Iterator[None]:
     """Send the study to the trackers `names` while the body runs; `say` is called with their output, from threads. The
-    failure of a tracker is said once; the rest of the run goes on without it."""
+    failure of a tracker is said once; the rest of the run goes on without it. Their processes end when this one does,
+    in whatever way."""
     ended: set[str] = set()  # by this process
-    trackers = [tracker for name in names if (tracker := _start(study.path, name, say, ended))]
+    started = {name: process for name in names if (process := _start(study.path, name, say))}
+    relays = {name: Thread(target=_relay, args=(name, started[name], say, ended), daemon=True) for name in started}
+    for relay in relays.values():
+        relay.start()
     seconds = STOPPED_SECONDS
     try:
         yield
         seconds = FINISH_SECONDS
     finally:
-        for tracker in trackers:
-            assert tracker.process.stdin is not None  # for mypy: it is a pipe
-            tracker.process.stdin.close()  # asks it to end
+        for process in started.values():
+            assert process.stdin is not None  # for mypy: it is a pipe
+            process.stdin.close()  # asks it to end
         deadline = time.monotonic() + seconds
-        for name, process, relay in trackers:
+        for name, relay in relays.items():
             relay.join(max(0.0, deadline - time.monotonic()))
             if relay.is_alive():  # it might wait for its server without end
                 ended.add(name)
-                process.kill()
+                started[name].kill()
                 relay.join()
                 say(f"{name}: still sending after {seconds:.0f} s, and ended; the last may be missing.")
 
 
-def _start(path: Path, name: str, say: Say, ended: set[str]) -> _Tracker | None:
+def _start(path: Path, name: str, say: Say) -> subprocess.Popen[str] | None:
     try:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", "rankscope.track", str(path), name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -62,9 +57,6 @@ def _start(path: Path, name: str, say: Say, ended: set[str]) -> _Tracker | None:
     except OSError as error:  # no room for another process
         say(f"{name} cannot be started: {error}. The study goes on without it.")
         return None
-    relay = Thread(target=_relay, args=(name, process, say, ended), daemon=True)
-    relay.start()
-    return _Tracker(name, process, relay)
 
 
 def _relay(name: str, process: subprocess.Popen[str], say: Say, ended: set[str]) -> None:

@@ -8,13 +8,13 @@ from contextvars import Context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankscope.track import Point, flat
+from rankscope.track import Point, Tracker, flat
 
 if TYPE_CHECKING:
-    from trackio.run import Run as TrackioRun
+    from trackio.run import Run
 
 
-class TrackioTracker:
+class Client(Tracker):
     """Runs in TRACKIO_PROJECT (`rankscope`), and in TRACKIO_SPACE_ID or TRACKIO_SERVER_URL where one is set. Local
     files are in TRACKIO_DIR, or in the study's folder."""
 
@@ -26,8 +26,6 @@ class TrackioTracker:
         self._failures: list[str] = []
         warnings.simplefilter("always")
         warnings.showwarning = self._hear
-        import trackio  # noqa: F401
-
         self.destination = f"{remote or given or 'study'}/{self._project}"
         show = f"TRACKIO_DIR={shlex.quote(here)} trackio show --project {shlex.quote(self._project)}"
         self.note = "Trackio sends the runs to its server" if remote else f"To look at the runs: {show}"
@@ -37,10 +35,10 @@ class TrackioTracker:
         if "trackio" in Path(filename).parts:
             self._failures.append(str(message))
 
-    def begin(self, name: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> "_Run":
+    def begin(self, name: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> "Run":
         import trackio
 
-        run = Context().run(  # in a context of its own, since it ends the run of the present one
+        return Context().run(  # in a context of its own, since it ends the run of the present one
             trackio.init,
             project=self._project,
             name=name,
@@ -51,34 +49,25 @@ class TrackioTracker:
             auto_log_gpu=False,  # of this process, not of the one that trains
             auto_log_cpu=False,
         )
-        return _Run(run, self._failures)
 
-    def close(self) -> None:
-        pass
-
-
-class _Run:
-    def __init__(self, run: "TrackioRun", failures: list[str]) -> None:
-        self._run, self._failures = run, failures
-
-    def log(self, points: Sequence[Point]) -> None:
+    def log(self, run: "Run", points: Sequence[Point]) -> None:
         for axis, step, metrics in points:
-            self._run.log({axis: step, **metrics}, step=step)
+            run.log({axis: step, **metrics}, step=step)
         self._check()
 
-    def conclude(self, sentence: str, pages: Sequence[Path]) -> None:
+    def conclude(self, run: "Run", sentence: str, pages: Sequence[Path]) -> None:
         from trackio import Artifact, Markdown
 
-        self._run.log({"verdict": Markdown(sentence)})
-        artifact = Artifact(f"report-{self._run.id}", "report", sentence)
+        run.log({"verdict": Markdown(sentence)})
+        artifact = Artifact(f"report-{run.id}", "report", sentence)
         for page in pages:
             artifact.add_file(page)
         if pages:  # it takes none without a file
-            self._run.log_artifact(artifact)
+            run.log_artifact(artifact)
 
-    def finish(self, summary: Point, status: str) -> None:
-        self._run.log({**summary.metrics, "status": status}, step=summary.step)
-        self._run.finish()
+    def finish(self, run: "Run", summary: Point, status: str) -> None:
+        run.log({**summary.metrics, "status": status}, step=summary.step)
+        run.finish()
         self._check()
 
     def _check(self) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankscope.track import PROFILE_STEP, RANK, STEP, Point
+from rankscope.track import PROFILE_STEP, RANK, STEP, Point, Tracker
 
 if TYPE_CHECKING:
     import wandb
@@ -18,7 +18,7 @@ AXES = {STEP: ("train/*", "eval/*"), PROFILE_STEP: ("system/*",), RANK: ("by_ran
 """Axis of each group of charts."""
 
 
-class WandbTracker:
+class Client(Tracker):
     """Runs in WANDB_PROJECT (`rankscope`) of WANDB_ENTITY, with files in WANDB_DIR (the study's folder)."""
 
     def __init__(self, folder: Path) -> None:
@@ -39,7 +39,7 @@ class WandbTracker:
             sync = f"wandb sync {shlex.quote(str(self._folder / 'wandb'))}/offline-run-*"
             self.note = f"W&B keeps the runs here, offline. To upload them: {sync}"
 
-    def begin(self, name: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> "_Run":
+    def begin(self, name: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> "wandb.Run":
         import wandb
 
         # What W&B would measure is this process, not the one that trains; and links would lead out of the study.
@@ -63,7 +63,7 @@ class WandbTracker:
             for metric in metrics:
                 run.define_metric(metric, step_metric=axis)
         self._remove_links()
-        return _Run(run)
+        return run
 
     def _remove_links(self) -> None:
         """Remove the client's symbolic links: a study with links is refused when it is opened."""
@@ -71,31 +71,26 @@ class WandbTracker:
             if link.is_symlink():
                 link.unlink()
 
+    def log(self, run: "wandb.Run", points: Sequence[Point]) -> None:
+        for axis, step, metrics in points:
+            run.log({axis: step, **metrics})
+
+    def conclude(self, run: "wandb.Run", sentence: str, pages: Sequence[Path]) -> None:
+        import wandb
+
+        run.summary.update({"verdict": sentence})
+        artifact = wandb.Artifact(f"report-{run.id}", "report", description=sentence)
+        for page in pages:
+            artifact.add_file(str(page))
+        if pages:
+            run.log_artifact(artifact)
+
+    def finish(self, run: "wandb.Run", summary: Point, status: str) -> None:
+        run.summary.update({**summary.metrics, "status": status})
+        run.finish(exit_code=0 if status == "done" else 1)
+
     def close(self) -> None:
         import wandb
 
         wandb.teardown()
         self._remove_links()
-
-
-class _Run:
-    def __init__(self, run: "wandb.Run") -> None:
-        self._run = run
-
-    def log(self, points: Sequence[Point]) -> None:
-        for axis, step, metrics in points:
-            self._run.log({axis: step, **metrics})
-
-    def conclude(self, sentence: str, pages: Sequence[Path]) -> None:
-        import wandb
-
-        self._run.summary.update({"verdict": sentence})
-        artifact = wandb.Artifact(f"report-{self._run.id}", "report", description=sentence)
-        for page in pages:
-            artifact.add_file(str(page))
-        if pages:
-            self._run.log_artifact(artifact)
-
-    def finish(self, summary: Point, status: str) -> None:
-        self._run.summary.update({**summary.metrics, "status": status})
-        self._run.finish(exit_code=0 if status == "done" else 1)
