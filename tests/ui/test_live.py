@@ -100,7 +100,7 @@ def test_the_holder_is_a_process_that_lives(study: Study) -> None:
 
 def test_a_study_that_is_done(study: Study) -> None:
     (study.path / "verdict.json").exists() or write_json(study.path / "verdict.json", {})
-    state = LiveStudy(study).read()
+    state = LiveStudy(study.path).read()
     assert state.doing == "done"
     assert state.steps == read_json(next(study.path.glob("trials/*/trial.json")))["results"]["steps"]
     assert state.training == {}
@@ -120,9 +120,9 @@ def test_a_study_that_trains(study: Study) -> None:
     kept = [line for line in lines if json.loads(line)["step"] <= steps // 2]
     (folder / "metrics.jsonl").write_text("".join(kept))
     hold(study, os.getpid(), platform.node())
-    assert LiveStudy(study).read().training == {}, "its pack has ended"
+    assert LiveStudy(study.path).read().training == {}, "its pack has ended"
     begin(study, "p001")
-    state = LiveStudy(study).read()
+    state = LiveStudy(study.path).read()
     assert state.doing == "train"
     assert list(state.training) == ["p001"]
     assert [one.step for one in state.training["p001"]] == [steps, steps, steps // 2]
@@ -200,7 +200,7 @@ def test_half_way_the_time_left_is_near_the_truth(slower: float, study: Study, m
         restart(study, trial, status="pending")
     shutil.rmtree(study.path / "profiles")
     hold(study, os.getpid(), platform.node())
-    events, live, shares = list(work(study, runtime)), LiveStudy(study), list[float]()
+    events, live, shares = list(work(study, runtime)), LiveStudy(study.path), list[float]()
     whole, half = slower * sum(seconds for seconds, _ in events), None
     for seconds, leave in events:
         state = live.read()
@@ -224,7 +224,7 @@ def test_a_busy_machine_takes_more_rounds_of_time(study: Study, monkeypatch: pyt
     seconds = []
     for pressure in (0.0, 0.5):
         monkeypatch.setattr("rankscope.ui.live.cpu_pressure", lambda *_, pressure=pressure: pressure)
-        seconds.append(LiveStudy(study).read().seconds_left)
+        seconds.append(LiveStudy(study.path).read().seconds_left)
     idle, busy = seconds
     assert idle is not None
     assert busy is not None
@@ -241,7 +241,7 @@ def test_a_trial_that_diverges_does_not_make_the_others_faster(study: Study, mon
         restart(study, trial)
     begin(study, "p001")
     hold(study, os.getpid(), platform.node())
-    live = LiveStudy(study)
+    live = LiveStudy(study.path)
     live.read()
     clock[0] = 100.0
     advance(study, "p001", 1)
@@ -265,17 +265,17 @@ def test_loading_and_evaluating_are_named(rows: str, activity: str, study: Study
     trial = study.trials[-1]
     restart(study, trial)
     hold(study, os.getpid(), platform.node())
-    assert LiveStudy(study).read().activity == "load"
+    assert LiveStudy(study.path).read().activity == "load"
     begin(study, "p001")
     (study.trial_folder(trial) / "metrics.jsonl").write_text(rows)
-    assert LiveStudy(study).read().activity == activity
+    assert LiveStudy(study.path).read().activity == activity
 
 
 def test_metrics_are_followed_without_reading_anything_else(study: Study) -> None:
     trial = study.spec.trials()[-1]
     restart(study, trial)
     begin(study, "p001")
-    live = LiveStudy(study)
+    live = LiveStudy(study.path)
     before = live.read()
     assert before.training["p001"][-1].step == 0
     (study.trial_folder(trial) / "metrics.jsonl").write_text(lines(1, 3))
@@ -290,9 +290,9 @@ def test_a_trial_that_failed_in_an_earlier_run_is_due_again(study: Study) -> Non
     trial = study.spec.trials()[-1]
     record = restart(study, trial, status="failed", reason="no memory")
     hold(study, os.getpid(), platform.node())
-    assert LiveStudy(study).read().doing == "train", "it failed before this run began"
+    assert LiveStudy(study.path).read().doing == "train", "it failed before this run began"
     os.utime(study.path / ".lock-holder", (os.path.getmtime(record) - 10,) * 2)
-    assert LiveStudy(study).read().doing == "answer", "this run has tried it"
+    assert LiveStudy(study.path).read().doing == "answer", "this run has tried it"
 
 
 def test_the_profile_that_is_measured(study: Study) -> None:
@@ -303,16 +303,16 @@ def test_the_profile_that_is_measured(study: Study) -> None:
     write_json(file, repeats | {"repeats": repeats["repeats"][:-1]})
     os.utime(file, (1, 1))
     hold(study, os.getpid(), platform.node())
-    state = LiveStudy(study).read()
+    state = LiveStudy(study.path).read()
     assert (state.doing, state.profile, state.profiles_done) == ("profile", None, state.profiles - 1)
     write_json(study.path / "profiles" / "jobs" / name / "job.json", {"kind": "profile"})
-    assert LiveStudy(study).read().profile == name
+    assert LiveStudy(study.path).read().profile == name
     later = os.path.getmtime(study.path / "profiles" / "jobs" / name / "job.json") + 1
     os.utime(file, (later, later))
-    assert LiveStudy(study).read().profile is None, "it is recorded"
+    assert LiveStudy(study.path).read().profile is None, "it is recorded"
     os.utime(file, (1, 1))
     os.utime(study.path / "profiles" / "jobs" / name / "job.json", (2, 2))
-    assert LiveStudy(study).read().profile is None, "an earlier run's job"
+    assert LiveStudy(study.path).read().profile is None, "an earlier run's job"
 
 
 def test_full_fine_tuning_in_training(study: Study) -> None:
@@ -322,14 +322,14 @@ def test_full_fine_tuning_in_training(study: Study) -> None:
     os.utime(study.trial_folder(second) / "trial.json", (1, 1))  # a killed run left it
     hold(study, os.getpid(), platform.node())
     os.utime(study.path / ".lock-holder", (os.path.getmtime(study.trial_folder(first) / "trial.json"),) * 2)
-    state = LiveStudy(study).read()
+    state = LiveStudy(study.path).read()
     assert state.doing == "reference"
     assert list(state.training) == [first.name]
 
 
 def test_what_is_done_when_all_is_trained(study: Study) -> None:
     hold(study, os.getpid(), platform.node())
-    live = LiveStudy(study)
+    live = LiveStudy(study.path)
     assert live.read().doing == "answer"
     write_json(study.path / "answers" / "answers.json", {"schema": 1, "questions": [], "answers": {}})
     assert live.read().doing == "conclude"

@@ -18,13 +18,7 @@ from rankscope.files import JsonlTail, corrupt_on_error, read_json
 from rankscope.measure.cores import cpu_pressure, stalled_seconds
 from rankscope.spec.candidates import TIME, AnyTrial
 from rankscope.study.folder import AGAIN, FINISHED, NOT_ENDED, StudyFolder
-from rankscope.study.missing import (
-    ProfileJob,
-    extra_seconds,
-    missing_profiles,
-    seconds_of,
-    work_seconds,
-)
+from rankscope.study.missing import ProfileJob, extra_seconds, missing_profiles, seconds_of, work_seconds
 from rankscope.study.question import Holder
 from rankscope.study.records import BUSY_PRESSURE
 from rankscope.study.scores import task_file
@@ -41,11 +35,10 @@ class MetricsTail:
 
     def __init__(self, path: Path) -> None:
         self._tail = JsonlTail(path)
-        self._reset()
+        self._begin()
 
-    def _reset(self) -> None:
-        self.step, self.seconds = 0, 0.0
-        self.evaluated = -1  # last step with a held-out loss
+    def _begin(self) -> None:
+        self.step, self.seconds, self.evaluated = 0, 0.0, -1  # `evaluated`: last step with a held-out loss
         self.train_loss: float | None = None  # smoothed
         self.eval_loss: float | None = None
 
@@ -53,19 +46,16 @@ class MetricsTail:
         """Read the lines that are new since the last call. Raises DamagedError: a line is not one of metrics.jsonl."""
         first, lines = self._tail.read()
         if first == 1:
-            self._reset()
+            self._begin()
         with corrupt_on_error(self._tail.path):
-            for line in lines:
-                self._add(json.loads(line))
-
-    def _add(self, row: dict[str, Any]) -> None:
-        self.step = max(self.step, row["step"])
-        if "eval_loss" in row:
-            self.eval_loss, self.evaluated = row["eval_loss"], row["step"]
-        if "train_loss" in row:
-            new, old = row["train_loss"], self.train_loss
-            self.train_loss = new if old is None else (1 - SMOOTHING) * old + SMOOTHING * new
-            self.seconds += row["step_seconds"]
+            for row in map(json.loads, lines):
+                self.step = max(self.step, row["step"])
+                if "eval_loss" in row:
+                    self.eval_loss, self.evaluated = row["eval_loss"], row["step"]
+                if "train_loss" in row:
+                    old = row["train_loss"] if self.train_loss is None else self.train_loss
+                    self.train_loss = old + SMOOTHING * (row["train_loss"] - old)
+                    self.seconds += row["step_seconds"]
 
 
 class TrialState(NamedTuple):
@@ -104,34 +94,42 @@ class State(NamedTuple):
         evaluating = any(trial.evaluating for trials in self.training.values() for trial in trials)
         return "evaluate" if evaluating else self.doing
 
+    @property
+    def ended(self) -> int:
+        """Number of trials that have ended."""
+        return sum(trial.status not in NOT_ENDED for trial in self.trials)
+
 
 class Pace:
     """How many seconds a forecast second takes, from the forecast of the work that is left, and from the clock."""
 
     def __init__(self) -> None:
         self.scale: float | None = None
-        self._first: float | None = None  # forecast of the work that was left when counting began, and last
-        self._last = self._since = self._changed = self._prior = 0.0
+        self._done = self._taken = self._prior = self._changed = 0.0
+        self.restart()
 
     def restart(self) -> None:
         """Count anew, since another run begins, or runs on more devices."""
-        self._first = None
+        self._left = -1.0
 
     def update(self, left: float, prior: float) -> float:
         """Return the scale, given the forecast of the work left. `prior` is what earlier work suggests."""
         now = monotonic()
-        if self._first is None or left > self._last:  # the work may grow
-            self._first, self._since, self._prior = left, now, self.scale or prior
-            self._last = math.inf
-        if left != self._last:
-            self._last, self._changed = left, now
-            self.scale = (TRUSTED_SECONDS * self._prior + now - self._since) / (TRUSTED_SECONDS + self._first - left)
+        if left > self._left:  # counting begins, or the work has grown
+            self._prior = self.scale = self.scale or prior
+            self._done, self._taken, self._changed = 0.0, 0.0, now
+        elif left < self._left:
+            self._done, self._taken = self._done + self._left - left, self._taken + now - self._changed
+            self.scale, self._changed = (
+                (TRUSTED_SECONDS * self._prior + self._taken) / (TRUSTED_SECONDS + self._done),
+                now,
+            )
+        self._left = left
         return self.scale or prior
 
     def skip(self, seconds: float) -> None:
         """Leave out work of so many forecast seconds, which is not done: a trial diverged or failed."""
-        if self._first is not None:
-            self._first, self._last = self._first - seconds, self._last - seconds
+        self._left -= seconds
 
     def passed(self) -> float:
         """Seconds since work was last seen to be done."""
@@ -139,16 +137,21 @@ class Pace:
 
 
 class LiveStudy:
-    """Reader of a study's state, again and again, while a run writes it. Raises StudyDirectoryError: the study has no
-    data yet."""
+    """Reader of the state of the study in `path`, again and again, while a run writes it."""
 
-    def __init__(self, study: StudyFolder) -> None:
-        self.study = study
+    study: StudyFolder
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._tails: dict[str, MetricsTail] = {}  # by trial; empty before the study has begun
+
+    def _open(self) -> None:
+        """Follow the study as it now is: it may have grown. Raises StudyDirectoryError: it has no data yet."""
+        self.study = study = StudyFolder.open(self._path)
         self.steps = total_steps(study.spec.training, study.data_facts["rows_train"])
         self._evaluated = {0, *eval_steps(study.spec.training, self.steps)}
         self._trials = {trial.name: trial for trial in study.all_trials()}
         self._tails = {name: MetricsTail(study.trial_folder(t) / "metrics.jsonl") for name, t in self._trials.items()}
-        self._read_to_end: set[str] = set()
         self._began = math.inf  # when the last run that was seen began
         self._due, self._jobs = set[str](), list[ProfileJob]()  # trials and profiles that this run still has before it
         self._answering, self._devices = 0, 1
@@ -156,28 +159,25 @@ class LiveStudy:
         self._step_seconds, self._runtimes = dict[str, float](), dict[str, float]()  # by candidate; empty if not known
 
     def read(self) -> State:
-        """State of the whole study. Reads the record of every trial."""
+        """State of the whole study. Reads the record of every trial. Raises StudyDirectoryError: there is no study yet,
+        or it has no data; DamagedError, StudyError: it is corrupt."""
+        if not self._tails or self.study.has_changed():
+            self._open()
         study, holder = self.study, self.study.holder()
         statuses = {name: study.trial_record(trial).status for name, trial in self._trials.items()}
-        self._read_tails(statuses)
+        for tail in self._tails.values():
+            tail.read()
         began = _modified(study.file(".lock-holder")) or self._began
         training = self._training(statuses, began)
         names = (*study.spec.profiled(), TIME) if study.spec.measure.profiles else ()
         again = study.file(AGAIN).exists()
         measured = sum(len(study.profile_repeats(name, again)) for name in names)
         missing = missing_profiles(study.spec, study, again)
-        profiles = measured + len(missing)
-        doing = self._doing(statuses, training, measured < profiles, holder is not None, began)
-        due = {name for name, trial in self._trials.items() if self._is_due(trial, statuses, began)}
-        given_up = sum(self._left(name) for name in self._due - due) if self._runtimes else 0.0
-        self._pace.skip(given_up / self._devices)
-        self._due = due
-        self._jobs = missing if doing in ("train", "profile") else []
-        self._answering = 0 if doing in ("conclude", "done") else self._unanswered()
+        doing = self._doing(statuses, training, bool(missing), holder is not None, began)
+        self._count(doing, missing, {name for name in self._trials if self._is_due(name, statuses, began)})
         if began != self._began or len(training) > self._devices:
             self._began, self._devices = began, max(self._devices, len(training))
             self._pace.restart()
-        self._read_forecasts()
         state = State(
             doing=doing,
             training={name: [self._trial(one, statuses) for one in members] for name, members in training.items()},
@@ -187,7 +187,7 @@ class LiveStudy:
             steps=self.steps,
             profile=self._profile(began),
             profiles_done=measured,
-            profiles=profiles,
+            profiles=measured + len(missing),
             rss_bytes=_rss(holder),
         )
         return self._with_times(state)
@@ -195,21 +195,14 @@ class LiveStudy:
     def refresh(self, state: State) -> State:
         """`state` with the latest steps of the trials in training. Reads nothing but their new metrics."""
         statuses = {trial.name: trial.status for trials in state.training.values() for trial in trials}
-        self._read_tails(statuses)
+        for name in statuses:
+            self._tails[name].read()
         training = {name: [self._trial(t.name, statuses) for t in trials] for name, trials in state.training.items()}
         return self._with_times(state._replace(training=training))
 
-    def _read_tails(self, statuses: Mapping[str, str]) -> None:
-        """Read new metrics, except of trials that have ended and were read since."""
-        for name in statuses.keys() - self._read_to_end:
-            self._tails[name].read()
-        finished = {name for name, status in statuses.items() if status in FINISHED}
-        self._read_to_end = self._read_to_end - statuses.keys() | finished  # a corrupt trial is trained again
-
     def _trial(self, name: str, statuses: Mapping[str, str]) -> TrialState:
         tail = self._tails[name]
-        is_due = tail.step in self._evaluated and tail.evaluated < tail.step
-        evaluating = statuses[name] == "running" and is_due
+        evaluating = statuses[name] == "running" and tail.step in self._evaluated and tail.evaluated < tail.step
         return TrialState(name, statuses[name], tail.step, tail.train_loss, tail.eval_loss, evaluating)
 
     def _training(self, statuses: Mapping[str, str], began: float) -> dict[str, list[str]]:
@@ -243,7 +236,7 @@ class LiveStudy:
         if not running:
             complete = set(statuses.values()) <= set(FINISHED) and not unmeasured
             return "done" if complete and study.file("verdict.json").exists() else "stopped"
-        if any(self._is_due(trial, statuses, began) for trial in study.trials):
+        if any(self._is_due(trial.name, statuses, began) for trial in study.trials):
             return "train"
         if any(_modified(job) >= began for job in study.file("curve").rglob("job.json")):
             return "curve"  # on several devices each trial has a job
@@ -256,7 +249,7 @@ class LiveStudy:
             return "reference"
         if unmeasured:
             return "profile"
-        if any(self._is_due(trial, statuses, began) for trial in study.reference_trials):
+        if any(self._is_due(trial.name, statuses, began) for trial in study.reference_trials):
             return "reference"
         return "conclude" if answered or not study.spec.measure.answers else "answer"
 
@@ -266,10 +259,10 @@ class LiveStudy:
         files = (task_file(self.study, trials.get(name)) for name in read_json(job)["models"])
         return any(_modified(file) < _modified(job) for file in files)
 
-    def _is_due(self, trial: AnyTrial, statuses: Mapping[str, str], began: float) -> bool:
+    def _is_due(self, name: str, statuses: Mapping[str, str], began: float) -> bool:
         """Whether this run still trains the trial. One that failed in an earlier run is trained again."""
-        status = statuses[trial.name]
-        return status in NOT_ENDED or (status not in FINISHED and self._recorded(trial) < began)
+        status = statuses[name]
+        return status in NOT_ENDED or (status not in FINISHED and self._recorded(self._trials[name]) < began)
 
     def _profile(self, began: float) -> str | None:
         """Name of the profile being measured: the last that this run began, until its repeat is recorded."""
@@ -285,8 +278,13 @@ class LiveStudy:
         lacking = len(study.spec.candidates()) - len(answered)
         return lacking + 1 if study.spec.measure.answers and lacking else 0
 
-    def _read_forecasts(self) -> None:
-        """Read the forecast times, if all are known, and by how much longer the steps took that are done."""
+    def _count(self, doing: str, missing: list[ProfileJob], due: set[str]) -> None:
+        """Note what this run still has before it, the forecast times, if all are known, and by how much longer the
+        steps took that are done."""
+        given_up = sum(self._left(name) for name in self._due - due) if self._runtimes else 0.0
+        self._pace.skip(given_up / self._devices)
+        self._due, self._jobs = due, missing if doing in ("train", "profile") else []
+        self._answering = 0 if doing in ("conclude", "done") else self._unanswered()
         found = self.study.prediction.get("candidates", {})
         known = {one.name: found.get(one.name, {}).get("runtime_seconds") for one in self.study.spec.candidates()}
         if None in known.values():
@@ -332,7 +330,6 @@ class LiveStudy:
 
 def trial_rows(trials: list[TrialState], steps: int, text: Catalogue) -> list[list[str]]:
     """Name, status, step, training loss (smoothed) and held-out loss of each trial, as words and numbers."""
-
     rows = []
     for trial in trials:
         losses = [text("none") if value is None else loss(value) for value in (trial.train_loss, trial.eval_loss)]

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rankscope.errors import StudyDirectoryError, StudyError
-from rankscope.study.folder import NOT_ENDED, StudyFolder
+from rankscope.study.folder import NOT_ENDED
 from rankscope.text.catalogue import Catalogue, load
 from rankscope.text.formats import about, size
 from rankscope.ui.console import make_table
@@ -87,10 +87,10 @@ class TerminalProgress(Display):
         """`told`: whether the user knows how to follow the study elsewhere."""
         super().__init__(console)
         self._folder, self.text, self._told = folder, load(language), told
-        self._study: LiveStudy | None = None
+        self._study = LiveStudy(folder)
         self._state: State | None = None
         self._read_again = 0.0  # next time the whole study is read
-        self._begun, self._ended = set[str](), set[str]()  # what was said to have begun, and to have ended
+        self._announced = set[tuple[str, str]]()  # what was said to have begun, and to have ended
         self._said: object = None  # what the last line was about
 
     def __enter__(self) -> Self:
@@ -98,8 +98,8 @@ class TerminalProgress(Display):
         return super().__enter__()
 
     def __exit__(self, *error: object) -> None:
-        with suppress(StudyDirectoryError, StudyError):
-            if self._study is not None:  # the last packs may have ended since the whole study was read
+        if self._state is not None:  # the last packs may have ended since the whole study was read
+            with suppress(StudyDirectoryError, StudyError):
                 self._announce(self._study.read())
         super().__exit__(*error)
 
@@ -110,8 +110,8 @@ class TerminalProgress(Display):
     def poll(self) -> None:
         with suppress(StudyDirectoryError, StudyError):  # the run itself reports damage; showing must not end training
             self.read()
-        if (state := self._state) is not None:
-            self.show(state)
+        if self._state is not None:
+            self.show(self._state)
 
     def show(self, state: State, note: str = "") -> None:
         """Draw the state, and a note; or print a line where the state has changed, and one is due."""
@@ -125,15 +125,10 @@ class TerminalProgress(Display):
             self._said = now
             super().say(f"  {_line(state, self.text)}")
 
-    def read(self) -> State | None:
-        """State of the study, once it exists: all of it where that is due, else what the trials in training have
-        written. Raises StudyDirectoryError, StudyError: it has not begun, or is corrupt."""
-        due = self._state is None or time.monotonic() >= self._read_again
-        if self._study is None or (due and self._study.study.has_changed()):
-            if not StudyFolder.is_at(self._folder):
-                return None
-            self._study = LiveStudy(StudyFolder.open(self._folder))
-        if self._state is not None and not due:
+    def read(self) -> State:
+        """State of the study: all of it where that is due, else what the trials in training have written. Raises
+        StudyDirectoryError, StudyError: it has not begun, or is corrupt."""
+        if self._state is not None and time.monotonic() < self._read_again:
             self._state = self._study.refresh(self._state)
             return self._state
         start = time.thread_time()
@@ -144,27 +139,24 @@ class TerminalProgress(Display):
 
     def _announce(self, state: State) -> None:
         """Say what has begun or ended since."""
+        found: dict[tuple[str, str], str] = {}
         if not self._told:
-            self._told = True
             command = shlex.join(["rankscope", "watch", str(self._folder)])
-            super().say(self.text("live.follow", command=command))
-        for pack, results in state.results.items():
-            if pack not in self._ended:
-                self._ended.add(pack)
-                super().say(_pack_ended(pack, results, self.text))
-        for name, trials in state.training.items():
-            if name not in self._begun:
-                self._begun.add(name)
-                super().say(_title(name, trials, state, self.text))
+            found["follow", ""] = self.text("live.follow", command=command)
+        found |= {("ended", pack): _pack_ended(pack, one, self.text) for pack, one in state.results.items()}
+        found |= {("begun", name): _title(name, one, state, self.text) for name, one in state.training.items()}
+        for what, sentence in found.items():
+            if what not in self._announced:
+                self._announced.add(what)
+                super().say(sentence)
 
 
 def lines(state: State, text: Catalogue) -> list[str]:
     """Current work, what has ended and memory in use, in a line each."""
     number, packs = state.profiles_done + 1, ", ".join(state.training)
     now = text(f"live.{state.activity}", pack=packs, name=state.profile, done=number, total=state.profiles)
-    ended = sum(trial.status not in NOT_ENDED for trial in state.trials)
     memory = [text("live.memory", size=size(state.rss_bytes))] if state.rss_bytes else []
-    return [now, text("live.trials", done=ended, total=len(state.trials)), *memory]
+    return [now, text("live.trials", done=state.ended, total=len(state.trials)), *memory]
 
 
 def whole_left(state: State, text: Catalogue) -> str:

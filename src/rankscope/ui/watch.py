@@ -13,6 +13,7 @@ import webbrowser
 from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -22,7 +23,6 @@ from rankscope.errors import StudyDirectoryError, StudyError
 from rankscope.report import html
 from rankscope.report.content import Content, compose
 from rankscope.study.evidence import Evidence
-from rankscope.study.folder import NOT_ENDED
 from rankscope.study.study import Study
 from rankscope.text.catalogue import Catalogue, load
 from rankscope.text.verdict import verdict_sentence
@@ -36,51 +36,47 @@ TERMINAL_SECONDS = 2.0  # interval between two reads of the study for the termin
 
 
 class Watch:
-    """Content of the page, read from the study at each request."""
+    """Content of the page, read from the study in `path` at each request."""
 
-    def __init__(self, study: Study, language: str) -> None:
-        self.study, self.text = study, load(language)
-        self._live: LiveStudy | None = None  # once the study has begun
+    def __init__(self, path: Path, language: str) -> None:
+        self.path, self.text, self.live = path, load(language), LiveStudy(path)
         self._ended: list[str] = []  # statuses of the trials, and what they show
         self._verdict: dict[str, Any] | None = None
         self._lock = threading.Lock()  # a browser sends requests in parallel
 
-    def state(self) -> State:
-        """Return the current state of the study, which may have grown. Raises StudyDirectoryError: the study has not
-        begun."""
-        if self.study.has_changed():
-            self.study, self._live = Study.open(self.study.path), None
-        self._live = self._live or LiveStudy(self.study)
-        return self._live.read()
-
     def page(self) -> str:
         with self._lock:
-            state = self.state()
+            state = self.live.read()
             return html.render(self._content(state), self.text, now=self._now(state))
 
     def news(self) -> dict[str, Any]:
         """Update for an open page: the state, the charts, and the milliseconds until the next request."""
         with self._lock:
             start = time.thread_time()
-            state = self.state()
+            state = self.live.read()
             found = {"now": self._now(state), "charts": html.specifications(self._content(state))}
             taken = time.thread_time() - start
             return found | {"again_ms": round(1000 * max(MIN_POLL_SECONDS, taken / MAX_CPU_SHARE))}
 
     def _content(self, state: State) -> Content:
         """The report of the results so far. It concludes anew when a trial has ended: the run is being measured."""
-        evidence, ended = self.study.evidence(), [trial.status for trial in state.trials]
+        study = Study.open(self.path)
+        evidence, ended = study.evidence(), [trial.status for trial in state.trials]
         if self._ended != ended or state.doing == "done":
-            self._ended, self._verdict = ended, _verdict(self.study, evidence, state)
-        return compose(evidence, self._verdict, self.text, str(self.study.path))
+            self._ended, self._verdict = ended, _verdict(study, evidence, state)
+        return compose(evidence, self._verdict, self.text, str(self.path))
 
     def _now(self, state: State) -> dict[str, Any]:
         """State as the page shows it; the page reloads its tables when `part` changes."""
         statuses = ",".join(trial.status for trial in state.trials)
-        part = f"{state.doing} {list(state.training)} {state.profiles_done} {statuses}"
-        shown = {"lines": lines(state, self.text), "rows": trial_rows(in_order(state), state.steps, self.text)}
-        bar = {"share": state.share, "left": whole_left(state, self.text)}
-        return shown | bar | {"so_far": _caveat(state, self.text), "part": part}
+        return {
+            "lines": lines(state, self.text),
+            "rows": trial_rows(in_order(state), state.steps, self.text),
+            "share": state.share,
+            "left": whole_left(state, self.text),
+            "so_far": _caveat(state, self.text),
+            "part": f"{state.doing} {list(state.training)} {state.profiles_done} {statuses}",
+        }
 
 
 def _verdict(study: Study, evidence: Evidence, state: State) -> dict[str, Any] | None:
@@ -93,20 +89,12 @@ def _verdict(study: Study, evidence: Evidence, state: State) -> dict[str, Any] |
 
 def _caveat(state: State, text: Catalogue) -> str:
     """What a verdict rests on while the study is not done; empty once it is."""
-    done = sum(trial.status not in NOT_ENDED for trial in state.trials)
-    return "" if state.doing == "done" else text("live.so_far", done=done, total=len(state.trials))
+    return "" if state.doing == "done" else text("live.so_far", done=state.ended, total=len(state.trials))
 
 
 def serve(watch: Watch, port: int) -> ThreadingHTTPServer:
     """Return a server bound to a port, not yet running; port 0 takes a free one."""
-    return ThreadingHTTPServer((LOOPBACK, port), _handler(watch))
 
-
-def address(server: ThreadingHTTPServer) -> str:
-    return f"http://{LOOPBACK}:{server.server_port}/"
-
-
-def _handler(watch: Watch) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             # DNS rebinding: a foreign page that resolves to this address has another Host.
@@ -137,34 +125,37 @@ def _handler(watch: Watch) -> type[BaseHTTPRequestHandler]:
         def log_message(self, format: str, *args: Any) -> None:
             """Log nothing: the terminal is the user's."""
 
-    return Handler
+    return ThreadingHTTPServer((LOOPBACK, port), Handler)
 
 
-def watch_page(watch: Watch, port: int, console: Console, browser: bool) -> None:
+def address(server: ThreadingHTTPServer) -> str:
+    return f"http://{LOOPBACK}:{server.server_port}/"
+
+
+def watch_page(path: Path, port: int, console: Console, language: str, browser: bool) -> None:
     """Serve the page until Ctrl-C, and open it in a browser where there is a desktop. Raises StudyError: the port
     cannot be used."""
     try:
-        server = serve(watch, port)
+        server = serve(Watch(path, language), port)
     except OSError as error:
         raise StudyError(f"--port {port}: {error.strerror}", "Choose another, or leave it out.") from None
-    console.print(f"Watching {watch.study.path} at {address(server)} (Ctrl-C stops watching; the study goes on)")
+    console.print(f"Watching {path} at {address(server)} (Ctrl-C stops watching; the study goes on)")
     if browser and (sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()):
         webbrowser.open(address(server))
     server.serve_forever()
 
 
-def watch_terminal(study: Study, console: Console, language: str = "en") -> None:
+def watch_terminal(path: Path, console: Console, language: str = "en") -> None:
     """Show the study in the terminal, as the run itself does, and the verdict so far, until it is done or stopped; once
     if output is no terminal."""
-    progress, ended, note = TerminalProgress(console, study.path, language, told=True), list[str](), ""
+    progress, ended, note = TerminalProgress(console, path, language, told=True), list[str](), ""
     with progress:
         while True:
+            study = Study.open(path)  # it may have grown
             try:
                 state = progress.read()
-                assert state is not None  # the study is there
                 if ended != (ended := [trial.status for trial in state.trials]):
-                    now = Study.open(study.path)  # it may have grown
-                    sentence = verdict_sentence(_verdict(now, now.evidence(), state), language)
+                    sentence = verdict_sentence(_verdict(study, study.evidence(), state), language)
                     note = "\n".join(filter(None, [_caveat(state, progress.text), sentence]))
             except StudyDirectoryError:
                 if study.holder() is None:
