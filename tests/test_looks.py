@@ -13,7 +13,7 @@ from launchers import FakeLauncher
 from rankscope import pipeline
 from rankscope.errors import RankscopeError, StudyError
 from rankscope.files import write_json
-from rankscope.jobs.job import Job
+from rankscope.jobs.job import Job, Settings
 from rankscope.jobs.queue import TimeLimit
 from rankscope.report.finish import Conclusion
 from rankscope.study.folder import StudyFolder
@@ -69,9 +69,8 @@ def look(study: Study, losses: Losses, until_settled: bool = True, **more: Any) 
         if study.trial_record(trial).status == "done":
             plant_trial(study, trial, UNTRAINED, losses(trial.candidate.rank, trial.seed), noise=0.01)
     spec, progress = study.spec.model_copy(update=more), RecordingProgress()
-    found = pipeline.run_looks(
-        spec, study.path, launcher(losses, fails), progress, limit=limit, until_settled=until_settled
-    )
+    how = Settings(limit=limit, until_settled=until_settled)
+    found = pipeline.run_looks(spec, study.path, launcher(losses, fails), progress, how)
     return found, progress.lines
 
 

@@ -5,6 +5,7 @@ print(study.sentence()); study.best, study.adapter(8), study.results(), study.co
 rankscope.open("opt-350m-code")
 """
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Study", "open", "run"]
 __version__ = "0.2.0"
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it warns whenever PEFT is imported
 
 
 def __getattr__(name: str) -> Any:

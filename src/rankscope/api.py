@@ -1,23 +1,47 @@
 """The Python API: `run`, and the study that it returns. What takes seconds to import waits until something is run."""
 
-import logging
+import inspect
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
-from rankscope.jobs.job import Progress
+from rankscope.jobs.job import Progress, Settings
+from rankscope.spec.models import StudySpec
+from rankscope.spec.names import description_of
 from rankscope.spec.option_table import OPTIONS
 from rankscope.spec.options import assemble, read_study_file
+from rankscope.spec.task import check_code
 from rankscope.study import study as directory
 
+if TYPE_CHECKING:
+    from rankscope.report.finish import Conclusion
+
 PathOrId: TypeAlias = str | os.PathLike[str]
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _with_fields(function: Function) -> Function:
+    """Describe the options among a function's parameters, in place of `{fields}` in its docstring: each in the words of
+    its field of a study."""
+    lines, text = [], function.__doc__ or ""
+    indent = re.search(r"^( *){fields}$", text, re.MULTILINE)
+    for name in inspect.signature(function).parameters:
+        if name in OPTIONS and indent:
+            words = " ".join(description_of(OPTIONS[name].field).split())
+            lines.append(f"{indent[1]}{name}: {words}")
+    function.__doc__ = text.replace(indent[0], "\n".join(lines)) if indent else text
+    return function
 
 
 class Study(directory.Study):
     """A study: its directory, tables, verdict, adapters and report. Opening reads nothing but study.yaml; a table is
     read when its method is called. Tables are tidy pandas DataFrames, with trials in the order of the question."""
 
+    @_with_fields
     def conclude(
         self,
         *,
@@ -35,12 +59,7 @@ class Study(directory.Study):
         Example: `study.conclude(margin="2%")`
 
         Args:
-            margin: Largest loss above the best of a rank that is good enough: 0.02, or `2%`.
-            margin_of: What the margin is a share of.
-            by: What the verdict follows, in a study with a task.
-            confidence: Confidence level of intervals and verdict, above a half: 0.9, or `90%`.
-            max_gpu_memory: Largest GPU memory of a recommended rank, in bytes or as `24GB`.
-            max_runtime: Longest training of a recommended rank, in seconds or as `2h`.
+            {fields}
             language: Language of the report: `en` or `ko`.
 
         Raises:
@@ -56,6 +75,7 @@ class Study(directory.Study):
         return self.verdict
 
 
+@_with_fields
 def run(
     *,
     model: PathOrId | None = None,
@@ -116,43 +136,7 @@ def run(
     Example: `rankscope.run(model="facebook/opt-350m", dataset="code.jsonl", ranks=[8, 64], steps=200)`
 
     Args:
-        model: Base model: hub id, folder or .gguf file.
-        dataset: Instruction data: hub id, file or folder, or several of them.
-        ranks: LoRA ranks to compare: `[8, 64]`, or `4..64` for 4, 8, 16 up to 64; `full` adds full fine-tuning.
-        learning_rates: Peak learning rates. Of several, each rank is judged at its best.
-        seeds: Seeds to train each candidate with: `[0, 1, 2]`, or `0..2`.
-        steps: Optimizer steps per trial.
-        epochs: Passes over the training rows, instead of `steps`.
-        batch_size: Examples per trial and step.
-        max_length: Longest sequence, in tokens; longer rows are truncated and counted.
-        alpha: `lora_alpha`: a number, or a multiple of the rank such as `2r`.
-        alphas: Several of them, instead of `alpha`: each rank is judged at its best.
-        variants: Variants beside plain LoRA: `rslora`, `pissa`, `olora`, `loraplus`, `dora`.
-        lora_dropout: Dropout probability of an adapter's inputs.
-        use_rslora: Scale updates by alpha/sqrt(rank) instead of alpha/rank.
-        target_modules: `all-linear`, `all-linear+experts`, or names such as `q_proj`.
-        adapter_config: An adapter_config.json of PEFT, or its folder, to take its options from.
-        name: Name of the study.
-        revision: Hub revision of the model: branch, tag or commit.
-        eval_dataset: Data to evaluate on, instead of held-out rows.
-        columns: Columns of other names: `{"prompt": "question", "completion": "answer"}`.
-        chat_template: Template of conversations: a Jinja file, its text, or `chatml`.
-        loss_on: Tokens to learn.
-        skip_bad_rows: Leave out rows that cannot be read, and count them.
-        force: Train even on fewer than 8 rows.
-        device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
-        dtype: Type of the base model.
-        quantization: Quantize the base's linear layers, to 4 bits or to 8.
-        dequantize: Load a checkpoint in FP8 or MXFP4 as weights of `dtype`.
-        engine: `packed`, or `peft`: one trial at a time with PEFT's own forward.
-        isolated: Train every trial alone, in its own process.
-        task: Score on a task too: `exact_match`, `choice`, `regex:PATTERN`, `my.py:score`, `lm_eval:TASK`.
-        margin: Largest loss above the best of a rank that is good enough: 0.02, or `2%`.
-        margin_of: What the margin is a share of.
-        by: What the verdict follows, in a study with a task.
-        confidence: Confidence level of intervals and verdict, above a half: 0.9, or `90%`.
-        max_gpu_memory: Largest GPU memory of a recommended rank, in bytes or as `24GB`.
-        max_runtime: Longest training of a recommended rank, in seconds or as `2h`.
+        {fields}
         study: A study's YAML file, or a mapping like it; the options above override its fields.
         sets: Further fields, such as `measure.answers=0`; they override both.
         out: The study's directory. Default: its name.
@@ -173,35 +157,59 @@ def run(
         WorkerError: a child process ended without finishing its work.
     """
     options = {option: _plain(value) for option, value in locals().items() if option in OPTIONS} | others
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it warns whenever PEFT is imported
-    from rankscope.jobs.launchers import make_launcher
     from rankscope.jobs.queue import time_limit
-    from rankscope.model.checks import pinned
-    from rankscope.pipeline import run_looks
     from rankscope.track import choose_trackers
 
-    limit, shown = time_limit(hours), progress or _Silent()
+    code = [allow_code] if isinstance(allow_code, str | os.PathLike) else allow_code
+    trackers, limit = choose_trackers(report_to), time_limit(hours)
+    how = Settings(trackers, "en", remeasure, until_settled, limit, [*map(Path, code)])
     file = Path(study) if isinstance(study, str | os.PathLike) else None
     values = study if isinstance(study, Mapping) else read_study_file(file) if file else {}
-    asked, trackers = assemble(values, options, sets, file), choose_trackers(report_to)
+    asked = assemble(values, options, sets, file)
     path = Path(out or asked.name)
-    begun = Study.begun_at(path, asked)
-    spec = begun.spec if begun else pinned(asked)  # first: the launcher reads the model's configuration too
-    with make_launcher(launcher, spec.model, ray_address, shown.say) as launching:
-        allowed = [allow_code] if isinstance(allow_code, str | os.PathLike) else allow_code
-        run_looks(
-            spec,
-            path,
-            launching,
-            shown,
-            trackers,
-            "en",
-            remeasure,
-            limit,
-            until_settled,
-            allow_code=[*map(Path, allowed)],
-        )
+    run_in(path, asked, Study.begun_at(path, asked), progress or _Silent(), how, launcher, ray_address)
     return Study.open(path)
+
+
+def run_in(
+    path: Path,
+    asked: StudySpec,
+    begun: directory.Study | None,
+    progress: Progress,
+    how: Settings,
+    launcher: str = "local",
+    ray_address: str | None = None,
+) -> "Conclusion":
+    """Run what is `asked` in `path`, or what the study there lacks, which has `begun`. Nothing that takes seconds to
+    import is imported where no file is missing. Raises as `run` does."""
+    question = begun.spec if begun else asked
+    if begun and not (how.remeasure or how.trackers):
+        from rankscope.report.finish import finish_complete, for_next_look
+
+        if conclusion := finish_complete(begun, how.language):
+            look = for_next_look(conclusion) if how.until_settled else None
+            if look is None:
+                return conclusion
+            question = look
+    check_code(question.measure.task, how.allow_code)
+    question = check_inputs(question, data=begun is None)
+    from rankscope.jobs.launchers import make_launcher
+    from rankscope.pipeline import run_looks
+
+    with make_launcher(launcher, question.model, ray_address, progress.say) as launching:
+        return run_looks(question, path, launching, progress, how)
+
+
+def check_inputs(spec: StudySpec, data: bool = True) -> StudySpec:
+    """The question of a new study, one with `data`, with the commits of its hub ids: what is launched reads the model's
+    configuration at the same. Raises ModelError, DataError: they are not there, or a local one cannot be used."""
+    from rankscope.data.sources import check_local
+    from rankscope.model.checks import check_folder, pinned
+
+    check_folder(spec.model)
+    if data:
+        check_local(spec.data)
+    return pinned(spec) if data else spec
 
 
 def _plain(value: Any) -> Any:

@@ -14,11 +14,10 @@ from rankscope.errors import DataError, ModelError
 from rankscope.files import exists, write_json
 from rankscope.jobs import answers, packs, profiles, reference, rows, task
 from rankscope.jobs.curve import take_curve
-from rankscope.jobs.job import Kind, Launcher, Progress, Run
-from rankscope.jobs.queue import TimeLimit, run_kind
+from rankscope.jobs.job import Kind, Launcher, Progress, Run, Settings
+from rankscope.jobs.queue import run_kind
 from rankscope.jobs.repair import remove_corrupt, remove_leftovers
 from rankscope.measure.machine import Site, changes, describe_machine
-from rankscope.model.checks import pinned
 from rankscope.plan.plan import Plan, make_plan, with_site_dtype
 from rankscope.plan.runtime import Fleet
 from rankscope.report.finish import Conclusion, finish, for_next_look
@@ -35,88 +34,58 @@ from rankscope.train.prepare import describe_data, study_data
 KINDS: tuple[Kind, ...] = (rows, packs, profiles, reference, task, answers)
 
 
-def run_looks(
-    spec: StudySpec,
-    out: Path,
-    launcher: Launcher,
-    progress: Progress,
-    trackers: Sequence[str] = (),
-    language: str = "en",
-    remeasure: bool = False,
-    limit: TimeLimit | None = None,
-    until_settled: bool = False,
-    approve: Callable[[Plan], None] | None = None,
-    allow_code: Sequence[str | Path] = (),
-) -> Conclusion:
-    """Run a resolved study, and look at it: `until_settled`, the ranks in contention then get the seeds of the next
-    planned look (`next_look` of verdict.json), until nothing is open or the last look was taken. Each look is what
-    `run_study` makes of the study's files, which alone say where it stands: a killed run is taken up by another.
-
-    With a `limit` nothing starts that its forecast says would end later. `approve` is called with the plan of a study
-    that has not begun, before anything is written; it may raise. `allow_code` names what `measure.task` may run.
-    """
-    conclusion = run_study(spec, out, launcher, progress, trackers, language, remeasure, limit, approve, allow_code)
-    while until_settled and (asked := for_next_look(conclusion)):
+def run_looks(spec: StudySpec, out: Path, launcher: Launcher, progress: Progress, how: Settings) -> Conclusion:
+    """Run a study (`run_study`), and look at it: `until_settled`, the ranks in contention then get the seeds of the
+    next planned look (`next_look` of verdict.json), until nothing is open or the last look was taken. Only the study's
+    files say where it stands: a killed run is taken up by another."""
+    conclusion = run_study(spec, out, launcher, progress, how)
+    while how.until_settled and (asked := for_next_look(conclusion)):
         look = conclusion.verdict["next_look"]
         ranks = ", ".join(map(str, look["ranks"]))
         progress.say(f"Not settled: rank{'s' * (len(look['ranks']) > 1)} {ranks} get seeds, up to {look['seeds']}")
-        conclusion = run_study(asked, out, launcher, progress, trackers, language, limit=limit, allow_code=allow_code)
+        conclusion = run_study(asked, out, launcher, progress, how._replace(remeasure=False))
     return conclusion
 
 
-def run_study(
-    spec: StudySpec,
-    out: Path,
-    launcher: Launcher,
-    progress: Progress,
-    trackers: Sequence[str] = (),
-    language: str = "en",
-    remeasure: bool = False,
-    limit: TimeLimit | None = None,
-    approve: Callable[[Plan], None] | None = None,
-    allow_code: Sequence[str | Path] = (),
-) -> Conclusion:
-    """Run a resolved study. A trial or profile that fails is recorded, not raised: see `rankscope.study.missing`. What
-    `spec` adds to a study in `out` is written to its study.yaml once it is known that it can be trained here."""
-    load_catalogue(language)  # an unknown language is refused now, not when all is trained
+def run_study(spec: StudySpec, out: Path, launcher: Launcher, progress: Progress, how: Settings) -> Conclusion:
+    """Run a study with the commits of its hub ids. A trial or profile that fails is recorded, not raised: see
+    `rankscope.study.missing`. What `spec` adds to a study in `out` is written to its study.yaml once it is known that
+    it can be trained here."""
+    text = load_catalogue(how.language)  # an unknown language is refused now, not when all is trained
     with ExitStack() as resources:
         study, site = None, None
         if Study.is_at(out):
-            resources.enter_context(Study.open(out).lock())
+            resources.enter_context(_held(Study.open(out)))
             study, site = Study.create(out, spec), launcher.site()
             spec = study.spec
-            resources.enter_context(_interruptible(study))
-            _repair(study, remeasure, site, progress.say)
-        check_code(spec.measure.task, allow_code)
-        spec = spec if study else pinned(spec)
+            _repair(study, how.remeasure, site, progress.say)
+        check_code(spec.measure.task, how.allow_code)
         data, fleet, site = study_data(spec, study), Fleet(launcher.slots(), None), site or launcher.site()
-        spec = study.spec if study else with_site_dtype(spec, site)
-        plan = make_plan(spec, data, site, fleet, study, remeasure=remeasure, timed=limit is not None)
+        spec = spec if study else with_site_dtype(spec, site)
+        plan = make_plan(spec, data, site, fleet, study, remeasure=how.remeasure, timed=how.limit is not None)
         plan.check(out)
         if study is None:  # nothing is written before the data, the model and the disk are known to do
-            if approve:
-                approve(plan)
+            if how.approve:
+                how.approve(plan)
             study = Study.create(out, spec)
-            resources.enter_context(_removed_if_useless(study))
-            resources.enter_context(study.lock())
-            resources.enter_context(_interruptible(study))
+            resources.enter_context(_held(study, is_new=True))
         study.publish()  # before the tokens change: the log has the hashes of those before and now
         _write_facts(study, plan, progress.say)
         scored = task.prepare(study, plan.data)
         if plan.packs or plan.reference or plan.profiles or unevaluated(study):
             study.publish(changes(study.machine, [entry.changed for entry in study.log], site))
-        coverage = coverage_sentences(study.prediction.get("coverage"), study.spec.ranks, load_catalogue(language))
+        coverage = coverage_sentences(study.prediction.get("coverage"), study.spec.ranks, text)
         for sentence in filter(None, (describe_data(plan.data.facts), " ".join(coverage), scored, plan.unmeasured)):
             progress.say(sentence)
-        resources.enter_context(run_trackers(study, trackers, progress.say))
+        resources.enter_context(run_trackers(study, how.trackers, progress.say))
         run = Run(study, plan, progress.say)
         for kind in KINDS:
-            run_kind(kind, run, kind.jobs(run), launcher, progress.poll, limit)
+            run_kind(kind, run, kind.jobs(run), launcher, progress.poll, how.limit)
         if plan.remeasure and not profiles.replace_profiles(study):
             progress.say("Not all costs could be measured again: those that the study had stay.")
-        progress.say(load_catalogue(language)("live.conclude"))
+        progress.say(text("live.conclude"))
         progress.poll()
-        return finish(study, language)
+        return finish(study, how.language)
 
 
 def _repair(study: Study, remeasure: bool, site: Site, say: Callable[[str], None]) -> None:
@@ -169,23 +138,19 @@ def measure_curve(
 
 
 @contextmanager
-def _removed_if_useless(study: Study) -> Iterator[None]:
-    """Remove the directory of a study that cannot begin: an unusable model or data, and no step trained."""
-    try:
-        yield
-    except (ModelError, DataError):
-        if not any(file.stat().st_size for file in (study.path / "trials").glob("*/metrics.jsonl")):
-            shutil.rmtree(study.path)
-        raise
-
-
-@contextmanager
-def _interruptible(study: Study) -> Iterator[None]:
-    """Mark running trials as interrupted where the user ends the body."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        for trial in study.all_trials():
-            if study.trial_record(trial).status == "running":
-                study.mark_ended(trial, "interrupted", "interrupted by the user")
-        raise
+def _held(study: Study, is_new: bool = False) -> Iterator[None]:
+    """Hold the study's directory. Where the user ends the body, running trials are marked as interrupted; a new study
+    that cannot begin, since its model or data are unusable and no step is trained, is removed."""
+    with study.lock():
+        try:
+            yield
+        except KeyboardInterrupt:
+            now = Study.open(study.path)  # it may have grown
+            for trial in now.all_trials():
+                if now.trial_record(trial).status == "running":
+                    now.mark_ended(trial, "interrupted", "interrupted by the user")
+            raise
+        except (ModelError, DataError):
+            if is_new and not any(file.stat().st_size for file in study.path.glob("trials/*/metrics.jsonl")):
+                shutil.rmtree(study.path)
+            raise

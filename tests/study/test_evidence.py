@@ -17,7 +17,7 @@ from rankscope import cli, pipeline
 from rankscope.errors import DamagedError, KilledError, OutOfMemoryError, StudyDirectoryError, StudyError
 from rankscope.files import damaged_error, file_hashes, read_json, write_json
 from rankscope.jobs import answers, profiles
-from rankscope.jobs.job import Job
+from rankscope.jobs.job import Job, Settings
 from rankscope.jobs.local import LocalLauncher
 from rankscope.jobs.repair import remove_corrupt, remove_leftovers
 from rankscope.report.write import build
@@ -147,7 +147,7 @@ def test_odd_lines_of_a_trial_that_runs_are_named_and_removed(study: Study, case
     trial, metrics = study.path / TRIAL / "trial.json", study.path / TRIAL / "metrics.jsonl"
     write_json(trial, read_json(trial) | {"status": "running", "results": None, "files": {}})
     metrics.write_text(ROWS[case] + metrics.read_text())
-    for read in (study.evidence, Watch(study, "en").state):
+    for read in (study.evidence, Watch(study.path, "en").live.read):
         with pytest.raises(DamagedError, match=r"metrics.jsonl: damaged"):
             read()
     assert remove_corrupt(study) == [f"{TRIAL}/metrics.jsonl"]
@@ -230,7 +230,7 @@ def test_the_run_that_holds_the_study_marks_what_it_was_doing(study: Study, monk
     monkeypatch.setattr(pipeline, "study_data", interrupt)
     launcher = LocalLauncher(study.spec.model.model_copy(update={"dtype": "float32"}))  # there is no model
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run_study(study.spec, study.path, launcher, RecordingProgress())
+        pipeline.run_study(study.spec, study.path, launcher, RecordingProgress(), Settings())
     assert read_json(record)["status"] == "interrupted"
     assert read_json(record)["reason"] == "interrupted by the user, after step 4"
 
@@ -239,7 +239,7 @@ def test_an_unknown_language_is_refused_before_anything_is_done(study: Study, mo
     monkeypatch.setattr(pipeline, "study_data", interrupt)
     launcher = LocalLauncher(study.spec.model)
     with pytest.raises(StudyError, match="no report language 'xx'"):
-        pipeline.run_study(study.spec, study.path, launcher, RecordingProgress(), language="xx")
+        pipeline.run_study(study.spec, study.path, launcher, RecordingProgress(), Settings(language="xx"))
     (study.path / "verdict.json").unlink()
     with pytest.raises(StudyError, match="no report language 'xx'"):
         pipeline.finish(study, "xx")

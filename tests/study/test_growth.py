@@ -22,7 +22,7 @@ from rankscope.analysis.next_step import next_step
 from rankscope.analysis.verdict import conclude
 from rankscope.errors import RankscopeError, StudyError
 from rankscope.files import read_json, write_atomic, write_json
-from rankscope.jobs.job import Job
+from rankscope.jobs.job import Job, Settings
 from rankscope.jobs.profiles import WHOLE, replace_profiles
 from rankscope.measure.machine import Site
 from rankscope.report.finish import judge_by
@@ -452,7 +452,7 @@ def run(study: Study, site: Site = HERE, remeasure: bool = False, does: Any = me
 
     progress = RecordingProgress()
     asked = assemble(values, {})
-    pipeline.run_study(asked, study.path, FakeLauncher(ends, site), progress, remeasure=remeasure)
+    pipeline.run_study(asked, study.path, FakeLauncher(ends, site), progress, Settings(remeasure=remeasure))
     return progress.lines
 
 
@@ -662,10 +662,10 @@ def test_a_study_is_judged_anew_and_keeps_the_criteria(study: Study, invoke: Cal
 
 
 def test_a_study_that_is_watched_may_grow(study: Study) -> None:
-    watch = Watch(Study.open(study.path), "en")
-    assert len(watch.state().trials) == 4
+    watch = Watch(study.path, "en")
+    assert len(watch.live.read().trials) == 4
     Study.create(study.path, assemble(study.spec.model_dump(mode="json"), {"seeds": [7]})).publish()
-    assert len(watch.state().trials) == 6
+    assert len(watch.live.read().trials) == 6
 
 
 # -- rows that are added

@@ -58,7 +58,7 @@ def test_who_has_a_limit_or_says_yes_is_not_asked(
     words: str, asks: bool, asked: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rankscope(words, monkeypatch)
-    assert (asked[0][-2] is not None) == asks
+    assert (asked[0][-1].approve is not None) == asks
 
 
 def test_code_of_a_task_is_refused_until_it_is_repeated(
@@ -72,4 +72,4 @@ def test_code_of_a_task_is_refused_until_it_is_repeated(
     assert "repeat its name: --allow-code my.py" in capsys.readouterr().err
     assert asked == []
     rankscope("run --task my.py:score --allow-code my.py", monkeypatch)
-    assert asked[0][-1] == ["my.py"]
+    assert asked[0][-1].allow_code == ["my.py"]

@@ -18,8 +18,8 @@ from rankscope.ui.options import (
     RESIZE,
     RUN,
     SEARCH,
+    STUDY,
     own_names,
-    resolve_study,
     study_and_path,
     study_values,
     with_options,
@@ -36,12 +36,13 @@ def test_every_option_sets_a_field_of_a_study(name: str) -> None:
 
 def test_options_of_the_commands() -> None:
     criteria = {"margin", "margin_of", "by", "confidence", "max_gpu_memory", "max_runtime"}
-    assert set(RUN) - set(PLAN) == criteria == set(CRITERIA), "plan judges nothing"
+    assert set(STUDY) - set(PLAN) == criteria == set(CRITERIA), "plan judges nothing"
+    assert set(STUDY) < set(RUN)
     assert all(option.help for option in SEARCH.values())
-    assert OPTIONS.keys() - set(RUN) == {"name", "revision", "loss_on", "alphas", "lora_dropout", "use_rslora"}
+    assert OPTIONS.keys() - set(STUDY) == {"name", "revision", "loss_on", "alphas", "lora_dropout", "use_rslora"}
 
 
-@pytest.mark.parametrize("name", [name for name in RUN if OPTIONS[name].type is not bool])
+@pytest.mark.parametrize("name", [name for name in STUDY if OPTIONS[name].type is not bool])
 def test_the_help_shows_the_default_that_holds(name: str) -> None:
     """Either it is the field's own, or in words where the field has none."""
     option, base = OPTIONS[name], {"model": {"id": "a"}, "data": {"id": "b"}}
@@ -91,7 +92,7 @@ def test_an_option_of_another_tool_names_what_to_give() -> None:
 
 
 def test_a_study_by_its_directory_and_a_quick_look_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = dict.fromkeys(RUN)
+    options = dict.fromkeys(STUDY)
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "study.yaml").write_text("name: other\nmodel: m\ndata: d\nseeds: 0..4\n")
     spec, path = study_and_path(tmp_path / "s", None, options, None, quick=False)
@@ -110,13 +111,13 @@ def test_a_study_by_its_directory_and_a_quick_look_beside_it(tmp_path: Path, mon
     ("option", "value"), [("seeds", "0..4"), ("steps", 500), ("epochs", 2.0), ("set", "training.steps=500")]
 )
 def test_a_quick_look_refuses_more_than_it_takes(option: str, value: Any) -> None:
-    options = dict.fromkeys(RUN) | ({} if option == "set" else {option: value})
+    options = dict.fromkeys(STUDY) | ({} if option == "set" else {option: value})
     with pytest.raises(StudyError, match=f"(?s)--{option}.* asks for more.*Leave out --{option}"):
         study_and_path(None, None, options, [value] if option == "set" else None, quick=True)
 
 
 def test_a_quick_look_takes_less() -> None:
-    options = dict.fromkeys(RUN) | {"seeds": "3,4", "steps": 50, "ranks": "4..256"}
+    options = dict.fromkeys(STUDY) | {"seeds": "3,4", "steps": 50, "ranks": "4..256"}
     spec, _ = study_and_path(None, None, options, None, quick=True)
     assert (spec.seeds, spec.training.steps, spec.ranks) == ((3, 4), 50, (4, 32, 256))
 
@@ -178,7 +179,7 @@ def test_commands_that_read_data_take_its_options(table: Any) -> None:
     expected = [["a.jsonl", "b,*.csv"], ["e"], ["prompt=q,completion=a"], "chatml", True, True]
     assert received == dict(zip(DATA, expected, strict=True))
     given = dict.fromkeys(OPTIONS) | received | {"model": "m"}
-    spec = resolve_study(None, given, ()).data
+    spec = assemble(study_values(None, given), given).data
     assert (spec.ids, spec.eval_dataset, spec.chat_template) == (("a.jsonl", "b,*.csv"), "e", "chatml")
     assert (spec.columns, spec.skip_bad_rows, spec.force) == ({"prompt": "q", "completion": "a"}, True, True)
     CliRunner().invoke(app, [])

@@ -18,7 +18,7 @@ from rankscope.cli import app
 from rankscope.report.finish import Conclusion, finish
 from rankscope.study.study import Study
 from rankscope.text.verdict import verdict_sentence
-from rankscope.ui.outcome import describe_outcome, show_curve, show_outcome
+from rankscope.ui.outcome import curve_parts, describe_outcome, show_outcome
 from report.report_evidence import make_evidence, make_verdict, replace_trial
 from ui.test_console import accepts
 
@@ -27,7 +27,7 @@ TABLES = ("evidence", "results", "curves", "profiles", "samples", "examples", "r
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> Study:
+def study(tmp_path: Path, no_report: None) -> Study:
     shutil.copytree(FIXTURE, tmp_path / "study")
     return Study.open(tmp_path / "study")
 
@@ -52,7 +52,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 SHOWN: list[Callable[[Conclusion], Any]] = [
     describe_outcome,
     lambda conclusion: show_outcome(conclusion, Console(), "en"),
-    lambda conclusion: show_curve(conclusion, "en"),
+    lambda conclusion: list(curve_parts(conclusion, "en")),
 ]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from transformers.utils.logging import disable_progress_bar
 
 from rankscope import hub
 from rankscope.data.tokens import Tokens, load
@@ -64,6 +65,7 @@ def export(
     ModelError: the base is another, or cannot be merged; StudyDirectoryError: an adapter is corrupt, or `out` cannot be
     written.
     """
+    disable_progress_bar()  # one for each loading of a model
     chosen = study.best_trial(rank) if trial is None else next((t for t in study.trials if t.name == trial), None)
     if chosen is None or study.trial_record(chosen).status != "done" or (trial and rank):
         raise StudyError(f"--trial {trial}: no trial of that name is done", "Name one of trials/, without --rank.")

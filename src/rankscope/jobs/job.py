@@ -17,6 +17,7 @@ from rankscope.study.folder import StudyFolder
 from rankscope.study.records import Failure
 
 if TYPE_CHECKING:  # torch takes seconds, and what shows a study needs none
+    from rankscope.jobs.queue import TimeLimit
     from rankscope.measure.machine import Site
     from rankscope.plan.plan import Plan
 
@@ -45,6 +46,18 @@ class Progress(Protocol):
 
 
 Say: TypeAlias = Callable[[str], None]  # tells the user a sentence
+
+
+class Settings(NamedTuple):
+    """How a study is run. What it asks is its `StudySpec`."""
+
+    trackers: Sequence[str] = ()  # names
+    language: str = "en"  # of the report
+    remeasure: bool = False  # measure all costs again
+    until_settled: bool = False  # add seeds to the ranks in contention, look by planned look, until nothing is open
+    limit: "TimeLimit | None" = None  # nothing starts whose forecast would end later
+    allow_code: Sequence[str | Path] = ()  # what `measure.task` may run
+    approve: "Callable[[Plan], None] | None" = None  # called with a new study's plan, before it is written; may raise
 
 
 class Run(NamedTuple):

@@ -1,5 +1,6 @@
 """Tables, sentences and chart of `rankscope resize` and `rankscope spectrum`."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,15 @@ import vl_convert
 
 from rankscope.errors import StudyError
 from rankscope.files import write_atomic
+from rankscope.lora.saved import SavedAdapter
 from rankscope.lora.svd import by_module
 from rankscope.report.charts import theme
 from rankscope.report.html import VEGA_LITE, chart_page
+from rankscope.report.variants import pattern_table
 from rankscope.report.write import PNG_SCALE
 from rankscope.resize.command import Resized
+from rankscope.resize.pattern import Proposal
+from rankscope.resize.pattern import by_module as ranks_by_module
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import (
     Columns,
@@ -87,6 +92,27 @@ def module_table(frame: pd.DataFrame, text: Catalogue) -> Table:
     rows = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in table.to_numpy()]
     headers = [text(f"spectrum.{name}") for name in table.columns]
     return Table(text("spectrum.caption"), headers, [name != "module" for name in table.columns], rows)
+
+
+def pattern_parts(found: Proposal, file: Path, text: Catalogue) -> list[Table | str]:
+    """Ranks by layer that are proposed in `file`, their size, and the command that trains them."""
+    sizes = {"parameters": f"{found.parameters:,}", "uniform": f"{found.uniform_parameters:,}"}
+    return [
+        pattern_table(ranks_by_module(found), found.rank, text),
+        text("pattern.parameters", rank=found.rank, **sizes),
+        text("pattern.next", command=shlex.join(["rankscope", "run", str(file)])),
+    ]
+
+
+def describe_pattern(found: Proposal, file: Path) -> dict[str, Any]:
+    return {"study": str(file), "rank": found.rank, "parameters": found.parameters, "ranks": found.ranks}
+
+
+def spectrum_notes(saved: SavedAdapter, text: Catalogue) -> list[str]:
+    """What a spectrum leaves out, and keys that PEFT does not know."""
+    names = ", ".join(list(saved.others)[:3]) + ", ..." * (len(saved.others) > 3)
+    notes = [text("spectrum.others", n=len(saved.others), names=names)] if saved.others else []
+    return [*notes, *([text("spectrum.foreign", name=saved.foreign)] if saved.foreign else [])]
 
 
 def spectrum_chart(frame: pd.DataFrame, text: Catalogue) -> alt.LayerChart | alt.FacetChart:

@@ -21,6 +21,13 @@ def type_of(field: str) -> Any:
     return found
 
 
+def description_of(field: str) -> str:
+    """The words of a field such as `training.steps`, which has to exist."""
+    group, _, name = field.rpartition(".")
+    model = type_of(group) if group else StudySpec
+    return str(model.model_fields[name].description)
+
+
 def field_of(name: str, value: Any = None) -> str:
     """The field that a name means: its own, that of another tool's name in any group, or outside groups (`batch_size`)
     that of the only group that has one; else the name itself. A model or data with text for a `value` is its id."""

@@ -1,8 +1,6 @@
 """The terminal. Text from models, data and studies is only shown: no control characters and no markup."""
 
-import errno
 import json
-import os
 import re
 import shlex
 import signal
@@ -18,7 +16,6 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from rankscope.errors import shortened
 from rankscope.text.formats import Table, strip_control_characters
 
 
@@ -95,32 +92,18 @@ def make_table(
     return table
 
 
-def print_table(table: Table) -> None:
-    left = [position for position, numeric in enumerate(table.numeric) if not numeric]
-    out_console.print(make_table(table.headers, table.rows, left, table.caption))
+def show(*parts: str | Table | RichTable, console: Console = out_console) -> None:
+    """Print sentences and tables."""
+    for part in parts:
+        if isinstance(part, Table):
+            left = [position for position, numeric in enumerate(part.numeric) if not numeric]
+            console.print(make_table(part.headers, part.rows, left, part.caption))
+        else:
+            console.print(part)
 
 
 def print_json(value: Mapping[str, Any]) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
-
-
-def show_system_error(error: OSError) -> bool:
-    """Print an error of the system in a line, with advice. Whether there is any; else nothing is printed."""
-    todo = _TODO.get(error.errno or 0)
-    if todo is None:
-        return False
-    if error.filename is None:  # the output failed: else Python writes the rest of it at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    name = "the output" if error.filename is None else shortened(str(error.filename))
-    error_console.print(f"error: {name}: {error.strerror}\n  {todo}", style="red", soft_wrap=True)
-    return True
-
-
-_TODO = {
-    errno.ENAMETOOLONG: "Give a shorter name.",
-    errno.ENOSPC: "Make room there, and run again: a study that has begun goes on where it was.",
-    errno.EIO: "See what is wrong with that device, and run again.",
-}
 
 
 @contextmanager

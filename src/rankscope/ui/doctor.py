@@ -3,32 +3,32 @@
 import shutil
 from typing import Any
 
-from rich.console import Console
-
 from rankscope.errors import install_command
 from rankscope.measure.machine import hardware, installed, versions
 from rankscope.text.formats import size
 from rankscope.track import TRACKERS
+from rankscope.ui.console import out_console
+
+EXTRAS = dict(zip(TRACKERS, TRACKERS, strict=True)) | {
+    "search": "optuna", "ray": "ray", "quantization": "bitsandbytes"
+}  # fmt: skip
+"""Packages of the optional parts, by the name of the extra."""
 
 
 def describe_system() -> dict[str, Any]:
     """Everything that `rankscope doctor --json` prints."""
-    return {"versions": versions(), "hardware": hardware(), "optional": _optional()}
+    optional = {extra: installed(package) for extra, package in EXTRAS.items()}
+    return {"versions": versions(), "hardware": hardware(), "optional": optional}
 
 
-def show_system(console: Console) -> None:
-    facts, free = hardware(), shutil.disk_usage(".").free
+def show_system() -> None:
+    found = describe_system()
+    facts, free = found["hardware"], shutil.disk_usage(".").free
     gpus = [f"{gpu['name']}, {size(gpu['memory_bytes'])}" for gpu in facts["gpus"]]
-    lines = [(name, version or "not installed") for name, version in versions().items()]
+    lines = [(name, version or "not installed") for name, version in found["versions"].items()]
     lines += [("cpu", f"{facts['cpu']}, {facts['cores']} cores, {size(facts['memory_bytes'])}")]
     lines += [("gpu", gpu) for gpu in gpus or ["none that torch can use: studies run on the CPU"]]
-    for name, version in _optional().items():
-        lines += [(name, version or f"not installed (optional: {install_command(name)})")]
+    for extra, version in found["optional"].items():
+        lines += [(extra, version or f"not installed (optional: {install_command(extra)})")]
     for name, text in [*lines, ("disk", f"{size(free)} free here")]:
-        console.print(f"{name:<14} {text}")
-
-
-def _optional() -> dict[str, str | None]:
-    """Versions of optional packages by the names of their extras; None for those that are not installed."""
-    extras = {name: installed(name) for name in TRACKERS}
-    return extras | {"search": installed("optuna"), "ray": installed("ray"), "quantization": installed("bitsandbytes")}
+        out_console.print(f"{name:<14} {text}")

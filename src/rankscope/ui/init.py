@@ -10,6 +10,7 @@ from pathlib import Path
 import typer
 import yaml
 
+from rankscope.api import check_inputs
 from rankscope.data.records import load_records
 from rankscope.errors import RankscopeError, StudyError
 from rankscope.jobs.queue import time_limit
@@ -17,7 +18,6 @@ from rankscope.spec.models import EMBEDDED, DataSpec
 from rankscope.spec.options import assemble, quick_look
 from rankscope.text.formats import parse_bytes
 from rankscope.ui.options import INIT
-from rankscope.ui.start import check_inputs
 
 TASKS = {"auto": "auto", "instructions": "alpaca", "questions": "prompt_completion", "chat": "messages", "text": "text"}
 """What a row is, by the format that reads it."""

@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from rich.table import Table as RichTable
 
 from rankscope.analysis.outcome import PLANNED
 from rankscope.judge.command import Judged, study_text
-from rankscope.judge.confounders import SETTINGS, label, names, show
+from rankscope.judge.confounders import SETTINGS, label, names
+from rankscope.judge.confounders import show as in_words
 from rankscope.judge.differences import largest_spread
 from rankscope.text.catalogue import load
 from rankscope.text.formats import duration, loss, percent, signed, size
-from rankscope.ui.console import make_table, out_console
+from rankscope.ui.console import make_table, out_console, show
 
 _SHOWN = 5  # skipped files that are named
 _COLUMNS = ("alpha", "seed", "learning_rate", "steps", "epochs", "batch_size")
@@ -32,37 +34,31 @@ def show_judged(found: Judged, out: Path | None) -> None:
         "Confounded with rank": [o.text for o in found.confounders if not o.blocks],
         "Missing or doubtful": [f"{names(o.runs, len(found.runs))}: {o.text}" for o in found.limits],
     }
+    concluded = [one for one in found.differences if one["outcome"]]
     for title, lines in sections.items():
         if lines:
             out_console.print(f"\n{title}", style="bold")
-        for line in lines:
-            out_console.print(f"- {line}")
-    concluded = [one for one in found.differences if one["outcome"]]
+        show(*(f"- {line}" for line in lines))
     if not concluded:
         out_console.print("\nThese runs support no conclusion about rank.", style="bold")
     for one in found.differences:
-        out_console.print()
-        if one["outcome"]:
-            _show_difference(one)
-        out_console.print(f"{_where(one)}{_said(one)}")
+        show("", *([_difference_table(one)] if one["outcome"] else []), f"{_where(one)}{_said(one)}")
     if concluded:
         others = "what others would show cannot be said without the loss of each row"
-        out_console.print(f"This holds for these held-out rows: {others}.")
+        show(f"This holds for these held-out rows: {others}.")
     if any(one["at"] for one in found.differences):
         several = ", and at 95% by itself: that all hold is less sure" if len(concluded) > 1 else ""
-        out_console.print(f"Each holds at its own settings, none at the best rate of each rank{several}.")
-    out_console.print("\nA study to settle it" + (f": {out}" if out else ", which --out FILE writes:"))
-    if out is None:
-        out_console.print(study_text(found), soft_wrap=True)
+        show(f"Each holds at its own settings, none at the best rate of each rank{several}.")
+    show("\nA study to settle it" + (f": {out}" if out else f", which --out FILE writes:\n{study_text(found)}"))
 
 
 def _show_runs(runs: pd.DataFrame) -> None:
     """Print runs with their losses and costs, and with the settings in which they differ."""
     text, settings = load("en"), ("alpha", "seed", *SETTINGS)
     shared = [name for name in settings if runs[name].nunique(dropna=False) == 1]
-    facts = [f"{label(name)} {show(runs[name].iloc[0])}" for name in shared if runs[name].notna().any()]
+    facts = [f"{label(name)} {in_words(runs[name].iloc[0])}" for name in shared if runs[name].notna().any()]
     shown: dict[str, Callable[[Any], str]] = {"run": str, "rank": str}
-    shown |= {name: show for name in _COLUMNS if name not in shared} | dict.fromkeys(_LOSSES, loss)
+    shown |= {name: in_words for name in _COLUMNS if name not in shared} | dict.fromkeys(_LOSSES, loss)
     shown |= {"memory_gib": lambda gib: size(gib * 2**30), "seconds": lambda seconds: duration(seconds, text)}
     if not (runs["best_loss"] < runs["eval_loss"]).any():
         del shown["best_loss"]
@@ -76,8 +72,8 @@ def _show_runs(runs: pd.DataFrame) -> None:
     out_console.print(f"The same in all: {', '.join(facts)}." if facts and len(runs) > 1 else "")
 
 
-def _show_difference(found: dict[str, Any]) -> None:
-    """Print ranks with their losses over seeds."""
+def _difference_table(found: dict[str, Any]) -> RichTable:
+    """Ranks with their losses over seeds."""
     states = {True: "yes", False: "no", None: "open"}
     within = f"at most {percent(found['margin'])} of the {found['margin_of']}"
     rows = [
@@ -87,12 +83,14 @@ def _show_difference(found: dict[str, Any]) -> None:
     ]  # fmt: skip
     title = f"{_where(found)}seeds {', '.join(map(str, found['seeds']))}, all recorded settings alike:"
     headers = ["rank", "eval loss", "above the best", "95% interval", within]
-    out_console.print(make_table(headers, rows, left=(), title=title[0].upper() + title[1:]))
+    return make_table(headers, rows, left=(), title=title[0].upper() + title[1:])
 
 
 def _where(found: dict[str, Any]) -> str:
     """Settings and runs of a difference, before what is said of it; nothing where all runs have these settings."""
-    at = [f"{label(name)} {'not recorded' if value is None else show(value)}" for name, value in found["at"].items()]
+    at = [
+        f"{label(name)} {'not recorded' if value is None else in_words(value)}" for name, value in found["at"].items()
+    ]
     return f"At {', '.join(at)} ({names(found['runs'])}): " if at else ""
 
 

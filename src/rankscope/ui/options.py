@@ -2,10 +2,11 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 from typer.core import TyperCommand
@@ -17,9 +18,27 @@ if TYPE_CHECKING:
     from rankscope.spec.models import StudySpec
 
 EMBEDDED_STUDY = Path(__file__).parents[1] / "demo" / "study.yaml"
-RUN = [name for name, option in OPTIONS.items() if option.help]
-CRITERIA = [name for name, option in OPTIONS.items() if option.field.startswith("verdict.")]
-PLAN = [name for name in RUN if name not in CRITERIA]
+Options: TypeAlias = Mapping[str, Option]  # by name; those without a field are the command's own
+NONE: Options = MappingProxyType({})
+
+STUDY = {name: option for name, option in OPTIONS.items() if option.help}
+CRITERIA = {name: option for name, option in OPTIONS.items() if option.field.startswith("verdict.")}
+RUN = STUDY | {
+    "report_to": Option("", str, "Trackers: wandb,tensorboard,mlflow,trackio.", "none"),
+    "remeasure": Option("", bool, "Measure the costs of all ranks again."),
+    "until_settled": Option("", bool, "Add seeds, to 3, 5, 8 and 12, of the ranks that are undecided."),
+    "hours": Option("", float, "Conclude by then: start nothing that would end later.", "no limit"),
+    "allow_code": Option("", list[str], "Code of measure.task that may run: my.py.", "", "PATH"),
+    "yes": Option("", bool, "Start without asking, however long it takes."),
+    "dry_run": Option("", bool, "Show the plan and end, like `plan`."),
+}
+PLAN = {name: option for name, option in STUDY.items() if name not in CRITERIA} | {
+    "gpu_memory": Option("", str, "Plan for a GPU of this size, e.g. 24GB.", "this machine's"),
+    "gpu_flops": Option("", str, "Its matmul speed, e.g. 400TFLOPS.", "unknown; no times"),
+    "devices": Option("", int, "Devices to plan for: makespan, device-hours.", "those here"),
+    "price": Option("", float, "Price of one device-hour, e.g. 2.5.", "unknown"),
+    "show_rows": Option("", int, "Show N rows: which text is read, which learned.", "none", "N"),
+}
 _DATA = ("dataset", "eval_dataset", "columns", "chat_template", "skip_bad_rows", "force")
 SEARCH = {name: OPTIONS[name] for name in ("model", *_DATA)} | {
     "ranks": Option("", str, "Ranks: a list, or a range in doublings.", "4..256"),
@@ -35,7 +54,6 @@ SEARCH = {name: OPTIONS[name] for name in ("model", *_DATA)} | {
 }
 _RECIPE = ("steps", "epochs", "batch_size", "max_length", "device", "dtype", "quantization", "dequantize", "engine")
 SEARCH |= {name: OPTIONS[name] for name in _RECIPE}
-"""Options of `rankscope search`. Those without a field are the search's own."""
 
 RULES = {
     "rank": Option("", int, "Truncate every layer to this rank."),
@@ -85,17 +103,13 @@ RayAddress = Annotated[str | None, typer.Option(help="HOST:PORT or auto.", show_
 Quick = Annotated[
     bool, typer.Option("--quick", help="A first look: at most 3 ranks, 2 seeds, 200 steps and 2,000 rows.")
 ]
-UntilSettled = Annotated[
-    bool, typer.Option("--until-settled", help="Add seeds, to 3, 5, 8 and 12, of the ranks that are undecided.")
-]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts; all else goes to stderr.")]
 Language = Annotated[str, typer.Option("--lang", help="Language of the verdict and of report/index.html: en or ko.")]
 
 
-def with_options(options: Mapping[str, Option] | Iterable[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorator of a command: its parameter `options` becomes one option each, and receives their values by name. An
-    option that is not given is None. `options` are a table of their own, or names in `OPTIONS`."""
-    table = options if isinstance(options, Mapping) else {name: OPTIONS[name] for name in options}
+def with_options(table: Options) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator of a command: its parameter `options` becomes one option for each of the table, and receives their
+    values by name; None for one that is not given."""
     added = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(name, option))
         for name, option in table.items()
@@ -111,9 +125,14 @@ def with_options(options: Mapping[str, Option] | Iterable[str]) -> Callable[[Cal
             parameters += added if name == "options" else [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
         called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads both
         called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        return called
+        return called if table else command
 
     return decorate
+
+
+def own(options: dict[str, Any], table: Options) -> dict[str, Any]:
+    """Take the command's own options, which set no field of a study, out of `options`."""
+    return {name: options.pop(name) for name, option in table.items() if not option.field}
 
 
 INIT = {
@@ -179,25 +198,17 @@ def _field(option: str) -> str | None:
     return field if type_of(field) else None
 
 
-def resolve_study(study: Path | None, options: Mapping[str, Any], sets: Sequence[str] | None) -> "StudySpec":
-    """The study of a file, with options as the command line has them and `--set` assignments over it. Raises
-    StudyError: a file, an option or a field is wrong."""
-    from rankscope.spec.options import assemble
-
-    return assemble(study_values(study, options), options, sets or (), study)
-
-
 def study_and_path(
     study: Path | None, out: Path | None, options: Mapping[str, Any], sets: Sequence[str] | None, quick: bool
 ) -> tuple["StudySpec", Path]:
     """The study that is asked for by its file, or by its directory, in which it then runs; and its directory. A `quick`
     look at one has its own, beside it. Raises StudyError: what is given is wrong, or more than a quick look takes."""
     from rankscope.spec.names import field_of
-    from rankscope.spec.options import quick_look
+    from rankscope.spec.options import assemble, quick_look
 
     if study is not None and (study / "study.yaml").is_file():
         study, out = study / "study.yaml", out or study
-    spec = resolve_study(study, options, sets)
+    spec = assemble(study_values(study, options), options, sets or (), study)
     path = out or Path(spec.name)
     if not quick:
         return spec, path

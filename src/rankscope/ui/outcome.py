@@ -1,7 +1,7 @@
 """Results of a run for the terminal and for scripts."""
 
 import shlex
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ from rankscope.study.records import Failure, TrialRecord
 from rankscope.study.study import Study
 from rankscope.study.tables import lowest_loss
 from rankscope.text.catalogue import Catalogue, load
-from rankscope.text.formats import percent
+from rankscope.text.formats import Table, percent
 from rankscope.text.verdict import ALARMS, caveat_sentence, gained, margin_table, rate_sentences, verdict_sentence
-from rankscope.ui.console import make_table, out_console, print_table
+from rankscope.ui.console import make_table, show
 
 COLUMNS = ("train_loss", "eval_loss", "regret", "kept", "cpu_memory", "step_seconds", "runtime")
 """Columns of the report's table of candidates that a terminal has room for; `gpu_memory` beside them on a GPU."""
@@ -40,12 +40,10 @@ def show_outcome(conclusion: Conclusion, console: Console, language: str) -> Non
     gpu = ("gpu_memory",) if has_gpu(evidence) else ()
     table = candidate_table(evidence, verdict, candidates, text, COLUMNS + gpu)
     rows = [[name, *cells] for name, cells in zip(candidates["candidate"], table.rows, strict=True)]
-    console.print(make_table([text("table.candidate"), *table.headers], rows))
     half = text("how.half") if compared_rows(evidence) is not None else ""
     noise = noise_sentence(evidence.profiles, text)
-    for sentence in filter(None, [half, noise, *rate_sentences(verdict, text), *variant_sentences(verdict, text)]):
-        console.print(sentence, soft_wrap=True)
-    console.print()
+    sentences = filter(None, [half, noise, *rate_sentences(verdict, text), *variant_sentences(verdict, text)])
+    show(make_table([text("table.candidate"), *table.headers], rows), *sentences, "", console=console)
     show_verdict(conclusion, console, language)
 
 
@@ -55,13 +53,11 @@ def show_verdict(conclusion: Conclusion, console: Console, language: str) -> Non
     study, evidence, verdict = conclusion
     text = load(language)
     if (gain := gained(verdict, text)).value:
-        console.print(f"{text('gain.title')}: {'; '.join([gain.value, *gain.notes])}.", soft_wrap=True)
+        show(f"{text('gain.title')}: {'; '.join([gain.value, *gain.notes])}.", console=console)
     if (margins := margin_table(verdict, text)) is not None:
-        console.print(f"{margins.caption}:", soft_wrap=True)
-        console.print(make_table(margins.headers, margins.rows, left=(0, 1)))
+        show(f"{margins.caption}:", make_table(margins.headers, margins.rows, left=(0, 1)), console=console)
     if (scores := task_table(verdict, text)) is not None:
-        console.print(f"{scores.caption}:", soft_wrap=True)
-        console.print(make_table(scores.headers, scores.rows))
+        show(f"{scores.caption}:", make_table(scores.headers, scores.rows), console=console)
     console.print()
     console.print(verdict_sentence(verdict, language), style="bold", soft_wrap=True)
     alarms = [caveat_sentence(verdict, code, text) for code in verdict["caveats"] if code in ALARMS]
@@ -69,10 +65,10 @@ def show_verdict(conclusion: Conclusion, console: Console, language: str) -> Non
         console.print(text("caveat.warning", sentence=sentence), style="yellow", soft_wrap=True)
     best = lowest_loss(evidence.results[evidence.results["candidate"] == verdict["candidate"]])
     if best is not None:  # else the verdict names no candidate
-        console.print(f"{text('outcome.adapter')}: {Path(study.path, 'trials', best, 'adapter')}", soft_wrap=True)
-    console.print(f"{text('outcome.report')}: {study.report}", soft_wrap=True)
+        show(f"{text('outcome.adapter')}: {Path(study.path, 'trials', best, 'adapter')}", console=console)
+    show(f"{text('outcome.report')}: {study.report}", console=console)
     if step := next_step(verdict, evidence, str(study.path), text) or _after(verdict, str(study.path), text):
-        console.print(f"{step.title}:\n  {step.command}", soft_wrap=True)
+        show(f"{step.title}:\n  {step.command}", console=console)
 
 
 def _after(verdict: dict[str, Any], directory: str, text: Catalogue) -> NextStep | None:
@@ -115,14 +111,13 @@ def describe_curve(conclusion: Conclusion) -> dict[str, Any]:
     }
 
 
-def show_curve(conclusion: Conclusion, language: str) -> None:
+def curve_parts(conclusion: Conclusion, language: str) -> Iterator[str | Table]:
     sections = rank_curve_sections(conclusion.evidence, load(language))
     for section in sections:
-        for table in filter(None, [*(figure.numbers for figure in section.figures), *section.tables]):
-            print_table(table)
-    lines = [sentence for section in sections for sentence in section.sentences]
-    for line in [*lines, f"Report: {conclusion.study.report}"]:
-        out_console.print(line, soft_wrap=True)
+        yield from filter(None, [*(figure.numbers for figure in section.figures), *section.tables])
+    for section in sections:
+        yield from section.sentences
+    yield f"Report: {conclusion.study.report}"
 
 
 def show_untried(study: Study, console: Console, language: str) -> None:
@@ -133,13 +128,11 @@ def show_untried(study: Study, console: Console, language: str) -> None:
             name = trial.candidate.name if isinstance(trial, Trial) else trial.candidate_name
             seeds.setdefault(name, []).append(str(trial.seed))
     costs = sorted({job.profile for job in missing_profiles(study.spec, study)} - study.failures().keys())
-    if seeds:
-        names = [text("untried.trials", name=name, seeds=", ".join(own)) for name, own in seeds.items()]
-        console.print(text("untried.not_started", names="; ".join(names)), soft_wrap=True)
-    if costs:
-        console.print(text("untried.not_measured", names=", ".join(costs)), soft_wrap=True)
-    if seeds or costs:
-        console.print(text("untried.next", command=f"rankscope run {shlex.quote(str(study.path))}"), soft_wrap=True)
+    names = [text("untried.trials", name=name, seeds=", ".join(own)) for name, own in seeds.items()]
+    lines = [text("untried.not_started", names="; ".join(names))] if names else []
+    lines += [text("untried.not_measured", names=", ".join(costs))] if costs else []
+    lines += [text("untried.next", command=f"rankscope run {shlex.quote(str(study.path))}")] if lines else []
+    show(*lines, console=console)
 
 
 def show_failures(study: Study, console: Console) -> bool:
@@ -148,9 +141,8 @@ def show_failures(study: Study, console: Console) -> bool:
     for name, unmeasured in study.open_failures().items():
         failures[name if name in (ANSWERS, TASK) else f"profile of {name}"] = unmeasured
     for name, failure in failures.items():
-        if failure.status == "pending":  # `show_untried` names it
-            continue
-        console.print(f"{name}: {failure.status}: {failure.reason}", style="yellow")
+        if failure.status != "pending":  # `show_untried` names those
+            console.print(f"{name}: {failure.status}: {failure.reason}", style="yellow")
     return bool(failures)
 
 

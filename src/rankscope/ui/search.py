@@ -1,21 +1,34 @@
 """Progress and result of a search in the terminal."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
 from rich.text import Text
 
+from rankscope.jobs.launchers import make_launcher
 from rankscope.search.folder import Search
+from rankscope.search.run import at_commits, run
+from rankscope.search.space import SearchSpec
 from rankscope.text.catalogue import load
 from rankscope.text.formats import duration, loss
-from rankscope.ui.console import make_table
+from rankscope.ui.console import make_table, show
 from rankscope.ui.progress import Display
 
 MAX_SHOWN = 10  # candidates in the table of results
 _COUNTED = {"trials": "candidates", "tokens": "tokens"}
+
+
+def run_search(
+    spec: SearchSpec, path: Path, console: Console, launcher: str, ray_address: str | None
+) -> dict[str, Any]:
+    """Run a search in `path`, and show its progress; return its result, see `rankscope.search.run.run`."""
+    spec = at_commits(spec, path)  # the launcher reads the model's configuration too
+    progress = SearchProgress(console, path)
+    with progress, make_launcher(launcher, spec.study.model, ray_address, progress.say) as launching:
+        return run(spec, path, launching, progress.say, progress.poll)
 
 
 class SearchProgress(Display):
@@ -61,7 +74,7 @@ def budget_left(result: Mapping[str, Any]) -> str:
     return ", ".join(left)
 
 
-def show_result(search: Search, result: Mapping[str, Any], console: Console) -> None:
+def show_result(path: Path, result: Mapping[str, Any], console: Console) -> None:
     """Print the best candidates, which of them are within the margin of the best, and how to confirm the result."""
     candidates = _by_name(result)
     done = sorted((c for c in candidates.values() if c["eval_loss"] is not None), key=lambda c: float(c["eval_loss"]))
@@ -71,41 +84,37 @@ def show_result(search: Search, result: Mapping[str, Any], console: Console) -> 
         return
     rows = []
     for one in done[:MAX_SHOWN]:
-        over = one["eval_loss"] / best["eval_loss"] - 1
-        mark = "" if one["trial"] in within else " *"
+        over, mark = one["eval_loss"] / best["eval_loss"] - 1, "" if one["trial"] in within else " *"
         settings = (str(one["rank"]), f"{one['learning_rate']:.3g}", f"{one['lora_alpha']:g}")
         rows.append((one["trial"], *settings, loss(one["eval_loss"]), f"{over:.2%}{mark}", one["target_modules"]))
     headers = ("candidate", "rank", "learning rate", "alpha", "held-out loss", "over the best", "target modules")
-    console.print(make_table(headers, rows, left=(0, 6)))
-    if len(within) < len(done):
-        console.print(f"* beyond the margin of {result['margin']:.3g} of the best's loss")
-    for line in sentences(search.path, result):
-        console.print(line, soft_wrap=True)
+    beyond = [f"* beyond the margin of {result['margin']:.3g} of the best's loss"] * (len(within) < len(done))
+    show(make_table(headers, rows, left=(0, 6)), *beyond, *_sentences(path, result), console=console)
 
 
-def sentences(path: Path, result: Mapping[str, Any]) -> list[str]:
+def _sentences(path: Path, result: Mapping[str, Any]) -> Iterator[str]:
     candidates, spent = _by_name(result), result["spent"]
     best, smallest = candidates[result["best"]], candidates[result["smallest_rank"]]
-    count = len(result["within_margin"])
-    return [
+    yield (
         f"\nBest: rank {best['rank']} at learning rate {best['learning_rate']:.3g}, alpha {best['lora_alpha']:g}, on "
-        f"{best['target_modules']}. {count} candidates are within the margin; the lowest rank among "
-        f"them is {smallest['rank']} ({smallest['trial']}).",
+        f"{best['target_modules']}. {len(result['within_margin'])} candidates are within the margin; the lowest rank "
+        f"among them is {smallest['rank']} ({smallest['trial']})."
+    )
+    yield (
         f"{spent['trials']} candidates, {result['share_stopped']:.0%} of them stopped early; "
-        f"{spent['tokens']:,} training tokens, {duration(spent['seconds'], load('en'))}.",
-        f"One seed gives no measure of uncertainty. To confirm with other seeds:\n  {confirm_command(path)}",
-        f"Adapters: {path / 'adapters'}. All candidates: optuna-dashboard {shlex.quote(str(path / 'optuna.log'))}",
-    ]
+        f"{spent['tokens']:,} training tokens, {duration(spent['seconds'], load('en'))}."
+    )
+    yield f"One seed gives no measure of uncertainty. To confirm with other seeds:\n  {_confirm(path)}"
+    yield f"Adapters: {path / 'adapters'}. All candidates: optuna-dashboard {shlex.quote(str(path / 'optuna.log'))}"
 
 
-def confirm_command(path: Path) -> str:
+def _confirm(path: Path) -> str:
     return shlex.join(["rankscope", "run", str(path / "confirm.yaml"), "--out", f"{path}-confirm"])
 
 
-def describe_result(search: Search, result: Mapping[str, Any]) -> dict[str, Any]:
-    confirm = confirm_command(search.path) if result["best"] else None
+def describe_result(path: Path, result: Mapping[str, Any]) -> dict[str, Any]:
     shown = {name: value for name, value in result.items() if name not in ("training", "schema")}
-    return {"search": str(search.path), **shown, "confirm": confirm}
+    return {"search": str(path), **shown, "confirm": _confirm(path) if result["best"] else None}
 
 
 def _by_name(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -1,15 +1,44 @@
 """What a command says and checks before it imports anything that takes seconds, such as torch."""
 
+import errno
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankscope.errors import OutOfMemoryError, RankscopeError, StudyDirectoryError, shortened
 from rankscope.ui.console import error_console
 
 if TYPE_CHECKING:
+    from rankscope.plan.plan import Plan
     from rankscope.spec.models import StudySpec
-    from rankscope.study.folder import StudyFolder
     from rankscope.study.study import Study
+    from rankscope.text.catalogue import Catalogue
+    from rankscope.ui.progress import Display
+
+
+_TODO = {
+    errno.ENAMETOOLONG: "Give a shorter name.",
+    errno.ENOSPC: "Make room there, and run again: a study that has begun goes on where it was.",
+    errno.EIO: "See what is wrong with that device, and run again.",
+}
+
+
+def explained(error: Exception) -> RankscopeError | None:
+    """The error with a way out: rankscope's own, one of the system, or that memory ran out; None for any other."""
+    if isinstance(error, RankscopeError):
+        return error
+    if isinstance(error, OSError) and error.errno in _TODO:
+        if error.filename is None:  # the output failed: else Python writes the rest of it at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        name = "the output" if error.filename is None else shortened(str(error.filename))
+        return StudyDirectoryError(f"{name}: {error.strerror}", _TODO[error.errno])
+    if isinstance(error, MemoryError | RuntimeError):  # of a device's memory torch raises a RuntimeError
+        from rankscope.jobs.worker import known_error
+
+        if isinstance(known := known_error(error), OutOfMemoryError):
+            return OutOfMemoryError(known.what, "Use a machine with more memory, or --device cpu in place of a GPU.")
+    return None
 
 
 def announce(sentence: str) -> None:
@@ -18,25 +47,13 @@ def announce(sentence: str) -> None:
         error_console.print(f"{sentence} …", style="dim", soft_wrap=True)
 
 
-def check_names(language: str = "en", launcher: str = "local", ray_address: str | None = None) -> None:
-    """Raise StudyError for an unknown language or launcher; MissingExtraError where Ray is not installed."""
+def check_names(language: str = "en", launcher: str = "local", ray_address: str | None = None) -> "Catalogue":
+    """The language's texts. Raises StudyError: a language or launcher is unknown; MissingExtraError: Ray is missing."""
     from rankscope.jobs.launchers import check_launcher
     from rankscope.text.catalogue import load
 
-    load(language)
     check_launcher(launcher, ray_address)
-
-
-def check_inputs(spec: "StudySpec", data: bool = True) -> "StudySpec":
-    """The question with the commits of its hub ids. Raises ModelError where the model, DataError where `data`, are not
-    there, or a local one cannot be used."""
-    from rankscope.data.sources import check_local
-    from rankscope.model.checks import check_folder, pinned
-
-    check_folder(spec.model)
-    if data:
-        check_local(spec.data)
-    return pinned(spec) if data else spec
+    return load(language)
 
 
 def check_adapter(name: str) -> None:
@@ -51,31 +68,27 @@ def check_adapter(name: str) -> None:
 
 def open_study(directory: Path, language: str = "en", launcher: str = "local", address: str | None = None) -> "Study":
     """Open a study once the names that a command was given are known to be good."""
-    from rankscope.study.folder import StudyFolder
-
-    check_names(language, launcher, address)
-    return _with_tables(StudyFolder.open(directory))
-
-
-def begun_at(path: Path, asked: "StudySpec") -> "Study | None":
-    """`Study.begun_at`, refused before pandas is imported."""
-    from rankscope.study.folder import StudyFolder
-
-    there = StudyFolder.begun_at(path, asked)
-    return _with_tables(there) if there else None
-
-
-def _with_tables(study: "StudyFolder") -> "Study":
-    announce(f"Reading {study.path}/")
     from rankscope.study.study import Study
 
-    return Study(study.path, study.spec, study.log)
+    check_names(language, launcher, address)
+    study = Study.open(directory)
+    announce(f"Reading {directory}/")
+    return study
 
 
-def show_plan(spec: "StudySpec", begun: "Study | None", as_json: bool, rows: int = 0, **options: Any) -> None:
-    """Print the plan of a study: `rankscope.ui.plan`, whose `plan_study` takes the options."""
+def show_plan(spec: "StudySpec", begun: "Study | None", as_json: bool, **options: Any) -> None:
+    """Print the plan of a study; `options` are those of `rankscope.ui.plan.show_plan`."""
+    from rankscope.api import check_inputs
+
     spec = check_inputs(spec, data=begun is None)
     announce("Planning")
-    from rankscope.ui.plan import plan_study, show_plan
+    from rankscope.ui.plan import show_plan
 
-    show_plan(plan_study(spec, begun, **options), begun, as_json, rows)
+    show_plan(spec, begun, as_json, **options)
+
+
+def approve(progress: "Display", plan: "Plan") -> None:
+    """`rankscope.ui.plan.approve`, imported where a plan has been made."""
+    from rankscope.ui.plan import approve
+
+    approve(progress, plan)
