@@ -40,13 +40,16 @@ def answers_of(
     most: int,
 ) -> dict[str, list[str]]:
     """Greedy answers to the prompts, of `most` tokens at most, by the name of each adapter; None is the model without
-    one. Each adapter answers by itself where PEFT does not send the rows of one batch through several."""
+    one, which seldom ends an answer, and so has batches of its own. Each adapter has where PEFT does not send the rows
+    of one batch through several."""
     adapters = {name: folder for name, folder in folders.items() if folder is not None}
-    with adapters_on(model, adapters):
-        if len(folders) == 1 or (adapters and _mixes(model, list(folders))):
-            return _side_by_side(model, spec, list(folders), prompts, most)
     found: dict[str, list[str]] = {}
-    for name, folder in folders.items():
+    if len(adapters) < len(folders):
+        found[BASE] = _side_by_side(model, spec, [BASE], prompts, most)[BASE]
+    with adapters_on(model, adapters):
+        if len(adapters) == 1 or (adapters and _mixes(model, list(adapters))):
+            return found | _side_by_side(model, spec, list(adapters), prompts, most)
+    for name, folder in adapters.items():
         found |= answers_of(model, spec, {name: folder}, prompts, most)
     return found
 
@@ -110,7 +113,7 @@ def _most_rows(model: PreTrainedModel, tokens: int) -> int:
 def _through(model: PreTrainedModel, names: Sequence[str]) -> Iterator[None]:
     """Send each row of a batch through the adapter of its name, by PEFT's mixed batches. Layers that see all tokens as
     one list of rows, as OPT's do, have a name for each token."""
-    keys = ["__base__" if name == BASE else adapter_key(name) for name in names]
+    keys = [adapter_key(name) for name in names]
 
     def hook(_: Any, args: Any, given: dict[str, Any]) -> Any:
         return args, given | {"adapter_names": [key for key in keys for _ in range(len(args[0]) // len(keys))]}
