@@ -516,6 +516,7 @@ def test_a_profile_that_failed_is_measured_again_without_the_control(costed: Stu
     assert repeats(study)["control"] == 2
 
 
+@pytest.mark.slow
 def test_all_costs_are_measured_again_and_replaced_when_they_are_whole(costed: Study) -> None:
     before = {name: costed.profile_file(name).read_bytes() for name in costed.spec.profiled()}
 
@@ -845,6 +846,7 @@ def test_rows_are_only_added_and_never_to_rows_that_are_held_out(
     assert Study.open(ten.path).data_facts["rows_eval"] == 10
 
 
+@pytest.mark.slow
 def test_the_command_for_more_rows_works_as_printed(ten: Study, study: Study, invoke: Callable[..., str]) -> None:
     verdict = {"outcome": "not_enough_evidence", "comparison": [1], "margin": 0.01, "margins": [], "seeds": 2}
     for one, told in ((ten, "2 trials would be evaluated"), (study, "4 trials of 5 steps")):
