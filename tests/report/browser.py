@@ -49,6 +49,7 @@ class Browser:
         self.messages: list[str] = []
         self.requests: list[str] = []  # addresses other than the page's own
         self._page, self._target, self._session, self._number, self._rest = "", "", "", 0, b""
+        self._shown: tuple[Any, ...] = ()  # the page that is open, and how
         read_commands, self._write = os.pipe()
         self._read, write_answers = os.pipe()
         high = [os.dup(end) for end in (read_commands, write_answers)]  # so that neither is 3 or 4 itself
@@ -109,12 +110,22 @@ class Browser:
         elif method == "Network.requestWillBeSent" and values["request"]["url"] != self._page:
             self.requests.append(values["request"]["url"])
 
+    def show(
+        self, page: Path | str, *, width: int = 1280, height: int = 800, dark: bool = False, scripts: bool = True
+    ) -> None:
+        """`open`, unless the page is open in this way: then as it is, with its details, and its theme the system's."""
+        if self._shown != (page, width, height, dark, scripts):
+            self.open(page, width=width, height=height, dark=dark, scripts=scripts)
+        self.media(dark=dark)
+        self.click("#theme-auto")
+        self.ask("document.querySelectorAll('.level').forEach(level => { level.open = true; })")
+
     def open(
         self, page: Path | str, *, width: int = 1280, height: int = 800, dark: bool = False, scripts: bool = True
     ) -> None:
         """Open a page with its details and wait until its charts are drawn; the page before it is closed. Without
         `scripts`, open it as it lies there."""
-        before, self._session = self._target, ""
+        before, self._session, self._shown = self._target, "", (page, width, height, dark, scripts)
         self._page = page if isinstance(page, str) else page.as_uri()
         self._target = self.call("Target.createTarget", url="about:blank")["targetId"]
         if before:

@@ -63,9 +63,9 @@ def test_memory_is_stacked_by_part_beside_what_was_measured() -> None:
 
 
 def test_a_prediction_is_of_one_device() -> None:
-    text, gpu = load("en"), predict(make_evidence(gpu=True, steps=8), "cuda")
-    assert predicted_parts(gpu, "cpu", text).empty
-    assert len(predicted_parts(gpu, "gpu", text)) == 3 * 7
+    gpu = predict(make_evidence(gpu=True, steps=8), "cuda")
+    assert predicted_parts(gpu, "cpu").empty
+    assert predicted_parts(gpu, "gpu").shape == (3, 7)
     found = figures(gpu)
     assert "Base weights" in numbers(found["gpu-memory"])
     assert "Base weights" not in numbers(found["cpu-memory"])
@@ -191,8 +191,8 @@ def test_one_candidate_has_nothing_to_weigh() -> None:
     for evidence in (make_evidence(make_spec(ranks=[8]), steps=8), make_evidence(profiles=False, steps=8)):
         assert "loss-runtime" not in figures(evidence)
         content = compose(evidence, make_verdict(evidence), load("en"))
-        reasons = {missing.name: missing.reason for missing in content.missing}
-        assert reasons["loss-runtime"].startswith("Fewer than two candidates")
+        (reason,) = content.section("trade_off").reasons
+        assert reason.startswith("Fewer than two candidates")
 
 
 def test_the_map_has_a_cell_a_candidate() -> None:

@@ -1,4 +1,7 @@
-"""The page in a real browser: charts are drawn, hover and switches work, keys reach everything, nothing is fetched."""
+"""The page in a real browser: charts are drawn, hover and switches work, keys reach everything, nothing is fetched.
+
+Drawing the charts takes most of the time: tests of the page in one form follow each other, and find it open.
+"""
 
 import base64
 import re
@@ -10,6 +13,7 @@ import pytest
 
 from analysis.test_curve import with_cuts
 from drawing import images
+from rankscope.report import write
 from rankscope.report.charts import DARK, LIGHT
 from rankscope.report.write import build
 from rankscope.study.evidence import Evidence
@@ -47,8 +51,9 @@ def answers(ranks: dict[str, int], prompts: int, words: int) -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def page(evidence: Evidence, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with images():
-        return build(evidence, make_verdict(evidence), tmp_path_factory.mktemp("page"))
+    with images(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(write, "render_image", lambda _: {})  # beside the page
+        return write.build(evidence, make_verdict(evidence), tmp_path_factory.mktemp("page"))
 
 
 def paper(browser: Browser) -> str:
@@ -59,9 +64,46 @@ def rgb(colour: str) -> str:
     return f"rgb({', '.join(str(int(colour[start : start + 2], 16)) for start in (1, 3, 5))})"
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
-def test_every_chart_is_drawn_in_silence(browser: Browser, evidence: Evidence, language: str, tmp_path: Path) -> None:
-    browser.open(build(evidence, make_verdict(evidence), tmp_path, language))
+SEEN = """[...document.querySelectorAll('.chart')].filter(chart => chart.checkVisibility()
+    && chart.querySelectorAll('svg [class*=mark-] path, svg [class*=mark-] text').length >= 10
+    && chart.querySelector('svg').getBoundingClientRect().height > 200).length"""
+
+
+def test_without_scripts_the_figures_are_seen_and_printed(browser: Browser, page: Path) -> None:
+    """As in mail, or where JavaScript is off."""
+    browser.open(page, scripts=False, width=390)
+    assert browser.ask("document.querySelectorAll('.chart.vega-embed').length") == 0
+    assert browser.ask(SEEN) >= 5
+    assert browser.ask("document.documentElement.scrollWidth") == 390
+    assert browser.messages == []
+    assert 2 <= printed_pages(browser) <= 8
+
+
+def printed_pages(browser: Browser) -> int:
+    """Pages of paper that hold the report's first level, without its details."""
+    browser.ask("document.querySelectorAll('.level').forEach(level => { level.open = false; })")
+    printed = base64.b64decode(browser.call("Page.printToPDF")["data"])
+    return len(re.findall(rb"/Type\s*/Page\b", printed))
+
+
+def test_a_phone_scrolls_tables_and_answers_but_not_the_page(browser: Browser, page: Path) -> None:
+    browser.show(page.with_name("index.ko.html"), width=390)
+    assert browser.ask("document.documentElement.scrollWidth") == 390
+    assert (
+        browser.ask(
+            "Math.max(...[...document.querySelectorAll('.chart svg')].map(s => s.getBoundingClientRect().right))"
+        )
+        <= 390
+    )
+    answers = browser.ask(
+        "(({scrollWidth, clientWidth}) => [scrollWidth, clientWidth])(document.querySelector('.answers'))"
+    )
+    assert answers[0] > answers[1]
+
+
+@pytest.mark.parametrize(("name", "width"), [("index.ko.html", 390), ("index.html", 1280)])
+def test_every_chart_is_drawn_in_silence(browser: Browser, page: Path, name: str, width: int) -> None:
+    browser.show(page.with_name(name), width=width)
     marks = browser.ask(
         "[...document.querySelectorAll('.chart')].map(chart => "
         "[chart.id, chart.querySelectorAll('[class*=mark-] path, [class*=mark-] line, [class*=mark-] text').length])"
@@ -72,50 +114,8 @@ def test_every_chart_is_drawn_in_silence(browser: Browser, evidence: Evidence, l
     assert browser.requests == []
 
 
-def test_charts_of_cuts_and_of_variants_are_drawn_in_silence(browser: Browser, tmp_path: Path) -> None:
-    evidence = with_cuts({4: 2.0, 16: 1.8}, {(0, 4): 2.1, (8, 4): 2.0, (0, 16): 1.8})
-    row = {"candidate": "r004-lr2e-4-pissa", "difference": -0.02, "low": -0.03, "high": -0.01, "outcome": "better"}
-    verdict = make_verdict(evidence) | {"variants": [row | {"variant": "pissa", "rank": rank} for rank in (4, 16)]}
-    browser.open(build(evidence._replace(variants=evidence), verdict, tmp_path))
-    for name in ("cut-loss-rank", "variants"):
-        assert browser.ask(f"document.querySelectorAll('[id^=chart-{name}] .mark-symbol path').length") > 1
-    assert browser.messages == []
-    assert browser.requests == []
-
-
-SEEN = """[...document.querySelectorAll('.chart')].filter(chart => chart.checkVisibility()
-    && chart.querySelectorAll('svg [class*=mark-] path, svg [class*=mark-] text').length >= 10
-    && chart.querySelector('svg').getBoundingClientRect().height > 200).length"""
-
-
-def test_without_scripts_the_figures_are_seen(browser: Browser, page: Path) -> None:
-    """As in mail, or where JavaScript is off."""
-    browser.open(page, scripts=False, width=390)
-    assert browser.ask("document.querySelectorAll('.chart.vega-embed').length") == 0
-    assert browser.ask(SEEN) >= 5
-    assert browser.ask("document.documentElement.scrollWidth") == 390
-    assert browser.messages == []
-
-
-@pytest.mark.parametrize("scripts", [True, False])
-def test_the_report_is_printed_on_few_pages(browser: Browser, page: Path, scripts: bool) -> None:
-    """With all of its first level, and without its details."""
-    browser.open(page, scripts=scripts)
-    browser.ask("document.querySelectorAll('.level').forEach(level => { level.open = false; })")
-    printed = base64.b64decode(browser.call("Page.printToPDF")["data"])
-    assert 2 <= len(re.findall(rb"/Type\s*/Page\b", printed)) <= 8
-
-
-@pytest.mark.parametrize("dark", [False, True])
-def test_axe_finds_nothing(browser: Browser, page: Path, dark: bool) -> None:
-    browser.open(page, dark=dark)
-    browser.ask(f"{axe()}; null")
-    found = browser.ask("axe.run().then(found => found.violations.map(v => [v.id, v.nodes.map(node => node.html)]))")
-    assert found == []
-
-
 def test_hover_shows_values(browser: Browser, page: Path) -> None:
-    browser.open(page)
+    browser.show(page)
     for place, expected in {
         f"{TRAIN_LOSS} svg": ("rank 8", "rank 128", "rank 256"),
         "#chart-loss-above-best-0 .mark-symbol.role-mark path": ("1e-4", "+0.0070"),
@@ -132,9 +132,61 @@ def test_hover_shows_values(browser: Browser, page: Path) -> None:
     assert browser.messages == []
 
 
+def test_keys_reach_the_skip_link_the_switches_and_the_numbers(browser: Browser, page: Path) -> None:
+    browser.show(page)  # where nothing has had the focus yet
+    reached = []
+    for _ in range(40):
+        browser.press(*TAB)
+        reached.append(
+            browser.ask(
+                "(e => e.id || e.getAttribute('href') || e.tagName + '.' + e.className)(document.activeElement)"
+            )
+        )
+    assert reached[0] == "#main"
+    assert reached[1] == "index.ko.html"
+    assert reached.index("theme-auto") < reached.index("#loss") < reached.index("#details") < reached.index("SUMMARY.")
+    browser.ask("document.querySelector('figure summary').focus()")
+    browser.press("Enter", 13, "\r")
+    browser.until("document.querySelector('figure details').open")
+    assert "1e-4" in browser.ask("document.querySelector('figure details table').innerText")
+
+
+def test_a_screen_reader_hears_names_and_sentences_and_no_marks(browser: Browser, page: Path) -> None:
+    browser.show(page)
+    nodes = browser.call("Accessibility.getFullAXTree")["nodes"]
+    heard = [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in nodes if not node["ignored"]]
+    roles = [role for role, _ in heard]
+    assert {"main", "navigation", "banner", "contentinfo", "region", "heading", "radio", "link"} <= set(roles)
+    assert not [role for role in roles if role.startswith("graphics")], "thousands of points say less than a sentence"
+    unnamed = [
+        role for role, name in heard if role in ("region", "group", "figure", "navigation", "radio") and not name
+    ]
+    assert unnamed == []
+    assert (
+        "group",
+        "Held-out loss against steps. Rank 8: 1.2290; Rank 128: 1.2220; Rank 256: 1.2270.",
+    ) in heard
+    levels = browser.ask("[...document.querySelectorAll('h1, h2, h3, h4')].map(h => +h.tagName[1])")
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels)), "no level is left out"
+
+
+def test_the_report_is_printed_on_few_pages(browser: Browser, page: Path) -> None:
+    browser.show(page)
+    assert 2 <= printed_pages(browser) <= 8
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_axe_finds_nothing(browser: Browser, page: Path, dark: bool) -> None:
+    browser.show(page, dark=dark)
+    browser.ask(f"{axe()}; null")
+    found = browser.ask("axe.run().then(found => found.violations.map(v => [v.id, v.nodes.map(node => node.html)]))")
+    assert found == []
+
+
 def test_the_theme_follows_the_system_and_the_switch(browser: Browser, page: Path) -> None:
     line = f"getComputedStyle(document.querySelector('{TRAIN_LOSS} .mark-line path')).stroke"
-    browser.open(page, dark=True)
+    browser.show(page, dark=True)
     assert (paper(browser), browser.ask(line)) == (rgb(DARK["paper"]), rgb(DARK["rank-0"]))
     browser.media(dark=False)
     assert (paper(browser), browser.ask(line)) == (rgb(LIGHT["paper"]), rgb(LIGHT["rank-0"]))
@@ -147,7 +199,7 @@ def test_the_theme_follows_the_system_and_the_switch(browser: Browser, page: Pat
 
 
 def test_paper_is_light_whatever_the_theme_and_shows_what_is_cut_on_a_screen(browser: Browser, page: Path) -> None:
-    browser.open(page, dark=True)
+    browser.show(page, dark=True)
     browser.click("#theme-dark")
     browser.media(dark=True, paper=True)
     assert paper(browser) == rgb(LIGHT["paper"])
@@ -156,19 +208,15 @@ def test_paper_is_light_whatever_the_theme_and_shows_what_is_cut_on_a_screen(bro
     assert browser.ask("getComputedStyle(document.querySelector('.answers')).overflowX") == "visible"
 
 
-def test_a_phone_scrolls_tables_and_answers_but_not_the_page(browser: Browser, page: Path) -> None:
-    browser.open(page, width=390)
-    assert browser.ask("document.documentElement.scrollWidth") == 390
-    assert (
-        browser.ask(
-            "Math.max(...[...document.querySelectorAll('.chart svg')].map(s => s.getBoundingClientRect().right))"
-        )
-        <= 390
-    )
-    answers = browser.ask(
-        "(({scrollWidth, clientWidth}) => [scrollWidth, clientWidth])(document.querySelector('.answers'))"
-    )
-    assert answers[0] > answers[1]
+def test_charts_of_cuts_and_of_variants_are_drawn_in_silence(browser: Browser, tmp_path: Path) -> None:
+    evidence = with_cuts({4: 2.0, 16: 1.8}, {(0, 4): 2.1, (8, 4): 2.0, (0, 16): 1.8})
+    row = {"candidate": "r004-lr2e-4-pissa", "difference": -0.02, "low": -0.03, "high": -0.01, "outcome": "better"}
+    verdict = make_verdict(evidence) | {"variants": [row | {"variant": "pissa", "rank": rank} for rank in (4, 16)]}
+    browser.open(build(evidence._replace(variants=evidence), verdict, tmp_path))
+    for name in ("cut-loss-rank", "variants"):
+        assert browser.ask(f"document.querySelectorAll('[id^=chart-{name}] .mark-symbol path').length") > 1
+    assert browser.messages == []
+    assert browser.requests == []
 
 
 @pytest.mark.slow
@@ -194,45 +242,6 @@ def test_the_gain_the_margins_and_the_next_command_are_on_the_first_screen(
         assert expected in browser.ask(f"document.querySelector('{place}').innerText")
         assert browser.ask(f"document.querySelector('{place}').getBoundingClientRect().bottom") <= 800
     assert browser.messages == []
-
-
-def test_keys_reach_the_skip_link_the_switches_and_the_numbers(browser: Browser, page: Path) -> None:
-    browser.open(page)
-    reached = []
-    for _ in range(40):
-        browser.press(*TAB)
-        reached.append(
-            browser.ask(
-                "(e => e.id || e.getAttribute('href') || e.tagName + '.' + e.className)(document.activeElement)"
-            )
-        )
-    assert reached[0] == "#main"
-    assert reached[1] == "index.ko.html"
-    assert reached.index("theme-auto") < reached.index("#loss") < reached.index("#details") < reached.index("SUMMARY.")
-    browser.ask("document.querySelector('figure summary').focus()")
-    browser.press("Enter", 13, "\r")
-    browser.until("document.querySelector('figure details').open")
-    assert "1e-4" in browser.ask("document.querySelector('figure details table').innerText")
-
-
-def test_a_screen_reader_hears_names_and_sentences_and_no_marks(browser: Browser, page: Path) -> None:
-    browser.open(page)
-    nodes = browser.call("Accessibility.getFullAXTree")["nodes"]
-    heard = [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in nodes if not node["ignored"]]
-    roles = [role for role, _ in heard]
-    assert {"main", "navigation", "banner", "contentinfo", "region", "heading", "radio", "link"} <= set(roles)
-    assert not [role for role in roles if role.startswith("graphics")], "thousands of points say less than a sentence"
-    unnamed = [
-        role for role, name in heard if role in ("region", "group", "figure", "navigation", "radio") and not name
-    ]
-    assert unnamed == []
-    assert (
-        "group",
-        "Held-out loss against steps. Rank 8: 1.2290; Rank 128: 1.2220; Rank 256: 1.2270.",
-    ) in heard
-    levels = browser.ask("[...document.querySelectorAll('h1, h2, h3, h4')].map(h => +h.tagName[1])")
-    assert levels[0] == 1
-    assert all(after <= before + 1 for before, after in pairwise(levels)), "no level is left out"
 
 
 def test_text_can_be_read_on_its_background() -> None:

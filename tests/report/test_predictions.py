@@ -2,7 +2,10 @@
 
 from rankscope.report.content import compose
 from rankscope.report.costs import prediction_tables
+from rankscope.report.frames import by_candidate
+from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import load
+from rankscope.text.formats import Table
 from report.report_evidence import make_evidence
 
 PARTS = {
@@ -16,9 +19,13 @@ def predicted(total: int = 2_000_000_000) -> dict[str, object]:
     return {"candidates": dict.fromkeys(("r008-lr2e-4", "r128-lr2e-4"), row)}
 
 
+def tables(evidence: Evidence) -> list[Table]:
+    return prediction_tables(evidence, by_candidate(evidence, None), load("en"))
+
+
 def test_predicted_and_measured_stand_side_by_side() -> None:
     evidence = make_evidence()._replace(prediction=predicted())
-    (table,) = prediction_tables(evidence, load("en"))
+    (table,) = tables(evidence)
     assert len(table.rows) == 2, "one candidate was not predicted"
     measured = evidence.profiles.loc[evidence.profiles["candidate"] == "r008-lr2e-4", "rss_peak_bytes"].max()
     row = dict(zip(table.headers, table.rows[0], strict=True))
@@ -33,16 +40,16 @@ def test_predicted_and_measured_stand_side_by_side() -> None:
 
 def test_on_a_gpu_its_own_peak_is_compared() -> None:
     evidence = make_evidence(gpu=True)._replace(prediction=predicted())
-    (table,) = prediction_tables(evidence, load("en"))
+    (table,) = tables(evidence)
     measured = evidence.profiles.loc[evidence.profiles["candidate"] == "r008-lr2e-4", "gpu_allocated_peak_bytes"].max()
     assert dict(zip(table.headers, table.rows[0], strict=True))["Measured peak"] == f"{measured / 1e9:.2f} GB"
 
 
 def test_nothing_measured_and_nothing_predicted() -> None:
     unmeasured = make_evidence(profiles=False)._replace(prediction=predicted())
-    (table,) = prediction_tables(unmeasured, load("en"))
+    (table,) = tables(unmeasured)
     assert dict(zip(table.headers, table.rows[0], strict=True))["Measured peak"] == "–"
-    assert prediction_tables(make_evidence(), load("en")) == []
+    assert tables(make_evidence()) == []
 
 
 def test_the_report_holds_it_in_both_languages() -> None:

@@ -24,7 +24,6 @@ from rankscope.report.html import json_in_html
 from rankscope.report.loss import paired_difference, training_loss
 from rankscope.report.markdown import escape
 from rankscope.report.memory import memory_by_step
-from rankscope.report.runtime import measurements
 from rankscope.report.write import build
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import load
@@ -295,14 +294,12 @@ def test_korean_report(evidence: Evidence, tmp_path: Path) -> None:
     assert "**권장 랭크: 8**" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.usefixtures("images")
 def test_with_a_gpu_its_memory_is_drawn_once_a_rank(tmp_path: Path) -> None:
     evidence = make_evidence(make_spec(learning_rates=[1e-4, 2e-4]), gpu=True, steps=40)
     build(evidence, make_verdict(evidence), tmp_path)
     page = read_page(tmp_path)
-    assert figures(tmp_path, "svg") == figures(tmp_path, "png") == GPU_FIGURES | {"learning-rate-map"}
-    assert {"chart-train-loss-1", "chart-gpu-memory-steps-0"} <= page.charts.keys()
-    assert "chart-gpu-memory-steps-1" not in page.charts, "memory does not depend on the learning rate"
+    drawn = {f"chart-{name}-0" for name in GPU_FIGURES | {"learning-rate-map"}}
+    assert page.charts.keys() == drawn | {"chart-train-loss-1"}
     (bars,) = [rows for rows in page.charts["chart-gpu-memory-0"]["datasets"].values() if rows]
     assert [row["rank"] for row in bars] == [8, 128, 256]
     assert "No GPU" not in page.text
@@ -336,10 +333,12 @@ def test_nothing_has_run_yet(tmp_path: Path) -> None:
     assert "nan" not in page.text
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("images")
-def test_a_rebuilt_report_keeps_no_figure_that_it_no_longer_has(evidence: Evidence, tmp_path: Path) -> None:
+def test_a_rebuilt_report_keeps_no_figure_that_it_no_longer_has(
+    evidence: Evidence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write, "render_image", lambda _: {"svg": "<svg/>", "png": b"png"})
     build(evidence, make_verdict(evidence), tmp_path)
+    assert figures(tmp_path, "svg") == CPU_FIGURES
     build(evidence._replace(profiles=pd.DataFrame(), samples=pd.DataFrame()), make_verdict(evidence), tmp_path)
     assert figures(tmp_path, "svg") == figures(tmp_path, "png") == {
         "train-loss", "loss-above-best", "heldout-loss-steps",
@@ -539,15 +538,6 @@ def test_by_candidate_defines_each_number(evidence: Evidence) -> None:
     assert math.isnan(row["gpu_allocated_peak_bytes"])
 
 
-def test_trials_in_packs_of_their_own_tell_their_runtime(evidence: Evidence) -> None:
-    shared = evidence._replace(profiles=pd.DataFrame(), samples=pd.DataFrame())
-    assert measurements(shared)[0].empty
-    alone = shared._replace(results=shared.results.assign(pack=[f"p{i:03d}" for i in range(9)]))
-    frame, profiled = measurements(alone)
-    assert not profiled
-    assert list(frame["value"]) == [312.0] * 9
-
-
 def test_training_losses_are_compared_at_the_same_step_with_the_same_seed(evidence: Evidence) -> None:
     """What both have in common, such as a hard batch, is gone; what is left has its interval over seeds."""
     seeds = training_loss(evidence, evidence.results["candidate"]).frame
@@ -583,11 +573,12 @@ def test_ranks_beyond_the_palette_still_differ() -> None:
     assert len(pairs) == len(ranks)
 
 
-@pytest.mark.usefixtures("images")
 def test_a_machine_without_the_letters_draws_figures_in_english(
     evidence: Evidence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(write, "_letter_svg", lambda letter: '<svg xmlns="http://www.w3.org/2000/svg"/>')
+    monkeypatch.setattr(write, "other_languages", drawing.others)
+    monkeypatch.setattr(write, "render_image", lambda figure: {"svg": figure.title})
     build(evidence, make_verdict(evidence), tmp_path, "ko")
-    assert "Training loss (nats)" in (tmp_path / "figures" / "train-loss.svg").read_text()
+    assert (tmp_path / "figures" / "train-loss.svg").read_text() == "Training loss against steps"
     assert "권장 랭크" in read_page(tmp_path).text

@@ -1,7 +1,6 @@
 """Answers of the model and of each candidate to the same held-out prompts, side by side."""
 
-from collections.abc import Hashable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue
@@ -35,24 +34,24 @@ def answered(evidence: Evidence, verdict: Verdict, text: Catalogue) -> list[Answ
     chosen = (verdict or {}).get("candidate")
     position = {name: number for number, name in enumerate(dict.fromkeys([chosen, "base", *rates]))}
     compared = {row["rank"]: row["candidate"] for row in (verdict or {}).get("comparison", [])}
+
+    def name(rank: int, candidate: str) -> str:
+        if rank == 0:
+            return text("answer.base")
+        if len(set(rates.values())) == 1 or candidate not in rates:
+            return text("name.rank", rank=rank)
+        return text("name.rank_and_rate", rank=rank, rate=rate(rates[candidate]))
+
     found = []
     for number, (_, rows) in enumerate(evidence.answers.groupby("example", sort=False), start=1):
         records = sorted(rows.to_dict("records"), key=lambda row: position.get(row["candidate"], len(position)))
         answers = [Answer(text("answer.reference"), _short(records[0]["reference"]))]
         for row in records:
-            if compared.get(row["rank"], row["candidate"]) == row["candidate"]:
-                answers.append(Answer(_name(row, rates, text), _short(row["answer"]), row["candidate"] == chosen))
+            rank, candidate = row["rank"], row["candidate"]
+            if compared.get(rank, candidate) == candidate:
+                answers.append(Answer(name(rank, candidate), _short(row["answer"]), candidate == chosen))
         found.append(Answered(text("answer.prompt", number=number), _short(records[0]["prompt"]), answers))
     return found
-
-
-def _name(row: Mapping[Hashable, Any], rates: Mapping[str, float], text: Catalogue) -> str:
-    rank, candidate = int(row["rank"]), row["candidate"]
-    if rank == 0:
-        return text("answer.base")
-    if len(set(rates.values())) == 1 or candidate not in rates:
-        return text("name.rank", rank=rank)
-    return text("name.rank_and_rate", rank=rank, rate=rate(rates[candidate]))
 
 
 def _short(value: object) -> str:

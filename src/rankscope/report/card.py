@@ -16,7 +16,7 @@ from rankscope.data.formats import has_conversations
 from rankscope.files import write_atomic
 from rankscope.hub import HUB_ID
 from rankscope.report.markdown import code_block, escape, markdown_table
-from rankscope.spec.candidates import PLAIN, Trial
+from rankscope.spec.candidates import Trial
 from rankscope.spec.models import DataSpec, is_jinja
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import load
@@ -61,7 +61,7 @@ def model_card(
     `Study.results()`, without an `eval_loss` where it was trained on all rows, and `as_exported` has what was measured
     of what `rankscope export` wrote."""
     spec, candidate, machine, data = evidence.spec, trial.candidate, evidence.machine, evidence.data_facts
-    text = load("en")
+    text, fault = load("en"), results.get("adapter_fault")
     package, kind = ("transformers", "AutoModelForCausalLM") if merged else ("peft", "AutoPeftModelForCausalLM")
     metadata = ModelCardData(
         base_model=_on_the_hub(spec.model.id),
@@ -70,19 +70,42 @@ def model_card(
         pipeline_tag="text-generation",
         tags=["lora", "rankscope"],
     )
-    coverage = coverage_sentences(evidence.prediction.get("coverage"), [candidate.rank], text)
-    modules, revision = candidate.target_modules, machine["model"].get("revision")
+    warnings = data_warnings(data, text)
+    warnings += [text("caveat.adapter_fault", fault=fault)] if isinstance(fault, str) else []
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    parts = [
+        f"---\n{metadata.to_yaml()}\n---",
+        f"# {escape(spec.name)}: {escape(trial.name)}",
+        f"A LoRA adapter of rank {candidate.rank}, one of the {len(spec.trials())} trials of a rankscope study.",
+        f"The study's verdict: {escape(verdict_sentence(verdict, 'en'))}",
+        *(escape(text("caveat.warning", sentence=sentence)) for sentence in warnings),
+        "## How it was made",
+        _table(_making(evidence, trial, results, merged)),
+        "## What was measured",
+        _table(_measured(data, results) | dict(as_exported)),
+        "## Use",
+        code_block(f'from {package} import {kind}\n\nmodel = {kind}.from_pretrained("PATH_OF_THIS_FOLDER")', "python"),
+        *prompt_format(spec.data, data.get("format", "alpaca")),
+        f"Made by rankscope {__version__} ({escape(versions)}).",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _making(evidence: Evidence, trial: Trial, results: Mapping[str, Any], merged: str | None) -> dict[str, str]:
+    spec, candidate, data = evidence.spec, trial.candidate, evidence.data_facts
+    modules, revision = candidate.target_modules, evidence.machine["model"].get("revision")
     held_out, names = known(results["eval_loss"]), " + ".join(map(_public_name, spec.data.ids))
-    rows = data["rows_train"] if held_out else data["rows_train"] + data["rows_eval"]
+    rows = data["rows_train"] + (0 if held_out else data["rows_eval"])
+    coverage = coverage_sentences(evidence.prediction.get("coverage"), [candidate.rank], load("en"))
     facts = {
         "Base model": _public_name(spec.model.id) + (f", revision {revision}" if revision else ""),
-        "Data": f"{names}: {rows:,} rows{', none held out' * (not held_out)}, loss on {data['loss_on']}",
+        "Data": f"{names}: {rows:,} rows{'' if held_out else ', none held out'}, loss on {data['loss_on']}",
         "Rank": f"{candidate.rank}",
-        **({} if candidate.variant == PLAIN else {"LoRA variant": VARIANTS[candidate.variant]}),
+        "LoRA variant": VARIANTS.get(candidate.variant),
         "lora_alpha": f"{candidate.lora_alpha:g} (the update is scaled by {candidate.scaling:.4g})",
         "Target modules": modules if isinstance(modules, str) else ", ".join(modules),
-        **({"Coverage": " ".join(coverage)} if coverage else {}),
-        **({"Merged": f"into the base model, as {merged}"} if merged else {}),
+        "Coverage": " ".join(coverage),
+        "Merged": f"into the base model, as {merged}" if merged else None,
         "LoRA dropout": f"{candidate.lora_dropout:g}",
         "Learning rate": f"{rate(candidate.learning_rate)}, {spec.training.lr_scheduler_type}",
         "Steps": f"{results['steps']:,.0f}, {spec.training.effective_batch_size} examples per step",
@@ -90,36 +113,18 @@ def model_card(
         "Trainable parameters": f"{results['trainable_params']:,.0f}",
         "Size": size(results["adapter_bytes"]),
     }
-    measured = {"Training loss": f"{results['train_loss']:.4f}, mean over the last tenth of the steps"}
-    if held_out:
-        measured = {
-            "Held-out loss": f"{results['eval_loss']:.4f} nats per label token, {data['rows_eval']:,} rows",
-            "Perplexity": f"{results['eval_perplexity']:.4g}",
-            "Token accuracy": percent(results["eval_accuracy"]) if known(results["eval_accuracy"]) else "unknown",
-        } | measured
-    fault = results.get("adapter_fault")
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
-    parts = [
-        f"---\n{metadata.to_yaml()}\n---",
-        f"# {escape(spec.name)}: {escape(trial.name)}",
-        f"A LoRA adapter of rank {candidate.rank}, one of the {len(spec.trials())} trials of a rankscope study.",
-        f"The study's verdict: {escape(verdict_sentence(verdict, 'en'))}",
-        *(escape(text("caveat.warning", sentence=it)) for it in data_warnings(data, text)),
-        *(
-            [escape(text("caveat.warning", sentence=text("caveat.adapter_fault", fault=fault)))]
-            if isinstance(fault, str)
-            else []
-        ),
-        "## How it was made",
-        _table(facts),
-        "## What was measured",
-        _table(measured | dict(as_exported)),
-        "## Use",
-        code_block(f'from {package} import {kind}\n\nmodel = {kind}.from_pretrained("PATH_OF_THIS_FOLDER")', "python"),
-        *prompt_format(spec.data, data.get("format", "alpaca")),
-        f"Made by rankscope {__version__} ({escape(versions)}).",
-    ]
-    return "\n\n".join(parts) + "\n"
+    return {name: fact for name, fact in facts.items() if fact}
+
+
+def _measured(data: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, str]:
+    training = {"Training loss": f"{results['train_loss']:.4f}, mean over the last tenth of the steps"}
+    if not known(results["eval_loss"]):
+        return training
+    return {
+        "Held-out loss": f"{results['eval_loss']:.4f} nats per label token, {data['rows_eval']:,} rows",
+        "Perplexity": f"{results['eval_perplexity']:.4g}",
+        "Token accuracy": percent(results["eval_accuracy"]) if known(results["eval_accuracy"]) else "unknown",
+    } | training
 
 
 def prompt_format(spec: DataSpec, format: str) -> list[str]:

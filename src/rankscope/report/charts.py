@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 
 from rankscope.text.catalogue import Catalogue
-from rankscope.text.formats import rate
 
 FONT = (
     "system-ui, -apple-system, 'Segoe UI', 'Noto Sans', 'Apple SD Gothic Neo', 'Malgun Gothic', "
@@ -105,36 +104,16 @@ def cycle(domain: Sequence[Any], values: Sequence[Any]) -> alt.Scale:
     return alt.Scale(domain=list(domain), range=[values[number % len(values)] for number in range(len(domain))])
 
 
-def spread(values: Sequence[float], gap: float) -> list[float]:
-    """Positions of labels, in the order of their values and about as high, at least `gap` from each other."""
-    placed, last = dict[int, float](), -math.inf
-    for place in sorted(range(len(values)), key=values.__getitem__):
-        placed[place] = last = max(values[place], last + gap)
-    above = (sum(placed.values()) - sum(values)) / max(1, len(values))
-    return [placed[place] - above for place in range(len(values))]
-
-
-def end_labels(
-    ends: pd.DataFrame, text: Catalogue, ranks: list[int], x: alt.X, y: Axis, y_range: Range
-) -> list[alt.Chart]:
-    """Name of each rank at the end of its line: `ends` has its `rank`, where on the x axis, and how high (`mean`)."""
-    heights = spread([float(value) for value in ends["mean"].clip(*y_range)], LABEL_SHARE * (y_range[1] - y_range[0]))
-    base = alt.Chart(ends.assign(at=heights, label=[text("name.rank", rank=rank) for rank in ends["rank"]]))
-    symbols = base.mark_point(filled=True, size=50, opacity=1, xOffset=10)
-    words = base.mark_text(align="left", dx=18).encode(x=x, y=y("at"), text="label:N")
-    return [symbols.encode(x=x, y=y("at"), color=colour(ranks), shape=shape(ranks)), words]
-
-
 def rank_axis(text: Catalogue, ranks: list[int]) -> alt.X:
     scale, axis = alt.Scale(domain=ranks), alt.Axis(labelAngle=0)
     return alt.X("rank:N", sort=ranks, title=text("chart.rank"), scale=scale, axis=axis)
 
 
 def by_rank(frame: pd.DataFrame, text: Catalogue, ranks: list[int]) -> dict[str, Any]:
-    """Channels that put ranks side by side, and within a rank its learning rates from low to high."""
+    """Channels that put ranks side by side, and within a rank its learning rates (`rate`) from low to high."""
     channels: dict[str, Any] = {"x": rank_axis(text, ranks)}
-    if frame["learning_rate"].nunique() > 1:
-        rates = [rate(value) for value in sorted(frame["learning_rate"].unique())]
+    rates = frame.sort_values("learning_rate")["rate"].unique().tolist()
+    if len(rates) > 1:
         channels["xOffset"] = alt.XOffset("rate:N", sort=rates, scale=alt.Scale(domain=rates))
     return channels
 
@@ -174,15 +153,13 @@ def intervals(frame: pd.DataFrame, y: Axis, encoding: Mapping[str, Any], column:
     return [alt.Chart(both).mark_rule(**mark).encode(y=y(f"{column}_low"), y2=f"{column}_high:Q", **encoding)]
 
 
-def beyond(
-    frame: pd.DataFrame, y: Axis, encoding: Mapping[str, Any], of_rank: alt.Color, top: float
-) -> list[alt.Chart]:
+def beyond(frame: pd.DataFrame, y: Axis, x: Mapping[str, Any], ranks: list[int], top: float) -> list[alt.Chart]:
     """Arrows at the upper end of the axis `y` for rows that lie above it, each with its `label`; no layer without."""
     if frame.empty:
         return []
-    base = alt.Chart(frame.assign(top=top)).encode(y=y("top"), **encoding)
+    base = alt.Chart(frame.assign(top=top)).encode(y=y("top"), **x)
     arrows = base.mark_point(shape="triangle-up", filled=True, size=90, opacity=1)
-    return [arrows.encode(color=of_rank), base.mark_text(dy=14, fontSize=11).encode(text="label:N")]
+    return [arrows.encode(color=colour(ranks)), base.mark_text(dy=14, fontSize=11).encode(text="label:N")]
 
 
 def band(limits: Range, y: Axis) -> alt.Chart:
@@ -194,55 +171,70 @@ class Along(NamedTuple):
     """X axis of a curve: a column of its frame, and how it is shown."""
 
     column: str
-    title: str
-    number: str
-    axis: alt.Axis
+    x: alt.X
+    tooltip: alt.Tooltip
 
 
-def steps_axis(text: Catalogue) -> Along:
-    return Along("step", text("chart.step"), ",d", alt.Axis(format=",d", tickMinStep=1, tickCount=6))
+def along(column: str, title: str, number: str, **axis: Any) -> Along:
+    """X axis of a curve along a column, whose tooltip has the format `number`."""
+    scale = alt.Scale(nice=False)
+    x = alt.X(f"{column}:Q", title=title, axis=alt.Axis(tickCount=6, **axis), scale=scale)
+    return Along(column, x, alt.Tooltip(f"{column}:Q", title=title, format=number))
 
 
-def x_axis(along: Along) -> alt.X:
-    return alt.X(f"{along.column}:Q", title=along.title, axis=along.axis, scale=alt.Scale(nice=False))
+def along_steps(text: Catalogue) -> Along:
+    return along("step", text("chart.step"), ",d", format=",d", tickMinStep=1)
 
 
 def lines(
     frame: pd.DataFrame, text: Catalogue, ranks: list[int], title: str, y_range: Range, number: str,
-    *, along: Along, points: bool = False,
+    *, by: Along, points: bool = False,
 ) -> list[alt.Chart]:  # fmt: skip
     """Layers with a mean line and a band per rank, its name at the end, and under the pointer the values of all ranks.
     The frame has `rank mean low high`, and the column of the x axis."""
-    base, x, y, of_rank = alt.Chart(frame), x_axis(along), y_axis(title, y_range), colour(ranks)
+    base, y, of_rank = alt.Chart(frame).encode(x=by.x), y_axis(title, y_range), colour(ranks)
     layers = []
     if (frame["high"] > frame["low"]).any():
         band = base.mark_area(opacity=0.15, clip=True)
-        layers.append(band.encode(x=x, y=y("low"), y2="high:Q", color=of_rank))
-    line = base.mark_line(strokeWidth=2, clip=True).encode(x=x, y=y("mean"), color=of_rank)
+        layers.append(band.encode(y=y("low"), y2="high:Q", color=of_rank))
+    line = base.mark_line(strokeWidth=2, clip=True).encode(y=y("mean"), color=of_rank)
     if points:  # their shapes tell the ranks apart without colour; elsewhere dashes do
         marks = base.mark_point(filled=True, size=40, opacity=1)
-        layers += [line, marks.encode(x=x, y=y("mean"), color=of_rank, shape=shape(ranks))]
+        layers += [line, marks.encode(y=y("mean"), color=of_rank, shape=shape(ranks))]
     else:
         dashes = alt.StrokeDash("rank:N", sort=ranks, scale=cycle(ranks, DASHES), legend=None)
         layers.append(line.encode(strokeDash=dashes))
-    ends = frame.loc[frame.groupby("rank")[along.column].idxmax(), ["rank", along.column, "mean"]]
-    layers += end_labels(ends, text, ranks, x, y, y_range)
-    return [*layers, _hover(base, frame, text, ranks, number, along)]
-
-
-def _hover(
-    base: alt.Chart, frame: pd.DataFrame, text: Catalogue, ranks: list[int], number: str, along: Along
-) -> alt.Chart:
+    layers += end_labels(frame, text, ranks, by, y, y_range)
     nearest = alt.selection_point(
-        nearest=True, on="pointerover", clear="pointerout", fields=[along.column], empty=False, name="nearest"
+        nearest=True, on="pointerover", clear="pointerout", fields=[by.column], empty=False, name="nearest"
     )
     values = [
         alt.Tooltip(field=str(rank), type="quantitative", format=number, title=text("name.rank", rank=rank))
         for rank in ranks
         if (frame["rank"] == rank).any()
     ]
-    tooltip = [alt.Tooltip(f"{along.column}:Q", title=along.title, format=along.number), *values]
     opacity = alt.condition(nearest, alt.value(0.6), alt.value(0))
-    rule = base.transform_pivot("rank", value="mean", groupby=[along.column]).mark_rule(strokeWidth=1)
-    hover: alt.Chart = rule.encode(x=x_axis(along), opacity=opacity, tooltip=tooltip).add_params(nearest)
-    return hover
+    rule = base.transform_pivot("rank", value="mean", groupby=[by.column]).mark_rule(strokeWidth=1)
+    return [*layers, rule.encode(opacity=opacity, tooltip=[by.tooltip, *values]).add_params(nearest)]
+
+
+def end_labels(
+    frame: pd.DataFrame, text: Catalogue, ranks: list[int], by: Along, y: Axis, y_range: Range
+) -> list[alt.Chart]:
+    """Name of each rank at the end of its line, where it is `mean` high, or beside it where two would touch."""
+    ends = frame.loc[frame.groupby("rank")[by.column].idxmax(), ["rank", by.column, "mean"]]
+    heights = spread([float(value) for value in ends["mean"].clip(*y_range)], LABEL_SHARE * (y_range[1] - y_range[0]))
+    names = [text("name.rank", rank=rank) for rank in ends["rank"]]
+    base = alt.Chart(ends.assign(at=heights, label=names)).encode(x=by.x, y=y("at"))
+    symbols = base.mark_point(filled=True, size=50, opacity=1, xOffset=10)
+    words = base.mark_text(align="left", dx=18).encode(text="label:N")
+    return [symbols.encode(color=colour(ranks), shape=shape(ranks)), words]
+
+
+def spread(values: Sequence[float], gap: float) -> list[float]:
+    """Positions of labels, in the order of their values and about as high, at least `gap` from each other."""
+    placed, last = dict[int, float](), -math.inf
+    for place in sorted(range(len(values)), key=values.__getitem__):
+        placed[place] = last = max(values[place], last + gap)
+    above = (sum(placed.values()) - sum(values)) / max(1, len(values))
+    return [placed[place] - above for place in range(len(values))]

@@ -1,28 +1,22 @@
 """Content of a report in one language, which HTML and Markdown render."""
 
 import shlex
-from collections.abc import Collection, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import pandas as pd
+from altair.utils.schemapi import debug_mode
 
 from rankscope.analysis.next_step import NextStep, next_step
 from rankscope.data.doubts import DOUBTS, data_warnings, doubts
+from rankscope.report import tables
 from rankscope.report.answers import Answered, answered
 from rankscope.report.costs import Savings, cost_tables, noise_sentence, prediction_tables, savings
 from rankscope.report.curve import rank_curve_sections
-from rankscope.report.figures import Figure, Missing, Section, make_section
-from rankscope.report.frames import best_of_ranks, by_candidate, chosen_row, compared_rows, has_gpu
+from rankscope.report.figures import Figure, Section, make_section
+from rankscope.report.frames import by_candidate, chosen_row, compared_rows
 from rankscope.report.loss import heldout_by_step, loss_figures
 from rankscope.report.memory import memory_curves, memory_figures
-from rankscope.report.other_metrics import (
-    base_names,
-    data_facts,
-    machine_facts,
-    metrics_notes,
-    metrics_table,
-    rank_name,
-)
 from rankscope.report.runtime import runtime_figure, trade_off_figures
 from rankscope.report.task import task_sections
 from rankscope.report.variants import variant_sections
@@ -33,23 +27,7 @@ from rankscope.study.folder import ANSWERS, TASK
 from rankscope.text import verdict as words
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.coverage import coverage_sentences
-from rankscope.text.formats import (
-    Columns,
-    Table,
-    at_least,
-    duration,
-    fixed,
-    interval,
-    known,
-    loss,
-    percent,
-    rate,
-    shown,
-    signed,
-    sizes,
-    tabulate,
-    two_digits,
-)
+from rankscope.text.formats import Table, known, percent, signed, two_digits
 from rankscope.text.verdict import Verdict
 
 
@@ -84,11 +62,8 @@ class Content(NamedTuple):
     def figures(self) -> list[Figure]:
         return [figure for section in [*self.sections, *self.details] for figure in section.figures]
 
-    @property
-    def missing(self) -> list[Missing]:
-        return [missing for section in [*self.sections, *self.details] for missing in section.missing]
 
-
+@debug_mode(False)  # tests validate the charts; at each step of their making it takes longer than all else
 def compose(evidence: Evidence, verdict: Verdict, text: Catalogue, directory: str = "") -> Content:
     """Content of the report; `verdict` may be None, and any table of the evidence may be empty. `directory` is the
     study's, as commands name it (default: its name)."""
@@ -106,7 +81,7 @@ def compose(evidence: Evidence, verdict: Verdict, text: Catalogue, directory: st
         sentence=words.verdict_sentence(verdict, text.language),
         next_step=next_step(verdict, evidence, directory or study_name, text),
         warnings=data_warnings(evidence.data_facts, text),
-        ranks=_rank_table(evidence, verdict, best_of_ranks(table), text),
+        ranks=tables.rank_table(evidence, verdict, table, text),
         margins=words.margin_table(verdict, text),
         gain=words.gained(verdict, text),
         cost=_cost(verdict, table, text),
@@ -134,22 +109,24 @@ def compose(evidence: Evidence, verdict: Verdict, text: Catalogue, directory: st
 
 def _details(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> list[Section]:
     """Sections of the second level: rules of thumb, curves, all that was measured, and the conclusion's limits."""
-    candidates = candidate_table(evidence, verdict, table, text)
-    costs = [*cost_tables(evidence, text), *prediction_tables(evidence, text)]
+    candidates = tables.candidate_table(evidence, verdict, table, text)
+    costs = [*cost_tables(evidence, text), *prediction_tables(evidence, table, text)]
     coverage = coverage_sentences(evidence.prediction.get("coverage"), evidence.spec.ranks, text)
-    noise = list(filter(None, [noise_sentence(evidence.profiles, text)]))
-    facts = {"data": data_facts(evidence.data_facts, text), "machine": machine_facts(evidence.machine, text)}
-    headers, unknown = [text("table.key"), text("table.value")], [Missing("facts", text("table.missing"))]
-    claims = words.claim_sentences(verdict, text.language)
+    notes = filter(None, [noise_sentence(evidence.profiles, text), *coverage, text("unit.note")])
+    claims, metrics = words.claim_sentences(verdict, text.language), tables.metrics_table(evidence, verdict, text)
+    facts = {
+        "data": tables.data_table(evidence.data_facts, text),
+        "machine": tables.machine_table(evidence.machine, text),
+    }
     return [
-        make_section("claims", [] if claims else [Missing("claims", text("claim.absent"))], claims),
+        make_section("claims", [] if claims else [text("claim.absent")], claims),
         make_section("curves", [heldout_by_step(evidence, table, text), *memory_curves(evidence, table, text)]),
-        make_section("candidates", [], [*noise, *coverage, text("unit.note")], [candidates, *costs]),
-        make_section("also", [], metrics_notes(evidence, text), [metrics_table(evidence, verdict, text)]),
-        make_section("trials", [], [], [_trials(evidence, text)]),
+        make_section("candidates", [], list(notes), [candidates, *costs]),
+        make_section("also", [], tables.metrics_notes(evidence, text), [metrics]),
+        make_section("trials", [], [], [tables.trial_table(evidence, text)]),
         *(
-            make_section(name, [] if rows else unknown, [], [Table("", headers, [False, False], rows)] if rows else [])
-            for name, rows in facts.items()
+            make_section(name, [], [], [table]) if table.rows else make_section(name, [text("table.missing")])
+            for name, table in facts.items()
         ),
         make_section("limits", [], _limits(evidence, verdict, text)),
     ]
@@ -160,7 +137,7 @@ def _about(evidence: Evidence, text: Catalogue) -> Iterator[str]:
     spec, machine = evidence.spec, evidence.machine
     ids = {"model": spec.model.id, "data": spec.data.name}
     names = {what: text(f"page.embedded_{what}") if name == EMBEDDED else name for what, name in ids.items()}
-    yield text("page.subtitle", **{what: base_names(name) for what, name in names.items()})
+    yield text("page.subtitle", **{what: tables.base_names(name) for what, name in names.items()})
     if "rows_train" in evidence.data_facts:
         yield text.count("rows", evidence.data_facts["rows_train"])
     if known(steps := evidence.results["steps"].max()):
@@ -193,91 +170,6 @@ def _cost(verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> words.Gain:
     ends = {"low": signed(low), "high": signed(high), "confidence": percent(verdict["confidence"])}
     notes.append(text("cost.interval", **ends) if known(low) and known(high) else text("cost.no_interval"))
     return words.Gain(text("cost.nats", value=signed(chosen["regret"])), notes)
-
-
-def _rank_table(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> Table:
-    """What each rank brings and takes, as its best candidate does: the first table of a report."""
-    rates = ["learning_rate"] if len(evidence.spec.learning_rates) > 1 else []
-    quality = "kept" if table["kept"].notna().any() else "eval_loss"
-    shown_on_top = ["rank", *rates, quality, "cpu_peak", "gpu_peak", "runtime", "adapter"]
-    found = candidate_table(evidence, verdict, table, text, shown_on_top)
-    return found._replace(caption=text("table.ranks"))
-
-
-def candidate_table(
-    evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Catalogue, only: Collection[str] = ()
-) -> Table:
-    """One row per row of `by_candidate`, with the columns `only` (default: all but the peak of memory alone)."""
-    gpu, chosen = has_gpu(evidence), (verdict or {}).get("candidate")
-    of_kind = {kind: [table[f"{kind}_{end}_bytes"] for end in ("mean", "peak")] for kind in ("cpu", "gpu_allocated")}
-    memory_size = {kind: sizes(pd.concat(columns)) for kind, columns in of_kind.items()}
-    adapter_size, seconds = sizes(table["adapter_bytes"]), fixed(table["step_seconds"])
-    peak, peak_kind = ("gpu_peak", "gpu_allocated") if gpu else ("cpu_peak", "cpu")
-
-    def memory(row: Any, kind: str) -> str:
-        average, peak = (shown(row[f"{kind}_{end}_bytes"], memory_size[kind], text) for end in ("mean", "peak"))
-        return average if average == peak == text("none") else f"{average} /\n{peak}"
-
-    def eval_loss(row: Any) -> str:
-        if row["diverged"]:
-            return text("status.diverged")
-        spread = f"\n± {loss(row['eval_loss_sd'])}" if known(row["eval_loss_sd"]) else ""
-        worse = f"\n{text('table.worse_than_untrained')}" if row["gain"] < 0 else ""
-        return shown(row["eval_loss"], loss, text) + spread + worse
-
-    def regret(row: Any) -> str:
-        ends = f"\n{text('table.few_seeds')}" if row["few_seeds"] else ""
-        return shown(row["regret"], loss, text) + (ends or interval(row["regret_low"], row["regret_high"], loss))
-
-    def kept(row: Any) -> str:
-        least = text("table.at_least", share=at_least(row["kept_low"])) if known(row["kept_low"]) else ""
-        return "\n".join(filter(None, [shown(row["kept"], "{:.1%}".format, text), least]))
-
-    columns: Columns = {
-        "rank": lambda row: str(row["rank"]),
-        "learning_rate": lambda row: rate(row["learning_rate"]),
-        "alpha": lambda row: f"{row['lora_alpha']:g}",
-        "scaling": lambda row: f"{row['scaling']:.4g}",
-        "params": lambda row: shown(row["trainable_params"], "{:,.0f}".format, text),
-        "finished": lambda row: f"{row['finished']} / {row['trials']}",
-        "train_loss": lambda row: shown(row["train_loss"], loss, text),
-        "eval_loss": eval_loss,
-        "regret": regret,
-        **({"kept": kept} if table["kept"].notna().any() else {}),
-        "within": lambda row: shown(row["within_margin"], lambda it: text("table.yes" if it else "table.no"), text),
-        "cpu_memory": lambda row: memory(row, "cpu"),
-        "gpu_memory": lambda row: memory(row, "gpu_allocated") if gpu else text("table.no_gpu"),
-        peak: lambda row: shown(row[f"{peak_kind}_peak_bytes"], memory_size[peak_kind], text),
-        "step_seconds": lambda row: shown(row["step_seconds"], seconds, text),
-        "runtime": lambda row: shown(row["runtime_seconds"], lambda seconds: duration(seconds, text), text),
-        "adapter": lambda row: shown(row["adapter_bytes"], adapter_size, text),
-    }
-    confidence = (verdict or {}).get("confidence", evidence.spec.verdict.confidence)
-    return tabulate(
-        text("table.candidates", confidence=percent(confidence)),
-        {text(f"table.{name}"): cell for name, cell in columns.items() if name in (only or columns.keys() - {peak})},
-        table.to_dict("records"),
-        chosen=next((number for number, name in enumerate(table["candidate"]) if name == chosen), None),
-    )
-
-
-def _trials(evidence: Evidence, text: Catalogue) -> Table:
-    records = [row for part in evidence.parts for row in part.results.to_dict("records")]
-    if evidence.reference_results is not None:
-        records += evidence.reference_results.to_dict("records")
-    columns: Columns = {
-        "trial": lambda row: str(row["trial"]),
-        "rank": lambda row: rank_name(row["rank"], text),
-        "learning_rate": lambda row: rate(row["learning_rate"]),
-        "seed": lambda row: str(row["seed"]),
-        "status": lambda row: text.get(f"status.{row['status']}", str(row["status"])),
-        "reason": lambda row: row["reason"] if isinstance(row["reason"], str) else text("none"),
-        "steps": lambda row: shown(row["steps"], "{:,.0f}".format, text),
-        "train_loss": lambda row: shown(row["train_loss"], loss, text),
-        "eval_loss_all": lambda row: shown(row["eval_loss"], loss, text),
-    }
-    headed = {text(f"table.{name}"): cell for name, cell in columns.items()}
-    return tabulate(text("table.trials"), headed, records, [text(f"table.{n}") for n in ("trial", "status", "reason")])
 
 
 def _limits(evidence: Evidence, verdict: Verdict, text: Catalogue) -> list[str]:

@@ -1,50 +1,34 @@
 """Costs in the report: the chosen rank beside the largest, each cost in detail, and measurement noise."""
 
-import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from functools import partial
+from typing import NamedTuple
 
 import pandas as pd
 
-from rankscope.analysis.costs import Noise, cpu_memory, noise_of
-from rankscope.report.frames import chosen_row, has_gpu, rank_profiles
+from rankscope.analysis.costs import Noise, noise_of
+from rankscope.report.frames import chosen_row, has_gpu, rank_profiles, with_cpu
 from rankscope.study.evidence import Evidence
 from rankscope.study.records import BUSY_PRESSURE
+from rankscope.text import formats
 from rankscope.text.catalogue import Catalogue
-from rankscope.text.formats import (
-    Columns,
-    Table,
-    change,
-    duration,
-    fixed,
-    known,
-    percent,
-    rate,
-    shown,
-    size,
-    sizes,
-    tabulate,
-    two_digits,
-)
+from rankscope.text.formats import Columns, Table, column, known, shown, tabulate
 from rankscope.text.verdict import Verdict, candidate_name
 
 QUANTITIES = {
-    "cpu_mean": "{}_mean_bytes",
-    "cpu_peak": "{}_peak_bytes",
+    "cpu_mean": "cpu_mean_bytes",
+    "cpu_peak": "cpu_peak_bytes",
     "gpu_mean": "gpu_allocated_mean_bytes",
     "gpu_peak": "gpu_allocated_peak_bytes",
     "step_seconds": "step_seconds_median",
     "runtime": "runtime_seconds",
 }
-"""Costs with a stated noise, and their columns in `Study.profiles`; {} is `cpu_memory`."""
+"""Costs with a stated noise, and their columns in `with_cpu`."""
 
 MEMORY_KINDS = ("private", "mapped", "rss", "gpu_allocated", "gpu_reserved", "gpu_nvml")
 """Prefixes of columns in `Study.profiles`."""
 
-Detail = tuple[str, str]
-"""A column of `Study.profiles`, and its aggregation over repeats."""
-
-MEMORY_DETAILS: dict[str, Detail] = {
+MEMORY_DETAILS = {
     "chart.average": ("{}_mean_bytes", "mean"),
     "chart.peak": ("{}_peak_bytes", "max"),
     "table.p99": ("{}_p99_bytes", "mean"),
@@ -53,8 +37,7 @@ MEMORY_DETAILS: dict[str, Detail] = {
     "table.load_peak": ("load_{}_peak_bytes", "max"),
     "table.eval_peak": ("eval_{}_peak_bytes", "max"),
 }
-
-TIME_DETAILS: dict[str, Detail] = {
+TIME_DETAILS = {
     "table.step_p10": ("step_seconds_p10", "median"),
     "table.step_median": ("step_seconds_median", "median"),
     "table.step_p90": ("step_seconds_p90", "median"),
@@ -64,6 +47,7 @@ TIME_DETAILS: dict[str, Detail] = {
     "table.load_seconds": ("load_seconds", "mean"),
     "table.energy": ("joules_per_token", "mean"),
 }
+"""Details of costs by header: a column of `Study.profiles`, and its aggregation over repeats."""
 
 
 class Saving(NamedTuple):
@@ -97,39 +81,40 @@ def savings(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Cat
     title = text("saving.title", name=candidate_name(verdict, name, text))
     if largest["rank"] == chosen["rank"]:
         return Savings(title, [], text("saving.none"))
-    wanted: list[tuple[str, str, str, Callable[[float], str]]] = [
-        ("gpu_peak", "gpu_allocated_peak_bytes", QUANTITIES["gpu_peak"], size),
-        ("cpu_peak", "cpu_peak_bytes", QUANTITIES["cpu_peak"].format(cpu_memory(evidence.profiles)), size),
-        ("runtime", "runtime_seconds", QUANTITIES["runtime"], lambda value: duration(value, text)),
-        ("adapter", "adapter_bytes", "", size),
-    ]
-    found = []
-    for label, column, measured, number in wanted:
-        new, old = chosen[column], largest[column]
+    found, profiles = [], with_cpu(evidence.profiles)
+    for cost in ("gpu_peak", "cpu_peak", "runtime", "adapter"):
+        field = QUANTITIES.get(cost, "adapter_bytes")
+        new, old = chosen[field], largest[field]
         if not (known(new) and known(old) and old > 0):
             continue
-        noise = noise_of(evidence.profiles, measured)
+        noise = noise_of(profiles, field) if cost in QUANTITIES else None  # an adapter's size is counted
         seen = noise is None or abs(new / old - 1) > noise.floor
+        change = formats.change(new, old) if seen else ""
         beside = text("noise.beside" if seen else "noise.within", floor=noise_share(noise)) if noise else ""
-        values = text(f"saving.{label}"), number(new), number(old), change(new, old) if seen else ""
+        number = partial(formats.duration, text=text) if cost == "runtime" else formats.size
+        values = text(f"saving.{cost}"), number(new), number(old), change
         found.append(Saving(*values, less=bool(new < old and seen), noise=beside))
     return Savings(title, found, "" if known(chosen["cpu_peak_bytes"]) else text("saving.unmeasured"))
 
 
 def noise_sentence(profiles: pd.DataFrame, text: Catalogue) -> str:
     """Noise of each cost, and whether other programs ran while time was measured; empty where noise is unknown."""
-    kind = cpu_memory(profiles)
-    columns = {name: column.format(kind) for name, column in QUANTITIES.items()}
-    found = {name: noise for name, column in columns.items() if (noise := noise_of(profiles, column))}
-    if not found:
+    measured, items = with_cpu(profiles), []
+    for name, field in QUANTITIES.items():
+        if noise := noise_of(measured, field):
+            items.append(text("noise.item", floor=noise_share(noise), quantity=text(f"noise.{name}")))
+    if not items:
         return ""
-    quantities = {name: text(f"noise.{name}") for name in found}
-    items = [text("noise.item", floor=noise_share(noise), quantity=quantities[name]) for name, noise in found.items()]
     sentences = [text("noise.sentence", floors=", ".join(items))]
     pressure = profiles["cpu_pressure"].max() if "cpu_pressure" in profiles else None
     if known(pressure) and pressure > BUSY_PRESSURE:
-        sentences.append(text("noise.busy", share=percent(pressure)))
+        sentences.append(text("noise.busy", share=formats.percent(pressure)))
     return " ".join(sentences)
+
+
+def noise_share(noise: Noise) -> str:
+    """The floor in percent, `3.1%`, and at least `0.10%`: less would read as no noise at all."""
+    return f"{formats.two_digits(100 * max(noise.floor, 0.001))}%"
 
 
 def cost_tables(evidence: Evidence, text: Catalogue) -> list[Table]:
@@ -137,75 +122,61 @@ def cost_tables(evidence: Evidence, text: Catalogue) -> list[Table]:
     profiles = rank_profiles(evidence)
     if profiles.empty:
         return []
-    measured = {kind: f"{kind}_mean_bytes" for kind in MEMORY_KINDS}
-    kinds = [kind for kind, column in measured.items() if column in profiles and profiles[column].notna().any()]
-    ranks = [*map(str, sorted(profiles["rank"].unique())), text("noise.row")]
-    by_kind = {kind: _details(evidence, MEMORY_DETAILS, text, kind) for kind in kinds}
-    memory = [
-        [name, text(f"memory.{kind}"), *by_kind[kind][number]] for number, name in enumerate(ranks) for kind in kinds
+    measured = profiles.columns[profiles.notna().any()]
+    kinds = [kind for kind in MEMORY_KINDS if f"{kind}_mean_bytes" in measured]
+    by_kind = [
+        [[rank, text(f"memory.{kind}"), *cells] for rank, *cells in _details(evidence, MEMORY_DETAILS, text, kind)]
+        for kind in kinds
     ]
-    time = [[name, *cells] for name, cells in zip(ranks, _details(evidence, TIME_DETAILS, text), strict=True)]
-    headers = [text(f"table.{name}") for name in ("rank", "memory_kind")]
-    numeric = [True] * len(MEMORY_DETAILS)
-    return [
-        Table(text("table.memory"), [*headers, *map(text, MEMORY_DETAILS)], [True, False, *numeric], memory),
-        Table(text("table.time"), [headers[0], *map(text, TIME_DETAILS)], [True] * (1 + len(TIME_DETAILS)), time),
-    ]
+    memory = [row for rows in zip(*by_kind, strict=True) for row in rows]
+    time = _details(evidence, TIME_DETAILS, text)
+    headers = [text("table.rank"), text("table.memory_kind"), *map(text, MEMORY_DETAILS)]
+    of_memory = Table(text("table.memory"), headers, [header != headers[1] for header in headers], memory)
+    headers = [text("table.rank"), *map(text, TIME_DETAILS)]
+    return [of_memory, Table(text("table.time"), headers, [True] * len(headers), time)]
 
 
-def _details(evidence: Evidence, details: Mapping[str, Detail], text: Catalogue, kind: str = "") -> list[list[str]]:
-    """Cells of each rank, lowest first: each detail's aggregate over its repeats; then the details' noise."""
-    profiles, columns = rank_profiles(evidence), []
-    for pattern, how in details.values():
-        column = pattern.format(kind)
-        values = profiles.assign(**({} if column in profiles else {column: math.nan})).groupby("rank")[column].agg(how)
-        number = (sizes if kind else fixed)(values)
-        noise = noise_of(evidence.profiles, column)
+def _details(
+    evidence: Evidence, details: Mapping[str, tuple[str, str]], text: Catalogue, kind: str = ""
+) -> list[list[str]]:
+    """A row per rank, lowest first, with each detail's aggregate over its repeats; then one with the details' noise."""
+    fields = {pattern.format(kind): how for pattern, how in details.values()}
+    table = rank_profiles(evidence).reindex(columns=["rank", *fields]).groupby("rank").agg(fields)
+    columns = [[*map(str, table.index), text("noise.row")]]
+    for field, values in table.items():
+        number, noise = (formats.sizes if kind else formats.fixed)(values), noise_of(evidence.profiles, str(field))
         last = noise_share(noise) if noise else text("none")
-        columns.append([*(shown(float(value), number, text) for value in values), last])
+        columns.append([*(shown(value, number, text) for value in values), last])
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def noise_share(noise: Noise) -> str:
-    """The floor in percent, `3.1%`, and at least `0.10%`: less would read as no noise at all."""
-    return f"{two_digits(100 * max(noise.floor, 0.001))}%"
-
-
-def prediction_tables(evidence: Evidence, text: Catalogue) -> list[Table]:
-    """Predicted and measured memory and time, one row per candidate; empty where no memory was predicted."""
-    predicted, profiles = evidence.prediction.get("candidates", {}), evidence.profiles
-    pairs = [(candidate, predicted.get(candidate.name)) for candidate in evidence.spec.candidates()]
-    records = [(candidate, found) for candidate, found in pairs if found and found["parts"]]
-    peak = "gpu_allocated_peak_bytes" if has_gpu(evidence) else f"{cpu_memory(profiles)}_peak_bytes"
-
-    def parts(*names: str) -> Callable[[Any], str]:
-        number = sizes(sum(found["parts"][name] for name in names) for _, found in records)
-        return lambda row: number(sum(row[1]["parts"][name] for name in names))
-
-    def measured(row: Any, column: str, how: str, number: Callable[[float], str]) -> str:
-        """Aggregate over the candidate's own repeats, without the control's; unknown where it was not profiled."""
-        if profiles.empty or column not in profiles:
-            return text("none")
-        own = profiles.loc[(profiles["candidate"] == row[0].name) & ~profiles["control"], column]
-        return shown(float(own.astype("float64").agg(how)), number, text)
-
-    peaks = sizes([*(found["peak_bytes"] for _, found in records), *profiles.get(peak, [])])
-    seconds = fixed([*(found["step_seconds"] for _, found in records), *profiles.get("step_seconds_median", [])])
-    columns: Columns = {
-        "table.rank": lambda row: str(row[0].rank),
-        "table.learning_rate": lambda row: rate(row[0].learning_rate),
-        "prediction.base": parts("base"),
-        "prediction.adapter": parts("adapter", "gradients", "optimizer"),
-        "prediction.activations": parts("activations"),
-        "prediction.logits": parts("logits"),
-        "prediction.other": parts("process", "retained"),
-        "prediction.predicted": lambda row: peaks(row[1]["peak_bytes"]),
-        "prediction.measured": lambda row: measured(row, peak, "max", peaks),
-        "prediction.difference": lambda row: measured(
-            row, peak, "max", lambda value: change(row[1]["peak_bytes"], value)
-        ),
-        "prediction.seconds_predicted": lambda row: shown(row[1]["step_seconds"], seconds, text),
-        "prediction.seconds_measured": lambda row: measured(row, "step_seconds_median", "median", seconds),
+def prediction_tables(evidence: Evidence, table: pd.DataFrame, text: Catalogue) -> list[Table]:
+    """Predicted and measured memory and time, one row per candidate of `table` (`by_candidate`); empty where no memory
+    was predicted."""
+    rows = {
+        name: found["parts"] | {"predicted": found["peak_bytes"], "seconds": found["step_seconds"]}
+        for name, found in evidence.prediction.get("candidates", {}).items()
+        if found["parts"]
     }
-    headed = {text(key): cell for key, cell in columns.items()}
-    return [tabulate(text("prediction.title"), headed, records)] if records else []
+    if not rows:
+        return []
+    frame = table.join(pd.DataFrame.from_dict(rows, orient="index"), on="candidate", how="inner")
+    frame["adapter"] += frame["gradients"] + frame["optimizer"]
+    frame["other"] = frame["process"] + frame["retained"]
+    frame["measured"] = frame["gpu_allocated_peak_bytes" if has_gpu(evidence) else "cpu_peak_bytes"]
+    peaks = formats.sizes([*frame["predicted"], *frame["measured"]])
+    seconds = formats.fixed([*frame["seconds"], *frame["step_seconds"]])
+    parts = {part: formats.sizes(frame[part]) for part in ("base", "adapter", "activations", "logits", "other")}
+    columns: Columns = {
+        text("table.rank"): column("rank", str, text),
+        text("table.learning_rate"): column("learning_rate", formats.rate, text),
+        **{text(f"prediction.{part}"): column(part, number, text) for part, number in parts.items()},
+        text("prediction.predicted"): column("predicted", peaks, text),
+        text("prediction.measured"): column("measured", peaks, text),
+        text("prediction.difference"): lambda row: shown(
+            row["measured"], partial(formats.change, row["predicted"]), text
+        ),
+        text("prediction.seconds_predicted"): column("seconds", seconds, text),
+        text("prediction.seconds_measured"): column("step_seconds", seconds, text),
+    }
+    return [tabulate(text("prediction.title"), columns, frame.to_dict("records"))]

@@ -13,6 +13,7 @@ from rankscope.text.verdict import Verdict
 
 POINTS = 4000  # of all lines of a figure together, so that a page stays below 3 MB; a line keeps 30 or more
 KEYS = ["candidate", "rank", "learning_rate"]
+LOSSES = ["train_loss", "eval_loss", "eval_perplexity", "eval_accuracy", "general_loss_after"]
 
 
 class Binned(NamedTuple):
@@ -41,9 +42,8 @@ def scored_results(evidence: Evidence) -> pd.DataFrame:
 
 def mean_and_range(rows: pd.DataFrame, column: str) -> pd.DataFrame:
     """`candidate rank learning_rate step mean low high` of a column at each step."""
-    found = rows.groupby([*KEYS, "step"], as_index=False, observed=True).agg(
-        mean=(column, "mean"), low=(column, "min"), high=(column, "max")
-    )
+    at_step = rows.groupby([*KEYS, "step"], as_index=False, observed=True)
+    found = at_step.agg(mean=(column, "mean"), low=(column, "min"), high=(column, "max"))
     return found.astype({"candidate": "str"})  # not a category, as in all other tables
 
 
@@ -74,18 +74,18 @@ def comparable(results: pd.DataFrame, examples: pd.DataFrame, rows: set[int] | N
         results["eval_accuracy"] = results["trial"].map(sums["correct_tokens"] / sums["label_tokens"])
         results["eval_perplexity"] = np.exp(results["eval_loss"].clip(upper=700.0))
     lost = results["candidate"].isin(results.loc[results["status"] == "diverged", "candidate"])
-    losses = [name for name in LOSSES if name in results]
-    return results.assign(**{name: results[name].where(~lost) for name in losses})
+    losses = results.columns.intersection(LOSSES)
+    results[losses] = results[losses].mask(lost)
+    return results
 
 
-LOSSES = ("train_loss", "eval_loss", "eval_perplexity", "eval_accuracy", "general_loss_after")
-
-
-def counted(results: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-    """By candidate, in their order: these columns, and its numbers of trials, `trials finished diverged`."""
+def means_of(results: pd.DataFrame, first: list[str], means: list[str]) -> pd.DataFrame:
+    """By candidate, in their order: the `first` columns, its numbers of trials, `trials finished diverged`, and `means`
+    of columns over its finished trials, NaN without one."""
     states = {"finished": results["status"] == "done", "diverged": results["status"] == "diverged"}
     marked = results.assign(**states).groupby("candidate", sort=False)
-    return marked[columns].first().assign(trials=marked.size(), **{name: marked[name].sum() for name in states})
+    table = marked[first].first().assign(trials=marked.size(), **{name: marked[name].sum() for name in states})
+    return table.join(results[results["status"] == "done"].groupby("candidate")[means].mean())
 
 
 def heldout_by_seed(evidence: Evidence) -> pd.DataFrame:
@@ -105,10 +105,10 @@ def untrained_loss(evidence: Evidence, rows: set[int] | None) -> float:
     return float(np.average(part["loss"], weights=part["label_tokens"]))
 
 
-COMPARED = (
+COMPARED = [
     "eval_loss_low", "eval_loss_high", "regret", "regret_low", "regret_high", "regret_share", "kept", "kept_low",
     "within_margin",
-)  # fmt: skip
+]  # fmt: skip
 """Columns that `by_candidate` takes from the verdict's comparison."""
 
 COSTS = {
@@ -119,8 +119,7 @@ COSTS = {
     "step_seconds": ("step_seconds_median", "median"),
     "runtime_seconds": ("runtime_seconds", "mean"),
 }
-"""Costs of `by_candidate`: a column of `Study.profiles`, and its aggregation over repeats. The CPU's memory is that of
-`cpu_memory`."""
+"""Costs of `by_candidate`: a column of `with_cpu`, and its aggregation over repeats."""
 
 
 def by_candidate(evidence: Evidence, verdict: Verdict, beside: Evidence | None = None) -> pd.DataFrame:
@@ -137,44 +136,49 @@ def by_candidate(evidence: Evidence, verdict: Verdict, beside: Evidence | None =
     """
     rows = compared_rows(beside or evidence)
     results = comparable(evidence.results, evidence.examples, rows)
-    done = results[results["status"] == "done"].groupby("candidate")
-    table = counted(results, ["rank", "learning_rate", "lora_alpha", "scaling", "trainable_params", "adapter_bytes"])
-    table[["train_loss", "eval_loss"]] = done[["train_loss", "eval_loss"]].mean()
-    table["eval_loss_sd"] = done["eval_loss"].std()
+    identity = ["rank", "learning_rate", "lora_alpha", "scaling", "trainable_params", "adapter_bytes"]
+    table = means_of(results, identity, ["train_loss", "eval_loss"])
+    table["eval_loss_sd"] = results[results["status"] == "done"].groupby("candidate")["eval_loss"].std()
     table["gain"] = untrained_loss(evidence, rows) - table["eval_loss"]
-    compared = {row["candidate"]: row for row in (verdict or {}).get("comparison", [])}
-    for column in COMPARED:
-        known = [compared.get(name, {}).get(column) for name in table.index]
-        table[column] = pd.Series(known, index=table.index, dtype="float64")
+    compared = pd.DataFrame((verdict or {}).get("comparison", []), columns=["candidate", *COMPARED])
+    table = table.join(compared.set_index("candidate").astype("float64"))
     gain = (verdict or {}).get("gain") or 0.0
     for name in ("eval_loss", "regret"):
-        low, high = f"{name}_low", f"{name}_high"
-        wide = (table[high] - table[low] > gain) & (gain > 0)
-        table[[low, high]] = table[[low, high]].mask(wide)
+        ends = [f"{name}_low", f"{name}_high"]
+        wide = (table[ends[1]] - table[ends[0]] > gain) & (gain > 0)
+        table[ends] = table[ends].mask(wide)
     table["few_seeds"] = table["regret"].notna() & table["regret_high"].isna() & (len(compared) > 1)
-    table = table.join(_costs(rank_profiles(evidence)), on="rank")
+    table = table.join(_costs(evidence), on="rank")
     order = [candidate.name for candidate in evidence.spec.candidates()]
     return table.reindex([name for name in order if name in table.index]).reset_index(names="candidate")
 
 
-def best_of_ranks(table: pd.DataFrame) -> pd.DataFrame:
-    """One row of `by_candidate` per rank: the verdict's, or else the one of the lowest held-out loss, or the first."""
+def best_of(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """One row of `by_candidate` per value of `keys`: the verdict's, or else that of the lowest held-out loss, or the
+    first."""
     best_first = table.assign(other=table["regret"].isna()).sort_values(["other", "eval_loss"], kind="stable")
-    return table.loc[best_first.drop_duplicates("rank").index.sort_values()]
+    return table.loc[best_first.drop_duplicates(keys).index.sort_values()]
+
+
+def with_cpu(profiles: pd.DataFrame) -> pd.DataFrame:
+    """`Study.profiles` with the memory of `cpu_memory` as `cpu_mean_bytes cpu_peak_bytes`."""
+    if profiles.empty:
+        return profiles
+    kind = cpu_memory(profiles)
+    return profiles.assign(**{f"cpu_{end}_bytes": profiles[f"{kind}_{end}_bytes"] for end in ("mean", "peak")})
 
 
 def rank_profiles(evidence: Evidence) -> pd.DataFrame:
-    """`Study.profiles` with one row per repeat of a rank, without the control's."""
-    profiles = evidence.profiles
+    """`with_cpu` of the evidence, with one row per repeat of a rank, without the control's."""
+    profiles = with_cpu(evidence.profiles)
     return profiles if profiles.empty else profiles[~profiles["control"]].drop_duplicates(["rank", "repeat"])
 
 
-def _costs(profiles: pd.DataFrame) -> pd.DataFrame:
+def _costs(evidence: Evidence) -> pd.DataFrame:
+    profiles = rank_profiles(evidence)
     if profiles.empty:
         return pd.DataFrame(columns=list(COSTS), index=pd.Index([], name="rank", dtype="int64"), dtype="float64")
-    kind = cpu_memory(profiles)
-    cpu = {f"cpu_{end}_bytes": profiles[f"{kind}_{end}_bytes"] for end in ("mean", "peak")}
-    numeric = profiles.assign(**cpu).astype({column: "float64" for column, _ in COSTS.values()})  # None without a GPU
+    numeric = profiles.astype({column: "float64" for column, _ in COSTS.values()})  # None without a GPU
     return numeric.groupby("rank").agg(**COSTS)
 
 

@@ -9,10 +9,9 @@ interpreter (`ast: true`), so that the policy needs no `unsafe-eval`.
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from importlib import resources
-from types import MappingProxyType
 from typing import Any
 
 import altair as alt
@@ -21,9 +20,8 @@ import vl_convert
 from markupsafe import Markup
 
 from rankscope.report import charts
-from rankscope.report.charts import DARK, LIGHT, PAGE, declarations
 from rankscope.report.content import Content
-from rankscope.report.figures import Figure, Panel
+from rankscope.report.figures import Panel
 from rankscope.text.catalogue import Catalogue, load
 from rankscope.text.formats import strip_control_characters
 
@@ -34,8 +32,8 @@ def render(
     content: Content,
     text: Catalogue,
     *,
-    pages: Mapping[str, str] = MappingProxyType({}),
-    drawn: Mapping[str, str] = MappingProxyType({}),
+    pages: Mapping[str, str] | None = None,
+    drawn: Mapping[str, str] | None = None,
     now: Mapping[str, Any] | None = None,
 ) -> str:
     """The page, below 3 MB. `pages` are the file names of the same page by language; `drawn` has each chart's SVG by
@@ -44,36 +42,31 @@ def render(
     return _page(
         "template.html",
         {"charts": specifications(content), "now": now},
-        ["draw.js", "live.js"] if now else ["draw.js"],
+        _file("draw.js") + (_file("live.js") if now else ""),
         content=content,
         text=text,
-        chart_id=chart_id,
-        panel_label=panel_label,
-        drawn={name: Markup(svg) for name, svg in drawn.items()},  # noqa: S704  # vl_convert escapes text
-        pages={name: (file, load(name)("language")) for name, file in pages.items()},
-        detail_names=["answers", *(section.name for section in content.details), "reproduce"],
+        drawn={name: Markup(svg) for name, svg in (drawn or {}).items()},  # noqa: S704  # vl_convert escapes text
+        pages={name: (file, load(name)("language")) for name, file in (pages or {}).items()},
         live=now is not None,
     )
 
 
 def chart_page(chart: alt.LayerChart | alt.FacetChart, title: str, text: Catalogue) -> str:
     """A page with this chart alone, in its own size; text in the chart's data cannot run either."""
-    spec = chart.to_dict(validate=False)  # tests have validated what is drawn
-    del spec["$schema"], spec["config"]
-    return _page("chart.html", {"charts": {"chart": spec}}, ["draw.js"], title=title, text=text)
+    return _page("chart.html", {"charts": {"chart": _bare(chart)}}, _file("draw.js"), title=title, text=text)
 
 
-def _page(template: str, page_data: Mapping[str, Any], scripts: Sequence[str], **values: Any) -> str:
-    """The filled template, with the scripts and their data, the libraries, and a policy for these two alone."""
+def _page(template: str, page_data: Mapping[str, Any], start: str, **values: Any) -> str:
+    """The filled template, with the script `start` and its data, the libraries, and a policy for these two alone."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_without_control_characters
     )
-    libraries, start = _libraries(), "".join(map(_file, scripts))
+    libraries, page_data = _libraries(), {"theme": charts.theme(charts.PAGE), **page_data}
     return environment.from_string(_file(template)).render(
         **values,
-        light=Markup(declarations(LIGHT)),  # noqa: S704  # colours alone
-        dark=Markup(declarations(DARK)),  # noqa: S704  # colours alone
-        page_data=Markup(json_in_html({"theme": charts.theme(PAGE), **page_data})),  # noqa: S704  # cannot end its script element
+        light=Markup(charts.declarations(charts.LIGHT)),  # noqa: S704  # colours alone
+        dark=Markup(charts.declarations(charts.DARK)),  # noqa: S704  # colours alone
+        page_data=Markup(json_in_html(page_data)),  # noqa: S704  # cannot end its script element
         libraries=Markup(libraries),  # noqa: S704  # vl_convert's own
         start=Markup(start),  # noqa: S704  # the package's own
         script_sources=f"'{_hash(libraries)}' '{_hash(start)}'",
@@ -88,22 +81,24 @@ def _without_control_characters(value: Any) -> Any:
     return strip_control_characters(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def panel_label(figure: Figure, panel: Panel) -> str:
-    """Text that a screen reader reads for a chart. Vega sets the chart's description on its element."""
-    return f"{panel.title}. {figure.alternative}" if panel.title else figure.alternative
-
-
 def specifications(content: Content) -> dict[str, Any]:
     """Vega-Lite specification of each chart, by its element's id."""
-    return {
-        chart_id(figure, number): _specification(panel.chart, panel_label(figure, panel))
-        for figure in content.figures
-        for number, panel in enumerate(figure.panels)
-    }
+    return {panel.id: _specification(panel) for figure in content.figures for panel in figure.panels}
 
 
-def chart_id(figure: Figure, number: int) -> str:
-    return f"chart-{figure.name}-{number}"
+def _specification(panel: Panel) -> dict[str, Any]:
+    """Numbers have six significant digits: more than a screen shows, in a third of the bytes."""
+    spec = _bare(panel.chart.properties(width="container", description=panel.label))
+    for rows in spec["datasets"].values():
+        for row in rows:
+            row |= {key: float(f"{cell:.6g}") for key, cell in row.items() if isinstance(cell, float)}
+    return spec
+
+
+def _bare(chart: alt.Chart | alt.LayerChart | alt.FacetChart) -> dict[str, Any]:
+    """The chart without an address that is never fetched, and without a theme, which the page has."""
+    spec: dict[str, Any] = chart.to_dict(validate=False)  # tests have validated what is drawn
+    return {key: value for key, value in spec.items() if key not in ("$schema", "config")}
 
 
 def json_in_html(value: Any) -> str:
@@ -111,21 +106,6 @@ def json_in_html(value: Any) -> str:
     but a string of JSON contains them. U+2028 and U+2029 are escaped by `ensure_ascii`."""
     content = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return content.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _specification(chart: alt.Chart, alternative: str) -> dict[str, Any]:
-    spec: dict[str, Any] = chart.properties(width="container", description=alternative).to_dict(validate=False)
-    del spec["$schema"], spec["config"]  # an address that is never fetched, and a theme that the page replaces
-    spec["datasets"] = {
-        name: [{key: _short(cell) for key, cell in row.items()} for row in rows]
-        for name, rows in spec["datasets"].items()
-    }
-    return spec
-
-
-def _short(value: Any) -> Any:
-    """The value to six significant digits: more than a screen shows, in a third of the bytes."""
-    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 @cache

@@ -1,17 +1,16 @@
 """Figures of loss: above the best by rank, in training and against steps, and the map of learning rate and rank."""
 
 import math
-from typing import Any
 
 import altair as alt
 import pandas as pd
 from scipy import special
 
 from rankscope.report import charts, frames
-from rankscope.report.figures import Figure, Figures, Missing, Panel, curve_numbers, numbers, say, with_rates
+from rankscope.report.figures import Figure, Figures, curve_numbers, numbers, say, with_rates
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue
-from rankscope.text.formats import Columns, loss, percent, rate, shown, signed
+from rankscope.text.formats import Columns, column, loss, percent, rate, signed
 from rankscope.text.verdict import Verdict, margin_unit
 
 SMOOTHING_SHARE = 0.05  # share of a curve's points in the centred moving average
@@ -21,8 +20,7 @@ CONFIDENCE = 0.95  # of the interval of a difference in training loss
 def loss_figures(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> Figures:
     """Held-out loss above the best, and training loss; by rate where there are several. Of several alphas each rank and
     rate has the verdict's, or else that of the lowest held-out loss."""
-    best_first = table.assign(other=table["regret"].isna()).sort_values(["other", "eval_loss"])
-    table = table.loc[best_first.drop_duplicates(["rank", "learning_rate"]).index.sort_values()]
+    table = frames.best_of(table, ["rank", "learning_rate"])
     found = [_above_best(evidence, verdict, table, text), _training_loss(evidence, table, text)]
     return [*found, _rate_map(evidence, verdict, table, text)] if len(evidence.spec.learning_rates) > 1 else found
 
@@ -43,29 +41,25 @@ def above_best(evidence: Evidence, table: pd.DataFrame) -> tuple[pd.DataFrame, p
     return found, seeds[seeds["candidate"].isin(found["candidate"])]
 
 
-def _above_best(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> Figure | Missing:
-    name, title = "loss-above-best", text("chart.above_best.title")
+def _above_best(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> Figure | str:
+    title, note, margin = text("chart.above_best.title"), text("chart.above_best.note"), _margin(verdict)
     found, seeds = above_best(evidence, table)
     finite = found[found["above"] < math.inf]
     if finite.empty:
-        return Missing(name, text("chart.above_best.absent"))
-    margin, note = _margin(verdict), text("chart.above_best.note")
+        return text("chart.above_best.absent")
     if verdict is not None and margin:
         shares = {"confidence": percent(verdict["confidence"]), "margin": percent(verdict["margin"])}
         note = f"{note} {text(f'chart.above_best.note_{margin_unit(verdict)}', **shares)}"
-    of_seeds = {str(name): own["above"] for name, own in seeds.groupby("candidate")}
+    of_seeds = seeds.groupby("candidate")["above"].agg(list)
     columns: Columns = {
-        text("table.rank"): lambda row: str(row["rank"]),
-        text("table.learning_rate"): lambda row: rate(row["learning_rate"]),
-        text("table.regret"): lambda row: signed(row["above"]),
-        text("chart.lowest"): lambda row: shown(row["above_low"], signed, text),
-        text("chart.highest"): lambda row: shown(row["above_high"], signed, text),
+        text("table.regret"): column("above", signed, text),
+        text("chart.lowest"): column("above_low", signed, text),
+        text("chart.highest"): column("above_high", signed, text),
         text("chart.seeds"): lambda row: ", ".join(map(signed, of_seeds.get(row["candidate"], []))),
     }
     chart = _above_chart(found, seeds, text, frames.ranks_of(evidence), margin)
-    alternative = say(title, finite, "above", signed, text)
-    table_of = numbers(title, columns, finite.to_dict("records"), text)
-    return Figure(name, title, with_rates(note, found, text), alternative, [Panel("", chart)], table_of)
+    alternative, table_of = say(title, finite, "above", signed, text), numbers(title, finite, columns, text)
+    return Figure("loss-above-best", title, with_rates(note, found, text), alternative, {"": chart}, table_of)
 
 
 def _margin(verdict: Verdict) -> float:
@@ -84,30 +78,31 @@ def _above_chart(
     end. Losses up to `margin` nats above the best are shaded."""
     compared = found.dropna(subset=["regret"])
     inside = found[found["above"] < math.inf] if compared.empty else compared
-    of_compared = seeds[seeds["candidate"].isin(inside["candidate"])]
-    ends = [inside[name] for name in ("above", "above_low", "above_high")]
-    y_range = charts.reach(0.0, margin, of_compared["above"], *ends)
+    of_compared = seeds.loc[seeds["candidate"].isin(inside["candidate"]), "above"]
+    y_range = charts.reach(0.0, margin, of_compared, *(inside[name] for name in ("above", "above_low", "above_high")))
     labels = [signed(value) if value < math.inf else text("status.diverged") for value in found["above"]]
     found, seeds = (part.assign(rate=part["learning_rate"].map(rate)) for part in (found.assign(label=labels), seeds))
-    x, of_rank = charts.by_rank(found, text, ranks), charts.colour(ranks)
-    y = charts.y_axis(text("table.regret"), y_range)
-    points, near = {**x, "color": of_rank, "shape": charts.shape(ranks)}, found["above"] <= y_range[1]
-    drawn = found.loc[near, [*frames.KEYS, "rate", "above", "above_low", "above_high"]]
-    edge = alt.Chart(pd.DataFrame({"margin": [margin], "label": [text("chart.above_best.margin")]}))
-    named = edge.mark_text(align="left", dy=10).encode(x=alt.value(8), y=y("margin"), text="label:N")
-    layers = [charts.band((0.0, margin), y), named] if margin else []
+    near = found.loc[found["above"] <= y_range[1], [*frames.KEYS, "rate", "above", "above_low", "above_high"]]
+    far = found.loc[found["above"] > y_range[1], [*frames.KEYS, "rate", "label"]]
+    x, y = charts.by_rank(found, text, ranks), charts.y_axis(text("table.regret"), y_range)
+    of_rank = {**x, "color": charts.colour(ranks)}
+    point = {**of_rank, "y": y("above"), "shape": charts.shape(ranks)}
+    layers = []
+    if margin:
+        edge = alt.Chart(pd.DataFrame({"margin": [margin], "label": [text("chart.above_best.margin")]}))
+        named = edge.mark_text(align="left", dy=10).encode(x=alt.value(8), y=y("margin"), text="label:N")
+        layers = [charts.band((0.0, margin), y), named]
     layers.append(alt.Chart(pd.DataFrame({"zero": [0.0]})).mark_rule(strokeDash=[4, 4]).encode(y=y("zero")))
-    layers += charts.intervals(drawn, y, {**x, "color": of_rank}, "above", strokeWidth=2.5)
+    layers += charts.intervals(near, y, of_rank, "above", strokeWidth=2.5)
     titles = {"above": "mean", "above_low": "lowest", "above_high": "highest"}
     tooltip = charts.candidate_tooltip(text, {f"{n}:Q": text(f"chart.{title}") for n, title in titles.items()}, "+.4f")
-    means = alt.Chart(drawn).mark_point(filled=True, size=130, opacity=1)
-    layers.append(means.encode(y=y("above"), tooltip=tooltip, **points))
+    means = alt.Chart(near).mark_point(filled=True, size=130, opacity=1)
+    layers.append(means.encode(**point, tooltip=tooltip))
     of_seed = {"seed:O": text("chart.seed"), "above:Q": text("table.regret")}
     single = alt.Chart(seeds[seeds["above"].between(*y_range)])
     single = single.mark_point(size=30, opacity=0.7, xOffset=-12 if "xOffset" in x else -18)
-    layers.append(single.encode(y=y("above"), tooltip=charts.candidate_tooltip(text, of_seed, "+.4f"), **points))
-    far = found.loc[~near, [*frames.KEYS, "rate", "label"]]
-    return charts.layered(*layers, *charts.beyond(far, y, x, of_rank, y_range[1]))
+    layers.append(single.encode(**point, tooltip=charts.candidate_tooltip(text, of_seed, "+.4f")))
+    return charts.layered(*layers, *charts.beyond(far, y, x, ranks, y_range[1]))
 
 
 def training_loss(evidence: Evidence, candidates: "pd.Series[str]") -> frames.Binned:
@@ -138,110 +133,91 @@ def paired_difference(seeds: pd.DataFrame) -> pd.DataFrame:
     return found.assign(low=found["mean"] - half.fillna(0.0), high=found["mean"] + half.fillna(0.0))
 
 
-def _usable(evidence: Evidence, column: str, candidates: "pd.Series[str]") -> pd.DataFrame:
-    """`candidate rank learning_rate seed step` and the column of `Evidence.curves`, where it has a value. A mean over a
+def _usable(evidence: Evidence, field: str, candidates: "pd.Series[str]") -> pd.DataFrame:
+    """`candidate rank learning_rate seed step` and the field of `Evidence.curves`, where it has a value. A mean over a
     trial that stopped midway would jump where it stops."""
-    status = evidence.results.set_index("trial")[["candidate", "status"]]
-    lost = status.loc[status["status"] == "diverged", "candidate"]
-    status = status[status["candidate"].isin(candidates) & ~status["candidate"].isin(lost)]
-    done = status[status["status"] == "done"]
-    unfinished = status[~status["candidate"].isin(done["candidate"])]
+    trials = evidence.results[evidence.results["candidate"].isin(candidates)]
+    trials = trials[~trials["candidate"].isin(trials.loc[trials["status"] == "diverged", "candidate"])]
+    done = trials[trials["status"] == "done"]
+    unfinished = trials[~trials["candidate"].isin(done["candidate"])]
     curves = evidence.curves
-    kept = curves["trial"].isin([*done.index, *unfinished.index]) & curves[column].notna()
-    return curves.loc[kept, [*frames.KEYS, "seed", "step", column]]
+    kept = curves["trial"].isin([*done["trial"], *unfinished["trial"]]) & curves[field].notna()
+    return curves.loc[kept, [*frames.KEYS, "seed", "step", field]]
 
 
-def _training_loss(evidence: Evidence, table: pd.DataFrame, text: Catalogue) -> Figure | Missing:
-    name, title = "train-loss", text("chart.train_loss.title")
-    best = frames.best_of_ranks(table)
+def _training_loss(evidence: Evidence, table: pd.DataFrame, text: Catalogue) -> Figure | str:
+    """The difference to the lowest rank, and a thin line per trial with each rank's name at the end of its mean. With
+    few seeds intervals are wide: the axis of the difference shows half of them whole."""
+    title, best = text("chart.train_loss.title"), frames.best_of(table, ["rank"])
     seeds, steps_a_point = training_loss(evidence, best["candidate"])
     if seeds.empty:
-        return Missing(name, text("chart.train_loss.absent"))
-    ranks, lowest = frames.ranks_of(evidence), int(seeds["rank"].min())
-    panels = [Panel(text("chart.train_loss.raw"), _raw_chart(seeds, text, ranks))]
+        return text("chart.train_loss.absent")
+    ranks, by, panels = frames.ranks_of(evidence), charts.along_steps(text), {}
     if seeds["rank"].nunique() > 1:
-        difference = _difference_chart(paired_difference(seeds), text, ranks)
-        panels.insert(0, Panel(text("chart.train_loss.difference", rank=lowest), difference))
-    note = text("chart.train_loss.note", bins=text.count("steps", steps_a_point))
-    means = seeds.groupby([*frames.KEYS, "step"])["train_loss"].mean().reset_index()
-    table_of = curve_numbers(title, means, "train_loss", loss, text)
-    return Figure(name, title, note, say(title, best, "train_loss", loss, text), panels, table_of)
-
-
-def _difference_chart(frame: pd.DataFrame, text: Catalogue, ranks: list[int]) -> alt.Chart:
-    """Curves of `paired_difference`. With few seeds intervals are wide: the axis shows half of them whole."""
-    half = (frame["high"] - frame["mean"]).median()
-    y_range = charts.reach(frame["mean"] - half, frame["mean"] + half)
-    title = text("chart.train_loss.y_difference")
-    return charts.layered(*charts.lines(frame, text, ranks, title, y_range, "+.4f", along=charts.steps_axis(text)))
-
-
-def _raw_chart(seeds: pd.DataFrame, text: Catalogue, ranks: list[int]) -> alt.Chart:
-    """A thin line per trial, with each rank's name at the end of its mean."""
-    y_range, along = charts.reach(seeds["train_loss"]), charts.steps_axis(text)
-    x, y = charts.x_axis(along), charts.y_axis(text("chart.train_loss.y"), y_range)
+        found, y_title = paired_difference(seeds), text("chart.train_loss.y_difference")
+        half = (found["high"] - found["mean"]).median()
+        y_range = charts.reach(found["mean"] - half, found["mean"] + half)
+        drawn = charts.layered(*charts.lines(found, text, ranks, y_title, y_range, "+.4f", by=by))
+        panels[text("chart.train_loss.difference", rank=int(seeds["rank"].min()))] = drawn
+    y_range = charts.reach(seeds["train_loss"])
+    y = charts.y_axis(text("chart.train_loss.y"), y_range)
     thin = alt.Chart(seeds).mark_line(strokeWidth=0.8, opacity=0.5)
-    means = seeds.groupby(["rank", "step"])["train_loss"].mean().rename("mean").reset_index()
-    ends = means.loc[means.groupby("rank")["step"].idxmax()]
-    labels = charts.end_labels(ends, text, ranks, x, y, y_range)
-    of_trial = {"color": charts.colour(ranks), "detail": "seed:N"}
-    return charts.layered(thin.encode(x=x, y=y("train_loss"), **of_trial), *labels)
+    thin = thin.encode(x=by.x, y=y("train_loss"), color=charts.colour(ranks), detail="seed:N")
+    means = seeds.groupby([*frames.KEYS, "step"])["train_loss"].mean().rename("mean").reset_index()
+    labels = charts.end_labels(means, text, ranks, by, y, y_range)
+    panels[text("chart.train_loss.raw")] = charts.layered(thin, *labels)
+    note = text("chart.train_loss.note", bins=text.count("steps", steps_a_point))
+    table_of = curve_numbers(title, means, "mean", loss, text)
+    return Figure("train-loss", title, note, say(title, best, "train_loss", loss, text), panels, table_of)
 
 
-def heldout_by_step(evidence: Evidence, table: pd.DataFrame, text: Catalogue) -> Figure | Missing:
+def heldout_by_step(evidence: Evidence, table: pd.DataFrame, text: Catalogue) -> Figure | str:
     """Held-out loss against steps, of each rank's best candidate."""
-    name, title = "heldout-loss-steps", text("chart.eval_steps.title")
-    best = frames.best_of_ranks(table)
+    title, best = text("chart.eval_steps.title"), frames.best_of(table, ["rank"])
     frame = frames.mean_and_range(_usable(evidence, "eval_loss", best["candidate"]), "eval_loss")
     if frame.empty:
-        return Missing(name, text("chart.eval_steps.absent"))
-    y_range, along = charts.reach(frame["low"], frame["high"]), charts.steps_axis(text)
-    y_title, ranks = text("chart.eval_steps.y"), frames.ranks_of(evidence)
-    lines = charts.lines(frame, text, ranks, y_title, y_range, ".4f", along=along, points=True)
+        return text("chart.eval_steps.absent")
+    y_title, y_range = text("chart.eval_steps.y"), charts.reach(frame["low"], frame["high"])
+    by, ranks = charts.along_steps(text), frames.ranks_of(evidence)
+    chart = charts.layered(*charts.lines(frame, text, ranks, y_title, y_range, ".4f", by=by, points=True))
     last = frame[frame["step"] == frame.groupby("candidate")["step"].transform("max")]
     note = text("chart.eval_steps.note" if frames.compared_rows(evidence) is None else "chart.eval_steps.note_all")
     alternative, table_of = say(title, last, "mean", loss, text), curve_numbers(title, frame, "mean", loss, text)
-    return Figure(name, title, note, alternative, [Panel("", charts.layered(*lines))], table_of)
+    return Figure("heldout-loss-steps", title, note, alternative, {"": chart}, table_of)
 
 
-def _rate_map(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> Figure | Missing:
-    name, title, ranks = "learning-rate-map", text("chart.rate_map.title"), frames.ranks_of(evidence)
+def _rate_map(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> Figure | str:
+    title = text("chart.rate_map.title")
     if table["eval_loss"].isna().all():
-        return Missing(name, text("chart.above_best.absent"))
+        return text("chart.above_best.absent")
     compared = [row["candidate"] for row in (verdict or {}).get("comparison", [])]  # may be chosen on other rows
     lowest = table.groupby("rank")["eval_loss"].transform("min") == table["eval_loss"]
-    frame = table[["candidate", "rank", "learning_rate", "eval_loss"]].assign(
-        best=table["candidate"].isin(compared) if compared else lowest,
-        note=[text("status.diverged" if diverged else "none") for diverged in table["diverged"]],
-    )
-    cells = frame.set_index(["learning_rate", "rank"])["eval_loss"]
-    columns: Columns = {text("table.learning_rate"): rate}
-    for rank in ranks:
-        header = text("name.rank", rank=rank)
-        columns[header] = lambda value, rank=rank: shown(cells.get((value, rank)), loss, text)  # type: ignore[misc]
-    alternative = say(title, table, "eval_loss", loss, text)
-    table_of = numbers(title, columns, sorted(frame["learning_rate"].unique()), text)
-    panels = [Panel("", _map_chart(frame, text, ranks))]
-    return Figure(name, title, text("chart.rate_map.note"), alternative, panels, table_of)
+    frame = table.assign(best=table["candidate"].isin(compared) if compared else lowest)
+    cells = table.pivot(index="learning_rate", columns="rank", values="eval_loss")
+    columns = {text("name.rank", rank=rank): column(rank, loss, text) for rank in cells}
+    table_of = numbers(title, cells.reset_index(), columns, text)
+    alternative, chart = say(title, table, "eval_loss", loss, text), _map_chart(frame, text, frames.ranks_of(evidence))
+    return Figure("learning-rate-map", title, text("chart.rate_map.note"), alternative, {"": chart}, table_of)
 
 
 def _map_chart(frame: pd.DataFrame, text: Catalogue, ranks: list[int]) -> alt.Chart:
-    """`rank learning_rate eval_loss best note`: one cell per candidate, deeper for a lower loss, with `note` in place
-    of an unknown one. The `best` of each rank is bold."""
-    values = frame.assign(rate=frame["learning_rate"].map(rate), label=frame["eval_loss"].map(loss))
-    values["label"] = values["label"].where(values["eval_loss"].notna(), values["note"])
+    """One cell per row of `by_candidate`, deeper for a lower loss. The `best` of each rank is bold."""
+    values = frame[["candidate", "rank", "learning_rate", "eval_loss", "best"]]
+    unknown = frame["diverged"].map(lambda seeds: text("status.diverged" if seeds else "none"))
+    label = values["eval_loss"].map(loss).where(values["eval_loss"].notna(), unknown)
+    values = values.assign(rate=values["learning_rate"].map(rate), label=label)
     losses = values["eval_loss"].dropna()
     # One rate that nearly diverged must not make all others look alike: above `highest`, cells are equally pale.
     lowest, highest = float(losses.min()), float(min(losses.max(), 2 * losses.median() - losses.min()))
     domain = [lowest, highest if highest > lowest else lowest + 1]
     depth = alt.Scale(domain=domain, range=[0.5, 0.04], clamp=True)
     rates = [rate(value) for value in sorted(values["learning_rate"].unique(), reverse=True)]
-    x = charts.rank_axis(text, ranks)
     y = alt.Y("rate:N", sort=rates, title=text("chart.learning_rate"), scale=alt.Scale(domain=rates))
     tooltip = charts.candidate_tooltip(text, {"eval_loss:Q": text("chart.eval_steps.y")}, ".4f")
-    opacity = alt.Opacity("eval_loss:Q", scale=depth, legend=None)
-    cells = alt.Chart(values).mark_rect(style="cell-of-map").encode(x=x, y=y, opacity=opacity, tooltip=tooltip)
-    label: dict[str, Any] = {"x": x, "y": y, "text": "label:N", "tooltip": tooltip}
-    best = alt.Chart(values[values["best"]]).mark_text(size=13, fontWeight="bold").encode(**label)
-    others = alt.Chart(values[~values["best"]]).mark_text(size=13).encode(**label)
-    return charts.layered(cells, others, best).properties(height=max(120, 52 * len(rates)))
+    place = {"x": charts.rank_axis(text, ranks), "y": y, "tooltip": tooltip}
+    cells = alt.Chart(values).mark_rect(style="cell-of-map")
+    layers = [cells.encode(**place, opacity=alt.Opacity("eval_loss:Q", scale=depth, legend=None))]
+    others = alt.Chart(values[~values["best"]]).mark_text(size=13)
+    bold = alt.Chart(values[values["best"]]).mark_text(size=13, fontWeight="bold")
+    layers += [words.encode(**place, text="label:N") for words in (others, bold)]
+    return charts.layered(*layers).properties(height=max(120, 52 * len(rates)))

@@ -6,7 +6,7 @@ import altair as alt
 import pandas as pd
 
 from rankscope.report import charts
-from rankscope.report.figures import Figure, Missing, Panel, Section, make_section, say
+from rankscope.report.figures import Figure, Section, make_section, say
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import Columns, Table, interval, percent, shown, tabulate
 from rankscope.text.verdict import Verdict
@@ -18,7 +18,7 @@ def task_sections(verdict: Verdict, text: Catalogue) -> list[Section]:
     if verdict is None or "task" not in verdict:
         return []
     if table is None:
-        return [make_section("task", [Missing("task-scores", text("cause.unscored"))])]
+        return [make_section("task", [text("cause.unscored")])]
     return [make_section("task", [_figure(verdict["task"], text)], [], [table])]
 
 
@@ -64,6 +64,4 @@ def _figure(task: dict[str, Any], text: Catalogue) -> Figure:
     points = points.encode(y=y("score"), shape=charts.shape(ranks), tooltip=charts.tooltips(titles, ".1%"), **channels)
     bars = charts.intervals(frame, y, channels, "score", strokeWidth=2.5)
     chart = charts.layered(base.mark_rule(strokeDash=[4, 4]), label, *bars, points)
-    return Figure(
-        "task-scores", title, text("task.note"), say(title, frame, "score", percent, text), [Panel("", chart)]
-    )
+    return Figure("task-scores", title, text("task.note"), say(title, frame, "score", percent, text), {"": chart})

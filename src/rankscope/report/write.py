@@ -27,32 +27,33 @@ def build(
     evidence: Evidence, verdict: Verdict, folder: Path, language: str = "en", directory: str = "", pdf: bool = False
 ) -> Path:
     """Write index.html, its pages in the other languages, report.md, results.csv, results.parquet, figures/ and, where
-    `pdf` asks for it, report.pdf into `folder`, also on partial evidence. `verdict` is the content of verdict.json, or
-    None before there is one; `directory` is the study's, as the commands in the report name it. Returns the path of
-    index.html. Raises StudyError: the language has no catalogue, or nothing here prints."""
+    `pdf` asks for it, report.pdf into `folder`, also on partial evidence, and remove what an earlier report had beside
+    them. `verdict` is the content of verdict.json, or None before there is one; `directory` is the study's, as the
+    commands in the report name it. Returns the path of index.html. Raises StudyError: the language has no catalogue, or
+    nothing here prints."""
     text = load(language)
     pages = {language: "index.html"} | {name: f"index.{name}.html" for name in other_languages(language)}
     contents = {name: compose(evidence, verdict, load(name), directory) for name in pages}
-    content = contents[language]
     # Figures go into other documents: where no font here has a language's letters, English beats boxes.
     drawn = contents[language if can_draw(text) else "en"]
-    figures = folder / "figures"
-    for figure in drawn.figures:
-        for kind, image in render_image(figure).items():
-            write_atomic(figures / f"{figure.name}.{kind}", image)
-    for missing in drawn.missing:  # an earlier report may have had it
-        for kind in ("svg", "png"):
-            (figures / f"{missing.name}.{kind}").unlink(missing_ok=True)
+    files: dict[str, str | bytes] = {
+        f"figures/{figure.name}.{kind}": image
+        for figure in drawn.figures
+        for kind, image in render_image(figure).items()
+    }
     table = pd.concat(map(scored_results, evidence.parts), ignore_index=True)
     parquet = BytesIO()
     table.to_parquet(parquet, index=False)
-    write_atomic(folder / "results.csv", table.to_csv(index=False))
-    write_atomic(folder / "results.parquet", parquet.getvalue())
-    write_atomic(folder / "report.md", markdown.render(content, text))
+    files |= {"results.csv": table.to_csv(index=False), "results.parquet": parquet.getvalue()}
+    files["report.md"] = markdown.render(contents[language], text)
     for name, own in contents.items():
-        write_atomic(folder / pages[name], html.render(own, load(name), pages=pages, drawn=draw_charts(own)))
-    for old in (f"index.{language}.html", "report.pdf"):  # of an earlier report
-        (folder / old).unlink(missing_ok=True)
+        files[pages[name]] = html.render(own, load(name), pages=pages, drawn=draw_charts(own))
+    for name, written in files.items():
+        write_atomic(folder / name, written)
+    earlier = {folder / f"index.{language}.html", folder / "report.pdf"}
+    earlier |= {*folder.glob("figures/*.svg"), *folder.glob("figures/*.png")}
+    for file in earlier - {folder / name for name in files}:
+        file.unlink(missing_ok=True)
     if pdf:
         write_atomic(folder / "report.pdf", print_pdf(folder / "index.html"))
     return folder / "index.html"
@@ -63,10 +64,10 @@ def other_languages(language: str) -> list[str]:
 
 
 def render_image(figure: Figure) -> dict[str, str | bytes]:
-    """The figure on white by kind (svg and png), with its title and its panels one below the other."""
-    sized = {"width": figure.width}
+    """The figure on white by kind (svg and png), with its title and its charts one below the other."""
     panels = [
-        panel.chart.properties(**sized | ({"title": panel.title} if panel.title else {})) for panel in figure.panels
+        chart.properties(width=figure.width, **({"title": title} if title else {}))
+        for title, chart in figure.charts.items()
     ]
     chart = alt.vconcat(*panels) if len(panels) > 1 else panels[0]
     svg = _svg(chart.properties(title=figure.title), charts.LIGHT, background="white", padding=16)
@@ -78,12 +79,11 @@ def draw_charts(content: Content) -> dict[str, str]:
     are the page's, and its names of clipping paths its own."""
     found = {}
     for figure in content.figures:
-        for number, panel in enumerate(figure.panels):
-            name = html.chart_id(figure, number)
+        for panel in figure.panels:
             svg = _svg(panel.chart.properties(width=figure.width), charts.PAGE)
             svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)
-            svg = re.sub(r'(id="|url\(#)', rf"\g<1>{name}-", svg)
-            found[name] = svg.replace("<svg ", '<svg aria-hidden="true" ', 1)
+            svg = re.sub(r'(id="|url\(#)', rf"\g<1>{panel.id}-", svg)
+            found[panel.id] = svg.replace("<svg ", '<svg aria-hidden="true" ', 1)
     return found
 
 

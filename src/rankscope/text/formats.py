@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from decimal import Decimal
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard
@@ -48,9 +48,21 @@ def known(value: float | None) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
 
 
-def shown(value: float | None, number: Callable[[float], str], text: "Catalogue") -> str:
+def shown(value: Any, number: Callable[[Any], str], text: "Catalogue") -> str:
     """The value as `number` writes it, or the catalogue's sign for an unknown one."""
-    return number(value) if known(value) else text("none")
+    unknown = value is None or (isinstance(value, float) and not math.isfinite(value))
+    return text("none") if unknown else number(value)
+
+
+def column(field: Hashable, number: Callable[[Any], str], text: "Catalogue") -> Callable[[Any], str]:
+    """Column of a table: a field of each record as `shown` writes it."""
+    return lambda record: shown(record[field], number, text)
+
+
+def with_interval(field: str, number: Callable[[Any], str], text: "Catalogue") -> Callable[[Any], str]:
+    """`column`, with the interval from the field's `…_low` to its `…_high` on a second line, where it is known."""
+    cell = column(field, number, text)
+    return lambda record: cell(record) + interval(record[f"{field}_low"], record[f"{field}_high"], number)
 
 
 def interval(low: float | None, high: float | None, number: Callable[[float], str]) -> str:

@@ -3,7 +3,7 @@
 Verdicts of version 0.1 lack what is a share of the gain. Imports nothing heavy.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 from rankscope.text.catalogue import Catalogue, load
@@ -25,14 +25,16 @@ def verdict_sentence(verdict: Verdict, language: str = "en") -> str:
     text = load(language)
     if verdict is None:
         return text("sentence.none")
-    if "task" not in verdict:
-        return _loss_sentence(verdict, text)
-    by_task = verdict["by"] == "task"
-    return f"{(_task_sentence if by_task else _loss_sentence)(verdict, text)} {_agreement_sentence(verdict, text)}"
+    by_task = verdict.get("by") == "task"
+    sentences = [_task_sentence(verdict, text)] if by_task else [*_loss_sentences(verdict, text)]
+    sentences += [_agreement_sentence(verdict, text)] if "task" in verdict else []
+    return " ".join(filter(None, sentences))
 
 
-def _loss_sentence(verdict: Mapping[str, Any], text: Catalogue) -> str:
-    outcome, more = verdict["outcome"], verdict.get("more_seeds")
+def _loss_sentences(verdict: Mapping[str, Any], text: Catalogue) -> Iterator[str]:
+    """Sentences of a verdict by the loss, in order; an empty one is left out."""
+    outcome, more, unit = verdict["outcome"], verdict.get("more_seeds"), margin_unit(verdict)
+    of_unit = "" if unit == "loss" else f"_{unit}"  # end of keys whose sentence says what the margin is a share of
     values = {
         "seeds": _seeds(verdict, text),
         "margin": percent(verdict["margin"]),
@@ -41,18 +43,15 @@ def _loss_sentence(verdict: Mapping[str, Any], text: Catalogue) -> str:
         "more": text.count("more_seeds", more or 0),
     }
     if outcome == "nothing_in_budget":
-        return text("sentence.nothing_in_budget")
+        yield text("sentence.nothing_in_budget")
+        return
     if outcome == "not_trained_enough":
-        return text(f"sentence.{kind_of_gain(verdict)}", **values)
+        yield text(f"sentence.{kind_of_gain(verdict)}", **values)
+        return
     if outcome == "not_enough_evidence":
-        reason = text("sentence.open", cause=text(f"cause.{cause_of(verdict)}", **values))
-        return " ".join([reason, *_guess(verdict, text)])
-
-    def say(key: str) -> str:
-        """The sentence about what the margin is a share of, where there are several."""
-        unit = margin_unit(verdict)
-        return text(f"sentence.{key}" if unit == "loss" else f"sentence.{key}_{unit}", **values)
-
+        yield text("sentence.open", cause=text(f"cause.{cause_of(verdict)}", **values))
+        yield _guess(verdict, text)
+        return
     rows = {row["candidate"]: row for row in verdict["comparison"]}
     chosen, best = rows[verdict["candidate"]], rows[verdict["best_candidate"]]
     values |= {
@@ -66,18 +65,16 @@ def _loss_sentence(verdict: Mapping[str, Any], text: Catalogue) -> str:
         "scaling": scaling_name(verdict["scaling"], text),
     }
     kind = _kind(verdict, chosen, best)
-    sentences = [text("sentence.recommended_only", **values) if kind == "recommended_only" else say(kind)]
-    lower = [row for row in verdict["comparison"] if row["rank"] < chosen["rank"]]
+    yield text(f"sentence.{kind}" if kind == "recommended_only" else f"sentence.{kind}{of_unit}", **values)
+    lower = [row for row in rows.values() if row["rank"] < chosen["rank"]]
     if outcome == "not_distinguishable":
-        sentences += [say("more_would_tell")] if more else []
-        sentences += _guess(verdict, text) if verdict.get("guess") != verdict["candidate"] else []
-    if outcome == "recommended" and verdict["undetermined"]:
-        sentences.append(text("sentence.below_open_more" if more else "sentence.below_open", **values))
+        yield text(f"sentence.more_would_tell{of_unit}", **values) if more else ""
+        yield _guess(verdict, text) if verdict.get("guess") != verdict["candidate"] else ""
+    elif outcome == "recommended" and verdict["undetermined"]:
+        yield text("sentence.below_open_more" if more else "sentence.below_open", **values)
     elif outcome == "recommended" and lower and all(row["within_margin"] is False for row in lower):
-        sentences.append(say("below_worse"))
-    one_rate = "one_learning_rate" in verdict["caveats"]
-    sentences.append(text("sentence.one_rate" if one_rate else "sentence.scaling", **values))
-    return " ".join(sentences)
+        yield text(f"sentence.below_worse{of_unit}", **values)
+    yield text("sentence.one_rate" if "one_learning_rate" in verdict["caveats"] else "sentence.scaling", **values)
 
 
 def _task_sentence(verdict: Mapping[str, Any], text: Catalogue) -> str:
@@ -168,17 +165,17 @@ def _seeds(verdict: Mapping[str, Any], text: Catalogue) -> str:
     return text("count.seeds_range", low=min(counts), high=max(counts))
 
 
-def _guess(verdict: Mapping[str, Any], text: Catalogue) -> list[str]:
-    """The best guess as a sentence, if there is one."""
+def _guess(verdict: Mapping[str, Any], text: Catalogue) -> str:
+    """The best guess as a sentence; empty without one."""
     row = next((row for row in verdict["comparison"] if row["candidate"] == verdict.get("guess")), None)
     if row is None:
-        return []
+        return ""
     name = candidate_name(verdict, row["candidate"], text)
     if row["candidate"] == verdict["best_candidate"]:
-        return [text("sentence.guess_best", name=name)]
+        return text("sentence.guess_best", name=name)
     if known(row.get("kept")):
-        return [text(f"sentence.guess_{margin_unit(verdict)}", name=name, kept=percent(row["kept"]))]
-    return [text("sentence.guess_loss", name=name, share=percent(row["regret_share"]))]
+        return text(f"sentence.guess_{margin_unit(verdict)}", name=name, kept=percent(row["kept"]))
+    return text("sentence.guess_loss", name=name, share=percent(row["regret_share"]))
 
 
 def gained(verdict: Verdict, text: Catalogue) -> Gain:
@@ -227,11 +224,10 @@ def rate_sentences(verdict: Verdict, text: Catalogue) -> list[str]:
         return [text("rates.flat")]
     optima = []
     for row in rates["ranks"]:
-        known_ends = [name for name in ("optimum", "low", "high") if row[name] is not None]
-        values = {name: rate(float(f"{row[name]:.2g}")) for name in known_ends}
-        kind = "edge" if row["edge"] else "optimum" if {"low", "high"} <= values.keys() else "one_seed"
+        ends = {name: rate(float(f"{row[name]:.2g}")) for name in ("optimum", "low", "high") if row[name] is not None}
+        kind = "edge" if row["edge"] else "optimum" if {"low", "high"} <= ends.keys() else "one_seed"
         edge = text(f"rates.{row['edge']}") if row["edge"] else ""
-        optima.append(text(f"rates.{kind}", rank=row["rank"], edge=edge, tried=rate(row["tried"]), **values))
+        optima.append(text(f"rates.{kind}", rank=row["rank"], edge=edge, tried=rate(row["tried"]), **ends))
     key = "rates.optima" if rates["seeds"] > 1 else "rates.optima_alone"
     sentences = [text(key, confidence=percent(verdict["confidence"]), ranks="; ".join(optima))]
     if rates["exponent_low"] is not None:
@@ -250,24 +246,23 @@ ALARMS = ("diverged", "worse_than_untrained", "overfits")  # caveats that name r
 
 def caveat_sentence(verdict: Mapping[str, Any], code: str, text: Catalogue) -> str:
     """A caveat of verdict.json in words, with its numbers."""
-    values: dict[str, str] = {}
     if code == "diverged":
         found = []
         for row in verdict["diverged"]:
-            several = "s" * (len(row["seeds"]) > 1)
-            seeds = text(f"caveat.of_seed{several}", seeds=", ".join(map(str, row["seeds"])))
+            of_seeds = "caveat.of_seeds" if len(row["seeds"]) > 1 else "caveat.of_seed"
+            seeds = text(of_seeds, seeds=", ".join(map(str, row["seeds"])))
             found.append(text("caveat.diverged_seeds", name=_name(row, text), seeds=seeds))
-        values["candidates"] = "; ".join(found)
-    elif code == "worse_than_untrained":
-        worse = [row for row in verdict["comparison"] if known(row["gain"]) and row["gain"] < 0]
-        values["ranks"] = ", ".join(candidate_name(verdict, row["candidate"], text) for row in worse)
-    elif code == "overfits":
+        return text("caveat.diverged", candidates="; ".join(found))
+    if code == "worse_than_untrained":
+        worse = [row["candidate"] for row in verdict["comparison"] if known(row["gain"]) and row["gain"] < 0]
+        return text(f"caveat.{code}", ranks=", ".join(candidate_name(verdict, name, text) for name in worse))
+    if code == "overfits":
         found = [
             text("caveat.overfit", rank=row["rank"], step=f"{row['step']:,}", rise=loss(row["rise"]))
             for row in verdict["overfits"]
         ]
-        values["ranks"] = "; ".join(found)
-    return text(f"caveat.{code}", **values) if values else text.get(f"caveat.{code}", code)
+        return text("caveat.overfits", ranks="; ".join(found))
+    return text.get(f"caveat.{code}", code)
 
 
 def scaling_name(scaling: Mapping[str, Any], text: Catalogue) -> str:

@@ -11,11 +11,11 @@ from rich.console import Console
 from rankscope.analysis.curve import curve_errors, loss_curve
 from rankscope.analysis.next_step import NextStep, next_step
 from rankscope.data.doubts import data_warnings
-from rankscope.report.content import candidate_table
 from rankscope.report.costs import noise_sentence
 from rankscope.report.curve import rank_curve_sections
 from rankscope.report.finish import Conclusion
 from rankscope.report.frames import by_candidate, compared_rows, has_gpu, scored_results
+from rankscope.report.tables import candidate_table
 from rankscope.report.task import task_table
 from rankscope.report.variants import variant_sentences
 from rankscope.spec.candidates import Trial

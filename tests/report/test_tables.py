@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rankscope.report.content import Content, compose
-from rankscope.report.other_metrics import full_fine_tuning, metrics_by_candidate
+from rankscope.report.tables import full_fine_tuning, metrics_by_candidate
 from rankscope.report.write import build
 from rankscope.text.catalogue import load
 from report.report_evidence import HOSTILE, make_evidence, make_spec, make_verdict, replace_trial
