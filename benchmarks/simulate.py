@@ -430,6 +430,8 @@ def tables(file: Path) -> Iterator[str]:
     lines = list(known_in(file).values())
     for table, columns in TABLES.items():
         cells_of = [line for line in lines if line["table"] == table]
+        if not cells_of:
+            continue
         yield f"\n## {table.capitalize()}\n"
         heads = ("world", "gain", "ranks", "rows", "seeds", "truth", "studies", *columns)
         yield f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}"
