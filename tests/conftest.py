@@ -53,6 +53,11 @@ def _forked_jobs() -> Iterator[None]:
         yield
 
 
+_DIVISION = {"trials_per_pack": True, "isolated": True, "checkpoint_steps": True, "evals": True}
+_NEVER: dict[str, Any] = {"name": True, "data": True, "reference": True, "verdict": True, "training": _DIVISION}
+"""Fields of a question on which no prediction depends, but for the tokens."""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def predicted_once() -> Iterator[Callable[[StudySpec, torch.device], costs.CostModel]]:
     """Runs and plans of one question over one model share its prediction, which takes longer than to train a step.
@@ -60,7 +65,7 @@ def predicted_once() -> Iterator[Callable[[StudySpec, torch.device], costs.CostM
     The tests of predictions make their own: they take `predict` from `rankscope.plan.costs`.
     """
     known: dict[tuple[str, str, bytes], costs.CostModel] = {}
-    elsewhere = {"name", "seeds", "measure", "verdict"}  # what no prediction depends on
+    elsewhere = {**_NEVER, "seeds": True, "measure": True}
 
     def predict(spec: StudySpec, device: torch.device) -> costs.CostModel:
         file = Path(spec.model.id, "config.json")
@@ -81,7 +86,7 @@ def _rehearsed_once() -> Iterator[None]:
         def found(self: Any, family: costs.Family, *rest: Any) -> Any:
             spec, tokens = self._spec, self._schedule.tokens
             file = Path(spec.model.id, "config.json")
-            question = spec.model_dump_json(exclude={"name", "verdict"}), file.read_bytes() if file.is_file() else b""
+            question = spec.model_dump_json(exclude=_NEVER), file.read_bytes() if file.is_file() else b""
             budget = self._budget([Trial(candidate=family.low, seed=0)]) if not rest else 0
             of = repr(family), self.costs.device, self.costs.dtype, tokens.ids.tobytes(), tokens.offsets.tobytes()
             key = method, memory.forward_seconds, *question, *of, *rest, budget

@@ -95,12 +95,19 @@ def make_stale(study: Study) -> None:
     study.publish()
 
 
-def of_search(whole: Study, folder: Path) -> Kind:
+@pytest.fixture(scope="module")
+def searched(whole: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A search that lacks all but its job."""
     values = {"model": whole.spec.model.id, "dataset": whole.spec.data.id, "device": "cpu", "steps": 2}
     space = {"ranks": "2", "learning_rates": "1e-2", "alpha": "8", "trials": 1}
     spec = resolve_search({}, values | space, ("data.eval_rows=4", "training.batch_size=2"))
-    with pytest.raises(KilledError):  # all but the job itself
+    folder = tmp_path_factory.mktemp("searched") / "search"
+    with pytest.raises(KilledError):
         run_search(spec, folder, FakeLauncher(lambda *_: KilledError("killed")), lambda line: None)
+    return folder
+
+
+def of_search(folder: Path) -> Kind:
     found = search.Search.open(folder)
 
     def missing() -> list[Job]:
@@ -111,9 +118,9 @@ def of_search(whole: Study, folder: Path) -> Kind:
 
 
 @pytest.fixture(params=[*MADE, search], ids=lambda module: module.__name__.removeprefix("rankscope."))
-def kind(request: pytest.FixtureRequest, whole: Study, tmp_path: Path) -> Kind:
+def kind(request: pytest.FixtureRequest, whole: Study, searched: Path, tmp_path: Path) -> Kind:
     if request.param is search:
-        return of_search(whole, tmp_path / "search")
+        return of_search(shutil.copytree(searched, tmp_path / "search"))
     return of_study(request.param, whole, tmp_path / "study")
 
 

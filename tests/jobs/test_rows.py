@@ -1,5 +1,6 @@
 """Evaluation of finished trials on added rows: the numbers are those that training itself gives for these rows."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,10 @@ def stale(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
         patch.setattr("rankscope.report.finish.build", lambda *_, **__: Path())
         options = {"ranks": [2], "seeds": [0], "variants": VARIANTS}
         study = run_small(root, tmp_path_factory.mktemp("rows") / "study", **options)
+    return make_stale(study)
+
+
+def make_stale(study: Study) -> Study:
     for trial in study.trials:
         file = study.trial_folder(trial) / "trial.json"
         write_json(file, read_json(file) | {"tokens_sha256": "before"})
@@ -78,16 +83,9 @@ def test_every_variant_has_the_losses_that_its_training_ended_with(stale: Study)
     assert stale.untrained_examples()["loss"].mean() > examples_of_lora["loss"].mean(), "before training"
 
 
-def test_an_error_that_every_job_would_hit_ends_the_run(stale: Study) -> None:
-    file = stale.trial_folder(stale.trials[0]) / "trial.json"
-    whole = read_json(file)
-    write_json(file, whole | {"tokens_sha256": "before"})
-    adapter = file.parent / "adapter" / "adapter_model.safetensors"
-    content = adapter.read_bytes()
-    try:
-        adapter.write_bytes(content[:-1])
-        with pytest.raises(RankscopeError, match="damaged"):
-            run(stale)
-    finally:
-        adapter.write_bytes(content)
-        write_json(file, whole)
+def test_an_error_that_every_job_would_hit_ends_the_run(trained: Study, tmp_path: Path) -> None:
+    study = make_stale(Study.open(shutil.copytree(trained.path, tmp_path / "study")))
+    adapter = study.trial_folder(study.trials[0]) / "adapter" / "adapter_model.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:-1])
+    with pytest.raises(RankscopeError, match="damaged"):
+        run(study)

@@ -68,23 +68,25 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
     `more_seeds` is the number of added seeds to the first planned number that would settle it with the same means
     and spreads, if the ranks in contention got them; None where all is settled, or where none would do. `next_look` is
     what `run --until-settled` would train next: the `ranks` in contention, and how many `seeds` each then has; None
-    where it would train nothing. `comparison` has a row for each rank at its best
-    candidate, `diverged` one for each candidate with a seed that diverged, which is compared with none: a mean over
-    the seeds that survived would flatter it. `left_out` names ranks without a row; `overfits` those whose best
-    evaluation came early, with its step. `reference_candidate` is full fine-tuning at its best rate; `claims` are
-    the four of the original study; `variants` are those of `rankscope.analysis.variants`, `rates` those of
-    `rankscope.analysis.rates`; `caveats` are codes that the report puts in words; of those in
+    where it would train nothing.
+
+    `comparison` has a row for each rank at its best candidate, `diverged` one for each candidate with a seed that
+    diverged, which is compared with none. `left_out` names ranks without a row; `overfits` those whose best evaluation
+    came early, with its step. `reference_candidate` is full fine-tuning at its best rate; `claims` `variants` `rates`
+    are of the modules of these names; `caveats` are codes that the report puts in words; of those in
     `rankscope.data.doubts.DOUBTS` the numbers are in data/facts.json. In a study with a task `loss` and `task` have the
     conclusion of each, and the fields above that of the one that `by` names (`rankscope.analysis.task`).
 
-    Raises:
-        StudyError: the margin is a share of the gain, and the study does not know the untrained model's losses.
+    Raises StudyError: the margin is a share of the gain, and the study does not know the untrained model's losses.
     """
     spec, confidence, results = evidence.spec, evidence.spec.verdict.confidence, evidence.results
     diverged = _diverged(results)
     examples = without_diverged(evidence.examples, results)
     reference = judged_examples(evidence.reference, evidence.reference_results)
-    judged = judge(examples, _untrained(evidence), _full_losses(evidence, reference)) if len(examples) else None
+    full = None
+    if not reference.empty:  # on all examples, of which the even-numbered have chosen its rate
+        full = _losses(evidence.reference[evidence.reference["candidate"] == reference["candidate"].iloc[0]])
+    judged = judge(examples, _untrained(evidence), full) if len(examples) else None
     found = compare(judged, spec.verdict.margin) if judged and judged.losses else None
     compared = found.candidates if found else []
     left_out = sorted(set(spec.ranks) - set(found.ranks if found else ()))
@@ -154,12 +156,6 @@ def _untrained(evidence: Evidence) -> pd.DataFrame | None:
             "Judge it by --margin-of loss.",
         )
     return evidence.untrained
-
-
-def _full_losses(evidence: Evidence, reference: pd.DataFrame) -> pd.DataFrame | None:
-    """Losses of full fine-tuning at its best rate on all examples; of several, it is chosen on the even-numbered."""
-    own = evidence.reference
-    return None if reference.empty else _losses(own[own["candidate"] == reference["candidate"].iloc[0]])
 
 
 def _losses(examples: pd.DataFrame) -> pd.DataFrame:

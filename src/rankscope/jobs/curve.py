@@ -1,8 +1,4 @@
-"""Train once, read every rank: the largest rank's adapters, truncated by SVD to each lower one and evaluated.
-
-`rankscope.measure.truncation` measures in the child process, `rankscope.analysis.curve` holds the estimate against
-ranks that were trained, and the report shows both.
-"""
+"""Train once, read every rank: the largest rank's adapters, truncated by SVD to each lower one and evaluated."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial

@@ -27,15 +27,11 @@ def profile_candidate(spec: StudySpec, candidate: Candidate, data: TokenizedData
     """Train `candidate` on batches of the real schedule and measure its memory; the trained adapter is discarded.
 
     The measured steps are spread evenly over the schedule, so that their batches are like the schedule's.
-    Returns {"summary": {column: number}, "samples": {column: [...]}}. The summary has `trainable_params steps`, and:
+    Returns {"summary": {column: number}, "samples": {column: [...]}}. The summary has `trainable_params steps
+    load_seconds`, the columns of `summarise_memory`, and:
 
-    - `load_seconds`, of loading the base model
     - `joules_per_token`: energy of the GPU over the measured steps; None where NVML does not count it
-    - `rss_base_bytes private_base_bytes`: resident and private memory after loading the base model, before adding the
-      adapter
-    - `private_mean_bytes private_peak_bytes private_p99_bytes` of training (after warm-up, without loading or
-      evaluation); the same of the other kinds of `MEMORY`; of loading and evaluation with prefixes `load_` and `eval_`;
-      and `private_above_base_mean_bytes` and so on: see `summarise_memory`
+    - `rss_base_bytes private_base_bytes`: memory with the base model loaded, before adding the adapter
     - `gpu_context_bytes`: memory of the GPU that torch's allocator does not count, CUDA's context most of all; None
       where NVML is silent
     - `adapter_bytes`: size of the saved weights

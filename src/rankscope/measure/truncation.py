@@ -53,10 +53,8 @@ def evaluate_truncations(
 
     The trial's own rank stands for the whole adapter. It is always evaluated first, and must have the recorded
     `eval_loss`. The ranks of a group add up to at most the trial's own, so that none needs more memory than its
-    training did; where the base model's dropout is kept, each rank is a group.
-
-    Raises:
-        ModelError: the adapter is not plain LoRA, or its loss is not the recorded one.
+    training did; where the base model's dropout is kept, each rank is a group. Raises ModelError: the adapter is not
+    plain LoRA, or its loss is not the recorded one.
     """
     adapter = read_adapter(adapter_file.parent)
     check_resizable(adapter)

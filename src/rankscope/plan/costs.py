@@ -140,11 +140,9 @@ def predict(spec: StudySpec, device: torch.device | None = None) -> CostModel:
     """Count parameters, FLOPs and bytes of a study's candidates, on models of fake tensors.
 
     `device` need not exist; without it the study's own is taken. On a GPU that does not exist `auto` is bfloat16.
-
-    Raises:
-        StudyError: the target modules match nothing in this model, or the study's device does not exist.
-        ModelError: transformers has no causal language model of this architecture, or none that can be quantized.
-        MissingExtraError: the study uses bitsandbytes, which is not installed.
+    Raises StudyError: the target modules match nothing in this model, or the study's device does not exist;
+    ModelError: transformers has no causal language model of this architecture, or none that can be quantized;
+    MissingExtraError: the study uses bitsandbytes, which is not installed.
     """
     imagined, device = device is not None, device or resolve_device(spec.model.device)
     as_auto = imagined and spec.model.dtype == "auto" and device.type == "cuda"

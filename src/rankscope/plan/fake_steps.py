@@ -126,11 +126,8 @@ def _replace_tensors(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None
 
 
 def add_empty_adapter(model: PreTrainedModel, candidate: Candidate) -> None:
-    """Give a model on the meta device the candidate's adapter, under its name.
-
-    Raises:
-        StudyError: the target modules match nothing, or cannot carry LoRA.
-    """
+    """Give a model on the meta device the candidate's adapter, under its name. Raises StudyError: the target modules
+    match nothing, or cannot carry LoRA."""
     inject(lora_config(candidate, model), model, adapter_key(candidate.name), empty=True)
     to_float32(model, candidate.name)
 
@@ -147,10 +144,8 @@ def make_trainable(model: PreTrainedModel, candidates: Iterable[Candidate]) -> N
 def record(
     engine: PackedEngine | PeftEngine, mode: FakeTensorMode, tokens: Tokens, slices: Sequence[Slice]
 ) -> Recording:
-    """Run one forward of `slices` and its backward, as the engines' `accumulate` does, on a fake model.
-
-    The gradients are those of a step's first forward: later ones add to them.
-    """
+    """Run one forward of `slices` and its backward, as the engines' `accumulate` does, on a fake model. The gradients
+    are those of a step's first forward: later ones add to them."""
     recorder = _Recorder(engine.model)
     with mode, Products():  # which gives grouped products on fake tensors their shapes
         _forward_and_backward(engine, recorder, tokens, slices)

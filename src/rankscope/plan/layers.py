@@ -43,10 +43,8 @@ class Repeats(NamedTuple):
 
 
 def find_repeats(model: PreTrainedModel) -> Repeats | None:
-    """The repeating layers of a model; None where counting on two smaller models would take no fewer layers.
-
-    A model whose layers all differ, or that has no list of decoder layers or several, is None too.
-    """
+    """The repeating layers of a model; None where counting on two smaller models would take no fewer layers, as where
+    all layers differ, or where the model has no list of decoder layers or several."""
     stacks = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     stacks = [(n, s) for n, s in stacks if len(s) and all(isinstance(x, GradientCheckpointingLayer) for x in s)]
     if len(stacks) != 1:

@@ -31,9 +31,9 @@ def divide_into_packs(
     `training.trials_per_pack` where it is set.
 
     On one device a pack has as many consecutive trials as that allows. On several packs are smaller, so that all
-    devices are busy to the end: see `_spread_over_devices`. Trials that cannot train in a pack
-    come last, each alone. So is a trial that does not fit even alone: the prediction is no proof, and its step is
-    divided down to single sequences.
+    devices are busy to the end: see `_spread_over_devices`. Trials that cannot train in a pack come last, each alone.
+    So is a trial that does not fit even alone: the prediction is no proof, and its step is divided down to single
+    sequences.
     """
     step_tokens = float(tokens.lengths.mean()) * training.effective_batch_size
     most = training.trials_per_pack or max(1, int(FULL_STEP_TOKENS[prediction.device] / step_tokens))

@@ -99,13 +99,9 @@ class Plan:
         return self.forecast.candidates[trial.candidate.name].runtime_seconds or 0.0
 
     def check(self, out: Path) -> None:
-        """Raise where what is missing cannot be trained here or written to `out`.
-
-        Raises:
-            StudyError: the run has a time limit, and no time can be forecast.
-            ModelError: the base model alone is larger than its device.
-            StudyDirectoryError: the disk has too little room.
-        """
+        """Raise where what is missing cannot be trained here or written to `out`: StudyError for a time limit without a
+        forecast, ModelError for a base model that is larger than its device, StudyDirectoryError for too little room on
+        the disk."""
         if self.packs or self.reference:
             check_base_fits(self.spec.model, self.prediction, self.site.free_bytes)
             check_disk(out, self.disk_bytes)
@@ -129,11 +125,9 @@ def make_plan(
 
     A `study` that has begun keeps its division into packs, and only what it lacks is planned: trials that no pack has
     get new ones. Costs measured elsewhere are not mixed with new ones: only `remeasure`, which measures all of them
-    again, does so on another machine or with other versions.
-
-    Raises:
-        StudyError: a rank is larger than any update of the adapted layers can have, or nothing can be adapted.
-        ModelError: transformers has no causal language model of this architecture.
+    again, does so on another machine or with other versions. Raises StudyError: a rank is larger than any update of the
+    adapted layers can have, or nothing can be adapted; ModelError: transformers has no causal language model of this
+    architecture.
     """
     prediction = predict(with_site_dtype(spec, site), torch.device(site.kind))
     memory = StudyMemory(spec, prediction, data.train, site.free_bytes)
