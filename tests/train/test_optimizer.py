@@ -109,9 +109,9 @@ def test_the_prediction_counts_the_states() -> None:
         peaks.append((prediction, found.parts, trials))
     (whole, exact, trials), (small, eight, _) = peaks
     params = whole.params[trials[0].candidate.name]
-    assert exact.optimizer == 8 * params == whole.states(trials[0].candidate)
+    assert exact.optimizer == 8 * params == whole.optimizer_bytes[trials[0].candidate.name]
     assert whole.checkpoint_bytes(trials) == 12 * params
-    states = small.states(trials[0].candidate)
+    states = small.optimizer_bytes[trials[0].candidate.name]
     assert 2 * params < states < 2.2 * params
     assert small.checkpoint_bytes(trials) == 4 * params + states
     assert eight.optimizer in (states, states + step_bytes("adamw_8bit", 64 * 1024, "cpu"))

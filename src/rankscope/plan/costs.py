@@ -5,9 +5,8 @@ a few layers (`rankscope.plan.layers`).
 """
 
 import logging
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import nullcontext
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -105,18 +104,16 @@ class CostModel(NamedTuple):
     engine_reason: str | None  # why the model is not packed, as far as its weights need not be known
     logit_bytes_per_token: int  # logits of all positions, which PEFT's own forward keeps; 0 for the packed one
     full_rank: int  # highest rank that an update of any adapted layer can have: higher ones only add parameters
-    optimizer_bytes: Mapping[str, int] = MappingProxyType({})  # states of one trial's optimizer
-    families: Mapping[Hashable, Family] = MappingProxyType({})
-    coverage: Coverage | None = None
-    process_bytes: int = 0  # of the process itself: `own_process_bytes`; 0 on a GPU, whose memory it does not take
-
-    def states(self, candidate: Candidate) -> int:
-        """Bytes of the optimizer's states; in float32 for a candidate that was not counted."""
-        return self.optimizer_bytes.get(candidate.name, 8 * self.params[candidate.name])
+    optimizer_bytes: dict[str, int]  # states of one trial's optimizer
+    families: dict[Hashable, Family]
+    coverage: Coverage | None
+    process_bytes: int  # of the process itself: `own_process_bytes`; 0 on a GPU, whose memory it does not take
 
     def checkpoint_bytes(self, trials: Sequence[Trial]) -> int:
         """Size of one checkpoint: weights and the optimizer's states."""
-        return sum(4 * self.params[trial.candidate.name] + self.states(trial.candidate) for trial in trials)
+        return sum(
+            4 * self.params[trial.candidate.name] + self.optimizer_bytes[trial.candidate.name] for trial in trials
+        )
 
     def bytes_per_token(self, trials: Sequence[Trial]) -> int:
         """Saved tensors of one token, for the candidate that takes most; 0 where they are not predictable."""
@@ -132,7 +129,7 @@ class CostModel(NamedTuple):
         return self._replace(
             params=self.params | {name: sum(sizes)},
             costs=self.costs | costs,
-            optimizer_bytes=dict(self.optimizer_bytes) | {name: states},
+            optimizer_bytes=self.optimizer_bytes | {name: states},
         )
 
 
@@ -171,6 +168,7 @@ def predict(spec: StudySpec, device: torch.device | None = None) -> CostModel:
         base_bytes=base_bytes(model),
         params={},
         costs={},
+        optimizer_bytes={},
         reason=next((family.reason for family in counted if family.reason), None),
         engine_reason=packable[-1].engine_reason if packable else None,
         logit_bytes_per_token=all_logits if engine == "peft" else 0,

@@ -186,7 +186,7 @@ class StudyMemory:
             base=costs.base_bytes,
             adapter=sum(size * (1 + also) for size, also in zip(weights, initial, strict=True)),
             gradients=sum(weights),
-            optimizer=sum(costs.states(trial.candidate) for trial in trials),
+            optimizer=sum(costs.optimizer_bytes[trial.candidate.name] for trial in trials),
             activations=0,
             logits=2 * CHUNK_BYTES[costs.device],
             retained=0,
