@@ -113,13 +113,13 @@ def lower_ranks(rank: int, own: Sequence[int]) -> list[int]:
     return sorted({*powers, *(one for one in own if one < rank)})
 
 
-def validate_ranks(ranks: Sequence[int], full: int) -> list[int]:
-    """Return the ranks in order. Raise StudyError where one is not from 1 to below `full`."""
-    wrong = [rank for rank in ranks if not isinstance(rank, int) or not 1 <= rank < full]
+def validate_ranks(ranks: Sequence[int | str], full: int) -> list[int]:
+    """Return the ranks, which may be text, in order. Raise StudyError where one is not from 1 to below `full`."""
+    wrong = [rank for rank in ranks if not str(rank).isdecimal() or not 1 <= int(rank) < full]
     if wrong or not ranks:
         shown = ", ".join(map(str, wrong)) or "none"
         raise StudyError(f"--ranks {shown}: expected ranks from 1 to {full - 1}", f"Rank {full} is cut to them.")
-    return sorted(set(ranks))
+    return sorted({int(rank) for rank in ranks})
 
 
 def missing(
