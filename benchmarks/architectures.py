@@ -309,7 +309,8 @@ def run_rankscope(folder: Path, note: Any, memory: bool) -> dict[int, Any]:
         note(unread=peft_fault(model, folder / f"r{rank}"))
         gradients = {name: weight.grad for name, weight in state.weights.items()}
         values = {name: weight.detach().clone() for name, weight in state.weights.items()}
-        found[rank] = (float(losses_of.double().mean()), gradients, values)
+        labels = int(tokens.label_counts[list(TRIALS[rank])].sum())  # PEFT's losses have zeros where rows are padded
+        found[rank] = (float(losses_of.double().sum()) / labels, gradients, values)
     note(stage="evaluation")
     evaluated = choice.engine.evaluate(tokens, [state.trial.name for state in states])
     for state, part in zip(states, evaluated, strict=True):

@@ -100,7 +100,7 @@ DATA: dict[str, tuple[str, str | bytes, list[str], list[str]]] = {
         ["--set", "measure.forgetting=no.txt"],
         ["no.txt: no such file"],
     ),
-    "general text has none": ("a.json", json.dumps(ROWS), ["--set", "measure.forgetting=a.json"], ["no `text`"]),
+    "general text has none": ("a.json", json.dumps(ROWS), ["--set", "measure.forgetting=a.json"], ["a `text` column"]),
 }
 
 

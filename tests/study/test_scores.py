@@ -9,7 +9,7 @@ from rankscope.errors import DamagedError
 from rankscope.files import read_json, write_json
 from rankscope.spec.candidates import Trial
 from rankscope.spec.task import code_sha256
-from rankscope.study import scores
+from rankscope.study import scores, tables
 from rankscope.study.missing import nothing_missing
 from rankscope.study.records import TaskItems, TaskRecord
 from rankscope.study.study import Study
@@ -51,7 +51,7 @@ def test_a_table_has_one_row_per_trial_and_item(study: Study) -> None:
         write_scores(study, trial, [float(number % 2), 0.5, 1.0])
     write_scores(study, None, [0.0, 0.0, 1.0])
     table = study.task_scores()
-    assert list(table) == [*scores.IDENTITY_FIELDS, "example", "score", "task"]
+    assert list(table) == [*tables.IDENTITY_FIELDS, "example", "score", "task"]
     assert list(table["trial"]) == [trial.name for trial in study.trials for _ in range(3)]
     assert list(table["example"]) == [0, 1, 2] * len(study.trials)
     assert list(table["score"][:6]) == [0.0, 0.5, 1.0, 1.0, 0.5, 1.0]

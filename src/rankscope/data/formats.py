@@ -88,7 +88,8 @@ def resolve_layout(spec: DataSpec, columns: Sequence[str], source: str, sample: 
     optional = {"alpaca": " (input is optional)"}
     needs = [f"{format} needs {' and '.join(REQUIRED[format])}{optional.get(format, '')}" for format in wanted]
     way = "Say which is which: --columns OURS=THEIRS, e.g. --columns prompt=question,completion=answer."
-    raise DataError(f"{what}, which fit no format: {'; '.join(needs)}", way)
+    why = ", which fit no format: " if spec.format == "auto" else "; the format "
+    raise DataError(f"{what}{why}{'; '.join(needs)}", way)
 
 
 def _fields(format: Format, own: Mapping[str, str]) -> dict[str, str]:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
-import pandas as pd
 from peft.tuners.lora import ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
@@ -39,9 +38,12 @@ def find_coverage(model: PreTrainedModel, left_out: Mapping[Any, Iterable[str]],
         others = chain(adapted, *(found for other, found in out.items() if other != reason))
         trees[reason] = _with_stars(subtrees(names, others))
     dead_trees = tuple(f"{tree}." for tree in subtrees(dead, adapted))
-    sizes = pd.DataFrame(_sizes(model, dead_trees), columns=["weight", "parameters", "flops"]).set_index("weight")
-    reached = sizes.index.isin([_weight_of(name, layer) for name, layer in adapted.items()])
-    shares = sizes[reached].sum() / sizes.sum().clip(lower=1)
+    reached = {_weight_of(name, layer) for name, layer in adapted.items()}
+    ours, total = [0.0, 0.0], [0.0, 0.0]
+    for weight, *sizes in _sizes(model, dead_trees):
+        total = [known + size for known, size in zip(total, sizes, strict=True)]
+        ours = [known + size * (weight in reached) for known, size in zip(ours, sizes, strict=True)]
+    parameters, flops = (part / max(1, whole) for part, whole in zip(ours, total, strict=True))
     own = {name: _own_name(name, layer) for name, layer in adapted.items()}
     full_rank: dict[str, int] = {}
     for name, layer in adapted.items():
@@ -49,8 +51,8 @@ def find_coverage(model: PreTrainedModel, left_out: Mapping[Any, Iterable[str]],
         full_rank[own[name]] = min(full_rank.get(own[name], smaller), smaller)
     return Coverage(
         modules=dict(Counter(own.values())),
-        parameters=float(shares["parameters"]),
-        flops=float(shares["flops"]),
+        parameters=parameters,
+        flops=flops,
         left_out=trees,
         full_rank=full_rank,
         tied=getattr(model.get_output_embeddings(), "weight", 0) is getattr(model.get_input_embeddings(), "weight", 1),

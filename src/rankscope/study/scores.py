@@ -2,32 +2,36 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from rankscope.spec.candidates import Trial
 from rankscope.spec.task import BASE, code_sha256
 from rankscope.study.folder import StudyFolder
 from rankscope.study.records import FactsRecord, TaskRecord
-from rankscope.study.tables import IDENTITY_FIELDS, identity
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCORE_FIELDS = ("example", "score", "task")
 
 
-def task_scores(study: StudyFolder) -> pd.DataFrame:
+def task_scores(study: StudyFolder) -> "pd.DataFrame":
     """One row per trial and item of the study's task: `trial candidate variant rank learning_rate seed example score
     task`. `score` is from 0 to 1; `example` is the held-out row's number, or with `lm_eval` that of the document within
     `task`. Empty without a task, or before anything is scored."""
     return _table(study, [trial for trial in study.trials if study.trial_record(trial).status == "done"])
 
 
-def untrained_scores(study: StudyFolder) -> pd.DataFrame:
+def untrained_scores(study: StudyFolder) -> "pd.DataFrame":
     """One row per item before training: `example score task`."""
     return _table(study, [None])[list(SCORE_FIELDS)]
 
 
-def _table(study: StudyFolder, trials: Sequence[Trial | None]) -> pd.DataFrame:
+def _table(study: StudyFolder, trials: Sequence[Trial | None]) -> "pd.DataFrame":
+    import pandas as pd  # jobs import this module, and their memory is measured
+
+    from rankscope.study.tables import IDENTITY_FIELDS, identity
+
     frames = []
     for trial in trials:
         record = task_record(study, trial)
