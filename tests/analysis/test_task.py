@@ -11,6 +11,7 @@ import pytest
 from scipy import special, stats
 
 from analysis.made_up import RATE, Outcomes, evidence_of, outcomes, with_task
+from marks import mostly_slow
 from rankscope.analysis.comparison import estimate
 from rankscope.analysis.task import CONCLUSION, add_items
 from rankscope.analysis.verdict import conclude
@@ -164,7 +165,7 @@ def recompute() -> ModuleType:
 @pytest.mark.parametrize(
     "shares", [(0.5, 0.8, 0.8), (0.8, 0.8, 0.8), (0.76, 0.8, 0.81), (0.2, 0.25, 0.3), (0.97, 0.97, 0.99)]
 )
-@pytest.mark.parametrize("items", [60, 500])
+@pytest.mark.parametrize("items", [pytest.param(60, marks=pytest.mark.slow), 500])
 def test_other_code_finds_the_same(
     recompute: ModuleType, monkeypatch: pytest.MonkeyPatch, shares: tuple[float, ...], items: int
 ) -> None:
@@ -206,7 +207,7 @@ def simulate() -> Any:
     return lambda world, *cell: module.simulate(module.Cell("task", world, *cell), 200, (5,))
 
 
-@pytest.mark.parametrize("world", ["nested", "typical", "erratic"])
+@pytest.mark.parametrize("world", mostly_slow(["nested", "typical", "erratic"], "typical"))
 def test_ranks_on_the_margin_are_seldom_recommended(simulate: partial[Any], world: str) -> None:
     found = simulate(world, 0.3, 3, (3,), 100, (1, 4, 0), 0.5)
     assert found["false"] <= 0.05 + 3 * (0.05 * 0.95 / 200) ** 0.5

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import rankscope
+from marks import mostly_slow
 from rankscope.data.questions import whole_questions
 from rankscope.data.tokens import TokenizedData, load
 from rankscope.errors import DataError, MissingExtraError, StudyError
@@ -62,7 +63,7 @@ def greedy(model: Any, ids: list[int], most: int, end: int) -> list[int]:
     return list(found[0, len(ids) :].tolist())
 
 
-@pytest.mark.parametrize("kind", ["opt", "llama", "dora"])
+@pytest.mark.parametrize("kind", mostly_slow(["opt", "llama", "dora"], "opt"))
 def test_adapters_answer_side_by_side_as_each_does_alone(kind: str, root: Path, tmp_path: Path) -> None:
     """OPT's feed-forward layers see all tokens as one list; DoRA answers one adapter at a time."""
 
