@@ -60,7 +60,8 @@ class Watch:
 
     def _content(self, state: State) -> Content:
         """The report of the results so far. It concludes anew when a trial has ended: the run is being measured."""
-        study = Study.open(self.path)
+        there = self.live.study  # as the reader has just seen it: opening walks the whole study
+        study = Study(there.path, there.spec, there.log)
         evidence, ended = study.evidence(), [trial.status for trial in state.trials]
         if self._ended != ended or state.doing == "done":
             self._ended, self._verdict = ended, _verdict(study, evidence, state)
@@ -148,13 +149,14 @@ def watch_page(path: Path, port: int, console: Console, language: str, browser: 
 def watch_terminal(path: Path, console: Console, language: str = "en") -> None:
     """Show the study in the terminal, as the run itself does, and the verdict so far, until it is done or stopped; once
     if output is no terminal."""
-    progress, ended, note = TerminalProgress(console, path, language, told=True), list[str](), ""
+    study, progress = Study.open(path), TerminalProgress(console, path, language, told=True)
+    ended, note = list[str](), ""
     with progress:
         while True:
-            study = Study.open(path)  # it may have grown
             try:
                 state = progress.read()
                 if ended != (ended := [trial.status for trial in state.trials]):
+                    study = Study.open(path)  # it may have grown
                     sentence = verdict_sentence(_verdict(study, study.evidence(), state), language)
                     note = "\n".join(filter(None, [_caveat(state, progress.text), sentence]))
             except StudyDirectoryError:
