@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from rankscope.errors import StudyDirectoryError
 from rankscope.files import read_json, write_json
 from rankscope.spec.candidates import CONTROL, AnyTrial
+from rankscope.spec.resolve import write_yaml
 from rankscope.study.missing import (
     MAX_EXTRA_SECONDS,
     REPORT_SECONDS,
@@ -21,6 +23,7 @@ from rankscope.study.missing import (
     missing_profiles,
     profile_seconds,
 )
+from rankscope.study.question import write_question
 from rankscope.study.study import Study
 from rankscope.ui.live import LiveStudy, MetricsTail
 
@@ -108,6 +111,18 @@ def test_a_study_that_is_done(study: Study) -> None:
     assert state.profiles_done == state.profiles > 0
     assert state.seconds_left == 0
     assert state.rss_bytes is None
+
+
+def test_a_study_that_grew_is_followed_once_its_data_can_be_read(study: Study) -> None:
+    live, facts = LiveStudy(study.path), study.path / "data" / "facts.json"
+    before = len(live.read().trials)
+    seeds = (*study.spec.seeds, 7)
+    write_question(study.path / "study.yaml", write_yaml(study.spec.model_copy(update={"seeds": seeds})))
+    facts.rename(facts.with_name("away"))
+    with pytest.raises(StudyDirectoryError):
+        live.read()
+    facts.with_name("away").rename(facts)
+    assert len(live.read().trials) > before
 
 
 def test_a_study_that_trains(study: Study) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankscope.spec.candidates import Trial
+from rankscope.spec.candidates import AnyTrial, Trial
 from rankscope.spec.task import BASE, code_sha256
 from rankscope.study.folder import StudyFolder
 from rankscope.study.records import FactsRecord, TaskRecord
@@ -50,7 +50,7 @@ def asked(study: StudyFolder) -> dict[str, Any]:
     return {"items": measure.task_items, "tokens": measure.task_tokens, "tokens_sha256": facts["tokens_sha256"]}
 
 
-def task_file(study: StudyFolder, trial: Trial | None) -> Path:
+def task_file(study: StudyFolder, trial: AnyTrial | None) -> Path:
     return study.file("task", f"{BASE}.json") if trial is None else study.trial_folder(trial) / "task.json"
 
 

@@ -120,10 +120,8 @@ class Pace:
             self._done, self._taken, self._changed = 0.0, 0.0, now
         elif left < self._left:
             self._done, self._taken = self._done + self._left - left, self._taken + now - self._changed
-            self.scale, self._changed = (
-                (TRUSTED_SECONDS * self._prior + self._taken) / (TRUSTED_SECONDS + self._done),
-                now,
-            )
+            self.scale = (TRUSTED_SECONDS * self._prior + self._taken) / (TRUSTED_SECONDS + self._done)
+            self._changed = now
         self._left = left
         return self.scale or prior
 
@@ -147,7 +145,7 @@ class LiveStudy:
 
     def _open(self) -> None:
         """Follow the study as it now is: it may have grown. Raises StudyDirectoryError: it has no data yet."""
-        self.study = study = StudyFolder.open(self._path)
+        study = StudyFolder.open(self._path)
         self.steps = total_steps(study.spec.training, study.data_facts["rows_train"])
         self._evaluated = {0, *eval_steps(study.spec.training, self.steps)}
         self._trials = {trial.name: trial for trial in study.all_trials()}
@@ -157,6 +155,7 @@ class LiveStudy:
         self._answering, self._devices = 0, 1
         self._pace, self._prior, self._watched = Pace(), 1.0, (perf_counter(), stalled_seconds())
         self._step_seconds, self._runtimes = dict[str, float](), dict[str, float]()  # by candidate; empty if not known
+        self.study = study  # last: where something above raises, the next read sees the change again
 
     def read(self) -> State:
         """State of the whole study. Reads the record of every trial. Raises StudyDirectoryError: there is no study yet,
@@ -255,8 +254,7 @@ class LiveStudy:
 
     def _scores(self, job: Path) -> bool:
         """Whether a job has models that it has not scored on the task yet."""
-        trials = {trial.name: trial for trial in self.study.trials}
-        files = (task_file(self.study, trials.get(name)) for name in read_json(job)["models"])
+        files = (task_file(self.study, self._trials.get(name)) for name in read_json(job)["models"])
         return any(_modified(file) < _modified(job) for file in files)
 
     def _is_due(self, name: str, statuses: Mapping[str, str], began: float) -> bool:
