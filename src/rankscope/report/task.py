@@ -8,15 +8,15 @@ import pandas as pd
 from rankscope.report import charts
 from rankscope.report.figures import Figure, Section, make_section, say
 from rankscope.text.catalogue import Catalogue
-from rankscope.text.formats import Columns, Table, interval, percent, shown, tabulate
+from rankscope.text.formats import Columns, Table, column, percent, tabulate, with_interval
 from rankscope.text.verdict import Verdict
 
 
 def task_sections(verdict: Verdict, text: Catalogue) -> list[Section]:
     """One section, or none in a study without a task."""
-    table = task_table(verdict, text)
     if verdict is None or "task" not in verdict:
         return []
+    table = task_table(verdict, text)
     if table is None:
         return [make_section("task", [text("cause.unscored")])]
     return [make_section("task", [_figure(verdict["task"], text)], [], [table])]
@@ -26,22 +26,18 @@ def task_table(verdict: Verdict, text: Catalogue) -> Table | None:
     """One row for the untrained model and one for each rank; None without scores."""
     if verdict is None or not (task := verdict.get("task", {})).get("scores"):
         return None
-    ends = {f"score{end}": task[f"untrained{end}"] for end in ("", "_low", "_high")}
-    states, records = {True: "table.yes", False: "table.no"}, [ends, *task["scores"]]
-
-    def behind(row: Any) -> str:
-        ends = interval(row.get("behind_low"), row.get("behind_high"), _points)
-        return shown(row.get("behind"), _points, text) + ends
-
+    ends = ("", "_low", "_high")
+    untrained = {f"score{end}": task[f"untrained{end}"] for end in ends} | {f"behind{end}": None for end in ends}
+    records = [untrained | {"rank": 0, "within_margin": None}, *task["scores"]]
     columns: Columns = {
-        text("table.rank"): lambda row: str(row["rank"]) if "rank" in row else text("task.base"),
-        text("task.score"): lambda row: percent(row["score"]) + interval(row["score_low"], row["score_high"], percent),
-        text("task.behind"): behind,
-        text("table.within"): lambda row: text(states.get(row.get("within_margin"), "none")),
+        text("table.rank"): column("rank", lambda rank: str(rank) if rank else text("task.base"), text),
+        text("task.score"): with_interval("score", percent, text),
+        text("task.behind"): with_interval("behind", _points, text),
+        text("table.within"): column("within_margin", lambda within: text("table.yes" if within else "table.no"), text),
     }
     values = {"confidence": percent(verdict["confidence"]), "items": text.count("items", task["items"])}
     caption = text("task.caption", margin=percent(task["margin"]), **values)
-    chosen = next((number for number, row in enumerate(records) if row.get("rank", 0) == task["rank"]), None)
+    chosen = next((number for number, row in enumerate(records) if row["rank"] == task["rank"]), None)
     return tabulate(caption, columns, records, chosen=chosen)
 
 
