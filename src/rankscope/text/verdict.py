@@ -3,13 +3,14 @@
 Verdicts of version 0.1 lack what is a share of the gain. Imports nothing heavy.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from rankscope.text.catalogue import Catalogue, load
 from rankscope.text.formats import Columns, Table, at_least, known, loss, percent, rate, shown, signed_percent, tabulate
 
 Verdict: TypeAlias = Mapping[str, Any] | None  # content of verdict.json; None before there is one
+Rows: TypeAlias = Sequence[Mapping[str, Any]]  # a verdict's, one a rank: of its comparison, or its scores on the task
 
 
 class Gain(NamedTuple):
@@ -36,7 +37,7 @@ def _loss_sentences(verdict: Mapping[str, Any], text: Catalogue) -> Iterator[str
     outcome, more, unit = verdict["outcome"], verdict.get("more_seeds"), margin_unit(verdict)
     of_unit = "" if unit == "loss" else f"_{unit}"  # end of keys whose sentence says what the margin is a share of
     values = {
-        "seeds": _seeds(verdict, text),
+        "seeds": _seeds(verdict["comparison"], verdict["seeds"], text),
         "margin": percent(verdict["margin"]),
         "least": percent(1 - verdict["margin"]),
         "confidence": percent(verdict["confidence"]),
@@ -66,14 +67,10 @@ def _loss_sentences(verdict: Mapping[str, Any], text: Catalogue) -> Iterator[str
     }
     kind = _kind(verdict, chosen, best)
     yield text(f"sentence.{kind}" if kind == "recommended_only" else f"sentence.{kind}{of_unit}", **values)
-    lower = [row for row in rows.values() if row["rank"] < chosen["rank"]]
     if outcome == "not_distinguishable":
         yield text(f"sentence.more_would_tell{of_unit}", **values) if more else ""
         yield _guess(verdict, text) if verdict.get("guess") != verdict["candidate"] else ""
-    elif outcome == "recommended" and verdict["undetermined"]:
-        yield text("sentence.below_open_more" if more else "sentence.below_open", **values)
-    elif outcome == "recommended" and lower and all(row["within_margin"] is False for row in lower):
-        yield text(f"sentence.below_worse{of_unit}", **values)
+    yield _below(verdict, verdict["comparison"], f"sentence.below_worse{of_unit}", values, text)
     yield text("sentence.one_rate" if "one_learning_rate" in verdict["caveats"] else "sentence.scaling", **values)
 
 
@@ -81,7 +78,7 @@ def _task_sentence(verdict: Mapping[str, Any], text: Catalogue) -> str:
     """Recommendation by the task, or why there is none."""
     task, outcome, more = verdict["task"], verdict["outcome"], verdict["more_seeds"]
     values = {
-        "seeds": _seeds({"comparison": task["scores"], "seeds": task["seeds"]}, text),
+        "seeds": _seeds(task["scores"], task["seeds"], text),
         "items": text.count("items", task["items"]),
         "least": percent(1 - task["margin"]),
         "confidence": percent(verdict["confidence"]),
@@ -89,7 +86,8 @@ def _task_sentence(verdict: Mapping[str, Any], text: Catalogue) -> str:
         "base": shown(task["untrained"], percent, text),
     }
     named = verdict["candidate"] or verdict["guess"]
-    for row in (row for row in task["scores"] if row["candidate"] == named):
+    row = next((row for row in task["scores"] if row["candidate"] == named), None)
+    if row is not None:
         scores = {end: shown(row[end], percent, text) for end in ("score", "score_low", "score_high")}
         values |= {"name": candidate_name(verdict, named, text), **scores}
     if outcome == "nothing_in_budget":
@@ -99,13 +97,18 @@ def _task_sentence(verdict: Mapping[str, Any], text: Catalogue) -> str:
     if outcome == "not_enough_evidence":
         reason = text("task.no_verdict", cause=text(f"cause.{cause_of(verdict)}", **values))
         return f"{reason} {text('task.guess', **values)}" if "name" in values else reason
-    sentences = [text(f"task.{outcome}", **values)]
-    states = [row["within_margin"] for row in task["scores"] if row["rank"] < verdict["rank"]]
-    if outcome == "recommended" and verdict["undetermined"]:
-        sentences.append(text("sentence.below_open_more" if more else "sentence.below_open", **values))
-    elif outcome == "recommended" and states and set(states) == {False}:
-        sentences.append(text("sentence.below_worse_gain"))
-    return " ".join(sentences)
+    below = _below(verdict, task["scores"], "sentence.below_worse_gain", values, text)
+    return " ".join(filter(None, [text(f"task.{outcome}", **values), below]))
+
+
+def _below(verdict: Mapping[str, Any], rows: Rows, worse_key: str, values: Mapping[str, Any], text: Catalogue) -> str:
+    """What is known of the ranks below the recommended one: that some are undetermined, or that all are worse."""
+    if verdict["outcome"] != "recommended":
+        return ""
+    if verdict["undetermined"]:
+        return text("sentence.below_open_more" if verdict.get("more_seeds") else "sentence.below_open", **values)
+    states = [row["within_margin"] for row in rows if row["rank"] < verdict["rank"]]
+    return text(worse_key, **values) if states and all(state is False for state in states) else ""
 
 
 def _agreement_sentence(verdict: Mapping[str, Any], text: Catalogue) -> str:
@@ -157,9 +160,9 @@ def cause_of(verdict: Mapping[str, Any]) -> str:
     return "few_seeds" if verdict.get("more_seeds") else "few_items" if by_task else "close"
 
 
-def _seeds(verdict: Mapping[str, Any], text: Catalogue) -> str:
+def _seeds(rows: Rows, seeds: int, text: Catalogue) -> str:
     """Number of seeds, or its range where ranks have different ones."""
-    counts = {row.get("seeds", verdict["seeds"]) for row in verdict["comparison"]} or {verdict["seeds"]}
+    counts = {row.get("seeds", seeds) for row in rows} or {seeds}
     if len(counts) == 1:
         return text.count("seeds", *counts)
     return text("count.seeds_range", low=min(counts), high=max(counts))
