@@ -15,6 +15,7 @@ from rankscope.report.figures import Figure
 from rankscope.report.frames import by_candidate, heldout_by_seed
 from rankscope.report.loss import loss_figures
 from rankscope.report.memory import POINTS_IN_TIME, memory_by_time, predicted_parts
+from rankscope.report.runtime import measurements
 from rankscope.report.variants import variant_table
 from rankscope.study.evidence import Evidence, without_variants
 from rankscope.text.catalogue import load
@@ -95,6 +96,16 @@ def test_noise_above_all_does_not_reach_below_zero() -> None:
     wild.loc[wild["control"], "runtime_seconds"] *= 9
     (band,) = [rows[0] for rows in drawn(figures(evidence._replace(profiles=wild))["runtime"]) if "from" in rows[0]]
     assert band["from"] > 0
+
+
+def test_trials_in_packs_of_their_own_tell_their_runtime() -> None:
+    shared = make_evidence()._replace(profiles=pd.DataFrame(), samples=pd.DataFrame())
+    assert measurements(shared)[0].empty
+    alone = shared._replace(results=shared.results.assign(pack=[f"p{i:03d}" for i in range(9)]))
+    frame, profiled = measurements(alone)
+    assert not profiled
+    assert list(frame["runtime"]) == [312.0] * 9
+    assert figures(alone)["runtime"].note == "Time of each trial, trained alone."
 
 
 def test_without_a_second_measurement_there_is_no_band() -> None:

@@ -18,23 +18,32 @@ from rankscope.text.formats import Columns, column, duration, loss, rate, size_u
 from rankscope.text.verdict import Verdict
 
 
-def measurements(evidence: Evidence) -> pd.DataFrame:
-    """`candidate rank learning_rate repeat runtime`, one row per runtime that profiles measured, in seconds."""
+def measurements(evidence: Evidence) -> tuple[pd.DataFrame, bool]:
+    """`candidate rank learning_rate number runtime`, one row per measured runtime in seconds, and whether profiles gave
+    them. Without profiles, trials that had a pack to themselves give the time of their steps and evaluations; the
+    others shared theirs, and are left out."""
     profiles = rank_profiles(evidence)
-    if profiles.empty:
-        return profiles
-    if "rounds" in profiles:  # timed once, side by side
-        profiles = profiles.drop_duplicates("rank")
-    named = profiles.rename(columns={"runtime_seconds": "runtime"}).dropna(subset=["runtime"])
-    return named[[*KEYS, "repeat", "runtime"]].reset_index(drop=True)
+    profiled = not profiles.empty and bool(profiles["runtime_seconds"].notna().any())
+    if profiled:
+        if "rounds" in profiles:  # timed once, side by side
+            profiles = profiles.drop_duplicates("rank")
+        named = profiles.rename(columns={"repeat": "number", "runtime_seconds": "runtime"})
+    else:
+        results = evidence.results
+        trials_in_pack = results.groupby("pack")["trial"].transform("size")
+        named = results[(trials_in_pack == 1) & (results["status"] == "done")].rename(columns={"seed": "number"})
+        named["runtime"] = named["train_seconds"] + named["eval_seconds"].fillna(0.0)
+    return named.dropna(subset=["runtime"])[[*KEYS, "number", "runtime"]].reset_index(drop=True), profiled
 
 
 def runtime_figure(evidence: Evidence, text: Catalogue) -> Figure | str:
     """Runtime against rank, with its noise."""
-    frame, noise = measurements(evidence), noise_of(evidence.profiles, "runtime_seconds")
+    frame, profiled = measurements(evidence)
     if frame.empty:
         return text("chart.runtime.absent")
-    title, note = text("chart.runtime.title"), with_rates(text("chart.runtime.note"), frame, text)
+    noise = noise_of(evidence.profiles, "runtime_seconds") if profiled else None
+    note = with_rates(text("chart.runtime.note" if profiled else "chart.runtime.note_trials"), frame, text)
+    title, dot = text("chart.runtime.title"), text("chart.repeat" if profiled else "chart.seed")
     means = frame.groupby(["rank", "learning_rate"])["runtime"].agg(["mean", list]).reset_index()
     number = partial(duration, text=text)
     columns: Columns = {
@@ -45,12 +54,14 @@ def runtime_figure(evidence: Evidence, text: Catalogue) -> Figure | str:
     if noise is not None:
         note = f"{note} {text('chart.noise_note', rank=frame['rank'].min(), floor=noise_share(noise))}"
         table.rows.append([text("noise.row"), text("none"), noise_share(noise), text("none")])
-    alternative, chart = say(title, means, "mean", number, text), _runtime_chart(frame, text, ranks_of(evidence), noise)
+    alternative = say(title, means, "mean", number, text)
+    chart = _runtime_chart(frame, text, ranks_of(evidence), dot, noise)
     return Figure("runtime", title, note, alternative, {"": chart}, table, half=True)
 
 
-def _runtime_chart(frame: pd.DataFrame, text: Catalogue, ranks: list[int], noise: Noise | None) -> alt.Chart:
-    """`measurements` as a bar for the mean and a dot for each one; the noise around the lowest rank is shaded."""
+def _runtime_chart(frame: pd.DataFrame, text: Catalogue, ranks: list[int], dot: str, noise: Noise | None) -> alt.Chart:
+    """`measurements` as a bar for the mean and a dot for each one, which `dot` names; the noise around the lowest rank
+    is shaded."""
     unit = time_unit(frame["runtime"].max(), text)
     values = frame.assign(rate=frame["learning_rate"].map(rate), runtime=frame["runtime"] / unit.factor)
     title, scale = text("chart.runtime.y", unit=unit.name), alt.Scale(zero=True)
@@ -58,7 +69,7 @@ def _runtime_chart(frame: pd.DataFrame, text: Catalogue, ranks: list[int], noise
     base = alt.Chart(values).encode(**x, color=of_rank)
     bars = base.mark_bar(opacity=0.45, cornerRadiusEnd=2, size=max(6, 48 // values["rate"].nunique()))
     averaged = charts.candidate_tooltip(text, {"mean(runtime):Q": f"{text('chart.mean')}, {title}"})
-    measured = charts.candidate_tooltip(text, {"repeat:O": text("chart.repeat"), "runtime:Q": title})
+    measured = charts.candidate_tooltip(text, {"number:O": dot, "runtime:Q": title})
     layers = [bars.encode(y=alt.Y("mean(runtime):Q", title=title, scale=scale), tooltip=averaged)]
     if noise is not None:
         mean = float(values.loc[values["rank"] == values["rank"].min(), "runtime"].mean())
