@@ -122,14 +122,14 @@ def cost_tables(evidence: Evidence, text: Catalogue) -> list[Table]:
     profiles = rank_profiles(evidence)
     if profiles.empty:
         return []
+    details = partial(_details, evidence, profiles, text)
     measured = profiles.columns[profiles.notna().any()]
     kinds = [kind for kind in MEMORY_KINDS if f"{kind}_mean_bytes" in measured]
     by_kind = [
-        [[rank, text(f"memory.{kind}"), *cells] for rank, *cells in _details(evidence, MEMORY_DETAILS, text, kind)]
-        for kind in kinds
+        [[rank, text(f"memory.{kind}"), *cells] for rank, *cells in details(MEMORY_DETAILS, kind)] for kind in kinds
     ]
     memory = [row for rows in zip(*by_kind, strict=True) for row in rows]
-    time = _details(evidence, TIME_DETAILS, text)
+    time = details(TIME_DETAILS)
     headers = [text("table.rank"), text("table.memory_kind"), *map(text, MEMORY_DETAILS)]
     of_memory = Table(text("table.memory"), headers, [header != headers[1] for header in headers], memory)
     headers = [text("table.rank"), *map(text, TIME_DETAILS)]
@@ -137,11 +137,12 @@ def cost_tables(evidence: Evidence, text: Catalogue) -> list[Table]:
 
 
 def _details(
-    evidence: Evidence, details: Mapping[str, tuple[str, str]], text: Catalogue, kind: str = ""
+    evidence: Evidence, profiles: pd.DataFrame, text: Catalogue, details: Mapping[str, tuple[str, str]], kind: str = ""
 ) -> list[list[str]]:
-    """A row per rank, lowest first, with each detail's aggregate over its repeats; then one with the details' noise."""
+    """A row per rank of `profiles` (`rank_profiles`), lowest first, with each detail's aggregate over its repeats; then
+    one with the details' noise."""
     fields = {pattern.format(kind): how for pattern, how in details.values()}
-    table = rank_profiles(evidence).reindex(columns=["rank", *fields]).groupby("rank").agg(fields)
+    table = profiles.reindex(columns=["rank", *fields]).groupby("rank").agg(fields)
     columns = [[*map(str, table.index), text("noise.row")]]
     for field, values in table.items():
         number, noise = (formats.sizes if kind else formats.fixed)(values), noise_of(evidence.profiles, str(field))
