@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from rankscope.track import tracker_process as beside
 from rankscope.track.__main__ import open_tracker, redacted
 from rankscope.track.follow import TrackerSync, costs, memory_points
 from rankscope.track.tracker_process import run_trackers
+from rankscope.track.trackio import Client
 from recording import RecordingProgress
 from track.readers import READERS, clear_environment
 from track.test_contract import copy_study
@@ -124,6 +126,13 @@ def test_a_damaged_record_of_what_was_sent_begins_new_runs(study: Study) -> None
     with run_trackers(study, ["tensorboard"], RecordingProgress().say):
         pass
     assert len(read_json(study.path / "tracking" / "tensorboard.json")["trials"]) == 3
+
+
+def test_a_broken_trackio_is_told_when_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with warnings.catch_warnings(), pytest.raises(ImportError):
+        Client(tmp_path)
 
 
 def test_names_are_checked() -> None:

@@ -26,6 +26,8 @@ class Client(Tracker):
         self._failures: list[str] = []
         warnings.simplefilter("always")
         warnings.showwarning = self._hear
+        import trackio  # noqa: F401
+
         self.destination = f"{remote or given or 'study'}/{self._project}"
         show = f"TRACKIO_DIR={shlex.quote(here)} trackio show --project {shlex.quote(self._project)}"
         self.note = "Trackio sends the runs to its server" if remote else f"To look at the runs: {show}"
