@@ -351,7 +351,7 @@ def resize(
     from rankscope.resize.rules import choose_rule
 
     text = start.check_names(lang)
-    rule, uniform = choose_rule({name: options.pop(name) for name in ask.RULES}), bool(options.pop("uniform"))
+    rule, uniform = choose_rule(ask.own(options, ask.RULES)), bool(options.pop("uniform"))
     start.check_adapter(adapter)
     from rankscope.resize import command
     from rankscope.resize.show import rank_table, sentences, tried_table

@@ -9,9 +9,7 @@ from rankscope.text.formats import size
 from rankscope.track import TRACKERS
 from rankscope.ui.console import out_console
 
-EXTRAS = dict(zip(TRACKERS, TRACKERS, strict=True)) | {
-    "search": "optuna", "ray": "ray", "quantization": "bitsandbytes"
-}  # fmt: skip
+EXTRAS = {name: name for name in TRACKERS} | {"search": "optuna", "ray": "ray", "quantization": "bitsandbytes"}
 """Packages of the optional parts, by the name of the extra."""
 
 

@@ -136,13 +136,14 @@ class Gpu(NamedTuple):
 def parse_gpu(memory: str | None, flops: str | None) -> Gpu | None:
     """The GPU of `--gpu-memory 24GB` and `--gpu-flops 400TFLOPS`; None where neither is given. Raises StudyError: one
     of the two is no size or no rate, or the memory is missing."""
-    option, text, example = "--gpu-memory", memory, "24GB"
     try:
         size_bytes = None if memory is None else parse_bytes(memory)
-        option, text, example = "--gpu-flops", flops, "400TFLOPS"
+    except ValueError as error:
+        raise StudyError(f"--gpu-memory {memory}: {error}", "For example --gpu-memory 24GB.") from None
+    try:
         rate = None if flops is None else parse_flops(flops)
     except ValueError as error:
-        raise StudyError(f"{option} {text}: {error}", f"For example {option} {example}.") from None
+        raise StudyError(f"--gpu-flops {flops}: {error}", "For example --gpu-flops 400TFLOPS.") from None
     if rate and not size_bytes:
         raise StudyError("--gpu-flops without --gpu-memory", "Describe the GPU by both: --gpu-memory 80GB.")
     return Gpu(size_bytes, rate) if size_bytes else None
