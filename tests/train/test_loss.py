@@ -36,6 +36,22 @@ def test_evaluation_counts_hits_and_works_out_no_gradient() -> None:
     assert got.correct.tolist() == [True] * 4 + [False] * 5
 
 
+def test_the_heads_own_weights_are_found_without_a_walk_of_the_trunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked for at each forward. An output layer that shares the trunk's weight has it all the same."""
+
+    def walked(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    for tied in (False, True):
+        model = tiny_model("llama-gqa").requires_grad_()
+        if tied:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        head = Head(model)
+        for name in ("parameters", "named_modules"):
+            monkeypatch.setattr(model.model, name, walked)
+        assert [id(weight) for weight in head.trained] == [id(model.lm_head.weight)]
+
+
 @pytest.mark.parametrize("name", mostly_slow(CONFIGS, "opt-post-norm", "gemma2"))
 def test_head_is_the_models_own(name: str) -> None:
     """Soft-capping and the like included: the head of the trunk's hidden states gives the model's logits."""

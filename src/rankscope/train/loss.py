@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -33,14 +34,14 @@ class Head:
         name = trunk_name(model)
         if name is None:
             raise NotPackable(Unpackable.NO_TRUNK)
-        self._model, self._inside, self.trunk = model, f"{name}.", getattr(model, name)
+        self._model, self.trunk = model, getattr(model, name)
 
     @property
     def trained(self) -> list[nn.Parameter]:
         """Trained weights: none beside adapters, all of them in full fine-tuning."""
-        named = self._model.named_parameters(remove_duplicate=False)  # an output layer may share the trunk's weight
-        own = {id(p): p for name, p in named if p.requires_grad and not name.startswith(self._inside)}
-        return list(own.values())
+        behind = (part for part in self._model.children() if part is not self.trunk)  # may share the trunk's weights
+        own = chain(self._model.parameters(recurse=False), *(part.parameters() for part in behind))
+        return list({id(parameter): parameter for parameter in own if parameter.requires_grad}.values())
 
     def __call__(self, hidden: Tensor, start: int = 0) -> Tensor:
         """Logits of rows from `start` on."""
