@@ -1,5 +1,6 @@
 """Files that are whole or absent: JSON published by rename, JSONL that survives a torn last line."""
 
+import errno
 import hashlib
 import json
 import os
@@ -68,11 +69,13 @@ def check_empty(folder: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an error of the body into one that says why `path` cannot be written."""
+    """Turn an error of the body into one that says why `path` cannot be written; not a lack of memory."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         if isinstance(error, RankscopeError) or (isinstance(error, SafetensorError) and "I/O error" not in str(error)):
+            raise
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
             raise
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise StudyDirectoryError(f"{path}: cannot be written: {reason}", _MEND) from error

@@ -173,16 +173,34 @@ def test_a_quantized_base_has_the_hash_of_the_study(trained: Study, kind: str) -
     assert not any(getattr(layer, "support_avx512bf16_for_cpu", False) for layer in model.modules())
 
 
+@pytest.mark.parametrize("command", ["export", "resize"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory. Tried to allocate 9 GiB."),
+        MemoryError("Tried to allocate 9 GiB."),
+        OSError(errno.ENOMEM, "Tried to allocate 9 GiB."),
+    ],
+    ids=lambda error: type(error).__name__,
+)
 def test_out_of_memory_has_a_way_out(
-    trained: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trained: Study,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    error: Exception,
 ) -> None:
+    """Where the base is loaded for an export and, by `load_model`, to measure an adapter."""
+
     def full(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+        raise error
 
     monkeypatch.setattr("rankscope.export.write.AutoModelForCausalLM.from_pretrained", full)
-    monkeypatch.setattr(
-        sys, "argv", ["rankscope", "export", str(trained.path), "--rank", "8", "--out", str(tmp_path / "out")]
-    )
+    adapter = trained.adapter_file(trained.spec.trials()[0]).parent
+    asked = {"export": [trained.path, "--rank", 8], "resize": [adapter, "--max-loss-increase", 0.1]}
+    monkeypatch.setattr(sys, "argv", ["rankscope", command, *map(str, asked[command]), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="1"):
         main()
     assert re.search(r"(?s)error: .*Tried to allocate 9 GiB\..*--device cpu", capsys.readouterr().err)

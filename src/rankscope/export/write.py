@@ -23,7 +23,7 @@ from rankscope.lora.adapters import save_config
 from rankscope.lora.saved import SavedAdapter, load_by_peft, read_adapter
 from rankscope.model import checks
 from rankscope.model.checks import loading_error, location
-from rankscope.model.device import resolve_device
+from rankscope.model.device import lacks_memory, resolve_device
 from rankscope.model.load import fingerprint, load_config, load_tokenizer, resolve_dtype
 from rankscope.model.quantized import quantization_config
 from rankscope.spec.models import ModelSpec
@@ -112,9 +112,9 @@ def load_plain(spec: ModelSpec, form: str, sha256: str | None, folder: Path | No
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             config=load_config(spec), use_safetensors=not checks.is_gguf(spec), **options, **checks.source(spec)
         )
-    except (ModelError, MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
+        if isinstance(error, ModelError) or lacks_memory(error):
+            raise
         raise loading_error(spec, "model", error) from error
     layer: Any
     for layer in model.modules():

@@ -23,9 +23,6 @@ from rankscope.files import read_json, write_json
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 """Error numbers of the disk itself, which another job would hit too."""
 
-NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""Texts by which a RuntimeError of torch is known to be a lack of memory."""
-
 
 def main(kind: str, study_path: str, job_file: str) -> int:
     """Do the job and return the exit code: 0, or that of its error."""
@@ -47,7 +44,7 @@ def main(kind: str, study_path: str, job_file: str) -> int:
 
 def known_error(error: Exception) -> RankscopeError:
     """Return the error as one that says what to do."""
-    import torch
+    from rankscope.model.device import lacks_memory
 
     if isinstance(error, RankscopeError):
         return error
@@ -55,10 +52,7 @@ def known_error(error: Exception) -> RankscopeError:
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         what = f"{error.filename or 'a file'}: cannot be read or written: {error.strerror}"
         return StudyDirectoryError(what, "Mend that and run the study again: it goes on where it was.")
-    no_memory = isinstance(error, OSError) and error.errno == errno.ENOMEM
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or no_memory or any(t in str(error) for t in NO_MEMORY):
-        return OutOfMemoryError(what)
-    return WorkerError(what)
+    return OutOfMemoryError(what) if lacks_memory(error) else WorkerError(what)
 
 
 def end_with_parent() -> None:

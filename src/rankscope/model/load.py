@@ -22,7 +22,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 from rankscope.errors import ModelError, require
 from rankscope.model import checks
 from rankscope.model.checks import loading_error, location
-from rankscope.model.device import multiplies_bfloat16, resolve_device
+from rankscope.model.device import lacks_memory, multiplies_bfloat16, resolve_device
 from rankscope.model.mixed import use_mixed_precision
 from rankscope.model.quantized import quantization_config, quantize_skeleton, use_dequantized_forward
 from rankscope.spec.models import ModelSpec
@@ -136,6 +136,8 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
             config=config, dtype=dtype, use_safetensors=not checks.is_gguf(spec), **options, **checks.source(spec)
         )
     except Exception as error:
+        if lacks_memory(error):  # which is no fault of the model's
+            raise
         raise loading_error(spec, "model", error) from error
     model, loading = loaded
     missing, left_over = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])

@@ -33,11 +33,14 @@ def explained(error: Exception) -> RankscopeError | None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         name = "the output" if error.filename is None else shortened(str(error.filename))
         return StudyDirectoryError(f"{name}: {error.strerror}", _TODO[error.errno])
-    if isinstance(error, MemoryError | RuntimeError):  # of a device's memory torch raises a RuntimeError
-        from rankscope.jobs.worker import known_error
+    no_memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    if "torch" in sys.modules:  # whose errors say so in words too
+        from rankscope.model.device import lacks_memory
 
-        if isinstance(known := known_error(error), OutOfMemoryError):
-            return OutOfMemoryError(known.what, "Use a machine with more memory, or --device cpu in place of a GPU.")
+        no_memory = lacks_memory(error)
+    if no_memory:
+        what = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        return OutOfMemoryError(what, "Use a machine with more memory, or --device cpu in place of a GPU.")
     return None
 
 
