@@ -264,7 +264,7 @@ def _finish(
     adapter_bytes = save_trained_adapter(state, files.folder / "adapter")
     if adapter_bytes is not None and not faults:
         faults.append(peft_fault(model, files.folder / "adapter"))
-    fault = faults[0] if faults else None
+    fault = None if adapter_bytes is None else faults[0]
     if fault:
         log.warning("%s: PEFT does not read its adapter back: %s", state.trial.name, fault)
     results = training_results(state, history, tally["step_seconds"]) | held_out_results(held_out)
