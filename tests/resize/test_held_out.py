@@ -92,6 +92,20 @@ def test_over_a_bfloat16_base_adapters_are_float32(tmp_path: Path, monkeypatch: 
     assert found == pytest.approx(whole, rel=1e-2)
 
 
+def test_rows_are_not_padded_where_that_would_change_their_losses(tmp_path: Path) -> None:
+    """A model whose logits grow with the longest row of their forward."""
+    save(tmp_path, "llama-gqa", {"target_modules": ["q_proj"]})
+    adapter, tokens, model = read_adapter(tmp_path), random_tokens(12), tiny_model("llama-gqa")
+
+    def grow(_: nn.Module, arguments: Any, out: Any) -> None:
+        out.logits = out.logits * (1 + 0.1 * out.logits.shape[1])
+
+    model.register_forward_hook(grow)
+    rows = [Tokens.from_examples([row]) for row in tokens]
+    alone = [float(held_out_losses(model, adapter, row).loss[0]) for row in rows]
+    np.testing.assert_allclose(held_out_losses(model, adapter, tokens).loss, alone, rtol=1e-5)
+
+
 def test_an_adapter_of_another_model_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     save(tmp_path, "llama-gqa", {"target_modules": ["k_proj"]})
     model = tiny_model("opt-pre-norm")

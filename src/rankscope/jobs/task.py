@@ -30,14 +30,14 @@ from rankscope.spec.task import BASE, CHOICE, Task, code_sha256, compiled, parse
 from rankscope.study.folder import TASK, StudyFolder
 from rankscope.study.records import ChoicesRecord, TaskItems, TaskRecord
 from rankscope.study.scores import asked, task_file, task_record, unscored
-from rankscope.train.engine import EVAL_TOKENS, Engine, ExampleLosses, PackedEngine, PeftEngine
+from rankscope.train.engine import EVAL_TOKENS, Engine, ExampleLosses, PackedEngine
 from rankscope.train.prepare import read_spec
-from rankscope.train.probe import make_packable, padding_matters, use_own_forward
+from rankscope.train.probe import make_packable, peft_engine, use_own_forward
 
 Folders = Mapping[str, Path | None]  # of adapters, by trial; None for the model without one
 Score = Callable[[str, str, str], float]  # of a prompt, an answer and the row's own answer
 CHOICES = "task/choices.json"
-PEFT_ROWS, PEFT_TOKENS = 8, 512  # of one forward by PEFT's own, which makes the logits of every token
+PEFT_TOKENS = 512  # of one forward by PEFT's own, which makes the logits of every token
 
 
 class Scored(NamedTuple):
@@ -247,7 +247,7 @@ def losses_of(model: PreTrainedModel, folders: Folders, tokens: Tokens) -> dict[
     adapters = {name: folder for name, folder in folders.items() if folder is not None}
     found, attention = dict[str, ExampleLosses](), model.config._attn_implementation
     if BASE in folders:
-        found[BASE] = _peft_engine(model).evaluate(tokens, [BASE])[0]
+        found[BASE] = peft_engine(model, tokens_per_forward=PEFT_TOKENS).evaluate(tokens, [BASE])[0]
     with adapters_on(model, adapters):
         if adapters:
             engine = _engine(model, list(adapters))
@@ -262,9 +262,5 @@ def _engine(model: PreTrainedModel, names: Sequence[str]) -> Engine:
     try:
         make_packable(model, names)
     except NotPackable:
-        return _peft_engine(model)
+        return peft_engine(model, tokens_per_forward=PEFT_TOKENS)
     return PackedEngine(model, EVAL_TOKENS)
-
-
-def _peft_engine(model: PreTrainedModel) -> PeftEngine:
-    return PeftEngine(model, 1 if padding_matters(model) else PEFT_ROWS, tokens_per_forward=PEFT_TOKENS)

@@ -14,9 +14,9 @@ from rankscope.errors import ModelError
 from rankscope.lora.saved import SavedAdapter, attached
 from rankscope.lora.svd import Decomposed, order_by_energy, parameters, ranks_of, uniform_ranks
 from rankscope.model.device import free_bytes
-from rankscope.train.engine import LOGIT_BYTES, ExampleLosses, PeftEngine, tokens_per_forward
+from rankscope.train.engine import LOGIT_BYTES, ExampleLosses, tokens_per_forward
+from rankscope.train.probe import peft_engine
 
-_ROWS = 8  # in one forward, in which rows of differing lengths are padded
 _ADAPTER = "adapter"  # name of the attached adapter
 
 Ranks = dict[str, int]
@@ -69,7 +69,7 @@ def held_out_losses(model: PreTrainedModel, adapter: SavedAdapter, tokens: Token
     per_token = LOGIT_BYTES * model.config.get_text_config().vocab_size
     fitting = tokens_per_forward(free_bytes(model.device), per_token, model.device.type)
     with attached(model, _ADAPTER, adapter):
-        (losses,) = PeftEngine(model, _ROWS, tokens_per_forward=fitting).evaluate(tokens, [_ADAPTER])
+        (losses,) = peft_engine(model, tokens_per_forward=fitting).evaluate(tokens, [_ADAPTER])
     if not np.isfinite(losses.loss).all():
         raise ModelError("the adapter's held-out loss is not a finite number", "Try another --dtype.")
     return losses

@@ -23,7 +23,7 @@ from rankscope.train.checkpoint import load_checkpoint, save_checkpoint
 from rankscope.train.engine import LOGIT_BYTES, Engine, ExampleLosses, PackedEngine, PeftEngine, tokens_per_forward
 from rankscope.train.flops import Cost, count_cost
 from rankscope.train.optimizer import state_sizes
-from rankscope.train.probe import check_causal, make_packable, padding_matters, probe_tokens
+from rankscope.train.probe import check_causal, make_packable, peft_engine, probe_tokens
 from rankscope.train.recompute import recompute_layers
 from rankscope.train.results import TrialFiles, held_out_results, metrics_row, training_results, write_losses
 from rankscope.train.step import (
@@ -63,10 +63,9 @@ def choose_engine(model: PreTrainedModel, states: Sequence[TrainState], training
             reason = str(error.reason)
             log.warning("%s cannot be packed: %s. Its trials are trained by PEFT's forward.", kind, reason)
     if engine is None:
-        engine = PeftEngine(model, training.batch_size, dropout)
-        if padding_matters(model):
+        engine = peft_engine(model, training.batch_size, dropout)
+        if engine.batch_size < training.batch_size:
             log.warning("%s gives padded rows other logits: its forwards have one row each", kind)
-            engine.batch_size = 1
         recompute_layers(model)
     tokens = probe_tokens(model)
     counted = {name: count_cost(model, name, engine.forward, tokens) for name in names}

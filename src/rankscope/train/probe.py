@@ -25,7 +25,7 @@ from rankscope.lora.layout import NotPackable, Slice, Unpackable, flatten
 from rankscope.lora.packed import own_forwards, pack_layers, trunk_name
 from rankscope.model.mixed import products_in_float32
 from rankscope.train.attention import NAME
-from rankscope.train.engine import PackedEngine, pad
+from rankscope.train.engine import PackedEngine, PeftEngine, pad
 from rankscope.train.fused import fuse_elementwise
 from rankscope.train.mixers import divide_mixers
 from rankscope.train.recompute import recompute_layers
@@ -34,6 +34,8 @@ _LENGTHS = (7, 12, 5, 9)
 _OTHER_LENGTHS = ((7, 9, 5, 12), (4, 12, 8, 9))
 """Of as many tokens, none longer: the first keeps sequences 0 and 2, the second 1 and 3."""
 PROBE_TOKENS = sum(_LENGTHS)  # total length of the probe sequences
+
+PEFT_ROWS = 8  # of a forward by PEFT's own in which nothing is trained
 
 ATTENTIONS = (NAME, None)
 """Attention of the packed forward, in the order in which they are tried: ours, or else the model's own over the whole
@@ -105,6 +107,17 @@ def padding_matters(model: PreTrainedModel) -> bool:
         alone = _own_logits(model, tokens[1].ids)
         padded = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[1, : len(alone)].float()
     return not _difference(alone, padded) <= NEARNESS
+
+
+def peft_engine(
+    model: PreTrainedModel,
+    batch_size: int = PEFT_ROWS,
+    base_dropout: bool = False,
+    tokens_per_forward: int = 1 << 30,
+) -> PeftEngine:
+    """PEFT's engine of up to `batch_size` rows a forward; of one row where padding would change a row's logits."""
+    rows = 1 if padding_matters(model) else batch_size
+    return PeftEngine(model, rows, base_dropout, tokens_per_forward)
 
 
 @contextmanager
