@@ -18,7 +18,7 @@ import rankscope
 from rankscope.cli import app
 from rankscope.data.tokens import Tokens, load
 from rankscope.errors import ModelError, RankscopeError, StudyError
-from rankscope.lora.saved import CONFIG, WEIGHTS, read_adapter
+from rankscope.lora.saved import CONFIG, WEIGHTS, SavedAdapter, read_adapter, write_adapter
 from rankscope.study.study import Study
 
 RANK = 6
@@ -50,6 +50,19 @@ def losses(study: Study, adapter: Path, tmp_path_factory: pytest.TempPathFactory
         answer(adapter, "--rank", rank, "--out", folder / str(rank))
         found[rank] = mean_loss(study.spec.model.id, folder / str(rank), tokens)
     return found
+
+
+def test_an_adapter_that_is_not_what_was_measured_is_an_error(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(smaller: SavedAdapter, folder: Path) -> int:
+        return write_adapter(smaller._replace(layers=[one._replace(b=-one.b) for one in smaller.layers]), folder)
+
+    monkeypatch.setattr("rankscope.resize.command.write_adapter", spoil)
+    done = resize(adapter, "--max-loss-increase", 0.1, "--out", tmp_path / "out")
+    assert isinstance(done.exception, ModelError)
+    assert "before it was written" in done.exception.what
+    assert "bug in rankscope" in done.exception.todo
 
 
 def resize(*arguments: object) -> Result:

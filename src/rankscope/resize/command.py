@@ -11,7 +11,7 @@ import pandas as pd
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from rankscope.data.tokens import Tokens, load
-from rankscope.errors import StudyError
+from rankscope.errors import ModelError, StudyError
 from rankscope.files import check_empty
 from rankscope.jobs.job import Say
 from rankscope.lora import svd
@@ -25,6 +25,7 @@ from rankscope.spec.options import assemble
 from rankscope.study.study import Study
 from rankscope.train.prepare import prepare_data
 
+_ROUNDING = 1e-4  # relative: how far two losses of the same tensors may lie apart on a GPU
 _BUDGET = "max_loss_increase"
 _SUFFIXES = {"rank": "r", "budget_rank": "budget", _BUDGET: "loss"}
 
@@ -164,8 +165,13 @@ def _smallest_within(
         what = f"{option_name(_BUDGET)} {limit:g}: even at full rank the rounded update exceeds it"
         raise StudyError(what, "Allow a larger one.")
 
+    chosen = best.loss
+
     def measure(folder: Path) -> dict[str, Any]:
         after = budget.held_out_losses(model, read_adapter(folder), tokens)
+        if abs(after.mean / chosen - 1) > _ROUNDING:
+            what = f"{folder}: its held-out loss is {after.mean:.6g}, and {chosen:.6g} before it was written"
+            raise ModelError(what, "This is a bug in rankscope: report it.")
         lost, rule = budget.difference(after, whole), "uniform" if uniform else "most_energy"
         return {
             "before": whole.mean,
