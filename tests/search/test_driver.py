@@ -9,6 +9,7 @@ from typing import Any
 import optuna
 import pytest
 
+from rankscope.search import sampling
 from rankscope.search.driver import StepResult, drive
 from rankscope.search.folder import Spent
 from rankscope.search.sampling import make_study, open_journal, point_of, summary
@@ -74,6 +75,14 @@ def test_a_stopped_candidate_s_place_is_taken_at_once() -> None:
         taken = after.losses.keys() - begun
         assert len(taken) == min(len(before.ended), 15 - len(begun)), "as many begin as have ended"
         assert {after.losses[name][0] for name in taken} <= {1}
+
+
+def test_nothing_is_drawn_once_no_candidate_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws: list[object] = []
+    original = sampling.draw
+    monkeypatch.setattr(sampling, "draw", lambda *arguments: draws.append(original(*arguments)) or draws[-1])
+    run(asked(trials=3), Pretended())
+    assert [one is None for one in draws] == [False, False, False, True]
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])

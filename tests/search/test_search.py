@@ -75,6 +75,7 @@ def test_the_best_is_found_and_kept(found: tuple[Search, dict[str, Any]]) -> Non
     candidates = {c["trial"]: c for c in result["candidates"]}
     done = {name: c for name, c in candidates.items() if c["state"] == "done"}
     assert len(candidates) == 8
+    assert result["schema"] == 1
     assert result["finished"]
     assert result["best"] == min(done, key=lambda name: done[name]["eval_loss"])
     limit = done[result["best"]]["eval_loss"] * 1.01

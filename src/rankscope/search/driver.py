@@ -58,6 +58,7 @@ def drive(
     """
     steps, upto = len(step_tokens), list(itertools.accumulate(step_tokens, initial=0))
     stops, start, running = [*spec.rung_steps(steps), steps], clock(), dict[str, Running]()
+    exhausted = False  # whether no candidate is left to draw
 
     def affords(step: int, others: Iterable[Running]) -> bool:
         """Whether a candidate at `step` can be trained to its end beside the others' way to their next rungs."""
@@ -65,7 +66,10 @@ def drive(
         return left_tokens(spec, spent) - reserved >= upto[steps] - upto[step]
 
     while not stopped():
-        while len(running) < slots and affords(0, running.values()) and (drawn := sampling.draw(study, spec)):
+        while not exhausted and len(running) < slots and affords(0, running.values()):
+            if (drawn := sampling.draw(study, spec)) is None:
+                exhausted = True
+                break
             trial, point = drawn
             asked = spec.trial(point, trial.number)
             trial.set_user_attr("trial", asked.name)

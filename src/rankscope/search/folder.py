@@ -5,7 +5,7 @@
       machine.json     hardware, versions, model
       data/            tokens.safetensors, facts.json (what every candidate reads)
       optuna.log       Optuna's journal: `optuna-dashboard NAME/optuna.log` shows it while the search runs, and after
-      result.json      candidates, the best, those within the margin of it, what was spent; written after each step
+      result.json      candidates, the best, those within the margin of it, what was spent
       adapters/        adapters of the candidates within the margin of the best, in PEFT's format
       confirm.yaml     a study that trains the best again, with several seeds
       job/             job.json, log.txt of the child process
@@ -19,10 +19,12 @@ from typing import Any, NamedTuple, Self
 from pydantic import ValidationError
 
 from rankscope.errors import StudyDirectoryError, StudyError
-from rankscope.files import find_json, inside, is_free, refuse_links_out
+from rankscope.files import find_json, inside, is_free, refuse_links_out, write_json
 from rankscope.search.space import SearchSpec
 from rankscope.spec.resolve import write_yaml
 from rankscope.study.question import differences_of, read_question, write_question
+
+SCHEMA = 1
 
 
 class Spent(NamedTuple):
@@ -75,3 +77,6 @@ class Search:
     def result(self) -> dict[str, Any] | None:
         """Return result.json (see `rankscope.search.sampling.summary`); None before the first candidate trains."""
         return find_json(self.file("result.json"))
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        write_json(self.file("result.json"), {"schema": SCHEMA} | result)

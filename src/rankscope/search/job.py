@@ -2,13 +2,14 @@
 
 import math
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rankscope.data.tokens import load
 from rankscope.errors import DataError, KilledError, ModelError, OutOfMemoryError, RankscopeError
-from rankscope.files import write_atomic, write_json
+from rankscope.files import write_atomic
 from rankscope.jobs.job import Job, Say
 from rankscope.model.load import fingerprint, load_model
 from rankscope.search.driver import drive
@@ -20,6 +21,8 @@ from rankscope.spec.candidates import all_linear_or_names
 from rankscope.spec.models import StudySpec
 from rankscope.spec.resolve import write_yaml
 from rankscope.train.stopping import StopRequest
+
+WRITE_EVERY_SECONDS = 1.0  # interval of writing result.json while nothing but steps has changed
 
 
 def job_of(search: Search, slots: int) -> Job:
@@ -40,16 +43,19 @@ def work(study_path: Path, content: Mapping[str, Any]) -> None:
         if study.user_attrs.get(f"{name}_sha256", sha256) != sha256:
             raise error(f"{name}: not what the search began with", "Choose another --out.")
         study.set_user_attr(f"{name}_sha256", sha256)
-    trainer, spent = PackTrainer(model, spec, data, slots), search.spent()
+    trainer, spent, written = PackTrainer(model, spec, data, slots), search.spent(), 0.0
     with StopRequest() as stop:
         for step in drive(study, spec, trainer, step_tokens(spec, data), slots, spent, lambda: stop.made):
             spent = step.spent
+            if not (step.held_out or step.ended or time.monotonic() - written > WRITE_EVERY_SECONDS):
+                continue
+            written = time.monotonic()
             found = summary(study, spec, spent, False)
             best = min((one["eval_loss"] for one in found["candidates"] if one["state"] == DONE), default=math.inf)
             for name, how in step.ended.items():
                 if how == DONE and step.held_out[name] <= best * (1 + found["margin"]):
                     trainer.save(name, search.file("adapters", name))
-            write_json(search.file("result.json"), found | {"training": step.losses})
+            search.write_result(found | {"training": step.losses})
     result = summary(study, spec, spent, not stop.made) | {"training": {}}
     if not stop.made:
         for adapter in search.file("adapters").glob("*"):
@@ -57,7 +63,7 @@ def work(study_path: Path, content: Mapping[str, Any]) -> None:
                 shutil.rmtree(adapter)
         if result["best"]:
             write_atomic(search.file("confirm.yaml"), write_yaml(confirming(spec, result)))
-    write_json(search.file("result.json"), result)
+    search.write_result(result)
     if stop.made:
         raise KilledError("stopped as asked")
 
