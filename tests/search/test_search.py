@@ -70,6 +70,17 @@ def search_in(spec: SearchSpec, out: Path, say: Any) -> dict[str, Any]:
     return run(spec, out, LocalLauncher(spec.study.model), say)
 
 
+def test_ranks_that_were_not_named_end_at_the_models_full_rank(root: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    spec = asked(root, ranks=None, target_modules="all-linear", trials=None, tokens=1)
+    with pytest.raises(StudyError, match="one candidate alone takes"):
+        search_in(spec, tmp_path / "out", said.append)
+    assert "Ranks up to 32, the full rank of the model's layers" in said
+    assert Search.open(tmp_path / "out").spec.space.ranks == (4, 8, 16, 32)
+    with pytest.raises(StudyError, match="64 is larger than 32"):
+        search_in(asked(root, ranks="4..64"), tmp_path / "other", said.append)
+
+
 def test_the_best_is_found_and_kept(found: tuple[Search, dict[str, Any]]) -> None:
     search, result = found
     candidates = {c["trial"]: c for c in result["candidates"]}

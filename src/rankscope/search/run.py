@@ -12,7 +12,7 @@ from rankscope.errors import StudyError
 from rankscope.files import write_json
 from rankscope.jobs.job import Launcher, Say
 from rankscope.jobs.queue import run_jobs
-from rankscope.measure.machine import describe_machine
+from rankscope.measure.machine import Site, describe_machine
 from rankscope.model.checks import pinned
 from rankscope.plan.checks import check_base_fits, check_ranks
 from rankscope.plan.costs import CostModel, predict
@@ -21,7 +21,7 @@ from rankscope.plan.packs import divide_into_packs
 from rankscope.plan.plan import with_site_dtype
 from rankscope.search import job
 from rankscope.search.folder import Search
-from rankscope.search.space import SearchSpec
+from rankscope.search.space import DEFAULT_RANKS, SearchSpec
 from rankscope.search.trainer import step_tokens
 from rankscope.study.question import lock_folder
 from rankscope.train.prepare import describe_data, prepare_data
@@ -42,10 +42,14 @@ def run(
     called twice a second. Raises StudyError: the question is wrong, or `out` holds another one; DataError, ModelError:
     the data or the model cannot be used; WorkerError: the child process ended without finishing its work."""
     spec, site = at_commits(spec, out), launcher.site()
-    largest = [spec.alone(point) for point in spec.largest()]
-    predictions = [predict(with_site_dtype(study, site), torch.device(site.kind)) for study in largest]
-    for study, prediction in zip(largest, predictions, strict=True):
-        check_ranks(study, prediction)
+    predictions = _predictions(spec, site)
+    full_rank = min(prediction.full_rank for prediction in predictions)
+    if spec.space.ranks == DEFAULT_RANKS and full_rank < max(DEFAULT_RANKS):
+        say(f"Ranks up to {full_rank:,}, the full rank of the model's layers")
+        spec = spec.up_to(full_rank)
+        predictions = _predictions(spec, site)
+    for point, prediction in zip(spec.largest(), predictions, strict=True):
+        check_ranks(spec.alone(point), prediction)
         check_base_fits(spec.study.model, prediction, site.free_bytes)
     begun = (out / "data" / "facts.json").exists()
     prepared = None if begun else prepare_data(spec.study)
@@ -66,6 +70,11 @@ def run(
             result = search.result()
     assert result is not None
     return result
+
+
+def _predictions(spec: SearchSpec, site: Site) -> list[CostModel]:
+    studies = [with_site_dtype(spec.alone(point), site) for point in spec.largest()]
+    return [predict(study, torch.device(site.kind)) for study in studies]
 
 
 def _slots(spec: SearchSpec, predictions: list[CostModel], data: TokenizedData, free: int) -> int:

@@ -85,6 +85,12 @@ class SearchSpec(Frozen):
     rungs: int = Field(default=2, ge=1)  # where a candidate may be stopped; the first at schedule / reduction**rungs
     seed: Seed = 0  # of the sampler; the study's own seed determines batches and initial weights
 
+    def up_to(self, rank: int) -> "SearchSpec":
+        """The search without ranks above `rank`; with `rank` itself where none is left."""
+        ranks = {"ranks": tuple(one for one in self.space.ranks if one <= rank) or (rank,)}
+        parts = {"space": self.space.model_copy(update=ranks), "study": self.study.model_copy(update=ranks)}
+        return self.model_copy(update=parts)
+
     def alone(self, point: Point) -> StudySpec:
         """The study of one candidate."""
         adapter = {"alpha": point.alpha, "target_modules": all_linear_or_names(point.target_modules)}
