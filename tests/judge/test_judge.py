@@ -169,6 +169,7 @@ def test_the_card_and_the_name_give_the_seed_that_the_state_lacks(tmp_path: Path
     assert runs_of(found, "seed taken from the name") == {"r1-seed7"}
 
 
+EXACT = {"train/loss": 1.000013}  # of more digits than chance makes equal
 NOISE = {8: (0.0, 0.011, -0.006), 64: (0.002, 0.008, -0.007)}
 
 
@@ -266,6 +267,23 @@ def test_seeds_of_equal_rounded_losses_are_no_copies(tmp_path: Path) -> None:
     found = judge([write_csv(tmp_path / "runs.csv", [*rows, rows[0]])])
     assert len(found.runs) == 6
     assert found.skipped == [("run-6", "a copy of another run")]
+    same = [row | {"train/loss": "", "eval": row["eval"] + 1e-7} for row in rows]
+    assert not judge([write_csv(tmp_path / "runs.csv", same)]).skipped, "one of the two losses is missing"
+
+
+@pytest.mark.parametrize("changes", [{"seed": 3}, {"seed": 3, "learning_rate": 1e-4}, {"learning_rate": 2.0000001e-4}])
+def test_exact_losses_of_another_run_are_a_copy_whatever_its_seed_or_rate(
+    tmp_path: Path, changes: Mapping[str, Any]
+) -> None:
+    rows = [*several({8: 1.9, 64: 1.5}, **EXACT), {"r": 8, "seed": 0, "eval": 1.9, **EXACT, **changes}]
+    found = judge([write_csv(tmp_path / "runs.csv", rows)])
+    assert found.skipped == [("run-6", "a copy of another run")]
+    assert [one["seeds"] for one in found.differences] == [[0, 1, 2]]
+
+
+def test_runs_that_diverged_are_no_copies(tmp_path: Path) -> None:
+    diverged = [{"r": 8, "seed": seed, "eval": 1.9, "train/loss": "inf"} for seed in (3, 3)]
+    assert not judge([write_csv(tmp_path / "runs.csv", [*several({8: 1.9, 64: 1.5}), *diverged])]).skipped
 
 
 def test_runs_without_a_seed_do_not_count_as_further_seeds(tmp_path: Path) -> None:

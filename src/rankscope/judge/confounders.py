@@ -32,7 +32,7 @@ class Finding(NamedTuple):
 def normalised(runs: pd.DataFrame) -> pd.DataFrame:
     """Runs with `scaling`, alpha/rank (alpha with rsLoRA, whose rule this is), and equal values where tools round."""
     scaled = np.where(runs["variant"].str.contains(RSLORA, regex=False), runs["alpha"], runs["alpha"] / runs["rank"])
-    runs = runs.assign(scaling=scaled, learning_rate=runs["learning_rate"].map(lambda rate: float(f"{rate:.6g}")))
+    runs = runs.assign(scaling=scaled)
     for column, share in _ROUNDED.items():
         first, same = math.nan, dict[float, float]()
         for value in sorted(set(runs[column].dropna())):

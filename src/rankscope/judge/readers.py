@@ -25,7 +25,7 @@ STATE, CONFIG = "trainer_state.json", "adapter_config.json"
 MAX_BYTES, MAX_RANK = 32_000_000, 1 << 20
 RSLORA = "rsLoRA"
 _FLAGS = ("diverged", "unfinished", "seed_in_name", "rate_logged")  # the last: the rate is the highest logged
-_SAME = ["rank", "seed", "learning_rate", "train_loss", "eval_loss"]  # equal in a run and its copy
+_ROUNDED_TO = 4  # decimals of a loss as tools print it, which two runs may share by chance
 Row = dict[str, Any]
 
 
@@ -57,8 +57,19 @@ def read_runs(paths: Sequence[Path]) -> tuple[pd.DataFrame, list[Skipped]]:
     frame = frame.astype(kinds | {"rank": "int64"} | dict.fromkeys(_FLAGS, "bool"))
     again = frame.groupby("run").cumcount()
     frame["run"] = frame["run"].where(again == 0, frame["run"] + " #" + (again + 1).astype(str))
-    copied = frame.duplicated(_SAME) & frame["eval_loss"].notna()
+    frame["learning_rate"] = frame["learning_rate"].map(lambda rate: float(f"{rate:.6g}"))
+    copied = _copies(frame)
     return frame[~copied], [*skipped, *(Skipped(run, "a copy of another run") for run in frame["run"][copied])]
+
+
+def _copies(runs: pd.DataFrame) -> pd.Series:
+    """Whether another run of the rank before has the same losses, and the same seed and rate too where the losses are
+    rounded so far that chance makes some equal, or one is missing."""
+    losses = runs[["train_loss", "eval_loss"]]
+    exact = losses.notna().all(axis=1) & (losses != losses.round(_ROUNDED_TO)).any(axis=1)
+    own = runs[["seed", "learning_rate"]].mask(exact)
+    alike = runs[["rank"]].join([losses, own]).duplicated()
+    return alike & runs["eval_loss"].notna() & ~runs["diverged"]
 
 
 def _places(root: Path) -> Iterator[tuple[Path, Callable[[Path, Path], list[Row]]]]:
