@@ -7,6 +7,7 @@ from torch import nn
 from experts import moe_model
 from models import tiny_model
 from rankscope.errors import StudyError
+from rankscope.lora import targets
 from rankscope.lora.adapters import adapter_weights, add_adapter, lora_layers, remove_adapters
 from rankscope.lora.targets import find_targets, for_peft
 from reference import make_trial
@@ -44,6 +45,28 @@ def test_what_peft_refuses_is_left_out() -> None:
     add_adapter(model, make_trial(2, 1e-3))
     with pytest.raises(StudyError, match=r"out_proj.*incompatible"):  # which the user has named
         add_adapter(model, make_trial(2, 1e-3, modules=("out_proj",)))
+
+
+def test_what_takes_time_to_find_out_is_asked_only_of_modules_that_nothing_else_leaves_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried: list[str] = []
+    refused = targets._refused
+    monkeypatch.setattr(targets, "_refused", lambda model, name: tried.append(name) or refused(model, name))
+    assert list(find_targets(moe_model("mixtral"), "all-linear").modules) == tried
+
+
+def test_matrices_beside_experts_of_their_own_are_no_experts() -> None:
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scales = nn.Parameter(torch.ones(4, 8))
+            self.inner = nn.Module()
+            self.inner.weight = nn.Parameter(torch.ones(4, 8, 8))
+
+    model = nn.Module()
+    model.experts, model.q_proj = Stack(), nn.Linear(8, 8)
+    assert find_targets(model, "all-linear").left_out["experts"] == ("experts.inner.weight",)
 
 
 def test_a_linear_module_with_other_shapes_is_left_out() -> None:

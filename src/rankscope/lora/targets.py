@@ -66,15 +66,20 @@ def find_targets(model: nn.Module, asked: str | Sequence[str], plain: bool = Tru
     modules, parameters = list[str](), list[str]()
     for name in anatomy.linear:
         layer, renamed = anatomy.modules[name], _leaf(name) in taken
-        reasons: dict[LeftOut, bool] = {
-            "output": layer is output,
-            "routers": name in anatomy.routers,
-            "experts": name in anatomy.experts and not with_experts,
-            "refused": _refused(model, name),
-            "own_forward": not _is_linear(layer),
-            "renamed": renamed and not plain,
-        }
-        if reason := next((reason for reason, holds in reasons.items() if holds), None):
+        reason: LeftOut | None = None
+        if layer is output:
+            reason = "output"
+        elif name in anatomy.routers:
+            reason = "routers"
+        elif name in anatomy.experts and not with_experts:
+            reason = "experts"
+        elif _refused(model, name):  # this and the next are tried last: they take time
+            reason = "refused"
+        elif not _is_linear(layer):
+            reason = "own_forward"
+        elif renamed and not plain:
+            reason = "renamed"
+        if reason:
             left[reason].append(name)
         elif renamed:
             parameters.append(f"{name}.weight")
@@ -193,8 +198,8 @@ def _look_at(model: nn.Module) -> _Anatomy:
         if stacked := {name: len(value) for name, value in own.items() if value.dim() == 3}:
             parameters += [f"{stack}.{name}" for name in stacked]
             counts[stack.rpartition(".")[0]] = next(iter(stacked.values()))
-        else:
-            flat += [f"{stack}.{name}" for name, value in own.items() if value.dim() == 2 and "bias" not in name]
+        flat += [f"{stack}.{name}" for name, value in own.items() if value.dim() == 2 and "bias" not in name]
+    flat = [name for name in flat if not any(other.startswith(f"{name.rpartition('.')[0]}.") for other in parameters)]
     for name in experts:
         if match := re.match(r"(.*?)\.?[^.]*expert[^.]*\.(\d+)\.", name):
             counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
