@@ -46,6 +46,14 @@ def decompose(factors: Factors) -> Decomposed:
     return Decomposed(factors, q_b @ u, values, v @ q_a.T)
 
 
+def singular_values(factors: Factors) -> Tensor:
+    """Singular values of the layer's update, largest first, in float64: (min(O, R, D),)."""
+    r_b = torch.linalg.qr(factors.b.double(), mode="r").R  # (min(O, R), R)
+    r_a = torch.linalg.qr(factors.a.double().T, mode="r").R  # (min(D, R), R)
+    values: Tensor = torch.linalg.svdvals(factors.scaling * (r_b @ r_a.T))
+    return values
+
+
 def effective_rank(values: Tensor) -> float:
     """Exponential of the entropy of the singular values, as shares of their sum (Roy and Vetterli 2007). It is between
     1 and the rank, which it reaches if all values are equal; 0 for an update of zero."""
@@ -77,7 +85,7 @@ def spectrum(layers: Sequence[Factors]) -> pd.DataFrame:
 
 
 def _row(factors: Factors) -> dict[str, Any]:
-    values = decompose(factors).values
+    values = singular_values(factors)
     block, module = split_layer_name(factors.layer)
     return {
         "layer": factors.layer,
