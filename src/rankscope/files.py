@@ -252,15 +252,15 @@ def refuse_links_out(root: Path) -> None:
     StudyDirectoryError: a symbolic link leads out of `root`, or something is neither a file nor a folder, such as a
     pipe, which would block its reader forever."""
     for folder, folders, files in os.walk(root):  # a folder that cannot be listed is passed over: reading in it raises
-        for path in (Path(folder, name) for name in folders + files):
-            if path.is_symlink():
+        for path in (os.path.join(folder, name) for name in folders + files):
+            if os.path.islink(path):
                 leads_out = True
                 with suppress(OSError, RuntimeError):  # links in a circle
-                    leads_out = not path.resolve().is_relative_to(root.resolve())
+                    leads_out = not Path(path).resolve().is_relative_to(root.resolve())
                 if leads_out:
                     todo = "If you know who made it, put a copy of what it points to in its place; else remove it."
                     raise StudyDirectoryError(f"{path}: a symbolic link that leads out of {root}", todo)
-            elif not (path.is_dir() or path.is_file()) and os.path.lexists(path):  # else published since
+            elif not (os.path.isdir(path) or os.path.isfile(path)) and os.path.lexists(path):  # else published since
                 raise StudyDirectoryError(f"{path}: neither a file nor a folder", "Remove it.")
 
 

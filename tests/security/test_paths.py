@@ -1,10 +1,12 @@
 """A study from somebody else stays in its own folder: names and symbolic links lead nowhere else."""
 
+import errno
 import os
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -128,6 +130,28 @@ def test_a_pipe_is_refused_rather_than_waited_for(study: Path) -> None:
     os.mkfifo(study / "trials" / TRIAL.name / "trial.json")
     with pytest.raises(StudyDirectoryError, match="neither a file nor a folder"):
         Study.open(study)
+
+
+def test_a_folder_that_can_be_listed_but_not_entered_is_passed_over(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulated, since root may enter every folder: all that is asked about a file in it is denied."""
+    (study / "closed").mkdir()
+    (study / "closed" / "file").touch()
+    asked = {name: getattr(os, name) for name in ("stat", "lstat")}
+
+    def deny(name: str) -> Callable[..., os.stat_result]:
+        def ask(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
+            if not isinstance(path, int) and os.fspath(path) == str(study / "closed" / "file"):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+            found: os.stat_result = asked[name](path, *arguments, **options)
+            return found
+
+        return ask
+
+    for name in asked:
+        monkeypatch.setattr(os, name, deny(name))
+    Study.open(study)
 
 
 @pytest.mark.parametrize("name", ["..", "../home", "a/../../home", "/etc/passwd", "a\0b", "packs/../../home"])
