@@ -86,6 +86,15 @@ def test_only_seeds_that_both_have_are_compared() -> None:
     assert row["trained"] == pytest.approx(2.01)
 
 
+def test_only_examples_that_both_have_are_compared() -> None:
+    evidence = with_cuts({4: 2.0, 16: 1.8}, {(0, 4): 2.1})
+    assert evidence.cuts is not None
+    fewer = evidence._replace(cuts=evidence.cuts[evidence.cuts["example"] != 1])
+    (row,) = curve_errors(fewer).to_dict("records")
+    assert row["seeds"] == 3
+    assert row["error_sd"] == pytest.approx(0.001)
+
+
 def test_of_several_learning_rates_the_compared_rows_and_the_best_rate_count() -> None:
     """Rates are chosen on the even half of the rows, and ranks, so cuts too, judged on the odd one."""
     spec = make_spec(ranks=[4, 16], learning_rates=[1e-4, 2e-4])

@@ -8,7 +8,6 @@ seeds and held-out examples, and are compared in pairs, as ranks are (`rankscope
 import math
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from rankscope.analysis.comparison import estimate, judged_examples, label_tokens, paired
@@ -45,19 +44,18 @@ def curve_errors(evidence: Evidence) -> pd.DataFrame:
     margin on either side: True or False where the interval shows it, else None; with one seed by the error itself.
     """
     trained, truncated, tokens = _tables(evidence)
-    verdict, rows = evidence.spec.verdict, []
+    verdict, rows, top = evidence.spec.verdict, [], max(evidence.spec.ranks)
     for (steps, rank), table in truncated.items():
-        found = paired(table, trained.get(rank, table[:0]), tokens)
-        if found is None or rank == max(evidence.spec.ranks):
+        found = paired(table, trained[rank], tokens) if rank in trained and rank != top else None
+        if found is None:
             continue
         error, ends = float(found.difference.mean), found.difference.ends(verdict.confidence)
-        apart = (table - trained[rank]).dropna(how="all")
-        sd = float(np.average(apart, axis=1, weights=tokens).std(ddof=1)) if len(apart) > 1 else math.nan
+        sd = found.difference.with_seeds(1).seed_error
         (low, high), margin = (error if end is None else end for end in ends), found.other * verdict.loss_margin
         inside, outside = -margin <= low and high <= margin, low > margin or high < -margin
         within = True if inside else False if outside else None
-        losses = [found.other + error, found.other, error]
-        rows.append([steps, rank, found.difference.seeds, *losses, *ends, sd, error / found.other, within])
+        losses, spread = [found.other + error, found.other, error], sd if math.isfinite(sd) else math.nan
+        rows.append([steps, rank, found.difference.seeds, *losses, *ends, spread, error / found.other, within])
     return _with_ends(pd.DataFrame(rows, columns=ERROR_COLUMNS))
 
 
