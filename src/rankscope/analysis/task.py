@@ -13,7 +13,6 @@ disagrees, the interval's end is that of Tango's score interval (1998, Statistic
 seeds agree on the added items, which so count as items alone. docs/results/task-simulation.md has the error rates.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
-from rankscope.analysis.comparison import Comparison, Estimate, Numbers, bounds, compare, estimate, judge
+from rankscope.analysis.comparison import Comparison, Estimate, Numbers, bounds, compare, estimate, finite, judge
 from rankscope.analysis.outcome import best_guess, decide
 from rankscope.spec.models import VerdictSpec
 from rankscope.study.evidence import Evidence
@@ -69,17 +68,17 @@ def judge_task(
     assert found.gain is not None
     assert judged.untrained is not None
     best, before = found.best, estimate(np.stack([judged.untrained] * 2), judged.label_tokens)  # alike at any seed
-    lows, highs = found.gain.interval(confidence)
+    gain_low, gain_high = finite(*(end[best] for end in found.gain.interval(confidence)))
     rows = [row | {"within_margin": states[row["candidate"]]} for row in _rows(plain, found, confidence)]
     return empty | fields | {
         "guess": best_guess(plain, over),
         "seeds": int(plain.eval_loss.seeds.min()),
         "items": plain.eval_loss.examples,
         "untrained": 1.0 - float(before.mean),
-        **dict(zip(("untrained_low", "untrained_high"), map(_known, _ends(before, confidence)), strict=True)),
+        **dict(zip(("untrained_low", "untrained_high"), finite(*_ends(before, confidence)), strict=True)),
         "gain": float(plain.gain.mean[best]),
-        "gain_low": _known(lows[best]),
-        "gain_high": _known(highs[best]),
+        "gain_low": gain_low,
+        "gain_high": gain_high,
         "scores": rows,
     }  # fmt: skip
 
@@ -139,8 +138,7 @@ def _rows(plain: Comparison, added: Comparison, confidence: float) -> list[dict[
             "learning_rate": plain.learning_rates[number],
             "seeds": int(plain.eval_loss.seeds[number]),
             "score": 1.0 - float(plain.eval_loss.mean[number]),
-            "score_low": _known(lows[number]),
-            "score_high": _known(highs[number]),
+            **dict(zip(("score_low", "score_high"), finite(lows[number], highs[number]), strict=True)),
             "behind": max(0.0, float(plain.regrets[number])),
             "behind_low": behind[number].low,
             "behind_high": behind[number].high,
@@ -156,7 +154,3 @@ def _ends(errors: Estimate, confidence: float) -> tuple[Numbers, Numbers]:
     ends = add_items(centred, confidence, 0.5).interval(confidence)
     low, high = (np.where(np.isinf(end), end, np.clip(0.5 + end, 0.0, 1.0)) for end in ends)
     return low, high
-
-
-def _known(end: Numbers) -> float | None:
-    return float(end) if math.isfinite(end) else None

@@ -40,7 +40,8 @@ def judge_variants(evidence: Evidence) -> list[dict[str, Any]]:
 def _compared(evidence: Evidence, own: pd.DataFrame, plain: pd.DataFrame, confidence: float) -> dict[str, Any]:
     (name, losses), (plain_name, beside) = (next(iter(losses_by_candidate(part).items())) for part in (own, plain))
     shared = losses.columns.intersection(beside.columns)  # half of them, where one had several rates
-    tokens, found = label_tokens(own), paired(losses, beside, label_tokens(own))
+    tokens = label_tokens(own)
+    found = paired(losses, beside, tokens)
     row: dict[str, Any] = {
         "candidate": name,
         "plain": plain_name,

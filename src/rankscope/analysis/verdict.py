@@ -83,9 +83,10 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
     diverged = _diverged(results)
     examples = without_diverged(evidence.examples, results)
     reference = judged_examples(evidence.reference, evidence.reference_results)
+    best_full = None if reference.empty else str(reference["candidate"].iloc[0])
     full = None
-    if not reference.empty:  # on all examples, of which the even-numbered have chosen its rate
-        full = _losses(evidence.reference[evidence.reference["candidate"] == reference["candidate"].iloc[0]])
+    if best_full:  # on all examples, of which the even-numbered have chosen its rate
+        full = _losses(evidence.reference[evidence.reference["candidate"] == best_full])
     judged = judge(examples, _untrained(evidence), full) if len(examples) else None
     found = compare(judged, spec.verdict.margin) if judged and judged.losses else None
     compared = found.candidates if found else []
@@ -124,8 +125,8 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
         verdict["guess"] = best_guess(found, over)
         verdict["overfits"] = _overfits(evidence, found)
         verdict["comparison"] = _table(found, states, over, confidence)
-        if not reference.empty:
-            verdict["reference_candidate"] = str(reference["candidate"].iloc[0])
+        if best_full:
+            verdict["reference_candidate"] = best_full
             _add_over_full(verdict["comparison"], judged, reference, confidence)
         if judged.untrained is not None:
             verdict |= _of_the_gain(verdict, judged, found, over)
