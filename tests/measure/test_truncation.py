@@ -93,8 +93,7 @@ def take(
     model = tiny_model("llama-gqa")
     trial = plant(model, spec, folder)
     recorded = dense_loss(spec, folder, trial, TRUE_RANK) if eval_loss is None else eval_loss
-    file = folder / "adapter" / "adapter_model.safetensors"
-    found = [*chain(*evaluate_truncations(model, spec, trial, file, recorded, requests, DATA))]
+    found = [*chain(*evaluate_truncations(model, spec, trial, folder / "adapter", recorded, requests, DATA))]
     assert not lora_layers(model), "the model is as it was"
     assert len({(cut.rank, cut.recover_steps) for cut in found}) == len(found)
     return {(cut.rank, cut.recover_steps): cut for cut in found}

@@ -68,11 +68,12 @@ def work(study_path: Path, content: Mapping[str, Any]) -> None:
     part, found = study.file(content["folder"], PART), list[Cut]()
     trials = {trial.name: trial for trial in study.spec.trials()}
     for name, pairs in content["wanted"].items():
-        trial, file, results = trials[name], study.adapter_file(trials[name]), study.trial_record(trials[name]).results
+        trial, results = trials[name], study.trial_record(trials[name]).results
+        folder = study.adapter_file(trial).parent
         assert results
         assert results.eval_loss is not None
         wanted, sha256 = [(rank, steps) for rank, steps in pairs], study.adapter_sha256(trial)
-        for cuts in evaluate_truncations(model, study.spec, trial, file, results.eval_loss, wanted, data, sha256):
+        for cuts in evaluate_truncations(model, study.spec, trial, folder, results.eval_loss, wanted, data, sha256):
             found += cuts
             CurveRecord(cuts=found).write(part)
 

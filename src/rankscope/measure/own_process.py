@@ -49,7 +49,6 @@ def own_process_bytes() -> int:
     found = int(done.stdout.split()[-1])
     try:
         if file:
-            file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, {"schema": 1, "bytes": found})
     except OSError as error:
         _log.warning("not cached: %s. Set RANKSCOPE_CACHE to a folder that can be written.", error)

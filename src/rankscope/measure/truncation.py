@@ -42,13 +42,13 @@ def evaluate_truncations(
     model: PreTrainedModel,
     spec: StudySpec,
     trial: Trial,
-    adapter_file: Path,
+    folder: Path,
     eval_loss: float,
     requests: Sequence[tuple[int, int]],
     data: TokenizedData,
     adapter_sha256: str | None = None,
 ) -> Iterator[list[Cut]]:
-    """Truncate the adapter of `trial` in `adapter_file`, and yield what is requested, pairs of a rank and a number of
+    """Truncate the adapter of `trial` in `folder`, and yield what is requested, pairs of a rank and a number of
     steps of recovery training, a group of ranks at a time.
 
     The trial's own rank stands for the whole adapter. It is always evaluated first, and must have the recorded
@@ -56,7 +56,7 @@ def evaluate_truncations(
     training did; where the base model's dropout is kept, each rank is a group. Raises ModelError: the adapter is not
     plain LoRA, or its loss is not the recorded one.
     """
-    adapter = read_adapter(adapter_file.parent)
+    adapter = read_adapter(folder)
     check_resizable(adapter)
     # Factors in float32, for half the memory; the singular values stay float64.
     layers = [layer._replace(u=layer.u.float(), v=layer.v.float()) for layer in map(decompose, adapter.layers)]
