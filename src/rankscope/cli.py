@@ -389,7 +389,7 @@ def main() -> None:
         known = None if debug else start.explained(error)
         if known is None:
             raise
-        error_console.print(f"error: {known}", style="red", soft_wrap=True)
+        error_console.print(f"error: {known}", style="red")
         sys.exit(known.exit_code)
 
 

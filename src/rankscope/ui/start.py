@@ -47,7 +47,7 @@ def explained(error: Exception) -> RankscopeError | None:
 def announce(sentence: str) -> None:
     """Say on a terminal what begins now."""
     if error_console.is_terminal:
-        error_console.print(f"{sentence} …", style="dim", soft_wrap=True)
+        error_console.print(f"{sentence} …", style="dim")
 
 
 def check_names(language: str = "en", launcher: str = "local", ray_address: str | None = None) -> "Catalogue":
