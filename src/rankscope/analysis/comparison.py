@@ -244,8 +244,8 @@ def paired(own: pd.DataFrame, other: pd.DataFrame, tokens: "pd.Series[float]") -
         return None
     weights = tokens[examples].to_numpy()
     first, second = (table.loc[seeds, examples].to_numpy() for table in (own, other))
-    means = (float(np.average(one.mean(axis=0), weights=weights)) for one in (first, second))
-    return Pair(*means, estimate(first - second, weights))
+    own_mean, other_mean = (float(np.average(one.mean(axis=0), weights=weights)) for one in (first, second))
+    return Pair(own_mean, other_mean, estimate(first - second, weights))
 
 
 def without_diverged(examples: pd.DataFrame, results: pd.DataFrame | None) -> pd.DataFrame:
