@@ -69,6 +69,14 @@ def test_options_override_a_study_file_and_paths_may_be_paths(root: Path, tmp_pa
         rankscope.run(study=file, stepz=3)
 
 
+def test_a_launcher_that_is_unknown_is_refused_by_a_finished_study_too(study: rankscope.Study) -> None:
+    asked = study.path / "study.yaml"
+    with pytest.raises(StudyError, match="--launcher slurm: unknown"):
+        rankscope.run(study=asked, out=study.path, launcher="slurm")  # type: ignore[arg-type]
+    with pytest.raises(StudyError, match="--ray-address is given"):
+        rankscope.run(study=asked, out=study.path, ray_address="auto")
+
+
 @pytest.mark.usefixtures("launched")
 def test_hub_ids_are_pinned_before_anything_is_launched(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

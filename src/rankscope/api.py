@@ -157,9 +157,11 @@ def run(
         WorkerError: a child process ended without finishing its work.
     """
     options = {option: _plain(value) for option, value in locals().items() if option in OPTIONS} | others
+    from rankscope.jobs.launchers import check_launcher
     from rankscope.jobs.queue import time_limit
     from rankscope.track import choose_trackers
 
+    check_launcher(launcher, ray_address)
     code = [allow_code] if isinstance(allow_code, str | os.PathLike) else allow_code
     trackers, limit = choose_trackers(report_to), time_limit(hours)
     how = Settings(trackers, "en", remeasure, until_settled, limit, [*map(Path, code)])
