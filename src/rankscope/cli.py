@@ -205,7 +205,7 @@ def compare(
     json_: ask.Json = False,
 ) -> None:
     """Set several studies side by side: paired where they share rows and seeds, and what they have in common."""
-    opened = {str(directory): start.open_study(directory) for directory in studies}
+    opened = [(str(directory), start.open_study(directory)) for directory in studies]
     from rankscope.ui.compare import compare_studies, show_comparison
 
     found = compare_studies(opened)

@@ -90,3 +90,10 @@ def test_the_rank_of_a_study_is_that_of_its_own_losses(trained: Study) -> None:
 def test_one_study_cannot_be_compared(trained: Study) -> None:
     done = CliRunner().invoke(app, ["compare", str(trained.path), str(trained.path)])
     assert "at least two different studies" in done.output or "at least two" in str(done.exception)
+
+
+def test_no_study_is_compared_twice(trained: Study, tmp_path: Path) -> None:
+    other = shutil.copytree(trained.path, tmp_path / "other")
+    done = CliRunner().invoke(app, ["compare", str(trained.path), str(trained.path), str(other)])
+    assert done.exit_code != 0
+    assert "at least two different studies" in str(done.exception)

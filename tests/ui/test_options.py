@@ -8,6 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from rankscope.cli import app
 from rankscope.errors import StudyError
 from rankscope.spec.models import StudySpec, TrainingSpec
 from rankscope.spec.option_table import OPTIONS, Option
@@ -188,3 +189,9 @@ def test_commands_that_read_data_take_its_options(table: Any) -> None:
 
 def test_resize_names_its_own_data() -> None:
     assert [name for name in RESIZE if name in DATA] == ["dataset"]
+
+
+def test_fewer_rows_than_none_are_refused() -> None:
+    done = CliRunner().invoke(app, ["plan", "--show-rows", "-1"])
+    assert done.exit_code == 2
+    assert "Invalid value for '--show-rows'" in " ".join(done.output.split())

@@ -11,6 +11,7 @@ class Option(NamedTuple):
     help: str = ""  # empty for options of `rankscope.run` alone
     default: str = ""  # in the help: a value that may be given, or what holds without one
     metavar: str | None = None  # value in the help; None for the type's name
+    least: int | None = None  # smallest number that the command line takes
 
 
 _DATA = "Instruction data: file, folder or hub id. Repeat it for several."

@@ -1,6 +1,6 @@
 """Several studies side by side."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from rankscope.analysis.across import FEWEST_STUDIES, KEPT, Sufficient, common_rank, paired_differences, sufficient_rank
@@ -10,12 +10,13 @@ from rankscope.text.formats import Columns, loss, percent, signed, tabulate
 from rankscope.ui.console import show
 
 
-def compare_studies(studies: Mapping[str, Study]) -> dict[str, Any]:
+def compare_studies(named: Sequence[tuple[str, Study]]) -> dict[str, Any]:
     """Facts of the studies as plain data, for `--json`: `studies`, `pairs` (`paired_differences`), and `common`, the
     smallest rank that keeps 95% of the gain over all studies (null with fewer than ten). Raises StudyError: fewer than
-    two studies; StudyDirectoryError: one cannot be read."""
-    if len({study.path.resolve() for study in studies.values()}) < max(2, len(studies)):
+    two studies, or one twice; StudyDirectoryError: one cannot be read."""
+    if len({study.path.resolve() for _, study in named}) < max(2, len(named)):
         raise StudyError("compare needs at least two different studies", "Give the directories of finished studies.")
+    studies = dict(named)
     evidence = {name: study.evidence() for name, study in studies.items()}
     found = {name: sufficient_rank(one) for name, one in evidence.items()}
     known = {name: rank for name, rank in found.items() if rank is not None}

@@ -37,7 +37,7 @@ def answers_to(given: Mapping[str, str | None]) -> dict[str, str]:
         except StudyError as error:
             raise typer.BadParameter(str(error)) from None
 
-    for name, (_, _, question, default, _) in INIT.items():
+    for name, (_, _, question, default, *_) in INIT.items():
         answer = given[name]
         if answer is None and sys.stdin.isatty():
             answers[name] = typer.prompt(question.rstrip("."), default=default, value_proc=typed)

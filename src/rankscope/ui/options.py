@@ -37,7 +37,7 @@ PLAN = {name: option for name, option in STUDY.items() if name not in CRITERIA} 
     "gpu_flops": Option("", str, "Its matmul speed, e.g. 400TFLOPS.", "unknown; no times"),
     "devices": Option("", int, "Devices to plan for: makespan, device-hours.", "those here"),
     "price": Option("", float, "Price of one device-hour, e.g. 2.5.", "unknown"),
-    "show_rows": Option("", int, "Show N rows: which text is read, which learned.", "none", "N"),
+    "show_rows": Option("", int, "Show N rows: which text is read, which learned.", "none", "N", 0),
 }
 _DATA = ("dataset", "eval_dataset", "columns", "chat_template", "skip_bad_rows", "force")
 SEARCH = {name: OPTIONS[name] for name in ("model", *_DATA)} | {
@@ -154,7 +154,7 @@ def _annotation(name: str, option: Option) -> Any:
     declarations = [f"--{name.replace('_', '-')}"] if option.type is bool else []
     shown: Any = {"metavar": option.metavar, "help": option.help, "show_default": option.default or True}
     panel = _PANELS.get(option.field.partition(".")[0])
-    return Annotated[option.type | None, typer.Option(*declarations, rich_help_panel=panel, **shown)]
+    return Annotated[option.type | None, typer.Option(*declarations, min=option.least, rich_help_panel=panel, **shown)]
 
 
 class Command(TyperCommand):

@@ -54,7 +54,7 @@ def plan_study(
 def show_plan(spec: StudySpec, study: Study | None, as_json: bool, show_rows: int | None = 0, **options: Any) -> None:
     """Print the plan (`plan_study`) with the first rows to train on, and what a `study` that has begun has already."""
     plan = plan_study(spec, study, **options)
-    rows = describe_rows(plan, max(show_rows or 0, 0)) if show_rows else []
+    rows = describe_rows(plan, show_rows) if show_rows else []
     if as_json:
         print_json(describe_plan(plan) | ({"rows": rows} if rows else {}))
     else:
