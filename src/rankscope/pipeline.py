@@ -60,6 +60,7 @@ def run_study(spec: StudySpec, out: Path, launcher: Launcher, progress: Progress
             spec = study.spec
             _repair(study, how.remeasure, site, progress.say)
         check_code(spec.measure.task, how.allow_code)
+        task.check(spec.measure.task)
         data, fleet, site = study_data(spec, study), Fleet(launcher.slots(), None), site or launcher.site()
         spec = spec if study else with_site_dtype(spec, site)
         plan = make_plan(spec, data, site, fleet, study, remeasure=how.remeasure, timed=how.limit is not None)

@@ -81,7 +81,7 @@ def test_rows_with_a_text_column_are_sequences_of_their_own(tmp_path: Path, toke
         ("empty.txt", " \n\n", "empty.txt: every row's text is blank"),
         ("missing.txt", None, "missing.txt: no such file"),
         ("missing.jsonl", None, "missing.jsonl: no such file or folder"),
-        ("rows.jsonl", '{"content": "a"}', "found the columns content, which fit no format: text needs text"),
+        ("rows.jsonl", '{"content": "a"}', "found the columns content; the format text needs text"),
         ("rows.jsonl", '{"text": 7}', "line 1: `text` is a number, expected text"),
         ("rows.jsonl", '{"text": "a"', "line 1: not valid JSON"),
         ("latin.txt", b"\xff", "line 1: not valid UTF-8"),

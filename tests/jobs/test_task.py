@@ -17,8 +17,9 @@ from rankscope.data.questions import whole_questions
 from rankscope.data.tokens import TokenizedData, load
 from rankscope.errors import DataError, MissingExtraError, StudyError
 from rankscope.jobs import task as job
-from rankscope.jobs.generate import answers_of
+from rankscope.jobs.generate import _mixes, adapters_on, answers_of
 from rankscope.lora.saved import load_by_peft
+from rankscope.model.load import load_tokenizer, most_positions
 from rankscope.spec.models import ModelSpec
 from rankscope.spec.task import code_sha256, parse_task
 from rankscope.study import scores
@@ -84,11 +85,12 @@ def test_adapters_answer_side_by_side_as_each_does_alone(kind: str, root: Path, 
         folders[folder.name] = folder
     lengths = np.random.default_rng(0).integers(5, 290, (5, 9))
     prompts = [ids[:length].tolist() for ids, length in zip(lengths, (9, 5, 9, 7, 5), strict=True)]
-    model, spec = base(), ModelSpec(id=str(root / "model"))
-    found = answers_of(model, spec, folders, prompts, 6)
+    model, spec, tokenizer = base(), ModelSpec(id=str(root / "model")), AutoTokenizer.from_pretrained(root / "model")
+    found = answers_of(model, load_tokenizer(spec), most_positions(spec), folders, prompts, 6)
     assert list(found) == list(folders)
+    with adapters_on(model, {name: folder for name, folder in folders.items() if folder}):
+        assert _mixes(model, [name for name in folders if name != BASE]) == (kind != "dora")  # PEFT has none of DoRA
     assert len({tuple(texts) for texts in found.values()}) == 4
-    tokenizer = AutoTokenizer.from_pretrained(root / "model")
     for name, folder in folders.items():
         alone = load_by_peft(base(), folder).eval() if folder else base()
         answers = [greedy(alone, prompt, 6, tokenizer.eos_token_id) for prompt in prompts]
@@ -274,9 +276,8 @@ def test_the_harness_scores_as_it_does_by_itself(trained: Study, tmp_path: Path)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="it is installed")
-def test_without_the_harness_the_command_that_installs_it_is_named(
-    trained: Study, data: TokenizedData, tmp_path: Path
-) -> None:
-    study = with_task(trained, tmp_path / "study", "lm_eval:arc_easy")
+def test_without_the_harness_the_command_that_installs_it_is_named(tmp_path: Path) -> None:
+    """Before the data are tokenized, and nothing is left behind."""
     with pytest.raises(MissingExtraError, match="lm_eval is not installed"):
-        job.prepare(study, data)
+        rankscope.run(model="embedded", dataset="embedded", task="lm_eval:arc_easy", out=tmp_path / "study")
+    assert not (tmp_path / "study").exists()

@@ -56,10 +56,10 @@ def judge_task(
         "scores": [],
     }
     own = scores[scores["candidate"].isin(compared)]
-    if untrained is None or untrained.empty or set(own["candidate"]) != set(compared):
+    if untrained is None or untrained.empty or own.empty:
         return empty
     judged = judge(_errors(own), _errors(untrained))
-    if not judged.losses or set(judged.losses) != set(compared):  # one of them shares no seed with another
+    if set(judged.losses) != set(compared):  # one of them has no scores, or shares no seed with another
         return empty
     plain, confidence = compare(judged, spec.task_margin), spec.confidence
     found = with_items_added(plain, confidence)

@@ -63,7 +63,8 @@ def _records(spec: DataSpec) -> Records:
         return load_records(spec)
     if not path.is_file():
         raise DataError(f"{spec.name}: no such file")
-    part = Part(str(path), lambda _: iter([(None, {"text": read_text(path)})]))
+    text = read_text(path)
+    part = Part(str(path), lambda _: iter([(None, {"text": text})]))
     return load_records(spec, [Source(spec.name, (part,))])
 
 

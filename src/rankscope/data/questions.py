@@ -8,7 +8,7 @@ label or number (from 0) in the column `label`, `answer`, `answerKey`, `gold` or
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
-from itertools import takewhile
+from itertools import islice, takewhile
 from string import ascii_uppercase
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from rankscope.data.conversations import Tokenizer, with_chat_template
 from rankscope.data.messages import WrongRowError, parse_json
-from rankscope.data.records import load_records
+from rankscope.data.records import rows_with_columns
 from rankscope.data.sources import resolve_sources
 from rankscope.data.tokenize import RowReader
 from rankscope.data.tokens import Example, Tokens
@@ -45,7 +45,7 @@ def questions(held_out: Tokens, count: int, max_length: int) -> list[Question]:
 def whole_questions(held_out: Tokens, count: int, max_length: int) -> list[Question]:
     """Return the first `count` held-out rows with an answer of their own that is not truncated."""
     fitting = np.flatnonzero(held_out.lengths < max_length).tolist()
-    return [question(held_out, number) for number in fitting if not held_out[number].is_label[1]][:count]
+    return [question(held_out, n) for n in islice((n for n in fitting if not held_out[n].is_label[1]), count)]
 
 
 def question(rows: Tokens, number: int) -> Question:
@@ -62,14 +62,16 @@ def held_out_choices(
 ) -> ChoicesRecord:
     """Read the data again, and return the choices of these held-out rows, found by their tokens, each choice in the
     place of the row's own answer. Rows without choices are left out. `spec.max_length` is that of `held_out`. Raises
-    DataError: none has choices; and as `load_records`."""
+    DataError: none has choices, or a source cannot be read."""
     with_chat_template(tokenizer, spec.chat_template)
     train, evaluated = resolve_sources(spec)
-    records = load_records(spec.model_copy(update={"max_rows": None}) if evaluated else spec, evaluated or train)
+    read = spec.model_copy(update={"max_rows": None}) if evaluated else spec
     reader = RowReader(spec, tokenizer, BytesIO())
     known, fault = {_key(held_out[one.example]): one.example for one in rows}, ""
     found: dict[int, tuple[int, list[Question], list[int]]] = {}
-    for row, raw in records.with_columns():
+    for row, raw in rows_with_columns(read, evaluated or train):
+        if not known:
+            break
         example = reader.example(row)
         number = known.pop(_key(example), None) if example else None
         if number is None:

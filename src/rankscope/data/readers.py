@@ -265,10 +265,18 @@ def _table(path: Path, name: str) -> Iterator[tuple[list[str], Callable[[list[st
             return
         with pa.memory_map(str(path)) as source:
             try:  # a stream, as `datasets` writes it
-                table = pa.ipc.open_stream(source).read_all()
+                batches = reader = pa.ipc.open_stream(source)
             except pa.ArrowInvalid:
-                table = pa.ipc.open_file(source).read_all()
-            yield table.column_names, lambda columns: table.select(columns).to_batches(_BATCH_ROWS)
+                reader = pa.ipc.open_file(source)
+                batches = map(reader.get_batch, range(reader.num_record_batches))
+            yield (
+                reader.schema.names,
+                lambda columns: (
+                    part
+                    for batch in batches
+                    for part in pa.Table.from_batches([batch]).select(columns).to_batches(_BATCH_ROWS)
+                ),
+            )
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         here = "Check the file, or fetch it again."
         todo = here if name == str(path) else f"Delete {path.resolve()}, and run again: it is fetched anew."

@@ -69,14 +69,6 @@ class Records:
         """Rows with their place, e.g. `data.jsonl, line 7`."""
         return ((where, row) for where, row in _checked(self.parts, self.spec, {}) if isinstance(row, dict))
 
-    def with_columns(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        """Rows, each with all columns of its source."""
-        for part, layout in self.parts:
-            for _, raw in part.rows({*COLUMNS, *self.spec.columns.values(), *part.columns()}):
-                with suppress(WrongRowError):
-                    if row := _canonical(raw, layout):
-                        yield row, raw
-
     @property
     def rows(self) -> list[dict[str, Any]]:
         return [row for _, row in self.located()]
@@ -125,6 +117,20 @@ def load_records(spec: DataSpec, sources: Sequence[Source] | None = None) -> Rec
         raise DataError(what, "Put the answers there, or say which column holds them: --columns OURS=THEIRS.")
     records.fingerprint, records.unread_columns = digest.hexdigest(), tuple(unread)
     return records
+
+
+def rows_with_columns(spec: DataSpec, sources: Sequence[Source]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Rows that `load_records` would use, each with all columns of its source. Nothing is counted or hashed."""
+    parts = chain.from_iterable(_with_layouts(source, spec, {}) for source in sources)
+    raws = (
+        (raw, layout)
+        for part, layout in parts
+        for _, raw in part.rows({*COLUMNS, *spec.columns.values(), *part.columns()})
+    )
+    for raw, layout in islice(raws, spec.max_rows):
+        with suppress(WrongRowError):
+            if row := _canonical(raw, layout):
+                yield row, raw
 
 
 def _with_layouts(source: Source, spec: DataSpec, unread: dict[str, None]) -> list[tuple[Part, Layout]]:

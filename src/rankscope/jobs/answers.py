@@ -9,7 +9,7 @@ from rankscope.errors import RankscopeError
 from rankscope.jobs.child import load_base, open_study
 from rankscope.jobs.generate import answers_of, text_of
 from rankscope.jobs.job import Job, Run, failure_of
-from rankscope.model.load import load_tokenizer
+from rankscope.model.load import load_tokenizer, most_positions
 from rankscope.spec.task import BASE
 from rankscope.study.folder import ANSWERS
 from rankscope.study.records import AnswersRecord
@@ -38,9 +38,10 @@ def work(study_path: Path, content: Mapping[str, Any]) -> None:
         for one in asked
     ]
     answers, prompts = study.kept_answers(), [one.prompt_ids for one in asked]
+    positions = most_positions(study.spec.model)
     folders = {BASE: None} | {trial.name: study.adapter_file(trial).parent for trial in study.unanswered()}
     for name, folder in folders.items():
-        answers |= answers_of(model, study.spec.model, {name: folder}, prompts, measure.answer_tokens)
+        answers |= answers_of(model, tokenizer, positions, {name: folder}, prompts, measure.answer_tokens)
     answers = {name: answers[name] for name in (BASE, *(trial.name for trial in study.answered()))}
     record = AnswersRecord(questions=texts, answers=answers, asked=[measure.answers, measure.answer_tokens])
     record.write(study.file("answers", "answers.json"))

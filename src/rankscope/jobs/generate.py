@@ -13,8 +13,6 @@ from rankscope.data.conversations import Tokenizer
 from rankscope.lora.adapters import adapted_modules, adapter_key, remove_adapters
 from rankscope.lora.saved import attach, read_adapter
 from rankscope.model.device import free_bytes
-from rankscope.model.load import load_tokenizer, most_positions
-from rankscope.spec.models import ModelSpec
 from rankscope.spec.task import BASE
 
 MOST_ROWS = {"cpu": 64, "cuda": 256, "mps": 64}  # of one batch; not measured on a GPU
@@ -34,23 +32,25 @@ def adapters_on(model: PreTrainedModel, folders: Mapping[str, Path]) -> Iterator
 
 def answers_of(
     model: PreTrainedModel,
-    spec: ModelSpec,
+    tokenizer: Tokenizer,
+    positions: int | None,
     folders: Mapping[str, Path | None],
     prompts: Sequence[Sequence[int]],
     most: int,
 ) -> dict[str, list[str]]:
-    """Greedy answers to the prompts, of `most` tokens at most, by the name of each adapter; None is the model without
-    one, which seldom ends an answer, and so has batches of its own. Each adapter has where PEFT does not send the rows
-    of one batch through several."""
+    """Greedy answers to the prompts, of `most` tokens at most, within the `positions` that the model has
+    (`rankscope.model.load.most_positions`), by the name of each adapter; None is the model without one, which seldom
+    ends an answer, and so has batches of its own. Each adapter has where PEFT does not send the rows of one batch
+    through several."""
     adapters = {name: folder for name, folder in folders.items() if folder is not None}
     found: dict[str, list[str]] = {}
     if len(adapters) < len(folders):
-        found[BASE] = _side_by_side(model, spec, [BASE], prompts, most)[BASE]
+        found[BASE] = _side_by_side(model, tokenizer, positions, [BASE], prompts, most)[BASE]
     with adapters_on(model, adapters):
         if len(adapters) == 1 or (adapters and _mixes(model, list(adapters))):
-            return found | _side_by_side(model, spec, list(adapters), prompts, most)
+            return found | _side_by_side(model, tokenizer, positions, list(adapters), prompts, most)
     for name, folder in adapters.items():
-        found |= answers_of(model, spec, {name: folder}, prompts, most)
+        found |= answers_of(model, tokenizer, positions, {name: folder}, prompts, most)
     return found
 
 
@@ -77,10 +77,14 @@ def _mixes(model: PreTrainedModel, names: Sequence[str]) -> bool:
 
 @torch.no_grad()
 def _side_by_side(
-    model: PreTrainedModel, spec: ModelSpec, names: Sequence[str], prompts: Sequence[Sequence[int]], most: int
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    positions: int | None,
+    names: Sequence[str],
+    prompts: Sequence[Sequence[int]],
+    most: int,
 ) -> dict[str, list[str]]:
     """Answers of the attached adapters: a batch has prompts of one length, (B, S), once for each adapter."""
-    tokenizer, positions = load_tokenizer(spec), most_positions(spec)
     found = {name: [""] * len(prompts) for name in names}
     ends = sorted(_ids(tokenizer.eos_token_id) | _ids(getattr(model.generation_config, "eos_token_id", None)))
     lengths = [len(prompt) for prompt in prompts]

@@ -39,7 +39,7 @@ def scores(model: PreTrainedModel, tokenizer: Tokenizer, task: Task, limit: int)
     except Exception as error:  # the harness, a task's data or its code may raise anything
         what = f"measure.task: lm_eval:{task.detail}: {type(error).__name__}: {str(error).strip()}"
         raise StudyError(what, "Try it with the harness itself: lm_eval run --model hf --tasks ...") from error
-    metrics, items = list[str](), TaskItems(example=[], score=[], task=[])
+    metrics, examples, values, names = list[str](), list[int](), list[float](), list[str]()
     for name, samples in found["samples"].items():
         own = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
         better = found["higher_is_better"].get(name, {})
@@ -48,10 +48,10 @@ def scores(model: PreTrainedModel, tokenizer: Tokenizer, task: Task, limit: int)
             what = f"measure.task: lm_eval:{name} has no metric with a value from 0 to 1 for each document"
             raise StudyError(what, "Choose a task with acc or exact_match.")
         metrics += [metric] if metric not in metrics else []
-        items.example += [int(sample["doc_id"]) for sample in own]
-        items.score += [float(sample[metric]) for sample in own]
-        items.task = [*(items.task or ()), *[name] * len(own)]
-    return ", ".join(metrics), items
+        examples += [int(sample["doc_id"]) for sample in own]
+        values += [float(sample[metric]) for sample in own]
+        names += [name] * len(own)
+    return ", ".join(metrics), TaskItems(example=examples, score=values, task=names)
 
 
 def _tasks(task: Task) -> Any:

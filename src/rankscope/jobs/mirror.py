@@ -6,7 +6,6 @@ events as with a local job: a file that vouches for others (trial.json, a checkp
 Of a file that grows, such as metrics.jsonl, only the new end is sent.
 """
 
-import io
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -20,6 +19,7 @@ VOUCHING = ("trial.json", "pack.json", "manifest.json", "error.json")
 """Names of files whose presence means that other files are complete."""
 
 GROWING = (".jsonl", ".txt")  # suffixes of files that are appended to
+_TAIL_BYTES = 4096
 
 
 class Change(NamedTuple):
@@ -32,7 +32,7 @@ class Change(NamedTuple):
 
 class _Seen(NamedTuple):
     stat: tuple[int, int, int]  # inode, size and time of the last change
-    content: bytes = b""  # of a growing file
+    tail: bytes = b""  # of a growing file, what was last sent
 
 
 class Mirror:
@@ -41,7 +41,9 @@ class Mirror:
         self._root, self._seen = root, dict[str, _Seen]()
         for name in self._names():
             with (root / name).open("rb") as file:
-                self._seen[name] = _Seen(_stat(file), file.read() if name.endswith(GROWING) else b"")
+                stat = _stat(file)
+                file.seek(max(0, stat[1] - _TAIL_BYTES))
+                self._seen[name] = _Seen(stat, file.read() if name.endswith(GROWING) else b"")
 
     def changes(self) -> Iterator[Change]:
         """Yield the changes since the last call, in the order in which they must be applied."""
@@ -66,14 +68,14 @@ class Mirror:
             stat, before = _stat(file), self._seen.get(name, _Seen((0, 0, 0)))
             if stat == before.stat:
                 return
-            content = file.read() if name.endswith(GROWING) else b""
-            if name.endswith(GROWING):
-                start = len(before.content) if content.startswith(before.content) else 0
-                for piece in _pieces(name, io.BytesIO(content), start, len(content)):
-                    yield piece._replace(appended=True)
-            else:
-                yield from _pieces(name, file, 0, stat[1])
-            self._seen[name] = _Seen(stat, content)
+            growing, start, tail = name.endswith(GROWING), 0, b""
+            if growing and stat[0] == before.stat[0] and stat[1] >= before.stat[1]:
+                file.seek(before.stat[1] - len(before.tail))
+                start, tail = (before.stat[1], before.tail) if file.read(len(before.tail)) == before.tail else (0, b"")
+            for piece in _pieces(name, file, start, stat[1]):
+                tail = (tail + (piece.data or b""))[-_TAIL_BYTES:] if growing else b""
+                yield piece._replace(appended=growing)
+            self._seen[name] = _Seen(stat, tail)
 
 
 def _stat(file: BinaryIO) -> tuple[int, int, int]:

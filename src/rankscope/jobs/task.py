@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedModel
 
+from rankscope.data.conversations import Tokenizer
 from rankscope.data.questions import Question, held_out_choices, whole_questions
 from rankscope.data.tokens import Example, TokenizedData, Tokens
 from rankscope.errors import DataError, RankscopeError, StudyError, shortened
@@ -25,7 +26,7 @@ from rankscope.jobs.generate import adapters_on, answers_of, text_of
 from rankscope.jobs.job import Job, Run, failure_of
 from rankscope.lora.adapters import adapted_modules, adapter_key
 from rankscope.lora.layout import NotPackable
-from rankscope.model.load import load_tokenizer
+from rankscope.model.load import load_tokenizer, most_positions
 from rankscope.spec.task import BASE, CHOICE, Task, code_sha256, compiled, parse_task
 from rankscope.study.folder import TASK, StudyFolder
 from rankscope.study.records import ChoicesRecord, TaskItems, TaskRecord
@@ -45,22 +46,26 @@ class Scored(NamedTuple):
     items: TaskItems
 
 
+def check(text: str | None) -> None:
+    """Raise StudyError where the harness lacks the task, MissingExtraError where it is not installed."""
+    if text and (task := parse_task(text)).kind == "lm_eval":
+        harness.check(task)
+
+
 def prepare(study: StudyFolder, data: TokenizedData) -> str | None:
-    """Find out before anything is trained whether the task can be scored, and write down the choices of the held-out
-    rows, which tokens do not have. Return how many rows are scored. Raises DataError: the rows are not for it;
-    StudyError: the harness lacks it."""
+    """Find out before anything is trained whether the held-out rows can be scored, and write down their choices, which
+    tokens do not have. Return how many rows are scored. Raises DataError: the rows are not for the task."""
     text = study.spec.measure.task
     task, file = parse_task(text) if text else Task(""), study.file(CHOICES)
-    if task.kind == "lm_eval":
-        harness.check(task)
     if task.kind in ("", "lm_eval"):
         return None
-    rows = scored_rows(study, data, task)
+    tokenizer = load_tokenizer(study.spec.model)
+    rows = scored_rows(study, data, task, tokenizer)
     count = len(rows)
     if task.kind in CHOICE:
         known = ChoicesRecord.find(file)
         if known is None or known.asked != asked(study):
-            tokenizer, questions = load_tokenizer(study.spec.model), [question for question, _ in rows]
+            questions = [question for question, _ in rows]
             known = held_out_choices(read_spec(study.spec), tokenizer, data.eval, questions, asked(study))
             known.write(file)
         count = len(known.example)
@@ -102,28 +107,31 @@ def work(study_path: Path, content: Mapping[str, Any]) -> None:
     if code_sha256(text) != content["code_sha256"]:
         raise StudyError(f"measure.task: {text} is not here, or has changed since the run began", "Run it again.")
     task, (model, _) = parse_task(text), load_base(study)
-    found: dict[str, Scored] = {}
     folders = {name: study.adapter_file(trials[name]).parent if name in trials else None for name in content["models"]}
-    if task.kind == "lm_eval":
-        tokenizer, limit = load_tokenizer(study.spec.model), study.spec.measure.task_items
-        for name, folder in folders.items():
-            with adapters_on(model, {name: folder} if folder else {}):
-                found[name] = Scored(*harness.scores(model, tokenizer, task, limit))
-    else:
-        found = (likeliest if task.kind in CHOICE else generated)(model, study, data, task, folders)
-    for name, (metric, items) in found.items():
+
+    def write(name: str, scored: Scored) -> None:
         trial = trials.get(name)
         results = study.trial_record(trial).results if trial else None
         record = TaskRecord(
             task=text,
-            metric=metric,
+            metric=scored.metric,
             step=int(results.steps or 0) if results else 0,
             asked=asked(study),
             adapter_sha256=study.adapter_sha256(trial) if trial else None,
             code_sha256=content["code_sha256"],
-            items=items,
+            items=scored.items,
         )
         record.write(task_file(study, trial))
+
+    if task.kind == "lm_eval":
+        tokenizer, limit = load_tokenizer(study.spec.model), study.spec.measure.task_items
+        for name, folder in folders.items():
+            with adapters_on(model, {name: folder} if folder else {}):
+                write(name, Scored(*harness.scores(model, tokenizer, task, limit)))
+    else:
+        score = likeliest if task.kind in CHOICE else generated
+        for name, scored in score(model, study, data, task, folders).items():
+            write(name, scored)
 
 
 def ended(run: Run, job: Job, error: RankscopeError | None, waiting: Sequence[Job]) -> list[Job]:
@@ -131,15 +139,15 @@ def ended(run: Run, job: Job, error: RankscopeError | None, waiting: Sequence[Jo
     if error is not None:
         run.study.write_failure(TASK, failure_of(error))
         run.say(f"The task's scores did not finish: {error}")
-    elif not unscored(run.study):
-        run.study.write_failure(TASK, None)
     return list(waiting)
 
 
-def scored_rows(study: StudyFolder, data: TokenizedData, task: Task) -> list[tuple[Question, str]]:
+def scored_rows(
+    study: StudyFolder, data: TokenizedData, task: Task, tokenizer: Tokenizer
+) -> list[tuple[Question, str]]:
     """Held-out rows that are scored, with the text of their own answers; those in which a pattern finds nothing are
     left out. Raises DataError: none is left."""
-    tokenizer, pattern = load_tokenizer(study.spec.model), compiled(task.detail) if task.kind == "regex" else None
+    pattern = compiled(task.detail) if task.kind == "regex" else None
     questions = whole_questions(data.eval, study.spec.measure.task_items, data.facts["max_length"])
     rows = [(question, text_of(tokenizer, question.reference_ids)) for question in questions]
     if not rows:
@@ -156,11 +164,13 @@ def generated(
     model: PreTrainedModel, study: StudyFolder, data: TokenizedData, task: Task, folders: Folders
 ) -> dict[str, Scored]:
     """Scores of greedy answers to the held-out prompts."""
-    rows, measure, score = scored_rows(study, data, task), study.spec.measure, score_function(task)
+    measure, score, tokenizer = study.spec.measure, score_function(task), load_tokenizer(study.spec.model)
+    rows, positions = scored_rows(study, data, task, tokenizer), most_positions(study.spec.model)
     prompts, examples = [question.prompt_ids for question, _ in rows], [question.example for question, _ in rows]
-    tokenizer, found = load_tokenizer(study.spec.model), dict[str, Scored]()
+    found = dict[str, Scored]()
     texts = [text_of(tokenizer, prompt) for prompt in prompts]
-    for name, answers in answers_of(model, study.spec.model, folders, prompts, measure.task_tokens).items():
+    answered = answers_of(model, tokenizer, positions, folders, prompts, measure.task_tokens)
+    for name, answers in answered.items():
         values = [score(*one) for one in zip(texts, answers, [own for _, own in rows], strict=True)]
         items = TaskItems(example=examples, score=values, answer=answers if measure.answers else None)
         found[name] = Scored(task.detail if task.file else "exact_match", items)

@@ -355,13 +355,15 @@ class StudyFolder:
             records.CurveRecord(cuts=[*self.rank_curve(), *cuts]).write(self.rank_curve_file)
 
     def open_failures(self) -> dict[str, records.Failure]:
-        """`failures()` of profiles and answers that are still missing."""
+        """`failures()` of profiles, answers and scores that are still missing."""
+        from rankscope.study.scores import unscored  # which reads this module's folders
+
         measure = self.spec.measure
         profiled = self.spec.profiled() if measure.profiles else ()
         done = {name: len(self.profile_repeats(name)) >= measure.repeats for name in profiled}
         done[TIME] = not measure.profiles
         done[ANSWERS] = not measure.answers or not self.unanswered()
-        done[TASK] = measure.task is None  # the job removes it once all is scored
+        done[TASK] = not unscored(self)
         return {name: failure for name, failure in self.failures().items() if not done.get(name, True)}
 
 

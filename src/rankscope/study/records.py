@@ -269,7 +269,7 @@ class TaskItems(Record):
     example: list[int]  # the held-out row, or the number of the harness's document
     score: list[Annotated[float, Field(ge=0, le=1)]]
     answer: list[str] | None = None  # None where `measure.answers` is 0, or nothing was generated
-    task: list[str] | None = None  # the harness's task; None where there is one alone
+    task: list[str] | None = None  # the harness's task; None without the harness
 
     @model_validator(mode="after")
     def _of_one_length(self) -> Self:

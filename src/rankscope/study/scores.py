@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rankscope.spec.candidates import AnyTrial, Trial
 from rankscope.spec.task import BASE, code_sha256
 from rankscope.study.folder import StudyFolder
-from rankscope.study.records import FactsRecord, TaskRecord
+from rankscope.study.records import TaskRecord
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,7 +19,7 @@ def task_scores(study: StudyFolder) -> "pd.DataFrame":
     """One row per trial and item of the study's task: `trial candidate variant rank learning_rate seed example score
     task`. `score` is from 0 to 1; `example` is the held-out row's number, or with `lm_eval` that of the document within
     `task`. Empty without a task, or before anything is scored."""
-    return _table(study, [trial for trial in study.trials if study.trial_record(trial).status == "done"])
+    return _table(study, _done(study))
 
 
 def untrained_scores(study: StudyFolder) -> "pd.DataFrame":
@@ -43,11 +43,14 @@ def _table(study: StudyFolder, trials: Sequence[Trial | None]) -> "pd.DataFrame"
     return (pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()).reindex(columns=columns)
 
 
+def _done(study: StudyFolder) -> list[Trial]:
+    return [trial for trial in study.trials if study.trial_record(trial).status == "done"]
+
+
 def asked(study: StudyFolder) -> dict[str, Any]:
     """What scores depend on beside the task, its code and the adapter."""
-    facts = FactsRecord.content(study.file("data", "facts.json"))
-    measure = study.spec.measure
-    return {"items": measure.task_items, "tokens": measure.task_tokens, "tokens_sha256": facts["tokens_sha256"]}
+    measure, tokens = study.spec.measure, study.data_facts["tokens_sha256"]
+    return {"items": measure.task_items, "tokens": measure.task_tokens, "tokens_sha256": tokens}
 
 
 def task_file(study: StudyFolder, trial: AnyTrial | None) -> Path:
@@ -67,8 +70,7 @@ def unscored(study: StudyFolder) -> list[Trial | None]:
     """Finished trials without scores, or with those of other code than is there now; None first for the model without
     an adapter."""
     task = study.spec.measure.task
-    done = [trial for trial in study.trials if study.trial_record(trial).status == "done"]
-    if task is None or not done:
+    if task is None or not (done := _done(study)):
         return []
     code, found = code_sha256(task), list[Trial | None]()
     for trial in (None, *done):
