@@ -128,7 +128,11 @@ def test_the_study_says_what_columns_mean(columns: str, fields: dict[str, str], 
         ("q a", {"columns": {"prompt": "question"}}, "no column question, which data.columns names; found q, a"),
         ("q a", {"columns": {"prompt": "q"}}, "fit no format"),
         ("question answer", {"columns": {"prompt": "question"}}, "fit no format"),  # no guess beside what is said
-        ("instruction output", {"format": "messages"}, "found the columns instruction, output; the format messages needs messages"),
+        (
+            "instruction output",
+            {"format": "messages"},
+            "found the columns instruction, output; the format messages needs messages",
+        ),
         ("text", {"format": "alpaca"}, r"needs instruction and output \(input is optional\)"),
         ("question answer", {"format": "prompt_completion"}, "needs prompt and completion"),
     ],
