@@ -194,24 +194,14 @@ def run_in(
                 return conclusion
             question = look
     check_code(question.measure.task, how.allow_code)
+    from rankscope.model.checks import check_inputs
+
     question = check_inputs(question, data=begun is None)
     from rankscope.jobs.launchers import make_launcher
     from rankscope.pipeline import run_looks
 
     with make_launcher(launcher, question.model, ray_address, progress.say) as launching:
         return run_looks(question, path, launching, progress, how)
-
-
-def check_inputs(spec: StudySpec, data: bool = True) -> StudySpec:
-    """The question of a new study, one with `data`, with the commits of its hub ids: what is launched reads the model's
-    configuration at the same. Raises ModelError, DataError: they are not there, or a local one cannot be used."""
-    from rankscope.data.sources import check_local
-    from rankscope.model.checks import check_folder, pinned
-
-    check_folder(spec.model)
-    if data:
-        check_local(spec.data)
-    return pinned(spec) if data else spec
 
 
 def _plain(value: Any) -> Any:

@@ -95,11 +95,10 @@ def run(
     start.check_names(lang, launcher, ray_address)
     from rankscope.jobs.job import Settings
     from rankscope.jobs.queue import time_limit
-    from rankscope.study.study import Study
     from rankscope.track import choose_trackers
 
     trackers, limit = choose_trackers(own["report_to"] or ()), time_limit(own["hours"])
-    begun = Study.begun_at(path, asked)
+    begun = start.begun_at(path, asked)
     spec = begun.spec if begun else asked
     if own["dry_run"]:
         start.show_plan(spec, begun, json_, launcher=launcher, ray_address=ray_address, remeasure=own["remeasure"])
@@ -138,7 +137,7 @@ def search(
 ) -> None:
     """Find the best rank, learning rate, alpha and target modules within a budget. Resumes where it stopped."""
     require("optuna", "search", "rankscope search")
-    from rankscope.api import check_inputs
+    from rankscope.model.checks import check_inputs
     from rankscope.search.space import resolve_search
 
     values = ask.study_values(study, options)
@@ -240,7 +239,7 @@ def curve(
     lang: ask.Language = "en",
 ) -> None:
     """Estimate the loss of every lower rank from the largest one, by truncated SVD. Measures only what is missing."""
-    from rankscope.api import check_inputs
+    from rankscope.model.checks import check_inputs
     from rankscope.spec.candidates import ranks_of
 
     study, console = start.open_study(directory, lang, launcher, ray_address), error_console if json_ else out_console

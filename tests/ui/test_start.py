@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,26 +16,30 @@ from rankscope.spec.models import StudySpec
 from rankscope.study.missing import nothing_missing
 from rankscope.study.study import Study
 
+HEAVY = ("torch", "transformers", "peft", "datasets", "optuna", "scipy.stats")
+
 SCRIPT = """
 import json, sys
 from rankscope import cli
-found = []
-for arguments in json.loads(sys.argv[1]):
+found, (commands, heavy_ones) = [], map(json.loads, sys.argv[1:])
+for arguments in commands:
     sys.argv = ["rankscope", *arguments]
     try:
         code = cli.main()
     except SystemExit as end:
         code = end.code
-    heavy = {"torch", "transformers", "peft", "datasets", "optuna", "scipy.stats"} & set(sys.modules)
+    heavy = set(heavy_ones) & set(sys.modules)
     found.append([code, sorted(heavy)])
 print(json.dumps(found), file=sys.stderr)
 """
 
 
-def in_one_child(commands: list[list[str]], folder: Path) -> tuple[list[tuple[int, list[str]]], list[str]]:
+def in_one_child(
+    commands: list[list[str]], folder: Path, heavy_ones: Sequence[str] = HEAVY
+) -> tuple[list[tuple[int, list[str]]], list[str]]:
     """Exit code and heavy modules after each command, run one after the other; and the lines of their errors."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-    command = [sys.executable, "-c", SCRIPT, json.dumps(commands)]
+    command = [sys.executable, "-c", SCRIPT, json.dumps(commands), json.dumps(heavy_ones)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
     *errors, found = done.stderr.strip().splitlines()
     return [(code, heavy) for code, heavy in json.loads(found)], errors
@@ -80,6 +84,14 @@ def test_what_cannot_be_is_refused_before_torch_is_imported(tmp_path: Path) -> N
         assert message in line, command
         assert code in (2, 3), command
         assert heavy == [], command
+
+
+def test_what_is_no_study_is_refused_before_pandas_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("mine")
+    commands = [["run", "--out", "taken"], *([name, "taken"] for name in ("curve", "report", "watch", "compare"))]
+    ended, errors = in_one_child(commands, tmp_path, [*HEAVY, "pandas"])
+    assert ended == [(2, [])] * len(commands), errors
 
 
 def test_a_finished_study_is_told_again_from_its_files(trained: Study) -> None:

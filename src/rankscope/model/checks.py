@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from rankscope import demo, hub
-from rankscope.data.sources import commits
+from rankscope.data.sources import check_local, commits
 from rankscope.errors import ModelError, require, shortened
 from rankscope.hub import HUB_ID
 from rankscope.spec.models import EMBEDDED, ModelSpec, StudySpec
@@ -91,6 +91,15 @@ def check_source(spec: ModelSpec) -> None:
         raise ModelError(f"{what} a file, not a folder", _FOLDER_HOLDS)
     elif not HUB_ID.fullmatch(spec.id):
         raise ModelError(f"{what} no such folder", "Check the id: a folder, or a hub id such as owner/name.")
+
+
+def check_inputs(spec: StudySpec, data: bool = True) -> StudySpec:
+    """The question of a new study, one with `data`, with the commits of its hub ids: what is launched reads the model's
+    configuration at the same. Raises ModelError, DataError: they are not there, or a local one cannot be used."""
+    check_folder(spec.model)
+    if data:
+        check_local(spec.data)
+    return pinned(spec) if data else spec
 
 
 def pinned(spec: StudySpec, begun: StudySpec | None = None) -> StudySpec:

@@ -10,10 +10,10 @@ from pathlib import Path
 import typer
 import yaml
 
-from rankscope.api import check_inputs
 from rankscope.data.records import load_records
 from rankscope.errors import RankscopeError, StudyError
 from rankscope.jobs.queue import time_limit
+from rankscope.model.checks import check_inputs
 from rankscope.spec.models import EMBEDDED, DataSpec
 from rankscope.spec.options import assemble, quick_look
 from rankscope.text.formats import parse_bytes

@@ -12,6 +12,7 @@ from rankscope.ui.console import error_console
 if TYPE_CHECKING:
     from rankscope.plan.plan import Plan
     from rankscope.spec.models import StudySpec
+    from rankscope.study.folder import StudyFolder
     from rankscope.study.study import Study
     from rankscope.text.catalogue import Catalogue
     from rankscope.ui.progress import Display
@@ -71,17 +72,30 @@ def check_adapter(name: str) -> None:
 
 def open_study(directory: Path, language: str = "en", launcher: str = "local", address: str | None = None) -> "Study":
     """Open a study once the names that a command was given are known to be good."""
-    from rankscope.study.study import Study
+    from rankscope.study.folder import StudyFolder
 
     check_names(language, launcher, address)
-    study = Study.open(directory)
-    announce(f"Reading {directory}/")
-    return study
+    return _with_tables(StudyFolder.open(directory))
+
+
+def begun_at(path: Path, asked: "StudySpec") -> "Study | None":
+    """`Study.begun_at`, which refuses before pandas is imported."""
+    from rankscope.study.folder import StudyFolder
+
+    there = StudyFolder.begun_at(path, asked)
+    return _with_tables(there) if there else None
+
+
+def _with_tables(study: "StudyFolder") -> "Study":
+    announce(f"Reading {study.path}/")
+    from rankscope.study.study import Study
+
+    return Study(study.path, study.spec, study.log)
 
 
 def show_plan(spec: "StudySpec", begun: "Study | None", as_json: bool, **options: Any) -> None:
     """Print the plan of a study; `options` are those of `rankscope.ui.plan.show_plan`."""
-    from rankscope.api import check_inputs
+    from rankscope.model.checks import check_inputs
 
     spec = check_inputs(spec, data=begun is None)
     announce("Planning")
