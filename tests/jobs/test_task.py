@@ -17,7 +17,7 @@ from rankscope.data.questions import whole_questions
 from rankscope.data.tokens import TokenizedData, load
 from rankscope.errors import DataError, MissingExtraError, StudyError
 from rankscope.jobs import task as job
-from rankscope.jobs.generate import _mixes, adapters_on, answers_of
+from rankscope.jobs.generate import adapters_on, answers_of, side_by_side
 from rankscope.lora.saved import load_by_peft
 from rankscope.model.load import load_tokenizer, most_positions
 from rankscope.spec.models import ModelSpec
@@ -50,7 +50,10 @@ def models(trained: Study) -> dict[str, Any]:
 def work(study: Study) -> None:
     """Score all models of the study in this process."""
     code = code_sha256(str(study.spec.measure.task))
-    job.work(study.path, {"models": [BASE, *(trial.name for trial in study.trials)], "code_sha256": code})
+    job.work(
+        study.path,
+        {"models": [BASE, *(trial.name for trial in study.trials)], "code_sha256": code, "folder": "task/p000"},
+    )
 
 
 @torch.no_grad()
@@ -89,7 +92,7 @@ def test_adapters_answer_side_by_side_as_each_does_alone(kind: str, root: Path, 
     found = answers_of(model, load_tokenizer(spec), most_positions(spec), folders, prompts, 6)
     assert list(found) == list(folders)
     with adapters_on(model, {name: folder for name, folder in folders.items() if folder}):
-        assert _mixes(model, [name for name in folders if name != BASE]) == (kind != "dora")  # PEFT has none of DoRA
+        assert side_by_side(model, [name for name in folders if name != BASE]) == (kind != "dora")
     assert len({tuple(texts) for texts in found.values()}) == 4
     for name, folder in folders.items():
         alone = load_by_peft(base(), folder).eval() if folder else base()

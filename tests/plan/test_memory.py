@@ -402,7 +402,7 @@ def test_the_prediction_is_near_what_is_measured(tmp_path: Path, monkeypatch: py
     assert candidate.step_seconds
     assert candidate.runtime_seconds
     assert candidate.runtime_seconds > 20 * candidate.step_seconds
-    seconds = study_seconds(spec, found.candidates)
+    seconds = study_seconds(spec, found.candidates, data.facts)
     assert seconds is not None
     assert min(seconds) > 0
     study = Study.create(tmp_path / "study", spec)

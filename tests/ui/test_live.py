@@ -14,6 +14,7 @@ from rankscope.errors import StudyDirectoryError
 from rankscope.files import read_json, write_json
 from rankscope.spec.candidates import CONTROL, AnyTrial
 from rankscope.spec.resolve import write_yaml
+from rankscope.spec.task import BASE
 from rankscope.study.missing import (
     MAX_EXTRA_SECONDS,
     REPORT_SECONDS,
@@ -24,6 +25,7 @@ from rankscope.study.missing import (
     profile_seconds,
 )
 from rankscope.study.question import write_question
+from rankscope.study.scores import SCORED, task_file
 from rankscope.study.study import Study
 from rankscope.ui.live import LiveStudy, MetricsTail
 
@@ -362,3 +364,26 @@ def test_what_is_done_when_all_is_trained(study: Study) -> None:
     assert live.read().doing == "answer", "of what was added to the study"
     (study.path / "answers" / "answers.json").touch()
     assert live.read().doing == "conclude", "profiles come before the answers: they did not finish"
+
+
+def test_scores_on_a_task_are_forecast_and_followed(study: Study) -> None:
+    hold(study, os.getpid(), platform.node())
+    values = study.spec.model_dump(mode="json")
+    values["measure"] |= {"task": "exact_match"}
+    seconds, names = [LiveStudy(study.path).read().seconds_left], [trial.name for trial in study.trials]
+    write_question(study.path / "study.yaml", write_yaml(type(study.spec).model_validate(values)))
+    seconds.append(LiveStudy(study.path).read().seconds_left)
+    write_json(job := study.file("task", "p000", "job.json"), {"models": [BASE, *names]})
+    state = LiveStudy(study.path).read()
+    assert (state.doing, state.seconds_left) == ("task", pytest.approx(seconds[1], abs=1))
+    write_json(job.parent / SCORED, {"models": (1 + len(names)) / 2})
+    seconds.append(LiveStudy(study.path).read().seconds_left)
+    for trial in (None, *study.trials):
+        write_json(task_file(study, trial), {})
+    assert LiveStudy(study.path).read().doing == "task", "the job has not ended"
+    (job.parent / SCORED).unlink()
+    assert LiveStudy(study.path).read().doing == "answer"
+    seconds.append(LiveStudy(study.path).read().seconds_left)
+    without, whole, half, done = (one for one in seconds if one is not None)
+    assert done == pytest.approx(without, abs=1)
+    assert whole > half > (whole + without) / 2, "half of the scores, and what starting takes"

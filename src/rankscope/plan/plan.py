@@ -66,7 +66,7 @@ class Plan:
         """Makespan, device hours and cost on the fleet; None on one device without a price, or without known times."""
         if self.fleet == Fleet(1, None):
             return None
-        return estimate_fleet(self.spec, self.packs, self.forecast.candidates, self.fleet)
+        return estimate_fleet(self.spec, self.packs, self.forecast.candidates, self.data.facts, self.fleet)
 
     @property
     def hypothetical(self) -> bool:

@@ -14,7 +14,7 @@ from rankscope.plan.memory import MAX_PACK_MEMORY_FRACTION, StudyMemory
 from rankscope.plan.packs import longest_first, lower_bound, simulate
 from rankscope.spec.candidates import CONTROL, PLAIN, AnyTrial, Trial
 from rankscope.spec.models import StudySpec
-from rankscope.study.missing import START_SECONDS, StudySeconds, missing_profiles, work_seconds
+from rankscope.study.missing import START_SECONDS, StudySeconds, missing_profiles, scoring_seconds, work_seconds
 from rankscope.train.step import batch_at
 
 EVALUATION_FASTER = 2  # than a step, a token: the frozen weights need no gradient of their own
@@ -125,8 +125,8 @@ def _computed(tokens: Tokens, examples: np.ndarray, rows: int) -> tuple[int, int
     return padded, padded
 
 
-def study_seconds(spec: StudySpec, forecasts: Mapping[str, Forecast]) -> StudySeconds | None:
-    """Seconds of a study that has not begun; None where times are not known."""
+def study_seconds(spec: StudySpec, forecasts: Mapping[str, Forecast], facts: Mapping[str, Any]) -> StudySeconds | None:
+    """Seconds of a study that has not begun, on data with these `facts`; None where times are not known."""
     if any(found.runtime_seconds is None for found in forecasts.values()):
         return None
     steps = {name: found.step_seconds or 0.0 for name, found in forecasts.items()}
@@ -134,14 +134,17 @@ def study_seconds(spec: StudySpec, forecasts: Mapping[str, Forecast]) -> StudySe
     trials: list[AnyTrial] = [*spec.trials(), *spec.reference_trials()]
     left = dict.fromkeys([trial.name for trial in trials], 1.0)
     answering = 1 + len(spec.candidates()) if spec.measure.answers else 0
-    return work_seconds(spec, steps, runtimes, left, missing_profiles(spec, None), answering)
+    scoring = scoring_seconds(spec, steps, facts, 1 + len(spec.trials()))
+    return work_seconds(spec, steps, runtimes, left, missing_profiles(spec, None), answering, scoring)
 
 
-def shorter(spec: StudySpec, steps: int, forecasts: Mapping[str, Forecast]) -> dict[str, float]:
+def shorter(
+    spec: StudySpec, steps: int, forecasts: Mapping[str, Forecast], facts: Mapping[str, Any]
+) -> dict[str, float]:
     """Seconds of the study by the same forecasts with fewer seeds, ranks or `steps`, and with all of these, by the
     options that ask for it. Two seeds and two ranks are the least: one gives no interval, or nothing to compare. Empty
     where times are not known."""
-    if study_seconds(spec, forecasts) is None:
+    if study_seconds(spec, forecasts, facts) is None:
         return {}
     ranks, seeds, half = sorted(spec.ranks), spec.seeds[:2], max(1, steps // 2)
     fewer: dict[str, dict[str, Any]] = {}
@@ -153,11 +156,13 @@ def shorter(spec: StudySpec, steps: int, forecasts: Mapping[str, Forecast]) -> d
         name: one._replace(runtime_seconds=(one.runtime_seconds or 0) - (steps - half) * (one.step_seconds or 0))
         for name, one in forecasts.items()
     }
-    found = {option: study_seconds(spec.model_copy(update=update), forecasts) for option, update in fewer.items()}
-    found[f"--steps {half}"] = study_seconds(spec, sooner)
+    found = {
+        option: study_seconds(spec.model_copy(update=update), forecasts, facts) for option, update in fewer.items()
+    }
+    found[f"--steps {half}"] = study_seconds(spec, sooner, facts)
     if fewer:
         both = {field: value for update in fewer.values() for field, value in update.items()}
-        found[" ".join(found)] = study_seconds(spec.model_copy(update=both), sooner)
+        found[" ".join(found)] = study_seconds(spec.model_copy(update=both), sooner, facts)
     return {option: sum(seconds) for option, seconds in found.items() if seconds}
 
 
@@ -230,12 +235,16 @@ NOT_COUNTED = (
 
 
 def estimate_fleet(
-    spec: StudySpec, packs: Mapping[str, Sequence[Trial]], forecasts: Mapping[str, Forecast], fleet: Fleet
+    spec: StudySpec,
+    packs: Mapping[str, Sequence[Trial]],
+    forecasts: Mapping[str, Forecast],
+    facts: Mapping[str, Any],
+    fleet: Fleet,
 ) -> FleetEstimate | None:
     """Time that the study takes on the fleet; None where times are not known. On several devices each pack has a
     process of its own, and is taken to last as long as its trials one by one: so does one whose steps fill the device,
     others are faster."""
-    alone = study_seconds(spec, forecasts)
+    alone = study_seconds(spec, forecasts, facts)
     if alone is None:
         return None
     jobs = {"all packs in one process": alone.trials}

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from rankscope.spec.candidates import CONTROL, TIME, AnyTrial, FullTrial, Trial
 from rankscope.spec.models import MeasureSpec, StudySpec
+from rankscope.spec.task import CHOICE, parse_task
 from rankscope.study.folder import AGAIN, FINISHED, StudyFolder
 from rankscope.study.scores import unscored
 
@@ -15,6 +16,7 @@ ANSWER_SECONDS = 0.005  # of an answer's token at least: the layers' calls
 REPORT_SECONDS = 12.0  # of the verdict, the model cards, the figures and the page
 
 ANSWER_ROWS = 1 / 8  # time of an answer's token, in those of a training step's row: it too reads all weights
+CHOICES, CHOICE_ROWS = 4, 1 / 3  # of a row, as most have; time of one's forward, in those of a training step's row
 TURN_STEPS = 1.5  # time of a step and the evaluation after it, in steps, where candidates take turns
 EXTRA_ROUNDS, MAX_EXTRA_SECONDS = 2, 120.0
 """Rounds of time beyond `measure.rounds`: at most as many times as many, for so long. A busy machine takes all."""
@@ -121,7 +123,7 @@ class StudySeconds(NamedTuple):
 
     trials: float  # one after the other
     profiles: float
-    others: float  # full fine-tuning, taken to be as long as the longest candidate; answers; the verdict and its report
+    others: float  # full fine-tuning, as long as the longest candidate; scores on a task; answers; verdict and report
 
 
 def work_seconds(
@@ -131,24 +133,44 @@ def work_seconds(
     left: Mapping[str, float],
     jobs: Sequence[ProfileJob],
     answering: int,
+    scoring: float,
 ) -> StudySeconds:
     """Forecast of what is left, from the seconds of a step and of a whole trial by candidate.
 
     `left` has the share of each trial's steps that is left, `jobs` the profiles that are missing; `answering` models
-    are still to answer, the base model among them.
+    are still to answer, the base model among them, and the scores on the task take `scoring` seconds.
     """
     trials = sum(seconds_of(trial, runtimes) * left[trial.name] for trial in spec.trials())
     whole = [left[trial.name] == 1 for trial in spec.trials()]
     starts = sum(whole) if spec.training.isolated else float(all(whole))
     profiled = _by_profile(spec, steps)
     full = sum((START_SECONDS + seconds_of(one, runtimes)) * left[one.name] for one in spec.reference_trials())
-    token = max(ANSWER_SECONDS, ANSWER_ROWS * min(steps.values()) / spec.training.effective_batch_size)
-    answers = START_SECONDS + answering * spec.measure.answers * spec.measure.answer_tokens * token
+    answer = spec.measure.answers * spec.measure.answer_tokens * _token_seconds(spec, steps)
     return StudySeconds(
         trials=starts * START_SECONDS + trials,
         profiles=sum(profile_seconds(spec.measure, job, profiled) for job in jobs),
-        others=full + (answers if answering else 0.0) + REPORT_SECONDS,
+        others=full + scoring + (START_SECONDS + answering * answer if answering else 0.0) + REPORT_SECONDS,
     )
+
+
+def scoring_seconds(spec: StudySpec, steps: Mapping[str, float], facts: Mapping[str, Any], models: float) -> float:
+    """Forecast of the scores of so many models on the study's task, whose answers are taken to be as long as those of
+    the held-out rows. How many documents a task of the harness has is not known here: `measure.task_items` of them."""
+    measure = spec.measure
+    if measure.task is None or not models:
+        return 0.0
+    kind, items = parse_task(measure.task).kind, measure.task_items
+    items = items if kind == "lm_eval" else min(items, facts["rows_eval"])
+    tokens = min(measure.task_tokens, facts["eval_label_tokens"] / facts["rows_eval"])
+    each: float = tokens * _token_seconds(spec, steps)
+    if kind == "lm_eval" or kind in CHOICE:
+        each = CHOICES * CHOICE_ROWS * min(steps.values()) / spec.training.effective_batch_size
+    return START_SECONDS + models * items * each
+
+
+def _token_seconds(spec: StudySpec, steps: Mapping[str, float]) -> float:
+    """Seconds of one token of an answer."""
+    return max(ANSWER_SECONDS, ANSWER_ROWS * min(steps.values()) / spec.training.effective_batch_size)
 
 
 def seconds_of(trial: AnyTrial, runtimes: Mapping[str, float]) -> float:

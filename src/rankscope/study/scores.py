@@ -12,6 +12,7 @@ from rankscope.study.records import TaskRecord
 if TYPE_CHECKING:
     import pandas as pd
 
+SCORED = "scored.json"  # in a job's folder: how many models it has scored whose scores are not written yet
 SCORE_FIELDS = ("example", "score", "task")
 
 

@@ -17,11 +17,19 @@ from rankscope.data.batches import eval_steps, total_steps
 from rankscope.files import JsonlTail, corrupt_on_error, read_json
 from rankscope.measure.cores import cpu_pressure, stalled_seconds
 from rankscope.spec.candidates import TIME, AnyTrial
+from rankscope.spec.task import BASE
 from rankscope.study.folder import AGAIN, FINISHED, NOT_ENDED, StudyFolder
-from rankscope.study.missing import ProfileJob, extra_seconds, missing_profiles, seconds_of, work_seconds
+from rankscope.study.missing import (
+    ProfileJob,
+    extra_seconds,
+    missing_profiles,
+    scoring_seconds,
+    seconds_of,
+    work_seconds,
+)
 from rankscope.study.question import Holder
 from rankscope.study.records import BUSY_PRESSURE
-from rankscope.study.scores import task_file
+from rankscope.study.scores import SCORED, task_file
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import loss
 
@@ -152,7 +160,7 @@ class LiveStudy:
         self._tails = {name: MetricsTail(study.trial_folder(t) / "metrics.jsonl") for name, t in self._trials.items()}
         self._began = math.inf  # when the last run that was seen began
         self._due, self._jobs = set[str](), list[ProfileJob]()  # trials and profiles that this run still has before it
-        self._answering, self._devices = 0, 1
+        self._answering, self._scoring, self._devices = 0, 0.0, 1
         self._pace, self._prior, self._watched = Pace(), 1.0, (perf_counter(), stalled_seconds())
         self._step_seconds, self._runtimes = dict[str, float](), dict[str, float]()  # by candidate; empty if not known
         self.study = study  # last: where something above raises, the next read sees the change again
@@ -174,6 +182,8 @@ class LiveStudy:
         missing = missing_profiles(study.spec, study, again)
         doing = self._doing(statuses, training, bool(missing), holder is not None, began)
         self._count(doing, missing, {name for name in self._trials if self._is_due(name, statuses, began)})
+        scored = doing in ("conclude", "done") or _modified(study.file("answers", "job.json")) >= began
+        self._scoring = 0.0 if scored else self._still_to_score(statuses, began)
         if began != self._began or len(training) > self._devices:
             self._began, self._devices = began, max(self._devices, len(training))
             self._pace.restart()
@@ -239,8 +249,8 @@ class LiveStudy:
             return "train"
         if any(_modified(job) >= began for job in study.file("curve").rglob("job.json")):
             return "curve"  # on several devices each trial has a job
-        scoring = [job for job in study.file("task").glob("*/job.json") if _modified(job) >= began]
-        if _modified(answers / "job.json") < began and any(map(self._scores, scoring)):
+        scoring = any(self._unscored(job) or (job.parent / SCORED).exists() for job in self._scoring_jobs(began))
+        if scoring and _modified(answers / "job.json") < began:
             return "task"
         if _modified(answers / "job.json") >= began:
             return "conclude" if answered else "answer"
@@ -252,10 +262,27 @@ class LiveStudy:
             return "reference"
         return "conclude" if answered or not study.spec.measure.answers else "answer"
 
-    def _scores(self, job: Path) -> bool:
-        """Whether a job has models that it has not scored on the task yet."""
-        files = (task_file(self.study, self._trials.get(name)) for name in read_json(job)["models"])
-        return any(_modified(file) < _modified(job) for file in files)
+    def _scoring_jobs(self, began: float) -> list[Path]:
+        return [job for job in self.study.file("task").glob("*/job.json") if _modified(job) >= began]
+
+    def _unscored(self, job: Path) -> float:
+        """Number of models that a job has not scored on the task yet. Those that it scores together count in parts."""
+        models, began, scored = read_json(job)["models"], _modified(job), 0.0
+        if _modified(progress := job.parent / SCORED) >= began:
+            scored = read_json(progress)["models"]
+        written = sum(_modified(task_file(self.study, self._trials.get(name))) >= began for name in models)
+        return len(models) - min(written + scored, len(models))
+
+    def _still_to_score(self, statuses: Mapping[str, str], began: float) -> float:
+        """Number of models that this run still scores."""
+        if not self.study.spec.measure.task:
+            return 0.0
+        jobs = self._scoring_jobs(began)
+        named = {name for job in jobs for name in read_json(job)["models"]}
+        able = (trial.name for trial in self.study.trials if statuses[trial.name] in ("done", *NOT_ENDED))
+        others = {BASE, *able} - named
+        lacking = sum(not task_file(self.study, self._trials.get(name)).exists() for name in others)
+        return lacking + sum(map(self._unscored, jobs))
 
     def _is_due(self, name: str, statuses: Mapping[str, str], began: float) -> bool:
         """Whether this run still trains the trial. One that failed in an earlier run is trained again."""
@@ -301,8 +328,8 @@ class LiveStudy:
     def _with_times(self, state: State) -> State:
         """`state` with the time that is left and the share that is done.
 
-        What counts is the forecast that the study began with, of training, evaluation, profiles, answers and the
-        report; by how much longer this run took than it for what it has done, the rest is taken to take longer too.
+        What counts is the forecast that the study began with, of training, evaluation, profiles, scores, answers and
+        the report; by how much longer this run took than it for what it has done, the rest is taken to take longer too.
         """
         spec, runtimes, steps = self.study.spec, self._runtimes, self._step_seconds
         if state.doing == "done":
@@ -311,13 +338,15 @@ class LiveStudy:
             parts = sum(tail.step / self.steps for tail in self._tails.values()) + state.profiles_done
             return state._replace(share=parts / (len(self._tails) + state.profiles))
         left = {name: 1 - self._tails[name].step / self.steps if name in self._due else 0.0 for name in self._trials}
-        work = work_seconds(spec, steps, runtimes, left, self._jobs, self._answering)
+        scoring = scoring_seconds(spec, steps, self.study.data_facts, self._scoring)
+        work = work_seconds(spec, steps, runtimes, left, self._jobs, self._answering, scoring)
         ahead = work.trials / self._devices + work.profiles + work.others
         scale = self._pace.update(ahead, self._prior)
         busy = (cpu_pressure(*self._watched) or 0.0) > BUSY_PRESSURE
         extra = busy * extra_seconds(spec, {name: scale * one for name, one in steps.items()}, self._jobs)
         seconds = max(scale * ahead + extra - self._pace.passed(), 0.0)
-        everything = dict.fromkeys(left, 1.0), missing_profiles(spec, None), 1 + len(spec.candidates())
+        scores = scoring_seconds(spec, steps, self.study.data_facts, 1 + len(spec.trials()))
+        everything = dict.fromkeys(left, 1.0), missing_profiles(spec, None), 1 + len(spec.candidates()), scores
         whole = scale * max(ahead, sum(work_seconds(spec, steps, runtimes, *everything))) + extra
         packs = {
             name: scale * sum(self._left(one.name) for one in pack if one.name in self._due)

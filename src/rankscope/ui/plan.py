@@ -78,7 +78,7 @@ def _begun(study: StudyFolder, plan: Plan) -> str:
 
 def shorter_lines(plan: Plan) -> list[str]:
     """What makes the study shorter, with its time on one device by the same forecast."""
-    times = shorter(plan.spec, plan.steps, plan.forecast.candidates)
+    times = shorter(plan.spec, plan.steps, plan.forecast.candidates, plan.data.facts)
     lines = [f"  {option}: about {about(seconds, TEXT)}" for option, seconds in times.items()]
     quick = "  --quick: a first look, at most 3 ranks, 2 seeds, 200 steps and 2,000 rows"
     return ["Shorter, on one device by the same forecast:", *lines, quick] if lines else []
@@ -89,7 +89,7 @@ LONG_SECONDS = 2 * 3600  # a run of more says so first, and asks
 
 def approve(progress: Display, plan: Plan) -> None:
     """Say that a study takes hours, and what makes it shorter; in a terminal, ask. Raises typer.Exit: no."""
-    fleet, alone = plan.fleet_estimate, study_seconds(plan.spec, plan.forecast.candidates)
+    fleet, alone = plan.fleet_estimate, study_seconds(plan.spec, plan.forecast.candidates, plan.data.facts)
     seconds = fleet.makespan_seconds if fleet else sum(alone or ())
     if seconds <= LONG_SECONDS:
         return
@@ -108,7 +108,7 @@ def coverage_of(plan: Plan) -> list[str]:
 
 def describe_plan(plan: Plan) -> dict[str, Any]:
     """The plan as data, for `--json`: bytes, seconds, tokens."""
-    seconds, fleet = study_seconds(plan.spec, plan.forecast.candidates), plan.fleet_estimate
+    seconds, fleet = study_seconds(plan.spec, plan.forecast.candidates, plan.data.facts), plan.fleet_estimate
     return {
         "model": {"id": plan.spec.model.id, "parameters": plan.prediction.base_params},
         "data": plan.data.facts,
@@ -122,7 +122,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "free_bytes": plan.site.free_bytes,
         "largest_rank_that_fits": plan.largest_rank,
         "disk_bytes": plan.disk_bytes,
-        "shorter": shorter(plan.spec, plan.steps, plan.forecast.candidates),
+        "shorter": shorter(plan.spec, plan.steps, plan.forecast.candidates, plan.data.facts),
         "seconds": seconds._asdict() if seconds else None,
         "fleet": fleet.describe() if fleet else None,
     }
@@ -201,7 +201,7 @@ def _memory(plan: Plan) -> Iterator[str]:
 def _time(plan: Plan) -> Iterator[str]:
     """Time of the study, on one device and on a fleet."""
     found = plan.forecast
-    seconds, rate = study_seconds(plan.spec, found.candidates), found.product_flops_per_second
+    seconds, rate = study_seconds(plan.spec, found.candidates, plan.data.facts), found.product_flops_per_second
     if seconds is None:
         known = " --gpu-flops says what it reaches." if plan.hypothetical else ""
         yield f"Time: not predicted, since this device's speed is not known here.{known}"
