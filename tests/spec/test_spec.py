@@ -125,6 +125,11 @@ def test_a_confidence_may_be_a_percentage() -> None:
     assert resolve_spec(BASE | {"verdict": {"confidence": "90%"}}).verdict.confidence == 0.9
 
 
+def test_yaml_s_plain_off_is_that_word() -> None:
+    spec = assemble(BASE | {"training": {"base_dropout": "keep"}}, {}, ["training.base_dropout=off"])
+    assert spec.training.base_dropout == "off"
+
+
 @pytest.mark.parametrize("confidence", ["50%", 0.5, "100%", 1, "ninety"])
 def test_a_confidence_is_above_a_half(confidence: object) -> None:
     with pytest.raises(StudyError, match=r"verdict\.confidence"):

@@ -142,10 +142,12 @@ class Frozen(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _true_is_not_one(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse `true` for a number, which pydantic accepts."""
+        """Refuse `true` for a number, which pydantic accepts. YAML reads a plain `off` as false."""
         values = value if isinstance(value, list | tuple) else [value]
-        is_switch = cls.model_fields[info.field_name or ""].annotation is bool
-        if not is_switch and any(isinstance(one, bool) for one in values):
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if value is False and "off" in get_args(annotation):
+            return "off"
+        if annotation is not bool and any(isinstance(one, bool) for one in values):
             raise ValueError("expected another value than true or false")
         return value
 
