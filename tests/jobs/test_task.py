@@ -50,10 +50,8 @@ def models(trained: Study) -> dict[str, Any]:
 def work(study: Study) -> None:
     """Score all models of the study in this process."""
     code = code_sha256(str(study.spec.measure.task))
-    job.work(
-        study.path,
-        {"models": [BASE, *(trial.name for trial in study.trials)], "code_sha256": code, "folder": "task/p000"},
-    )
+    parts = [[BASE], [trial.name for trial in study.trials]]
+    job.work(study.path, {"parts": parts, "code_sha256": code, "folder": "task/p000"})
 
 
 @torch.no_grad()

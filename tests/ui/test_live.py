@@ -373,7 +373,7 @@ def test_scores_on_a_task_are_forecast_and_followed(study: Study) -> None:
     seconds, names = [LiveStudy(study.path).read().seconds_left], [trial.name for trial in study.trials]
     write_question(study.path / "study.yaml", write_yaml(type(study.spec).model_validate(values)))
     seconds.append(LiveStudy(study.path).read().seconds_left)
-    write_json(job := study.file("task", "p000", "job.json"), {"models": [BASE, *names]})
+    write_json(job := study.file("task", "p000", "job.json"), {"parts": [[BASE], names]})
     state = LiveStudy(study.path).read()
     assert (state.doing, state.seconds_left) == ("task", pytest.approx(seconds[1], abs=1))
     write_json(job.parent / SCORED, {"models": (1 + len(names)) / 2})

@@ -8,7 +8,6 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from itertools import chain, pairwise
 from pathlib import Path
@@ -75,8 +74,9 @@ def prepare(study: StudyFolder, data: TokenizedData) -> str | None:
 
 
 def jobs(run: Run) -> list[Job]:
-    """Return a job for each pack with a trial that lacks scores; the first also scores the base model."""
-    study, text, missing = run.study, run.study.spec.measure.task, unscored(run.study)
+    """Return the jobs that score what lacks scores: the model without an adapter, then pack by pack. On one device of
+    this machine it is one process, which loads the model once; else each pack has its own."""
+    study, plan, text, missing = run.study, run.plan, run.study.spec.measure.task, unscored(run.study)
     if text is None or not missing:
         return []
     code = code_sha256(text)
@@ -85,20 +85,24 @@ def jobs(run: Run) -> list[Job]:
         for trial in old:
             task_file(study, trial).unlink()
     packs = {name: [trial for trial in pack if trial in missing] for name, pack in study.division().packs.items()}
-    names = {name: [trial.name for trial in pack] for name, pack in packs.items() if pack} or {BASE: []}
+    parts = {name: [[trial.name for trial in pack]] for name, pack in packs.items() if pack} or {BASE: []}
+    first = next(iter(parts))
     if None in missing:
-        names[next(iter(names))].insert(0, BASE)
+        parts[first].insert(0, [BASE])
+    if plan.site.here and plan.fleet.devices == 1:
+        parts = {first: [*chain(*parts.values())]}
     run.say(f"Task {text}: {len(missing)} models to score")
     reads = [CHOICES] if study.file(CHOICES).exists() else []
+    memory = max(plan.host_bytes(trials) for trials in (*packs.values(), study.trials[:1]) if trials)
     return [
         Job(
             __name__,
-            {"models": own, "code_sha256": code, "folder": f"task/{pack}"},
+            {"parts": own, "code_sha256": code, "folder": f"task/{pack}"},
             f"task/{pack}",
-            [*reads, *(f"trials/{name}" for name in own if name != BASE)],
-            run.plan.host_bytes(packs.get(pack) or study.trials[:1]),
+            [*reads, *(f"trials/{name}" for name in chain(*own) if name != BASE)],
+            memory,
         )
-        for pack, own in names.items()
+        for pack, own in parts.items()
     ]
 
 
@@ -109,7 +113,6 @@ def work(study_path: Path, content: Mapping[str, Any]) -> None:
     if code_sha256(text) != content["code_sha256"]:
         raise StudyError(f"measure.task: {text} is not here, or has changed since the run began", "Run it again.")
     task, (model, _) = parse_task(text), load_base(study)
-    folders = {name: study.adapter_file(trials[name]).parent if name in trials else None for name in content["models"]}
 
     def write(name: str, scored: Scored) -> None:
         trial = trials.get(name)
@@ -125,19 +128,24 @@ def work(study_path: Path, content: Mapping[str, Any]) -> None:
         )
         record.write(task_file(study, trial))
 
-    if task.kind == "lm_eval":
-        tokenizer, limit = load_tokenizer(study.spec.model), study.spec.measure.task_items
-        for name, folder in folders.items():
-            with adapters_on(model, {name: folder} if folder else {}):
-                write(name, Scored(*harness.scores(model, tokenizer, task, limit)))
-        return
-    progress = study.file(content["folder"], SCORED)
-    parts = ({name: one for name, one in folders.items() if (one is None) == alone} for alone in (True, False))
-    for part in filter(None, parts):
-        score = likeliest if task.kind in CHOICE else partial(generated, progress=progress)
-        for name, scored in score(model, study, data, task, part).items():
-            write(name, scored)
-        progress.unlink(missing_ok=True)
+    score = {"lm_eval": by_harness, **dict.fromkeys(CHOICE, likeliest)}.get(task.kind, generated)
+    parts = [
+        {name: study.adapter_file(trials[name]).parent if name in trials else None for name in part}
+        for part in content["parts"]
+    ]
+    for name, scored in score(model, study, data, task, parts, study.file(content["folder"], SCORED)):
+        write(name, scored)
+
+
+def by_harness(
+    model: PreTrainedModel, study: StudyFolder, data: TokenizedData, task: Task, parts: Sequence[Folders], _: Path
+) -> Iterator[tuple[str, Scored]]:
+    """Scores by lm-evaluation-harness."""
+    tokenizer = load_tokenizer(study.spec.model)
+    for name, folder in chain(*(part.items() for part in parts)):
+        with adapters_on(model, {name: folder} if folder else {}):
+            scored = Scored(*harness.scores(model, tokenizer, task, study.spec.measure.task_items))
+        yield name, scored
 
 
 def ended(run: Run, job: Job, error: RankscopeError | None, waiting: Sequence[Job]) -> list[Job]:
@@ -167,25 +175,31 @@ def scored_rows(
 
 
 def generated(
-    model: PreTrainedModel, study: StudyFolder, data: TokenizedData, task: Task, folders: Folders, progress: Path
-) -> dict[str, Scored]:
-    """Scores of greedy answers to the held-out prompts. `progress` receives how many models have answered so far."""
+    model: PreTrainedModel,
+    study: StudyFolder,
+    data: TokenizedData,
+    task: Task,
+    parts: Sequence[Folders],
+    progress: Path,
+) -> Iterator[tuple[str, Scored]]:
+    """Scores of greedy answers to the held-out prompts. `progress` has how many models of a part have answered."""
     measure, score, tokenizer = study.spec.measure, score_function(task), load_tokenizer(study.spec.model)
     rows, positions = scored_rows(study, data, task, tokenizer), most_positions(study.spec.model)
     prompts, examples = [question.prompt_ids for question, _ in rows], [question.example for question, _ in rows]
-    found, done = dict[str, Scored](), list[int]()
-    texts = [text_of(tokenizer, prompt) for prompt in prompts]
+    texts, done = [text_of(tokenizer, prompt) for prompt in prompts], list[int]()
 
     def tell(answers: int) -> None:
         done.append(answers)
         write_json(progress, {"models": sum(done) / len(prompts)})
 
-    answered = answers_of(model, tokenizer, positions, folders, prompts, measure.task_tokens, tell)
-    for name, answers in answered.items():
-        values = [score(*one) for one in zip(texts, answers, [own for _, own in rows], strict=True)]
-        items = TaskItems(example=examples, score=values, answer=answers if measure.answers else None)
-        found[name] = Scored(task.detail if task.file else "exact_match", items)
-    return found
+    for folders in parts:
+        answered = answers_of(model, tokenizer, positions, folders, prompts, measure.task_tokens, tell)
+        for name, answers in answered.items():
+            values = [score(*one) for one in zip(texts, answers, [own for _, own in rows], strict=True)]
+            items = TaskItems(example=examples, score=values, answer=answers if measure.answers else None)
+            yield name, Scored(task.detail if task.file else "exact_match", items)
+        done.clear()
+        progress.unlink(missing_ok=True)
 
 
 def score_function(task: Task) -> Score:
@@ -245,8 +259,8 @@ def _faults_of(task: Task) -> Iterator[None]:
 
 
 def likeliest(
-    model: PreTrainedModel, study: StudyFolder, data: TokenizedData, task: Task, folders: Folders
-) -> dict[str, Scored]:
+    model: PreTrainedModel, study: StudyFolder, data: TokenizedData, task: Task, parts: Sequence[Folders], _: Path
+) -> Iterator[tuple[str, Scored]]:
     """Whether the right choice has the highest log-likelihood, summed over its tokens (`choice`, the harness's acc), or
     that over its length in characters (`choice_norm`, its acc_norm)."""
     record = ChoicesRecord.find(study.file(CHOICES))
@@ -254,13 +268,12 @@ def likeliest(
     pairs = zip(chain(*record.ids), chain(*record.label_tokens), strict=True)
     rows = [Example(np.array(ids, np.int32), np.arange(len(ids)) >= len(ids) - labels) for ids, labels in pairs]
     characters = np.array([*chain(*record.characters)]) if task.kind == "choice_norm" else 1
-    ends, found = np.cumsum([0, *map(len, record.ids)]).tolist(), dict[str, Scored]()
-    for name, losses in losses_of(model, folders, Tokens.from_examples(rows)).items():
+    ends, tokens = np.cumsum([0, *map(len, record.ids)]).tolist(), Tokens.from_examples(rows)
+    for name, losses in chain.from_iterable(losses_of(model, folders, tokens).items() for folders in parts):
         likelihoods = -losses.loss * losses.label_tokens / characters
         chosen = [int(likelihoods[start:end].argmax()) for start, end in pairwise(ends)]
         scores = [float(one == gold) for one, gold in zip(chosen, record.gold, strict=True)]
-        found[name] = Scored(CHOICE[task.kind], TaskItems(example=record.example, score=scores))
-    return found
+        yield name, Scored(CHOICE[task.kind], TaskItems(example=record.example, score=scores))
 
 
 def losses_of(model: PreTrainedModel, folders: Folders, tokens: Tokens) -> dict[str, ExampleLosses]:

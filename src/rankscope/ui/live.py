@@ -6,6 +6,7 @@
 import json
 import math
 from collections.abc import Collection, Mapping
+from itertools import chain
 from pathlib import Path
 from time import monotonic, perf_counter
 from types import MappingProxyType
@@ -267,7 +268,7 @@ class LiveStudy:
 
     def _unscored(self, job: Path) -> float:
         """Number of models that a job has not scored on the task yet. Those that it scores together count in parts."""
-        models, began, scored = read_json(job)["models"], _modified(job), 0.0
+        models, began, scored = _models(job), _modified(job), 0.0
         if _modified(progress := job.parent / SCORED) >= began:
             scored = read_json(progress)["models"]
         written = sum(_modified(task_file(self.study, self._trials.get(name))) >= began for name in models)
@@ -278,7 +279,7 @@ class LiveStudy:
         if not self.study.spec.measure.task:
             return 0.0
         jobs = self._scoring_jobs(began)
-        named = {name for job in jobs for name in read_json(job)["models"]}
+        named = {name for job in jobs for name in _models(job)}
         able = (trial.name for trial in self.study.trials if statuses[trial.name] in ("done", *NOT_ENDED))
         others = {BASE, *able} - named
         lacking = sum(not task_file(self.study, self._trials.get(name)).exists() for name in others)
@@ -362,6 +363,11 @@ def trial_rows(trials: list[TrialState], steps: int, text: Catalogue) -> list[li
         losses = [text("none") if value is None else loss(value) for value in (trial.train_loss, trial.eval_loss)]
         rows.append([trial.name, text(f"status.{trial.status}"), f"{trial.step:,} / {steps:,}", *losses])
     return rows
+
+
+def _models(job: Path) -> list[str]:
+    """Names of the models that a job scores."""
+    return list(chain(*read_json(job)["parts"]))
 
 
 def _modified(file: Path) -> float:
