@@ -1,6 +1,7 @@
 """One table of options serves the command line and `rankscope.run`."""
 
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,13 @@ def test_a_command_without_a_study_has_its_own_names_alone() -> None:
 def test_an_option_of_another_tool_names_what_to_give() -> None:
     with pytest.raises(StudyError, match=r"(?s)--load_in_4bit is no option of rankscope.*Give model\.quantization"):
         list(own_names(["--load_in_4bit"], OWN))
+
+
+@pytest.mark.parametrize("words", [["export", "study", "--merge", "--out", "y"], ["run", "--lr", "--dataset", "z"]])
+def test_an_option_is_no_value_of_the_one_before(words: list[str]) -> None:
+    found = CliRunner().invoke(app, words)
+    assert found.exit_code == 2
+    assert re.search(r"--(merge|learning-rates) needs a value before --(out|dataset)\.", found.output)
 
 
 def test_a_study_by_its_directory_and_a_quick_look_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
@@ -161,9 +162,12 @@ class Command(TyperCommand):
     """A command that reads its options by the names of other tools too: `--lr 1e-4`, `--lora_alpha=16`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(
-            ctx, list(own_names(args, {name for one in self.get_params(ctx) for name in one.opts}))
-        )
+        own = {name: one for one in self.get_params(ctx) for name in one.opts}
+        words = list(own_names(args, own))
+        for word, following in pairwise(words):  # which would be taken for the value
+            if following in own and word in own and not getattr(own[word], "is_flag", True):
+                ctx.fail(f"{word} needs a value before {following}.")
+        return super().parse_args(ctx, words)
 
 
 def own_names(words: Sequence[str], own: Collection[str]) -> Iterator[str]:
