@@ -12,13 +12,16 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import rankscope
+from experts import moe_model
 from marks import mostly_slow
+from models import CONFIGS, tiny_model
 from rankscope.data.questions import whole_questions
 from rankscope.data.tokens import TokenizedData, load
 from rankscope.errors import DataError, MissingExtraError, StudyError
 from rankscope.jobs import task as job
 from rankscope.jobs.generate import adapters_on, answers_of, side_by_side
 from rankscope.lora.saved import load_by_peft
+from rankscope.lora.targets import find_targets
 from rankscope.model.load import load_tokenizer, most_positions
 from rankscope.spec.models import ModelSpec
 from rankscope.spec.task import code_sha256, parse_task
@@ -282,3 +285,40 @@ def test_without_the_harness_the_command_that_installs_it_is_named(tmp_path: Pat
     with pytest.raises(MissingExtraError, match="lm_eval is not installed"):
         rankscope.run(model="embedded", dataset="embedded", task="lm_eval:arc_easy", out=tmp_path / "study")
     assert not (tmp_path / "study").exists()
+
+
+class Ids:
+    """A tokenizer that writes ids as numbers."""
+
+    eos_token_id = 7
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return " ".join(map(str, ids))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*CONFIGS, "qwen3_moe", "gpt_oss", "mamba"])
+def test_architectures_answer_side_by_side(name: str, tmp_path: Path) -> None:
+    """Mamba's own kernels take its layers' weights, so that its adapters answer one at a time."""
+
+    def base() -> Any:
+        return (tiny_model(name) if name in CONFIGS else moe_model(name)).eval()
+
+    model, folders = base(), dict[str, Path | None]()
+    targets = find_targets(model, "all-linear")
+    for rank in (2, 8, 3):
+        torch.manual_seed(rank)
+        config = LoraConfig(
+            r=rank, lora_alpha=4 * rank, target_modules=list(targets.modules), init_lora_weights=False,
+            task_type="CAUSAL_LM",
+        )  # fmt: skip
+        get_peft_model(base(), config).save_pretrained(folder := tmp_path / f"r{rank}")
+        folders[folder.name] = folder
+    ids = np.random.default_rng(0).integers(8, model.config.get_text_config().vocab_size, (5, 9))
+    prompts = [row[:length].tolist() for row, length in zip(ids, (9, 5, 9, 7, 5), strict=True)]
+    with adapters_on(model, {key: folder for key, folder in folders.items() if folder}):
+        assert side_by_side(model, list(folders)) == (name != "mamba")
+    found = answers_of(model, Ids(), None, folders, prompts, 6)
+    assert len({tuple(texts) for texts in found.values()}) == 3
+    for key, folder in folders.items():
+        assert answers_of(base(), Ids(), None, {key: folder}, prompts, 6)[key] == found[key]

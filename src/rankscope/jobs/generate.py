@@ -78,7 +78,14 @@ def side_by_side(model: PreTrainedModel, names: Sequence[str]) -> bool:
         try:
             _send_parts(model, pair)
             difference = (logits(ids) - torch.cat(alone)).abs().max()
-        except NotPackable:
+        except (
+            NotPackable,
+            RuntimeError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            KeyError,
+        ):  # as `make_packable` has it
             own_forwards(model)
             return False
     own_forwards(model)
