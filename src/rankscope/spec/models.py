@@ -176,7 +176,7 @@ class DataSpec(Frozen):
     eval_split: Name | None = None
     """Split of `id` to evaluate on, instead of held-out rows."""
     skip_bad_rows: bool = False
-    """Leave out rows that cannot be read, and count them. Without it they are an error."""
+    """Leave out rows with missing or wrong fields, and count them. Without it they are an error."""
     force: bool = False
     """Train even on fewer than 8 rows."""
 

@@ -34,7 +34,7 @@ OPTIONS = {
     "eval_dataset": Option("data.eval_dataset", list[str], "Data to evaluate on.", "rows held out", "DATA"),
     "columns": Option("data.columns", list[str], _COLUMNS, "", "NAME=COLUMN"),
     "chat_template": Option("data.chat_template", str, "Jinja template of chats.", "the tokenizer's", "FILE|chatml"),
-    "skip_bad_rows": Option("data.skip_bad_rows", bool, "Leave out rows that cannot be read, and count them."),
+    "skip_bad_rows": Option("data.skip_bad_rows", bool, "Leave out rows with missing or wrong fields, and count them."),
     "force": Option("data.force", bool, "Train even on fewer than 8 rows."),
     "loss_on": Option("data.loss_on", str),
     "ranks": Option("ranks", str, _RANKS, "8,128,256"),

@@ -45,7 +45,8 @@ def show_judged(found: Judged, out: Path | None) -> None:
         show("", *([_difference_table(one)] if one["outcome"] else []), f"{_where(one)}{_said(one)}")
     if concluded:
         others = "what others would show cannot be said without the loss of each row"
-        show(f"This holds for these held-out rows: {others}.")
+        has_rows = found.runs["tool"].eq("rankscope").all()  # a study's, of which only the table was read
+        show(f"This holds for these held-out rows: {others}{', which `rankscope report DIR` reads' * bool(has_rows)}.")
     if any(one["at"] for one in found.differences):
         several = ", and at 95% by itself: that all hold is less sure" if len(concluded) > 1 else ""
         show(f"Each holds at its own settings, none at the best rate of each rank{several}.")

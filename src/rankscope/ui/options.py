@@ -101,9 +101,8 @@ Out = Annotated[Path | None, typer.Option(help="The study's directory.", show_de
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any field: training.steps=200.")]
 LauncherName = Annotated[str, typer.Option("--launcher", help="Where jobs run: local (all GPUs here) or ray.")]
 RayAddress = Annotated[str | None, typer.Option(help="HOST:PORT or auto.", show_default="RAY_ADDRESS, or Ray here")]
-Quick = Annotated[
-    bool, typer.Option("--quick", help="A first look: at most 3 ranks, 2 seeds, 200 steps and 2,000 rows.")
-]
+_QUICK = "A first look, in NAME-quick: at most 3 ranks, 2 seeds, 200 steps and 2,000 rows."
+Quick = Annotated[bool, typer.Option("--quick", help=_QUICK)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts; all else goes to stderr.")]
 Language = Annotated[str, typer.Option("--lang", help="Language of the verdict and of report/index.html: en or ko.")]
 
