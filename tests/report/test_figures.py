@@ -168,6 +168,14 @@ def test_the_first_figure_is_the_evidence_of_the_verdict() -> None:
     assert "its bar ends in the shaded band, 5% of what fine-tuning gains" in figure.note
 
 
+def arrows(figure: Figure) -> list[dict[str, Any]]:
+    """Rows that are arrows at the chart's upper edge."""
+    chart = figure.panels[0].chart.to_dict()
+    layer = next(layer for layer in chart["layer"] if layer["mark"].get("shape") == "triangle-up")
+    assert layer["encoding"]["y"] == {"value": 5}
+    return list(chart["datasets"][layer["data"]["name"]])
+
+
 def test_candidates_beyond_the_verdict_s_are_arrows_with_their_value() -> None:
     evidence = make_evidence(make_spec(learning_rates=[1e-4, 2e-4]), steps=8)
     far = evidence.results.index[evidence.results["candidate"] == "r128-lr2e-4"]
@@ -177,11 +185,27 @@ def test_candidates_beyond_the_verdict_s_are_arrows_with_their_value() -> None:
     evidence = replace_trial(evidence, int(lost), status="diverged", eval_loss=math.nan)
     found = figures(evidence)
     for name, labels in (("loss-above-best", ["+5.7780", "diverged"]), ("loss-memory", ["7.0000"])):
-        arrows = next(rows for rows in drawn(found[name]) if "top" in rows[0])
-        assert [row["label"] for row in arrows] == labels
-        scales = [layer["encoding"]["y"].get("scale", {}) for layer in found[name].panels[0].chart.to_dict()["layer"]]
-        assert {scale["domain"][1] for scale in scales} == {arrows[0]["top"]}
-        assert arrows[0]["top"] < 1.4
+        assert [row["label"] for row in arrows(found[name])] == labels
+        layers = found[name].panels[0].chart.to_dict()["layer"]
+        domains = {tuple(layer["encoding"].get("y", {}).get("scale", {}).get("domain", ())) for layer in layers} - {()}
+        ((bottom, top),) = domains
+        assert top < 1.4
+        shown = ("above", "above_high", "eval_loss", "eval_loss_high")
+        within = [row[at] for rows in drawn(found[name]) for row in rows for at in shown if row.get(at) is not None]
+        assert max(value for value in within if value < top) < top - 0.08 * (top - bottom), "labels lie above the bars"
+
+
+def test_rates_of_a_rank_beyond_the_axis_are_one_arrow_where_all_cost_the_same() -> None:
+    evidence = make_evidence(make_spec(learning_rates=[1e-4, 2e-4, 3e-4]), steps=8)
+    for candidate, far in (("r128-lr2e-4", 7.0), ("r128-lr3e-4", 9.0), ("r256-lr3e-4", 8.0)):
+        for row in evidence.results.index[evidence.results["candidate"] == candidate]:
+            evidence = replace_trial(evidence, int(row), eval_loss=far)
+    found, heights = figures(evidence), []
+    for layer in found["loss-above-best"].panels[0].chart.to_dict()["layer"]:
+        heights += [layer["mark"].get("dy")] * (layer["encoding"]["y"] == {"value": 5})
+    assert heights == [None, 14, 26], "labels of neighbours do not touch"
+    weighed = arrows(found["loss-memory"])
+    assert [(row["rank"], row["label"]) for row in weighed] == [(128, "from 7.0000"), (256, "8.0000")]
 
 
 @pytest.mark.parametrize("values", [[3.0, 1.0, 2.0], [1.0, 1.0, 1.0], [5.0, 1.0, 1.2], []])
@@ -243,7 +267,9 @@ def test_of_several_alphas_figures_of_loss_show_the_best_of_each_rank_and_rate()
     assert chart[1][3] == loss(best["r256-lr2e-4"])
     told = caveat_sentence(verdict, "diverged", text)
     assert "rank 256 at learning rate 2e-4 with alpha 512 (seed 1)" in told
-    limits = " ".join(compose(evidence, verdict, text).section("limits").sentences)
+    content = compose(evidence, verdict, text)
+    assert any("Of several alphas" in line for line in content.how_to_read)
+    limits = " ".join(content.section("limits").sentences)
     assert "Alpha is the same" not in limits
     assert "alpha of each rank were chosen" in limits
 

@@ -213,6 +213,8 @@ def test_charts_of_cuts_and_of_variants_are_drawn_in_silence(browser: Browser, t
     row = {"candidate": "r004-lr2e-4-pissa", "difference": -0.02, "low": -0.03, "high": -0.01, "outcome": "better"}
     verdict = make_verdict(evidence) | {"variants": [row | {"variant": "pissa", "rank": rank} for rank in (4, 16)]}
     browser.open(build(evidence._replace(variants=evidence), verdict, tmp_path))
+    caveats = browser.ask("document.querySelector('.caveats').innerText")
+    assert "Better at the same rank: PiSSA, rank 4; PiSSA, rank 16." in caveats, "the verdict does not name them"
     for name in ("cut-loss-rank", "variants"):
         assert browser.ask(f"document.querySelectorAll('[id^=chart-{name}] .mark-symbol path').length") > 1
     assert browser.messages == []

@@ -366,11 +366,11 @@ def test_one_rank_and_one_seed() -> None:
 
 def test_the_largest_rank_saves_nothing_and_the_best_costs_nothing(evidence: Evidence) -> None:
     largest = compose(evidence, make_verdict(evidence, chosen=2), load("en"))
-    assert largest.savings.rows == []
+    assert (largest.savings.title, largest.savings.rows) == ("", []), "it is not compared with itself"
     assert largest.savings.note.startswith("This is the largest rank compared")
     best = compose(evidence, make_verdict(evidence, chosen=1), load("en"))
     assert best.cost.value == ""
-    assert best.cost.notes == ["Nothing: it has the lowest held-out loss of all candidates."]
+    assert best.cost.notes == ["Nothing. It has the lowest held-out loss of all candidates compared."]
 
 
 def test_a_diverged_trial_is_told_and_left_out(evidence: Evidence) -> None:

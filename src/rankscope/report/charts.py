@@ -21,6 +21,7 @@ FONT = (
 Range: TypeAlias = tuple[float, float]  # of an axis
 Axis: TypeAlias = Callable[[str], alt.Y]  # an axis for any column of a frame
 HEIGHT = 280  # of a chart, in pixels
+ARROW_SHARE = 0.1  # of the height: an arrow at the upper end, and its label below it
 LABEL_SHARE = 0.055  # of the height: the distance of two labels, which do not touch
 DASHES = [[1, 0], [7, 3], [2, 2], [9, 3, 2, 3], [12, 4], [4, 2, 1, 2], [1, 4], [5, 5]]
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
@@ -139,6 +140,12 @@ def reach(*values: Any) -> Range:
     return low - room, high + room
 
 
+def room_for_arrows(y_range: Range) -> Range:
+    """The range, with room at its upper end for the arrows of `beyond` and their labels, above all that it shows."""
+    low, high = y_range
+    return low, high + ARROW_SHARE * (high - low)
+
+
 def y_axis(title: str, y_range: Range) -> Axis:
     """Y axis of this range, which need not start at zero, for any column."""
     scale = alt.Scale(domain=list(y_range), zero=False, nice=True)
@@ -153,13 +160,18 @@ def intervals(frame: pd.DataFrame, y: Axis, encoding: Mapping[str, Any], column:
     return [alt.Chart(both).mark_rule(**mark).encode(y=y(f"{column}_low"), y2=f"{column}_high:Q", **encoding)]
 
 
-def beyond(frame: pd.DataFrame, y: Axis, x: Mapping[str, Any], ranks: list[int], top: float) -> list[alt.Chart]:
-    """Arrows at the upper end of the axis `y` for rows that lie above it, each with its `label`; no layer without."""
+def beyond(frame: pd.DataFrame, x: Mapping[str, Any], ranks: list[int]) -> list[alt.Chart]:
+    """Arrows at the upper edge of the chart for rows that lie above it, each with its `label`; no layer without. Their
+    height is in pixels: an axis that ends at a round number would leave them within it. Labels of a rank stand at two
+    heights in turn: side by side they would touch on a phone."""
     if frame.empty:
         return []
-    base = alt.Chart(frame.assign(top=top)).encode(y=y("top"), **x)
-    arrows = base.mark_point(shape="triangle-up", filled=True, size=90, opacity=1)
-    return [arrows.encode(color=colour(ranks)), base.mark_text(dy=14, fontSize=11).encode(text="label:N")]
+    arrows = alt.Chart(frame).mark_point(shape="triangle-up", filled=True, size=90, opacity=1)
+    layers = [arrows.encode(y=alt.value(5), color=colour(ranks), **x)]
+    for height, rows in frame.groupby(frame.groupby("rank").cumcount() % 2):
+        words = alt.Chart(rows).mark_text(dy=14 + 12 * int(height), fontSize=11)
+        layers.append(words.encode(y=alt.value(5), text="label:N", **x))
+    return layers
 
 
 def band(limits: Range, y: Axis) -> alt.Chart:

@@ -19,7 +19,7 @@ from rankscope.report.loss import heldout_by_step, loss_figures
 from rankscope.report.memory import memory_curves, memory_figures
 from rankscope.report.runtime import runtime_figure, trade_off_figures
 from rankscope.report.task import task_sections
-from rankscope.report.variants import variant_sections
+from rankscope.report.variants import better_variants, variant_sections
 from rankscope.spec.models import EMBEDDED
 from rankscope.spec.resolve import write_yaml
 from rankscope.study.evidence import Evidence
@@ -71,6 +71,7 @@ def compose(evidence: Evidence, verdict: Verdict, text: Catalogue, directory: st
     table = by_candidate(evidence, verdict)
     rank = (verdict or {}).get("rank")
     caveats = (verdict or {}).get("caveats", [])
+    alphas = ["alphas"] if isinstance(evidence.spec.adapter.alpha, tuple) else []
     half = [] if compared_rows(evidence) is None else ["half"]
     faults = [fault for part in evidence.parts for fault in part.results.get("adapter_fault", pd.Series()).dropna()]
     return Content(
@@ -87,10 +88,11 @@ def compose(evidence: Evidence, verdict: Verdict, text: Catalogue, directory: st
         cost=_cost(verdict, table, text),
         savings=savings(evidence, verdict, table, text),
         caveats=[
+            *better_variants(verdict, text),
             *(words.caveat_sentence(verdict or {}, code, text) for code in caveats if code not in DOUBTS),
             *(text("caveat.adapter_fault", fault=fault) for fault in dict.fromkeys(faults)),
         ],
-        how_to_read=[text(f"how.{name}") for name in ("averages", "axes", "memory", "alone", "noise", *half)],
+        how_to_read=[text(f"how.{name}") for name in ("averages", "axes", "memory", "alone", "noise", *alphas, *half)],
         sections=[
             make_section("loss", loss_figures(evidence, verdict, table, text), words.rate_sentences(verdict, text)),
             *task_sections(verdict, text),

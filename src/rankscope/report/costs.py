@@ -78,9 +78,9 @@ def savings(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Cat
         return Savings("", [], "")
     name = max(verdict["comparison"], key=lambda row: row["rank"])["candidate"]
     largest = table[table["candidate"] == name].iloc[0]
-    title = text("saving.title", name=candidate_name(verdict, name, text))
     if largest["rank"] == chosen["rank"]:
-        return Savings(title, [], text("saving.none"))
+        return Savings("", [], text("saving.none"))
+    title = text("saving.title", name=candidate_name(verdict, name, text))
     found, profiles = [], with_cpu(evidence.profiles)
     for cost in ("gpu_peak", "cpu_peak", "runtime", "adapter"):
         field = QUANTITIES.get(cost, "adapter_bytes")

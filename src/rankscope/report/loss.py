@@ -84,6 +84,7 @@ def _above_chart(
     found, seeds = (part.assign(rate=part["learning_rate"].map(rate)) for part in (found.assign(label=labels), seeds))
     near = found.loc[found["above"] <= y_range[1], [*frames.KEYS, "rate", "above", "above_low", "above_high"]]
     far = found.loc[found["above"] > y_range[1], [*frames.KEYS, "rate", "label"]]
+    y_range = y_range if far.empty else charts.room_for_arrows(y_range)
     x, y = charts.by_rank(found, text, ranks), charts.y_axis(text("table.regret"), y_range)
     of_rank = {**x, "color": charts.colour(ranks)}
     point = {**of_rank, "y": y("above"), "shape": charts.shape(ranks)}
@@ -102,7 +103,7 @@ def _above_chart(
     single = alt.Chart(seeds[seeds["above"].between(*y_range)])
     single = single.mark_point(size=30, opacity=0.7, xOffset=-12 if "xOffset" in x else -18)
     layers.append(single.encode(**point, tooltip=charts.candidate_tooltip(text, of_seed, "+.4f")))
-    return charts.layered(*layers, *charts.beyond(far, y, x, ranks, y_range[1]))
+    return charts.layered(*layers, *charts.beyond(far, x, ranks))
 
 
 def training_loss(evidence: Evidence, candidates: "pd.Series[str]") -> frames.Binned:

@@ -92,6 +92,7 @@ def _by_rank(evidence: Evidence, table: pd.DataFrame, text: Catalogue, kind: str
     columns = {str(name): column(name, sizes(values), text) for name, values in wide.items()}
     notes = {
         "chart.not_measured": measured.empty,
+        "chart.measured_note": not measured.empty,
         "chart.predicted_note": not parts.empty,
         "chart.retained_note": "retained" in parts,
     }

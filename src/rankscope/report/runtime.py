@@ -119,13 +119,15 @@ def _trade_off(name: str, known: pd.DataFrame, axis: str, noise: Noise | None, t
 
 def _trade_off_chart(table: pd.DataFrame, text: Catalogue, cost_title: str) -> alt.Chart:
     """One point per candidate, with its rank; the Pareto front joined by steps, and a ring around the chosen one. The
-    axis of loss reaches as far as the compared candidates; others are arrows at its end."""
+    axis of loss reaches as far as the compared candidates; others are arrows at its end, one a rank, as all rates of a
+    rank cost the same."""
     drawn = ["rank", "learning_rate", "cost", "eval_loss", "eval_loss_low", "eval_loss_high", "front", "chosen"]
     compared = table if table["regret"].isna().all() else table.dropna(subset=["regret"])
     y_range = charts.reach(*(compared[name] for name in ("eval_loss", "eval_loss_low", "eval_loss_high")))
     shown = table[drawn].assign(rate=table["learning_rate"].map(rate), label=table["eval_loss"].map(loss))
     near, ranks = shown["eval_loss"] <= y_range[1], sorted(int(rank) for rank in set(table["rank"]))
-    values, named = shown[near], shown.loc[compared.index]
+    values, far, named = shown[near], _one_a_rank(shown[~near], text), shown.loc[compared.index]
+    y_range = y_range if far.empty else charts.room_for_arrows(y_range)
     named = named.assign(label=[text("name.rank", rank=rank) for rank in named["rank"]])
     x = alt.X("cost:Q", title=cost_title, scale=alt.Scale(zero=False, nice=True, padding=24), axis=alt.Axis(grid=True))
     y, of_rank = charts.y_axis(text("table.eval_loss"), y_range), charts.colour(ranks)
@@ -144,4 +146,11 @@ def _trade_off_chart(table: pd.DataFrame, text: Catalogue, cost_title: str) -> a
     points = base.mark_point(filled=True, size=130)
     layers.append(points.encode(color=of_rank, shape=charts.shape(ranks), opacity=opacity, tooltip=tooltip))
     words = alt.Chart(named).mark_text(align="left", dx=12, dy=-9).encode(x=x, y=y("eval_loss"), text="label:N")
-    return charts.layered(*layers, words, *charts.beyond(shown[~near], y, {"x": x}, ranks, y_range[1]))
+    return charts.layered(*layers, words, *charts.beyond(far, {"x": x}, ranks))
+
+
+def _one_a_rank(far: pd.DataFrame, text: Catalogue) -> pd.DataFrame:
+    """The row of the lowest loss of each rank; where there are more, its label says that it is the lowest."""
+    lowest = far.sort_values("eval_loss").drop_duplicates("rank")
+    several = lowest["rank"].map(far["rank"].value_counts()) > 1
+    return lowest.assign(label=lowest["label"].mask(several, lowest["label"].map(lambda at: text("chart.from", at=at))))

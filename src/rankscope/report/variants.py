@@ -28,12 +28,16 @@ def variant_sections(evidence: Evidence, verdict: Verdict, text: Catalogue) -> l
 
 def _figure(judged: Sequence[Mapping[str, Any]], text: Catalogue) -> Figure:
     """A point with its interval per variant and rank, beside the line of plain LoRA."""
-    variants = [text(f"variant.{row['variant']}") for row in judged]
-    names = [f"{name}, {text('name.rank', rank=row['rank'])}" for name, row in zip(variants, judged, strict=True)]
+    names = [_name(row, text) for row in judged]
     title, frame = text("variant.title"), pd.DataFrame(judged).assign(name=names)
     values = "; ".join(f"{name}: {formats.signed(row['difference'])}" for name, row in zip(names, judged, strict=True))
     alternative = text("chart.values", title=title, values=values)
     return Figure("variants", title, text("variant.note"), alternative, {"": _chart(frame, text)})
+
+
+def _name(row: Mapping[str, Any], text: Catalogue) -> str:
+    variant = text(f"variant.{row['variant']}")
+    return f"{variant}, {text('name.rank', rank=row['rank'])}"
 
 
 def _chart(frame: pd.DataFrame, text: Catalogue) -> alt.Chart:
@@ -59,6 +63,13 @@ def variant_sentences(verdict: Verdict, text: Catalogue) -> list[str]:
         named = {"variant": text(f"variant.{row['variant']}"), "rank": row["rank"]}
         sentences.append(text(f"variant.{row['outcome'] or 'one_seed'}", **named, **numbers))
     return sentences
+
+
+def better_variants(verdict: Verdict, text: Catalogue) -> list[str]:
+    """A sentence that names the variants that are better than plain LoRA, or none: the verdict's own does not."""
+    better = [row for row in (verdict or {}).get("variants", []) if row["outcome"] == "better"]
+    names = [_name(row, text) for row in better]
+    return [text("variant.caveat", names="; ".join(names))] if names else []
 
 
 def variant_table(evidence: Evidence, verdict: Verdict, text: Catalogue) -> Table | None:
