@@ -550,6 +550,18 @@ def test_an_unreadable_file_is_skipped(confounded: Path, monkeypatch: pytest.Mon
     assert len(found.runs) == 3
 
 
+@pytest.mark.parametrize("of_a_study", [True, False])
+def test_a_study_s_own_table_sends_to_report(
+    of_a_study: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = {"trial": "r008-lr2e-4-s0"} if of_a_study else {}
+    file = write_csv(tmp_path / "runs.csv", several({8: 1.9, 64: 1.5}, **named))
+    assert run_command([str(file)], monkeypatch, width=200) == 0
+    said = capsys.readouterr().out
+    assert "without the loss of each row" in said
+    assert ("which `rankscope report DIR` reads" in said) == of_a_study
+
+
 def test_json_is_one_object_without_nan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
