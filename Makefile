@@ -26,9 +26,13 @@ OLDEST_TESTS := lora/test_packed.py lora/test_adapters.py lora/test_svd.py lora/
 	train/test_full_parity.py train/test_attention.py train/test_loss.py train/test_loop.py train/test_checkpoint.py \
 	train/test_optimizer.py train/test_probe.py test_cli.py
 
+# What the oldest transformers does otherwise: its Falcon lets rows laid end to end see each other, and is refused; its
+# Gemma 2 rounds the weights of attention to float32.
+OLDEST_DIFFERS := test_attention_of_all_kinds_equals_pefts[falcon] test_packed_equals_peft[gemma2-0.0-torch.float64]
+
 test-oldest: $(OLDEST)/installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest --numprocesses auto --dist loadfile -W ignore::DeprecationWarning \
-		$(addprefix tests/,$(OLDEST_TESTS))
+		$(patsubst %,--deselect 'tests/train/test_parity.py::%',$(OLDEST_DIFFERS)) $(addprefix tests/,$(OLDEST_TESTS))
 	rm -rf build/oldest
 	$(OLDEST)/bin/rankscope run --ranks 2,8 --seeds 0 --steps 4 --set measure.profiles=false --out build/oldest
 	$(OLDEST)/bin/python benchmarks/gpu.py --rehearse --stages machine,parity,scaling
@@ -53,7 +57,7 @@ docs: .venv/installed-dev
 $(OLDEST)/installed: pyproject.toml constraints-oldest.txt
 	$(OLDEST_PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
-	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -e . pytest pytest-timeout pytest-xdist hypothesis
+	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -e '.[quantization]' pytest pytest-timeout pytest-xdist hypothesis
 	touch $@
 
 clean:

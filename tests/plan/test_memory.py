@@ -15,7 +15,7 @@ from rankscope.errors import StudyError
 from rankscope.jobs.job import Job
 from rankscope.lora.layout import Unpackable
 from rankscope.measure.own_process import own_process_bytes
-from rankscope.plan.costs import CostModel, predict
+from rankscope.plan.costs import CostModel, predict, stand_in
 from rankscope.plan.fake_steps import Event, Instant, Recording, add_empty_adapter
 from rankscope.plan.layers import Repeats, find_repeats
 from rankscope.plan.memory import PeakMemory, StudyMemory
@@ -435,3 +435,10 @@ def test_gradient_checkpointing_is_planned_where_a_sequence_would_not_fit(
     assert (kept.recomputed_tokens, recomputed.recomputed_tokens) == (0, 100)
     assert kept.forward_tokens == recomputed.forward_tokens == 100
     assert recomputed.parts.activations < 0.8 * kept.parts.activations
+
+
+def test_a_gpu_that_is_not_here_is_planned_for_with_any_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU torch's CUDA build has no backward for a GPU's fake tensors either."""
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert stand_in(torch.device("cuda")).type == "cpu"

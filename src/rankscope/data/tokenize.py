@@ -269,7 +269,8 @@ class RowReader:
         is_used = np.zeros(len(lengths), dtype=np.bool_)
         is_used[self._kept[wanted]] = True
         self._file.flush()
-        ids = np.memmap(self._file, np.int32, mode="r")[np.repeat(is_used, lengths)]
+        mapped = np.asarray(np.memmap(self._file, np.int32, mode="r"))  # NumPy 2.0 makes copies of a memmap read-only
+        ids = mapped[np.repeat(is_used, lengths)]
         is_label = ids < 0
         np.invert(ids, out=ids, where=is_label)
         return Tokens(ids, is_label, np.concatenate([[0], np.cumsum(lengths[is_used], dtype=np.int64)]))

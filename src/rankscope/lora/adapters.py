@@ -88,7 +88,7 @@ def add_adapter(model: PreTrainedModel, trial: Trial, base: str | None = None) -
         inject(config, model, adapter_key(trial.name))
     to_float32(model, trial.name)
     for parameter in (*trained, *adapter_parameters(model, trial.name)):
-        parameter.requires_grad_(True)  # PEFT enables the active adapter only, and PEFT 0.19 disables all others
+        parameter.requires_grad_(True)  # PEFT enables the active adapter only
     return config
 
 

@@ -276,8 +276,8 @@ def small_engines(
 
 
 def stand_in(device: torch.device) -> torch.device:
-    """Device of the fake tensors: a torch without CUDA has no backward for a GPU's, so the CPU's stand for them."""
-    return device if device.type == "cpu" or torch.backends.cuda.is_built() else torch.device("cpu")
+    """Device of the fake tensors: where no GPU is, torch has no backward for those of one, so the CPU's stand for them."""
+    return device if device.type == "cpu" or torch.cuda.is_available() else torch.device("cpu")
 
 
 def first_line(error: Exception) -> str:
