@@ -276,7 +276,7 @@ def small_engines(
 
 
 def stand_in(device: torch.device) -> torch.device:
-    """Device of the fake tensors: where no GPU is, torch has no backward for those of one, so the CPU's stand for them."""
+    """Device of the fake tensors. Where no GPU is, torch has no backward for those of one: the CPU's stand for them."""
     return device if device.type == "cpu" or torch.cuda.is_available() else torch.device("cpu")
 
 
