@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import rankscope
 from experts import moe_model
 from marks import mostly_slow
 from models import CONFIGS, tiny_model
-from rankscope.data.questions import whole_questions
+from rankscope.data.questions import Question, whole_questions
 from rankscope.data.tokens import TokenizedData, load
 from rankscope.errors import DataError, MissingExtraError, StudyError
 from rankscope.jobs import task as job
@@ -90,7 +91,8 @@ def test_adapters_answer_side_by_side_as_each_does_alone(kind: str, root: Path, 
     lengths = np.random.default_rng(0).integers(5, 290, (5, 9))
     prompts = [ids[:length].tolist() for ids, length in zip(lengths, (9, 5, 9, 7, 5), strict=True)]
     model, spec, tokenizer = base(), ModelSpec(id=str(root / "model")), AutoTokenizer.from_pretrained(root / "model")
-    found = answers_of(model, load_tokenizer(spec), most_positions(spec), folders, prompts, 6)
+    questions = [Question(number, prompt, []) for number, prompt in enumerate(prompts)]
+    found = answers_of(model, load_tokenizer(spec), most_positions(spec), folders, questions, 6)
     assert list(found) == list(folders)
     with adapters_on(model, {name: folder for name, folder in folders.items() if folder}):
         assert side_by_side(model, [name for name in folders if name != BASE]) == (kind != "dora")
@@ -224,13 +226,28 @@ def test_answers_are_compared_after_normalisation(task: str, answer: str, refere
 
 @pytest.mark.parametrize(
     ("body", "what"),
-    [("return 1 / 0", "ZeroDivisionError"), ("return 'x'", "ValueError"), ("return -1", "it returned -1")],
+    [
+        ("return 1 / 0", "ZeroDivisionError"),
+        ("return 'x'", "ValueError"),
+        ("return -1", "it returned -1"),
+        ("raise SystemExit(0)", "SystemExit"),
+    ],
 )
 def test_a_function_that_fails_is_named(tmp_path: Path, body: str, what: str) -> None:
     code = tmp_path / "my.py"
     code.write_text(f"def score(prompt, answer, reference):\n    {body}\n")
     with pytest.raises(StudyError, match=f"my.py:score: .*{what}"):
         job.score_function(parse_task(f"{code}:score"))("", "", "")
+
+
+def test_a_functions_file_may_have_a_dataclass(tmp_path: Path) -> None:
+    code = tmp_path / "my.py"
+    code.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n"
+        "@dataclass\nclass Answer:\n    value: float\n\n"
+        "def score(prompt, answer, reference):\n    return Answer(0.5).value\n"
+    )
+    assert job.score_function(parse_task(f"{code}:score"))("", "", "") == 0.5
 
 
 HARNESS_TASK = """\
@@ -290,10 +307,27 @@ def test_without_the_harness_the_command_that_installs_it_is_named(tmp_path: Pat
 class Ids:
     """A tokenizer that writes ids as numbers."""
 
-    eos_token_id = 7
+    def __init__(self, eos: int | None = 7, special: Sequence[int] = ()) -> None:
+        self.eos_token_id, self.all_special_ids = eos, list(special)
 
     def decode(self, ids: list[int], **_: Any) -> str:
         return " ".join(map(str, ids))
+
+
+def test_an_answer_ends_where_the_rows_own_answers_do() -> None:
+    """A chat template ends a turn by a token that is not the eos token of many base models."""
+    model, prompt = tiny_model("gpt2").eval(), [5, 6, 8]
+    model.generation_config.eos_token_id = None
+
+    def answer(*reference: int, special: Sequence[int] = ()) -> list[str]:
+        questions = [Question(0, prompt, list(reference))]
+        return answers_of(model, Ids(None, special), None, {BASE: None}, questions, 6)[BASE][0].split()
+
+    whole = answer()
+    assert len(whole) == 6
+    end = int(whole[-1])
+    assert answer(9, end, special=[]) == whole
+    assert answer(9, end, 10, special=[end]) == whole[: whole.index(str(end))]
 
 
 @pytest.mark.slow
@@ -315,10 +349,10 @@ def test_architectures_answer_side_by_side(name: str, tmp_path: Path) -> None:
         get_peft_model(base(), config).save_pretrained(folder := tmp_path / f"r{rank}")
         folders[folder.name] = folder
     ids = np.random.default_rng(0).integers(8, model.config.get_text_config().vocab_size, (5, 9))
-    prompts = [row[:length].tolist() for row, length in zip(ids, (9, 5, 9, 7, 5), strict=True)]
+    questions = [Question(0, row[:length].tolist(), []) for row, length in zip(ids, (9, 5, 9, 7, 5), strict=True)]
     with adapters_on(model, {key: folder for key, folder in folders.items() if folder}):
         assert side_by_side(model, list(folders)) == (name != "mamba")
-    found = answers_of(model, Ids(), None, folders, prompts, 6)
+    found = answers_of(model, Ids(), None, folders, questions, 6)
     assert len({tuple(texts) for texts in found.values()}) == 3
     for key, folder in folders.items():
-        assert answers_of(base(), Ids(), None, {key: folder}, prompts, 6)[key] == found[key]
+        assert answers_of(base(), Ids(), None, {key: folder}, questions, 6)[key] == found[key]

@@ -37,11 +37,10 @@ def work(study_path: Path, content: Mapping[str, Any]) -> None:
         | {"reference": text_of(tokenizer, one.reference_ids)}
         for one in asked
     ]
-    answers, prompts = study.kept_answers(), [one.prompt_ids for one in asked]
-    positions = most_positions(study.spec.model)
+    answers, positions = study.kept_answers(), most_positions(study.spec.model)
     folders = {BASE: None} | {trial.name: study.adapter_file(trial).parent for trial in study.unanswered()}
     for name, folder in folders.items():
-        answers |= answers_of(model, tokenizer, positions, {name: folder}, prompts, measure.answer_tokens)
+        answers |= answers_of(model, tokenizer, positions, {name: folder}, asked, measure.answer_tokens)
     answers = {name: answers[name] for name in (BASE, *(trial.name for trial in study.answered()))}
     record = AnswersRecord(questions=texts, answers=answers, asked=[measure.answers, measure.answer_tokens])
     record.write(study.file("answers", "answers.json"))

@@ -1,6 +1,6 @@
 """Greedy answers of several adapters side by side, in batches without padding: each is that of its prompt alone."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby, takewhile
 from pathlib import Path
@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from rankscope.data.conversations import Tokenizer
+from rankscope.data.questions import Question
 from rankscope.lora.adapters import adapted_modules, adapter_key, outer_layers, remove_adapters
 from rankscope.lora.layout import Layout, NotPackable, Segment, Unpackable, use_layout
 from rankscope.lora.packed import own_forwards, pack_layers, replace_forward
@@ -39,23 +40,23 @@ def answers_of(
     tokenizer: Tokenizer,
     positions: int | None,
     folders: Mapping[str, Path | None],
-    prompts: Sequence[Sequence[int]],
+    questions: Sequence[Question],
     most: int,
     answered: Callable[[int], None] = lambda answers: None,
 ) -> dict[str, list[str]]:
-    """Greedy answers to the prompts, of `most` tokens at most, within the `positions` that the model has
+    """Greedy answers to the questions, of `most` tokens at most, within the `positions` that the model has
     (`rankscope.model.load.most_positions`), by the name of each adapter; None is the model without one, which seldom
     ends an answer, and so has batches of its own. Each adapter has where `side_by_side` does not hold. `answered` is
     called with the number of answers of each batch."""
     adapters = {name: folder for name, folder in folders.items() if folder is not None}
     found: dict[str, list[str]] = {}
     if len(adapters) < len(folders):
-        found[BASE] = _answers(model, tokenizer, positions, [BASE], prompts, most, answered)[BASE]
+        found[BASE] = _answers(model, tokenizer, positions, [BASE], questions, most, answered)[BASE]
     with adapters_on(model, adapters):
         if len(adapters) == 1 or (adapters and side_by_side(model, list(adapters))):
-            return found | _answers(model, tokenizer, positions, list(adapters), prompts, most, answered)
+            return found | _answers(model, tokenizer, positions, list(adapters), questions, most, answered)
     for name, folder in adapters.items():
-        found |= answers_of(model, tokenizer, positions, {name: folder}, prompts, most, answered)
+        found |= answers_of(model, tokenizer, positions, {name: folder}, questions, most, answered)
     return found
 
 
@@ -118,29 +119,46 @@ def _answers(
     tokenizer: Tokenizer,
     positions: int | None,
     names: Sequence[str],
-    prompts: Sequence[Sequence[int]],
+    questions: Sequence[Question],
     most: int,
     answered: Callable[[int], None],
 ) -> dict[str, list[str]]:
     """Answers of the attached adapters: a batch has prompts of one length, (B, S), once for each adapter."""
-    found = {name: [""] * len(prompts) for name in names}
-    ends = sorted(_ids(tokenizer.eos_token_id) | _ids(getattr(model.generation_config, "eos_token_id", None)))
-    lengths = [len(prompt) for prompt in prompts]
-    for length, group in groupby(sorted(range(len(prompts)), key=lengths.__getitem__), lengths.__getitem__):
+    found = {name: [""] * len(questions) for name in names}
+    ends = _ids(tokenizer.eos_token_id) | _ids(getattr(model.generation_config, "eos_token_id", None))
+    ends |= ends_of(tokenizer, questions)
+    lengths = [len(one.prompt_ids) for one in questions]
+    for length, group in groupby(sorted(range(len(questions)), key=lengths.__getitem__), lengths.__getitem__):
         rows, new = list(group), max(1, min(most, positions - length if positions else most))
         # A configuration of our own: the model's may ask for sampling, and two runs are to give the same answers.
         model.generation_config = GenerationConfig(
-            do_sample=False, max_new_tokens=new, eos_token_id=ends, pad_token_id=ends[0], use_cache=True
+            do_sample=False,
+            max_new_tokens=new,
+            eos_token_id=sorted(ends) or None,  # without one, all rows end together and none is padded
+            pad_token_id=min(ends, default=None),
+            use_cache=True,
         )
         size = max(1, _most_rows(model, length + new) // len(names))
         for part in (rows[start : start + size] for start in range(0, len(rows), size)):
-            ids = torch.tensor([prompts[row] for row in part] * len(names), device=model.device)
+            ids = torch.tensor([questions[row].prompt_ids for row in part] * len(names), device=model.device)
             out: Any = model.generate(ids, attention_mask=torch.ones_like(ids))  # type: ignore[operator]
             for number, answer in enumerate(out[:, length:].tolist()):
-                text = text_of(tokenizer, takewhile(lambda id: id not in ends, answer))
+                text = text_of(tokenizer, until(ends, answer))
                 found[names[number // len(part)]][part[number % len(part)]] = text
             answered(len(out))
     return found
+
+
+def ends_of(tokenizer: Tokenizer, questions: Iterable[Question]) -> set[int]:
+    """Tokens that end the rows' own answers, of each its last special one: a chat template's end of a turn, which is
+    not the eos token of many base models, and after which an adapter has learnt nothing."""
+    special = set(tokenizer.all_special_ids)
+    last = (next((id for id in reversed(one.reference_ids) if id in special), None) for one in questions)
+    return {id for id in last if id is not None}
+
+
+def until(ends: Collection[int], answer: Iterable[int]) -> Iterator[int]:
+    return takewhile(lambda id: id not in ends, answer)
 
 
 def _most_rows(model: PreTrainedModel, tokens: int) -> int:

@@ -5,6 +5,7 @@ likelihoods are compared by the packed forward. lm-evaluation-harness scores one
 """
 
 import re
+import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from rankscope.errors import DataError, RankscopeError, StudyError, shortened
 from rankscope.files import write_json
 from rankscope.jobs import harness
 from rankscope.jobs.child import load_base, open_study
-from rankscope.jobs.generate import adapters_on, answers_of, text_of
+from rankscope.jobs.generate import adapters_on, answers_of, ends_of, text_of, until
 from rankscope.jobs.job import Job, Run, failure_of
 from rankscope.lora.adapters import adapted_modules, adapter_key
 from rankscope.lora.layout import NotPackable
@@ -163,7 +164,8 @@ def scored_rows(
     left out. Raises DataError: none is left."""
     pattern = compiled(task.detail) if task.kind == "regex" else None
     questions = whole_questions(data.eval, study.spec.measure.task_items, data.facts["max_length"])
-    rows = [(question, text_of(tokenizer, question.reference_ids)) for question in questions]
+    ends = ends_of(tokenizer, questions)  # an answer stops before it, and is compared with the text before it
+    rows = [(question, text_of(tokenizer, until(ends, question.reference_ids))) for question in questions]
     if not rows:
         todo = "Raise data.max_length; or give prompts and answers, and learn the answers (data.loss_on)."
         raise DataError("measure.task: no held-out row has an answer of its own that is whole", todo)
@@ -185,15 +187,15 @@ def generated(
     """Scores of greedy answers to the held-out prompts. `progress` has how many models of a part have answered."""
     measure, score, tokenizer = study.spec.measure, score_function(task), load_tokenizer(study.spec.model)
     rows, positions = scored_rows(study, data, task, tokenizer), most_positions(study.spec.model)
-    prompts, examples = [question.prompt_ids for question, _ in rows], [question.example for question, _ in rows]
-    texts, done = [text_of(tokenizer, prompt) for prompt in prompts], list[int]()
+    questions, examples = [question for question, _ in rows], [question.example for question, _ in rows]
+    texts, done = [text_of(tokenizer, one.prompt_ids) for one in questions], list[int]()
 
     def tell(answers: int) -> None:
         done.append(answers)
-        write_json(progress, {"models": sum(done) / len(prompts)})
+        write_json(progress, {"models": sum(done) / len(questions)})
 
     for folders in parts:
-        answered = answers_of(model, tokenizer, positions, folders, prompts, measure.task_tokens, tell)
+        answered = answers_of(model, tokenizer, positions, folders, questions, measure.task_tokens, tell)
         for name, answers in answered.items():
             values = [score(*one) for one in zip(texts, answers, [own for _, own in rows], strict=True)]
             items = TaskItems(example=examples, score=values, answer=answers if measure.answers else None)
@@ -235,7 +237,7 @@ def _own_function(task: Task) -> Score:
     spec = spec_from_file_location("rankscope_task", task.file)
     assert spec is not None  # its name ends in .py
     assert spec.loader is not None
-    module = module_from_spec(spec)
+    module = sys.modules[spec.name] = module_from_spec(spec)  # where a dataclass of the file's looks its names up
     with _faults_of(task):
         spec.loader.exec_module(module)
 
@@ -253,7 +255,7 @@ def _own_function(task: Task) -> Score:
 def _faults_of(task: Task) -> Iterator[None]:
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script's sys.exit() would end the job as if all were scored
         what = f"measure.task: {task.file}:{task.detail}: {type(error).__name__}: {error}"
         raise StudyError(what, "Correct it, and run the study again: what is trained is only scored.") from error
 
