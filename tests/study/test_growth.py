@@ -827,6 +827,11 @@ def test_what_is_unfinished_or_without_weights_is_trained_on_the_new_rows(ten: S
     assert list(Study.open(ten.path).results()["status"])[1] == "done", "the other one is not trained by `run`"
 
 
+def test_a_plan_counts_the_models_that_a_new_task_scores(ten: Study, invoke: Callable[..., str]) -> None:
+    told = " ".join(invoke("plan", ten.path, "--task", "exact_match").split())
+    assert f"{len(ten.trials) + 1} finished models, the untrained one counted, would be scored on the task" in told
+
+
 def test_rows_are_only_added_and_never_to_rows_that_are_held_out(
     ten: Study, study: Study, invoke: Callable[..., str], tmp_path: Path
 ) -> None:

@@ -16,6 +16,7 @@ from rankscope.plan.runtime import COUNTED, NOT_COUNTED, FleetEstimate, shorter,
 from rankscope.spec.models import StudySpec
 from rankscope.study.folder import StudyFolder
 from rankscope.study.missing import is_finished, unevaluated
+from rankscope.study.scores import unscored
 from rankscope.study.study import Study
 from rankscope.text.catalogue import load
 from rankscope.text.coverage import coverage_sentences
@@ -73,7 +74,9 @@ def _begun(study: StudyFolder, plan: Plan) -> str:
         f"{len(plan.reference)} trials of full fine-tuning are missing too. A run would do what is missing."
     )
     added = f"{stale} trials would be evaluated on the rows that are added." if stale else None
-    return " ".join(filter(None, [said, added, plan.unmeasured]))
+    models = len(unscored(study))
+    scored = f"{models} finished models, the untrained one counted, would be scored on the task." if models else None
+    return " ".join(filter(None, [said, added, scored, plan.unmeasured]))
 
 
 def shorter_lines(plan: Plan) -> list[str]:
