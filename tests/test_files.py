@@ -17,6 +17,7 @@ from rankscope.files import (
     file_sha256,
     find_json,
     folder_bytes,
+    no_such,
     read_json,
     read_jsonl,
     write_atomic,
@@ -170,3 +171,9 @@ def test_bytes_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "a" / "gone").symlink_to("nowhere")  # as long as its target's name
     assert folder_bytes(tmp_path / "a") == 3 + 5 + len("nowhere")
     assert folder_bytes(tmp_path / "none") == 0
+
+
+def test_what_is_not_there_names_what_is(tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").touch()
+    assert no_such(tmp_path / "study.yml") == f"{tmp_path}/study.yml: no such file or folder; did you mean study.yaml?"
+    assert no_such(tmp_path / "none" / "rows.json", "file") == f"{tmp_path}/none/rows.json: no such file"

@@ -283,6 +283,10 @@ def export(
     lang: ask.Language = "en",
 ) -> None:
     """Write the recommended adapter, or a merged model, for use without the study; measure it as it is served."""
+    from rankscope.files import check_empty
+
+    if out is not None:  # before anything heavy is imported
+        check_empty(out)
     study, text = start.open_study(directory, lang), start.check_names(lang)
     from rankscope.export.command import export
     from rankscope.export.show import describe, lost_table, sentences

@@ -13,7 +13,14 @@ from typing import Any, Self
 
 from safetensors import SafetensorError
 
-from rankscope.errors import REPOSITORY, DamagedError, RankscopeError, StudyDirectoryError, StudyError
+from rankscope.errors import (
+    REPOSITORY,
+    DamagedError,
+    RankscopeError,
+    StudyDirectoryError,
+    StudyError,
+    did_you_mean,
+)
 
 _MEND = "Mend that, or choose another --out, and run again: a study that has begun goes on where it was."
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # names of files that `published` has not renamed yet
@@ -59,6 +66,14 @@ def published_folder(path: Path) -> Iterator[Path]:
 def folder_bytes(folder: Path) -> int:
     """Bytes of the files in `folder` and below it; 0 where there is no such folder. A link counts as itself."""
     return sum(Path(place, name).lstat().st_size for place, _, names in os.walk(folder) for name in names)
+
+
+def no_such(path: str | Path, what: str = "file or folder") -> str:
+    """`x: no such file or folder; did you mean y?`, of what lies beside it."""
+    names = list[str]()
+    with suppress(OSError):
+        names = os.listdir(os.path.dirname(path) or ".")
+    return f"{path}: no such {what}{did_you_mean(os.path.basename(path), names)}"
 
 
 def check_empty(folder: Path) -> None:

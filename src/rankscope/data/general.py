@@ -20,6 +20,7 @@ from rankscope.data.records import Records, load_records
 from rankscope.data.sources import Source
 from rankscope.data.tokens import Example, TokenizedData, Tokens, check_ids
 from rankscope.errors import DataError
+from rankscope.files import no_such
 from rankscope.spec.models import DataSpec
 
 _ROWS_PER_SEQUENCE = 16  # rows read per sequence needed: a row with text gives at least one, but many are blank
@@ -62,7 +63,7 @@ def _records(spec: DataSpec) -> Records:
     if not path.name.lower().endswith((".txt", ".txt.gz")):
         return load_records(spec)
     if not path.is_file():
-        raise DataError(f"{spec.name}: no such file")
+        raise DataError(no_such(spec.name, "file"))
     text = read_text(path)
     part = Part(str(path), lambda _: iter([(None, {"text": text})]))
     return load_records(spec, [Source(spec.name, (part,))])

@@ -19,7 +19,7 @@ from rankscope import hub
 from rankscope.data.folders import SPLITS, divide
 from rankscope.data.readers import FILE_TYPES, Part, file_part, file_type, listed
 from rankscope.errors import DataError, shortened
-from rankscope.files import published
+from rankscope.files import no_such, published
 from rankscope.hub import HUB_ID
 from rankscope.spec.models import EMBEDDED, DataSpec
 
@@ -167,7 +167,7 @@ def _splits(id: str, spec: DataSpec) -> Splits:
         below = {Path(os.path.relpath(file, common)).as_posix(): Path(file) for file in files}
         return _divided(id, list(below), "", spec, lambda file: file_part(below[file]))
     if not _is_on_hub(id):
-        raise DataError(f"{id}: no such file or folder", "Check the path, or give a hub id such as owner/name.")
+        raise DataError(no_such(id), "Check the path, or give a hub id such as owner/name.")
     return _hub(id, spec)
 
 

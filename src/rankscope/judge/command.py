@@ -9,7 +9,7 @@ import pandas as pd
 import yaml
 
 from rankscope.errors import StudyError
-from rankscope.files import write_atomic
+from rankscope.files import no_such, write_atomic
 from rankscope.judge.confounders import SETTINGS, Finding, confounders, limits, normalised
 from rankscope.judge.differences import differences
 from rankscope.judge.readers import RSLORA, Skipped, read_runs
@@ -29,8 +29,8 @@ class Judged(NamedTuple):
 
 def judge(paths: Sequence[Path], out: Path | None = None) -> Judged:
     """Judge runs, and write a study to `out`. Raises StudyError: no such path, `out` is there; DataError: no run."""
-    if missing := [str(path) for path in paths if not path.exists()]:
-        raise StudyError(f"{missing[0]}: no such file or folder", "Give what a training run has written.")
+    if missing := [path for path in paths if not path.exists()]:
+        raise StudyError(no_such(missing[0]), "Give what a training run has written.")
     if out is not None and out.exists():
         raise StudyError(f"{out} exists", "Choose another --out, or remove it.")
     runs, skipped = read_runs(paths)

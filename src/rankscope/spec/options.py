@@ -12,6 +12,7 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 import yaml
 
 from rankscope.errors import StudyError, did_you_mean, shortened
+from rankscope.files import no_such
 from rankscope.spec.candidates import as_list
 from rankscope.spec.models import CHATML, StudySpec, is_jinja
 from rankscope.spec.names import INSTEAD, field_of, type_of
@@ -42,7 +43,7 @@ def read_study_file(path: Path) -> dict[str, Any]:
 
 def _parse_file(path: Path) -> _Yaml:
     if not os.path.exists(path):
-        raise StudyError(f"{path}: no such study file", "Give the path of a .yaml file, or use --model.")
+        raise StudyError(no_such(path, "study file"), "Give the path of a .yaml file, or use --model.")
     text = _text_of(path, "Give the path of a .yaml file.")
     try:
         found = _parse(text)

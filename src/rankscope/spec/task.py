@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rankscope.errors import StudyError, did_you_mean
-from rankscope.files import file_hashes
+from rankscope.files import file_hashes, no_such
 
 CHOICE = {"choice": "acc", "choice_norm": "acc_norm"}  # tasks by likelihood, and what the harness calls their metrics
 BASE = "base"  # the model without an adapter, among the trials that are scored
@@ -75,7 +75,7 @@ def check_code(text: str | None, allowed: Sequence[str | Path]) -> None:
     task = parse_task(text) if text else Task("")
     for name in task.code:
         if not Path(name).exists():
-            raise StudyError(f"measure.task: {name}: no such file", "Give its path from the current directory.")
+            raise StudyError(f"measure.task: {no_such(name, 'file')}", "Give its path from the current directory.")
         if Path(name).resolve() not in [Path(one).resolve() for one in allowed]:
             what = f"measure.task: {name} is code, and a study's file alone does not have it run"
             raise StudyError(what, f"Read it, then repeat its name: --allow-code {name} (Python: allow_code={name!r}).")
