@@ -145,6 +145,13 @@ def test_nothing_is_overwritten_and_nothing_is_left_by_a_failure(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["taken"]
 
 
+def test_where_a_base_is_now_is_asked_for(trained: Study, tmp_path: Path) -> None:
+    spec = trained.spec.model_copy(update={"model": trained.spec.model.model_copy(update={"id": "gone"})})
+    with pytest.raises(ModelError, match="model gone: the study began with a folder") as found:
+        export(Study(trained.path, spec, trained.log), tmp_path / "out", RANK)
+    assert "--model PATH" in found.value.todo
+
+
 def test_a_base_that_is_another_now_is_refused(trained: Study, tmp_path: Path) -> None:
     shutil.copytree(trained.spec.model.id, tmp_path / "model")
     elsewhere = export(trained, tmp_path / "moved", RANK, model=str(tmp_path / "model"))

@@ -3,12 +3,14 @@
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from huggingface_hub import ModelCard
 
 from rankscope.files import read_json
 from rankscope.report.card import model_card
 from rankscope.report.finish import finish
+from rankscope.report.markdown import escape
 from rankscope.study.study import Study
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "study-0.1"
@@ -53,6 +55,17 @@ def test_a_card_says_nothing_of_the_machine_that_it_was_written_on(study: Study)
     assert "/home" not in card
     assert "| Base model | base |" in card
     assert "| Data | rows.jsonl + owner/data: " in card
+
+
+@pytest.mark.parametrize(("task", "name"), [("exact_match", "exact_match"), ("/home/me/my.py:score", "my.py:score")])
+def test_a_card_has_the_score_on_the_task(study: Study, task: str, name: str) -> None:
+    evidence, trial = study.evidence(), study.spec.trials()[0]
+    spec = study.spec.model_copy(update={"measure": study.spec.measure.model_copy(update={"task": task})})
+    there = evidence._replace(spec=spec, task_scores=pd.DataFrame({"trial": trial.name, "score": [1.0, 0.0, 1.0, 1.0]}))
+    results = evidence.results.iloc[0].to_dict()
+    said = f"Score on the task, {escape(name)} | 75%, 4 items"
+    assert said in model_card(there, study.verdict, trial, results)
+    assert "Score on the task" not in model_card(there, study.verdict, trial, results | {"eval_loss": None})
 
 
 def test_only_what_the_hub_has_is_named_in_the_metadata(study: Study) -> None:

@@ -71,6 +71,9 @@ def export(
         raise StudyError(f"--trial {trial}: no trial of that name is done", "Name one of trials/, without --rank.")
     moved = {"id": model, "commit": None, "revision": None} if model else {}
     base = ModelSpec.model_validate(study.spec.model.model_dump() | moved | ({"device": device} if device else {}))
+    if not (model or Path(location(base)).exists() or base.commit or study.machine["model"].get("revision")):
+        what = f"model {base.id}: the study began with a folder or file of that name, which is not here"
+        raise ModelError(what, "Give the path that it has now: --model PATH.")
     study = Study(study.path, study.spec.model_copy(update={"model": base}), study.log)
     folder = out or Path(f"{study.spec.name}-{chosen.candidate.profile_name}" + (f"-{merge}" if merge else ""))
     _check(study, chosen, folder, merge, over, push)

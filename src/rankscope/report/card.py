@@ -18,6 +18,7 @@ from rankscope.hub import HUB_ID
 from rankscope.report.markdown import code_block, escape, markdown_table
 from rankscope.spec.candidates import Trial
 from rankscope.spec.models import DataSpec, is_jinja
+from rankscope.spec.task import parse_task
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import load
 from rankscope.text.coverage import coverage_sentences
@@ -82,7 +83,7 @@ def model_card(
         "## How it was made",
         _table(_making(evidence, trial, results, merged)),
         "## What was measured",
-        _table(_measured(data, results) | dict(as_exported)),
+        _table(_measured(data, results) | _score(evidence, trial, results) | dict(as_exported)),
         "## Use",
         code_block(f'from {package} import {kind}\n\nmodel = {kind}.from_pretrained("PATH_OF_THIS_FOLDER")', "python"),
         *prompt_format(spec.data, data.get("format", "alpaca")),
@@ -125,6 +126,16 @@ def _measured(data: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, 
         "Perplexity": f"{results['eval_perplexity']:.4g}",
         "Token accuracy": percent(results["eval_accuracy"]) if known(results["eval_accuracy"]) else "unknown",
     } | training
+
+
+def _score(evidence: Evidence, trial: Trial, results: Mapping[str, Any]) -> dict[str, str]:
+    """The adapter's score on the study's task, which one that was trained on all rows does not have."""
+    scores, task = evidence.task_scores, evidence.spec.measure.task
+    own: Any = [] if scores is None else scores.loc[scores["trial"] == trial.name, "score"]
+    if task is None or not len(own) or not known(results["eval_loss"]):
+        return {}
+    name = PurePath(task).name if parse_task(task).code else task  # paths are of this machine alone
+    return {f"Score on the task, {name}": f"{percent(sum(own) / len(own))}, {len(own):,} items"}
 
 
 def prompt_format(spec: DataSpec, format: str) -> list[str]:
