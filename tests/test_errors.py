@@ -35,7 +35,7 @@ def test_a_part_is_installed_from_where_rankscope_came(
 def test_what_is_not_installed_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MissingExtraError, match="--report-to nothing: no_such_package is not installed") as caught:
         require("no_such_package", "wandb", "--report-to nothing")
-    assert caught.value.todo == f"Install it: {install_command('wandb')}"
+    assert caught.value.todo == f"Install it: `{install_command('wandb')}`"
 
 
 @pytest.mark.parametrize("arguments", [["run"], ["doctor"], ["report", "x"]])

@@ -80,7 +80,7 @@ def require(package: str, extra: str, asked: str) -> None:
     """Raise MissingExtraError where the package that `asked` needs is not installed."""
     found = find_spec(package)
     if found is None or found.origin is None:  # or merely a folder of that name, as W&B makes one where it runs
-        raise MissingExtraError(f"{asked}: {package} is not installed", f"Install it: {install_command(extra)}")
+        raise MissingExtraError(f"{asked}: {package} is not installed", f"Install it: `{install_command(extra)}`")
 
 
 REPOSITORY = "https://github.com/rankscope/rankscope"

@@ -311,7 +311,7 @@ def test_with_several_rates_a_candidate_has_one_held_out_loss() -> None:
         assert {row[at].split("\n")[0] for row in table.rows} == {"2.5000"}, table.caption
     table, trials = content.section("also").tables[0], content.section("trials").tables[0]
     also = dict(zip(table.headers, table.rows[0], strict=True))
-    assert (also["Perplexity"], also["Token accuracy"]) == ("12.18", "60%")
+    assert (also["Perplexity"], also["Token accuracy"]) == ("12.182", "60.0%")
     assert "half of the held-out rows" in content.how_to_read[-1]
     assert "over all held-out rows" in found["heldout-loss-steps"].note, "whose losses have no rows of their own"
     assert trials.headers[-1] == "Held-out loss (all rows)"

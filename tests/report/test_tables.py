@@ -29,8 +29,8 @@ def test_every_candidate_has_its_perplexity_and_accuracy() -> None:
         "Rank", "Learning rate", "Held-out loss", "Perplexity", "Token accuracy", "Diverged",
     ]  # fmt: skip
     assert rows(found).keys() == {"8", "128", "256"}
-    assert rows(found)["8"]["Perplexity"] == f"{sum(math.exp(1.231 + d) for d in (-0.004, 0, 0.004)) / 3:.4g}"
-    assert rows(found)["8"]["Token accuracy"] == "70%"
+    assert rows(found)["8"]["Perplexity"] == f"{sum(math.exp(1.231 + d) for d in (-0.004, 0, 0.004)) / 3:.3f}"
+    assert rows(found)["8"]["Token accuracy"] == "70.0%"
     assert rows(found)["8"]["Diverged"] == "0 / 3"
     assert found.section("also").sentences == []
 

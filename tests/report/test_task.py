@@ -44,7 +44,7 @@ def test_the_report_has_each_rank_beside_the_untrained_model(evidence: Evidence)
         assert table.chosen == 2, "below the untrained model's row"
         assert verdict["rank"] == 128
         assert "task-scores" in render(content, load(language))
-    assert table.rows[2][1].startswith(f"{verdict['task']['scores'][1]['score']:.1%}".replace(".0%", "%"))
+    assert table.rows[2][1].startswith(f"{verdict['task']['scores'][1]['score']:.1%}")
 
 
 def test_the_figure_is_drawn(evidence: Evidence) -> None:

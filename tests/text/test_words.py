@@ -337,6 +337,14 @@ def test_durations(seconds: float, expected: str) -> None:
 
 @pytest.mark.parametrize(
     ("values", "expected"),
+    [([9.983, math.nan, 11.52], ["10.0 s", "nan s", "11.5 s"]), ([42.13, 140.2], ["42.1 s", "2 min 20 s"])],
+)
+def test_a_column_of_seconds_has_as_many_decimals(values: list[float], expected: list[str]) -> None:
+    assert list(map(formats.durations(values, load("en")), values)) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
     [([3.54e6, 113.2e6], ["3.5 MB", "113.2 MB"]), ([1.9e9, math.nan, 2.35e9], ["1.90 GB", "nan GB", "2.35 GB"]),
      ([4.0e5, 1.3e10], ["0.0004 GB", "13.0000 GB"]), ([], []), ([0.0], ["0 kB"])],
 )  # fmt: skip

@@ -276,7 +276,7 @@ def loading_error(spec: ModelSpec, part: str, error: Exception) -> ModelError:
             if not _has_tokenizer(folder):
                 reason = "there is no file of a tokenizer in the folder, such as tokenizer.json"
             elif any(folder.glob("*.model")) and find_spec("sentencepiece") is None:
-                package = "the package sentencepiece, which is not installed: pip install sentencepiece"
+                package = "the package sentencepiece, which is not installed: `pip install sentencepiece`"
                 reason = f"its tokenizer.model takes {package}"
         elif part == "model" and others and not any(folder.glob("*.safetensors")):
             todo = f"{others[0]} is not read: load the model where you trust it, and save it with save_pretrained."

@@ -172,6 +172,6 @@ def _curve(evidence: Evidence, table: pd.DataFrame, text: Catalogue, kind: str, 
         layers.insert(0, thick.encode(x=by.x, y=y("mean"), color=charts.colour(ranks)))
     alternative = say(title, table, f"{prefix}_{'peak' if of_time else 'mean'}_bytes", size, text)
     places: dict[str, Any] = {"along": "seconds", "place": partial(duration, text=text)} if of_time else {}
-    table_of = curve_numbers(title, frame, "mean", size, text, **places)
+    table_of = curve_numbers(title, frame, "mean", sizes(frame["mean"]), text, **places)
     note = text("chart.time_note" if of_time else f"chart.{kind}_steps.note")
     return Figure(f"{kind}-memory-{along}", title, note, alternative, {"": charts.layered(*layers)}, table_of)

@@ -1,7 +1,6 @@
 """Figures of time: runtime against rank, and held-out loss against memory and runtime."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import altair as alt
@@ -14,7 +13,7 @@ from rankscope.report.figures import Figure, Figures, numbers, say, with_rates
 from rankscope.report.frames import KEYS, has_gpu, rank_profiles, ranks_of, with_cpu
 from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import Catalogue
-from rankscope.text.formats import Columns, column, duration, loss, rate, size_unit, sizes, time_unit
+from rankscope.text.formats import Columns, column, durations, loss, rate, size_unit, sizes, time_unit
 from rankscope.text.verdict import Verdict
 
 
@@ -45,7 +44,7 @@ def runtime_figure(evidence: Evidence, text: Catalogue) -> Figure | str:
     note = with_rates(text("chart.runtime.note" if profiled else "chart.runtime.note_trials"), frame, text)
     title, dot = text("chart.runtime.title"), text("chart.repeat" if profiled else "chart.seed")
     means = frame.groupby(["rank", "learning_rate"])["runtime"].agg(["mean", list]).reset_index()
-    number = partial(duration, text=text)
+    number = durations(frame["runtime"], text)
     columns: Columns = {
         text("chart.mean"): column("mean", number, text),
         text("chart.each"): lambda row: ", ".join(map(number, row["list"])),
@@ -101,7 +100,7 @@ def _trade_off(name: str, known: pd.DataFrame, axis: str, noise: Noise | None, t
         return text("chart.trade_off.absent")
     in_time, most = name == "loss-runtime", table["cost"].max()
     unit = time_unit(most, text) if in_time else size_unit(most)
-    number: Callable[[float], str] = partial(duration, text=text) if in_time else sizes(table["cost"])
+    number: Callable[[float], str] = durations(table["cost"], text) if in_time else sizes(table["cost"])
     alike = noise is not None and most / table["cost"].min() - 1 <= noise.floor
     frame = table.assign(front=False if alike else on_front(table, ["cost", "eval_loss"]))
     title, note, y_title = text(f"chart.trade_off.{name}"), text("chart.trade_off.note"), text(axis, unit=unit.name)

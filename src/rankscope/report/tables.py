@@ -50,7 +50,7 @@ def candidate_table(
 
     def kept(row: Any) -> str:
         least = text("table.at_least", share=formats.at_least(row["kept_low"])) if known(row["kept_low"]) else ""
-        return "\n".join(filter(None, [shown(row["kept"], "{:.1%}".format, text), least]))
+        return "\n".join(filter(None, [shown(row["kept"], formats.share, text), least]))
 
     def regret(row: Any) -> str:  # has no ends where its interval is unknown
         few = f"\n{text('table.few_seeds')}" if row["few_seeds"] else ""
@@ -73,7 +73,7 @@ def candidate_table(
         "cpu_peak": of("cpu_peak_bytes", size["cpu"]),
         "gpu_peak": of("gpu_allocated_peak_bytes", size["gpu_allocated"]),
         "step_seconds": of("step_seconds", formats.fixed(table["step_seconds"])),
-        "runtime": of("runtime_seconds", partial(formats.duration, text=text)),
+        "runtime": of("runtime_seconds", formats.durations(table["runtime_seconds"], text)),
         "adapter": of("adapter_bytes", formats.sizes(table["adapter_bytes"])),
     }
     confidence = (verdict or {}).get("confidence", evidence.spec.verdict.confidence)
@@ -122,8 +122,8 @@ def metrics_table(evidence: Evidence, verdict: Verdict, text: Catalogue) -> Tabl
         "learning_rate": of("learning_rate", formats.rate),
         "eval_loss": of("eval_loss", formats.loss),
         **({} if full.empty else {"over_full": with_interval("over_full", formats.signed, text)}),
-        "perplexity": of("eval_perplexity", "{:.4g}".format),
-        "accuracy": of("eval_accuracy", formats.percent),
+        "perplexity": of("eval_perplexity", "{:,.3f}".format),
+        "accuracy": of("eval_accuracy", formats.share),
         **({} if evidence.spec.measure.forgetting is None else {"forgetting": of("general_change", formats.signed)}),
         "diverged": lambda row: f"{row['diverged']} / {row['trials']}",
     }

@@ -8,7 +8,7 @@ import pandas as pd
 from rankscope.report import charts
 from rankscope.report.figures import Figure, Section, make_section, say
 from rankscope.text.catalogue import Catalogue
-from rankscope.text.formats import Columns, Table, column, percent, tabulate, with_interval
+from rankscope.text.formats import Columns, Table, column, percent, share, tabulate, with_interval
 from rankscope.text.verdict import Verdict
 
 
@@ -31,7 +31,7 @@ def task_table(verdict: Verdict, text: Catalogue) -> Table | None:
     records = [untrained | {"rank": 0, "within_margin": None}, *task["scores"]]
     columns: Columns = {
         text("table.rank"): column("rank", lambda rank: str(rank) if rank else text("task.base"), text),
-        text("task.score"): with_interval("score", percent, text),
+        text("task.score"): with_interval("score", share, text),
         text("task.behind"): with_interval("behind", _points, text),
         text("table.within"): column("within_margin", lambda within: text("table.yes" if within else "table.no"), text),
     }

@@ -89,7 +89,7 @@ def variant_table(evidence: Evidence, verdict: Verdict, text: Catalogue) -> Tabl
         text("table.learning_rate"): column("learning_rate", formats.rate, text),
         text("table.finished"): lambda row: f"{row['finished']} / {row['trials']}",
         text("table.params"): column("trainable_params", "{:,.0f}".format, text),
-        text("table.adapter"): column("adapter_bytes", formats.size, text),
+        text("table.adapter"): column("adapter_bytes", formats.sizes(table["adapter_bytes"]), text),
         text("table.eval_loss"): column("eval_loss", formats.loss, text),
         text("variant.difference"): with_interval("difference", formats.signed, text),
         words[1]: lambda row: text.get(f"variant.outcome_{row['outcome']}", text("none")),

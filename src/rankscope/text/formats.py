@@ -120,6 +120,20 @@ def about(seconds: float, text: "Catalogue") -> str:
     return duration(near, text) if near >= 60 else text("unit.duration", value=near, unit=text("unit.seconds"))
 
 
+def durations(values: Iterable[float | None], text: "Catalogue") -> Callable[[float], str]:
+    """Form of a column's durations: those that are all below a minute have as many decimals."""
+    found = [value for value in values if known(value)]
+    number = fixed(found)
+    if max(found, default=0.0) >= 59.95:
+        return lambda seconds: duration(seconds, text)
+    return lambda seconds: text("unit.duration", value=number(seconds), unit=text("unit.seconds"))
+
+
+def share(value: float) -> str:
+    """A share in a column, all of which have one decimal: `0.625` -> `62.5%`."""
+    return f"{value:.1%}".replace("-", MINUS)
+
+
 def percent(share: float) -> str:
     """`0.01` -> `1%`, `0.0025` -> `0.25%`."""
     return f"{MINUS if share < 0 else ''}{abs(share) * 100:.3g}%"

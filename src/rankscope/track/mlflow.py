@@ -26,7 +26,7 @@ class Client(Tracker):
         self._client = MlflowClient(tracking_uri=uri)
         self._artifacts = None if given else (folder / "mlflow-artifacts").as_uri()
         self.destination = given or "study"
-        show = f"To look at the runs: mlflow ui --backend-store-uri {shlex.quote(uri)}"
+        show = f"To look at the runs: `mlflow ui --backend-store-uri {shlex.quote(uri)}`"
         self.note = "MLflow's runs go to MLFLOW_TRACKING_URI" if given else show
 
     def begin(self, name: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> str:

@@ -18,7 +18,7 @@ class Client(Tracker):
         given = os.environ.get("TENSORBOARD_LOGGING_DIR")
         self._folder = Path(given) if given else folder / "tensorboard"
         self.destination = given or "study"
-        self.note = f"To look at the curves: tensorboard --logdir {shlex.quote(str(self._folder))}"
+        self.note = f"To look at the curves: `tensorboard --logdir {shlex.quote(str(self._folder))}`"
 
     def begin(self, name: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> Any:
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb

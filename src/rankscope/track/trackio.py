@@ -30,7 +30,7 @@ class Client(Tracker):
 
         self.destination = f"{remote or given or 'study'}/{self._project}"
         show = f"TRACKIO_DIR={shlex.quote(here)} trackio show --project {shlex.quote(self._project)}"
-        self.note = "Trackio sends the runs to its server" if remote else f"To look at the runs: {show}"
+        self.note = "Trackio sends the runs to its server" if remote else f"To look at the runs: `{show}`"
 
     def _hear(self, message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
         """Record a warning: Trackio writes from a thread, and warns of what it could not write."""

@@ -37,7 +37,7 @@ class Client(Tracker):
         if self._offline:
             self.destination = "offline"
             sync = f"wandb sync {shlex.quote(str(self._folder / 'wandb'))}/offline-run-*"
-            self.note = f"W&B keeps the runs here, offline. To upload them: {sync}"
+            self.note = f"W&B keeps the runs here, offline. To upload them: `{sync}`"
 
     def begin(self, name: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> "wandb.Run":
         import wandb

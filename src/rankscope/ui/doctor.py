@@ -27,6 +27,6 @@ def show_system() -> None:
     lines += [("cpu", f"{facts['cpu']}, {facts['cores']} cores, {size(facts['memory_bytes'])}")]
     lines += [("gpu", gpu) for gpu in gpus or ["none that torch can use: studies run on the CPU"]]
     for extra, version in found["optional"].items():
-        lines += [(extra, version or f"not installed (optional: {install_command(extra)})")]
+        lines += [(extra, version or f"not installed (optional: `{install_command(extra)}`)")]
     for name, text in [*lines, ("disk", f"{size(free)} free here")]:
         out_console.print(f"{name:<14} {text}")

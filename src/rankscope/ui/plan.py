@@ -20,7 +20,7 @@ from rankscope.study.scores import unscored
 from rankscope.study.study import Study
 from rankscope.text.catalogue import load
 from rankscope.text.coverage import coverage_sentences
-from rankscope.text.formats import about, duration, parse_bytes, parse_flops, percent, size
+from rankscope.text.formats import about, duration, durations, parse_bytes, parse_flops, percent, size
 from rankscope.train.prepare import describe_data, study_data
 from rankscope.ui.console import error_console, make_table, out_console, print_json, show
 from rankscope.ui.progress import Display
@@ -156,6 +156,7 @@ def _candidates(plan: Plan) -> Table:
     """Memory by part, and time, of each candidate alone."""
     names = ["candidate", "scaling", "trainable", "base", "adapter", "activations", "logits", "other", "total", "fits"]
     rows, room = [], plan.site.free_bytes * MAX_PACK_MEMORY_FRACTION
+    time = durations((row.runtime_seconds for row in plan.forecast.candidates.values()), TEXT)
     for candidate in plan.spec.candidates():
         row = plan.forecast.candidates[candidate.name]
         memory, times = ["–"] * 7, ["–"] * 2
@@ -165,7 +166,7 @@ def _candidates(plan: Plan) -> Table:
             columns = (parts["base"], adapter, parts["activations"], parts["logits"], other, row.peak_bytes)
             memory = [*map(size, columns), "yes" if row.peak_bytes <= room else "no"]
         if row.step_seconds is not None and row.runtime_seconds is not None:
-            times = [f"{row.step_seconds:.2g}", duration(row.runtime_seconds, TEXT)]
+            times = [f"{row.step_seconds:.2g}", time(row.runtime_seconds)]
         rows.append([candidate.name, f"{candidate.scaling:.3g}", f"{row.trainable_params:,}", *memory, *times])
     return make_table([*names, "s/step", "runtime"], rows, no_wrap=True)
 
