@@ -50,7 +50,7 @@ def show_judged(found: Judged, out: Path | None) -> None:
     if any(one["at"] for one in found.differences):
         several = ", and at 95% by itself: that all hold is less sure" if len(concluded) > 1 else ""
         show(f"Each holds at its own settings, none at the best rate of each rank{several}.")
-    show("\nA study to settle it" + (f": {out}" if out else f", which --out FILE writes:\n{study_text(found)}"))
+    show("\nA study to run instead" + (f": {out}" if out else f", which --out FILE writes:\n{study_text(found)}"))
 
 
 def _show_runs(runs: pd.DataFrame) -> None:
