@@ -58,7 +58,7 @@ def _global(
 def demo(out: ask.Out = Path("rankscope-demo"), json_: ask.Json = False, lang: ask.Language = "en") -> None:
     """Run the embedded study: a small model and Python functions, minutes, no download. `run` alone does so too."""
     run(**dict.fromkeys(ask.RUN), out=out, json_=json_, lang=lang)
-    error_console.print("Next, with your own model and data:\n  rankscope init")
+    error_console.print(start.check_names(lang)("outcome.own"))
 
 
 @command(FIRST, ask.INIT)
@@ -92,7 +92,7 @@ def run(
     """Train every rank, measure what it costs, and conclude. On an existing study: add to it, do what is missing."""
     own, console = ask.own(options, ask.RUN), error_console if json_ else out_console
     asked, path = ask.study_and_path(study, out, options, set_, quick)
-    start.check_names(lang, launcher, ray_address)
+    text = start.check_names(lang, launcher, ray_address)
     from rankscope.jobs.job import Settings
     from rankscope.jobs.queue import time_limit
     from rankscope.track import choose_trackers
@@ -103,7 +103,7 @@ def run(
     if own["dry_run"]:
         start.show_plan(spec, begun, json_, launcher=launcher, ray_address=ray_address, remeasure=own["remeasure"])
         return
-    console.print(f"Study {spec.name} in {path}/")
+    console.print(text("outcome.study", name=spec.name, path=path))
     from rankscope.api import run_in
     from rankscope.ui.progress import TerminalProgress
 
@@ -120,7 +120,7 @@ def run(
         show_untried(conclusion.study, error_console, lang)
     if quick:
         whole = shlex.join(["rankscope", *(word for word in sys.argv[1:] if word != "--quick")])
-        console.print(f"This was a quick look. For a verdict, the whole study:\n  {whole}")
+        console.print(text("outcome.quick", command=whole))
     if show_failures(conclusion.study, error_console):
         raise typer.Exit(4)
 
@@ -216,7 +216,9 @@ def judge(
     paths: Annotated[
         list[Path], typer.Argument(metavar="PATH...", help="Trainer's folders, W&B's CSV, PEFT's results.")
     ],
-    out: Annotated[Path | None, typer.Option(help="Write a study to settle it to this file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write a study to settle it to this file.", show_default="none")
+    ] = None,
     json_: ask.Json = False,
 ) -> None:
     """Say what training runs of other tools can and cannot show about rank, and which study would settle it."""
@@ -318,7 +320,9 @@ def watch(
 @command(FURTHER)
 def spectrum(
     adapter: ask.Adapter,
-    chart: Annotated[Path | None, typer.Option(help="Chart of layers by module: an .html, .svg or .png file.")] = None,
+    chart: Annotated[
+        Path | None, typer.Option(help="Chart by module: an .html, .svg or .png file.", show_default="none")
+    ] = None,
     revision: ask.Revision = None,
     json_: ask.Json = False,
     lang: ask.Language = "en",

@@ -86,3 +86,4 @@ def test_the_terminal_ends_with_scores_and_the_verdict(evidence: Evidence, tmp_p
     assert "Points behind the best" in said
     assert "By the task, use rank 128" in said
     assert "rankscope report" not in said, "another margin of the loss would change nothing"
+    assert said.splitlines()[-1] == f"  rankscope export {study.path}"

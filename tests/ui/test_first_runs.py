@@ -53,6 +53,15 @@ def test_a_quick_look_ends_with_the_command_of_the_whole(
     assert (str(path), spec.seeds, spec.training.epochs, spec.data.max_rows) == ("x-quick", (0, 1), 0.5, 1600)
 
 
+def test_a_quick_look_speaks_its_language(
+    asked: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rankscope("run --quick --out x --lang ko", monkeypatch)
+    said = capsys.readouterr().out
+    assert said.startswith("스터디 rankscope-demo: x-quick/\n")
+    assert said.endswith("전체 스터디:\n  rankscope run --out x --lang ko\n")
+
+
 @pytest.mark.parametrize(("words", "asks"), [("run", True), ("run --yes", False), ("run --hours 9", False)])
 def test_who_has_a_limit_or_says_yes_is_not_asked(
     words: str, asks: bool, asked: list[Any], monkeypatch: pytest.MonkeyPatch

@@ -29,7 +29,7 @@ RUN = STUDY | {
     "remeasure": Option("", bool, "Measure the costs of all ranks again."),
     "until_settled": Option("", bool, "Add seeds, to 3, 5, 8 and 12, of the ranks that are undecided."),
     "hours": Option("", float, "Conclude by then: start nothing that would end later.", "no limit"),
-    "allow_code": Option("", list[str], "Code of measure.task that may run: my.py.", "", "PATH"),
+    "allow_code": Option("", list[str], "Code of measure.task that may run: my.py.", "none", "PATH"),
     "yes": Option("", bool, "Start without asking, however long it takes."),
     "dry_run": Option("", bool, "Show the plan and end, like `plan`."),
 }
@@ -72,12 +72,12 @@ RESIZE = {
 
 EXPORT = {
     "rank": Option("", int, "Rank to export.", default="the one that the verdict recommends"),
-    "trial": Option("", str, "Trial to export, by its name, e.g. one of a LoRA variant."),
+    "trial": Option("", str, "Trial to export, by its name, e.g. one of a LoRA variant.", "the rank's best seed"),
     "retrain": Option("", bool, "Train it again on all rows first, the held-out ones too."),
-    "merge": Option("", str, "Write a merged model instead of an adapter: bf16, fp16 or float32.", metavar="TYPE"),
-    "over": Option("", str, "Measure the loss in these forms too: bf16, fp16, float32, nf4, int8.", metavar="FORMS"),
-    "push": Option("", str, "Push it to the hub; a new repository is private.", metavar="OWNER/NAME"),
-    "model": Option("", str, "Base model, if it has been moved since.", metavar="ID|FOLDER"),
+    "merge": Option("", str, "Write a merged model instead of an adapter: bf16, fp16 or float32.", "none", "TYPE"),
+    "over": Option("", str, "Measure the loss in these forms too: bf16, fp16, float32, nf4, int8.", "none", "FORMS"),
+    "push": Option("", str, "Push it to the hub; a new repository is private.", "nowhere", "OWNER/NAME"),
+    "model": Option("", str, "Base model, if it has been moved since.", "the study's", "ID|FOLDER"),
     "device": OPTIONS["device"],
 }
 

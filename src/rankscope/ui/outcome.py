@@ -72,7 +72,7 @@ def show_verdict(conclusion: Conclusion, console: Console, language: str) -> Non
 
 
 def _after(verdict: dict[str, Any], directory: str, text: Catalogue) -> NextStep | None:
-    """What to do where all is settled: try lower ranks, or judge by another margin."""
+    """What to do where all is settled: try lower ranks, judge by another margin, or take the adapter."""
     rank = verdict["rank"]
     if rank is None:
         return None
@@ -80,7 +80,7 @@ def _after(verdict: dict[str, Any], directory: str, text: Catalogue) -> NextStep
         lower = ",".join(str(one) for one in (rank // 4, rank // 2) if one)
         return NextStep(text("settle.lower"), shlex.join(["rankscope", "run", directory, "--ranks", lower]))
     if verdict.get("by") == "task":
-        return None
+        return NextStep(text("settle.export"), shlex.join(["rankscope", "export", directory]))
     command = ["rankscope", "report", directory, "--margin", percent(verdict["margin"] / 2)]
     return NextStep(text("settle.margin"), shlex.join(command))
 
@@ -112,12 +112,13 @@ def describe_curve(conclusion: Conclusion) -> dict[str, Any]:
 
 
 def curve_parts(conclusion: Conclusion, language: str) -> Iterator[str | Table]:
-    sections = rank_curve_sections(conclusion.evidence, load(language))
+    text = load(language)
+    sections = rank_curve_sections(conclusion.evidence, text)
     for section in sections:
         yield from filter(None, [*(figure.numbers for figure in section.figures), *section.tables])
     for section in sections:
         yield from section.sentences
-    yield f"Report: {conclusion.study.report}"
+    yield f"{text('outcome.report')}: {conclusion.study.report}"
 
 
 def show_untried(study: Study, console: Console, language: str) -> None:

@@ -140,7 +140,7 @@ def watch_page(path: Path, port: int, console: Console, language: str, browser: 
         server = serve(Watch(path, language), port)
     except OSError as error:
         raise StudyError(f"--port {port}: {error.strerror}", "Choose another, or leave it out.") from None
-    console.print(f"Watching {path} at {address(server)} (Ctrl-C stops watching; the study goes on)")
+    console.print(load(language)("live.watching", path=path, address=address(server)))
     if browser and (sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()):
         webbrowser.open(address(server))
     server.serve_forever()
