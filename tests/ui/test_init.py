@@ -87,6 +87,10 @@ def test_options_answer_and_nothing_is_asked_without_a_terminal() -> None:
         (["--model", "./nowhere", "--dataset", "data.json"], "./nowhere: no such folder"),
         (["--model", "model", "--dataset", "data.json", "--task", "chat"], "the format messages needs messages"),
         (["--model", "model", "--dataset", "data.json", "--hardware", "fast"], "hardware fast"),
+        (
+            ["--model", "model", "--dataset", "data.json", "--hardware", "24"],
+            "hardware 24: expected a size such as 24GB",
+        ),
         (["--model", "model", "--dataset", "data.json", "--hours", "-1"], "expected hours above 0"),
         (["data.json"], "data.json: exists already"),
     ],

@@ -26,7 +26,7 @@ def resolve_spec(
     except ValidationError as error:
         found = list(dict.fromkeys(_explain(dict(detail), values, lines or {}) for detail in error.errors()))
         shown = [f"  - {line}" for line in found[:MAX_ERRORS_SHOWN]] + ["  - ..."] * (len(found) > MAX_ERRORS_SHOWN)
-        todo = "Correct these fields and run again; `rankscope run --help` and studies/ show valid ones."
+        todo = "Correct these fields and run again; `rankscope run --help` and `rankscope schema` show valid ones."
         raise StudyError(f"{source} is wrong:\n" + "\n".join(shown), todo) from None
 
 

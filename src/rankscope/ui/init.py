@@ -24,6 +24,7 @@ TASKS = {"auto": "auto", "instructions": "alpaca", "questions": "prompt_completi
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 ROWS_TO_CHECK = 256
+LEAST_GPU_BYTES = 10**8  # less is a number whose unit was forgotten
 
 
 def answers_to(given: Mapping[str, str | None]) -> dict[str, str]:
@@ -56,7 +57,8 @@ def checked(name: str, answer: str, known: Mapping[str, str]) -> str:
         elif name == "hours":
             time_limit(float(answer))
         elif name == "hardware" and answer.partition(":")[0] not in DEVICES:
-            parse_bytes(answer)
+            if parse_bytes(answer) < LEAST_GPU_BYTES:
+                raise ValueError("expected a size such as 24GB")
         elif name == "task":
             data = DataSpec.model_validate({"id": known["dataset"], "format": TASKS[answer], "max_rows": ROWS_TO_CHECK})
             if os.path.exists(data.name):
