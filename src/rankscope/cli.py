@@ -108,7 +108,7 @@ def run(
     from rankscope.ui.progress import TerminalProgress
 
     progress = TerminalProgress(console, path, lang)
-    approve = None if own["yes"] or limit else partial(start.approve, progress)
+    approve = None if own["yes"] or limit else partial(start.approve, progress, text)
     again, settled, code = bool(own["remeasure"]), bool(own["until_settled"]), own["allow_code"] or ()
     how = Settings(trackers, lang, again, settled, limit, code, approve)
     with stoppable(), progress:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rankscope.plan.runtime import Forecast, shorter, study_seconds
 from rankscope.spec.options import assemble
 from rankscope.study.missing import START_SECONDS
+from rankscope.text.catalogue import load
 from rankscope.ui.plan import approve, shorter_lines
 from rankscope.ui.progress import Display
 from recording import RecordingProgress
@@ -84,6 +85,10 @@ def test_a_run_of_hours_says_so_with_what_is_shorter_and_asks() -> None:
         "--seeds 0,1", "--ranks 8,256", "--steps 30", "--seeds 0,1 --ranks 8,256 --steps 30", "--quick",
         "--hours 2",
     ]  # fmt: skip
+    korean: Any = Asking(True)
+    approve(korean, plan(60.0), load("ko"))
+    assert korean.lines[0].startswith("약 26시간 ")
+    assert len(korean.lines) == len(progress.lines)
     with pytest.raises(typer.Exit) as ended:
         approve(Asking(False), plan(60.0))  # type: ignore[arg-type]
     assert ended.value.exit_code == 130

@@ -18,7 +18,7 @@ from rankscope.study.folder import StudyFolder
 from rankscope.study.missing import is_finished, unevaluated
 from rankscope.study.scores import unscored
 from rankscope.study.study import Study
-from rankscope.text.catalogue import load
+from rankscope.text.catalogue import Catalogue, load
 from rankscope.text.coverage import coverage_sentences
 from rankscope.text.formats import about, duration, durations, parse_bytes, parse_flops, percent, size
 from rankscope.train.prepare import describe_data, study_data
@@ -79,27 +79,26 @@ def _begun(study: StudyFolder, plan: Plan) -> str:
     return " ".join(filter(None, [said, added, scored, plan.unmeasured]))
 
 
-def shorter_lines(plan: Plan) -> list[str]:
+def shorter_lines(plan: Plan, text: Catalogue = TEXT) -> list[str]:
     """What makes the study shorter, with its time on one device by the same forecast."""
     times = shorter(plan.spec, plan.steps, plan.forecast.candidates, plan.data.facts)
-    lines = [f"  {option}: about {about(seconds, TEXT)}" for option, seconds in times.items()]
-    quick = "  --quick: a first look, at most 3 ranks, 2 seeds, 200 steps and 2,000 rows"
-    return ["Shorter, on one device by the same forecast:", *lines, quick] if lines else []
+    lines = [text("shorter.option", option=option, time=about(seconds, text)) for option, seconds in times.items()]
+    return [text("shorter.title"), *lines, text("shorter.quick")] if lines else []
 
 
 LONG_SECONDS = 2 * 3600  # a run of more says so first, and asks
 
 
-def approve(progress: Display, plan: Plan) -> None:
+def approve(progress: Display, plan: Plan, text: Catalogue = TEXT) -> None:
     """Say that a study takes hours, and what makes it shorter; in a terminal, ask. Raises typer.Exit: no."""
     fleet, alone = plan.fleet_estimate, study_seconds(plan.spec, plan.forecast.candidates, plan.data.facts)
     seconds = fleet.makespan_seconds if fleet else sum(alone or ())
     if seconds <= LONG_SECONDS:
         return
-    hours = "  --hours 2: starts nothing that would end later, and concludes from what it has"
-    for line in [f"This will take about {about(seconds, TEXT)}.", *shorter_lines(plan), hours]:
+    takes = text("shorter.takes", time=about(seconds, text))
+    for line in [takes, *shorter_lines(plan, text), text("shorter.hours")]:
         progress.say(line)
-    if not progress.ask("Start?"):
+    if not progress.ask(text("shorter.start")):
         raise typer.Exit(130)
 
 

@@ -104,8 +104,8 @@ def show_plan(spec: "StudySpec", begun: "Study | None", as_json: bool, **options
     show_plan(spec, begun, as_json, **options)
 
 
-def approve(progress: "Display", plan: "Plan") -> None:
+def approve(progress: "Display", text: "Catalogue", plan: "Plan") -> None:
     """`rankscope.ui.plan.approve`, imported where a plan has been made."""
     from rankscope.ui.plan import approve
 
-    approve(progress, plan)
+    approve(progress, plan, text)
