@@ -11,7 +11,7 @@ from rankscope.study.folder import AGAIN, FINISHED, StudyFolder
 from rankscope.study.scores import unscored
 
 # Seconds on two cores:
-START_SECONDS = 6.0  # of a job's process: Python, libraries and a small model
+START_SECONDS = 11.0  # of a job's process: Python, libraries and a small model (docs/first-ten-minutes.md)
 ANSWER_SECONDS = 0.005  # of an answer's token at least: the layers' calls
 REPORT_SECONDS = 12.0  # of the verdict, the model cards, the figures and the page
 
