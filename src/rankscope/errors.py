@@ -5,6 +5,7 @@ standard exception that a caller would expect to catch.
 """
 
 import difflib
+import errno
 import json
 import shlex
 import sys
@@ -118,6 +119,19 @@ class OutOfMemoryError(WorkerError, MemoryError):
     """Memory ran out, on the GPU or for the process."""
 
     status = "oom"
+
+
+NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""Texts by which a RuntimeError of torch is known to be a lack of memory."""
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether an error says that memory has run out, on the machine or on a GPU. Torch is not imported for it: before
+    it is, no error is torch's."""
+    torch = sys.modules.get("torch")
+    of_torch = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    of_system = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    return of_torch or of_system or any(text in str(error) for text in NO_MEMORY)
 
 
 class KilledError(WorkerError):

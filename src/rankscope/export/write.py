@@ -18,12 +18,12 @@ from transformers.utils.hub import CHAT_TEMPLATE_FILE
 from rankscope.data.conversations import with_chat_template
 from rankscope.data.formats import has_conversations
 from rankscope.data.tokens import Tokens
-from rankscope.errors import ModelError
+from rankscope.errors import ModelError, lacks_memory
 from rankscope.lora.adapters import save_config
 from rankscope.lora.saved import SavedAdapter, load_by_peft, read_adapter
 from rankscope.model import checks
 from rankscope.model.checks import loading_error, location
-from rankscope.model.device import lacks_memory, resolve_device
+from rankscope.model.device import resolve_device
 from rankscope.model.load import fingerprint, load_config, load_tokenizer, resolve_dtype
 from rankscope.model.quantized import quantization_config
 from rankscope.spec.models import ModelSpec

@@ -17,7 +17,7 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
-from rankscope.errors import OutOfMemoryError, RankscopeError, StudyDirectoryError, WorkerError
+from rankscope.errors import OutOfMemoryError, RankscopeError, StudyDirectoryError, WorkerError, lacks_memory
 from rankscope.files import read_json, write_json
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
@@ -44,8 +44,6 @@ def main(kind: str, study_path: str, job_file: str) -> int:
 
 def known_error(error: Exception) -> RankscopeError:
     """Return the error as one that says what to do."""
-    from rankscope.model.device import lacks_memory
-
     if isinstance(error, RankscopeError):
         return error
     what = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]

@@ -1,7 +1,6 @@
-"""Device and dtype of the base model, free memory, and how the lack of it is known."""
+"""Device and dtype of the base model, and free memory."""
 
 import ctypes
-import errno
 import sys
 from pathlib import Path
 
@@ -9,9 +8,6 @@ import psutil
 import torch
 
 from rankscope.errors import StudyError
-
-NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""Texts by which a RuntimeError of torch is known to be a lack of memory."""
 
 
 def resolve_device(device: str) -> torch.device:
@@ -62,13 +58,6 @@ def free_bytes(device: torch.device) -> int:
         return available
     reclaimable = int(statistics.get("inactive_file", 0))  # the page cache counts as used but is reclaimed when needed
     return max(0, min(available, limit - used + reclaimable))
-
-
-def lacks_memory(error: Exception) -> bool:
-    """Whether an error says that memory has run out, on the machine or on a GPU."""
-    no_memory = isinstance(error, OSError) and error.errno == errno.ENOMEM
-    known = isinstance(error, MemoryError | torch.OutOfMemoryError) or no_memory
-    return known or any(text in str(error) for text in NO_MEMORY)
 
 
 def give_back_freed(device: torch.device) -> None:

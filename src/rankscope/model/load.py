@@ -19,10 +19,10 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from rankscope.errors import ModelError, require
+from rankscope.errors import ModelError, lacks_memory, require
 from rankscope.model import checks
 from rankscope.model.checks import loading_error, location
-from rankscope.model.device import lacks_memory, multiplies_bfloat16, resolve_device
+from rankscope.model.device import multiplies_bfloat16, resolve_device
 from rankscope.model.mixed import use_mixed_precision
 from rankscope.model.quantized import quantization_config, quantize_skeleton, use_dequantized_forward
 from rankscope.spec.models import ModelSpec

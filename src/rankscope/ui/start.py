@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankscope.errors import OutOfMemoryError, RankscopeError, StudyDirectoryError, shortened
+from rankscope.errors import OutOfMemoryError, RankscopeError, StudyDirectoryError, lacks_memory, shortened
 from rankscope.ui.console import error_console
 
 if TYPE_CHECKING:
@@ -34,12 +34,7 @@ def explained(error: Exception) -> RankscopeError | None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         name = "the output" if error.filename is None else shortened(str(error.filename))
         return StudyDirectoryError(f"{name}: {error.strerror}", _TODO[error.errno])
-    no_memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-    if "torch" in sys.modules:  # whose errors say so in words too
-        from rankscope.model.device import lacks_memory
-
-        no_memory = lacks_memory(error)
-    if no_memory:
+    if lacks_memory(error):
         what = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
         return OutOfMemoryError(what, "Use a machine with more memory, or --device cpu in place of a GPU.")
     return None
