@@ -12,13 +12,13 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from rankscope.data.conversations import Tokenizer
 from rankscope.data.questions import Question
-from rankscope.lora.adapters import adapted_modules, adapter_key, outer_layers, remove_adapters
+from rankscope.lora.adapters import activate, outer_layers, remove_adapters
 from rankscope.lora.layout import Layout, NotPackable, Segment, Unpackable, use_layout
 from rankscope.lora.packed import own_forwards, pack_layers, replace_forward
 from rankscope.lora.saved import attach, read_adapter
 from rankscope.model.device import free_bytes
 from rankscope.spec.task import BASE
-from rankscope.train.probe import NEARNESS, in_float32
+from rankscope.train.probe import FAILURES, NEARNESS, in_float32
 
 MOST_ROWS = 256  # of one batch; on 2 cores a row takes half as long as in batches of 64; not measured on a GPU
 
@@ -73,23 +73,15 @@ def side_by_side(model: PreTrainedModel, names: Sequence[str]) -> bool:
 
     with in_float32(model):
         for row, name in enumerate(pair):
-            for layer in adapted_modules(model):
-                layer.set_adapter(adapter_key(name))
+            activate(model, name)
             alone.append(logits(ids[row : row + 1]))
         try:
             _send_parts(model, pair)
             difference = (logits(ids) - torch.cat(alone)).abs().max()
-        except (
-            NotPackable,
-            RuntimeError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            KeyError,
-        ):  # as `make_packable` has it
-            own_forwards(model)
+        except (NotPackable, *FAILURES):
             return False
-    own_forwards(model)
+        finally:
+            own_forwards(model)
     if not difference <= NEARNESS * torch.cat(alone).abs().max():
         return False
     _send_parts(model, names)

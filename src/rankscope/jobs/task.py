@@ -26,7 +26,7 @@ from rankscope.jobs import harness
 from rankscope.jobs.child import load_base, open_study
 from rankscope.jobs.generate import adapters_on, answers_of, ends_of, text_of, until
 from rankscope.jobs.job import Job, Run, failure_of
-from rankscope.lora.adapters import adapted_modules, adapter_key
+from rankscope.lora.adapters import activate
 from rankscope.lora.layout import NotPackable
 from rankscope.model.load import load_tokenizer, most_positions
 from rankscope.spec.task import BASE, CHOICE, Task, code_sha256, compiled, parse_task
@@ -90,7 +90,7 @@ def jobs(run: Run) -> list[Job]:
     first = next(iter(parts))
     if None in missing:
         parts[first].insert(0, [BASE])
-    if plan.site.here and plan.fleet.devices == 1:
+    if plan.on_one_device:
         parts = {first: [*chain(*parts.values())]}
     run.say(f"Task {text}: {len(missing)} models to score")
     reads = [CHOICES] if study.file(CHOICES).exists() else []
@@ -293,8 +293,7 @@ def losses_of(model: PreTrainedModel, folders: Folders, tokens: Tokens) -> dict[
 
 
 def _engine(model: PreTrainedModel, names: Sequence[str]) -> Engine:
-    for layer in adapted_modules(model):  # the probe holds the first adapter against the model's own forward
-        layer.set_adapter(adapter_key(names[0]))
+    activate(model, names[0])  # the probe holds it against the model's own forward
     try:
         make_packable(model, names)
     except NotPackable:

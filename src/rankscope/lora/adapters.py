@@ -152,6 +152,12 @@ def adapted_modules(model: nn.Module) -> list[Any]:
     return [layer for _, layer in [*lora_layers(model), *wrapped_modules(model)]]
 
 
+def activate(model: nn.Module, adapter: str) -> None:
+    """Have the model's own forward, by PEFT, go through this adapter alone."""
+    for layer in adapted_modules(model):
+        layer.set_adapter(adapter_key(adapter))
+
+
 def adapter_weights(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """Parameters of the adapter under PEFT's saved names: `base_model.model.….lora_A.weight`."""
     key = re.escape(adapter_key(adapter))

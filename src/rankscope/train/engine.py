@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from rankscope.data.tokens import Tokens
-from rankscope.lora.adapters import adapted_modules, adapter_key, lora_layers
+from rankscope.lora.adapters import activate, adapted_modules, adapter_key, lora_layers
 from rankscope.lora.layout import Examples, FlatBatch, Layout, Slice, flatten, use_layout
 from rankscope.lora.packed import trunk_name
 from rankscope.model.load import offset_positions
@@ -168,13 +168,9 @@ class PeftEngine:
                 weight: Tensor = layer.get_param()  # type: ignore[no-untyped-call]
                 weight.data = weight.data.float()
 
-    def _activate(self, adapter: str) -> None:
-        for layer in adapted_modules(self.model):
-            layer.set_adapter(adapter_key(adapter))
-
     def forward(self, tokens: Tokens, adapter: str) -> Tensor:
         """As `PackedEngine.forward`, row by row."""
-        self._activate(adapter)
+        activate(self.model, adapter)
         trunk = getattr(self.model, trunk_name(self.model) or "", self.model)
         rows = [torch.from_numpy(ids.astype(np.int64))[None].to(self.model.device) for ids, _ in tokens]
         return torch.cat([trunk(row, use_cache=False)[0] for row in rows], dim=1)
@@ -213,7 +209,7 @@ class PeftEngine:
 
     def losses(self, tokens: Tokens, slice_: Slice) -> Tensor:
         """Losses of each label in one forward, zero elsewhere, with LoRA dropout if the slice has seeds."""
-        self._activate(slice_.adapter)
+        activate(self.model, slice_.adapter)
         for _, layer in lora_layers(self.model):
             layer.lora_dropout.train(bool(slice_.dropout_seeds))
         with torch.random.fork_rng(enabled=bool(slice_.dropout_seeds)):
@@ -227,7 +223,7 @@ class PeftEngine:
         self.model.eval()
         counts, results = tokens.label_counts, []
         for adapter in adapters:
-            self._activate(adapter)
+            activate(self.model, adapter)
             losses, correct = np.zeros((2, len(tokens)))
             for _, part, _ in self.parts(tokens, Slice(adapter, range(len(tokens)))):
                 loss, hits = self._losses(tokens, part)

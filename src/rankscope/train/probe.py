@@ -50,6 +50,9 @@ LENGTH_ROUNDING = 1e-6  # by rounding, where products have other shapes
 CAUSAL_ROUNDING = 1e-5  # by masked tokens in a model's own forward, where they are multiplied by almost 0
 NEARNESS = 1e-3  # from the model's own forward: its attention rounds otherwise, in every layer
 
+FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, KeyError)
+"""Errors by which a forward fails that packed layers do not cover."""
+
 log = logging.getLogger(__name__)
 
 
@@ -91,7 +94,7 @@ def make_packable(model: PreTrainedModel, adapters: Sequence[str]) -> None:
                 return _check_packed(PackedEngine(model, 1 << 30), tokens, expected, adapters[0], rounding)
             except NotPackable as error:
                 reasons.append(error)
-            except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
+            except FAILURES as error:
                 reasons.append(NotPackable(Unpackable.FAILS, str(error)))
             use_own_forward(model, own_attention)
             log.info("not packed with attention %s: %s", attention or own_attention, reasons[-1])
