@@ -108,7 +108,7 @@ def test_what_a_study_takes_of_a_fleet(spec: StudySpec) -> None:
     packs = Division({}, {}).named([[low[0], high[0]], [high[1]], [high[2]], [low[1], low[2]]])
     alone = study_seconds(spec, forecasts, {})
     assert alone is not None
-    found = estimate_fleet(spec, packs, forecasts, {}, Fleet(2, 2.5))
+    found = estimate_fleet(alone, packs, forecasts, Fleet(2, 2.5))
     assert found is not None
     # 300 | 200, then 200 where 200 has ended, and last 200 where 300 has
     assert found.trials_seconds == 500 + 2 * START_SECONDS
@@ -118,7 +118,8 @@ def test_what_a_study_takes_of_a_fleet(spec: StudySpec) -> None:
     assert found.device_hours == 2 * (found.trials_seconds + alone[1]) / 3600
     assert found.cost == 2.5 * found.device_hours
     assert found.describe()["busy_device_hours"] == found.busy_seconds / 3600
-    single = estimate_fleet(spec, packs, forecasts, {}, Fleet(1, None))
+    single = estimate_fleet(alone, packs, forecasts, Fleet(1, None))
     assert single is not None
     assert (single.trials_seconds, single.cost) == (900 + START_SECONDS, None)  # one process trains them all
-    assert estimate_fleet(spec, packs, forecasts | {"r008-lr2e-4": forecast_of(None)}, {}, Fleet(2, None)) is None
+    unknown = study_seconds(spec, forecasts | {"r008-lr2e-4": forecast_of(None)}, {})
+    assert estimate_fleet(unknown, packs, forecasts, Fleet(2, None)) is None

@@ -33,7 +33,14 @@ def forecasts(spec: Any, step_seconds: float = 1.0, steps: int = 60) -> dict[str
 def plan(step_seconds: float, **more: Any) -> Any:
     spec = assemble(BASE, {})
     found = SimpleNamespace(candidates=forecasts(spec, step_seconds))
-    given = {"spec": spec, "steps": 60, "forecast": found, "data": SimpleNamespace(facts=FACTS), "fleet_estimate": None}
+    given = {
+        "spec": spec,
+        "steps": 60,
+        "forecast": found,
+        "data": SimpleNamespace(facts=FACTS),
+        "whole_seconds": study_seconds(spec, found.candidates, FACTS),
+        "fleet_estimate": None,
+    }
     return SimpleNamespace(**given | more)
 
 

@@ -48,7 +48,7 @@ def _jobs_of(run: Run, packs: Mapping[str, Sequence[Trial]]) -> list[Job]:
     plan = run.plan
     if not packs:
         return []
-    if plan.site.here and plan.fleet.devices == 1 and not plan.spec.training.isolated and not plan.timed:
+    if plan.on_one_device and not plan.spec.training.isolated and not plan.timed:
         return [_job(run, packs)]
     work = {pack: sum(work_of(trial, plan.prediction) for trial in trials) for pack, trials in packs.items()}
     return [_job(run, {pack: packs[pack]}) for pack in (longest_first(work) if plan.fleet.devices > 1 else packs)]

@@ -22,11 +22,19 @@ from rankscope.plan.checks import Disk, check_base_fits, check_disk, check_ranks
 from rankscope.plan.costs import CostModel, predict
 from rankscope.plan.memory import StudyMemory
 from rankscope.plan.packs import divide_into_packs
-from rankscope.plan.runtime import Fleet, FleetEstimate, StudyForecast, estimate_fleet, forecast, largest_fitting_rank
+from rankscope.plan.runtime import (
+    Fleet,
+    FleetEstimate,
+    StudyForecast,
+    estimate_fleet,
+    forecast,
+    largest_fitting_rank,
+    study_seconds,
+)
 from rankscope.spec.candidates import FullTrial, Trial
 from rankscope.spec.models import ModelSpec, StudySpec
 from rankscope.study.folder import Division, StudyFolder
-from rankscope.study.missing import ProfileJob, missing_profiles, without_result
+from rankscope.study.missing import ProfileJob, StudySeconds, missing_profiles, without_result
 
 GPU_HOST_BYTES = 4 << 30
 """Assumed memory of the host for a process that works on a GPU, beside the base model as it is loaded; not measured."""
@@ -62,11 +70,21 @@ class Plan:
         return forecast(self.spec, self.memory, self.data, self.site.here, self.product_flops)
 
     @property
+    def whole_seconds(self) -> StudySeconds | None:
+        """Forecast of the whole study on one device; None where times are not known."""
+        return study_seconds(self.spec, self.forecast.candidates, self.data.facts)
+
+    @property
+    def on_one_device(self) -> bool:
+        """Whether jobs follow one another on one device of this machine, and so can share a process."""
+        return self.site.here and self.fleet.devices == 1
+
+    @property
     def fleet_estimate(self) -> FleetEstimate | None:
         """Makespan, device hours and cost on the fleet; None on one device without a price, or without known times."""
         if self.fleet == Fleet(1, None):
             return None
-        return estimate_fleet(self.spec, self.packs, self.forecast.candidates, self.data.facts, self.fleet)
+        return estimate_fleet(self.whole_seconds, self.packs, self.forecast.candidates, self.fleet)
 
     @property
     def hypothetical(self) -> bool:

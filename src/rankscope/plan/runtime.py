@@ -235,16 +235,11 @@ NOT_COUNTED = (
 
 
 def estimate_fleet(
-    spec: StudySpec,
-    packs: Mapping[str, Sequence[Trial]],
-    forecasts: Mapping[str, Forecast],
-    facts: Mapping[str, Any],
-    fleet: Fleet,
+    alone: StudySeconds | None, packs: Mapping[str, Sequence[Trial]], forecasts: Mapping[str, Forecast], fleet: Fleet
 ) -> FleetEstimate | None:
-    """Time that the study takes on the fleet; None where times are not known. On several devices each pack has a
-    process of its own, and is taken to last as long as its trials one by one: so does one whose steps fill the device,
-    others are faster."""
-    alone = study_seconds(spec, forecasts, facts)
+    """Time on the fleet of the study that takes `alone` on one device; None where times are not known. On several
+    devices each pack has a process of its own, and is taken to last as long as its trials one by one: so does one whose
+    steps fill the device, others are faster."""
     if alone is None:
         return None
     jobs = {"all packs in one process": alone.trials}

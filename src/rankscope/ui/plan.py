@@ -12,7 +12,7 @@ from rankscope.jobs.launchers import make_launcher
 from rankscope.plan.checks import too_large
 from rankscope.plan.memory import MAX_PACK_MEMORY_FRACTION
 from rankscope.plan.plan import Plan, imagined_gpu, make_fleet, make_plan
-from rankscope.plan.runtime import COUNTED, NOT_COUNTED, FleetEstimate, shorter, study_seconds
+from rankscope.plan.runtime import COUNTED, NOT_COUNTED, FleetEstimate, shorter
 from rankscope.spec.models import StudySpec
 from rankscope.study.folder import StudyFolder
 from rankscope.study.missing import is_finished, unevaluated
@@ -91,7 +91,7 @@ LONG_SECONDS = 2 * 3600  # a run of more says so first, and asks
 
 def approve(progress: Display, plan: Plan, text: Catalogue = TEXT) -> None:
     """Say that a study takes hours, and what makes it shorter; in a terminal, ask. Raises typer.Exit: no."""
-    fleet, alone = plan.fleet_estimate, study_seconds(plan.spec, plan.forecast.candidates, plan.data.facts)
+    fleet, alone = plan.fleet_estimate, plan.whole_seconds
     seconds = fleet.makespan_seconds if fleet else sum(alone or ())
     if seconds <= LONG_SECONDS:
         return
@@ -110,7 +110,7 @@ def coverage_of(plan: Plan) -> list[str]:
 
 def describe_plan(plan: Plan) -> dict[str, Any]:
     """The plan as data, for `--json`: bytes, seconds, tokens."""
-    seconds, fleet = study_seconds(plan.spec, plan.forecast.candidates, plan.data.facts), plan.fleet_estimate
+    seconds, fleet = plan.whole_seconds, plan.fleet_estimate
     return {
         "model": {"id": plan.spec.model.id, "parameters": plan.prediction.base_params},
         "data": plan.data.facts,
@@ -204,7 +204,7 @@ def _memory(plan: Plan) -> Iterator[str]:
 def _time(plan: Plan) -> Iterator[str]:
     """Time of the study, on one device and on a fleet."""
     found = plan.forecast
-    seconds, rate = study_seconds(plan.spec, found.candidates, plan.data.facts), found.product_flops_per_second
+    seconds, rate = plan.whole_seconds, found.product_flops_per_second
     if seconds is None:
         known = " --gpu-flops says what it reaches." if plan.hypothetical else ""
         yield f"Time: not predicted, since this device's speed is not known here.{known}"
