@@ -148,7 +148,7 @@ def test_nothing_is_overwritten_and_nothing_is_left_by_a_failure(
 def test_where_a_base_is_now_is_asked_for(trained: Study, tmp_path: Path) -> None:
     spec = trained.spec.model_copy(update={"model": trained.spec.model.model_copy(update={"id": "gone"})})
     with pytest.raises(ModelError, match="model gone: the study began with a folder") as found:
-        export(Study(trained.path, spec, trained.log), tmp_path / "out", RANK)
+        export(Study.of(trained, spec), tmp_path / "out", RANK)
     assert "--model PATH" in found.value.todo
 
 
@@ -168,7 +168,7 @@ def test_a_base_that_is_another_now_is_refused(trained: Study, tmp_path: Path) -
 @pytest.mark.parametrize("merge", [None, "bf16"])
 def test_a_quantized_base_that_is_another_now_is_refused(trained: Study, tmp_path: Path, merge: str | None) -> None:
     base = trained.spec.model.model_copy(update={"quantization": "nf4"})
-    study = Study(trained.path, trained.spec.model_copy(update={"model": base}), trained.log)
+    study = Study.of(trained, trained.spec.model_copy(update={"model": base}))
     with pytest.raises(ModelError, match="not the weights that the study was trained on"):
         export(study, tmp_path / "out", RANK, merge=merge)
 

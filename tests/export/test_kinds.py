@@ -79,7 +79,7 @@ def test_a_tokenizer_larger_than_the_model_stays_away(
     """PEFT would enlarge the model to it, by rows of random numbers. Its chat template is written, if it is the
     study's."""
     data = trained.spec.data.model_copy(update={"chat_template": "chatml"})
-    trained = Study(trained.path, trained.spec.model_copy(update={"data": data}), trained.log)
+    trained = Study.of(trained, trained.spec.model_copy(update={"data": data}))
     monkeypatch.setattr(Study, "data_facts", trained.data_facts | {"format": format})
     shutil.copytree(trained.spec.model.id, tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")

@@ -74,7 +74,7 @@ def export(
     if not (model or Path(location(base)).exists() or base.commit or study.machine["model"].get("revision")):
         what = f"model {base.id}: the study began with a folder or file of that name, which is not here"
         raise ModelError(what, "Give the path that it has now: --model PATH.")
-    study = Study(study.path, study.spec.model_copy(update={"model": base}), study.log)
+    study = Study.of(study, study.spec.model_copy(update={"model": base}))
     folder = out or Path(f"{study.spec.name}-{chosen.candidate.profile_name}" + (f"-{merge}" if merge else ""))
     _check(study, chosen, folder, merge, over, push)
     source = train_again(study, chosen, say) if retrain else study.trial_folder(chosen)

@@ -110,6 +110,11 @@ class StudyFolder:
         files.refuse_links_out(path)
         return cls(path, *_read(path / "study.yaml"))
 
+    @classmethod
+    def of(cls, folder: "StudyFolder", spec: StudySpec | None = None) -> Self:
+        """The study of `folder` as this class, or with `spec` in place of its question; study.yaml stays as it is."""
+        return cls(folder.path, spec or folder.spec, folder.log)
+
     def grown(self, asked: StudySpec) -> Self:
         """The study with what `asked` adds, which `publish` writes: see `rankscope.study.growth`. Raises StudyError:
         `asked` is another study."""

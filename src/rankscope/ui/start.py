@@ -85,10 +85,10 @@ def _with_tables(study: "StudyFolder") -> "Study":
     announce(f"Reading {study.path}/")
     from rankscope.study.study import Study
 
-    return Study(study.path, study.spec, study.log)
+    return Study.of(study)
 
 
-def show_plan(spec: "StudySpec", begun: "Study | None", as_json: bool, **options: Any) -> None:
+def show_plan(spec: "StudySpec", begun: "StudyFolder | None", as_json: bool, **options: Any) -> None:
     """Print the plan of a study; `options` are those of `rankscope.ui.plan.show_plan`."""
     from rankscope.model.checks import check_inputs
 

@@ -60,8 +60,7 @@ class Watch:
 
     def _content(self, state: State) -> Content:
         """The report of the results so far. It concludes anew when a trial has ended: the run is being measured."""
-        there = self.live.study  # as the reader has just seen it: opening walks the whole study
-        study = Study(there.path, there.spec, there.log)
+        study = Study.of(self.live.study)  # as the reader has just seen it: opening walks the whole study
         evidence, ended = study.evidence(), [trial.status for trial in state.trials]
         if self._ended != ended or state.doing == "done":
             self._ended, self._verdict = ended, _verdict(study, evidence, state)
