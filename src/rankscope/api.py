@@ -5,21 +5,16 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
+from rankscope.begin import run_in
 from rankscope.jobs.job import Progress, Settings
-from rankscope.spec.models import StudySpec
 from rankscope.spec.names import description_of
 from rankscope.spec.option_table import OPTIONS
 from rankscope.spec.options import assemble, read_study_file
-from rankscope.spec.task import check_code
 from rankscope.study import study as directory
 
-if TYPE_CHECKING:
-    from rankscope.report.finish import Conclusion
-
 PathOrId: TypeAlias = str | os.PathLike[str]
-
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -171,37 +166,6 @@ def run(
     path = Path(out or asked.name)
     run_in(path, asked, Study.begun_at(path, asked), progress or _Silent(), how, launcher, ray_address)
     return Study.open(path)
-
-
-def run_in(
-    path: Path,
-    asked: StudySpec,
-    begun: directory.Study | None,
-    progress: Progress,
-    how: Settings,
-    launcher: str = "local",
-    ray_address: str | None = None,
-) -> "Conclusion":
-    """Run what is `asked` in `path`, or what the study there lacks, which has `begun`. Nothing that takes seconds to
-    import is imported where no file is missing. Raises as `run` does."""
-    question = begun.spec if begun else asked
-    if begun and not (how.remeasure or how.trackers):
-        from rankscope.report.finish import finish_complete, for_next_look
-
-        if conclusion := finish_complete(begun, how.language):
-            look = for_next_look(conclusion) if how.until_settled else None
-            if look is None:
-                return conclusion
-            question = look
-    check_code(question.measure.task, how.allow_code)
-    from rankscope.model.checks import check_inputs
-
-    question = check_inputs(question, data=begun is None)
-    from rankscope.jobs.launchers import make_launcher
-    from rankscope.pipeline import run_looks
-
-    with make_launcher(launcher, question.model, ray_address, progress.say) as launching:
-        return run_looks(question, path, launching, progress, how)
 
 
 def _plain(value: Any) -> Any:

@@ -104,7 +104,7 @@ def run(
         start.show_plan(spec, begun, json_, launcher=launcher, ray_address=ray_address, remeasure=own["remeasure"])
         return
     console.print(text("outcome.study", name=spec.name, path=path))
-    from rankscope.api import run_in
+    from rankscope.begin import run_in
     from rankscope.ui.progress import TerminalProgress
 
     progress = TerminalProgress(console, path, lang)
@@ -170,9 +170,9 @@ def plan(
     own = ask.own(options, ask.PLAN)
     spec, path = ask.study_and_path(study, out, options, set_, quick)
     start.check_names("en", launcher, ray_address)
-    from rankscope.study.study import Study
+    from rankscope.study.folder import StudyFolder
 
-    found, begun = Study.open(path) if Study.is_at(path) else None, None
+    found, begun = StudyFolder.open(path) if StudyFolder.is_at(path) else None, None
     with suppress(StudyError):  # another study, which `run` would refuse
         begun = found and found.grown(spec)
     spec = begun.spec if begun else spec

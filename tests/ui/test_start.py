@@ -16,7 +16,8 @@ from rankscope.spec.models import StudySpec
 from rankscope.study.missing import nothing_missing
 from rankscope.study.study import Study
 
-HEAVY = ("torch", "transformers", "peft", "datasets", "optuna", "scipy.stats")
+TRAINS = ("torch", "transformers", "peft", "datasets", "optuna", "scipy.stats")
+HEAVY = (*TRAINS, "pandas")
 
 SCRIPT = """
 import json, sys
@@ -45,7 +46,7 @@ def in_one_child(
     return [(code, heavy) for code, heavy in json.loads(found)], errors
 
 
-def test_what_cannot_be_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+def test_what_cannot_be_is_refused_before_torch_and_pandas_are_imported(tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     write_data(tmp_path / "data.json")
     for name, broken in (("torn", "config.json"), ("mute", "tokenizer.json")):
@@ -86,18 +87,10 @@ def test_what_cannot_be_is_refused_before_torch_is_imported(tmp_path: Path) -> N
         assert heavy == [], command
 
 
-def test_what_is_no_study_is_refused_before_pandas_is_imported(tmp_path: Path) -> None:
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "thesis.txt").write_text("mine")
-    commands = [["run", "--out", "taken"], *([name, "taken"] for name in ("curve", "report", "watch", "compare"))]
-    ended, errors = in_one_child(commands, tmp_path, [*HEAVY, "pandas"])
-    assert ended == [(2, [])] * len(commands), errors
-
-
 def test_a_finished_study_is_told_again_from_its_files(trained: Study) -> None:
     """Without torch, and without drawing its report again; `trained` stays as it is."""
     before = _files(trained.path)
-    (ended,), _ = in_one_child([["run", str(trained.path)]], trained.path.parent)
+    (ended,), _ = in_one_child([["run", str(trained.path)]], trained.path.parent, TRAINS)
     assert ended == (0, [])
     assert _files(trained.path) == before
 

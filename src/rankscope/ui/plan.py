@@ -17,7 +17,6 @@ from rankscope.spec.models import StudySpec
 from rankscope.study.folder import StudyFolder
 from rankscope.study.missing import is_finished, unevaluated
 from rankscope.study.scores import unscored
-from rankscope.study.study import Study
 from rankscope.text.catalogue import Catalogue, load
 from rankscope.text.coverage import coverage_sentences
 from rankscope.text.formats import about, duration, durations, parse_bytes, parse_flops, percent, size
@@ -31,7 +30,7 @@ TEXT = load("en")
 
 def plan_study(
     spec: StudySpec,
-    study: Study | None,
+    study: StudyFolder | None,
     launcher: str = "local",
     ray_address: str | None = None,
     gpu_memory: str | None = None,
@@ -52,7 +51,9 @@ def plan_study(
     return make_plan(spec, study_data(spec, study), site, fleet, study, rate, bool(remeasure))
 
 
-def show_plan(spec: StudySpec, study: Study | None, as_json: bool, show_rows: int | None = 0, **options: Any) -> None:
+def show_plan(
+    spec: StudySpec, study: StudyFolder | None, as_json: bool, show_rows: int | None = 0, **options: Any
+) -> None:
     """Print the plan (`plan_study`) with the first rows to train on, and what a `study` that has begun has already."""
     plan = plan_study(spec, study, **options)
     rows = describe_rows(plan, show_rows) if show_rows else []
