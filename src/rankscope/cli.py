@@ -46,7 +46,7 @@ def _answer(json_: bool, describe: Callable[[], Mapping[str, Any]], words: Calla
 @app.callback(invoke_without_command=True)
 def _global(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[bool, ask.switch("--debug", "Show the traceback of an error.")] = False,
 ) -> None:
     if version:
         typer.echo(f"rankscope {__version__}")
@@ -183,7 +183,7 @@ def plan(
 def report(
     options: dict[str, Any],
     directory: ask.Directory,
-    pdf: Annotated[bool, typer.Option("--pdf", help="Also print report.pdf, with Chromium or Chrome.")] = False,
+    pdf: Annotated[bool, ask.switch("--pdf", "Also print report.pdf, with Chromium or Chrome.")] = False,
     json_: ask.Json = False,
     lang: ask.Language = "en",
 ) -> None:
@@ -302,7 +302,7 @@ def export(
 def watch(
     directory: ask.Directory,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Local port; 0 for a free one.")] = 0,
-    terminal: Annotated[bool, typer.Option("--terminal", help="Show in the terminal.")] = False,
+    terminal: Annotated[bool, ask.switch("--terminal", "Show in the terminal.")] = False,
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
     lang: ask.Language = "en",
 ) -> None:

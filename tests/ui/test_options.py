@@ -51,14 +51,21 @@ def test_the_help_shows_the_default_that_holds(name: str) -> None:
     default: Any = assemble(base, {})
     for part in option.field.split("."):
         default = getattr(default, part)
-    if name in ("model", "dataset", "columns", "adapter_config"):
-        assert option.default == "", "there is none, or nothing"
-    elif default in (None, ()):
-        words = ("none", "no limit", "1", "those of --epochs", "rows held out", "the tokenizer's")
+    if name in ("model", "dataset"):
+        assert option.default == "the study's; else embedded"
+    elif default in (None, (), {}):
+        words = ("none", "no limit", "1", "those of --epochs", "rows held out", "the tokenizer's", "names as they are")
         assert option.default in (*words, "task where there is one")
         assert name != "epochs" or "Default without either: 1." in str(TrainingSpec.model_fields[name].description)
     else:
         assert assemble(base, {name: option.default}) == assemble(base, {})
+
+
+@pytest.mark.parametrize("command", typer.main.get_command(app).commands.values(), ids=lambda command: command.name)
+def test_every_option_says_what_holds_without_it(command: Any) -> None:
+    context = typer.Context(command)
+    shown = [one.get_help_record(context) for one in command.params if one.param_type_name == "option"]
+    assert [words for words in shown if "[default: " not in words[1]] == []
 
 
 OWN = {"--ranks", "--learning-rates", "--model", "--dataset", "--batch-size", "--alpha", "--set", "--out", "--isolated"}

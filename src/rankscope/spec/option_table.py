@@ -9,11 +9,14 @@ class Option(NamedTuple):
     field: str  # such as training.steps
     type: Any  # on the command line, where lists of numbers are text with commas
     help: str = ""  # empty for options of `rankscope.run` alone
-    default: str = ""  # in the help: a value that may be given, or what holds without one
+    default: str = (
+        ""  # in the help: a value that may be given, or what holds without one; a switch has none, and is off
+    )
     metavar: str | None = None  # value in the help; None for the type's name
     least: int | None = None  # smallest number that the command line takes
 
 
+_GIVEN = "the study's; else embedded"
 _DATA = "Instruction data: file, folder or hub id. Repeat it for several."
 _COLUMNS = "Columns of other names: prompt=question,completion=answer."
 _RANKS = "LoRA ranks: a list, or 4..64 for 4, 8 up to 64; full adds full fine-tuning."
@@ -28,11 +31,11 @@ _ENGINE = "packed, or peft: one trial at a time with PEFT's own forward."
 
 OPTIONS = {
     "name": Option("name", str),
-    "model": Option("model.id", str, "Base model: hub id, folder or .gguf file."),
+    "model": Option("model.id", str, "Base model: hub id, folder or .gguf file.", _GIVEN),
     "revision": Option("model.revision", str),
-    "dataset": Option("data.id", list[str], _DATA, "", "DATA"),
+    "dataset": Option("data.id", list[str], _DATA, _GIVEN, "DATA"),
     "eval_dataset": Option("data.eval_dataset", list[str], "Data to evaluate on.", "rows held out", "DATA"),
-    "columns": Option("data.columns", list[str], _COLUMNS, "", "NAME=COLUMN"),
+    "columns": Option("data.columns", list[str], _COLUMNS, "names as they are", "NAME=COLUMN"),
     "chat_template": Option("data.chat_template", str, "Jinja template of chats.", "the tokenizer's", "FILE|chatml"),
     "skip_bad_rows": Option("data.skip_bad_rows", bool, "Leave out rows with missing or wrong fields, and count them."),
     "force": Option("data.force", bool, "Train even on fewer than 8 rows."),
@@ -50,7 +53,7 @@ OPTIONS = {
     "batch_size": Option("training.batch_size", int, "Examples per trial and step.", "8"),
     "max_length": Option("data.max_length", int, _LENGTH, "1024"),
     "target_modules": Option("adapter.target_modules", str, _MODULES, "all-linear"),
-    "adapter_config": Option("adapter.peft", str, _CONFIG, "", "FILE"),
+    "adapter_config": Option("adapter.peft", str, _CONFIG, "none", "FILE"),
     "device": Option("model.device", str, "auto, cpu, cuda, cuda:1 or mps.", "auto"),
     "dtype": Option("model.dtype", str, "Type of the base model: auto, float32 or bfloat16.", "auto"),
     "quantization": Option("model.quantization", str, "Quantize the base: nf4 (4 bits) or int8.", "none"),

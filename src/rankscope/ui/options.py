@@ -23,7 +23,11 @@ Options: TypeAlias = Mapping[str, Option]  # by name; those without a field are 
 NONE: Options = MappingProxyType({})
 
 STUDY = {name: option for name, option in OPTIONS.items() if option.help}
-CRITERIA = {name: option for name, option in OPTIONS.items() if option.field.startswith("verdict.")}
+CRITERIA = {
+    name: option._replace(default="the study's")
+    for name, option in OPTIONS.items()
+    if option.field.startswith("verdict.")
+}
 RUN = STUDY | {
     "report_to": Option("", str, "Trackers: wandb,tensorboard,mlflow,trackio.", "none"),
     "remeasure": Option("", bool, "Measure the costs of all ranks again."),
@@ -57,11 +61,13 @@ _RECIPE = ("steps", "epochs", "batch_size", "max_length", "device", "dtype", "qu
 SEARCH |= {name: OPTIONS[name] for name in _RECIPE}
 
 RULES = {
-    "rank": Option("", int, "Truncate every layer to this rank."),
-    "energy": Option("", str, "Share of each layer's energy (squared singular values) to keep: 0.95."),
-    "cumulative": Option("", str, "Share of each layer's singular values to keep: 0.95."),
-    "budget_rank": Option("", int, "As many parameters as this rank has, divided to keep most energy."),
-    "max_loss_increase": Option("", str, "Smallest adapter whose held-out loss rises by at most this, e.g. 0.5%."),
+    "rank": Option("", int, "Truncate every layer to this rank.", "none"),
+    "energy": Option("", str, "Share of each layer's energy (squared singular values) to keep: 0.95.", "none"),
+    "cumulative": Option("", str, "Share of each layer's singular values to keep: 0.95.", "none"),
+    "budget_rank": Option("", int, "As many parameters as this rank has, divided to keep most energy.", "none"),
+    "max_loss_increase": Option(
+        "", str, "Smallest adapter whose held-out loss rises by at most this, e.g. 0.5%.", "none"
+    ),
 }
 RESIZE = {
     **RULES,
@@ -82,6 +88,14 @@ EXPORT = {
 }
 
 
+OFF = "off"  # default of every switch, in the help
+
+
+def switch(name: str, help: str) -> Any:
+    """A switch as typer declares it, which is off without it."""
+    return typer.Option(name, help=help, show_default=OFF)
+
+
 StudyFile = Annotated[
     Path | None,
     typer.Argument(metavar="[STUDY.yaml]", help="A study's file. Without one and --model: the embedded study."),
@@ -98,12 +112,13 @@ FinishedDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="Director
 Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a PEFT LoRA adapter, or a hub id.")]
 Revision = Annotated[str | None, typer.Option(help="Hub revision (branch, tag, commit).", show_default="main")]
 Out = Annotated[Path | None, typer.Option(help="The study's directory.", show_default="its name")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any field: training.steps=200.")]
+_ANY = "Any field: training.steps=200."
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=_ANY, show_default="none")]
 LauncherName = Annotated[str, typer.Option("--launcher", help="Where jobs run: local (all GPUs here) or ray.")]
 RayAddress = Annotated[str | None, typer.Option(help="HOST:PORT or auto.", show_default="RAY_ADDRESS, or Ray here")]
 _QUICK = "A first look, in NAME-quick: at most 3 ranks, 2 seeds, 200 steps and 2,000 rows."
-Quick = Annotated[bool, typer.Option("--quick", help=_QUICK)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts; all else goes to stderr.")]
+Quick = Annotated[bool, switch("--quick", _QUICK)]
+Json = Annotated[bool, switch("--json", "Print one JSON object, for scripts; all else goes to stderr.")]
 Language = Annotated[str, typer.Option("--lang", help="Language of the verdict and of report/index.html: en or ko.")]
 
 
@@ -152,7 +167,8 @@ _PANELS |= dict.fromkeys(("ranks", "variants", "adapter", "learning_rates", "see
 def _annotation(name: str, option: Option) -> Any:
     """Return the option as typer declares it; a switch has no --no- form."""
     declarations = [f"--{name.replace('_', '-')}"] if option.type is bool else []
-    shown: Any = {"metavar": option.metavar, "help": option.help, "show_default": option.default or True}
+    default = OFF if option.type is bool else option.default
+    shown: Any = {"metavar": option.metavar, "help": option.help, "show_default": default}
     panel = _PANELS.get(option.field.partition(".")[0])
     return Annotated[option.type | None, typer.Option(*declarations, min=option.least, rich_help_panel=panel, **shown)]
 
