@@ -127,7 +127,7 @@ def growth() -> str:
     """Return a table of the rules of a study's growth."""
     effects = {"grows": "grows", "free": "the newest value holds", "fixed": "another study"}
     rows = [f"| `{field}` | {effects[rule.kind]} | {rule.reason} |" for field, rule in RULES.items()]
-    return "\n".join(["| field | another value | since |", "|---|---|---|", *rows])
+    return "\n".join(["| field | another value | why |", "|---|---|---|", *rows])
 
 
 def _table(group: dict[str, Any]) -> str:
