@@ -12,6 +12,7 @@ from rankscope.jobs.queue import run_kind
 from rankscope.measure.machine import Site
 from rankscope.study.folder import StudyFolder
 from rankscope.study.missing import missing_profiles, without_result
+from rankscope.text.catalogue import load
 
 HERE = Site("cpu", True, 1 << 33, "cpu", "float32", {}, {})
 
@@ -61,5 +62,5 @@ def do(kind: Kind, study: StudyFolder, launcher: FakeLauncher, progress: Progres
         host_bytes=lambda *_: 0,
         fitting=lambda _, names: [list(names)],
     )
-    run = Run(study, plan, progress.say)
+    run = Run(study, plan, progress.say, load("en"))
     run_kind(kind, run, kind.jobs(run), launcher, progress.poll)

@@ -19,6 +19,7 @@ from rankscope.report.finish import Conclusion
 from rankscope.study.folder import StudyFolder
 from rankscope.study.missing import unfinished
 from rankscope.study.study import Study
+from rankscope.text.catalogue import load
 from rankscope.ui.outcome import show_failures, show_untried
 from recording import RecordingProgress
 from study.planting import plant_trial
@@ -147,7 +148,7 @@ def test_what_would_end_after_the_limit_is_not_begun_and_is_named(
     assert seeds(found.study) == {2: [0, 1], 4: [0, 1], 8: [0, 1]}, "not the third seed, of all three ranks"
     console = Console(record=True, width=200)
     show_untried(found.study, console, "en")
-    assert show_failures(found.study, console), "the exit code tells that trials are missing"
+    assert show_failures(found.study, console, load("en")), "the exit code tells that trials are missing"
     told = console.export_text()
     assert "Not tried, since it would have ended after the time given: r002-lr3e-2 (seeds 2); r004-lr3e-2" in told
     assert f"To go on:\n  rankscope run {found.study.path}" in told

@@ -39,5 +39,5 @@ def run_in(
     question = check_inputs(question, data=begun is None)
     from rankscope.pipeline import run_looks
 
-    with make_launcher(launcher, question.model, ray_address, progress.say) as launching:
+    with make_launcher(launcher, question.model, ray_address, progress.say, how.language) as launching:
         return run_looks(question, path, launching, progress, how)

@@ -111,7 +111,7 @@ def run(
     approve = None if own["yes"] or limit else partial(start.approve, progress, text)
     again, settled, code = bool(own["remeasure"]), bool(own["until_settled"]), own["allow_code"] or ()
     how = Settings(trackers, lang, again, settled, limit, code, approve)
-    with stoppable(), progress:
+    with stoppable(text), progress:
         conclusion = run_in(path, asked, begun, progress, how, launcher, ray_address)
     from rankscope.ui.outcome import describe_outcome, show_failures, show_outcome, show_untried
 
@@ -121,7 +121,7 @@ def run(
     if quick:
         whole = shlex.join(["rankscope", *(word for word in sys.argv[1:] if word != "--quick")])
         console.print(text("outcome.quick", command=whole))
-    if show_failures(conclusion.study, error_console):
+    if show_failures(conclusion.study, error_console, text):
         raise typer.Exit(4)
 
 
@@ -134,6 +134,7 @@ def search(
     launcher: ask.LauncherName = "local",
     ray_address: ask.RayAddress = None,
     json_: ask.Json = False,
+    lang: ask.Language = "en",
 ) -> None:
     """Find the best rank, learning rate, alpha and target modules within a budget. Resumes where it stopped."""
     require("optuna", "search", "rankscope search")
@@ -145,14 +146,14 @@ def search(
         values |= {"ranks": None, "learning_rates": None}
     spec = resolve_search(values, options, set_ or (), study)
     path, console = out or Path(f"{spec.study.name}-search"), error_console if json_ else out_console
-    start.check_names("en", launcher, ray_address)
+    text = start.check_names(lang, launcher, ray_address)
     spec = spec.model_copy(update={"study": check_inputs(spec.study, data=not path.exists())})
-    console.print(f"Search in {path}/")
+    console.print(text("search.begin", path=path))
     from rankscope.ui.search import describe_result, run_search, show_result
 
-    with stoppable():
-        result = run_search(spec, path, console, launcher, ray_address)
-    _answer(json_, lambda: describe_result(path, result), lambda: show_result(path, result, console))
+    with stoppable(text):
+        result = run_search(spec, path, console, launcher, ray_address, lang)
+    _answer(json_, lambda: describe_result(path, result), lambda: show_result(path, result, console, text))
 
 
 @command(FIRST, ask.PLAN)
@@ -202,13 +203,14 @@ def report(
 def compare(
     studies: Annotated[list[Path], typer.Argument(metavar="STUDY...", help="Directories of finished studies.")],
     json_: ask.Json = False,
+    lang: ask.Language = "en",
 ) -> None:
     """Set several studies side by side: paired where they share rows and seeds, and what they have in common."""
-    opened = [(str(directory), start.open_study(directory)) for directory in studies]
+    text, opened = start.check_names(lang), [(str(directory), start.open_study(directory)) for directory in studies]
     from rankscope.ui.compare import compare_studies, show_comparison
 
     found = compare_studies(opened)
-    _answer(json_, lambda: found, lambda: show_comparison(found))
+    _answer(json_, lambda: found, lambda: show_comparison(found, text))
 
 
 @command(FURTHER)
@@ -220,14 +222,16 @@ def judge(
         Path | None, typer.Option(help="Write a study to settle it to this file.", show_default="none")
     ] = None,
     json_: ask.Json = False,
+    lang: ask.Language = "en",
 ) -> None:
     """Say what training runs of other tools can and cannot show about rank, and which study would settle it."""
-    start.announce("Reading the runs")
+    text = start.check_names(lang)
+    start.announce(text("judge.reading"))
     from rankscope.judge.command import describe, judge
     from rankscope.ui.judge import show_judged
 
-    found = judge(paths, out)
-    _answer(json_, lambda: describe(found), lambda: show_judged(found, out))
+    found = judge(paths, out, lang)
+    _answer(json_, lambda: describe(found), lambda: show_judged(found, out, text))
 
 
 @command(FURTHER)
@@ -244,7 +248,8 @@ def curve(
     from rankscope.model.checks import check_inputs
     from rankscope.spec.candidates import ranks_of
 
-    study, console = start.open_study(directory, lang, launcher, ray_address), error_console if json_ else out_console
+    study, text = start.open_study(directory, lang, launcher, ray_address), start.check_names(lang)
+    console = error_console if json_ else out_console
     asked = None if ranks is None else ranks_of(ranks)
     check_inputs(study.spec, data=False)
     from rankscope.jobs.launchers import make_launcher
@@ -253,7 +258,8 @@ def curve(
     from rankscope.ui.progress import TerminalProgress
 
     progress = TerminalProgress(console, directory, lang)
-    with stoppable(), progress, make_launcher(launcher, study.spec.model, ray_address, progress.say) as launching:
+    make = partial(make_launcher, launcher, study.spec.model, ray_address, progress.say, lang)
+    with stoppable(text), progress, make() as launching:
         conclusion = measure_curve(study, launching, progress, asked, recover, lang)
     _answer(json_, lambda: describe_curve(conclusion), lambda: show(*curve_parts(conclusion, lang)))
 
@@ -294,7 +300,7 @@ def export(
     from rankscope.export.show import describe, lost_table, sentences
 
     options["over"] = [form.strip() for form in (options["over"] or "").split(",") if form.strip()]
-    result = export(study, out, say=error_console.print, **options)
+    result = export(study, out, say=error_console.print, language=lang, **options)
     _answer(json_, lambda: describe(result), lambda: show(lost_table(result, text), *sentences(result, text)))
 
 
@@ -338,7 +344,7 @@ def spectrum(
     frame = spectrum_of(saved.layers)
     if chart is not None:
         save_chart(spectrum_chart(frame, text), chart, text)
-        console.print(f"Chart: {chart}")
+        console.print(text("spectrum.chart", file=chart))
     show(*spectrum_notes(saved, text), console=console)
     found = {"adapter": adapter, "layers": frame.to_dict("records")}
     _answer(json_, lambda: found, lambda: show(module_table(frame, text)))
@@ -363,7 +369,8 @@ def resize(
     from rankscope.resize import command
     from rankscope.resize.show import rank_table, sentences, tried_table
 
-    result = command.resize(adapter, rule, out, revision, uniform, options, set_ or (), error_console.print)
+    said = error_console.print
+    result = command.resize(adapter, rule, out, revision, uniform, options, set_ or (), said, lang)
     tables = [*([tried_table(result.loss, text)] if result.loss else []), rank_table(result.layers, text)]
     _answer(json_, lambda: command.describe(result), lambda: show(*tables, *sentences(result, text)))
 

@@ -4,7 +4,7 @@ Every step looks at the study's directory first and does only what is missing.
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from rankscope.errors import DataError, ModelError
 from rankscope.files import exists, write_json
 from rankscope.jobs import answers, packs, profiles, reference, rows, task
 from rankscope.jobs.curve import take_curve
-from rankscope.jobs.job import Kind, Launcher, Progress, Run, Settings
+from rankscope.jobs.job import Kind, Launcher, Progress, Run, Say, Settings
 from rankscope.jobs.queue import run_kind
 from rankscope.jobs.repair import remove_corrupt, remove_leftovers
 from rankscope.measure.machine import Site, changes, describe_machine
@@ -26,6 +26,7 @@ from rankscope.spec.task import check_code
 from rankscope.study.folder import CURVE
 from rankscope.study.missing import unevaluated
 from rankscope.study.study import Study
+from rankscope.text.catalogue import Catalogue
 from rankscope.text.catalogue import load as load_catalogue
 from rankscope.text.coverage import coverage_sentences
 from rankscope.track.tracker_process import run_trackers
@@ -38,11 +39,11 @@ def run_looks(spec: StudySpec, out: Path, launcher: Launcher, progress: Progress
     """Run a study (`run_study`), and look at it: `until_settled`, the ranks in contention then get the seeds of the
     next planned look (`next_look` of verdict.json), until nothing is open or the last look was taken. Only the study's
     files say where it stands: a killed run is taken up by another."""
-    conclusion = run_study(spec, out, launcher, progress, how)
+    text, conclusion = load_catalogue(how.language), run_study(spec, out, launcher, progress, how)
     while how.until_settled and (asked := for_next_look(conclusion)):
         look = conclusion.verdict["next_look"]
-        ranks = ", ".join(map(str, look["ranks"]))
-        progress.say(f"Not settled: rank{'s' * (len(look['ranks']) > 1)} {ranks} get seeds, up to {look['seeds']}")
+        ranks = text("name.ranks" if len(look["ranks"]) > 1 else "name.rank", rank=", ".join(map(str, look["ranks"])))
+        progress.say(text("notice.look", ranks=ranks, seeds=look["seeds"]))
         conclusion = run_study(asked, out, launcher, progress, how._replace(remeasure=False))
     return conclusion
 
@@ -58,7 +59,7 @@ def run_study(spec: StudySpec, out: Path, launcher: Launcher, progress: Progress
             resources.enter_context(_held(Study.open(out)))
             study, site = Study.create(out, spec), launcher.site()
             spec = study.spec
-            _repair(study, how.remeasure, site, progress.say)
+            _repair(study, how.remeasure, site, progress.say, text)
         check_code(spec.measure.task, how.allow_code)
         task.check(spec.measure.task)
         data, fleet, site = study_data(spec, study), Fleet(launcher.slots(), None), site or launcher.site()
@@ -71,34 +72,33 @@ def run_study(spec: StudySpec, out: Path, launcher: Launcher, progress: Progress
             study = Study.create(out, spec)
             resources.enter_context(_held(study, is_new=True))
         study.publish()  # before the tokens change: the log has the hashes of those before and now
-        _write_facts(study, plan, progress.say)
+        _write_facts(study, plan, progress.say, text)
         scored = task.prepare(study, plan.data)
         if plan.packs or plan.reference or plan.profiles or unevaluated(study):
             study.publish(changes(study.machine, [entry.changed for entry in study.log], site))
         coverage = coverage_sentences(study.prediction.get("coverage"), study.spec.ranks, text)
         for sentence in filter(None, (describe_data(plan.data.facts), " ".join(coverage), scored, plan.unmeasured)):
             progress.say(sentence)
-        resources.enter_context(run_trackers(study, how.trackers, progress.say))
-        run = Run(study, plan, progress.say)
+        resources.enter_context(run_trackers(study, how.trackers, progress.say, how.language))
+        run = Run(study, plan, progress.say, text)
         for kind in KINDS:
             run_kind(kind, run, kind.jobs(run), launcher, progress.poll, how.limit)
         if plan.remeasure and not profiles.replace_profiles(study):
-            progress.say("Not all costs could be measured again: those that the study had stay.")
+            progress.say(text("notice.not_remeasured"))
         progress.say(text("live.conclude"))
         progress.poll()
         return finish(study, how.language)
 
 
-def _repair(study: Study, remeasure: bool, site: Site, say: Callable[[str], None]) -> None:
+def _repair(study: Study, remeasure: bool, site: Site, say: Say, text: Catalogue) -> None:
     """Remove temporary and corrupt files, which are made again; checkpoints stay, and training resumes from them."""
     remove_leftovers(study)
     for name in remove_corrupt(study):
-        again = "; `rankscope curve` makes it again" if name == CURVE else ", and made again"
-        say(f"{name} was damaged: it is removed{again}.")
+        say(text("notice.damaged_curve" if name == CURVE else "notice.damaged", file=name))
     profiles.settle_profiles(study, remeasure, site)
 
 
-def _write_facts(study: Study, plan: Plan, say: Callable[[str], None]) -> None:
+def _write_facts(study: Study, plan: Plan, say: Say, text: Catalogue) -> None:
     """Write the tokens, the machine and the forecast, where the study lacks them.
 
     Tokens with more evaluation rows replace others, after all that was made from those and is not of one trial.
@@ -107,7 +107,7 @@ def _write_facts(study: Study, plan: Plan, say: Callable[[str], None]) -> None:
     if not exists(facts) or study.data_facts["tokens_sha256"] != sha256_of(data):
         if any(entry.tokens_sha256 for entry in study.log):
             if exists(study.rank_curve_file):
-                say(f"{CURVE} is removed, since evaluation rows were added; `rankscope curve` makes it again.")
+                say(text("notice.curve_removed", file=CURVE))
             for name in ("curve", "answers", "task"):
                 shutil.rmtree(study.file(name), ignore_errors=True)
             note = "evaluation rows were added: evaluations while earlier trials were trained are on fewer"
@@ -132,9 +132,9 @@ def measure_curve(
     language: str = "en",
 ) -> Conclusion:
     """Measure what the study's curve lacks of these ranks (see `take_curve`), and conclude again."""
-    load_catalogue(language)
+    text = load_catalogue(language)
     with study.lock():
-        take_curve(study, launcher, progress, ranks, recover)
+        take_curve(study, launcher, progress, text, ranks, recover)
         return finish(study, language)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -77,6 +78,11 @@ def test_studies_with_the_same_tokens_are_paired_by_row_and_seed(trained: Study,
     shown = CliRunner().invoke(app, ["compare", str(trained.path), str(other)])
     assert "paired by held-out row and seed" in shown.stdout
     assert "from 10 studies on" in shown.stdout
+    korean = CliRunner().invoke(app, ["compare", str(trained.path), str(other), "--lang", "ko"]).stdout
+    assert "검증 행과 시드로 짝지은 비교" in korean
+    assert "스터디가 10개 이상일 때" in korean
+    words = set(re.findall("[a-z]{3,}", korean.replace(str(tmp_path), "").replace(str(trained.path), "")))
+    assert not words & {"study", "seeds", "verdict", "difference", "interval", "rank", "none"}
 
 
 def test_the_rank_of_a_study_is_that_of_its_own_losses(trained: Study) -> None:

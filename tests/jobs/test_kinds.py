@@ -2,8 +2,10 @@
 
 import importlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +15,7 @@ import pytest
 import rankscope
 from folders import write_data, write_model
 from launchers import HERE, FakeLauncher
-from rankscope.errors import KilledError, ModelError, RankscopeError, StudyDirectoryError
+from rankscope.errors import KilledError, ModelError, OutOfMemoryError, RankscopeError, StudyDirectoryError
 from rankscope.files import read_json, write_json
 from rankscope.jobs import answers, curve, packs, profiles, reference, rows, task
 from rankscope.jobs.job import Job, Run
@@ -26,6 +28,7 @@ from rankscope.search.space import resolve_search
 from rankscope.study.records import LogEntry
 from rankscope.study.scores import task_file
 from rankscope.study.study import Study
+from rankscope.text.catalogue import load
 from rankscope.train.prepare import study_data
 from recording import RecordingProgress
 
@@ -37,6 +40,7 @@ SETS = (
     "measure.task=exact_match", "measure.task_tokens=2",
 )  # fmt: skip
 
+WORDS, HANGUL = load("ko"), re.compile("[가-힣]")
 Ended = Callable[[Job, RankscopeError | None, Sequence[Job]], list[Job]]
 
 
@@ -47,6 +51,7 @@ class Kind(NamedTuple):
     folder: Path
     missing: Callable[[], list[Job]]  # the jobs that the folder still needs
     ended: Ended
+    said: list[str]  # what the user is told
 
 
 @pytest.fixture(scope="module")
@@ -72,18 +77,18 @@ def of_study(module: Any, whole: Study, folder: Path) -> Kind:
     shutil.copytree(whole.path, folder)
     for name in MADE[module]:
         shutil.rmtree(folder / name)
-    study = Study.open(folder)
+    study, said = Study.open(folder), list[str]()
     for trial in study.trials if module is task else ():
         task_file(study, trial).unlink()
     if module is curve:
         trials = [trial for trial in study.trials if trial.candidate.rank == 4]
-        missing = partial(curve.missing, study, trials, [1, 4], 0, lambda line: None)
-        return Kind(curve, folder, lambda: curve.jobs(study, missing(), 1), partial(curve.ended, study))
+        missing = partial(curve.missing, study, trials, [1, 4], 0, said.append, WORDS)
+        return Kind(curve, folder, lambda: curve.jobs(study, missing(), 1), partial(curve.ended, study), said)
     if module is rows:
         make_stale(study)
     plan = partial(make_plan, study.spec, study_data(study.spec, study), HERE, make_fleet(None, None), study)
-    run = Run(study, plan(), lambda line: None)
-    return Kind(module, folder, lambda: module.jobs(run._replace(plan=plan())), partial(module.ended, run))
+    run = Run(study, plan(), said.append, WORDS)
+    return Kind(module, folder, lambda: module.jobs(run._replace(plan=plan())), partial(module.ended, run), said)
 
 
 def make_stale(study: Study) -> None:
@@ -108,13 +113,13 @@ def searched(whole: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def of_search(folder: Path) -> Kind:
-    found = search.Search.open(folder)
+    found, said = search.Search.open(folder), list[str]()
 
     def missing() -> list[Job]:
         result = found.result()
         return [] if result is not None and result["finished"] else [search.job_of(found, 1)]
 
-    return Kind(search, folder, missing, partial(search.ended, found, lambda line: None))
+    return Kind(search, folder, missing, partial(search.ended, found, said.append, WORDS), said)
 
 
 @pytest.fixture(params=[*MADE, search], ids=lambda module: module.__name__.removeprefix("rankscope."))
@@ -173,6 +178,14 @@ def test_an_error_that_every_job_would_hit_ends_all_but_the_optional(kind: Kind,
     else:
         with pytest.raises(type(error), match=error.what):
             run(kind, error)
+
+
+def test_what_is_said_of_a_failure_is_in_the_language_of_the_run(kind: Kind) -> None:
+    with suppress(OutOfMemoryError):  # a command of one kind alone ends with it
+        run(kind, OutOfMemoryError("no room"))
+    assert kind.said or kind.module in (curve, search)
+    assert [line for line in kind.said if not HANGUL.search(line)] == []
+    assert any("no room" in line for line in kind.said) == bool(kind.said), "the error can be searched for"
 
 
 def test_jobs_that_wait_are_kept_in_their_order(kind: Kind) -> None:

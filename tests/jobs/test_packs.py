@@ -20,6 +20,7 @@ from rankscope.plan.plan import make_fleet, make_plan
 from rankscope.spec.models import StudySpec
 from rankscope.spec.options import assemble
 from rankscope.study.study import Study
+from rankscope.text.catalogue import load
 from rankscope.train.prepare import prepare_data
 from recording import RecordingProgress
 
@@ -68,7 +69,7 @@ def train(
     study = Study.create(path / "study", spec)
     launcher, progress = PackLauncher(slots, study, ends), RecordingProgress()
     plan = make_plan(spec, data, HERE, make_fleet(None, None, slots), study)
-    run = Run(study, plan, progress.say)
+    run = Run(study, plan, progress.say, load("en"))
     run_kind(kind, run, kind.jobs(run), launcher, progress.poll)
     return study, launcher, progress
 

@@ -17,6 +17,7 @@ from rankscope.study.folder import OF_HELD_OUT
 from rankscope.study.missing import unevaluated
 from rankscope.study.records import LogEntry
 from rankscope.study.study import Study
+from rankscope.text.catalogue import load
 from small_study import run_small
 
 VARIANTS = ["rslora", "pissa", "olora", "loraplus", "dora"]
@@ -46,7 +47,7 @@ def run(study: Study, does: Any = rows.work, devices: int = 1) -> tuple[list[Job
     said: list[str] = []
     plan: Any = SimpleNamespace(fleet=SimpleNamespace(devices=devices), host_bytes=lambda trials: 1)
     launcher = FakeLauncher(lambda path, job: does(path, job.content))
-    run = Run(study, plan, said.append)
+    run = Run(study, plan, said.append, load("en"))
     run_kind(rows, run, rows.jobs(run), launcher, lambda: None)
     return launcher.started, said
 

@@ -178,7 +178,7 @@ def test_a_run_scores_what_is_missing_and_says_when_code_has_changed(trained: St
     assert scores.task_file(study, None).stat().st_ino == kept
     code.write_text("def score(prompt, answer, reference):\n    return 2\n")
     study = rankscope.run(**asked, allow_code=str(code))
-    assert f"{code}:score has changed since it scored 5 models: they are scored again" in progress.lines
+    assert f"{code}:score has changed since it scored 5 models: scoring again" in progress.lines
     assert "it returned 2, and a score is a number from 0 to 1" in study.open_failures()["task"].reason
     assert study.task_scores().empty
 

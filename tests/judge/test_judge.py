@@ -4,6 +4,7 @@ form: what is confounded, what the seeds show, and what is refused."""
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from rankscope.judge import readers
 from rankscope.judge.command import Judged, describe, judge, study_text
 from rankscope.judge.differences import _over_seeds, largest_spread
 from rankscope.spec.resolve import resolve_spec
+from rankscope.text.catalogue import load
 from rankscope.ui.console import out_console
 
 RUNS = Path(__file__).parents[1] / "fixtures" / "runs"
@@ -32,7 +34,7 @@ COLUMNS += ["learning_rate", "seed", "train/global_step", "eval/loss", "train/lo
 
 def runs_of(found: Judged, what: str) -> set[str]:
     """Runs that a confounder or a doubt names; empty where there is none of this kind."""
-    return {run for one in (*found.confounders, *found.limits) if one.what.startswith(what) for run in one.runs}
+    return {run for one in (*found.confounders, *found.limits) if one.what == what for run in one.runs}
 
 
 def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
@@ -110,10 +112,8 @@ def test_runs_that_cannot_support_a_conclusion_are_told_each_confounder(confound
     assert texts["steps"] == "steps: 40 at rank 2, 8 (rank2, rank8); 20 at rank 4 (rank4)"
     assert "4 at rank 2 (rank2); 2 at rank 4 (rank4); 1 at rank 8 (rank8)" in texts["scaling"]
     assert "rank 2, 4, 8, one after the other" in texts["order"]
-    assert runs_of(found, "seed not recorded") == {"rank2", "rank4", "rank8"}
-    assert (
-        runs_of(found, "one learning rate") == runs_of(found, "not recorded and taken") == {"rank2", "rank4", "rank8"}
-    )
+    assert runs_of(found, "no_seed") == {"rank2", "rank4", "rank8"}
+    assert runs_of(found, "one_rate") == runs_of(found, "not_recorded") == {"rank2", "rank4", "rank8"}
     assert {"base_model", "target_modules", "dropout", "batch_size", "eval_rows"}.isdisjoint(texts), "they are alike"
     assert found.differences == []
 
@@ -166,7 +166,7 @@ def test_the_card_and_the_name_give_the_seed_that_the_state_lacks(tmp_path: Path
     (tmp_path / "runs" / "r1-b").rename(tmp_path / "runs" / "r1-seed7")
     found = judge([tmp_path / "runs"])
     assert dict(zip(found.runs["run"], found.runs["seed"], strict=True)) == {"r1-a": 0, "r1-seed7": 7}
-    assert runs_of(found, "seed taken from the name") == {"r1-seed7"}
+    assert runs_of(found, "named_seed") == {"r1-seed7"}
 
 
 EXACT = {"train/loss": 1.000013}  # of more digits than chance makes equal
@@ -207,7 +207,7 @@ def test_a_setting_that_every_rank_has_is_no_confounder(tmp_path: Path) -> None:
     rows = [*several({8: 1.9, 64: 1.5}), *several({8: 1.8, 64: 1.45}, learning_rate=1e-4)]
     found = judge([write_csv(tmp_path / "runs.csv", rows)])
     assert not runs_of(found, "learning_rate")
-    assert not runs_of(found, "one learning rate")
+    assert not runs_of(found, "one_rate")
     assert [one["at"] for one in found.differences] == [{"learning_rate": 2e-4}, {"learning_rate": 1e-4}]
     assert found.study["learning_rates"] == [1e-4, 2e-4]
 
@@ -224,21 +224,21 @@ def test_seeds_that_differ_between_ranks_are_a_confounder(tmp_path: Path) -> Non
     [
         (
             [*several({8: 1.9, 64: 1.5}), {"r": 8, "seed": 0, "eval": 1.7}],
-            "settings and seed of another",
+            "other_losses",
             {"run-0", "run-6"},
         ),
         ([*several({8: 1.9, 64: 1.5}), {"r": 8, "seed": 3, "eval": "NaN"}], "diverged", {"run-6"}),
-        ([{"r": 8, "eval": ""}, {"r": 64, "eval": ""}], "no held-out loss", {"run-0", "run-1"}),
-        ([{"r": 8, "eval": 1.5}, {"r": 8, "seed": 1, "eval": 1.6}], "one rank", {"run-0", "run-1"}),
-        ([{"r": 8, "eval": 1.5, "State": "crashed"}, {"r": 64, "eval": 1.6}], "ended before", {"run-0"}),
+        ([{"r": 8, "eval": ""}, {"r": 64, "eval": ""}], "no_loss", {"run-0", "run-1"}),
+        ([{"r": 8, "eval": 1.5}, {"r": 8, "seed": 1, "eval": 1.6}], "one_rank", {"run-0", "run-1"}),
+        ([{"r": 8, "eval": 1.5, "State": "crashed"}, {"r": 64, "eval": 1.6}], "unfinished", {"run-0"}),
         (
             [{"r": 8, "eval": 1.5, "State": "crashed", "train/global_step": ""}, {"r": 64, "eval": 1.6}],
-            "ended before",
+            "unfinished",
             {"run-0"},
         ),
-        ([{"r": 8, "eval": 1.5, "seed": ""}, {"r": 64, "eval": 1.6}], "seed not recorded", {"run-0"}),
-        ([{"r": 8, "eval": 1.5, "learning_rate": ""}, {"r": 64, "eval": 1.6}], "recorded for others", {"run-0"}),
-        ([{"r": 8, "eval": 1.5, "lora_alpha": ""}, {"r": 64, "eval": 1.6}], "recorded for others", {"run-0"}),
+        ([{"r": 8, "eval": 1.5, "seed": ""}, {"r": 64, "eval": 1.6}], "no_seed", {"run-0"}),
+        ([{"r": 8, "eval": 1.5, "learning_rate": ""}, {"r": 64, "eval": 1.6}], "only_others", {"run-0"}),
+        ([{"r": 8, "eval": 1.5, "lora_alpha": ""}, {"r": 64, "eval": 1.6}], "only_others", {"run-0"}),
     ],
 )
 def test_doubtful_runs_are_named(tmp_path: Path, rows: list[Mapping[str, Any]], what: str, named: set[str]) -> None:
@@ -328,7 +328,7 @@ def test_results_of_peft_have_scores_and_no_loss_to_compare(tmp_path: Path) -> N
     assert row["memory_gib"] == pytest.approx(20.99, abs=0.01)
     assert row["target_modules"] == "q_proj, v_proj"
     assert {Path(one.path).name for one in found.skipped} == {"failed.json", "ia3.json"}
-    assert all(len(runs_of(found, what)) == 2 for what in ("its score", "no held-out loss", "one seed"))
+    assert all(len(runs_of(found, what)) == 2 for what in ("score", "no_loss", "one_seed"))
     assert found.differences == []
     assert found.confounders == [], "alpha/rank is 2 at both"
 
@@ -377,7 +377,7 @@ def test_of_two_evaluations_at_one_step_the_first_is_of_the_run(tmp_path: Path) 
     (folder / readers.STATE).write_text(json.dumps(state))
     found = judge([folder])
     assert found.runs["eval_loss"].tolist() == [9.0]
-    assert runs_of(found, "ends above its lowest held-out loss") == {"r4"}
+    assert runs_of(found, "overfits") == {"r4"}
 
 
 DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -479,18 +479,18 @@ def test_the_proposed_study_has_rslora_and_names_what_it_leaves_out(tmp_path: Pa
         (tmp_path / f"r{rank}" / readers.CONFIG).write_text(json.dumps(config))
         (tmp_path / f"r{rank}" / readers.STATE).write_text("{}")
     found = judge([tmp_path])
-    adapter = resolve_spec(yaml.safe_load(study_text(found))).adapter
+    adapter = resolve_spec(yaml.safe_load(study_text(found, load("en")))).adapter
     rslora = "use_rslora" in variants
     assert (adapter.use_rslora, adapter.alpha) == (rslora, 32 if rslora else (32, "4r"))
-    assert ("# Not in this study, though in runs: 'DoRA'." in study_text(found)) == ("use_dora" in variants)
-    assert "rsLoRA" not in study_text(found)
+    assert ("# Not in this study, though in runs: 'DoRA'." in study_text(found, load("en"))) == ("use_dora" in variants)
+    assert "rsLoRA" not in study_text(found, load("en"))
 
 
 def test_a_study_is_proposed_whatever_the_names(tmp_path: Path) -> None:
     (tmp_path / readers.STATE).write_text("{}")
     config = {"r": 8, "target_modules": r".*\.(q|v)_proj", "base_model_name_or_path": "a: b\n- c"}
     (tmp_path / readers.CONFIG).write_text(json.dumps(config))
-    resolve_spec(yaml.safe_load(study_text(judge([tmp_path]))))
+    resolve_spec(yaml.safe_load(study_text(judge([tmp_path]), load("en"))))
 
 
 def run_command(arguments: list[str], monkeypatch: pytest.MonkeyPatch, width: int = 80) -> int:
@@ -531,6 +531,22 @@ def test_the_terminal_names_the_settings_of_each_of_several(
         assert shown.count(f"At learning rate {at}") == 2, "in the title and in the sentence"
         assert f": Rank {rank} is the smallest shown" in shown.partition(f"At learning rate {at}")[2]
     assert "Each holds at its own settings, none at the best rate of each rank, and at 95% by itself" in shown
+
+
+@pytest.mark.parametrize(
+    ("source", "conclusion"), [("trl-confounded", "결론을 낼 수 없습니다"), ("trainer", "이 검증 데이터")]
+)
+def test_the_terminal_speaks_the_language_that_is_asked_for(
+    source: str, conclusion: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command([str(RUNS / source), "--lang", "ko"], monkeypatch, 400) == 0
+    shown, _, study = capsys.readouterr().out.partition("대신 실행할 스터디")
+    assert conclusion in shown
+    assert "검증 손실" in shown.splitlines()[0], "in the table's header"
+    sentences = [line for line in shown.splitlines() if line.startswith("- ") or line.endswith((".", ":"))]
+    assert len(sentences) > 3
+    assert [line for line in sentences if not re.search("[가-힣]", line)] == []
+    assert [line for line in study.splitlines() if line.startswith("#") and not re.search("[가-힣]", line)] == []
 
 
 def test_an_unreadable_file_is_skipped(confounded: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 import time
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from peft.tuners.lora import LoraLayer
+from rich.console import Console
 from safetensors.torch import load_file
 
 import rankscope
@@ -35,8 +37,9 @@ from rankscope.search.sampling import NAME
 from rankscope.search.space import Point, SearchSpec, SearchTrial, modules_text, resolve_search
 from rankscope.search.trainer import PackTrainer, rung_rows, step_tokens
 from rankscope.study.question import lock_folder
+from rankscope.text import catalogue
 from rankscope.train.step import batch_at
-from rankscope.ui.search import progress_line
+from rankscope.ui.search import progress_line, show_result
 
 STEPS = 9
 """Rungs at 1 and 3."""
@@ -343,8 +346,22 @@ def test_where_memory_is_short_fewer_train_at_a_time(
 
 def test_progress_says_what_is_left(found: tuple[Search, dict[str, Any]]) -> None:
     _, result = found
-    line = progress_line(result | {"budget": {"trials": 9, "tokens": result["spent"]["tokens"] + 1500, "hours": None}})
+    line = progress_line(
+        result | {"budget": {"trials": 9, "tokens": result["spent"]["tokens"] + 1500, "hours": None}},
+        catalogue.load("en"),
+    )
     ended = [c["state"] for c in result["candidates"]]
     assert f"8 candidates begun, {ended.count('stopped')} stopped early, {ended.count('done')} done" in line
     assert f"best {result['best']} " in line
-    assert line.endswith("left: 1 candidates, 1,500 tokens")
+    assert line.endswith("left: 1 candidate, 1,500 tokens")
+
+
+def test_the_result_is_told_in_the_language_that_is_asked_for(found: tuple[Search, dict[str, Any]]) -> None:
+    search, result = found
+    text, shown = catalogue.load("ko"), StringIO()
+    show_result(search.path, result, Console(file=shown, width=400), text)
+    lines = [
+        line for line in (*shown.getvalue().splitlines(), progress_line(result, text)) if line.endswith((".", ":"))
+    ]
+    assert len(lines) > 3, "in each line that is a sentence, or begins a command"
+    assert [line for line in lines if not re.search("[가-힣]", line)] == []

@@ -742,7 +742,7 @@ def test_added_rows_are_evaluated_and_nothing_is_trained(
         progress.lines
     )
     assert study.data_facts["notes"][-1].startswith("evaluation rows were added: evaluations while earlier trials")
-    assert "2 trials are evaluated on the rows that were added; they are not trained again" in progress.lines
+    assert "Evaluating 2 trials on the rows that were added; nothing is trained again" in progress.lines
     seen, again = files_of(study, "trial.json"), RecordingProgress()
     run_own(root, of_ten.path.parent, ten.path, None, seeds=[0, 1, 5], progress=again)
     study = Study.open(ten.path)

@@ -18,6 +18,7 @@ from rankscope.errors import MissingExtraError, StudyError
 from rankscope.files import read_json, write_json
 from rankscope.spec.models import StudySpec
 from rankscope.study.study import Study
+from rankscope.text.catalogue import load
 from rankscope.track import choose_trackers, flat
 from rankscope.track import tracker_process as beside
 from rankscope.track.__main__ import open_tracker, redacted
@@ -113,7 +114,7 @@ def test_an_error_of_the_study_passes_and_what_there_is_is_sent(study: Study) ->
 
 
 def test_a_tracker_ends_with_the_process_that_started_it(study: Study) -> None:
-    command = [sys.executable, "-m", "rankscope.track", str(study.path), "tensorboard"]
+    command = [sys.executable, "-m", "rankscope.track", str(study.path), "tensorboard", "en"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
         assert process.stdin is not None
         process.stdin.close()
@@ -128,11 +129,18 @@ def test_a_damaged_record_of_what_was_sent_begins_new_runs(study: Study) -> None
     assert len(read_json(study.path / "tracking" / "tensorboard.json")["trials"]) == 3
 
 
+def test_notes_are_in_the_language_of_the_run(study: Study) -> None:
+    told = RecordingProgress()
+    with run_trackers(study, ["tensorboard"], told.say, "ko"):
+        pass
+    assert [line.partition("`")[0] for line in told.lines] == ["곡선을 보는 명령: "]
+
+
 def test_a_broken_trackio_is_told_when_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
     monkeypatch.setitem(sys.modules, "trackio", None)
     with warnings.catch_warnings(), pytest.raises(ImportError):
-        Client(tmp_path)
+        Client(tmp_path, load("en"))
 
 
 def test_names_are_checked() -> None:
@@ -204,7 +212,7 @@ def test_a_later_verdict_has_a_run_of_its_own(study: Study) -> None:
     tracking.mkdir()
     for margin in (study.verdict["margin"], 0.5, 0.5):
         write_json(study.path / "verdict.json", study.verdict | {"margin": margin})
-        TrackerSync(study, open_tracker("tensorboard", tracking), "tensorboard").finish()
+        TrackerSync(study, open_tracker("tensorboard", tracking, load("en")), "tensorboard").finish()
     assert sorted(run.name for run in tracking.glob("tensorboard/*/by-rank*")) == ["by-rank", "by-rank-2"]
     said = [READERS["tensorboard"](tracking, name).verdict for name in ("by-rank", "by-rank-2")]
     assert "within 1% of the best" in said[0]

@@ -28,6 +28,7 @@ from rankscope.spec.candidates import Trial
 from rankscope.spec.models import ModelSpec
 from rankscope.study.records import EvalRecord, TrialRecord
 from rankscope.study.study import Study
+from rankscope.text import catalogue
 from rankscope.train.engine import ExampleLosses
 from rankscope.train.loop import train_pack
 from rankscope.train.stopping import StopRequest
@@ -56,6 +57,7 @@ def export(
     model: str | None = None,
     device: str | None = None,
     say: Say = lambda message: None,
+    language: str = "en",
 ) -> Result:
     """Export the best seed of the candidate that the verdict names, or compares at `rank`, or the trial of that name,
     to the folder `out`. Options are those of the command: `over` names further forms to measure it in, `model` and
@@ -65,6 +67,7 @@ def export(
     ModelError: the base is another, or cannot be merged; StudyDirectoryError: an adapter is corrupt, or `out` cannot be
     written.
     """
+    text = catalogue.load(language)
     disable_progress_bar()  # one for each loading of a model
     chosen = study.best_trial(rank) if trial is None else next((t for t in study.trials if t.name == trial), None)
     if chosen is None or study.trial_record(chosen).status != "done" or (trial and rank):
@@ -77,7 +80,7 @@ def export(
     study = Study.of(study, study.spec.model_copy(update={"model": base}))
     folder = out or Path(f"{study.spec.name}-{chosen.candidate.profile_name}" + (f"-{merge}" if merge else ""))
     _check(study, chosen, folder, merge, over, push)
-    source = train_again(study, chosen, say) if retrain else study.trial_folder(chosen)
+    source = train_again(study, chosen, say, text) if retrain else study.trial_folder(chosen)
     record, before = TrialRecord.of(read_json(source / "trial.json"), source), _losses(source / "eval.json")
     rows, deployed = load(study.file("data")).eval, dict[str, tuple[ExampleLosses, Difference]]()
     part, row = next((part, row) for part, one, row in done_trials(study.evidence()) if one == chosen)
@@ -86,11 +89,11 @@ def export(
     sha256 = record.model_sha256
     if base.quantization and study.machine.get("device", "").split(":")[0] != resolve_device(base.device).type:
         sha256 = None
-        say(f"Not checked: whether {base.id} is the study's base. Another device may quantize it otherwise")
+        say(text("export.not_checked", model=base.id))
     with published_folder(folder) as scratch:
         made = write_files(study, source / "adapter", merge, sha256, scratch)
         for form in filter(None, dict.fromkeys([merge or own_form(base), base.quantization, *over])):
-            say(f"Held-out loss, loaded as {form}: {len(rows):,} rows")
+            say(text("export.measuring", form=form, rows=text.count("rows", len(rows))))
             losses = measure(base, form, sha256, made, rows)
             deployed[form] = losses, difference(losses, before)
         name = "After training on the held-out rows too, their loss" if retrain else "Held-out loss"
@@ -122,7 +125,7 @@ def _check(study: Study, trial: Trial, folder: Path, merge: str | None, over: Se
         raise ModelError(what, "Serve the adapter: leave --merge out.")
 
 
-def train_again(study: Study, trial: Trial, say: Say) -> Path:
+def train_again(study: Study, trial: Trial, say: Say, text: catalogue.Catalogue) -> Path:
     """Train the trial on training rows and held-out ones, in retrained/ of the study, and return its folder. What is
     done is used again, and what was stopped goes on. Raises StudyError: no rows are held out; KilledError: it was
     stopped; WorkerError: it diverged."""
@@ -134,7 +137,7 @@ def train_again(study: Study, trial: Trial, say: Say) -> Path:
     folder = study.file("retrained", f"{trial.name}-{len(rows)}-rows")
     record = TrialRecord.find(folder / "trial.json")
     if record is None or record.status != "done":
-        say(f"Training {trial.name} on all {len(rows):,} rows")
+        say(text("export.training", trial=trial.name, rows=f"{len(rows):,}"))
         with study.lock(), StopRequest() as stop:
             model, weights = load_base(study)
             folders, checkpoints = {trial.name: folder}, folder / "checkpoints"

@@ -21,7 +21,8 @@ def jobs(run: Run) -> list[Job]:
     trials = study.unanswered() if study.spec.measure.answers else []
     if not trials:
         return []
-    run.say(f"Answers of {len(trials)} candidates to {study.spec.measure.answers} held-out prompts")
+    counts = {"candidates": len(trials), "prompts": study.spec.measure.answers}
+    run.say(run.text("notice.answers", **{name: run.text.count(name, n) for name, n in counts.items()}))
     reads = [f"trials/{trial.name}/trial.json" for trial in study.trials]
     reads += [f"trials/{trial.name}/adapter" for trial in trials]
     return [Job(__name__, {}, "answers", reads, run.plan.host_bytes(trials[:1]), alone=True)]
@@ -50,5 +51,5 @@ def ended(run: Run, job: Job, error: RankscopeError | None, waiting: Sequence[Jo
     """Record a failure, whatever it is: answers are optional, and the study concludes without them."""
     run.study.write_failure(ANSWERS, None if error is None else failure_of(error))
     if error is not None:
-        run.say(f"The answers did not finish: {error}")
+        run.say(run.text("notice.failed", what=run.text("notice.all_answers"), error=error))
     return list(waiting)

@@ -14,6 +14,7 @@ from rankscope.spec.candidates import PLAIN, Trial
 from rankscope.study.folder import CURVE, StudyFolder
 from rankscope.study.records import CurveRecord, Cut
 from rankscope.study.study import Study
+from rankscope.text.catalogue import Catalogue
 
 MOST_RECOVERY_STEPS = 100_000
 """Most steps of recovery training: more is no short recovery, and would not fit the study's own schedule."""
@@ -23,7 +24,7 @@ PART = "truncations.json"
 
 
 def take_curve(
-    study: Study, launcher: Launcher, progress: Progress, ranks: Sequence[int] | None = None, recover: int = 0
+    study: Study, launcher: Launcher, progress: Progress, text: Catalogue, ranks: Sequence[int] | None, recover: int
 ) -> None:
     """Measure the truncations of these `ranks` that curve.json lacks; `study.cuts()` has the result.
 
@@ -38,12 +39,13 @@ def take_curve(
     trials = trained_trials(study)
     full = trials[0].candidate.rank
     lower = lower_ranks(full, study.spec.ranks) if ranks is None else validate_ranks(ranks, full)
-    wanted = missing(study, trials, [*lower, full], recover, progress.say)
+    wanted = missing(study, trials, [*lower, full], recover, progress.say, text)
     if not wanted:
         return
-    count = sum(map(len, wanted.values()))
-    steps = f", with {recover} steps of recovery" if recover else ""
-    progress.say(f"Rank {full}, {len(wanted)} of {len(trials)} seeds: {count} losses to measure{steps}")
+    counts = {"seeds": text.count("seeds", len(trials)), "losses": text.count("losses", sum(map(len, wanted.values())))}
+    sentence = text("notice.curve", rank=full, n=len(wanted), **counts)
+    steps = text.count("training_steps", recover)
+    progress.say(text("notice.recover", sentence=sentence, steps=steps) if recover else sentence)
     run_jobs(launcher, study.path, jobs(study, wanted, launcher.slots()), progress.poll, partial(ended, study))
 
 
@@ -124,7 +126,7 @@ def validate_ranks(ranks: Sequence[int | str], full: int) -> list[int]:
 
 
 def missing(
-    study: StudyFolder, trials: Sequence[Trial], ranks: Sequence[int], recover: int, say: Say
+    study: StudyFolder, trials: Sequence[Trial], ranks: Sequence[int], recover: int, say: Say, text: Catalogue
 ) -> dict[str, list[tuple[int, int]]]:
     """Return, by trial, the pairs of rank and recovery steps that curve.json lacks. Parts that an interrupted run left
     behind are moved into curve.json first. Corrupt files are removed."""
@@ -132,7 +134,7 @@ def missing(
         study.rank_curve()
     except DamagedError:
         study.rank_curve_file.unlink()
-        say(f"{CURVE} was damaged: it is removed, and made again.")
+        say(text("notice.damaged", file=CURVE))
     for part in sorted(study.file("curve").rglob(PART)):
         try:
             _take_part(study, part)

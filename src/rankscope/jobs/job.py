@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # torch takes seconds, and what shows a study needs none
     from rankscope.jobs.queue import TimeLimit
     from rankscope.measure.machine import Site
     from rankscope.plan.plan import Plan
+    from rankscope.text.catalogue import Catalogue
 
 FATAL_EXIT_CODES = (2, 3)  # exit codes of errors in the study, the model or the data, which every job would hit
 
@@ -52,7 +53,7 @@ class Settings(NamedTuple):
     """How a study is run. What it asks is its `StudySpec`."""
 
     trackers: Sequence[str] = ()  # names
-    language: str = "en"  # of the report
+    language: str = "en"  # of what the run says, and of the report
     remeasure: bool = False  # measure all costs again
     until_settled: bool = False  # add seeds to the ranks in contention, look by planned look, until nothing is open
     limit: "TimeLimit | None" = None  # nothing starts whose forecast would end later
@@ -64,6 +65,7 @@ class Run(NamedTuple):
     study: StudyFolder
     plan: "Plan"
     say: Say
+    text: "Catalogue"  # words of what is said
 
 
 class Kind(Protocol):

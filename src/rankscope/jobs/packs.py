@@ -21,6 +21,7 @@ from rankscope.study.folder import FINISHED, Division
 from rankscope.study.metrics import read_rows
 from rankscope.study.missing import START_SECONDS, is_finished
 from rankscope.study.records import PackRecord
+from rankscope.text.formats import first_of
 from rankscope.train.loop import PackRun, train_pack
 from rankscope.train.probe import use_own_forward
 from rankscope.train.stopping import StopRequest
@@ -37,7 +38,7 @@ def jobs(run: Run) -> list[Job]:
         (folder / "pack.json").unlink(missing_ok=True)  # of a run that was stopped
         if any(study.is_stale(study.saved_record(one)) for one in plan.packs[pack] if not is_finished(study, one)):
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            run.say(f"Pack {pack} is trained from the start: evaluation rows were added")
+            run.say(run.text("notice.pack_again", pack=pack))
     return _jobs_of(run, plan.packs)
 
 
@@ -112,28 +113,24 @@ def _left_to_train(run: Run, packs: Mapping[str, list[Trial]], error: RankscopeE
         del waiting[pack]
         packable = [trial for trial in trials if trial.candidate.packable]  # DoRA's reason is known beforehand
         for reason in {study.trial_record(trial).engine_reason for trial in packable} - {None}:
-            run.say(f"Trained by PEFT's own forward, one trial at a time, since this model cannot be packed: {reason}")
+            run.say(run.text("notice.not_packed", reason=reason))
         record = study.pack_record(pack)
         if record and record.left_over and pack == next(iter(packs)):
-            run.say(f"Weights that this model has no place for are left over: {left_over(record.left_over)}")
+            run.say(run.text("notice.left_over", names=first_of(record.left_over, 3, run.text)))
         if record and record.results:
             continue
         unfinished = [trial for trial in trials if study.trial_record(trial).status not in FINISHED]
         if record and len(unfinished) > 1 and status != KilledError.status:
             parts = study.divide(pack, unfinished)
-            run.say(f"Pack {pack} is divided into {' and '.join(parts)}, and trained again: {error.what}")
+            first, second = parts
+            run.say(run.text("notice.divided", pack=pack, first=first, second=second, error=error.what))
             return parts | waiting
-        run.say(f"Pack {pack} did not finish: {error}")
+        run.say(run.text("notice.failed", what=run.text("notice.pack", pack=pack), error=error))
         stopped = {pack: trials} if record else packs  # what ends before the first pack begins would end all of them
         for trial in itertools.chain(*stopped.values()):
             study.mark_ended(trial, status, error.what, pack)
         return waiting if record else {}
     return {}
-
-
-def left_over(names: Sequence[str]) -> str:
-    """The first of these weights, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if names[3:] else "")
 
 
 def measure_pack(train: Callable[[], PackRun], device: torch.device) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from rankscope.spec.candidates import CONTROL, TIME, Trial
 from rankscope.study.folder import AGAIN, StudyFolder
 from rankscope.study.missing import ProfileJob, missing_profiles, profile_seconds
 from rankscope.study.records import BUSY_PRESSURE, MachineRecord, ProfileRecord
-from rankscope.text.catalogue import load
 from rankscope.text.formats import percent
 
 WHOLE = "profiles/whole"
@@ -75,9 +74,9 @@ def ended(run: Run, job: Job, error: RankscopeError | None, waiting: Sequence[Jo
     if error is None:
         busy = [one.get("cpu_pressure") or 0.0 for one in run.study.profile_repeats(name, run.plan.remeasure)[-1:]]
         if busy and busy[0] > BUSY_PRESSURE:
-            run.say(load("en")("noise.busy", share=percent(busy[0])))
+            run.say(run.text("noise.busy", share=percent(busy[0])))
         return list(waiting)
-    run.say(f"profile of {name} did not finish: {error}")
+    run.say(run.text("notice.failed", what=run.text("notice.profile", name=name), error=error))
     return [other for other in waiting if other.content["profile"] != name]
 
 

@@ -23,6 +23,7 @@ from rankscope.jobs.process import JobProcess
 from rankscope.jobs.queue import POLL_SECONDS
 from rankscope.measure.machine import Site
 from rankscope.spec.models import ModelSpec
+from rankscope.text.catalogue import Catalogue
 
 MAX_STARTS = 4  # most starts of one job whose nodes are lost
 SURVEY_SECONDS = 120.0  # time for all nodes to describe their hardware; the run goes on without later answers
@@ -52,8 +53,8 @@ class RayLauncher:
     machine, else on a Ray that is started on this machine and ends with the run. Raises MissingExtraError: Ray is not
     installed; StudyError: there is no cluster at `address`, or no node of it has what `model.device` asks for."""
 
-    def __init__(self, model: ModelSpec, address: str | None, say: Say) -> None:
-        self._model, self.say = model, say
+    def __init__(self, model: ModelSpec, address: str | None, say: Say, text: Catalogue) -> None:
+        self._model, self.say, self.text = model, say, text
         self._ray = require_ray()
         self._began = not self._ray.is_initialized()
         if self._began:
@@ -91,7 +92,7 @@ class RayLauncher:
         }
         answered, late = self._ray.wait(list(asked), num_returns=len(asked), timeout=SURVEY_SECONDS)
         if not answered:
-            self.say("No device of the cluster is free yet; waiting for one")
+            self.say(self.text("notice.no_device"))
             answered, late = self._ray.wait(list(asked))
         for task in late:
             self._ray.cancel(task)
@@ -109,7 +110,7 @@ class RayLauncher:
             ]
         for name, version in first.versions.items():
             if any(site.versions[name] != version for site in sites.values()):
-                self.say(f"The nodes have different versions of {name}; results may differ with where a trial ran.")
+                self.say(self.text("notice.versions", name=name))
         free = min(site.free_bytes for site in sites.values())
         return first._replace(here=False, free_bytes=free, hardware=hardware)
 
@@ -140,7 +141,7 @@ class RayLauncher:
             raise StudyError("no node of the Ray cluster can run a job any more", "Start one, and run the study again.")
         node = next((node for node in able if node.id == self._profiled_on), able[0])
         if self._profiled_on not in (None, node.id):
-            self.say(f"Costs are measured on another node from here on, {node.name}: the first is gone.")
+            self.say(self.text("notice.node", name=node.name))
         self._profiled_on = node.id
         return node
 
@@ -199,7 +200,7 @@ class RayJob:
         if self._stopped or self._starts >= MAX_STARTS:
             self._end(KilledError(what, "Run the study again: it goes on where it was."))
         else:
-            self._launcher.say(f"{what}; it goes on elsewhere from its last checkpoint")
+            self._launcher.say(self._launcher.text("notice.elsewhere", error=what))
             self._start()
 
     def error(self) -> RankscopeError | None:

@@ -35,7 +35,7 @@ def jobs(run: Run) -> list[Job]:
     for trial in run.plan.reference:
         if run.study.is_stale(run.study.saved_record(trial)):
             shutil.rmtree(run.study.trial_folder(trial))
-            run.say(f"{trial.name} is trained again, since evaluation rows were added: {NOT_SAVED}")
+            run.say(run.text("notice.again", name=trial.name))
     prediction, seconds = run.plan.prediction, 0.0
     memory = prediction.base_bytes + GPU_HOST_BYTES
     if prediction.device == "cpu":
@@ -61,7 +61,7 @@ def ended(run: Run, job: Job, error: RankscopeError | None, waiting: Sequence[Jo
         (trial,) = [trial for trial in run.study.reference_trials if trial.name == name]
         failure = failure_of(error)
         run.study.mark_ended(trial, failure.status, failure.reason)
-        run.say(f"{name} did not finish: {error}")
+        run.say(run.text("notice.failed", what=name, error=error))
     return list(waiting)
 
 

@@ -20,7 +20,7 @@ def jobs(run: Run) -> list[Job]:
     """Return a job for each device, which loads the model once."""
     trials, devices, found = unevaluated(run.study), run.plan.fleet.devices, list[Job]()
     if trials:
-        run.say(f"{len(trials)} trials are evaluated on the rows that were added; they are not trained again")
+        run.say(run.text("notice.rows_added", trials=run.text.count("trials", len(trials))))
     for number, group in enumerate(trials[first::devices] for first in range(min(devices, len(trials)))):
         names, memory = [trial.name for trial in group], max(run.plan.host_bytes([trial]) for trial in group)
         found.append(Job(__name__, {"trials": names}, f"rows/{number}", [f"trials/{name}" for name in names], memory))
@@ -46,5 +46,5 @@ def ended(run: Run, job: Job, error: RankscopeError | None, waiting: Sequence[Jo
     """Tell of a failure; the trials that the job did not evaluate stay without results."""
     raise_fatal(error)
     if error is not None:
-        run.say(f"The evaluation on the rows that were added did not finish: {error}")
+        run.say(run.text("notice.failed", what=run.text("notice.rows"), error=error))
     return list(waiting)

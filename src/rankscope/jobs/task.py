@@ -82,7 +82,7 @@ def jobs(run: Run) -> list[Job]:
         return []
     code = code_sha256(text)
     if old := [one for one in missing if (known := task_record(study, one)) and known.code_sha256 != code]:
-        run.say(f"{text} has changed since it scored {len(old)} models: they are scored again")
+        run.say(run.text("notice.task_changed", task=text, models=run.text.count("scored", len(old))))
         for trial in old:
             task_file(study, trial).unlink()
     packs = {name: [trial for trial in pack if trial in missing] for name, pack in study.division().packs.items()}
@@ -92,7 +92,7 @@ def jobs(run: Run) -> list[Job]:
         parts[first].insert(0, [BASE])
     if plan.on_one_device:
         parts = {first: [*chain(*parts.values())]}
-    run.say(f"Task {text}: {len(missing)} models to score")
+    run.say(run.text("notice.task", task=text, models=run.text.count("scored", len(missing))))
     reads = [CHOICES] if study.file(CHOICES).exists() else []
     memory = max(plan.host_bytes(trials) for trials in (*packs.values(), study.trials[:1]) if trials)
     return [
@@ -153,7 +153,7 @@ def ended(run: Run, job: Job, error: RankscopeError | None, waiting: Sequence[Jo
     """Record a failure, whatever it is: the study concludes by the loss, and the next run scores what is missing."""
     if error is not None:
         run.study.write_failure(TASK, failure_of(error))
-        run.say(f"The task's scores did not finish: {error}")
+        run.say(run.text("notice.failed", what=run.text("notice.scores"), error=error))
     return list(waiting)
 
 

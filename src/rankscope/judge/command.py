@@ -14,6 +14,7 @@ from rankscope.judge.confounders import SETTINGS, Finding, confounders, limits, 
 from rankscope.judge.differences import differences
 from rankscope.judge.readers import RSLORA, Skipped, read_runs
 from rankscope.spec.resolve import YamlDumper, resolve_spec
+from rankscope.text.catalogue import Catalogue, load
 
 YOUR_ROWS, YOUR_BASE = "your-rows.jsonl", "your-base-model"  # in a proposed study, where the runs name none
 
@@ -27,18 +28,19 @@ class Judged(NamedTuple):
     study: dict[str, Any]  # fields of a study.yaml
 
 
-def judge(paths: Sequence[Path], out: Path | None = None) -> Judged:
-    """Judge runs, and write a study to `out`. Raises StudyError: no such path, `out` is there; DataError: no run."""
+def judge(paths: Sequence[Path], out: Path | None = None, language: str = "en") -> Judged:
+    """Judge runs, in words of `language`, and write a study to `out`. Raises StudyError: no such path, `out` is there;
+    DataError: no run."""
     if missing := [path for path in paths if not path.exists()]:
         raise StudyError(no_such(missing[0]), "Give what a training run has written.")
     if out is not None and out.exists():
         raise StudyError(f"{out} exists", "Choose another --out, or remove it.")
-    runs, skipped = read_runs(paths)
+    text, (runs, skipped) = load(language), read_runs(paths)
     runs = normalised(runs)
     shown = differences(runs)
-    found = Judged(runs, skipped, confounders(runs), limits(runs), shown, propose(runs, shown))
+    found = Judged(runs, skipped, confounders(runs, text), limits(runs, text), shown, propose(runs, shown))
     if out is not None:
-        write_atomic(out, study_text(found))
+        write_atomic(out, study_text(found, text))
     return found
 
 
@@ -77,14 +79,13 @@ def propose(runs: pd.DataFrame, shown: Sequence[dict[str, Any]]) -> dict[str, An
     return values
 
 
-def study_text(found: Judged) -> str:
+def study_text(found: Judged, text: Catalogue) -> str:
     """The study.yaml, with comments on what is still to be filled in."""
     unnamed = [name for name in ("model", "data") if found.study[name]["id"] in (YOUR_BASE, YOUR_ROWS)]
-    lines = [f"{name}.id: the runs name none, or several" for name in unnamed]
-    lines += ["learning_rates: the highest logged, below the peak"] * bool(found.runs["rate_logged"].any())
+    lines = [text("judge.unnamed", field=f"{name}.id") for name in unnamed]
+    lines += [text("judge.below_peak", field="learning_rates")] * bool(found.runs["rate_logged"].any())
     kept = {"LoRA"} | ({RSLORA} if found.study["adapter"].get("use_rslora") else set())
     left_out = {part for variant in found.runs["variant"] for part in variant.split(" + ")} - kept
-    comments = [f"# {line}: put yours here.\n" for line in lines]
-    comments += [f"# Not in this study, though in runs: {part!r}.\n" for part in sorted(left_out)]
+    lines += [text("judge.not_in_study", part=repr(part)) for part in sorted(left_out)]
     how: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "default_flow_style": None}
-    return "".join([*comments, yaml.dump(found.study, Dumper=YamlDumper, **how)])
+    return "".join([*(f"# {line}\n" for line in lines), yaml.dump(found.study, Dumper=YamlDumper, **how)])

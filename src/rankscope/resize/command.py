@@ -23,6 +23,8 @@ from rankscope.resize.rules import Rule, option_name
 from rankscope.spec.models import ModelSpec
 from rankscope.spec.options import assemble
 from rankscope.study.study import Study
+from rankscope.text import catalogue
+from rankscope.text.formats import loss, signed_percent
 from rankscope.train.prepare import prepare_data
 
 _ROUNDING = 1e-4  # relative: how far two losses of the same tensors may lie apart on a GPU
@@ -53,6 +55,7 @@ def resize(
     data: Mapping[str, Any] | None = None,
     sets: Sequence[str] = (),
     say: Say = lambda message: None,
+    language: str = "en",
 ) -> Resized:
     """Write a smaller adapter to `out`, by default a folder beside the adapter.
 
@@ -61,7 +64,7 @@ def resize(
     Raises StudyError: `out` is not empty, the rank exceeds the adapter's, or an option does not go with the rule;
     ModelError, DataError: the adapter, the model or the data cannot be used.
     """
-    options = {name: value for name, value in (data or {}).items() if value is not None}
+    text, options = catalogue.load(language), {name: value for name, value in (data or {}).items() if value is not None}
     given = [*options, *["set"] * bool(sets), *["uniform"] * uniform]
     if given and rule.name != _BUDGET:
         raise StudyError(f"{option_name(given[0])} goes with {option_name(_BUDGET)} alone", "Leave one of them out.")
@@ -69,14 +72,14 @@ def resize(
     saved = read_adapter(source)
     svd.check_resizable(saved)
     if saved.foreign:
-        say(f"PEFT loads nothing of {adapter}, as it knows no keys such as {saved.foreign}; the resized one it does")
+        say(text("resize.foreign", adapter=adapter, name=saved.foreign))
     folder = out or _beside(adapter, source, rule)
     check_empty(folder)
     layers = [svd.decompose(factors) for factors in saved.layers]
     measure = None
     if rule.name == _BUDGET:
         held_out = find_held_out(source, saved, options, sets)
-        ranks, measure = _smallest_within(saved, layers, *held_out, rule.value, uniform, say)
+        ranks, measure = _smallest_within(saved, layers, *held_out, rule.value, uniform, say, text)
     else:
         ranks = _ranks(saved, layers, rule)
     smaller = svd.resized(saved, layers, ranks)
@@ -146,12 +149,13 @@ def _smallest_within(
     limit: float,
     uniform: bool,
     say: Say,
+    text: catalogue.Catalogue,
 ) -> tuple[budget.Ranks, Callable[[Path], dict[str, Any]]]:
     """Ranks of the smallest truncation whose held-out loss rises by at most the share `limit`, and a function that
     measures the adapter that was written and returns what there is to say of its loss."""
     model = load_model(spec)
     whole = budget.held_out_losses(model, saved, tokens)
-    say(f"Held-out loss of the whole adapter: {whole.mean:.4f}, over {len(tokens):,} examples")
+    say(text("resize.whole", loss=loss(whole.mean), examples=text.count("examples", len(tokens))))
     measured = list[budget.MeasuredTruncation]()
 
     def evaluate(ranks: budget.Ranks) -> float:
@@ -159,7 +163,8 @@ def _smallest_within(
 
     for one in budget.measure_truncations(layers, uniform, evaluate, whole.mean, limit):
         measured.append(one)
-        say(f"{one.parameters:,} parameters: {one.loss:.4f} ({one.increase:+.3%})")
+        found = {"loss": loss(one.loss), "increase": signed_percent(one.increase)}
+        say(text("resize.measured", n=f"{one.parameters:,}", **found))
     best = budget.smallest_within(measured, limit)
     if best is None:
         what = f"{option_name(_BUDGET)} {limit:g}: even at full rank the rounded update exceeds it"

@@ -20,6 +20,7 @@ from rankscope.search.trainer import PackTrainer, step_tokens
 from rankscope.spec.candidates import all_linear_or_names
 from rankscope.spec.models import StudySpec
 from rankscope.spec.resolve import write_yaml
+from rankscope.text.catalogue import Catalogue
 from rankscope.train.stopping import StopRequest
 
 WRITE_EVERY_SECONDS = 1.0  # interval of writing result.json while nothing but steps has changed
@@ -68,11 +69,13 @@ def work(study_path: Path, content: Mapping[str, Any]) -> None:
         raise KilledError("stopped as asked")
 
 
-def ended(search: Search, say: Say, job: Job, error: RankscopeError | None, waiting: Sequence[Job]) -> list[Job]:
+def ended(
+    search: Search, say: Say, text: Catalogue, job: Job, error: RankscopeError | None, waiting: Sequence[Job]
+) -> list[Job]:
     """Search on with half as many candidates at a time where memory was short; raise any other error."""
     slots = int(job.content["places"])
     if isinstance(error, OutOfMemoryError) and slots > 1:
-        say(f"Not enough memory; goes on with fewer at a time: {error.what}")
+        say(text("search.less_memory", error=error.what))
         return [job_of(search, (slots + 1) // 2), *waiting]
     if error is not None:
         raise error

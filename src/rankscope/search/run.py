@@ -24,6 +24,7 @@ from rankscope.search.folder import Search
 from rankscope.search.space import DEFAULT_RANKS, SearchSpec
 from rankscope.search.trainer import step_tokens
 from rankscope.study.question import lock_folder
+from rankscope.text.catalogue import load as load_catalogue
 from rankscope.train.prepare import describe_data, prepare_data
 
 MOST_SLOTS = 64  # most candidates that train at a time
@@ -36,16 +37,21 @@ def at_commits(spec: SearchSpec, out: Path) -> SearchSpec:
 
 
 def run(
-    spec: SearchSpec, out: Path, launcher: Launcher, say: Say, poll: Callable[[], None] = lambda: None
+    spec: SearchSpec,
+    out: Path,
+    launcher: Launcher,
+    say: Say,
+    poll: Callable[[], None] = lambda: None,
+    language: str = "en",
 ) -> dict[str, Any]:
     """Search, or go on with the search in `out`; return its result, see `rankscope.search.sampling.summary`. `poll` is
     called twice a second. Raises StudyError: the question is wrong, or `out` holds another one; DataError, ModelError:
     the data or the model cannot be used; WorkerError: the child process ended without finishing its work."""
-    spec, site = at_commits(spec, out), launcher.site()
+    spec, site, text = at_commits(spec, out), launcher.site(), load_catalogue(language)
     predictions = _predictions(spec, site)
     full_rank = min(prediction.full_rank for prediction in predictions)
     if spec.space.ranks == DEFAULT_RANKS and full_rank < max(DEFAULT_RANKS):
-        say(f"Ranks up to {full_rank:,}, the full rank of the model's layers")
+        say(text("search.full_rank", rank=f"{full_rank:,}"))
         spec = spec.up_to(full_rank)
         predictions = _predictions(spec, site)
     for point, prediction in zip(spec.largest(), predictions, strict=True):
@@ -65,8 +71,9 @@ def run(
                 what = f"--tokens {spec.budget.tokens:,}: one candidate alone takes {sum(tokens):,}"
                 raise StudyError(what, "Give more, or fewer --steps.")
             say(describe_data(data.facts))
-            say(f"{slots} candidates train at a time, {len(tokens):,} steps of {sum(tokens):,} tokens each at most")
-            run_jobs(launcher, out, [job.job_of(search, slots)], poll, partial(job.ended, search, say))
+            sizes = {"steps": text.count("training_steps", len(tokens)), "tokens": f"{sum(tokens):,}"}
+            say(text("search.slots", candidates=text.count("candidates", slots), **sizes))
+            run_jobs(launcher, out, [job.job_of(search, slots)], poll, partial(job.ended, search, say, text))
             result = search.result()
     assert result is not None
     return result

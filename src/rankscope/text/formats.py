@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard
@@ -42,6 +42,12 @@ def tabulate(
     """Table with one row per record, and one column per header; those in `words` are aligned as text."""
     rows = [[cell(record) for cell in columns.values()] for record in records]
     return Table(caption, list(columns), [header not in words for header in columns], rows, chosen)
+
+
+def first_of(names: Sequence[str], most: int, text: "Catalogue") -> str:
+    """The first of these names, and how many more there are."""
+    first, more = ", ".join(names[:most]), len(names) - most
+    return text("more", names=first, n=f"{more:,}") if more > 0 else first
 
 
 def known(value: float | None) -> TypeGuard[float]:

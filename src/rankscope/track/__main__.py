@@ -1,4 +1,4 @@
-"""The process of one tracker: `python -m rankscope.track STUDY NAME`, started by `rankscope.track.tracker_process`.
+"""The process of one tracker, `python -m rankscope.track STUDY NAME LANGUAGE`: see `rankscope.track.tracker_process`.
 
 It ends when its standard input ends, and so with the process that started it. Its output is shown to the user. Output
 of clients is discarded: it may contain anything.
@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from rankscope.files import write_atomic
 from rankscope.study.folder import StudyFolder
+from rankscope.text.catalogue import Catalogue, load
 from rankscope.track import Tracker
 from rankscope.track.follow import TrackerSync
 
@@ -29,7 +30,7 @@ REASON_LENGTH = 300  # longest reason of a client's failure: some append the pag
 NICENESS = 10  # niceness of the process: training comes first where processors are few
 
 
-def main(path: Path, name: str) -> int:
+def main(path: Path, name: str, language: str) -> int:
     """Follow the study until standard input ends. Return 1, after one line of output, where the tracker failed."""
     os.nice(NICENESS)
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as user:
@@ -37,7 +38,7 @@ def main(path: Path, name: str) -> int:
         for stream in (1, 2):
             os.dup2(nowhere, stream)
         try:
-            follow(StudyFolder.open(path), name, user)
+            follow(StudyFolder.open(path), name, user, load(language))
         except Exception as error:  # whatever a client raises
             reason = redacted(str(error)).strip().partition("\n")[0] or type(error).__name__
             print(f"{name}: {reason[:REASON_LENGTH]}", file=user, flush=True)
@@ -46,11 +47,11 @@ def main(path: Path, name: str) -> int:
     return 0
 
 
-def follow(study: StudyFolder, name: str, user: TextIO) -> None:
+def follow(study: StudyFolder, name: str, user: TextIO, text: Catalogue) -> None:
     folder = study.file("tracking").absolute()
     folder.mkdir(exist_ok=True)
     with FileLock(folder / f"{name}.lock"):  # the process of a run that was killed may still be sending
-        tracker = open_tracker(name, folder)
+        tracker = open_tracker(name, folder, text)
         sync = TrackerSync(study, tracker, name)
         print(redacted(tracker.note), file=user, flush=True)
         while not select.select([0], [], [], FOLLOW_SECONDS)[0]:
@@ -60,9 +61,9 @@ def follow(study: StudyFolder, name: str, user: TextIO) -> None:
         tracker.close()
 
 
-def open_tracker(name: str, folder: Path) -> Tracker:
+def open_tracker(name: str, folder: Path, text: Catalogue) -> Tracker:
     """Import a tracker's client and create the tracker. `folder` is the absolute path of the study's for trackers."""
-    tracker: Tracker = import_module(f"rankscope.track.{name}").Client(folder)
+    tracker: Tracker = import_module(f"rankscope.track.{name}").Client(folder, text)
     return tracker
 
 
@@ -77,5 +78,5 @@ def redacted(text: str) -> str:
 
 
 if __name__ == "__main__":
-    if code := main(Path(sys.argv[1]), sys.argv[2]):
+    if code := main(Path(sys.argv[1]), *sys.argv[2:]):
         os._exit(code)  # a client that failed may wait for its server without end

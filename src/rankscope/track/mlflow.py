@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rankscope.text.catalogue import Catalogue
 from rankscope.track import Point, Tracker, flat
 
 MOST = 100  # MLflow accepts 100 parameters in a batch, and 1000 metrics
@@ -17,7 +18,7 @@ class Client(Tracker):
     """Runs in MLFLOW_TRACKING_URI, or in a SQLite file in the study's folder; a run is MLflow's id. Tags hold our own
     run id, as MLflow has ids of its own, and the trial's status, as it has fewer."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, text: Catalogue) -> None:
         from mlflow import MlflowClient
 
         given = os.environ.get("MLFLOW_TRACKING_URI")
@@ -26,8 +27,8 @@ class Client(Tracker):
         self._client = MlflowClient(tracking_uri=uri)
         self._artifacts = None if given else (folder / "mlflow-artifacts").as_uri()
         self.destination = given or "study"
-        show = f"To look at the runs: `mlflow ui --backend-store-uri {shlex.quote(uri)}`"
-        self.note = "MLflow's runs go to MLFLOW_TRACKING_URI" if given else show
+        show = f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+        self.note = text("track.mlflow") if given else text("track.runs", command=show)
 
     def begin(self, name: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> str:
         known = self._client.get_experiment_by_name(group)

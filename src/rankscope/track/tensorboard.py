@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rankscope.text.catalogue import Catalogue
 from rankscope.track import Point, Tracker, flat
 
 
@@ -14,11 +15,11 @@ class Client(Tracker):
     """Event files in TENSORBOARD_LOGGING_DIR, as transformers' Trainer has it, or in the study's folder. A run is a
     writer, with one file for each session; TensorBoard reads them as one."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, text: Catalogue) -> None:
         given = os.environ.get("TENSORBOARD_LOGGING_DIR")
         self._folder = Path(given) if given else folder / "tensorboard"
         self.destination = given or "study"
-        self.note = f"To look at the curves: `tensorboard --logdir {shlex.quote(str(self._folder))}`"
+        self.note = text("track.curves", command=f"tensorboard --logdir {shlex.quote(str(self._folder))}")
 
     def begin(self, name: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> Any:
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb

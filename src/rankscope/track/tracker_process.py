@@ -10,19 +10,22 @@ from threading import Thread
 
 from rankscope.jobs.job import Say
 from rankscope.study.folder import StudyFolder
+from rankscope.text.catalogue import Catalogue, load
+from rankscope.text.formats import about
 
 FINISH_SECONDS, STOPPED_SECONDS = 120.0, 20.0
 """Time that a study waits at its end for all trackers together: after success, and after a stop or failure."""
 
 
 @contextmanager
-def run_trackers(study: StudyFolder, names: Sequence[str], say: Say) -> Iterator[None]:
+def run_trackers(study: StudyFolder, names: Sequence[str], say: Say, language: str = "en") -> Iterator[None]:
     """Send the study to the trackers `names` while the body runs; `say` is called with their output, from threads. The
     failure of a tracker is said once; the rest of the run goes on without it. Their processes end when this one does,
     in whatever way."""
-    ended: set[str] = set()  # by this process
-    started = {name: process for name in names if (process := _start(study.path, name, say))}
-    relays = {name: Thread(target=_relay, args=(name, started[name], say, ended), daemon=True) for name in started}
+    text, ended = load(language), set[str]()  # by this process
+    started = {name: process for name in names if (process := _start(study.path, name, say, text))}
+    own = {name: (name, process, say, ended, text) for name, process in started.items()}
+    relays = {name: Thread(target=_relay, args=arguments, daemon=True) for name, arguments in own.items()}
     for relay in relays.values():
         relay.start()
     seconds = STOPPED_SECONDS
@@ -40,13 +43,13 @@ def run_trackers(study: StudyFolder, names: Sequence[str], say: Say) -> Iterator
                 ended.add(name)
                 started[name].kill()
                 relay.join()
-                say(f"{name}: still sending after {seconds:.0f} s, and ended; the last may be missing.")
+                say(text("track.late", name=name, time=about(seconds, text)))
 
 
-def _start(path: Path, name: str, say: Say) -> subprocess.Popen[str] | None:
+def _start(path: Path, name: str, say: Say, text: Catalogue) -> subprocess.Popen[str] | None:
     try:
         return subprocess.Popen(
-            [sys.executable, "-m", "rankscope.track", str(path), name],
+            [sys.executable, "-m", "rankscope.track", str(path), name, text.language],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -55,15 +58,14 @@ def _start(path: Path, name: str, say: Say) -> subprocess.Popen[str] | None:
             start_new_session=True,  # Ctrl-C is for the study; this one still has to send the rest
         )
     except OSError as error:  # no room for another process
-        say(f"{name} cannot be started: {error}. The study goes on without it.")
+        say(text("track.not_started", name=name, error=error))
         return None
 
 
-def _relay(name: str, process: subprocess.Popen[str], say: Say, ended: set[str]) -> None:
+def _relay(name: str, process: subprocess.Popen[str], say: Say, ended: set[str], text: Catalogue) -> None:
     """Say what the process does, line by line, and how it ended."""
     with process:
         for line in process.stdout or ():
             say(line.rstrip())
     if process.returncode and name not in ended:
-        told = f"The study goes on without {name}, whose process ended (exit code {process.returncode})"
-        say(f"{told}; run it again to send what is missing.")
+        say(text("track.ended", name=name, code=process.returncode))

@@ -8,6 +8,7 @@ from contextvars import Context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankscope.text.catalogue import Catalogue
 from rankscope.track import Point, Tracker, flat
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ class Client(Tracker):
     """Runs in TRACKIO_PROJECT (`rankscope`), and in TRACKIO_SPACE_ID or TRACKIO_SERVER_URL where one is set. Local
     files are in TRACKIO_DIR, or in the study's folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, text: Catalogue) -> None:
         remote = os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL")
         given = os.environ.get("TRACKIO_DIR")
         here = os.environ.setdefault("TRACKIO_DIR", str(folder / "trackio"))  # read when it is imported
@@ -30,7 +31,7 @@ class Client(Tracker):
 
         self.destination = f"{remote or given or 'study'}/{self._project}"
         show = f"TRACKIO_DIR={shlex.quote(here)} trackio show --project {shlex.quote(self._project)}"
-        self.note = "Trackio sends the runs to its server" if remote else f"To look at the runs: `{show}`"
+        self.note = text("track.trackio") if remote else text("track.runs", command=show)
 
     def _hear(self, message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
         """Record a warning: Trackio writes from a thread, and warns of what it could not write."""

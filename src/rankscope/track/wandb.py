@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankscope.text.catalogue import Catalogue
 from rankscope.track import PROFILE_STEP, RANK, STEP, Point, Tracker
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ AXES = {STEP: ("train/*", "eval/*"), PROFILE_STEP: ("system/*",), RANK: ("by_ran
 class Client(Tracker):
     """Runs in WANDB_PROJECT (`rankscope`) of WANDB_ENTITY, with files in WANDB_DIR (the study's folder)."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, text: Catalogue) -> None:
         os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "wandb-cache"))  # its logs, to which each run has a link
         os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb-data"))  # artifacts, until they are uploaded
         import wandb
@@ -33,11 +34,11 @@ class Client(Tracker):
         has_no_key = settings.mode == "online" and not wandb.login(prompt=False, verify=False)
         self._offline = has_no_key or settings.mode in ("offline", "dryrun")
         self.destination = f"{settings.base_url}/{settings.entity or ''}/{self._project}"
-        self.note = f"W&B sends the runs to {settings.base_url}, project {self._project}"
+        self.note = text("track.wandb", address=settings.base_url, project=self._project)
         if self._offline:
             self.destination = "offline"
             sync = f"wandb sync {shlex.quote(str(self._folder / 'wandb'))}/offline-run-*"
-            self.note = f"W&B keeps the runs here, offline. To upload them: `{sync}`"
+            self.note = text("track.wandb_offline", command=sync)
 
     def begin(self, name: str, run_id: str, group: str, config: Mapping[str, Any], again: bool) -> "wandb.Run":
         import wandb

@@ -1,12 +1,14 @@
 """Several studies side by side."""
 
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 from rankscope.analysis.across import FEWEST_STUDIES, KEPT, Sufficient, common_rank, paired_differences, sufficient_rank
 from rankscope.errors import StudyError
 from rankscope.study.study import Study
-from rankscope.text.formats import Columns, loss, percent, signed, tabulate
+from rankscope.text.catalogue import Catalogue
+from rankscope.text.formats import Columns, column, loss, percent, shown, signed, tabulate
 from rankscope.ui.console import show
 
 
@@ -48,45 +50,42 @@ def _power(log2_rank: float | None) -> float | None:
     return None if log2_rank is None else 2**log2_rank
 
 
-def show_comparison(found: dict[str, Any]) -> None:
+def show_comparison(found: dict[str, Any], text: Catalogue) -> None:
     """Print `compare_studies` as tables, and in sentences what the studies have in common."""
     common, kept = found["common"], percent(found["kept"])
-    columns: Columns = {
-        "study": lambda row: row["study"],
-        "model": lambda row: row["model"],
-        "data": lambda row: row["data"],
-        "ranks": lambda row: ", ".join(map(str, row["ranks"])),
-        "seeds": lambda row: str(row["seeds"] or "–"),
-        "gain": lambda row: "–" if row["gain"] is None else loss(row["gain"]),
-        "verdict": lambda row: (
-            f"rank {row['rank']}" if row["rank"] else (row["outcome"] or "none yet").replace("_", " ")
+
+    def title(name: str) -> str:
+        return text(f"compare.{name}")
+
+    def rank(value: float | None, at_lowest: bool | None = False) -> str:
+        number = shown(value, "{:.3g}".format, text)
+        return text("compare.at_most", rank=number) if at_lowest else number
+
+    words: Columns = {title(name): itemgetter(name) for name in ("study", "model", "data")}
+    columns = words | {
+        title("ranks"): lambda row: ", ".join(map(str, row["ranks"])),
+        title("seeds"): column("seeds", str, text),
+        title("gain"): column("gain", loss, text),
+        title("verdict"): lambda row: (
+            text("name.rank", rank=row["rank"]) if row["rank"] else text(f"outcome.{row['outcome'] or 'none'}")
         ),
-        f"rank for {kept}": lambda row: _rank(row["sufficient_rank"], row["sufficient_at_lowest"]),
+        text("compare.rank_for", kept=kept): lambda row: rank(row["sufficient_rank"], row["sufficient_at_lowest"]),
     }
-    columns |= {"with the others": lambda row: _rank(row["shrunken_rank"])} if common else {}
-    show(tabulate("", columns, found["studies"], ["study", "model", "data", "verdict"]))
+    columns |= {title("with_others"): lambda row: rank(row["shrunken_rank"])} if common else {}
+    show(tabulate("", columns, found["studies"], [*words, title("verdict")]))
     pairs: Columns = {
-        "rank": lambda pair: str(pair["rank"]),
-        "study": lambda pair: pair["study"],
-        "held-out loss": lambda pair: loss(pair["loss"]),
-        "other study": lambda pair: pair["other"],
-        "its loss": lambda pair: loss(pair["other_loss"]),
-        "difference": lambda pair: signed(pair["difference"]),
-        "95% interval": lambda pair: "–" if pair["low"] is None else f"{signed(pair['low'])} to {signed(pair['high'])}",
-        "seeds": lambda pair: str(pair["seeds"]),
+        title("rank"): lambda pair: str(pair["rank"]),
+        title("study"): lambda pair: pair["study"],
+        title("loss"): lambda pair: loss(pair["loss"]),
+        title("other"): lambda pair: pair["other"],
+        title("other_loss"): lambda pair: loss(pair["other_loss"]),
+        title("difference"): lambda pair: signed(pair["difference"]),
+        title("interval"): lambda pair: (
+            text("none") if pair["low"] is None else text("range", low=signed(pair["low"]), high=signed(pair["high"]))
+        ),
+        title("seeds"): lambda pair: str(pair["seeds"]),
     }
-    title = "Studies with the same tokens, paired by held-out row and seed:"
     if found["pairs"]:
-        show("", tabulate(title, pairs, found["pairs"], ["study", "other study"]))
-    sentence = f"A rank that keeps {kept} of the gain in common is estimated from {FEWEST_STUDIES} studies on."
-    if common is not None:
-        sentence = (
-            f"Over these studies the smallest rank that keeps {kept} of the gain is {_rank(common['rank'])} "
-            f"(95% interval: {_rank(common['low'])} to {_rank(common['high'])}); in one more study it would lie "
-            f"between {_rank(common['next_low'])} and {_rank(common['next_high'])}."
-        )
-    show("", sentence)
-
-
-def _rank(rank: float | None, at_lowest: bool | None = False) -> str:
-    return "–" if rank is None else f"{'at most ' if at_lowest else ''}{rank:.3g}"
+        show("", tabulate(title("paired"), pairs, found["pairs"], [title("study"), title("other")]))
+    ends = {name: rank(value) for name, value in common.items() if name != "between_octaves"} if common else {}
+    show("", text("compare.common" if common else "compare.few", kept=kept, n=FEWEST_STUDIES, **ends))

@@ -7,8 +7,9 @@ import signal
 import sys
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.cells import cell_len
@@ -17,6 +18,9 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from rankscope.text.formats import Table, strip_control_characters
+
+if TYPE_CHECKING:
+    from rankscope.text.catalogue import Catalogue
 
 
 class PlainConsole(Console):
@@ -107,21 +111,21 @@ def print_json(value: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
+def stoppable(text: "Catalogue") -> Iterator[None]:
     """Let Ctrl-C or SIGTERM stop the body after its step, and say how to resume."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop_politely)
+        signal.signal(number, partial(_stop_politely, text))
     try:
         yield
     except KeyboardInterrupt:
         again = shlex.join(["rankscope", *sys.argv[1:]])
-        error_console.print(f"Stopped. To resume, run the same command:\n  {again}", style="yellow")
+        error_console.print(text("notice.stopped", command=again), style="yellow")
         raise typer.Exit(130) from None
 
 
-def _stop_politely(number: int, frame: FrameType | None) -> None:
+def _stop_politely(text: "Catalogue", number: int, frame: FrameType | None) -> None:
     """Stop after the step in training; a second signal stops at once."""
     for again in (signal.SIGINT, signal.SIGTERM):
         signal.signal(again, signal.default_int_handler)
-    error_console.print("Stopping after this step. Ctrl-C again stops at once.", style="yellow")
+    error_console.print(text("notice.stopping"), style="yellow")
     raise KeyboardInterrupt

@@ -136,11 +136,11 @@ def show_untried(study: Study, console: Console, language: str) -> None:
     show(*lines, console=console)
 
 
-def show_failures(study: Study, console: Console) -> bool:
+def show_failures(study: Study, console: Console, text: Catalogue) -> bool:
     """Print every trial, profile and answer that was begun and did not finish, and why. Whether any did not finish."""
     failures: dict[str, TrialRecord | Failure] = {t.name: study.trial_record(t) for t in unfinished(study)}
     for name, unmeasured in study.open_failures().items():
-        failures[name if name in (ANSWERS, TASK) else f"profile of {name}"] = unmeasured
+        failures[name if name in (ANSWERS, TASK) else text("notice.profile", name=name)] = unmeasured
     for name, failure in failures.items():
         if failure.status != "pending":  # `show_untried` names those
             console.print(f"{name}: {failure.status}: {failure.reason}", style="yellow")

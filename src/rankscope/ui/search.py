@@ -12,31 +12,32 @@ from rankscope.jobs.launchers import make_launcher
 from rankscope.search.folder import Search
 from rankscope.search.run import at_commits, run
 from rankscope.search.space import SearchSpec
-from rankscope.text.catalogue import load
-from rankscope.text.formats import duration, loss
+from rankscope.text.catalogue import Catalogue, load
+from rankscope.text.formats import duration, loss, percent
 from rankscope.ui.console import make_table, show
 from rankscope.ui.progress import Display
 
 MAX_SHOWN = 10  # candidates in the table of results
-_COUNTED = {"trials": "candidates", "tokens": "tokens"}
+_COUNTED = {"trials": "candidates", "tokens": "tokens"}  # words of the catalogue by part of the budget
+_HEADERS = ("candidate", "rank", "learning_rate", "alpha", "eval_loss", "over", "target_modules")
 
 
 def run_search(
-    spec: SearchSpec, path: Path, console: Console, launcher: str, ray_address: str | None
+    spec: SearchSpec, path: Path, console: Console, launcher: str, ray_address: str | None, language: str
 ) -> dict[str, Any]:
     """Run a search in `path`, and show its progress; return its result, see `rankscope.search.run.run`."""
     spec = at_commits(spec, path)  # the launcher reads the model's configuration too
-    progress = SearchProgress(console, path)
-    with progress, make_launcher(launcher, spec.study.model, ray_address, progress.say) as launching:
-        return run(spec, path, launching, progress.say, progress.poll)
+    progress = SearchProgress(console, path, load(language))
+    with progress, make_launcher(launcher, spec.study.model, ray_address, progress.say, language) as launching:
+        return run(spec, path, launching, progress.say, progress.poll, language)
 
 
 class SearchProgress(Display):
     """Progress of `rankscope search`, read from the result that the search in `folder` has so far."""
 
-    def __init__(self, console: Console, folder: Path) -> None:
+    def __init__(self, console: Console, folder: Path, text: Catalogue) -> None:
         super().__init__(console)
-        self._folder = folder
+        self._folder, self._text = folder, text
         self.line_is_due()  # the first line comes after an interval
 
     def poll(self) -> None:
@@ -46,66 +47,61 @@ class SearchProgress(Display):
         if self.is_drawn:
             training = result["training"].items()
             rows = [(name, str(step), "–" if value is None else loss(value)) for name, (step, value) in training]
-            table = make_table(("candidate", "step", "loss"), rows)
-            self.draw(Group(Text(progress_line(result), style="bold"), table))
+            table = make_table([self._text(f"search.{name}") for name in ("candidate", "step", "loss")], rows)
+            self.draw(Group(Text(progress_line(result, self._text), style="bold"), table))
         elif self.line_is_due():
-            self.say(f"  {progress_line(result)}")
+            self.say(f"  {progress_line(result, self._text)}")
 
 
-def progress_line(result: Mapping[str, Any]) -> str:
+def progress_line(result: Mapping[str, Any], text: Catalogue) -> str:
     """Numbers of candidates, the best so far, and the budget left, in one line."""
     states = [candidate["state"] for candidate in result["candidates"]]
     best = _by_name(result).get(result["best"] or "")
-    parts = [
-        f"{len(states)} candidates begun",
-        f"{states.count('stopped') + states.count('diverged')} stopped early",
-        f"{states.count('done')} done",
-        f"best {best['trial']} {best['eval_loss']:.4f}" if best else "none done yet",
-        f"left: {budget_left(result)}",
-    ]
-    return ", ".join(parts)
+    counts = {"stopped": states.count("stopped") + states.count("diverged"), "done": states.count("done")}
+    begun, left = text.count("candidates", len(states)), budget_left(result, text)
+    now = text("search.best", name=best["trial"], loss=loss(best["eval_loss"])) if best else text("search.none_yet")
+    return text("search.progress", begun=begun, **counts, best=now, left=left)
 
 
-def budget_left(result: Mapping[str, Any]) -> str:
+def budget_left(result: Mapping[str, Any], text: Catalogue) -> str:
     budget, spent = result["budget"], result["spent"]
-    left = [f"{max(0, budget[n] - spent[n]):,} {word}" for n, word in _COUNTED.items() if budget[n] is not None]
+    left = [text.count(word, max(0, budget[n] - spent[n])) for n, word in _COUNTED.items() if budget[n] is not None]
     if budget["hours"] is not None:
-        left.append(duration(max(0.0, 3600 * budget["hours"] - spent["seconds"]), load("en")))
+        left.append(duration(max(0.0, 3600 * budget["hours"] - spent["seconds"]), text))
     return ", ".join(left)
 
 
-def show_result(path: Path, result: Mapping[str, Any], console: Console) -> None:
+def show_result(path: Path, result: Mapping[str, Any], console: Console, text: Catalogue) -> None:
     """Print the best candidates, which of them are within the margin of the best, and how to confirm the result."""
     candidates = _by_name(result)
     done = sorted((c for c in candidates.values() if c["eval_loss"] is not None), key=lambda c: float(c["eval_loss"]))
     best, within = candidates.get(result["best"] or ""), set(result["within_margin"])
     if best is None:
-        console.print("No candidate finished training: the budget is too small, or all diverged.", style="bold")
+        console.print(text("search.none"), style="bold")
         return
     rows = []
     for one in done[:MAX_SHOWN]:
         over, mark = one["eval_loss"] / best["eval_loss"] - 1, "" if one["trial"] in within else " *"
         settings = (str(one["rank"]), f"{one['learning_rate']:.3g}", f"{one['lora_alpha']:g}")
         rows.append((one["trial"], *settings, loss(one["eval_loss"]), f"{over:.2%}{mark}", one["target_modules"]))
-    headers = ("candidate", "rank", "learning rate", "alpha", "held-out loss", "over the best", "target modules")
-    beyond = [f"* beyond the margin of {result['margin']:.3g} of the best's loss"] * (len(within) < len(done))
-    show(make_table(headers, rows, left=(0, 6)), *beyond, *_sentences(path, result), console=console)
+    headers = [text(f"search.{name}") for name in _HEADERS]
+    beyond = [text("search.beyond", margin=percent(result["margin"]))] * (len(within) < len(done))
+    show(make_table(headers, rows, left=(0, 6)), *beyond, *_sentences(path, result, text), console=console)
 
 
-def _sentences(path: Path, result: Mapping[str, Any]) -> Iterator[str]:
+def _sentences(path: Path, result: Mapping[str, Any], text: Catalogue) -> Iterator[str]:
     candidates, spent = _by_name(result), result["spent"]
     best, smallest = candidates[result["best"]], candidates[result["smallest_rank"]]
-    yield (
-        f"\nBest: rank {best['rank']} at learning rate {best['learning_rate']:.3g}, alpha {best['lora_alpha']:g}, on "
-        f"{best['target_modules']}. {len(result['within_margin'])} candidates are within the margin; the lowest rank "
-        f"among them is {smallest['rank']} ({smallest['trial']})."
-    )
-    yield (
-        f"{spent['trials']} candidates, {result['share_stopped']:.0%} of them stopped early; "
-        f"{spent['tokens']:,} training tokens, {duration(spent['seconds'], load('en'))}."
-    )
-    yield f"One seed gives no measure of uncertainty. To confirm with other seeds:\n  {_confirm(path)}"
-    yield f"Adapters: {path / 'adapters'}. All candidates: optuna-dashboard {shlex.quote(str(path / 'optuna.log'))}"
+    settings = {"rate": f"{best['learning_rate']:.3g}", "alpha": f"{best['lora_alpha']:g}"}
+    yield "\n" + text("search.found", rank=best["rank"], modules=best["target_modules"], **settings)
+    within = text.count("candidates", len(result["within_margin"]))
+    yield text("search.within", candidates=within, rank=smallest["rank"], name=smallest["trial"])
+    taken = {"tokens": f"{spent['tokens']:,}", "time": duration(spent["seconds"], text)}
+    stopped = f"{result['share_stopped']:.0%}"
+    yield text("search.spent", candidates=text.count("candidates", spent["trials"]), stopped=stopped, **taken)
+    yield text("search.confirm", command=_confirm(path))
+    log = shlex.quote(str(path / "optuna.log"))
+    yield text("search.adapters", folder=path / "adapters", command=f"optuna-dashboard {log}")
 
 
 def _confirm(path: Path) -> str:
