@@ -75,6 +75,7 @@ def test_choices_stand_in_the_place_of_a_conversations_last_answer(root: Path, t
         ({"choices": [1, 2]}, "no list of two texts"),
         ({"choices": ["a", "b"]}, "none of its `choices`"),
         ({}, "no column choices"),
+        ({"choices": ["sort", "sort "]}, r"rows\.jsonl, line \d+: all choices are 'sort': any answer would be right"),
     ],
 )
 def test_rows_without_choices_are_refused(root: Path, tmp_path: Path, row: dict[str, Any], what: str) -> None:

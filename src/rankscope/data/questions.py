@@ -20,7 +20,7 @@ from rankscope.data.records import rows_with_columns
 from rankscope.data.sources import resolve_sources
 from rankscope.data.tokenize import RowReader
 from rankscope.data.tokens import Example, Tokens
-from rankscope.errors import DataError
+from rankscope.errors import DataError, shortened
 from rankscope.spec.models import DataSpec
 from rankscope.study.records import ChoicesRecord
 
@@ -62,14 +62,14 @@ def held_out_choices(
 ) -> ChoicesRecord:
     """Read the data again, and return the choices of these held-out rows, found by their tokens, each choice in the
     place of the row's own answer. Rows without choices are left out. `spec.max_length` is that of `held_out`. Raises
-    DataError: none has choices, or a source cannot be read."""
+    DataError: none has choices, those of a row are all the same, or a source cannot be read."""
     with_chat_template(tokenizer, spec.chat_template)
     train, evaluated = resolve_sources(spec)
     read = spec.model_copy(update={"max_rows": None}) if evaluated else spec
     reader = RowReader(spec, tokenizer, BytesIO())
     known, fault = {_key(held_out[one.example]): one.example for one in rows}, ""
     found: dict[int, tuple[int, list[Question], list[int]]] = {}
-    for row, raw in rows_with_columns(read, evaluated or train):
+    for where, row, raw in rows_with_columns(read, evaluated or train):
         if not known:
             break
         example = reader.example(row)
@@ -78,6 +78,9 @@ def held_out_choices(
             continue
         try:
             gold, texts = _choices(raw, _answer(row))
+            if len({text.strip() for text in texts}) == 1:
+                what = f"measure.task: {where}: all choices are {shortened(repr(texts[0]))}: any answer would be right"
+                raise DataError(what, "Correct its choices, or leave the row out of the data.")
             scored = _scored([reader.example(_with_answer(row, text)) for text in texts], spec, tokenizer)
             found[number] = gold, scored, [len(text) for text in texts]
         except WrongRowError as error:

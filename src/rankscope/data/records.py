@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from rankscope.data.formats import COLUMNS, MEDIA, Layout, resolve_layout
 from rankscope.data.messages import (
@@ -119,18 +119,24 @@ def load_records(spec: DataSpec, sources: Sequence[Source] | None = None) -> Rec
     return records
 
 
-def rows_with_columns(spec: DataSpec, sources: Sequence[Source]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+class WholeRow(NamedTuple):
+    where: str  # for an error
+    row: dict[str, Any]  # as it is used
+    columns: dict[str, Any]  # all that its source has
+
+
+def rows_with_columns(spec: DataSpec, sources: Sequence[Source]) -> Iterator[WholeRow]:
     """Rows that `load_records` would use, each with all columns of its source. Nothing is counted or hashed."""
     parts = chain.from_iterable(_with_layouts(source, spec, {}) for source in sources)
     raws = (
-        (raw, layout)
+        (part.where(line, index), raw, layout)
         for part, layout in parts
-        for _, raw in part.rows({*COLUMNS, *spec.columns.values(), *part.columns()})
+        for index, (line, raw) in enumerate(part.rows({*COLUMNS, *spec.columns.values(), *part.columns()}))
     )
-    for raw, layout in islice(raws, spec.max_rows):
+    for where, raw, layout in islice(raws, spec.max_rows):
         with suppress(WrongRowError):
             if row := _canonical(raw, layout):
-                yield row, raw
+                yield WholeRow(where, row, raw)
 
 
 def _with_layouts(source: Source, spec: DataSpec, unread: dict[str, None]) -> list[tuple[Part, Layout]]:
