@@ -25,10 +25,12 @@ from rankscope.lora.saved import load_by_peft
 from rankscope.lora.targets import find_targets
 from rankscope.model.load import load_tokenizer, most_positions
 from rankscope.spec.models import ModelSpec
+from rankscope.spec.options import assemble
 from rankscope.spec.task import code_sha256, parse_task
 from rankscope.study import scores
 from rankscope.study.records import ChoicesRecord
 from rankscope.study.study import Study
+from rankscope.ui.plan import plan_study
 from recording import RecordingProgress
 from study.test_scores import with_task
 
@@ -196,6 +198,9 @@ def test_rows_that_cannot_be_scored_are_refused_before_training(
     study = with_task(trained, tmp_path / "study", task)
     with pytest.raises(error, match=what):
         job.prepare(study, data)
+    for begun in (study, None):
+        with pytest.raises(error, match=what):
+            plan_study(study.spec, begun)
 
 
 def test_rows_without_an_answer_of_their_own_are_refused(trained: Study, data: TokenizedData, tmp_path: Path) -> None:
@@ -302,6 +307,8 @@ def test_without_the_harness_the_command_that_installs_it_is_named(tmp_path: Pat
     with pytest.raises(MissingExtraError, match="lm_eval is not installed"):
         rankscope.run(model="embedded", dataset="embedded", task="lm_eval:arc_easy", out=tmp_path / "study")
     assert not (tmp_path / "study").exists()
+    with pytest.raises(MissingExtraError, match="lm_eval is not installed"):
+        plan_study(assemble({"model": "embedded", "data": "embedded"}, {"task": "lm_eval:arc_easy"}), None)
 
 
 class Ids:

@@ -44,6 +44,7 @@ def test_code_is_refused_until_it_is_repeated(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(StudyError, match=r"--allow-code my\.py"):
         check_code("my.py:score", ["other.py"])
     check_code("my.py:score", [tmp_path / "my.py"])
+    check_code("my.py:score", None)
     with pytest.raises(StudyError, match="no function points"):
         check_code("my.py:points", ["my.py"])
     Path("my.py").write_text("def score(")

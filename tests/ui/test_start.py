@@ -70,6 +70,7 @@ def test_what_cannot_be_is_refused_before_torch_and_pandas_are_imported(tmp_path
         ("run", "--model", "model", "--dataset", "data.xyz"): "unknown file type .xyz",
         ("run", *good, "--set", "data.eval_dataset=none.csv"): "none.csv: no such file",
         ("plan", "--model", "model", "--dataset", "*.csv"): "no file matches",
+        ("plan", *good, "--task", "my.py:score"): "my.py: no such file",
         ("curve", "taken"): "not a study",
         ("report", "taken"): "not a study",
         ("watch", "taken"): "not a study",

@@ -29,6 +29,7 @@ from rankscope.jobs.job import Job, Run, failure_of
 from rankscope.lora.adapters import activate
 from rankscope.lora.layout import NotPackable
 from rankscope.model.load import load_tokenizer, most_positions
+from rankscope.spec.models import StudySpec
 from rankscope.spec.task import BASE, CHOICE, Task, code_sha256, compiled, parse_task
 from rankscope.study.folder import TASK, StudyFolder
 from rankscope.study.records import ChoicesRecord, TaskItems, TaskRecord
@@ -54,24 +55,38 @@ def check(text: str | None) -> None:
         harness.check(task)
 
 
-def prepare(study: StudyFolder, data: TokenizedData) -> str | None:
-    """Find out before anything is trained whether the held-out rows can be scored, and write down their choices, which
-    tokens do not have. Return how many rows are scored. Raises DataError: the rows are not for the task."""
-    text = study.spec.measure.task
-    task, file = parse_task(text) if text else Task(""), study.file(CHOICES)
+class Scorable(NamedTuple):
+    rows: int
+    choices: ChoicesRecord | None  # of a task by likelihood; None where the study has them
+
+
+def scorable(spec: StudySpec, data: TokenizedData, study: StudyFolder | None) -> Scorable | None:
+    """The held-out rows that can be scored; None where the task has items of its own, or there is no task. Raises
+    DataError: the rows are not for the task."""
+    task = parse_task(spec.measure.task) if spec.measure.task else Task("")
     if task.kind in ("", "lm_eval"):
         return None
-    tokenizer = load_tokenizer(study.spec.model)
-    rows = scored_rows(study, data, task, tokenizer)
-    count = len(rows)
-    if task.kind in CHOICE:
-        known = ChoicesRecord.find(file)
-        if known is None or known.asked != asked(study):
-            questions = [question for question, _ in rows]
-            known = held_out_choices(read_spec(study.spec), tokenizer, data.eval, questions, asked(study))
-            known.write(file)
-        count = len(known.example)
-    return f"Task {text}: {count:,} of {len(data.eval):,} held-out rows are scored"
+    tokenizer = load_tokenizer(spec.model)
+    rows = scored_rows(spec, data, task, tokenizer)
+    if task.kind not in CHOICE:
+        return Scorable(len(rows), None)
+    own = asked(study) if study else {}
+    known = ChoicesRecord.find(study.file(CHOICES)) if study else None
+    if known is not None and known.asked == own:
+        return Scorable(len(known.example), None)
+    choices = held_out_choices(read_spec(spec), tokenizer, data.eval, [question for question, _ in rows], own)
+    return Scorable(len(choices.example), choices)
+
+
+def prepare(study: StudyFolder, data: TokenizedData) -> str | None:
+    """Find out before anything is trained whether the held-out rows can be scored (`scorable`), and write down their
+    choices, which tokens do not have. Return how many rows are scored."""
+    found = scorable(study.spec, data, study)
+    if found is None:
+        return None
+    if found.choices:
+        found.choices.write(study.file(CHOICES))
+    return f"Task {study.spec.measure.task}: {found.rows:,} of {len(data.eval):,} held-out rows are scored"
 
 
 def jobs(run: Run) -> list[Job]:
@@ -157,13 +172,11 @@ def ended(run: Run, job: Job, error: RankscopeError | None, waiting: Sequence[Jo
     return list(waiting)
 
 
-def scored_rows(
-    study: StudyFolder, data: TokenizedData, task: Task, tokenizer: Tokenizer
-) -> list[tuple[Question, str]]:
+def scored_rows(spec: StudySpec, data: TokenizedData, task: Task, tokenizer: Tokenizer) -> list[tuple[Question, str]]:
     """Held-out rows that are scored, with the text of their own answers; those in which a pattern finds nothing are
     left out. Raises DataError: none is left."""
     pattern = compiled(task.detail) if task.kind == "regex" else None
-    questions = whole_questions(data.eval, study.spec.measure.task_items, data.facts["max_length"])
+    questions = whole_questions(data.eval, spec.measure.task_items, data.facts["max_length"])
     ends = ends_of(tokenizer, questions)  # an answer stops before it, and is compared with the text before it
     rows = [(question, text_of(tokenizer, until(ends, question.reference_ids))) for question in questions]
     if not rows:
@@ -186,7 +199,7 @@ def generated(
 ) -> Iterator[tuple[str, Scored]]:
     """Scores of greedy answers to the held-out prompts. `progress` has how many models of a part have answered."""
     measure, score, tokenizer = study.spec.measure, score_function(task), load_tokenizer(study.spec.model)
-    rows, positions = scored_rows(study, data, task, tokenizer), most_positions(study.spec.model)
+    rows, positions = scored_rows(study.spec, data, task, tokenizer), most_positions(study.spec.model)
     questions, examples = [question for question, _ in rows], [question.example for question, _ in rows]
     texts, done = [text_of(tokenizer, one.prompt_ids) for one in questions], list[int]()
 

@@ -69,14 +69,15 @@ def compiled(pattern: str) -> Any:
         raise ValueError(f"{pattern!r}: {reason} (RE2 has no look-around and no back-references)") from None
 
 
-def check_code(text: str | None, allowed: Sequence[str | Path]) -> None:
+def check_code(text: str | None, allowed: Sequence[str | Path] | None) -> None:
     """Raise StudyError where the task runs code that is missing, or that was not `allowed` by its path: a study's file,
-    which may be somebody else's, does not decide alone what is executed."""
+    which may be somebody else's, does not decide alone what is executed. None allows all, for a plan, which executes
+    nothing."""
     task = parse_task(text) if text else Task("")
     for name in task.code:
         if not Path(name).exists():
             raise StudyError(f"measure.task: {no_such(name, 'file')}", "Give its path from the current directory.")
-        if Path(name).resolve() not in [Path(one).resolve() for one in allowed]:
+        if allowed is not None and Path(name).resolve() not in [Path(one).resolve() for one in allowed]:
             what = f"measure.task: {name} is code, and a study's file alone does not have it run"
             raise StudyError(what, f"Read it, then repeat its name: --allow-code {name} (Python: allow_code={name!r}).")
     if task.kind == "function":

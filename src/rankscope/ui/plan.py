@@ -8,6 +8,7 @@ from rich.table import Table
 
 from rankscope.data.doubts import data_warnings
 from rankscope.errors import StudyError
+from rankscope.jobs import task
 from rankscope.jobs.launchers import make_launcher
 from rankscope.plan.checks import too_large
 from rankscope.plan.memory import MAX_PACK_MEMORY_FRACTION
@@ -42,13 +43,16 @@ def plan_study(
     """The plan that a run would execute, or would on a GPU that need not exist. Raises StudyError, DataError,
     ModelError: as a run would; and where an option is no size, rate, number or price."""
     gpu = parse_gpu(gpu_memory, gpu_flops)
+    task.check(spec.measure.task)
     if gpu is not None:
         site, slots, study = imagined_gpu(spec.model, gpu.memory_bytes), 1, None
     else:
         with make_launcher(launcher, spec.model, ray_address, error_console.print) as launching:
             site, slots = launching.site(), launching.slots()
     fleet, rate = make_fleet(devices, price, slots), gpu.flops_per_second if gpu else None
-    return make_plan(spec, study_data(spec, study), site, fleet, study, rate, bool(remeasure))
+    data = study_data(spec, study)
+    task.scorable(spec, data, study)
+    return make_plan(spec, data, site, fleet, study, rate, bool(remeasure))
 
 
 def show_plan(

@@ -91,7 +91,9 @@ def _with_tables(study: "StudyFolder") -> "Study":
 def show_plan(spec: "StudySpec", begun: "StudyFolder | None", as_json: bool, **options: Any) -> None:
     """Print the plan of a study; `options` are those of `rankscope.ui.plan.show_plan`."""
     from rankscope.model.checks import check_inputs
+    from rankscope.spec.task import check_code
 
+    check_code(spec.measure.task, allowed=None)
     spec = check_inputs(spec, data=begun is None)
     announce("Planning")
     from rankscope.ui.plan import show_plan
