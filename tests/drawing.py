@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from rankscope.report import write
 from rankscope.report.content import Content
 from rankscope.report.figures import Figure
+from rankscope.text.catalogue import load
 
 asked = False
 _render, _draw, others = write.render_image, write.draw_charts, write.other_languages
@@ -21,7 +22,8 @@ def _draw_if_asked(content: Content) -> dict[str, str]:
 
 
 def _others_if_asked(language: str) -> list[str]:
-    return others(language) if asked else []
+    needed = asked or not write.can_draw(load(language))  # without a font of the language, figures are in English
+    return others(language) if needed else []
 
 
 INSTEAD = {"render_image": _render_if_asked, "draw_charts": _draw_if_asked, "other_languages": _others_if_asked}
