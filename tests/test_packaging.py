@@ -10,8 +10,11 @@ import venv
 from pathlib import Path
 
 import pytest
+import yaml
 
 import rankscope
+from rankscope.errors import RankscopeError, check_system
+from ui.test_console import accepts
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,6 +41,24 @@ def test_the_tree_in_contributing_is_that_of_the_source() -> None:
     source = ROOT / "src" / "rankscope"
     files = (file.relative_to(source) for file in source.rglob("*.py") if file.name != "__init__.py")
     assert named == {file.as_posix() for file in files if file.parts[0] != "demo"}
+
+
+def test_the_workflow_asks_what_can_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its commands are accepted, what it looks for on Windows is said there, and it tests the oldest Python."""
+    jobs = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text(encoding="utf-8"))["jobs"]
+    lines = [line for job in jobs.values() for step in job["steps"] for line in step.get("run", "").splitlines()]
+    found = [re.match(r"(?:if )?(rankscope [a-z][^#;>]*?)(?: \d?>|;| *#|$)", line) for line in lines]
+    commands = [one[1] for one in found if one]
+    assert len(commands) >= 5
+    assert all(map(accepts, commands))
+    (sought,) = (line.split("'")[1] for line in lines if line.startswith("grep "))
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(RankscopeError, match=sought):
+        check_system()
+    assert f'requires-python = ">={jobs["test"]["strategy"]["matrix"]["python"][0]}"' in (
+        ROOT / "pyproject.toml"
+    ).read_text(encoding="utf-8")
+    assert all(os.access(ROOT / line, os.X_OK) for line in lines if line.startswith(".ci/"))
 
 
 @pytest.fixture(scope="module")
