@@ -75,25 +75,40 @@ def make_table(
     rows: Iterable[Sequence[str]],
     left: Container[int] = (0,),
     title: str | None = None,
-    no_wrap: bool = False,
 ) -> RichTable:
     """Table without borders; columns at the positions `left` are aligned to the left, all others to the right. Where it
     is wider than the terminal, its cells are wrapped at words."""
     table = RichTable(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
     rows = list(rows)
-    cells = [[header, *(row[position] for row in rows)] for position, header in enumerate(headers)]
-    widths = [max(cell_len(line) for cell in column for line in cell.split("\n")) for column in cells]
+    cells = _columns(headers, rows)
+    widths = _widths(cells)
     words = [max((cell_len(word) for cell in column for word in cell.split()), default=0) for column in cells]
-    while not no_wrap and sum(widths) + 2 * (len(widths) - 1) > out_console.width and widths != words:
+    while _whole(widths) > out_console.width and widths != words:
         widest = max(range(len(widths)), key=lambda position: (widths[position] > words[position], widths[position]))
         widths[widest] -= 1
     for position, header in enumerate(headers):
         justify: Any = "left" if position in left else "right"
-        width = None if no_wrap else widths[position]
-        table.add_column(header, justify=justify, width=width, no_wrap=no_wrap, overflow="fold")  # never cut a number
+        table.add_column(header, justify=justify, width=widths[position], overflow="fold")  # never cut a number
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def has_room(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
+    """Whether the terminal is as wide as the table of these cells, none of which is wrapped."""
+    return _whole(_widths(_columns(headers, rows))) <= out_console.width
+
+
+def _columns(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    return [[header, *(row[position] for row in rows)] for position, header in enumerate(headers)]
+
+
+def _widths(columns: Sequence[Sequence[str]]) -> list[int]:
+    return [max(cell_len(line) for cell in column for line in cell.split("\n")) for column in columns]
+
+
+def _whole(widths: Sequence[int]) -> int:
+    return sum(widths) + 2 * (len(widths) - 1)
 
 
 def show(*parts: str | Table | RichTable, console: Console = out_console) -> None:

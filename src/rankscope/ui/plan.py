@@ -1,6 +1,6 @@
 """`rankscope plan`: the packs that would run, their memory and time, and what fits. Trains and writes nothing."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import typer
@@ -22,7 +22,7 @@ from rankscope.text.catalogue import Catalogue, load
 from rankscope.text.coverage import coverage_sentences
 from rankscope.text.formats import about, duration, durations, parse_bytes, parse_flops, percent, size
 from rankscope.train.prepare import describe_data, study_data
-from rankscope.ui.console import error_console, make_table, out_console, print_json, show
+from rankscope.ui.console import error_console, has_room, make_table, out_console, print_json, show
 from rankscope.ui.progress import Display
 from rankscope.ui.rows import describe_rows, row_lines
 
@@ -66,7 +66,7 @@ def show_plan(
     else:
         about_data = [describe_data(plan.data.facts), *coverage_of(plan), *row_lines(rows)]
         show(f"Model {plan.spec.model.id}: {plan.prediction.base_params:,} parameters", *about_data)
-        show(_candidates(plan), *_memory(plan), *_time(plan), *_work(plan))
+        show(*_candidates(plan), *_memory(plan), *_time(plan), *_work(plan))
         show(*(shorter_lines(plan) if study is None else ()))
     if study is not None:
         show(_begun(study, plan), console=error_console if as_json else out_console)
@@ -156,8 +156,8 @@ def parse_gpu(memory: str | None, flops: str | None) -> Gpu | None:
     return Gpu(size_bytes, rate) if size_bytes else None
 
 
-def _candidates(plan: Plan) -> Table:
-    """Memory by part, and time, of each candidate alone."""
+def _candidates(plan: Plan) -> Iterator[Table]:
+    """Memory by part, and time, of each candidate alone: a table for each where the terminal is narrow."""
     names = ["candidate", "scaling", "trainable", "base", "adapter", "activations", "logits", "other", "total", "fits"]
     rows, room = [], plan.site.free_bytes * MAX_PACK_MEMORY_FRACTION
     time = durations((row.runtime_seconds for row in plan.forecast.candidates.values()), TEXT)
@@ -172,7 +172,12 @@ def _candidates(plan: Plan) -> Table:
         if row.step_seconds is not None and row.runtime_seconds is not None:
             times = [f"{row.step_seconds:.2g}", time(row.runtime_seconds)]
         rows.append([candidate.name, f"{candidate.scaling:.3g}", f"{row.trainable_params:,}", *memory, *times])
-    return make_table([*names, "s/step", "runtime"], rows, no_wrap=True)
+    headers = [*names, "s/step", "runtime"]
+    shown: list[Sequence[int]] = (
+        [range(len(headers))] if has_room(headers, rows) else [(0, *range(3, 10)), (0, 1, 2, 10, 11)]
+    )
+    for part in shown:
+        yield make_table([headers[column] for column in part], [[row[column] for column in part] for row in rows])
 
 
 def _memory(plan: Plan) -> Iterator[str]:
