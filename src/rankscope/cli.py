@@ -65,16 +65,18 @@ def demo(out: ask.Out = Path("rankscope-demo"), json_: ask.Json = False, lang: a
 def init(
     options: dict[str, Any],
     file: Annotated[Path, typer.Argument(metavar="[STUDY.yaml]", help="File to write.")] = Path("study.yaml"),
+    lang: ask.Language = "en",
 ) -> None:
     """Ask five questions (those without an option), check each answer, and write a study's file with comments."""
     if file.exists():
         raise StudyError(f"{file}: exists already", "Name another file: rankscope init other.yaml.")
+    text = start.check_names(lang)
     from rankscope.ui.init import answers_to, write_study
 
-    answers = answers_to(options)
-    write_study(file, answers)
+    answers = answers_to(options, text)
+    write_study(file, answers, text)
     plan_it, run_it = (shlex.join(["rankscope", name, str(file)]) for name in ("plan", "run"))
-    out_console.print(f"{file} is written. Next:\n  {plan_it}\n  {run_it} --hours {answers['hours']}")
+    out_console.print(text("init.written", file=file, plan=plan_it, run=f"{run_it} --hours {answers['hours']}"))
 
 
 @command(FIRST, ask.RUN)
@@ -98,10 +100,11 @@ def run(
     from rankscope.track import choose_trackers
 
     trackers, limit = choose_trackers(own["report_to"] or ()), time_limit(own["hours"])
-    begun = start.begun_at(path, asked)
+    begun = start.begun_at(path, asked, text)
     spec = begun.spec if begun else asked
     if own["dry_run"]:
-        start.show_plan(spec, begun, json_, launcher=launcher, ray_address=ray_address, remeasure=own["remeasure"])
+        at = {"launcher": launcher, "ray_address": ray_address}
+        start.show_plan(spec, begun, json_, text, **at, remeasure=own["remeasure"])
         return
     console.print(text("outcome.study", name=spec.name, path=path))
     from rankscope.begin import run_in
@@ -166,18 +169,19 @@ def plan(
     launcher: ask.LauncherName = "local",
     ray_address: ask.RayAddress = None,
     json_: ask.Json = False,
+    lang: ask.Language = "en",
 ) -> None:
     """Show what `run` would do and take: packs, memory by part, time, what fits. Trains and writes nothing."""
     own = ask.own(options, ask.PLAN)
     spec, path = ask.study_and_path(study, out, options, set_, quick)
-    start.check_names("en", launcher, ray_address)
+    text = start.check_names(lang, launcher, ray_address)
     from rankscope.study.folder import StudyFolder
 
     found, begun = StudyFolder.open(path) if StudyFolder.is_at(path) else None, None
     with suppress(StudyError):  # another study, which `run` would refuse
         begun = found and found.grown(spec)
     spec = begun.spec if begun else spec
-    start.show_plan(spec, begun, json_, launcher=launcher, ray_address=ray_address, **own)
+    start.show_plan(spec, begun, json_, text, launcher=launcher, ray_address=ray_address, **own)
 
 
 @command(FIRST, ask.CRITERIA)
@@ -206,7 +210,8 @@ def compare(
     lang: ask.Language = "en",
 ) -> None:
     """Set several studies side by side: paired where they share rows and seeds, and what they have in common."""
-    text, opened = start.check_names(lang), [(str(directory), start.open_study(directory)) for directory in studies]
+    text = start.check_names(lang)
+    opened = [(str(directory), start.open_study(directory, lang)) for directory in studies]
     from rankscope.ui.compare import compare_studies, show_comparison
 
     found = compare_studies(opened)
@@ -335,7 +340,7 @@ def spectrum(
 ) -> None:
     """Show how much of its rank any LoRA adapter uses, by layer and module."""
     text, console = start.check_names(lang), error_console if json_ else out_console
-    start.check_adapter(adapter)
+    start.check_adapter(adapter, text)
     from rankscope.lora.saved import find_adapter, read_adapter
     from rankscope.lora.svd import spectrum as spectrum_of
     from rankscope.resize.show import module_table, save_chart, spectrum_chart, spectrum_notes
@@ -365,7 +370,7 @@ def resize(
 
     text = start.check_names(lang)
     rule, uniform = choose_rule(ask.own(options, ask.RULES)), bool(options.pop("uniform"))
-    start.check_adapter(adapter)
+    start.check_adapter(adapter, text)
     from rankscope.resize import command
     from rankscope.resize.show import rank_table, sentences, tried_table
 

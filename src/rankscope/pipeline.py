@@ -76,8 +76,7 @@ def run_study(spec: StudySpec, out: Path, launcher: Launcher, progress: Progress
         scored = task.prepare(study, plan.data)
         if plan.packs or plan.reference or plan.profiles or unevaluated(study):
             study.publish(changes(study.machine, [entry.changed for entry in study.log], site))
-        coverage = coverage_sentences(study.prediction.get("coverage"), study.spec.ranks, text)
-        for sentence in filter(None, (describe_data(plan.data.facts), " ".join(coverage), scored, plan.unmeasured)):
+        for sentence in _opening(study, plan, scored, text):
             progress.say(sentence)
         resources.enter_context(run_trackers(study, how.trackers, progress.say, how.language))
         run = Run(study, plan, progress.say, text)
@@ -88,6 +87,17 @@ def run_study(spec: StudySpec, out: Path, launcher: Launcher, progress: Progress
         progress.say(text("live.conclude"))
         progress.poll()
         return finish(study, how.language)
+
+
+def _opening(study: Study, plan: Plan, scored: int | None, text: Catalogue) -> Iterator[str]:
+    """What is trained on, and what the adapters reach; how many rows are `scored`, and which costs are not measured."""
+    yield describe_data(plan.data.facts, text)
+    if coverage := coverage_sentences(study.prediction.get("coverage"), study.spec.ranks, text):
+        yield " ".join(coverage)
+    if scored is not None:
+        yield text("plan.task", task=study.spec.measure.task, rows=f"{scored:,}", all=f"{len(plan.data.eval):,}")
+    if plan.unmeasured:
+        yield text("plan.unmeasured", **plan.unmeasured)
 
 
 def _repair(study: Study, remeasure: bool, site: Site, say: Say, text: Catalogue) -> None:

@@ -24,6 +24,7 @@ from rankscope.data.records import load_records
 from rankscope.errors import RankscopeError
 from rankscope.spec.models import DataSpec
 from rankscope.spec.options import assemble, read_study_file
+from rankscope.text.catalogue import load
 from rankscope.train.prepare import describe_data, prepare_data
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "my-own-data.md"
@@ -122,7 +123,7 @@ def printed_on_data(command: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Lines that a command prints on its data; what it would print on memory and time is not computed."""
 
     def stop(spec: Any, data: Any, *_: Any) -> None:
-        raise _DataReadError(describe_data(data.facts))
+        raise _DataReadError(describe_data(data.facts, load("en")))
 
     monkeypatch.setattr("rankscope.ui.plan.make_plan", stop)
     error = CliRunner().invoke(app, shlex.split(command)[1:]).exception

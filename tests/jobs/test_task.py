@@ -205,7 +205,7 @@ def test_rows_that_cannot_be_scored_are_refused_before_training(
 
 def test_rows_without_an_answer_of_their_own_are_refused(trained: Study, data: TokenizedData, tmp_path: Path) -> None:
     study = with_task(trained, tmp_path / "study", "exact_match")
-    assert job.prepare(study, data) == "Task exact_match: 12 of 12 held-out rows are scored"
+    assert job.prepare(study, data) == 12
     data.facts["max_length"], whole = 3, data.facts["max_length"]
     with pytest.raises(DataError, match="no held-out row has an answer of its own that is whole"):
         job.prepare(study, data)

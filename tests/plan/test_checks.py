@@ -13,6 +13,7 @@ from rankscope.model.quantized import base_bytes
 from rankscope.plan.checks import check_base_fits, too_large
 from rankscope.plan.costs import CostModel, predict
 from rankscope.spec.models import DataSpec, ModelSpec, StudySpec
+from rankscope.text.catalogue import load
 
 
 @pytest.fixture(scope="module")
@@ -48,19 +49,19 @@ def test_what_would_fit_is_said_with_its_size(folder: Path) -> None:
     }
     assert sorted(held.values(), reverse=True) == list(held.values()), "nf4 is smallest"
     for option, size in held.items():
-        found = too_large(model, prediction, size)
+        found = too_large(model, prediction, size, load("en"))
         assert found is not None
         named = [other for other in held if other in found[1]]
         assert named == [other for other in held if held[other] <= size]
         assert option in named
-    nothing = too_large(model, prediction, min(held.values()) - 1)
+    nothing = too_large(model, prediction, min(held.values()) - 1, load("en"))
     assert nothing is not None
     assert nothing[1] == "Use a larger device, or a smaller model: one device holds the whole base."
 
 
 def test_on_a_gpu_the_base_is_in_bfloat16_already(folder: Path) -> None:
     model, prediction = predicted(folder, "cuda")
-    found = too_large(model, prediction, prediction.base_bytes - 1)
+    found = too_large(model, prediction, prediction.base_bytes - 1, load("en"))
     assert found is not None
     assert "in bfloat16" in found[0]
     assert "--dtype" not in found[1]
@@ -70,7 +71,7 @@ def test_on_a_gpu_the_base_is_in_bfloat16_already(folder: Path) -> None:
 def test_without_bitsandbytes_it_is_not_advised(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, prediction = predicted(folder)
     monkeypatch.setattr("rankscope.errors.find_spec", lambda name: None)
-    found = too_large(model, prediction, prediction.base_bytes - 1)
+    found = too_large(model, prediction, prediction.base_bytes - 1, load("en"))
     assert found is not None
     assert "--dtype bfloat16" in found[1]
     assert "--quantization" not in found[1]

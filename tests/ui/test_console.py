@@ -38,6 +38,12 @@ def test_words_stay_whole(sentence: str) -> None:
     assert all(row.startswith("  ") == sentence.startswith("  ") for row in rows)
 
 
+def test_spaces_within_a_line_stay() -> None:
+    line = r'  learned " def f(x):\n    return x"'
+    assert list(wrapped(line, 80)) == [line]
+    assert list(wrapped("  p000  r008-s0, r064-s0", 16)) == ["  p000  r008-s0,", "  r064-s0"]
+
+
 def test_a_command_has_a_line_of_its_own_however_long() -> None:
     command = f"  rankscope run {'x' * 60} --set data.eval_rows=192 --out {'y' * 60}"
     output = io.StringIO()

@@ -1,5 +1,6 @@
 """`rankscope init`: five questions, wrong answers are told at once, and the file is a study."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,6 +60,19 @@ def test_five_questions_and_wrong_answers_are_asked_again() -> None:
     text = Path("study.yaml").read_text()
     assert "rankscope plan study.yaml --gpu-memory 24GB" in text
     assert sum(" # " in line for line in text.splitlines()) > 12, "it is commented"
+
+
+def test_questions_comments_and_next_commands_are_in_korean() -> None:
+    said = "model\ndata.json\ninstructions\n24GB\n3\n"
+    english, korean = (init(f"{lang}.yaml", "--lang", lang, answers=said) for lang in ("en", "ko"))
+    assert korean.exit_code == english.exit_code == 0, korean.output
+    assert written("ko.yaml") == written("en.yaml")
+    asked = [line for line in korean.output.splitlines() if line and not line.startswith("  rankscope ")]
+    assert [line for line in asked if not re.search("[가-힣]", line)] == []
+    assert korean.output.endswith("\n  rankscope plan ko.yaml --lang ko\n  rankscope run ko.yaml --hours 3 --lang ko\n")
+    comments = re.findall("# (?!quantization|max_rows)(.*)", Path("ko.yaml").read_text())
+    assert len(comments) == len(re.findall("# (?!quantization|max_rows)(.*)", Path("en.yaml").read_text()))
+    assert [comment for comment in comments if not re.search("[가-힣]", comment)] == []
 
 
 def test_the_defaults_are_the_embedded_study_s_model_and_data() -> None:

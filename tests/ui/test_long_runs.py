@@ -69,7 +69,7 @@ def test_nothing_is_said_where_times_are_not_known() -> None:
     spec = assemble(BASE, {})
     unknown = dict.fromkeys(forecasts(spec), Forecast(1, None, None, None, None, None))
     assert shorter(spec, 60, unknown, FACTS) == {}
-    lines = shorter_lines(plan(1.0, forecast=SimpleNamespace(candidates=unknown)))
+    lines = shorter_lines(plan(1.0, forecast=SimpleNamespace(candidates=unknown)), load("en"))
     assert lines == []
 
 
@@ -85,7 +85,7 @@ class Asking(RecordingProgress):
 
 def test_a_run_of_hours_says_so_with_what_is_shorter_and_asks() -> None:
     progress: Any = Asking(True)
-    approve(progress, plan(60.0))
+    approve(progress, plan(60.0), load("en"))
     assert progress.asked == 1
     assert progress.lines[0].startswith("This will take about 26 h ")
     assert [line.strip().partition(":")[0] for line in progress.lines[2:]] == [
@@ -97,14 +97,14 @@ def test_a_run_of_hours_says_so_with_what_is_shorter_and_asks() -> None:
     assert korean.lines[0].startswith("약 26시간 ")
     assert len(korean.lines) == len(progress.lines)
     with pytest.raises(typer.Exit) as ended:
-        approve(Asking(False), plan(60.0))  # type: ignore[arg-type]
+        approve(Asking(False), plan(60.0), load("en"))  # type: ignore[arg-type]
     assert ended.value.exit_code == 130
 
 
 def test_a_short_run_or_one_on_many_devices_just_starts() -> None:
     for short in (plan(1.0), plan(60.0, fleet_estimate=SimpleNamespace(makespan_seconds=60.0))):
         progress: Any = Asking(False)
-        approve(progress, short)
+        approve(progress, short, load("en"))
         assert progress.lines == []
 
 

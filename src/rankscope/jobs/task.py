@@ -78,7 +78,7 @@ def scorable(spec: StudySpec, data: TokenizedData, study: StudyFolder | None) ->
     return Scorable(len(choices.example), choices)
 
 
-def prepare(study: StudyFolder, data: TokenizedData) -> str | None:
+def prepare(study: StudyFolder, data: TokenizedData) -> int | None:
     """Find out before anything is trained whether the held-out rows can be scored (`scorable`), and write down their
     choices, which tokens do not have. Return how many rows are scored."""
     found = scorable(study.spec, data, study)
@@ -86,7 +86,7 @@ def prepare(study: StudyFolder, data: TokenizedData) -> str | None:
         return None
     if found.choices:
         found.choices.write(study.file(CHOICES))
-    return f"Task {study.spec.measure.task}: {found.rows:,} of {len(data.eval):,} held-out rows are scored"
+    return found.rows
 
 
 def jobs(run: Run) -> list[Job]:

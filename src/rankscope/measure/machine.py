@@ -105,9 +105,9 @@ def changes(machine: Mapping[str, Any], log: Sequence[Mapping[str, Any]], site: 
 
 
 def changes_of_costs(machine: Mapping[str, Any], site: Site) -> list[str]:
-    """`changes` since machine.json that costs depend on, one sentence each."""
+    """`changes` since machine.json that costs depend on: `cpu: A → B`."""
     fields = [field for group in changes(machine, (), site).values() for field in group.items()]
-    return [f"{name}: {before}, now {now}" for name, (before, now) in fields if name not in NOT_IN_COSTS]
+    return [f"{name}: {before} → {now}" for name, (before, now) in fields if name not in NOT_IN_COSTS]
 
 
 def _facts(machine: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -21,30 +21,31 @@ from rankscope.spec.candidates import FullTrial, Trial
 from rankscope.spec.models import ModelSpec, StudySpec
 from rankscope.study.folder import StudyFolder
 from rankscope.study.missing import is_finished
+from rankscope.text.catalogue import Catalogue, load
 from rankscope.text.formats import size
 from rankscope.train.checkpoint import KEPT
 
 
 def check_base_fits(model: ModelSpec, prediction: CostModel, free: int) -> None:
     """Raise ModelError where the base alone is larger than the `free` bytes of its device."""
-    if found := too_large(model, prediction, free):
+    if found := too_large(model, prediction, free, load("en")):
         raise ModelError(*found)
 
 
-def too_large(model: ModelSpec, prediction: CostModel, free: int) -> tuple[str, str] | None:
+def too_large(model: ModelSpec, prediction: CostModel, free: int, text: Catalogue) -> tuple[str, str] | None:
     """Return what is wrong and what to do where the base is larger than its device, else None."""
     if prediction.base_bytes <= free:
         return None
     kind = model.quantization or str(prediction.dtype).removeprefix("torch.")
-    what = f"model {model.id}: the base alone takes {size(prediction.base_bytes)} in {kind}, and {size(free)} are free"
+    base, room = size(prediction.base_bytes), size(free)
     smaller = []  # options under which it fits, the most exact first
     for field, value in (("dtype", "bfloat16"), ("quantization", "int8"), ("quantization", "nf4")):
         other = model.model_copy(update={field: value})
         with suppress(MissingExtraError, ModelError):  # no bitsandbytes, or nothing that it could quantize
             held = base_bytes(skeleton(other, torch.bfloat16 if other.dtype == "bfloat16" else prediction.dtype))
             smaller += [f"--{field} {value} ({size(held)})"] if held <= free else []
-    todo = f"Use {' or '.join(smaller)}, or a larger device" if smaller else "Use a larger device, or a smaller model"
-    return what, f"{todo}: one device holds the whole base."
+    todo = text("plan.use_smaller", options=", ".join(smaller)) if smaller else text("plan.use_larger")
+    return text("plan.too_large", id=model.id, base=base, kind=kind, free=room), todo
 
 
 def check_ranks(spec: StudySpec, prediction: CostModel) -> None:

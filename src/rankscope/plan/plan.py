@@ -57,7 +57,7 @@ class Plan:
     product_flops: float | None = None  # the device's rate of plain matrix products, a second; None: to be measured
     remeasure: bool = False  # whether the profiles replace those that the study has
     timed: bool = False  # whether the run has a time limit: then jobs are small, and have forecasts
-    unmeasured: str | None = None  # sentence on costs that are missing and not measured here, beside those of elsewhere
+    unmeasured: dict[str, str] | None = None  # costs that are missing and not measured here, as those are of elsewhere
 
     @property
     def steps(self) -> int:
@@ -168,11 +168,11 @@ def make_plan(
     remeasure = spec.measure.profiles and (remeasure if measured else bool(elsewhere))  # machine.json is the costs'
     profiles, unmeasured = missing_profiles(spec, study, remeasure), None
     if study and profiles and elsewhere and not remeasure:
-        names = ", ".join(sorted({name for job in profiles for name in job.members or [job.profile]}))
-        unmeasured = (
-            f"Costs of {names} are not measured, since those of the study are from elsewhere ({'; '.join(elsewhere)}): "
-            f"`rankscope run {shlex.quote(str(study.path))} --remeasure` measures all of them here."
-        )
+        unmeasured = {
+            "names": ", ".join(sorted({name for job in profiles for name in job.members or [job.profile]})),
+            "elsewhere": "; ".join(elsewhere),
+            "command": f"rankscope run {shlex.quote(str(study.path))} --remeasure",
+        }
         profiles = []
     return Plan(
         spec=spec,

@@ -218,20 +218,7 @@ class FleetEstimate(NamedTuple):
             "busy_device_hours": self.busy_seconds / 3600,
             "price_per_device_hour": self.fleet.hourly_price,
             "cost": self.cost,
-            "counted": COUNTED,
-            "not_counted": NOT_COUNTED,
         }
-
-
-COUNTED = (
-    f"steps and evaluations of all trials, {START_SECONDS:.0f} s for each process to start (as measured with a small "
-    "model on two cores), and the profiles, which run one at a time while the other devices wait"
-)
-
-NOT_COUNTED = (
-    "loading a large model's weights, preparing the data, checkpoints, answers, scores on a task, the report, full "
-    "fine-tuning, waiting for devices, and what fails and is done again"
-)
 
 
 def estimate_fleet(

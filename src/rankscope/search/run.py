@@ -70,7 +70,7 @@ def run(
             if spec.budget.tokens is not None and spec.budget.tokens < sum(tokens):
                 what = f"--tokens {spec.budget.tokens:,}: one candidate alone takes {sum(tokens):,}"
                 raise StudyError(what, "Give more, or fewer --steps.")
-            say(describe_data(data.facts))
+            say(describe_data(data.facts, text))
             sizes = {"steps": text.count("training_steps", len(tokens)), "tokens": f"{sum(tokens):,}"}
             say(text("search.slots", candidates=text.count("candidates", slots), **sizes))
             run_jobs(launcher, out, [job.job_of(search, slots)], poll, partial(job.ended, search, say, text))

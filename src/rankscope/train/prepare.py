@@ -16,16 +16,16 @@ from rankscope.spec.candidates import name_or_names
 from rankscope.spec.models import EMBEDDED, DataSpec, StudySpec
 from rankscope.study.folder import StudyFolder
 from rankscope.study.growth import free_name
-from rankscope.text.catalogue import load as load_catalogue
+from rankscope.text.catalogue import Catalogue
 
-LEFT_OUT = {
-    "duplicates_dropped": "duplicate",
-    "blank_rows_dropped": "blank",
-    "bad_rows_dropped": "bad",
-    "rows_without_label_dropped": "with the whole answer cut off",
-    "eval_rows_in_train_dropped": "held out too",
-}
-"""Counts of data/facts.json, of rows that are not trained on, in the words of `describe_data`."""
+LEFT_OUT = (
+    "duplicates_dropped",
+    "blank_rows_dropped",
+    "bad_rows_dropped",
+    "rows_without_label_dropped",
+    "eval_rows_in_train_dropped",
+)
+"""Counts of data/facts.json, of rows that are not trained on."""
 
 
 def prepare_data(spec: StudySpec) -> TokenizedData:
@@ -86,17 +86,15 @@ def study_data(spec: StudySpec, study: StudyFolder | None) -> TokenizedData:
     return more
 
 
-def describe_data(facts: Mapping[str, Any]) -> str:
-    """Rows read and left out, on one line; then a line for each note, and one for each warning."""
-    line = (
-        f"Data {facts['id']}: {facts['rows_train']:,} rows to train on, "
-        f"{facts['rows_eval']:,} {'to evaluate on' if 'eval_id' in facts else 'held out'}, "
-        f"{facts['mean_length']:.0f} tokens a row"
-    )
+def describe_data(facts: Mapping[str, Any], text: Catalogue) -> str:
+    """Rows read and left out, on one line; then a line for each note, which the facts have in English, and one for each
+    warning."""
+    evaluated = text("plan.own_set" if "eval_id" in facts else "plan.held_out", rows=f"{facts['rows_eval']:,}")
+    numbers = {"train": f"{facts['rows_train']:,}", "length": f"{facts['mean_length']:.0f}"}
+    parts = [text("plan.data", id=facts["id"], evaluation=evaluated, **numbers)]
     if facts["truncated"]:
-        line += f"; {facts['truncated']:,} cut to {facts['max_length']:,} tokens"
-    if left_out := [f"{facts[key]:,} {why}" for key, why in LEFT_OUT.items() if facts.get(key)]:
-        line += f"; rows left out: {', '.join(left_out)}"
-    text = load_catalogue("en")
+        parts.append(text("plan.cut", rows=f"{facts['truncated']:,}", length=f"{facts['max_length']:,}"))
+    if left_out := [text(f"plan.{key}", rows=f"{facts[key]:,}") for key in LEFT_OUT if facts.get(key)]:
+        parts.append(text("plan.left_out", parts=", ".join(left_out)))
     warnings = [text("caveat.warning", sentence=sentence) for sentence in data_warnings(facts, text)]
-    return "\n".join([line, *(indent(note, "  ") for note in facts.get("notes", [])), *warnings])
+    return "\n".join(["; ".join(parts), *(indent(note, "  ") for note in facts.get("notes", [])), *warnings])

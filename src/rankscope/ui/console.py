@@ -33,11 +33,11 @@ class PlainConsole(Console):
         super().__init__(markup=False, emoji=False, **options)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print as rich does, but a string as paragraphs; those that begin with `Warning: ` are yellow."""
+        """Print as rich does, but a string as paragraphs; warnings are yellow."""
         if len(objects) == 1 and isinstance(objects[0], str):
             text = strip_control_characters(objects[0])
             lines = ("\n".join(wrapped(line, self.width)) if self.is_terminal else line for line in text.split("\n"))
-            parts = [Text(line, style="yellow" if line.startswith("Warning: ") else "") for line in lines]
+            parts = [Text(line, style="yellow" if line.startswith(WARNINGS) else "") for line in lines]
             objects, options = (Text("\n").join(parts),), options | {"soft_wrap": True}
         super().print(*objects, **options)
 
@@ -46,6 +46,9 @@ class PlainConsole(Console):
         return super().render_str(strip_control_characters(text), **options)
 
 
+WARNINGS = ("Warning: ", "경고: ")
+"""How a warning begins, in each language."""
+
 COMMAND = re.compile(r"\s+(rankscope|pip|python|make|git|vllm|from) ")
 """How a line that is a command begins."""
 
@@ -53,15 +56,15 @@ COMMAND = re.compile(r"\s+(rankscope|pip|python|make|git|vllm|from) ")
 def wrapped(line: str, width: int) -> Iterator[str]:
     """A line in parts of at most `width` cells, where words allow it. A command, which is an indented line or stands
     between backquotes, stays whole, so that it can be copied; an indented line that is none goes on indented."""
-    words = [] if COMMAND.match(line) else re.findall(r"\S*`[^`]+`\S*|\S+", line)
+    found = [] if COMMAND.match(line) else re.findall(r"\s*(?:\S*`[^`]+`\S*|\S+)", line)  # each word after its space
+    row, *words = found or [line]
     indent = line[: len(line) - len(line.lstrip())]
-    row = indent + words[0] if words else line
-    for word in words[1:]:
-        if cell_len(row) + 1 + cell_len(word) > width:
+    for word in words:
+        if cell_len(row) + cell_len(word) > width:
             yield row
-            row = indent + word
+            row = indent + word.lstrip()
         else:
-            row += f" {word}"
+            row += word
     yield row
 
 
@@ -80,10 +83,10 @@ def make_table(
     is wider than the terminal, its cells are wrapped at words."""
     table = RichTable(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
     rows = list(rows)
-    cells = _columns(headers, rows)
-    widths = _widths(cells)
+    cells = [[header, *(row[position] for row in rows)] for position, header in enumerate(headers)]
+    widths = [max(cell_len(line) for cell in column for line in cell.split("\n")) for column in cells]
     words = [max((cell_len(word) for cell in column for word in cell.split()), default=0) for column in cells]
-    while _whole(widths) > out_console.width and widths != words:
+    while sum(widths) + 2 * (len(widths) - 1) > out_console.width and widths != words:
         widest = max(range(len(widths)), key=lambda position: (widths[position] > words[position], widths[position]))
         widths[widest] -= 1
     for position, header in enumerate(headers):
@@ -92,23 +95,6 @@ def make_table(
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def has_room(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
-    """Whether the terminal is as wide as the table of these cells, none of which is wrapped."""
-    return _whole(_widths(_columns(headers, rows))) <= out_console.width
-
-
-def _columns(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[list[str]]:
-    return [[header, *(row[position] for row in rows)] for position, header in enumerate(headers)]
-
-
-def _widths(columns: Sequence[Sequence[str]]) -> list[int]:
-    return [max(cell_len(line) for cell in column for line in cell.split("\n")) for column in columns]
-
-
-def _whole(widths: Sequence[int]) -> int:
-    return sum(widths) + 2 * (len(widths) - 1)
 
 
 def show(*parts: str | Table | RichTable, console: Console = out_console) -> None:

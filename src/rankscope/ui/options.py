@@ -119,7 +119,7 @@ RayAddress = Annotated[str | None, typer.Option(help="HOST:PORT or auto.", show_
 _QUICK = "A first look, in NAME-quick: at most 3 ranks, 2 seeds, 200 steps and 2,000 rows."
 Quick = Annotated[bool, switch("--quick", _QUICK)]
 Json = Annotated[bool, switch("--json", "Print one JSON object, for scripts; all else goes to stderr.")]
-Language = Annotated[str, typer.Option("--lang", help="Language of the verdict and of report/index.html: en or ko.")]
+Language = Annotated[str, typer.Option("--lang", help="Language of what is printed, and of the report: en or ko.")]
 
 
 def with_options(table: Options) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -157,7 +157,7 @@ INIT = {
     "hardware": Option("", str, "Hardware: auto, cpu, cuda, mps, or the memory of a GPU elsewhere: 24GB.", "auto"),
     "hours": Option("", str, "Hours it may take; below 1 it is a quick look.", "2"),
 }
-"""Options, questions and default answers of `rankscope init`."""
+"""Options and default answers of `rankscope init`."""
 
 _PANELS = dict.fromkeys(("model", "data"), "Model and data") | {"training": "Training", "verdict": "Verdict"}
 _PANELS |= dict.fromkeys(("ranks", "variants", "adapter", "learning_rates", "seeds"), "Candidates")

@@ -11,6 +11,7 @@ from rankscope.data.conversations import Tokenizer
 from rankscope.data.tokens import Example
 from rankscope.model.load import load_tokenizer
 from rankscope.plan.plan import Plan
+from rankscope.text.catalogue import Catalogue
 
 
 def spans(example: Example, tokenizer: Tokenizer) -> list[dict[str, Any]]:
@@ -36,11 +37,11 @@ def describe_rows(plan: Plan, count: int) -> list[dict[str, Any]]:
     ]
 
 
-def row_lines(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+def row_lines(rows: Iterable[dict[str, Any]], text: Catalogue) -> Iterator[str]:
     """What is read and what is learned of each row, as JSON strings."""
     for number, row in enumerate(rows, start=1):
         learned = sum(label != -100 for label in row["labels"])
-        yield f"Row {number}: {len(row['ids']):,} tokens, {learned:,} learned"
+        yield text("plan.row", number=number, tokens=f"{len(row['ids']):,}", learned=f"{learned:,}")
         for span in row["spans"]:
-            what = "learned" if span["is_learned"] else "read   "
-            yield f"  {what} {json.dumps(span['text'], ensure_ascii=False)}"
+            key = "plan.learned" if span["is_learned"] else "plan.read"
+            yield text(key, text=json.dumps(span["text"], ensure_ascii=False))

@@ -55,50 +55,50 @@ def check_names(language: str = "en", launcher: str = "local", ray_address: str 
     return load(language)
 
 
-def check_adapter(name: str) -> None:
+def check_adapter(name: str, text: "Catalogue") -> None:
     """Raise ModelError where a local folder holds no adapter."""
     from rankscope.hub import HUB_ID
     from rankscope.model.checks import check_adapter_folder
 
     if os.path.isdir(name) or not HUB_ID.fullmatch(name):
         check_adapter_folder(Path(name))
-    announce(f"Reading {name}")
+    announce(text("plan.reading", what=name))
 
 
 def open_study(directory: Path, language: str = "en", launcher: str = "local", address: str | None = None) -> "Study":
     """Open a study once the names that a command was given are known to be good."""
     from rankscope.study.folder import StudyFolder
 
-    check_names(language, launcher, address)
-    return _with_tables(StudyFolder.open(directory))
+    text = check_names(language, launcher, address)
+    return _with_tables(StudyFolder.open(directory), text)
 
 
-def begun_at(path: Path, asked: "StudySpec") -> "Study | None":
+def begun_at(path: Path, asked: "StudySpec", text: "Catalogue") -> "Study | None":
     """`Study.begun_at`, which refuses before pandas is imported."""
     from rankscope.study.folder import StudyFolder
 
     there = StudyFolder.begun_at(path, asked)
-    return _with_tables(there) if there else None
+    return _with_tables(there, text) if there else None
 
 
-def _with_tables(study: "StudyFolder") -> "Study":
-    announce(f"Reading {study.path}/")
+def _with_tables(study: "StudyFolder", text: "Catalogue") -> "Study":
+    announce(text("plan.reading", what=f"{study.path}/"))
     from rankscope.study.study import Study
 
     return Study.of(study)
 
 
-def show_plan(spec: "StudySpec", begun: "StudyFolder | None", as_json: bool, **options: Any) -> None:
+def show_plan(spec: "StudySpec", begun: "StudyFolder | None", as_json: bool, text: "Catalogue", **options: Any) -> None:
     """Print the plan of a study; `options` are those of `rankscope.ui.plan.show_plan`."""
     from rankscope.model.checks import check_inputs
     from rankscope.spec.task import check_code
 
     check_code(spec.measure.task, allowed=None)
     spec = check_inputs(spec, data=begun is None)
-    announce("Planning")
+    announce(text("plan.planning"))
     from rankscope.ui.plan import show_plan
 
-    show_plan(spec, begun, as_json, **options)
+    show_plan(spec, begun, as_json, text, **options)
 
 
 def approve(progress: "Display", text: "Catalogue", plan: "Plan") -> None:
