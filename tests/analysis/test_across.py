@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from rankscope.analysis.across import Sufficient, _between, _interpolated, _with_error, common_rank, sufficient_rank
 from rankscope.cli import app
 from rankscope.study.study import Study
+from rankscope.ui.console import out_console
 
 
 def test_the_rank_that_keeps_enough_lies_where_the_line_between_two_crosses() -> None:
@@ -63,7 +64,10 @@ def test_fewer_than_ten_studies_have_no_common_rank() -> None:
     assert common_rank([Sufficient(3.0, 0.5, False)] * 10) is not None
 
 
-def test_studies_with_the_same_tokens_are_paired_by_row_and_seed(trained: Study, tmp_path: Path) -> None:
+def test_studies_with_the_same_tokens_are_paired_by_row_and_seed(
+    trained: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(out_console, "width", 1000)  # no header is divided
     other = tmp_path / "other"
     shutil.copytree(trained.path, other)
     done = CliRunner().invoke(app, ["compare", str(trained.path), str(other), "--json"])
