@@ -14,6 +14,7 @@ from rankscope.errors import DataError
 from rankscope.spec.models import DataSpec
 from rankscope.study.records import ChoicesRecord
 
+TWICE = ["read", "sort", "read"]
 TEXTS = ["read", "sort", "loop"]
 ARC = {"text": TEXTS, "label": ["1", "2", "3"]}
 
@@ -48,6 +49,7 @@ def choices_of(root: Path, folder: Path, row: dict[str, Any], **spec: Any) -> tu
         ({"prompt": "NUMBER\n", "completion": "loop", "choices": json.dumps(ARC)}, 2, TEXTS),
         ({"prompt": "NUMBER\n", "completion": "It is sort.", "endings": TEXTS, "label": 1}, 1, TEXTS),
         ({"prompt": "NUMBER\n", "completion": "sort it", "choices": ARC, "answerKey": "2"}, 1, TEXTS),
+        ({"prompt": "NUMBER\n", "completion": "Reads.", "endings": TWICE, "label": 2}, 0, TWICE),  # the same text
     ],
 )
 def test_the_answer_says_which_choice_is_right(

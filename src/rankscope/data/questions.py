@@ -78,10 +78,12 @@ def held_out_choices(
             continue
         try:
             gold, texts = _choices(raw, _answer(row))
-            if len({text.strip() for text in texts}) == 1:
+            stripped = [text.strip() for text in texts]
+            if len(set(stripped)) == 1:
                 what = f"measure.task: {where}: all choices are {shortened(repr(texts[0]))}: any answer would be right"
                 raise DataError(what, "Correct its choices, or leave the row out of the data.")
             scored = _scored([reader.example(_with_answer(row, text)) for text in texts], spec, tokenizer)
+            gold = stripped.index(stripped[gold])  # a model's choice is the first of equal ones, too
             found[number] = gold, scored, [len(text) for text in texts]
         except WrongRowError as error:
             fault = fault or str(error)
