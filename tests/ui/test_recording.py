@@ -59,9 +59,10 @@ def commands_of(shown: str) -> list[str]:
 
 
 @pytest.fixture
-def study(trained: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A study in the current directory; all plans are one."""
-    shutil.copytree(trained.path, tmp_path / "my study")
+def studies(trained: Study, tmp_path: Path, no_report: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two studies in the current directory; all plans are one."""
+    for name in ("my study", "the other study"):
+        shutil.copytree(trained.path, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     made = cache(lambda: plan_study(trained.spec, None))  # its times differ from plan to plan
     plan_study = plan.plan_study
@@ -88,14 +89,18 @@ def shown_at(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("words", "told"),
     [
+        (["report", "my study"], "Report: my study/"),
+        (["report", "my study", "--lang", "ko"], "보고서: my study/"),
+        (["compare", "my study", "the other study"], "Studies with the same tokens"),
+        (["compare", "my study", "the other study", "--lang", "ko"], "추정합니다."),
         (["plan", "--out", "new"], "--quick"),
         (["run", "my study", "--set", "training.gradient_accumulation_steps=3"], "error: "),
         (["report", "a study that is not in this folder, whose name is longer than the terminal is wide"], "error: "),
     ],
-    ids=["plan", "another study", "no study"],
+    ids=["report", "report in Korean", "compare", "compare in Korean", "plan", "another study", "no study"],
 )
 def test_what_a_command_shows_at_80_columns(
-    words: list[str], told: str, study: None, shown_at: Callable[[list[str], int], str]
+    words: list[str], told: str, studies: None, shown_at: Callable[[list[str], int], str]
 ) -> None:
     """As in a terminal without an end of its lines, but for where words begin a new line."""
     shown, whole = shown_at(words, 80), shown_at(words, 10_000)

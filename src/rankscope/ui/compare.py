@@ -6,6 +6,7 @@ from typing import Any
 
 from rankscope.analysis.across import FEWEST_STUDIES, KEPT, Sufficient, common_rank, paired_differences, sufficient_rank
 from rankscope.errors import StudyError
+from rankscope.report.tables import base_names
 from rankscope.study.study import Study
 from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import Columns, column, loss, percent, shown, signed, tabulate
@@ -61,7 +62,11 @@ def show_comparison(found: dict[str, Any], text: Catalogue) -> None:
         number = shown(value, "{:.3g}".format, text)
         return text("compare.at_most", rank=number) if at_lowest else number
 
-    words: Columns = {title(name): itemgetter(name) for name in ("study", "model", "data")}
+    words: Columns = {
+        title("study"): itemgetter("study"),
+        title("model"): lambda row: base_names(row["model"]),
+        title("data"): lambda row: base_names(row["data"]),
+    }
     columns = words | {
         title("ranks"): lambda row: ", ".join(map(str, row["ranks"])),
         title("seeds"): column("seeds", str, text),
