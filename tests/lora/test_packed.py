@@ -160,7 +160,7 @@ def test_a_trials_gradient_is_complete_before_the_next_one_begins() -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_dropout_streams_are_those_of_torch(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sequence's stream draws what nn.Dropout draws after torch.manual_seed, whatever it is packed with."""
-    from rankscope.lora.packed import _drop, _dropout_keep, _drawers
+    from rankscope.lora.packed import _drawers, _drop, _dropout_keep
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     _drawers.cache_clear()
