@@ -35,7 +35,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> None:
     def launch(name: str, model: ModelSpec, *_: Any) -> None:
         raise LaunchedError(model)
 
-    monkeypatch.setattr("rankscope.jobs.launchers.make_launcher", launch)
+    monkeypatch.setattr("rankscope.begin.make_launcher", launch)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from ray.cluster_utils import Cluster
 import rankscope
 from rankscope.errors import RankscopeError
 from rankscope.files import read_json, read_jsonl
-from rankscope.jobs import launchers, queue
+from rankscope.jobs import queue
 from rankscope.jobs.job import Job, Launcher
 from rankscope.jobs.launchers import make_launcher
 from rankscope.jobs.local import LocalLauncher
@@ -78,7 +78,7 @@ def options(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Options of a run by each launcher, on two slots."""
     if request.param == "local":
         monkeypatch.setattr(queue, "POLL_SECONDS", 0.1)
-        monkeypatch.setattr(launchers, "make_launcher", lambda name, model, address, say: TwoSlots(model))
+        monkeypatch.setattr("rankscope.begin.make_launcher", lambda name, model, *_: TwoSlots(model))
         return {"steps": LOCAL_STEPS}
     return {"launcher": "ray", "ray_address": request.getfixturevalue("cluster").address, "steps": RAY_STEPS}
 

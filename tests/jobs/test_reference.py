@@ -135,7 +135,7 @@ def test_trials_that_fail_are_recorded_and_end_no_study(
     shutil.rmtree(copy / "reference")
     ends = iter([OutOfMemoryError("no more"), WorkerError("the child ended by signal 9")])
     ending = FakeLauncher(lambda *_: next(ends), LocalLauncher(study.spec.model).site())
-    monkeypatch.setattr("rankscope.jobs.launchers.make_launcher", lambda *_: ending)
+    monkeypatch.setattr("rankscope.begin.make_launcher", lambda *_: ending)
     again = run(root, copy)
     assert list(again.reference_results()["status"]) == ["oom", "failed"]
     assert again.reference_results()["reason"][1] == "the child ended by signal 9"
