@@ -9,8 +9,7 @@ Experts whose weights lie in one tensor take the same products, each over the to
 
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
@@ -292,21 +291,10 @@ def _dropout_keep(dropout: nn.Module, segment: Segment, x: Tensor) -> tuple[Tens
     sequence's random stream draws the same numbers as `torch.nn.Dropout` does for that sequence alone."""
     if not segment.dropout or not isinstance(dropout, nn.Dropout) or dropout.p == 0.0:
         return None
-    mask, kept = torch.empty(segment.stop - segment.start, x.shape[1], dtype=torch.bool, device=x.device), 1 - dropout.p
-    parts, threads = list(zip(mask.split(segment.lengths), segment.dropout, strict=True)), torch.get_num_threads()
-
-    def draw(part: tuple[Tensor, torch.Generator]) -> None:
-        part[0].bernoulli_(kept, generator=part[1])
-
-    # A stream's numbers come one after the other, from one core of the CPU: they were a fifth of a step.
-    together = threads > 1 and type(mask) is Tensor and mask.device.type == "cpu"
-    list((_drawers(threads).map if together else map)(draw, parts))
-    return mask, 1 / kept
-
-
-@cache
-def _drawers(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "dropout")
+    mask = torch.empty(segment.stop - segment.start, x.shape[1], dtype=torch.bool, device=x.device)
+    for part, stream in zip(mask.split(segment.lengths), segment.dropout, strict=True):
+        part.bernoulli_(1 - dropout.p, generator=stream)
+    return mask, 1 / (1 - dropout.p)
 
 
 def _drop(x: Tensor, keep: tuple[Tensor, float] | None) -> Tensor:
