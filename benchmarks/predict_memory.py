@@ -146,7 +146,7 @@ def compare(spec: StudySpec, folder: Path, before: Callable[[], None] = lambda: 
         rows.append(
             {
                 "rank": candidate.rank,
-                **json.loads(json.dumps(found.candidates[candidate.name].__dict__)),
+                **json.loads(json.dumps(found.candidates[candidate.name]._asdict())),
                 "measured_peak_bytes": peaks,
                 "measured_rss_bytes": [one["rss_peak_bytes"] for one in summaries],
                 "measured_base_bytes": [one["private_base_bytes"] for one in summaries],
