@@ -1,5 +1,5 @@
-"""The beginning of a run: a study that is done concludes, and a model or data that cannot be used are refused, before
-anything that takes seconds is imported."""
+"""The beginning of a run: what needs no training is settled before anything that takes seconds is imported. A complete
+study concludes; a model or data that cannot be used are refused."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,8 +24,8 @@ def run_in(
     launcher: str = "local",
     ray_address: str | None = None,
 ) -> "Conclusion":
-    """Run what is `asked` in `path`, or what the study there lacks, which has `begun`. Nothing that takes seconds to
-    import is imported where no file is missing. Raises as `run` does."""
+    """Run what is `asked` in `path`, or what the study that has `begun` there lacks. A complete study concludes without
+    imports that take seconds, such as torch. Raises as `run` does."""
     question = begun.spec if begun else asked
     if begun and not (how.remeasure or how.trackers):
         from rankscope.report.finish import finish_complete, for_next_look
