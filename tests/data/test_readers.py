@@ -1,9 +1,11 @@
 """Every shape of file gives the same rows, text stays text, and an error names the line."""
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 import random
 from collections.abc import Callable
 from itertools import islice
@@ -60,6 +62,9 @@ SHAPES: dict[str, tuple[str, str | bytes, list[int | None]]] = {  # and the line
     "pandas' records": ("a.json", pd.DataFrame(ROWS).to_json(orient="records", lines=True), [1, 2, 3]),
     "gzip named .json": ("a.json", gzip.compress(lines().encode()), [1, 2, 3]),
     "gzip named .jsonl.gz": ("a.jsonl.gz", gzip.compress(lines().encode()), [1, 2, 3]),
+    "bzip2": ("a.jsonl.bz2", bz2.compress(lines().encode()), [1, 2, 3]),
+    "xz": ("a.jsonl.xz", lzma.compress(lines().encode()), [1, 2, 3]),
+    "zstd": ("a.csv.zst", pa.compress(as_csv(",").encode(), codec="zstd", asbytes=True), [2, 3, 6]),
     "plain text named .gz": ("a.jsonl.gz", lines(), [1, 2, 3]),
     "csv": ("a.csv", as_csv(","), [2, 3, 6]),
     "csv with semicolons": ("a.csv", as_csv(";", "\n"), [2, 3, 6]),
@@ -182,6 +187,14 @@ MALFORMED: dict[str, tuple[str, str | bytes, str]] = {
     "UTF-16": ("a.json", JSONL.encode("utf-16"), "a.json, line 1: not valid UTF-8"),
     "bad UTF-8 in a torn gzip": ("a.csv", gzip.compress(b"\xe4")[:-4], "a.csv: cannot be read"),
     "torn gzip": ("a.json", gzip.compress(JSONL.encode())[:-9], "a.json: cannot be read"),
+    "torn bzip2": ("a.jsonl.bz2", bz2.compress(JSONL.encode())[:-9], "a.jsonl.bz2: cannot be read"),
+    "torn xz": ("a.jsonl.xz", lzma.compress(JSONL.encode())[:-9], "a.jsonl.xz: cannot be read"),
+    "damaged xz": ("a.jsonl.xz", b"\xfd7zXZ junk junk", "a.jsonl.xz: cannot be read"),
+    "torn zstd": (
+        "a.jsonl.zst",
+        pa.compress(JSONL.encode(), codec="zstd", asbytes=True)[:-9],
+        "a.jsonl.zst: cannot be read",
+    ),
     "damaged gzip": ("a.json", b"\x1f\x8b\x08\x00junkjunkjunk", "a.json: cannot be read"),
     "bad line": ("a.jsonl", JSONL + "\n{'a': 1}", "a.jsonl, line 4: " + BAD_JSON),
     "bad line between others": ("a.jsonl", "{}\n{\n{}", "a.jsonl, line 3: " + BAD_JSON),
@@ -204,7 +217,7 @@ MALFORMED: dict[str, tuple[str, str | bytes, str]] = {
     "csv row too short": ("a.csv", "instruction;output\na\n", "a.csv, line 2: 1 value for 2 columns"),
     "csv of one column": ("a.csv", "text\na,b\n", "a.csv, line 2: 2 values for 1 column\n"),
     "csv column twice": ("a.csv", "output,output\na,b\n", "a.csv, line 1: a column is named twice"),
-    "csv quote not closed": ("a.csv", 'instruction,output\n"a,b\n', "a.csv, line 2: not valid CSV"),
+    "csv quote not closed": ("a.csv", 'instruction,output\n"a,b\nc,d\n', "a.csv, line 2: not valid CSV"),
     "not parquet": ("a.parquet", "PAR1 no", "a.parquet: not readable as Parquet"),
     "not arrow": ("a.arrow", "ARROW1 no", "a.arrow: not readable as Arrow"),
     **{name: (name, POINTER, "a Git LFS pointer") for name in ("a.json", "a.csv.gz", "a.arrow", "a.parquet")},

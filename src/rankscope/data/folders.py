@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from rankscope.data.readers import FILE_TYPES, file_type, listed
+from rankscope.data.readers import FILE_TYPES, expanded, file_type, listed
 from rankscope.errors import DataError
 
 SPLITS = {
@@ -102,7 +102,7 @@ def _folders_of_splits(data: Sequence[str]) -> list[str]:
 
 def _stem(file: str) -> str:
     """Name in lower case, without its type."""
-    return PurePosixPath(file.lower()).name.removesuffix(".gz").removesuffix(file_type(file))
+    return expanded(PurePosixPath(file).name).removesuffix(file_type(file))
 
 
 def _split(file: str, stems: Collection[str]) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 
 from rankscope.data.conversations import Tokenizer
 from rankscope.data.prompts import special_tokens_in_front, token_ids
-from rankscope.data.readers import Part, read_text
+from rankscope.data.readers import Part, file_type, read_text
 from rankscope.data.records import Records, load_records
 from rankscope.data.sources import Source
 from rankscope.data.tokens import Example, TokenizedData, Tokens, check_ids
@@ -60,7 +60,7 @@ def with_general_text(
 def _records(spec: DataSpec) -> Records:
     """Rows that have a `text`; a text file is one."""
     path = Path(os.path.expanduser(spec.name))
-    if not path.name.lower().endswith((".txt", ".txt.gz")):
+    if file_type(path) != ".txt":
         return load_records(spec)
     if not path.is_file():
         raise DataError(no_such(spec.name, "file"))

@@ -6,9 +6,12 @@ and an error can name the line. Nothing from a file is ever executed.
 Which shapes of a file are read is in docs/guides/my-own-data.md.
 """
 
+import bz2
 import csv
 import gzip
+import io
 import json
+import lzma
 import re
 import sys
 import zlib
@@ -17,7 +20,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple, TypeAlias
+from typing import IO, Any, NamedTuple, TypeAlias
 
 from rankscope.errors import DataError, shortened
 
@@ -25,7 +28,7 @@ Numbered: TypeAlias = tuple[int | None, Any]  # line, from 1, on which a row sta
 
 TEXT_TYPES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 FILE_TYPES = (*TEXT_TYPES, ".parquet", ".arrow")
-_GZIP, _LFS = b"\x1f\x8b", b"version https://git-lfs"
+_LFS = b"version https://git-lfs"
 _BATCH_ROWS = 256  # rows of Parquet or Arrow in Python at a time
 _BUFFER_BYTES = 1 << 20  # of a Parquet file, for each column
 _BETWEEN_VALUES = re.compile(r"[ \t\r\n,]*")
@@ -33,9 +36,28 @@ _decoder = json.JSONDecoder()
 _CARRIAGE_RETURN = re.compile(r"(?<=\r)(?!\n)")  # by which some spreadsheets end a row
 
 
+def _zstd(path: Path) -> IO[bytes]:
+    import pyarrow as pa  # type: ignore[import-untyped]
+
+    return io.BufferedReader(pa.CompressedInputStream(str(path), "zstd"))
+
+
+_COMPRESSED: dict[str, tuple[bytes, Callable[[Path], Any]]] = {  # a file's first bytes, and what opens it
+    ".gz": (b"\x1f\x8b", gzip.open),
+    ".bz2": (b"BZh", bz2.open),
+    ".xz": (b"\xfd7zXZ", lzma.open),
+    ".zst": (b"\x28\xb5\x2f\xfd", _zstd),
+}
+
+
+def expanded(name: str) -> str:
+    """A file's name in lower case, without the ending of a compressed one."""
+    return name.lower().removesuffix(next(filter(name.lower().endswith, _COMPRESSED), ""))
+
+
 def file_type(path: str | PurePath) -> str:
-    """Suffix in lower case, without .gz."""
-    return PurePath(str(path).lower().removesuffix(".gz")).suffix
+    """Suffix in lower case, without that of a compressed file."""
+    return PurePath(expanded(str(path))).suffix
 
 
 class Part(NamedTuple):
@@ -60,7 +82,8 @@ def file_part(path: Path, name: str | None = None) -> Part:
     suffix = file_type(path)
     if suffix not in FILE_TYPES:
         what = f"{name}: unknown file type {suffix or '(no suffix)'}"
-        raise DataError(what, f"Name it by what it holds: {', '.join(FILE_TYPES)} (text may be gzipped).")
+        todo = f"Give one of {', '.join(FILE_TYPES)}; those of text may be compressed: {', '.join(_COMPRESSED)}."
+        raise DataError(what, todo)
     if suffix in (".parquet", ".arrow"):
         return Part(name, partial(_table_rows, path, name), partial(_table_columns, path, name))
     read = _csv_rows if suffix in (".csv", ".tsv") else _json_rows
@@ -68,7 +91,7 @@ def file_part(path: Path, name: str | None = None) -> Part:
 
 
 def read_text(path: Path, name: str | None = None) -> str:
-    """Text of a file, gzipped or not. Raises DataError if it cannot be read or is not UTF-8, with the line."""
+    """Text of a file, compressed or not. Raises DataError if it cannot be read or is not UTF-8, with the line."""
     return "".join(_text_lines(path, name or str(path)))
 
 
@@ -115,17 +138,20 @@ def _unreadable(name: str, error: Exception) -> DataError:
 
 
 def _text_lines(path: Path, name: str) -> Iterator[str]:
-    """Lines of a file, gzipped or not, with their ends: line feeds alone, so that U+2028 stays inside a text."""
+    """Lines of a file, compressed or not, with their ends: line feeds alone, so that U+2028 stays inside a text."""
     start = _first_bytes(path, name)
     try:
-        with gzip.open(path) if start.startswith(_GZIP) else path.open("rb") as file:
+        opened = next(
+            (way for mark, way in _COMPRESSED.values() if start.startswith(mark)), lambda path: path.open("rb")
+        )
+        with opened(path) as file:
             for number, line in enumerate(file, start=1):
                 try:
                     yield line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
                     what = f"{name}, line {number}: not valid UTF-8 (byte 0x{error.object[error.start]:02x})"
                     raise DataError(what, "Save the file as UTF-8.") from None
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise _unreadable(name, error) from None
 
 
@@ -207,6 +233,7 @@ def _are_objects(value: Any) -> bool:
 
 
 def _csv_rows(path: Path, name: str, wanted: Collection[str]) -> Iterator[Numbered]:
+    line = 1
     previous_limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses fields over 128 KiB
     try:
         lines = (part for line in _text_lines(path, name) for part in _CARRIAGE_RETURN.split(line))
@@ -228,7 +255,7 @@ def _csv_rows(path: Path, name: str, wanted: Collection[str]) -> Iterator[Number
                 yield line, {column: value for column, value in zip(header, values, strict=True) if column}
             line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{name}, line {reader.line_num}: not valid CSV: {error}", "Correct that line.") from None
+        raise DataError(f"{name}, line {line}: not valid CSV: {error}", "Correct the row that begins there.") from None
     finally:
         csv.field_size_limit(previous_limit)
 
@@ -252,7 +279,7 @@ def _table_rows(path: Path, name: str, wanted: Collection[str]) -> Iterator[Numb
 @contextmanager
 def _table(path: Path, name: str) -> Iterator[tuple[list[str], Callable[[list[str]], Iterable[Any]]]]:
     """Columns of a Parquet or Arrow file, and what reads some of them in batches."""
-    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow as pa
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     _first_bytes(path, name)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from rankscope import hub
 from rankscope.data.folders import SPLITS, divide
-from rankscope.data.readers import FILE_TYPES, Part, file_part, file_type, listed
+from rankscope.data.readers import FILE_TYPES, Part, expanded, file_part, file_type, listed
 from rankscope.errors import DataError, shortened
 from rankscope.files import no_such, published
 from rankscope.hub import HUB_ID
@@ -100,7 +100,7 @@ def _is_here(id: str) -> bool:
 
 def _is_on_hub(id: str) -> bool:
     """Whether an id of data, or of general text, can be that of a data set on the hub."""
-    is_file = file_type(Path(id)) in (*FILE_TYPES, ".txt") or id.lower().endswith(".gz")
+    is_file = file_type(id) in (*FILE_TYPES, ".txt") or expanded(id) != id.lower()
     return not (id == EMBEDDED or is_file or _is_here(id)) and HUB_ID.fullmatch(id) is not None
 
 
