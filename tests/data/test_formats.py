@@ -56,6 +56,8 @@ def test_a_format_s_own_names(columns: str, format: str) -> None:
         ("instruction context response category", "alpaca", "input=context output=response"),  # dolly
         ("question context answer", "alpaca", "input=context instruction=question output=answer"),
         ("system question answer", "alpaca", "instruction=question output=answer"),
+        ("id system_prompt question response", "alpaca", "instruction=question output=response system=system_prompt"),
+        ("conversations system_message", "messages", "messages=conversations system=system_message"),
         ("prompt chosen rejected", "prompt_completion", "completion=chosen"),
         ("prompt chosen", "prompt_completion", "completion=chosen"),
         ("chosen rejected", "prompt_completion", "completion=chosen"),
@@ -67,6 +69,12 @@ def test_guesses_are_made_where_only_one_is_possible_and_are_said(columns: str, 
     said = found.describe("rows.csv")
     assert said.startswith(f"rows.csv is read as {format}: ")
     assert all(f"`{pair.split('=')[1]}` as {pair.split('=')[0]}" in said for pair in fields.split())
+
+
+def test_token_ids_are_refused() -> None:
+    with pytest.raises(DataError, match=r"its rows are token ids already\n.*the text"):
+        layout("input_ids attention_mask labels")
+    assert layout("input_ids text").format == "text"
 
 
 def test_chosen_conversations_are_whole() -> None:

@@ -30,7 +30,8 @@ _ASKED = ("instruction", "question", "query", "prompt", "problem")
 _SAID = ("output", "response", "answer", "completion", "solution")
 _GIVEN = ("input", "context")
 _OWN = {column for format in REQUIRED for column in (*REQUIRED[format], *OPTIONAL[format])}
-COLUMNS = frozenset({*_OWN, *_CONVERSATION, *_ASKED, *_SAID, *_GIVEN, *MEDIA, "chosen", "rejected", "functions"})
+_ALSO = {"functions": "tools", "system_prompt": "system", "system_message": "system"}  # OpenAI's, OpenOrca's names
+COLUMNS = frozenset({*_OWN, *_CONVERSATION, *_ASKED, *_SAID, *_GIVEN, *MEDIA, *_ALSO, "chosen", "rejected"})
 """Columns that any format reads; others are not loaded where that saves time."""
 
 
@@ -63,8 +64,9 @@ def resolve_layout(spec: DataSpec, columns: Sequence[str], source: str, sample: 
         what = f"{source}: no column {listed(absent)}, which data.columns names; found {listed(columns)}"
         raise DataError(what, "Correct data.columns (--columns OURS=THEIRS).")
     own = {name: name for name in columns if name in _OWN and name not in given.values()} | given
-    if "functions" in columns:  # OpenAI's older name
-        own.setdefault("tools", "functions")
+    for theirs, field in _ALSO.items():
+        if theirs in columns and theirs not in given.values():
+            own.setdefault(field, theirs)
     fitting = [format for format, needed in REQUIRED.items() if own.keys() >= set(needed)]
     if said := [format for format in fitting if given.keys() >= set(REQUIRED[format])]:
         fitting = said
@@ -88,6 +90,8 @@ def resolve_layout(spec: DataSpec, columns: Sequence[str], source: str, sample: 
     optional = {"alpaca": " (input is optional)"}
     needs = [f"{format} needs {' and '.join(REQUIRED[format])}{optional.get(format, '')}" for format in wanted]
     way = "Say which is which: --columns OURS=THEIRS, e.g. --columns prompt=question,completion=answer."
+    if "input_ids" in columns:
+        raise DataError(f"{what}: its rows are token ids already", "Give the text, or the messages, that they are of.")
     why = ", which fit no format: " if spec.format == "auto" else "; the format "
     raise DataError(f"{what}{why}{'; '.join(needs)}", way)
 
