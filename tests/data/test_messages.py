@@ -34,6 +34,13 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # a message, and as
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"text": "b"}, "c"]},
         {"role": "user", "content": "abc"},
     ),
+    "parts as OpenAI's responses have them": (
+        {"role": "user", "content": [{"type": "input_text", "text": "a"}, {"type": "output_text", "text": "b"}]},
+        {"role": "user", "content": "ab"},
+    ),
+    "a tool's answer that is no text": (
+        {"role": "tool", "content": {"é": [1, None]}}, {"role": "tool", "content": '{"é": [1, null]}'}
+    ),
     "no parts": ({"role": "user", "content": []}, {"role": "user", "content": ""}),
     "parts that are thoughts": (
         {"role": "assistant", "content": [
@@ -70,6 +77,7 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # a message, and as
     "weight 0": (assistant(content="a", weight=0), assistant(content="a", weight=0)),
     "weight 0.0": (assistant(content="a", weight=0.0), assistant(content="a", weight=0)),
     "not to train": (assistant(content="a", train=False), assistant(content="a", weight=0)),
+    "not to train, as ms-swift has it": (assistant(content="a", loss=False), assistant(content="a", weight=0)),
     "to train": (assistant(content="a", training=True), assistant(content="a")),
     "both": (assistant(content="a", weight=1, train=False), assistant(content="a", weight=0)),
     **{
@@ -97,6 +105,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "number": (7, "`messages` is a number, expected a list of messages"),
     "empty": ([], "`messages` is an empty list"),
     "empty JSON": ("[]", "`messages` is an empty list"),
+    "lists of different lengths": ({"from": ["human"], "value": []}, "`messages` has lists of different lengths"),
     "an object": ({"role": "user"}, "`messages` is an object, expected a list"),
     "a text among them": (["hi"], "`messages[0]` is text, expected an object with role and content"),
     "no role": ([{"content": "x"}], "`messages[0].role` is null"),
@@ -107,7 +116,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "null value": ([{"from": "human", "value": None}], "`messages[0].value` is null"),
     "unknown sender": ([{"from": "alice", "value": "x"}], "`messages[0].from` is 'alice', expected one of human, gpt"),
     "image": ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
-              "`messages[0].content[0]` is of type image_url, which a text model does not read"),
+              "`messages[0].content[0]` is of type image_url, and only text is read"),
     "image after text": ([{"role": "user", "content": ["a", {"type": "image"}]}], "content[1]` is of type image"),
     "part without text": ([{"role": "user", "content": [{"type": "text"}]}], "`messages[0].content[0]` is null"),
     "part that is a number": ([{"role": "user", "content": [7]}], "`messages[0].content[0]` is a number"),
@@ -125,6 +134,11 @@ WRONG: dict[str, tuple[Any, str]] = {
         [{"from": "function_call", "value": "add"}], "`messages[0].tool_calls[0]` is text, expected a tool call"
     ),
 }  # fmt: skip
+
+
+def test_a_sequence_of_datasets_is_a_list() -> None:
+    lists = {"from": ["human", "gpt"], "value": ["a", "b"]}
+    assert parse_messages(lists, "messages") == [{"role": "user", "content": "a"}, assistant(content="b")]
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -162,7 +162,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "user speaks last": ({"messages": [*CHAT, ASKED]}, "`messages` ends with the role 'user', expected assistant"),
     "image in a message": (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, SAID]},
-        "`messages[0].content[0]` is of type image_url, which a text model does not read",
+        "`messages[0].content[0]` is of type image_url, and only text is read",
     ),
     "half a surrogate in a call": (
         {"messages": [ASKED, {**SAID, "tool_calls": [{"function": {"name": "f", "arguments": {"a": "\ud800"}}}]}]},

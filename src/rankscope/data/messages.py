@@ -21,7 +21,9 @@ ROLES = {
 
 Messages: TypeAlias = list[dict[str, Any]]  # as chat templates read them: see `parse_messages`
 _ARGUMENTS = ("parameters", "args", "input")  # other dialects' names of a call's arguments
-_LEARN = ("weight", "train", "training")  # of OpenAI and Axolotl: whether an answer is learned
+_LEARN = ("weight", "train", "training", "loss")  # of OpenAI, Axolotl and ms-swift: whether an answer is learned
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of an answer's thoughts
+_TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
@@ -32,7 +34,7 @@ def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
 
 def says_something(message: Mapping[str, Any]) -> bool:
     """Whether a message has a text, a thought or a tool call."""
-    texts = (message.get(key) for key in ("content", "reasoning_content", "thinking"))
+    texts = (message.get(key) for key in ("content", *THOUGHTS))
     return bool(message.get("tool_calls")) or any(isinstance(text, str) and text.strip() for text in texts)
 
 
@@ -57,6 +59,10 @@ def parse_messages(value: Any, field: str) -> Messages:
     is missing, a part is no text, a weight is neither 0 nor 1."""
     if isinstance(value, str):
         value = parse_json(value, field, "a list of messages")
+    if isinstance(value, dict) and all(isinstance(items, list) for items in value.values()):  # a Sequence of `datasets`
+        if len({len(items) for items in value.values()}) > 1:
+            raise WrongRowError(f"`{field}` has lists of different lengths")
+        value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
     if not isinstance(value, list):
         raise WrongRowError(f"`{field}` is {kind(value)}, expected a list of messages with role and content")
     if not value:
@@ -86,6 +92,8 @@ def _message(message: Any, field: str) -> dict[str, Any]:
         raise WrongRowError(f"`{field}.from` is {shortened(role)!r}, expected one of {', '.join(ROLES)}")
     where = "value" if shared and "content" not in found else "content"
     content = found.pop(where, None)
+    if isinstance(content, dict) and ROLES.get(role.lower()) == "tool":  # what a tool gives is any value
+        content = json.dumps(content, ensure_ascii=False, default=str)
     if role == "function_call":
         content, found["function_call"] = None, content
     calls = _tool_calls(found, field)
@@ -104,7 +112,7 @@ def _message(message: Any, field: str) -> dict[str, Any]:
 
 def _content(value: Any, message: dict[str, Any], has_calls: bool, field: str) -> str:
     """Text of a message; parts of thought become its `reasoning_content`."""
-    if value is None and (has_calls or message.get("reasoning_content") or message.get("thinking")):
+    if value is None and (has_calls or any(map(message.get, THOUGHTS))):
         return ""
     if not isinstance(value, list):
         return checked_text(value, field)
@@ -112,14 +120,14 @@ def _content(value: Any, message: dict[str, Any], has_calls: bool, field: str) -
     for number, part in enumerate(value):
         where = f"{field}[{number}]"
         form = part.get("type", "text") if isinstance(part, dict) else "text"
-        text = part.get(form) if isinstance(part, dict) else part
+        text = part.get("text" if form in _TEXT_PARTS else form) if isinstance(part, dict) else part
         if form in ("thinking", "reasoning"):
             known = checked_text(message.get("reasoning_content", ""), f"{field}: reasoning_content")
             message["reasoning_content"] = known + checked_text(text, where)
-        elif form == "text":
+        elif form in _TEXT_PARTS:
             texts.append(checked_text(text, where))
         else:
-            raise WrongRowError(f"`{where}` is of type {shortened(str(form))}, which a text model does not read")
+            raise WrongRowError(f"`{where}` is of type {shortened(str(form))}, and only text is read")
     return "".join(texts)
 
 
