@@ -143,7 +143,8 @@ def without_tokenizer(folder: Path) -> None:
 
 MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no config.json": (lambda f: (f / "config.json").unlink(), ["must hold config.json"]),
-    "config.json damaged": (lambda f: (f / "config.json").write_text('{"model_type": '), ["config.json"]),
+    "config.json damaged": (lambda f: (f / "config.json").write_text('{"model_type": '), ["Correct config.json"]),
+    "no such dtype": (lambda f: config(f, dtype="float99"), ["float99", "Correct config.json"]),
     "unknown architecture": (lambda f: config(f, model_type="wonder"), ["wonder"]),
     "encoder and decoder": (lambda f: config(f, model_type="t5"), ["AutoModelForCausalLM", "causal language model"]),
     "no language model": (lambda f: config(f, model_type="vit"), ["causal language model"]),
@@ -221,6 +222,7 @@ OPTIONS: dict[str, list[str]] = {
     "--ranks -8": ["ranks, 1st value", "greater than 0"],
     "--ranks 8,8": ["ranks: listed twice: 8"],
     "--ranks eight": ["ranks, 1st value", "integer", "'eight'"],
+    "--ranks 8-64": ["8-64: no such range; ranges are 8..64 of ranks"],
     "--ranks 8.5": ["ranks, 1st value", "integer"],
     "--ranks full": ["give at least one number"],
     "--ranks 64": ["ranks: 64 is larger than 32, the full rank", "Leave it out"],

@@ -271,7 +271,9 @@ def loading_error(spec: ModelSpec, part: str, error: Exception) -> ModelError:
     if folder.is_dir():
         todo = _FOLDER_HOLDS
         others = sorted(path.name for path in folder.iterdir() if path.suffix in NOT_READ)
-        if part == "tokenizer":
+        if part == "configuration" and (folder / CONFIG_NAME).is_file():
+            todo = f"Correct {CONFIG_NAME}, or restore it."
+        elif part == "tokenizer":
             todo = "Save it there by tokenizer.save_pretrained, or copy tokenizer.json and tokenizer_config.json."
             if not _has_tokenizer(folder):
                 reason = "there is no file of a tokenizer in the folder, such as tokenizer.json"

@@ -1,5 +1,6 @@
 """Candidates and trials, and the types of their fields."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from functools import partial
@@ -45,7 +46,7 @@ def listed(value: Any, between: Callable[[int, int], Sequence[int]] | None = Non
     if not isinstance(value, str):
         return as_list(value)
     parts = [part.strip() for part in value.split(",") if part.strip()]
-    return [one for part in parts for one in (_range(part, between) if ".." in part else [part])]
+    return [one for part in parts for one in (_range(part, between) if _RANGE.search(part) else [part])]
 
 
 def counted(low: int, high: int) -> Sequence[int]:
@@ -53,6 +54,7 @@ def counted(low: int, high: int) -> Sequence[int]:
 
 
 ranks_of, seeds_of = partial(listed, between=doublings), partial(listed, between=counted)
+_RANGE = re.compile(r"\.\.|\d\s*[-:]\s*\d")  # or what another tool would read as one
 _MOST_IN_RANGE = 1 << 20  # largest distance between the ends of a range
 
 
