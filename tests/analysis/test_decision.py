@@ -137,6 +137,14 @@ def test_bounds_know_of_skewness_and_are_never_narrower_than_students(third: flo
     assert low == pytest.approx(4 - upper_bound(of._replace(third=-third), 2, 0.05))
 
 
+@pytest.mark.parametrize("third", [1.0, 5.0, 100.0])
+def test_far_out_where_halls_bound_is_below_students_students_holds(third: float) -> None:
+    """As with two seeds, at their small level; or where seeds hide what examples vary by, and skewness is luck."""
+    level, of = 0.001, Estimate(2.0, 1.0, 0.5, third, 2, ROWS)
+    assert upper_bound(of, 1, level) >= 2 + of.t(1 - level, 1) * of.error * (1 - 1e-12)
+    assert lower_bound(of._replace(third=-third), 1, level) <= 2 - of.t(1 - level, 1) * of.error * (1 - 1e-12)
+
+
 def test_the_outcome_names_the_lowest_rank_that_is_good_enough_within_the_budget() -> None:
     decided = Decided(np.array([False, True, True]), np.array([True, False, False]), True, False)
     assert outcome_of(decided, [True, True, True]) == ("recommended", 1)

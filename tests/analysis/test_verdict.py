@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from analysis.made_up import evidence_of, examples, verdict_on
+from analysis.made_up import evidence_of, examples, untrained_examples, verdict_on
 from rankscope.analysis.comparison import best_of_each_rank, bounds, compare, estimate, judge
 from rankscope.analysis.decision import level_at
 from rankscope.analysis.verdict import conclude
@@ -146,6 +146,19 @@ def test_one_seed_gives_no_interval_and_no_verdict() -> None:
     assert "one_seed" in verdict["caveats"]
     assert verdict["comparison"][0]["regret"] == pytest.approx(0.5)
     assert verdict["comparison"][0]["regret_high"] is None
+
+
+@pytest.mark.parametrize("rates", [[1e-3], [1e-3, 2e-3]])
+def test_one_held_out_row_gives_no_verdict(rates: list[float]) -> None:
+    """Of two rates each, none is left to judge by."""
+    losses = {(rank, rate): [2.0 + rank * rate, 2.01, 2.0] for rank in (8, 256) for rate in rates}
+    full = examples({(0, 1e-4): [1.6, 1.6, 1.6]}, count=1)
+    evidence = evidence_of(losses)._replace(
+        examples=examples(losses, count=1), untrained=untrained_examples(1), reference=full
+    )
+    verdict = conclude(evidence)
+    assert (verdict["outcome"], verdict["rank"]) == ("not_enough_evidence", None)
+    assert all(row["regret_high"] is row["within_margin"] is None for row in verdict["comparison"])
 
 
 def test_the_margin_is_the_users() -> None:

@@ -315,7 +315,7 @@ def judge(examples: pd.DataFrame, untrained: pd.DataFrame | None = None, full: p
         pairs.append((own.loc[seeds].to_numpy(), other.loc[seeds].to_numpy()))
     first = judged.groupby("candidate")[["rank", "learning_rate"]].first()
     identity = {str(name): (int(rank), float(rate)) for name, rank, rate in first.itertuples()}
-    if untrained is None:
+    if untrained is None or not losses:
         return Judged(losses, pairs, identity, tokens)
     order = sorted(judged["example"].unique())
     before = untrained.set_index("example")["loss"].loc[order].to_numpy()

@@ -5,7 +5,7 @@ One of K candidates is the best, so at most K - 1 can be called good enough wron
 divided by the number of those still open, which are all that can still be decided wrongly.
 
 The level depends on the number of seeds alone (`LEVELS`), so a verdict is a function of a study's files, not of how it
-grew. How often a study that is judged after every added seed makes a false claim is in docs/results/simulation.md.
+grew. How often a study that is judged again and again makes a false claim is in docs/results/simulation.md.
 
 Contrasts have the shape (..., K, K): a candidate beside each other one. Their diagonal is ignored.
 """
@@ -121,7 +121,7 @@ def pooled(contrasts: Estimate, octaves: Numbers) -> tuple[Estimate, Numbers]:
     apart = np.abs(octaves[:, None] - octaves)
     spread = apart + 0.5
     seeds = contrasts.seeds + 0.0 * apart
-    known = (apart > 0) & (seeds > 1)
+    known = (apart > 0) & np.isfinite(contrasts.seed_error)
     own = np.where(known, np.square(contrasts.seed_error), 0.0) * seeds
     free = np.where(known, seeds - 1, 0.0)
     all_free, pairs = (of.sum(axis=(-2, -1), keepdims=True) for of in (free, known))
@@ -135,13 +135,14 @@ def pooled(contrasts: Estimate, octaves: Numbers) -> tuple[Estimate, Numbers]:
 def upper_bound(contrasts: Estimate, degrees: Numbers, level: Numbers) -> Numbers:
     """One-sided upper bound of the mean. Where a few examples make up much of it, its distribution is skewed and the
     bound is higher (Hall 1992, Journal of the Royal Statistical Society B 54); never lower, since the skewness is that
-    of few examples."""
-    error = contrasts.error
+    of few examples, and far out Hall's is below Student's."""
+    error, t = contrasts.error, contrasts.t(1 - level, degrees)
     with np.errstate(divide="ignore", invalid="ignore"):
         skewness = np.where(error > 0, np.maximum(contrasts.third, 0.0) / error**3, 0.0)
-        below = -contrasts.t(1 - level, degrees) - skewness / 6
-        root = np.cbrt(1 + skewness * below)
-        found: Numbers = contrasts.mean - np.where(error > 0, 3 * error * below / (root**2 + root + 1), 0.0)
+        below = t + skewness / 6
+        root = np.cbrt(1 - skewness * below)
+        reach = np.maximum(t, 3 * below / (root**2 + root + 1))
+        found: Numbers = contrasts.mean + np.where(error > 0, error * reach, 0.0)
     return np.where(np.isinf(error), np.inf, found)
 
 
