@@ -81,7 +81,7 @@ def test_what_a_rank_keeps_is_one_minus_the_smallest_margin_at_which_it_is_good_
     for name in judged.losses:
         good = [state[name] is True for state in states]
         assert sorted(good) == good, "once good enough, always good enough"
-        kept = least_kept(judged, 0.95)[name]
+        kept = least_kept(judged, 0.95, 0.05)[name]
         if not good[-1]:
             assert kept is None
         else:
@@ -135,6 +135,8 @@ def test_without_a_gain_there_is_nothing_to_recommend(untrained: float, outcome:
     verdict = on_equal_examples(untrained)
     assert (verdict["outcome"], verdict["rank"]) == (outcome, 8 if outcome == "recommended" else None)
     assert ("worse_than_untrained" in verdict["caveats"]) == (untrained < 2)
+    if outcome == "not_trained_enough":
+        assert {row["within_margin"] for row in verdict["comparison"]} == {None}, "of no gain all would be worse"
     assert verdict["gain"] == pytest.approx(untrained - 2)
     assert verdict_on(ALIKE, untrained=untrained, margin_of="loss")["rank"] == 8
 
@@ -191,6 +193,18 @@ def test_what_is_kept_agrees_with_the_verdict() -> None:
             if 0 < 1 - nearby < 1:
                 rows = {row["rank"]: row for row in verdict_on(THREE, margin=1 - nearby)["comparison"]}
                 assert (rows[rank]["within_margin"] is True) == (state is True)
+
+
+def test_a_recommended_rank_is_shown_to_keep_what_it_is_recommended_for() -> None:
+    """Of a gain that rows hardly agree on. At a margin of all of it only the gain would count, which is shown by the
+    plain interval and not by the bound of a claim."""
+    losses: Losses = {(8, 1e-3): [2.0, 2.001] * 4, (256, 1e-3): [2.02] * 8}
+    evidence = evidence_of(losses)._replace(
+        examples=examples(losses, count=5), untrained=untrained_examples(5, spread=1.646)
+    )
+    verdict = conclude(evidence)
+    assert (verdict["outcome"], verdict["rank"]) == ("recommended", 8)
+    assert verdict["comparison"][0]["kept_low"] >= 0.95
 
 
 def test_on_a_good_base_one_percent_of_the_loss_is_a_fifth_of_the_gain() -> None:

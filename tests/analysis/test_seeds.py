@@ -39,7 +39,7 @@ def test_each_pair_is_compared_on_the_seeds_that_both_finished() -> None:
         assert found.differences.seeds[pair] == len(seeds)
         assert found.differences.mean[pair] == pytest.approx((own - theirs).mean())
     verdict = conclude(evidence)
-    assert (verdict["outcome"], verdict["rank"], verdict["seeds"]) == ("recommended", 64, 3)
+    assert (verdict["outcome"], verdict["rank"], verdict["seeds"]) == ("recommended", 64, 2)
 
 
 def test_a_seed_that_only_some_ranks_have_makes_none_of_them_the_best() -> None:
@@ -52,6 +52,15 @@ def test_a_seed_that_only_some_ranks_have_makes_none_of_them_the_best() -> None:
     assert (eight["regret"], largest["regret"]) == (pytest.approx(0.03), 0.0)
     assert eight["regret_low"] <= eight["regret"] <= eight["regret_high"]
     assert eight["kept"] < 1.0
+
+
+def test_ranks_that_share_one_seed_show_no_variation_and_ask_for_seeds() -> None:
+    """Each has two of three. Whether more would settle it cannot be known."""
+    evidence = evidence_of({(8, 1e-3): [2.101, 2.1, 2.102], (256, 1e-3): [2.0, 2.0, 2.0]})
+    verdict = conclude(without(without(evidence, 8, 0), 256, 1))
+    assert (verdict["outcome"], verdict["seeds"], cause_of(verdict)) == ("not_enough_evidence", 1, "one_seed")
+    assert [row["seeds"] for row in verdict["comparison"]] == [2, 2]
+    assert "seeds_would_not_do" not in verdict["caveats"]
 
 
 def test_a_rank_that_shares_no_seed_with_another_is_left_out_and_named() -> None:

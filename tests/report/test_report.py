@@ -354,7 +354,7 @@ def test_one_rank_and_one_seed() -> None:
     content = compose(evidence, verdict, load("en"))
     assert content.rank == ""
     assert content.savings.rows == []
-    assert content.caveats[0].startswith("Only one seed was run")
+    assert content.caveats[0].startswith("Between ranks that share only one seed")
     row = first_row(content, "candidates")
     assert row["Held-out loss"] == "1.2270"
     assert row["Loss above the best (nats)"] == "0.0000", "nothing to compare it with, so no interval is missing"

@@ -239,7 +239,7 @@ def test_caveats_name_what_they_are_about() -> None:
     assert said["diverged"].startswith("Diverged: rank 64 at learning rate 2e-3 (seeds 0, 2).")
     assert said["worse_than_untrained"].startswith("Worse than no training: rank 8. ")
     assert said["overfits"].startswith("Overfitting: rank 256 was best at step 1,200, 0.0312 nats below its end.")
-    assert caveat_sentence(verdict, "one_seed", text).startswith("Only one seed was run")
+    assert caveat_sentence(verdict, "one_seed", text).startswith("Between ranks that share only one seed")
     assert caveat_sentence(verdict, "of another version", text) == "of another version"
 
 

@@ -22,11 +22,12 @@ def decide(
     *,
     look_ahead: bool = True,
 ) -> tuple[dict[str, Any], States]:
-    """Fields of verdict.json that hold the conclusion, and the state of each candidate. `over` names the limits that
-    each candidate exceeds; `look_ahead` is whether to find `more_seeds` and `next_look`."""
+    """Fields of verdict.json that hold the conclusion, and the state of each candidate, None where too little is gained
+    for a share of it to mean anything. `over` names the limits that each candidate exceeds; `look_ahead` is whether to
+    find `more_seeds` and `next_look`."""
     over, decision = over or {}, _decision(found, confidence)
     fields = {"best_candidate": found.candidates[found.best]} | _outcome(found, decision, over)
-    pairs = zip(found.candidates, decision.good, decision.worse, strict=True)
+    pairs = zip(found.candidates, decision.good & decision.gained, decision.worse & decision.gained, strict=True)
     states = {name: True if good else False if worse else None for name, good, worse in pairs}
     contending = in_contention(decision)
     if not look_ahead or settled(fields) or not contending.any():

@@ -62,7 +62,10 @@ def judge_task(
     if set(judged.losses) != set(compared):  # one of them has no scores, or shares no seed with another
         return empty
     plain, confidence = compare(judged, spec.task_margin), spec.confidence
-    found = with_items_added(plain, confidence)
+    added: dict[str, Any] = {
+        name: add_items(getattr(plain, name), confidence) for name in ("differences", "excesses", "gain")
+    }
+    found = plain._replace(**added)
     fields, states = decide(found, confidence, over)
     assert plain.gain is not None
     assert found.gain is not None
@@ -72,7 +75,7 @@ def judge_task(
     rows = [row | {"within_margin": states[row["candidate"]]} for row in _rows(plain, found, confidence)]
     return empty | fields | {
         "guess": best_guess(plain, over),
-        "seeds": int(plain.eval_loss.seeds.min()),
+        "seeds": int(plain.differences.seeds.min()),
         "items": plain.eval_loss.examples,
         "untrained": 1.0 - float(before.mean),
         **dict(zip(("untrained_low", "untrained_high"), finite(*_ends(before, confidence)), strict=True)),
@@ -113,12 +116,6 @@ def add_items(found: Estimate, confidence: float, size: float = 1.0) -> Estimate
         example_error=np.sqrt(squares / (total * (total - 1))),
         third=share**3 * found.third,
     )
-
-
-def with_items_added(found: Comparison, confidence: float) -> Comparison:
-    differences, excesses = add_items(found.differences, confidence), add_items(found.excesses, confidence)
-    gain = add_items(found.gain, confidence) if found.gain else None
-    return found._replace(differences=differences, excesses=excesses, gain=gain)
 
 
 def _errors(scores: pd.DataFrame) -> pd.DataFrame:

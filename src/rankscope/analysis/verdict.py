@@ -29,6 +29,7 @@ from rankscope.analysis.comparison import (
     label_tokens,
     losses_by_candidate,
     paired,
+    stacked,
     without_diverged,
 )
 from rankscope.analysis.costs import over_budget
@@ -98,7 +99,7 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
         "margin": spec.verdict.margin,
         "margin_of": spec.verdict.margin_of,
         "confidence": confidence,
-        "seeds": int(found.eval_loss.seeds.min()) if found else 0,
+        "seeds": int(found.differences.seeds.min()) if found else 0,  # that a pair shares
         "examples": found.eval_loss.examples if found else 0,
         "scaling": {"alpha": spec.adapter.alpha, "use_rslora": spec.adapter.use_rslora},
         **dict.fromkeys(("gain", "gain_low", "gain_high")),
@@ -208,10 +209,10 @@ def _of_the_gain(
     fields: dict[str, Any] = {"gain": gain, "gain_low": low, "gain_high": high, "gain_of": reference}
     if verdict["outcome"] == "not_trained_enough" or gain <= 0:
         return fields
-    kept = least_kept(judged, confidence)
+    kept = least_kept(judged, confidence, verdict["margin"])
     for row in verdict["comparison"]:
         row["kept"] = row["gain"] / gain if reference == "full" else 1 - row["regret"] / gain
-        row["kept_low"] = None if verdict["seeds"] < 2 else kept[row["candidate"]]
+        row["kept_low"] = None if row["seeds"] < 2 else kept[row["candidate"]]
     for share in USUAL_MARGINS:
         decision, _ = decide(compare(judged, share), confidence, over, look_ahead=False)
         chosen = decision if decision["outcome"] == "recommended" else {}
@@ -221,10 +222,10 @@ def _of_the_gain(
     return fields
 
 
-def least_kept(judged: Judged, confidence: float) -> dict[str, float | None]:
+def least_kept(judged: Judged, confidence: float, margin: float) -> dict[str, float | None]:
     """Share of the gain that each candidate is shown to keep: one minus the smallest margin at which it is good enough.
-    None if it is not good enough at any, and 1 without another candidate. Of full fine-tuning's gain, where that is
-    larger, whatever the other candidates do."""
+    None if it is so neither at `margin` nor at all of the gain, whose noise counts more at larger margins; and 1
+    without another candidate. Of full fine-tuning's gain, where that is larger, whatever the other candidates do."""
     names = list(judged.losses)
     if len(names) == 1 and judged.full is None:
         return {names[0]: 1.0}
@@ -234,16 +235,15 @@ def least_kept(judged: Judged, confidence: float) -> dict[str, float | None]:
     def good(share: float) -> list[bool]:
         if judged.full is None:
             return list(states(excesses(judged, share), octaves, confidence)[0])
-        over = [
-            estimate(table.to_numpy() - judged.allowed(judged.full[None], share), judged.label_tokens)
-            for table in judged.losses.values()
-        ]
-        level = [level_at(one.seeds, confidence) / max(1, len(names) - 1) for one in over]
-        return [upper_bound(one, one.seeds - 1, of) <= 0 for one, of in zip(over, level, strict=True)]
+        allowed = judged.allowed(judged.full[None], share)
+        each = [estimate(table.to_numpy() - allowed, judged.label_tokens) for table in judged.losses.values()]
+        over = stacked(each, len(names))
+        level = level_at(over.seeds, confidence) / max(1, len(names) - 1)
+        return list(upper_bound(over, over.seeds - 1, level) <= 0)
 
     found: dict[str, float | None] = {}
     for number, name in enumerate(names):
-        low, high = 0.0, 1.0
+        low, high = 0.0, margin if good(margin)[number] else 1.0
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
             low, high = (low, middle) if good(middle)[number] else (middle, high)

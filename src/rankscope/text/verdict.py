@@ -66,7 +66,8 @@ def _loss_sentences(verdict: Mapping[str, Any], text: Catalogue) -> Iterator[str
         "scaling": scaling_name(verdict["scaling"], text),
     }
     kind = _kind(verdict, chosen, best)
-    yield text(f"sentence.{kind}" if kind == "recommended_only" else f"sentence.{kind}{of_unit}", **values)
+    nothing_kept = kind == "not_distinguishable" and not known(chosen.get("kept_low"))
+    yield text(f"sentence.{kind}" + ("" if kind == "recommended_only" or nothing_kept else of_unit), **values)
     if outcome == "not_distinguishable":
         yield text(f"sentence.more_would_tell{of_unit}", **values) if more else ""
         yield _guess(verdict, text) if verdict.get("guess") != verdict["candidate"] else ""
