@@ -7,7 +7,8 @@ profiles/*.json, and compares with verdict.json: each rank's held-out loss and r
 which ranks are good enough and which are worse, whether training was enough to tell, the recommended rank, by the
 verdict's margin and by the usual ones, what each rank keeps of the gain, and the effects of the four claims with their
 intervals. The exit code is 1 if they differ by more than 1e-9 (relative; what a rank keeps, which the verdict finds by
-bisection, by more than 1e-4), and 2 if a study cannot be recomputed: it needs two ranks with two seeds, and no budget.
+bisection, by more than 1e-4), and 2 if a study cannot be recomputed: it needs two ranks with two seeds, two held-out
+rows, and no budget; one with a task is recomputed only where its verdict follows the loss.
 """
 
 import json
@@ -35,7 +36,10 @@ def records(study: Path, kind: str = "trials") -> dict[Path, dict[str, Any]]:
 
 
 def held_out(study: Path, kind: str = "trials") -> pd.DataFrame:
-    """Return one row per held-out example of each finished trial of a candidate with no seed that diverged."""
+    """Return one row per held-out example of each finished trial of a candidate with no seed that diverged.
+
+    Of several alphas each makes another `rate`; variants are not of the verdict.
+    """
     found = {
         folder: (trial, trial.get("candidate") or {"rank": 0, "learning_rate": trial["learning_rate"]})
         for folder, trial in records(study, kind).items()
@@ -43,9 +47,11 @@ def held_out(study: Path, kind: str = "trials") -> pd.DataFrame:
     diverged = [candidate for trial, candidate in found.values() if trial["status"] == "diverged"]
     frames = [pd.DataFrame(columns=["example", "rank", "rate"])]
     for folder, (trial, candidate) in found.items():
-        if trial["status"] == "done" and candidate not in diverged:
+        plain = candidate.get("variant", "lora") == "lora"
+        if trial["status"] == "done" and candidate not in diverged and plain:
             examples = pd.DataFrame(json.loads((folder / "eval.json").read_text())["examples"])
-            own = {"rank": candidate["rank"], "rate": candidate["learning_rate"], "seed": trial["seed"]}
+            rate = f"{candidate['learning_rate']} at alpha {candidate.get('lora_alpha')}"
+            own = {"rank": candidate["rank"], "rate": rate, "seed": trial["seed"]}
             frames.append(examples.assign(**own, folder=folder))
     return pd.concat(frames[1:] or frames)
 
@@ -131,13 +137,14 @@ def level_of(seeds: int, confidence: float) -> float:
 
 
 def high(found: Moments, of_seeds: float, degrees: float, level: float) -> float:
-    """Return the one-sided upper bound of a mean with this variance over seeds, by Hall's transformation."""
+    """Return the one-sided upper bound of a mean with this variance over seeds: Student's, or Hall's if higher."""
     error = math.sqrt(of_seeds + found.of_examples)
     if not error or math.isinf(error):
         return found.mean if not error else math.inf
     a = max(0.0, found.third) / error**3
-    y = -quantile(of_seeds, found.of_examples, degrees, found.examples, 1 - level)
-    return found.mean - error * (3 * (np.cbrt(1 + a * (y - a / 6)) - 1) / a if a > 1e-6 else y - a / 6 - a * y * y / 3)
+    t = quantile(of_seeds, found.of_examples, degrees, found.examples, 1 - level)
+    of_hall = t + a / 6 + a * t * t / 3 if a < 1e-6 else 3 * (1 - np.cbrt(1 - a * (t + a / 6))) / a
+    return found.mean + error * max(t, of_hall)
 
 
 class Judge:
@@ -151,10 +158,17 @@ class Judge:
             int(rank): part.pivot(index="seed", columns="example", values="loss")
             for rank, part in self.examples.groupby("rank")
         }
+        while lone := [rank for rank in self.tables if not all(self.shared(rank, other) for other in self.tables)]:
+            del self.tables[min(lone, key=lambda rank: len(self.tables[rank]))]
+        self.examples = self.examples[self.examples["rank"].isin(self.tables)]
         self.of_gain = self.spec["verdict"].get("margin_of", "loss") == "gain"
         self.untrained = before_training(study)[self.weight.index] if self.of_gain else None
         self.full = self._full(held_out(study, "reference"))
         self.confidence: float = self.spec["verdict"]["confidence"]
+
+    def shared(self, rank: int, other: int) -> list[int]:
+        """Return the seeds that both ranks finished."""
+        return [seed for seed in self.tables[rank].index if seed in self.tables[other].index]
 
     def _full(self, reference: pd.DataFrame) -> "pd.Series[float] | None":
         """Return full fine-tuning's mean loss of each example, where it is below every rank's."""
@@ -172,7 +186,7 @@ class Judge:
 
     def contrast(self, rank: int, other: int, margin: float) -> pd.DataFrame:
         """Return a rank's losses minus the largest that the margin allows beside another's, on seeds of both."""
-        seeds = self.tables[rank].index.intersection(self.tables[other].index)
+        seeds = self.shared(rank, other)
         own, theirs = self.tables[rank].loc[seeds], self.tables[other].loc[seeds]
         if self.untrained is None:
             return own - (1 + margin) * theirs
@@ -217,7 +231,7 @@ class Judge:
                 beside = [pair for pair in pairs if pair[0] == rank]
                 if all(bound(pair, among, 1) <= 0 for pair in beside if pair[1] not in worse):
                     states[rank] = True
-                elif max(bound(pair, among * others, -1) for pair in beside if found[pair].seeds > 1) > 0:
+                elif any(bound(pair, among * others, -1) > 0 for pair in beside if found[pair].seeds > 1):
                     states[rank] = False
         return states
 
@@ -231,7 +245,7 @@ class Judge:
         gain, low, _ = self.interval(self.untrained - self.tables[self.best()], self.confidence)
         ends = self.ends(self.confidence)
         widths = (ends["high"] - ends["low"]) / 2
-        return bool(low > 0 and gain >= 3 * widths[widths < math.inf].max())
+        return bool(low > 0 and gain >= 3 * widths[widths < math.inf].to_numpy().max(initial=0.0))
 
     def recommended(self, margin: float) -> int | None:
         good = [rank for rank, state in self.states(margin).items() if state]
@@ -250,9 +264,11 @@ class Judge:
             level = level_of(above.seeds, self.confidence) / (len(self.tables) - 1)
             return high(above, above.of_seeds, above.seeds - 1, level) <= 0
 
-        if not within(1.0):
+        low, most = 0.0, self.spec["verdict"]["margin"]
+        if not within(most):
+            most = 1.0
+        if not within(most):
             return None
-        low, most = 0.0, 1.0
         while most - low > 1e-5:
             middle = (low + most) / 2
             low, most = (low, middle) if within(middle) else (middle, most)
@@ -264,7 +280,9 @@ def recompute(study: Path) -> dict[str, Any]:
     judge = Judge(study)
     verdict, ranks = judge.spec["verdict"], list(judge.tables)
     fewest = min((len(table) for table in judge.tables.values()), default=0)
-    if len(ranks) < 2 or fewest < 2 or verdict["max_gpu_memory"] or verdict["max_runtime"]:
+    by_task = verdict.get("by") != "loss" and judge.spec["measure"].get("task")
+    rows_or_budget = len(judge.weight) < 2 or verdict["max_gpu_memory"] or verdict["max_runtime"]
+    if len(ranks) < 2 or fewest < 2 or rows_or_budget or by_task:
         raise SystemExit(2)
     shown, states, best = judge.ends(judge.confidence), judge.states(verdict["margin"]), judge.best()
     found: dict[str, Any] = {
@@ -282,7 +300,7 @@ def recompute(study: Path) -> dict[str, Any]:
             f"{rank}.regret": max(0.0, shown.loc[rank, "mean"].max()),
             f"{rank}.regret_low": 0.0 if rank in judge.unbeaten(shown) else max(0.0, min(lows)),
             f"{rank}.regret_high": max(0.0, shown.loc[rank, "high"].max()),
-            f"{rank}.within_margin": states[rank],
+            f"{rank}.within_margin": states[rank] if found["trained_enough"] else None,
         }
         if shown.loc[rank, "high"].max() == math.inf:
             found |= {f"{rank}.regret_low": None, f"{rank}.regret_high": None}
