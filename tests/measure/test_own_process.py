@@ -12,6 +12,7 @@ from rankscope.measure.sampler import resident
 
 def test_it_is_measured_once_for_the_same_versions(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("RANKSCOPE_CACHE", str(tmp_path))
+    monkeypatch.setenv("LD_PRELOAD", "")  # so that no process tries jemalloc
     ran: list[Any] = []
 
     def run(command: list[str], **options: Any) -> SimpleNamespace:

@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from rankscope.measure.allocator import preloaded
+
 ROOT = Path("/")
 
 ENVIRONMENT = {
@@ -14,7 +16,6 @@ ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
     "GOMP_SPINCOUNT": "1000",  # of OpenMP: threads that wait sleep soon, or a busy machine takes many times as long
     "KMP_BLOCKTIME": "0",  # the same of Intel's
-    "THP_MEM_ALLOC_ENABLE": "1",  # torch's CPU allocator asks for huge pages: half the page faults, docs/lab-notes.md
 }
 """Environment of a job's process; variables that the user has set win."""
 
@@ -29,7 +30,7 @@ def threads(root: Path = ROOT) -> int:
 
 def job_environment() -> dict[str, str]:
     """Environment variables of a job's process."""
-    return ENVIRONMENT | {"OMP_NUM_THREADS": str(threads())} | os.environ
+    return ENVIRONMENT | preloaded() | {"OMP_NUM_THREADS": str(threads())} | os.environ
 
 
 def _physical(cpus: Collection[int], root: Path) -> int:

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from rankscope import __version__
+from rankscope.measure.allocator import allocator
 from rankscope.measure.cores import threads
 from rankscope.model.load import commit
 from rankscope.spec.models import StudySpec
@@ -34,6 +35,7 @@ def hardware() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "torch_threads": torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else threads(),  # of a job
+        "allocator": allocator(),  # likewise
         "memory_bytes": psutil.virtual_memory().total,
         "gpus": [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus],
     }
@@ -81,7 +83,7 @@ def describe_machine(spec: StudySpec, parameters: int, site: Site) -> dict[str, 
     return {"date": date, "hardware": site.hardware, "versions": site.versions, "model": model, "device": site.device}
 
 
-COMPARED = ("cpu", "cores", "torch_threads", "gpus")
+COMPARED = ("cpu", "cores", "torch_threads", "allocator", "gpus")
 """Hardware that costs depend on; `system` and `memory_bytes` change with every kernel."""
 
 NOT_IN_COSTS = ("datasets", "tokenizers", "pandas", "altair")

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rankscope.data.tokens import Tokens
 from rankscope.lora.variants import WEIGHT_INIT_VARIANTS
+from rankscope.measure.allocator import allocator
 from rankscope.plan.costs import CostModel, Family, family_key, first_line, small_engines, stand_in
 from rankscope.plan.fake_steps import Instant, Recording, forward_seconds, record
 from rankscope.plan.forwards import Forwards, ForwardSizes
@@ -36,9 +37,9 @@ BYTES_PER_PARAMETER = 16  # in training: weight, gradient and AdamW's two moment
 MAX_PACK_MEMORY_FRACTION = 0.9
 """Largest share of free memory that a pack may be predicted to take: the prediction is not exact."""
 
-UNTRACKED_ACTIVATION_FRACTION = {"cpu": 0.65, "cuda": 0.0, "mps": 0.0}
+UNTRACKED_ACTIVATION_FRACTION = {"cpu": 0.65, "cpu with jemalloc": 0.36, "cuda": 0.0, "mps": 0.0}
 """Memory that fake tensors do not show, as a fraction of activations and logits: what operators allocate within
-themselves, and freed memory that the C library keeps. Fitted on one machine with glibc:
+themselves, and freed memory that the allocator keeps. Fitted on one machine with glibc, and on another with jemalloc:
 docs/results/memory-prediction.md. On a GPU not measured."""
 
 RECOMPUTED_TAKES_LESS = 4
@@ -132,12 +133,13 @@ class StudyMemory:
         except Exception as error:  # whatever a model does that fake tensors cannot
             self.reason = first_line(error)
             return None
+        site = "cpu with jemalloc" if self.costs.device == "cpu" and "jemalloc" in allocator() else self.costs.device
         parts = held._replace(
             gradients=int(fullest.gradients),
             optimizer=held.optimizer + optimizer,
             activations=int(fullest.activations),
             logits=int(fullest.logits),
-            retained=int(UNTRACKED_ACTIVATION_FRACTION[self.costs.device] * tracked),
+            retained=int(UNTRACKED_ACTIVATION_FRACTION[site] * tracked),
         )
         return PeakMemory(parts, max(forwards.kept, again), longest)
 

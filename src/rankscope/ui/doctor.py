@@ -1,6 +1,7 @@
 """Facts of the system for `rankscope doctor`: versions, devices, optional packages."""
 
 import shutil
+import sys
 from typing import Any
 
 from rankscope.errors import install_command
@@ -26,6 +27,8 @@ def show_system() -> None:
     lines = [(name, version or "not installed") for name, version in found["versions"].items()]
     lines += [("cpu", f"{facts['cpu']}, {facts['cores']} cores, {size(facts['memory_bytes'])}")]
     lines += [("gpu", gpu) for gpu in gpus or ["none that torch can use: studies run on the CPU"]]
+    advice = " (on a CPU jemalloc takes less memory and time; optional: `apt install libjemalloc2`)"
+    lines += [("allocator", facts["allocator"] + advice * (sys.platform == "linux" and facts["allocator"] == "system"))]
     for extra, version in found["optional"].items():
         lines += [(extra, version or f"not installed (optional: `{install_command(extra)}`)")]
     for name, text in [*lines, ("disk", f"{size(free)} free here")]:
