@@ -173,9 +173,13 @@ def test_thoughts_that_the_template_drops_from_history_are_not_learned(tokenizer
     assert template.changed == 2  # which is told: the answer is not learned as it stands in the data
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [("reasoning_content", "thinking"), ("thinking", "reasoning_content")])
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [("reasoning_content", "thinking"), ("thinking", "reasoning_content"), ("reasoning_content", "reasoning")],
+)
 def test_thoughts_get_the_name_that_the_template_reads(ours: str, theirs: str, tokenizer_with: Make) -> None:
     template = CHATML.replace("{{ m.content }}", f"{{{{ m.{ours} }}}}|{{{{ m.content }}}}")
+    template += "{% if enable_thinking %}{% endif %}"  # which is no thought
     for name in (ours, theirs):
         assert spans(tokenizer_with(template), [user("one?"), said("two", **{name: "hm"})]) == ["hm|two<|im_end|>\n"]
 
@@ -193,6 +197,80 @@ def test_a_call_is_learned_as_the_template_writes_it(tokenizer_with: Make) -> No
     assert rendered.text.startswith('<|im_start|>system\nTools: [{"type": "function", "function": {"name": "get_w')
     with pytest.raises(DataError, match=r"writes no tool calls.*\n.*--chat-template FILE"):
         spans(tokenizer_with(CHATML), messages)
+
+
+CALLING = (
+    "{% for m in messages %}<|{{ m.role }}|>BODY{{ m.content or '' }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+CALLS = {
+    "arguments as an object": "{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}",
+    "arguments as text": '{% for c in m.tool_calls %}{{ \'{"name": "\' + c.function.name + \'", "arguments": \' + '
+    "c.function.arguments + '}' }}{% endfor %}",
+    "arguments as they come": '{% for c in m.tool_calls %}{"name": "{{ c.function.name }}", "arguments": '
+    "{{ c.function.arguments }}}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("form", CALLS)
+def test_calls_are_given_in_the_form_that_the_template_takes(form: str, tokenizer_with: Make) -> None:
+    template = tokenizer_with(CALLING.replace("BODY", CALLS[form]))
+    messages = [user("one?"), said("", tool_calls=[call("New York")]), user("two?"), said("three")]
+    written = '{"name": "get_weather", "arguments": {"city": "New York"}}'
+    assert spans(template, messages) == [f"{written}<|end|>", "three<|end|>"]
+
+
+def test_a_template_that_writes_one_of_several_calls_is_refused(tokenizer_with: Make) -> None:
+    first = "{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% endif %}"
+    tools = [{"type": "function", "function": {"name": "get_weather"}}]  # so the name is written all the same
+    template = tokenizer_with("{{ tools | tojson }}" + CALLING.replace("BODY", first))
+    with pytest.raises(DataError, match="writes no tool calls, or not all"):
+        spans(template, [user("?"), said("", tool_calls=[call("Paris"), call("Rome")])], tools=tools)
+    refuses = "{% if m.tool_calls | length > 1 %}{{ raise_exception('one call at once') }}{% endif %}"
+    with pytest.raises(DataError, match="refuses the conversation: one call at once"):
+        spans(
+            tokenizer_with(CALLING.replace("BODY", refuses)), [user("?"), said("", tool_calls=[call("a"), call("b")])]
+        )
+
+
+@pytest.mark.parametrize("content", ["two three", "two <b>", "<|two> three", ""])
+def test_an_answer_ends_before_what_ends_a_conversation(content: str, tokenizer_with: Make) -> None:
+    """As Phi's templates write it: after the last message comes a token more."""
+    body = CALLING.replace("BODY", CALLS["arguments as an object"]).removesuffix("{% endif %}")
+    tokenizer = tokenizer_with(body + "{% else %}{{ eos_token }}{% endif %}")
+    answer = said(content, tool_calls=[] if content else [call("New York")])
+    written = content or '{"name": "get_weather", "arguments": {"city": "New York"}}'
+    for next_one in (user("four?"), {"role": "tool", "content": "sunny"}):
+        messages = [user("one?"), answer, next_one, said("five")]
+        assert spans(tokenizer, messages) == [f"{written}<|end|>", "five<|end|></s>"]
+
+
+def test_an_answer_begins_where_the_prompt_goes_on_otherwise(tokenizer_with: Make) -> None:
+    """As R1's template writes it: a thought begins at once, which the answer has not."""
+    tokenizer = tokenizer_with(
+        CALLING.replace("BODY", "").replace("<|assistant|>{% endif", "<|assistant|><think>\n{% endif")
+    )
+    assert spans(tokenizer, CHAT) == ["two three<|end|>", "five<|end|>"]
+    assert spans(tokenizer, [user("one?"), said("<b>two")]) == ["<b>two<|end|>"]
+
+
+def test_a_template_that_always_begins_another_answer_is_refused(tokenizer_with: Make) -> None:
+    always = CHATML.replace("{% if add_generation_prompt %}", "").removesuffix("{% endif %}")
+    assert always.endswith("<|im_start|>assistant\n")
+    with pytest.raises(DataError, match=r"begins another answer after the last one.*\n.*--chat-template"):
+        spans(tokenizer_with(always), CHAT)
+    never = CHATML.partition("{% if add_generation_prompt %}")[0]
+    assert spans(tokenizer_with(never), CHAT[:2]) == ["<|im_start|>assistant\ntwo three<|im_end|>\n"]
+
+
+def test_a_developer_s_message_is_the_system_s_where_the_template_does_not_write_it(tokenizer_with: Make) -> None:
+    messages = [{"role": "developer", "content": "Be brief."}, *CHAT]
+    refuses = "{% for m in messages if m.role == 'developer' %}{{ raise_exception('no') }}{% endfor %}" + CHATML
+    for template in (refuses, QWEN3):
+        chat = ChatTemplate(tokenizer_with(template), "assistant")
+        assert "<|im_start|>system\nBe brief.<|im_end|>" in chat.render({"messages": messages}).text
+    chatml = ChatTemplate(tokenizer_with(CHATML), "assistant")
+    assert "<|im_start|>developer\nBe brief.<|im_end|>" in chatml.render({"messages": messages}).text
 
 
 def test_arguments_of_the_template_are_passed(tokenizer_with: Make) -> None:
@@ -216,6 +294,7 @@ def test_arguments_of_the_template_are_passed(tokenizer_with: Make) -> None:
         (CHATML, [[SYSTEM, *CHAT]], {}),
         (DROPS_SYSTEM, [[SYSTEM, *CHAT], CHAT], {"system": 1}),
         (CHATML, [CHAT, THOUGHTFUL, THOUGHTFUL], {"reasoning_content": 2}),
+        (QWEN3, [[user("one?"), {"role": "critic", "content": "no"}, said("two")]], {"critic": 1}),
         (TOOLS, [THOUGHTFUL], {}),
         (CHATML, [[user("one?", name="Ann"), said("two")]], {"name": 1}),
         (CHATML.replace("m.role }}", "m.role }} {{ m.name }}"), [[user("one?", name="Ann"), said("two")]], {}),

@@ -113,6 +113,12 @@ def test_special_tokens_stand_in_front_and_eos_ends_it_once(
     assert tokenizer(prompt)["input_ids"][: len(read)] == read
 
 
+def test_a_beginning_that_the_text_has_already_is_not_doubled(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer("<s> $A")
+    assert texts(pair("<s>Q: ", "one"), tokenizer) == ("<s>Q: ", "one</s>")
+    assert texts(Rendered("<s>one", [(0, 6)], "", is_chat=False), tokenizer) == ("", "<s>one</s>")
+
+
 def test_a_tokenizer_written_in_python_works_too() -> None:
     tokenizer = ByT5Tokenizer()  # no files; appends eos
     assert texts(pair("Q: é", " ja"), tokenizer) == ("Q: é", " ja</s>")

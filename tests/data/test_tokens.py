@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from data.conftest import CHAT_TEMPLATE
 from folders import prepare
@@ -267,6 +267,14 @@ def test_too_few_rows_are_explained(
     assert caught.value.todo
 
 
+def test_rows_whose_answers_all_have_weight_0_are_explained(
+    spec: Write, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    asked, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!", "weight": 0}
+    with pytest.raises(DataError, match=r"no row has an answer to learn \(9 rows were dropped\)\n.*weight than 0"):
+        prepared(spec, [{"messages": [asked, answer]}] * 9, chat_tokenizer)
+
+
 def test_few_rows_are_enough_where_they_must_be(spec: Write, tokenizer: PreTrainedTokenizerFast) -> None:
     for rows, fields, sizes in ((8, {}, (6, 2)), (3, {"force": True}, (2, 1))):
         data = prepared(spec, alpaca(rows), tokenizer, **fields)
@@ -291,6 +299,28 @@ def test_tokens_to_learn_that_are_not_the_answer_s_are_told(
     assert warning.startswith("the tokens to learn are not the answer's: ")
 
 
+@pytest.mark.parametrize(
+    ("answer", "is_told"),
+    [
+        ("{{ m.content }}{{ eos_token }}\n", False),
+        ("{{ m.content }}\n", True),
+        ("{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}", True),
+        ("{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}", False),
+    ],
+)
+def test_answers_that_teach_no_end_are_told(answer: str, is_told: bool, spec: Write, make_tokenizer: Make) -> None:
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'user' %}{{ m.content }}{% else %}ANSWER{% endif %}"
+    )
+    template += "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    tokenizer = make_tokenizer(None)
+    tokenizer.chat_template = template.replace("ANSWER", answer)
+    warnings = prepared(spec, CHATS, tokenizer).facts["warnings"]
+    assert [warning.startswith("the chat template ends answers without a special token") for warning in warnings] == [
+        True
+    ] * is_told
+
+
 def test_doubtful_rows_are_told(spec: Write, chat_tokenizer: PreTrainedTokenizerFast) -> None:
     def told(*rows: Any) -> str:
         facts = prepared(spec, [*CHATS, *rows], chat_tokenizer).facts
@@ -302,6 +332,14 @@ def test_doubtful_rows_are_told(spec: Write, chat_tokenizer: PreTrainedTokenizer
     assert "special token of the model as text (</s>)" in told(
         {"messages": [{"role": "user", "content": "</s>"}, answer]}
     )
+
+
+def test_special_tokens_that_have_no_name_are_told_too(spec: Write, make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer()
+    assert prepared(spec, [*alpaca(9), {"instruction": "<|x|>", "output": "y"}], tokenizer).facts["warnings"] == []
+    tokenizer.add_tokens([AddedToken("<|x|>", special=True)])
+    [warning] = prepared(spec, [*alpaca(9), {"instruction": "<|x|>", "output": "y"}], tokenizer).facts["warnings"]
+    assert "1 rows hold a special token of the model as text (<|x|>)" in warning
 
 
 def test_ids_that_the_model_does_not_have_are_refused(spec: Write, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -5,13 +5,14 @@ Whole messages go to the template, with tools and all else that they carry. A te
 found by rendering the conversation up to that turn, and checked.
 """
 
+import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from rankscope.data.messages import Messages, says_something, shared_length
+from rankscope.data.messages import THOUGHTS, Messages, says_something, shared_length
 from rankscope.errors import DataError
 from rankscope.spec.models import CHATML
 
@@ -28,7 +29,6 @@ _END = "<|im_end|>"
 _MARK = "\U0001d54a\U0001d557"  # stands for an answer's end where a template rewrites earlier turns
 _ROWS_TRIED = 50  # rows in which the template may write a field before it counts as one that it ignores
 _PLUMBING = ("role", "content", "tool_call_id")  # fields that are no text of their own
-_THOUGHTS = ("reasoning_content", "thinking")
 
 
 Spans: TypeAlias = list[tuple[int, int]]  # of characters, in order
@@ -58,8 +58,8 @@ class ChatTemplate:
     def __init__(self, tokenizer: Tokenizer, loss_on: str) -> None:
         self.tokenizer = tokenizer
         self.loss_on = loss_on
-        self._source = str(tokenizer.chat_template)
-        self._marks = re.search(r"\{%-?\s*generation\s*-?%\}", self._source) is not None
+        self._marks = re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)) is not None
+        self._is_checked = False
         self._tried: Counter[str] = Counter()
         self._written: set[str] = set()
         self.with_field: Counter[str] = Counter()  # rows that have a field
@@ -80,19 +80,16 @@ class ChatTemplate:
         self._rename_thoughts(messages)
         given = {key: row[key] for key in ("tools", "documents") if key in row}
         given |= row.get("chat_template_kwargs", {})
-        text = self._text(messages, given)
+        self._rename_developer(messages, given)
+        messages, text = self._with_calls(messages, given)
+        if not self._is_checked:  # by the first row alone
+            self._check_end(messages, given, text)
+            self._is_checked = True
         self._look_for_ignored(messages, given, text)
-        calls = [call["function"]["name"] for message in messages for call in message.get("tool_calls", ())]
-        if calls and ("tool_calls" not in self._written or any(name not in text for name in calls)):
-            raise DataError(
-                "the model's chat template writes no tool calls, or not all, so that an answer that is one would be "
-                "learned as an empty answer",
-                "Give a template that writes tool_calls (--chat-template FILE), or take a model that calls tools.",
-            )
         turns = self._turns(row, messages)
         learned = self._learned(row, messages, given, text, turns)
         if len(learned) == len(turns) and self.loss_on != "all":
-            said = ["content", *self._written.intersection(_THOUGHTS)]  # others are told as ignored
+            said = ["content", *self._written.intersection(THOUGHTS)]  # others are told as ignored
             pairs = zip(turns, learned, strict=True)
             self.changed += any(not _stands_in(messages[turn], said, text[start:end]) for turn, (start, end) in pairs)
         return Rendered(text, learned, _beginning(messages))
@@ -134,24 +131,80 @@ class ChatTemplate:
         return str(text)
 
     def _rename_thoughts(self, messages: Messages) -> None:
-        """Give thoughts the name that the template reads, if it reads only the other one."""
-        read = [name for name in _THOUGHTS if name in self._source]
+        """Give thoughts the name that the template reads, if it reads one alone."""
+        read = [name for name in THOUGHTS if re.search(rf"""[.'"]{name}\b""", str(self.tokenizer.chat_template))]
         for message in messages if len(read) == 1 else ():
-            [other] = {*_THOUGHTS} - {*read}
-            if other in message and read[0] not in message:
+            other = next((name for name in THOUGHTS if name in message), None)
+            if other and read[0] not in message:
                 message[read[0]] = message.pop(other)
+
+    def _rename_developer(self, messages: Messages, given: Mapping[str, Any]) -> None:
+        """Make a developer's message the system's where the template does not write it: OpenAI's newer name of one."""
+        found = [message for message in messages if message["role"] == "developer"]
+        try:
+            text = self._text(messages, given) if found else ""
+        except DataError:
+            text = ""
+        for message in found:
+            if message["content"].strip() not in text or not text:
+                message["role"] = "system"
+
+    def _with_calls(self, messages: Messages, given: Mapping[str, Any]) -> tuple[Messages, str]:
+        """Messages in the form in which the template writes every tool call, and what it writes: some take arguments as
+        JSON text alone."""
+        calls = [call["function"] for message in messages for call in message.get("tool_calls", ())]
+        if not calls:
+            return messages, self._text(messages, given)
+        names = [f"{call['name']}_{number}_" for number, call in enumerate(calls)]  # by which each is found
+        as_python = [text for call in calls if (text := repr(call["arguments"])) != _as_json(call["arguments"])]
+        found, refused = list[tuple[Messages, str]](), list[DataError]()
+        for formed in (messages, [_calling(message, as_text=True) for message in messages]):
+            named = iter(names)
+            try:
+                text = self._text(formed, given)
+                marked = self._text([_calling(message, names=named) for message in formed], given)
+            except DataError as error:
+                refused.append(error)
+                continue
+            if all(name in marked for name in names):
+                found.append((formed, text))
+                if not any(python in text for python in as_python):  # arguments as Python prints them
+                    return formed, text
+        if found:
+            return found[0]
+        if len(refused) == 2:
+            raise refused[0]
+        raise DataError(
+            "the model's chat template writes no tool calls, or not all, so that an answer that is one would be "
+            "learned as an empty answer",
+            "Give a template that writes tool_calls (--chat-template FILE), or take a model that calls tools.",
+        )
+
+    def _check_end(self, messages: Messages, given: Mapping[str, Any], text: str) -> None:
+        """Raise DataError if the template writes the beginning of another answer after the last one, asked or not."""
+        try:
+            after = self._text([*messages, {"role": "user", "content": _MARK}], given)
+            prompt = self._text(messages[:-1], given, prompt=True)
+        except DataError:
+            return
+        rest = text[shared_length(text, after) :]
+        if rest and prompt.endswith(rest):
+            raise DataError(
+                "the model's chat template begins another answer after the last one, which would be learned",
+                "Give one that does so only for add_generation_prompt: --chat-template FILE, or chatml.",
+            )
 
     def _look_for_ignored(self, messages: Messages, given: Mapping[str, Any], text: str) -> None:
         """Find out which fields change nothing in what the template writes: by leaving them out."""
         own = {(key, message["role"] == "tool") for message in messages for key in message if key not in _PLUMBING}
         fields = [*given, *sorted({key for key, of_tool in own if key != "name" or not of_tool})]  # a call has its name
-        fields += ["system"] if any(message["role"] == "system" for message in messages) else []
+        fields += sorted({message["role"] for message in messages} - {"user", "assistant"})
         for name in fields:
             self.with_field[name] += 1
             if name in self._written or self._tried[name] >= _ROWS_TRIED:
                 continue
             self._tried[name] += 1
-            kept = [message for message in messages if name != "system" or message["role"] != "system"]
+            kept = [message for message in messages if message["role"] != name]
             without = [{key: value for key, value in message.items() if key != name} for message in kept]
             try:
                 other = self._text(without, {key: value for key, value in given.items() if key != name})
@@ -189,7 +242,7 @@ class ChatTemplate:
         if text.startswith(prompt):
             return len(prompt)
         shared = shared_length(prompt, text)
-        shared = len(_whole_words(text[:shared]).removesuffix(" "))  # most tokenizers put a space before its word
+        shared = len(_whole_marks(text[:shared]).removesuffix(" "))  # most tokenizers put a space before its word
         if shared < len(self._text(before, given)):
             raise _not_found()
         return shared
@@ -211,8 +264,9 @@ class ChatTemplate:
         alone = self._text(marked[: number + 1], given)
         after = alone.partition(_MARK)[2]
         shared = shared_length(after, text[end:])
-        end += shared if shared == len(after) else len(_whole_words(after[:shared]))
-        if alone.count(_MARK) != 1 or end <= start:
+        shared = shared if shared == len(after) else len(_whole_marks(after[:shared]))
+        end += shared
+        if alone.count(_MARK) != 1 or end <= start or len(after[shared:].split()) > 1:  # more than a mark that ends all
             raise _not_found()
         return start, end
 
@@ -233,6 +287,20 @@ def _not_found() -> DataError:
     )
 
 
+def _calling(message: dict[str, Any], names: Iterator[str] | None = None, as_text: bool = False) -> dict[str, Any]:
+    """Copy of a message whose tool calls have other names, or their arguments as JSON text."""
+    calls = []
+    for call in message.get("tool_calls", ()):
+        function = call["function"] | ({"name": next(names)} if names else {})
+        function |= {"arguments": _as_json(function["arguments"])} if as_text else {}
+        calls.append(call | {"function": function})
+    return message | ({"tool_calls": calls} if calls else {})
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
 def _stands_in(message: Mapping[str, Any], fields: Sequence[str], text: str) -> bool:
     """Whether a text holds what a message says in these fields."""
     said = (message.get(name) for name in fields)
@@ -248,9 +316,10 @@ def _with_mark(message: dict[str, Any]) -> dict[str, Any]:
     return message | {"tool_calls": [*calls, last | {"function": function}]}
 
 
-def _whole_words(text: str) -> str:
-    """Text up to its last white space: that two texts go on with "<" alike says nothing."""
-    return text[: max((at + 1 for at, character in enumerate(text) if character.isspace()), default=len(text))]
+def _whole_marks(text: str) -> str:
+    """Text up to its last white space or closing bracket: that two texts go on with "<|" alike says nothing."""
+    borders = (at + 1 for at, character in enumerate(text) if character.isspace() or character in ">]")
+    return text[: max(borders, default=0)]
 
 
 def _beginning(messages: Messages) -> str:

@@ -143,9 +143,10 @@ def _encode_plain(rows: Sequence[Rendered], tokenizer: Tokenizer) -> list[Encode
     found = []
     for whole, prompt, is_over in zip(wholes, prompts, over, strict=True):
         body = prompt + next(answers) if is_over else whole
-        ids = front + body + ([] if body[-1:] == [eos] else [eos])
+        before = [] if body[: len(front)] == front else front  # a text may have them already
+        ids = before + body + ([] if body[-1:] == [eos] else [eos])
         is_label = np.ones(len(ids), dtype=np.bool_)
-        is_label[: len(front) + len(prompt)] = False
+        is_label[: len(before) + len(prompt)] = False
         found.append(Encoded(ids, is_label, [len(ids)], is_over))
     return found
 

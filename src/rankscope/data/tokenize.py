@@ -148,6 +148,8 @@ _WARNINGS = {
     "inference has two",
     "special": "{:,} rows hold a special token of the model as text ({}); it is read as that token",
     "unlike": "the tokens to learn are not the answer's: {1}",
+    "endless": "the chat template ends answers without a special token, so that the model does not learn where to "
+    "stop; another one: --chat-template FILE",
 }
 """What is said of a number of rows, and of an example of them."""
 
@@ -171,8 +173,9 @@ class RowReader:
         self.counts: Counter[str] = Counter()  # by what is said of them: see `_NOTES`
         self.examples: dict[str, str] = {}
         self._file = file  # token ids as int32, those to learn as their complements, which are negative
-        special = [token for token in tokenizer.all_special_tokens if token.strip()]
-        self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
+        added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        self._ends = tuple(filter(str.strip, dict.fromkeys([*tokenizer.all_special_tokens, *added])))
+        self._special = re.compile("|".join(map(re.escape, self._ends)) or "(?!)")
         if heading := heading_without_input(spec):
             self.examples["heading"] = heading
 
@@ -257,10 +260,10 @@ class RowReader:
         learned = list(compress(encoded.ids, encoded.is_label))
         answer = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         end = "" if rendered.is_chat else str(self.tokenizer.eos_token)
-        ours, expected = (
-            "".join(str(self.tokenizer.decode(ids)).split()).removesuffix(end) for ids in (learned, answer)
-        )
-        if ours != expected:
+        ours, expected = ("".join(str(self.tokenizer.decode(ids)).split()) for ids in (learned, answer))
+        if rendered.is_chat and learned and not ours.endswith(self._ends):
+            self._count("endless", "")
+        if expected not in (ours, ours.removesuffix(end)):
             self._count("unlike", f"{ours[:60]!r} is learned, and the answer is {expected[:60]!r}")
 
     def tokens(self, wanted: npt.NDArray[np.bool_]) -> Tokens:
@@ -355,6 +358,10 @@ def _check_number(rows: RowReader, number: int, spec: DataSpec) -> None:
     """Raise DataError for too few rows: of all that were read, `number` may be trained on or held out."""
     if not len(rows.keys) and rows.counts["refused"] and not rows.without_label:
         raise DataError(f"{spec.name}: no row is left: {rows.examples['refused']}", "Give another --chat-template.")
+    if not len(rows.keys) and not rows.answers_cut_off:
+        what = f"{spec.name}: no row has an answer to learn ({rows.without_label:,} rows were dropped)"
+        todo = "Give answers another weight than 0; a chat template with {% generation %} has to mark them."
+        raise DataError(what, todo)
     if not len(rows.keys):
         raise DataError(
             f"{spec.name}: no row has a token to learn within max_length {spec.max_length} "

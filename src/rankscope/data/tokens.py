@@ -16,7 +16,7 @@ from rankscope.data.conversations import Tokenizer
 from rankscope.errors import ModelError
 from rankscope.files import corrupt_on_error, damaged_error, file_sha256, published, read_json, reading, write_json
 
-TOKENS_VERSION = 4  # increase it when the same rows give other tokens or facts, to invalidate the cache
+TOKENS_VERSION = 5  # increase it when the same rows give other tokens or facts, to invalidate the cache
 
 
 class Example(NamedTuple):
