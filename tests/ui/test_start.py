@@ -53,6 +53,11 @@ def test_what_cannot_be_is_refused_before_torch_and_pandas_are_imported(tmp_path
         shutil.copytree(tmp_path / "model", tmp_path / name)
         (tmp_path / name / broken).unlink()
     (tmp_path / "torn" / "config.json").write_text("{")
+    for name in ("cut", "pickled", "divided"):
+        shutil.copytree(tmp_path / "model", tmp_path / name)
+    os.truncate(tmp_path / "cut" / "model.safetensors", 50_000)
+    (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
+    (tmp_path / "divided" / "model.safetensors").rename(tmp_path / "divided" / "model-00001-of-00002.safetensors")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("mine")
@@ -65,6 +70,21 @@ def test_what_cannot_be_is_refused_before_torch_and_pandas_are_imported(tmp_path
         ("run", *good, "--out", "taken"): "exists and is not a study",
         ("run", "--model", "./no", "--dataset", "data.json"): "model ./no: no such folder",
         ("run", "--model", "torn", "--dataset", "data.json"): "configuration of torn cannot be loaded",
+        ("plan", "--model", "cut", "--dataset", "data.json"): "cut/model.safetensors: corrupt or incomplete",
+        (
+            "plan",
+            "--model",
+            "pickled",
+            "--dataset",
+            "data.json",
+        ): "neither model.safetensors nor model.safetensors.index",
+        (
+            "plan",
+            "--model",
+            "divided",
+            "--dataset",
+            "data.json",
+        ): "neither model.safetensors nor model.safetensors.index",
         ("run", "--model", "mute", "--dataset", "data.json"): "no file of a tokenizer",
         ("run", "--model", "model", "--dataset", "no.json"): "no.json: no such file",
         ("run", "--model", "model", "--dataset", "data.xyz"): "unknown file type .xyz",

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import textwrap
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -139,15 +140,23 @@ def _is_adapter(spec: ModelSpec) -> ModelError:
 
 def check_folder(spec: ModelSpec) -> None:
     """Raise ModelError for what can be said of a local model without transformers: its folder, a configuration that is
-    no JSON, and files of a tokenizer that are missing."""
+    no JSON, weights that cannot be read, and files of a tokenizer that are missing. A folder without any weights will
+    do for a plan."""
     check_source(spec)
     folder = Path(location(spec))
     if not folder.is_dir():
         return
     try:
-        json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise loading_error(spec, "configuration", error) from None
+    weights = sorted(folder.glob("*.safetensors"))
+    own = config.get("transformers_weights") if isinstance(config, dict) else None
+    is_whole = any((folder / str(name)).is_file() for name in (own, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    others = any(path.suffix in NOT_READ for path in folder.iterdir())
+    if _corrupt_file(weights) or ((weights or others) and not is_whole):
+        why = f"neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME} in the folder"
+        raise loading_error(spec, "model", FileNotFoundError(why))
     if not _has_tokenizer(folder):
         raise loading_error(spec, "tokenizer", FileNotFoundError())
 
@@ -260,7 +269,9 @@ def loading_error(spec: ModelSpec, part: str, error: Exception) -> ModelError:
     folder = Path(location(spec))
     if not os.path.exists(folder) and (found := hub.explained(spec.id, error)):
         return ModelError(f"model {spec.id}: {found[0]}", found[1] or "Check the id and the revision.")
-    if (corrupt := _corrupt_file(_files_of(spec))) and not folder.is_dir():
+    files = _files_of(spec)
+    corrupt = _corrupt_file(sorted(files.glob("*.json")) + sorted(files.glob("*.safetensors")))
+    if corrupt and not folder.is_dir():
         file, fault = corrupt
         todo = f"Delete {file.resolve()}, and run again: it is fetched anew."
         return ModelError(f"model {spec.id}: {file.name} in the hub's cache: {fault}", todo)
@@ -300,9 +311,9 @@ def _files_of(spec: ModelSpec) -> Path:
     return Path(cached).parent if isinstance(cached, str) else folder
 
 
-def _corrupt_file(folder: Path) -> tuple[Path, str] | None:
-    """First file in a model's folder that is no valid JSON or safetensors, and its fault; None without one."""
-    for file in sorted(folder.glob("*.json")) + sorted(folder.glob("*.safetensors")):
+def _corrupt_file(files: Sequence[Path]) -> tuple[Path, str] | None:
+    """First of a model's files that is no valid JSON or safetensors, and its fault; None without one."""
+    for file in files:
         try:
             if file.suffix == ".json":
                 json.loads(file.read_text(encoding="utf-8"))
