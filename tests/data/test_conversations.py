@@ -140,6 +140,17 @@ def test_marks_that_are_not_one_an_answer(tokenizer_with: Make) -> None:
         spans(tokenizer, CHAT, "last")
 
 
+def test_answers_without_marks_are_told(tokenizer_with: Make) -> None:
+    some = (
+        "{% if loop.last %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}</s>"
+    )
+    chat = ChatTemplate(tokenizer_with(MARKED.replace("BODY", some)), "assistant")
+    assert learned(chat.render({"messages": CHAT})) == ["five"]
+    assert chat.unmarked == 1
+    chat.render({"messages": CHAT[:2]})
+    assert chat.unmarked == 1
+
+
 def test_answers_of_weight_0_and_blank_ones_are_read_only(tokenizer_with: Make) -> None:
     for template in (CHATML, GENERATION):
         tokenizer = tokenizer_with(template)

@@ -321,6 +321,19 @@ def test_answers_that_teach_no_end_are_told(answer: str, is_told: bool, spec: Wr
     ] * is_told
 
 
+def test_answers_that_the_template_s_marks_leave_out_are_told(spec: Write, make_tokenizer: Make) -> None:
+    tokenizer, asked = make_tokenizer(None), {"role": "user", "content": "?"}
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.content in '?!' %}{{ m.content }}{% else %}"
+        "{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    rows = [{"messages": [asked, {"role": "assistant", "content": text}]} for text in [*map(str, range(9)), "!"]]
+    [warning] = prepared(spec, rows, tokenizer).facts["warnings"]
+    assert warning.startswith(
+        "the chat template's {% generation %} leaves out answers of 1 rows, which are not learned"
+    )
+
+
 def test_doubtful_rows_are_told(spec: Write, chat_tokenizer: PreTrainedTokenizerFast) -> None:
     def told(*rows: Any) -> str:
         facts = prepared(spec, [*CHATS, *rows], chat_tokenizer).facts

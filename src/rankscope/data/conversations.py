@@ -63,6 +63,7 @@ class ChatTemplate:
         self._tried: Counter[str] = Counter()
         self._written: set[str] = set()
         self.with_field: Counter[str] = Counter()  # rows that have a field
+        self.unmarked = 0  # rows with answers that the template's own marks leave out
         self.changed = 0  # answers that the template does not write as they are
 
     @property
@@ -229,6 +230,7 @@ class ChatTemplate:
         if len(marked) == len(answers):
             return [marked[answers.index(number)] for number in turns]
         if turns == answers:
+            self.unmarked += len(marked) < len(answers)
             return marked
         raise DataError(
             f"the model's chat template marks {len(marked)} parts to learn in a conversation with {len(answers)} "

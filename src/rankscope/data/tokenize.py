@@ -144,6 +144,8 @@ _NOTES = {
 _WARNINGS = {
     "changed": "the chat template writes the answers of {:,} rows otherwise than they stand in the data (it may leave "
     "out their thoughts); another one: --chat-template FILE",
+    "unmarked": "the chat template's {{% generation %}} leaves out answers of {:,} rows, which are not learned; give "
+    "another one: --chat-template FILE",
     "border of a chat": "in {:,} rows a token lies over the border between what is read and what is learned, where "
     "inference has two",
     "special": "{:,} rows hold a special token of the model as text ({}); it is read as that token",
@@ -284,6 +286,7 @@ class RowReader:
     def warnings(self) -> list[str]:
         templates = self._templates.values()
         self.counts["changed"] = sum(template.changed for template in templates)
+        self.counts["unmarked"] = sum(template.unmarked for template in templates)
         ignored = [
             f"the chat template does not write `{name}`, which {'1 row has' if rows == 1 else f'{rows:,} rows have'}"
             for template in templates
