@@ -15,6 +15,8 @@ from rankscope.study.study import Study
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "study-0.1"
 
+PINNED = {"model": {"id": "gpt2", "commit": "0" * 40}, "data": {"id": "squad", "commits": {"squad": "0" * 40}}}
+
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
@@ -80,6 +82,9 @@ def test_only_what_the_hub_has_is_named_in_the_metadata(study: Study) -> None:
     card = ModelCard(model_card(evidence._replace(spec=there), study.verdict, trial, results))
     assert card.data.base_model == "owner/model"
     assert card.data.datasets == ["owner/data"]
+    bare = {name: getattr(there, name).model_copy(update=update) for name, update in PINNED.items()}
+    card = ModelCard(model_card(evidence._replace(spec=there.model_copy(update=bare)), study.verdict, trial, results))
+    assert (card.data.base_model, card.data.datasets) == ("gpt2", ["squad"])
     hostile = there.model_copy(update={"data": there.data.model_copy(update={"id": "<script>\n| x |\n---\n"})})
     text = model_card(evidence._replace(spec=hostile), study.verdict, trial, results)
     assert "<script>" not in text

@@ -65,8 +65,8 @@ def model_card(
     text, fault = load("en"), results.get("adapter_fault")
     package, kind = ("transformers", "AutoModelForCausalLM") if merged else ("peft", "AutoPeftModelForCausalLM")
     metadata = ModelCardData(
-        base_model=_on_the_hub(spec.model.id),
-        datasets=list(filter(_on_the_hub, spec.data.ids)) or None,
+        base_model=spec.model.id if spec.model.commit else _on_the_hub(spec.model.id),
+        datasets=[id for id in spec.data.ids if id in spec.data.commits or _on_the_hub(id)] or None,
         library_name=package,
         pipeline_tag="text-generation",
         tags=["lora", "rankscope"],

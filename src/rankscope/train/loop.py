@@ -109,6 +109,8 @@ def train_pack(
     fingerprint."""
     steps = total_steps(spec.training, len(data.train))
     states = [make_train_state(model, trial, spec.training, steps, spec.model.id) for trial in trials]
+    for config in filter(None, (state.config for state in states)):
+        config.revision = spec.model.commit or spec.model.revision
     choice = choose_engine(model, states, spec.training)
     facts = {"pack": pack, "engine": choice.engine.name, "engine_reason": choice.reason}
     facts |= {"model_sha256": weights, "tokens_sha256": data.sha256}
