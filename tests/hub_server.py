@@ -43,6 +43,7 @@ class Fault(NamedTuple):
     status: int = 0  # instead of the answer
     headers: tuple[tuple[str, str], ...] = ()
     cut: int | None = None  # the connection is closed after so many bytes
+    held: float = 0.0  # seconds later
     seconds: float = 0.0  # before the answer
 
 
@@ -68,6 +69,7 @@ class HubServer(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories: dict[tuple[str, str], Repository] = {}
+        self.renamed: dict[str, str] = {}  # ids, by those that they had
         self.requests: list[Request] = []
         self.unknown: list[str] = []
         self.faults: list[Fault] = []
@@ -82,8 +84,8 @@ class HubServer(ThreadingHTTPServer):
         """Large files: the same machine, which has another name there."""
         return f"http://localhost:{self.server_port}"
 
-    def repository(self, id: str, kind: str = "models", gated: bool = False) -> Repository:
-        return self.repositories.setdefault((kind, id), Repository(gated))
+    def repository(self, id: str, kind: str = "models", gated: bool = False, private: bool = False) -> Repository:
+        return self.repositories.setdefault((kind, id), Repository(gated, private))
 
     def fail(self, pattern: str, times: int = 1, headers: dict[str, str] | None = None, **what: Any) -> None:
         self.faults.append(Fault(pattern, times, headers=tuple((headers or {}).items()), **what))
@@ -130,7 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return answer(found["id"], body)
         return self._unknown()
 
-    do_PUT = do_DELETE = do_PATCH = do_POST
+    do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_POST
 
     def _body(self) -> bytes:
         if self.headers["Transfer-Encoding"] != "chunked":
@@ -192,6 +194,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(self._fault.status, b"", dict(self._fault.headers))
         if path == "/api/agent-harnesses":  # names that a user agent may have
             return self._json({"standardEnvVars": [], "harnesses": {}})
+        for old, new in self.server.renamed.items():
+            if re.match(rf"(/api)?(/models|/datasets)?/{re.escape(old)}/", f"{path}/"):
+                return self._send(307, b"", {"Location": self.path.replace(old, new, 1)})
         for pattern, answer in ((_STORED, self._stored), (_TREE, self._tree), (_INFO, self._info), (_FILE, self._file)):
             if found := pattern.fullmatch(urlsplit(self.path).path):
                 return answer(*(value and unquote(value) for value in found.groups()))
@@ -209,6 +214,8 @@ class _Handler(BaseHTTPRequestHandler):
         with suppress(ConnectionError):  # of a client that has given up
             self.end_headers()
             self.wfile.write(body[:cut] if self.command != "HEAD" else b"")
+            if self._fault and self.command != "HEAD":
+                time.sleep(self._fault.held)
         self.close_connection = self.close_connection or cut is not None
 
     def _json(self, value: Any, status: int = 200) -> None:
@@ -220,7 +227,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _found(self, kind: str | None, id: str, revision: str | None) -> tuple[Repository, str] | None:
         """A repository and the commit of a revision; None once it is refused."""
         repository = self.server.repositories.get((kind or "models", id))
-        if repository is None:  # as a private one is answered
+        if repository is None or (repository.private and not self.headers["Authorization"]):
             self._refuse(401, "RepoNotFound", "Repository not found")
             return None
         commit = repository.refs.get(revision or "main", revision or "")
@@ -245,6 +252,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _tree(self, kind: str, id: str, revision: str, path: str | None) -> None:
         """Files and folders below `path`: all with `recursive`, else those that lie in it."""
+        asked = parse_qs(urlsplit(self.path).query)
+        if not asked.keys() <= {"recursive", "expand"} or asked.get("expand", ["false"])[0].lower() == "true":
+            return self._unknown()
         if found := self._found(kind, id, revision):
             repository, commit = found
             files, prefix = repository.commits[commit], f"{path}/" if path else ""
@@ -255,7 +265,7 @@ class _Handler(BaseHTTPRequestHandler):
             entries = [{"type": "directory", "path": name, "size": 0, "oid": _oid(b"")} for name in sorted(folders)]
             entries += [self._entry(name, files[name]) for name in below]
             inside = [one for one in entries if one["path"].startswith(prefix)]
-            if parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() != "true":
+            if asked.get("recursive", ["false"])[0].lower() != "true":
                 inside = [one for one in inside if "/" not in one["path"].removeprefix(prefix)]
             self._json(inside)
 
@@ -267,6 +277,8 @@ class _Handler(BaseHTTPRequestHandler):
         return entry
 
     def _file(self, kind: str | None, id: str, revision: str, path: str) -> None:
+        if urlsplit(self.path).query:
+            return self._unknown()
         found = self._found(kind, id, revision)
         if found is None:
             return

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load, save
+from transformers import AutoModelForCausalLM
 
 from hub_server import HubServer, serving
 from rankscope.search.folder import Search
@@ -58,29 +59,34 @@ def hub() -> Iterator[HubServer]:
         yield server
 
 
-def python(code: str, argument: Any, hub: str, home: Path, **environment: str) -> str:
-    """What a process prints, on both streams."""
+def environment(hub: str, home: Path) -> dict[str, str]:
+    """Of a process that knows this hub alone."""
     given = {name: value for name, value in os.environ.items() if name not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
-    own = {"HF_ENDPOINT": hub, "HF_HOME": str(home), "COLUMNS": "250", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, json.dumps(argument)]
+    given |= {"HF_ENDPOINT": hub, "HF_HOME": str(home), "COLUMNS": "250", "OMP_NUM_THREADS": "1"}
+    return given | {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+
+
+def python(code: str, argument: Any, hub: str, home: Path, **more: str) -> str:
+    """What a process prints, on both streams."""
     done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240, check=False,
-        env=given | own | {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1"} | environment,
+        [sys.executable, "-c", code, json.dumps(argument)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240, check=False,
+        env=environment(hub, home) | more,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     return done.stdout
 
 
-def commands(asked: Sequence[Sequence[str]], hub: str, home: Path, **environment: str) -> list[tuple[int, str]]:
+def commands(asked: Sequence[Sequence[str]], hub: str, home: Path, **more: str) -> list[tuple[int, str]]:
     """Exit code and output of each of several commands of one process."""
-    printed = python(_COMMANDS, asked, hub, home, **environment).split("\0")[:-1]
+    printed = python(_COMMANDS, asked, hub, home, **more).split("\0")[:-1]
     assert len(printed) == len(asked)
     ends = [text.rpartition("\nexit ") for text in printed]
     return [(int(code), text.strip()) for text, _, code in ends]
 
 
-def rows(asked: Sequence[dict[str, Any]], hub: str, home: Path, **environment: str) -> list[Any]:
-    return [json.loads(line) for line in python(_ROWS, asked, hub, home, **environment).splitlines()]
+def rows(asked: Sequence[dict[str, Any]], hub: str, home: Path, **more: str) -> list[Any]:
+    return [json.loads(line) for line in python(_ROWS, asked, hub, home, **more).splitlines()]
 
 
 def parquet(*texts: str) -> bytes:
@@ -98,15 +104,19 @@ def error(output: str) -> str:
 
 
 def test_what_the_hub_refuses_is_said_in_two_lines(hub: HubServer, tmp_path: Path) -> None:
-    whole = {CONFIG: b"{}", WEIGHTS: b"x"}
-    hub.repository("owner/model").push(whole)
+    whole = {CONFIG: b"{}", WEIGHTS: b"x", "tokenizer.json": b"{}"}
+    commit = hub.repository("owner/model").push(whole)
     hub.repository("gated/model", gated=True).push(whole)
     hub.repository("owner/pickled").push({CONFIG: b"{}", "pytorch_model.bin": b"x"})
     hub.repository("owner/adapter").push({"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"})
     hub.repository("owner/weights").push({WEIGHTS: b"x"})
+    hub.repository("owner/mute").push({name: whole[name] for name in (CONFIG, WEIGHTS)})
+    hub.repository("owner/private", private=True).push(whole)
     hub.repository("gated/rows", "datasets", gated=True).push({"README.md": b"", "train.jsonl": b""})
     for id, what in {
         "busy": {"status": 429, "headers": {"Retry-After": "120"}},
+        "limited": {"status": 429, "headers": {"RateLimit": '"api";r=0;t=55'}},
+        "closed": {"status": 403, "headers": {"X-Error-Message": "Access to this resource is disabled."}},
         "down": {"status": 503},
         "slow": {"seconds": 2.5},
         "cut": {"cut": 9},
@@ -119,16 +129,27 @@ def test_what_the_hub_refuses_is_said_in_two_lines(hub: HubServer, tmp_path: Pat
         ("gone/model", data): ("has none of that name, or it is private", "hf auth login"),
         ("gated/model", data): ("it is gated", f"Accept its terms at {hub.url}/gated/model"),
         ("owner/model --set model.revision=v9", data): ("it has no such revision", "a branch, a tag or a commit"),
+        (f"owner/model --set model.revision={commit[:7]}", data): ("it has no such revision", "not shortened"),
+        ("owner/private", data): ("has none of that name, or it is private", "hf auth login"),
+        ("owner/two--dashes", data): ("no such folder", "a hub id such as owner/name"),
+        ("owner/mute", data): ("no file of a tokenizer in it", "save its tokenizer"),
         ("owner/pickled", data): ("no *.safetensors in it, only pytorch_model.bin", "save_pretrained"),
         ("owner/adapter", data): ("an adapter (adapter_config.json), not a model", "base_model_name_or_path"),
         ("owner/weights", data): ("no config.json in it", "as transformers saves it"),
         ("busy/model", data): ("too many requests (429)", "Run again in 120 seconds"),
+        ("limited/model", data): ("too many requests (429)", "Run again in 55 seconds"),
+        ("closed/model", data): ("has disabled it", "another id"),
         ("down/model", data): ("answers 503", "Run again later"),
         ("slow/model", data): ("no answer in time", "HF_ENDPOINT"),
         ("cut/model", data): ("no connection", "HF_ENDPOINT"),
         ("token/model", data): ("refuses access (401)", "Check the token"),
         (model, "gone/rows"): ("data set gone/rows: ", "hf auth login"),
-        (model, "gated/rows"): ("data set gated/rows: it is gated", "Accept its terms"),
+        (model, "gated/rows"): (
+            "data set gated/rows: it is gated",
+            f"Accept its terms at {hub.url}/datasets/gated/rows",
+        ),
+        (model, "owner/two--dashes"): ("no such file or folder", "a hub id such as owner/name"),
+        (model, f"{hub.url}/datasets/owner/rows"): ("not the address of a file of data", "a hub id such as owner/name"),
     }
     out = str(tmp_path / "study")
     asked = [["run", "--model", *model.split(), "--dataset", data, "--out", out] for model, data in expected]
@@ -185,6 +206,56 @@ def test_rows_of_several_files_and_configurations(hub: HubServer, tmp_path: Path
     assert [found["texts"] for found in kept[:3]] == [pinned["texts"], newest["texts"], math["texts"]]
     assert kept[3].startswith("data set owner/configured: not wholly in the cache")
     assert len(hub.requests) == answered
+
+
+def test_caches_that_cannot_be_written(hub: HubServer, tmp_path: Path) -> None:
+    hub.repository("owner/rows", "datasets").push({"train.jsonl": b'{"text": "a"}\n'})
+    (tmp_path / "file").write_text("")
+    (said,) = rows([{"id": "owner/rows"}], hub.url, tmp_path / "file" / "below")
+    assert "the hub's cache: Not a directory" in said
+    assert "HF_HOME names another folder" in said
+
+
+def test_ids_that_were_renamed(hub: HubServer, tmp_path: Path) -> None:
+    commit = hub.repository("new/rows", "datasets").push({"train.jsonl": b'{"text": "a"}\n'})
+    hub.renamed |= {"old/rows": "new/rows", "rows": "new/rows"}
+    found = rows([{"id": "old/rows"}, {"id": "rows"}], hub.url, tmp_path)
+    assert [one["texts"] for one in found] == [[["a"], []]] * 2
+    assert [one["commits"] for one in found] == [{"old/rows": commit}, {"rows": commit}]
+
+
+_LOAD = """
+import json, sys
+from rankscope.errors import ModelError
+from rankscope.model.load import load_model
+from rankscope.spec.models import ModelSpec
+for id, commit in json.loads(sys.argv[1]):
+    try:
+        print("loaded", load_model(ModelSpec(id=id, commit=commit, device="cpu")).num_parameters())
+    except ModelError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_weights_in_shards_and_weights_that_are_missing(hub: HubServer, root: Path, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(root / "model").save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    files = files_of(tmp_path / "model")
+    shards = sorted(name for name in files if name.endswith(".safetensors"))
+    assert len(shards) > 1
+    pickled = {"pytorch_model.bin": b"x", "another.safetensors": b"x"}
+    asked = {
+        "owner/shards": files,
+        "owner/lacking": {name: file for name, file in files.items() if name != shards[1]},
+        "owner/pickled": {name: file for name, file in files.items() if name.endswith("config.json")} | pickled,
+    }
+    commits = [(id, hub.repository(id).push(pushed)) for id, pushed in asked.items()]
+    said = python(_LOAD, commits, hub.url, tmp_path / "hf", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    assert "loaded" in said
+    assert f"model owner/lacking: it has no file {shards[1]}" in said
+    assert f"model of owner/pickled cannot be loaded: no {WEIGHTS} in it, nor an index of several" in said
+    assert "use_safetensors" not in said
+    assert not hub.asked(r"\.bin")
 
 
 STUDY = ("--model", "owner/model", "--dataset", "owner/rows", "--ranks", "2", "--steps", "2", "--batch-size", "2")
@@ -256,6 +327,8 @@ def test_a_study_stays_at_the_commits_it_began_with(published: HubServer, tmp_pa
     assert (pinned.spec.model.commit, pinned.spec.data.commits) == (commits[0], {"owner/rows": commits[1]})
     assert (pinned.machine["model"]["revision"], pinned.data_facts["revision"]) == commits
     assert pinned.data_facts["rows_read"] == 60
+    for config in out.glob("trials/*/adapter/adapter_config.json"):
+        assert json.loads(config.read_text())["revision"] == commits[0]
     by_branch = [one.path for one in hub.asked("/main/", "GET")]
     assert by_branch == ["/owner/model/resolve/main/config.json"]
     weights = hub.asked("/stored/", "GET")

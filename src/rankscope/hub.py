@@ -1,6 +1,7 @@
 """The Hugging Face Hub, or a mirror at HF_ENDPOINT: commits, files, and failures in words. Its client is imported where
 it is needed."""
 
+import errno
 import logging
 import re
 import shlex
@@ -11,7 +12,8 @@ from typing import Any, Literal, NamedTuple
 from rankscope.errors import RankscopeError, StudyError
 from rankscope.files import find_json, write_json
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # of a model or a data set
+HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))(\b[\w.-]+\b/)?\b[\w.-]{1,96}\b", re.ASCII)
+"""Of a model or a data set, by the rules of the hub's client, which raises an error at others."""
 _log = logging.getLogger(__name__)
 _OFFLINE = "What was fetched once is used offline; HF_ENDPOINT names a mirror, HTTPS_PROXY a proxy."
 
@@ -42,10 +44,11 @@ def repository(id: str, kind: Literal["model", "dataset"], revision: str | None,
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
         raise
     except Exception as error:  # no answer: what an earlier study fetched, if anything
-        try:
+        folder = None
+        with suppress(Exception):
             folder = Path(hub.snapshot_download(**where, local_files_only=True, allow_patterns=[file]))
-        except Exception:
-            raise error from None
+        if folder is None:
+            raise
         if not isinstance(error, errors.OfflineModeIsEnabled):
             reason, _ = explained(id, error) or (str(error), "")
             _log.warning("%s: %s; commit %s is used, which was fetched before", id, reason, folder.name[:7])
@@ -96,7 +99,8 @@ def push(id: str, folder: Path, message: str) -> str:
 
 
 def explained(id: str, error: BaseException) -> tuple[str, str] | None:
-    """Why the hub did not give what was asked of it, and the way out; None where `error` is of something else."""
+    """Why the hub did not give what was asked of it, and the way out; None where `error` is of something else. `id` is
+    the address of its page: datasets/OWNER/NAME for data."""
     from huggingface_hub import constants, errors
 
     at = constants.ENDPOINT
@@ -107,19 +111,22 @@ def explained(id: str, error: BaseException) -> tuple[str, str] | None:
             todo = f"Accept its terms at {at}/{id}, then `hf auth login`, or set HF_TOKEN."
             return "it is gated, and this account has no access to it", todo
         if isinstance(cause, errors.RevisionNotFoundError):
-            return "it has no such revision", f"Give a branch, a tag or a commit: {at}/{id} lists them."
+            return "it has no such revision", f"Give a branch, a tag or a commit, not shortened: {at}/{id} lists them."
         if isinstance(cause, errors.RepositoryNotFoundError):
             todo = "Check the id. For a private one: `hf auth login`, or set HF_TOKEN."
             return f"{at} has none of that name, or it is private", todo
         if isinstance(cause, errors.RemoteEntryNotFoundError):
-            return f"it has no file {str(getattr(cause, 'request', None) and cause.request.url).rpartition('/')[2]}", ""
+            return f"it has no file {str(cause.response.url).rpartition('/')[2]}", ""
         local = isinstance(cause, errors.LocalEntryNotFoundError) and cause.__cause__ is None
         if local or isinstance(cause, errors.OfflineModeIsEnabled):
             todo = "Check the id, or run once with HF_HUB_OFFLINE=0."
             return "not wholly in the cache, and HF_HUB_OFFLINE is set", todo
+        if isinstance(cause, errors.DisabledRepoError):
+            return f"{at} has disabled it", "Give a copy of it: another id, or a folder or file of your own."
         if status == 429:
-            wait = cause.response.headers.get("Retry-After")  # type: ignore[attr-defined]
-            after = f" in {wait} seconds" if wait else " later"
+            headers = cause.response.headers  # type: ignore[attr-defined]
+            wait = re.search(r"^\d+$|\bt=(\d+)", headers.get("Retry-After") or headers.get("RateLimit") or "")
+            after = f" in {wait[1] or wait[0]} seconds" if wait else " later"
             return "too many requests (429)", f"Run again{after}; `hf auth login` raises the limit."
         if status in (401, 403):
             return f"{at} refuses access ({status})", "Check the token: `hf auth whoami`, `hf auth login`, HF_TOKEN."
@@ -127,6 +134,10 @@ def explained(id: str, error: BaseException) -> tuple[str, str] | None:
             return f"{at} answers {status}", f"Run again later. {_OFFLINE}"
         if isinstance(cause, OSError) and "Consistency check failed" in str(cause):
             return "the download broke off", "Run again: files that are whole are not fetched again."
+        in_cache = str(getattr(cause, "filename", "")).startswith((constants.HF_HOME, constants.HF_HUB_CACHE))
+        if isinstance(cause, OSError) and (in_cache or cause.errno == errno.ENOSPC):
+            todo = f"It needs room and write access in {constants.HF_HUB_CACHE}; HF_HOME names another folder."
+            return f"the hub's cache: {cause.strerror}" + (f": {cause.filename}" if in_cache else ""), todo
         if type(cause).__module__.startswith("httpx"):
             slow = "Timeout" in type(cause).__name__
             reason = "no answer in time" if slow else f"no connection: {' '.join(str(cause).split()) or 'closed'}"
@@ -144,4 +155,5 @@ def _quiet() -> None:
 
 
 def _is_told(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR or "Rate limited" in record.getMessage()
+    said = record.getMessage()
+    return "Rate limited" in said or (record.levelno >= logging.ERROR and "cache non-existence" not in said)

@@ -243,6 +243,6 @@ def test_a_url_is_fetched_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(DataError, match=rf"^{re.escape(url)}: cannot be loaded: HTTPError: 404"):
         texts(url)
     assert asked == [url] * 3
-    with pytest.raises(DataError, match=r"rows.html: unknown file type .html"):
+    with pytest.raises(DataError, match=r"rows.html: not the address of a file of data"):
         texts("https://example.org/rows.html")
     assert len(asked) == 3

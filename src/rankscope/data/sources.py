@@ -217,7 +217,9 @@ def _downloaded(url: str) -> Path:
     key = hashlib.sha256(url.encode()).hexdigest()[:16]
     folder = Path(hub.cached_assets_path("rankscope", "urls", key))
     path = folder / PurePosixPath(re.sub(r"[?#].*", "", url)).name
-    file_part(path, url)  # an unknown type is not worth fetching
+    if file_type(path) not in FILE_TYPES:  # not worth fetching
+        todo = f"Give one of {', '.join(FILE_TYPES)}, or a hub id such as owner/name."
+        raise DataError(f"{url}: not the address of a file of data", todo)
     try:
         with hub.get_session().stream("GET", url, follow_redirects=True) as answer, published(path) as temporary:
             answer.raise_for_status()
@@ -265,7 +267,7 @@ def _hub(id: str, spec: DataSpec) -> Splits:
 
 
 def _not_fetched(id: str, error: Exception) -> DataError:
-    if found := hub.explained(id, error):
+    if found := hub.explained(f"datasets/{id}", error):
         return DataError(f"data set {id}: {found[0]}", found[1] or "Check data.id, config, split and revision.")
     return _not_loaded(id, error, "Check data.id, config, split and revision; or give a local file instead.")
 

@@ -6,6 +6,7 @@ import logging
 import os
 import textwrap
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,10 @@ def _commit(spec: ModelSpec) -> str:
     if whole and not any(file.endswith(".safetensors") for file in files):
         others = [file for file in files if file.endswith(NOT_READ)]
         what = f"model {spec.id}: no *.safetensors in it" + (f", only {others[0]}, which is not read" if others else "")
-        raise ModelError(what, "Load it where you trust it, save it with save_pretrained, and give that folder.")
+        raise ModelError(what, _SAVED_ANEW)
+    if whole and not _has_tokenizer(files):
+        what = f"model {spec.id}: no file of a tokenizer in it, such as tokenizer.json"
+        raise ModelError(what, "Fetch it, save its tokenizer beside it with save_pretrained, and give that folder.")
     return commit
 
 
@@ -157,10 +161,11 @@ def check_folder(spec: ModelSpec) -> None:
     if _corrupt_file(weights) or ((weights or others) and not is_whole):
         why = f"neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME} in the folder"
         raise loading_error(spec, "model", FileNotFoundError(why))
-    if not _has_tokenizer(folder):
+    if not _has_tokenizer(os.listdir(folder)):
         raise loading_error(spec, "tokenizer", FileNotFoundError())
 
 
+_SAVED_ANEW = "Load it where you trust it, save it with save_pretrained, and give that folder."
 _FOLDER_HOLDS = "The folder must hold config.json, *.safetensors, and the tokenizer's files such as tokenizer.json."
 
 # File names of tokenizers, in transformers' own format and in those that it converts.
@@ -174,8 +179,8 @@ def check_adapter_folder(folder: Path) -> None:
         raise ModelError(what, "Give the folder of a PEFT LoRA adapter.")
 
 
-def _has_tokenizer(folder: Path) -> bool:
-    return any(any(folder.glob(kind)) for kind in _VOCABULARIES)
+def _has_tokenizer(files: Sequence[str]) -> bool:
+    return any("/" not in file and fnmatch(file, kind) for file in files for kind in _VOCABULARIES)
 
 
 def unsafe_reason(spec: ModelSpec, config: Any, shards: list[str]) -> str | None:
@@ -286,7 +291,7 @@ def loading_error(spec: ModelSpec, part: str, error: Exception) -> ModelError:
             todo = f"Correct {CONFIG_NAME}, or restore it."
         elif part == "tokenizer":
             todo = "Save it there by tokenizer.save_pretrained, or copy tokenizer.json and tokenizer_config.json."
-            if not _has_tokenizer(folder):
+            if not _has_tokenizer(os.listdir(folder)):
                 reason = "there is no file of a tokenizer in the folder, such as tokenizer.json"
             elif any(folder.glob("*.model")) and find_spec("sentencepiece") is None:
                 package = "the package sentencepiece, which is not installed: `pip install sentencepiece`"
@@ -297,6 +302,8 @@ def loading_error(spec: ModelSpec, part: str, error: Exception) -> ModelError:
                 todo = f"Give the file itself: --model {folder / others[0]}"
     if corrupt:
         reason = f"{corrupt[0]}: {corrupt[1]}"
+    if "use_safetensors" in str(error):  # which transformers advises to leave out: it would read pickles
+        reason, todo = f"no {SAFE_WEIGHTS_NAME} in it, nor an index of several", _SAVED_ANEW
     if "trust_remote_code" in str(error):  # which transformers advises
         reason = "it needs custom code of its own, which is never run"
     return ModelError(f"{part} of {spec.id} cannot be loaded: {reason}", todo)
