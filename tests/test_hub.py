@@ -6,8 +6,10 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -206,6 +208,49 @@ def test_rows_of_several_files_and_configurations(hub: HubServer, tmp_path: Path
     assert [found["texts"] for found in kept[:3]] == [pinned["texts"], newest["texts"], math["texts"]]
     assert kept[3].startswith("data set owner/configured: not wholly in the cache")
     assert len(hub.requests) == answered
+
+
+_FETCH = """
+import json, sys
+from rankscope import hub
+try:
+    print(hub.fetch("owner/rows", "dataset", *json.loads(sys.argv[1])))
+except OSError as error:
+    print(*hub.explained("datasets/owner/rows", error))
+"""
+
+
+def test_a_download_that_was_killed_goes_on(hub: HubServer, tmp_path: Path) -> None:
+    """In another process, from the last 10 MiB; what was damaged meanwhile is fetched anew."""
+    part, content = 10 * 2**20, os.urandom(25 * 2**20)
+    path = f"/stored/{hashlib.sha256(content).hexdigest()}"
+    file = [hub.repository("owner/rows", "datasets").push({"train.parquet": content}), "train.parquet"]
+    given = environment(hub.url, tmp_path) | {"HF_TOKEN": "hf_x", "HF_HUB_DOWNLOAD_TIMEOUT": "60"}
+
+    def kill_after(parts: int) -> Path:
+        """What is left of a process that goes on, and is killed when so many parts are there."""
+        hub.fail(path, cut=part + 100, held=60)
+        process = subprocess.Popen([sys.executable, "-c", _FETCH, json.dumps(file)], env=given)
+        for _ in range(600):
+            if any(one.stat().st_size == parts * part for one in tmp_path.rglob("*.part")):
+                break
+            time.sleep(0.1)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        (left,) = tmp_path.rglob("*.part")
+        return left
+
+    kill_after(1)
+    with kill_after(2).open("r+b") as left:
+        left.write(b"damaged")
+    assert "the download broke off Run again" in python(_FETCH, file, hub.url, tmp_path)
+    kill_after(1)
+    fetched = Path(python(_FETCH, file, hub.url, tmp_path).splitlines()[-1])
+    assert fetched.read_bytes() == content
+    asked = [one.range for one in hub.asked(path, "GET")]
+    assert asked == [None, f"bytes={part}-", f"bytes={2 * part}-", None, f"bytes={part}-"]
+    assert not list(tmp_path.rglob("*.part"))
+    assert "it has no file gone.parquet" in python(_FETCH, [file[0], "gone.parquet"], hub.url, tmp_path)
 
 
 def test_caches_that_cannot_be_written(hub: HubServer, tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 it is needed."""
 
 import errno
+import hashlib
 import logging
 import re
 import shlex
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+from filelock import FileLock
 
 from rankscope.errors import RankscopeError, StudyError
 from rankscope.files import find_json, write_json
@@ -80,7 +83,40 @@ def fetch(id: str, kind: Literal["model", "dataset"], commit: str, file: str) ->
     import huggingface_hub as hub
 
     _quiet()
-    return Path(hub.hf_hub_download(id, file, repo_type=kind, revision=commit))
+    where: dict[str, Any] = {"repo_id": id, "filename": file, "repo_type": kind, "revision": commit}
+    if not isinstance(hub.try_to_load_from_cache(**where), str):
+        _download(id, kind, commit, file)
+    return Path(hub.hf_hub_download(**where))
+
+
+def _download(id: str, kind: str, commit: str, file: str) -> None:
+    """Put the content of a large file where the client looks for it. What a killed process left of it is completed;
+    the client itself begins anew in each process."""
+    import huggingface_hub as hub
+    from huggingface_hub.file_download import http_get, repo_folder_name
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    url, about = hub.hf_hub_url(id, file, repo_type=kind, revision=commit), hub.constants
+    try:
+        found = hub.get_hf_file_metadata(url)
+    except Exception:  # which the client tries again, and raises
+        return
+    if found.etag is None or not about.DOWNLOAD_CHUNK_SIZE < (found.size or 0) <= about.MAX_HTTP_DOWNLOAD_SIZE:
+        return
+    blob = Path(about.HF_HUB_CACHE, repo_folder_name(repo_id=id, repo_type=kind), "blobs", found.etag)
+    part = blob.with_name(f"{blob.name}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{part}.lock"):
+        if blob.exists():
+            return
+        with part.open("ab+") as content:
+            begun = content.tell()
+            http_get(url, content, resume_size=begun, headers=build_hf_headers(), expected_size=found.size)
+            content.seek(0)
+            if begun and len(blob.name) == 64 and hashlib.file_digest(content, "sha256").hexdigest() != blob.name:
+                content.truncate(0)
+                raise OSError("Consistency check failed: what an earlier process downloaded is damaged")
+        part.replace(blob)
 
 
 def push(id: str, folder: Path, message: str) -> str:

@@ -109,6 +109,7 @@ def load_plain(spec: ModelSpec, form: str, sha256: str | None, folder: Path | No
     if folder is not None:
         spec = spec.model_copy(update={"id": str(folder), "revision": None, "commit": None})
     try:
+        checks.fetch_weights(spec)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             config=load_config(spec), use_safetensors=not checks.is_gguf(spec), **options, **checks.source(spec)
         )

@@ -268,6 +268,16 @@ def model_file(spec: ModelSpec, name: str) -> Path | None:
     return Path(file) if file else None
 
 
+def fetch_weights(spec: ModelSpec) -> None:
+    """Fetch the weights of a pinned hub id, so that a download which was killed goes on: transformers would begin anew.
+    Raises the errors of the hub's client."""
+    if spec.commit is None or os.path.exists(location(spec)):
+        return
+    files = hub.repository(spec.id, "model", spec.commit, CONFIG_NAME).files
+    for file in [SAFE_WEIGHTS_NAME] if SAFE_WEIGHTS_NAME in files else dict.fromkeys(indexed_files(spec)):
+        hub.fetch(spec.id, "model", spec.commit, file)
+
+
 def loading_error(spec: ModelSpec, part: str, error: Exception) -> ModelError:
     """Error about a part of the model (configuration, tokenizer, model) that could not be loaded."""
     logging.getLogger(__name__).debug("loading failed", exc_info=error)

@@ -132,6 +132,7 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     if spec.quantization:
         options["quantization_config"] = quantization
     try:
+        checks.fetch_weights(spec)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             config=config, dtype=dtype, use_safetensors=not checks.is_gguf(spec), **options, **checks.source(spec)
         )
