@@ -93,24 +93,26 @@ class Moments(NamedTuple):
     third: float
     seeds: int
     examples: int
+    effective: float  # examples of equal weight that tell as much
 
 
 def moments(table: pd.DataFrame, weight: "pd.Series[float]") -> Moments:
     values, w = table.to_numpy(), (weight / weight.mean())[table.columns].to_numpy()
     seeds, examples = values.shape
+    effective = float(w.sum() ** 2 / (w**2).sum())
     mean = float(np.average(values.mean(axis=0), weights=w))
     if seeds < 2:
-        return Moments(mean, math.inf, 0.0, 0.0, seeds, examples)
+        return Moments(mean, math.inf, 0.0, 0.0, seeds, examples, effective)
     part = w * (values - mean)
     of_seed, of_example = part.mean(axis=1), part.mean(axis=0)
     left = part - np.outer(of_seed, w) - of_example
     square = (left**2).sum() / ((seeds - 1) * (examples - 1))
     third = float(stats.kstat(of_example, 3)) / examples**2
     variance = max(0.0, of_example.var(ddof=1) / examples - square / (seeds * examples))
-    return Moments(mean, float(of_seed.var(ddof=1)) / seeds, float(variance), third, seeds, examples)
+    return Moments(mean, float(of_seed.var(ddof=1)) / seeds, float(variance), third, seeds, examples, effective)
 
 
-def quantile(of_seeds: float, of_examples: float, degrees: float, examples: int, level: float) -> float:
+def quantile(of_seeds: float, of_examples: float, degrees: float, examples: float, level: float) -> float:
     """Return Student's t at `level`, its two degrees of freedom weighted by their shares of the variance."""
     if not of_seeds + of_examples:
         return 0.0
@@ -142,7 +144,7 @@ def high(found: Moments, of_seeds: float, degrees: float, level: float) -> float
     if not error or math.isinf(error):
         return found.mean if not error else math.inf
     a = max(0.0, found.third) / error**3
-    t = quantile(of_seeds, found.of_examples, degrees, found.examples, 1 - level)
+    t = quantile(of_seeds, found.of_examples, degrees, found.effective, 1 - level)
     of_hall = t + a / 6 + a * t * t / 3 if a < 1e-6 else 3 * (1 - np.cbrt(1 - a * (t + a / 6))) / a
     return found.mean + error * max(t, of_hall)
 
@@ -210,7 +212,7 @@ class Judge:
         known = [pair for pair in pairs if found[pair].seeds > 1]
         free = [found[pair].seeds - 1 for pair in known]
         rate = np.average([found[pair].of_seeds * found[pair].seeds / apart[pair] for pair in known], weights=free)
-        more = (len(self.tables) - 2) * np.mean(free)
+        more = math.sqrt(len(self.tables) - 2) * np.mean(free)
 
         def bound(pair: tuple[int, int], share: float, sign: int) -> float:
             own = found[pair]

@@ -51,7 +51,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import special
 
-from rankscope.analysis.comparison import Estimate, estimate_of
+from rankscope.analysis.comparison import Estimate, effective_number, estimate_of
 from rankscope.analysis.decision import (
     MAX_REGRET_MARGINS,
     Decision,
@@ -199,6 +199,7 @@ class Parts(NamedTuple):
     left: np.ndarray  # (N, K, K), products of what is left of two ranks, summed over seeds and rows
     untrained: np.ndarray  # (N,)
     untrained_by_row: np.ndarray  # (N, E)
+    effective: np.ndarray  # (N, 1), rows of equal weight that would tell as much
 
 
 def parts_of(drawn: Drawn, seeds: int) -> Parts:
@@ -212,7 +213,8 @@ def parts_of(drawn: Drawn, seeds: int) -> Parts:
     parts -= by_row[:, :, None]
     flat = parts.reshape(*mean.shape, -1)
     untrained_by_row = weights * (drawn.untrained - before[:, None])
-    return Parts(mean, by_seed, by_row, flat @ flat.transpose(0, 2, 1), before, untrained_by_row)
+    products, effective = flat @ flat.transpose(0, 2, 1), effective_number(weights)[:, None]
+    return Parts(mean, by_seed, by_row, products, before, untrained_by_row, effective)
 
 
 def excesses_of(parts: Parts, share: np.ndarray) -> Estimate:
@@ -225,13 +227,14 @@ def excesses_of(parts: Parts, share: np.ndarray) -> Estimate:
         parts.by_seed[:, :, None] - keeps * parts.by_seed[:, None],
         parts.by_row[:, :, None] - keeps * parts.by_row[:, None] - before,
         np.maximum(0.0, own[:, :, None] - 2 * keep * parts.left + keep**2 * own[:, None]),
+        parts.effective[..., None],
     )
 
 
 def gain_of(parts: Parts) -> Estimate:
     by_row = parts.untrained_by_row[:, None] - parts.by_row
     own = np.diagonal(parts.left, axis1=1, axis2=2)
-    return estimate_of(parts.untrained[:, None] - parts.mean, -parts.by_seed, by_row, own)
+    return estimate_of(parts.untrained[:, None] - parts.mean, -parts.by_seed, by_row, own, parts.effective)
 
 
 class Contrasts(NamedTuple):
@@ -344,7 +347,9 @@ def judge_tasks(rng: np.random.Generator, cell: Cell, studies: int) -> dict[str,
     parts = parts_of(draw_task(rng, world, truth, seeds, cell.rows, cell.before, cell.gain), seeds)
     found = Contrasts(*(add_items(one, CONFIDENCE) for one in contrasts(parts, TASK_MARGIN)))
     rates = assess(found, truth, cell.gain, TASK_MARGIN).rates
-    errors = estimate_of(0.5 - parts.mean, parts.by_seed, parts.by_row, np.diagonal(parts.left, axis1=1, axis2=2))
+    errors = estimate_of(
+        0.5 - parts.mean, parts.by_seed, parts.by_row, np.diagonal(parts.left, axis1=1, axis2=2), parts.effective
+    )
     low, high = add_items(errors, CONFIDENCE, 0.5).interval(CONFIDENCE)
     score = cell.before + cell.gain - truth - 0.5
     rates["score"] = ((low <= score) & (score <= high)).mean(axis=1)

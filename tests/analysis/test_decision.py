@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rankscope.analysis.comparison import Estimate
+from rankscope.analysis.comparison import Estimate, estimate
 from rankscope.analysis.decision import (
     LEVELS,
     in_contention,
@@ -24,7 +24,7 @@ def pairs(means: list[float], error: float = 1.0, third: float = 0.0) -> Estimat
     """Excesses of candidates with these losses over a margin of 10, alike uncertain."""
     mean = np.subtract.outer(np.array(means), np.array(means)) - 10.0
     flat = np.ones_like(mean)
-    return Estimate(mean, error * flat, 0 * flat, third * flat, SEEDS, ROWS)
+    return Estimate(mean, error * flat, 0 * flat, third * flat, SEEDS, ROWS, ROWS)
 
 
 def octaves(count: int) -> np.ndarray:
@@ -80,7 +80,9 @@ def test_many_studies_at_once_are_decided_as_each_alone() -> None:
     rng = np.random.default_rng(0)
     means = rng.normal(0, 8, (20, 4, 4))
     own, examples = rng.exponential(1, (20, 4, 4)), rng.exponential(0.5, (20, 4, 4))
-    together = states(Estimate(means, own, examples, rng.normal(0, 1, means.shape), SEEDS, ROWS), octaves(4), 0.95)
+    together = states(
+        Estimate(means, own, examples, rng.normal(0, 1, means.shape), SEEDS, ROWS, ROWS), octaves(4), 0.95
+    )
     rng = np.random.default_rng(0)
     means, own, examples = (
         rng.normal(0, 8, (20, 4, 4)),
@@ -89,7 +91,7 @@ def test_many_studies_at_once_are_decided_as_each_alone() -> None:
     )
     third = rng.normal(0, 1, means.shape)
     for n in range(20):
-        alone = states(Estimate(means[n], own[n], examples[n], third[n], SEEDS, ROWS), octaves(4), 0.95)
+        alone = states(Estimate(means[n], own[n], examples[n], third[n], SEEDS, ROWS, ROWS), octaves(4), 0.95)
         assert [side[n].tolist() for side in together] == [side.tolist() for side in alone]
     assert together[0].any()
     assert together[1].any()
@@ -113,6 +115,8 @@ def test_the_variance_over_seeds_is_drawn_to_what_grows_with_the_octaves() -> No
     lucky[0, 1] = 0.0
     drawn, _ = pooled(pairs([0, 0, 0])._replace(seed_error=lucky), octaves(3))
     assert 0 < drawn.seed_error[0, 1] < line[0, 1]
+    _, degrees = pooled(pairs([0] * 6), octaves(6))
+    assert degrees[0, 1] == pytest.approx(3 * (SEEDS - 1)), "its own, and the root of four"
     two, degrees = pooled(pairs([0, 0])._replace(seed_error=np.array([[0.0, 2.0], [2.0, 0.0]])), octaves(2))
     assert (two.seed_error[0, 1], degrees[0, 1]) == (2.0, SEEDS - 1), "no other pair to learn from"
 
@@ -125,7 +129,7 @@ def test_one_seed_shows_nothing() -> None:
 
 @pytest.mark.parametrize("third", [0.0, 0.4, -0.4])
 def test_bounds_know_of_skewness_and_are_never_narrower_than_students(third: float) -> None:
-    of = Estimate(2.0, 0.0, 1.0, third, SEEDS, ROWS)
+    of = Estimate(2.0, 0.0, 1.0, third, SEEDS, ROWS, ROWS)
     t = stats.t.ppf(0.95, ROWS - 1)
     high, low = upper_bound(of, 2, 0.05), lower_bound(of, 2, 0.05)
     if third <= 0:
@@ -140,9 +144,19 @@ def test_bounds_know_of_skewness_and_are_never_narrower_than_students(third: flo
 @pytest.mark.parametrize("third", [1.0, 5.0, 100.0])
 def test_far_out_where_halls_bound_is_below_students_students_holds(third: float) -> None:
     """As with two seeds, at their small level; or where seeds hide what examples vary by, and skewness is luck."""
-    level, of = 0.001, Estimate(2.0, 1.0, 0.5, third, 2, ROWS)
-    assert upper_bound(of, 1, level) >= 2 + of.t(1 - level, 1) * of.error * (1 - 1e-12)
-    assert lower_bound(of._replace(third=-third), 1, level) <= 2 - of.t(1 - level, 1) * of.error * (1 - 1e-12)
+    level, of = 0.001, Estimate(2.0, 1.0, 0.5, third, 2, ROWS, ROWS)
+    assert upper_bound(of, 1, level) >= 2 + of.t(1 - level, 1, ROWS - 1) * of.error * (1 - 1e-12)
+    assert lower_bound(of._replace(third=-third), 1, level) <= 2 - of.t(1 - level, 1, ROWS - 1) * of.error * (1 - 1e-12)
+
+
+def test_rows_of_unequal_weight_have_the_degrees_of_freedom_of_fewer() -> None:
+    tokens = np.array([1.0, 1.0, 1.0, 9.0])
+    of = estimate(np.ones((SEEDS, 4)) * [0.0, 0.0, 1.0, 1.0], tokens)
+    assert of.effective == pytest.approx(12**2 / 84)
+    assert estimate(np.ones((SEEDS, 4)), np.full(4, 7.0)).effective == pytest.approx(4)
+    few = Estimate(2.0, 0.0, 1.0, 0.0, SEEDS, 10.0, ROWS)
+    assert upper_bound(few, 2, 0.05) == pytest.approx(2 + stats.t.ppf(0.95, 9))
+    assert few.half_width(0.9) == pytest.approx(stats.t.ppf(0.95, ROWS - 1)), "the plain interval, which is shown"
 
 
 def test_the_outcome_names_the_lowest_rank_that_is_good_enough_within_the_budget() -> None:

@@ -37,24 +37,25 @@ class Estimate(NamedTuple):
     example_error: Numbers  # of examples, alike for every seed, with examples - 1 degrees of freedom
     third: Numbers  # third central moment of the mean over examples: how skewed it is
     seeds: Numbers
+    effective: Numbers  # number of examples of equal weight that would tell as much: (sum w)^2 / sum w^2 (Kish 1965)
     examples: int
 
     def half_width(self, confidence: float) -> Numbers:
         """Half of the two-sided interval; infinite with one seed, which shows no variation between seeds."""
-        return self.t((1 + confidence) / 2, self.seeds - 1) * self.error
+        return self.t((1 + confidence) / 2, self.seeds - 1, self.examples - 1) * self.error
 
     @property
     def error(self) -> Numbers:
         found: Numbers = np.hypot(self.seed_error, self.example_error)
         return found
 
-    def t(self, level: Numbers, degrees: Numbers) -> Numbers:
+    def t(self, level: Numbers, of_seeds: Numbers, of_examples: Numbers) -> Numbers:
         """One-sided quantile of Student's t: the mean of those of the seeds' and the examples' degrees of freedom, by
         their shares of the variance."""
         with np.errstate(invalid="ignore", divide="ignore"):
             share = np.where(np.isfinite(self.seed_error), np.square(self.seed_error / self.error), 1.0)
         share = np.where(self.error == 0, 1.0, share)
-        found: Numbers = share * student(degrees, level) + (1 - share) * student(self.examples - 1, level)
+        found: Numbers = share * student(of_seeds, level) + (1 - share) * student(of_examples, level)
         return found
 
     def interval(self, confidence: float) -> tuple[Numbers, Numbers]:
@@ -110,18 +111,25 @@ def estimate(values: np.ndarray, label_tokens: np.ndarray) -> Estimate:
     with random weights is a ratio: its variance is that of its linear part, w (value - mean)."""
     seeds, examples = values.shape[-2:]
     weights = label_tokens / label_tokens.mean(axis=-1, keepdims=True)
-    mean = (weights[..., None, :] * values).mean(axis=(-2, -1))
+    mean, effective = (weights[..., None, :] * values).mean(axis=(-2, -1)), effective_number(weights)
     if seeds < 2 or examples < 2:
         none = np.zeros_like(mean)
-        return Estimate(mean, none + np.inf, none, none, seeds, examples)
+        return Estimate(mean, none + np.inf, none, none, seeds, effective, examples)
     parts = weights[..., None, :] * (values - mean[..., None, None])
     by_seed, by_example = parts.mean(axis=-1), parts.mean(axis=-2)
     parts -= by_seed[..., None] * weights[..., None, :]  # a seed's effect reaches a part as its weight
     parts -= by_example[..., None, :]
-    return estimate_of(mean, by_seed, by_example, np.square(parts).sum(axis=(-2, -1)))
+    return estimate_of(mean, by_seed, by_example, np.square(parts).sum(axis=(-2, -1)), effective)
 
 
-def estimate_of(mean: Numbers, by_seed: np.ndarray, by_example: np.ndarray, left: Numbers) -> Estimate:
+def effective_number(weights: np.ndarray) -> Numbers:
+    """Number of equal weights that would tell as much as these, (..., E), whose mean is 1."""
+    return weights.shape[-1] / np.square(weights).mean(axis=-1)
+
+
+def estimate_of(
+    mean: Numbers, by_seed: np.ndarray, by_example: np.ndarray, left: Numbers, effective: Numbers
+) -> Estimate:
     """Estimate from means of the parts over examples (..., S) and over seeds (..., E), and the sum of squares of what
     both leave of them."""
     seeds, examples = by_seed.shape[-1], by_example.shape[-1]
@@ -131,7 +139,7 @@ def estimate_of(mean: Numbers, by_seed: np.ndarray, by_example: np.ndarray, left
     of_examples = squares.sum(axis=-1) / (examples * (examples - 1)) - left_square / (seeds * examples)
     third = (squares * centred).sum(axis=-1) / (examples * (examples - 1) * max(1, examples - 2))
     seed_error = np.sqrt(by_seed.var(axis=-1, ddof=1) / seeds)
-    return Estimate(mean, seed_error, np.sqrt(np.maximum(0.0, of_examples)), third, seeds, examples)
+    return Estimate(mean, seed_error, np.sqrt(np.maximum(0.0, of_examples)), third, seeds, effective, examples)
 
 
 def stacked(estimates: Sequence[Estimate], *shape: int) -> Estimate:
@@ -141,7 +149,8 @@ def stacked(estimates: Sequence[Estimate], *shape: int) -> Estimate:
         return np.array([getattr(one, name) for one in estimates]).reshape(shape)
 
     errors = field("seed_error"), field("example_error")
-    return Estimate(field("mean"), *errors, field("third"), field("seeds"), estimates[0].examples)
+    rest = field("third"), field("seeds"), field("effective")
+    return Estimate(field("mean"), *errors, *rest, estimates[0].examples)
 
 
 class Judged(NamedTuple):

@@ -10,6 +10,7 @@ grew. How often a study that is judged again and again makes a false claim is in
 Contrasts have the shape (..., K, K): a candidate beside each other one. Their diagonal is ignored.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -115,8 +116,8 @@ def pooled(contrasts: Estimate, octaves: Numbers) -> tuple[Estimate, Numbers]:
 
     Losses of neighbouring ranks move together, so the variance of a pair is taken to be proportional to the octaves
     between its ranks, plus a half for what neighbours do not share; the rate is the mean over pairs, each weighted by
-    its S - 1. It counts as K - 2 further pairs: trials of K ranks have (K - 1) (S - 1) degrees of freedom, of which a
-    pair alone has S - 1.
+    its S - 1. It counts as the root of K - 2 further pairs. Trials of K ranks leave K - 2 beside one pair, but one rank
+    may be noisier than this model says (docs/results/simulation.md, the unstable world).
     """
     apart = np.abs(octaves[:, None] - octaves)
     spread = apart + 0.5
@@ -126,7 +127,7 @@ def pooled(contrasts: Estimate, octaves: Numbers) -> tuple[Estimate, Numbers]:
     free = np.where(known, seeds - 1, 0.0)
     all_free, pairs = (of.sum(axis=(-2, -1), keepdims=True) for of in (free, known))
     rate = (free * own / spread).sum(axis=(-2, -1), keepdims=True) / np.maximum(all_free, 1)
-    others = (len(octaves) - 2) * all_free / np.maximum(pairs, 1)
+    others = math.sqrt(len(octaves) - 2) * all_free / np.maximum(pairs, 1)
     degrees = np.maximum(seeds - 1, 1) + others
     variance = (others * rate * spread + free * own) / (degrees * seeds)
     return contrasts._replace(seed_error=np.where(known, np.sqrt(variance), np.inf)), degrees
@@ -136,7 +137,7 @@ def upper_bound(contrasts: Estimate, degrees: Numbers, level: Numbers) -> Number
     """One-sided upper bound of the mean. Where a few examples make up much of it, its distribution is skewed and the
     bound is higher (Hall 1992, Journal of the Royal Statistical Society B 54); never lower, since the skewness is that
     of few examples, and far out Hall's is below Student's."""
-    error, t = contrasts.error, contrasts.t(1 - level, degrees)
+    error, t = contrasts.error, contrasts.t(1 - level, degrees, contrasts.effective - 1)
     with np.errstate(divide="ignore", invalid="ignore"):
         skewness = np.where(error > 0, np.maximum(contrasts.third, 0.0) / error**3, 0.0)
         below = t + skewness / 6

@@ -87,7 +87,7 @@ def difference(runs: pd.DataFrame) -> dict[str, Any]:
 def _over_seeds(values: np.ndarray) -> Estimate:
     """Estimate from values by seed (..., S), with the held-out rows as given."""
     error = values.std(axis=-1, ddof=1) / math.sqrt(values.shape[-1])
-    return Estimate(values.mean(axis=-1), error, 0 * error, 0 * error, np.full(error.shape, values.shape[-1]), 2)
+    return Estimate(values.mean(axis=-1), error, 0 * error, 0 * error, np.full(error.shape, values.shape[-1]), 2, 2)
 
 
 def largest_spread(gap: float, ranks: int) -> dict[int, float]:
