@@ -101,9 +101,10 @@ def _download(id: str, kind: str, commit: str, file: str) -> None:
         found = hub.get_hf_file_metadata(url)
     except Exception:  # which the client tries again, and raises
         return
-    if found.etag is None or not about.DOWNLOAD_CHUNK_SIZE < (found.size or 0) <= about.MAX_HTTP_DOWNLOAD_SIZE:
+    named = re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", found.etag or "")  # a hash, which cannot lead out of the cache
+    if not named or not about.DOWNLOAD_CHUNK_SIZE < (found.size or 0) <= about.MAX_HTTP_DOWNLOAD_SIZE:
         return
-    blob = Path(about.HF_HUB_CACHE, repo_folder_name(repo_id=id, repo_type=kind), "blobs", found.etag)
+    blob = Path(about.HF_HUB_CACHE, repo_folder_name(repo_id=id, repo_type=kind), "blobs", named[0])
     part = blob.with_name(f"{blob.name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{part}.lock"):
