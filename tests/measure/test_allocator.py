@@ -58,3 +58,20 @@ def test_what_the_user_preloads_is_left_alone(monkeypatch: pytest.MonkeyPatch) -
     assert allocator.allocator() == "libtcmalloc.so.4, libgomp.so.1"
     monkeypatch.setenv("LD_PRELOAD", "")
     assert allocator.allocator() == "system"
+
+
+@pytest.mark.skipif(allocator.jemalloc() is None, reason="needs jemalloc")
+def test_what_is_freed_goes_back_from_jemalloc() -> None:
+    program = (
+        "import psutil, torch\n"
+        "from rankscope.model.device import give_back_freed\n"
+        "held = [torch.ones(50_000) for _ in range(1000)]\n"
+        "full = psutil.Process().memory_info().rss\n"
+        "del held\n"
+        "give_back_freed(torch.device('cpu'))\n"
+        "print(full - psutil.Process().memory_info().rss)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=job_environment(), capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) > 150e6
