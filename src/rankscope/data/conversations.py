@@ -58,7 +58,9 @@ class ChatTemplate:
     def __init__(self, tokenizer: Tokenizer, loss_on: str) -> None:
         self.tokenizer = tokenizer
         self.loss_on = loss_on
-        self._marks = re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)) is not None
+        source = str(tokenizer.chat_template)
+        self._marks = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
+        self._thoughts = [name for name in THOUGHTS if re.search(rf"""[.'"]{name}\b""", source)]  # that it reads
         self._is_checked = False
         self._tried: Counter[str] = Counter()
         self._written: set[str] = set()
@@ -133,11 +135,11 @@ class ChatTemplate:
 
     def _rename_thoughts(self, messages: Messages) -> None:
         """Give thoughts the name that the template reads, if it reads one alone."""
-        read = [name for name in THOUGHTS if re.search(rf"""[.'"]{name}\b""", str(self.tokenizer.chat_template))]
-        for message in messages if len(read) == 1 else ():
+        for message in messages if len(self._thoughts) == 1 else ():
+            [read] = self._thoughts
             other = next((name for name in THOUGHTS if name in message), None)
-            if other and read[0] not in message:
-                message[read[0]] = message.pop(other)
+            if other and read not in message:
+                message[read] = message.pop(other)
 
     def _rename_developer(self, messages: Messages, given: Mapping[str, Any]) -> None:
         """Make a developer's message the system's where the template does not write it: OpenAI's newer name of one."""

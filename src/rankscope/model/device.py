@@ -65,8 +65,7 @@ def give_back_freed(device: torch.device) -> None:
     forward: allocating it again costs 10% of a step at opt-350m's size (docs/lab-notes.md)."""
     if device.type == "cpu" and sys.platform == "linux":
         library = ctypes.CDLL(None)
-        for name, arguments in (("malloc_trim", (0,)), ("mallctl", (b"arena.4096.purge", None, None, None, 0))):
-            if (
-                give_back := getattr(library, name, None)
-            ) is not None:  # 4096: all arenas; other libraries have neither
-                give_back(*arguments)
+        if hasattr(library, "malloc_trim"):  # glibc
+            library.malloc_trim(0)
+        if hasattr(library, "mallctl"):  # jemalloc; 4096 stands for all of its arenas
+            library.mallctl(b"arena.4096.purge", None, None, None, 0)
