@@ -65,7 +65,7 @@ def test_what_is_freed_goes_back_from_jemalloc() -> None:
     program = (
         "import psutil, torch\n"
         "from rankscope.model.device import give_back_freed\n"
-        "held = [torch.ones(50_000) for _ in range(1000)]\n"
+        "held = [torch.ones(2_000) for _ in range(20_000)]\n"
         "full = psutil.Process().memory_info().rss\n"
         "del held\n"
         "give_back_freed(torch.device('cpu'))\n"
@@ -74,4 +74,4 @@ def test_what_is_freed_goes_back_from_jemalloc() -> None:
     done = subprocess.run(
         [sys.executable, "-c", program], env=job_environment(), capture_output=True, text=True, check=True
     )
-    assert int(done.stdout) > 150e6
+    assert int(done.stdout) > 120e6  # of 160 MB; without being asked it gives back a tenth

@@ -142,6 +142,14 @@ def test_a_sequence_that_is_recomputed_takes_less_than_one_that_is_kept() -> Non
     assert recomputed.parts.activations < 0.8 * kept.parts.activations
 
 
+def test_less_is_kept_of_freed_tensors_with_jemalloc(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, tokens, retained = embedded(), rows_of(*[60] * 24), list[int]()
+    for library in ("system", "libjemalloc.so.2"):
+        monkeypatch.setattr("rankscope.plan.memory.allocator", lambda library=library: library)
+        retained.append(peak(spec, tokens).parts.retained)
+    assert retained[1] / retained[0] == pytest.approx(0.36 / 0.65, rel=1e-3)
+
+
 @pytest.mark.slow
 def test_a_pack_takes_more_than_its_trials_and_less_than_their_sum() -> None:
     spec, tokens = embedded(), rows_of(*[60] * 24)
