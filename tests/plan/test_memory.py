@@ -18,7 +18,7 @@ from rankscope.measure.own_process import own_process_bytes
 from rankscope.plan.costs import CostModel, predict, stand_in
 from rankscope.plan.fake_steps import Event, Instant, Recording, add_empty_adapter
 from rankscope.plan.layers import Repeats, find_repeats
-from rankscope.plan.memory import PeakMemory, StudyMemory
+from rankscope.plan.memory import TURNS, PeakMemory, StudyMemory
 from rankscope.plan.plan import make_fleet
 from rankscope.plan.runtime import forecast, largest_fitting_rank, study_seconds
 from rankscope.spec.models import DataSpec, ModelSpec, StudySpec, TrainingSpec
@@ -318,14 +318,19 @@ def test_seconds_follow_from_a_few_layers(deep: StudySpec, monkeypatch: pytest.M
     memory = StudyMemory(deep, predict(deep), rows_of(*[23] * 24), PLENTY)
     assert all((memory.seconds_per_token(candidate) or 0) > 0 for candidate in deep.candidates()), "by a real clock"
 
+    timed = list[tuple[int, int]]()
+
     def clock(engine: Any, tokens: Tokens, slices: Any) -> float:
         rank = next(one.rank for one in deep.candidates() if one.name == slices[0].adapter)
-        return len(engine.model.model.layers) * (100.0 + rank) + 7.0
+        timed.append((len(engine.model.model.layers), rank))
+        return timed[-1][0] * (100.0 + rank) + 7.0
 
     memory._seconds.clear()
     monkeypatch.setattr("rankscope.plan.memory.forward_seconds", clock)
+    monkeypatch.setattr("rankscope.plan.memory.TIMED_PERIODS", 5)
     found = [memory.seconds_per_token(candidate) for candidate in deep.candidates()]
     assert found == pytest.approx([(7 * (100 + rank) + 7) / 92 for rank in (2, 4, 8)]), "a step of all four rows"
+    assert timed == [(5, 2), (5, 8), (2, 2), (2, 8)] * TURNS, "what disturbs the clock meets them all"
 
 
 def test_layers_that_differ_are_rehearsed_one_and_all() -> None:

@@ -70,12 +70,13 @@ class Family(NamedTuple):
         """Numbers at `rank`, from those at the lowest and at the highest rank."""
         return _line(low, high, (rank - self.low.rank) / max(1, self.high.rank - self.low.rank))
 
-    def whole(self, counted: Sequence[Sequence[float]]) -> list[float]:
-        """Numbers of the whole model, from those of the models that `small_engines` gives, in their order."""
+    def whole(self, counted: Sequence[Sequence[float]], periods: int = 3) -> list[float]:
+        """Numbers of the whole model, from those of the models that `small_engines` gives, in their order: of one with
+        so many periods, and of one with two."""
         if self.repeats is None:
             return list(counted[0])
-        three, two = counted
-        return _line(two, three, self.repeats.periods - 2)
+        more, two = counted
+        return _line(two, more, (self.repeats.periods - 2) / (periods - 2))
 
 
 def _line(first: Sequence[float], second: Sequence[float], x: float) -> list[float]:
@@ -244,12 +245,13 @@ def small_engines(
     budget: int,
     packed: bool,
     mode: FakeTensorMode | None,
+    periods: int = 3,
 ) -> Iterator[PackedEngine | PeftEngine]:
     """The engine over a model that carries the family's lowest and highest rank, on fake tensors of `mode`, or, without
-    one, on random weights. The model is whole, or has first three periods of its repeating layers and then two. Raises
-    NotPackable where the packed engine is asked for and cannot be."""
+    one, on random weights. The model is whole, or has first `periods` of its repeating layers' periods and then two.
+    Raises NotPackable where the packed engine is asked for and cannot be."""
     model = skeleton(spec.model, dtype)
-    repeats = family.repeats.keep(model, 3) if family.repeats else None
+    repeats = family.repeats.keep(model, periods) if family.repeats else None
     for candidate in family.ends:
         add_empty_adapter(model, candidate)
     if mode:

@@ -5,6 +5,8 @@ with three, they follow for any number. Layers count as equal where nothing that
 scalar attributes, shapes of tensors (adapters included), and the entries that the configuration has for each layer.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +42,18 @@ class Repeats(NamedTuple):
         layers: Any = model.get_submodule(self.stack)
         del layers[self.start + periods * self.period : self.start + self.periods * self.period]
         return self._replace(periods=periods)
+
+    @contextmanager
+    def only(self, model: nn.Module, periods: int) -> Iterator[None]:
+        """The model without all but `periods` of the periods, for a while."""
+        layers: Any = model.get_submodule(self.stack)
+        all_layers = list(layers)
+        self.keep(model, periods)
+        try:
+            yield
+        finally:
+            del layers[:]
+            layers.extend(all_layers)
 
 
 def find_repeats(model: PreTrainedModel) -> Repeats | None:

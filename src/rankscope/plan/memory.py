@@ -7,7 +7,10 @@ study, and the peak of any pack follows by arithmetic.
 
 import itertools
 import logging
+import math
+import time
 from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -30,7 +33,12 @@ log = logging.getLogger(__name__)
 MOST_TIMED_FLOPS = 4e12
 """Of the whole model's products in a forward whose time is taken, or it is taken of one row alone."""
 
-TURNS = 4  # of the lowest and the highest rank, one after the other; the fastest of each counts
+TIMED_PERIODS, TIMED_BYTES = 8, 1 << 30
+"""Most of a model's equal layers that are timed, and most bytes of them, beside a model of two: the time of all follows
+from the difference, and with it a clock's noise, which a wide one keeps small."""
+
+TURNS, TIMING_SECONDS = 4, 10.0
+"""Most turns of the lowest and the highest rank, of which the fastest counts; after so many seconds none begins."""
 
 BYTES_PER_PARAMETER = 16  # in training: weight, gradient and AdamW's two moments, in float32
 
@@ -157,21 +165,29 @@ class StudyMemory:
         return family.at(candidate.rank, *ends)[0] if ends else None
 
     def _time(self, family: Family) -> Ends:
-        """Seconds of a token, each (1,)."""
-        costs, schedule, packed = self.costs, self._schedule, self._is_packed(family.low)
+        """Seconds of a token, each (1,). The ranks and the depths take turns: a disturbance of the clock meets all."""
+        costs, schedule, packed, repeats = self.costs, self._schedule, self._is_packed(family.low), family.repeats
         budget, device = self._budget([Trial(candidate=family.low, seed=0)]), torch.device(costs.device)
-        seconds: list[list[list[float]]] = []
-        tokens = 1
-        for engine in small_engines(self._spec, costs.dtype, family, device, budget, packed, None):
-            recomputed = not schedule.forwards(packed, budget).kept
-            slices = [schedule.slices(engine, end, recomputed, budget) for end in family.ends]
-            if schedule.tokens_of(slices[0][0], packed) * 4 * costs.base_params > MOST_TIMED_FLOPS:
-                slices = [[part._replace(examples=part.examples[:1])] for part, *_ in slices]
-            tokens = schedule.tokens_of(slices[0][0], packed)
-            turns = [[forward_seconds(engine, schedule.tokens, own) for own in slices] for _ in range(TURNS)]
-            seconds.append([[min(own)] for own in zip(*turns, strict=True)])
-        ends = [[depth[end] for depth in seconds] for end in range(2)]
-        low, high = (max(*family.whole(end), *end[0]) / tokens for end in ends)  # a clock's noise is not extrapolated
+        depths: tuple[int, ...] = (0,)
+        if repeats:
+            allowed = TIMED_BYTES * repeats.periods // costs.base_bytes
+            repeats = repeats._replace(periods=max(3, min(TIMED_PERIODS, repeats.periods, allowed)))
+            depths = repeats.periods, 2
+        engine = next(small_engines(self._spec, costs.dtype, family, device, budget, packed, None, depths[0]))
+        recomputed = not schedule.forwards(packed, budget).kept
+        slices = [schedule.slices(engine, end, recomputed, budget) for end in family.ends]
+        if schedule.tokens_of(slices[0][0], packed) * 4 * costs.base_params > MOST_TIMED_FLOPS:
+            slices = [[part._replace(examples=part.examples[:1])] for part, *_ in slices]
+        fastest = [[[math.inf] for _ in depths] for _ in family.ends]
+        start, turns = time.perf_counter(), 0
+        while turns < TURNS and time.perf_counter() - start < TIMING_SECONDS:
+            turns += 1
+            for depth, periods in enumerate(depths):
+                with repeats.only(engine.model, periods) if repeats else nullcontext():
+                    for own, end in zip(slices, fastest, strict=True):
+                        end[depth][0] = min(end[depth][0], forward_seconds(engine, schedule.tokens, own))
+        tokens = schedule.tokens_of(slices[0][0], packed)
+        low, high = (max(*family.whole(end, depths[0]), *end[0]) / tokens for end in fastest)
         return [low], [high]
 
     def _is_packed(self, candidate: Candidate) -> bool:
