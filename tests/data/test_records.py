@@ -10,7 +10,7 @@ import datasets  # type: ignore[import-untyped]
 import pandas as pd
 import pytest
 
-from rankscope.data.records import Records, load_records
+from rankscope.data.records import Records, load_records, rows_with_columns
 from rankscope.errors import DataError
 from rankscope.spec.models import DataSpec
 
@@ -143,6 +143,34 @@ def test_rows_without_an_answer_are_left_out_and_counted(
 ) -> None:
     records = read(spec, right, {**right, **blank})
     assert (len(records.rows), records.rows_read, records.left_out) == (1, 2, {"blank": 1})
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "unread"),
+    [
+        (PAIR, "label", ()),
+        ({"prompt": [ASKED], "completion": [SAID]}, "label", ()),
+        ({"messages": CHAT}, "kto_tag", ()),
+        (ROWS[0], "kto_tag", ()),
+        (ROWS[0], "label", ("label",)),  # a class of the row's, as much as we know
+    ],
+)
+def test_answers_called_bad_are_not_learned(
+    row: dict[str, Any], column: str, unread: tuple[str, ...], spec: Write
+) -> None:
+    records = read(spec, {**row, column: True}, {**row, column: False}, {**row, column: None})
+    kept = 3 if unread else 2
+    assert (len(records.rows), records.rows_read, records.left_out["unwanted"]) == (kept, 3, 3 - kept)
+    assert records.unread_columns == unread
+    assert len(list(rows_with_columns(records.spec, records.sources))) == kept
+    if not unread:
+        with pytest.raises(DataError, match="every row says that its answer is not wanted"):
+            read(spec, {**row, column: False})
+
+
+def test_a_label_that_is_no_judgement_is_named(spec: Write) -> None:
+    records = read(spec, {**PAIR, "label": 0}, {**PAIR, "label": 1})
+    assert (len(records.rows), records.unread_columns) == (2, ("label",))
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

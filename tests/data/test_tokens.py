@@ -113,7 +113,8 @@ def test_facts_agree_with_the_tokens(spec: Write, tokenizer: PreTrainedTokenizer
         *("id", "revision", "fingerprint", "format", "loss_on", "max_length", "rows_read", "rows_train"),
         *("rows_eval", "duplicates_dropped", "rows_without_label_dropped", "truncated", "train_tokens"),
         *("train_label_tokens", "eval_tokens", "eval_label_tokens", "mean_length", "longest"),
-        *("bad_rows_dropped", "blank_rows_dropped", "eval_rows_in_train_dropped", "answers_cut_off"),
+        *("bad_rows_dropped", "blank_rows_dropped", "unwanted_rows_dropped"),
+        *("eval_rows_in_train_dropped", "answers_cut_off"),
         *("unread_columns", "notes", "warnings"),
     }
     assert (facts["rows_read"], facts["rows_train"], facts["rows_eval"]) == (80, 48, 32)

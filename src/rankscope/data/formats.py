@@ -31,7 +31,11 @@ _SAID = ("output", "response", "answer", "completion", "solution")
 _GIVEN = ("input", "context")
 _OWN = {column for format in REQUIRED for column in (*REQUIRED[format], *OPTIONAL[format])}
 _ALSO = {"functions": "tools", "system_prompt": "system", "system_message": "system"}  # OpenAI's, OpenOrca's names
-COLUMNS = frozenset({*_OWN, *_CONVERSATION, *_ASKED, *_SAID, *_GIVEN, *MEDIA, *_ALSO, "chosen", "rejected"})
+IS_WANTED = {"kto_tag": tuple(REQUIRED), "label": ("prompt_completion",)}
+"""Columns of unpaired preferences, LLaMA-Factory's and TRL's, and the formats beside which they are that: False calls
+an answer bad."""
+
+COLUMNS = frozenset({*IS_WANTED, *_OWN, *_CONVERSATION, *_ASKED, *_SAID, *_GIVEN, *MEDIA, *_ALSO, "chosen", "rejected"})
 """Columns that any format reads; others are not loaded where that saves time."""
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
-from rankscope.data.formats import COLUMNS, MEDIA, Layout, resolve_layout
+from rankscope.data.formats import COLUMNS, IS_WANTED, MEDIA, Layout, resolve_layout
 from rankscope.data.messages import (
     Messages,
     WrongRowError,
@@ -47,7 +47,7 @@ class Records:
     spec: DataSpec
     fingerprint: str = ""  # sha256 of the rows, whatever kind of file they came from
     rows_read: int = 0
-    left_out: Counter[str] = field(default_factory=Counter)  # `bad`, `blank`
+    left_out: Counter[str] = field(default_factory=Counter)  # `bad`, `blank`, `unwanted`
     unread_columns: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
 
@@ -98,12 +98,12 @@ def load_records(spec: DataSpec, sources: Sequence[Source] | None = None) -> Rec
         if isinstance(row, WrongRowError):
             records.left_out["bad"] += 1
             problems += [f"  - {where}: {row}"] if len(problems) < 3 else []
-        elif row is None:
-            records.left_out["blank"] += 1
+        elif isinstance(row, str):
+            records.left_out[row] += 1
         else:  # as JSON that is equal for equal rows only; `default` is for the dates of Parquet
             text = json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
             digest.update(text.encode() + b"\n")
-    bad, blank = records.left_out["bad"], records.left_out["blank"]
+    bad, unwanted = records.left_out["bad"], records.left_out["unwanted"]
     shown = "\n".join([*problems, *["  - ..."] * (bad > 3)])
     if bad and not (spec.skip_bad_rows and bad < records.rows_read):
         count = "1 row is" if bad == 1 else f"{bad:,} rows are"
@@ -111,7 +111,10 @@ def load_records(spec: DataSpec, sources: Sequence[Source] | None = None) -> Rec
         raise DataError(what, "Correct or remove these rows, or leave them out: --skip-bad-rows.")
     if bad:
         notes.append(f"{bad:,} bad row{'s' * (bad > 1)} left out, of which the first:\n{shown}")
-    if records.rows_read == bad + blank:
+    if unwanted == records.rows_read:
+        what = f"{records.id}: every row says that its answer is not wanted: `{'` or `'.join(IS_WANTED)}` is false"
+        raise DataError(what, "Rename the column if it means something else.")
+    if records.rows_read == sum(records.left_out.values()):
         answer = {"alpaca": "output", "prompt_completion": "completion"}.get(records.format, records.format)
         what = f"{records.id}: every row's {answer} is blank: there is nothing to learn"
         raise DataError(what, "Put the answers there, or say which column holds them: --columns OURS=THEIRS.")
@@ -135,7 +138,7 @@ def rows_with_columns(spec: DataSpec, sources: Sequence[Source]) -> Iterator[Who
     )
     for where, raw, layout in islice(raws, spec.max_rows):
         with suppress(WrongRowError):
-            if row := _canonical(raw, layout):
+            if not _is_unwanted(raw, layout) and (row := _canonical(raw, layout)):
                 yield WholeRow(where, row, raw)
 
 
@@ -152,7 +155,8 @@ def _with_layouts(source: Source, spec: DataSpec, unread: dict[str, None]) -> li
             columns = part.columns() or tuple(dict.fromkeys(chain(*first)))
             name = part.name if len(source.parts) > 1 else source.name
             found[part.name] = layout = resolve_layout(spec, columns, name, next(filter(None, first), first[0]))
-            unread.update((column, None) for column in columns if column and column not in layout.columns.values())
+            read = {"", *layout.columns.values(), *_judging(layout)}
+            unread.update((column, None) for column in columns if column not in read)
         if left == 0:
             break  # the parts that follow are not read
     if not found:
@@ -168,21 +172,33 @@ def _with_layouts(source: Source, spec: DataSpec, unread: dict[str, None]) -> li
 
 def _checked(
     parts: Sequence[tuple[Part, Layout]], spec: DataSpec, unread: dict[str, None]
-) -> Iterator[tuple[str, dict[str, Any] | WrongRowError | None]]:
-    """Every row's place, and the row; None if it is blank, its fault if it is wrong."""
+) -> Iterator[tuple[str, dict[str, Any] | WrongRowError | str]]:
+    """Every row's place, and the row; its fault if it is wrong, `blank` or `unwanted` if it is that."""
     left = spec.max_rows or sys.maxsize
     wanted = COLUMNS.union(spec.columns.values())
     for part, layout in parts:
         if left == 0:
             return  # before a further file is fetched
-        read = set(layout.columns.values())
+        read, judging = set(layout.columns.values()), _judging(layout)
         for index, (line, raw) in enumerate(islice(part.rows(wanted), left)):
             left -= 1
+            read.update(name for name in judging if isinstance(raw.get(name), bool))
             unread.update((column, None) for column in raw if column not in read)
             try:
-                yield part.where(line, index), _canonical(raw, layout)
+                row = None if (unwanted := _is_unwanted(raw, layout)) else _canonical(raw, layout)
+                yield part.where(line, index), row or ("unwanted" if unwanted else "blank")
             except WrongRowError as error:
                 yield part.where(line, index), error
+
+
+def _judging(layout: Layout) -> list[str]:
+    """Columns that say whether an answer is wanted."""
+    names = [name for name, formats in IS_WANTED.items() if layout.format in formats]
+    return [name for name in names if name not in layout.columns.values()]
+
+
+def _is_unwanted(raw: dict[str, Any], layout: Layout) -> bool:
+    return any(raw.get(name) is False for name in _judging(layout))
 
 
 def _canonical(raw: dict[str, Any], layout: Layout) -> dict[str, Any] | None:

@@ -44,13 +44,13 @@ def tokenize(
     rows are held out.
 
     The facts are those of `with_source_facts`, `loss_on`, `max_length`, and, of the rows: `rows_read` =
-    `bad_rows_dropped` + `blank_rows_dropped` + `duplicates_dropped` + `rows_without_label_dropped` +
-    `eval_rows_in_train_dropped` + `rows_train` (+ `rows_eval`, where they are held out); `truncated` (rows of train and
-    eval cut to max_length) and `answers_cut_off` (rows of which an answer was cut off whole). Of the tokens:
-    `train_tokens`, `train_label_tokens`, `eval_tokens`, `eval_label_tokens`, `mean_length` and `longest` of the cut
-    rows. With general text `general_text` (its id), `general_text_revision`, `general_sequences` and
-    `general_label_tokens`. Raises DataError: the chat template refuses a row, or too few rows remain to train on and to
-    hold out; ModelError: the tokenizer has no eos token, or gives ids that are not in the model's vocabulary.
+    `bad_rows_dropped` + `blank_rows_dropped` + `unwanted_rows_dropped` + `duplicates_dropped` +
+    `rows_without_label_dropped` + `eval_rows_in_train_dropped` + `rows_train` (+ `rows_eval`, where they are held out);
+    `truncated` (rows of train and eval cut to max_length) and `answers_cut_off` (rows of which an answer was cut off
+    whole). Of the tokens: `train_tokens`, `train_label_tokens`, `eval_tokens`, `eval_label_tokens`, `mean_length` and
+    `longest` of the cut rows. With general text `general_text` (its id), `general_text_revision`, `general_sequences`
+    and `general_label_tokens`. Raises DataError: the chat template refuses a row, or too few rows remain to train on
+    and to hold out; ModelError: the tokenizer has no eos token, or gives ids that are not in the model's vocabulary.
     """
     notes: list[str] = []
     with tempfile.TemporaryFile() as file, tempfile.TemporaryFile() as other_file:
@@ -101,8 +101,8 @@ def with_source_facts(data: TokenizedData, records: Records, evaluated: Records 
     """Tokens with the facts of where the rows came from, which do not determine tokens.
 
     They are `id`, `revision` (the hub's commit; None for local data), `fingerprint` (sha256 of the rows), `format`,
-    `rows_read`, `bad_rows_dropped`, `blank_rows_dropped`; for people `unread_columns`, `notes`, `warnings`; with an
-    evaluation set of its own also `eval_id`, `eval_rows_read`.
+    `rows_read`, `bad_rows_dropped`, `blank_rows_dropped`, `unwanted_rows_dropped`; for people `unread_columns`,
+    `notes`, `warnings`; with an evaluation set of its own also `eval_id`, `eval_rows_read`.
     """
     own = data.facts
     unread = [f"columns that are not read: {listed(records.unread_columns)}"] if records.unread_columns else []
@@ -115,12 +115,13 @@ def with_source_facts(data: TokenizedData, records: Records, evaluated: Records 
         **own,
         "bad_rows_dropped": own["bad_rows_dropped"] + records.left_out["bad"],
         "blank_rows_dropped": records.left_out["blank"],
+        "unwanted_rows_dropped": records.left_out["unwanted"],
         "unread_columns": list(records.unread_columns),
         "notes": list(dict.fromkeys([*records.notes, *unread, *(evaluated.notes if evaluated else ()), *own["notes"]])),
     }
     if evaluated is not None:
         bad = evaluated.left_out["bad"] + own["eval_bad_rows_dropped"]
-        left_out = {"blank": evaluated.left_out["blank"], "bad": bad, "duplicate": own["eval_duplicates_dropped"]}
+        left_out = evaluated.left_out | {"bad": bad, "duplicate": own["eval_duplicates_dropped"]}
         left_out["without an answer to learn"] = own["eval_without_label"]
         if said := [f"{count:,} {why}" for why, count in left_out.items() if count]:
             facts["notes"].append(f"of the evaluation set left out: {', '.join(said)}")

@@ -22,6 +22,7 @@ LEFT_OUT = (
     "duplicates_dropped",
     "blank_rows_dropped",
     "bad_rows_dropped",
+    "unwanted_rows_dropped",
     "rows_without_label_dropped",
     "eval_rows_in_train_dropped",
 )
