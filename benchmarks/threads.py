@@ -42,7 +42,7 @@ def train() -> None:
     spec = assemble({}, {"model": "embedded", "dataset": "embedded", "ranks": [8], "seeds": [0], "batch_size": 8}, [])
     data, model = prepare_data(spec), load_model(spec.model)
     trial, steps = Trial(candidate=spec.candidates()[0], seed=0), total_steps(spec.training, len(data.train))
-    state = make_train_state(model, trial, spec.training, steps, spec.model.id)
+    state = make_train_state(model, trial, spec.training, steps)
     engine = choose_engine(model, [state], spec.training).engine
     train_step(engine, [state], data.train, spec.training, 0)
     print("ready", flush=True)

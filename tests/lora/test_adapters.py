@@ -19,7 +19,7 @@ from rankscope.lora.adapters import (
 )
 from rankscope.lora.layout import Slice, flatten
 from rankscope.spec.candidates import Trial
-from rankscope.spec.models import TrainingSpec
+from rankscope.spec.models import ModelSpec, TrainingSpec
 from rankscope.train.engine import PackedEngine
 from rankscope.train.loop import choose_engine
 from rankscope.train.step import TrainState, make_train_state, train_step
@@ -31,7 +31,8 @@ TRAINING = TrainingSpec(steps=5, batch_size=4, warmup_ratio=0.0)
 
 def train(name: str, trials: list[Trial], tokens: Tokens) -> tuple[PackedEngine, list[TrainState]]:
     model = tiny_model(name)
-    members = [make_train_state(model, trial, TRAINING, 5, "base/model") for trial in trials]
+    base = ModelSpec(id="base/model", commit="0" * 40)
+    members = [make_train_state(model, trial, TRAINING, 5, base) for trial in trials]
     engine, reason, _ = choose_engine(model, members, TRAINING)
     assert reason is None
     for step in range(5):
@@ -87,7 +88,8 @@ def test_saved_adapter_gives_the_same_logits_in_peft(name: str, rslora: bool, tm
             base = tiny_model(name)(input_ids=batch.input_ids).logits[0, batch.label_positions]
         torch.testing.assert_close(got, logits, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(got, base, atol=1e-2), "the adapter must do something"
-        assert loaded.peft_config["default"].base_model_name_or_path == "base/model"
+        own = loaded.peft_config["default"]
+        assert (own.base_model_name_or_path, own.revision) == ("base/model", "0" * 40)
 
 
 def test_start_depends_on_the_seed_alone() -> None:

@@ -52,7 +52,7 @@ def trial_with(rank: int, modules: tuple[str, ...], options: dict[str, Any]) -> 
 
 
 def train(model: PreTrainedModel, trials: list[Trial], tokens: Tokens) -> tuple[EngineChoice, list[TrainState], Any]:
-    members = [make_train_state(model, trial, TRAINING, STEPS, "base/model") for trial in trials]
+    members = [make_train_state(model, trial, TRAINING, STEPS) for trial in trials]
     choice = choose_engine(model, members, TRAINING)
     steps = [train_step(choice.engine, members, tokens, TRAINING, step) for step in range(STEPS)]
     return choice, members, [[step[number].loss for step in steps] for number in range(len(trials))]

@@ -128,6 +128,19 @@ def test_a_finished_candidate_is_the_same_trial_of_a_run(found: tuple[Search, di
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4)
 
 
+def test_an_adapter_names_its_base_and_the_commit(root: Path, tmp_path: Path) -> None:
+    """By which PEFT loads it."""
+    spec = asked(root)
+    pinned = spec.study.model_copy(update={"model": spec.study.model.model_copy(update={"commit": "0" * 40})})
+    data = TokenizedData(*(_tokens(seed, rows) for seed, rows in ((0, 8), (1, 4))), {})
+    trainer = PackTrainer(load_model(spec.study.model), spec.model_copy(update={"study": pinned}), data, 1)
+    trial = spec.trial(Point(2, 1e-2, 8.0, "all-linear"), 0)
+    trainer.add(trial)
+    trainer.save(trial.name, tmp_path / "adapter")
+    saved = read_adapter(tmp_path / "adapter").config
+    assert (saved.base_model_name_or_path, saved.revision) == (str(root / "model"), "0" * 40)
+
+
 @pytest.mark.parametrize("engine", ["packed", "peft"])
 def test_places_at_different_steps_train_as_alone(root: Path, engine: str) -> None:
     """Candidates begin at different times, the newest is removed and its place taken: all have the losses that they

@@ -33,7 +33,7 @@ def work(study_path: Path, content: Mapping[str, Any]) -> None:
     model, _ = load_base(study)
     attention, untrained = model.config._attn_implementation, list[ExampleLosses]()
     for trial in [trial for trial in unevaluated(study) if trial.name in content["trials"]]:
-        state = make_train_state(model, trial, study.spec.training, 1, study.spec.model.id)
+        state = make_train_state(model, trial, study.spec.training, 1)
         engine = choose_engine(model, [state], study.spec.training).engine
         untrained = untrained or engine.evaluate(data.eval, [trial.name])  # equal for all: no adapter adds anything yet
         study.adapter_file(trial)  # raises where it is corrupt

@@ -32,9 +32,8 @@ def targets_of(candidate: Candidate, model: nn.Module) -> Targets:
     return find_targets(model, candidate.target_modules, plain)
 
 
-def lora_config(candidate: Candidate, model: nn.Module, base: str | None = None) -> LoraConfig:
-    """PEFT's configuration of the candidate on this model; `base` is its id or folder, for the saved file. Raises
-    StudyError as `find_targets` does."""
+def lora_config(candidate: Candidate, model: nn.Module) -> LoraConfig:
+    """PEFT's configuration of the candidate on this model. Raises StudyError as `find_targets` does."""
     targets, others = targets_of(candidate, model), deepcopy(candidate.peft)
     modules, parameters = for_peft(model, targets)
     parameters += others.pop("target_parameters", [])
@@ -45,7 +44,6 @@ def lora_config(candidate: Candidate, model: nn.Module, base: str | None = None)
     ranks = {weights[n] if weights[n] in targets.parameters else n: rank for n, rank in candidate.rank_pattern}
     return LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base,
         r=candidate.rank,
         lora_alpha=candidate.lora_alpha,  # type: ignore[arg-type]  # PEFT divides it; a float is fine
         target_modules=modules,
@@ -77,11 +75,11 @@ def inject(config: LoraConfig, model: nn.Module, name: str, empty: bool = False)
             raise StudyError(f"adapter.target_modules: {reason}", "Name other modules.") from None
 
 
-def add_adapter(model: PreTrainedModel, trial: Trial, base: str | None = None) -> LoraConfig:
+def add_adapter(model: PreTrainedModel, trial: Trial) -> LoraConfig:
     """Inject the trial's adapter under the trial's name, initialised from the trial's seed alone. The seed is set in a
     fork of the random state, so the other trials of a pack do not change an adapter's initial weights. Raises
     StudyError as `inject` does."""
-    config = lora_config(trial.candidate, model, base)
+    config = lora_config(trial.candidate, model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(trial.seed)

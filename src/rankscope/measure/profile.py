@@ -48,7 +48,7 @@ def profile_candidate(spec: StudySpec, candidate: Candidate, data: TokenizedData
         base = sampler.take()
         sampler.begin("warmup")
         steps = total_steps(training, len(data.train))
-        member = make_train_state(model, trial, training, steps, spec.model.id)
+        member = make_train_state(model, trial, training, steps)
         engine = choose_engine(model, [member], training).engine
         tokens, energy_before = 0, None
         energy = sampler.nvml.energy_joules if sampler.nvml else lambda: None

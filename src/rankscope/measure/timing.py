@@ -77,7 +77,7 @@ def time_candidates(spec: StudySpec, candidates: Mapping[str, Candidate], data: 
         if name == CONTROL:  # under a name of its own: it is one of the candidates once more
             candidate = candidate.model_copy(update={"alpha_in_name": not candidate.alpha_in_name})
         trial = Trial(candidate=candidate, seed=spec.seeds[0])
-        states[name] = make_train_state(model, trial, training, steps, spec.model.id)
+        states[name] = make_train_state(model, trial, training, steps)
     engine = choose_engine(model, list(states.values()), training).engine
     held_out = first_examples(data.eval, min(EVAL_TOKENS, engine.tokens_per_forward))
     rounds, control = take_turns(spec, states, engine, data.train, held_out), states[CONTROL].trial

@@ -81,7 +81,7 @@ def evaluate_truncations(
     lower = sorted({rank for rank, _ in requests} - {whole})
     for ranks in [[whole], *group_ranks(lower, whole, alone=spec.training.base_dropout == "keep")]:
         trials = {rank: _trial(spec, trial, rank) for rank in ranks}
-        members = {rank: make_train_state(model, one, spec.training, 1, spec.model.id) for rank, one in trials.items()}
+        members = {rank: make_train_state(model, one, spec.training, 1) for rank, one in trials.items()}
         # Chosen while the adapters still add nothing: the probe compares one of them with the model's own forward.
         engine = choose_engine(model, list(members.values()), spec.training).engine
         for rank, member in members.items():

@@ -41,7 +41,7 @@ class PackTrainer:
             remove_adapter(model, asked.name)
 
     def _member(self, asked: SearchTrial) -> TrainState:
-        return make_train_state(self.model, asked, self.training, self.steps, self.spec.study.model.id)
+        return make_train_state(self.model, asked, self.training, self.steps, self.spec.study.model)
 
     def add(self, asked: SearchTrial) -> None:
         self.members[asked.name] = self._member(asked)

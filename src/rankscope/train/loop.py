@@ -108,9 +108,7 @@ def train_pack(
     """Give each of `trials` an adapter and train them together: see `train_trials`. `weights` is the base model's
     fingerprint."""
     steps = total_steps(spec.training, len(data.train))
-    states = [make_train_state(model, trial, spec.training, steps, spec.model.id) for trial in trials]
-    for config in filter(None, (state.config for state in states)):
-        config.revision = spec.model.commit or spec.model.revision
+    states = [make_train_state(model, trial, spec.training, steps, spec.model) for trial in trials]
     choice = choose_engine(model, states, spec.training)
     facts = {"pack": pack, "engine": choice.engine.name, "engine_reason": choice.reason}
     facts |= {"model_sha256": weights, "tokens_sha256": data.sha256}

@@ -24,7 +24,7 @@ from rankscope.lora.adapters import adapter_weights, add_adapter, check_reached,
 from rankscope.lora.layout import Slice
 from rankscope.lora.variants import WEIGHT_INIT_VARIANTS, as_plain_lora, init_from_weights, initial_state_dict
 from rankscope.spec.candidates import AnyTrial, Trial
-from rankscope.spec.models import TrainingSpec
+from rankscope.spec.models import ModelSpec, TrainingSpec
 from rankscope.train.engine import Engine
 from rankscope.train.optimizer import make_optimizer
 
@@ -68,10 +68,12 @@ def evenly_spaced(steps: int, count: int) -> list[int]:
 
 
 def make_train_state(
-    model: PreTrainedModel, trial: Trial, training: TrainingSpec, steps: int, base: str | None = None
+    model: PreTrainedModel, trial: Trial, training: TrainingSpec, steps: int, base: ModelSpec | None = None
 ) -> TrainState:
-    """Inject the trial's adapter and make its optimizer and schedule."""
-    config, candidate = add_adapter(model, trial, base), trial.candidate
+    """Inject the trial's adapter and make its optimizer and schedule. An adapter that is saved names its `base`."""
+    config, candidate = add_adapter(model, trial), trial.candidate
+    if base is not None:
+        config.base_model_name_or_path, config.revision = base.id, base.commit or base.revision
     if candidate.variant in WEIGHT_INIT_VARIANTS:
         init_from_weights(model, trial.name, candidate.variant)
     weights = adapter_weights(model, trial.name)
