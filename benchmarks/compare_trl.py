@@ -58,11 +58,12 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from rankscope.files import read_json, read_jsonl, write_json
+from rankscope.files import read_json, write_json
 from rankscope.measure.cores import ENVIRONMENT
 from rankscope.measure.machine import versions
 from rankscope.spec.models import StudySpec
 from rankscope.spec.options import assemble
+from rankscope.study.metrics import read_rows
 from rankscope.study.study import Study
 
 OURS = ("rankscope float32", "rankscope bfloat16")
@@ -152,7 +153,7 @@ def run_rankscope(case: Case, arm: str, folder: Path) -> tuple[dict[str, Any], P
     study = Study.open(path)
     losses, packs, adapters, tokens = {}, {}, {}, [0] * case.steps
     for trial in study.spec.trials():
-        rows = [row for row in read_jsonl(study.trial_folder(trial) / "metrics.jsonl") if "train_loss" in row]
+        rows = [row for row in read_rows(study.trial_folder(trial) / "metrics.jsonl") if "train_loss" in row]
         losses[trial.candidate.rank] = [row["train_loss"] for row in rows]
         packs[study.trial_record(trial).pack] = [row["step_seconds"] for row in rows]  # one time for a pack's trials
         adapters[trial.candidate.rank] = str(study.trial_folder(trial) / "adapter")
@@ -190,7 +191,7 @@ class Log:
 
     def __init__(self, file: Path, minutes: float) -> None:
         self.file, self.end = file, time.monotonic() + 60 * minutes
-        self.lines = read_jsonl(file) if file.exists() else []
+        self.lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     def add(self, case: Case, work: Callable[[Path], dict[str, Any]], **values: Any) -> None:
         """Append what `work` returns of a temporary folder, unless the file has it, or the time is over."""

@@ -39,6 +39,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,7 +88,7 @@ from rankscope.jobs import packs
 from rankscope.jobs.job import Job, Run
 from rankscope.jobs.local import LocalLauncher
 from rankscope.jobs.process import JobProcess
-from rankscope.jobs.queue import run_kind
+from rankscope.jobs.queue import run_jobs
 from rankscope.lora.adapters import lora_config, remove_adapters
 from rankscope.lora.layout import Layout, Segment, use_layout
 from rankscope.measure.cores import ENVIRONMENT
@@ -103,6 +104,7 @@ from rankscope.spec.candidates import Trial
 from rankscope.spec.models import StudySpec
 from rankscope.spec.options import assemble
 from rankscope.study.study import Study
+from rankscope.text.catalogue import load
 from rankscope.text.formats import size
 from rankscope.train import step as step_module
 from rankscope.train.attention import packed_attention
@@ -475,8 +477,8 @@ def oom(here: Here) -> None:
         here.note("taken after the plan", held.numel(), f"{size(held.numel())} of {size(free)} free")
     else:
         here.note("taken after the plan", None, "nothing: on a CPU the job raises torch.OutOfMemoryError itself")
-    run = Run(study, plan, said.append)
-    run_kind(packs, run, packs.jobs(run), launcher, lambda: None)
+    run = Run(study, plan, said.append, load("en"))
+    run_jobs(launcher, study.path, packs.jobs(run), lambda: None, partial(packs.ended, run))
     del held
     for sentence in said:
         here.note("said", None, sentence)

@@ -1,6 +1,7 @@
 """A launcher without processes: a test decides how its jobs end. And one job in a process of its own."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
@@ -8,7 +9,7 @@ from typing import Any, Self
 from rankscope.errors import RankscopeError
 from rankscope.jobs.job import Job, Kind, Progress, Run
 from rankscope.jobs.process import JobProcess
-from rankscope.jobs.queue import run_kind
+from rankscope.jobs.queue import run_jobs
 from rankscope.measure.machine import Site
 from rankscope.study.folder import StudyFolder
 from rankscope.study.missing import missing_profiles, without_result
@@ -63,4 +64,4 @@ def do(kind: Kind, study: StudyFolder, launcher: FakeLauncher, progress: Progres
         fitting=lambda _, names: [list(names)],
     )
     run = Run(study, plan, progress.say, load("en"))
-    run_kind(kind, run, kind.jobs(run), launcher, progress.poll)
+    run_jobs(launcher, study.path, kind.jobs(run), progress.poll, partial(kind.ended, run))

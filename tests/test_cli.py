@@ -14,7 +14,8 @@ import pytest
 
 import forking
 from folders import write_data, write_model
-from rankscope.files import read_json, read_jsonl
+from rankscope.files import read_json
+from rankscope.study.metrics import read_rows
 
 
 def rankscope(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -139,7 +140,7 @@ def test_a_run_that_is_stopped_goes_on(folder: Path, how: signal.Signals) -> Non
     assert read_json(metrics.with_name("trial.json"))["status"] != "done"
     assert rankscope(*arguments, cwd=folder).returncode == 0
     assert read_json(metrics.with_name("trial.json"))["results"]["steps"] == 300
-    steps = [row["step"] for row in read_jsonl(metrics) if "train_loss" in row]
+    steps = [row["step"] for row in read_rows(metrics) if "train_loss" in row]
     assert steps == list(range(1, 301))
     (log,) = (folder / out).glob("packs/p000/log.txt")
     begun = [int(step) for step in re.findall(r"from step (\d+) of", log.read_text())]

@@ -12,7 +12,8 @@ import pytest
 import forking
 import rankscope
 from rankscope.errors import ModelError, StudyDirectoryError
-from rankscope.files import read_json, read_jsonl
+from rankscope.files import read_json
+from rankscope.study.metrics import read_rows
 from rankscope.study.missing import unfinished
 from rankscope.study.study import Study
 from rankscope.ui.console import PlainConsole
@@ -79,7 +80,7 @@ def losses(study: Study, trial: str) -> Any:
 
 
 def rows(study: Study, trial: str) -> list[dict[str, Any]]:
-    return [row | {"step_seconds": 0} for row in read_jsonl(study.path / "trials" / trial / "metrics.jsonl")]
+    return [row | {"step_seconds": 0} for row in read_rows(study.path / "trials" / trial / "metrics.jsonl")]
 
 
 def test_a_pack_without_enough_memory_is_divided(root: Path, whole: Study, tmp_path: Path, harm: Any) -> None:

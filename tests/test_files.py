@@ -19,10 +19,10 @@ from rankscope.files import (
     folder_bytes,
     no_such,
     read_json,
-    read_jsonl,
     write_atomic,
     write_json,
 )
+from rankscope.study.metrics import read_rows
 
 
 def test_json_round_trip_leaves_no_temporary_file(tmp_path: Path) -> None:
@@ -59,17 +59,17 @@ def test_jsonl_drops_and_cuts_a_torn_last_line(tmp_path: Path) -> None:
         writer.write({"step": 1})
         writer.write({"step": 2})
     os.truncate(path, path.stat().st_size - 4)
-    assert read_jsonl(path) == [{"step": 1}]
+    assert read_rows(path) == [{"step": 1}]
     with JsonlWriter(path) as writer:
         writer.write({"step": 3})
-    assert read_jsonl(path) == [{"step": 1}, {"step": 3}]
+    assert read_rows(path) == [{"step": 1}, {"step": 3}]
 
 
 def test_damage_is_reported_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
-    path.write_text('{"a": 1}\n{"a": \n{"a": 3}\n')
+    path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
     with pytest.raises(StudyDirectoryError, match="line 2"):
-        read_jsonl(path)
+        read_rows(path)
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(StudyDirectoryError, match="damaged"):
         read_json(tmp_path / "x.json")
@@ -81,7 +81,7 @@ def test_damage_is_reported_with_its_line(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path: Path) -> None:
     """The first page of a process's memory is not there: reading it gives EIO, as a bad disk does."""
     bad = Path("/proc/self/mem")
-    for read in (read_json, find_json, read_jsonl, file_sha256, JsonlWriter, lambda path: JsonlTail(path).read()):
+    for read in (read_json, find_json, read_rows, file_sha256, JsonlWriter, lambda path: JsonlTail(path).read()):
         with pytest.raises(StudyDirectoryError, match=r"mem: cannot be read: Input/output error") as caught:
             read(bad)
         assert not isinstance(caught.value, DamagedError)
@@ -100,7 +100,9 @@ FILL = """
 import sys
 from pathlib import Path
 from rankscope.errors import StudyDirectoryError
-from rankscope.files import JsonlWriter, read_jsonl
+from rankscope.study.metrics import read_rows
+from rankscope.files import JsonlWriter
+from rankscope.study.metrics import read_rows
 
 file, lines = Path(sys.argv[1]) / "metrics.jsonl", 0
 try:
@@ -111,7 +113,7 @@ try:
 except BaseException as error:
     assert type(error) is StudyDirectoryError, repr(error)
     assert "metrics.jsonl: cannot be written: " + sys.argv[2] in str(error), error
-assert [row["step"] for row in read_jsonl(file)] == list(range(lines)), "what was written is whole"
+assert [row["step"] for row in read_rows(file)] == list(range(lines)), "what was written is whole"
 assert lines > 5, lines
 with_room = JsonlWriter(file)
 assert with_room.lines == lines, "a torn line is cut off"

@@ -152,7 +152,12 @@ def read_json(path: Path, schema: int = 1) -> dict[str, Any]:
 
 def parse_json(content: bytes, path: Path, schema: int = 1) -> dict[str, Any]:
     """`read_json` of `content`, which was read from `path` before."""
-    value = _parse_object(content, path)
+    try:
+        value = json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
+        raise damaged_error(path, str(error)) from None
+    if not isinstance(value, dict):
+        raise damaged_error(path, f"expected a JSON object, found {type(value).__name__}")
     sha256 = value.pop("sha256", None)
     if sha256 is None or (sha256 != _digest_as_written(content) and sha256 != _digest(value)):
         raise damaged_error(path, "its content does not match its sha256")
@@ -164,16 +169,6 @@ def parse_json(content: bytes, path: Path, schema: int = 1) -> dict[str, Any]:
             f"{path}: made by a newer rankscope: its schema is {found}, and this version knows {schema} at most",
             f"Use that version, from {REPOSITORY}, or choose another --out.",
         )
-    return value
-
-
-def _parse_object(content: bytes, path: Path, where: str = "") -> dict[str, Any]:
-    try:
-        value = json.loads(content.decode())
-    except (ValueError, RecursionError) as error:
-        raise damaged_error(path, f"{where}{error}") from None
-    if not isinstance(value, dict):
-        raise damaged_error(path, f"{where}expected a JSON object, found {type(value).__name__}")
     return value
 
 
@@ -344,8 +339,9 @@ class JsonlTail:
         return first, lines
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file without a torn last line; a missing file has none. Raises DamagedError: another line is
-    corrupt; StudyDirectoryError: the file cannot be read."""
-    first, lines = JsonlTail(path).read()
-    return [_parse_object(line, path, f"line {number}: ") for number, line in enumerate(lines, first)]
+def text_or_empty(path: Path) -> str:
+    """Text of a file without white space at its ends; empty where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rankscope.data.tokens import save, sha256_of
@@ -15,7 +16,7 @@ from rankscope.files import exists, write_json
 from rankscope.jobs import answers, packs, profiles, reference, rows, task
 from rankscope.jobs.curve import take_curve
 from rankscope.jobs.job import Kind, Launcher, Progress, Run, Say, Settings
-from rankscope.jobs.queue import run_kind
+from rankscope.jobs.queue import run_jobs
 from rankscope.jobs.repair import remove_corrupt, remove_leftovers
 from rankscope.measure.machine import Site, changes, describe_machine
 from rankscope.plan.plan import Plan, make_plan, with_site_dtype
@@ -81,7 +82,7 @@ def run_study(spec: StudySpec, out: Path, launcher: Launcher, progress: Progress
         resources.enter_context(run_trackers(study, how.trackers, progress.say, how.language))
         run = Run(study, plan, progress.say, text)
         for kind in KINDS:
-            run_kind(kind, run, kind.jobs(run), launcher, progress.poll, how.limit)
+            run_jobs(launcher, study.path, kind.jobs(run), progress.poll, partial(kind.ended, run), how.limit)
         if plan.remeasure and not profiles.replace_profiles(study):
             progress.say(text("notice.not_remeasured"))
         progress.say(text("live.conclude"))

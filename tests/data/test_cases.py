@@ -29,10 +29,10 @@ from rankscope.data.cache import prepare_cached
 from rankscope.data.records import load_records
 from rankscope.data.tokens import Example, TokenizedData
 from rankscope.errors import DataError, ModelError, RankscopeError
-from rankscope.files import read_jsonl
 from rankscope.model.load import load_tokenizer
 from rankscope.spec.models import DataSpec, ModelSpec
 from rankscope.spec.options import assemble
+from rankscope.study.metrics import read_rows
 
 CASES = Path(__file__).parent / "cases"
 
@@ -591,7 +591,7 @@ def losses(folder: str, data: str, out: Path, model: Path, *options: str) -> lis
     )
     assert done.returncode == 0, done.stderr
     (metrics,) = out.glob("trials/*/metrics.jsonl")
-    return [row["train_loss"] for row in read_jsonl(metrics) if "train_loss" in row]
+    return [row["train_loss"] for row in read_rows(metrics) if "train_loss" in row]
 
 
 @pytest.mark.slow

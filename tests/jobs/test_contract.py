@@ -17,13 +17,14 @@ from ray.cluster_utils import Cluster
 
 import rankscope
 from rankscope.errors import RankscopeError
-from rankscope.files import read_json, read_jsonl
+from rankscope.files import read_json
 from rankscope.jobs import queue
 from rankscope.jobs.job import Job, Launcher
 from rankscope.jobs.launchers import make_launcher
 from rankscope.jobs.local import LocalLauncher
 from rankscope.jobs.queue import run_jobs
 from rankscope.spec.models import ModelSpec
+from rankscope.study.metrics import read_rows
 from rankscope.study.study import Study
 from recording import RecordingProgress
 
@@ -100,7 +101,7 @@ class Until(RecordingProgress):
 
     def poll(self) -> None:
         files = list(self.study.glob("trials/*/metrics.jsonl"))
-        steps = {file.parent.name: max((row["step"] for row in read_jsonl(file)), default=0) for file in files}
+        steps = {file.parent.name: max((row["step"] for row in read_rows(file)), default=0) for file in files}
         if not self.seen and len(files) == 2 and min(steps.values()) >= self.step:
             self.seen = steps
             self.act()
@@ -115,7 +116,7 @@ def contents(study: Study) -> dict[str, Any]:
     by_trial: dict[str, Any] = {}
     for trial in study.spec.trials():
         folder = study.trial_folder(trial)
-        rows = [{k: v for k, v in row.items() if k != "step_seconds"} for row in read_jsonl(folder / "metrics.jsonl")]
+        rows = [{k: v for k, v in row.items() if k != "step_seconds"} for row in read_rows(folder / "metrics.jsonl")]
         by_trial[trial.name] = [
             rows,
             read_json(folder / "eval.json"),
@@ -137,7 +138,7 @@ def test_a_stopped_study_resumes_bitwise(root: Path, trained: Trained, tmp_path:
     steps = {}
     for trial in study.spec.trials():
         assert study.trial_record(trial).status == "interrupted"
-        steps[trial.name] = len(read_jsonl(study.trial_folder(trial) / "metrics.jsonl"))
+        steps[trial.name] = len(read_rows(study.trial_folder(trial) / "metrics.jsonl"))
     assert all(6 < count < total for count in steps.values())
     checkpoints = sorted(out.glob("packs/*/checkpoints/step-*/manifest.json"))
     assert {path.parts[-4] for path in checkpoints} == {"p000", "p001"}

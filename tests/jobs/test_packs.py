@@ -3,6 +3,7 @@
 import gc
 import shutil
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rankscope.errors import KilledError, ModelError, OutOfMemoryError, Rankscop
 from rankscope.files import write_json
 from rankscope.jobs import packs as kind
 from rankscope.jobs.job import Run
-from rankscope.jobs.queue import run_kind
+from rankscope.jobs.queue import run_jobs
 from rankscope.plan.plan import make_fleet, make_plan
 from rankscope.spec.models import StudySpec
 from rankscope.spec.options import assemble
@@ -70,7 +71,7 @@ def train(
     launcher, progress = PackLauncher(slots, study, ends), RecordingProgress()
     plan = make_plan(spec, data, HERE, make_fleet(None, None, slots), study)
     run = Run(study, plan, progress.say, load("en"))
-    run_kind(kind, run, kind.jobs(run), launcher, progress.poll)
+    run_jobs(launcher, study.path, kind.jobs(run), progress.poll, partial(kind.ended, run))
     return study, launcher, progress
 
 

@@ -1,6 +1,7 @@
 """Evaluation of finished trials on added rows: the numbers are those that training itself gives for these rows."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from rankscope.errors import KilledError, RankscopeError
 from rankscope.files import file_sha256, read_json, write_json
 from rankscope.jobs import rows
 from rankscope.jobs.job import Job, Run
-from rankscope.jobs.queue import run_kind
+from rankscope.jobs.queue import run_jobs
 from rankscope.study.folder import OF_HELD_OUT
 from rankscope.study.missing import unevaluated
 from rankscope.study.records import LogEntry
@@ -48,7 +49,7 @@ def run(study: Study, does: Any = rows.work, devices: int = 1) -> tuple[list[Job
     plan: Any = SimpleNamespace(fleet=SimpleNamespace(devices=devices), host_bytes=lambda trials: 1)
     launcher = FakeLauncher(lambda path, job: does(path, job.content))
     run = Run(study, plan, said.append, load("en"))
-    run_kind(rows, run, rows.jobs(run), launcher, lambda: None)
+    run_jobs(launcher, study.path, rows.jobs(run), lambda: None, partial(rows.ended, run))
     return launcher.started, said
 
 

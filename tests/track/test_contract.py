@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from rankscope.files import read_json, read_jsonl, write_json
+from rankscope.files import read_json, write_json
 from rankscope.spec.candidates import Trial
 from rankscope.spec.resolve import write_yaml
+from rankscope.study.metrics import read_rows
 from rankscope.study.question import write_question
 from rankscope.study.study import Study
 from rankscope.track import TRACKERS
@@ -101,7 +102,7 @@ def wait_for(study: Study, name: str, lines: int) -> None:
 def test_curves_are_those_of_the_study(replayed: Replayed) -> None:
     for name, folder in ((TRIAL, "trials"), (REFERENCE, "reference")):
         expected: dict[str, list[tuple[int, float]]] = {}
-        for row in read_jsonl(FIXTURE / folder / name / "metrics.jsonl"):
+        for row in read_rows(FIXTURE / folder / name / "metrics.jsonl"):
             for field in row.keys() - {"step"}:
                 expected.setdefault(metric_name(field), []).append((row["step"], row[field]))
         assert expected.keys() >= {"train/loss", "eval/loss", "train/grad_norm", "train/learning_rate", "train/epoch"}

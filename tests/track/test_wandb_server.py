@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rankscope.files import read_jsonl
+from rankscope.study.metrics import read_rows
 from rankscope.study.study import Study
 from rankscope.track.tracker_process import run_trackers
 from recording import RecordingProgress
@@ -52,7 +52,7 @@ def check(server: WandbServer, study: Study) -> None:
     assert run.asked["groupName"] == study.spec.name
     assert json.loads(run.asked["config"])["rank"]["value"] == 8
     rows = [row for _, row in sorted(run.history.items())]
-    expected = read_jsonl(FIXTURE / "trials" / TRIAL / "metrics.jsonl")
+    expected = read_rows(FIXTURE / "trials" / TRIAL / "metrics.jsonl")
     for name, field in (("train/loss", "train_loss"), ("eval/loss", "eval_loss")):
         seen = [(row["train/global_step"], row[name]) for row in rows if name in row]
         assert seen == [(row["step"], row[field]) for row in expected if field in row]

@@ -15,9 +15,10 @@ import rankscope.train.loop as loop
 from folders import write_model
 from rankscope.data.tokens import TokenizedData
 from rankscope.errors import ModelError
-from rankscope.files import read_json, read_jsonl, write_json
+from rankscope.files import read_json, write_json
 from rankscope.model.load import load_model
 from rankscope.spec.models import AdapterSpec, DataSpec, ModelSpec, StudySpec, TrainingSpec
+from rankscope.study.metrics import read_rows
 from rankscope.train.loop import train_pack
 from rankscope.train.stopping import StopRequest
 from reference import random_tokens
@@ -101,7 +102,7 @@ def contents(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for file in sorted(folder.glob("*/*")) + sorted(folder.glob("*/adapter/*")):
         if file.name == "metrics.jsonl":
-            found[str(file.relative_to(folder))] = [row | {"step_seconds": 0} for row in read_jsonl(file)]
+            found[str(file.relative_to(folder))] = [row | {"step_seconds": 0} for row in read_rows(file)]
         elif file.name == "trial.json":
             record = read_json(file)
             record["results"] = {k: v for k, v in record["results"].items() if "second" not in k}
@@ -235,7 +236,7 @@ def test_a_checkpoint_of_other_trials_is_not_used(
 ) -> None:
     spec = study(model)
     train(spec, data, stopped, most=1)
-    steps = [row["step"] for row in read_jsonl(stopped / spec.trials()[0].name / "metrics.jsonl")]
+    steps = [row["step"] for row in read_rows(stopped / spec.trials()[0].name / "metrics.jsonl")]
     assert sorted(set(steps)) == list(range(STEPS + 1))
     train(spec, data, tmp_path / "alone", most=1)
     name = f"{spec.trials()[0].name}/eval.json"

@@ -10,11 +10,12 @@ from transformers import PreTrainedModel
 from folders import write_model
 from models import UNPACKABLE, tiny_model
 from rankscope.data.tokens import TokenizedData, Tokens
-from rankscope.files import read_json, read_jsonl
+from rankscope.files import read_json
 from rankscope.jobs.reference import make_full_train_state, train_full
 from rankscope.model.load import load_model
 from rankscope.spec.candidates import FullTrial
 from rankscope.spec.models import DataSpec, ModelSpec, ReferenceSpec, StudySpec, TrainingSpec
+from rankscope.study.metrics import read_rows
 from rankscope.train.engine import PackedEngine
 from rankscope.train.loop import choose_engine, train_trials
 from rankscope.train.probe import make_packable, use_own_forward
@@ -133,7 +134,7 @@ def test_the_files_of_a_trial(folder: str, data: TokenizedData, tmp_path: Path) 
     assert results["trainable_params"] == sum(p.numel() for p in load_model(ModelSpec(id=folder)).parameters())
     assert results["adapter_bytes"] is None
     assert results["general_loss_after"] != results["general_loss_before"]
-    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    rows = read_rows(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows if "train_loss" in row] == [1, 2, 3, 4]
     assert [row["step"] for row in rows if "eval_loss" in row] == [0, 2, 4]
     assert len(read_json(tmp_path / "eval.json")["examples"]["loss"]) == 8

@@ -8,9 +8,10 @@ import pytest
 from folders import write_model
 from rankscope.data.batches import total_steps
 from rankscope.data.tokens import TokenizedData
-from rankscope.files import read_json, read_jsonl
+from rankscope.files import read_json
 from rankscope.model.load import load_model
 from rankscope.spec.models import DataSpec, ModelSpec, StudySpec, TrainingSpec
+from rankscope.study.metrics import read_rows
 from rankscope.train.loop import train_pack
 from rankscope.train.stopping import StopRequest
 from reference import random_tokens
@@ -60,7 +61,7 @@ def test_a_diverging_trial_is_recorded_and_harms_no_other(model: str, data: Toke
     losses = {
         kind: [
             row["train_loss"]
-            for row in read_jsonl(tmp_path / kind / good["trial"] / "metrics.jsonl")
+            for row in read_rows(tmp_path / kind / good["trial"] / "metrics.jsonl")
             if "train_loss" in row
         ]
         for kind in ("alone", "mixed")
@@ -74,7 +75,7 @@ def test_a_diverging_trial_is_recorded_and_harms_no_other(model: str, data: Toke
 def test_schedules_are_those_of_transformers(model: str, data: TokenizedData, tmp_path: Path, schedule: str) -> None:
     training = TrainingSpec(steps=10, batch_size=4, warmup_ratio=0.2, lr_scheduler_type=schedule)  # type: ignore[arg-type]
     run(study(model, training=training), data, tmp_path)
-    rows = read_jsonl(tmp_path / "r004-lr1e-3-s0" / "metrics.jsonl")
+    rows = read_rows(tmp_path / "r004-lr1e-3-s0" / "metrics.jsonl")
     rates = [row["step_learning_rate"] for row in rows if "step_learning_rate" in row]
     after = {
         "cosine": [0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(8)],

@@ -8,7 +8,7 @@ from signal import SIGINT, SIGKILL, SIGTERM
 from types import MappingProxyType
 
 from rankscope.errors import KilledError, OutOfMemoryError, RankscopeError, StudyDirectoryError, WorkerError
-from rankscope.files import read_json, write_json, writing
+from rankscope.files import read_json, text_or_empty, write_json, writing
 from rankscope.jobs.job import Job
 from rankscope.measure.cores import job_environment
 
@@ -69,8 +69,5 @@ class JobProcess:
 
 def _memory_kills() -> int:
     """Number of processes that the kernel has killed for lack of memory since boot; 0 where it keeps no count."""
-    try:
-        counters = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
-    except OSError:
-        return 0
+    counters = dict(line.split() for line in text_or_empty(Path("/proc/vmstat")).splitlines())
     return int(counters.get("oom_kill", 0))

@@ -4,11 +4,10 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from rankscope.errors import RankscopeError, StudyError
-from rankscope.jobs.job import Job, Kind, Launcher, Run, Running
+from rankscope.jobs.job import Job, Launcher, Running
 
 POLL_SECONDS = 0.5
 
@@ -38,18 +37,6 @@ def time_limit(hours: float | None) -> TimeLimit | None:
     if not 0 < hours < math.inf:
         raise StudyError(f"--hours {hours:g}: expected hours above 0", "For example --hours 2, or 0.5.")
     return TimeLimit(time.monotonic() + 3600 * hours)
-
-
-def run_kind(
-    kind: Kind,
-    run: Run,
-    jobs: Iterable[Job],
-    launcher: Launcher,
-    poll: Callable[[], None],
-    limit: TimeLimit | None = None,
-) -> None:
-    """Run jobs of one kind, and those that follow from them, to the end, or as far as the time limit allows."""
-    run_jobs(launcher, run.study.path, jobs, poll, partial(kind.ended, run), limit)
 
 
 def run_jobs(

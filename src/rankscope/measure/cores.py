@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from rankscope.files import text_or_empty
 from rankscope.measure.allocator import preloaded
 
 ROOT = Path("/")
@@ -36,7 +37,7 @@ def job_environment() -> dict[str, str]:
 def _physical(cpus: Collection[int], root: Path) -> int:
     """Physical cores among CPUs; each is one of its own where the kernel does not say."""
     files = {cpu: root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list" for cpu in cpus}
-    return len({_text(file) or str(cpu) for cpu, file in files.items()})
+    return len({text_or_empty(file) or str(cpu) for cpu, file in files.items()})
 
 
 def _quota(root: Path) -> float:
@@ -44,8 +45,8 @@ def _quota(root: Path) -> float:
     (cpu.cfs_quota_us); infinity without a limit. A group's limit holds for all groups below it."""
     found = [math.inf]
     for folder in _groups(root):
-        limit = _text(folder / "cpu.max")
-        limit = limit or f"{_text(folder / 'cpu.cfs_quota_us')} {_text(folder / 'cpu.cfs_period_us')}"
+        limit = text_or_empty(folder / "cpu.max")
+        limit = limit or f"{text_or_empty(folder / 'cpu.cfs_quota_us')} {text_or_empty(folder / 'cpu.cfs_period_us')}"
         with suppress(ValueError):  # `max 100000`, or no such file
             quota, period = map(int, limit.split())
             found += [quota / period] if quota > 0 and period > 0 else []  # -1 for none in v1
@@ -55,7 +56,7 @@ def _quota(root: Path) -> float:
 def _groups(root: Path) -> Iterator[Path]:
     """Folders of this process's groups that may limit its CPU time, and of those above them. In a container only the
     mount itself may be there."""
-    for line in _text(root / "proc/self/cgroup").splitlines():
+    for line in text_or_empty(root / "proc/self/cgroup").splitlines():
         _, controllers, group = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
@@ -65,17 +66,10 @@ def _groups(root: Path) -> Iterator[Path]:
         yield from (mount.joinpath(*parts[:length]) for length in range(len(parts) + 1))
 
 
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
-
-
 def stalled_seconds() -> float | None:
     """Time in which any program of this machine waited for a processor, since boot; None where the system does not
     count it (Linux: https://docs.kernel.org/accounting/psi.html)."""
-    some = _text(ROOT / "proc/pressure/cpu").splitlines()[:1]
+    some = text_or_empty(ROOT / "proc/pressure/cpu").splitlines()[:1]
     return int(some[0].rpartition("total=")[2]) / 1e6 if some else None
 
 

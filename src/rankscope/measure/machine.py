@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from rankscope import __version__
+from rankscope.files import text_or_empty
 from rankscope.measure.allocator import allocator
 from rankscope.measure.cores import threads
 from rankscope.model.load import commit
@@ -42,13 +43,9 @@ def hardware() -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    lines = text_or_empty(Path("/proc/cpuinfo")).splitlines()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
 
 
 def installed(package: str) -> str | None:

@@ -41,7 +41,7 @@ from rankscope.spec.resolve import LOG, resolve_spec, write_yaml
 from rankscope.study import records
 from rankscope.study.growth import grow
 from rankscope.study.metrics import read_rows
-from rankscope.study.question import Holder, lock_folder, read_question, text_of, write_question
+from rankscope.study.question import Holder, lock_folder, read_question, write_question
 
 SCHEMA = 1
 FINISHED = ("done", "diverged")  # statuses that are results: a trial with any other is trained again
@@ -253,7 +253,7 @@ class StudyFolder:
     def holder(self) -> Holder | None:
         """Process that runs the study now, or None."""
         file = self.file(".lock-holder")
-        found = re.fullmatch(r"process (\d+) on (.*)", text_of(file))
+        found = re.fullmatch(r"process (\d+) on (.*)", files.text_or_empty(file))
         if not found:
             return None
         holder = Holder(int(found[1]), found[2])

@@ -14,7 +14,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from rankscope.errors import StudyDirectoryError, StudyError
-from rankscope.files import inside, reading, write_atomic, writing
+from rankscope.files import inside, reading, text_or_empty, write_atomic, writing
 from rankscope.text.catalogue import flatten
 
 _QUESTION_HASH = "# sha256 of all lines above: "
@@ -34,13 +34,6 @@ class Holder(NamedTuple):
             return psutil.Process(self.pid).create_time()
         except psutil.Error:
             return math.inf
-
-
-def text_of(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""
 
 
 def _sha256(text: str) -> str:
@@ -86,7 +79,7 @@ def lock_folder(path: Path) -> Iterator[None]:
         try:
             lock.acquire()
         except Timeout:
-            what = f"{path}: another run is writing to it ({text_of(holder) or 'it has just begun'})"
+            what = f"{path}: another run is writing to it ({text_or_empty(holder) or 'it has just begun'})"
             raise StudyDirectoryError(what, "Wait for it to end, or choose another --out.") from None
     try:
         write_atomic(holder, f"process {os.getpid()} on {platform.node()}\n")

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rankscope.data.tokens import TokenizedData
-from rankscope.files import file_hashes, read_jsonl
+from rankscope.files import file_hashes
 from rankscope.spec.candidates import AnyTrial
 from rankscope.study.folder import FINISHED, OF_HELD_OUT, TRIAL_FILES
+from rankscope.study.metrics import read_rows
 from rankscope.study.records import EvalRecord, Examples, TrialRecord
 from rankscope.train.engine import Engine, ExampleLosses
 from rankscope.train.step import StepMetrics, TrainState, load_trained_adapter
@@ -43,7 +44,7 @@ class TrialFiles(NamedTuple):
 
     def history(self) -> list[StepMetrics]:
         """Training steps recorded in metrics.jsonl."""
-        rows = [row for row in read_jsonl(self.metrics) if "train_loss" in row]
+        rows = [row for row in read_rows(self.metrics) if "train_loss" in row]
         return [StepMetrics(*(row[column] for column in COLUMNS)) for row in rows]
 
     def record(self, status: str, reason: str | None = None, **results: Any) -> None:
