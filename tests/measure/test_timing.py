@@ -11,7 +11,7 @@ import pytest
 
 from rankscope.data.tokens import TokenizedData
 from rankscope.measure import timing
-from rankscope.measure.timing import Rounds, Turn, Work, median_ratio, summarise, time_candidates
+from rankscope.measure.timing import Rounds, Turn, median_ratio, summarise, time_candidates
 from rankscope.spec.candidates import CONTROL
 from rankscope.spec.models import StudySpec
 from rankscope.spec.resolve import resolve_spec
@@ -104,9 +104,9 @@ def test_the_error_of_a_ratio_is_that_of_a_median() -> None:
 
 def test_a_schedule_is_its_tokens_its_evaluations_and_a_slow_first_step() -> None:
     turns = [{CONTROL: Turn(1.0, 0.1, 2.0, 0.1), "r008": Turn(1.5, 0.1, 3.2, 0.2)}] * 4
-    work = Work(tokens=100, evaluated=400, evaluated_a_round=20)
+    work = 100, 400 / 20  # tokens, and evaluations
     rounds = Rounds(turns, [10] * 4, first_step_seconds=3.0, cpu_pressure=0.05)
-    control, other = (summarise(rounds, name, work) for name in (CONTROL, "r008"))
+    control, other = (summarise(rounds, name, *work) for name in (CONTROL, "r008"))
     assert control["runtime_seconds"] == pytest.approx(100 / 10 * 1.0 + 400 / 20 * 0.1 + 2.0)
     assert other["runtime_ratio"] == pytest.approx((15 + 2) / (10 + 2))
     assert other["step_ratio"] == pytest.approx(1.5)
@@ -118,12 +118,12 @@ def test_a_schedule_is_its_tokens_its_evaluations_and_a_slow_first_step() -> Non
 
 def test_a_busy_machine_is_compared_by_processor_time() -> None:
     rounds = Rounds([{CONTROL: Turn(1.0, 0.1, 2.0, 0.2), "r008": Turn(9.0, 0.1, 3.0, 0.2)}] * 4, [10] * 4, 1.0)
-    work = Work(tokens=100, evaluated=400, evaluated_a_round=20)
-    busy = summarise(rounds._replace(cpu_pressure=0.5), "r008", work)
+    work = 100, 400 / 20  # tokens, and evaluations
+    busy = summarise(rounds._replace(cpu_pressure=0.5), "r008", *work)
     assert busy["step_ratio"] == pytest.approx(1.5)
     assert busy["runtime_ratio"] == pytest.approx((30 + 4) / (20 + 4))
-    assert summarise(rounds._replace(cpu_pressure=0.05), "r008", work)["step_ratio"] == pytest.approx(9)
-    assert summarise(rounds._replace(cpu_pressure=0.5, on_cpu=False), "r008", work)["step_ratio"] == pytest.approx(9)
+    assert summarise(rounds._replace(cpu_pressure=0.05), "r008", *work)["step_ratio"] == pytest.approx(9)
+    assert summarise(rounds._replace(cpu_pressure=0.5, on_cpu=False), "r008", *work)["step_ratio"] == pytest.approx(9)
 
 
 def test_more_rounds_are_taken_while_ratios_are_uncertain(

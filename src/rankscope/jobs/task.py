@@ -130,7 +130,12 @@ def work(study_path: Path, content: Mapping[str, Any]) -> None:
         raise StudyError(f"measure.task: {text} is not here, or has changed since the run began", "Run it again.")
     task, (model, _) = parse_task(text), load_base(study)
 
-    def write(name: str, scored: Scored) -> None:
+    score = {"lm_eval": by_harness, **dict.fromkeys(CHOICE, likeliest)}.get(task.kind, generated)
+    parts = [
+        {name: study.adapter_file(trials[name]).parent if name in trials else None for name in part}
+        for part in content["parts"]
+    ]
+    for name, scored in score(model, study, data, task, parts, study.file(content["folder"], SCORED)):
         trial = trials.get(name)
         results = study.trial_record(trial).results if trial else None
         record = TaskRecord(
@@ -143,14 +148,6 @@ def work(study_path: Path, content: Mapping[str, Any]) -> None:
             items=scored.items,
         )
         record.write(task_file(study, trial))
-
-    score = {"lm_eval": by_harness, **dict.fromkeys(CHOICE, likeliest)}.get(task.kind, generated)
-    parts = [
-        {name: study.adapter_file(trials[name]).parent if name in trials else None for name in part}
-        for part in content["parts"]
-    ]
-    for name, scored in score(model, study, data, task, parts, study.file(content["folder"], SCORED)):
-        write(name, scored)
 
 
 def by_harness(

@@ -82,11 +82,8 @@ def time_candidates(spec: StudySpec, candidates: Mapping[str, Candidate], data: 
     held_out = first_examples(data.eval, min(EVAL_TOKENS, engine.tokens_per_forward))
     rounds, control = take_turns(spec, states, engine, data.train, held_out), states[CONTROL].trial
     batches = (batch_at(control, data.train, training, step) for step in range(steps))
-    work = Work(
-        tokens=sum(int(data.train.lengths[examples].sum()) for examples in batches),
-        evaluated=int(data.eval.offsets[-1]) * (1 + len(eval_steps(training, steps))),
-        evaluated_a_round=int(held_out.offsets[-1]),
-    )
+    trained = sum(int(data.train.lengths[examples].sum()) for examples in batches)
+    evaluated = float(data.eval.offsets[-1] / held_out.offsets[-1]) * (1 + len(eval_steps(training, steps)))
     return {
         "seconds": {field: {name: rounds.seconds(name, field).tolist() for name in states} for field in Turn._fields},
         "tokens": rounds.tokens,
@@ -94,7 +91,7 @@ def time_candidates(spec: StudySpec, candidates: Mapping[str, Candidate], data: 
         "control": candidates[CONTROL].name,
         "clock": rounds.clock,
         "cpu_pressure": rounds.cpu_pressure,
-        "summaries": {name: summarise(rounds, name, work) for name in states},
+        "summaries": {name: summarise(rounds, name, trained, evaluated) for name in states},
     }
 
 
@@ -174,16 +171,9 @@ def step_ratio(rounds: Rounds, name: str) -> Ratio:
     return median_ratio(rounds.compared(name, "step"), rounds.compared(CONTROL, "step"))
 
 
-class Work(NamedTuple):
-    """Tokens of a whole schedule, and of what a round evaluates."""
-
-    tokens: int
-    evaluated: int  # by all evaluations
-    evaluated_a_round: int
-
-
-def summarise(rounds: Rounds, name: str, work: Work) -> dict[str, float | None]:
-    """Summary of a candidate's time.
+def summarise(rounds: Rounds, name: str, trained: int, evaluated: float) -> dict[str, float | None]:
+    """Summary of a candidate's time. A whole schedule trains on so many tokens, and evaluates so many times what a
+    round does.
 
     - `step_ratio step_ratio_se`: a step's time by `Rounds.clock` over the control's on the same batch, the median over
       rounds, and the standard error of its logarithm; `runtime_ratio runtime_ratio_se` the same of a whole schedule's
@@ -197,8 +187,7 @@ def summarise(rounds: Rounds, name: str, work: Work) -> dict[str, float | None]:
     tokens, wall = np.array(rounds.tokens), rounds.seconds
 
     def schedule(of: str, seconds: Callable[[str, str], np.ndarray] = rounds.compared) -> np.ndarray:
-        evaluated = seconds(of, "evaluation") / work.evaluated_a_round * work.evaluated
-        total: np.ndarray = evaluated + seconds(of, "step") / tokens * work.tokens
+        total: np.ndarray = seconds(of, "evaluation") * evaluated + seconds(of, "step") / tokens * trained
         return total
 
     step, runtime = step_ratio(rounds, name), median_ratio(schedule(name), schedule(CONTROL))

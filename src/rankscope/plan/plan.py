@@ -18,19 +18,11 @@ from rankscope.data.tokens import TokenizedData
 from rankscope.errors import StudyError
 from rankscope.files import exists
 from rankscope.measure.machine import Site, changes_of_costs
+from rankscope.plan import runtime
 from rankscope.plan.checks import Disk, check_base_fits, check_disk, check_ranks, disk_bytes, disk_taken
 from rankscope.plan.costs import CostModel, predict
 from rankscope.plan.memory import StudyMemory
 from rankscope.plan.packs import divide_into_packs
-from rankscope.plan.runtime import (
-    Fleet,
-    FleetEstimate,
-    StudyForecast,
-    estimate_fleet,
-    forecast,
-    largest_fitting_rank,
-    study_seconds,
-)
 from rankscope.spec.candidates import FullTrial, Trial
 from rankscope.spec.models import ModelSpec, StudySpec
 from rankscope.study.folder import Division, StudyFolder
@@ -53,7 +45,7 @@ class Plan:
     reference: list[FullTrial]  # trials of full fine-tuning without a result
     profiles: list[ProfileJob]  # repeats to be measured
     disk_bytes: int  # at most, still to be written
-    fleet: Fleet  # the devices that jobs run on
+    fleet: runtime.Fleet  # the devices that jobs run on
     product_flops: float | None = None  # the device's rate of plain matrix products, a second; None: to be measured
     remeasure: bool = False  # whether the profiles replace those that the study has
     timed: bool = False  # whether the run has a time limit: then jobs are small, and have forecasts
@@ -65,14 +57,14 @@ class Plan:
         return total_steps(self.spec.training, len(self.data.train))
 
     @cached_property
-    def forecast(self) -> StudyForecast:
+    def forecast(self) -> runtime.StudyForecast:
         """Memory by part and time of each candidate; takes seconds."""
-        return forecast(self.spec, self.memory, self.data, self.site.here, self.product_flops)
+        return runtime.forecast(self.spec, self.memory, self.data, self.site.here, self.product_flops)
 
     @property
     def whole_seconds(self) -> StudySeconds | None:
         """Forecast of the whole study on one device; None where times are not known."""
-        return study_seconds(self.spec, self.forecast.candidates, self.data.facts)
+        return runtime.study_seconds(self.spec, self.forecast.candidates, self.data.facts)
 
     @property
     def on_one_device(self) -> bool:
@@ -80,11 +72,11 @@ class Plan:
         return self.site.here and self.fleet.devices == 1
 
     @property
-    def fleet_estimate(self) -> FleetEstimate | None:
+    def fleet_estimate(self) -> runtime.FleetEstimate | None:
         """Makespan, device hours and cost on the fleet; None on one device without a price, or without known times."""
-        if self.fleet == Fleet(1, None):
+        if self.fleet == runtime.Fleet(1, None):
             return None
-        return estimate_fleet(self.whole_seconds, self.packs, self.forecast.candidates, self.fleet)
+        return runtime.estimate_fleet(self.whole_seconds, self.packs, self.forecast.candidates, self.fleet)
 
     @property
     def hypothetical(self) -> bool:
@@ -93,8 +85,8 @@ class Plan:
 
     @cached_property
     def largest_rank(self) -> int | None:
-        """See `largest_fitting_rank`."""
-        return largest_fitting_rank(self.spec, self.memory)
+        """See `rankscope.plan.runtime.largest_fitting_rank`."""
+        return runtime.largest_fitting_rank(self.spec, self.memory)
 
     def host_bytes(self, trials: Sequence[Trial]) -> int:
         """Predicted memory of the host for a process that trains `trials` together."""
@@ -131,7 +123,7 @@ def make_plan(
     spec: StudySpec,
     data: TokenizedData,
     site: Site,
-    fleet: Fleet,
+    fleet: runtime.Fleet,
     study: StudyFolder | None = None,
     product_flops: float | None = None,
     remeasure: bool = False,
@@ -202,11 +194,11 @@ def imagined_gpu(model: ModelSpec, memory_bytes: int) -> Site:
     return Site("cuda", False, memory_bytes, "cuda", "bfloat16" if model.dtype == "auto" else model.dtype, {}, {})
 
 
-def make_fleet(devices: int | None, price: float | None, slots: int = 1) -> Fleet:
+def make_fleet(devices: int | None, price: float | None, slots: int = 1) -> runtime.Fleet:
     """Return the fleet of `--devices` and `--price`; without `devices` it has the launcher's slots. Raises StudyError:
     one of the two is out of range."""
     if devices is not None and devices < 1:
         raise StudyError(f"--devices {devices}: expected 1 or more", "For example --devices 8.")
     if price is not None and not 0 < price < math.inf:
         raise StudyError(f"--price {price}: expected a price above 0", "Price of one device-hour, e.g. --price 2.5.")
-    return Fleet(devices or slots, price)
+    return runtime.Fleet(devices or slots, price)

@@ -33,7 +33,6 @@ from rankscope.train.recompute import recompute_layers
 _LENGTHS = (7, 12, 5, 9)
 _OTHER_LENGTHS = ((7, 9, 5, 12), (4, 12, 8, 9))
 """Of as many tokens, none longer: the first keeps sequences 0 and 2, the second 1 and 3."""
-PROBE_TOKENS = sum(_LENGTHS)  # total length of the probe sequences
 
 PEFT_ROWS = 8  # of a forward by PEFT's own in which nothing is trained
 
