@@ -146,6 +146,11 @@ def did_you_mean(name: str, known: Iterable[str], most: int = 1, cutoff: float =
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
+def first_line(error: BaseException) -> str:
+    """First line of an error's text, or its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def shortened(text: str, most: int = 60) -> str:
     """Text of at most `most` characters, for a message."""
     return text if len(text) <= most else f"{text[: most - 3]}..."

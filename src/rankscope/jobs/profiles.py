@@ -36,12 +36,12 @@ def jobs(run: Run) -> list[Job]:
     trials = {name: Trial(candidate=one, seed=study.spec.seeds[0]) for name, one in candidates.items()}
     forecasts = plan.forecast.candidates if plan.timed else {}
     steps = {name: forecasts[one.name].step_seconds or 0.0 for name, one in candidates.items() if forecasts}
-    for name, _, members in plan.profiles:
+    for name, members in plan.profiles:
         reads = [str(study.profile_file(name, again).relative_to(study.path))]
         for part in plan.fitting(trials, members) if members else [[]]:
             content = {"profile": name, "members": part, "again": again}
             memory = plan.host_bytes([trials[member] for member in part or [name]])
-            seconds = profile_seconds(study.spec.measure, ProfileJob(name, 0, tuple(part)), steps) if steps else 0.0
+            seconds = profile_seconds(study.spec.measure, ProfileJob(name, tuple(part)), steps) if steps else 0.0
             found.append(Job(__name__, content, f"profiles/jobs/{name}", reads, memory, seconds, alone=True))
     return found
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeAlias
 
 from rankscope import __version__
-from rankscope.errors import KilledError, OutOfMemoryError, RankscopeError, StudyError, WorkerError, require
+from rankscope.errors import KilledError, OutOfMemoryError, RankscopeError, StudyError, WorkerError, first_line, require
 from rankscope.jobs.job import Job, Say
 from rankscope.jobs.mirror import PIECE_BYTES, Change, Mirror, Replica, collect, pieces
 from rankscope.jobs.process import JobProcess
@@ -185,7 +185,7 @@ class RayJob:
                 else:
                     self._replica.apply(message)
             except exceptions.OutOfMemoryError as error:
-                self._end(OutOfMemoryError(f"{self.job.folder}: Ray ended it for lack of memory", _first_line(error)))
+                self._end(OutOfMemoryError(f"{self.job.folder}: Ray ended it for lack of memory", first_line(error)))
             except exceptions.RayTaskError as error:
                 self._end(error.cause if isinstance(error.cause, RankscopeError) else _cannot_work(error))
             except (exceptions.RayError, StopIteration) as error:
@@ -298,7 +298,7 @@ def _connect(address: str | None) -> None:
         require_ray().init(address, log_to_driver=False, logging_level=logging.WARNING, include_dashboard=dashboard)
     except (ConnectionError, ValueError, RuntimeError) as error:
         todo = "Give the address of a running cluster (`ray start --head` prints it), or none to start Ray here."
-        raise StudyError(f"Ray at {address or 'this machine'}: {_first_line(error)}", todo) from None
+        raise StudyError(f"Ray at {address or 'this machine'}: {first_line(error)}", todo) from None
 
 
 def _device_kind(device: str, nodes: list[Node]) -> str:
@@ -334,7 +334,3 @@ def _cannot_work(error: Exception) -> RankscopeError:
         return StudyError("rankscope is not installed on a node of the Ray cluster", todo)
     last_line = str(error).strip().rpartition("\n")[2]
     return WorkerError(f"a task on the Ray cluster failed: {last_line}")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

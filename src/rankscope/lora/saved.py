@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rankscope import hub
-from rankscope.errors import ModelError, StudyError, shortened
+from rankscope.errors import ModelError, StudyError, first_line, shortened
 from rankscope.hub import HUB_ID
 from rankscope.lora.adapter_config import PatternKeys, checked_name, pattern_keys, read_config
 from rankscope.lora.adapters import (
@@ -87,7 +87,7 @@ def find_adapter(name: str, revision: str | None = None) -> Path:
         commit, files, _ = hub.repository(name, "model", revision, CONFIG)
         found = [hub.fetch(name, "model", commit, file) for file in (CONFIG, WEIGHTS) if file in files]
     except Exception as error:  # the hub's client raises its own errors, httpx's and the file system's
-        reason, todo = hub.explained(name, error) or ((str(error).strip() or type(error).__name__).splitlines()[0], "")
+        reason, todo = hub.explained(name, error) or (first_line(error), "")
         what = f"adapter {name}: no such folder, and not from the hub: {reason}"
         raise ModelError(what, todo or "Give a folder, or a hub id.") from None
     if len(found) < 2:

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 
-from rankscope.errors import StudyError
+from rankscope.errors import StudyError, first_line
 from rankscope.lora.adapters import adapter_weights, check_reached, grows_with_rank, layer_of, lora_layers, targets_of
 from rankscope.lora.coverage import Coverage, find_coverage
 from rankscope.lora.layout import NotPackable, Unpackable
@@ -280,7 +280,3 @@ def small_engines(
 def stand_in(device: torch.device) -> torch.device:
     """Device of the fake tensors. Where no GPU is, torch has no backward for those of one: the CPU's stand for them."""
     return device if device.type == "cpu" or torch.cuda.is_available() else torch.device("cpu")
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -17,9 +17,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rankscope.data.tokens import Tokens
+from rankscope.errors import first_line
 from rankscope.lora.variants import WEIGHT_INIT_VARIANTS
 from rankscope.measure.allocator import allocator
-from rankscope.plan.costs import CostModel, Family, family_key, first_line, small_engines, stand_in
+from rankscope.plan.costs import CostModel, Family, family_key, small_engines, stand_in
 from rankscope.plan.fake_steps import Instant, Recording, forward_seconds, record
 from rankscope.plan.forwards import Forwards, ForwardSizes
 from rankscope.spec.candidates import Candidate, Trial

@@ -15,9 +15,8 @@ from rankscope.model.load import fingerprint, load_model
 from rankscope.search.driver import drive
 from rankscope.search.folder import Search
 from rankscope.search.sampling import DONE, open_journal, summary
-from rankscope.search.space import SearchSpec
+from rankscope.search.space import Point, SearchSpec
 from rankscope.search.trainer import PackTrainer, step_tokens
-from rankscope.spec.candidates import all_linear_or_names
 from rankscope.spec.models import StudySpec
 from rankscope.spec.resolve import write_yaml
 from rankscope.text.catalogue import Catalogue
@@ -90,12 +89,10 @@ def confirming(spec: SearchSpec, result: dict[str, Any]) -> StudySpec:
     best, *others = [candidates[name] for name in result["within_margin"]]
     alike = [one for one in others if all(one[name] == best[name] for name in ("alpha", "target_modules"))]
     chosen = (best, min([best, *alike], key=lambda candidate: int(candidate["rank"])))
-    adapter = {"alpha": best["alpha"], "target_modules": all_linear_or_names(best["target_modules"])}
     changes = {
         "name": f"{spec.study.name[:92]}-confirm",
         "ranks": tuple(sorted({candidate["rank"] for candidate in chosen})),
         "learning_rates": tuple(sorted({candidate["learning_rate"] for candidate in chosen})),
         "seeds": tuple(spec.study.seeds[0] + number for number in (1, 2, 3)),
-        "adapter": spec.study.adapter.model_copy(update=adapter),
     }
-    return spec.study.model_copy(update=changes)
+    return spec.alone(Point(*(best[field] for field in Point._fields))).model_copy(update=changes)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rankscope.errors import StudyError, did_you_mean, shortened
+from rankscope.errors import StudyError, did_you_mean, first_line, shortened
 
 OWN = {
     "r": "ranks",
@@ -66,7 +66,7 @@ def checked_options(options: Any) -> dict[str, Any]:
     try:
         LoraConfig(**dict(options))
     except Exception as error:  # whatever PEFT makes of a value
-        raise ValueError(shortened(str(error).strip().splitlines()[0], 200)) from None
+        raise ValueError(shortened(first_line(error), 200)) from None
     return dict(options)
 
 

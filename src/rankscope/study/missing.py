@@ -33,7 +33,6 @@ class ProfileJob(NamedTuple):
     """One repeat of a profile of `StudyFolder.profiled`, or of `TIME`, which times its members side by side."""
 
     profile: str
-    repeat: int
     members: tuple[str, ...] = ()  # by profile name, the control first
 
 
@@ -82,8 +81,8 @@ def missing_profiles(spec: StudySpec, study: StudyFolder | None, again: bool = F
     jobs = []
     for repeat in range(spec.measure.repeats):
         order = random.Random(repeat).sample(list(done), len(done))
-        jobs += [ProfileJob(name, repeat) for name in order if repeat >= done[name]]
-    return jobs + [ProfileJob(TIME, 0, (CONTROL, *names)) for names in _untimed(spec, study, again) if names]
+        jobs += [ProfileJob(name) for name in order if repeat >= done[name]]
+    return jobs + [ProfileJob(TIME, (CONTROL, *names)) for names in _untimed(spec, study, again) if names]
 
 
 def _untimed(spec: StudySpec, study: StudyFolder | None, again: bool) -> list[list[str]]:

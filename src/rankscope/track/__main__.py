@@ -16,6 +16,7 @@ from typing import TextIO
 
 from filelock import FileLock
 
+from rankscope.errors import first_line
 from rankscope.files import write_atomic
 from rankscope.study.folder import StudyFolder
 from rankscope.text.catalogue import Catalogue, load
@@ -40,7 +41,7 @@ def main(path: Path, name: str, language: str) -> int:
         try:
             follow(StudyFolder.open(path), name, user, load(language))
         except Exception as error:  # whatever a client raises
-            reason = redacted(str(error)).strip().partition("\n")[0] or type(error).__name__
+            reason = redacted(first_line(error))
             print(f"{name}: {reason[:REASON_LENGTH]}", file=user, flush=True)
             write_atomic(path / "tracking" / f"{name}.log", redacted(traceback.format_exc()))
             return 1
