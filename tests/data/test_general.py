@@ -25,7 +25,7 @@ def sequences(path: Path, tokenizer: PreTrainedTokenizerFast, most: int = 64, ma
 def general(path: Path, most: int, max_length: int, tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> Tokens:
     row = Tokens.from_examples([Example(np.array([1, 2], np.int32), np.array([False, True]))])
     data = TokenizedData(row, row, {"max_length": max_length})
-    tokens = with_general_text(data, str(path), most, tokenizer, vocab_size).general
+    tokens = with_general_text(data, str(path), most, tokenizer, vocab_size, {}).general
     assert tokens is not None
     return tokens
 
@@ -115,7 +115,7 @@ def test_it_is_stored_with_the_study_s_tokens(tmp_path: Path, tokenizer: PreTrai
     (tmp_path / "book.txt").write_text(TEXT)
     tokens = sequences(tmp_path / "book.txt", tokenizer)
     bare = TokenizedData(tokens, tokens, {"max_length": 32})
-    data = with_general_text(bare, str(tmp_path / "book.txt"), 2, tokenizer, len(tokenizer))
+    data = with_general_text(bare, str(tmp_path / "book.txt"), 2, tokenizer, len(tokenizer), {})
     assert data.facts["general_sequences"] == 2
     assert data.facts["general_label_tokens"] == 62
     for name, stored in (("bare", bare), ("general", data)):

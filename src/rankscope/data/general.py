@@ -9,7 +9,6 @@ which are no labels.
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 
@@ -28,12 +27,7 @@ _CHARACTERS_PER_TOKEN = 16  # characters tokenised per token needed: a large fil
 
 
 def with_general_text(
-    data: TokenizedData,
-    id: str,
-    most: int,
-    tokenizer: Tokenizer,
-    vocab_size: int,
-    commits: Mapping[str, str] = MappingProxyType({}),
+    data: TokenizedData, id: str, most: int, tokenizer: Tokenizer, vocab_size: int, commits: Mapping[str, str]
 ) -> TokenizedData:
     """Copy of `data` with the first `most` sequences of the general text `id`, truncated as its rows are; one from the
     hub is read at its commit in `commits`. Raises DataError: the text cannot be read, has no `text` column, or no token

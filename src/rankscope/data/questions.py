@@ -72,6 +72,8 @@ def held_out_choices(
     for where, row, raw in rows_with_columns(read, evaluated or train):
         if not known:
             break
+        if not isinstance(row, dict):
+            continue
         example = reader.example(row)
         number = known.pop(_key(example), None) if example else None
         if number is None:

@@ -90,9 +90,9 @@ def file_part(path: Path, name: str | None = None) -> Part:
     return Part(name, lambda wanted: _objects(name, read(path, name, wanted)))
 
 
-def read_text(path: Path, name: str | None = None) -> str:
+def read_text(path: Path) -> str:
     """Text of a file, compressed or not. Raises DataError if it cannot be read or is not UTF-8, with the line."""
-    return "".join(_text_lines(path, name or str(path)))
+    return "".join(_text_lines(path, str(path)))
 
 
 def _objects(name: str, numbered: Iterable[Numbered]) -> Iterator[Numbered]:
@@ -271,13 +271,13 @@ def _table_columns(path: Path, name: str) -> tuple[str, ...]:
 def _table_rows(path: Path, name: str, wanted: Collection[str]) -> Iterator[Numbered]:
     """Rows of a Parquet or Arrow file. Fields of nested objects that are null were absent, or are of other rows."""
     with _table(path, name) as (columns, read):
-        for batch in read([column for column in columns if column in wanted]):
+        for batch in read(columns=[column for column in columns if column in wanted]):
             for row in batch.to_pylist():
                 yield None, {column: _without_nulls(value) for column, value in row.items()}
 
 
 @contextmanager
-def _table(path: Path, name: str) -> Iterator[tuple[list[str], Callable[[list[str]], Iterable[Any]]]]:
+def _table(path: Path, name: str) -> Iterator[tuple[list[str], Callable[..., Iterable[Any]]]]:
     """Columns of a Parquet or Arrow file, and what reads some of them in batches."""
     import pyarrow as pa
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
@@ -287,8 +287,7 @@ def _table(path: Path, name: str) -> Iterator[tuple[list[str], Callable[[list[st
         if file_type(path) == ".parquet":
             # So a row group is read page by page: pyarrow's writer puts a million rows in one.
             with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
-                read = partial(file.iter_batches, _BATCH_ROWS, use_threads=False)
-                yield file.schema_arrow.names, lambda columns: read(columns=columns)
+                yield file.schema_arrow.names, partial(file.iter_batches, _BATCH_ROWS, use_threads=False)
             return
         with pa.memory_map(str(path)) as source:
             try:  # a stream, as `datasets` writes it
@@ -296,14 +295,12 @@ def _table(path: Path, name: str) -> Iterator[tuple[list[str], Callable[[list[st
             except pa.ArrowInvalid:
                 reader = pa.ipc.open_file(source)
                 batches = map(reader.get_batch, range(reader.num_record_batches))
-            yield (
-                reader.schema.names,
-                lambda columns: (
-                    part
-                    for batch in batches
-                    for part in pa.Table.from_batches([batch]).select(columns).to_batches(_BATCH_ROWS)
-                ),
-            )
+
+            def read(columns: list[str]) -> Iterator[Any]:
+                for batch in batches:
+                    yield from pa.Table.from_batches([batch]).select(columns).to_batches(_BATCH_ROWS)
+
+            yield reader.schema.names, read
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         here = "Check the file, or fetch it again."
         todo = here if name == str(path) else f"Delete {path.resolve()}, and run again: it is fetched anew."

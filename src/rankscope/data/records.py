@@ -14,7 +14,6 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any, NamedTuple
@@ -67,7 +66,7 @@ class Records:
 
     def located(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Rows with their place, e.g. `data.jsonl, line 7`."""
-        return ((where, row) for where, row in _checked(self.parts, self.spec, {}) if isinstance(row, dict))
+        return ((where, row) for where, row, _ in _checked(self.parts, self.spec, {}) if isinstance(row, dict))
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -93,7 +92,7 @@ def load_records(spec: DataSpec, sources: Sequence[Source] | None = None) -> Rec
     records = Records(sources, parts, spec, notes=notes)
     digest = hashlib.sha256()
     problems: list[str] = []
-    for where, row in _checked(parts, spec, unread):
+    for where, row, _ in _checked(parts, spec, unread):
         records.rows_read += 1
         if isinstance(row, WrongRowError):
             records.left_out["bad"] += 1
@@ -122,24 +121,16 @@ def load_records(spec: DataSpec, sources: Sequence[Source] | None = None) -> Rec
     return records
 
 
-class WholeRow(NamedTuple):
+class CheckedRow(NamedTuple):
     where: str  # for an error
-    row: dict[str, Any]  # as it is used
-    columns: dict[str, Any]  # all that its source has
+    row: dict[str, Any] | WrongRowError | str  # as it is used; its fault if it is wrong; `blank`, `unwanted`
+    columns: dict[str, Any]  # as its source has it
 
 
-def rows_with_columns(spec: DataSpec, sources: Sequence[Source]) -> Iterator[WholeRow]:
-    """Rows that `load_records` would use, each with all columns of its source. Nothing is counted or hashed."""
-    parts = chain.from_iterable(_with_layouts(source, spec, {}) for source in sources)
-    raws = (
-        (part.where(line, index), raw, layout)
-        for part, layout in parts
-        for index, (line, raw) in enumerate(part.rows({*COLUMNS, *spec.columns.values(), *part.columns()}))
-    )
-    for where, raw, layout in islice(raws, spec.max_rows):
-        with suppress(WrongRowError):
-            if not _is_unwanted(raw, layout) and (row := _canonical(raw, layout)):
-                yield WholeRow(where, row, raw)
+def rows_with_columns(spec: DataSpec, sources: Sequence[Source]) -> Iterator[CheckedRow]:
+    """Every row of the sources, as `load_records` takes it, with all columns of its source."""
+    parts = [part for source in sources for part in _with_layouts(source, spec, {})]
+    return _checked(parts, spec, {}, every_column=True)
 
 
 def _with_layouts(source: Source, spec: DataSpec, unread: dict[str, None]) -> list[tuple[Part, Layout]]:
@@ -171,34 +162,33 @@ def _with_layouts(source: Source, spec: DataSpec, unread: dict[str, None]) -> li
 
 
 def _checked(
-    parts: Sequence[tuple[Part, Layout]], spec: DataSpec, unread: dict[str, None]
-) -> Iterator[tuple[str, dict[str, Any] | WrongRowError | str]]:
-    """Every row's place, and the row; its fault if it is wrong, `blank` or `unwanted` if it is that."""
+    parts: Sequence[tuple[Part, Layout]], spec: DataSpec, unread: dict[str, None], every_column: bool = False
+) -> Iterator[CheckedRow]:
+    """The first `spec.max_rows` rows. Columns that no format reads are not loaded where that saves time, unless
+    `every_column` is wanted; those that a row has go to `unread`."""
     left = spec.max_rows or sys.maxsize
-    wanted = COLUMNS.union(spec.columns.values())
     for part, layout in parts:
         if left == 0:
             return  # before a further file is fetched
         read, judging = set(layout.columns.values()), _judging(layout)
+        wanted = {*COLUMNS, *spec.columns.values(), *(part.columns() if every_column else ())}
         for index, (line, raw) in enumerate(islice(part.rows(wanted), left)):
             left -= 1
             read.update(name for name in judging if isinstance(raw.get(name), bool))
             unread.update((column, None) for column in raw if column not in read)
-            try:
-                row = None if (unwanted := _is_unwanted(raw, layout)) else _canonical(raw, layout)
-                yield part.where(line, index), row or ("unwanted" if unwanted else "blank")
-            except WrongRowError as error:
-                yield part.where(line, index), error
+            row: dict[str, Any] | WrongRowError | str = "unwanted"
+            if not any(raw.get(name) is False for name in judging):
+                try:
+                    row = _canonical(raw, layout) or "blank"
+                except WrongRowError as error:
+                    row = error
+            yield CheckedRow(part.where(line, index), row, raw)
 
 
 def _judging(layout: Layout) -> list[str]:
     """Columns that say whether an answer is wanted."""
     names = [name for name, formats in IS_WANTED.items() if layout.format in formats]
     return [name for name in names if name not in layout.columns.values()]
-
-
-def _is_unwanted(raw: dict[str, Any], layout: Layout) -> bool:
-    return any(raw.get(name) is False for name in _judging(layout))
 
 
 def _canonical(raw: dict[str, Any], layout: Layout) -> dict[str, Any] | None:
