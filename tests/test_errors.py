@@ -1,4 +1,4 @@
-"""What is not here: an optional part, or the system that rankscope runs on."""
+"""What is not here: an optional part, or the system that rankscope runs on. What errors say."""
 
 import sys
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 import rankscope
 from rankscope import cli
-from rankscope.errors import MissingExtraError, RankscopeError, install_command, require
+from rankscope.errors import DataError, MissingExtraError, RankscopeError, install_command, reason_of, require
 
 GIT = "git+https://github.com/rankscope/rankscope"
 
@@ -45,6 +45,13 @@ def test_on_windows_every_command_names_wsl(arguments: list[str], monkeypatch: p
     assert isinstance(result.exception, RankscopeError)
     assert "on Windows run it in WSL" in str(result.exception)
     assert CliRunner().invoke(cli.app, ["--version"]).output.startswith("rankscope ")
+
+
+def test_the_reason_in_a_message_is_one_line_that_says_something() -> None:
+    assert reason_of(RuntimeError("size mismatch for\n\tweight")) == "size mismatch for weight"
+    assert reason_of(KeyError()) == "KeyError"
+    assert reason_of(DataError("data.csv: no rows", "Give some.")) == "data.csv: no rows"
+    assert reason_of(ValueError("a" * 300), 100) == "a" * 97 + "..."
 
 
 def test_on_windows_python_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:

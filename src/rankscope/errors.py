@@ -154,3 +154,9 @@ def first_line(error: BaseException) -> str:
 def shortened(text: str, most: int = 60) -> str:
     """Text of at most `most` characters, for a message."""
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def reason_of(error: BaseException, most: int = 200) -> str:
+    """All that an error says, without its way out, on one line; its kind where it says nothing."""
+    said = error.what if isinstance(error, RankscopeError) else str(error)
+    return shortened(" ".join(said.split()) or type(error).__name__, most)

@@ -13,14 +13,7 @@ from typing import Any, Self
 
 from safetensors import SafetensorError
 
-from rankscope.errors import (
-    REPOSITORY,
-    DamagedError,
-    RankscopeError,
-    StudyDirectoryError,
-    StudyError,
-    did_you_mean,
-)
+from rankscope.errors import REPOSITORY, DamagedError, RankscopeError, StudyDirectoryError, StudyError, did_you_mean
 
 _MEND = "Mend that, or choose another --out, and run again: a study that has begun goes on where it was."
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # names of files that `published` has not renamed yet

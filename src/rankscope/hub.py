@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from filelock import FileLock
 
-from rankscope.errors import RankscopeError, StudyError
+from rankscope.errors import RankscopeError, StudyError, reason_of
 from rankscope.files import find_json, write_json
 
 HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))(\b[\w.-]+\b/)?\b[\w.-]{1,96}\b", re.ASCII)
@@ -53,7 +53,7 @@ def repository(id: str, kind: Literal["model", "dataset"], revision: str | None,
         if folder is None:
             raise
         if not isinstance(error, errors.OfflineModeIsEnabled):
-            reason, _ = explained(id, error) or (str(error), "")
+            reason, _ = explained(id, error) or (reason_of(error), "")
             _log.warning("%s: %s; commit %s is used, which was fetched before", id, reason, folder.name[:7])
         files = _listed(kind, id, folder.name)  # some of them may not have been fetched
         here = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
@@ -130,7 +130,7 @@ def push(id: str, folder: Path, message: str) -> str:
         hub.create_repo(id, private=True, exist_ok=True)
         return str(hub.upload_folder(repo_id=id, folder_path=folder, commit_message=message).commit_url)
     except Exception as error:  # the hub's client raises its own errors, httpx's and the file system's
-        reason, todo = explained(id, error) or (" ".join(str(error).split()) or type(error).__name__, "")
+        reason, todo = explained(id, error) or (reason_of(error), "")
         todo = f"{todo} It is written; to push it: {shlex.join(['hf', 'upload', id, str(folder)])}".strip()
         raise StudyError(f"--push {id}: {reason}", todo) from None
 

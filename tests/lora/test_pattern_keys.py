@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-from rankscope.lora.adapter_config import PatternKeys
+from rankscope.lora.adapter_config import by_pattern
 
 PARTS = ["a", "b", ".", r"\.", r"\d", "[ab]", "[^a]", "[0-9]", "1", "_", r"\w", "-"]
 one = st.builds("{}{}".format, st.sampled_from(PARTS), st.sampled_from(["", "", "?", "*", "+", "*?", "{2}", "{1,}"]))
@@ -22,7 +22,7 @@ names = st.text("ab1._-", min_size=1, max_size=8)
 @given(st.dictionaries(keys, st.integers(), max_size=3), names)
 def test_values_are_those_that_peft_finds(patterns: dict[str, int], name: str) -> None:
     found = get_pattern_key(list(patterns), name)
-    assert PatternKeys(patterns).get(name, -1) == patterns.get(found, -1)
+    assert by_pattern(patterns, -1)(name) == patterns.get(found, -1)
 
 
 def test_keys_as_people_write_them() -> None:
@@ -35,9 +35,9 @@ def test_keys_as_people_write_them() -> None:
         r".*\.(q_proj|v_proj)$",
         r"^model.layers.\d+.*q_proj",
     ):
-        assert PatternKeys({"k_proj": 1, key: 2}).get(layer, 0) == 2
+        assert by_pattern({"k_proj": 1, key: 2}, 0)(layer) == 2
     for key in ("proj", "self_attn", r"^layers\.12\.self_attn\.q_proj", "(q|k)"):
-        assert PatternKeys({key: 2}).get(layer, 0) == 0
+        assert by_pattern({key: 2}, 0)(layer) == 0
 
 
 REFUSED = {
@@ -51,7 +51,7 @@ REFUSED = {
 @pytest.mark.parametrize("key", [key for keys in REFUSED.values() for key in keys])
 def test_other_syntax_is_refused(key: str) -> None:
     with pytest.raises(ValueError, match="key"):
-        PatternKeys({key: 2})
+        by_pattern({key: 2}, 0)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_other_syntax_is_refused(key: str) -> None:
 )
 def test_no_key_takes_long(key: str) -> None:
     start = time.process_time()
-    assert PatternKeys({key: 2}).get("a" * 320 + "b", 0) == 0
+    assert by_pattern({key: 2}, 0)("a" * 320 + "b") == 0
     assert time.process_time() - start < 2
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from rankscope import hub
 from rankscope.data.folders import SPLITS, divide
 from rankscope.data.readers import FILE_TYPES, Part, expanded, file_part, file_type, listed
-from rankscope.errors import DataError, shortened
+from rankscope.errors import DataError, reason_of
 from rankscope.files import no_such, published
 from rankscope.hub import HUB_ID
 from rankscope.spec.models import EMBEDDED, DataSpec
@@ -273,5 +273,4 @@ def _not_fetched(id: str, error: Exception) -> DataError:
 
 
 def _not_loaded(name: str, error: Exception, todo: str) -> DataError:
-    message = shortened(" ".join(str(error).split()), 500)
-    return DataError(f"{name}: cannot be loaded: {type(error).__name__}: {message}", todo)
+    return DataError(f"{name}: cannot be loaded: {type(error).__name__}: {reason_of(error, 500)}", todo)

@@ -2,18 +2,18 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-import re2
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME as CONFIG
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from rankscope.errors import ModelError, shortened
+from rankscope.errors import ModelError, reason_of, shortened
 from rankscope.model.checks import check_adapter_folder
+from rankscope.spec.task import compiled
 
 Value = TypeVar("Value")
 
@@ -76,8 +76,7 @@ def read_config(folder: Path) -> tuple[LoraConfig, tuple[str, ...]]:
         field, value = shortened(".".join(map(str, wrong["loc"]))) or "it", shortened(repr(wrong["input"]))
         raise ModelError(f"{folder / CONFIG}: {field} is {value}: {wrong['msg']}", "Restore it.") from None
     except Exception as error:  # of the file, and whatever PEFT makes of other fields
-        reason = shortened(str(error).strip().split("\n")[0], 200)
-        raise ModelError(f"{folder / CONFIG}: cannot be read: {reason}", "Restore it.") from None
+        raise ModelError(f"{folder / CONFIG}: cannot be read: {reason_of(error)}", "Restore it.") from None
     # Not numbers, which newer versions of PEFT write for options that are off.
     unknown = [k for k, v in values.items() if k not in known and v and (v is True or not isinstance(v, int | float))]
     return config, tuple(unknown)
@@ -87,21 +86,17 @@ _KEY = re.compile(r"(?:\\[dDwW]|\\[^A-Za-z0-9]|\(\?:|\((?!\?)|\{\d+(?:,\d*)?\}|[
 """Syntax that has one meaning in Python's `re`, which PEFT uses, and in RE2; whether it is complete is RE2's to say."""
 
 
-class PatternKeys(Generic[Value]):
-    """Values by the keys of rank_pattern or alpha_pattern: names of modules, or regular expressions.
+def by_pattern(patterns: Mapping[str, Value] | None, default: Value) -> Callable[[str], Value]:
+    """Value of a layer by its name: that of the first matching key of rank_pattern or alpha_pattern, a module's name or
+    a regular expression, as PEFT's `get_pattern_key` has it; else `default`.
 
     PEFT matches the keys with Python's `re`, in which one such as `(a+)+` can take exponential time. RE2 gives the same
     answers in time linear in the layer's name, whatever an adapter from elsewhere asks for. Raises ValueError: a key is
     too long, is no regular expression, or has what RE2 cannot match (backreferences, lookaround) or reads differently
     from `re` (flags, named groups, spaces).
     """
-
-    def __init__(self, patterns: Mapping[str, Value]) -> None:
-        self._patterns = [(_compile_key(key), value) for key, value in patterns.items()]
-
-    def get(self, layer: str, default: Value) -> Value:
-        """Value of the first key that matches the layer's name, as PEFT's `get_pattern_key` has it."""
-        return next((value for pattern, value in self._patterns if pattern.match(layer)), default)
+    known = [(_compile_key(key), value) for key, value in (patterns or {}).items()]
+    return lambda layer: next((value for pattern, value in known if pattern.match(layer)), default)
 
 
 def _compile_key(key: str) -> Any:
@@ -109,21 +104,19 @@ def _compile_key(key: str) -> Any:
         raise ValueError(f"a key has {len(key):,} characters; at most {MAX_NAME_LENGTH} are allowed")
     if not _KEY.fullmatch(key):
         raise ValueError(f"key {key!r}: only names, ., classes, groups, |, ^, $ and repetition are supported")
-    options = re2.Options()
-    options.log_errors = False  # they are raised
     try:
-        re2.compile(key, options)  # else `a)|(b` would be complete in the next line
-        return re2.compile(rf"(.*\.)?({key})$", options)  # as in peft.utils.other.get_pattern_key
-    except re2.error as error:
-        raise ValueError(f"key {key!r}: {error.args[0].decode(errors='replace')}") from None
+        compiled(key)  # else `a)|(b` would be complete in the next line
+        return compiled(rf"(.*\.)?({key})$")  # as in peft.utils.other.get_pattern_key
+    except ValueError as error:
+        raise ValueError(f"key {error}") from None
 
 
-def pattern_keys(folder: Path, config: LoraConfig) -> tuple[PatternKeys[int], PatternKeys[float]]:
-    """Ranks and alphas by layer, from rank_pattern and alpha_pattern. Raises ModelError if a key is unsafe."""
-    patterns: list[Any] = []
-    for field in ("rank_pattern", "alpha_pattern"):
+def ranks_and_alphas(folder: Path, config: LoraConfig) -> tuple[Callable[[str], int], Callable[[str], float]]:
+    """Rank and alpha of a layer by its name. Raises ModelError if a key of rank_pattern or alpha_pattern is unsafe."""
+    found: list[Any] = []
+    for field, default in (("rank_pattern", config.r), ("alpha_pattern", config.lora_alpha)):
         try:
-            patterns.append(PatternKeys(getattr(config, field) or {}))
+            found.append(by_pattern(getattr(config, field), default))
         except ValueError as error:
             raise ModelError(f"{folder / CONFIG}: {field}: {error}", "Name the modules instead.") from None
-    return patterns[0], patterns[1]
+    return found[0], found[1]

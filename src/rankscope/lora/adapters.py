@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from rankscope.errors import StudyError, shortened
+from rankscope.errors import StudyError, reason_of
 from rankscope.files import published, write_atomic
 from rankscope.lora.targets import Targets, find_targets, for_peft
 from rankscope.spec.candidates import Candidate, Trial
@@ -71,8 +71,7 @@ def inject(config: LoraConfig, model: nn.Module, name: str, empty: bool = False)
         try:
             inject_adapter_in_model(config, model, name, low_cpu_mem_usage=empty)
         except ValueError as error:
-            reason = shortened(" ".join(str(error).split()), 300)
-            raise StudyError(f"adapter.target_modules: {reason}", "Name other modules.") from None
+            raise StudyError(f"adapter.target_modules: {reason_of(error, 300)}", "Name other modules.") from None
 
 
 def add_adapter(model: PreTrainedModel, trial: Trial) -> LoraConfig:

@@ -20,19 +20,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rankscope import hub
-from rankscope.errors import ModelError, StudyError, first_line, shortened
+from rankscope.errors import ModelError, StudyError, first_line, reason_of, shortened
 from rankscope.hub import HUB_ID
-from rankscope.lora.adapter_config import PatternKeys, checked_name, pattern_keys, read_config
-from rankscope.lora.adapters import (
-    SAVED_PREFIX,
-    adapter_key,
-    adapter_weights,
-    inject,
-    layer_of,
-    remove_adapters,
-    save_adapter,
-    to_float32,
-)
+from rankscope.lora import adapters
+from rankscope.lora.adapter_config import by_pattern, checked_name, ranks_and_alphas, read_config
 
 _WRAPPED = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module)\.")  # names that torch.compile and FSDP add
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.weight)?")
@@ -101,7 +92,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
     ModelError: a file is missing or corrupt, it is no LoRA adapter, a factor has no counterpart or is not finite, its
     rank differs from the configuration, or a name is no valid module name."""
     config, unknown = read_config(folder)
-    (ranks, alphas), file = pattern_keys(folder, config), folder / WEIGHTS
+    (rank_of, alpha_of), file = ranks_and_alphas(folder, config), folder / WEIGHTS
     try:
         tensors = load_file(file)
     except FileNotFoundError:
@@ -116,9 +107,8 @@ def read_adapter(folder: Path) -> SavedAdapter:
     pairs = {name: {part: tensors.pop(key) for part, key in sorted(both.items())} for name, both in keys.items()}
     layers: list[Factors] = []
     for name in sorted(pairs, key=_order):
-        parameter = _parameter(file, name, pairs, config, ranks)
-        rank = ranks.get(parameter or name, config.r)
-        alpha = alphas.get(parameter or name, config.lora_alpha)
+        parameter = _parameter(file, name, pairs, config, rank_of(name))
+        rank, alpha = rank_of(parameter or name), alpha_of(parameter or name)
         scaling = alpha / (rank**0.5 if config.use_rslora else rank)
         a, b = _checked_pair(f"{file}: {name}", pairs[name], rank, parameter is not None)
         names = _canonical(keys[name]["A"]), _canonical(keys[name]["B"])
@@ -181,11 +171,11 @@ def _canonical(key: str) -> str:
     if match is None:
         return key
     ending = "" if "embedding" in match[2] else ".weight"
-    return f"{SAVED_PREFIX}{_WRAPPED.sub('', match[1])}.{match[2]}{ending}"
+    return f"{adapters.SAVED_PREFIX}{_WRAPPED.sub('', match[1])}.{match[2]}{ending}"
 
 
 def _parameter(
-    file: Path, name: str, pairs: Mapping[str, Mapping[str, Tensor]], config: LoraConfig, ranks: PatternKeys[int]
+    file: Path, name: str, pairs: Mapping[str, Mapping[str, Tensor]], config: LoraConfig, rank: int
 ) -> str | None:
     """Name of the parameter that the layer `name` of the file adapts; None where it adapts a module. PEFT nests the
     wrappers of two parameters of one module, the first that the module defines innermost, as `experts.base_layer` in
@@ -196,7 +186,7 @@ def _parameter(
     module = name.removesuffix(".base_layer").removesuffix(".base_layer")
     tensor = pairs[name].get("A")
     nested = name != module or f"{name}.base_layer" in pairs
-    if not targets or tensor is None or (not nested and tensor.shape[0] == ranks.get(name, config.r)):
+    if not targets or tensor is None or (not nested and len(tensor) == rank):
         return None
     leaves = {target.rpartition(".")[2] for target in targets}
     own = [leaf for leaf in leaves if any(f"{module}.{leaf}".endswith(f".{target}") for target in targets)]
@@ -211,7 +201,7 @@ def _parameter(
 
 def write_adapter(adapter: SavedAdapter, folder: Path) -> int:
     """Write PEFT's two files; return the size of the weights' file in bytes. Raises StudyDirectoryError on failure."""
-    return save_adapter(_tensors(adapter), adapter.config, folder)
+    return adapters.save_adapter(_tensors(adapter), adapter.config, folder)
 
 
 def _tensors(adapter: SavedAdapter) -> dict[str, Tensor]:
@@ -231,26 +221,25 @@ def _tensors(adapter: SavedAdapter) -> dict[str, Tensor]:
 def attach(model: PreTrainedModel, name: str, adapter: SavedAdapter) -> None:
     """Add the adapter to `model` under `name`, with float32 weights, beside any that it has. Raises ModelError: the
     adapter does not fit the model."""
-    key, tensors = adapter_key(name), {_canonical(key): tensor for key, tensor in _tensors(adapter).items()}
+    key, tensors = adapters.adapter_key(name), {_canonical(key): tensor for key, tensor in _tensors(adapter).items()}
     try:
-        inject(_by_name(adapter), model, key)
-        to_float32(model, name)
-        weights = adapter_weights(model, name)
+        adapters.inject(_by_name(adapter), model, key)
+        adapters.to_float32(model, name)
+        weights = adapters.adapter_weights(model, name)
         direct = weights.keys() <= tensors.keys()  # PEFT would rename some as the checkpoint's, and lose them
-        for weight in filter(layer_of, weights) if direct else ():
+        for weight in filter(adapters.layer_of, weights) if direct else ():
             if weights[weight].shape != tensors[weight].shape:
                 raise ValueError(f"{weight} is {list(tensors[weight].shape)}, not {list(weights[weight].shape)}")
             weights[weight].data.copy_(tensors.pop(weight))
         for other in adapter.others.keys() & tensors.keys():  # PEFT wants modules saved whole by this model's names
-            tensors[other.removeprefix(SAVED_PREFIX)] = tensors.pop(other)
+            tensors[other.removeprefix(adapters.SAVED_PREFIX)] = tensors.pop(other)
         result: Any = set_peft_model_state_dict(model, tensors, adapter_name=key)
         missing = [other for other in result.missing_keys if ".lora_" in other and f".{key}" in other and not direct]
         if odd := [*result.unexpected_keys, *missing]:
             raise ValueError(f"{odd[0]} is of one and not of the other")
     except (StudyError, RuntimeError, ValueError, KeyError, re.error) as error:
-        reason = str(error).strip().splitlines()[-1]
         todo = "Give the model that the adapter was trained on."
-        raise ModelError(f"the adapter does not fit the model: {reason}", todo) from None
+        raise ModelError(f"the adapter does not fit the model: {reason_of(error)}", todo) from None
 
 
 def peft_fault(model: PreTrainedModel, folder: Path) -> str | None:
@@ -262,7 +251,7 @@ def peft_fault(model: PreTrainedModel, folder: Path) -> str | None:
     try:
         load_by_peft(base, folder, empty=True)
     except Exception as error:  # whatever PEFT raises for what it does not understand
-        return shortened(" ".join(str(getattr(error, "what", error)).split()), 200)
+        return reason_of(error)
     return None
 
 
@@ -290,20 +279,20 @@ def attached(model: PreTrainedModel, name: str, adapter: SavedAdapter) -> Iterat
         attach(model, name, adapter)
         yield
     finally:
-        remove_adapters(model)
+        adapters.remove_adapters(model)
         for key, bias in biases.items():  # which are the base model's own parameters
             model.get_parameter(key).data.copy_(bias)
 
 
 def _by_name(adapter: SavedAdapter) -> LoraConfig:
-    """Configuration with the file's layers by name. `PatternKeys` resolves foreign patterns, and PEFT receives none."""
-    config, alphas = copy.copy(adapter.config), PatternKeys(adapter.config.alpha_pattern or {})
+    """Configuration with the file's layers by name. `by_pattern` resolves foreign patterns, and PEFT receives none."""
+    config, alpha_of = copy.copy(adapter.config), by_pattern(adapter.config.alpha_pattern, adapter.config.lora_alpha)
     layers = {layer.target: layer for layer in adapter.layers}
     config.target_modules = [target for target, layer in layers.items() if layer.parameter is None]
     config.target_parameters = [target for target, layer in layers.items() if layer.parameter] or None
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.rank_pattern = {f"^{re.escape(t)}": layer.rank for t, layer in layers.items() if layer.rank != config.r}
-    by_layer = {f"^{re.escape(target)}": alphas.get(target, config.lora_alpha) for target in layers}
+    by_layer = {f"^{re.escape(target)}": alpha_of(target) for target in layers}
     config.alpha_pattern = {key: alpha for key, alpha in by_layer.items() if alpha != config.lora_alpha}
     return config
 

@@ -4,7 +4,6 @@ what a folder lacks is said at once."""
 import json
 import logging
 import os
-import textwrap
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from importlib.util import find_spec
@@ -15,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from rankscope import demo, hub
 from rankscope.data.sources import check_local, commits
-from rankscope.errors import ModelError, require, shortened
+from rankscope.errors import ModelError, reason_of, require, shortened
 from rankscope.hub import HUB_ID
 from rankscope.spec.models import EMBEDDED, ModelSpec, StudySpec
 
@@ -290,8 +289,8 @@ def loading_error(spec: ModelSpec, part: str, error: Exception) -> ModelError:
         file, fault = corrupt
         todo = f"Delete {file.resolve()}, and run again: it is fetched anew."
         return ModelError(f"model {spec.id}: {file.name} in the hub's cache: {fault}", todo)
-    reason = textwrap.shorten(str(error), 300, placeholder=" ...")
-    if isinstance(error, LookupError) or not reason:  # a LookupError's text is only the key
+    reason = reason_of(error, 300)
+    if isinstance(error, LookupError):  # whose text is only the key
         reason = f"{type(error).__name__}: {reason}"
     todo = "Check the id: a folder, or a hub id such as owner/name."
     if folder.is_dir():

@@ -8,18 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from rankscope.errors import ModelError, lacks_memory, require
+from rankscope.data.conversations import Tokenizer
+from rankscope.errors import ModelError, lacks_memory, reason_of, require
 from rankscope.model import checks
 from rankscope.model.checks import loading_error, location
 from rankscope.model.device import multiplies_bfloat16, resolve_device
@@ -30,7 +24,7 @@ from rankscope.spec.models import ModelSpec
 log = logging.getLogger(__name__)
 
 
-def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
+def load_tokenizer(spec: ModelSpec) -> Tokenizer:
     """Load the model's tokenizer. Raises ModelError without a usable one."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(**checks.source(spec))
@@ -205,8 +199,7 @@ def skeleton(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> PreTrainedM
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # a model's code may raise anything for an invalid value in config.json
-        reason = (str(error).splitlines() or [""])[0]
-        what = f"model {spec.id}: none can be made of its config.json: {type(error).__name__}: {reason}"
+        what = f"model {spec.id}: none can be made of its config.json: {type(error).__name__}: {reason_of(error)}"
         raise ModelError(what, "Use a causal language model that transformers has.") from None
     if quantization := quantization_of(spec, config, dtype):
         quantize_skeleton(model, quantization, dtype)

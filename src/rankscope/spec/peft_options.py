@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rankscope.errors import StudyError, did_you_mean, first_line, shortened
+from rankscope.errors import StudyError, did_you_mean, first_line, reason_of, shortened
 
 OWN = {
     "r": "ranks",
@@ -87,7 +87,7 @@ def read_adapter_config(file: Path) -> dict[str, Any]:
         if not isinstance(found, dict) or found.get("peft_type", "LORA") != "LORA":
             raise ValueError("not of a LoRA adapter")
     except (OSError, ValueError, RecursionError) as error:
-        what = f"--adapter-config {file}: cannot be read: {shortened(str(error), 200)}"
+        what = f"--adapter-config {file}: cannot be read: {reason_of(error)}"
         raise StudyError(what, "Give the adapter_config.json of a LoRA adapter.") from None
     modules = found.get("target_modules")
     if isinstance(modules, str) and modules != "all-linear":
