@@ -76,6 +76,7 @@ def test_choices_stand_in_the_place_of_a_conversations_last_answer(root: Path, t
         ({"choices": ["read"]}, "no list of two texts"),
         ({"choices": [1, 2]}, "no list of two texts"),
         ({"choices": ["a", "b"]}, "none of its `choices`"),
+        ({"choices": {"text": TEXTS, "label": ["1", "2", "3", "4"]}, "answerKey": "4"}, "3 texts and 4 labels"),
         ({}, "no column choices"),
         ({"choices": ["sort", "sort "]}, r"rows\.jsonl, line \d+: all choices are 'sort': any answer would be right"),
     ],

@@ -217,6 +217,7 @@ MALFORMED: dict[str, tuple[str, str | bytes, str]] = {
     "csv row too short": ("a.csv", "instruction;output\na\n", "a.csv, line 2: 1 value for 2 columns"),
     "csv of one column": ("a.csv", "text\na,b\n", "a.csv, line 2: 2 values for 1 column\n"),
     "csv column twice": ("a.csv", "output,output\na,b\n", "a.csv, line 1: a column is named twice"),
+    "csv after Excel's mark": ("a.csv", "sep=;\n\ninstruction;output\na\n", "a.csv, line 4: 1 value for 2 columns"),
     "csv quote not closed": ("a.csv", 'instruction,output\n"a,b\nc,d\n', "a.csv, line 2: not valid CSV"),
     "not parquet": ("a.parquet", "PAR1 no", "a.parquet: not readable as Parquet"),
     "not arrow": ("a.arrow", "ARROW1 no", "a.arrow: not readable as Arrow"),

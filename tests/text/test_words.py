@@ -359,6 +359,13 @@ def test_noise_and_changes_have_two_significant_digits(value: float, expected: s
     assert formats.two_digits(value) == expected
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"), [(0.01, "1%"), (0.0025, "0.25%"), (-0.5, "−50%"), (0.12345, "12.3%"), (12.34, "1,230%")]
+)
+def test_shares_have_three_significant_digits_and_no_exponent(value: float, expected: str) -> None:
+    assert formats.percent(value) == expected
+
+
 @pytest.mark.parametrize(("seconds", "expected"), [(0.0, "5 s"), (8.0, "10 s"), (44.4, "45 s")])
 def test_a_time_left_is_rough_and_never_nothing(seconds: float, expected: str) -> None:
     assert formats.about(seconds, load("en")) == expected

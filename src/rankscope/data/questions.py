@@ -126,10 +126,12 @@ def _choices(raw: Mapping[str, Any], answer: str) -> tuple[int, list[str]]:
     if name is None:
         raise WrongRowError(f"no column {', '.join(_CHOICES)}")
     value = parse_json(raw[name], name, "a list of texts") if isinstance(raw[name], str) else raw[name]
-    texts, labels = (value.get("text"), value.get("label")) if isinstance(value, dict) else (value, None)
+    texts, own = (value.get("text"), value.get("label")) if isinstance(value, dict) else (value, None)
     if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(text, str) for text in texts):
         raise WrongRowError(f"`{name}` is no list of two texts or more")
-    labels = [str(label) for label in labels] if isinstance(labels, list) else list(ascii_uppercase)[: len(texts)]
+    if isinstance(own, list) and len(own) != len(texts):
+        raise WrongRowError(f"`{name}` has {len(texts)} texts and {len(own)} labels")
+    labels = [str(label) for label in own] if isinstance(own, list) else list(ascii_uppercase)[: len(texts)]
     for compared in (texts, labels):
         if answer.strip() in (stripped := [one.strip() for one in compared]):
             return stripped.index(answer.strip()), compared

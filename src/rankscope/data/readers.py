@@ -237,15 +237,17 @@ def _csv_rows(path: Path, name: str, wanted: Collection[str]) -> Iterator[Number
     previous_limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses fields over 128 KiB
     try:
         lines = (part for line in _text_lines(path, name) for part in _CARRIAGE_RETURN.split(line))
-        first = next((line for line in lines if line.strip() and not line.startswith("sep=")), "")  # Excel's mark
+        filled = ((n, line) for n, line in enumerate(lines) if line.strip() and not line.startswith("sep="))
+        before, first = next(filled, (0, ""))  # lines before the header: blank, or Excel's mark of the delimiter
         marks = "\t,;|" if file_type(path) == ".tsv" else ",;\t|"
         headers = {mark: next(csv.reader([first], delimiter=mark), []) for mark in marks}
         delimiter = max(marks, key=lambda mark: (len(set(headers[mark]) & set(wanted)), len(headers[mark])))
         reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
         header = next(reader, [])
         if twice := [column for column in header if header.count(column) > 1 and column in wanted]:
-            raise DataError(f"{name}, line 1: a column is named twice: {listed(header)}", f"Rename one {twice[0]}.")
-        line = reader.line_num + 1
+            what = f"{name}, line {before + 1}: a column is named twice: {listed(header)}"
+            raise DataError(what, f"Rename one {twice[0]}.")
+        line = before + reader.line_num + 1
         for values in reader:
             if values and len(values) != len(header):
                 count = f"{len(values)} value" + "s" * (len(values) != 1)
@@ -253,7 +255,7 @@ def _csv_rows(path: Path, name: str, wanted: Collection[str]) -> Iterator[Number
                 raise DataError(what, f"Put text that contains {delimiter!r} in double quotes.")
             if values:
                 yield line, {column: value for column, value in zip(header, values, strict=True) if column}
-            line = reader.line_num + 1
+            line = before + reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{name}, line {line}: not valid CSV: {error}", "Correct the row that begins there.") from None
     finally:

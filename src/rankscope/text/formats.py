@@ -142,7 +142,7 @@ def share(value: float) -> str:
 
 def percent(share: float) -> str:
     """`0.01` -> `1%`, `0.0025` -> `0.25%`."""
-    return f"{MINUS if share < 0 else ''}{abs(share) * 100:.3g}%"
+    return f"{Decimal(f'{100 * share:.3g}'):,f}%".replace("-", MINUS)
 
 
 def at_least(share: float) -> str:
