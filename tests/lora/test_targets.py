@@ -9,15 +9,19 @@ from models import tiny_model
 from rankscope.errors import StudyError
 from rankscope.lora import targets
 from rankscope.lora.adapters import adapter_weights, add_adapter, lora_layers, remove_adapters
-from rankscope.lora.targets import find_targets, for_peft
+from rankscope.lora.targets import Targets, find_targets, for_peft
 from reference import make_trial
+
+
+def names_of(found: Targets) -> tuple[str, ...]:
+    return (*found.modules, *found.parameters)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe", "gpt_oss"])
 def test_all_linear_leaves_out_experts_and_routers(name: str) -> None:
     model = moe_model(name)
     found = find_targets(model, "all-linear")
-    assert {module.rsplit(".", 1)[-1] for module in found.names} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert {module.rsplit(".", 1)[-1] for module in names_of(found)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert len(found.left_out["experts"]) == 4, "two parameters in each of two layers"
     assert len(found.left_out["routers"]) == 2
     assert found.left_out["output"] == ("lm_head",)
@@ -31,7 +35,7 @@ def test_a_router_that_is_a_linear_module_is_left_out_and_refused_by_name() -> N
     model = moe_model("phimoe")
     found = find_targets(model, "all-linear")
     assert any(name.endswith("router") for name in found.left_out["routers"])
-    assert not any("router" in name for name in found.names)
+    assert not any("router" in name for name in names_of(found))
     with pytest.raises(StudyError, match="router is a router"):
         find_targets(model, ["q_proj", "router"])
 
@@ -41,7 +45,7 @@ def test_what_peft_refuses_is_left_out() -> None:
     model = moe_model("mamba")
     found = find_targets(model, "all-linear")
     assert {name.rsplit(".", 1)[-1] for name in found.left_out["refused"]} == {"out_proj"}
-    assert {name.rsplit(".", 1)[-1] for name in found.names} == {"in_proj", "x_proj", "dt_proj"}
+    assert {name.rsplit(".", 1)[-1] for name in names_of(found)} == {"in_proj", "x_proj", "dt_proj"}
     add_adapter(model, make_trial(2, 1e-3))
     with pytest.raises(StudyError, match=r"out_proj.*incompatible"):  # which the user has named
         add_adapter(model, make_trial(2, 1e-3, modules=("out_proj",)))
@@ -101,11 +105,11 @@ def test_layers_that_peft_takes_for_experts_are_adapted_as_parameters() -> None:
     assert "gate_proj.weight" in for_peft(model, found)[1]
     add_adapter(model, make_trial(2, 1e-3))
     adapted = {name for name, _ in lora_layers(model)}
-    assert adapted == {name.removesuffix(".weight") for name in found.names}
+    assert adapted == {name.removesuffix(".weight") for name in names_of(found)}
     assert find_targets(model, "all-linear") == found, "adapters are seen through"
-    named = find_targets(model, ["down_proj"]).names
+    named = find_targets(model, ["down_proj"]).parameters
     assert named == ("model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.shared_experts.down_proj.weight")
-    assert find_targets(model, ["experts.down_proj"]).names == ("model.layers.1.mlp.experts.down_proj",)
+    assert find_targets(model, ["experts.down_proj"]).parameters == ("model.layers.1.mlp.experts.down_proj",)
     dropout = find_targets(model, "all-linear", plain=False)  # PEFT has none on parameters
     assert dropout.left_out["renamed"] == tuple(name.removesuffix(".weight") for name in found.parameters)
 

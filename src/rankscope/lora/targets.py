@@ -36,10 +36,6 @@ class Targets(NamedTuple):
     parameters: tuple[str, ...]  # PEFT's target_parameters: experts that lie in one tensor, (E, O, D) or (E, D, O)
     left_out: dict[LeftOut, tuple[str, ...]]
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (*self.modules, *self.parameters)
-
 
 class _Anatomy(NamedTuple):
     """Modules of a model without adapters' own, by what they are."""

@@ -129,16 +129,12 @@ def use_mixed_precision(model: PreTrainedModel) -> None:
     for module in model.modules():
         module.__dict__["mixed"] = True
     for module in embeddings:
-        module.register_forward_hook(_to_float32)
+        module.register_forward_hook(lambda module, args, out: out.float())
     for layer in linears:
         if not frozen_forward(layer) and id(layer.weight) in half:
             layer.__dict__["forward"] = FrozenForward(layer)
     for module in experts:
         module.__dict__["forward"] = partial(_experts_forward, module)
-
-
-def _to_float32(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-    return out.float()
 
 
 def _experts_forward(experts: nn.Module, x: Tensor, *args: Any) -> Tensor:
