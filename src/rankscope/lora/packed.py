@@ -24,15 +24,8 @@ from rankscope.lora.adapters import adapter_key, outer_layers, wrapped_modules
 from rankscope.lora.grouped import Span, add_updates, grouped
 from rankscope.lora.layout import Layout, NotPackable, Segment, Unpackable, current_layout
 from rankscope.lora.variants import initial_factors
-from rankscope.model.mixed import (
-    FrozenForward,
-    frozen_forward,
-    is_product,
-    linear,
-    operand_dtype,
-    rounded_operands,
-    rounds_operands,
-)
+from rankscope.model import mixed
+from rankscope.model.mixed import FrozenForward, linear
 from rankscope.model.quantized import dequantized_forward
 
 
@@ -52,7 +45,7 @@ def pack_layers(model: PreTrainedModel) -> None:
             replace_forward(layer, _packed_experts, layer)
             continue
         quantized, kinds = dequantized_forward(base), f"a {type(layer).__name__} on a {type(base).__name__}"
-        known = quantized or (type(layer) in (LoraLinear, ParamWrapper) and is_product(cast(Any, type(base))))
+        known = quantized or (type(layer) in (LoraLinear, ParamWrapper) and mixed.is_product(cast(Any, type(base))))
         if not known or layer.lora_variant or any(layer.lora_bias.values()):
             raise NotPackable(Unpackable.NOT_LINEAR, f"{name} is {kinds}, or carries a variant of LoRA")
         has_dropout = any(isinstance(dropout, nn.Dropout) for dropout in layer.lora_dropout.values())
@@ -89,7 +82,7 @@ def _packed_forward(layer: Any, x: Tensor) -> Tensor:
     """Packed forward of one layer, from (1, T, D) or (T, D) to (1, T, O) or (T, O)."""
     layout, base = current_layout(), layer.get_base_layer()
     flat = x.reshape(-1, x.shape[-1])  # (T, D): a frozen weight's product is slower with 3-D operands
-    weight = frozen_forward(base) or (base.weight if isinstance(base, nn.Linear) else base.weight.T)  # Conv1D
+    weight = mixed.frozen_forward(base) or (base.weight if isinstance(base, nn.Linear) else base.weight.T)  # Conv1D
     operand = _operand(x, weight.dtype).view_as(flat)
     if flat.shape[0] != layout.tokens:
         raise NotPackable(Unpackable.RESHAPES, f"a layer was given {flat.shape[0]} of {layout.tokens} tokens")
@@ -193,7 +186,7 @@ def _expert_product(
     bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
     pairs = zip(places, spans, strict=True)
     own = [one[expert]._replace(start=start, stop=stop) for (start, stop), one in pairs if one and stop > start]
-    operand = x.detach().to(operand_dtype(weight.dtype))
+    operand = x.detach().to(mixed.operand_dtype(weight.dtype))
     return _packed_linear(x, operand, weight.T if experts.is_transposed else weight, bias, own)
 
 
@@ -231,9 +224,9 @@ class _PackedLinear(torch.autograd.Function):
     ) -> Tensor:
         kind = operand.dtype
         out = linear(operand, _matrix(weight, kind), None if bias is None else bias.to(kind))
-        inputs = x if rounds_operands(x, kind) else operand
+        inputs = x if mixed.rounds_operands(x, kind) else operand
         hidden = []
-        with rounded_operands(kind):
+        with mixed.rounded_operands(kind):
             for (start, stop, scaling, keep), a, b in zip(spans, weights[::2], weights[1::2], strict=True):
                 h = linear(_drop(inputs[start:stop], keep), a.to(inputs.dtype)).mul_(scaling).to(inputs.dtype)  # (t, R)
                 _add_product(out[start:stop], h, b.to(inputs.dtype).T)
@@ -249,7 +242,7 @@ class _PackedLinear(torch.autograd.Function):
         operand, grad = grad.to(ctx.kind), grad.to(kind)
         grad_x = linear(operand, _matrix(ctx.weight, ctx.kind).T) if ctx.needs_input_grad[0] else None
         grad_weights: list[Tensor | None] = []
-        with rounded_operands(ctx.kind):
+        with mixed.rounded_operands(ctx.kind):
             for i, (start, stop, scaling, keep) in enumerate(ctx.spans):
                 a, b, g = weights[2 * i].to(kind), weights[2 * i + 1].to(kind), grad[start:stop]
                 grad_h = linear(g, b.T).mul_(scaling).to(kind)  # (t, R)

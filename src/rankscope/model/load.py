@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import extract_commit_hash
 
 from rankscope.data.conversations import Tokenizer
 from rankscope.errors import ModelError, lacks_memory, reason_of, require
@@ -92,8 +92,7 @@ def offset_positions(model: nn.Module) -> nn.Embedding | None:
 def commit(spec: ModelSpec) -> str | None:
     """Commit of the model on the hub, in hex; None for a folder outside of the hub's cache."""
     file = checks.model_file(spec, CONFIG_NAME)
-    match = re.search(r"/snapshots/([0-9a-f]{40})/", file.as_posix()) if file else None
-    return match[1] if match else None
+    return extract_commit_hash(file and str(file), None)
 
 
 WIDE = 512

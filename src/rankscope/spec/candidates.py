@@ -29,10 +29,6 @@ AllLinear = Literal["all-linear", "all-linear+experts"]
 ALL_LINEAR, ALL_LINEAR_AND_EXPERTS = get_args(AllLinear)
 
 
-def as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str | int | float) else value
-
-
 def doublings(low: int, high: int) -> list[int]:
     """`low` and its products with powers of two, up to `high`."""
     return [low << power for power in range(64) if low << power <= high]
@@ -44,7 +40,7 @@ def listed(value: Any, between: Callable[[int, int], Sequence[int]] | None = Non
     if isinstance(value, list | tuple):
         return [one for entry in value for one in (listed(entry, between) if isinstance(entry, str) else [entry])]
     if not isinstance(value, str):
-        return as_list(value)
+        return [value] if isinstance(value, int | float) else value
     parts = [part.strip() for part in value.split(",") if part.strip()]
     return [one for part in parts for one in (_range(part, between) if _RANGE.search(part) else [part])]
 

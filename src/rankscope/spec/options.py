@@ -13,7 +13,6 @@ import yaml
 
 from rankscope.errors import StudyError, did_you_mean, shortened
 from rankscope.files import no_such
-from rankscope.spec.candidates import as_list
 from rankscope.spec.models import CHATML, StudySpec, is_jinja
 from rankscope.spec.names import INSTEAD, field_of, type_of
 from rankscope.spec.option_table import OPTIONS
@@ -210,8 +209,6 @@ def assemble(
             merged[group].pop(other, None)
     for assignment in assignments:
         set_value(merged, assignment)
-    has_name = "name" in merged
-    merged.setdefault("name", _default_name(merged))
     over = tuple(f"{field}." for field in [*given, *(field_of(one.partition("=")[0]) for one in assignments)])
     in_file = file is not None and not "data.chat_template.".startswith(over)
     _read_chat_template(merged, [file.parent, Path()] if file and in_file else [Path()])
@@ -220,7 +217,8 @@ def assemble(
     else:
         lines = {name: line for name, line in _parse_file(file).lines.items() if not f"{name}.".startswith(over)}
         spec = resolve_spec(merged, f"the study {file}", lines)
-    if not has_name:
+    if "name" not in merged:
+        spec = spec.model_copy(update={"name": _default_name(spec)})
         spec.model_fields_set.discard("name")  # nobody wrote it: see `rankscope.study.growth`
     return spec
 
@@ -240,11 +238,9 @@ def _read_chat_template(values: dict[str, Any], folders: Sequence[Path]) -> None
         data["chat_template"] = text
 
 
-def _default_name(values: Mapping[str, Any]) -> str:
-    groups = [values.get(name) for name in ("model", "data")]
-    ids = [as_list(group.get("id")) for group in groups if isinstance(group, dict)]
-    parts = [part for several in ids if isinstance(several, list | tuple) for part in several]
-    words = [re.sub(r"[^A-Za-z0-9._-]+", "-", Path(part).stem).strip("-._") for part in parts if isinstance(part, str)]
+def _default_name(spec: StudySpec) -> str:
+    stems = (Path(id).stem for id in (spec.model.id, *spec.data.ids))
+    words = (re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._") for stem in stems)
     return "-".join(filter(None, words))[:100] or "study"
 
 
