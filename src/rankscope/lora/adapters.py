@@ -41,8 +41,7 @@ def lora_config(candidate: Candidate, model: nn.Module) -> LoraConfig:
     experts = [name for name in parameters if not name.endswith(".weight")]
     if experts and candidate.variant in ("pissa", "olora"):
         raise StudyError(f"variants: {candidate.variant} cannot initialise {experts[0]}, of experts", "Leave it out.")
-    weights = {name: f"{name}.weight" for name, _ in candidate.rank_pattern}
-    ranks = {weights[n] if weights[n] in targets.parameters else n: rank for n, rank in candidate.rank_pattern}
+    ranks = {f"{n}.weight" if f"{n}.weight" in targets.parameters else n: rank for n, rank in candidate.rank_pattern}
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=candidate.rank,

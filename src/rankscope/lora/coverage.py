@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from rankscope.lora.adapters import lora_layers, wrapped_modules
 from rankscope.lora.targets import base_modules, of_routed_experts
-from rankscope.model.quantized import dequantized_forward
+from rankscope.model.quantized import is_quantized
 
 
 class Coverage(NamedTuple):
@@ -97,7 +97,7 @@ def _sizes(model: PreTrainedModel, unreached: tuple[str, ...]) -> Iterator[tuple
     for name, module in base_modules(model):
         for key, weight in module.named_parameters(recurse=False):
             size = weight.numel()
-            if key == "weight" and dequantized_forward(module):
+            if key == "weight" and is_quantized(module):
                 size = module.in_features * module.out_features  # type: ignore[operator, assignment]
             multiplies = weight.dim() > 1 and not isinstance(module, nn.Embedding)
             multiplies = multiplies and not f"{name}.".startswith(unreached)

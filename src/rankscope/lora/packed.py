@@ -26,7 +26,7 @@ from rankscope.lora.layout import Layout, NotPackable, Segment, Unpackable, curr
 from rankscope.lora.variants import initial_factors
 from rankscope.model import mixed
 from rankscope.model.mixed import FrozenForward, linear
-from rankscope.model.quantized import dequantized_forward
+from rankscope.model.quantized import is_quantized
 
 
 def pack_layers(model: PreTrainedModel) -> None:
@@ -44,7 +44,7 @@ def pack_layers(model: PreTrainedModel) -> None:
             _check_experts(name, base)
             replace_forward(layer, _packed_experts, layer)
             continue
-        quantized, kinds = dequantized_forward(base), f"a {type(layer).__name__} on a {type(base).__name__}"
+        quantized, kinds = is_quantized(base), f"a {type(layer).__name__} on a {type(base).__name__}"
         known = quantized or (type(layer) in (LoraLinear, ParamWrapper) and mixed.is_product(cast(Any, type(base))))
         if not known or layer.lora_variant or any(layer.lora_bias.values()):
             raise NotPackable(Unpackable.NOT_LINEAR, f"{name} is {kinds}, or carries a variant of LoRA")

@@ -20,7 +20,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from rankscope.errors import StudyError, did_you_mean
-from rankscope.model.quantized import dequantized_forward
+from rankscope.model.quantized import is_quantized
 from rankscope.spec.candidates import ALL_LINEAR, ALL_LINEAR_AND_EXPERTS
 
 LeftOut = Literal["output", "experts", "routers", "refused", "own_forward", "renamed"]
@@ -131,7 +131,7 @@ def _named(model: nn.Module, anatomy: _Anatomy, asked: Sequence[str], plain: boo
             layer, kind = anatomy.modules[other], type(anatomy.modules[other]).__name__
             if other in anatomy.routers:
                 raise _wrong(anatomy, f"{name} is a router ({kind}): it gets no adapter")
-            if not isinstance(getattr(layer, "weight", None), torch.Tensor) and not dequantized_forward(layer):
+            if not isinstance(getattr(layer, "weight", None), torch.Tensor) and not is_quantized(layer):
                 raise _wrong(anatomy, f"{name} is a {kind}, and no layer with a weight of its own")
             if isinstance(layer, nn.Linear) and not _is_linear(layer):
                 raise _wrong(anatomy, f"{name} is a {kind}, which cannot carry LoRA")
@@ -240,7 +240,7 @@ def _refused(model: nn.Module, name: str) -> bool:
 
 def _is_linear(layer: Any) -> bool:
     """Whether the layer's forward is that of a linear layer, (..., D) to (..., O), tried where a class has its own."""
-    if type(layer).forward in (nn.Linear.forward, Conv1D.forward) or dequantized_forward(layer):
+    if type(layer).forward in (nn.Linear.forward, Conv1D.forward) or is_quantized(layer):
         return True
     weights = {name: value.to("meta") for name, value in layer.named_parameters()}
     x = torch.empty(2, 3, layer.in_features, device="meta", dtype=layer.weight.dtype)

@@ -50,15 +50,13 @@ class DequantizedForward(FrozenForward):
         return dequantize_4bit(self.layer.weight.data, self.layer.quant_state).to(dtype)
 
 
-def dequantized_forward(layer: nn.Module) -> DequantizedForward | None:
-    """The dequantized forward of a layer that is quantized, else None."""
-    forward = layer.__dict__.get("forward")
-    return forward if isinstance(forward, DequantizedForward) else None
+def is_quantized(layer: nn.Module) -> bool:
+    return isinstance(layer.__dict__.get("forward"), DequantizedForward)
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Quantized layers as (name, module)."""
-    return ((name, layer) for name, layer in model.named_modules() if dequantized_forward(layer))
+    return ((name, layer) for name, layer in model.named_modules() if is_quantized(layer))
 
 
 def use_dequantized_forward(model: PreTrainedModel, dtype: torch.dtype) -> None:
