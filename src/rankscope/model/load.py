@@ -92,7 +92,7 @@ def offset_positions(model: nn.Module) -> nn.Embedding | None:
 def commit(spec: ModelSpec) -> str | None:
     """Commit of the model on the hub, in hex; None for a folder outside of the hub's cache."""
     file = checks.model_file(spec, CONFIG_NAME)
-    return extract_commit_hash(file and str(file), None)
+    return extract_commit_hash(str(file) if file else None, None)
 
 
 WIDE = 512

@@ -122,9 +122,8 @@ def columns_or_text(value: Any) -> Any:
     pairs = [part.partition("=") for text in texts for part in text.split(",")]
     if wrong := [name for name, equals, _ in pairs if not equals]:
         raise ValueError(f"{wrong[0]!r} is no pair such as prompt=question: the format's name, and the data's")
-    for several in ([name.strip() for name, _, _ in pairs], [column.strip() for _, _, column in pairs]):
-        unique(tuple(several))
-    return {name.strip(): column.strip() for name, _, column in pairs}
+    names, columns = (tuple(pair[end].strip() for pair in pairs) for end in (0, 2))
+    return dict(zip(unique(names), unique(columns), strict=True))
 
 
 def column_of_a_format(value: Any) -> Any:

@@ -26,8 +26,10 @@ def verdict_sentence(verdict: Verdict, language: str = "en") -> str:
     text = load(language)
     if verdict is None:
         return text("sentence.none")
-    by_task = verdict.get("by") == "task"
-    sentences = [_task_sentence(verdict, text)] if by_task else [*_loss_sentences(verdict, text)]
+    if verdict["outcome"] == "nothing_in_budget":
+        sentences = [text("sentence.nothing_in_budget")]
+    else:
+        sentences = [*(_task_sentences if verdict.get("by") == "task" else _loss_sentences)(verdict, text)]
     sentences += [_agreement_sentence(verdict, text)] if "task" in verdict else []
     return " ".join(filter(None, sentences))
 
@@ -43,9 +45,6 @@ def _loss_sentences(verdict: Mapping[str, Any], text: Catalogue) -> Iterator[str
         "confidence": percent(verdict["confidence"]),
         "more": text.count("more_seeds", more or 0),
     }
-    if outcome == "nothing_in_budget":
-        yield text("sentence.nothing_in_budget")
-        return
     if outcome == "not_trained_enough":
         yield text(f"sentence.{kind_of_gain(verdict)}", **values)
         return
@@ -75,8 +74,8 @@ def _loss_sentences(verdict: Mapping[str, Any], text: Catalogue) -> Iterator[str
     yield text("sentence.one_rate" if "one_learning_rate" in verdict["caveats"] else "sentence.scaling", **values)
 
 
-def _task_sentence(verdict: Mapping[str, Any], text: Catalogue) -> str:
-    """Recommendation by the task, or why there is none."""
+def _task_sentences(verdict: Mapping[str, Any], text: Catalogue) -> Iterator[str]:
+    """Sentences of a verdict by the task, in order; an empty one is left out."""
     task, outcome, more = verdict["task"], verdict["outcome"], verdict["more_seeds"]
     values = {
         "seeds": _seeds(task["scores"], task["seeds"], text),
@@ -88,18 +87,17 @@ def _task_sentence(verdict: Mapping[str, Any], text: Catalogue) -> str:
     }
     named = verdict["candidate"] or verdict["guess"]
     row = next((row for row in task["scores"] if row["candidate"] == named), None)
-    if row is not None:
+    if row:
         scores = {end: shown(row[end], percent, text) for end in ("score", "score_low", "score_high")}
         values |= {"name": candidate_name(verdict, named, text), **scores}
-    if outcome == "nothing_in_budget":
-        return text("sentence.nothing_in_budget")
     if outcome == "not_trained_enough":
-        return text(f"task.{kind_of_gain(verdict)}", **values)
-    if outcome == "not_enough_evidence":
-        reason = text("task.no_verdict", cause=text(f"cause.{cause_of(verdict)}", **values))
-        return f"{reason} {text('task.guess', **values)}" if "name" in values else reason
-    below = _below(verdict, task["scores"], "sentence.below_worse_gain", values, text)
-    return " ".join(filter(None, [text(f"task.{outcome}", **values), below]))
+        yield text(f"task.{kind_of_gain(verdict)}", **values)
+    elif outcome == "not_enough_evidence":
+        yield text("task.no_verdict", cause=text(f"cause.{cause_of(verdict)}", **values))
+        yield text("task.guess", **values) if row else ""
+    else:
+        yield text(f"task.{outcome}", **values)
+        yield _below(verdict, task["scores"], "sentence.below_worse_gain", values, text)
 
 
 def _below(verdict: Mapping[str, Any], rows: Rows, worse_key: str, values: Mapping[str, Any], text: Catalogue) -> str:
