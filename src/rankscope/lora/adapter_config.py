@@ -11,7 +11,7 @@ from peft import LoraConfig
 from peft.utils import CONFIG_NAME as CONFIG
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from rankscope.errors import ModelError, reason_of, shortened
+from rankscope.errors import ModelError, first_line, shortened
 from rankscope.model.checks import check_adapter_folder
 from rankscope.spec.task import compiled
 
@@ -76,7 +76,8 @@ def read_config(folder: Path) -> tuple[LoraConfig, tuple[str, ...]]:
         field, value = shortened(".".join(map(str, wrong["loc"]))) or "it", shortened(repr(wrong["input"]))
         raise ModelError(f"{folder / CONFIG}: {field} is {value}: {wrong['msg']}", "Restore it.") from None
     except Exception as error:  # of the file, and whatever PEFT makes of other fields
-        raise ModelError(f"{folder / CONFIG}: cannot be read: {reason_of(error)}", "Restore it.") from None
+        what = f"{folder / CONFIG}: cannot be read: {shortened(first_line(error), 200)}"
+        raise ModelError(what, "Restore it.") from None
     # Not numbers, which newer versions of PEFT write for options that are off.
     unknown = [k for k, v in values.items() if k not in known and v and (v is True or not isinstance(v, int | float))]
     return config, tuple(unknown)

@@ -13,7 +13,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import extract_commit_hash
 
 from rankscope.data.conversations import Tokenizer
-from rankscope.errors import ModelError, lacks_memory, reason_of, require
+from rankscope.errors import ModelError, first_line, lacks_memory, require
 from rankscope.model import checks
 from rankscope.model.checks import loading_error, location
 from rankscope.model.device import multiplies_bfloat16, resolve_device
@@ -198,7 +198,7 @@ def skeleton(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> PreTrainedM
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # a model's code may raise anything for an invalid value in config.json
-        what = f"model {spec.id}: none can be made of its config.json: {type(error).__name__}: {reason_of(error)}"
+        what = f"model {spec.id}: none can be made of its config.json: {type(error).__name__}: {first_line(error)}"
         raise ModelError(what, "Use a causal language model that transformers has.") from None
     if quantization := quantization_of(spec, config, dtype):
         quantize_skeleton(model, quantization, dtype)
