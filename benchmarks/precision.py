@@ -7,6 +7,7 @@ float32-divided  the same batches, divided into forwards of fewer tokens: what r
 bfloat16         rankscope's mixed precision (`rankscope.model.mixed`)
 peft-autocast    PEFT's own forward over float32 weights, under torch.autocast(bfloat16)
 peft-weights     PEFT's own forward over weights in bfloat16: an update is added to an output of bfloat16
+peft-sums        the same, with outputs of layers in float32: products are as before, sums are not rounded
 
 Every setting trains the same adapter on the same batches. Gain is the untrained model's loss on the held-out rows minus
 the trained one's, both in the setting's own precision. A line of JSON is added to --out for each setting and seed; what
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankscope.data.tokens import Example, Tokens
@@ -31,7 +33,7 @@ from rankscope.train.engine import Engine, PackedEngine, PeftEngine
 from rankscope.train.probe import use_packed_forward
 from rankscope.train.step import make_train_state, train_step
 
-SETTINGS = ("float32", "float32-divided", "bfloat16", "peft-autocast", "peft-weights")
+SETTINGS = ("float32", "float32-divided", "bfloat16", "peft-autocast", "peft-weights", "peft-sums")
 PROMPT = "### Question: {instruction}\n{input}\n ### Answer: "
 
 
@@ -49,11 +51,16 @@ def read_tokens(args: argparse.Namespace) -> tuple[Tokens, Tokens]:
 
 def make_engine(setting: str, args: argparse.Namespace, trial: Trial, training: TrainingSpec) -> tuple[Engine, list]:
     """Model with one adapter, its engine and its training state."""
-    if setting == "peft-weights":
+    if setting in ("peft-weights", "peft-sums"):
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).requires_grad_(False).eval()
     else:
         dtype = "bfloat16" if setting == "bfloat16" else "float32"
         model = load_model(ModelSpec(id=args.model, dtype=dtype, device="cpu"))
+    if setting == "peft-sums":
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(lambda module, inputs: inputs[0].to(module.weight.dtype))
+                module.register_forward_hook(lambda module, inputs, output: output.float())
     states = [make_train_state(model, trial, training, training.steps)]
     if setting.startswith("peft"):
         engine = PeftEngine(model, args.batch_size)
