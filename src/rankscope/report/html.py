@@ -1,6 +1,6 @@
 """Offline pages with their charts and the Vega libraries inline: the report (template.html), or one chart (chart.html).
 
-Nothing of the model or the data can run: jinja2 escapes all text, the charts' JSON cannot close its script element, and
+Nothing of the model or the data can run: jinja2 escapes all text, and JSON so that it cannot close its script element;
 the page's Content-Security-Policy allows the libraries and this folder's scripts, by their hashes, and no network.
 Unescaped markup could neither run nor fetch (tests/security/test_browser.py). Vega evaluates its expressions with an
 interpreter (`ast: true`), so that the policy needs no `unsafe-eval`.
@@ -8,7 +8,6 @@ interpreter (`ast: true`), so that the policy needs no `unsafe-eval`.
 
 import base64
 import hashlib
-import json
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
@@ -61,12 +60,13 @@ def _page(template: str, page_data: Mapping[str, Any], start: str, **values: Any
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_without_control_characters
     )
-    libraries, page_data = _libraries(), {"theme": charts.theme(charts.PAGE), **page_data}
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    libraries = _libraries()
     return environment.from_string(_file(template)).render(
         **values,
         light=Markup(charts.declarations(charts.LIGHT)),  # noqa: S704  # colours alone
         dark=Markup(charts.declarations(charts.DARK)),  # noqa: S704  # colours alone
-        page_data=Markup(json_in_html(page_data)),  # noqa: S704  # cannot end its script element
+        page_data={"theme": charts.theme(charts.PAGE), **page_data},
         libraries=Markup(libraries),  # noqa: S704  # vl_convert's own
         start=Markup(start),  # noqa: S704  # the package's own
         script_sources=f"'{_hash(libraries)}' '{_hash(start)}'",
@@ -99,13 +99,6 @@ def _bare(chart: alt.Chart | alt.LayerChart | alt.FacetChart) -> dict[str, Any]:
     """The chart without an address that is never fetched, and without a theme, which the page has."""
     spec: dict[str, Any] = chart.to_dict(validate=False)  # tests have validated what is drawn
     return {key: value for key, value in spec.items() if key not in ("$schema", "config")}
-
-
-def json_in_html(value: Any) -> str:
-    """JSON that cannot end its script element: `<`, `>` and `&` become escapes, which JSON allows in strings. Nothing
-    but a string of JSON contains them. U+2028 and U+2029 are escaped by `ensure_ascii`."""
-    content = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return content.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 @cache
