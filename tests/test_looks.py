@@ -147,7 +147,7 @@ def test_what_would_end_after_the_limit_is_not_begun_and_is_named(
     found, _ = look(study, open_below, False, limit=limit, ranks=(2, 4, 8), seeds=(0, 1, 2))
     assert seeds(found.study) == {2: [0, 1], 4: [0, 1], 8: [0, 1]}, "not the third seed, of all three ranks"
     console = Console(record=True, width=200)
-    show_untried(found.study, console, "en")
+    show_untried(found.study, console, load("en"))
     assert show_failures(found.study, console, load("en")), "the exit code tells that trials are missing"
     told = console.export_text()
     assert "Not tried, since it would have ended after the time given: r002-lr3e-2 (seeds 2); r004-lr3e-2" in told

@@ -21,6 +21,7 @@ from rankscope.files import read_json
 from rankscope.report.finish import Conclusion
 from rankscope.study.missing import unfinished
 from rankscope.study.study import Study
+from rankscope.text import catalogue
 from rankscope.ui.outcome import show_outcome
 
 OPTIONS = {"ranks": [2, 16], "seeds": [0, 1], "steps": 6, "batch_size": 4, "learning_rates": [5e-3]}
@@ -115,7 +116,7 @@ def test_profiles_measure_each_candidate(study: Study) -> None:
 
 
 def test_the_noise_is_told_below_the_table(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
-    show_outcome(Conclusion(study, study.evidence(), study.verdict), cli.out_console, "en")
+    show_outcome(Conclusion(study, study.evidence(), study.verdict), cli.out_console, catalogue.load("en"))
     assert "Measurement noise (95%): " in capsys.readouterr().out
 
 

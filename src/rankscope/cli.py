@@ -110,7 +110,7 @@ def run(
     from rankscope.begin import run_in
     from rankscope.ui.progress import TerminalProgress
 
-    progress = TerminalProgress(console, path, lang)
+    progress = TerminalProgress(console, path, text)
     approve = None if own["yes"] or limit else partial(start.approve, progress, text)
     again, settled, code = bool(own["remeasure"]), bool(own["until_settled"]), own["allow_code"] or ()
     how = Settings(trackers, lang, again, settled, limit, code, approve)
@@ -118,9 +118,9 @@ def run(
         conclusion = run_in(path, asked, begun, progress, how, launcher, ray_address)
     from rankscope.ui.outcome import describe_outcome, show_failures, show_outcome, show_untried
 
-    _answer(json_, lambda: describe_outcome(conclusion), lambda: show_outcome(conclusion, console, lang))
+    _answer(json_, lambda: describe_outcome(conclusion), lambda: show_outcome(conclusion, console, text))
     if limit is not None:
-        show_untried(conclusion.study, error_console, lang)
+        show_untried(conclusion.study, error_console, text)
     if quick:
         whole = shlex.join(["rankscope", *(word for word in sys.argv[1:] if word != "--quick")])
         console.print(text("outcome.quick", command=whole))
@@ -193,12 +193,13 @@ def report(
     lang: ask.Language = "en",
 ) -> None:
     """Conclude again from a study's files, by other criteria where some are given, and rebuild its report."""
-    study = start.open_study(directory, lang)
+    text = start.check_names(lang)
+    study = start.open_study(directory, text)
     from rankscope.report.finish import finish, judge_by
     from rankscope.ui.outcome import describe_outcome, show_verdict
 
     conclusion = judge_by(study, options, lang, pdf) if any(options.values()) else finish(study, lang, pdf)
-    _answer(json_, lambda: describe_outcome(conclusion), lambda: show_verdict(conclusion, out_console, lang))
+    _answer(json_, lambda: describe_outcome(conclusion), lambda: show_verdict(conclusion, out_console, text))
     if pdf and not json_:
         out_console.print(f"PDF: {conclusion.study.report.with_name('report.pdf')}")
 
@@ -211,7 +212,7 @@ def compare(
 ) -> None:
     """Set several studies side by side: paired where they share rows and seeds, and what they have in common."""
     text = start.check_names(lang)
-    opened = [(str(directory), start.open_study(directory, lang)) for directory in studies]
+    opened = [(str(directory), start.open_study(directory, text)) for directory in studies]
     from rankscope.ui.compare import compare_studies, show_comparison
 
     found = compare_studies(opened)
@@ -253,7 +254,8 @@ def curve(
     from rankscope.model.checks import check_inputs
     from rankscope.spec.candidates import ranks_of
 
-    study, text = start.open_study(directory, lang, launcher, ray_address), start.check_names(lang)
+    text = start.check_names(lang, launcher, ray_address)
+    study = start.open_study(directory, text)
     console = error_console if json_ else out_console
     asked = None if ranks is None else ranks_of(ranks)
     check_inputs(study.spec, data=False)
@@ -262,11 +264,11 @@ def curve(
     from rankscope.ui.outcome import curve_parts, describe_curve
     from rankscope.ui.progress import TerminalProgress
 
-    progress = TerminalProgress(console, directory, lang)
+    progress = TerminalProgress(console, directory, text)
     make = partial(make_launcher, launcher, study.spec.model, ray_address, progress.say, lang)
     with stoppable(text), progress, make() as launching:
         conclusion = measure_curve(study, launching, progress, asked, recover, lang)
-    _answer(json_, lambda: describe_curve(conclusion), lambda: show(*curve_parts(conclusion, lang)))
+    _answer(json_, lambda: describe_curve(conclusion), lambda: show(*curve_parts(conclusion, text)))
 
 
 @command(FURTHER)
@@ -278,7 +280,8 @@ def pattern(
     lang: ask.Language = "en",
 ) -> None:
     """Propose ranks by layer with as many parameters as a uniform rank, as a study that compares the two."""
-    study, text = start.open_study(directory, lang), start.check_names(lang)
+    text = start.check_names(lang)
+    study = start.open_study(directory, text)
     from rankscope.resize.pattern import propose, write_proposal
     from rankscope.resize.show import describe_pattern, pattern_parts
 
@@ -300,7 +303,8 @@ def export(
 
     if out is not None:  # before anything heavy is imported
         check_empty(out)
-    study, text = start.open_study(directory, lang), start.check_names(lang)
+    text = start.check_names(lang)
+    study = start.open_study(directory, text)
     from rankscope.export.command import export
     from rankscope.export.show import describe, lost_table, sentences
 
@@ -318,14 +322,15 @@ def watch(
     lang: ask.Language = "en",
 ) -> None:
     """Follow a running study on a live page or in the terminal. Ctrl-C stops watching; the study goes on."""
-    start.open_study(directory, lang)
+    text = start.check_names(lang)
+    start.open_study(directory, text)
     from rankscope.ui.watch import watch_page, watch_terminal
 
     with suppress(KeyboardInterrupt):
         if terminal:
-            watch_terminal(directory, out_console, lang)
+            watch_terminal(directory, out_console, text)
         else:
-            watch_page(directory, port, out_console, lang, browser)
+            watch_page(directory, port, out_console, text, browser)
 
 
 @command(FURTHER)

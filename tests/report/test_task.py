@@ -81,7 +81,7 @@ def test_the_table_of_trials_has_their_mean_scores(evidence: Evidence) -> None:
 def test_the_terminal_ends_with_scores_and_the_verdict(evidence: Evidence, tmp_path: Path) -> None:
     study = Study.create(tmp_path / "study", evidence.spec)
     console = Console(width=150, record=True, file=StringIO())
-    show_verdict(Conclusion(study, evidence, conclude(evidence)), console, "en")
+    show_verdict(Conclusion(study, evidence, conclude(evidence)), console, load("en"))
     said = console.export_text()
     assert "Points behind the best" in said
     assert "By the task, use rank 128" in said

@@ -26,6 +26,7 @@ from rankscope.search.space import resolve_search
 from rankscope.study.folder import TRIAL_FILES
 from rankscope.study.records import Failure
 from rankscope.study.study import Study
+from rankscope.text.catalogue import load
 from rankscope.ui.watch import Watch
 from recording import RecordingProgress
 
@@ -147,7 +148,7 @@ def test_odd_lines_of_a_trial_that_runs_are_named_and_removed(study: Study, case
     trial, metrics = study.path / TRIAL / "trial.json", study.path / TRIAL / "metrics.jsonl"
     write_json(trial, read_json(trial) | {"status": "running", "results": None, "files": {}})
     metrics.write_text(ROWS[case] + metrics.read_text())
-    for read in (study.evidence, Watch(study.path, "en").live.read):
+    for read in (study.evidence, Watch(study.path, load("en")).live.read):
         with pytest.raises(DamagedError, match=r"metrics.jsonl: damaged"):
             read()
     assert remove_corrupt(study) == [f"{TRIAL}/metrics.jsonl"]

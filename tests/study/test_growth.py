@@ -663,7 +663,7 @@ def test_a_study_is_judged_anew_and_keeps_the_criteria(study: Study, invoke: Cal
 
 
 def test_a_study_that_is_watched_may_grow(study: Study) -> None:
-    watch = Watch(study.path, "en")
+    watch = Watch(study.path, load("en"))
     assert len(watch.live.read().trials) == 4
     Study.create(study.path, assemble(study.spec.model_dump(mode="json"), {"seeds": [7]})).publish()
     assert len(watch.live.read().trials) == 6

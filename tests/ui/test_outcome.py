@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from rankscope.cli import app
 from rankscope.report.finish import Conclusion, finish
 from rankscope.study.study import Study
+from rankscope.text.catalogue import load
 from rankscope.text.verdict import verdict_sentence
 from rankscope.ui.outcome import curve_parts, describe_outcome, show_outcome
 from report.report_evidence import make_evidence, make_verdict, replace_trial
@@ -51,8 +52,8 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 SHOWN: list[Callable[[Conclusion], Any]] = [
     describe_outcome,
-    lambda conclusion: show_outcome(conclusion, Console(), "en"),
-    lambda conclusion: list(curve_parts(conclusion, "en")),
+    lambda conclusion: show_outcome(conclusion, Console(), load("en")),
+    lambda conclusion: list(curve_parts(conclusion, load("en"))),
 ]
 
 
@@ -80,7 +81,7 @@ def test_trials_are_in_the_order_of_the_study(study: Study) -> None:
 )
 def test_doubts_about_the_data_follow_the_verdict(study: Study, language: str, warning: str) -> None:
     concluded, output = finish(study), io.StringIO()
-    show_outcome(concluded, Console(file=output, width=200), language)
+    show_outcome(concluded, Console(file=output, width=200), load(language))
     again = CliRunner().invoke(app, ["report", str(study.path), "--lang", language])
     for shown in (output.getvalue(), again.output):
         lines = shown.splitlines()
@@ -96,7 +97,7 @@ def made_up(**values: Any) -> Conclusion:
 
 def shown(conclusion: Conclusion) -> list[str]:
     output = io.StringIO()
-    show_outcome(conclusion, Console(file=output, width=200), "en")
+    show_outcome(conclusion, Console(file=output, width=200), load("en"))
     return output.getvalue().splitlines()
 
 
@@ -143,7 +144,6 @@ def test_ranks_to_doubt_are_named_on_the_terminal() -> None:
 
 def test_a_diverged_candidate_has_no_mean_and_one_worse_than_no_training_says_so() -> None:
     study, evidence, verdict = made_up()
-    assert evidence.untrained is not None
     evidence = replace_trial(evidence, 0, status="diverged", eval_loss=math.nan)
     evidence = evidence._replace(untrained=evidence.untrained.assign(loss=1.226))
     lines = shown(Conclusion(study, evidence, verdict))

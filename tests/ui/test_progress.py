@@ -14,6 +14,7 @@ from rankscope.errors import StudyDirectoryError
 from rankscope.files import write_json
 from rankscope.spec.candidates import CONTROL
 from rankscope.study.study import Study
+from rankscope.text.catalogue import load
 from rankscope.ui import progress as shown_by
 from rankscope.ui.live import MetricsTail
 from rankscope.ui.progress import TerminalProgress
@@ -41,7 +42,7 @@ def output() -> io.StringIO:
 
 @pytest.fixture
 def progress(study: Study, output: io.StringIO) -> TerminalProgress:
-    return TerminalProgress(Console(file=output, width=200), study.path)
+    return TerminalProgress(Console(file=output, width=200), study.path, load("en"))
 
 
 def advance(study: Study, step: int) -> None:
@@ -57,7 +58,7 @@ def finish(study: Study) -> None:
 
 
 def test_before_the_study_exists_nothing_is_shown(tmp_path: Path, output: io.StringIO) -> None:
-    with TerminalProgress(Console(file=output), tmp_path / "none") as progress:
+    with TerminalProgress(Console(file=output), tmp_path / "none", load("en")) as progress:
         progress.poll()
         (tmp_path / "none").mkdir()
         progress.poll()
@@ -139,7 +140,7 @@ def test_full_fine_tuning_and_profiles(study: Study, progress: TerminalProgress,
 
 def test_a_table_in_a_terminal(study: Study, output: io.StringIO) -> None:
     advance(study, 2)
-    with TerminalProgress(Console(file=output, width=200, force_terminal=True), study.path) as progress:
+    with TerminalProgress(Console(file=output, width=200, force_terminal=True), study.path, load("en")) as progress:
         progress.poll()
         assert progress._live is not None
         progress._live.refresh()

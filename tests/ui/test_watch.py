@@ -66,7 +66,7 @@ def running(tmp_path: Path) -> Running:
 
 @pytest.fixture
 def server(running: Running) -> Iterator[ThreadingHTTPServer]:
-    server = serve(Watch(running.study.path, "en"), 0)
+    server = serve(Watch(running.study.path, load("en")), 0)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
@@ -120,7 +120,7 @@ def test_a_study_that_has_not_begun_is_asked_for_again(server: ThreadingHTTPServ
 
 
 def test_the_terminal_shows_the_same(running: Running, capsys: pytest.CaptureFixture[str]) -> None:
-    watch_terminal(running.study.path, Console(width=160))
+    watch_terminal(running.study.path, Console(width=160), load("en"))
     shown = capsys.readouterr().out
     assert "11 of 12 trials have ended" in shown
     assert all(trial.name in shown for trial in running.study.all_trials())
@@ -140,7 +140,7 @@ def test_nothing_to_wait_for_is_an_error(running: Running) -> None:
     (running.study.path / ".lock-holder").unlink()
     shutil.rmtree(running.study.path / "data")
     with pytest.raises(StudyDirectoryError, match=r"facts\.json: missing"):
-        watch_terminal(running.study.path, Console())
+        watch_terminal(running.study.path, Console(), load("en"))
 
 
 @pytest.mark.slow

@@ -11,20 +11,15 @@ from rich.console import Console
 from rankscope.analysis.curve import curve_errors, loss_curve
 from rankscope.analysis.next_step import NextStep, next_step
 from rankscope.data.doubts import data_warnings
-from rankscope.report.costs import noise_sentence
-from rankscope.report.curve import rank_curve_sections
+from rankscope.report import costs, curve, frames, tables, task, variants
 from rankscope.report.finish import Conclusion
-from rankscope.report.frames import by_candidate, compared_rows, has_gpu, scored_results
-from rankscope.report.tables import candidate_table
-from rankscope.report.task import task_table
-from rankscope.report.variants import variant_sentences
 from rankscope.spec.candidates import Trial
 from rankscope.study.folder import ANSWERS, TASK
 from rankscope.study.missing import missing_profiles, unfinished
 from rankscope.study.records import Failure, TrialRecord
 from rankscope.study.study import Study
 from rankscope.study.tables import lowest_loss
-from rankscope.text.catalogue import Catalogue, load
+from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import Table, percent
 from rankscope.text.verdict import ALARMS, caveat_sentence, gained, margin_table, rate_sentences, verdict_sentence
 from rankscope.ui.console import make_table, show
@@ -33,33 +28,31 @@ COLUMNS = ("train_loss", "eval_loss", "regret", "kept", "cpu_memory", "step_seco
 """Columns of the report's table of candidates that a terminal has room for; `gpu_memory` beside them on a GPU."""
 
 
-def show_outcome(conclusion: Conclusion, console: Console, language: str) -> None:
+def show_outcome(conclusion: Conclusion, console: Console, text: Catalogue) -> None:
     """Print the report's numbers for each candidate, what they show, and at last the verdict: see `show_verdict`."""
     _, evidence, verdict = conclusion
-    text, candidates = load(language), by_candidate(evidence, verdict)
-    gpu = ("gpu_memory",) if has_gpu(evidence) else ()
-    table = candidate_table(evidence, verdict, candidates, text, COLUMNS + gpu)
+    candidates = frames.by_candidate(evidence, verdict)
+    gpu = ("gpu_memory",) if frames.has_gpu(evidence) else ()
+    table = tables.candidate_table(evidence, verdict, candidates, text, COLUMNS + gpu)
     rows = [[name, *cells] for name, cells in zip(candidates["candidate"], table.rows, strict=True)]
-    half = text("how.half") if compared_rows(evidence) is not None else ""
-    noise = noise_sentence(evidence.profiles, text)
-    sentences = filter(None, [half, noise, *rate_sentences(verdict, text), *variant_sentences(verdict, text)])
+    half = text("how.half") if frames.compared_rows(evidence) is not None else ""
+    noise = costs.noise_sentence(evidence.profiles, text)
+    sentences = filter(None, [half, noise, *rate_sentences(verdict, text), *variants.variant_sentences(verdict, text)])
     show(make_table([text("table.candidate"), *table.headers], rows), *sentences, "", console=console)
-    show_verdict(conclusion, console, language)
+    show_verdict(conclusion, console, text)
 
 
-def show_verdict(conclusion: Conclusion, console: Console, language: str) -> None:
-    """Print what fine-tuning gains, the verdict, what is doubtful, where the adapter and the report are, and what to do
-    next."""
+def show_verdict(conclusion: Conclusion, console: Console, text: Catalogue) -> None:
+    """Print the gain, the verdict, what is doubtful, where the adapter and the report are, and what to do next."""
     study, evidence, verdict = conclusion
-    text = load(language)
     if (gain := gained(verdict, text)).value:
         show(f"{text('gain.title')}: {'; '.join([gain.value, *gain.notes])}.", console=console)
     if (margins := margin_table(verdict, text)) is not None:
         show(f"{margins.caption}:", make_table(margins.headers, margins.rows, left=(0, 1)), console=console)
-    if (scores := task_table(verdict, text)) is not None:
+    if (scores := task.task_table(verdict, text)) is not None:
         show(f"{scores.caption}:", make_table(scores.headers, scores.rows), console=console)
     console.print()
-    console.print(verdict_sentence(verdict, language), style="bold", soft_wrap=True)
+    console.print(verdict_sentence(verdict, text.language), style="bold", soft_wrap=True)
     alarms = [caveat_sentence(verdict, code, text) for code in verdict["caveats"] if code in ALARMS]
     for sentence in [*data_warnings(evidence.data_facts, text), *alarms]:
         console.print(text("caveat.warning", sentence=sentence), style="yellow", soft_wrap=True)
@@ -88,13 +81,13 @@ def _after(verdict: dict[str, Any], directory: str, text: Catalogue) -> NextStep
 def describe_outcome(conclusion: Conclusion) -> dict[str, Any]:
     """Results as data, for `--json`: null for unknown values; bytes, seconds, nats per label token."""
     study, evidence, verdict = conclusion
-    results = pd.concat(map(scored_results, evidence.parts))
+    results = pd.concat(map(frames.scored_results, evidence.parts))
     order = {trial.name: number for number, trial in enumerate(study.trials)}
     return {
         "study": str(study.path),
         "report": str(study.report),
         "verdict": verdict,
-        "candidates": _records(by_candidate(evidence, verdict)),
+        "candidates": _records(frames.by_candidate(evidence, verdict)),
         "trials": _records(results.sort_values("trial", key=lambda names: names.map(order))),
     }
 
@@ -111,9 +104,8 @@ def describe_curve(conclusion: Conclusion) -> dict[str, Any]:
     }
 
 
-def curve_parts(conclusion: Conclusion, language: str) -> Iterator[str | Table]:
-    text = load(language)
-    sections = rank_curve_sections(conclusion.evidence, text)
+def curve_parts(conclusion: Conclusion, text: Catalogue) -> Iterator[str | Table]:
+    sections = curve.rank_curve_sections(conclusion.evidence, text)
     for section in sections:
         yield from filter(None, [*(figure.numbers for figure in section.figures), *section.tables])
     for section in sections:
@@ -121,17 +113,17 @@ def curve_parts(conclusion: Conclusion, language: str) -> Iterator[str | Table]:
     yield f"{text('outcome.report')}: {conclusion.study.report}"
 
 
-def show_untried(study: Study, console: Console, language: str) -> None:
+def show_untried(study: Study, console: Console, text: Catalogue) -> None:
     """Print what a run with a time limit did not start, and the command that goes on."""
-    text, seeds = load(language), dict[str, list[str]]()
+    seeds = dict[str, list[str]]()
     for trial in unfinished(study):
         if study.trial_record(trial).status == "pending":
             name = trial.candidate.name if isinstance(trial, Trial) else trial.candidate_name
             seeds.setdefault(name, []).append(str(trial.seed))
-    costs = sorted({job.profile for job in missing_profiles(study.spec, study)} - study.failures().keys())
+    unmeasured = sorted({job.profile for job in missing_profiles(study.spec, study)} - study.failures().keys())
     names = [text("untried.trials", name=name, seeds=", ".join(own)) for name, own in seeds.items()]
     lines = [text("untried.not_started", names="; ".join(names))] if names else []
-    lines += [text("untried.not_measured", names=", ".join(costs))] if costs else []
+    lines += [text("untried.not_measured", names=", ".join(unmeasured))] if unmeasured else []
     lines += [text("untried.next", command=f"rankscope run {shlex.quote(str(study.path))}")] if lines else []
     show(*lines, console=console)
 

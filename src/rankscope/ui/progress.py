@@ -20,7 +20,7 @@ from rich.text import Text
 
 from rankscope.errors import StudyDirectoryError, StudyError
 from rankscope.study.folder import NOT_ENDED
-from rankscope.text.catalogue import Catalogue, load
+from rankscope.text.catalogue import Catalogue
 from rankscope.text.formats import about, size
 from rankscope.ui.console import make_table
 from rankscope.ui.live import LiveStudy, State, TrialState, trial_rows
@@ -83,10 +83,10 @@ class Display:
 class TerminalProgress(Display):
     """Progress of a study, read from its files in `folder` once it exists."""
 
-    def __init__(self, console: Console, folder: Path, language: str = "en", told: bool = False) -> None:
+    def __init__(self, console: Console, folder: Path, text: Catalogue, told: bool = False) -> None:
         """`told`: whether the user knows how to follow the study elsewhere."""
         super().__init__(console)
-        self._folder, self.text, self._told = folder, load(language), told
+        self._folder, self.text, self._told = folder, text, told
         self._study = LiveStudy(folder)
         self._state: State | None = None
         self._read_again = 0.0  # next time the whole study is read
@@ -175,8 +175,7 @@ def in_order(state: State) -> list[TrialState]:
 
 
 def view(state: State, text: Catalogue, most_rows: int | None = None, note: str = "") -> Group:
-    """The whole display: what is done now, a bar for the study and one for each pack, the trials, `most_rows` at most,
-    and a note."""
+    """The whole display: what is done now, bars for the study and each pack, `most_rows` trials at most, and a note."""
     bars = Table.grid(padding=(0, 2, 0, 0), expand=True)
     for ratio in (None, 1, None):
         bars.add_column(ratio=ratio, no_wrap=True)

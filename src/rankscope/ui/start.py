@@ -65,11 +65,10 @@ def check_adapter(name: str, text: "Catalogue") -> None:
     announce(text("plan.reading", what=name))
 
 
-def open_study(directory: Path, language: str = "en", launcher: str = "local", address: str | None = None) -> "Study":
-    """Open a study once the names that a command was given are known to be good."""
+def open_study(directory: Path, text: "Catalogue") -> "Study":
+    """The study in a directory, with its tables."""
     from rankscope.study.folder import StudyFolder
 
-    text = check_names(language, launcher, address)
     return _with_tables(StudyFolder.open(directory), text)
 
 

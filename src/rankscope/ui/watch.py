@@ -24,7 +24,7 @@ from rankscope.report import html
 from rankscope.report.content import Content, compose
 from rankscope.study.evidence import Evidence
 from rankscope.study.study import Study
-from rankscope.text.catalogue import Catalogue, load
+from rankscope.text.catalogue import Catalogue
 from rankscope.text.verdict import verdict_sentence
 from rankscope.ui.live import LiveStudy, State, trial_rows
 from rankscope.ui.progress import TerminalProgress, in_order, lines, view, whole_left
@@ -38,8 +38,8 @@ TERMINAL_SECONDS = 2.0  # interval between two reads of the study for the termin
 class Watch:
     """Content of the page, read from the study in `path` at each request."""
 
-    def __init__(self, path: Path, language: str) -> None:
-        self.path, self.text, self.live = path, load(language), LiveStudy(path)
+    def __init__(self, path: Path, text: Catalogue) -> None:
+        self.path, self.text, self.live = path, text, LiveStudy(path)
         self._ended: list[str] = []  # statuses of the trials, and what they show
         self._verdict: dict[str, Any] | None = None
         self._lock = threading.Lock()  # a browser sends requests in parallel
@@ -132,23 +132,21 @@ def address(server: ThreadingHTTPServer) -> str:
     return f"http://{LOOPBACK}:{server.server_port}/"
 
 
-def watch_page(path: Path, port: int, console: Console, language: str, browser: bool) -> None:
-    """Serve the page until Ctrl-C, and open it in a browser where there is a desktop. Raises StudyError: the port
-    cannot be used."""
+def watch_page(path: Path, port: int, console: Console, text: Catalogue, browser: bool) -> None:
+    """Serve the page until Ctrl-C, and open it where there is a desktop. Raises StudyError: the port cannot be used."""
     try:
-        server = serve(Watch(path, language), port)
+        server = serve(Watch(path, text), port)
     except OSError as error:
         raise StudyError(f"--port {port}: {error.strerror}", "Choose another, or leave it out.") from None
-    console.print(load(language)("live.watching", path=path, address=address(server)))
+    console.print(text("live.watching", path=path, address=address(server)))
     if browser and (sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()):
         webbrowser.open(address(server))
     server.serve_forever()
 
 
-def watch_terminal(path: Path, console: Console, language: str = "en") -> None:
-    """Show the study in the terminal, as the run itself does, and the verdict so far, until it is done or stopped; once
-    if output is no terminal."""
-    study, progress = Study.open(path), TerminalProgress(console, path, language, told=True)
+def watch_terminal(path: Path, console: Console, text: Catalogue) -> None:
+    """Show the study and the verdict so far, until it is done or stopped; once where output is no terminal."""
+    study, progress = Study.open(path), TerminalProgress(console, path, text, told=True)
     ended, note = list[str](), ""
     with progress:
         while True:
@@ -156,8 +154,8 @@ def watch_terminal(path: Path, console: Console, language: str = "en") -> None:
                 state = progress.read()
                 if ended != (ended := [trial.status for trial in state.trials]):
                     study = Study.open(path)  # it may have grown
-                    sentence = verdict_sentence(_verdict(study, study.evidence(), state), language)
-                    note = "\n".join(filter(None, [_caveat(state, progress.text), sentence]))
+                    sentence = verdict_sentence(_verdict(study, study.evidence(), state), text.language)
+                    note = "\n".join(filter(None, [_caveat(state, text), sentence]))
             except StudyDirectoryError:
                 if study.holder() is None:
                     raise
@@ -166,4 +164,4 @@ def watch_terminal(path: Path, console: Console, language: str = "en") -> None:
                     break
                 progress.show(state, note)
             time.sleep(TERMINAL_SECONDS)
-    console.print(view(state, progress.text, note=note))
+    console.print(view(state, text, note=note))
