@@ -78,6 +78,7 @@ def evidence_of(
     return Evidence(
         resolve_spec(question), results(losses), curves(losses, untrained), empty if profiles is None else profiles,
         empty, examples(losses), {}, {}, reference=empty, untrained=untrained_examples(loss=untrained),
+        cuts=examples(losses)[:0].assign(cut_rank=0, recover_steps=0),
     )  # fmt: skip
 
 

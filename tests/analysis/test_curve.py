@@ -38,7 +38,7 @@ def with_cuts(
         for seed in asked.seeds
     ]
     evidence = make_evidence(asked, steps=8)
-    return evidence._replace(examples=pd.concat(examples), cuts=pd.concat(cuts) if cuts else pd.DataFrame())
+    return evidence._replace(examples=pd.concat(examples), cuts=pd.concat(cuts))
 
 
 def test_the_error_is_the_cut_s_loss_minus_the_trained_one_s() -> None:
@@ -79,7 +79,6 @@ def test_one_seed_has_no_interval_and_is_judged_by_the_error_itself() -> None:
 
 def test_only_seeds_that_both_have_are_compared() -> None:
     evidence = with_cuts({4: 2.0, 16: 1.8}, {(0, 4): 2.1})
-    assert evidence.cuts is not None
     fewer = evidence._replace(cuts=evidence.cuts[evidence.cuts["seed"] != 1])
     (row,) = curve_errors(fewer).to_dict("records")
     assert row["seeds"] == 2
@@ -88,7 +87,6 @@ def test_only_seeds_that_both_have_are_compared() -> None:
 
 def test_only_examples_that_both_have_are_compared() -> None:
     evidence = with_cuts({4: 2.0, 16: 1.8}, {(0, 4): 2.1})
-    assert evidence.cuts is not None
     fewer = evidence._replace(cuts=evidence.cuts[evidence.cuts["example"] != 1])
     (row,) = curve_errors(fewer).to_dict("records")
     assert row["seeds"] == 3
@@ -124,7 +122,8 @@ def test_the_curve_has_trained_cut_and_recovered_points() -> None:
     }  # fmt: skip
     row = found["cut", 0, 4]
     assert row["eval_loss_low"] < row["eval_loss"] < row["eval_loss_high"]
-    assert loss_curve(with_cuts({4: 2.0, 16: 1.8}, {}))["kind"].unique().tolist() == ["trained"]
+    none = with_cuts({4: 2.0, 16: 1.8}, {(0, 4): 2.1})
+    assert loss_curve(none._replace(cuts=none.cuts[:0]))["kind"].unique().tolist() == ["trained"]
 
 
 def test_the_lowest_rank_within_the_margin() -> None:

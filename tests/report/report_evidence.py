@@ -116,11 +116,9 @@ def make_evidence(
     )  # fmt: skip
 
 
-def _reference(spec: StudySpec) -> pd.DataFrame | None:
+def _reference(spec: StudySpec) -> pd.DataFrame:
     """Full fine-tuning, better than every rank at the lowest of its rates; the highest diverged with every seed."""
     trials = spec.reference_trials()
-    if not trials:
-        return None
     rates = sorted({trial.learning_rate for trial in trials})
     rows = []
     for trial in trials:

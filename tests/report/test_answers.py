@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pytest
 
 from rankscope.report.answers import LONGEST, answered
 from rankscope.report.write import build
@@ -51,7 +50,6 @@ def test_each_prompt_has_the_data_s_answer_the_model_s_and_each_rank_s() -> None
 
 def test_of_several_learning_rates_the_compared_one_is_shown() -> None:
     evidence = with_answers(learning_rates=[1e-4, 2e-4])
-    assert evidence.answers is not None
     other = evidence.answers.assign(candidate=evidence.answers["candidate"].str.replace("lr2e", "lr1e"))
     both = evidence._replace(answers=pd.concat([evidence.answers, other[other["rank"] > 0]]))
     verdict = make_verdict(both)
@@ -67,10 +65,8 @@ def test_of_several_learning_rates_the_compared_one_is_shown() -> None:
     assert len(answered(both, None, load("en"))[0].answers) == 2 + 6
 
 
-@pytest.mark.parametrize("answers", [None, pd.DataFrame()])
-def test_without_answers_the_page_says_so(answers: pd.DataFrame | None, tmp_path: Path) -> None:
-    evidence = make_evidence(steps=8)._replace(answers=answers)
-    build(evidence, None, tmp_path)
+def test_without_answers_the_page_says_so(tmp_path: Path) -> None:
+    build(make_evidence(steps=8), None, tmp_path)
     for name in ("index.html", "report.md"):
         assert "No answers were generated." in (tmp_path / name).read_text(encoding="utf-8")
 
@@ -83,7 +79,6 @@ def test_a_long_text_is_cut() -> None:
 
 def test_an_empty_answer_is_told(tmp_path: Path) -> None:
     evidence = with_answers()
-    assert evidence.answers is not None
     build(evidence._replace(answers=evidence.answers.assign(answer="")), None, tmp_path)
     assert (tmp_path / "index.html").read_text(encoding="utf-8").count("<pre>\n(nothing)</pre>") == 8
     assert (tmp_path / "report.md").read_text(encoding="utf-8").count("(nothing)") == 8
@@ -91,7 +86,6 @@ def test_an_empty_answer_is_told(tmp_path: Path) -> None:
 
 def test_line_breaks_and_indents_stay(tmp_path: Path) -> None:
     evidence = with_answers()
-    assert evidence.answers is not None
     code = "\n    first\n\tsecond <b>"
     build(evidence._replace(answers=evidence.answers.assign(answer=code)), None, tmp_path)
     # A browser drops the first line break after <pre>: one more stands before the text.
@@ -100,7 +94,6 @@ def test_line_breaks_and_indents_stay(tmp_path: Path) -> None:
 
 def test_hostile_answers_stay_text(tmp_path: Path) -> None:
     evidence = with_answers()
-    assert evidence.answers is not None
     hostile = dict.fromkeys(("prompt", "reference", "candidate", "answer"), HOSTILE_ANSWER)
     build(evidence._replace(answers=evidence.answers.assign(**hostile)), None, tmp_path, "ko")
     page = (tmp_path / "index.html").read_text(encoding="utf-8")

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import altair as alt
-import pandas as pd
 import pytest
 
 from analysis.test_curve import with_cuts
@@ -89,9 +88,8 @@ def test_in_korean(evidence: Evidence, tmp_path: Path) -> None:
         assert expected in text
 
 
-@pytest.mark.parametrize("cuts", [None, pd.DataFrame()])
-def test_without_a_curve_there_is_no_section(cuts: pd.DataFrame | None, tmp_path: Path) -> None:
-    evidence = make_evidence(steps=8)._replace(cuts=cuts)
+def test_without_a_curve_there_is_no_section(tmp_path: Path) -> None:
+    evidence = make_evidence(steps=8)
     assert rank_curve_sections(evidence, load("en")) == []
     build(evidence, None, tmp_path)
     assert "cut-loss-rank" not in (tmp_path / "index.html").read_text()

@@ -20,7 +20,7 @@ from drawing import images
 from rankscope.report import charts, write
 from rankscope.report.content import Content, compose
 from rankscope.report.frames import POINTS, by_candidate
-from rankscope.report.html import json_in_html
+from rankscope.report.html import chart_page
 from rankscope.report.loss import paired_difference, training_loss
 from rankscope.report.markdown import escape
 from rankscope.report.memory import memory_by_step
@@ -405,13 +405,12 @@ def test_of_unfinished_trials_the_finished_ones_are_drawn(evidence: Evidence) ->
 
 
 def test_a_loss_above_the_untrained_model_s_is_worse_than_no_training(evidence: Evidence) -> None:
-    assert evidence.untrained is not None
     low = evidence._replace(untrained=evidence.untrained.assign(loss=1.23))
     content = compose(low, make_verdict(low), load("en"))
     candidates = content.section("candidates").tables[0]
     cells = [row[candidates.headers.index("Held-out loss")] for row in candidates.rows]
     assert ["worse than\nno training" in cell for cell in cells] == [True, False, False]
-    old = compose(evidence._replace(untrained=None), make_verdict(evidence), load("en"))
+    old = compose(evidence._replace(untrained=pd.DataFrame()), make_verdict(evidence), load("en"))
     assert "worse" not in str(old.section("candidates").tables[0].rows)
 
 
@@ -513,10 +512,12 @@ def test_files_are_named_without_their_folders() -> None:
 
 
 def test_json_cannot_leave_its_script() -> None:
-    value = {"</script><!--": ["<script>", "&amp;", "\u2028"]}
-    written = json_in_html(value)
+    value = "</script><!-- <script> &amp; \u2028"
+    chart = alt.Chart(pd.DataFrame({"value": [value]})).mark_text().encode(text="value:N")
+    written = Page(chart_page(alt.layer(chart), "a chart", load("en"))).scripts[0]
     assert not set("<>&\u2028") & set(written)
-    assert json.loads(written) == value
+    (rows,) = json.loads(written)["charts"]["chart"]["datasets"].values()
+    assert rows == [{"value": value}]
 
 
 def test_markdown_escape() -> None:

@@ -46,13 +46,12 @@ class Common(NamedTuple):
 
 
 def sufficient_rank(evidence: Evidence) -> Sufficient | None:
-    """Smallest rank of a study that keeps 95% of its gain; None without finished trials, the loss before training, or a
-    gain."""
+    """Smallest rank of a study that keeps 95% of its gain; None without finished trials, untrained loss or gain."""
     untrained = evidence.curves.loc[evidence.curves["step"] == 0, "eval_loss"].mean()
     judged = judged_examples(evidence.examples, evidence.results)
     if judged.empty or math.isnan(untrained):
         return None
-    if evidence.untrained is not None and not evidence.untrained.empty:  # known by row: of the judged ones
+    if not evidence.untrained.empty:  # known by row: of the judged ones
         rows = evidence.untrained[evidence.untrained["example"].isin(judged["example"])]
         untrained = np.average(rows["loss"], weights=rows["label_tokens"])
     tokens, tables = label_tokens(judged), losses_by_candidate(judged)

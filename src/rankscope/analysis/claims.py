@@ -48,7 +48,7 @@ def judge_claims(evidence: Evidence, compared: Sequence[str]) -> list[dict[str, 
 
 def _cost(profiles: pd.DataFrame, confidence: float, column: str) -> Measured | None:
     """A cost: its mean over repeats, and their noise. Learning rates of a rank share a profile."""
-    if profiles.empty or column not in profiles:
+    if column not in profiles:
         return None
     own, noise = profiles[~profiles["control"]], noise_of(profiles, column, confidence)
     means = pd.to_numeric(own[column]).groupby(own["rank"]).mean().dropna()
@@ -60,11 +60,9 @@ def _cost(profiles: pd.DataFrame, confidence: float, column: str) -> Measured | 
     return Measured([int(rank) for rank in means.index], change)
 
 
-def _loss(results: pd.DataFrame, compared: Sequence[str], confidence: float) -> Measured | None:
+def _loss(results: pd.DataFrame, compared: Sequence[str], confidence: float) -> Measured:
     """Training loss, paired by seed, without seeds that a rank lacks; a change is of its mean before."""
-    done = results[(results["status"] == "done") & results["candidate"].isin(compared)] if compared else results[:0]
-    if done.empty:
-        return None
+    done = results[(results["status"] == "done") & results["candidate"].isin(compared)]
     table = done.pivot_table(index="seed", columns="rank", values="train_loss", aggfunc="mean").dropna()
 
     def change(before: int, after: int) -> Mean:

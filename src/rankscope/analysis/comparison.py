@@ -26,6 +26,7 @@ import pandas as pd
 from scipy import special
 
 Numbers = Any  # a float, or an array of floats
+Ends = tuple[float | None, float | None]  # of an interval; None where it is unknown
 
 
 class Estimate(NamedTuple):
@@ -62,8 +63,8 @@ class Estimate(NamedTuple):
         half = self.half_width(confidence)
         return self.mean - half, self.mean + half
 
-    def ends(self, confidence: float) -> tuple[float | None, float | None]:
-        """Interval of one estimate; None where it is unknown."""
+    def ends(self, confidence: float) -> Ends:
+        """Interval of one estimate."""
         return finite(*self.interval(confidence))
 
     def with_seeds(self, seeds: Numbers) -> "Estimate":
@@ -71,8 +72,13 @@ class Estimate(NamedTuple):
         return self._replace(seed_error=self.seed_error * np.sqrt(self.seeds / seeds), seeds=seeds)
 
 
-def finite(low: float, high: float) -> tuple[float | None, float | None]:
+def finite(low: float, high: float) -> Ends:
     return (float(low), float(high)) if math.isfinite(high) else (None, None)
+
+
+def with_ends(name: str, value: float, ends: Ends) -> dict[str, float | None]:
+    """A value and its interval, as verdict.json has them: `gain gain_low gain_high`."""
+    return {name: float(value), f"{name}_low": ends[0], f"{name}_high": ends[1]}
 
 
 def student(degrees: Numbers, level: Numbers) -> Numbers:
@@ -144,13 +150,8 @@ def estimate_of(
 
 def stacked(estimates: Sequence[Estimate], *shape: int) -> Estimate:
     """Estimates on the same examples as arrays of this shape."""
-
-    def field(name: str) -> Numbers:
-        return np.array([getattr(one, name) for one in estimates]).reshape(shape)
-
-    errors = field("seed_error"), field("example_error")
-    rest = field("third"), field("seeds"), field("effective")
-    return Estimate(field("mean"), *errors, *rest, estimates[0].examples)
+    *fields, examples = zip(*estimates, strict=True)
+    return Estimate._make([*(np.array(field).reshape(shape) for field in fields), examples[0]])
 
 
 class Judged(NamedTuple):
@@ -208,31 +209,23 @@ class Comparison(NamedTuple):
         return self._replace(differences=more(self.differences, pairs), excesses=more(self.excesses, pairs), gain=gain)
 
 
-class Bounds(NamedTuple):
-    """Interval of a regret, which is never negative; None where it is unknown."""
-
-    low: float | None
-    high: float | None
-
-
-def bounds(found: Comparison, confidence: float) -> list[Bounds]:
-    """Interval of each candidate's regret, from the intervals of the differences at `confidence`. Its upper end is that
-    of the largest difference to any other; its lower end that of the least difference to any that may be the best, and
-    zero where the candidate itself may be: where no other is shown to beat it."""
+def bounds(found: Comparison, confidence: float) -> list[Ends]:
+    """Interval of each candidate's regret, which is never negative, from the intervals of the differences at
+    `confidence`. Its upper end is that of the largest difference to any other; its lower end that of the least
+    difference to any that may be the best, and zero where no other is shown to beat the candidate."""
     others = ~np.eye(len(found.ranks), dtype=bool)
     lows, highs = found.differences.interval(confidence)
     best = np.where(others, lows, -math.inf).max(axis=1) <= 0
     low = np.where(best, 0.0, np.where(others & best, lows, math.inf).min(axis=1))
     high = np.where(others, highs, -math.inf).max(axis=1)
     return [
-        Bounds(max(0.0, float(one)), max(0.0, float(other))) if math.isfinite(other) else Bounds(None, None)
+        (max(0.0, float(one)), max(0.0, float(other))) if math.isfinite(other) else (None, None)
         for one, other in zip(low, high, strict=True)
     ]
 
 
 def excesses(judged: Judged, share: float) -> Estimate:
-    """Excesses of each candidate over a margin of `share` beside each other one, (K, K); differences at a share of
-    0."""
+    """Excesses of each candidate over a margin of `share` beside each other one, (K, K); at 0 differences."""
     found = [estimate(own - judged.allowed(other, share), judged.label_tokens) for own, other in judged.pairs]
     return stacked(found, len(judged.losses), len(judged.losses))
 
@@ -279,8 +272,7 @@ def label_tokens(examples: pd.DataFrame) -> "pd.Series[float]":
 
 
 def best_of_each_rank(examples: pd.DataFrame) -> list[str]:
-    """Candidate with the lowest loss at each rank, among those that finished the most seeds, on the seeds that these
-    share; lowest rank first."""
+    """Each rank's candidate with the lowest loss: of those with the most seeds, on the seeds that they share."""
     best = []
     for _, part in examples.groupby("rank"):
         tokens, tables = label_tokens(part).to_numpy(), losses_by_candidate(part)
@@ -328,7 +320,7 @@ def judge(examples: pd.DataFrame, untrained: pd.DataFrame | None = None, full: p
         return Judged(losses, pairs, identity, tokens)
     order = sorted(judged["example"].unique())
     before = untrained.set_index("example")["loss"].loc[order].to_numpy()
-    mean = None if full is None or full.empty else full[order].to_numpy().mean(axis=0)
+    mean = None if full is None else full[order].to_numpy().mean(axis=0)
     if mean is not None:
         best = min(estimate(table.to_numpy(), tokens).mean for table in losses.values())
         mean = mean if estimate(mean[None], tokens).mean < best else None

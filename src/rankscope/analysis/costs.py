@@ -39,7 +39,7 @@ def noise_of(profiles: pd.DataFrame, column: str, confidence: float = CONFIDENCE
     they were measured side by side, of other costs from their repeats, where the control counts as its rank's. None
     where neither tells.
     """
-    if profiles.empty or column not in profiles:
+    if column not in profiles:
         return None
     error = RATIO_ERRORS.get(column)
     if error in profiles and profiles[error].notna().any():  # one that failed has none
@@ -62,8 +62,7 @@ def noise_of(profiles: pd.DataFrame, column: str, confidence: float = CONFIDENCE
 
 
 def cpu_memory(profiles: pd.DataFrame) -> str:
-    """Prefix of the CPU's memory in `Study.profiles`: private memory, or all that is resident where the study does not
-    tell them apart."""
+    """Prefix of the CPU's memory in `Study.profiles`: `private`, or `rss` in a study that does not tell it apart."""
     told = "private_peak_bytes" in profiles and bool(profiles["private_peak_bytes"].notna().all())
     return "private" if told else "rss"
 

@@ -83,11 +83,10 @@ def _tables(evidence: Evidence) -> _Tables:
     judged = judged_examples(evidence.examples, evidence.results)
     if judged.empty:
         return _Tables({}, {}, pd.Series(dtype=float))
-    tables = _Tables(_pivoted(judged, "rank"), {}, label_tokens(judged))
-    if evidence.cuts is None or evidence.cuts.empty:
-        return tables
-    same = evidence.cuts["candidate"].isin(judged["candidate"]) & evidence.cuts["example"].isin(judged["example"])
-    return tables._replace(truncated=_pivoted(evidence.cuts[same], ["recover_steps", "cut_rank"]))
+    cuts = evidence.cuts
+    same = cuts["candidate"].isin(judged["candidate"]) & cuts["example"].isin(judged["example"])
+    truncated = _pivoted(cuts[same], ["recover_steps", "cut_rank"])
+    return _Tables(_pivoted(judged, "rank"), truncated, label_tokens(judged))
 
 
 def _pivoted(examples: pd.DataFrame, by: str | list[str]) -> dict[Any, pd.DataFrame]:

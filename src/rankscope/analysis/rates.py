@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from rankscope.analysis.comparison import mean_of
+from rankscope.analysis.comparison import mean_of, with_ends
 
 WINDOW = 3  # rates of a parabola: the best one, and those beside it
 
@@ -64,7 +64,7 @@ def judge_rates(results: pd.DataFrame, confidence: float) -> dict[str, Any] | No
         ranks, best = np.array(list(inside)), np.array(list(inside.values()))
         away = ranks - ranks.mean()
         slope = mean_of(away @ best / (away @ away), confidence)
-        verdict |= {"exponent": slope.value, "exponent_low": slope.low, "exponent_high": slope.high}
+        verdict |= with_ends("exponent", slope.value, (slope.low, slope.high))
         if slope.low is not None and slope.high is not None:
             verdict |= {"same": slope.low <= 0 <= slope.high, "inverse": slope.low <= -1 <= slope.high}
     return verdict

@@ -20,7 +20,8 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
-from rankscope.analysis.comparison import Comparison, Estimate, Numbers, bounds, compare, estimate, finite, judge
+from rankscope.analysis import comparison
+from rankscope.analysis.comparison import Comparison, Estimate, Numbers, estimate, finite, with_ends
 from rankscope.analysis.outcome import best_guess, decide
 from rankscope.spec.models import VerdictSpec
 from rankscope.study.evidence import Evidence
@@ -58,10 +59,10 @@ def judge_task(
     own = scores[scores["candidate"].isin(compared)]
     if untrained is None or untrained.empty or own.empty:
         return empty
-    judged = judge(_errors(own), _errors(untrained))
+    judged = comparison.judge(_errors(own), _errors(untrained))
     if set(judged.losses) != set(compared):  # one of them has no scores, or shares no seed with another
         return empty
-    plain, confidence = compare(judged, spec.task_margin), spec.confidence
+    plain, confidence = comparison.compare(judged, spec.task_margin), spec.confidence
     added: dict[str, Any] = {
         name: add_items(getattr(plain, name), confidence) for name in ("differences", "excesses", "gain")
     }
@@ -71,17 +72,14 @@ def judge_task(
     assert found.gain is not None
     assert judged.untrained is not None
     best, before = found.best, estimate(np.stack([judged.untrained] * 2), judged.label_tokens)  # alike at any seed
-    gain_low, gain_high = finite(*(end[best] for end in found.gain.interval(confidence)))
+    gain_ends = finite(*(end[best] for end in found.gain.interval(confidence)))
     rows = [row | {"within_margin": states[row["candidate"]]} for row in _rows(plain, found, confidence)]
     return empty | fields | {
         "guess": best_guess(plain, over),
         "seeds": int(plain.differences.seeds.min()),
         "items": plain.eval_loss.examples,
-        "untrained": 1.0 - float(before.mean),
-        **dict(zip(("untrained_low", "untrained_high"), finite(*_ends(before, confidence)), strict=True)),
-        "gain": float(plain.gain.mean[best]),
-        "gain_low": gain_low,
-        "gain_high": gain_high,
+        **with_ends("untrained", 1.0 - before.mean, finite(*_ends(before, confidence))),
+        **with_ends("gain", plain.gain.mean[best], gain_ends),
         "scores": rows,
     }  # fmt: skip
 
@@ -126,7 +124,7 @@ def _errors(scores: pd.DataFrame) -> pd.DataFrame:
 
 def _rows(plain: Comparison, added: Comparison, confidence: float) -> list[dict[str, Any]]:
     """A row for each candidate: its score, and how far it is behind the best, with intervals of the items `added`."""
-    behind, (lows, highs) = bounds(added, confidence), _ends(plain.eval_loss, confidence)
+    behind, (lows, highs) = comparison.bounds(added, confidence), _ends(plain.eval_loss, confidence)
     assert plain.gain is not None
     return [
         {
@@ -134,11 +132,8 @@ def _rows(plain: Comparison, added: Comparison, confidence: float) -> list[dict[
             "rank": plain.ranks[number],
             "learning_rate": plain.learning_rates[number],
             "seeds": int(plain.eval_loss.seeds[number]),
-            "score": 1.0 - float(plain.eval_loss.mean[number]),
-            **dict(zip(("score_low", "score_high"), finite(lows[number], highs[number]), strict=True)),
-            "behind": max(0.0, float(plain.regrets[number])),
-            "behind_low": behind[number].low,
-            "behind_high": behind[number].high,
+            **with_ends("score", 1.0 - plain.eval_loss.mean[number], finite(lows[number], highs[number])),
+            **with_ends("behind", max(0.0, plain.regrets[number]), behind[number]),
             "gain": float(plain.gain.mean[number]),
         }
         for number, name in enumerate(plain.candidates)

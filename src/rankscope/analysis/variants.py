@@ -22,8 +22,6 @@ def judge_variants(evidence: Evidence) -> list[dict[str, Any]]:
     if evidence.variants is None:
         return []
     plain, of_variants = judged_examples(evidence.examples, evidence.results), evidence.variants
-    if plain.empty or of_variants.examples.empty:
-        return []
     pairs = []
     for variant in of_variants.spec.variants:
         examples = of_variants.examples[of_variants.examples["variant"] == variant]
@@ -59,8 +57,7 @@ def _compared(evidence: Evidence, own: pd.DataFrame, plain: pd.DataFrame, confid
 
 
 def _cost(evidence: Evidence, variant: str, plain: str, column: str, how: str) -> float | None:
-    """Relative change of a column of `Study.profiles`, aggregated over repeats; None where one was not measured, or
-    within noise."""
+    """Relative change of a cost, aggregated over repeats; None where one was not measured, or within noise."""
     assert evidence.variants is not None
     tables = [table for table in (evidence.variants.profiles, evidence.profiles) if not table.empty]
     if len(tables) < 2:

@@ -15,23 +15,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from rankscope.analysis import comparison
 from rankscope.analysis.claims import judge_claims
-from rankscope.analysis.comparison import (
-    Comparison,
-    Judged,
-    bounds,
-    compare,
-    estimate,
-    excesses,
-    finite,
-    judge,
-    judged_examples,
-    label_tokens,
-    losses_by_candidate,
-    paired,
-    stacked,
-    without_diverged,
-)
+from rankscope.analysis.comparison import Comparison, Judged, estimate, finite, with_ends
 from rankscope.analysis.costs import over_budget
 from rankscope.analysis.decision import level_at, states, upper_bound
 from rankscope.analysis.outcome import States, best_guess, decide, settled
@@ -82,14 +68,14 @@ def conclude(evidence: Evidence) -> dict[str, Any]:
     """
     spec, confidence, results = evidence.spec, evidence.spec.verdict.confidence, evidence.results
     diverged = _diverged(results)
-    examples = without_diverged(evidence.examples, results)
-    reference = judged_examples(evidence.reference, evidence.reference_results)
+    examples = comparison.without_diverged(evidence.examples, results)
+    reference = comparison.judged_examples(evidence.reference, evidence.reference_results)
     best_full = None if reference.empty else str(reference["candidate"].iloc[0])
     full = None
     if best_full:  # on all examples, of which the even-numbered have chosen its rate
         full = _losses(evidence.reference[evidence.reference["candidate"] == best_full])
-    judged = judge(examples, _untrained(evidence), full) if len(examples) else None
-    found = compare(judged, spec.verdict.margin) if judged and judged.losses else None
+    judged = comparison.judge(examples, _untrained(evidence), full) if len(examples) else None
+    found = comparison.compare(judged, spec.verdict.margin) if judged and judged.losses else None
     compared = found.candidates if found else []
     left_out = sorted(set(spec.ranks) - set(found.ranks if found else ()))
     verdict: dict[str, Any] = {
@@ -151,7 +137,7 @@ def _diverged(results: pd.DataFrame) -> list[dict[str, Any]]:
 def _untrained(evidence: Evidence) -> pd.DataFrame | None:
     if evidence.spec.verdict.margin_of == "loss":
         return None
-    if evidence.untrained is None or evidence.untrained.empty:
+    if evidence.untrained.empty:
         raise StudyError(
             "verdict.margin_of: gain needs the untrained model's loss on each held-out row, which this study lacks: it "
             "was trained by an earlier version",
@@ -162,18 +148,17 @@ def _untrained(evidence: Evidence) -> pd.DataFrame | None:
 
 def _losses(examples: pd.DataFrame) -> pd.DataFrame:
     """Losses of the one candidate in `examples`."""
-    (losses,) = losses_by_candidate(examples).values()
+    (losses,) = comparison.losses_by_candidate(examples).values()
     return losses
 
 
 def _add_over_full(rows: list[dict[str, Any]], judged: Judged, reference: pd.DataFrame, confidence: float) -> None:
     """Add each compared candidate's loss above that of full fine-tuning at its best rate: `over_full`, `over_full_low`,
     `over_full_high`, on the seeds and examples that both have."""
-    full, tokens = _losses(reference), label_tokens(reference)
+    full, tokens = _losses(reference), comparison.label_tokens(reference)
     for row in rows:
-        if pair := paired(judged.losses[row["candidate"]], full, tokens):
-            low, high = pair.difference.ends(confidence)
-            row |= {"over_full": pair.difference.mean, "over_full_low": low, "over_full_high": high}
+        if pair := comparison.paired(judged.losses[row["candidate"]], full, tokens):
+            row |= with_ends("over_full", pair.difference.mean, pair.difference.ends(confidence))
 
 
 def _overfits(evidence: Evidence, found: Comparison) -> list[dict[str, Any]]:
@@ -202,11 +187,11 @@ def _of_the_gain(
     assert judged.untrained is not None
     assert found.gain is not None
     gain, reference = float(found.gain.mean[best]), found.candidates[best]
-    low, high = finite(*(end[best] for end in found.gain.interval(confidence)))
+    ends = finite(*(end[best] for end in found.gain.interval(confidence)))
     if judged.full is not None:  # of one mean over seeds
         gain, reference = float(estimate((judged.untrained - judged.full)[None], judged.label_tokens).mean), "full"
-        low = high = None
-    fields: dict[str, Any] = {"gain": gain, "gain_low": low, "gain_high": high, "gain_of": reference}
+        ends = None, None
+    fields: dict[str, Any] = with_ends("gain", gain, ends) | {"gain_of": reference}
     if verdict["outcome"] == "not_trained_enough" or gain <= 0:
         return fields
     kept = least_kept(judged, confidence, verdict["margin"])
@@ -214,7 +199,7 @@ def _of_the_gain(
         row["kept"] = row["gain"] / gain if reference == "full" else 1 - row["regret"] / gain
         row["kept_low"] = None if row["seeds"] < 2 else kept[row["candidate"]]
     for share in USUAL_MARGINS:
-        decision, _ = decide(compare(judged, share), confidence, over, look_ahead=False)
+        decision, _ = decide(comparison.compare(judged, share), confidence, over, look_ahead=False)
         chosen = decision if decision["outcome"] == "recommended" else {}
         fields.setdefault("margins", []).append(
             {"margin": share, "rank": chosen.get("rank"), "undetermined": chosen.get("undetermined", [])}
@@ -234,10 +219,10 @@ def least_kept(judged: Judged, confidence: float, margin: float) -> dict[str, fl
     @cache
     def good(share: float) -> list[bool]:
         if judged.full is None:
-            return list(states(excesses(judged, share), octaves, confidence)[0])
+            return list(states(comparison.excesses(judged, share), octaves, confidence)[0])
         allowed = judged.allowed(judged.full[None], share)
         each = [estimate(table.to_numpy() - allowed, judged.label_tokens) for table in judged.losses.values()]
-        over = stacked(each, len(names))
+        over = comparison.stacked(each, len(names))
         level = level_at(over.seeds, confidence) / max(1, len(names) - 1)
         return list(upper_bound(over, over.seeds - 1, level) <= 0)
 
@@ -259,20 +244,15 @@ def _table(found: Comparison, states: States, over: Mapping[str, list[str]], con
     on_these = losses._replace(example_error=0.0)  # between candidates what examples share does not count
     lows, highs = on_these.interval(confidence)
     table = []
-    for number, (name, bound) in enumerate(zip(found.candidates, bounds(found, confidence), strict=True)):
-        low, high = finite(lows[number], highs[number])
+    for number, (name, ends) in enumerate(zip(found.candidates, comparison.bounds(found, confidence), strict=True)):
         table.append(
             {
                 "candidate": name,
                 "rank": found.ranks[number],
                 "learning_rate": found.learning_rates[number],
                 "seeds": int(losses.seeds[number]),
-                "eval_loss": float(losses.mean[number]),
-                "eval_loss_low": low,
-                "eval_loss_high": high,
-                "regret": float(regrets[number]),
-                "regret_low": bound.low,
-                "regret_high": bound.high,
+                **with_ends("eval_loss", losses.mean[number], finite(lows[number], highs[number])),
+                **with_ends("regret", regrets[number], ends),
                 "regret_share": float(regrets[number] / losses.mean[found.best]),
                 "within_margin": states[name],
                 "gain": float(found.gain.mean[number]) if found.gain else None,

@@ -42,10 +42,6 @@ def normalised(runs: pd.DataFrame) -> pd.DataFrame:
     return runs
 
 
-def decimals(loss: float) -> int:
-    return len(repr(float(loss)).partition(".")[2])
-
-
 def label(column: str, text: Catalogue) -> str:
     return text(f"judge.column.{column}")
 

@@ -14,7 +14,7 @@ import pandas as pd
 from rankscope.analysis.comparison import Comparison, Estimate, bounds, student
 from rankscope.analysis.decision import level_at
 from rankscope.analysis.outcome import PLANNED, decide
-from rankscope.judge.confounders import SETTINGS, decimals
+from rankscope.judge.confounders import SETTINGS
 from rankscope.spec.models import LOSS_MARGIN, VerdictSpec
 
 CONFIDENCE = 0.95
@@ -75,11 +75,12 @@ def difference(runs: pd.DataFrame) -> dict[str, Any]:
     apart, excesses = (_over_seeds(losses[:, None] - other[None]) for other in (losses, allowed))
     compared = Comparison([*map(str, ranks)], ranks, [0.0] * len(ranks), _over_seeds(losses), apart, excesses, gain)
     errors = compared.differences.seed_error[~np.eye(len(ranks), dtype=bool)]
-    if (errors * math.sqrt(losses.shape[1]) < max(10.0 ** -max(map(decimals, losses.flat)), 1e-9)).any():
+    decimals = max(len(repr(float(loss)).partition(".")[2]) for loss in losses.flat)
+    if (errors * math.sqrt(losses.shape[1]) < max(10.0**-decimals, 1e-9)).any():
         return found | {"coarse": True}
     fields, states = decide(compared, CONFIDENCE)
-    for row, regret, end in zip(found["rows"], compared.regrets, bounds(compared, CONFIDENCE), strict=True):
-        row |= {"regret": max(0.0, float(regret)), "low": end.low, "high": end.high}
+    for row, regret, (low, high) in zip(found["rows"], compared.regrets, bounds(compared, CONFIDENCE), strict=True):
+        row |= {"regret": max(0.0, float(regret)), "low": low, "high": high}
         row["within_margin"] = None if (state := states[str(row["rank"])]) is None else bool(state)
     return found | {name: fields.get(name) for name in _VERDICT}
 

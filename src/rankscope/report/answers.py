@@ -28,7 +28,7 @@ def answered(evidence: Evidence, verdict: Verdict, text: Catalogue) -> list[Answ
     """`Evidence.answers` by prompt: the data's own, the verdict's candidate, the model without an adapter, the others
     from the lowest rank to the highest; empty without answers. A rank with several learning rates shows the one that
     the verdict compares; all of them before there is a verdict."""
-    if evidence.answers is None or evidence.answers.empty:
+    if evidence.answers.empty:
         return []
     rates = {candidate.name: candidate.learning_rate for candidate in evidence.spec.candidates()}
     chosen = (verdict or {}).get("candidate")

@@ -9,17 +9,14 @@ from altair.utils.schemapi import debug_mode
 
 from rankscope.analysis.next_step import NextStep, next_step
 from rankscope.data.doubts import DOUBTS, data_warnings, doubts
-from rankscope.report import tables
+from rankscope.report import curve, tables, task, variants
 from rankscope.report.answers import Answered, answered
 from rankscope.report.costs import Savings, cost_tables, noise_sentence, prediction_tables, savings
-from rankscope.report.curve import rank_curve_sections
 from rankscope.report.figures import Figure, Section, make_section
 from rankscope.report.frames import by_candidate, chosen_row, compared_rows
 from rankscope.report.loss import heldout_by_step, loss_figures
 from rankscope.report.memory import memory_curves, memory_figures
 from rankscope.report.runtime import runtime_figure, trade_off_figures
-from rankscope.report.task import task_sections
-from rankscope.report.variants import better_variants, variant_sections
 from rankscope.spec.models import EMBEDDED
 from rankscope.spec.resolve import write_yaml
 from rankscope.study.evidence import Evidence
@@ -88,16 +85,16 @@ def compose(evidence: Evidence, verdict: Verdict, text: Catalogue, directory: st
         cost=_cost(verdict, table, text),
         savings=savings(evidence, verdict, table, text),
         caveats=[
-            *better_variants(verdict, text),
+            *variants.better_variants(verdict, text),
             *(words.caveat_sentence(verdict or {}, code, text) for code in caveats if code not in DOUBTS),
             *(text("caveat.adapter_fault", fault=fault) for fault in dict.fromkeys(faults)),
         ],
         how_to_read=[text(f"how.{name}") for name in ("averages", "axes", "memory", "alone", "noise", *alphas, *half)],
         sections=[
             make_section("loss", loss_figures(evidence, verdict, table, text), words.rate_sentences(verdict, text)),
-            *task_sections(verdict, text),
-            *variant_sections(evidence, verdict, text),
-            *rank_curve_sections(evidence, text),
+            *task.task_sections(verdict, text),
+            *variants.variant_sections(evidence, verdict, text),
+            *curve.rank_curve_sections(evidence, text),
             make_section("costs", [*memory_figures(evidence, table, text), runtime_figure(evidence, text)]),
             make_section("trade_off", trade_off_figures(evidence, verdict, table, text)),
         ],

@@ -19,7 +19,7 @@ LOSSES = ["eval_loss", "eval_loss_low", "eval_loss_high"]
 
 def rank_curve_sections(evidence: Evidence, text: Catalogue) -> list[Section]:
     """One section, or none without a curve; without a table where no lower rank was trained."""
-    if evidence.cuts is None or evidence.cuts.empty:
+    if evidence.cuts.empty:
         return []
     curve, errors = loss_curve(evidence), curve_errors(evidence)
     tables = [] if errors.empty else [_error_table(evidence, errors, text)]

@@ -56,8 +56,7 @@ def finish(study: Study, language: str = "en", pdf: bool = False) -> Conclusion:
 
 
 def finish_again(study: Study, language: str = "en") -> Conclusion:
-    """`finish`, where the study's files are not those that it left when it last wrote this report. Raises DamagedError:
-    one of them is corrupt."""
+    """`finish`, unless the report that it last wrote is of these files. Raises DamagedError: one of them is corrupt."""
     if find_json(study.file(MADE_OF)) != _made_of(study, language):
         return finish(study, language)
     return Conclusion(study, study.evidence(), study.verdict)

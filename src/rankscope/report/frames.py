@@ -99,7 +99,7 @@ def heldout_by_seed(evidence: Evidence) -> pd.DataFrame:
 def untrained_loss(evidence: Evidence, rows: set[int] | None) -> float:
     """Held-out loss before training, in nats per label token; NaN in a study of an earlier version."""
     examples = evidence.untrained
-    if examples is None or examples.empty:
+    if examples.empty:
         return math.nan
     part = examples if rows is None else examples[examples["example"].isin(rows)]
     return float(np.average(part["loss"], weights=part["label_tokens"]))

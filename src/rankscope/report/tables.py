@@ -100,7 +100,7 @@ def metrics_by_candidate(results: pd.DataFrame) -> pd.DataFrame:
 def full_fine_tuning(evidence: Evidence, verdict: Verdict) -> pd.DataFrame:
     """Full fine-tuning's row of `metrics_by_candidate` at its best rate by the verdict, else at its first; empty
     without a reference."""
-    if evidence.reference_results is None or evidence.reference_results.empty:
+    if evidence.reference_results.empty:
         return pd.DataFrame()
     results = comparable(evidence.reference_results, evidence.reference, compared_rows(evidence))
     table = metrics_by_candidate(results)
@@ -142,9 +142,7 @@ def metrics_notes(evidence: Evidence, text: Catalogue) -> list[str]:
 
 
 def trial_table(evidence: Evidence, text: Catalogue) -> Table:
-    of, tables = partial(column, text=text), [part.results for part in evidence.parts]
-    if evidence.reference_results is not None:
-        tables.append(evidence.reference_results)
+    of, tables = partial(column, text=text), [*(part.results for part in evidence.parts), evidence.reference_results]
     columns: Columns = {
         "trial": of("trial", str),
         "rank": rank_column(text),

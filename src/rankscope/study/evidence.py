@@ -12,8 +12,8 @@ from rankscope.study.records import Failure
 
 
 class Evidence(NamedTuple):
-    """Tables and facts of a study, from which the analysis and the report start; None is the same as an empty table.
-    All fields but `variants` are evidence of plain LoRA, whose ranks the verdict is about."""
+    """Tables and facts of a study, from which the analysis and the report start; any table may be empty. All fields but
+    `variants` are evidence of plain LoRA, whose ranks the verdict is about."""
 
     spec: StudySpec
     results: pd.DataFrame
@@ -24,15 +24,15 @@ class Evidence(NamedTuple):
     machine: dict[str, Any]
     data_facts: dict[str, Any]
     reference: pd.DataFrame  # `Study.reference_examples()`: empty where the study has no reference
-    untrained: pd.DataFrame | None = None  # `Study.untrained_examples()`
+    untrained: pd.DataFrame = pd.DataFrame()  # `Study.untrained_examples()`
     prediction: Mapping[str, Any] = MappingProxyType({})
-    reference_results: pd.DataFrame | None = None
+    reference_results: pd.DataFrame = pd.DataFrame()
     divided: Sequence[str] = ()  # trials whose pack ended with an error and was divided
     survivors: Sequence[str] = ()  # trials that went on in their pack without one that diverged
     failures: Mapping[str, Failure] = MappingProxyType({})  # `Study.open_failures()`
-    answers: pd.DataFrame | None = None
+    answers: pd.DataFrame = pd.DataFrame()
     variants: "Evidence | None" = None  # None in a study without variants
-    cuts: pd.DataFrame | None = None  # `Study.cut_examples()`
+    cuts: pd.DataFrame = pd.DataFrame()  # `Study.cut_examples()`
     task_scores: pd.DataFrame | None = None  # `Study.task_scores()`; None in a study without a task
     task_untrained: pd.DataFrame | None = None  # `Study.untrained_scores()`
 
