@@ -37,6 +37,7 @@ import numpy as np
 from rankscope.data.tokens import Tokens
 from rankscope.files import file_hashes, write_json
 from rankscope.plan.costs import predict
+from rankscope.plan.memory import StudyMemory
 from rankscope.plan.packs import divide_into_packs, longest_first, lower_bound, simulate
 from rankscope.spec.candidates import Trial
 from rankscope.spec.models import StudySpec
@@ -199,7 +200,8 @@ def simulate_study(known: Measured, trials: int, devices: int, seed: int = 0) ->
     true = {name: seconds / (1 + draw.choice(known.errors)) for name, seconds in predicted.items()}
 
     start = time.perf_counter()
-    packs = divide_into_packs(members, prediction, FREE_BYTES, spec.training, rows, devices)
+    fits = StudyMemory(spec, prediction, rows, FREE_BYTES).fits
+    packs = divide_into_packs(members, prediction, fits, spec.training, rows, devices)
     named = Division({}, {}).named(packs)
     expected = {pack: sum(predicted[trial.name] for trial in trials) for pack, trials in named.items()}
     order = longest_first(expected)
