@@ -58,6 +58,7 @@ def test_a_diverging_trial_is_recorded_and_harms_no_other(model: str, data: Toke
     assert bad["results"] is None
     assert not (tmp_path / "mixed" / "r004-lr1e30-s0" / "adapter").exists()
     assert good["status"] == "done"
+    assert isinstance(good["results"]["tokens"], int), "no 1234.0"
     losses = {
         kind: [
             row["train_loss"]

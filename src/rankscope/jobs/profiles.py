@@ -52,8 +52,8 @@ def work(study_path: Path, content: Mapping[str, Any]) -> None:
     from rankscope.measure.timing import time_candidates
 
     study, data = open_study(study_path)
-    name, again = content["profile"], content.get("again", False)
-    candidates, members = study.profiled(again), content.get("members", [])
+    name, members, again = content["profile"], content["members"], content["again"]
+    candidates = study.profiled(again)
     if members:
         timed = {member: candidates[member] for member in members}
         if not all(timed[member].packable == timed[members[-1]].packable for member in members):

@@ -24,8 +24,6 @@ from rankscope.search.space import SearchSpec
 from rankscope.spec.resolve import write_yaml
 from rankscope.study.question import differences_of, read_question, write_question
 
-SCHEMA = 1
-
 
 class Spent(NamedTuple):
     """Tokens and seconds that a search has used so far, over all its runs."""
@@ -79,4 +77,4 @@ class Search:
         return find_json(self.file("result.json"))
 
     def write_result(self, result: dict[str, Any]) -> None:
-        write_json(self.file("result.json"), {"schema": SCHEMA} | result)
+        write_json(self.file("result.json"), {"schema": 1} | result)

@@ -43,7 +43,6 @@ from rankscope.study.growth import grow
 from rankscope.study.metrics import read_rows
 from rankscope.study.question import Holder, lock_folder, read_question, write_question
 
-SCHEMA = 1
 FINISHED = ("done", "diverged")  # statuses that are results: a trial with any other is trained again
 NOT_ENDED = ("pending", "running")
 

@@ -25,8 +25,8 @@ class _Row(TypedDict, total=False):
     eval_loss: float | None
     grad_norm: float | None
     step_learning_rate: float | None
-    tokens: float | None
-    label_tokens: float | None
+    tokens: int | float | None  # whole numbers stay whole
+    label_tokens: int | float | None
     step_seconds: float | None
 
 

@@ -18,7 +18,7 @@ from rankscope.errors import DamagedError
 from rankscope.files import JsonlTail, corrupt_on_error, file_sha256, read_json, write_json
 from rankscope.spec.candidates import AnyTrial, Candidate, Trial
 from rankscope.study import tables
-from rankscope.study.folder import NOT_ENDED, SCHEMA, StudyFolder
+from rankscope.study.folder import NOT_ENDED, StudyFolder
 from rankscope.text.verdict import verdict_sentence
 from rankscope.track import PROFILE_STEP, RANK, STEP, Point, Tracker
 
@@ -59,7 +59,7 @@ class TrackerSync:
 
     def _keep(self) -> None:
         kept = {"session": self._session, "trials": self._sent, "verdicts": self._verdicts}
-        write_json(self._file, {"schema": SCHEMA, "place": self._destination, **kept})
+        write_json(self._file, {"schema": 1, "place": self._destination, **kept})
 
     def poll(self) -> None:
         """Send the new steps of all trials."""
