@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.functional import delete_adapter, inject_adapter_in_model
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -107,7 +106,11 @@ def remove_adapter(model: PreTrainedModel, adapter: str) -> None:
     key, trained = adapter_key(adapter), [parameter for parameter in model.parameters() if parameter.requires_grad]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
-        delete_adapter(model, key, "lora_")
+        for _, layer in lora_layers(model):
+            if key in layer.lora_A or key in layer.lora_embedding_A:
+                layer.delete_adapter(key)
+        for _, wrapper in wrapped_modules(model):
+            wrapper.delete_adapter(key, [])  # not PEFT's own function for all, which fails where none is active
     _put_back(model, [one for one in outer_layers(model) if not one[1].lora_A and not one[1].lora_embedding_A])
     _put_back(model, [one for one in wrapped_modules(model) if not one[1]._adapters])
     for parameter in trained:  # PEFT makes another adapter active, and freezes all but that one
