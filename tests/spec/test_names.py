@@ -149,6 +149,7 @@ def test_lists_as_text(given: Any, field: str, expected: object) -> None:
         ({"ranks": [8, "x"]}, "ranks, 2nd value: "),
         ({"ranks": [*range(1, 22), 0]}, "ranks, 22nd value: "),
         ({"ranks": [*range(1, 12), 0]}, "ranks, 12th value: "),
+        ({"ranks": [*range(1, 111), 0]}, "ranks, 111th value: "),
         ({"seeds": "0..1..2"}, "seeds: 0..1..2: no such range"),
         ({"seeds": "0..9999999"}, "no such range"),
         ({"seeds": "-1..2"}, "no such range"),

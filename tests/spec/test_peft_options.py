@@ -79,6 +79,7 @@ def test_a_file_of_peft_becomes_the_study_s_fields(tmp_path: Path) -> None:
     [
         ({"peft_type": "LOHA"}, "not of a LoRA adapter"),
         ({"target_modules": ".*_proj"}, "regular expression"),
+        ({"target_modules": ["q_proj", 1]}, "adapter.target_modules: expected all-linear"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern is the study's own"),
         ({"bias": "all"}, "bias: trains"),
         ({"from_the_future": {"a": 1}}, "from_the_future: LoraConfig of PEFT .* has no such field"),

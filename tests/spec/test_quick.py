@@ -19,6 +19,7 @@ BASE = {"model": {"id": "a/model"}, "data": {"id": "a/dataset"}}
         ({"training": {"steps": 5000}}, {"training.steps": 200, "training.epochs": None, "data.max_rows": 2000}),
         ({"training": {"steps": 60}, "seeds": [7]}, {"training.steps": 60, "seeds": (7,)}),
         ({"data": {"id": "x", "max_rows": 100, "eval_rows": 50}}, {"data.max_rows": 100, "data.eval_rows": 25}),
+        ({"data": {"id": "x", "max_rows": 3, "eval_rows": 1}}, {"data.max_rows": 3, "data.eval_rows": 1}),
         ({"ranks": "4..256"}, {"ranks": (4, 32, 256)}),
         ({"ranks": [64, 8], "seeds": "3..9", "seeds_by_rank": {8: [0]}}, {"ranks": (8, 64), "seeds": (3, 4)}),
     ],

@@ -68,7 +68,7 @@ def tokenize(
             leaked = int((~kept).sum())
             _check_own_set(rows, int(kept.sum()), others, spec)
         train, heldout = rows.tokens(kept), source.tokens(taken)
-        notes += rows.notes()
+        notes += rows.said(_NOTES)
         lengths = np.concatenate([train.lengths, heldout.lengths])
         facts: dict[str, Any] = {
             "loss_on": " + ".join(rows.learned),
@@ -129,11 +129,6 @@ def with_source_facts(data: TokenizedData, records: Records, evaluated: Records 
             facts["notes"].append(f"the evaluation set is {evaluated.id}")
         facts |= {"eval_id": evaluated.id, "eval_rows_read": evaluated.rows_read}
     return TokenizedData(data.train, data.eval, facts, data.general, data.sha256)
-
-
-def loss_on(spec: DataSpec, format: str) -> str:
-    """What is learned: as the study says, or by the format."""
-    return spec.loss_on or {"messages": "assistant", "text": "all"}.get(format, "completion")
 
 
 _NOTES = {
@@ -210,7 +205,7 @@ class RowReader:
         problems: list[DataError] = []
         for place, row in located:
             format = "messages" if "messages" in row else "text" if "text" in row else "pair"
-            learned = loss_on(self.spec, format)
+            learned = self.spec.loss_on or {"messages": "assistant", "text": "all"}.get(format, "completion")
             self.learned[learned] = None
             try:
                 if format == "messages":
@@ -281,9 +276,6 @@ class RowReader:
         np.invert(ids, out=ids, where=is_label)
         return Tokens(ids, is_label, np.concatenate([[0], np.cumsum(lengths[is_used], dtype=np.int64)]))
 
-    def notes(self) -> list[str]:
-        return self._said(_NOTES)
-
     def warnings(self) -> list[str]:
         templates = self._templates.values()
         self.counts["changed"] = sum(template.changed for template in templates)
@@ -293,11 +285,11 @@ class RowReader:
             for template in templates
             for name, rows in template.ignored.items()
         ]
-        return [*ignored, *self._said(_WARNINGS)]
+        return [*ignored, *self.said(_WARNINGS)]
 
-    def _said(self, texts: Mapping[str, str]) -> list[str]:
-        counts = {what: self.counts[what] for what in texts}
-        return [texts[what].format(count, self.examples.get(what)) for what, count in counts.items() if count]
+    def said(self, texts: Mapping[str, str]) -> list[str]:
+        found = [what for what in texts if self.counts[what]]
+        return [texts[what].format(self.counts[what], self.examples.get(what)) for what in found]
 
 
 def _batches(rows: Iterator[Rendered]) -> Iterator[list[Rendered]]:

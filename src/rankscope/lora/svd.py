@@ -48,10 +48,14 @@ def decompose(factors: Factors) -> Decomposed:
 
 def singular_values(factors: Factors) -> Tensor:
     """Singular values of the layer's update, largest first, in float64: (min(O, R, D),)."""
-    r_b = torch.linalg.qr(factors.b.double(), mode="r").R  # (min(O, R), R)
-    r_a = torch.linalg.qr(factors.a.double().T, mode="r").R  # (min(D, R), R)
-    values: Tensor = torch.linalg.svdvals(factors.scaling * (r_b @ r_a.T))
+    values: Tensor = torch.linalg.svdvals(factors.scaling * _core(factors.b.double(), factors.a.double()))
     return values
+
+
+def _core(b: Tensor, a: Tensor) -> Tensor:
+    """R_B R_A^T, (min(O, R), min(D, R)), which has the singular values of `b @ a`."""
+    core: Tensor = torch.linalg.qr(b, mode="r").R @ torch.linalg.qr(a.T, mode="r").R.T
+    return core
 
 
 def effective_rank(values: Tensor) -> float:
@@ -208,13 +212,9 @@ def relative_error(whole: Factors, truncated: Factors) -> float:
     the file's own type."""
     own_b, own_a = whole.scaling * whole.b.double(), whole.a.double()
     b, a = truncated.b.to(truncated.dtype).double(), truncated.a.to(truncated.dtype).double()
-    norm = _norm(own_b, own_a)
-    return _norm(torch.cat([own_b, -truncated.scaling * b], dim=1), torch.cat([own_a, a])) / norm if norm else 0.0
-
-
-def _norm(b: Tensor, a: Tensor) -> float:
-    """Frobenius norm of `b @ a`, (O, R) and (R, D)."""
-    return float((torch.linalg.qr(b, mode="r").R @ torch.linalg.qr(a.T, mode="r").R.T).norm())
+    norm = float(_core(own_b, own_a).norm())
+    difference = _core(torch.cat([own_b, -truncated.scaling * b], dim=1), torch.cat([own_a, a]))
+    return float(difference.norm()) / norm if norm else 0.0
 
 
 def parameters(layers: Sequence[Decomposed], ranks: Mapping[str, int]) -> int:

@@ -9,13 +9,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import extract_commit_hash
 
 from rankscope.data.conversations import Tokenizer
 from rankscope.errors import ModelError, first_line, lacks_memory, require
 from rankscope.model import checks
-from rankscope.model.checks import loading_error, location
+from rankscope.model.checks import CONFIG_NAME, SAFE_WEIGHTS_NAME, loading_error, location
 from rankscope.model.device import multiplies_bfloat16, resolve_device
 from rankscope.model.mixed import use_mixed_precision
 from rankscope.model.quantized import quantization_config, quantize_skeleton, use_dequantized_forward

@@ -257,10 +257,6 @@ class AdapterSpec(Frozen):
     def alphas(self) -> tuple[float | str, ...]:
         return self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
 
-    def alphas_at(self, rank: int) -> list[float]:
-        """`lora_alpha` of a rank's candidates: each once, the study's first alpha first."""
-        return list(dict.fromkeys(alpha_of(alpha, rank) for alpha in self.alphas))
-
 
 class TrainingSpec(Frozen):
     """The training recipe of every trial. Give `steps` or `epochs`."""
@@ -487,7 +483,7 @@ class StudySpec(Frozen):
         plain = [
             Candidate(rank=rank, learning_rate=rate, lora_alpha=alpha, alpha_in_name=number > 0, **shared)
             for rank, rate in product(sorted(self.ranks), sorted(self.learning_rates))
-            for number, alpha in enumerate(self.adapter.alphas_at(rank))
+            for number, alpha in enumerate(dict.fromkeys(alpha_of(alpha, rank) for alpha in self.adapter.alphas))
         ]
         own: dict[str, dict[str, Any]] = {
             "rslora": {"use_rslora": True},

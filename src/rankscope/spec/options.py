@@ -255,7 +255,7 @@ def quick_look(spec: StudySpec) -> StudySpec:
     if training.steps is None:  # no more rows than these steps need
         rows, length = min(rows, QUICK_STEPS * training.effective_batch_size), {"epochs": min(training.epochs or 1, 1)}
     rows = min(rows, data.max_rows or rows)
-    held_out = {"eval_rows": min(data.eval_rows, rows // 4)} if data.eval_rows else {}
+    held_out = {"eval_rows": max(1, min(data.eval_rows, rows // 4))} if data.eval_rows else {}
     less = {
         "ranks": tuple(dict.fromkeys((ranks[0], ranks[len(ranks) // 2], ranks[-1]))),
         "seeds": spec.seeds[:2],

@@ -93,7 +93,8 @@ def read_adapter_config(file: Path) -> dict[str, Any]:
     if isinstance(modules, str) and modules != "all-linear":
         what = f"--adapter-config {file}: target_modules is the regular expression {shortened(modules)}"
         raise StudyError(what, "Put the names of the modules there, as a list.")
-    values: dict[str, Any] = {"adapter.target_modules": sorted(modules) if isinstance(modules, list) else modules}
+    modules = sorted(modules, key=str) if isinstance(modules, list) else modules
+    values: dict[str, Any] = {"adapter.target_modules": modules}
     values |= {OWN[name]: found.get(name) for name in ("lora_alpha", "lora_dropout")}
     values["adapter.use_rslora"] = found.get("use_rslora") or None
     values["variants"] = ["dora"] if found.get("use_dora") else None

@@ -54,7 +54,8 @@ def _place(path: Sequence[str | int], values: Any) -> str:
     for part in path:
         if isinstance(part, int) and not isinstance(values, Mapping):
             nth = part + 1
-            place += f", {nth}{ {1: 'st', 2: 'nd', 3: 'rd'}.get(nth if nth < 20 else nth % 10, 'th') } value"
+            ending = {1: "st", 2: "nd", 3: "rd"}.get(nth % (100 if nth % 100 < 20 else 10), "th")
+            place += f", {nth}{ending} value"
         elif part != "[key]":  # pydantic's sign of a mapping's wrong key
             name = str(part)
             place += "." * bool(place) + (name if name.isprintable() and len(name) < 60 else short_form(name))
