@@ -17,7 +17,7 @@ import pytest
 
 import drawing
 from drawing import images
-from rankscope.report import charts, write
+from rankscope.report import charts, html, write
 from rankscope.report.content import Content, compose
 from rankscope.report.frames import POINTS, by_candidate
 from rankscope.report.html import chart_page
@@ -371,6 +371,13 @@ def test_the_largest_rank_saves_nothing_and_the_best_costs_nothing(evidence: Evi
     best = compose(evidence, make_verdict(evidence, chosen=1), load("en"))
     assert best.cost.value == ""
     assert best.cost.notes == ["Nothing. It has the lowest held-out loss of all candidates compared."]
+
+
+def test_a_seed_may_diverge_after_the_verdict(evidence: Evidence) -> None:
+    """The live page reads the evidence of now, and may have the verdict of a moment ago."""
+    content = compose(replace_trial(evidence, 0, status="diverged"), make_verdict(evidence), load("en"))
+    drawn = Page(html.render(content, load("en"))).charts
+    assert any("diverged" in str(rows) for rows in drawn["chart-loss-above-best-0"]["datasets"].values())
 
 
 def test_a_diverged_trial_is_told_and_left_out(evidence: Evidence) -> None:

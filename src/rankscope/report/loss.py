@@ -76,8 +76,9 @@ def _above_chart(
 ) -> alt.Chart:
     """`found` and `seeds` of `above_best`. The axis reaches as far as the compared candidates, others are arrows at its
     end. Losses up to `margin` nats above the best are shaded."""
-    compared = found.dropna(subset=["regret"])
-    inside = found[found["above"] < math.inf] if compared.empty else compared
+    finite = found[found["above"] < math.inf]
+    compared = finite.dropna(subset=["regret"])
+    inside = finite if compared.empty else compared
     of_compared = seeds.loc[seeds["candidate"].isin(inside["candidate"]), "above"]
     y_range = charts.reach(0.0, margin, of_compared, *(inside[name] for name in ("above", "above_low", "above_high")))
     labels = [signed(value) if value < math.inf else text("status.diverged") for value in found["above"]]
