@@ -62,24 +62,24 @@ def test_of_several_learning_rates_the_compared_one_is_shown() -> None:
         "rank 256 at learning rate 1e-4",  # left out of the comparison
         "rank 256 at learning rate 2e-4",
     ]
-    assert len(answered(both, None, load("en"))[0].answers) == 2 + 6
+    assert len(answered(both, {}, load("en"))[0].answers) == 2 + 6
 
 
 def test_without_answers_the_page_says_so(tmp_path: Path) -> None:
-    build(make_evidence(steps=8), None, tmp_path)
+    build(make_evidence(steps=8), {}, tmp_path)
     for name in ("index.html", "report.md"):
         assert "No answers were generated." in (tmp_path / name).read_text(encoding="utf-8")
 
 
 def test_a_long_text_is_cut() -> None:
-    answer = answered(with_answers(text="x" * 10 * LONGEST), None, load("en"))[0].answers[1].text
+    answer = answered(with_answers(text="x" * 10 * LONGEST), {}, load("en"))[0].answers[1].text
     assert len(answer) == LONGEST + 1
     assert answer.endswith("x…")
 
 
 def test_an_empty_answer_is_told(tmp_path: Path) -> None:
     evidence = with_answers()
-    build(evidence._replace(answers=evidence.answers.assign(answer="")), None, tmp_path)
+    build(evidence._replace(answers=evidence.answers.assign(answer="")), {}, tmp_path)
     assert (tmp_path / "index.html").read_text(encoding="utf-8").count("<pre>\n(nothing)</pre>") == 8
     assert (tmp_path / "report.md").read_text(encoding="utf-8").count("(nothing)") == 8
 
@@ -87,7 +87,7 @@ def test_an_empty_answer_is_told(tmp_path: Path) -> None:
 def test_line_breaks_and_indents_stay(tmp_path: Path) -> None:
     evidence = with_answers()
     code = "\n    first\n\tsecond <b>"
-    build(evidence._replace(answers=evidence.answers.assign(answer=code)), None, tmp_path)
+    build(evidence._replace(answers=evidence.answers.assign(answer=code)), {}, tmp_path)
     # A browser drops the first line break after <pre>: one more stands before the text.
     assert "<pre>\n\n    first\n\tsecond &lt;b&gt;</pre>" in (tmp_path / "index.html").read_text(encoding="utf-8")
 
@@ -95,7 +95,7 @@ def test_line_breaks_and_indents_stay(tmp_path: Path) -> None:
 def test_hostile_answers_stay_text(tmp_path: Path) -> None:
     evidence = with_answers()
     hostile = dict.fromkeys(("prompt", "reference", "candidate", "answer"), HOSTILE_ANSWER)
-    build(evidence._replace(answers=evidence.answers.assign(**hostile)), None, tmp_path, "ko")
+    build(evidence._replace(answers=evidence.answers.assign(**hostile)), {}, tmp_path, "ko")
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     body = page[page.index("<body>") : page.index('<script type="application/json"')]
     assert "<script" not in body

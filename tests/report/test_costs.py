@@ -110,7 +110,7 @@ def test_a_control_does_not_move_its_candidate_s_costs(evidence: Evidence) -> No
 
 def test_every_learning_rate_of_a_rank_has_its_cost() -> None:
     evidence = make_evidence(make_spec(learning_rates=[1e-4, 2e-4]), steps=8)
-    table = by_candidate(evidence, None)
+    table = by_candidate(evidence, {})
     assert len(table) == 6
     assert table.groupby("rank")["runtime_seconds"].nunique().eq(1).all()
     assert table["runtime_seconds"].notna().all()

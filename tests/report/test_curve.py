@@ -91,5 +91,5 @@ def test_in_korean(evidence: Evidence, tmp_path: Path) -> None:
 def test_without_a_curve_there_is_no_section(tmp_path: Path) -> None:
     evidence = make_evidence(steps=8)
     assert rank_curve_sections(evidence, load("en")) == []
-    build(evidence, None, tmp_path)
+    build(evidence, {}, tmp_path)
     assert "cut-loss-rank" not in (tmp_path / "index.html").read_text()

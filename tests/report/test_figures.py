@@ -254,8 +254,8 @@ def test_of_several_alphas_figures_of_loss_show_the_best_of_each_rank_and_rate()
     results.loc[results["candidate"] == "r256-lr2e-4", "eval_loss"] -= 0.01
     results.loc[results["trial"] == "r256-lr2e-4-a512-s1", "status"] = "diverged"
     verdict = conclude(evidence)
-    table, text = by_candidate(evidence, None), load("en")
-    figures = {figure.name: figure for figure in loss_figures(evidence, None, table, text)}
+    table, text = by_candidate(evidence, {}), load("en")
+    figures = {figure.name: figure for figure in loss_figures(evidence, {}, table, text)}
     for name, rows in (("train-loss", 3), ("loss-above-best", 6), ("learning-rate-map", 2)):
         figure = figures[name]
         assert isinstance(figure, Figure)
@@ -296,7 +296,7 @@ def test_with_several_rates_a_candidate_has_one_held_out_loss() -> None:
     """The verdict judges on the odd rows: losses over all rows would differ from its own, and from their intervals."""
     evidence = on_two_halves(make_evidence(make_spec(learning_rates=[1e-4, 2e-4]), steps=8))
     assert set(heldout_by_seed(evidence)["eval_loss"]) == {2.5}
-    assert by_candidate(evidence, None)["eval_loss"].tolist() == [2.5] * 6
+    assert by_candidate(evidence, {})["eval_loss"].tolist() == [2.5] * 6
     content = compose(evidence, make_verdict(evidence), load("en"))
     found = {figure.name: figure for figure in content.figures}
     for table, column in (
@@ -332,7 +332,7 @@ def test_losses_of_variants_are_on_the_rows_of_plain_lora(rates: list[float], ex
     spec = make_spec(learning_rates=rates, variants=["pissa", "dora"])
     evidence = without_variants(on_two_halves(make_evidence(spec, steps=8, profiles=False)))
     assert evidence.variants is not None
-    table = variant_table(evidence, None, load("en"))
+    table = variant_table(evidence, {}, load("en"))
     assert table is not None
     first = dict(zip(table.headers, table.rows[0], strict=True))
     assert (first["Variant"], first["Rank"], first["Held-out loss"]) == ("PiSSA", "8", f"{expected:.4f}")
@@ -386,7 +386,7 @@ def test_every_drawn_figure_has_its_numbers(language: str) -> None:
 def test_masked_tokens_are_told() -> None:
     evidence = make_evidence(steps=8)
     facts = evidence.data_facts | {"train_label_tokens": 1_000_000, "eval_label_tokens": 5}
-    content = compose(evidence._replace(data_facts=facts), None, load("en"))
+    content = compose(evidence._replace(data_facts=facts), {}, load("en"))
     named = dict(content.section("data").tables[0].rows)
     assert named["Training tokens masked (context only)"] == "1,310,552 (56.7%)"
     assert "Held-out tokens masked" not in named, "how many there are in all is not known"

@@ -20,7 +20,7 @@ def predicted(total: int = 2_000_000_000) -> dict[str, object]:
 
 
 def tables(evidence: Evidence) -> list[Table]:
-    return prediction_tables(evidence, by_candidate(evidence, None), load("en"))
+    return prediction_tables(evidence, by_candidate(evidence, {}), load("en"))
 
 
 def test_predicted_and_measured_stand_side_by_side() -> None:
@@ -56,5 +56,5 @@ def test_the_report_holds_it_in_both_languages() -> None:
     evidence = make_evidence()._replace(prediction=predicted())
     for language in ("en", "ko"):
         text = load(language)
-        content = compose(evidence, None, text)
+        content = compose(evidence, {}, text)
         assert content.section("candidates").tables[-1].caption == text("prediction.title")

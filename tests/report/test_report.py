@@ -220,7 +220,7 @@ def test_the_report_begins_with_what_is_doubtful_about_the_data(
         assert text("caveat.one_learning_rate") in report
         assert "columns not read: id, source; read as prompt and answer" in report
         assert text("fact.notes") in report
-    assert compose(doubtful, None, text).warnings, "also where there is no verdict yet"
+    assert compose(doubtful, {}, text).warnings, "also where there is no verdict yet"
 
 
 def test_where_nothing_is_doubtful_nothing_warns(folder: Path) -> None:
@@ -232,7 +232,7 @@ def test_where_nothing_is_doubtful_nothing_warns(folder: Path) -> None:
 def test_rows_that_are_cut_are_told_once(evidence: Evidence) -> None:
     few, many = ({"truncated": rows} for rows in (3, 3_000))
     for facts, told in ((few, "3 rows were longer"), (many, "15% of the rows are cut")):
-        content = compose(evidence._replace(data_facts=evidence.data_facts | facts), None, load("en"))
+        content = compose(evidence._replace(data_facts=evidence.data_facts | facts), {}, load("en"))
         about = [line for line in [*content.warnings, *content.section("limits").sentences] if "cut" in line]
         assert len(about) == 1
         assert about[0].startswith(told)
@@ -312,7 +312,7 @@ def test_with_a_gpu_its_memory_is_drawn_once_a_rank(tmp_path: Path) -> None:
 def test_a_long_study_of_many_candidates_stays_small(tmp_path: Path) -> None:
     spec = make_spec(ranks=[4, 8, 16, 32, 64, 128, 256], learning_rates=[1e-4, 2e-4, 4e-4], seeds=[0])
     evidence = make_evidence(spec, steps=1500, profiles=False)
-    frame, steps_a_point = training_loss(evidence, by_candidate(evidence, None)["candidate"])
+    frame, steps_a_point = training_loss(evidence, by_candidate(evidence, {})["candidate"])
     assert steps_a_point == 8
     assert len(frame) <= POINTS
     content = compose(evidence, make_verdict(evidence), load("en"))
@@ -324,7 +324,7 @@ def test_nothing_has_run_yet(tmp_path: Path) -> None:
     complete = make_evidence(profiles=False)
     empty = complete.results.assign(status="pending", train_loss=math.nan, eval_loss=math.nan, steps=math.nan)
     evidence = complete._replace(results=empty, curves=complete.curves.iloc[:0], machine={}, data_facts={})
-    build(evidence, None, tmp_path)
+    build(evidence, {}, tmp_path)
     page = read_page(tmp_path)
     assert page.charts == {}
     assert not (tmp_path / "figures").exists()
@@ -502,7 +502,7 @@ def test_an_empty_comparison_is_a_verdict_too(evidence: Evidence) -> None:
 
 def test_embedded_model_and_data_are_named_in_words() -> None:
     evidence = make_evidence(make_spec(model={"id": "embedded"}, data={"id": "embedded"}), steps=8)
-    content = compose(evidence, None, load("en"))
+    content = compose(evidence, {}, load("en"))
     assert content.subtitle.startswith("the embedded model on the embedded data · ")
 
 
@@ -511,7 +511,7 @@ def test_files_are_named_without_their_folders() -> None:
     data = ["/home/me/rows.jsonl", "owner/rows"]
     evidence = make_evidence(make_spec(model={"id": "/home/me/models/opt"}, data={"id": data}), steps=8)
     evidence = evidence._replace(data_facts=evidence.data_facts | {"id": " + ".join(data)})
-    content = compose(evidence, None, load("en"))
+    content = compose(evidence, {}, load("en"))
     assert content.subtitle.startswith("opt on rows.jsonl + owner/rows · ")
     facts = [row for name in ("data", "machine") for row in content.section(name).tables[0].rows]
     assert {"rows.jsonl + owner/rows", "opt"} <= {value for _, value in facts}

@@ -65,10 +65,10 @@ def test_full_fine_tuning_is_a_row_at_its_best_rate() -> None:
 def test_full_fine_tuning_that_never_finished_says_so() -> None:
     evidence = make_evidence(make_spec(ranks=[8, "full"]), steps=8)
     none = evidence.reference_results.assign(status="oom", eval_loss=math.nan)
-    row = full_fine_tuning(evidence._replace(reference_results=none), None).iloc[0]
+    row = full_fine_tuning(evidence._replace(reference_results=none), {}).iloc[0]
     assert (row["finished"], row["diverged"]) == (0, 0)
     assert math.isnan(row["eval_loss"])
-    assert full_fine_tuning(evidence._replace(reference_results=none.iloc[:0]), None).empty
+    assert full_fine_tuning(evidence._replace(reference_results=none.iloc[:0]), {}).empty
 
 
 def test_diverged_trials_are_counted_and_left_out_of_the_means() -> None:

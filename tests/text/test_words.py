@@ -297,7 +297,7 @@ def test_a_rank_without_another_says_so() -> None:
 
 
 def test_no_verdict_yet() -> None:
-    assert verdict_sentence(None) == "There is no verdict yet."
+    assert verdict_sentence({}) == "There is no verdict yet."
 
 
 @pytest.mark.parametrize("outcome", ["recommended", "not_distinguishable", "best_in_budget", "not_enough_evidence"])

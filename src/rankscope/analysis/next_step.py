@@ -16,7 +16,7 @@ class NextStep(NamedTuple):
 
 def next_step(verdict: Verdict, evidence: Evidence, directory: str, text: Catalogue) -> NextStep | None:
     """The command that would settle an open verdict on the study in `directory`; None where all is settled."""
-    if verdict is None:
+    if not verdict:
         return None
     spec, outcome = evidence.spec, verdict["outcome"]
     run = f"rankscope run {shlex.quote(directory)}"

@@ -100,7 +100,7 @@ def describe(result: Result) -> dict[str, Any]:
 
 def lost_table(result: Result, text: Catalogue) -> Table:
     """Held-out loss in each form, and what is lost with its interval."""
-    confidence, gain = result.study.spec.verdict.confidence, (result.study.find_verdict() or {}).get("gain")
+    confidence, gain = result.study.spec.verdict.confidence, result.study.find_verdict().get("gain")
     columns: Columns = {
         text("export.form"): lambda row: row[0],
         text("export.loss"): lambda row: loss(row[1]),

@@ -31,9 +31,9 @@ def answered(evidence: Evidence, verdict: Verdict, text: Catalogue) -> list[Answ
     if evidence.answers.empty:
         return []
     rates = {candidate.name: candidate.learning_rate for candidate in evidence.spec.candidates()}
-    chosen = (verdict or {}).get("candidate")
+    chosen = verdict.get("candidate")
     position = {name: number for number, name in enumerate(dict.fromkeys([chosen, "base", *rates]))}
-    compared = {row["rank"]: row["candidate"] for row in (verdict or {}).get("comparison", [])}
+    compared = {row["rank"]: row["candidate"] for row in verdict.get("comparison", [])}
 
     def name(rank: int, candidate: str) -> str:
         if rank == 0:

@@ -23,7 +23,7 @@ from rankscope.study.evidence import Evidence
 from rankscope.text.catalogue import load
 from rankscope.text.coverage import coverage_sentences
 from rankscope.text.formats import Table, known, percent, rate, size
-from rankscope.text.verdict import verdict_sentence
+from rankscope.text.verdict import Verdict, verdict_sentence
 
 VARIANTS = {
     "rslora": "rsLoRA",
@@ -35,7 +35,7 @@ VARIANTS = {
 }
 
 
-def write_cards(evidence: Evidence, verdict: Mapping[str, Any], trials: Path) -> None:
+def write_cards(evidence: Evidence, verdict: Verdict, trials: Path) -> None:
     """Write README.md beside the weights of every finished trial in the folder `trials`."""
     for part, trial, results in done_trials(evidence):
         write_atomic(trials / trial.name / "adapter" / "README.md", model_card(part, verdict, trial, results))
@@ -52,7 +52,7 @@ def done_trials(evidence: Evidence) -> Iterator[tuple[Evidence, Trial, dict[str,
 
 def model_card(
     evidence: Evidence,
-    verdict: Mapping[str, Any] | None,
+    verdict: Verdict,
     trial: Trial,
     results: Mapping[str, Any],
     merged: str | None = None,

@@ -62,12 +62,12 @@ class Content(NamedTuple):
 
 @debug_mode(False)  # tests validate the charts; at each step of their making it takes longer than all else
 def compose(evidence: Evidence, verdict: Verdict, text: Catalogue, directory: str = "") -> Content:
-    """Content of the report; `verdict` may be None, and any table of the evidence may be empty. `directory` is the
-    study's, as commands name it (default: its name)."""
+    """Content of the report. The verdict and any table of the evidence may be empty. `directory` is the study's, as
+    commands name it (default: its name)."""
     study_name = evidence.spec.name
     table = by_candidate(evidence, verdict)
-    rank = (verdict or {}).get("rank")
-    caveats = (verdict or {}).get("caveats", [])
+    rank = verdict.get("rank")
+    caveats = verdict.get("caveats", [])
     alphas = ["alphas"] if isinstance(evidence.spec.adapter.alpha, tuple) else []
     half = [] if compared_rows(evidence) is None else ["half"]
     faults = [fault for part in evidence.parts for fault in part.results.get("adapter_fault", pd.Series()).dropna()]
@@ -86,7 +86,7 @@ def compose(evidence: Evidence, verdict: Verdict, text: Catalogue, directory: st
         savings=savings(evidence, verdict, table, text),
         caveats=[
             *variants.better_variants(verdict, text),
-            *(words.caveat_sentence(verdict or {}, code, text) for code in caveats if code not in DOUBTS),
+            *(words.caveat_sentence(verdict, code, text) for code in caveats if code not in DOUBTS),
             *(text("caveat.adapter_fault", fault=fault) for fault in dict.fromkeys(faults)),
         ],
         how_to_read=[text(f"how.{name}") for name in ("averages", "axes", "memory", "alone", "noise", *alphas, *half)],
@@ -154,7 +154,7 @@ def _about(evidence: Evidence, text: Catalogue) -> Iterator[str]:
 def _cost(verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> words.Gain:
     """The chosen candidate's loss above the best one's, and notes on it."""
     chosen = chosen_row(verdict, table)
-    if chosen is None or verdict is None:
+    if chosen is None:
         return words.Gain("", [])
     if verdict["candidate"] == verdict["best_candidate"]:
         return words.Gain("", [text("cost.nothing")])
@@ -173,7 +173,7 @@ def _cost(verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> words.Gain:
 
 def _limits(evidence: Evidence, verdict: Verdict, text: Catalogue) -> list[str]:
     spec, facts = evidence.spec, evidence.data_facts
-    asked = {"margin": spec.verdict.margin, "margin_of": spec.verdict.margin_of} | dict(verdict or {})
+    asked = {"margin": spec.verdict.margin, "margin_of": spec.verdict.margin_of} | dict(verdict)
     shares = {"least": percent(1 - asked["margin"]), "margin": percent(asked["margin"])}
     one_alpha = len(spec.ranks) > 1 and isinstance(spec.adapter.alpha, float) and not spec.adapter.use_rslora
     steps = 0 if evidence.profiles.empty else int(evidence.profiles["steps"].max())

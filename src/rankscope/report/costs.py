@@ -74,7 +74,7 @@ class Savings(NamedTuple):
 def savings(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Catalogue) -> Savings:
     """Costs of the chosen candidate beside those of the largest rank in the comparison."""
     chosen = chosen_row(verdict, table)
-    if chosen is None or verdict is None:
+    if chosen is None:
         return Savings("", [], "")
     name = max(verdict["comparison"], key=lambda row: row["rank"])["candidate"]
     largest = table[table["candidate"] == name].iloc[0]

@@ -140,9 +140,9 @@ def by_candidate(evidence: Evidence, verdict: Verdict, beside: Evidence | None =
     table = means_of(results, identity, ["train_loss", "eval_loss"])
     table["eval_loss_sd"] = results[results["status"] == "done"].groupby("candidate")["eval_loss"].std()
     table["gain"] = untrained_loss(evidence, rows) - table["eval_loss"]
-    compared = pd.DataFrame((verdict or {}).get("comparison", []), columns=["candidate", *COMPARED])
+    compared = pd.DataFrame(verdict.get("comparison", []), columns=["candidate", *COMPARED])
     table = table.join(compared.set_index("candidate").astype("float64"))
-    gain = (verdict or {}).get("gain") or 0.0
+    gain = verdict.get("gain") or 0.0
     for name in ("eval_loss", "regret"):
         ends = [f"{name}_low", f"{name}_high"]
         wide = (table[ends[1]] - table[ends[0]] > gain) & (gain > 0)
@@ -183,7 +183,7 @@ def _costs(evidence: Evidence) -> pd.DataFrame:
 
 
 def chosen_row(verdict: Verdict, table: pd.DataFrame) -> "pd.Series[Any] | None":
-    rows = table[table["candidate"] == (verdict or {}).get("candidate")]
+    rows = table[table["candidate"] == verdict.get("candidate")]
     return None if rows.empty else rows.iloc[0]
 
 

@@ -47,7 +47,7 @@ def _above_best(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text:
     finite = found[found["above"] < math.inf]
     if finite.empty:
         return text("chart.above_best.absent")
-    if verdict is not None and margin:
+    if margin:
         shares = {"confidence": percent(verdict["confidence"]), "margin": percent(verdict["margin"])}
         note = f"{note} {text(f'chart.above_best.note_{margin_unit(verdict)}', **shares)}"
     of_seeds = seeds.groupby("candidate")["above"].agg(list)
@@ -64,7 +64,7 @@ def _above_best(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text:
 
 def _margin(verdict: Verdict) -> float:
     """How far above the best a loss may be, in nats; 0 where fine-tuning has gained nothing."""
-    if verdict is None or not verdict["comparison"]:
+    if not verdict.get("comparison"):
         return 0.0
     best = min(row["eval_loss"] for row in verdict["comparison"])
     of_gain = verdict.get("margin_of") == "gain"
@@ -192,7 +192,7 @@ def _rate_map(evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: C
     title = text("chart.rate_map.title")
     if table["eval_loss"].isna().all():
         return text("chart.above_best.absent")
-    compared = [row["candidate"] for row in (verdict or {}).get("comparison", [])]  # may be chosen on other rows
+    compared = [row["candidate"] for row in verdict.get("comparison", [])]  # may be chosen on other rows
     lowest = table.groupby("rank")["eval_loss"].transform("min") == table["eval_loss"]
     frame = table.assign(best=table["candidate"].isin(compared) if compared else lowest)
     cells = table.pivot(index="learning_rate", columns="rank", values="eval_loss")

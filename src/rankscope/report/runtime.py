@@ -83,7 +83,7 @@ def trade_off_figures(evidence: Evidence, verdict: Verdict, table: pd.DataFrame,
     """Held-out loss against peak memory, of the GPU where there is one, and against runtime."""
     kind, peak = ("gpu", "gpu_allocated_peak_bytes") if has_gpu(evidence) else ("cpu", "cpu_peak_bytes")
     known = table.dropna(subset=["eval_loss"])
-    known = known.assign(chosen=known["candidate"] == (verdict or {}).get("candidate"))
+    known = known.assign(chosen=known["candidate"] == verdict.get("candidate"))
     axes = {"loss-memory": (peak, f"chart.trade_off.{kind}"), "loss-runtime": ("runtime_seconds", "chart.runtime.y")}
     profiles = with_cpu(evidence.profiles)
     return [

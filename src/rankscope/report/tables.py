@@ -33,7 +33,7 @@ def candidate_table(
     evidence: Evidence, verdict: Verdict, table: pd.DataFrame, text: Catalogue, only: Collection[str] = ()
 ) -> Table:
     """One row per row of `by_candidate`, with the columns `only` (default: all but `PEAKS`)."""
-    gpu, chosen, of = has_gpu(evidence), (verdict or {}).get("candidate"), partial(column, text=text)
+    gpu, chosen, of = has_gpu(evidence), verdict.get("candidate"), partial(column, text=text)
     of_kind = {kind: [table[f"{kind}_{end}_bytes"] for end in ("mean", "peak")] for kind in ("cpu", "gpu_allocated")}
     size = {kind: formats.sizes(pd.concat(ends)) for kind, ends in of_kind.items()}
 
@@ -76,7 +76,7 @@ def candidate_table(
         "runtime": of("runtime_seconds", formats.durations(table["runtime_seconds"], text)),
         "adapter": of("adapter_bytes", formats.sizes(table["adapter_bytes"])),
     }
-    confidence = (verdict or {}).get("confidence", evidence.spec.verdict.confidence)
+    confidence = verdict.get("confidence", evidence.spec.verdict.confidence)
     return tabulate(
         text("table.candidates", confidence=formats.percent(confidence)),
         {text(f"table.{name}"): cell for name, cell in columns.items() if name in (only or columns.keys() - PEAKS)},
@@ -104,7 +104,7 @@ def full_fine_tuning(evidence: Evidence, verdict: Verdict) -> pd.DataFrame:
         return pd.DataFrame()
     results = comparable(evidence.reference_results, evidence.reference, compared_rows(evidence))
     table = metrics_by_candidate(results)
-    best = table[table["candidate"] == (verdict or {}).get("reference_candidate")]
+    best = table[table["candidate"] == verdict.get("reference_candidate")]
     return table.head(1) if best.empty else best
 
 
@@ -113,7 +113,7 @@ def metrics_table(evidence: Evidence, verdict: Verdict, text: Catalogue) -> Tabl
     in studies that measure them."""
     full, of = full_fine_tuning(evidence, verdict), partial(column, text=text)
     over = ["over_full", "over_full_low", "over_full_high"]
-    compared = pd.DataFrame((verdict or {}).get("comparison", []), columns=["candidate", *over])
+    compared = pd.DataFrame(verdict.get("comparison", []), columns=["candidate", *over])
     results = comparable(evidence.results, evidence.examples, compared_rows(evidence))
     own = metrics_by_candidate(results)
     table = own if full.empty else pd.concat([own, full]).join(compared.set_index("candidate"), on="candidate")

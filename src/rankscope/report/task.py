@@ -14,7 +14,7 @@ from rankscope.text.verdict import Verdict
 
 def task_sections(verdict: Verdict, text: Catalogue) -> list[Section]:
     """One section, or none in a study without a task."""
-    if verdict is None or "task" not in verdict:
+    if "task" not in verdict:
         return []
     table = task_table(verdict, text)
     if table is None:
@@ -24,7 +24,7 @@ def task_sections(verdict: Verdict, text: Catalogue) -> list[Section]:
 
 def task_table(verdict: Verdict, text: Catalogue) -> Table | None:
     """One row for the untrained model and one for each rank; None without scores."""
-    if verdict is None or not (task := verdict.get("task", {})).get("scores"):
+    if not (task := verdict.get("task", {})).get("scores"):
         return None
     ends = ("", "_low", "_high")
     untrained = {f"score{end}": task[f"untrained{end}"] for end in ends} | {f"behind{end}": None for end in ends}

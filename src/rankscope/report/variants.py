@@ -21,7 +21,7 @@ def variant_sections(evidence: Evidence, verdict: Verdict, text: Catalogue) -> l
     table = variant_table(evidence, verdict, text)
     if table is None:
         return []
-    judged = [row for row in (verdict or {}).get("variants", []) if formats.known(row["low"])]
+    judged = [row for row in verdict.get("variants", []) if formats.known(row["low"])]
     figures = [_figure(judged, text)] if judged else []
     return [make_section("variants", figures, variant_sentences(verdict, text), [table])]
 
@@ -58,7 +58,7 @@ def _chart(frame: pd.DataFrame, text: Catalogue) -> alt.Chart:
 def variant_sentences(verdict: Verdict, text: Catalogue) -> list[str]:
     """Conclusion on each variant at each rank."""
     sentences = []
-    for row in (verdict or {}).get("variants", []):
+    for row in verdict.get("variants", []):
         numbers = {name: formats.signed(row[name]) for name in ("difference", "low", "high") if row["outcome"]}
         named = {"variant": text(f"variant.{row['variant']}"), "rank": row["rank"]}
         sentences.append(text(f"variant.{row['outcome'] or 'one_seed'}", **named, **numbers))
@@ -67,7 +67,7 @@ def variant_sentences(verdict: Verdict, text: Catalogue) -> list[str]:
 
 def better_variants(verdict: Verdict, text: Catalogue) -> list[str]:
     """A sentence that names the variants that are better than plain LoRA, or none: the verdict's own does not."""
-    better = [row for row in (verdict or {}).get("variants", []) if row["outcome"] == "better"]
+    better = [row for row in verdict.get("variants", []) if row["outcome"] == "better"]
     names = [_name(row, text) for row in better]
     return [text("variant.caveat", names="; ".join(names))] if names else []
 
@@ -79,8 +79,8 @@ def variant_table(evidence: Evidence, verdict: Verdict, text: Catalogue) -> Tabl
     renamed = {"low": "difference_low", "high": "difference_high", "memory": "memory_change"}
     renamed["step_seconds"] = "time_change"
     fields = ["candidate", "difference", "outcome", *renamed]
-    judged = pd.DataFrame((verdict or {}).get("variants", []), columns=fields).rename(columns=renamed)
-    table = by_candidate(evidence.variants, None, evidence).join(judged.set_index("candidate"), on="candidate")
+    judged = pd.DataFrame(verdict.get("variants", []), columns=fields).rename(columns=renamed)
+    table = by_candidate(evidence.variants, {}, evidence).join(judged.set_index("candidate"), on="candidate")
     variants = {candidate.name: candidate.variant for candidate in evidence.variants.spec.candidates()}
     words = [text("variant.name"), text("variant.outcome")]
     columns: Columns = {
@@ -96,7 +96,7 @@ def variant_table(evidence: Evidence, verdict: Verdict, text: Catalogue) -> Tabl
         text("variant.memory"): column("memory_change", formats.signed_percent, text),
         text("variant.step_seconds"): column("time_change", formats.signed_percent, text),
     }
-    confidence = formats.percent((verdict or {}).get("confidence", evidence.spec.verdict.confidence))
+    confidence = formats.percent(verdict.get("confidence", evidence.spec.verdict.confidence))
     return formats.tabulate(text("variant.caption", confidence=confidence), columns, table.to_dict("records"), words)
 
 

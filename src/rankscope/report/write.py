@@ -27,10 +27,9 @@ def build(
     evidence: Evidence, verdict: Verdict, folder: Path, language: str = "en", directory: str = "", pdf: bool = False
 ) -> Path:
     """Write index.html, its pages in the other languages, report.md, results.csv, results.parquet, figures/ and, where
-    `pdf` asks for it, report.pdf into `folder`, also on partial evidence, and remove what an earlier report had beside
-    them. `verdict` is the content of verdict.json, or None before there is one; `directory` is the study's, as the
-    commands in the report name it. Returns the path of index.html. Raises StudyError: the language has no catalogue, or
-    nothing here prints."""
+    `pdf` asks for it, report.pdf into `folder`, also on partial evidence and without a verdict, and remove what an
+    earlier report had beside them. `directory` is the study's, as the commands in the report name it. Returns the path
+    of index.html. Raises StudyError: the language has no catalogue, or nothing here prints."""
     text = load(language)
     pages = {language: "index.html"} | {name: f"index.{name}.html" for name in other_languages(language)}
     contents = {name: compose(evidence, verdict, load(name), directory) for name in pages}

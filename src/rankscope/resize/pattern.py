@@ -40,7 +40,7 @@ def propose(study: Study, rank: int | None = None) -> Proposal:
     trained = trained_trials(study)
     largest = trained[0].candidate
     if rank is None:
-        found = (study.find_verdict() or {}).get("rank")
+        found = study.find_verdict().get("rank")
         rank = found if found is not None and found < largest.rank else min(study.spec.ranks)
     if not 0 < rank < largest.rank:
         todo = f"Ranks by layer are derived from rank {largest.rank}, the study's largest, and must be below it."

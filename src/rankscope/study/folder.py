@@ -305,10 +305,10 @@ class StudyFolder:
         file = self.file("prediction.json")
         return records.PredictionRecord.content(file) if files.exists(file) else {}
 
-    def find_verdict(self) -> dict[str, Any] | None:
-        """verdict.json as it is now, or None before there is one."""
+    def find_verdict(self) -> dict[str, Any]:
+        """verdict.json as it is now; empty before there is one."""
         file = self.file("verdict.json")
-        return records.VerdictRecord.content(file) if files.exists(file) else None
+        return records.VerdictRecord.content(file) if files.exists(file) else {}
 
     def held_out(self, trial: AnyTrial, name: str = "eval.json") -> records.Examples:
         """Held-out examples of a trial that is done: in eval.json, or in untrained.json, before it was trained. Raises

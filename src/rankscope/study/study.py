@@ -43,7 +43,7 @@ class Study(StudyFolder):
     def verdict(self) -> dict[str, Any]:
         """verdict.json (`rankscope.analysis.verdict.conclude`)."""
         verdict = self.find_verdict()
-        if verdict is None:
+        if not verdict:
             raise missing_error(self.file("verdict.json"))
         return verdict
 
@@ -61,7 +61,7 @@ class Study(StudyFolder):
         """A finished trial of the rank that the verdict names, or of `rank`: of the candidate that the verdict compares
         at that rank, and of its seeds the one with the lowest held-out loss. Raises StudyError: the verdict names no
         rank, or no trial of the rank is done."""
-        verdict = self.find_verdict() or {}
+        verdict = self.find_verdict()
         rank = verdict.get("rank") if rank is None else rank
         if rank is None:
             raise StudyError(f"{self.path}: {self.sentence()}", "Name a rank: study.adapter(8), or --rank 8.")

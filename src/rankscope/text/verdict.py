@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 from rankscope.text.catalogue import Catalogue, load
 from rankscope.text.formats import Columns, Table, at_least, known, loss, percent, rate, shown, signed_percent, tabulate
 
-Verdict: TypeAlias = Mapping[str, Any] | None  # content of verdict.json; None before there is one
+Verdict: TypeAlias = Mapping[str, Any]  # content of verdict.json; empty before there is one
 Rows: TypeAlias = Sequence[Mapping[str, Any]]  # a verdict's, one a rank: of its comparison, or its scores on the task
 
 
@@ -21,10 +21,9 @@ class Gain(NamedTuple):
 
 
 def verdict_sentence(verdict: Verdict, language: str = "en") -> str:
-    """Recommendation and its confidence, or a best guess and why there is no more; `verdict` is the content of
-    verdict.json, or None without one."""
+    """Recommendation and its confidence, or a best guess and why there is no more."""
     text = load(language)
-    if verdict is None:
+    if not verdict:
         return text("sentence.none")
     if verdict["outcome"] == "nothing_in_budget":
         sentences = [text("sentence.nothing_in_budget")]
@@ -131,8 +130,8 @@ def margin_unit(verdict: Mapping[str, Any]) -> str:
 
 
 def outcome_label(verdict: Verdict, text: Catalogue) -> str:
-    outcome = verdict["outcome"] if verdict else "none"
-    seeds_would_do = outcome == "not_trained_enough" and kind_of_gain(verdict or {}) == "little_gain_more"
+    outcome = verdict.get("outcome", "none")
+    seeds_would_do = outcome == "not_trained_enough" and kind_of_gain(verdict) == "little_gain_more"
     return text("outcome.not_enough_evidence" if seeds_would_do else f"outcome.{outcome}")
 
 
@@ -182,8 +181,8 @@ def _guess(verdict: Mapping[str, Any], text: Catalogue) -> str:
 
 def gained(verdict: Verdict, text: Catalogue) -> Gain:
     """Gain in nats, the losses it is the difference of, and its interval."""
-    gain = (verdict or {}).get("gain")
-    if verdict is None or gain is None:
+    gain = verdict.get("gain")
+    if gain is None:
         return Gain("", [])
     best = next(row for row in verdict["comparison"] if row["candidate"] == verdict["best_candidate"])
     before = best["eval_loss"] + best["gain"]
@@ -197,8 +196,8 @@ def gained(verdict: Verdict, text: Catalogue) -> Gain:
 
 def margin_table(verdict: Verdict, text: Catalogue) -> Table | None:
     """The smallest rank that is good enough, by margin; None where the margin is no share of the gain."""
-    margins = (verdict or {}).get("margins")
-    if verdict is None or not margins:
+    margins = verdict.get("margins")
+    if not margins:
         return None
 
     def smallest(row: Mapping[str, Any]) -> str:
@@ -219,8 +218,8 @@ def margin_table(verdict: Verdict, text: Catalogue) -> Table | None:
 
 def rate_sentences(verdict: Verdict, text: Catalogue) -> list[str]:
     """How the best learning rate moves with rank: each rank's optimum, and what the trend is; none without rates."""
-    rates = (verdict or {}).get("rates")
-    if verdict is None or rates is None:
+    rates = verdict.get("rates")
+    if rates is None:
         return []
     if not rates["curved"]:
         return [text("rates.flat")]
@@ -294,7 +293,7 @@ MARKS = {"held": "✓", "not_held": "✗", "not_distinguishable": "?", "not_meas
 def claim_sentences(verdict: Verdict, language: str = "en") -> list[str]:
     """Outcome of each rule of thumb here, with effect and interval."""
     text, lines = load(language), []
-    for claim in (verdict or {}).get("claims", []):
+    for claim in verdict.get("claims", []):
         parts = {"claim": text(f"claim.{claim['claim']}"), "outcome": text(f"claim.{claim['outcome']}")}
         line = text("claim.sentence", mark=MARKS[claim["outcome"]], **parts)
         for found in (claim, claim.get("then") or {}):
@@ -303,7 +302,7 @@ def claim_sentences(verdict: Verdict, language: str = "en") -> list[str]:
                 line += f" {text('claim.effect', change=signed_percent(found['effect']), **ranks)}"
                 if found["low"] is not None:
                     ends = {end: signed_percent(found[end]) for end in ("low", "high")}
-                    line += f" {text('claim.interval', confidence=percent((verdict or {})['confidence']), **ends)}"
+                    line += f" {text('claim.interval', confidence=percent(verdict['confidence']), **ends)}"
                 line += "."
         lines.append(line)
     return lines

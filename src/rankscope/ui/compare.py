@@ -34,7 +34,7 @@ def compare_studies(named: Sequence[tuple[str, Study]]) -> dict[str, Any]:
 
 
 def _describe(name: str, study: Study, found: Sufficient | None, shrunken: float | None) -> dict[str, Any]:
-    verdict = study.find_verdict() or {}
+    verdict = study.find_verdict()
     return {
         "study": name,
         "model": study.spec.model.id,

@@ -41,7 +41,7 @@ class Watch:
     def __init__(self, path: Path, text: Catalogue) -> None:
         self.path, self.text, self.live = path, text, LiveStudy(path)
         self._ended: list[str] = []  # statuses of the trials, and what they show
-        self._verdict: dict[str, Any] | None = None
+        self._verdict: dict[str, Any] = {}
         self._lock = threading.Lock()  # a browser sends requests in parallel
 
     def page(self) -> str:
@@ -79,7 +79,7 @@ class Watch:
         }
 
 
-def _verdict(study: Study, evidence: Evidence, state: State) -> dict[str, Any] | None:
+def _verdict(study: Study, evidence: Evidence, state: State) -> dict[str, Any]:
     """The study's verdict, or, until it is done, the conclusion from what has ended by now."""
     if state.doing != "done":
         with suppress(StudyError):  # the evidence of an old study allows none
