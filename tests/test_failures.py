@@ -15,6 +15,7 @@ from rankscope.errors import ModelError, StudyDirectoryError
 from rankscope.files import read_json
 from rankscope.study.metrics import read_rows
 from rankscope.study.missing import unfinished
+from rankscope.study.records import Failure
 from rankscope.study.study import Study
 from rankscope.ui.console import PlainConsole
 from recording import RecordingProgress
@@ -181,11 +182,11 @@ def test_a_profile_that_is_killed_is_told_and_measured_again(
         "measure.warmup_steps=1",
     )
     monkeypatch.setitem(globals(), "SETS", profiled)
-    harm("pass", "import sys; 'profiles' in sys.argv[2] and os.kill(os.getpid(), signal.SIGKILL)")
+    harm("pass", "import sys; 'profiles' in sys.argv[1] and os.kill(os.getpid(), signal.SIGKILL)")
     study = run(root, tmp_path / "study", ranks=[2], steps=2)
     assert unfinished(study) == []
-    reason = "profile r002 was killed (signal 9)"
-    assert study.open_failures()["r002"] == {"status": "interrupted", "reason": reason}
+    reason = "profiles/jobs/r002 was killed (signal 9)"
+    assert study.open_failures()["r002"] == Failure(status="interrupted", reason=reason)
     assert reason in (study.path / "report" / "report.md").read_text()
     assert study.profiles().empty
     harm("pass")
