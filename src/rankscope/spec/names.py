@@ -13,9 +13,9 @@ INSTEAD: dict[str, str] = {name: told for names, told in _KNOWN["instead"].items
 
 
 def type_of(field: str) -> Any:
-    """Type of a field such as `training.steps`, of a group its model, of "" the study's; None where there is none."""
+    """Type of a field such as `training.steps`, of a group its model; None where there is no such field."""
     found: Any = StudySpec
-    for part in filter(None, field.split(".")):
+    for part in field.split("."):
         known = getattr(found, "model_fields", {}).get(part)
         found = known and known.annotation
     return found
@@ -24,7 +24,8 @@ def type_of(field: str) -> Any:
 def description_of(field: str) -> str:
     """The words of a field such as `training.steps`, which has to exist."""
     group, _, name = field.rpartition(".")
-    return str(type_of(group).model_fields[name].description)
+    model = type_of(group) if group else StudySpec
+    return str(model.model_fields[name].description)
 
 
 def field_of(name: str, value: Any = None) -> str:

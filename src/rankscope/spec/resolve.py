@@ -89,7 +89,7 @@ def _suggestion(path: Sequence[str]) -> str:
 
 def _fields(path: Sequence[str]) -> list[str]:
     """Names of a group's fields, the study's own for an empty path; empty for an unknown group."""
-    return sorted(getattr(type_of(".".join(path)), "model_fields", ()))
+    return sorted(getattr(type_of(".".join(path)) if path else StudySpec, "model_fields", ()))
 
 
 def write_yaml(spec: BaseModel, log: Sequence[Mapping[str, Any]] = ()) -> str:
