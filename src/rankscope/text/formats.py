@@ -142,7 +142,7 @@ def share(value: float) -> str:
 
 def percent(share: float) -> str:
     """`0.01` -> `1%`, `0.0025` -> `0.25%`."""
-    return f"{Decimal(f'{100 * share:.3g}'):,f}%".replace("-", MINUS)
+    return f"{MINUS if share < 0 else ''}{Decimal(f'{100 * abs(share):.3g}'):,f}%"
 
 
 def at_least(share: float) -> str:
