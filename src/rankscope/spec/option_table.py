@@ -9,9 +9,7 @@ class Option(NamedTuple):
     field: str  # such as training.steps
     type: Any  # on the command line, where lists of numbers are text with commas
     help: str = ""  # empty for options of `rankscope.run` alone
-    default: str = (
-        ""  # in the help: a value that may be given, or what holds without one; a switch has none, and is off
-    )
+    default: str = ""  # in the help: a value that may be given, or what holds without one; empty for a switch, off
     metavar: str | None = None  # value in the help; None for the type's name
     least: int | None = None  # smallest number that the command line takes
 
