@@ -150,7 +150,7 @@ def count_step(
         to_float32(model, name)
         for parameter in adapter_parameters(model, name):
             parameter.requires_grad_(True)
-    with fake_gpu() as mode, mock.patch.object(step_module, "add_adapter", lambda _, trial, __: configs[trial.name]):
+    with fake_gpu() as mode, mock.patch.object(step_module, "add_adapter", lambda _, trial: configs[trial.name]):
         to_fake(model, mode, GPU)
         states = [make_train_state(model, trial, training, 10) for trial in trials]
         engine: PackedEngine | PeftEngine = PeftEngine(model, training.batch_size)

@@ -166,7 +166,7 @@ def test_the_error_of_a_failed_job_names_the_studys_files(
     path = tmp_path / "study"
     shutil.copytree(trained(options["steps"]).path, path)
     ends: list[RankscopeError | None] = []
-    wrong = Job("rankscope.jobs.profiles", {"profile": "r002", "repeat": 0}, "profiles/jobs/r002")
+    wrong = Job("rankscope.jobs.profiles", {"profile": "r002", "members": [], "again": False}, "profiles/jobs/r002")
     (path / "profiles").mkdir(exist_ok=True)
     (path / "profiles" / "r002.json").write_text("no JSON")
 

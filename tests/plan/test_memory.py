@@ -420,7 +420,7 @@ def test_the_prediction_is_near_what_is_measured(tmp_path: Path, monkeypatch: py
     assert min(seconds) > 0
     study = Study.create(tmp_path / "study", spec)
     save(data, study.path / "data")
-    job = Job("rankscope.jobs.profiles", {"profile": "r256", "repeat": 0}, "profiles/jobs/r256")
+    job = Job("rankscope.jobs.profiles", {"profile": "r256", "members": [], "again": False}, "profiles/jobs/r256")
     assert run_alone(study.path, job) is None
     measured = study.profiles()["private_peak_bytes"].max()
     assert candidate.peak_bytes == pytest.approx(measured, rel=0.1)

@@ -544,9 +544,8 @@ def test_all_costs_are_measured_again_and_replaced_when_they_are_whole(costed: S
 def test_a_killed_replacement_is_finished_by_the_next_run(costed: Study) -> None:
     site = elsewhere(costed, cpu="another")
     for name in costed.spec.profiled():
-        for repeat in range(2):
-            content = {"profile": name, "repeat": repeat, "again": True}
-            measure(costed.path, Job("profiles", content, ""))
+        for _ in range(2):
+            measure(costed.path, Job("profiles", {"profile": name, "members": [], "again": True}, ""))
     marked = read_json(costed.profile_file("r002", again=True), schema=2)
     write_json(costed.profile_file("r002", again=True), marked | {"marked": True})
     machine = costed.machine | {"hardware": site.hardware}
@@ -561,7 +560,7 @@ def test_a_killed_replacement_is_finished_by_the_next_run(costed: Study) -> None
 
 def test_what_a_killed_remeasure_leaves_is_removed_by_a_run_without_it(costed: Study) -> None:
     before = costed.profile_file("r002").read_bytes()
-    measure(costed.path, Job("profiles", {"profile": "r002", "repeat": 0, "again": True}, ""))
+    measure(costed.path, Job("profiles", {"profile": "r002", "members": [], "again": True}, ""))
     assert not replace_profiles(costed)
     run(costed)
     assert not (costed.path / AGAIN).exists()
