@@ -129,10 +129,10 @@ def compare(spec: StudySpec, folder: Path, before: Callable[[], None] = lambda: 
     names = [name for name in study.spec.profiled() if name != CONTROL]
     for name in names * spec.measure.repeats:
         before()
-        run_job(folder, {"profile": name})
+        run_job(folder, {"profile": name, "members": [], "again": False})
     times: dict[str, Any] = {}
     if spec.measure.rounds > 1:
-        run_job(folder, {"profile": TIME, "members": [CONTROL, *names]})
+        run_job(folder, {"profile": TIME, "members": [CONTROL, *names], "again": False})
         times = study.profile_repeats(TIME)[0]["summaries"]
     lowest = found.candidates[spec.candidates()[0].name]
     rows = []
