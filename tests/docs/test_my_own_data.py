@@ -157,7 +157,7 @@ def _visible(shown: Shown, lines: list[str]) -> list[str]:
     """What the guide shows of printed lines: all of an error; of a plan, the lines on its data."""
     if lines[0].startswith("error: "):
         return lines
-    table = next(number for number, line in enumerate(lines) if line.startswith("candidate "))
+    table = next(number for number, line in enumerate(lines) if line.startswith(("Adapters: ", "candidate ")))
     with_model = any(line.startswith("Model ") for line in shown.lines)
     return [*lines[0 if with_model else 1 : table], ELIDED]
 

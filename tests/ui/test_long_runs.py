@@ -65,6 +65,14 @@ def test_two_seeds_and_two_ranks_are_the_least() -> None:
     assert list(shorter(spec, 60, forecasts(spec), FACTS)) == ["--steps 30"]
 
 
+def test_what_hardly_makes_it_shorter_is_not_offered() -> None:
+    """Where starting and costs take nearly all the time, fewer seeds and steps save nothing that shows."""
+    spec = assemble(BASE, {})
+    found = shorter(spec, 60, forecasts(spec, 1e-3), FACTS)
+    assert "--steps 30" not in found
+    assert "--seeds 0,1" not in found
+
+
 def test_nothing_is_said_where_times_are_not_known() -> None:
     spec = assemble(BASE, {})
     unknown = dict.fromkeys(forecasts(spec), Forecast(1, None, None, None, None, None))

@@ -142,9 +142,10 @@ def shorter(
     spec: StudySpec, steps: int, forecasts: Mapping[str, Forecast], facts: Mapping[str, Any]
 ) -> dict[str, float]:
     """Seconds of the study by the same forecasts with fewer seeds, ranks or `steps`, and with all of these, by the
-    options that ask for it. Two seeds and two ranks are the least: one gives no interval, or nothing to compare. Empty
-    where times are not known."""
-    if study_seconds(spec, forecasts, facts) is None:
+    options that ask for it; those that save less than a tenth are left out. Two seeds and two ranks are the least: one
+    gives no interval, or nothing to compare. Empty where times are not known."""
+    whole = study_seconds(spec, forecasts, facts)
+    if whole is None:
         return {}
     ranks, seeds, half = sorted(spec.ranks), spec.seeds[:2], max(1, steps // 2)
     fewer: dict[str, dict[str, Any]] = {}
@@ -163,7 +164,7 @@ def shorter(
     if fewer:
         both = {field: value for update in fewer.values() for field, value in update.items()}
         found[" ".join(found)] = study_seconds(spec.model_copy(update=both), sooner, facts)
-    return {option: sum(seconds) for option, seconds in found.items() if seconds}
+    return {option: sum(seconds) for option, seconds in found.items() if seconds and sum(seconds) < 0.9 * sum(whole)}
 
 
 def largest_fitting_rank(spec: StudySpec, memory: StudyMemory) -> int | None:
