@@ -93,7 +93,7 @@ def shown_at(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         (["report", "my study", "--lang", "ko"], "보고서: my study/"),
         (["compare", "my study", "the other study"], "Studies with the same tokens"),
         (["compare", "my study", "the other study", "--lang", "ko"], "추정합니다."),
-        (["plan", "--out", "new"], "--quick"),
+        (["plan", "--out", "new"], "On the disk: "),
         (["run", "my study", "--set", "training.gradient_accumulation_steps=3"], "error: "),
         (["report", "a study that is not in this folder, whose name is longer than the terminal is wide"], "error: "),
     ],
