@@ -95,18 +95,21 @@ def measure(setting: str, seed: int, args: argparse.Namespace) -> dict:
 
 
 def table(results: list[dict]) -> str:
-    """Gain of each setting and seed, and the largest difference from float32's of the same seed, in percent."""
+    """Gain of each setting and seed, and its differences from float32's of the same seed, in percent."""
     gains = {(one["setting"], one["seed"]): one["gain"] for one in results}
     seeds = sorted({seed for _, seed in gains})
-    lines = ["| setting | gain of each seed | difference from float32 | seconds a step |", "|---|---|---|---|"]
+    header = "| setting | gain of each seed | difference from float32 | mean | seconds a step |"
+    lines = [header, "|---|---|---|---|---|"]
     for setting in SETTINGS:
         own = [seed for seed in seeds if (setting, seed) in gains]
         if own:
             beside = [seed for seed in own if ("float32", seed) in gains]
-            shares = [f"{gains[setting, seed] / gains['float32', seed] - 1:+.2%}" for seed in beside]
+            shares = [gains[setting, seed] / gains["float32", seed] - 1 for seed in beside]
+            mean = f"{statistics.mean(shares):+.2%}" if shares else ""
             values = [f"{gains[setting, seed]:.4f}" for seed in own]
             times = [one["step_seconds"] for one in results if one["setting"] == setting]
-            columns = (setting, ", ".join(values), ", ".join(shares), f"{statistics.median(times):.2f}")
+            told = ", ".join(map("{:+.2%}".format, shares))
+            columns = (setting, ", ".join(values), told, mean, f"{statistics.median(times):.2f}")
             lines.append("| " + " | ".join(columns) + " |")
     return "\n".join(lines)
 

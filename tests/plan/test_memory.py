@@ -330,7 +330,17 @@ def test_seconds_follow_from_a_few_layers(deep: StudySpec, monkeypatch: pytest.M
     monkeypatch.setattr("rankscope.plan.memory.TIMED_PERIODS", 5)
     found = [memory.seconds_per_token(candidate) for candidate in deep.candidates()]
     assert found == pytest.approx([(7 * (100 + rank) + 7) / 92 for rank in (2, 4, 8)]), "a step of all four rows"
-    assert timed == [(5, 2), (5, 8), (2, 2), (2, 8)] * TURNS, "what disturbs the clock meets them all"
+    turn = [(5, 2), (5, 8), (2, 2), (2, 8)]
+    assert timed == turn * TURNS, "what disturbs the clock meets them all"
+    timed.clear()
+    memory._seconds.clear()
+    monkeypatch.setattr(
+        "rankscope.plan.memory.forward_seconds", lambda *given: clock(*given)
+    )  # tests share the other's
+    monkeypatch.setattr("rankscope.plan.memory.TIMING_SECONDS", 0.0)
+    monkeypatch.setattr("rankscope.plan.memory.TIMED_BYTES", 0)
+    assert [memory.seconds_per_token(candidate) for candidate in deep.candidates()] == pytest.approx(found)
+    assert timed == [(3, 2), (3, 8), *turn[2:]], "one turn, and of large layers three, on a slow machine"
 
 
 def test_layers_that_differ_are_rehearsed_one_and_all() -> None:

@@ -187,8 +187,8 @@ def _checked(
 
 def _judging(layout: Layout) -> list[str]:
     """Columns that say whether an answer is wanted."""
-    names = [name for name, formats in IS_WANTED.items() if layout.format in formats]
-    return [name for name in names if name not in layout.columns.values()]
+    read = layout.columns.values()
+    return [name for name, formats in IS_WANTED.items() if layout.format in formats and name not in read]
 
 
 def _canonical(raw: dict[str, Any], layout: Layout) -> dict[str, Any] | None:

@@ -180,14 +180,16 @@ class StudyMemory:
         if schedule.tokens_of(slices[0][0], packed) * 4 * costs.base_params > MOST_TIMED_FLOPS:
             slices = [[part._replace(examples=part.examples[:1])] for part, *_ in slices]
         fastest = [[[math.inf] for _ in depths] for _ in family.ends]
-        start, turns = time.perf_counter(), 0
-        while turns < TURNS and time.perf_counter() - start < TIMING_SECONDS:
-            turns += 1
+        start = time.perf_counter()
+        for turn in range(TURNS):
+            if turn and time.perf_counter() - start > TIMING_SECONDS:
+                break
             for depth, periods in enumerate(depths):
                 with repeats.only(engine.model, periods) if repeats else nullcontext():
                     for own, end in zip(slices, fastest, strict=True):
                         end[depth][0] = min(end[depth][0], forward_seconds(engine, schedule.tokens, own))
         tokens = schedule.tokens_of(slices[0][0], packed)
+        # What noise is left may not make the whole model faster than a part of it.
         low, high = (max(*family.whole(end, depths[0]), *end[0]) / tokens for end in fastest)
         return [low], [high]
 
